@@ -1,0 +1,369 @@
+#include "operands.hpp"
+
+#include <algorithm>
+#include <string>
+
+namespace eigenfilter {
+namespace {
+
+using std::int64_t;
+using std::size_t;
+
+PyObject* layout_error = nullptr;
+
+[[noreturn]] void fail(PyObject* kind, const std::string& message) {
+    PyErr_SetString(kind, message.c_str());
+    throw py::error_already_set();
+}
+
+std::string at(const char* name, size_t i) {
+    return std::string(name) + "[" + std::to_string(i) + "]";
+}
+
+std::string describe(const dlpack::DataType& t) {
+    if (t.code == dlpack::kBfloat) return "bfloat" + std::to_string(t.bits);
+    if (t.code == dlpack::kFloat) return "float" + std::to_string(t.bits);
+    static const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+    return (t.code < 7 ? kinds[t.code] : "low-precision float") + std::to_string(t.bits);
+}
+
+std::string describe(const dlpack::Device& d) {
+    const char* name = d.type == dlpack::kCPU    ? "cpu"
+                       : d.type == dlpack::kCUDA ? "cuda"
+                       : d.type == dlpack::kROCM ? "rocm"
+                                                 : "device type ";
+    return name + (d.type == dlpack::kCPU ? std::string() : ":" + std::to_string(d.id));
+}
+
+std::string describe(const int64_t* values, int n) {
+    std::string text = "(";
+    for (int i = 0; i < n; ++i) text += (i > 0 ? ", " : "") + std::to_string(values[i]);
+    return text + ")";
+}
+
+std::string describe_layout(const dlpack::Tensor& t) {
+    return "shape " + describe(t.shape, t.ndim) + " and strides " + describe(t.strides, t.ndim);
+}
+
+bool dtype_of(const dlpack::DataType& t, DType& out) {
+    if (t.lanes != 1) return false;
+    if (t.code == dlpack::kFloat && t.bits == 32)
+        out = DType::f32;
+    else if (t.code == dlpack::kFloat && t.bits == 64)
+        out = DType::f64;
+    else if (t.code == dlpack::kFloat && t.bits == 16)
+        out = DType::f16;
+    else if (t.code == dlpack::kBfloat && t.bits == 16)
+        out = DType::bf16;
+    else
+        return false;
+    return true;
+}
+
+int64_t count(const dlpack::Tensor& t) {
+    int64_t n = 1;
+    for (int i = 0; i < t.ndim; ++i) n *= t.shape[i];
+    return n;
+}
+
+// Whether the elements fill one stretch of memory, in some order of the dimensions.
+bool is_dense(const dlpack::Tensor& t) {
+    int64_t expected = 1;
+    int d = t.ndim - 1;
+    for (; d >= 0; --d) {
+        if (t.shape[d] == 1) continue;
+        if (t.strides[d] != expected) break;
+        expected *= t.shape[d];
+    }
+    if (d < 0) return true;
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+    for (int i = 0; i < t.ndim; ++i) {
+        if (t.shape[i] == 0) return true;
+        if (t.shape[i] != 1) dims.emplace_back(t.strides[i], t.shape[i]);
+    }
+    std::sort(dims.begin(), dims.end());
+    expected = 1;
+    for (const auto& [stride, size] : dims) {
+        if (stride != expected) return false;
+        expected *= size;
+    }
+    return true;
+}
+
+bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+    if (a.ndim != b.ndim) return false;
+    for (int i = 0; i < a.ndim; ++i) {
+        if (a.shape[i] != b.shape[i]) return false;
+        if (a.shape[i] > 1 && a.strides[i] != b.strides[i]) return false;
+    }
+    return true;
+}
+
+// Borrows tensors; remembers the exchange API of the last type it saw.
+class Reader {
+ public:
+    // `what` names the tensor in messages; memory at `known` was found sound before.
+    template <class Name>
+    dlpack::Tensor read(PyObject* object, const Name& what, const void* known = nullptr) {
+        dlpack::Tensor t;
+        py::object local;
+        if (Py_TYPE(object) == sharded_type_) {
+            local = shard_of(object);
+            object = local.ptr();
+        }
+        if (!borrow(object, t)) {
+            const py::error_already_set reason;
+            local = shard_of(object);
+            if (!local || !borrow(local.ptr(), t)) {
+                PyErr_Clear();
+                fail(PyExc_TypeError,
+                     what() + " cannot be used: " + std::string(py::str(reason.value())) +
+                         "; pass strided tensors with memory of their own");
+            }
+            sharded_type_ = Py_TYPE(object);
+            object = local.ptr();
+        }
+        t.data = static_cast<char*>(t.data) + t.byte_offset;
+        if (t.data != nullptr && t.data == known) return t;
+        if (t.data == nullptr && count(t) > 0)
+            fail(PyExc_TypeError, what() +
+                                      " has no memory of its own (a fake, wrapped or freed "
+                                      "tensor): pass the tensor that holds the data");
+        if (is_negated(object))
+            fail(PyExc_TypeError, what() + " is lazily negated: pass .resolve_neg() of it");
+        return t;
+    }
+
+    const dlpack::ExchangeApi* api() const { return api_; }
+
+ private:
+    bool borrow(PyObject* object, dlpack::Tensor& out) {
+        if (Py_TYPE(object) != type_) {
+            static PyObject* const attribute =
+                PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+            const auto capsule = py::reinterpret_steal<py::object>(
+                PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(object)), attribute));
+            if (!capsule) {
+                PyErr_Format(PyExc_TypeError, "%s is not a tensor of torch >= 2.11",
+                             Py_TYPE(object)->tp_name);
+                return false;
+            }
+            auto* header = static_cast<dlpack::ExchangeHeader*>(
+                PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+            while (header != nullptr && header->major != 1) header = header->previous;
+            if (header == nullptr) {
+                PyErr_Clear();
+                PyErr_SetString(PyExc_TypeError, "its DLPack exchange API is not of version 1");
+                return false;
+            }
+            api_ = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+            type_ = Py_TYPE(object);
+        }
+        return api_->tensor_from_py_object(object, &out) == 0;
+    }
+
+    static bool is_negated(PyObject* object) {
+        static PyObject* const method = PyUnicode_InternFromString("is_neg");
+        const auto answer =
+            py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
+        if (!answer) throw py::error_already_set();
+        return answer.ptr() == Py_True;
+    }
+
+    // A DTensor's local shard, which the DTensor keeps alive; null for what has none.
+    static py::object shard_of(PyObject* object) {
+        static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
+        PyObject* shard = PyObject_GetAttr(object, attribute);
+        if (shard == nullptr) PyErr_Clear();
+        return py::reinterpret_steal<py::object>(shard);
+    }
+
+    PyTypeObject* type_ = nullptr;          // of the last tensor borrowed
+    PyTypeObject* sharded_type_ = nullptr;  // of the last tensor that went by its shard
+    const dlpack::ExchangeApi* api_ = nullptr;
+};
+
+}  // namespace
+
+TensorList::TensorList(const py::iterable& tensors) : tensors_(tensors), known_(size(), nullptr) {}
+
+py::object TensorList::get(Py_ssize_t i) const {
+    const auto n = static_cast<Py_ssize_t>(size());
+    if (i < -n || i >= n) throw py::index_error("no such tensor in this list");
+    return py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors_.ptr(), i < 0 ? i + n : i));
+}
+
+void register_operands(py::module_& module) {
+    layout_error = PyErr_NewException("eigenfilter._core.LayoutError", PyExc_ValueError, nullptr);
+    module.attr("LayoutError") = py::handle(layout_error);
+    py::class_<TensorList>(module, "TensorList")
+        .def(py::init<const py::iterable&>())
+        .def("__len__", &TensorList::size)
+        .def("__getitem__", &TensorList::get);
+}
+
+Operands::Operands(std::initializer_list<Role> roles) : Operands(roles.begin(), roles.size()) {}
+
+Operands::Operands(const Role* roles, size_t count_of_roles) {
+    std::vector<dlpack::Tensor> first;
+    for (size_t r = 0; r < count_of_roles; ++r) {
+        if (!roles[r].list.is_none()) read_role(roles, r, first);
+    }
+    check_overlap(roles, count_of_roles);
+}
+
+void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor>& first) {
+    const char* const role = roles[r].name;
+    py::handle list = roles[r].list;
+    TensorList* reused = nullptr;
+    if (py::isinstance<TensorList>(list)) {
+        reused = list.cast<TensorList*>();
+        list = reused->tensors();  // kept alive by `reused`
+    } else if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr())) {
+        fail(PyExc_TypeError, std::string(role) + " must be a list or tuple of tensors");
+    }
+    const auto n = static_cast<size_t>(PySequence_Fast_GET_SIZE(list.ptr()));
+    PyObject** items = PySequence_Fast_ITEMS(list.ptr());
+    if (r == 0) {
+        if (n == 0) fail(PyExc_ValueError, std::string(role) + " is empty");
+        first.reserve(n);
+        numel_.reserve(n);
+    } else if (n != size()) {
+        fail(PyExc_ValueError, std::string(role) + " has " + std::to_string(n) + " tensors and " +
+                                   roles[0].name + " has " + std::to_string(size()) +
+                                   ": pass lists of equal length");
+    }
+    data_[r].reserve(n);
+    Reader reader;
+    for (size_t i = 0; i < n; ++i) {
+        const auto name = [&] { return at(role, i); };
+        void* const known = reused != nullptr ? reused->known()[i] : nullptr;
+        const dlpack::Tensor t = reader.read(items[i], name, known);
+        if (reused != nullptr) reused->known()[i] = t.data;
+        check_type(t, name, r == 0 && i == 0, roles);
+        if (r == 0) {
+            if (!is_dense(t))
+                fail(PyExc_ValueError, name() + " is not dense (" + describe_layout(t) +
+                                           "): pass .contiguous() of it");
+            first.push_back(t);
+            numel_.push_back(count(t));
+        } else if (!same_layout(t, first[i])) {
+            const std::string model = at(roles[0].name, i);
+            fail(layout_error, name() + " has " + describe_layout(t) + ", " + model + " has " +
+                                   describe_layout(first[i]) + ": pass torch.empty_like(" + model +
+                                   ").copy_(" + name() + ")");
+        }
+        data_[r].push_back(t.data);
+    }
+    api_ = reader.api();
+}
+
+template <class Name>
+void Operands::check_type(const dlpack::Tensor& t, const Name& name, bool is_first,
+                          const Role* roles) {
+    DType dtype;
+    if (!dtype_of(t.dtype, dtype))
+        fail(PyExc_TypeError, name() + " is " + describe(t.dtype) +
+                                  ": supported are float32, float64, bfloat16, float16");
+    if (is_first) {
+        dtype_ = dtype;
+        device_ = t.device;
+    }
+    if (t.device.type != device_.type || t.device.id != device_.id)
+        fail(PyExc_ValueError, name() + " is on " + describe(t.device) + " and " +
+                                   at(roles[0].name, 0) + " on " + describe(device_) +
+                                   ": group tensors by device");
+    if (dtype != dtype_)
+        fail(layout_error, name() + " is " + describe(t.dtype) + " and " + at(roles[0].name, 0) +
+                               " is not: group tensors by dtype, or convert it with .to()");
+    if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
+        fail(PyExc_ValueError, name() + " is not aligned to its element size: clone it");
+}
+
+void Operands::check_overlap(const Role* roles, size_t count_of_roles) const {
+    struct Stretch {
+        std::uintptr_t begin;
+        std::uint32_t tensor, role;
+    };
+    std::vector<Stretch> all;
+    all.reserve(size() * count_of_roles);
+    bool any_written = false;
+    for (size_t r = 0; r < count_of_roles; ++r) {
+        any_written |= roles[r].written;
+        for (size_t i = 0; i < data_[r].size(); ++i) {
+            if (numel_[i] > 0)
+                all.push_back({reinterpret_cast<std::uintptr_t>(data_[r][i]),
+                               static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(r)});
+        }
+    }
+    if (!any_written) return;
+    std::sort(all.begin(), all.end(),
+              [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+    // Of the stretches so far, the one that reaches furthest, among all and among the written.
+    const auto end = [&](const Stretch& s) {
+        return s.begin + static_cast<std::uintptr_t>(numel_[s.tensor]) * size_of(dtype_);
+    };
+    const Stretch *furthest = nullptr, *furthest_written = nullptr;
+    for (const Stretch& s : all) {
+        const bool written = roles[s.role].written;
+        const Stretch* other = written ? furthest : furthest_written;
+        if (other != nullptr && end(*other) > s.begin)
+            fail(PyExc_ValueError, at(roles[s.role].name, s.tensor) + " and " +
+                                       at(roles[other->role].name, other->tensor) +
+                                       " share memory, and at least one of them is written: "
+                                       "clone one of them");
+        if (furthest == nullptr || end(s) > end(*furthest)) furthest = &s;
+        if (written && (furthest_written == nullptr || end(s) > end(*furthest_written)))
+            furthest_written = &s;
+    }
+}
+
+void* Operands::stream() const {
+    void* stream = nullptr;
+    if (api_->current_work_stream(device_.type, device_.id, &stream) != 0)
+        throw py::error_already_set();
+    return stream;
+}
+
+Scalar Operands::scalar(const char* name, py::handle value) const {
+    Scalar s;
+    if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
+        s.value = PyFloat_AsDouble(value.ptr());
+        if (s.value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return s;
+    }
+    const dlpack::Tensor t = Reader().read(value.ptr(), [&] { return std::string(name); });
+    DType dtype;
+    if (count(t) != 1 || !dtype_of(t.dtype, dtype) || size_of(dtype) < 4)
+        fail(PyExc_TypeError,
+             std::string(name) + " must be a number or a one-element float32 or float64 tensor");
+    if (t.device.type == dlpack::kCPU) {
+        s.value = dtype == DType::f64 ? *static_cast<const double*>(t.data)
+                                      : *static_cast<const float*>(t.data);
+        return s;
+    }
+    if (t.device.type != device_.type || t.device.id != device_.id)
+        fail(PyExc_ValueError, std::string(name) + " is on " + describe(t.device) +
+                                   " and the tensors on " + describe(device_) +
+                                   ": move it there or to the CPU");
+    s.device = t.data;
+    s.device_is_double = dtype == DType::f64;
+    return s;
+}
+
+float* Operands::flag(const char* name, py::handle value) const {
+    if (value.is_none()) return nullptr;
+    return static_cast<float*>(output(name, value, 1, 32));
+}
+
+void* Operands::output(const char* name, py::handle value, int64_t numel, int bits) const {
+    const dlpack::Tensor t = Reader().read(value.ptr(), [&] { return std::string(name); });
+    if (count(t) != numel || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits ||
+        !is_dense(t) || t.device.type != device_.type || t.device.id != device_.id)
+        fail(PyExc_ValueError, std::string(name) + " must be a dense float" + std::to_string(bits) +
+                                   " tensor of " + std::to_string(numel) + " elements on " +
+                                   describe(device_));
+    return t.data;
+}
+
+}  // namespace eigenfilter

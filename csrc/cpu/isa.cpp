@@ -1,0 +1,45 @@
+// Chooses the instruction set at run time.
+#include <atomic>
+#include <cstring>
+
+#include "loops.hpp"
+
+namespace eigenfilter::cpu {
+
+int available(const Loops** found) {
+    int count = 0;
+    found[count++] = &loops_baseline;
+#ifdef EIGENFILTER_X86
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+        found[count++] = &loops_avx2;
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            found[count++] = &loops_avx512;
+        }
+    }
+#endif
+    return count;
+}
+
+static std::atomic<const Loops*>& chosen() {
+    static std::atomic<const Loops*> table{[] {
+        const Loops* found[3];
+        return found[available(found) - 1];
+    }()};
+    return table;
+}
+
+const Loops& loops() { return *chosen().load(std::memory_order_relaxed); }
+
+bool set_isa(const char* name) {
+    const Loops* found[3];
+    for (int i = available(found) - 1; i >= 0; --i) {
+        if (std::strcmp(found[i]->isa, name) == 0) {
+            chosen().store(found[i], std::memory_order_relaxed);
+            return true;
+        }
+    }
+    return false;
+}
+
+}  // namespace eigenfilter::cpu

@@ -1,0 +1,32 @@
+// The inner loops of the CPU kernels: one table of functions for each instruction set.
+#pragma once
+
+#include "eigenfilter/contract.hpp"
+
+namespace eigenfilter::cpu {
+
+// Each works on n consecutive elements. `stream` writes what is not read past the caches.
+struct Loops {
+    const char* isa;
+    void (*ascend)(DType, const AscendScalars<double>&, void* x, const void* g, void* b,
+                   std::int64_t n, bool stream);
+    void (*descend)(DType, const DescendScalars<double>&, void* x, const void* g, void* m,
+                    const void* b, std::int64_t n, bool stream);
+    // The order of summation is the same for every instruction set.
+    double (*sum_squares)(DType, const void* t, std::int64_t n);
+    bool (*has_nonfinite)(DType, const void* t, std::int64_t n);
+};
+
+extern const Loops loops_baseline;
+#ifdef EIGENFILTER_X86
+extern const Loops loops_avx2;
+extern const Loops loops_avx512;
+#endif
+
+// The table in use: the best this CPU has, unless set_isa chose another.
+const Loops& loops();
+// Fills `found` (room for 3) with the tables this CPU can run, lowest first; returns how many.
+int available(const Loops** found);
+bool set_isa(const char* name);
+
+}  // namespace eigenfilter::cpu

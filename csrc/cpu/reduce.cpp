@@ -1,0 +1,49 @@
+// norm and the non-finite flag on the CPU.
+#include <atomic>
+#include <cmath>
+
+#include "loops.hpp"
+#include "parallel.hpp"
+
+namespace eigenfilter::cpu {
+
+// Elements whose squares are summed before the sum is put down: the order of summation is fixed by
+// the sizes, whatever the number of threads.
+constexpr std::int64_t kChunk = 16 * 1024;
+
+double norm(const Tensors& t, int threads) {
+    const Loops& table = loops();
+    const int size = size_of(t.dtype);
+    std::vector<std::int64_t> chunks_before(t.n + 1, 0);
+    for (std::size_t i = 0; i < t.n; ++i)
+        chunks_before[i + 1] = chunks_before[i] + (t.numel[i] + kChunk - 1) / kChunk;
+    std::vector<double> sums(chunks_before[t.n], 0.0);
+    for_each_range(t.numel, t.n, size, kChunk, threads,
+                   [&, size](std::size_t i, std::int64_t first, std::int64_t count) {
+                       const char* data = static_cast<const char*>(t.x[i]);
+                       for (std::int64_t end = first + count; first < end; first += kChunk) {
+                           sums[chunks_before[i] + first / kChunk] = table.sum_squares(
+                               t.dtype, data + first * size, std::min(kChunk, end - first));
+                       }
+                   });
+    return std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
+}
+
+bool has_nonfinite(const Tensors& t, int threads) {
+    const Loops& table = loops();
+    const int size = size_of(t.dtype);
+    std::atomic<bool> found{false};
+    for_each_range(t.numel, t.n, size, kChunk, threads,
+                   [&, size](std::size_t i, std::int64_t first, std::int64_t count) {
+                       const char* data = static_cast<const char*>(t.x[i]);
+                       for (std::int64_t end = first + count; first < end; first += kChunk) {
+                           if (found.load(std::memory_order_relaxed)) return;
+                           if (table.has_nonfinite(t.dtype, data + first * size,
+                                                   std::min(kChunk, end - first)))
+                               found.store(true, std::memory_order_relaxed);
+                       }
+                   });
+    return found.load();
+}
+
+}  // namespace eigenfilter::cpu

@@ -1,0 +1,209 @@
+// SIMD vectors of the instruction set this file is compiled for, and the storage types they widen
+// from and narrow to. Everything has internal linkage: a symbol shared between objects of different
+// instruction sets could bring AVX-512 code to a CPU without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#define EIGENFILTER_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+template <class T, int L>
+struct VecOf {
+    typedef T type __attribute__((vector_size(L * sizeof(T))));
+};
+template <class T, int L>
+using Vec = typename VecOf<T, L>::type;
+
+template <class V>
+EIGENFILTER_INLINE V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+EIGENFILTER_INLINE void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+// A store past the caches where the vector is a full register or half; p is aligned to its size.
+template <class V>
+EIGENFILTER_INLINE void stream(void* p, V v) {
+#if defined(__x86_64__)
+    if constexpr (sizeof(V) == 16) {
+        _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+        return;
+    }
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32) {
+        _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+        return;
+    }
+#endif
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+        return;
+    }
+#endif
+#endif
+    store(p, v);
+}
+
+EIGENFILTER_INLINE void end_of_streaming() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+EIGENFILTER_INLINE float half_to_float(std::uint16_t h) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
+    const std::uint32_t magnitude = h & 0x7fffu;
+    std::uint32_t bits;
+    if (magnitude >= 0x7c00u) {  // inf, NaN
+        bits = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13;
+    } else if (magnitude >= 0x400u) {  // normal: the exponent's bias goes from 15 to 127
+        bits = sign | ((magnitude << 13) + (112u << 23));
+    } else {  // subnormal: a multiple of 2^-24
+        const float f = static_cast<float>(magnitude) * 0x1p-24f;
+        std::memcpy(&bits, &f, sizeof bits);
+        bits |= sign;
+    }
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// Rounds to nearest, ties to even.
+EIGENFILTER_INLINE std::uint16_t float_to_half(float f) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &f, sizeof bits);
+    const std::uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    std::uint32_t half;
+    if (bits > 0x7f800000u) {  // NaN
+        half = 0x7e00u | (bits >> 13 & 0x3ffu);
+    } else if (bits >= 0x477ff000u) {  // rounds past the largest half, 65504
+        half = 0x7c00u;
+    } else if (bits >= 0x38800000u) {  // normal
+        half = (bits - (112u << 23) + 0xfffu + (bits >> 13 & 1u)) >> 13;
+    } else {  // subnormal: let the addition of 0.5 round at 2^-24
+        float magnitude;
+        std::memcpy(&magnitude, &bits, sizeof magnitude);
+        magnitude += 0.5f;
+        std::memcpy(&half, &magnitude, sizeof half);
+        half -= 0x3f000000u;
+    }
+    return static_cast<std::uint16_t>(sign | half);
+}
+
+// Storage types. Arithmetic is the type computed with; Bits holds the element in memory.
+template <class T>
+struct Native {
+    using Arithmetic = T;
+    using Bits = T;
+    template <int L>
+    static EIGENFILTER_INLINE Vec<T, L> widen(Vec<T, L> v) {
+        return v;
+    }
+    template <int L>
+    static EIGENFILTER_INLINE Vec<T, L> narrow(Vec<T, L> v) {
+        return v;
+    }
+};
+
+struct BFloat16 {
+    using Arithmetic = float;
+    using Bits = std::uint16_t;
+    template <int L>
+    static EIGENFILTER_INLINE Vec<float, L> widen(Vec<Bits, L> v) {
+        return (Vec<float, L>)(__builtin_convertvector(v, Vec<std::uint32_t, L>) << 16);
+    }
+    template <int L>
+    static EIGENFILTER_INLINE Vec<Bits, L> narrow(Vec<float, L> v) {
+        const auto bits = (Vec<std::uint32_t, L>)v;
+        const auto rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;  // to nearest even
+        const auto quieted = bits >> 16 | 0x40u;                          // NaN stays NaN
+        const auto is_nan = (Vec<std::uint32_t, L>)(v != v);
+        return __builtin_convertvector((is_nan & quieted) | (~is_nan & rounded), Vec<Bits, L>);
+    }
+};
+
+struct Float16 {
+    using Arithmetic = float;
+    using Bits = std::uint16_t;
+    template <int L>
+    static EIGENFILTER_INLINE Vec<float, L> widen(Vec<Bits, L> v) {
+#if defined(__AVX512F__)
+        if constexpr (L == 16) return (Vec<float, L>)_mm512_cvtph_ps((__m256i)v);
+#endif
+#if defined(__F16C__)
+        if constexpr (L == 8) return (Vec<float, L>)_mm256_cvtph_ps((__m128i)v);
+#endif
+        Vec<float, L> wide;
+        for (int i = 0; i < L; ++i) wide[i] = half_to_float(v[i]);
+        return wide;
+    }
+    template <int L>
+    static EIGENFILTER_INLINE Vec<Bits, L> narrow(Vec<float, L> v) {
+#if defined(__AVX512F__)
+        if constexpr (L == 16)
+            return (Vec<Bits, L>)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+#if defined(__F16C__)
+        if constexpr (L == 8)
+            return (Vec<Bits, L>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+        Vec<Bits, L> narrow;
+        for (int i = 0; i < L; ++i) narrow[i] = float_to_half(v[i]);
+        return narrow;
+    }
+};
+
+// How a block of L elements is read and written: whole, whole and past the caches, or its first
+// few.
+template <class Storage, int L>
+struct Whole {
+    using V = Vec<typename Storage::Bits, L>;
+    EIGENFILTER_INLINE V read(const typename Storage::Bits* p) const { return load<V>(p); }
+    EIGENFILTER_INLINE void write(typename Storage::Bits* p, V v) const { store(p, v); }
+    EIGENFILTER_INLINE void write_only(typename Storage::Bits* p, V v) const { store(p, v); }
+};
+
+template <class Storage, int L>
+struct Streamed : Whole<Storage, L> {
+    using V = typename Whole<Storage, L>::V;
+    EIGENFILTER_INLINE void write_only(typename Storage::Bits* p, V v) const { stream(p, v); }
+};
+
+template <class Storage, int L>
+struct Partial {
+    using V = Vec<typename Storage::Bits, L>;
+    std::int64_t count;
+    EIGENFILTER_INLINE V read(const typename Storage::Bits* p) const {
+        V v{};
+        std::memcpy(&v, p, count * sizeof(*p));
+        return v;
+    }
+    EIGENFILTER_INLINE void write(typename Storage::Bits* p, V v) const {
+        std::memcpy(p, &v, count * sizeof(*p));
+    }
+    EIGENFILTER_INLINE void write_only(typename Storage::Bits* p, V v) const { write(p, v); }
+};
+
+}  // namespace

@@ -1,0 +1,28 @@
+// The CUDA entry points of a build without CUDA: each says why it cannot run and what to do.
+#include <stdexcept>
+
+#include "eigenfilter/contract.hpp"
+
+namespace eigenfilter::cuda {
+
+bool compiled() { return false; }
+
+void require() {
+    throw std::runtime_error(
+        "eigenfilter was built without its CUDA kernels: reinstall it where nvcc is on the PATH "
+        "(pip install --no-binary eigenfilter -C cmake.define.EIGENFILTER_CUDA=ON eigenfilter), or "
+        "use backend=\"triton\"");
+}
+
+void ascend(const Tensors&, const AscendScalars<Scalar>&, const float*, int, Stream) { require(); }
+void descend(const Tensors&, const DescendScalars<Scalar>&, const float*, int, Stream) {
+    require();
+}
+std::int64_t norm_workspace(DType, std::size_t, const std::int64_t*) {
+    require();
+    return 0;
+}
+void norm(const Tensors&, const Scalar&, void*, double*, int, Stream) { require(); }
+void flag_nonfinite(const Tensors&, float*, int, Stream) { require(); }
+
+}  // namespace eigenfilter::cuda

@@ -1,0 +1,73 @@
+// What the kernels agree on: element types, lists of tensors, hyperparameters, entry points.
+// Numbers only: no Python, no torch. Shapes: n tensors a list; the i-th tensors of all lists of a
+// call have numel[i] elements, laid out alike in memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace eigenfilter {
+
+enum class DType : std::uint8_t { f32, f64, bf16, f16 };
+
+constexpr int size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// A hyperparameter: a host value, or the address of a float or double that the device reads.
+struct Scalar {
+    double value = 0;
+    const void* device = nullptr;
+    bool device_is_double = false;
+};
+
+// The lists of one call. A role that is absent is nullptr.
+struct Tensors {
+    DType dtype;
+    std::size_t n;
+    const std::int64_t* numel;  // [n]
+    void* const* x;             // [n] parameters, written
+    void* const* g;             // [n] gradients, read
+    void* const* m;             // [n] momentum buffers, written, or nullptr
+    void* const* b;             // [n] backups: written by ascend, read by descend, or nullptr
+};
+
+// Hyperparameters as numbers, and (one template over both) as what a call is given.
+template <class Real>
+struct AscendScalars {
+    Real alpha;
+    Real grad_scale;
+};
+
+template <class Real>
+struct DescendScalars {
+    Real lr, momentum, dampening, weight_decay, grad_scale;
+    bool nesterov, maximize;
+};
+
+// found_inf: address of one float, or nullptr; where it is not zero, x and m keep their values.
+namespace cpu {
+void ascend(const Tensors&, const AscendScalars<double>&, const float* found_inf, int threads);
+void descend(const Tensors&, const DescendScalars<double>&, const float* found_inf, int threads);
+// Euclidean norm of the lists' x, summed in double in an order fixed by the sizes.
+double norm(const Tensors&, int threads);
+bool has_nonfinite(const Tensors&, int threads);
+}  // namespace cpu
+
+// Everything runs on `stream` of the device, asynchronously; found_inf, out and the workspace are
+// device addresses. Without CUDA in the build these throw std::runtime_error.
+namespace cuda {
+bool compiled();
+void require();
+using Stream = void*;
+void ascend(const Tensors&, const AscendScalars<Scalar>&, const float* found_inf, int device,
+            Stream stream);
+void descend(const Tensors&, const DescendScalars<Scalar>&, const float* found_inf, int device,
+             Stream stream);
+// Doubles that `norm` needs as workspace.
+std::int64_t norm_workspace(DType dtype, std::size_t n, const std::int64_t* numel);
+// out <- norm / grad_scale; out is a float, or a double for f64.
+void norm(const Tensors&, const Scalar& grad_scale, void* out, double* workspace, int device,
+          Stream stream);
+void flag_nonfinite(const Tensors&, float* found_inf, int device, Stream stream);
+}  // namespace cuda
+
+}  // namespace eigenfilter

@@ -1,0 +1,101 @@
+"""The compiled core. Called through `eigenfilter.kernels` and the optimizers."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from eigenfilter.kernels.reference import Scalar
+
+cuda_compiled: bool
+"""Whether the CUDA kernels were compiled into this build."""
+
+class TensorList(Sequence[Tensor]):
+    """A list of tensors that is passed again and again.
+
+    What is slow to check (lazy negation) is checked when a tensor's memory is first seen and when it
+    changes; everything else at every use, as for a list.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Tensor: ...  # type: ignore[override]
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+class LayoutError(ValueError):
+    """The i-th tensors of two lists differ in dtype, shape or strides. Nothing was written."""
+
+def isa() -> str:
+    """The instruction set the CPU kernels run with: "baseline", "avx2" or "avx512"."""
+
+def isas() -> list[str]:
+    """All instruction sets of this build that this CPU has, lowest first."""
+
+def set_isa(name: str) -> None:
+    """Run the CPU kernels with one of `isas()`; for tests and benchmarks."""
+
+def require_cuda() -> None:
+    """Raise RuntimeError, with what to do, unless the CUDA kernels were compiled."""
+
+def check(
+    names: Sequence[str],
+    lists: Sequence[Sequence[Tensor] | None],
+    written: Sequence[bool],
+) -> None:
+    """Raise what the kernels raise for lists that do not go together. Lists given as None are absent."""
+
+def table(
+    names: Sequence[str],
+    lists: Sequence[Sequence[Tensor] | None],
+    written: Sequence[bool],
+) -> tuple[bytes, bytes]:
+    """`check`, then the data pointers, int64 [present lists, n], and the element counts, int64 [n]."""
+
+def ascend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    alpha: Scalar,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def descend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    backups: Sequence[Tensor] | None,
+    lr: Scalar,
+    momentum: Scalar,
+    dampening: Scalar,
+    weight_decay: Scalar,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def norm(
+    tensors: Sequence[Tensor],
+    out: Tensor,
+    grad_scale: Tensor | None,
+    workspace: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def norm_workspace(tensors: Sequence[Tensor]) -> int:
+    """Elements of the float64 workspace that `norm` needs on a GPU for these tensors."""
+
+def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor, num_threads: int) -> None: ...
+def gradients(params: list[Tensor]) -> tuple[list[Tensor | None], int]:
+    """The parameters' gradients (`p.grad`), and how many of them are None."""
+
+def clear_gradients(params: list[Tensor]) -> None:
+    """Set `p.grad = None` on every parameter."""
+
+def same_objects(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the same objects in the same order."""
+
+def same_entries(
+    state: dict[Any, Any], entries: list[Any], key: str, values: list[Any]
+) -> bool:
+    """Whether the values of `state` are `entries`, and `entries[i].get(key)` is `values[i]`."""

@@ -1,0 +1,58 @@
+"""The command line: `eigenfilter COMMAND`.
+
+A command is a module with `HELP`, `configure(parser)` and `run(args)`; it imports what only the
+experiments need inside its functions, so that `--help` works without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from types import ModuleType
+from typing import NoReturn
+
+from eigenfilter.experiments import demo
+from eigenfilter.experiments.errors import UserError
+
+_COMMANDS: Mapping[str, ModuleType] = {"demo": demo}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports an error in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = _Parser(prog="eigenfilter", description="Optimizers as eigenvalue filters.")
+    parser.add_argument("--version", action="version", version=version("eigenfilter"))
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.configure(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 if it did its work, 2 on bad input or where an optional dependency is missing.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"eigenfilter {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

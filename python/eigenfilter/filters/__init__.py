@@ -1,0 +1,19 @@
+"""Which Hessian eigenvalues does an optimizer admit at the points it converges to?
+
+The theory as functions, in plain float64 NumPy: one class a method, and `of` for a live optimizer.
+
+>>> HeavyBall(lr=0.2).intervals()
+[(0.0, 10.0)]
+>>> round(USAM(lr=0.2, rho=0.05).max_eigenvalue(), 3)
+7.321
+
+Source: Bolte, Le, Pauwels, *Convergence of optimizers implies eigenvalues filtering at
+equilibrium*, arXiv 2510.09034.
+"""
+
+from __future__ import annotations
+
+from eigenfilter.filters.methods import USAM, HeavyBall, Nesterov, of
+from eigenfilter.filters.stability import Filter
+
+__all__ = ["USAM", "Filter", "HeavyBall", "Nesterov", "of"]

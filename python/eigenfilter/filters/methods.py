@@ -1,0 +1,139 @@
+"""One class a method, and the filters of a live optimizer.
+
+A method is its polynomial p: everything else is `Filter`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Protocol
+
+from eigenfilter.filters.stability import Filter
+
+
+@dataclass(frozen=True)
+class HeavyBall(Filter):
+    """Gradient descent and heavy ball: d(x) = grad f(x), p(lambda) = lambda.
+
+    Admits the single interval -wd <= lambda <= 2 (1 + momentum) / (lr (1 - dampening)) - wd, with
+    the dampening only where momentum > 0. Exact for every weight decay wd. Arguments and errors
+    are those of `Filter`. Source: arXiv 2510.09034.
+
+    >>> HeavyBall(lr=0.1, momentum=0.5).max_eigenvalue()
+    30.0
+    """
+
+    @property
+    def ascending_coefficients(self) -> tuple[float, ...]:
+        return (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Nesterov(HeavyBall):
+    """Nesterov momentum in torch's form: x <- x - lr (d + momentum m), p(lambda) = lambda.
+
+    Admits -wd <= lambda <= (2 + 2 momentum) / (lr (1 + 2 momentum)) - wd. Exact for every weight
+    decay wd. Needs momentum > 0 and dampening = 0, as torch does; otherwise arguments and errors
+    are those of `Filter`. Source: arXiv 2510.09034.
+
+    >>> Nesterov(lr=0.1, momentum=0.5).max_eigenvalue()
+    15.0
+    """
+
+    nesterov: bool = field(default=True, init=False, repr=False)
+
+
+@dataclass(frozen=True)
+class USAM(Filter):
+    """Unnormalised SAM: d(x) = grad f(x + rho grad f(x)), p(lambda) = lambda (1 + rho lambda).
+
+    Since p is a parabola, the admitted set has two intervals at weight decay 0: one from 0 to the
+    edge, which lies below that of the same method without rho, and its mirror image about
+    -1 / (2 rho): saddles with negative eigenvalues at and below -1 / rho. Weight decay widens both
+    until they meet, at 1 / (4 rho). With weight decay the equilibrium has a nonzero gradient and
+    the statement holds to first order in weight decay only. With rho = 0 this is heavy ball
+    (Nesterov with `nesterov`). Source: arXiv 2510.09034.
+
+    Args:
+        rho: radius of the ascent, >= 0. The others are those of `Filter`.
+        nesterov: Nesterov momentum in place of heavy ball.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    >>> [(round(low, 3), round(high, 3)) for low, high in USAM(lr=0.2, rho=0.05).intervals()]
+    [(-27.321, -20.0), (0.0, 7.321)]
+    """
+
+    _: KW_ONLY
+    rho: float
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("rho", 0.0, math.inf)
+
+    @property
+    def ascending_coefficients(self) -> tuple[float, ...]:
+        return (0.0, 1.0, self.rho)
+
+
+class _Optimizer(Protocol):
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+
+def of(opt: _Optimizer) -> list[Filter]:
+    """The filters of a live optimizer at its present hyperparameters, one per param group.
+
+    Each is the filter of its group trained alone: where several groups differ, the filter of the
+    whole model composes them and is not their union. A group with rho = 0 is heavy ball or
+    Nesterov. A group with `maximize` gets the eigenvalues of the Hessian of f it admits, which
+    are those of -f negated.
+
+    Args:
+        opt: an eigenfilter optimizer, or torch.optim.SGD.
+
+    Raises:
+        TypeError: for any other optimizer.
+        ValueError: if a group holds a value outside its range.
+    """
+    build = _BUILDERS.get(_method(opt))
+    if build is None:
+        raise TypeError(
+            f"no filter is known for {type(opt).__name__}; supported are torch.optim.SGD and the "
+            f"eigenfilter optimizers with method {', '.join(map(repr, sorted(_BUILDERS)))}"
+        )
+    return [build(group) for group in opt.param_groups]
+
+
+def _method(opt: _Optimizer) -> str:
+    """Name of the method, or "" if unknown.
+
+    The class states it: an instance attribute may name how another optimizer is wrapped.
+    """
+    for cls in type(opt).__mro__:
+        if (cls.__module__, cls.__name__) == ("torch.optim.sgd", "SGD"):
+            return "sgd"
+    method = getattr(type(opt), "method", "")
+    return method if isinstance(method, str) else ""
+
+
+def _common(group: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("lr", "momentum", "dampening", "weight_decay", "maximize")
+    return {name: group[name] for name in names}
+
+
+def _sgd(group: Mapping[str, Any]) -> Filter:
+    return Nesterov(**_common(group)) if group["nesterov"] else HeavyBall(**_common(group))
+
+
+def _usam(group: Mapping[str, Any]) -> Filter:
+    if float(group["rho"]) == 0.0:
+        return _sgd(group)
+    return USAM(**_common(group), rho=group["rho"], nesterov=group["nesterov"])
+
+
+_BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Filter]] = {"sgd": _sgd, "usam": _usam}

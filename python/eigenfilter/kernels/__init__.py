@@ -1,0 +1,178 @@
+"""Multi-tensor update kernels, one contract in four rooms.
+
+Each function works on lists of tensors that share one device and one dtype (float32, float64,
+bfloat16 or float16) and are *dense*: their elements fill one stretch of memory, in any order of
+dimensions. The i-th tensors of all lists have the same shape and strides, because the kernels walk
+memory and not indices. Arithmetic is float32 (float64 for float64). All arguments are checked before
+anything is written; what is wrong is named by list and index.
+
+Scalars are floats or 0-dim float32/float64 tensors, which are read on their device without a
+synchronisation. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero: leave
+everything as it was) are what `torch.amp.GradScaler` hands over, one-element float32 tensors.
+
+`backend` is None (choose by device), "native" (C++ or CUDA), "triton" or "reference".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eigenfilter.kernels import dispatch
+from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
+from eigenfilter.kernels.reference import Scalar
+
+__all__ = ["BACKENDS", "Backend", "ascend", "descend", "flag_nonfinite", "norm", "select"]
+
+
+def ascend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    alpha: Scalar,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Save the parameters and move them along their gradients.
+
+        b <- x,    x <- x + alpha g / grad_scale
+
+    The backup is a bit-for-bit copy, and is written even where `found_inf` stops the move.
+
+    Args:
+        params: n tensors x, moved in place.
+        grads: n tensors g, read.
+        backups: n tensors b, overwritten.
+        alpha: length of the move: rho to ascend, -rho to ascend -f.
+        grad_scale: loss scale the gradients carry, or None for 1.
+        found_inf: flag; where it is not zero x stays.
+        backend: see the module.
+
+    Raises:
+        TypeError: an element is no strided tensor of a supported dtype.
+        ValueError: lists, devices, dtypes, shapes or strides differ, or tensors overlap.
+        RuntimeError: the backend asked for is not available; the message says how to get it.
+
+    Source: arXiv 2510.09034, USAM; the backup is ours.
+    """
+    dispatch.of(params, backend).ascend(
+        params, grads, backups, alpha, grad_scale=grad_scale, found_inf=found_inf
+    )
+
+
+def descend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None = None,
+    backups: Sequence[Tensor] | None = None,
+    *,
+    lr: Scalar,
+    momentum: Scalar = 0.0,
+    dampening: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Restore the parameters and take one step of SGD from there.
+
+        x <- b                                (where backups are given)
+        d = g / grad_scale + wd x             (-g with maximize)
+        m <- momentum m + (1 - dampening) d
+        x <- x - lr m                         (Nesterov: x - lr (d + momentum m))
+
+    Without `momenta` the step is x <- x - lr d. Momentum buffers start as zeros; torch's first step
+    (m <- d) is then the call with dampening 0.
+
+    Args:
+        params: n tensors, overwritten. With backups their present values are not read.
+        grads: n tensors g, read.
+        momenta: n tensors m, updated, or None for no momentum.
+        backups: n tensors b, read, or None: the step starts from params.
+        lr: learning rate.
+        momentum: beta, in [0, 1).
+        dampening: in [0, 1].
+        weight_decay: wd >= 0.
+        nesterov: look ahead along the new momentum.
+        maximize: ascend the objective.
+        grad_scale: loss scale the gradients carry, or None for 1.
+        found_inf: flag; where it is not zero x is restored and m stays.
+        backend: see the module.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ascend`.
+
+    Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
+    """
+    dispatch.of(params, backend).descend(
+        params,
+        grads,
+        momenta,
+        backups,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+def norm(
+    tensors: Sequence[Tensor],
+    *,
+    grad_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Euclidean norm of all elements of all tensors.
+
+        out <- sqrt(sum_i sum_j t_i[j]^2) / grad_scale
+
+    Squares are summed in float64, in an order that depends on the sizes alone: the result is the same
+    bit for bit from run to run, whatever the number of threads.
+
+    Args:
+        tensors: n tensors, read.
+        grad_scale: loss scale the tensors carry, or None for 1.
+        out: 0-dim tensor of the result's dtype on the tensors' device, or None to allocate it.
+        backend: see the module.
+
+    Returns:
+        0-dim tensor, float32 (float64 for float64 tensors), on the tensors' device.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ascend`.
+    """
+    implementation = dispatch.of(tensors, backend)
+    if out is None:
+        dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        out = torch.empty((), dtype=dtype, device=tensors[0].device)
+    implementation.norm(tensors, out, grad_scale=grad_scale)
+    return out
+
+
+def flag_nonfinite(
+    tensors: Sequence[Tensor], found_inf: Tensor, *, backend: str | None = None
+) -> None:
+    """Set a flag where any element is infinite or NaN.
+
+        found_inf <- 1 if some t_i[j] is not finite, else unchanged
+
+    Args:
+        tensors: n tensors, read.
+        found_inf: one-element float32 tensor on their device.
+        backend: see the module.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ascend`.
+    """
+    dispatch.of(tensors, backend).flag_nonfinite(tensors, found_inf)

@@ -1,0 +1,118 @@
+"""The one seam: which implementation serves a device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from eigenfilter import _core
+from eigenfilter.kernels import native, reference
+from eigenfilter.kernels.reference import Scalar
+
+BACKENDS = ("native", "triton", "reference")
+
+_logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """What a room offers: the four kernels, with the arguments of `eigenfilter.kernels`."""
+
+    def ascend(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        backups: Sequence[Tensor],
+        alpha: Scalar,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Save and move; see `eigenfilter.kernels.ascend`."""
+
+    def descend(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momenta: Sequence[Tensor] | None,
+        backups: Sequence[Tensor] | None,
+        *,
+        lr: Scalar,
+        momentum: Scalar = 0.0,
+        dampening: Scalar = 0.0,
+        weight_decay: Scalar = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Restore and step; see `eigenfilter.kernels.descend`."""
+
+    def norm(
+        self, tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = None
+    ) -> None:
+        """Euclidean norm; see `eigenfilter.kernels.norm`."""
+
+    def flag_nonfinite(self, tensors: Sequence[Tensor], found_inf: Tensor) -> None:
+        """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
+
+
+@functools.cache
+def select(device_type: str, backend: str | None = None) -> Backend:
+    """Return the implementation for a device type.
+
+    Args:
+        device_type: "cpu" or "cuda" (which is also what torch calls ROCm).
+        backend: None chooses: native on the CPU; on a GPU native if its kernels were compiled, else
+            Triton. The choice is logged once. A name works or raises.
+
+    Raises:
+        ValueError: an unknown backend, or a device no backend serves.
+        RuntimeError: the backend is not available here.
+    """
+    if backend is None:
+        chosen = _automatic(device_type)
+        _logger.info("kernels on %s: %s", device_type, chosen)
+        return select(device_type, chosen)
+    if backend == "reference":
+        return cast(Backend, reference)
+    if backend == "native":
+        if device_type != "cpu":
+            _core.require_cuda()
+        return cast(Backend, native)
+    if backend == "triton":
+        return cast(Backend, _triton())
+    raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}, or None")
+
+
+def of(tensors: Sequence[Tensor], backend: str | None) -> Backend:
+    """Return the implementation that serves the device of `tensors`."""
+    if not tensors:
+        raise ValueError("no tensors: pass at least one")
+    return select(tensors[0].device.type, backend)
+
+
+def _automatic(device_type: str) -> str:
+    if device_type == "cpu":
+        return "native"
+    if device_type == "cuda":
+        return "native" if _core.cuda_compiled and torch.version.cuda else "triton"
+    raise ValueError(
+        f"no kernels for device {device_type!r}: move the tensors to cpu or cuda, "
+        'or ask for backend="reference"'
+    )
+
+
+def _triton() -> ModuleType:
+    try:
+        from eigenfilter.kernels import triton_kernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError('backend "triton" needs the triton package: pip install triton') from error
+    return triton_kernels

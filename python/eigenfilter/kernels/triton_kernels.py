@@ -1,0 +1,175 @@
+"""The Triton room, for NVIDIA and AMD GPUs. Arguments as `eigenfilter.kernels`.
+
+TRITON_INTERPRET=1, set before triton is imported, runs the kernels on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eigenfilter.kernels import triton_device as device_code
+from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
+from eigenfilter.kernels.triton_tables import Tables, block_size, tables
+
+_INTERPRETED = not isinstance(device_code.ascend_kernel, triton.JITFunction)
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def ascend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    alpha: Scalar,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Save and move; see `eigenfilter.kernels.ascend`."""
+    x = params[0]
+    names = ("params", "grads", "backups")
+    with _served(x.device):
+        work = tables(x, names, (params, grads, backups), (True, False, True))
+        _launch(
+            device_code.ascend_kernel,
+            x.dtype,
+            work,
+            work.n,
+            *_scalar("alpha", alpha, x.device),
+            _single("grad_scale", grad_scale, torch.float32, x.device),
+            _single("found_inf", found_inf, torch.float32, x.device),
+        )
+
+
+def descend(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    backups: Sequence[Tensor] | None,
+    *,
+    lr: Scalar,
+    momentum: Scalar = 0.0,
+    dampening: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Restore and step; see `eigenfilter.kernels.descend`."""
+    x = params[0]
+    names = ("params", "grads", "momenta", "backups")
+    with _served(x.device):
+        work = tables(x, names, (params, grads, momenta, backups), (True, False, True, False))
+        _launch(
+            device_code.descend_kernel,
+            x.dtype,
+            work,
+            work.n,
+            *_scalar("lr", lr, x.device),
+            *_scalar("momentum", momentum, x.device),
+            *_scalar("dampening", dampening, x.device),
+            *_scalar("weight_decay", weight_decay, x.device),
+            _single("grad_scale", grad_scale, torch.float32, x.device),
+            _single("found_inf", found_inf, torch.float32, x.device),
+            MOMENTA=momenta is not None,
+            BACKUPS=backups is not None,
+            NESTEROV=nesterov,
+            MAXIMIZE=maximize,
+        )
+
+
+def norm(tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = None) -> None:
+    """Euclidean norm; see `eigenfilter.kernels.norm`."""
+    t = tensors[0]
+    with _served(t.device):
+        work = tables(t, ("tensors",), (tensors,), (False,))
+        _single("out", out, arithmetic_dtype(t.dtype), t.device)
+        scale = _single("grad_scale", grad_scale, torch.float32, t.device)
+        sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
+        _launch(device_code.sum_squares_kernel, t.dtype, work, sums)
+        device_code.norm_kernel[(1,)](
+            sums,
+            work.programs,
+            out,
+            scale,
+            BLOCK=device_code.NORM_BLOCK,
+            **device_code.NORM_OPTIONS,
+        )
+
+
+def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
+    """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
+    t = tensors[0]
+    with _served(t.device):
+        work = tables(t, ("tensors",), (tensors,), (False,))
+        _single("found_inf", found_inf, torch.float32, t.device)
+        _launch(device_code.flag_nonfinite_kernel, t.dtype, work, found_inf)
+
+
+def constants(dtype: torch.dtype) -> dict[str, Any]:
+    """Return the compile-time constants that all kernels over tensors of `dtype` share."""
+    return {
+        "DTYPE": _TYPES[dtype],
+        "REAL": _TYPES[arithmetic_dtype(dtype)],
+        "BLOCK": block_size(dtype),
+    }
+
+
+def _launch(kernel: Any, dtype: torch.dtype, work: Tables, *args: object, **chosen: bool) -> None:
+    """Run a program for every chunk."""
+    if work.programs > 0:
+        kernel[(work.programs,)](
+            work.pointers,
+            work.chunks,
+            *args,
+            **chosen,
+            **constants(dtype),
+            **device_code.OPTIONS,
+        )
+
+
+def _served(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which `device` is the current one; raise if kernels cannot run on it."""
+    if device.type != ("cpu" if _INTERPRETED else "cuda"):
+        raise RuntimeError(
+            f'backend "triton" needs a GPU, or TRITON_INTERPRET=1 in the environment and tensors '
+            f"on the CPU: these are on {device}"
+        )
+    return contextlib.nullcontext() if _INTERPRETED else torch.cuda.device(device)
+
+
+def _scalar(name: str, value: Scalar, device: torch.device) -> tuple[float, Tensor | None]:
+    """Return a hyperparameter as kernels take it: a value, and where it lies if on the device."""
+    if not isinstance(value, Tensor):
+        return float(value), None
+    if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be a number or a one-element float32 or float64 tensor")
+    if value.device == device:
+        return 0.0, value
+    if value.device.type == "cpu":
+        return value.item(), None
+    raise ValueError(
+        f"{name} is on {value.device} and the tensors on {device}: move it there or to the CPU"
+    )
+
+
+def _single(
+    name: str, value: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Return `value`; raise unless it is None or one element of this dtype on this device."""
+    if value is not None and (value.numel() != 1 or value.dtype != dtype or value.device != device):
+        raise ValueError(f"{name} must be a {dtype} tensor of one element on {device}")
+    return value

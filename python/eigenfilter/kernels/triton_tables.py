@@ -1,0 +1,140 @@
+"""Device tables for the Triton kernels: where the tensors are, and how they are cut into chunks.
+
+A program works on one chunk of one tensor. Two int64 tables on the device say which:
+
+    pointers [roles, n]      address of the i-th tensor of every list
+    chunks [4, programs]     tensor, first element, elements, how many of them are accessed 16 bytes
+                             at a time
+
+Where all addresses of a tensor are multiples of 16, its whole blocks are accessed that way; else (a
+bucket view, a shard) it is accessed element by element, and slows nobody else.
+
+Tables are used again where what they were made of is the same, byte for byte. Gradients move more
+often than sizes change, and the table of chunks is then still good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from eigenfilter import _core
+
+# A block is 4 KiB of every tensor: two 16-byte accesses a thread with 4 warps of 32, one with 4
+# warps of 64. That is enough in flight at full occupancy, with registers to spare for four lists. A
+# chunk of four blocks makes the tables small beside what they describe, and still cuts a model of
+# 25M float32 parameters into several waves of a large GPU.
+BLOCK_BYTES = 4096
+BLOCKS_IN_CHUNK = 4
+
+Array = npt.NDArray[np.int64]
+_Key = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The tensors of one call: addresses [roles, n] and chunks [4, programs], on their device."""
+
+    pointers: Tensor
+    chunks: Tensor
+
+    @property
+    def n(self) -> int:
+        """Tensors in a list."""
+        return self.pointers.shape[1]
+
+    @property
+    def programs(self) -> int:
+        """Chunks of all tensors; none where all tensors are empty."""
+        return self.chunks.shape[1]
+
+
+def tables(
+    like: Tensor,
+    names: Sequence[str],
+    lists: Sequence[Sequence[Tensor] | None],
+    written: Sequence[bool],
+) -> Tables:
+    """Check the lists of one call and return their tables.
+
+    Args:
+        like: a tensor of the lists, for their dtype and device, which must be the current one. The
+            tables are for the current stream.
+        names, lists, written: as `_core.table`.
+    """
+    addresses, counts = _core.table(names, lists, written)
+    sizes = np.frombuffer(counts, dtype=np.int64)
+    pointers = np.frombuffer(addresses, dtype=np.int64).reshape(-1, sizes.size)
+    aligned = np.bitwise_or.reduce(pointers, axis=0) % 16 == 0
+    block = block_size(like.dtype)
+    return Tables(
+        pointers=_recent.get((addresses, sizes.size), like.device, lambda: pointers),
+        chunks=_recent.get(
+            (counts, aligned.tobytes(), block), like.device, lambda: cut(sizes, aligned, block)
+        ),
+    )
+
+
+def block_size(dtype: torch.dtype) -> int:
+    """Return the elements of a block."""
+    return BLOCK_BYTES // dtype.itemsize
+
+
+def cut(sizes: Array, aligned: npt.NDArray[np.bool_], block: int) -> Array:
+    """Return the table of chunks, [4, programs].
+
+    Args:
+        sizes: elements of each tensor, [n].
+        aligned: whether 16-byte accesses are safe, [n].
+        block: elements of a block.
+    """
+    chunk = BLOCKS_IN_CHUNK * block
+    count = -(-sizes // chunk)
+    tensor = np.repeat(np.arange(sizes.size), count)
+    index = np.arange(tensor.size) - np.repeat(np.cumsum(count) - count, count)
+    length = np.minimum(sizes[tensor] - index * chunk, chunk)
+    wide = np.where(aligned[tensor], length // block * block, 0)
+    return np.stack((tensor, index * chunk, length, wide))
+
+
+class _Recent:
+    """Device copies of the arrays last used.
+
+    Searched one by one: keys are many kilobytes, and sooner found different than hashed.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._entries: list[tuple[_Key, Tensor]] = []
+
+    def get(self, key: _Key, device: torch.device, make: Callable[[], Array]) -> Tensor:
+        """Return the copy on `device` of the array that `make` returns for `key`."""
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                # This copy happens when the graph is replayed: useless outside of the graph. Pinned
+                # memory taken during a capture is never used again, so that it stays as it is.
+                return _upload(make(), device)
+            # A copy is certain to have happened only for what follows it on its stream.
+            key = (torch.cuda.current_stream().cuda_stream, *key)
+        key = (device, *key)
+        entry = next((e for e in self._entries if e[0] == key), None)
+        if entry is None:
+            entry = (key, _upload(make(), device))
+        others = [e for e in self._entries if e is not entry]
+        self._entries = [entry, *others[: self._capacity - 1]]
+        return entry[1]
+
+
+def _upload(array: Array, device: torch.device) -> Tensor:
+    # torch gives pinned memory to somebody else only after the copies from it are done.
+    staged = torch.empty(array.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+    staged.numpy()[...] = array
+    return staged.to(device, non_blocking=True)
+
+
+_recent = _Recent(capacity=32)

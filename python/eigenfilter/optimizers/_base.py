@@ -1,0 +1,454 @@
+"""The machine every optimizer steps with: ascents, descent, restoration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from eigenfilter import _core, _perturbation, kernels
+from eigenfilter.optimizers import _distributed
+from eigenfilter.optimizers._guard import Guard, refuse_unscaled
+from eigenfilter.optimizers._hyperparameters import DTYPES, check_hyperparameters
+from eigenfilter.optimizers._parts import Part, Store, split
+
+Gradients: TypeAlias = list[tuple[Part, list[Tensor]]]
+"""Parts with a gradient for each of their parameters."""
+
+
+class EigenfilterOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers: SGD's update at x from a gradient taken elsewhere.
+
+    A step visits `ascents` perturbed points before the descent,
+
+        closure()
+        while opt.ascend():     # moves to the next point where a gradient is needed
+            closure()
+        opt.step()              # restores x exactly and applies the update
+
+    or, with torch's contract, `loss = opt.step(closure)`. A subclass names its `method`, the number of
+    its `ascents`, and says in `_move` how one ascent moves a part.
+
+    Args:
+        params: parameters, named parameters or groups, as for torch.optim.Optimizer.
+        defaults: the groups' hyperparameters, SGD's and the subclass's own.
+        skip_nonfinite: look at every gradient, and leave parameters and state as they were where one
+            is not finite (one more pass over the gradient).
+        backend: the kernels' backend, see `eigenfilter.kernels`.
+    """
+
+    method: str
+    ascents: int
+
+    # A GradScaler hands grad_scale and found_inf over instead of unscaling and looking itself.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        skip_nonfinite: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if backend is not None and backend not in kernels.BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}: choose one of {kernels.BACKENDS}")
+        self.skip_nonfinite = skip_nonfinite
+        self.backend = backend
+        self._start()
+        super().__init__(params, defaults)
+
+    def _start(self) -> None:
+        """Set up what lives as long as this object and is never saved."""
+        self._ascended = 0  # ascents taken in the step under way
+        self._moved: list[Part] = []  # parts that are away from x, none twice
+        self._guard = Guard()
+        self._store = Store(self.backend)
+        self._parts: list[Part] = []
+        self._known: list[tuple[list[Tensor], list[Tensor]]] = []  # params of each group, a copy
+
+    # What users see of a step under way.
+
+    @property
+    def phase(self) -> str:
+        """What the next gradient is for: "ascent" or "descent"."""
+        return "ascent" if self._ascended < self._ascents_wanted() else "descent"
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the parameters are away from x."""
+        return bool(self._moved)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped for a gradient that was not finite (synchronises)."""
+        return self._guard.skipped()
+
+    # Stepping.
+
+    @torch.no_grad()
+    def ascend(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Move to the next point where a gradient is needed, and clear the gradients.
+
+        Args:
+            grad_scaler: the scaler whose scale the present gradients carry.
+
+        Returns:
+            True after a move; False, with nothing done, when the next gradient is the descent's.
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or `grad_scaler.unscale_` was called.
+        """
+        if self.phase == "descent":
+            return False
+        refuse_unscaled(self, grad_scaler)
+        found = [(part, g) for part, g in self._gradients() if not _is_zero(part.group["rho"])]
+        if not found:
+            raise RuntimeError(
+                "ascend() needs the gradient at the present point: call the closure, which runs "
+                "loss.backward(), before each ascend() and after each that returned True"
+            )
+        if self._ascended == 0:
+            self._guard.begin()
+        self._guard.take_scale(grad_scaler, found)
+        if self.skip_nonfinite or self._guard.scaled:
+            found = _conforming(found)
+            self._guard.look(found)
+        _perturbation.enter(self)
+        try:
+            for part, grads in found:
+                self._move(part, grads)
+                if part not in self._moved:
+                    self._moved.append(part)
+        except BaseException:
+            self.restore()
+            raise
+        self._touched([part for part, _ in found])
+        for group in self.param_groups:
+            _core.clear_gradients(group["params"])
+        self._ascended += 1
+        return True
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step: the whole one with a closure, else its end, the descent.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls backward and returns the loss. It
+                is called as often as the method needs.
+
+        Returns:
+            The first call's loss, detached if it has a graph; None without a closure.
+
+        Raises:
+            RuntimeError: without a closure, the gradient that is due is not there (unless every lr
+                is 0); with one, an explicit step is under way.
+        """
+        if closure is None:
+            self._descend()
+            return None
+        if self.perturbed:
+            raise RuntimeError(
+                "step(closure) takes a whole step, and one is under way: end it with step(), or go "
+                "back to x with restore()"
+            )
+        try:
+            loss = _evaluate(closure)
+            while self.ascend():
+                _evaluate(closure)
+            self._descend()
+        except BaseException:
+            self.restore()
+            raise
+        return loss
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to x, bit for bit, from anywhere; the step under way is forgotten."""
+        _restore(self._moved)
+        self._touched(self._moved)
+        self._moved, self._ascended = [], 0
+        _perturbation.leave(self)
+
+    def clip_grad_norm_(
+        self, max_norm: float, grad_scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor:
+        """Clip the descent gradient to a total norm, in place, as torch.nn.utils.clip_grad_norm_.
+
+        Args:
+            max_norm: the largest norm, over all parameters of all groups.
+            grad_scaler: the scaler whose scale the gradients carry; it unscales them first.
+
+        Returns:
+            The total norm before clipping, a 0-dim tensor.
+
+        Raises:
+            RuntimeError: the next gradient is an ascent's, which the methods take unclipped.
+        """
+        if self.phase == "ascent":
+            raise RuntimeError(
+                "clip_grad_norm_ clips the descent gradient: call it after the ascents, just "
+                "before step()"
+            )
+        if grad_scaler is not None:
+            grad_scaler.unscale_(self)
+        params = [p for group in self.param_groups for p in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(params, max_norm)
+
+    # For subclasses.
+
+    def _move(self, part: Part, grads: list[Tensor]) -> None:
+        """Move `part` for ascent number `self._ascended`; its backups hold x from the first on."""
+        raise AssertionError(f"{type(self).__name__} has no ascent")
+
+    def _run(
+        self, kernel: Callable[..., None], part: Part, grads: list[Tensor], *args: Any, **kw: Any
+    ) -> None:
+        """Call a kernel on a part, with its gradients brought to the parameters' layout if need be."""
+        kw |= self._guard.scalars(part.device)
+        try:
+            kernel(part.tensors, grads, *args, **kw)
+        except (_core.LayoutError, TypeError):
+            kernel(part.tensors, part.conform(grads), *args, **kw)
+
+    # The descent.
+
+    @torch.no_grad()
+    def _descend(self) -> None:
+        if not self._only_primes():
+            self._require_ascents()
+        found = self._gradients()
+        if not found and not self._only_primes():
+            raise RuntimeError(
+                "step() needs the gradient of the descent, and no parameter has one: run the "
+                "closure, which calls loss.backward(), before step()"
+            )
+        if self._ascended == 0:
+            self._guard.begin()
+        self._guard.take_over(self, found)
+        if self.skip_nonfinite or len(found) > 1:  # any error comes before the first part steps
+            found = _conforming(found)
+        if self.skip_nonfinite:
+            self._guard.look(found)
+        for part, grads in found:
+            for piece in self._pieces(part, grads):
+                self._update(*piece)
+        self._touched([part for part, _ in found])
+        self._guard.count()
+        self._restore_all_but(found)
+
+    def _pieces(
+        self, part: Part, grads: list[Tensor]
+    ) -> Iterator[tuple[Part, list[Tensor], bool, bool]]:
+        """Split by what the parameters have: (piece, gradients, have moved?, have momentum?)."""
+        moved = part in self._moved
+        plain = part.group["momentum"] == 0
+        if (moved or not self._moved) and (plain or part.has_momenta):
+            yield part, grads, moved, True
+            return
+        moved_ids = {id(p) for m in self._moved for p in m.params}
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for i, p in enumerate(part.params):
+            kinds.setdefault((id(p) in moved_ids, plain or part.has_momentum(p)), []).append(i)
+        for (moved, begun), indices in kinds.items():
+            yield part.subpart(indices), [grads[i] for i in indices], moved, begun
+
+    def _update(self, part: Part, grads: list[Tensor], moved: bool, begun: bool) -> None:
+        """Apply SGD's update to a part, from its backups if it has moved."""
+        group = part.group
+        momenta, dampening, undo = None, 0.0, False
+        if group["momentum"] != 0:
+            momenta = part.momenta()
+            if begun:
+                dampening = group["dampening"]
+            elif group["dampening"] != 0:  # the first step is undamped; if skipped, it is to come
+                undo = self._guard.skips(part.device)
+        self._run(
+            part.kernels.descend,
+            part,
+            grads,
+            momenta,
+            part.backups() if moved else None,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=dampening,
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if undo:
+            part.drop_momenta()
+
+    # Parts and gradients.
+
+    def _gradients(self) -> Gradients:
+        """The parts of the parameters that have a gradient, with those."""
+        self._refresh()
+        found = []
+        for part in self._parts:
+            grads, missing = _core.gradients(part.params)
+            if missing == len(grads):
+                continue
+            if missing:
+                indices = [i for i, g in enumerate(grads) if g is not None]
+                part, grads = part.subpart(indices), [grads[i] for i in indices]
+            found.append((part, grads))
+        return found
+
+    def _refresh(self) -> None:
+        """Build the parts anew if the groups or the state are not the ones they were built from."""
+        known = len(self._known) == len(self.param_groups) and all(
+            group["params"] is params and _core.same_objects(params, copy)
+            for group, (params, copy) in zip(self.param_groups, self._known, strict=True)
+        )
+        if self._parts and known and self._store.state is self.state and self._store.unchanged():
+            return
+        if self.perturbed:
+            raise RuntimeError(
+                "param_groups or state were changed between an ascent and its step: change them "
+                "after step() or restore()"
+            )
+        self._known = [(g["params"], list(g["params"])) for g in self.param_groups]
+        self._store.state = self.state
+        self._store.remember()
+        self._parts = list(split(self.param_groups, self._store))
+
+    def _touched(self, parts: list[Part]) -> None:
+        """Tell autograd and FSDP2 that the parameters of `parts` have changed."""
+        for part in parts:
+            increment_version(part.params)
+        if any(part.is_distributed for part in parts):
+            _distributed.reshard()
+
+    def _restore_all_but(self, stepped: Gradients) -> None:
+        """Go back to x where no descent was taken, and end the step."""
+        if self._moved:
+            done = {id(part) for part, _ in stepped}
+            if not all(id(part) in done for part in self._moved):
+                ids = {id(p) for part, _ in stepped for p in part.params}
+                rest = [
+                    part.subpart([i for i, p in enumerate(part.params) if id(p) not in ids])
+                    for part in self._moved
+                ]
+                _restore(rest)
+                self._touched(rest)
+        self._moved, self._ascended = [], 0
+        _perturbation.leave(self)
+
+    # When a step is due.
+
+    def _ascents_wanted(self) -> int:
+        if all(_is_zero(g.get("rho", 0.0)) for g in self.param_groups):
+            return 0
+        return self.ascents
+
+    def _require_ascents(self) -> None:
+        if self.phase == "ascent":
+            raise RuntimeError(
+                f"step() needs {self._ascents_wanted()} ascents before it, and {self._ascended} "
+                "were taken: pass the closure to step(), or write `while opt.ascend(): closure()`"
+            )
+
+    def _only_primes(self) -> bool:
+        """Whether every lr is 0: distributed checkpointing makes the state exist by such a step."""
+        return not self.perturbed and all(_is_zero(g["lr"]) for g in self.param_groups)
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Momentum and hyperparameters, in torch.optim.SGD's form; backups are never in it.
+
+        Raises:
+            RuntimeError: the parameters are away from x, as the model's own state_dict would be.
+        """
+        self._refuse_perturbed("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict`, this class's or torch.optim.SGD's, returned.
+
+        What its groups lack, as SGD's lack rho, keeps its value.
+
+        Raises:
+            RuntimeError: the parameters are away from x.
+            ValueError: the groups do not match.
+        """
+        self._refuse_perturbed("load_state_dict()")
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            own = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+            filled = [mine | given for mine, given in zip(own, groups, strict=True)]
+            state_dict = state_dict | {"param_groups": filled}
+        super().load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its hyperparameters are checked as the constructor's are.
+
+        Raises:
+            TypeError: a parameter is sparse, complex or of an unsupported dtype.
+            ValueError: a hyperparameter is out of its range.
+            RuntimeError: the parameters are away from x.
+        """
+        self._refuse_perturbed("add_param_group()")
+        super().add_param_group(param_group)
+        group = self.param_groups.pop()
+        check_hyperparameters(group)
+        for device_type in {p.device.type for p in group["params"]} - {"meta"}:
+            kernels.select(device_type, self.backend)
+        for i, p in enumerate(group["params"]):
+            if p.layout != torch.strided or p.dtype not in DTYPES:
+                raise TypeError(
+                    f"parameter {i} of the group is {p.dtype}, {p.layout}: the optimizers take "
+                    "dense float32, float64, bfloat16 and float16 parameters; give the others to "
+                    "an optimizer of their own"
+                )
+        self.param_groups.append(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_perturbed("copying or pickling")
+        kept = {"skip_nonfinite": self.skip_nonfinite, "backend": self.backend}
+        return super().__getstate__() | kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start()
+
+    def _refuse_perturbed(self, what: str) -> None:
+        if self.perturbed:
+            raise RuntimeError(
+                f"{what} while the parameters are away from x: end the step with step(), or go back "
+                "with restore(), first"
+            )
+
+
+def _evaluate(closure: Callable[[], Any]) -> Any:
+    with torch.enable_grad():
+        loss = closure()
+    return loss.detach() if isinstance(loss, Tensor) and loss.requires_grad else loss
+
+
+def _is_zero(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) and value == 0
+
+
+def _conforming(found: Gradients) -> Gradients:
+    """`found`, its gradients copied to their parameters' layout where they have another."""
+    checked = []
+    for part, grads in found:
+        try:
+            _core.check(("params", "grads"), (part.tensors, grads), (True, False))
+        except (_core.LayoutError, TypeError):
+            grads = part.conform(grads)
+        checked.append((part, grads))
+    return checked
+
+
+def _restore(parts: list[Part]) -> None:
+    for part in parts:
+        torch._foreach_copy_([_distributed.local(p) for p in part.params], list(part.backups()))

@@ -1,0 +1,49 @@
+"""Sharded parameters: DTensors go by their local shards, and FSDP2 must see that weights moved."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.distributed as dist
+from torch import Tensor
+
+if dist.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(t: Tensor) -> bool:
+    """Whether `t` is a DTensor."""
+    return dist.is_available() and isinstance(t, DTensor)
+
+
+def local(t: Tensor) -> Tensor:
+    """The memory of `t` in this process: a DTensor's local shard, any other tensor itself."""
+    return cast(Tensor, t._local_tensor) if is_dtensor(t) else t
+
+
+def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+    """`grad`, redistributed to the placements of `param` where both are DTensors that differ."""
+    if is_dtensor(grad) and is_dtensor(param):
+        g, p = cast("DTensor", grad), cast("DTensor", param)
+        if g.placements != p.placements:
+            return cast(Tensor, g.redistribute(p.device_mesh, p.placements))
+    return grad
+
+
+def any_rank(flag: Tensor) -> None:
+    """flag <- the largest flag of all ranks, so that all skip a step or none does."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+
+
+def reshard() -> None:
+    """Make FSDP2 gather its parameters anew: copies gathered before they moved hold the old values.
+
+    Resharding what is sharded already does nothing, so that every module that is alive can be asked.
+    """
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()

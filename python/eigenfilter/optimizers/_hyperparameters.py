@@ -1,0 +1,28 @@
+"""What the groups' hyperparameters may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The parameters' dtypes."""
+
+_NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "rho")
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Raise ValueError, with the range, for a hyperparameter that is out of it.
+
+    Tensors are not read: that would wait for their device.
+    """
+    for name in _NOT_NEGATIVE:
+        value = group.get(name, 0.0)
+        if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be at least 0 and finite, and is {value}")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a one-element tensor")
+    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+        raise ValueError("nesterov needs momentum > 0 and dampening 0")

@@ -1,0 +1,121 @@
+"""`of` reads live optimizers: the real torch.optim.SGD, and ours by what they state."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from eigenfilter.filters import USAM, Filter, HeavyBall, Nesterov, of
+
+GROUP = {
+    "lr": 0.3,
+    "momentum": 0.8,
+    "dampening": 0.2,
+    "weight_decay": 0.1,
+    "nesterov": False,
+    "maximize": False,
+}
+
+
+def optimizer(method: object, *groups: dict[str, object]) -> SimpleNamespace:
+    """What eigenfilter's optimizers look like from here: a method on the class, and groups."""
+    return type("Stated", (SimpleNamespace,), {"method": method})(param_groups=list(groups))
+
+
+def train(opt: torch.optim.Optimizer, lam: torch.Tensor, x: torch.Tensor, steps: int) -> None:
+    def closure() -> torch.Tensor:
+        opt.zero_grad()
+        loss = 0.5 * (lam * x * x).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        opt.step(closure)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.2},
+        {"lr": 0.2, "maximize": True},
+        {"lr": 0.2, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+        {"lr": 0.2, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+        {"lr": 0.2, "momentum": 0.8, "nesterov": True, "maximize": True},
+    ],
+    ids=repr,
+)
+def test_a_quadratic_trained_with_torch_obeys_its_filter(options: dict[str, object]) -> None:
+    x = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    opt = torch.optim.SGD([x], **options)
+    ((low, high),) = of(opt)[0].intervals()
+    step = 0.02 * (high - low)
+    lam = torch.tensor([low + step, high - step, low - step, high + step], dtype=torch.float64)
+    train(opt, lam, x, steps=1500)
+    size = x.detach().abs()
+    assert size[:2].max() < 1e-3
+    assert size[2:].min() > 1e3
+
+
+def test_one_filter_per_group_at_present_values() -> None:
+    x, y = torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)
+    opt = torch.optim.SGD(
+        [{"params": [x]}, {"params": [y], "momentum": 0.5, "nesterov": True}], lr=torch.tensor(0.25)
+    )
+    assert of(opt) == [HeavyBall(0.25), Nesterov(0.25, 0.5)]
+    opt.param_groups[0]["lr"] = 0.125
+    assert of(opt)[0].max_eigenvalue() == 16.0
+
+
+def test_subclasses_of_torch_sgd_are_recognised() -> None:
+    class Mine(torch.optim.SGD):
+        pass
+
+    assert of(Mine([torch.zeros(1, requires_grad=True)], lr=0.5)) == [HeavyBall(0.5)]
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "expected"),
+    [
+        ("sgd", {}, HeavyBall(0.3, 0.8, 0.2, 0.1)),
+        ("sgd", {"nesterov": True, "dampening": 0}, Nesterov(0.3, 0.8, 0, 0.1)),
+        ("sgd", {"maximize": True}, HeavyBall(0.3, 0.8, 0.2, 0.1, maximize=True)),
+        ("usam", {"rho": 0.05}, USAM(0.3, 0.8, 0.2, 0.1, rho=0.05)),
+        (
+            "usam",
+            {"rho": 0.05, "maximize": True},
+            USAM(0.3, 0.8, 0.2, 0.1, rho=0.05, maximize=True),
+        ),
+        (
+            "usam",
+            {"rho": torch.tensor(0.25), "nesterov": True, "dampening": 0},
+            USAM(0.3, 0.8, 0, 0.1, rho=0.25, nesterov=True),
+        ),
+        ("usam", {"rho": 0.0}, HeavyBall(0.3, 0.8, 0.2, 0.1)),
+        ("usam", {"rho": 0.0, "nesterov": True, "dampening": 0}, Nesterov(0.3, 0.8, 0, 0.1)),
+    ],
+)
+def test_eigenfilter_optimizers_by_their_method(
+    method: str, changed: dict[str, object], expected: Filter
+) -> None:
+    assert of(optimizer(method, GROUP | changed, GROUP | changed)) == [expected] * 2
+
+
+@pytest.mark.parametrize("method", ["adamw", None, property(lambda self: "sgd")])
+def test_an_unknown_optimizer_is_told_what_is_supported(method: object) -> None:
+    with pytest.raises(TypeError, match=r"Stated; supported are torch.optim.SGD .*'sgd', 'usam'"):
+        of(optimizer(method, GROUP))
+
+
+def test_an_instance_attribute_does_not_count() -> None:
+    opt = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    opt.method = "usam"
+    with pytest.raises(TypeError, match="no filter is known for AdamW"):
+        of(opt)
+
+
+@pytest.mark.parametrize("changed", [{"lr": -1.0}, {"lr": math.nan}, {"momentum": 1.5}])
+def test_bad_values_in_a_group(changed: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="must lie in"):
+        of(optimizer("sgd", GROUP | changed))

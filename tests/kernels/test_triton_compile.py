@@ -1,0 +1,190 @@
+"""The Triton kernels compile for GPUs that are not here, to the instructions they are built on.
+
+Every target is compiled in a process of its own, this file run as a script: compiling needs triton
+not to interpret, whatever the environment of the tests says.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# Machine code follows PTX closely and takes long to read: one target stands for the others.
+DISASSEMBLED = "sm_90"
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+# How many lists each kernel reads and writes.
+LISTS = {
+    "ascend": (2, 2),
+    "ascend_scaled": (2, 2),
+    "descend": (2, 1),
+    "descend_scaled": (3, 2),
+    "sum_squares": (1, 0),
+    "flag_nonfinite": (1, 0),
+}
+# The expansion of a division has fused multiply-adds of its own; these kernels divide nothing.
+WITHOUT_DIVISION = ("ascend", "descend")
+
+DESCEND_SCALARS = ("lr", "momentum", "dampening", "weight_decay")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def compiled(target: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with one assembly file, and for CUDA one binary, a kernel and dtype."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp(target)
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(folder / "cache"))
+    environment.pop("TRITON_INTERPRET", None)
+    subprocess.run([sys.executable, __file__, target, str(folder)], check=True, env=environment)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", LISTS)
+def test_whole_blocks_are_accessed_16_bytes_at_a_time(
+    target: str, compiled: Path, kernel: str, dtype: str
+) -> None:
+    reads, writes = LISTS[kernel]
+    if target == "gfx942":
+        assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
+        assert count(r"(buffer|global)_load_dwordx4", assembly) >= reads
+        assert count(r"(buffer|global)_store_dwordx4", assembly) >= writes
+        return
+    # A block is 4 KiB, 128 threads access 2 KiB at a time.
+    width = "v2.b64" if dtype == "float64" else "v4.b32"
+    assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()
+    assert count(rf"ld\.global\.{width}", assembly) >= 2 * reads
+    assert count(rf"st\.global\.{width}", assembly) >= 2 * writes
+    if target == DISASSEMBLED:
+        machine_code = disassemble(compiled / f"{kernel}.{dtype}.cubin")
+        assert count(r"LDG\.E\.128", machine_code) >= 2 * reads
+        assert count(r"STG\.E\.128", machine_code) >= 2 * writes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_rounded_before_they_are_added(
+    target: str, compiled: Path, dtype: str
+) -> None:
+    if target == "gfx942":
+        for kernel in WITHOUT_DIVISION:
+            assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
+            # v_fma_mix widens fp16 on its way; x * +-1 + y and x * y - 0 round once, as x + y and
+            # x * y do.
+            assembly = re.sub(r"v_fma_mix.*(1\.0|neg\(0\)).*", "", assembly)
+            assert not re.search(r"v_(pk_)?(fma|mad|mac)", assembly)
+        return
+    for kernel in LISTS:
+        assert "fma" not in (compiled / f"{kernel}.{dtype}.ptx").read_text()
+    if target == DISASSEMBLED:
+        for kernel in WITHOUT_DIVISION:
+            machine_code = disassemble(compiled / f"{kernel}.{dtype}.cubin")
+            assert not re.search(r"\b[FD]FMA\b", machine_code)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_spills(target: str, compiled: Path, dtype: str) -> None:
+    for kernel in [*LISTS, "norm"]:
+        if target == "gfx942":
+            assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
+            assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", assembly) == ["0", "0"]
+        else:
+            usage = run_tool("cuobjdump", "-res-usage", compiled / f"{kernel}.{dtype}.cubin")
+            assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
+
+
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+@functools.cache
+def disassemble(cubin: Path) -> str:
+    return run_tool("nvdisasm", "-c", cubin)
+
+
+def run_tool(name: str, option: str, cubin: Path) -> str:
+    """Return what a binary tool of CUDA, as triton brings it along, prints."""
+    import triton
+
+    command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name, option, cubin]
+    done = subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    return done.stdout
+
+
+def compile_all(target: str, folder: Path) -> None:
+    """Leave the assembly, and for CUDA the binary, of every kernel and dtype in `folder`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for dtype in DTYPES:
+        for name, (kernel, fixed, options) in configurations(dtype).items():
+            signature = {
+                arg: "constexpr" if arg in fixed else type_of(arg) for arg in kernel.arg_names
+            }
+            source = ASTSource(kernel, signature, fixed)
+            result = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+            for kind in {"ptx", "amdgcn"} & set(result.asm):
+                (folder / f"{name}.{dtype}.{kind}").write_text(result.asm[kind])
+            if "cubin" in result.asm:
+                (folder / f"{name}.{dtype}.cubin").write_bytes(result.asm["cubin"])
+
+
+def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, object], dict[str, object]]]:
+    """Return kernels with their compile-time constants and options, by name."""
+    import torch
+    from eigenfilter.kernels import triton_device as device_code
+    from eigenfilter.kernels.triton_kernels import constants
+
+    shared = constants(getattr(torch, dtype))
+    on_host = dict.fromkeys(("grad_scale", "found_inf"))
+    ascend_on_host = on_host | {"alpha_at": None}
+    descend_on_host = on_host | dict.fromkeys(f"{name}_at" for name in DESCEND_SCALARS)
+    choices = ("MOMENTA", "BACKUPS", "NESTEROV", "MAXIMIZE")
+    least, most = dict.fromkeys(choices, False), dict.fromkeys(choices, True)
+    kernels = {
+        "ascend": (device_code.ascend_kernel, shared | ascend_on_host),
+        "ascend_scaled": (device_code.ascend_kernel, shared),
+        "descend": (device_code.descend_kernel, shared | least | descend_on_host),
+        "descend_scaled": (device_code.descend_kernel, shared | most),
+        "sum_squares": (device_code.sum_squares_kernel, shared),
+        "flag_nonfinite": (device_code.flag_nonfinite_kernel, shared),
+    }
+    found = {name: (*entry, device_code.OPTIONS) for name, entry in kernels.items()}
+    block = {"BLOCK": device_code.NORM_BLOCK}
+    return found | {"norm": (device_code.norm_kernel, block, device_code.NORM_OPTIONS)}
+
+
+def type_of(argument: str) -> str:
+    """Return the type of a kernel's argument as triton's signatures spell it."""
+    if argument in ("pointers", "chunks"):
+        return "*i64"
+    if argument in ("n", "count"):
+        return "i32"
+    if argument in ("alpha", *DESCEND_SCALARS):
+        return "fp64"
+    return "*fp64" if argument in ("sums", "lr_at", "momentum_at") else "*fp32"
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1], Path(sys.argv[2]))
