@@ -119,10 +119,11 @@ def test_the_first_sharpness_is_the_top_eigenvalue_of_the_whole_hessian() -> Non
         output = torch.func.functional_call(network, named, data.inputs)
         return ((output - data.targets) ** 2).sum() / len(data.inputs)
 
-    flat = torch.cat([w.detach().flatten() for w in weights.values()])
+    flat = torch.cat([w.detach().flatten() for w in weights.values()]).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(flat), flat, create_graph=True)
     v = torch.ones_like(flat)
     for _ in range(300):
-        v = torch.autograd.functional.vhp(loss, flat, v / v.norm())[1]
+        (v,) = torch.autograd.grad(gradient, flat, v / v.norm(), retain_graph=True)
     assert run.last.sharpness == pytest.approx(float(v.norm()), rel=1e-6)
 
 

@@ -32,7 +32,7 @@ class RetainedEngine:
         if not loss.requires_grad:
             raise RuntimeError(
                 "the loss does not depend on the parameters through autograd: was it detached, or "
-                "computed under no_grad?"
+                "computed under no_grad or inference_mode?"
             )
         with _explained():
             grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from eigenfilter.curvature.result import EigenResult
 
 _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
+_RANDOM = 0.3  # how much of a random vector, relative to it, is mixed into a given start
 
 
 class SymmetricOperator(Protocol):
@@ -77,8 +77,9 @@ def eigsh(
         max_matvecs: the most products to use, >= k; by default max(300, 20 k).
         block_size: None or 1; blocks do not exist yet.
         v0: where to start: a vector [n], or the result of an earlier, similar problem, whose
-            vectors are then summed. Eigenvectors that v0 lacks are found late: it should be close
-            to the wanted ones, or random. By default random.
+            vectors are then summed. A random vector of 0.3 times its length is added, so that no
+            eigenvector is missing; still, one that v0 lacked, of an eigenvalue a few percent beyond
+            the wanted ones, can be overlooked when tol is loose and k small. By default random.
         seed: of the random vectors; the global generator is left alone.
 
     Returns:
@@ -104,14 +105,14 @@ def eigsh(
             spent = run.products == limit
             if run.size < min(due, n) and not spent:
                 continue
-            t = run.collect()
-            if run.size >= k and (spent or run.size == n or _settled(t, k, which, tol)):
+            t = run.collect(tol)
+            if run.size >= k and (spent or run.size == n or _settled(t, k, which)):
                 break
             if t.closed:
-                run.begin(None)
+                run.begin()
             # Looking costs an eigendecomposition of T, so it is done less often as T grows.
             due = run.size + 1 + (run.size // 20 if run.size >= k else 0)
-        return _result(run, t, k, which, tol)
+        return _result(run, t.ritz, k, which)
 
 
 def _check(
@@ -166,59 +167,54 @@ class _Ritz(NamedTuple):
     values: Tensor  # [m], ascending
     vectors: Tensor  # [m, m], eigenvectors of T in columns
     residuals: Tensor  # [m]
+    met: Tensor  # [m] bool, whether each has converged
 
 
-@dataclass(frozen=True, eq=False)
-class _Tridiagonal:
+class _Projection:
     """T on the host, in float64: one tridiagonal block for each start, with nothing in between."""
 
-    alpha: Tensor  # [m], the diagonal
-    beta: Tensor  # [m], below the diagonal; where a block ends, the norm of what was left over
-    starts: list[int]  # the first row of each block
-    norm: float  # max |row sum|, at least ||T||
-    eps: float  # of the operator's dtype
-    closed: bool  # whether the last block ended in an invariant subspace
-    random: bool  # whether the last block was started at random
+    def __init__(
+        self, alpha: Tensor, beta: Tensor, starts: list[int], floor: float, tol: float
+    ) -> None:
+        """Solve T: `alpha` [m] is its diagonal, `beta` [m] what lies below it, or is left over.
 
-    def ritz(self, first: int = 0) -> _Ritz:
-        """Return the eigenpairs of T from row `first` on, which must be a start."""
-        ends = [s - 1 - first for s in self.starts if s > first] + [-1]
-        beta = self.beta[first:]
-        left, coupling = torch.zeros_like(beta), beta.clone()
-        left[ends], coupling[ends] = beta[ends], 0.0
-        off = coupling[:-1]
-        values, vectors = torch.linalg.eigh(self.alpha[first:].diag() + off.diag(1) + off.diag(-1))
-        return _Ritz(values, vectors, left @ vectors.abs())
+        floor: a residual as small as rounding makes it.
+        """
+        self._floor, self._tol = floor, tol
+        last = torch.zeros(len(beta), dtype=torch.bool)
+        last[[start - 1 for start in (*starts[1:], len(beta))]] = True
+        self._alpha, self._below = alpha, beta.masked_fill(last, 0.0)
+        self._left = beta.masked_fill(~last, 0.0)
+        self.blocks = len(starts)
+        self.ritz = self._solve(0)
+        self.block = self._solve(starts[-1]) if self.blocks > 1 else self.ritz
+        # As a whole, the last block is then as good as invariant: what follows is rounding.
+        self.closed = bool(beta[-1] <= floor or self.block.met.all())
 
-    def met(self, ritz: _Ritz, tol: float) -> Tensor:
-        """Whether each pair has converged."""
-        return ritz.residuals <= self.slack(ritz.values, tol)
+    def _solve(self, first: int) -> _Ritz:
+        off = self._below[first:-1]
+        values, vectors = torch.linalg.eigh(self._alpha[first:].diag() + off.diag(1) + off.diag(-1))
+        residuals = self._left[first:] @ vectors.abs()
+        return _Ritz(values, vectors, residuals, residuals <= self.allowed(values))
 
-    def slack(self, values: Tensor, tol: float) -> Tensor:
+    def allowed(self, values: Tensor) -> Tensor:
         """Return the residuals allowed at `values`."""
-        scale = values.abs().clamp_min(self.eps ** (2 / 3) * self.norm)
-        return (tol * scale).clamp_min(_ROUNDING * self.eps * self.norm)
+        return (self._tol * values.abs()).clamp_min(self._floor)
 
 
-def _settled(t: _Tridiagonal, k: int, which: str, tol: float) -> bool:
+def _settled(t: _Projection, k: int, which: str) -> bool:
     """Whether the k wanted pairs are found: they have converged, and no better one can be left."""
-    ritz = t.ritz()
-    met = t.met(ritz, tol)
-    wanted = _ends(ritz.values, k, which)
-    if not all(bool(met[best].all()) for _, best in wanted):
+    wanted = _ends(t.ritz.values, k, which)
+    if not all(bool(t.ritz.met[best].all()) for _, best in wanted):
         return False
-    if len(t.starts) == 1 and not t.closed:
-        return True
-    # The last block shows what the space outside the earlier ones holds, once its ends converged.
-    block = t.ritz(t.starts[-1])
-    tops = _ends(block.values, 1 if len(wanted) == 1 else 2, which)
+    # The last block shows what lies outside the earlier ones, as soon as its ends have converged.
+    tops = _ends(t.block.values, 1 if len(wanted) == 1 else 2, which)
     if not t.closed:
-        met = t.met(block, tol)
-        return all(bool(met[best].all()) for _, best in tops)
-    # A closed block shows each distinct eigenvalue once, if its start lacked none of them.
-    slack = float(t.slack(torch.zeros(()), tol))
-    return t.random and all(
-        float(top.max()) <= float(score[best].min()) + slack
+        return all(bool(t.block.met[best].all()) for _, best in tops)
+    # A closed block holds each distinct eigenvalue once, since its start was random: what lies
+    # outside it may repeat any of them, but not exceed the best.
+    return all(
+        float(top.max()) <= float((score[best] + t.allowed(score[best])).min())
         for (top, _), (score, best) in zip(tops, wanted, strict=True)
     )
 
@@ -236,13 +232,12 @@ class _Lanczos:
         self._scalars = torch.empty(2, self._rows, dtype=torch.float64, device=op.device)
         self._generator = torch.Generator(op.device).manual_seed(seed)
         self._starts: list[int] = []
-        self._random = True
 
-    def begin(self, v: Tensor | None) -> None:
-        """Start a block at v, or at a random vector, made orthogonal to the basis."""
-        self._random = v is None
-        if v is None:
-            v = self.basis.new_empty(self.basis.shape[1]).normal_(generator=self._generator)
+    def begin(self, hint: Tensor | None = None) -> None:
+        """Start a block at a random vector, near `hint` if given, made orthogonal to the basis."""
+        v = self.basis.new_empty(self.basis.shape[1]).normal_(generator=self._generator)
+        if hint is not None:
+            v = hint / torch.linalg.vector_norm(hint) + _RANDOM * v / torch.linalg.vector_norm(v)
         # Where the basis leaves little room, little of v remains, with a large error: so again.
         for _ in range(3):
             v = _project_out(v / torch.linalg.vector_norm(v), self.basis[: self.size])
@@ -265,7 +260,7 @@ class _Lanczos:
         self.size += 1
         self.products += 1
 
-    def collect(self) -> _Tridiagonal:
+    def collect(self, tol: float) -> _Projection:
         """Bring T to the host. If a block closed, cut off what came after: it followed rounding."""
         alpha, beta = self._scalars[:, : self.size].cpu()
         if not (alpha.isfinite().all() and beta.isfinite().all()):
@@ -275,19 +270,12 @@ class _Lanczos:
         above = torch.cat([beta.new_zeros(1), beta[:-1]])
         norm = float((above + alpha.abs() + beta).max())
         eps = torch.finfo(self.basis.dtype).eps
+        floor = max(_ROUNDING * eps, tol * eps ** (2 / 3)) * norm
         first = self._starts[-1]
-        small = (beta[first:] <= _ROUNDING * eps * norm).nonzero()
-        if len(small):
-            self.size = first + int(small[0]) + 1
-        return _Tridiagonal(
-            alpha[: self.size],
-            beta[: self.size],
-            list(self._starts),
-            norm,
-            eps,
-            closed=len(small) > 0,
-            random=self._random,
-        )
+        ended = (beta[first:] <= floor).nonzero()
+        if len(ended):
+            self.size = first + int(ended[0]) + 1
+        return _Projection(alpha[: self.size], beta[: self.size], self._starts, floor, tol)
 
     def _make_room(self, rows: int) -> None:
         if rows > len(self.basis):
@@ -302,13 +290,12 @@ def _project_out(w: Tensor, basis: Tensor) -> Tensor:
     return torch.addmv(w, basis.T, basis @ w, alpha=-1)
 
 
-def _result(run: _Lanczos, t: _Tridiagonal, k: int, which: str, tol: float) -> EigenResult:
-    ritz = t.ritz()
+def _result(run: _Lanczos, ritz: _Ritz, k: int, which: str) -> EigenResult:
     picked = torch.cat([best for _, best in _ends(ritz.values, k, which)])
     if which == "BE":
         picked = picked.sort().values
     basis = run.basis[: run.size]
-    converged = t.met(ritz, tol)[picked]
+    converged = ritz.met[picked]
     whole = run.size == basis.shape[1]
     if whole:
         converged = torch.ones_like(converged)  # nothing is left over but rounding

@@ -212,6 +212,7 @@ class HessianOperator:
     def _loss(self) -> Tensor:
         """Return f, with its graph."""
         losses, weights = [], []
+        weighted = self._mean and len(self._batches) > 1
         for batch in self._batches:
             output, target = self._forward(self._model, batch)
             loss = self._loss_fn(output, target)
@@ -219,7 +220,6 @@ class HessianOperator:
                 shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(f"loss_fn must return a tensor of one element, not {shape}")
             losses.append(loss.reshape(()))
-            weighted = self._mean and len(self._batches) > 1
             weights.append(self._samples(batch, output) if weighted else 1.0)
         scale = math.fsum(weights) if self._mean else 1.0
         return torch.stack([w / scale * f for w, f in zip(weights, losses, strict=True)]).sum()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from types import ModuleType
 from typing import NoReturn
 
+from eigenfilter import __version__
 from eigenfilter.experiments import demo
 from eigenfilter.experiments.errors import UserError
 
@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = _Parser(prog="eigenfilter", description="Optimizers as eigenvalue filters.")
-    parser.add_argument("--version", action="version", version=version("eigenfilter"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, module in _COMMANDS.items():
         command = commands.add_parser(

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -89,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "samples": SAMPLES,
         "band": BAND,
-        "versions": {name: version(name) for name in ("eigenfilter", "torch")},
+        "versions": {"eigenfilter": ef.__version__, "torch": torch.__version__},
         "runs": [run.as_json() for run in runs],
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -100,7 +98,7 @@ def _train(method: Method, data: Split, seed: int, max_steps: int, deadline: flo
     """One method with a progress bar, or a line at its end where there is no terminal."""
     from tqdm import tqdm
 
-    with _one_thread(), tqdm(desc=method.name, unit=" steps", leave=False, disable=None) as bar:
+    with tqdm(desc=method.name, unit=" steps", leave=False, disable=None) as bar:
 
         def show(run: Run) -> None:
             bar.update(run.last.step - bar.n)
@@ -162,14 +160,3 @@ def _row(run: Run) -> tuple[str, ...]:
         f"{run.ratio:.3f}",
         run.outcome,
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The matrices are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

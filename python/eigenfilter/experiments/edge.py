@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -14,7 +15,7 @@ from eigenfilter import filters
 from eigenfilter.curvature import EigenResult, HessianOperator, eigsh
 from eigenfilter.experiments.data import Split
 from eigenfilter.experiments.models import tanh_network
-from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers import EigenfilterOptimizer
 
 EVERY = 25  # steps between two checks of the sharpness
 HOLD = 40  # checks in a row within BAND of the edge that end a run
@@ -98,6 +99,18 @@ class _Gauge:
         return Check(step, loss, float(found.values[0]), float(found.residuals[0]), found.matvecs)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The matrices are too small to share between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def train_to_edge(
     method: Method,
     data: Split,

@@ -1,0 +1,135 @@
+// norm and the non-finite flag on the GPU.
+#include "multi_tensor.cuh"
+#include "scalars.cuh"
+
+namespace eigenfilter::cuda {
+namespace {
+
+// Adds all threads' values in an order that is always the same; thread 0 has the sum.
+template <int Threads>
+__device__ __forceinline__ double block_sum(double value) {
+    __shared__ double sums[Threads];
+    sums[threadIdx.x] = value;
+    __syncthreads();
+#pragma unroll
+    for (int width = Threads / 2; width > 0; width /= 2) {
+        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+        __syncthreads();
+    }
+    return sums[0];
+}
+
+template <class Storage>
+struct Squares {
+    template <class Group>
+    struct Body {
+        Group t;
+        template <class Pointers>
+        __device__ __forceinline__ void read(const Pointers& p, int i) {
+            t = Group::load(p[0] + i);
+        }
+        template <class Pointers>
+        __device__ __forceinline__ void write(const Pointers&, int, double* sum) {
+#pragma unroll
+            for (int j = 0; j < Group::kSize; ++j) {
+                const double value = Storage::widen(t.v[j]);
+                *sum += value * value;
+            }
+        }
+    };
+};
+
+// x - x is 0 for finite x, and NaN for all others.
+template <class Storage>
+struct Nonfinite {
+    template <class Group>
+    struct Body {
+        Group t;
+        template <class Pointers>
+        __device__ __forceinline__ void read(const Pointers& p, int i) {
+            t = Group::load(p[0] + i);
+        }
+        template <class Pointers>
+        __device__ __forceinline__ void write(const Pointers&, int, bool* found) {
+#pragma unroll
+            for (int j = 0; j < Group::kSize; ++j) {
+                const auto value = Storage::widen(t.v[j]);
+                *found |= !(value - value == 0);
+            }
+        }
+    };
+};
+
+template <class Storage>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+    squares_kernel(const __grid_constant__ Batch<1> batch, double* sums) {
+    const Chunk<Storage, 1> chunk(batch);
+    double sum = 0;
+    chunk.template each<Squares<Storage>::template Body>(&sum);
+    sum = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+constexpr int kFinalThreads = 1024;
+
+__global__ void __launch_bounds__(kFinalThreads)
+    finish_norm_kernel(const double* sums, std::int64_t count, Scalar grad_scale, void* out,
+                       bool out_is_double) {
+    double sum = 0;
+    for (std::int64_t i = threadIdx.x; i < count; i += kFinalThreads) sum += sums[i];
+    sum = block_sum<kFinalThreads>(sum);
+    if (threadIdx.x == 0) {
+        const double norm = sqrt(sum) * (1 / value(grad_scale));
+        if (out_is_double)
+            *static_cast<double*>(out) = norm;
+        else
+            *static_cast<float*>(out) = static_cast<float>(norm);
+    }
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+    nonfinite_kernel(const __grid_constant__ Batch<1> batch, float* found_inf) {
+    const Chunk<Storage, 1> chunk(batch);
+    bool found = false;
+    chunk.template each<Nonfinite<Storage>::template Body>(&found);
+    if (found) *found_inf = 1;  // every writer writes the same
+}
+
+}  // namespace
+
+std::int64_t norm_workspace(DType dtype, std::size_t n, const std::int64_t* numel) {
+    std::int64_t chunks = 0;
+    for (std::size_t i = 0; i < n; ++i) chunks += chunks_of(dtype, numel[i]);
+    return chunks;
+}
+
+void norm(const Tensors& t, const Scalar& grad_scale, void* out, double* workspace, int device,
+          Stream stream) {
+    const DeviceGuard guard(device);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    double* sums = workspace;
+    by_dtype(t.dtype, [&](auto storage) {
+        for_each_batch<1>(t, {t.x}, [&](const Batch<1>& batch, int blocks) {
+            squares_kernel<decltype(storage)><<<blocks, kThreads, 0, queue>>>(batch, sums);
+            check(cudaGetLastError(), "launching norm");
+            sums += blocks;
+        });
+    });
+    finish_norm_kernel<<<1, kFinalThreads, 0, queue>>>(workspace, sums - workspace, grad_scale, out,
+                                                       t.dtype == DType::f64);
+    check(cudaGetLastError(), "launching norm");
+}
+
+void flag_nonfinite(const Tensors& t, float* found_inf, int device, Stream stream) {
+    const DeviceGuard guard(device);
+    by_dtype(t.dtype, [&](auto storage) {
+        for_each_batch<1>(t, {t.x}, [&](const Batch<1>& batch, int blocks) {
+            nonfinite_kernel<decltype(storage)>
+                <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, found_inf);
+            check(cudaGetLastError(), "launching flag_nonfinite");
+        });
+    });
+}
+
+}  // namespace eigenfilter::cuda

@@ -1,0 +1,100 @@
+"""How tensors are cut into chunks, and when a table is used again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from eigenfilter.kernels import triton_tables
+from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, cut, tables
+
+BLOCK = 512
+CHUNK = BLOCKS_IN_CHUNK * BLOCK
+SIZES = np.array([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 0, CHUNK, CHUNK + 1, 3 * CHUNK + BLOCK + 7, 0])
+
+
+def test_chunks_cover_every_tensor_once() -> None:
+    tensor, first, length, _ = cut(SIZES, np.ones(SIZES.size, dtype=bool), BLOCK)
+    for i, size in enumerate(SIZES):
+        mine = tensor == i
+        assert length[mine].sum() == size
+        assert first[mine].tolist() == list(range(0, size, CHUNK))
+        assert np.all(first[mine][:-1] + length[mine][:-1] == first[mine][1:])
+
+
+def test_whole_blocks_of_aligned_tensors_are_wide() -> None:
+    aligned = np.arange(SIZES.size) % 3 != 1
+    tensor, _, length, wide = cut(SIZES, aligned, BLOCK)
+    assert np.all(wide[~aligned[tensor]] == 0)
+    whole = aligned[tensor]
+    assert np.all(wide[whole] == length[whole] // BLOCK * BLOCK)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    size = 2**33 + 5
+    _, first, length, wide = cut(np.array([size]), np.array([True]), 2048)
+    assert first.dtype == np.int64
+    assert length.sum() == size
+    assert first[-1] == 2**33
+    assert length[-1] == 5
+    assert wide.sum() == 2**33
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_tensor_is_aligned_if_it_is_in_all_lists(dtype: torch.dtype) -> None:
+    n = triton_tables.block_size(dtype)
+    step = 16 // dtype.itemsize
+    whole, shifted = (torch.zeros(n + step, dtype=dtype)[i : i + n] for i in (step, 1))
+    x = [torch.zeros(n, dtype=dtype) for _ in range(2)]
+    work = tables(x[0], ("params", "grads"), (x, [whole, shifted]), (True, False))
+    assert work.chunks[3].tolist() == [n, 0]
+    assert work.pointers.tolist() == [
+        [t.data_ptr() for t in x],
+        [whole.data_ptr(), shifted.data_ptr()],
+    ]
+
+
+def of(*tensors: torch.Tensor) -> triton_tables.Tables:
+    return tables(tensors[0], ("tensors",), (list(tensors),), (False,))
+
+
+def test_tables_are_used_again() -> None:
+    a, b = torch.zeros(2, 9)[:, :8]
+    first = of(a, b)
+    again = of(a, b)
+    assert again.pointers is first.pointers
+    assert again.chunks is first.chunks
+
+
+def test_moved_tensors_get_a_new_table_of_pointers_alone() -> None:
+    a, b, c = torch.zeros(3, 8)
+    first = of(a, b)
+    moved = of(a, c)
+    assert moved.pointers.tolist() == [[a.data_ptr(), c.data_ptr()]]
+    assert moved.chunks is first.chunks
+
+
+def test_resized_and_recast_tensors_get_a_new_table_of_chunks() -> None:
+    a = torch.zeros(5000)
+    assert of(a).chunks[2].sum() == 5000
+    assert of(a[:4999]).chunks[2].sum() == 4999
+    assert of(a.view(torch.bfloat16)[:5000]).chunks[3, 0] == 4096
+
+
+def test_the_tables_last_used_are_kept() -> None:
+    kept = torch.zeros(3)
+    table = of(kept).pointers
+    for _ in range(100):
+        of(torch.zeros(3))
+        assert of(kept).pointers is table
+    others = [torch.zeros(3) for _ in range(100)]
+    for other in others:
+        of(other)
+    assert of(kept).pointers is not table
+    assert len(triton_tables._recent._entries) <= 32
+
+
+def test_lists_are_checked() -> None:
+    x = torch.zeros(3)
+    with pytest.raises(ValueError, match="grads"):
+        tables(x, ("params", "grads"), ([x], []), (True, False))
