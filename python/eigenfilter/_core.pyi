@@ -95,7 +95,5 @@ def clear_gradients(params: list[Tensor]) -> None:
 def same_objects(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists hold the same objects in the same order."""
 
-def same_entries(
-    state: dict[Any, Any], entries: list[Any], key: str, values: list[Any]
-) -> bool:
+def same_entries(state: dict[Any, Any], entries: list[Any], key: str, values: list[Any]) -> bool:
     """Whether the values of `state` are `entries`, and `entries[i].get(key)` is `values[i]`."""

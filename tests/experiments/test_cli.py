@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.errors import require
 

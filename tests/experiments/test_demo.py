@@ -7,9 +7,10 @@ import math
 import time
 from pathlib import Path
 
-import eigenfilter as ef
 import pytest
 import torch
+
+import eigenfilter as ef
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.data import digits
 from eigenfilter.experiments.edge import BAND, EVERY, HOLD, Check, Method, Run, train_to_edge

@@ -6,9 +6,10 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-import eigenfilter as ef
 import pytest
 import torch
+
+import eigenfilter as ef
 from eigenfilter.filters import USAM, Filter, HeavyBall, Nesterov, of
 
 GROUP = {

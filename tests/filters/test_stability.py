@@ -6,14 +6,15 @@ import doctest
 import math
 from itertools import pairwise
 
-import eigenfilter.filters as filters
 import numpy as np
 import pytest
-from eigenfilter.filters import USAM, Filter, HeavyBall, Nesterov
-from eigenfilter.filters.stability import preimage, real_roots
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
+
+import eigenfilter.filters as filters
+from eigenfilter.filters import USAM, Filter, HeavyBall, Nesterov
+from eigenfilter.filters.stability import preimage, real_roots
 
 FILTERS = [
     HeavyBall(0.2),

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from eigenfilter.kernels import reference, triton_kernels
-from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, block_size
 from torch import Tensor
+
+from eigenfilter.kernels import reference, triton_device, triton_kernels
+from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, block_size
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -232,7 +233,7 @@ def test_norm(dtype: torch.dtype, scale: Tensor | None) -> None:
 
 
 def test_norm_sums_more_chunks_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels.device_code, "NORM_BLOCK", 4)
+    monkeypatch.setattr(triton_device, "NORM_BLOCK", 4)
     t = torch.randn(9 * BLOCKS_IN_CHUNK * block_size(torch.float32))
     out = torch.empty(())
     triton_kernels.norm([t], out)
@@ -248,7 +249,7 @@ def test_a_nonfinite_element_is_found_anywhere(dtype: torch.dtype, bad: float) -
         for index in {0, t.numel() // 2, t.numel() - 1}:
             found, good = torch.zeros(1), t[index].clone()
             t[index] = bad
-            triton_kernels.flag_nonfinite(tensors, found)
+            triton_kernels.flag_nonfinite([tensors[0], t], found)
             t[index] = good
             assert found == 1
 
@@ -285,10 +286,10 @@ def test_wrong_arguments_change_nothing() -> None:
         triton_kernels.ascend([x], [g], [b], torch.tensor(1))
     with pytest.raises(ValueError, match="alpha is on meta"):
         triton_kernels.ascend([x], [g], [b], torch.tensor(0.1, device="meta"))
-    with pytest.raises(ValueError, match="found_inf must be a torch.float32 tensor"):
+    with pytest.raises(ValueError, match=r"found_inf must be a .*float32 tensor"):
         triton_kernels.ascend([x], [g], [b], 0.1, found_inf=double)
-    with pytest.raises(ValueError, match="grad_scale must be a torch.float32 tensor"):
+    with pytest.raises(ValueError, match=r"grad_scale must be a .*float32 tensor"):
         triton_kernels.descend([x], [g], None, [b], lr=0.1, grad_scale=torch.ones(2))
-    with pytest.raises(ValueError, match="out must be a torch.float32 tensor"):
+    with pytest.raises(ValueError, match=r"out must be a .*float32 tensor"):
         triton_kernels.norm([x], double)
     assert_same([x, b], before, exact=True)

@@ -126,11 +126,14 @@ def run_tool(name: str, option: str, cubin: Path) -> str:
     """Return what a binary tool of CUDA, as triton brings it along, prints."""
     import triton
 
-    command = [Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name, option, cubin]
-    done = subprocess.run(
-        command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    return done.stdout
+    tools = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+    return subprocess.run(
+        [str(tools / name), option, str(cubin)],
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ).stdout
 
 
 def compile_all(target: str, folder: Path) -> None:
@@ -152,9 +155,10 @@ def compile_all(target: str, folder: Path) -> None:
                 (folder / f"{name}.{dtype}.cubin").write_bytes(result.asm["cubin"])
 
 
-def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, object], dict[str, object]]]:
+def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return kernels with their compile-time constants and options, by name."""
     import torch
+
     from eigenfilter.kernels import triton_device as device_code
     from eigenfilter.kernels.triton_kernels import constants
 
@@ -164,7 +168,7 @@ def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, object], dict[s
     descend_on_host = on_host | dict.fromkeys(f"{name}_at" for name in DESCEND_SCALARS)
     choices = ("MOMENTA", "BACKUPS", "NESTEROV", "MAXIMIZE")
     least, most = dict.fromkeys(choices, False), dict.fromkeys(choices, True)
-    kernels = {
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "ascend": (device_code.ascend_kernel, shared | ascend_on_host),
         "ascend_scaled": (device_code.ascend_kernel, shared),
         "descend": (device_code.descend_kernel, shared | least | descend_on_host),

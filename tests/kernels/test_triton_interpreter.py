@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from eigenfilter import kernels
 
 pytest.importorskip("triton")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from eigenfilter.kernels import triton_tables
 from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, cut, tables
 

@@ -114,5 +114,7 @@ def _triton() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        raise RuntimeError('backend "triton" needs the triton package: pip install triton') from error
+        raise RuntimeError(
+            'backend "triton" needs the triton package: pip install triton'
+        ) from error
     return triton_kernels

@@ -74,9 +74,7 @@ def descend(
         _write(p, x - _real(lr, p).to(T) * u, found_inf)
 
 
-def norm(
-    tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = None
-) -> None:
+def norm(tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = None) -> None:
     """out <- S sqrt(sum of squares over all elements of all tensors), summed in float64."""
     total = torch.zeros((), dtype=torch.float64, device=out.device)
     for t in tensors:

@@ -1,0 +1,125 @@
+"""What a benchmark is made of: contenders that do the same work on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a benchmark runs, and with which of the library's backends."""
+
+    device: torch.device
+    backend: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One timed stretch of a repetition, and what comes before it untimed."""
+
+    prepare: Callable[[], object]
+    run: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of the work, with memory of its own.
+
+    Attributes:
+        name: as it is reported.
+        phases: one repetition; its time is the sum of theirs.
+        result: what the repetitions so far have led to, which all contenders must agree on.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    result: Callable[[], list[Tensor]]
+
+    def repeat(self, times: int) -> None:
+        """Do `times` repetitions, untimed."""
+        for _ in range(times):
+            for phase in self.phases:
+                phase.prepare()
+                phase.run()
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Results a, b agree where |a - b| <= atol + rtol |b|, elementwise."""
+
+    rtol: float
+    atol: float
+
+
+# A few roundings of values of order one, after the three repetitions of a verification.
+TOLERANCES: Mapping[torch.dtype, Tolerance] = {
+    torch.float64: Tolerance(rtol=1e-13, atol=1e-13),
+    torch.float32: Tolerance(rtol=1e-5, atol=1e-6),
+    torch.float16: Tolerance(rtol=4e-3, atol=4e-3),
+    torch.bfloat16: Tolerance(rtol=2e-2, atol=2e-2),
+}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The library, its peers and the yardstick of one benchmark.
+
+    Attributes:
+        library: ours.
+        peers: what it is compared with; at least one, since they also verify it.
+        copy: a copy of one tensor on the same device: what the memory can do at that moment.
+        moved: bytes a repetition has to move, reads and writes.
+        copied: bytes that `copy` moves.
+        tolerance: how closely results must agree.
+        clock: "wall" for host and device together, "device" for the device alone; see `timing`.
+    """
+
+    library: Contender
+    peers: tuple[Contender, ...]
+    copy: Contender
+    moved: int
+    copied: int
+    tolerance: Tolerance
+    clock: Literal["wall", "device"] = "wall"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The library is at least `ratio` times as fast as `against` (a peer's name, or "copy")."""
+
+    against: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A named contest, built anew for every setting.
+
+    Attributes:
+        name: unique.
+        summary: what is timed, in one line.
+        build: makes the contest.
+        goals: by device type.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[Setting], Contest]
+    goals: Mapping[str, tuple[Goal, ...]]
+
+
+def nothing() -> None:
+    """The preparation of a phase that needs none."""
+
+
+def copy(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[Contender, int]:
+    """Return the yardstick, `copy_` between two tensors of that many elements, and its bytes."""
+    source = torch.ones(elements, dtype=dtype, device=device)
+    target = torch.zeros_like(source)
+    phase = Phase(nothing, lambda: target.copy_(source))
+    return Contender("copy", (phase,), lambda: [target]), 2 * elements * dtype.itemsize

@@ -1,0 +1,75 @@
+"""What figures depend on: versions, compiler, processor, load."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eigenfilter
+from eigenfilter import _core
+
+ROOT = Path(__file__).parent.parent
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return the environment of a run, as it stands at its beginning."""
+    found: dict[str, Any] = {
+        "eigenfilter": eigenfilter.__version__,
+        "revision": _revision(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": _compiler(),
+        "isa": _core.isa(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": load(),
+    }
+    if device.type == "cuda":
+        found |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cuda_compiled": _core.cuda_compiled,
+        }
+    return found
+
+
+def load() -> float:
+    """Return how many processes have wanted a core over the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def _revision() -> str:
+    """The commit that is checked out, with a "+" if there are changes; "unknown" without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _compiler() -> str:
+    """The compiler of the core, which leaves its name in what it compiles."""
+    found = re.search(
+        rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", Path(_core.__file__).read_bytes()
+    )
+    return found.group().decode() if found else "unknown"
+
+
+def _cpu() -> str:
+    """The processor's name and, where it has them, its family and model."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    name = fields.get("model name", platform.machine())
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name

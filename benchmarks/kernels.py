@@ -1,0 +1,123 @@
+"""Single kernels on a few large tensors, against the bandwidth of a copy and torch's functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.contest import (
+    TOLERANCES,
+    Benchmark,
+    Contender,
+    Contest,
+    Goal,
+    Phase,
+    Setting,
+    copy,
+    nothing,
+)
+from benchmarks.peers import torch_sgd
+from benchmarks.shapes import Problem
+from eigenfilter import kernels
+
+ALPHA, LR, MOMENTUM = 0.05, 0.01, 0.9
+
+
+def problem(device: torch.device, dtype: torch.dtype) -> Problem:
+    """Four tensors: 25 million elements together, 100 million on a GPU."""
+    return Problem([(6_250_000 if device.type == "cpu" else 25_000_000,)] * 4, device, dtype)
+
+
+def ascend(setting: Setting, dtype: torch.dtype) -> Contest:
+    """Save and move: reads x, g, writes x, b."""
+    p = problem(setting.device, dtype)
+    grads = p.tensors(1)
+
+    def contender(name: str, run: Callable[..., object]) -> Contender:
+        x, b = p.tensors(0), p.tensors(2)
+        return _contender(name, lambda: run(x, grads, b, alpha=ALPHA), [*x, *b])
+
+    ours = functools.partial(kernels.ascend, backend=setting.backend)
+    return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.ascend), 4)
+
+
+def descend(setting: Setting, dtype: torch.dtype) -> Contest:
+    """Restore and step with momentum: reads b, g, m, writes x, m."""
+    p = problem(setting.device, dtype)
+    grads, backups = p.tensors(1), p.tensors(2)
+
+    def contender(name: str, run: Callable[..., object]) -> Contender:
+        x, m = p.tensors(0), p.tensors(3)
+        step = functools.partial(run, x, grads, m, backups, lr=LR, momentum=MOMENTUM)
+        return _contender(name, step, [*x, *m])
+
+    ours = functools.partial(kernels.descend, backend=setting.backend)
+    return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.descend), 5)
+
+
+def norm(setting: Setting, dtype: torch.dtype) -> Contest:
+    """Euclidean norm of all elements: reads them."""
+    p = problem(setting.device, dtype)
+    tensors = p.tensors(1)
+    ours = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=p.device)
+    theirs = ours.clone()
+    return _contest(
+        p,
+        _contender(
+            "eigenfilter",
+            lambda: kernels.norm(tensors, out=ours, backend=setting.backend),
+            [ours],
+        ),
+        _contender(
+            "get_total_norm", lambda: theirs.copy_(torch.nn.utils.get_total_norm(tensors)), [theirs]
+        ),
+        1,
+    )
+
+
+def flag_nonfinite(setting: Setting, dtype: torch.dtype) -> Contest:
+    """The non-finite flag, the last element of all being infinite: reads all."""
+    p = problem(setting.device, dtype)
+    tensors = p.tensors(1)
+    tensors[-1][-1] = float("inf")
+    ours = torch.zeros((), device=p.device)
+    theirs = torch.zeros((), device=p.device)
+
+    def check() -> None:
+        theirs.masked_fill_(~torch_sgd.all_finite(tensors), 1.0)
+
+    return _contest(
+        p,
+        _contender(
+            "eigenfilter",
+            lambda: kernels.flag_nonfinite(tensors, ours, backend=setting.backend),
+            [ours],
+        ),
+        _contender("isfinite", check, [theirs]),
+        1,
+    )
+
+
+def _contender(name: str, run: Callable[[], object], result: list[Tensor]) -> Contender:
+    return Contender(name, (Phase(nothing, run),), lambda: result)
+
+
+def _contest(p: Problem, library: Contender, peer: Contender, accesses: int) -> Contest:
+    yardstick, copied = copy(p.elements, p.dtype, p.device)
+    tolerance = TOLERANCES[p.dtype]
+    return Contest(library, (peer,), yardstick, p.moved(accesses), copied, tolerance, "device")
+
+
+BENCHMARKS = tuple(
+    Benchmark(
+        f"{build.__name__}-{str(dtype).removeprefix('torch.')}",
+        f"kernel `{build.__name__}`, {dtype}, 4 large tensors",
+        functools.partial(build, dtype=dtype),
+        {"cuda": (Goal("copy", 0.9),)},
+    )
+    for build in (ascend, descend, norm, flag_nonfinite)
+    for dtype in TOLERANCES
+)

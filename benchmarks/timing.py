@@ -1,0 +1,127 @@
+"""Time contenders in turns: A B C, B C A, C A B, ..., so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from benchmarks.contest import Contender
+
+Clock = Callable[[Callable[[], object]], float]
+"""Runs something and returns the seconds it took."""
+
+WARM_UP = 3
+LEAST, MOST = 15, 200  # rounds, within which the budget decides
+FLUSH_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of a sample."""
+        low, median, high = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
+        return cls(low, median, high)
+
+
+def clock(kind: Literal["wall", "device"], device: torch.device) -> Clock:
+    """Return a clock for work on a device.
+
+    "wall" waits for the device before and after. "device" is the time between two events on its
+    stream; work queued before them, which also empties its caches, gives the host a head start, so
+    that the device never waits for the host. On a CPU the two are one.
+    """
+    if device.type == "cpu":
+        return _wall(lambda: None)
+    if kind == "wall":
+        return _wall(lambda: torch.cuda.synchronize(device))
+    return _device(device)
+
+
+def interleave(
+    contenders: Sequence[Contender],
+    clock: Clock,
+    *,
+    repeat: int | None = None,
+    budget: float = 5.0,
+) -> dict[str, list[float]]:
+    """Return the seconds of every repetition, by contender; the i-th of all belong to one round.
+
+    Args:
+        contenders: what to time, after a few rounds of warm-up.
+        clock: see `clock`.
+        repeat: rounds; None for as many as the budget allows, within limits.
+        budget: seconds, preparations included.
+    """
+    with _without_gc():
+        began = time.perf_counter()
+        for contender in contenders:
+            for _ in range(WARM_UP):
+                _once(contender, clock)
+        a_round = (time.perf_counter() - began) / WARM_UP
+        rounds = repeat or min(max(int(budget / a_round), LEAST), MOST)
+        seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        for i in range(rounds):
+            first = i % len(contenders)
+            for contender in (*contenders[first:], *contenders[:first]):
+                seconds[contender.name].append(_once(contender, clock))
+    return seconds
+
+
+def _once(contender: Contender, clock: Clock) -> float:
+    seconds = 0.0
+    for phase in contender.phases:
+        phase.prepare()
+        seconds += clock(phase.run)
+    return seconds
+
+
+def _wall(synchronize: Callable[[], None]) -> Clock:
+    def measure(run: Callable[[], object]) -> float:
+        synchronize()
+        began = time.perf_counter()
+        run()
+        synchronize()
+        return time.perf_counter() - began
+
+    return measure
+
+
+def _device(device: torch.device) -> Clock:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def measure(run: Callable[[], object]) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+
+    return measure
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
