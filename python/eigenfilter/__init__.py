@@ -1,8 +1,9 @@
 """eigenfilter: optimizers as eigenvalue filters, for PyTorch.
 
 An optimizer that converges has filtered the curvature of the point it converged to (Bolte, Le,
-Pauwels, arXiv 2510.09034). Here are the optimizers, with fused updates (`SGD`, `USAM`), their kernels
-(`kernels`), the theory as functions (`filters`) and Hessian spectra to check it with (`curvature`).
+Pauwels, arXiv 2510.09034). Here are the optimizers, with fused updates (`SGD`, `USAM`), their
+kernels (`kernels`), the theory as functions (`filters`), and Hessian spectra to check it with
+(`curvature`).
 """
 
 from importlib.metadata import version

@@ -13,8 +13,8 @@ cuda_compiled: bool
 class TensorList(Sequence[Tensor]):
     """A list of tensors that is passed again and again.
 
-    What is slow to check (lazy negation) is checked when a tensor's memory is first seen and when it
-    changes; everything else at every use, as for a list.
+    What is slow to check (lazy negation) is checked when a tensor's memory is first seen and when
+    it changes; everything else at every use, as for a list.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None: ...
@@ -42,14 +42,14 @@ def check(
     lists: Sequence[Sequence[Tensor] | None],
     written: Sequence[bool],
 ) -> None:
-    """Raise what the kernels raise for lists that do not go together. Lists given as None are absent."""
+    """Raise what the kernels raise for lists that do not go together; None is an absent list."""
 
 def table(
     names: Sequence[str],
     lists: Sequence[Sequence[Tensor] | None],
     written: Sequence[bool],
 ) -> tuple[bytes, bytes]:
-    """`check`, then the data pointers, int64 [present lists, n], and the element counts, int64 [n]."""
+    """`check`, then data pointers, int64 [present lists, n], and element counts, int64 [n]."""
 
 def ascend(
     params: Sequence[Tensor],

@@ -1,4 +1,4 @@
-"""The machine code of the compiled CUDA kernels: 16-byte accesses, nothing fused, nothing spilled."""
+"""The machine code of the compiled CUDA kernels: 16-byte accesses, nothing fused or spilled."""
 
 import re
 import subprocess

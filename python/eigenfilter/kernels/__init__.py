@@ -3,12 +3,12 @@
 Each function works on lists of tensors that share one device and one dtype (float32, float64,
 bfloat16 or float16) and are *dense*: their elements fill one stretch of memory, in any order of
 dimensions. The i-th tensors of all lists have the same shape and strides, because the kernels walk
-memory and not indices. Arithmetic is float32 (float64 for float64). All arguments are checked before
-anything is written; what is wrong is named by list and index.
+memory and not indices. Arithmetic is float32 (float64 for float64). All arguments are checked
+before anything is written; what is wrong is named by list and index.
 
 Scalars are floats or 0-dim float32/float64 tensors, which are read on their device without a
-synchronisation. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero: leave
-everything as it was) are what `torch.amp.GradScaler` hands over, one-element float32 tensors.
+synchronisation. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero:
+leave everything as it was) are what `torch.amp.GradScaler` hands over, one-element float32 tensors.
 
 `backend` is None (choose by device), "native" (C++ or CUDA), "triton" or "reference".
 """
@@ -137,8 +137,8 @@ def norm(
 
         out <- sqrt(sum_i sum_j t_i[j]^2) / grad_scale
 
-    Squares are summed in float64, in an order that depends on the sizes alone: the result is the same
-    bit for bit from run to run, whatever the number of threads.
+    Squares are summed in float64, in an order that depends on the sizes alone: the result is the
+    same bit for bit from run to run, whatever the number of threads.
 
     Args:
         tensors: n tensors, read.

@@ -1,4 +1,4 @@
-"""The compiled room: C++ on the CPU, CUDA C++ on NVIDIA GPUs. Arguments as `eigenfilter.kernels`."""
+"""The compiled room: C++ on the CPU, CUDA C++ on NVIDIA GPUs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The kernels in plain PyTorch, in the paper's symbols: what every other room is tested against.
 
 x: parameter; g: gradient; b: backup of x; m: momentum buffer; alpha: the length of a move; lr, beta
-(momentum), tau (dampening), wd (weight decay); S = 1 / grad_scale. Never optimised. Coefficients are
-formed in float64 and rounded once to the arithmetic's dtype (float32; float64 for float64 tensors),
-and no multiply-add is fused: every room rounds alike, so the rooms agree bit for bit.
+(momentum), tau (dampening), wd (weight decay); S = 1 / grad_scale. Never optimised. Coefficients
+are formed in float64 and rounded once to the arithmetic's dtype (float32; float64 for float64
+tensors), and no multiply-add is fused: every room rounds alike, so the rooms agree bit for bit.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias, overload
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,10 +13,7 @@ from eigenfilter import _core, _perturbation, kernels
 from eigenfilter.optimizers import _distributed
 from eigenfilter.optimizers._guard import Guard, refuse_unscaled
 from eigenfilter.optimizers._hyperparameters import DTYPES, check_hyperparameters
-from eigenfilter.optimizers._parts import Part, Store, split
-
-Gradients: TypeAlias = list[tuple[Part, list[Tensor]]]
-"""Parts with a gradient for each of their parameters."""
+from eigenfilter.optimizers._parts import Gradients, Part, Parts, conforming
 
 
 class EigenfilterOptimizer(torch.optim.Optimizer):
@@ -29,14 +26,14 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             closure()
         opt.step()              # restores x exactly and applies the update
 
-    or, with torch's contract, `loss = opt.step(closure)`. A subclass names its `method`, the number of
-    its `ascents`, and says in `_move` how one ascent moves a part.
+    or, with torch's contract, `loss = opt.step(closure)`. A subclass names its `method`, the number
+    of its `ascents`, and says in `_move` how one ascent moves a part.
 
     Args:
         params: parameters, named parameters or groups, as for torch.optim.Optimizer.
         defaults: the groups' hyperparameters, SGD's and the subclass's own.
-        skip_nonfinite: look at every gradient, and leave parameters and state as they were where one
-            is not finite (one more pass over the gradient).
+        skip_nonfinite: look at every gradient, and leave parameters and state as they were where
+            one is not finite (one more pass over the gradient).
         backend: the kernels' backend, see `eigenfilter.kernels`.
     """
 
@@ -66,9 +63,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         self._ascended = 0  # ascents taken in the step under way
         self._moved: list[Part] = []  # parts that are away from x, none twice
         self._guard = Guard()
-        self._store = Store(self.backend)
-        self._parts: list[Part] = []
-        self._known: list[tuple[list[Tensor], list[Tensor]]] = []  # params of each group, a copy
+        self._parts = Parts(self.backend)
 
     # What users see of a step under way.
 
@@ -115,7 +110,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             self._guard.begin()
         self._guard.take_scale(grad_scaler, found)
         if self.skip_nonfinite or self._guard.scaled:
-            found = _conforming(found)
+            found = conforming(found)
             self._guard.look(found)
         _perturbation.enter(self)
         try:
@@ -140,8 +135,8 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         """Take a step: the whole one with a closure, else its end, the descent.
 
         Args:
-            closure: clears the gradients, computes the loss, calls backward and returns the loss. It
-                is called as often as the method needs.
+            closure: clears the gradients, computes the loss, calls backward and returns the loss.
+                It is called as often as the method needs.
 
         Returns:
             The first call's loss, detached if it has a graph; None without a closure.
@@ -210,7 +205,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
     def _run(
         self, kernel: Callable[..., None], part: Part, grads: list[Tensor], *args: Any, **kw: Any
     ) -> None:
-        """Call a kernel on a part, with its gradients brought to the parameters' layout if need be."""
+        """Call a kernel on a part, its gradients copied to the parameters' layout if need be."""
         kw |= self._guard.scalars(part.device)
         try:
             kernel(part.tensors, grads, *args, **kw)
@@ -233,31 +228,15 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             self._guard.begin()
         self._guard.take_over(self, found)
         if self.skip_nonfinite or len(found) > 1:  # any error comes before the first part steps
-            found = _conforming(found)
+            found = conforming(found)
         if self.skip_nonfinite:
             self._guard.look(found)
         for part, grads in found:
-            for piece in self._pieces(part, grads):
+            for piece in part.pieces(grads, self._moved):
                 self._update(*piece)
         self._touched([part for part, _ in found])
         self._guard.count()
         self._restore_all_but(found)
-
-    def _pieces(
-        self, part: Part, grads: list[Tensor]
-    ) -> Iterator[tuple[Part, list[Tensor], bool, bool]]:
-        """Split by what the parameters have: (piece, gradients, have moved?, have momentum?)."""
-        moved = part in self._moved
-        plain = part.group["momentum"] == 0
-        if (moved or not self._moved) and (plain or part.has_momenta):
-            yield part, grads, moved, True
-            return
-        moved_ids = {id(p) for m in self._moved for p in m.params}
-        kinds: dict[tuple[bool, bool], list[int]] = {}
-        for i, p in enumerate(part.params):
-            kinds.setdefault((id(p) in moved_ids, plain or part.has_momentum(p)), []).append(i)
-        for (moved, begun), indices in kinds.items():
-            yield part.subpart(indices), [grads[i] for i in indices], moved, begun
 
     def _update(self, part: Part, grads: list[Tensor], moved: bool, begun: bool) -> None:
         """Apply SGD's update to a part, from its backups if it has moved."""
@@ -285,39 +264,16 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         if undo:
             part.drop_momenta()
 
-    # Parts and gradients.
-
     def _gradients(self) -> Gradients:
         """The parts of the parameters that have a gradient, with those."""
-        self._refresh()
-        found = []
-        for part in self._parts:
-            grads, missing = _core.gradients(part.params)
-            if missing == len(grads):
-                continue
-            if missing:
-                indices = [i for i, g in enumerate(grads) if g is not None]
-                part, grads = part.subpart(indices), [grads[i] for i in indices]
-            found.append((part, grads))
-        return found
-
-    def _refresh(self) -> None:
-        """Build the parts anew if the groups or the state are not the ones they were built from."""
-        known = len(self._known) == len(self.param_groups) and all(
-            group["params"] is params and _core.same_objects(params, copy)
-            for group, (params, copy) in zip(self.param_groups, self._known, strict=True)
-        )
-        if self._parts and known and self._store.state is self.state and self._store.unchanged():
-            return
-        if self.perturbed:
-            raise RuntimeError(
-                "param_groups or state were changed between an ascent and its step: change them "
-                "after step() or restore()"
-            )
-        self._known = [(g["params"], list(g["params"])) for g in self.param_groups]
-        self._store.state = self.state
-        self._store.remember()
-        self._parts = list(split(self.param_groups, self._store))
+        if not self._parts.are_current(self.param_groups, self.state):
+            if self.perturbed:
+                raise RuntimeError(
+                    "param_groups or state were changed between an ascent and its step: change "
+                    "them after step() or restore()"
+                )
+            self._parts.build(self.param_groups, self.state)
+        return self._parts.with_gradients()
 
     def _touched(self, parts: list[Part]) -> None:
         """Tell autograd and FSDP2 that the parameters of `parts` have changed."""
@@ -332,10 +288,11 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             done = {id(part) for part, _ in stepped}
             if not all(id(part) in done for part in self._moved):
                 ids = {id(p) for part, _ in stepped for p in part.params}
-                rest = [
-                    part.subpart([i for i, p in enumerate(part.params) if id(p) not in ids])
+                left = [
+                    (part, [i for i, p in enumerate(part.params) if id(p) not in ids])
                     for part in self._moved
                 ]
+                rest = [part.subpart(indices) for part, indices in left if indices]
                 _restore(rest)
                 self._touched(rest)
         self._moved, self._ascended = [], 0
@@ -422,8 +379,8 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
     def _refuse_perturbed(self, what: str) -> None:
         if self.perturbed:
             raise RuntimeError(
-                f"{what} while the parameters are away from x: end the step with step(), or go back "
-                "with restore(), first"
+                f"{what} while the parameters are away from x: first end the step with step(), or "
+                "go back with restore()"
             )
 
 
@@ -435,18 +392,6 @@ def _evaluate(closure: Callable[[], Any]) -> Any:
 
 def _is_zero(value: float | Tensor) -> bool:
     return not isinstance(value, Tensor) and value == 0
-
-
-def _conforming(found: Gradients) -> Gradients:
-    """`found`, its gradients copied to their parameters' layout where they have another."""
-    checked = []
-    for part, grads in found:
-        try:
-            _core.check(("params", "grads"), (part.tensors, grads), (True, False))
-        except (_core.LayoutError, TypeError):
-            grads = part.conform(grads)
-        checked.append((part, grads))
-    return checked
 
 
 def _restore(parts: list[Part]) -> None:

@@ -19,7 +19,7 @@ def is_dtensor(t: Tensor) -> bool:
 
 def local(t: Tensor) -> Tensor:
     """The memory of `t` in this process: a DTensor's local shard, any other tensor itself."""
-    return cast(Tensor, t._local_tensor) if is_dtensor(t) else t
+    return cast("DTensor", t)._local_tensor if is_dtensor(t) else t
 
 
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:
@@ -38,9 +38,9 @@ def any_rank(flag: Tensor) -> None:
 
 
 def reshard() -> None:
-    """Make FSDP2 gather its parameters anew: copies gathered before they moved hold the old values.
+    """Make FSDP2 gather its parameters anew: copies gathered before a move hold the old values.
 
-    Resharding what is sharded already does nothing, so that every module that is alive can be asked.
+    Resharding what is sharded already does nothing, so every module that is alive can be asked.
     """
     from torch.distributed._composable_state import _module_state_mapping
 

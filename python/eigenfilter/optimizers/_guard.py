@@ -104,6 +104,6 @@ def refuse_unscaled(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
     if scaler._per_optimizer_states[id(optimizer)]["stage"].name == "UNSCALED":
         raise RuntimeError(
             "grad_scaler.unscale_() was called for an ascent's gradient, which ascend() unscales "
-            "itself: call unscale_(), or opt.clip_grad_norm_(max_norm, scaler), only after the last "
-            "ascent"
+            "itself: call unscale_(), or opt.clip_grad_norm_(max_norm, scaler), only after the "
+            "last ascent"
         )

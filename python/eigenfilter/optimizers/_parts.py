@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Part:
         self.group = group
         self.params = params
         self.tensors = _core.TensorList(params)
+        self.kind = _kind(params[0])
         self.device = _distributed.local(params[0]).device
         self.kernels = kernels.select(self.device.type, store.backend)
         self.is_distributed = any(_distributed.is_dtensor(p) for p in params)
@@ -51,15 +52,6 @@ class Part:
             self._backups = _core.TensorList([self.store.backup(p) for p in self.params])
         return self._backups
 
-    @property
-    def has_momenta(self) -> bool:
-        """Whether every parameter is known to have a momentum buffer."""
-        return self._momenta is not None
-
-    def has_momentum(self, p: Tensor) -> bool:
-        """Whether a parameter has a momentum buffer."""
-        return self.store.state.get(p, {}).get(MOMENTUM) is not None
-
     def momenta(self) -> _core.TensorList:
         """The momentum buffers; those that are not there yet are made, as zeros."""
         if self._momenta is None:
@@ -74,8 +66,28 @@ class Part:
             del self.store.state[p][MOMENTUM]
         self.store.remember()
 
+    def pieces(
+        self, grads: list[Tensor], moved_parts: list[Part]
+    ) -> Iterator[tuple[Part, list[Tensor], bool, bool]]:
+        """Split by what parameters have: (piece, gradients, have they moved?, have they momentum?).
+
+        Momentum counts as there where the group has none.
+        """
+        moved = self in moved_parts
+        plain = self.group["momentum"] == 0
+        if (moved or not moved_parts) and (plain or self._momenta is not None):
+            yield self, grads, moved, True
+            return
+        moved_ids = {id(p) for part in moved_parts for p in part.params}
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for i, p in enumerate(self.params):
+            begun = plain or self.store.state.get(p, {}).get(MOMENTUM) is not None
+            kinds.setdefault((id(p) in moved_ids, begun), []).append(i)
+        for (moved, begun), indices in kinds.items():
+            yield self.subpart(indices), [grads[i] for i in indices], moved, begun
+
     def conform(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients in the dtype, strides and placements of their parameters, copied where not so."""
+        """Gradients in their parameters' dtype, strides and placements, copied where not so."""
         return [_conform(g, p) for g, p in zip(grads, self.params, strict=True)]
 
 
@@ -90,10 +102,10 @@ class Store:
 
     def backup(self, p: Tensor) -> Tensor:
         """The backup of a parameter's local memory."""
-        local = _distributed.local(p).detach()
+        like = torch.empty_like(_distributed.local(p), requires_grad=False)
         kept = self._backups.get(p)
-        if kept is None or kept.dtype != local.dtype or kept.device != local.device:
-            kept = self._backups[p] = torch.empty_like(local)
+        if kept is None or kept.shape != like.shape or not _fits(kept, like):
+            kept = self._backups[p] = like
         return kept
 
     def momentum(self, p: Tensor) -> Tensor:
@@ -104,7 +116,7 @@ class Store:
             buffer = torch.zeros_like(p, requires_grad=False)
         elif not _distributed.is_dtensor(p):
             like = torch.empty_like(p, requires_grad=False)
-            if not fits(buffer, like):
+            if not _fits(buffer, like):
                 buffer = like.copy_(buffer)
         state[MOMENTUM] = buffer
         return buffer
@@ -115,18 +127,75 @@ class Store:
         self._seen = states, [s.get(MOMENTUM) for s in states]
 
     def unchanged(self) -> bool:
-        """Whether the state is still the one noted: nobody replaced, cleared or loaded any of it."""
+        """Whether the state is still the one noted: none of it was replaced, cleared or loaded."""
         return _core.same_entries(self.state, self._seen[0], MOMENTUM, self._seen[1])
 
 
-def split(groups: Sequence[dict[str, Any]], store: Store) -> Iterator[Part]:
-    """Yield the parts of all groups: per group, one for each device and dtype."""
-    for group in groups:
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for p in group["params"]:
-            by_kind.setdefault((p.device, p.dtype), []).append(p)
-        for params in by_kind.values():
-            yield Part(group, params, store)
+class Parts:
+    """All parts of one optimizer, built from its groups and state and kept while these last."""
+
+    def __init__(self, backend: str | None) -> None:
+        self._store = Store(backend)
+        self._parts: list[Part] = []
+        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []  # each group's list, a copy
+
+    def are_current(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
+        """Whether groups, parameters and state are those the parts were built from."""
+        return (
+            self._store.state is state
+            and len(self._groups) == len(groups)
+            and all(
+                group["params"] is params and _core.same_objects(params, copy)
+                for group, (params, copy) in zip(groups, self._groups, strict=True)
+            )
+            and all(part.kind == _kind(part.params[0]) for part in self._parts)
+            and self._store.unchanged()
+        )
+
+    def build(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
+        """Build the parts: for each group, one for each device and dtype."""
+        self._groups = [(g["params"], list(g["params"])) for g in groups]
+        self._store.state = state
+        self._store.remember()
+        self._parts = []
+        for group in groups:
+            by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for p in group["params"]:
+                by_kind.setdefault(_kind(p), []).append(p)
+            self._parts += [Part(group, params, self._store) for params in by_kind.values()]
+
+    def with_gradients(self) -> Gradients:
+        """The parts of those parameters that have a gradient."""
+        found = []
+        for part in self._parts:
+            grads, missing = _core.gradients(part.params)
+            if missing == len(grads):
+                continue
+            if missing:
+                indices = [i for i, g in enumerate(grads) if g is not None]
+                part, grads = part.subpart(indices), [grads[i] for i in indices]
+            found.append((part, grads))
+        return cast(Gradients, found)
+
+
+Gradients: TypeAlias = list[tuple[Part, list[Tensor]]]
+"""Parts, with a gradient for each of their parameters."""
+
+
+def conforming(found: Gradients) -> Gradients:
+    """`found`, its gradients copied to their parameters' layout where they have another."""
+    checked = []
+    for part, grads in found:
+        try:
+            _core.check(("params", "grads"), (part.tensors, grads), (True, False))
+        except (_core.LayoutError, TypeError):
+            grads = part.conform(grads)
+        checked.append((part, grads))
+    return checked
+
+
+def _kind(p: Tensor) -> tuple[torch.device, torch.dtype]:
+    return p.device, p.dtype
 
 
 def _conform(grad: Tensor, param: Tensor) -> Tensor:
@@ -136,13 +205,12 @@ def _conform(grad: Tensor, param: Tensor) -> Tensor:
             "in the module that makes it, or convert it with .to_dense()"
         )
     grad = _distributed.placed_like(grad, param)
-    local, like = _distributed.local(grad), _distributed.local(param)
-    out = torch.empty_like(like, requires_grad=False)
-    return local if fits(local, out) else out.copy_(local)
+    local = _distributed.local(grad)
+    out = torch.empty_like(_distributed.local(param), requires_grad=False)
+    return local if _fits(local, out) else out.copy_(local)
 
 
-def fits(t: Tensor, like: Tensor) -> bool:
-    """Whether `t` can stand beside `like` in a kernel call."""
+def _fits(t: Tensor, like: Tensor) -> bool:
     return (
         t.dtype == like.dtype
         and t.device == like.device

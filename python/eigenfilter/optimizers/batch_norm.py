@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def freeze_batch_norm(model: nn.Module) -> Iterator[None]:
     """Leave running statistics as they are inside the context.
 
-    Layers in training mode still normalise by their batch. Meant for gradients at perturbed weights:
-    without it the running statistics mix those of x with those of points nobody evaluates at.
+    Layers in training mode still normalise by their batch. Meant for gradients at perturbed
+    weights: without it the running statistics mix those of x with those of points nobody
+    evaluates at.
 
     Args:
         model: every batch-norm layer in it is frozen.

@@ -20,8 +20,9 @@ class SGD(EigenfilterOptimizer):
         x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
 
     and x <- x - lr d where momentum is 0. One gradient a step. Where it converges, every eigenvalue
-    lambda of the Hessian satisfies 0 <= lr (1 - dampening) (lambda + wd) <= 2 (1 + momentum), and with
-    Nesterov 0 <= lr (lambda + wd) <= (2 + 2 momentum) / (1 + 2 momentum): see `eigenfilter.filters`.
+    lambda of the Hessian satisfies 0 <= lr (1 - dampening) (lambda + wd) <= 2 (1 + momentum), and
+    with Nesterov 0 <= lr (lambda + wd) <= (2 + 2 momentum) / (1 + 2 momentum): see
+    `eigenfilter.filters`.
 
     The whole update is one kernel over all tensors of a device, dtype and group.
 

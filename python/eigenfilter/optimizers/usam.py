@@ -20,12 +20,14 @@ class USAM(EigenfilterOptimizer):
         x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
 
     Two gradients a step. Where it converges, every eigenvalue lambda of the Hessian satisfies, with
-    q = lambda (1 + rho lambda) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with Nesterov
-    0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else to first order in wd): the
-    larger rho, the flatter the minima. Eigenvalues below -1/rho can pass too. See `eigenfilter.filters`.
+    q = lambda (1 + rho lambda) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with
+    Nesterov 0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else to first
+    order in wd): the larger rho, the flatter the minima. Eigenvalues below -1/rho can pass too. See
+    `eigenfilter.filters`.
 
-    The ascent is one kernel, which saves x and moves it; the descent is one, which restores x bit for
-    bit and applies the update. Parameters keep their storage. Memory: one backup of the parameters.
+    The ascent is one kernel, which saves x and moves it; the descent is one, which restores x bit
+    for bit and applies the update. Parameters keep their storage. Memory: one backup of the
+    parameters.
 
     Args:
         params: parameters, named parameters, or groups of them.
@@ -34,8 +36,8 @@ class USAM(EigenfilterOptimizer):
         dampening: of the gradient in the momentum.
         weight_decay: wd, >= 0; enters after the ascent.
         nesterov: Nesterov's momentum; needs momentum > 0 and dampening 0.
-        rho: the ascent's step, >= 0; it lives in param_groups as lr does. Groups with the float 0.0 take
-            no ascent, and where all have it a step costs one gradient.
+        rho: the ascent's step, >= 0; it lives in param_groups as lr does. Groups with the float 0.0
+            take no ascent, and where all have it a step costs one gradient.
         maximize: ascend f.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
@@ -48,7 +50,7 @@ class USAM(EigenfilterOptimizer):
         >>> opt = eigenfilter.USAM(model.parameters(), lr=0.1, momentum=0.9, rho=0.05)
         >>> loss = opt.step(closure)
 
-    Source: M. Andriushchenko and N. Flammarion, 2022, arXiv 2206.06232; the filter: arXiv 2510.09034.
+    Source: M. Andriushchenko and N. Flammarion, 2022, arXiv 2206.06232; filter: arXiv 2510.09034.
     """
 
     method = "usam"

@@ -1,0 +1,72 @@
+"""The one table of what a result may differ by from exact arithmetic, and why.
+
+Where rooms must round alike, tests compare bits and need no tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Exact = npt.NDArray[np.longdouble]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Allowed: store |exact| + compute (sum of the terms' sizes) + subnormal.
+
+    `store` is the rounding of the result to its dtype, `compute` that of the arithmetic before it: 12
+    roundings on the longest path of an update, counting its coefficients'. `subnormal` is half the
+    spacing of the smallest numbers.
+    """
+
+    store: float
+    compute: float
+    subnormal: float
+
+
+KERNELS = {
+    torch.float64: Tolerance(store=0.0, compute=12 * 2.0**-53, subnormal=2.0**-1074),
+    torch.float32: Tolerance(store=0.0, compute=12 * 2.0**-24, subnormal=2.0**-150),
+    torch.bfloat16: Tolerance(store=2.0**-8, compute=12 * 2.0**-24, subnormal=2.0**-134),
+    torch.float16: Tolerance(store=2.0**-11, compute=12 * 2.0**-24, subnormal=2.0**-25),
+}
+
+# Relative. Squares are summed in float64; the result of narrower tensors is float32.
+NORM = {
+    torch.float64: 1e-14,
+    torch.float32: 1.001 * 2.0**-24,
+    torch.bfloat16: 1.001 * 2.0**-24,
+    torch.float16: 1.001 * 2.0**-24,
+}
+
+# Relative, of a run of some hundred steps with momentum on a contracting problem against the same
+# run in float64: the storage rounding times what the filter 1 / (1 - momentum) makes of it.
+RUNS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.06, torch.float16: 8e-3}
+
+
+def exact(tensors: Sequence[Tensor]) -> Exact:
+    """All elements of all tensors in extended precision, one after the other."""
+    return np.concatenate([t.detach().double().cpu().numpy().ravel() for t in tensors]).astype(
+        np.longdouble
+    )
+
+
+def assert_near(actual: Sequence[Tensor], expected: Exact, terms: Exact) -> None:
+    """Fail unless `actual` is what its dtype's tolerance allows.
+
+    Args:
+        actual: tensors of one dtype.
+        expected: their exact values, as `exact` orders them.
+        terms: sum of the sizes of the terms that `expected` is the sum of.
+    """
+    allowed = KERNELS[actual[0].dtype]
+    bound = allowed.store * np.abs(expected) + allowed.compute * terms + allowed.subnormal
+    error = np.abs(exact(actual) - expected)
+    assert np.isfinite(error).all()
+    assert (error <= bound).all(), f"{(error / bound).max()} times what is allowed"
