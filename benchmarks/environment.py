@@ -68,7 +68,9 @@ def _cpu() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    fields: dict[str, str] = dict(
+        re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE)
+    )
     name = fields.get("model name", platform.machine())
     if "cpu family" in fields:
         name += f" (family {fields['cpu family']}, model {fields['model']})"

@@ -17,9 +17,9 @@ HEADER = (
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 LEGEND = (
-    "Medians, with quartiles in brackets. `ratio` is the other's time over ours, round by round: above "
-    "1 we are faster. The row against `copy` is the fraction of a copy's bandwidth that we reach, "
-    "counting the bytes the work has to move."
+    "Medians, with quartiles in brackets. `ratio` is the other's time over ours, round by round: "
+    "above 1 we are faster. The row against `copy` is the fraction of a copy's bandwidth that we "
+    "reach, counting the bytes the work has to move."
 )
 
 
@@ -27,7 +27,7 @@ def lines(result: Result) -> list[str]:
     """Return a result's rows of the Markdown table: one without figures if its check is red."""
     head = f"| {result.name} | {result.backend}"
     if result.timing is None:
-        found = ", ".join(f"{e:.2g} x tolerance from {p}" for p, e in result.verdict.red.items())
+        found = ", ".join(f"{e:.3g} x tolerance from {p}" for p, e in result.verdict.red.items())
         return [f"{head} | RED, not timed: {found} | | | | | | |"]
     timing = result.timing
     ours = milliseconds(timing.seconds)

@@ -51,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for benchmark in benchmarks:
             print(f"{benchmark.name:24} {benchmark.summary}")
         return 0
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device")
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch sees no CUDA device")
+        device = torch.device("cuda", torch.cuda.current_device())
 
     found = environment.describe(device)
     print("\n".join(report.HEADER))

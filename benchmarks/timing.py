@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -102,15 +103,16 @@ def _wall(synchronize: Callable[[], None]) -> Clock:
 
 def _device(device: torch.device) -> Clock:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    event = functools.partial(torch.cuda.Event, enable_timing=True)
 
     def measure(run: Callable[[], object]) -> float:
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began, ended = event(), event()
         flush.zero_()
         began.record()
         run()
         ended.record()
         ended.synchronize()
-        return began.elapsed_time(ended) / 1e3
+        return float(began.elapsed_time(ended)) / 1e3
 
     return measure
 

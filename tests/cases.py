@@ -6,6 +6,7 @@ forgets goes unnoticed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,18 @@ SCALE = 3.7  # no power of two: dividing by it rounds
 MARGIN = 32  # elements before and after every tensor of an Arena
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Room:
+    """An implementation of the kernels, where it runs and, on the CPU, its instruction set."""
+
+    backend: str
+    device: str = "cpu"
+    isa: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.isa or self.device}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ DESCENTS = [
 
 
 class Arena:
-    """Lists of tensors of equal sizes, NaN at first, each in memory with a margin of NaN around it.
+    """Lists of tensors of equal sizes, NaN at first, in memory with margins of NaN between them.
 
     Args:
         dtype, device: of all tensors.
@@ -85,54 +98,57 @@ class Arena:
         device: str = "cpu",
         shifts: Sequence[int] | None = None,
     ) -> None:
-        shifts = [0] * lists if shifts is None else shifts
-        self._memory = [
-            [
-                torch.full((size + 2 * MARGIN + 64,), torch.nan, dtype=dtype, device=device)
-                for size in sizes
-            ]
-            for _ in range(lists)
-        ]
-        self._spans = [
-            [(MARGIN + shift, MARGIN + shift + size) for size in sizes] for shift in shifts
-        ]
-        self.lists = [
-            [memory[a:b] for memory, (a, b) in zip(memories, spans, strict=True)]
-            for memories, spans in zip(self._memory, self._spans, strict=True)
-        ]
+        self.memory = []
+        self.lists = []
+        self._inside = []
+        for shift in shifts or [0] * lists:
+            spans, inside = _layout(tuple(sizes), shift)
+            memory = torch.full((inside.numel(),), torch.nan, dtype=dtype, device=device)
+            self.memory.append(memory)
+            self.lists.append([memory[first:last] for first, last in spans])
+            self._inside.append(inside.to(device))
 
     def fill(self, *indices: int) -> None:
         """Give the lists at `indices` random values that are not zero."""
         for i in indices:
-            for t in self.lists[i]:
-                t.copy_(nonzero(t.shape, t.dtype))
+            memory = self.memory[i]
+            values = nonzero(memory.shape, memory.dtype).to(memory.device)
+            torch.where(self._inside[i], values, memory, out=memory)
 
-    def copy(self) -> list[list[Tensor]]:
-        """Clones of all lists."""
-        return [[t.clone() for t in tensors] for tensors in self.lists]
+    def values(self, i: int) -> Tensor:
+        """All elements of list `i`, a copy."""
+        return torch.cat(self.lists[i])
 
     def check_margins(self) -> None:
         """Fail if anything was written outside of the tensors."""
-        for memories, spans in zip(self._memory, self._spans, strict=True):
-            for memory, (first, last) in zip(memories, spans, strict=True):
-                assert memory[:first].isnan().all(), "written before the tensor"
-                assert memory[last:].isnan().all(), "written past the tensor"
+        for i, (memory, inside) in enumerate(zip(self.memory, self._inside, strict=True)):
+            assert (memory.isnan() | inside).all(), f"written outside of list {i}"
+
+
+@functools.cache
+def _layout(sizes: tuple[int, ...], shift: int) -> tuple[list[tuple[int, int]], Tensor]:
+    """Where each tensor begins and ends in an arena's memory, and which elements are in one."""
+    spans, end = [], MARGIN
+    for size in sizes:
+        spans.append((end + shift, end + shift + size))
+        end += -(-(size + 2 * MARGIN) // MARGIN) * MARGIN
+    inside = torch.zeros(end, dtype=torch.bool)
+    for first, last in spans:
+        inside[first:last] = True
+    return spans, inside
 
 
 def nonzero(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Random values of both signs, between 0.5 and 2 in size."""
-    size = torch.empty(tuple(shape), dtype=torch.float64).uniform_(0.5, 2.0)
-    return (size * torch.randn(tuple(shape)).sign()).to(dtype)
+    t = torch.empty(tuple(shape), dtype=torch.float64).uniform_(-1.5, 1.5)
+    return (t + t.sign() * 0.5).to(dtype)
 
 
 def bits(t: Tensor) -> Tensor:
-    """The tensor's memory as integers: equal where all bits are, NaN or not."""
+    """The tensor's elements as integers: equal where all bits are, NaN or not."""
     return t.detach().contiguous().view(_BITS[t.element_size()])
 
 
-def same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether two lists of tensors agree bit for bit."""
-    return len(actual) == len(expected) and all(
-        a.dtype == e.dtype and torch.equal(bits(a), bits(e))
-        for a, e in zip(actual, expected, strict=True)
-    )
+def same_bits(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors agree in dtype and bit for bit."""
+    return actual.dtype == expected.dtype and torch.equal(bits(actual), bits(expected))

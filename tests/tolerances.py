@@ -5,7 +5,6 @@ Where rooms must round alike, tests compare bits and need no tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +12,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Exact = npt.NDArray[np.longdouble]
+Exact = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
 class Tolerance:
     """Allowed: store |exact| + compute (sum of the terms' sizes) + subnormal.
 
-    `store` is the rounding of the result to its dtype, `compute` that of the arithmetic before it: 12
-    roundings on the longest path of an update, counting its coefficients'. `subnormal` is half the
-    spacing of the smallest numbers.
+    `store` is the rounding of the result to its dtype, `compute` that of the arithmetic before it:
+    12 roundings on the longest path of an update, counting its coefficients'. `subnormal` is half
+    the spacing of the smallest numbers.
     """
 
     store: float
@@ -50,22 +49,21 @@ NORM = {
 RUNS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.06, torch.float16: 8e-3}
 
 
-def exact(tensors: Sequence[Tensor]) -> Exact:
-    """All elements of all tensors in extended precision, one after the other."""
-    return np.concatenate([t.detach().double().cpu().numpy().ravel() for t in tensors]).astype(
-        np.longdouble
-    )
+def exact(t: Tensor) -> Exact:
+    """The elements in a wider format than the arithmetic under test."""
+    wide = np.longdouble if t.dtype == torch.float64 else np.float64
+    return t.detach().double().cpu().numpy().astype(wide)
 
 
-def assert_near(actual: Sequence[Tensor], expected: Exact, terms: Exact) -> None:
+def assert_near(actual: Tensor, expected: Exact, terms: Exact) -> None:
     """Fail unless `actual` is what its dtype's tolerance allows.
 
     Args:
-        actual: tensors of one dtype.
-        expected: their exact values, as `exact` orders them.
+        actual: the result.
+        expected: its exact values.
         terms: sum of the sizes of the terms that `expected` is the sum of.
     """
-    allowed = KERNELS[actual[0].dtype]
+    allowed = KERNELS[actual.dtype]
     bound = allowed.store * np.abs(expected) + allowed.compute * terms + allowed.subnormal
     error = np.abs(exact(actual) - expected)
     assert np.isfinite(error).all()

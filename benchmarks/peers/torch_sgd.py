@@ -41,8 +41,3 @@ def descend(
     torch._foreach_mul_(momenta, momentum)
     torch._foreach_add_(momenta, grads)
     torch._foreach_add_(params, momenta, alpha=-lr)
-
-
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether every element of every tensor is finite, a 0-dim tensor."""
-    return torch.stack([t.isfinite().all() for t in tensors]).all()

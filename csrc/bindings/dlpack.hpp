@@ -30,6 +30,16 @@ struct Tensor {
     std::uint64_t byte_offset;
 };
 
+struct Managed {
+    struct {
+        std::uint32_t major, minor;
+    } version;
+    void* context;
+    void (*deleter)(Managed* self);
+    std::uint64_t flags;
+    Tensor tensor;
+};
+
 struct ExchangeHeader {
     std::uint32_t major, minor;
     ExchangeHeader* previous;
@@ -38,7 +48,8 @@ struct ExchangeHeader {
 struct ExchangeApi {
     ExchangeHeader header;
     void* managed_tensor_allocator;
-    void* managed_tensor_from_py_object;
+    // Takes a reference of its own, which the deleter gives back.
+    int (*managed_tensor_from_py_object)(void* object, Managed** out);
     void* managed_tensor_to_py_object;
     // Borrows: valid while the object lives. 0 on success, else a Python error is set.
     int (*tensor_from_py_object)(void* object, Tensor* out);

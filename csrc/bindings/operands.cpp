@@ -162,10 +162,22 @@ class Reader {
         return api_->tensor_from_py_object(object, &out) == 0;
     }
 
-    static bool is_negated(PyObject* object) {
-        static PyObject* const method = PyUnicode_InternFromString("is_neg");
-        const auto answer =
-            py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, method));
+    // torch's is_neg, called as the C function that it is unless a subclass brings its own.
+    bool is_negated(PyObject* object) {
+        static PyObject* const name = PyUnicode_InternFromString("is_neg");
+        if (Py_TYPE(object) != negated_type_) {
+            negated_type_ = Py_TYPE(object);
+            method_ = py::reinterpret_steal<py::object>(
+                PyObject_GetAttr(reinterpret_cast<PyObject*>(negated_type_), name));
+            if (!method_) throw py::error_already_set();
+            const auto* descriptor = reinterpret_cast<PyMethodDescrObject*>(method_.ptr());
+            const bool plain = Py_IS_TYPE(method_.ptr(), &PyMethodDescr_Type) &&
+                               descriptor->d_method->ml_flags == METH_NOARGS;
+            function_ = plain ? descriptor->d_method->ml_meth : nullptr;
+        }
+        const auto answer = py::reinterpret_steal<py::object>(
+            function_ != nullptr ? function_(object, nullptr)
+                                 : PyObject_CallOneArg(method_.ptr(), object));
         if (!answer) throw py::error_already_set();
         return answer.ptr() == Py_True;
     }
@@ -181,11 +193,28 @@ class Reader {
     PyTypeObject* type_ = nullptr;          // of the last tensor borrowed
     PyTypeObject* sharded_type_ = nullptr;  // of the last tensor that went by its shard
     const dlpack::ExchangeApi* api_ = nullptr;
+    PyTypeObject* negated_type_ = nullptr;  // of the last tensor asked for its negation, with
+    py::object method_;                     // the method that answers
+    PyCFunction function_ = nullptr;
 };
 
 }  // namespace
 
-TensorList::TensorList(const py::iterable& tensors) : tensors_(tensors), known_(size(), nullptr) {}
+TensorList::TensorList(const py::iterable& tensors, bool hold)
+    : tensors_(tensors), known_(size(), nullptr) {
+    if (!hold) return;
+    Reader reader;
+    for (size_t i = 0; i < size(); ++i) {
+        PyObject* object = PyList_GET_ITEM(tensors_.ptr(), i);
+        reader.read(object, [&] { return at("tensors", i); });
+        dlpack::Managed* managed = nullptr;
+        // What goes by a local shard is not held; the next error is its, and is of no interest.
+        if (reader.api()->managed_tensor_from_py_object(object, &managed) == 0)
+            held_.emplace_back(managed);
+        else
+            PyErr_Clear();
+    }
+}
 
 py::object TensorList::get(Py_ssize_t i) const {
     const auto n = static_cast<Py_ssize_t>(size());
@@ -197,7 +226,7 @@ void register_operands(py::module_& module) {
     layout_error = PyErr_NewException("eigenfilter._core.LayoutError", PyExc_ValueError, nullptr);
     module.attr("LayoutError") = py::handle(layout_error);
     py::class_<TensorList>(module, "TensorList")
-        .def(py::init<const py::iterable&>())
+        .def(py::init<const py::iterable&, bool>(), py::arg("tensors"), py::arg("hold") = false)
         .def("__len__", &TensorList::size)
         .def("__getitem__", &TensorList::get);
 }
@@ -288,12 +317,10 @@ void Operands::check_overlap(const Role* roles, size_t count_of_roles) const {
     std::vector<Stretch> all;
     all.reserve(size() * count_of_roles);
     bool any_written = false;
-    for (size_t r = 0; r < count_of_roles; ++r) {
+    for (std::uint32_t r = 0; r < count_of_roles; ++r) {
         any_written |= roles[r].written;
-        for (size_t i = 0; i < data_[r].size(); ++i) {
-            if (numel_[i] > 0)
-                all.push_back({reinterpret_cast<std::uintptr_t>(data_[r][i]),
-                               static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(r)});
+        for (std::uint32_t i = 0; i < data_[r].size(); ++i) {
+            if (numel_[i] > 0) all.push_back({reinterpret_cast<std::uintptr_t>(data_[r][i]), i, r});
         }
     }
     if (!any_written) return;
@@ -303,13 +330,13 @@ void Operands::check_overlap(const Role* roles, size_t count_of_roles) const {
     const auto end = [&](const Stretch& s) {
         return s.begin + static_cast<std::uintptr_t>(numel_[s.tensor]) * size_of(dtype_);
     };
+    const auto name = [&](const Stretch& s) { return at(roles[s.role].name, s.tensor); };
     const Stretch *furthest = nullptr, *furthest_written = nullptr;
     for (const Stretch& s : all) {
         const bool written = roles[s.role].written;
         const Stretch* other = written ? furthest : furthest_written;
         if (other != nullptr && end(*other) > s.begin)
-            fail(PyExc_ValueError, at(roles[s.role].name, s.tensor) + " and " +
-                                       at(roles[other->role].name, other->tensor) +
+            fail(PyExc_ValueError, name(s) + " and " + name(*other) +
                                        " share memory, and at least one of them is written: "
                                        "clone one of them");
         if (furthest == nullptr || end(s) > end(*furthest)) furthest = &s;

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <memory>
 #include <vector>
 
 #include "dlpack.hpp"
@@ -14,10 +15,12 @@ namespace eigenfilter {
 namespace py = pybind11;
 
 // A list that is passed again and again, an optimizer's own: what is slow to check (lazy negation)
-// is checked when a tensor's memory is first seen and when it changes.
+// is checked when a tensor's memory is first seen and when it changes. With `hold` the list owns a
+// reference to each tensor beyond Python's, which makes reading it twice as fast (torch then need
+// not keep the Python object's count in step); not for parameters, which torch may want to swap.
 class TensorList {
  public:
-    explicit TensorList(const py::iterable& tensors);
+    TensorList(const py::iterable& tensors, bool hold);
     std::size_t size() const { return PyList_GET_SIZE(tensors_.ptr()); }
     py::object get(Py_ssize_t i) const;
     py::list tensors() const { return tensors_; }
@@ -26,6 +29,10 @@ class TensorList {
  private:
     py::list tensors_;
     std::vector<void*> known_;  // [n] data pointers found sound
+    struct Release {
+        void operator()(dlpack::Managed* t) const { t->deleter(t); }
+    };
+    std::vector<std::unique_ptr<dlpack::Managed, Release>> held_;
 };
 
 // Registers TensorList and LayoutError with the module.

@@ -7,28 +7,60 @@ namespace {
 
 namespace py = pybind11;
 
-PyObject* grad_name() {
-    static PyObject* const name = PyUnicode_InternFromString("grad");
-    return name;
-}
+// `.grad` of one parameter after another: the descriptor is looked up once a type, not once a
+// tensor.
+class Grad {
+ public:
+    py::object get(PyObject* param) {
+        find(param);
+        PyObject* grad =
+            slot_ != nullptr ? slot_->get(param, slot_->closure) : PyObject_GetAttr(param, name());
+        if (grad == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(grad);
+    }
+
+    void clear(PyObject* param) {
+        find(param);
+        const int failed = slot_ != nullptr ? slot_->set(param, Py_None, slot_->closure)
+                                            : PyObject_SetAttr(param, name(), Py_None);
+        if (failed) throw py::error_already_set();
+    }
+
+ private:
+    static PyObject* name() {
+        static PyObject* const interned = PyUnicode_InternFromString("grad");
+        return interned;
+    }
+
+    void find(PyObject* param) {
+        if (Py_TYPE(param) == type_) return;
+        type_ = Py_TYPE(param);
+        const auto found = py::reinterpret_steal<py::object>(
+            PyObject_GetAttr(reinterpret_cast<PyObject*>(type_), name()));
+        PyErr_Clear();
+        const bool plain = found && Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type);
+        slot_ = plain ? reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset : nullptr;
+    }
+
+    PyTypeObject* type_ = nullptr;  // of the last parameter
+    PyGetSetDef* slot_ = nullptr;   // its type's own getter and setter, or null: go the long way
+};
 
 py::tuple gradients(const py::list& params) {
+    Grad grad;
     py::list grads(params.size());
     Py_ssize_t missing = 0;
     for (std::size_t i = 0; i < params.size(); ++i) {
-        PyObject* grad = PyObject_GetAttr(PyList_GET_ITEM(params.ptr(), i), grad_name());
-        if (grad == nullptr) throw py::error_already_set();
-        missing += grad == Py_None;
-        PyList_SET_ITEM(grads.ptr(), i, grad);
+        py::object value = grad.get(PyList_GET_ITEM(params.ptr(), i));
+        missing += value.is_none();
+        PyList_SET_ITEM(grads.ptr(), i, value.release().ptr());
     }
     return py::make_tuple(std::move(grads), missing);
 }
 
 void clear_gradients(const py::list& params) {
-    for (std::size_t i = 0; i < params.size(); ++i) {
-        if (PyObject_SetAttr(PyList_GET_ITEM(params.ptr(), i), grad_name(), Py_None) != 0)
-            throw py::error_already_set();
-    }
+    Grad grad;
+    for (std::size_t i = 0; i < params.size(); ++i) grad.clear(PyList_GET_ITEM(params.ptr(), i));
 }
 
 bool same_objects(const py::list& a, const py::list& b) {

@@ -17,7 +17,9 @@ class TensorList(Sequence[Tensor]):
     it changes; everything else at every use, as for a list.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None: ...
+    def __init__(self, tensors: Iterable[Tensor], hold: bool = False) -> None:
+        """With `hold`, read twice as fast; not for tensors that torch may want to swap."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Tensor: ...  # type: ignore[override]
     def __iter__(self) -> Iterator[Tensor]: ...

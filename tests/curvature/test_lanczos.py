@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature import EigenResult, eigsh
-from eigenfilter.curvature.lanczos import _Lanczos
+from eigenfilter.curvature.lanczos import _Lanczos, _Projection
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -132,6 +132,8 @@ def test_lanczos_identity_and_orthogonality(dtype: torch.dtype) -> None:
         ([5.0] * 3 + [1.0] * 20, 2, "LA"),
         ([5.0] * 3 + [1.0] * 20, 4, "LA"),
         ([5.0] * 3 + [1.0] * 20, 23, "SA"),
+        ([5.0, 5.0, 4.0, 4.0] + [1.0] * 20, 2, "LA"),
+        ([5.0, 5.0, 4.0, 4.0] + [1.0] * 20, 3, "LA"),
         ([4.0, 4.0, -3.5, -3.5] + [0.5] * 30, 6, "LM"),
         ([4.0, 4.0, -3.5, -3.5] + [0.5] * 30, 5, "BE"),
         ([3.0, 2.0, 1.0] + [0.0] * 97, 6, "LA"),
@@ -151,6 +153,40 @@ def test_multiplicity_rank_deficiency_and_small_n(
 ) -> None:
     op = operator(torch.tensor(spectrum), dtype)
     check(op, eigsh(op, k, which), wanted(torch.tensor(spectrum), k, which), 1e-4)
+
+
+def test_what_follows_a_closed_block_is_cut_off() -> None:
+    run = _Lanczos(operator(torch.tensor([5.0] * 3 + [1.0] * 20)), 30, seed=3)
+    run.begin()
+    for _ in range(6):
+        run.step()
+    t = run.collect(1e-4)
+    assert t.closed
+    assert (run.size, run.products) == (2, 6)
+    torch.testing.assert_close(t.ritz.values, torch.tensor([1.0, 5.0], dtype=torch.float64))
+
+
+def test_blocks_do_not_touch_and_what_they_left_over_counts() -> None:
+    alpha = torch.tensor([1.0, 2.0, 2.0, 7.0], dtype=torch.float64)
+    beta = torch.tensor([0.5, 0.3, 0.4, 0.1], dtype=torch.float64)
+    t = _Projection(alpha, beta, [0, 2, 3], floor=1e-3, tol=1e-2)
+    pair = torch.linalg.eigh(torch.tensor([[1.0, 0.5], [0.5, 2.0]], dtype=torch.float64))
+    order = [0, 2, 1, 3]  # 2 lies below the larger of the pair
+    values = torch.cat([pair.eigenvalues, alpha[2:]])[order]
+    residuals = torch.cat([0.3 * pair.eigenvectors[1].abs(), beta[2:]])[order]
+    torch.testing.assert_close(t.ritz.values, values)
+    torch.testing.assert_close(t.ritz.residuals, residuals)
+    assert t.block.values.tolist() == [7.0]
+    assert not t.closed
+    assert _Projection(alpha, beta, [0, 2, 3], floor=1e-3, tol=2e-2).closed
+
+
+@pytest.mark.parametrize("seed", [0, 5, 7, 9])
+def test_a_basis_of_the_whole_space_has_converged_at_any_tolerance(seed: int) -> None:
+    """Where a tolerance is out of reach, there is still nothing more to do."""
+    spectrum = 0.5 ** torch.arange(60)
+    op = operator(spectrum, torch.float32, seed)
+    check(op, eigsh(op, 60, tol=1e-12), wanted(spectrum, 60, "LA"), 1e-12)
 
 
 def test_a_cluster_is_resolved() -> None:
@@ -187,14 +223,14 @@ def test_a_warm_start_takes_fewer_products() -> None:
 
 def test_what_it_has_when_products_run_out() -> None:
     op = operator(torch.linspace(0, 1, 300))
-    with pytest.warns(RuntimeWarning, match="max_matvecs = 25 reached with .* raise max_matvecs"):
+    with pytest.warns(RuntimeWarning, match="after 25 products with 0 of 10 .* max_matvecs"):
         result = eigsh(op, 10, max_matvecs=25)
     measured = (op.matrix @ result.vectors - result.vectors * result.values).norm(dim=0)
     assert result.matvecs == op.count == 25
     assert not result.converged.any()
     assert measured.min() > 1e-3
     torch.testing.assert_close(result.residuals, measured, rtol=1e-9, atol=1e-12)
-    assert result.reason.startswith("max_matvecs = 25")
+    assert result.reason.startswith("stopped after 25")
 
 
 def test_some_pairs_converge_before_products_run_out() -> None:

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
-import torch
-from cases import DTYPES
+
+from cases import Room
 from eigenfilter import _core
-
-
-@dataclass(frozen=True)
-class Room:
-    """An implementation, the device it is tested on and, on the CPU, the instruction set."""
-
-    backend: str
-    device: str = "cpu"
-    isa: str = ""
-
-    def __str__(self) -> str:
-        return "-".join(filter(None, (self.backend, self.isa or self.device)))
-
 
 CPU_ROOMS = [Room("native", isa=isa) for isa in _core.isas()]
 GPU_ROOMS = [Room("triton", "cuda"), Room("reference", "cuda")]
@@ -67,9 +53,3 @@ def room(request: pytest.FixtureRequest) -> Room:
 def fast_room(request: pytest.FixtureRequest) -> Room:
     """A room that has to agree with the reference."""
     return _enter(request.param)
-
-
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    chosen: torch.dtype = request.param
-    return chosen

@@ -33,7 +33,7 @@ class Lists:
         chunk = BLOCKS_IN_CHUNK * block
         whole = (0, 1, 7, block // 4, block - 1, block, block + 1, chunk, chunk + block + 3)
         places = [(size, ALIGNED) for size in whole]
-        places += [(size, shift) for shift in UNALIGNED for size in (block, chunk + 5)]
+        places += [(block + 5, shift) for shift in UNALIGNED] + [(chunk + 5, UNALIGNED[1])]
         places = [p for p in places if all(byte % dtype.itemsize == 0 for byte in p[1])]
         self._rooms = [
             [torch.full((size + 2 * MARGIN,), torch.nan, dtype=dtype) for size, _ in places]

@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 INTERPRETED = Path(__file__).with_name("interpreted.py")
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_the_reference() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)],

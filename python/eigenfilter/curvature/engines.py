@@ -12,6 +12,12 @@ from torch import Tensor
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative .* not implemented|differentiate twice|double.?backward", re.IGNORECASE
 )
+_MARKED = "torch::autograd::Error"  # the node that `once_differentiable` puts
+_CAUSE = (
+    "An operation in the model or the loss has no second derivative, which an exact Hessian "
+    "product needs; for fused attention, call the model in `forward` under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
 
 
 class RetainedEngine:
@@ -27,29 +33,27 @@ class RetainedEngine:
         """Differentiate `loss`, a tensor of one element, once. Call under `torch.enable_grad()`.
 
         Raises:
-            RuntimeError: the loss or its gradient does not depend on `params`.
+            RuntimeError: the loss does not depend on anything through autograd, or an operation in
+                it cannot be differentiated twice.
         """
         if not loss.requires_grad:
             raise RuntimeError(
                 "the loss does not depend on the parameters through autograd: was it detached, or "
                 "computed under no_grad or inference_mode?"
             )
-        with _explained():
-            grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+        seed = torch.ones_like(loss, requires_grad=True)
+        with _explained(), _guarded(loss):
+            grads = torch.autograd.grad(loss, params, seed, create_graph=True, allow_unused=True)
         self._params = params
         self._shapes = [p.shape for p in params]
         self._sizes = [p.numel() for p in params]
-        # A parameter that f does not use, or uses linearly, has a gradient without a graph.
-        self._active = [i for i, g in enumerate(grads) if g.requires_grad]
-        self._grads = [grads[i] for i in self._active]
-        if not self._active:
-            raise RuntimeError(
-                "the gradient does not depend on the parameters: the loss is linear in them, or an "
-                "operation's backward cannot be differentiated"
-            )
+        self._active = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        self._grads = [g for g in grads if g is not None and g.requires_grad]
 
     def matvec(self, v: Tensor) -> Tensor:
         """Return H v [n] for v [n], parameters in order, each flattened in row-major order."""
+        if not self._grads:
+            return torch.zeros_like(v)
         pieces = torch.split(v, self._sizes)
         cotangents = [pieces[i].view(self._shapes[i]) for i in self._active]
         with _explained():
@@ -60,15 +64,41 @@ class RetainedEngine:
 
 
 @contextmanager
+def _guarded(loss: Tensor) -> Iterator[None]:
+    """Make the first backward of `loss` raise where an operation's own backward is not recorded.
+
+    Torch would leave that operation's share out of the product without a word: a backward that
+    autograd does not see returns tensors without a graph, and one marked `once_differentiable` a
+    node that no path from the parameters leads to. A gradient is linear in the seed it started
+    from, so if the seed requires grad, all that is not recorded and not zero is a loss.
+    """
+
+    def check(grad_inputs: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+        for g in grad_inputs:
+            if g is not None and (
+                g.grad_fn.name() == _MARKED if g.grad_fn is not None else bool(g.any())
+            ):
+                raise RuntimeError(f"a backward was not recorded. {_CAUSE}")
+
+    stack, hooks = [loss.grad_fn], {}
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in hooks:
+            hooks[node] = node.register_hook(check)
+            stack.extend(edge for edge, _ in node.next_functions)
+    try:
+        yield
+    finally:
+        for hook in hooks.values():
+            hook.remove()
+
+
+@contextmanager
 def _explained() -> Iterator[None]:
     """Add the cause to an error of torch that says a second derivative is missing."""
     try:
         yield
     except RuntimeError as error:
         if _NO_SECOND_DERIVATIVE.search(str(error)):
-            error.add_note(
-                "An operation in the model or the loss has no second derivative, which an exact "
-                "Hessian product needs; for fused attention, call the model in `forward` under "
-                "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-            )
+            error.add_note(_CAUSE)
         raise

@@ -262,8 +262,8 @@ class _Lanczos:
 
     def collect(self, tol: float) -> _Projection:
         """Bring T to the host. If a block closed, cut off what came after: it followed rounding."""
-        alpha, beta = self._scalars[:, : self.size].cpu()
-        if not (alpha.isfinite().all() and beta.isfinite().all()):
+        alpha, beta = scalars = self._scalars[:, : self.size].cpu()
+        if not scalars.isfinite().all():
             raise FloatingPointError(
                 "a product H v is not finite: is the loss, at these parameters?"
             )
@@ -296,15 +296,12 @@ def _result(run: _Lanczos, ritz: _Ritz, k: int, which: str) -> EigenResult:
         picked = picked.sort().values
     basis = run.basis[: run.size]
     converged = ritz.met[picked]
-    whole = run.size == basis.shape[1]
-    if whole:
-        converged = torch.ones_like(converged)  # nothing is left over but rounding
     found = int(converged.sum())
-    if whole or found == k:
+    if found == k:
         reason = f"{found} pairs converged"
     else:
         reason = (
-            f"max_matvecs = {run.products} reached with {found} of {k} pairs converged: raise "
+            f"stopped after {run.products} products with {found} of {k} pairs converged: raise "
             "max_matvecs, loosen tol, or ask for fewer pairs"
         )
         warnings.warn(reason, RuntimeWarning, stacklevel=4)

@@ -139,8 +139,8 @@ class HessianOperator:
                 f"v must be [{self.shape[0]}], {self.dtype}, on {self.device}; got "
                 f"{list(v.shape)}, {v.dtype}, on {v.device}"
             )
-        with torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
-            return self._current()[0].matvec(v.detach())
+        with torch.autocast(self.device.type, enabled=False):
+            return self._current()[0].matvec(v)
 
     def matmat(self, V: Tensor) -> Tensor:
         """Return H V [n, b] for V [n, b]: one product a column, all at the same x.

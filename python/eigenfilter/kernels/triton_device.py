@@ -38,13 +38,13 @@ def _inverse(grad_scale):
 
 @triton.jit
 def _is_set(found_inf):
-    return None if found_inf is None else tl.load(found_inf) != 0
+    return tl.full((), 0, tl.int1) if found_inf is None else tl.load(found_inf) != 0
 
 
 @triton.jit
 def _unless(stop, old, new):
     """`new` in the dtype of `old`; or `old`, where there is to be no step."""
-    return new.to(old.dtype) if stop is None else tl.where(stop, old, new.to(old.dtype))
+    return tl.where(stop, old, new.to(old.dtype))
 
 
 @triton.jit

@@ -49,13 +49,13 @@ class Part:
     def backups(self) -> _core.TensorList:
         """The parameters' backups, allocated when first asked for."""
         if self._backups is None:
-            self._backups = _core.TensorList([self.store.backup(p) for p in self.params])
+            self._backups = _core.TensorList(map(self.store.backup, self.params), hold=True)
         return self._backups
 
     def momenta(self) -> _core.TensorList:
         """The momentum buffers; those that are not there yet are made, as zeros."""
         if self._momenta is None:
-            self._momenta = _core.TensorList([self.store.momentum(p) for p in self.params])
+            self._momenta = _core.TensorList(map(self.store.momentum, self.params), hold=True)
             self.store.remember()
         return self._momenta
 

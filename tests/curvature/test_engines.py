@@ -1,0 +1,138 @@
+"""Losses without a second derivative, missing or zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature.networks import columns, dense, make
+from eigenfilter.curvature import HessianOperator, eigsh
+
+
+class Square(torch.autograd.Function):
+    """x^2, with a backward that autograd does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (2 * x * grad).detach()
+
+
+class MarkedSquare(Square):
+    """The same, and says so."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return Square.backward(ctx, grad)
+
+
+class Attention(nn.Module):
+    """Its attention on the CPU has no second derivative, unless the math backend is chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("square", [Square, MarkedSquare])
+@pytest.mark.parametrize("where", ["first", "middle", "branch", "last"])
+def test_a_missing_second_derivative_is_named(square: type[Square], where: str) -> None:
+    """torch itself is silent about these: the share of the operation would just be missing."""
+
+    class Bent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            if where == "branch":
+                return self.outer(torch.tanh(x) + square.apply(x))
+            x = square.apply(x) if where == "middle" else torch.tanh(x)
+            return self.outer(x)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        if where == "first":
+            return square.apply(output.mean() + model.inner.bias.sum())
+        return (square.apply(output) if where == "last" else output).pow(2).mean()
+
+    model = Bent().double()
+    op = HessianOperator(model, loss_fn, (make()[1], None))
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+
+
+def test_fused_attention_works_with_the_backend_the_note_names() -> None:
+    model, x = Attention(), torch.randn(2, 1, 6, 4)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().mean()
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return model(batch[0]), batch[1]
+
+    data = (x, torch.randn(2, 1, 6, 4))
+    op = HessianOperator(model, loss_fn, data)
+    v = torch.randn(op.shape[0])
+    with pytest.raises(RuntimeError, match="not implemented") as raised:
+        op.matvec(v)
+    assert "SDPBackend.MATH" in raised.value.__notes__[0]
+    works = HessianOperator(model, loss_fn, data, forward=forward)
+    assert works.matvec(v).abs().max() > 1e-3
+
+
+def test_a_loss_without_a_graph_raises() -> None:
+    model, x, target = make()
+    op = HessianOperator(model, lambda output, target: output.detach().square().mean(), (x, target))
+    with pytest.raises(RuntimeError, match="loss does not depend on the parameters"):
+        op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("used", ["linearly", "through sign", "not at all"])
+def test_no_curvature_at_all(used: str) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.3, -2.0], dtype=torch.float64))
+            self.other = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if used == "not at all":
+                return self.other.square()
+            weight = torch.sign(self.weight) if used == "through sign" else self.weight
+            return (x * weight).sum() + self.other
+
+    model = Flat()
+    data = (torch.ones(2, dtype=torch.float64), None)
+    op = HessianOperator(
+        model, lambda output, target: output, data, params=[model.weight], reduction="sum"
+    )
+    assert torch.equal(columns(op), torch.zeros(2, 2, dtype=torch.float64))
+    assert eigsh(op, 2, "LM").values.tolist() == [0.0, 0.0]
+
+
+def test_a_parameter_used_linearly_has_zero_rows() -> None:
+    def mean(output: Tensor, target: Tensor) -> Tensor:
+        return output.mean()
+
+    model, x, target = make()
+    op = HessianOperator(model, mean, (x, target))
+    found = columns(op)
+    expected = dense(model, x, target, loss_fn=mean)
+    assert not found[-3:].any()
+    assert found.abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)

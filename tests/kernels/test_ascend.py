@@ -1,0 +1,61 @@
+"""ascend against exact arithmetic: b <- x, x <- x + alpha g / grad_scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cases import ALPHA, SCALE, Arena, Room, same_bits
+from eigenfilter import kernels
+from tolerances import assert_near, exact
+
+X, G, B = range(3)
+
+
+def run(room: Room, dtype: torch.dtype, scale: float | None, found: float | None) -> None:
+    arena = Arena(dtype, 3, device=room.device)
+    arena.fill(X, G)
+    x, g = arena.values(X), arena.values(G)
+    kernels.ascend(
+        *arena.lists,
+        ALPHA,
+        grad_scale=tensor(scale, room),
+        found_inf=tensor(found, room),
+        backend=room.backend,
+    )
+    arena.check_margins()
+    assert same_bits(arena.values(B), x)
+    assert same_bits(arena.values(G), g)
+    if found:
+        assert same_bits(arena.values(X), x)
+        return
+    move = np.longdouble(ALPHA) / np.longdouble(np.float32(scale or 1.0)) * exact(g)
+    assert_near(arena.values(X), exact(x) + move, np.abs(exact(x)) + np.abs(move))
+
+
+def tensor(value: float | None, room: Room) -> Tensor | None:
+    return None if value is None else torch.tensor([value], device=room.device)
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
+def test_ascend(room: Room, dtype: torch.dtype, scale: float | None) -> None:
+    run(room, dtype, scale, None)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+def test_found_inf_keeps_x_and_still_saves_it(room: Room, dtype: torch.dtype, found: float) -> None:
+    run(room, dtype, SCALE, found)
+
+
+def test_the_ascent_of_a_scaled_gradient_does_not_overflow_on_its_way(
+    room: Room, dtype: torch.dtype
+) -> None:
+    """1 / grad_scale enters the coefficient, so that alpha g needs no room of its own."""
+    largest = torch.finfo(dtype).max
+    x = torch.zeros(33, dtype=dtype, device=room.device)
+    g = torch.full_like(x, largest)
+    scale = torch.tensor(1024.0, device=room.device)
+    kernels.ascend([x], [g], [torch.empty_like(x)], 4.0, grad_scale=scale, backend=room.backend)
+    assert torch.equal(x, torch.full_like(x, largest / 256))

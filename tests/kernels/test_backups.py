@@ -1,0 +1,55 @@
+"""Backups are bit-for-bit copies, whatever the bits mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import Room, bits, same_bits
+from eigenfilter import kernels
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def any_bits(dtype: torch.dtype, n: int = 70_001) -> Tensor:
+    """Random patterns, a third of them NaN with every kind of payload, quiet and signalling."""
+    integer = INTEGERS[dtype.itemsize]
+    limits = torch.iinfo(integer)
+    t = torch.randint(limits.min, limits.max, (n,), dtype=integer)
+    exponent = bits(torch.tensor(torch.inf, dtype=dtype))
+    t[::3] |= exponent
+    return t.view(dtype)
+
+
+def test_the_patterns_hold_what_they_promise(dtype: torch.dtype) -> None:
+    t = any_bits(dtype)
+    assert t.isnan().sum() > t.numel() // 4
+    assert len(set(bits(t[t.isnan()]).tolist())) > 100
+
+
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+def test_the_backup_has_every_bit(room: Room, dtype: torch.dtype, found: float | None) -> None:
+    x = any_bits(dtype).to(room.device)
+    before, g, b = x.clone(), torch.ones_like(x), torch.zeros_like(x)
+    flag = None if found is None else torch.tensor(found, device=room.device)
+    kernels.ascend([x], [g], [b], 0.1, found_inf=flag, backend=room.backend)
+    assert same_bits(b, before)
+    assert same_bits(x, before) == bool(found)
+
+
+def test_a_stopped_descent_restores_every_bit(room: Room, dtype: torch.dtype) -> None:
+    b, m = any_bits(dtype).to(room.device), any_bits(dtype).to(room.device)
+    before, x = m.clone(), torch.zeros_like(b)
+    stop = torch.ones((), device=room.device)
+    g = torch.ones_like(x)
+    kernels.descend([x], [g], [m], [b], lr=0.1, found_inf=stop, backend=room.backend)
+    assert same_bits(x, b)
+    assert same_bits(m, before)
+
+
+def test_a_stopped_descent_without_backups_leaves_every_bit(room: Room, dtype: torch.dtype) -> None:
+    x = any_bits(dtype).to(room.device)
+    before, stop = x.clone(), torch.ones((), device=room.device)
+    kernels.descend([x], [torch.ones_like(x)], lr=0.1, found_inf=stop, backend=room.backend)
+    assert same_bits(x, before)

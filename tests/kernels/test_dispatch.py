@@ -1,0 +1,115 @@
+"""The seam: a backend that is asked for works or raises, an automatic choice is logged once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from eigenfilter import _core, kernels
+from eigenfilter.kernels import native, reference
+
+needs_no_cuda = pytest.mark.skipif(_core.cuda_compiled, reason="built with CUDA kernels")
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice() -> None:
+    kernels.select.cache_clear()
+
+
+def test_the_cpu_is_served_by_native(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="eigenfilter"):
+        assert all(kernels.select("cpu") is native for _ in range(3))
+    assert [r.getMessage() for r in caplog.records] == ["kernels on cpu: native"]
+
+
+def test_an_explicit_choice_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="eigenfilter"):
+        assert kernels.select("cpu", "native") is native
+        assert kernels.select("cpu", "reference") is reference
+        assert kernels.select("mps", "reference") is reference
+    assert caplog.records == []
+
+
+def test_every_backend_has_every_kernel() -> None:
+    rooms = [kernels.select("cpu", name) for name in ("native", "reference")]
+    for room in rooms:
+        for kernel in ("ascend", "descend", "norm", "flag_nonfinite"):
+            assert callable(getattr(room, kernel))
+
+
+def test_an_unknown_backend_is_told_the_known_ones() -> None:
+    message = "unknown backend 'cuda': choose one of native, triton, reference, or None"
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match=message):
+        kernels.ascend([x], [x], [x], 0.1, backend="cuda")
+    with pytest.raises(ValueError, match=message):
+        kernels.norm([x], backend="cuda")
+
+
+def test_an_unknown_device() -> None:
+    with pytest.raises(ValueError, match=r"no kernels for device 'meta': .*backend=.reference"):
+        kernels.norm([torch.ones(3, device="meta")])
+
+
+@needs_no_cuda
+def test_without_cuda_kernels_native_says_how_to_get_them() -> None:
+    assert not _core.cuda_compiled
+    message = r"built without its CUDA kernels: reinstall it .*EIGENFILTER_CUDA=ON.*triton"
+    with pytest.raises(RuntimeError, match=message):
+        kernels.select("cuda", "native")
+    with pytest.raises(RuntimeError, match=message):
+        _core.require_cuda()
+    with pytest.raises(RuntimeError, match=message):
+        _core.norm_workspace([torch.ones(3)])
+
+
+@pytest.mark.skipif(not _core.cuda_compiled, reason="built without CUDA kernels")
+def test_with_cuda_kernels_native_serves_both_devices() -> None:
+    assert kernels.select("cuda", "native") is native
+    assert kernels.select("cpu", "native") is native
+    _core.require_cuda()
+
+
+@needs_no_cuda
+def test_without_cuda_kernels_a_gpu_is_served_by_triton(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    with caplog.at_level(logging.INFO, logger="eigenfilter"):
+        assert kernels.select("cuda") is kernels.select("cuda", "triton")
+    assert [r.getMessage() for r in caplog.records] == ["kernels on cuda: triton"]
+
+
+def test_without_triton_the_backend_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "eigenfilter.kernels.triton_kernels", raising=False)
+    monkeypatch.delattr(kernels, "triton_kernels", raising=False)
+    for name in [m for m in sys.modules if m == "triton" or m.startswith("triton.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NoTriton(), *sys.meta_path])
+    with pytest.raises(RuntimeError, match="needs the triton package: pip install triton"):
+        kernels.select("cuda", "triton")
+
+
+class NoTriton:
+    """An import system in which triton is not installed."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+
+@pytest.mark.parametrize("backend", [None, "native", "reference"])
+def test_no_tensors(backend: str | None) -> None:
+    with pytest.raises(ValueError, match="no tensors: pass at least one"):
+        kernels.ascend([], [], [], 0.1, backend=backend)
+    with pytest.raises(ValueError, match="no tensors: pass at least one"):
+        kernels.norm([], backend=backend)
+
+
+def test_an_unknown_instruction_set() -> None:
+    before = _core.isa()
+    with pytest.raises(ValueError, match=r'no kernels for "avx1024": see isas\(\)'):
+        _core.set_isa("avx1024")
+    assert _core.isa() == before == _core.isas()[-1]
+    assert _core.isas()[0] == "baseline"

@@ -1,0 +1,274 @@
+"""What does not go together is refused by name, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cases import bits
+from eigenfilter import _core, kernels
+
+SHAPE = (4, 6)
+
+
+class Wrapper(Tensor):
+    """A tensor without memory, as quantisation and distribution libraries make them."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        raise NotImplementedError(func)
+
+
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(SHAPE)
+
+
+def freed() -> Tensor:
+    t = torch.ones(SHAPE)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def misaligned() -> Tensor:
+    return torch.frombuffer(bytearray(4 * 24 + 1), dtype=torch.float32, offset=1).view(SHAPE)
+
+
+LayoutError = _core.LayoutError
+Make = Callable[[], object]
+
+# What each may not be: how to make it, the error, and how its message goes on.
+ANYWHERE: dict[str, tuple[Make, type[Exception], str]] = {
+    "meta": (
+        lambda: torch.ones(SHAPE, device="meta"),
+        TypeError,
+        "cannot be used: .*; pass strided tensors with memory of their own",
+    ),
+    "sparse": (
+        lambda: torch.ones(SHAPE).to_sparse(),
+        TypeError,
+        "cannot be used: .*; pass strided tensors with memory of their own",
+    ),
+    "fake": (fake, TypeError, "has no memory of its own .*: pass the tensor that holds the data"),
+    "freed": (freed, TypeError, "has no memory of its own .*: pass the tensor that holds the data"),
+    "wrapper": (
+        lambda: Wrapper(torch.ones(SHAPE)),
+        TypeError,
+        "has no memory of its own .*: pass the tensor that holds the data",
+    ),
+    "negated": (
+        lambda: torch._neg_view(torch.ones(SHAPE)),
+        TypeError,
+        r"is lazily negated: pass \.resolve_neg\(\) of it",
+    ),
+    "complex": (
+        lambda: torch.ones(SHAPE, dtype=torch.complex64),
+        TypeError,
+        "is complex64: supported are float32, float64, bfloat16, float16",
+    ),
+    "int": (lambda: torch.ones(SHAPE, dtype=torch.int32), TypeError, "is int32: supported are"),
+    "bool": (lambda: torch.ones(SHAPE, dtype=torch.bool), TypeError, "is bool8: supported are"),
+    "float8": (
+        lambda: torch.ones(SHAPE).to(torch.float8_e4m3fn),
+        TypeError,
+        "is low-precision float8: supported are",
+    ),
+    "none": (lambda: None, TypeError, "cannot be used: NoneType is not a tensor"),
+    "number": (lambda: 1.0, TypeError, "cannot be used: float is not a tensor"),
+    "misaligned": (misaligned, ValueError, "is not aligned to its element size: clone it"),
+    "dtype": (
+        lambda: torch.ones(SHAPE, dtype=torch.float64),
+        LayoutError,
+        r"is float64 and params\[0\] is not: group tensors by dtype, or convert it with \.to\(\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ["meta", "sparse"])
+def test_torchs_own_reasons_are_one_line(what: str) -> None:
+    with pytest.raises(TypeError, match=r"tensors\[0\] cannot be used") as raised:
+        _core.check(["tensors"], [[ANYWHERE[what][0]()]], [False])
+    assert "frame #" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+UNLIKE_PARAMS: dict[str, Make] = {
+    "shape": lambda: torch.ones(6, 4),
+    "more dimensions": lambda: torch.ones(1, *SHAPE),
+    "fewer elements": lambda: torch.ones(4, 5),
+    "strides": lambda: torch.ones(6, 4).t(),
+    "expanded": lambda: torch.ones(()).expand(SHAPE),
+    "not dense": lambda: torch.ones(4, 12)[:, ::2],
+}
+
+ROLES = ("params", "grads", "momenta", "backups")
+
+
+class Call:
+    """Lists of two tensors for every role, to be spoilt at one place and found unchanged."""
+
+    def __init__(self) -> None:
+        self.lists: dict[str, list[Tensor]] = {
+            role: [torch.randn(SHAPE) for _ in range(2)] for role in ROLES
+        }
+
+    def refused(self, error: type[Exception], match: str, backend: str = "native") -> None:
+        """Fail unless both kernels raise and leave every bit."""
+        sound = [
+            (t, bits(t).clone())
+            for tensors in self.lists.values()
+            for t in tensors
+            if type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided
+            if t.dtype == torch.float32 and not t.is_neg() and t.untyped_storage().nbytes() > 0
+        ]
+        assert len(sound) >= 6
+        x, g, m, b = (self.lists[role] for role in ROLES)
+        with pytest.raises(error, match=match):
+            kernels.descend(x, g, m, b, lr=0.1, momentum=0.9, backend=backend)
+        if "momenta" not in match:
+            with pytest.raises(error, match=match):
+                kernels.ascend(x, g, b, 0.1, backend=backend)
+        for t, before in sound:
+            assert torch.equal(bits(t), before)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("what", ANYWHERE)
+def test_no_usable_tensor(what: str, role: str) -> None:
+    make, error, message = ANYWHERE[what]
+    call = Call()
+    call.lists[role][1] = make()  # type: ignore[call-overload]
+    call.refused(error, rf"(?s)^{role}\[1\] {message}")
+
+
+@pytest.mark.parametrize("role", ROLES[1:])
+@pytest.mark.parametrize("what", UNLIKE_PARAMS)
+def test_unlike_its_parameter(what: str, role: str) -> None:
+    call = Call()
+    call.lists[role][1] = UNLIKE_PARAMS[what]()  # type: ignore[call-overload]
+    fix = rf"pass torch\.empty_like\(params\[1\]\)\.copy_\({role}\[1\]\)"
+    call.refused(
+        LayoutError,
+        rf"^{role}\[1\] has shape .* and strides .*, params\[1\] has shape .*: {fix}",
+    )
+
+
+@pytest.mark.parametrize("what", ["expanded", "not dense"])
+def test_parameters_that_are_not_dense(what: str) -> None:
+    call = Call()
+    call.lists["params"][1] = UNLIKE_PARAMS[what]()  # type: ignore[call-overload]
+    call.refused(ValueError, r"^params\[1\] is not dense \(.*\): pass \.contiguous\(\)")
+
+
+@pytest.mark.parametrize("change", [list.pop, lambda tensors: tensors.append(torch.ones(SHAPE))])
+@pytest.mark.parametrize("role", ROLES[1:])
+def test_lists_of_unequal_length(role: str, change: Callable) -> None:
+    call = Call()
+    change(call.lists[role])
+    count = len(call.lists[role])
+    call.refused(
+        ValueError,
+        rf"^{role} has {count} tensors and params has 2: pass lists of equal length",
+    )
+
+
+@pytest.mark.parametrize("role", ROLES[1:])
+def test_no_list_at_all(role: str) -> None:
+    call = Call()
+    call.lists[role] = iter(call.lists[role])  # type: ignore[assignment]
+    x, g, m, b = (call.lists[r] for r in ROLES)
+    with pytest.raises(TypeError, match=f"^{role} must be a list or tuple of tensors"):
+        kernels.descend(x, g, m, b, lr=0.1, momentum=0.9)
+
+
+OVERLAPS = {
+    "a parameter twice": ("params", 1, "params", 0),
+    "a gradient is a parameter": ("grads", 0, "params", 0),
+    "a gradient is another parameter": ("grads", 1, "params", 0),
+    "a backup is a parameter": ("backups", 0, "params", 0),
+    "a backup is a gradient": ("backups", 0, "grads", 0),
+    "a momentum is a gradient": ("momenta", 1, "grads", 1),
+    "a momentum twice": ("momenta", 1, "momenta", 0),
+    "a momentum is a backup": ("momenta", 0, "backups", 0),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_memory_that_is_written_is_shared(name: str) -> None:
+    role, i, other, j = OVERLAPS[name]
+    call = Call()
+    call.lists[role][i] = call.lists[other][j].view(SHAPE)
+    both = rf"{role}\[{i}\] and {other}\[{j}\]|{other}\[{j}\] and {role}\[{i}\]"
+    message = rf"^({both}) share memory, .* is written: clone one of them"
+    x, g, m, b = (call.lists[r] for r in ROLES)
+    before = [bits(t).clone() for tensors in (x, g, m, b) for t in tensors]
+    ascends = "momenta" not in (role, other)
+    with pytest.raises(ValueError, match=message):
+        kernels.ascend(x, g, b, 0.1) if ascends else kernels.descend(x, g, m, b, lr=0.1)
+    assert all(map(torch.equal, map(bits, [*x, *g, *m, *b]), before))
+
+
+@pytest.mark.parametrize("distance", [1, 5, 23])
+def test_partial_overlap(distance: int) -> None:
+    call = Call()
+    memory = torch.randn(24 + distance)
+    call.lists["params"] = [memory[:24].view(SHAPE), memory[distance:].view(SHAPE)]
+    call.refused(ValueError, r"params\[[01]\] and params\[[01]\] share memory")
+
+
+def test_neighbours_do_not_overlap() -> None:
+    memory = torch.randn(48)
+    params = [memory[24:].view(SHAPE), memory[:24].view(SHAPE)]
+    before = memory.clone()
+    g = torch.ones(SHAPE)
+    kernels.descend(params, [g, g], lr=0.5)  # what is only read may be shared
+    torch.testing.assert_close(memory, before - 0.5)
+
+
+def test_empty_tensors_may_share_memory() -> None:
+    empty, x = torch.zeros(0), torch.ones(3)
+    kernels.descend([empty, x, empty], [empty, torch.ones(3), empty], lr=0.25)
+    assert torch.equal(x, torch.full((3,), 0.75))
+
+
+@pytest.mark.gpu
+def test_mixed_devices() -> None:
+    call = Call()
+    call.lists["grads"][1] = call.lists["grads"][1].cuda()
+    call.refused(
+        ValueError,
+        r"^grads\[1\] is on cuda:0 and params\[0\] on cpu: group tensors by device",
+    )
+
+
+def test_norm_and_flag_name_their_tensors() -> None:
+    lists = [torch.ones(3), torch.ones(3, dtype=torch.int64)]
+    found = torch.zeros(1)
+    for call in (lambda: kernels.norm(lists), lambda: kernels.flag_nonfinite(lists, found)):
+        with pytest.raises(TypeError, match=r"^tensors\[1\] is int64: supported are"):
+            call()
+    assert found == 0
+
+
+SPOILT = {
+    "another shape": (lambda lists: lists["grads"].__setitem__(1, torch.ones(6)), LayoutError),
+    "too few": (lambda lists: lists["grads"].pop(), ValueError),
+    "shared": (lambda lists: lists["params"].__setitem__(1, lists["params"][0]), ValueError),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_the_reference_refuses_what_the_others_refuse(what: str) -> None:
+    """One contract in all rooms: broadcasting, or half of an update, would be a wrong result."""
+    spoil, error = SPOILT[what]
+    call = Call()
+    spoil(call.lists)
+    call.refused(error, "grads|params", backend="reference")

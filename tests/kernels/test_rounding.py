@@ -1,0 +1,119 @@
+"""All rooms round alike: nothing is fused, and narrow types round as torch rounds them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cases import ALPHA, DESCENTS, SCALE, SIZES, Arena, Descent, Room, bits, same_bits
+from eigenfilter import kernels
+
+NARROW = (torch.bfloat16, torch.float16)
+ULPS = (0.5, -0.5, 0.25, 0.75, 1.5, 2.5, 0.5 + 2.0**-20, 0.5 - 2.0**-20, -0.5 - 2.0**-20)
+FACTORS = (1.0, -1.0, 0.5, 1.2345e-3, 0.7071, 2.0**-11, 3.0001e4)
+
+
+@pytest.mark.parametrize("case", DESCENTS, ids=str)
+def test_descend_is_the_reference_bit_for_bit(
+    fast_room: Room, dtype: torch.dtype, case: Descent
+) -> None:
+    results = []
+    for backend in (fast_room.backend, "reference"):
+        torch.manual_seed(5)
+        arena = Arena(dtype, 4, SIZES[:-1], fast_room.device)
+        arena.fill(0, 1, 2, 3)
+        x, g, m, b = arena.lists
+        lists = (x, g, m if case.momentum != "none" else None, b if case.backups else None)
+        scale = torch.tensor(SCALE, device=fast_room.device)
+        kernels.descend(*lists, **case.options(), grad_scale=scale, backend=backend)
+        results.append((arena.values(0), arena.values(2)))
+    (x, m), (expected_x, expected_m) = results
+    assert same_bits(x, expected_x)
+    assert same_bits(m, expected_m)
+
+
+def test_ascend_is_the_reference_bit_for_bit(fast_room: Room, dtype: torch.dtype) -> None:
+    results = []
+    for backend in (fast_room.backend, "reference"):
+        torch.manual_seed(6)
+        arena = Arena(dtype, 3, device=fast_room.device)
+        arena.fill(0, 1)
+        scale = torch.tensor(SCALE, device=fast_room.device)
+        kernels.ascend(*arena.lists, ALPHA, grad_scale=scale, backend=backend)
+        results.append(arena.values(0))
+    assert same_bits(*results)
+
+
+def every_pattern(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def spacing(x: Tensor) -> Tensor:
+    """Distance from |x| to the next larger number of its dtype; 1 where x is not finite."""
+    info = torch.finfo(x.dtype)
+    _, exponent = np.frexp(np.maximum(x.double().abs().numpy(), info.tiny))
+    ulp = torch.from_numpy(np.ldexp(info.eps, exponent - 1))
+    return ulp.where(x.isfinite(), 1.0).to(x.dtype)
+
+
+def ascended(x: Tensor, g: Tensor, alpha: float, room: Room) -> Tensor:
+    x, g = x.to(room.device), g.to(room.device)
+    kernels.ascend([x], [g], [torch.empty_like(x)], alpha, backend=room.backend)
+    return x.cpu()
+
+
+def assert_rounded(actual: Tensor, wide: Tensor) -> None:
+    """Fail unless `actual` is `wide` rounded by torch, apart from which NaN it is."""
+    expected = wide.to(actual.dtype)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(bits(actual[~actual.isnan()]), bits(expected[~expected.isnan()]))
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+def test_the_spacing_used_below_is_that_of_the_dtype(narrow: torch.dtype) -> None:
+    x = every_pattern(narrow)
+    x = x[x.isfinite() & (bits(x) >= 0)]  # from +0 on, in order
+    assert torch.equal(x[1:], (x.double() + spacing(x).double())[:-1].to(narrow))
+    assert (spacing(x) > 0).all()
+
+
+@pytest.mark.parametrize("ulps", ULPS)
+@pytest.mark.parametrize("narrow", NARROW)
+def test_every_number_with_every_kind_of_rounding(
+    room: Room, narrow: torch.dtype, ulps: float
+) -> None:
+    """Ties and near ties at every number; at the largest they decide between it and infinity."""
+    x = every_pattern(narrow)
+    g = spacing(x)
+    assert_rounded(ascended(x.clone(), g, ulps, room), x.float() + ulps * g.float())
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize("narrow", NARROW)
+def test_every_number_times_a_factor(room: Room, narrow: torch.dtype, factor: float) -> None:
+    """From 0, so that the product is what is rounded: to subnormals, to infinity."""
+    g = every_pattern(narrow)
+    zero = torch.zeros_like(g)
+    wide = zero.float() + torch.tensor(factor, dtype=torch.float32) * g.float()
+    assert_rounded(ascended(zero.clone(), g, factor, room), wide)
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+def test_a_step_of_length_zero_returns_every_number(room: Room, narrow: torch.dtype) -> None:
+    x = every_pattern(narrow).to(room.device)
+    before, g = x.clone(), torch.ones_like(x)
+    kernels.descend([x], [g], lr=0.0, backend=room.backend)
+    kept = ~before.isnan()
+    assert torch.equal(bits(x[kept]), bits(before[kept]))
+    assert x[~kept].isnan().all()
+
+
+def test_products_are_rounded_before_they_are_added(room: Room) -> None:
+    """(1 + e)^2 - 1 - 2 e is e^2 with a fused multiply-add, and 0 without."""
+    for dtype, e in ((torch.float32, 2.0**-13), (torch.float64, 2.0**-28)):
+        x = torch.full((67,), -1 - 2 * e, dtype=dtype, device=room.device)
+        g = torch.full_like(x, 1 + e)
+        kernels.ascend([x], [g], [torch.empty_like(x)], 1 + e, backend=room.backend)
+        assert (x == 0).all()

@@ -1,0 +1,101 @@
+"""TensorList equals a list, and notices what happened to its tensors since it was made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import same_bits
+from eigenfilter import _core, kernels
+
+SIZES = (3, 64, 1000)
+
+
+def tensors(seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(n) for n in SIZES]
+
+
+def descended(wrap: type) -> tuple[list[Tensor], list[Tensor]]:
+    lists = [tensors(seed) for seed in range(4)]
+    wrapped = [wrap(t) for t in lists]
+    for _ in range(3):  # the second call finds memory it knows
+        kernels.descend(*wrapped, lr=0.1, momentum=0.9, weight_decay=0.01)
+        kernels.ascend(wrapped[0], wrapped[1], wrapped[3], 0.2)
+    return lists[0], lists[2]
+
+
+def test_results_are_a_lists() -> None:
+    for kind in (_core.TensorList, tuple):
+        for got, expected in zip(descended(kind), descended(list), strict=True):
+            assert all(map(same_bits, got, expected))
+    kept = tensors(1)
+    assert kernels.norm(_core.TensorList(kept)).item() == kernels.norm(kept).item()
+
+
+def test_it_is_a_sequence() -> None:
+    kept = tensors(1)
+    listed = _core.TensorList(t for t in kept)
+    assert len(listed) == 3
+    assert [id(t) for t in listed] == [id(t) for t in kept]
+    assert listed[-1] is kept[-1]
+    assert listed[-3] is kept[0]
+    for i in (3, -4):
+        with pytest.raises(IndexError, match="no such tensor"):
+            listed[i]
+
+
+def test_it_does_not_follow_the_list_it_was_made_from() -> None:
+    kept = tensors(1)
+    listed = _core.TensorList(kept)
+    kept.pop()
+    assert len(listed) == 3
+
+
+def test_new_memory_behind_a_tensor_is_found() -> None:
+    params, grads = [torch.nn.Parameter(t) for t in tensors(1)], tensors(2)
+    listed = _core.TensorList(params)
+    kernels.descend(listed, grads, lr=0.1)
+    old, new = params[1].data, torch.ones(64)
+    before = old.clone()
+    params[1].data = new
+    kernels.descend(listed, grads, lr=0.1)
+    assert torch.equal(old, before)
+    torch.testing.assert_close(new, 1 - 0.1 * grads[1])
+
+
+CHANGES = {
+    "dtype": (lambda p: torch.ones(64, dtype=torch.float64), r"params\[1\] is float64"),
+    "negated": (lambda p: torch._neg_view(torch.ones(64)), r"params\[1\] is lazily negated"),
+    "shape": (lambda p: torch.ones(65), r"grads\[1\] has shape \(64\)"),
+    "not dense": (lambda p: torch.ones(128)[::2], r"params\[1\] is not dense"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_new_memory_is_checked_as_the_old_was(change: str) -> None:
+    make, message = CHANGES[change]
+    params, grads = [torch.nn.Parameter(t) for t in tensors(1)], tensors(2)
+    listed = _core.TensorList(params)
+    kernels.descend(listed, grads, lr=0.1)
+    before = params[0].detach().clone()
+    params[1].data = make(params[1])
+    with pytest.raises((ValueError, TypeError), match=message):
+        kernels.descend(listed, grads, lr=0.1)
+    assert torch.equal(params[0], before)
+
+
+def test_memory_that_was_freed_is_noticed() -> None:
+    params, grads = tensors(1), tensors(2)
+    listed = _core.TensorList(params)
+    kernels.descend(listed, grads, lr=0.1)
+    params[2].untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=r"params\[2\] has no memory of its own"):
+        kernels.descend(listed, grads, lr=0.1)
+
+
+def test_no_tensor_in_it_is_named_at_its_use() -> None:
+    listed = _core.TensorList([torch.ones(3), None])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"params\[1\] cannot be used: NoneType is not a tensor"):
+        kernels.descend(listed, [torch.ones(3)] * 2, lr=0.1)
