@@ -26,8 +26,7 @@ from eigenfilter import kernels
 
 ALPHA, LR, MOMENTUM = 0.05, 0.1, 0.9
 
-# torch's norm sums in the tensors' own precision, and its functions round to the tensors' dtype after
-# every operation, where ours round once.
+# torch's norm sums in less precision than ours, or rounds to the tensors' dtype on its way.
 NORM_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     torch.float64: Tolerance(rtol=1e-11, atol=0.0),
     torch.float32: Tolerance(rtol=1e-3, atol=0.0),

@@ -111,24 +111,24 @@ class Reader {
             local = shard_of(object);
             object = local.ptr();
         }
-        if (!borrow(object, t)) {
-            const py::error_already_set reason;
+        const bool borrowed = borrow(object, t);
+        if (!borrowed || is_hollow(t)) {
+            const std::string reason = borrowed ? "" : first_line_of_error();
             local = shard_of(object);
-            if (!local || !borrow(local.ptr(), t)) {
+            if (!local || !borrow(local.ptr(), t) || is_hollow(t)) {
                 PyErr_Clear();
                 fail(PyExc_TypeError,
-                     what() + " cannot be used: " + std::string(py::str(reason.value())) +
-                         "; pass strided tensors with memory of their own");
+                     borrowed ? what() +
+                                    " has no memory of its own (a fake, wrapped or freed tensor): "
+                                    "pass the tensor that holds the data"
+                              : what() + " cannot be used: " + reason +
+                                    "; pass strided tensors with memory of their own");
             }
             sharded_type_ = Py_TYPE(object);
             object = local.ptr();
         }
         t.data = static_cast<char*>(t.data) + t.byte_offset;
         if (t.data != nullptr && t.data == known) return t;
-        if (t.data == nullptr && count(t) > 0)
-            fail(PyExc_TypeError, what() +
-                                      " has no memory of its own (a fake, wrapped or freed "
-                                      "tensor): pass the tensor that holds the data");
         if (is_negated(object))
             fail(PyExc_TypeError, what() + " is lazily negated: pass .resolve_neg() of it");
         return t;
@@ -182,6 +182,14 @@ class Reader {
         return answer.ptr() == Py_True;
     }
 
+    // Takes the Python error that is set; torch's go on with frames.
+    static std::string first_line_of_error() {
+        const std::string text = py::str(py::error_already_set().value());
+        return text.substr(0, text.find('\n'));
+    }
+
+    static bool is_hollow(const dlpack::Tensor& t) { return t.data == nullptr && count(t) > 0; }
+
     // A DTensor's local shard, which the DTensor keeps alive; null for what has none.
     static py::object shard_of(PyObject* object) {
         static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
@@ -201,7 +209,9 @@ class Reader {
 }  // namespace
 
 TensorList::TensorList(const py::iterable& tensors, bool hold)
-    : tensors_(tensors), known_(size(), nullptr) {
+    : tensors_(py::reinterpret_steal<py::list>(PySequence_List(tensors.ptr()))) {
+    if (!tensors_) throw py::error_already_set();
+    known_.assign(size(), nullptr);
     if (!hold) return;
     Reader reader;
     for (size_t i = 0; i < size(); ++i) {

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eigenfilter import _core
+
 Scalar = float | Tensor
 
 
@@ -31,6 +33,7 @@ def ascend(
     found_inf: Tensor | None = None,
 ) -> None:
     """b <- x; x <- x + alpha S g, or x unchanged where found_inf is not zero."""
+    _core.check(("params", "grads", "backups"), (params, grads, backups), (True, False, True))
     for x, g, b in zip(params, grads, backups, strict=True):
         T = arithmetic_dtype(x.dtype)
         step = (_real(alpha, x) * _inverse(grad_scale, x)).to(T)
@@ -54,6 +57,8 @@ def descend(
     found_inf: Tensor | None = None,
 ) -> None:
     """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m)."""
+    names = ("params", "grads", "momenta", "backups")
+    _core.check(names, (params, grads, momenta, backups), (True, False, True, False))
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         T = arithmetic_dtype(p.dtype)
         if backups is not None:
@@ -76,6 +81,7 @@ def descend(
 
 def norm(tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = None) -> None:
     """out <- S sqrt(sum of squares over all elements of all tensors), summed in float64."""
+    _core.check(("tensors",), (tensors,), (False,))
     total = torch.zeros((), dtype=torch.float64, device=out.device)
     for t in tensors:
         total = total + t.double().square().sum()
@@ -84,6 +90,7 @@ def norm(tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = 
 
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """found_inf <- 1 if any element of any tensor is inf or NaN; else unchanged."""
+    _core.check(("tensors",), (tensors,), (False,))
     for t in tensors:
         found_inf.masked_fill_(~t.isfinite().all(), 1.0)
 

@@ -1,0 +1,52 @@
+# Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
+#   make demo | test | lint | bench | gpu-gate | clean
+# EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
+
+PYTHON ?= python3
+EIGENFILTER_CUDA ?= AUTO
+EIGENFILTER_WERROR ?= OFF
+
+BIN := .venv/bin
+VENV := .venv/.made
+INSTALLED := .venv/.installed
+CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
+
+.PHONY: install demo test lint bench gpu-gate clean
+
+install: $(INSTALLED)
+
+$(VENV):
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(INSTALLED): $(VENV) pyproject.toml CMakeLists.txt $(CSRC)
+	$(BIN)/python -m pip install --editable ".[dev]" \
+		-C cmake.define.EIGENFILTER_CUDA=$(EIGENFILTER_CUDA) \
+		-C cmake.define.EIGENFILTER_WERROR=$(EIGENFILTER_WERROR)
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/eigenfilter demo --out out/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.run
+
+# Brings its own installation where the system's python has torch; see the script.
+gpu-gate:
+	bash benchmarks/gpu_gate.sh
+
+# Keeps .venv, which is slow to make.
+clean:
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find benchmarks python tests -name __pycache__ -type d -prune -exec rm -rf {} +
