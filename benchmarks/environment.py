@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,30 @@ def describe(device: torch.device) -> dict[str, Any]:
 def load() -> float:
     """Return how many processes have wanted a core over the last minute."""
     return round(os.getloadavg()[0], 2)
+
+
+class Neighbours:
+    """How many cores others keep busy from now on: half of one spoils what several threads do."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._others = _others_seconds()
+
+    def cores(self) -> float:
+        """Return the mean number of cores; NaN where the system does not tell."""
+        elapsed = time.perf_counter() - self._began
+        return round(max(_others_seconds() - self._others, 0.0) / elapsed, 2)
+
+
+def _others_seconds() -> float:
+    """Processor time of everybody else since the system started, stolen time included."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return float("nan")
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields)
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
 
 
 def _revision() -> str:

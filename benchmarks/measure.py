@@ -9,6 +9,8 @@ from benchmarks.contest import Benchmark, Contest, Setting
 from benchmarks.timing import Spread, clock, interleave
 from benchmarks.verify import Verdict, verify
 
+MOST_NEIGHBOURS = 0.2  # cores
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -29,20 +31,29 @@ class Comparison:
     goal: float | None
 
     @property
-    def met(self) -> bool | None:
-        """Whether the median ratio reaches the goal, if there is one."""
-        return None if self.goal is None else self.ratio.median >= self.goal
+    def reached(self) -> bool:
+        """Whether the median ratio reaches the goal; True if there is none."""
+        return self.goal is None or self.ratio.median >= self.goal
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What timing a contest gave: `seconds` and `bandwidth` are the library's."""
+    """What timing a contest gave: `seconds` and `bandwidth` are the library's.
+
+    `neighbours` is the mean number of cores that others kept busy meanwhile.
+    """
 
     rounds: int
     moved: int
     seconds: Spread
     bandwidth: float
     comparisons: tuple[Comparison, ...]
+    neighbours: float
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others were so busy that the figures say nothing about a goal."""
+        return self.neighbours > MOST_NEIGHBOURS
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,11 @@ def _time(
     contest: Contest, setting: Setting, goals: dict[str, float], repeat: int | None
 ) -> Timing:
     others = (*contest.peers, contest.copy)
+    neighbours = environment.Neighbours()
     seconds = interleave(
         (contest.library, *others), clock(contest.clock, setting.device), repeat=repeat
     )
+    busy = neighbours.cores()
     ours = seconds[contest.library.name]
     comparisons = []
     for other in others:

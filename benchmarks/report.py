@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Comparison, Result
+from benchmarks.measure import Comparison, Result, Timing
 from benchmarks.timing import Spread
 
 HEADER = (
@@ -32,7 +32,7 @@ def lines(result: Result) -> list[str]:
     timing = result.timing
     ours = milliseconds(timing.seconds)
     return [
-        f"{head} | {ours} | {c.against} | {milliseconds(c.seconds)} | {ratio(c)} | {goal(c)} | "
+        f"{head} | {ours} | {c.against} | {milliseconds(c.seconds)} | {ratio(c)} | {goal(c, timing)} | "
         f"{timing.bandwidth / 1e9:.1f} | {timing.rounds} |"
         for c in timing.comparisons
     ]
@@ -50,11 +50,15 @@ def ratio(comparison: Comparison) -> str:
     return f"{spread.median:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
 
 
-def goal(comparison: Comparison) -> str:
+def goal(comparison: Comparison, timing: Timing) -> str:
     """A goal, and whether it was met."""
     if comparison.goal is None:
         return ""
-    return f"{comparison.goal:.2f} {'met' if comparison.met else 'missed'}"
+    if timing.disturbed:
+        verdict = f"not judged: others used {timing.neighbours} cores"
+    else:
+        verdict = "met" if comparison.reached else "missed"
+    return f"{comparison.goal:.2f} {verdict}"
 
 
 def markdown(environment: dict[str, Any], results: Sequence[Result]) -> str:

@@ -77,7 +77,7 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 torch.set_num_threads(1)
-x, g, b = (torch.ones(1_000_000) for _ in range(3))
+x, g, b = (torch.ones(4_000_000) for _ in range(3))
 before = threads()
 kernels.ascend([x], [g], [b], 0.1)
 print(threads() - before)

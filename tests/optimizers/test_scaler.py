@@ -1,0 +1,168 @@
+"""torch.amp.GradScaler: ascents take its scale, the descent goes through scaler.step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+import eigenfilter as ef
+from cases import RHO, same_bits
+from optimizers.problems import (
+    SETTINGS,
+    closure_of,
+    distance,
+    loss_of,
+    parameters,
+    sign_of,
+    snapshot,
+)
+
+Evaluate = Callable[[], Tensor]
+
+
+def scaled(opt: torch.optim.Optimizer, params: list, scaler: GradScaler, sign: float) -> Evaluate:
+    """Gradients that carry the scaler's scale."""
+
+    def evaluate() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(params, sign)
+        scaler.scale(loss).backward()
+        return loss
+
+    return evaluate
+
+
+def take_step(opt: ef.USAM, scaler: GradScaler, evaluate: Evaluate) -> None:
+    """One step as the documentation has it."""
+    evaluate()
+    while opt.ascend(grad_scaler=scaler):
+        evaluate()
+    scaler.step(opt)
+    scaler.update()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_power_of_two_changes_no_bit(dtype: torch.dtype, settings: dict) -> None:
+    plain, params = parameters(dtype), parameters(dtype)
+    opt, reference = (ef.USAM(p, **settings, rho=RHO) for p in (params, plain))
+    scaler = GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    sign = sign_of(settings)
+    evaluate, closure = scaled(opt, params, scaler, sign), closure_of(reference, plain, sign)
+    for _ in range(8):
+        take_step(opt, scaler, evaluate)
+        reference.step(closure)
+    assert scaler.get_scale() == 256.0
+    assert opt.skipped == 0
+    assert all(map(same_bits, params, plain))
+
+
+@pytest.mark.parametrize("rho", [RHO, 0.0])
+def test_an_overflow_lowers_the_scale_and_nothing_else(rho: float) -> None:
+    """The scale starts so high that gradients overflow; skipped steps bring it down."""
+    plain, params = parameters(torch.float32), parameters(torch.float32)
+    settings = SETTINGS["heavy ball"]
+    opt, reference = (ef.USAM(p, **settings, rho=rho) for p in (params, plain))
+    scaler = GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-3)
+    evaluate = scaled(opt, params, scaler, 1.0)
+    before = snapshot(params)
+    scales = [scaler.get_scale()]
+    while True:
+        take_step(opt, scaler, evaluate)
+        scales.append(scaler.get_scale())
+        if scales[-1] == scales[-2]:
+            break
+        assert scales[-1] == scales[-2] / 8
+        assert all(map(same_bits, params, before))
+        assert all(not m.any() for s in opt.state.values() for m in s.values())
+    assert opt.skipped == len(scales) - 2 > 0
+    for _ in range(3):
+        take_step(opt, scaler, evaluate)
+    for _ in range(4):
+        reference.step(closure_of(reference, plain))
+    assert all(map(same_bits, params, plain))
+
+
+def test_an_overflow_in_the_ascent_alone_skips() -> None:
+    """Its gradient would have been taken at the wrong point."""
+    params = parameters()
+    opt = ef.USAM(params, **SETTINGS["heavy ball"], rho=RHO)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    evaluate = scaled(opt, params, scaler, 1.0)
+    take_step(opt, scaler, evaluate)
+    before = snapshot(params)
+    momenta = snapshot([s["momentum_buffer"] for s in opt.state.values()])
+    evaluate()
+    params[-1].grad[7] = torch.inf
+    assert opt.ascend(grad_scaler=scaler)
+    assert all(map(same_bits, params, before))
+    evaluate()
+    scaler.step(opt)
+    assert opt.skipped == 1
+    assert all(map(same_bits, params, before))
+    after = [s["momentum_buffer"] for s in opt.state.values()]
+    assert all(map(same_bits, after, momenta))
+
+
+def test_the_scaler_leaves_nothing_behind() -> None:
+    params = parameters()
+    opt = ef.USAM(params, lr=0.1, rho=RHO)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    take_step(opt, scaler, scaled(opt, params, scaler, 1.0))
+    assert not hasattr(opt, "grad_scale")
+    assert not hasattr(opt, "found_inf")
+    plain, before = closure_of(opt, params), snapshot(params)
+    twin = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    opt.step(plain)
+    reference = ef.USAM(twin, lr=0.1, rho=RHO)
+    reference.step(closure_of(reference, twin))
+    assert all(map(same_bits, params, twin))
+    assert distance(params, before) > 1e-3
+
+
+def test_a_scaler_that_is_off_does_nothing() -> None:
+    params, plain = parameters(), parameters()
+    opt, reference = (ef.USAM(p, **SETTINGS["nesterov"], rho=RHO) for p in (params, plain))
+    scaler = GradScaler("cpu", enabled=False)
+    evaluate = scaled(opt, params, scaler, 1.0)
+    for _ in range(3):
+        take_step(opt, scaler, evaluate)
+        reference.step(closure_of(reference, plain))
+    assert all(map(same_bits, params, plain))
+
+
+def test_unscaling_an_ascents_gradient_is_refused() -> None:
+    params = parameters()
+    opt = ef.USAM(params, lr=0.1, rho=RHO)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    scaled(opt, params, scaler, 1.0)()
+    scaler.unscale_(opt)
+    before = snapshot(params)
+    message = r"unscale_\(\) was called for an ascent's gradient, which ascend\(\) unscales itself"
+    with pytest.raises(RuntimeError, match=message):
+        opt.ascend(grad_scaler=scaler)
+    assert all(map(same_bits, params, before))
+    assert not opt.perturbed
+
+
+@pytest.mark.parametrize("by", ["unscale_", "clip_grad_norm_"])
+def test_unscaling_the_descents_gradient(by: str) -> None:
+    params, plain = parameters(), parameters()
+    opt, reference = (ef.USAM(p, **SETTINGS["heavy ball"], rho=RHO) for p in (params, plain))
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    evaluate, closure = scaled(opt, params, scaler, 1.0), closure_of(reference, plain)
+    for _ in range(3):
+        evaluate()
+        while opt.ascend(grad_scaler=scaler):
+            evaluate()
+        if by == "unscale_":
+            scaler.unscale_(opt)
+        else:
+            opt.clip_grad_norm_(1e9, grad_scaler=scaler)
+        scaler.step(opt)
+        scaler.update()
+        reference.step(closure)
+    assert all(map(same_bits, params, plain))

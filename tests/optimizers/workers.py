@@ -1,0 +1,283 @@
+"""What the two processes of `test_distributed.py` do; each scenario returns what it found.
+
+Models are float64, so that results differ from a single process's by the order of sums alone.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import eigenfilter as ef
+
+WORLD = 2
+SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.01, "rho": 0.15}
+STEPS = 4
+
+Evaluate = Callable[[], Tensor]
+
+
+def network() -> nn.Sequential:
+    """Layers that two processes cannot share evenly: 5 rows, and 1."""
+    torch.manual_seed(11)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+
+def batch(part: slice) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a part of eight samples."""
+    generator = torch.Generator().manual_seed(12)
+    inputs = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    return inputs[part], inputs[part].sin().sum(dim=1, keepdim=True)
+
+
+def share(rank: int) -> slice:
+    return slice(rank * 4, rank * 4 + 4)
+
+
+def evaluation(opt: torch.optim.Optimizer, model: nn.Module, part: slice) -> Evaluate:
+    """A closure that leaves the gradient of the mean over a part of the samples."""
+    inputs, targets = batch(part)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = (model(inputs) - targets).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def full(params: Iterable[Tensor]) -> list[Tensor]:
+    """Whole parameters, of DTensors too (collective)."""
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in params]
+
+
+def alone(**options: Any) -> list[Tensor]:
+    """Parameters after the same steps in one process on all samples."""
+    model = network()
+    opt = ef.USAM(model.parameters(), **SETTINGS | options)
+    closure = evaluation(opt, model, slice(None))
+    for _ in range(STEPS):
+        opt.step(closure)
+    return full(model.parameters())
+
+
+def sharded(**options: Any) -> nn.Sequential:
+    """The network under FSDP2: a group for each layer, one for the whole."""
+    model = network()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+# Scenarios: each is called with the rank, in both processes.
+
+
+def ddp(rank: int) -> list[Tensor]:
+    model = DistributedDataParallel(network())
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    for _ in range(STEPS):
+        opt.step(closure)
+    return full(model.parameters())
+
+
+def ddp_skip(rank: int) -> dict[str, Any]:
+    """One process's ascent, which is not synchronised, is not finite: all skip."""
+    model = DistributedDataParallel(network())
+    opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
+    closure = evaluation(opt, model, share(rank))
+    before = full(model.parameters())
+    with model.no_sync():
+        closure()
+    if rank == 1:
+        next(model.parameters()).grad[2, 3] = torch.nan
+    opt.ascend()
+    moved = not all(map(torch.equal, full(model.parameters()), before))
+    closure()
+    opt.step()
+    return {"moved": moved, "skipped": opt.skipped, "params": full(model.parameters())}
+
+
+def ddp_local_ascent(rank: int) -> list[Tensor]:
+    """Each process ascends along its own gradient; the descent is shared, so all stay equal."""
+    model = DistributedDataParallel(network())
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    for _ in range(STEPS):
+        with model.no_sync():
+            closure()
+        opt.ascend()
+        closure()
+        opt.step()
+    return full(model.parameters())
+
+
+def fsdp(rank: int) -> list[Tensor]:
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    for _ in range(STEPS):
+        opt.step(closure)
+    assert all(s["momentum_buffer"].placements for s in opt.state.values())
+    return full(model.parameters())
+
+
+def fsdp_kept_gathered(rank: int) -> list[Tensor]:
+    """The backward leaves parameters gathered: after a move these copies are stale."""
+    model = sharded()
+    model.set_reshard_after_backward(False)
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    for _ in range(STEPS):
+        opt.step(closure)
+    return full(model.parameters())
+
+
+def fsdp_forward_before_the_move(rank: int) -> list[Tensor]:
+    """So does a forward pass alone, between the gradient and the move."""
+    model = sharded(reshard_after_forward=False)
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    inputs, _ = batch(share(rank))
+    for _ in range(STEPS):
+        closure()
+        model(inputs)
+        while opt.ascend():
+            closure()
+        model(inputs)
+        opt.step()
+    return full(model.parameters())
+
+
+def fsdp_skip(rank: int) -> dict[str, Any]:
+    """The element that is not finite lies in one process's shard: all skip."""
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
+    closure = evaluation(opt, model, share(rank))
+    before, counts, kept = full(model.parameters()), [], []
+    for spoilt in ("ascent", "descent", "neither"):
+        for phase in ("ascent", "descent"):
+            closure()
+            if phase == spoilt and rank == 0:
+                next(model.parameters()).grad.to_local()[1, 1] = torch.inf
+            opt.ascend() if phase == "ascent" else opt.step()
+        counts.append(opt.skipped)
+        kept.append(all(map(torch.equal, full(model.parameters()), before)))
+    return {"skipped": counts, "kept": kept, "params": full(model.parameters())}
+
+
+def fsdp_scaler(rank: int) -> dict[str, Any]:
+    """scaler.step looks at the local shard; what it finds has to stop every process."""
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    inputs, targets = batch(share(rank))
+    before, kept = full(model.parameters()), []
+    for spoilt in (True, False):
+        for phase in ("ascent", "descent"):
+            opt.zero_grad()
+            scaler.scale((model(inputs) - targets).square().mean()).backward()
+            if phase == "descent" and spoilt and rank == 0:
+                next(model.parameters()).grad.to_local()[1, 1] = torch.nan
+            opt.ascend(grad_scaler=scaler) if phase == "ascent" else scaler.step(opt)
+        scaler.update()
+        kept.append(all(map(torch.equal, full(model.parameters()), before)))
+    return {
+        "skipped": opt.skipped,
+        "kept": kept,
+        "scale": scaler.get_scale(),
+        "params": full(model.parameters()),
+    }
+
+
+def fsdp_restore(rank: int) -> bool:
+    """x comes back bit for bit, and the gradient there with it."""
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    before = full(model.parameters())
+    loss = closure().item()
+    opt.ascend()
+    moved = closure().item()
+    opt.restore()
+    again = closure().item()
+    same = all(map(torch.equal, full(model.parameters()), before))
+    return same and loss == again and loss != moved
+
+
+def fsdp_clip(rank: int) -> dict[str, Any]:
+    """The norm is that of the whole gradient, not of a shard."""
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    closure()
+    opt.ascend()
+    closure()
+    total = opt.clip_grad_norm_(0.125)
+    (total,) = full([total])
+    grads = torch.cat([g.flatten() for g in full([p.grad for p in model.parameters()])])
+    return {"total": total.item(), "clipped": grads.norm().item()}
+
+
+def fsdp_checkpoint(rank: int) -> list[Tensor]:
+    """Saved and loaded by torch.distributed.checkpoint into a new optimizer, half way."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    for _ in range(STEPS // 2):
+        opt.step(closure)
+    opt.zero_grad()
+    saved = dcp.get_optimizer_state_dict(model, opt)
+    other = ef.USAM(model.parameters(), **SETTINGS | {"lr": 7.0})
+    dcp.set_optimizer_state_dict(model, other, saved)
+    closure = evaluation(other, model, share(rank))
+    for _ in range(STEPS - STEPS // 2):
+        other.step(closure)
+    return full(model.parameters())
+
+
+SCENARIOS: dict[str, Callable[[int], Any]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        ddp,
+        ddp_skip,
+        ddp_local_ascent,
+        fsdp,
+        fsdp_kept_gathered,
+        fsdp_forward_before_the_move,
+        fsdp_skip,
+        fsdp_scaler,
+        fsdp_restore,
+        fsdp_clip,
+        fsdp_checkpoint,
+    )
+}
+
+
+def main(rank: int, folder: str) -> None:
+    """Run all scenarios; leave what they found, or how they failed, in a file."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    found: dict[str, Any] = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            found[name] = scenario(rank)
+        except Exception:
+            found[name] = traceback.format_exc()
+        dist.barrier()
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
