@@ -121,5 +121,5 @@ def _time(
         )
     spread = Spread.of(ours)
     return Timing(
-        len(ours), contest.moved, spread, contest.moved / spread.median, tuple(comparisons)
+        len(ours), contest.moved, spread, contest.moved / spread.median, tuple(comparisons), busy
     )

@@ -32,8 +32,8 @@ def lines(result: Result) -> list[str]:
     timing = result.timing
     ours = milliseconds(timing.seconds)
     return [
-        f"{head} | {ours} | {c.against} | {milliseconds(c.seconds)} | {ratio(c)} | {goal(c, timing)} | "
-        f"{timing.bandwidth / 1e9:.1f} | {timing.rounds} |"
+        f"{head} | {ours} | {c.against} | {milliseconds(c.seconds)} | {ratio(c)} | "
+        f"{goal(c, timing)} | {timing.bandwidth / 1e9:.1f} | {timing.rounds} |"
         for c in timing.comparisons
     ]
 

@@ -314,7 +314,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
 
     def _only_primes(self) -> bool:
         """Whether every lr is 0: distributed checkpointing makes the state exist by such a step."""
-        return not self.perturbed and all(_is_zero(g["lr"]) for g in self.param_groups)
+        return not self.perturbed and all(_lr_is_zero(g["lr"]) for g in self.param_groups)
 
     # Saving and loading.
 
@@ -392,6 +392,11 @@ def _evaluate(closure: Callable[[], Any]) -> Any:
 
 def _is_zero(value: float | Tensor) -> bool:
     return not isinstance(value, Tensor) and value == 0
+
+
+def _lr_is_zero(lr: float | Tensor) -> bool:
+    """Whether lr is 0; a tensor on a device counts as not 0, because to look would wait for it."""
+    return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0
 
 
 def _restore(parts: list[Part]) -> None:
