@@ -83,6 +83,11 @@ def test_shards_are_restored(found: Found) -> None:
     assert of(found, "fsdp_restore") == [True, True]
 
 
+def test_a_gradient_placed_otherwise_is_redistributed(found: Found) -> None:
+    for (result,) in of(found, "gradient_placed_otherwise"):
+        assert torch.equal(result, torch.full_like(result, -1.0))
+
+
 def test_clipping_sees_the_whole_gradient(found: Found) -> None:
     model = workers.network()
     opt = workers.ef.USAM(model.parameters(), **workers.SETTINGS)

@@ -139,9 +139,11 @@ def test_groups_without_an_ascent_beside_groups_with_one() -> None:
     exact = ExactUSAM(params, HEAVY, [0.0] * 3 + [0.3] * 3)
     for _ in range(3):
         closure()
-        before = snapshot(params)
+        params[1].grad[0] = torch.inf  # of no ascent, and of no consequence
+        before, versions = snapshot(params), [p._version for p in params]
         assert opt.ascend()
         assert all(map(same_bits, params[:3], before[:3]))
+        assert [p._version for p in params[:3]] == versions[:3]
         assert not any(same_bits(p, b) for p, b in zip(params[3:], before[3:], strict=True))
         assert all(p.grad is None for p in params)
         closure()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import eigenfilter as ef
@@ -202,8 +203,9 @@ def fsdp_scaler(rank: int) -> dict[str, Any]:
 
 
 def fsdp_restore(rank: int) -> bool:
-    """x comes back bit for bit, and the gradient there with it."""
+    """x comes back bit for bit, and the loss there with it: no copy of the moved point stays."""
     model = sharded()
+    model.set_reshard_after_backward(False)
     opt = ef.USAM(model.parameters(), **SETTINGS)
     closure = evaluation(opt, model, share(rank))
     before = full(model.parameters())
@@ -249,6 +251,18 @@ def fsdp_checkpoint(rank: int) -> list[Tensor]:
     return full(model.parameters())
 
 
+def gradient_placed_otherwise(rank: int) -> list[Tensor]:
+    """A parameter in shards with a gradient that every process has whole."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    whole = torch.arange(15.0, dtype=torch.float64).reshape(5, 3)
+    p = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    opt = ef.USAM([p], lr=1.0, momentum=0.5, rho=0.1)
+    for take in (opt.ascend, opt.step):
+        p.grad = distribute_tensor(whole + 1, mesh, [Replicate()])
+        take()
+    return full([p])
+
+
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     scenario.__name__: scenario
     for scenario in (
@@ -263,6 +277,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         fsdp_restore,
         fsdp_clip,
         fsdp_checkpoint,
+        gradient_placed_otherwise,
     )
 }
 

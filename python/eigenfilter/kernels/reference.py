@@ -96,7 +96,7 @@ def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
 
 
 def _real(value: Scalar, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device=like.device)
+    return torch.as_tensor(value, dtype=torch.float64, device=like.device).reshape(())
 
 
 def _inverse(grad_scale: Tensor | None, like: Tensor) -> Tensor:
