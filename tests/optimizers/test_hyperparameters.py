@@ -88,6 +88,18 @@ def test_a_schedule_of_momentum_by_onecycle() -> None:
     assert distance(params, twins) < 1e-14
 
 
+def test_momentum_switched_on_off_and_on_is_torchs() -> None:
+    """Buffers that are there wait; where there are none, the first step is undamped."""
+    params, twins = parameters(), parameters()
+    for make, p in ((ef.SGD, params), (torch.optim.SGD, twins)):
+        opt = make(p, lr=0.1)
+        closure = closure_of(opt, p)
+        for momentum, dampening in ((0.0, 0.3), (0.8, 0.3), (0.8, 0.1), (0.0, 0.1), (0.7, 0.2)):
+            opt.param_groups[0].update(momentum=momentum, dampening=dampening)
+            opt.step(closure)
+    assert distance(params, twins) < 1e-14
+
+
 def test_a_schedule_of_rho_by_hand_down_to_none() -> None:
     params = parameters()
     opt = ef.USAM(params, **HEAVY, rho=0.4)

@@ -37,7 +37,7 @@ def scaled(opt: torch.optim.Optimizer, params: list, scaler: GradScaler, sign: f
 
 
 def take_step(opt: ef.USAM, scaler: GradScaler, evaluate: Evaluate) -> None:
-    """One step as the documentation has it."""
+    """One step; torch's recipe is the first and the last two lines."""
     evaluate()
     while opt.ascend(grad_scaler=scaler):
         evaluate()

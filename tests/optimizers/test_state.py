@@ -83,12 +83,18 @@ def test_cleared_state_starts_anew() -> None:
     assert all(map(same_bits, params, twins))
 
 
-def test_one_entry_cleared_starts_anew_alone() -> None:
+@pytest.mark.parametrize("how", ["deleted", "emptied", "none"])
+def test_one_entry_cleared_starts_anew_alone(how: str) -> None:
     """Its first step is undamped; the others' momentum goes on."""
     opt, params, _ = trained()
     cleared, kept = params[3], params[4]
     momentum = opt.state[kept]["momentum_buffer"].clone()
-    del opt.state[cleared]
+    if how == "deleted":
+        del opt.state[cleared]
+    elif how == "emptied":
+        opt.state[cleared].clear()
+    else:
+        opt.state[cleared]["momentum_buffer"] = None
     opt.param_groups[0]["rho"] = 0.0
     before = {p: 1 + HEAVY["weight_decay"] * p.detach() for p in (cleared, kept)}
     for p in params:

@@ -61,6 +61,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
     def _start(self) -> None:
         """Set up what lives as long as this object and is never saved."""
         self._ascended = 0  # ascents taken in the step under way
+        self._written = False  # by the present call
         self._moved: list[Part] = []  # parts that are away from x, none twice
         self._guard = Guard()
         self._parts = Parts(self.backend)
@@ -100,6 +101,10 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         if self.phase == "descent":
             return False
         refuse_unscaled(self, grad_scaler)
+        self._following_layouts(lambda: self._ascend(grad_scaler))
+        return True
+
+    def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> None:
         found = [(part, g) for part, g in self._gradients() if not _is_zero(part.group["rho"])]
         if not found:
             raise RuntimeError(
@@ -125,7 +130,6 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _core.clear_gradients(group["params"])
         self._ascended += 1
-        return True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -146,7 +150,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
                 is 0); with one, an explicit step is under way.
         """
         if closure is None:
-            self._descend()
+            self._following_layouts(self._descend)
             return None
         if self.perturbed:
             raise RuntimeError(
@@ -157,7 +161,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             loss = _evaluate(closure)
             while self.ascend():
                 _evaluate(closure)
-            self._descend()
+            self._following_layouts(self._descend)
         except BaseException:
             self.restore()
             raise
@@ -211,6 +215,22 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             kernel(part.tensors, grads, *args, **kw)
         except (_core.LayoutError, TypeError):
             kernel(part.tensors, part.conform(grads), *args, **kw)
+        self._written = True
+
+    def _following_layouts(self, act: Callable[[], None]) -> None:
+        """Act; once more with parts built anew if the parameters' layouts are no longer theirs.
+
+        `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
+        notice before they write; only what has written nothing is tried again.
+        """
+        self._written = False
+        try:
+            act()
+        except _core.LayoutError:
+            if self._written or self.perturbed:
+                raise
+            self._parts.build(self.param_groups, self.state)
+            act()
 
     # The descent.
 
@@ -229,7 +249,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         self._guard.take_over(self, found)
         if self.skip_nonfinite or len(found) > 1:  # any error comes before the first part steps
             found = conforming(found)
-        if self.skip_nonfinite:
+        if self.skip_nonfinite and found:
             self._guard.look(found)
         for part, grads in found:
             for piece in part.pieces(grads, self._moved):

@@ -1,0 +1,119 @@
+"""The optimizers on a GPU: the definition's steps, on any stream, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.amp import GradScaler
+
+import eigenfilter as ef
+from cases import RHO, same_bits
+from optimizers.problems import SETTINGS, ExactUSAM, distance, parameters, sign_of, snapshot
+from tolerances import RUNS
+
+pytestmark = pytest.mark.gpu
+
+HEAVY = SETTINGS["heavy ball"]
+BACKENDS = [None, "triton", "reference"]
+
+
+def on_gpu(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(p.detach().cuda()) for p in parameters(dtype)]
+
+
+def evaluate(params: list, sign: float = 1.0, scale: float = 1.0) -> None:
+    """Leave the gradient of a separable function; nothing here waits for the device."""
+    for p in params:
+        p.grad = (sign * scale) * (p.detach() * 1.3 - 0.7)
+
+
+def take_step(opt: ef.USAM, params: list, sign: float = 1.0) -> None:
+    evaluate(params, sign)
+    while opt.ascend():
+        evaluate(params, sign)
+    opt.step()
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    """Whatever waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class Separable(ExactUSAM):
+    """The function of `evaluate`."""
+
+    def gradient(self, points: list) -> list:
+        return [1.3 * y - 0.7 for y in points]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_steps_are_the_definitions(dtype: torch.dtype, settings: dict, backend: str | None) -> None:
+    params = on_gpu(dtype)
+    opt = ef.USAM(params, **settings, rho=RHO, backend=backend)
+    exact = Separable(params, settings)
+    for _ in range(30):
+        take_step(opt, params, sign_of(settings))
+        exact.step()
+    assert distance(params, exact.x) <= 4 * RUNS[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_the_cpus_bits(dtype: torch.dtype, backend: str | None) -> None:
+    params, twins = on_gpu(dtype), parameters(dtype)
+    opt, other = (
+        ef.USAM(params, **HEAVY, rho=RHO, backend=backend),
+        ef.USAM(twins, **HEAVY, rho=RHO),
+    )
+    for step in (opt.ascend, opt.step):
+        evaluate(twins)
+        for p, q in zip(params, twins, strict=True):
+            p.grad = q.grad.cuda()
+        step()
+        other.ascend() if other.phase == "ascent" else other.step()
+    assert all(same_bits(p.cpu(), q) for p, q in zip(params, twins, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_no_step_waits_for_the_device(no_synchronisation: None, backend: str | None) -> None:
+    params = on_gpu(torch.float32)
+    lr, rho = torch.full((), 0.1, device="cuda"), torch.full((), RHO, device="cuda")
+    opt = ef.USAM(params, lr=lr, momentum=0.9, rho=rho, skip_nonfinite=True, backend=backend)
+    for _ in range(3):
+        take_step(opt, params)
+
+
+def test_a_skipped_step_leaves_every_bit() -> None:
+    params = on_gpu(torch.float32)
+    opt = ef.USAM(params, **HEAVY, rho=RHO)
+    scaler = GradScaler("cuda", init_scale=1024.0)
+    before = snapshot(params)
+    evaluate(params, scale=1024.0)
+    params[-1].grad[5] = torch.inf
+    assert scaler.scale(torch.ones((), device="cuda")).item() == 1024.0
+    opt.ascend(grad_scaler=scaler)
+    evaluate(params, scale=1024.0)
+    scaler.step(opt)
+    assert opt.skipped == 1
+    assert all(map(same_bits, params, before))
+
+
+def test_the_current_stream_is_used() -> None:
+    """Gradients are written late on a side stream: a step elsewhere would read them too early."""
+    params = on_gpu(torch.float32)
+    opt, exact = ef.USAM(params, **HEAVY, rho=RHO), Separable(params, HEAVY)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            for step in (opt.ascend, opt.step):
+                torch.cuda._sleep(20_000_000)
+                evaluate(params)
+                step()
+            exact.step()
+    torch.cuda.synchronize()
+    assert distance(params, exact.x) <= 4 * RUNS[torch.float32]
