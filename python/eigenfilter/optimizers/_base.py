@@ -150,8 +150,18 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
                 is 0); with one, an explicit step is under way.
         """
         if closure is None:
-            self._following_layouts(self._descend)
+            try:
+                self._following_layouts(self._descend)
+            except BaseException:  # a scaler takes back what it handed over only after success
+                self._drop_handed_over()
+                raise
             return None
+        if "found_inf" in vars(self):
+            self._drop_handed_over()
+            raise RuntimeError(
+                "a GradScaler cannot step with a closure: take the step in its explicit form, "
+                "ascend(grad_scaler=scaler) and scaler.step(opt)"
+            )
         if self.perturbed:
             raise RuntimeError(
                 "step(closure) takes a whole step, and one is under way: end it with step(), or go "
@@ -217,6 +227,10 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             kernel(part.tensors, part.conform(grads), *args, **kw)
         self._written = True
 
+    def _drop_handed_over(self) -> None:
+        vars(self).pop("grad_scale", None)
+        vars(self).pop("found_inf", None)
+
     def _following_layouts(self, act: Callable[[], None]) -> None:
         """Act; once more with parts built anew if the parameters' layouts are no longer theirs.
 
@@ -246,7 +260,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             )
         if self._ascended == 0:
             self._guard.begin()
-        self._guard.take_over(self, found)
+        self._guard.take_over(self, found, self._ascended > 0)
         if self.skip_nonfinite or len(found) > 1:  # any error comes before the first part steps
             found = conforming(found)
         if self.skip_nonfinite and found:

@@ -41,11 +41,18 @@ class Guard:
                 one = torch.ones((), dtype=torch.float32, device=device)
                 self._scales[device] = scaler.scale(one).detach()
 
-    def take_over(self, optimizer: torch.optim.Optimizer, found: list[Any]) -> None:
+    def take_over(self, optimizer: torch.optim.Optimizer, found: list[Any], ascended: bool) -> None:
         """Take the descent's scale and flag, which `scaler.step` sets on the optimizer."""
+        ascended_scaled = bool(self._scales)
         self._scales.clear()
-        scale = getattr(optimizer, "grad_scale", None)
-        flag = getattr(optimizer, "found_inf", None)
+        handed_over = "found_inf" in vars(optimizer)
+        scale = vars(optimizer).get("grad_scale")
+        flag = vars(optimizer).get("found_inf")
+        if ascended and handed_over != ascended_scaled:
+            raise RuntimeError(
+                "the ascents and the step must agree on the scaler: pass grad_scaler= to every "
+                "ascend() and end the step with grad_scaler.step(opt), or use none"
+            )
         for device in {part.device for part, _ in found}:
             if isinstance(scale, Tensor):
                 self._scales[device] = scale.to(device, torch.float32)

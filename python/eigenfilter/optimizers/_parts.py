@@ -174,6 +174,11 @@ class Parts:
             if missing:
                 indices = [i for i, g in enumerate(grads) if g is not None]
                 part, grads = part.subpart(indices), [grads[i] for i in indices]
+            if part.is_distributed:  # a Partial gradient has a Replicate parameter's local layout
+                grads = [
+                    _distributed.placed_like(cast(Tensor, g), p)
+                    for g, p in zip(grads, part.params, strict=True)
+                ]
             found.append((part, grads))
         return cast(Gradients, found)
 
@@ -204,7 +209,6 @@ def _conform(grad: Tensor, param: Tensor) -> Tensor:
             f"a gradient of shape {tuple(grad.shape)} is sparse ({grad.layout}): use sparse=False "
             "in the module that makes it, or convert it with .to_dense()"
         )
-    grad = _distributed.placed_like(grad, param)
     local = _distributed.local(grad)
     out = torch.empty_like(_distributed.local(param), requires_grad=False)
     return local if _fits(local, out) else out.copy_(local)
