@@ -27,7 +27,7 @@ DAMPENING = 0.31
 WEIGHT_DECAY = 0.073
 ALPHA = -0.137
 RHO = 0.137
-SCALE = 3.7  # no power of two: dividing by it rounds
+SCALE = 3.3  # no power of two: dividing by it rounds, and multiplying by 1 / it rounds otherwise
 
 MARGIN = 32  # elements before and after every tensor of an Arena
 

@@ -34,14 +34,18 @@ def test_descend_is_the_reference_bit_for_bit(
     assert same_bits(m, expected_m)
 
 
-def test_ascend_is_the_reference_bit_for_bit(fast_room: Room, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("alpha", [ALPHA, 0.05, 1 / 3])
+def test_ascend_is_the_reference_bit_for_bit(
+    fast_room: Room, dtype: torch.dtype, alpha: float
+) -> None:
+    """Several alphas: alpha (1 / scale) and alpha / scale often round alike."""
     results = []
     for backend in (fast_room.backend, "reference"):
         torch.manual_seed(6)
-        arena = Arena(dtype, 3, device=fast_room.device)
+        arena = Arena(dtype, 3, SIZES[:-1], fast_room.device)
         arena.fill(0, 1)
         scale = torch.tensor(SCALE, device=fast_room.device)
-        kernels.ascend(*arena.lists, ALPHA, grad_scale=scale, backend=backend)
+        kernels.ascend(*arena.lists, alpha, grad_scale=scale, backend=backend)
         results.append(arena.values(0))
     assert same_bits(*results)
 
