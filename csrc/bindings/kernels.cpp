@@ -36,6 +36,7 @@ void ascend(py::handle params, py::handle grads, py::handle backups, py::handle 
     } else {
         cuda::ascend(t, s, found, o.device().id, o.stream());
     }
+    if (py::isinstance<TensorList>(backups)) backups.cast<TensorList&>().filled = true;
 }
 
 void descend(py::handle params, py::handle grads, py::handle momenta, py::handle backups,

@@ -237,6 +237,7 @@ void register_operands(py::module_& module) {
     module.attr("LayoutError") = py::handle(layout_error);
     py::class_<TensorList>(module, "TensorList")
         .def(py::init<const py::iterable&, bool>(), py::arg("tensors"), py::arg("hold") = false)
+        .def_readwrite("filled", &TensorList::filled)
         .def("__len__", &TensorList::size)
         .def("__getitem__", &TensorList::get);
 }
@@ -364,7 +365,8 @@ void* Operands::stream() const {
 
 Scalar Operands::scalar(const char* name, py::handle value) const {
     Scalar s;
-    if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) {
+    if (!py::hasattr(py::type::of(value), "__dlpack_c_exchange_api__") &&
+        py::hasattr(value, "__float__")) {
         s.value = PyFloat_AsDouble(value.ptr());
         if (s.value == -1 && PyErr_Occurred()) throw py::error_already_set();
         return s;

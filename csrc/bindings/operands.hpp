@@ -26,6 +26,10 @@ class TensorList {
     py::list tensors() const { return tensors_; }
     std::vector<void*>& known() { return known_; }
 
+    // Whether a kernel has filled the tensors, these being backups. Set in the call that fills
+    // them: no interrupt can come between.
+    bool filled = false;
+
  private:
     py::list tensors_;
     std::vector<void*> known_;  // [n] data pointers found sound

@@ -73,19 +73,21 @@ bool same_objects(const py::list& a, const py::list& b) {
 
 bool same_entries(const py::dict& state, const py::list& entries, const py::str& key,
                   const py::list& values) {
-    if (state.size() != entries.size() || entries.size() != values.size()) return false;
     Py_ssize_t position = 0;
+    std::size_t i = 0;
     PyObject* entry = nullptr;
-    for (std::size_t i = 0; PyDict_Next(state.ptr(), &position, nullptr, &entry); ++i) {
-        if (entry != PyList_GET_ITEM(entries.ptr(), i) || !PyDict_Check(entry)) return false;
+    while (PyDict_Next(state.ptr(), &position, nullptr, &entry)) {
+        if (!PyDict_Check(entry)) return false;
+        if (PyDict_GET_SIZE(entry) == 0) continue;  // a defaultdict makes them when it is read
+        if (i >= entries.size() || entry != PyList_GET_ITEM(entries.ptr(), i)) return false;
         PyObject* value = PyDict_GetItemWithError(entry, key.ptr());
         if (value == nullptr) {
             if (PyErr_Occurred()) throw py::error_already_set();
             value = Py_None;
         }
-        if (value != PyList_GET_ITEM(values.ptr(), i)) return false;
+        if (value != PyList_GET_ITEM(values.ptr(), i++)) return false;
     }
-    return true;
+    return i == entries.size();
 }
 
 }  // namespace

@@ -19,20 +19,24 @@ __device__ __forceinline__ double block_sum(double value) {
     return sums[0];
 }
 
+template <class Group>
+struct Reading {
+    Group t;
+    template <class Pointers>
+    __device__ __forceinline__ void read(const Pointers& p, int i) {
+        t = Group::load(p[0] + i);
+    }
+};
+
 template <class Storage>
 struct Squares {
     template <class Group>
-    struct Body {
-        Group t;
-        template <class Pointers>
-        __device__ __forceinline__ void read(const Pointers& p, int i) {
-            t = Group::load(p[0] + i);
-        }
+    struct Body : Reading<Group> {
         template <class Pointers>
         __device__ __forceinline__ void write(const Pointers&, int, double* sum) {
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j) {
-                const double value = Storage::widen(t.v[j]);
+                const double value = Storage::widen(this->t.v[j]);
                 *sum += value * value;
             }
         }
@@ -43,17 +47,12 @@ struct Squares {
 template <class Storage>
 struct Nonfinite {
     template <class Group>
-    struct Body {
-        Group t;
-        template <class Pointers>
-        __device__ __forceinline__ void read(const Pointers& p, int i) {
-            t = Group::load(p[0] + i);
-        }
+    struct Body : Reading<Group> {
         template <class Pointers>
         __device__ __forceinline__ void write(const Pointers&, int, bool* found) {
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j) {
-                const auto value = Storage::widen(t.v[j]);
+                const auto value = Storage::widen(this->t.v[j]);
                 *found |= !(value - value == 0);
             }
         }

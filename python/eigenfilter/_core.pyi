@@ -20,6 +20,9 @@ class TensorList(Sequence[Tensor]):
     def __init__(self, tensors: Iterable[Tensor], hold: bool = False) -> None:
         """With `hold`, read twice as fast; not for tensors that torch may want to swap."""
 
+    filled: bool
+    """Whether the compiled `ascend` has filled these tensors as its backups."""
+
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Tensor: ...  # type: ignore[override]
     def __iter__(self) -> Iterator[Tensor]: ...
@@ -98,4 +101,4 @@ def same_objects(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists hold the same objects in the same order."""
 
 def same_entries(state: dict[Any, Any], entries: list[Any], key: str, values: list[Any]) -> bool:
-    """Whether the values of `state` are `entries`, and `entries[i].get(key)` is `values[i]`."""
+    """Whether the values of `state` but the empty ones are `entries`, with `values` at `key`."""

@@ -53,14 +53,15 @@ def test_the_same_objects() -> None:
 def test_the_same_entries() -> None:
     a, b = parameters(2)
     m = torch.ones(2)
-    state = {a: {KEY: m}, b: {}}
+    state = {a: {KEY: m}, b: {"other": m}}
     entries, values = list(state.values()), [m, None]
     assert _core.same_entries(state, entries, KEY, values)
     assert not _core.same_entries(state, entries, "other", values)
     assert not _core.same_entries(state, entries, KEY, [m.clone(), None])
     assert not _core.same_entries(state, [dict(entries[0]), entries[1]], KEY, values)
     assert not _core.same_entries({a: state[a]}, entries, KEY, values)
-    assert not _core.same_entries(state | {"more": {}}, entries, KEY, values)
+    assert _core.same_entries(state | {"read by a defaultdict": {}}, entries, KEY, values)
+    assert not _core.same_entries(state | {"more": {"other": m}}, entries, KEY, values)
     state[b][KEY] = m
     assert not _core.same_entries(state, entries, KEY, values)
 

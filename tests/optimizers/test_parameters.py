@@ -145,7 +145,8 @@ def test_tied_weights_step_once() -> None:
     assert len(opt.param_groups[0]["params"]) == 1
     data = torch.randn(8, 4, dtype=torch.float64)
     W = model[0].weight.detach().clone()
-    for step in range(2):
+    m = torch.zeros_like(W)
+    for _ in range(2):
         opt.zero_grad()
         opt.step(lambda: backward(opt, model(data).square().mean()))
 
@@ -154,7 +155,7 @@ def test_tied_weights_step_once() -> None:
             return torch.autograd.grad((data @ w.T @ w.T).square().mean(), w)[0]
 
         d = gradient(W + RHO * gradient(W))
-        m = d if step == 0 else 0.9 * m + d  # noqa: F821
+        m = 0.9 * m + d
         W = W - 0.1 * m
     torch.testing.assert_close(model[0].weight.detach(), W, rtol=1e-13, atol=1e-13)
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
@@ -59,9 +60,11 @@ def ascend(
 
     Source: arXiv 2510.09034, USAM; the backup is ours.
     """
-    dispatch.of(params, backend).ascend(
-        params, grads, backups, alpha, grad_scale=grad_scale, found_inf=found_inf
-    )
+    with torch.no_grad():
+        dispatch.of(params, backend).ascend(
+            params, grads, backups, alpha, grad_scale=grad_scale, found_inf=found_inf
+        )
+    increment_version([*params, *backups])
 
 
 def descend(
@@ -106,24 +109,29 @@ def descend(
         backend: see the module.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `ascend`.
+        TypeError, ValueError, RuntimeError: as `ascend`; ValueError also for momentum or nesterov
+            without momenta.
 
     Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
     """
-    dispatch.of(params, backend).descend(
-        params,
-        grads,
-        momenta,
-        backups,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-    )
+    if momenta is None and (nesterov or isinstance(momentum, Tensor) or momentum != 0):
+        raise ValueError("momentum and nesterov need momenta: pass buffers, zeros at first")
+    with torch.no_grad():
+        dispatch.of(params, backend).descend(
+            params,
+            grads,
+            momenta,
+            backups,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+    increment_version([*params, *(momenta or ())])
 
 
 def norm(
@@ -137,8 +145,9 @@ def norm(
 
         out <- sqrt(sum_i sum_j t_i[j]^2) / grad_scale
 
-    Squares are summed in float64, in an order that depends on the sizes alone: the result is the
-    same bit for bit from run to run, whatever the number of threads.
+    Squares are summed in float64, in an order that depends on the sizes alone (with CUDA, also on
+    which tensors are 16-byte aligned): the result is the same bit for bit from run to run, whatever
+    the number of threads.
 
     Args:
         tensors: n tensors, read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -11,9 +11,16 @@ from torch.autograd.graph import increment_version
 
 from eigenfilter import _core, _perturbation, kernels
 from eigenfilter.optimizers import _distributed
-from eigenfilter.optimizers._guard import Guard, refuse_unscaled
-from eigenfilter.optimizers._hyperparameters import DTYPES, check_hyperparameters
+from eigenfilter.optimizers._guard import Guard, drop_handed_over, refuse_unscaled
+from eigenfilter.optimizers._hyperparameters import (
+    DTYPES,
+    check_hyperparameters,
+    is_zero,
+    lr_is_zero,
+)
 from eigenfilter.optimizers._parts import Gradients, Part, Parts, conforming
+
+_T = TypeVar("_T")
 
 
 class EigenfilterOptimizer(torch.optim.Optimizer):
@@ -33,7 +40,8 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         params: parameters, named parameters or groups, as for torch.optim.Optimizer.
         defaults: the groups' hyperparameters, SGD's and the subclass's own.
         skip_nonfinite: look at every gradient, and leave parameters and state as they were where
-            one is not finite (one more pass over the gradient).
+            one is not finite (one more pass over the gradient). In a distributed job the flag is
+            shared by all ranks of the default process group, which must then step together.
         backend: the kernels' backend, see `eigenfilter.kernels`.
     """
 
@@ -101,28 +109,33 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         if self.phase == "descent":
             return False
         refuse_unscaled(self, grad_scaler)
-        self._following_layouts(lambda: self._ascend(grad_scaler))
-        return True
+        return self._following_layouts(lambda: self._ascend(grad_scaler))
 
-    def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> None:
-        found = [(part, g) for part, g in self._gradients() if not _is_zero(part.group["rho"])]
-        if not found:
+    def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
+        gradients = self._gradients()
+        found = [(part, g) for part, g in gradients if not is_zero(part.group["rho"])]
+        if not gradients:
             raise RuntimeError(
                 "ascend() needs the gradient at the present point: call the closure, which runs "
                 "loss.backward(), before each ascend() and after each that returned True"
             )
         if self._ascended == 0:
             self._guard.begin()
-        self._guard.take_scale(grad_scaler, found)
+        self._guard.take_scale(grad_scaler, gradients)
+        if not found:  # nothing that ascends has a gradient: it is the descent's
+            self._ascended = self._ascents_wanted()
+            return False
         if self.skip_nonfinite or self._guard.scaled:
             found = conforming(found)
             self._guard.look(found)
         _perturbation.enter(self)
         try:
             for part, grads in found:
-                self._move(part, grads)
                 if part not in self._moved:
+                    part.backups().filled = False  # until the kernel has: see restore
                     self._moved.append(part)
+                self._move(part, grads)
+                part.backups().filled = True
         except BaseException:
             self.restore()
             raise
@@ -130,6 +143,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _core.clear_gradients(group["params"])
         self._ascended += 1
+        return True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -153,11 +167,11 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             try:
                 self._following_layouts(self._descend)
             except BaseException:  # a scaler takes back what it handed over only after success
-                self._drop_handed_over()
+                drop_handed_over(self)
                 raise
             return None
         if "found_inf" in vars(self):
-            self._drop_handed_over()
+            drop_handed_over(self)
             raise RuntimeError(
                 "a GradScaler cannot step with a closure: take the step in its explicit form, "
                 "ascend(grad_scaler=scaler) and scaler.step(opt)"
@@ -180,10 +194,11 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to x, bit for bit, from anywhere; the step under way is forgotten."""
-        _restore(self._moved)
-        self._touched(self._moved)
-        self._moved, self._ascended = [], 0
-        _perturbation.leave(self)
+        moved = [part for part in self._moved if part.backups().filled]
+        for part in moved:
+            part.restore()
+        self._touched(moved)
+        self._end()
 
     def clip_grad_norm_(
         self, max_norm: float, grad_scaler: torch.amp.GradScaler | None = None
@@ -227,11 +242,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             kernel(part.tensors, part.conform(grads), *args, **kw)
         self._written = True
 
-    def _drop_handed_over(self) -> None:
-        vars(self).pop("grad_scale", None)
-        vars(self).pop("found_inf", None)
-
-    def _following_layouts(self, act: Callable[[], None]) -> None:
+    def _following_layouts(self, act: Callable[[], _T]) -> _T:
         """Act; once more with parts built anew if the parameters' layouts are no longer theirs.
 
         `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
@@ -239,12 +250,12 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         """
         self._written = False
         try:
-            act()
+            return act()
         except _core.LayoutError:
             if self._written or self.perturbed:
                 raise
             self._parts.build(self.param_groups, self.state)
-            act()
+            return act()
 
     # The descent.
 
@@ -327,15 +338,19 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
                     for part in self._moved
                 ]
                 rest = [part.subpart(indices) for part, indices in left if indices]
-                _restore(rest)
+                for part in rest:
+                    part.restore()
                 self._touched(rest)
+        self._end()
+
+    def _end(self) -> None:
         self._moved, self._ascended = [], 0
         _perturbation.leave(self)
 
     # When a step is due.
 
     def _ascents_wanted(self) -> int:
-        if all(_is_zero(g.get("rho", 0.0)) for g in self.param_groups):
+        if all(is_zero(g.get("rho", 0.0)) for g in self.param_groups):
             return 0
         return self.ascents
 
@@ -348,7 +363,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
 
     def _only_primes(self) -> bool:
         """Whether every lr is 0: distributed checkpointing makes the state exist by such a step."""
-        return not self.perturbed and all(_lr_is_zero(g["lr"]) for g in self.param_groups)
+        return not self.perturbed and all(lr_is_zero(g["lr"]) for g in self.param_groups)
 
     # Saving and loading.
 
@@ -408,7 +423,8 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._start()
+        if "_parts" not in vars(self):  # a copy; a load keeps backups and counts
+            self._start()
 
     def _refuse_perturbed(self, what: str) -> None:
         if self.perturbed:
@@ -422,17 +438,3 @@ def _evaluate(closure: Callable[[], Any]) -> Any:
     with torch.enable_grad():
         loss = closure()
     return loss.detach() if isinstance(loss, Tensor) and loss.requires_grad else loss
-
-
-def _is_zero(value: float | Tensor) -> bool:
-    return not isinstance(value, Tensor) and value == 0
-
-
-def _lr_is_zero(lr: float | Tensor) -> bool:
-    """Whether lr is 0; a tensor on a device counts as not 0, because to look would wait for it."""
-    return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0
-
-
-def _restore(parts: list[Part]) -> None:
-    for part in parts:
-        torch._foreach_copy_([_distributed.local(p) for p in part.params], list(part.backups()))

@@ -114,3 +114,9 @@ def refuse_unscaled(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
             "itself: call unscale_(), or opt.clip_grad_norm_(max_norm, scaler), only after the "
             "last ascent"
         )
+
+
+def drop_handed_over(optimizer: torch.optim.Optimizer) -> None:
+    """Drop what a GradScaler set on the optimizer: it does so only after a step that works."""
+    vars(optimizer).pop("grad_scale", None)
+    vars(optimizer).pop("found_inf", None)

@@ -26,3 +26,13 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a number or a one-element tensor")
     if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs momentum > 0 and dampening 0")
+
+
+def is_zero(value: float | Tensor) -> bool:
+    """Whether a number is 0; a tensor never counts as 0."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def lr_is_zero(lr: float | Tensor) -> bool:
+    """Whether lr is 0; a tensor on a device counts as not 0, because to look would wait for it."""
+    return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0

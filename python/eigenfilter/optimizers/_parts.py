@@ -86,6 +86,11 @@ class Part:
         for (moved, begun), indices in kinds.items():
             yield self.subpart(indices), [grads[i] for i in indices], moved, begun
 
+    def restore(self) -> None:
+        """Go back from the backups to x."""
+        locals_ = [_distributed.local(p) for p in self.params]
+        torch._foreach_copy_(locals_, list(self.backups()))
+
     def conform(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients in their parameters' dtype, strides and placements, copied where not so."""
         return [_conform(g, p) for g, p in zip(grads, self.params, strict=True)]
@@ -123,7 +128,7 @@ class Store:
 
     def remember(self) -> None:
         """Note which state dictionaries and momentum buffers there are now."""
-        states = list(self.state.values())
+        states = [s for s in self.state.values() if s]
         self._seen = states, [s.get(MOMENTUM) for s in states]
 
     def unchanged(self) -> bool:
@@ -158,11 +163,21 @@ class Parts:
         self._store.state = state
         self._store.remember()
         self._parts = []
+        self._refuse_overlap()
         for group in groups:
             by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in group["params"]:
                 by_kind.setdefault(_kind(p), []).append(p)
             self._parts += [Part(group, params, self._store) for params in by_kind.values()]
+
+    def _refuse_overlap(self) -> None:
+        """Raise ValueError where parameters of any groups share memory: a move would be two."""
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for params, _ in self._groups:
+            for p in params:
+                by_kind.setdefault(_kind(p), []).append(p)
+        for params in by_kind.values():
+            _core.check(("params",), (params,), (True,))
 
     def with_gradients(self) -> Gradients:
         """The parts of those parameters that have a gradient."""

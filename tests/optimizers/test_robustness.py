@@ -1,0 +1,118 @@
+"""What goes on between an ascent and its step, and parameters that do not take part as usual."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import eigenfilter
+from eigenfilter import kernels
+
+
+def usam(*values: float, **arguments: object) -> tuple[list[Tensor], eigenfilter.USAM]:
+    params = [torch.nn.Parameter(torch.full((3,), v)) for v in values]
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    return params, eigenfilter.USAM(params, lr=0.1, rho=0.5, **arguments)
+
+
+def test_an_interrupt_right_after_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    (x,), opt = usam(1.0)
+    move = opt._move
+
+    def interrupted(part: object, grads: object) -> None:
+        move(part, grads)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opt, "_move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.ascend()
+    assert x.tolist() == [1.0, 1.0, 1.0]
+    assert not opt.perturbed
+
+
+def test_an_interrupt_right_before_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backups still hold an older x by then."""
+    (x,), opt = usam(1.0)
+    assert opt.ascend()
+    x.grad = torch.full_like(x, 2.0)
+    opt.step()
+    x.grad = torch.full_like(x, 2.0)
+    now = x.detach().clone()
+
+    def interrupted(part: object, grads: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opt, "_move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        opt.ascend()
+    assert torch.equal(x, now)
+    assert not torch.equal(x, torch.ones(3))
+
+
+def test_groups_that_share_memory() -> None:
+    a = torch.nn.Parameter(torch.ones(4))
+    b = torch.nn.Parameter(a.detach()[1:3])
+    opt = eigenfilter.USAM([{"params": [a]}, {"params": [b]}], lr=0.1)
+    a.grad, b.grad = torch.ones(4), torch.ones(2)
+    with pytest.raises(ValueError, match="share memory"):
+        opt.ascend()
+    assert a.tolist() == [1.0] * 4
+
+
+def test_reading_the_state_between_ascent_and_step() -> None:
+    (x,), opt = usam(1.0)
+    assert opt.ascend()
+    assert opt.state[x] == {}
+    x.grad = torch.full_like(x, 2.0)
+    opt.step()
+    torch.testing.assert_close(x.detach(), torch.full((3,), 0.8))
+
+
+def test_only_a_group_without_ascent_has_gradients() -> None:
+    backbone, head = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    groups = [{"params": [backbone]}, {"params": [head], "rho": 0.0}]
+    opt = eigenfilter.USAM(groups, lr=0.1, rho=0.5)
+    head.grad = torch.full_like(head, 2.0)
+    assert not opt.ascend()
+    assert opt.phase == "descent"
+    opt.step()
+    assert opt.phase == "ascent"
+    assert backbone.tolist() == [1.0] * 3
+    torch.testing.assert_close(head.detach(), torch.full((3,), 0.8))
+
+
+def test_a_load_keeps_the_count_of_skipped_steps() -> None:
+    x = torch.nn.Parameter(torch.ones(3))
+    opt = eigenfilter.SGD([x], lr=0.1, skip_nonfinite=True)
+    x.grad = torch.full_like(x, float("nan"))
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    assert opt.skipped == 1
+    assert x.tolist() == [1.0] * 3
+
+
+def test_hyperparameters_of_numpy() -> None:
+    x = torch.nn.Parameter(torch.ones(3))
+    opt = eigenfilter.SGD([x], lr=np.float32(0.5))
+    x.grad = torch.full_like(x, 2.0)
+    opt.step()
+    assert x.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_kernels_bump_versions(backend: str) -> None:
+    x, g, b, m = (torch.ones(3) for _ in range(4))
+    before = [t._version for t in (x, g, b, m)]
+    kernels.ascend([x], [g], [b], 0.1, backend=backend)
+    kernels.descend([x], [g], [m], [b], lr=0.1, momentum=0.9, backend=backend)
+    grown = [t._version > v for t, v in zip((x, g, b, m), before, strict=True)]
+    assert grown == [True, False, True, True]
+
+
+@pytest.mark.parametrize("arguments", [{"momentum": 0.9}, {"nesterov": True}])
+def test_momentum_needs_buffers(arguments: dict[str, object]) -> None:
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="need momenta"):
+        kernels.descend([x], [torch.ones(3)], lr=0.1, **arguments)
+    assert x.tolist() == [1.0] * 3
