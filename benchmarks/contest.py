@@ -56,12 +56,11 @@ class Tolerance:
     atol: float
 
 
-# A few roundings of values of order one to ten, in each of a verification's three repetitions.
+# Peers round after each of up to three operations, we once: in a verification's three repetitions
+# that is twelve roundings, of values of order one to ten.
 TOLERANCES: Mapping[torch.dtype, Tolerance] = {
-    torch.float64: Tolerance(rtol=1e-13, atol=1e-13),
-    torch.float32: Tolerance(rtol=1e-5, atol=1e-6),
-    torch.float16: Tolerance(rtol=1e-2, atol=1e-2),
-    torch.bfloat16: Tolerance(rtol=5e-2, atol=5e-2),
+    dtype: Tolerance(rtol=6 * torch.finfo(dtype).eps, atol=6 * torch.finfo(dtype).eps)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 
 

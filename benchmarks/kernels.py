@@ -26,12 +26,12 @@ from eigenfilter import kernels
 
 ALPHA, LR, MOMENTUM = 0.05, 0.1, 0.9
 
-# torch's norm sums in less precision than ours, or rounds to the tensors' dtype on its way.
+# torch's norm is this far from the exact one, ours a rounding: torch sums in the tensors' dtype.
 NORM_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
-    torch.float64: Tolerance(rtol=1e-11, atol=0.0),
-    torch.float32: Tolerance(rtol=1e-3, atol=0.0),
-    torch.float16: Tolerance(rtol=1e-2, atol=0.0),
-    torch.bfloat16: Tolerance(rtol=1e-2, atol=0.0),
+    torch.float64: Tolerance(rtol=1e-12, atol=0.0),
+    torch.float32: Tolerance(rtol=3e-4, atol=0.0),
+    torch.float16: Tolerance(rtol=3e-3, atol=0.0),
+    torch.bfloat16: Tolerance(rtol=3e-3, atol=0.0),
 }
 
 

@@ -37,8 +37,8 @@ def usam(problem: Problem, setting: Setting) -> Contest:
     return _contest(problem, library, (peer,), USAM_ACCESSES)
 
 
-def heavy_ball(problem: Problem, setting: Setting) -> Contest:
-    """SGD's step with momentum."""
+def heavy_ball(problem: Problem, setting: Setting, *, steps: int = 1) -> Contest:
+    """SGD's step with momentum; with `steps` > 1, that many in a row on the same gradients."""
     gradients = (problem.tensors(1),)
 
     def contender(
@@ -46,7 +46,12 @@ def heavy_ball(problem: Problem, setting: Setting) -> Contest:
     ) -> Contender:
         params = problem.parameters()
         opt = make(params)
-        return _contender(name, params, gradients, (opt.step,), opt)
+
+        def run() -> None:
+            for _ in range(steps):
+                opt.step()
+
+        return _contender(name, params, gradients, (run,), opt)
 
     return _contest(
         problem,
@@ -58,7 +63,7 @@ def heavy_ball(problem: Problem, setting: Setting) -> Contest:
             contender("torch fused", lambda params: torch_sgd.fused(params, LR, MOMENTUM)),
             contender("torch foreach", lambda params: torch_sgd.foreach(params, LR, MOMENTUM)),
         ),
-        HEAVY_BALL_ACCESSES,
+        HEAVY_BALL_ACCESSES * steps,
     )
 
 
@@ -113,6 +118,12 @@ BENCHMARKS = (
         "sgd-small",
         "heavy-ball step, 2,000 tensors of 256",
         lambda s: heavy_ball(Problem(shapes.small(), s.device), s),
+        {"cpu": (Goal("torch fused", 6.0),), "cuda": (Goal("torch fused", 2.0),)},
+    ),
+    Benchmark(
+        "sgd-small-warm",
+        "ten heavy-ball steps in a row on the same gradients, 2,000 tensors of 256",
+        lambda s: heavy_ball(Problem(shapes.small(), s.device), s, steps=10),
         {"cpu": (Goal("torch fused", 6.0),), "cuda": (Goal("torch fused", 2.0),)},
     ),
     Benchmark(

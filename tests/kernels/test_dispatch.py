@@ -54,6 +54,18 @@ def test_an_unknown_device() -> None:
         kernels.norm([torch.ones(3, device="meta")])
 
 
+def test_a_tensor_in_place_of_a_list() -> None:
+    x = torch.ones(3)
+    with pytest.raises(TypeError, match=r"take lists of tensors: pass \[tensor\]"):
+        kernels.norm(x)
+
+
+def test_triton_on_the_cpu_is_refused_when_it_is_chosen() -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(RuntimeError, match='"triton" needs a GPU, or TRITON_INTERPRET=1'):
+        kernels.select("cpu", "triton")
+
+
 @needs_no_cuda
 def test_without_cuda_kernels_native_says_how_to_get_them() -> None:
     assert not _core.cuda_compiled

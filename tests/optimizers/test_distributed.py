@@ -83,8 +83,9 @@ def test_shards_are_restored(found: Found) -> None:
     assert of(found, "fsdp_restore") == [True, True]
 
 
-def test_a_gradient_placed_otherwise_is_redistributed(found: Found) -> None:
-    for (result,) in of(found, "gradient_placed_otherwise"):
+@pytest.mark.parametrize("scenario", ["gradient_placed_otherwise", "partial_gradient"])
+def test_a_gradient_placed_otherwise_is_redistributed(found: Found, scenario: str) -> None:
+    for (result,) in of(found, scenario):
         assert torch.equal(result, torch.full_like(result, -1.0))
 
 

@@ -203,3 +203,17 @@ def test_a_bad_gradient_in_the_last_group_is_found_before_the_first_steps() -> N
     with pytest.raises(TypeError, match="is sparse"):
         opt.step()
     assert torch.equal(first.detach(), torch.ones(4))
+
+
+def test_a_bad_gradient_beside_one_of_another_past_is_found_before_either_steps() -> None:
+    """One parameter has momentum, the other gets its first gradient: two calls of the kernel."""
+    first = torch.nn.Parameter(torch.ones(4))
+    table = torch.nn.Embedding(5, 3, sparse=True)
+    opt = ef.SGD([first, table.weight], lr=0.1, momentum=0.9)
+    first.sum().backward()
+    opt.step()
+    before = first.detach().clone()
+    (first.sum() + table(torch.tensor([1])).sum()).backward()
+    with pytest.raises(TypeError, match="is sparse"):
+        opt.step()
+    assert torch.equal(first.detach(), before)

@@ -258,3 +258,15 @@ def test_a_hyperparameter_of_another_kind_names_itself_when_it_is_used() -> None
         opt.step(closure_of(opt, params))
     assert all(map(same_bits, params, before))
     assert not opt.perturbed
+
+
+def test_a_tensor_that_kernels_cannot_take_is_found_before_the_first_group_steps() -> None:
+    params = parameters()
+    opt = ef.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9)
+    opt.param_groups[-1]["lr"] = torch.tensor(1)
+    before = snapshot(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="lr must be a number or a one-element float32 or float64"):
+        opt.step()
+    assert all(map(same_bits, params, before))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import eigenfilter as ef
@@ -263,6 +263,18 @@ def gradient_placed_otherwise(rank: int) -> list[Tensor]:
     return full([p])
 
 
+def partial_gradient(rank: int) -> list[Tensor]:
+    """A parameter that every process has whole, with a gradient of which each has a summand."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    whole = torch.arange(15.0, dtype=torch.float64).reshape(5, 3)
+    p = nn.Parameter(distribute_tensor(whole.clone(), mesh, [Replicate()]))
+    opt = ef.USAM([p], lr=1.0, momentum=0.5, rho=0.1)
+    for take in (opt.ascend, opt.step):
+        p.grad = DTensor.from_local((whole + 1) * (0.25, 0.75)[rank], mesh, [Partial()])
+        take()
+    return full([p])
+
+
 SCENARIOS: dict[str, Callable[[int], Any]] = {
     scenario.__name__: scenario
     for scenario in (
@@ -278,6 +290,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         fsdp_clip,
         fsdp_checkpoint,
         gradient_placed_otherwise,
+        partial_gradient,
     )
 }
 

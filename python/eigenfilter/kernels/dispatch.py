@@ -73,7 +73,7 @@ def select(device_type: str, backend: str | None = None) -> Backend:
 
     Raises:
         ValueError: an unknown backend, or a device no backend serves.
-        RuntimeError: the backend is not available here.
+        RuntimeError: the backend is not available here, or not for this device.
     """
     if backend is None:
         chosen = _automatic(device_type)
@@ -86,12 +86,16 @@ def select(device_type: str, backend: str | None = None) -> Backend:
             _core.require_cuda()
         return cast(Backend, native)
     if backend == "triton":
-        return cast(Backend, _triton())
+        triton_kernels = _triton()
+        triton_kernels.require(device_type)
+        return cast(Backend, triton_kernels)
     raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}, or None")
 
 
 def of(tensors: Sequence[Tensor], backend: str | None) -> Backend:
     """Return the implementation that serves the device of `tensors`."""
+    if isinstance(tensors, Tensor):
+        raise TypeError("the kernels take lists of tensors: pass [tensor]")
     if not tensors:
         raise ValueError("no tensors: pass at least one")
     return select(tensors[0].device.type, backend)

@@ -141,13 +141,18 @@ def _launch(kernel: Any, dtype: torch.dtype, work: Tables, *args: object, **chos
         )
 
 
-def _served(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which `device` is the current one; raise if kernels cannot run on it."""
-    if device.type != ("cpu" if _INTERPRETED else "cuda"):
+def require(device_type: str) -> None:
+    """Raise RuntimeError unless the kernels run on this type of device."""
+    if device_type != ("cpu" if _INTERPRETED else "cuda"):
         raise RuntimeError(
             f'backend "triton" needs a GPU, or TRITON_INTERPRET=1 in the environment and tensors '
-            f"on the CPU: these are on {device}"
+            f"on the CPU: these are on {device_type}"
         )
+
+
+def _served(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which `device` is the current one; raise if kernels cannot run on it."""
+    require(device.type)
     return contextlib.nullcontext() if _INTERPRETED else torch.cuda.device(device)
 
 

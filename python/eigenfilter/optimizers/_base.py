@@ -15,10 +15,11 @@ from eigenfilter.optimizers._guard import Guard, drop_handed_over, refuse_unscal
 from eigenfilter.optimizers._hyperparameters import (
     DTYPES,
     check_hyperparameters,
+    check_scalars,
     is_zero,
     lr_is_zero,
 )
-from eigenfilter.optimizers._parts import Gradients, Part, Parts, conforming
+from eigenfilter.optimizers._parts import Gradients, Part, Parts, Piece, conforming
 
 _T = TypeVar("_T")
 
@@ -126,7 +127,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             self._ascended = self._ascents_wanted()
             return False
         if self.skip_nonfinite or self._guard.scaled:
-            found = conforming(found)
+            found = [(part, conforming(part, grads)) for part, grads in found]
             self._guard.look(found)
         _perturbation.enter(self)
         try:
@@ -272,33 +273,35 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         if self._ascended == 0:
             self._guard.begin()
         self._guard.take_over(self, found, self._ascended > 0)
-        if self.skip_nonfinite or len(found) > 1:  # any error comes before the first part steps
-            found = conforming(found)
-        if self.skip_nonfinite and found:
-            self._guard.look(found)
-        for part, grads in found:
-            for piece in part.pieces(grads, self._moved):
-                self._update(*piece)
+        pieces = [p for part, grads in found for p in part.pieces(grads, self._moved)]
+        if self.skip_nonfinite or len(pieces) > 1:  # any error comes before the first one steps
+            for piece in pieces:
+                check_scalars(piece.part.group, piece.part.device)
+                piece.grads = conforming(piece.part, piece.grads)
+        if self.skip_nonfinite and pieces:
+            self._guard.look([(piece.part, piece.grads) for piece in pieces])
+        for piece in pieces:
+            self._update(piece)
         self._touched([part for part, _ in found])
         self._guard.count()
         self._restore_all_but(found)
 
-    def _update(self, part: Part, grads: list[Tensor], moved: bool, begun: bool) -> None:
-        """Apply SGD's update to a part, from its backups if it has moved."""
-        group = part.group
+    def _update(self, piece: Piece) -> None:
+        """Apply SGD's update to a piece, from its backups if it has moved."""
+        part, group = piece.part, piece.part.group
         momenta, dampening, undo = None, 0.0, False
         if group["momentum"] != 0:
             momenta = part.momenta()
-            if begun:
+            if piece.begun:
                 dampening = group["dampening"]
             elif group["dampening"] != 0:  # the first step is undamped; if skipped, it is to come
                 undo = self._guard.skips(part.device)
         self._run(
             part.kernels.descend,
             part,
-            grads,
+            piece.grads,
             momenta,
-            part.backups() if moved else None,
+            part.backups() if piece.moved else None,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=dampening,

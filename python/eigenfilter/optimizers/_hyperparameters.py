@@ -28,6 +28,24 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
         raise ValueError("nesterov needs momentum > 0 and dampening 0")
 
 
+def check_scalars(group: dict[str, Any], device: torch.device) -> None:
+    """Raise TypeError or ValueError for a hyperparameter that kernels on `device` cannot take.
+
+    Kernels say so themselves; asked before the first of several, nothing is half done.
+    """
+    for name in (*_NOT_NEGATIVE, "dampening"):
+        value = group.get(name)
+        if not isinstance(value, Tensor):
+            continue
+        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be a number or a one-element float32 or float64 tensor")
+        if value.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"{name} is on {value.device} and its parameters are on {device}: move it there or "
+                "to the CPU"
+            )
+
+
 def is_zero(value: float | Tensor) -> bool:
     """Whether a number is 0; a tensor never counts as 0."""
     return not isinstance(value, Tensor) and value == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -43,7 +44,10 @@ class Part:
         if key not in self._subparts:
             if len(self._subparts) >= 8:  # gradients come and go at random: do not hoard
                 self._subparts.clear()
-            self._subparts[key] = Part(self.group, [self.params[i] for i in key], self.store)
+            part = Part(self.group, [self.params[i] for i in key], self.store)
+            if self._momenta is not None:
+                part._momenta = _core.TensorList([self._momenta[i] for i in key], hold=True)
+            self._subparts[key] = part
         return self._subparts[key]
 
     def backups(self) -> _core.TensorList:
@@ -66,17 +70,12 @@ class Part:
             del self.store.state[p][MOMENTUM]
         self.store.remember()
 
-    def pieces(
-        self, grads: list[Tensor], moved_parts: list[Part]
-    ) -> Iterator[tuple[Part, list[Tensor], bool, bool]]:
-        """Split by what parameters have: (piece, gradients, have they moved?, have they momentum?).
-
-        Momentum counts as there where the group has none.
-        """
+    def pieces(self, grads: list[Tensor], moved_parts: list[Part]) -> Iterator[Piece]:
+        """Split by what parameters have: are they away from x, have they momentum?"""
         moved = self in moved_parts
         plain = self.group["momentum"] == 0
         if (moved or not moved_parts) and (plain or self._momenta is not None):
-            yield self, grads, moved, True
+            yield Piece(self, grads, moved, True)
             return
         moved_ids = {id(p) for part in moved_parts for p in part.params}
         kinds: dict[tuple[bool, bool], list[int]] = {}
@@ -84,7 +83,7 @@ class Part:
             begun = plain or self.store.state.get(p, {}).get(MOMENTUM) is not None
             kinds.setdefault((id(p) in moved_ids, begun), []).append(i)
         for (moved, begun), indices in kinds.items():
-            yield self.subpart(indices), [grads[i] for i in indices], moved, begun
+            yield Piece(self.subpart(indices), [grads[i] for i in indices], moved, begun)
 
     def restore(self) -> None:
         """Go back from the backups to x."""
@@ -94,6 +93,23 @@ class Part:
     def conform(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients in their parameters' dtype, strides and placements, copied where not so."""
         return [_conform(g, p) for g, p in zip(grads, self.params, strict=True)]
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one kernel call steps: parameters with their gradients that have the same past.
+
+    Attributes:
+        part: the parameters.
+        grads: a gradient for each.
+        moved: whether they are away from x.
+        begun: whether they have momentum; true where the group takes none.
+    """
+
+    part: Part
+    grads: list[Tensor]
+    moved: bool
+    begun: bool
 
 
 class Store:
@@ -107,10 +123,10 @@ class Store:
 
     def backup(self, p: Tensor) -> Tensor:
         """The backup of a parameter's local memory."""
-        like = torch.empty_like(_distributed.local(p), requires_grad=False)
+        local = _distributed.local(p)
         kept = self._backups.get(p)
-        if kept is None or kept.shape != like.shape or not _fits(kept, like):
-            kept = self._backups[p] = like
+        if kept is None or kept.shape != local.shape or not _fits(kept, local):
+            kept = self._backups[p] = torch.empty_like(local, requires_grad=False)
         return kept
 
     def momentum(self, p: Tensor) -> Tensor:
@@ -119,10 +135,8 @@ class Store:
         buffer: Tensor | None = state.get(MOMENTUM)
         if buffer is None:
             buffer = torch.zeros_like(p, requires_grad=False)
-        elif not _distributed.is_dtensor(p):
-            like = torch.empty_like(p, requires_grad=False)
-            if not _fits(buffer, like):
-                buffer = like.copy_(buffer)
+        elif not _distributed.is_dtensor(p) and not _fits(buffer, p):
+            buffer = torch.empty_like(p, requires_grad=False).copy_(buffer)
         state[MOMENTUM] = buffer
         return buffer
 
@@ -202,16 +216,13 @@ Gradients: TypeAlias = list[tuple[Part, list[Tensor]]]
 """Parts, with a gradient for each of their parameters."""
 
 
-def conforming(found: Gradients) -> Gradients:
-    """`found`, its gradients copied to their parameters' layout where they have another."""
-    checked = []
-    for part, grads in found:
-        try:
-            _core.check(("params", "grads"), (part.tensors, grads), (True, False))
-        except (_core.LayoutError, TypeError):
-            grads = part.conform(grads)
-        checked.append((part, grads))
-    return checked
+def conforming(part: Part, grads: list[Tensor]) -> list[Tensor]:
+    """Gradients, checked, and copied to their parameters' layout where one has another."""
+    try:
+        _core.check(("params", "grads"), (part.tensors, grads), (True, False))
+    except (_core.LayoutError, TypeError):
+        return part.conform(grads)
+    return grads
 
 
 def _kind(p: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -224,9 +235,10 @@ def _conform(grad: Tensor, param: Tensor) -> Tensor:
             f"a gradient of shape {tuple(grad.shape)} is sparse ({grad.layout}): use sparse=False "
             "in the module that makes it, or convert it with .to_dense()"
         )
-    local = _distributed.local(grad)
-    out = torch.empty_like(_distributed.local(param), requires_grad=False)
-    return local if _fits(local, out) else out.copy_(local)
+    local, like = _distributed.local(grad), _distributed.local(param)
+    if _fits(local, like):
+        return local
+    return torch.empty_like(like, requires_grad=False).copy_(local)
 
 
 def _fits(t: Tensor, like: Tensor) -> bool:
