@@ -59,7 +59,7 @@ def test_registry_holds_every_row_of_the_design() -> None:
         for kernel in ("ascend", "descend", "norm", "flag_nonfinite")
         for dtype in ("float32", "float64", "bfloat16", "float16")
     }
-    assert set(registry.BENCHMARKS) == steps | kernels
+    assert set(registry.BENCHMARKS) >= steps | kernels
     goals = {
         (name, device, goal.against): goal.ratio
         for name, benchmark in registry.BENCHMARKS.items()
