@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from eigenfilter import kernels
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -27,6 +29,11 @@ DAMPENING = 0.31
 WEIGHT_DECAY = 0.073
 ALPHA = -0.137
 RHO = 0.137
+DISPLACEMENT = 0.019
+BETA1 = 0.83
+BETA2 = 0.973
+EPS = 0.037  # large enough that where it is added shows
+STEPS = (1, 9, 12345)
 SCALE = 3.3  # no power of two: dividing by it rounds, and multiplying by 1 / it rounds otherwise
 
 MARGIN = 32  # elements before and after every tensor of an Arena
@@ -77,6 +84,38 @@ DESCENTS = [
     for choice in itertools.product(
         ("none", "heavy", "nesterov"), (False, True), (False, True), (False, True)
     )
+]
+
+
+@dataclass(frozen=True)
+class AdamWDescent:
+    """Which lists and options a call of `descend_adamw` is given."""
+
+    backups: bool
+    decay: bool
+    maximize: bool
+    step: int
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `kernels.descend_adamw`."""
+        return {
+            "lr": LR,
+            "beta1": BETA1,
+            "beta2": BETA2,
+            "eps": EPS,
+            "weight_decay": WEIGHT_DECAY if self.decay else 0.0,
+            "step": self.step,
+            "maximize": self.maximize,
+        }
+
+    def __str__(self) -> str:
+        names = ("backups", "decay", "maximize")
+        return "-".join([*(name for name in names if getattr(self, name)), str(self.step)])
+
+
+ADAMW_DESCENTS = [
+    AdamWDescent(*choice, STEPS[i % len(STEPS)])
+    for i, choice in enumerate(itertools.product((False, True), repeat=3))
 ]
 
 
@@ -136,6 +175,92 @@ def _layout(sizes: tuple[int, ...], shift: int) -> tuple[list[tuple[int, int]], 
     for first, last in spans:
         inside[first:last] = True
     return spans, inside
+
+
+@dataclass(frozen=True)
+class Update:
+    """A kernel that updates: the lists it is given, those it writes, and its other arguments."""
+
+    kernel: str
+    lists: tuple[str, ...]
+    writes: tuple[str, ...]
+    options: Mapping[str, Any] = field(hash=False)
+    variant: str = ""
+
+    def __call__(self, lists: Sequence[Sequence[Tensor]], **options: Any) -> None:
+        named = dict(zip(self.lists, lists, strict=True))
+        getattr(kernels, self.kernel)(**named, **{**self.options, **options})
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-{self.variant}" if self.variant else self.kernel
+
+    @property
+    def hyperparameters(self) -> list[str]:
+        """Options that are numbers."""
+        return [name for name, value in self.options.items() if not isinstance(value, bool)]
+
+    @property
+    def starts_from(self) -> str:
+        """The list that is read for x, the other being only written or absent."""
+        reads_backups = "backups" in self.lists and "backups" not in self.writes
+        return "backups" if reads_backups else "params"
+
+    def arena(self, dtype: torch.dtype, sizes: Sequence[int] = SIZES, device: str = "cpu") -> Arena:
+        """Its lists with values: NaN where they must not be read, second moments positive."""
+        arena = Arena(dtype, len(self.lists), sizes, device)
+        only_written = {"params", "backups"} - {self.starts_from}
+        arena.fill(*(i for i, role in enumerate(self.lists) if role not in only_written))
+        if "exp_avg_sqs" in self.lists:
+            arena.memory[self.lists.index("exp_avg_sqs")].abs_()
+        return arena
+
+
+_ASCENT = ("params", "grads", "backups")
+_DESCENT = ("params", "grads", "momenta", "backups")
+_ADAMW = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
+
+# Every kernel that updates, with and without what is optional.
+UPDATES = [
+    Update("ascend", _ASCENT, ("params", "backups"), {"alpha": ALPHA}),
+    Update(
+        "ascend", _ASCENT, ("params", "backups"), {"alpha": ALPHA, "adaptive": True}, "adaptive"
+    ),
+    Update("ascend_again", _ASCENT[:2], ("params",), {"alpha": ALPHA}),
+    Update("ascend_again", _ASCENT, ("params",), {"alpha": ALPHA}, "backups"),
+    Update(
+        "ascend_hvp",
+        ("params", "grads", "base_grads", "backups"),
+        ("params",),
+        {"alpha": ALPHA, "eps": DISPLACEMENT},
+    ),
+    Update(
+        "descend",
+        ("params", "grads", "backups"),
+        ("params",),
+        {"lr": LR, "weight_decay": WEIGHT_DECAY},  # momentum and nesterov need momenta
+        "backups",
+    ),
+    Update(
+        "descend",
+        _DESCENT,
+        ("params", "momenta"),
+        Descent("nesterov", True, True, True).options() | {"dampening": DAMPENING},
+        "nesterov-backups",
+    ),
+    Update(
+        "descend_adamw",
+        _ADAMW[:4],
+        ("params", "exp_avgs", "exp_avg_sqs"),
+        AdamWDescent(False, True, False, 1).options(),
+    ),
+    Update(
+        "descend_adamw",
+        _ADAMW,
+        ("params", "exp_avgs", "exp_avg_sqs"),
+        AdamWDescent(True, True, True, 9).options(),
+        "backups",
+    ),
+]
 
 
 def nonzero(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,9 @@
 namespace eigenfilter {
 namespace {
 
-Tensors tensors(const Operands& o, void* const* g, void* const* m, void* const* b) {
-    return {o.dtype(), o.size(), o.numel().data(), o.pointers(0), g, m, b};
+// The lists that every kernel may have; those of its own are set after.
+Tensors tensors(const Operands& o, void* const* g = nullptr, void* const* b = nullptr) {
+    return {o.dtype(), o.size(), o.numel().data(), o.pointers(0), g, b};
 }
 
 Scalar one_or(const Operands& o, py::handle grad_scale) {
@@ -23,20 +24,63 @@ void require_served(const Operands& o) {
     cuda::require();
 }
 
-void ascend(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-            py::handle grad_scale, py::handle found_inf, int threads) {
-    const Operands o{{"params", params, true}, {"grads", grads, false}, {"backups", backups, true}};
-    require_served(o);
-    const Tensors t = tensors(o, o.pointers(1), nullptr, o.pointers(2));
-    const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale)};
-    const float* found = o.flag("found_inf", found_inf);
+// Runs an update where its operands are, without the GIL on the CPU.
+template <class OnCPU, class OnCUDA>
+void run(const Operands& o, OnCPU on_cpu, OnCUDA on_cuda) {
     if (o.on_cpu()) {
         const py::gil_scoped_release release;
-        cpu::ascend(t, {s.alpha.value, s.grad_scale.value}, found, threads);
+        on_cpu();
     } else {
-        cuda::ascend(t, s, found, o.device().id, o.stream());
+        on_cuda(o.device().id, o.stream());
     }
+}
+
+void ascend(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
+            bool adaptive, py::handle grad_scale, py::handle found_inf, int threads) {
+    const Operands o{{"params", params, true}, {"grads", grads, false}, {"backups", backups, true}};
+    require_served(o);
+    const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
+    const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), adaptive};
+    const float* found = o.flag("found_inf", found_inf);
+    run(
+        o, [&] { cpu::ascend(t, {s.alpha.value, s.grad_scale.value, adaptive}, found, threads); },
+        [&](int device, void* stream) { cuda::ascend(t, s, found, device, stream); });
     if (py::isinstance<TensorList>(backups)) backups.cast<TensorList&>().filled = true;
+}
+
+void ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
+                  py::handle grad_scale, py::handle found_inf, int threads) {
+    const Operands o{
+        {"params", params, true}, {"grads", grads, false}, {"backups", backups, false}};
+    require_served(o);
+    const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
+    const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), false};
+    const float* found = o.flag("found_inf", found_inf);
+    run(
+        o,
+        [&] { cpu::ascend_again(t, {s.alpha.value, s.grad_scale.value, false}, found, threads); },
+        [&](int device, void* stream) { cuda::ascend_again(t, s, found, device, stream); });
+}
+
+void ascend_hvp(py::handle params, py::handle grads, py::handle base_grads, py::handle backups,
+                py::handle alpha, py::handle eps, py::handle grad_scale, py::handle found_inf,
+                int threads) {
+    const Operands o{{"params", params, true},
+                     {"grads", grads, false},
+                     {"base_grads", base_grads, false},
+                     {"backups", backups, false}};
+    require_served(o);
+    Tensors t = tensors(o, o.pointers(1), o.pointers(3));
+    t.g0 = o.pointers(2);
+    const HvpScalars<Scalar> s{o.scalar("alpha", alpha), o.scalar("eps", eps),
+                               one_or(o, grad_scale)};
+    const float* found = o.flag("found_inf", found_inf);
+    run(
+        o,
+        [&] {
+            cpu::ascend_hvp(t, {s.alpha.value, s.eps.value, s.grad_scale.value}, found, threads);
+        },
+        [&](int device, void* stream) { cuda::ascend_hvp(t, s, found, device, stream); });
 }
 
 void descend(py::handle params, py::handle grads, py::handle momenta, py::handle backups,
@@ -48,7 +92,8 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
                      {"momenta", momenta, true},
                      {"backups", backups, false}};
     require_served(o);
-    const Tensors t = tensors(o, o.pointers(1), o.pointers(2), o.pointers(3));
+    Tensors t = tensors(o, o.pointers(1), o.pointers(3));
+    t.m = o.pointers(2);
     const DescendScalars<Scalar> s{o.scalar("lr", lr),
                                    o.scalar("momentum", momentum),
                                    o.scalar("dampening", dampening),
@@ -57,40 +102,71 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
                                    nesterov,
                                    maximize};
     const float* found = o.flag("found_inf", found_inf);
-    if (o.on_cpu()) {
-        const py::gil_scoped_release release;
-        cpu::descend(t,
-                     {s.lr.value, s.momentum.value, s.dampening.value, s.weight_decay.value,
-                      s.grad_scale.value, nesterov, maximize},
-                     found, threads);
-    } else {
-        cuda::descend(t, s, found, o.device().id, o.stream());
-    }
+    run(
+        o,
+        [&] {
+            cpu::descend(t,
+                         {s.lr.value, s.momentum.value, s.dampening.value, s.weight_decay.value,
+                          s.grad_scale.value, nesterov, maximize},
+                         found, threads);
+        },
+        [&](int device, void* stream) { cuda::descend(t, s, found, device, stream); });
 }
 
-void norm(py::handle list, py::handle out, py::handle grad_scale, py::handle workspace,
-          int threads) {
-    const Operands o{{"tensors", list, false}};
+void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py::handle exp_avg_sqs,
+                   py::handle backups, py::handle lr, py::handle beta1, py::handle beta2,
+                   py::handle eps, py::handle weight_decay, py::handle step, bool maximize,
+                   py::handle grad_scale, py::handle found_inf, int threads) {
+    const Operands o{{"params", params, true},
+                     {"grads", grads, false},
+                     {"exp_avgs", exp_avgs, true},
+                     {"exp_avg_sqs", exp_avg_sqs, true},
+                     {"backups", backups, false}};
     require_served(o);
-    const Tensors t = tensors(o, nullptr, nullptr, nullptr);
+    Tensors t = tensors(o, o.pointers(1), o.pointers(4));
+    t.m = o.pointers(2);
+    t.v = o.pointers(3);
+    const AdamWScalars<Scalar> s{o.scalar("lr", lr),
+                                 o.scalar("beta1", beta1),
+                                 o.scalar("beta2", beta2),
+                                 o.scalar("eps", eps),
+                                 o.scalar("weight_decay", weight_decay),
+                                 o.scalar("step", step),
+                                 one_or(o, grad_scale),
+                                 maximize};
+    const float* found = o.flag("found_inf", found_inf);
+    run(
+        o,
+        [&] {
+            cpu::descend_adamw(t,
+                               {s.lr.value, s.beta1.value, s.beta2.value, s.eps.value,
+                                s.weight_decay.value, s.step.value, s.grad_scale.value, maximize},
+                               found, threads);
+        },
+        [&](int device, void* stream) { cuda::descend_adamw(t, s, found, device, stream); });
+}
+
+void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
+          py::handle workspace, int threads) {
+    const Operands o{{"tensors", list, false}, {"weights", weights, false}};
+    require_served(o);
+    const Tensors t = tensors(o, o.pointers(1));
     const Scalar scale = one_or(o, grad_scale);
     const bool is_double = o.dtype() == DType::f64;
     void* result = o.output("out", out, 1, is_double ? 64 : 32);
-    if (o.on_cpu()) {
-        double value;
-        {
-            const py::gil_scoped_release release;
-            value = cpu::norm(t, threads) * (1 / scale.value);
-        }
-        if (is_double)
-            *static_cast<double*>(result) = value;
-        else
-            *static_cast<float*>(result) = static_cast<float>(value);
-    } else {
-        const std::int64_t size = cuda::norm_workspace(o.dtype(), o.size(), o.numel().data());
-        auto* sums = static_cast<double*>(o.output("workspace", workspace, size, 64));
-        cuda::norm(t, scale, result, sums, o.device().id, o.stream());
-    }
+    double value = 0;
+    run(
+        o, [&] { value = cpu::norm(t, threads) * (1 / scale.value); },
+        [&](int device, void* stream) {
+            const std::int64_t size = cuda::norm_workspace(o.dtype(), o.size(), o.numel().data());
+            auto* sums = static_cast<double*>(o.output("workspace", workspace, size, 64));
+            cuda::norm(t, scale, result, sums, device, stream);
+        });
+    if (!o.on_cpu()) return;
+    if (is_double)
+        *static_cast<double*>(result) = value;
+    else
+        *static_cast<float*>(result) = static_cast<float>(value);
 }
 
 std::int64_t norm_workspace(py::handle list) {
@@ -101,15 +177,15 @@ std::int64_t norm_workspace(py::handle list) {
 void flag_nonfinite(py::handle list, py::handle found_inf, int threads) {
     const Operands o{{"tensors", list, false}};
     require_served(o);
-    const Tensors t = tensors(o, nullptr, nullptr, nullptr);
+    const Tensors t = tensors(o);
     float* found = o.flag("found_inf", found_inf);
     if (found == nullptr) throw py::type_error("found_inf must be a tensor");
-    if (o.on_cpu()) {
-        const py::gil_scoped_release release;
-        if (cpu::has_nonfinite(t, threads)) *found = 1;
-    } else {
-        cuda::flag_nonfinite(t, found, o.device().id, o.stream());
-    }
+    run(
+        o,
+        [&] {
+            if (cpu::has_nonfinite(t, threads)) *found = 1;
+        },
+        [&](int device, void* stream) { cuda::flag_nonfinite(t, found, device, stream); });
 }
 
 // Roles whose names and flags come from Python; the names must outlive the Operands.
@@ -118,7 +194,7 @@ class NamedRoles {
     NamedRoles(const py::sequence& names, const py::sequence& lists, const py::sequence& written) {
         if (lists.size() != names.size() || written.size() != names.size() ||
             names.size() > Operands::kMaxRoles)
-            throw py::value_error("names, lists and written must have equal lengths, at most 4");
+            throw py::value_error("names, lists and written must have equal lengths, at most 5");
         for (std::size_t r = 0; r < names.size(); ++r) {
             names_[r] = names[r].cast<std::string>();
             lists_[r] = lists[r];
@@ -159,7 +235,10 @@ void register_kernels(py::module_& module) {
     module.def("check", &check);
     module.def("table", &table);
     module.def("ascend", &ascend);
+    module.def("ascend_again", &ascend_again);
+    module.def("ascend_hvp", &ascend_hvp);
     module.def("descend", &descend);
+    module.def("descend_adamw", &descend_adamw);
     module.def("norm", &norm);
     module.def("norm_workspace", &norm_workspace);
     module.def("flag_nonfinite", &flag_nonfinite);

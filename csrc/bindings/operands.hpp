@@ -51,7 +51,7 @@ struct Role {
 
 class Operands {
  public:
-    static constexpr std::size_t kMaxRoles = 4;
+    static constexpr std::size_t kMaxRoles = 5;
 
     // Reads and checks everything; the first role must be present. Throws TypeError for what is no
     // usable tensor, LayoutError where the i-th tensors differ, ValueError for the rest.

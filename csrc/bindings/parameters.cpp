@@ -71,7 +71,7 @@ bool same_objects(const py::list& a, const py::list& b) {
     return true;
 }
 
-bool same_entries(const py::dict& state, const py::list& entries, const py::str& key,
+bool same_entries(const py::dict& state, const py::list& entries, const py::tuple& keys,
                   const py::list& values) {
     Py_ssize_t position = 0;
     std::size_t i = 0;
@@ -80,12 +80,15 @@ bool same_entries(const py::dict& state, const py::list& entries, const py::str&
         if (!PyDict_Check(entry)) return false;
         if (PyDict_GET_SIZE(entry) == 0) continue;  // a defaultdict makes them when it is read
         if (i >= entries.size() || entry != PyList_GET_ITEM(entries.ptr(), i)) return false;
-        PyObject* value = PyDict_GetItemWithError(entry, key.ptr());
-        if (value == nullptr) {
-            if (PyErr_Occurred()) throw py::error_already_set();
-            value = Py_None;
+        for (std::size_t k = 0; k < keys.size(); ++k) {
+            PyObject* value = PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(keys.ptr(), k));
+            if (value == nullptr) {
+                if (PyErr_Occurred()) throw py::error_already_set();
+                value = Py_None;
+            }
+            if (value != PyList_GET_ITEM(values.ptr(), keys.size() * i + k)) return false;
         }
-        if (value != PyList_GET_ITEM(values.ptr(), i++)) return false;
+        ++i;
     }
     return i == entries.size();
 }

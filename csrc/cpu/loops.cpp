@@ -1,8 +1,9 @@
 // The inner loops, compiled once for each instruction set (EIGENFILTER_ISA names it).
 #include "loops.hpp"
 
-#include "eigenfilter/rules.hpp"
 #include "simd.hpp"
+// Its templates see the square roots of vectors, declared before.
+#include "eigenfilter/rules.hpp"
 
 namespace eigenfilter::cpu {
 namespace {
@@ -34,16 +35,38 @@ EIGENFILTER_INLINE void walk(std::int64_t n, const typename Storage::Bits* strea
 
 template <class Storage>
 void ascend(const AscendScalars<double>& s, typename Storage::Bits* x,
-            const typename Storage::Bits* g, typename Storage::Bits* b, std::int64_t n,
-            bool stream) {
+            const typename Storage::Bits* from, const typename Storage::Bits* g,
+            typename Storage::Bits* b, std::int64_t n, bool stream) {
     constexpr int L = kLanes<Storage>;
     const Ascend<typename Storage::Arithmetic> rule(s);
-    walk<Storage>(n, stream ? b : nullptr, [=](auto io, std::int64_t i) {
-        const auto saved = io.read(x + i);
+    const auto moved = [=](auto origin, auto gradient) {
+        return Storage::template narrow<L>(
+            rule(Storage::template widen<L>(origin), Storage::template widen<L>(gradient)));
+    };
+    if (b != nullptr) {
+        walk<Storage>(n, stream ? b : nullptr, [=](auto io, std::int64_t i) {
+            const auto origin = io.read(from + i), gradient = io.read(g + i);
+            io.write_only(b + i, origin);
+            io.write(x + i, moved(origin, gradient));
+        });
+    } else {
+        walk<Storage>(n, stream && from != x ? x : nullptr, [=](auto io, std::int64_t i) {
+            io.write_only(x + i, moved(io.read(from + i), io.read(g + i)));
+        });
+    }
+}
+
+template <class Storage>
+void ascend_hvp(const HvpScalars<double>& s, typename Storage::Bits* x,
+                const typename Storage::Bits* g, const typename Storage::Bits* g0,
+                const typename Storage::Bits* b, std::int64_t n, bool stream) {
+    constexpr int L = kLanes<Storage>;
+    const AscendHvp<typename Storage::Arithmetic> rule(s);
+    walk<Storage>(n, stream ? x : nullptr, [=](auto io, std::int64_t i) {
+        const auto origin = Storage::template widen<L>(io.read(b + i));
         const auto gradient = Storage::template widen<L>(io.read(g + i));
-        io.write_only(b + i, saved);
-        io.write(x + i,
-                 Storage::template narrow<L>(rule(Storage::template widen<L>(saved), gradient)));
+        const auto before = Storage::template widen<L>(io.read(g0 + i));
+        io.write_only(x + i, Storage::template narrow<L>(rule(origin, gradient, before)));
     });
 }
 
@@ -73,24 +96,47 @@ void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
     }
 }
 
+template <class Storage>
+void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
+                   const typename Storage::Bits* g, typename Storage::Bits* m,
+                   typename Storage::Bits* v, const typename Storage::Bits* b, std::int64_t n,
+                   bool stream) {
+    constexpr int L = kLanes<Storage>;
+    const DescendAdamW<typename Storage::Arithmetic> rule(s);
+    const auto* from = b != nullptr ? b : x;
+    walk<Storage>(n, stream && b != nullptr ? x : nullptr, [=](auto io, std::int64_t i) {
+        const auto origin = Storage::template widen<L>(io.read(from + i));
+        const auto gradient = Storage::template widen<L>(io.read(g + i));
+        auto first = Storage::template widen<L>(io.read(m + i));
+        auto second = Storage::template widen<L>(io.read(v + i));
+        const auto moved = rule(origin, gradient, first, second);
+        io.write(m + i, Storage::template narrow<L>(first));
+        io.write(v + i, Storage::template narrow<L>(second));
+        io.write_only(x + i, Storage::template narrow<L>(moved));
+    });
+}
+
 // Element j of a block of 16 is added to sum j % 16, in every instruction set; then pairwise.
 template <class Storage>
-double sum_squares(const typename Storage::Bits* t, std::int64_t n) {
+double sum_squares(const typename Storage::Bits* t, const typename Storage::Bits* weights,
+                   std::int64_t n) {
     constexpr int kSums = 16;
     constexpr int L = kRegisterBytes / static_cast<int>(sizeof(double));
     Vec<double, L> sums[kSums / L] = {};
-    const auto add = [&](auto io, const typename Storage::Bits* p, int part) {
-        const auto value =
-            __builtin_convertvector(Storage::template widen<L>(io.read(p)), Vec<double, L>);
+    const auto read = [](auto io, const typename Storage::Bits* p) {
+        return __builtin_convertvector(Storage::template widen<L>(io.read(p)), Vec<double, L>);
+    };
+    const auto add = [&](auto io, std::int64_t at, int part) {
+        auto value = read(io, t + at);
+        if (weights != nullptr) value *= read(io, weights + at);
         sums[part] += value * value;
     };
     std::int64_t i = 0;
     for (; i + kSums <= n; i += kSums) {
-        for (int part = 0; part < kSums / L; ++part)
-            add(Whole<Storage, L>{}, t + i + part * L, part);
+        for (int part = 0; part < kSums / L; ++part) add(Whole<Storage, L>{}, i + part * L, part);
     }
     for (int part = 0; i < n; i += L, ++part)
-        add(Partial<Storage, L>{n - i < L ? n - i : L}, t + i, part);
+        add(Partial<Storage, L>{n - i < L ? n - i : L}, i, part);
     double flat[kSums];
     std::memcpy(flat, sums, sizeof flat);
     for (int width = kSums / 2; width > 0; width /= 2) {
@@ -134,10 +180,17 @@ auto* bits(Storage, const void* p) {
     return static_cast<const typename Storage::Bits*>(p);
 }
 
-void ascend_any(DType dtype, const AscendScalars<double>& s, void* x, const void* g, void* b,
-                std::int64_t n, bool stream) {
+void ascend_any(DType dtype, const AscendScalars<double>& s, void* x, const void* from,
+                const void* g, void* b, std::int64_t n, bool stream) {
     by_dtype(dtype, [&](auto t) {
-        ascend<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, b), n, stream);
+        ascend<decltype(t)>(s, bits(t, x), bits(t, from), bits(t, g), bits(t, b), n, stream);
+    });
+}
+
+void ascend_hvp_any(DType dtype, const HvpScalars<double>& s, void* x, const void* g,
+                    const void* g0, const void* b, std::int64_t n, bool stream) {
+    by_dtype(dtype, [&](auto t) {
+        ascend_hvp<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, g0), bits(t, b), n, stream);
     });
 }
 
@@ -148,8 +201,17 @@ void descend_any(DType dtype, const DescendScalars<double>& s, void* x, const vo
     });
 }
 
-double sum_squares_any(DType dtype, const void* p, std::int64_t n) {
-    return by_dtype(dtype, [&](auto t) { return sum_squares<decltype(t)>(bits(t, p), n); });
+void descend_adamw_any(DType dtype, const AdamWScalars<double>& s, void* x, const void* g, void* m,
+                       void* v, const void* b, std::int64_t n, bool stream) {
+    by_dtype(dtype, [&](auto t) {
+        descend_adamw<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, m), bits(t, v), bits(t, b), n,
+                                   stream);
+    });
+}
+
+double sum_squares_any(DType dtype, const void* p, const void* weights, std::int64_t n) {
+    return by_dtype(
+        dtype, [&](auto t) { return sum_squares<decltype(t)>(bits(t, p), bits(t, weights), n); });
 }
 
 bool has_nonfinite_any(DType dtype, const void* p, std::int64_t n) {
@@ -164,7 +226,13 @@ bool has_nonfinite_any(DType dtype, const void* p, std::int64_t n) {
 #define EIGENFILTER_TABLE(name) EIGENFILTER_JOIN(loops_, name)
 
 extern const Loops EIGENFILTER_TABLE(EIGENFILTER_ISA) = {
-    EIGENFILTER_NAME(EIGENFILTER_ISA), ascend_any, descend_any, sum_squares_any, has_nonfinite_any,
+    EIGENFILTER_NAME(EIGENFILTER_ISA),
+    ascend_any,
+    ascend_hvp_any,
+    descend_any,
+    descend_adamw_any,
+    sum_squares_any,
+    has_nonfinite_any,
 };
 
 }  // namespace eigenfilter::cpu

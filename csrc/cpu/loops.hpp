@@ -8,12 +8,17 @@ namespace eigenfilter::cpu {
 // Each works on n consecutive elements. `stream` writes what is not read past the caches.
 struct Loops {
     const char* isa;
-    void (*ascend)(DType, const AscendScalars<double>&, void* x, const void* g, void* b,
-                   std::int64_t n, bool stream);
+    // x <- from + ...; `from` may be x; b, where given, gets what `from` held.
+    void (*ascend)(DType, const AscendScalars<double>&, void* x, const void* from, const void* g,
+                   void* b, std::int64_t n, bool stream);
+    void (*ascend_hvp)(DType, const HvpScalars<double>&, void* x, const void* g, const void* g0,
+                       const void* b, std::int64_t n, bool stream);
     void (*descend)(DType, const DescendScalars<double>&, void* x, const void* g, void* m,
                     const void* b, std::int64_t n, bool stream);
-    // The order of summation is the same for every instruction set.
-    double (*sum_squares)(DType, const void* t, std::int64_t n);
+    void (*descend_adamw)(DType, const AdamWScalars<double>&, void* x, const void* g, void* m,
+                          void* v, const void* b, std::int64_t n, bool stream);
+    // The order of summation is the same for every instruction set; `weights` may be nullptr.
+    double (*sum_squares)(DType, const void* t, const void* weights, std::int64_t n);
     bool (*has_nonfinite)(DType, const void* t, std::int64_t n);
 };
 

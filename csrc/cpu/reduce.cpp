@@ -20,10 +20,14 @@ double norm(const Tensors& t, int threads) {
     std::vector<double> sums(chunks_before[t.n], 0.0);
     for_each_range(t.numel, t.n, size, kChunk, threads,
                    [&, size](std::size_t i, std::int64_t first, std::int64_t count) {
-                       const char* data = static_cast<const char*>(t.x[i]);
+                       const auto* data = static_cast<const char*>(t.x[i]);
+                       const auto* weights =
+                           t.g != nullptr ? static_cast<const char*>(t.g[i]) : nullptr;
                        for (std::int64_t end = first + count; first < end; first += kChunk) {
                            sums[chunks_before[i] + first / kChunk] = table.sum_squares(
-                               t.dtype, data + first * size, std::min(kChunk, end - first));
+                               t.dtype, data + first * size,
+                               weights != nullptr ? weights + first * size : nullptr,
+                               std::min(kChunk, end - first));
                        }
                    });
     return std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));

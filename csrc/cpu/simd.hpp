@@ -3,8 +3,10 @@
 // instruction sets could bring AVX-512 code to a CPU without it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -69,6 +71,39 @@ EIGENFILTER_INLINE void end_of_streaming() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
+}
+
+// IEEE square roots of each lane.
+template <class V>
+EIGENFILTER_INLINE V square_root_of(V v) {
+    using T = std::decay_t<decltype(v[0])>;
+#if defined(__x86_64__)
+    constexpr bool is_float = sizeof(T) == 4;
+    if constexpr (sizeof(V) == 16) {
+        if constexpr (is_float)
+            return (V)_mm_sqrt_ps((__m128)v);
+        else
+            return (V)_mm_sqrt_pd((__m128d)v);
+    }
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32) {
+        if constexpr (is_float)
+            return (V)_mm256_sqrt_ps((__m256)v);
+        else
+            return (V)_mm256_sqrt_pd((__m256d)v);
+    }
+#endif
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) {
+        if constexpr (is_float)
+            return (V)_mm512_sqrt_ps((__m512)v);
+        else
+            return (V)_mm512_sqrt_pd((__m512d)v);
+    }
+#endif
+#endif
+    for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(T)); ++i) v[i] = std::sqrt(v[i]);
+    return v;
 }
 
 EIGENFILTER_INLINE float half_to_float(std::uint16_t h) {
@@ -207,3 +242,15 @@ struct Partial {
 };
 
 }  // namespace
+
+namespace eigenfilter {
+
+// Found by the update rules, beside their own for numbers.
+EIGENFILTER_INLINE Vec<float, kRegisterBytes / 4> square_root(Vec<float, kRegisterBytes / 4> v) {
+    return square_root_of(v);
+}
+EIGENFILTER_INLINE Vec<double, kRegisterBytes / 8> square_root(Vec<double, kRegisterBytes / 8> v) {
+    return square_root_of(v);
+}
+
+}  // namespace eigenfilter

@@ -1,4 +1,4 @@
-// ascend and descend on the CPU.
+// Ascents and descents on the CPU.
 #include <unistd.h>
 
 #include <cstring>
@@ -34,37 +34,72 @@ void copy(const Tensors& t, void* const* to, void* const* from, int threads) {
                    });
 }
 
+void restore(const Tensors& t, int threads) {
+    if (t.b != nullptr) copy(t, t.x, t.b, threads);
+}
+
+// Calls body(at, count, stream) for ranges of all tensors; at(list) is where a list's range begins,
+// nullptr for an absent list.
+template <class Body>
+void update(const Tensors& t, int lists, int threads, Body body) {
+    const int size = size_of(t.dtype);
+    const bool stream = exceeds_cache(t, lists);
+    for_each_range(t.numel, t.n, lists * size, kGrain, threads,
+                   [&, size, stream](std::size_t i, std::int64_t first, std::int64_t count) {
+                       body(
+                           [=](void* const* list) -> void* {
+                               return list != nullptr ? at(list[i], first, size) : nullptr;
+                           },
+                           count, stream);
+                   });
+}
+
 }  // namespace
 
 void ascend(const Tensors& t, const AscendScalars<double>& s, const float* found_inf, int threads) {
     if (found_inf != nullptr && *found_inf != 0) return copy(t, t.b, t.x, threads);
     const Loops& table = loops();
-    const int size = size_of(t.dtype);
-    const bool stream = exceeds_cache(t, 3);
-    for_each_range(t.numel, t.n, 3 * size, kGrain, threads,
-                   [&, size, stream](std::size_t i, std::int64_t first, std::int64_t count) {
-                       table.ascend(t.dtype, s, at(t.x[i], first, size), at(t.g[i], first, size),
-                                    at(t.b[i], first, size), count, stream);
-                   });
+    update(t, 3, threads, [&](auto at, std::int64_t count, bool stream) {
+        table.ascend(t.dtype, s, at(t.x), at(t.x), at(t.g), at(t.b), count, stream);
+    });
+}
+
+void ascend_again(const Tensors& t, const AscendScalars<double>& s, const float* found_inf,
+                  int threads) {
+    if (found_inf != nullptr && *found_inf != 0) return;
+    const Loops& table = loops();
+    void* const* from = t.b != nullptr ? t.b : t.x;
+    update(t, 2 + (t.b != nullptr), threads, [&](auto at, std::int64_t count, bool stream) {
+        table.ascend(t.dtype, s, at(t.x), at(from), at(t.g), nullptr, count, stream);
+    });
+}
+
+void ascend_hvp(const Tensors& t, const HvpScalars<double>& s, const float* found_inf,
+                int threads) {
+    if (found_inf != nullptr && *found_inf != 0) return;
+    const Loops& table = loops();
+    update(t, 4, threads, [&](auto at, std::int64_t count, bool stream) {
+        table.ascend_hvp(t.dtype, s, at(t.x), at(t.g), at(t.g0), at(t.b), count, stream);
+    });
 }
 
 void descend(const Tensors& t, const DescendScalars<double>& s, const float* found_inf,
              int threads) {
-    if (found_inf != nullptr && *found_inf != 0) {
-        if (t.b != nullptr) copy(t, t.x, t.b, threads);
-        return;
-    }
+    if (found_inf != nullptr && *found_inf != 0) return restore(t, threads);
     const Loops& table = loops();
-    const int size = size_of(t.dtype);
     const int lists = 2 + (t.m != nullptr) + (t.b != nullptr);
-    const bool stream = exceeds_cache(t, lists);
-    for_each_range(t.numel, t.n, lists * size, kGrain, threads,
-                   [&, size, stream](std::size_t i, std::int64_t first, std::int64_t count) {
-                       table.descend(t.dtype, s, at(t.x[i], first, size), at(t.g[i], first, size),
-                                     t.m != nullptr ? at(t.m[i], first, size) : nullptr,
-                                     t.b != nullptr ? at(t.b[i], first, size) : nullptr, count,
-                                     stream);
-                   });
+    update(t, lists, threads, [&](auto at, std::int64_t count, bool stream) {
+        table.descend(t.dtype, s, at(t.x), at(t.g), at(t.m), at(t.b), count, stream);
+    });
+}
+
+void descend_adamw(const Tensors& t, const AdamWScalars<double>& s, const float* found_inf,
+                   int threads) {
+    if (found_inf != nullptr && *found_inf != 0) return restore(t, threads);
+    const Loops& table = loops();
+    update(t, 4 + (t.b != nullptr), threads, [&](auto at, std::int64_t count, bool stream) {
+        table.descend_adamw(t.dtype, s, at(t.x), at(t.g), at(t.m), at(t.v), at(t.b), count, stream);
+    });
 }
 
 }  // namespace eigenfilter::cpu

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -17,9 +18,8 @@ namespace eigenfilter::cuda {
 constexpr int kThreads = 256;
 constexpr int kBlocksAnSm = 4;  // leaves 64 registers a thread: no spills
 constexpr int kAccessBytes = 16;
-constexpr int kAccesses = 2;  // of each role that a thread keeps in flight
-constexpr int kRounds = 2;
-constexpr int kChunkBytes = kThreads * kAccessBytes * kAccesses * kRounds;
+constexpr int kAccesses = 4;  // to each role by a thread in a whole chunk
+constexpr int kChunkBytes = kThreads * kAccessBytes * kAccesses;
 
 // All arguments of a kernel together may take 32,764 bytes from CUDA 12.1 on, 4,096 before.
 #if CUDART_VERSION >= 12010
@@ -29,16 +29,25 @@ constexpr int kArgumentBytes = 4096;
 #endif
 constexpr int kOtherArgumentBytes = 512;
 
+// Tensors with more elements are cut into pieces of so many, which is a whole number of chunks:
+// every number in a batch then fits 32 bits.
+constexpr int kMostElements = 1 << 30;
+static_assert(kMostElements % kChunkBytes == 0);
+
 template <int Roles>
 struct Batch {
-    static constexpr int kBytesATensor = 8 * Roles + 8 + 4;
-    static constexpr int kMost = (kArgumentBytes - kOtherArgumentBytes) / kBytesATensor;
+    static constexpr int kBytesAPiece = 8 * Roles + 4 + 4;
+    static constexpr int kBytesOfN = 8;  // with padding
+    static constexpr int kMost = (kArgumentBytes - kOtherArgumentBytes - kBytesOfN) / kBytesAPiece;
 
     void* pointers[Roles][kMost];
-    std::int64_t numel[kMost];
-    int last_chunk[kMost];  // one past the tensor's last chunk, counted over the batch
+    int numel[kMost];
+    int last_chunk[kMost];  // one past the piece's last chunk, counted over the batch
     int n;
 };
+
+// Even an update with five lists takes three launches for 2,000 tensors.
+static_assert(kArgumentBytes <= 4096 || 3 * Batch<5>::kMost >= 2000);
 
 // Storage types, as on the CPU: Bits in memory, Arithmetic computed with.
 template <class T>
@@ -102,7 +111,7 @@ struct alignas(kAccessBytes) Pack {
     }
 };
 
-// The chunk of a block: where it starts in its tensor, and how much of it there is.
+// The chunk of a block: where it starts in its piece, and how much of it there is.
 template <class Storage, int Roles>
 struct Chunk {
     using Bits = typename Storage::Bits;
@@ -122,10 +131,8 @@ struct Chunk {
             else
                 low = middle + 1;
         }
-        const int chunk = block - (low > 0 ? batch.last_chunk[low - 1] : 0);
-        const std::int64_t first = static_cast<std::int64_t>(chunk) * kSize;
-        const std::int64_t rest = batch.numel[low] - first;
-        count = rest < kSize ? static_cast<int>(rest) : kSize;
+        const int first = (block - (low > 0 ? batch.last_chunk[low - 1] : 0)) * kSize;
+        count = min(batch.numel[low] - first, kSize);
         std::uintptr_t bits = 0;
 #pragma unroll
         for (int r = 0; r < Roles; ++r) {
@@ -135,20 +142,20 @@ struct Chunk {
         aligned = bits % kAccessBytes == 0;
     }
 
-    // Calls body.read(slot, i) for kAccesses packs, then body.write(slot, i) for the same, so that
+    // Calls body.read(p, i) for InFlight packs, then body.write(p, i, rule) for the same, so that
     // all loads are under way before the first result is needed; single elements where 16 bytes are
-    // not allowed or not there. A body is made for Pack and for one element: see Elements.
-    template <template <class> class Body, class Rule>
+    // not allowed or not there. A body is made for Pack and for Element.
+    template <template <class> class Body, int InFlight = 2, class Rule>
     __device__ __forceinline__ void each(const Rule& rule) const {
         constexpr int kPack = Pack<Storage>::kSize;
         if (aligned && count == kSize) {
 #pragma unroll 1
-            for (int first = 0; first < kRounds * kAccesses; first += kAccesses) {
-                Body<Pack<Storage>> body[kAccesses];
+            for (int first = 0; first < kAccesses; first += InFlight) {
+                Body<Pack<Storage>> body[InFlight];
 #pragma unroll
-                for (int a = 0; a < kAccesses; ++a) body[a].read(p, at<kPack>(first + a));
+                for (int a = 0; a < InFlight; ++a) body[a].read(p, at<kPack>(first + a));
 #pragma unroll
-                for (int a = 0; a < kAccesses; ++a) body[a].write(p, at<kPack>(first + a), rule);
+                for (int a = 0; a < InFlight; ++a) body[a].write(p, at<kPack>(first + a), rule);
             }
             return;
         }
@@ -213,27 +220,38 @@ inline std::int64_t chunks_of(DType dtype, std::int64_t numel) {
     return (numel + size - 1) / size;
 }
 
-// Fills batches with all tensors that have elements and calls launch(batch, blocks) for each.
+// Fills batches with all tensors that have elements and calls launch(batch, blocks) for each. The
+// roles are the lists that are there, in this order.
 template <int Roles, class Launch>
-void for_each_batch(const Tensors& t, void* const* const (&roles)[Roles], Launch launch) {
+void for_each_batch(const Tensors& t, Launch launch) {
+    void* const* const lists[] = {t.x, t.g, t.g0, t.m, t.v, t.b};
+    void* const* roles[std::size(lists)];
+    const auto end = std::remove_copy(std::begin(lists), std::end(lists), roles, nullptr);
+    if (end - roles != Roles)
+        throw std::invalid_argument("this kernel takes " + std::to_string(Roles) +
+                                    " lists of tensors");
+
+    static_assert(sizeof(Batch<Roles>) + kOtherArgumentBytes <= kArgumentBytes);
     Batch<Roles> batch;
     batch.n = 0;
-    std::int64_t blocks = 0;
+    int blocks = 0;
     const auto flush = [&] {
-        if (batch.n > 0) launch(batch, static_cast<int>(blocks));
+        if (batch.n > 0) launch(batch, blocks);
         batch.n = 0;
         blocks = 0;
     };
     for (std::size_t i = 0; i < t.n; ++i) {
-        if (t.numel[i] == 0) continue;
-        const std::int64_t chunks = chunks_of(t.dtype, t.numel[i]);
-        if (chunks > INT32_MAX)
-            throw std::runtime_error("a tensor is too large for one launch: split it");
-        if (batch.n == Batch<Roles>::kMost || blocks + chunks > INT32_MAX) flush();
-        for (int r = 0; r < Roles; ++r) batch.pointers[r][batch.n] = roles[r][i];
-        batch.numel[batch.n] = t.numel[i];
-        blocks += chunks;
-        batch.last_chunk[batch.n++] = static_cast<int>(blocks);
+        for (std::int64_t first = 0; first < t.numel[i]; first += kMostElements) {
+            const auto numel = std::min<std::int64_t>(t.numel[i] - first, kMostElements);
+            const auto chunks = static_cast<int>(chunks_of(t.dtype, numel));
+            if (batch.n == Batch<Roles>::kMost || chunks > INT32_MAX - blocks) flush();
+            for (int r = 0; r < Roles; ++r)
+                batch.pointers[r][batch.n] =
+                    static_cast<char*>(roles[r][i]) + first * size_of(t.dtype);
+            batch.numel[batch.n] = static_cast<int>(numel);
+            blocks += chunks;
+            batch.last_chunk[batch.n++] = blocks;
+        }
     }
     flush();
 }

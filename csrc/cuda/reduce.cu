@@ -19,24 +19,27 @@ __device__ __forceinline__ double block_sum(double value) {
     return sums[0];
 }
 
-template <class Group>
+template <class Group, int Lists>
 struct Reading {
-    Group t;
+    Group lists[Lists];
     template <class Pointers>
     __device__ __forceinline__ void read(const Pointers& p, int i) {
-        t = Group::load(p[0] + i);
+#pragma unroll
+        for (int k = 0; k < Lists; ++k) lists[k] = Group::load(p[k] + i);
     }
 };
 
-template <class Storage>
+// Of x, or of x weighted: products of two floats are exact in double.
+template <class Storage, int Lists>
 struct Squares {
     template <class Group>
-    struct Body : Reading<Group> {
+    struct Body : Reading<Group, Lists> {
         template <class Pointers>
         __device__ __forceinline__ void write(const Pointers&, int, double* sum) {
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j) {
-                const double value = Storage::widen(this->t.v[j]);
+                double value = Storage::widen(this->lists[0].v[j]);
+                if constexpr (Lists == 2) value *= Storage::widen(this->lists[1].v[j]);
                 *sum += value * value;
             }
         }
@@ -47,24 +50,24 @@ struct Squares {
 template <class Storage>
 struct Nonfinite {
     template <class Group>
-    struct Body : Reading<Group> {
+    struct Body : Reading<Group, 1> {
         template <class Pointers>
         __device__ __forceinline__ void write(const Pointers&, int, bool* found) {
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j) {
-                const auto value = Storage::widen(this->t.v[j]);
+                const auto value = Storage::widen(this->lists[0].v[j]);
                 *found |= !(value - value == 0);
             }
         }
     };
 };
 
-template <class Storage>
+template <class Storage, int Lists>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    squares_kernel(const __grid_constant__ Batch<1> batch, double* sums) {
-    const Chunk<Storage, 1> chunk(batch);
+    squares_kernel(const __grid_constant__ Batch<Lists> batch, double* sums) {
+    const Chunk<Storage, Lists> chunk(batch);
     double sum = 0;
-    chunk.template each<Squares<Storage>::template Body>(&sum);
+    chunk.template each<Squares<Storage, Lists>::template Body>(&sum);
     sum = block_sum<kThreads>(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
@@ -95,6 +98,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     if (found) *found_inf = 1;  // every writer writes the same
 }
 
+// Puts down one sum a block; returns where the next would go.
+template <int Lists>
+double* launch_squares(const Tensors& t, double* sums, cudaStream_t stream) {
+    by_dtype(t.dtype, [&](auto storage) {
+        for_each_batch<Lists>(t, [&](const auto& batch, int blocks) {
+            squares_kernel<decltype(storage)><<<blocks, kThreads, 0, stream>>>(batch, sums);
+            check(cudaGetLastError(), "launching norm");
+            sums += blocks;
+        });
+    });
+    return sums;
+}
+
 }  // namespace
 
 std::int64_t norm_workspace(DType dtype, std::size_t n, const std::int64_t* numel) {
@@ -107,15 +123,9 @@ void norm(const Tensors& t, const Scalar& grad_scale, void* out, double* workspa
           Stream stream) {
     const DeviceGuard guard(device);
     const auto queue = static_cast<cudaStream_t>(stream);
-    double* sums = workspace;
-    by_dtype(t.dtype, [&](auto storage) {
-        for_each_batch<1>(t, {t.x}, [&](const Batch<1>& batch, int blocks) {
-            squares_kernel<decltype(storage)><<<blocks, kThreads, 0, queue>>>(batch, sums);
-            check(cudaGetLastError(), "launching norm");
-            sums += blocks;
-        });
-    });
-    finish_norm_kernel<<<1, kFinalThreads, 0, queue>>>(workspace, sums - workspace, grad_scale, out,
+    const double* end = t.g != nullptr ? launch_squares<2>(t, workspace, queue)
+                                       : launch_squares<1>(t, workspace, queue);
+    finish_norm_kernel<<<1, kFinalThreads, 0, queue>>>(workspace, end - workspace, grad_scale, out,
                                                        t.dtype == DType::f64);
     check(cudaGetLastError(), "launching norm");
 }
@@ -123,7 +133,7 @@ void norm(const Tensors& t, const Scalar& grad_scale, void* out, double* workspa
 void flag_nonfinite(const Tensors& t, float* found_inf, int device, Stream stream) {
     const DeviceGuard guard(device);
     by_dtype(t.dtype, [&](auto storage) {
-        for_each_batch<1>(t, {t.x}, [&](const Batch<1>& batch, int blocks) {
+        for_each_batch<1>(t, [&](const auto& batch, int blocks) {
             nonfinite_kernel<decltype(storage)>
                 <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, found_inf);
             check(cudaGetLastError(), "launching flag_nonfinite");

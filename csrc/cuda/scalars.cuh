@@ -6,13 +6,21 @@
 
 namespace eigenfilter::cuda {
 
-inline bool on_device(const Scalar& s) { return s.device != nullptr; }
+template <class... Scalars>
+bool any_on_device(const Scalars&... s) {
+    return ((s.device != nullptr) || ...);
+}
 inline bool on_device(const AscendScalars<Scalar>& s) {
-    return on_device(s.alpha) || on_device(s.grad_scale);
+    return any_on_device(s.alpha, s.grad_scale);
+}
+inline bool on_device(const HvpScalars<Scalar>& s) {
+    return any_on_device(s.alpha, s.eps, s.grad_scale);
 }
 inline bool on_device(const DescendScalars<Scalar>& s) {
-    return on_device(s.lr) || on_device(s.momentum) || on_device(s.dampening) ||
-           on_device(s.weight_decay) || on_device(s.grad_scale);
+    return any_on_device(s.lr, s.momentum, s.dampening, s.weight_decay, s.grad_scale);
+}
+inline bool on_device(const AdamWScalars<Scalar>& s) {
+    return any_on_device(s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.step, s.grad_scale);
 }
 
 __host__ __device__ __forceinline__ double value(const Scalar& s) {
@@ -24,11 +32,18 @@ __host__ __device__ __forceinline__ double value(const Scalar& s) {
     return s.value;
 }
 __host__ __device__ __forceinline__ AscendScalars<double> value(const AscendScalars<Scalar>& s) {
-    return {value(s.alpha), value(s.grad_scale)};
+    return {value(s.alpha), value(s.grad_scale), s.adaptive};
+}
+__host__ __device__ __forceinline__ HvpScalars<double> value(const HvpScalars<Scalar>& s) {
+    return {value(s.alpha), value(s.eps), value(s.grad_scale)};
 }
 __host__ __device__ __forceinline__ DescendScalars<double> value(const DescendScalars<Scalar>& s) {
     return {value(s.lr),         value(s.momentum), value(s.dampening), value(s.weight_decay),
             value(s.grad_scale), s.nesterov,        s.maximize};
+}
+__host__ __device__ __forceinline__ AdamWScalars<double> value(const AdamWScalars<Scalar>& s) {
+    return {value(s.lr),           value(s.beta1), value(s.beta2),      value(s.eps),
+            value(s.weight_decay), value(s.step),  value(s.grad_scale), s.maximize};
 }
 
 // A rule made on the host, where its coefficients are known there; else by one thread of each

@@ -15,7 +15,14 @@ void require() {
 }
 
 void ascend(const Tensors&, const AscendScalars<Scalar>&, const float*, int, Stream) { require(); }
+void ascend_again(const Tensors&, const AscendScalars<Scalar>&, const float*, int, Stream) {
+    require();
+}
+void ascend_hvp(const Tensors&, const HvpScalars<Scalar>&, const float*, int, Stream) { require(); }
 void descend(const Tensors&, const DescendScalars<Scalar>&, const float*, int, Stream) {
+    require();
+}
+void descend_adamw(const Tensors&, const AdamWScalars<Scalar>&, const float*, int, Stream) {
     require();
 }
 std::int64_t norm_workspace(DType, std::size_t, const std::int64_t*) {

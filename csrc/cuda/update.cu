@@ -1,4 +1,7 @@
-// ascend and descend on the GPU.
+// Ascents and descents on the GPU: one kernel, and a Step that says which lists an update has.
+#include <type_traits>
+#include <utility>
+
 #include "multi_tensor.cuh"
 #include "scalars.cuh"
 
@@ -7,56 +10,56 @@ namespace {
 
 bool __device__ __forceinline__ is_set(const float* flag) { return flag != nullptr && *flag != 0; }
 
-// Roles of ascend: x, g, b.
-template <class Storage>
-struct Ascending {
+// What an update does with b: x is kept there first, also where found_inf is set; x starts from it;
+// x starts from it, and is put back to it where found_inf is set.
+enum class Backup { none, kept, origin, restored };
+
+// x <- rule(from, inputs...). The inputs: first gradients, then States that the rule changes too.
+// Roles: x, the inputs, and last b where there is one.
+template <class Storage, int Inputs, int States, Backup B>
+struct Step {
+    using Real = typename Storage::Arithmetic;
+    static constexpr Backup kBackup = B;
+    static constexpr int kRoles = 1 + Inputs + (B != Backup::none);
+    static constexpr int kLast = kRoles - 1;
+    static constexpr int kFrom = B == Backup::origin || B == Backup::restored ? kLast : 0;
+    // Three inputs and a division fill the registers: then floats have fewer loads in flight, and
+    // doubles, whose rule alone takes 18, fewer blocks.
+    static constexpr bool kFull = Inputs > 2;
+    static constexpr int kInFlight = kFull && sizeof(Real) == 4 ? 1 : 2;
+    static constexpr int kBlocks = kFull && sizeof(Real) == 8 ? 2 : kBlocksAnSm;
+
     template <class Group>
     struct Body {
-        Group x, g;
+        Group from, inputs[Inputs];
+
         template <class Pointers>
         __device__ __forceinline__ void read(const Pointers& p, int i) {
-            x = Group::load(p[0] + i);
-            g = Group::load(p[1] + i);
+            from = Group::load(p[kFrom] + i);
+#pragma unroll
+            for (int k = 0; k < Inputs; ++k) inputs[k] = Group::load(p[1 + k] + i);
         }
+
         template <class Pointers, class Rule>
         __device__ __forceinline__ void write(const Pointers& p, int i, const Rule& rule) {
-            x.store(p[2] + i);
+            if constexpr (B == Backup::kept) from.store(p[kLast] + i);
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j)
-                x.v[j] = Storage::narrow(rule(Storage::widen(x.v[j]), Storage::widen(g.v[j])));
-            x.store(p[0] + i);
-        }
-    };
-};
-
-// Roles of descend: x, g, then m and b where they are.
-template <class Storage, bool Momentum, bool Backup>
-struct Descending {
-    static constexpr int kFrom = Backup ? 2 + Momentum : 0;
-    template <class Group>
-    struct Body {
-        Group x, g, m;
-        template <class Pointers>
-        __device__ __forceinline__ void read(const Pointers& p, int i) {
-            x = Group::load(p[kFrom] + i);
-            g = Group::load(p[1] + i);
-            if constexpr (Momentum) m = Group::load(p[2] + i);
-        }
-        template <class Pointers, class Rule>
-        __device__ __forceinline__ void write(const Pointers& p, int i, const Rule& rule) {
+                move(rule, j, std::make_integer_sequence<int, Inputs>{});
 #pragma unroll
-            for (int j = 0; j < Group::kSize; ++j) {
-                const auto origin = Storage::widen(x.v[j]), gradient = Storage::widen(g.v[j]);
-                if constexpr (Momentum) {
-                    auto momentum = Storage::widen(m.v[j]);
-                    x.v[j] = Storage::narrow(rule(origin, gradient, momentum));
-                    m.v[j] = Storage::narrow(momentum);
-                } else {
-                    x.v[j] = Storage::narrow(rule(origin, gradient));
-                }
-            }
-            if constexpr (Momentum) m.store(p[2] + i);
-            x.store(p[0] + i);
+            for (int k = Inputs - States; k < Inputs; ++k) inputs[k].store(p[1 + k] + i);
+            from.store(p[0] + i);
+        }
+
+     private:
+        template <class Rule, int... K>
+        __device__ __forceinline__ void move(const Rule& rule, int j,
+                                             std::integer_sequence<int, K...>) {
+            Real wide[] = {Storage::widen(inputs[K].v[j])...};
+            from.v[j] = Storage::narrow(rule(Storage::widen(from.v[j]), wide[K]...));
+#pragma unroll
+            for (int k = Inputs - States; k < Inputs; ++k)
+                inputs[k].v[j] = Storage::narrow(wide[k]);
         }
     };
 };
@@ -78,53 +81,43 @@ struct Copying {
     };
 };
 
-template <class Storage>
-using AscendRule = DeferredRule<Ascend<typename Storage::Arithmetic>, AscendScalars<Scalar>>;
-template <class Storage>
-using DescendRule = DeferredRule<Descend<typename Storage::Arithmetic>, DescendScalars<Scalar>>;
-
-template <class Storage>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    ascend_kernel(const __grid_constant__ Batch<3> batch,
-                  const __grid_constant__ AscendRule<Storage> rule, const float* found_inf) {
-    const Chunk<Storage, 3> chunk(batch);
-    if (is_set(found_inf))
-        chunk.template each<Copying<2, 0>::template Body>(0);
-    else
-        chunk.template each<Ascending<Storage>::template Body>(rule.get());
+template <class Storage, class Step, class Deferred>
+__global__ void __launch_bounds__(kThreads, Step::kBlocks)
+    update_kernel(const __grid_constant__ Batch<Step::kRoles> batch,
+                  const __grid_constant__ Deferred rule, const float* found_inf) {
+    const Chunk<Storage, Step::kRoles> chunk(batch);
+    if (!is_set(found_inf))
+        chunk.template each<Step::template Body, Step::kInFlight>(rule.get());
+    else if constexpr (Step::kBackup == Backup::kept)
+        chunk.template each<Copying<Step::kLast, 0>::template Body>(0);
+    else if constexpr (Step::kBackup == Backup::restored)
+        chunk.template each<Copying<0, Step::kLast>::template Body>(0);
 }
 
-template <class Storage, bool Momentum, bool Backup>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    descend_kernel(const __grid_constant__ Batch<2 + Momentum + Backup> batch,
-                   const __grid_constant__ DescendRule<Storage> rule, const float* found_inf) {
-    const Chunk<Storage, 2 + Momentum + Backup> chunk(batch);
-    using Step = Descending<Storage, Momentum, Backup>;
-    if (is_set(found_inf)) {
-        if constexpr (Backup) chunk.template each<Copying<0, Step::kFrom>::template Body>(0);
-    } else {
-        chunk.template each<Step::template Body>(rule.get());
-    }
+template <template <class> class Rule, int Inputs, int States, Backup B, class Scalars>
+void update(const Tensors& t, const Scalars& s, const float* found_inf, int device, Stream stream) {
+    const DeviceGuard guard(device);
+    by_dtype(t.dtype, [&](auto storage) {
+        using Storage = decltype(storage);
+        using Kind = Step<Storage, Inputs, States, B>;
+        const DeferredRule<Rule<typename Storage::Arithmetic>, Scalars> rule(s);
+        static_assert(sizeof rule + sizeof found_inf <= kOtherArgumentBytes);
+        for_each_batch<Kind::kRoles>(t, [&](const auto& batch, int blocks) {
+            update_kernel<Storage, Kind>
+                <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, rule,
+                                                                             found_inf);
+            check(cudaGetLastError(), "launching an update");
+        });
+    });
 }
 
-template <class Storage, bool Momentum, bool Backup>
-void launch_descend(const Tensors& t, const DescendScalars<Scalar>& s, const float* found_inf,
-                    cudaStream_t stream) {
-    static_assert(sizeof(DescendRule<Storage>) + 64 <= kOtherArgumentBytes);
-    const DescendRule<Storage> rule(s);
-    const auto launch = [&](const auto& batch, int blocks) {
-        descend_kernel<Storage, Momentum, Backup>
-            <<<blocks, kThreads, 0, stream>>>(batch, rule, found_inf);
-        check(cudaGetLastError(), "launching descend");
-    };
-    if constexpr (Momentum && Backup)
-        for_each_batch<4>(t, {t.x, t.g, t.m, t.b}, launch);
-    else if constexpr (Momentum)
-        for_each_batch<3>(t, {t.x, t.g, t.m}, launch);
-    else if constexpr (Backup)
-        for_each_batch<3>(t, {t.x, t.g, t.b}, launch);
+// Calls `call` with a constant that says whether there is such a list.
+template <class Call>
+void by_presence(void* const* list, Call call) {
+    if (list != nullptr)
+        call(std::true_type{});
     else
-        for_each_batch<2>(t, {t.x, t.g}, launch);
+        call(std::false_type{});
 }
 
 }  // namespace
@@ -135,32 +128,37 @@ void require() {}
 
 void ascend(const Tensors& t, const AscendScalars<Scalar>& s, const float* found_inf, int device,
             Stream stream) {
-    const DeviceGuard guard(device);
-    by_dtype(t.dtype, [&](auto storage) {
-        using Storage = decltype(storage);
-        const AscendRule<Storage> rule(s);
-        for_each_batch<3>(t, {t.x, t.g, t.b}, [&](const Batch<3>& batch, int blocks) {
-            ascend_kernel<Storage><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-                batch, rule, found_inf);
-            check(cudaGetLastError(), "launching ascend");
-        });
+    update<Ascend, 1, 0, Backup::kept>(t, s, found_inf, device, stream);
+}
+
+void ascend_again(const Tensors& t, const AscendScalars<Scalar>& s, const float* found_inf,
+                  int device, Stream stream) {
+    by_presence(t.b, [&](auto has_b) {
+        constexpr Backup b = has_b ? Backup::origin : Backup::none;
+        update<Ascend, 1, 0, b>(t, s, found_inf, device, stream);
     });
+}
+
+void ascend_hvp(const Tensors& t, const HvpScalars<Scalar>& s, const float* found_inf, int device,
+                Stream stream) {
+    update<AscendHvp, 2, 0, Backup::origin>(t, s, found_inf, device, stream);
 }
 
 void descend(const Tensors& t, const DescendScalars<Scalar>& s, const float* found_inf, int device,
              Stream stream) {
-    const DeviceGuard guard(device);
-    const auto queue = static_cast<cudaStream_t>(stream);
-    by_dtype(t.dtype, [&](auto storage) {
-        using Storage = decltype(storage);
-        if (t.m != nullptr && t.b != nullptr)
-            launch_descend<Storage, true, true>(t, s, found_inf, queue);
-        else if (t.m != nullptr)
-            launch_descend<Storage, true, false>(t, s, found_inf, queue);
-        else if (t.b != nullptr)
-            launch_descend<Storage, false, true>(t, s, found_inf, queue);
-        else
-            launch_descend<Storage, false, false>(t, s, found_inf, queue);
+    by_presence(t.m, [&](auto has_m) {
+        by_presence(t.b, [&](auto has_b) {
+            constexpr Backup b = has_b ? Backup::restored : Backup::none;
+            update<Descend, 1 + has_m, has_m, b>(t, s, found_inf, device, stream);
+        });
+    });
+}
+
+void descend_adamw(const Tensors& t, const AdamWScalars<Scalar>& s, const float* found_inf,
+                   int device, Stream stream) {
+    by_presence(t.b, [&](auto has_b) {
+        constexpr Backup b = has_b ? Backup::restored : Backup::none;
+        update<DescendAdamW, 3, 2, b>(t, s, found_inf, device, stream);
     });
 }
 

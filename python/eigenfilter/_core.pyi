@@ -61,6 +61,27 @@ def ascend(
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
     alpha: Scalar,
+    adaptive: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def ascend_again(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
+    alpha: Scalar,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def ascend_hvp(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    base_grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    alpha: Scalar,
+    eps: Scalar,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     num_threads: int,
@@ -80,8 +101,26 @@ def descend(
     found_inf: Tensor | None,
     num_threads: int,
 ) -> None: ...
+def descend_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: Scalar,
+    weight_decay: Scalar,
+    step: Scalar,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    num_threads: int,
+) -> None: ...
 def norm(
     tensors: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
     out: Tensor,
     grad_scale: Tensor | None,
     workspace: Tensor | None,
@@ -100,5 +139,10 @@ def clear_gradients(params: list[Tensor]) -> None:
 def same_objects(a: list[Any], b: list[Any]) -> bool:
     """Whether two lists hold the same objects in the same order."""
 
-def same_entries(state: dict[Any, Any], entries: list[Any], key: str, values: list[Any]) -> bool:
-    """Whether the values of `state` but the empty ones are `entries`, with `values` at `key`."""
+def same_entries(
+    state: dict[Any, Any], entries: list[Any], keys: tuple[str, ...], values: list[Any]
+) -> bool:
+    """Whether the values of `state` but the empty ones are `entries`, and hold `values` at `keys`.
+
+    `values` has an item for every entry and key, None where there is none.
+    """

@@ -42,6 +42,14 @@ def optimizer(method: object, *groups: dict[str, object]) -> SimpleNamespace:
         (ef.USAM, {"rho": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
         (ef.USAM, {"rho": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
         (ef.USAM, {"rho": 0.0, "momentum": 0.8}),
+        (ef.TwoStepUSAM, {"rho": 0.1, "ascent": "anchored", "momentum": 0.8}),
+        (ef.TwoStepUSAM, {"rho": 0.1, "ascent": "anchored", "maximize": True}),
+        (
+            ef.TwoStepUSAM,
+            {"rho": 0.1, "ascent": "sequential", "momentum": 0.8, "weight_decay": 1.0},
+        ),
+        (ef.HessianUSAM, {"rho": 0.01, "momentum": 0.8, "dampening": 0.3}),
+        (ef.HessianUSAM, {"rho": 0.01, "maximize": True, "weight_decay": 0.1}),
     ],
     ids=repr,
 )
@@ -54,7 +62,8 @@ def test_a_trained_quadratic_obeys_its_filter(
     step = 0.02 * min(high - low for low, high in intervals)
     inside = [end for low, high in intervals for end in (low + step, high - step)]
     outside = [end for low, high in intervals for end in (low - step, high + step)]
-    assert len(intervals) == (2 if options.get("rho") else 1)
+    two = (kind is ef.USAM and options["rho"] > 0) or "sequential" in options.values()
+    assert len(intervals) == (2 if two else 1)
     lam = torch.tensor(inside + outside, dtype=torch.float64)
     x = torch.ones_like(lam, requires_grad=True)
     opt = kind([x], lr=0.2, **options)
@@ -118,8 +127,14 @@ def test_eigenfilter_optimizers_by_their_method(
 
 @pytest.mark.parametrize("method", ["adamw", None, property(lambda self: "sgd")])
 def test_an_unknown_optimizer_is_told_what_is_supported(method: object) -> None:
-    with pytest.raises(TypeError, match=r"Stated; supported are torch.optim.SGD .*'sgd', 'usam'"):
+    with pytest.raises(TypeError, match=r"Stated; supported are torch.optim.SGD .*'sgd', .*'usam'"):
         of(optimizer(method, GROUP))
+
+
+def test_sam_asks_for_a_gradient_norm() -> None:
+    opt = ef.SAM([torch.zeros(1, requires_grad=True)], lr=0.5)
+    with pytest.raises(TypeError, match=r"use filters.SAM\(lr, ..., rho=rho, grad_norm=norm\)"):
+        of(opt)
 
 
 def test_an_instance_attribute_does_not_count() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
 
 import eigenfilter.filters as filters
-from eigenfilter.filters import USAM, Filter, HeavyBall, Nesterov
+from eigenfilter.filters import SAM, USAM, Filter, HeavyBall, HessianUSAM, Nesterov, TwoStepUSAM
 from eigenfilter.filters.stability import preimage, real_roots
 
 FILTERS = [
@@ -28,6 +28,12 @@ FILTERS = [
     USAM(0.1, 0.7, rho=0.1, nesterov=True),
     USAM(0.1, 0.7, weight_decay=0.5, rho=0.1),
     USAM(0.1, 0.7, rho=0.1, nesterov=True, maximize=True),
+    SAM(0.1, 0.7, rho=0.2, grad_norm=1.6),
+    TwoStepUSAM(0.1, 0.7, ascent="anchored", rho=0.1),
+    TwoStepUSAM(0.1, 0.7, weight_decay=0.5, ascent="anchored", rho=0.1, maximize=True),
+    TwoStepUSAM(0.1, 0.7, weight_decay=1.0, rho=0.1, nesterov=True),
+    HessianUSAM(0.1, 0.7, 0.2, rho=0.003),
+    HessianUSAM(0.1, 0.7, weight_decay=0.5, rho=0.01, nesterov=True, maximize=True),
 ]
 
 
@@ -60,6 +66,21 @@ def usams(draw: st.DrawFn) -> Filter:
     return USAM(lr, momentum, dampening, decay, rho=rho, nesterov=nesterov, maximize=maximize)
 
 
+@st.composite
+def cubics(draw: st.DrawFn) -> Filter:
+    """From nearly straight to nearly all cubic; weight decay as large as the turning points."""
+    lr, nesterov = draw(powers(-6, 3)), draw(st.booleans())
+    momentum = draw(st.floats(0.01, 0.99) if nesterov else MOMENTUM)
+    dampening = 0.0 if nesterov else draw(st.floats(0.0, 0.95))
+    shape = lr * draw(powers(-6, 5))
+    decay = draw(st.one_of(st.just(0.0), st.floats(0.01, 1.4))) / (4.0 * shape)
+    rest = {"nesterov": nesterov, "maximize": draw(st.booleans())}
+    if draw(st.booleans()):
+        return HessianUSAM(lr, momentum, dampening, decay, rho=shape**2, **rest)
+    ascent = draw(st.sampled_from(["sequential", "anchored"]))
+    return TwoStepUSAM(lr, momentum, dampening, decay, rho=shape, ascent=ascent, **rest)
+
+
 def astride(flt: Filter, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues just inside and just outside of every edge."""
     intervals = flt.intervals()
@@ -85,7 +106,7 @@ def test_each_edge_is_where_the_spectral_radius_crosses_one(flt: Filter) -> None
 
 
 @given(
-    st.one_of(heavy_balls(), usams()),
+    st.one_of(heavy_balls(), usams(), cubics()),
     st.lists(st.floats(-4.0, 4.0), min_size=1, max_size=20),
 )
 def test_admits_agrees_with_the_spectral_radius_anywhere(flt: Filter, units: list[float]) -> None:
@@ -101,14 +122,24 @@ def test_the_recurrence_converges_inside_and_diverges_outside(flt: Filter) -> No
     inside, outside = astride(flt, 0.02)
     lam = np.concatenate([inside, outside])
     rho, sign = getattr(flt, "rho", 0.0), -1.0 if flt.maximize else 1.0
+    rho /= getattr(flt, "grad_norm", 1.0)
 
     def gradient(x: np.ndarray) -> np.ndarray:
         return sign * lam * x
 
+    def ascended(x: np.ndarray) -> np.ndarray:
+        """Where the method takes its gradient, from its definition."""
+        if isinstance(flt, HessianUSAM):
+            return x + rho * lam * sign * gradient(x)
+        y = x + rho * gradient(x)
+        if isinstance(flt, TwoStepUSAM):
+            return (y if flt.ascent == "sequential" else x) + rho * gradient(y)
+        return y
+
     x = np.ones_like(lam)
     m: np.ndarray | None = None
     for _ in range(2000):
-        d = gradient(x + rho * gradient(x)) + flt.weight_decay * x
+        d = gradient(ascended(x)) + flt.weight_decay * x
         first = m is None or flt.momentum == 0.0
         m = d if first else flt.momentum * m + (1.0 - flt.dampening) * d
         x = x - flt.lr * (d + flt.momentum * m if flt.nesterov else m)

@@ -6,8 +6,9 @@ bytes or not. Memory that a kernel has to overwrite, and all around its tensors,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,16 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Distance of each list's tensor from a 16-byte boundary, in bytes.
-ALIGNED = (0, 0, 0, 0)
-UNALIGNED = ((4, 4, 4, 4), (8, 0, 8, 0), (0, 12, 0, 8), (0, 0, 4, 0), (2, 6, 2, 2), (0, 2, 0, 0))
+ALIGNED = (0, 0, 0, 0, 0)
+UNALIGNED = (
+    (4, 4, 4, 4, 4),
+    (8, 0, 8, 0, 8),
+    (0, 12, 0, 8, 0),
+    (0, 0, 4, 0, 0),
+    (0, 0, 0, 0, 8),
+    (2, 6, 2, 2, 2),
+    (0, 2, 0, 0, 0),
+)
 MARGIN = 16  # elements before and after a tensor
 
 
@@ -67,12 +76,14 @@ class Lists:
 class Case:
     """What a call is given beside its tensors; `kind` is how it is given hyperparameters."""
 
+    adaptive: bool = False
     momenta: bool = False
     backups: bool = False
     dampening: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
     maximize: bool = False
+    step: float = 1
     scale: float | None = None
     found: float | None = None
     kind: str = "float"
@@ -95,6 +106,23 @@ ASCENTS = [
     Case(kind="float64", scale=3.7, found=0.0),
     Case(kind="float64", found=0.0),
     Case(scale=3.7, found=1.0),
+    Case(adaptive=True),
+    Case(adaptive=True, kind="float64", scale=3.7, found=0.0),
+    Case(adaptive=True, kind="float32", found=1.0),
+]
+ASCENTS_AGAIN = [
+    Case(),
+    Case(kind="float32", scale=3.7, found=0.0),
+    Case(scale=3.7, found=1.0),
+    Case(backups=True),
+    Case(backups=True, kind="float64", scale=3.7, found=0.0),
+    Case(backups=True, scale=3.7, found=1.0),
+]
+ASCENTS_HVP = [
+    Case(),
+    Case(kind="float32", scale=3.7),
+    Case(kind="float64", scale=3.7, found=0.0),
+    Case(scale=3.7, found=1.0),
 ]
 DESCENTS = [
     Case(),
@@ -110,6 +138,25 @@ DESCENTS = [
     Case(momenta=True, nesterov=True, backups=True, weight_decay=0.07, scale=3.7, kind="float64"),
     Case(momenta=True, nesterov=True, backups=True, weight_decay=0.07, scale=3.7, found=1.0),
 ]
+ADAMW_DESCENTS = [
+    Case(),
+    Case(step=2**24, weight_decay=0.07, scale=3.7, kind="float32"),
+    Case(step=7, maximize=True, found=0.0, kind="float64"),
+    Case(step=1000, weight_decay=0.07, scale=3.7, found=1.0),
+    Case(backups=True, weight_decay=0.07, scale=3.7, kind="float64"),
+    Case(backups=True, step=341, weight_decay=0.07, maximize=True, scale=3.7, found=0.0),
+    Case(backups=True, step=7, weight_decay=0.07, scale=3.7, found=1.0, kind="float64"),
+]
+
+
+ADAMW: dict[str, Any] = {
+    "lr": 0.1,
+    "beta1": 0.8,
+    "beta2": 0.7,
+    "eps": 1e-3,
+    "weight_decay": 0.2,
+    "step": 3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -147,12 +194,53 @@ def test_ascend(dtype: torch.dtype, case: Case) -> None:
     memory.fill(0, 1)
     params, grads, backups = memory.lists
     x, g, b = memory.copy()
-    triton_kernels.ascend(params, grads, backups, case.scalar(-0.137), **case.flags())
-    reference.ascend(x, g, b, case.scalar(-0.137), **case.flags())
+    for room, lists in ((triton_kernels, (params, grads, backups)), (reference, (x, g, b))):
+        room.ascend(*lists, case.scalar(-0.137), adaptive=case.adaptive, **case.flags())
     assert_same(params, x, exact=case.found == 1)
     assert_same(backups, b, exact=True)
     assert_same(grads, g, exact=True)
     memory.check_margins()
+
+
+@pytest.mark.parametrize("case", ASCENTS_AGAIN, ids=str)
+def test_ascend_again(dtype: torch.dtype, case: Case) -> None:
+    memory = Lists(dtype, 3)
+    memory.fill(1, 2 if case.backups else 0)
+    params, grads, backups = memory.lists
+    x, g, b = memory.copy()
+    for room, lists in ((triton_kernels, (params, grads, backups)), (reference, (x, g, b))):
+        origin = lists[2] if case.backups else None
+        room.ascend_again(lists[0], lists[1], case.scalar(0.137), origin, **case.flags())
+    assert_same(params, x, exact=case.found == 1)
+    assert_same(grads, g, exact=True)
+    assert_same(backups, b, exact=True)
+    memory.check_margins()
+
+
+@pytest.mark.parametrize("case", ASCENTS_HVP, ids=str)
+def test_ascend_hvp(dtype: torch.dtype, case: Case) -> None:
+    memory = Lists(dtype, 4)
+    memory.fill(1, 2, 3)
+    copies = memory.copy()
+    for room, lists in ((triton_kernels, memory.lists), (reference, copies)):
+        room.ascend_hvp(*lists, case.scalar(-0.137), case.scalar(0.0213), **case.flags())
+    assert_same(memory.lists[0], copies[0], exact=case.found == 1)
+    for read, before in zip(memory.lists[1:], copies[1:], strict=True):
+        assert_same(read, before, exact=True)
+    memory.check_margins()
+
+
+@pytest.mark.parametrize("backups", [False, True])
+def test_where_ascents_stop_parameters_keep_their_values(dtype: torch.dtype, backups: bool) -> None:
+    memory = Lists(dtype, 4)
+    memory.fill(0, 1, 2, 3)
+    params, grads, base_grads, saved = memory.lists
+    before = [x.clone() for x in params]
+    found = torch.ones(())
+    origin = saved if backups else None
+    triton_kernels.ascend_again(params, grads, 0.137, origin, found_inf=found)
+    triton_kernels.ascend_hvp(params, grads, base_grads, saved, 0.137, 0.0213, found_inf=found)
+    assert_same(params, before, exact=True)
 
 
 @pytest.mark.parametrize("case", DESCENTS, ids=str)
@@ -179,6 +267,38 @@ def test_descend(dtype: torch.dtype, case: Case) -> None:
     assert_same(momenta, m, exact=case.found == 1)
     assert_same(grads, g, exact=True)
     assert_same(backups, b, exact=True)
+    memory.check_margins()
+
+
+@pytest.mark.parametrize("case", ADAMW_DESCENTS, ids=str)
+def test_descend_adamw(dtype: torch.dtype, case: Case) -> None:
+    memory = Lists(dtype, 5)
+    memory.fill(1, 4 if case.backups else 0)
+    if case.step > 1:
+        memory.fill(2, 3)
+        for v in memory.lists[3]:
+            v.square_()
+    else:
+        for t in memory.lists[2] + memory.lists[3]:
+            t.zero_()
+    copies = memory.copy()
+    for room, lists in ((triton_kernels, memory.lists), (reference, copies)):
+        room.descend_adamw(
+            *lists[:4],
+            lists[4] if case.backups else None,
+            lr=case.scalar(0.0313),
+            beta1=case.scalar(0.87),
+            beta2=case.scalar(0.9937),
+            eps=case.scalar(1.7e-5),
+            weight_decay=case.scalar(case.weight_decay),
+            step=case.scalar(case.step),
+            maximize=case.maximize,
+            **case.flags(),
+        )
+    for i in (0, 2, 3):
+        assert_same(memory.lists[i], copies[i], exact=case.found == 1)
+    for i in (1, 4):
+        assert_same(memory.lists[i], copies[i], exact=True)
     memory.check_margins()
 
 
@@ -216,20 +336,31 @@ def test_any_order_of_dimensions(dtype: torch.dtype) -> None:
     assert_same([x.permute(0, 3, 1, 2)], [y.permute(0, 3, 1, 2)], exact=False)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("scale", [None, torch.tensor([3.7])])
-def test_norm(dtype: torch.dtype, scale: Tensor | None) -> None:
-    memory = Lists(dtype, 1)
-    memory.fill(0)
-    (tensors,) = memory.lists
-    out = torch.full((), torch.nan, dtype=reference.arithmetic_dtype(dtype))
-    triton_kernels.norm(tensors, out, grad_scale=scale)
-    expected = torch.cat(tensors).double().norm() / (1 if scale is None else scale.double())
-    torch.testing.assert_close(
-        out, expected.to(out.dtype).reshape(()), rtol=4 * torch.finfo(out.dtype).eps, atol=0
+def test_norm(dtype: torch.dtype, scale: Tensor | None, weighted: bool) -> None:
+    memory = Lists(dtype, 2)
+    memory.fill(0, 1)
+    tensors, weights = memory.lists[0], memory.lists[1] if weighted else None
+    out, again, expected = torch.full((3,), torch.nan, dtype=reference.arithmetic_dtype(dtype))
+    triton_kernels.norm(tensors, out, weights=weights, grad_scale=scale)
+    reference.norm(tensors, expected, weights=weights, grad_scale=scale)
+    torch.testing.assert_close(out, expected, rtol=4 * torch.finfo(out.dtype).eps, atol=0)
+    aligned = [[t.clone() for t in tensors] for tensors in memory.lists]
+    triton_kernels.norm(
+        aligned[0], again, weights=aligned[1] if weighted else None, grad_scale=scale
     )
-    again = torch.empty_like(out)
-    triton_kernels.norm([t.clone() for t in tensors], again, grad_scale=scale)
     assert torch.equal(out, again), "alignment changed the order of the sum"
+    memory.check_margins()
+
+
+def test_weights_multiply_in_float64() -> None:
+    t = torch.full((5,), 1e-30)
+    out, expected = torch.empty(2)
+    for room, result in ((triton_kernels, out), (reference, expected)):
+        room.norm([t], result, weights=[3 * t], grad_scale=torch.tensor(1e-35))
+    assert expected > 1e-25
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 
 
 def test_norm_sums_more_chunks_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,28 +399,68 @@ def test_finite_elements_leave_the_flag(dtype: torch.dtype, before: float) -> No
 def test_empty_tensors_alone(dtype: torch.dtype) -> None:
     empty = [torch.zeros(0, dtype=dtype), torch.zeros(0, 3, dtype=dtype)]
     triton_kernels.ascend(empty, empty, empty, 0.1)
+    triton_kernels.ascend_again(empty, empty, 0.1, empty)
+    triton_kernels.ascend_hvp(empty, empty, empty, empty, 0.1, 0.2)
     triton_kernels.descend(empty, empty, empty, empty, lr=0.1)
+    triton_kernels.descend_adamw(empty, empty, empty, empty, empty, **ADAMW)
     found, out = torch.zeros(1), torch.empty((), dtype=reference.arithmetic_dtype(dtype))
     triton_kernels.flag_nonfinite(empty, found)
     triton_kernels.norm(empty, out)
     assert found == 0
     assert out == 0
+    triton_kernels.norm(empty, out.fill_(torch.nan), weights=empty)
+    assert out == 0
 
 
 def test_wrong_arguments_change_nothing() -> None:
-    x, g, b = (torch.randn(4) for _ in range(3))
-    before = x.clone(), b.clone()
+    room = triton_kernels
+    tensors = [[torch.randn(4)] for _ in range(5)]
+    x, g, m, v, b = tensors
+    before = [t.clone() for [t] in tensors]
     double = torch.zeros((), dtype=torch.float64)
+    whole, elsewhere = torch.tensor(1), torch.tensor(0.1, device="meta")
     with pytest.raises(ValueError, match="backups"):
-        triton_kernels.ascend([x], [g], [], 0.1)
+        room.ascend(x, g, [], 0.1)
     with pytest.raises(TypeError, match="alpha must be a number"):
-        triton_kernels.ascend([x], [g], [b], torch.tensor(1))
+        room.ascend(x, g, b, whole)
     with pytest.raises(ValueError, match="alpha is on meta"):
-        triton_kernels.ascend([x], [g], [b], torch.tensor(0.1, device="meta"))
+        room.ascend(x, g, b, elsewhere)
     with pytest.raises(ValueError, match=r"found_inf must be a .*float32 tensor"):
-        triton_kernels.ascend([x], [g], [b], 0.1, found_inf=double)
+        room.ascend(x, g, b, 0.1, found_inf=double)
+    with pytest.raises(ValueError, match="backups"):
+        room.ascend_again(x, g, 0.1, [])
+    with pytest.raises(TypeError, match="alpha must be a number"):
+        room.ascend_again(x, g, whole, None)
+    with pytest.raises(ValueError, match="base_grads"):
+        room.ascend_hvp(x, g, [], b, 0.1, 0.2)
+    with pytest.raises(ValueError, match="eps is on meta"):
+        room.ascend_hvp(x, g, m, b, 0.1, elsewhere)
     with pytest.raises(ValueError, match=r"grad_scale must be a .*float32 tensor"):
-        triton_kernels.descend([x], [g], None, [b], lr=0.1, grad_scale=torch.ones(2))
+        room.descend(x, g, None, b, lr=0.1, grad_scale=torch.ones(2))
+    with pytest.raises(ValueError, match="exp_avg_sqs"):
+        room.descend_adamw(x, g, m, [], b, **ADAMW)
+    with pytest.raises(ValueError, match="share memory"):
+        room.descend_adamw(x, g, m, m, b, **ADAMW)
+    with pytest.raises(TypeError, match="step must be a number"):
+        room.descend_adamw(x, g, m, v, b, **ADAMW | {"step": whole})
+    with pytest.raises(ValueError, match=r"found_inf must be a .*float32 tensor"):
+        room.descend_adamw(x, g, m, v, b, **ADAMW, found_inf=double)
     with pytest.raises(ValueError, match=r"out must be a .*float32 tensor"):
-        triton_kernels.norm([x], double)
-    assert_same([x, b], before, exact=True)
+        room.norm(x, double)
+    with pytest.raises(ValueError, match="weights"):
+        room.norm(x, torch.empty(()), weights=[torch.ones(3)])
+    assert_same([t for [t] in tensors], before, exact=True)
+
+
+def test_what_is_true_is_one_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda *args, **chosen: seen.append(chosen["ADAPTIVE"])
+
+    monkeypatch.setattr(triton_device, "ascend_kernel", Kernel())
+    x, g, b = ([torch.randn(4)] for _ in range(3))
+    for adaptive in (True, 1, False, 0):
+        triton_kernels.ascend(x, g, b, 0.1, adaptive=adaptive)  # type: ignore[arg-type]
+    assert [str(value) for value in seen] == ["True", "True", "False", "False"]

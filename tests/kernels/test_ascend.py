@@ -1,4 +1,4 @@
-"""ascend against exact arithmetic: b <- x, x <- x + alpha g / grad_scale."""
+"""ascend against exact arithmetic: b <- x, x <- x + alpha g / grad_scale (adaptive: x^2 g)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from tolerances import assert_near, exact
 X, G, B = range(3)
 
 
-def run(room: Room, dtype: torch.dtype, scale: float | None, found: float | None) -> None:
+def run(
+    room: Room,
+    dtype: torch.dtype,
+    scale: float | None,
+    found: float | None,
+    adaptive: bool = False,
+) -> None:
     arena = Arena(dtype, 3, device=room.device)
     arena.fill(X, G)
     x, g = arena.values(X), arena.values(G)
     kernels.ascend(
         *arena.lists,
         ALPHA,
+        adaptive=adaptive,
         grad_scale=tensor(scale, room),
         found_inf=tensor(found, room),
         backend=room.backend,
@@ -32,6 +39,8 @@ def run(room: Room, dtype: torch.dtype, scale: float | None, found: float | None
         assert same_bits(arena.values(X), x)
         return
     move = np.longdouble(ALPHA) / np.longdouble(np.float32(scale or 1.0)) * exact(g)
+    if adaptive:
+        move *= exact(x) ** 2
     assert_near(arena.values(X), exact(x) + move, np.abs(exact(x)) + np.abs(move))
 
 
@@ -39,14 +48,18 @@ def tensor(value: float | None, room: Room) -> Tensor | None:
     return None if value is None else torch.tensor([value], device=room.device)
 
 
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
 @pytest.mark.parametrize("scale", [None, SCALE])
-def test_ascend(room: Room, dtype: torch.dtype, scale: float | None) -> None:
-    run(room, dtype, scale, None)
+def test_ascend(room: Room, dtype: torch.dtype, scale: float | None, adaptive: bool) -> None:
+    run(room, dtype, scale, None, adaptive)
 
 
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
 @pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
-def test_found_inf_keeps_x_and_still_saves_it(room: Room, dtype: torch.dtype, found: float) -> None:
-    run(room, dtype, SCALE, found)
+def test_found_inf_keeps_x_and_still_saves_it(
+    room: Room, dtype: torch.dtype, found: float, adaptive: bool
+) -> None:
+    run(room, dtype, SCALE, found, adaptive)
 
 
 def test_the_ascent_of_a_scaled_gradient_does_not_overflow_on_its_way(
@@ -59,3 +72,15 @@ def test_the_ascent_of_a_scaled_gradient_does_not_overflow_on_its_way(
     scale = torch.tensor(1024.0, device=room.device)
     kernels.ascend([x], [g], [torch.empty_like(x)], 4.0, grad_scale=scale, backend=room.backend)
     assert torch.equal(x, torch.full_like(x, largest / 256))
+
+
+def test_where_a_parameter_is_zero_an_adaptive_ascent_leaves_it(
+    room: Room, dtype: torch.dtype
+) -> None:
+    x = torch.zeros(33, dtype=dtype, device=room.device)
+    x[::2] = 2.0
+    expected = torch.where(x == 0, x, 2 - 4 * 0.25)
+    kernels.ascend(
+        [x], [torch.ones_like(x)], [torch.empty_like(x)], -0.25, adaptive=True, backend=room.backend
+    )
+    assert torch.equal(x, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Room, bits, same_bits
+from cases import UPDATES, Room, Update, bits, same_bits
 from eigenfilter import kernels
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,14 +38,18 @@ def test_the_backup_has_every_bit(room: Room, dtype: torch.dtype, found: float |
     assert same_bits(x, before) == bool(found)
 
 
-def test_a_stopped_descent_restores_every_bit(room: Room, dtype: torch.dtype) -> None:
-    b, m = any_bits(dtype).to(room.device), any_bits(dtype).to(room.device)
-    before, x = m.clone(), torch.zeros_like(b)
-    stop = torch.ones((), device=room.device)
-    g = torch.ones_like(x)
-    kernels.descend([x], [g], [m], [b], lr=0.1, found_inf=stop, backend=room.backend)
-    assert same_bits(x, b)
-    assert same_bits(m, before)
+@pytest.mark.parametrize("update", UPDATES, ids=str)
+def test_a_stopped_update_has_every_bit(room: Room, dtype: torch.dtype, update: Update) -> None:
+    """Descents restore the parameters, ascend saves them, and nothing else is written."""
+    lists = [[any_bits(dtype).to(room.device)] for _ in update.lists]
+    expected = {role: t.clone() for role, (t,) in zip(update.lists, lists, strict=True)}
+    if update.kernel == "ascend":
+        expected["backups"] = expected["params"]
+    elif update.kernel.startswith("descend"):
+        expected["params"] = expected[update.starts_from]
+    update(lists, found_inf=torch.ones((), device=room.device), backend=room.backend)
+    for role, (t,) in zip(update.lists, lists, strict=True):
+        assert same_bits(t, expected[role]), role
 
 
 def test_a_stopped_descent_without_backups_leaves_every_bit(room: Room, dtype: torch.dtype) -> None:

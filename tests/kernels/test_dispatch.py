@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 
 import pytest
 import torch
 
+from cases import UPDATES
 from eigenfilter import _core, kernels
 from eigenfilter.kernels import native, reference
 
@@ -34,10 +36,12 @@ def test_an_explicit_choice_is_not_logged(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_every_backend_has_every_kernel() -> None:
-    rooms = [kernels.select("cpu", name) for name in ("native", "reference")]
-    for room in rooms:
-        for kernel in ("ascend", "descend", "norm", "flag_nonfinite"):
-            assert callable(getattr(room, kernel))
+    names = set(kernels.__all__) - {"BACKENDS", "Backend", "select"}
+    assert names >= {update.kernel for update in UPDATES} | {"norm", "flag_nonfinite"}
+    for room in (kernels.select("cpu", name) for name in ("native", "reference")):
+        for name in names:
+            promised = inspect.signature(getattr(kernels.Backend, name)).parameters
+            assert list(inspect.signature(getattr(room, name)).parameters) == list(promised)[1:]
 
 
 def test_an_unknown_backend_is_told_the_known_ones() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from cases import same_bits
+from cases import UPDATES, same_bits
 from eigenfilter import _core, kernels
 
 pytestmark = pytest.mark.distributed
@@ -27,23 +27,31 @@ def mesh() -> Iterator[DeviceMesh]:
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
 @pytest.mark.parametrize("wrap", [list, _core.TensorList])
 def test_updates_go_to_the_local_shard(mesh: DeviceMesh, wrap: type, placement: object) -> None:
-    def lists(seed: int) -> list[Tensor]:
-        torch.manual_seed(seed)
-        return [torch.randn(6, 5) for _ in range(3)]
+    def lists(count: int) -> list[list[Tensor]]:
+        torch.manual_seed(3)
+        return [[torch.rand(6, 5) + 0.5 for _ in range(3)] for _ in range(count)]
 
-    plain = [lists(seed) for seed in range(4)]
-    sharded = [[distribute_tensor(t, mesh, [placement]) for t in lists(i)] for i in range(4)]
-    addresses = [t._local_tensor.data_ptr() for t in sharded[0]]
-    for x, g, m, b in (plain, [wrap(tensors) for tensors in sharded]):
-        kernels.ascend(x, g, b, 0.2)
-        kernels.descend(x, g, m, b, lr=0.1, momentum=0.9, weight_decay=0.01)
-    for role in (0, 2, 3):
-        for t, expected in zip(sharded[role], plain[role], strict=True):
-            assert same_bits(t.to_local(), expected)
-    assert [t._local_tensor.data_ptr() for t in sharded[0]] == addresses
+    for update in UPDATES:
+        plain = lists(len(update.lists))
+        sharded = [
+            [distribute_tensor(t.clone(), mesh, [placement]) for t in each] for each in plain
+        ]
+        addresses = [t._local_tensor.data_ptr() for t in sharded[0]]
+        update(plain)
+        update([wrap(each) for each in sharded])
+        for each, expected in zip(sharded, plain, strict=True):
+            assert all(same_bits(t.to_local(), e) for t, e in zip(each, expected, strict=True))
+        assert [t._local_tensor.data_ptr() for t in sharded[0]] == addresses
+
+
+def test_reductions_read_the_local_shard(mesh: DeviceMesh) -> None:
+    plain = [torch.randn(6, 5) for _ in range(3)]
+    sharded = [distribute_tensor(t, mesh, [Shard(0)]) for t in plain]
     found = torch.zeros(1)
-    kernels.flag_nonfinite(sharded[0], found)
+    kernels.flag_nonfinite(sharded, found)
     assert found == 0
+    weighted = kernels.norm(sharded, weights=sharded)
+    assert weighted.item() == kernels.norm(plain, weights=plain).item()
 
 
 def test_dtensors_and_plain_tensors_in_one_list(mesh: DeviceMesh) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cases import bits
+from cases import UPDATES, bits
 from eigenfilter import _core, kernels
 
 SHAPE = (4, 6)
@@ -109,7 +113,7 @@ UNLIKE_PARAMS: dict[str, Make] = {
     "not dense": lambda: torch.ones(4, 12)[:, ::2],
 }
 
-ROLES = ("params", "grads", "momenta", "backups")
+ROLES = ("params", "grads", "base_grads", "momenta", "exp_avgs", "exp_avg_sqs", "backups")
 
 
 class Call:
@@ -120,8 +124,19 @@ class Call:
             role: [torch.randn(SHAPE) for _ in range(2)] for role in ROLES
         }
 
-    def refused(self, error: type[Exception], match: str, backend: str = "native") -> None:
-        """Fail unless both kernels raise and leave every bit."""
+    def refused(
+        self,
+        error: type[Exception],
+        match: str,
+        backend: str = "native",
+        *,
+        among: Sequence[str] = ("params",),
+        written: bool = False,
+    ) -> None:
+        """Fail unless all kernels raise that have the lists `among`, and leave every bit.
+
+        With `written` only kernels that write to one of them have to.
+        """
         sound = [
             (t, bits(t).clone())
             for tensors in self.lists.values()
@@ -129,13 +144,14 @@ class Call:
             if type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided
             if t.dtype == torch.float32 and not t.is_neg() and t.untyped_storage().nbytes() > 0
         ]
-        assert len(sound) >= 6
-        x, g, m, b = (self.lists[role] for role in ROLES)
-        with pytest.raises(error, match=match):
-            kernels.descend(x, g, m, b, lr=0.1, momentum=0.9, backend=backend)
-        if "momenta" not in match:
+        assert len(sound) >= 12
+        concerned = [u for u in UPDATES if set(among) <= set(u.lists)]
+        if written:
+            concerned = [u for u in concerned if set(among) & set(u.writes)]
+        assert concerned
+        for update in concerned:
             with pytest.raises(error, match=match):
-                kernels.ascend(x, g, b, 0.1, backend=backend)
+                update([self.lists[role] for role in update.lists], backend=backend)
         for t, before in sound:
             assert torch.equal(bits(t), before)
 
@@ -146,7 +162,7 @@ def test_no_usable_tensor(what: str, role: str) -> None:
     make, error, message = ANYWHERE[what]
     call = Call()
     call.lists[role][1] = make()  # type: ignore[call-overload]
-    call.refused(error, rf"(?s)^{role}\[1\] {message}")
+    call.refused(error, rf"(?s)^{role}\[1\] {message}", among=[role])
 
 
 @pytest.mark.parametrize("role", ROLES[1:])
@@ -158,6 +174,7 @@ def test_unlike_its_parameter(what: str, role: str) -> None:
     call.refused(
         LayoutError,
         rf"^{role}\[1\] has shape .* and strides .*, params\[1\] has shape .*: {fix}",
+        among=[role],
     )
 
 
@@ -177,16 +194,47 @@ def test_lists_of_unequal_length(role: str, change: Callable) -> None:
     call.refused(
         ValueError,
         rf"^{role} has {count} tensors and params has 2: pass lists of equal length",
+        among=[role],
     )
 
 
 @pytest.mark.parametrize("role", ROLES[1:])
 def test_no_list_at_all(role: str) -> None:
     call = Call()
-    call.lists[role] = iter(call.lists[role])  # type: ignore[assignment]
-    x, g, m, b = (call.lists[r] for r in ROLES)
-    with pytest.raises(TypeError, match=f"^{role} must be a list or tuple of tensors"):
-        kernels.descend(x, g, m, b, lr=0.1, momentum=0.9)
+    for update in UPDATES:
+        lists = [iter(call.lists[r]) if r == role else call.lists[r] for r in update.lists]
+        if role in update.lists:
+            with pytest.raises(TypeError, match=f"^{role} must be a list or tuple of tensors"):
+                update(lists)
+
+
+MAY_BE_NONE = {
+    "ascend_again": {"backups"},
+    "descend": {"momenta", "backups"},
+    "descend_adamw": {"backups"},
+}
+
+
+def call_without_lists() -> None:
+    for update in UPDATES:
+        for role in set(update.lists[1:]) - MAY_BE_NONE.get(update.kernel, set()):
+            lists = [None if r == role else [torch.ones(SHAPE)] for r in update.lists]
+            with pytest.raises(TypeError, match=f"^{role} must be a list or tuple of tensors"):
+                update(lists)  # type: ignore[arg-type]
+            assert all((t == 1).all() for tensors in lists if tensors is not None for t in tensors)
+
+
+def test_a_list_that_is_missing_is_refused() -> None:
+    """In a process of its own: reading what is not there would end this one."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_errors; test_errors.call_without_lists()"],
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (here, here.parent)))),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout}"
 
 
 OVERLAPS = {
@@ -198,6 +246,16 @@ OVERLAPS = {
     "a momentum is a gradient": ("momenta", 1, "grads", 1),
     "a momentum twice": ("momenta", 1, "momenta", 0),
     "a momentum is a backup": ("momenta", 0, "backups", 0),
+    "a base gradient is a parameter": ("base_grads", 1, "params", 0),
+    "a first moment is a parameter": ("exp_avgs", 1, "params", 1),
+    "a first moment is a gradient": ("exp_avgs", 0, "grads", 0),
+    "a first moment is a backup": ("exp_avgs", 0, "backups", 1),
+    "a first moment twice": ("exp_avgs", 1, "exp_avgs", 0),
+    "a first moment is a second": ("exp_avgs", 1, "exp_avg_sqs", 1),
+    "a second moment is a parameter": ("exp_avg_sqs", 0, "params", 1),
+    "a second moment is a gradient": ("exp_avg_sqs", 1, "grads", 0),
+    "a second moment is a backup": ("exp_avg_sqs", 1, "backups", 1),
+    "a second moment twice": ("exp_avg_sqs", 1, "exp_avg_sqs", 0),
 }
 
 
@@ -208,12 +266,25 @@ def test_memory_that_is_written_is_shared(name: str) -> None:
     call.lists[role][i] = call.lists[other][j].view(SHAPE)
     both = rf"{role}\[{i}\] and {other}\[{j}\]|{other}\[{j}\] and {role}\[{i}\]"
     message = rf"^({both}) share memory, .* is written: clone one of them"
-    x, g, m, b = (call.lists[r] for r in ROLES)
-    before = [bits(t).clone() for tensors in (x, g, m, b) for t in tensors]
-    ascends = "momenta" not in (role, other)
-    with pytest.raises(ValueError, match=message):
-        kernels.ascend(x, g, b, 0.1) if ascends else kernels.descend(x, g, m, b, lr=0.1)
-    assert all(map(torch.equal, map(bits, [*x, *g, *m, *b]), before))
+    call.refused(ValueError, message, among=[role, other], written=True)
+
+
+MAY_BE_SHARED = {
+    "a gradient is a base gradient": ("grads", "base_grads"),
+    "a gradient is a backup": ("grads", "backups"),
+    "a base gradient is a backup": ("base_grads", "backups"),
+}
+
+
+@pytest.mark.parametrize("name", MAY_BE_SHARED)
+def test_memory_that_is_only_read_may_be_shared(name: str) -> None:
+    role, other = MAY_BE_SHARED[name]
+    call = Call()
+    call.lists[role] = call.lists[other]
+    concerned = [u for u in UPDATES if {role, other} <= set(u.lists) - set(u.writes)]
+    assert concerned
+    for update in concerned:
+        update([call.lists[r] for r in update.lists])
 
 
 @pytest.mark.parametrize("distance", [1, 5, 23])
@@ -258,6 +329,30 @@ def test_norm_and_flag_name_their_tensors() -> None:
     assert found == 0
 
 
+WEIGHTS = {
+    "int": (
+        lambda w: [w[0], torch.ones(3, dtype=torch.int64)],
+        TypeError,
+        r"weights\[1\] is int64",
+    ),
+    "dtype": (lambda w: [w[0], w[1].double()], LayoutError, r"weights\[1\] is float64 and tensors"),
+    "shape": (lambda w: [w[0], torch.ones(4)], LayoutError, r"weights\[1\] has shape \(4\)"),
+    "too few": (lambda w: w[:1], ValueError, "weights has 1 tensors and tensors has 2"),
+    "a tensor": (lambda w: torch.ones(2, 3), TypeError, "weights must be a list or tuple"),
+    "none": (lambda w: [w[0], None], TypeError, r"weights\[1\] cannot be used: NoneType"),
+}
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("what", WEIGHTS)
+def test_norm_names_its_weights(what: str, backend: str) -> None:
+    make, error, message = WEIGHTS[what]
+    lists, out = [torch.ones(3), torch.ones(3)], torch.full((), torch.nan)
+    with pytest.raises(error, match=f"^{message}"):
+        kernels.norm(lists, weights=make(lists), out=out, backend=backend)
+    assert out.isnan()
+
+
 SPOILT = {
     "another shape": (lambda lists: lists["grads"].__setitem__(1, torch.ones(6)), LayoutError),
     "too few": (lambda lists: lists["grads"].pop(), ValueError),
@@ -271,4 +366,4 @@ def test_the_reference_refuses_what_the_others_refuse(what: str) -> None:
     spoil, error = SPOILT[what]
     call = Call()
     spoil(call.lists)
-    call.refused(error, "grads|params", backend="reference")
+    call.refused(error, "grads|params", backend="reference", among=["grads"])

@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import ALPHA, DESCENTS, bits, nonzero
-from eigenfilter import _core, kernels
+from cases import UPDATES, Update, bits, nonzero
+from eigenfilter import _core
 
 SHIFTS = 18  # tensors in a list, each by one more element off alignment, and as many small ones
 SMALL = (0, 1, 5, 15, 31, 70)
+GAPS = 2**16  # bytes between the tensors of a list and after them, more than enough
 CAPACITY = 448 * 2**20  # of a cache that these tests can exceed in less than 2 GiB
 _SC_LEVEL3_CACHE_SIZE = 194  # glibc's
 
-Lists = list[list[Tensor]]
+# Updates that write what they do not read; an adaptive ascent does it as a plain one.
+PAST_THE_CACHES = [u for u in UPDATES if "backups" in u.lists and u.variant != "adaptive"]
 
 
 def cache_bytes() -> int:
@@ -33,66 +35,65 @@ def cache_bytes() -> int:
     return size if size > 0 else 32 * 2**20
 
 
+def bytes_of(lists: int) -> int:
+    """Bytes of a list of which all but one of so many exceed the cache."""
+    return -(-cache_bytes() // (lists - 1) // 64) * 64
+
+
 @pytest.fixture(scope="module")
-def memory() -> Iterator[list[Tensor]]:
-    """Eight stretches of memory, of which two exceed the cache; touched once for all tests."""
+def memory() -> Tensor:
+    """For twice the lists of any update, and their gaps; touched once for all tests."""
     if cache_bytes() > CAPACITY:
-        pytest.skip(f"needs 4 times the cache in memory, and that has {cache_bytes()} bytes")
-    size = cache_bytes() // 2 + 2**18
-    return [torch.zeros(size, dtype=torch.uint8) for _ in range(8)]
+        pytest.skip(f"needs 3 times the cache in memory, and that has {cache_bytes()} bytes")
+    counts = {len(update.lists) for update in PAST_THE_CACHES}
+    return torch.zeros(max(2 * n * (bytes_of(n) + GAPS) for n in counts), dtype=torch.uint8)
 
 
-def fill(stretches: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The stretches as elements of `dtype`, each with values of its own."""
-    flat = [stretch.view(dtype) for stretch in stretches]
+def stretches(memory: Tensor, update: Update, dtype: torch.dtype) -> list[Tensor]:
+    """Memory for each of the update's lists, and as much again."""
+    count = len(update.lists)
+    size = bytes_of(count) + GAPS
+    return [memory[i * size :][:size].view(dtype) for i in range(2 * count)]
+
+
+def fill(flat: list[Tensor], roles: tuple[str, ...]) -> None:
+    """Give each stretch values of its own."""
     period = 2**15 + 1
-    for t in flat:
+    for t, role in zip(flat, roles, strict=True):
+        values = nonzero((period,), t.dtype)
         whole = t.numel() // period * period
-        t[:whole].view(-1, period).copy_(nonzero((period,), dtype))
+        t[:whole].view(-1, period).copy_(values.abs() if role == "exp_avg_sqs" else values)
         t[whole:] = 1
-    return flat
 
 
-def cut(flat: Tensor, role: int) -> list[Tensor]:
-    """Tensors of a stretch with gaps of one element, tensor i shifted by role + i elements."""
-    room = cache_bytes() // 2 // flat.itemsize
-    length = -(-room // SHIFTS // 64) * 64
-    tensors = [flat[role + i * (length + 1) :][:length] for i in range(SHIFTS)]
-    start = SHIFTS * (length + 1)
-    small = [flat[start + role + 101 * i :][:n] for i, n in enumerate(SMALL)]
-    assert {t.data_ptr() % 64 // t.itemsize for t in tensors} == set(range(64 // flat.itemsize)) & {
-        (role + i) % (64 // flat.itemsize) for i in range(SHIFTS)
-    }
-    assert 2 * sum(t.nbytes for t in tensors) >= cache_bytes()
-    return tensors + small
-
-
-def ascend(x: list[Tensor], g: list[Tensor], m: list[Tensor], b: list[Tensor]) -> None:
-    kernels.ascend(x, g, b, ALPHA)
-
-
-def descend(x: list[Tensor], g: list[Tensor], m: list[Tensor], b: list[Tensor]) -> None:
-    case = next(c for c in DESCENTS if c.momentum == "none" and c.backups and c.decay)
-    kernels.descend(x, g, None, b, **case.options())
-
-
-def descend_with_momentum(
-    x: list[Tensor], g: list[Tensor], m: list[Tensor], b: list[Tensor]
-) -> None:
-    case = next(c for c in DESCENTS if c.momentum == "nesterov" and c.backups and c.decay)
-    kernels.descend(x, g, m, b, **case.options())
+def cut(flat: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of each stretch with gaps of one element, tensor i shifted by role + i elements."""
+    for role, t in enumerate(flat):
+        block = 64 // t.itemsize
+        length = -(-bytes_of(len(flat)) // t.itemsize // SHIFTS // 64) * 64
+        tensors = [t[role + i * (length + 1) :][:length] for i in range(SHIFTS)]
+        start = SHIFTS * (length + 1)
+        small = [t[start + role + 101 * i :][:n] for i, n in enumerate(SMALL)]
+        assert {part.data_ptr() % 64 // t.itemsize for part in tensors} == {
+            (role + i) % block for i in range(SHIFTS)
+        }
+        assert (len(flat) - 1) * sum(part.nbytes for part in tensors) >= cache_bytes()
+        yield tensors + small
 
 
 @pytest.mark.parametrize("isa", _core.isas())
-@pytest.mark.parametrize("call", [ascend, descend, descend_with_momentum])
+@pytest.mark.parametrize("update", PAST_THE_CACHES, ids=str)
 def test_past_the_caches_and_within_them(
-    memory: list[Tensor], dtype: torch.dtype, isa: str, call: object
+    memory: Tensor, dtype: torch.dtype, isa: str, update: Update
 ) -> None:
     _core.set_isa(isa)
-    large = fill(memory[:4], dtype)
-    small = [there.view(dtype).copy_(t) for t, there in zip(large, memory[4:], strict=True)]
-    call(*(cut(t, role) for role, t in enumerate(large)))
-    for alone in zip(*(cut(t, role) for role, t in enumerate(small)), strict=True):
-        call(*([t] for t in alone))
+    flat = stretches(memory, update, dtype)
+    large, small = flat[: len(update.lists)], flat[len(update.lists) :]
+    fill(large, update.lists)
+    for t, there in zip(large, small, strict=True):
+        there.copy_(t)
+    update(list(cut(large)))
+    for alone in zip(*cut(small), strict=True):
+        update([[t] for t in alone])
     for a, b in zip(large, small, strict=True):
         assert torch.equal(bits(a), bits(b))

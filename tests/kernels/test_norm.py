@@ -19,16 +19,24 @@ def tensors(dtype: torch.dtype, device: str = "cpu", shift: int = 0) -> list[Ten
     return arena.lists[0]
 
 
-def exact_norm(lists: list[Tensor]) -> float:
-    return math.sqrt(math.fsum(v * v for t in lists for v in t.double().tolist()))
+def exact_norm(lists: list[Tensor], weights: list[Tensor] | None) -> float:
+    values = torch.cat(lists).double()
+    if weights is not None:
+        values *= torch.cat(weights).double()
+    return math.sqrt(math.fsum(v * v for v in values.tolist()))
 
 
+weightings = pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+
+
+@weightings
 @pytest.mark.parametrize("scale", [None, SCALE])
-def test_norm(room: Room, dtype: torch.dtype, scale: float | None) -> None:
+def test_norm(room: Room, dtype: torch.dtype, scale: float | None, weighted: bool) -> None:
     lists = tensors(dtype, room.device)
+    weights = tensors(dtype, room.device, 1) if weighted else None
     grad_scale = None if scale is None else torch.tensor([scale], device=room.device)
-    result = kernels.norm(lists, grad_scale=grad_scale, backend=room.backend)
-    exact = exact_norm(lists)
+    result = kernels.norm(lists, weights=weights, grad_scale=grad_scale, backend=room.backend)
+    exact = exact_norm(lists, weights)
     if grad_scale is not None:
         exact /= grad_scale.item()
     assert result.shape == ()
@@ -45,32 +53,57 @@ def test_out_is_filled_and_returned(room: Room, dtype: torch.dtype) -> None:
     assert torch.equal(out, expected)
 
 
+@weightings
 @pytest.mark.usefixtures("threads")
 def test_the_same_bits_from_every_instruction_set_alignment_and_number_of_threads(
-    dtype: torch.dtype,
+    dtype: torch.dtype, weighted: bool
 ) -> None:
     results = set()
-    values = tensors(dtype)
+    values, factors = tensors(dtype), tensors(dtype)
     for shift in (0, 1, 7):
         lists = tensors(dtype, shift=shift)
-        for t, v in zip(lists, values, strict=True):
-            t.copy_(v)
+        torch._foreach_copy_(lists, values)
+        weights = tensors(dtype, shift=shift // 2) if weighted else None
+        if weights is not None:
+            torch._foreach_copy_(weights, factors)
         for isa in _core.isas():
             _core.set_isa(isa)
             for count in (1, 2, 3, 8):
                 torch.set_num_threads(count)
-                results.add(kernels.norm(lists, backend="native").item())
+                results.add(kernels.norm(lists, weights=weights, backend="native").item())
     assert len(results) == 1
     assert results.pop() > 100
 
 
 @pytest.mark.gpu
+@weightings
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_the_same_bits_from_run_to_run_on_a_gpu(dtype: torch.dtype, backend: str) -> None:
+def test_the_same_bits_from_run_to_run_on_a_gpu(
+    dtype: torch.dtype, backend: str, weighted: bool
+) -> None:
     if backend == "native" and not _core.cuda_compiled:
         pytest.skip("built without CUDA kernels")
     lists = tensors(dtype, "cuda")
-    assert len({kernels.norm(lists, backend=backend).item() for _ in range(20)}) == 1
+    weights = tensors(dtype, "cuda") if weighted else None
+    results = {kernels.norm(lists, weights=weights, backend=backend).item() for _ in range(20)}
+    assert len(results) == 1
+
+
+def test_weights_of_one_are_none(room: Room, dtype: torch.dtype) -> None:
+    lists = tensors(dtype, room.device)
+    ones = [torch.ones_like(t) for t in lists]
+    for scale in (None, torch.tensor(SCALE, device=room.device)):
+        plain, weighted = (
+            kernels.norm(lists, weights=weights, grad_scale=scale, backend=room.backend)
+            for weights in (None, ones)
+        )
+        assert torch.equal(weighted, plain)
+
+
+def test_weights_may_be_the_tensors(room: Room, dtype: torch.dtype) -> None:
+    lists = tensors(dtype, room.device)
+    result = kernels.norm(lists, weights=lists, backend=room.backend)
+    assert result.item() == pytest.approx(exact_norm(lists, lists), rel=NORM[dtype], abs=0)
 
 
 def test_squares_beyond_the_range_of_float32(fast_room: Room) -> None:
@@ -78,6 +111,16 @@ def test_squares_beyond_the_range_of_float32(fast_room: Room) -> None:
         t = torch.full((40,), value, device=fast_room.device)
         result = kernels.norm([t], backend=fast_room.backend)
         assert result.item() == pytest.approx(value * math.sqrt(40), rel=1e-6)
+
+
+@pytest.mark.parametrize(("value", "scale"), [(1e30, 1e35), (1e-30, 1e-35)])
+def test_products_with_weights_beyond_the_range_of_float32(
+    room: Room, value: float, scale: float
+) -> None:
+    t, w = (torch.full((40,), value, device=room.device) for _ in range(2))
+    grad_scale = torch.tensor(scale, device=room.device)
+    result = kernels.norm([t], weights=[w], grad_scale=grad_scale, backend=room.backend)
+    assert result.item() == pytest.approx(value**2 / scale * math.sqrt(40), rel=1e-6)
 
 
 def test_nonfinite_elements_show(room: Room, dtype: torch.dtype) -> None:
@@ -88,6 +131,15 @@ def test_nonfinite_elements_show(room: Room, dtype: torch.dtype) -> None:
     assert kernels.norm(lists, backend=room.backend).isnan()
 
 
+def test_nonfinite_weights_show(room: Room, dtype: torch.dtype) -> None:
+    lists, weights = tensors(dtype, room.device), tensors(dtype, room.device)
+    weights[-1][-1] = torch.inf
+    assert kernels.norm(lists, weights=weights, backend=room.backend).isposinf()
+    lists[-1][-1] = 0
+    assert kernels.norm(lists, weights=weights, backend=room.backend).isnan()
+
+
 def test_empty_tensors_have_norm_zero(room: Room, dtype: torch.dtype) -> None:
     empty = [torch.zeros(0, dtype=dtype, device=room.device) for _ in range(2)]
     assert kernels.norm(empty, backend=room.backend).item() == 0
+    assert kernels.norm(empty, weights=empty, backend=room.backend).item() == 0

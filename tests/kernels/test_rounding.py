@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cases import ALPHA, DESCENTS, SCALE, SIZES, Arena, Descent, Room, bits, same_bits
+from cases import (
+    ADAMW_DESCENTS,
+    ALPHA,
+    DESCENTS,
+    SCALE,
+    SIZES,
+    UPDATES,
+    AdamWDescent,
+    Descent,
+    Room,
+    Update,
+    bits,
+    same_bits,
+)
 from eigenfilter import kernels
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -15,39 +30,51 @@ ULPS = (0.5, -0.5, 0.25, 0.75, 1.5, 2.5, 0.5 + 2.0**-20, 0.5 - 2.0**-20, -0.5 - 
 FACTORS = (1.0, -1.0, 0.5, 1.2345e-3, 0.7071, 2.0**-11, 3.0001e4)
 
 
+def agrees(update: Update, room: Room, dtype: torch.dtype, **options: Any) -> None:
+    """Fail unless the room's result is the reference's, bit for bit in all lists."""
+    results = []
+    for backend in (room.backend, "reference"):
+        torch.manual_seed(5)
+        arena = update.arena(dtype, SIZES[:-1], room.device)
+        scale = torch.tensor(SCALE, device=room.device)
+        update(arena.lists, **options, grad_scale=scale, backend=backend)
+        results.append([arena.values(i) for i in range(len(update.lists))])
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize("update", UPDATES, ids=str)
+def test_updates_are_the_references_bit_for_bit(
+    fast_room: Room, dtype: torch.dtype, update: Update
+) -> None:
+    agrees(update, fast_room, dtype)
+
+
 @pytest.mark.parametrize("case", DESCENTS, ids=str)
 def test_descend_is_the_reference_bit_for_bit(
     fast_room: Room, dtype: torch.dtype, case: Descent
 ) -> None:
-    results = []
-    for backend in (fast_room.backend, "reference"):
-        torch.manual_seed(5)
-        arena = Arena(dtype, 4, SIZES[:-1], fast_room.device)
-        arena.fill(0, 1, 2, 3)
-        x, g, m, b = arena.lists
-        lists = (x, g, m if case.momentum != "none" else None, b if case.backups else None)
-        scale = torch.tensor(SCALE, device=fast_room.device)
-        kernels.descend(*lists, **case.options(), grad_scale=scale, backend=backend)
-        results.append((arena.values(0), arena.values(2)))
-    (x, m), (expected_x, expected_m) = results
-    assert same_bits(x, expected_x)
-    assert same_bits(m, expected_m)
+    lists = ["params", "grads"]
+    lists += ["momenta"] if case.momentum != "none" else []
+    lists += ["backups"] if case.backups else []
+    agrees(Update("descend", tuple(lists), (), case.options()), fast_room, dtype)
+
+
+@pytest.mark.parametrize("step", [2, 3, 100, 4097])
+@pytest.mark.parametrize("case", ADAMW_DESCENTS[4:], ids=str)
+def test_descend_adamw_is_the_reference_bit_for_bit(
+    fast_room: Room, dtype: torch.dtype, case: AdamWDescent, step: int
+) -> None:
+    """Bias corrections have a few roundings each, of double: they show in float64."""
+    agrees(UPDATES[-1], fast_room, dtype, **case.options() | {"step": step})
 
 
 @pytest.mark.parametrize("alpha", [ALPHA, 0.05, 1 / 3])
-def test_ascend_is_the_reference_bit_for_bit(
-    fast_room: Room, dtype: torch.dtype, alpha: float
+@pytest.mark.parametrize("update", UPDATES[:5], ids=str)
+def test_ascents_are_the_references_bit_for_bit(
+    fast_room: Room, dtype: torch.dtype, update: Update, alpha: float
 ) -> None:
     """Several alphas: alpha (1 / scale) and alpha / scale often round alike."""
-    results = []
-    for backend in (fast_room.backend, "reference"):
-        torch.manual_seed(6)
-        arena = Arena(dtype, 3, SIZES[:-1], fast_room.device)
-        arena.fill(0, 1)
-        scale = torch.tensor(SCALE, device=fast_room.device)
-        kernels.ascend(*arena.lists, alpha, grad_scale=scale, backend=backend)
-        results.append(arena.values(0))
-    assert same_bits(*results)
+    agrees(update, fast_room, dtype, alpha=alpha)
 
 
 def every_pattern(dtype: torch.dtype) -> Tensor:

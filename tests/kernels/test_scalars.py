@@ -9,21 +9,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import ALPHA, DESCENTS, SCALE, Arena, Room, same_bits
+from cases import ALPHA, SCALE, UPDATES, Arena, Room, Update, same_bits
 from eigenfilter import kernels
 
 SIZES = (5, 64, 1000)
-NAMES = ("lr", "momentum", "dampening", "weight_decay")
+
+every_update = pytest.mark.parametrize("update", UPDATES, ids=str)
+
+# Every hyperparameter of every kernel.
+HYPERPARAMETERS = {f"{u.kernel}-{name}": (u, name) for u in UPDATES for name in u.hyperparameters}
 
 
-def descended(room: Room, dtype: torch.dtype, wrap: Callable[[float], Any], **flags: Any) -> Tensor:
+def updated(
+    update: Update,
+    room: Room,
+    dtype: torch.dtype,
+    wrap: Callable[[float], Any] = float,
+    divisor: float = 1.0,
+    **flags: Any,
+) -> Tensor:
+    """What the update writes, hyperparameters being wrapped and gradients divided before."""
     torch.manual_seed(8)
-    arena = Arena(dtype, 3, SIZES, room.device)
-    arena.fill(0, 1, 2)
-    case = next(c for c in DESCENTS if c.momentum == "heavy" and c.decay)
-    options = case.options() | {name: wrap(case.options()[name]) for name in NAMES}
-    kernels.descend(*arena.lists, **options, **flags, backend=room.backend)
-    return torch.cat([arena.values(0), arena.values(2)])
+    arena = update.arena(dtype, SIZES, room.device)
+    for i, role in enumerate(update.lists):
+        if role in ("grads", "base_grads"):
+            arena.memory[i] /= divisor
+    options = {name: wrap(update.options[name]) for name in update.hyperparameters}
+    update(arena.lists, **options, **flags, backend=room.backend)
+    return torch.cat([arena.values(update.lists.index(role)) for role in update.writes])
 
 
 def ascended(room: Room, dtype: torch.dtype, alpha: Any, **flags: Any) -> Tensor:
@@ -39,26 +52,31 @@ def rounded(value: float) -> float:
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-dim"])
+@every_update
 def test_float64_tensors_equal_floats(
-    room: Room, dtype: torch.dtype, shape: tuple[int, ...]
+    room: Room, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
 ) -> None:
     def wrap(value: float) -> Tensor:
         return torch.full(shape, value, dtype=torch.float64, device=room.device)
 
-    assert same_bits(descended(room, dtype, wrap), descended(room, dtype, float))
-    assert same_bits(ascended(room, dtype, wrap(ALPHA)), ascended(room, dtype, ALPHA))
+    assert same_bits(updated(update, room, dtype, wrap), updated(update, room, dtype))
 
 
-def test_float32_tensors_equal_floats_of_their_value(room: Room, dtype: torch.dtype) -> None:
+@every_update
+def test_float32_tensors_equal_floats_of_their_value(
+    room: Room, dtype: torch.dtype, update: Update
+) -> None:
     def wrap(value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device=room.device)
 
-    assert same_bits(descended(room, dtype, wrap), descended(room, dtype, rounded))
-    assert same_bits(ascended(room, dtype, wrap(ALPHA)), ascended(room, dtype, rounded(ALPHA)))
+    assert same_bits(updated(update, room, dtype, wrap), updated(update, room, dtype, rounded))
 
 
 def test_whole_numbers_are_numbers(room: Room, dtype: torch.dtype) -> None:
     assert same_bits(ascended(room, dtype, 2), ascended(room, dtype, 2.0))
+    adamw = UPDATES[-1]
+    assert type(adamw.options["step"]) is int
+    assert same_bits(updated(adamw, room, dtype, lambda n: n), updated(adamw, room, dtype))
 
 
 def test_parameters_that_require_grad_are_read_as_scalars(room: Room) -> None:
@@ -77,27 +95,26 @@ def test_scalars_on_the_host_serve_tensors_on_a_gpu(backend: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-dim"])
-def test_a_scale_divides_the_gradient(
-    room: Room, dtype: torch.dtype, shape: tuple[int, ...]
+@every_update
+def test_a_scale_divides_the_gradients(
+    room: Room, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
 ) -> None:
     scale = torch.full(shape, 4.0, device=room.device)
-    assert same_bits(
-        ascended(room, dtype, ALPHA, grad_scale=scale), ascended(room, dtype, ALPHA / 4)
-    )
-    scaled = descended(room, dtype, float, grad_scale=scale)
-    assert not torch.equal(scaled, descended(room, dtype, float))
+    divided = updated(update, room, dtype, divisor=4.0)
+    assert same_bits(updated(update, room, dtype, grad_scale=scale), divided)
+    assert not same_bits(updated(update, room, dtype), divided)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-dim"])
+@every_update
 def test_a_flag_of_either_shape_stops_the_update(
-    room: Room, dtype: torch.dtype, shape: tuple[int, ...]
+    room: Room, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
 ) -> None:
     go, stop = (torch.full(shape, value, device=room.device) for value in (0.0, 1.0))
-    moved = ascended(room, dtype, ALPHA, found_inf=go)
-    assert same_bits(moved, ascended(room, dtype, ALPHA))
-    stopped = ascended(room, dtype, ALPHA, found_inf=stop)
-    assert same_bits(stopped, ascended(room, dtype, 0.0))
-    assert not torch.equal(stopped, moved)
+    moved = updated(update, room, dtype, found_inf=go)
+    assert same_bits(moved, updated(update, room, dtype))
+    stopped = updated(update, room, dtype, found_inf=stop)
+    assert not same_bits(stopped, moved)
 
 
 BAD = {
@@ -109,23 +126,27 @@ BAD = {
 }
 
 
+def refused(update: Update, error: type[Exception], match: str, **options: Any) -> None:
+    """Fail unless the update is refused and leaves everything."""
+    lists = [[torch.ones(4)] for _ in update.lists]
+    with pytest.raises(error, match=match):
+        update(lists, **options)
+    assert all(torch.equal(t, torch.ones(4)) for (t,) in lists)
+
+
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_hyperparameter_of_another_kind_is_named(name: str, bad: str) -> None:
-    x, g, m = (torch.ones(4) for _ in range(3))
-    options: dict[str, Any] = {"lr": 0.1} | {name: BAD[bad]}
-    with pytest.raises(TypeError, match=rf"{name} must be a number or a one-element float32 or"):
-        kernels.descend([x], [g], [m], **options)
-    assert torch.equal(x, torch.ones(4))
-    assert torch.equal(m, torch.ones(4))
+@pytest.mark.parametrize("which", HYPERPARAMETERS)
+def test_a_hyperparameter_of_another_kind_is_named(which: str, bad: str) -> None:
+    update, name = HYPERPARAMETERS[which]
+    message = rf"{name} must be a number or a one-element float32 or"
+    refused(update, TypeError, message, **{name: BAD[bad]})
 
 
 @pytest.mark.parametrize("bad", ["0.1", None, [0.1]], ids=repr)
-def test_alpha_of_another_type_is_named(bad: object) -> None:
-    x, g, b = (torch.ones(4) for _ in range(3))
-    with pytest.raises(TypeError, match=r"alpha cannot be used: .* is not a tensor"):
-        kernels.ascend([x], [g], [b], bad)
-    assert torch.equal(x, torch.ones(4))
+@pytest.mark.parametrize("which", HYPERPARAMETERS)
+def test_a_hyperparameter_of_another_type_is_named(which: str, bad: object) -> None:
+    update, name = HYPERPARAMETERS[which]
+    refused(update, TypeError, rf"{name} cannot be used: .* is not a tensor", **{name: bad})
 
 
 @pytest.mark.parametrize(
@@ -141,12 +162,10 @@ def test_alpha_of_another_type_is_named(bad: object) -> None:
     ids=str,
 )
 def test_found_inf_of_another_kind(flag: Tensor) -> None:
-    x, g, b = (torch.ones(4) for _ in range(3))
+    for update in UPDATES:
+        refused(update, (ValueError, TypeError), "found_inf", found_inf=flag)
     with pytest.raises((ValueError, TypeError), match="found_inf"):
-        kernels.ascend([x], [g], [b], 0.1, found_inf=flag)
-    with pytest.raises((ValueError, TypeError), match="found_inf"):
-        kernels.flag_nonfinite([x], flag)
-    assert torch.equal(x, torch.ones(4))
+        kernels.flag_nonfinite([torch.ones(4)], flag)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import same_bits
+from cases import UPDATES, Update, same_bits
 from eigenfilter import _core, kernels
 
 SIZES = (3, 64, 1000)
@@ -17,21 +17,35 @@ def tensors(seed: int) -> list[Tensor]:
     return [torch.randn(n) for n in SIZES]
 
 
-def descended(wrap: type) -> tuple[list[Tensor], list[Tensor]]:
-    lists = [tensors(seed) for seed in range(4)]
-    wrapped = [wrap(t) for t in lists]
+def updated(update: Update, wrap: type) -> list[Tensor]:
+    torch.manual_seed(1)
+    lists = update.arena(torch.float32, SIZES).lists
+    wrapped = [wrap(tensors) for tensors in lists]
     for _ in range(3):  # the second call finds memory it knows
-        kernels.descend(*wrapped, lr=0.1, momentum=0.9, weight_decay=0.01)
-        kernels.ascend(wrapped[0], wrapped[1], wrapped[3], 0.2)
-    return lists[0], lists[2]
+        update(wrapped)
+    return [t for tensors in lists for t in tensors]
 
 
-def test_results_are_a_lists() -> None:
+@pytest.mark.parametrize("update", UPDATES, ids=str)
+def test_results_are_a_lists(update: Update) -> None:
     for kind in (_core.TensorList, tuple):
-        for got, expected in zip(descended(kind), descended(list), strict=True):
-            assert all(map(same_bits, got, expected))
-    kept = tensors(1)
-    assert kernels.norm(_core.TensorList(kept)).item() == kernels.norm(kept).item()
+        assert all(map(same_bits, updated(update, kind), updated(update, list)))
+
+
+def test_norms_are_a_lists() -> None:
+    kept, weights = tensors(1), tensors(2)
+    listed = [_core.TensorList(t) for t in (kept, weights)]
+    assert kernels.norm(listed[0]).item() == kernels.norm(kept).item()
+    weighted = kernels.norm(listed[0], weights=listed[1])
+    assert weighted.item() == kernels.norm(kept, weights=weights).item()
+
+
+def test_only_ascend_fills_backups() -> None:
+    for update in UPDATES:
+        lists = [_core.TensorList(t) for t in update.arena(torch.float32, SIZES).lists]
+        update(lists)
+        filled = [role for role, t in zip(update.lists, lists, strict=True) if t.filled]
+        assert filled == (["backups"] if update.kernel == "ascend" else [])
 
 
 def test_it_is_a_sequence() -> None:

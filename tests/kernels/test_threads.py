@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import ALPHA, DESCENTS, DTYPES, Arena, same_bits
+from cases import DTYPES, UPDATES, Arena, same_bits
 from eigenfilter import kernels
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -30,17 +30,30 @@ def sizes_of(shape: str, dtype: torch.dtype, lists: int) -> list[int]:
     return [int(share * total) + i % 3 for i, share in enumerate(SHAPES[shape])]
 
 
-def updates(arena: Arena, threads: int) -> list[Tensor]:
-    """All lists after an ascent and a descent from the arena's values, which stay."""
+ROLES = ("params", "grads", "base_grads", "momenta", "exp_avgs", "exp_avg_sqs", "backups")
+
+
+def arena_of(shape: str, dtype: torch.dtype) -> Arena:
+    """All lists that any update has, with values."""
+    arena = Arena(dtype, len(ROLES), sizes_of(shape, dtype, 3))
+    arena.fill(*range(len(ROLES)))
+    arena.memory[ROLES.index("exp_avg_sqs")].abs_()
+    return arena
+
+
+def results(arena: Arena, threads: int) -> list[Tensor]:
+    """What every update writes, each from the arena's values, which stay."""
     torch.set_num_threads(threads)
-    before = [memory.clone() for memory in arena.memory]
-    x, g, m, b = arena.lists
-    kernels.ascend(x, g, b, ALPHA)
-    kernels.descend(x, g, m, b, **DESCENTS[-1].options())
-    results = [memory.clone() for memory in arena.memory]
-    for memory, old in zip(arena.memory, before, strict=True):
-        memory.copy_(old)
-    return results
+    written = []
+    for update in UPDATES:
+        before = {role: arena.memory[ROLES.index(role)].clone() for role in update.writes}
+        update([arena.lists[ROLES.index(role)] for role in update.lists])
+        for role, old in before.items():
+            memory = arena.memory[ROLES.index(role)]
+            written.append(memory.clone())
+            memory.copy_(old)
+            assert not same_bits(written[-1], old)
+    return written
 
 
 @pytest.mark.parametrize(
@@ -50,12 +63,10 @@ def updates(arena: Arena, threads: int) -> list[Tensor]:
     ids=str,
 )
 def test_updates_do_not_depend_on_the_number_of_threads(shape: str, dtype: torch.dtype) -> None:
-    arena = Arena(dtype, 4, sizes_of(shape, dtype, 3))
-    arena.fill(0, 1, 2)
-    alone = updates(arena, 1)
-    assert not same_bits(alone[0], arena.memory[0])
+    arena = arena_of(shape, dtype)
+    alone = results(arena, 1)
     for count in (2, 3, 7):
-        assert all(map(same_bits, updates(arena, count), alone))
+        assert all(map(same_bits, results(arena, count), alone))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -79,15 +90,27 @@ def test_sums_and_searches_do_not_depend_on_it(shape: str) -> None:
     assert norms.pop() == pytest.approx(torch.cat(tensors).double().norm().item(), rel=1e-7)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weighted_sums_do_not_depend_on_it(shape: str) -> None:
+    arena = Arena(torch.float32, 2, sizes_of(shape, torch.float32, 1))
+    arena.fill(0, 1)
+    norms = set()
+    for count in (1, 2, 3, 7):
+        torch.set_num_threads(count)
+        norms.add(kernels.norm(arena.lists[0], weights=arena.lists[1]).item())
+    assert len(norms) == 1
+    products = arena.values(0).double() * arena.values(1).double()
+    assert norms.pop() == pytest.approx(products.norm().item(), rel=1e-7)
+
+
 def test_a_new_python_thread_gets_the_same_result() -> None:
-    arena = Arena(torch.float32, 4, sizes_of("uneven", torch.float32, 3))
-    arena.fill(0, 1, 2)
-    expected = updates(arena, 2)
-    results: list[list[Tensor]] = []
-    thread = threading.Thread(target=lambda: results.append(updates(arena, 2)))
+    arena = arena_of("uneven", torch.float32)
+    expected = results(arena, 2)
+    found: list[list[Tensor]] = []
+    thread = threading.Thread(target=lambda: found.append(results(arena, 2)))
     thread.start()
     thread.join()
-    assert all(map(same_bits, results[0], expected))
+    assert all(map(same_bits, found[0], expected))
 
 
 def test_python_threads_at_the_same_time() -> None:

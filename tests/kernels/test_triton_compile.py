@@ -31,15 +31,21 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 LISTS = {
     "ascend": (2, 2),
     "ascend_scaled": (2, 2),
+    "ascend_adaptive": (2, 2),
+    "ascend_again": (2, 1),
+    "ascend_again_scaled": (2, 1),
+    "ascend_hvp": (3, 1),
+    "ascend_hvp_scaled": (3, 1),
     "descend": (2, 1),
     "descend_scaled": (3, 2),
+    "descend_adamw": (4, 3),
+    "descend_adamw_scaled": (4, 3),
     "sum_squares": (1, 0),
+    "sum_squares_weighted": (2, 0),
     "flag_nonfinite": (1, 0),
 }
 # The expansion of a division has fused multiply-adds of its own; these kernels divide nothing.
-WITHOUT_DIVISION = ("ascend", "descend")
-
-DESCEND_SCALARS = ("lr", "momentum", "dampening", "weight_decay")
+WITHOUT_DIVISION = ("ascend", "ascend_adaptive", "ascend_again", "descend")
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -103,6 +109,27 @@ def test_products_are_rounded_before_they_are_added(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_quotients_and_roots_are_rounded_to_nearest(
+    target: str, compiled: Path, dtype: str
+) -> None:
+    if target == "gfx942":
+        assembly = (compiled / f"descend_adamw.{dtype}.amdgcn").read_text()
+        # A reciprocal is the beginning of a division, which ends in a fix-up; a root in float32 is
+        # compared with its neighbours, that below first.
+        assert count("v_div_fixup", assembly) == count("v_rcp", assembly) > 0
+        neighbours = count(r"v_add_u32\w* v\d+, -1, v\d+", assembly)
+        assert neighbours >= count("v_sqrt_f32", assembly) > 0 or dtype == "float64"
+        return
+    for kernel in [*LISTS, "norm"]:
+        assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()
+        assert not re.search(r"(div|rcp|r?sqrt)\.(approx|full)|\.ftz", assembly)
+    real = "f64" if dtype == "float64" else "f32"
+    assembly = (compiled / f"descend_adamw.{dtype}.ptx").read_text()
+    assert f"div.rn.{real}" in assembly
+    assert f"sqrt.rn.{real}" in assembly
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_spills(target: str, compiled: Path, dtype: str) -> None:
     for kernel in [*LISTS, "norm"]:
         if target == "gfx942":
@@ -163,33 +190,46 @@ def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str,
     from eigenfilter.kernels.triton_kernels import constants
 
     shared = constants(getattr(torch, dtype))
-    on_host = dict.fromkeys(("grad_scale", "found_inf"))
-    ascend_on_host = on_host | {"alpha_at": None}
-    descend_on_host = on_host | dict.fromkeys(f"{name}_at" for name in DESCEND_SCALARS)
-    choices = ("MOMENTA", "BACKUPS", "NESTEROV", "MAXIMIZE")
-    least, most = dict.fromkeys(choices, False), dict.fromkeys(choices, True)
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
-        "ascend": (device_code.ascend_kernel, shared | ascend_on_host),
-        "ascend_scaled": (device_code.ascend_kernel, shared),
-        "descend": (device_code.descend_kernel, shared | least | descend_on_host),
-        "descend_scaled": (device_code.descend_kernel, shared | most),
-        "sum_squares": (device_code.sum_squares_kernel, shared),
-        "flag_nonfinite": (device_code.flag_nonfinite_kernel, shared),
+        "ascend": on_host(device_code.ascend_kernel, ADAPTIVE=False),
+        "ascend_scaled": (device_code.ascend_kernel, {"ADAPTIVE": True}),
+        "ascend_adaptive": on_host(device_code.ascend_kernel, ADAPTIVE=True),
+        "ascend_again": on_host(device_code.ascend_again_kernel),
+        "ascend_again_scaled": (device_code.ascend_again_kernel, {}),
+        "ascend_hvp": on_host(device_code.ascend_hvp_kernel),
+        "ascend_hvp_scaled": (device_code.ascend_hvp_kernel, {}),
+        "descend": on_host(device_code.descend_kernel, MOMENTA=False, NESTEROV=False),
+        "descend_scaled": (device_code.descend_kernel, {"MOMENTA": True, "NESTEROV": True}),
+        "descend_adamw": on_host(device_code.descend_adamw_kernel),
+        "descend_adamw_scaled": (device_code.descend_adamw_kernel, {}),
+        "sum_squares": (device_code.sum_squares_kernel, {"WEIGHTS": False}),
+        "sum_squares_weighted": (device_code.sum_squares_kernel, {"WEIGHTS": True}),
+        "flag_nonfinite": (device_code.flag_nonfinite_kernel, {}),
     }
-    found = {name: (*entry, device_code.OPTIONS) for name, entry in kernels.items()}
+    found = {
+        name: (kernel, shared | chosen, device_code.OPTIONS)
+        for name, (kernel, chosen) in kernels.items()
+    }
     block = {"BLOCK": device_code.NORM_BLOCK}
     return found | {"norm": (device_code.norm_kernel, block, device_code.NORM_OPTIONS)}
+
+
+def on_host(kernel: Any, **chosen: bool) -> tuple[Any, dict[str, Any]]:
+    """Return a kernel and its constants where no scalar lies on the device."""
+    absent = [a for a in kernel.arg_names if a.endswith("_at") or a in ("grad_scale", "found_inf")]
+    return kernel, dict.fromkeys(absent) | chosen
 
 
 def type_of(argument: str) -> str:
     """Return the type of a kernel's argument as triton's signatures spell it."""
     if argument in ("pointers", "chunks"):
         return "*i64"
-    if argument in ("n", "count"):
+    if argument in ("n", "origin", "count"):
         return "i32"
-    if argument in ("alpha", *DESCEND_SCALARS):
-        return "fp64"
-    return "*fp64" if argument in ("sums", "lr_at", "momentum_at") else "*fp32"
+    if argument in ("sums", "lr_at", "momentum_at", "step_at"):
+        return "*fp64"
+    on_device = argument.endswith("_at") or argument in ("grad_scale", "found_inf", "out")
+    return "*fp32" if on_device else "fp64"
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ parameters are of every kind: no dimension, no element, channels last, a thousan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import eigenfilter as ef
 from cases import RHO
 
 SHAPES = ((), (3,), (0,), (4, 5), (2, 3, 2, 2), (1000,))
@@ -32,10 +36,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def parameters(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
+@dataclass(frozen=True)
+class Method:
+    """A way to ascend.
+
+    Attributes:
+        sgd: the optimizer that descends as SGD does.
+        name: what AdamW and SharpnessAware call it.
+        calls: gradients a step.
+        options: its own arguments, here and there.
+        rho: large enough that a run in bfloat16 shows it.
+        normalised: whether it takes a norm, whose order of summation is each room's own.
+    """
+
+    sgd: Callable[..., Any]
+    name: str
+    calls: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rho: float = RHO
+    normalised: bool = False
+
+    def make(self, params: Any, **settings: Any) -> Any:
+        """The optimizer with SGD's descent."""
+        return self.sgd(params, **{"rho": self.rho} | settings, **self.options)
+
+
+METHODS = {
+    "usam": Method(ef.USAM, "usam", 2),
+    "sam": Method(ef.SAM, "sam", 2, rho=2.0, normalised=True),
+    "asam": Method(ef.SAM, "sam", 2, {"adaptive": True}, rho=2.0, normalised=True),
+    "sequential": Method(ef.TwoStepUSAM, "two_step_usam", 3),
+    "anchored": Method(ef.TwoStepUSAM, "two_step_usam", 3, {"ascent": "anchored"}),
+    "difference": Method(ef.HessianUSAM, "hessian_usam", 3, normalised=True),
+    "product": Method(ef.HessianUSAM, "hessian_usam", 2, {"hvp": "autograd"}),
+}
+
+
+def parameters(
+    dtype: torch.dtype = torch.float64, shapes: Sequence[tuple[int, ...]] = SHAPES
+) -> list[torch.nn.Parameter]:
     """The same parameters at each call."""
     made = []
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(shapes):
         values = torch.linspace(-1.0, 2.0, torch.Size(shape).numel() or 1, dtype=torch.float64)
         t = (values + 0.1 * i)[: torch.Size(shape).numel()].reshape(shape).to(dtype)
         if len(shape) == 4:
@@ -46,16 +88,36 @@ def parameters(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
 
 def loss_of(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
     """f(x), or -f(x): convex, curvature from 0.7 to 4."""
-    total = torch.zeros((), dtype=params[0].dtype)
-    for i, p in enumerate(params):
-        z = (1.0 + 0.1 * i) * p - 0.7
-        total = total + (0.5 * z * z + 0.3 * z.cos()).sum()
-    first, second = params[0], params[1].sum()
-    return sign * (total + 0.1 * first * second)
+    flat = torch.cat([p.flatten() for p in params])
+    z = _slopes(tuple(p.numel() for p in params), flat.dtype) * flat - 0.7
+    total = (0.5 * z * z + 0.3 * z.cos()).sum()
+    return sign * (total + 0.1 * params[0].sum() * params[1].sum())
+
+
+@functools.cache
+def _slopes(sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A slope for each parameter's elements, the same number in every dtype."""
+    return torch.cat([torch.full((n,), 1 + i / 8, dtype=dtype) for i, n in enumerate(sizes)])
+
+
+def backward(opt: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Call backward, with a graph if the optimizer asks for one.
+
+    torch warns that the graph holds itself alive until the gradients are cleared, as ascend() does.
+    """
+    if not getattr(opt, "needs_graph", False):
+        loss.backward()
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
+        loss.backward(create_graph=True)
 
 
 def closure_of(
-    opt: torch.optim.Optimizer, params: Sequence[Tensor], sign: float = 1.0
+    opt: torch.optim.Optimizer,
+    params: Sequence[Tensor],
+    sign: float = 1.0,
+    loss_of: Callable[..., Tensor] = loss_of,
 ) -> Callable[[], Tensor]:
     """A closure that counts its calls in `closure.calls`."""
 
@@ -63,7 +125,7 @@ def closure_of(
         closure.calls += 1  # type: ignore[attr-defined]
         opt.zero_grad()
         loss = loss_of(params, sign)
-        loss.backward()
+        backward(opt, loss)
         return loss
 
     closure.calls = 0  # type: ignore[attr-defined]
@@ -75,40 +137,85 @@ def sign_of(settings: dict[str, Any]) -> float:
     return -1.0 if settings.get("maximize") else 1.0
 
 
-class ExactUSAM:
-    """USAM in float64, written down from its definition; with rho = 0 SGD.
+class Exact:
+    """The optimizers in float64, written down from their definitions with autograd alone.
 
     Args:
         params: where it starts.
         settings: SGD's hyperparameters.
-        rho: of each parameter, or of all.
+        rho: of each parameter, or of all; parameters with 0.0 take no ascent.
+        method: a name in `METHODS`.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], settings: dict[str, Any], rho: float | Sequence[float] = RHO
+        self,
+        params: Sequence[Tensor],
+        settings: dict[str, Any],
+        rho: float | Sequence[float] = RHO,
+        method: str = "usam",
     ) -> None:
         self.x = [p.detach().double().clone() for p in params]
         self.m: list[Tensor | None] = [None] * len(self.x)
         self.rho = [rho] * len(self.x) if isinstance(rho, float) else list(rho)
         self.settings = settings
+        self.method = method
+
+    def minimised(self, points: Sequence[Tensor]) -> Tensor:
+        """What is minimised: the problem, or its negative with `maximize`."""
+        loss = loss_of(points, sign_of(self.settings))
+        return -loss if self.settings.get("maximize") else loss
 
     def gradient(self, points: Sequence[Tensor]) -> list[Tensor]:
         """Gradient of what is minimised."""
         points = [y.detach().requires_grad_() for y in points]
-        grads = torch.autograd.grad(loss_of(points, sign_of(self.settings)), points)
-        return [-g for g in grads] if self.settings.get("maximize") else list(grads)
+        return list(torch.autograd.grad(self.minimised(points), points))
+
+    def product(self, points: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Hessian of what is minimised times vectors."""
+        points = [y.detach().requires_grad_() for y in points]
+        grads = torch.autograd.grad(self.minimised(points), points, create_graph=True)
+        slope = torch.stack([(g * v).sum() for g, v in zip(grads, vectors, strict=True)]).sum()
+        return list(torch.autograd.grad(slope, points))
+
+    def moved(self, points: Sequence[Tensor], along: Sequence[Tensor]) -> list[Tensor]:
+        """Points, each moved by its rho."""
+        return [y + rho * g for y, rho, g in zip(points, self.rho, along, strict=True)]
+
+    def ascended(self) -> list[Tensor]:
+        """The point at which the descent's gradient is taken."""
+        x = self.x
+        g = [a * (rho > 0) for a, rho in zip(self.gradient(x), self.rho, strict=True)]
+        if self.method == "sam":
+            return self.moved(x, [a / _norm(g) for a in g])
+        if self.method == "asam":
+            weighted = [b * a for b, a in zip(x, g, strict=True)]
+            return self.moved(
+                x, [b * a / _norm(weighted) for b, a in zip(x, weighted, strict=True)]
+            )
+        if self.method in ("difference", "product"):
+            return self.moved(x, self.product(x, g))
+        y = self.moved(x, g)
+        if self.method == "sequential":
+            return self.moved(y, self.gradient(y))
+        if self.method == "anchored":
+            return self.moved(x, self.gradient(y))
+        assert self.method == "usam"
+        return y
 
     def step(self) -> None:
         """Take one step."""
         s, beta = self.settings, self.settings.get("momentum", 0.0)
-        ascents = self.gradient(self.x)
-        y = [x + rho * g for x, rho, g in zip(self.x, self.rho, ascents, strict=True)]
-        for i, g in enumerate(self.gradient(y)):
+        for i, g in enumerate(self.gradient(self.ascended())):
             d = g + s.get("weight_decay", 0.0) * self.x[i]
             m = self.m[i]
             self.m[i] = d if m is None else beta * m + (1 - s.get("dampening", 0.0)) * d
             u = d + beta * self.m[i] if s.get("nesterov") else self.m[i] if beta else d
             self.x[i] = self.x[i] - s["lr"] * u
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm that SAM divides by; what is added to it shows in float64."""
+    return torch.cat([t.flatten() for t in tensors]).norm() + 1e-12
 
 
 def snapshot(tensors: Sequence[Tensor]) -> list[Tensor]:

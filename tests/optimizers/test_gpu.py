@@ -8,7 +8,7 @@ from torch.amp import GradScaler
 
 import eigenfilter as ef
 from cases import RHO, same_bits
-from optimizers.problems import SETTINGS, ExactUSAM, distance, parameters, sign_of, snapshot
+from optimizers.problems import SETTINGS, Exact, distance, parameters, sign_of, snapshot
 from tolerances import RUNS
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +34,7 @@ def take_step(opt: ef.USAM, params: list, sign: float = 1.0) -> None:
     opt.step()
 
 
-class Separable(ExactUSAM):
+class Separable(Exact):
     """The function of `evaluate`."""
 
     def gradient(self, points: list) -> list:

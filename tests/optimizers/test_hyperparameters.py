@@ -10,7 +10,7 @@ from torch import Tensor
 
 import eigenfilter as ef
 from cases import RHO, same_bits
-from optimizers.problems import SETTINGS, ExactUSAM, closure_of, distance, parameters, snapshot
+from optimizers.problems import SETTINGS, Exact, closure_of, distance, parameters, snapshot
 
 HEAVY = SETTINGS["heavy ball"]
 
@@ -45,7 +45,7 @@ def test_a_tensor_can_be_changed_in_place() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=lr, rho=rho)
     closure = closure_of(opt, params)
-    exact = ExactUSAM(params, {"lr": 0.1}, 0.2)
+    exact = Exact(params, {"lr": 0.1}, 0.2)
     for factor in (1.0, 0.5, 0.5):
         lr.mul_(factor)
         rho.mul_(factor)
@@ -61,7 +61,7 @@ def test_schedulers_of_lr() -> None:
     opt = ef.USAM(params, lr=0.2, rho=RHO)
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 0.5**epoch)
     closure = closure_of(opt, params)
-    exact = ExactUSAM(params, {"lr": 0.2})
+    exact = Exact(params, {"lr": 0.2})
     for epoch in range(4):
         exact.settings["lr"] = 0.2 * 0.5**epoch
         opt.step(closure)
@@ -104,7 +104,7 @@ def test_a_schedule_of_rho_by_hand_down_to_none() -> None:
     params = parameters()
     opt = ef.USAM(params, **HEAVY, rho=0.4)
     closure = closure_of(opt, params)
-    exact = ExactUSAM(params, HEAVY, 0.4)
+    exact = Exact(params, HEAVY, 0.4)
     for rho in (0.4, 0.2, 0.0, 0.1):
         opt.param_groups[0]["rho"] = rho
         exact.rho = [rho] * 6
@@ -148,7 +148,7 @@ def test_groups_without_an_ascent_beside_groups_with_one() -> None:
     groups = [{"params": params[:3], "rho": 0.0}, {"params": params[3:], "rho": 0.3}]
     opt = ef.USAM(groups, **HEAVY)
     closure = closure_of(opt, params)
-    exact = ExactUSAM(params, HEAVY, [0.0] * 3 + [0.3] * 3)
+    exact = Exact(params, HEAVY, [0.0] * 3 + [0.3] * 3)
     for _ in range(3):
         closure()
         params[1].grad[0] = torch.inf  # of no ascent, and of no consequence

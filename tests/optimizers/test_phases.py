@@ -8,7 +8,7 @@ from torch import Tensor
 
 import eigenfilter as ef
 from cases import RHO, same_bits
-from optimizers.problems import ExactUSAM, closure_of, distance, parameters, snapshot
+from optimizers.problems import Exact, closure_of, distance, parameters, snapshot
 
 
 def test_phases_of_an_explicit_step() -> None:
@@ -103,7 +103,7 @@ def test_gradients_are_cleared_after_an_ascent_and_kept_after_a_step() -> None:
 def test_gradients_may_be_zeroed_in_place() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=0.1, rho=RHO)
-    exact = ExactUSAM(params, {"lr": 0.1})
+    exact = Exact(params, {"lr": 0.1})
     closure = closure_of(opt, params)
 
     def accumulating() -> Tensor:

@@ -18,13 +18,13 @@ def usam(*values: float, **arguments: object) -> tuple[list[Tensor], eigenfilter
 
 def test_an_interrupt_right_after_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     (x,), opt = usam(1.0)
-    move = opt._move
+    move = opt._ascent.move
 
-    def interrupted(part: object, grads: object) -> None:
-        move(part, grads)
+    def interrupted(run: object, index: int, piece: object) -> None:
+        move(run, index, piece)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt, "_move", interrupted)
+    monkeypatch.setattr(opt._ascent, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.ascend()
     assert x.tolist() == [1.0, 1.0, 1.0]
@@ -40,10 +40,10 @@ def test_an_interrupt_right_before_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     x.grad = torch.full_like(x, 2.0)
     now = x.detach().clone()
 
-    def interrupted(part: object, grads: object) -> None:
+    def interrupted(run: object, index: int, piece: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt, "_move", interrupted)
+    monkeypatch.setattr(opt._ascent, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.ascend()
     assert torch.equal(x, now)

@@ -11,7 +11,7 @@ import eigenfilter as ef
 from cases import RHO, same_bits
 from optimizers.problems import (
     SETTINGS,
-    ExactUSAM,
+    Exact,
     closure_of,
     distance,
     parameters,
@@ -26,7 +26,7 @@ def test_steps_are_the_definitions(dtype: torch.dtype, settings: dict[str, Any])
     params = parameters(dtype)
     opt = ef.USAM(params, **settings, rho=RHO)
     closure = closure_of(opt, params, sign_of(settings))
-    exact = ExactUSAM(params, settings)
+    exact = Exact(params, settings)
     start = snapshot(params)
     for _ in range(150):
         opt.step(closure)
@@ -44,8 +44,8 @@ def test_rho_matters_and_differs_by_group(settings: dict[str, Any]) -> None:
         [{"params": params[:4], "rho": rhos[0]}, {"params": params[4:], "rho": rhos[1]}], **settings
     )
     closure = closure_of(opt, params, sign_of(settings))
-    exact = ExactUSAM(params, settings, [rhos[0]] * 4 + [rhos[1]] * 2)
-    alike = ExactUSAM(params, settings, 0.0)
+    exact = Exact(params, settings, [rhos[0]] * 4 + [rhos[1]] * 2)
+    alike = Exact(params, settings, 0.0)
     for _ in range(5):
         opt.step(closure)
         exact.step()

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.skipif(not _core.cuda_compiled, reason="built without C
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = ("NativeIfE", "NativeIdE", "BFloat16", "Float16")
-KERNELS = {"ascend_kernel": 1, "descend_kernel": 4, "squares_kernel": 1, "nonfinite_kernel": 1}
+UPDATES = {"Ascend": 3, "AscendHvp": 1, "Descend": 4, "DescendAdamW": 2}  # by their rules
+KERNELS = {**UPDATES, "squares_kernel": 2, "nonfinite_kernel": 1}  # and in how many forms
+DIVIDES = {"DescendAdamW"}  # each element, for which the compiler's own code fuses
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -46,8 +48,15 @@ def instructions(request) -> dict[str, Counter]:
     return found
 
 
-def of(instructions: dict[str, Counter], kernel: str) -> dict[str, Counter]:
-    return {name: counts for name, counts in instructions.items() if kernel in name}
+@pytest.fixture(scope="module")
+def ptx() -> dict[str, str]:
+    """The code that later chips get, by function: divisions and roots are one instruction here."""
+    _, *functions = cuobjdump("-ptx").split(".entry ")
+    return {text[: text.index("(")]: text for text in functions}
+
+
+def of(functions: dict, kernel: str) -> dict:
+    return {name: code for name, code in functions.items() if re.search(rf"\d{kernel}I", name)}
 
 
 def wide(counts: Counter, access: str) -> int:
@@ -64,13 +73,25 @@ def test_every_kernel_is_there_in_every_dtype(instructions, kernel):
 def test_main_body_accesses_16_bytes(instructions, kernel):
     for name, counts in of(instructions, kernel).items():
         assert wide(counts, "LDG") >= 2, name
-        if kernel in ("ascend_kernel", "descend_kernel"):
+        if kernel in UPDATES:
             assert wide(counts, "STG") >= 2, name
 
 
-def test_no_multiply_add_is_fused(instructions):
+def test_parameters_are_not_read_where_they_start_from_backups(instructions):
+    for name, counts in of(instructions, "AscendHvp").items():
+        assert wide(counts, "LDG") == 3 * wide(counts, "STG"), name
+
+
+def test_no_multiply_add_is_fused(ptx):
+    """Nor may the assembler fuse any: it leaves alone what says how it rounds."""
+    assert len(ptx) > sum(KERNELS.values()) * len(DTYPES)
+    for name, text in ptx.items():
+        assert not re.search(r"\b(fma|mad)\.(rn\.)?f\d|\b(mul|add|sub)\.f\d", text), name
+
+
+def test_machine_code_fuses_nothing(instructions):
     """In float32; in double the compiler's own division needs fused steps."""
-    for kernel in ("ascend_kernel", "descend_kernel"):
+    for kernel in UPDATES.keys() - DIVIDES:
         for name, counts in of(instructions, kernel).items():
             assert not any(op.startswith(("FFMA", "HFMA2")) for op in counts), name
             assert any(op.startswith(("FMUL", "DMUL")) for op in counts), name
@@ -79,6 +100,17 @@ def test_no_multiply_add_is_fused(instructions):
 def test_nothing_touches_local_memory(instructions):
     for name, counts in instructions.items():
         assert not any(op.startswith(("LDL", "STL")) for op in counts), name
+
+
+def test_2000_tensors_take_three_launches(ptx):
+    """A tensor takes a pointer in each list, of which there are at most five, and 8 bytes."""
+    for kernel in UPDATES:
+        for name, text in of(ptx, kernel).items():
+            arguments = text[: text.index("{")]
+            batch, rule = map(int, re.findall(r"_param_\d\[(\d+)\]", arguments))
+            assert arguments.count(".param") == 3, name
+            assert batch + rule + 8 <= 32764, name
+            assert 3 * (batch // (5 * 8 + 8)) >= 2000, name
 
 
 def test_ptx_for_later_chips_is_included():

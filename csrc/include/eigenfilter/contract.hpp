@@ -24,17 +24,24 @@ struct Tensors {
     DType dtype;
     std::size_t n;
     const std::int64_t* numel;  // [n]
-    void* const* x;             // [n] parameters, written
-    void* const* g;             // [n] gradients, read
-    void* const* m;             // [n] momentum buffers, written, or nullptr
-    void* const* b;             // [n] backups: written by ascend, read by descend, or nullptr
+    void* const* x;             // [n] parameters, written; the tensors of a reduction
+    void* const* g;             // [n] gradients, read; the weights of a norm
+    void* const* b;             // [n] backups: written by ascend, read by all others
+    void* const* m = nullptr;   // [n] momentum buffers or first moments, written
+    void* const* v = nullptr;   // [n] second moments, written
+    void* const* g0 = nullptr;  // [n] gradients at x, read
 };
 
 // Hyperparameters as numbers, and (one template over both) as what a call is given.
 template <class Real>
 struct AscendScalars {
-    Real alpha;
-    Real grad_scale;
+    Real alpha, grad_scale;
+    bool adaptive;
+};
+
+template <class Real>
+struct HvpScalars {
+    Real alpha, eps, grad_scale;
 };
 
 template <class Real>
@@ -43,11 +50,23 @@ struct DescendScalars {
     bool nesterov, maximize;
 };
 
-// found_inf: address of one float, or nullptr; where it is not zero, x and m keep their values.
+template <class Real>
+struct AdamWScalars {
+    Real lr, beta1, beta2, eps, weight_decay, step, grad_scale;
+    bool maximize;
+};
+
+// found_inf: address of one float, or nullptr; where it is not zero, ascents leave x where it is
+// and descents put it back to b; m and v keep their values.
 namespace cpu {
 void ascend(const Tensors&, const AscendScalars<double>&, const float* found_inf, int threads);
+void ascend_again(const Tensors&, const AscendScalars<double>&, const float* found_inf,
+                  int threads);
+void ascend_hvp(const Tensors&, const HvpScalars<double>&, const float* found_inf, int threads);
 void descend(const Tensors&, const DescendScalars<double>&, const float* found_inf, int threads);
-// Euclidean norm of the lists' x, summed in double in an order fixed by the sizes.
+void descend_adamw(const Tensors&, const AdamWScalars<double>&, const float* found_inf,
+                   int threads);
+// Euclidean norm of x, or of g x where g is given, summed in double in an order fixed by the sizes.
 double norm(const Tensors&, int threads);
 bool has_nonfinite(const Tensors&, int threads);
 }  // namespace cpu
@@ -60,8 +79,14 @@ void require();
 using Stream = void*;
 void ascend(const Tensors&, const AscendScalars<Scalar>&, const float* found_inf, int device,
             Stream stream);
+void ascend_again(const Tensors&, const AscendScalars<Scalar>&, const float* found_inf, int device,
+                  Stream stream);
+void ascend_hvp(const Tensors&, const HvpScalars<Scalar>&, const float* found_inf, int device,
+                Stream stream);
 void descend(const Tensors&, const DescendScalars<Scalar>&, const float* found_inf, int device,
              Stream stream);
+void descend_adamw(const Tensors&, const AdamWScalars<Scalar>&, const float* found_inf, int device,
+                   Stream stream);
 // Doubles that `norm` needs as workspace.
 std::int64_t norm_workspace(DType dtype, std::size_t n, const std::int64_t* numel);
 // out <- norm / grad_scale; out is a float, or a double for f64.

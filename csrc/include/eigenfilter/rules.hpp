@@ -4,6 +4,8 @@
 // flag).
 #pragma once
 
+#include <cmath>
+
 #include "eigenfilter/contract.hpp"
 
 #ifdef __CUDACC__
@@ -14,17 +16,45 @@
 
 namespace eigenfilter {
 
-// x <- x + alpha g / grad_scale
+// base^exponent for a whole exponent >= 0, by squaring: the same roundings in every room.
+EIGENFILTER_RULE double power(double base, double exponent) {
+    double result = 1;
+    for (auto n = static_cast<std::int64_t>(exponent); n > 0; n /= 2) {
+        if (n % 2 == 1) result = result * base;
+        base = base * base;
+    }
+    return result;
+}
+
+EIGENFILTER_RULE float square_root(float v) { return sqrtf(v); }
+EIGENFILTER_RULE double square_root(double v) { return sqrt(v); }
+
+// x <- from + alpha g / grad_scale; adaptive: x <- from + alpha from^2 g / grad_scale
 template <class T>
 struct Ascend {
     T step;
+    bool adaptive;
 
     EIGENFILTER_RULE explicit Ascend(const AscendScalars<double>& s)
-        : step(static_cast<T>(s.alpha * (1 / s.grad_scale))) {}
+        : step(static_cast<T>(s.alpha * (1 / s.grad_scale))), adaptive(s.adaptive) {}
 
     template <class V>
-    EIGENFILTER_RULE V operator()(V x, V g) const {
-        return x + step * g;
+    EIGENFILTER_RULE V operator()(V from, V g) const {
+        return from + step * (adaptive ? from * from * g : g);
+    }
+};
+
+// x <- from + alpha h, h = (g - g0) / (eps grad_scale)
+template <class T>
+struct AscendHvp {
+    T step;
+
+    EIGENFILTER_RULE explicit AscendHvp(const HvpScalars<double>& s)
+        : step(static_cast<T>(s.alpha * (1 / s.grad_scale) / s.eps)) {}
+
+    template <class V>
+    EIGENFILTER_RULE V operator()(V from, V g, V g0) const {
+        return from + step * (g - g0);
     }
 };
 
@@ -59,6 +89,32 @@ struct Descend {
         const V d = direction(x, g);
         m = beta * m + keep * d;
         return x - lr * (nesterov ? d + beta * m : m);
+    }
+};
+
+// d = +-g / grad_scale;  m <- beta1 m + (1 - beta1) d;  v <- beta2 v + (1 - beta2) d^2
+// x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+template <class T>
+struct DescendAdamW {
+    T scale, beta1, keep1, beta2, keep2, decay, size, root, eps;
+
+    EIGENFILTER_RULE explicit DescendAdamW(const AdamWScalars<double>& s)
+        : scale(static_cast<T>((s.maximize ? -1 : 1) / s.grad_scale)),
+          beta1(static_cast<T>(s.beta1)),
+          keep1(static_cast<T>(1 - s.beta1)),
+          beta2(static_cast<T>(s.beta2)),
+          keep2(static_cast<T>(1 - s.beta2)),
+          decay(static_cast<T>(1 - s.lr * s.weight_decay)),
+          size(static_cast<T>(s.lr / (1 - power(s.beta1, s.step)))),
+          root(static_cast<T>(1 / square_root(1 - power(s.beta2, s.step)))),
+          eps(static_cast<T>(s.eps)) {}
+
+    template <class V>
+    EIGENFILTER_RULE V operator()(V x, V g, V& m, V& v) const {
+        const V d = scale * g;
+        m = beta1 * m + keep1 * d;
+        v = beta2 * v + keep2 * (d * d);
+        return decay * x - size * m / (square_root(v) * root + eps);
     }
 };
 

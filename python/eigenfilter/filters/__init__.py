@@ -13,7 +13,24 @@ equilibrium*, arXiv 2510.09034.
 
 from __future__ import annotations
 
-from eigenfilter.filters.methods import USAM, HeavyBall, Nesterov, of
+from eigenfilter.filters.methods import (
+    SAM,
+    USAM,
+    HeavyBall,
+    HessianUSAM,
+    Nesterov,
+    TwoStepUSAM,
+    of,
+)
 from eigenfilter.filters.stability import Filter
 
-__all__ = ["USAM", "Filter", "HeavyBall", "Nesterov", "of"]
+__all__ = [
+    "SAM",
+    "USAM",
+    "Filter",
+    "HeavyBall",
+    "HessianUSAM",
+    "Nesterov",
+    "TwoStepUSAM",
+    "of",
+]

@@ -6,6 +6,7 @@ A method is its polynomial p: everything else is `Filter`.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
@@ -80,6 +81,110 @@ class USAM(Filter):
         return (0.0, 1.0, self.rho)
 
 
+@dataclass(frozen=True)
+class TwoStepUSAM(Filter):
+    """Two-step USAM, with two ascents before the gradient.
+
+    "sequential": p(lambda) = lambda (1 + rho lambda)^2, "anchored": p(lambda) = lambda (1 + rho
+    lambda + rho^2 lambda^2). At weight decay 0 the admitted set is one interval from 0 to the edge
+    and, sequentially, the single point -1 / rho. With weight decay the statement holds to first
+    order in weight decay only. With rho = 0 this is heavy ball (Nesterov with `nesterov`). Source:
+    arXiv 2510.09034; the method's exact form is our reading.
+
+    Args:
+        rho: step of both ascents, >= 0. The others are those of `Filter`.
+        ascent: "sequential" or "anchored".
+        nesterov: Nesterov momentum in place of heavy ball.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    >>> round(TwoStepUSAM(lr=0.1, rho=0.02).max_eigenvalue(), 2)
+    12.71
+    """
+
+    _: KW_ONLY
+    rho: float
+    ascent: str = "sequential"
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("rho", 0.0, math.inf)
+        if self.ascent not in ("sequential", "anchored"):
+            raise ValueError(f'ascent must be "sequential" or "anchored", got {self.ascent!r}')
+
+    @property
+    def ascending_coefficients(self) -> tuple[float, ...]:
+        middle = 2.0 if self.ascent == "sequential" else 1.0
+        return (0.0, 1.0, middle * self.rho, self.rho**2)
+
+
+@dataclass(frozen=True)
+class HessianUSAM(Filter):
+    """Hessian USAM: d(x) = grad f(x + rho H grad f(x)), p(lambda) = lambda (1 + rho lambda^2).
+
+    p is odd and increasing: at weight decay 0 the admitted set is one interval from 0 to the edge,
+    and no negative eigenvalue is in it. With weight decay the statement holds to first order in
+    weight decay only. With rho = 0 this is heavy ball (Nesterov with `nesterov`). Source: arXiv
+    2510.09034; the method's exact form is our reading.
+
+    Args:
+        rho: of the ascent, >= 0. The others are those of `Filter`.
+        nesterov: Nesterov momentum in place of heavy ball.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    >>> round(HessianUSAM(lr=0.1, rho=0.003).max_eigenvalue(), 2)
+    13.16
+    """
+
+    _: KW_ONLY
+    rho: float
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("rho", 0.0, math.inf)
+
+    @property
+    def ascending_coefficients(self) -> tuple[float, ...]:
+        return (0.0, 1.0, 0.0, self.rho)
+
+
+@dataclass(frozen=True)
+class SAM(USAM):
+    """Normalised SAM where the gradient's norm is G: p(lambda) = lambda (1 + rho lambda / G).
+
+    d(x) = grad f(x + rho g / ||g||) is not differentiable at an equilibrium: SAM has no filter.
+    With G held fixed it is USAM with radius rho / G, and its edge moves as G does. The statement is
+    of that moment, not of a limit. Source: our reading.
+
+    Args:
+        rho: length of the ascent, >= 0. The others are those of `Filter`.
+        grad_norm: G > 0.
+        nesterov: Nesterov momentum in place of heavy ball.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    >>> SAM(0.2, rho=0.1, grad_norm=2.0).intervals() == USAM(0.2, rho=0.05).intervals()
+    True
+    """
+
+    _: KW_ONLY
+    grad_norm: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("grad_norm", sys.float_info.min, math.inf)
+
+    @property
+    def ascending_coefficients(self) -> tuple[float, ...]:
+        return (0.0, 1.0, self.rho / self.grad_norm)
+
+
 class _Optimizer(Protocol):
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -97,16 +202,22 @@ def of(opt: _Optimizer) -> list[Filter]:
         opt: an eigenfilter optimizer, or torch.optim.SGD.
 
     Raises:
-        TypeError: for any other optimizer.
+        TypeError: for any other optimizer; SAM's filter needs a gradient norm: see `SAM`.
         ValueError: if a group holds a value outside its range.
     """
-    build = _BUILDERS.get(_method(opt))
+    method = _method(opt)
+    if method == "sam":
+        raise TypeError(
+            "SAM has no filter without a gradient norm, with which its edge moves: use "
+            "filters.SAM(lr, ..., rho=rho, grad_norm=norm)"
+        )
+    build = _BUILDERS.get(method)
     if build is None:
         raise TypeError(
             f"no filter is known for {type(opt).__name__}; supported are torch.optim.SGD and the "
             f"eigenfilter optimizers with method {', '.join(map(repr, sorted(_BUILDERS)))}"
         )
-    return [build(group) for group in opt.param_groups]
+    return [build(group, opt) for group in opt.param_groups]
 
 
 def _method(opt: _Optimizer) -> str:
@@ -126,14 +237,27 @@ def _common(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: group[name] for name in names}
 
 
-def _sgd(group: Mapping[str, Any]) -> Filter:
+def _sgd(group: Mapping[str, Any], opt: _Optimizer) -> Filter:
     return Nesterov(**_common(group)) if group["nesterov"] else HeavyBall(**_common(group))
 
 
-def _usam(group: Mapping[str, Any]) -> Filter:
-    if float(group["rho"]) == 0.0:
-        return _sgd(group)
-    return USAM(**_common(group), rho=group["rho"], nesterov=group["nesterov"])
+def _ascending(
+    build: Callable[..., Filter], *attributes: str
+) -> Callable[[Mapping[str, Any], _Optimizer], Filter]:
+    """The builder of a method with rho, and with further attributes of its optimizer."""
+
+    def build_one(group: Mapping[str, Any], opt: _Optimizer) -> Filter:
+        if float(group["rho"]) == 0.0:
+            return _sgd(group, opt)
+        more = {name: getattr(opt, name) for name in attributes}
+        return build(**_common(group), rho=group["rho"], nesterov=group["nesterov"], **more)
+
+    return build_one
 
 
-_BUILDERS: Mapping[str, Callable[[Mapping[str, Any]], Filter]] = {"sgd": _sgd, "usam": _usam}
+_BUILDERS: Mapping[str, Callable[[Mapping[str, Any], _Optimizer], Filter]] = {
+    "sgd": _sgd,
+    "usam": _ascending(USAM),
+    "two_step_usam": _ascending(TwoStepUSAM, "ascent"),
+    "hessian_usam": _ascending(HessianUSAM),
+}

@@ -25,7 +25,18 @@ from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
 from eigenfilter.kernels.reference import Scalar
 
-__all__ = ["BACKENDS", "Backend", "ascend", "descend", "flag_nonfinite", "norm", "select"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "ascend",
+    "ascend_again",
+    "ascend_hvp",
+    "descend",
+    "descend_adamw",
+    "flag_nonfinite",
+    "norm",
+    "select",
+]
 
 
 def ascend(
@@ -34,13 +45,14 @@ def ascend(
     backups: Sequence[Tensor],
     alpha: Scalar,
     *,
+    adaptive: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Save the parameters and move them along their gradients.
 
-        b <- x,    x <- x + alpha g / grad_scale
+        b <- x,    x <- x + alpha g / grad_scale        (adaptive: alpha x^2 g / grad_scale)
 
     The backup is a bit-for-bit copy, and is written even where `found_inf` stops the move.
 
@@ -49,6 +61,7 @@ def ascend(
         grads: n tensors g, read.
         backups: n tensors b, overwritten.
         alpha: length of the move: rho to ascend, -rho to ascend -f.
+        adaptive: scale the gradient by x^2, elementwise, as ASAM does.
         grad_scale: loss scale the gradients carry, or None for 1.
         found_inf: flag; where it is not zero x stays.
         backend: see the module.
@@ -58,13 +71,102 @@ def ascend(
         ValueError: lists, devices, dtypes, shapes or strides differ, or tensors overlap.
         RuntimeError: the backend asked for is not available; the message says how to get it.
 
-    Source: arXiv 2510.09034, USAM; the backup is ours.
+    Source: arXiv 2510.09034, USAM; arXiv 2102.11600, ASAM; the backup is ours.
     """
     with torch.no_grad():
         dispatch.of(params, backend).ascend(
-            params, grads, backups, alpha, grad_scale=grad_scale, found_inf=found_inf
+            params,
+            grads,
+            backups,
+            alpha,
+            adaptive=adaptive,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
     increment_version([*params, *backups])
+
+
+def ascend_again(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    alpha: Scalar,
+    backups: Sequence[Tensor] | None = None,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Move the parameters along their gradients, from where they are or from their backups.
+
+        x <- x + alpha g / grad_scale        (with backups: x <- b + alpha g / grad_scale)
+
+    Args:
+        params: n tensors x, moved in place; with backups their present values are not read.
+        grads: n tensors g, read.
+        alpha: length of the move.
+        backups: n tensors b, read, or None.
+        grad_scale: loss scale the gradients carry, or None for 1.
+        found_inf: flag; where it is not zero x stays where it is.
+        backend: see the module.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ascend`.
+
+    Source: the second ascent of two-step USAM, sequential or anchored.
+    """
+    with torch.no_grad():
+        dispatch.of(params, backend).ascend_again(
+            params, grads, alpha, backups, grad_scale=grad_scale, found_inf=found_inf
+        )
+    increment_version(params)
+
+
+def ascend_hvp(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    base_grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    alpha: Scalar,
+    eps: Scalar,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Move from the backups along a Hessian-vector product by finite differences.
+
+        h = (g - g0) / (eps grad_scale),    x <- b + alpha h
+
+    With g = grad f(b + eps g0) this is h = H(b) g0 up to O(eps).
+
+    Args:
+        params: n tensors x, overwritten; their present values are not read.
+        grads: n tensors g, gradients at the displaced point, read.
+        base_grads: n tensors g0, gradients at b, read.
+        backups: n tensors b, read.
+        alpha: length of the move.
+        eps: the displacement, not 0.
+        grad_scale: loss scale both gradients carry, or None for 1.
+        found_inf: flag; where it is not zero x stays where it is.
+        backend: see the module.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ascend`.
+
+    Source: the Hessian correction of Hessian USAM.
+    """
+    with torch.no_grad():
+        dispatch.of(params, backend).ascend_hvp(
+            params,
+            grads,
+            base_grads,
+            backups,
+            alpha,
+            eps,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+    increment_version(params)
 
 
 def descend(
@@ -134,23 +236,92 @@ def descend(
     increment_version([*params, *(momenta or ())])
 
 
+def descend_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    backups: Sequence[Tensor] | None = None,
+    *,
+    lr: Scalar,
+    beta1: Scalar = 0.9,
+    beta2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 1e-2,
+    step: Scalar,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Restore the parameters and take one step of AdamW from there.
+
+        x <- b                                (where backups are given)
+        d = g / grad_scale                    (-g with maximize)
+        m <- beta1 m + (1 - beta1) d
+        v <- beta2 v + (1 - beta2) d^2
+        x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+
+    Args:
+        params: n tensors, overwritten. With backups their present values are not read.
+        grads: n tensors g, read.
+        exp_avgs: n tensors m, updated; zeros before the first step.
+        exp_avg_sqs: n tensors v, updated; zeros before the first step.
+        backups: n tensors b, read, or None: the step starts from params.
+        lr: learning rate.
+        beta1, beta2: in [0, 1).
+        eps: > 0.
+        weight_decay: wd >= 0, decoupled.
+        step: the number of this step, a whole number from 1.
+        maximize: ascend the objective.
+        grad_scale: loss scale the gradients carry, or None for 1.
+        found_inf: flag; where it is not zero x is restored, m and v stay.
+        backend: see the module.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `ascend`.
+
+    Source: I. Loshchilov and F. Hutter, 2019, arXiv 1711.05101, in torch.optim.AdamW's convention.
+    """
+    with torch.no_grad():
+        dispatch.of(params, backend).descend_adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            backups,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            step=step,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+    increment_version([*params, *exp_avgs, *exp_avg_sqs])
+
+
 def norm(
     tensors: Sequence[Tensor],
     *,
+    weights: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Euclidean norm of all elements of all tensors.
+    """Euclidean norm of all elements of all tensors, or of their products with weights.
 
-        out <- sqrt(sum_i sum_j t_i[j]^2) / grad_scale
+        out <- sqrt(sum_i sum_j (w_i[j] t_i[j])^2) / grad_scale
 
     Squares are summed in float64, in an order that depends on the sizes alone (with CUDA, also on
     which tensors are 16-byte aligned): the result is the same bit for bit from run to run, whatever
     the number of threads.
 
     Args:
-        tensors: n tensors, read.
+        tensors: n tensors t, read.
+        weights: n tensors w, read, or None for ones.
         grad_scale: loss scale the tensors carry, or None for 1.
         out: 0-dim tensor of the result's dtype on the tensors' device, or None to allocate it.
         backend: see the module.
@@ -165,7 +336,7 @@ def norm(
     if out is None:
         dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
         out = torch.empty((), dtype=dtype, device=tensors[0].device)
-    implementation.norm(tensors, out, grad_scale=grad_scale)
+    implementation.norm(tensors, out, weights=weights, grad_scale=grad_scale)
     return out
 
 

@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """What a room offers: the four kernels, with the arguments of `eigenfilter.kernels`."""
+    """What a room offers: the kernels, with the arguments of `eigenfilter.kernels`."""
 
     def ascend(
         self,
@@ -30,10 +30,37 @@ class Backend(Protocol):
         backups: Sequence[Tensor],
         alpha: Scalar,
         *,
+        adaptive: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
         """Save and move; see `eigenfilter.kernels.ascend`."""
+
+    def ascend_again(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        alpha: Scalar,
+        backups: Sequence[Tensor] | None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Move once more; see `eigenfilter.kernels.ascend_again`."""
+
+    def ascend_hvp(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        base_grads: Sequence[Tensor],
+        backups: Sequence[Tensor],
+        alpha: Scalar,
+        eps: Scalar,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Move along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
 
     def descend(
         self,
@@ -53,8 +80,33 @@ class Backend(Protocol):
     ) -> None:
         """Restore and step; see `eigenfilter.kernels.descend`."""
 
+    def descend_adamw(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        backups: Sequence[Tensor] | None,
+        *,
+        lr: Scalar,
+        beta1: Scalar,
+        beta2: Scalar,
+        eps: Scalar,
+        weight_decay: Scalar,
+        step: Scalar,
+        maximize: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
+
     def norm(
-        self, tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = None
+        self,
+        tensors: Sequence[Tensor],
+        out: Tensor,
+        *,
+        weights: Sequence[Tensor] | None = None,
+        grad_scale: Tensor | None = None,
     ) -> None:
         """Euclidean norm; see `eigenfilter.kernels.norm`."""
 

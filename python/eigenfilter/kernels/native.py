@@ -17,11 +17,52 @@ def ascend(
     backups: Sequence[Tensor],
     alpha: Scalar,
     *,
+    adaptive: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """Save and move; see `eigenfilter.kernels.ascend`."""
-    _core.ascend(params, grads, backups, alpha, grad_scale, found_inf, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, threads)
+
+
+def ascend_again(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    alpha: Scalar,
+    backups: Sequence[Tensor] | None,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Move once more; see `eigenfilter.kernels.ascend_again`."""
+    threads = torch.get_num_threads()
+    _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, threads)
+
+
+def ascend_hvp(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    base_grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    alpha: Scalar,
+    eps: Scalar,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Move along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
+    _core.ascend_hvp(
+        params,
+        grads,
+        base_grads,
+        backups,
+        alpha,
+        eps,
+        grad_scale,
+        found_inf,
+        torch.get_num_threads(),
+    )
 
 
 def descend(
@@ -57,13 +98,56 @@ def descend(
     )
 
 
-def norm(tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = None) -> None:
+def descend_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: Scalar,
+    weight_decay: Scalar,
+    step: Scalar,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
+    _core.descend_adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        backups,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        maximize,
+        grad_scale,
+        found_inf,
+        torch.get_num_threads(),
+    )
+
+
+def norm(
+    tensors: Sequence[Tensor],
+    out: Tensor,
+    *,
+    weights: Sequence[Tensor] | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
     workspace = None
     if out.device.type != "cpu":
         size = _core.norm_workspace(tensors)
         workspace = torch.empty(size, dtype=torch.float64, device=out.device)
-    _core.norm(tensors, out, grad_scale, workspace, torch.get_num_threads())
+    _core.norm(tensors, weights, out, grad_scale, workspace, torch.get_num_threads())
 
 
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:

@@ -5,8 +5,9 @@ mask, so that accesses are 16 bytes wide, and over what is left, or over all of 
 aligned, with one. Updates take smaller blocks in the second: were they equal, the compiler would
 lay both loops out for wide accesses and pay for it with registers and shared memory.
 
-x, g, m, b, S and the hyperparameters are `reference`'s. A scalar that does not lie on the device
-has None for an address, and its branch is not compiled.
+x, g, g0, m, v, b, S and the hyperparameters are `reference`'s. A scalar that does not lie on the
+device has None for an address, and its branch is not compiled. `origin` is the list that a step
+starts from: that of the backups, or 0, the parameters.
 
 Compile with OPTIONS: without contraction to fused multiply-adds every room rounds alike.
 """
@@ -34,6 +35,31 @@ def _real(value, at):
 @triton.jit
 def _inverse(grad_scale):
     return 1.0 / _real(1.0, grad_scale)
+
+
+# Triton's `/` and sqrt round to nearest in float64; in float32 they are approximations on a GPU.
+
+
+@triton.jit
+def _divide(a, b):
+    return tl.div_rn(a, b) if b.dtype == tl.float32 else a / b
+
+
+@triton.jit
+def _square_root(t):
+    return tl.sqrt_rn(t) if t.dtype == tl.float32 else tl.sqrt(t)
+
+
+@triton.jit
+def _power(base, exponent):
+    """base^exponent for a whole exponent, by squaring: the same roundings in every room."""
+    result = tl.full((), 1.0, tl.float64)
+    n = exponent.to(tl.int64)
+    while n > 0:
+        result = tl.where(n % 2 == 1, result * base, result)
+        base = base * base
+        n = n // 2
+    return result
 
 
 @triton.jit
@@ -83,12 +109,25 @@ def _store(at, value, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _ascend_block(at, step, stop, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _for_each_block(block: tl.constexpr, at, rule, length, wide, BLOCK: tl.constexpr):
+    """Update a chunk by `block`: its whole blocks without a mask, what is left with one."""
+    for start in range(0, wide, BLOCK):
+        block(at, rule, start, length, BLOCK, True)
+    for start in range(wide, length, BLOCK // 4):
+        block(at, rule, start, length, BLOCK // 4, False)
+
+
+@triton.jit
+def _ascend_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, b_at = at
-    x = _load(x_at, start, length, BLOCK, WIDE)
+    step, stop, ADAPTIVE = rule
+    p = _load(x_at, start, length, BLOCK, WIDE)
     g = _load(g_at, start, length, BLOCK, WIDE).to(step.dtype)
-    _store(b_at, x, start, length, BLOCK, WIDE)
-    _store(x_at, _unless(stop, x, x.to(step.dtype) + step * g), start, length, BLOCK, WIDE)
+    x = p.to(step.dtype)
+    if ADAPTIVE:
+        g = x * x * g
+    _store(b_at, p, start, length, BLOCK, WIDE)
+    _store(x_at, _unless(stop, p, x + step * g), start, length, BLOCK, WIDE)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -100,58 +139,114 @@ def ascend_kernel(
     alpha_at,
     grad_scale,
     found_inf,
+    ADAPTIVE: tl.constexpr,
     DTYPE: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """b <- x; x <- x + alpha S g."""
+    """b <- x; x <- x + alpha S g (adaptive: x^2 g)."""
     tensor, first, length, wide = _chunk(chunks)
     x_at = _address(pointers, tensor, first, DTYPE)
     g_at = _address(pointers, tensor + n, first, DTYPE)
     b_at = _address(pointers, tensor + 2 * n, first, DTYPE)
-    at = (x_at, g_at, b_at)
     step = (_real(alpha, alpha_at) * _inverse(grad_scale)).to(REAL)
-    stop = _is_set(found_inf)
-    for start in range(0, wide, BLOCK):
-        _ascend_block(at, step, stop, start, length, BLOCK, True)
-    for start in range(wide, length, BLOCK // 4):
-        _ascend_block(at, step, stop, start, length, BLOCK // 4, False)
+    rule = (step, _is_set(found_inf), ADAPTIVE)
+    _for_each_block(_ascend_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
 
 
 @triton.jit
-def _descend_block(
-    at,
-    rule,
-    stop,
-    start,
-    length,
-    MOMENTA: tl.constexpr,
-    NESTEROV: tl.constexpr,
+def _ascend_again_block(at, step, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    x_at, g_at, from_at = at
+    p = _load(from_at, start, length, BLOCK, WIDE)
+    g = _load(g_at, start, length, BLOCK, WIDE).to(step.dtype)
+    _store(x_at, (p.to(step.dtype) + step * g).to(p.dtype), start, length, BLOCK, WIDE)
+
+
+@triton.jit(do_not_specialize=["n", "origin"])
+def ascend_again_kernel(
+    pointers,
+    chunks,
+    n,
+    origin,
+    alpha: tl.float64,
+    alpha_at,
+    grad_scale,
+    found_inf,
+    DTYPE: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
+    """x <- x + alpha S g, or b + alpha S g."""
+    tensor, first, length, wide = _chunk(chunks)
+    x_at = _address(pointers, tensor, first, DTYPE)
+    g_at = _address(pointers, tensor + n, first, DTYPE)
+    from_at = _address(pointers, tensor + origin * n, first, DTYPE)
+    step = (_real(alpha, alpha_at) * _inverse(grad_scale)).to(REAL)
+    # Where x is to stay it need not be read: nothing is done at all.
+    if not _is_set(found_inf):
+        _for_each_block(_ascend_again_block, (x_at, g_at, from_at), step, length, wide, BLOCK)
+
+
+@triton.jit
+def _ascend_hvp_block(at, step, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    x_at, g_at, g0_at, b_at = at
+    b = _load(b_at, start, length, BLOCK, WIDE)
+    g = _load(g_at, start, length, BLOCK, WIDE).to(step.dtype)
+    g0 = _load(g0_at, start, length, BLOCK, WIDE).to(step.dtype)
+    _store(x_at, (b.to(step.dtype) + step * (g - g0)).to(b.dtype), start, length, BLOCK, WIDE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def ascend_hvp_kernel(
+    pointers,
+    chunks,
+    n,
+    alpha: tl.float64,
+    alpha_at,
+    eps: tl.float64,
+    eps_at,
+    grad_scale,
+    found_inf,
+    DTYPE: tl.constexpr,
+    REAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x <- b + alpha h with h = S (g - g0) / eps."""
+    tensor, first, length, wide = _chunk(chunks)
+    x_at = _address(pointers, tensor, first, DTYPE)
+    g_at = _address(pointers, tensor + n, first, DTYPE)
+    g0_at = _address(pointers, tensor + 2 * n, first, DTYPE)
+    b_at = _address(pointers, tensor + 3 * n, first, DTYPE)
+    step = (_real(alpha, alpha_at) * _inverse(grad_scale) / _real(eps, eps_at)).to(REAL)
+    if not _is_set(found_inf):
+        _for_each_block(_ascend_hvp_block, (x_at, g_at, g0_at, b_at), step, length, wide, BLOCK)
+
+
+@triton.jit
+def _descend_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, from_at = at
-    S, alpha, beta, keep, wd = rule
+    S, alpha, beta, keep, wd, stop, MOMENTA, NESTEROV = rule
     p = _load(from_at, start, length, BLOCK, WIDE)
-    x = p.to(REAL)
-    d = S * _load(g_at, start, length, BLOCK, WIDE).to(REAL)
+    x = p.to(S.dtype)
+    d = S * _load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
     if wd != 0:
         d = d + wd * x
     u = d
     if MOMENTA:
         old = _load(m_at, start, length, BLOCK, WIDE)
-        m = beta * old.to(REAL) + keep * d
+        m = beta * old.to(S.dtype) + keep * d
         u = d + beta * m if NESTEROV else m
         _store(m_at, _unless(stop, old, m), start, length, BLOCK, WIDE)
     _store(x_at, _unless(stop, p, x - alpha * u), start, length, BLOCK, WIDE)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "origin"])
 def descend_kernel(
     pointers,
     chunks,
     n,
+    origin,
+    sign: tl.float64,
     lr: tl.float64,
     lr_at,
     momentum: tl.float64,
@@ -163,9 +258,7 @@ def descend_kernel(
     grad_scale,
     found_inf,
     MOMENTA: tl.constexpr,
-    BACKUPS: tl.constexpr,
     NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
     DTYPE: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -175,9 +268,8 @@ def descend_kernel(
     x_at = _address(pointers, tensor, first, DTYPE)
     g_at = _address(pointers, tensor + n, first, DTYPE)
     m_at = _address(pointers, tensor + 2 * n, first, DTYPE) if MOMENTA else x_at
-    from_at = _address(pointers, tensor + (2 + MOMENTA) * n, first, DTYPE) if BACKUPS else x_at
-    at = (x_at, g_at, m_at, from_at)
-    S = -_inverse(grad_scale) if MAXIMIZE else _inverse(grad_scale)
+    from_at = _address(pointers, tensor + origin * n, first, DTYPE)
+    S = sign * _inverse(grad_scale)
     keep = 1.0 - _real(dampening, dampening_at)
     rule = (
         S.to(REAL),
@@ -185,28 +277,116 @@ def descend_kernel(
         _real(momentum, momentum_at).to(REAL),
         keep.to(REAL),
         _real(weight_decay, weight_decay_at).to(REAL),
+        _is_set(found_inf),
+        MOMENTA,
+        NESTEROV,
     )
-    stop = _is_set(found_inf)
-    for start in range(0, wide, BLOCK):
-        _descend_block(at, rule, stop, start, length, MOMENTA, NESTEROV, REAL, BLOCK, True)
-    for start in range(wide, length, BLOCK // 4):
-        _descend_block(at, rule, stop, start, length, MOMENTA, NESTEROV, REAL, BLOCK // 4, False)
+    _for_each_block(_descend_block, (x_at, g_at, m_at, from_at), rule, length, wide, BLOCK)
 
 
 @triton.jit
-def sum_squares_kernel(
-    pointers, chunks, sums, DTYPE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr
+def _descend_adamw_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    x_at, g_at, m_at, v_at, from_at = at
+    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop = rule
+    p = _load(from_at, start, length, BLOCK, WIDE)
+    old_m = _load(m_at, start, length, BLOCK, WIDE)
+    old_v = _load(v_at, start, length, BLOCK, WIDE)
+    d = S * _load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
+    m = beta1 * old_m.to(S.dtype) + keep1 * d
+    v = beta2 * old_v.to(S.dtype) + keep2 * (d * d)
+    x = decay * p.to(S.dtype) - _divide(size * m, _square_root(v) * root + eps)
+    _store(m_at, _unless(stop, old_m, m), start, length, BLOCK, WIDE)
+    _store(v_at, _unless(stop, old_v, v), start, length, BLOCK, WIDE)
+    _store(x_at, _unless(stop, p, x), start, length, BLOCK, WIDE)
+
+
+@triton.jit(do_not_specialize=["n", "origin"])
+def descend_adamw_kernel(
+    pointers,
+    chunks,
+    n,
+    origin,
+    sign: tl.float64,
+    lr: tl.float64,
+    lr_at,
+    beta1: tl.float64,
+    beta1_at,
+    beta2: tl.float64,
+    beta2_at,
+    eps: tl.float64,
+    eps_at,
+    weight_decay: tl.float64,
+    weight_decay_at,
+    step: tl.float64,
+    step_at,
+    grad_scale,
+    found_inf,
+    DTYPE: tl.constexpr,
+    REAL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """sums[program] <- sum of squares, in an order that alignment does not change."""
+    """x <- b; d = +-S g; m <- beta1 m + (1 - beta1) d; v <- beta2 v + (1 - beta2) d^2;
+
+    x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
+    """
     tensor, first, length, wide = _chunk(chunks)
-    at = _address(pointers, tensor, first, DTYPE)
+    x_at = _address(pointers, tensor, first, DTYPE)
+    g_at = _address(pointers, tensor + n, first, DTYPE)
+    m_at = _address(pointers, tensor + 2 * n, first, DTYPE)
+    v_at = _address(pointers, tensor + 3 * n, first, DTYPE)
+    from_at = _address(pointers, tensor + origin * n, first, DTYPE)
+    S = sign * _inverse(grad_scale)
+    alpha, t = _real(lr, lr_at), _real(step, step_at)
+    b1, b2 = _real(beta1, beta1_at), _real(beta2, beta2_at)
+    decay = 1.0 - alpha * _real(weight_decay, weight_decay_at)
+    size = alpha / (1.0 - _power(b1, t))
+    root = 1.0 / _square_root(1.0 - _power(b2, t))
+    rule = (
+        S.to(REAL),
+        b1.to(REAL),
+        (1.0 - b1).to(REAL),
+        b2.to(REAL),
+        (1.0 - b2).to(REAL),
+        decay.to(REAL),
+        size.to(REAL),
+        root.to(REAL),
+        _real(eps, eps_at).to(REAL),
+        _is_set(found_inf),
+    )
+    _for_each_block(
+        _descend_adamw_block, (x_at, g_at, m_at, v_at, from_at), rule, length, wide, BLOCK
+    )
+
+
+@triton.jit
+def _squares(t_at, w_at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Squares of t, or of w t where there are weights."""
+    t = _load(t_at, start, length, BLOCK, WIDE).to(tl.float64)
+    if w_at is not None:
+        t = _load(w_at, start, length, BLOCK, WIDE).to(tl.float64) * t
+    return t * t
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_squares_kernel(
+    pointers,
+    chunks,
+    n,
+    sums,
+    WEIGHTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    REAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sums[program] <- sum of (w t)^2, in an order that alignment does not change."""
+    tensor, first, length, wide = _chunk(chunks)
+    t_at = _address(pointers, tensor, first, DTYPE)
+    w_at = _address(pointers, tensor + n, first, DTYPE) if WEIGHTS else None
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, wide, BLOCK):
-        t = _load(at, start, length, BLOCK, True).to(tl.float64)
-        total += t * t
+        total += _squares(t_at, w_at, start, length, BLOCK, True)
     for start in range(wide, length, BLOCK):
-        t = _load(at, start, length, BLOCK, False).to(tl.float64)
-        total += t * t
+        total += _squares(t_at, w_at, start, length, BLOCK, False)
     tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
 
 
@@ -216,13 +396,13 @@ def norm_kernel(sums, count, out, grad_scale, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         total += _load(sums, start, count, BLOCK, False)
-    norm = tl.sqrt(tl.sum(total, axis=0)) * _inverse(grad_scale)
+    norm = _square_root(tl.sum(total, axis=0)) * _inverse(grad_scale)
     tl.store(out, norm.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def flag_nonfinite_kernel(
-    pointers, chunks, found_inf, DTYPE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr
+    pointers, chunks, n, found_inf, DTYPE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr
 ):
     """found_inf <- 1 if an element is inf or NaN."""
     tensor, first, length, wide = _chunk(chunks)

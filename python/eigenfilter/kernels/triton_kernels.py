@@ -34,6 +34,7 @@ def ascend(
     backups: Sequence[Tensor],
     alpha: Scalar,
     *,
+    adaptive: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -46,10 +47,59 @@ def ascend(
             device_code.ascend_kernel,
             x.dtype,
             work,
-            work.n,
-            *_scalar("alpha", alpha, x.device),
-            _single("grad_scale", grad_scale, torch.float32, x.device),
-            _single("found_inf", found_inf, torch.float32, x.device),
+            *_scalars(x.device, alpha=alpha),
+            *_flags(x.device, grad_scale, found_inf),
+            ADAPTIVE=adaptive,
+        )
+
+
+def ascend_again(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    alpha: Scalar,
+    backups: Sequence[Tensor] | None,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Move once more; see `eigenfilter.kernels.ascend_again`."""
+    x = params[0]
+    names = ("params", "grads", "backups")
+    with _served(x.device):
+        work = tables(x, names, (params, grads, backups), (True, False, False))
+        _launch(
+            device_code.ascend_again_kernel,
+            x.dtype,
+            work,
+            0 if backups is None else 2,
+            *_scalars(x.device, alpha=alpha),
+            *_flags(x.device, grad_scale, found_inf),
+        )
+
+
+def ascend_hvp(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    base_grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    alpha: Scalar,
+    eps: Scalar,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Move along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
+    x = params[0]
+    names = ("params", "grads", "base_grads", "backups")
+    lists = (params, grads, base_grads, backups)
+    with _served(x.device):
+        work = tables(x, names, lists, (True, False, False, False))
+        _launch(
+            device_code.ascend_hvp_kernel,
+            x.dtype,
+            work,
+            *_scalars(x.device, alpha=alpha, eps=eps),
+            *_flags(x.device, grad_scale, found_inf),
         )
 
 
@@ -71,35 +121,85 @@ def descend(
     """Restore and step; see `eigenfilter.kernels.descend`."""
     x = params[0]
     names = ("params", "grads", "momenta", "backups")
+    has_momenta = momenta is not None
     with _served(x.device):
         work = tables(x, names, (params, grads, momenta, backups), (True, False, True, False))
         _launch(
             device_code.descend_kernel,
             x.dtype,
             work,
-            work.n,
-            *_scalar("lr", lr, x.device),
-            *_scalar("momentum", momentum, x.device),
-            *_scalar("dampening", dampening, x.device),
-            *_scalar("weight_decay", weight_decay, x.device),
-            _single("grad_scale", grad_scale, torch.float32, x.device),
-            _single("found_inf", found_inf, torch.float32, x.device),
-            MOMENTA=momenta is not None,
-            BACKUPS=backups is not None,
+            0 if backups is None else 2 + has_momenta,
+            -1.0 if maximize else 1.0,
+            *_scalars(
+                x.device,
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+            ),
+            *_flags(x.device, grad_scale, found_inf),
+            MOMENTA=has_momenta,
             NESTEROV=nesterov,
-            MAXIMIZE=maximize,
         )
 
 
-def norm(tensors: Sequence[Tensor], out: Tensor, *, grad_scale: Tensor | None = None) -> None:
+def descend_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: Scalar,
+    weight_decay: Scalar,
+    step: Scalar,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
+    x = params[0]
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
+    lists = (params, grads, exp_avgs, exp_avg_sqs, backups)
+    with _served(x.device):
+        work = tables(x, names, lists, (True, False, True, True, False))
+        _launch(
+            device_code.descend_adamw_kernel,
+            x.dtype,
+            work,
+            0 if backups is None else 4,
+            -1.0 if maximize else 1.0,
+            *_scalars(
+                x.device,
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=weight_decay,
+                step=step,
+            ),
+            *_flags(x.device, grad_scale, found_inf),
+        )
+
+
+def norm(
+    tensors: Sequence[Tensor],
+    out: Tensor,
+    *,
+    weights: Sequence[Tensor] | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
     t = tensors[0]
     with _served(t.device):
-        work = tables(t, ("tensors",), (tensors,), (False,))
+        work = tables(t, ("tensors", "weights"), (tensors, weights), (False, False))
         _single("out", out, arithmetic_dtype(t.dtype), t.device)
         scale = _single("grad_scale", grad_scale, torch.float32, t.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
-        _launch(device_code.sum_squares_kernel, t.dtype, work, sums)
+        _launch(device_code.sum_squares_kernel, t.dtype, work, sums, WEIGHTS=weights is not None)
         device_code.norm_kernel[(1,)](
             sums,
             work.programs,
@@ -129,13 +229,14 @@ def constants(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _launch(kernel: Any, dtype: torch.dtype, work: Tables, *args: object, **chosen: bool) -> None:
-    """Run a program for every chunk."""
+    """Run a program for every chunk, of the variant `chosen`: one for all that is true."""
     if work.programs > 0:
         kernel[(work.programs,)](
             work.pointers,
             work.chunks,
+            work.n,
             *args,
-            **chosen,
+            **{name: bool(value) for name, value in chosen.items()},
             **constants(dtype),
             **device_code.OPTIONS,
         )
@@ -168,6 +269,21 @@ def _scalar(name: str, value: Scalar, device: torch.device) -> tuple[float, Tens
         return value.item(), None
     raise ValueError(
         f"{name} is on {value.device} and the tensors on {device}: move it there or to the CPU"
+    )
+
+
+def _scalars(device: torch.device, **values: Scalar) -> list[float | Tensor | None]:
+    """Return hyperparameters one after the other as kernels take them: see `_scalar`."""
+    return [part for name, value in values.items() for part in _scalar(name, value, device)]
+
+
+def _flags(
+    device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what a GradScaler hands over, checked."""
+    return (
+        _single("grad_scale", grad_scale, torch.float32, device),
+        _single("found_inf", found_inf, torch.float32, device),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import torch
@@ -11,43 +13,40 @@ from torch.autograd.graph import increment_version
 
 from eigenfilter import _core, _perturbation, kernels
 from eigenfilter.optimizers import _distributed
+from eigenfilter.optimizers._ascents import Ascent
+from eigenfilter.optimizers._descents import Descent
+from eigenfilter.optimizers._groups import GroupedOptimizer
 from eigenfilter.optimizers._guard import Guard, drop_handed_over, refuse_unscaled
-from eigenfilter.optimizers._hyperparameters import (
-    DTYPES,
-    check_hyperparameters,
-    check_scalars,
-    is_zero,
-    lr_is_zero,
-)
-from eigenfilter.optimizers._parts import Gradients, Part, Parts, Piece, conforming
+from eigenfilter.optimizers._hyperparameters import check_scalars, is_zero, lr_is_zero
+from eigenfilter.optimizers._parts import Gradients, Part, Parts, Piece, Store, conforming
+from eigenfilter.optimizers._randomness import Randomness
 
 _T = TypeVar("_T")
 
 
-class EigenfilterOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers: SGD's update at x from a gradient taken elsewhere.
+class EigenfilterOptimizer(GroupedOptimizer):
+    """Base of the optimizers: an update at x from a gradient taken elsewhere.
 
-    A step visits `ascents` perturbed points before the descent,
+    A step visits perturbed points before the descent,
 
         closure()
         while opt.ascend():     # moves to the next point where a gradient is needed
             closure()
         opt.step()              # restores x exactly and applies the update
 
-    or, with torch's contract, `loss = opt.step(closure)`. A subclass names its `method`, the number
-    of its `ascents`, and says in `_move` how one ascent moves a part.
+    or, with torch's contract, `loss = opt.step(closure)`. How the points are reached is the
+    `Ascent`'s, what happens at x the `Descent`'s.
 
     Args:
         params: parameters, named parameters or groups, as for torch.optim.Optimizer.
-        defaults: the groups' hyperparameters, SGD's and the subclass's own.
+        defaults: the groups' hyperparameters.
+        ascent: how to move.
+        descent: how to update.
         skip_nonfinite: look at every gradient, and leave parameters and state as they were where
             one is not finite (one more pass over the gradient). In a distributed job the flag is
             shared by all ranks of the default process group, which must then step together.
         backend: the kernels' backend, see `eigenfilter.kernels`.
     """
-
-    method: str
-    ascents: int
 
     # A GradScaler hands grad_scale and found_inf over instead of unscaling and looking itself.
     _step_supports_amp_scaling = True
@@ -56,6 +55,8 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         self,
         params: Iterable[Any],
         defaults: dict[str, Any],
+        ascent: Ascent,
+        descent: Descent,
         *,
         skip_nonfinite: bool = False,
         backend: str | None = None,
@@ -64,6 +65,8 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
             raise ValueError(f"unknown backend {backend!r}: choose one of {kernels.BACKENDS}")
         self.skip_nonfinite = skip_nonfinite
         self.backend = backend
+        self._ascent = ascent
+        self._descent = descent
         self._start()
         super().__init__(params, defaults)
 
@@ -73,7 +76,10 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         self._written = False  # by the present call
         self._moved: list[Part] = []  # parts that are away from x, none twice
         self._guard = Guard()
-        self._parts = Parts(self.backend)
+        self._parts = Parts(Store(self.backend, self._descent.keys))
+        self._randomness: Randomness | None = None  # before an evaluation that is drawn again
+        self._between: Randomness | None = None  # after an ascent whose evaluation should be
+        self._replayed = False
 
     # What users see of a step under way.
 
@@ -92,7 +98,30 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         """How many steps were skipped for a gradient that was not finite (synchronises)."""
         return self._guard.skipped()
 
+    @property
+    def needs_graph(self) -> bool:
+        """Whether the next gradient has to be differentiable itself.
+
+        For `loss.backward(create_graph=opt.needs_graph)`; False unless a method takes exact
+        Hessian-vector products.
+        """
+        return self.phase == "ascent" and self._ascent.needs_graph(self._ascended)
+
     # Stepping.
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A context for every call of the closure in the explicit form.
+
+        Where a method takes finite differences, torch's random numbers are the same on both sides.
+        """
+        replays = self._ascent.replays(self._ascended) if self.phase == "ascent" else None
+        if replays and self._randomness is not None:
+            self._randomness.replay()
+            self._replayed = True
+        elif replays is False:
+            self._randomness = Randomness(self._devices())
+        yield
 
     @torch.no_grad()
     def ascend(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
@@ -129,13 +158,16 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         if self.skip_nonfinite or self._guard.scaled:
             found = [(part, conforming(part, grads)) for part, grads in found]
             self._guard.look(found)
+        self._warn_of_other_randomness()
+        found = self._ascent.prepare(self._ascended, found, self._guard)
         _perturbation.enter(self)
         try:
-            for part, grads in found:
-                if part not in self._moved:
+            for piece in self._pieces(found, past=False):
+                part = piece.part
+                if not piece.moved:
                     part.backups().filled = False  # until the kernel has: see restore
                     self._moved.append(part)
-                self._move(part, grads)
+                self._ascent.move(self._run, self._ascended, piece)
                 part.backups().filled = True
         except BaseException:
             self.restore()
@@ -144,6 +176,8 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _core.clear_gradients(group["params"])
         self._ascended += 1
+        if self._ascent.replays(self._ascended) and not self._replayed:
+            self._between = Randomness(self._devices())
         return True
 
     @overload
@@ -183,9 +217,9 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
                 "back to x with restore()"
             )
         try:
-            loss = _evaluate(closure)
+            loss = self._evaluate(closure)
             while self.ascend():
-                _evaluate(closure)
+                self._evaluate(closure)
             self._following_layouts(self._descend)
         except BaseException:
             self.restore()
@@ -226,22 +260,33 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         return torch.nn.utils.clip_grad_norm_(params, max_norm)
 
-    # For subclasses.
+    # What ascents and descents use.
 
-    def _move(self, part: Part, grads: list[Tensor]) -> None:
-        """Move `part` for ascent number `self._ascended`; its backups hold x from the first on."""
-        raise AssertionError(f"{type(self).__name__} has no ascent")
-
-    def _run(
-        self, kernel: Callable[..., None], part: Part, grads: list[Tensor], *args: Any, **kw: Any
-    ) -> None:
-        """Call a kernel on a part, its gradients copied to the parameters' layout if need be."""
+    def _run(self, kernel: Callable[..., None], piece: Piece, *args: Any, **kw: Any) -> None:
+        """Call a kernel on a piece, its gradients copied to the parameters' layout if need be."""
+        part = piece.part
         kw |= self._guard.scalars(part.device)
         try:
-            kernel(part.tensors, grads, *args, **kw)
+            kernel(part.tensors, piece.grads, *args, **kw)
         except (_core.LayoutError, TypeError):
-            kernel(part.tensors, part.conform(grads), *args, **kw)
+            kernel(part.tensors, part.conform(piece.grads), *args, **kw)
         self._written = True
+
+    def _pieces(self, found: Gradients, *, past: bool) -> list[Piece]:
+        """Parts split by what differs: are they away from x and, where asked for, their past."""
+        away = {id(p) for part in self._moved for p in part.params}
+        pieces = []
+        for part, grads in found:
+            pasts = part.pasts(self._descent.past) if past else [None]
+            whole = not self._moved or part in self._moved
+            if whole and len(pasts) == 1:
+                pieces.append(Piece(part, grads, bool(self._moved), pasts[0]))
+                continue
+            pasts = pasts * (len(part.params) // len(pasts))
+            keys = [(id(p) in away, at) for p, at in zip(part.params, pasts, strict=True)]
+            for (moved, at), (some, given) in part.split(grads, keys).items():
+                pieces.append(Piece(some, given, moved, at))
+        return pieces
 
     def _following_layouts(self, act: Callable[[], _T]) -> _T:
         """Act; once more with parts built anew if the parameters' layouts are no longer theirs.
@@ -255,7 +300,7 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         except _core.LayoutError:
             if self._written or self.perturbed:
                 raise
-            self._parts.build(self.param_groups, self.state)
+            self._build_parts()
             return act()
 
     # The descent.
@@ -273,44 +318,22 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
         if self._ascended == 0:
             self._guard.begin()
         self._guard.take_over(self, found, self._ascended > 0)
-        pieces = [p for part, grads in found for p in part.pieces(grads, self._moved)]
-        if self.skip_nonfinite or len(pieces) > 1:  # any error comes before the first one steps
+        self._update(found)
+        self._touched([part for part, _ in found])
+        self._guard.count()
+        self._restore_all_but(found)
+
+    def _update(self, found: Gradients) -> None:
+        """Update what has a gradient; any error comes before the first kernel writes."""
+        pieces = self._pieces(found, past=True)
+        if self.skip_nonfinite or len(pieces) > 1:
             for piece in pieces:
                 check_scalars(piece.part.group, piece.part.device)
                 piece.grads = conforming(piece.part, piece.grads)
         if self.skip_nonfinite and pieces:
             self._guard.look([(piece.part, piece.grads) for piece in pieces])
         for piece in pieces:
-            self._update(piece)
-        self._touched([part for part, _ in found])
-        self._guard.count()
-        self._restore_all_but(found)
-
-    def _update(self, piece: Piece) -> None:
-        """Apply SGD's update to a piece, from its backups if it has moved."""
-        part, group = piece.part, piece.part.group
-        momenta, dampening, undo = None, 0.0, False
-        if group["momentum"] != 0:
-            momenta = part.momenta()
-            if piece.begun:
-                dampening = group["dampening"]
-            elif group["dampening"] != 0:  # the first step is undamped; if skipped, it is to come
-                undo = self._guard.skips(part.device)
-        self._run(
-            part.kernels.descend,
-            part,
-            piece.grads,
-            momenta,
-            part.backups() if piece.moved else None,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=dampening,
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
-        if undo:
-            part.drop_momenta()
+            self._descent.step(self._run, piece, self._guard)
 
     def _gradients(self) -> Gradients:
         """The parts of the parameters that have a gradient, with those."""
@@ -320,8 +343,14 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
                     "param_groups or state were changed between an ascent and its step: change "
                     "them after step() or restore()"
                 )
-            self._parts.build(self.param_groups, self.state)
+            self._build_parts()
         return self._parts.with_gradients()
+
+    def _build_parts(self) -> None:
+        self._parts.build(self.param_groups, self.state, self._descent.unify)
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for group in self.param_groups for p in group["params"]}
 
     def _touched(self, parts: list[Part]) -> None:
         """Tell autograd and FSDP2 that the parameters of `parts` have changed."""
@@ -348,14 +377,31 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
 
     def _end(self) -> None:
         self._moved, self._ascended = [], 0
+        self._randomness = self._between = None
+        self._replayed = False
         _perturbation.leave(self)
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad(), self.evaluation():
+            loss = closure()
+        return loss.detach() if isinstance(loss, Tensor) and loss.requires_grad else loss
+
+    def _warn_of_other_randomness(self) -> None:
+        """Warn if the second side of a finite difference drew random numbers of its own."""
+        if self._between is not None and not self._replayed and self._between.has_changed():
+            warnings.warn(
+                "the two sides of a finite difference saw different random numbers (dropout, "
+                "augmentation): call the closure inside `with opt.evaluation():`",
+                stacklevel=4,
+            )
+        self._between = None
 
     # When a step is due.
 
     def _ascents_wanted(self) -> int:
         if all(is_zero(g.get("rho", 0.0)) for g in self.param_groups):
             return 0
-        return self.ascents
+        return self._ascent.count
 
     def _require_ascents(self) -> None:
         if self.phase == "ascent":
@@ -366,78 +412,16 @@ class EigenfilterOptimizer(torch.optim.Optimizer):
 
     def _only_primes(self) -> bool:
         """Whether every lr is 0: distributed checkpointing makes the state exist by such a step."""
-        return not self.perturbed and all(lr_is_zero(g["lr"]) for g in self.param_groups)
+        return not self.perturbed and all(lr_is_zero(g.get("lr", 1.0)) for g in self.param_groups)
 
-    # Saving and loading.
-
-    def state_dict(self) -> dict[str, Any]:
-        """Momentum and hyperparameters, in torch.optim.SGD's form; backups are never in it.
-
-        Raises:
-            RuntimeError: the parameters are away from x, as the model's own state_dict would be.
-        """
-        self._refuse_perturbed("state_dict()")
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict`, this class's or torch.optim.SGD's, returned.
-
-        What its groups lack, as SGD's lack rho, keeps its value.
-
-        Raises:
-            RuntimeError: the parameters are away from x.
-            ValueError: the groups do not match.
-        """
-        self._refuse_perturbed("load_state_dict()")
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):
-            own = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-            filled = [mine | given for mine, given in zip(own, groups, strict=True)]
-            state_dict = state_dict | {"param_groups": filled}
-        super().load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its hyperparameters are checked as the constructor's are.
-
-        Raises:
-            TypeError: a parameter is sparse, complex or of an unsupported dtype.
-            ValueError: a hyperparameter is out of its range.
-            RuntimeError: the parameters are away from x.
-        """
-        self._refuse_perturbed("add_param_group()")
-        super().add_param_group(param_group)
-        group = self.param_groups.pop()
-        check_hyperparameters(group)
-        for device_type in {p.device.type for p in group["params"]} - {"meta"}:
-            kernels.select(device_type, self.backend)
-        for i, p in enumerate(group["params"]):
-            if p.layout != torch.strided or p.dtype not in DTYPES:
-                raise TypeError(
-                    f"parameter {i} of the group is {p.dtype}, {p.layout}: the optimizers take "
-                    "dense float32, float64, bfloat16 and float16 parameters; give the others to "
-                    "an optimizer of their own"
-                )
-        self.param_groups.append(group)
+    # Copying.
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        kept = {"skip_nonfinite": self.skip_nonfinite, "backend": self.backend}
-        return super().__getstate__() | kept
+        names = ("skip_nonfinite", "backend", "_ascent", "_descent")
+        return super().__getstate__() | {name: vars(self)[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_parts" not in vars(self):  # a copy; a load keeps backups and counts
             self._start()
-
-    def _refuse_perturbed(self, what: str) -> None:
-        if self.perturbed:
-            raise RuntimeError(
-                f"{what} while the parameters are away from x: first end the step with step(), or "
-                "go back with restore()"
-            )
-
-
-def _evaluate(closure: Callable[[], Any]) -> Any:
-    with torch.enable_grad():
-        loss = closure()
-    return loss.detach() if isinstance(loss, Tensor) and loss.requires_grad else loss

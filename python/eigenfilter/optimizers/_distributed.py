@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -29,6 +30,30 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
         if g.placements != p.placements:
             return cast(Tensor, g.redistribute(p.device_mesh, p.placements))
     return grad
+
+
+Placing = tuple[Any, tuple[Any, ...]]
+"""A mesh and the placements on it."""
+
+
+def by_placing(params: Sequence[Tensor]) -> list[tuple[Placing | None, list[int]]]:
+    """Indices of the parameters that are placed alike, with how; None is in this process alone."""
+    found: dict[Placing | None, list[int]] = {}
+    for i, p in enumerate(params):
+        placing = None
+        if is_dtensor(p):
+            placing = cast("DTensor", p).device_mesh, cast("DTensor", p).placements
+        found.setdefault(placing, []).append(i)
+    return list(found.items())
+
+
+def summed(value: Tensor, placing: Placing | None) -> Tensor:
+    """The sum of a value over all shards of tensors that are placed so (collective)."""
+    if placing is None:
+        return value
+    mesh, placements = placing
+    partial = [Replicate() if p.is_replicate() else Partial() for p in placements]
+    return DTensor.from_local(value, mesh, partial).full_tensor()
 
 
 def any_rank(flag: Tensor) -> None:

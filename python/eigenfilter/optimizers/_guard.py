@@ -57,19 +57,29 @@ class Guard:
             if isinstance(scale, Tensor):
                 self._scales[device] = scale.to(device, torch.float32)
             if isinstance(flag, Tensor):
-                self._flag(device).add_(flag.to(device, torch.float32).reshape(()))
+                self._make_flag(device).add_(flag.to(device, torch.float32).reshape(()))
         if isinstance(flag, Tensor) and any(part.is_distributed for part, _ in found):
             self._share()
 
     def look(self, found: list[tuple[Part, list[Tensor]]]) -> None:
         """Flag the step if a gradient is not finite, here or on another rank."""
         for part, grads in found:
-            part.kernels.flag_nonfinite(grads, self._flag(part.device))
+            part.kernels.flag_nonfinite(grads, self._make_flag(part.device))
         self._share()
 
     def scalars(self, device: torch.device) -> dict[str, Tensor | None]:
         """The kernels' `grad_scale` and `found_inf` on a device."""
         return {"grad_scale": self._scales.get(device), "found_inf": self._flags.get(device)}
+
+    def flag(self, device: torch.device) -> Tensor | None:
+        """The flag on a device, or None if nothing looks."""
+        return self._flags.get(device)
+
+    def unscaled(self, value: Tensor | float, device: torch.device | None = None) -> Any:
+        """A value divided by the scale that the present gradients carry."""
+        at = value.device if isinstance(value, Tensor) else device
+        scale = self._scales.get(at) if at is not None else None
+        return value if scale is None else value / scale.double()
 
     def skips(self, device: torch.device) -> bool:
         """Whether the step is skipped; waits for the device if there is a flag."""
@@ -86,7 +96,7 @@ class Guard:
         """How many steps were skipped."""
         return max((int(n) for n in self._skipped.values()), default=0)
 
-    def _flag(self, device: torch.device) -> Tensor:
+    def _make_flag(self, device: torch.device) -> Tensor:
         if device not in self._flags:
             self._flags[device] = torch.zeros((), dtype=torch.float32, device=device)
         return self._flags[device]

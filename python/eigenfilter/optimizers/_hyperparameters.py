@@ -10,7 +10,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The parameters' dtypes."""
 
-_NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "rho")
+_NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "eps", "rho")
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:
@@ -24,7 +24,10 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be at least 0 and finite, and is {value}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} must be a number or a one-element tensor")
-    if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+    for beta in group.get("betas", ()):
+        if not isinstance(beta, Tensor) and not 0 <= beta < 1:
+            raise ValueError(f"betas must be at least 0 and below 1, and one is {beta}")
+    if group.get("nesterov") and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs momentum > 0 and dampening 0")
 
 
@@ -33,8 +36,9 @@ def check_scalars(group: dict[str, Any], device: torch.device) -> None:
 
     Kernels say so themselves; asked before the first of several, nothing is half done.
     """
-    for name in (*_NOT_NEGATIVE, "dampening"):
-        value = group.get(name)
+    named = [(name, group.get(name)) for name in (*_NOT_NEGATIVE, "dampening")]
+    named += [("betas", beta) for beta in group.get("betas", ())]
+    for name, value in named:
         if not isinstance(value, Tensor):
             continue
         if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):

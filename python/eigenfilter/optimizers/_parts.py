@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,15 +13,14 @@ from torch import Tensor
 from eigenfilter import _core, kernels
 from eigenfilter.optimizers import _distributed
 
-MOMENTUM = "momentum_buffer"
-"""Key of the momentum buffer in an optimizer's state, torch.optim.SGD's."""
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Part:
     """Parameters of one group that share a device and a dtype, with what the kernels need of them.
 
-    Backups belong to the part's `Store` and momentum buffers to the optimizer's state; a part only
-    keeps them together in the order of its parameters.
+    Backups belong to the part's `Store` and buffers to the optimizer's state; a part only keeps
+    them together in the order of its parameters.
     """
 
     def __init__(self, group: dict[str, Any], params: list[Tensor], store: Store) -> None:
@@ -32,8 +32,8 @@ class Part:
         self.kernels = kernels.select(self.device.type, store.backend)
         self.is_distributed = any(_distributed.is_dtensor(p) for p in params)
         self.store = store
-        self._backups: _core.TensorList | None = None
-        self._momenta: _core.TensorList | None = None
+        self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
+        self._past: tuple[int, Hashable] = (-1, None)  # the store's epoch, and what was seen then
         self._subparts: dict[tuple[int, ...], Part] = {}
 
     def subpart(self, indices: Sequence[int]) -> Part:
@@ -45,45 +45,55 @@ class Part:
             if len(self._subparts) >= 8:  # gradients come and go at random: do not hoard
                 self._subparts.clear()
             part = Part(self.group, [self.params[i] for i in key], self.store)
-            if self._momenta is not None:
-                part._momenta = _core.TensorList([self._momenta[i] for i in key], hold=True)
+            for name in set(self._lists).intersection(self.store.keys):
+                tensors = self._lists[name]
+                part._lists[name] = _core.TensorList([tensors[i] for i in key], hold=True)
             self._subparts[key] = part
         return self._subparts[key]
 
+    def split(
+        self, grads: list[Tensor], keys: Sequence[_Key]
+    ) -> dict[_Key, tuple[Part, list[Tensor]]]:
+        """By key: the part of the parameters that have it, with their gradients."""
+        indices: dict[_Key, list[int]] = {}
+        for i, key in enumerate(keys):
+            indices.setdefault(key, []).append(i)
+        return {
+            key: (self.subpart(some), [grads[i] for i in some]) for key, some in indices.items()
+        }
+
     def backups(self) -> _core.TensorList:
         """The parameters' backups, allocated when first asked for."""
-        if self._backups is None:
-            self._backups = _core.TensorList(map(self.store.backup, self.params), hold=True)
-        return self._backups
+        return self._list("backup", self.store.private)
 
-    def momenta(self) -> _core.TensorList:
-        """The momentum buffers; those that are not there yet are made, as zeros."""
-        if self._momenta is None:
-            self._momenta = _core.TensorList(map(self.store.momentum, self.params), hold=True)
+    def first_gradients(self) -> _core.TensorList:
+        """Room for the gradients at x, allocated when first asked for."""
+        return self._list("first gradient", self.store.private)
+
+    def buffers(self, key: str) -> _core.TensorList:
+        """The buffers that the optimizer's state has at `key`; missing ones are made, as zeros."""
+        if key not in self._lists:
+            self._list(key, self.store.buffer)
             self.store.remember()
-        return self._momenta
+        return self._lists[key]
 
-    def drop_momenta(self) -> None:
-        """Drop the momentum buffers: the step that would have been their first was skipped."""
-        self._momenta = None
+    def drop(self, key: str) -> None:
+        """Drop the buffers: the step that would have been their first was skipped."""
+        del self._lists[key]
         for p in self.params:
-            del self.store.state[p][MOMENTUM]
+            del self.store.state[p][key]
         self.store.remember()
 
-    def pieces(self, grads: list[Tensor], moved_parts: list[Part]) -> Iterator[Piece]:
-        """Split by what parameters have: are they away from x, have they momentum?"""
-        moved = self in moved_parts
-        plain = self.group["momentum"] == 0
-        if (moved or not moved_parts) and (plain or self._momenta is not None):
-            yield Piece(self, grads, moved, True)
-            return
-        moved_ids = {id(p) for part in moved_parts for p in part.params}
-        kinds: dict[tuple[bool, bool], list[int]] = {}
-        for i, p in enumerate(self.params):
-            begun = plain or self.store.state.get(p, {}).get(MOMENTUM) is not None
-            kinds.setdefault((id(p) in moved_ids, begun), []).append(i)
-        for (moved, begun), indices in kinds.items():
-            yield Piece(self.subpart(indices), [grads[i] for i in indices], moved, begun)
+    def pasts(self, of: Callable[[dict[str, Any]], Hashable]) -> list[Hashable]:
+        """What `of` makes of each parameter's state; a single item where that is the same."""
+        epoch, past = self._past
+        if epoch == self.store.epoch:
+            return [past]
+        found = [of(self.store.state.get(p, {})) for p in self.params]
+        if len(set(found)) > 1:
+            return found
+        self._past = self.store.epoch, found[0]
+        return found[:1]
 
     def restore(self) -> None:
         """Go back from the backups to x."""
@@ -94,67 +104,89 @@ class Part:
         """Gradients in their parameters' dtype, strides and placements, copied where not so."""
         return [_conform(g, p) for g, p in zip(grads, self.params, strict=True)]
 
+    def _list(self, name: str, make: Callable[[str, Tensor], Tensor]) -> _core.TensorList:
+        if name not in self._lists:
+            tensors = [make(name, p) for p in self.params]
+            self._lists[name] = _core.TensorList(tensors, hold=True)
+        return self._lists[name]
+
 
 @dataclass(slots=True)
 class Piece:
-    """What one kernel call steps: parameters with their gradients that have the same past.
+    """What one kernel call works on: parameters with their gradients that have the same past.
 
     Attributes:
         part: the parameters.
         grads: a gradient for each.
         moved: whether they are away from x.
-        begun: whether they have momentum; true where the group takes none.
+        past: what the descent makes of their state.
     """
 
     part: Part
     grads: list[Tensor]
     moved: bool
-    begun: bool
+    past: Hashable = None
 
 
 class Store:
-    """What outlives the parts of one optimizer: its backups, by parameter, and its state."""
+    """What outlives the parts of one optimizer: its own tensors, by parameter, and its state.
 
-    def __init__(self, backend: str | None) -> None:
+    Args:
+        backend: the kernels' backend.
+        keys: where the state has the buffers.
+    """
+
+    def __init__(self, backend: str | None, keys: tuple[str, ...]) -> None:
         self.backend = backend
+        self.keys = keys
         self.state: dict[Tensor, dict[str, Any]] = {}
-        self._backups: dict[Tensor, Tensor] = {}
-        self._seen: tuple[list[Any], list[Any]] = ([], [])
+        self.epoch = 0  # counts changes of the state's buffers
+        self._private: dict[tuple[str, Tensor], Tensor] = {}
+        self._entries: list[dict[str, Any]] = []
+        self._values: list[Any] = []
 
-    def backup(self, p: Tensor) -> Tensor:
-        """The backup of a parameter's local memory."""
+    def private(self, name: str, p: Tensor) -> Tensor:
+        """A tensor of the optimizer's own like the local memory of a parameter; never saved."""
         local = _distributed.local(p)
-        kept = self._backups.get(p)
+        kept = self._private.get((name, p))
         if kept is None or kept.shape != local.shape or not _fits(kept, local):
-            kept = self._backups[p] = torch.empty_like(local, requires_grad=False)
+            kept = self._private[name, p] = torch.empty_like(local, requires_grad=False)
         return kept
 
-    def momentum(self, p: Tensor) -> Tensor:
-        """A parameter's momentum buffer, made as zeros or brought to its dtype and strides."""
+    def buffer(self, key: str, p: Tensor) -> Tensor:
+        """A parameter's buffer, made as zeros or brought to its dtype and strides."""
         state = self.state[p]
-        buffer: Tensor | None = state.get(MOMENTUM)
+        buffer: Tensor | None = state.get(key)
         if buffer is None:
             buffer = torch.zeros_like(p, requires_grad=False)
         elif not _distributed.is_dtensor(p) and not _fits(buffer, p):
             buffer = torch.empty_like(p, requires_grad=False).copy_(buffer)
-        state[MOMENTUM] = buffer
+        state[key] = buffer
         return buffer
 
     def remember(self) -> None:
-        """Note which state dictionaries and momentum buffers there are now."""
-        states = [s for s in self.state.values() if s]
-        self._seen = states, [s.get(MOMENTUM) for s in states]
+        """Note which state dictionaries and buffers there are now."""
+        self._entries = [s for s in self.state.values() if s]
+        self._values = [s.get(key) for s in self._entries for key in self.keys]
+        self._holders = Counter(map(id, self._values))
+        self.epoch += 1
+
+    def holders(self, value: Any) -> int:
+        """How many parameters share an item of the state."""
+        return self._holders[id(value)]
 
     def unchanged(self) -> bool:
         """Whether the state is still the one noted: none of it was replaced, cleared or loaded."""
-        return _core.same_entries(self.state, self._seen[0], MOMENTUM, self._seen[1])
+        return not self.keys or _core.same_entries(
+            self.state, self._entries, self.keys, self._values
+        )
 
 
 class Parts:
     """All parts of one optimizer, built from its groups and state and kept while these last."""
 
-    def __init__(self, backend: str | None) -> None:
-        self._store = Store(backend)
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._parts: list[Part] = []
         self._groups: list[tuple[list[Tensor], list[Tensor]]] = []  # each group's list, a copy
 
@@ -171,10 +203,21 @@ class Parts:
             and self._store.unchanged()
         )
 
-    def build(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> None:
-        """Build the parts: for each group, one for each device and dtype."""
+    def build(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        unify: Callable[[dict[Tensor, Any]], None],
+    ) -> None:
+        """Build the parts: for each group, one for each device and dtype.
+
+        Args:
+            groups, state: the optimizer's.
+            unify: brings a state that was loaded to the form in which it is kept.
+        """
         self._groups = [(g["params"], list(g["params"])) for g in groups]
         self._store.state = state
+        unify(state)
         self._store.remember()
         self._parts = []
         self._refuse_overlap()
@@ -183,6 +226,10 @@ class Parts:
             for p in group["params"]:
                 by_kind.setdefault(_kind(p), []).append(p)
             self._parts += [Part(group, params, self._store) for params in by_kind.values()]
+
+    def devices(self) -> list[torch.device]:
+        """The devices of all parts, none twice."""
+        return list(dict.fromkeys(part.device for part in self._parts))
 
     def _refuse_overlap(self) -> None:
         """Raise ValueError where parameters of any groups share memory: a move would be two."""

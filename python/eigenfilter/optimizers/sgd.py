@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from eigenfilter.optimizers._ascents import Ascent
 from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers._descents import SGDDescent
 
 
 class SGD(EigenfilterOptimizer):
@@ -49,7 +51,6 @@ class SGD(EigenfilterOptimizer):
     """
 
     method = "sgd"
-    ascents = 0
 
     def __init__(
         self,
@@ -64,12 +65,30 @@ class SGD(EigenfilterOptimizer):
         skip_nonfinite: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, skip_nonfinite=skip_nonfinite, backend=backend)
+        super().__init__(
+            params,
+            sgd_defaults(lr, momentum, dampening, weight_decay, nesterov, maximize),
+            Ascent(),
+            SGDDescent(),
+            skip_nonfinite=skip_nonfinite,
+            backend=backend,
+        )
+
+
+def sgd_defaults(
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float | Tensor,
+    nesterov: bool,
+    maximize: bool,
+) -> dict[str, Any]:
+    """SGD's hyperparameters as groups hold them."""
+    return {
+        "lr": lr,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }

@@ -7,8 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
+from eigenfilter.optimizers._ascents import Ascent, Run, signed
 from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers._parts import Part
+from eigenfilter.optimizers._descents import SGDDescent
+from eigenfilter.optimizers._parts import Piece
+from eigenfilter.optimizers.sgd import sgd_defaults
+
+
+class USAMAscent(Ascent):
+    """One ascent along rho times the gradient."""
+
+    method = "usam"
+    count = 1
+
+    def move(self, run: Run, index: int, piece: Piece) -> None:
+        part = piece.part
+        run(part.kernels.ascend, piece, part.backups(), signed(part.group))
 
 
 class USAM(EigenfilterOptimizer):
@@ -54,7 +68,6 @@ class USAM(EigenfilterOptimizer):
     """
 
     method = "usam"
-    ascents = 1
 
     def __init__(
         self,
@@ -70,18 +83,11 @@ class USAM(EigenfilterOptimizer):
         skip_nonfinite: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "rho": rho,
-        }
-        super().__init__(params, defaults, skip_nonfinite=skip_nonfinite, backend=backend)
-
-    def _move(self, part: Part, grads: list[Tensor]) -> None:
-        rho = part.group["rho"]
-        alpha = -rho if part.group["maximize"] else rho
-        self._run(part.kernels.ascend, part, grads, part.backups(), alpha)
+        super().__init__(
+            params,
+            sgd_defaults(lr, momentum, dampening, weight_decay, nesterov, maximize) | {"rho": rho},
+            USAMAscent(),
+            SGDDescent(),
+            skip_nonfinite=skip_nonfinite,
+            backend=backend,
+        )

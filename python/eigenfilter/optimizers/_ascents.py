@@ -1,0 +1,95 @@
+"""Ascents: how a method gets from x to where the descent's gradient is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenfilter.optimizers import _distributed
+from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._parts import Gradients, Part, Piece
+
+Run = Callable[..., None]
+"""Calls a kernel on a piece: (kernel, piece, further arguments)."""
+
+TINY = 1e-12
+"""Added to a norm that divides, as the common implementations of SAM do: 0 / 0 is then 0."""
+
+
+class Ascent:
+    """A method's ascents; this one, plain gradient descent's, has none.
+
+    An ascent keeps nothing from one step to the next, and one object serves one optimizer.
+
+    Attributes:
+        method: the method's name.
+        count: its ascents a step.
+    """
+
+    method = "sgd"
+    count = 0
+
+    def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
+        """Do what takes all gradients at once; return them, or what is to move along instead.
+
+        Args:
+            index: which ascent of the step, from 0.
+            found: the parts that ascend, with their gradients.
+            guard: the scale the gradients carry.
+        """
+        return found
+
+    def move(self, run: Run, index: int, piece: Piece) -> None:
+        """Move a piece; its backups hold x if it has moved before, else this call saves it."""
+        raise AssertionError(f"{self.method} has no ascent")
+
+    def needs_graph(self, index: int) -> bool:
+        """Whether the gradient for ascent `index` has to be differentiable itself."""
+        return False
+
+    def replays(self, index: int) -> bool | None:
+        """Whether evaluation `index` draws the random numbers of the one before it (False, True).
+
+        None where they are not looked after.
+        """
+        return None
+
+
+def signed(group: dict[str, Any]) -> float | Tensor:
+    """The length of an ascent: rho, or -rho where f is maximised."""
+    rho: float | Tensor = group["rho"]
+    return -rho if group.get("maximize") else rho
+
+
+def total_norms(
+    lists: Sequence[tuple[Part, Sequence[Tensor]]], *, weights: bool = False
+) -> dict[torch.device, Tensor]:
+    """Euclidean norm of all tensors of all parts together, a 0-dim float64 tensor on each device.
+
+    Args:
+        lists: parts, with tensors like their parameters.
+        weights: multiply the tensors by the parameters before, elementwise.
+    """
+    squares: dict[torch.device, list[Tensor]] = {part.device: [] for part, _ in lists}
+    for part, tensors in lists:
+        for placing, indices in _distributed.by_placing(part.params):
+            whole = len(indices) == len(part.params)
+            norm = torch.empty((), dtype=_norm_dtype(part), device=part.device)
+            part.kernels.norm(
+                tensors if whole else [tensors[i] for i in indices],
+                norm,
+                weights=[part.tensors[i] for i in indices] if weights else None,
+            )
+            squares[part.device].append(_distributed.summed(norm.double().square(), placing))
+    sums = {device: torch.stack(terms).sum() for device, terms in squares.items()}
+    return {
+        device: torch.stack([s.to(device) for s in sums.values()]).sum().sqrt() for device in sums
+    }
+
+
+def _norm_dtype(part: Part) -> torch.dtype:
+    local = _distributed.local(part.params[0])
+    return torch.float64 if local.dtype == torch.float64 else torch.float32

@@ -1,0 +1,87 @@
+"""Groups and state of an optimizer: checked when given, refused mid-step, saved and loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from eigenfilter import kernels
+from eigenfilter.optimizers._hyperparameters import DTYPES, check_hyperparameters
+
+
+class GroupedOptimizer(torch.optim.Optimizer):
+    """torch's optimizer, whose groups and state are left alone while the parameters are moved."""
+
+    backend: str | None
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the parameters are away from x."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and hyperparameters in the form of the torch optimizer; backups are never in it.
+
+        Raises:
+            RuntimeError: the parameters are away from x, as the model's own state_dict would be.
+        """
+        self._refuse_perturbed("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict`, this class's or that of the torch optimizer, returned.
+
+        What its groups lack, as SGD's lack rho, keeps its value.
+
+        Raises:
+            RuntimeError: the parameters are away from x.
+            ValueError: the groups do not match.
+        """
+        self._refuse_perturbed("load_state_dict()")
+        super().load_state_dict(self._filled(state_dict))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its hyperparameters are checked as the constructor's are.
+
+        Raises:
+            TypeError: a parameter is sparse, complex or of an unsupported dtype.
+            ValueError: a hyperparameter is out of its range.
+            RuntimeError: the parameters are away from x.
+        """
+        self._refuse_perturbed("add_param_group()")
+        super().add_param_group(param_group)
+        group = self.param_groups.pop()
+        self._check_group(group)
+        self.param_groups.append(group)
+
+    def _filled(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state whose groups have all that the present ones have."""
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            return state_dict
+        own = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        filled = [mine | given for mine, given in zip(own, groups, strict=True)]
+        return state_dict | {"param_groups": filled}
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_hyperparameters(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_hyperparameters(group)
+        for device_type in {p.device.type for p in group["params"]} - {"meta"}:
+            kernels.select(device_type, self.backend)
+        for i, p in enumerate(group["params"]):
+            if p.layout != torch.strided or p.dtype not in DTYPES:
+                raise TypeError(
+                    f"parameter {i} of the group is {p.dtype}, {p.layout}: the optimizers take "
+                    "dense float32, float64, bfloat16 and float16 parameters; give the others to "
+                    "an optimizer of their own"
+                )
+
+    def _refuse_perturbed(self, what: str) -> None:
+        if self.perturbed:
+            raise RuntimeError(
+                f"{what} while the parameters are away from x: first end the step with step(), or "
+                "go back with restore()"
+            )

@@ -1,0 +1,96 @@
+"""AdamW, plain and sharpness-aware."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers._descents import STEP, AdamWDescent
+from eigenfilter.optimizers._methods import ascent_of
+
+
+class AdamW(EigenfilterOptimizer):
+    r"""AdamW with its gradient taken where an ascent leads; plain AdamW at rho = 0, the default.
+
+        g = grad f at the point that `method` ascends to from x
+        m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2
+        x <- (1 - lr wd) x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+
+    with t the number of the step. The whole update is one kernel over all tensors of a device,
+    dtype and group. The state is torch.optim.AdamW's; parameters that have taken equally many
+    steps share one `step` tensor, which `state_dict()` copies for each.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate, >= 0; a number or a 0-dim tensor.
+        betas: (beta1, beta2), each in [0, 1).
+        eps: >= 0.
+        weight_decay: wd, >= 0; decoupled.
+        method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
+        rho: of the ascent, >= 0; see the optimizer of that method. It lives in param_groups.
+        maximize: ascend f.
+        skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
+        backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        options: further arguments of the method's ascent: `adaptive` ("sam"), `ascent`
+            ("two_step_usam"), `hvp` and `fd_step` ("hessian_usam").
+
+    Raises:
+        TypeError: sparse, complex or otherwise unsupported parameters; an unknown option.
+        ValueError: a hyperparameter out of its range; an unknown method.
+
+    Example:
+        >>> opt = eigenfilter.AdamW(model.parameters(), lr=1e-3, method="sam", rho=0.05)
+        >>> loss = opt.step(closure)
+
+    Source: I. Loshchilov and F. Hutter, 2019, arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        *,
+        method: str = "usam",
+        rho: float | Tensor = 0.0,
+        maximize: bool = False,
+        skip_nonfinite: bool = False,
+        backend: str | None = None,
+        **options: Any,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "rho": rho,
+        }
+        super().__init__(
+            params,
+            defaults,
+            ascent_of(method, **options),
+            AdamWDescent(),
+            skip_nonfinite=skip_nonfinite,
+            backend=backend,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        saved["state"] = {
+            key: entry | {STEP: entry[STEP].clone()} if STEP in entry else entry
+            for key, entry in saved["state"].items()
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError(
+                "this state is of AMSGrad, which is not supported: load it into torch.optim.AdamW"
+            )
+        super().load_state_dict(state_dict)

@@ -1,0 +1,219 @@
+"""USAM along a Hessian-vector product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenfilter.optimizers import _distributed
+from eigenfilter.optimizers._ascents import TINY, Ascent, Run, total_norms
+from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers._descents import SGDDescent
+from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._parts import Gradients, Part, Piece, conforming
+from eigenfilter.optimizers.sgd import sgd_defaults
+
+
+class DifferenceAscent(Ascent):
+    """H g from two gradients: out along g by a small step, then from x by rho H g.
+
+    The step is eps = c (1 + ||x||) / ||g||, with c the square root of the parameters' machine
+    precision (the coarsest, if they differ): it balances the rounding of the gradients against the
+    curvature's change along the way (J. Nocedal and S. Wright, 2006, section 8.1).
+    """
+
+    method = "hessian_usam"
+    count = 2
+
+    def __init__(self, relative_step: float | None) -> None:
+        if relative_step is not None and not relative_step > 0:
+            raise ValueError(f"fd_step must be positive, and is {relative_step}")
+        self.relative_step = relative_step
+        self._eps: dict[torch.device, Tensor] = {}
+        self._displaced: set[int] = set()  # ids of the parameters
+
+    def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
+        found = [(part, conforming(part, grads)) for part, grads in found]
+        ids = {id(p) for part, _ in found for p in part.params}
+        if index == 0:
+            lengths = total_norms([(part, part.tensors) for part, _ in found])
+            for device, norm in total_norms(found).items():
+                step = self._relative_step(found) * (1 + lengths[device])
+                self._eps[device] = step / (guard.unscaled(norm) + TINY)
+            for part, grads in found:
+                _keep(part, grads)
+            self._displaced = ids
+        elif ids != self._displaced:
+            raise RuntimeError(
+                "a finite difference needs the same gradients on both sides, and some parameters "
+                "have one on one side only: the closure must do the same at every call"
+            )
+        return found
+
+    def move(self, run: Run, index: int, piece: Piece) -> None:
+        part = piece.part
+        eps, rho = self._eps[part.device], part.group["rho"]
+        if index == 0:
+            run(part.kernels.ascend, piece, part.backups(), eps)
+        else:
+            run(part.kernels.ascend_hvp, piece, part.first_gradients(), part.backups(), rho, eps)
+
+    def replays(self, index: int) -> bool | None:
+        return (False, True, None)[index]
+
+    def _relative_step(self, found: Gradients) -> float:
+        if self.relative_step is not None:
+            return self.relative_step
+        coarsest = max(torch.finfo(part.params[0].dtype).eps for part, _ in found)
+        return float(coarsest**0.5)
+
+
+class ProductAscent(Ascent):
+    """H g by a second backward pass through the graph of the gradient."""
+
+    method = "hessian_usam"
+    count = 1
+
+    def __init__(self) -> None:
+        self._scales: dict[torch.device, Tensor | float] = {}
+
+    def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
+        params = [p for part, _ in found for p in part.params]
+        grads = [g for _, given in found for g in given]
+        if not any(g.requires_grad for g in grads):
+            raise RuntimeError(
+                'hvp="autograd" differentiates the gradient: call '
+                "loss.backward(create_graph=opt.needs_graph) in the closure"
+            )
+        outputs = [g for g in grads if g.requires_grad]
+        try:
+            products = torch.autograd.grad(
+                outputs, params, [g.detach() for g in outputs], allow_unused=True
+            )
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the gradient could not be differentiated: where the model has an operation "
+                'without a second derivative, or is sharded by FSDP2, use hvp="finite_difference"'
+            ) from error
+        moving, rest = [], iter(products)
+        for part, given in found:
+            own = [next(rest) for _ in given]
+            some = [i for i, h in enumerate(own) if h is not None]  # the others' H g is 0
+            if some:
+                moving.append((part.subpart(some), [own[i] for i in some]))
+        # The products carry the square of the loss scale; the kernel takes one away.
+        self._scales = {part.device: guard.unscaled(1.0, part.device) for part, _ in moving}
+        return moving
+
+    def move(self, run: Run, index: int, piece: Piece) -> None:
+        part = piece.part
+        run(
+            part.kernels.ascend,
+            piece,
+            part.backups(),
+            part.group["rho"] * self._scales[part.device],
+        )
+
+    def needs_graph(self, index: int) -> bool:
+        return index == 0
+
+
+def _keep(part: Part, grads: list[Tensor]) -> None:
+    """Copy gradients to memory of their own: what a later backward pass overwrites is not kept."""
+    kept = list(part.first_gradients())
+    torch._foreach_copy_(kept, [_distributed.local(g) for g in grads])
+
+
+class HessianUSAM(EigenfilterOptimizer):
+    r"""Hessian USAM: SGD's update with the gradient taken at x + rho H(x) grad f(x).
+
+        h = H(x) grad f(x)
+        d = grad f(x + rho h) + wd x               (also with `maximize`: h keeps its sign)
+        m <- momentum m + (1 - dampening) d        (first step: m <- d)
+        x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
+
+    Where it converges, every eigenvalue lambda of the Hessian satisfies, with q = lambda (1 + rho
+    lambda^2) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with Nesterov 0 <= lr q <=
+    (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else to first order in wd). At wd = 0
+    no negative eigenvalue passes.
+
+    `hvp="finite_difference"` takes three gradients: h = (grad f(x + eps g) - g) / eps with g = grad
+    f(x) and eps = fd_step (1 + ||x||) / ||g||. Both gradients must see the same batch and the same
+    random numbers, unclipped: `step(closure)` replays torch's generators, in the explicit form
+    `with opt.evaluation():` around the closure does; a second evaluation that draws random numbers
+    without it warns. It works where double backward does not: fused attention, FSDP2, compiled
+    models. It keeps one more gradient.
+
+    `hvp="autograd"` takes two gradients and one product. The closure has to call
+    `loss.backward(create_graph=opt.needs_graph)`.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: learning rate, >= 0; a number or a 0-dim tensor.
+        momentum: >= 0; convergence needs < 1.
+        dampening: of the gradient in the momentum.
+        weight_decay: wd, >= 0; enters after the ascent.
+        nesterov: Nesterov's momentum; needs momentum > 0 and dampening 0.
+        rho: of the ascent, >= 0. Groups with the float 0.0 take none.
+        hvp: "finite_difference" or "autograd".
+        fd_step: relative length of the finite difference; by default the square root of the
+            parameters' machine precision. Gradients that are less exact, as under bfloat16
+            autocast, want more, about 0.01, and drown in their rounding late in training all the
+            same: docs/optimizers.md has the errors measured.
+        maximize: ascend f.
+        skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
+        backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+
+    Raises:
+        TypeError: sparse, complex or otherwise unsupported parameters.
+        ValueError: a hyperparameter out of its range.
+
+    Example:
+        >>> opt = eigenfilter.HessianUSAM(model.parameters(), lr=0.1, momentum=0.9, rho=0.01)
+        >>> loss = opt.step(closure)
+
+    Source: arXiv 2510.09034; its exact form is our reading.
+    """
+
+    method = "hessian_usam"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        rho: float | Tensor = 0.01,
+        hvp: str = "finite_difference",
+        fd_step: float | None = None,
+        maximize: bool = False,
+        skip_nonfinite: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            sgd_defaults(lr, momentum, dampening, weight_decay, nesterov, maximize) | {"rho": rho},
+            hessian_usam_ascent(hvp=hvp, fd_step=fd_step),
+            SGDDescent(),
+            skip_nonfinite=skip_nonfinite,
+            backend=backend,
+        )
+
+
+def hessian_usam_ascent(
+    *, hvp: str = "finite_difference", fd_step: float | None = None
+) -> DifferenceAscent | ProductAscent:
+    """The ascent for a way to take the product."""
+    if hvp == "finite_difference":
+        return DifferenceAscent(fd_step)
+    if hvp != "autograd":
+        raise ValueError(f'hvp must be "finite_difference" or "autograd", and is {hvp!r}')
+    if fd_step is not None:
+        raise ValueError('fd_step belongs to hvp="finite_difference"')
+    return ProductAscent()

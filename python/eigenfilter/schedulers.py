@@ -1,0 +1,149 @@
+"""Schedules of rho: flat minima for less than twice the gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = ("constant", "linear", "cosine", "step", "late", "every")
+
+Factor = Callable[[int], float]
+"""What rho is multiplied by at a step; steps count from 0."""
+
+
+class RhoSchedule:
+    r"""Sets the groups' rho before each step, as torch's schedulers set lr.
+
+    At step t of T = `total_steps` a group has rho = initial rho * factor(t), with
+
+        "constant"  1
+        "linear"    1 + (end - 1) t / T                          (end from T on)
+        "cosine"    end + (1 - end) (1 + cos(pi t / T)) / 2      (end from T on)
+        "step"      gamma^floor(t / every)
+        "late"      0 until start T, then 1
+        "every"     1 where t is a multiple of `every`, else 0
+
+    or any function of t. A step with factor 0 takes no ascent and costs one gradient. rho is
+    multiplied; lr is left to torch's schedulers, with which this one may be combined in any order.
+
+    Args:
+        optimizer: one with rho in its groups. Their rho at this moment is the initial one; it is
+            kept in the groups as `initial_rho`.
+        kind: one of the names above, or a function from t >= 0 to a factor >= 0.
+        total_steps: T, for "linear", "cosine" and "late".
+        end: the last factor, >= 0, of "linear" and "cosine".
+        every: for "step" and "every".
+        gamma: for "step", >= 0.
+        start: for "late": a fraction of the training, in [0, 1].
+
+    Raises:
+        TypeError: a group of the optimizer has no rho.
+        ValueError: an unknown kind, or an argument that is missing or out of its range.
+
+    Example:
+        >>> schedule = RhoSchedule(opt, "late", total_steps=10_000, start=0.8)
+        >>> for inputs, targets in loader:
+        ...     opt.step(closure)
+        ...     schedule.step()
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        kind: str | Factor = "constant",
+        *,
+        total_steps: int | None = None,
+        end: float = 0.0,
+        every: int | None = None,
+        gamma: float = 0.1,
+        start: float | None = None,
+    ) -> None:
+        if not all("rho" in group for group in optimizer.param_groups):
+            raise TypeError(f"{type(optimizer).__name__} has groups without rho: nothing to set")
+        self.optimizer = optimizer
+        self._factor = (
+            kind if callable(kind) else _factor(kind, total_steps, end, every, gamma, start)
+        )
+        self._step = 0
+        for group in optimizer.param_groups:
+            group.setdefault("initial_rho", _copied(group["rho"]))
+        self._set()
+
+    def step(self) -> None:
+        """Go on to the next step; to be called after the optimizer's.
+
+        Raises:
+            RuntimeError: the optimizer is between an ascent and its step.
+        """
+        if getattr(self.optimizer, "perturbed", False):
+            raise RuntimeError(
+                "rho changes between steps, and one is under way: call schedule.step() after "
+                "opt.step()"
+            )
+        self._step += 1
+        self._set()
+
+    def get_last_rho(self) -> list[float | Tensor]:
+        """The present rho of every group."""
+        return [group["rho"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the step; the rest is given anew at construction."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the step that was saved. Load the optimizer's state before."""
+        self._step = int(state_dict["step"])
+        self._set()
+
+    def _set(self) -> None:
+        factor = float(self._factor(self._step))
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                f"a factor must be at least 0 and finite; at {self._step} it is {factor}"
+            )
+        for group in self.optimizer.param_groups:
+            # Groups that were added later, or loaded from another optimizer, begin with theirs.
+            initial = group.setdefault("initial_rho", _copied(group["rho"]))
+            if isinstance(group["rho"], Tensor):
+                group["rho"].copy_(factor * initial)
+            else:
+                group["rho"] = factor * float(initial)
+
+
+def _factor(
+    kind: str,
+    total_steps: int | None,
+    end: float,
+    every: int | None,
+    gamma: float,
+    start: float | None,
+) -> Factor:
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}, or a function")
+    if kind in ("linear", "cosine", "late") and (total_steps is None or total_steps < 1):
+        raise ValueError(f'"{kind}" needs total_steps, at least 1')
+    if kind in ("step", "every") and (every is None or every < 1):
+        raise ValueError(f'"{kind}" needs every, at least 1')
+    if kind == "late" and (start is None or not 0 <= start <= 1):
+        raise ValueError('"late" needs start, a fraction of the training from 0 to 1')
+    if not (0 <= end < math.inf and 0 <= gamma < math.inf):
+        raise ValueError("end and gamma must be at least 0 and finite")
+    T, n, begin = total_steps or 1, every or 1, start or 0.0
+    factors: dict[str, Factor] = {
+        "constant": lambda t: 1.0,
+        "linear": lambda t: 1.0 + (end - 1.0) * min(t / T, 1.0),
+        "cosine": lambda t: end + (1.0 - end) * (1.0 + math.cos(math.pi * min(t / T, 1.0))) / 2.0,
+        "step": lambda t: gamma ** (t // n),
+        "late": lambda t: float(t >= begin * T),
+        "every": lambda t: float(t % n == 0),
+    }
+    return factors[kind]
+
+
+def _copied(rho: float | Tensor) -> float | Tensor:
+    return rho.clone() if isinstance(rho, Tensor) else rho

@@ -1,0 +1,38 @@
+"""Autograd learns what was written: versions grow, and those of what was only read do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import UPDATES, Room, Update
+from eigenfilter import kernels
+
+
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("update", UPDATES, ids=str)
+def test_updates_bump_the_versions_of_what_they_write(
+    room: Room, update: Update, found: float | None
+) -> None:
+    """Also where a flag stops them, which the host does not know."""
+    flag = None if found is None else torch.tensor(found, device=room.device)
+    lists = [[torch.ones(3, device=room.device) for _ in range(2)] for _ in update.lists]
+    update(lists, found_inf=flag, backend=room.backend)
+    for role, tensors in zip(update.lists, lists, strict=True):
+        assert all((t._version > 0) == (role in update.writes) for t in tensors), role
+
+
+def test_a_norm_reads(room: Room) -> None:
+    t, w = torch.ones(3, device=room.device), torch.ones(3, device=room.device)
+    kernels.norm([t], weights=[w], backend=room.backend)
+    assert t._version == w._version == 0
+
+
+def test_a_backward_pass_through_an_overwritten_parameter_is_refused(room: Room) -> None:
+    for update in UPDATES:
+        lists = [[torch.ones(3, device=room.device)] for _ in update.lists]
+        x = lists[0][0].requires_grad_()
+        loss = x.square().sum()
+        update(lists, backend=room.backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
