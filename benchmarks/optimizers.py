@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,59 +14,113 @@ from torch.nn import Parameter
 import eigenfilter
 from benchmarks import shapes
 from benchmarks.contest import TOLERANCES, Benchmark, Contender, Contest, Goal, Phase, Setting, copy
-from benchmarks.peers import torch_sgd
-from benchmarks.peers.common_sam import CommonUSAM
-from benchmarks.shapes import Problem, give
+from benchmarks.peers import torch_adamw, torch_sgd
+from benchmarks.peers.common_sam import FD_STEP, CommonSAM
+from benchmarks.peers.foreach_sam import ForeachSAM
+from benchmarks.shapes import Problem, Shape, give
+from eigenfilter.optimizers import EigenfilterOptimizer
 
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05
 
-# Accesses to every element. USAM: the ascent reads x, g and writes x, b; the descent reads b, g, m
-# and writes x, m. Heavy ball: it reads x, g, m and writes x, m.
-USAM_ACCESSES = 9
-HEAVY_BALL_ACCESSES = 5
+HEAVY_BALL = {"lr": LR, "momentum": MOMENTUM}
 
 
-def usam(problem: Problem, setting: Setting) -> Contest:
-    """USAM's step: both clear the ascent's gradients and leave the descent's where they are."""
-    gradients = problem.tensors(1), problem.tensors(2)
-    params = problem.parameters()
-    opt = eigenfilter.USAM(params, LR, MOMENTUM, rho=RHO, backend=setting.backend)
-    library = _contender("eigenfilter", params, gradients, (opt.ascend, opt.step), opt)
-    params = problem.parameters()
-    common = CommonUSAM(params, rho=RHO, lr=LR, momentum=MOMENTUM)
-    steps = common.first_step, common.second_step
-    peer = _contender("common SAM", params, gradients, steps, common.base_optimizer)
-    return _contest(problem, library, (peer,), USAM_ACCESSES)
+@dataclass(frozen=True)
+class Method:
+    """An optimizer of the library and what it is compared with.
+
+    Attributes:
+        make: the library's, from parameters and a backend.
+        ascents: gradients it takes beside the last.
+        accesses: reads and writes of every element that a step has to do.
+        name: of its ascents; "" for none.
+        base: settings of the peers' base, and its implementations.
+    """
+
+    make: Callable[[list[Parameter], str], EigenfilterOptimizer]
+    ascents: int
+    accesses: int
+    name: str = ""
+    base: Any = torch_sgd
 
 
-def heavy_ball(problem: Problem, setting: Setting, *, steps: int = 1) -> Contest:
-    """SGD's step with momentum; with `steps` > 1, that many in a row on the same gradients."""
-    gradients = (problem.tensors(1),)
+def _sgd_with(cls: Callable[..., EigenfilterOptimizer], **options: Any) -> Any:
+    return lambda params, backend: cls(params, **HEAVY_BALL, backend=backend, **options)
 
-    def contender(
-        name: str, make: Callable[[Sequence[Parameter]], torch.optim.Optimizer]
-    ) -> Contender:
+
+def _adamw(params: list[Parameter], backend: str, rho: float = 0.0) -> EigenfilterOptimizer:
+    return eigenfilter.AdamW(params, lr=LR, rho=rho, backend=backend)
+
+
+# Accesses. Descent: heavy ball reads x, g, m and writes x, m; AdamW reads x, g, m, v and writes x,
+# m, v; from a backup they read that in place of x. Ascent: reads x, g and writes x, b. SAM's norm
+# reads g; a second ascent reads x, g and writes x; a finite difference has norms of x and g, copies
+# g, moves, and then reads b, g, g0 and writes x.
+METHODS: Mapping[str, Method] = {
+    "sgd": Method(_sgd_with(eigenfilter.SGD), 0, 5),
+    "usam": Method(_sgd_with(eigenfilter.USAM, rho=RHO), 1, 9, "usam"),
+    "sam": Method(_sgd_with(eigenfilter.SAM, rho=RHO), 1, 10, "sam"),
+    "two-step-usam": Method(_sgd_with(eigenfilter.TwoStepUSAM, rho=RHO), 2, 12, "two_step_usam"),
+    "hessian-usam": Method(_sgd_with(eigenfilter.HessianUSAM, rho=RHO), 2, 17, "hessian_usam"),
+    "adamw": Method(_adamw, 0, 7, base=torch_adamw),
+    "adamw-usam": Method(functools.partial(_adamw, rho=RHO), 1, 11, "usam", torch_adamw),
+}
+
+MODELS: Mapping[str, tuple[str, Callable[[torch.device], list[Shape]]]] = {
+    "resnet18": ("ResNet-18's 62 tensors", lambda device: shapes.resnet18()),
+    "resnet50": ("ResNet-50's 161 tensors", lambda device: shapes.resnet50()),
+    "vit": ("ViT-B/16's 152 tensors", lambda device: shapes.vit_b16()),
+    "gpt2": ("GPT-2's 148 tensors", lambda device: shapes.gpt2()),
+    "small": ("2,000 tensors of 256", lambda device: shapes.small()),
+    "large": ("4 large tensors", shapes.large),
+}
+
+
+def step(method: Method, problem: Problem, setting: Setting, *, times: int = 1) -> Contest:
+    """A step: ascents clear their gradients, the descent leaves its own where they are.
+
+    With `times` > 1, so many in a row on the same gradients (only without ascents).
+    """
+    gradients = [problem.tensors(1 + i) for i in range(method.ascents + 1)]
+    if method.name == "hessian_usam":  # the two sides of a finite difference are nearly equal
+        torch._foreach_mul_(gradients[1], FD_STEP)
+        torch._foreach_add_(gradients[1], gradients[0])
+
+    def contender(name: str, build: Callable[[list[Parameter]], Any]) -> Contender:
         params = problem.parameters()
-        opt = make(params)
+        opt = build(params)
+        base = getattr(opt, "base_optimizer", opt)
+        descend = opt.step if base is opt else opt.descend
 
-        def run() -> None:
-            for _ in range(steps):
-                opt.step()
+        def last() -> None:
+            for _ in range(times):
+                descend()
 
-        return _contender(name, params, gradients, (run,), opt)
+        ascents = [opt.ascend] * method.ascents if method.name else []
+        return _contender(name, params, gradients, [*ascents, last], base)
 
-    return _contest(
-        problem,
-        contender(
-            "eigenfilter",
-            lambda params: eigenfilter.SGD(params, LR, MOMENTUM, backend=setting.backend),
-        ),
-        (
-            contender("torch fused", lambda params: torch_sgd.fused(params, LR, MOMENTUM)),
-            contender("torch foreach", lambda params: torch_sgd.foreach(params, LR, MOMENTUM)),
-        ),
-        HEAVY_BALL_ACCESSES * steps,
-    )
+    library = contender("eigenfilter", lambda params: method.make(params, setting.backend))
+    if method.name:
+        peers = (
+            contender(
+                "common SAM",
+                lambda params: CommonSAM(
+                    params, method.name, RHO, method.base.CLASS, **method.base.settings(LR)
+                ),
+            ),
+            contender(
+                "foreach SAM",
+                lambda params: ForeachSAM(params, method.name, RHO, method.base.fused(params, LR)),
+            ),
+        )
+    else:
+        peers = (
+            contender("torch fused", lambda params: method.base.fused(params, LR)),
+            contender("torch foreach", lambda params: method.base.foreach(params, LR)),
+        )
+    yardstick, copied = copy(problem.elements, problem.dtype, problem.device)
+    moved = problem.moved(method.accesses * times)
+    return Contest(library, peers, yardstick, moved, copied, TOLERANCES[problem.dtype])
 
 
 def _contender(
@@ -81,55 +137,52 @@ def _contender(
     )
 
     def result() -> list[Tensor]:
-        return [*params, *(holder.state[p]["momentum_buffer"] for p in params)]
+        """Every point of one more step, then parameters and buffers."""
+        points = []
+        for phase in phases:
+            phase.prepare()
+            phase.run()
+            points += [p.detach().clone() for p in params]
+        buffers = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+        kept = [holder.state[p][key] for p in params for key in buffers if key in holder.state[p]]
+        return [*points, *kept]
 
     return Contender(name, phases, result)
 
 
-def _contest(
-    problem: Problem, library: Contender, peers: tuple[Contender, ...], accesses: int
-) -> Contest:
-    yardstick, copied = copy(problem.elements, problem.dtype, problem.device)
-    return Contest(
-        library, peers, yardstick, problem.moved(accesses), copied, TOLERANCES[problem.dtype]
+def _goals(method: str, model: str) -> dict[str, tuple[Goal, ...]]:
+    if method in ("sgd", "adamw"):
+        small = model == "small"
+        return {
+            "cpu": (Goal("torch fused", 6.0 if small and method == "sgd" else 1.0),),
+            "cuda": (Goal("torch fused", 2.0 if small else 1.0),),
+        }
+    if model == "small":
+        return {
+            "cpu": (Goal("common SAM", 25.0 if method == "usam" else 2.0),),
+            "cuda": (Goal("common SAM", 15.0),),
+        }
+    if model == "large":
+        return {"cpu": (Goal("copy", 1 / 1.15),)}
+    return {"cpu": (Goal("common SAM", 3.0 if model == "resnet18" else 2.0),)}
+
+
+def _benchmark(method: str, model: str) -> Benchmark:
+    summary, shapes_on = MODELS[model]
+    return Benchmark(
+        f"{method}-{model}",
+        f"{method} step, {summary}",
+        lambda s: step(METHODS[method], Problem(shapes_on(s.device), s.device), s),
+        _goals(method, model),
     )
 
 
 BENCHMARKS = (
-    Benchmark(
-        "usam-resnet18",
-        "USAM step, ResNet-18's 62 tensors",
-        lambda s: usam(Problem(shapes.resnet18(), s.device), s),
-        {"cpu": (Goal("common SAM", 3.0),)},
-    ),
-    Benchmark(
-        "usam-small",
-        "USAM step, 2,000 tensors of 256",
-        lambda s: usam(Problem(shapes.small(), s.device), s),
-        {"cpu": (Goal("common SAM", 25.0),), "cuda": (Goal("common SAM", 15.0),)},
-    ),
-    Benchmark(
-        "usam-large",
-        "USAM step, 4 large tensors",
-        lambda s: usam(Problem(shapes.large(s.device), s.device), s),
-        {"cpu": (Goal("copy", 1 / 1.15),)},
-    ),
-    Benchmark(
-        "sgd-small",
-        "heavy-ball step, 2,000 tensors of 256",
-        lambda s: heavy_ball(Problem(shapes.small(), s.device), s),
-        {"cpu": (Goal("torch fused", 6.0),), "cuda": (Goal("torch fused", 2.0),)},
-    ),
+    *(_benchmark(method, model) for model in MODELS for method in METHODS),
     Benchmark(
         "sgd-small-warm",
-        "ten heavy-ball steps in a row on the same gradients, 2,000 tensors of 256",
-        lambda s: heavy_ball(Problem(shapes.small(), s.device), s, steps=10),
+        "ten sgd steps in a row on the same gradients, 2,000 tensors of 256",
+        lambda s: step(METHODS["sgd"], Problem(shapes.small(), s.device), s, times=10),
         {"cpu": (Goal("torch fused", 6.0),), "cuda": (Goal("torch fused", 2.0),)},
-    ),
-    Benchmark(
-        "sgd-large",
-        "heavy-ball step, 4 large tensors",
-        lambda s: heavy_ball(Problem(shapes.large(s.device), s.device), s),
-        {"cpu": (Goal("torch fused", 1.0),), "cuda": (Goal("torch fused", 1.0),)},
     ),
 )

@@ -29,6 +29,46 @@ def _block(channels: int, width: int) -> list[Shape]:
     return shapes if channels == width else [*shapes, (width, channels, 1, 1), *norm]
 
 
+def resnet50() -> list[Shape]:
+    """ResNet-50's 161 parameters, 25.6 million elements."""
+    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for _ in range(depth):
+            out = 4 * width
+            for kernel in ((width, channels, 1, 1), (width, width, 3, 3), (out, width, 1, 1)):
+                shapes += [kernel, kernel[:1], kernel[:1]]
+            if channels != out:
+                shapes += [(out, channels, 1, 1), (out,), (out,)]
+            channels = out
+    # In a model the shortcut comes with its stage's first block; the order is of no account here.
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def vit_b16() -> list[Shape]:
+    """ViT-B/16's 152 parameters, 86.6 million elements."""
+    d = 768
+    shapes: list[Shape] = [(1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d)]
+    for _ in range(12):
+        shapes += _transformer_block(d)
+    return [*shapes, (d,), (d,), (1000, d), (1000,)]
+
+
+def gpt2() -> list[Shape]:
+    """GPT-2's 148 parameters, 124 million elements."""
+    d = 768
+    shapes: list[Shape] = [(50257, d), (1024, d)]
+    for _ in range(12):
+        shapes += _transformer_block(d)
+    return [*shapes, (d,), (d,)]
+
+
+def _transformer_block(d: int) -> list[Shape]:
+    attention: list[Shape] = [(3 * d, d), (3 * d,), (d, d), (d,)]
+    mlp: list[Shape] = [(4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return [(d,), (d,), *attention, (d,), (d,), *mlp]
+
+
 def small() -> list[Shape]:
     """2,000 tensors of 256: as good as no arithmetic, all overhead."""
     return [(256,)] * 2000

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+CLASS = torch.optim.SGD
 
-def fused(params: Sequence[Parameter], lr: float, momentum: float) -> torch.optim.SGD:
+
+def settings(lr: float) -> dict[str, Any]:
+    """Those of the contests."""
+    return {"lr": lr, "momentum": 0.9}
+
+
+def fused(params: Sequence[Parameter], lr: float) -> torch.optim.SGD:
     """One fused kernel over all tensors."""
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, fused=True)
+    return torch.optim.SGD(params, **settings(lr), fused=True)
 
 
-def foreach(params: Sequence[Parameter], lr: float, momentum: float) -> torch.optim.SGD:
+def foreach(params: Sequence[Parameter], lr: float) -> torch.optim.SGD:
     """One multi-tensor call an operation."""
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, foreach=True)
+    return torch.optim.SGD(params, **settings(lr), foreach=True)
 
 
 def ascend(

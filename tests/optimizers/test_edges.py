@@ -71,7 +71,7 @@ def trained(make: Callable, eigenvalues: np.ndarray) -> Tensor:
 def test_convergence_inside_and_divergence_outside(name: str) -> None:
     make = OPTIMIZERS[name]
     (flt,) = filters.of(make([torch.nn.Parameter(torch.ones(()))]))
-    intervals = [(low, high) for low, high in flt.intervals() if low < high]
+    intervals = [(low, high) for low, high in flt.intervals() if low < high]  # some are points
     assert len(intervals) == (2 if name.startswith("usam") else 1)
     inside, outside = astride(intervals)
     sizes = trained(make, np.concatenate([inside, outside]))

@@ -75,13 +75,14 @@ def total_norms(
     """
     squares: dict[torch.device, list[Tensor]] = {part.device: [] for part, _ in lists}
     for part, tensors in lists:
-        for placing, indices in _distributed.by_placing(part.params):
-            whole = len(indices) == len(part.params)
+        for placing, indices in part.placings:
+            whole = len(part.placings) == 1
             norm = torch.empty((), dtype=_norm_dtype(part), device=part.device)
+            factors = part.tensors if whole else [part.tensors[i] for i in indices]
             part.kernels.norm(
                 tensors if whole else [tensors[i] for i in indices],
                 norm,
-                weights=[part.tensors[i] for i in indices] if weights else None,
+                weights=factors if weights else None,
             )
             squares[part.device].append(_distributed.summed(norm.double().square(), placing))
     sums = {device: torch.stack(terms).sum() for device, terms in squares.items()}

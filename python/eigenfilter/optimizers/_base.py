@@ -274,7 +274,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _pieces(self, found: Gradients, *, past: bool) -> list[Piece]:
         """Parts split by what differs: are they away from x and, where asked for, their past."""
-        away = {id(p) for part in self._moved for p in part.params}
+        away: set[int] | None = None  # found when first needed
         pieces = []
         for part, grads in found:
             pasts = part.pasts(self._descent.past) if past else [None]
@@ -282,10 +282,12 @@ class EigenfilterOptimizer(GroupedOptimizer):
             if whole and len(pasts) == 1:
                 pieces.append(Piece(part, grads, bool(self._moved), pasts[0]))
                 continue
+            if away is None:
+                away = {id(p) for moved in self._moved for p in moved.params}
             pasts = pasts * (len(part.params) // len(pasts))
             keys = [(id(p) in away, at) for p, at in zip(part.params, pasts, strict=True)]
-            for (moved, at), (some, given) in part.split(grads, keys).items():
-                pieces.append(Piece(some, given, moved, at))
+            for (is_away, at), (some, given) in part.split(grads, keys).items():
+                pieces.append(Piece(some, given, is_away, at))
         return pieces
 
     def _following_layouts(self, act: Callable[[], _T]) -> _T:

@@ -38,11 +38,11 @@ Placing = tuple[Any, tuple[Any, ...]]
 
 def by_placing(params: Sequence[Tensor]) -> list[tuple[Placing | None, list[int]]]:
     """Indices of the parameters that are placed alike, with how; None is in this process alone."""
+    if not dist.is_available() or not any(isinstance(p, DTensor) for p in params):
+        return [(None, list(range(len(params))))]
     found: dict[Placing | None, list[int]] = {}
     for i, p in enumerate(params):
-        placing = None
-        if is_dtensor(p):
-            placing = cast("DTensor", p).device_mesh, cast("DTensor", p).placements
+        placing = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
         found.setdefault(placing, []).append(i)
     return list(found.items())
 

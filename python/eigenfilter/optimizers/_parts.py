@@ -30,7 +30,8 @@ class Part:
         self.kind = _kind(params[0])
         self.device = _distributed.local(params[0]).device
         self.kernels = kernels.select(self.device.type, store.backend)
-        self.is_distributed = any(_distributed.is_dtensor(p) for p in params)
+        self.placings = _distributed.by_placing(params)
+        self.is_distributed = any(placing is not None for placing, _ in self.placings)
         self.store = store
         self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
         self._past: tuple[int, Hashable] = (-1, None)  # the store's epoch, and what was seen then

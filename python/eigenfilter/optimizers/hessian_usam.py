@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenfilter import _core
 from eigenfilter.optimizers import _distributed
 from eigenfilter.optimizers._ascents import TINY, Ascent, Run, total_norms
 from eigenfilter.optimizers._base import EigenfilterOptimizer
@@ -33,11 +34,11 @@ class DifferenceAscent(Ascent):
             raise ValueError(f"fd_step must be positive, and is {relative_step}")
         self.relative_step = relative_step
         self._eps: dict[torch.device, Tensor] = {}
-        self._displaced: set[int] = set()  # ids of the parameters
+        self._displaced: list[list[Tensor]] = []  # the parameters of every part
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
         found = [(part, conforming(part, grads)) for part, grads in found]
-        ids = {id(p) for part, _ in found for p in part.params}
+        params = [part.params for part, _ in found]
         if index == 0:
             lengths = total_norms([(part, part.tensors) for part, _ in found])
             for device, norm in total_norms(found).items():
@@ -45,8 +46,10 @@ class DifferenceAscent(Ascent):
                 self._eps[device] = step / (guard.unscaled(norm) + TINY)
             for part, grads in found:
                 _keep(part, grads)
-            self._displaced = ids
-        elif ids != self._displaced:
+            self._displaced = params
+        elif len(params) != len(self._displaced) or not all(
+            map(_core.same_objects, params, self._displaced)
+        ):
             raise RuntimeError(
                 "a finite difference needs the same gradients on both sides, and some parameters "
                 "have one on one side only: the closure must do the same at every call"

@@ -12,7 +12,7 @@ from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._hyperparameters import check_hyperparameters
 from eigenfilter.optimizers._methods import ascent_of
-from eigenfilter.optimizers._parts import Gradients
+from eigenfilter.optimizers._parts import Gradients, conforming
 
 _SHARED = ("param_groups", "state", "defaults")
 
@@ -135,7 +135,7 @@ class SharpnessAware(EigenfilterOptimizer):
 
     def _update(self, found: Gradients) -> None:
         if self.skip_nonfinite and found:
-            self._guard.look(found)
+            self._guard.look([(part, conforming(part, grads)) for part, grads in found])
         moved, self._moved = self._moved, []
         for part in moved:
             part.restore()
@@ -147,7 +147,7 @@ class SharpnessAware(EigenfilterOptimizer):
         flags = [f for f in (self._guard.flag(part.device) for part, _ in found) if f is not None]
         if flags and getattr(base, "_step_supports_amp_scaling", False):
             scale = self._guard.scalars(flags[0].device)["grad_scale"]
-            vars(base).update(grad_scale=scale, found_inf=flags[0].reshape(1))
+            vars(base).update(grad_scale=scale, found_inf=flags[0])
             try:
                 base.step()
             finally:

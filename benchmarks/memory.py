@@ -1,0 +1,147 @@
+"""Peak memory of a training step, in bytes a parameter, measured.
+
+    python -m benchmarks.memory [--elements N] [--device cpu|cuda]
+
+Every optimizer steps in a process of its own on float32 parameters whose gradients are new tensors
+at every backward pass and need no activations. Peak is what the process (CPU: resident memory, with
+Linux' high-water mark) or torch's allocator (GPU) held at most, less what it held before there were
+any parameters. Parameters take 4 bytes, so 16 is four copies of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import eigenfilter as ef
+from benchmarks.peers.common_sam import CommonSAM
+
+SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
+TENSORS = 8
+STEPS = 3
+
+OPTIMIZERS: dict[str, Callable[[list[Parameter]], Any]] = {
+    "torch SGD, fused": lambda p: torch.optim.SGD(p, **SGD, fused=True),
+    "torch SGD, foreach": lambda p: torch.optim.SGD(p, **SGD, foreach=True),
+    "SGD": lambda p: ef.SGD(p, **SGD),
+    "USAM": lambda p: ef.USAM(p, **SGD, rho=0.05),
+    "SAM": lambda p: ef.SAM(p, **SGD, rho=0.05),
+    "SAM, adaptive": lambda p: ef.SAM(p, **SGD, rho=0.05, adaptive=True),
+    "TwoStepUSAM": lambda p: ef.TwoStepUSAM(p, **SGD, rho=0.05),
+    "HessianUSAM": lambda p: ef.HessianUSAM(p, **SGD, rho=0.05),
+    "common SAM recipe": lambda p: CommonSAM(p, "sam", 0.05, torch.optim.SGD, **SGD),
+    "SharpnessAware(torch SGD, fused)": lambda p: ef.SharpnessAware(
+        torch.optim.SGD(p, **SGD, fused=True), "sam"
+    ),
+    "torch AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "AdamW": lambda p: ef.AdamW(p),
+    "AdamW, method SAM": lambda p: ef.AdamW(p, method="sam", rho=0.05),
+}
+
+
+class Gradient(torch.autograd.Function):
+    """0 x, with a gradient that is a new tensor and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.like = x
+        return torch.zeros((), device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.full_like(ctx.like, 0.5)
+
+
+class Peak:
+    """The most memory in use since `restart`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def now(self) -> int:
+        """Bytes in use."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return self._status("VmRSS")
+
+    def restart(self) -> None:
+        """Forget higher marks."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def most(self) -> int:
+        """Bytes in use at most since then."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return self._status("VmHWM")
+
+    @staticmethod
+    def _status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith(key + ":"))
+        return int(line.split()[1]) * 1024
+
+
+def measure(name: str, elements: int, device: torch.device) -> float:
+    """Peak bytes a parameter of one optimizer, in this process."""
+    peak = Peak(device)
+    warm = [Parameter(torch.ones(10, device=device))]
+    _train(OPTIMIZERS[name](warm), warm)  # what the libraries allocate once
+    before = peak.now()
+    params = [Parameter(torch.ones(elements // TENSORS, device=device)) for _ in range(TENSORS)]
+    opt = OPTIMIZERS[name](params)
+    peak.restart()
+    _train(opt, params)
+    return (peak.most() - before) / elements
+
+
+def _train(opt: Any, params: list[Parameter]) -> None:
+    def closure() -> Tensor:
+        for p in params:
+            p.grad = None
+        loss = torch.stack([Gradient.apply(p) for p in params]).sum()
+        torch.autograd.backward(loss)
+        return loss
+
+    for _ in range(STEPS):
+        if isinstance(opt, CommonSAM):
+            closure()
+            opt.ascend()
+            closure()
+            opt.descend()
+        else:
+            opt.step(closure)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--elements", type=int, default=1 << 26, help="parameters of the model")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", choices=OPTIMIZERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only is not None:
+        print(json.dumps(measure(args.only, args.elements, torch.device(args.device))))
+        return
+    print("| optimizer | bytes a parameter |\n| --- | --- |")
+    for name in OPTIMIZERS:
+        options = ["--elements", str(args.elements), "--device", args.device, "--only", name]
+        command = [sys.executable, "-m", "benchmarks.memory", *options]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        print(f"| {name} | {json.loads(done.stdout):.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Sharpness-aware minimisation with torch's multi-tensor functions, as well as it can be written.
+
+Backups are allocated once, every operation goes over all tensors, nothing waits for the device, and
+the base optimizer is fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from benchmarks.peers.common_sam import FD_STEP, TINY
+
+
+class ForeachSAM:
+    """A method's ascents in torch._foreach functions; see `CommonSAM` for the arguments."""
+
+    def __init__(
+        self, params: Sequence[Parameter], method: str, rho: float, base: torch.optim.Optimizer
+    ) -> None:
+        self.base_optimizer = base
+        self.params: list[Tensor] = [p.detach() for p in params]
+        self.owners = params
+        self.method, self.rho = method, rho
+        self.backups = [torch.empty_like(p) for p in self.params]
+        self.first: list[Tensor] = []
+        self._taken = 0
+        self._eps: Tensor | float = 1.0
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """Move the parameters, clear the gradients."""
+        grads = [p.grad for p in self.owners if p.grad is not None]
+        if self._taken == 0:
+            torch._foreach_copy_(self.backups, self.params)
+            self._first_move(grads)
+        elif self.method == "two_step_usam":
+            torch._foreach_add_(self.params, grads, alpha=self.rho)
+        else:
+            torch._foreach_sub_(grads, self.first)
+            torch._foreach_mul_(grads, self.rho / self._eps)
+            torch._foreach_copy_(self.params, self.backups)
+            torch._foreach_add_(self.params, grads)
+        self._taken += 1
+        for p in self.owners:
+            p.grad = None
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Put the parameters back and step."""
+        torch._foreach_copy_(self.params, self.backups)
+        self.base_optimizer.step()
+        self._taken = 0
+
+    def _first_move(self, grads: list[Tensor]) -> None:
+        if self.method in ("usam", "two_step_usam"):
+            torch._foreach_add_(self.params, grads, alpha=self.rho)
+            return
+        norm = torch.nn.utils.get_total_norm(grads)
+        scale = self.rho / (norm + TINY)
+        if self.method == "hessian_usam":
+            self.first = grads
+            length = torch.nn.utils.get_total_norm(self.params)
+            self._eps = scale = FD_STEP * (1 + length) / (norm + TINY)
+            torch._foreach_add_(self.params, torch._foreach_mul(grads, scale))
+            return
+        torch._foreach_mul_(grads, scale)
+        torch._foreach_add_(self.params, grads)

@@ -1,0 +1,32 @@
+"""No method holds more than parameters, momentum, one gradient and a backup; Hessian USAM one more.
+
+Measured as `benchmarks.memory` does, each in a process of its own; float32, 4 bytes a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+MOST = {
+    "SGD": 12,
+    "USAM": 16,
+    "SAM, adaptive": 16,
+    "TwoStepUSAM": 16,
+    "HessianUSAM": 20,
+    "AdamW, method SAM": 20,
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' high-water mark")
+@pytest.mark.parametrize("name", MOST)
+def test_peak_bytes_a_parameter(name: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.memory", "--elements", str(1 << 24)]
+    done = subprocess.run(
+        [*command, "--only", name], check=True, capture_output=True, text=True, timeout=300
+    )
+    found = json.loads(done.stdout)
+    assert MOST[name] - 0.5 < found < MOST[name] + 0.5

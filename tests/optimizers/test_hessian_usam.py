@@ -1,0 +1,335 @@
+"""Hessian USAM's product: how exact it is, the randomness of its two sides, what it asks for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import eigenfilter as ef
+from cases import RHO, same_bits
+from optimizers.problems import (
+    SETTINGS,
+    backward,
+    closure_of,
+    distance,
+    loss_of,
+    parameters,
+    snapshot,
+)
+
+HEAVY = SETTINGS["heavy ball"]
+
+
+# How exact the finite difference is.
+
+
+def network(dtype: torch.dtype) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
+    """Parameters of a small tanh network and its loss on 32 samples; the same numbers always."""
+    generator = torch.Generator().manual_seed(6)
+    inputs = torch.randn(32, 6, generator=generator)
+    targets = torch.stack([inputs.sin().sum(dim=1), inputs.prod(dim=1)], dim=1)
+    torch.manual_seed(5)
+    layers = nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 2)
+    model = nn.Sequential(*layers).to(dtype)
+    inputs, targets = inputs.to(dtype), targets.to(dtype)
+    return list(model.parameters()), lambda: (model(inputs) - targets).square().mean()
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+
+
+def error_of_product(dtype: torch.dtype, fd_step: float | None = None) -> float:
+    """Relative error of H g, read off a move so long that the point's rounding does not count."""
+    exact, loss = network(torch.float64)
+    grads = torch.autograd.grad(loss(), exact, create_graph=True)
+    product = flat(torch.autograd.grad(grads, exact, [g.detach() for g in grads]))
+    params, loss = network(dtype)
+    rho, x = 1e4, flat(params)
+    opt = ef.HessianUSAM(params, lr=0.1, rho=rho, fd_step=fd_step)
+    for _ in range(2):
+        opt.zero_grad()
+        loss().backward()
+        opt.ascend()
+    return ((flat(params) - x) / rho - product).norm().item() / product.norm().item()
+
+
+@pytest.mark.parametrize(("dtype", "measured"), [(torch.float64, 3.1e-8), (torch.float32, 7.2e-4)])
+def test_the_default_step_leaves_half_of_the_digits(dtype: torch.dtype, measured: float) -> None:
+    """Measured, relative: 3.1e-8 in float64, where c = 1.5e-8; 7.2e-4 in float32, c = 3.5e-4."""
+    assert error_of_product(dtype) < 3 * measured
+    assert error_of_product(dtype) < min(error_of_product(dtype, c) for c in (1e-2, 1e-1))
+
+
+def test_the_error_is_proportional_to_a_step_that_is_given() -> None:
+    """Measured: 2.1 c, the curvature's change along the way."""
+    for c in (1e-2, 1e-3, 1e-4, 1e-5):
+        assert error_of_product(torch.float64, c) == pytest.approx(2.1 * c, rel=0.1)
+    assert error_of_product(torch.float32, 1e-6) > 10 * error_of_product(torch.float32)  # rounding
+
+
+@pytest.mark.parametrize(("hvp", "rounding"), [("autograd", 0.0), ("finite_difference", 1e-6)])
+def test_parameters_that_enter_linearly_stay_in_the_ascent(hvp: str, rounding: float) -> None:
+    """Their rows of the Hessian are zero, exactly: both sides of a difference are equal too."""
+    curved, linear = (nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(2))
+    opt = ef.HessianUSAM([linear, curved], lr=0.1, rho=RHO, hvp=hvp)
+
+    def closure() -> None:
+        opt.zero_grad()
+        backward(opt, (curved**3).sum() + (linear * 0.25).sum())
+
+    closure()
+    while opt.ascend():
+        closure()
+    ascended = 1 + RHO * 6 * 3
+    assert torch.equal(linear, torch.ones_like(linear))
+    assert distance([curved], [torch.full_like(curved, ascended)]) <= rounding
+    opt.step()
+    assert torch.equal(linear, torch.full_like(linear, 1 - 0.1 * 0.25))
+    assert (
+        distance([curved], [torch.full_like(curved, 1 - 0.1 * 3 * ascended**2)]) < 1e-14 + rounding
+    )
+
+
+# Randomness.
+
+
+def noisy(
+    opt: ef.HessianUSAM, params: Sequence[Tensor], given: Sequence[Tensor] | None = None
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A closure with dropout, and the list of its masks; they may be given."""
+    masks: list[Tensor] = []
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        mask = drawn() if given is None else given[len(masks)]
+        masks.append(mask)
+        loss = loss_of(params) + 0.1 * (mask * params[-1] ** 2).sum()
+        backward(opt, loss)
+        return loss
+
+    return closure, masks
+
+
+def drawn() -> Tensor:
+    return functional.dropout(torch.ones(1000, dtype=torch.float64), 0.5)
+
+
+def explicit_step(opt: ef.HessianUSAM, closure: Callable[[], Tensor]) -> None:
+    with opt.evaluation():
+        closure()
+    while opt.ascend():
+        with opt.evaluation():
+            closure()
+    opt.step()
+
+
+@pytest.mark.parametrize("form", ["closure", "explicit"])
+def test_both_sides_of_a_difference_draw_the_same(form: str) -> None:
+    """And the descent, and the next step, draw anew, as if one of the sides had drawn alone."""
+    params, fixed = parameters(), parameters()
+    opt, other = (ef.HessianUSAM(p, **HEAVY, rho=RHO) for p in (params, fixed))
+    closure, masks = noisy(opt, params)
+    torch.manual_seed(3)
+    for _ in range(3):
+        opt.step(closure) if form == "closure" else explicit_step(opt, closure)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    expected = [drawn() for _ in range(6)]
+    assert torch.equal(torch.get_rng_state(), after)
+    sides = [expected[i] for i in (0, 0, 1, 2, 2, 3, 4, 4, 5)]
+    assert all(map(torch.equal, masks, sides))
+    assert len({tuple(mask.tolist()) for mask in masks}) == 6
+    evaluate, _ = noisy(other, fixed, masks)
+    for _ in range(3):
+        other.step(evaluate)
+    assert all(map(same_bits, params, fixed))
+
+
+@pytest.mark.parametrize("inside", [(), (0,), (1,)], ids=["none", "the first", "the second"])
+def test_two_sides_that_draw_differently_warn(inside: tuple[int, ...]) -> None:
+    """Unless both calls are inside the context; the second replays what it finds noted."""
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
+    closure, masks = noisy(opt, params)
+    for call in range(2):
+        if call in inside:
+            with opt.evaluation():
+                closure()
+        else:
+            closure()
+        if call == 0:
+            opt.ascend()
+    assert not torch.equal(*masks)
+    with pytest.warns(UserWarning, match=r"saw different random numbers .* `with opt.evaluation"):
+        opt.ascend()
+    closure()
+    opt.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "calls"),
+    [
+        (lambda p: ef.HessianUSAM(p, lr=0.1, rho=RHO, hvp="autograd"), 2),
+        (lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=RHO), 3),
+    ],
+)
+def test_without_a_difference_every_call_draws_anew(make: Any, calls: int) -> None:
+    """And nothing warns, with the context or without."""
+    params = parameters()
+    opt = make(params)
+    closure, masks = noisy(opt, params)
+    opt.step(closure)
+    explicit_step(opt, closure)
+    closure()
+    while opt.ascend():
+        closure()
+    opt.step()
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks) == 3 * calls
+
+
+def test_without_randomness_nothing_warns() -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
+    closure = closure_of(opt, params)
+    for _ in range(2):
+        closure()
+        while opt.ascend():
+            drawn_elsewhere = closure()
+        opt.step()
+    assert drawn_elsewhere.isfinite()
+
+
+def test_a_step_given_up_is_not_replayed() -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
+    closure, masks = noisy(opt, params)
+    with opt.evaluation():
+        closure()
+    opt.ascend()
+    opt.restore()
+    opt.step(closure)
+    assert not torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[1], masks[2])
+
+
+def test_an_error_on_the_second_side_leaves_no_replay_behind() -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
+    closure, masks = noisy(opt, params)
+
+    def failing() -> Tensor:
+        if opt.perturbed:
+            raise KeyboardInterrupt
+        return closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(failing)
+    opt.step(closure)
+    assert torch.equal(masks[1], masks[2])
+    assert not torch.equal(masks[2], masks[3])
+
+
+# What it asks for.
+
+
+def test_clipping_is_refused_in_both_ascents() -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
+    closure = closure_of(opt, params)
+    for _ in range(2):
+        closure()
+        grads = snapshot([p.grad for p in params])
+        with pytest.raises(RuntimeError, match="clips the descent gradient: call it after the"):
+            opt.clip_grad_norm_(1e-3)
+        assert all(map(same_bits, [p.grad for p in params], grads))
+        opt.ascend()
+    closure()
+    opt.clip_grad_norm_(1e-3)
+    assert flat([p.grad for p in params]).norm().item() == pytest.approx(1e-3, rel=1e-4)
+    opt.step()
+
+
+def test_the_graph_is_asked_for_once_a_step_and_dropped() -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp="autograd")
+    closure = closure_of(opt, params)
+    for _ in range(2):
+        assert opt.needs_graph
+        closure()
+        graph = weakref.ref(params[-1].grad)
+        assert params[-1].grad.requires_grad
+        assert opt.ascend()
+        assert graph() is None
+        assert not opt.needs_graph
+        closure()
+        assert not params[-1].grad.requires_grad
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: ef.USAM(p, lr=0.1, rho=RHO),
+        lambda p: ef.HessianUSAM(p, lr=0.1, rho=RHO),
+        lambda p: ef.HessianUSAM(p, lr=0.1, rho=0.0, hvp="autograd"),
+    ],
+)
+def test_no_other_asks_for_a_graph(make: Any) -> None:
+    params = parameters()
+    opt = make(params)
+    closure = closure_of(opt, params)
+    assert not opt.needs_graph
+    closure()
+    while opt.ascend():
+        assert not opt.needs_graph
+        closure()
+    opt.step()
+
+
+def test_a_gradient_without_its_graph_says_how_to_keep_it() -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp="autograd")
+    before = snapshot(params)
+    message = r"call loss\.backward\(create_graph=opt\.needs_graph\) in the closure"
+    loss_of(params).backward()
+    with pytest.raises(RuntimeError, match=message):
+        opt.ascend()
+    assert all(map(same_bits, params, before))
+    assert not opt.perturbed
+
+
+def attention(p: Tensor, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        return functional.scaled_dot_product_attention(p, p, 0.5 * p).square().sum()
+
+
+def test_an_operation_without_a_second_derivative_is_refused_and_can_be_differenced() -> None:
+    """Fused attention; its plain form, which has one, gives the step.
+
+    A torch.autograd.Function whose backward is marked once_differentiable, or hides its graph, is
+    not noticed: torch.autograd.grad passes it as a constant.
+    """
+    fused = [nn.Parameter(torch.randn(1, 2, 4, 8, dtype=torch.float64))]
+    plain = [nn.Parameter(fused[0].detach().clone())]
+    opt = ef.HessianUSAM(fused, lr=0.1, rho=RHO, hvp="autograd")
+
+    def loss(params: Sequence[Tensor], sign: float) -> Tensor:
+        return attention(params[0], SDPBackend.FLASH_ATTENTION)
+
+    with pytest.raises(RuntimeError, match=r'second derivative, .* use hvp="finite_difference"'):
+        opt.step(closure_of(opt, fused, loss_of=loss))
+    assert same_bits(fused[0], plain[0])
+    assert not opt.perturbed
+    opt = ef.HessianUSAM(fused, lr=0.1, rho=RHO)
+    opt.step(closure_of(opt, fused, loss_of=loss))
+    other = ef.HessianUSAM(plain, lr=0.1, rho=RHO, hvp="autograd")
+    other.step(closure_of(other, plain, loss_of=lambda p, _: attention(p[0], SDPBackend.MATH)))
+    torch.testing.assert_close(fused[0], plain[0], rtol=1e-6, atol=1e-6)
