@@ -5,11 +5,11 @@ Measured as `benchmarks.memory` does, each in a process of its own; float32, 4 b
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 
 import pytest
+
+from benchmarks.memory import measure_apart
 
 MOST = {
     "SGD": 12,
@@ -24,9 +24,5 @@ MOST = {
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' high-water mark")
 @pytest.mark.parametrize("name", MOST)
 def test_peak_bytes_a_parameter(name: str) -> None:
-    command = [sys.executable, "-m", "benchmarks.memory", "--elements", str(1 << 24)]
-    done = subprocess.run(
-        [*command, "--only", name], check=True, capture_output=True, text=True, timeout=300
-    )
-    found = json.loads(done.stdout)
+    found = measure_apart(name, 1 << 24)
     assert MOST[name] - 0.5 < found < MOST[name] + 0.5

@@ -1,0 +1,366 @@
+"""SharpnessAware: whose groups and state are whose, scalers, bases that fail.
+
+That it steps, skips, saves and copies as every optimizer does is in `test_conformance.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+import eigenfilter as ef
+from cases import RHO, same_bits
+from eigenfilter import _perturbation
+from optimizers.problems import (
+    METHODS,
+    SETTINGS,
+    Exact,
+    backward,
+    closure_of,
+    distance,
+    loss_of,
+    parameters,
+    sign_of,
+    snapshot,
+)
+
+ADAMW = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.03}
+
+# Bases that are told on the device to skip, and bases that are not.
+BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda params: torch.optim.AdamW(params, **ADAMW, foreach=False),
+    "AdamW, foreach": lambda params: torch.optim.AdamW(params, **ADAMW, foreach=True),
+    "AdamW, fused": lambda params: torch.optim.AdamW(params, **ADAMW, fused=True),
+    "SGD, fused": lambda params: torch.optim.SGD(params, **SETTINGS["heavy ball"], fused=True),
+    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.02, momentum=0.7),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
+}
+bases = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+
+
+class Plain(torch.optim.Optimizer):
+    """A third party's: hyperparameters of its own, none of SGD's but lr."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.fails = False
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        if self.fails:
+            raise ArithmeticError("from the base")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"])
+
+
+def state_of(opt: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+    entries = [opt.state[p] for p in params]
+    return snapshot([v for e in entries for v in e.values() if isinstance(v, Tensor)])
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_around_sgd_it_is_the_methods_optimizer(method: str, settings: dict[str, Any]) -> None:
+    m = METHODS[method]
+    params = parameters()
+    base = torch.optim.SGD(params, **settings)
+    opt = ef.SharpnessAware(base, m.name, RHO, **m.options)
+    closure = closure_of(opt, params, sign_of(settings))
+    exact = Exact(params, settings, RHO, method)
+    for _ in range(6):
+        opt.step(closure)
+        exact.step()
+    assert closure.calls == 6 * m.calls
+    assert distance(params, exact.x) < (1e-7 if method == "difference" else 1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_around_an_optimizer_that_knows_lr_alone(method: str) -> None:
+    """No `maximize` in its groups, for one."""
+    m = METHODS[method]
+    params = parameters()
+    opt = ef.SharpnessAware(Plain(params, lr=0.1), m.name, RHO, **m.options)
+    exact = Exact(params, {"lr": 0.1}, RHO, method)
+    for _ in range(3):
+        opt.step(closure_of(opt, params))
+        exact.step()
+    assert distance(params, exact.x) < (1e-7 if method == "difference" else 1e-14)
+
+
+# What is shared.
+
+
+def test_groups_state_and_defaults_are_the_bases_objects() -> None:
+    params = parameters()
+    base = torch.optim.AdamW([{"params": params[:3], "lr": 0.3}, {"params": params[3:]}], lr=0.1)
+    groups = list(base.param_groups)
+    opt = ef.SharpnessAware(base, "sam", rho=0.7)
+    for name in ("param_groups", "state", "defaults"):
+        assert getattr(opt, name) is getattr(base, name)
+    assert all(map(lambda a, b: a is b, opt.param_groups, groups))
+    assert [(g["lr"], g["rho"]) for g in base.param_groups] == [(0.3, 0.7), (0.1, 0.7)]
+    opt.step(closure_of(opt, params))
+    assert opt.state is base.state
+    assert len(base.state) == len(params)
+    saved = {"state": dict(base.state), "param_groups": base.param_groups}
+    opt.load_state_dict(base.state_dict())
+    assert opt.state is base.state
+    assert opt.param_groups is base.param_groups
+    assert saved["param_groups"] is not base.param_groups  # torch makes new ones
+
+
+def test_there_is_no_other_attribute_of_the_base() -> None:
+    opt = ef.SharpnessAware(torch.optim.SGD(parameters(), lr=0.1))
+    with pytest.raises(AttributeError, match="'SharpnessAware' object has no attribute 'nothing'"):
+        opt.nothing  # noqa: B018
+
+
+def test_groups_that_have_rho_keep_it() -> None:
+    params = parameters()
+    base = torch.optim.SGD([{"params": params[:2], "rho": 0.0}, {"params": params[2:]}], lr=0.1)
+    opt = ef.SharpnessAware(base, rho=0.7)
+    assert [g["rho"] for g in opt.param_groups] == [0.0, 0.7]
+    exact = Exact(params, {"lr": 0.1}, [0.0] * 2 + [0.7] * 4)
+    opt.step(closure_of(opt, params))
+    exact.step()
+    assert distance(params, exact.x) < 1e-14
+
+
+@pytest.mark.parametrize("through", ["wrapper", "base"])
+def test_a_group_added_through_either_ascends(through: str) -> None:
+    params = parameters()
+    base = torch.optim.SGD(params[:3], lr=0.1)
+    opt = ef.SharpnessAware(base, rho=0.3)
+    opt.step(closure_of(opt, params))
+    exact = Exact(params, {"lr": 0.1}, 0.3)
+    added = {"params": params[3:], "lr": 0.1}
+    (opt if through == "wrapper" else base).add_param_group(added)
+    assert base.param_groups[1]["rho"] == 0.3
+    for _ in range(2):
+        opt.zero_grad()
+        opt.step(closure_of(opt, params))
+        exact.step()
+    assert distance(params, exact.x) < 1e-14
+
+
+def test_a_group_that_is_refused_is_not_added() -> None:
+    params = parameters()
+    base = torch.optim.SGD(params[:3], lr=0.1)
+    opt = ef.SharpnessAware(base, rho=0.3)
+    with pytest.raises(ValueError, match="rho must be at least 0 and finite, and is -1"):
+        opt.add_param_group({"params": params[3:], "rho": -1.0})
+    with pytest.raises(TypeError, match=r"torch\.complex64"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]})
+    assert len(base.param_groups) == 1
+    closure_of(opt, params)()
+    opt.ascend()
+    with pytest.raises(RuntimeError, match=r"add_param_group\(\) while the parameters are away"):
+        opt.add_param_group({"params": params[3:]})
+    assert len(base.param_groups) == 1
+
+
+@pytest.mark.parametrize("given", [None, "AdamW", torch.optim.SGD, nn.Linear(2, 2)])
+def test_not_an_optimizer(given: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"SharpnessAware wraps an optimizer, as in .* and was given"
+    ):
+        ef.SharpnessAware(given)
+
+
+def test_arguments_that_are_refused_leave_the_base_alone() -> None:
+    base = torch.optim.SGD(parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="unknown method 'sgd': choose one of usam, sam"):
+        ef.SharpnessAware(base, "sgd")
+    with pytest.raises(TypeError, match="method 'sam' has no option ascent"):
+        ef.SharpnessAware(base, "sam", ascent="anchored")
+    with pytest.raises(ValueError, match="rho must be at least 0 and finite, and is -0.1"):
+        ef.SharpnessAware(base, rho=-0.1)
+    assert "rho" not in base.param_groups[0]
+    assert "rho" not in base.defaults
+
+
+def test_step_hooks_of_both_run_once_a_step() -> None:
+    params = parameters()
+    base = torch.optim.SGD(params, lr=0.1)
+    opt = ef.SharpnessAware(base, "two_step_usam")
+    seen: list[str] = []
+    opt.register_step_pre_hook(lambda *_: seen.append("wrapper"))
+    base.register_step_pre_hook(lambda *_: seen.append("base"))
+    base.register_step_post_hook(lambda *_: seen.append("base done"))
+    opt.register_step_post_hook(lambda *_: seen.append("done"))
+    opt.step(closure_of(opt, params))
+    assert seen == ["wrapper", "base", "base done", "done"]
+
+
+def test_distributed_checkpointing_primes_it() -> None:
+    """The state is made to exist by a step of length zero, which moves nothing."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = nn.Linear(3, 2)
+    before = snapshot(list(model.parameters()))
+    opt = ef.SharpnessAware(torch.optim.AdamW(model.parameters(), lr=0.1), rho=0.3)
+    saved = get_optimizer_state_dict(model, opt)
+    assert saved["state"].keys() == {"weight", "bias"}
+    assert all(map(same_bits, list(model.parameters()), before))
+    assert (opt.param_groups[0]["lr"], opt.param_groups[0]["rho"]) == (0.1, 0.3)
+
+
+# Gradients.
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "other strides": lambda g: g.t().contiguous().t(),
+    "expanded": lambda g: g[:1, :1].expand(g.shape),
+    "lazily negated": lambda g: torch._neg_view(-g),
+}
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_any_form(form: str, skip_nonfinite: bool) -> None:
+    """Steps are those of the same values laid out as the parameter is."""
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for _ in range(2))
+    opt, other = (
+        ef.SharpnessAware(torch.optim.SGD([x], lr=0.1), rho=RHO, skip_nonfinite=skip_nonfinite)
+        for x in (p, q)
+    )
+    for take in ("ascend", "step"):
+        for x, o, give in ((p, opt, FORMS[form]), (q, other, lambda g: FORMS[form](g).clone())):
+            x.grad = give((x * 1.3 - 0.7).detach())
+            getattr(o, take)()
+    assert same_bits(p, q)
+    assert opt.skipped == 0
+
+
+@pytest.mark.parametrize("where", ["ascent", "descent"])
+@bases
+def test_an_overflow_skips_the_step_and_lowers_the_scale(base: Any, where: str) -> None:
+    """Every other step is the unscaled run's, bit for bit."""
+    params, plain = parameters(torch.float32), parameters(torch.float32)
+    opt, other = (ef.SharpnessAware(base(p), "two_step_usam", RHO) for p in (params, plain))
+    scaler = GradScaler("cpu", init_scale=1024.0)
+
+    def evaluate() -> None:
+        opt.zero_grad()
+        backward(opt, scaler.scale(loss_of(params)))
+
+    def step(spoilt: str) -> None:
+        evaluate()
+        if spoilt == "ascent":
+            params[-1].grad[5] = torch.inf
+        while opt.ascend(grad_scaler=scaler):
+            evaluate()
+        if spoilt == "descent":
+            params[-1].grad[5] = torch.nan
+        scaler.step(opt)
+        scaler.update()
+
+    for _ in range(2):
+        step("nothing")
+    before, state = snapshot(params), state_of(opt, params)
+    step(where)
+    assert (opt.skipped, scaler.get_scale()) == (1, 512.0)
+    assert all(map(same_bits, params, before))
+    assert all(map(same_bits, state_of(opt, params), state))
+    assert not opt.perturbed
+    step("nothing")
+    assert (opt.skipped, scaler.get_scale()) == (1, 512.0)
+    for name in ("grad_scale", "found_inf"):
+        assert not hasattr(opt, name)
+        assert not hasattr(opt.base_optimizer, name)
+    for _ in range(3):
+        other.step(closure_of(other, plain))
+    assert all(map(same_bits, params, plain))
+
+
+@bases
+def test_the_first_step_may_be_the_one_that_is_skipped(base: Any) -> None:
+    params, plain = parameters(torch.float32), parameters(torch.float32)
+    opt = ef.SharpnessAware(base(params), "usam", RHO, skip_nonfinite=True)
+    other = ef.SharpnessAware(base(plain), "usam", RHO)
+    before = snapshot(params)
+    for spoilt in (True, False, False):
+        calls = closure_of(opt, params)
+
+        def closure(calls: Any = calls, spoilt: bool = spoilt) -> Tensor:
+            loss = calls()
+            if spoilt:
+                params[3].grad[1, 2] = torch.nan
+            return loss
+
+        opt.step(closure)
+        assert opt.skipped == 1
+        if spoilt:
+            assert all(map(same_bits, params, before))
+        else:
+            other.step(closure_of(other, plain))
+            assert all(map(same_bits, params, plain))
+
+
+def test_clipping_after_the_ascents() -> None:
+    params = parameters()
+    opt = ef.SharpnessAware(torch.optim.SGD(params, lr=1.0), "sam", rho=2.0)
+    closure = closure_of(opt, params)
+    before = snapshot(params)
+    closure()
+    with pytest.raises(RuntimeError, match="clips the descent gradient"):
+        opt.clip_grad_norm_(0.25)
+    opt.ascend()
+    closure()
+    assert opt.clip_grad_norm_(0.25) > 1
+    opt.step()
+    moves = [(p.detach() - x).flatten() for p, x in zip(params, before, strict=True)]
+    assert torch.cat(moves).norm().item() == pytest.approx(0.25, rel=1e-5)
+
+
+# Bases that fail.
+
+
+@pytest.mark.parametrize("form", ["closure", "explicit"])
+def test_a_base_that_raises_leaves_x(form: str) -> None:
+    params = parameters()
+    base = Plain(params)
+    opt = ef.SharpnessAware(base, "two_step_usam", RHO)
+    closure = closure_of(opt, params)
+    opt.step(closure)
+    before = snapshot(params)
+    base.fails = True
+    if form == "closure":
+        with pytest.raises(ArithmeticError, match="from the base"):
+            opt.step(closure)
+    else:
+        closure()
+        while opt.ascend():
+            closure()
+        with pytest.raises(ArithmeticError, match="from the base"):
+            opt.step()
+        opt.restore()
+    assert all(map(same_bits, params, before))
+    assert not opt.perturbed
+    assert _perturbation.holder(params) is None
+    base.fails = False
+    exact = Exact(params, {"lr": 0.1}, method="sequential")
+    opt.step(closure)
+    exact.step()
+    assert distance(params, exact.x) < 1e-14
+
+
+def test_what_the_scaler_hands_over_is_taken_back_from_a_base_that_raises() -> None:
+    params = parameters(torch.float32)
+    base = torch.optim.AdamW(params, **ADAMW, fused=True)
+    opt = ef.SharpnessAware(base, rho=0.0)
+    scaler = GradScaler("cpu", init_scale=64.0)
+    base.register_step_pre_hook(lambda *_: 1 / 0)
+    scaler.scale(loss_of(params)).backward()
+    with pytest.raises(ZeroDivisionError):
+        scaler.step(opt)
+    for name in ("grad_scale", "found_inf"):
+        assert not hasattr(opt, name)
+        assert not hasattr(base, name)
