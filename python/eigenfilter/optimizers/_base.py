@@ -9,6 +9,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # does not import the compiler, as torch.compiler does
 from torch.autograd.graph import increment_version
 
 from eigenfilter import _core, _perturbation, kernels
@@ -123,6 +124,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             self._randomness = Randomness(self._devices())
         yield
 
+    @_disable_dynamo
     @torch.no_grad()
     def ascend(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Move to the next point where a gradient is needed, and clear the gradients.
@@ -184,6 +186,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], Any]) -> Any: ...
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step: the whole one with a closure, else its end, the descent.
 
@@ -226,6 +229,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             raise
         return loss
 
+    @_disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
         """Go back to x, bit for bit, from anywhere; the step under way is forgotten."""
