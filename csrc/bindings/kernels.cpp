@@ -51,7 +51,7 @@ void ascend(py::handle params, py::handle grads, py::handle backups, py::handle 
 void ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
                   py::handle grad_scale, py::handle found_inf, int threads) {
     const Operands o{
-        {"params", params, true}, {"grads", grads, false}, {"backups", backups, false}};
+        {"params", params, true}, {"grads", grads, false}, {"backups", backups, false, true}};
     require_served(o);
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
     const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), false};
@@ -89,8 +89,8 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
              int threads) {
     const Operands o{{"params", params, true},
                      {"grads", grads, false},
-                     {"momenta", momenta, true},
-                     {"backups", backups, false}};
+                     {"momenta", momenta, true, true},
+                     {"backups", backups, false, true}};
     require_served(o);
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
     t.m = o.pointers(2);
@@ -121,7 +121,7 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
                      {"grads", grads, false},
                      {"exp_avgs", exp_avgs, true},
                      {"exp_avg_sqs", exp_avg_sqs, true},
-                     {"backups", backups, false}};
+                     {"backups", backups, false, true}};
     require_served(o);
     Tensors t = tensors(o, o.pointers(1), o.pointers(4));
     t.m = o.pointers(2);
@@ -148,7 +148,7 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
 
 void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
           py::handle workspace, int threads) {
-    const Operands o{{"tensors", list, false}, {"weights", weights, false}};
+    const Operands o{{"tensors", list, false}, {"weights", weights, false, true}};
     require_served(o);
     const Tensors t = tensors(o, o.pointers(1));
     const Scalar scale = one_or(o, grad_scale);
@@ -198,7 +198,7 @@ class NamedRoles {
         for (std::size_t r = 0; r < names.size(); ++r) {
             names_[r] = names[r].cast<std::string>();
             lists_[r] = lists[r];
-            roles_[r] = {names_[r].c_str(), lists_[r], written[r].cast<bool>()};
+            roles_[r] = {names_[r].c_str(), lists_[r], written[r].cast<bool>(), true};
         }
         count_ = names.size();
     }

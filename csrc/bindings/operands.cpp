@@ -247,7 +247,7 @@ Operands::Operands(std::initializer_list<Role> roles) : Operands(roles.begin(), 
 Operands::Operands(const Role* roles, size_t count_of_roles) {
     std::vector<dlpack::Tensor> first;
     for (size_t r = 0; r < count_of_roles; ++r) {
-        if (!roles[r].list.is_none()) read_role(roles, r, first);
+        if (!roles[r].list.is_none() || !roles[r].optional) read_role(roles, r, first);
     }
     check_overlap(roles, count_of_roles);
 }

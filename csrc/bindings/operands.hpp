@@ -42,11 +42,13 @@ class TensorList {
 // Registers TensorList and LayoutError with the module.
 void register_operands(py::module_& module);
 
-// One list of a call: its name in messages, the list (None: absent), whether the kernel writes it.
+// One list of a call: its name in messages, the list (None: absent), whether the kernel writes it,
+// whether it may be absent.
 struct Role {
     const char* name;
     py::handle list;
     bool written;
+    bool optional = false;
 };
 
 class Operands {

@@ -9,6 +9,7 @@ from torch import Tensor
 from eigenfilter import _core
 
 KEY = "momentum_buffer"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parameters(count: int = 3) -> list[Tensor]:
@@ -55,17 +56,36 @@ def test_the_same_entries() -> None:
     m = torch.ones(2)
     state = {a: {KEY: m}, b: {"other": m}}
     entries, values = list(state.values()), [m, None]
-    assert _core.same_entries(state, entries, KEY, values)
-    assert not _core.same_entries(state, entries, "other", values)
-    assert not _core.same_entries(state, entries, KEY, [m.clone(), None])
-    assert not _core.same_entries(state, [dict(entries[0]), entries[1]], KEY, values)
-    assert not _core.same_entries({a: state[a]}, entries, KEY, values)
-    assert _core.same_entries(state | {"read by a defaultdict": {}}, entries, KEY, values)
-    assert not _core.same_entries(state | {"more": {"other": m}}, entries, KEY, values)
+    assert _core.same_entries(state, entries, (KEY,), values)
+    assert not _core.same_entries(state, entries, ("other",), values)
+    assert not _core.same_entries(state, entries, (KEY,), [m.clone(), None])
+    assert not _core.same_entries(state, [dict(entries[0]), entries[1]], (KEY,), values)
+    assert not _core.same_entries({a: state[a]}, entries, (KEY,), values)
+    assert _core.same_entries(state | {"read by a defaultdict": {}}, entries, (KEY,), values)
+    assert not _core.same_entries(state | {"more": {"other": m}}, entries, (KEY,), values)
+    both = [m, None, None, m]
+    assert _core.same_entries(state, entries, (KEY, "other"), both)
+    assert not _core.same_entries(state, entries, (KEY, "other"), [m, None, m, None])
     state[b][KEY] = m
-    assert not _core.same_entries(state, entries, KEY, values)
+    assert not _core.same_entries(state, entries, (KEY,), values)
+
+
+def test_the_same_entries_of_several_keys() -> None:
+    """Values go entry by entry, each with all keys."""
+    a, b = parameters(2)
+    m, v, n = torch.ones(3, 2)
+    state = {a: dict(zip(MOMENTS, (m, v), strict=True)), b: {"exp_avg": n}}
+    entries, values = list(state.values()), [m, v, n, None]
+    assert _core.same_entries(state, entries, MOMENTS, values)
+    assert not _core.same_entries(state, entries, MOMENTS[::-1], values)
+    assert not _core.same_entries(state, entries, MOMENTS, [m, n, v, None])
+    assert not _core.same_entries(state, entries, MOMENTS, [m, v, n, v])
+    state[b]["exp_avg_sq"] = v
+    assert not _core.same_entries(state, entries, MOMENTS, values)
+    state[a]["exp_avg_sq"] = v.clone()
+    assert not _core.same_entries(state, entries, MOMENTS, [m, v, n, v])
 
 
 def test_an_entry_that_is_no_dictionary_is_another_one() -> None:
     entry = object()
-    assert not _core.same_entries({"p": entry}, [entry], KEY, [None])
+    assert not _core.same_entries({"p": entry}, [entry], (KEY,), [None])

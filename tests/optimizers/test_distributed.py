@@ -44,6 +44,25 @@ def test_the_single_processs_run(found: Found, name: str) -> None:
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.parametrize("name", workers.OPTIMIZERS)
+@pytest.mark.parametrize("scenario", ["ddp_others", "fsdp_others"])
+def test_the_single_processs_run_of_every_method(found: Found, scenario: str, name: str) -> None:
+    first, second = (result[name] for result in of(found, scenario))
+    expected = alone(name)
+    rounding = 1e-7 if name == "difference" else 1e-12
+    torch.testing.assert_close(first, expected, rtol=rounding, atol=rounding)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("name", ["sam", "asam", "difference"])
+def test_a_norm_counts_what_is_whole_once_and_sums_over_shards(found: Found, name: str) -> None:
+    first, second = (result[name] for result in of(found, "mixed_placements"))
+    expected = workers.stepped(name, lambda t: [t.clone(), t.clone(), t.clone(), t[:1], t.clone()])
+    rounding = 1e-7 if name == "difference" else 1e-14
+    torch.testing.assert_close(first, expected, rtol=rounding, atol=rounding)
+    assert all(map(torch.equal, first, second))
+
+
 def test_rho_matters_in_that_run() -> None:
     """By far more than what is tolerated: a gradient at the old point would show."""
     pairs = zip(alone(), alone(rho=0.0), strict=True)

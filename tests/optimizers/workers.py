@@ -23,6 +23,19 @@ WORLD = 2
 SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.01, "rho": 0.15}
 STEPS = 4
 
+# What beside USAM is run under DDP and FSDP2.
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "sam": lambda params: ef.SAM(params, **SETTINGS),
+    "asam": lambda params: ef.SAM(params, **SETTINGS, adaptive=True),
+    "sequential": lambda params: ef.TwoStepUSAM(params, **SETTINGS),
+    "anchored": lambda params: ef.TwoStepUSAM(params, **SETTINGS, ascent="anchored"),
+    "difference": lambda params: ef.HessianUSAM(params, **SETTINGS | {"rho": 0.02}),
+    "adamw": lambda params: ef.AdamW(params, lr=0.05, eps=0.02, method="sam", rho=0.15),
+    "wrapper": lambda params: ef.SharpnessAware(
+        torch.optim.AdamW(params, lr=0.05, eps=0.02), "two_step_usam", rho=0.15
+    ),
+}
+
 Evaluate = Callable[[], Tensor]
 
 
@@ -61,14 +74,20 @@ def full(params: Iterable[Tensor]) -> list[Tensor]:
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in params]
 
 
-def alone(**options: Any) -> list[Tensor]:
-    """Parameters after the same steps in one process on all samples."""
-    model = network()
-    opt = ef.USAM(model.parameters(), **SETTINGS | options)
-    closure = evaluation(opt, model, slice(None))
+def trained(opt: Any, model: nn.Module, part: slice) -> list[Tensor]:
+    """Parameters after some steps on a part of the samples."""
+    closure = evaluation(opt, model, part)
     for _ in range(STEPS):
         opt.step(closure)
     return full(model.parameters())
+
+
+def alone(name: str = "", **options: Any) -> list[Tensor]:
+    """Parameters after the same steps in one process on all samples, with USAM by default."""
+    model = network()
+    params = model.parameters()
+    opt = OPTIMIZERS[name](params) if name else ef.USAM(params, **SETTINGS | options)
+    return trained(opt, model, slice(None))
 
 
 def sharded(**options: Any) -> nn.Sequential:
@@ -86,11 +105,15 @@ def sharded(**options: Any) -> nn.Sequential:
 
 def ddp(rank: int) -> list[Tensor]:
     model = DistributedDataParallel(network())
-    opt = ef.USAM(model.parameters(), **SETTINGS)
-    closure = evaluation(opt, model, share(rank))
-    for _ in range(STEPS):
-        opt.step(closure)
-    return full(model.parameters())
+    return trained(ef.USAM(model.parameters(), **SETTINGS), model, share(rank))
+
+
+def ddp_others(rank: int) -> dict[str, list[Tensor]]:
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        model = DistributedDataParallel(network())
+        found[name] = trained(make(model.parameters()), model, share(rank))
+    return found
 
 
 def ddp_skip(rank: int) -> dict[str, Any]:
@@ -127,22 +150,26 @@ def ddp_local_ascent(rank: int) -> list[Tensor]:
 def fsdp(rank: int) -> list[Tensor]:
     model = sharded()
     opt = ef.USAM(model.parameters(), **SETTINGS)
-    closure = evaluation(opt, model, share(rank))
-    for _ in range(STEPS):
-        opt.step(closure)
+    params = trained(opt, model, share(rank))
     assert all(s["momentum_buffer"].placements for s in opt.state.values())
-    return full(model.parameters())
+    return params
 
 
 def fsdp_kept_gathered(rank: int) -> list[Tensor]:
     """The backward leaves parameters gathered: after a move these copies are stale."""
     model = sharded()
     model.set_reshard_after_backward(False)
-    opt = ef.USAM(model.parameters(), **SETTINGS)
-    closure = evaluation(opt, model, share(rank))
-    for _ in range(STEPS):
-        opt.step(closure)
-    return full(model.parameters())
+    return trained(ef.USAM(model.parameters(), **SETTINGS), model, share(rank))
+
+
+def fsdp_others(rank: int) -> dict[str, list[Tensor]]:
+    """Gathered parameters are stale after each of several ascents."""
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        model = sharded()
+        model.set_reshard_after_backward(False)
+        found[name] = trained(make(model.parameters()), model, share(rank))
+    return found
 
 
 def fsdp_forward_before_the_move(rank: int) -> list[Tensor]:
@@ -263,6 +290,37 @@ def gradient_placed_otherwise(rank: int) -> list[Tensor]:
     return full([p])
 
 
+def placed_in_every_way() -> Callable[[Tensor], list[Tensor]]:
+    """Places a tensor of five rows: none, whole, in shards, of which one is empty, on two axes."""
+    line, plane = init_device_mesh("cpu", (WORLD,)), init_device_mesh("cpu", (WORLD, 1))
+    return lambda t: [
+        t.clone(),
+        distribute_tensor(t.clone(), line, [Replicate()]),
+        distribute_tensor(t.clone(), line, [Shard(0)]),
+        distribute_tensor(t[:1].clone(), line, [Shard(0)]),
+        distribute_tensor(t.clone(), plane, [Shard(0), Replicate()]),
+    ]
+
+
+def mixed_placements(rank: int) -> dict[str, list[Tensor]]:
+    """A norm is summed over shards, and counts what every process has whole once."""
+    return {name: stepped(name, placed_in_every_way()) for name in ("sam", "asam", "difference")}
+
+
+def stepped(name: str, place: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    """A step with gradients 1, 2, ... times the parameters, each placed as they are."""
+    whole = torch.linspace(-1.0, 2.0, 15, dtype=torch.float64).reshape(5, 3)
+    params = [nn.Parameter(p) for p in place(whole)]
+    opt = OPTIMIZERS[name](params)
+
+    def closure() -> None:
+        for i, p in enumerate(params):
+            p.grad = p.detach() * (i + 1)
+
+    opt.step(closure)
+    return full(params)
+
+
 def partial_gradient(rank: int) -> list[Tensor]:
     """A parameter that every process has whole, with a gradient of which each has a summand."""
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -279,9 +337,11 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     scenario.__name__: scenario
     for scenario in (
         ddp,
+        ddp_others,
         ddp_skip,
         ddp_local_ascent,
         fsdp,
+        fsdp_others,
         fsdp_kept_gathered,
         fsdp_forward_before_the_move,
         fsdp_skip,
@@ -290,6 +350,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         fsdp_clip,
         fsdp_checkpoint,
         gradient_placed_otherwise,
+        mixed_placements,
         partial_gradient,
     )
 }

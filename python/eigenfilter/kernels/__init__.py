@@ -73,6 +73,7 @@ def ascend(
 
     Source: arXiv 2510.09034, USAM; arXiv 2102.11600, ASAM; the backup is ours.
     """
+    _require(backups=backups)
     with torch.no_grad():
         dispatch.of(params, backend).ascend(
             params,
@@ -155,6 +156,7 @@ def ascend_hvp(
 
     Source: the Hessian correction of Hessian USAM.
     """
+    _require(base_grads=base_grads, backups=backups)
     with torch.no_grad():
         dispatch.of(params, backend).ascend_hvp(
             params,
@@ -283,6 +285,7 @@ def descend_adamw(
 
     Source: I. Loshchilov and F. Hutter, 2019, arXiv 1711.05101, in torch.optim.AdamW's convention.
     """
+    _require(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     with torch.no_grad():
         dispatch.of(params, backend).descend_adamw(
             params,
@@ -356,3 +359,10 @@ def flag_nonfinite(
         TypeError, ValueError, RuntimeError: as `ascend`.
     """
     dispatch.of(tensors, backend).flag_nonfinite(tensors, found_inf)
+
+
+def _require(**lists: object) -> None:
+    """Raise TypeError for a list that is missing; what is in it, the kernels check."""
+    for name, tensors in lists.items():
+        if tensors is None:
+            raise TypeError(f"{name} must be a list or tuple of tensors")

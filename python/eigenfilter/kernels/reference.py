@@ -201,7 +201,10 @@ def _power(base: Tensor, exponent: Scalar) -> Tensor:
 
 def _square_root(t: Tensor) -> Tensor:
     """Correctly rounded, which torch's is on a GPU, but NumPy's on the CPU."""
-    return torch.as_tensor(np.sqrt(t.numpy())) if t.device.type == "cpu" else t.sqrt()
+    if t.device.type != "cpu":
+        return t.sqrt()
+    with np.errstate(invalid="ignore"):  # of negative values, as torch takes them: NaN
+        return torch.as_tensor(np.sqrt(t.numpy()))
 
 
 def _inverse(grad_scale: Tensor | None, like: Tensor) -> Tensor:

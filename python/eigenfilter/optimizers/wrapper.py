@@ -147,7 +147,7 @@ class SharpnessAware(EigenfilterOptimizer):
         flags = [f for f in (self._guard.flag(part.device) for part, _ in found) if f is not None]
         if flags and getattr(base, "_step_supports_amp_scaling", False):
             scale = self._guard.scalars(flags[0].device)["grad_scale"]
-            vars(base).update(grad_scale=scale, found_inf=flags[0])
+            vars(base).update(grad_scale=scale, found_inf=(flags[0] != 0).float())
             try:
                 base.step()
             finally:
