@@ -168,18 +168,22 @@ def test_parameters_in_step_share_the_tensor_that_counts() -> None:
     opt.step()
     assert shared() == [0, 0, 2, 2, 4, 2]
     assert steps_of(opt, params) == [3, 3, 3, 3, 2, 3]
-    saved = opt.state_dict()["state"]
-    assert len({id(entry["step"]) for entry in saved.values()}) == 6
-    opt.load_state_dict(opt.state_dict())
+    saved = opt.state_dict()
+    assert len({id(entry["step"]) for entry in saved["state"].values()}) == 6
+    opt.load_state_dict(saved)
     train(opt, params, 1)
+    assert shared() == [0, 0, 2, 2, 4, 2]
     assert steps_of(opt, params) == [4, 4, 4, 4, 3, 4]
 
 
 def test_a_saved_state_does_not_go_on_counting() -> None:
+    """Neither with the optimizer that it is of, nor with one into which it was loaded."""
     params = parameters()
     opt = ef.AdamW(params, **DECAY)
     train(opt, params, 2)
     saved = opt.state_dict()
+    train(opt, params, 3)
+    opt.load_state_dict(saved)
     train(opt, params, 3)
     assert {float(entry["step"]) for entry in saved["state"].values()} == {2.0}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -155,10 +156,12 @@ def test_both_sides_of_a_difference_draw_the_same(form: str) -> None:
 
 @pytest.mark.parametrize("inside", [(), (0,), (1,)], ids=["none", "the first", "the second"])
 def test_two_sides_that_draw_differently_warn(inside: tuple[int, ...]) -> None:
-    """Unless both calls are inside the context; the second replays what it finds noted."""
+    """Unless both calls are inside the context; no step before this one is replayed."""
     params = parameters()
     opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
     closure, masks = noisy(opt, params)
+    explicit_step(opt, closure)
+    masks.clear()
     for call in range(2):
         if call in inside:
             with opt.evaluation():
@@ -207,11 +210,28 @@ def test_without_randomness_nothing_warns() -> None:
     assert drawn_elsewhere.isfinite()
 
 
-def test_a_step_given_up_is_not_replayed() -> None:
+def test_random_numbers_drawn_outside_the_context_are_of_no_account() -> None:
+    """A loader's, say, at any time."""
     params = parameters()
     opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
     closure, masks = noisy(opt, params)
-    with opt.evaluation():
+    for draws in (1, 2):
+        with opt.evaluation():
+            closure()
+        for _ in range(draws):
+            drawn()
+        opt.ascend()
+    assert torch.equal(*masks)
+    closure()
+    opt.step()
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_a_step_given_up_is_neither_replayed_nor_warned_of(context: bool) -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
+    closure, masks = noisy(opt, params)
+    with opt.evaluation() if context else nullcontext():
         closure()
     opt.ascend()
     opt.restore()
@@ -304,6 +324,19 @@ def test_a_gradient_without_its_graph_says_how_to_keep_it() -> None:
         opt.ascend()
     assert all(map(same_bits, params, before))
     assert not opt.perturbed
+
+
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_a_gradient_of_another_dtype_keeps_its_graph(skip_nonfinite: bool) -> None:
+    """Where gradients are looked at too, which takes them in the parameters' dtype."""
+    p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    p.grad_dtype = torch.bfloat16
+    opt = ef.HessianUSAM([p, q], lr=0.1, rho=RHO, hvp="autograd", skip_nonfinite=skip_nonfinite)
+    backward(opt, (p**3).sum() + (q**3).sum())
+    assert p.grad.dtype == torch.bfloat16
+    opt.ascend()
+    torch.testing.assert_close(q.detach(), torch.full((4,), 1 + RHO * 6 * 3))
+    torch.testing.assert_close(p, q, rtol=1e-2, atol=0.0)
 
 
 def attention(p: Tensor, backend: SDPBackend) -> Tensor:

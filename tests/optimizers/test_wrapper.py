@@ -94,6 +94,17 @@ def test_around_an_optimizer_that_knows_lr_alone(method: str) -> None:
     assert distance(params, exact.x) < (1e-7 if method == "difference" else 1e-14)
 
 
+def test_around_an_optimizer_of_ours() -> None:
+    params, others = parameters(), parameters()
+    inner = ef.SGD(params, **SETTINGS["heavy ball"])
+    opt = ef.SharpnessAware(inner, "usam", RHO, skip_nonfinite=True)
+    other = ef.USAM(others, **SETTINGS["heavy ball"], rho=RHO)
+    for _ in range(3):
+        opt.step(closure_of(opt, params))
+        other.step(closure_of(other, others))
+    assert all(map(same_bits, params, others))
+
+
 # What is shared.
 
 
@@ -278,6 +289,27 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(base: Any, where: str) 
         assert not hasattr(opt, name)
         assert not hasattr(opt.base_optimizer, name)
     for _ in range(3):
+        other.step(closure_of(other, plain))
+    assert all(map(same_bits, params, plain))
+
+
+@pytest.mark.parametrize("by", ["unscale_", "clip_grad_norm_"])
+@bases
+def test_unscaling_the_descents_gradient(base: Any, by: str) -> None:
+    params, plain = parameters(torch.float32), parameters(torch.float32)
+    opt, other = (ef.SharpnessAware(base(p), "usam", RHO) for p in (params, plain))
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    for _ in range(3):
+        opt.zero_grad()
+        scaler.scale(loss_of(params)).backward()
+        opt.ascend(grad_scaler=scaler)
+        scaler.scale(loss_of(params)).backward()
+        if by == "unscale_":
+            scaler.unscale_(opt)
+        else:
+            opt.clip_grad_norm_(1e9, grad_scaler=scaler)
+        scaler.step(opt)
+        scaler.update()
         other.step(closure_of(other, plain))
     assert all(map(same_bits, params, plain))
 

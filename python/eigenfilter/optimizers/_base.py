@@ -158,8 +158,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             self._ascended = self._ascents_wanted()
             return False
         if self.skip_nonfinite or self._guard.scaled:
-            found = [(part, conforming(part, grads)) for part, grads in found]
-            self._guard.look(found)
+            self._guard.look([(part, conforming(part, grads)) for part, grads in found])
         self._warn_of_other_randomness()
         found = self._ascent.prepare(self._ascended, found, self._guard)
         _perturbation.enter(self)
