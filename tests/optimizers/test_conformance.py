@@ -472,16 +472,11 @@ CONVERSIONS: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("how", CONVERSIONS)
 @each({name: row for name, row in OPTIMIZERS.items() if not name.startswith("torch")})
-def test_a_model_converted_between_steps(
-    request: pytest.FixtureRequest, row: Row, how: str
-) -> None:
+def test_a_model_converted_between_steps(row: Row, how: str) -> None:
     """Parameters keep their identity and change their memory; steps go on in the new one.
 
     torch's optimizers keep the state's old dtype, or refuse.
     """
-    if "product" in request.node.name and how in ("half of it", "channels last"):
-        reason = "the ascent is tried again, and the first try has used the graph up"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=RuntimeError))
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(4, 3))
     params = list(model.parameters())
     opt = row.make(params)

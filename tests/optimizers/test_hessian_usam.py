@@ -366,3 +366,49 @@ def test_an_operation_without_a_second_derivative_is_refused_and_can_be_differen
     other = ef.HessianUSAM(plain, lr=0.1, rho=RHO, hvp="autograd")
     other.step(closure_of(other, plain, loss_of=lambda p, _: attention(p[0], SDPBackend.MATH)))
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-6, atol=1e-6)
+
+
+class SquaredOnce(torch.autograd.Function):
+    """x^2 with a backward pass that has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+def test_a_function_that_is_differentiable_once_is_refused() -> None:
+    """torch.autograd.grad leaves its part of H g out without a word."""
+    p = nn.Parameter(torch.tensor([1.0, -2.0]))
+    opt = ef.HessianUSAM([p], lr=0.1, rho=RHO, hvp="autograd")
+    loss = SquaredOnce.apply(p).square().sum() + (p**3).sum()
+    backward(opt, loss)
+    with pytest.raises(RuntimeError, match=r'could not be differentiated: .*"finite_difference"'):
+        opt.ascend()
+    assert p.tolist() == [1.0, -2.0]
+    assert not opt.perturbed
+
+
+@pytest.mark.parametrize("hvp", ["finite_difference", "autograd"])
+def test_nothing_of_a_step_is_kept_when_it_has_ended(hvp: str) -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp=hvp)
+    closure = closure_of(opt, params)
+
+    def kept() -> list[object]:
+        return [value for value in vars(opt._ascent).values() if isinstance(value, (dict, list))]
+
+    closure()
+    opt.ascend()
+    assert any(kept())
+    opt.restore()
+    assert not any(kept())
+    opt.step(closure)
+    assert kept()
+    assert not any(kept())

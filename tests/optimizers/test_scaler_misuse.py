@@ -53,3 +53,20 @@ def test_a_refused_step_leaves_no_scale_behind() -> None:
     opt.step(lambda: closure(False))
     moved = before * (1 - 0.1 * 2 * (1 + 0.05 * 2))
     torch.testing.assert_close(x.detach(), moved)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_one_of_two_ascents_without_the_scaler(first: bool) -> None:
+    x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    opt = eigenfilter.TwoStepUSAM([x], lr=0.1, rho=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = x.detach().clone()
+    scaler.scale((x**2).sum()).backward()
+    assert opt.ascend(grad_scaler=scaler if first else None)
+    scaler.scale((x**2).sum()).backward()
+    there = x.detach().clone()
+    with pytest.raises(RuntimeError, match="must agree on the scaler"):
+        opt.ascend(grad_scaler=None if first else scaler)
+    assert torch.equal(x.detach(), there)
+    opt.restore()
+    assert torch.equal(x.detach(), before)

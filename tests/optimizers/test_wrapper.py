@@ -5,6 +5,7 @@ That it steps, skips, saves and copies as every optimizer does is in `test_confo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -400,3 +401,34 @@ def test_what_the_scaler_hands_over_is_taken_back_from_a_base_that_raises() -> N
     for name in ("grad_scale", "found_inf"):
         assert not hasattr(opt, name)
         assert not hasattr(base, name)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_plain_checkpoint_loaded_into_the_base_keeps_rho(copied: bool) -> None:
+    """Without rho the wrapper would be its base, and nobody would notice."""
+    params = parameters()
+    plain = torch.optim.AdamW(params, lr=0.3)
+    opt = ef.SharpnessAware(torch.optim.AdamW(params, lr=0.1), "sam", RHO)
+    if copied:
+        opt = copy.deepcopy(opt)
+    opt.base_optimizer.load_state_dict(plain.state_dict())
+    assert [(g["lr"], g["rho"]) for g in opt.param_groups] == [(0.3, RHO)]
+    assert opt.phase == "ascent"
+
+
+def test_a_base_that_raises_in_the_explicit_form_ends_the_step() -> None:
+    params = parameters()
+    base = Plain(params)
+    opt = ef.SharpnessAware(base, "usam", RHO)
+    closure, before = closure_of(opt, params), snapshot(params)
+    closure()
+    assert opt.ascend()
+    closure()
+    base.fails = True
+    with pytest.raises(ArithmeticError):
+        opt.step()
+    assert all(map(same_bits, params, before))
+    assert (opt.phase, opt.perturbed) == ("ascent", False)
+    assert _perturbation.holder(params) is None
+    with pytest.raises(RuntimeError, match="needs 1 ascents before it"):
+        opt.step()

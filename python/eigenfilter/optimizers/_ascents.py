@@ -22,7 +22,7 @@ TINY = 1e-12
 class Ascent:
     """A method's ascents; this one, plain gradient descent's, has none.
 
-    An ascent keeps nothing from one step to the next, and one object serves one optimizer.
+    An ascent keeps no tensor from one step to the next, and one object serves one optimizer.
 
     Attributes:
         method: the method's name.
@@ -45,6 +45,9 @@ class Ascent:
     def move(self, run: Run, index: int, piece: Piece) -> None:
         """Move a piece; its backups hold x if it has moved before, else this call saves it."""
         raise AssertionError(f"{self.method} has no ascent")
+
+    def forget(self) -> None:
+        """Drop what was kept for the step that has ended."""
 
     def needs_graph(self, index: int) -> bool:
         """Whether the gradient for ascent `index` has to be differentiable itself."""

@@ -153,7 +153,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             )
         if self._ascended == 0:
             self._guard.begin()
-        self._guard.take_scale(grad_scaler, gradients)
+        self._guard.take_scale(grad_scaler, gradients, self._ascended > 0)
         if not found:  # nothing that ascends has a gradient: it is the descent's
             self._ascended = self._ascents_wanted()
             return False
@@ -382,6 +382,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _end(self) -> None:
         self._moved, self._ascended = [], 0
+        self._ascent.forget()
         self._randomness = self._between = None
         self._replayed = False
         _perturbation.leave(self)

@@ -39,7 +39,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             ValueError: the groups do not match.
         """
         self._refuse_perturbed("load_state_dict()")
-        super().load_state_dict(self._filled(state_dict))
+        super().load_state_dict(filled(self, state_dict))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyperparameters are checked as the constructor's are.
@@ -54,15 +54,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
         group = self.param_groups.pop()
         self._check_group(group)
         self.param_groups.append(group)
-
-    def _filled(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state whose groups have all that the present ones have."""
-        groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups):
-            return state_dict
-        own = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        filled = [mine | given for mine, given in zip(own, groups, strict=True)]
-        return state_dict | {"param_groups": filled}
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
@@ -85,3 +76,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 f"{what} while the parameters are away from x: first end the step with step(), or "
                 "go back with restore()"
             )
+
+
+def filled(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state to load whose groups have all that the optimizer's present ones have."""
+    groups = state_dict["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        return state_dict
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    joined = [mine | given for mine, given in zip(own, groups, strict=True)]
+    return state_dict | {"param_groups": joined}

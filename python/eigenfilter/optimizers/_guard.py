@@ -33,26 +33,24 @@ class Guard:
         self._scales.clear()
         self._flags.clear()
 
-    def take_scale(self, scaler: torch.amp.GradScaler | None, found: list[Any]) -> None:
+    def take_scale(
+        self, scaler: torch.amp.GradScaler | None, found: list[Any], ascended: bool
+    ) -> None:
         """Take an ascent's scale from its scaler, without a synchronisation."""
+        scaled = scaler is not None and scaler.is_enabled()
+        self._require_agreement(scaled, ascended)
         self._scales.clear()
-        if scaler is not None and scaler.is_enabled():
+        if scaler is not None and scaled:
             for device in {part.device for part, _ in found}:
                 one = torch.ones((), dtype=torch.float32, device=device)
                 self._scales[device] = scaler.scale(one).detach()
 
     def take_over(self, optimizer: torch.optim.Optimizer, found: list[Any], ascended: bool) -> None:
         """Take the descent's scale and flag, which `scaler.step` sets on the optimizer."""
-        ascended_scaled = bool(self._scales)
+        self._require_agreement("found_inf" in vars(optimizer), ascended)
         self._scales.clear()
-        handed_over = "found_inf" in vars(optimizer)
         scale = vars(optimizer).get("grad_scale")
         flag = vars(optimizer).get("found_inf")
-        if ascended and handed_over != ascended_scaled:
-            raise RuntimeError(
-                "the ascents and the step must agree on the scaler: pass grad_scaler= to every "
-                "ascend() and end the step with grad_scaler.step(opt), or use none"
-            )
         for device in {part.device for part, _ in found}:
             if isinstance(scale, Tensor):
                 self._scales[device] = scale.to(device, torch.float32)
@@ -60,6 +58,13 @@ class Guard:
                 self._make_flag(device).add_(flag.to(device, torch.float32).reshape(()))
         if isinstance(flag, Tensor) and any(part.is_distributed for part, _ in found):
             self._share()
+
+    def _require_agreement(self, scaled: bool, ascended: bool) -> None:
+        if ascended and scaled != self.scaled:
+            raise RuntimeError(
+                "the ascents and the step must agree on the scaler: pass grad_scaler= to every "
+                "ascend() and end the step with grad_scaler.step(opt), or use none"
+            )
 
     def look(self, found: list[tuple[Part, list[Tensor]]]) -> None:
         """Flag the step if a gradient is not finite, here or on another rank."""

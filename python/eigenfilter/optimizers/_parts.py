@@ -145,6 +145,7 @@ class Store:
         self._private: dict[tuple[str, Tensor], Tensor] = {}
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
+        self._holders: Counter[int] = Counter()
 
     def private(self, name: str, p: Tensor) -> Tensor:
         """A tensor of the optimizer's own like the local memory of a parameter; never saved."""

@@ -33,6 +33,9 @@ class DifferenceAscent(Ascent):
         if relative_step is not None and not relative_step > 0:
             raise ValueError(f"fd_step must be positive, and is {relative_step}")
         self.relative_step = relative_step
+        self.forget()
+
+    def forget(self) -> None:
         self._eps: dict[torch.device, Tensor] = {}
         self._displaced: list[list[Tensor]] = []  # the parameters of every part
 
@@ -81,18 +84,27 @@ class ProductAscent(Ascent):
     count = 1
 
     def __init__(self) -> None:
+        self._differentiable = False  # whether a graph was looked through
+        self.forget()
+
+    def forget(self) -> None:
         self._scales: dict[torch.device, Tensor | float] = {}
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
+        for part, _ in found:  # an error comes before the graph is used up: the step can be retried
+            _core.check(("params", "backups"), (part.tensors, part.backups()), (True, True))
         params = [p for part, _ in found for p in part.params]
-        grads = [g for _, given in found for g in given]
-        if not any(g.requires_grad for g in grads):
+        outputs = [g for _, given in found for g in given if g.requires_grad]
+        if not outputs:
             raise RuntimeError(
                 'hvp="autograd" differentiates the gradient: call '
-                "loss.backward(create_graph=opt.needs_graph) in the closure"
+                "loss.backward(create_graph=opt.needs_graph) in the closure (with a loss that is "
+                "linear in every parameter there is nothing to differentiate: use SGD)"
             )
-        outputs = [g for g in grads if g.requires_grad]
         try:
+            if not self._differentiable:
+                _refuse_once_differentiable(outputs)
+                self._differentiable = True
             products = torch.autograd.grad(
                 outputs, params, [g.detach() for g in outputs], allow_unused=True
             )
@@ -122,6 +134,24 @@ class ProductAscent(Ascent):
 
     def needs_graph(self, index: int) -> bool:
         return index == 0
+
+
+def _refuse_once_differentiable(outputs: list[Tensor]) -> None:
+    """Raise RuntimeError if a graph has a node that refuses to be differentiated.
+
+    torch.autograd.grad passes by such nodes without a word where no input lies behind them: that
+    part of H g would be 0. Looked for once an optimizer, since it takes a walk through the graph.
+    """
+    seen: set[Any] = set()
+    ahead = [g.grad_fn for g in outputs]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a function in the graph can be differentiated once only")
+        ahead.extend(following for following, _ in node.next_functions)
 
 
 def _keep(part: Part, grads: list[Tensor]) -> None:

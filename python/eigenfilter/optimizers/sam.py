@@ -32,6 +32,9 @@ class SAMAscent(Ascent):
         self._norms = {device: guard.unscaled(norm) for device, norm in norms.items()}
         return found
 
+    def forget(self) -> None:
+        self._norms = {}
+
     def move(self, run: Run, index: int, piece: Piece) -> None:
         part = piece.part
         alpha = signed(part.group) / (self._norms[part.device] + TINY)

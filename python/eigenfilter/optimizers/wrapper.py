@@ -10,6 +10,7 @@ from torch import Tensor
 from eigenfilter.optimizers import _distributed
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import Descent
+from eigenfilter.optimizers._groups import filled
 from eigenfilter.optimizers._hyperparameters import check_hyperparameters
 from eigenfilter.optimizers._methods import ascent_of
 from eigenfilter.optimizers._parts import Gradients, conforming
@@ -77,6 +78,11 @@ class SharpnessAware(EigenfilterOptimizer):
         base_optimizer.defaults.setdefault("rho", rho)
         for name in _SHARED:  # from now on the base's
             del vars(self)[name]
+        self._keep_rho()
+
+    def _keep_rho(self) -> None:
+        """Have groups without rho, when they are loaded into the base, keep the present ones."""
+        self.base_optimizer.register_load_state_dict_pre_hook(filled)
 
     def __getattr__(self, name: str) -> Any:
         if name in _SHARED:
@@ -102,7 +108,7 @@ class SharpnessAware(EigenfilterOptimizer):
             ValueError: the groups do not match.
         """
         self._refuse_perturbed("load_state_dict()")
-        self.base_optimizer.load_state_dict(self._filled(state_dict))
+        self.base_optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base.
@@ -130,6 +136,10 @@ class SharpnessAware(EigenfilterOptimizer):
             "base_optimizer": self.base_optimizer
         }
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_rho()  # an optimizer's hooks are not copied
+
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_hyperparameters({"rho": group["rho"]})  # the others are the base's affair
 
@@ -141,6 +151,7 @@ class SharpnessAware(EigenfilterOptimizer):
             part.restore()
         self._touched(moved)
         self._written = True
+        self._end()  # at x again, whatever the base does
         if not found:
             return
         base = self.base_optimizer
