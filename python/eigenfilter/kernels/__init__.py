@@ -23,7 +23,7 @@ from torch.autograd.graph import increment_version
 
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
-from eigenfilter.kernels.reference import Scalar
+from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
 
 __all__ = [
     "BACKENDS",
@@ -337,8 +337,8 @@ def norm(
     """
     implementation = dispatch.of(tensors, backend)
     if out is None:
-        dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-        out = torch.empty((), dtype=dtype, device=tensors[0].device)
+        t = tensors[0]
+        out = torch.empty((), dtype=arithmetic_dtype(t.dtype), device=t.device)
     implementation.norm(tensors, out, weights=weights, grad_scale=grad_scale)
     return out
 

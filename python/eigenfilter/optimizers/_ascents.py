@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenfilter.kernels.reference import arithmetic_dtype
 from eigenfilter.optimizers import _distributed
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._parts import Gradients, Part, Piece
@@ -80,7 +81,8 @@ def total_norms(
     for part, tensors in lists:
         for placing, indices in part.placings:
             whole = len(part.placings) == 1
-            norm = torch.empty((), dtype=_norm_dtype(part), device=part.device)
+            dtype = arithmetic_dtype(part.params[0].dtype)
+            norm = torch.empty((), dtype=dtype, device=part.device)
             factors = part.tensors if whole else [part.tensors[i] for i in indices]
             part.kernels.norm(
                 tensors if whole else [tensors[i] for i in indices],
@@ -92,8 +94,3 @@ def total_norms(
     return {
         device: torch.stack([s.to(device) for s in sums.values()]).sum().sqrt() for device in sums
     }
-
-
-def _norm_dtype(part: Part) -> torch.dtype:
-    local = _distributed.local(part.params[0])
-    return torch.float64 if local.dtype == torch.float64 else torch.float32

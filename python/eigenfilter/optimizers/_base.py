@@ -158,7 +158,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             self._ascended = self._ascents_wanted()
             return False
         if self.skip_nonfinite or self._guard.scaled:
-            self._guard.look([(part, conforming(part, grads)) for part, grads in found])
+            self._guard.look(conforming(found))
         self._warn_of_other_randomness()
         found = self._ascent.prepare(self._ascended, found, self._guard)
         _perturbation.enter(self)
@@ -334,7 +334,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if self.skip_nonfinite or len(pieces) > 1:
             for piece in pieces:
                 check_scalars(piece.part.group, piece.part.device)
-                piece.grads = conforming(piece.part, piece.grads)
+                piece.grads = piece.part.conforming(piece.grads)
         if self.skip_nonfinite and pieces:
             self._guard.look([(piece.part, piece.grads) for piece in pieces])
         for piece in pieces:

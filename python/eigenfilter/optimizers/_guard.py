@@ -80,10 +80,9 @@ class Guard:
         """The flag on a device, or None if nothing looks."""
         return self._flags.get(device)
 
-    def unscaled(self, value: Tensor | float, device: torch.device | None = None) -> Any:
-        """A value divided by the scale that the present gradients carry."""
-        at = value.device if isinstance(value, Tensor) else device
-        scale = self._scales.get(at) if at is not None else None
+    def unscaled(self, value: Tensor | float, device: torch.device) -> Tensor | float:
+        """A value on a device, divided by the scale that the present gradients carry."""
+        scale = self._scales.get(device)
         return value if scale is None else value / scale.double()
 
     def skips(self, device: torch.device) -> bool:

@@ -105,6 +105,14 @@ class Part:
         """Gradients in their parameters' dtype, strides and placements, copied where not so."""
         return [_conform(g, p) for g, p in zip(grads, self.params, strict=True)]
 
+    def conforming(self, grads: list[Tensor]) -> list[Tensor]:
+        """Gradients, checked, and all conformed where one does not conform."""
+        try:
+            _core.check(("params", "grads"), (self.tensors, grads), (True, False))
+        except (_core.LayoutError, TypeError):
+            return self.conform(grads)
+        return grads
+
     def _list(self, name: str, make: Callable[[str, Tensor], Tensor]) -> _core.TensorList:
         if name not in self._lists:
             tensors = [make(name, p) for p in self.params]
@@ -265,13 +273,9 @@ Gradients: TypeAlias = list[tuple[Part, list[Tensor]]]
 """Parts, with a gradient for each of their parameters."""
 
 
-def conforming(part: Part, grads: list[Tensor]) -> list[Tensor]:
-    """Gradients, checked, and copied to their parameters' layout where one has another."""
-    try:
-        _core.check(("params", "grads"), (part.tensors, grads), (True, False))
-    except (_core.LayoutError, TypeError):
-        return part.conform(grads)
-    return grads
+def conforming(found: Gradients) -> Gradients:
+    """`found`, its gradients as `Part.conforming` has them."""
+    return [(part, part.conforming(grads)) for part, grads in found]
 
 
 def _kind(p: Tensor) -> tuple[torch.device, torch.dtype]:

@@ -36,17 +36,17 @@ class DifferenceAscent(Ascent):
         self.forget()
 
     def forget(self) -> None:
-        self._eps: dict[torch.device, Tensor] = {}
+        self._eps: dict[torch.device, Tensor | float] = {}
         self._displaced: list[list[Tensor]] = []  # the parameters of every part
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
-        found = [(part, conforming(part, grads)) for part, grads in found]
+        found = conforming(found)
         params = [part.params for part, _ in found]
         if index == 0:
             lengths = total_norms([(part, part.tensors) for part, _ in found])
             for device, norm in total_norms(found).items():
                 step = self._relative_step(found) * (1 + lengths[device])
-                self._eps[device] = step / (guard.unscaled(norm) + TINY)
+                self._eps[device] = step / (guard.unscaled(norm, device) + TINY)
             for part, grads in found:
                 _keep(part, grads)
             self._displaced = params

@@ -24,12 +24,12 @@ class SAMAscent(Ascent):
 
     def __init__(self, *, adaptive: bool = False) -> None:
         self.adaptive = adaptive
-        self._norms: dict[torch.device, Tensor] = {}
+        self._norms: dict[torch.device, Tensor | float] = {}
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
-        found = [(part, conforming(part, grads)) for part, grads in found]
+        found = conforming(found)
         norms = total_norms(found, weights=self.adaptive)
-        self._norms = {device: guard.unscaled(norm) for device, norm in norms.items()}
+        self._norms = {device: guard.unscaled(norm, device) for device, norm in norms.items()}
         return found
 
     def forget(self) -> None:

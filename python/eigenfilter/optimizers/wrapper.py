@@ -145,7 +145,7 @@ class SharpnessAware(EigenfilterOptimizer):
 
     def _update(self, found: Gradients) -> None:
         if self.skip_nonfinite and found:
-            self._guard.look([(part, conforming(part, grads)) for part, grads in found])
+            self._guard.look(conforming(found))
         moved, self._moved = self._moved, []
         for part in moved:
             part.restore()
