@@ -75,6 +75,12 @@ def test_ascents_without_synchronisation_keep_processes_together(found: Found) -
     assert not any(map(torch.equal, first, alone()))
 
 
+def test_released_gradients_are_refused_before_they_are_reduced(found: Found) -> None:
+    for said in of(found, "released"):
+        assert len(said) == 2
+        assert all("leave it False in a distributed job" in line for line in said)
+
+
 def test_ddp_skips_together(found: Found) -> None:
     start = [p.detach() for p in workers.network().parameters()]
     for result in of(found, "ddp_skip"):

@@ -147,6 +147,20 @@ def ddp_local_ascent(rank: int) -> list[Tensor]:
     return full(model.parameters())
 
 
+def released(rank: int) -> list[str]:
+    """What is said of gradients that would be applied before they are reduced."""
+    said = []
+    for model in (DistributedDataParallel(network()), sharded()):
+        before = [p.clone() for p in full(model.parameters())]
+        opt = ef.SGD(model.parameters(), lr=0.1, release_gradients=True)
+        try:
+            opt.step(evaluation(opt, model, share(rank)))
+        except RuntimeError as error:
+            said.append(str(error))
+        assert all(map(torch.equal, full(model.parameters()), before))
+    return said
+
+
 def fsdp(rank: int) -> list[Tensor]:
     model = sharded()
     opt = ef.USAM(model.parameters(), **SETTINGS)
@@ -340,6 +354,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         ddp_others,
         ddp_skip,
         ddp_local_ascent,
+        released,
         fsdp,
         fsdp_others,
         fsdp_kept_gathered,

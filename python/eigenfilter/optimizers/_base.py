@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from eigenfilter.optimizers._guard import Guard, drop_handed_over, refuse_unscal
 from eigenfilter.optimizers._hyperparameters import check_scalars, is_zero, lr_is_zero
 from eigenfilter.optimizers._parts import Gradients, Part, Parts, Piece, Store, conforming
 from eigenfilter.optimizers._randomness import Randomness
+from eigenfilter.optimizers._release import UNSCALED, GradientRelease
 
 _T = TypeVar("_T")
 
@@ -46,6 +47,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
         skip_nonfinite: look at every gradient, and leave parameters and state as they were where
             one is not finite (one more pass over the gradient). In a distributed job the flag is
             shared by all ranks of the default process group, which must then step together.
+        release_gradients: apply and drop each descent gradient while backward runs, see
+            `GradientRelease`.
         backend: the kernels' backend, see `eigenfilter.kernels`.
     """
 
@@ -60,11 +63,18 @@ class EigenfilterOptimizer(GroupedOptimizer):
         descent: Descent,
         *,
         skip_nonfinite: bool = False,
+        release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
+        if skip_nonfinite and release_gradients:
+            raise ValueError(
+                "release_gradients applies each gradient before the next is made, and "
+                "skip_nonfinite needs all of them first: choose one"
+            )
         if backend is not None and backend not in kernels.BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {kernels.BACKENDS}")
         self.skip_nonfinite = skip_nonfinite
+        self.release_gradients = release_gradients
         self.backend = backend
         self._ascent = ascent
         self._descent = descent
@@ -76,7 +86,10 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._ascended = 0  # ascents taken in the step under way
         self._written = False  # by the present call
         self._moved: list[Part] = []  # parts that are away from x, none twice
+        self._away_ids: set[int] = set()  # of their parameters, when there were
+        self._away_of = 0  # so many parts
         self._guard = Guard()
+        self._release = GradientRelease(self)
         self._parts = Parts(Store(self.backend, self._descent.keys))
         self._randomness: Randomness | None = None  # before an evaluation that is drawn again
         self._between: Randomness | None = None  # after an ascent whose evaluation should be
@@ -115,6 +128,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         """A context for every call of the closure in the explicit form.
 
         Where a method takes finite differences, torch's random numbers are the same on both sides.
+        With `release_gradients` the descent's gradients are released here and nowhere else.
         """
         replays = self._ascent.replays(self._ascended) if self.phase == "ascent" else None
         if replays and self._randomness is not None:
@@ -122,7 +136,11 @@ class EigenfilterOptimizer(GroupedOptimizer):
             self._replayed = True
         elif replays is False:
             self._randomness = Randomness(self._devices())
-        yield
+        if not self.release_gradients or self.phase == "ascent":
+            yield
+            return
+        with self._release.during_backward(self._params()):
+            yield
 
     @_disable_dynamo
     @torch.no_grad()
@@ -136,10 +154,13 @@ class EigenfilterOptimizer(GroupedOptimizer):
             True after a move; False, with nothing done, when the next gradient is the descent's.
 
         Raises:
-            RuntimeError: no parameter has a gradient, or `grad_scaler.unscale_` was called.
+            RuntimeError: no parameter has a gradient, `grad_scaler.unscale_` was called, or
+                gradients are released and there is a scaler.
         """
         if self.phase == "descent":
             return False
+        if self.release_gradients and grad_scaler is not None and grad_scaler.is_enabled():
+            raise RuntimeError(UNSCALED)
         refuse_unscaled(self, grad_scaler)
         return self._following_layouts(lambda: self._ascend(grad_scaler))
 
@@ -231,11 +252,12 @@ class EigenfilterOptimizer(GroupedOptimizer):
     @_disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to x, bit for bit, from anywhere; the step under way is forgotten."""
+        """Go back to x, bit for bit, from anywhere; the step under way is forgotten.
+
+        Parameters that have been updated already (`release_gradients`) stay so.
+        """
         moved = [part for part in self._moved if part.backups().filled]
-        for part in moved:
-            part.restore()
-        self._touched(moved)
+        self._restore_parts(moved, self._release.updated)
         self._end()
 
     def clip_grad_norm_(
@@ -251,8 +273,14 @@ class EigenfilterOptimizer(GroupedOptimizer):
             The total norm before clipping, a 0-dim tensor.
 
         Raises:
-            RuntimeError: the next gradient is an ascent's, which the methods take unclipped.
+            RuntimeError: the next gradient is an ascent's, which the methods take unclipped; or
+                gradients are released.
         """
+        if self.release_gradients:
+            raise RuntimeError(
+                "release_gradients=True applies each gradient before the total norm is known: "
+                "leave it False to clip"
+            )
         if self.phase == "ascent":
             raise RuntimeError(
                 "clip_grad_norm_ clips the descent gradient: call it after the ascents, just "
@@ -260,8 +288,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             )
         if grad_scaler is not None:
             grad_scaler.unscale_(self)
-        params = [p for group in self.param_groups for p in group["params"]]
-        return torch.nn.utils.clip_grad_norm_(params, max_norm)
+        return torch.nn.utils.clip_grad_norm_(self._params(), max_norm)
 
     # What ascents and descents use.
 
@@ -277,7 +304,6 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _pieces(self, found: Gradients, *, past: bool) -> list[Piece]:
         """Parts split by what differs: are they away from x and, where asked for, their past."""
-        away: set[int] | None = None  # found when first needed
         pieces = []
         for part, grads in found:
             pasts = part.pasts(self._descent.past) if past else [None]
@@ -285,13 +311,19 @@ class EigenfilterOptimizer(GroupedOptimizer):
             if whole and len(pasts) == 1:
                 pieces.append(Piece(part, grads, bool(self._moved), pasts[0]))
                 continue
-            if away is None:
-                away = {id(p) for moved in self._moved for p in moved.params}
+            away = self._away()
             pasts = pasts * (len(part.params) // len(pasts))
             keys = [(id(p) in away, at) for p, at in zip(part.params, pasts, strict=True)]
             for (is_away, at), (some, given) in part.split(grads, keys).items():
                 pieces.append(Piece(some, given, is_away, at))
         return pieces
+
+    def _away(self) -> set[int]:
+        """Ids of the parameters that are away from x."""
+        if len(self._moved) != self._away_of:
+            self._away_ids = {id(p) for part in self._moved for p in part.params}
+            self._away_of = len(self._moved)
+        return self._away_ids
 
     def _following_layouts(self, act: Callable[[], _T]) -> _T:
         """Act; once more with parts built anew if the parameters' layouts are no longer theirs.
@@ -315,7 +347,11 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if not self._only_primes():
             self._require_ascents()
         found = self._gradients()
-        if not found and not self._only_primes():
+        if self.release_gradients and not self._only_primes():
+            self._release.require_all(found)
+            if "found_inf" in vars(self):
+                raise RuntimeError(UNSCALED)
+        if not found and not self._release.updated and not self._only_primes():
             raise RuntimeError(
                 "step() needs the gradient of the descent, and no parameter has one: run the "
                 "closure, which calls loss.backward(), before step()"
@@ -340,8 +376,29 @@ class EigenfilterOptimizer(GroupedOptimizer):
         for piece in pieces:
             self._descent.step(self._run, piece, self._guard)
 
+    @torch.no_grad()
+    def _descend_alone(self, p: Tensor) -> None:
+        """Take the descent of one parameter, within the backward pass that made its gradient."""
+
+        def act() -> None:
+            if not self._release.updated:
+                self._make_parts_current()
+                if self._ascended == 0:
+                    self._guard.begin()
+            part = self._parts.alone(p)
+            [past] = part.pasts(self._descent.past)
+            piece = Piece(part, [cast(Tensor, p.grad)], id(p) in self._away(), past)
+            self._descent.step(self._run, piece, self._guard)
+            self._touched([part])
+
+        self._following_layouts(act)
+
     def _gradients(self) -> Gradients:
         """The parts of the parameters that have a gradient, with those."""
+        self._make_parts_current()
+        return self._parts.with_gradients()
+
+    def _make_parts_current(self) -> None:
         if not self._parts.are_current(self.param_groups, self.state):
             if self.perturbed:
                 raise RuntimeError(
@@ -349,13 +406,15 @@ class EigenfilterOptimizer(GroupedOptimizer):
                     "them after step() or restore()"
                 )
             self._build_parts()
-        return self._parts.with_gradients()
 
     def _build_parts(self) -> None:
         self._parts.build(self.param_groups, self.state, self._descent.unify)
 
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _devices(self) -> set[torch.device]:
-        return {p.device for group in self.param_groups for p in group["params"]}
+        return {p.device for p in self._params()}
 
     def _touched(self, parts: list[Part]) -> None:
         """Tell autograd and FSDP2 that the parameters of `parts` have changed."""
@@ -366,22 +425,27 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _restore_all_but(self, stepped: Gradients) -> None:
         """Go back to x where no descent was taken, and end the step."""
-        if self._moved:
-            done = {id(part) for part, _ in stepped}
-            if not all(id(part) in done for part in self._moved):
-                ids = {id(p) for part, _ in stepped for p in part.params}
-                left = [
-                    (part, [i for i, p in enumerate(part.params) if id(p) not in ids])
-                    for part in self._moved
-                ]
-                rest = [part.subpart(indices) for part, indices in left if indices]
-                for part in rest:
-                    part.restore()
-                self._touched(rest)
+        done = {id(part) for part, _ in stepped}
+        if not all(id(part) in done for part in self._moved):
+            ids = {id(p) for part, _ in stepped for p in part.params}
+            self._restore_parts(self._moved, ids | self._release.updated)
         self._end()
 
+    def _restore_parts(self, parts: list[Part], updated: set[int]) -> None:
+        """Go back to x with all parameters of `parts` but those whose ids are `updated`."""
+        if updated:
+            left = [
+                (part, [i for i, p in enumerate(part.params) if id(p) not in updated])
+                for part in parts
+            ]
+            parts = [part.subpart(indices) for part, indices in left if indices]
+        for part in parts:
+            part.restore()
+        self._touched(parts)
+
     def _end(self) -> None:
-        self._moved, self._ascended = [], 0
+        self._moved, self._away_of, self._ascended = [], 0, 0
+        self._release.updated.clear()
         self._ascent.forget()
         self._randomness = self._between = None
         self._replayed = False
@@ -424,7 +488,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = ("skip_nonfinite", "backend", "_ascent", "_descent")
+        names = ("skip_nonfinite", "release_gradients", "backend", "_ascent", "_descent")
         return super().__getstate__() | {name: vars(self)[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -198,6 +198,7 @@ class Parts:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._parts: list[Part] = []
+        self._alone: dict[int, Part] = {}
         self._groups: list[tuple[list[Tensor], list[Tensor]]] = []  # each group's list, a copy
 
     def are_current(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
@@ -230,6 +231,7 @@ class Parts:
         unify(state)
         self._store.remember()
         self._parts = []
+        self._alone.clear()
         self._refuse_overlap()
         for group in groups:
             by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -237,9 +239,12 @@ class Parts:
                 by_kind.setdefault(_kind(p), []).append(p)
             self._parts += [Part(group, params, self._store) for params in by_kind.values()]
 
-    def devices(self) -> list[torch.device]:
-        """The devices of all parts, none twice."""
-        return list(dict.fromkeys(part.device for part in self._parts))
+    def alone(self, p: Tensor) -> Part:
+        """The part of one parameter."""
+        if id(p) not in self._alone:
+            [group] = [part.group for part in self._parts if any(q is p for q in part.params)]
+            self._alone[id(p)] = Part(group, [p], self._store)
+        return self._alone[id(p)]
 
     def _refuse_overlap(self) -> None:
         """Raise ValueError where parameters of any groups share memory: a move would be two."""

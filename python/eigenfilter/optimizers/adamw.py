@@ -33,6 +33,9 @@ class AdamW(EigenfilterOptimizer):
         rho: of the ascent, >= 0; see the optimizer of that method. It lives in param_groups.
         maximize: ascend f.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
+        release_gradients: apply and drop each of the descent's gradients while backward runs, so
+            that they never exist all at once. Takes step(closure), or the closure inside
+            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
         options: further arguments of the method's ascent: `adaptive` ("sam"), `ascent`
             ("two_step_usam"), `hvp` and `fd_step` ("hessian_usam").
@@ -60,6 +63,7 @@ class AdamW(EigenfilterOptimizer):
         rho: float | Tensor = 0.0,
         maximize: bool = False,
         skip_nonfinite: bool = False,
+        release_gradients: bool = False,
         backend: str | None = None,
         **options: Any,
     ) -> None:
@@ -77,6 +81,7 @@ class AdamW(EigenfilterOptimizer):
             ascent_of(method, **options),
             AdamWDescent(),
             skip_nonfinite=skip_nonfinite,
+            release_gradients=release_gradients,
             backend=backend,
         )
 

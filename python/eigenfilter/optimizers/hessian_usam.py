@@ -198,6 +198,9 @@ class HessianUSAM(EigenfilterOptimizer):
             same: docs/optimizers.md has the errors measured.
         maximize: ascend f.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
+        release_gradients: apply and drop each of the descent's gradients while backward runs, so
+            that they never exist all at once. Takes step(closure), or the closure inside
+            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
 
     Raises:
@@ -227,6 +230,7 @@ class HessianUSAM(EigenfilterOptimizer):
         fd_step: float | None = None,
         maximize: bool = False,
         skip_nonfinite: bool = False,
+        release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -235,6 +239,7 @@ class HessianUSAM(EigenfilterOptimizer):
             hessian_usam_ascent(hvp=hvp, fd_step=fd_step),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,
+            release_gradients=release_gradients,
             backend=backend,
         )
 

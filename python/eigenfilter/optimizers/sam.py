@@ -68,6 +68,9 @@ class SAM(EigenfilterOptimizer):
         adaptive: ASAM, whose ascent does not depend on the parameters' scales.
         maximize: ascend f.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
+        release_gradients: apply and drop each of the descent's gradients while backward runs, so
+            that they never exist all at once. Takes step(closure), or the closure inside
+            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
 
     Raises:
@@ -97,6 +100,7 @@ class SAM(EigenfilterOptimizer):
         adaptive: bool = False,
         maximize: bool = False,
         skip_nonfinite: bool = False,
+        release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -105,5 +109,6 @@ class SAM(EigenfilterOptimizer):
             SAMAscent(adaptive=adaptive),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,
+            release_gradients=release_gradients,
             backend=backend,
         )

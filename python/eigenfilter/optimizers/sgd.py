@@ -37,6 +37,9 @@ class SGD(EigenfilterOptimizer):
         nesterov: Nesterov's momentum; needs momentum > 0 and dampening 0.
         maximize: ascend f.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
+        release_gradients: apply and drop each of the descent's gradients while backward runs, so
+            that they never exist all at once. Takes step(closure), or the closure inside
+            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
 
     Raises:
@@ -63,6 +66,7 @@ class SGD(EigenfilterOptimizer):
         *,
         maximize: bool = False,
         skip_nonfinite: bool = False,
+        release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -71,6 +75,7 @@ class SGD(EigenfilterOptimizer):
             Ascent(),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,
+            release_gradients=release_gradients,
             backend=backend,
         )
 

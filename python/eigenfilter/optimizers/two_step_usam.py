@@ -62,6 +62,9 @@ class TwoStepUSAM(EigenfilterOptimizer):
         ascent: "sequential" or "anchored".
         maximize: ascend f.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
+        release_gradients: apply and drop each of the descent's gradients while backward runs, so
+            that they never exist all at once. Takes step(closure), or the closure inside
+            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
 
     Raises:
@@ -90,6 +93,7 @@ class TwoStepUSAM(EigenfilterOptimizer):
         ascent: str = "sequential",
         maximize: bool = False,
         skip_nonfinite: bool = False,
+        release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -98,6 +102,7 @@ class TwoStepUSAM(EigenfilterOptimizer):
             TwoStepUSAMAscent(ascent=ascent),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,
+            release_gradients=release_gradients,
             backend=backend,
         )
 

@@ -54,6 +54,9 @@ class USAM(EigenfilterOptimizer):
             take no ascent, and where all have it a step costs one gradient.
         maximize: ascend f.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
+        release_gradients: apply and drop each of the descent's gradients while backward runs, so
+            that they never exist all at once. Takes step(closure), or the closure inside
+            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
 
     Raises:
@@ -81,6 +84,7 @@ class USAM(EigenfilterOptimizer):
         rho: float | Tensor = 0.05,
         maximize: bool = False,
         skip_nonfinite: bool = False,
+        release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -89,5 +93,6 @@ class USAM(EigenfilterOptimizer):
             USAMAscent(),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,
+            release_gradients=release_gradients,
             backend=backend,
         )

@@ -1,0 +1,355 @@
+"""release_gradients: the same steps, bit for bit, and never all gradients at once."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigenfilter as ef
+from cases import RHO, same_bits
+from optimizers.problems import (
+    METHODS,
+    SETTINGS,
+    backward,
+    closure_of,
+    loss_of,
+    parameters,
+    snapshot,
+)
+
+HEAVY = SETTINGS["heavy ball"]
+
+MAKE: dict[str, Callable[..., Any]] = {
+    "sgd": lambda params, **kw: ef.SGD(params, **HEAVY, **kw),
+    **{
+        name: lambda params, method=method, **kw: method.make(params, **HEAVY, **kw)
+        for name, method in METHODS.items()
+    },
+    "adamw": lambda params, **kw: ef.AdamW(params, lr=0.05, **kw),
+    "adamw sam": lambda params, **kw: ef.AdamW(params, lr=0.05, method="sam", rho=0.5, **kw),
+}
+
+
+def released(params: list[Tensor], **kw: Any) -> ef.USAM:
+    return ef.USAM(params, **HEAVY, rho=RHO, release_gradients=True, **kw)
+
+
+def buffers(opt: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
+    return [t for p in params for _, t in sorted(opt.state[p].items())]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_steps_are_those_of_whole_gradients(dtype: torch.dtype, name: str) -> None:
+    runs = []
+    for release in (False, True):
+        params = parameters(dtype)
+        groups = [{"params": params[:2], "lr": 0.02}, {"params": params[2:]}]
+        opt = MAKE[name](groups, release_gradients=release)
+        closure = closure_of(opt, params)
+        losses = [opt.step(closure) for _ in range(6)]
+        runs.append([*losses, *params, *buffers(opt, params)])
+        assert all((p.grad is None) == release for p in params)
+    whole, each = runs
+    assert len(whole) == len(each)
+    assert all(map(same_bits, whole, each))
+
+
+def test_the_explicit_form_is_the_same() -> None:
+    runs = []
+    for explicit in (False, True):
+        params = parameters()
+        opt = released(params)
+        closure = closure_of(opt, params)
+        for _ in range(4):
+            if explicit:
+                with opt.evaluation():
+                    closure()
+                while opt.ascend():
+                    with opt.evaluation():
+                        closure()
+                opt.step()
+            else:
+                opt.step(closure)
+        runs.append(snapshot(params))
+    assert all(map(same_bits, *runs))
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_how_many_gradients_there_are_at_once(release: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    params = list(model.parameters())
+    opt = ef.SGD(params, lr=0.1, release_gradients=release)
+    most = 0
+
+    def count(_: Tensor) -> None:
+        nonlocal most
+        most = max(most, sum(p.grad is not None for p in params))
+
+    for p in params:
+        p.register_post_accumulate_grad_hook(count)  # before the optimizer's own
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = model(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert most == (1 if release else len(params))
+
+
+def test_a_tied_weight_is_updated_once_with_the_whole_gradient() -> None:
+    runs = []
+    for release in (False, True):
+        torch.manual_seed(0)
+        shared = nn.Linear(4, 4)
+        model = nn.Sequential(shared, nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), shared)
+        opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1, release_gradients=release)
+
+        def closure(model: nn.Module = model, opt: ef.USAM = opt) -> Tensor:
+            opt.zero_grad()
+            loss = model(torch.ones(2, 4)).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            opt.step(closure)
+        runs.append(snapshot(list(model.parameters())))
+    assert all(map(same_bits, *runs))
+
+
+def test_a_parameter_without_a_gradient_is_restored() -> None:
+    params = parameters()
+    opt = released(params)
+    before = snapshot(params)
+    used = list(params)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of([p if p is q else p.detach() for p, q in zip(params, used, strict=True)])
+        loss.backward()
+        return loss
+
+    closure()
+    assert opt.ascend()
+    used[3] = params[0]
+    with opt.evaluation():
+        closure()
+    assert not same_bits(params[3], before[3])
+    opt.step()
+    assert not opt.perturbed
+    assert same_bits(params[3], before[3])
+    assert not same_bits(params[5], before[5])
+
+
+def test_what_backward_makes_elsewhere_is_left_alone() -> None:
+    params = parameters()
+    opt = released(params)
+    opt.step(closure_of(opt, params))
+    before = snapshot(params)
+    loss_of(params).backward()
+    assert all(map(same_bits, params, before))
+    assert all(p.grad is not None for p in params)
+
+
+def test_gradients_of_the_descent_outside_an_evaluation_are_refused() -> None:
+    params = parameters()
+    opt = ef.SGD(params, **HEAVY, release_gradients=True)
+    before = snapshot(params)
+    loss_of(params).backward()
+    with pytest.raises(RuntimeError, match="inside `with"):
+        opt.step()
+    assert all(map(same_bits, params, before))
+
+
+def test_earlier_gradients_are_accumulated_outside_the_evaluation() -> None:
+    runs = []
+    for release in (False, True):
+        params = parameters()
+        opt = ef.SGD(params, **HEAVY, release_gradients=release)
+        for _ in range(3):
+            loss_of(params).backward()
+            with opt.evaluation():
+                (2 * loss_of(params)).backward()
+            opt.step()
+            opt.zero_grad()
+        runs.append(snapshot(params))
+    assert all(map(same_bits, *runs))
+
+
+def test_a_second_backward_in_one_evaluation_is_refused() -> None:
+    params = parameters()
+    opt = ef.SGD(params, **HEAVY, release_gradients=True)
+    with opt.evaluation():
+        loss_of(params).backward()
+        after = snapshot(params)
+        with pytest.raises(RuntimeError, match="second gradient"):
+            loss_of(params).backward()
+    assert all(map(same_bits, params, after))
+
+
+def test_step_without_a_gradient_is_refused() -> None:
+    opt = ef.SGD(parameters(), **HEAVY, release_gradients=True)
+    with pytest.raises(RuntimeError, match="no parameter has one"):
+        opt.step()
+
+
+class Fails(torch.autograd.Function):
+    """The identity, whose backward raises in the third call."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        Fails.calls += 1
+        if Fails.calls == 2:
+            raise ArithmeticError("backward")
+        return g
+
+
+def test_a_backward_that_fails_leaves_no_parameter_away_from_x() -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(3, 3), nn.Linear(3, 3)
+    params = [*first.parameters(), *last.parameters()]
+    opt = ef.USAM(params, lr=0.1, rho=0.1, release_gradients=True)
+    before = snapshot(params)
+    Fails.calls = 0
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = last(Fails.apply(first(torch.ones(2, 3)))).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ArithmeticError):
+        opt.step(closure)
+    assert not opt.perturbed
+    assert all(map(same_bits, first.parameters(), before[:2]))  # never reached: at x
+    assert not any(map(same_bits, last.parameters(), before[2:]))  # updated, and stay so
+    Fails.calls = 10
+    opt.step(closure)
+
+
+def test_groups_and_frozen_parameters_may_come_later() -> None:
+    params = parameters()
+    params[0].requires_grad_(False)
+    opt = released(params[:4])
+    closure = closure_of(opt, params)
+    opt.step(closure)
+    opt.add_param_group({"params": params[4:], "lr": 0.01})
+    params[0].requires_grad_(True)
+    before = snapshot(params)
+    for p in params:
+        p.grad = None
+    opt.step(closure)
+    moved = [not same_bits(p, x) for p, x in zip(params, before, strict=True) if p.numel()]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_releases_its_own(how: str) -> None:
+    params = parameters()
+    opt = released(params)
+    opt.step(closure_of(opt, params))
+    if how == "deepcopy":
+        other, others = copy.deepcopy((opt, params))
+    else:
+        file = io.BytesIO()
+        torch.save((opt, params), file)
+        file.seek(0)
+        other, others = torch.load(file, weights_only=False)
+    before = snapshot(params)
+    other.step(closure_of(other, others))
+    assert all(map(same_bits, params, before))
+    opt.step(closure_of(opt, params))
+    assert all(map(same_bits, params, others))
+
+
+def test_after_a_change_of_dtype_it_goes_on() -> None:
+    runs = []
+    for release in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        opt = ef.SGD(model.parameters(), **HEAVY, release_gradients=release)
+
+        def closure(model: nn.Module = model, opt: ef.SGD = opt) -> Tensor:
+            opt.zero_grad()
+            x = torch.ones(2, 3, dtype=model.weight.dtype)
+            loss = model(x).square().sum()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+        model.double()
+        opt.step(closure)
+        opt.step(closure)
+        params = list(model.parameters())
+        runs.append([*params, *buffers(opt, params)])
+    assert all(map(same_bits, *runs))
+
+
+def test_lr_0_steps_nowhere_and_ends_the_step() -> None:
+    params = parameters()
+    opt = released(params)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    before = snapshot(params)
+    for _ in range(2):
+        opt.step(closure_of(opt, params))
+    assert all(map(same_bits, params, before))
+    sgd = ef.SGD(params, lr=0.0, release_gradients=True)
+    for _ in range(2):
+        sgd.step(closure_of(sgd, params))
+    assert all(map(same_bits, params, before))
+
+
+# What needs all gradients first.
+
+
+def test_skip_nonfinite_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose one"):
+        released(parameters(), skip_nonfinite=True)
+
+
+def test_clipping_is_refused() -> None:
+    params = parameters()
+    opt = ef.SGD(params, lr=0.1, release_gradients=True)
+    with pytest.raises(RuntimeError, match="leave it False to clip"):
+        opt.clip_grad_norm_(1.0)
+
+
+def test_a_scaler_is_refused() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    params = parameters(torch.float32)
+    before = snapshot(params)
+    opt = released(params)
+    scaler.scale(loss_of(params)).backward()
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        opt.ascend(grad_scaler=scaler)
+    assert all(map(same_bits, params, before))
+    opt = ef.SGD(params, lr=0.1, release_gradients=True)
+    with pytest.raises(RuntimeError, match="release_gradients"):
+        scaler.step(opt)
+    assert all(map(same_bits, params, before))
+
+
+def test_a_graph_for_products_is_no_descent() -> None:
+    """The ascent's gradient of exact products stays, graph and all, until it has been used."""
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=0.01, hvp="autograd", release_gradients=True)
+    with opt.evaluation():
+        backward(opt, loss_of(params))
+    assert all(p.grad is not None for p in params)
+    assert opt.ascend()
+    opt.restore()
