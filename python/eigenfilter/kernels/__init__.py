@@ -10,6 +10,8 @@ Scalars are floats or 0-dim float32/float64 tensors, which are read on their dev
 synchronisation. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero:
 leave everything as it was) are what `torch.amp.GradScaler` hands over, one-element float32 tensors.
 
+Under torch.compile a call becomes the operator `torch.ops.eigenfilter.<name>`, and no graph breaks.
+
 `backend` is None (choose by device), "native" (C++ or CUDA), "triton" or "reference".
 """
 
@@ -23,6 +25,7 @@ from torch.autograd.graph import increment_version
 
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
+from eigenfilter.kernels.operators import operator
 from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 
+@operator(mutates=("params", "backups"))
 def ascend(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -87,6 +91,7 @@ def ascend(
     increment_version([*params, *backups])
 
 
+@operator(mutates=("params",))
 def ascend_again(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -122,6 +127,7 @@ def ascend_again(
     increment_version(params)
 
 
+@operator(mutates=("params",))
 def ascend_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -171,6 +177,7 @@ def ascend_hvp(
     increment_version(params)
 
 
+@operator(mutates=("params", "momenta"))
 def descend(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -238,6 +245,7 @@ def descend(
     increment_version([*params, *(momenta or ())])
 
 
+@operator(mutates=("params", "exp_avgs", "exp_avg_sqs"))
 def descend_adamw(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -335,14 +343,26 @@ def norm(
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`.
     """
-    implementation = dispatch.of(tensors, backend)
     if out is None:
-        t = tensors[0]
+        t = dispatch.first(tensors)
         out = torch.empty((), dtype=arithmetic_dtype(t.dtype), device=t.device)
-    implementation.norm(tensors, out, weights=weights, grad_scale=grad_scale)
+    _norm(tensors, out, weights=weights, grad_scale=grad_scale, backend=backend)
     return out
 
 
+@operator(mutates=("out",))
+def _norm(
+    tensors: Sequence[Tensor],
+    out: Tensor,
+    *,
+    weights: Sequence[Tensor] | None,
+    grad_scale: Tensor | None,
+    backend: str | None,
+) -> None:
+    dispatch.of(tensors, backend).norm(tensors, out, weights=weights, grad_scale=grad_scale)
+
+
+@operator(mutates=("found_inf",))
 def flag_nonfinite(
     tensors: Sequence[Tensor], found_inf: Tensor, *, backend: str | None = None
 ) -> None:

@@ -146,11 +146,21 @@ def select(device_type: str, backend: str | None = None) -> Backend:
 
 def of(tensors: Sequence[Tensor], backend: str | None) -> Backend:
     """Return the implementation that serves the device of `tensors`."""
+    return select(first(tensors).device.type, backend)
+
+
+def first(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the first of some tensors.
+
+    Raises:
+        TypeError: one tensor in place of a list.
+        ValueError: there are none.
+    """
     if isinstance(tensors, Tensor):
         raise TypeError("the kernels take lists of tensors: pass [tensor]")
     if not tensors:
         raise ValueError("no tensors: pass at least one")
-    return select(tensors[0].device.type, backend)
+    return tensors[0]
 
 
 def _automatic(device_type: str) -> str:

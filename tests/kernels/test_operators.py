@@ -1,0 +1,119 @@
+"""The kernels under torch.library and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import same_bits
+from eigenfilter import kernels
+
+SHAPES = ((5,), (3, 4), ())
+
+NO_GRAPHS = pytest.mark.filterwarnings("ignore:.*record_function.*", "ignore:.*CUDA.*")
+
+
+def lists(count: int) -> list[list[Tensor]]:
+    """So many lists of new tensors."""
+    random = torch.Generator().manual_seed(count)
+    return [[torch.rand(shape, generator=random) for shape in SHAPES] for _ in range(count)]
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+FLAG = torch.zeros(())
+
+# Calls of every kernel: how many lists, and what is done with them.
+CALLS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "ascend": (3, lambda p, g, b: kernels.ascend(p, g, b, 0.1, adaptive=True)),
+    "ascend_again": (2, lambda p, g: kernels.ascend_again(p, g, 0.1)),
+    "ascend_again from": (3, lambda p, g, b: kernels.ascend_again(p, g, 0.1, b)),
+    "ascend_hvp": (4, lambda p, g, g0, b: kernels.ascend_hvp(p, g, g0, b, 0.1, eps=1e-2)),
+    "descend": (2, lambda p, g: kernels.descend(p, g, lr=0.1, weight_decay=0.01)),
+    "descend momentum": (
+        4,
+        lambda p, g, m, b: kernels.descend(
+            p, g, m, b, lr=scalar(0.1), momentum=0.9, nesterov=True, grad_scale=torch.ones(())
+        ),
+    ),
+    "descend_adamw": (
+        4,
+        lambda p, g, m, v: kernels.descend_adamw(p, g, m, v, lr=0.1, step=3, found_inf=FLAG),
+    ),
+    "norm": (1, lambda t: kernels.norm(t)),
+    "norm weights": (2, lambda t, w: kernels.norm(t, weights=w, out=torch.empty(()))),
+    "flag_nonfinite": (1, lambda t: kernels.flag_nonfinite(t, torch.zeros(()))),
+}
+
+
+@NO_GRAPHS
+@pytest.mark.parametrize("name", CALLS)
+def test_a_compiled_call_is_the_call(name: str) -> None:
+    count, call = CALLS[name]
+
+    def work(*given: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        returned = call(*given)
+        return returned, [t + 1 for t in given[0]]  # sees what was written
+
+    expected = lists(count)
+    returned, after = work(*expected)
+    torch.compiler.reset()
+    found = lists(count)
+    compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
+    its, its_after = compiled(*found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(map(same_bits, ours, theirs))
+    assert all(map(same_bits, its_after, after))
+    assert its is None if returned is None else same_bits(its, returned)
+
+
+def test_errors_are_those_of_the_kernels() -> None:
+    [params, grads] = lists(2)
+
+    def work(params: list[Tensor], grads: list[Tensor]) -> None:
+        kernels.ascend_again(params, grads, 0.1)
+
+    compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="grads"):
+        compiled(params, grads[:-1])
+
+
+def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
+    """What the operator takes."""
+    p, g, a, b = lists(4)
+    tail = {"grad_scale": scalar(2.0).float(), "found_inf": FLAG.clone(), "backend": None}
+    half = scalar(0.5)
+    return {
+        "ascend": ([p, g, a, half], {"adaptive": False} | tail),
+        "ascend_again": ([p, g, half, []], tail),
+        "ascend_hvp": ([p, g, a, b, half, half], tail),
+        "descend": (
+            [p, g, a, []],
+            dict.fromkeys(("lr", "momentum", "dampening", "weight_decay"), half)
+            | {"nesterov": False, "maximize": False}
+            | tail,
+        ),
+        "descend_adamw": (
+            [p, g, a, b, []],
+            dict.fromkeys(("lr", "beta1", "beta2", "eps", "weight_decay"), half)
+            | {"step": scalar(2.0), "maximize": False}
+            | tail,
+        ),
+        "norm": ([p, torch.empty(())], {"weights": g, "grad_scale": None, "backend": None}),
+        "flag_nonfinite": ([p, FLAG.clone()], {"backend": "reference"}),
+    }[name]
+
+
+@NO_GRAPHS
+@pytest.mark.parametrize(
+    "name", [name for name in kernels.__all__ if name not in ("BACKENDS", "Backend", "select")]
+)
+def test_opcheck(name: str) -> None:
+    args, kw = arguments(name)
+    torch.library.opcheck(getattr(torch.ops.eigenfilter, name).default, args, kw)
