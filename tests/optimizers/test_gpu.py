@@ -113,3 +113,37 @@ def test_the_current_stream_is_used() -> None:
             exact.step()
     torch.cuda.synchronize()
     assert distance(params, exact.x) <= 4 * RUNS[torch.float32]
+
+
+CAPTURED = {
+    "sgd": lambda params: ef.SGD(params, **HEAVY),
+    "usam": lambda params: ef.USAM(params, **HEAVY, rho=RHO),
+    "sam": lambda params: ef.SAM(params, **HEAVY, rho=RHO),
+    "two-step": lambda params: ef.TwoStepUSAM(params, **HEAVY, rho=RHO),
+    "adamw": lambda params: ef.AdamW(params, lr=torch.full((), 0.05, device="cuda"), rho=RHO),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_step_is_the_step(name: str) -> None:
+    """Also after a scheduler has changed the lr, where that is a tensor on the device."""
+    expected, params = on_gpu(torch.float32), on_gpu(torch.float32)
+    other, opt = CAPTURED[name](expected), CAPTURED[name](params)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # state and backups are allocated, kernels loaded
+            take_step(opt, params)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        take_step(opt, params)
+    for _ in range(3):
+        take_step(other, expected)
+    for _ in range(4):  # the capture itself steps nowhere
+        for group in (*opt.param_groups, *other.param_groups):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].mul_(0.9)
+        graph.replay()
+        take_step(other, expected)
+    assert all(map(same_bits, params, expected))
