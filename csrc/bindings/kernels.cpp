@@ -188,6 +188,38 @@ void flag_nonfinite(py::handle list, py::handle found_inf, int threads) {
         [&](int device, void* stream) { cuda::flag_nonfinite(t, found, device, stream); });
 }
 
+// Vectors and a basis are lists of one, so that they are read and checked as all tensors are.
+void project_out(py::handle vectors, py::handle basis, std::int64_t count, std::int64_t rows,
+                 py::handle coefficients, py::handle norms, py::handle workspace, int passes,
+                 int threads) {
+    const Operands w{{"w", vectors, true}}, q{{"basis", basis, false}};
+    require_served(w);
+    const std::int64_t columns = w.numel()[0] / count;
+    if (w.dtype() != DType::f32 && w.dtype() != DType::f64)
+        throw py::type_error("w must be float32 or float64");
+    if (q.numel()[0] != rows * columns || q.device().type != w.device().type ||
+        q.device().id != w.device().id)
+        throw py::value_error("basis must be [m, n] for w [n] or [b, n], on the same device");
+    const Projection p{
+        q.dtype(),
+        w.dtype(),
+        rows,
+        columns,
+        count,
+        q.pointers(0)[0],
+        w.pointers(0)[0],
+        static_cast<double*>(w.output("coefficients", coefficients, count * rows, 64)),
+        static_cast<double*>(w.output("norms", norms, count, 64)),
+        passes};
+    run(
+        w, [&] { cpu::project_out(p, threads); },
+        [&](int device, void* stream) {
+            const std::int64_t size = cuda::project_workspace(rows, columns, count);
+            auto* sums = static_cast<double*>(w.output("workspace", workspace, size, 64));
+            cuda::project_out(p, sums, device, stream);
+        });
+}
+
 // Roles whose names and flags come from Python; the names must outlive the Operands.
 class NamedRoles {
  public:
@@ -242,6 +274,8 @@ void register_kernels(py::module_& module) {
     module.def("norm", &norm);
     module.def("norm_workspace", &norm_workspace);
     module.def("flag_nonfinite", &flag_nonfinite);
+    module.def("project_out", &project_out);
+    module.def("project_workspace", &cuda::project_workspace);
 }
 
 }  // namespace eigenfilter

@@ -1,6 +1,7 @@
 // The inner loops, compiled once for each instruction set (EIGENFILTER_ISA names it).
 #include "loops.hpp"
 
+#include "project_loops.hpp"
 #include "simd.hpp"
 // Its templates see the square roots of vectors, declared before.
 #include "eigenfilter/rules.hpp"
@@ -120,11 +121,10 @@ void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
 template <class Storage>
 double sum_squares(const typename Storage::Bits* t, const typename Storage::Bits* weights,
                    std::int64_t n) {
-    constexpr int kSums = 16;
-    constexpr int L = kRegisterBytes / static_cast<int>(sizeof(double));
+    constexpr int L = kDoubles;
     Vec<double, L> sums[kSums / L] = {};
     const auto read = [](auto io, const typename Storage::Bits* p) {
-        return __builtin_convertvector(Storage::template widen<L>(io.read(p)), Vec<double, L>);
+        return to_doubles(Storage::template widen<L>(io.read(p)));
     };
     const auto add = [&](auto io, std::int64_t at, int part) {
         auto value = read(io, t + at);
@@ -214,6 +214,29 @@ double sum_squares_any(DType dtype, const void* p, const void* weights, std::int
         dtype, [&](auto t) { return sum_squares<decltype(t)>(bits(t, p), bits(t, weights), n); });
 }
 
+// A basis may have any type, a vector float or double.
+template <class Call>
+auto by_dtypes(DType basis, DType vector, Call call) {
+    return by_dtype(basis, [&](auto b) {
+        return vector == DType::f64 ? call(b, Native<double>{}) : call(b, Native<float>{});
+    });
+}
+
+void dots_any(DType basis, DType vector, const void* q, std::int64_t stride, std::int64_t rows,
+              const void* w, std::int64_t n, double* out) {
+    by_dtypes(basis, vector, [&](auto b, auto v) {
+        dots<decltype(b)>(bits(b, q), stride, rows, bits(v, w), n, out);
+    });
+}
+
+double subtract_any(DType basis, DType vector, const void* q, std::int64_t stride,
+                    std::int64_t rows, const double* c, void* w, std::int64_t n) {
+    return by_dtypes(basis, vector, [&](auto b, auto v) {
+        subtract<decltype(b)>(bits(b, q), stride, rows, c, bits(v, w), n);
+        return sum_squares<decltype(v)>(bits(v, w), nullptr, n);
+    });
+}
+
 bool has_nonfinite_any(DType dtype, const void* p, std::int64_t n) {
     return by_dtype(dtype, [&](auto t) { return has_nonfinite<decltype(t)>(bits(t, p), n); });
 }
@@ -233,6 +256,8 @@ extern const Loops EIGENFILTER_TABLE(EIGENFILTER_ISA) = {
     descend_adamw_any,
     sum_squares_any,
     has_nonfinite_any,
+    dots_any,
+    subtract_any,
 };
 
 }  // namespace eigenfilter::cpu

@@ -5,6 +5,10 @@
 
 namespace eigenfilter::cpu {
 
+// Columns that project_out works on at once, whole groups: those of 60 float rows fit a
+// second-level cache.
+constexpr std::int64_t kColumns = 2048;
+
 // Each works on n consecutive elements. `stream` writes what is not read past the caches.
 struct Loops {
     const char* isa;
@@ -20,6 +24,13 @@ struct Loops {
     // The order of summation is the same for every instruction set; `weights` may be nullptr.
     double (*sum_squares)(DType, const void* t, const void* weights, std::int64_t n);
     bool (*has_nonfinite)(DType, const void* t, std::int64_t n);
+    // Of n <= kColumns columns of a basis, whose rows lie `stride` elements apart, and of a vector:
+    // out[i] <- q_i . w.
+    void (*dots)(DType basis, DType vector, const void* q, std::int64_t stride, std::int64_t rows,
+                 const void* w, std::int64_t n, double* out);
+    // w <- w - sum_i c[i] q_i; returns the sum of the squares of what is left.
+    double (*subtract)(DType basis, DType vector, const void* q, std::int64_t stride,
+                       std::int64_t rows, const double* c, void* w, std::int64_t n);
 };
 
 extern const Loops loops_baseline;

@@ -24,6 +24,8 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
+constexpr int kDoubles = kRegisterBytes / static_cast<int>(sizeof(double));
+
 template <class T, int L>
 struct VecOf {
     typedef T type __attribute__((vector_size(L * sizeof(T))));
@@ -70,6 +72,18 @@ EIGENFILTER_INLINE void stream(void* p, V v) {
 EIGENFILTER_INLINE void end_of_streaming() {
 #if defined(__x86_64__)
     _mm_sfence();
+#endif
+}
+
+// Half a register of floats, or a whole one of doubles, as doubles.
+EIGENFILTER_INLINE Vec<double, kDoubles> to_doubles(Vec<double, kDoubles> v) { return v; }
+EIGENFILTER_INLINE Vec<double, kDoubles> to_doubles(Vec<float, kDoubles> v) {
+#if defined(__AVX512F__)
+    return (Vec<double, kDoubles>)_mm512_cvtps_pd((__m256)v);
+#elif defined(__AVX2__)
+    return (Vec<double, kDoubles>)_mm256_cvtps_pd((__m128)v);
+#else
+    return __builtin_convertvector(v, Vec<double, kDoubles>);
 #endif
 }
 

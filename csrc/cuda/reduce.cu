@@ -1,23 +1,10 @@
 // norm and the non-finite flag on the GPU.
+#include "block_sum.cuh"
 #include "multi_tensor.cuh"
 #include "scalars.cuh"
 
 namespace eigenfilter::cuda {
 namespace {
-
-// Adds all threads' values in an order that is always the same; thread 0 has the sum.
-template <int Threads>
-__device__ __forceinline__ double block_sum(double value) {
-    __shared__ double sums[Threads];
-    sums[threadIdx.x] = value;
-    __syncthreads();
-#pragma unroll
-    for (int width = Threads / 2; width > 0; width /= 2) {
-        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
-        __syncthreads();
-    }
-    return sums[0];
-}
 
 template <class Group, int Lists>
 struct Reading {

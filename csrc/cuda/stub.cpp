@@ -31,5 +31,10 @@ std::int64_t norm_workspace(DType, std::size_t, const std::int64_t*) {
 }
 void norm(const Tensors&, const Scalar&, void*, double*, int, Stream) { require(); }
 void flag_nonfinite(const Tensors&, float*, int, Stream) { require(); }
+std::int64_t project_workspace(std::int64_t, std::int64_t, std::int64_t) {
+    require();
+    return 0;
+}
+void project_out(const Projection&, double*, int, Stream) { require(); }
 
 }  // namespace eigenfilter::cuda

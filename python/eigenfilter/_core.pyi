@@ -126,6 +126,18 @@ def norm(
     workspace: Tensor | None,
     num_threads: int,
 ) -> None: ...
+def project_out(
+    vectors: Sequence[Tensor],
+    basis: Sequence[Tensor],
+    count: int,
+    rows: int,
+    coefficients: Tensor,
+    norms: Tensor,
+    workspace: Tensor | None,
+    passes: int,
+    threads: int,
+) -> None: ...
+def project_workspace(rows: int, columns: int, count: int) -> int: ...
 def norm_workspace(tensors: Sequence[Tensor]) -> int:
     """Elements of the float64 workspace that `norm` needs on a GPU for these tensors."""
 

@@ -77,6 +77,17 @@ def test_main_body_accesses_16_bytes(instructions, kernel):
             assert wide(counts, "STG") >= 2, name
 
 
+@pytest.mark.parametrize("kernel", ["dots_kernel", "subtract_kernel"])
+def test_a_basis_is_read_16_bytes_at_a_time_where_its_rows_allow_it(instructions, kernel):
+    """Several of them under way at once, in every dtype and for both types of vector."""
+    by_pack = {True: 0, False: 0}
+    for name, counts in of(instructions, kernel).items():
+        packed = "4PackI" in name
+        by_pack[packed] += 1
+        assert (wide(counts, "LDG") >= 4) == packed, name
+    assert by_pack == {True: 8, False: 8}
+
+
 def test_parameters_are_not_read_where_they_start_from_backups(instructions):
     for name, counts in of(instructions, "AscendHvp").items():
         assert wide(counts, "LDG") == 3 * wide(counts, "STG"), name

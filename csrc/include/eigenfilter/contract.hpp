@@ -56,6 +56,18 @@ struct AdamWScalars {
     bool maximize;
 };
 
+// w <- w - sum_i (q_i . w) q_i for the rows q_i of a basis, `passes` times over, for each of some
+// vectors w, all in memory one after the other.
+struct Projection {
+    DType basis_dtype, vector_dtype;  // the vectors': f32 or f64
+    std::int64_t rows, columns, count;
+    const void* basis;     // [rows, columns]
+    void* vectors;         // [count, columns]
+    double* coefficients;  // [count, rows], written: the sums over the passes of q_i . w
+    double* norms;         // [count], written: of what is left
+    int passes;
+};
+
 // found_inf: address of one float, or nullptr; where it is not zero, ascents leave x where it is
 // and descents put it back to b; m and v keep their values.
 namespace cpu {
@@ -69,6 +81,7 @@ void descend_adamw(const Tensors&, const AdamWScalars<double>&, const float* fou
 // Euclidean norm of x, or of g x where g is given, summed in double in an order fixed by the sizes.
 double norm(const Tensors&, int threads);
 bool has_nonfinite(const Tensors&, int threads);
+void project_out(const Projection&, int threads);
 }  // namespace cpu
 
 // Everything runs on `stream` of the device, asynchronously; found_inf, out and the workspace are
@@ -93,6 +106,9 @@ std::int64_t norm_workspace(DType dtype, std::size_t n, const std::int64_t* nume
 void norm(const Tensors&, const Scalar& grad_scale, void* out, double* workspace, int device,
           Stream stream);
 void flag_nonfinite(const Tensors&, float* found_inf, int device, Stream stream);
+// Doubles that `project_out` needs as workspace.
+std::int64_t project_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count);
+void project_out(const Projection&, double* workspace, int device, Stream stream);
 }  // namespace cuda
 
 }  // namespace eigenfilter

@@ -38,6 +38,7 @@ __all__ = [
     "descend_adamw",
     "flag_nonfinite",
     "norm",
+    "project_out",
     "select",
 ]
 
@@ -379,6 +380,67 @@ def flag_nonfinite(
         TypeError, ValueError, RuntimeError: as `ascend`.
     """
     dispatch.of(tensors, backend).flag_nonfinite(tensors, found_inf)
+
+
+def project_out(
+    w: Tensor, basis: Tensor, *, passes: int = 2, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Take away from vectors, in place, their part in the span of a basis: Gram-Schmidt.
+
+        c <- c + Q w,    w <- w - Q^T (Q w)        (`passes` times over, c = 0 at first)
+
+    for Q [m, n] with orthonormal rows q_i. Sums are taken in float64, in an order that depends on
+    the sizes alone (of products of floats within 64 columns as floats, on the CPU); w is rounded
+    once a pass. The basis is read `passes` + 1 times on the CPU.
+
+    Args:
+        w: [n] or [b, n], float32 or float64, contiguous.
+        basis: [m, n], contiguous, of any dtype of the kernels: half precision halves the traffic.
+        passes: at least 1. One leaves an error of some roundings of what it takes away; the second
+            takes that away too.
+        backend: see the module.
+
+    Returns:
+        Coefficients c [m] or [b, m] and norms [] or [b] of what is left of w; float64.
+
+    Raises:
+        TypeError: an unsupported dtype.
+        ValueError: shapes or devices do not match, or memory is not contiguous.
+        RuntimeError: the backend asked for is not available; the message says how to get it.
+
+    Source: L. Giraud, J. Langou, M. Rozloznik, 2005: twice is enough.
+    """
+    if basis.ndim != 2 or w.ndim not in (1, 2) or w.shape[-1] != basis.shape[1]:
+        raise ValueError(
+            f"basis must be [m, n] and w [n] or [b, n]: got {list(basis.shape)} and {list(w.shape)}"
+        )
+    if not (w.is_contiguous() and basis.is_contiguous()):
+        raise ValueError("w and basis must be contiguous: pass .contiguous() of them")
+    if w.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"w must be float32 or float64, not {w.dtype}")
+    if basis.device != w.device:
+        raise ValueError(f"w is on {w.device} and basis on {basis.device}: move one of them")
+    if passes < 1:
+        raise ValueError(f"passes must be at least 1, not {passes}")
+    shape = w.shape[:-1]
+    coefficients = torch.empty((*shape, len(basis)), dtype=torch.float64, device=w.device)
+    norms = torch.empty(shape, dtype=torch.float64, device=w.device)
+    _project_out(w, basis, coefficients, norms, passes, backend)
+    return coefficients, norms
+
+
+@operator(mutates=("w", "coefficients", "norms"))
+def _project_out(
+    w: Tensor,
+    basis: Tensor,
+    coefficients: Tensor,
+    norms: Tensor,
+    passes: int,
+    backend: str | None,
+) -> None:
+    with torch.no_grad():
+        dispatch.of([w], backend).project_out(w, basis, coefficients, norms, passes=passes)
+    increment_version([w])
 
 
 def _require(**lists: object) -> None:

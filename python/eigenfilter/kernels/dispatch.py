@@ -110,6 +110,11 @@ class Backend(Protocol):
     ) -> None:
         """Euclidean norm; see `eigenfilter.kernels.norm`."""
 
+    def project_out(
+        self, w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
+    ) -> None:
+        """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
+
     def flag_nonfinite(self, tensors: Sequence[Tensor], found_inf: Tensor) -> None:
         """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
 

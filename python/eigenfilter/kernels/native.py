@@ -150,6 +150,28 @@ def norm(
     _core.norm(tensors, weights, out, grad_scale, workspace, torch.get_num_threads())
 
 
+def project_out(
+    w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
+) -> None:
+    """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
+    count = w.shape[0] if w.ndim == 2 else 1
+    workspace = None
+    if w.device.type != "cpu":
+        size = _core.project_workspace(len(basis), basis.shape[1], count)
+        workspace = torch.empty(size, dtype=torch.float64, device=w.device)
+    _core.project_out(
+        [w],
+        [basis],
+        count,
+        len(basis),
+        coefficients,
+        norms,
+        workspace,
+        passes,
+        torch.get_num_threads(),
+    )
+
+
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
     _core.flag_nonfinite(tensors, found_inf, torch.get_num_threads())

@@ -20,6 +20,7 @@ _TYPES = {
     "Tensor | None": "Tensor?",
     "Scalar": "Tensor",
     "bool": "bool",
+    "int": "int",
     "str | None": "str?",
 }
 

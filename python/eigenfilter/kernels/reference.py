@@ -178,6 +178,19 @@ def norm(
     out.copy_(total.sqrt() * _inverse(grad_scale, out))
 
 
+def project_out(
+    w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
+) -> None:
+    """w <- w - Q^T (Q w), `passes` times, in float64; rounded to w's dtype after each."""
+    Q = basis.double()
+    coefficients.zero_()
+    for _ in range(passes):
+        c = w.double() @ Q.T
+        coefficients += c
+        w.copy_(w.double() - c @ Q)
+    norms.copy_(torch.linalg.vector_norm(w.double(), dim=-1))
+
+
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """found_inf <- 1 if any element of any tensor is inf or NaN; else unchanged."""
     _core.check(("tensors",), (tensors,), (False,))

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eigenfilter.kernels import triton_device as device_code
+from eigenfilter.kernels import triton_project as project_code
 from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
 from eigenfilter.kernels.triton_tables import Tables, block_size, tables
 
@@ -208,6 +209,31 @@ def norm(
             BLOCK=device_code.NORM_BLOCK,
             **device_code.NORM_OPTIONS,
         )
+
+
+def project_out(
+    w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
+) -> None:
+    """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
+    rows, columns = basis.shape
+    count = w.shape[0] if w.ndim == 2 else 1
+    tiles = triton.cdiv(columns, project_code.TILE)
+    constants = {"TILE": project_code.TILE, **project_code.OPTIONS}
+    with _served(w.device):
+        sums = w.new_empty(count * rows * tiles, dtype=torch.float64)
+        squares = w.new_empty(count * tiles, dtype=torch.float64)
+        factors = torch.empty_like(coefficients)
+        grid = (tiles, count)
+        for i in range(passes):
+            if rows:
+                project_code.dots_kernel[grid](w, basis, sums, rows, columns, **constants)
+                project_code.add_tiles_kernel[(count * rows,)](
+                    sums, tiles, factors, coefficients, FIRST=i == 0, **constants
+                )
+            project_code.subtract_kernel[grid](
+                w, basis, factors, squares, rows, columns, **constants
+            )
+        project_code.norms_kernel[(count,)](squares, tiles, norms, **constants)
 
 
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:

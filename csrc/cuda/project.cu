@@ -1,0 +1,160 @@
+// project_out on the GPU. A block of threads has a tile of columns; the sums of all tiles lie apart
+// and are added in one order.
+#include "block_sum.cuh"
+#include "multi_tensor.cuh"
+
+namespace eigenfilter::cuda {
+namespace {
+
+constexpr int kTile = 2048;  // columns
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
+
+std::int64_t tiles_of(std::int64_t columns) { return (columns + kTile - 1) / kTile; }
+
+// What a block works on: vector blockIdx.y, and so many columns from `first` on.
+struct Tile {
+    std::int64_t first;
+    int columns;
+
+    __device__ __forceinline__ explicit Tile(const Projection& p)
+        : first(static_cast<std::int64_t>(blockIdx.x) * kTile),
+          columns(static_cast<int>(min(static_cast<std::int64_t>(kTile), p.columns - first))) {}
+};
+
+template <class Storage>
+using Element = typename Chunk<Storage, 1>::Element;
+
+// sums[v][i][tile] <- q_i . w_v over the tile's columns. A warp has a row at a time.
+template <class Group, class Storage, class Vector>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm) dots_kernel(Projection p, double* sums) {
+    __shared__ double wide[kTile];
+    const Tile tile(p);
+    const auto* w = static_cast<const Vector*>(p.vectors) + blockIdx.y * p.columns + tile.first;
+    for (int j = threadIdx.x; j < kTile; j += kThreads) wide[j] = j < tile.columns ? w[j] : 0;
+    __syncthreads();
+    const int lane = threadIdx.x % kWarp;
+    for (std::int64_t i = threadIdx.x / kWarp; i < p.rows; i += kWarps) {
+        const auto* q =
+            static_cast<const typename Storage::Bits*>(p.basis) + i * p.columns + tile.first;
+        double sum = 0;
+#pragma unroll 4
+        for (int j = lane * Group::kSize; j < tile.columns; j += kWarp * Group::kSize) {
+            const Group group = Group::load(q + j);
+#pragma unroll
+            for (int k = 0; k < Group::kSize; ++k)
+                sum += static_cast<double>(Storage::widen(group.v[k])) * wide[j + k];
+        }
+#pragma unroll
+        for (int width = kWarp / 2; width > 0; width /= 2)
+            sum += __shfl_down_sync(0xffffffffu, sum, width);
+        if (lane == 0) sums[(blockIdx.y * p.rows + i) * gridDim.x + blockIdx.x] = sum;
+    }
+}
+
+// A block adds the sums of all tiles for one row and vector.
+__global__ void __launch_bounds__(kThreads)
+    add_tiles_kernel(const double* sums, std::int64_t tiles, double* pass, double* coefficients,
+                     bool is_first) {
+    const std::int64_t at = blockIdx.x;
+    double sum = 0;
+    for (std::int64_t t = threadIdx.x; t < tiles; t += kThreads) sum += sums[at * tiles + t];
+    sum = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) {
+        pass[at] = sum;
+        coefficients[at] = is_first ? sum : coefficients[at] + sum;
+    }
+}
+
+// w_v <- w_v - sum_i c[v][i] q_i in the tile's columns, squares[v][tile] <- the sum of their
+// squares. A thread has some columns and goes down the rows.
+template <class Group, class Storage, class Vector>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+    subtract_kernel(Projection p, const double* c, double* squares) {
+    const Tile tile(p);
+    auto* w = static_cast<Vector*>(p.vectors) + blockIdx.y * p.columns + tile.first;
+    const double* own = c + blockIdx.y * p.rows;
+    double sum = 0;
+    for (int j = threadIdx.x * Group::kSize; j < tile.columns; j += kThreads * Group::kSize) {
+        const auto* q = static_cast<const typename Storage::Bits*>(p.basis) + tile.first + j;
+        double left[Group::kSize];
+#pragma unroll
+        for (int k = 0; k < Group::kSize; ++k) left[k] = w[j + k];
+#pragma unroll 4
+        for (std::int64_t i = 0; i < p.rows; ++i) {
+            const Group group = Group::load(q + i * p.columns);
+            const double factor = own[i];
+#pragma unroll
+            for (int k = 0; k < Group::kSize; ++k)
+                left[k] -= factor * static_cast<double>(Storage::widen(group.v[k]));
+        }
+#pragma unroll
+        for (int k = 0; k < Group::kSize; ++k) {
+            const auto rounded = static_cast<Vector>(left[k]);
+            w[j + k] = rounded;
+            sum += static_cast<double>(rounded) * static_cast<double>(rounded);
+        }
+    }
+    sum = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) squares[blockIdx.y * gridDim.x + blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    finish_norms_kernel(const double* squares, std::int64_t tiles, double* norms) {
+    double sum = 0;
+    for (std::int64_t t = threadIdx.x; t < tiles; t += kThreads)
+        sum += squares[blockIdx.x * tiles + t];
+    sum = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) norms[blockIdx.x] = sqrt(sum);
+}
+
+template <class Group, class Storage, class Vector>
+void launch(const Projection& p, double* workspace, cudaStream_t queue) {
+    const std::int64_t tiles = tiles_of(p.columns);
+    const std::int64_t dots = p.count * p.rows;
+    double* pass = workspace;
+    double* sums = pass + dots;
+    double* squares = sums + dots * tiles;
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.count));
+    for (int i = 0; i < p.passes; ++i) {
+        if (dots > 0) {
+            dots_kernel<Group, Storage, Vector><<<grid, kThreads, 0, queue>>>(p, sums);
+            add_tiles_kernel<<<static_cast<unsigned>(dots), kThreads, 0, queue>>>(
+                sums, tiles, pass, p.coefficients, i == 0);
+        }
+        subtract_kernel<Group, Storage, Vector><<<grid, kThreads, 0, queue>>>(p, pass, squares);
+    }
+    finish_norms_kernel<<<static_cast<unsigned>(p.count), kThreads, 0, queue>>>(squares, tiles,
+                                                                                p.norms);
+    check(cudaGetLastError(), "launching project_out");
+}
+
+}  // namespace
+
+std::int64_t project_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count) {
+    return count * (rows + (rows + 1) * tiles_of(columns));
+}
+
+void project_out(const Projection& p, double* workspace, int device, Stream stream) {
+    const DeviceGuard guard(device);
+    const auto queue = static_cast<cudaStream_t>(stream);
+    by_dtype(p.basis_dtype, [&](auto storage) {
+        using Storage = decltype(storage);
+        const auto with = [&](auto vector) {
+            using Vector = decltype(vector);
+            // Every row starts where 16-byte accesses are allowed, and ends with one.
+            const bool wide = reinterpret_cast<std::uintptr_t>(p.basis) % kAccessBytes == 0 &&
+                              p.columns % Pack<Storage>::kSize == 0;
+            if (wide)
+                launch<Pack<Storage>, Storage, Vector>(p, workspace, queue);
+            else
+                launch<Element<Storage>, Storage, Vector>(p, workspace, queue);
+        };
+        if (p.vector_dtype == DType::f64)
+            with(double{});
+        else
+            with(float{});
+    });
+}
+
+}  // namespace eigenfilter::cuda

@@ -1,0 +1,153 @@
+"""project_out against float64, and the same to the bit whatever runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import Room, same_bits
+from eigenfilter import _core, kernels
+
+# Below, at and above registers, groups and blocks of columns.
+SIZES = (1, 7, 15, 16, 17, 63, 64, 65, 1000, 2048, 2049, 5000)
+VECTORS = (torch.float32, torch.float64)
+
+
+def orthonormal(rows: int, columns: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """min(rows, columns) orthonormal rows, rounded to a dtype."""
+    random = torch.Generator().manual_seed(rows + columns)
+    q, _ = torch.linalg.qr(
+        torch.randn(columns, min(rows, columns), generator=random, dtype=torch.float64)
+    )
+    return q.T.contiguous().to(device, dtype)
+
+
+def vectors(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    random = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype)
+
+
+def exact(w: Tensor, basis: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
+    w, Q = w.double(), basis.double()
+    total = torch.zeros((*w.shape[:-1], len(Q)), dtype=torch.float64, device=w.device)
+    for _ in range(passes):
+        c = w @ Q.T
+        total, w = total + c, w - c @ Q
+    return w, total, torch.linalg.vector_norm(w, dim=-1)
+
+
+def check(room: Room, dtype: torch.dtype, vector: torch.dtype, rows: int, size: int) -> None:
+    """A few roundings are allowed, relative to w, whose elements are of size 1."""
+    eps = torch.finfo(vector).eps
+    basis = orthonormal(rows, size, dtype, room.device)
+    for shape in ((size,), (3, size)):
+        for passes in (1, 2):
+            w = vectors(shape, vector, room.device)
+            expected, total, norm = exact(w, basis, passes)
+            c, norms = kernels.project_out(w, basis, passes=passes, backend=room.backend)
+            scale = eps * size**0.5
+            torch.testing.assert_close(c, total, rtol=0, atol=4 * scale)
+            torch.testing.assert_close(w.double(), expected, rtol=0, atol=8 * eps)
+            torch.testing.assert_close(norms, norm, rtol=0, atol=8 * scale)
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_against_float64(room: Room, dtype: torch.dtype, vector: torch.dtype, size: int) -> None:
+    for rows in (1, 3, 4, 9):
+        check(room, dtype, vector, rows, size)
+
+
+def test_what_is_left_is_orthogonal_after_two_passes(room: Room) -> None:
+    """Of a vector that lies all but in the span: one pass leaves roundings of its length."""
+    basis = orthonormal(40, 3000, torch.float64, room.device)
+    inside = basis.sum(0) + 1e-9 * vectors((3000,), torch.float64, room.device)
+    left = []
+    for passes in (1, 2):
+        w = inside.clone()
+        _, norm = kernels.project_out(w, basis, passes=passes, backend=room.backend)
+        left.append(float((basis @ w).abs().max() / norm))
+    assert left[1] < 1e-14 < left[0]
+
+
+def test_no_rows(room: Room) -> None:
+    w = vectors((100,), torch.float32, room.device)
+    before = w.clone()
+    c, norm = kernels.project_out(w, w.new_empty(0, 100), backend=room.backend)
+    assert c.shape == (0,)
+    assert same_bits(w, before)
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(w.double()))
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_the_same_bits_from_every_instruction_set_and_number_of_threads(
+    dtype: torch.dtype, vector: torch.dtype
+) -> None:
+    basis = orthonormal(9, 5000, dtype).repeat(1, 40)
+    found = []
+    for isa in _core.isas():
+        _core.set_isa(isa)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            w = vectors((2, basis.shape[1]), vector)
+            found.append([w, *kernels.project_out(w, basis)])
+    for other in found[1:]:
+        assert all(map(same_bits, other, found[0]))
+
+
+def test_nonfinite_values_come_through(room: Room) -> None:
+    basis = orthonormal(3, 100, torch.float32, room.device)
+    w = vectors((100,), torch.float32, room.device)
+    w[50] = torch.nan
+    c, norm = kernels.project_out(w, basis, backend=room.backend)
+    assert c.isnan().all()
+    assert norm.isnan()
+
+
+def test_version_counters_are_bumped(room: Room) -> None:
+    w = vectors((100,), torch.float32, room.device)
+    before = w._version
+    kernels.project_out(w, orthonormal(2, 100, torch.float32, room.device), backend=room.backend)
+    assert w._version > before
+
+
+@pytest.mark.parametrize(
+    ("w", "basis", "options", "message"),
+    [
+        (torch.zeros(5), torch.zeros(2, 4), {}, r"w \[n\] or \[b, n\]"),
+        (torch.zeros(2, 2, 5), torch.zeros(2, 5), {}, r"w \[n\] or \[b, n\]"),
+        (torch.zeros(5), torch.zeros(5), {}, r"basis must be \[m, n\]"),
+        (torch.zeros(10)[::2], torch.zeros(2, 5), {}, "must be contiguous"),
+        (torch.zeros(5), torch.zeros(5, 2).T, {}, "must be contiguous"),
+        (torch.zeros(5), torch.zeros(2, 5), {"passes": 0}, "passes must be at least 1"),
+        (torch.zeros(5), torch.zeros(2, 5, device="meta"), {}, "move one"),
+        (torch.zeros(5, dtype=torch.half), torch.zeros(2, 5), {}, "w must be float32 or float64"),
+        (torch.zeros(5), torch.zeros(2, 5, dtype=torch.int32), {}, "int32"),
+    ],
+)
+def test_bad_operands_are_refused(w: Tensor, basis: Tensor, options: dict, message: str) -> None:
+    before = w.clone()
+    with pytest.raises((ValueError, TypeError), match=message):
+        kernels.project_out(w, basis, **options)
+    assert same_bits(w, before)
+
+
+def test_triton_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    subprocess.run([sys.executable, __file__], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for size in (1, 100, 1024, 2500):
+            check(Room("triton"), dtype, torch.float32, 3, size)
+    check(Room("triton"), torch.float64, torch.float64, 9, 3000)
+    test_no_rows(Room("triton"))
