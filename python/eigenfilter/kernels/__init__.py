@@ -25,7 +25,7 @@ from torch.autograd.graph import increment_version
 
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
-from eigenfilter.kernels.operators import operator
+from eigenfilter.kernels.torch_library import operator
 from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
 
 __all__ = [

@@ -19,6 +19,7 @@ _TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
     "Scalar": "Tensor",
+    "Scalar | None": "Tensor?",
     "bool": "bool",
     "int": "int",
     "str | None": "str?",
@@ -42,7 +43,7 @@ def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[_P, None]], Call
             if parameter.default is not parameter.empty
         }
         lists = {arg for arg, of in types.items() if of == "Sequence[Tensor] | None"}
-        scalars = {arg for arg, of in types.items() if of == "Scalar"}
+        scalars = {arg for arg, of in types.items() if of.startswith("Scalar")}
         call: Any = kernel
 
         def run(*args: Any, **kw: Any) -> None:
@@ -50,7 +51,7 @@ def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[_P, None]], Call
             for arg, value in named.items():
                 if arg in lists:
                     named[arg] = value or None
-                elif arg in scalars and value.device.type == "cpu":
+                elif arg in scalars and value is not None and value.device.type == "cpu":
                     named[arg] = float(value)
             call(**named)
 
@@ -87,5 +88,7 @@ def _marked(of: str, arg: str, mutates: tuple[str, ...]) -> str:
     return of.replace("Tensor", f"Tensor({chr(ord('a') + mutates.index(arg))}!)", 1)
 
 
-def _tensor(value: Any) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64)
+def _tensor(value: Any) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float64)
