@@ -25,8 +25,8 @@ from torch.autograd.graph import increment_version
 
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
-from eigenfilter.kernels.torch_library import operator
 from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
+from eigenfilter.kernels.torch_library import operator
 
 __all__ = [
     "BACKENDS",
