@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ BETA1 = 0.83
 BETA2 = 0.973
 EPS = 0.037  # large enough that where it is added shows
 STEPS = (1, 9, 12345)
+SEED = 11_184_811  # fills the 24 bits of a seed
 SCALE = 3.3  # no power of two: dividing by it rounds, and multiplying by 1 / it rounds otherwise
 
 MARGIN = 32  # elements before and after every tensor of an Arena
@@ -248,6 +250,20 @@ UPDATES = [
         "nesterov-backups",
     ),
     Update(
+        "descend",
+        _DESCENT,
+        ("params", "momenta"),
+        Descent("heavy", True, True, False).options() | {"rounding_seed": SEED},
+        "stochastic",
+    ),
+    Update(
+        "descend_adamw",
+        _ADAMW,
+        ("params", "exp_avgs", "exp_avg_sqs"),
+        AdamWDescent(True, True, False, 9).options() | {"rounding_seed": SEED},
+        "stochastic",
+    ),
+    Update(
         "descend_adamw",
         _ADAMW[:4],
         ("params", "exp_avgs", "exp_avg_sqs"),
@@ -277,3 +293,16 @@ def bits(t: Tensor) -> Tensor:
 def same_bits(actual: Tensor, expected: Tensor) -> bool:
     """Whether two tensors agree in dtype and bit for bit."""
     return actual.dtype == expected.dtype and torch.equal(bits(actual), bits(expected))
+
+
+def every_pattern(dtype: torch.dtype) -> Tensor:
+    """All numbers of a dtype of 16 bits."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def spacing(x: Tensor) -> Tensor:
+    """Distance from |x| to the next larger number of its dtype; 1 where x is not finite."""
+    info = torch.finfo(x.dtype)
+    _, exponent = np.frexp(np.maximum(x.double().abs().numpy(), info.tiny))
+    ulp = torch.from_numpy(np.ldexp(info.eps, exponent - 1))
+    return ulp.where(x.isfinite(), 1.0).to(x.dtype)

@@ -15,6 +15,15 @@ Scalar one_or(const Operands& o, py::handle grad_scale) {
     return grad_scale.is_none() ? Scalar{1.0} : o.scalar("grad_scale", grad_scale);
 }
 
+// None rounds to nearest; and wide dtypes are not rounded at all.
+bool is_stochastic(const Operands& o, py::handle rounding_seed) {
+    return !rounding_seed.is_none() && size_of(o.dtype()) == 2;
+}
+
+Scalar seed_of(const Operands& o, py::handle rounding_seed) {
+    return rounding_seed.is_none() ? Scalar{} : o.scalar("rounding_seed", rounding_seed);
+}
+
 // Throws unless the compiled kernels serve the operands' device.
 void require_served(const Operands& o) {
     if (o.on_cpu()) return;
@@ -85,8 +94,8 @@ void ascend_hvp(py::handle params, py::handle grads, py::handle base_grads, py::
 
 void descend(py::handle params, py::handle grads, py::handle momenta, py::handle backups,
              py::handle lr, py::handle momentum, py::handle dampening, py::handle weight_decay,
-             bool nesterov, bool maximize, py::handle grad_scale, py::handle found_inf,
-             int threads) {
+             bool nesterov, bool maximize, py::handle rounding_seed, py::handle grad_scale,
+             py::handle found_inf, int threads) {
     const Operands o{{"params", params, true},
                      {"grads", grads, false},
                      {"momenta", momenta, true, true},
@@ -99,16 +108,19 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
                                    o.scalar("dampening", dampening),
                                    o.scalar("weight_decay", weight_decay),
                                    one_or(o, grad_scale),
+                                   seed_of(o, rounding_seed),
                                    nesterov,
-                                   maximize};
+                                   maximize,
+                                   is_stochastic(o, rounding_seed)};
     const float* found = o.flag("found_inf", found_inf);
     run(
         o,
         [&] {
-            cpu::descend(t,
-                         {s.lr.value, s.momentum.value, s.dampening.value, s.weight_decay.value,
-                          s.grad_scale.value, nesterov, maximize},
-                         found, threads);
+            cpu::descend(
+                t,
+                {s.lr.value, s.momentum.value, s.dampening.value, s.weight_decay.value,
+                 s.grad_scale.value, s.rounding_seed.value, nesterov, maximize, s.stochastic},
+                found, threads);
         },
         [&](int device, void* stream) { cuda::descend(t, s, found, device, stream); });
 }
@@ -116,7 +128,8 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
 void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py::handle exp_avg_sqs,
                    py::handle backups, py::handle lr, py::handle beta1, py::handle beta2,
                    py::handle eps, py::handle weight_decay, py::handle step, bool maximize,
-                   py::handle grad_scale, py::handle found_inf, int threads) {
+                   py::handle rounding_seed, py::handle grad_scale, py::handle found_inf,
+                   int threads) {
     const Operands o{{"params", params, true},
                      {"grads", grads, false},
                      {"exp_avgs", exp_avgs, true},
@@ -133,15 +146,18 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
                                  o.scalar("weight_decay", weight_decay),
                                  o.scalar("step", step),
                                  one_or(o, grad_scale),
-                                 maximize};
+                                 seed_of(o, rounding_seed),
+                                 maximize,
+                                 is_stochastic(o, rounding_seed)};
     const float* found = o.flag("found_inf", found_inf);
     run(
         o,
         [&] {
-            cpu::descend_adamw(t,
-                               {s.lr.value, s.beta1.value, s.beta2.value, s.eps.value,
-                                s.weight_decay.value, s.step.value, s.grad_scale.value, maximize},
-                               found, threads);
+            cpu::descend_adamw(
+                t,
+                {s.lr.value, s.beta1.value, s.beta2.value, s.eps.value, s.weight_decay.value,
+                 s.step.value, s.grad_scale.value, s.rounding_seed.value, maximize, s.stochastic},
+                found, threads);
         },
         [&](int device, void* stream) { cuda::descend_adamw(t, s, found, device, stream); });
 }

@@ -3,7 +3,8 @@
 
 #include "project_loops.hpp"
 #include "simd.hpp"
-// Its templates see the square roots of vectors, declared before.
+// Their templates see the functions of vectors, declared before.
+#include "eigenfilter/rounding.hpp"
 #include "eigenfilter/rules.hpp"
 
 namespace eigenfilter::cpu {
@@ -71,10 +72,20 @@ void ascend_hvp(const HvpScalars<double>& s, typename Storage::Bits* x,
     });
 }
 
-template <class Storage>
+// Rounds and narrows the results of a block from element i on.
+template <class Storage, class Rounding, class V>
+EIGENFILTER_INLINE auto rounded(const Rounding& rounding, V v, Output output, std::int64_t i) {
+    constexpr int L = kLanes<Storage>;
+    constexpr std::uint32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const auto index = load<Vec<std::uint32_t, L>>(lanes) + static_cast<std::uint32_t>(i);
+    return Storage::template narrow<L>(rounding.template round<Storage>(v, output, index));
+}
+
+template <class Storage, class Rounding>
 void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
              const typename Storage::Bits* g, typename Storage::Bits* m,
-             const typename Storage::Bits* b, std::int64_t n, bool stream) {
+             const typename Storage::Bits* b, std::int64_t n, bool stream,
+             const Rounding& rounding) {
     constexpr int L = kLanes<Storage>;
     const Descend<typename Storage::Arithmetic> rule(s);
     const auto* from = b != nullptr ? b : x;
@@ -83,7 +94,8 @@ void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
         walk<Storage>(n, streamed, [=](auto io, std::int64_t i) {
             const auto origin = Storage::template widen<L>(io.read(from + i));
             const auto gradient = Storage::template widen<L>(io.read(g + i));
-            io.write_only(x + i, Storage::template narrow<L>(rule(origin, gradient)));
+            const auto moved = rule(origin, gradient);
+            io.write_only(x + i, rounded<Storage>(rounding, moved, Output::x, i));
         });
     } else {
         walk<Storage>(n, streamed, [=](auto io, std::int64_t i) {
@@ -91,17 +103,17 @@ void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
             const auto gradient = Storage::template widen<L>(io.read(g + i));
             auto momentum = Storage::template widen<L>(io.read(m + i));
             const auto moved = rule(origin, gradient, momentum);
-            io.write(m + i, Storage::template narrow<L>(momentum));
-            io.write_only(x + i, Storage::template narrow<L>(moved));
+            io.write(m + i, rounded<Storage>(rounding, momentum, Output::m, i));
+            io.write_only(x + i, rounded<Storage>(rounding, moved, Output::x, i));
         });
     }
 }
 
-template <class Storage>
+template <class Storage, class Rounding>
 void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
                    const typename Storage::Bits* g, typename Storage::Bits* m,
                    typename Storage::Bits* v, const typename Storage::Bits* b, std::int64_t n,
-                   bool stream) {
+                   bool stream, const Rounding& rounding) {
     constexpr int L = kLanes<Storage>;
     const DescendAdamW<typename Storage::Arithmetic> rule(s);
     const auto* from = b != nullptr ? b : x;
@@ -111,9 +123,9 @@ void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
         auto first = Storage::template widen<L>(io.read(m + i));
         auto second = Storage::template widen<L>(io.read(v + i));
         const auto moved = rule(origin, gradient, first, second);
-        io.write(m + i, Storage::template narrow<L>(first));
-        io.write(v + i, Storage::template narrow<L>(second));
-        io.write_only(x + i, Storage::template narrow<L>(moved));
+        io.write(m + i, rounded<Storage>(rounding, first, Output::m, i));
+        io.write(v + i, rounded<Storage>(rounding, second, Output::v, i));
+        io.write_only(x + i, rounded<Storage>(rounding, moved, Output::x, i));
     });
 }
 
@@ -161,14 +173,26 @@ bool has_nonfinite(const typename Storage::Bits* t, std::int64_t n) {
 }
 
 template <class Call>
+EIGENFILTER_INLINE auto by_narrow_dtype(DType dtype, Call call) {
+    return dtype == DType::bf16 ? call(BFloat16{}) : call(Float16{});
+}
+
+template <class Call>
 EIGENFILTER_INLINE auto by_dtype(DType dtype, Call call) {
-    switch (dtype) {
-        case DType::f32: return call(Native<float>{});
-        case DType::f64: return call(Native<double>{});
-        case DType::bf16: return call(BFloat16{});
-        case DType::f16: break;
+    if (dtype == DType::f32) return call(Native<float>{});
+    if (dtype == DType::f64) return call(Native<double>{});
+    return by_narrow_dtype(dtype, call);
+}
+
+// Calls call(storage, rounding).
+template <class Scalars, class Call>
+EIGENFILTER_INLINE void by_rounding(DType dtype, const Scalars& s, const Place& place, Call call) {
+    if (s.stochastic) {
+        const Stochastic rounding(static_cast<std::uint32_t>(s.rounding_seed), place);
+        by_narrow_dtype(dtype, [&](auto t) { call(t, rounding); });
+    } else {
+        by_dtype(dtype, [&](auto t) { call(t, Nearest{}); });
     }
-    return call(Float16{});
 }
 
 template <class Storage>
@@ -195,17 +219,18 @@ void ascend_hvp_any(DType dtype, const HvpScalars<double>& s, void* x, const voi
 }
 
 void descend_any(DType dtype, const DescendScalars<double>& s, void* x, const void* g, void* m,
-                 const void* b, std::int64_t n, bool stream) {
-    by_dtype(dtype, [&](auto t) {
-        descend<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, m), bits(t, b), n, stream);
+                 const void* b, std::int64_t n, bool stream, const Place& place) {
+    by_rounding(dtype, s, place, [&](auto t, const auto& rounding) {
+        descend<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, m), bits(t, b), n, stream,
+                             rounding);
     });
 }
 
 void descend_adamw_any(DType dtype, const AdamWScalars<double>& s, void* x, const void* g, void* m,
-                       void* v, const void* b, std::int64_t n, bool stream) {
-    by_dtype(dtype, [&](auto t) {
+                       void* v, const void* b, std::int64_t n, bool stream, const Place& place) {
+    by_rounding(dtype, s, place, [&](auto t, const auto& rounding) {
         descend_adamw<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, m), bits(t, v), bits(t, b), n,
-                                   stream);
+                                   stream, rounding);
     });
 }
 

@@ -9,7 +9,8 @@ namespace eigenfilter::cpu {
 // second-level cache.
 constexpr std::int64_t kColumns = 2048;
 
-// Each works on n consecutive elements. `stream` writes what is not read past the caches.
+// Each works on n consecutive elements, which lie at `place`. `stream` writes what is not read past
+// the caches.
 struct Loops {
     const char* isa;
     // x <- from + ...; `from` may be x; b, where given, gets what `from` held.
@@ -18,9 +19,9 @@ struct Loops {
     void (*ascend_hvp)(DType, const HvpScalars<double>&, void* x, const void* g, const void* g0,
                        const void* b, std::int64_t n, bool stream);
     void (*descend)(DType, const DescendScalars<double>&, void* x, const void* g, void* m,
-                    const void* b, std::int64_t n, bool stream);
+                    const void* b, std::int64_t n, bool stream, const Place& place);
     void (*descend_adamw)(DType, const AdamWScalars<double>&, void* x, const void* g, void* m,
-                          void* v, const void* b, std::int64_t n, bool stream);
+                          void* v, const void* b, std::int64_t n, bool stream, const Place& place);
     // The order of summation is the same for every instruction set; `weights` may be nullptr.
     double (*sum_squares)(DType, const void* t, const void* weights, std::int64_t n);
     bool (*has_nonfinite)(DType, const void* t, std::int64_t n);

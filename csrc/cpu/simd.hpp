@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "eigenfilter/contract.hpp"
+
 namespace {
 
 #define EIGENFILTER_INLINE inline __attribute__((always_inline))
@@ -177,6 +179,7 @@ struct Native {
 };
 
 struct BFloat16 {
+    static constexpr eigenfilter::DType kDType = eigenfilter::DType::bf16;
     using Arithmetic = float;
     using Bits = std::uint16_t;
     template <int L>
@@ -194,6 +197,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
+    static constexpr eigenfilter::DType kDType = eigenfilter::DType::f16;
     using Arithmetic = float;
     using Bits = std::uint16_t;
     template <int L>
@@ -259,12 +263,18 @@ struct Partial {
 
 namespace eigenfilter {
 
+using Floats = Vec<float, kRegisterBytes / 4>;
+using Words = Vec<std::uint32_t, kRegisterBytes / 4>;
+
 // Found by the update rules, beside their own for numbers.
-EIGENFILTER_INLINE Vec<float, kRegisterBytes / 4> square_root(Vec<float, kRegisterBytes / 4> v) {
-    return square_root_of(v);
-}
+EIGENFILTER_INLINE Floats square_root(Floats v) { return square_root_of(v); }
 EIGENFILTER_INLINE Vec<double, kRegisterBytes / 8> square_root(Vec<double, kRegisterBytes / 8> v) {
     return square_root_of(v);
 }
+
+// Of numbers below 2^31: conversions of signed integers are one instruction everywhere.
+using Integers = Vec<std::int32_t, kRegisterBytes / 4>;
+EIGENFILTER_INLINE Words truncate(Floats v) { return (Words) __builtin_convertvector(v, Integers); }
+EIGENFILTER_INLINE Floats real(Words v) { return __builtin_convertvector((Integers)v, Floats); }
 
 }  // namespace eigenfilter

@@ -38,8 +38,8 @@ void restore(const Tensors& t, int threads) {
     if (t.b != nullptr) copy(t, t.x, t.b, threads);
 }
 
-// Calls body(at, count, stream) for ranges of all tensors; at(list) is where a list's range begins,
-// nullptr for an absent list.
+// Calls body(at, place, count, stream) for ranges of all tensors; at(list) is where a list's range
+// begins, nullptr for an absent list.
 template <class Body>
 void update(const Tensors& t, int lists, int threads, Body body) {
     const int size = size_of(t.dtype);
@@ -50,6 +50,7 @@ void update(const Tensors& t, int lists, int threads, Body body) {
                            [=](void* const* list) -> void* {
                                return list != nullptr ? at(list[i], first, size) : nullptr;
                            },
+                           Place{static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(first)},
                            count, stream);
                    });
 }
@@ -59,7 +60,7 @@ void update(const Tensors& t, int lists, int threads, Body body) {
 void ascend(const Tensors& t, const AscendScalars<double>& s, const float* found_inf, int threads) {
     if (found_inf != nullptr && *found_inf != 0) return copy(t, t.b, t.x, threads);
     const Loops& table = loops();
-    update(t, 3, threads, [&](auto at, std::int64_t count, bool stream) {
+    update(t, 3, threads, [&](auto at, const Place&, std::int64_t count, bool stream) {
         table.ascend(t.dtype, s, at(t.x), at(t.x), at(t.g), at(t.b), count, stream);
     });
 }
@@ -69,16 +70,17 @@ void ascend_again(const Tensors& t, const AscendScalars<double>& s, const float*
     if (found_inf != nullptr && *found_inf != 0) return;
     const Loops& table = loops();
     void* const* from = t.b != nullptr ? t.b : t.x;
-    update(t, 2 + (t.b != nullptr), threads, [&](auto at, std::int64_t count, bool stream) {
-        table.ascend(t.dtype, s, at(t.x), at(from), at(t.g), nullptr, count, stream);
-    });
+    update(t, 2 + (t.b != nullptr), threads,
+           [&](auto at, const Place&, std::int64_t count, bool stream) {
+               table.ascend(t.dtype, s, at(t.x), at(from), at(t.g), nullptr, count, stream);
+           });
 }
 
 void ascend_hvp(const Tensors& t, const HvpScalars<double>& s, const float* found_inf,
                 int threads) {
     if (found_inf != nullptr && *found_inf != 0) return;
     const Loops& table = loops();
-    update(t, 4, threads, [&](auto at, std::int64_t count, bool stream) {
+    update(t, 4, threads, [&](auto at, const Place&, std::int64_t count, bool stream) {
         table.ascend_hvp(t.dtype, s, at(t.x), at(t.g), at(t.g0), at(t.b), count, stream);
     });
 }
@@ -88,8 +90,8 @@ void descend(const Tensors& t, const DescendScalars<double>& s, const float* fou
     if (found_inf != nullptr && *found_inf != 0) return restore(t, threads);
     const Loops& table = loops();
     const int lists = 2 + (t.m != nullptr) + (t.b != nullptr);
-    update(t, lists, threads, [&](auto at, std::int64_t count, bool stream) {
-        table.descend(t.dtype, s, at(t.x), at(t.g), at(t.m), at(t.b), count, stream);
+    update(t, lists, threads, [&](auto at, const Place& place, std::int64_t count, bool stream) {
+        table.descend(t.dtype, s, at(t.x), at(t.g), at(t.m), at(t.b), count, stream, place);
     });
 }
 
@@ -97,9 +99,11 @@ void descend_adamw(const Tensors& t, const AdamWScalars<double>& s, const float*
                    int threads) {
     if (found_inf != nullptr && *found_inf != 0) return restore(t, threads);
     const Loops& table = loops();
-    update(t, 4 + (t.b != nullptr), threads, [&](auto at, std::int64_t count, bool stream) {
-        table.descend_adamw(t.dtype, s, at(t.x), at(t.g), at(t.m), at(t.v), at(t.b), count, stream);
-    });
+    update(t, 4 + (t.b != nullptr), threads,
+           [&](auto at, const Place& place, std::int64_t count, bool stream) {
+               table.descend_adamw(t.dtype, s, at(t.x), at(t.g), at(t.m), at(t.v), at(t.b), count,
+                                   stream, place);
+           });
 }
 
 }  // namespace eigenfilter::cpu

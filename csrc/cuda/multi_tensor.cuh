@@ -37,13 +37,15 @@ static_assert(kMostElements % kChunkBytes == 0);
 template <int Roles>
 struct Batch {
     static constexpr int kBytesAPiece = 8 * Roles + 4 + 4;
-    static constexpr int kBytesOfN = 8;  // with padding
-    static constexpr int kMost = (kArgumentBytes - kOtherArgumentBytes - kBytesOfN) / kBytesAPiece;
+    static constexpr int kOtherBytes = 16;  // with padding
+    static constexpr int kMost =
+        (kArgumentBytes - kOtherArgumentBytes - kOtherBytes) / kBytesAPiece;
 
     void* pointers[Roles][kMost];
     int numel[kMost];
     int last_chunk[kMost];  // one past the piece's last chunk, counted over the batch
     int n;
+    Place place;  // of the first piece; each other is a whole tensor, the next one
 };
 
 // Even an update with five lists takes three launches for 2,000 tensors.
@@ -59,6 +61,7 @@ struct Native {
 };
 
 struct BFloat16 {
+    static constexpr DType kDType = DType::bf16;
     using Arithmetic = float;
     using Bits = std::uint16_t;
     static __device__ __forceinline__ float widen(Bits v) {
@@ -70,6 +73,7 @@ struct BFloat16 {
 };
 
 struct Float16 {
+    static constexpr DType kDType = DType::f16;
     using Arithmetic = float;
     using Bits = std::uint16_t;
     static __device__ __forceinline__ float widen(Bits v) {
@@ -81,14 +85,15 @@ struct Float16 {
 };
 
 template <class Call>
+auto by_narrow_dtype(DType dtype, Call call) {
+    return dtype == DType::bf16 ? call(BFloat16{}) : call(Float16{});
+}
+
+template <class Call>
 auto by_dtype(DType dtype, Call call) {
-    switch (dtype) {
-        case DType::f32: return call(Native<float>{});
-        case DType::f64: return call(Native<double>{});
-        case DType::bf16: return call(BFloat16{});
-        case DType::f16: break;
-    }
-    return call(Float16{});
+    if (dtype == DType::f32) return call(Native<float>{});
+    if (dtype == DType::f64) return call(Native<double>{});
+    return by_narrow_dtype(dtype, call);
 }
 
 // Elements in 16 bytes, moved by one access.
@@ -119,6 +124,7 @@ struct Chunk {
 
     Bits* p[Roles];
     int count;
+    Place place;
     bool aligned;  // 16-byte accesses are allowed in every role
 
     __device__ __forceinline__ explicit Chunk(const Batch<Roles>& batch) {
@@ -133,6 +139,7 @@ struct Chunk {
         }
         const int first = (block - (low > 0 ? batch.last_chunk[low - 1] : 0)) * kSize;
         count = min(batch.numel[low] - first, kSize);
+        place = {batch.place.tensor + low, (low > 0 ? 0 : batch.place.first) + first};
         std::uintptr_t bits = 0;
 #pragma unroll
         for (int r = 0; r < Roles; ++r) {
@@ -220,7 +227,7 @@ inline std::int64_t chunks_of(DType dtype, std::int64_t numel) {
     return (numel + size - 1) / size;
 }
 
-// Fills batches with all tensors that have elements and calls launch(batch, blocks) for each. The
+// Fills batches with all tensors and calls launch(batch, blocks) for each that has elements. The
 // roles are the lists that are there, in this order.
 template <int Roles, class Launch>
 void for_each_batch(const Tensors& t, Launch launch) {
@@ -236,22 +243,26 @@ void for_each_batch(const Tensors& t, Launch launch) {
     batch.n = 0;
     int blocks = 0;
     const auto flush = [&] {
-        if (batch.n > 0) launch(batch, blocks);
+        if (blocks > 0) launch(batch, blocks);
         batch.n = 0;
         blocks = 0;
     };
     for (std::size_t i = 0; i < t.n; ++i) {
-        for (std::int64_t first = 0; first < t.numel[i]; first += kMostElements) {
+        std::int64_t first = 0;
+        do {
             const auto numel = std::min<std::int64_t>(t.numel[i] - first, kMostElements);
             const auto chunks = static_cast<int>(chunks_of(t.dtype, numel));
-            if (batch.n == Batch<Roles>::kMost || chunks > INT32_MAX - blocks) flush();
+            const bool full = batch.n == Batch<Roles>::kMost || chunks > INT32_MAX - blocks;
+            if (full || first > 0) flush();
+            if (batch.n == 0)
+                batch.place = {static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(first)};
             for (int r = 0; r < Roles; ++r)
                 batch.pointers[r][batch.n] =
                     static_cast<char*>(roles[r][i]) + first * size_of(t.dtype);
             batch.numel[batch.n] = static_cast<int>(numel);
             blocks += chunks;
             batch.last_chunk[batch.n++] = blocks;
-        }
+        } while ((first += kMostElements) < t.numel[i]);
     }
     flush();
 }

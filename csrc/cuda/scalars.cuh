@@ -17,10 +17,12 @@ inline bool on_device(const HvpScalars<Scalar>& s) {
     return any_on_device(s.alpha, s.eps, s.grad_scale);
 }
 inline bool on_device(const DescendScalars<Scalar>& s) {
-    return any_on_device(s.lr, s.momentum, s.dampening, s.weight_decay, s.grad_scale);
+    return any_on_device(s.lr, s.momentum, s.dampening, s.weight_decay, s.grad_scale,
+                         s.rounding_seed);
 }
 inline bool on_device(const AdamWScalars<Scalar>& s) {
-    return any_on_device(s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.step, s.grad_scale);
+    return any_on_device(s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.step, s.grad_scale,
+                         s.rounding_seed);
 }
 
 __host__ __device__ __forceinline__ double value(const Scalar& s) {
@@ -38,12 +40,15 @@ __host__ __device__ __forceinline__ HvpScalars<double> value(const HvpScalars<Sc
     return {value(s.alpha), value(s.eps), value(s.grad_scale)};
 }
 __host__ __device__ __forceinline__ DescendScalars<double> value(const DescendScalars<Scalar>& s) {
-    return {value(s.lr),         value(s.momentum), value(s.dampening), value(s.weight_decay),
-            value(s.grad_scale), s.nesterov,        s.maximize};
+    return {value(s.lr),         value(s.momentum),      value(s.dampening), value(s.weight_decay),
+            value(s.grad_scale), value(s.rounding_seed), s.nesterov,         s.maximize,
+            s.stochastic};
 }
 __host__ __device__ __forceinline__ AdamWScalars<double> value(const AdamWScalars<Scalar>& s) {
-    return {value(s.lr),           value(s.beta1), value(s.beta2),      value(s.eps),
-            value(s.weight_decay), value(s.step),  value(s.grad_scale), s.maximize};
+    return {value(s.lr),         value(s.beta1),         value(s.beta2),
+            value(s.eps),        value(s.weight_decay),  value(s.step),
+            value(s.grad_scale), value(s.rounding_seed), s.maximize,
+            s.stochastic};
 }
 
 // A rule made on the host, where its coefficients are known there; else by one thread of each

@@ -84,6 +84,7 @@ class Case:
     nesterov: bool = False
     maximize: bool = False
     step: float = 1
+    seed: float | None = None
     scale: float | None = None
     found: float | None = None
     kind: str = "float"
@@ -92,6 +93,14 @@ class Case:
         if self.kind == "float":
             return value
         return torch.tensor(value, dtype=getattr(torch, self.kind))
+
+    def rounding(self) -> dict[str, float | Tensor | None]:
+        return {"rounding_seed": None if self.seed is None else self.scalar(self.seed)}
+
+    @property
+    def exact(self) -> bool:
+        """Whether the interpreter has nothing to round: see `assert_same`."""
+        return self.found == 1 or self.seed is not None
 
     def flags(self) -> dict[str, Tensor | None]:
         return {
@@ -134,6 +143,10 @@ DESCENTS = [
     Case(momenta=True, backups=True, maximize=True, scale=3.7, kind="float64"),
     Case(momenta=True, backups=True, dampening=0.3, weight_decay=0.07, found=0.0, kind="float32"),
     Case(momenta=True, nesterov=True, weight_decay=0.07),
+    Case(weight_decay=0.07, seed=0.0),
+    Case(momenta=True, backups=True, dampening=0.3, seed=77.0, scale=3.7, kind="float64"),
+    Case(momenta=True, nesterov=True, seed=2.0**24 - 1, found=0.0, kind="float32"),
+    Case(momenta=True, backups=True, seed=77.0, found=1.0),
     Case(momenta=True, nesterov=True, backups=True, maximize=True, scale=3.7, found=0.0),
     Case(momenta=True, nesterov=True, backups=True, weight_decay=0.07, scale=3.7, kind="float64"),
     Case(momenta=True, nesterov=True, backups=True, weight_decay=0.07, scale=3.7, found=1.0),
@@ -143,6 +156,9 @@ ADAMW_DESCENTS = [
     Case(step=2**24, weight_decay=0.07, scale=3.7, kind="float32"),
     Case(step=7, maximize=True, found=0.0, kind="float64"),
     Case(step=1000, weight_decay=0.07, scale=3.7, found=1.0),
+    Case(step=7, weight_decay=0.07, seed=77.0),
+    Case(backups=True, step=7, seed=2.0**24 - 1, scale=3.7, found=0.0, kind="float32"),
+    Case(backups=True, step=7, seed=77.0, found=1.0),
     Case(backups=True, weight_decay=0.07, scale=3.7, kind="float64"),
     Case(backups=True, step=341, weight_decay=0.07, maximize=True, scale=3.7, found=0.0),
     Case(backups=True, step=7, weight_decay=0.07, scale=3.7, found=1.0, kind="float64"),
@@ -180,7 +196,8 @@ def bits(t: Tensor) -> Tensor:
 def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor], *, exact: bool) -> None:
     """Compare bit for bit or, in bfloat16 and not `exact`, to one unit in the last place.
 
-    The interpreter cuts float32 off to bfloat16 where it should round.
+    The interpreter cuts float32 off to bfloat16 where it should round; what was rounded
+    stochastically fits.
     """
     for a, e in zip(actual, expected, strict=True):
         distance = (bits(a).long() - bits(e).long()).abs()
@@ -260,11 +277,12 @@ def test_descend(dtype: torch.dtype, case: Case) -> None:
             weight_decay=case.scalar(case.weight_decay),
             nesterov=case.nesterov,
             maximize=case.maximize,
+            **case.rounding(),
             **case.flags(),
         )
     params, grads, momenta, backups = memory.lists
-    assert_same(params, x, exact=case.found == 1)
-    assert_same(momenta, m, exact=case.found == 1)
+    assert_same(params, x, exact=case.exact)
+    assert_same(momenta, m, exact=case.exact)
     assert_same(grads, g, exact=True)
     assert_same(backups, b, exact=True)
     memory.check_margins()
@@ -293,10 +311,11 @@ def test_descend_adamw(dtype: torch.dtype, case: Case) -> None:
             weight_decay=case.scalar(case.weight_decay),
             step=case.scalar(case.step),
             maximize=case.maximize,
+            **case.rounding(),
             **case.flags(),
         )
     for i in (0, 2, 3):
-        assert_same(memory.lists[i], copies[i], exact=case.found == 1)
+        assert_same(memory.lists[i], copies[i], exact=case.exact)
     for i in (1, 4):
         assert_same(memory.lists[i], copies[i], exact=True)
     memory.check_margins()
@@ -437,6 +456,10 @@ def test_wrong_arguments_change_nothing() -> None:
         room.ascend_hvp(x, g, m, b, 0.1, elsewhere)
     with pytest.raises(ValueError, match=r"grad_scale must be a .*float32 tensor"):
         room.descend(x, g, None, b, lr=0.1, grad_scale=torch.ones(2))
+    with pytest.raises(ValueError, match="rounding_seed must be a whole number"):
+        room.descend(x, g, None, b, lr=0.1, rounding_seed=0.5)
+    with pytest.raises(ValueError, match="rounding_seed must be a whole number"):
+        room.descend_adamw(x, g, m, v, b, **ADAMW, rounding_seed=-1.0)
     with pytest.raises(ValueError, match="exp_avg_sqs"):
         room.descend_adamw(x, g, m, [], b, **ADAMW)
     with pytest.raises(ValueError, match="share memory"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from cases import (
     ALPHA,
     DESCENTS,
     SCALE,
+    SEED,
     SIZES,
     UPDATES,
     AdamWDescent,
@@ -21,7 +21,9 @@ from cases import (
     Room,
     Update,
     bits,
+    every_pattern,
     same_bits,
+    spacing,
 )
 from eigenfilter import kernels
 
@@ -49,24 +51,27 @@ def test_updates_are_the_references_bit_for_bit(
     agrees(update, fast_room, dtype)
 
 
+@pytest.mark.parametrize("rounding_seed", [None, 0, SEED])
 @pytest.mark.parametrize("case", DESCENTS, ids=str)
 def test_descend_is_the_reference_bit_for_bit(
-    fast_room: Room, dtype: torch.dtype, case: Descent
+    fast_room: Room, dtype: torch.dtype, case: Descent, rounding_seed: int | None
 ) -> None:
     lists = ["params", "grads"]
     lists += ["momenta"] if case.momentum != "none" else []
     lists += ["backups"] if case.backups else []
-    agrees(Update("descend", tuple(lists), (), case.options()), fast_room, dtype)
+    options = case.options() | {"rounding_seed": rounding_seed}
+    agrees(Update("descend", tuple(lists), (), options), fast_room, dtype)
 
 
+@pytest.mark.parametrize("rounding_seed", [None, SEED])
 @pytest.mark.parametrize("step", [2, 3, 100, 4097])
 @pytest.mark.parametrize("case", ADAMW_DESCENTS[4:], ids=str)
 def test_descend_adamw_is_the_reference_bit_for_bit(
-    fast_room: Room, dtype: torch.dtype, case: AdamWDescent, step: int
+    fast_room: Room, dtype: torch.dtype, case: AdamWDescent, step: int, rounding_seed: int | None
 ) -> None:
     """Betas near 1: how their powers round shows in float64, 1 - beta^step being small."""
     options = case.options() | {"beta1": 0.9951, "beta2": 0.99973, "step": step}
-    agrees(UPDATES[-1], fast_room, dtype, **options)
+    agrees(UPDATES[-1], fast_room, dtype, **options, rounding_seed=rounding_seed)
 
 
 @pytest.mark.parametrize("alpha", [ALPHA, 0.05, 1 / 3])
@@ -76,18 +81,6 @@ def test_ascents_are_the_references_bit_for_bit(
 ) -> None:
     """Several alphas: alpha (1 / scale) and alpha / scale often round alike."""
     agrees(update, fast_room, dtype, alpha=alpha)
-
-
-def every_pattern(dtype: torch.dtype) -> Tensor:
-    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-
-
-def spacing(x: Tensor) -> Tensor:
-    """Distance from |x| to the next larger number of its dtype; 1 where x is not finite."""
-    info = torch.finfo(x.dtype)
-    _, exponent = np.frexp(np.maximum(x.double().abs().numpy(), info.tiny))
-    ulp = torch.from_numpy(np.ldexp(info.eps, exponent - 1))
-    return ulp.where(x.isfinite(), 1.0).to(x.dtype)
 
 
 def ascended(x: Tensor, g: Tensor, alpha: float, room: Room) -> Tensor:

@@ -151,6 +151,8 @@ def test_a_hyperparameter_of_another_kind_is_named(which: str, bad: str) -> None
 @pytest.mark.parametrize("which", HYPERPARAMETERS)
 def test_a_hyperparameter_of_another_type_is_named(which: str, bad: object) -> None:
     update, name = HYPERPARAMETERS[which]
+    if name == "rounding_seed" and bad is None:
+        pytest.skip("None is a choice")
     refused(update, TypeError, rf"{name} cannot be used: .* is not a tensor", **{name: bad})
 
 

@@ -25,7 +25,8 @@ TARGETS = {
 # Machine code follows PTX closely and takes long to read: one target stands for the others.
 DISASSEMBLED = "sm_90"
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+NARROW = ("bfloat16", "float16")
+DTYPES = ("float32", "float64", *NARROW)
 
 # How many lists each kernel reads and writes.
 LISTS = {
@@ -44,8 +45,21 @@ LISTS = {
     "sum_squares_weighted": (2, 0),
     "flag_nonfinite": (1, 0),
 }
+# Of the narrow dtypes alone.
+STOCHASTIC = {
+    "descend_stochastic": (3, 2),
+    "descend_adamw_stochastic": (4, 3),
+    "descend_adamw_stochastic_scaled": (4, 3),
+}
 # The expansion of a division has fused multiply-adds of its own; these kernels divide nothing.
-WITHOUT_DIVISION = ("ascend", "ascend_adaptive", "ascend_again", "descend")
+WITHOUT_DIVISION = ("ascend", "ascend_adaptive", "ascend_again", "descend", "descend_stochastic")
+
+
+def lists_of(dtype: str) -> dict[str, tuple[int, int]]:
+    return LISTS | STOCHASTIC if dtype in NARROW else LISTS
+
+
+EVERY = [(kernel, dtype) for dtype in DTYPES for kernel in lists_of(dtype)]
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -64,12 +78,11 @@ def compiled(target: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", LISTS)
+@pytest.mark.parametrize(("kernel", "dtype"), EVERY)
 def test_whole_blocks_are_accessed_16_bytes_at_a_time(
     target: str, compiled: Path, kernel: str, dtype: str
 ) -> None:
-    reads, writes = LISTS[kernel]
+    reads, writes = lists_of(dtype)[kernel]
     if target == "gfx942":
         assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
         assert count(r"(buffer|global)_load_dwordx4", assembly) >= reads
@@ -93,17 +106,17 @@ def test_products_are_rounded_before_they_are_added(
     target: str, compiled: Path, dtype: str
 ) -> None:
     if target == "gfx942":
-        for kernel in WITHOUT_DIVISION:
+        for kernel in lists_of(dtype).keys() & WITHOUT_DIVISION:
             assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
             # v_fma_mix widens fp16 on its way; x * +-1 + y and x * y - 0 round once, as x + y and
             # x * y do.
             assembly = re.sub(r"v_fma_mix.*(1\.0|neg\(0\)).*", "", assembly)
             assert not re.search(r"v_(pk_)?(fma|mad|mac)", assembly)
         return
-    for kernel in LISTS:
+    for kernel in lists_of(dtype):
         assert "fma" not in (compiled / f"{kernel}.{dtype}.ptx").read_text()
     if target == DISASSEMBLED:
-        for kernel in WITHOUT_DIVISION:
+        for kernel in lists_of(dtype).keys() & WITHOUT_DIVISION:
             machine_code = disassemble(compiled / f"{kernel}.{dtype}.cubin")
             assert not re.search(r"\b[FD]FMA\b", machine_code)
 
@@ -120,7 +133,7 @@ def test_quotients_and_roots_are_rounded_to_nearest(
         neighbours = count(r"v_add_u32\w* v\d+, -1, v\d+", assembly)
         assert neighbours >= count("v_sqrt_f32", assembly) > 0 or dtype == "float64"
         return
-    for kernel in [*LISTS, "norm"]:
+    for kernel in [*lists_of(dtype), "norm"]:
         assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()
         assert not re.search(r"(div|rcp|r?sqrt)\.(approx|full)|\.ftz", assembly)
     real = "f64" if dtype == "float64" else "f32"
@@ -131,7 +144,7 @@ def test_quotients_and_roots_are_rounded_to_nearest(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_spills(target: str, compiled: Path, dtype: str) -> None:
-    for kernel in [*LISTS, "norm"]:
+    for kernel in [*lists_of(dtype), "norm"]:
         if target == "gfx942":
             assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
             assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", assembly) == ["0", "0"]
@@ -190,6 +203,7 @@ def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str,
     from eigenfilter.kernels.triton_kernels import constants
 
     shared = constants(getattr(torch, dtype))
+    nesterov, nearest = {"MOMENTA": True, "NESTEROV": True}, {"STOCHASTIC": False}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "ascend": on_host(device_code.ascend_kernel, ADAPTIVE=False),
         "ascend_scaled": (device_code.ascend_kernel, {"ADAPTIVE": True}),
@@ -198,14 +212,19 @@ def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str,
         "ascend_again_scaled": (device_code.ascend_again_kernel, {}),
         "ascend_hvp": on_host(device_code.ascend_hvp_kernel),
         "ascend_hvp_scaled": (device_code.ascend_hvp_kernel, {}),
-        "descend": on_host(device_code.descend_kernel, MOMENTA=False, NESTEROV=False),
-        "descend_scaled": (device_code.descend_kernel, {"MOMENTA": True, "NESTEROV": True}),
-        "descend_adamw": on_host(device_code.descend_adamw_kernel),
-        "descend_adamw_scaled": (device_code.descend_adamw_kernel, {}),
+        "descend": on_host(device_code.descend_kernel, MOMENTA=False, NESTEROV=False, **nearest),
+        "descend_scaled": (device_code.descend_kernel, nesterov | nearest),
+        "descend_adamw": on_host(device_code.descend_adamw_kernel, **nearest),
+        "descend_adamw_scaled": (device_code.descend_adamw_kernel, nearest),
         "sum_squares": (device_code.sum_squares_kernel, {"WEIGHTS": False}),
         "sum_squares_weighted": (device_code.sum_squares_kernel, {"WEIGHTS": True}),
         "flag_nonfinite": (device_code.flag_nonfinite_kernel, {}),
     }
+    if dtype in NARROW:
+        sgd, adamw = device_code.descend_kernel, device_code.descend_adamw_kernel
+        kernels["descend_stochastic"] = on_host(sgd, **nesterov, STOCHASTIC=True)
+        kernels["descend_adamw_stochastic"] = on_host(adamw, STOCHASTIC=True)
+        kernels["descend_adamw_stochastic_scaled"] = (adamw, {"STOCHASTIC": True})
     found = {
         name: (kernel, shared | chosen, device_code.OPTIONS)
         for name, (kernel, chosen) in kernels.items()
@@ -226,7 +245,7 @@ def type_of(argument: str) -> str:
         return "*i64"
     if argument in ("n", "origin", "count"):
         return "i32"
-    if argument in ("sums", "lr_at", "momentum_at", "step_at"):
+    if argument in ("sums", "lr_at", "momentum_at", "step_at", "rounding_seed_at"):
         return "*fp64"
     on_device = argument.endswith("_at") or argument in ("grad_scale", "found_inf", "out")
     return "*fp32" if on_device else "fp64"

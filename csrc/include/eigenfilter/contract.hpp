@@ -19,6 +19,12 @@ struct Scalar {
     bool device_is_double = false;
 };
 
+// Where elements lie: in which tensor of a call's lists, and from which of its elements on, in the
+// order of memory; a number of an element is kept modulo 2^32.
+struct Place {
+    std::uint32_t tensor, first;
+};
+
 // The lists of one call. A role that is absent is nullptr.
 struct Tensors {
     DType dtype;
@@ -46,14 +52,16 @@ struct HvpScalars {
 
 template <class Real>
 struct DescendScalars {
-    Real lr, momentum, dampening, weight_decay, grad_scale;
+    Real lr, momentum, dampening, weight_decay, grad_scale, rounding_seed;
     bool nesterov, maximize;
+    bool stochastic;  // for bf16 and f16: results are rounded by random bits of the seed
 };
 
 template <class Real>
 struct AdamWScalars {
-    Real lr, beta1, beta2, eps, weight_decay, step, grad_scale;
+    Real lr, beta1, beta2, eps, weight_decay, step, grad_scale, rounding_seed;
     bool maximize;
+    bool stochastic;  // as in descend
 };
 
 // w <- w - sum_i (q_i . w) q_i for the rows q_i of a basis, `passes` times over, for each of some

@@ -10,6 +10,20 @@ Scalars are floats or 0-dim float32/float64 tensors, which are read on their dev
 synchronisation. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero:
 leave everything as it was) are what `torch.amp.GradScaler` hands over, one-element float32 tensors.
 
+Results are rounded to nearest, ties to even. With a `rounding_seed`, `descend` and `descend_adamw`
+round what they write to bfloat16 and float16 *stochastically*: of the neighbours a < b of a float32
+value y
+
+    b with probability (y - a) / (b - a), else a,        so that E[rounded y] = y
+
+Steps that rounding to nearest would lose then count on average. Values that the dtype holds stay,
+bit for bit; beyond its largest number, where b would be infinite, rounding is to nearest, as it is
+for float32 and float64, which a seed leaves as they are. Probabilities are exact, but for float16's
+subnormals, where they are multiples of 2^-21. The random bits are a function of the seed, of the
+tensor's number in the lists, of which output it is and of the element's number in memory (modulo
+2^32): they are the same everywhere, and a seed is for one call. Source: S. Gupta et al., 2015,
+arXiv 1502.02551, section 3.
+
 Under torch.compile a call becomes the operator `torch.ops.eigenfilter.<name>`, and no graph breaks.
 
 `backend` is None (choose by device), "native" (C++ or CUDA), "triton" or "reference".
@@ -191,6 +205,7 @@ def descend(
     weight_decay: Scalar = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
+    rounding_seed: Scalar | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str | None = None,
@@ -216,13 +231,15 @@ def descend(
         weight_decay: wd >= 0.
         nesterov: look ahead along the new momentum.
         maximize: ascend the objective.
+        rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
+            stochastically, None to nearest: see the module. Not checked where it is on a GPU.
         grad_scale: loss scale the gradients carry, or None for 1.
         found_inf: flag; where it is not zero x is restored and m stays.
         backend: see the module.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`; ValueError also for momentum or nesterov
-            without momenta.
+            without momenta, and for a seed out of range.
 
     Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
     """
@@ -240,6 +257,7 @@ def descend(
             weight_decay=weight_decay,
             nesterov=nesterov,
             maximize=maximize,
+            rounding_seed=rounding_seed,
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
@@ -261,6 +279,7 @@ def descend_adamw(
     weight_decay: Scalar = 1e-2,
     step: Scalar,
     maximize: bool = False,
+    rounding_seed: Scalar | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str | None = None,
@@ -285,12 +304,14 @@ def descend_adamw(
         weight_decay: wd >= 0, decoupled.
         step: the number of this step, a whole number from 1.
         maximize: ascend the objective.
+        rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
+            stochastically, None to nearest: see the module. Not checked where it is on a GPU.
         grad_scale: loss scale the gradients carry, or None for 1.
         found_inf: flag; where it is not zero x is restored, m and v stay.
         backend: see the module.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `ascend`.
+        TypeError, ValueError, RuntimeError: as `ascend`; ValueError also for a seed out of range.
 
     Source: I. Loshchilov and F. Hutter, 2019, arXiv 1711.05101, in torch.optim.AdamW's convention.
     """
@@ -309,6 +330,7 @@ def descend_adamw(
             weight_decay=weight_decay,
             step=step,
             maximize=maximize,
+            rounding_seed=rounding_seed,
             grad_scale=grad_scale,
             found_inf=found_inf,
         )

@@ -75,6 +75,7 @@ class Backend(Protocol):
         weight_decay: Scalar = 0.0,
         nesterov: bool = False,
         maximize: bool = False,
+        rounding_seed: Scalar | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
@@ -95,6 +96,7 @@ class Backend(Protocol):
         weight_decay: Scalar,
         step: Scalar,
         maximize: bool = False,
+        rounding_seed: Scalar | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:

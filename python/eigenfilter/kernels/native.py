@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _core
-from eigenfilter.kernels.reference import Scalar
+from eigenfilter.kernels.reference import Scalar, check_seed
 
 
 def ascend(
@@ -77,10 +77,12 @@ def descend(
     weight_decay: Scalar = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
+    rounding_seed: Scalar | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore and step; see `eigenfilter.kernels.descend`."""
+    check_seed(rounding_seed)
     _core.descend(
         params,
         grads,
@@ -92,6 +94,7 @@ def descend(
         weight_decay,
         nesterov,
         maximize,
+        rounding_seed,
         grad_scale,
         found_inf,
         torch.get_num_threads(),
@@ -112,10 +115,12 @@ def descend_adamw(
     weight_decay: Scalar,
     step: Scalar,
     maximize: bool = False,
+    rounding_seed: Scalar | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
+    check_seed(rounding_seed)
     _core.descend_adamw(
         params,
         grads,
@@ -129,6 +134,7 @@ def descend_adamw(
         weight_decay,
         step,
         maximize,
+        rounding_seed,
         grad_scale,
         found_inf,
         torch.get_num_threads(),

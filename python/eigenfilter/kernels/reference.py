@@ -2,9 +2,9 @@
 
 x: parameter; g: gradient; g0: gradient at x; b: backup of x; m: momentum buffer or first moment; v:
 second moment; alpha: the length of a move; lr, beta (momentum), tau (dampening), wd (weight decay);
-S = 1 / grad_scale. Never optimised. Coefficients
-are formed in float64 and rounded once to the arithmetic's dtype (float32; float64 for float64
-tensors), and no multiply-add is fused: every room rounds alike, so the rooms agree bit for bit.
+S = 1 / grad_scale. Never optimised. Coefficients are formed in float64 and rounded once to the
+arithmetic's dtype (float32; float64 for float64 tensors), and no multiply-add is fused. Random bits
+are a function of what they are for. Every room rounds alike, so the rooms agree bit for bit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,31 @@ from torch import Tensor
 from eigenfilter import _core
 
 Scalar = float | Tensor
+
+_X, _M, _V = range(3)  # what a descent writes, each rounded by random bits of its own
+_WORD = 0xFFFFFFFF
+
+
+def check_seed(rounding_seed: Scalar | None) -> None:
+    """Raise ValueError for a seed out of range.
+
+    One on a GPU is not read, and what is no number the rooms refuse, as any other hyperparameter.
+    """
+    if rounding_seed is None:
+        return
+    if isinstance(rounding_seed, Tensor):
+        wide = rounding_seed.dtype in (torch.float32, torch.float64)
+        if rounding_seed.device.type != "cpu" or rounding_seed.numel() != 1 or not wide:
+            return
+        value = rounding_seed.item()
+    elif hasattr(rounding_seed, "__float__"):
+        value = float(rounding_seed)
+    else:
+        return
+    if not (0 <= value < 2**24 and value % 1 == 0):
+        raise ValueError(
+            f"rounding_seed must be a whole number from 0 to 2**24 - 1, and is {value}"
+        )
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,10 +119,12 @@ def descend(
     weight_decay: Scalar = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
+    rounding_seed: Scalar | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m)."""
+    check_seed(rounding_seed)
     names = ("params", "grads", "momenta", "backups")
     _core.check(names, (params, grads, momenta, backups), (True, False, True, False))
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -116,8 +143,9 @@ def descend(
             keep = (1 - _real(dampening, p)).to(T)
             m = beta * momenta[i].to(T) + keep * d
             u = d + beta * m if nesterov else m
-            _write(momenta[i], m, found_inf)
-        _write(p, x - _real(lr, p).to(T) * u, found_inf)
+            _write(momenta[i], _rounded(m, momenta[i], rounding_seed, i, _M), found_inf)
+        x = x - _real(lr, p).to(T) * u
+        _write(p, _rounded(x, p, rounding_seed, i, _X), found_inf)
 
 
 def descend_adamw(
@@ -134,6 +162,7 @@ def descend_adamw(
     weight_decay: Scalar,
     step: Scalar,
     maximize: bool = False,
+    rounding_seed: Scalar | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -141,6 +170,7 @@ def descend_adamw(
 
     x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
     """
+    check_seed(rounding_seed)
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
     lists = (params, grads, exp_avgs, exp_avg_sqs, backups)
     _core.check(names, lists, (True, False, True, True, False))
@@ -157,9 +187,9 @@ def descend_adamw(
         root = (1 / _square_root(1 - _power(b2, step))).to(T)
         decay = (1 - a * _real(weight_decay, p)).to(T)
         denominator = _square_root(v) * root + _real(eps, p).to(T)
-        _write(exp_avgs[i], m, found_inf)
-        _write(exp_avg_sqs[i], v, found_inf)
-        _write(p, decay * p.to(T) - size * m / denominator, found_inf)
+        x = decay * p.to(T) - size * m / denominator
+        for output, target, value in ((_M, exp_avgs[i], m), (_V, exp_avg_sqs[i], v), (_X, p, x)):
+            _write(target, _rounded(value, target, rounding_seed, i, output), found_inf)
 
 
 def norm(
@@ -222,6 +252,44 @@ def _square_root(t: Tensor) -> Tensor:
 
 def _inverse(grad_scale: Tensor | None, like: Tensor) -> Tensor:
     return 1 / _real(1.0 if grad_scale is None else grad_scale, like)
+
+
+def _rounded(value: Tensor, like: Tensor, seed: Scalar | None, tensor: int, output: int) -> Tensor:
+    """`value`; with a seed, as one of its two neighbours in the dtype of `like`, if narrow.
+
+    Random bits come from the seed, the tensor's number in the lists, the output, and the element's
+    number in memory.
+    """
+    if seed is None or like.itemsize != 2:
+        return value
+    index = torch.arange(like.numel(), device=like.device).as_strided(like.shape, like.stride())
+    key = _mix(_mix(_real(seed, like).long(), tensor), output)
+    return _dither(value, like.dtype, _mix(index ^ key, key))
+
+
+def _mix(word: Tensor, key: Tensor | int) -> Tensor:
+    """The finaliser of MurmurHash3 on 32 bits in an int64, a key added between its rounds."""
+    word = (word ^ word >> 16) * 0x85EBCA6B & _WORD
+    word = ((word ^ word >> 13) + key) * 0xC2B2AE35 & _WORD
+    return word ^ word >> 16
+
+
+def _dither(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """A float32 value as one of its two neighbours: the farther from zero with a probability of the
+
+    distance from the nearer, in units of their spacing. What `dtype` holds stays; what is beyond
+    its largest number is left to rounding to nearest, as are infinities and NaN.
+    """
+    cut = 0xFFFF if dtype == torch.bfloat16 else 0x1FFF
+    bits = value.view(torch.int32)
+    rounded = ((bits + (random & cut).int()) & ~cut).view(torch.float32)
+    if dtype == torch.float16:
+        # Below 2^-14 the spacing is 2^-24: 2^21 units of 2^-45, of which there are whole numbers.
+        is_small = value.abs() < 2.0**-14
+        units = (value.abs() * 2.0**45).where(is_small, 0.0).long()
+        small = ((units + (random & 0x1FFFFF)) >> 21).float() * 2.0**-24
+        rounded = small.copysign(value).where(is_small, rounded)
+    return rounded.where(value.abs() < torch.finfo(dtype).max, value)
 
 
 def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:

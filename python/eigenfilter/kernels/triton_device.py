@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from eigenfilter.kernels.triton_rounding import M, V, X, noise_of, rounded
+
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 # One program sums what all others left, so it has to be fast at it.
@@ -225,7 +227,7 @@ def ascend_hvp_kernel(
 @triton.jit
 def _descend_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, from_at = at
-    S, alpha, beta, keep, wd, stop, MOMENTA, NESTEROV = rule
+    S, alpha, beta, keep, wd, stop, noise, MOMENTA, NESTEROV = rule
     p = _load(from_at, start, length, BLOCK, WIDE)
     x = p.to(S.dtype)
     d = S * _load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
@@ -236,8 +238,10 @@ def _descend_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.conste
         old = _load(m_at, start, length, BLOCK, WIDE)
         m = beta * old.to(S.dtype) + keep * d
         u = d + beta * m if NESTEROV else m
+        m = rounded(m, noise, M, old, start, BLOCK)
         _store(m_at, _unless(stop, old, m), start, length, BLOCK, WIDE)
-    _store(x_at, _unless(stop, p, x - alpha * u), start, length, BLOCK, WIDE)
+    x = rounded(x - alpha * u, noise, X, p, start, BLOCK)
+    _store(x_at, _unless(stop, p, x), start, length, BLOCK, WIDE)
 
 
 @triton.jit(do_not_specialize=["n", "origin"])
@@ -255,8 +259,11 @@ def descend_kernel(
     dampening_at,
     weight_decay: tl.float64,
     weight_decay_at,
+    rounding_seed: tl.float64,
+    rounding_seed_at,
     grad_scale,
     found_inf,
+    STOCHASTIC: tl.constexpr,
     MOMENTA: tl.constexpr,
     NESTEROV: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -271,6 +278,7 @@ def descend_kernel(
     from_at = _address(pointers, tensor + origin * n, first, DTYPE)
     S = sign * _inverse(grad_scale)
     keep = 1.0 - _real(dampening, dampening_at)
+    seed = _real(rounding_seed, rounding_seed_at)
     rule = (
         S.to(REAL),
         _real(lr, lr_at).to(REAL),
@@ -278,6 +286,7 @@ def descend_kernel(
         keep.to(REAL),
         _real(weight_decay, weight_decay_at).to(REAL),
         _is_set(found_inf),
+        noise_of(seed, tensor, first) if STOCHASTIC else None,
         MOMENTA,
         NESTEROV,
     )
@@ -287,7 +296,7 @@ def descend_kernel(
 @triton.jit
 def _descend_adamw_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, v_at, from_at = at
-    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop = rule
+    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop, noise = rule
     p = _load(from_at, start, length, BLOCK, WIDE)
     old_m = _load(m_at, start, length, BLOCK, WIDE)
     old_v = _load(v_at, start, length, BLOCK, WIDE)
@@ -295,6 +304,9 @@ def _descend_adamw_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.
     m = beta1 * old_m.to(S.dtype) + keep1 * d
     v = beta2 * old_v.to(S.dtype) + keep2 * (d * d)
     x = decay * p.to(S.dtype) - _divide(size * m, _square_root(v) * root + eps)
+    m = rounded(m, noise, M, old_m, start, BLOCK)
+    v = rounded(v, noise, V, old_v, start, BLOCK)
+    x = rounded(x, noise, X, p, start, BLOCK)
     _store(m_at, _unless(stop, old_m, m), start, length, BLOCK, WIDE)
     _store(v_at, _unless(stop, old_v, v), start, length, BLOCK, WIDE)
     _store(x_at, _unless(stop, p, x), start, length, BLOCK, WIDE)
@@ -319,8 +331,11 @@ def descend_adamw_kernel(
     weight_decay_at,
     step: tl.float64,
     step_at,
+    rounding_seed: tl.float64,
+    rounding_seed_at,
     grad_scale,
     found_inf,
+    STOCHASTIC: tl.constexpr,
     DTYPE: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -341,6 +356,7 @@ def descend_adamw_kernel(
     decay = 1.0 - alpha * _real(weight_decay, weight_decay_at)
     size = alpha / (1.0 - _power(b1, t))
     root = 1.0 / _square_root(1.0 - _power(b2, t))
+    seed = _real(rounding_seed, rounding_seed_at)
     rule = (
         S.to(REAL),
         b1.to(REAL),
@@ -352,6 +368,7 @@ def descend_adamw_kernel(
         root.to(REAL),
         _real(eps, eps_at).to(REAL),
         _is_set(found_inf),
+        noise_of(seed, tensor, first) if STOCHASTIC else None,
     )
     _for_each_block(
         _descend_adamw_block, (x_at, g_at, m_at, v_at, from_at), rule, length, wide, BLOCK

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eigenfilter.kernels import triton_device as device_code
 from eigenfilter.kernels import triton_project as project_code
-from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
+from eigenfilter.kernels.reference import Scalar, arithmetic_dtype, check_seed
 from eigenfilter.kernels.triton_tables import Tables, block_size, tables
 
 _INTERPRETED = not isinstance(device_code.ascend_kernel, triton.JITFunction)
@@ -116,10 +116,12 @@ def descend(
     weight_decay: Scalar = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
+    rounding_seed: Scalar | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore and step; see `eigenfilter.kernels.descend`."""
+    check_seed(rounding_seed)
     x = params[0]
     names = ("params", "grads", "momenta", "backups")
     has_momenta = momenta is not None
@@ -137,8 +139,10 @@ def descend(
                 momentum=momentum,
                 dampening=dampening,
                 weight_decay=weight_decay,
+                rounding_seed=0.0 if rounding_seed is None else rounding_seed,
             ),
             *_flags(x.device, grad_scale, found_inf),
+            STOCHASTIC=_is_stochastic(rounding_seed, x.dtype),
             MOMENTA=has_momenta,
             NESTEROV=nesterov,
         )
@@ -158,10 +162,12 @@ def descend_adamw(
     weight_decay: Scalar,
     step: Scalar,
     maximize: bool = False,
+    rounding_seed: Scalar | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
+    check_seed(rounding_seed)
     x = params[0]
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
     lists = (params, grads, exp_avgs, exp_avg_sqs, backups)
@@ -181,8 +187,10 @@ def descend_adamw(
                 eps=eps,
                 weight_decay=weight_decay,
                 step=step,
+                rounding_seed=0.0 if rounding_seed is None else rounding_seed,
             ),
             *_flags(x.device, grad_scale, found_inf),
+            STOCHASTIC=_is_stochastic(rounding_seed, x.dtype),
         )
 
 
@@ -301,6 +309,11 @@ def _scalar(name: str, value: Scalar, device: torch.device) -> tuple[float, Tens
 def _scalars(device: torch.device, **values: Scalar) -> list[float | Tensor | None]:
     """Return hyperparameters one after the other as kernels take them: see `_scalar`."""
     return [part for name, value in values.items() for part in _scalar(name, value, device)]
+
+
+def _is_stochastic(rounding_seed: Scalar | None, dtype: torch.dtype) -> bool:
+    """Whether results are rounded stochastically: None rounds to nearest, wide dtypes need not."""
+    return rounding_seed is not None and dtype.itemsize == 2
 
 
 def _flags(
