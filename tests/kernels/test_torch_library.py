@@ -103,13 +103,13 @@ def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
         "descend": (
             [p, g, a, []],
             dict.fromkeys(("lr", "momentum", "dampening", "weight_decay"), half)
-            | {"nesterov": False, "maximize": False}
+            | {"nesterov": False, "maximize": False, "rounding_seed": None}
             | tail,
         ),
         "descend_adamw": (
             [p, g, a, b, []],
             dict.fromkeys(("lr", "beta1", "beta2", "eps", "weight_decay"), half)
-            | {"step": scalar(2.0), "maximize": False}
+            | {"step": scalar(2.0), "maximize": False, "rounding_seed": scalar(7.0)}
             | tail,
         ),
         "norm": ([p, torch.empty(())], {"weights": g, "grad_scale": None, "backend": None}),

@@ -10,10 +10,28 @@ from torch import Tensor
 
 from eigenfilter.optimizers._ascents import Run
 from eigenfilter.optimizers._guard import Guard
-from eigenfilter.optimizers._parts import Piece
+from eigenfilter.optimizers._parts import Part, Piece
 
 MOMENTUM = "momentum_buffer"
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
+
+SEED = "rounding_seed"  # of a group that rounds stochastically: counts its kernel calls
+SEEDS = 2**24
+
+
+def rounding_seed(part: Part) -> Tensor | None:
+    """A seed of its own for each call, counted on the device; None rounds to nearest.
+
+    All ranks of a distributed job count alike, so that what they hold in common stays the same.
+    """
+    group, dtype = part.group, part.params[0].dtype
+    if not group["stochastic_rounding"] or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    seed = group.get(SEED)
+    if seed is None:
+        seed = torch.zeros((), dtype=torch.float32)
+    group[SEED] = seed = seed.to(part.device)
+    return cast(Tensor, seed.add_(1).remainder_(SEEDS))
 
 
 class Descent:
@@ -65,6 +83,7 @@ class SGDDescent(Descent):
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
+            rounding_seed=rounding_seed(part),
         )
         if undo:
             part.drop(MOMENTUM)
@@ -105,6 +124,7 @@ class AdamWDescent(Descent):
             weight_decay=group["weight_decay"],
             step=taken + 1,
             maximize=group["maximize"],
+            rounding_seed=rounding_seed(part),
         )
         flag = guard.flag(part.device)
         taken.add_(1 if flag is None else flag == 0)

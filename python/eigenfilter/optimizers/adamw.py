@@ -32,6 +32,8 @@ class AdamW(EigenfilterOptimizer):
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
         rho: of the ascent, >= 0; see the optimizer of that method. It lives in param_groups.
         maximize: ascend f.
+        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
+            or down at random, right on average, so that small updates are not lost.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
         release_gradients: apply and drop each of the descent's gradients while backward runs, so
             that they never exist all at once. Takes step(closure), or the closure inside
@@ -62,6 +64,7 @@ class AdamW(EigenfilterOptimizer):
         method: str = "usam",
         rho: float | Tensor = 0.0,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
@@ -73,6 +76,7 @@ class AdamW(EigenfilterOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
+            "stochastic_rounding": stochastic_rounding,
             "rho": rho,
         }
         super().__init__(

@@ -197,6 +197,8 @@ class HessianUSAM(EigenfilterOptimizer):
             autocast, want more, about 0.01, and drown in their rounding late in training all the
             same: docs/optimizers.md has the errors measured.
         maximize: ascend f.
+        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
+            or down at random, right on average, so that small updates are not lost.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
         release_gradients: apply and drop each of the descent's gradients while backward runs, so
             that they never exist all at once. Takes step(closure), or the closure inside
@@ -229,13 +231,17 @@ class HessianUSAM(EigenfilterOptimizer):
         hvp: str = "finite_difference",
         fd_step: float | None = None,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
             params,
-            sgd_defaults(lr, momentum, dampening, weight_decay, nesterov, maximize) | {"rho": rho},
+            sgd_defaults(
+                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
+            )
+            | {"rho": rho},
             hessian_usam_ascent(hvp=hvp, fd_step=fd_step),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,

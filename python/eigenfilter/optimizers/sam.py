@@ -67,6 +67,8 @@ class SAM(EigenfilterOptimizer):
         rho: length of the ascent, >= 0. Groups with the float 0.0 take none.
         adaptive: ASAM, whose ascent does not depend on the parameters' scales.
         maximize: ascend f.
+        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
+            or down at random, right on average, so that small updates are not lost.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
         release_gradients: apply and drop each of the descent's gradients while backward runs, so
             that they never exist all at once. Takes step(closure), or the closure inside
@@ -99,13 +101,17 @@ class SAM(EigenfilterOptimizer):
         rho: float | Tensor = 0.05,
         adaptive: bool = False,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
             params,
-            sgd_defaults(lr, momentum, dampening, weight_decay, nesterov, maximize) | {"rho": rho},
+            sgd_defaults(
+                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
+            )
+            | {"rho": rho},
             SAMAscent(adaptive=adaptive),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,

@@ -36,6 +36,8 @@ class SGD(EigenfilterOptimizer):
         weight_decay: wd, >= 0.
         nesterov: Nesterov's momentum; needs momentum > 0 and dampening 0.
         maximize: ascend f.
+        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
+            or down at random, right on average, so that small updates are not lost.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
         release_gradients: apply and drop each of the descent's gradients while backward runs, so
             that they never exist all at once. Takes step(closure), or the closure inside
@@ -65,13 +67,16 @@ class SGD(EigenfilterOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
             params,
-            sgd_defaults(lr, momentum, dampening, weight_decay, nesterov, maximize),
+            sgd_defaults(
+                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
+            ),
             Ascent(),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,
@@ -87,6 +92,7 @@ def sgd_defaults(
     weight_decay: float | Tensor,
     nesterov: bool,
     maximize: bool,
+    stochastic_rounding: bool,
 ) -> dict[str, Any]:
     """SGD's hyperparameters as groups hold them."""
     return {
@@ -96,4 +102,5 @@ def sgd_defaults(
         "weight_decay": weight_decay,
         "nesterov": nesterov,
         "maximize": maximize,
+        "stochastic_rounding": stochastic_rounding,
     }

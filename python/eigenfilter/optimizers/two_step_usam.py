@@ -61,6 +61,8 @@ class TwoStepUSAM(EigenfilterOptimizer):
         rho: step of both ascents, >= 0. Groups with the float 0.0 take none.
         ascent: "sequential" or "anchored".
         maximize: ascend f.
+        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
+            or down at random, right on average, so that small updates are not lost.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
         release_gradients: apply and drop each of the descent's gradients while backward runs, so
             that they never exist all at once. Takes step(closure), or the closure inside
@@ -92,13 +94,17 @@ class TwoStepUSAM(EigenfilterOptimizer):
         rho: float | Tensor = 0.05,
         ascent: str = "sequential",
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
             params,
-            sgd_defaults(lr, momentum, dampening, weight_decay, nesterov, maximize) | {"rho": rho},
+            sgd_defaults(
+                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
+            )
+            | {"rho": rho},
             TwoStepUSAMAscent(ascent=ascent),
             SGDDescent(),
             skip_nonfinite=skip_nonfinite,
