@@ -127,7 +127,7 @@ def test_eigenfilter_optimizers_by_their_method(
 
 @pytest.mark.parametrize("method", ["adamw", None, property(lambda self: "sgd")])
 def test_an_unknown_optimizer_is_told_what_is_supported(method: object) -> None:
-    with pytest.raises(TypeError, match=r"Stated; supported are torch.optim.SGD .*'sgd', .*'usam'"):
+    with pytest.raises(TypeError, match=r"Stated; supported are .*SGD .*'sgd', .*'usam'"):
         of(optimizer(method, GROUP))
 
 
@@ -138,9 +138,9 @@ def test_sam_asks_for_a_gradient_norm() -> None:
 
 
 def test_an_instance_attribute_does_not_count() -> None:
-    opt = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    opt = torch.optim.RAdam([torch.zeros(1, requires_grad=True)])
     opt.method = "usam"
-    with pytest.raises(TypeError, match="no filter is known for AdamW"):
+    with pytest.raises(TypeError, match="no filter is known for RAdam"):
         of(opt)
 
 

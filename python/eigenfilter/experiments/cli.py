@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import NoReturn
 
 from eigenfilter import __version__
-from eigenfilter.experiments import demo
+from eigenfilter.experiments import demo, filter
 from eigenfilter.experiments.errors import UserError
 
-_COMMANDS: Mapping[str, ModuleType] = {"demo": demo}
+_COMMANDS: Mapping[str, ModuleType] = {"demo": demo, "filter": filter}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -26,7 +26,7 @@ def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for color, curve in zip(_COLORS, curves, strict=False):
+    for color, curve in zip(COLORS, curves, strict=False):
         axes.axhline(curve.edge, color=color, linestyle=(0, (5, 3)), linewidth=1.2, alpha=0.9)
         axes.plot(curve.steps, curve.sharpness, color=color, linewidth=1.8, label=curve.label)
         axes.annotate(
@@ -50,4 +50,4 @@ def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:
     figure.savefig(path, dpi=160)
 
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa3377", "#e69f00", "#56b4e9", "#555555")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa3377", "#e69f00", "#56b4e9", "#555555")

@@ -13,6 +13,9 @@ equilibrium*, arXiv 2510.09034.
 
 from __future__ import annotations
 
+from eigenfilter.filters.adamw import AdamW
+from eigenfilter.filters.designs import design
+from eigenfilter.filters.linear import Linear
 from eigenfilter.filters.methods import (
     SAM,
     USAM,
@@ -22,15 +25,19 @@ from eigenfilter.filters.methods import (
     TwoStepUSAM,
     of,
 )
-from eigenfilter.filters.stability import Filter
+from eigenfilter.filters.stability import Filter, PolynomialFilter
 
 __all__ = [
     "SAM",
     "USAM",
+    "AdamW",
     "Filter",
     "HeavyBall",
     "HessianUSAM",
+    "Linear",
     "Nesterov",
+    "PolynomialFilter",
     "TwoStepUSAM",
+    "design",
     "of",
 ]

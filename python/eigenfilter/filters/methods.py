@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
-from eigenfilter.filters.stability import Filter
+from eigenfilter.filters.adamw import AdamW
+from eigenfilter.filters.stability import Filter, PolynomialFilter, check_field
 
 
 @dataclass(frozen=True)
-class HeavyBall(Filter):
+class HeavyBall(PolynomialFilter):
     """Gradient descent and heavy ball: d(x) = grad f(x), p(lambda) = lambda.
 
     Admits the single interval -wd <= lambda <= 2 (1 + momentum) / (lr (1 - dampening)) - wd, with
     the dampening only where momentum > 0. Exact for every weight decay wd. Arguments and errors
-    are those of `Filter`. Source: arXiv 2510.09034.
+    are those of `PolynomialFilter`. Source: arXiv 2510.09034.
 
     >>> HeavyBall(lr=0.1, momentum=0.5).max_eigenvalue()
     30.0
@@ -37,7 +38,7 @@ class Nesterov(HeavyBall):
 
     Admits -wd <= lambda <= (2 + 2 momentum) / (lr (1 + 2 momentum)) - wd. Exact for every weight
     decay wd. Needs momentum > 0 and dampening = 0, as torch does; otherwise arguments and errors
-    are those of `Filter`. Source: arXiv 2510.09034.
+    are those of `PolynomialFilter`. Source: arXiv 2510.09034.
 
     >>> Nesterov(lr=0.1, momentum=0.5).max_eigenvalue()
     15.0
@@ -47,7 +48,7 @@ class Nesterov(HeavyBall):
 
 
 @dataclass(frozen=True)
-class USAM(Filter):
+class USAM(PolynomialFilter):
     """Unnormalised SAM: d(x) = grad f(x + rho grad f(x)), p(lambda) = lambda (1 + rho lambda).
 
     Since p is a parabola, the admitted set has two intervals at weight decay 0: one from 0 to the
@@ -58,7 +59,7 @@ class USAM(Filter):
     (Nesterov with `nesterov`). Source: arXiv 2510.09034.
 
     Args:
-        rho: radius of the ascent, >= 0. The others are those of `Filter`.
+        rho: radius of the ascent, >= 0. The others are those of `PolynomialFilter`.
         nesterov: Nesterov momentum in place of heavy ball.
 
     Raises:
@@ -74,7 +75,7 @@ class USAM(Filter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("rho", 0.0, math.inf)
+        check_field(self, "rho", 0.0, math.inf)
 
     @property
     def ascending_coefficients(self) -> tuple[float, ...]:
@@ -82,7 +83,7 @@ class USAM(Filter):
 
 
 @dataclass(frozen=True)
-class TwoStepUSAM(Filter):
+class TwoStepUSAM(PolynomialFilter):
     """Two-step USAM, with two ascents before the gradient.
 
     "sequential": p(lambda) = lambda (1 + rho lambda)^2, "anchored": p(lambda) = lambda (1 + rho
@@ -92,7 +93,7 @@ class TwoStepUSAM(Filter):
     arXiv 2510.09034; the method's exact form is our reading.
 
     Args:
-        rho: step of both ascents, >= 0. The others are those of `Filter`.
+        rho: step of both ascents, >= 0. The others are those of `PolynomialFilter`.
         ascent: "sequential" or "anchored".
         nesterov: Nesterov momentum in place of heavy ball.
 
@@ -110,7 +111,7 @@ class TwoStepUSAM(Filter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("rho", 0.0, math.inf)
+        check_field(self, "rho", 0.0, math.inf)
         if self.ascent not in ("sequential", "anchored"):
             raise ValueError(f'ascent must be "sequential" or "anchored", got {self.ascent!r}')
 
@@ -121,7 +122,7 @@ class TwoStepUSAM(Filter):
 
 
 @dataclass(frozen=True)
-class HessianUSAM(Filter):
+class HessianUSAM(PolynomialFilter):
     """Hessian USAM: d(x) = grad f(x + rho H grad f(x)), p(lambda) = lambda (1 + rho lambda^2).
 
     p is odd and increasing: at weight decay 0 the admitted set is one interval from 0 to the edge,
@@ -130,7 +131,7 @@ class HessianUSAM(Filter):
     2510.09034; the method's exact form is our reading.
 
     Args:
-        rho: of the ascent, >= 0. The others are those of `Filter`.
+        rho: of the ascent, >= 0. The others are those of `PolynomialFilter`.
         nesterov: Nesterov momentum in place of heavy ball.
 
     Raises:
@@ -146,7 +147,7 @@ class HessianUSAM(Filter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("rho", 0.0, math.inf)
+        check_field(self, "rho", 0.0, math.inf)
 
     @property
     def ascending_coefficients(self) -> tuple[float, ...]:
@@ -162,7 +163,7 @@ class SAM(USAM):
     of that moment, not of a limit. Source: our reading.
 
     Args:
-        rho: length of the ascent, >= 0. The others are those of `Filter`.
+        rho: length of the ascent, >= 0. The others are those of `PolynomialFilter`.
         grad_norm: G > 0.
         nesterov: Nesterov momentum in place of heavy ball.
 
@@ -178,7 +179,7 @@ class SAM(USAM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("grad_norm", sys.float_info.min, math.inf)
+        check_field(self, "grad_norm", sys.float_info.min, math.inf)
 
     @property
     def ascending_coefficients(self) -> tuple[float, ...]:
@@ -199,13 +200,16 @@ def of(opt: _Optimizer) -> list[Filter]:
     are those of -f negated.
 
     Args:
-        opt: an eigenfilter optimizer, or torch.optim.SGD.
+        opt: an eigenfilter optimizer, torch.optim.SGD or torch.optim.AdamW. AdamW's filters are of
+            the preconditioned Hessian, and of that of the ascent it takes: see `AdamW`.
 
     Raises:
         TypeError: for any other optimizer; SAM's filter needs a gradient norm: see `SAM`.
         ValueError: if a group holds a value outside its range.
     """
     method = _method(opt)
+    if method == "adamw":
+        return [_adamw(group) for group in opt.param_groups]
     if method == "sam":
         raise TypeError(
             "SAM has no filter without a gradient norm, with which its edge moves: use "
@@ -213,9 +217,10 @@ def of(opt: _Optimizer) -> list[Filter]:
         )
     build = _BUILDERS.get(method)
     if build is None:
+        known = ", ".join(map(repr, sorted(_BUILDERS)))
         raise TypeError(
-            f"no filter is known for {type(opt).__name__}; supported are torch.optim.SGD and the "
-            f"eigenfilter optimizers with method {', '.join(map(repr, sorted(_BUILDERS)))}"
+            f"no filter is known for {type(opt).__name__}; supported are torch.optim's SGD and "
+            f"AdamW, and eigenfilter's optimizers with method {known}"
         )
     return [build(group, opt) for group in opt.param_groups]
 
@@ -226,10 +231,18 @@ def _method(opt: _Optimizer) -> str:
     The class states it: an instance attribute may name how another optimizer is wrapped.
     """
     for cls in type(opt).__mro__:
-        if (cls.__module__, cls.__name__) == ("torch.optim.sgd", "SGD"):
-            return "sgd"
+        known = _BY_CLASS.get((cls.__module__, cls.__name__))
+        if known is not None:
+            return known
     method = getattr(type(opt), "method", "")
-    return method if isinstance(method, str) else ""
+    return method if method == "sam" or method in _BUILDERS else ""
+
+
+def _adamw(group: Mapping[str, Any]) -> Filter:
+    if group.get("amsgrad"):
+        raise TypeError("no filter is known for AMSGrad, whose preconditioner is another")
+    names = ("lr", "weight_decay", "maximize")
+    return AdamW(beta1=group["betas"][0], **{name: group[name] for name in names})
 
 
 def _common(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,6 +267,12 @@ def _ascending(
 
     return build_one
 
+
+_BY_CLASS: Mapping[tuple[str, str], str] = {
+    ("torch.optim.sgd", "SGD"): "sgd",
+    ("torch.optim.adamw", "AdamW"): "adamw",
+    ("eigenfilter.optimizers.adamw", "AdamW"): "adamw",
+}
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], _Optimizer], Filter]] = {
     "sgd": _sgd,

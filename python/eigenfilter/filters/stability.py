@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,8 +24,62 @@ from numpy.typing import ArrayLike, NDArray
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
+def check_field(of: Any, name: str, low: float, high: float, *, closed: bool = True) -> None:
+    """Make a frozen field a float and require it finite and in [low, high], or in [low, high).
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = float(getattr(of, name))
+    inside = low <= value <= high if closed else low <= value < high
+    if not (inside and math.isfinite(value)):
+        bracket = "]" if closed and math.isfinite(high) else ")"
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}{bracket}, got {value}")
+    object.__setattr__(of, name, value)
+
+
 class Filter(ABC):
+    """The eigenvalues that an optimizer admits at what it converges to."""
+
+    @abstractmethod
+    def intervals(self) -> list[Interval]:
+        """The admitted eigenvalues: disjoint closed intervals, ascending; perhaps none."""
+
+    @abstractmethod
+    def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
+        """Spectral radius of one step, linearised, along an eigenvector: numerically, an oracle.
+
+        The step contracts where the radius is below 1.
+
+        Args:
+            lam: finite eigenvalues, any shape.
+
+        Returns:
+            float64 of the same shape.
+        """
+
+    def max_eigenvalue(self) -> float:
+        """Upper edge of the admitted set; -inf if nothing is admitted."""
+        return max((high for _, high in self.intervals()), default=-math.inf)
+
+    def admits(self, lam: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each eigenvalue lies in one of the intervals, ends included.
+
+        Args:
+            lam: eigenvalues, any shape.
+
+        Returns:
+            bool array of the same shape; False for nan.
+        """
+        lam = np.asarray(lam, np.float64)
+        admitted = np.zeros(lam.shape, np.bool_)
+        for low, high in self.intervals():
+            admitted |= (low <= lam) & (lam <= high)
+        return admitted
+
+
+@dataclass(frozen=True)
+class PolynomialFilter(Filter):
     """The eigenvalues an optimizer admits at an equilibrium; a method adds its polynomial p.
 
     With q = p(lambda) + weight_decay (times 1 - dampening where momentum > 0), convergence from
@@ -57,24 +112,15 @@ class Filter(ABC):
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        self._check("lr", 0.0, math.inf)
-        self._check("momentum", 0.0, 1.0, closed=False)
-        self._check("dampening", 0.0, 1.0)
-        self._check("weight_decay", 0.0, math.inf)
+        check_field(self, "lr", 0.0, math.inf)
+        check_field(self, "momentum", 0.0, 1.0, closed=False)
+        check_field(self, "dampening", 0.0, 1.0)
+        check_field(self, "weight_decay", 0.0, math.inf)
         if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
             raise ValueError(
                 "Nesterov needs momentum > 0 and dampening = 0, got "
                 f"momentum={self.momentum}, dampening={self.dampening}: set both, or use heavy ball"
             )
-
-    def _check(self, name: str, low: float, high: float, *, closed: bool = True) -> None:
-        """Make the field a float and require it finite and in [low, high], or in [low, high)."""
-        value = float(getattr(self, name))
-        inside = low <= value <= high if closed else low <= value < high
-        if not (inside and math.isfinite(value)):
-            bracket = "]" if closed and math.isfinite(high) else ")"
-            raise ValueError(f"{name} must lie in [{low:g}, {high:g}{bracket}, got {value}")
-        object.__setattr__(self, name, value)
 
     @property
     @abstractmethod
@@ -102,7 +148,7 @@ class Filter(ABC):
     def intervals(self) -> list[Interval]:
         """The admitted eigenvalues: disjoint closed intervals, ascending.
 
-        Empty if weight decay alone exceeds the edge; infinite ends if lr = 0 or dampening = 1.
+        None if weight decay alone exceeds the edge; infinite ends if lr = 0 or dampening = 1.
         """
         gain = self.lr * (1.0 - self.dampening if self.momentum > 0.0 else 1.0)
         if gain == 0.0:
@@ -112,25 +158,6 @@ class Filter(ABC):
             edge /= 1.0 + 2.0 * self.momentum
         decay = self.weight_decay
         return preimage(self.coefficients, 0.0 - decay, edge / gain - decay)
-
-    def max_eigenvalue(self) -> float:
-        """Upper edge of the admitted set; -inf if nothing is admitted."""
-        return max((high for _, high in self.intervals()), default=-math.inf)
-
-    def admits(self, lam: ArrayLike) -> NDArray[np.bool_]:
-        """Whether each eigenvalue lies in one of the intervals, ends included.
-
-        Args:
-            lam: eigenvalues, any shape.
-
-        Returns:
-            bool array of the same shape; False for nan.
-        """
-        lam = np.asarray(lam, np.float64)
-        admitted = np.zeros(lam.shape, np.bool_)
-        for low, high in self.intervals():
-            admitted |= (low <= lam) & (lam <= high)
-        return admitted
 
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
         """Spectral radius of one step, linearised, along an eigenvector of the Hessian.
@@ -178,9 +205,9 @@ def preimage(coefficients: Sequence[float], low: float, high: float) -> list[Int
     cuts = sorted({root for poly in shifted for root in real_roots(poly)})
     admitted = [(cut, cut) for cut in cuts]  # p is low or high there
     for piece in pairwise((-math.inf, *cuts, math.inf)):
-        if low <= _evaluate(coefficients, _inside(*piece)) <= high:
+        if low <= _evaluate(coefficients, inside(*piece)) <= high:
             admitted.append(piece)
-    return _merge(admitted)
+    return merge(admitted)
 
 
 def real_roots(coefficients: Sequence[float]) -> list[float]:
@@ -239,7 +266,7 @@ def _sign(poly: Sequence[float], x: float) -> int:
     return int(math.copysign(1.0, value)) if decided else 0
 
 
-def _inside(left: float, right: float) -> float:
+def inside(left: float, right: float) -> float:
     """Some point between left and right, either of which may be infinite."""
     if math.isinf(left) and math.isinf(right):
         return 0.0
@@ -250,7 +277,7 @@ def _inside(left: float, right: float) -> float:
     return 0.5 * left + 0.5 * right
 
 
-def _merge(intervals: Sequence[Interval]) -> list[Interval]:
+def merge(intervals: Sequence[Interval]) -> list[Interval]:
     """Join the intervals that overlap or touch."""
     merged: list[Interval] = []
     for low, high in sorted(intervals):

@@ -1,0 +1,149 @@
+"""Print which Hessian eigenvalues every method admits at given hyperparameters.
+
+One line a method: the admitted intervals, their upper edge, gradients a step. Numbers are for full
+batches; with weight decay they hold to first order in it for all methods but SGD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eigenfilter import filters
+from eigenfilter.experiments.arguments import output_folder
+from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.filters import Filter, PolynomialFilter
+
+HELP = "which eigenvalues do the methods admit?"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    number = {"type": float, "metavar": "X"}
+    parser.add_argument("--lr", required=True, help="learning rate", **number)  # type: ignore[arg-type]
+    for name, default, text in (
+        ("momentum", 0.0, "in [0, 1)"),
+        ("dampening", 0.0, "of the gradient in the momentum"),
+        ("weight-decay", 0.0, ">= 0"),
+        ("rho", 0.05, "radius of the ascents"),
+        ("hessian-rho", None, "radius of Hessian USAM (default: rho)"),
+        ("grad-norm", None, "of the gradient, at which SAM's moving edge is shown"),
+        ("beta1", None, "AdamW's, whose line is then shown: of the preconditioned Hessian"),
+    ):
+        shown = f"{text} (default: %(default)s)" if default is not None else text
+        parser.add_argument(f"--{name}", default=default, help=shown, **number)  # type: ignore[arg-type]
+    parser.add_argument("--nesterov", action="store_true", help="in place of heavy ball")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw p and the admitted sets")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if args.plot is not None:
+        require("matplotlib")
+    try:
+        found = table(args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if args.json:
+        print(json.dumps([_record(*row) for row in found], indent=1))
+    else:
+        print("\n".join(lines(found)))
+    if args.plot is not None:
+        output_folder(args.plot.parent)
+        curves = {name: f for name, f, _ in found if isinstance(f, PolynomialFilter)}
+        plot(curves, args.plot)
+        if not args.json:
+            print(f"\nwrote {args.plot}")
+
+
+Row = tuple[str, Filter, int]
+
+
+def table(args: argparse.Namespace) -> list[Row]:
+    """Every method: its name, its filter, its gradients a step."""
+    rest = (args.lr, args.momentum, args.dampening, args.weight_decay)
+    rho, nesterov = args.rho, args.nesterov
+    base = "Nesterov" if nesterov else "heavy ball" if args.momentum else "gradient descent"
+    hessian_rho = rho if args.hessian_rho is None else args.hessian_rho
+    rows: list[Row] = [
+        (base, (filters.Nesterov if nesterov else filters.HeavyBall)(*rest), 1),
+        ("USAM", filters.USAM(*rest, rho=rho, nesterov=nesterov), 2),
+    ]
+    if args.grad_norm is not None:
+        sam = filters.SAM(*rest, rho=rho, nesterov=nesterov, grad_norm=args.grad_norm)
+        rows.append((f"SAM at gradient norm {args.grad_norm:g}", sam, 2))
+    for ascent in ("sequential", "anchored"):
+        two = filters.TwoStepUSAM(*rest, rho=rho, ascent=ascent, nesterov=nesterov)
+        rows.append((f"two-step USAM, {ascent}", two, 3))
+    hessian = filters.HessianUSAM(*rest, rho=hessian_rho, nesterov=nesterov)
+    rows.append(("Hessian USAM", hessian, 3))
+    if args.beta1 is not None:
+        rows.append(("AdamW", filters.AdamW(args.lr, args.beta1, args.weight_decay), 1))
+    return rows
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The table as text."""
+    cells = [("method", "gradients", "edge", "admitted eigenvalues")]
+    for name, flt, gradients in rows:
+        intervals = " and ".join(f"[{low:.6g}, {high:.6g}]" for low, high in flt.intervals())
+        cells.append((name, str(gradients), f"{flt.max_eigenvalue():.6g}", intervals or "none"))
+    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+    return [
+        f"{name:<{widths[0]}}  {count:>{widths[1]}}  {edge:>{widths[2]}}  {admitted}".rstrip()
+        for name, count, edge, admitted in cells
+    ]
+
+
+def plot(curves: Mapping[str, PolynomialFilter], path: Path) -> None:
+    """Draw p(lambda) of every method; what it admits is thick, and again below the axis."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from eigenfilter.experiments.figures import COLORS
+
+    ends = [end for f in curves.values() for end in _finite_ends(f)]
+    low, high = min(ends, default=-1.0), max(ends, default=1.0)
+    margin = 0.08 * (high - low or 1.0)
+    grid = np.linspace(low - margin, high + margin, 2001)
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, height_ratios=(4, 1), sharex=True)
+    for i, (color, (name, flt)) in enumerate(zip(COLORS, curves.items(), strict=False)):
+        p = flt.p(grid)
+        above.plot(grid, p, color=color, linewidth=0.8, alpha=0.6)
+        above.plot(
+            grid, np.where(flt.admits(grid), p, np.nan), color=color, linewidth=2.2, label=name
+        )
+        for left, right in flt.intervals():
+            ends_of_it = [max(left, grid[0]), min(right, grid[-1])]
+            if left == right:
+                below.plot([left], [-i], "o", color=color, markersize=4)
+            below.plot(ends_of_it, [-i, -i], color=color, linewidth=4, solid_capstyle="butt")
+    levels = [abs(float(f.p(end))) for f in curves.values() for end in _finite_ends(f)]
+    edge = max(levels, default=0.0) or 1.0
+    above.set(ylabel="p(λ)", ylim=(-0.6 * edge, 1.6 * edge))
+    above.legend(frameon=False, loc="lower right")
+    below.set(xlabel="Hessian eigenvalue λ", yticks=[], ylabel="admitted")
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160)
+
+
+def _finite_ends(flt: Filter) -> list[float]:
+    return [end for pair in flt.intervals() for end in pair if math.isfinite(end)]
+
+
+def _record(name: str, flt: Filter, gradients: int) -> dict[str, object]:
+    return {
+        "method": name,
+        "gradients": gradients,
+        "max_eigenvalue": flt.max_eigenvalue(),
+        "intervals": flt.intervals(),
+    }

@@ -1,0 +1,87 @@
+"""design is the inverse of max_eigenvalue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eigenfilter import filters
+from eigenfilter.filters import design
+
+METHODS: dict[str, Callable[..., filters.Filter]] = {
+    "usam": filters.USAM,
+    "sam": lambda *a, **kw: filters.SAM(*a, grad_norm=0.3, **kw),
+    "two_step_usam": filters.TwoStepUSAM,
+    "hessian_usam": filters.HessianUSAM,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(
+    wanted=st.floats(-3, 5).map(lambda e: 10.0**e),
+    momentum=st.one_of(st.just(0.0), st.floats(0.1, 0.95)),
+    dampening=st.floats(0.0, 0.9),
+    decay=st.floats(0.0, 0.5),
+    share=st.floats(0.01, 0.99),
+    nesterov=st.booleans(),
+    ascent=st.sampled_from(["sequential", "anchored"]),
+)
+def test_the_edge_is_where_it_was_wanted(
+    name: str,
+    wanted: float,
+    momentum: float,
+    dampening: float,
+    decay: float,
+    share: float,
+    nesterov: bool,
+    ascent: str,
+) -> None:
+    nesterov = nesterov and momentum > 0
+    rest = {
+        "momentum": momentum,
+        "dampening": 0.0 if nesterov else dampening,
+        "weight_decay": decay * wanted,
+        "nesterov": nesterov,
+    }
+    extra = {"ascent": ascent} if name == "two_step_usam" else {}
+    norm = {"grad_norm": 0.3} if name == "sam" else {}
+    highest = design("sgd", wanted, **rest)
+    lr = share * highest
+    rho = design(name, wanted, lr=lr, **rest, **extra, **norm)
+    assert rho > 0
+    found = METHODS[name](lr, rho=rho, **rest, **extra).max_eigenvalue()
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert design(name, wanted, rho=rho, **rest, **extra, **norm) == pytest.approx(lr, rel=1e-9)
+    with pytest.raises(ValueError, match="take lr <="):
+        design(name, wanted, lr=1.01 * highest, **rest, **extra, **norm)
+
+
+def test_sgd() -> None:
+    assert design("sgd", 10.0) == pytest.approx(0.2)
+    lr = design("sgd", 25.0, momentum=0.9, nesterov=True, weight_decay=0.1)
+    flt = filters.Nesterov(lr, 0.9, 0.0, 0.1)
+    assert flt.max_eigenvalue() == pytest.approx(25)
+
+
+@pytest.mark.parametrize(
+    ("method", "edge", "options", "match"),
+    [
+        ("adam", 1.0, {"lr": 0.1}, "unknown method"),
+        ("usam", -1.0, {"lr": 0.1}, "max_eigenvalue"),
+        ("usam", 1.0, {}, "one of the two"),
+        ("usam", 1.0, {"lr": 0.1, "rho": 0.1}, "one of the two"),
+        ("sgd", 1.0, {"lr": 0.1}, "no rho"),
+        ("usam", 1.0, {"lr": 0.0}, "lr must be positive"),
+        ("usam", 1.0, {"rho": -1.0}, "rho"),
+        ("usam", 1.0, {"lr": 0.1, "momentum": 1.0}, "momentum"),
+        ("usam", 1.0, {"lr": 0.1, "momentum": 0.5, "dampening": 1.0}, "nothing moves"),
+        ("sam", 1.0, {"lr": 0.1}, "grad_norm"),
+        ("two_step_usam", 1.0, {"lr": 0.1, "ascent": "both"}, "ascent"),
+    ],
+)
+def test_bad_values(method: str, edge: float, options: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        design(method, edge, **options)
