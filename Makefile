@@ -40,7 +40,9 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/eigenfilter bench --out benchmarks/results
+	$(BIN)/eigenfilter bench memory --out benchmarks/results
+	$(BIN)/eigenfilter bench finite-differences --out benchmarks/results
 
 # Brings its own installation where the system's python has torch; see the script.
 gpu-gate:

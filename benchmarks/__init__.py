@@ -1,5 +1,4 @@
 """Benchmarks: the library beside its peers, verified first, then timed in turns in one run.
 
-python -m benchmarks.run --list
-python -m benchmarks.run [--only NAME] [--device cpu|cuda] [--repeat N] [--out DIR]
+The package has them as `eigenfilter.benchmarks`, through a link; `eigenfilter bench` runs them.
 """

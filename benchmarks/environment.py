@@ -15,8 +15,6 @@ import torch
 import eigenfilter
 from eigenfilter import _core
 
-ROOT = Path(__file__).parent.parent
-
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return the environment of a run, as it stands at its beginning."""
@@ -72,7 +70,10 @@ def _others_seconds() -> float:
 
 def _revision() -> str:
     """The commit that is checked out, with a "+" if there are changes; "unknown" without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    root = next((p for p in Path(__file__).parents if (p / "csrc").is_dir()), None)
+    if root is None:  # installed
+        return "unknown"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

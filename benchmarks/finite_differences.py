@@ -1,8 +1,6 @@
 """How far a Hessian-vector product by finite differences is from the exact one.
 
-    python -m benchmarks.finite_differences
-
-Prints ||h - H g|| / ||H g|| for h as HessianUSAM takes it, by network, precision and relative step
+Gives ||h - H g|| / ||H g|| for h as HessianUSAM takes it, by network, precision and relative step
 `fd_step` (eps ||g|| = fd_step (1 + ||x||)), at initialisation and after some training. H g is by
 double backward in float64. The data are scikit-learn's digits.
 """
@@ -12,12 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import eigenfilter as ef
+from eigenfilter.benchmarks import environment, report
 
 STEPS = (1e-5, 1e-4, 3.5e-4, 1e-3, 1e-2, 5e-2, 2e-1)
 TRAINING = 200  # steps of SGD
@@ -52,6 +51,8 @@ PRECISIONS: dict[str, tuple[torch.dtype, Callable[[], AbstractContextManager[obj
 
 def data() -> tuple[Tensor, Tensor]:
     """512 digits, scaled to [0, 1], and their labels."""
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     inputs = torch.as_tensor(digits.data[:512] / 16.0)
     return inputs, torch.as_tensor(digits.target[:512])
@@ -92,10 +93,16 @@ def difference(model: nn.Module, precision: str, fd_step: float) -> Tensor:
     return h
 
 
-def main() -> None:
-    """Print the table."""
-    print("| network | point | precision | " + " | ".join(f"{c:g}" for c in STEPS) + " |")
-    print("| --- | --- | --- |" + " --- |" * len(STEPS))
+def run(folder: Path) -> None:
+    """Measure every network, print the table, write the results."""
+    found = environment.describe(torch.device("cpu"))
+    steps = " | ".join(f"{c:g}" for c in STEPS)
+    rows = [
+        f"| network | point | precision | {steps} |",
+        "| --- | --- | --- |" + " --- |" * len(STEPS),
+    ]
+    print("\n".join(rows))
+    measured = []
     for name, make in NETWORKS.items():
         torch.manual_seed(0)
         model = make().double()
@@ -106,14 +113,22 @@ def main() -> None:
                     float((difference(model, precision, c) - product).norm() / product.norm())
                     for c in STEPS
                 ]
+                measured.append(
+                    {"network": name, "point": point, "precision": precision, "errors": errors}
+                )
                 cells = " | ".join(f"{e:.1e}" for e in errors)
-                print(f"| {name} | {point} | {precision} | {cells} |", flush=True)
-            opt = ef.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            for _ in range(TRAINING):
-                opt.zero_grad()
-                torch.autograd.backward(loss_of(model, *data()))
-                opt.step()
+                rows.append(f"| {name} | {point} | {precision} | {cells} |")
+                print(rows[-1], flush=True)
+            train(model)
+    title = "# Hessian-vector products by finite differences: relative error, by fd_step"
+    data = {"fd_steps": STEPS, "finite_differences": measured}
+    report.write(folder, "cpu-finite-differences", found, [title, "", *rows], data)
 
 
-if __name__ == "__main__":
-    main()
+def train(model: nn.Module) -> None:
+    """TRAINING steps of heavy ball."""
+    opt = ef.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(TRAINING):
+        opt.zero_grad()
+        torch.autograd.backward(loss_of(model, *data()))
+        opt.step()

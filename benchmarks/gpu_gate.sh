@@ -15,9 +15,11 @@ if python3 -c "import torch" 2>/dev/null; then
     rm -rf "$site"
     "$python" -m pip install --quiet --no-build-isolation --no-deps --target "$site" . "${cuda[@]}"
     export PYTHONPATH=$site
+    eigenfilter=$site/bin/eigenfilter
 else
     make install
     python=.venv/bin/python
+    eigenfilter=.venv/bin/eigenfilter
     "$python" -m pip install --quiet --no-build-isolation --no-deps --editable . "${cuda[@]}"
 fi
 
@@ -37,8 +39,9 @@ CHECK
 
 results=benchmarks/results
 before=$(mktemp)
-"$python" -m benchmarks.run --device cuda --out "$results"
+"$eigenfilter" bench --device cuda --out "$results"
+"$eigenfilter" bench memory --device cuda --out "$results"
 if [ -n "${OUT:-}" ]; then
-    find "$results" -name '*-cuda.*' -newer "$before" -exec cp {} "$OUT" \;
+    find "$results" -name '*-cuda*' -newer "$before" -exec cp {} "$OUT" \;
 fi
 rm "$before"

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.contest import (
+from eigenfilter import kernels
+from eigenfilter.benchmarks.contest import (
     TOLERANCES,
     Benchmark,
     Contender,
@@ -20,9 +21,8 @@ from benchmarks.contest import (
     copy,
     nothing,
 )
-from benchmarks.peers import torch_sgd
-from benchmarks.shapes import Problem
-from eigenfilter import kernels
+from eigenfilter.benchmarks.peers import torch_sgd
+from eigenfilter.benchmarks.shapes import Problem
 
 ALPHA, LR, MOMENTUM = 0.05, 0.1, 0.9
 

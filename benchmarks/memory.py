@@ -1,7 +1,5 @@
 """Peak memory of a training step, in bytes a parameter, measured.
 
-    python -m benchmarks.memory [--elements N] [--device cpu|cuda]
-
 Every optimizer steps in a process of its own on float32 parameters whose gradients are new tensors
 at every backward pass and need no activations. Peak is what the process (CPU: resident memory, with
 Linux' high-water mark) or torch's allocator (GPU) held at most, less what it held before there were
@@ -10,8 +8,6 @@ any parameters. Parameters take 4 bytes, so 16 is four copies of them.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,10 +20,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import eigenfilter as ef
-from benchmarks.peers.common_sam import CommonSAM
+from eigenfilter.benchmarks import environment, report
+from eigenfilter.benchmarks.peers.common_sam import CommonSAM
 
 SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 TENSORS = 8
+ELEMENTS = 1 << 26
 STEPS = 3
 
 OPTIMIZERS: dict[str, Callable[[list[Parameter]], Any]] = {
@@ -127,32 +125,30 @@ def _train(opt: Any, params: list[Parameter]) -> None:
 
 def measure_apart(name: str, elements: int, device: str = "cpu") -> float:
     """`measure` in a process of its own, whose freed memory goes back to the system at once."""
-    options = ["--elements", str(elements), "--device", device, "--only", name]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", *options],
+        [sys.executable, "-m", "eigenfilter.benchmarks.memory", name, str(elements), device],
         check=True,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
     )
-    return float(json.loads(done.stdout))
+    return float(done.stdout)
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--elements", type=int, default=1 << 26, help="parameters of the model")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", choices=OPTIMIZERS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.only is not None:
-        print(json.dumps(measure(args.only, args.elements, torch.device(args.device))))
-        return
-    print("| optimizer | bytes a parameter |\n| --- | --- |")
+def run(elements: int, device: torch.device, folder: Path) -> None:
+    """Measure every optimizer, print the table, write the results."""
+    found = environment.describe(device)
+    rows = ["| optimizer | bytes a parameter |", "| --- | --- |"]
+    print("\n".join(rows))
+    measured = {}
     for name in OPTIMIZERS:
-        print(f"| {name} | {measure_apart(name, args.elements, args.device):.1f} |", flush=True)
+        measured[name] = measure_apart(name, elements, str(device))
+        rows.append(f"| {name} | {measured[name]:.1f} |")
+        print(rows[-1], flush=True)
+    title = f"# Peak memory of a training step of {elements:,} parameters"
+    data = {"device": device.type, "elements": elements, "memory": measured}
+    report.write(folder, f"{device.type}-memory", found, [title, "", *rows], data)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the process of `measure_apart`
+    print(measure(sys.argv[1], int(sys.argv[2]), torch.device(sys.argv[3])))

@@ -12,12 +12,21 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import eigenfilter
-from benchmarks import shapes
-from benchmarks.contest import TOLERANCES, Benchmark, Contender, Contest, Goal, Phase, Setting, copy
-from benchmarks.peers import torch_adamw, torch_sgd
-from benchmarks.peers.common_sam import FD_STEP, CommonSAM
-from benchmarks.peers.foreach_sam import ForeachSAM
-from benchmarks.shapes import Problem, Shape, give
+from eigenfilter.benchmarks import shapes
+from eigenfilter.benchmarks.contest import (
+    TOLERANCES,
+    Benchmark,
+    Contender,
+    Contest,
+    Goal,
+    Phase,
+    Setting,
+    copy,
+)
+from eigenfilter.benchmarks.peers import torch_adamw, torch_sgd
+from eigenfilter.benchmarks.peers.common_sam import FD_STEP, CommonSAM
+from eigenfilter.benchmarks.peers.foreach_sam import ForeachSAM
+from eigenfilter.benchmarks.shapes import Problem, Shape, give
 from eigenfilter.optimizers import EigenfilterOptimizer
 
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05

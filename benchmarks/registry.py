@@ -7,9 +7,9 @@ import importlib.util
 
 import torch
 
-from benchmarks import kernels, optimizers
-from benchmarks.contest import Benchmark, Setting
 from eigenfilter import _core
+from eigenfilter.benchmarks import kernels, optimizers
+from eigenfilter.benchmarks.contest import Benchmark, Setting
 
 BENCHMARKS: dict[str, Benchmark] = {
     b.name: b for b in (*optimizers.BENCHMARKS, *kernels.BENCHMARKS)
@@ -24,7 +24,7 @@ def select(patterns: list[str]) -> list[Benchmark]:
     """
     for pattern in patterns:
         if not fnmatch.filter(BENCHMARKS, pattern):
-            raise ValueError(f"no benchmark {pattern!r}: choose from {', '.join(BENCHMARKS)}")
+            raise ValueError(f"no benchmark {pattern!r} (see eigenfilter bench --list)")
     return [
         benchmark
         for name, benchmark in BENCHMARKS.items()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Comparison, Result, Timing
-from benchmarks.timing import Spread
+from eigenfilter.benchmarks.measure import Comparison, Result, Timing
+from eigenfilter.benchmarks.timing import Spread
 
 HEADER = (
     "| benchmark | backend | ours, ms | against | its, ms | ratio | goal | ours, GB/s | rounds |",
@@ -61,26 +60,33 @@ def goal(comparison: Comparison, timing: Timing) -> str:
     return f"{comparison.goal:.2f} {verdict}"
 
 
-def markdown(environment: dict[str, Any], results: Sequence[Result]) -> str:
-    """Return the report of a run."""
-    facts = [f"- {name}: {value}" for name, value in environment.items()]
-    rows = [line for result in results for line in lines(result)]
-    return "\n".join(["# Benchmarks", "", *facts, "", LEGEND, "", *HEADER, *rows, ""])
-
-
 def write(
-    folder: Path, device: str, environment: dict[str, Any], results: Sequence[Result]
-) -> tuple[Path, Path]:
-    """Write the dated JSON and Markdown files of a run; return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder: Path,
+    name: str,
+    environment: Mapping[str, Any],
+    text: Sequence[str],
+    data: Mapping[str, Any],
+) -> None:
+    """Write the dated files of a run, and say where they are.
+
+    Args:
+        folder: where to.
+        name: what follows the date in the files' names.
+        environment: of the run.
+        text: lines of the Markdown file; date and environment come after the first.
+        data: of the JSON file, beside date and environment.
+    """
     now = datetime.datetime.now(datetime.UTC)
-    stem = folder / f"{now:%Y-%m-%d-%H%M%S}-{device}"
-    found = {
-        "date": now.isoformat(timespec="seconds"),
-        "environment": environment,
-        "results": [dataclasses.asdict(result) for result in results],
+    stem = folder / f"{now:%Y-%m-%d-%H%M%S}-{name}"
+    date = now.isoformat(timespec="seconds")
+    facts = [f"- {key}: {value}" for key, value in {"date": date, **environment}.items()]
+    title, *rest = text
+    found = {"date": date, "environment": environment, **data}
+    contents = {
+        ".json": json.dumps(found, indent=1),
+        ".md": "\n".join([title, "", *facts, *rest]),
     }
-    data, table = stem.with_suffix(".json"), stem.with_suffix(".md")
-    data.write_text(json.dumps(found, indent=1) + "\n")
-    table.write_text(markdown({"date": found["date"], **environment}, results))
-    return data, table
+    for suffix, content in contents.items():
+        path = stem.with_name(stem.name + suffix)
+        path.write_text(content + "\n")
+        print(f"wrote {path}")

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from benchmarks.contest import Contender
+from eigenfilter.benchmarks.contest import Contender
 
 Clock = Callable[[Callable[[], object]], float]
 """Runs something and returns the seconds it took."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import registry, run, shapes
-from benchmarks.contest import (
+from eigenfilter.benchmarks import registry, shapes
+from eigenfilter.benchmarks.contest import (
     TOLERANCES,
     Benchmark,
     Contender,
@@ -21,8 +21,9 @@ from benchmarks.contest import (
     copy,
     nothing,
 )
-from benchmarks.timing import Spread
-from benchmarks.verify import distance
+from eigenfilter.benchmarks.timing import Spread
+from eigenfilter.benchmarks.verify import distance
+from eigenfilter.experiments.cli import main
 
 TOLERANCE = TOLERANCES[torch.float32]
 
@@ -46,7 +47,7 @@ def run_doubling(
     monkeypatch: pytest.MonkeyPatch, folder: Path, peer: Callable[[Tensor], object]
 ) -> tuple[int, dict[str, object]]:
     monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": doubling(peer)})
-    code = run.main(["--repeat", "3", "--out", str(folder)])
+    code = main(["bench", "--repeat", "3", "--out", str(folder)])
     (file,) = folder.glob("*.json")
     (result,) = json.loads(file.read_text())["results"]
     return code, result
@@ -119,7 +120,8 @@ def test_a_right_result_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_one_row_runs_and_writes_its_results(tmp_path: Path) -> None:
-    assert run.main(["--only", "sgd-small", "--repeat", "2", "--out", str(tmp_path)]) == 0
+    argv = ["bench", "--only", "sgd-small", "--repeat", "2", "--out", str(tmp_path)]
+    assert main(argv) == 0
     (data,), (table,) = tmp_path.glob("*-cpu.json"), tmp_path.glob("*-cpu.md")
     found = json.loads(data.read_text())
     assert {"torch", "eigenfilter", "python", "compiler", "isa", "cpu", "threads", "load"} <= set(
@@ -130,19 +132,6 @@ def test_one_row_runs_and_writes_its_results(tmp_path: Path) -> None:
     assert set(result["verdict"]["errors"]) == {"torch fused", "torch foreach"}
     assert max(result["verdict"]["errors"].values()) <= 1
     assert table.read_text().count("| sgd-small |") == 3
-
-
-def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        run.main(["--only", "no-such"])
-    assert "no benchmark 'no-such'" in capsys.readouterr().err
-
-
-def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run.main(["--list", "--only", "usam-*", "--only", "norm-float32"]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    models = ("resnet18", "resnet50", "vit", "gpt2", "small", "large")
-    assert names == [*(f"usam-{model}" for model in models), "norm-float32"]
 
 
 def test_distance_is_in_tolerances() -> None:

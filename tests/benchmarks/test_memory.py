@@ -1,6 +1,6 @@
 """No method holds more than parameters, momentum, one gradient and a backup; Hessian USAM one more.
 
-Measured as `benchmarks.memory` does, each in a process of its own; float32, 4 bytes a copy.
+Measured as `eigenfilter bench memory` does, each in a process of its own; float32, 4 bytes a copy.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks.memory import measure_apart
+from eigenfilter.benchmarks.memory import measure_apart
 
 MOST = {
     "SGD": 12,

@@ -1,7 +1,7 @@
 """The command line: `eigenfilter COMMAND`.
 
-A command is a module with `HELP`, `configure(parser)` and `run(args)`; it imports what only the
-experiments need inside its functions, so that `--help` works without them.
+A command is a module with `HELP`, `configure(parser)` and `run(args)`, which returns the exit code;
+it imports what only the experiments need inside its functions, so that `--help` works without them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import NoReturn
 
 from eigenfilter import __version__
+from eigenfilter.benchmarks import command as bench
 from eigenfilter.experiments import demo, filter
 from eigenfilter.experiments.errors import UserError
 
-_COMMANDS: Mapping[str, ModuleType] = {"demo": demo, "filter": filter}
+_COMMANDS: Mapping[str, ModuleType] = {"demo": demo, "filter": filter, "bench": bench}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 if it did its work, 2 on bad input or where an optional dependency is missing.
+        What the command returns: 0 if it did its work; 2 on bad input or where an optional
+        dependency is missing.
     """
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        code: int = args.run(args)
     except UserError as error:
         print(f"eigenfilter {args.command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code

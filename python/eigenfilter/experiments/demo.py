@@ -70,8 +70,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train, print the table, write the files."""
+def run(args: argparse.Namespace) -> int:
+    """Train, print the table, write the files; return the exit code."""
     require("matplotlib", "sklearn", "tqdm")
     folder = output_folder(args.out)
     data = digits(SAMPLES)
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {folder / 'sharpness.png'} and {folder / 'results.json'}")
+    return 0
 
 
 def _train(method: Method, data: Split, seed: int, max_steps: int, deadline: float) -> Run:

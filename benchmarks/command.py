@@ -1,0 +1,134 @@
+"""Measure the library beside what people use now, on this machine.
+
+Without a TABLE it times: every benchmark is verified first, then timed in turns with its peers.
+Exit code 1 if a check is red, 2 on bad input. A goal that is missed is reported, and no error: a
+busy machine is enough to miss one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eigenfilter.benchmarks import finite_differences, memory, registry, timings
+from eigenfilter.experiments.arguments import output_folder, whole
+from eigenfilter.experiments.errors import UserError, require
+
+HELP = "verify and time the library beside its peers; measure memory and finite differences"
+OUT = Path("out/bench")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command and of its tables."""
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        help="a benchmark, or a pattern such as 'usam-*'; may be repeated",
+    )
+    parser.add_argument(
+        "--repeat", type=whole(1), metavar="N", help="rounds of timing (default: by time)"
+    )
+    parser.add_argument("--list", action="store_true", default=None, help="list the benchmarks")
+    _add_device(parser, None)
+    _add_out(parser, None)
+    tables = parser.add_subparsers(metavar="TABLE", title="instead of timings")
+
+    def table(name: str, summary: str, description: str | None, run: Any) -> Any:
+        added = tables.add_parser(
+            name,
+            help=summary,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(table=name, run_table=run)
+        return added
+
+    parser.set_defaults(table=None, run_table=_timings)
+    of_memory = table("memory", "peak memory of a training step", memory.__doc__, _memory)
+    of_memory.add_argument(
+        "--elements",
+        type=whole(memory.TENSORS),
+        default=memory.ELEMENTS,
+        metavar="N",
+        help="parameters of the model (default: %(default)s)",
+    )
+    _add_device(of_memory)
+    _add_out(of_memory)
+    of_differences = table(
+        "finite-differences",
+        "the error of Hessian-vector products by finite differences, on the CPU",
+        finite_differences.__doc__,
+        _finite_differences,
+    )
+    _add_out(of_differences)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure what is asked for; return the exit code."""
+    code: int = args.run_table(args)
+    return code
+
+
+def _timings(args: argparse.Namespace) -> int:
+    try:
+        benchmarks = registry.select(args.only or [])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if args.list:
+        for benchmark in benchmarks:
+            print(f"{benchmark.name:24} {benchmark.summary}")
+        return 0
+    device = _device(args)
+    return 0 if timings.run(benchmarks, device, args.repeat, _folder(args)) else 1
+
+
+def _memory(args: argparse.Namespace) -> int:
+    _refuse(args, "only", "repeat", "list")
+    memory.run(args.elements, _device(args), _folder(args))
+    return 0
+
+
+def _finite_differences(args: argparse.Namespace) -> int:
+    _refuse(args, "only", "repeat", "list", "device")
+    require("sklearn")
+    finite_differences.run(_folder(args))
+    return 0
+
+
+def _add_device(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=default, help="where (default: cpu)"
+    )
+
+
+def _add_out(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    """A table leaves the value alone that was given before its name."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=default,
+        metavar="DIR",
+        help=f"folder for the dated results (default: {OUT})",
+    )
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    if args.device != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("torch sees no CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    return output_folder(args.out or OUT)
+
+
+def _refuse(args: argparse.Namespace, *options: str) -> None:
+    for option in options:
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option} does not go with {args.table}")

@@ -1,0 +1,103 @@
+"""`eigenfilter bench`: its tables, and one clear line with exit code 2 on bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eigenfilter.benchmarks import finite_differences, memory
+from eigenfilter.experiments.cli import main
+
+
+@pytest.mark.parametrize("table", [[], ["memory"], ["finite-differences"]], ids=" ".join)
+def test_help(table: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", *table, "--help"])
+    assert "out/bench" in capsys.readouterr().out
+
+
+def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list", "--only", "usam-*", "--only", "norm-float32"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    models = ("resnet18", "resnet50", "vit", "gpt2", "small", "large")
+    assert names == [*(f"usam-{model}" for model in models), "norm-float32"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--only", "no-such"], "no benchmark 'no-such' (see eigenfilter bench --list)"),
+        (["--only", "sgd-small", "memory"], "--only does not go with memory"),
+        (["--device", "cpu", "finite-differences"], "--device does not go with finite-differences"),
+    ],
+)
+def test_bad_input(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *argv]) == 2
+    assert capsys.readouterr().err == f"eigenfilter bench: error: {says}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--repeat", "0"], "--repeat: must be a whole number from 1"),
+        (["memory", "--elements", "7"], "--elements: must be a whole number from 8"),
+        (["no-such"], "invalid choice: 'no-such'"),
+    ],
+)
+def test_bad_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *argv])
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_device_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "--device", "cuda", "memory"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the table", "after it"])
+def test_memory_writes_its_results(
+    before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "measure_apart", lambda name, elements, device: elements / 2)
+    out = ["--out", str(tmp_path)]
+    argv = [*out, "memory"] if before else ["memory", *out]
+    assert main(["bench", *argv, "--elements", "24"]) == 0
+    (data,), (table,) = tmp_path.glob("*-cpu-memory.json"), tmp_path.glob("*-cpu-memory.md")
+    found = json.loads(data.read_text())
+    assert found["memory"] == dict.fromkeys(memory.OPTIMIZERS, 12.0)
+    assert found["elements"] == 24
+    assert "| USAM | 12.0 |" in table.read_text().splitlines()
+
+
+def test_finite_differences_write_their_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        finite_differences, "NETWORKS", {"tanh MLP": finite_differences.NETWORKS["tanh MLP"]}
+    )
+    monkeypatch.setattr(finite_differences, "TRAINING", 1)
+    assert main(["bench", "finite-differences", "--out", str(tmp_path)]) == 0
+    (data,) = tmp_path.glob("*-cpu-finite-differences.json")
+    found = json.loads(data.read_text())
+    best = {(m["point"], m["precision"]): min(m["errors"]) for m in found["finite_differences"]}
+    assert len(best) == 6
+    assert best[("initial", "float64")] < 1e-4
+    assert best[("initial", "float32")] < 1e-2
+
+
+def test_finite_differences_need_scikit_learn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert main(["bench", "finite-differences"]) == 2
+    assert "sklearn is not installed" in capsys.readouterr().err
