@@ -65,31 +65,44 @@ TOLERANCES: Mapping[torch.dtype, Tolerance] = {
 
 
 @dataclass(frozen=True)
+class Yardstick:
+    """Other work that is timed beside, and so never verified: what the machine can do just then.
+
+    Attributes:
+        contender: does that work.
+        scale: how many times as long as it the library is meant to take.
+    """
+
+    contender: Contender
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class Contest:
-    """The library, its peers and the yardstick of one benchmark.
+    """The library, its peers and the yardsticks of one benchmark.
 
     Attributes:
         library: ours.
         peers: what it is compared with; at least one, since they also verify it.
-        copy: a copy of one tensor on the same device: what the memory can do at that moment.
-        moved: bytes a repetition has to move, reads and writes.
-        copied: bytes that `copy` moves.
+        yardsticks: what else is timed.
         tolerance: how closely results must agree.
+        moved: bytes a repetition has to move, reads and writes; None where nobody can say.
         clock: "wall" for host and device together, "device" for the device alone; see `timing`.
+        absent: a line for each peer that cannot take part.
     """
 
     library: Contender
     peers: tuple[Contender, ...]
-    copy: Contender
-    moved: int
-    copied: int
+    yardsticks: tuple[Yardstick, ...]
     tolerance: Tolerance
+    moved: int | None = None
     clock: Literal["wall", "device"] = "wall"
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The library is at least `ratio` times as fast as `against` (a peer's name, or "copy")."""
+    """The library is at least `ratio` times as fast as `against` (a peer or a yardstick)."""
 
     against: str
     ratio: float
@@ -116,9 +129,13 @@ def nothing() -> None:
     """The preparation of a phase that needs none."""
 
 
-def copy(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[Contender, int]:
-    """Return the yardstick, `copy_` between two tensors of that many elements, and its bytes."""
+def copy(elements: int, dtype: torch.dtype, device: torch.device, moved: int) -> Yardstick:
+    """Return the yardstick "copy": `copy_` between two tensors of that many elements.
+
+    It is scaled to `moved` bytes, so that a ratio to it is a fraction of its bandwidth.
+    """
     source = torch.ones(elements, dtype=dtype, device=device)
     target = torch.zeros_like(source)
     phase = Phase(nothing, lambda: target.copy_(source))
-    return Contender("copy", (phase,), lambda: [target]), 2 * elements * dtype.itemsize
+    copied = 2 * elements * dtype.itemsize
+    return Yardstick(Contender("copy", (phase,), lambda: [target]), moved / copied)

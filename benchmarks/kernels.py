@@ -123,9 +123,9 @@ def _contest(
     accesses: int,
     tolerances: Mapping[torch.dtype, Tolerance] = TOLERANCES,
 ) -> Contest:
-    yardstick, copied = copy(p.elements, p.dtype, p.device)
-    tolerance = tolerances[p.dtype]
-    return Contest(library, (peer,), yardstick, p.moved(accesses), copied, tolerance, "device")
+    moved = p.moved(accesses)
+    yardstick = copy(p.elements, p.dtype, p.device, moved)
+    return Contest(library, (peer,), (yardstick,), tolerances[p.dtype], moved, "device")
 
 
 BENCHMARKS = tuple(

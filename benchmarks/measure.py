@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eigenfilter.benchmarks import environment
-from eigenfilter.benchmarks.contest import Benchmark, Contest, Setting
+from eigenfilter.benchmarks.contest import Benchmark, Contest, Setting, Yardstick
 from eigenfilter.benchmarks.timing import Spread, clock, interleave
 from eigenfilter.benchmarks.verify import Verdict, verify
 
@@ -17,16 +17,18 @@ class Comparison:
     """The library against one other.
 
     Attributes:
-        against: a peer's name, or "copy".
+        against: a peer or a yardstick.
         seconds: its time of one repetition.
+        host: what of that the host was occupied for; see `timing.Lap`.
         bandwidth: bytes a second at its median time, of those that the work has to move.
-        ratio: its time over the library's, round by round; the copy's is scaled to as many bytes.
+        ratio: its time over the library's, round by round; a yardstick's is scaled.
         goal: the ratio to reach, or None.
     """
 
     against: str
     seconds: Spread
-    bandwidth: float
+    host: Spread
+    bandwidth: float | None
     ratio: Spread
     goal: float | None
 
@@ -38,15 +40,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Timing:
-    """What timing a contest gave: `seconds` and `bandwidth` are the library's.
+    """What timing a contest gave: `seconds`, `host` and `bandwidth` are the library's.
 
     `neighbours` is the mean number of cores that others kept busy meanwhile.
     """
 
     rounds: int
-    moved: int
+    moved: int | None
     seconds: Spread
-    bandwidth: float
+    host: Spread
+    bandwidth: float | None
     comparisons: tuple[Comparison, ...]
     neighbours: float
 
@@ -58,7 +61,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """One benchmark in one setting; without a timing where its check is red."""
+    """One benchmark in one setting; without a timing where its check is red.
+
+    `absent` has a line for each peer that could not take part.
+    """
 
     name: str
     summary: str
@@ -67,6 +73,7 @@ class Result:
     verdict: Verdict
     timing: Timing | None
     load: float
+    absent: tuple[str, ...] = ()
 
 
 def measure(benchmark: Benchmark, setting: Setting, *, repeat: int | None = None) -> Result:
@@ -91,35 +98,40 @@ def measure(benchmark: Benchmark, setting: Setting, *, repeat: int | None = None
         verdict,
         timing,
         environment.load(),
+        contest.absent,
     )
 
 
 def _time(
     contest: Contest, setting: Setting, goals: dict[str, float], repeat: int | None
 ) -> Timing:
-    others = (*contest.peers, contest.copy)
+    others = [Yardstick(peer) for peer in contest.peers] + list(contest.yardsticks)
+    contenders = (contest.library, *(other.contender for other in others))
     neighbours = environment.Neighbours()
-    seconds = interleave(
-        (contest.library, *others), clock(contest.clock, setting.device), repeat=repeat
-    )
+    laps = interleave(contenders, clock(contest.clock, setting.device), repeat=repeat)
     busy = neighbours.cores()
-    ours = seconds[contest.library.name]
+    ours = laps[contest.library.name]
+
+    def bandwidth(seconds: Spread, scale: float = 1.0) -> float | None:
+        return None if contest.moved is None else contest.moved / scale / seconds.median
+
     comparisons = []
     for other in others:
-        theirs = seconds[other.name]
-        moved, scale = contest.moved, 1.0
-        if other is contest.copy:
-            moved, scale = contest.copied, contest.moved / contest.copied
+        name = other.contender.name
+        seconds = Spread.of([lap.seconds for lap in laps[name]])
+        pairs = zip(ours, laps[name], strict=True)
         comparisons.append(
             Comparison(
-                other.name,
-                Spread.of(theirs),
-                moved / Spread.of(theirs).median,
-                Spread.of([scale * b / a for a, b in zip(ours, theirs, strict=True)]),
-                goals.get(other.name),
+                name,
+                seconds,
+                Spread.of([lap.host for lap in laps[name]]),
+                bandwidth(seconds, other.scale),
+                Spread.of([other.scale * b.seconds / a.seconds for a, b in pairs]),
+                goals.get(name),
             )
         )
-    spread = Spread.of(ours)
+    seconds = Spread.of([lap.seconds for lap in ours])
+    host = Spread.of([lap.host for lap in ours])
     return Timing(
-        len(ours), contest.moved, spread, contest.moved / spread.median, tuple(comparisons), busy
+        len(ours), contest.moved, seconds, host, bandwidth(seconds), tuple(comparisons), busy
     )

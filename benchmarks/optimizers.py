@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-import eigenfilter
 from eigenfilter.benchmarks import shapes
 from eigenfilter.benchmarks.contest import (
     TOLERANCES,
@@ -23,57 +20,9 @@ from eigenfilter.benchmarks.contest import (
     Setting,
     copy,
 )
-from eigenfilter.benchmarks.peers import torch_adamw, torch_sgd
-from eigenfilter.benchmarks.peers.common_sam import FD_STEP, CommonSAM
-from eigenfilter.benchmarks.peers.foreach_sam import ForeachSAM
+from eigenfilter.benchmarks.methods import METHODS, Make, Method
+from eigenfilter.benchmarks.peers.common_sam import FD_STEP
 from eigenfilter.benchmarks.shapes import Problem, Shape, give
-from eigenfilter.optimizers import EigenfilterOptimizer
-
-LR, MOMENTUM, RHO = 0.01, 0.9, 0.05
-
-HEAVY_BALL = {"lr": LR, "momentum": MOMENTUM}
-
-
-@dataclass(frozen=True)
-class Method:
-    """An optimizer of the library and what it is compared with.
-
-    Attributes:
-        make: the library's, from parameters and a backend.
-        ascents: gradients it takes beside the last.
-        accesses: reads and writes of every element that a step has to do.
-        name: of its ascents; "" for none.
-        base: settings of the peers' base, and its implementations.
-    """
-
-    make: Callable[[list[Parameter], str], EigenfilterOptimizer]
-    ascents: int
-    accesses: int
-    name: str = ""
-    base: Any = torch_sgd
-
-
-def _sgd_with(cls: Callable[..., EigenfilterOptimizer], **options: Any) -> Any:
-    return lambda params, backend: cls(params, **HEAVY_BALL, backend=backend, **options)
-
-
-def _adamw(params: list[Parameter], backend: str, rho: float = 0.0) -> EigenfilterOptimizer:
-    return eigenfilter.AdamW(params, lr=LR, rho=rho, backend=backend)
-
-
-# Accesses. Descent: heavy ball reads x, g, m and writes x, m; AdamW reads x, g, m, v and writes x,
-# m, v; from a backup they read that in place of x. Ascent: reads x, g and writes x, b. SAM's norm
-# reads g; a second ascent reads x, g and writes x; a finite difference has norms of x and g, copies
-# g, moves, and then reads b, g, g0 and writes x.
-METHODS: Mapping[str, Method] = {
-    "sgd": Method(_sgd_with(eigenfilter.SGD), 0, 5),
-    "usam": Method(_sgd_with(eigenfilter.USAM, rho=RHO), 1, 9, "usam"),
-    "sam": Method(_sgd_with(eigenfilter.SAM, rho=RHO), 1, 10, "sam"),
-    "two-step-usam": Method(_sgd_with(eigenfilter.TwoStepUSAM, rho=RHO), 2, 12, "two_step_usam"),
-    "hessian-usam": Method(_sgd_with(eigenfilter.HessianUSAM, rho=RHO), 2, 17, "hessian_usam"),
-    "adamw": Method(_adamw, 0, 7, base=torch_adamw),
-    "adamw-usam": Method(functools.partial(_adamw, rho=RHO), 1, 11, "usam", torch_adamw),
-}
 
 MODELS: Mapping[str, tuple[str, Callable[[torch.device], list[Shape]]]] = {
     "resnet18": ("ResNet-18's 62 tensors", lambda device: shapes.resnet18()),
@@ -95,54 +44,37 @@ def step(method: Method, problem: Problem, setting: Setting, *, times: int = 1) 
         torch._foreach_mul_(gradients[1], FD_STEP)
         torch._foreach_add_(gradients[1], gradients[0])
 
-    def contender(name: str, build: Callable[[list[Parameter]], Any]) -> Contender:
+    def contender(name: str, make: Make) -> Contender:
         params = problem.parameters()
-        opt = build(params)
-        base = getattr(opt, "base_optimizer", opt)
-        descend = opt.step if base is opt else opt.descend
+        opt = make(params)
+        *ascents, descend = method.moves(opt)
 
         def last() -> None:
             for _ in range(times):
                 descend()
 
-        ascents = [opt.ascend] * method.ascents if method.name else []
-        return _contender(name, params, gradients, [*ascents, last], base)
+        holder = opt.base_optimizer if hasattr(opt, "base_optimizer") else opt
+        return _contender(name, params, gradients, [*ascents, last], holder)
 
-    library = contender("eigenfilter", lambda params: method.make(params, setting.backend))
-    if method.name:
-        peers = (
-            contender(
-                "common SAM",
-                lambda params: CommonSAM(
-                    params, method.name, RHO, method.base.CLASS, **method.base.settings(LR)
-                ),
-            ),
-            contender(
-                "foreach SAM",
-                lambda params: ForeachSAM(params, method.name, RHO, method.base.fused(params, LR)),
-            ),
-        )
-    else:
-        peers = (
-            contender("torch fused", lambda params: method.base.fused(params, LR)),
-            contender("torch foreach", lambda params: method.base.foreach(params, LR)),
-        )
-    yardstick, copied = copy(problem.elements, problem.dtype, problem.device)
+    makes, absent = method.contenders(setting)
+    library, *peers = (contender(name, make) for name, make in makes.items())
     moved = problem.moved(method.accesses * times)
-    return Contest(library, peers, yardstick, moved, copied, TOLERANCES[problem.dtype])
+    yardstick = copy(problem.elements, problem.dtype, problem.device, moved)
+    tolerance = TOLERANCES[problem.dtype]
+    return Contest(library, tuple(peers), (yardstick,), tolerance, moved, absent=absent)
 
 
 def _contender(
     name: str,
     params: list[Parameter],
     gradients: Sequence[list[Tensor]],
-    steps: Sequence[Callable[[], object]],
+    moves: Sequence[Callable[[], object]],
     holder: torch.optim.Optimizer,
 ) -> Contender:
-    """A contender that gets new gradients before each of its steps."""
+    """A contender that gets new gradients before each of its moves."""
     phases = tuple(
-        Phase(functools.partial(give, params, given), run)
-        for given, run in zip(gradients, steps, strict=True)
+        Phase(functools.partial(give, params, given), move)
+        for given, move in zip(gradients, moves, strict=True)
     )
 
     def result() -> list[Tensor]:

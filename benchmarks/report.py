@@ -11,30 +11,48 @@ from typing import Any
 from eigenfilter.benchmarks.measure import Comparison, Result, Timing
 from eigenfilter.benchmarks.timing import Spread
 
-HEADER = (
-    "| benchmark | backend | ours, ms | against | its, ms | ratio | goal | ours, GB/s | rounds |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+COLUMNS = (
+    "benchmark",
+    "backend",
+    "ours, ms",
+    "host",
+    "against",
+    "its, ms",
+    "host",
+    "ratio",
+    "goal",
+    "ours, GB/s",
+    "rounds",
 )
+HEADER = (f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}")
 LEGEND = (
     "Medians, with quartiles in brackets. `ratio` is the other's time over ours, round by round: "
     "above 1 we are faster. The row against `copy` is the fraction of a copy's bandwidth that we "
-    "reach, counting the bytes the work has to move."
+    "reach, counting the bytes the work has to move. `host` is the time until the calls had "
+    "returned, without waiting for the device; a CPU does the work within the calls, so that there "
+    "it is the whole time."
 )
 
 
 def lines(result: Result) -> list[str]:
-    """Return a result's rows of the Markdown table: one without figures if its check is red."""
+    """Return a result's rows of the Markdown table.
+
+    One without figures if its check is red, and one for each peer that is absent.
+    """
     head = f"| {result.name} | {result.backend}"
+    absent = [f"{head} | {line}{' |' * (len(COLUMNS) - 2)}" for line in result.absent]
     if result.timing is None:
         found = ", ".join(f"{e:.3g} x tolerance from {p}" for p, e in result.verdict.red.items())
-        return [f"{head} | RED, not timed: {found} | | | | | | |"]
+        return [f"{head} | RED, not timed: {found}{' |' * (len(COLUMNS) - 2)}", *absent]
     timing = result.timing
-    ours = milliseconds(timing.seconds)
-    return [
-        f"{head} | {ours} | {c.against} | {milliseconds(c.seconds)} | {ratio(c)} | "
-        f"{goal(c, timing)} | {timing.bandwidth / 1e9:.1f} | {timing.rounds} |"
+    ours = f"{milliseconds(timing.seconds)} | {1e3 * timing.host.median:.3g}"
+    moved = "" if timing.bandwidth is None else f"{timing.bandwidth / 1e9:.1f}"
+    figures = [
+        f"{head} | {ours} | {c.against} | {milliseconds(c.seconds)} | "
+        f"{1e3 * c.host.median:.3g} | {ratio(c)} | {goal(c, timing)} | {moved} | {timing.rounds} |"
         for c in timing.comparisons
     ]
+    return figures + absent
 
 
 def milliseconds(spread: Spread) -> str:

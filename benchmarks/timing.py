@@ -8,15 +8,29 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from eigenfilter.benchmarks.contest import Contender
 
-Clock = Callable[[Callable[[], object]], float]
-"""Runs something and returns the seconds it took."""
+
+class Lap(NamedTuple):
+    """Seconds that something took.
+
+    Attributes:
+        seconds: all told, or of the device alone, as the clock has it.
+        host: until the calls returned, whatever the device still had to do. A CPU does the work
+            within the calls, so that there it is the whole time.
+    """
+
+    seconds: float
+    host: float
+
+
+Clock = Callable[[Callable[[], object]], Lap]
+"""Runs something and returns what it took."""
 
 WARM_UP = 3
 LEAST, MOST = 15, 200  # rounds, within which the budget decides
@@ -58,8 +72,8 @@ def interleave(
     *,
     repeat: int | None = None,
     budget: float = 5.0,
-) -> dict[str, list[float]]:
-    """Return the seconds of every repetition, by contender; the i-th of all belong to one round.
+) -> dict[str, list[Lap]]:
+    """Return every repetition's lap, by contender; the i-th of all belong to one round.
 
     Args:
         contenders: what to time, after a few rounds of warm-up.
@@ -74,29 +88,30 @@ def interleave(
                 _once(contender, clock)
         a_round = (time.perf_counter() - began) / WARM_UP
         rounds = repeat or min(max(int(budget / a_round), LEAST), MOST)
-        seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        laps: dict[str, list[Lap]] = {contender.name: [] for contender in contenders}
         for i in range(rounds):
             first = i % len(contenders)
             for contender in (*contenders[first:], *contenders[:first]):
-                seconds[contender.name].append(_once(contender, clock))
-    return seconds
+                laps[contender.name].append(_once(contender, clock))
+    return laps
 
 
-def _once(contender: Contender, clock: Clock) -> float:
-    seconds = 0.0
+def _once(contender: Contender, clock: Clock) -> Lap:
+    laps = []
     for phase in contender.phases:
         phase.prepare()
-        seconds += clock(phase.run)
-    return seconds
+        laps.append(clock(phase.run))
+    return Lap(sum(lap.seconds for lap in laps), sum(lap.host for lap in laps))
 
 
 def _wall(synchronize: Callable[[], None]) -> Clock:
-    def measure(run: Callable[[], object]) -> float:
+    def measure(run: Callable[[], object]) -> Lap:
         synchronize()
         began = time.perf_counter()
         run()
+        returned = time.perf_counter()
         synchronize()
-        return time.perf_counter() - began
+        return Lap(time.perf_counter() - began, returned - began)
 
     return measure
 
@@ -105,14 +120,16 @@ def _device(device: torch.device) -> Clock:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     event = functools.partial(torch.cuda.Event, enable_timing=True)
 
-    def measure(run: Callable[[], object]) -> float:
+    def measure(run: Callable[[], object]) -> Lap:
         began, ended = event(), event()
         flush.zero_()
         began.record()
+        called = time.perf_counter()
         run()
+        returned = time.perf_counter()
         ended.record()
         ended.synchronize()
-        return float(began.elapsed_time(ended)) / 1e3
+        return Lap(float(began.elapsed_time(ended)) / 1e3, returned - called)
 
     return measure
 

@@ -25,7 +25,7 @@ class CommonSAM(torch.optim.Optimizer):
 
     Args:
         params: parameters.
-        method: "usam", "sam", "two_step_usam" or "hessian_usam" (finite differences).
+        method: "usam", "sam", "asam", "two_step_usam" or "hessian_usam" (finite differences).
         rho: of the ascents.
         base: class of the base optimizer.
         settings: the base's.
@@ -59,7 +59,10 @@ class CommonSAM(torch.optim.Optimizer):
                     state["old_p"] = p.data.clone()
                     if self.method == "hessian_usam":
                         state["old_grad"] = p.grad.clone()
-                    e_w = scale * p.grad
+                    direction = p.grad
+                    if self.method == "asam":
+                        direction = torch.pow(p, 2) * p.grad
+                    e_w = scale * direction
                     p.add_(e_w)
                 elif self.method == "two_step_usam":
                     e_w = self.rho * p.grad
@@ -86,8 +89,11 @@ class CommonSAM(torch.optim.Optimizer):
         if self._taken > 0 or self.method in ("usam", "two_step_usam"):
             return self.rho
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = _norm([p.grad for p in params if p.grad is not None])
-        if self.method == "sam":
+        grads = [p.grad for p in params if p.grad is not None]
+        if self.method == "asam":
+            grads = [torch.abs(p) * g for p, g in zip(params, grads, strict=True)]
+        norm = _norm(grads)
+        if self.method in ("sam", "asam"):
             return self.rho / (norm + TINY)
         self._eps = FD_STEP * (1 + _norm([p.data for p in params])) / (norm + TINY)
         return self._eps

@@ -59,6 +59,8 @@ class ForeachSAM:
         if self.method in ("usam", "two_step_usam"):
             torch._foreach_add_(self.params, grads, alpha=self.rho)
             return
+        if self.method == "asam":
+            grads = list(torch._foreach_mul(grads, self.params))
         norm = torch.nn.utils.get_total_norm(grads)
         scale = self.rho / (norm + TINY)
         if self.method == "hessian_usam":
@@ -68,4 +70,6 @@ class ForeachSAM:
             torch._foreach_add_(self.params, torch._foreach_mul(grads, scale))
             return
         torch._foreach_mul_(grads, scale)
+        if self.method == "asam":
+            torch._foreach_mul_(grads, self.params)
         torch._foreach_add_(self.params, grads)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenfilter.benchmarks import registry, shapes
+from eigenfilter.benchmarks import registry, report, shapes, training
 from eigenfilter.benchmarks.contest import (
     TOLERANCES,
     Benchmark,
@@ -36,9 +36,10 @@ def doubling(peer: Callable[[Tensor], object]) -> Benchmark:
         return Contender(name, (Phase(nothing, lambda: work(t)),), lambda: [t])
 
     def build(setting: object) -> Contest:
-        yardstick, copied = copy(8, torch.float32, torch.device("cpu"))
+        yardstick = copy(8, torch.float32, torch.device("cpu"), moved=64)
         library = contender("eigenfilter", lambda t: t.mul_(2))
-        return Contest(library, (contender("peer", peer),), yardstick, 64, copied, TOLERANCE)
+        peers = (contender("peer", peer),)
+        return Contest(library, peers, (yardstick,), TOLERANCE, 64, absent=("other: not there",))
 
     return Benchmark("doubling", "doubles", build, {"cpu": (Goal("peer", 1e-9),)})
 
@@ -72,6 +73,11 @@ def test_registry_holds_every_row_of_the_design() -> None:
     assert goals[("usam-large", "cpu", "copy")] == pytest.approx(1 / 1.15)
     assert goals[("sgd-small", "cpu", "torch fused")] == 6
     assert goals[("sgd-large", "cpu", "torch fused")] == 1
+    for network in ("resnet", "gpt"):
+        most = {"cpu": 1.08, "cuda": 1.03}
+        for device, overhead in most.items():
+            goal = goals[(f"train-{network}-usam", device, training.PASSES)]
+            assert goal == pytest.approx(1 / overhead)
     assert goals[("usam-small", "cuda", "common SAM")] == 15
     assert goals[("sgd-small", "cuda", "torch fused")] == 2
     assert all(goals[(kernel, "cuda", "copy")] == 0.9 for kernel in kernels)
@@ -103,8 +109,19 @@ def test_a_wrong_result_is_red_and_not_timed(
     assert code == 1
     assert result["timing"] is None
     row = next(line for line in capsys.readouterr().out.splitlines() if "doubling" in line)
+    assert row.count("|") == len(report.COLUMNS) + 1
     assert "RED, not timed" in row
     assert "[" not in row
+
+
+def test_who_is_absent_has_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, result = run_doubling(monkeypatch, tmp_path, lambda t: t.mul_(2))
+    assert result["absent"] == ["other: not there"]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[-1].startswith("| doubling | native | other: not there |")
+    assert {line.count("|") for line in table} == {len(report.COLUMNS) + 1}
 
 
 def test_a_right_result_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -113,6 +130,7 @@ def test_a_right_result_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     timing = result["timing"]
     assert isinstance(timing, dict)
     assert timing["rounds"] == 3
+    assert 0 < timing["host"]["median"] <= timing["seconds"]["median"]
     against = {c["against"]: c for c in timing["comparisons"]}
     assert set(against) == {"peer", "copy"}
     assert against["peer"]["goal"] == 1e-9
