@@ -32,7 +32,9 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter]], Any]] = {
     "torch SGD, fused": lambda p: torch.optim.SGD(p, **SGD, fused=True),
     "torch SGD, foreach": lambda p: torch.optim.SGD(p, **SGD, foreach=True),
     "SGD": lambda p: ef.SGD(p, **SGD),
+    "SGD, gradients released": lambda p: ef.SGD(p, **SGD, release_gradients=True),
     "USAM": lambda p: ef.USAM(p, **SGD, rho=0.05),
+    "USAM, gradients released": lambda p: ef.USAM(p, **SGD, rho=0.05, release_gradients=True),
     "SAM": lambda p: ef.SAM(p, **SGD, rho=0.05),
     "SAM, adaptive": lambda p: ef.SAM(p, **SGD, rho=0.05, adaptive=True),
     "TwoStepUSAM": lambda p: ef.TwoStepUSAM(p, **SGD, rho=0.05),
@@ -43,6 +45,7 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter]], Any]] = {
     ),
     "torch AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
     "AdamW": lambda p: ef.AdamW(p),
+    "AdamW, gradients released": lambda p: ef.AdamW(p, release_gradients=True),
     "AdamW, method SAM": lambda p: ef.AdamW(p, method="sam", rho=0.05),
 }
 
