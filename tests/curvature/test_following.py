@@ -60,7 +60,8 @@ def test_results_carry_no_graph_and_the_call_site_does_not_matter(built: str, us
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_a_graph_is_kept_while_nothing_changes() -> None:
+@pytest.mark.parametrize("engine", ["retained", "batched", "auto"])
+def test_a_graph_is_kept_while_nothing_changes(engine: str) -> None:
     model, x, target = make("partial")
     calls = 0
 
@@ -69,13 +70,17 @@ def test_a_graph_is_kept_while_nothing_changes() -> None:
         calls += 1
         return nn.functional.cross_entropy(output, target)
 
-    op = HessianOperator(model, loss_fn, [(x[:20], target[:20]), (x[20:], target[20:])])
+    data = [(x[:20], target[:20]), (x[20:], target[20:])]
+    op = HessianOperator(model, loss_fn, data, engine=engine)
     assert calls == 0
     eigsh(op, 3)
     columns(op)
+    choices = 2 if engine == "auto" else 0  # one for vectors, one for blocks
+    assert calls == 2 + choices
     model.eval()
     eigsh(op, 3)
-    assert calls == 2
+    columns(op)
+    assert calls == 2 + choices
 
 
 def changed_in_place(model: nn.Module, x: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,70 +11,98 @@ import torch
 from torch import Tensor, nn
 
 from eigenfilter import _perturbation
-from eigenfilter.curvature.engines import RetainedEngine
-from eigenfilter.curvature.point import Point, leaves
+from eigenfilter.curvature import engines
+from eigenfilter.curvature.data import source_of
+from eigenfilter.curvature.engines.choice import choose
+from eigenfilter.curvature.engines.memory import default_budget
+from eigenfilter.curvature.objective import Objective, Outer
+from eigenfilter.curvature.point import Point
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-_ENGINES = {"retained": RetainedEngine}
 _CHANGED = (
     "parameters, buffers or data changed while a solver was using the operator: its products "
     "belong to no single matrix"
 )
 
 
-class HessianOperator:
-    """The Hessian of a model's loss over some batches, by products with vectors.
+class CurvatureOperator(ABC):
+    """A symmetric matrix C of a model's loss over some batches, by products with vectors.
 
-        f(x) = sum_b w_b loss_b(x) / sum_b w_b    (reduction="mean")
-        f(x) = sum_b loss_b(x)                    (reduction="sum")
-        H v = d/dt grad f(x + t v) at t = 0
+        C = sum_b w_b C_b / sum_b w_b    (reduction="mean")
+        C = sum_b C_b                    (reduction="sum")
 
-    x [n] holds the parameters in the order given, each flattened in row-major order. w_b is the
-    number of samples of batch b, so that uneven batches give the Hessian of the whole data set when
-    `loss_fn` is a mean over samples.
+    What C_b is, on batch b, the subclass says. It is taken at x [n], which holds the parameters in
+    the order given, each flattened in row-major order. w_b is the number of samples of batch b, so
+    that uneven batches give the C of the whole data set when `loss_fn` is a mean over samples.
 
-    The model is evaluated in eval mode, where dropout is off and batch normalisation uses its
-    running statistics: in training mode H would be random, or would depend on the batch split. The
-    mode of every submodule is put back. A surrounding `torch.autocast` does not apply (use it in
-    `forward`); `p.grad` is never touched; results carry no graph.
+    The loss is one fixed function of x. Random numbers of torch's generators are replayed, those of
+    batch b from seed + b, and the generators left as they were. The mode of every submodule is put
+    back, also after an error. A surrounding `torch.autocast` does not apply; `p.grad` is never
+    touched; results carry no graph.
 
     The operator follows its model. Version counters show that parameters, buffers or data were
     changed in place or replaced; because torch's fused optimizers and writes through `.data` leave
     no trace there, the sum of every parameter and buffer is compared as well, once a product (one
     pass over the parameters and one synchronisation). What was kept is then rebuilt. Inside
     `fixed()`, which solvers use, a change raises instead, and the sums are compared at the end
-    only. Data changed through `.data` or NumPy is not noticed.
+    only. Data changed through `.data` or NumPy, or in a loader's data set, is not noticed.
+
+    Engines, in which U is one product through a graph built for it alone:
+
+    - "retained": keeps the graph of the first derivative of each batch, as far as `memory_budget`
+      goes, and builds the rest in every pass over the data.
+    - "shared": builds each graph once a pass, for all vectors of a block, and keeps none.
+    - "batched": as "retained", with one vectorised backward pass for a block: faster where
+      operations are small, at the memory of as many graphs as vectors.
+    - "forward_over_reverse": forward mode over the gradient; keeps nothing, and needs less memory.
+    - "finite_difference": two first derivatives a product, not exact; for fused attention, compiled
+      models, and whatever cannot be differentiated twice. See `error`.
+    - "checkpointed": as "shared", in pieces of each batch whose graph fits `memory_budget`. Refused
+      where f on a batch is not the mean (or sum) of f on its pieces.
+    - "auto": chooses once an exact one, for single vectors and for blocks apart, by a graph's size
+      and a timing on the first batch; logs its choice.
 
     Args:
         model: the module.
         loss_fn: (output, target) -> tensor of one element. Its own parameters and buffers count too
             if it is a module.
-        data: one batch, or a list of batches. A batch is a pair (input, target), evaluated as
-            loss_fn(model(input), target).
+        data: one batch, a list of batches, or a DataLoader. A batch is a pair (input, target),
+            evaluated as loss_fn(model(input), target) on the device of the model. A loader is read
+            anew for what is not kept, and must give the same batches each time: what it draws from
+            torch's global generator is replayed; another order or content of the batches, which
+            their sums tell, raises.
         params: parameters of the model (or of loss_fn), each once; None for all. Those that do not
             require grad are left out.
-        engine: "retained", or "auto", which chooses it.
+        engine: see above.
         reduction: "mean" or "sum".
-        forward: (model, batch) -> (output, target), for batches of any other layout.
+        forward: (model, batch) -> (output, target), for batches of any other layout; moves them to
+            the device itself.
         weight: batch -> w_b > 0, for reduction="mean" where the number of samples, taken to be the
             leading dimension of the output, is not what `loss_fn` averages over: ignored tokens,
             say, or an output that is not a tensor.
         process_group: None; distributed products do not exist yet.
+        mode: "eval": dropout is off, and batch normalisation uses its running statistics. "train":
+            dropout masks are drawn once for each batch and the same in every product; batch
+            normalisation uses the statistics of the batch, differentiates through them and leaves
+            the running ones as they are, so that C depends on the split into batches.
+        autocast: torch.bfloat16 or another dtype: what the model and loss compute in, under
+            `torch.autocast`. Vectors keep the dtype of the parameters.
+        memory_budget: bytes that kept graphs may take (on "batched", all vectors' together); None
+            for half of what is free when they are first built.
+        seed: of the random numbers drawn in the model and by a loader.
 
     Attributes:
         params: the parameters x consists of.
-        engine: the engine in use.
+        engine: the engine asked for; with "auto", the one chosen for the last product.
 
     Raises:
         ValueError: an argument is not as above; the parameters are not real and floating, of one
             dtype, on one device.
         RuntimeError: from a product, when an optimizer holds the parameters away from x, when
-            something changed inside `fixed()`, or when the loss cannot be differentiated twice.
-
-    Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6
-    (1994), eq. (3), by automatic differentiation of the gradient.
+            something changed inside `fixed()`, when a loader gives other batches in a second pass,
+            or when the loss cannot be differentiated as the engine needs.
     """
 
     def __init__(
@@ -89,27 +117,46 @@ class HessianOperator:
         forward: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
         weight: Callable[[Any], float] | None = None,
         process_group: object | None = None,
+        mode: str = "eval",
+        autocast: torch.dtype | None = None,
+        memory_budget: int | None = None,
+        seed: int = 0,
     ) -> None:
-        if engine != "auto" and engine not in _ENGINES:
-            raise ValueError(f"engine must be 'auto' or one of {list(_ENGINES)}, not {engine!r}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+        _check_choices(engine=engine, reduction=reduction, mode=mode)
         if reduction == "sum" and weight is not None:
             raise ValueError("weight has no meaning for reduction='sum'")
         if process_group is not None:
             raise ValueError("process_group is not supported yet: pass None")
-        self.engine = "retained" if engine == "auto" else engine
-        self._tree = nn.ModuleList(m for m in (model, loss_fn) if isinstance(m, nn.Module))
-        self._model = model
-        self._loss_fn = loss_fn
-        self._batches = _batches(data, pairs=forward is None)
-        self._forward = forward or _forward_pair
-        self._mean = reduction == "mean"
-        self._weight = weight
-        self.params = _selected(self._tree.parameters() if params is None else params)
+        if memory_budget is not None and memory_budget < 0:
+            raise ValueError(f"memory_budget must be a number of bytes >= 0, not {memory_budget}")
+        if autocast is not None and not autocast.is_floating_point:
+            raise ValueError(f"autocast must be a floating dtype, not {autocast}")
+        self.engine = engine
+        self._auto = engine == "auto"
+        self._objective = Objective(
+            model,
+            loss_fn,
+            self._finish,
+            forward=forward,
+            weight=weight,
+            mean=reduction == "mean",
+            train=mode == "train",
+            autocast=autocast,
+            seed=seed,
+        )
+        self._source = source_of(data, pairs=forward is None, seed=seed)
+        self.params = _selected(self._owned() if params is None else params)
         self._check_owned(ValueError)
-        self._kept: tuple[RetainedEngine, Point] | None = None
+        self._budget = memory_budget
+        self._chosen: dict[bool, str] = {}  # for blocks (True) and for single vectors
+        self._kept: tuple[engines.Engines, Point] | None = None
         self._fixed = False
+
+    @abstractmethod
+    def _finish(
+        self, loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any
+    ) -> tuple[Tensor, Outer | None]:
+        """Return the value and the outer function of an `Evaluation`."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -127,32 +174,33 @@ class HessianOperator:
         """The device of the parameters, and of the vectors taken and given."""
         return self.params[0].device
 
+    @property
+    def error(self) -> float | None:
+        """The largest estimate of a finite difference's relative error at this point.
+
+        None for the exact engines, and before the first product.
+        """
+        return None if self._kept is None else self._kept[0].error
+
     def matvec(self, v: Tensor) -> Tensor:
-        """Return H v [n] for v [n], of the operator's dtype and on its device.
+        """Return C v [n] for v [n], of the operator's dtype and on its device.
 
         Raises:
             ValueError: v is not such a vector.
             RuntimeError: see the class.
         """
-        if v.shape != self.shape[:1] or v.dtype != self.dtype or v.device != self.device:
-            raise ValueError(
-                f"v must be [{self.shape[0]}], {self.dtype}, on {self.device}; got "
-                f"{list(v.shape)}, {v.dtype}, on {v.device}"
-            )
-        with torch.autocast(self.device.type, enabled=False):
-            return self._current()[0].matvec(v)
+        self._check_like("v", "[{}]", v, v.ndim == 1)
+        return self._multiply(v.unsqueeze(1))[0]
 
     def matmat(self, V: Tensor) -> Tensor:
-        """Return H V [n, b] for V [n, b]: one product a column, all at the same x.
+        """Return C V [n, b] for V [n, b]: b >= 1 products, all at the same x.
 
         Raises:
-            ValueError: V is not such a matrix, or b is 0.
+            ValueError: V is not such a matrix.
             RuntimeError: see the class.
         """
-        if V.ndim != 2 or not V.shape[1]:
-            raise ValueError(f"V must be [n, b] with b >= 1; got {list(V.shape)}")
-        with self.fixed():
-            return torch.stack([self.matvec(v) for v in V.unbind(1)], dim=1)
+        self._check_like("V", "[{}, b] with b >= 1", V, V.ndim == 2 and V.numel() > 0)
+        return self._multiply(V).T
 
     def to_scipy(self) -> LinearOperator:
         """Return the operator as a `scipy.sparse.linalg.LinearOperator`. Needs SciPy."""
@@ -162,8 +210,13 @@ class HessianOperator:
             v = torch.tensor(x.reshape(-1), dtype=self.dtype, device=self.device)
             return self.matvec(v).cpu().numpy()
 
+        def matmat(X: Any) -> Any:
+            return self.matmat(torch.tensor(X, dtype=self.dtype, device=self.device)).cpu().numpy()
+
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=dtype)
+        return LinearOperator(
+            self.shape, matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=dtype
+        )
 
     @contextmanager
     def fixed(self) -> Iterator[None]:
@@ -184,9 +237,29 @@ class HessianOperator:
         finally:
             self._fixed = False
 
-    def _current(self) -> tuple[RetainedEngine, Point]:
-        """Return the engine for the model as it is now, and where that is."""
-        holder = _perturbation.holder(self._tree.parameters())
+    @torch.no_grad()
+    def _multiply(self, V: Tensor) -> Tensor:
+        """Return (C V)^T [b, n]."""
+        made, _ = self._current()
+        with torch.autocast(self.device.type, enabled=False):
+            if self._auto:
+                self.engine = self._choice(V.shape[1])
+            sums = made[self.engine].multiply(V.detach())
+        return sums.rows.div_(sums.weight) if self._objective.mean else sums.rows
+
+    def _choice(self, vectors: int) -> str:
+        if (vectors > 1) not in self._chosen:
+            self._chosen[vectors > 1] = choose(
+                self._objective, self._source, self.params, self._bytes(), vectors
+            )
+        return self._chosen[vectors > 1]
+
+    def _bytes(self) -> int:
+        return default_budget(self.device) if self._budget is None else self._budget
+
+    def _current(self) -> tuple[engines.Engines, Point]:
+        """Return the engines for the model as it is now, and where that is."""
+        holder = _perturbation.holder(self._objective.tree.parameters())
         if holder is not None:
             raise RuntimeError(
                 f"{type(holder).__name__} holds the parameters away from x: finish its step(), or "
@@ -198,76 +271,75 @@ class HessianOperator:
                 return self._kept
             if self._fixed:
                 raise RuntimeError(_CHANGED)
-        self._kept = None  # frees the old graph before the new one is built
+        self._kept = None  # frees the old graphs before new ones are built
         self._check_owned(RuntimeError)
-        with (
-            _eval_mode(self._tree),
-            torch.enable_grad(),
-            torch.autocast(self.device.type, enabled=False),
-        ):
-            engine = _ENGINES[self.engine](self._loss(), self.params)
-        self._kept = engine, Point(*self._tensors())
+        self._source.forget()
+        made = engines.Engines(self._objective, self._source, self.params, self._bytes())
+        self._kept = made, Point(*self._tensors())
         return self._kept
 
-    def _loss(self) -> Tensor:
-        """Return f, with its graph."""
-        losses, weights = [], []
-        weighted = self._mean and len(self._batches) > 1
-        for batch in self._batches:
-            output, target = self._forward(self._model, batch)
-            loss = self._loss_fn(output, target)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise ValueError(f"loss_fn must return a tensor of one element, not {shape}")
-            losses.append(loss.reshape(()))
-            weights.append(self._samples(batch, output) if weighted else 1.0)
-        scale = math.fsum(weights) if self._mean else 1.0
-        return torch.stack([w / scale * f for w, f in zip(weights, losses, strict=True)]).sum()
-
-    def _samples(self, batch: Any, output: Any) -> float:
-        if self._weight is not None:
-            value = float(self._weight(batch))
-        elif isinstance(output, Tensor) and output.ndim:
-            value = float(output.shape[0])
-        else:
+    def _check_like(self, name: str, layout: str, v: Tensor, fits: bool) -> None:
+        n = self.shape[0]
+        if not fits or v.shape[0] != n or v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
-                "the number of samples is unknown, because the output is not a tensor with a "
-                "leading dimension: pass weight, or reduction='sum'"
+                f"{name} must be {layout.format(n)}, {self.dtype}, on {self.device}; got "
+                f"{list(v.shape)}, {v.dtype}, on {v.device}"
             )
-        if not 0 < value < math.inf:
-            raise ValueError(f"a batch weighs {value}; weights must be positive and finite")
-        return value
 
     def _check_owned(self, error: type[Exception]) -> None:
-        owned = {id(p) for p in self._tree.parameters()}
+        owned = {id(p) for p in self._owned()}
         if any(id(p) not in owned for p in self.params):
             raise error(
                 "a parameter of the operator is not a parameter of the model: of a copy, or "
                 "replaced since? Make a new operator from the model's own parameters"
             )
 
+    def _owned(self) -> Iterator[nn.Parameter]:
+        """Return the parameters that C may be taken in."""
+        return self._objective.tree.parameters()
+
     def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return what f depends on: the model's tensors and the data's."""
-        return [*self._tree.parameters(), *self._tree.buffers()], list(leaves(self._batches))
+        tree = self._objective.tree
+        return [*tree.parameters(), *tree.buffers()], self._source.tensors()
 
 
-def _forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    x, target = batch
-    return model(x), target
+class HessianOperator(CurvatureOperator):
+    """The Hessian of a model's loss: C_b is that of loss_b(x), of batch b.
+
+        H v = d/dt grad f(x + t v) at t = 0
+
+    Everything else is as `CurvatureOperator` says.
+
+    Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6
+    (1994), eq. (3), by automatic differentiation of the gradient.
+    """
+
+    def _finish(
+        self, loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any
+    ) -> tuple[Tensor, Outer | None]:
+        return one_number(loss_fn(output, target)), None
 
 
-def _batches(data: Any, *, pairs: bool) -> list[Any]:
-    """Return `data` as a list of batches; with `pairs`, each must be an (input, target) pair."""
-    batches = list(data) if isinstance(data, list) else [data]
-    if not batches:
-        raise ValueError("data must hold at least one batch")
-    for batch in batches:
-        if pairs and not (isinstance(batch, list | tuple) and len(batch) == 2):
-            raise ValueError(
-                "data must be an (input, target) tuple or a list of such pairs (of a DataLoader, "
-                f"list(loader)), or forward be given; got a batch of type {type(batch).__name__}"
-            )
-    return batches
+def one_number(loss: object) -> Tensor:
+    """Return a loss as a tensor [], which it must be but for its shape.
+
+    Raises:
+        ValueError: it is no tensor, or not of one element.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a tensor of one element, not {shape}")
+    return loss.reshape(())
+
+
+def _check_choices(*, engine: str, reduction: str, mode: str) -> None:
+    if engine != "auto" and engine not in engines.NAMES:
+        raise ValueError(f"engine must be 'auto' or one of {list(engines.NAMES)}, not {engine!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode must be 'eval' or 'train', not {mode!r}")
 
 
 def _selected(params: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
@@ -284,15 +356,3 @@ def _selected(params: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
             + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         )
     return selected
-
-
-@contextmanager
-def _eval_mode(tree: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and every submodule back into its own mode afterwards."""
-    modes = [(module, module.training) for module in tree.modules()]
-    tree.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,18 +35,6 @@ class Point:
             and self.unmarked()
             and torch.allclose(_sums(model), self._sums, 0.0, 0.0, equal_nan=True)
         )
-
-
-def leaves(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from leaves(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from leaves(value)
 
 
 def _mark(t: Tensor) -> tuple[int, torch.dtype, torch.device]:

@@ -1,0 +1,232 @@
+"""Where batches come from, and whether a second pass gives the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+_CHANGED = (
+    "the loader gave other batches in a second pass, so that products would belong to no single "
+    "matrix: give it a fixed order (shuffle=False, or no generator of its own), switch off random "
+    "augmentation, or pass list(loader)"
+)
+
+
+class Source(Protocol):
+    """Batches, the same in every pass."""
+
+    @property
+    def single(self) -> bool:
+        """Whether there is one batch for certain, whose weight does not matter."""
+
+    @property
+    def count(self) -> int | None:
+        """The number of batches, where it is known."""
+
+    def batches(self) -> Iterator[Any]:
+        """Yield them in order."""
+
+
+class Listed:
+    """Batches in memory."""
+
+    def __init__(self, data: list[Any], *, pairs: bool) -> None:
+        """Take one batch or more; with `pairs`, each must be an (input, target) pair."""
+        if not data:
+            raise ValueError("data must hold at least one batch")
+        for batch in data:
+            if pairs:
+                _check_pair(batch)
+        self._data = list(data)
+        self.single = len(data) == 1
+
+    @property
+    def count(self) -> int:
+        return len(self._data)
+
+    def batches(self) -> Iterator[Any]:
+        return iter(self._data)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors whose versions tell whether the data changed."""
+        return list(leaves(self._data))
+
+    def forget(self) -> None:
+        """A new point: batches may differ from those before."""
+
+
+class Loaded:
+    """Batches of a DataLoader, read anew in each pass.
+
+    What the loader draws from torch's global generator is replayed, and that generator left as it
+    was: an order or an augmentation that depends on nothing else is the same in every pass.
+    The rest is found by comparing the sums of every batch with those of the first pass.
+    """
+
+    single = False
+
+    def __init__(self, loader: DataLoader[Any], *, pairs: bool, seed: int) -> None:
+        self._loader = loader
+        self._pairs = pairs
+        self._seed = seed
+        self._seen: list[list[tuple[object, ...]]] = []  # a fingerprint a tensor, a list a batch
+        self._ended = False  # whether a pass has seen them all
+
+    @property
+    def count(self) -> int | None:
+        try:
+            return len(self._loader)
+        except TypeError:  # of an IterableDataset
+            return None
+
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches in order.
+
+        Raises:
+            RuntimeError: they are not those of an earlier pass, or there are none.
+        """
+        index = 0
+        for batch in self._replayed():
+            if self._pairs:
+                _check_pair(batch)
+            found = [_fingerprint(t) for t in leaves(batch)]
+            if index == len(self._seen) and not self._ended:
+                self._seen.append(found)
+            elif index >= len(self._seen) or found != self._seen[index]:
+                raise RuntimeError(_CHANGED)
+            index += 1
+            yield batch
+        if index < len(self._seen):
+            raise RuntimeError(_CHANGED)
+        if not index:
+            raise RuntimeError("the loader gave no batch")
+        self._ended = True
+
+    def tensors(self) -> list[Tensor]:
+        """Return nothing: what a loader reads from is not watched."""
+        return []
+
+    def forget(self) -> None:
+        """A new point: batches may differ from those before."""
+        self._seen, self._ended = [], False
+
+    def _replayed(self) -> Iterator[Any]:
+        state = torch.Generator().manual_seed(self._seed).get_state()
+        iterator: Iterator[Any] | None = None
+        while True:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(state)
+                if iterator is None:
+                    iterator = iter(self._loader)
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+                state = torch.get_rng_state()
+            yield batch
+
+
+class Pieces:
+    """The batches of a source, in pieces of so many samples."""
+
+    single = False
+    count = None
+
+    def __init__(self, source: Source, size: int) -> None:
+        self._source = source
+        self._size = size
+
+    def batches(self) -> Iterator[Any]:
+        for batch in self._source.batches():
+            yield from pieces(batch, self._size)
+
+
+def source_of(data: Any, *, pairs: bool, seed: int) -> Listed | Loaded:
+    """Return the batches of `data`: one batch, a list of batches, or a DataLoader.
+
+    Raises:
+        ValueError: there is none, or with `pairs` one is not an (input, target) pair.
+    """
+    if isinstance(data, DataLoader):
+        return Loaded(data, pairs=pairs, seed=seed)
+    return Listed(data if isinstance(data, list) else [data], pairs=pairs)
+
+
+def pieces(batch: Any, size: int) -> Iterator[Any]:
+    """Yield a batch in pieces of `size` samples, the last perhaps smaller.
+
+    Raises:
+        ValueError: its tensors do not share their leading dimension.
+    """
+    samples = samples_of(batch)
+    if samples is None:
+        raise ValueError(
+            "a batch cannot be split, because its tensors do not share a leading dimension of "
+            "samples: choose another engine"
+        )
+    for start in range(0, samples, size):
+        yield _sliced(batch, slice(start, start + size))
+
+
+def samples_of(batch: Any) -> int | None:
+    """Return the leading dimension that all tensors of a batch share, or None."""
+    sizes = {t.shape[0] if t.ndim else None for t in leaves(batch)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def leaves(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        yield from _of(tree.values())
+    elif isinstance(tree, list | tuple):
+        yield from _of(tree)
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """Return `tree` with its tensors on `device`; itself, if they are."""
+    if all(t.device == device for t in leaves(tree)):
+        return tree
+    return _mapped(tree, lambda t: t.to(device, non_blocking=True))
+
+
+def _of(trees: Iterable[Any]) -> Iterator[Tensor]:
+    for tree in trees:
+        yield from leaves(tree)
+
+
+def _sliced(tree: Any, part: slice) -> Any:
+    return _mapped(tree, lambda t: t[part])
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: _mapped(value, change) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        values = [_mapped(value, change) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return tree
+
+
+def _check_pair(batch: Any) -> None:
+    if not (isinstance(batch, list | tuple) and len(batch) == 2):
+        raise ValueError(
+            "data must be an (input, target) tuple, a list of such pairs or a DataLoader of them, "
+            f"or forward be given; got a batch of type {type(batch).__name__}"
+        )
+
+
+@torch.no_grad()
+def _fingerprint(t: Tensor) -> tuple[object, ...]:
+    """Return what tells a tensor from another, at one pass over it: the sum."""
+    wide = t.is_floating_point() or t.is_complex()
+    total = t.sum(dtype=torch.promote_types(t.dtype, torch.float64) if wide else torch.int64)
+    # NaN is not equal to itself, but its text is.
+    return tuple(t.shape), t.dtype, repr(total.item())

@@ -1,0 +1,106 @@
+"""Which engine to use: the memory of a graph and a short timing on the first batch decide."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature.data import Listed, Source
+from eigenfilter.curvature.engines.double_backward import split_to_fit
+from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
+from eigenfilter.curvature.engines.graphs import graph_of
+from eigenfilter.curvature.engines.memory import graph_bytes
+from eigenfilter.curvature.engines.vectors import split
+from eigenfilter.curvature.objective import Objective
+
+_logger = logging.getLogger(__name__)
+
+_GROWTH = 3  # bytes of the graph of a derivative against those of the value's, about
+_LONG = 0.1  # seconds a product takes where arithmetic dominates: vectorising then gains nothing
+_MARGIN = 1.1  # by which others must be faster than going through a graph vector by vector
+
+
+def choose(
+    objective: Objective,
+    source: Source,
+    params: Sequence[Tensor],
+    budget: int,
+    vectors: int,
+) -> str:
+    """Return the name of the fastest exact engine for so many vectors at once, within `budget`.
+
+    A graph is built once a point if every batch's fits, once a pass if not. Finite differences are
+    never chosen, since they are not exact.
+    """
+    batch = next(source.batches())
+    given = objective, Listed([batch], pairs=False), params
+    evaluation = objective.evaluate(0, batch)
+    weights = list(objective.tree.parameters())
+    # Foretold, since building a graph that does not fit may be what the budget is to prevent.
+    size = _GROWTH * graph_bytes([evaluation.value], weights)
+    if size > budget:
+        del evaluation
+        try:
+            split_to_fit(*given, budget)
+        except ValueError as error:
+            return _logged("forward_over_reverse", vectors, f"a graph exceeds the budget; {error}")
+        return _logged("checkpointed", vectors, f"a graph takes {size} bytes, above the budget")
+
+    V = torch.ones(sum(p.numel() for p in params), vectors, dtype=params[0].dtype)
+    V = V.to(params[0].device)
+    block = split(V.T, params)
+    graph = graph_of(evaluation, params)
+    size = graph_bytes(graph.roots, weights)
+    one = _seconds(lambda: graph.product([piece[0] for piece in block]), V.device)
+    fit = source.count is not None and source.count * size <= budget
+    build = 0.0
+    if not fit:
+        build = _seconds(lambda: graph_of(objective.evaluate(0, batch), params), V.device)
+    times = {"retained": build + vectors * one}
+    refused: list[str] = []
+    if vectors > 1 and one < _LONG and vectors * size <= budget:
+        with _trial("batched", refused):
+            together = _seconds(lambda: graph.product(block, batched=True), V.device)
+            times["batched"] = build + together
+    if not fit:
+        with _trial("forward_over_reverse", refused):
+            engine = ForwardOverReverse(*given)
+            alone = _seconds(lambda: engine.multiply(V[:, :1]), V.device)
+            times["forward_over_reverse"] = vectors * alone
+    best = min(times, key=lambda name: times[name] * (1 if name == "retained" else _MARGIN))
+    found = [f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items()]
+    return _logged(best, vectors, "; ".join([*found, f"{size} bytes a graph", *refused]))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return what `run` takes: the better of two, unless the first is long."""
+    times: list[float] = []
+    while len(times) < 2 and (not times or times[0] < _LONG):
+        start = time.perf_counter()
+        run()
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@contextmanager
+def _trial(name: str, refused: list[str]) -> Iterator[None]:
+    """Note why an engine cannot be used, or would be slow, in place of raising or warning."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    except (RuntimeError, NotImplementedError, UserWarning) as error:
+        refused.append(f"{name} refused: {str(error).splitlines()[0]}")
+
+
+def _logged(name: str, vectors: int, reason: str) -> str:
+    _logger.info("products with %d vectors: engine %r (%s)", vectors, name, reason)
+    return name

@@ -1,0 +1,70 @@
+"""What engines share that differentiate along a vector at a time and keep nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature.data import Source
+from eigenfilter.curvature.engines.graphs import Products, Pullback, check_recorded, explained
+from eigenfilter.curvature.engines.vectors import Sums, split
+from eigenfilter.curvature.objective import Objective
+
+
+@dataclass(frozen=True)
+class Place:
+    """A batch, and what follows the derivative along v: nothing for a Hessian."""
+
+    index: int
+    batch: Any
+    pull: Pullback | None
+
+
+class Directional:
+    """Sums products over batches, one vector after the other."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        source: Source,
+        params: Sequence[Tensor],
+        *,
+        exact: bool,
+    ) -> None:
+        """With `exact`, raise on the first pass if a second derivative is not recorded."""
+        self._objective = objective
+        self._source = source
+        self._params = params
+        self._exact = exact
+        self._weights: list[float] = []
+        self._hessian = False
+
+    def _sum(self, V: Tensor, product: Callable[[Place, list[Tensor], int], Products]) -> Sums:
+        """Return sum_b w_b product_b for V [n, b]; `product` gets each vector and its index."""
+        sums = Sums(V, self._params)
+        block = split(V.T, self._params)
+        for index, batch in enumerate(self._source.batches()):
+            weight, place = self._begin(index, batch)
+            sums.weight += weight
+            for row in range(V.shape[1]):
+                sums.add(product(place, [piece[row] for piece in block], row), weight, row)
+        return sums
+
+    def _begin(self, index: int, batch: Any) -> tuple[float, Place]:
+        first = index == len(self._weights)
+        if self._hessian and not first:
+            return self._weights[index], Place(index, batch, None)
+        here = self._objective.evaluate(index, batch)
+        self._hessian = here.outer is None
+        if first:
+            if index == 0 and self._exact:
+                check_recorded(here, self._params)
+            self._weights.append(1.0 if self._source.single else here.weight())
+        if self._hessian:
+            return self._weights[index], Place(index, batch, None)
+        with torch.enable_grad(), explained():
+            return self._weights[index], Place(index, batch, Pullback(here, self._params))

@@ -1,0 +1,118 @@
+"""Products through graphs of the first derivative, which are built once for many vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature.data import Pieces, Source, pieces, samples_of
+from eigenfilter.curvature.engines.graphs import Graph, graph_of
+from eigenfilter.curvature.engines.memory import graph_bytes
+from eigenfilter.curvature.engines.vectors import Sums, split
+from eigenfilter.curvature.objective import Objective
+
+_PROBE = 8  # a batch's memory is foretold from this fraction of its samples
+
+
+class Graphs:
+    """The graphs of all batches at one point: kept, as far as they fit, or built for each pass."""
+
+    def __init__(
+        self, objective: Objective, source: Source, params: Sequence[Tensor], budget: int
+    ) -> None:
+        """Keep graphs of up to `budget` bytes in all."""
+        self.params = params
+        self._objective = objective
+        self._source = source
+        self._free = budget
+        self._kept: dict[int, tuple[Graph, float]] = {}
+        self._complete = False  # whether every batch has its graph kept
+
+    def each(self) -> Iterator[tuple[Graph, float]]:
+        """Yield each batch's graph and weight; drop a graph before asking for the next one."""
+        if self._complete:
+            yield from self._kept.values()
+            return
+        index = -1
+        for index, batch in enumerate(self._source.batches()):
+            if index not in self._kept:
+                evaluation = self._objective.evaluate(index, batch)
+                weight = 1.0 if self._source.single else evaluation.weight()
+                graph = graph_of(evaluation, self.params)
+                del evaluation
+                if self._free:
+                    self._keep(index, graph, weight)
+                yield graph, weight
+                del graph
+            else:
+                yield self._kept[index]
+        self._complete = index + 1 == len(self._kept)
+
+    def _keep(self, index: int, graph: Graph, weight: float) -> None:
+        size = graph_bytes(graph.roots, self._objective.tree.parameters())
+        if size <= self._free:
+            self._free -= size
+            self._kept[index] = graph, weight
+
+
+class DoubleBackward:
+    """One backward pass a vector, or with `batched` one vectorised pass for all."""
+
+    def __init__(self, graphs: Graphs, *, batched: bool = False) -> None:
+        self._graphs = graphs
+        self._batched = batched
+
+    def multiply(self, V: Tensor) -> Sums:
+        """Return the products with V [n, b], summed over batches."""
+        params = self._graphs.params
+        sums = Sums(V, params)
+        block = split(V.T, params)
+        batched = self._batched and V.shape[1] > 1
+        for graph, weight in self._graphs.each():
+            sums.weight += weight
+            if batched:
+                sums.add(graph.product(block, batched=True), weight)
+            else:
+                for row in range(V.shape[1]):
+                    sums.add(graph.product([piece[row] for piece in block]), weight, row)
+            del graph
+        return sums
+
+
+def split_to_fit(
+    objective: Objective, source: Source, params: Sequence[Tensor], budget: int
+) -> Pieces:
+    """Return the batches of `source` in pieces whose graphs take up to `budget` bytes each.
+
+    Raises:
+        ValueError: a batch cannot be split, or f on it is not the weighted mean (or sum) of f on
+            its pieces: with batch statistics or dropout of mode="train", say.
+    """
+    batch = next(source.batches())
+    size = piece_size(objective, batch, params, budget)
+    whole = objective.evaluate(0, batch, graph=False)
+    parts = [objective.evaluate(0, piece, graph=False) for piece in pieces(batch, size)]
+    weights = [part.weight() for part in parts]
+    shares = [w * float(part.total()) for w, part in zip(weights, parts, strict=True)]
+    found = sum(shares) / (sum(weights) if objective.mean else 1.0)
+    expected = float(whole.total())
+    eps = torch.finfo(objective.autocast or params[0].dtype).eps
+    if not abs(found - expected) <= eps**0.5 * max(map(abs, [expected, *shares])):
+        raise ValueError(
+            f"f is {expected:.6g} on a batch and {found:.6g} on its pieces: samples are coupled, "
+            "by batch statistics or dropout say, or weigh otherwise than weight tells, so batches "
+            "cannot be split: choose another engine, or make the batches smaller"
+        )
+    return Pieces(source, size)
+
+
+def piece_size(objective: Objective, batch: object, params: Sequence[Tensor], budget: int) -> int:
+    """Return for how many samples of a batch the graph takes up to `budget` bytes, 1 at least."""
+    samples = samples_of(batch) or 1
+    size = -(-samples // _PROBE)
+    probe = next(pieces(batch, size))
+    graph = graph_of(objective.evaluate(0, probe), params)
+    used = graph_bytes(graph.roots, objective.tree.parameters())
+    return max(1, min(samples, size * budget // max(used, 1)))

@@ -1,0 +1,214 @@
+"""Products by differentiating twice: the graphs of one batch's share of f."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature.objective import Evaluation
+
+_NO_SECOND_DERIVATIVE = re.compile(
+    r"derivative .* not implemented|differentiate twice|double.?backward|forward AD"
+    r"|functorch transforms",
+    re.IGNORECASE,
+)
+_MARKED = "torch::autograd::Error"  # the node that `once_differentiable` puts
+_CAUSE = (
+    "An operation in the model or the loss has no second derivative, which an exact product needs. "
+    "Use engine='finite_difference', which needs first derivatives only; for fused attention, the "
+    "model may instead be called in `forward` under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
+
+Pieces = Sequence[Tensor]
+Products = Sequence[Tensor | None]  # None: zero
+
+
+class HessianGraph:
+    """H v = d/dx <g(x), v>, with the graph of g = df/dx."""
+
+    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+        """Differentiate f_b once.
+
+        Raises:
+            RuntimeError: f_b does not depend on anything through autograd, or an operation in it
+                cannot be differentiated twice.
+        """
+        self._params = params
+        self._gradient = _Derivative(evaluation.value, params)
+        self.roots = [evaluation.value, *self._gradient.outputs]
+
+    def product(self, v: Pieces, *, batched: bool = False) -> Products:
+        """Return H v in pieces; with `batched`, of all vectors [b, ...] at once."""
+        return self._gradient.back(v, self._params, batched=batched)
+
+
+class Pullback:
+    """u -> J^T phi''(z) u, for f_b = phi(z(x)) and u like z."""
+
+    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+        """Differentiate phi once.
+
+        Raises:
+            RuntimeError: see `HessianGraph`.
+        """
+        assert evaluation.outer is not None
+        self._params = params
+        self._z = _dependent(evaluation.value)
+        self._point = self._z.detach().requires_grad_()
+        phi = evaluation.outer(self._point)
+        self._gradient = _Derivative(phi, [self._point])
+        self.roots = [self._z, phi, *self._gradient.outputs]
+
+    def __call__(self, u: Tensor, *, batched: bool = False) -> Products:
+        (curved,) = self._gradient.back([u], [self._point], batched=batched)
+        if curved is None:
+            return [None] * len(self._params)
+        return back([self._z], self._params, [curved], batched=batched)
+
+
+class GaussNewtonGraph:
+    """J^T phi''(z) J v, with J v = d/du <J^T u, v>: J^T u is linear in u."""
+
+    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+        """Differentiate z and phi once.
+
+        Raises:
+            RuntimeError: see `HessianGraph`.
+        """
+        self._params = params
+        self._pullback = Pullback(evaluation, params)
+        z = evaluation.value
+        # Any u without zeros, and not constant: softmax, say, takes those to zero.
+        self._u = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).view_as(z)
+        self._transposed = _Derivative(z, params, self._u.requires_grad_())
+        self.roots = [*self._pullback.roots, *self._transposed.outputs]
+
+    def product(self, v: Pieces, *, batched: bool = False) -> Products:
+        """Return the product in pieces; with `batched`, of all vectors [b, ...] at once."""
+        (along,) = self._transposed.back(v, [self._u], batched=batched)
+        if along is None:
+            return [None] * len(self._params)
+        return self._pullback(along, batched=batched)
+
+
+Graph = HessianGraph | GaussNewtonGraph
+
+
+def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
+    """Return the graph that an evaluation asks for."""
+    with torch.enable_grad(), explained():
+        kind = HessianGraph if evaluation.outer is None else GaussNewtonGraph
+        return kind(evaluation, params)
+
+
+def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Products:
+    """Return u^T d outputs / d inputs and keep the graph; `batched`: of all u [b, ...] at once."""
+    with explained():
+        return torch.autograd.grad(
+            outputs, inputs, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+
+
+def gradient(evaluation: Evaluation, params: Pieces) -> Products:
+    """Return df_b/dx, without a graph."""
+    return torch.autograd.grad(_dependent(evaluation.value), params, allow_unused=True)
+
+
+def check_recorded(evaluation: Evaluation, params: Pieces) -> None:
+    """Raise RuntimeError if a Function written in Python keeps its backward from autograd.
+
+    torch's own operations raise by themselves where a derivative is missing; looking costs a
+    forward pass, and a backward one only where there are such Functions.
+    """
+    value = _dependent(evaluation.value)
+    if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes([value])):
+        graph_of(evaluation, params)
+
+
+def nodes(roots: Pieces) -> Iterator[Any]:
+    """Yield the nodes of the graph behind `roots`, each once."""
+    stack, seen = [t.grad_fn for t in roots], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(edge for edge, _ in node.next_functions)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Add the cause to an error of torch that says a second derivative is missing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _NO_SECOND_DERIVATIVE.search(str(error)) and not hasattr(error, "__notes__"):
+            error.add_note(_CAUSE)
+        raise
+
+
+class _Derivative:
+    """d<seed, output>/d inputs, to be differentiated again."""
+
+    def __init__(self, output: Tensor, inputs: Pieces, seed: Tensor | None = None) -> None:
+        """Differentiate; `seed` must require grad, and is 1 by default.
+
+        Raises:
+            RuntimeError: see `HessianGraph`.
+        """
+        output = _dependent(output)
+        if seed is None:
+            seed = torch.ones_like(output, requires_grad=True)
+        with _guarded(output):
+            found = torch.autograd.grad(output, inputs, seed, create_graph=True, allow_unused=True)
+        self._active = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
+        self.outputs = [g for g in found if g is not None and g.requires_grad]
+
+    def back(self, v: Pieces, inputs: Pieces, *, batched: bool) -> Products:
+        """Return d<v, this derivative> / d inputs."""
+        if not self.outputs:
+            return [None] * len(inputs)
+        return back(self.outputs, inputs, [v[i] for i in self._active], batched=batched)
+
+
+def _dependent(value: Tensor) -> Tensor:
+    if not value.requires_grad:
+        raise RuntimeError(
+            "the loss does not depend on the parameters through autograd: was it detached, or "
+            "computed under no_grad or inference_mode?"
+        )
+    return value
+
+
+@contextmanager
+def _guarded(output: Tensor) -> Iterator[None]:
+    """Make the first backward of `output` raise where an operation's own backward is not recorded.
+
+    Torch would leave that operation's share out of the product without a word: a backward that
+    autograd does not see returns tensors without a graph, and one marked `once_differentiable` a
+    node that no path from the parameters leads to. A gradient is linear in the seed it started
+    from, so if the seed requires grad, all that is not recorded and not zero is a loss.
+    """
+
+    def hook(name: str) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], None]:
+        def check(found: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+            for g in found:
+                if g is not None and (
+                    g.grad_fn.name() == _MARKED if g.grad_fn is not None else bool(g.any())
+                ):
+                    raise RuntimeError(f"the backward of {name} was not recorded. {_CAUSE}")
+
+        return check
+
+    hooks = [node.register_hook(hook(node.name())) for node in nodes([output])]
+    try:
+        yield
+    finally:
+        for registered in hooks:
+            registered.remove()

@@ -1,0 +1,70 @@
+"""The empirical Fisher matrix of a model's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature.ggn import tensor_output
+from eigenfilter.curvature.objective import Outer
+from eigenfilter.curvature.operators import CurvatureOperator
+
+
+class EmpiricalFisherOperator(CurvatureOperator):
+    """The empirical Fisher matrix: the second moment of the gradients of single samples.
+
+        C_b = 1/N sum_i g_i g_i^T    (reduction="mean"),    g_i = d l_i / dx
+        C_b = sum_i g_i g_i^T        (reduction="sum")
+
+    l_i is the loss on sample i of batch b, which has N. It is what `loss_fn` returns, if that is a
+    tensor [N] (with torch's losses: reduction="none"); if it is one number, l_i is taken to be
+    loss_fn(output[i : i + 1], target[i : i + 1]), mapped over samples by `torch.vmap`. With class
+    weights the latter leaves out, as torch's mean over one sample does, the weight.
+
+    C is no curvature: it uses the targets given, not targets drawn from the model, and need not be
+    near the Fisher matrix, which is a GGN (see `GGNOperator`). A product costs one product with the
+    Jacobian of l and one with its transpose; no g_i is formed. Everything else is as
+    `CurvatureOperator` says. On "finite_difference" the g_i^T v are differences of losses.
+
+    Raises:
+        ValueError: also from a product, when the output is not a tensor with a leading dimension of
+            samples, or when loss_fn returns neither [N] nor one number.
+
+    Sources: J. Martens, New insights and perspectives on the natural gradient method, JMLR 21
+    (2020), section 11; F. Kunstner, L. Balles and P. Hennig, Limitations of the empirical Fisher
+    approximation for natural gradient descent, NeurIPS (2019), eq. (3).
+    """
+
+    def _finish(
+        self, loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any
+    ) -> tuple[Tensor, Outer]:
+        losses = _losses(loss_fn, tensor_output(output), target)
+        share = 1.0 / len(losses) if self._objective.mean else 1.0
+
+        def outer(z: Tensor) -> Tensor:
+            return 0.5 * share * z.square().sum()
+
+        return losses, outer
+
+
+def _losses(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, target: Any) -> Tensor:
+    """Return the losses [N] of the samples."""
+    found = loss_fn(output, target)
+    samples = output.shape[:1]
+    if isinstance(found, Tensor) and samples and found.shape == samples:
+        return found
+    if not (isinstance(found, Tensor) and found.numel() == 1 and samples):
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            "loss_fn must return one loss a sample, [N] for an output [N, ...], or one number; got "
+            f"{shape} for {list(output.shape)}"
+        )
+
+    def alone(z: Tensor, t: Any) -> Tensor:
+        one = None if t is None else t.unsqueeze(0)
+        return loss_fn(z.unsqueeze(0), one).reshape(())
+
+    return torch.vmap(alone, in_dims=(0, None if target is None else 0))(output, target)

@@ -1,0 +1,62 @@
+"""The generalised Gauss-Newton matrix of a model's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from eigenfilter.curvature.objective import Outer
+from eigenfilter.curvature.operators import CurvatureOperator, one_number
+
+
+class GGNOperator(CurvatureOperator):
+    """The generalised Gauss-Newton matrix: the Hessian, with the model linearised at x.
+
+        C_b = J^T H_L J,    J = dz/dx,    H_L = d^2 L / dz^2
+
+    z(x) is the output of the model on batch b, a tensor of any shape, and L(z) = loss_fn(z,
+    target). H_L is differentiated from `loss_fn`, whichever it is; C_b is positive semidefinite
+    where L is convex in z. It equals the Hessian where z is linear in x, or dL/dz = 0; and the
+    Fisher matrix for losses that are the negative log-likelihood of a natural parameter, such as
+    the square loss and cross-entropy.
+
+    Parameters of `loss_fn` take no part: L is a function of z. Everything else is as
+    `CurvatureOperator` says. On "finite_difference" J v alone is a difference, of outputs, and the
+    rest is exact.
+
+    Raises:
+        ValueError: also from a product, when the output is not a tensor (then let `forward` pick
+            one), or when a parameter of the loss is among `params`.
+
+    Sources: N. N. Schraudolph, Fast curvature matrix-vector products for second-order gradient
+    descent, Neural Computation 14 (2002), section 3; J. Martens, Deep learning via Hessian-free
+    optimization, ICML (2010), section 4.2, and New insights and perspectives on the natural
+    gradient method, JMLR 21 (2020), sections 8 and 9.
+    """
+
+    def _finish(
+        self, loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any
+    ) -> tuple[Tensor, Outer]:
+        def outer(z: Tensor) -> Tensor:
+            return one_number(loss_fn(z, target))
+
+        return tensor_output(output), outer
+
+    def _owned(self) -> Iterator[nn.Parameter]:
+        return self._objective.model.parameters()
+
+
+def tensor_output(output: Any) -> Tensor:
+    """Return a model's output, which must be a tensor.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            "the model's output must be a tensor for this matrix, and is a "
+            f"{type(output).__name__}: let forward return the one that loss_fn takes"
+        )
+    return output

@@ -1,0 +1,172 @@
+"""What is differentiated: a model's loss on a batch, in surroundings that make it one function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from eigenfilter._batch_norm import freeze_batch_norm
+from eigenfilter.curvature.data import moved
+
+Outer = Callable[[Tensor], Tensor]
+
+
+class Evaluation(NamedTuple):
+    """A batch's share of f at some parameters x.
+
+    With no `outer`, f_b(x) = value(x), whose Hessian is wanted; else f_b(x) = outer(value(x)), of
+    which J^T outer'' J is wanted, J being the Jacobian of `value`.
+    """
+
+    value: Tensor
+    outer: Outer | None
+    weight: Callable[[], float]
+
+    def total(self) -> Tensor:
+        """Return f_b, one number."""
+        return self.value if self.outer is None else self.outer(self.value)
+
+
+class Objective:
+    """A model with its loss, evaluated on a batch; the same at every evaluation."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        finish: Callable[[Callable[[Any, Any], Tensor], Any, Any], tuple[Tensor, Outer | None]],
+        *,
+        forward: Callable[[nn.Module, Any], tuple[Any, Any]] | None,
+        weight: Callable[[Any], float] | None,
+        mean: bool,
+        train: bool,
+        autocast: torch.dtype | None,
+        seed: int,
+    ) -> None:
+        """See `operators.CurvatureOperator`; `finish`: loss_fn, output, target -> value, outer."""
+        self.tree = _Tree([m for m in (model, loss_fn) if isinstance(m, nn.Module)])
+        self.mean = mean
+        self.autocast = autocast
+        self.model = model
+        self._loss_fn = loss_fn
+        self._finish = finish
+        self._forward = forward
+        self._weight = weight
+        self._train = train
+        self._seed = seed
+
+    def names(self, params: Iterable[Tensor]) -> list[str]:
+        """Return what `at` of `evaluate` calls these parameters."""
+        known = {id(p): name for name, p in self.tree.named_parameters()}
+        return [known[id(p)] for p in params]
+
+    def evaluate(
+        self,
+        index: int,
+        batch: Any,
+        at: Mapping[str, Tensor] | None = None,
+        *,
+        graph: bool = True,
+    ) -> Evaluation:
+        """Return a batch's share of f.
+
+        Args:
+            index: of the batch, which decides its random numbers.
+            batch: what the source gave.
+            at: values to use in place of parameters, by name.
+            graph: whether it is to be differentiated.
+        """
+
+        def run() -> Evaluation:
+            return self._evaluate(index, batch)
+
+        with self._surroundings(index), torch.set_grad_enabled(graph):
+            return run() if at is None else functional_call(self.tree, dict(at), (run,))
+
+    def _evaluate(self, index: int, batch: Any) -> Evaluation:
+        if self._forward is None:
+            x, target = moved(batch, next(self.tree.parameters()).device)
+            output = self.model(x)
+        else:
+            output, target = self._forward(self.model, batch)
+        value, outer = self._finish(self._loss_fn, output, target)
+
+        def surrounded(z: Tensor) -> Tensor:
+            assert outer is not None
+            with self._surroundings(index):
+                return outer(z)
+
+        return Evaluation(
+            value, None if outer is None else surrounded, lambda: self._samples(batch, output)
+        )
+
+    def _samples(self, batch: Any, output: Any) -> float:
+        """Return w_b; 1 where batches are added."""
+        if not self.mean:
+            return 1.0
+        if self._weight is not None:
+            value = float(self._weight(batch))
+        elif isinstance(output, Tensor) and output.ndim:
+            value = float(output.shape[0])
+        else:
+            raise ValueError(
+                "the number of samples is unknown, because the output is not a tensor with a "
+                "leading dimension: pass weight, or reduction='sum'"
+            )
+        if not 0 < value < math.inf:
+            raise ValueError(f"a batch weighs {value}; weights must be positive and finite")
+        return value
+
+    @contextmanager
+    def _surroundings(self, index: int) -> Iterator[None]:
+        """Set modes, random numbers and autocast; put modes and generators back afterwards."""
+        device = next(self.tree.parameters()).device
+        autocast = torch.autocast(
+            device.type,
+            dtype=self.autocast,
+            enabled=self.autocast is not None,
+            cache_enabled=False,  # parameters may move while a context around this one lasts
+        )
+        with self._modes(), _replayed(self._seed + index, device), autocast:
+            yield
+
+    @contextmanager
+    def _modes(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.tree.modules()]
+        self.tree.train(self._train)
+        try:
+            with freeze_batch_norm(self.tree) if self._train else nullcontext():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+class _Tree(nn.Module):
+    """The modules f depends on, as one, so that their parameters can be replaced in a call."""
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, run: Callable[[], Evaluation]) -> Evaluation:
+        return run()
+
+
+@contextmanager
+def _replayed(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw the same random numbers in every such context, and leave the generators as they were."""
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        if accelerators:
+            module = torch.get_device_module(device)
+            with module.device(device):
+                module.manual_seed(seed)
+        yield
