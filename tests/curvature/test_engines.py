@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature.networks import columns, dense, make
-from eigenfilter.curvature import HessianOperator, eigsh
+from curvature.networks import OPERATORS, columns, dense, make
+from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
+from eigenfilter.curvature.engines import NAMES
+
+EXACT = [name for name in [*NAMES, "auto"] if name != "finite_difference"]
 
 
 class Square(torch.autograd.Function):
@@ -31,6 +34,28 @@ class MarkedSquare(Square):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return Square.backward(ctx, grad)
+
+
+class DualSquare(torch.autograd.Function):
+    """The same, with a forward derivative, so that forward mode passes through it."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * tangent
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return Square.backward(ctx, grad)
 
@@ -75,8 +100,43 @@ def test_a_missing_second_derivative_is_named(square: type[Square], where: str) 
         op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
 
 
-def test_fused_attention_works_with_the_backend_the_note_names() -> None:
-    model, x = Attention(), torch.randn(2, 1, 6, 4)
+@pytest.mark.parametrize("square", [Square, MarkedSquare, DualSquare])
+@pytest.mark.parametrize("engine", EXACT)
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_every_exact_engine_refuses_and_differences_work(
+    kind: type[CurvatureOperator], engine: str, square: type[Square]
+) -> None:
+    class Bent(nn.Module):
+        def __init__(self, square: Any) -> None:
+            super().__init__()
+            self.inner, self.outer, self.square = nn.Linear(5, 4), nn.Linear(4, 3), square
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(self.square(self.inner(x)))
+
+    model, (_, x, target) = Bent(square.apply).double(), make()
+    v = torch.randn(39, dtype=torch.float64)
+    op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
+    with pytest.raises(RuntimeError) as raised:
+        op.matvec(v)
+    assert "engine='finite_difference'" in " ".join([str(raised.value), *_notes(raised.value)])
+    op = kind(model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference")
+    model.square = torch.square
+    expected = OPERATORS[kind](model, x, target) @ v
+    model.square = square.apply
+    torch.testing.assert_close(op.matvec(v), expected, rtol=0, atol=1e-8)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+@pytest.mark.parametrize("engine", EXACT)
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_fused_attention_is_named_and_its_ways_out_work(
+    kind: type[CurvatureOperator], engine: str
+) -> None:
+    model, x = Attention().double(), torch.randn(2, 1, 6, 4, dtype=torch.float64)
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         return (output - target).square().mean()
@@ -85,14 +145,18 @@ def test_fused_attention_works_with_the_backend_the_note_names() -> None:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return model(batch[0]), batch[1]
 
-    data = (x, torch.randn(2, 1, 6, 4))
-    op = HessianOperator(model, loss_fn, data)
-    v = torch.randn(op.shape[0])
-    with pytest.raises(RuntimeError, match="not implemented") as raised:
+    data = (x, torch.randn(2, 1, 6, 4, dtype=torch.float64))
+    op = kind(model, loss_fn, data, engine=engine)
+    v = torch.randn(op.shape[0], dtype=torch.float64)
+    with pytest.raises((RuntimeError, NotImplementedError), match="attention") as raised:
         op.matvec(v)
-    assert "SDPBackend.MATH" in raised.value.__notes__[0]
-    works = HessianOperator(model, loss_fn, data, forward=forward)
-    assert works.matvec(v).abs().max() > 1e-3
+    (note,) = raised.value.__notes__
+    assert "SDPBackend.MATH" in note
+    assert "engine='finite_difference'" in note
+    exact = kind(model, loss_fn, data, forward=forward, engine=engine).matvec(v)
+    assert exact.abs().max() > 1e-3
+    near = kind(model, loss_fn, data, engine="finite_difference").matvec(v)
+    torch.testing.assert_close(near, exact, rtol=0, atol=1e-8)
 
 
 def test_a_loss_without_a_graph_raises() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature.networks import Partial, columns, dense, make
+from curvature.networks import OPERATORS, Partial, columns, dense, make
 from eigenfilter import _perturbation
-from eigenfilter.curvature import HessianOperator, eigsh
+from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
+from eigenfilter.curvature.engines import NAMES
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -140,6 +141,22 @@ def test_follows_the_model(change: Callable[[nn.Module, Tensor], None]) -> None:
     v = torch.randn(op.shape[0], dtype=torch.float64)
     change(model, x)
     torch.testing.assert_close(op.matvec(v), dense(model, x, target) @ v, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", NAMES)
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_every_engine_follows(kind: type[CurvatureOperator], engine: str) -> None:
+    model, x, target = make("partial")
+    op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
+    before = columns(op)
+    for change in CHANGES:
+        change(model, x)
+        expected = OPERATORS[kind](model, x, target)
+        assert (before - expected).abs().max() > 1e-3
+        before = columns(op)
+        atol = 1e-7 if engine == "finite_difference" else 1e-12
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(before, expected, rtol=0, atol=atol * scale)
 
 
 @pytest.mark.parametrize("change", CHANGES)

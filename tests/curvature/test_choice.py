@@ -1,0 +1,146 @@
+"""Which engine "auto" takes, and what memory graphs are thought to take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from curvature.networks import OPERATORS, columns, make
+from eigenfilter.curvature import CurvatureOperator, HessianOperator
+from eigenfilter.curvature.engines import choice
+from eigenfilter.curvature.engines.memory import default_budget, graph_bytes
+
+LOGGER = "eigenfilter.curvature.engines.choice"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float]) -> None:
+    """Let the trials take these seconds, in their order: one vector, build, batched, forward."""
+    given = iter(times)
+
+    def seconds(run: Callable[[], object], device: torch.device) -> float:
+        run()
+        return next(given)
+
+    monkeypatch.setattr(choice, "_seconds", seconds)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [([1e-3, 2e-3], "batched"), ([1e-3, 3.9e-3], "retained"), ([0.2], "retained")],
+)
+def test_blocks_are_vectorised_where_that_is_faster(
+    times: list[float], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, target = make()
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
+    pretend(monkeypatch, times)
+    V = torch.randn(39, 4, dtype=torch.float64)
+    op.matmat(V)
+    assert op.engine == expected
+    pretend(monkeypatch, [1e-3])
+    op.matvec(V[:, 0])
+    assert op.engine == "retained"
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([1e-3, 1e-3, 1e-3], "forward_over_reverse"),
+        ([1e-3, 1e-3, 1.9e-3], "retained"),
+    ],
+)
+def test_graphs_that_cannot_all_be_kept(
+    times: list[float], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, target = make()
+    data = DataLoader(TensorDataset(x, target), batch_size=8)
+    op = HessianOperator(model, nn.CrossEntropyLoss(), data, memory_budget=8_000)
+    pretend(monkeypatch, times)
+    op.matvec(torch.ones(39, dtype=torch.float64))
+    assert op.engine == expected
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_a_graph_beyond_the_budget_is_never_built(
+    kind: type[CurvatureOperator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, target = make()
+    given = {"model": model, "loss_fn": nn.CrossEntropyLoss(), "data": (x, target)}
+    v = torch.ones(39, dtype=torch.float64)
+    expected = kind(**given).matvec(v)
+    split = kind(**given, memory_budget=9_000)
+    torch.testing.assert_close(split.matvec(v), expected, rtol=0, atol=1e-13)
+    assert split.engine == "checkpointed"
+    coupled = kind(**given, memory_budget=9_000, mode="train")
+    assert coupled.matvec(v).abs().max() > 1e-3
+    assert coupled.engine == "forward_over_reverse"
+
+
+def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, x, target = make("partial")
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
+    assert op.engine == "auto"
+    with caplog.at_level(logging.INFO, LOGGER):
+        for _ in range(2):
+            columns(op)
+            op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+            with torch.no_grad():
+                model.get_parameter("last.weight").mul_(2)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith(f"products with {op.shape[0]} vectors: engine ")
+    assert second.startswith("products with 1 vectors: engine 'retained' (retained ")
+
+
+def test_what_cannot_be_vectorised_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    """Its backward looks at numbers, which a vectorised one does not have."""
+
+    class Choosing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return torch.tanh(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            sign = 1.0 if grad.sum().item() > -1e9 else -1.0
+            return sign * grad * (1 - torch.tanh(x).square())
+
+    model, x, target = make()
+    op = HessianOperator(
+        model, lambda z, t: nn.functional.cross_entropy(Choosing.apply(z), t), (x, target)
+    )
+    with caplog.at_level(logging.INFO, LOGGER):
+        found = columns(op)
+    assert op.engine == "retained"
+    (record,) = caplog.records
+    assert "batched refused: " in record.getMessage()
+    smooth = HessianOperator(
+        model, lambda z, t: nn.functional.cross_entropy(torch.tanh(z), t), (x, target)
+    )
+    torch.testing.assert_close(found, columns(smooth), rtol=0, atol=1e-13)
+
+
+def test_the_bytes_of_a_graph() -> None:
+    """What operations saved, each storage once, without the weights and the data."""
+    weight = torch.randn(10, 10, requires_grad=True)
+    x = torch.randn(50, 10)
+    hidden = torch.tanh(x @ weight)
+    loss = hidden.square().sum()
+    each = 50 * 10 * 4
+    assert graph_bytes([loss], [weight, x]) == each + loss.nbytes
+    assert graph_bytes([loss, hidden], [weight]) == 2 * each + loss.nbytes
+    (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+    # tanh's result and the gradient that reaches it; two seeds; the gradient of the weight.
+    second = graph_bytes([loss, grad], [weight, x])
+    assert second == 2 * each + 2 * loss.nbytes + grad.nbytes
+
+
+def test_half_of_what_is_free() -> None:
+    assert 2**20 < default_budget(torch.device("cpu")) < 2**46

@@ -1,0 +1,141 @@
+"""Finite differences: how far they are off, and that the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature.networks import OPERATORS, columns, dense, make
+from eigenfilter.curvature import CurvatureOperator, HessianOperator
+
+
+def difference(model: nn.Module, data: Any, **options: Any) -> HessianOperator:
+    return HessianOperator(
+        model, nn.CrossEntropyLoss(), data, engine="finite_difference", **options
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["mlp", "conv", "transformer"])
+def test_the_error_is_estimated(name: str, dtype: torch.dtype) -> None:
+    model, x, target = make(name, dtype)
+    op = difference(model, (x, target))
+    assert op.error is None
+    v = torch.randn(op.shape[0], dtype=dtype)
+    found = op.matvec(v)
+    exact = HessianOperator(model, nn.CrossEntropyLoss(), (x, target)).matvec(v)
+    error = float((found - exact).norm() / exact.norm())
+    assert op.error is not None
+    assert error / 3 < op.error < 10 * error
+    assert op.error < (1e-2 if dtype == torch.float32 else 1e-7)
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_kinks_warn(pool: bool) -> None:
+    """The gradient jumps at a ReLU, and more so with max-pooling."""
+    layers = [nn.Linear(5, 64), nn.ReLU(), *([nn.MaxPool1d(2)] if pool else [])]
+    model = nn.Sequential(*layers, nn.Linear(32 if pool else 64, 3))
+    x, target = torch.randn(300, 5), torch.randint(3, (300,))
+    op = difference(model, (x, target))
+    v = torch.randn(op.shape[0])
+    with pytest.warns(RuntimeWarning, match=r"off by about \d+%.*ReLU, max-pooling") as caught:
+        found = op.matvec(v)
+    exact = HessianOperator(model, nn.CrossEntropyLoss(), (x, target)).matvec(v)
+    assert (found - exact).norm() > 0.3 * exact.norm()
+    assert op.error is not None
+    assert op.error > 0.1
+    assert caught[0].filename == __file__
+
+
+def test_the_error_is_looked_at_now_and_then() -> None:
+    model, x, target = make()
+    calls = 0
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return nn.functional.cross_entropy(output, target)
+
+    op = HessianOperator(model, loss_fn, (x, target), engine="finite_difference")
+    v = torch.randn(op.shape[0], dtype=torch.float64)
+    spent = []
+    for _ in range(34):
+        calls = 0
+        op.matvec(v)
+        spent.append(calls)
+    assert [i for i, count in enumerate(spent) if count > 2] == [0, 16, 32]
+    assert max(spent) == 5  # the first also evaluates at x
+
+
+def test_null_vectors_do_not_warn() -> None:
+    model, x, target = make("partial")
+    op = difference(model, (x, target))
+    V = torch.zeros(op.shape[0], 3, dtype=torch.float64)
+    V[24:30, 0] = 1.0  # along the unused layer
+    V[:24, 2] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = op.matmat(V)
+    assert not found[:, :2].any()
+    assert found[:, 2].any()
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("calls", [2, 3])
+def test_the_model_is_put_back(kind: type[CurvatureOperator], calls: int) -> None:
+    """Bit for bit and without a trace, also when interrupted on either side of x."""
+    model, x, target = make("partial")
+    state = copy.deepcopy(model.state_dict())
+    versions = [p._version for p in model.parameters()]
+    left = 1000
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyError("interrupted")
+        return model(batch[0]), batch[1]
+
+    op = kind(
+        model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference", forward=forward
+    )
+    other = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="retained")
+    v = torch.randn(op.shape[0], dtype=torch.float64)
+    before = other.matvec(v)
+    op.matvec(v)
+    left = calls - (kind is HessianOperator)
+    with pytest.raises(KeyError, match="interrupted"):
+        op.matvec(v)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert [p._version for p in model.parameters()] == versions
+    assert torch.equal(other.matvec(v), before)
+
+
+def test_zero_and_scaled_vectors() -> None:
+    model, x, target = make()
+    op = difference(model, (x, target))
+    v = torch.randn(39, dtype=torch.float64)
+    assert not op.matvec(torch.zeros_like(v)).any()
+    expected = dense(model, x, target) @ v
+    for scale in (1e-6, 1.0, 1e6):
+        torch.testing.assert_close(op.matvec(scale * v) / scale, expected, rtol=0, atol=1e-8)
+
+
+def test_a_compiled_model() -> None:
+    """It sees the move; a second derivative it has not, and says so."""
+    model, x, target = make()
+    expected = dense(model, x, target)
+    compiled = torch.compile(model, backend="aot_eager")
+    v = torch.ones(39, dtype=torch.float64)
+    exact = HessianOperator(compiled, nn.CrossEntropyLoss(), (x, target), engine="retained")
+    with pytest.raises(RuntimeError, match="double backward") as raised:
+        exact.matvec(v)
+    assert "engine='finite_difference'" in raised.value.__notes__[0]
+    found = columns(difference(compiled, (x, target)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)

@@ -1,0 +1,123 @@
+"""Evaluation and training mode, replayed masks, autocast."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature.networks import OPERATORS, Partial, columns, dense, make
+from eigenfilter.curvature import CurvatureOperator, HessianOperator
+from eigenfilter.curvature.engines import NAMES
+
+WHOLE = [name for name in NAMES if name != "checkpointed"]
+
+
+@pytest.mark.parametrize("engine", [*WHOLE, "auto"])
+@pytest.mark.parametrize("name", ["conv_norm", "partial"])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) -> None:
+    """Statistics of the batch, differentiated through, and masks that stay the same."""
+    model, x, target = make(name)
+    model.eval()
+    state = copy.deepcopy(model.state_dict())
+    expected = OPERATORS[kind](model, x, target, mode="train")
+    assert (OPERATORS[kind](model, x, target) - expected).abs().max() > 1e-2
+    op = kind(model, nn.CrossEntropyLoss(), (x, target), mode="train", engine=engine)
+    torch.manual_seed(77)
+    before = torch.get_rng_state()
+    found = columns(op)
+    atol = 3e-8 if engine == "finite_difference" else 1e-12
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol * scale)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module.training for module in model.modules())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert all(norm.track_running_stats for norm in norms)
+
+
+def test_batches_have_masks_of_their_own() -> None:
+    model, x, target = make()
+    half = (x[:20], target[:20])
+    op = HessianOperator(model, nn.CrossEntropyLoss(), [half, half], mode="train", seed=0)
+    expected = dense(model, *half, mode="train")
+    assert (columns(op) - expected).abs().max() > 1e-3
+    other = HessianOperator(model, nn.CrossEntropyLoss(), half, mode="train", seed=1)
+    both = (columns(other) + expected) / 2
+    torch.testing.assert_close(columns(op), both, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["conv_norm", "mlp"])
+def test_coupled_samples_cannot_be_split(name: str) -> None:
+    model, x, target = make(name)
+    op = HessianOperator(
+        model,
+        nn.CrossEntropyLoss(),
+        (x, target),
+        mode="train",
+        engine="checkpointed",
+        memory_budget=8_000,
+    )
+    with pytest.raises(ValueError, match=r"samples are coupled.*choose another engine"):
+        op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_modes_are_put_back_after_an_error(mode: str, training: bool) -> None:
+    model, x, target = make("partial")
+    assert isinstance(model, Partial)
+    model.train(training)
+    model.drop.train(not training)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        assert model.norm.training == (mode == "train")
+        raise KeyError("interrupted")
+
+    op = HessianOperator(model, loss_fn, (x, target), mode=mode)
+    with pytest.raises(KeyError, match="interrupted"):
+        op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+    assert model.training is training
+    assert model.norm.training is training
+    assert model.drop.training is not training
+    assert model.norm.track_running_stats
+
+
+@pytest.mark.parametrize("engine", ["retained", "shared", "batched", "forward_over_reverse"])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
+    """Products in bfloat16 are those of float32 but for its 8 bits; vectors stay float32."""
+    model, x, target = make(dtype=torch.float32)
+    seen: list[torch.dtype] = []
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(output.dtype)
+        return nn.functional.cross_entropy(output, target)
+
+    op = kind(model, loss_fn, (x, target), engine=engine, autocast=torch.bfloat16)
+    found = columns(op)
+    exact = OPERATORS[kind](model.double(), x.double(), target)
+    model.float()
+    error = (found.double() - exact).norm() / exact.norm()
+    assert set(seen) == {torch.bfloat16}
+    assert found.dtype == torch.float32
+    assert 1e-4 < error < 4 * 2.0**-8
+
+
+def test_autocast_around_a_moving_model() -> None:
+    """Weights cast before a move must not be used after it."""
+    model, x, target = make(dtype=torch.float32)
+    op = HessianOperator(
+        model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference", autocast=torch.half
+    )
+    v = torch.randn(op.shape[0])
+    alone = op.matvec(v)
+    with torch.autocast("cpu", dtype=torch.half):
+        model(x)
+        assert torch.equal(op.matvec(v), alone)
+    expected = dense(model, x, target) @ v
+    assert (alone - expected).norm() < 0.1 * expected.norm()
