@@ -5,18 +5,27 @@ Operators see models; solvers see only operators.
 
 from __future__ import annotations
 
+from eigenfilter.curvature.density import SpectralDensity, log_determinant, spectral_density
+from eigenfilter.curvature.estimates import Estimate
 from eigenfilter.curvature.fisher import EmpiricalFisherOperator
 from eigenfilter.curvature.ggn import GGNOperator
 from eigenfilter.curvature.lanczos import SymmetricOperator, eigsh
 from eigenfilter.curvature.operators import CurvatureOperator, HessianOperator
 from eigenfilter.curvature.result import EigenResult
+from eigenfilter.curvature.traces import diagonal, trace
 
 __all__ = [
     "CurvatureOperator",
     "EigenResult",
     "EmpiricalFisherOperator",
+    "Estimate",
     "GGNOperator",
     "HessianOperator",
+    "SpectralDensity",
     "SymmetricOperator",
+    "diagonal",
     "eigsh",
+    "log_determinant",
+    "spectral_density",
+    "trace",
 ]

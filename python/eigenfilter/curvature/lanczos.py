@@ -37,6 +37,9 @@ class SymmetricOperator(Protocol):
     def matvec(self, v: Tensor) -> Tensor:
         """Return H v [n] for v [n]."""
 
+    def matmat(self, V: Tensor) -> Tensor:
+        """Return H V [n, b] for V [n, b]."""
+
 
 @torch.no_grad()
 def eigsh(

@@ -1,0 +1,235 @@
+"""Spectral densities of an operator by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eigenfilter import kernels
+from eigenfilter.curvature.estimates import Estimate, signs
+from eigenfilter.curvature.lanczos import SymmetricOperator
+from eigenfilter.curvature.result import EigenResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralDensity:
+    """A density of eigenvalues, as quadratures: one of each probe, and the deflated eigenvalues.
+
+        phi(t) = (1/n) sum_i delta(t - lambda_i)
+               ~ (1/n) sum_deflated delta(t - lambda) + (1 - k/n) (1/p) sum_pj w_pj delta(t - t_pj)
+
+    Attributes:
+        nodes: [p, m], Ritz values of each probe, ascending; float64.
+        weights: [p, m], each probe's sum to 1.
+        deflated: [k], eigenvalues that were taken out before, and count exactly.
+        n: the operator's dimension.
+        matvecs: products used.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    deflated: Tensor
+    n: int
+    matvecs: int
+
+    def __call__(self, grid: Any, sigma: float | None = None) -> Tensor:
+        """Return the density [g] at the points of `grid` [g], smoothed by a Gaussian.
+
+        Its width sigma is 1% of the spectrum's range by default.
+
+        Raises:
+            ValueError: sigma is not positive.
+        """
+        at, mass = self.measure()
+        points = torch.as_tensor(grid, dtype=torch.float64)
+        if sigma is None:
+            sigma = 0.01 * max(float(at.max() - at.min()), 1e-12)
+        if not sigma > 0:
+            raise ValueError(f"sigma must be positive, not {sigma}")
+        z = (points[:, None] - at) / sigma
+        return (torch.exp(-0.5 * z * z) @ mass) / (sigma * math.sqrt(2 * math.pi))
+
+    def histogram(self, edges: Any) -> Tensor:
+        """Return the share of eigenvalues [g - 1] in each [edges[i], edges[i + 1])."""
+        at, mass = self.measure()
+        ends = torch.as_tensor(edges, dtype=torch.float64)
+        bins = torch.bucketize(at, ends, right=True)
+        shares = torch.zeros(len(ends) + 1, dtype=torch.float64).index_add_(0, bins, mass)
+        return shares[1:-1]
+
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """Return all nodes, ascending, and their masses, which sum to 1."""
+        p, k = len(self.nodes), len(self.deflated)
+        at = torch.cat([self.deflated, self.nodes.flatten()])
+        mass = torch.cat(
+            [
+                torch.full_like(self.deflated, 1 / self.n),
+                self.weights.flatten() * ((self.n - k) / self.n / p),
+            ]
+        )
+        order = at.argsort()
+        return at[order], mass[order]
+
+    def moment(self, power: int) -> Estimate:
+        """Return the mean of lambda^power over all eigenvalues, with the spread of the probes."""
+        exact = (self.deflated**power).sum() / self.n
+        of_probes = (self.weights * self.nodes**power).sum(1)
+        return Estimate.of(exact + (self.n - len(self.deflated)) / self.n * of_probes)
+
+    @property
+    def trace(self) -> Estimate:
+        """The sum of all eigenvalues."""
+        mean = self.moment(1)
+        return Estimate(self.n * mean.value, self.n * mean.standard_error, mean.samples)
+
+    def plot(
+        self, ax: Axes | None = None, *, sigma: float | None = None, points: int = 1000
+    ) -> Any:
+        """Draw the smoothed density on a logarithmic axis of densities; return the axes.
+
+        Needs matplotlib.
+        """
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.gca()
+        at, _ = self.measure()
+        low, high = float(at[0]), float(at[-1])
+        margin = 0.05 * max(high - low, 1e-12)
+        grid = torch.linspace(low - margin, high + margin, points, dtype=torch.float64)
+        ax.semilogy(grid.numpy(), self(grid, sigma).clamp_min(1e-12).numpy())
+        ax.set_ylim(bottom=0.01 / self.n)
+        ax.set_xlabel("eigenvalue")
+        ax.set_ylabel("density")
+        return ax
+
+
+def spectral_density(
+    op: SymmetricOperator,
+    probes: int = 8,
+    steps: int = 80,
+    *,
+    deflate: EigenResult | None = None,
+    seed: int = 0,
+) -> SpectralDensity:
+    """Estimate the density of all eigenvalues by stochastic Lanczos quadrature.
+
+    From each of some random vectors of signs, Lanczos' three-term recurrence is run for some steps;
+    the eigenvalues of its tridiagonal matrix, weighted with the squares of their vectors' first
+    elements, are a Gauss quadrature of the density that the probe sees. The probes go in lockstep,
+    one block of products a step. No basis is kept: eigenvalues that loss of orthogonality repeats
+    share one's weight.
+
+    Memory: 3 vectors a probe, and those deflated.
+
+    Args:
+        op: the operator; float32 or float64.
+        probes: p, the number of random vectors, >= 1; the error falls as 1 / sqrt(n p).
+        steps: m, products with each, >= 1; moments up to 2 m - 1 of what a probe sees are exact.
+        deflate: eigenpairs that were found before: their part is exact then, and the probes see
+            the rest, from which they are kept apart in every step. Only converged ones count.
+        seed: of the random vectors; the global generator is left alone.
+
+    Raises:
+        ValueError: an argument is out of its range, or `deflate` of another dimension.
+        FloatingPointError: a product is not finite.
+
+    Source: S. Ubaru, J. Chen, Y. Saad, 2017, doi 10.1137/16M1104974; G. Golub, J. Welsch, 1969.
+    """
+    if probes < 1 or steps < 1:
+        raise ValueError(f"probes and steps must be at least 1, not {probes} and {steps}")
+    n = op.shape[0]
+    known = _deflated(op, deflate)
+    q = signs(op, probes, seed)
+    if len(known):
+        kernels.project_out(q, known)
+    q /= torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    before = torch.zeros_like(q)
+    alpha = torch.zeros(probes, steps, dtype=torch.float64, device=op.device)
+    beta = torch.zeros_like(alpha)
+    with getattr(op, "fixed", nullcontext)():
+        for j in range(steps):
+            w = op.matmat(q.T).T.contiguous()
+            if j:
+                w.addcmul_(before, beta[:, j - 1 : j].to(w.dtype), value=-1)
+            alpha[:, j] = torch.linalg.vecdot(q.double(), w.double())
+            w.addcmul_(q, alpha[:, j : j + 1].to(w.dtype), value=-1)
+            if len(known):
+                kernels.project_out(w, known, passes=1)
+            beta[:, j] = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+            before, q = q, w.div_(beta[:, j : j + 1].clamp_min(torch.finfo(w.dtype).tiny))
+    alpha, beta = alpha.cpu(), beta.cpu()
+    if not (alpha.isfinite().all() and beta.isfinite().all()):
+        raise FloatingPointError("a product H v is not finite: is the loss, at these parameters?")
+    nodes, weights = _quadratures(alpha, beta, torch.finfo(op.dtype).eps)
+    values = torch.empty(0, dtype=torch.float64)
+    if deflate is not None:
+        values = deflate.values[deflate.converged].double().cpu()
+    return SpectralDensity(nodes, weights, values, n, probes * steps)
+
+
+def log_determinant(
+    op: SymmetricOperator,
+    damping: float = 0.0,
+    probes: int = 8,
+    steps: int = 80,
+    *,
+    deflate: EigenResult | None = None,
+    seed: int = 0,
+) -> Estimate:
+    """Estimate log det(A + damping I) by stochastic Lanczos quadrature.
+
+    Args:
+        op, probes, steps, deflate, seed: as `spectral_density`.
+        damping: added to every eigenvalue, >= 0.
+
+    Raises:
+        ValueError: a Ritz value plus damping is not positive, so that there is no logarithm: raise
+            damping.
+
+    Source: S. Ubaru, J. Chen, Y. Saad, 2017, doi 10.1137/16M1104974.
+    """
+    density = spectral_density(op, probes, steps, deflate=deflate, seed=seed)
+    at, mass = density.measure()
+    lowest = float(at[mass > 0].min())
+    if not lowest + damping > 0:
+        raise ValueError(
+            f"an eigenvalue estimate plus damping is {lowest + damping:.3g}, not positive: raise "
+            f"damping above {-lowest:.3g}"
+        )
+    exact = (density.deflated + damping).log().sum()
+    logs = torch.where(density.weights > 0, (density.nodes + damping).clamp_min(1e-300).log(), 0.0)
+    of_probes = (density.weights * logs).sum(1)
+    return Estimate.of(exact + (density.n - len(density.deflated)) * of_probes)
+
+
+def _quadratures(alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of each probe's tridiagonal matrix, up to where its recurrence ended."""
+    above = torch.cat([torch.zeros(len(alpha), 1, dtype=torch.float64), beta[:, :-1]], dim=1)
+    norm = (above + alpha.abs() + beta).amax(1, keepdim=True)
+    # What follows a beta that is rounding belongs to no direction of the probe's own.
+    ended = (beta[:, :-1] <= 8 * eps * norm).long().cumsum(1).bool()
+    off = beta[:, :-1].masked_fill(ended, 0.0)
+    t = torch.diag_embed(alpha) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    nodes, vectors = torch.linalg.eigh(t)
+    return nodes, vectors[:, 0].square()
+
+
+def _deflated(op: SymmetricOperator, deflate: EigenResult | None) -> Tensor:
+    """The converged vectors as rows [k, n]."""
+    if deflate is None:
+        return torch.empty(0, op.shape[0], dtype=op.dtype, device=op.device)
+    if deflate.vectors.shape[0] != op.shape[0]:
+        raise ValueError(
+            f"deflate has vectors of dimension {deflate.vectors.shape[0]}, the operator "
+            f"{op.shape[0]}: pass the result of eigsh on this operator"
+        )
+    return deflate.vectors[:, deflate.converged].T.to(op.device, op.dtype).contiguous()

@@ -1,0 +1,228 @@
+"""Densities, traces, diagonals and determinants against dense spectra."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from eigenfilter import curvature
+from eigenfilter.curvature.estimates import _t_quantile
+
+
+class Dense:
+    """A matrix as an operator; counts its products."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.shape = matrix, tuple(matrix.shape)
+        self.dtype, self.device = matrix.dtype, matrix.device
+        self.matvecs = 0
+
+    def matvec(self, v: Tensor) -> Tensor:
+        self.matvecs += 1
+        return self.matrix @ v
+
+    def matmat(self, V: Tensor) -> Tensor:
+        self.matvecs += V.shape[1]
+        return self.matrix @ V
+
+
+def with_spectrum(values: Tensor, dtype: torch.dtype = torch.float64) -> Dense:
+    """A matrix of these eigenvalues, its eigenvectors random."""
+    random = torch.Generator().manual_seed(len(values))
+    q, _ = torch.linalg.qr(
+        torch.randn(len(values), len(values), generator=random, dtype=torch.float64)
+    )
+    return Dense((q * values @ q.T).to(dtype))
+
+
+def hessian_like(n: int = 600) -> Tensor:
+    """A bulk near 0, some of it negative, and ten outliers."""
+    random = torch.Generator().manual_seed(1)
+    bulk = 0.1 * torch.randn(n - 10, generator=random, dtype=torch.float64)
+    return torch.cat([bulk, torch.linspace(2, 20, 10, dtype=torch.float64)])
+
+
+def wasserstein(density: curvature.SpectralDensity, values: Tensor) -> float:
+    """The mean distance by which mass has to be moved from one spectrum to the other."""
+    at, mass = density.measure()
+    return stats.wasserstein_distance(
+        at.numpy(), values.numpy(), u_weights=mass.clamp_min(0).numpy()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_density_of_a_hessian_like_spectrum(dtype: torch.dtype) -> None:
+    values = hessian_like()
+    op = with_spectrum(values, dtype)
+    density = curvature.spectral_density(op, probes=8, steps=40)
+    assert density.matvecs == op.matvecs == 320
+    mass = density.measure()[1]
+    assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+    spread = values.std().item()
+    assert wasserstein(density, values) < 0.02 * spread
+
+
+def test_deflation_halves_the_distance_at_least() -> None:
+    values = hessian_like()
+    op = with_spectrum(values)
+    top = curvature.eigsh(op, 10, tol=1e-8)
+    plain, deflated = [], []
+    for seed in range(5):
+        plain.append(wasserstein(curvature.spectral_density(op, 4, 20, seed=seed), values))
+        found = curvature.spectral_density(op, 4, 20, deflate=top, seed=seed)
+        deflated.append(wasserstein(found, values))
+    assert sum(deflated) < 0.5 * sum(plain)
+
+
+def test_smoothed_and_histogram_forms() -> None:
+    values = hessian_like()
+    density = curvature.spectral_density(with_spectrum(values), 8, 40)
+    grid = torch.linspace(-3, 23, 20001, dtype=torch.float64)
+    smooth = density(grid, sigma=0.2)
+    assert torch.trapezoid(smooth, grid).item() == pytest.approx(1, abs=1e-3)
+    z = (grid[:, None] - values) / 0.2
+    exact = torch.exp(-0.5 * z * z).mean(1) / (0.2 * math.sqrt(2 * math.pi))
+    assert torch.trapezoid((smooth - exact).abs(), grid).item() < 0.02
+    edges = [-1.0, 1.0, 21.0]
+    shares = density.histogram(edges)
+    assert shares.sum().item() == pytest.approx(1, abs=1e-9)
+    assert shares[1].item() == pytest.approx(10 / 600, rel=0.3)
+    assert density(grid).shape == grid.shape
+    with pytest.raises(ValueError, match="sigma"):
+        density(grid, sigma=0.0)
+
+
+def test_moments_lie_in_their_confidence_intervals() -> None:
+    """About 95 of 100 should; of 100 trials, 85 or fewer would be a 1 in 10,000 chance."""
+    values = hessian_like(200)
+    op = with_spectrum(values)
+    inside = 0
+    for seed in range(100):
+        density = curvature.spectral_density(op, 6, 4, seed=seed)
+        low, high = density.trace.interval(0.95)
+        inside += bool(low <= values.sum() <= high)
+        low, high = density.moment(2).interval(0.95)
+        inside += bool(low <= values.square().mean() <= high)
+    assert 170 < inside < 200
+
+
+def test_all_of_a_small_space_is_exact() -> None:
+    """Probes end when they have seen all there is: three distinct eigenvalues in three steps."""
+    values = torch.tensor([1.0, 1.0, 2.0, 5.0, 5.0], dtype=torch.float64)
+    density = curvature.spectral_density(with_spectrum(values), 2, 5)
+    at, mass = density.measure()
+    seen = at[mass > 1e-12]
+    assert (seen[:, None] - values).abs().amin(1).max() < 1e-12
+    full = curvature.eigsh(with_spectrum(values), 5, tol=1e-12)
+    exact = curvature.spectral_density(with_spectrum(values), 2, 1, deflate=full)
+    assert float(exact.trace) == pytest.approx(14)
+
+
+def test_a_zero_operator() -> None:
+    density = curvature.spectral_density(Dense(torch.zeros(20, 20)), 2, 4)
+    at, _ = density.measure()
+    assert (at == 0).all()
+    assert float(density.trace) == 0
+
+
+def test_the_trace() -> None:
+    values = 0.8 ** torch.arange(100, dtype=torch.float64)
+    op = with_spectrum(values)
+    hutch = curvature.trace(op, 45)
+    assert op.matvecs == 45
+    exact = values.sum()
+    assert abs(float(hutch) - exact) < 4 * hutch.standard_error + 1e-9 * exact
+    plain = curvature.spectral_density(op, 45, 1).trace
+    assert hutch.standard_error < 0.5 * plain.standard_error
+
+
+def test_the_trace_of_a_small_space_is_exact() -> None:
+    values = torch.tensor([1.0, -3.0, 7.0], dtype=torch.float64)
+    found = curvature.trace(with_spectrum(values), 12)
+    assert float(found) == pytest.approx(5, abs=1e-12)
+    assert found.standard_error == 0
+
+
+def test_the_diagonal() -> None:
+    op = with_spectrum(hessian_like(100))
+    found = curvature.diagonal(op, 400)
+    z = (found.value - op.matrix.diagonal()) / found.standard_error
+    assert z.abs().max() < 5
+    assert 0.7 < z.std() < 1.3
+    assert curvature.diagonal(op, 1).standard_error.isnan().all()
+
+
+def test_the_diagonal_of_a_diagonal_is_exact() -> None:
+    values = torch.linspace(-1, 3, 10, dtype=torch.float64)
+    found = curvature.diagonal(Dense(values.diag()), 2)
+    torch.testing.assert_close(found.value, values)
+
+
+def test_the_log_determinant() -> None:
+    values = torch.linspace(0.1, 8, 300, dtype=torch.float64)
+    op = with_spectrum(values)
+    found = curvature.log_determinant(op, damping=0.5, probes=10, steps=40)
+    exact = (values + 0.5).log().sum()
+    assert abs(float(found) - exact) < 4 * found.standard_error
+    assert found.standard_error < 0.02 * abs(exact)
+    top = curvature.eigsh(op, 10, tol=1e-8)
+    deflated = curvature.log_determinant(op, 0.5, 10, 40, deflate=top)
+    assert abs(float(deflated) - exact) < 4 * deflated.standard_error
+
+
+def test_a_log_of_what_is_not_positive_is_refused() -> None:
+    op = with_spectrum(hessian_like(100))
+    with pytest.raises(ValueError, match="raise damping above"):
+        curvature.log_determinant(op, damping=1e-3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda op: curvature.spectral_density(op, 0),
+        lambda op: curvature.spectral_density(op, 2, 0),
+        lambda op: curvature.trace(op, 5),
+        lambda op: curvature.diagonal(op, 0),
+        lambda op: curvature.spectral_density(op, 2, 4).trace.interval(1.0),
+        lambda op: curvature.spectral_density(
+            op, deflate=curvature.eigsh(with_spectrum(torch.arange(9.0).double()), 2)
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(call: object) -> None:
+    with pytest.raises(ValueError, match=r"must be|pass the result"):
+        call(with_spectrum(hessian_like(50)))  # type: ignore[operator]
+
+
+def test_products_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        curvature.spectral_density(Dense(torch.full((4, 4), torch.nan)), 2, 3)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    op = with_spectrum(hessian_like(50))
+    first, again = (curvature.spectral_density(op, 3, 5, seed=4).nodes for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("freedom", [3, 7, 30])
+def test_quantiles_of_students_t(freedom: int) -> None:
+    for probability in (0.6, 0.9, 0.975, 0.99):
+        exact = stats.t.ppf(probability, freedom)
+        assert _t_quantile(probability, freedom) == pytest.approx(exact, rel=0.02)
+
+
+def test_a_plot() -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    from matplotlib.figure import Figure
+
+    density = curvature.spectral_density(with_spectrum(hessian_like(100)), 4, 20)
+    ax = density.plot(Figure().subplots())
+    assert len(ax.lines) == 1
+    assert ax.get_yscale() == "log"
