@@ -192,7 +192,6 @@ def arguments() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"memory_budget": -1}, "memory_budget must be a number of bytes"
     yield {"reduction": "none"}, "reduction must be 'mean' or 'sum'"
     yield {"reduction": "sum", "weight": len}, "weight has no meaning"
-    yield {"process_group": object()}, "process_group is not supported yet"
     yield {"params": []}, "no parameter requires grad"
     yield {"params": [first, first]}, "lists a parameter twice"
     yield {"params": copy.deepcopy(model).parameters()}, "not a parameter of the model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -232,3 +233,44 @@ def test_scipy_asks_for_blocks() -> None:
     V = torch.randn(39, 4, dtype=torch.float64)
     found = torch.from_numpy(op.to_scipy() @ V.numpy())
     assert_close(found, dense(model, x, target) @ V, "batched")
+
+
+class Hook:
+    """Sees gradients and leaves them as they are."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+@pytest.mark.parametrize("engine", ["shared", "checkpointed", "forward_over_reverse"])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_one_graph_at_a_time(kind: type[CurvatureOperator], engine: str) -> None:
+    """The graph of a batch is gone before the next one is built."""
+    model, x, target = make()
+    hooks: list[weakref.ref[Hook]] = []  # each held by the graph it is in
+    alive = []
+
+    def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        output = model(batch[0])
+        alive.append(sum(ref() is not None for ref in hooks))
+        if output.grad_fn is not None:
+            hook = Hook()
+            output.grad_fn.register_hook(hook)
+            hooks.append(weakref.ref(hook))
+        return output, batch[1]
+
+    batches = [(x[i : i + 8], target[i : i + 8]) for i in range(0, 40, 8)]
+    op = kind(
+        model,
+        nn.CrossEntropyLoss(),
+        batches,
+        forward=forward,
+        engine=engine,
+        memory_budget=budget(engine),
+    )
+    op.matvec(torch.ones(39, dtype=torch.float64))
+    alive.clear()
+    op.matmat(torch.ones(39, 3, dtype=torch.float64))
+    assert alive.count(0) >= 5  # at least once a batch
+    assert hooks
+    assert max(alive) == (engine == "forward_over_reverse" and kind is not HessianOperator)

@@ -34,15 +34,21 @@ class Source(Protocol):
 class Listed:
     """Batches in memory."""
 
-    def __init__(self, data: list[Any], *, pairs: bool) -> None:
-        """Take one batch or more; with `pairs`, each must be an (input, target) pair."""
+    def __init__(self, data: list[Any], *, pairs: bool, alone: bool = True) -> None:
+        """Take one batch or more.
+
+        Args:
+            data: the batches.
+            pairs: whether each must be an (input, target) pair.
+            alone: whether there are no batches elsewhere.
+        """
         if not data:
             raise ValueError("data must hold at least one batch")
         for batch in data:
             if pairs:
                 _check_pair(batch)
         self._data = list(data)
-        self.single = len(data) == 1
+        self.single = alone and len(data) == 1
 
     @property
     def count(self) -> int:
@@ -145,7 +151,7 @@ class Pieces:
             yield from pieces(batch, self._size)
 
 
-def source_of(data: Any, *, pairs: bool, seed: int) -> Listed | Loaded:
+def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> Listed | Loaded:
     """Return the batches of `data`: one batch, a list of batches, or a DataLoader.
 
     Raises:
@@ -153,7 +159,7 @@ def source_of(data: Any, *, pairs: bool, seed: int) -> Listed | Loaded:
     """
     if isinstance(data, DataLoader):
         return Loaded(data, pairs=pairs, seed=seed)
-    return Listed(data if isinstance(data, list) else [data], pairs=pairs)
+    return Listed(data if isinstance(data, list) else [data], pairs=pairs, alone=alone)
 
 
 def pieces(batch: Any, size: int) -> Iterator[Any]:

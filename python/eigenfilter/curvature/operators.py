@@ -8,15 +8,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from eigenfilter import _perturbation
 from eigenfilter.curvature import engines
 from eigenfilter.curvature.data import source_of
+from eigenfilter.curvature.distributed import reduce
 from eigenfilter.curvature.engines.choice import choose
 from eigenfilter.curvature.engines.memory import default_budget
 from eigenfilter.curvature.objective import Objective, Outer
-from eigenfilter.curvature.point import Point
+from eigenfilter.curvature.point import Point, checksum
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -54,8 +57,8 @@ class CurvatureOperator(ABC):
     - "retained": keeps the graph of the first derivative of each batch, as far as `memory_budget`
       goes, and builds the rest in every pass over the data.
     - "shared": builds each graph once a pass, for all vectors of a block, and keeps none.
-    - "batched": as "retained", with one vectorised backward pass for a block: faster where
-      operations are small, at the memory of as many graphs as vectors.
+    - "batched": as "retained", with one vectorised backward pass for up to 32 vectors of a block:
+      faster where operations are small, at the memory of as many graphs more.
     - "forward_over_reverse": forward mode over the gradient; keeps nothing, and needs less memory.
     - "finite_difference": two first derivatives a product, not exact; for fused attention, compiled
       models, and whatever cannot be differentiated twice. See `error`.
@@ -82,14 +85,16 @@ class CurvatureOperator(ABC):
         weight: batch -> w_b > 0, for reduction="mean" where the number of samples, taken to be the
             leading dimension of the output, is not what `loss_fn` averages over: ignored tokens,
             say, or an output that is not a tensor.
-        process_group: None; distributed products do not exist yet.
+        process_group: of the processes that hold data, each its own, when they all multiply by the
+            same vectors at the same x: C is that of all data, by one sum over processes a product.
+            Under DistributedDataParallel the module inside is used. None for this process alone.
         mode: "eval": dropout is off, and batch normalisation uses its running statistics. "train":
             dropout masks are drawn once for each batch and the same in every product; batch
             normalisation uses the statistics of the batch, differentiates through them and leaves
             the running ones as they are, so that C depends on the split into batches.
         autocast: torch.bfloat16 or another dtype: what the model and loss compute in, under
             `torch.autocast`. Vectors keep the dtype of the parameters.
-        memory_budget: bytes that kept graphs may take (on "batched", all vectors' together); None
+        memory_budget: bytes that kept graphs may take, or that of a piece on "checkpointed"; None
             for half of what is free when they are first built.
         seed: of the random numbers drawn in the model and by a loader.
 
@@ -102,7 +107,8 @@ class CurvatureOperator(ABC):
             dtype, on one device.
         RuntimeError: from a product, when an optimizer holds the parameters away from x, when
             something changed inside `fixed()`, when a loader gives other batches in a second pass,
-            or when the loss cannot be differentiated as the engine needs.
+            when processes differ in x or in the vectors, or when the loss cannot be differentiated
+            as the engine needs.
     """
 
     def __init__(
@@ -116,7 +122,7 @@ class CurvatureOperator(ABC):
         reduction: str = "mean",
         forward: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
         weight: Callable[[Any], float] | None = None,
-        process_group: object | None = None,
+        process_group: dist.ProcessGroup | None = None,
         mode: str = "eval",
         autocast: torch.dtype | None = None,
         memory_budget: int | None = None,
@@ -125,16 +131,15 @@ class CurvatureOperator(ABC):
         _check_choices(engine=engine, reduction=reduction, mode=mode)
         if reduction == "sum" and weight is not None:
             raise ValueError("weight has no meaning for reduction='sum'")
-        if process_group is not None:
-            raise ValueError("process_group is not supported yet: pass None")
         if memory_budget is not None and memory_budget < 0:
             raise ValueError(f"memory_budget must be a number of bytes >= 0, not {memory_budget}")
         if autocast is not None and not autocast.is_floating_point:
             raise ValueError(f"autocast must be a floating dtype, not {autocast}")
         self.engine = engine
         self._auto = engine == "auto"
+        self._group = process_group
         self._objective = Objective(
-            model,
+            model.module if isinstance(model, DistributedDataParallel) else model,
             loss_fn,
             self._finish,
             forward=forward,
@@ -144,7 +149,9 @@ class CurvatureOperator(ABC):
             autocast=autocast,
             seed=seed,
         )
-        self._source = source_of(data, pairs=forward is None, seed=seed)
+        self._source = source_of(
+            data, pairs=forward is None, alone=process_group is None, seed=seed
+        )
         self.params = _selected(self._owned() if params is None else params)
         self._check_owned(ValueError)
         self._budget = memory_budget
@@ -245,6 +252,8 @@ class CurvatureOperator(ABC):
             if self._auto:
                 self.engine = self._choice(V.shape[1])
             sums = made[self.engine].multiply(V.detach())
+        if self._group is not None:
+            reduce(sums, [checksum(self.params), checksum([V])], self._group)
         return sums.rows.div_(sums.weight) if self._objective.mean else sums.rows
 
     def _choice(self, vectors: int) -> str:
@@ -349,6 +358,11 @@ def _selected(params: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
         raise ValueError("no parameter requires grad")
     if len({id(p) for p in selected}) < len(selected):
         raise ValueError("params lists a parameter twice")
+    if any(hasattr(p, "to_local") for p in selected):
+        raise ValueError(
+            "parameters must be whole, and one is a DTensor: build the operator on an unsharded "
+            "copy of the model, and share the data out by process_group"
+        )
     kinds = {(p.dtype, p.device) for p in selected}
     if len(kinds) > 1 or not selected[0].dtype.is_floating_point:
         raise ValueError(

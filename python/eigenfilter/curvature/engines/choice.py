@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.data import Listed, Source
-from eigenfilter.curvature.engines.double_backward import split_to_fit
+from eigenfilter.curvature.engines.double_backward import WIDTH, split_to_fit
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
 from eigenfilter.curvature.engines.graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
@@ -52,7 +52,7 @@ def choose(
             return _logged("forward_over_reverse", vectors, f"a graph exceeds the budget; {error}")
         return _logged("checkpointed", vectors, f"a graph takes {size} bytes, above the budget")
 
-    V = torch.ones(sum(p.numel() for p in params), vectors, dtype=params[0].dtype)
+    V = torch.ones(sum(p.numel() for p in params), min(vectors, WIDTH), dtype=params[0].dtype)
     V = V.to(params[0].device)
     block = split(V.T, params)
     graph = graph_of(evaluation, params)
@@ -64,10 +64,11 @@ def choose(
         build = _seconds(lambda: graph_of(objective.evaluate(0, batch), params), V.device)
     times = {"retained": build + vectors * one}
     refused: list[str] = []
-    if vectors > 1 and one < _LONG and vectors * size <= budget:
+    wide = V.shape[1]
+    if wide > 1 and one < _LONG and wide * size <= budget:
         with _trial("batched", refused):
             together = _seconds(lambda: graph.product(block, batched=True), V.device)
-            times["batched"] = build + together
+            times["batched"] = build + vectors / wide * together
     if not fit:
         with _trial("forward_over_reverse", refused):
             engine = ForwardOverReverse(*given)

@@ -52,6 +52,7 @@ class Directional:
             sums.weight += weight
             for row in range(V.shape[1]):
                 sums.add(product(place, [piece[row] for piece in block], row), weight, row)
+            del place  # and its graph, before the next one is built
         return sums
 
     def _begin(self, index: int, batch: Any) -> tuple[float, Place]:

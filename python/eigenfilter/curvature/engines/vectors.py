@@ -24,14 +24,9 @@ class Sums:
         )  # [b, n], the transposed products
         self.weight = 0.0
         self._block = split(self.rows, params)
-        self._each = [split(row, params) for row in self.rows]
 
-    def add(self, products: Sequence[Tensor | None], weight: float, row: int | None = None) -> None:
-        """Add weight times products, in pieces: of one vector, or with row=None of all [b, ...].
-
-        None stands for zero.
-        """
-        into = self._block if row is None else self._each[row]
-        for total, product in zip(into, products, strict=True):
+    def add(self, products: Sequence[Tensor | None], weight: float, rows: int | slice) -> None:
+        """Add weight times the products, in pieces, with one vector or several; None is zero."""
+        for total, product in zip(self._block, products, strict=True):
             if product is not None:
-                total.add_(product, alpha=weight)
+                total[rows].add_(product, alpha=weight)

@@ -1,0 +1,31 @@
+"""Products over the data of several processes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from eigenfilter.curvature.engines.vectors import Sums
+
+
+def reduce(sums: Sums, marks: list[float], group: dist.ProcessGroup) -> None:
+    """Add up the sums of all processes of a group, in place; everywhere to the same bits.
+
+    Args:
+        sums: of this process's batches.
+        marks: numbers that are the same in all processes if parameters and vectors are.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    own = torch.tensor([sums.weight, *marks], dtype=torch.float64, device=sums.rows.device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    weights, *others = torch.stack(gathered, dim=1).tolist()
+    if any(repr(value) != repr(mark[0]) for mark in others for value in mark):
+        raise RuntimeError(
+            "parameters or vectors are not the same in all processes of process_group: broadcast "
+            "the parameters, and draw vectors from the same seed"
+        )
+    sums.weight = sum(weights)
+    dist.all_reduce(sums.rows, group=group)

@@ -1,0 +1,81 @@
+"""Two processes with unequal shares of the data multiply as one process with all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from curvature import workers
+from curvature.networks import OPERATORS, dense
+from curvature.workers import problem, vectors
+from eigenfilter.curvature import HessianOperator, eigsh
+from eigenfilter.curvature.engines import NAMES
+
+pytestmark = pytest.mark.distributed
+
+Found = dict[str, tuple[Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each scenario found in both processes."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(workers.main, args=(str(folder),), nprocs=workers.WORLD)
+    first, second = (torch.load(Path(folder, f"{rank}.pt")) for rank in range(workers.WORLD))
+    return {name: (first[name], second[name]) for name in workers.SCENARIOS}
+
+
+@pytest.mark.parametrize("engine", [*NAMES, "auto"])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_products(found: Found, kind: Any, engine: str) -> None:
+    first, second = (result[kind.__name__][engine] for result in found["products"])
+    expected = OPERATORS[kind](*problem()) @ vectors()
+    atol = 1e-7 if engine == "finite_difference" else 1e-12
+    assert expected.abs().max() > 0.05
+    torch.testing.assert_close(first, expected, rtol=0, atol=atol)
+    assert torch.equal(first, second)
+
+
+def test_one_share_alone_is_another_matrix() -> None:
+    model, x, target = problem()
+    part = workers.share(0)
+    assert (dense(model, x[part], target[part]) - dense(model, x, target)).abs().max() > 1e-2
+
+
+def test_loaders_of_unequal_length(found: Found) -> None:
+    first, second = found["loaders"]
+    expected = dense(*problem()) @ vectors()
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-12)
+    assert torch.equal(first, second)
+
+
+def test_sums(found: Found) -> None:
+    first, second = found["sums"]
+    expected = 40 * dense(*problem()) @ vectors()
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-10)
+    assert torch.equal(first, second)
+
+
+def test_eigenpairs(found: Found) -> None:
+    (first, spent), (second, _) = found["pairs"]
+    model, x, target = problem()
+    alone = eigsh(HessianOperator(model, nn.CrossEntropyLoss(), (x, target)), 4, tol=1e-8)
+    torch.testing.assert_close(first, alone.values, rtol=0, atol=1e-12)
+    assert torch.equal(first, second)
+    assert spent == alone.matvecs
+
+
+@pytest.mark.parametrize("scenario", ["other_parameters", "other_vectors"])
+def test_processes_that_differ_are_refused(found: Found, scenario: str) -> None:
+    for message in found[scenario]:
+        assert "not the same in all processes of process_group" in message
+
+
+def test_sharded_parameters_are_refused(found: Found) -> None:
+    for message in found["sharded"]:
+        assert "parameters must be whole, and one is a DTensor" in message
