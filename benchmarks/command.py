@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from eigenfilter.benchmarks import finite_differences, memory, registry, timings
+from eigenfilter.benchmarks import finite_differences, memory, page, registry, timings
 from eigenfilter.experiments.arguments import output_folder, whole
 from eigenfilter.experiments.errors import UserError, require
 
-HELP = "verify and time the library beside its peers; measure memory and finite differences"
+HELP = "verify and time the library beside its peers; measure memory; draw the results"
 OUT = Path("out/bench")
 
 
@@ -65,6 +65,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         _finite_differences,
     )
     _add_out(of_differences)
+    of_page = table("page", "figures and a page from results", page.__doc__, _page)
+    of_page.add_argument(
+        "files", nargs="+", type=Path, metavar="RESULTS.json", help="what the others wrote"
+    )
+    _add_out(of_page)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,6 +104,16 @@ def _finite_differences(args: argparse.Namespace) -> int:
     return 0
 
 
+def _page(args: argparse.Namespace) -> int:
+    _refuse(args, "only", "repeat", "list", "device")
+    require("matplotlib")
+    try:
+        page.write(args.files, _folder(args))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
 def _add_device(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default=default, help="where (default: cpu)"
@@ -112,7 +127,7 @@ def _add_out(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) 
         type=Path,
         default=default,
         metavar="DIR",
-        help=f"folder for the dated results (default: {OUT})",
+        help=f"folder for what is written (default: {OUT})",
     )
 
 

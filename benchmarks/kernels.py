@@ -128,13 +128,15 @@ def _contest(
     return Contest(library, (peer,), (yardstick,), tolerances[p.dtype], moved, "device")
 
 
+KERNELS = {build.__name__: build for build in (ascend, descend, norm, flag_nonfinite)}
+
 BENCHMARKS = tuple(
     Benchmark(
-        f"{build.__name__}-{str(dtype).removeprefix('torch.')}",
-        f"kernel `{build.__name__}`, {dtype}, 4 large tensors",
+        f"{name}-{str(dtype).removeprefix('torch.')}",
+        f"kernel `{name}`, {dtype}, 4 large tensors",
         functools.partial(build, dtype=dtype),
         {"cuda": (Goal("copy", 0.9),)},
     )
-    for build in (ascend, descend, norm, flag_nonfinite)
+    for name, build in KERNELS.items()
     for dtype in TOLERANCES
 )

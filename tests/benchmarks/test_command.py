@@ -13,7 +13,7 @@ from eigenfilter.benchmarks import finite_differences, memory
 from eigenfilter.experiments.cli import main
 
 
-@pytest.mark.parametrize("table", [[], ["memory"], ["finite-differences"]], ids=" ".join)
+@pytest.mark.parametrize("table", [[], ["memory"], ["finite-differences"], ["page"]], ids=" ".join)
 def test_help(table: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["bench", *table, "--help"])
@@ -32,6 +32,7 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--only", "no-such"], "no benchmark 'no-such' (see eigenfilter bench --list)"),
         (["--only", "sgd-small", "memory"], "--only does not go with memory"),
+        (["--repeat", "2", "page", "x.json"], "--repeat does not go with page"),
         (["--device", "cpu", "finite-differences"], "--device does not go with finite-differences"),
     ],
 )

@@ -1,0 +1,155 @@
+"""The page of results: what the files say, no more and no less."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from eigenfilter.benchmarks import environment, figures, page
+from eigenfilter.benchmarks.contest import TOLERANCES
+from eigenfilter.benchmarks.measure import Comparison, Result, Timing
+from eigenfilter.benchmarks.timing import Spread
+from eigenfilter.benchmarks.verify import Verdict
+from eigenfilter.experiments.cli import main
+
+TOLERANCE = TOLERANCES[torch.float32]
+
+
+def result(
+    name: str,
+    others: dict[str, tuple[float, float | None]],
+    *,
+    neighbours: float = 0.0,
+    device: str = "cpu",
+    absent: tuple[str, ...] = (),
+) -> Result:
+    """A result of a step of 2 ms (1 ms of the host); others by name, with ratio and goal."""
+    ours, host = Spread(0.002, 0.002, 0.002), Spread(0.001, 0.001, 0.001)
+    comparisons = tuple(
+        Comparison(
+            other,
+            Spread(0.9 * ratio / 500, ratio / 500, ratio / 400),
+            Spread(0.003, 0.003, 0.003),
+            1e9,
+            Spread(0.9 * ratio, ratio, 1.25 * ratio),
+            goal,
+        )
+        for other, (ratio, goal) in others.items()
+    )
+    timing = Timing(3, 4_000_000, ours, host, 2e9, comparisons, neighbours)
+    return Result(name, name, device, "native", Verdict({}, TOLERANCE), timing, 0.0, absent)
+
+
+def red(name: str) -> Result:
+    return Result(name, name, "cpu", "native", Verdict({"peer": 9.0}, TOLERANCE), None, 0.0)
+
+
+def write(folder: Path, **data: object) -> str:
+    found = {"date": "today", "environment": environment.describe(torch.device("cpu")), **data}
+    path = folder / "results.json"
+    path.write_text(json.dumps(found))
+    return str(path)
+
+
+def timings(folder: Path, *results: Result) -> str:
+    return write(folder, results=[asdict(r) for r in results])
+
+
+def test_goals_are_met_missed_or_not_judged(tmp_path: Path) -> None:
+    file = timings(
+        tmp_path,
+        result("sgd-small", {"torch fused": (7.0, 6.0), "copy": (0.5, None)}),
+        result("usam-small", {"common SAM": (5.0, 25.0)}, absent=("other is not there",)),
+        result("sgd-large", {"torch fused": (0.5, 1.0), "copy": (1.0, None)}, neighbours=0.9),
+        red("sam-small"),
+    )
+    assert main(["bench", "page", file, "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "benchmarks.md").read_text().splitlines()
+    assert "1 met, 1 missed, 1 not judged." in lines
+    missed = lines.index("| missed | against | ratio | goal |") + 2
+    row = "| usam-small | common SAM | 5.00 [4.50, 6.25] | 25.00 |"
+    assert lines[missed : missed + 2] == [row, ""]
+    other = lines.index("| not judged | against | ratio | goal |")
+    assert lines[other + 2].startswith("| sgd-large |")
+    assert "- `sam-small`: RED, not timed" in lines
+    assert "- `usam-small`: other is not there" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("usam-small", "steps"),
+        ("usam-small", "host"),
+        ("usam-gpt2", "bandwidth"),
+        ("norm-float16", "bandwidth"),
+        ("train-gpt-usam", "training"),
+    ],
+)
+def test_a_section_has_its_figure(name: str, section: str, tmp_path: Path) -> None:
+    file = timings(tmp_path, result(name, {"common SAM": (2.0, 3.0), "copy": (0.5, None)}))
+    assert main(["bench", "page", file, "--out", str(tmp_path)]) == 0
+    path = f"figures/benchmarks-cpu-native-{section}.png"
+    assert f"]({path})" in (tmp_path / "benchmarks.md").read_text()
+    assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_rows_there_is_no_figure(tmp_path: Path) -> None:
+    file = timings(tmp_path, red("usam-small"))
+    assert main(["bench", "page", file, "--out", str(tmp_path)]) == 0
+    assert list((tmp_path / "figures").iterdir()) == []
+
+
+@pytest.mark.parametrize(("device", "ours"), [("cpu", 2.0), ("cuda", 1.0)])
+def test_the_host_of_a_cpu_is_occupied_all_the_time(
+    device: str, ours: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+    monkeypatch.setattr(
+        figures, "draw", lambda panels, path, **_: drawn.update({path.stem: panels})
+    )
+    file = timings(tmp_path, result("sgd-small", {"torch fused": (7.0, 6.0)}, device=device))
+    page.write([Path(file)], tmp_path)
+    (panel,) = drawn[f"benchmarks-{device}-native-host"].values()
+    assert panel["sgd"]["ours"].value == pytest.approx(ours)
+
+
+def test_memory(tmp_path: Path) -> None:
+    file = write(tmp_path, device="cpu", elements=1000, memory={"SGD": 12.0, "USAM": 16.0})
+    assert main(["bench", "page", file, "--out", str(tmp_path)]) == 0
+    assert "](figures/benchmarks-cpu-memory.png)" in (tmp_path / "benchmarks.md").read_text()
+    assert (tmp_path / "figures" / "benchmarks-cpu-memory.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [("{", "cannot read"), ("{}", "holds neither timings nor memory")]
+)
+def test_other_files_are_refused(
+    content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(content)
+    assert main(["bench", "page", str(file), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_figures_need_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = timings(tmp_path, red("usam-small"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "page", file, "--out", str(tmp_path)]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_committed_results_can_be_drawn(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results"
+    files = [str(f) for f in sorted(folder.glob("*-cpu.json"))]
+    assert main(["bench", "page", *files, "--out", str(tmp_path)]) == 0
+    assert all(f"`{Path(f).name}`" in (tmp_path / "benchmarks.md").read_text() for f in files)
