@@ -1,4 +1,4 @@
-"""Lanczos against dense eigendecompositions, its own identity, and the traps of invariance."""
+"""eigsh against dense eigendecompositions, and the traps of invariance and multiplicity."""
 
 from __future__ import annotations
 
@@ -9,120 +9,47 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature import EigenResult, eigsh
-from eigenfilter.curvature.lanczos import _Lanczos, _Projection
-
-DTYPES = [torch.float64, torch.float32]
-
-
-class DenseOperator:
-    """A symmetric matrix as an operator that counts its products."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.shape = (len(matrix), len(matrix))
-        self.dtype = matrix.dtype
-        self.device = matrix.device
-        self.count = 0
-
-    def matvec(self, v: Tensor) -> Tensor:
-        self.count += 1
-        return self.matrix @ v
-
-
-def operator(spectrum: Tensor, dtype: torch.dtype = torch.float64, seed: int = 5) -> DenseOperator:
-    """Return an operator with this spectrum and random eigenvectors."""
-    n = len(spectrum)
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(n, n, dtype=torch.float64, generator=generator)
-    vectors = torch.linalg.qr(normal).Q
-    matrix = (vectors * spectrum.double()) @ vectors.T
-    return DenseOperator(((matrix + matrix.T) / 2).to(dtype))
-
-
-def wanted(spectrum: Tensor, k: int, which: str) -> Tensor:
-    """Return what eigsh should find, in its order, from the spectrum alone."""
-    rising = spectrum.double().sort().values
-    if which == "LA":
-        return rising.flip(0)[:k]
-    if which == "SA":
-        return rising[:k]
-    if which == "LM":
-        return rising[rising.abs().argsort(descending=True)][:k]
-    return torch.cat([rising[: k // 2], rising[len(rising) - (k - k // 2) :]])
-
-
-def decaying(n: int) -> Tensor:
-    """A spectrum like that of a network: some large eigenvalues, many small, some below zero."""
-    large = torch.tensor([31.0, 24.0, 19.5, -17.0, 14.0, 11.0, -9.0, 8.0, 6.5, 5.0, 4.0, -3.0])
-    return torch.cat([large, torch.linspace(-0.5, 1.5, n - len(large))])
-
-
-def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float) -> None:
-    """Values, vectors and evidence of a result that claims to have converged."""
-    rounding = 40 * torch.finfo(op.dtype).eps * float(torch.linalg.matrix_norm(op.matrix, 2))
-    matrix, vectors = op.matrix.double(), result.vectors.double()
-    values, residuals = result.values.double(), result.residuals.double()
-    k = len(expected)
-    measured = (matrix @ vectors - vectors * values).norm(dim=0)
-    allowed = tol * expected.abs() + rounding
-    assert result.converged.all()
-    assert result.values.dtype == result.vectors.dtype == result.residuals.dtype == op.dtype
-    assert result.vectors.shape == (op.shape[0], k)
-    assert ((values - expected).abs() <= allowed).all()
-    assert (measured <= allowed).all()
-    assert ((measured - residuals).abs() <= rounding).all()
-    assert (vectors.T @ vectors - torch.eye(k)).abs().max() < 100 * torch.finfo(op.dtype).eps
-    assert result.matvecs == op.count
+from curvature.dense import DTYPES, DenseOperator, check, decaying, operator, wanted
+from eigenfilter.curvature import eigsh
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 @pytest.mark.parametrize("k", [1, 5, 8])
+@pytest.mark.parametrize("criterion", ["value", "vector"])
 def test_agrees_with_the_spectrum_and_stops_by_itself(
-    dtype: torch.dtype, which: str, k: int
+    dtype: torch.dtype, which: str, k: int, criterion: str
 ) -> None:
     spectrum = decaying(300)
     op = operator(spectrum, dtype)
-    result = eigsh(op, k, which, tol=1e-3)
+    result = eigsh(op, k, which, tol=1e-3, criterion=criterion, max_basis=160)
     check(op, result, wanted(spectrum, k, which), 1e-3)
-    assert result.matvecs < 150
+    assert result.matvecs - result.copy_matvecs < 150
     assert result.reason == f"{k} pairs converged"
+    if criterion == "vector":
+        eigenvectors = torch.linalg.eigh(op.matrix.double()).eigenvectors
+        cosines = (eigenvectors.T @ result.vectors.double()).abs().amax(0)
+        assert (1 - cosines.square()).clamp_min(0).sqrt().max() < 1e-3
+
+
+@pytest.mark.parametrize("max_basis", [14, 18, None])
+@pytest.mark.parametrize(("k", "which"), [(10, "LA"), (8, "LM"), (6, "BE")])
+def test_restarts(max_basis: int | None, k: int, which: str) -> None:
+    """More products than columns of the basis, and the same answer."""
+    outside = 10 * 0.9 ** torch.arange(20.0, dtype=torch.float64)
+    spectrum = torch.cat([outside, -0.8 * outside, torch.linspace(-1, 1, 400, dtype=torch.float64)])
+    op = operator(spectrum)
+    result = eigsh(op, k, which, max_basis=max_basis, max_matvecs=2000)
+    check(op, result, wanted(spectrum, k, which), 1e-4)
+    assert result.matvecs - result.copy_matvecs > (max_basis or 20)
 
 
 def test_agrees_with_lapack_on_a_random_matrix_at_a_tight_tolerance() -> None:
     normal = torch.randn(120, 120, dtype=torch.float64, generator=torch.Generator().manual_seed(11))
     op = DenseOperator(normal + normal.T)
     expected = torch.linalg.eigvalsh(op.matrix)
-    result = eigsh(op, 7, "BE", tol=1e-11)
+    result = eigsh(op, 7, "BE", tol=1e-11, max_matvecs=1000)
     check(op, result, wanted(expected, 7, "BE"), 1e-11)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_lanczos_identity_and_orthogonality(dtype: torch.dtype) -> None:
-    """H Q - Q T = beta_m q_{m+1} e_m^T, past the first growth of the basis."""
-    op = operator(decaying(200), dtype)
-    run = _Lanczos(op, 100, seed=3)
-    run.begin()
-    for _ in range(70):
-        run.step()
-    t = run.collect(1e-4)
-    assert run.size == 70
-    dense = t.ritz.vectors * t.ritz.values @ t.ritz.vectors.T
-    dense_off = dense - dense.tril(1).triu(-1)
-    assert dense_off.abs().max() < 1e-12
-    q = run.basis[:71].double().T
-    remainder = op.matrix.double() @ q[:, :70] - q[:, :70] @ dense
-    last = torch.zeros(200, 70, dtype=torch.float64)
-    beta = remainder[:, -1].norm()
-    last[:, -1] = beta * q[:, 70]
-    eps = torch.finfo(dtype).eps
-    assert beta > 0.1
-    torch.testing.assert_close(
-        t.ritz.residuals, beta * t.ritz.vectors[-1].abs(), rtol=1e-5, atol=30 * eps
-    )
-    assert (remainder - last).norm(dim=0).max() < 31 * 20 * eps
-    assert (q.T @ q - torch.eye(71)).abs().max() < 20 * eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,32 +82,6 @@ def test_multiplicity_rank_deficiency_and_small_n(
     check(op, eigsh(op, k, which), wanted(torch.tensor(spectrum), k, which), 1e-4)
 
 
-def test_what_follows_a_closed_block_is_cut_off() -> None:
-    run = _Lanczos(operator(torch.tensor([5.0] * 3 + [1.0] * 20)), 30, seed=3)
-    run.begin()
-    for _ in range(6):
-        run.step()
-    t = run.collect(1e-4)
-    assert t.closed
-    assert (run.size, run.products) == (2, 6)
-    torch.testing.assert_close(t.ritz.values, torch.tensor([1.0, 5.0], dtype=torch.float64))
-
-
-def test_blocks_do_not_touch_and_what_they_left_over_counts() -> None:
-    alpha = torch.tensor([1.0, 2.0, 2.0, 7.0], dtype=torch.float64)
-    beta = torch.tensor([0.5, 0.3, 0.4, 0.1], dtype=torch.float64)
-    t = _Projection(alpha, beta, [0, 2, 3], floor=1e-3, tol=1e-2)
-    pair = torch.linalg.eigh(torch.tensor([[1.0, 0.5], [0.5, 2.0]], dtype=torch.float64))
-    order = [0, 2, 1, 3]  # 2 lies below the larger of the pair
-    values = torch.cat([pair.eigenvalues, alpha[2:]])[order]
-    residuals = torch.cat([0.3 * pair.eigenvectors[1].abs(), beta[2:]])[order]
-    torch.testing.assert_close(t.ritz.values, values)
-    torch.testing.assert_close(t.ritz.residuals, residuals)
-    assert t.block.values.tolist() == [7.0]
-    assert not t.closed
-    assert _Projection(alpha, beta, [0, 2, 3], floor=1e-3, tol=2e-2).closed
-
-
 @pytest.mark.parametrize("seed", [0, 5, 7, 9])
 def test_a_basis_of_the_whole_space_has_converged_at_any_tolerance(seed: int) -> None:
     """Where a tolerance is out of reach, there is still nothing more to do."""
@@ -195,6 +96,73 @@ def test_a_cluster_is_resolved() -> None:
     )
     op = operator(spectrum)
     check(op, eigsh(op, 6, tol=1e-9), wanted(spectrum, 6, "LA"), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_copies_that_one_sequence_cannot_see(dtype: torch.dtype, seed: int) -> None:
+    small = torch.linspace(-1e-3, 1e-3, 400)
+    spectrum = torch.cat([torch.tensor([10.0, 10, 9, 8, 8, 7, 6]), small])
+    op = operator(spectrum, dtype)
+    result = eigsh(op, 7, seed=seed)
+    check(op, result, wanted(spectrum, 7, "LA"), 1e-4)
+    assert 0 < result.copy_matvecs <= 20
+    blind = eigsh(op, 4, seed=seed, look_for_copies=False)
+    assert blind.copy_matvecs == 0
+    torch.testing.assert_close(
+        blind.values.double(), torch.tensor([10.0, 9, 8, 7]).double(), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("which", ["SA", "LM", "BE"])
+@pytest.mark.parametrize("distance", [0.0, 1e-9])
+def test_copies_at_either_end(which: str, distance: float) -> None:
+    ends = torch.tensor([7.0, 7 + distance, 5, -6, -6 - distance, -6, -4], dtype=torch.float64)
+    spectrum = torch.cat([ends, torch.linspace(-1, 1, 200, dtype=torch.float64)])
+    op = operator(spectrum)
+    check(op, eigsh(op, 6, which), wanted(spectrum, 6, which), 1e-4)
+
+
+def test_a_look_for_copies_does_not_change_what_was_found() -> None:
+    op = operator(decaying(200))
+    without = eigsh(op, 6, look_for_copies=False)
+    result = eigsh(op, 6)
+    assert result.matvecs - result.copy_matvecs == without.matvecs
+    torch.testing.assert_close(result.values, without.values)
+    torch.testing.assert_close(result.vectors, without.vectors)
+
+
+@pytest.mark.parametrize("which", ["LA", "BE"])
+def test_an_eigenvalue_is_not_reported_again(which: str) -> None:
+    """Lanczos without reorthogonalisation finds the largest nine times, all of them converged."""
+    spectrum = torch.cat([torch.tensor([100.0, -80.0]), torch.linspace(0, 1, 298)])
+    op = operator(spectrum, torch.float32)
+    alpha, beta, q, v = [], [], [torch.zeros(300), torch.ones(300) / 300**0.5], torch.zeros(300)
+    for _ in range(120):
+        v = op.matrix @ q[-1] - (beta[-1] if beta else 0.0) * q[-2]
+        alpha.append(v @ q[-1])
+        v -= alpha[-1] * q[-1]
+        beta.append(v.norm())
+        q.append(v / beta[-1])
+    t = torch.tensor(alpha).diag() + torch.tensor(beta[:-1]).diag(1)
+    assert (torch.linalg.eigvalsh(t, UPLO="U") > 99.9).sum() >= 9
+    op.count = 0
+    result = eigsh(op, 9, which)
+    check(op, result, wanted(spectrum, 9, which), 1e-4)
+    assert (result.values > 99.9).sum() == 1
+
+
+def test_a_fixed_number_of_steps_would_be_too_few() -> None:
+    spectrum = 10 * 0.97 ** torch.arange(400.0, dtype=torch.float64)
+    op = operator(spectrum)
+    with pytest.warns(RuntimeWarning, match="after 20 products"):
+        early = eigsh(op, 10, max_matvecs=20, max_basis=40)
+    expected = wanted(spectrum, 10, "LA")
+    wrong = ((early.values - expected) / expected).abs()
+    assert wrong.max() > 0.1
+    assert not early.converged[1:].any()
+    op.count = 0
+    check(op, eigsh(op, 10, max_matvecs=1000), expected, 1e-4)
 
 
 def test_a_start_in_an_invariant_subspace_does_not_hide_the_rest() -> None:
@@ -213,10 +181,10 @@ def test_a_warm_start_takes_fewer_products() -> None:
     shift = torch.randn(400, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     op.matrix += 1e-4 * (shift + shift.T)
     expected = wanted(torch.linalg.eigvalsh(op.matrix), 3, "LA")
-    for start, k in ((before, 3), (before.vectors[:, 0], 1)):
-        cold = eigsh(op, k).matvecs
+    for start, k in ((before, 3), (before.vectors, 3), (before.vectors[:, 0], 1)):
+        cold = eigsh(op, k, look_for_copies=False).matvecs
         op.count = 0
-        warm = eigsh(op, k, v0=start)
+        warm = eigsh(op, k, v0=start, look_for_copies=False)
         check(op, warm, expected[:k], 1e-4)
         assert warm.matvecs <= 0.8 * cold
 
@@ -237,7 +205,7 @@ def test_some_pairs_converge_before_products_run_out() -> None:
     op = operator(decaying(300))
     with pytest.warns(RuntimeWarning, match="of 10 pairs"):
         result = eigsh(op, 10, max_matvecs=30)
-    good = result.residuals <= 1e-4 * result.values.abs()
+    good = result.errors <= 1e-4 * result.values.abs()
     assert torch.equal(result.converged, good)
     assert result.converged[0]
     assert not result.converged[-1]
@@ -303,8 +271,22 @@ def test_a_product_that_is_not_finite_raises(bad: float, after: int) -> None:
             w[3] = bad if self.count > after else w[3]
             return w
 
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(FloatingPointError, match=f"product {after + 1} of H .* not finite"):
         eigsh(Breaking(operator(decaying(60)).matrix), 3)
+
+
+@pytest.mark.parametrize("wrong", [torch.float64, torch.float16, "shape"])
+def test_a_product_of_another_kind_raises(wrong: torch.dtype | str) -> None:
+    class Changing(DenseOperator):
+        def matvec(self, v: Tensor) -> Tensor:
+            w = super().matvec(v)
+            if self.count < 4:
+                return w
+            return w[:, None] if isinstance(wrong, str) else w.to(wrong)
+
+    op = Changing(operator(decaying(60), torch.float32).matrix)
+    with pytest.raises(TypeError, match=r"product 4 is .* the operator takes \[60\]"):
+        eigsh(op, 3)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +298,12 @@ def test_a_product_that_is_not_finite_raises(bad: float, after: int) -> None:
         ({"tol": 0.0}, "tol must be positive"),
         ({"tol": float("nan")}, "tol must be positive"),
         ({"max_matvecs": 3}, "max_matvecs must be at least k = 4"),
-        ({"block_size": 2}, "block_size"),
-        ({"v0": torch.ones(19)}, r"v0 must have shape \[20\]"),
-        ({"v0": torch.ones(20, 1)}, r"v0 must have shape \[20\]"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+        ({"criterion": "both"}, r"criterion must be one of \['value', 'vector'\]"),
+        ({"max_basis": 7}, r"max_basis must be at least .* = 8"),
+        ({"v0": torch.ones(19)}, r"v0 must have shape \[20\] or \[20, c\], not \[19\]"),
+        ({"v0": torch.ones(20, 0)}, "v0 must have shape"),
+        ({"v0": torch.ones(20, 1, 1)}, "v0 must have shape"),
         ({"v0": torch.zeros(20)}, "v0 must be finite and not zero"),
         ({"v0": torch.full((20,), torch.nan)}, "v0 must be finite and not zero"),
     ],

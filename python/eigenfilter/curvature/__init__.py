@@ -9,8 +9,9 @@ from eigenfilter.curvature.density import SpectralDensity, log_determinant, spec
 from eigenfilter.curvature.estimates import Estimate
 from eigenfilter.curvature.fisher import EmpiricalFisherOperator
 from eigenfilter.curvature.ggn import GGNOperator
-from eigenfilter.curvature.lanczos import SymmetricOperator, eigsh
+from eigenfilter.curvature.lanczos import eigsh
 from eigenfilter.curvature.operators import CurvatureOperator, HessianOperator
+from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
 from eigenfilter.curvature.traces import diagonal, trace
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigenfilter import kernels
 from eigenfilter.curvature.estimates import Estimate, signs
-from eigenfilter.curvature.lanczos import SymmetricOperator
+from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
 
 if TYPE_CHECKING:

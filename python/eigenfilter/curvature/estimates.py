@@ -9,7 +9,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.lanczos import SymmetricOperator
+from eigenfilter.curvature.protocol import SymmetricOperator
 
 
 @dataclass(frozen=True, eq=False)

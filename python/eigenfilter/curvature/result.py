@@ -16,18 +16,25 @@ class EigenResult:
             magnitude.
         vectors: [n, k], orthonormal; column i belongs to values[i].
         residuals: [k], ||H v - theta v||, known from the iteration without further products.
-            An eigenvalue of H lies within residuals[i] of values[i]. Rounding in the products
-            themselves, some units in the last place of ||H||, is not in it.
-        converged: [k] bool, whether residuals[i] met the tolerance.
-        matvecs: the number of products used.
+            An eigenvalue of H lies within residuals[i] of values[i].
+        errors: [k], estimates of |theta - lambda|, at most residuals: quadratic in the residual
+            where the gap to the next pairs is seen. Rounding in the products, some units in the
+            last place of ||H||, is in neither.
+        converged: [k] bool, whether each pair met the tolerance.
+        matvecs: the number of products used, all together.
+        copy_matvecs: those of them that looked for further copies of the pairs first found.
+        orthogonality: max |Q^T Q - I| of the last basis Q, measured.
         reason: why the iteration stopped; advice where it stopped early.
 
-    Tensors are on the operator's device; values, vectors and residuals in its dtype.
+    Tensors are on the operator's device; values, vectors, residuals and errors in its dtype.
     """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
+    errors: Tensor
     converged: Tensor
     matvecs: int
+    copy_matvecs: int
+    orthogonality: float
     reason: str

@@ -8,7 +8,7 @@ import torch
 
 from eigenfilter import kernels
 from eigenfilter.curvature.estimates import Estimate, draw_signs, generator, signs
-from eigenfilter.curvature.lanczos import SymmetricOperator
+from eigenfilter.curvature.protocol import SymmetricOperator
 
 
 def trace(op: SymmetricOperator, matvecs: int = 60, *, seed: int = 0) -> Estimate:

@@ -94,7 +94,7 @@ class _Gauge:
         self._found: EigenResult | None = None
 
     def check(self, step: int, loss: float) -> Check:
-        found = eigsh(self._operator, k=1, tol=1e-4, v0=self._found)
+        found = eigsh(self._operator, k=1, tol=1e-7, v0=self._found, look_for_copies=False)
         self._found = found
         return Check(step, loss, float(found.values[0]), float(found.residuals[0]), found.matvecs)
 

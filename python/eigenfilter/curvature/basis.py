@@ -1,0 +1,43 @@
+"""The vectors of a Krylov space: where they lie, and the passes over them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
+
+
+def project_out(w: Tensor, basis: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write w less its part along the rows of a basis: one pass of classical Gram-Schmidt.
+
+        c = V^T w,    out = w - V c
+
+    Args:
+        w: [n].
+        basis: [m, n], V^T, its rows contiguous.
+        out: [n], contiguous; may be w, but no row of basis.
+
+    Returns:
+        c [m] and ||out||, on the device, in float64. Nothing is synchronised.
+    """
+    c = basis @ w
+    torch.addmv(w, basis.T, c, alpha=-1, out=out)
+    return c.double(), torch.linalg.vector_norm(out, dtype=torch.float64)
+
+
+def rotate(basis: Tensor, first: int, s: Tensor) -> None:
+    """Replace rows first.. of a basis [m, n] by the combinations S^T of them, in place.
+
+    s: [m - first, l] with l <= m - first; the l combinations take the rows from `first` on.
+    """
+    s = s.to(basis)
+    for start in range(0, basis.shape[1], _CHUNK):
+        columns = basis[first:, start : start + _CHUNK]
+        columns[: s.shape[1]] = s.T @ columns
+
+
+def orthogonality(basis: Tensor) -> float:
+    """Return max |V^T V - I| over the rows of a basis [m, n]."""
+    gram = basis @ basis.T
+    return float((gram - torch.eye(len(basis)).to(gram)).abs().max())

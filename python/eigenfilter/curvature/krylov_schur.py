@@ -1,0 +1,217 @@
+"""A Krylov-Schur decomposition: how it grows, is read, restarted and locked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature.basis import project_out, rotate
+from eigenfilter.curvature.protocol import SymmetricOperator
+
+_ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
+_RANDOM = 0.3  # how much of a random vector, relative to it, is mixed into a given start
+
+
+class Ritz(NamedTuple):
+    """The eigenpairs of the projection T of H, on the host, in float64."""
+
+    values: Tensor  # theta [m], ascending
+    vectors: Tensor  # S [m, m]: the pairs are theta_i, Q s_i
+    residuals: Tensor  # [m], ||H Q s_i - theta_i Q s_i||
+
+
+class KrylovSchur:
+    """The decomposition H Q = Q T + P B of a symmetric H, Q and P with orthonormal columns.
+
+    Q [n, m] holds the vectors multiplied so far, P [n, p] those that wait to be. A step multiplies
+    the first b of P, which then belong to Q, and appends what is new in the products to P:
+
+        H q_j = (Q, P) c_j + beta_j p_new
+
+    With p = b = 1 this is the Lanczos iteration; wider, it is band Lanczos. T is the lower triangle
+    of the c_j, mirrored. Two passes make a product orthogonal: one against the vectors that H q_j
+    can lie along in exact arithmetic, the two or so before it and all that a restart kept; then one
+    against the whole basis, for what rounding left. T adds up the coefficients of both.
+
+    Locked pairs are columns before Q that it stays orthogonal to. They take no further part; the
+    little that products still have along them counts as residual.
+
+    Memory: n (rows + b) elements. Coefficients stay on the device until `collect`.
+
+    Source: G. W. Stewart, A Krylov-Schur algorithm for large eigenproblems, SIAM J. Matrix Anal.
+    Appl. 23 (2001), for symmetric H: K. Wu and H. Simon, Thick-restart Lanczos method, ibid. 22
+    (2000), eqs. (2.6) to (2.11); A. Ruhe, Implementation aspects of band Lanczos algorithms, Math.
+    Comp. 33 (1979).
+    """
+
+    def __init__(self, op: SymmetricOperator, rows: int, width: int, seed: int) -> None:
+        """Make room for `rows` locked and multiplied vectors; multiply `width` at a time."""
+        n = op.shape[0]
+        self.locked = 0  # rows [0, locked) of the basis
+        self.size = 0  # rows [locked, size) are Q
+        self.end = 0  # rows [size, end) are P
+        self.products = 0
+        self.norm = 0.0  # of H, as far as it has been seen
+        self._op = op
+        self._rows = min(rows, n)
+        self._width = width
+        room = min(rows + width, n)
+        self.basis = torch.empty(room, n, dtype=op.dtype, device=op.device)  # (locked, Q, P)^T
+        self._c = torch.zeros(self._rows, room, dtype=torch.float64, device=op.device)
+        self._origins: list[int] = []  # of rows [0, end): the first row their product may lie along
+        self._children: dict[int, int] = {}  # row multiplied -> row that was new in its product
+        self._generator = torch.Generator(op.device).manual_seed(seed)
+
+    @property
+    def rounding(self) -> float:
+        """A residual as small as rounding in the products makes it."""
+        return _ROUNDING * torch.finfo(self.basis.dtype).eps * self.norm
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing waits to be multiplied: Q is invariant, up to rounding."""
+        return self.size == self.end
+
+    @property
+    def whole(self) -> bool:
+        """Whether the locked vectors and Q span the whole space."""
+        return self.size == self.basis.shape[1]
+
+    @property
+    def full(self) -> bool:
+        """Whether the next step needs a restart first."""
+        return self.end > self._rows and not self.closed
+
+    @property
+    def most_kept(self) -> int:
+        """How many pairs a restart may keep, so that a step can follow."""
+        return self._rows - self.locked - (self.end - self.size)
+
+    def begin(self, starts: Tensor | None = None) -> None:
+        """Let b random vectors wait, orthogonal to the basis; near `starts` [b, n] if given."""
+        first = self.end
+        for i in range(min(self._width, len(self.basis) - first)):
+            row = self.basis[first + i].normal_(generator=self._generator)
+            if starts is not None:
+                length = torch.linalg.vector_norm(starts[i])
+                row *= _RANDOM * length / torch.linalg.vector_norm(row)
+                row += starts[i]
+            norm = torch.linalg.vector_norm(row)
+            # Where the basis leaves little room, little remains, with a large error: so again.
+            for _ in range(3):
+                row /= norm
+                _, norm = project_out(row, self.basis[: first + i], row)
+            row /= norm
+            self.end += 1
+            self._origins.append(first)
+
+    def step(self, most: int) -> int:
+        """Multiply the vectors that wait, at most b or `most` of them, and return how many."""
+        first, count = self.size, min(self._width, self.end - self.size, most)
+        for j, w in enumerate(self._multiply(first, count), first):
+            self.size += 1
+            self._orthogonalise(j, w)
+        return count
+
+    def _multiply(self, first: int, count: int) -> list[Tensor]:
+        v = self.basis[first : first + count]
+        products = [self._op.matvec(v[0])] if count == 1 else list(self._op.matmat(v.T).unbind(1))
+        self.products += count
+        for w in products:
+            if w.shape != v.shape[1:] or w.dtype != v.dtype or w.device != v.device:
+                raise TypeError(
+                    f"product {self.products} is {list(w.shape)}, {w.dtype}, on {w.device}; the "
+                    f"operator takes {list(v.shape[1:])}, {v.dtype}, on {v.device}"
+                )
+        return products
+
+    def _orthogonalise(self, j: int, w: Tensor) -> None:
+        """Fill row j of the coefficients from w = H q_j; let what is new in w wait."""
+        new = self.end
+        inside = new == len(self.basis)  # the basis spans the whole space: there is nothing new
+        out = torch.empty_like(w) if inside else self.basis[new]
+        origin = self._origins[j]
+        local, _ = project_out(w, self.basis[origin:new], out)
+        rest, norm = project_out(out, self.basis[:new], out)
+        row = self._c[j]
+        row.zero_()
+        row[:new] = rest
+        row[origin:new] += local
+        if inside:
+            return
+        row[new] = norm
+        out /= norm.clamp_min(torch.finfo(w.dtype).tiny)
+        self._origins.append(j)
+        self._children[j] = new
+        self.end += 1
+
+    def collect(self) -> Ritz:
+        """Bring T and B to the host, and solve T.
+
+        Raises:
+            FloatingPointError: a product was not finite.
+        """
+        c = self._c[self.locked : self.size, : self.end].cpu()
+        finite = c.isfinite().all(1)
+        if not finite.all():
+            late = len(c) - int(finite.long().argmin())
+            raise FloatingPointError(
+                f"product {self.products - late + 1} of H with a vector is not finite: is the "
+                "loss, at these parameters?"
+            )
+        self.norm = max(self.norm, float(c.norm(dim=1).max()))
+        for j, child in self._children.items():
+            if c[j - self.locked, child] <= self.rounding:
+                # What follows came from rounding, not from H.
+                self._cut(j + 1, child)
+                c = c[: self.size - self.locked, : self.end]
+                break
+        t = c[:, self.locked : self.size]
+        values, vectors = torch.linalg.eigh(t)  # reads the lower triangle
+        left = torch.cat([c[:, : self.locked], c[:, self.size :]], dim=1)
+        return Ritz(values, vectors, (left.T @ vectors).norm(dim=0))
+
+    def _cut(self, size: int, end: int) -> None:
+        self.size, self.end = size, end
+        del self._origins[end:]
+        self._children = {j: child for j, child in self._children.items() if child < end}
+        self._c[:, end:] = 0
+
+    def restart(self, ritz: Ritz, kept: Tensor) -> None:
+        """Keep of Q the pairs with indices `kept` only: Q <- Q S, T <- Theta, B <- B S."""
+        s = ritz.vectors[:, kept]
+        size, waiting = self.locked + len(kept), self.basis[self.size : self.end]
+        left = s.to(self._c).T @ self._c[self.locked : self.size]
+        left[:, self.locked : self.size] = 0
+        rotate(self.basis[: self.size], self.locked, s)
+        self.basis[size : size + len(waiting)] = waiting.clone()
+        self._c.zero_()
+        kept_rows = self._c[self.locked : size]
+        kept_rows[:, : self.locked] = left[:, : self.locked]
+        kept_rows[:, size : size + len(waiting)] = left[:, self.size : self.end]
+        kept_rows.diagonal(self.locked).copy_(ritz.values[kept])
+        self.size, self.end = size, size + len(waiting)
+        self._origins = [self.locked] * self.end
+        self._children = {}
+
+    def lock(self, ritz: Ritz, kept: Tensor) -> None:
+        """Keep of all columns those with indices `kept`, first the locked ones, then the pairs
+        of Q; all are locked then, and nothing waits."""
+        rotate(self.basis[: self.size], 0, self._columns(ritz)[:, kept])
+        self.locked = self.size = self.end = len(kept)
+        self._origins = [0] * self.end
+        self._children = {}
+        self._c.zero_()
+
+    def vectors(self, ritz: Ritz, picked: Tensor) -> Tensor:
+        """Return the columns [n, l] with indices `picked`, counted as in `lock`."""
+        s = self._columns(ritz)[:, picked].to(self.basis)
+        return torch.mm(s.T, self.basis[: self.size]).T
+
+    def _columns(self, ritz: Ritz) -> Tensor:
+        """Return what combines the rows of the basis to the locked vectors and the pairs of Q."""
+        s = torch.eye(self.size, dtype=torch.float64)
+        s[self.locked :, self.locked :] = ritz.vectors
+        return s

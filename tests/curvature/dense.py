@@ -1,0 +1,77 @@
+"""Dense symmetric matrices as operators, and what a solver should find of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature import EigenResult
+
+DTYPES = [torch.float64, torch.float32]
+
+
+class DenseOperator:
+    """A symmetric matrix as an operator that counts its products."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.shape = (len(matrix), len(matrix))
+        self.dtype = matrix.dtype
+        self.device = matrix.device
+        self.count = 0
+
+    def matvec(self, v: Tensor) -> Tensor:
+        self.count += 1
+        return self.matrix @ v
+
+    def matmat(self, V: Tensor) -> Tensor:
+        self.count += V.shape[1]
+        return self.matrix @ V
+
+
+def operator(spectrum: Tensor, dtype: torch.dtype = torch.float64, seed: int = 5) -> DenseOperator:
+    """Return an operator with this spectrum and random eigenvectors."""
+    n = len(spectrum)
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(n, n, dtype=torch.float64, generator=generator)
+    vectors = torch.linalg.qr(normal).Q
+    matrix = (vectors * spectrum.double()) @ vectors.T
+    return DenseOperator(((matrix + matrix.T) / 2).to(dtype))
+
+
+def wanted(spectrum: Tensor, k: int, which: str) -> Tensor:
+    """Return what eigsh should find, in its order, from the spectrum alone."""
+    rising = spectrum.double().sort().values
+    if which == "LA":
+        return rising.flip(0)[:k]
+    if which == "SA":
+        return rising[:k]
+    if which == "LM":
+        return rising[rising.abs().argsort(descending=True)][:k]
+    return torch.cat([rising[: k // 2], rising[len(rising) - (k - k // 2) :]])
+
+
+def decaying(n: int) -> Tensor:
+    """A spectrum like that of a network: some large eigenvalues, many small, some below zero."""
+    large = torch.tensor([31.0, 24.0, 19.5, -17.0, 14.0, 11.0, -9.0, 8.0, 6.5, 5.0, 4.0, -3.0])
+    return torch.cat([large, torch.linspace(-0.5, 1.5, n - len(large))])
+
+
+def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float) -> None:
+    """Values, vectors and evidence of a result that claims to have converged."""
+    rounding = 40 * torch.finfo(op.dtype).eps * float(torch.linalg.matrix_norm(op.matrix, 2))
+    matrix, vectors = op.matrix.double(), result.vectors.double()
+    values, residuals = result.values.double(), result.residuals.double()
+    k = len(expected)
+    measured = (matrix @ vectors - vectors * values).norm(dim=0)
+    assert result.converged.all()
+    assert {result.values.dtype, result.vectors.dtype, result.residuals.dtype} == {op.dtype}
+    assert result.vectors.shape == (op.shape[0], k)
+    assert ((values - expected).abs() <= tol * expected.abs() + rounding).all()
+    assert ((measured - residuals).abs() <= rounding).all()
+    assert (result.errors <= result.residuals).all()
+    unit = 100 * torch.finfo(op.dtype).eps
+    assert (vectors.T @ vectors - torch.eye(k)).abs().max() < unit
+    assert result.orthogonality < unit
+    assert result.matvecs == op.count
+    assert 0 <= result.copy_matvecs < result.matvecs

@@ -1,0 +1,109 @@
+"""The decomposition H Q = Q T + P B, however it grew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvature.dense import DTYPES, DenseOperator, decaying, operator
+from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
+
+
+def grown(op: DenseOperator, steps: int, rows: int, width: int) -> KrylovSchur:
+    run = KrylovSchur(op, rows, width, seed=3)
+    run.begin()
+    for _ in range(steps):
+        run.step(width)
+    return run
+
+
+def check_identity(op: DenseOperator, run: KrylovSchur, ritz: Ritz) -> None:
+    """Columns are orthonormal, and what H Q S - Q S Theta leaves is what B says, along P."""
+    scale = 20 * torch.finfo(op.dtype).eps
+    basis = run.basis[: run.end].double()
+    assert (basis @ basis.T - torch.eye(run.end)).abs().max() < scale
+    q, p = basis[run.locked : run.size].T, basis[run.size :].T
+    pairs = q @ ritz.vectors
+    left = op.matrix.double() @ pairs - pairs * ritz.values
+    norm = 31
+    assert (left - p @ (p.T @ left)).norm(dim=0).max() < norm * scale
+    torch.testing.assert_close(left.norm(dim=0), ritz.residuals, rtol=1e-5, atol=norm * scale)
+    assert left.norm() > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_the_identity_holds_as_it_grows_and_through_restarts(
+    dtype: torch.dtype, width: int
+) -> None:
+    op = operator(decaying(200), dtype)
+    run = grown(op, 8, 8 * width, width)
+    for _ in range(4):
+        ritz = run.collect()
+        check_identity(op, run, ritz)
+        assert (run.size, run.end) == (8 * width, 9 * width)
+        assert run.full
+        kept = torch.tensor([0, 2, 5, len(ritz.values) - 1])
+        run.restart(ritz, kept)
+        after = run.collect()
+        check_identity(op, run, after)
+        torch.testing.assert_close(after.values, ritz.values[kept])
+        torch.testing.assert_close(after.residuals, ritz.residuals[kept])
+        while not run.full:
+            run.step(width)
+        while run.size < 8 * width:
+            run.step(8 * width - run.size)
+    assert run.products == op.count
+
+
+def test_t_is_tridiagonal_before_a_restart_and_banded_for_blocks() -> None:
+    for width in (1, 3):
+        run = grown(operator(decaying(200)), 6, 40, width)
+        ritz = run.collect()
+        t = ritz.vectors * ritz.values @ ritz.vectors.T
+        assert (t - t.tril(width).triu(-width)).abs().max() < 1e-12
+        assert t.diagonal(width).abs().min() > 0.1
+
+
+def test_locked_vectors_stay_out_of_it_and_count_as_residual() -> None:
+    op = operator(decaying(200))
+    run = grown(op, 12, 30, 1)
+    ritz = run.collect()
+    kept = torch.tensor([11, 0])
+    expected = run.vectors(ritz, kept)
+    run.lock(ritz, kept)
+    torch.testing.assert_close(run.basis[:2].T, expected)
+    assert (run.locked, run.size, run.end) == (2, 2, 2)
+    run.begin()
+    for _ in range(5):
+        run.step(1)
+    ritz = run.collect()
+    pairs = run.vectors(ritz, torch.arange(2, 7))
+    assert (expected.T @ pairs).abs().max() < 1e-13
+    measured = (op.matrix @ pairs - pairs * ritz.values).norm(dim=0)
+    torch.testing.assert_close(ritz.residuals, measured, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_what_follows_an_invariant_subspace_is_cut_off(width: int) -> None:
+    run = grown(operator(torch.tensor([5.0] * 3 + [1.0] * 20)), 3, 30, width)
+    ritz = run.collect()
+    assert run.products == 3 * width
+    if width == 2:  # only one of the two that wait is rounding
+        assert (run.size, run.end) == (3, 4)
+        run.step(2)
+        ritz = run.collect()
+    assert run.closed
+    assert run.size == 2 * width
+    expected = torch.tensor([1.0] * width + [5.0] * width, dtype=torch.float64)
+    torch.testing.assert_close(ritz.values, expected)
+
+
+def test_a_start_is_near_the_one_given() -> None:
+    run = KrylovSchur(operator(decaying(50)), 10, 2, seed=1)
+    starts: Tensor = torch.eye(50, dtype=torch.float64)[:2] * torch.tensor([[3.0], [1e-3]])
+    run.begin(starts)
+    cosines = (run.basis[:2] * starts).sum(1) / starts.norm(dim=1)
+    assert (cosines > 0.9).all()
+    assert (cosines < 0.999).all()
