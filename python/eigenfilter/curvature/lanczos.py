@@ -16,9 +16,6 @@ from eigenfilter.curvature.stopping import CRITERIA, WHICH, Pairs, Rule
 
 _THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps
 
-    def matmat(self, V: Tensor) -> Tensor:
-        """Return H V [n, b] for V [n, b]."""
-
 
 @torch.no_grad()
 def eigsh(
