@@ -78,7 +78,8 @@ def eigsh(
         criterion: "value" or "vector", see above.
         look_for_copies: whether to look for pairs that one sequence cannot see.
         max_basis: the most columns of Q, >= min(n, k + 2 b + 2). By default 20 for k <= 8, 2 k for
-            some tens, 1.5 k for k >= 40; more where b > 1.
+            some tens, 1.5 k for k >= 40; more where b > 1, and up to 256 where these are no more
+            than 2^22 elements.
         seed: of the random vectors; the global generator is left alone.
 
     Returns:
@@ -97,7 +98,7 @@ def eigsh(
     """
     width = 1 if block_size is None else block_size
     limit = max(300, 20 * k) if max_matvecs is None else max_matvecs
-    rows = _default_basis(k, width) if max_basis is None else max_basis
+    rows = _default_basis(op.shape[0], k, width) if max_basis is None else max_basis
     _check(op, k, which, tol, criterion, limit, width, rows)
     starts = None if v0 is None else _starts(op, v0, width)
     with getattr(op, "fixed", nullcontext)():
@@ -108,8 +109,9 @@ def eigsh(
     return result
 
 
-def _default_basis(k: int, width: int) -> int:
-    return max(20, k + max(12, 4 * width, min(k, 20), k // 2))
+def _default_basis(n: int, k: int, width: int) -> int:
+    thin = max(20, k + max(12, 4 * width, min(k, 20), k // 2))
+    return max(thin, min(256, 2**22 // n))  # where they take little, more columns save products
 
 
 def _check(
