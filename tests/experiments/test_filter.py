@@ -40,6 +40,16 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["Nesterov"]["max_eigenvalue"] == filters.Nesterov(0.1, 0.9).max_eigenvalue()
 
 
+@pytest.mark.parametrize("more", [["--lr", "0"], ["--weight-decay", "1e9"], ["--rho", "1e200"]])
+def test_json_has_no_infinity(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main([*ARGUMENTS, *more, "--json"])
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
 @pytest.mark.parametrize(
     "more", [[], ["--dampening", "1"], ["--weight-decay", "100"], ["--lr", "0"]]
 )
@@ -58,6 +68,8 @@ def test_a_figure(more: list[str], tmp_path: Path) -> None:
         (["--nesterov", "--momentum", "0"], "Nesterov needs momentum"),
         (["--grad-norm", "0"], "grad_norm must lie in"),
         (["--plot", "/proc/nowhere/f.png"], "cannot write"),
+        (["--plot", "figure"], "--plot must end in"),
+        (["--plot", "f.xyz"], "--plot must end in"),
     ],
 )
 def test_bad_input(more: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

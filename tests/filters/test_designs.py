@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -55,8 +56,10 @@ def test_the_edge_is_where_it_was_wanted(
     found = METHODS[name](lr, rho=rho, **rest, **extra).max_eigenvalue()
     assert found == pytest.approx(wanted, rel=1e-9)
     assert design(name, wanted, rho=rho, **rest, **extra, **norm) == pytest.approx(lr, rel=1e-9)
-    with pytest.raises(ValueError, match="take lr <="):
+    with pytest.raises(ValueError, match="take lr <=") as refused:
         design(name, wanted, lr=1.01 * highest, **rest, **extra, **norm)
+    allowed = float(re.search(r"take lr <= (\S+),", str(refused.value))[1])
+    design(name, wanted, lr=allowed * (1 - 1e-12), **rest, **extra, **norm)
 
 
 def test_sgd() -> None:
@@ -80,6 +83,8 @@ def test_sgd() -> None:
         ("usam", 1.0, {"lr": 0.1, "momentum": 0.5, "dampening": 1.0}, "nothing moves"),
         ("sam", 1.0, {"lr": 0.1}, "grad_norm"),
         ("two_step_usam", 1.0, {"lr": 0.1, "ascent": "both"}, "ascent"),
+        ("usam", 1.0, {"lr": 0.1, "ascent": "anchored"}, "ascent is of"),
+        ("usam", 1.0, {"lr": 0.1, "grad_norm": 1.0}, "grad_norm is of"),
     ],
 )
 def test_bad_values(method: str, edge: float, options: dict, match: str) -> None:

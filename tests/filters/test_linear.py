@@ -52,6 +52,30 @@ def test_the_radius_is_at_most_1_inside_and_above_it_outside(
                 assert bool(flt.admits(lam)) == (radius < 1.0)
 
 
+@pytest.mark.parametrize(
+    ("D", "admitted", "refused"),
+    [
+        (np.eye(2), [0.1, 3.9], [-3.0, 4.1]),
+        (np.diag([1.0, -1.0]), [0.1, 3.9], [-0.1, 9.0]),
+        ([[0.5, 0.0, -0.5], [-0.5, -1.0, -0.5], [0.5, 0.0, 0.0]], [0.0, 1.0], [-2.0, 100.0]),
+    ],
+)
+def test_states_that_stay_as_they_are(D: object, admitted: list, refused: list) -> None:
+    """Roots on the unit circle that are no function of lambda."""
+    flt = Linear(D, 0.5)
+    assert flt.admits(admitted).all()
+    assert not flt.admits(refused).any()
+    assert (flt.spectral_radius(admitted) < 1 + 1e-9).all()
+    assert (flt.spectral_radius(refused) > 1 + 1e-9).all()
+
+
+def test_what_was_given_may_change_afterwards() -> None:
+    D = np.array([[0.9]])
+    flt = Linear(D, 0.2)
+    D[:] = 5.0
+    assert flt.max_eigenvalue() == pytest.approx(9.5)
+
+
 def test_a_number_is_gradient_descent_with_decoupled_decay() -> None:
     assert Linear(0.9, 0.2).intervals() == [pytest.approx((-0.5, 9.5))]
     assert Linear(0.9, 0.2).max_eigenvalue() == pytest.approx(9.5)
@@ -89,7 +113,9 @@ def test_the_recurrence_agrees() -> None:
         (([[1.0, 0.0]], 0.1), r"\[s, s\]"),
         ((1.0, 0.1, [1.0, 0.0]), r"B \[s\]"),
         ((math.nan, 0.1), "finite"),
-        ((1.0, 0.0), "lr"),
+        ((1.0, 0.0), "lr must be positive"),
+        ((1.0, -1.0), "lr"),
+        ((np.zeros((0, 0)), 1.0), "s >= 1"),
     ],
 )
 def test_bad_values(arguments: tuple, match: str) -> None:

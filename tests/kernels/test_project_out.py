@@ -85,6 +85,26 @@ def test_no_rows(room: Room) -> None:
     torch.testing.assert_close(norm, torch.linalg.vector_norm(w.double()))
 
 
+@pytest.mark.parametrize("shape", [(0, 100), (3, 0), (0,)])
+def test_nothing_to_project(room: Room, shape: tuple[int, ...]) -> None:
+    w = torch.empty(shape, device=room.device)
+    basis = torch.empty(2, shape[-1], device=room.device)
+    c, norms = kernels.project_out(w, basis, backend=room.backend)
+    assert c.shape == (*shape[:-1], 2)
+    assert norms.shape == shape[:-1]
+    assert not c.any()
+    assert not norms.any()
+
+
+def test_memory_that_is_shared_is_refused(room: Room) -> None:
+    rows = orthonormal(6, 100, torch.float32, room.device)
+    before = rows.clone()
+    with pytest.raises(ValueError, match="shares memory"):
+        kernels.project_out(rows[4:6], rows, backend=room.backend)
+    assert same_bits(rows, before)
+    kernels.project_out(rows[5], rows[:5], backend=room.backend)  # side by side
+
+
 @pytest.mark.parametrize("vector", VECTORS, ids=str)
 @pytest.mark.usefixtures("threads")
 def test_the_same_bits_from_every_instruction_set_and_number_of_threads(
@@ -130,6 +150,8 @@ def test_version_counters_are_bumped(room: Room) -> None:
         (torch.zeros(5), torch.zeros(2, 5, device="meta"), {}, "move one"),
         (torch.zeros(5, dtype=torch.half), torch.zeros(2, 5), {}, "w must be float32 or float64"),
         (torch.zeros(5), torch.zeros(2, 5, dtype=torch.int32), {}, "int32"),
+        (torch.zeros(5), torch.zeros(2, 5, dtype=torch.int32), {"backend": "reference"}, "int32"),
+        (torch.zeros(65_536, 1), torch.zeros(2, 1), {}, "at most 65535"),
     ],
 )
 def test_bad_operands_are_refused(w: Tensor, basis: Tensor, options: dict, message: str) -> None:

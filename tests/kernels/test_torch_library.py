@@ -91,6 +91,17 @@ def test_errors_are_those_of_the_kernels() -> None:
         compiled(params, grads[:-1])
 
 
+@NO_GRAPHS
+def test_a_compiled_call_takes_what_the_call_takes() -> None:
+    [params, grads] = lists(2)
+    by_position = torch.compile(lambda p, g: kernels.descend(p, g, None, None, 0.1))
+    with pytest.raises(Exception, match="positional"):
+        by_position(params, grads)
+    whole = torch.tensor(1)
+    with pytest.raises(TypeError, match="lr"):
+        torch.compile(lambda p, g: kernels.descend(p, g, lr=whole), backend="eager")(params, grads)
+
+
 def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
     """What the operator takes."""
     p, g, a, b = lists(4)

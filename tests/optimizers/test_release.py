@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -42,6 +43,22 @@ def released(params: list[Tensor], **kw: Any) -> ef.USAM:
 
 def buffers(opt: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
     return [t for p in params for _, t in sorted(opt.state[p].items())]
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name != "sgd"])
+def test_rho_may_change_from_step_to_step(name: str) -> None:
+    """Backups of an earlier step are none of a later one's, which takes no ascent."""
+    runs = []
+    for release in (False, True):
+        params = parameters()
+        opt = MAKE[name](params, release_gradients=release)
+        closure = closure_of(opt, params)
+        rho = opt.param_groups[0]["rho"]
+        for factor in (1, 0, 0, 1, 0):
+            opt.param_groups[0]["rho"] = factor * rho
+            opt.step(closure)
+        runs.append([*params, *buffers(opt, params)])
+    assert all(map(same_bits, *runs))
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -159,14 +176,76 @@ def test_what_backward_makes_elsewhere_is_left_alone() -> None:
     assert all(p.grad is not None for p in params)
 
 
-def test_gradients_of_the_descent_outside_an_evaluation_are_refused() -> None:
-    params = parameters()
+def test_gradients_outside_an_evaluation_are_taken_whole_with_a_warning() -> None:
+    params, others = parameters(), parameters()
+    opt, other = ef.SGD(params, **HEAVY, release_gradients=True), ef.SGD(others, **HEAVY)
+    for warns in (True, False):  # once
+        for some in (params, others):
+            loss_of(some).backward()
+        with pytest.warns(UserWarning, match="inside `with") if warns else nullcontext():
+            opt.step()
+        other.step()
+        opt.zero_grad()
+        other.zero_grad()
+    assert all(map(same_bits, params, others))
+
+
+def test_gradients_that_are_left_are_taken_whole() -> None:
+    """One parameter has a gradient only from an earlier micro-batch."""
+    runs = []
+    for release in (False, True):
+        params = parameters()
+        opt = ef.SGD(params, **HEAVY, release_gradients=release)
+        for _ in range(3):
+            params[3].square().sum().backward()
+            with opt.evaluation():
+                (params[0] ** 2 + params[1].sum()).backward()
+            opt.step()
+            opt.zero_grad()
+        runs.append(snapshot(params))
+    assert all(map(same_bits, *runs))
+
+
+def test_only_a_group_that_takes_no_ascent_has_gradients() -> None:
+    runs = []
+    for release in (False, True):
+        params = parameters()
+        groups = [{"params": params[:2]}, {"params": params[2:], "rho": 0.0}]
+        opt = ef.USAM(groups, **HEAVY, rho=RHO, release_gradients=release)
+
+        def closure(opt: ef.USAM = opt, params: list = params) -> Tensor:
+            opt.zero_grad()
+            loss = params[3].square().sum()
+            loss.backward()
+            return loss
+
+        with pytest.warns(UserWarning, match="nothing") if release else nullcontext():
+            opt.step(closure)
+        runs.append(snapshot(params))
+    assert all(map(same_bits, *runs))
+
+
+def test_an_evaluation_within_an_evaluation() -> None:
+    params, others = parameters(), parameters()
     opt = ef.SGD(params, **HEAVY, release_gradients=True)
-    before = snapshot(params)
-    loss_of(params).backward()
-    with pytest.raises(RuntimeError, match="inside `with"):
-        opt.step()
-    assert all(map(same_bits, params, before))
+
+    def closure() -> Tensor:
+        with opt.evaluation():
+            loss = loss_of(params)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    other = ef.SGD(others, **HEAVY)
+    other.step(closure_of(other, others))
+    assert all(map(same_bits, params, others))
+
+
+def test_hooks_are_there_while_they_are_needed() -> None:
+    params = parameters()
+    opt = released(params)
+    opt.step(closure_of(opt, params))
+    assert not any(p._post_accumulate_grad_hooks for p in params)
 
 
 def test_earlier_gradients_are_accumulated_outside_the_evaluation() -> None:
@@ -202,7 +281,7 @@ def test_step_without_a_gradient_is_refused() -> None:
 
 
 class Fails(torch.autograd.Function):
-    """The identity, whose backward raises in the third call."""
+    """The identity, whose backward raises in the second call."""
 
     calls = 0
 

@@ -88,6 +88,19 @@ def test_every_optimizer_takes_it_and_draws_anew_in_every_step(name: str) -> Non
         assert opt.param_groups[0]["rounding_seed"] == steps
 
 
+def test_groups_are_rounded_independently() -> None:
+    """Of 64 groups the means scatter as those of independent numbers, and not all alike."""
+    params = [torch.nn.Parameter(torch.ones(1024, dtype=torch.bfloat16)) for _ in range(64)]
+    opt = ef.SGD([{"params": [p]} for p in params], lr=1e-3, stochastic_rounding=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    means = torch.stack([p.detach().double().mean() for p in params])
+    share = 1e-3 / 2**-8  # of the elements that go down, by 2^-8
+    expected = 2**-8 * (share * (1 - share) / 1024) ** 0.5
+    assert 0.7 < means.std().item() / expected < 1.3
+
+
 def test_a_run_that_is_saved_and_loaded_goes_on_to_the_bit() -> None:
     params = parameters(torch.bfloat16)
     opt = MAKE["usam"](params, stochastic_rounding=True)

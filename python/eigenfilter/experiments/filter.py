@@ -17,6 +17,7 @@ from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.filters import Filter, PolynomialFilter
 
+FORMATS = (".png", ".svg", ".pdf")
 HELP = "which eigenvalues do the methods admit?"
 
 
@@ -40,14 +41,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw p and the admitted sets")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.plot is not None:
         require("matplotlib")
     try:
         found = table(args)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(str(error)) from error
+    if args.plot is not None and args.plot.suffix not in FORMATS:
+        raise UserError(f"--plot must end in one of {', '.join(FORMATS)}, not {args.plot.name!r}")
     if args.json:
         print(json.dumps([_record(*row) for row in found], indent=1))
     else:
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         plot(curves, args.plot)
         if not args.json:
             print(f"\nwrote {args.plot}")
+    return 0
 
 
 Row = tuple[str, Filter, int]
@@ -144,6 +148,11 @@ def _record(name: str, flt: Filter, gradients: int) -> dict[str, object]:
     return {
         "method": name,
         "gradients": gradients,
-        "max_eigenvalue": flt.max_eigenvalue(),
-        "intervals": flt.intervals(),
+        "max_eigenvalue": _finite(flt.max_eigenvalue()),
+        "intervals": [[_finite(low), _finite(high)] for low, high in flt.intervals()],
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None

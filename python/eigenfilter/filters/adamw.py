@@ -24,7 +24,8 @@ class AdamW(Filter):
         -wd <= mu <= (1 + beta1) (2 - lr wd) / ((1 - beta1) lr).
 
     Where the gradient is taken after an ascent of USAM, mu is an eigenvalue of P^-1/2 (H + rho H^2)
-    P^-1/2: no function of those without the ascent. The decay is decoupled, hence with wd > 0 the
+    P^-1/2: no function of those without the ascent; after one of SAM's, of that with rho / G for
+    rho, G the gradient's norm. The decay is decoupled, hence with wd > 0 the
     equilibrium has a nonzero gradient. v follows the squared gradients, so that P itself moves: the
     statement is of a moment at which it moves slowly, not of a limit.
 

@@ -29,7 +29,7 @@ def design(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
-    ascent: str = "sequential",
+    ascent: str | None = None,
     grad_norm: float | None = None,
 ) -> float:
     """Return the rho, or the lr, with which a method's filter ends at a wanted eigenvalue.
@@ -43,12 +43,13 @@ def design(
         lr: > 0, to get rho; or None.
         rho: >= 0, to get lr; or None.
         momentum, dampening, weight_decay, nesterov: as of the filters.
-        ascent: of "two_step_usam".
+        ascent: of "two_step_usam": "sequential", the default, or "anchored".
         grad_norm: of "sam", at which its moving edge should be there.
 
     Raises:
         ValueError: a value is out of its range, not exactly one of lr and rho is given, or no
-            rho >= 0 does it, as lr alone puts the edge below: the message says how low lr must be.
+            rho >= 0 does it, as lr alone puts the edge below: the message says up to which lr
+            there is.
 
     >>> rho = design("usam", 8.0, lr=0.1, momentum=0.5)
     >>> round(USAM(0.1, 0.5, rho=rho).max_eigenvalue(), 9)
@@ -60,6 +61,11 @@ def design(
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if not 0 < max_eigenvalue < math.inf:
         raise ValueError(f"max_eigenvalue must be positive and finite, got {max_eigenvalue}")
+    if ascent is not None and method != "two_step_usam":
+        raise ValueError(f"ascent is of two_step_usam, not of {method}")
+    if grad_norm is not None and method != "sam":
+        raise ValueError(f"grad_norm is of sam, not of {method}")
+    ascent = "sequential" if ascent is None else ascent
     rest = (momentum, dampening, weight_decay)
 
     def build(lr: float, rho: float) -> PolynomialFilter:
@@ -97,9 +103,9 @@ def design(
         raise ValueError(f"lr must be positive and finite, got {lr}")
     ratio = (edge / (gain * lr) - weight_decay) / max_eigenvalue
     if ratio < 1.0:
-        lowest = edge / (gain * (float(reach.p(max_eigenvalue)) + weight_decay))
+        highest = edge / (gain * (float(reach.p(max_eigenvalue)) + weight_decay))
         raise ValueError(
-            f"lr = {lr:g} alone puts the edge below {max_eigenvalue:g}: take lr <= {lowest:.6g}, "
+            f"lr = {lr:g} alone puts the edge below {max_eigenvalue:g}: take lr <= {highest}, "
             "and a rho to it"
         )
     poly, power = _IN_RHO[method, ascent if method == "two_step_usam" else ""]

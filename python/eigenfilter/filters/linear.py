@@ -50,15 +50,19 @@ class Linear(Filter):
     B: ArrayLike | None = None
 
     def __post_init__(self) -> None:
-        D = np.atleast_2d(np.asarray(self.D, np.float64))
+        D = np.atleast_2d(np.array(self.D, np.float64))
+        if D.size == 0:
+            raise ValueError("D must be a number or [s, s] with s >= 1")
         first = np.zeros(len(D))
         first[0] = 1.0
-        B = first if self.B is None else np.atleast_1d(np.asarray(self.B, np.float64))
+        B = first if self.B is None else np.atleast_1d(np.array(self.B, np.float64))
         if D.ndim != 2 or D.shape[0] != D.shape[1] or B.shape != (len(D),):
             raise ValueError(f"D must be a number or [s, s], and B [s]: got {D.shape}, {B.shape}")
         if not (np.isfinite(D).all() and np.isfinite(B).all()):
             raise ValueError("the entries of D and B must be finite")
-        check_field(self, "lr", math.ulp(0.0), math.inf)
+        check_field(self, "lr", 0.0, math.inf)
+        if self.lr == 0.0:
+            raise ValueError("lr must be positive: with 0 there is nothing to filter")
         object.__setattr__(self, "D", D)
         object.__setattr__(self, "B", B)
 
@@ -73,9 +77,12 @@ class Linear(Filter):
         chi, m = self._polynomials()
         cuts = []
         for z in _unit_roots(chi, m):
-            denominator = complex(polynomial.polyval(z, m))
-            if abs(denominator) > 1e-12:
-                cuts.append((-complex(polynomial.polyval(z, chi)) / denominator).real / self.lr)
+            # Where both vanish, the edge is a limit: that of their first derivatives that do not.
+            for order in range(len(chi)):
+                denominator = complex(polynomial.polyval(z, polynomial.polyder(m, order)))
+                if abs(denominator) > 1e-9:
+                    value = complex(polynomial.polyval(z, polynomial.polyder(chi, order)))
+                    cuts.append((-value / denominator).real / self.lr)
         cuts = sorted(set(cuts))
         admitted = [
             (low, high)
@@ -111,13 +118,13 @@ class Linear(Filter):
 
 def _unit_roots(chi: NDArray[np.float64], m: NDArray[np.float64]) -> list[complex]:
     """All z with |z| = 1 where chi(z) / m(z) may be real, 1 and -1 among them."""
-    degree = len(chi) - 1
     m = np.concatenate([m, np.zeros(len(chi) - len(m))])
     crossed = polynomial.polysub(polynomial.polymul(chi, m[::-1]), polynomial.polymul(chi[::-1], m))
     scale = np.abs(crossed).max(initial=0.0)
     found: list[complex] = [1.0, -1.0]
-    if degree and scale > 0.0:
-        kept = np.trim_zeros(np.where(np.abs(crossed) > 1e-14 * scale, crossed, 0.0))
-        roots = polynomial.polyroots(kept)
-        found += [complex(z / abs(z)) for z in roots if abs(abs(z) - 1.0) < 1e-6]
+    kept = np.trim_zeros(np.where(np.abs(crossed) > 1e-14 * scale, crossed, 0.0))
+    for poly in (kept, chi):
+        if len(poly) > 1:
+            roots = polynomial.polyroots(poly)
+            found += [complex(z / abs(z)) for z in roots if abs(abs(z) - 1.0) < 1e-6]
     return found

@@ -118,7 +118,7 @@ class TwoStepUSAM(PolynomialFilter):
     @property
     def ascending_coefficients(self) -> tuple[float, ...]:
         middle = 2.0 if self.ascent == "sequential" else 1.0
-        return (0.0, 1.0, middle * self.rho, self.rho**2)
+        return (0.0, 1.0, middle * self.rho, self.rho * self.rho)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from eigenfilter import _core
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
 from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
@@ -55,6 +56,8 @@ __all__ = [
     "project_out",
     "select",
 ]
+
+_MOST_VECTORS = 65_535  # of a GPU's grid
 
 
 @operator(mutates=("params", "backups"))
@@ -412,8 +415,9 @@ def project_out(
         c <- c + Q w,    w <- w - Q^T (Q w)        (`passes` times over, c = 0 at first)
 
     for Q [m, n] with orthonormal rows q_i. Sums are taken in float64, in an order that depends on
-    the sizes alone (of products of floats within 64 columns as floats, on the CPU); w is rounded
-    once a pass. The basis is read `passes` + 1 times on the CPU.
+    the sizes alone (with CUDA, also on whether rows are 16-byte aligned; on the CPU, products of
+    floats are summed as floats within 64 columns); w is rounded once a pass. The CPU reads the
+    basis `passes` + 1 times.
 
     Args:
         w: [n] or [b, n], float32 or float64, contiguous.
@@ -440,13 +444,17 @@ def project_out(
         raise ValueError("w and basis must be contiguous: pass .contiguous() of them")
     if w.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"w must be float32 or float64, not {w.dtype}")
+    if w.ndim == 2 and len(w) > _MOST_VECTORS:
+        raise ValueError(f"w must be of at most {_MOST_VECTORS} vectors, not {len(w)}")
     if basis.device != w.device:
         raise ValueError(f"w is on {w.device} and basis on {basis.device}: move one of them")
     if passes < 1:
         raise ValueError(f"passes must be at least 1, not {passes}")
     shape = w.shape[:-1]
-    coefficients = torch.empty((*shape, len(basis)), dtype=torch.float64, device=w.device)
-    norms = torch.empty(shape, dtype=torch.float64, device=w.device)
+    coefficients = torch.zeros((*shape, len(basis)), dtype=torch.float64, device=w.device)
+    norms = torch.zeros(shape, dtype=torch.float64, device=w.device)
+    if w.numel() == 0:
+        return coefficients, norms
     _project_out(w, basis, coefficients, norms, passes, backend)
     return coefficients, norms
 
@@ -460,9 +468,19 @@ def _project_out(
     passes: int,
     backend: str | None,
 ) -> None:
+    _core.check(("w",), ([w],), (True,))
+    _core.check(("basis",), ([basis],), (False,))
+    if _overlap(w, basis):
+        raise ValueError("w shares memory with basis, which would change as it is read: clone it")
     with torch.no_grad():
         dispatch.of([w], backend).project_out(w, basis, coefficients, norms, passes=passes)
     increment_version([w])
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory of two contiguous tensors overlaps."""
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + b.nbytes and second < first + a.nbytes
 
 
 def _require(**lists: object) -> None:

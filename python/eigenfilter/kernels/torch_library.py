@@ -42,6 +42,7 @@ def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[_P, None]], Call
             for arg, parameter in given.items()
             if parameter.default is not parameter.empty
         }
+        positional = [arg for arg, of in given.items() if of.kind is not of.KEYWORD_ONLY]
         lists = {arg for arg, of in types.items() if of == "Sequence[Tensor] | None"}
         scalars = {arg for arg, of in types.items() if of.startswith("Scalar")}
         call: Any = kernel
@@ -51,7 +52,7 @@ def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[_P, None]], Call
             for arg, value in named.items():
                 if arg in lists:
                     named[arg] = value or None
-                elif arg in scalars and value is not None and value.device.type == "cpu":
+                elif arg in scalars and value is not None and _is_host_number(value):
                     named[arg] = float(value)
             call(**named)
 
@@ -69,7 +70,9 @@ def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[_P, None]], Call
             if not torch.compiler.is_compiling():
                 kernel(*args, **kw)
                 return
-            named = defaults | dict(zip(types, args, strict=False)) | kw
+            if len(args) > len(positional):
+                raise TypeError(f"{name}() takes {len(positional)} positional arguments")
+            named = defaults | dict(zip(positional, args, strict=False)) | kw
             for arg in scalars:
                 named[arg] = _tensor(named[arg])
             for arg in lists:
@@ -86,6 +89,10 @@ def _marked(of: str, arg: str, mutates: tuple[str, ...]) -> str:
     if arg not in mutates:
         return of
     return of.replace("Tensor", f"Tensor({chr(ord('a') + mutates.index(arg))}!)", 1)
+
+
+def _is_host_number(value: Tensor) -> bool:
+    return value.device.type == "cpu" and value.dtype in (torch.float32, torch.float64)
 
 
 def _tensor(value: Any) -> Tensor | None:

@@ -86,8 +86,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._ascended = 0  # ascents taken in the step under way
         self._written = False  # by the present call
         self._moved: list[Part] = []  # parts that are away from x, none twice
-        self._away_ids: set[int] = set()  # of their parameters, when there were
-        self._away_of = 0  # so many parts
+        self._away_ids: set[int] | None = None  # of their parameters, once asked for
         self._guard = Guard()
         self._release = GradientRelease(self)
         self._parts = Parts(Store(self.backend, self._descent.keys))
@@ -189,6 +188,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 if not piece.moved:
                     part.backups().filled = False  # until the kernel has: see restore
                     self._moved.append(part)
+                    self._away_ids = None
                 self._ascent.move(self._run, self._ascended, piece)
                 part.backups().filled = True
         except BaseException:
@@ -320,9 +320,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _away(self) -> set[int]:
         """Ids of the parameters that are away from x."""
-        if len(self._moved) != self._away_of:
+        if self._away_ids is None:
             self._away_ids = {id(p) for part in self._moved for p in part.params}
-            self._away_of = len(self._moved)
         return self._away_ids
 
     def _following_layouts(self, act: Callable[[], _T]) -> _T:
@@ -346,16 +345,17 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _descend(self) -> None:
         if not self._only_primes():
             self._require_ascents()
+        self._parts.settle()  # what was released
         found = self._gradients()
-        if self.release_gradients and not self._only_primes():
-            self._release.require_all(found)
-            if "found_inf" in vars(self):
-                raise RuntimeError(UNSCALED)
+        if self.release_gradients and "found_inf" in vars(self):
+            raise RuntimeError(UNSCALED)
         if not found and not self._release.updated and not self._only_primes():
             raise RuntimeError(
                 "step() needs the gradient of the descent, and no parameter has one: run the "
                 "closure, which calls loss.backward(), before step()"
             )
+        if found and self.release_gradients and not self._only_primes():
+            self._release.warn_of_whole()
         if self._ascended == 0:
             self._guard.begin()
         self._guard.take_over(self, found, self._ascended > 0)
@@ -444,7 +444,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._touched(parts)
 
     def _end(self) -> None:
-        self._moved, self._away_of, self._ascended = [], 0, 0
+        self._moved, self._away_ids, self._ascended = [], None, 0
+        self._parts.settle()
         self._release.updated.clear()
         self._ascent.forget()
         self._randomness = self._between = None

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from eigenfilter.optimizers import _distributed
 from eigenfilter.optimizers._ascents import Run
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._parts import Part, Piece
@@ -17,19 +18,21 @@ EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
 SEED = "rounding_seed"  # of a group that rounds stochastically: counts its kernel calls
 SEEDS = 2**24
+SPREAD = 0x9E3779B1  # odd: groups and shards begin far from each other
 
 
 def rounding_seed(part: Part) -> Tensor | None:
     """A seed of its own for each call, counted on the device; None rounds to nearest.
 
-    All ranks of a distributed job count alike, so that what they hold in common stays the same.
+    All ranks count alike what they hold in common, so that it stays the same.
     """
     group, dtype = part.group, part.params[0].dtype
     if not group["stochastic_rounding"] or dtype not in (torch.bfloat16, torch.float16):
         return None
     seed = group.get(SEED)
     if seed is None:
-        seed = torch.zeros((), dtype=torch.float32)
+        start = (part.number * 1024 + _distributed.shard_number(part.params[0])) * SPREAD % SEEDS
+        seed = torch.tensor(float(start), dtype=torch.float32)
     group[SEED] = seed = seed.to(part.device)
     return cast(Tensor, seed.add_(1).remainder_(SEEDS))
 
@@ -140,7 +143,5 @@ class AdamWDescent(Descent):
             if part.store.holders(taken) == len(part.params):
                 return taken
             taken = taken.clone()
-        for p in part.params:
-            state[p][STEP] = taken
-        part.store.remember()
+        part.store.share(part.params, STEP, taken)
         return taken

@@ -32,6 +32,19 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
     return grad
 
 
+def shard_number(t: Tensor) -> int:
+    """The number of a DTensor's shard in this process, equal where it is replicated; else 0."""
+    if not is_dtensor(t):
+        return 0
+    d = cast("DTensor", t)
+    number = 0
+    coordinate = d.device_mesh.get_coordinate() or [0] * d.device_mesh.ndim
+    for size, at, placement in zip(d.device_mesh.shape, coordinate, d.placements, strict=True):
+        if placement.is_shard():
+            number = number * size + at
+    return number
+
+
 Placing = tuple[Any, tuple[Any, ...]]
 """A mesh and the placements on it."""
 

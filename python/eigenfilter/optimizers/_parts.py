@@ -23,8 +23,11 @@ class Part:
     them together in the order of its parameters.
     """
 
-    def __init__(self, group: dict[str, Any], params: list[Tensor], store: Store) -> None:
+    def __init__(
+        self, group: dict[str, Any], number: int, params: list[Tensor], store: Store
+    ) -> None:
         self.group = group
+        self.number = number  # the group's
         self.params = params
         self.tensors = _core.TensorList(params)
         self.kind = _kind(params[0])
@@ -45,7 +48,7 @@ class Part:
         if key not in self._subparts:
             if len(self._subparts) >= 8:  # gradients come and go at random: do not hoard
                 self._subparts.clear()
-            part = Part(self.group, [self.params[i] for i in key], self.store)
+            part = Part(self.group, self.number, [self.params[i] for i in key], self.store)
             for name in set(self._lists).intersection(self.store.keys):
                 tensors = self._lists[name]
                 part._lists[name] = _core.TensorList([tensors[i] for i in key], hold=True)
@@ -75,7 +78,7 @@ class Part:
         """The buffers that the optimizer's state has at `key`; missing ones are made, as zeros."""
         if key not in self._lists:
             self._list(key, self.store.buffer)
-            self.store.remember()
+            self.store.changed()
         return self._lists[key]
 
     def drop(self, key: str) -> None:
@@ -83,7 +86,7 @@ class Part:
         del self._lists[key]
         for p in self.params:
             del self.store.state[p][key]
-        self.store.remember()
+        self.store.changed()
 
     def pasts(self, of: Callable[[dict[str, Any]], Hashable]) -> list[Hashable]:
         """What `of` makes of each parameter's state; a single item where that is the same."""
@@ -154,6 +157,7 @@ class Store:
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
         self._holders: Counter[int] = Counter()
+        self._settled = True  # what was noted last is all there is
 
     def private(self, name: str, p: Tensor) -> Tensor:
         """A tensor of the optimizer's own like the local memory of a parameter; never saved."""
@@ -180,6 +184,25 @@ class Store:
         self._values = [s.get(key) for s in self._entries for key in self.keys]
         self._holders = Counter(map(id, self._values))
         self.epoch += 1
+        self._settled = True
+
+    def changed(self) -> None:
+        """Have what a step did to the state noted when it ends."""
+        self.epoch += 1
+        self._settled = False
+
+    def settle(self) -> None:
+        """Note it."""
+        if not self._settled:
+            self.remember()
+
+    def share(self, params: Sequence[Tensor], key: str, value: Tensor) -> None:
+        """Give parameters one item of the state in common."""
+        for p in params:
+            self._holders[id(self.state[p].get(key))] -= 1
+            self.state[p][key] = value
+        self._holders[id(value)] += len(params)
+        self.changed()
 
     def holders(self, value: Any) -> int:
         """How many parameters share an item of the state."""
@@ -187,8 +210,8 @@ class Store:
 
     def unchanged(self) -> bool:
         """Whether the state is still the one noted: none of it was replaced, cleared or loaded."""
-        return not self.keys or _core.same_entries(
-            self.state, self._entries, self.keys, self._values
+        return not self.keys or (
+            self._settled and _core.same_entries(self.state, self._entries, self.keys, self._values)
         )
 
 
@@ -199,6 +222,7 @@ class Parts:
         self._store = store
         self._parts: list[Part] = []
         self._alone: dict[int, Part] = {}
+        self._group_of: dict[int, tuple[dict[str, Any], int]] = {}
         self._groups: list[tuple[list[Tensor], list[Tensor]]] = []  # each group's list, a copy
 
     def are_current(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
@@ -233,17 +257,24 @@ class Parts:
         self._parts = []
         self._alone.clear()
         self._refuse_overlap()
-        for group in groups:
+        self._group_of = {}
+        for number, group in enumerate(groups):
             by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in group["params"]:
                 by_kind.setdefault(_kind(p), []).append(p)
-            self._parts += [Part(group, params, self._store) for params in by_kind.values()]
+                self._group_of[id(p)] = group, number
+            for params in by_kind.values():
+                self._parts.append(Part(group, number, params, self._store))
+
+    def settle(self) -> None:
+        """Note what the step that ends did to the state."""
+        self._store.settle()
 
     def alone(self, p: Tensor) -> Part:
         """The part of one parameter."""
         if id(p) not in self._alone:
-            [group] = [part.group for part in self._parts if any(q is p for q in part.params)]
-            self._alone[id(p)] = Part(group, [p], self._store)
+            group, number = self._group_of[id(p)]
+            self._alone[id(p)] = Part(group, number, [p], self._store)
         return self._alone[id(p)]
 
     def _refuse_overlap(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,8 @@ UNSCALED = (
 class GradientRelease:
     """Takes the descent parameter by parameter, by hooks, while `during_backward`.
 
-    A parameter's hook comes after all its uses have been differentiated, so none needs its value.
+    A parameter's hook comes after all its uses have been differentiated. What is computed anew in
+    backward (activation checkpointing) from a detached parameter sees the update.
 
     Attributes:
         updated: ids of the parameters that have taken this step's descent.
@@ -33,8 +36,9 @@ class GradientRelease:
     def __init__(self, optimizer: EigenfilterOptimizer) -> None:
         self.updated: set[int] = set()
         self._optimizer = weakref.ref(optimizer)
-        self._hooked: set[int] = set()
-        self._awaited: set[int] = set()  # none while no backward pass is expected
+        self._inside = False
+        self._lock = threading.Lock()  # backward has a thread for each GPU
+        self._warned = False
 
     @contextmanager
     def during_backward(self, params: list[Tensor]) -> Iterator[None]:
@@ -43,41 +47,50 @@ class GradientRelease:
         Raises:
             RuntimeError: gradients are reduced over ranks, so not whole when backward has them.
         """
+        if self._inside:
+            yield
+            return
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several or any(map(_distributed.is_dtensor, params)):
             raise RuntimeError(
                 "release_gradients=True applies gradients before DDP, FSDP2 or tensor parallelism "
                 "reduce them: leave it False in a distributed job"
             )
-        for p in params:
-            if p.requires_grad and id(p) not in self._hooked:
-                p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
-                self._hooked.add(id(p))
-        self._awaited = set(map(id, params))
+        hooks = [
+            p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+            for p in params
+            if p.requires_grad
+        ]
+        self._inside = True
         try:
             yield
         finally:
-            self._awaited = set()
+            self._inside = False
+            for hook in hooks:
+                hook.remove()
 
-    def require_all(self, found: Sized) -> None:
-        """Raise if gradients are left that were not released."""
-        if found:
-            raise RuntimeError(
-                "release_gradients=True applies the descent's gradients while backward runs, and "
-                "some are left: use step(closure), or call the closure inside "
-                "`with opt.evaluation():`"
+    def warn_of_whole(self) -> None:
+        """Warn, once, that a step had gradients and none was released."""
+        if not self._warned and not self.updated:
+            self._warned = True
+            warnings.warn(
+                "release_gradients=True released nothing in this step: use step(closure), or call "
+                "the closure inside `with opt.evaluation():`",
+                stacklevel=5,
             )
 
     def _arrived(self, p: Tensor) -> None:
         optimizer = self._optimizer()
-        if optimizer is None or id(p) not in self._awaited:
+        if optimizer is None:
             return
-        if id(p) in self.updated:
-            raise RuntimeError(
-                "a second gradient arrived for a parameter that release_gradients=True has "
-                "updated: end each step with step(), and call backward() once in an evaluation; "
-                "gradients to accumulate come before it, outside `with opt.evaluation():`"
-            )
-        optimizer._descend_alone(p)
-        self.updated.add(id(p))
-        p.grad = None
+        with self._lock:
+            if id(p) in self.updated:
+                raise RuntimeError(
+                    "a second gradient arrived for a parameter that release_gradients=True has "
+                    "updated: end each step with step(), and call backward() once in an "
+                    "evaluation; gradients to accumulate come before it, outside "
+                    "`with opt.evaluation():`"
+                )
+            optimizer._descend_alone(p)
+            self.updated.add(id(p))
+            p.grad = None
