@@ -159,6 +159,27 @@ def test_fused_attention_is_named_and_its_ways_out_work(
     torch.testing.assert_close(near, exact, rtol=0, atol=1e-8)
 
 
+def test_a_missing_forward_derivative_is_named() -> None:
+    """Distances have a second derivative by double backward, and only so."""
+    model, x, target = make()
+    centres = torch.randn(3, 3, dtype=torch.float64)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return torch.cdist(output, centres, p=3.0).square().mean()
+
+    def written_out(output: Tensor, target: Tensor) -> Tensor:
+        return (output[:, None] - centres).abs().pow(3).sum(2).pow(2 / 3).mean()
+
+    v = torch.randn(39, dtype=torch.float64)
+    op = HessianOperator(model, loss_fn, (x, target), engine="forward_over_reverse")
+    with pytest.raises(NotImplementedError, match="cdist") as raised:
+        op.matvec(v)
+    assert "use engine='retained'" in raised.value.__notes__[0]
+    found = HessianOperator(model, loss_fn, (x, target), engine="retained").matvec(v)
+    expected = dense(model, x, target, loss_fn=written_out) @ v
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_a_loss_without_a_graph_raises() -> None:
     model, x, target = make()
     op = HessianOperator(model, lambda output, target: output.detach().square().mean(), (x, target))

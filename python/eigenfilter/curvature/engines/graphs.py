@@ -13,16 +13,22 @@ from torch import Tensor
 from eigenfilter.curvature.objective import Evaluation
 
 _NO_SECOND_DERIVATIVE = re.compile(
-    r"derivative .* not implemented|differentiate twice|double.?backward|forward AD"
-    r"|functorch transforms",
-    re.IGNORECASE,
+    r"derivative .* not implemented|differentiate twice|double.?backward", re.IGNORECASE
 )
+_NO_FORWARD_DERIVATIVE = re.compile(r"forward AD|functorch transforms")
 _MARKED = "torch::autograd::Error"  # the node that `once_differentiable` puts
-_CAUSE = (
-    "An operation in the model or the loss has no second derivative, which an exact product needs. "
+_WAYS_OUT = (
     "Use engine='finite_difference', which needs first derivatives only; for fused attention, the "
     "model may instead be called in `forward` under "
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
+_CAUSE = (
+    "An operation in the model or the loss has no second derivative, which an exact product needs. "
+    + _WAYS_OUT
+)
+_FORWARD_CAUSE = (
+    "An operation in the model or the loss has no forward derivative. It may have a second one by "
+    "double backward: use engine='retained'. If not: " + _WAYS_OUT
 )
 
 Pieces = Sequence[Tensor]
@@ -144,12 +150,15 @@ def nodes(roots: Pieces) -> Iterator[Any]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Add the cause to an error of torch that says a second derivative is missing."""
+    """Add to an error of torch that says a derivative is missing what to do."""
     try:
         yield
     except RuntimeError as error:
-        if _NO_SECOND_DERIVATIVE.search(str(error)) and not hasattr(error, "__notes__"):
-            error.add_note(_CAUSE)
+        if not hasattr(error, "__notes__"):
+            if _NO_SECOND_DERIVATIVE.search(str(error)):
+                error.add_note(_CAUSE)
+            elif _NO_FORWARD_DERIVATIVE.search(str(error)):
+                error.add_note(_FORWARD_CAUSE)
         raise
 
 
