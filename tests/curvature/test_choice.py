@@ -119,6 +119,15 @@ def test_what_cannot_be_vectorised_is_not(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO, LOGGER):
         found = columns(op)
     assert op.engine == "retained"
+    asked = HessianOperator(
+        model,
+        lambda z, t: nn.functional.cross_entropy(Choosing.apply(z), t),
+        (x, target),
+        engine="batched",
+    )
+    with pytest.raises(RuntimeError, match="Batching rule not implemented") as raised:
+        columns(asked)
+    assert "engine='retained'" in raised.value.__notes__[0]
     (record,) = caplog.records
     assert "batched refused: " in record.getMessage()
     smooth = HessianOperator(

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 _CHANGED = (
     "the loader gave other batches in a second pass, so that products would belong to no single "
-    "matrix: give it a fixed order (shuffle=False, or no generator of its own), switch off random "
-    "augmentation, or pass list(loader)"
+    "matrix: give it a fixed order (shuffle=False, or neither a generator of its own nor "
+    "persistent workers), switch off random augmentation, or pass list(loader)"
 )
 
 

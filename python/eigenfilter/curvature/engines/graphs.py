@@ -16,6 +16,7 @@ _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative .* not implemented|differentiate twice|double.?backward", re.IGNORECASE
 )
 _NO_FORWARD_DERIVATIVE = re.compile(r"forward AD|functorch transforms")
+_NO_BATCHING = re.compile(r"vmap|batching rule", re.IGNORECASE)
 _MARKED = "torch::autograd::Error"  # the node that `once_differentiable` puts
 _WAYS_OUT = (
     "Use engine='finite_difference', which needs first derivatives only; for fused attention, the "
@@ -115,10 +116,15 @@ def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
 
 def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Products:
     """Return u^T d outputs / d inputs and keep the graph; `batched`: of all u [b, ...] at once."""
-    with explained():
-        return torch.autograd.grad(
-            outputs, inputs, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        )
+    try:
+        with explained():
+            return torch.autograd.grad(
+                outputs, inputs, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+    except RuntimeError as error:
+        if batched and _NO_BATCHING.search(str(error)):
+            error.add_note("No vectorised backward: engine='retained' goes vector by vector.")
+        raise
 
 
 def gradient(evaluation: Evaluation, params: Pieces) -> Products:
