@@ -35,6 +35,10 @@ NORM_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
 }
 
 
+# Sums of 1.9 million products in float32, whose order differs, of vectors of norm 1 and 1,400.
+PROJECTED = Tolerance(rtol=1e-5, atol=1e-5)
+
+
 def problem(device: torch.device, dtype: torch.dtype) -> Problem:
     """Four tensors: 25 million elements together, 100 million on a GPU."""
     return Problem([(6_250_000 if device.type == "cpu" else 25_000_000,)] * 4, device, dtype)
@@ -112,6 +116,40 @@ def flag_nonfinite(setting: Setting, dtype: torch.dtype) -> Contest:
     )
 
 
+ROWS, COLUMNS = 60, 1_900_000
+
+
+def project_out(setting: Setting, dtype: torch.dtype) -> Contest:
+    """Two passes of Gram-Schmidt against 60 vectors: torch has them in float32, we in `dtype`."""
+    shape, device = (ROWS, COLUMNS), setting.device
+    random = torch.Generator(device).manual_seed(0)
+    basis = (
+        torch.randn(shape, generator=random, device=device) / COLUMNS**0.5
+    )  # all but orthonormal
+    start = torch.randn(COLUMNS, generator=random, device=device)
+    basis = basis.to(dtype)
+    wide = basis.float()
+
+    def contender(name: str, run: Callable[[Tensor], object]) -> Contender:
+        w = start.clone()
+        phase = Phase(lambda: w.copy_(start), lambda: run(w))
+        return Contender(name, (phase,), lambda: [w])
+
+    def two_passes(w: Tensor) -> None:
+        for _ in range(2):
+            torch.addmv(w, wide.T, wide @ w, alpha=-1, out=w)
+        torch.linalg.vector_norm(w)
+
+    ours = contender(
+        "eigenfilter", lambda w: kernels.project_out(w, basis, backend=setting.backend)
+    )
+    moved = 3 * ROWS * COLUMNS * dtype.itemsize
+    yardstick = copy(ROWS * COLUMNS, dtype, device, moved)
+    return Contest(
+        ours, (contender("torch", two_passes),), (yardstick,), PROJECTED, moved, "device"
+    )
+
+
 def _contender(name: str, run: Callable[[], object], result: list[Tensor]) -> Contender:
     return Contender(name, (Phase(nothing, run),), lambda: result)
 
@@ -139,4 +177,12 @@ BENCHMARKS = tuple(
     )
     for name, build in KERNELS.items()
     for dtype in TOLERANCES
+) + tuple(
+    Benchmark(
+        f"project-out-{str(dtype).removeprefix('torch.')}",
+        f"kernel `project_out`, two passes against {ROWS} vectors in {dtype}, 1.9 million elements",
+        functools.partial(project_out, dtype=dtype),
+        {"cpu": (Goal("torch", 3.0),), "cuda": (Goal("torch", 3.0),)},
+    )
+    for dtype in (torch.float32, torch.float16)
 )
