@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from eigenfilter.benchmarks import finite_differences, memory, page, registry, timings
+from eigenfilter.benchmarks import (
+    finite_differences,
+    memory,
+    page,
+    registry,
+    timings,
+    triton_blocks,
+)
 from eigenfilter.experiments.arguments import output_folder, whole
 from eigenfilter.experiments.errors import UserError, require
 
@@ -65,6 +72,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         _finite_differences,
     )
     _add_out(of_differences)
+    of_blocks = table(
+        "triton-blocks",
+        "which sizes of blocks serve the Triton kernels best, on a GPU",
+        triton_blocks.__doc__,
+        _triton_blocks,
+    )
+    _add_device(of_blocks)
+    _add_out(of_blocks)
     of_page = table("page", "figures and a page from results", page.__doc__, _page)
     of_page.add_argument(
         "files", nargs="+", type=Path, metavar="RESULTS.json", help="what the others wrote"
@@ -101,6 +116,16 @@ def _finite_differences(args: argparse.Namespace) -> int:
     _refuse(args, "only", "repeat", "list", "device")
     require("sklearn")
     finite_differences.run(_folder(args))
+    return 0
+
+
+def _triton_blocks(args: argparse.Namespace) -> int:
+    _refuse(args, "only", "repeat", "list")
+    device = _device(args)
+    if device.type == "cpu":
+        raise UserError("triton-blocks times a GPU: give --device cuda")
+    require("triton")
+    triton_blocks.run(device, _folder(args))
     return 0
 
 
