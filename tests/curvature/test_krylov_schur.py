@@ -105,5 +105,5 @@ def test_a_start_is_near_the_one_given() -> None:
     starts: Tensor = torch.eye(50, dtype=torch.float64)[:2] * torch.tensor([[3.0], [1e-3]])
     run.begin(starts)
     cosines = (run.basis[:2] * starts).sum(1) / starts.norm(dim=1)
-    assert (cosines > 0.9).all()
-    assert (cosines < 0.999).all()
+    assert (cosines > 0.98).all()
+    assert (cosines < 0.9999).all()

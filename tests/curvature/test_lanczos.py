@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from curvature.dense import DTYPES, DenseOperator, check, decaying, operator, wanted
@@ -323,3 +325,68 @@ def test_half_precision_is_refused() -> None:
 def test_one_is_a_block_size() -> None:
     op = operator(decaying(40))
     check(op, eigsh(op, 2, block_size=1), wanted(decaying(40), 2, "LA"), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("block_size", [2, 4])
+def test_blocks_agree_with_the_spectrum(dtype: torch.dtype, which: str, block_size: int) -> None:
+    class OnlyBlocks(DenseOperator):
+        def matvec(self, v: Tensor) -> Tensor:
+            raise AssertionError("one vector at a time")
+
+    spectrum = 10 / torch.arange(1.0, 301.0, dtype=torch.float64)
+    spectrum[1::2] *= -0.9
+    op = OnlyBlocks(operator(spectrum, dtype).matrix)
+    result = eigsh(op, 6, which, block_size=block_size)
+    check(op, result, wanted(spectrum, 6, which), 1e-4)
+    assert result.matvecs % block_size == 0
+
+
+def test_a_block_sees_as_many_copies_as_it_is_wide() -> None:
+    spectrum = torch.cat([torch.tensor([5.0] * 4 + [4.0] * 3), torch.linspace(0, 1, 150)])
+    op = operator(spectrum)
+    for block_size, looks in ((4, False), (2, True), (1, True)):
+        op.count = 0
+        result = eigsh(op, 7, block_size=block_size, look_for_copies=looks)
+        check(op, result, wanted(spectrum, 7, "LA"), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "k"),
+    [([5.0] * 3 + [1.0] * 20, 4), ([0.0] * 30, 3), ([1.0] * 10, 10), ([3.0, -2.0, 1.0], 2)],
+)
+def test_blocks_exhaust_invariant_subspaces(spectrum: list[float], k: int) -> None:
+    for block_size in (2, 4):
+        op = operator(torch.tensor(spectrum))
+        result = eigsh(op, k, block_size=block_size)
+        check(op, result, wanted(torch.tensor(spectrum), k, "LA"), 1e-4)
+
+
+def test_a_block_starts_from_a_block() -> None:
+    spectrum = torch.cat([10 - torch.arange(4.0) / 10, torch.linspace(-1, 9, 300)]).double()
+    op = operator(spectrum)
+    before = eigsh(op, 4, block_size=4, look_for_copies=False, max_matvecs=900)
+    warm = eigsh(op, 4, block_size=4, look_for_copies=False, v0=before)
+    assert warm.matvecs <= 0.7 * before.matvecs
+    torch.testing.assert_close(warm.values, before.values, rtol=1e-4, atol=0)
+
+
+spectra = st.lists(st.integers(-6, 6), min_size=1, max_size=24)
+
+
+@settings(max_examples=150, deadline=None)
+@given(spectra, st.data())
+def test_any_spectrum(integers: list[int], data: st.DataObject) -> None:
+    """Small spectra full of multiplicities, every end, any k, any block."""
+    spectrum = torch.tensor(integers, dtype=torch.float64)
+    k = data.draw(st.integers(1, len(integers)))
+    which = data.draw(st.sampled_from(["LA", "SA", "LM", "BE"]))
+    block_size = data.draw(st.integers(1, 3))
+    op = operator(spectrum)
+    result = eigsh(op, k, which, block_size=block_size)
+    expected = wanted(spectrum, k, which)
+    if which == "LM":  # -2 and 2 may stand for each other
+        torch.testing.assert_close(result.values.abs(), expected.abs(), rtol=1e-4, atol=1e-9)
+    else:
+        check(op, result, expected, 1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 12  # elements of which a norm is taken at a time
 _CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
 
 
@@ -23,7 +24,18 @@ def project_out(w: Tensor, basis: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """
     c = basis @ w
     torch.addmv(w, basis.T, c, alpha=-1, out=out)
-    return c.double(), torch.linalg.vector_norm(out, dtype=torch.float64)
+    return c.double(), norm(out)
+
+
+def norm(w: Tensor) -> Tensor:
+    """Return ||w|| of w [n], in float64: summed in pieces, so that float32 errs by its eps only.
+
+    Torch's own sum in float64 first makes a copy in float64, which takes five times as long.
+    """
+    pieces = w[: len(w) // _PIECE * _PIECE].view(-1, _PIECE)
+    rest = torch.linalg.vector_norm(w[pieces.numel() :])
+    norms = torch.linalg.vector_norm(pieces, dim=1)
+    return torch.cat([norms, rest[None]]).double().norm()
 
 
 def rotate(basis: Tensor, first: int, s: Tensor) -> None:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.basis import project_out, rotate
+from eigenfilter.curvature.basis import norm, project_out, rotate
 from eigenfilter.curvature.protocol import SymmetricOperator
 
 _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
-_RANDOM = 0.3  # how much of a random vector, relative to it, is mixed into a given start
+_RANDOM = 0.1  # how much of a random vector, relative to it, is mixed into a given start
 
 
 class Ritz(NamedTuple):
@@ -95,15 +95,14 @@ class KrylovSchur:
         for i in range(min(self._width, len(self.basis) - first)):
             row = self.basis[first + i].normal_(generator=self._generator)
             if starts is not None:
-                length = torch.linalg.vector_norm(starts[i])
-                row *= _RANDOM * length / torch.linalg.vector_norm(row)
+                row *= _RANDOM * norm(starts[i]) / norm(row)
                 row += starts[i]
-            norm = torch.linalg.vector_norm(row)
             # Where the basis leaves little room, little remains, with a large error: so again.
-            for _ in range(3):
-                row /= norm
-                _, norm = project_out(row, self.basis[: first + i], row)
-            row /= norm
+            length = norm(row)
+            for _ in range(3 if first + i else 1):
+                row /= length
+                _, length = project_out(row, self.basis[: first + i], row)
+            row /= length
             self.end += 1
             self._origins.append(first)
 
@@ -134,15 +133,15 @@ class KrylovSchur:
         out = torch.empty_like(w) if inside else self.basis[new]
         origin = self._origins[j]
         local, _ = project_out(w, self.basis[origin:new], out)
-        rest, norm = project_out(out, self.basis[:new], out)
+        rest, length = project_out(out, self.basis[:new], out)
         row = self._c[j]
         row.zero_()
         row[:new] = rest
         row[origin:new] += local
         if inside:
             return
-        row[new] = norm
-        out /= norm.clamp_min(torch.finfo(w.dtype).tiny)
+        row[new] = length
+        out /= length.clamp_min(torch.finfo(w.dtype).tiny)
         self._origins.append(j)
         self._children[j] = new
         self.end += 1

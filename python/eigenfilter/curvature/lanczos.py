@@ -73,7 +73,7 @@ def eigsh(
             Blocks need more products, for b = 4 about 1.6 times as many at k = 10 and 1.2 times at
             k = 50: worth it where several products cost little more than one.
         v0: where to start: a vector [n], a block [n, c], or the result of an earlier, similar
-            problem; column i is added to start i modulo b. A random vector of 0.3 times its length
+            problem; column i is added to start i modulo b. A random vector of 0.1 times its length
             is added to each, so that no eigenvector is missing. By default random.
         criterion: "value" or "vector", see above.
         look_for_copies: whether to look for pairs that one sequence cannot see.
