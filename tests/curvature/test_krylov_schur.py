@@ -20,7 +20,7 @@ def grown(op: DenseOperator, steps: int, rows: int, width: int) -> KrylovSchur:
 
 def check_identity(op: DenseOperator, run: KrylovSchur, ritz: Ritz) -> None:
     """Columns are orthonormal, and what H Q S - Q S Theta leaves is what B says, along P."""
-    scale = 20 * torch.finfo(op.dtype).eps
+    scale = 40 * torch.finfo(op.dtype).eps
     basis = run.basis[: run.end].double()
     assert (basis @ basis.T - torch.eye(run.end)).abs().max() < scale
     q, p = basis[run.locked : run.size].T, basis[run.size :].T

@@ -35,7 +35,8 @@ def norm(w: Tensor) -> Tensor:
     pieces = w[: len(w) // _PIECE * _PIECE].view(-1, _PIECE)
     rest = torch.linalg.vector_norm(w[pieces.numel() :])
     norms = torch.linalg.vector_norm(pieces, dim=1)
-    return torch.cat([norms, rest[None]]).double().norm()
+    total: Tensor = torch.linalg.vector_norm(torch.cat([norms, rest[None]]).double())
+    return total
 
 
 def rotate(basis: Tensor, first: int, s: Tensor) -> None:

@@ -32,11 +32,12 @@ class KrylovSchur:
 
     With p = b = 1 this is the Lanczos iteration; wider, it is band Lanczos. T is the lower triangle
     of the c_j, mirrored. Two passes make a product orthogonal: one against the vectors that H q_j
-    can lie along in exact arithmetic, the two or so before it and all that a restart kept; then one
-    against the whole basis, for what rounding left. T adds up the coefficients of both.
+    can lie along in exact arithmetic, the two or so before it and all that a restart kept or that
+    is locked; then one against the whole basis, for what rounding left. T adds up the coefficients
+    of both.
 
-    Locked pairs are columns before Q that it stays orthogonal to. They take no further part; the
-    little that products still have along them counts as residual.
+    Locked pairs are columns before Q that it stays orthogonal to. They take no further part, until
+    they are unlocked.
 
     Memory: n (rows + b) elements. Coefficients stay on the device until `collect`.
 
@@ -131,7 +132,8 @@ class KrylovSchur:
         new = self.end
         inside = new == len(self.basis)  # the basis spans the whole space: there is nothing new
         out = torch.empty_like(w) if inside else self.basis[new]
-        origin = self._origins[j]
+        # Locked pairs with a residual are never far: what has gone must not be large beside w.
+        origin = 0 if self.locked else self._origins[j]
         local, _ = project_out(w, self.basis[origin:new], out)
         rest, length = project_out(out, self.basis[:new], out)
         row = self._c[j]
