@@ -28,6 +28,10 @@ def test_agrees_with_the_spectrum_and_stops_by_itself(
     check(op, result, wanted(spectrum, k, which), 1e-3)
     assert result.matvecs - result.copy_matvecs < 150
     assert result.reason == f"{k} pairs converged"
+    vectors = result.vectors.double()
+    measured = (op.matrix.double() @ vectors - vectors * result.values).norm(dim=0)
+    rounding = 31 * 40 * torch.finfo(dtype).eps
+    torch.testing.assert_close(result.residuals.double(), measured, rtol=0, atol=rounding)
     if criterion == "vector":
         eigenvectors = torch.linalg.eigh(op.matrix.double()).eigenvectors
         cosines = (eigenvectors.T @ result.vectors.double()).abs().amax(0)

@@ -19,7 +19,8 @@ class Ritz(NamedTuple):
 
     values: Tensor  # theta [m], ascending
     vectors: Tensor  # S [m, m]: the pairs are theta_i, Q s_i
-    residuals: Tensor  # [m], ||H Q s_i - theta_i Q s_i||
+    residuals: Tensor  # [m], ||H Q s_i - theta_i Q s_i||, less what lies along locked vectors
+    lost: Tensor  # [m], the share of the residuals that is a bound
 
 
 class KrylovSchur:
@@ -37,7 +38,10 @@ class KrylovSchur:
     of both.
 
     Locked pairs are columns before Q that it stays orthogonal to. They take no further part, until
-    they are unlocked.
+    they are unlocked: then T has the coefficients between them and what came since. Of the residual
+    that a pair had when it was locked only the length is known, less what T has of it by now:
+
+        H Q = Q T + P B + E,    ||H Q s - theta Q s|| <= ||B s|| + sum_j |s_j| ||E e_j||
 
     Memory: n (rows + b) elements. Coefficients stay on the device until `collect`.
 
@@ -57,10 +61,11 @@ class KrylovSchur:
         self.norm = 0.0  # of H, as far as it has been seen
         self._op = op
         self._rows = min(rows, n)
-        self._width = width
+        self.width = width
         room = min(rows + width, n)
         self.basis = torch.empty(room, n, dtype=op.dtype, device=op.device)  # (locked, Q, P)^T
         self._c = torch.zeros(self._rows, room, dtype=torch.float64, device=op.device)
+        self._lost = torch.zeros(self._rows, dtype=torch.float64)  # ||E e_j||, on the host
         self._origins: list[int] = []  # of rows [0, end): the first row their product may lie along
         self._children: dict[int, int] = {}  # row multiplied -> row that was new in its product
         self._generator = torch.Generator(op.device).manual_seed(seed)
@@ -91,12 +96,13 @@ class KrylovSchur:
         return self._rows - self.locked - (self.end - self.size)
 
     def begin(self, starts: Tensor | None = None) -> None:
-        """Let b random vectors wait, orthogonal to the basis; near `starts` [b, n] if given."""
+        """Let b random vectors wait, orthogonal to the basis; the first near `starts` [<= b, n]."""
         first = self.end
-        for i in range(min(self._width, len(self.basis) - first)):
+        for i in range(min(self.width, len(self.basis) - first)):
             row = self.basis[first + i].normal_(generator=self._generator)
-            if starts is not None:
-                row *= _RANDOM * norm(starts[i]) / norm(row)
+            if starts is not None and i < len(starts):
+                tiny = torch.finfo(row.dtype).tiny  # starts may have cancelled
+                row *= _RANDOM * norm(starts[i]).clamp_min(tiny) / norm(row)
                 row += starts[i]
             # Where the basis leaves little room, little remains, with a large error: so again.
             length = norm(row)
@@ -109,7 +115,7 @@ class KrylovSchur:
 
     def step(self, most: int) -> int:
         """Multiply the vectors that wait, at most b or `most` of them, and return how many."""
-        first, count = self.size, min(self._width, self.end - self.size, most)
+        first, count = self.size, min(self.width, self.end - self.size, most)
         for j, w in enumerate(self._multiply(first, count), first):
             self.size += 1
             self._orthogonalise(j, w)
@@ -169,10 +175,15 @@ class KrylovSchur:
                 self._cut(j + 1, child)
                 c = c[: self.size - self.locked, : self.end]
                 break
-        t = c[:, self.locked : self.size]
+        t, b = c[:, self.locked : self.size], c[:, self.size :]
         values, vectors = torch.linalg.eigh(t)  # reads the lower triangle
-        left = torch.cat([c[:, : self.locked], c[:, self.size :]], dim=1)
-        return Ritz(values, vectors, (left.T @ vectors).norm(dim=0))
+        # What a product has along an earlier vector, but that one's product did not know of.
+        seen = (t - t.T).tril(-1).square().sum(0)
+        lost = self._lost[self.locked : self.size]
+        lost = torch.maximum(lost.square() - seen, 2.0 * self.rounding * lost).sqrt()
+        unknown = lost @ vectors.abs()
+        known = torch.linalg.vector_norm(b.T @ vectors, dim=0)
+        return Ritz(values, vectors, known + unknown, unknown)
 
     def _cut(self, size: int, end: int) -> None:
         self.size, self.end = size, end
@@ -193,6 +204,7 @@ class KrylovSchur:
         kept_rows[:, : self.locked] = left[:, : self.locked]
         kept_rows[:, size : size + len(waiting)] = left[:, self.size : self.end]
         kept_rows.diagonal(self.locked).copy_(ritz.values[kept])
+        self._lost[self.locked : size] = ritz.lost[kept]
         self.size, self.end = size, size + len(waiting)
         self._origins = [self.locked] * self.end
         self._children = {}
@@ -205,6 +217,12 @@ class KrylovSchur:
         self._origins = [0] * self.end
         self._children = {}
         self._c.zero_()
+
+    def unlock(self, values: Tensor, residuals: Tensor) -> None:
+        """Make the locked vectors, pairs with these values and residuals, part of Q."""
+        self._c[: self.locked, : self.locked] = values.diag().to(self._c)
+        self._lost[: self.locked] = residuals
+        self.locked = 0
 
     def vectors(self, ritz: Ritz, picked: Tensor) -> Tensor:
         """Return the columns [n, l] with indices `picked`, counted as in `lock`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
 from eigenfilter.curvature.stopping import CRITERIA, WHICH, Pairs, Rule
 
+_FEW = 20  # steps in which a pair can converge by luck
 _THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps
 
 
@@ -55,10 +57,12 @@ def eigsh(
     So before it returns, the k pairs are locked, and a sequence from a random start orthogonal to
     them looks for better ones, until the chance that one was missed is below 1 in 10 for the least
     favourable spectrum; this is repeated while it finds any. (None was missed in 480 trials on
-    spectra like those of networks.) Where Q is invariant before it holds k pairs, the same is done.
+    spectra like those of networks.) What it finds is joined to the k by a Rayleigh-Ritz step. Where
+    Q is invariant before it holds k pairs, the same is done.
 
-    Cost: the products, usually 2 to 4 k; a look for copies takes 5 to 30 of them. Per product, two
-    passes over Q, of 2 n m multiplications each at most, and a restart n m l for l vectors kept.
+    Cost: the products, usually 2 to 4 k, and for a look for copies 5 to 20, or up to as many again
+    where the rest of the spectrum is dense next to the wanted. Per product, two passes over Q, of
+    2 n m multiplications each at most, and a restart n m l for l vectors kept.
     Memory: n (max_basis + b) elements, and n k for the result.
 
     Args:
@@ -157,7 +161,9 @@ def _starts(op: SymmetricOperator, v0: Tensor | EigenResult, width: int) -> Tens
     norms = torch.linalg.vector_norm(v, dim=0)
     if not ((norms > 0) & norms.isfinite()).all():
         raise ValueError("v0 must be finite and not zero")
-    return torch.stack([v[:, i::width] @ norms[i::width].reciprocal() for i in range(width)])
+    return torch.stack(
+        [v[:, i::width] @ norms[i::width].reciprocal() for i in range(min(width, v.shape[1]))]
+    )
 
 
 class _Search:
@@ -180,23 +186,34 @@ class _Search:
         self._cold = starts is None
         while True:
             self._advance(limit)
-            ritz = run.collect()
-            rule = Rule(*self._asked, run.norm, torch.finfo(run.basis.dtype).eps, run.rounding)
-            picked, wanted = self._pick(rule, ritz)
-            pairs = self._locked + rule.judge(ritz, wanted, run.closed)
+            ritz, rule, picked, wanted, pairs = self._look()
             enough = len(picked) == self._k
-            spent = enough and run.products >= limit
             settled = enough and self._settled(rule, pairs, picked)
-            if settled and (not look_for_copies or (self._looking and not wanted.any())):
-                break
-            if spent or run.whole:
-                break
+            news = bool(wanted.any())
+            done = settled and (not look_for_copies or (self._looking and not news))
+            done = done or run.whole or (enough and run.products >= limit)
+            if (done or settled or run.closed) and news and run.locked:
+                run.unlock(self._locked.values, self._locked.residuals)
+                self._locked = Pairs.none()
+                ritz, rule, picked, wanted, pairs = self._look()
+                if settled:  # T only gained; the residuals are bounds now, and may say less
+                    pairs = replace(pairs, met=pairs.met.index_fill(0, picked, True))
+            if done:
+                return self._result(ritz, rule, pairs, picked, settled)
             if settled or run.closed:
                 self._lock(ritz, pairs, picked)
                 run.begin()
             elif run.full:
                 run.restart(ritz, self._kept(rule, ritz, wanted))
-        return self._result(ritz, rule, pairs, picked, settled)
+
+    def _look(self) -> tuple[Ritz, Rule, Tensor, Tensor, Pairs]:
+        """Return the pairs of T, the rule, which pairs are the best, which of those are of Q, and
+        all pairs, locked ones first."""
+        run = self._run
+        ritz = run.collect()
+        rule = Rule(*self._asked, run.norm, torch.finfo(run.basis.dtype).eps, run.rounding)
+        picked, wanted = self._pick(rule, ritz)
+        return ritz, rule, picked, wanted, self._locked + rule.judge(ritz, wanted, run.closed)
 
     def _advance(self, limit: int) -> None:
         """Multiply until T is worth looking at: often only when it may hold what is wanted."""
@@ -227,25 +244,26 @@ class _Search:
         run = self._run
         if self._looking and bool((picked < run.locked).all()):
             others = pairs[torch.arange(run.locked, len(pairs.values))]
-            steps = run.products - self._began
+            steps = (run.products - self._began) // run.width
             n = run.basis.shape[1]
             # Where the rest is dense next to the k, the chance shrinks slowly; but a copy of one of
             # them converges as soon as that one did, if that one started at random as well.
+            long = max(self._searched // run.width, _FEW)
             return (
                 run.closed
-                or (self._cold and steps >= self._searched)
+                or (self._cold and steps >= long)
                 or rule.exhausted(self._locked.values, others, n, steps)
             )
         return run.closed or bool(pairs.met[picked].all())
 
     def _lock(self, ritz: Ritz, pairs: Pairs, picked: Tensor) -> None:
         run = self._run
-        run.lock(ritz, picked)
-        self._locked = pairs[picked]
-        self._began = run.products
         if len(picked) == self._k and not self._looking:
             self._looking = True
             self._searched = run.products
+        run.lock(ritz, picked)
+        self._locked = pairs[picked]
+        self._began = run.products
 
     def _kept(self, rule: Rule, ritz: Ritz, wanted: Tensor) -> Tensor:
         """Return the indices of the pairs of Q that a restart keeps."""

@@ -16,7 +16,8 @@ class EigenResult:
             magnitude.
         vectors: [n, k], orthonormal; column i belongs to values[i].
         residuals: [k], ||H v - theta v||, known from the iteration without further products.
-            An eigenvalue of H lies within residuals[i] of values[i].
+            An eigenvalue of H lies within residuals[i] of values[i]. Bounds where copies were
+            found, since then pairs come of several sequences; else exact.
         errors: [k], estimates of |theta - lambda|, at most residuals: quadratic in the residual
             where the gap to the next pairs is seen. Rounding in the products, some units in the
             last place of ||H||, is in neither.
