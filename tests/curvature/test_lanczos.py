@@ -394,3 +394,16 @@ def test_any_spectrum(integers: list[int], data: st.DataObject) -> None:
         torch.testing.assert_close(result.values.abs(), expected.abs(), rtol=1e-4, atol=1e-9)
     else:
         check(op, result, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
+def test_the_basis_may_lie_on_the_host(device: str) -> None:
+    op = operator(decaying(300), torch.float32)
+    here = eigsh(op, 5, v0=torch.ones(300))
+    there = DenseOperator(op.matrix.to(device))
+    result = eigsh(there, 5, basis_device="cpu", v0=torch.ones(300))
+    assert result.vectors.device.type == result.converged.device.type == device
+    torch.testing.assert_close(result.values.cpu(), here.values, rtol=1e-5, atol=0)
+    assert result.orthogonality < 1e-5

@@ -51,8 +51,18 @@ class KrylovSchur:
     Comp. 33 (1979).
     """
 
-    def __init__(self, op: SymmetricOperator, rows: int, width: int, seed: int) -> None:
-        """Make room for `rows` locked and multiplied vectors; multiply `width` at a time."""
+    def __init__(
+        self,
+        op: SymmetricOperator,
+        rows: int,
+        width: int,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """Make room for `rows` locked and multiplied vectors; multiply `width` at a time.
+
+        device: where the basis lies; None for that of the operator.
+        """
         n = op.shape[0]
         self.locked = 0  # rows [0, locked) of the basis
         self.size = 0  # rows [locked, size) are Q
@@ -63,12 +73,16 @@ class KrylovSchur:
         self._rows = min(rows, n)
         self.width = width
         room = min(rows + width, n)
-        self.basis = torch.empty(room, n, dtype=op.dtype, device=op.device)  # (locked, Q, P)^T
-        self._c = torch.zeros(self._rows, room, dtype=torch.float64, device=op.device)
+        device = op.device if device is None else device
+        pinned = device.type == "cpu" and op.device.type == "cuda"
+        self.basis = torch.empty(  # (locked, Q, P)^T
+            room, n, dtype=op.dtype, device=device, pin_memory=pinned
+        )
+        self._c = torch.zeros(self._rows, room, dtype=torch.float64, device=device)
         self._lost = torch.zeros(self._rows, dtype=torch.float64)  # ||E e_j||, on the host
         self._origins: list[int] = []  # of rows [0, end): the first row their product may lie along
         self._children: dict[int, int] = {}  # row multiplied -> row that was new in its product
-        self._generator = torch.Generator(op.device).manual_seed(seed)
+        self._generator = torch.Generator(device).manual_seed(seed)
 
     @property
     def rounding(self) -> float:
@@ -122,7 +136,7 @@ class KrylovSchur:
         return count
 
     def _multiply(self, first: int, count: int) -> list[Tensor]:
-        v = self.basis[first : first + count]
+        v = self.basis[first : first + count].to(self._op.device)
         products = [self._op.matvec(v[0])] if count == 1 else list(self._op.matmat(v.T).unbind(1))
         self.products += count
         for w in products:
@@ -131,7 +145,7 @@ class KrylovSchur:
                     f"product {self.products} is {list(w.shape)}, {w.dtype}, on {w.device}; the "
                     f"operator takes {list(v.shape[1:])}, {v.dtype}, on {v.device}"
                 )
-        return products
+        return [w.to(self.basis.device) for w in products]
 
     def _orthogonalise(self, j: int, w: Tensor) -> None:
         """Fill row j of the coefficients from w = H q_j; let what is new in w wait."""
@@ -225,9 +239,10 @@ class KrylovSchur:
         self.locked = 0
 
     def vectors(self, ritz: Ritz, picked: Tensor) -> Tensor:
-        """Return the columns [n, l] with indices `picked`, counted as in `lock`."""
+        """Return the columns [n, l] with indices `picked`, counted as in `lock`, on the operator's
+        device."""
         s = self._columns(ritz)[:, picked].to(self.basis)
-        return torch.mm(s.T, self.basis[: self.size]).T
+        return torch.mm(s.T, self.basis[: self.size]).T.to(self._op.device)
 
     def _columns(self, ritz: Ritz) -> Tensor:
         """Return what combines the rows of the basis to the locked vectors and the pairs of Q."""

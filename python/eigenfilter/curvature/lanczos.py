@@ -32,6 +32,7 @@ def eigsh(
     criterion: str = "value",
     look_for_copies: bool = True,
     max_basis: int | None = None,
+    basis_device: torch.device | str | None = None,
     seed: int = 0,
 ) -> EigenResult:
     """Return k eigenpairs of a symmetric operator H, stopping by itself.
@@ -84,6 +85,9 @@ def eigsh(
         max_basis: the most columns of Q, >= min(n, k + 2 b + 2). By default 20 for k <= 8, 2 k for
             some tens, 1.5 k for k >= 40; more where b > 1, and up to 256 where these are no more
             than 2^22 elements.
+        basis_device: where Q and P lie, and all is done but the products: by default with the
+            operator; "cpu" for page-locked memory of the host, which a CUDA operator whose vectors
+            fill its device may need.
         seed: of the random vectors; the global generator is left alone.
 
     Returns:
@@ -104,9 +108,11 @@ def eigsh(
     limit = max(300, 20 * k) if max_matvecs is None else max_matvecs
     rows = _default_basis(op.shape[0], k, width) if max_basis is None else max_basis
     _check(op, k, which, tol, criterion, limit, width, rows)
-    starts = None if v0 is None else _starts(op, v0, width)
+    device = op.device if basis_device is None else torch.device(basis_device)
+    starts = None if v0 is None else _starts(op, v0, width).to(device)
     with getattr(op, "fixed", nullcontext)():
-        search = _Search(KrylovSchur(op, rows, width, seed), k, which, tol, criterion)
+        run = KrylovSchur(op, rows, width, seed, device)
+        search = _Search(run, k, which, tol, criterion)
         result = search.solve(starts, limit, look_for_copies)
     if not result.converged.all():
         warnings.warn(result.reason, RuntimeWarning, stacklevel=3)
@@ -287,12 +293,13 @@ class _Search:
             reason = f"{found} pairs converged"
         else:
             reason = f"{found} pairs converged; max_matvecs cut the look for copies short"
+        vectors = run.vectors(ritz, picked)
         return EigenResult(
-            values=pairs.values.to(run.basis),
-            vectors=run.vectors(ritz, picked),
-            residuals=pairs.residuals.to(run.basis),
-            errors=pairs.errors.to(run.basis),
-            converged=pairs.met.to(run.basis.device),
+            values=pairs.values.to(vectors),
+            vectors=vectors,
+            residuals=pairs.residuals.to(vectors),
+            errors=pairs.errors.to(vectors),
+            converged=pairs.met.to(vectors.device),
             matvecs=run.products,
             copy_matvecs=run.products - self._searched if self._looking else 0,
             orthogonality=orthogonality(run.basis[: run.size]),
