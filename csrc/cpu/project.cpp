@@ -13,7 +13,8 @@ void project_out(const Projection& p, int threads) {
     const Loops& table = loops();
     const std::int64_t blocks = (p.columns + kColumns - 1) / kColumns;
     const std::int64_t bytes =
-        p.columns * (p.rows * size_of(p.basis_dtype) + p.count * size_of(p.vector_dtype));
+        (p.passes + 1) * p.columns *
+        (p.rows * size_of(p.basis_dtype) + p.count * size_of(p.vector_dtype));
     const int workers =
         static_cast<int>(std::clamp<std::int64_t>(bytes / kBytesAThread, 1, std::max(threads, 1)));
     const std::int64_t dots = p.count * p.rows;

@@ -9,24 +9,6 @@ _PIECE = 1 << 12  # elements of which a norm is taken at a time
 _CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
 
 
-def project_out(w: Tensor, basis: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Write w less its part along the rows of a basis: one pass of classical Gram-Schmidt.
-
-        c = V^T w,    out = w - V c
-
-    Args:
-        w: [n].
-        basis: [m, n], V^T, its rows contiguous.
-        out: [n], contiguous; may be w, but no row of basis.
-
-    Returns:
-        c [m] and ||out||, on the device, in float64. Nothing is synchronised.
-    """
-    c = basis @ w
-    torch.addmv(w, basis.T, c, alpha=-1, out=out)
-    return c.double(), norm(out)
-
-
 def norm(w: Tensor) -> Tensor:
     """Return ||w|| of w [n], in float64: summed in pieces, so that float32 errs by its eps only.
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.basis import norm, project_out, rotate
+from eigenfilter import kernels
+from eigenfilter.curvature.basis import norm, rotate
 from eigenfilter.curvature.protocol import SymmetricOperator
 
 _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
@@ -122,7 +123,7 @@ class KrylovSchur:
             length = norm(row)
             for _ in range(3 if first + i else 1):
                 row /= length
-                _, length = project_out(row, self.basis[: first + i], row)
+                _, length = kernels.project_out(row, self.basis[: first + i], passes=1)
             row /= length
             self.end += 1
             self._origins.append(first)
@@ -154,12 +155,13 @@ class KrylovSchur:
         out = torch.empty_like(w) if inside else self.basis[new]
         # Locked pairs with a residual are never far: what has gone must not be large beside w.
         origin = 0 if self.locked else self._origins[j]
-        local, _ = project_out(w, self.basis[origin:new], out)
-        rest, length = project_out(out, self.basis[:new], out)
+        out.copy_(w)
         row = self._c[j]
         row.zero_()
-        row[:new] = rest
-        row[origin:new] += local
+        if origin:
+            row[origin:new], _ = kernels.project_out(out, self.basis[origin:new], passes=1)
+        rest, length = kernels.project_out(out, self.basis[:new], passes=1 if origin else 2)
+        row[:new] += rest
         if inside:
             return
         row[new] = length
