@@ -12,6 +12,7 @@ from importlib.metadata import version
 import torch  # noqa: F401  (first: the core then shares torch's OpenMP pool)
 
 from eigenfilter import curvature, filters, kernels, schedulers
+from eigenfilter.monitor import SharpnessMonitor
 from eigenfilter.optimizers import (
     SAM,
     SGD,
@@ -31,6 +32,7 @@ __all__ = [
     "AdamW",
     "HessianUSAM",
     "SharpnessAware",
+    "SharpnessMonitor",
     "TwoStepUSAM",
     "curvature",
     "filters",

@@ -1,0 +1,268 @@
+"""The sharpness of a model while it trains, beside the edge of its optimizer's filter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from eigenfilter import filters
+from eigenfilter.curvature import CurvatureOperator, eigsh
+from eigenfilter.curvature.preconditioned import PreconditionedOperator
+from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.filters import AdamW, Filter, PolynomialFilter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARGIN = 1.05  # how far from the sharpness an action puts the edge
+ACTIONS = ("warn", "lower_lr", "raise_rho")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at the sharpness.
+
+    Attributes:
+        step: training steps before it.
+        sharpness: the largest eigenvalue: of the Hessian, or for AdamW of the preconditioned one.
+        residual: an eigenvalue lies within it of `sharpness`.
+        edge: the largest eigenvalue that the optimizer's filter admits, or None where there is no
+            filter: SAM, whose edge moves with the gradient's norm, other optimizers, and groups
+            that differ.
+        matvecs: products that it took.
+        seconds: time that it took.
+    """
+
+    step: int
+    sharpness: float
+    residual: float
+    edge: float | None
+    matvecs: int
+    seconds: float
+
+    @property
+    def past_edge(self) -> bool:
+        """Whether an eigenvalue lies past the edge, its error counted."""
+        return self.edge is not None and self.sharpness - self.residual > self.edge
+
+
+class Writer(Protocol):
+    """What is used of torch.utils.tensorboard.SummaryWriter."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
+
+
+class SharpnessMonitor:
+    """Watches the sharpness of a model beside the edge that its optimizer's filter gives.
+
+    Every check after the first starts from the eigenvector that the one before found, which on a
+    slowly changing model takes two or three products. The data are the operator's: a probe batch
+    that stays the same, or all of them.
+
+    For AdamW the sharpness is that of P^-1/2 H P^-1/2, P = sqrt(v / (1 - beta2^t)) + eps, and with
+    an ascent of USAM that of P^-1/2 (H + rho H^2) P^-1/2: see `filters.AdamW`.
+
+    Args:
+        op: the Hessian of the loss; its parameters are the optimizer's.
+        optimizer: whose filter gives the edge.
+        every: training steps from one check to the next, >= 1.
+        tol: relative tolerance of the sharpness, > 0; what was missed was up to twice as much where
+            the gap to the next eigenvalue is small, so that the default is for 1e-3.
+        on_edge: what to do when a check finds the sharpness past the edge: "warn"; "lower_lr", to
+            where the edge is 5% above the sharpness; "raise_rho", to where the edge is 5% below
+            what it was, which drives the sharpness down; a callable, which gets the check; or None.
+        log: file to which every check is appended as a line of JSON, or None.
+        writer: a TensorBoard SummaryWriter, which gets "sharpness" and "edge", or None.
+        callback: gets every check, or None.
+        seed: of the first start.
+
+    Attributes:
+        history: all checks.
+
+    Raises:
+        ValueError: an argument is out of its range; "raise_rho" where no filter has a rho.
+
+    Example:
+        >>> monitor = SharpnessMonitor(op, opt, every=100)
+        >>> for batch in loader:
+        ...     opt.step(closure)
+        ...     monitor.step()
+
+    Source: J. Cohen et al., 2021, arXiv 2103.00065, for sharpness in training; the edges are those
+    of arXiv 2510.09034.
+    """
+
+    def __init__(
+        self,
+        op: CurvatureOperator,
+        optimizer: torch.optim.Optimizer,
+        every: int = 1,
+        *,
+        tol: float = 5e-4,
+        on_edge: str | Callable[[Check], object] | None = None,
+        log: str | Path | None = None,
+        writer: Writer | None = None,
+        callback: Callable[[Check], object] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, not {every}")
+        if not tol > 0:
+            raise ValueError(f"tol must be positive, not {tol}")
+        if isinstance(on_edge, str) and on_edge not in ACTIONS:
+            raise ValueError(f"on_edge must be one of {ACTIONS}, a callable or None: {on_edge!r}")
+        self.history: list[Check] = []
+        self._op, self._optimizer = op, optimizer
+        self._every, self._tol, self._seed = every, tol, seed
+        self._on_edge, self._callback, self._writer = on_edge, callback, writer
+        self._log = None if log is None else Path(log)
+        self._steps = 0
+        self._vector: Tensor | None = None
+        if on_edge == "raise_rho" and not hasattr(self._filter(), "rho"):
+            raise ValueError(
+                "on_edge='raise_rho' needs an optimizer whose filter has a rho, which is not 0: "
+                "USAM, TwoStepUSAM or HessianUSAM, with groups that are alike"
+            )
+
+    def step(self) -> Check | None:
+        """Count a training step; check after every `every`-th, and return what was found."""
+        self._steps += 1
+        return self.check() if self._steps % self._every == 0 else None
+
+    def check(self) -> Check:
+        """Measure the sharpness now, log it, and act if it is past the edge.
+
+        Raises:
+            RuntimeError: an optimizer holds the parameters away from x; see the operator.
+        """
+        began = time.perf_counter()
+        op, products = self._operator()
+        found = eigsh(op, 1, tol=self._tol, v0=self._vector, look_for_copies=False, seed=self._seed)
+        self._vector = found.vectors[:, 0]
+        flt = self._filter()
+        check = Check(
+            step=self._steps,
+            sharpness=float(found.values[0]),
+            residual=float(found.residuals[0]),
+            edge=None if flt is None else flt.max_eigenvalue(),
+            matvecs=products * found.matvecs,
+            seconds=time.perf_counter() - began,
+        )
+        self.history.append(check)
+        self._report(check)
+        if flt is not None and check.past_edge:
+            self._act(check, flt)
+        return check
+
+    def plot(self, ax: Axes | None = None) -> Any:
+        """Draw sharpness and edge over the training steps; return the axes. Needs matplotlib."""
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            ax = plt.gca()
+        steps = [c.step for c in self.history]
+        [line] = ax.plot(steps, [c.sharpness for c in self.history], label="sharpness")
+        edges = [float("nan") if c.edge is None else c.edge for c in self.history]
+        ax.plot(steps, edges, linestyle="--", color=line.get_color(), label="edge")
+        ax.set_xlabel("training step")
+        ax.set_ylabel("largest eigenvalue")
+        ax.legend(frameon=False)
+        return ax
+
+    def _operator(self) -> tuple[SymmetricOperator, int]:
+        """What the filter's eigenvalues are those of, and its products of H in one."""
+        groups = self._optimizer.param_groups
+        if not all("betas" in group for group in groups):
+            return self._op, 1
+        scale = _preconditioner(self._optimizer, self._op.params)
+        rho = {float(group.get("rho", 0.0)) for group in groups}
+        op = PreconditionedOperator(self._op, scale.to(self._op.dtype), max(rho))
+        return op, op.products
+
+    def _filter(self) -> Filter | None:
+        try:
+            found = filters.of(self._optimizer)
+        except TypeError:
+            return None
+        return found[0] if all(f == found[0] for f in found) else None
+
+    def _report(self, check: Check) -> None:
+        if self._log is not None:
+            with self._log.open("a") as file:
+                file.write(json.dumps(dataclasses.asdict(check)) + "\n")
+        if self._writer is not None:
+            self._writer.add_scalar("sharpness", check.sharpness, check.step)
+            if check.edge is not None:
+                self._writer.add_scalar("edge", check.edge, check.step)
+        if self._callback is not None:
+            self._callback(check)
+
+    def _act(self, check: Check, flt: Filter) -> None:
+        assert check.edge is not None
+        if self._on_edge == "warn":
+            warnings.warn(
+                f"step {check.step}: the sharpness {check.sharpness:.4g} is past the edge "
+                f"{check.edge:.4g} of the optimizer's filter",
+                stacklevel=4,
+            )
+        elif self._on_edge == "lower_lr":
+            factor = _lr_factor(flt, _MARGIN * check.sharpness)
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
+        elif self._on_edge == "raise_rho":
+            rho = _rho_for(flt, check.edge / _MARGIN)
+            for group in self._optimizer.param_groups:
+                group["rho"] = rho
+        elif callable(self._on_edge):
+            self._on_edge(check)
+
+
+def _preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Tensor:
+    """P^-1/2 [n] of AdamW for the parameters in this order; ones before the first step."""
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    parts = []
+    for p in params:
+        state = optimizer.state.get(p, {})
+        group = group_of.get(id(p))
+        if group is None or "exp_avg_sq" not in state:
+            parts.append(torch.ones(p.numel(), device=p.device))
+            continue
+        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        parts.append((corrected.sqrt() + group["eps"]).rsqrt().reshape(-1))
+    return torch.cat(parts)
+
+
+def _lr_factor(flt: Filter, edge: float) -> float:
+    """What lr has to be multiplied with for the filter to end at `edge`, decay aside."""
+    if isinstance(flt, PolynomialFilter):
+        present = float(flt.p(flt.max_eigenvalue())) + flt.weight_decay
+        return present / (float(flt.p(edge)) + flt.weight_decay)
+    assert isinstance(flt, AdamW)
+    rest = (1 - flt.beta1) * edge / (1 + flt.beta1) + flt.weight_decay
+    return 2 / rest / flt.lr
+
+
+def _rho_for(flt: Filter, edge: float) -> float:
+    """The rho with which the filter ends at `edge`, below where it does."""
+    low = float(flt.rho)  # type: ignore[attr-defined]
+
+    def end(rho: float) -> float:
+        changed: Filter = dataclasses.replace(flt, rho=rho)  # type: ignore[type-var]
+        return changed.max_eigenvalue()
+
+    high = max(2 * low, 1e-12)
+    while end(high) > edge:
+        high *= 2
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if end(middle) > edge else (low, middle)
+    return high

@@ -1,0 +1,227 @@
+"""The monitor: right at few products, logs what it sees, acts at the edge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigenfilter as ef
+from eigenfilter import curvature, filters
+from eigenfilter.curvature.preconditioned import PreconditionedOperator
+
+
+class Trained:
+    """A small tanh network on a fixed batch, its operator and its closure."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+        self.x = torch.randn(60, 8, dtype=torch.float64)
+        self.y = self.x[:, :3].sin()
+        self.loss = nn.MSELoss()
+        self.op = curvature.HessianOperator(self.model, self.loss, (self.x, self.y))
+
+    def train(self, opt: Any, monitor: ef.SharpnessMonitor, steps: int) -> None:
+        def closure() -> Tensor:
+            opt.zero_grad()
+            value = self.loss(self.model(self.x), self.y)
+            value.backward()
+            return value
+
+        for _ in range(steps):
+            opt.step(closure)
+            monitor.step()
+
+    def sharpness(self) -> float:
+        return float(curvature.eigsh(self.op, 1, tol=1e-10).values[0])
+
+
+def test_three_products_a_check_are_right_to_a_thousandth() -> None:
+    task = Trained()
+    opt = ef.USAM(task.model.parameters(), lr=0.3, momentum=0.5, rho=0.05)
+    exact = []
+    monitor = ef.SharpnessMonitor(
+        task.op, opt, every=2, callback=lambda check: exact.append(task.sharpness())
+    )
+    task.train(opt, monitor, 200)
+    assert [c.step for c in monitor.history] == list(range(2, 201, 2))
+    later = monitor.history[1:]
+    assert sum(c.matvecs <= 3 for c in later) >= 0.9 * len(later)
+    for check, value in zip(monitor.history, exact, strict=True):
+        assert check.sharpness == pytest.approx(value, rel=1e-3)
+    assert exact[-1] != pytest.approx(exact[0], rel=0.1)  # there was something to follow
+    expected = filters.USAM(0.3, 0.5, rho=0.05).max_eigenvalue()
+    assert {c.edge for c in monitor.history} == {expected}
+
+
+def test_it_follows_the_edge_when_hyperparameters_change() -> None:
+    task = Trained()
+    opt = ef.SGD(task.model.parameters(), lr=0.1)
+    monitor = ef.SharpnessMonitor(task.op, opt)
+    before = monitor.check().edge
+    opt.param_groups[0]["lr"] = 0.05
+    assert monitor.check().edge == pytest.approx(2 * before)
+
+
+@pytest.mark.parametrize("cls", [ef.AdamW, torch.optim.AdamW])
+@pytest.mark.parametrize("rho", [0.0, 0.03])
+def test_adamw_is_seen_through_its_preconditioner(cls: Any, rho: float) -> None:
+    if rho and cls is not ef.AdamW:
+        pytest.skip("torch's has no ascent")
+    task = Trained()
+    options = {"rho": rho} if rho else {}
+    opt = cls(task.model.parameters(), lr=1e-2, betas=(0.8, 0.95), eps=1e-4, **options)
+    monitor = ef.SharpnessMonitor(task.op, opt, every=10, tol=1e-8)
+    task.train(opt, monitor, 20)
+    H = task.op.matmat(torch.eye(task.op.shape[0], dtype=torch.float64))
+    H = H + rho * H @ H
+    corrected = [
+        opt.state[p]["exp_avg_sq"].flatten() / (1 - 0.95 ** float(opt.state[p]["step"]))
+        for p in task.model.parameters()
+    ]
+    P = torch.cat(corrected).sqrt() + 1e-4
+    exact = torch.linalg.eigvalsh(H / P.sqrt() / P.sqrt()[:, None])[-1]
+    check = monitor.history[-1]
+    assert check.sharpness == pytest.approx(exact.item(), rel=1e-6)
+    assert check.edge == filters.AdamW(1e-2, 0.8, 0.01).max_eigenvalue()
+    assert check.matvecs % (2 if rho else 1) == 0
+
+
+def test_where_there_is_no_filter_there_is_no_edge() -> None:
+    task = Trained()
+    params = list(task.model.parameters())
+    for opt in (
+        ef.SAM(params, lr=0.1),
+        torch.optim.RMSprop(params),
+        ef.SGD([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.2}]),
+    ):
+        check = ef.SharpnessMonitor(task.op, opt, on_edge="warn").check()
+        assert check.edge is None
+        assert not check.past_edge
+
+
+def past_the_edge(on_edge: Any, **options: Any) -> tuple[ef.SharpnessMonitor, Any]:
+    """A monitor of a model that is sharper than its optimizer admits."""
+    task = Trained()
+    lr = filters.design("usam", 0.5 * task.sharpness(), rho=0.05, momentum=0.5)
+    opt = ef.USAM(task.model.parameters(), lr=lr, momentum=0.5, rho=0.05)
+    return ef.SharpnessMonitor(task.op, opt, on_edge=on_edge, **options), opt
+
+
+def test_it_warns_past_the_edge() -> None:
+    monitor, _ = past_the_edge("warn")
+    with pytest.warns(UserWarning, match="past the edge"):
+        monitor.step()
+
+
+def test_it_lowers_the_lr_to_where_the_edge_is_above() -> None:
+    monitor, opt = past_the_edge("lower_lr")
+    check = monitor.check()
+    [flt] = filters.of(opt)
+    assert flt.max_eigenvalue() == pytest.approx(1.05 * check.sharpness)
+
+
+def test_it_lowers_adamws_lr() -> None:
+    task = Trained()
+    opt = ef.AdamW(task.model.parameters(), lr=100.0, weight_decay=0.01)
+    monitor = ef.SharpnessMonitor(task.op, opt, on_edge="lower_lr")
+    check = monitor.check()
+    [flt] = filters.of(opt)
+    assert check.past_edge
+    assert flt.max_eigenvalue() == pytest.approx(1.05 * check.sharpness)
+
+
+@pytest.mark.parametrize("cls", [ef.USAM, ef.TwoStepUSAM, ef.HessianUSAM])
+def test_it_raises_rho_to_where_the_edge_is_lower(cls: Any) -> None:
+    task = Trained()
+    opt = cls(task.model.parameters(), lr=4 / task.sharpness(), rho=0.01)
+    monitor = ef.SharpnessMonitor(task.op, opt, on_edge="raise_rho")
+    check = monitor.check()
+    [flt] = filters.of(opt)
+    assert opt.param_groups[0]["rho"] > 0.01
+    assert flt.max_eigenvalue() == pytest.approx(check.edge / 1.05)
+
+
+def test_it_calls_what_it_was_given() -> None:
+    seen = []
+    monitor, _ = past_the_edge(seen.append)
+    check = monitor.check()
+    assert seen == [check]
+
+
+def test_below_the_edge_nothing_is_done() -> None:
+    task = Trained()
+    opt = ef.SGD(task.model.parameters(), lr=1e-3)
+    monitor = ef.SharpnessMonitor(task.op, opt, on_edge="lower_lr")
+    assert not monitor.check().past_edge
+    assert opt.param_groups[0]["lr"] == 1e-3
+
+
+class Writer:
+    def __init__(self) -> None:
+        self.scalars: list[tuple[str, float, int]] = []
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.scalars.append((tag, scalar_value, global_step))
+
+
+def test_logs(tmp_path: Path) -> None:
+    task = Trained()
+    opt = ef.SGD(task.model.parameters(), lr=0.1)
+    log, writer = tmp_path / "sharpness.jsonl", Writer()
+    monitor = ef.SharpnessMonitor(task.op, opt, every=3, log=log, writer=writer)
+    task.train(opt, monitor, 7)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert [line["sharpness"] for line in lines] == [c.sharpness for c in monitor.history]
+    assert [tag for tag, _, _ in writer.scalars] == ["sharpness", "edge"] * 2
+    assert [step for _, _, step in writer.scalars] == [3, 3, 6, 6]
+
+
+def test_a_plot() -> None:
+    pytest.importorskip("matplotlib").use("agg")
+    from matplotlib.figure import Figure
+
+    task = Trained()
+    monitor = ef.SharpnessMonitor(task.op, ef.SAM(task.model.parameters(), lr=0.1))
+    monitor.check()
+    ax = monitor.plot(Figure().subplots())
+    assert len(ax.lines) == 2
+
+
+def test_a_perturbed_model_is_refused() -> None:
+    task = Trained()
+    opt = ef.USAM(task.model.parameters(), lr=0.1, rho=0.05)
+    task.loss(task.model(task.x), task.y).backward()
+    assert opt.ascend()
+    with pytest.raises(RuntimeError, match="restore"):
+        ef.SharpnessMonitor(task.op, opt).check()
+    opt.restore()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"every": 0}, "every"),
+        ({"tol": 0.0}, "tol"),
+        ({"on_edge": "stop"}, "on_edge"),
+        ({"on_edge": "raise_rho"}, "raise_rho"),
+    ],
+)
+def test_bad_arguments(options: dict, match: str) -> None:
+    task = Trained()
+    with pytest.raises(ValueError, match=match):
+        ef.SharpnessMonitor(task.op, ef.SGD(task.model.parameters(), lr=0.1), **options)
+
+
+def test_a_preconditioned_operator_checks_its_scale() -> None:
+    task = Trained()
+    n = task.op.shape[0]
+    for scale in (torch.ones(n - 1).double(), torch.ones(n), torch.full((n,), torch.nan).double()):
+        with pytest.raises(ValueError, match="scale"):
+            PreconditionedOperator(task.op, scale)
