@@ -118,8 +118,19 @@ def test_all_of_a_small_space_is_exact() -> None:
     seen = at[mass > 1e-12]
     assert (seen[:, None] - values).abs().amin(1).max() < 1e-12
     full = curvature.eigsh(with_spectrum(values), 5, tol=1e-12)
-    exact = curvature.spectral_density(with_spectrum(values), 2, 1, deflate=full)
+    op = with_spectrum(values)
+    exact = curvature.spectral_density(op, 2, 1, deflate=full)
+    assert op.matvecs == 0
     assert float(exact.trace) == pytest.approx(14)
+
+
+def test_deflated_probes_are_right_on_average_in_a_small_space() -> None:
+    """Where what is left of a vector of signs would not be."""
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 55.0], dtype=torch.float64)
+    op = with_spectrum(values)
+    top = curvature.eigsh(op, 1, tol=1e-12)
+    found = curvature.spectral_density(op, 4000, 1, deflate=top).trace
+    assert abs(float(found) - 86) < 4 * found.standard_error < 1.5
 
 
 def test_a_zero_operator() -> None:
@@ -145,6 +156,7 @@ def test_the_trace_of_a_small_space_is_exact() -> None:
     found = curvature.trace(with_spectrum(values), 12)
     assert float(found) == pytest.approx(5, abs=1e-12)
     assert found.standard_error == 0
+    assert found.interval() == (found.value, found.value)
 
 
 def test_the_diagonal() -> None:
@@ -198,9 +210,32 @@ def test_bad_arguments_are_refused(call: object) -> None:
         call(with_spectrum(hessian_like(50)))  # type: ignore[operator]
 
 
-def test_products_that_are_not_finite_are_refused() -> None:
+ESTIMATES = [
+    lambda op: curvature.spectral_density(op, 2, 3),
+    curvature.trace,
+    lambda op: curvature.diagonal(op, 3),
+]
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_products_that_are_not_finite_are_refused(estimate: object) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
-        curvature.spectral_density(Dense(torch.full((4, 4), torch.nan)), 2, 3)
+        estimate(Dense(torch.full((40, 40), torch.nan)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_operators_in_half_precision_are_refused(estimate: object) -> None:
+    with pytest.raises(ValueError, match="float32 or float64"):
+        estimate(Dense(torch.ones(40, 40, dtype=torch.bfloat16)))  # type: ignore[operator]
+
+
+def test_the_error_of_the_diagonal_is_right_beside_large_elements() -> None:
+    """The mean square less the square of the mean would lose it."""
+    matrix = torch.full((3, 3), 1e-3, dtype=torch.float64)
+    matrix += torch.diag(torch.full((3,), 1e6, dtype=torch.float64))
+    found = curvature.diagonal(Dense(matrix), 1000)
+    expected = 1e-3 * (2 / 1000) ** 0.5
+    assert (found.standard_error / expected - 1).abs().max() < 0.1
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -211,11 +246,11 @@ def test_the_global_generator_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("freedom", [3, 7, 30])
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30])
 def test_quantiles_of_students_t(freedom: int) -> None:
-    for probability in (0.6, 0.9, 0.975, 0.99):
+    for probability in (0.6, 0.9, 0.975, 0.9995):
         exact = stats.t.ppf(probability, freedom)
-        assert _t_quantile(probability, freedom) == pytest.approx(exact, rel=0.02)
+        assert _t_quantile(probability, freedom) == pytest.approx(exact, rel=1e-9)
 
 
 def test_a_plot() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +14,13 @@ from torch import Tensor, nn
 
 from curvature.networks import OPERATORS, Partial, columns, dense, make
 from eigenfilter import _perturbation
-from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
+from eigenfilter.curvature import (
+    CurvatureOperator,
+    EmpiricalFisherOperator,
+    GGNOperator,
+    HessianOperator,
+    eigsh,
+)
 from eigenfilter.curvature.engines import NAMES
 
 
@@ -240,3 +248,39 @@ def test_a_perturbed_optimizer_raises() -> None:
     finally:
         _perturbation.leave(other)
     assert torch.equal(op.matvec(v), expected)
+
+
+def test_a_fused_step_that_leaves_the_sums_alone_is_noticed() -> None:
+    """Cross-entropy's gradients sum to zero over classes, and fused steps bump no version."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, target = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    loss_fn = nn.CrossEntropyLoss()
+    op = HessianOperator(model, loss_fn, (x, target))
+    opt = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+    v = torch.randn(op.shape[0], dtype=torch.float64)
+    for _ in range(30):
+        before = op.matvec(v)
+        opt.zero_grad()
+        loss_fn(model(x), target).backward()
+        opt.step()
+        after = op.matvec(v)
+        fresh = HessianOperator(model, loss_fn, (x, target)).matvec(v)
+        torch.testing.assert_close(after, fresh)
+        assert not torch.equal(after, before)
+
+
+def test_an_operator_is_no_cycle() -> None:
+    """Its graphs are freed with it, and not when the collector comes by."""
+    model = nn.Linear(4, 3).double()
+    data = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    gc.disable()
+    try:
+        for kind in (HessianOperator, GGNOperator, EmpiricalFisherOperator):
+            op = kind(model, nn.CrossEntropyLoss(), data, engine="retained")
+            op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+            alive = weakref.ref(op)
+            del op
+            assert alive() is None
+    finally:
+        gc.enable()

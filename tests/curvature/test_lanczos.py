@@ -407,3 +407,13 @@ def test_the_basis_may_lie_on_the_host(device: str) -> None:
     assert result.vectors.device.type == result.converged.device.type == device
     torch.testing.assert_close(result.values.cpu(), here.values, rtol=1e-5, atol=0)
     assert result.orthogonality < 1e-5
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.003, 1e-3])
+def test_close_pairs_are_told_apart_at_the_default_tolerance(spread: float) -> None:
+    """Between tol and its root one sequence takes two eigenvalues for one."""
+    bulk = 0.03 * torch.rand(190, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    op = operator(torch.cat([torch.tensor([1.0, 1 - spread], dtype=torch.float64), bulk]))
+    for seed in range(25):
+        result = eigsh(op, 1, seed=seed)
+        assert abs(float(result.values[0]) - 1) <= 2e-4

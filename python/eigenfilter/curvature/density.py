@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import kernels
-from eigenfilter.curvature.estimates import Estimate, signs
+from eigenfilter.curvature.estimates import Estimate, check_finite, check_real, normals, signs
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
 
@@ -112,6 +112,7 @@ class SpectralDensity:
         return ax
 
 
+@torch.no_grad()
 def spectral_density(
     op: SymmetricOperator,
     probes: int = 8,
@@ -128,7 +129,7 @@ def spectral_density(
     one block of products a step. No basis is kept: eigenvalues that loss of orthogonality repeats
     share one's weight.
 
-    Memory: 3 vectors a probe, and those deflated.
+    Memory: 3 vectors a probe, up to 6 more while a step is taken, and those deflated.
 
     Args:
         op: the operator; float32 or float64.
@@ -147,9 +148,16 @@ def spectral_density(
     if probes < 1 or steps < 1:
         raise ValueError(f"probes and steps must be at least 1, not {probes} and {steps}")
     n = op.shape[0]
+    check_real(op)
     known = _deflated(op, deflate)
-    q = signs(op, probes, seed)
-    if len(known):
+    values = torch.empty(0, dtype=torch.float64)
+    if deflate is not None:
+        values = deflate.values[deflate.converged].double().cpu()
+    if len(known) == n:
+        nothing = torch.empty(probes, 0, dtype=torch.float64)
+        return SpectralDensity(nothing, nothing, values, n, 0)
+    q = normals(op, probes, seed) if len(known) else signs(op, probes, seed)
+    if len(known):  # normal vectors stay so, and their directions unbiased, within what is left
         kernels.project_out(q, known)
     q /= torch.linalg.vector_norm(q, dim=1, keepdim=True)
     before = torch.zeros_like(q)
@@ -167,12 +175,8 @@ def spectral_density(
             beta[:, j] = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
             before, q = q, w.div_(beta[:, j : j + 1].clamp_min(torch.finfo(w.dtype).tiny))
     alpha, beta = alpha.cpu(), beta.cpu()
-    if not (alpha.isfinite().all() and beta.isfinite().all()):
-        raise FloatingPointError("a product H v is not finite: is the loss, at these parameters?")
+    check_finite(alpha, beta)
     nodes, weights = _quadratures(alpha, beta, torch.finfo(op.dtype).eps)
-    values = torch.empty(0, dtype=torch.float64)
-    if deflate is not None:
-        values = deflate.values[deflate.converged].double().cpu()
     return SpectralDensity(nodes, weights, values, n, probes * steps)
 
 

@@ -24,8 +24,8 @@ def reduce(sums: Sums, marks: list[float], group: dist.ProcessGroup) -> None:
     weights, *others = torch.stack(gathered, dim=1).tolist()
     if any(repr(value) != repr(mark[0]) for mark in others for value in mark):
         raise RuntimeError(
-            "parameters or vectors are not the same in all processes of process_group: broadcast "
-            "the parameters, and draw vectors from the same seed"
+            "parameters, buffers or vectors are not the same in all processes of process_group: "
+            "broadcast the model's state, and draw vectors from the same seed"
         )
     sums.weight = sum(weights)
     dist.all_reduce(sums.rows, group=group)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -45,6 +44,7 @@ class Estimate:
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must be in (0, 1), not {confidence}")
         reach = _t_quantile((1 + confidence) / 2, self.samples - 1) * self.standard_error
+        reach = reach.masked_fill(self.standard_error == 0, 0.0)
         return self.value - reach, self.value + reach
 
 
@@ -64,14 +64,51 @@ def signs(op: SymmetricOperator, count: int, seed: int) -> Tensor:
     return draw_signs(op, (count, op.shape[0]), generator(op, seed))
 
 
+def normals(op: SymmetricOperator, count: int, seed: int) -> Tensor:
+    """Standard normal vectors, as rows [count, n]."""
+    shape = (count, op.shape[0])
+    return torch.randn(shape, generator=generator(op, seed), dtype=op.dtype, device=op.device)
+
+
+def check_real(op: SymmetricOperator) -> None:
+    """Raise ValueError for an operator that is not float32 or float64."""
+    if op.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the operator must be float32 or float64, not {op.dtype}")
+
+
+def check_finite(*found: Tensor) -> None:
+    """Raise FloatingPointError where what products gave is not finite."""
+    if not all(bool(t.isfinite().all()) for t in found):
+        raise FloatingPointError("a product H v is not finite: is the loss, at these parameters?")
+
+
 def _t_quantile(probability: float, freedom: int) -> float:
-    """Student's t, by Cornish and Fisher's expansion: to 1% from 3 degrees of freedom on."""
-    z = NormalDist().inv_cdf(probability)
+    """Student's t for p > 1/2, by bisection of its distribution."""
     if freedom < 1:
         return math.inf
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
+    low, high = 0.0, 1.0
+    while _t_distribution(high, freedom) < probability:
+        high *= 2
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (
+            (middle, high) if _t_distribution(middle, freedom) < probability else (low, middle)
+        )
+    return high
+
+
+def _t_distribution(t: float, freedom: int) -> float:
+    """P(T <= t) for t >= 0: a finite sum for whole degrees of freedom.
+
+    Source: M. Abramowitz and I. Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    c = math.cos(angle)
+    odd = freedom % 2
+    term, total = (c, 0.0) if odd else (1.0, 0.0)
+    for j in range(odd, freedom - 1, 2):
+        total += term
+        term *= c * c * (j + 1) / (j + 2)
+    inside = math.sin(angle) * total
+    share = 2 / math.pi * (angle + inside) if odd else inside
+    return 0.5 + 0.5 * share

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from eigenfilter.curvature.ggn import tensor_output
 from eigenfilter.curvature.objective import Outer
@@ -38,11 +39,12 @@ class EmpiricalFisherOperator(CurvatureOperator):
     approximation for natural gradient descent, NeurIPS (2019), eq. (3).
     """
 
+    @staticmethod
     def _finish(
-        self, loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any
+        loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, mean: bool
     ) -> tuple[Tensor, Outer]:
         losses = _losses(loss_fn, tensor_output(output), target)
-        share = 1.0 / len(losses) if self._objective.mean else 1.0
+        share = 1.0 / len(losses) if mean else 1.0
 
         def outer(z: Tensor) -> Tensor:
             return 0.5 * share * z.square().sum()
@@ -64,7 +66,7 @@ def _losses(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, target: Any) 
         )
 
     def alone(z: Tensor, t: Any) -> Tensor:
-        one = None if t is None else t.unsqueeze(0)
+        one = None if t is None else tree_map(lambda a: a.unsqueeze(0), t)
         return loss_fn(z.unsqueeze(0), one).reshape(())
 
     return torch.vmap(alone, in_dims=(0, None if target is None else 0))(output, target)

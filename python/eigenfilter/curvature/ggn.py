@@ -36,8 +36,9 @@ class GGNOperator(CurvatureOperator):
     gradient method, JMLR 21 (2020), sections 8 and 9.
     """
 
+    @staticmethod
     def _finish(
-        self, loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any
+        loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, mean: bool
     ) -> tuple[Tensor, Outer]:
         def outer(z: Tensor) -> Tensor:
             return one_number(loss_fn(z, target))

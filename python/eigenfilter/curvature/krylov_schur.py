@@ -170,6 +170,13 @@ class KrylovSchur:
         self._children[j] = new
         self.end += 1
 
+    def joined(self, locked: Tensor) -> Tensor:
+        """Return the eigenvalues of T with the locked pairs in it, whose values are `locked`."""
+        c = self._c[: self.size, : self.size].cpu()
+        c[: self.locked, : self.locked] = locked.diag()
+        values: Tensor = torch.linalg.eigvalsh(c)  # reads the lower triangle
+        return values
+
     def collect(self) -> Ritz:
         """Bring T and B to the host, and solve T.
 

@@ -81,7 +81,9 @@ def eigsh(
             problem; column i is added to start i modulo b. A random vector of 0.1 times its length
             is added to each, so that no eigenvector is missing. By default random.
         criterion: "value" or "vector", see above.
-        look_for_copies: whether to look for pairs that one sequence cannot see.
+        look_for_copies: whether to look for pairs that one sequence cannot see, or has not told
+            apart: without it a cluster narrower than about sqrt(tol) may count as one value, unless
+            criterion is "vector".
         max_basis: the most columns of Q, >= min(n, k + 2 b + 2). By default 20 for k <= 8, 2 k for
             some tens, 1.5 k for k >= 40; more where b > 1, and up to 256 where these are no more
             than 2^22 elements.
@@ -92,7 +94,8 @@ def eigsh(
 
     Returns:
         The pairs in the order of `EigenResult.values`. If max_matvecs did not suffice, a
-        RuntimeWarning says so and `converged` tells which did.
+        RuntimeWarning says so and `converged` tells which did; where it cut the look for copies
+        short, `reason` says so.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -195,9 +198,10 @@ class _Search:
             ritz, rule, picked, wanted, pairs = self._look()
             enough = len(picked) == self._k
             settled = enough and self._settled(rule, pairs, picked)
-            news = bool(wanted.any())
-            done = settled and (not look_for_copies or (self._looking and not news))
-            done = done or run.whole or (enough and run.products >= limit)
+            news = bool(wanted.any()) or (settled and self._moved(rule))
+            complete = settled and (not look_for_copies or (self._looking and not news))
+            complete = complete or run.whole
+            done = complete or (enough and run.products >= limit)
             if (done or settled or run.closed) and news and run.locked:
                 run.unlock(self._locked.values, self._locked.residuals)
                 self._locked = Pairs.none()
@@ -205,12 +209,26 @@ class _Search:
                 if settled:  # T only gained; the residuals are bounds now, and may say less
                     pairs = replace(pairs, met=pairs.met.index_fill(0, picked, True))
             if done:
-                return self._result(ritz, rule, pairs, picked, settled)
+                return self._result(ritz, rule, pairs, picked, complete)
             if settled or run.closed:
                 self._lock(ritz, pairs, picked)
                 run.begin()
             elif run.full:
                 run.restart(ritz, self._kept(rule, ritz, wanted))
+
+    def _moved(self, rule: Rule) -> bool:
+        """Whether what couples locked pairs and Q moves a wanted value beyond its tolerance.
+
+        A pair of close eigenvalues that the search took for one has no better value elsewhere: only
+        both together show it.
+        """
+        run = self._run
+        if not (self._looking and run.locked):
+            return False
+        values = run.joined(self._locked.values)
+        best = values[rule.best(values, self._k)].sort().values
+        locked = self._locked.values.sort().values
+        return bool(((best - locked).abs() > rule.allowed(locked)).any())
 
     def _look(self) -> tuple[Ritz, Rule, Tensor, Tensor, Pairs]:
         """Return the pairs of T, the rule, which pairs are the best, which of those are of Q, and
@@ -278,7 +296,7 @@ class _Search:
         return rule.best(ritz.values, min(count, self._run.most_kept)).sort().values
 
     def _result(
-        self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Tensor, settled: bool
+        self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Tensor, complete: bool
     ) -> EigenResult:
         run = self._run
         picked = picked[rule.best(pairs.values[picked], self._k)]
@@ -289,7 +307,7 @@ class _Search:
                 f"stopped after {run.products} products with {found} of {self._k} pairs "
                 "converged: raise max_matvecs, loosen tol, or ask for fewer pairs"
             )
-        elif settled or run.whole:
+        elif complete:
             reason = f"{found} pairs converged"
         else:
             reason = f"{found} pairs converged; max_matvecs cut the look for copies short"

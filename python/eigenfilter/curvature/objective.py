@@ -40,7 +40,7 @@ class Objective:
         self,
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
-        finish: Callable[[Callable[[Any, Any], Tensor], Any, Any], tuple[Tensor, Outer | None]],
+        finish: Callable[[Callable[..., Tensor], Any, Any, bool], tuple[Tensor, Outer | None]],
         *,
         forward: Callable[[nn.Module, Any], tuple[Any, Any]] | None,
         weight: Callable[[Any], float] | None,
@@ -95,7 +95,7 @@ class Objective:
             output = self.model(x)
         else:
             output, target = self._forward(self.model, batch)
-        value, outer = self._finish(self._loss_fn, output, target)
+        value, outer = self._finish(self._loss_fn, output, target, self.mean)
 
         def surrounded(z: Tensor) -> Tensor:
             assert outer is not None
@@ -139,8 +139,8 @@ class Objective:
     @contextmanager
     def _modes(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self.tree.modules()]
-        self.tree.train(self._train)
         try:
+            self.tree.train(self._train)
             with freeze_batch_norm(self.tree) if self._train else nullcontext():
                 yield
         finally:

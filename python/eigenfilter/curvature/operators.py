@@ -159,9 +159,10 @@ class CurvatureOperator(ABC):
         self._kept: tuple[engines.Engines, Point] | None = None
         self._fixed = False
 
+    @staticmethod
     @abstractmethod
     def _finish(
-        self, loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any
+        loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, mean: bool
     ) -> tuple[Tensor, Outer | None]:
         """Return the value and the outer function of an `Evaluation`."""
 
@@ -253,7 +254,7 @@ class CurvatureOperator(ABC):
                 self.engine = self._choice(V.shape[1])
             sums = made[self.engine].multiply(V.detach())
         if self._group is not None:
-            reduce(sums, [checksum(self.params), checksum([V])], self._group)
+            reduce(sums, [checksum(self._tensors()[0]), checksum([V])], self._group)
         return sums.rows.div_(sums.weight) if self._objective.mean else sums.rows
 
     def _choice(self, vectors: int) -> str:
@@ -324,8 +325,9 @@ class HessianOperator(CurvatureOperator):
     (1994), eq. (3), by automatic differentiation of the gradient.
     """
 
+    @staticmethod
     def _finish(
-        self, loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any
+        loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, mean: bool
     ) -> tuple[Tensor, Outer | None]:
         return one_number(loss_fn(output, target)), None
 

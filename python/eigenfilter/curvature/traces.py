@@ -7,10 +7,18 @@ from contextlib import nullcontext
 import torch
 
 from eigenfilter import kernels
-from eigenfilter.curvature.estimates import Estimate, draw_signs, generator, signs
+from eigenfilter.curvature.estimates import (
+    Estimate,
+    check_finite,
+    check_real,
+    draw_signs,
+    generator,
+    signs,
+)
 from eigenfilter.curvature.protocol import SymmetricOperator
 
 
+@torch.no_grad()
 def trace(op: SymmetricOperator, matvecs: int = 60, *, seed: int = 0) -> Estimate:
     """Estimate the trace by Hutch++.
 
@@ -36,6 +44,7 @@ def trace(op: SymmetricOperator, matvecs: int = 60, *, seed: int = 0) -> Estimat
     """
     if matvecs < 6:
         raise ValueError(f"matvecs must be at least 6, not {matvecs}")
+    check_real(op)
     n, third = op.shape[0], matvecs // 3
     with getattr(op, "fixed", nullcontext)():
         sketch = op.matmat(signs(op, min(third, n), seed).T)
@@ -43,14 +52,17 @@ def trace(op: SymmetricOperator, matvecs: int = 60, *, seed: int = 0) -> Estimat
         images = op.matmat(basis.T).T
         exact = torch.linalg.vecdot(basis.double(), images.double()).sum()
         if len(basis) == n:
+            check_finite(exact)
             return Estimate(exact.cpu(), torch.zeros((), dtype=torch.float64), 1)
         probes = signs(op, third, seed + 1)
         kernels.project_out(probes, basis)
         images = op.matmat(probes.T).T
     rest = torch.linalg.vecdot(probes.double(), images.double())
+    check_finite(exact, rest)
     return Estimate.of((exact + rest).cpu())
 
 
+@torch.no_grad()
 def diagonal(op: SymmetricOperator, probes: int = 100, *, seed: int = 0) -> Estimate:
     """Estimate the diagonal: the mean of s * (A s) over random vectors of signs s.
 
@@ -71,16 +83,18 @@ def diagonal(op: SymmetricOperator, probes: int = 100, *, seed: int = 0) -> Esti
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, not {probes}")
-    total = torch.zeros(op.shape[0], dtype=torch.float64, device=op.device)
-    squares = torch.zeros_like(total)
+    check_real(op)
+    mean = torch.zeros(op.shape[0], dtype=torch.float64, device=op.device)
+    spread = torch.zeros_like(mean)  # of the squares about the mean, by Welford's update
     random = generator(op, seed)
     with getattr(op, "fixed", nullcontext)():
-        for _ in range(probes):
+        for i in range(probes):
             s = draw_signs(op, (op.shape[0],), random)
             sample = (s * op.matvec(s)).double()
-            total += sample
-            squares += sample * sample
-    mean = total / probes
-    variance = (squares / probes - mean * mean).clamp_min(0) * (probes / max(probes - 1, 1))
+            off = sample - mean
+            mean += off / (i + 1)
+            spread += off * (sample - mean)
+    check_finite(mean)
+    variance = spread / max(probes - 1, 1)
     error = (variance / probes).sqrt() if probes > 1 else torch.full_like(mean, torch.nan)
     return Estimate(mean, error, probes)
