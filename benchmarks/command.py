@@ -21,6 +21,8 @@ from eigenfilter.benchmarks import (
     timings,
     triton_blocks,
 )
+from eigenfilter.benchmarks.curvature import run as curvature
+from eigenfilter.benchmarks.curvature.datasets import FOLDER
 from eigenfilter.experiments.arguments import output_folder, whole
 from eigenfilter.experiments.errors import UserError, require
 
@@ -30,15 +32,8 @@ OUT = Path("out/bench")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command and of its tables."""
-    parser.add_argument(
-        "--only",
-        action="append",
-        metavar="NAME",
-        help="a benchmark, or a pattern such as 'usam-*'; may be repeated",
-    )
-    parser.add_argument(
-        "--repeat", type=whole(1), metavar="N", help="rounds of timing (default: by time)"
-    )
+    _add_only(parser, "a benchmark, or a pattern such as 'usam-*'; may be repeated", None)
+    _add_repeat(parser, "by time", None)
     parser.add_argument("--list", action="store_true", default=None, help="list the benchmarks")
     _add_device(parser, None)
     _add_out(parser, None)
@@ -80,6 +75,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     _add_device(of_blocks)
     _add_out(of_blocks)
+    of_curvature = table(
+        "curvature",
+        "the largest eigenpairs of Hessians, on the CPU",
+        curvature.__doc__,
+        _curvature,
+    )
+    _add_only(of_curvature, f"of {', '.join(curvature.select([]))}, or a pattern; may be repeated")
+    _add_repeat(of_curvature, str(curvature.ROUNDS))
+    of_curvature.add_argument(
+        "--data-dir",
+        type=Path,
+        default=FOLDER,
+        metavar="DIR",
+        help="folder of the data (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
+    )
+    _add_out(of_curvature)
     of_page = table("page", "figures and a page from results", page.__doc__, _page)
     of_page.add_argument(
         "files", nargs="+", type=Path, metavar="RESULTS.json", help="what the others wrote"
@@ -129,6 +140,17 @@ def _triton_blocks(args: argparse.Namespace) -> int:
     return 0
 
 
+def _curvature(args: argparse.Namespace) -> int:
+    _refuse(args, "list", "device")
+    require("sklearn", "scipy", "threadpoolctl")
+    try:
+        names = curvature.select(args.only or [])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    curvature.run(names, args.data_dir, args.repeat or curvature.ROUNDS, _folder(args))
+    return 0
+
+
 def _page(args: argparse.Namespace) -> int:
     _refuse(args, "only", "repeat", "list", "device")
     require("matplotlib")
@@ -137,6 +159,24 @@ def _page(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     return 0
+
+
+def _add_only(
+    parser: argparse.ArgumentParser, words: str, default: Any = argparse.SUPPRESS
+) -> None:
+    parser.add_argument("--only", action="append", metavar="NAME", help=words, default=default)
+
+
+def _add_repeat(
+    parser: argparse.ArgumentParser, usual: str, default: Any = argparse.SUPPRESS
+) -> None:
+    parser.add_argument(
+        "--repeat",
+        type=whole(1),
+        metavar="N",
+        help=f"rounds of timing (default: {usual})",
+        default=default,
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:

@@ -1,6 +1,7 @@
 """The page of results: figures and words from the files that `eigenfilter bench` wrote.
 
-Writes benchmarks.md and figures/*.png. The files may be of timings and of memory, from any devices.
+Writes benchmarks.md and figures/*.png. The files may be of timings, of memory and of
+curvature, from any devices.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from eigenfilter.benchmarks import figures
 from eigenfilter.benchmarks.contest import TOLERANCES
+from eigenfilter.benchmarks.curvature import report as curvature
 from eigenfilter.benchmarks.figures import Bar, Panel, Scale
 from eigenfilter.benchmarks.kernels import KERNELS
 from eigenfilter.benchmarks.measure import MOST_NEIGHBOURS
@@ -48,7 +50,7 @@ def write(files: Sequence[Path], folder: Path) -> None:
     """Write the page and its figures.
 
     Raises:
-        ValueError: a file is not what `eigenfilter bench` writes for timings or memory.
+        ValueError: a file is not what `eigenfilter bench` writes for timings, memory or curvature.
     """
     (folder / "figures").mkdir(exist_ok=True)
     lines = [INTRODUCTION, PEERS]
@@ -56,6 +58,9 @@ def write(files: Sequence[Path], folder: Path) -> None:
         found = _read(file)
         if "memory" in found:
             lines += _memory(found, file, folder)
+            continue
+        if "curvature" in found:
+            lines += _curvature(found, file)
             continue
         for device, backend in dict.fromkeys((r["device"], r["backend"]) for r in found["results"]):
             rows = {
@@ -74,8 +79,8 @@ def _read(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
-    if not isinstance(found, dict) or not {"results", "memory"} & found.keys():
-        raise ValueError(f"{file} holds neither timings nor memory")
+    if not isinstance(found, dict) or not {"results", "memory", "curvature"} & found.keys():
+        raise ValueError(f"{file} holds no timings, memory or curvature")
     return found
 
 
@@ -223,6 +228,16 @@ def _memory(found: Mapping[str, Any], file: Path, folder: Path) -> list[str]:
         f"![{title}]({path})",
         "",
     ]
+
+
+def _curvature(found: Mapping[str, Any], file: Path) -> list[str]:
+    """The section of eigenpairs of Hessians."""
+    lines = ["## Curvature: cpu", "", _source(found, file), "", curvature.LEGEND]
+    for row in found["curvature"]:
+        lines += curvature.table(row)
+    if found["tracking"]:
+        lines += curvature.tracks(found["tracking"])
+    return [*lines, *(f"- {line}" for line in found["absent"])]
 
 
 def _goals(rows: Rows) -> list[str]:

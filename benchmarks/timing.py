@@ -88,11 +88,16 @@ def interleave(
                 _once(contender, clock)
         a_round = (time.perf_counter() - began) / WARM_UP
         rounds = repeat or min(max(int(budget / a_round), LEAST), MOST)
-        laps: dict[str, list[Lap]] = {contender.name: [] for contender in contenders}
-        for i in range(rounds):
-            first = i % len(contenders)
-            for contender in (*contenders[first:], *contenders[:first]):
-                laps[contender.name].append(_once(contender, clock))
+        return turns(contenders, clock, rounds)
+
+
+def turns(contenders: Sequence[Contender], clock: Clock, rounds: int) -> dict[str, list[Lap]]:
+    """Return what `interleave` does, without warm-up."""
+    laps: dict[str, list[Lap]] = {contender.name: [] for contender in contenders}
+    for i in range(rounds):
+        first = i % len(contenders)
+        for contender in (*contenders[first:], *contenders[:first]):
+            laps[contender.name].append(_once(contender, clock))
     return laps
 
 

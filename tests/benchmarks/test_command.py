@@ -13,7 +13,9 @@ from eigenfilter.benchmarks import finite_differences, memory
 from eigenfilter.experiments.cli import main
 
 
-@pytest.mark.parametrize("table", [[], ["memory"], ["finite-differences"], ["page"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "table", [[], ["memory"], ["finite-differences"], ["curvature"], ["page"]], ids=" ".join
+)
 def test_help(table: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["bench", *table, "--help"])

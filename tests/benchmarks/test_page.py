@@ -126,7 +126,7 @@ def test_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [("{", "cannot read"), ("{}", "holds neither timings nor memory")]
+    ("content", "says"), [("{", "cannot read"), ("{}", "holds no timings, memory or curvature")]
 )
 def test_other_files_are_refused(
     content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

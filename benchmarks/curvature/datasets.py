@@ -1,0 +1,64 @@
+"""Real data, read from files as their authors publish them, unpacked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigenfilter.benchmarks.networks import LENGTH
+from eigenfilter.experiments import data
+
+FOLDER = Path(os.environ.get("EIGENFILTER_DATA", Path.home() / ".cache" / "eigenfilter" / "data"))
+CIFAR = 3072  # bytes an image, after one of its label
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Missing(Exception):
+    """Data or a package is not there: one line says which."""
+
+
+def digits(samples: int, folder: Path) -> Batch:
+    """Scikit-learn's digits [n, 64]; no file is needed."""
+    split = data.digits(samples)
+    return split.inputs.float(), split.labels
+
+
+def mnist(samples: int, folder: Path) -> Batch:
+    """MNIST's first training images [n, 784]."""
+    raw = folder / "MNIST" / "raw"
+    images = _bytes(raw / "train-images-idx3-ubyte", 16, 784 * samples).reshape(samples, 784)
+    labels = _bytes(raw / "train-labels-idx1-ubyte", 8, samples)
+    return _standardised(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def cifar10(samples: int, folder: Path) -> Batch:
+    """CIFAR-10's first training images [n, 3, 32, 32]."""
+    file = folder / "cifar-10-batches-bin" / "data_batch_1.bin"
+    records = _bytes(file, 0, (CIFAR + 1) * samples).reshape(samples, CIFAR + 1)
+    images = _standardised(records[:, 1:]).view(samples, 3, 32, 32)
+    return images, torch.from_numpy(records[:, 0].astype(np.int64))
+
+
+def text(samples: int, folder: Path) -> Batch:
+    """Characters [n, LENGTH] of Python's own manual, with those that follow; no file is needed."""
+    from pydoc_data.topics import topics
+
+    characters = "".join(topics.values())[: samples * (LENGTH + 1)].encode("ascii", "replace")
+    tokens = torch.tensor(list(characters)).view(samples, LENGTH + 1)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _bytes(file: Path, start: int, count: int) -> np.ndarray:
+    if not file.exists():
+        raise Missing(f"{file.name} is not in the data folder: set EIGENFILTER_DATA or --data-dir")
+    return np.fromfile(file, np.uint8, count, offset=start)
+
+
+def _standardised(images: np.ndarray) -> Tensor:
+    x = torch.from_numpy(images.astype(np.float32))
+    return (x - x.mean()) / x.std()

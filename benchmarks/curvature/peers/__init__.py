@@ -1,0 +1,1 @@
+"""Who else finds eigenvalues of a Hessian. Each module has its SOLVERS."""

@@ -1,0 +1,104 @@
+"""Results as tables, from the JSON's form of them: on the terminal, in files, on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eigenfilter.benchmarks.curvature.contest import ACCURACY, MOST_OVERHEAD
+from eigenfilter.benchmarks.curvature.ours import ALONE, OURS
+from eigenfilter.benchmarks.curvature.problems import RECIPES
+from eigenfilter.benchmarks.curvature.tracking import CHECKS, MOST_PRODUCTS, STEPS, TOL, TRACKED
+
+LEGEND = f"""The ten largest eigenvalues and their vectors, each time from nothing: operators,
+graphs and the choice of an engine are part of the work. Values are checked against float64 before
+anything is timed; `error` is the worst relative one of the ten. Of several settings the first that
+reaches {ACCURACY:g} is timed, or else the last. Everything runs on one thread, and times are the
+processor's, medians of rounds in turns: what others do on the machine hardly counts. U is one
+product by double backward, on a graph built for it. `ratio` is a contender's time over ours, with
+and without our look for copies (peers have none); in parentheses where the contender did not reach
+{ACCURACY:g}. A goal is for both.
+"""
+COLUMNS = (
+    "contender",
+    "setting",
+    "products",
+    "error",
+    "seconds",
+    "U",
+    f"ratio to {OURS.name}",
+    f"to {ALONE.name}",
+    "goal",
+)
+Json = Mapping[str, Any]
+
+
+def table(row: Json) -> list[str]:
+    """A problem's heading and table."""
+    raw = row["unit"]["median"]
+    lines = [
+        f"### {row['name']}: {row['summary']}",
+        "",
+        f"{row['parameters']:,} parameters; U = {1e3 * raw:.3g} ms; {row['rounds']} rounds; "
+        f"reference {row['gap']:.0e} from ARPACK's.",
+        "",
+        *_head(COLUMNS),
+    ]
+    for entry in row["entries"]:
+        cells = [entry["solver"], entry["setting"], entry["products"], f"{entry['error']:.1e}"]
+        cells += [f"{entry['seconds']['median']:.3g}", f"{entry['units']['median']:.1f}"]
+        cells += [_ratio(entry, name) for name in (OURS.name, ALONE.name)]
+        lines.append(_line([*cells, _goal(entry)]))
+    lines += [_line([line, *[""] * (len(COLUMNS) - 1)]) for line in row["absent"]]
+    over = row["overhead"]["median"]
+    lines += [
+        "",
+        f"Lanczos takes {over:.2f} times as long as its products alone, at raw speed on a kept "
+        f"graph; the goal of {MOST_OVERHEAD} is {_verdict(over <= MOST_OVERHEAD)}.",
+        "",
+    ]
+    return lines
+
+
+def tracks(found: Sequence[Json]) -> list[str]:
+    """The table of tracking."""
+    head = ("start", "products a check", "most", "worst error", "eigenvalue moves", "goal")
+    lines = [
+        f"### tracking: {RECIPES[TRACKED].summary}",
+        "",
+        f"The largest eigenvalue to {TOL:g}, {CHECKS} checks, {STEPS} steps of training apart.",
+        "",
+        *_head(head),
+    ]
+    for track in found:
+        met = track["products"] <= MOST_PRODUCTS
+        goal = "" if track["way"] == "cold" else f"{MOST_PRODUCTS} {_verdict(met)}"
+        cells = [track["way"], f"{track['products']:g}", track["most"], f"{track['error']:.1e}"]
+        lines.append(_line([*cells, f"{track['moved']:.1%}", goal]))
+    return [*lines, ""]
+
+
+def _ratio(entry: Json, name: str) -> str:
+    spread = entry["ratios"][name]
+    text = f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]"
+    return text if entry["reached"] else f"({text})"
+
+
+def _goal(entry: Json) -> str:
+    if entry["goal"] is None:
+        return ""
+    met = [spread["median"] >= entry["goal"] for spread in entry["ratios"].values()]
+    verdict = _verdict(all(met)) if len(set(met)) == 1 else "met without copies"
+    return f"{entry['goal']:g} {verdict}" if entry["reached"] else f"{entry['goal']:g} not judged"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [_line(columns), f"|{' --- |' * len(columns)}"]
+
+
+def _line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"

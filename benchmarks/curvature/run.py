@@ -1,0 +1,66 @@
+"""The largest eigenpairs of Hessians of trained networks, by the library and by its peers.
+
+Every contender is checked against float64 before it is timed; see `report.LEGEND` in what is
+written. The data are files of MNIST and CIFAR-10, unpacked in a folder; problems that need none are
+mlp-digits and gpt-text.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eigenfilter.benchmarks import environment, report
+from eigenfilter.benchmarks.curvature import contest, tracking
+from eigenfilter.benchmarks.curvature import report as tables
+from eigenfilter.benchmarks.curvature.datasets import Missing
+from eigenfilter.benchmarks.curvature.problems import RECIPES
+
+TRACKING = "tracking"
+ROUNDS = 3
+
+
+def select(patterns: Sequence[str]) -> list[str]:
+    """Return the names that match any of the patterns; all if there are none.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    names = [*RECIPES, TRACKING]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"no problem {pattern!r}; there are {', '.join(names)}")
+    return [n for n in names if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]
+
+
+def run(names: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
+    """Measure, print each table as it is there, write the results."""
+    text: list[str] = []
+    found: dict[str, Any] = {"curvature": [], "tracking": [], "absent": []}
+
+    def tell(lines: list[str]) -> None:
+        print("\n".join(lines), flush=True)
+        text.extend(lines)
+
+    with contest.one_thread():
+        where = environment.describe(torch.device("cpu"))
+        for name in names:
+            try:
+                if name == TRACKING:
+                    tracks = tracking.measure(RECIPES[tracking.TRACKED], data)
+                    found["tracking"] = [asdict(track) for track in tracks]
+                    tell(tables.tracks(found["tracking"]))
+                else:
+                    row = asdict(contest.measure(name, RECIPES[name], data, rounds))
+                    found["curvature"].append(row)
+                    tell(tables.table(row))
+            except Missing as missing:
+                found["absent"].append(f"{name}: {missing}")
+                tell([f"{name}: {missing}", ""])
+    title = ["# Eigenpairs of Hessians", "", tables.LEGEND]
+    report.write(folder, "cpu-curvature", where, [*title, *text], found)
