@@ -41,6 +41,7 @@ def draw(panels: Mapping[str, Panel], path: Path, *, label: str, scale: Scale) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     series = list(
         dict.fromkeys(s for panel in panels.values() for bars in panel.values() for s in bars)
@@ -62,6 +63,10 @@ def draw(panels: Mapping[str, Panel], path: Path, *, label: str, scale: Scale) -
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
             axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else "")
+            low, high = axes.get_xlim()
+            if high < 2 * low:  # no decade in sight
+                axes.xaxis.set_major_locator(MaxNLocator(5))
+                axes.xaxis.set_minor_locator(NullLocator())
         if scale != "amount":
             axes.axvline(1.0, color="0.3", linewidth=0.9, zorder=0)
         axes.tick_params(labelsize=8, which="both")
