@@ -46,7 +46,7 @@ bench: $(INSTALLED)
 
 # The newest results of each kind as a page with figures.
 newest = $(lastword $(sort $(wildcard benchmarks/results/*-$(1).json)))
-RESULTS ?= $(foreach kind,cpu cpu-memory cuda cuda-memory,$(call newest,$(kind)))
+RESULTS ?= $(foreach kind,cpu cpu-memory cpu-curvature cuda cuda-memory,$(call newest,$(kind)))
 bench-page: $(INSTALLED)
 	$(BIN)/eigenfilter bench page $(RESULTS) --out docs
 
