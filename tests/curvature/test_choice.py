@@ -94,7 +94,7 @@ def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) ->
                 model.get_parameter("last.weight").mul_(2)
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith(f"products with {op.shape[0]} vectors: engine ")
-    assert second.startswith("products with 1 vectors: engine 'retained' (retained ")
+    assert second.startswith("products with 1 vectors: engine 'retained' (its graphs")
 
 
 def test_what_cannot_be_vectorised_is_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -52,6 +52,8 @@ def choose(
             return _logged("forward_over_reverse", vectors, f"a graph exceeds the budget; {error}")
         return _logged("checkpointed", vectors, f"a graph takes {size} bytes, above the budget")
 
+    if vectors == 1 and source.count is not None and source.count * size <= budget:
+        return _logged("retained", vectors, f"its graphs, of about {size} bytes each, fit")
     V = torch.ones(sum(p.numel() for p in params), min(vectors, WIDTH), dtype=params[0].dtype)
     V = V.to(params[0].device)
     block = split(V.T, params)
