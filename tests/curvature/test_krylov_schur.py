@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +21,20 @@ def grown(op: DenseOperator, steps: int, rows: int, width: int) -> KrylovSchur:
     return run
 
 
-def check_identity(op: DenseOperator, run: KrylovSchur, ritz: Ritz) -> None:
+class RitzTensors(NamedTuple):
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    lost: Tensor
+
+
+def tensors(ritz: Ritz) -> RitzTensors:
+    return RitzTensors(*map(torch.from_numpy, ritz))
+
+
+def check_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
     """Columns are orthonormal, and what H Q S - Q S Theta leaves is what B says, along P."""
+    ritz = tensors(of)
     scale = 40 * torch.finfo(op.dtype).eps
     basis = run.basis[: run.end].double()
     assert (basis @ basis.T - torch.eye(run.end)).abs().max() < scale
@@ -44,12 +59,12 @@ def test_the_identity_holds_as_it_grows_and_through_restarts(
         check_identity(op, run, ritz)
         assert (run.size, run.end) == (8 * width, 9 * width)
         assert run.full
-        kept = torch.tensor([0, 2, 5, len(ritz.values) - 1])
+        kept = np.array([0, 2, 5, len(ritz.values) - 1])
         run.restart(ritz, kept)
         after = run.collect()
         check_identity(op, run, after)
-        torch.testing.assert_close(after.values, ritz.values[kept])
-        torch.testing.assert_close(after.residuals, ritz.residuals[kept])
+        np.testing.assert_allclose(after.values, ritz.values[kept], atol=1e-7)
+        np.testing.assert_allclose(after.residuals, ritz.residuals[kept], atol=1e-7)
         while not run.full:
             run.step(width)
         while run.size < 8 * width:
@@ -60,7 +75,7 @@ def test_the_identity_holds_as_it_grows_and_through_restarts(
 def test_t_is_tridiagonal_before_a_restart_and_banded_for_blocks() -> None:
     for width in (1, 3):
         run = grown(operator(decaying(200)), 6, 40, width)
-        ritz = run.collect()
+        ritz = tensors(run.collect())
         t = ritz.vectors * ritz.values @ ritz.vectors.T
         assert (t - t.tril(width).triu(-width)).abs().max() < 1e-12
         assert t.diagonal(width).abs().min() > 0.1
@@ -70,7 +85,7 @@ def test_locked_vectors_stay_out_of_it_until_unlocked() -> None:
     op = operator(decaying(200))
     run = grown(op, 12, 30, 1)
     ritz = run.collect()
-    kept = torch.tensor([9, 2])
+    kept = np.array([9, 2])
     expected = run.vectors(ritz, kept)
     locked = ritz.values[kept], ritz.residuals[kept]
     run.lock(ritz, kept)
@@ -79,18 +94,18 @@ def test_locked_vectors_stay_out_of_it_until_unlocked() -> None:
     run.begin()
     for _ in range(5):
         run.step(1)
-    ritz = run.collect()
-    pairs = run.vectors(ritz, torch.arange(2, 7))
+    pairs = run.vectors(run.collect(), np.arange(2, 7))
+    ritz = tensors(run.collect())
     assert (expected.T @ pairs).abs().max() < 1e-13
     left = op.matrix @ pairs - pairs * ritz.values
     outside = (left - expected @ (expected.T @ left)).norm(dim=0)
     assert (left.norm(dim=0) - outside).max() > 1e-4
     torch.testing.assert_close(ritz.residuals, outside, rtol=1e-10, atol=0)
     run.unlock(*locked)
-    ritz = run.collect()
+    ritz = tensors(run.collect())
     q = run.basis[:7].T
     torch.testing.assert_close(ritz.values, torch.linalg.eigvalsh(q.T @ op.matrix @ q))
-    pairs = run.vectors(ritz, torch.arange(7))
+    pairs = run.vectors(run.collect(), np.arange(7))
     measured = (op.matrix @ pairs - pairs * ritz.values).norm(dim=0)
     assert (measured <= ritz.residuals * (1 + 1e-12)).all()
     assert (measured >= ritz.residuals - 2 * ritz.lost - 1e-12).all()
@@ -107,8 +122,7 @@ def test_what_follows_an_invariant_subspace_is_cut_off(width: int) -> None:
         ritz = run.collect()
     assert run.closed
     assert run.size == 2 * width
-    expected = torch.tensor([1.0] * width + [5.0] * width, dtype=torch.float64)
-    torch.testing.assert_close(ritz.values, expected)
+    np.testing.assert_allclose(ritz.values, [1.0] * width + [5.0] * width, rtol=1e-7)
 
 
 def test_a_start_is_near_the_one_given() -> None:

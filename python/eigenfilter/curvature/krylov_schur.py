@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eigenfilter import kernels
@@ -15,13 +17,17 @@ _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
 _RANDOM = 0.1  # how much of a random vector, relative to it, is mixed into a given start
 
 
-class Ritz(NamedTuple):
-    """The eigenpairs of the projection T of H, on the host, in float64."""
+Floats: TypeAlias = NDArray[np.float64]
+"""What the host works on: NumPy, whose calls on a few dozen numbers take a tenth of torch's."""
 
-    values: Tensor  # theta [m], ascending
-    vectors: Tensor  # S [m, m]: the pairs are theta_i, Q s_i
-    residuals: Tensor  # [m], ||H Q s_i - theta_i Q s_i||, less what lies along locked vectors
-    lost: Tensor  # [m], the share of the residuals that is a bound
+
+class Ritz(NamedTuple):
+    """The eigenpairs of the projection T of H."""
+
+    values: Floats  # theta [m], ascending
+    vectors: Floats  # S [m, m]: the pairs are theta_i, Q s_i
+    residuals: Floats  # [m], ||H Q s_i - theta_i Q s_i||, less what lies along locked vectors
+    lost: Floats  # [m], the share of the residuals that is a bound
 
 
 class KrylovSchur:
@@ -80,7 +86,7 @@ class KrylovSchur:
             room, n, dtype=op.dtype, device=device, pin_memory=pinned
         )
         self._c = torch.zeros(self._rows, room, dtype=torch.float64, device=device)
-        self._lost = torch.zeros(self._rows, dtype=torch.float64)  # ||E e_j||, on the host
+        self._lost = np.zeros(self._rows)  # ||E e_j||
         self._origins: list[int] = []  # of rows [0, end): the first row their product may lie along
         self._children: dict[int, int] = {}  # row multiplied -> row that was new in its product
         self._generator = torch.Generator(device).manual_seed(seed)
@@ -170,11 +176,11 @@ class KrylovSchur:
         self._children[j] = new
         self.end += 1
 
-    def joined(self, locked: Tensor) -> Tensor:
+    def joined(self, locked: Floats) -> Floats:
         """Return the eigenvalues of T with the locked pairs in it, whose values are `locked`."""
-        c = self._c[: self.size, : self.size].cpu()
-        c[: self.locked, : self.locked] = locked.diag()
-        values: Tensor = torch.linalg.eigvalsh(c)  # reads the lower triangle
+        c = self._c[: self.size, : self.size].cpu().clone()
+        c[: self.locked, : self.locked] = torch.from_numpy(np.diag(locked))
+        values: Floats = torch.linalg.eigvalsh(c).numpy()  # reads the lower triangle
         return values
 
     def collect(self) -> Ritz:
@@ -183,15 +189,15 @@ class KrylovSchur:
         Raises:
             FloatingPointError: a product was not finite.
         """
-        c = self._c[self.locked : self.size, : self.end].cpu()
-        finite = c.isfinite().all(1)
+        c = self._c[self.locked : self.size, : self.end].cpu().numpy()
+        finite = np.isfinite(c).all(1)
         if not finite.all():
-            late = len(c) - int(finite.long().argmin())
+            late = len(c) - int(np.argmin(finite))
             raise FloatingPointError(
                 f"product {self.products - late + 1} of H with a vector is not finite: is the "
                 "loss, at these parameters?"
             )
-        self.norm = max(self.norm, float(c.norm(dim=1).max()))
+        self.norm = max(self.norm, float(np.linalg.norm(c, axis=1).max(initial=0.0)))
         for j, child in self._children.items():
             if c[j - self.locked, child] <= self.rounding:
                 # What follows came from rounding, not from H.
@@ -199,13 +205,14 @@ class KrylovSchur:
                 c = c[: self.size - self.locked, : self.end]
                 break
         t, b = c[:, self.locked : self.size], c[:, self.size :]
-        values, vectors = torch.linalg.eigh(t)  # reads the lower triangle
+        values, vectors = _eigh(t)
         # What a product has along an earlier vector, but that one's product did not know of.
-        seen = (t - t.T).tril(-1).square().sum(0)
         lost = self._lost[self.locked : self.size]
-        lost = torch.maximum(lost.square() - seen, 2.0 * self.rounding * lost).sqrt()
-        unknown = lost @ vectors.abs()
-        known = torch.linalg.vector_norm(b.T @ vectors, dim=0)
+        if lost.any():
+            seen = (np.tril(t - t.T, -1) ** 2).sum(0)
+            lost = np.sqrt(np.maximum(lost**2 - seen, 2.0 * self.rounding * lost))
+        unknown = np.einsum("j,ji->i", lost, np.abs(vectors))
+        known = np.linalg.norm(np.einsum("jp,ji->pi", b, vectors), axis=0)
         return Ritz(values, vectors, known + unknown, unknown)
 
     def _cut(self, size: int, end: int) -> None:
@@ -214,9 +221,9 @@ class KrylovSchur:
         self._children = {j: child for j, child in self._children.items() if child < end}
         self._c[:, end:] = 0
 
-    def restart(self, ritz: Ritz, kept: Tensor) -> None:
+    def restart(self, ritz: Ritz, kept: NDArray[np.intp]) -> None:
         """Keep of Q the pairs with indices `kept` only: Q <- Q S, T <- Theta, B <- B S."""
-        s = ritz.vectors[:, kept]
+        s = torch.from_numpy(ritz.vectors[:, kept])
         size, waiting = self.locked + len(kept), self.basis[self.size : self.end]
         left = s.to(self._c).T @ self._c[self.locked : self.size]
         left[:, self.locked : self.size] = 0
@@ -226,35 +233,41 @@ class KrylovSchur:
         kept_rows = self._c[self.locked : size]
         kept_rows[:, : self.locked] = left[:, : self.locked]
         kept_rows[:, size : size + len(waiting)] = left[:, self.size : self.end]
-        kept_rows.diagonal(self.locked).copy_(ritz.values[kept])
+        kept_rows.diagonal(self.locked).copy_(torch.from_numpy(ritz.values[kept]))
         self._lost[self.locked : size] = ritz.lost[kept]
         self.size, self.end = size, size + len(waiting)
         self._origins = [self.locked] * self.end
         self._children = {}
 
-    def lock(self, ritz: Ritz, kept: Tensor) -> None:
+    def lock(self, ritz: Ritz, kept: NDArray[np.intp]) -> None:
         """Keep of all columns those with indices `kept`, first the locked ones, then the pairs
         of Q; all are locked then, and nothing waits."""
-        rotate(self.basis[: self.size], 0, self._columns(ritz)[:, kept])
+        rotate(self.basis[: self.size], 0, torch.from_numpy(self._columns(ritz)[:, kept]))
         self.locked = self.size = self.end = len(kept)
         self._origins = [0] * self.end
         self._children = {}
         self._c.zero_()
 
-    def unlock(self, values: Tensor, residuals: Tensor) -> None:
+    def unlock(self, values: Floats, residuals: Floats) -> None:
         """Make the locked vectors, pairs with these values and residuals, part of Q."""
-        self._c[: self.locked, : self.locked] = values.diag().to(self._c)
+        self._c[: self.locked, : self.locked] = torch.from_numpy(np.diag(values)).to(self._c)
         self._lost[: self.locked] = residuals
         self.locked = 0
 
-    def vectors(self, ritz: Ritz, picked: Tensor) -> Tensor:
+    def vectors(self, ritz: Ritz, picked: NDArray[np.intp]) -> Tensor:
         """Return the columns [n, l] with indices `picked`, counted as in `lock`, on the operator's
         device."""
-        s = self._columns(ritz)[:, picked].to(self.basis)
+        s = torch.from_numpy(self._columns(ritz)[:, picked]).to(self.basis)
         return torch.mm(s.T, self.basis[: self.size]).T.to(self._op.device)
 
-    def _columns(self, ritz: Ritz) -> Tensor:
+    def _columns(self, ritz: Ritz) -> Floats:
         """Return what combines the rows of the basis to the locked vectors and the pairs of Q."""
-        s = torch.eye(self.size, dtype=torch.float64)
+        s = np.eye(self.size)
         s[self.locked :, self.locked :] = ritz.vectors
         return s
+
+
+def _eigh(t: Floats) -> tuple[Floats, Floats]:
+    """Solve T, of which the lower triangle is read, on torch's threads: NumPy has others."""
+    values, vectors = torch.linalg.eigh(torch.from_numpy(t))
+    return values.numpy(), vectors.numpy()

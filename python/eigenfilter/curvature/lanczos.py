@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from eigenfilter.curvature.basis import orthogonality
 from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
-from eigenfilter.curvature.stopping import CRITERIA, WHICH, Pairs, Rule
+from eigenfilter.curvature.stopping import CRITERIA, WHICH, Flags, Indices, Pairs, Rule
 
 _FEW = 20  # steps in which a pair can converge by luck
 _THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps
@@ -187,6 +189,8 @@ class _Search:
         self._searched = 0  # products used when that began
         self._cold = True  # whether those started at random
         self._began = 0  # products used when the present sequence began
+        self._wait = 0  # steps to take before T is looked at again
+        self._past: tuple[int, float] | None = None  # what `_forecast` saw at the last look
 
     def solve(self, starts: Tensor | None, limit: int, look_for_copies: bool) -> EigenResult:
         """Work until nothing is left to do, or the products are spent."""
@@ -197,7 +201,8 @@ class _Search:
             self._advance(limit)
             ritz, rule, picked, wanted, pairs = self._look()
             enough = len(picked) == self._k
-            settled = enough and self._settled(rule, pairs, picked)
+            self._wait = self._steps_left(rule, pairs, picked)
+            settled = enough and self._wait == 0
             news = bool(wanted.any()) or (settled and self._moved(rule))
             complete = settled and (not look_for_copies or (self._looking and not news))
             complete = complete or run.whole
@@ -207,7 +212,9 @@ class _Search:
                 self._locked = Pairs.none()
                 ritz, rule, picked, wanted, pairs = self._look()
                 if settled:  # T only gained; the residuals are bounds now, and may say less
-                    pairs = replace(pairs, met=pairs.met.index_fill(0, picked, True))
+                    excess = pairs.excess.copy()
+                    excess[picked] = 0.0
+                    pairs = replace(pairs, excess=excess)
             if done:
                 return self._result(ritz, rule, pairs, picked, complete)
             if settled or run.closed:
@@ -226,11 +233,11 @@ class _Search:
         if not (self._looking and run.locked):
             return False
         values = run.joined(self._locked.values)
-        best = values[rule.best(values, self._k)].sort().values
-        locked = self._locked.values.sort().values
-        return bool(((best - locked).abs() > rule.allowed(locked)).any())
+        best = np.sort(values[rule.best(values, self._k)])
+        locked = np.sort(self._locked.values)
+        return bool((np.abs(best - locked) > rule.allowed(locked)).any())
 
-    def _look(self) -> tuple[Ritz, Rule, Tensor, Tensor, Pairs]:
+    def _look(self) -> tuple[Ritz, Rule, Indices, Flags, Pairs]:
         """Return the pairs of T, the rule, which pairs are the best, which of those are of Q, and
         all pairs, locked ones first."""
         run = self._run
@@ -240,10 +247,10 @@ class _Search:
         return ritz, rule, picked, wanted, self._locked + rule.judge(ritz, wanted, run.closed)
 
     def _advance(self, limit: int) -> None:
-        """Multiply until T is worth looking at: often only when it may hold what is wanted."""
+        """Multiply until T is worth looking at."""
         run = self._run
         size, need = run.size - run.locked, max(self._k - run.locked, 1)
-        due = max(1, min(2 * size, need)) if size < need else size + 1 + size // 20
+        due = max(1, min(2 * size, need)) if size < need else size + self._wait * run.width
         while True:
             # Where Q has become invariant, products may be spent before there are k pairs.
             run.step(max(limit - run.products, self._k - run.size))
@@ -251,36 +258,54 @@ class _Search:
             if spent or run.size - run.locked >= due or run.closed or run.full:
                 return
 
-    def _pick(self, rule: Rule, ritz: Ritz) -> tuple[Tensor, Tensor]:
+    def _forecast(self, excess: float) -> int:
+        """Return half the steps that the worst of the wanted pairs needs to converge at its pace.
+
+        A look takes the host a fraction of a millisecond, and a GPU must wait for it; but errors
+        fall ever faster.
+
+        excess: how many times the error allowed that pair may err.
+        """
+        products, width = self._run.products, self._run.width
+        distance = math.log(excess)
+        past, self._past = self._past, (products, distance)
+        if past is None or not past[1] > distance or products == past[0]:
+            return 2
+        pace = (past[1] - distance) / (products - past[0])
+        return max(1, math.floor(min(distance / pace / (2 * width), products)))
+
+    def _pick(self, rule: Rule, ritz: Ritz) -> tuple[Indices, Flags]:
         """Return the indices of the k best pairs, locked ones first, and whether each of Q is."""
         locked = self._locked
-        values = torch.cat([locked.values, ritz.values])
+        values = np.concatenate([locked.values, ritz.values])
         # What is not better than a locked value may really be does not displace it.
-        doubt = locked.errors.clamp_min(rule.rounding)
-        lead = torch.cat([doubt, torch.zeros_like(ritz.values)])
+        doubt = np.maximum(locked.errors, rule.rounding)
+        lead = np.concatenate([doubt, np.zeros_like(ritz.values)])
         picked = rule.best(values, self._k, lead)
-        among = torch.zeros(len(values), dtype=torch.bool)
+        among = np.zeros(len(values), dtype=bool)
         among[picked] = True
         return picked, among[self._run.locked :]
 
-    def _settled(self, rule: Rule, pairs: Pairs, picked: Tensor) -> bool:
-        """Whether the present sequence has no more to give."""
+    def _steps_left(self, rule: Rule, pairs: Pairs, picked: Indices) -> int:
+        """Return how many steps to take before T is looked at again; 0 if the present sequence has
+        no more to give."""
         run = self._run
-        if self._looking and bool((picked < run.locked).all()):
-            others = pairs[torch.arange(run.locked, len(pairs.values))]
-            steps = (run.products - self._began) // run.width
-            n = run.basis.shape[1]
+        if run.closed:
+            return 0
+        most = 1 + (run.size - run.locked) // (10 * run.width)
+        if not (self._looking and bool((picked < run.locked).all())):
+            excess = float(pairs.excess[picked].max(initial=0.0))
+            return min(self._forecast(excess), most) if excess else 0
+        others = pairs[run.locked :]
+        needed = rule.steps_to_exhaust(self._locked.values, others, run.basis.shape[1])
+        if self._cold:
             # Where the rest is dense next to the k, the chance shrinks slowly; but a copy of one of
             # them converges as soon as that one did, if that one started at random as well.
-            long = max(self._searched // run.width, _FEW)
-            return (
-                run.closed
-                or (self._cold and steps >= long)
-                or rule.exhausted(self._locked.values, others, n, steps)
-            )
-        return run.closed or bool(pairs.met[picked].all())
+            needed = min(needed, max(self._searched // run.width, _FEW))
+        left = needed - (run.products - self._began) // run.width
+        return math.ceil(min(max(left, 0.0), most))
 
-    def _lock(self, ritz: Ritz, pairs: Pairs, picked: Tensor) -> None:
+    def _lock(self, ritz: Ritz, pairs: Pairs, picked: Indices) -> None:
         run = self._run
         if len(picked) == self._k and not self._looking:
             self._looking = True
@@ -288,15 +313,16 @@ class _Search:
         run.lock(ritz, picked)
         self._locked = pairs[picked]
         self._began = run.products
+        self._past = None
 
-    def _kept(self, rule: Rule, ritz: Ritz, wanted: Tensor) -> Tensor:
+    def _kept(self, rule: Rule, ritz: Ritz, wanted: Flags) -> Indices:
         """Return the indices of the pairs of Q that a restart keeps."""
         least = int(wanted.sum()) + 2  # the next one at each end shows how far the others are
         count = least + int(_THICKNESS * max(len(wanted) - least, 0))
-        return rule.best(ritz.values, min(count, self._run.most_kept)).sort().values
+        return np.sort(rule.best(ritz.values, min(count, self._run.most_kept)))
 
     def _result(
-        self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Tensor, complete: bool
+        self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Indices, complete: bool
     ) -> EigenResult:
         run = self._run
         picked = picked[rule.best(pairs.values[picked], self._k)]
@@ -313,11 +339,11 @@ class _Search:
             reason = f"{found} pairs converged; max_matvecs cut the look for copies short"
         vectors = run.vectors(ritz, picked)
         return EigenResult(
-            values=pairs.values.to(vectors),
+            values=torch.from_numpy(pairs.values).to(vectors),
             vectors=vectors,
-            residuals=pairs.residuals.to(vectors),
-            errors=pairs.errors.to(vectors),
-            converged=pairs.met.to(vectors.device),
+            residuals=torch.from_numpy(pairs.residuals).to(vectors),
+            errors=torch.from_numpy(pairs.errors).to(vectors),
+            converged=torch.from_numpy(pairs.met).to(vectors.device),
             matvecs=run.products,
             copy_matvecs=run.products - self._searched if self._looking else 0,
             orthogonality=orthogonality(run.basis[: run.size]),
