@@ -1,5 +1,5 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | lint | bench | bench-page | gpu-gate | clean
+#   make demo | test | lint | bench | bench-curvature | bench-page | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ VENV := .venv/.made
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
-.PHONY: install demo test lint bench bench-page gpu-gate clean
+.PHONY: install demo test lint bench bench-curvature bench-page gpu-gate clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,10 @@ bench: $(INSTALLED)
 	$(BIN)/eigenfilter bench --out benchmarks/results
 	$(BIN)/eigenfilter bench memory --out benchmarks/results
 	$(BIN)/eigenfilter bench finite-differences --out benchmarks/results
+
+# Reads MNIST and CIFAR-10 from EIGENFILTER_DATA.
+bench-curvature: $(INSTALLED)
+	$(BIN)/eigenfilter bench curvature --out benchmarks/results
 
 # The newest results of each kind as a page with figures.
 newest = $(lastword $(sort $(wildcard benchmarks/results/*-$(1).json)))
