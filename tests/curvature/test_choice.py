@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,25 @@ def test_what_cannot_be_vectorised_is_not(caplog: pytest.LogCaptureFixture) -> N
         model, lambda z, t: nn.functional.cross_entropy(torch.tanh(z), t), (x, target)
     )
     torch.testing.assert_close(found, columns(smooth), rtol=0, atol=1e-13)
+
+
+def test_the_warnings_of_a_model_are_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They refuse no engine, and reach the caller."""
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        warnings.warn("the loss is deprecated", UserWarning, stacklevel=1)
+        return nn.functional.cross_entropy(output, target)
+
+    model, x, target = make()
+    data = DataLoader(TensorDataset(x, target), batch_size=8)
+    op = HessianOperator(model, loss_fn, data, memory_budget=8_000)
+    pretend(monkeypatch, [1e-3, 1e-3, 1e-3])
+    with caplog.at_level(logging.INFO, LOGGER), pytest.warns(UserWarning, match="deprecated"):
+        op.matvec(torch.ones(39, dtype=torch.float64))
+    assert op.engine == "forward_over_reverse"
+    assert "refused" not in caplog.text
 
 
 def test_the_bytes_of_a_graph() -> None:
