@@ -175,6 +175,7 @@ def _as_function(
     def output(x_flat: Tensor) -> Tensor:
         pieces = torch.split(x_flat, [p.numel() for p in params.values()])
         own = {k: v.view(p.shape) for (k, p), v in zip(params.items(), pieces, strict=True)}
+        own |= {k: b.clone() for k, b in model.named_buffers()}  # training writes to them
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             return functional_call(model, own, (x,))

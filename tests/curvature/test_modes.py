@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from curvature.networks import OPERATORS, Partial, columns, dense, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator
@@ -38,6 +39,53 @@ def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) ->
         assert torch.equal(value, state[key]), key
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert all(norm.track_running_stats for norm in norms)
+
+
+class Counting(nn.Module):
+    """Changes a buffer in place and makes another in every forward pass of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("last", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+            self.last = x.detach().mean(0)
+        return x * self.seen
+
+
+@pytest.mark.parametrize("engine", [*WHOLE, "auto"])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_buffers_are_left_as_they_were(kind: type[CurvatureOperator], engine: str) -> None:
+    """Whatever writes to them; and each forward pass starts from the same."""
+    linear = nn.Linear(8, 4)
+    # Without a forward derivative; and what it writes is a function of x that autograd leaves out.
+    plain = engine in ("forward_over_reverse", "finite_difference")
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 5)),
+        nn.Conv1d(1, 2, 2),
+        nn.InstanceNorm1d(2, eps=0.5, affine=True, track_running_stats=True),
+        nn.Flatten(),
+        linear if plain else spectral_norm(linear),
+        nn.Tanh(),
+        Counting(),
+        nn.Linear(4, 3),
+    ).double()
+    _, x, target = make()
+    expected = OPERATORS[kind](model, x, target, mode="train")
+    state = copy.deepcopy(model.state_dict())
+    buffers = dict(model.named_buffers())
+    op = kind(model, nn.CrossEntropyLoss(), (x, target), mode="train", engine=engine)
+    atol = float(expected.abs().max()) * (1e-7 if engine == "finite_difference" else 1e-12)
+    with op.fixed():
+        for _ in range(2):
+            torch.testing.assert_close(columns(op), expected, rtol=0, atol=atol)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert model[6].last is None
+    assert all(b is buffers[name] for name, b in model.named_buffers())
 
 
 def test_batches_have_masks_of_their_own() -> None:

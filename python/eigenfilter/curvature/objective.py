@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from eigenfilter._batch_norm import freeze_batch_norm
 from eigenfilter.curvature.data import moved
 
 Outer = Callable[[Tensor], Tensor]
@@ -22,11 +21,15 @@ class Evaluation(NamedTuple):
 
     With no `outer`, f_b(x) = value(x), whose Hessian is wanted; else f_b(x) = outer(value(x)), of
     which J^T outer'' J is wanted, J being the Jacobian of `value`.
+
+    Whatever differentiates it, or looks at its graph, does so in a context `around()`: backward
+    may call the modules again (torch.utils.checkpoint), and must find them as the forward pass did.
     """
 
     value: Tensor
     outer: Outer | None
     weight: Callable[[], float]
+    around: Callable[[], AbstractContextManager[None]]
 
     def total(self) -> Tensor:
         """Return f_b, one number."""
@@ -91,7 +94,7 @@ class Objective:
 
     def _evaluate(self, index: int, batch: Any) -> Evaluation:
         if self._forward is None:
-            x, target = moved(batch, next(self.tree.parameters()).device)
+            x, target = moved(batch, self._device)
             output = self.model(x)
         else:
             output, target = self._forward(self.model, batch)
@@ -103,7 +106,10 @@ class Objective:
                 return outer(z)
 
         return Evaluation(
-            value, None if outer is None else surrounded, lambda: self._samples(batch, output)
+            value,
+            None if outer is None else surrounded,
+            lambda: self._samples(batch, output),
+            lambda: self.around(index),
         )
 
     def _samples(self, batch: Any, output: Any) -> float:
@@ -124,25 +130,37 @@ class Objective:
         return value
 
     @contextmanager
+    def around(self, index: int) -> Iterator[None]:
+        """Set modes, random numbers and buffers for a batch; put all back afterwards."""
+        with ExitStack() as stack:
+            stack.enter_context(self._modes())
+            if self._train:
+                stack.enter_context(_spared_buffers(self.tree))
+            stack.enter_context(_replayed(self._seed + index, self._device))
+            yield
+
+    @contextmanager
     def _surroundings(self, index: int) -> Iterator[None]:
-        """Set modes, random numbers and autocast; put modes and generators back afterwards."""
-        device = next(self.tree.parameters()).device
+        """Also set autocast, for the forward pass."""
         autocast = torch.autocast(
-            device.type,
+            self._device.type,
             dtype=self.autocast,
             enabled=self.autocast is not None,
             cache_enabled=False,  # parameters may move while a context around this one lasts
         )
-        with self._modes(), _replayed(self._seed + index, device), autocast:
+        with self.around(index), autocast:
             yield
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.tree.parameters()).device
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self.tree.modules()]
         try:
             self.tree.train(self._train)
-            with freeze_batch_norm(self.tree) if self._train else nullcontext():
-                yield
+            yield
         finally:
             for module, training in modes:
                 module.training = training
@@ -157,6 +175,20 @@ class _Tree(nn.Module):
 
     def forward(self, run: Callable[[], Evaluation]) -> Evaluation:
         return run()
+
+
+@contextmanager
+def _spared_buffers(tree: nn.Module) -> Iterator[None]:
+    """Let modules write to copies of their buffers; graphs that saved the originals stay valid."""
+    own = [(m._buffers, name, b) for m in tree.modules() for name, b in m._buffers.items()]
+    copies = {id(b): None if b is None else b.detach().clone() for _, _, b in own}
+    try:
+        for buffers, name, b in own:
+            buffers[name] = copies[id(b)]
+        yield
+    finally:
+        for buffers, name, b in own:
+            buffers[name] = b
 
 
 @contextmanager

@@ -42,7 +42,8 @@ class CurvatureOperator(ABC):
 
     The loss is one fixed function of x. Random numbers of torch's generators are replayed, those of
     batch b from seed + b, and the generators left as they were. The mode of every submodule is put
-    back, also after an error. A surrounding `torch.autocast` does not apply; `p.grad` is never
+    back, also after an error, and holds in backward too, where torch.utils.checkpoint runs modules
+    again. A surrounding `torch.autocast` does not apply; `p.grad` is never
     touched; results carry no graph.
 
     The operator follows its model. Version counters show that parameters, buffers or data were
@@ -90,8 +91,9 @@ class CurvatureOperator(ABC):
             Under DistributedDataParallel the module inside is used. None for this process alone.
         mode: "eval": dropout is off, and batch normalisation uses its running statistics. "train":
             dropout masks are drawn once for each batch and the same in every product; batch
-            normalisation uses the statistics of the batch, differentiates through them and leaves
-            the running ones as they are, so that C depends on the split into batches.
+            normalisation uses the statistics of the batch and differentiates through them, so that
+            C depends on the split into batches. Whatever modules write to their buffers goes to
+            copies, made anew for each pass over a batch.
         autocast: torch.bfloat16 or another dtype: what the model and loss compute in, under
             `torch.autocast`. Vectors keep the dtype of the parameters.
         memory_budget: bytes that kept graphs may take, or that of a piece on "checkpointed"; None

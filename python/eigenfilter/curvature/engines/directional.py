@@ -67,5 +67,5 @@ class Directional:
             self._weights.append(1.0 if self._source.single else here.weight())
         if self._hessian:
             return self._weights[index], Place(index, batch, None)
-        with torch.enable_grad(), explained():
+        with torch.enable_grad(), explained(), here.around():
             return self._weights[index], Place(index, batch, Pullback(here, self._params))

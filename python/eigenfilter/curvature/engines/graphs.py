@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from eigenfilter.curvature.engines.nodes import nodes, python_function, runs_python
 from eigenfilter.curvature.objective import Evaluation
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative .* not implemented|differentiate twice|double.?backward", re.IGNORECASE
 )
-_NO_FORWARD_DERIVATIVE = re.compile(r"forward AD|functorch transforms")
+_NO_FORWARD_DERIVATIVE = re.compile(r"forward AD|functorch transforms|saved tensor hooks")
 _NO_BATCHING = re.compile(r"vmap|batching rule", re.IGNORECASE)
 _MARKED = "torch::autograd::Error"  # the node that `once_differentiable` puts
 _WAYS_OUT = (
@@ -47,12 +47,14 @@ class HessianGraph:
                 cannot be differentiated twice.
         """
         self._params = params
+        self._around = _around(evaluation, evaluation.value)
         self._gradient = _Derivative(evaluation.value, params)
         self.roots = [evaluation.value, *self._gradient.outputs]
 
     def product(self, v: Pieces, *, batched: bool = False) -> Products:
         """Return H v in pieces; with `batched`, of all vectors [b, ...] at once."""
-        return self._gradient.back(v, self._params, batched=batched)
+        with self._around():
+            return self._gradient.back(v, self._params, batched=batched)
 
 
 class Pullback:
@@ -69,10 +71,16 @@ class Pullback:
         self._z = _dependent(evaluation.value)
         self._point = self._z.detach().requires_grad_()
         phi = evaluation.outer(self._point)
+        self._around = _around(evaluation, self._z, phi)
         self._gradient = _Derivative(phi, [self._point])
         self.roots = [self._z, phi, *self._gradient.outputs]
 
     def __call__(self, u: Tensor, *, batched: bool = False) -> Products:
+        """Return it in pieces; with `batched`, of all u [b, ...] at once."""
+        with self._around():
+            return self._pull(u, batched)
+
+    def _pull(self, u: Tensor, batched: bool) -> Products:
         (curved,) = self._gradient.back([u], [self._point], batched=batched)
         if curved is None:
             return [None] * len(self._params)
@@ -89,6 +97,7 @@ class GaussNewtonGraph:
             RuntimeError: see `HessianGraph`.
         """
         self._params = params
+        self._around = _around(evaluation, evaluation.value)
         self._pullback = Pullback(evaluation, params)
         z = evaluation.value
         # Any u without zeros, and not constant: softmax, say, takes those to zero.
@@ -98,7 +107,8 @@ class GaussNewtonGraph:
 
     def product(self, v: Pieces, *, batched: bool = False) -> Products:
         """Return the product in pieces; with `batched`, of all vectors [b, ...] at once."""
-        (along,) = self._transposed.back(v, [self._u], batched=batched)
+        with self._around():
+            (along,) = self._transposed.back(v, [self._u], batched=batched)
         if along is None:
             return [None] * len(self._params)
         return self._pullback(along, batched=batched)
@@ -109,7 +119,7 @@ Graph = HessianGraph | GaussNewtonGraph
 
 def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
     """Return the graph that an evaluation asks for."""
-    with torch.enable_grad(), explained():
+    with torch.enable_grad(), explained(), evaluation.around():
         kind = HessianGraph if evaluation.outer is None else GaussNewtonGraph
         return kind(evaluation, params)
 
@@ -129,7 +139,8 @@ def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Produc
 
 def gradient(evaluation: Evaluation, params: Pieces) -> Products:
     """Return df_b/dx, without a graph."""
-    return torch.autograd.grad(_dependent(evaluation.value), params, allow_unused=True)
+    with evaluation.around():
+        return torch.autograd.grad(_dependent(evaluation.value), params, allow_unused=True)
 
 
 def check_recorded(evaluation: Evaluation, params: Pieces) -> None:
@@ -139,19 +150,8 @@ def check_recorded(evaluation: Evaluation, params: Pieces) -> None:
     forward pass, and a backward one only where there are such Functions.
     """
     value = _dependent(evaluation.value)
-    if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes([value])):
+    if any(python_function(node) for node in nodes([value])):
         graph_of(evaluation, params)
-
-
-def nodes(roots: Pieces) -> Iterator[Any]:
-    """Yield the nodes of the graph behind `roots`, each once."""
-    stack, seen = [t.grad_fn for t in roots], set()
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            stack.extend(edge for edge, _ in node.next_functions)
 
 
 @contextmanager
@@ -190,6 +190,11 @@ class _Derivative:
         if not self.outputs:
             return [None] * len(inputs)
         return back(self.outputs, inputs, [v[i] for i in self._active], batched=batched)
+
+
+def _around(evaluation: Evaluation, *roots: Tensor) -> Callable[[], AbstractContextManager[None]]:
+    """Return what a backward pass from `roots` is to be surrounded by."""
+    return evaluation.around if runs_python(roots) else nullcontext
 
 
 def _dependent(value: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""The nodes of an autograd graph, and what they saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_known: dict[type, tuple[str, ...]] = {}
+
+
+def nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield the nodes of the graph behind `roots`, each once."""
+    stack, seen = [t.grad_fn for t in roots], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(edge for edge, _ in node.next_functions)
+
+
+def python_function(node: Any) -> bool:
+    """Whether a node's backward is written in Python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def kept(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors that the graph keeps, `roots` first, some perhaps several times.
+
+    What saved-tensor hooks left in a tensor's place (torch.utils.checkpoint) is none of them: to
+    unpack it would run the forward pass again.
+    """
+    roots = list(roots)
+    yield from roots
+    for node in nodes(roots):
+        for saved in _saved(node):
+            if saved.unpack_hook is None and isinstance(saved.data, Tensor):
+                yield saved.data
+
+
+def runs_python(roots: Iterable[Tensor]) -> bool:
+    """Whether backward runs Python code, which may call modules again: a Function or a hook."""
+    return any(
+        python_function(node) or any(saved.unpack_hook is not None for saved in _saved(node))
+        for node in nodes(roots)
+    )
+
+
+def _saved(node: Any) -> Iterator[Any]:
+    """Yield a node's SavedTensors."""
+    kind = type(node)
+    if kind not in _known:
+        _known[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    for name in _known[kind]:
+        value = getattr(node, name)
+        yield from value if isinstance(value, tuple) else (value,)
