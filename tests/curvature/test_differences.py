@@ -35,23 +35,6 @@ def test_the_error_is_estimated(name: str, dtype: torch.dtype) -> None:
     assert op.error < (1e-2 if dtype == torch.float32 else 1e-7)
 
 
-@pytest.mark.parametrize("pool", [True, False])
-def test_kinks_warn(pool: bool) -> None:
-    """The gradient jumps at a ReLU, and more so with max-pooling."""
-    layers = [nn.Linear(5, 64), nn.ReLU(), *([nn.MaxPool1d(2)] if pool else [])]
-    model = nn.Sequential(*layers, nn.Linear(32 if pool else 64, 3))
-    x, target = torch.randn(300, 5), torch.randint(3, (300,))
-    op = difference(model, (x, target))
-    v = torch.randn(op.shape[0])
-    with pytest.warns(RuntimeWarning, match=r"off by about \d+%.*ReLU, max-pooling") as caught:
-        found = op.matvec(v)
-    exact = HessianOperator(model, nn.CrossEntropyLoss(), (x, target)).matvec(v)
-    assert (found - exact).norm() > 0.3 * exact.norm()
-    assert op.error is not None
-    assert op.error > 0.1
-    assert caught[0].filename == __file__
-
-
 def test_the_error_is_looked_at_now_and_then() -> None:
     model, x, target = make()
     calls = 0

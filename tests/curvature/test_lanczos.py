@@ -138,39 +138,6 @@ def test_a_look_for_copies_does_not_change_what_was_found() -> None:
     torch.testing.assert_close(result.vectors, without.vectors)
 
 
-@pytest.mark.parametrize("which", ["LA", "BE"])
-def test_an_eigenvalue_is_not_reported_again(which: str) -> None:
-    """Lanczos without reorthogonalisation finds the largest nine times, all of them converged."""
-    spectrum = torch.cat([torch.tensor([100.0, -80.0]), torch.linspace(0, 1, 298)])
-    op = operator(spectrum, torch.float32)
-    alpha, beta, q, v = [], [], [torch.zeros(300), torch.ones(300) / 300**0.5], torch.zeros(300)
-    for _ in range(120):
-        v = op.matrix @ q[-1] - (beta[-1] if beta else 0.0) * q[-2]
-        alpha.append(v @ q[-1])
-        v -= alpha[-1] * q[-1]
-        beta.append(v.norm())
-        q.append(v / beta[-1])
-    t = torch.tensor(alpha).diag() + torch.tensor(beta[:-1]).diag(1)
-    assert (torch.linalg.eigvalsh(t, UPLO="U") > 99.9).sum() >= 9
-    op.count = 0
-    result = eigsh(op, 9, which)
-    check(op, result, wanted(spectrum, 9, which), 1e-4)
-    assert (result.values > 99.9).sum() == 1
-
-
-def test_a_fixed_number_of_steps_would_be_too_few() -> None:
-    spectrum = 10 * 0.97 ** torch.arange(400.0, dtype=torch.float64)
-    op = operator(spectrum)
-    with pytest.warns(RuntimeWarning, match="after 20 products"):
-        early = eigsh(op, 10, max_matvecs=20, max_basis=40)
-    expected = wanted(spectrum, 10, "LA")
-    wrong = ((early.values - expected) / expected).abs()
-    assert wrong.max() > 0.1
-    assert not early.converged[1:].any()
-    op.count = 0
-    check(op, eigsh(op, 10, max_matvecs=1000), expected, 1e-4)
-
-
 def test_a_start_in_an_invariant_subspace_does_not_hide_the_rest() -> None:
     spectrum = decaying(120)
     op = operator(spectrum)
