@@ -9,34 +9,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from curvature.dense import DenseOperator, operator
 from eigenfilter import curvature
 from eigenfilter.curvature.estimates import _t_quantile
-
-
-class Dense:
-    """A matrix as an operator; counts its products."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.shape = matrix, tuple(matrix.shape)
-        self.dtype, self.device = matrix.dtype, matrix.device
-        self.matvecs = 0
-
-    def matvec(self, v: Tensor) -> Tensor:
-        self.matvecs += 1
-        return self.matrix @ v
-
-    def matmat(self, V: Tensor) -> Tensor:
-        self.matvecs += V.shape[1]
-        return self.matrix @ V
-
-
-def with_spectrum(values: Tensor, dtype: torch.dtype = torch.float64) -> Dense:
-    """A matrix of these eigenvalues, its eigenvectors random."""
-    random = torch.Generator().manual_seed(len(values))
-    q, _ = torch.linalg.qr(
-        torch.randn(len(values), len(values), generator=random, dtype=torch.float64)
-    )
-    return Dense((q * values @ q.T).to(dtype))
 
 
 def hessian_like(n: int = 600) -> Tensor:
@@ -57,9 +32,9 @@ def wasserstein(density: curvature.SpectralDensity, values: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_density_of_a_hessian_like_spectrum(dtype: torch.dtype) -> None:
     values = hessian_like()
-    op = with_spectrum(values, dtype)
+    op = operator(values, dtype, seed=600)
     density = curvature.spectral_density(op, probes=8, steps=40)
-    assert density.matvecs == op.matvecs == 320
+    assert density.matvecs == op.count == 320
     mass = density.measure()[1]
     assert mass.sum().item() == pytest.approx(1, abs=1e-6)
     spread = values.std().item()
@@ -68,7 +43,7 @@ def test_the_density_of_a_hessian_like_spectrum(dtype: torch.dtype) -> None:
 
 def test_deflation_halves_the_distance_at_least() -> None:
     values = hessian_like()
-    op = with_spectrum(values)
+    op = operator(values)
     top = curvature.eigsh(op, 10, tol=1e-8)
     plain, deflated = [], []
     for seed in range(5):
@@ -80,7 +55,7 @@ def test_deflation_halves_the_distance_at_least() -> None:
 
 def test_smoothed_and_histogram_forms() -> None:
     values = hessian_like()
-    density = curvature.spectral_density(with_spectrum(values), 8, 40)
+    density = curvature.spectral_density(operator(values), 8, 40)
     grid = torch.linspace(-3, 23, 20001, dtype=torch.float64)
     smooth = density(grid, sigma=0.2)
     assert torch.trapezoid(smooth, grid).item() == pytest.approx(1, abs=1e-3)
@@ -99,7 +74,7 @@ def test_smoothed_and_histogram_forms() -> None:
 def test_moments_lie_in_their_confidence_intervals() -> None:
     """About 95 of 100 should; of 100 trials, 85 or fewer would be a 1 in 10,000 chance."""
     values = hessian_like(200)
-    op = with_spectrum(values)
+    op = operator(values)
     inside = 0
     for seed in range(100):
         density = curvature.spectral_density(op, 6, 4, seed=seed)
@@ -113,28 +88,28 @@ def test_moments_lie_in_their_confidence_intervals() -> None:
 def test_all_of_a_small_space_is_exact() -> None:
     """Probes end when they have seen all there is: three distinct eigenvalues in three steps."""
     values = torch.tensor([1.0, 1.0, 2.0, 5.0, 5.0], dtype=torch.float64)
-    density = curvature.spectral_density(with_spectrum(values), 2, 5)
+    density = curvature.spectral_density(operator(values), 2, 5)
     at, mass = density.measure()
     seen = at[mass > 1e-12]
     assert (seen[:, None] - values).abs().amin(1).max() < 1e-12
-    full = curvature.eigsh(with_spectrum(values), 5, tol=1e-12)
-    op = with_spectrum(values)
+    full = curvature.eigsh(operator(values), 5, tol=1e-12)
+    op = operator(values)
     exact = curvature.spectral_density(op, 2, 1, deflate=full)
-    assert op.matvecs == 0
+    assert op.count == 0
     assert float(exact.trace) == pytest.approx(14)
 
 
 def test_deflated_probes_are_right_on_average_in_a_small_space() -> None:
     """Where what is left of a vector of signs would not be."""
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 55.0], dtype=torch.float64)
-    op = with_spectrum(values)
+    op = operator(values)
     top = curvature.eigsh(op, 1, tol=1e-12)
     found = curvature.spectral_density(op, 4000, 1, deflate=top).trace
     assert abs(float(found) - 86) < 4 * found.standard_error < 1.5
 
 
 def test_a_zero_operator() -> None:
-    density = curvature.spectral_density(Dense(torch.zeros(20, 20)), 2, 4)
+    density = curvature.spectral_density(DenseOperator(torch.zeros(20, 20)), 2, 4)
     at, _ = density.measure()
     assert (at == 0).all()
     assert float(density.trace) == 0
@@ -142,9 +117,9 @@ def test_a_zero_operator() -> None:
 
 def test_the_trace() -> None:
     values = 0.8 ** torch.arange(100, dtype=torch.float64)
-    op = with_spectrum(values)
+    op = operator(values)
     hutch = curvature.trace(op, 45)
-    assert op.matvecs == 45
+    assert op.count == 45
     exact = values.sum()
     assert abs(float(hutch) - exact) < 4 * hutch.standard_error + 1e-9 * exact
     plain = curvature.spectral_density(op, 45, 1).trace
@@ -153,14 +128,14 @@ def test_the_trace() -> None:
 
 def test_the_trace_of_a_small_space_is_exact() -> None:
     values = torch.tensor([1.0, -3.0, 7.0], dtype=torch.float64)
-    found = curvature.trace(with_spectrum(values), 12)
+    found = curvature.trace(operator(values), 12)
     assert float(found) == pytest.approx(5, abs=1e-12)
     assert found.standard_error == 0
     assert found.interval() == (found.value, found.value)
 
 
 def test_the_diagonal() -> None:
-    op = with_spectrum(hessian_like(100))
+    op = operator(hessian_like(100))
     found = curvature.diagonal(op, 400)
     z = (found.value - op.matrix.diagonal()) / found.standard_error
     assert z.abs().max() < 5
@@ -170,13 +145,13 @@ def test_the_diagonal() -> None:
 
 def test_the_diagonal_of_a_diagonal_is_exact() -> None:
     values = torch.linspace(-1, 3, 10, dtype=torch.float64)
-    found = curvature.diagonal(Dense(values.diag()), 2)
+    found = curvature.diagonal(DenseOperator(values.diag()), 2)
     torch.testing.assert_close(found.value, values)
 
 
 def test_the_log_determinant() -> None:
     values = torch.linspace(0.1, 8, 300, dtype=torch.float64)
-    op = with_spectrum(values)
+    op = operator(values)
     found = curvature.log_determinant(op, damping=0.5, probes=10, steps=40)
     exact = (values + 0.5).log().sum()
     assert abs(float(found) - exact) < 4 * found.standard_error
@@ -187,7 +162,7 @@ def test_the_log_determinant() -> None:
 
 
 def test_a_log_of_what_is_not_positive_is_refused() -> None:
-    op = with_spectrum(hessian_like(100))
+    op = operator(hessian_like(100))
     with pytest.raises(ValueError, match="raise damping above"):
         curvature.log_determinant(op, damping=1e-3)
 
@@ -201,13 +176,13 @@ def test_a_log_of_what_is_not_positive_is_refused() -> None:
         lambda op: curvature.diagonal(op, 0),
         lambda op: curvature.spectral_density(op, 2, 4).trace.interval(1.0),
         lambda op: curvature.spectral_density(
-            op, deflate=curvature.eigsh(with_spectrum(torch.arange(9.0).double()), 2)
+            op, deflate=curvature.eigsh(operator(torch.arange(9.0).double()), 2)
         ),
     ],
 )
 def test_bad_arguments_are_refused(call: object) -> None:
     with pytest.raises(ValueError, match=r"must be|pass the result"):
-        call(with_spectrum(hessian_like(50)))  # type: ignore[operator]
+        call(operator(hessian_like(50)))  # type: ignore[operator]
 
 
 ESTIMATES = [
@@ -220,27 +195,27 @@ ESTIMATES = [
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_products_that_are_not_finite_are_refused(estimate: object) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
-        estimate(Dense(torch.full((40, 40), torch.nan)))  # type: ignore[operator]
+        estimate(DenseOperator(torch.full((40, 40), torch.nan)))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_operators_in_half_precision_are_refused(estimate: object) -> None:
     with pytest.raises(ValueError, match="float32 or float64"):
-        estimate(Dense(torch.ones(40, 40, dtype=torch.bfloat16)))  # type: ignore[operator]
+        estimate(DenseOperator(torch.ones(40, 40, dtype=torch.bfloat16)))  # type: ignore[operator]
 
 
 def test_the_error_of_the_diagonal_is_right_beside_large_elements() -> None:
     """The mean square less the square of the mean would lose it."""
     matrix = torch.full((3, 3), 1e-3, dtype=torch.float64)
     matrix += torch.diag(torch.full((3,), 1e6, dtype=torch.float64))
-    found = curvature.diagonal(Dense(matrix), 1000)
+    found = curvature.diagonal(DenseOperator(matrix), 1000)
     expected = 1e-3 * (2 / 1000) ** 0.5
     assert (found.standard_error / expected - 1).abs().max() < 0.1
 
 
 def test_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
-    op = with_spectrum(hessian_like(50))
+    op = operator(hessian_like(50))
     first, again = (curvature.spectral_density(op, 3, 5, seed=4).nodes for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(torch.get_rng_state(), state)
@@ -257,7 +232,7 @@ def test_a_plot() -> None:
     pytest.importorskip("matplotlib").use("agg")
     from matplotlib.figure import Figure
 
-    density = curvature.spectral_density(with_spectrum(hessian_like(100)), 4, 20)
+    density = curvature.spectral_density(operator(hessian_like(100)), 4, 20)
     ax = density.plot(Figure().subplots())
     assert len(ax.lines) == 1
     assert ax.get_yscale() == "log"
