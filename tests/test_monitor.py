@@ -183,6 +183,35 @@ def test_logs(tmp_path: Path) -> None:
     assert [step for _, _, step in writer.scalars] == [3, 3, 6, 6]
 
 
+def test_a_loaded_state_goes_on_bit_for_bit() -> None:
+    task = Trained()
+    opt = ef.SGD(task.model.parameters(), lr=0.1)
+    first = ef.SharpnessMonitor(task.op, opt, every=3)
+    task.train(opt, first, 4)
+    second = ef.SharpnessMonitor(task.op, opt, every=3)
+    second.load_state_dict(first.state_dict())
+    task.train(opt, first, 2)
+    assert [check.step for check in first.history] == [3, 6]
+    assert second.step() is None
+    check = second.step()
+    assert check is not None
+    assert (check.step, check.sharpness, check.residual, check.matvecs) == (
+        6,
+        first.history[1].sharpness,
+        first.history[1].residual,
+        first.history[1].matvecs,
+    )
+    cold = ef.SharpnessMonitor(task.op, opt).check()
+    assert cold.matvecs > check.matvecs  # the vector was taken over
+
+
+def test_a_state_of_another_model() -> None:
+    task = Trained()
+    monitor = ef.SharpnessMonitor(task.op, ef.SGD(task.model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="the state is of 5 parameters, the operator of 147"):
+        monitor.load_state_dict({"steps": 1, "vector": torch.ones(5)})
+
+
 def test_a_plot() -> None:
     pytest.importorskip("matplotlib").use("agg")
     from matplotlib.figure import Figure

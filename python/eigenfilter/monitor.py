@@ -163,6 +163,27 @@ class SharpnessMonitor:
             self._act(check, flt)
         return check
 
+    def state_dict(self) -> dict[str, Any]:
+        """The steps counted and the last eigenvector: with them checks go on bit for bit.
+
+        The history is not among them.
+        """
+        return {"steps": self._steps, "vector": self._vector}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was called.
+
+        Raises:
+            ValueError: the eigenvector is that of another model.
+        """
+        vector = state_dict["vector"]
+        if vector is not None and vector.shape != self._op.shape[:1]:
+            raise ValueError(
+                f"the state is of {len(vector)} parameters, the operator of {self._op.shape[0]}"
+            )
+        self._steps = int(state_dict["steps"])
+        self._vector = None if vector is None else vector.to(self._op.device, self._op.dtype)
+
     def plot(self, ax: Axes | None = None) -> Any:
         """Draw sharpness and edge over the training steps; return the axes. Needs matplotlib."""
         if ax is None:
