@@ -1,0 +1,92 @@
+"""The networks that can be trained by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from eigenfilter.experiments.networks.residual import resnet18, wide_resnet
+from eigenfilter.experiments.networks.small import ACTIVATIONS, cnn, mlp
+from eigenfilter.experiments.networks.vit import vit
+
+__all__ = ["ACTIVATIONS", "HELP", "Task", "build", "parse"]
+
+HELP = "mlp[-WIDTH...], cnn[-WIDTH], resnet18, wrn-DEPTH-K or vit[-WIDTH[-DEPTH]]"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network is for: images [channels, height, width] in so many classes."""
+
+    shape: tuple[int, int, int]
+    classes: int
+
+
+Make = Callable[[Task, str, float], nn.Module]
+
+
+def parse(name: str) -> Make:
+    """What makes the network of this name.
+
+    Raises:
+        ValueError: there is none; the message says what there is.
+    """
+    kind, *rest = name.split("-")
+    if all(re.fullmatch(r"[1-9]\d{0,5}", word) for word in rest):
+        sizes = [int(word) for word in rest]
+        if kind == "mlp":
+            return lambda task, activation, dropout: mlp(task, sizes or [256], activation, dropout)
+        if kind == "cnn" and len(sizes) <= 1:
+            [width] = sizes or [32]
+            return lambda task, activation, dropout: cnn(task, width, activation, dropout)
+        if kind == "resnet18" and not sizes:
+            return lambda task, activation, dropout: resnet18(task)
+        if kind == "wrn" and len(sizes) == 2 and sizes[0] >= 10 and sizes[0] % 6 == 4:
+            depth, k = sizes
+            return lambda task, activation, dropout: wide_resnet(task, depth, k, dropout)
+        if kind == "vit" and len(sizes) <= 2:
+            width, depth = (*sizes, *(128, 6)[len(sizes) :])
+            return lambda task, activation, dropout: vit(task, width, depth, activation, dropout)
+    raise ValueError(f"must be {HELP} (DEPTH of wrn: 10, 16, 22, 28, ...), not {name!r}")
+
+
+def build(name: str, task: Task, *, activation: str, dropout: float, seed: int) -> nn.Module:
+    """Make a network in float32 on the CPU; torch's global random state is left alone.
+
+    Args:
+        name: see `HELP`.
+        task: what goes in and comes out.
+        activation: one of `ACTIVATIONS`; the residual networks have ReLU.
+        dropout: probability, in [0, 1); ResNet-18 has none.
+        seed: of the initial weights.
+
+    Returns:
+        The network, images [b, *task.shape] to scores [b, task.classes].
+
+    Raises:
+        ValueError: no such network, or one that does not take such images.
+    """
+    make = parse(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = make(task, activation, dropout)
+        network.eval()
+        try:
+            with torch.no_grad():
+                scores = network(torch.zeros(2, *task.shape))
+        except RuntimeError as error:
+            size = "x".join(map(str, task.shape))
+            raise ValueError(f"{name} does not take images of {size}: {error}") from error
+        network.train()
+    assert scores.shape == (2, task.classes)
+    return network
+
+
+def size(network: nn.Module) -> int:
+    """How many parameters it has."""
+    return sum(math.prod(p.shape) for p in network.parameters())
