@@ -1,0 +1,260 @@
+"""Images to train on, as bytes: from scikit-learn, from a folder, or downloaded by torchvision."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.experiments.networks import Task
+from eigenfilter.experiments.readers import Corrupt, cifar_archive, cifar_binary, cifar_pickled, idx
+
+Part = tuple[np.ndarray, np.ndarray]
+"""Images [n, c, h, w] and labels [n], both uint8."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A training and a test set.
+
+    Attributes:
+        name: of the data set.
+        images, test_images: uint8 [n, c, h, w].
+        labels, test_labels: int64 [n].
+        classes: how many there are.
+        mean, deviation: float64 [c], of each channel of the training images over 255.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: int
+    mean: Tensor
+    deviation: Tensor
+
+    @property
+    def task(self) -> Task:
+        """What a network for these images takes and gives."""
+        channels, height, width = self.images.shape[1:]
+        return Task((channels, height, width), self.classes)
+
+    @property
+    def checksum(self) -> int:
+        """A number that tells other images or labels."""
+        tensors = (self.images, self.labels, self.test_images, self.test_labels)
+        value = 0
+        for tensor in tensors:
+            value = zlib.crc32(tensor.contiguous().numpy().data, value)
+        return value
+
+    def first(self, samples: int) -> Images:
+        """The same with the first training images only; 0 for all.
+
+        Mean and deviation are those of the images that are kept.
+
+        Raises:
+            UserError: there are not so many.
+        """
+        if samples > len(self.images):
+            raise UserError(f"{self.name} has {len(self.images)} training images, not {samples}")
+        if not samples:
+            return self
+        return _images(
+            self.name,
+            (self.images[:samples], self.labels[:samples]),
+            (self.test_images, self.test_labels),
+            self.classes,
+        )
+
+
+def folder_of(given: Path | None) -> Path:
+    """The folder of the data: the one given, EIGENFILTER_DATA, or one in ~/.cache."""
+    usual = Path.home() / ".cache" / "eigenfilter" / "data"
+    return given or Path(os.environ.get("EIGENFILTER_DATA") or usual)
+
+
+def load(name: str, folder: Path | None = None) -> Images:
+    """Read a data set; download it where it is not there.
+
+    Args:
+        name: "digits", "mnist", "fashion", "cifar10" or "cifar100".
+        folder: where the files are, in torchvision's layout; see `folder_of`. Archives' checksums
+            are not compared: copies that were packed anew serve as well.
+
+    Raises:
+        UserError: a package is missing; there are no files and none can be had (the message says
+            which belong where); a file is corrupt.
+    """
+    if name == "digits":
+        return _digits()
+    files = _FILES[name]
+    root = folder_of(folder)
+    try:
+        found = files.read(root)
+        if found is None:
+            _download(name, files, root)
+            found = files.read(root)
+    except Corrupt as error:
+        raise UserError(f"{error}: remove it, and have it downloaded or copied again") from error
+    if found is None:
+        raise UserError(_missing(name, files, root, "the download did not bring them"))
+    train, test = found
+    return _images(name, _checked(name, train, files), _checked(name, test, files), files.classes)
+
+
+def _digits() -> Images:
+    """Scikit-learn's 8x8 digits: 1,437 to train on and 360 to test with, in a fixed order."""
+    require("sklearn")
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    images = (values.reshape(-1, 1, 8, 8) * 255 / 16).round().astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(images))
+    train, test = order[:1437], order[1437:]
+    parts = [
+        (torch.from_numpy(images[some]), torch.from_numpy(labels[some])) for some in (train, test)
+    ]
+    return _images("digits", parts[0], parts[1], 10)
+
+
+def _images(
+    name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int
+) -> Images:
+    counts = torch.stack(
+        [torch.bincount(channel.reshape(-1), minlength=256) for channel in train[0].unbind(1)]
+    ).double()
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    variance = (share * (levels - mean[:, None]).square()).sum(1)
+    deviation = variance.sqrt()
+    deviation[deviation == 0] = 1.0
+    return Images(name, *train, *test, classes, mean, deviation)
+
+
+# Files on disk.
+
+
+@dataclass(frozen=True)
+class _Files:
+    """How a data set lies on disk.
+
+    Attributes:
+        read: from a folder; None where there are no files.
+        where: which files, in words.
+        torchvision: the class that downloads it.
+        shape: of an image.
+        classes: how many there are.
+    """
+
+    read: Callable[[Path], tuple[Part, Part] | None]
+    where: str
+    torchvision: str
+    shape: tuple[int, int, int]
+    classes: int
+
+
+def _mnist(folder: str) -> _Files:
+    """MNIST and what has its format: four files, each as it is or compressed by gzip."""
+
+    def read(root: Path) -> tuple[Part, Part] | None:
+        raw = root / folder / "raw"
+        parts = []
+        for kind in ("train", "t10k"):
+            images = _either(raw / f"{kind}-images-idx3-ubyte")
+            labels = _either(raw / f"{kind}-labels-idx1-ubyte")
+            if images is None or labels is None:
+                return None
+            pixels = idx(images, 3)
+            parts.append((pixels[:, None], idx(labels, 1)))
+        return parts[0], parts[1]
+
+    where = f"{folder}/raw/{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte, or the same with .gz"
+    return _Files(read, where, folder, (1, 28, 28), 10)
+
+
+def _either(file: Path) -> Path | None:
+    """The file, or its copy compressed by gzip."""
+    packed = file.with_name(file.name + ".gz")
+    return next((path for path in (file, packed) if path.exists()), None)
+
+
+def _cifar(classes: int, train: tuple[str, ...], test: str) -> _Files:
+    """CIFAR: its folder for Python or the one of binary files, or an archive of the first."""
+    name = f"cifar-{classes}"
+    pickled = name + ("-batches-py" if classes == 10 else "-python")
+    binary = name + ("-batches-bin" if classes == 10 else "-binary")
+    archive = f"{name}-python.tar.gz"
+    key = "labels" if classes == 10 else "fine_labels"
+
+    def read(root: Path) -> tuple[Part, Part] | None:
+        files = (*train, test)
+        if _all_there(root / pickled, files):
+            batches = [cifar_pickled(root / pickled / file, key) for file in files]
+        elif _all_there(root / binary, [f"{file}.bin" for file in files]):
+            batches = [cifar_binary(root / binary / f"{file}.bin", classes) for file in files]
+        elif (root / archive).exists():
+            batches = cifar_archive(root / archive, [f"{pickled}/{file}" for file in files], key)
+        else:
+            return None
+        *parts, last = batches
+        images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return (images, labels), last
+
+    shown = f"{{{','.join(train)}}}" if len(train) > 1 else train[0]
+    where = f"{pickled}/{shown} and {test}, or {binary} with the same names and .bin, or {archive}"
+    return _Files(read, where, f"CIFAR{classes}", (3, 32, 32), classes)
+
+
+def _all_there(folder: Path, files: tuple[str, ...] | list[str]) -> bool:
+    return all((folder / file).exists() for file in files)
+
+
+_FILES: Mapping[str, _Files] = {
+    "mnist": _mnist("MNIST"),
+    "fashion": _mnist("FashionMNIST"),
+    "cifar10": _cifar(10, tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
+    "cifar100": _cifar(100, ("train",), "test"),
+}
+
+
+def _download(name: str, files: _Files, root: Path) -> None:
+    require("torchvision")
+    import torchvision
+
+    print(f"{name} is not in {root}: downloading", flush=True)
+    try:
+        getattr(torchvision.datasets, files.torchvision)(root=root, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(_missing(name, files, root, f"the download failed ({reason})")) from error
+
+
+def _missing(name: str, files: _Files, root: Path, reason: str) -> str:
+    return (
+        f"no {name} in {root}, and {reason}: put there {files.where}; or name another folder by "
+        "--data-dir or EIGENFILTER_DATA"
+    )
+
+
+def _checked(name: str, part: Part, files: _Files) -> tuple[Tensor, Tensor]:
+    """A part as tensors, its shapes and labels checked."""
+    images, labels = part
+    if images.shape[1:] != files.shape or len(images) != len(labels) or not len(labels):
+        raise UserError(
+            f"{name} must have images {list(files.shape)} and one label each, and the files have "
+            f"{len(images)} images {list(images.shape[1:])} and {len(labels)} labels"
+        )
+    if labels.max() >= files.classes:
+        raise UserError(f"{name} has labels up to {files.classes - 1}, the files {labels.max()}")
+    # Copies: a file's bytes are not writable, and tensors are.
+    return torch.tensor(images), torch.tensor(labels, dtype=torch.int64)

@@ -1,0 +1,214 @@
+"""Data sets: every layout gives the same images, and files that are not right are named."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from eigenfilter.experiments import datasets
+from eigenfilter.experiments.errors import UserError
+from experiments import folders
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads fail, as they do without a network."""
+
+    def fail(*args: Any, **kw: Any) -> None:
+        raise urllib.error.URLError("no network")
+
+    for name in ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100"):
+        monkeypatch.setattr(torchvision.datasets, name, fail)
+
+
+def test_digits() -> None:
+    data = datasets.load("digits")
+    assert data.images.shape == (1437, 1, 8, 8)
+    assert len(data.test_images) == len(data.test_labels) == 360
+    assert data.images.dtype == torch.uint8
+    assert int(data.images.max()) == 255
+    scaled = data.images.double() / 255
+    assert data.mean.item() == pytest.approx(scaled.mean().item(), rel=1e-12)
+    assert data.deviation.item() == pytest.approx(scaled.std(correction=0).item(), rel=1e-12)
+    assert data.first(100).mean.item() == pytest.approx(scaled[:100].mean().item(), rel=1e-12)
+    with pytest.raises(UserError, match="1437 training images, not 2000"):
+        data.first(2000)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion", "FashionMNIST")])
+def test_mnist(name: str, folder: str, packed: bool, tmp_path: Path) -> None:
+    folders.mnist(tmp_path, folder, packed=packed)
+    data = datasets.load(name, tmp_path)
+    pixels, labels = folders.images(60, (28, 28), 10, seed=60)
+    assert np.array_equal(data.images.numpy()[:, 0], pixels)
+    assert np.array_equal(data.labels.numpy(), labels)
+    assert data.test_images.shape == (20, 1, 28, 28)
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("layout", ["python", "binary", "archive"])
+def test_cifar(classes: int, layout: str, tmp_path: Path) -> None:
+    folders.cifar(tmp_path, classes, layout)
+    data = datasets.load(f"cifar{classes}", tmp_path)
+    files = 5 if classes == 10 else 1
+    assert data.classes == classes
+    expected = [folders.images(10, (3, 32, 32), classes, seed) for seed in range(files)]
+    assert np.array_equal(data.images.numpy(), np.concatenate([p for p, _ in expected]))
+    assert np.array_equal(data.labels.numpy(), np.concatenate([labels for _, labels in expected]))
+    pixels, labels = folders.images(10, (3, 32, 32), classes, files)
+    assert np.array_equal(data.test_images.numpy(), pixels)
+    assert np.array_equal(data.test_labels.numpy(), labels)
+    scaled = data.images.double() / 255
+    assert torch.allclose(data.mean, scaled.mean(dim=(0, 2, 3)), rtol=1e-12)
+    deviation = scaled.std(dim=(0, 2, 3), correction=0)
+    assert torch.allclose(data.deviation, deviation, rtol=1e-12)
+
+
+def test_the_folder_may_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders.mnist(tmp_path)
+    monkeypatch.setenv("EIGENFILTER_DATA", str(tmp_path))
+    assert len(datasets.load("mnist").images) == 60
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mnist", "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"),
+        ("fashion", "FashionMNIST/raw/"),
+        ("cifar10", "cifar-10-batches-py/{data_batch_1,data_batch_2,"),
+        ("cifar100", "cifar-100-python/train and test"),
+    ],
+)
+def test_files_that_are_not_there(name: str, says: str, tmp_path: Path) -> None:
+    """Also when only some are."""
+    if name == "mnist":
+        folders.mnist(tmp_path)
+        (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError) as error:
+        datasets.load(name, tmp_path)
+    text = str(error.value)
+    assert says in text
+    assert "no network" in text
+    assert "--data-dir or EIGENFILTER_DATA" in text
+    assert "\n" not in text
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+def damage(path: Path, how: str) -> None:
+    raw = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(raw[: len(raw) // 2 - 3])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "flipped":
+        middle = len(raw) // 2
+        path.write_bytes(raw[:middle] + bytes([raw[middle] ^ 255]) + raw[middle + 1 :])
+    elif how == "page":
+        path.write_bytes(b"<html>404</html>")
+    elif how == "evil":
+        path.write_bytes(pickle.dumps({"data": Evil(), "labels": [0]}))
+    elif how == "other":
+        path.write_bytes(pickle.dumps({"pixels": 0}))
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "page", "folder"])
+def test_a_damaged_file_of_mnist(how: str, tmp_path: Path) -> None:
+    folders.mnist(tmp_path)
+    check_named("mnist", tmp_path, tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte", how)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "page"])
+def test_a_damaged_compressed_file(how: str, tmp_path: Path) -> None:
+    folders.mnist(tmp_path, packed=True)
+    check_named("mnist", tmp_path, tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz", how)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "page", "evil", "other", "folder"])
+def test_a_damaged_batch_of_cifar(how: str, tmp_path: Path) -> None:
+    folders.cifar(tmp_path, 10, "python")
+    check_named("cifar10", tmp_path, tmp_path / "cifar-10-batches-py" / "data_batch_3", how)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty"])
+def test_a_damaged_binary_file_of_cifar(how: str, tmp_path: Path) -> None:
+    folders.cifar(tmp_path, 100, "binary")
+    check_named("cifar100", tmp_path, tmp_path / "cifar-100-binary" / "test.bin", how)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "page"])
+def test_a_damaged_archive_of_cifar(how: str, tmp_path: Path) -> None:
+    folders.cifar(tmp_path, 10, "archive")
+    check_named("cifar10", tmp_path, tmp_path / "cifar-10-python.tar.gz", how)
+
+
+def check_named(name: str, root: Path, path: Path, how: str) -> None:
+    damage(path, how)
+    with pytest.raises(UserError) as error:
+        datasets.load(name, root)
+    text = str(error.value)
+    assert path.name in text
+    assert "\n" not in text
+    assert "remove it" in text
+
+
+def test_images_of_another_shape(tmp_path: Path) -> None:
+    folders.mnist(tmp_path, side=20)
+    with pytest.raises(UserError, match=r"images \[1, 28, 28\].* 60 images \[1, 20, 20\]"):
+        datasets.load("mnist", tmp_path)
+
+
+def test_labels_that_do_not_fit(tmp_path: Path) -> None:
+    folders.mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(folders.idx(np.zeros(19, np.uint8)))
+    with pytest.raises(UserError, match=r"20 images .* and 19 labels"):
+        datasets.load("mnist", tmp_path)
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(folders.idx(np.full(20, 10, np.uint8)))
+    with pytest.raises(UserError, match="labels up to 9, the files 10"):
+        datasets.load("mnist", tmp_path)
+
+
+def test_a_checksum_tells_other_data(tmp_path: Path) -> None:
+    folders.mnist(tmp_path)
+    data = datasets.load("mnist", tmp_path)
+    before = data.checksum
+    data.test_labels[3] += 1
+    assert data.checksum != before
+
+
+@pytest.mark.data
+def test_real_images() -> None:
+    """The published figures of the sets that are there."""
+    known = {
+        "mnist": ([0.13066], [0.30811], 60_000),
+        "fashion": ([0.28604], [0.35302], 60_000),
+        "cifar10": ([0.49140, 0.48216, 0.44653], [0.24703, 0.24349, 0.26159], 50_000),
+    }
+    if "EIGENFILTER_DATA" not in os.environ:
+        pytest.skip("needs EIGENFILTER_DATA")
+    for name, (mean, deviation, n) in known.items():
+        data = datasets.load(name)
+        assert len(data.images) == n
+        assert data.mean.tolist() == pytest.approx(mean, abs=6e-6)
+        assert data.deviation.tolist() == pytest.approx(deviation, abs=6e-6)
+        assert torch.equal(data.test_labels.bincount(), torch.full((10,), 1000)) or name == "mnist"
