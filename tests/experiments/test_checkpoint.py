@@ -1,0 +1,104 @@
+"""Checkpoints: whole or not at all, and every byte checked."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eigenfilter.experiments import checkpoint
+from eigenfilter.experiments.errors import UserError
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """Files cannot grow beyond `size` bytes inside: writes fail as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def state(seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"config": {"lr": 0.1}, "weights": torch.randn(20_000, generator=generator)}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    for seed in (0, 1):
+        checkpoint.write(path, state(seed))
+        found = checkpoint.read(path)
+        assert found["config"] == {"lr": 0.1}
+        assert torch.equal(found["weights"], state(seed)["weights"])
+        assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize("size", [0, 500, 50_000])
+def test_a_full_disk_leaves_the_checkpoint_before(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, state(0))
+    with room(size), pytest.raises(UserError) as error:
+        checkpoint.write(path, state(1))
+    assert str(error.value) == f"cannot write {path}: File too large"
+    assert torch.equal(checkpoint.read(path)["weights"], state(0)["weights"])
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_what_cannot_be_saved_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, state(0))
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.write(path, {"function": lambda: None})
+    assert torch.equal(checkpoint.read(path)["weights"], state(0)["weights"])
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    """Or does no harm: the zip format has some that nothing reads."""
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, state())
+    raw = path.read_bytes()
+    said = []
+    places = range(0, len(raw), len(raw) // 50)
+    for place in places:
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 16]) + raw[place + 1 :])
+        try:
+            found = checkpoint.read(path)
+        except UserError as error:
+            said.append(str(error))
+        else:
+            assert torch.equal(found["weights"], state()["weights"])
+    assert len(said) > 0.9 * len(places)
+    assert all(str(path) in text and "\n" not in text for text in said)
+
+
+@pytest.mark.parametrize("length", [0, 10, 5_000, -1])
+def test_a_file_cut_short(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, state())
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.read(path)
+
+
+def test_files_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    with pytest.raises(UserError, match=r"cannot read .*: No such file"):
+        checkpoint.read(path)
+    torch.save({"weights": torch.ones(2)}, path)
+    with pytest.raises(UserError, match="is not a checkpoint of eigenfilter train"):
+        checkpoint.read(path)
+    torch.save({"config": {}, "format": 99}, path)
+    with pytest.raises(UserError, match="is of format 99, and this version reads 1"):
+        checkpoint.read(path)
+    torch.save(torch.nn.Linear(2, 2), path)
+    with pytest.raises(UserError, match="holds more than tensors"):
+        checkpoint.read(path)
