@@ -1,0 +1,176 @@
+"""From a configuration to what trains: the loss, the optimizer, the schedules of lr and rho."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import eigenfilter as ef
+from eigenfilter.experiments.config import TORCH, Config
+from eigenfilter.optimizers import EigenfilterOptimizer
+from eigenfilter.schedulers import RhoSchedule
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_WITH_CLOSURES = ("LBFGS", "SparseAdam", "Optimizer")
+"""What torch.optim has that cannot be stepped from dense gradients alone."""
+
+
+def loss_of(config: Config) -> Loss:
+    """The loss [] of scores [b, classes] and labels [b], a mean over samples.
+
+    "square" is ||scores - e_label||^2, e the unit vectors.
+    """
+    if config.loss == "cross_entropy":
+        smoothing = config.label_smoothing
+
+        def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(scores, labels, label_smoothing=smoothing)
+
+        return cross_entropy
+
+    def square(scores: Tensor, labels: Tensor) -> Tensor:
+        return (scores - F.one_hot(labels, scores.shape[1])).square().sum(dim=1).mean()
+
+    return square
+
+
+def optimizer_of(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:
+    """The optimizer, ready to step.
+
+    torch's own are wrapped: without a method a step is theirs, and costs one gradient.
+
+    Raises:
+        ValueError: hyperparameters that do not go together.
+    """
+    name = config.optimizer
+    if name.startswith(TORCH):
+        return _wrapped(config, params)
+    if name == "adamw":
+        method, options = _ascent(config)
+        return ef.AdamW(
+            params,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            method=method,
+            rho=0.0 if config.method == "none" else config.rho,
+            **options,
+        )
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+        "nesterov": config.nesterov,
+    }
+    if name == "sgd":
+        return ef.SGD(params, **common)
+    makes: dict[str, Callable[..., EigenfilterOptimizer]] = {
+        "usam": ef.USAM,
+        "sam": ef.SAM,
+        "asam": ef.SAM,
+        "two_step_usam": ef.TwoStepUSAM,
+        "hessian_usam": ef.HessianUSAM,
+    }
+    return makes[name](params, **common, rho=config.rho, **_options(config, name))
+
+
+def _ascent(config: Config) -> tuple[str, dict[str, Any]]:
+    """The ascent of an optimizer that takes any, and its options."""
+    name = "usam" if config.method == "none" else config.method
+    return "sam" if name == "asam" else name, _options(config, name)
+
+
+def _options(config: Config, method: str) -> dict[str, Any]:
+    if method == "asam":
+        return {"adaptive": True}
+    if method == "two_step_usam":
+        return {"ascent": config.ascent}
+    if method == "hessian_usam":
+        step = {"fd_step": config.fd_step} if config.fd_step else {}
+        return {"hvp": config.hvp} | step
+    return {}
+
+
+def _wrapped(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:
+    name = config.optimizer.removeprefix(TORCH)
+    make = getattr(torch.optim, name, None)
+    if not isinstance(make, type) or name in _WITH_CLOSURES:
+        raise ValueError(f"optimizer: {TORCH}{name} cannot be trained with")
+    takes = inspect.signature(make).parameters
+    wanted = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "betas": (config.beta1, config.beta2),
+    }
+    base = make(params, **{key: value for key, value in wanted.items() if key in takes})
+    method, options = _ascent(config)
+    rho = 0.0 if config.method == "none" else config.rho
+    return ef.SharpnessAware(base, method=method, rho=rho, **options)
+
+
+def lr_schedule(config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch: int) -> LambdaLR:
+    """lr at each step: a rise over the warm-up, then the schedule over what is left.
+
+    With T steps in all, of which W are warm-up, t >= W, s = (t - W) / (T - W):
+
+        "constant"  1
+        "linear"    1 + (end - 1) s
+        "cosine"    end + (1 - end) (1 + cos(pi s)) / 2
+        "step"      gamma^floor(t / every), `every` epochs
+
+    and (t + 1) / W times the first value at t < W.
+
+    Raises:
+        ValueError: the warm-up is longer than the training.
+    """
+    total = config.epochs * steps_per_epoch
+    warm = round(config.warmup * steps_per_epoch)
+    if warm > total:
+        raise ValueError(f"warmup takes {config.warmup:g} epochs, and there are {config.epochs}")
+    end, every = config.lr_end, config.lr_every * steps_per_epoch
+    after: dict[str, Callable[[int, float], float]] = {
+        "constant": lambda t, s: 1.0,
+        "linear": lambda t, s: 1.0 + (end - 1.0) * s,
+        "cosine": lambda t, s: end + (1.0 - end) * (1.0 + math.cos(math.pi * s)) / 2.0,
+        "step": lambda t, s: config.lr_gamma ** (t // every),
+    }
+    shape = after[config.lr_schedule]
+
+    def factor(t: int) -> float:
+        if t < warm:
+            return (t + 1) / warm
+        return shape(t, min((t - warm) / max(total - warm, 1), 1.0))
+
+    return LambdaLR(base_of(optimizer), factor)
+
+
+def rho_schedule(
+    config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch: int
+) -> RhoSchedule | None:
+    """rho at each step, where the optimizer has one."""
+    if any("rho" not in group for group in optimizer.param_groups):
+        return None
+    return RhoSchedule(
+        optimizer,
+        config.rho_schedule,
+        total_steps=config.epochs * steps_per_epoch,
+        end=config.rho_end,
+        every=config.rho_every,
+        gamma=config.rho_gamma,
+        start=config.rho_start,
+    )
+
+
+def base_of(optimizer: EigenfilterOptimizer) -> torch.optim.Optimizer:
+    """The optimizer that updates: the wrapped one, or itself."""
+    return optimizer.base_optimizer if isinstance(optimizer, ef.SharpnessAware) else optimizer
