@@ -14,10 +14,15 @@ from typing import NoReturn
 
 from eigenfilter import __version__
 from eigenfilter.benchmarks import command as bench
-from eigenfilter.experiments import demo, filter
+from eigenfilter.experiments import demo, filter, train
 from eigenfilter.experiments.errors import UserError
 
-_COMMANDS: Mapping[str, ModuleType] = {"demo": demo, "filter": filter, "bench": bench}
+_COMMANDS: Mapping[str, ModuleType] = {
+    "demo": demo,
+    "filter": filter,
+    "train": train,
+    "bench": bench,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,86 @@
+"""What a run leaves behind while it goes: lines of JSON, and TensorBoard's events."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eigenfilter.experiments.errors import UserError, require
+
+FILE = "log.jsonl"
+EVENTS = "tensorboard"
+
+
+class Log:
+    """Records of a run, in `log.jsonl` and, if wanted, in `tensorboard/`.
+
+    Args:
+        folder: the run's.
+        size: of the file at the step gone on from: what is behind it belongs to steps that are
+            taken anew, and is cut off. 0 for a new run.
+        step: the step gone on from.
+        tensorboard: whether to write events; needs the package.
+
+    Raises:
+        UserError: a file cannot be written, or the package is missing.
+    """
+
+    def __init__(
+        self, folder: Path, *, size: int = 0, step: int = 0, tensorboard: bool = False
+    ) -> None:
+        self._path = folder / FILE
+        try:
+            self._file = self._path.open("ab")
+            if self._file.tell() > size:
+                self._file.truncate(size)
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+        self._writer: Any = None
+        if tensorboard:
+            require("tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(folder / EVENTS), purge_step=step + 1 if step else None
+            )
+
+    def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
+        """Add a record of some kind: "train", "test", "sharpness".
+
+        Raises:
+            UserError: the disk is full.
+        """
+        record = {"kind": kind, "step": step} | {name: _plain(v) for name, v in values.items()}
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+        if self._writer is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def synchronised(self) -> int:
+        """The file's size, once all of it has reached the disk."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the files; a disk that is full was reported by `write`."""
+        try:
+            self._file.close()
+        except OSError:
+            return
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+
+
+def _plain(value: float | None) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

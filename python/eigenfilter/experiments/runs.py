@@ -1,0 +1,288 @@
+"""One training run in a folder, from a configuration to results; resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import eigenfilter as ef
+from eigenfilter.experiments import checkpoint, datasets, logs
+from eigenfilter.experiments import config as configs
+from eigenfilter.experiments.arguments import output_folder
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.networks import size
+from eigenfilter.experiments.trainer import Diverged, Trainer, reproducible
+
+RESULTS = "results.json"
+CONFIG = "config.yaml"
+PAUSE = 10.0  # seconds at least between checkpoints at the ends of epochs
+
+Record = dict[str, Any]
+Observe = Callable[[str, int, Record], object]
+
+
+def run(
+    config: Config,
+    out: Path,
+    *,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    tensorboard: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    observe: Observe = lambda kind, step, record: None,
+) -> Record:
+    """Train, and write checkpoints, logs and results into a folder.
+
+    Args:
+        config: what to train.
+        out: the folder: checkpoint.pt, config.yaml, log.jsonl, results.json, tensorboard/.
+        data_dir: of the data, see `datasets.folder_of`.
+        device: "cpu", "cuda", "cuda:1"; "auto": a GPU if there is one.
+        resume: go on from the checkpoint in `out`, if there is one; the steps after it, and the
+            final weights, are those of a run that was never interrupted, bit for bit.
+        tensorboard: write events too.
+        stop: asked after every step; once it says True, a checkpoint is written and the run ends.
+        observe: gets every record of the log: its kind ("train", "test", "sharpness"; "start" and
+            "checkpoint" besides), step and values.
+
+    Returns:
+        What results.json holds: `outcome` ("complete" or "stopped"), the last records, the history
+        of tests, times, the configuration, versions.
+
+    Raises:
+        UserError: bad input; `out` holds a run and `resume` is False, or one of another
+            configuration; the disk is full; memory does not suffice. `Diverged` is one of them.
+            The last checkpoint is kept, and the message says so.
+    """
+    place = _device(device)
+    output_folder(out)
+    saved = _saved(config, out, resume)
+    if saved is not None and (out / RESULTS).exists():
+        done: Record = json.loads((out / RESULTS).read_text())
+        if done["outcome"] == "complete":
+            return done
+    data = datasets.load(config.dataset, data_dir)
+    with reproducible(config, place):
+        try:
+            trainer = Trainer(config, data, place)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        session = _Session(trainer, out, saved, tensorboard, observe)
+        return session.run(stop)
+
+
+class _Session:
+    """The part of a run from its start, or from a checkpoint, until it ends or is stopped."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        out: Path,
+        saved: Record | None,
+        tensorboard: bool,
+        observe: Observe,
+    ) -> None:
+        self._trainer, self._out, self._observe = trainer, out, observe
+        self._checksum = trainer.data.checksum
+        self._history: list[Record] = []
+        self._last: dict[str, Record] = {}
+        self._seconds = 0.0  # of the sessions before
+        self._kept: int | None = None  # the step of the checkpoint that is on disk
+        size_of_log = 0
+        if saved is not None:
+            if saved["data"] != self._checksum:
+                raise UserError(f"{out} was trained on other data: give another --out")
+            try:
+                trainer.load_state_dict(saved["trainer"])
+            except ValueError as error:
+                raise UserError(f"{out / checkpoint.FILE} does not fit: {error}") from error
+            self._history, self._last = saved["history"], saved["last"]
+            self._seconds, self._kept = saved["seconds"], trainer.step
+            size_of_log = saved["log"]
+        else:
+            configs.write(trainer.config, out / CONFIG)
+            (out / RESULTS).unlink(missing_ok=True)
+        self._log = logs.Log(out, size=size_of_log, step=trainer.step, tensorboard=tensorboard)
+        self._began = self._marked = self._saved_at = time.perf_counter()
+        self._aside = 0.0  # seconds since the mark that were not spent on steps
+        self._uncounted = trainer.pending  # steps since the last record that others took
+
+    def run(self, stop: Callable[[], bool]) -> Record:
+        trainer = self._trainer
+        self._observe("start", trainer.step, {"total": trainer.total_steps})
+        try:
+            if trainer.monitor is not None and not trainer.step:
+                self._sharpness(vars(trainer.monitor.check()))
+            stopped = False
+            while not trainer.finished and not stopped:
+                trainer.advance()
+                self._after_step()
+                stopped = stop() and not trainer.finished
+            if trainer.finished and "test" not in self._last:  # every epoch was too early
+                self._test()
+            self._save()
+            return self._results("stopped" if stopped else "complete")
+        except Diverged as error:
+            rates = " or ".join(f"{name} ({x:.3g})" for name, x in trainer.rates().items())
+            raise Diverged(f"{error}: lower {rates}; {self._advice()}", error.step) from error
+        except UserError as error:
+            raise UserError(f"{error}; {self._advice()}") from error
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise UserError(
+                f"memory does not suffice for step {trainer.step + 1}: lower batch_size; "
+                f"{self._advice()}"
+            ) from error
+        finally:
+            self._log.close()
+
+    def _after_step(self) -> None:
+        trainer, config = self._trainer, self._trainer.config
+        step, ends = trainer.step, trainer.step % trainer.steps_per_epoch == 0
+        epoch = step // trainer.steps_per_epoch
+        if trainer.monitor is not None:
+            found = trainer.monitor.step()
+            if found is not None:
+                self._sharpness(vars(found))
+        if step % config.log_every == 0 or trainer.finished:
+            self._train()
+        if ends and (epoch % config.evaluate_every == 0 or trainer.finished):
+            self._test()
+        if trainer.finished:  # saved at the end
+            return
+        due = time.perf_counter() - self._saved_at >= PAUSE
+        every = config.checkpoint_every
+        if step % every == 0 if every else ends and due:
+            self._save()
+
+    def _train(self) -> None:
+        trainer = self._trainer
+        steps = trainer.pending
+        record = trainer.drain() | trainer.rates()
+        now = time.perf_counter()
+        images = (steps - self._uncounted) * trainer.batch_size
+        record["images_per_second"] = images / max(now - self._marked - self._aside, 1e-9)
+        self._marked, self._aside, self._uncounted = now, 0.0, 0
+        self._write("train", record)
+
+    def _test(self) -> None:
+        with self._not_training():
+            self._write("test", self._trainer.evaluate())
+        self._history.append({"step": self._trainer.step} | self._last["test"])
+
+    def _sharpness(self, check: Record) -> None:
+        self._aside += check["seconds"]
+        self._write("sharpness", {k: check[k] for k in ("sharpness", "residual", "edge")})
+
+    def _write(self, kind: str, record: Record) -> None:
+        trainer = self._trainer
+        record = {"epoch": trainer.step / trainer.steps_per_epoch} | record
+        self._log.write(kind, trainer.step, record)
+        self._last[kind] = record
+        self._observe(kind, trainer.step, record)
+
+    def _save(self) -> None:
+        """Write a checkpoint, of a state that is finite."""
+        trainer = self._trainer
+        trainer.check()
+        state = {
+            "config": trainer.config.as_dict(),
+            "data": self._checksum,
+            "trainer": trainer.state_dict(),
+            "history": self._history,
+            "last": self._last,
+            "seconds": self._spent(),
+            "log": self._log.synchronised(),
+            "versions": _versions(),
+        }
+        with self._not_training():
+            checkpoint.write(self._out / checkpoint.FILE, state)
+        self._kept = trainer.step
+        self._observe("checkpoint", trainer.step, {})
+        self._saved_at = time.perf_counter()
+
+    def _results(self, outcome: str) -> Record:
+        trainer = self._trainer
+        results = {
+            "command": "train",
+            "outcome": outcome,
+            "step": trainer.step,
+            "epochs": trainer.step / trainer.steps_per_epoch,
+            **self._last,
+            "parameters": size(trainer.model),
+            "seconds": self._spent(),
+            "device": str(trainer.device),
+            "versions": _versions(),
+            "config": trainer.config.as_dict(),
+            "history": self._history,
+        }
+        replace_text(self._out / RESULTS, json.dumps(results, indent=1) + "\n")
+        return results
+
+    @contextmanager
+    def _not_training(self) -> Iterator[None]:
+        """Leaves the time inside out of the throughput."""
+        if self._trainer.device.type == "cuda":
+            torch.cuda.synchronize(self._trainer.device)  # the steps' work is theirs
+        began = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - began
+
+    def _spent(self) -> float:
+        return self._seconds + time.perf_counter() - self._began
+
+    def _advice(self) -> str:
+        if self._kept is None:
+            return "there was no checkpoint yet"
+        return f"the checkpoint of step {self._kept} is kept"
+
+
+def _saved(config: Config, out: Path, resume: bool) -> Record | None:
+    """The checkpoint to go on from, if there is one.
+
+    Raises:
+        UserError: there is one and `resume` is False, or it is of another configuration.
+    """
+    path = out / checkpoint.FILE
+    if not path.exists():
+        return None
+    if not resume:
+        raise UserError(f"{out} holds a run: go on with it by --resume, or give another --out")
+    saved = checkpoint.read(path)
+    there, here = saved["config"], config.as_dict()
+    for name in here:
+        if there.get(name) != here[name]:
+            raise UserError(
+                f"{out} holds a run with {name} {there.get(name)}, not {here[name]}: leave the "
+                "configuration as it was, or give another --out"
+            )
+    return saved
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{name} is not a device: cpu, cuda or cuda:NUMBER") from error
+    if device.type == "cuda":
+        index = device.index or 0
+        if index >= torch.cuda.device_count():
+            raise UserError(f"torch sees {torch.cuda.device_count()} CUDA devices, not {name}")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise UserError(f"{name} is not supported: cpu, cuda or cuda:NUMBER")
+    return device
+
+
+def _versions() -> dict[str, str]:
+    return {"eigenfilter": ef.__version__, "torch": str(torch.__version__)}

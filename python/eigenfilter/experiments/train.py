@@ -1,0 +1,199 @@
+"""Train an image classifier with any of the optimizers.
+
+What is trained is said by a YAML file, by flags, or by both: flags win. Everything is written into
+--out: the checkpoint, config.yaml, log.jsonl, results.json. Ctrl-C saves a checkpoint and stops;
+--resume goes on from it, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eigenfilter.experiments import config as configs
+from eigenfilter.experiments.arguments import positive
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError, require
+
+HELP = "train a network on digits, MNIST, Fashion-MNIST or CIFAR"
+OUT = Path("out/train")
+STOPPED = 130  # the exit code of what Ctrl-C ended
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="names and values, a line each"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="DIR", help="of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in --out, with its configuration",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU)"
+    )
+    parser.add_argument(
+        "--budget", type=positive, metavar="MINUTES", help="stop after so long, as by Ctrl-C"
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="write its events too")
+    configs.add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; return the exit code."""
+    require("yaml", "tqdm", *(["tensorboard"] if args.tensorboard else []))
+    from eigenfilter.experiments import runs
+
+    config = _config(args)
+    with _stopping(args.budget) as stop, _Display() as display:
+        results = runs.run(
+            config,
+            args.out,
+            data_dir=args.data_dir,
+            device=args.device,
+            resume=args.resume,
+            tensorboard=args.tensorboard,
+            stop=stop,
+            observe=display.observe,
+        )
+    print(summary(results))
+    if results["outcome"] == "stopped":
+        print(f"stopped at step {results['step']}: eigenfilter train --resume --out {args.out}")
+        return STOPPED if stop.signalled else 0
+    print(f"wrote {args.out / 'checkpoint.pt'}, log.jsonl and results.json")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """What is to be trained: the defaults, the file, the flags; for --resume what was."""
+    from eigenfilter.experiments import checkpoint
+
+    flags = configs.given(args)
+    kept = args.out / checkpoint.FILE
+    try:
+        values: dict[Any, Any] = {}
+        if args.resume and kept.exists():
+            values = checkpoint.read(kept)["config"]
+        if args.config is not None:
+            values = values | configs.read(args.config)
+        return Config.of(values | flags)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A run's results in a line."""
+    parts = [f"{results['epochs']:g} epochs in {results['seconds']:.1f} s"]
+    for kind in ("train", "test"):
+        if kind in results:
+            found = results[kind]
+            parts.append(f"{kind} loss {found['loss']:.4f}, accuracy {found['accuracy']:.2%}")
+    if "sharpness" in results:
+        parts.append(_sharpness(results["sharpness"]))
+    return "; ".join(parts)
+
+
+class _Stop:
+    """Says when to stop: after a signal, or when the time is spent."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._deadline = None if minutes is None else time.perf_counter() + 60 * minutes
+        self.signalled = False
+
+    def __call__(self) -> bool:
+        return self.signalled or (
+            self._deadline is not None and time.perf_counter() >= self._deadline
+        )
+
+
+@contextmanager
+def _stopping(minutes: float | None) -> Iterator[_Stop]:
+    """The first Ctrl-C, or SIGTERM, stops after the step; the second at once."""
+    stop = _Stop(minutes)
+
+    def handle(number: int, frame: object) -> None:
+        if stop.signalled:
+            raise KeyboardInterrupt
+        stop.signalled = True
+
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+        yield stop
+    except KeyboardInterrupt:
+        raise UserError("ended at once: the last checkpoint, if there was one, is kept") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Display:
+    """A progress bar, and a line for every test."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._shown: dict[str, str] = {}
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def observe(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        """Show a record of the run."""
+        show: Callable[[int, dict[str, Any]], None] | None = getattr(self, f"_on_{kind}", None)
+        if show is not None:
+            show(step, record)
+
+    def _on_start(self, step: int, record: dict[str, Any]) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=record["total"], initial=step, unit=" steps", leave=False, disable=None
+        )
+
+    def _on_train(self, step: int, record: dict[str, Any]) -> None:
+        self._shown["images"] = f"{record['images_per_second']:,.0f} images/s"
+        self._shown["loss"] = f"loss {record['loss']:.4f}"
+        self._shown["accuracy"] = f"accuracy {record['accuracy']:.1%}"
+        self._refresh(step)
+
+    def _on_sharpness(self, step: int, record: dict[str, Any]) -> None:
+        self._shown["sharpness"] = _sharpness(record)
+        self._refresh(step)
+
+    def _on_test(self, step: int, record: dict[str, Any]) -> None:
+        parts = [
+            f"epoch {record['epoch']:g}",
+            *self._shown.values(),
+            f"test loss {record['loss']:.4f}, accuracy {record['accuracy']:.2%}",
+        ]
+        self._bar.write("; ".join(parts))
+        self._refresh(step)
+
+    def _refresh(self, step: int) -> None:
+        self._bar.set_postfix_str(", ".join(self._shown.values()), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+
+def _sharpness(record: dict[str, Any]) -> str:
+    edge = "" if record["edge"] is None else f" (edge {record['edge']:.4g})"
+    return f"sharpness {record['sharpness']:.4g}{edge}"

@@ -1,0 +1,317 @@
+"""Training, a step at a time: everything that changes while a network learns, and its state."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import eigenfilter as ef
+from eigenfilter.curvature import HessianOperator
+from eigenfilter.experiments import recipes
+from eigenfilter.experiments.batches import Augmentation, Batches, Normaliser, in_order
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.datasets import Images
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.networks import build
+
+
+class Diverged(UserError):
+    """The loss or a parameter is no longer finite."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(what)
+        self.step = step
+
+
+class Trainer:
+    """A network, its data and its optimizer, and how far the training is.
+
+    Steps are taken by `advance()`; nothing waits for the device until `drain()` reads what they
+    found. Networks with dropout draw from torch's global generators: see `reproducible`.
+
+    Args:
+        config: what to train.
+        data: the images of `config.dataset`.
+        device: where.
+
+    Attributes:
+        model, loss_fn, optimizer: what is trained, in `config.precision`.
+        step: steps taken.
+        steps_per_epoch, total_steps: of them.
+        monitor: of the sharpness, or None.
+
+    Raises:
+        ValueError: values of the configuration that do not go together.
+
+    Example:
+        >>> trainer = Trainer(config, datasets.load(config.dataset), torch.device("cpu"))
+        >>> while not trainer.finished:
+        ...     trainer.advance()
+        >>> trainer.evaluate()
+    """
+
+    def __init__(self, config: Config, data: Images, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.data = data.first(config.samples)
+        _check_augmentation(config, self.data)
+        dtype = torch.float64 if config.precision == "float64" else torch.float32
+        model = build(
+            config.model,
+            self.data.task,
+            activation=config.activation,
+            dropout=config.dropout,
+            seed=config.seed,
+        )
+        layout = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model = model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
+        self._normaliser = Normaliser(self.data, device, dtype, config.channels_last)
+        self._batches = Batches(
+            self.data,
+            config.batch_size,
+            Augmentation(config.crop, config.flip, config.cutout),
+            self._normaliser,
+            device,
+            config.seed,
+        )
+        self._has_batch_norm = any(
+            isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
+        )
+        self.loss_fn = recipes.loss_of(config)
+        self.optimizer = recipes.optimizer_of(config, self.model.parameters())
+        self.batch_size = self._batches.size
+        self.steps_per_epoch = self._batches.count
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self._lr = recipes.lr_schedule(config, self.optimizer, self.steps_per_epoch)
+        self._rho = recipes.rho_schedule(config, self.optimizer, self.steps_per_epoch)
+        self.step = 0
+        self._losses: list[Tensor] = []  # of the steps since the last drain
+        self._correct: list[Tensor] = []
+        self.monitor = self._monitor() if config.sharpness_every else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps have been taken."""
+        return self.step >= self.total_steps
+
+    def advance(self) -> None:
+        """Take the next step: a batch, the ascents, the descent, the schedules."""
+        epoch, index = divmod(self.step, self.steps_per_epoch)
+        images, labels = self._batches.batch(epoch, index)
+        optimizer = self.optimizer
+        try:
+            scores, loss = self._evaluate(images, labels)
+            self._losses.append(loss.detach())
+            self._correct.append((scores.detach().argmax(dim=1) == labels).sum())
+            while optimizer.ascend():
+                self._evaluate(images, labels)
+            if self.config.clip:
+                optimizer.clip_grad_norm_(self.config.clip)
+            optimizer.step()
+        except BaseException:
+            optimizer.restore()
+            raise
+        self._lr.step()
+        if self._rho is not None:
+            self._rho.step()
+        self.step += 1
+
+    def drain(self) -> dict[str, float]:
+        """Mean loss and accuracy of the steps since the last call, each at its batch, before it.
+
+        Raises:
+            Diverged: a loss among them is not finite; the first is named.
+        """
+        losses, correct = self._read()
+        self._losses, self._correct = [], []
+        n = len(losses)
+        return {"loss": sum(losses) / n, "accuracy": sum(correct) / (n * self.batch_size)}
+
+    @property
+    def pending(self) -> int:
+        """The number of steps that `drain` would tell of."""
+        return len(self._losses)
+
+    def check(self) -> None:
+        """Raise Diverged if a loss since the last drain, or a parameter now, is not finite."""
+        self._read()
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        if not bool(torch.stack(norms).isfinite().all()):
+            raise Diverged(f"a parameter is not finite after step {self.step}", self.step)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Loss and accuracy on the test set, in evaluation mode."""
+        loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        self.model.eval()
+        try:
+            data = self.data
+            for images, labels in in_order(
+                data.test_images, data.test_labels, self._normaliser, self.device
+            ):
+                with self._autocast():
+                    scores = self.model(images)
+                    loss += len(labels) * self.loss_fn(scores, labels)
+                correct += (scores.argmax(dim=1) == labels).sum()
+        finally:
+            self.model.train()
+        n = len(data.test_labels)
+        return {"loss": float(loss) / n, "accuracy": float(correct) / n}
+
+    def examples(self, samples: int) -> tuple[Tensor, Tensor]:
+        """The first training images, normalised and as they are, and their labels."""
+        some = slice(min(samples, len(self.data.images)))
+        images = self.data.images[some].to(self.device)
+        return self._normaliser(images), self.data.labels[some].to(self.device)
+
+    def rates(self) -> dict[str, float]:
+        """The present lr and, where there is one, rho, of the first group."""
+        group = self.optimizer.param_groups[0]
+        return {name: float(group[name]) for name in ("lr", "rho") if name in group}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on, as tensors and plain data."""
+        losses, correct = self._read()
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_schedule": {"last_epoch": self._lr.last_epoch},
+            "rho_schedule": None if self._rho is None else self._rho.state_dict(),
+            "losses": losses,
+            "correct": correct,
+            "random": _random_state(self.device),
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where `state_dict` was called, bit for bit; torch's global generators too.
+
+        Raises:
+            ValueError: it is the state of another model or optimizer.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+        self.step = int(state["step"])
+        # The groups have the rates of this step; the schedule computes them from its number.
+        self._lr.last_epoch = int(state["lr_schedule"]["last_epoch"])
+        self._lr._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        if self._rho is not None:
+            self._rho.load_state_dict(state["rho_schedule"])
+        self._losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["losses"]]
+        self._correct = [torch.tensor(count) for count in state["correct"]]
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        _set_random_state(state["random"], self.device)
+
+    def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and loss at the present point, and its gradient in the parameters."""
+        optimizer = self.optimizer
+        frozen = self._has_batch_norm and optimizer.perturbed
+        with (
+            ef.freeze_batch_norm(self.model) if frozen else nullcontext(),
+            optimizer.evaluation(),
+        ):
+            optimizer.zero_grad()
+            with self._autocast():
+                scores = self.model(images)
+                loss = self.loss_fn(scores, labels)
+            loss.backward(create_graph=optimizer.needs_graph)  # type: ignore[no-untyped-call]
+        return scores, loss
+
+    def _autocast(self) -> Any:
+        if self.config.precision != "bfloat16":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _read(self) -> tuple[list[float], list[int]]:
+        """The losses and counts since the last drain; waits for the device.
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        losses = [float(loss) for loss in _gathered(self._losses)]
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.step - len(losses) + i + 1
+                raise Diverged(f"the loss of step {step} is {loss}", step)
+        return losses, [int(count) for count in _gathered(self._correct)]
+
+    def _monitor(self) -> ef.SharpnessMonitor:
+        # "retained", because "auto" chooses by a timing, and another engine rounds otherwise.
+        op = HessianOperator(
+            self.model,
+            self.loss_fn,
+            self.examples(self.config.sharpness_samples),
+            mode="train",
+            engine="retained",
+        )
+        return ef.SharpnessMonitor(op, self.optimizer, self.config.sharpness_every)
+
+
+@contextmanager
+def reproducible(config: Config, device: torch.device) -> Iterator[None]:
+    """A context with torch's generators seeded, and its algorithms deterministic if so configured.
+
+    Both are put back as they were.
+    """
+    cudnn, deterministic = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.benchmark,
+        deterministic.fill_uninitialized_memory,
+    )
+    if config.deterministic and device.type == "cuda":  # read when cuBLAS is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        torch.use_deterministic_algorithms(config.deterministic)
+        cudnn.benchmark = not config.deterministic
+        deterministic.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            cudnn.benchmark = before[2]
+            deterministic.fill_uninitialized_memory = before[3]
+
+
+def _check_augmentation(config: Config, data: Images) -> None:
+    side = min(data.images.shape[2:])
+    for name in ("crop", "cutout"):
+        if getattr(config, name) > side:
+            raise ValueError(f"{name} must be at most the images' side, {side}")
+
+
+def _gathered(values: list[Tensor]) -> list[Any]:
+    """0-dim tensors as numbers, with one wait for their device."""
+    if not values:
+        return []
+    devices = {value.device for value in values}
+    if len(devices) == 1:
+        found: list[Any] = torch.stack([v.double() for v in values]).tolist()
+        return found
+    return [value.item() for value in values]
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

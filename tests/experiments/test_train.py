@@ -1,0 +1,464 @@
+"""eigenfilter train: what it writes, that it resumes bit for bit, and every way it can end."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eigenfilter as ef
+from eigenfilter.experiments import checkpoint, datasets, runs
+from eigenfilter.experiments.cli import main
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.trainer import Diverged, Trainer
+from experiments import folders
+from experiments.test_checkpoint import room
+
+SMALL: dict[str, Any] = {
+    "samples": 96,
+    "batch_size": 32,
+    "model": "mlp-12",
+    "epochs": 4,
+    "log_every": 5,
+    "lr": 0.05,
+}
+
+
+class Killed(Exception):
+    """What stands for a process that ends without a word."""
+
+
+def killed_after(steps: int) -> Any:
+    """A question whether to stop that is never answered after so many steps."""
+    left = iter(range(steps - 1))
+
+    def stop() -> bool:
+        if next(left, None) is None:
+            raise Killed
+        return False
+
+    return stop
+
+
+def stopped_after(steps: int) -> Any:
+    left = iter(range(steps - 1))
+    return lambda: next(left, None) is None
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """The state in a folder's checkpoint."""
+    return checkpoint.read(folder / checkpoint.FILE)["trainer"]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The log, without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in found]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the last bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+EVERYTHING = SMALL | {
+    "crop": 1,
+    "flip": True,
+    "cutout": 2,
+    "dropout": 0.2,
+    "warmup": 1,
+    "rho_schedule": "every",
+    "rho_every": 2,
+    "sharpness_every": 3,
+    "sharpness_samples": 20,
+    "checkpoint_every": 5,
+}
+
+RUNS = {
+    "usam": EVERYTHING | {"optimizer": "usam"},
+    "two steps, batch norm": EVERYTHING
+    | {"optimizer": "two_step_usam", "model": "wrn-10-1", "samples": 32, "batch_size": 16}
+    | {"epochs": 6, "sharpness_every": 0},
+    "differences": EVERYTHING
+    | {"optimizer": "hessian_usam", "activation": "tanh", "rho": 0.001, "lr": 0.01},
+    "adamw, sam": EVERYTHING | {"optimizer": "adamw", "method": "sam", "lr": 0.003},
+    "torch, bfloat16": EVERYTHING
+    | {"optimizer": "torch.optim.RMSprop", "method": "usam", "lr": 0.001}
+    | {"precision": "bfloat16", "clip": 0.5},
+    "float64": EVERYTHING | {"optimizer": "sgd", "precision": "float64", "loss": "square"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Stopped in an epoch, then killed after steps that no checkpoint has, then to the end."""
+    config = Config(**RUNS[name])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    runs.run(config, whole)
+    torch.randn(7)  # the global generator is no part of a run
+    first = runs.run(config, parts, stop=stopped_after(4))
+    assert (first["outcome"], first["step"]) == ("stopped", 4)
+    with pytest.raises(Killed):
+        runs.run(config, parts, resume=True, stop=killed_after(3))
+    assert trained(parts)["step"] == 5
+    last = runs.run(config, parts, resume=True)
+    assert (last["outcome"], last["step"]) == ("complete", 12)
+    assert_same(trained(whole), trained(parts))
+    assert lines(whole) == lines(parts)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, parts)]
+    for found in results:
+        assert found["train"].pop("images_per_second") > 0
+        assert found.pop("seconds") > 0
+    assert results[0] == results[1]
+
+
+def test_two_and_two_epochs_are_four(tmp_path: Path) -> None:
+    config = Config(**EVERYTHING)
+    runs.run(config, tmp_path / "whole")
+    runs.run(config, tmp_path / "parts", stop=stopped_after(6))
+    runs.run(config, tmp_path / "parts", resume=True)
+    assert_same(trained(tmp_path / "whole"), trained(tmp_path / "parts"))
+
+
+def test_seeds_decide(tmp_path: Path) -> None:
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        runs.run(Config(**EVERYTHING | {"seed": seed}), tmp_path / folder)
+    a, b, c = (trained(tmp_path / folder)["model"] for folder in "abc")
+    assert_same(a, b)
+    assert not torch.equal(a["1.weight"], c["1.weight"])
+
+
+def test_torch_is_left_as_it_was(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    runs.run(Config(**EVERYTHING), tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--out", str(tmp_path), "--samples", "400", "--epochs", "20", "--tensorboard"]
+    argv += ["--sharpness-every", "100", "--optimizer", "usam", "--log-every", "30"]
+    assert main(argv) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["outcome"] == "complete"
+    assert results["test"]["accuracy"] > 0.9
+    assert results["train"]["accuracy"] > 0.9
+    assert results["parameters"] == 65 * 256 + 257 * 10
+    config = Config(samples=400, epochs=20, sharpness_every=100, log_every=30)
+    assert results["config"] == config.as_dict()
+    assert [test["step"] for test in results["history"]] == [3 * e for e in range(1, 21)]
+    log = lines(tmp_path)
+    assert [r["step"] for r in log if r["kind"] == "train"] == [30, 60]
+    assert [r["step"] for r in log if r["kind"] == "sharpness"] == [0]
+    assert log[0]["edge"] == pytest.approx(
+        ef.filters.USAM(0.1, 0.9, rho=0.05).max_eigenvalue(), rel=1e-12
+    )
+    assert list((tmp_path / "tensorboard").iterdir())
+    out = capsys.readouterr().out
+    assert out.count("test loss") == 21
+    assert f"accuracy {results['test']['accuracy']:.2%}" in out
+    assert main(["train", str(tmp_path / "config.yaml"), "--out", str(tmp_path), "--resume"]) == 0
+    assert lines(tmp_path) == log  # complete: nothing is done again
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_step_is_the_optimizers(channels_last: bool) -> None:
+    """With the batch, the frozen statistics and the clipping that were asked for."""
+    config = Config(
+        **SMALL | {"model": "wrn-10-1", "batch_size": 16, "optimizer": "usam"},
+        clip=0.3,
+        channels_last=channels_last,
+    )
+    data = datasets.load("digits")
+    trainer = Trainer(config, data, torch.device("cpu"))
+    twin = Trainer(config, data, torch.device("cpu"))
+    trainer.advance()
+    images, labels = twin._batches.batch(0, 0)
+    model, optimizer = twin.model, twin.optimizer
+    for perturbed in (False, True):
+        if perturbed:
+            optimizer.ascend()
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 0.0
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    optimizer.step()
+    for (name, a), b in zip(
+        trainer.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        if "num_batches" not in name:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+    assert trainer.drain()["loss"] > 0
+
+
+def test_a_test_is_over_all_images(tmp_path: Path) -> None:
+    trainer = Trainer(Config(**SMALL), datasets.load("digits"), torch.device("cpu"))
+    found = trainer.evaluate()
+    data = trainer.data
+    images = trainer._normaliser(data.test_images)
+    with torch.no_grad():
+        scores = trainer.model(images)
+    loss = torch.nn.functional.cross_entropy(scores.double(), data.test_labels)
+    assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert found["accuracy"] == float((scores.argmax(1) == data.test_labels).double().mean())
+
+
+# Every way it can end.
+
+
+def test_ctrl_c_keeps_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    out = ["--out", str(tmp_path / "run")]
+    advance = Trainer.advance
+
+    def interrupted(self: Trainer) -> None:
+        if self.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        advance(self)
+
+    monkeypatch.setattr(Trainer, "advance", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(["train", *flags, *out]) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert trained(tmp_path / "run")["step"] == 5
+    said = capsys.readouterr().out
+    assert f"stopped at step 5: eigenfilter train --resume --out {tmp_path / 'run'}" in said
+    monkeypatch.setattr(Trainer, "advance", advance)
+    assert main(["train", "--resume", *out]) == 0
+    runs.run(Config(**SMALL), tmp_path / "whole")
+    assert_same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
+
+
+def test_a_second_ctrl_c_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Trainer) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "advance", interrupted)
+    assert main(["train", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_budget_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    assert main(["train", "--out", str(tmp_path), "--budget", "1e-9"]) == 0
+    assert trained(tmp_path)["step"] == 1
+
+
+def loss_of_a_step(trainer: Trainer) -> float:
+    trainer.advance()
+    [loss] = trainer._losses
+    trainer._losses = []
+    return float(loss)
+
+
+@pytest.mark.parametrize("log_every", [1, 7, 50])
+def test_a_loss_that_is_not_finite_names_the_step(log_every: int, tmp_path: Path) -> None:
+    config = Config(
+        **SMALL
+        | {"lr": 1e18, "optimizer": "sgd", "lr_schedule": "constant"}
+        | {"log_every": log_every, "warmup": 2.0, "epochs": 10}
+    )
+    with pytest.raises(Diverged) as error:
+        runs.run(config, tmp_path)
+    reference = Trainer(config, datasets.load("digits"), torch.device("cpu"))
+    while math.isfinite(loss_of_a_step(reference)):
+        pass
+    assert error.value.step == reference.step
+    assert f"the loss of step {reference.step} is " in str(error.value)
+    assert "lower lr (" in str(error.value)
+
+
+def test_the_last_good_checkpoint_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advance = Trainer.advance
+
+    def poisoned(self: Trainer) -> None:
+        advance(self)
+        if self.step == 6:  # a parameter that no loss has seen yet, when a checkpoint is due
+            next(self.model.parameters()).data[0, 0] = float("nan")
+
+    monkeypatch.setattr(Trainer, "advance", poisoned)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    assert main(["train", *flags, "--out", str(tmp_path), "--checkpoint-every", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "a parameter is not finite after step 6" in said
+    assert "the checkpoint of step 3 is kept" in said
+    assert said.count("\n") == 1
+    assert trained(tmp_path)["step"] == 3
+    assert all(p.isfinite().all() for p in trained(tmp_path)["model"].values())
+
+
+@pytest.mark.parametrize("size", [4_000, 600])
+def test_a_full_disk(size: int, tmp_path: Path) -> None:
+    """The checkpoint does not fit any more; or not even the log does."""
+    config = Config(**SMALL | {"checkpoint_every": 4, "log_every": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(kind: str, step: int, record: dict[str, Any]) -> None:
+        if kind == "checkpoint":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+
+    try:
+        with pytest.raises(UserError) as error:
+            runs.run(config, tmp_path, observe=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    file = "checkpoint.pt" if size > 2_000 else "log.jsonl"
+    assert f"cannot write {tmp_path / file}: File too large" in str(error.value)
+    assert "the checkpoint of step 4 is kept" in str(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint.pt",
+        "config.yaml",
+        "log.jsonl",
+    ]
+    last = runs.run(config, tmp_path, resume=True)  # room was made
+    assert last["outcome"] == "complete"
+    runs.run(config, tmp_path / "whole")
+    assert_same(trained(tmp_path / "whole"), trained(tmp_path))
+    assert lines(tmp_path / "whole") == lines(tmp_path)
+
+
+def test_no_room_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with room(0):
+        assert main(["train", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "cannot write" in said
+
+
+def test_memory_that_does_not_suffice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Trainer.advance
+
+    def exhausted(self: Trainer) -> None:
+        if self.step == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        advance(self)
+
+    monkeypatch.setattr(Trainer, "advance", exhausted)
+    with pytest.raises(UserError, match="step 6: lower batch_size; the checkpoint of step 4 is"):
+        runs.run(Config(**SMALL | {"checkpoint_every": 4}), tmp_path)
+
+
+def test_an_exception_within_a_step_leaves_the_weights_at_x() -> None:
+    trainer = Trainer(Config(**SMALL), datasets.load("digits"), torch.device("cpu"))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    loss_fn, calls = trainer.loss_fn, iter((False, True))
+
+    def failing(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if next(calls):
+            raise Killed
+        return loss_fn(scores, labels)
+
+    trainer.loss_fn = failing
+    with pytest.raises(Killed):
+        trainer.advance()
+    assert not trainer.optimizer.perturbed
+    assert_same(before, [p.detach() for p in trainer.model.parameters()])
+
+
+def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *argv]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("eigenfilter train: error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("yaml", "flags", "says"),
+    [
+        ("learning_rate: 1", [], "unknown option 'learning_rate'"),
+        ("optimiser: usam", [], "unknown option 'optimiser': did you mean optimizer?"),
+        ("lr: quick", [], "lr must be a number of at least 0, not 'quick'"),
+        ("- 1", [], "must hold lines such as"),
+        ("", ["--nesterov", "--momentum", "0"], "nesterov needs momentum"),
+        ("", ["--crop", "9"], "crop must be at most the images' side, 8"),
+        ("", ["--model", "vit-40"], "multiple of 32, not 40"),
+        ("", ["--samples", "9999"], "digits has 1437 training images, not 9999"),
+        ("", ["--warmup", "99"], "warmup takes 99 epochs"),
+        ("", ["--device", "tpu"], "tpu is not a device"),
+        ("", ["--device", "meta"], "meta is not supported"),
+        ("", ["--device", "cuda:99"], "CUDA devices, not cuda:99"),
+        ("", ["--optimizer", "torch.optim.Nope"], "torch.optim.Nope cannot be trained with"),
+        ("", ["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    ],
+)
+def test_bad_input(
+    yaml: str, flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(yaml)
+    check_error([str(tmp_path / "c.yaml"), "--out", str(tmp_path / "o"), *flags], says, capsys)
+
+
+def test_a_folder_that_holds_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.run(Config(**SMALL), tmp_path, stop=stopped_after(2))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    out = ["--out", str(tmp_path)]
+    check_error(out, "holds a run: go on with it by --resume", capsys)
+    check_error([*out, "--resume", "--lr", "0.3"], "a run with lr 0.05, not 0.3", capsys)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    (tmp_path / "checkpoint.pt").write_bytes(before[:3000])
+    check_error([*out, "--resume"], "is damaged", capsys)
+
+
+def test_resuming_where_there_is_nothing_starts(tmp_path: Path) -> None:
+    assert runs.run(Config(**SMALL), tmp_path, resume=True)["step"] == 12
+
+
+def test_other_data_are_noticed(tmp_path: Path) -> None:
+    folders.mnist(tmp_path / "a")
+    folders.mnist(tmp_path / "b")
+    labels = tmp_path / "b" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    raw = labels.read_bytes()
+    labels.write_bytes(raw[:-1] + bytes([(raw[-1] + 1) % 10]))
+    config = Config(dataset="mnist", model="cnn-2", batch_size=10)
+    runs.run(config, tmp_path / "out", data_dir=tmp_path / "a", stop=stopped_after(3))
+    with pytest.raises(UserError, match="was trained on other data"):
+        runs.run(config, tmp_path / "out", data_dir=tmp_path / "b", resume=True)
+
+
+def test_a_state_of_another_model() -> None:
+    data = datasets.load("digits")
+    state = Trainer(Config(**SMALL), data, torch.device("cpu")).state_dict()
+    other = Trainer(Config(**SMALL | {"model": "mlp-13"}), data, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"size mismatch for 1\.weight"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("module", ["yaml", "tqdm", "sklearn"])
+def test_a_missing_extra_is_named(
+    module: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    check_error(["--out", str(tmp_path)], f"{module} is not installed: pip install", capsys)
