@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from eigenfilter.curvature.density import SpectralDensity, log_determinant, spectral_density
 from eigenfilter.curvature.estimates import Estimate
+from eigenfilter.curvature.extremes import Extreme, Extremes, extremes
 from eigenfilter.curvature.fisher import EmpiricalFisherOperator
 from eigenfilter.curvature.ggn import GGNOperator
 from eigenfilter.curvature.lanczos import eigsh
@@ -20,12 +21,15 @@ __all__ = [
     "EigenResult",
     "EmpiricalFisherOperator",
     "Estimate",
+    "Extreme",
+    "Extremes",
     "GGNOperator",
     "HessianOperator",
     "SpectralDensity",
     "SymmetricOperator",
     "diagonal",
     "eigsh",
+    "extremes",
     "log_determinant",
     "spectral_density",
     "trace",

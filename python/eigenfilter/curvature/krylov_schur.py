@@ -116,6 +116,12 @@ class KrylovSchur:
         """How many pairs a restart may keep, so that a step can follow."""
         return self._rows - self.locked - (self.end - self.size)
 
+    @property
+    def betas(self) -> Tensor:
+        """What was new in each product [m], on the host: with b = 1, nothing locked and no restart,
+        the lower diagonal of T and ||B||. None for the last product where Q is the whole space."""
+        return self._c[: self.size].diagonal(1)[: self.size].cpu()
+
     def begin(self, starts: Tensor | None = None) -> None:
         """Let b random vectors wait, orthogonal to the basis; the first near `starts` [<= b, n]."""
         first = self.end

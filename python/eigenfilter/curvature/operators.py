@@ -17,7 +17,9 @@ from eigenfilter.curvature import engines
 from eigenfilter.curvature.data import source_of
 from eigenfilter.curvature.distributed import reduce
 from eigenfilter.curvature.engines.choice import choose
+from eigenfilter.curvature.engines.graphs import gradient
 from eigenfilter.curvature.engines.memory import default_budget
+from eigenfilter.curvature.engines.vectors import Sums, split
 from eigenfilter.curvature.objective import Objective, Outer
 from eigenfilter.curvature.point import Point, checksum
 
@@ -255,8 +257,13 @@ class CurvatureOperator(ABC):
             if self._auto:
                 self.engine = self._choice(V.shape[1])
             sums = made[self.engine].multiply(V.detach())
+        return self._total(sums, [V])
+
+    def _total(self, sums: Sums, given: list[Tensor]) -> Tensor:
+        """Return the mean or sum over all processes' batches, which were given the same vectors."""
         if self._group is not None:
-            reduce(sums, [checksum(self._tensors()[0]), checksum([V])], self._group)
+            marks = [checksum(tensors) for tensors in (self._tensors()[0], given) if tensors]
+            reduce(sums, marks, self._group)
         return sums.rows.div_(sums.weight) if self._objective.mean else sums.rows
 
     def _choice(self, vectors: int) -> str:
@@ -326,6 +333,33 @@ class HessianOperator(CurvatureOperator):
     Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6
     (1994), eq. (3), by automatic differentiation of the gradient.
     """
+
+    @torch.no_grad()
+    def gradient(self, at: Tensor | None = None) -> Tensor:
+        """Return the gradient of f [n] at x, or at another point `at` [n].
+
+        The model's parameters, and their gradients, are left as they are.
+
+        Raises:
+            ValueError: `at` is not of the operator's shape, dtype and device.
+            RuntimeError: see the class.
+        """
+        if at is not None:
+            self._check_like("at", "[{}]", at, at.ndim == 1)
+        self._current()
+        place = self.params if at is None else split(at.clone(), self.params)
+        inputs = [p if at is None else p.requires_grad_() for p in place]
+        names = self._objective.names(self.params)
+        named = None if at is None else dict(zip(names, inputs, strict=True))
+        sums = Sums(torch.empty(self.shape[0], 1, dtype=self.dtype, device=self.device), inputs)
+        with torch.autocast(self.device.type, enabled=False):
+            for index, batch in enumerate(self._source.batches()):
+                here = self._objective.evaluate(index, batch, named)
+                weight = 1.0 if self._source.single else here.weight()
+                sums.weight += weight
+                sums.add(gradient(here, inputs), weight, 0)
+                del here
+        return self._total(sums, [] if at is None else [at])[0]
 
     @staticmethod
     def _finish(
