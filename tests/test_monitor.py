@@ -98,6 +98,7 @@ def test_where_there_is_no_filter_there_is_no_edge() -> None:
     for opt in (
         ef.SAM(params, lr=0.1),
         torch.optim.RMSprop(params),
+        ef.AdamW(params, method="two_step_usam", rho=0.1),
         ef.SGD([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.2}]),
     ):
         check = ef.SharpnessMonitor(task.op, opt, on_edge="warn").check()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter import filters
+from eigenfilter._linearised import NoFilter, adamw_operator
 from eigenfilter.curvature import CurvatureOperator, eigsh
-from eigenfilter.curvature.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import AdamW, Filter, PolynomialFilter
 
@@ -145,10 +145,9 @@ class SharpnessMonitor:
             RuntimeError: an optimizer holds the parameters away from x; see the operator.
         """
         began = time.perf_counter()
-        op, products = self._operator()
+        op, products, flt = self._operator()
         found = eigsh(op, 1, tol=self._tol, v0=self._vector, look_for_copies=False, seed=self._seed)
         self._vector = found.vectors[:, 0]
-        flt = self._filter()
         check = Check(
             step=self._steps,
             sharpness=float(found.values[0]),
@@ -199,15 +198,16 @@ class SharpnessMonitor:
         ax.legend(frameon=False)
         return ax
 
-    def _operator(self) -> tuple[SymmetricOperator, int]:
-        """What the filter's eigenvalues are those of, and its products of H in one."""
+    def _operator(self) -> tuple[SymmetricOperator, int, Filter | None]:
+        """What the filter's eigenvalues are those of, its products of H in one, and the filter."""
         groups = self._optimizer.param_groups
         if not all("betas" in group for group in groups):
-            return self._op, 1
-        scale = _preconditioner(self._optimizer, self._op.params)
-        rho = {float(group.get("rho", 0.0)) for group in groups}
-        op = PreconditionedOperator(self._op, scale.to(self._op.dtype), max(rho))
-        return op, op.products
+            return self._op, 1, self._filter()
+        try:
+            op = adamw_operator(self._op, self._optimizer)
+        except NoFilter:
+            return self._op, 1, None
+        return op, op.products, self._filter()
 
     def _filter(self) -> Filter | None:
         try:
@@ -245,21 +245,6 @@ class SharpnessMonitor:
                 group["rho"] = rho
         elif callable(self._on_edge):
             self._on_edge(check)
-
-
-def _preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Tensor:
-    """P^-1/2 [n] of AdamW for the parameters in this order; ones before the first step."""
-    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    parts = []
-    for p in params:
-        state = optimizer.state.get(p, {})
-        group = group_of.get(id(p))
-        if group is None or "exp_avg_sq" not in state:
-            parts.append(torch.ones(p.numel(), device=p.device))
-            continue
-        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-        parts.append((corrected.sqrt() + group["eps"]).rsqrt().reshape(-1))
-    return torch.cat(parts)
 
 
 def _lr_factor(flt: Filter, edge: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eigenfilter as ef
-from eigenfilter.filters import USAM, Filter, HeavyBall, Nesterov, of
+from eigenfilter.filters import SAM, USAM, Filter, HeavyBall, Nesterov, of
 
 GROUP = {
     "lr": 0.3,
@@ -129,6 +129,15 @@ def test_eigenfilter_optimizers_by_their_method(
 def test_an_unknown_optimizer_is_told_what_is_supported(method: object) -> None:
     with pytest.raises(TypeError, match=r"Stated; supported are .*SGD .*'sgd', .*'usam'"):
         of(optimizer(method, GROUP))
+
+
+def test_sam_at_a_gradient_norm() -> None:
+    x, y = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    opt = ef.SAM([{"params": [x], "rho": 0.1}, {"params": [y], "rho": 0.0}], lr=0.5, momentum=0.3)
+    expected = [SAM(0.5, 0.3, rho=0.1, grad_norm=2.0), HeavyBall(0.5, 0.3)]
+    assert of(opt, grad_norm=2.0) == expected
+    with pytest.raises(TypeError, match="ASAM"):
+        of(ef.SAM([x], adaptive=True), grad_norm=2.0)
 
 
 def test_sam_asks_for_a_gradient_norm() -> None:

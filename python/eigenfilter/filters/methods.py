@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from eigenfilter.filters.adamw import AdamW
@@ -191,7 +192,7 @@ class _Optimizer(Protocol):
     def param_groups(self) -> list[dict[str, Any]]: ...
 
 
-def of(opt: _Optimizer) -> list[Filter]:
+def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
     """The filters of a live optimizer at its present hyperparameters, one per param group.
 
     Each is the filter of its group trained alone: where several groups differ, the filter of the
@@ -202,19 +203,17 @@ def of(opt: _Optimizer) -> list[Filter]:
     Args:
         opt: an eigenfilter optimizer, torch.optim.SGD or torch.optim.AdamW. AdamW's filters are of
             the preconditioned Hessian, and of that of the ascent it takes: see `AdamW`.
+        grad_norm: of the gradient, > 0, at which SAM's moving edge is wanted: see `SAM`.
 
     Raises:
-        TypeError: for any other optimizer; SAM's filter needs a gradient norm: see `SAM`.
+        TypeError: for any other optimizer; for SAM without grad_norm; for ASAM.
         ValueError: if a group holds a value outside its range.
     """
     method = _method(opt)
     if method == "adamw":
         return [_adamw(group) for group in opt.param_groups]
     if method == "sam":
-        raise TypeError(
-            "SAM has no filter without a gradient norm, with which its edge moves: use "
-            "filters.SAM(lr, ..., rho=rho, grad_norm=norm)"
-        )
+        return _sam(opt, grad_norm)
     build = _BUILDERS.get(method)
     if build is None:
         known = ", ".join(map(repr, sorted(_BUILDERS)))
@@ -243,6 +242,18 @@ def _adamw(group: Mapping[str, Any]) -> Filter:
         raise TypeError("no filter is known for AMSGrad, whose preconditioner is another")
     names = ("lr", "weight_decay", "maximize")
     return AdamW(beta1=group["betas"][0], **{name: group[name] for name in names})
+
+
+def _sam(opt: _Optimizer, grad_norm: float | None) -> list[Filter]:
+    if getattr(opt, "adaptive", False):
+        raise TypeError("no filter is known for ASAM, whose ascent is scaled by the parameters")
+    if grad_norm is None:
+        raise TypeError(
+            "SAM has no filter without a gradient norm, with which its edge moves: give grad_norm, "
+            "or use filters.SAM(lr, ..., rho=rho, grad_norm=norm)"
+        )
+    build = _ascending(partial(SAM, grad_norm=grad_norm))
+    return [build(group, opt) for group in opt.param_groups]
 
 
 def _common(group: Mapping[str, Any]) -> dict[str, Any]:

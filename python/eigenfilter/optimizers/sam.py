@@ -118,3 +118,9 @@ class SAM(EigenfilterOptimizer):
             release_gradients=release_gradients,
             backend=backend,
         )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it is ASAM."""
+        assert isinstance(self._ascent, SAMAscent)
+        return self._ascent.adaptive

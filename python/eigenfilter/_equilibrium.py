@@ -1,0 +1,80 @@
+"""How far from an equilibrium a point is: the direction that an optimizer would take there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenfilter._linearised import ascent_of, preconditioner, spread
+from eigenfilter.curvature.operators import HessianOperator
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """What an optimizer moves along at x, from the gradients of all data.
+
+    Attributes:
+        vector: [n], s d(x) + wd x, with s = -1 where f is maximised; of AdamW, whose decay is not
+            divided by P, s d(x) + wd P x. Zero at an equilibrium.
+        gradient_norm: of grad f(x).
+        ascent_norm: of that part of it which ascends.
+    """
+
+    vector: Tensor
+    gradient_norm: float
+    ascent_norm: float
+
+
+@torch.no_grad()
+def direction(op: HessianOperator, optimizer: torch.optim.Optimizer) -> Direction:
+    """Return the direction of an optimizer at the point of `op`, which stays where it is.
+
+    The methods' d are those of the optimizers' docstrings, with grad f over all data of `op`.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    groups = optimizer.param_groups
+    rho = spread(op, [(g, float(g.get("rho", 0.0))) for g in groups])
+    sign = spread(op, [(g, -1.0 if g.get("maximize") else 1.0) for g in groups])
+    decay = spread(op, [(g, float(g["weight_decay"])) for g in groups])
+    x = torch.cat([p.detach().reshape(-1) for p in op.params])
+    if all("betas" in g for g in groups):
+        decay = decay / preconditioner(optimizer, op.params).to(op.dtype).square()
+    g = op.gradient()
+    moving = g * (rho != 0)
+    d = _descent_gradient(op, optimizer, x, g, rho, sign) if bool(rho.any()) else g
+    vector = sign * d + decay * x
+    if not vector.isfinite().all():
+        raise FloatingPointError("the gradient is not finite: is the loss, at these parameters?")
+    return Direction(vector, float(g.double().norm()), float(moving.double().norm()))
+
+
+def _descent_gradient(
+    op: HessianOperator,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    g: Tensor,
+    rho: Tensor,
+    sign: Tensor,
+) -> Tensor:
+    """d(x): the gradient where the ascents lead."""
+    ascent = ascent_of(optimizer)
+    up = sign * rho
+    match ascent.method:
+        case "usam":
+            return op.gradient(x + up * g)
+        case "sam":
+            weights = x if getattr(ascent, "adaptive", False) else torch.ones_like(x)
+            norm = float((weights * g * (rho != 0)).double().norm())
+            return op.gradient(x + up * weights.square() * g / norm) if norm else g
+        case "two_step_usam":
+            y = x + up * g
+            origin = x if getattr(ascent, "ascent", "") == "anchored" else y
+            return op.gradient(origin + up * op.gradient(y))
+        case "hessian_usam":
+            moving = (rho != 0).to(g.dtype)
+            return op.gradient(x + rho * (moving * op.matvec(moving * g)))
+    raise TypeError(f"no direction is known for an ascent of {ascent.method}")

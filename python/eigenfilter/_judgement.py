@@ -1,0 +1,129 @@
+"""Looks at the spectrum of what an optimizer does, until both sides of its filter are decided."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from eigenfilter import _sides
+from eigenfilter._linearised import Linearised
+from eigenfilter._sides import AT_THE_EDGE, INSIDE, OUTSIDE, UNDECIDED, Side, Tolerances
+from eigenfilter.curvature import Extremes, extremes
+from eigenfilter.curvature.preconditioned import PreconditionedOperator
+from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.filters import PolynomialFilter
+
+
+class Look:
+    """Runs of Lanczos' iteration, each from a start of its own."""
+
+    def __init__(
+        self,
+        failure_probability: float,
+        max_matvecs: int,
+        basis_device: torch.device | str | None,
+        seed: int,
+    ) -> None:
+        self._given = failure_probability, max_matvecs, basis_device
+        # Mixed: the same generator with the same seed may have drawn the model's parameters.
+        self._random = random.Random(f"eigenfilter.certify {seed}")
+        self.products = 0  # of H
+
+    def __call__(
+        self,
+        matrix: SymmetricOperator,
+        enough: Callable[[Extremes], bool],
+        *,
+        products: int = 1,
+        share: float = 1.0,
+    ) -> Extremes:
+        """`extremes` with a share of the failure probability."""
+        failure_probability, max_matvecs, basis_device = self._given
+        found = extremes(
+            matrix,
+            share * failure_probability,
+            max_matvecs,
+            enough=enough,
+            basis_device=basis_device,
+            seed=self._random.getrandbits(63),
+        )
+        self.products += products * found.matvecs
+        return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Both sides, and the spectrum's ends; no sides where there is no filter."""
+
+    found: Extremes
+    upper: Side | None = None
+    saddle: Side | None = None
+    needed: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """The worse side's."""
+        verdicts = [
+            UNDECIDED if side is None else side.verdict for side in (self.upper, self.saddle)
+        ]
+        return next(v for v in (OUTSIDE, UNDECIDED, AT_THE_EDGE, INSIDE) if v in verdicts)
+
+
+def judge(seen: Linearised, tolerances: Tolerances, look: Look) -> Judged:
+    """Look at the matrix until both sides are decided and the error bars small."""
+    intervals = seen.filter.intervals()
+    if not intervals:
+        found = look(seen.operator, tolerances.sharp, products=seen.products)
+        nothing = Side(OUTSIDE, -math.inf, 0.0, found.bottom.value, found.top.value)
+        return Judged(found, nothing, nothing)
+    *below, (_, edge) = intervals
+    flt = seen.filter
+    parabola = isinstance(flt, PolynomialFilter) and len(flt.coefficients) == 3 and bool(below)
+    share = 0.5 if parabola else 1.0  # a second look may follow
+
+    def sides(found: Extremes) -> tuple[Side, Side]:
+        return (
+            _sides.upper_side(found, edge, tolerances),
+            _sides.saddle_side(found, intervals, tolerances),
+        )
+
+    def enough(found: Extremes) -> bool:
+        upper, saddle = sides(found)
+        decided = saddle.verdict != UNDECIDED or _sides.in_second_interval(saddle, found)
+        return decided and upper.verdict != UNDECIDED and tolerances.sharp(found)
+
+    found = look(seen.operator, enough, products=seen.products, share=share)
+    upper, saddle = sides(found)
+    if parabola and _sides.in_second_interval(saddle, found):
+        assert isinstance(flt, PolynomialFilter)
+        saddle = _look_between(seen, flt, saddle, tolerances, look, share)
+    needed = tuple(
+        f"{name}: {side.needed}"
+        for name, side in (("upper edge", upper), ("saddle side", saddle))
+        if side.needed
+    )
+    return Judged(found, upper, saddle, needed)
+
+
+def _look_between(
+    seen: Linearised,
+    flt: PolynomialFilter,
+    saddle: Side,
+    tolerances: Tolerances,
+    look: Look,
+    share: float,
+) -> Side:
+    """Decide the saddle side by the spectrum of H + rho H^2."""
+    op = seen.operator
+    ones = torch.ones(op.shape[0], dtype=op.dtype, device=op.device)
+    image = PreconditionedOperator(op, ones, flt.coefficients[2])
+
+    def judged(found: Extremes) -> Side:
+        return _sides.saddle_by_image(saddle, flt, found, tolerances)
+
+    found = look(image, lambda f: judged(f).verdict != UNDECIDED, products=2, share=share)
+    return judged(found)
