@@ -1,0 +1,43 @@
+"""What a command line names as module:name."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from eigenfilter.experiments.errors import UserError
+
+
+def named(text: str) -> Any:
+    """The object that `text`, "package.module:name", names; looked for in the working folder too.
+
+    Raises:
+        UserError: it is not of that form, or there is no such module or name.
+    """
+    module, separator, name = text.partition(":")
+    if not (module and separator and name):
+        raise UserError(f"{text!r} must be module:name, as in mypackage.training:build")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as `python -m` does
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"{module} needs {error.name}, which is not installed") from error
+        raise UserError(f"there is no module {error.name} here or installed") from error
+    if not hasattr(found, name):
+        raise UserError(f"module {module} has no {name}")
+    return getattr(found, name)
+
+
+def called(text: str) -> Any:
+    """What the callable that `text` names returns, called without arguments.
+
+    Raises:
+        UserError: see `named`; or it cannot be called.
+    """
+    found = named(text)
+    if not callable(found):
+        raise UserError(f"{text} must be a function, not {type(found).__name__}")
+    return found()
