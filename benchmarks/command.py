@@ -16,6 +16,7 @@ import torch
 from eigenfilter.benchmarks import (
     finite_differences,
     memory,
+    monitor,
     page,
     registry,
     timings,
@@ -91,6 +92,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="folder of the data (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
     )
     _add_out(of_curvature)
+    of_monitor = table(
+        "monitor",
+        "what SharpnessMonitor costs a training, on the CPU",
+        monitor.__doc__,
+        _monitor,
+    )
+    _add_repeat(of_monitor, str(monitor.ROUNDS))
+    _add_out(of_monitor)
     of_page = table("page", "figures and a page from results", page.__doc__, _page)
     of_page.add_argument(
         "files", nargs="+", type=Path, metavar="RESULTS.json", help="what the others wrote"
@@ -148,6 +157,13 @@ def _curvature(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     curvature.run(names, args.data_dir, args.repeat or curvature.ROUNDS, _folder(args))
+    return 0
+
+
+def _monitor(args: argparse.Namespace) -> int:
+    _refuse(args, "only", "list", "device")
+    require("sklearn")
+    monitor.run(args.repeat or monitor.ROUNDS, _folder(args))
     return 0
 
 

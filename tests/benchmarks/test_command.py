@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from eigenfilter.benchmarks import finite_differences, memory
+from eigenfilter.benchmarks import finite_differences, memory, monitor
 from eigenfilter.experiments.cli import main
 
 
 @pytest.mark.parametrize(
-    "table", [[], ["memory"], ["finite-differences"], ["curvature"], ["page"]], ids=" ".join
+    "table",
+    [[], ["memory"], ["finite-differences"], ["curvature"], ["monitor"], ["page"]],
+    ids=" ".join,
 )
 def test_help(table: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
@@ -35,6 +37,7 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
         (["--only", "no-such"], "no benchmark 'no-such' (see eigenfilter bench --list)"),
         (["--only", "sgd-small", "memory"], "--only does not go with memory"),
         (["--repeat", "2", "page", "x.json"], "--repeat does not go with page"),
+        (["--device", "cpu", "monitor"], "--device does not go with monitor"),
         (["--device", "cpu", "finite-differences"], "--device does not go with finite-differences"),
     ],
 )
@@ -96,6 +99,20 @@ def test_finite_differences_write_their_results(
     assert len(best) == 6
     assert best[("initial", "float64")] < 1e-4
     assert best[("initial", "float32")] < 1e-2
+
+
+def test_the_monitors_cost_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "TASKS", {"tanh MLP": monitor.TASKS["tanh MLP"]})
+    monkeypatch.setattr(monitor, "EVERY", (5, 10))
+    monkeypatch.setattr(monitor, "STEPS", 20)
+    assert main(["bench", "monitor", "--repeat", "2", "--out", str(tmp_path)]) == 0
+    (data,) = tmp_path.glob("*-cpu-monitor.json")
+    found = json.loads(data.read_text())["monitor"]
+    assert [cost["every"] for cost in found] == [5, 10]
+    for cost in found:
+        steps = cost["check_ms"] / cost["step_ms"] / cost["every"]
+        assert cost["share"]["low"] <= steps <= cost["share"]["high"]
+        assert cost["matvecs"] >= 1
 
 
 def test_finite_differences_need_scikit_learn(
