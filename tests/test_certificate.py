@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from eigenfilter import filters
-from eigenfilter._equilibrium import direction
+from eigenfilter.certificate.equilibrium import direction
 from eigenfilter.curvature import HessianOperator
 from quadratics import Quadratic
 

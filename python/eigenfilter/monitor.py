@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import filters
-from eigenfilter._linearised import NoFilter, adamw_operator
+from eigenfilter.certificate.linearised import NoFilter, adamw_operator
 from eigenfilter.curvature import CurvatureOperator, eigsh
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import AdamW, Filter, PolynomialFilter

@@ -162,7 +162,8 @@ def worst_share(k: int, start: float) -> float:
 
 def _read(run: KrylovSchur, failure_probability: float) -> Extremes:
     ritz = run.collect()
-    values, residuals = ritz.values, ritz.residuals + run.rounding
+    values = torch.from_numpy(ritz.values)
+    residuals = torch.from_numpy(ritz.residuals + run.rounding)
     n = run.basis.shape[1]
     start = smallest_start(n, failure_probability)
     # Where Q is invariant to rounding, what lies along b by less than that was not seen.

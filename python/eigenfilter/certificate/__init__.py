@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from eigenfilter import filters
-from eigenfilter._equilibrium import Direction, direction
-from eigenfilter._judgement import Judged, Look, judge
-from eigenfilter._linearised import Linearised, NoFilter, ascent_of, linearised
-from eigenfilter._sides import Side, Tolerances
+from eigenfilter.certificate.equilibrium import Direction, direction
+from eigenfilter.certificate.judgement import Judged, Look, judge
+from eigenfilter.certificate.linearised import Linearised, NoFilter, ascent_of, linearised
+from eigenfilter.certificate.sides import Side, Tolerances
 from eigenfilter.curvature import Extreme, Extremes, HessianOperator
 from eigenfilter.filters import AdamW, PolynomialFilter
 

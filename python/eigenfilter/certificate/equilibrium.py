@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenfilter._linearised import ascent_of, preconditioner, spread
+from eigenfilter.certificate.linearised import ascent_of, preconditioner, spread
 from eigenfilter.curvature.operators import HessianOperator
 
 

@@ -9,9 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-from eigenfilter import _sides
-from eigenfilter._linearised import Linearised
-from eigenfilter._sides import AT_THE_EDGE, INSIDE, OUTSIDE, UNDECIDED, Side, Tolerances
+from eigenfilter.certificate.linearised import Linearised
+from eigenfilter.certificate.sides import (
+    AT_THE_EDGE,
+    INSIDE,
+    OUTSIDE,
+    UNDECIDED,
+    Side,
+    Tolerances,
+    in_second_interval,
+    saddle_by_image,
+    saddle_side,
+    upper_side,
+)
 from eigenfilter.curvature import Extremes, extremes
 from eigenfilter.curvature.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
@@ -87,18 +97,18 @@ def judge(seen: Linearised, tolerances: Tolerances, look: Look) -> Judged:
 
     def sides(found: Extremes) -> tuple[Side, Side]:
         return (
-            _sides.upper_side(found, edge, tolerances),
-            _sides.saddle_side(found, intervals, tolerances),
+            upper_side(found, edge, tolerances),
+            saddle_side(found, intervals, tolerances),
         )
 
     def enough(found: Extremes) -> bool:
         upper, saddle = sides(found)
-        decided = saddle.verdict != UNDECIDED or _sides.in_second_interval(saddle, found)
+        decided = saddle.verdict != UNDECIDED or in_second_interval(saddle, found)
         return decided and upper.verdict != UNDECIDED and tolerances.sharp(found)
 
     found = look(seen.operator, enough, products=seen.products, share=share)
     upper, saddle = sides(found)
-    if parabola and _sides.in_second_interval(saddle, found):
+    if parabola and in_second_interval(saddle, found):
         assert isinstance(flt, PolynomialFilter)
         saddle = _look_between(seen, flt, saddle, tolerances, look, share)
     needed = tuple(
@@ -123,7 +133,7 @@ def _look_between(
     image = PreconditionedOperator(op, ones, flt.coefficients[2])
 
     def judged(found: Extremes) -> Side:
-        return _sides.saddle_by_image(saddle, flt, found, tolerances)
+        return saddle_by_image(saddle, flt, found, tolerances)
 
     found = look(image, lambda f: judged(f).verdict != UNDECIDED, products=2, share=share)
     return judged(found)
