@@ -184,6 +184,15 @@ def test_some_pairs_converge_before_products_run_out() -> None:
     assert not result.converged[-1]
 
 
+def test_a_look_for_copies_that_is_cut_short_warns() -> None:
+    op = operator(decaying(300))
+    alone = eigsh(op, 6, look_for_copies=False)
+    with pytest.warns(RuntimeWarning, match=r"6 pairs converged; .* copies short: raise it"):
+        result = eigsh(op, 6, max_matvecs=alone.matvecs + 2)
+    assert result.converged.all()
+    assert result.copy_matvecs <= 2
+
+
 def test_agrees_with_scipy() -> None:
     sparse = pytest.importorskip("scipy.sparse.linalg")
     op = operator(decaying(250))

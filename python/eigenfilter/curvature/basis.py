@@ -30,9 +30,3 @@ def rotate(basis: Tensor, first: int, s: Tensor) -> None:
     for start in range(0, basis.shape[1], _CHUNK):
         columns = basis[first:, start : start + _CHUNK]
         columns[: s.shape[1]] = s.T @ columns
-
-
-def orthogonality(basis: Tensor) -> float:
-    """Return max |V^T V - I| over the rows of a basis [m, n]."""
-    gram = basis @ basis.T
-    return float((gram - torch.eye(len(basis)).to(gram)).abs().max())

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eigenfilter import kernels
 from eigenfilter.curvature.estimates import Estimate, check_finite, check_real, normals, signs
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
+from eigenfilter.curvature.space import Space
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,17 +149,18 @@ def spectral_density(
         raise ValueError(f"probes and steps must be at least 1, not {probes} and {steps}")
     n = op.shape[0]
     check_real(op)
-    known = _deflated(op, deflate)
+    space = Space(op)
+    known = _deflated(op, deflate, space.length)
     values = torch.empty(0, dtype=torch.float64)
     if deflate is not None:
         values = deflate.values[deflate.converged].double().cpu()
     if len(known) == n:
         nothing = torch.empty(probes, 0, dtype=torch.float64)
         return SpectralDensity(nothing, nothing, values, n, 0)
-    q = normals(op, probes, seed) if len(known) else signs(op, probes, seed)
+    q = (normals if len(known) else signs)(op, probes, space.generator(seed, op.device))
     if len(known):  # normal vectors stay so, and their directions unbiased, within what is left
-        kernels.project_out(q, known)
-    q /= torch.linalg.vector_norm(q, dim=1, keepdim=True)
+        space.project_out(q, known)
+    q /= space.dot(q, q).sqrt()[:, None]
     before = torch.zeros_like(q)
     alpha = torch.zeros(probes, steps, dtype=torch.float64, device=op.device)
     beta = torch.zeros_like(alpha)
@@ -168,11 +169,11 @@ def spectral_density(
             w = op.matmat(q.T).T.contiguous()
             if j:
                 w.addcmul_(before, beta[:, j - 1 : j].to(w.dtype), value=-1)
-            alpha[:, j] = torch.linalg.vecdot(q.double(), w.double())
+            alpha[:, j] = space.dot(q, w)
             w.addcmul_(q, alpha[:, j : j + 1].to(w.dtype), value=-1)
             if len(known):
-                kernels.project_out(w, known, passes=1)
-            beta[:, j] = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+                space.project_out(w, known, passes=1)
+            beta[:, j] = space.dot(w, w).sqrt()
             before, q = q, w.div_(beta[:, j : j + 1].clamp_min(torch.finfo(w.dtype).tiny))
     alpha, beta = alpha.cpu(), beta.cpu()
     check_finite(alpha, beta)
@@ -227,13 +228,13 @@ def _quadratures(alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tenso
     return nodes, vectors[:, 0].square()
 
 
-def _deflated(op: SymmetricOperator, deflate: EigenResult | None) -> Tensor:
-    """The converged vectors as rows [k, n]."""
+def _deflated(op: SymmetricOperator, deflate: EigenResult | None, length: int) -> Tensor:
+    """The converged vectors as rows [k, l], of this length."""
     if deflate is None:
-        return torch.empty(0, op.shape[0], dtype=op.dtype, device=op.device)
-    if deflate.vectors.shape[0] != op.shape[0]:
+        return torch.empty(0, length, dtype=op.dtype, device=op.device)
+    if deflate.vectors.shape[0] != length:
         raise ValueError(
             f"deflate has vectors of dimension {deflate.vectors.shape[0]}, the operator "
-            f"{op.shape[0]}: pass the result of eigsh on this operator"
+            f"{length}: pass the result of eigsh on this operator"
         )
     return deflate.vectors[:, deflate.converged].T.to(op.device, op.dtype).contiguous()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.curvature.space import Space
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,26 +49,16 @@ class Estimate:
         return self.value - reach, self.value + reach
 
 
-def generator(op: SymmetricOperator, seed: int) -> torch.Generator:
-    """A generator of the operator's device."""
-    return torch.Generator(op.device).manual_seed(seed)
+def signs(op: SymmetricOperator, count: int, random: torch.Generator) -> Tensor:
+    """Random vectors of signs, as rows [count, l]."""
+    rows = torch.empty(count, Space(op).length, dtype=op.dtype, device=op.device)
+    return rows.random_(0, 2, generator=random).mul_(2).sub_(1)
 
 
-def draw_signs(op: SymmetricOperator, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    """Random signs as numbers of the operator's dtype."""
-    bits = torch.randint(0, 2, shape, generator=random, device=op.device)
-    return (2 * bits - 1).to(op.dtype)
-
-
-def signs(op: SymmetricOperator, count: int, seed: int) -> Tensor:
-    """Random vectors of signs, as rows [count, n]."""
-    return draw_signs(op, (count, op.shape[0]), generator(op, seed))
-
-
-def normals(op: SymmetricOperator, count: int, seed: int) -> Tensor:
-    """Standard normal vectors, as rows [count, n]."""
-    shape = (count, op.shape[0])
-    return torch.randn(shape, generator=generator(op, seed), dtype=op.dtype, device=op.device)
+def normals(op: SymmetricOperator, count: int, random: torch.Generator) -> Tensor:
+    """Standard normal vectors, as rows [count, l]."""
+    rows = torch.empty(count, Space(op).length, dtype=op.dtype, device=op.device)
+    return rows.normal_(generator=random)
 
 
 def check_real(op: SymmetricOperator) -> None:
@@ -77,7 +68,7 @@ def check_real(op: SymmetricOperator) -> None:
 
 
 def check_finite(*found: Tensor) -> None:
-    """Raise FloatingPointError where what products gave is not finite."""
+    """Raise FloatingPointError where what products gave is not finite, here as elsewhere."""
     if not all(bool(t.isfinite().all()) for t in found):
         raise FloatingPointError("a product H v is not finite: is the loss, at these parameters?")
 

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eigenfilter import kernels
-from eigenfilter.curvature.basis import norm, rotate
+from eigenfilter.curvature.basis import rotate
 from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.curvature.space import Space
 
 _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
 _RANDOM = 0.1  # how much of a random vector, relative to it, is mixed into a given start
@@ -50,7 +50,8 @@ class KrylovSchur:
 
         H Q = Q T + P B + E,    ||H Q s - theta Q s|| <= ||B s|| + sum_j |s_j| ||E e_j||
 
-    Memory: n (rows + b) elements. Coefficients stay on the device until `collect`.
+    Memory: n (rows + b) elements, in slices where the operator's vectors are cut. Coefficients stay
+    on the device until `collect`.
 
     Source: G. W. Stewart, A Krylov-Schur algorithm for large eigenproblems, SIAM J. Matrix Anal.
     Appl. 23 (2001), for symmetric H: K. Wu and H. Simon, Thick-restart Lanczos method, ibid. 22
@@ -70,7 +71,8 @@ class KrylovSchur:
 
         device: where the basis lies; None for that of the operator.
         """
-        n = op.shape[0]
+        self.space = Space(op)
+        n = self.space.dimension
         self.locked = 0  # rows [0, locked) of the basis
         self.size = 0  # rows [locked, size) are Q
         self.end = 0  # rows [size, end) are P
@@ -83,13 +85,13 @@ class KrylovSchur:
         device = op.device if device is None else device
         pinned = device.type == "cpu" and op.device.type == "cuda"
         self.basis = torch.empty(  # (locked, Q, P)^T
-            room, n, dtype=op.dtype, device=device, pin_memory=pinned
+            room, self.space.length, dtype=op.dtype, device=device, pin_memory=pinned
         )
         self._c = torch.zeros(self._rows, room, dtype=torch.float64, device=device)
         self._lost = np.zeros(self._rows)  # ||E e_j||
         self._origins: list[int] = []  # of rows [0, end): the first row their product may lie along
         self._children: dict[int, int] = {}  # row multiplied -> row that was new in its product
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = self.space.generator(seed, device)
 
     @property
     def rounding(self) -> float:
@@ -104,7 +106,7 @@ class KrylovSchur:
     @property
     def whole(self) -> bool:
         """Whether the locked vectors and Q span the whole space."""
-        return self.size == self.basis.shape[1]
+        return self.size == self.space.dimension
 
     @property
     def full(self) -> bool:
@@ -129,13 +131,13 @@ class KrylovSchur:
             row = self.basis[first + i].normal_(generator=self._generator)
             if starts is not None and i < len(starts):
                 tiny = torch.finfo(row.dtype).tiny  # starts may have cancelled
-                row *= _RANDOM * norm(starts[i]).clamp_min(tiny) / norm(row)
+                row *= _RANDOM * self.space.norm(starts[i]).clamp_min(tiny) / self.space.norm(row)
                 row += starts[i]
             # Where the basis leaves little room, little remains, with a large error: so again.
-            length = norm(row)
+            length = self.space.norm(row)
             for _ in range(3 if first + i else 1):
                 row /= length
-                _, length = kernels.project_out(row, self.basis[: first + i], passes=1)
+                _, length = self.space.project_out(row, self.basis[: first + i], passes=1)
             row /= length
             self.end += 1
             self._origins.append(first)
@@ -171,8 +173,8 @@ class KrylovSchur:
         row = self._c[j]
         row.zero_()
         if origin:
-            row[origin:new], _ = kernels.project_out(out, self.basis[origin:new], passes=1)
-        rest, length = kernels.project_out(out, self.basis[:new], passes=1 if origin else 2)
+            row[origin:new], _ = self.space.project_out(out, self.basis[origin:new], passes=1)
+        rest, length = self.space.project_out(out, self.basis[:new], passes=1 if origin else 2)
         row[:new] += rest
         if inside:
             return
@@ -265,6 +267,11 @@ class KrylovSchur:
         device."""
         s = torch.from_numpy(self._columns(ritz)[:, picked]).to(self.basis)
         return torch.mm(s.T, self.basis[: self.size]).T.to(self._op.device)
+
+    def orthogonality(self) -> float:
+        """Return max |V^T V - I| over the columns V = (locked, Q)."""
+        gram = self.space.gram(self.basis[: self.size])
+        return float((gram - torch.eye(self.size).to(gram)).abs().max())
 
     def _columns(self, ritz: Ritz) -> Floats:
         """Return what combines the rows of the basis to the locked vectors and the pairs of Q."""

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.basis import orthogonality
 from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
+from eigenfilter.curvature.space import Space
 from eigenfilter.curvature.stopping import CRITERIA, WHICH, Flags, Indices, Pairs, Rule
 
 _FEW = 20  # steps in which a pair can converge by luck
@@ -95,9 +95,9 @@ def eigsh(
         seed: of the random vectors; the global generator is left alone.
 
     Returns:
-        The pairs in the order of `EigenResult.values`. If max_matvecs did not suffice, a
-        RuntimeWarning says so and `converged` tells which did; where it cut the look for copies
-        short, `reason` says so.
+        The pairs in the order of `EigenResult.values`. If max_matvecs did not suffice, for the
+        pairs or for the look for copies, a RuntimeWarning and `reason` say so; `converged` tells
+        which pairs did.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -119,7 +119,7 @@ def eigsh(
         run = KrylovSchur(op, rows, width, seed, device)
         search = _Search(run, k, which, tol, criterion)
         result = search.solve(starts, limit, look_for_copies)
-    if not result.converged.all():
+    if not (search.complete and result.converged.all()):
         warnings.warn(result.reason, RuntimeWarning, stacklevel=3)
     return result
 
@@ -165,11 +165,12 @@ def _starts(op: SymmetricOperator, v0: Tensor | EigenResult, width: int) -> Tens
     """Return the columns of v0, normalised and dealt out to `width` starts, as rows [width, n]."""
     given = v0.vectors if isinstance(v0, EigenResult) else v0
     v = given[:, None] if given.ndim == 1 else given
-    if v.ndim != 2 or v.shape[0] != op.shape[0] or not v.shape[1]:
-        n = op.shape[0]
+    space = Space(op)
+    n = space.length
+    if v.ndim != 2 or v.shape[0] != n or not v.shape[1]:
         raise ValueError(f"v0 must have shape [{n}] or [{n}, c], not {list(given.shape)}")
     v = v.detach().to(op.device, op.dtype)
-    norms = torch.linalg.vector_norm(v, dim=0)
+    norms = space.dot(v.T, v.T).sqrt().to(v.dtype)
     if not ((norms > 0) & norms.isfinite()).all():
         raise ValueError("v0 must be finite and not zero")
     return torch.stack(
@@ -182,6 +183,7 @@ class _Search:
 
     def __init__(self, run: KrylovSchur, k: int, which: str, tol: float, criterion: str) -> None:
         self._run = run
+        self.complete = False  # whether products sufficed for what was to be done
         self._k = k
         self._asked = which, tol, criterion
         self._locked = Pairs.none()
@@ -216,6 +218,7 @@ class _Search:
                     excess[picked] = 0.0
                     pairs = replace(pairs, excess=excess)
             if done:
+                self.complete = complete
                 return self._result(ritz, rule, pairs, picked, complete)
             if settled or run.closed:
                 self._lock(ritz, pairs, picked)
@@ -297,7 +300,7 @@ class _Search:
             excess = float(pairs.excess[picked].max(initial=0.0))
             return min(self._forecast(excess), most) if excess else 0
         others = pairs[run.locked :]
-        needed = rule.steps_to_exhaust(self._locked.values, others, run.basis.shape[1])
+        needed = rule.steps_to_exhaust(self._locked.values, others, run.space.dimension)
         if self._cold:
             # Where the rest is dense next to the k, the chance shrinks slowly; but a copy of one of
             # them converges as soon as that one did, if that one started at random as well.
@@ -336,7 +339,10 @@ class _Search:
         elif complete:
             reason = f"{found} pairs converged"
         else:
-            reason = f"{found} pairs converged; max_matvecs cut the look for copies short"
+            reason = (
+                f"{found} pairs converged; max_matvecs cut the look for copies short: raise it, or "
+                "leave the look out by look_for_copies=False"
+            )
         vectors = run.vectors(ritz, picked)
         return EigenResult(
             values=torch.from_numpy(pairs.values).to(vectors),
@@ -346,6 +352,6 @@ class _Search:
             converged=torch.from_numpy(pairs.met).to(vectors.device),
             matvecs=run.products,
             copy_matvecs=run.products - self._searched if self._looking else 0,
-            orthogonality=orthogonality(run.basis[: run.size]),
+            orthogonality=run.orthogonality(),
             reason=reason,
         )

@@ -20,7 +20,8 @@ class PreconditionedOperator:
 
     Args:
         op: H.
-        scale: [n], the diagonal of D, finite, of the operator's dtype and on its device.
+        scale: [n], or its slice here, as all below: the diagonal of D, finite, of the operator's
+            dtype and on its device.
         rho: of an ascent before the gradient, >= 0: one number or the diagonal [n] of R.
         decay: [n], the diagonal of W, or None for 0.
         sign: s, 1 or -1: an optimizer that maximises descends -f.
@@ -37,6 +38,7 @@ class PreconditionedOperator:
         decay: Tensor | None = None,
         sign: float = 1.0,
     ) -> None:
+        self.slices = getattr(op, "slices", None)
         for name, given in (("scale", scale), ("rho", rho), ("decay", decay)):
             if isinstance(given, Tensor):
                 _check(name, given, op)
@@ -88,9 +90,11 @@ class PreconditionedOperator:
 
 
 def _check(name: str, given: Tensor, op: SymmetricOperator) -> None:
-    if given.shape != op.shape[:1] or given.dtype != op.dtype or given.device != op.device:
+    slices = getattr(op, "slices", None)
+    length = op.shape[0] if slices is None else slices.length
+    if given.shape != (length,) or given.dtype != op.dtype or given.device != op.device:
         raise ValueError(
-            f"{name} must be [{op.shape[0]}], {op.dtype}, on {op.device}; got "
+            f"{name} must be [{length}], {op.dtype}, on {op.device}; got "
             f"{list(given.shape)}, {given.dtype}, on {given.device}"
         )
     if not given.isfinite().all():

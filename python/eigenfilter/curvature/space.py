@@ -1,0 +1,97 @@
+"""The vectors of an operator: inner products, also where each process holds a slice of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eigenfilter import kernels
+from eigenfilter.curvature.basis import norm
+from eigenfilter.curvature.protocol import SymmetricOperator
+
+_PIECE = 1 << 12  # elements summed in the vectors' dtype before float64 goes on
+_CHUNK = 1 << 16  # elements of which float64 copies are made at a time
+
+
+class Space:
+    """R^n, by the slices [l] of its vectors that lie here: l = n where the operator has no slices.
+
+    All solvers know of distribution. Inner products are sums over slices, everywhere of the same
+    bits, so that all processes take the same decisions; the rest is done slice by slice.
+
+    Attributes:
+        dimension: n.
+        length: l.
+    """
+
+    def __init__(self, op: SymmetricOperator) -> None:
+        self._slices = getattr(op, "slices", None)
+        self.dimension = op.shape[0]
+        self.length = self.dimension if self._slices is None else self._slices.length
+
+    def total(self, t: Tensor) -> Tensor:
+        """Return t, float64, summed over slices; in place."""
+        return t if self._slices is None else self._slices.sum(t)
+
+    def generator(self, seed: int, device: torch.device) -> torch.Generator:
+        """Return a generator of random numbers, of its own for each slice."""
+        if self._slices is not None:
+            seed = (seed + 0x9E3779B1 * self._slices.number) % 2**32  # all that the CPU's takes in
+        return torch.Generator(device).manual_seed(seed)
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return <a_i, b_i> [p], float64, of the rows of a and b [p, l]."""
+        found = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+        for start in range(0, self.length, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            found += torch.linalg.vecdot(a[:, part].double(), b[:, part].double())
+        return self.total(found)
+
+    def norm(self, w: Tensor) -> Tensor:
+        """Return ||w|| [], float64, of w [l]."""
+        return norm(w) if self._slices is None else self.total(norm(w).square()).sqrt()
+
+    def gram(self, rows: Tensor) -> Tensor:
+        """Return the inner products [m, m], float64, of rows [m, l]."""
+        return self.total((rows @ rows.T).double())
+
+    def project_out(self, w: Tensor, basis: Tensor, *, passes: int = 2) -> tuple[Tensor, Tensor]:
+        """Take away from w [l] or [p, l] its part in the span of orthonormal rows [m, l].
+
+        Returns coefficients and norms as `kernels.project_out`, which does it where there are no
+        slices. Else sums of slices come between reading the basis and taking away.
+        """
+        if self._slices is None:
+            return kernels.project_out(w, basis, passes=passes)
+        W = w if w.ndim == 2 else w[None]
+        coefficients = torch.zeros(len(W), len(basis), dtype=torch.float64, device=w.device)
+        for _ in range(passes):
+            found = torch.zeros_like(coefficients)
+            for start in range(0, self.length, _PIECE):
+                part = slice(start, start + _PIECE)
+                found += W[:, part] @ basis[:, part].T
+            found = self.total(found)
+            W.addmm_(found.to(w.dtype), basis, alpha=-1)
+            coefficients += found
+        shape = w.shape[:-1]
+        return coefficients.view(*shape, len(basis)), self.dot(W, W).sqrt().view(shape)
+
+    def orthonormal(self, rows: Tensor) -> Tensor:
+        """Return an orthonormal basis [m, l] whose span holds that of rows [m, l], m <= n.
+
+        Each slice is factored alone, then the triangles together.
+
+        Source: J. Demmel, L. Grigori, M. Hoemmen and J. Langou, Communication-optimal parallel and
+        sequential QR and LU factorizations, SIAM J. Sci. Comput. 34 (2012), section 4.
+        """
+        Q, R = torch.linalg.qr(rows.T)
+        if self._slices is not None:
+            heights = torch.zeros(self._slices.count, dtype=torch.float64, device=rows.device)
+            heights[self._slices.number] = len(R)
+            ends = self.total(heights).cumsum(0).long().tolist()
+            own = slice(ends[self._slices.number] - len(R), ends[self._slices.number])
+            triangles = R.new_zeros(ends[-1], len(rows), dtype=torch.float64)
+            triangles[own] = R.double()
+            Q = Q @ torch.linalg.qr(self.total(triangles)).Q[own].to(Q)
+        basis: Tensor = Q.T.contiguous()
+        return basis
