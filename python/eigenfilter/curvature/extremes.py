@@ -164,7 +164,7 @@ def _read(run: KrylovSchur, failure_probability: float) -> Extremes:
     ritz = run.collect()
     values = torch.from_numpy(ritz.values)
     residuals = torch.from_numpy(ritz.residuals + run.rounding)
-    n = run.basis.shape[1]
+    n = run.space.dimension
     start = smallest_start(n, failure_probability)
     # Where Q is invariant to rounding, what lies along b by less than that was not seen.
     betas = run.betas.clamp_min(run.rounding)
