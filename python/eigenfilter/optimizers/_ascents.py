@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenfilter import _distributed
 from eigenfilter.kernels.reference import arithmetic_dtype
-from eigenfilter.optimizers import _distributed
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._parts import Gradients, Part, Piece
 

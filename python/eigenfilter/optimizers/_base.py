@@ -12,8 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # does not import the compiler, as torch.compiler does
 from torch.autograd.graph import increment_version
 
-from eigenfilter import _core, _perturbation, kernels
-from eigenfilter.optimizers import _distributed
+from eigenfilter import _core, _distributed, _perturbation, kernels
 from eigenfilter.optimizers._ascents import Ascent
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import GroupedOptimizer

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from eigenfilter.optimizers import _distributed
+from eigenfilter import _distributed
 from eigenfilter.optimizers._ascents import Run
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._parts import Part, Piece

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from eigenfilter import _core, kernels
-from eigenfilter.optimizers import _distributed
+from eigenfilter import _core, _distributed, kernels
 
 _Key = TypeVar("_Key", bound=Hashable)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from eigenfilter.optimizers import _distributed
+from eigenfilter import _distributed
 
 if TYPE_CHECKING:
     from eigenfilter.optimizers._base import EigenfilterOptimizer

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfilter import _core
-from eigenfilter.optimizers import _distributed
+from eigenfilter import _core, _distributed
 from eigenfilter.optimizers._ascents import TINY, Ascent, Run, total_norms
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import SGDDescent

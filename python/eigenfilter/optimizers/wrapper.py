@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfilter.optimizers import _distributed
+from eigenfilter import _distributed
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import filled

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if dist.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -73,6 +73,26 @@ def any_rank(flag: Tensor) -> None:
     """flag <- the largest flag of all ranks, so that all skip a step or none does."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 shards `module`, or modules in it."""
+    return dist.is_available() and any(isinstance(m, FSDPModule) for m in module.modules())
+
+
+def averages(module: nn.Module) -> bool:
+    """Whether FSDP2, at its defaults, leaves the mean of all processes' gradients."""
+    for m in module.modules():
+        if isinstance(m, FSDPModule):
+            state = m._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # newer: several
+            for group in [state._fsdp_param_group] if groups is None else groups:
+                if group is None:  # of a module without parameters of its own
+                    continue
+                synchronised = group.reduce_grads and group.all_reduce_grads
+                if not synchronised or group.gradient_divide_factor is not None:
+                    return False
+    return True
 
 
 def reshard() -> None:
