@@ -74,8 +74,3 @@ def test_eigenpairs(found: Found) -> None:
 def test_processes_that_differ_are_refused(found: Found, scenario: str) -> None:
     for message in found[scenario]:
         assert "not the same in all processes of process_group" in message
-
-
-def test_sharded_parameters_are_refused(found: Found) -> None:
-    for message in found["sharded"]:
-        assert "parameters must be whole, and one is a DTensor" in message

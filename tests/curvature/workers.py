@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -105,16 +103,6 @@ def other_vectors(rank: int) -> str:
     return refusal(operator(rank), vectors() * (1 + 1e-6 * rank))
 
 
-def sharded(rank: int) -> str:
-    model, x, target = problem()
-    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
-    try:
-        HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
-    except ValueError as error:
-        return str(error)
-    return "accepted"
-
-
 def refusal(op: CurvatureOperator, V: Tensor) -> str:
     try:
         op.matmat(V)
@@ -125,7 +113,7 @@ def refusal(op: CurvatureOperator, V: Tensor) -> str:
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (products, loaders, sums, pairs, other_parameters, other_vectors, sharded)
+    for scenario in (products, loaders, sums, pairs, other_parameters, other_vectors)
 }
 
 

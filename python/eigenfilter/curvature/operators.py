@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from eigenfilter import _perturbation
+from eigenfilter import _distributed, _perturbation
 from eigenfilter.curvature import engines
 from eigenfilter.curvature.data import source_of
 from eigenfilter.curvature.distributed import reduce
@@ -22,6 +22,7 @@ from eigenfilter.curvature.engines.memory import default_budget
 from eigenfilter.curvature.engines.vectors import Sums, split
 from eigenfilter.curvature.objective import Objective, Outer
 from eigenfilter.curvature.point import Point, checksum
+from eigenfilter.curvature.slices import ShardSlices, slices_of
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -70,6 +71,12 @@ class CurvatureOperator(ABC):
     - "auto": chooses once an exact one, for single vectors and for blocks apart, by a graph's size
       and a timing on the first batch; logs its choice.
 
+    Under FSDP2 (`fully_shard`) every process has its own data and holds a slice of every vector:
+    its shards of the parameters, each flattened, one after another (see `slices`). That works for
+    the Hessian on "finite_difference" alone, since FSDP2 cannot be differentiated twice. All
+    processes must do the same; `p.grad` is put back; parameters are resharded, so that FSDP2 sees
+    every move.
+
     Args:
         model: the module.
         loss_fn: (output, target) -> tensor of one element. Its own parameters and buffers count too
@@ -90,7 +97,8 @@ class CurvatureOperator(ABC):
             say, or an output that is not a tensor.
         process_group: of the processes that hold data, each its own, when they all multiply by the
             same vectors at the same x: C is that of all data, by one sum over processes a product.
-            Under DistributedDataParallel the module inside is used. None for this process alone.
+            Under DistributedDataParallel the module inside is used. None for this process alone,
+            or for all processes of the mesh where FSDP2 shards the model.
         mode: "eval": dropout is off, and batch normalisation uses its running statistics. "train":
             dropout masks are drawn once for each batch and the same in every product; batch
             normalisation uses the statistics of the batch and differentiates through them, so that
@@ -104,16 +112,19 @@ class CurvatureOperator(ABC):
 
     Attributes:
         params: the parameters x consists of.
+        slices: how vectors are cut among processes, a `protocol.Slices`; None where they are whole.
         engine: the engine asked for; with "auto", the one chosen for the last product.
 
     Raises:
         ValueError: an argument is not as above; the parameters are not real and floating, of one
-            dtype, on one device.
+            dtype, on one device; they are sharded, and not as above.
         RuntimeError: from a product, when an optimizer holds the parameters away from x, when
             something changed inside `fixed()`, when a loader gives other batches in a second pass,
             when processes differ in x or in the vectors, or when the loss cannot be differentiated
             as the engine needs.
     """
+
+    _through_backward = False  # whether products come of first derivatives by backward() alone
 
     def __init__(
         self,
@@ -156,8 +167,13 @@ class CurvatureOperator(ABC):
         self._source = source_of(
             data, pairs=forward is None, alone=process_group is None, seed=seed
         )
+        if _distributed.is_fsdp(self._objective.tree):
+            _distributed.reshard()  # or the model's parameters may be gathered copies
         self.params = _selected(self._owned() if params is None else params)
         self._check_owned(ValueError)
+        self.slices = slices_of(self._objective.tree, self.params)
+        if self.slices is not None:
+            self._check_sharded(self.slices)
         self._budget = memory_budget
         self._chosen: dict[bool, str] = {}  # for blocks (True) and for single vectors
         self._kept: tuple[engines.Engines, Point] | None = None
@@ -195,7 +211,7 @@ class CurvatureOperator(ABC):
         return None if self._kept is None else self._kept[0].error
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Return C v [n] for v [n], of the operator's dtype and on its device.
+        """Return C v [n] for v [n], of the operator's dtype and on its device; or slices of them.
 
         Raises:
             ValueError: v is not such a vector.
@@ -205,17 +221,23 @@ class CurvatureOperator(ABC):
         return self._multiply(v.unsqueeze(1))[0]
 
     def matmat(self, V: Tensor) -> Tensor:
-        """Return C V [n, b] for V [n, b]: b >= 1 products, all at the same x.
+        """Return C V [n, b] for V [n, b]: b >= 1 products, all at the same x; or slices of them.
 
         Raises:
             ValueError: V is not such a matrix.
             RuntimeError: see the class.
         """
-        self._check_like("V", "[{}, b] with b >= 1", V, V.ndim == 2 and V.numel() > 0)
+        self._check_like("V", "[{}, b] with b >= 1", V, V.ndim == 2 and V.shape[1] > 0)
         return self._multiply(V).T
 
     def to_scipy(self) -> LinearOperator:
-        """Return the operator as a `scipy.sparse.linalg.LinearOperator`. Needs SciPy."""
+        """Return the operator as a `scipy.sparse.linalg.LinearOperator`. Needs SciPy.
+
+        Raises:
+            ValueError: vectors are cut among processes, of which SciPy knows nothing.
+        """
+        if self.slices is not None:
+            raise ValueError("SciPy needs whole vectors, and these are slices: use our solvers")
         from scipy.sparse.linalg import LinearOperator
 
         def matvec(x: Any) -> Any:
@@ -244,7 +266,7 @@ class CurvatureOperator(ABC):
         self._fixed = True
         try:
             yield
-            if not point.holds(*self._tensors()):
+            if self._anywhere(not point.holds(*self._tensors())):
                 raise RuntimeError(_CHANGED)
         finally:
             self._fixed = False
@@ -261,7 +283,7 @@ class CurvatureOperator(ABC):
 
     def _total(self, sums: Sums, given: list[Tensor]) -> Tensor:
         """Return the mean or sum over all processes' batches, which were given the same vectors."""
-        if self._group is not None:
+        if self._group is not None and self.slices is None:
             marks = [checksum(tensors) for tensors in (self._tensors()[0], given) if tensors]
             reduce(sums, marks, self._group)
         return sums.rows.div_(sums.weight) if self._objective.mean else sums.rows
@@ -284,26 +306,45 @@ class CurvatureOperator(ABC):
                 f"{type(holder).__name__} holds the parameters away from x: finish its step(), or "
                 "call its restore(), before using the operator"
             )
+        if self.slices is not None:
+            _distributed.reshard()
         if self._kept is not None:
             _, point = self._kept
-            if point.unmarked() if self._fixed else point.holds(*self._tensors()):
+            same = point.unmarked() if self._fixed else point.holds(*self._tensors())
+            if not self._anywhere(not same):
                 return self._kept
             if self._fixed:
                 raise RuntimeError(_CHANGED)
         self._kept = None  # frees the old graphs before new ones are built
         self._check_owned(RuntimeError)
         self._source.forget()
-        made = engines.Engines(self._objective, self._source, self.params, self._bytes())
+        made = engines.Engines(
+            self._objective, self._source, self.params, self._bytes(), self.slices
+        )
         self._kept = made, Point(*self._tensors())
         return self._kept
 
     def _check_like(self, name: str, layout: str, v: Tensor, fits: bool) -> None:
-        n = self.shape[0]
+        n = self.shape[0] if self.slices is None else self.slices.length
         if not fits or v.shape[0] != n or v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
                 f"{name} must be {layout.format(n)}, {self.dtype}, on {self.device}; got "
                 f"{list(v.shape)}, {v.dtype}, on {v.device}"
             )
+
+    def _check_sharded(self, slices: ShardSlices) -> None:
+        if not self._through_backward or self.engine != "finite_difference":
+            raise ValueError(
+                "of a model that FSDP2 shards there is only the Hessian, and only by "
+                "engine='finite_difference', for FSDP2 cannot be differentiated twice: use these, "
+                "or an unsharded copy of the model with process_group"
+            )
+        if self._group is not None and not slices.spans(self._group):
+            raise ValueError("process_group must be of the processes of FSDP2's mesh, or None")
+
+    def _anywhere(self, found: bool) -> bool:
+        """Whether `found` in any process that holds a slice: all must do the same."""
+        return found if self.slices is None else self.slices.sum_of_all(found) > 0
 
     def _check_owned(self, error: type[Exception]) -> None:
         owned = {id(p) for p in self._owned()}
@@ -320,7 +361,8 @@ class CurvatureOperator(ABC):
     def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return what f depends on: the model's tensors and the data's."""
         tree = self._objective.tree
-        return [*tree.parameters(), *tree.buffers()], self._source.tensors()
+        held = [*tree.parameters(), *tree.buffers()]
+        return [_distributed.local(t) for t in held], self._source.tensors()
 
 
 class HessianOperator(CurvatureOperator):
@@ -334,6 +376,8 @@ class HessianOperator(CurvatureOperator):
     (1994), eq. (3), by automatic differentiation of the gradient.
     """
 
+    _through_backward = True
+
     @torch.no_grad()
     def gradient(self, at: Tensor | None = None) -> Tensor:
         """Return the gradient of f [n] at x, or at another point `at` [n].
@@ -344,6 +388,10 @@ class HessianOperator(CurvatureOperator):
             ValueError: `at` is not of the operator's shape, dtype and device.
             RuntimeError: see the class.
         """
+        if self.slices is not None:
+            raise RuntimeError(
+                "there are no gradients of a model that FSDP2 shards here: pass an unsharded copy"
+            )
         if at is not None:
             self._check_like("at", "[{}]", at, at.ndim == 1)
         self._current()
@@ -396,11 +444,6 @@ def _selected(params: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
         raise ValueError("no parameter requires grad")
     if len({id(p) for p in selected}) < len(selected):
         raise ValueError("params lists a parameter twice")
-    if any(hasattr(p, "to_local") for p in selected):
-        raise ValueError(
-            "parameters must be whole, and one is a DTensor: build the operator on an unsharded "
-            "copy of the model, and share the data out by process_group"
-        )
     kinds = {(p.dtype, p.device) for p in selected}
     if len(kinds) > 1 or not selected[0].dtype.is_floating_point:
         raise ValueError(

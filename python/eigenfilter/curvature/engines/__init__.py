@@ -11,8 +11,10 @@ from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.double_backward import DoubleBackward, Graphs, split_to_fit
 from eigenfilter.curvature.engines.finite_difference import FiniteDifference
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
+from eigenfilter.curvature.engines.sharded import ShardedDifference
 from eigenfilter.curvature.engines.vectors import Sums
 from eigenfilter.curvature.objective import Objective
+from eigenfilter.curvature.slices import ShardSlices
 
 NAMES = (
     "retained",
@@ -35,11 +37,17 @@ class Engines:
     """The engines at one point, each made when it is first asked for."""
 
     def __init__(
-        self, objective: Objective, source: Source, params: Sequence[Tensor], budget: int
+        self,
+        objective: Objective,
+        source: Source,
+        params: Sequence[Tensor],
+        budget: int,
+        slices: ShardSlices | None = None,
     ) -> None:
-        """Let graphs take up to `budget` bytes."""
+        """Let graphs take up to `budget` bytes. With `slices`, only finite differences work."""
         self._given = objective, source, params
         self._budget = budget
+        self._slices = slices
         self._made: dict[str, Engine] = {}
         self._kept = Graphs(*self._given, budget)  # one set for all engines that keep graphs
 
@@ -66,5 +74,7 @@ class Engines:
                 return DoubleBackward(Graphs(objective, split, params, 0))
             case "forward_over_reverse":
                 return ForwardOverReverse(*self._given)
+            case _ if self._slices is not None:
+                return ShardedDifference(*self._given, self._slices)
             case _:
                 return FiniteDifference(*self._given)

@@ -17,11 +17,12 @@ from eigenfilter.curvature.objective import Objective
 
 @dataclass(frozen=True)
 class Place:
-    """A batch, and what follows the derivative along v: nothing for a Hessian."""
+    """A batch, its weight, and what follows the derivative along v: nothing for a Hessian."""
 
     index: int
     batch: Any
-    pull: Pullback | None
+    weight: float
+    pull: Pullback | None = None
 
 
 class Directional:
@@ -48,17 +49,17 @@ class Directional:
         sums = Sums(V, self._params)
         block = split(V.T, self._params)
         for index, batch in enumerate(self._source.batches()):
-            weight, place = self._begin(index, batch)
-            sums.weight += weight
+            place = self._begin(index, batch)
+            sums.weight += place.weight
             for row in range(V.shape[1]):
-                sums.add(product(place, [piece[row] for piece in block], row), weight, row)
+                sums.add(product(place, [piece[row] for piece in block], row), place.weight, row)
             del place  # and its graph, before the next one is built
         return sums
 
-    def _begin(self, index: int, batch: Any) -> tuple[float, Place]:
+    def _begin(self, index: int, batch: Any) -> Place:
         first = index == len(self._weights)
         if self._hessian and not first:
-            return self._weights[index], Place(index, batch, None)
+            return Place(index, batch, self._weights[index])
         here = self._objective.evaluate(index, batch)
         self._hessian = here.outer is None
         if first:
@@ -66,6 +67,6 @@ class Directional:
                 check_recorded(here, self._params)
             self._weights.append(1.0 if self._source.single else here.weight())
         if self._hessian:
-            return self._weights[index], Place(index, batch, None)
+            return Place(index, batch, self._weights[index])
         with torch.enable_grad(), explained(), here.around():
-            return self._weights[index], Place(index, batch, Pullback(here, self._params))
+            return Place(index, batch, self._weights[index], Pullback(here, self._params))

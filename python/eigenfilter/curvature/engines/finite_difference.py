@@ -13,7 +13,7 @@ from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.directional import Directional, Place
 from eigenfilter.curvature.engines.graphs import Products, gradient
 from eigenfilter.curvature.engines.vectors import Sums
-from eigenfilter.curvature.objective import Objective
+from eigenfilter.curvature.objective import Evaluation, Objective
 
 _EVERY = 16  # products from one check of the error to the next
 _PLAUSIBLE = 0.1
@@ -44,8 +44,8 @@ class FiniteDifference(Directional):
         eps = torch.finfo(params[0].dtype).eps
         if objective.autocast is not None:
             eps = max(eps, torch.finfo(objective.autocast).eps)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._moving)))
-        self._step = eps ** (1 / 3) * (1 + float(norm))
+        norms = torch.stack(torch._foreach_norm(self._moving))
+        self._step = eps ** (1 / 3) * (1 + float(self._norms(norms)))
 
     def multiply(self, V: Tensor) -> Sums:
         """Return the products with V [n, b], summed over batches.
@@ -53,7 +53,7 @@ class FiniteDifference(Directional):
         Warns:
             RuntimeWarning: a product is off by more than a tenth.
         """
-        norms = torch.linalg.vector_norm(V, dim=0)
+        norms = self._norms(V)
         steps = (self._step / norms.masked_fill(norms == 0, 1.0)).tolist()
         sums = self._differences(V, steps)
         self._since += V.shape[1]
@@ -65,8 +65,8 @@ class FiniteDifference(Directional):
 
     def _judge(self, sums: Sums, twice: Sums, norms: Tensor) -> None:
         # A product that is small beside the others has an error that is so, too.
-        sizes = torch.linalg.vector_norm(sums.rows, dim=1) / norms
-        off = torch.linalg.vector_norm(sums.rows[0] - twice.rows[0]) / norms[0]
+        sizes = self._norms(sums.rows.T) / norms
+        off = self._norms(sums.rows[0] - twice.rows[0]) / norms[0]
         error = float(off / sizes.nan_to_num(0.0).max())
         if not math.isfinite(error):  # all is zero, or not finite, which solvers report
             return
@@ -99,7 +99,20 @@ class FiniteDifference(Directional):
         backup = [p.clone() for p in self._moving]
         try:
             torch._foreach_add_(self._moving, v, alpha=t)
+            self._announce()
             here = self._objective.evaluate(place.index, place.batch, graph=place.pull is None)
-            return gradient(here, self._params) if place.pull is None else [here.value]
+            return self._gradient(place, here) if place.pull is None else [here.value]
         finally:
             torch._foreach_copy_(self._moving, backup)
+            self._announce()
+
+    def _gradient(self, place: Place, here: Evaluation) -> Products:
+        return gradient(here, self._params)
+
+    def _announce(self) -> None:
+        """The parameters have moved."""
+
+    def _norms(self, v: Tensor) -> Tensor:
+        """Return the norms of v [n] or of the columns of v [n, b]."""
+        norms: Tensor = torch.linalg.vector_norm(v, dim=0)
+        return norms

@@ -1,0 +1,104 @@
+"""Products by differences of the gradients that FSDP2 leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from eigenfilter import _distributed
+from eigenfilter.curvature.data import Source
+from eigenfilter.curvature.engines.directional import Place
+from eigenfilter.curvature.engines.finite_difference import FiniteDifference
+from eigenfilter.curvature.engines.graphs import Products
+from eigenfilter.curvature.engines.vectors import Sums, split
+from eigenfilter.curvature.objective import Evaluation, Objective
+from eigenfilter.curvature.slices import ShardSlices
+
+
+class ShardedDifference(FiniteDifference):
+    """H v as `FiniteDifference`, of a model that FSDP2 shards, in slices.
+
+    Each process moves its shards along its slice of v; FSDP2 gathers the parameters, and leaves in
+    each process its shard of the mean of all processes' gradients. So every process takes part in
+    every pass, and where its batches have come to an end repeats the last one with weight 0.
+    Gradients that parameters held are put back.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        source: Source,
+        params: Sequence[Tensor],
+        slices: ShardSlices,
+    ) -> None:
+        self._slices = slices
+        self._sharded = params
+        self._holders = [p for p in objective.tree.parameters() if p.requires_grad]
+        self._totals: list[float] = []  # of each batch's weights in all processes
+        self._complete = False  # whether a pass has seen all batches
+        super().__init__(objective, source, [_distributed.local(p) for p in params])
+
+    def _sum(self, V: Tensor, product: Callable[[Place, list[Tensor], int], Products]) -> Sums:
+        if not _distributed.averages(self._objective.tree):
+            raise RuntimeError(
+                "FSDP2 must leave mean gradients: set_requires_gradient_sync(True) and "
+                "set_requires_all_reduce(True), and no set_gradient_divide_factor"
+            )
+        sums = Sums(V, self._params)
+        block = split(V.T, self._params)
+        for place in self._places():
+            sums.weight += self._totals[place.index]
+            for row in range(V.shape[1]):
+                sums.add(product(place, [piece[row] for piece in block], row), 1.0, row)
+        return sums
+
+    def _places(self) -> Iterator[Place]:
+        """Yield this process's batches, and its last one again while others have more."""
+        ended = object()
+        batches = self._source.batches()
+        known = len(self._totals) if self._complete else 0
+        if not known:
+            self._weights, self._totals = [], []
+        batch, index = None, 0
+        while True:
+            following = next(batches, ended)
+            if known and index == known:
+                return
+            more = following is not ended
+            if not known and not self._slices.sum_of_all(more):
+                self._complete = True
+                return
+            batch = following if more else batch
+            if not known:
+                weight = self._weigh(index, batch)
+                self._weights.append(weight if more else 0.0)
+                self._totals.append(self._slices.sum_of_all(self._weights[index]))
+            yield Place(index, batch, self._weights[index])
+            index += 1
+
+    def _weigh(self, index: int, batch: object) -> float:
+        self._announce()
+        return self._objective.evaluate(index, batch, graph=False).weight()
+
+    def _gradient(self, place: Place, here: Evaluation) -> Products:
+        """Return the sum of all processes' weighted gradients: FSDP2 divides by their number."""
+        held = [p.grad for p in self._holders]
+        try:
+            for p in self._holders:
+                p.grad = None
+            scale = torch.full_like(here.value, place.weight * self._slices.processes)
+            with here.around():
+                torch.autograd.backward(here.value, scale)
+            return [None if p.grad is None else _distributed.local(p.grad) for p in self._sharded]
+        finally:
+            for p, grad in zip(self._holders, held, strict=True):
+                p.grad = grad
+
+    def _announce(self) -> None:
+        _distributed.reshard()
+
+    def _norms(self, v: Tensor) -> Tensor:
+        own = torch.linalg.vector_norm(v, dim=0, dtype=torch.float64)
+        return self._slices.sum(own.square()).sqrt().to(v.dtype)

@@ -1,0 +1,88 @@
+"""Vectors cut among processes, as FSDP2 cuts the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eigenfilter import _distributed
+
+_WAYS_OUT = (
+    "build the operator on an unsharded copy of the model, and share the data out by process_group"
+)
+
+
+class ShardSlices:
+    """The slices that FSDP2's shards make: each process holds its shards, one after another.
+
+    Attributes:
+        number, count: of the slice held here, among those that make up a vector.
+        length: of the slice held here.
+        processes: how many hold data. With replicas, several hold the same slice.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        """See how `params`, DTensors, are sharded.
+
+        Raises:
+            ValueError: not all on one mesh, along one and the same dimension of it.
+        """
+        placings = {
+            (p.device_mesh, tuple(a.is_shard() for a in p.placements))
+            for p in params
+            if isinstance(p, dist.tensor.DTensor)
+        }
+        if len(placings) != 1 or not all(map(_distributed.is_dtensor, params)):
+            raise ValueError(
+                f"parameters must be sharded all alike, or whole: {_WAYS_OUT}; or leave those that "
+                "differ out of params"
+            )
+        ((self._mesh, sharded),) = placings
+        if sum(sharded) != 1:
+            raise ValueError(
+                f"parameters must be sharded along one dimension of a mesh, not {sum(sharded)}: "
+                f"{_WAYS_OUT}"
+            )
+        along = sharded.index(True)
+        self._group = self._mesh.get_group(along)
+        self._device = _distributed.local(params[0]).device
+        self.number = self._mesh.get_local_rank(along)
+        self.count = self._mesh.size(along)
+        self.length = sum(_distributed.local(p).numel() for p in params)
+        self.processes = self._mesh.size()
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Add t up over the slices, in place and everywhere to the same bits, and return it."""
+        return self._reduced(t, self._group)
+
+    def sum_of_all(self, value: float) -> float:
+        """Return the sum of a number over all processes, replicas too."""
+        total = torch.tensor(value, dtype=torch.float64, device=self._device)
+        for dimension in range(self._mesh.ndim):
+            self._reduced(total, self._mesh.get_group(dimension))
+        return float(total)
+
+    def spans(self, group: dist.ProcessGroup) -> bool:
+        """Whether a group is of the same processes as the mesh."""
+        return dist.get_process_group_ranks(group) == self._mesh.mesh.flatten().sort()[0].tolist()
+
+    def _reduced(self, t: Tensor, group: dist.ProcessGroup) -> Tensor:
+        moved = t.to(self._device)  # the host's, where the basis lies there
+        dist.all_reduce(moved, group=group)
+        return t if moved is t else t.copy_(moved)
+
+
+def slices_of(model: nn.Module, params: Sequence[Tensor]) -> ShardSlices | None:
+    """Return the slices of FSDP2's shards; None where all parameters are whole.
+
+    Raises:
+        ValueError: they are sharded otherwise than `ShardSlices` asks, or not by FSDP2.
+    """
+    if not any(map(_distributed.is_dtensor, params)):
+        return None
+    if not _distributed.is_fsdp(model):
+        raise ValueError(f"DTensor parameters must be FSDP2's: {_WAYS_OUT}")
+    return ShardSlices(params)
