@@ -71,7 +71,7 @@ def test_names_that_are_none(name: str) -> None:
 
 
 def test_images_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="cnn does not take images of 1x2x2"):
+    with pytest.raises(ValueError, match="at least 8x8, not 2x2"):
         make("cnn", Task((1, 2, 2), 10))
     with pytest.raises(ValueError, match="sides are multiples of 2"):
         make("vit", Task((1, 7, 7), 10))

@@ -29,13 +29,20 @@ def mlp(task: Task, widths: Sequence[int], activation: str, dropout: float) -> n
 
 
 def cnn(task: Task, width: int, activation: str, dropout: float) -> nn.Module:
-    """Three 3x3 convolutions of w, 2 w and 4 w channels, then the mean over places.
+    """Three 3x3 convolutions of w, 2 w and 4 w channels, each averaged over 2x2, and a linear layer.
 
-    Two poolings halve the image. No batch normalisation: its loss is one function of the weights.
+    No batch normalisation: the loss of a batch is a mean over its images.
+
+    Raises:
+        ValueError: the image has fewer than 8 pixels a side.
     """
+    channels, height, length = task.shape
+    places = (height // 8) * (length // 8)
+    if not places:
+        raise ValueError(f"cnn needs images of at least 8x8, not {height}x{length}")
     act = ACTIVATIONS[activation]
     return nn.Sequential(
-        nn.Conv2d(task.shape[0], width, 3, padding=1),
+        nn.Conv2d(channels, width, 3, padding=1),
         act(),
         nn.AvgPool2d(2),
         nn.Conv2d(width, 2 * width, 3, padding=1),
@@ -43,10 +50,10 @@ def cnn(task: Task, width: int, activation: str, dropout: float) -> nn.Module:
         nn.AvgPool2d(2),
         nn.Conv2d(2 * width, 4 * width, 3, padding=1),
         act(),
-        nn.AdaptiveAvgPool2d(1),
+        nn.AvgPool2d(2),
         nn.Flatten(),
         *_dropout(dropout),
-        nn.Linear(4 * width, task.classes),
+        nn.Linear(4 * width * places, task.classes),
     )
 
 
