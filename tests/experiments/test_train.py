@@ -149,9 +149,14 @@ def test_seeds_decide(tmp_path: Path) -> None:
     assert not torch.equal(a["1.weight"], c["1.weight"])
 
 
-def test_torch_is_left_as_it_was(tmp_path: Path) -> None:
+def test_torch_is_left_as_it_was(tmp_path: Path, threads: None) -> None:
     before = torch.get_rng_state()
-    runs.run(Config(**EVERYTHING), tmp_path)
+    torch.set_num_threads(2)
+    seen = []
+    config = Config(**EVERYTHING | {"threads": 1})
+    runs.run(config, tmp_path, observe=lambda *record: seen.append(torch.get_num_threads()))
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -354,12 +359,17 @@ def test_no_room_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "cannot write" in said
 
 
-def test_memory_that_does_not_suffice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_memory_that_does_not_suffice(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     advance = Trainer.advance
 
     def exhausted(self: Trainer) -> None:
-        if self.step == 5:
+        if self.step == 5 and device == "cuda":
             raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.step == 5:
+            torch.empty(2**55)
         advance(self)
 
     monkeypatch.setattr(Trainer, "advance", exhausted)

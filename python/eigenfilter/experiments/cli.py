@@ -14,13 +14,14 @@ from typing import NoReturn
 
 from eigenfilter import __version__
 from eigenfilter.benchmarks import command as bench
-from eigenfilter.experiments import certify, demo, filter, train
+from eigenfilter.experiments import certify, demo, filter, spectrum, train
 from eigenfilter.experiments.errors import UserError
 
 _COMMANDS: Mapping[str, ModuleType] = {
     "demo": demo,
     "filter": filter,
     "train": train,
+    "spectrum": spectrum,
     "certify": certify,
     "bench": bench,
 }

@@ -1,4 +1,4 @@
-"""What a command line names as module:name."""
+"""Users' own models, data and losses, named as module:name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def named(text: str) -> Any:
     """The object that `text`, "package.module:name", names; looked for in the working folder too.
 
     Raises:
-        UserError: it is not of that form, or there is no such module or name.
+        UserError: it is not of that form, or the module cannot be imported or has no such name.
     """
     module, separator, name = text.partition(":")
     if not (module and separator and name):
@@ -22,10 +22,11 @@ def named(text: str) -> Any:
         sys.path.insert(0, "")  # as `python -m` does
     try:
         found = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise UserError(f"{module} needs {error.name}, which is not installed") from error
-        raise UserError(f"there is no module {error.name} here or installed") from error
+    except Exception as error:  # whatever a user's module raises
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"there is no module {error.name} here or installed") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"cannot import {module} ({reason})") from error
     if not hasattr(found, name):
         raise UserError(f"module {module} has no {name}")
     return getattr(found, name)

@@ -54,14 +54,14 @@ class Log:
         Raises:
             UserError: the disk is full.
         """
-        record = {"kind": kind, "step": step} | {name: _plain(v) for name, v in values.items()}
+        record = {"kind": kind, "step": step} | plain(values)
         try:
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from error
         if self._writer is not None:
-            for name, value in values.items():
+            for name, value in plain(values).items():
                 if value is not None:
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
@@ -81,6 +81,9 @@ class Log:
                 self._writer.close()
 
 
-def _plain(value: float | None) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with None for NaN and infinity, which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }

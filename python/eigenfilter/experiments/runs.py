@@ -14,7 +14,7 @@ import torch
 import eigenfilter as ef
 from eigenfilter.experiments import checkpoint, datasets, logs
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import output_folder
+from eigenfilter.experiments.arguments import device_of, output_folder
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace_text
@@ -63,7 +63,7 @@ def run(
             configuration; the disk is full; memory does not suffice. `Diverged` is one of them.
             The last checkpoint is kept, and the message says so.
     """
-    place = _device(device)
+    place = device_of(device)
     output_folder(out)
     saved = _saved(config, out, resume)
     if saved is not None and (out / RESULTS).exists():
@@ -76,6 +76,10 @@ def run(
             trainer = Trainer(config, data, place)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
+        except (RuntimeError, MemoryError) as error:
+            if not _of_memory(error):
+                raise
+            raise UserError(f"{place} has no room for the model and its data") from error
         session = _Session(trainer, out, saved, tensorboard, observe)
         return session.run(stop)
 
@@ -136,7 +140,9 @@ class _Session:
             raise Diverged(f"{error}: lower {rates}; {self._advice()}", error.step) from error
         except UserError as error:
             raise UserError(f"{error}; {self._advice()}") from error
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _of_memory(error):
+                raise
             raise UserError(
                 f"memory does not suffice for step {trainer.step + 1}: lower batch_size; "
                 f"{self._advice()}"
@@ -186,7 +192,7 @@ class _Session:
         trainer = self._trainer
         record = {"epoch": trainer.step / trainer.steps_per_epoch} | record
         self._log.write(kind, trainer.step, record)
-        self._last[kind] = record
+        self._last[kind] = logs.plain(record)
         self._observe(kind, trainer.step, record)
 
     def _save(self) -> None:
@@ -224,7 +230,7 @@ class _Session:
             "config": trainer.config.as_dict(),
             "history": self._history,
         }
-        replace_text(self._out / RESULTS, json.dumps(results, indent=1) + "\n")
+        replace_text(self._out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
         return results
 
     @contextmanager
@@ -267,21 +273,10 @@ def _saved(config: Config, out: Path, resume: bool) -> Record | None:
     return saved
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"{name} is not a device: cpu, cuda or cuda:NUMBER") from error
-    if device.type == "cuda":
-        index = device.index or 0
-        if index >= torch.cuda.device_count():
-            raise UserError(f"torch sees {torch.cuda.device_count()} CUDA devices, not {name}")
-        return torch.device("cuda", index)
-    if device.type != "cpu":
-        raise UserError(f"{name} is not supported: cpu, cuda or cuda:NUMBER")
-    return device
+def _of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, of a GPU or of the host."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 def _versions() -> dict[str, str]:

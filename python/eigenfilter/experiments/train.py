@@ -8,6 +8,7 @@ What is trained is said by a YAML file, by flags, or by both: flags win. Everyth
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -102,7 +103,8 @@ def summary(results: dict[str, Any]) -> str:
     for kind in ("train", "test"):
         if kind in results:
             found = results[kind]
-            parts.append(f"{kind} loss {found['loss']:.4f}, accuracy {found['accuracy']:.2%}")
+            loss = math.inf if found["loss"] is None else found["loss"]
+            parts.append(f"{kind} loss {loss:.4f}, accuracy {found['accuracy']:.2%}")
     if "sharpness" in results:
         parts.append(_sharpness(results["sharpness"]))
     return "; ".join(parts)

@@ -260,9 +260,9 @@ class Trainer:
 
 @contextmanager
 def reproducible(config: Config, device: torch.device) -> Iterator[None]:
-    """A context with torch's generators seeded, and its algorithms deterministic if so configured.
+    """A context with torch's generators seeded, its algorithms deterministic and its threads.
 
-    Both are put back as they were.
+    The latter two as configured; all are put back as they were.
     """
     cudnn, deterministic = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
     before = (
@@ -271,16 +271,19 @@ def reproducible(config: Config, device: torch.device) -> Iterator[None]:
         cudnn.benchmark,
         deterministic.fill_uninitialized_memory,
     )
+    threads = torch.get_num_threads()
     if config.deterministic and device.type == "cuda":  # read when cuBLAS is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
+        torch.set_num_threads(config.threads or threads)
         torch.use_deterministic_algorithms(config.deterministic)
         cudnn.benchmark = not config.deterministic
         deterministic.fill_uninitialized_memory = False
         try:
             yield
         finally:
+            torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             cudnn.benchmark = before[2]
             deterministic.fill_uninitialized_memory = before[3]

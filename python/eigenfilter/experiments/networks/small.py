@@ -29,7 +29,7 @@ def mlp(task: Task, widths: Sequence[int], activation: str, dropout: float) -> n
 
 
 def cnn(task: Task, width: int, activation: str, dropout: float) -> nn.Module:
-    """Three 3x3 convolutions of w, 2 w and 4 w channels, each averaged over 2x2, and a linear layer.
+    """Three 3x3 convolutions of w, 2 w and 4 w channels, averaged over 2x2, and a linear layer.
 
     No batch normalisation: the loss of a batch is a mean over its images.
 

@@ -1,0 +1,291 @@
+"""Measure the spectrum of a trained model's Hessian.
+
+CHECKPOINT is one of `eigenfilter train`, or the folder of its run; with --model and --data, which
+are import paths (package.module:name), it is a state_dict of that model, and may be left out.
+Prints the largest eigenvalues with their residuals beside the edge of the optimizer's filter;
+writes spectrum.json and spectrum.png, which also has the density of all eigenvalues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import eigenfilter as ef
+from eigenfilter import filters
+from eigenfilter.curvature import CurvatureOperator, EigenResult, SpectralDensity
+from eigenfilter.experiments.arguments import device_of, output_folder, positive, whole
+from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.logs import plain
+from eigenfilter.experiments.subjects import Subject, imported, trained
+
+HELP = "eigenvalues and density of a trained model's Hessian"
+MATRICES: Mapping[str, Callable[..., CurvatureOperator]] = {
+    "hessian": ef.curvature.HessianOperator,
+    "ggn": ef.curvature.GGNOperator,
+    "fisher": ef.curvature.EmpiricalFisherOperator,
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="see above")
+    own = parser.add_argument_group("a model of your own", "import paths, package.module:name")
+    own.add_argument("--model", metavar="PATH", help="a torch.nn.Module, or what returns one")
+    own.add_argument("--data", metavar="PATH", help="a batch, a list, a DataLoader, or what does")
+    own.add_argument("--loss", metavar="PATH", help="(output, target) -> mean (cross entropy)")
+    own.add_argument("--optimizer", metavar="PATH", help="parameters -> optimizer, for its edge")
+    ours = parser.add_argument_group("a checkpoint of eigenfilter train")
+    ours.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data")
+    for name, default, words in (
+        ("samples", 2000, "training images at most, the first; 0: all"),
+        ("batch-size", 500, "images at a time"),
+    ):
+        ours.add_argument(
+            f"--{name}",
+            type=whole(int(name == "batch-size")),
+            default=default,
+            metavar="N",
+            help=f"{words} (default: %(default)s)",
+        )
+    parser.add_argument("--matrix", choices=tuple(MATRICES), default="hessian")
+    parser.add_argument(
+        "--mode", choices=("eval", "train"), default="eval", help="of batch norm and dropout"
+    )
+    parser.add_argument(
+        "--which", choices=("LA", "SA", "LM", "BE"), default="LA", help="which eigenvalues"
+    )
+    for name, low, default, words in (
+        ("pairs", 1, 10, "eigenpairs"),
+        ("probes", 0, 4, "random vectors of the density; 0: none"),
+        ("steps", 1, 60, "products with each of them"),
+        ("seed", 0, 0, "of the random vectors"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=whole(low),
+            default=default,
+            metavar="N",
+            help=f"{words} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--tol", type=positive, default=1e-3, metavar="X", help="relative (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/spectrum"),
+        metavar="DIR",
+        help="folder for spectrum.json and spectrum.png (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write; return the exit code."""
+    require("matplotlib", "tqdm")
+    folder = output_folder(args.out)
+    subject = _subject(args)
+    edge = edge_of(subject.optimizer)
+    try:
+        pairs, density = measure(subject, args)
+    except (ValueError, FloatingPointError, TypeError, RuntimeError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except KeyboardInterrupt:
+        raise UserError("interrupted: nothing was written") from None
+    print(table(pairs, edge, density))
+    results = {
+        "command": "spectrum",
+        "subject": subject.about,
+        "matrix": args.matrix,
+        "mode": args.mode,
+        "which": args.which,
+        "edge": edge,
+        "parameters": pairs.vectors.shape[0],
+        "versions": {"eigenfilter": ef.__version__, "torch": str(torch.__version__)},
+    } | as_json(pairs, density)
+    replace_text(folder / "spectrum.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    figure(pairs, density, edge, folder / "spectrum.png")
+    print(f"wrote {folder / 'spectrum.json'} and {folder / 'spectrum.png'}")
+    return 0
+
+
+def _subject(args: argparse.Namespace) -> Subject:
+    device = device_of(args.device)
+    if args.model is None:
+        for name in ("data", "loss", "optimizer"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} goes with --model")
+        if args.checkpoint is None:
+            raise UserError("give a CHECKPOINT of eigenfilter train, or --model and --data")
+        return trained(
+            args.checkpoint,
+            device,
+            data_dir=args.data_dir,
+            samples=args.samples,
+            batch_size=args.batch_size,
+        )
+    if args.data is None:
+        raise UserError("--model needs --data, its batches")
+    return imported(
+        args.model,
+        args.data,
+        device,
+        loss=args.loss,
+        optimizer=args.optimizer,
+        weights=args.checkpoint,
+    )
+
+
+def measure(
+    subject: Subject, args: argparse.Namespace
+) -> tuple[EigenResult, SpectralDensity | None]:
+    """The eigenpairs, and the density of the rest."""
+    op = MATRICES[args.matrix](
+        subject.model, subject.loss_fn, subject.data, mode=args.mode, seed=args.seed
+    )
+    with _counted(op) as shown:
+        pairs = ef.curvature.eigsh(
+            shown, args.pairs, which=args.which, tol=args.tol, seed=args.seed
+        )
+        if not args.probes:
+            return pairs, None
+        density = ef.curvature.spectral_density(
+            shown, args.probes, args.steps, deflate=pairs, seed=args.seed
+        )
+    return pairs, density
+
+
+def edge_of(optimizer: torch.optim.Optimizer | None) -> float | None:
+    """The largest eigenvalue that the optimizer's filter admits; None where there is no such bound.
+
+    At lr 0, where a schedule may have ended, every eigenvalue is admitted; AdamW's edge is that of
+    another matrix, and SAM's moves.
+    """
+    if optimizer is None:
+        return None
+    try:
+        found = filters.of(optimizer)
+    except TypeError:
+        return None
+    if isinstance(found[0], filters.AdamW) or any(flt != found[0] for flt in found):
+        return None
+    edge = found[0].max_eigenvalue()
+    return edge if math.isfinite(edge) else None
+
+
+def table(pairs: EigenResult, edge: float | None, density: SpectralDensity | None) -> str:
+    """The results as text.
+
+    The residual ||H v - lambda v|| bounds the distance to an eigenvalue of the matrix H.
+    """
+    lines = [f"{'eigenvalue':>12}  {'residual':>9}  {'error':>9}"]
+    for value, residual, error, converged in zip(
+        pairs.values, pairs.residuals, pairs.errors, pairs.converged, strict=True
+    ):
+        note = "" if converged else "  not converged"
+        lines.append(f"{float(value):>12.6g}  {float(residual):>9.1e}  {float(error):>9.1e}{note}")
+    lines.append(f"{pairs.matvecs} products: {pairs.reason}")
+    if density is not None:
+        trace = density.trace
+        lines.append(f"trace {trace.value:.5g} +- {trace.standard_error:.2g}")
+    if edge is not None:
+        share = float(pairs.values.max()) / edge
+        lines.append(f"edge of the optimizer's filter {edge:.5g}; the largest is at {share:.3f}")
+    return "\n".join(lines)
+
+
+def as_json(pairs: EigenResult, density: SpectralDensity | None) -> dict[str, Any]:
+    """The results as plain data."""
+    found: dict[str, Any] = {
+        "values": pairs.values.tolist(),
+        "residuals": pairs.residuals.tolist(),
+        "errors": pairs.errors.tolist(),
+        "converged": pairs.converged.tolist(),
+        "matvecs": pairs.matvecs,
+        "reason": pairs.reason,
+    }
+    if density is not None:
+        trace = density.trace
+        error = float(trace.standard_error)
+        found["trace"] = plain({"value": float(trace.value), "standard_error": error})
+        found["density"] = {
+            "nodes": density.nodes.tolist(),
+            "weights": density.weights.tolist(),
+            "deflated": density.deflated.tolist(),
+            "matvecs": density.matvecs,
+        }
+    return found
+
+
+def figure(
+    pairs: EigenResult, density: SpectralDensity | None, edge: float | None, path: Path
+) -> None:
+    """Write a PNG: the density, a tick for every eigenpair, the edge dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from eigenfilter.experiments.figures import COLORS
+
+    drawn = Figure(figsize=(8.0, 5.0), layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = drawn.add_subplot()
+    if density is not None:
+        density.plot(axes)
+    values = [float(value) for value in pairs.values]
+    axes.plot(
+        values,
+        [0.03] * len(values),
+        "|",
+        color=COLORS[1],
+        markersize=14,
+        transform=axes.get_xaxis_transform(),
+        label="eigenpairs",
+    )
+    if edge is not None:
+        axes.axvline(edge, color="0.4", linestyle=(0, (5, 3)), linewidth=1.2, label="edge")
+    axes.set(xlabel="eigenvalue", title=f"{pairs.vectors.shape[0]:,} parameters")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    drawn.savefig(path, dpi=160)
+
+
+class _Counted:
+    """An operator that shows its products in a progress bar."""
+
+    def __init__(self, op: CurvatureOperator, bar: Any) -> None:
+        self._op, self._bar = op, bar
+        self.shape, self.dtype, self.device = op.shape, op.dtype, op.device
+
+    def matvec(self, v: Tensor) -> Tensor:
+        result = self._op.matvec(v)
+        self._bar.update()
+        return result
+
+    def matmat(self, V: Tensor) -> Tensor:
+        result = self._op.matmat(V)
+        self._bar.update(V.shape[1])
+        return result
+
+    def fixed(self) -> AbstractContextManager[None]:
+        return self._op.fixed()
+
+
+@contextmanager
+def _counted(op: CurvatureOperator) -> Iterator[_Counted]:
+    from tqdm import tqdm
+
+    with tqdm(desc="Hessian products", unit="", leave=False, disable=None) as bar:
+        yield _Counted(op, bar)

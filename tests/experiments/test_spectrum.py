@@ -1,0 +1,227 @@
+"""eigenfilter spectrum: checkpoints and users' models, against dense Hessians; bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigenfilter as ef
+from eigenfilter.experiments import imports, runs
+from eigenfilter.experiments.arguments import device_of
+from eigenfilter.experiments.cli import main
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.subjects import trained
+
+CONFIG = Config(
+    samples=60,
+    batch_size=20,
+    model="mlp-3",
+    activation="tanh",
+    epochs=2,
+    precision="float64",
+    lr_schedule="constant",
+    threads=1,
+)
+
+# What a user's module looks like.
+
+
+class Bowl(nn.Module):
+    """A loss whose Hessian is known: sum_i a_i x_i^2 / 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.ones(6, dtype=torch.float64))
+
+    def forward(self, a: Tensor) -> Tensor:
+        return 0.5 * a * self.x**2
+
+
+MODULE = """
+import torch
+from experiments.test_spectrum import Bowl as make
+
+model = make()
+
+CURVATURES = (torch.tensor([[1.0, 2.0, 3.0, 5.0, 8.0, -4.0]], dtype=torch.float64), torch.zeros(1))
+
+def loss(output, target):
+    return output.sum() / len(output)
+
+def data():
+    return [CURVATURES, CURVATURES]
+
+def optimizer(params):
+    import eigenfilter
+    return eigenfilter.SGD(params, lr=0.2)
+
+def broken(*args):
+    raise KeyError("no such thing")
+
+damaged = (CURVATURES[0] * float("nan"), CURVATURES[1])
+nothing = ()
+number = 3
+"""
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a user's module, in the current folder."""
+    name = f"users_module_{abs(hash(tmp_path))}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    return name
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    runs.run(CONFIG, folder)
+    return folder
+
+
+def spectrum(folder: Path, *argv: str) -> dict[str, Any]:
+    assert main(["spectrum", "--out", str(folder), *argv]) == 0
+    assert (folder / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "spectrum.json").read_text())
+
+
+def dense(run: Path) -> Tensor:
+    """All eigenvalues of the Hessian of a checkpoint's loss, descending."""
+    subject = trained(run, torch.device("cpu"))
+    inputs = torch.cat([x for x, _ in subject.data])
+    labels = torch.cat([y for _, y in subject.data])
+    named = dict(subject.model.named_parameters())
+    shapes = [p.shape for p in named.values()]
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split([shape.numel() for shape in shapes])
+        tree = {n: p.view(s) for n, p, s in zip(named, parts, shapes, strict=True)}
+        output = torch.func.functional_call(subject.model, tree, inputs)
+        return nn.functional.cross_entropy(output, labels)
+
+    flat = torch.cat([p.detach().flatten() for p in named.values()])
+    return torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat)).flip(0)
+
+
+def test_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--pairs", "4", "--tol", "1e-6", "--probes", "3", "--steps", "20", "--batch-size", "25"]
+    found = spectrum(tmp_path, str(run), *argv)
+    exact = dense(run)
+    assert found["values"] == pytest.approx(exact[:4].tolist(), rel=1e-5)
+    assert all(found["converged"])
+    assert found["parameters"] == len(exact)
+    assert found["subject"]["step"] == 6
+    assert found["subject"]["samples"] == 60
+    assert found["edge"] == ef.filters.USAM(0.1, 0.9, rho=0.05).max_eigenvalue()
+    trace = found["trace"]
+    assert trace["value"] == pytest.approx(float(exact.sum()), abs=5 * trace["standard_error"])
+    text = capsys.readouterr().out
+    assert f"{found['values'][0]:.6g}" in text
+    assert f"edge of the optimizer's filter {found['edge']:.5g}" in text
+
+
+def test_ends_and_samples(run: Path, tmp_path: Path) -> None:
+    found = spectrum(tmp_path, str(run / "checkpoint.pt"), "--which", "BE", "--pairs", "2",
+                     "--probes", "0")  # fmt: skip
+    exact = dense(run)
+    assert found["values"] == pytest.approx([float(exact[-1]), float(exact[0])], rel=1e-2)
+    assert "density" not in found
+    fewer = spectrum(tmp_path, str(run), "--samples", "20", "--probes", "1", "--steps", "5")
+    assert fewer["subject"]["samples"] == 20
+    assert fewer["trace"]["standard_error"] is None
+    assert fewer["values"][0] != pytest.approx(found["values"][1], rel=1e-3)
+
+
+def test_measuring_leaves_the_generators(run: Path) -> None:
+    before = torch.get_rng_state()
+    trained(run, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_of_ones_own(user: str, tmp_path: Path) -> None:
+    paths = [f"--{what}={user}:{what}" for what in ("loss", "data", "optimizer")]
+    found = spectrum(tmp_path, f"--model={user}:make", *paths, "--pairs", "6", "--probes", "2")
+    assert found["values"] == pytest.approx([8, 5, 3, 2, 1, -4], rel=1e-6)
+    assert found["edge"] == pytest.approx(10.0)
+    weights = tmp_path / "weights.pt"
+    torch.save({"x": torch.zeros(6)}, weights)
+    again = spectrum(tmp_path, str(weights), f"--model={user}:make", *paths, "--pairs", "1")
+    assert again["values"] == pytest.approx([8], rel=1e-3)
+    assert again["subject"]["weights"] == str(weights)
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "fisher"])
+def test_other_matrices_are_positive(matrix: str, run: Path, tmp_path: Path) -> None:
+    found = spectrum(
+        tmp_path, str(run), "--matrix", matrix, "--which", "SA", "--pairs", "1", "--probes", "0"
+    )
+    assert found["values"][0] > -1e-10
+
+
+def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["spectrum", *argv]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "give a CHECKPOINT of eigenfilter train, or --model and --data"),
+        (["--data", "a:b"], "--data goes with --model"),
+        (["--model", "a:b"], "--model needs --data"),
+        (["--model", "a:b", "--data", "c:d"], "cannot import a (ModuleNotFoundError"),
+        (["--model", "make", "--data", "c:d"], "'make' is no import path"),
+        (["--model", "{}:nope", "--data", "{}:data"], "has no nope"),
+        (["--model", "{}:number", "--data", "{}:data"], "number failed (TypeError"),
+        (["--model", "{}:data", "--data", "{}:data"], "data gives a list, not a torch.nn.Module"),
+        (["--model", "{}:broken", "--data", "{}:data"], "broken failed (KeyError"),
+        (["--model", "{}:make", "--data", "{}:nothing"], "nothing holds no tensors"),
+        (["--model", "{}:make", "--data", "{}:broken"], "broken failed (KeyError"),
+        (["--model", "{}:make", "--data", "{}:number"], "batch"),
+        (["nowhere.pt"], "cannot read nowhere.pt"),
+        (["--device", "tpu", "nowhere.pt"], "tpu is not a device"),
+    ],
+)
+def test_bad_input(
+    argv: list[str], says: str, user: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_error([word.format(user) for word in argv], says, capsys)
+
+
+def test_weights_that_do_not_fit(
+    user: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"y": torch.zeros(6)}, tmp_path / "w.pt")
+    argv = [str(tmp_path / "w.pt"), "--model", f"{user}:make", "--data", f"{user}:data"]
+    check_error(argv, "does not fit", capsys)
+
+
+def test_more_pairs_than_there_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_error([str(run), "--pairs", "9999", "--out", str(run)], "k must", capsys)
+
+
+def test_products_that_are_not_finite(user: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [f"--{what}={user}:{what}" for what in ("model", "loss")]
+    check_error([*argv, f"--data={user}:damaged", "--pairs", "2"], "finite", capsys)
+
+
+def test_imports(user: str) -> None:
+    assert imports.named(f"{user}:number") == 3
+    with pytest.raises(UserError, match="no import path"):
+        imports.named(f"{user}:")
+
+
+def test_devices() -> None:
+    assert device_of("cpu") == torch.device("cpu")
+    assert device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
