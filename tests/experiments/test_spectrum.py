@@ -135,7 +135,10 @@ def test_ends_and_samples(run: Path, tmp_path: Path) -> None:
     exact = dense(run)
     assert found["values"] == pytest.approx([float(exact[-1]), float(exact[0])], rel=1e-2)
     assert "density" not in found
-    fewer = spectrum(tmp_path, str(run), "--samples", "20", "--probes", "1", "--steps", "5")
+    assert found["certificate"]["edge"] == found["edge"]
+    fewer = spectrum(tmp_path, str(run), "--samples", "20", "--probes", "1", "--steps", "5",
+                     "--certificate", "0")  # fmt: skip
+    assert fewer["certificate"] is None
     assert fewer["subject"]["samples"] == 20
     assert fewer["trace"]["standard_error"] is None
     assert fewer["values"][0] != pytest.approx(found["values"][1], rel=1e-3)
@@ -152,10 +155,14 @@ def test_a_model_of_ones_own(user: str, tmp_path: Path) -> None:
     found = spectrum(tmp_path, f"--model={user}:make", *paths, "--pairs", "6", "--probes", "2")
     assert found["values"] == pytest.approx([8, 5, 3, 2, 1, -4], rel=1e-6)
     assert found["edge"] == pytest.approx(10.0)
+    assert found["certificate"]["verdict"] == "not an equilibrium"
+    assert found["certificate"]["sharpness"] == pytest.approx(8)
     weights = tmp_path / "weights.pt"
     torch.save({"x": torch.zeros(6)}, weights)
     again = spectrum(tmp_path, str(weights), f"--model={user}:make", *paths, "--pairs", "1")
     assert again["values"] == pytest.approx([8], rel=1e-3)
+    assert again["certificate"]["verdict"] == "outside"
+    assert again["certificate"]["upper"]["verdict"] == "inside"
     assert again["subject"]["weights"] == str(weights)
 
 

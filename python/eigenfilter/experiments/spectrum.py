@@ -2,8 +2,9 @@
 
 CHECKPOINT is one of `eigenfilter train`, or the folder of its run; with --model and --data, which
 are import paths (package.module:name), it is a state_dict of that model, and may be left out.
-Prints the largest eigenvalues with their residuals beside the edge of the optimizer's filter;
-writes spectrum.json and spectrum.png, which also has the density of all eigenvalues.
+Prints the largest eigenvalues with their residuals beside the edge of the optimizer's filter, and
+the certificate of `eigenfilter certify`; writes spectrum.json and spectrum.png, which also has the
+density of all eigenvalues.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter import filters
+from eigenfilter.certificate import Certificate
 from eigenfilter.curvature import CurvatureOperator, EigenResult, SpectralDensity
 from eigenfilter.experiments.arguments import device_of, output_folder, positive, whole
 from eigenfilter.experiments.errors import UserError, require
@@ -68,7 +71,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("pairs", 1, 10, "eigenpairs"),
         ("probes", 0, 4, "random vectors of the density; 0: none"),
         ("steps", 1, 60, "products with each of them"),
-        ("seed", 0, 0, "of the random vectors"),
+        ("certificate", 0, 300, "products at most of the certificate; 0: none"),
+        ("seed", 0, 0, "of the random vectors; the certificate draws its own"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -100,11 +104,14 @@ def run(args: argparse.Namespace) -> int:
     edge = edge_of(subject.optimizer)
     try:
         pairs, density = measure(subject, args)
+        certificate = certificate_of(subject, args)
     except (ValueError, FloatingPointError, TypeError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
         raise UserError("interrupted: nothing was written") from None
     print(table(pairs, edge, density))
+    if certificate is not None:
+        print(f"\n{certificate}")
     results = {
         "command": "spectrum",
         "subject": subject.about,
@@ -112,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
         "mode": args.mode,
         "which": args.which,
         "edge": edge,
+        "certificate": certificate.to_dict() if isinstance(certificate, Certificate) else None,
         "parameters": pairs.vectors.shape[0],
         "versions": {"eigenfilter": ef.__version__, "torch": str(torch.__version__)},
     } | as_json(pairs, density)
@@ -155,7 +163,9 @@ def measure(
     op = MATRICES[args.matrix](
         subject.model, subject.loss_fn, subject.data, mode=args.mode, seed=args.seed
     )
-    with _counted(op) as shown:
+    with _counted(op) as shown, warnings.catch_warnings():
+        # The table gives the reason why the iteration stopped.
+        warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
         pairs = ef.curvature.eigsh(
             shown, args.pairs, which=args.which, tol=args.tol, seed=args.seed
         )
@@ -165,6 +175,23 @@ def measure(
             shown, args.probes, args.steps, deflate=pairs, seed=args.seed
         )
     return pairs, density
+
+
+def certificate_of(subject: Subject, args: argparse.Namespace) -> Certificate | str | None:
+    """The certificate, or why there is none; None if none was wanted or no optimizer is known."""
+    if subject.optimizer is None or args.matrix != "hessian" or not args.certificate:
+        return None
+    try:
+        return ef.certify(
+            subject.model,
+            subject.loss_fn,
+            subject.data,
+            subject.optimizer,
+            max_matvecs=args.certificate,
+            mode=args.mode,
+        )
+    except (TypeError, ValueError) as error:
+        return f"no certificate: {error}"
 
 
 def edge_of(optimizer: torch.optim.Optimizer | None) -> float | None:
