@@ -91,7 +91,7 @@ def test_bad_input(
 def test_a_module_that_needs_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needs_another.py").write_text("import nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="cannot import needs_another .*nowhere_to_be_found"):
+    with pytest.raises(UserError, match=r"cannot import needs_another .*nowhere_to_be_found"):
         named("needs_another:build")
 
 
