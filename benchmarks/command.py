@@ -98,6 +98,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         monitor.__doc__,
         _monitor,
     )
+    _add_only(of_monitor, f"of {', '.join(monitor.TASKS)}, or a pattern; may be repeated")
     _add_repeat(of_monitor, str(monitor.ROUNDS))
     _add_out(of_monitor)
     of_page = table("page", "figures and a page from results", page.__doc__, _page)
@@ -161,9 +162,13 @@ def _curvature(args: argparse.Namespace) -> int:
 
 
 def _monitor(args: argparse.Namespace) -> int:
-    _refuse(args, "only", "list", "device")
+    _refuse(args, "list", "device")
     require("sklearn")
-    monitor.run(args.repeat or monitor.ROUNDS, _folder(args))
+    try:
+        names = monitor.select(args.only or [])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    monitor.run(names, args.repeat or monitor.ROUNDS, _folder(args))
     return 0
 
 

@@ -7,6 +7,7 @@ start from, counts too. Data are scikit-learn's digits, random tokens for the GP
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -120,14 +121,26 @@ def _train(task: Task, every: int, seed: int) -> tuple[float, float, int, int]:
     return training, checks, sum(check.matvecs for check in monitor.history), steps
 
 
-def run(rounds: int, folder: Path) -> None:
-    """Measure every network at every interval, print the table, write the results."""
+def select(patterns: list[str]) -> list[str]:
+    """Return the networks whose names match any of the patterns, or all for none.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not fnmatch.filter(TASKS, pattern):
+            raise ValueError(f"no network {pattern!r}: choose from {', '.join(TASKS)}")
+    return [n for n in TASKS if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]
+
+
+def run(names: list[str], rounds: int, folder: Path) -> None:
+    """Measure networks at every interval, print the table, write the results."""
     found = environment.describe(torch.device("cpu"))
     columns = ("network", "every", "share of training", "step, ms", "check, ms", "products a check")
     rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     print("\n".join(rows))
     costs = []
-    for name in TASKS:
+    for name in names:
         for every in EVERY:
             costs.append(cost := measure(name, every, rounds))
             low, median, high = (100 * s for s in asdict(cost.share).values())
@@ -136,9 +149,9 @@ def run(rounds: int, folder: Path) -> None:
                 f"{cost.step_ms:.3g} | {cost.check_ms:.3g} | {cost.matvecs:.2g} |"
             )
             print(rows[-1], flush=True)
-    met = [name for name in TASKS if _least(costs, name) <= GOAL]
+    met = [name for name in names if _least(costs, name) <= GOAL]
     title = "# The cost of SharpnessMonitor"
-    goal = f"Below {GOAL:.0%} at one of the intervals: {', '.join(met) or 'none'} of {len(TASKS)}."
+    goal = f"Below {GOAL:.0%} at one of the intervals: {', '.join(met) or 'none'} of {len(names)}."
     print(goal)
     data = {"goal": GOAL, "monitor": [asdict(cost) for cost in costs]}
     report.write(folder, "cpu-monitor", found, [title, "", *rows, "", goal], data)

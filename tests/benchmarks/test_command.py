@@ -37,6 +37,7 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
         (["--only", "no-such"], "no benchmark 'no-such' (see eigenfilter bench --list)"),
         (["--only", "sgd-small", "memory"], "--only does not go with memory"),
         (["--repeat", "2", "page", "x.json"], "--repeat does not go with page"),
+        (["monitor", "--only", "LSTM"], "no network 'LSTM': choose from tanh MLP, GELU conv, GPT"),
         (["--device", "cpu", "monitor"], "--device does not go with monitor"),
         (["--device", "cpu", "finite-differences"], "--device does not go with finite-differences"),
     ],
