@@ -13,8 +13,9 @@ import torch
 import eigenfilter as ef
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.data import digits
-from eigenfilter.experiments.edge import BAND, EVERY, HOLD, Check, Method, Run, train_to_edge
-from eigenfilter.experiments.models import tanh_network
+from eigenfilter.experiments.edge import EVERY, HOLD, at_edge, train_to_edge
+from eigenfilter.experiments.full_batch import BAND, Check, Method
+from eigenfilter.experiments.problems import Problem
 
 EDGES = {
     "gradient descent": 2.0 / 0.2,
@@ -73,8 +74,8 @@ def test_divergence_is_said() -> None:
     method = Method("far too fast", "lr 20", lambda p: ef.SGD(p, lr=20.0, momentum=0.9))
     seen: list[int] = []
     run = train_to_edge(
+        Problem(digits(50)),
         method,
-        digits(50),
         seed=0,
         max_steps=10_000,
         deadline=time.perf_counter() + 60.0,
@@ -85,32 +86,32 @@ def test_divergence_is_said() -> None:
     assert all(math.isfinite(check.loss) for check in run.history)
 
 
-def history(ratios: list[float]) -> Run:
-    checks = [Check(i * EVERY, 1.0, 10.0 * ratio, 0.0, 1) for i, ratio in enumerate(ratios)]
-    return Run("method", "settings", edge=10.0, history=checks)
+def history(ratios: list[float]) -> list[Check]:
+    return [Check(i * EVERY, 1.0, 10.0 * ratio, 10.0, 0.0, 1) for i, ratio in enumerate(ratios)]
 
 
 def test_when_a_run_is_at_its_edge() -> None:
     near = 1.0 + 0.9 * BAND
-    assert history([0.5] + [near] * HOLD).at_edge()
-    assert history([1.0, 2.0 - near] + [2.0 - near] * (HOLD - 1)).at_edge()
-    assert not history([near] * (HOLD - 1)).at_edge()  # not for long enough
-    assert not history([2.0 - near] * (2 * HOLD)).at_edge()  # never reached
-    assert not history([near] * HOLD + [1.2]).at_edge()  # left again
-    assert not history([1.2] + [near] * (HOLD - 1)).at_edge()
+    assert at_edge(history([0.5] + [near] * HOLD))
+    assert at_edge(history([1.0, 2.0 - near] + [2.0 - near] * (HOLD - 1)))
+    assert not at_edge(history([near] * (HOLD - 1)))  # not for long enough
+    assert not at_edge(history([2.0 - near] * (2 * HOLD)))  # never reached
+    assert not at_edge(history([near] * HOLD + [1.2]))  # left again
+    assert not at_edge(history([1.2] + [near] * (HOLD - 1)))
 
 
 def test_the_first_sharpness_is_the_top_eigenvalue_of_the_whole_hessian() -> None:
     data = digits(60)
+    problem = Problem(data)
     run = train_to_edge(
+        problem,
         Method("gradient descent", "", lambda p: ef.SGD(p, lr=0.1)),
-        data,
         seed=1,
         max_steps=1,
         deadline=0.0,
         on_check=lambda run: None,
     )
-    network = tanh_network(seed=1)
+    network = problem.network(seed=1)
     weights = dict(network.named_parameters())
     names, shapes = list(weights), [w.shape for w in weights.values()]
 
@@ -118,7 +119,7 @@ def test_the_first_sharpness_is_the_top_eigenvalue_of_the_whole_hessian() -> Non
         parts = flat.split([shape.numel() for shape in shapes])
         named = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
         output = torch.func.functional_call(network, named, data.inputs)
-        return ((output - data.targets) ** 2).sum() / len(data.inputs)
+        return ((output - torch.eye(10)[data.labels]) ** 2).sum() / len(data.inputs)
 
     flat = torch.cat([w.detach().flatten() for w in weights.values()]).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(flat), flat, create_graph=True)
@@ -131,19 +132,17 @@ def test_the_first_sharpness_is_the_top_eigenvalue_of_the_whole_hessian() -> Non
 def test_digits() -> None:
     data = digits(400)
     assert data.inputs.shape == (400, 64)
-    assert data.targets.shape == (400, 10)
     assert len(data.test_inputs) == len(data.test_labels) == 1397
-    assert data.inputs.dtype == data.targets.dtype == torch.float64
+    assert data.inputs.dtype == torch.float64
     assert data.inputs.mean(dim=0).abs().max() < 1e-12
     variance = data.inputs.var(dim=0, correction=0)
     assert torch.all((variance - 1.0).abs().lt(1e-9) | variance.eq(0.0))
-    assert torch.equal(data.targets.argmax(dim=1), data.labels)
     assert torch.equal(data.inputs, digits(400).inputs)
 
 
 def test_the_network_depends_on_its_seed_alone() -> None:
     state = torch.random.get_rng_state()
-    first, again, other = (tanh_network(seed) for seed in (0, 0, 1))
+    first, again, other = (Problem(digits(20)).network(seed) for seed in (0, 0, 1))
     assert torch.equal(state, torch.random.get_rng_state())
     pairs = zip(first.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -1,14 +1,15 @@
-"""Data sets, standardised and ready to train on."""
+"""Small sets to train on in full batches, standardised."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-CLASSES = 10
+from eigenfilter.experiments import datasets
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,6 @@ class Split:
     labels: Tensor
     test_inputs: Tensor
     test_labels: Tensor
-
-    @property
-    def targets(self) -> Tensor:
-        """The training labels as unit vectors [n, 10], for the square loss."""
-        return torch.nn.functional.one_hot(self.labels, CLASSES).to(self.inputs.dtype)
 
 
 def digits(samples: int = 400) -> Split:
@@ -45,3 +41,22 @@ def digits(samples: int = 400) -> Split:
     inputs = (inputs - inputs[train].mean(axis=0)) / deviation
     arrays = (inputs[train], labels[train], inputs[test], labels[test])
     return Split(*(torch.from_numpy(array) for array in arrays))
+
+
+def fashion(samples: int = 5000, folder: Path | None = None) -> Split:
+    """The first images of Fashion-MNIST in float32, to train on, and its test set.
+
+    Pixels lie in [0, 1]; the mean of each over the training images is taken off.
+
+    Args:
+        samples: how many to train on, 1 to 60,000.
+        folder: of the data, in torchvision's layout; see `datasets.folder_of`.
+
+    Raises:
+        UserError: the data are not there, or corrupt.
+    """
+    found = datasets.load("fashion", folder)
+    images, labels = found.images[:samples], found.labels[:samples]
+    inputs, test_inputs = (x.flatten(1).float() / 255 for x in (images, found.test_images))
+    mean = inputs.mean(dim=0)
+    return Split(inputs - mean, labels, test_inputs - mean, found.test_labels)

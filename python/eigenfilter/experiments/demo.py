@@ -8,19 +8,18 @@ its hyperparameters, and stays there. Prints a table; writes sharpness.png and r
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import eigenfilter as ef
+from eigenfilter.experiments import problems
 from eigenfilter.experiments.arguments import output_folder, positive, whole
-from eigenfilter.experiments.data import Split, digits
-from eigenfilter.experiments.edge import BAND, EVERY, Method, Run, train_to_edge
+from eigenfilter.experiments.data import digits
+from eigenfilter.experiments.edge import EVERY, train_to_edge
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.figures import Curve, sharpness_figure
+from eigenfilter.experiments.figures import curve_of, sharpness_figure
+from eigenfilter.experiments.full_batch import BAND, Method
+from eigenfilter.experiments.reports import progress, save, table
 
 HELP = "watch four optimizers reach the edges of their filters"
 SAMPLES = 400
@@ -74,90 +73,18 @@ def run(args: argparse.Namespace) -> int:
     """Train, print the table, write the files; return the exit code."""
     require("matplotlib", "sklearn", "tqdm")
     folder = output_folder(args.out)
-    data = digits(SAMPLES)
+    problem = problems.Problem(digits(SAMPLES))
     began = time.perf_counter()
     runs = []
     for done, method in enumerate(METHODS, start=1):
         deadline = began + 60.0 * args.budget * done / len(METHODS)
-        runs.append(_train(method, data, args.seed, args.steps, deadline))
+        limits = {"max_steps": args.steps, "deadline": deadline}
+        with progress(method.name) as show:
+            run = train_to_edge(problem, method, seed=args.seed, on_check=show, **limits)
+        runs.append(run)
     print(f"\n{table(runs)}\n")
-    sharpness_figure([_curve(run) for run in runs], folder / "sharpness.png", TITLE)
-    results = {
-        "command": "demo",
-        "seed": args.seed,
-        "samples": SAMPLES,
-        "band": BAND,
-        "versions": {"eigenfilter": ef.__version__, "torch": torch.__version__},
-        "runs": [run.as_json() for run in runs],
-    }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    sharpness_figure([curve_of(run) for run in runs], folder / "sharpness.png", TITLE)
+    found = {"seed": args.seed, "samples": SAMPLES, "band": BAND}
+    save(folder / "results.json", "demo", found | {"runs": [run.as_json() for run in runs]})
     print(f"wrote {folder / 'sharpness.png'} and {folder / 'results.json'}")
     return 0
-
-
-def _train(method: Method, data: Split, seed: int, max_steps: int, deadline: float) -> Run:
-    """One method with a progress bar, or a line at its end where there is no terminal."""
-    from tqdm import tqdm
-
-    with tqdm(desc=method.name, unit=" steps", leave=False, disable=None) as bar:
-
-        def show(run: Run) -> None:
-            bar.update(run.last.step - bar.n)
-            bar.set_postfix_str(f"sharpness {run.last.sharpness:.2f}, edge {run.edge:.2f}")
-
-        run = train_to_edge(
-            method, data, seed=seed, max_steps=max_steps, deadline=deadline, on_check=show
-        )
-    print(f"{run.method}: {run.outcome} ({run.last.step} steps, {run.seconds:.1f} s)", flush=True)
-    return run
-
-
-def _curve(run: Run) -> Curve:
-    steps = [check.step for check in run.history]
-    sharpness = [check.sharpness for check in run.history]
-    return Curve(f"{run.method} ({run.settings})", steps, sharpness, run.edge)
-
-
-def table(runs: Sequence[Run]) -> str:
-    """The results as text, one row a method.
-
-    The residual ||H v - sharpness v|| bounds the distance to an eigenvalue of the Hessian H.
-    """
-    rows = [_HEAD, *map(_row, runs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, _HEAD, strict=True)
-        aligned = (w.ljust(n) if name in _WORDS else w.rjust(n) for w, n, name in cells)
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
-
-
-_HEAD = (
-    "method",
-    "settings",
-    "loss",
-    "train",
-    "test",
-    "sharpness",
-    "residual",
-    "edge",
-    "ratio",
-    "outcome",
-)
-_WORDS = ("method", "settings", "outcome")
-
-
-def _row(run: Run) -> tuple[str, ...]:
-    return (
-        run.method,
-        run.settings,
-        f"{run.last.loss:.5f}",
-        f"{run.train_accuracy:.1%}",
-        f"{run.test_accuracy:.1%}",
-        f"{run.last.sharpness:.3f}",
-        f"{run.last.residual:.0e}",
-        f"{run.edge:.3f}",
-        f"{run.ratio:.3f}",
-        run.outcome,
-    )

@@ -2,52 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eigenfilter.experiments.full_batch import Run
+
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa3377", "#e69f00", "#56b4e9", "#555555")
+_DASHED = (0, (5, 3))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Sharpness over the steps of one run, and the edge it is expected to end at."""
+    """Sharpness over the steps of one run, and the edge it is expected at, both at each step."""
 
     label: str
     steps: Sequence[int]
     sharpness: Sequence[float]
-    edge: float
+    edges: Sequence[float]
 
 
-def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Write a PNG of sharpness over training: one solid line a method, its edge dashed."""
+def curve_of(run: Run) -> Curve:
+    """The curve of what was measured."""
+    checks = run.history
+    return Curve(
+        f"{run.method} ({run.settings})",
+        [check.step for check in checks],
+        [check.sharpness for check in checks],
+        [check.edge for check in checks],
+    )
+
+
+@contextmanager
+def canvas(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
+    """Axes to draw on; written as a PNG at the end."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for color, curve in zip(COLORS, curves, strict=False):
-        axes.axhline(curve.edge, color=color, linestyle=(0, (5, 3)), linewidth=1.2, alpha=0.9)
-        axes.plot(curve.steps, curve.sharpness, color=color, linewidth=1.8, label=curve.label)
-        axes.annotate(
-            f"{curve.edge:.1f}",
-            (1.0, curve.edge),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=color,
-            verticalalignment="center",
-        )
-    handles, _ = axes.get_legend_handles_labels()
-    edge = Line2D([], [], color="0.4", linestyle=(0, (5, 3)), linewidth=1.2)
-    edge.set_label("edge, from theory")
-    axes.legend(handles=[*handles, edge], frameon=False, loc="lower right")
-    axes.set(xlabel="training step", ylabel="sharpness: largest Hessian eigenvalue", title=title)
-    axes.set_ylim(bottom=0.0)
-    axes.margins(x=0.0)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    yield figure.subplots(rows, columns, sharex=True, sharey=True)
     figure.savefig(path, dpi=160)
 
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa3377", "#e69f00", "#56b4e9", "#555555")
+def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:
+    """Write a PNG of sharpness over training: one solid line a run, its edge dashed.
+
+    Edges that are the same are drawn once, in grey.
+    """
+    from matplotlib.lines import Line2D
+
+    ends = [curve.edges[-1] for curve in curves]
+    with canvas(path) as axes:
+        for color, curve in zip(COLORS, curves, strict=False):
+            shared = sum(abs(end / curve.edges[-1] - 1.0) < 1e-3 for end in ends) > 1
+            edge_color = "0.4" if shared else color
+            axes.step(
+                curve.steps,
+                curve.edges,
+                where="post",
+                color=edge_color,
+                linestyle=_DASHED,
+                linewidth=1.2,
+                alpha=0.9,
+            )
+            axes.plot(curve.steps, curve.sharpness, color=color, linewidth=1.8, label=curve.label)
+            axes.annotate(
+                f"{curve.edges[-1]:.3g}",
+                (1.0, curve.edges[-1]),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                color=edge_color,
+                verticalalignment="center",
+            )
+        handles, _ = axes.get_legend_handles_labels()
+        edge = Line2D([], [], color="0.4", linestyle=_DASHED, linewidth=1.2)
+        edge.set_label("edge, from theory")
+        axes.legend(handles=[*handles, edge], frameon=False, loc="best")
+        axes.set(xlabel="training step", ylabel="sharpness: largest Hessian eigenvalue")
+        axes.set(title=title)
+        top = max(max(max(curve.edges), _ordinary(curve.sharpness)) for curve in curves)
+        axes.set_ylim(0.0, 1.15 * top)
+        axes.margins(x=0.0)
+        _plain(axes)
+
+
+def _ordinary(values: Sequence[float]) -> float:
+    """The highest value but for a hundredth: a jump out of the figure hides nothing else."""
+    return sorted(values)[max(0, int(0.99 * len(values)) - 1)]
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def paths_figure(
+    paths: Mapping[str, Sequence[Sequence[float]]],
+    levels: Mapping[str, Sequence[float]],
+    path: Path,
+) -> None:
+    """Write a PNG of values over the steps: a panel a method, a line a start, levels dashed."""
+    with canvas(path, columns=len(paths)) as panels:
+        for axes, (name, lines) in zip(panels, paths.items(), strict=True):
+            for line in lines:
+                axes.plot(line, color=COLORS[0], linewidth=1.2)
+            for color, (level, values) in zip(COLORS[1:], levels.items(), strict=False):
+                for value in values:
+                    axes.axhline(value, color=color, linestyle=_DASHED, linewidth=1.2)
+                axes.plot([], [], color=color, linestyle=_DASHED, label=level)
+            axes.set_title(name.replace(", ", ",\n"), fontsize=10)
+            axes.set(xlabel="step")
+            _plain(axes)
+        panels[0].set(ylabel="y")
+        panels[0].legend(frameon=False, loc="center right")

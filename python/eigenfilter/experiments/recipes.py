@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import eigenfilter as ef
+from eigenfilter.experiments import losses
 from eigenfilter.experiments.config import TORCH, Config
 from eigenfilter.optimizers import EigenfilterOptimizer
 from eigenfilter.schedulers import RhoSchedule
@@ -24,10 +25,7 @@ _WITH_CLOSURES = ("LBFGS", "SparseAdam", "Optimizer")
 
 
 def loss_of(config: Config) -> Loss:
-    """The loss [] of scores [b, classes] and labels [b], a mean over samples.
-
-    "square" is ||scores - e_label||^2, e the unit vectors.
-    """
+    """The loss [] of scores [b, classes] and labels [b], a mean over samples."""
     if config.loss == "cross_entropy":
         smoothing = config.label_smoothing
 
@@ -36,10 +34,7 @@ def loss_of(config: Config) -> Loss:
 
         return cross_entropy
 
-    def square(scores: Tensor, labels: Tensor) -> Tensor:
-        return (scores - F.one_hot(labels, scores.shape[1])).square().sum(dim=1).mean()
-
-    return square
+    return losses.square
 
 
 def optimizer_of(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:

@@ -1,0 +1,90 @@
+"""How the full-batch experiments show and keep what they measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import eigenfilter as ef
+from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.full_batch import Run
+
+_COLUMNS: Mapping[str, Callable[[Run], str]] = {
+    "method": lambda run: run.method,
+    "settings": lambda run: run.settings,
+    "loss": lambda run: f"{run.last.loss:.5f}",
+    "train": lambda run: f"{run.train_accuracy:.1%}",
+    "test": lambda run: f"{run.test_accuracy:.1%}",
+    "sharpness": lambda run: f"{run.last.sharpness:.3f}",
+    "residual": lambda run: f"{run.last.residual:.0e}",
+    "edge": lambda run: f"{run.last.edge:.3f}",
+    "ratio": lambda run: f"{run.last.ratio:.3f}",
+    "outcome": lambda run: run.outcome,
+}
+_WORDS = ("method", "settings", "outcome")
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The last checks as text, one row a run.
+
+    The residual ||H v - sharpness v|| bounds the distance to an eigenvalue of the Hessian H.
+    """
+    return aligned([tuple(_COLUMNS), *(tuple(f(run) for f in _COLUMNS.values()) for run in runs)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of words in columns under their heads; the columns of words are to the left."""
+    head = rows[0]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, head, strict=True)
+        words = (w.ljust(n) if name in _WORDS else w.rjust(n) for w, n, name in cells)
+        lines.append("  ".join(words).rstrip())
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[Run], None]]:
+    """Show a run's checks in a bar, where there is a terminal; its outcome is a line at the end."""
+    from tqdm import tqdm
+
+    shown: list[Run] = []
+    with tqdm(desc=name, unit=" steps", leave=False, disable=None) as bar:
+
+        def show(run: Run) -> None:
+            shown[:] = [run]
+            bar.update(run.last.step - bar.n)
+            bar.set_postfix_str(f"sharpness {run.last.sharpness:.2f}, edge {run.last.edge:.2f}")
+
+        yield show
+    for run in shown:
+        steps = f"{run.last.step} steps, {run.seconds:.1f} s"
+        print(f"{name}: {run.outcome} ({steps})", flush=True)
+
+
+def save(path: Path, command: str, values: Mapping[str, object]) -> None:
+    """Write results.json: the command, what it was given and found, and the versions.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    versions = {"eigenfilter": ef.__version__, "torch": torch.__version__}
+    results = {"command": command, "versions": versions} | dict(values)
+    replace_text(path, json.dumps(_plain(results), indent=1) + "\n")
+
+
+def _plain(value: object) -> object:
+    """JSON has neither NaN nor infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
