@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from eigenfilter import __version__
 from eigenfilter.benchmarks import command as bench
-from eigenfilter.experiments import certify, demo, filter, spectrum, train
+from eigenfilter.experiments import certify, demo, filter, phenomena, spectrum, train
 from eigenfilter.experiments.errors import UserError
 
 _COMMANDS: Mapping[str, ModuleType] = {
@@ -23,6 +23,7 @@ _COMMANDS: Mapping[str, ModuleType] = {
     "train": train,
     "spectrum": spectrum,
     "certify": certify,
+    "phenomena": phenomena,
     "bench": bench,
 }
 

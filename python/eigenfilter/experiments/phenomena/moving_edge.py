@@ -1,0 +1,105 @@
+"""A moving edge: rho and lr change in the course of training, and the sharpness follows.
+
+USAM trains in five phases of the same length. When rho or lr is raised the edge falls, and the
+sharpness has to follow at once. When one is lowered the edge rises, and what brings the sharpness
+there, if anything does, is progressive sharpening: a filter holds down, it does not lift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict, dataclass
+
+import eigenfilter as ef
+from eigenfilter.experiments.full_batch import Method, Run, Training
+from eigenfilter.experiments.phenomena.training import configure as configure_training
+from eigenfilter.experiments.phenomena.training import report, setting, settled, train, verdict
+from eigenfilter.experiments.reports import aligned
+from eigenfilter.filters import design
+
+HELP = "the sharpness follows when rho or lr changes"
+TITLE = "An edge that moves"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training.
+
+    Attributes:
+        change: of the hyperparameters, in words.
+        lr, rho: USAM's.
+    """
+
+    change: str
+    lr: float
+    rho: float
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    configure_training(parser, "moving-edge", steps=2000)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train through the phases; return the exit code."""
+    given = setting(args)
+    plan = phases(given.edge)
+
+    def change(training: Training) -> None:
+        now = min(training.step * len(plan) // given.steps, len(plan) - 1)
+        for group in training.optimizer.param_groups:
+            group["lr"], group["rho"] = plan[now].lr, plan[now].rho
+
+    first = plan[0]
+    method = Method(
+        "USAM",
+        "lr and rho change",
+        lambda params: ef.USAM(params, lr=first.lr, rho=first.rho),
+    )
+    found = train(given, method, after_step=change)
+    parts = by_phase(found, plan, given.steps)
+    print("\n" + aligned([_HEAD, *(_row(part) for part in parts)]))
+    report(given, "moving-edge", TITLE, [found], {"phases": parts})
+    return 0
+
+
+def phases(edge: float) -> list[Phase]:
+    """The phases, whose edges are `edge` times 1, 0.8, 1, 1.25 and 0.9."""
+    rho = 0.1 / edge
+    lr = design("usam", edge, rho=rho)
+    more = design("usam", 0.8 * edge, lr=lr)
+    small, large = (design("usam", factor * edge, rho=rho) for factor in (1.25, 0.9))
+    return [
+        Phase("start", lr, rho),
+        Phase("rho raised", lr, more),
+        Phase("rho lowered", lr, rho),
+        Phase("lr lowered", small, rho),
+        Phase("lr raised", large, rho),
+    ]
+
+
+def by_phase(run: Run, plan: list[Phase], steps: int) -> list[dict[str, object]]:
+    """What each phase began and ended with; a phase that training did not reach is left out."""
+    parts: list[dict[str, object]] = []
+    for number, phase in enumerate(plan):
+        first, end = (math.ceil(part * steps / len(plan)) for part in (number, number + 1))
+        last = number == len(plan) - 1
+        checks = [c for c in run.history if first <= c.step < end or (last and c.step == end)]
+        if checks:
+            parts.append(
+                asdict(phase)
+                | {"edge": checks[0].edge, "began_at": checks[0].ratio}
+                | {"settled": asdict(settled(checks)), "outcome": verdict(checks)}
+            )
+    return parts
+
+
+_HEAD = ("settings", "lr", "rho", "edge", "ratio at first", "ratio at last", "outcome")
+
+
+def _row(part: dict[str, object]) -> tuple[str, ...]:
+    ends = part["settled"]
+    assert isinstance(ends, dict)
+    numbers = (part["lr"], part["rho"], part["edge"], part["began_at"], ends["mean"])
+    return (str(part["change"]), *(f"{x:.3g}" for x in numbers), str(part["outcome"]))

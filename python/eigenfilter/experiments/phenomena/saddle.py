@@ -1,0 +1,175 @@
+"""A strict saddle that traps USAM, and that two-step and Hessian USAM leave.
+
+    f(x, y) = x^2 / 2 - b y^2 / 2 + y^4 / 4
+
+has a saddle at 0, whose Hessian has the eigenvalues 1 and -b, and minima at (0, +-sqrt(b)). With
+b > 1 / rho the filter of USAM admits -b, those of the other methods do not. Every method starts
+from the same points, some of them as near to the saddle as 0.001.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import eigenfilter as ef
+from eigenfilter import filters
+from eigenfilter.experiments.arguments import output_folder
+from eigenfilter.experiments.errors import require
+from eigenfilter.experiments.figures import paths_figure
+from eigenfilter.experiments.phenomena.training import add_out
+from eigenfilter.experiments.reports import aligned, save
+from eigenfilter.filters import PolynomialFilter
+
+HELP = "USAM is trapped at a strict saddle that others leave"
+B = 1.5
+LR, RHO = 0.03, 1.0
+STEPS = 1500
+STARTS = (-0.69, -0.3, -0.05, -0.001, 0.001, 0.05, 0.3, 0.69)  # of y; x starts at 1
+NEAR = 1e-3  # from where a path ends to the point that it is said to end at
+
+METHODS: dict[str, Callable[[list[Tensor]], Any]] = {
+    "gradient descent": lambda p: ef.SGD(p, lr=LR),
+    "USAM": lambda p: ef.USAM(p, lr=LR, rho=RHO),
+    "two-step USAM": lambda p: ef.TwoStepUSAM(p, lr=LR, rho=RHO),
+    "two-step USAM, anchored": lambda p: ef.TwoStepUSAM(p, lr=LR, rho=RHO, ascent="anchored"),
+    "Hessian USAM": lambda p: ef.HessianUSAM(p, lr=LR, rho=RHO, hvp="autograd"),
+}
+
+
+@dataclass(frozen=True)
+class Escape:
+    """Paths of one method.
+
+    Attributes:
+        method: its name.
+        admitted: whether its filter admits -b.
+        predicted: 1 - lr p(-b), by which y is multiplied in a step at the saddle.
+        measured: the same of the first step from 1e-6.
+        paths: y at every step [steps + 1, starts].
+        ends: where each path ends.
+        slope: the largest |df/dy| at an end.
+    """
+
+    method: str
+    admitted: bool
+    predicted: float
+    measured: float
+    paths: Tensor
+    ends: list[str]
+    slope: float
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    add_out(parser, "saddle")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Follow every method's paths; return the exit code."""
+    require("matplotlib")
+    folder: Path = output_folder(args.out)
+    found = [escape(name) for name in METHODS]
+    print(aligned([_HEAD, *map(_row, found)]))
+    levels = {"minima": (-(B**0.5), B**0.5), "saddle": (0.0,)}
+    paths_figure({each.method: each.paths.T.tolist() for each in found}, levels, folder / FIGURE)
+    values = {"b": B, "lr": LR, "rho": RHO, "steps": STEPS, "starts": STARTS}
+    methods = [
+        {
+            "method": each.method,
+            "admitted": each.admitted,
+            "predicted_factor": each.predicted,
+            "measured_factor": each.measured,
+            "ends": each.ends,
+            "last_y": each.paths[-1].tolist(),
+            "largest_slope": each.slope,
+        }
+        for each in found
+    ]
+    save(folder / "results.json", "phenomena saddle", values | {"methods": methods})
+    print(f"wrote {folder / FIGURE} and {folder / 'results.json'}")
+    return 0
+
+
+FIGURE = "saddle.png"
+
+
+def loss(points: Tensor) -> Tensor:
+    """The sum of f [] over points (x, y) [n, 2]: each moves as if it were alone."""
+    x, y = points.unbind(1)
+    return (0.5 * x**2 - 0.5 * B * y**2 + 0.25 * y**4).sum()
+
+
+def slope(y: Tensor) -> Tensor:
+    """df/dy."""
+    return y**3 - B * y
+
+
+def escape(name: str) -> Escape:
+    """Follow a method from every start."""
+    [flt] = filters.of(METHODS[name]([torch.zeros(1, requires_grad=True)]))
+    assert isinstance(flt, PolynomialFilter)
+    paths = follow(name, STARTS, STEPS)
+    near = follow(name, (1e-6,), 1)
+    last = paths[-1]
+    return Escape(
+        method=name,
+        admitted=bool(flt.admits(-B)),
+        predicted=1.0 - flt.lr * float(flt.p(-B)),
+        measured=float(near[1, 0] / near[0, 0]),
+        paths=paths,
+        ends=[_place(float(y)) for y in last],
+        slope=float(slope(last).abs().max()),
+    )
+
+
+def follow(name: str, starts: tuple[float, ...], steps: int) -> Tensor:
+    """y [steps + 1, starts] of a method from (1, y) for every start."""
+    begin = np.stack([np.ones(len(starts)), np.array(starts)], axis=1)
+    points = torch.tensor(begin, requires_grad=True)
+    optimizer = METHODS[name]([points])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(points)
+        if optimizer.needs_graph:
+            [points.grad] = torch.autograd.grad(value, points, create_graph=True)
+        else:
+            value.backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+
+    seen = [points.detach()[:, 1].clone()]
+    for _ in range(steps):
+        optimizer.step(closure)
+        seen.append(points.detach()[:, 1].clone())
+    return torch.stack(seen)
+
+
+def _place(y: float) -> str:
+    if abs(y) < NEAR:
+        return "saddle"
+    if abs(abs(y) - B**0.5) < NEAR:
+        return "minimum"
+    return "no critical point" if abs(float(slope(torch.tensor(y)))) > NEAR else "on its way"
+
+
+_HEAD = ("method", "admits -b", "predicted", "measured", "slope at ends", "outcome")
+
+
+def _row(each: Escape) -> tuple[str, ...]:
+    counts = {place: each.ends.count(place) for place in dict.fromkeys(each.ends)}
+    return (
+        each.method,
+        "yes" if each.admitted else "no",
+        f"{each.predicted:.6f}",
+        f"{each.measured:.6f}",
+        f"{each.slope:.1e}",
+        ", ".join(f"{place}: {count}" for place, count in counts.items()),
+    )

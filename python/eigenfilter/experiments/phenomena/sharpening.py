@@ -1,0 +1,60 @@
+"""Progressive sharpening: six methods rise to one edge and stay there.
+
+Every method is given the lr with which its filter ends at the same eigenvalue, by
+`filters.design`. Training sharpens until the largest Hessian eigenvalue meets that edge.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import eigenfilter as ef
+from eigenfilter.experiments.full_batch import Method
+from eigenfilter.experiments.phenomena.training import configure as configure_training
+from eigenfilter.experiments.phenomena.training import report, setting, train
+from eigenfilter.filters import design
+
+HELP = "the sharpness rises to the edge, for every method"
+TITLE = "Six methods, one edge"
+_BEND = 0.3  # what the ascent adds to p(lambda) / lambda at the edge
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    configure_training(parser, "sharpening", steps=1500)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train every method; return the exit code."""
+    given = setting(args)
+    chosen = methods(given.edge)
+    runs = [
+        train(given, method, share=1.0 / (len(chosen) - done)) for done, method in enumerate(chosen)
+    ]
+    report(given, "sharpening", TITLE, runs, {})
+    return 0
+
+
+def methods(edge: float) -> list[Method]:
+    """The methods with their filters ending at `edge`."""
+    return [
+        _method("gradient descent", ef.SGD, "sgd", edge),
+        _method("heavy ball", ef.SGD, "sgd", edge, momentum=0.5),
+        _method("Nesterov", ef.SGD, "sgd", edge, momentum=0.9, nesterov=True),
+        _method("USAM", ef.USAM, "usam", edge, rho=_BEND / edge),
+        _method("two-step USAM", ef.TwoStepUSAM, "two_step_usam", edge, rho=0.5 * _BEND / edge),
+        _method("Hessian USAM", ef.HessianUSAM, "hessian_usam", edge, rho=_BEND / edge**2),
+    ]
+
+
+def _method(
+    name: str, build: Callable[..., Any], designed: str, edge: float, **options: Any
+) -> Method:
+    lr = design(designed, edge, **options)
+    shown = {"lr": f"{lr:.3g}"} | {
+        key: f"{value:.3g}" for key, value in options.items() if key != "nesterov"
+    }
+    settings = ", ".join(f"{key} {value}" for key, value in shown.items())
+    return Method(name, settings, lambda params: build(params, lr=lr, **options))

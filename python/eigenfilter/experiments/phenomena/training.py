@@ -1,0 +1,220 @@
+"""What the phenomena that train a network share: arguments, training, judgement, results."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from eigenfilter.experiments.arguments import output_folder, positive, whole
+from eigenfilter.experiments.errors import require
+from eigenfilter.experiments.figures import curve_of, sharpness_figure
+from eigenfilter.experiments.full_batch import BAND, Check, Method, Run, Training, threads_for
+from eigenfilter.experiments.losses import LOSSES
+from eigenfilter.experiments.problems import ACTIVATIONS, DATASETS, Problem, load
+from eigenfilter.experiments.reports import progress, save, table
+
+CHECKS = 100  # of the sharpness in a run
+_SETTLED = 0.25  # the last part of a run, by whose mean it is judged
+
+# Sharpnesses that gradient flow passes soon after its start: edges put there come into play.
+EDGES: Mapping[tuple[str, str, str], float] = {
+    ("digits", "tanh", "square"): 9.0,
+    ("digits", "relu", "square"): 7.0,
+    ("digits", "tanh", "cross_entropy"): 0.8,
+    ("digits", "relu", "cross_entropy"): 1.0,
+    ("fashion", "tanh", "square"): 20.0,
+    ("fashion", "relu", "square"): 12.0,
+    ("fashion", "tanh", "cross_entropy"): 3.0,
+    ("fashion", "relu", "cross_entropy"): 5.0,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and for how long.
+
+    Attributes:
+        problem: the data, the activation and the loss.
+        names: of the three.
+        edge: where the methods' edges are put.
+        seed: of the initial weights.
+        steps: of every run.
+        deadline: of all runs, by `time.perf_counter`.
+        folder: where results go.
+    """
+
+    problem: Problem
+    names: tuple[str, str, str]
+    edge: float
+    seed: int
+    steps: int
+    deadline: float
+    folder: Path
+
+
+def configure(parser: argparse.ArgumentParser, name: str, steps: int) -> None:
+    """Add the arguments that these phenomena share."""
+    text = {"metavar": "NAME", "help": "%(choices)s (default: %(default)s)"}
+    parser.add_argument("--dataset", choices=DATASETS, default="digits", **text)  # type: ignore[arg-type]
+    parser.add_argument("--activation", choices=ACTIVATIONS, default="tanh", **text)  # type: ignore[arg-type]
+    parser.add_argument("--loss", choices=tuple(LOSSES), default="square", **text)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of Fashion-MNIST (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
+    )
+    add_out(parser, name)
+    parser.add_argument(
+        "--edge",
+        type=positive,
+        metavar="X",
+        help="where the edges are put (default: by the problem, within reach of its sharpness)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="of the initial weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole(1),
+        default=steps,
+        metavar="N",
+        help="of every run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        default=10.0,
+        metavar="MINUTES",
+        help="most time that all runs may take (default: %(default)s)",
+    )
+
+
+def add_out(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the argument for the folder."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/phenomena") / name,
+        metavar="DIR",
+        help=f"folder for {name}.png and results.json (default: %(default)s)",
+    )
+
+
+def setting(args: argparse.Namespace) -> Setting:
+    """What the arguments ask for.
+
+    Raises:
+        UserError: a package or the data are missing, or the folder cannot be written to.
+    """
+    require("matplotlib", "sklearn", "tqdm")
+    names = (args.dataset, args.activation, args.loss)
+    problem = load(*names, args.data_dir)
+    folder = output_folder(args.out)
+    deadline = time.perf_counter() + 60.0 * args.budget
+    edge = args.edge or EDGES[names]
+    return Setting(problem, names, edge, args.seed, args.steps, deadline, folder)
+
+
+def train(
+    given: Setting,
+    method: Method,
+    *,
+    share: float = 1.0,
+    at_start: Callable[[Training], None] | None = None,
+    after_step: Callable[[Training], None] | None = None,
+) -> Run:
+    """Train for the setting's steps, with `CHECKS` looks at the sharpness, and judge the end.
+
+    Args:
+        given: what is trained.
+        method: the optimizer.
+        share: of the time that is left, in (0, 1], which this run may take.
+        at_start, after_step: called before the first and after every step; they may change the
+            optimizer's hyperparameters.
+    """
+    now = time.perf_counter()
+    deadline = now + share * (given.deadline - now)
+    every = max(1, given.steps // CHECKS)
+    with threads_for(given.problem), progress(f"{method.name} ({method.settings})") as show:
+        training = Training(given.problem, method, given.seed)
+        run = training.run
+        if at_start is not None:
+            at_start(training)
+        while training.check():
+            show(run)
+            if training.step >= given.steps:
+                run.outcome = verdict(run.history)
+            elif time.perf_counter() >= deadline:
+                run.outcome = f"time spent: {verdict(run.history)}"
+            if run.outcome:
+                break
+            for _ in range(min(every, given.steps - training.step)):
+                training.advance(1)
+                if after_step is not None:
+                    after_step(training)
+        return training.finish()
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The end of a run or of a phase of it: ratios of the sharpness to the edge there.
+
+    Attributes:
+        mean, spread: of the ratios, and their standard deviation.
+        peak: the largest ratio of the whole.
+    """
+
+    mean: float
+    spread: float
+    peak: float
+
+
+def settled(history: Sequence[Check]) -> Settled:
+    """The last quarter of the checks."""
+    ratios = [check.ratio for check in history]
+    last = ratios[-max(1, round(_SETTLED * len(ratios))) :]
+    return Settled(statistics.fmean(last), statistics.pstdev(last), max(ratios))
+
+
+def verdict(history: Sequence[Check]) -> str:
+    """Where the last quarter of the checks lies, within `BAND`, and how it came there."""
+    found = settled(history)
+    if found.mean > 1.0 + BAND:
+        return "above its edge"
+    if found.mean >= 1.0 - BAND:
+        return "at its edge"
+    return "left its edge downwards" if found.peak >= 1.0 - BAND else "below its edge"
+
+
+def report(
+    given: Setting, name: str, title: str, runs: Sequence[Run], more: Mapping[str, object]
+) -> None:
+    """Print the table; write the figure and results.json."""
+    dataset, activation, loss = given.names
+    print(f"\n{table(runs)}\n")
+    figure = given.folder / f"{name}.png"
+    subtitle = f"{dataset}, {activation}, {loss.replace('_', ' ')} loss"
+    sharpness_figure([curve_of(run) for run in runs], figure, f"{title}: {subtitle}")
+    values: dict[str, object] = {
+        "dataset": dataset,
+        "activation": activation,
+        "loss": loss,
+        "samples": len(given.problem.data.inputs),
+        "seed": given.seed,
+        "steps": given.steps,
+        "edge": given.edge,
+        "band": BAND,
+        **more,
+        "runs": [{"settled": asdict(settled(run.history)), **run.as_json()} for run in runs],
+    }
+    save(given.folder / "results.json", f"phenomena {name}", values)
+    print(f"wrote {figure} and {given.folder / 'results.json'}")
