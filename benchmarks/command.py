@@ -19,6 +19,7 @@ from eigenfilter.benchmarks import (
     monitor,
     page,
     registry,
+    scale,
     timings,
     triton_blocks,
 )
@@ -101,6 +102,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_only(of_monitor, f"of {', '.join(monitor.TASKS)}, or a pattern; may be repeated")
     _add_repeat(of_monitor, str(monitor.ROUNDS))
     _add_out(of_monitor)
+    of_scale = table(
+        "scale", "the memory and time of eigsh by the dimension", scale.__doc__, _scale
+    )
+    of_scale.add_argument(
+        "--largest",
+        type=whole(scale.SIZES[0]),
+        default=scale.SIZES[-1],
+        metavar="N",
+        help="the largest dimension; 1e8 takes 6 GB (default: %(default)s)",
+    )
+    _add_out(of_scale)
     of_page = table("page", "figures and a page from results", page.__doc__, _page)
     of_page.add_argument(
         "files", nargs="+", type=Path, metavar="RESULTS.json", help="what the others wrote"
@@ -169,6 +181,12 @@ def _monitor(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     monitor.run(names, args.repeat or monitor.ROUNDS, _folder(args))
+    return 0
+
+
+def _scale(args: argparse.Namespace) -> int:
+    _refuse(args, "only", "repeat", "list", "device")
+    scale.run(args.largest, _folder(args))
     return 0
 
 

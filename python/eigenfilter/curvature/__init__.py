@@ -5,6 +5,7 @@ Operators see models; solvers see only operators.
 
 from __future__ import annotations
 
+from eigenfilter.curvature.cost import Cost, eigsh_cost
 from eigenfilter.curvature.density import SpectralDensity, log_determinant, spectral_density
 from eigenfilter.curvature.estimates import Estimate
 from eigenfilter.curvature.extremes import Extreme, Extremes, extremes
@@ -17,6 +18,7 @@ from eigenfilter.curvature.result import EigenResult
 from eigenfilter.curvature.traces import diagonal, trace
 
 __all__ = [
+    "Cost",
     "CurvatureOperator",
     "EigenResult",
     "EmpiricalFisherOperator",
@@ -29,6 +31,7 @@ __all__ = [
     "SymmetricOperator",
     "diagonal",
     "eigsh",
+    "eigsh_cost",
     "extremes",
     "log_determinant",
     "spectral_density",

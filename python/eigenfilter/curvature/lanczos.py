@@ -18,7 +18,7 @@ from eigenfilter.curvature.space import Space
 from eigenfilter.curvature.stopping import CRITERIA, WHICH, Flags, Indices, Pairs, Rule
 
 _FEW = 20  # steps in which a pair can converge by luck
-_THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps
+THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def eigsh(
     """
     width = 1 if block_size is None else block_size
     limit = max(300, 20 * k) if max_matvecs is None else max_matvecs
-    rows = _default_basis(op.shape[0], k, width) if max_basis is None else max_basis
+    rows = default_basis(op.shape[0], k, width) if max_basis is None else max_basis
     _check(op, k, which, tol, criterion, limit, width, rows)
     device = op.device if basis_device is None else torch.device(basis_device)
     starts = None if v0 is None else _starts(op, v0, width).to(device)
@@ -124,7 +124,7 @@ def eigsh(
     return result
 
 
-def _default_basis(n: int, k: int, width: int) -> int:
+def default_basis(n: int, k: int, width: int) -> int:
     thin = max(20, k + max(12, 4 * width, min(k, 20), k // 2))
     return max(thin, min(256, 2**22 // n))  # where they take little, more columns save products
 
@@ -321,7 +321,7 @@ class _Search:
     def _kept(self, rule: Rule, ritz: Ritz, wanted: Flags) -> Indices:
         """Return the indices of the pairs of Q that a restart keeps."""
         least = int(wanted.sum()) + 2  # the next one at each end shows how far the others are
-        count = least + int(_THICKNESS * max(len(wanted) - least, 0))
+        count = least + int(THICKNESS * max(len(wanted) - least, 0))
         return np.sort(rule.best(ritz.values, min(count, self._run.most_kept)))
 
     def _result(

@@ -1,0 +1,90 @@
+"""What `eigsh` takes beside the products, by the sizes of the problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eigenfilter.curvature.lanczos import THICKNESS, default_basis
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process takes, products with the operator left out.
+
+    Attributes:
+        products: taken by all processes together.
+        memory: bytes: the basis, and the result, or a product and its copy before there is one.
+        flops: floating-point operations on vectors.
+        traffic: bytes that vectors are read and written, at least.
+        reductions: sums over processes, of at most `max_basis` numbers each; 0 for one process.
+    """
+
+    products: int
+    memory: int
+    flops: int
+    traffic: int
+    reductions: int
+
+
+def eigsh_cost(
+    n: int,
+    k: int = 10,
+    *,
+    products: int | None = None,
+    copy_products: int = 10,
+    max_basis: int | None = None,
+    itemsize: int = 4,
+    processes: int = 1,
+) -> Cost:
+    """Return what `eigsh(op, k, max_basis=...)` takes, by counting its steps.
+
+    Against j columns of the basis a product takes one pass, 4 l j flops and 2 l j elements read,
+    and another against the two columns before it; or two passes over all, 8 l j flops and 3 l j
+    elements, after a restart and while copies are looked for. A restart from m to s columns takes
+    2 l m s flops, and m + s columns are read and written. l is the length of a slice.
+
+    Args:
+        n: the dimension, >= 1.
+        k: how many pairs.
+        products: of the operator; by default 3 k + copy_products, which is usual for networks.
+        copy_products: those of them that look for copies.
+        max_basis: m; by default that of `eigsh`.
+        itemsize: bytes of an element.
+        processes: how many hold a slice.
+
+    Raises:
+        ValueError: a size is out of its range.
+    """
+    total = 3 * k + copy_products if products is None else products
+    if min(n, k, itemsize, processes) < 1 or not 0 <= copy_products <= total:
+        raise ValueError("n, k, itemsize, processes must be >= 1, products >= copy_products >= 0")
+    rows = min(default_basis(n, k, 1) if max_basis is None else max_basis, n)
+    if rows < min(n, k + 4):
+        raise ValueError(f"max_basis must be at least min(n, k + 4), not {rows}")
+    length = -(-n // processes)
+    flops, columns, reductions = 0, 0, 0  # flops and columns a row of the vectors
+    size, fresh = 0, True  # whether the next vector was not a product's child
+    for i in range(total):
+        looking = i >= total - copy_products
+        if looking and i == total - copy_products:
+            flops, columns = flops + 2 * size * k, columns + size + k
+            size, fresh = k, True
+        elif size == rows:
+            kept = min(k + 2 + int(THICKNESS * max(rows - k - 2, 0)), rows - 1)
+            flops, columns = flops + 2 * size * kept, columns + size + kept
+            size, fresh = kept, True
+        size += 1
+        twice = fresh or looking
+        flops += (8 if twice else 4) * size + (0 if twice else 8) + 4
+        columns += (3 if twice else 2) * size + (0 if twice else 4) + 8
+        reductions += 3
+        fresh = False
+    flops += 2 * size * k + size * size
+    columns += size + k
+    return Cost(
+        products=total,
+        memory=itemsize * length * (rows + 1 + max(k, 2)),
+        flops=flops * length,
+        traffic=columns * length * itemsize,
+        reductions=reductions if processes > 1 else 0,
+    )

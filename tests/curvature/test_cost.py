@@ -1,0 +1,83 @@
+"""What `eigsh_cost` foretells, beside what `eigsh` does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvature.dense import decaying, operator
+from eigenfilter import kernels
+from eigenfilter.curvature import eigsh, eigsh_cost
+
+
+@pytest.mark.parametrize(("k", "max_basis"), [(2, 10), (6, 24), (10, None)])
+def test_passes_over_the_basis(
+    k: int, max_basis: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flops of Gram-Schmidt, counted call by call; the rest are restarts and the result."""
+    spent = 0
+    project_out = kernels.project_out
+
+    def counting(w: Tensor, basis: Tensor, *, passes: int = 2) -> tuple[Tensor, Tensor]:
+        nonlocal spent
+        spent += 4 * passes * basis.numel()
+        return project_out(w, basis, passes=passes)
+
+    monkeypatch.setattr(kernels, "project_out", counting)
+    n = 2**19 if max_basis is None else 400
+    d = torch.linspace(0, 1, n)
+    d[:12] = decaying(n)[:12].abs()
+    op = operator(decaying(n)) if max_basis else Diagonal(d)
+    found = eigsh(op, k, max_basis=max_basis)
+    cost = eigsh_cost(
+        n, k, products=found.matvecs, copy_products=found.copy_matvecs, max_basis=max_basis
+    )
+    assert cost.products == found.matvecs
+    assert spent / n == pytest.approx(cost.flops / n, rel=0.35)
+    assert spent < cost.flops
+
+
+class Diagonal:
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, d: Tensor) -> None:
+        self.shape = len(d), len(d)
+        self._d = d
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._d * v
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._d[:, None] * V
+
+
+def test_slices_share_it() -> None:
+    whole, shared = eigsh_cost(64_000_000), eigsh_cost(64_000_000, processes=64)
+    assert shared.memory == whole.memory / 64
+    assert shared.flops == whole.flops / 64
+    assert shared.traffic == whole.traffic / 64
+    assert (whole.reductions, shared.products) == (0, whole.products)
+    assert shared.reductions > shared.products
+
+
+def test_a_longer_basis_restarts_less() -> None:
+    short = eigsh_cost(10**6, 5, products=60, max_basis=12)
+    long = eigsh_cost(10**6, 5, products=60, max_basis=40)
+    assert short.memory < long.memory
+    assert short.flops < long.flops
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"n": 0}, "must be >= 1"),
+        ({"k": 0}, "must be >= 1"),
+        ({"processes": 0}, "must be >= 1"),
+        ({"products": 3}, "products >= copy_products"),
+        ({"max_basis": 7}, "max_basis must be at least"),
+    ],
+)
+def test_sizes_out_of_range(wrong: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        eigsh_cost(**({"n": 100, "k": 4} | wrong))
