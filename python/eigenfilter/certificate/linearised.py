@@ -194,5 +194,5 @@ def _notes(found: Sequence[Filter]) -> tuple[str, ...]:
         notes.append("AdamW's preconditioner held as it is")
     decays = any(getattr(f, "weight_decay", 0.0) > 0 for f in found)
     if decays and not all(isinstance(f, HeavyBall) for f in found):
-        notes.append("to first order in weight decay")
+        notes.append("but for a term of first order in weight decay")
     return tuple(notes)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.experiments import datasets
+from eigenfilter.experiments.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ def fashion(samples: int = 5000, folder: Path | None = None) -> Split:
         folder: of the data, in torchvision's layout; see `datasets.folder_of`.
 
     Raises:
-        UserError: the data are not there, or corrupt.
+        UserError: the data are not there, corrupt, or fewer.
     """
     found = datasets.load("fashion", folder)
+    if len(found.images) < samples:
+        raise UserError(f"fashion has {len(found.images)} training images, not {samples}")
     images, labels = found.images[:samples], found.labels[:samples]
     inputs, test_inputs = (x.flatten(1).float() / 255 for x in (images, found.test_images))
     mean = inputs.mean(dim=0)

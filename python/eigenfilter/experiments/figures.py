@@ -46,7 +46,7 @@ def canvas(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     yield figure.subplots(rows, columns, sharex=True, sharey=True)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=110)
 
 
 def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:

@@ -1,7 +1,8 @@
 """Print which Hessian eigenvalues every method admits at given hyperparameters.
 
 One line a method: the admitted intervals, their upper edge, gradients a step. Numbers are for full
-batches; with weight decay they hold to first order in it for all methods but SGD.
+batches; with weight decay they hold but for a term of first order in it for all methods but
+SGD.
 """
 
 from __future__ import annotations

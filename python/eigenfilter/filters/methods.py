@@ -56,7 +56,7 @@ class USAM(PolynomialFilter):
     edge, which lies below that of the same method without rho, and its mirror image about
     -1 / (2 rho): saddles with negative eigenvalues at and below -1 / rho. Weight decay widens both
     until they meet, at 1 / (4 rho). With weight decay the equilibrium has a nonzero gradient and
-    the statement holds to first order in weight decay only. With rho = 0 this is heavy ball
+    the statement holds but for a term of first order in it. With rho = 0 this is heavy ball
     (Nesterov with `nesterov`). Source: arXiv 2510.09034.
 
     Args:
@@ -89,9 +89,9 @@ class TwoStepUSAM(PolynomialFilter):
 
     "sequential": p(lambda) = lambda (1 + rho lambda)^2, "anchored": p(lambda) = lambda (1 + rho
     lambda + rho^2 lambda^2). At weight decay 0 the admitted set is one interval from 0 to the edge
-    and, sequentially, the single point -1 / rho. With weight decay the statement holds to first
-    order in weight decay only. With rho = 0 this is heavy ball (Nesterov with `nesterov`). Source:
-    arXiv 2510.09034; the method's exact form is our reading.
+    and, sequentially, the single point -1 / rho. With weight decay the statement holds but
+    for a term of first order in it. With rho = 0 this is heavy ball (Nesterov with `nesterov`).
+    Source: arXiv 2510.09034; the method's exact form is our reading.
 
     Args:
         rho: step of both ascents, >= 0. The others are those of `PolynomialFilter`.
@@ -127,8 +127,8 @@ class HessianUSAM(PolynomialFilter):
     """Hessian USAM: d(x) = grad f(x + rho H grad f(x)), p(lambda) = lambda (1 + rho lambda^2).
 
     p is odd and increasing: at weight decay 0 the admitted set is one interval from 0 to the edge,
-    and no negative eigenvalue is in it. With weight decay the statement holds to first order in
-    weight decay only. With rho = 0 this is heavy ball (Nesterov with `nesterov`). Source: arXiv
+    and no negative eigenvalue is in it. With weight decay the statement holds but for a term of
+    first order in it. With rho = 0 this is heavy ball (Nesterov with `nesterov`). Source: arXiv
     2510.09034; the method's exact form is our reading.
 
     Args:

@@ -93,7 +93,8 @@ class PolynomialFilter(Filter):
         momentum: in [0, 1).
         dampening: in [0, 1]; without effect at momentum 0, as in torch.
         weight_decay: >= 0. The statement is exact where p(lambda) = lambda; for any other p the
-            equilibrium has a nonzero gradient and it holds to first order in weight_decay only.
+            equilibrium has a nonzero gradient and it holds but for a term of first order in
+            weight_decay, which a quadratic f does not have: see docs/theory.md, 13.
         maximize: the optimizer ascends f. Eigenvalues stay those of the Hessian of f, so p(lambda)
             becomes p(-lambda).
 

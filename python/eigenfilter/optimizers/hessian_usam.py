@@ -169,8 +169,8 @@ class HessianUSAM(EigenfilterOptimizer):
 
     Where it converges, every eigenvalue lambda of the Hessian satisfies, with q = lambda (1 + rho
     lambda^2) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with Nesterov 0 <= lr q <=
-    (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else to first order in wd). At wd = 0
-    no negative eigenvalue passes.
+    (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else but for a term of order wd). At
+    wd = 0 no negative eigenvalue passes.
 
     `hvp="finite_difference"` takes three gradients: h = (grad f(x + eps g) - g) / eps with g = grad
     f(x) and eps = fd_step (1 + ||x||) / ||g||. Both gradients must see the same batch and the same

@@ -47,9 +47,9 @@ class TwoStepUSAM(EigenfilterOptimizer):
     Three gradients a step; the signs of both rho turn with `maximize`. Where it converges, every
     eigenvalue lambda of the Hessian satisfies, with q = p(lambda) + wd, 0 <= lr (1 - dampening) q
     <= 2 (1 + momentum), and with Nesterov 0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum) (exactly
-    for wd = 0, else to first order in wd), where p = lambda (1 + rho lambda)^2 ("sequential") or
-    lambda (1 + rho lambda + rho^2 lambda^2) ("anchored"). At wd = 0 no negative eigenvalue passes
-    but, sequentially, exactly -1 / rho.
+    for wd = 0, else but for a term of order wd), where p = lambda (1 + rho lambda)^2
+    ("sequential") or lambda (1 + rho lambda + rho^2 lambda^2) ("anchored"). At wd = 0 no negative
+    eigenvalue passes but, sequentially, exactly -1 / rho.
 
     Args:
         params: parameters, named parameters, or groups of them.

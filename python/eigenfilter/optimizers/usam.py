@@ -35,9 +35,9 @@ class USAM(EigenfilterOptimizer):
 
     Two gradients a step. Where it converges, every eigenvalue lambda of the Hessian satisfies, with
     q = lambda (1 + rho lambda) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with
-    Nesterov 0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else to first
-    order in wd): the larger rho, the flatter the minima. Eigenvalues below -1/rho can pass too. See
-    `eigenfilter.filters`.
+    Nesterov 0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else but for
+    a term of order wd): the larger rho, the flatter the minima. Eigenvalues below -1/rho can
+    pass too. See `eigenfilter.filters`.
 
     The ascent is one kernel, which saves x and moves it; the descent is one, which restores x bit
     for bit and applies the update. Parameters keep their storage. Memory: one backup of the

@@ -38,7 +38,7 @@ class Phase:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    configure_training(parser, "moving-edge", steps=2000)
+    configure_training(parser, "moving-edge", steps=3000)
 
 
 def run(args: argparse.Namespace) -> int:

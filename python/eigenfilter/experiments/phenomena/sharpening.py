@@ -42,7 +42,7 @@ def methods(edge: float) -> list[Method]:
     return [
         _method("gradient descent", ef.SGD, "sgd", edge),
         _method("heavy ball", ef.SGD, "sgd", edge, momentum=0.5),
-        _method("Nesterov", ef.SGD, "sgd", edge, momentum=0.9, nesterov=True),
+        _method("Nesterov", ef.SGD, "sgd", edge, momentum=0.7, nesterov=True),
         _method("USAM", ef.USAM, "usam", edge, rho=_BEND / edge),
         _method("two-step USAM", ef.TwoStepUSAM, "two_step_usam", edge, rho=0.5 * _BEND / edge),
         _method("Hessian USAM", ef.HessianUSAM, "hessian_usam", edge, rho=_BEND / edge**2),
