@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.certificate.linearised import ascent_of, preconditioner, spread
-from eigenfilter.curvature.operators import HessianOperator
+from eigenfilter.curvature.hessian import HessianOperator
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,9 @@ from eigenfilter.curvature.estimates import Estimate
 from eigenfilter.curvature.extremes import Extreme, Extremes, extremes
 from eigenfilter.curvature.fisher import EmpiricalFisherOperator
 from eigenfilter.curvature.ggn import GGNOperator
+from eigenfilter.curvature.hessian import HessianOperator
 from eigenfilter.curvature.lanczos import eigsh
-from eigenfilter.curvature.operators import CurvatureOperator, HessianOperator
+from eigenfilter.curvature.operators import CurvatureOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
 from eigenfilter.curvature.traces import diagonal, trace

@@ -125,6 +125,7 @@ def eigsh(
 
 
 def default_basis(n: int, k: int, width: int) -> int:
+    """Return the columns of Q by default, for k pairs of order n, `width` products at a time."""
     thin = max(20, k + max(12, 4 * width, min(k, 20), k // 2))
     return max(thin, min(256, 2**22 // n))  # where they take little, more columns save products
 

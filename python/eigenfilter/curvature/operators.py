@@ -17,9 +17,8 @@ from eigenfilter.curvature import engines
 from eigenfilter.curvature.data import source_of
 from eigenfilter.curvature.distributed import reduce
 from eigenfilter.curvature.engines.choice import choose
-from eigenfilter.curvature.engines.graphs import gradient
 from eigenfilter.curvature.engines.memory import default_budget
-from eigenfilter.curvature.engines.vectors import Sums, split
+from eigenfilter.curvature.engines.vectors import Sums
 from eigenfilter.curvature.objective import Objective, Outer
 from eigenfilter.curvature.point import Point, checksum
 from eigenfilter.curvature.slices import ShardSlices, slices_of
@@ -363,57 +362,6 @@ class CurvatureOperator(ABC):
         tree = self._objective.tree
         held = [*tree.parameters(), *tree.buffers()]
         return [_distributed.local(t) for t in held], self._source.tensors()
-
-
-class HessianOperator(CurvatureOperator):
-    """The Hessian of a model's loss: C_b is that of loss_b(x), of batch b.
-
-        H v = d/dt grad f(x + t v) at t = 0
-
-    Everything else is as `CurvatureOperator` says.
-
-    Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6
-    (1994), eq. (3), by automatic differentiation of the gradient.
-    """
-
-    _through_backward = True
-
-    @torch.no_grad()
-    def gradient(self, at: Tensor | None = None) -> Tensor:
-        """Return the gradient of f [n] at x, or at another point `at` [n].
-
-        The model's parameters, and their gradients, are left as they are.
-
-        Raises:
-            ValueError: `at` is not of the operator's shape, dtype and device.
-            RuntimeError: see the class.
-        """
-        if self.slices is not None:
-            raise RuntimeError(
-                "there are no gradients of a model that FSDP2 shards here: pass an unsharded copy"
-            )
-        if at is not None:
-            self._check_like("at", "[{}]", at, at.ndim == 1)
-        self._current()
-        place = self.params if at is None else split(at.clone(), self.params)
-        inputs = [p if at is None else p.requires_grad_() for p in place]
-        names = self._objective.names(self.params)
-        named = None if at is None else dict(zip(names, inputs, strict=True))
-        sums = Sums(torch.empty(self.shape[0], 1, dtype=self.dtype, device=self.device), inputs)
-        with torch.autocast(self.device.type, enabled=False):
-            for index, batch in enumerate(self._source.batches()):
-                here = self._objective.evaluate(index, batch, named)
-                weight = 1.0 if self._source.single else here.weight()
-                sums.weight += weight
-                sums.add(gradient(here, inputs), weight, 0)
-                del here
-        return self._total(sums, [] if at is None else [at])[0]
-
-    @staticmethod
-    def _finish(
-        loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, mean: bool
-    ) -> tuple[Tensor, Outer | None]:
-        return one_number(loss_fn(output, target)), None
 
 
 def one_number(loss: object) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -38,6 +39,63 @@ def whole(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def add_out(parser: argparse.ArgumentParser, default: str, files: str) -> None:
+    """Add --out, the folder for `files`."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(default),
+        metavar="DIR",
+        help=f"folder for {files} (default: %(default)s)",
+    )
+
+
+def add_training(parser: argparse.ArgumentParser, *, steps: int, of: str, budget: float) -> None:
+    """Add --seed, --steps and --budget: how full batches are trained on.
+
+    steps: by default; of: what they are, in words. budget: minutes by default.
+    """
+    parser.add_argument(
+        "--seed",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="of the initial weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole(1),
+        default=steps,
+        metavar="N",
+        help=f"{of} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        default=budget,
+        metavar="MINUTES",
+        help="most time that all runs may take (default: %(default)s)",
+    )
+
+
+def add_commands(
+    parser: argparse.ArgumentParser, dest: str, modules: Mapping[str, ModuleType]
+) -> None:
+    """Add a command for each module, which has `HELP` and `configure(parser)`.
+
+    dest: where the name of the one chosen stands.
+    """
+    commands = parser.add_subparsers(dest=dest, metavar=dest.upper(), required=True)
+    for name, module in modules.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.configure(command)
 
 
 def output_folder(path: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import NoReturn
 from eigenfilter import __version__
 from eigenfilter.benchmarks import command as bench
 from eigenfilter.experiments import certify, demo, filter, phenomena, spectrum, train
+from eigenfilter.experiments.arguments import add_commands
 from eigenfilter.experiments.errors import UserError
 
 _COMMANDS: Mapping[str, ModuleType] = {
@@ -39,16 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = _Parser(prog="eigenfilter", description="Optimizers as eigenvalue filters.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in _COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.configure(command)
-        command.set_defaults(run=module.run)
+    add_commands(parser, "command", _COMMANDS)
     return parser
 
 
@@ -61,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        code: int = _COMMANDS[args.command].run(args)
     except UserError as error:
         print(f"eigenfilter {args.command}: error: {error}", file=sys.stderr)
         return 2

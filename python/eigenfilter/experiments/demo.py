@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 import eigenfilter as ef
 from eigenfilter.experiments import problems
-from eigenfilter.experiments.arguments import output_folder, positive, whole
+from eigenfilter.experiments.arguments import add_out, add_training, output_folder
 from eigenfilter.experiments.data import digits
 from eigenfilter.experiments.edge import EVERY, train_to_edge
 from eigenfilter.experiments.errors import require
@@ -39,34 +38,9 @@ METHODS = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/demo"),
-        metavar="DIR",
-        help="folder for sharpness.png and results.json (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="of the initial weights (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=whole(1),
-        default=4000,
-        metavar="N",
-        help=f"most steps a method may take, checked every {EVERY} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=positive,
-        default=2.0,
-        metavar="MINUTES",
-        help="most time the training may take (default: %(default)s)",
-    )
+    add_out(parser, "out/demo", "sharpness.png and results.json")
+    of = f"most steps a method may take, checked every {EVERY}"
+    add_training(parser, steps=4000, of=of, budget=2.0)
 
 
 def run(args: argparse.Namespace) -> int:

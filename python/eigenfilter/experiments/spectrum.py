@@ -25,7 +25,7 @@ import eigenfilter as ef
 from eigenfilter import filters
 from eigenfilter.certificate import Certificate
 from eigenfilter.curvature import CurvatureOperator, EigenResult, SpectralDensity
-from eigenfilter.experiments.arguments import device_of, output_folder, positive, whole
+from eigenfilter.experiments.arguments import add_out, device_of, output_folder, positive, whole
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.logs import plain
@@ -87,13 +87,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU)"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/spectrum"),
-        metavar="DIR",
-        help="folder for spectrum.json and spectrum.png (default: %(default)s)",
-    )
+    add_out(parser, "out/spectrum", "spectrum.json and spectrum.png")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Mapping
 from types import ModuleType
 
+from eigenfilter.experiments.arguments import add_commands
 from eigenfilter.experiments.phenomena import late, moving_edge, saddle, sharpening
 
 HELP = "sharpening to the edge, saddles, a late switch to USAM, an edge that moves"
@@ -24,15 +25,7 @@ _PHENOMENA: Mapping[str, ModuleType] = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add a command for each phenomenon."""
-    commands = parser.add_subparsers(dest="phenomenon", metavar="PHENOMENON", required=True)
-    for name, module in _PHENOMENA.items():
-        command = commands.add_parser(
-            name,
-            help=module.HELP,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.configure(command)
+    add_commands(parser, "phenomenon", _PHENOMENA)
 
 
 def run(args: argparse.Namespace) -> int:

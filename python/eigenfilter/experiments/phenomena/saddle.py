@@ -21,10 +21,9 @@ from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter import filters
-from eigenfilter.experiments.arguments import output_folder
+from eigenfilter.experiments.arguments import add_out, output_folder
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.figures import paths_figure
-from eigenfilter.experiments.phenomena.training import add_out
 from eigenfilter.experiments.reports import aligned, save
 from eigenfilter.filters import PolynomialFilter
 
@@ -69,7 +68,7 @@ class Escape:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    add_out(parser, "saddle")
+    add_out(parser, "out/phenomena/saddle", "saddle.png and results.json")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eigenfilter.experiments.arguments import output_folder, positive, whole
+from eigenfilter.experiments.arguments import add_out, add_training, output_folder, positive
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.figures import curve_of, sharpness_figure
 from eigenfilter.experiments.full_batch import BAND, Check, Method, Run, Training, threads_for
@@ -17,7 +17,7 @@ from eigenfilter.experiments.losses import LOSSES
 from eigenfilter.experiments.problems import ACTIVATIONS, DATASETS, Problem, load
 from eigenfilter.experiments.reports import progress, save, table
 
-CHECKS = 100  # of the sharpness in a run
+CHECKS = 60  # of the sharpness in a run
 _SETTLED = 0.25  # the last part of a run, by whose mean it is judged
 
 # Sharpnesses that gradient flow passes soon after its start: edges put there come into play.
@@ -68,45 +68,14 @@ def configure(parser: argparse.ArgumentParser, name: str, steps: int) -> None:
         metavar="DIR",
         help="folder of Fashion-MNIST (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
     )
-    add_out(parser, name)
+    add_out(parser, f"out/phenomena/{name}", f"{name}.png and results.json")
     parser.add_argument(
         "--edge",
         type=positive,
         metavar="X",
         help="where the edges are put (default: by the problem, within reach of its sharpness)",
     )
-    parser.add_argument(
-        "--seed",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="of the initial weights (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=whole(1),
-        default=steps,
-        metavar="N",
-        help="of every run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=positive,
-        default=10.0,
-        metavar="MINUTES",
-        help="most time that all runs may take (default: %(default)s)",
-    )
-
-
-def add_out(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add the argument for the folder."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/phenomena") / name,
-        metavar="DIR",
-        help=f"folder for {name}.png and results.json (default: %(default)s)",
-    )
+    add_training(parser, steps=steps, of="of every run", budget=10.0)
 
 
 def setting(args: argparse.Namespace) -> Setting:
