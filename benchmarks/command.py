@@ -76,6 +76,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         _triton_blocks,
     )
     _add_device(of_blocks)
+    of_blocks.add_argument(
+        "--save", action="store_true", help="let later processes on such a device use the best"
+    )
     _add_out(of_blocks)
     of_curvature = table(
         "curvature",
@@ -158,7 +161,10 @@ def _triton_blocks(args: argparse.Namespace) -> int:
     if device.type == "cpu":
         raise UserError("triton-blocks times a GPU: give --device cuda")
     require("triton")
-    triton_blocks.run(device, _folder(args))
+    try:
+        triton_blocks.run(device, _folder(args), args.save)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return 0
 
 

@@ -39,9 +39,9 @@ CHECK
 
 results=benchmarks/results
 before=$(mktemp)
+"$eigenfilter" bench triton-blocks --device cuda --save --out "$results"
 "$eigenfilter" bench --device cuda --out "$results"
 "$eigenfilter" bench memory --device cuda --out "$results"
-"$eigenfilter" bench triton-blocks --device cuda --out "$results"
 if [ -n "${OUT:-}" ]; then
     find "$results" -name '*-cuda*' -newer "$before" -exec cp {} "$OUT" \;
 fi

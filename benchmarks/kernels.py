@@ -21,10 +21,11 @@ from eigenfilter.benchmarks.contest import (
     copy,
     nothing,
 )
-from eigenfilter.benchmarks.peers import torch_sgd
+from eigenfilter.benchmarks.peers import torch_adamw, torch_sgd
 from eigenfilter.benchmarks.shapes import Problem
 
-ALPHA, LR, MOMENTUM = 0.05, 0.1, 0.9
+ALPHA, EPS, LR, MOMENTUM = 0.05, 0.5, 0.1, 0.9
+ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
 
 # torch's norm is this far from the exact one, ours a rounding: torch sums in the tensors' dtype.
 NORM_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
@@ -57,6 +58,34 @@ def ascend(setting: Setting, dtype: torch.dtype) -> Contest:
     return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.ascend), 4)
 
 
+def ascend_again(setting: Setting, dtype: torch.dtype) -> Contest:
+    """Move once more: reads x, g, writes x."""
+    p = problem(setting.device, dtype)
+    grads = p.tensors(1)
+
+    def contender(name: str, run: Callable[..., object]) -> Contender:
+        x = p.tensors(0)
+        return _contender(name, lambda: run(x, grads, alpha=ALPHA), x)
+
+    ours = functools.partial(kernels.ascend_again, backend=setting.backend)
+    theirs = contender("foreach", torch_sgd.ascend_again)
+    return _contest(p, contender("eigenfilter", ours), theirs, 3)
+
+
+def ascend_hvp(setting: Setting, dtype: torch.dtype) -> Contest:
+    """Move along a finite difference: reads b, g, g0, writes x."""
+    p = problem(setting.device, dtype)
+    read = [p.tensors(i) for i in (1, 2, 3)]
+
+    def contender(name: str, run: Callable[..., object]) -> Contender:
+        x = p.tensors(0)
+        return _contender(name, lambda: run(x, *read, alpha=ALPHA, eps=EPS), x)
+
+    ours = functools.partial(kernels.ascend_hvp, backend=setting.backend)
+    theirs = contender("foreach", torch_sgd.ascend_hvp)
+    return _contest(p, contender("eigenfilter", ours), theirs, 4)
+
+
 def descend(setting: Setting, dtype: torch.dtype) -> Contest:
     """Restore and step with momentum: reads b, g, m, writes x, m."""
     p = problem(setting.device, dtype)
@@ -69,6 +98,20 @@ def descend(setting: Setting, dtype: torch.dtype) -> Contest:
 
     ours = functools.partial(kernels.descend, backend=setting.backend)
     return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.descend), 5)
+
+
+def descend_adamw(setting: Setting, dtype: torch.dtype) -> Contest:
+    """AdamW's step: reads x, g, m, v, writes x, m, v."""
+    p = problem(setting.device, dtype)
+    grads = p.tensors(1)
+
+    def contender(name: str, run: Callable[..., object]) -> Contender:
+        x, m, v = p.tensors(0), p.tensors(2), [1 + t.square() for t in p.tensors(3)]
+        return _contender(name, lambda: run(x, grads, m, v, step=10, **ADAMW), [*x, *m, *v])
+
+    ours = functools.partial(kernels.descend_adamw, backend=setting.backend)
+    theirs = contender("fused", torch_adamw.descend_adamw)
+    return _contest(p, contender("eigenfilter", ours), theirs, 7)
 
 
 def norm(setting: Setting, dtype: torch.dtype) -> Contest:
@@ -166,7 +209,18 @@ def _contest(
     return Contest(library, (peer,), (yardstick,), tolerances[p.dtype], moved, "device")
 
 
-KERNELS = {build.__name__: build for build in (ascend, descend, norm, flag_nonfinite)}
+KERNELS = {
+    build.__name__: build
+    for build in (
+        ascend,
+        ascend_again,
+        ascend_hvp,
+        descend,
+        descend_adamw,
+        norm,
+        flag_nonfinite,
+    )
+}
 
 BENCHMARKS = tuple(
     Benchmark(

@@ -1,17 +1,19 @@
 """Which sizes of blocks and programs serve the Triton kernels best: all of them, timed in turns.
 
-    eigenfilter bench triton-blocks --device cuda
+    eigenfilter bench triton-blocks --device cuda --save
 
-The bandwidth of each kernel for each choice, as a fraction of a copy's. The library's own choice,
-which is compiled in, is marked; where another is better by more than the quartiles, write that into
-`eigenfilter/kernels/triton_tables.py` and `triton_device.py`.
+The bandwidth of each kernel for each choice, as a fraction of a copy's. A choice is taken in place
+of the default where it is better by more than the quartiles of both. With --save what is taken is
+written down for this kind of device, see `eigenfilter.kernels.triton_blocks`, and later processes
+use it.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,80 +22,87 @@ from eigenfilter.benchmarks import environment, report
 from eigenfilter.benchmarks.contest import Contender, Phase, Setting
 from eigenfilter.benchmarks.kernels import KERNELS
 from eigenfilter.benchmarks.timing import Spread, clock, interleave
+from eigenfilter.experiments.files import replace_text
+from eigenfilter.kernels import triton_blocks
+from eigenfilter.kernels.triton_blocks import Blocks
 
-BLOCK_BYTES = (2048, 4096, 8192, 16384)
-WARPS = (2, 4, 8)
-DTYPES = (torch.float32, torch.bfloat16)
+CHOICES = tuple(itertools.starmap(Blocks, itertools.product((2048, 4096, 8192, 16384), (2, 4, 8))))
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Choice = tuple[int, int]
+Measured = dict[tuple[str, str], dict[Blocks, Spread]]
+"""A kernel's bandwidths over a copy's by kernel and dtype, then choice."""
 
 
-def run(device: torch.device, folder: Path) -> None:
-    """Time every choice, print the table, write the results."""
+def run(device: torch.device, folder: Path, save: bool) -> None:
+    """Time every choice, print the table, write the results; and what is best, if asked for."""
     found = environment.describe(device)
-    own = chosen()
     rows = [
         "| kernel | dtype | block, bytes | warps | of copy |",
         "| --- | --- | --- | --- | --- |",
     ]
     print("\n".join(rows))
-    measured = []
+    measured: Measured = {}
+    data = []
     for name, dtype in itertools.product(KERNELS, DTYPES):
-        for choice, ratio in measure(name, dtype, device).items():
-            measured.append(
-                {"kernel": name, "dtype": str(dtype), "choice": choice, "ratio": ratio.median}
-            )
-            mark = " (chosen)" if choice == own else ""
+        spreads = measured[name, str(dtype)] = measure(name, dtype, device)
+        taken = best(spreads)
+        for choice, ratio in spreads.items():
+            data.append({"kernel": name, "dtype": str(dtype), **asdict(choice), **asdict(ratio)})
+            mark = " (taken)" if choice == taken else ""
             spread = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
-            rows.append(f"| {name} | {dtype} | {choice[0]} | {choice[1]}{mark} | {spread} |")
+            rows.append(f"| {name} | {dtype} | {choice.bytes} | {choice.warps}{mark} | {spread} |")
             print(rows[-1], flush=True)
     title = "# Sizes of the Triton kernels' blocks"
-    data = {"device": device.type, "triton_blocks": measured}
-    report.write(folder, f"{device.type}-triton-blocks", found, [title, "", *rows], data)
+    data_of = {"device": device.type, "triton_blocks": data}
+    report.write(folder, f"{device.type}-triton-blocks", found, [title, "", *rows], data_of)
+    if save:
+        write(triton_blocks.file(), device, measured)
 
 
 def measure(
     kernel: str, dtype: torch.dtype, device: torch.device, repeat: int | None = None
-) -> dict[Choice, Spread]:
+) -> dict[Blocks, Spread]:
     """A kernel's bandwidth over a copy's, by choice."""
     contest = KERNELS[kernel](Setting(device, "triton"), dtype)
     copy = contest.yardsticks[0]
     [work] = contest.library.phases
 
-    def contender(choice: Choice) -> Contender:
+    def contender(choice: Blocks) -> Contender:
         def act(run: Callable[[], object] = work.run) -> None:
-            with choosing(choice):
+            with triton_blocks.forcing(choice):
                 run()
 
         return Contender(str(choice), (Phase(work.prepare, act),), contest.library.result)
 
-    choices = list(itertools.product(BLOCK_BYTES, WARPS))
-    contenders = [*map(contender, choices), copy.contender]
+    contenders = [*map(contender, CHOICES), copy.contender]
     laps = interleave(contenders, clock(contest.clock, device), repeat=repeat)
     copied = [copy.scale * lap.seconds for lap in laps[copy.contender.name]]
     return {
         choice: Spread.of(
             [b / lap.seconds for lap, b in zip(laps[str(choice)], copied, strict=True)]
         )
-        for choice in choices
+        for choice in CHOICES
     }
 
 
-def chosen() -> Choice:
-    """The library's choice."""
-    from eigenfilter.kernels import triton_device, triton_tables
+def best(spreads: Mapping[Blocks, Spread]) -> Blocks:
+    """The default, or the fastest choice if its lower quartile is above the default's upper."""
+    usual = Blocks()
+    fastest = max(spreads, key=lambda choice: spreads[choice].median)
+    return fastest if spreads[fastest].low > spreads[usual].high else usual
 
-    return triton_tables.BLOCK_BYTES, triton_device.OPTIONS["num_warps"]
 
+def write(path: Path, device: torch.device, measured: Measured) -> None:
+    """Write down what is best for a kind of device; what is there for others stays.
 
-@contextmanager
-def choosing(choice: Choice) -> Iterator[None]:
-    """A context in which another choice is the library's."""
-    from eigenfilter.kernels import triton_device, triton_tables
-
-    before = chosen()
-    triton_tables.BLOCK_BYTES, triton_device.OPTIONS["num_warps"] = choice
-    try:
-        yield
-    finally:
-        triton_tables.BLOCK_BYTES, triton_device.OPTIONS["num_warps"] = before
+    Raises:
+        ValueError: the file there holds something else.
+        UserError: it cannot be written.
+    """
+    saved = triton_blocks.read(path)
+    by_kernel = saved.setdefault(triton_blocks.name_of(device), {})
+    for (kernel, dtype), spreads in measured.items():
+        by_kernel.setdefault(kernel, {})[dtype] = best(spreads)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(saved, default=asdict, indent=1) + "\n")
+    print(f"wrote {path}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 CLASS = torch.optim.AdamW
@@ -24,3 +25,34 @@ def fused(params: Sequence[Parameter], lr: float) -> torch.optim.AdamW:
 def foreach(params: Sequence[Parameter], lr: float) -> torch.optim.AdamW:
     """One multi-tensor call an operation."""
     return torch.optim.AdamW(params, **settings(lr), foreach=True)
+
+
+def descend_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """The fused kernel alone."""
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [torch.full((), float(step), device=p.device) for p in params],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        amsgrad=False,
+        maximize=False,
+    )

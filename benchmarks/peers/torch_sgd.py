@@ -35,6 +35,27 @@ def ascend(
     torch._foreach_add_(params, grads, alpha=alpha)
 
 
+def ascend_again(params: list[Tensor], grads: list[Tensor], *, alpha: float) -> None:
+    """x <- x + alpha g."""
+    torch._foreach_add_(params, grads, alpha=alpha)
+
+
+def ascend_hvp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    base_grads: list[Tensor],
+    backups: list[Tensor],
+    *,
+    alpha: float,
+    eps: float,
+) -> None:
+    """x <- b + alpha (g - g0) / eps."""
+    torch._foreach_copy_(params, grads)
+    torch._foreach_sub_(params, base_grads)
+    torch._foreach_mul_(params, alpha / eps)
+    torch._foreach_add_(params, backups)
+
+
 def descend(
     params: list[Tensor],
     grads: list[Tensor],

@@ -1,10 +1,11 @@
-"""Sizes of the Triton kernels' blocks: each choice is the one in force while it is timed."""
+"""Sizes of the Triton kernels' blocks: timed, the better ones written down and used."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,27 +17,69 @@ def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cuda" in capsys.readouterr().err
 
 
-def test_every_choice_works_and_is_in_force() -> None:
+def test_every_choice_works_and_the_best_is_used_from_then_on(tmp_path: Path) -> None:
     """Under the interpreter, with tensors that are small."""
     pytest.importorskip("triton")
-    environment = dict(os.environ, TRITON_INTERPRET="1")
-    subprocess.run([sys.executable, __file__], check=True, env=environment)
+    file = tmp_path / "cache" / "blocks.json"
+    environment = dict(os.environ, TRITON_INTERPRET="1", EIGENFILTER_TRITON_BLOCKS=str(file))
+    for task in ("measure", "use"):
+        subprocess.run([sys.executable, __file__, task], check=True, env=environment)
+    file.write_text('{"cpu": {"ascend": {"torch.float32": {"bytes": 1000, "warps": 4}}}}')
+    bad = subprocess.run(
+        [sys.executable, __file__, "use"],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert bad.returncode == 1
+    assert f"{file} holds no sizes of blocks (bytes must be a power of 2" in bad.stderr
+
+
+def measure() -> None:
+    """Time all choices; write the best down as if others had been."""
+    from eigenfilter.benchmarks import kernels, triton_blocks
+    from eigenfilter.benchmarks.shapes import Problem
+    from eigenfilter.benchmarks.timing import Spread
+    from eigenfilter.kernels.triton_blocks import Blocks, file, read
+
+    kernels.problem = lambda device, dtype: Problem([(3000,)] * 2, device, dtype)
+    cpu = torch.device("cpu")
+    for name in kernels.KERNELS:
+        found = triton_blocks.measure(name, torch.float32, cpu, repeat=1)
+        assert len(found) == 12
+        assert all(spread.median > 0 for spread in found.values())
+
+    usual, other = Blocks(), Blocks(8192, 2)
+    slower, faster = Spread.of([0.7, 0.8, 0.9]), Spread.of([0.91, 0.95, 0.97])
+    assert triton_blocks.best({usual: slower, other: faster}) == other
+    assert triton_blocks.best({usual: faster, other: slower}) == usual
+    overlapping = Spread.of([0.84, 0.85, 0.97])
+    assert triton_blocks.best({usual: slower, other: overlapping}) == usual
+
+    found = {("ascend", "torch.float32"): {usual: slower, other: faster}}
+    triton_blocks.write(file(), torch.device("meta"), found)
+    triton_blocks.write(file(), cpu, found)
+    assert read(file()) == {name: {"ascend": {"torch.float32": other}} for name in ("meta", "cpu")}
+
+
+def use() -> None:
+    """Ascend with what was written down, descend with the default."""
+    from eigenfilter import kernels
+    from eigenfilter.kernels import triton_tables
+    from eigenfilter.kernels.triton_blocks import Blocks
+
+    cut, blocks = triton_tables.cut, []
+    triton_tables.cut = lambda *args: blocks.append(args[-1]) or cut(*args)
+    x, g, b = ([torch.ones(5000)] for _ in range(3))
+    kernels.ascend(x, g, b, alpha=1.0, backend="triton")
+    assert bool((x[0] == 2).all())
+    kernels.descend(x, g, None, b, lr=0.5, backend="triton")
+    assert bool((x[0] == 0.5).all())
+    assert blocks == [8192 // 4, Blocks().elements(torch.float32)]
 
 
 if __name__ == "__main__":
     import torch
 
-    from eigenfilter.benchmarks import kernels, triton_blocks
-    from eigenfilter.benchmarks.shapes import Problem
-    from eigenfilter.kernels import triton_tables
-
-    kernels.problem = lambda device, dtype: Problem([(3000,)] * 2, device, dtype)
-    before = triton_blocks.chosen()
-    for name in kernels.KERNELS:
-        found = triton_blocks.measure(name, torch.float32, torch.device("cpu"), repeat=1)
-        assert len(found) == 12
-        assert all(spread.median > 0 for spread in found.values())
-    assert triton_blocks.chosen() == before
-    with triton_blocks.choosing((8192, 2)):
-        assert triton_tables.block_size(torch.float32) == 2048
-        assert triton_blocks.chosen() == (8192, 2)
+    {"measure": measure, "use": use}[sys.argv[1]]()

@@ -188,49 +188,6 @@ def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert lines(tmp_path) == log  # complete: nothing is done again
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_step_is_the_optimizers(channels_last: bool) -> None:
-    """With the batch, the frozen statistics and the clipping that were asked for."""
-    config = Config(
-        **SMALL | {"model": "wrn-10-1", "batch_size": 16, "optimizer": "usam"},
-        clip=0.3,
-        channels_last=channels_last,
-    )
-    data = datasets.load("digits")
-    trainer = Trainer(config, data, torch.device("cpu"))
-    twin = Trainer(config, data, torch.device("cpu"))
-    trainer.advance()
-    images, labels = twin._batches.batch(0, 0)
-    model, optimizer = twin.model, twin.optimizer
-    for perturbed in (False, True):
-        if perturbed:
-            optimizer.ascend()
-            for module in model.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.momentum = 0.0
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-    optimizer.step()
-    for (name, a), b in zip(
-        trainer.model.state_dict().items(), model.state_dict().values(), strict=True
-    ):
-        if "num_batches" not in name:
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
-    assert trainer.drain()["loss"] > 0
-
-
-def test_a_test_is_over_all_images(tmp_path: Path) -> None:
-    trainer = Trainer(Config(**SMALL), datasets.load("digits"), torch.device("cpu"))
-    found = trainer.evaluate()
-    data = trainer.data
-    images = trainer._normaliser(data.test_images)
-    with torch.no_grad():
-        scores = trainer.model(images)
-    loss = torch.nn.functional.cross_entropy(scores.double(), data.test_labels)
-    assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert found["accuracy"] == float((scores.argmax(1) == data.test_labels).double().mean())
-
-
 # Every way it can end.
 
 
@@ -377,23 +334,6 @@ def test_memory_that_does_not_suffice(
         runs.run(Config(**SMALL | {"checkpoint_every": 4}), tmp_path)
 
 
-def test_an_exception_within_a_step_leaves_the_weights_at_x() -> None:
-    trainer = Trainer(Config(**SMALL), datasets.load("digits"), torch.device("cpu"))
-    before = [p.detach().clone() for p in trainer.model.parameters()]
-    loss_fn, calls = trainer.loss_fn, iter((False, True))
-
-    def failing(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if next(calls):
-            raise Killed
-        return loss_fn(scores, labels)
-
-    trainer.loss_fn = failing
-    with pytest.raises(Killed):
-        trainer.advance()
-    assert not trainer.optimizer.perturbed
-    assert_same(before, [p.detach() for p in trainer.model.parameters()])
-
-
 def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *argv]) == 2
     error = capsys.readouterr().err
@@ -453,14 +393,6 @@ def test_other_data_are_noticed(tmp_path: Path) -> None:
     runs.run(config, tmp_path / "out", data_dir=tmp_path / "a", stop=stopped_after(3))
     with pytest.raises(UserError, match="was trained on other data"):
         runs.run(config, tmp_path / "out", data_dir=tmp_path / "b", resume=True)
-
-
-def test_a_state_of_another_model() -> None:
-    data = datasets.load("digits")
-    state = Trainer(Config(**SMALL), data, torch.device("cpu")).state_dict()
-    other = Trainer(Config(**SMALL | {"model": "mlp-13"}), data, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"size mismatch for 1\.weight"):
-        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("module", ["yaml", "tqdm", "sklearn"])

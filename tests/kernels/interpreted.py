@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter.kernels import reference, triton_device, triton_kernels
-from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, block_size
+from eigenfilter.kernels.triton_blocks import Blocks
+from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,7 +39,7 @@ class Lists:
     """Lists of NaN tensors of equal sizes, each tensor with a margin of NaN around it."""
 
     def __init__(self, dtype: torch.dtype, lists: int) -> None:
-        block = block_size(dtype)
+        block = Blocks().elements(dtype)
         chunk = BLOCKS_IN_CHUNK * block
         whole = (0, 1, 7, block // 4, block - 1, block, block + 1, chunk, chunk + block + 3)
         places = [(size, ALIGNED) for size in whole]
@@ -384,7 +385,7 @@ def test_weights_multiply_in_float64() -> None:
 
 def test_norm_sums_more_chunks_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_device, "NORM_BLOCK", 4)
-    t = torch.randn(9 * BLOCKS_IN_CHUNK * block_size(torch.float32))
+    t = torch.randn(9 * BLOCKS_IN_CHUNK * Blocks().elements(torch.float32))
     out = torch.empty(())
     triton_kernels.norm([t], out)
     torch.testing.assert_close(out, t.double().norm().float(), rtol=1e-6, atol=0)

@@ -200,9 +200,10 @@ def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str,
     import torch
 
     from eigenfilter.kernels import triton_device as device_code
-    from eigenfilter.kernels.triton_kernels import constants
+    from eigenfilter.kernels.triton_blocks import Blocks
+    from eigenfilter.kernels.triton_kernels import constants, options
 
-    shared = constants(getattr(torch, dtype))
+    shared = constants(getattr(torch, dtype), Blocks())
     nesterov, nearest = {"MOMENTA": True, "NESTEROV": True}, {"STOCHASTIC": False}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "ascend": on_host(device_code.ascend_kernel, ADAPTIVE=False),
@@ -226,7 +227,7 @@ def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str,
         kernels["descend_adamw_stochastic"] = on_host(adamw, STOCHASTIC=True)
         kernels["descend_adamw_stochastic_scaled"] = (adamw, {"STOCHASTIC": True})
     found = {
-        name: (kernel, shared | chosen, device_code.OPTIONS)
+        name: (kernel, shared | chosen, options(Blocks()))
         for name, (kernel, chosen) in kernels.items()
     }
     block = {"BLOCK": device_code.NORM_BLOCK}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from eigenfilter.kernels import triton_tables
+from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, cut, tables
 
 BLOCK = 512
@@ -43,11 +44,11 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_a_tensor_is_aligned_if_it_is_in_all_lists(dtype: torch.dtype) -> None:
-    n = triton_tables.block_size(dtype)
+    n = Blocks().elements(dtype)
     step = 16 // dtype.itemsize
     whole, shifted = (torch.zeros(n + step, dtype=dtype)[i : i + n] for i in (step, 1))
     x = [torch.zeros(n, dtype=dtype) for _ in range(2)]
-    work = tables(x[0], ("params", "grads"), (x, [whole, shifted]), (True, False))
+    work = tables("ascend", x[0], ("params", "grads"), (x, [whole, shifted]), (True, False))
     assert work.chunks[3].tolist() == [n, 0]
     assert work.pointers.tolist() == [
         [t.data_ptr() for t in x],
@@ -56,7 +57,7 @@ def test_a_tensor_is_aligned_if_it_is_in_all_lists(dtype: torch.dtype) -> None:
 
 
 def of(*tensors: torch.Tensor) -> triton_tables.Tables:
-    return tables(tensors[0], ("tensors",), (list(tensors),), (False,))
+    return tables("norm", tensors[0], ("tensors",), (list(tensors),), (False,))
 
 
 def test_tables_are_used_again() -> None:
@@ -98,4 +99,4 @@ def test_the_tables_last_used_are_kept() -> None:
 def test_lists_are_checked() -> None:
     x = torch.zeros(3)
     with pytest.raises(ValueError, match="grads"):
-        tables(x, ("params", "grads"), ([x], []), (True, False))
+        tables("ascend", x, ("params", "grads"), ([x], []), (True, False))

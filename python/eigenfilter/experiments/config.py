@@ -142,6 +142,9 @@ class Config:
     fd_step: float = _option(
         0.0, _number(0), "relative step of hessian_usam's difference; 0: by the precision"
     )
+    ascent_part: float = _option(
+        1.0, _number(0, 1, above=True), "part of the batch whose gradients the ascents take"
+    )
     clip: float = _option(0.0, _number(0), "largest norm of the descent's gradient; 0: any")
 
     lr_schedule: str = _option("cosine", _one_of(LR_SCHEDULES), f"one of {', '.join(LR_SCHEDULES)}")

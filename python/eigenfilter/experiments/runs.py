@@ -222,6 +222,7 @@ class _Session:
             "outcome": outcome,
             "step": trainer.step,
             "epochs": trainer.step / trainer.steps_per_epoch,
+            "gradients": trainer.gradients,
             **self._last,
             "parameters": size(trainer.model),
             "seconds": self._spent(),

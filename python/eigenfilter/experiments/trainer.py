@@ -43,6 +43,7 @@ class Trainer:
     Attributes:
         model, loss_fn, optimizer: what is trained, in `config.precision`.
         step: steps taken.
+        gradients: of whole batches that they took; an ascent's of a part counts as that part.
         steps_per_epoch, total_steps: of them.
         monitor: of the sharpness, or None.
 
@@ -90,8 +91,10 @@ class Trainer:
         self._lr = recipes.lr_schedule(config, self.optimizer, self.steps_per_epoch)
         self._rho = recipes.rho_schedule(config, self.optimizer, self.steps_per_epoch)
         self.step = 0
+        self.gradients = 0.0
+        self._ascents = max(1, round(config.ascent_part * self.batch_size))  # images of an ascent
         self._losses: list[Tensor] = []  # of the steps since the last drain
-        self._correct: list[Tensor] = []
+        self._accuracies: list[Tensor] = []
         self.monitor = self._monitor() if config.sharpness_every else None
 
     @property
@@ -107,7 +110,8 @@ class Trainer:
         try:
             scores, loss = self._evaluate(images, labels)
             self._losses.append(loss.detach())
-            self._correct.append((scores.detach().argmax(dim=1) == labels).sum())
+            hits = scores.detach().argmax(dim=1) == labels[: len(scores)]
+            self._accuracies.append(hits.double().mean())
             while optimizer.ascend():
                 self._evaluate(images, labels)
             if self.config.clip:
@@ -124,13 +128,15 @@ class Trainer:
     def drain(self) -> dict[str, float]:
         """Mean loss and accuracy of the steps since the last call, each at its batch, before it.
 
+        Where ascents take a part of a batch, these are of that part.
+
         Raises:
             Diverged: a loss among them is not finite; the first is named.
         """
-        losses, correct = self._read()
-        self._losses, self._correct = [], []
+        losses, accuracies = self._read()
+        self._losses, self._accuracies = [], []
         n = len(losses)
-        return {"loss": sum(losses) / n, "accuracy": sum(correct) / (n * self.batch_size)}
+        return {"loss": sum(losses) / n, "accuracy": sum(accuracies) / n}
 
     @property
     def pending(self) -> int:
@@ -177,15 +183,16 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as tensors and plain data."""
-        losses, correct = self._read()
+        losses, accuracies = self._read()
         return {
             "step": self.step,
+            "gradients": self.gradients,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_schedule": {"last_epoch": self._lr.last_epoch},
             "rho_schedule": None if self._rho is None else self._rho.state_dict(),
             "losses": losses,
-            "correct": correct,
+            "accuracies": accuracies,
             "random": _random_state(self.device),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
         }
@@ -202,13 +209,14 @@ class Trainer:
         except (RuntimeError, KeyError) as error:
             raise ValueError(" ".join(str(error).split())) from error
         self.step = int(state["step"])
+        self.gradients = float(state["gradients"])
         # The groups have the rates of this step; the schedule computes them from its number.
         self._lr.last_epoch = int(state["lr_schedule"]["last_epoch"])
         self._lr._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self._rho is not None:
             self._rho.load_state_dict(state["rho_schedule"])
         self._losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["losses"]]
-        self._correct = [torch.tensor(count) for count in state["correct"]]
+        self._accuracies = [torch.tensor(a, dtype=torch.float64) for a in state["accuracies"]]
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
         _set_random_state(state["random"], self.device)
@@ -216,6 +224,9 @@ class Trainer:
     def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and loss at the present point, and its gradient in the parameters."""
         optimizer = self.optimizer
+        if optimizer.phase == "ascent":
+            images, labels = images[: self._ascents], labels[: self._ascents]
+        self.gradients += len(images) / self.batch_size
         frozen = self._has_batch_norm and optimizer.perturbed
         with (
             ef.freeze_batch_norm(self.model) if frozen else nullcontext(),
@@ -233,8 +244,8 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _read(self) -> tuple[list[float], list[int]]:
-        """The losses and counts since the last drain; waits for the device.
+    def _read(self) -> tuple[list[float], list[float]]:
+        """The losses and accuracies since the last drain; waits for the device.
 
         Raises:
             Diverged: a loss is not finite.
@@ -244,7 +255,7 @@ class Trainer:
             if not math.isfinite(loss):
                 step = self.step - len(losses) + i + 1
                 raise Diverged(f"the loss of step {step} is {loss}", step)
-        return losses, [int(count) for count in _gathered(self._correct)]
+        return losses, _gathered(self._accuracies)
 
     def _monitor(self) -> ef.SharpnessMonitor:
         # "retained", because "auto" chooses by a timing, and another engine rounds otherwise.

@@ -21,10 +21,10 @@ import triton.language as tl
 
 from eigenfilter.kernels.triton_rounding import M, V, X, noise_of, rounded
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}
 
 # One program sums what all others left, so it has to be fast at it.
-NORM_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
+NORM_OPTIONS = OPTIONS | {"num_warps": 16}
 NORM_BLOCK = 8192
 
 

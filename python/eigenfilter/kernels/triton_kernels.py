@@ -17,7 +17,8 @@ from torch import Tensor
 from eigenfilter.kernels import triton_device as device_code
 from eigenfilter.kernels import triton_project as project_code
 from eigenfilter.kernels.reference import Scalar, arithmetic_dtype, check_seed
-from eigenfilter.kernels.triton_tables import Tables, block_size, tables
+from eigenfilter.kernels.triton_blocks import Blocks
+from eigenfilter.kernels.triton_tables import Tables, tables
 
 _INTERPRETED = not isinstance(device_code.ascend_kernel, triton.JITFunction)
 
@@ -43,7 +44,7 @@ def ascend(
     x = params[0]
     names = ("params", "grads", "backups")
     with _served(x.device):
-        work = tables(x, names, (params, grads, backups), (True, False, True))
+        work = tables("ascend", x, names, (params, grads, backups), (True, False, True))
         _launch(
             device_code.ascend_kernel,
             x.dtype,
@@ -67,7 +68,7 @@ def ascend_again(
     x = params[0]
     names = ("params", "grads", "backups")
     with _served(x.device):
-        work = tables(x, names, (params, grads, backups), (True, False, False))
+        work = tables("ascend_again", x, names, (params, grads, backups), (True, False, False))
         _launch(
             device_code.ascend_again_kernel,
             x.dtype,
@@ -94,7 +95,7 @@ def ascend_hvp(
     names = ("params", "grads", "base_grads", "backups")
     lists = (params, grads, base_grads, backups)
     with _served(x.device):
-        work = tables(x, names, lists, (True, False, False, False))
+        work = tables("ascend_hvp", x, names, lists, (True, False, False, False))
         _launch(
             device_code.ascend_hvp_kernel,
             x.dtype,
@@ -126,7 +127,9 @@ def descend(
     names = ("params", "grads", "momenta", "backups")
     has_momenta = momenta is not None
     with _served(x.device):
-        work = tables(x, names, (params, grads, momenta, backups), (True, False, True, False))
+        work = tables(
+            "descend", x, names, (params, grads, momenta, backups), (True, False, True, False)
+        )
         _launch(
             device_code.descend_kernel,
             x.dtype,
@@ -172,7 +175,7 @@ def descend_adamw(
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
     lists = (params, grads, exp_avgs, exp_avg_sqs, backups)
     with _served(x.device):
-        work = tables(x, names, lists, (True, False, True, True, False))
+        work = tables("descend_adamw", x, names, lists, (True, False, True, True, False))
         _launch(
             device_code.descend_adamw_kernel,
             x.dtype,
@@ -204,7 +207,7 @@ def norm(
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
     t = tensors[0]
     with _served(t.device):
-        work = tables(t, ("tensors", "weights"), (tensors, weights), (False, False))
+        work = tables("norm", t, ("tensors", "weights"), (tensors, weights), (False, False))
         _single("out", out, arithmetic_dtype(t.dtype), t.device)
         scale = _single("grad_scale", grad_scale, torch.float32, t.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
@@ -248,18 +251,23 @@ def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
     t = tensors[0]
     with _served(t.device):
-        work = tables(t, ("tensors",), (tensors,), (False,))
+        work = tables("flag_nonfinite", t, ("tensors",), (tensors,), (False,))
         _single("found_inf", found_inf, torch.float32, t.device)
         _launch(device_code.flag_nonfinite_kernel, t.dtype, work, found_inf)
 
 
-def constants(dtype: torch.dtype) -> dict[str, Any]:
+def constants(dtype: torch.dtype, blocks: Blocks) -> dict[str, Any]:
     """Return the compile-time constants that all kernels over tensors of `dtype` share."""
     return {
         "DTYPE": _TYPES[dtype],
         "REAL": _TYPES[arithmetic_dtype(dtype)],
-        "BLOCK": block_size(dtype),
+        "BLOCK": blocks.elements(dtype),
     }
+
+
+def options(blocks: Blocks) -> dict[str, Any]:
+    """Return the compiler's options."""
+    return device_code.OPTIONS | {"num_warps": blocks.warps}
 
 
 def _launch(kernel: Any, dtype: torch.dtype, work: Tables, *args: object, **chosen: bool) -> None:
@@ -271,8 +279,8 @@ def _launch(kernel: Any, dtype: torch.dtype, work: Tables, *args: object, **chos
             work.n,
             *args,
             **{name: bool(value) for name, value in chosen.items()},
-            **constants(dtype),
-            **device_code.OPTIONS,
+            **constants(dtype, work.blocks),
+            **options(work.blocks),
         )
 
 

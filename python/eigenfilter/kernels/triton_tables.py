@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _core
+from eigenfilter.kernels.triton_blocks import Blocks, chosen
 
-# A block is 4 KiB of every tensor: two 16-byte accesses a thread with 4 warps of 32, one with 4
-# warps of 64. That is enough in flight at full occupancy, with registers to spare for four lists. A
-# chunk of four blocks makes the tables small beside what they describe, and still cuts a model of
+# A chunk of four blocks makes the tables small beside what they describe, and still cuts a model of
 # 25M float32 parameters into several waves of a large GPU.
-BLOCK_BYTES = 4096
 BLOCKS_IN_CHUNK = 4
 
 Array = npt.NDArray[np.int64]
@@ -38,10 +36,14 @@ _Key = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The tensors of one call: addresses [roles, n] and chunks [4, programs], on their device."""
+    """The tensors of one call: addresses [roles, n] and chunks [4, programs], on their device.
+
+    blocks: the sizes that the chunks are cut for.
+    """
 
     pointers: Tensor
     chunks: Tensor
+    blocks: Blocks
 
     @property
     def n(self) -> int:
@@ -55,6 +57,7 @@ class Tables:
 
 
 def tables(
+    kernel: str,
     like: Tensor,
     names: Sequence[str],
     lists: Sequence[Sequence[Tensor] | None],
@@ -63,6 +66,7 @@ def tables(
     """Check the lists of one call and return their tables.
 
     Args:
+        kernel: that is called, for the sizes of its blocks.
         like: a tensor of the lists, for their dtype and device, which must be the current one. The
             tables are for the current stream.
         names, lists, written: as `_core.table`.
@@ -71,18 +75,15 @@ def tables(
     sizes = np.frombuffer(counts, dtype=np.int64)
     pointers = np.frombuffer(addresses, dtype=np.int64).reshape(-1, sizes.size)
     aligned = np.bitwise_or.reduce(pointers, axis=0) % 16 == 0
-    block = block_size(like.dtype)
+    blocks = chosen(kernel, like.dtype, like.device)
+    block = blocks.elements(like.dtype)
     return Tables(
         pointers=_recent.get((addresses, sizes.size), like.device, lambda: pointers),
         chunks=_recent.get(
             (counts, aligned.tobytes(), block), like.device, lambda: cut(sizes, aligned, block)
         ),
+        blocks=blocks,
     )
-
-
-def block_size(dtype: torch.dtype) -> int:
-    """Return the elements of a block."""
-    return BLOCK_BYTES // dtype.itemsize
 
 
 def cut(sizes: Array, aligned: npt.NDArray[np.bool_], block: int) -> Array:

@@ -47,6 +47,9 @@ class Ascent:
         """Move a piece; its backups hold x if it has moved before, else this call saves it."""
         raise AssertionError(f"{self.method} has no ascent")
 
+    def note(self, loss: Any) -> None:
+        """Take note of what the closure has returned, before `prepare` gets its gradients."""
+
     def forget(self) -> None:
         """Drop what was kept for the step that has ended."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # does not import the compiler, as torch.compiler does
 from torch.autograd.graph import increment_version
 
-from eigenfilter import _core, _distributed, _perturbation, kernels
+from eigenfilter import _callers, _core, _distributed, _perturbation, kernels
 from eigenfilter.optimizers._ascents import Ascent
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import GroupedOptimizer
@@ -454,7 +454,10 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad(), self.evaluation():
             loss = closure()
-        return loss.detach() if isinstance(loss, Tensor) and loss.requires_grad else loss
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss = loss.detach()
+        self._ascent.note(loss)
+        return loss
 
     def _warn_of_other_randomness(self) -> None:
         """Warn if the second side of a finite difference drew random numbers of its own."""
@@ -462,7 +465,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             warnings.warn(
                 "the two sides of a finite difference saw different random numbers (dropout, "
                 "augmentation): call the closure inside `with opt.evaluation():`",
-                stacklevel=4,
+                stacklevel=_callers.stacklevel(),
             )
         self._between = None
 

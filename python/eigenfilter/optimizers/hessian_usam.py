@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eigenfilter import _core, _distributed
+from eigenfilter import _callers, _core, _distributed
 from eigenfilter.optimizers._ascents import TINY, Ascent, Run, total_norms
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import SGDDescent
@@ -23,19 +24,29 @@ class DifferenceAscent(Ascent):
     The step is eps = c (1 + ||x||) / ||g||, with c the square root of the parameters' machine
     precision (the coarsest, if they differ): it balances the rounding of the gradients against the
     curvature's change along the way (J. Nocedal and S. Wright, 2006, section 8.1).
+
+    Along the small step the loss rises by eps / 2 (||g||^2 + g . g_eps), but for terms in eps^3. A
+    rise of another size says that the two sides are not those of one function.
     """
 
     method = "hessian_usam"
     count = 2
 
+    _JUDGED = 10  # steps at the beginning: reading a loss waits for its device
+    _FACTOR = 10.0  # of that rise: far less than what another batch makes of it
+    _ROUNDING = 2e-3  # of the loss: its own error under bfloat16 autocast
+
     def __init__(self, relative_step: float | None) -> None:
         if relative_step is not None and not relative_step > 0:
             raise ValueError(f"fd_step must be positive, and is {relative_step}")
         self.relative_step = relative_step
+        self._judged = 0
         self.forget()
 
     def forget(self) -> None:
         self._eps: dict[torch.device, Tensor | float] = {}
+        self._norms: dict[torch.device, Tensor] = {}
+        self._losses: list[Any] = []  # of the closure's calls so far; none in the explicit form
         self._displaced: list[list[Tensor]] = []  # the parameters of every part
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
@@ -43,7 +54,8 @@ class DifferenceAscent(Ascent):
         params = [part.params for part, _ in found]
         if index == 0:
             lengths = total_norms([(part, part.tensors) for part, _ in found])
-            for device, norm in total_norms(found).items():
+            self._norms = total_norms(found)
+            for device, norm in self._norms.items():
                 step = self._relative_step(found) * (1 + lengths[device])
                 self._eps[device] = step / (guard.unscaled(norm, device) + TINY)
             for part, grads in found:
@@ -56,6 +68,8 @@ class DifferenceAscent(Ascent):
                 "a finite difference needs the same gradients on both sides, and some parameters "
                 "have one on one side only: the closure must do the same at every call"
             )
+        elif len(self._losses) == self.count:
+            self._judge(found)
         return found
 
     def move(self, run: Run, index: int, piece: Piece) -> None:
@@ -65,6 +79,29 @@ class DifferenceAscent(Ascent):
             run(part.kernels.ascend, piece, part.backups(), eps)
         else:
             run(part.kernels.ascend_hvp, piece, part.first_gradients(), part.backups(), rho, eps)
+
+    def note(self, loss: Any) -> None:
+        self._losses.append(loss)
+
+    def _judge(self, found: Gradients) -> None:
+        """Warn, in the first steps, if the losses of both sides do not go with their gradients."""
+        if self._judged == self._JUDGED or not all(map(_is_number, self._losses)):
+            return
+        self._judged += 1
+        first, second = (float(loss) for loss in self._losses)
+        eps, norm = (float(next(iter(each.values()))) for each in (self._eps, self._norms))
+        along, other = eps / 2 * norm**2, eps / 2 * _dot_with_first(found)
+        rise, expected = second - first, along + other
+        allowed = self._FACTOR * (along + abs(other)) + self._ROUNDING * abs(first)
+        if abs(rise - expected) > allowed:
+            self._judged = self._JUDGED  # once is enough
+            warnings.warn(
+                f"an implausible finite difference: by its gradients the loss should have risen "
+                f"from {first:.6g} by {expected:.2g}, and rose by {rise:.2g}. Both calls of the "
+                "closure must see the same batch, compute the same function, and return the loss "
+                "whose gradient they take",
+                stacklevel=_callers.stacklevel(),
+            )
 
     def replays(self, index: int) -> bool | None:
         return (False, True, None)[index]
@@ -153,6 +190,24 @@ def _refuse_once_differentiable(outputs: list[Tensor]) -> None:
         ahead.extend(following for following, _ in node.next_functions)
 
 
+def _is_number(loss: object) -> bool:
+    """Whether a closure's value can be read as a number."""
+    return isinstance(loss, float) or (type(loss) is Tensor and loss.numel() == 1)
+
+
+def _dot_with_first(found: Gradients) -> float:
+    """The dot product of gradients with those kept of the first side; waits for their devices."""
+    total = 0.0
+    for part, grads in found:
+        first = part.first_gradients()
+        for placing, indices in part.placings:
+            products = [
+                torch.sum(first[i].double() * _distributed.local(grads[i])) for i in indices
+            ]
+            total += float(_distributed.summed(torch.stack(products).sum(), placing))
+    return total
+
+
 def _keep(part: Part, grads: list[Tensor]) -> None:
     """Copy gradients to memory of their own: what a later backward pass overwrites is not kept."""
     kept = list(part.first_gradients())
@@ -176,8 +231,9 @@ class HessianUSAM(EigenfilterOptimizer):
     f(x) and eps = fd_step (1 + ||x||) / ||g||. Both gradients must see the same batch and the same
     random numbers, unclipped: `step(closure)` replays torch's generators, in the explicit form
     `with opt.evaluation():` around the closure does; a second evaluation that draws random numbers
-    without it warns. It works where double backward does not: fused attention, FSDP2, compiled
-    models. It keeps one more gradient.
+    without it warns. In its first ten calls `step(closure)` also warns where the loss does not
+    change from one side to the other as the gradients say. It works where double backward does not:
+    fused attention, FSDP2, compiled models. It keeps one more gradient.
 
     `hvp="autograd"` takes two gradients and one product. The closure has to call
     `loss.backward(create_graph=opt.needs_graph)`.

@@ -1,0 +1,126 @@
+"""How the Triton kernels' work is cut: bytes of a block, warps of a program.
+
+The default is chosen from machine code. `eigenfilter bench triton-blocks --device cuda --save`
+times the other sizes on a GPU, kernel by kernel, and writes those that are faster into a file of
+the user's, `file()`. Every later process takes them from there, and logs once that it does.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+VARIABLE = "EIGENFILTER_TRITON_BLOCKS"
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Sizes for one kernel.
+
+    A block is 4 KiB of every tensor by default: two 16-byte accesses a thread with 4 warps of 32,
+    one with 4 warps of 64. That is enough in flight at full occupancy, with registers to spare for
+    four lists.
+
+    Attributes:
+        bytes: of every tensor in a block, a power of 2 in [512, 65536].
+        warps: of a program, a power of 2 in [1, 32].
+
+    Raises:
+        ValueError: either is none.
+    """
+
+    bytes: int = 4096
+    warps: int = 4
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("bytes", 512, 65536), ("warps", 1, 32)):
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high or value & (value - 1):
+                raise ValueError(f"{name} must be a power of 2 in [{low}, {high}], not {value!r}")
+
+    def elements(self, dtype: torch.dtype) -> int:
+        """The elements of a block."""
+        return self.bytes // dtype.itemsize
+
+
+Saved = dict[str, dict[str, dict[str, Blocks]]]
+"""Sizes by device, kernel and dtype."""
+
+
+def file() -> Path:
+    """Where sizes are saved: EIGENFILTER_TRITON_BLOCKS, or triton-blocks.json in ~/.cache."""
+    usual = Path.home() / ".cache" / "eigenfilter" / "triton-blocks.json"
+    return Path(os.environ.get(VARIABLE) or usual)
+
+
+def read(path: Path) -> Saved:
+    """Return what is saved; nothing if there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return {
+            device: {
+                kernel: {dtype: Blocks(**sizes) for dtype, sizes in by_dtype.items()}
+                for kernel, by_dtype in by_kernel.items()
+            }
+            for device, by_kernel in json.loads(path.read_text()).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} holds no sizes of blocks ({error}): delete it, or write it anew by "
+            "`eigenfilter bench triton-blocks --device cuda --save`"
+        ) from error
+
+
+def name_of(device: torch.device) -> str:
+    """The kind of device that sizes are saved for."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def chosen(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
+    """Return the sizes for a kernel over tensors of `dtype`: those saved, or the default.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    return _forced[-1] if _forced else _usual(kernel, dtype, device)
+
+
+@contextmanager
+def forcing(blocks: Blocks) -> Iterator[None]:
+    """A context in which these sizes are every kernel's."""
+    _forced.append(blocks)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+_forced: list[Blocks] = []
+
+
+@functools.cache
+def _usual(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
+    return _saved(name_of(device)).get(kernel, {}).get(str(dtype), Blocks())
+
+
+@functools.cache
+def _saved(name: str) -> dict[str, dict[str, Blocks]]:
+    found = read(file()).get(name, {})
+    if found:
+        _logger.info("the sizes of Triton's blocks on %s are those of %s", name, file())
+    return found

@@ -1,0 +1,130 @@
+"""One step after another: what a Trainer's step is, what it counts, and its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from eigenfilter.experiments import datasets
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.trainer import Trainer
+from experiments.test_train import SMALL, Killed, assert_same
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_step_is_the_optimizers(channels_last: bool) -> None:
+    """With the batch, the frozen statistics and the clipping that were asked for."""
+    config = Config(
+        **SMALL | {"model": "wrn-10-1", "batch_size": 16, "optimizer": "usam"},
+        clip=0.3,
+        channels_last=channels_last,
+    )
+    data = datasets.load("digits")
+    trainer = Trainer(config, data, torch.device("cpu"))
+    twin = Trainer(config, data, torch.device("cpu"))
+    trainer.advance()
+    images, labels = twin._batches.batch(0, 0)
+    model, optimizer = twin.model, twin.optimizer
+    for perturbed in (False, True):
+        if perturbed:
+            optimizer.ascend()
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = 0.0
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    optimizer.step()
+    for (name, a), b in zip(
+        trainer.model.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        if "num_batches" not in name:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+    assert trainer.drain()["loss"] > 0
+
+
+def test_a_test_is_over_all_images() -> None:
+    trainer = Trainer(Config(**SMALL), datasets.load("digits"), torch.device("cpu"))
+    found = trainer.evaluate()
+    data = trainer.data
+    images = trainer._normaliser(data.test_images)
+    with torch.no_grad():
+        scores = trainer.model(images)
+    loss = torch.nn.functional.cross_entropy(scores.double(), data.test_labels)
+    assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert found["accuracy"] == float((scores.argmax(1) == data.test_labels).double().mean())
+
+
+def test_an_exception_within_a_step_leaves_the_weights_at_x() -> None:
+    trainer = Trainer(Config(**SMALL), datasets.load("digits"), torch.device("cpu"))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    loss_fn, calls = trainer.loss_fn, iter((False, True))
+
+    def failing(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if next(calls):
+            raise Killed
+        return loss_fn(scores, labels)
+
+    trainer.loss_fn = failing
+    with pytest.raises(Killed):
+        trainer.advance()
+    assert not trainer.optimizer.perturbed
+    assert_same(before, [p.detach() for p in trainer.model.parameters()])
+
+
+def test_a_state_of_another_model() -> None:
+    data = datasets.load("digits")
+    state = Trainer(Config(**SMALL), data, torch.device("cpu")).state_dict()
+    other = Trainer(Config(**SMALL | {"model": "mlp-13"}), data, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"size mismatch for 1\.weight"):
+        other.load_state_dict(state)
+
+
+def steps(count: int, **options: Any) -> Trainer:
+    """A trainer after so many steps."""
+    config = Config(**SMALL | {"activation": "tanh"} | options)
+    trainer = Trainer(config, datasets.load("digits"), torch.device("cpu"))
+    for _ in range(count):
+        trainer.advance()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "gradients"),
+    [
+        ({"optimizer": "sgd"}, 6.0),
+        ({"optimizer": "usam"}, 12.0),
+        ({"optimizer": "usam", "rho_schedule": "every", "rho_every": 3}, 8.0),
+        ({"optimizer": "two_step_usam"}, 18.0),
+        ({"optimizer": "hessian_usam", "rho": 1e-3, "ascent_part": 0.25}, 9.0),
+        ({"optimizer": "usam", "ascent_part": 0.25}, 7.5),
+        ({"optimizer": "usam", "ascent_part": 0.001}, 6.0 + 6 / 32),
+    ],
+)
+def test_gradients_are_counted(options: dict[str, Any], gradients: float) -> None:
+    trainer = steps(6, **options)
+    assert trainer.gradients == gradients
+    other = steps(0, **options)
+    other.load_state_dict(trainer.state_dict())
+    assert other.gradients == gradients
+
+
+def test_ascents_may_take_a_part_of_the_batch() -> None:
+    """The ascent's gradient is of the first images of the batch, the descent's of all."""
+    trainer, twin = steps(1, optimizer="usam", ascent_part=0.25), steps(0, optimizer="usam")
+    images, labels = twin._batches.batch(0, 0)
+    for some in (slice(8), slice(32)):
+        scores = twin.model(images[some])
+        loss = torch.nn.functional.cross_entropy(scores, labels[some])
+        torch.autograd.backward(loss)
+        if some.stop == 8:
+            accuracy = float((scores.argmax(dim=1) == labels[some]).double().mean())
+            first = float(loss.detach())
+            assert twin.optimizer.ascend()
+    twin.optimizer.step()
+    assert_same(
+        [p.detach() for p in twin.model.parameters()],
+        [p.detach() for p in trainer.model.parameters()],
+    )
+    assert trainer.drain() == {"loss": first, "accuracy": accuracy}
