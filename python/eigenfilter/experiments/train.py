@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,10 @@ from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.arguments import positive
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.experiments.stopping import STOPPED, stopping
 
 HELP = "train a network on digits, MNIST, Fashion-MNIST or CIFAR"
 OUT = Path("out/train")
-STOPPED = 130  # the exit code of what Ctrl-C ended
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from eigenfilter.experiments import runs
 
     config = _config(args)
-    with _stopping(args.budget) as stop, _Display() as display:
+    with stopping(args.budget) as stop, _Display() as display:
         results = runs.run(
             config,
             args.out,
@@ -108,41 +105,6 @@ def summary(results: dict[str, Any]) -> str:
     if "sharpness" in results:
         parts.append(_sharpness(results["sharpness"]))
     return "; ".join(parts)
-
-
-class _Stop:
-    """Says when to stop: after a signal, or when the time is spent."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._deadline = None if minutes is None else time.perf_counter() + 60 * minutes
-        self.signalled = False
-
-    def __call__(self) -> bool:
-        return self.signalled or (
-            self._deadline is not None and time.perf_counter() >= self._deadline
-        )
-
-
-@contextmanager
-def _stopping(minutes: float | None) -> Iterator[_Stop]:
-    """The first Ctrl-C, or SIGTERM, stops after the step; the second at once."""
-    stop = _Stop(minutes)
-
-    def handle(number: int, frame: object) -> None:
-        if stop.signalled:
-            raise KeyboardInterrupt
-        stop.signalled = True
-
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handle)
-        yield stop
-    except KeyboardInterrupt:
-        raise UserError("ended at once: the last checkpoint, if there was one, is kept") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Display:

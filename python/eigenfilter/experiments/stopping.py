@@ -1,0 +1,59 @@
+"""When work ends early: a signal, or the time is spent."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from eigenfilter.experiments.errors import UserError
+
+STOPPED = 130  # the exit code of what Ctrl-C ended
+
+
+class Stop:
+    """Says when to stop: after a signal, or when the time is spent.
+
+    Attributes:
+        signalled: whether it was a signal.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._deadline = None if minutes is None else time.perf_counter() + 60 * minutes
+        self.signalled = False
+
+    def __call__(self) -> bool:
+        return self.signalled or (
+            self._deadline is not None and time.perf_counter() >= self._deadline
+        )
+
+
+@contextmanager
+def stopping(minutes: float | None) -> Iterator[Stop]:
+    """The first Ctrl-C, or SIGTERM, stops gently; the second at once.
+
+    Args:
+        minutes: after which to stop gently too; None for never.
+
+    Raises:
+        UserError: at the second signal.
+    """
+    stop = Stop(minutes)
+
+    def handle(number: int, frame: object) -> None:
+        if stop.signalled:
+            raise KeyboardInterrupt
+        stop.signalled = True
+
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+        yield stop
+    except KeyboardInterrupt:
+        raise UserError("ended at once: the last checkpoint, if there was one, is kept") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,78 @@
+"""Many runs in one folder, on this machine or a cluster; nothing is run twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from eigenfilter.experiments import datasets
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.sweep import local
+from eigenfilter.experiments.sweep.folders import Order, finished, folder_of, locked
+from eigenfilter.experiments.sweep.ledger import Ledger, Observe
+
+
+def execute(
+    runs: Mapping[str, Config],
+    out: Path,
+    *,
+    processes: int | None = None,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    retries: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+    observe: Observe = lambda name, kind, step, record: None,
+) -> dict[str, Record]:
+    """Run every configuration in a folder of its own, `out/runs/NAME`, and a process of its own.
+
+    What is complete there is read, what was interrupted goes on from its checkpoint. A run whose
+    process ends (memory, a kill, an exception) is tried again from its checkpoint; one that ends
+    with an error of its user, as when it diverges, is not. Neither touches the others.
+
+    Args:
+        runs: name -> configuration. A name is that of a folder.
+        out: the folder of all; only one may be at work in it.
+        processes: how many at once; None: as many as the cores (or GPUs) allow with
+            `config.threads`.
+        data_dir: of the data, see `datasets.folder_of`.
+        device: "cpu", "cuda:1"; "cuda": every GPU, which processes share in turn; "auto": those
+            if there are any.
+        retries: how often a run is tried again after its process ended.
+        stop: asked several times a second; once it says True, every run writes a checkpoint and
+            ends.
+        observe: gets the records of every run's log as they come: name, kind, step, values; the
+            kinds of `runs.run`, "retry" with the error, and "end" with the results.
+
+    Returns:
+        The results of each, in the order of `runs`: `outcome` is "complete", "stopped" (to be gone
+        on with), or "failed" with `error`, one line, `diverged` and `attempts`. One that diverged
+        is not run again by the next call, others are.
+
+    Raises:
+        UserError: another is at work in `out`; a folder holds a run of another configuration;
+            data are missing. Whatever is raised, no process is left behind.
+
+    Example:
+        >>> found = execute({f"seed={s}": Config(seed=s, threads=1) for s in range(3)}, Path("out"))
+        >>> [record["test"]["accuracy"] for record in found.values()]
+    """
+    with locked(out, wait=lambda: False) as had:
+        if not had:
+            raise UserError(f"another sweep is at work in {out}")
+        orders, records = {}, {}
+        for name, config in runs.items():
+            folder = folder_of(out, name)
+            done = finished(config, folder)
+            if done is None:
+                orders[name] = Order(config, folder, data_dir, device)
+            else:
+                records[name] = done
+        for dataset in sorted({order.config.dataset for order in orders.values()}):
+            datasets.load(dataset, data_dir)  # once, where it has to be downloaded
+        ledger = Ledger(orders, retries, observe)
+        if orders:
+            local.execute(ledger, processes=processes, device=device, stop=stop)
+        records |= ledger.records
+    return {name: records[name] for name in runs}

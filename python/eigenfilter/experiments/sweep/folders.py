@@ -1,0 +1,139 @@
+"""The folder of one run among many: who works in it, what it holds, how its run failed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from eigenfilter.experiments import checkpoint, runs
+from eigenfilter.experiments import config as configs
+from eigenfilter.experiments.arguments import output_folder
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.trainer import Diverged
+
+RUNS = "runs"
+LOCK = ".lock"
+POLL = 0.1  # seconds from one look at a lock to the next
+
+
+@dataclass(frozen=True)
+class Order:
+    """A run, and where it is to be run."""
+
+    config: Config
+    folder: Path
+    data_dir: Path | None
+    device: str
+
+
+def folder_of(out: Path, name: str) -> Path:
+    """Where the run of this name is, in the folder of all.
+
+    Raises:
+        ValueError: the name is not one of a folder.
+    """
+    if Path(name).name != name or name in ("", ".."):
+        raise ValueError(f"{name!r} cannot be the name of a folder")
+    return out / RUNS / name
+
+
+@contextmanager
+def locked(folder: Path, wait: Callable[[], bool]) -> Iterator[bool]:
+    """Be the only one in a folder; a process that ends, however it does, lets go of it.
+
+    Args:
+        folder: made if need be.
+        wait: asked while another is there whether to go on waiting.
+
+    Yields:
+        Whether it was had.
+    """
+    with (output_folder(folder) / LOCK).open("w") as file:
+        while not (had := _lock(file.fileno())) and wait():
+            time.sleep(POLL)
+        yield had
+
+
+def finished(config: Config, folder: Path) -> Record | None:
+    """What a run left that need not be run again: it was completed, or it diverged.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or a damaged file.
+    """
+    results = folder / runs.RESULTS
+    if not results.exists() and not (folder / checkpoint.FILE).exists():
+        return None
+    try:
+        record: Record = json.loads(results.read_text()) if results.exists() else {}
+        there = record.get("config") or configs.read(folder / runs.CONFIG)
+    except ValueError as error:
+        raise UserError(f"{folder} is damaged: remove it ({error})") from error
+    for name, value in config.as_dict().items():
+        if there.get(name) != value:
+            raise UserError(
+                f"{folder} holds a run with {name} {there.get(name)}, not {value}: "
+                "give another --out, or remove it"
+            )
+    done = record.get("outcome") == "complete" or record.get("diverged")
+    return record if done else None
+
+
+def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) -> Record:
+    """Go on with a run from where the last attempt came to.
+
+    Returns:
+        What `runs.run` does; where that raises UserError, which it would do again, the failure.
+    """
+    config = order.config
+    with locked(order.folder, wait=lambda: not stop()) as had:  # one before may be ending yet
+        if not had or stop():
+            return interrupted(config)
+        try:
+            return runs.run(
+                config,
+                order.folder,
+                data_dir=order.data_dir,
+                device=order.device,
+                resume=True,
+                stop=stop,
+                observe=observe,
+            )
+        except Diverged as error:
+            return failure(config, str(error)) | {"diverged": True, "step": error.step}
+        except UserError as error:
+            return failure(config, str(error))
+
+
+def failure(config: Config, error: str) -> Record:
+    """The record of a run that came to no end; `error` is one line."""
+    return {"outcome": "failed", "error": error, "diverged": False, "config": config.as_dict()}
+
+
+def interrupted(config: Config) -> Record:
+    """The record of a run that was stopped where no results were written."""
+    return {"outcome": "stopped", "config": config.as_dict()}
+
+
+def keep_failure(folder: Path, record: Record) -> None:
+    """Write a failure where the results of a run are; one that diverged is not run again.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    replace_text(output_folder(folder) / runs.RESULTS, json.dumps(record, indent=1) + "\n")
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

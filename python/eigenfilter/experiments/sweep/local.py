@@ -1,0 +1,168 @@
+"""Runs in processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+
+import torch
+
+from eigenfilter.experiments.arguments import device_of
+from eigenfilter.experiments.sweep.folders import Order
+from eigenfilter.experiments.sweep.ledger import Ledger
+from eigenfilter.experiments.sweep.worker import OUTPUT, SIGNALS, Ended, Observed
+
+POLL = 0.2  # seconds from one question whether to stop to the next
+GRACE = 5.0  # seconds that a process may take to end after it closed its connection
+WORKER = "from eigenfilter.experiments.sweep.worker import main; main()"
+
+
+def execute(
+    ledger: Ledger, *, processes: int | None, device: str, stop: Callable[[], bool]
+) -> None:
+    """Run what the ledger has waiting, as many at once as `processes`; see `execution.execute`.
+
+    Importing torch takes seconds, so that a process that completed a run gets the next; one
+    whose run did anything else is replaced.
+    """
+    devices = _devices(device)
+    count = min(processes or _fitting(devices, ledger.orders.values()), len(ledger.waiting))
+    pool = _Pool(ledger, [devices[i % len(devices)] for i in range(count)])
+    try:
+        pool.run(stop)
+    finally:
+        pool.kill()
+
+
+class _Pool:
+    """A process for each of some devices, started when it is needed."""
+
+    def __init__(self, ledger: Ledger, devices: list[str]) -> None:
+        self._ledger = ledger
+        self._free = devices
+        self._workers: list[_Process] = []
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        ledger = self._ledger
+        while ledger.waiting or any(worker.name is not None for worker in self._workers):
+            if not ledger.stopping and stop():
+                ledger.stop()
+                for worker in self._workers:
+                    worker.send(None)
+            self._assign()
+            for ready in wait([worker.connection for worker in self._workers], POLL):
+                self._receive(next(w for w in self._workers if w.connection is ready))
+
+    def kill(self) -> None:
+        while self._workers:
+            self._remove(self._workers[0])
+
+    def _assign(self) -> None:
+        ledger = self._ledger
+        idle = [worker for worker in self._workers if worker.name is None]
+        while ledger.waiting and (idle or self._free):
+            if not idle:
+                self._workers.append(_Process(self._free.pop(0)))
+                idle.append(self._workers[-1])
+            worker, name = idle.pop(), ledger.waiting.popleft()
+            worker.name = name
+            worker.send(replace(ledger.orders[name], device=worker.device))
+
+    def _receive(self, worker: _Process) -> None:
+        name = worker.name
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            reason = worker.reason()
+            self._remove(worker)
+            if name is not None:
+                self._ledger.crashed(name, reason)
+            return
+        assert name is not None
+        if isinstance(message, Observed):
+            self._ledger.observe(name, message.kind, message.step, message.record)
+            return
+        assert isinstance(message, Ended)
+        worker.name = None
+        if message.record["outcome"] != "complete":
+            self._remove(worker)
+        if message.crashed:
+            self._ledger.crashed(name, message.record["error"])
+        else:
+            self._ledger.ended(name, message.record)
+
+    def _remove(self, worker: _Process) -> None:
+        worker.kill()
+        self._workers.remove(worker)
+        self._free.append(worker.device)
+
+
+class _Process:
+    """A worker seen from here.
+
+    Attributes:
+        device: its own.
+        name: of the run that it has, or None.
+        connection: to it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.name: str | None = None
+        self.connection, theirs = Pipe()
+        # Blocked until it handles them, signals to all of us do not end it while it imports.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", WORKER, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+
+    def send(self, message: Order | None) -> None:
+        """Give an order; None: to stop."""
+        with suppress(OSError):  # it is no more, as its end of the connection says too
+            self.connection.send(message)
+
+    def kill(self) -> None:
+        """End it, if it has not ended, and wait until it has."""
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def reason(self) -> str:
+        """Why it ended, in one line, once its end of the connection is closed."""
+        try:
+            code = self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            return "its process closed its connection"
+        if code >= 0:
+            return f"its process ended with exit code {code}: see {OUTPUT}"
+        words = f"its process was killed by {signal.Signals(-code).name}"
+        return words + " (by the system, where memory is short)" * (code == -signal.SIGKILL)
+
+
+def _devices(name: str) -> list[str]:
+    """The devices that processes share in turn."""
+    device = device_of(name)
+    if device.type == "cuda" and name in ("auto", "cuda"):
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [str(device)]
+
+
+def _fitting(devices: list[str], orders: Iterable[Order]) -> int:
+    """How many processes the machine is for: one a GPU, or its cores over their threads."""
+    if devices != ["cpu"]:
+        return len(devices)
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // max(order.config.threads or cores for order in orders))

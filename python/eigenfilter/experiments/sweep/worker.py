@@ -1,0 +1,116 @@
+"""A process that trains one run after another for `local`, and ends when that has ended.
+
+It is started with the signals it handles blocked, so that none can end it before it does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from eigenfilter.experiments.arguments import output_folder
+from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.sweep.folders import Order, attempt, failure
+
+OUTPUT = "output.txt"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A record of the run's log."""
+
+    kind: str
+    step: int
+    record: Record
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last word on a run.
+
+    crashed: whether another attempt might do better.
+    """
+
+    record: Record
+    crashed: bool = False
+
+
+class _Worker:
+    """The process's end of the connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: self._stop.set())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def work(self) -> None:
+        """Run what is ordered, until nothing is any more."""
+        while (order := self._orders.get()) is not None:
+            with _output(order.folder):
+                ended = self._run(order)
+            self._send(ended)
+
+    def _run(self, order: Order) -> Ended:
+        try:
+            record = attempt(
+                order,
+                stop=self._stop.is_set,
+                observe=lambda *observed: self._send(Observed(*observed)),
+            )
+        except Exception as error:
+            traceback.print_exc()
+            line = " ".join(traceback.format_exception_only(error)[-1].split())
+            return Ended(failure(order.config, line), crashed=True)
+        return Ended(record)
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:  # nobody is there any more
+            self._stop.set()
+
+    def _listen(self) -> None:
+        """Take orders; None, or the end of who gives them, stops the run."""
+        try:
+            while (order := self._connection.recv()) is not None:
+                self._orders.put(order)
+        except (EOFError, OSError):
+            pass
+        self._stop.set()
+        self._orders.put(None)
+
+
+@contextmanager
+def _output(folder: Path) -> Iterator[None]:
+    """Has what is printed go into the run's folder; a file that stays empty is removed."""
+    path = output_folder(folder) / OUTPUT
+    with path.open("ab") as file:
+        for handle in (1, 2):
+            os.dup2(file.fileno(), handle)
+    yield
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not path.stat().st_size:
+        path.unlink()
+
+
+def main() -> None:
+    """Work for whom the first argument, a file descriptor, leads to."""
+    faulthandler.enable()
+    _Worker(Connection(int(sys.argv[1]))).work()

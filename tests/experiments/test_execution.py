@@ -1,0 +1,212 @@
+"""Many runs at once: resumed, retried, reported, never run twice, and none left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eigenfilter.experiments import runs
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.sweep.execution import execute
+from eigenfilter.experiments.sweep.folders import Order, folder_of, locked
+from eigenfilter.experiments.sweep.ledger import Ledger
+from experiments.test_train import SMALL, assert_same, lines, trained
+
+LONG = Config(**SMALL | {"epochs": 300, "evaluate_every": 100, "checkpoint_every": 50}, threads=1)
+SHORT = Config(**SMALL, threads=1)
+DIVERGES = Config(**SMALL | {"lr": 1e18, "optimizer": "sgd", "lr_schedule": "constant"}, threads=1)
+RUNS = {"long": LONG, "diverges": DIVERGES, "short": SHORT}
+
+
+def children() -> set[int]:
+    """The processes that this one has."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in task.read_text().split()}
+
+
+def at_work(folder: Path) -> int:
+    """The process that writes the log of a run."""
+    for pid in children():
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            if os.readlink(handle) == str(folder / "log.jsonl"):
+                return pid
+    raise AssertionError(f"nobody is at work in {folder}")
+
+
+@dataclass
+class Watch:
+    """What was observed; `then` is done at the first checkpoint of `name` after `step`."""
+
+    name: str = ""
+    step: int = 0
+    then: Callable[[], object] | None = None
+    seen: list[tuple[str, str, int]] = field(default_factory=list)
+    done: bool = False
+
+    def __call__(self, name: str, kind: str, step: int, record: Record) -> None:
+        self.seen.append((name, kind, step))
+        due = name == self.name and kind == "checkpoint" and step >= self.step
+        if due and not self.done and self.then is not None:
+            self.done = True
+            self.then()
+
+    def steps(self, name: str, kind: str) -> list[int]:
+        return [step for n, k, step in self.seen if (n, k) == (name, kind)]
+
+
+@dataclass
+class Swept:
+    """The same runs, three times: stopped, with a kill, to the end; and what was seen."""
+
+    out: Path
+    records: list[dict[str, Record]]
+    watches: list[Watch]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    out = tmp_path_factory.mktemp("sweep")
+    before = children()
+    stopped = Watch("long", 100)
+    stopped.then = lambda: None
+    killed = Watch("long", 300)
+    killed.then = lambda: os.kill(at_work(folder_of(out, "long")), signal.SIGKILL)
+    watches = [stopped, killed, Watch()]
+    records = [
+        execute(RUNS, out, processes=2, stop=lambda: stopped.done, observe=stopped),
+        execute(RUNS, out, processes=2, observe=killed),
+        execute(RUNS, out, processes=2, observe=watches[2]),
+    ]
+    assert children() == before
+    return Swept(out, records, watches)
+
+
+def test_a_stopped_run_goes_on_from_where_it_was(swept: Swept) -> None:
+    record = swept.records[0]["long"]
+    assert record["outcome"] == "stopped"
+    assert 100 <= record["step"] < 900
+    assert swept.watches[1].steps("long", "start")[0] == record["step"]
+
+
+def test_a_killed_process_loses_what_no_checkpoint_has_and_no_more(swept: Swept) -> None:
+    watch = swept.watches[1]
+    assert watch.done
+    assert len(watch.steps("long", "retry")) == 1
+    again = watch.steps("long", "start")[1]
+    assert again in watch.steps("long", "checkpoint")
+    assert again >= 300
+    assert swept.records[1]["long"]["outcome"] == "complete"
+
+
+def test_what_was_stopped_and_killed_ends_with_the_same_bits(swept: Swept, tmp_path: Path) -> None:
+    for name in ("long", "short"):
+        runs.run(RUNS[name], tmp_path / name)
+        there = folder_of(swept.out, name)
+        assert_same(trained(there), trained(tmp_path / name))
+        assert lines(there) == lines(tmp_path / name)
+
+
+def test_a_run_that_diverges_is_reported_and_the_others_end(swept: Swept) -> None:
+    assert list(swept.records[1]) == list(RUNS)
+    record = swept.records[1]["diverges"]
+    assert (record["outcome"], record["diverged"], record["attempts"]) == ("failed", True, 1)
+    assert record["error"].startswith("the loss of step ")
+    assert "\n" not in record["error"]
+    assert record["config"] == DIVERGES.as_dict()
+    assert swept.records[1]["short"]["outcome"] == "complete"
+
+
+def test_nothing_is_run_twice(swept: Swept) -> None:
+    assert swept.watches[2].seen == []
+    assert swept.records[2] == swept.records[1]
+    for name in ("short", "diverges"):
+        was_stopped = swept.records[0][name]["outcome"] == "stopped"
+        assert bool(swept.watches[1].steps(name, "start")) == was_stopped
+
+
+def test_other_configurations_are_refused(swept: Swept) -> None:
+    there = json.loads((folder_of(swept.out, "short") / "results.json").read_text())
+    other = Config(**SMALL | {"lr": 0.2}, threads=1)
+    with pytest.raises(UserError, match=r"short holds a run with lr 0\.05, not 0\.2"):
+        execute({"short": other, "new": LONG}, swept.out)
+    assert json.loads((folder_of(swept.out, "short") / "results.json").read_text()) == there
+    assert not folder_of(swept.out, "new").exists()
+
+
+def test_two_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with locked(tmp_path, wait=lambda: False) as had:
+        assert had
+        with pytest.raises(UserError, match="another sweep is at work in "):
+            execute(RUNS, tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/a"])
+def test_names_are_those_of_folders(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be the name of a folder"):
+        execute({name: SHORT}, tmp_path)
+
+
+def test_missing_data_are_one_error(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "MNIST").write_text("no folder")
+    with pytest.raises(UserError, match="mnist"):
+        execute({"a": Config(dataset="mnist")}, tmp_path / "out", data_dir=tmp_path / "data")
+
+
+def ledger(tmp_path: Path, retries: int, observe: Any = lambda *seen: None) -> Ledger:
+    folders = {name: tmp_path / name for name in "ab"}
+    orders = {name: Order(SHORT, folders[name], None, "cpu") for name in folders}
+    return Ledger(orders, retries, observe)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 2])
+def test_a_process_that_ends_again_and_again_is_given_up(retries: int, tmp_path: Path) -> None:
+    book = ledger(tmp_path, retries)
+    for _ in range(retries):
+        assert book.waiting.popleft() == "a"
+        book.crashed("a", "killed")
+    assert book.waiting.popleft() == "a"
+    book.crashed("a", "killed at last")
+    assert list(book.waiting) == ["b"]
+    record = book.records["a"]
+    assert (record["outcome"], record["error"]) == ("failed", "killed at last")
+    assert (record["diverged"], record["attempts"]) == (False, retries + 1)
+    assert json.loads((tmp_path / "a" / "results.json").read_text()) == record
+
+
+def test_a_failure_that_may_pass_is_run_again(tmp_path: Path) -> None:
+    book = ledger(folder_of(tmp_path, "a").parent, 0)
+    book.crashed("a", "killed")
+    found = execute({"a": SHORT}, tmp_path, processes=1)
+    assert found["a"]["outcome"] == "complete"
+
+
+def test_what_ends_while_all_stop_is_gone_on_with_later(tmp_path: Path) -> None:
+    book = ledger(tmp_path, 0)
+    book.waiting.popleft()
+    book.stop()
+    book.crashed("a", "killed")
+    assert {name: record["outcome"] for name, record in book.records.items()} == {
+        "a": "stopped",
+        "b": "stopped",
+    }
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_is_asked_to_end_by_others_is_replaced(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    book = ledger(tmp_path, 1, lambda *record: seen.append(record))
+    book.waiting.popleft()
+    book.ended("a", {"outcome": "stopped", "step": 3})
+    assert seen == [("a", "retry", 0, {"error": "its process was asked to end"})]
+    assert list(book.waiting) == ["a", "b"]
