@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +40,27 @@ class Residual(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet8() -> nn.Module:
-    """ResNet-8 for 32x32 images: widths 16, 32 and 64, batch norm, ReLU; 78,042 parameters."""
+def resnet(widths: Sequence[int], stride: int = 1) -> nn.Module:
+    """ResNet for 32x32 images: a residual block from each width to the next, batch norm, ReLU."""
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(3, widths[0], 3, stride, 1, bias=False),
+        nn.BatchNorm2d(widths[0]),
         nn.ReLU(),
-        Residual(16, 16),
-        Residual(16, 32),
-        Residual(32, 64),
+        *(Residual(channels, width) for channels, width in pairwise(widths)),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(64, CLASSES),
+        nn.Linear(widths[-1], CLASSES),
     )
+
+
+def resnet8() -> nn.Module:
+    """ResNet-8: widths 16, 32 and 64; 78,042 parameters."""
+    return resnet((16, 16, 32, 64))
+
+
+def resnet18() -> nn.Module:
+    """Eight blocks, most of width 512, at half the resolution; 23,785,802 parameters."""
+    return resnet((64, 64, 128, 256, *5 * [512]), stride=2)
 
 
 class Block(nn.Module):

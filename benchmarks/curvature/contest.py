@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
 from torch import Tensor
 
 from eigenfilter.benchmarks import environment
 from eigenfilter.benchmarks.contest import Contender, Phase, nothing
 from eigenfilter.benchmarks.curvature import ours
+from eigenfilter.benchmarks.curvature.apart import Apart
 from eigenfilter.benchmarks.curvature.datasets import Missing
 from eigenfilter.benchmarks.curvature.peers import curvlinops, hessian_eigenthings, pyhessian
 from eigenfilter.benchmarks.curvature.problems import Problem, Recipe, product
 from eigenfilter.benchmarks.curvature.solver import K, Solve, Solver, arpack
+from eigenfilter.benchmarks.curvature.thread import processor
 from eigenfilter.benchmarks.timing import Lap, Spread, turns
 from eigenfilter.curvature import HessianOperator, eigsh
 
@@ -32,6 +33,9 @@ SOLVERS = (
 )
 U, LANCZOS, RAW = "U", "Lanczos", "its products"
 MOST_OVERHEAD = 1.15
+LIMIT = 8  # times our time without copies, after which a contender on a large problem is stopped
+LAPS = 3  # of U there
+BASIS = 32  # vectors of its reference, of 200 MB each
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class Entry:
     Attributes:
         solver: its name.
         setting: the one that was timed.
-        products: that it took.
-        error: the worst relative error of its values.
+        stopped: whether it had no answer in the time allowed, which its times then are.
+        products: that it took; None if it was stopped.
+        error: the worst relative error of its values; None if it was stopped.
+        memory: bytes at most, beyond the model and the data; None if it was stopped.
         reached: whether that is within ACCURACY.
         seconds: of the processor.
         wall: seconds that went by, others' work on the machine included.
@@ -53,8 +59,10 @@ class Entry:
 
     solver: str
     setting: str
-    products: int
-    error: float
+    stopped: bool
+    products: int | None
+    error: float | None
+    memory: int | None
     reached: bool
     seconds: Spread
     wall: Spread
@@ -72,7 +80,8 @@ class Row:
         summary: what it is.
         parameters: n.
         reference: the ten values in float64.
-        gap: the worst relative difference of these from what ARPACK gives, largest in magnitude.
+        gap: the worst relative difference of these from what ARPACK gives, largest in magnitude;
+            None where the problem is too large to solve twice.
         unit: U, seconds of the processor that one product takes on a graph built for it.
         entries: of those who took part.
         overhead: the time of Lanczos, its operator ready, over that of its products alone.
@@ -85,7 +94,7 @@ class Row:
     summary: str
     parameters: int
     reference: list[float]
-    gap: float
+    gap: float | None
     unit: Spread
     entries: tuple[Entry, ...]
     overhead: Spread
@@ -96,41 +105,39 @@ class Row:
 
 @dataclass(frozen=True)
 class _Checked:
+    """A contender in the setting to be timed; all else None if it was stopped."""
+
     solver: Solver
     setting: str
     solve: Solve
-    products: int
-    error: float
+    products: int | None = None
+    error: float | None = None
+    lap: Lap | None = None
+    memory: int | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether it is accurate enough."""
+        return self.error is not None and self.error <= ACCURACY
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """All libraries compute on one thread: then the processor's time is nobody else's."""
-    import scipy.sparse.linalg  # noqa: F401 - its library has to be there to be limited
-    from threadpoolctl import threadpool_limits
+def reference(problem: Problem, *, large: bool = False) -> tuple[Tensor, float | None]:
+    """The K largest eigenvalues in float64, and their distance from ARPACK's unless it is large.
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def processor(run: Callable[[], object]) -> Lap:
-    """A clock of the processor's time; as the host's it has the time that went by."""
-    began, used = time.perf_counter(), time.process_time()
-    run()
-    return Lap(time.process_time() - used, time.perf_counter() - began)
-
-
-def reference(problem: Problem) -> tuple[Tensor, float]:
-    """The K largest eigenvalues in float64, and their distance from ARPACK's."""
+    Raises:
+        RuntimeError: they did not converge.
+    """
     double = problem.double()
     op = HessianOperator(double.model, double.loss_fn, double.data)
-    values = eigsh(op, K, tol=1e-10).values
-    return values, worst(arpack(op.to_scipy(), which="LM", tol=0).values, values)
+    if large:
+        found = eigsh(op, K, tol=1e-6, max_basis=BASIS, look_for_copies=False)
+    else:
+        found = eigsh(op, K, tol=1e-10)
+    if not found.converged.all():
+        raise RuntimeError(f"the reference did not converge in {found.matvecs} products")
+    if large:
+        return found.values, None
+    return found.values, worst(arpack(op.to_scipy(), which="LM", tol=0).values, found.values)
 
 
 def worst(values: Tensor, exact: Tensor) -> float:
@@ -146,63 +153,108 @@ def measure(name: str, recipe: Recipe, folder: Path, rounds: int) -> Row:
         Missing: its data are not in the folder.
     """
     problem = recipe.build(folder)
-    exact, gap = reference(problem)
-    checked, absent = [], []
-    for solver in SOLVERS:
-        if recipe.vectors and not solver.vectors:
-            continue
-        try:
-            solver.check()
-            checked.append(_check(solver, problem, exact))
-        except Missing as missing:
-            absent.append(f"{solver.name}: {missing}")
-    contenders = [_contender(U, lambda: product(problem, problem.gradients(), False))]
-    contenders += [_contender(c.solver.name, _bound(c.solve, problem)) for c in checked]
+    exact, gap = reference(problem, large=recipe.large)
     neighbours = environment.Neighbours()
-    laps = turns(contenders, processor, rounds)
-    overhead = _overhead(problem, rounds)
-    seconds = {who: [lap.seconds for lap in found] for who, found in laps.items()}
-    entries = tuple(
-        Entry(
-            c.solver.name,
-            c.setting,
-            c.products,
-            c.error,
-            c.error <= ACCURACY,
-            Spread.of(seconds[c.solver.name]),
-            Spread.of([lap.host for lap in laps[c.solver.name]]),
-            _ratio(seconds[c.solver.name], seconds[U]),
-            {
-                mine.name: _ratio(seconds[c.solver.name], seconds[mine.name])
-                for mine in (ours.OURS, ours.ALONE)
-            },
-            c.solver.goal,
-        )
-        for c in checked
-    )
+    checked, absent = _check_all(recipe, problem, exact)
+    limit = _limit(checked)
+    unit = _contender(U, lambda: product(problem, problem.gradients(), False))
+    if recipe.large:
+        rounds = 1
+        laps = {c.solver.name: [c.lap or Lap(limit, limit)] for c in checked}
+        units = [lap.seconds for lap in turns((unit,), processor, LAPS)[U]]
+        laps[U] = [Lap(Spread.of(units).median, math.nan)]
+    else:
+        contenders = [_contender(c.solver.name, _bound(c.solve, problem)) for c in checked]
+        laps = turns((unit, *contenders), processor, rounds)
+        units = [lap.seconds for lap in laps[U]]
     return Row(
         name,
         recipe.summary,
         sum(p.numel() for p in problem.params),
         exact.tolist(),
         gap,
-        Spread.of(seconds[U]),
-        entries,
-        overhead,
+        Spread.of(units),
+        tuple(_entry(c, laps, recipe.kind) for c in checked),
+        _overhead(problem, rounds),
         rounds,
         neighbours.cores(),
         tuple(absent),
     )
 
 
-def _check(solver: Solver, problem: Problem, exact: Tensor) -> _Checked:
-    """Take the first setting that is accurate enough, or the last."""
+def _check_all(recipe: Recipe, problem: Problem, exact: Tensor) -> tuple[list[_Checked], list[str]]:
+    """Who takes part, and a line for each who cannot."""
+    checked: list[_Checked] = []
+    absent: list[str] = []
+    with TemporaryDirectory() as scratch:
+        apart = Apart(problem, Path(scratch), timed=recipe.large)
+        for solver in SOLVERS:
+            if recipe.vectors and not solver.vectors:
+                continue
+            try:
+                solver.check()
+            except Missing as missing:
+                absent.append(f"{solver.name}: {missing}")
+                continue
+            if recipe.large:
+                checked.append(_check_once(solver, apart, exact, _limit(checked)))
+            else:
+                checked.append(_check(solver, problem, apart, exact))
+    return checked, absent
+
+
+def _check(solver: Solver, problem: Problem, apart: Apart, exact: Tensor) -> _Checked:
+    """Take the first setting that is accurate enough, or the last; measure its memory apart."""
+    tried = []
     for setting, solve in solver.settings.items():
         found = solve(problem)
-        checked = _Checked(solver, setting, solve, found.products, worst(found.values, exact))
-        if checked.error <= ACCURACY:
+        tried.append(_Checked(solver, setting, solve, found.products, worst(found.values, exact)))
+        if tried[-1].reached:
             break
-    return checked
+    outcome = apart(tried[-1].solve)
+    return replace(tried[-1], memory=None if outcome is None else outcome.memory)
+
+
+def _check_once(solver: Solver, apart: Apart, exact: Tensor, limit: float) -> _Checked:
+    """The same with all of it apart; the first setting that exceeds the limit is the last."""
+    tried = []
+    for setting, solve in solver.settings.items():
+        tried.append(_Checked(solver, setting, solve))
+        outcome = apart(solve, limit)
+        if outcome is None:
+            break
+        error = worst(outcome.found.values, exact)
+        tried[-1] = _Checked(
+            solver, setting, solve, outcome.found.products, error, outcome.lap, outcome.memory
+        )
+        if tried[-1].reached:
+            break
+    return tried[-1]
+
+
+def _limit(checked: Sequence[_Checked]) -> float:
+    """The seconds allowed on a large problem, once ours is known."""
+    laps = [c.lap for c in checked if c.solver is ours.ALONE and c.lap is not None]
+    return LIMIT * laps[0].seconds if laps else math.inf
+
+
+def _entry(c: _Checked, laps: dict[str, list[Lap]], kind: str) -> Entry:
+    seconds = {who: [lap.seconds for lap in found] for who, found in laps.items()}
+    mine = seconds[c.solver.name]
+    return Entry(
+        c.solver.name,
+        c.setting,
+        c.error is None,
+        c.products,
+        c.error,
+        c.memory,
+        c.reached,
+        Spread.of(mine),
+        Spread.of([lap.host for lap in laps[c.solver.name]]),
+        _ratio(mine, seconds[U]),
+        {name: _ratio(mine, seconds[name]) for name in (ours.OURS.name, ours.ALONE.name)},
+        c.solver.special.get(kind, c.solver.goal),
+    )
 
 
 def _overhead(problem: Problem, rounds: int) -> Spread:

@@ -30,7 +30,15 @@ def digits(samples: int, folder: Path) -> Batch:
 
 def mnist(samples: int, folder: Path) -> Batch:
     """MNIST's first training images [n, 784]."""
-    raw = folder / "MNIST" / "raw"
+    return _idx(folder / "MNIST" / "raw", samples)
+
+
+def fashion(samples: int, folder: Path) -> Batch:
+    """Fashion-MNIST's first training images [n, 784]."""
+    return _idx(folder / "FashionMNIST" / "raw", samples)
+
+
+def _idx(raw: Path, samples: int) -> Batch:
     images = _bytes(raw / "train-images-idx3-ubyte", 16, 784 * samples).reshape(samples, 784)
     labels = _bytes(raw / "train-labels-idx1-ubyte", 8, samples)
     return _standardised(images), torch.from_numpy(labels.astype(np.int64))
@@ -55,7 +63,7 @@ def text(samples: int, folder: Path) -> Batch:
 
 def _bytes(file: Path, start: int, count: int) -> np.ndarray:
     if not file.exists():
-        raise Missing(f"{file.name} is not in the data folder: set EIGENFILTER_DATA or --data-dir")
+        raise Missing(f"{file.name} is not in {file.parent}: set EIGENFILTER_DATA or --data-dir")
     return np.fromfile(file, np.uint8, count, offset=start)
 
 

@@ -37,5 +37,6 @@ SCIPY = Solver(
     },
     package="scipy",
     goal=1.0,
+    special={"vectors": 2.0},
     vectors=True,
 )

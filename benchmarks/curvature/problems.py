@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eigenfilter.benchmarks.curvature import datasets
 from eigenfilter.benchmarks.curvature.datasets import Batch
-from eigenfilter.benchmarks.networks import GPT
+from eigenfilter.benchmarks.networks import GPT, resnet18
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Recipe:
         lr: of those steps, with heavy ball.
         batch: the size of a loader's batches; None for one batch.
         vectors: whether only those contenders take part whose vectors' cost is the question.
+        large: whether every contender solves it once only, within a limit of time.
     """
 
     summary: str
@@ -104,9 +105,17 @@ class Recipe:
     lr: float = 0.05
     batch: int | None = None
     vectors: bool = False
+    large: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Whose goals hold: "vectors", "loader" or "batch"."""
+        if self.vectors:
+            return "vectors"
+        return "batch" if self.batch is None else "loader"
 
     def build(self, folder: Path) -> Problem:
-        """Train the network, equally every time.
+        """Train the network, equally every time, and leave it in evaluation mode.
 
         Raises:
             Missing: the data are not in the folder.
@@ -120,6 +129,7 @@ class Recipe:
         for _ in range(self.steps):
             step(opt, Problem(model, loss_fn, (inputs, labels)))
         opt.zero_grad()
+        model.eval()  # as PyHessian has it, whatever it is given
         if self.batch is None:
             return Problem(model, loss_fn, (inputs, labels))
         loader = DataLoader(TensorDataset(inputs, labels), batch_size=self.batch)
@@ -162,6 +172,12 @@ RECIPES: Mapping[str, Recipe] = {
         datasets.mnist,
         512,
     ),
+    "mlp-fashion": Recipe(
+        "MLP 784-128-64-10, 512 images of Fashion-MNIST",
+        lambda: _mlp(784, 128, 64, 10),
+        datasets.fashion,
+        512,
+    ),
     "conv-cifar10": Recipe(
         "three convolutions, 128 images of CIFAR-10", _conv, datasets.cifar10, 128, lr=0.02
     ),
@@ -180,5 +196,14 @@ RECIPES: Mapping[str, Recipe] = {
         32,
         steps=20,
         vectors=True,
+    ),
+    "resnet-cifar10": Recipe(
+        "ResNet-18 of 24M parameters, 8 images of CIFAR-10",
+        resnet18,
+        datasets.cifar10,
+        8,
+        steps=20,
+        lr=0.02,
+        large=True,
     ),
 }

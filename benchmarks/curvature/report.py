@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eigenfilter.benchmarks.curvature.contest import ACCURACY, MOST_OVERHEAD
+from eigenfilter.benchmarks.curvature.contest import ACCURACY, LIMIT, MOST_OVERHEAD
 from eigenfilter.benchmarks.curvature.ours import ALONE, OURS
 from eigenfilter.benchmarks.curvature.problems import RECIPES
 from eigenfilter.benchmarks.curvature.tracking import CHECKS, MOST_PRODUCTS, STEPS, TOL, TRACKED
@@ -13,17 +13,21 @@ from eigenfilter.benchmarks.curvature.tracking import CHECKS, MOST_PRODUCTS, STE
 LEGEND = f"""The ten largest eigenvalues and their vectors, each time from nothing: operators,
 graphs and the choice of an engine are part of the work. Values are checked against float64 before
 anything is timed; `error` is the worst relative one of the ten. Of several settings the first that
-reaches {ACCURACY:g} is timed, or else the last. Everything runs on one thread, and times are the
-processor's, medians of rounds in turns: what others do on the machine hardly counts. U is one
-product by double backward, on a graph built for it. `ratio` is a contender's time over ours, with
-and without our look for copies (peers have none); in parentheses where the contender did not reach
-{ACCURACY:g}. A goal is for both.
+reaches {ACCURACY:g} is timed, or else the last. Memory is the high-water mark of a process that
+solves once, beyond the model, the data and the libraries. Everything runs on one thread, and times
+are the processor's, medians of rounds in turns: what others do on the machine hardly counts. U is
+one product by double backward, on a graph built for it. `ratio` is a contender's time over ours,
+with and without our look for copies (peers have none); in parentheses where the contender did not
+reach {ACCURACY:g}. A goal is for both. A large problem is solved once by each, in that process, and
+whoever takes more than {LIMIT} times as long as ours without the look is stopped: its figures,
+after >, are what had gone by.
 """
 COLUMNS = (
     "contender",
     "setting",
     "products",
     "error",
+    "memory, MB",
     "seconds",
     "U",
     f"ratio to {OURS.name}",
@@ -40,13 +44,14 @@ def table(row: Json) -> list[str]:
         f"### {row['name']}: {row['summary']}",
         "",
         f"{row['parameters']:,} parameters; U = {1e3 * raw:.3g} ms; {row['rounds']} rounds; "
-        f"reference {row['gap']:.0e} from ARPACK's.",
+        f"reference {_gap(row['gap'])}.",
         "",
         *_head(COLUMNS),
     ]
     for entry in row["entries"]:
-        cells = [entry["solver"], entry["setting"], entry["products"], f"{entry['error']:.1e}"]
-        cells += [f"{entry['seconds']['median']:.3g}", f"{entry['units']['median']:.1f}"]
+        cells = [entry["solver"], entry["setting"], *_found(entry)]
+        cells += [_least(entry, f"{entry['seconds']['median']:.3g}")]
+        cells += [_least(entry, f"{entry['units']['median']:.1f}")]
         cells += [_ratio(entry, name) for name in (OURS.name, ALONE.name)]
         lines.append(_line([*cells, _goal(entry)]))
     lines += [_line([line, *[""] * (len(COLUMNS) - 1)]) for line in row["absent"]]
@@ -78,8 +83,24 @@ def tracks(found: Sequence[Json]) -> list[str]:
     return [*lines, ""]
 
 
+def _gap(gap: float | None) -> str:
+    return "by one solver alone" if gap is None else f"{gap:.0e} from ARPACK's"
+
+
+def _found(entry: Json) -> list[str]:
+    if entry["stopped"]:
+        return ["stopped", "", ""]
+    return [str(entry["products"]), f"{entry['error']:.1e}", f"{entry['memory'] / 1e6:.3g}"]
+
+
+def _least(entry: Json, figure: str) -> str:
+    return f"> {figure}" if entry["stopped"] else figure
+
+
 def _ratio(entry: Json, name: str) -> str:
     spread = entry["ratios"][name]
+    if entry["stopped"]:
+        return _least(entry, f"{spread['median']:.2f}")
     text = f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]"
     return text if entry["reached"] else f"({text})"
 
@@ -88,6 +109,8 @@ def _goal(entry: Json) -> str:
     if entry["goal"] is None:
         return ""
     met = [spread["median"] >= entry["goal"] for spread in entry["ratios"].values()]
+    if entry["stopped"]:
+        return f"{entry['goal']:g} {'met' if all(met) else 'not judged'}"
     verdict = _verdict(all(met)) if len(set(met)) == 1 else "met without copies"
     return f"{entry['goal']:g} {verdict}" if entry["reached"] else f"{entry['goal']:g} not judged"
 

@@ -1,8 +1,10 @@
 """The largest eigenpairs of Hessians of trained networks, by the library and by its peers.
 
 Every contender is checked against float64 before it is timed; see `report.LEGEND` in what is
-written. The data are files of MNIST and CIFAR-10, unpacked in a folder; problems that need none are
-mlp-digits and gpt-text.
+written. The data are files of MNIST, Fashion-MNIST and CIFAR-10 in torchvision's layout, unpacked:
+MNIST/raw, FashionMNIST/raw and cifar-10-batches-bin in the folder. Problems that need none are
+mlp-digits and gpt-text. Peak memory is measured in a process for each contender. A large problem is
+solved once by each, and whoever takes too long is stopped and said to be.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from eigenfilter.benchmarks.curvature import contest, tracking
 from eigenfilter.benchmarks.curvature import report as tables
 from eigenfilter.benchmarks.curvature.datasets import Missing
 from eigenfilter.benchmarks.curvature.problems import RECIPES
+from eigenfilter.benchmarks.curvature.thread import one_thread
 
 TRACKING = "tracking"
 ROUNDS = 3
@@ -47,7 +50,7 @@ def run(names: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
         print("\n".join(lines), flush=True)
         text.extend(lines)
 
-    with contest.one_thread():
+    with one_thread():
         where = environment.describe(torch.device("cpu"))
         for name in names:
             try:

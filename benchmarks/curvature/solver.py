@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Solver:
         settings: by their names, cheapest first; the first that is accurate enough is timed.
         package: that it needs.
         goal: how many times as long as ours it is to take, at least.
+        special: other goals, by the kind of problem; see `Recipe.kind`.
         vectors: whether it takes part where the cost of vectors is the question.
     """
 
@@ -46,6 +47,7 @@ class Solver:
     settings: Mapping[str, Solve]
     package: str | None = None
     goal: float | None = None
+    special: Mapping[str, float] = field(default_factory=dict)
     vectors: bool = False
 
     def check(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from eigenfilter.benchmarks.curvature import contest, datasets, report, run, tra
 from eigenfilter.benchmarks.curvature.datasets import Missing
 from eigenfilter.benchmarks.curvature.peers.pyhessian import SOLVERS as PYHESSIAN
 from eigenfilter.benchmarks.curvature.problems import Problem, Recipe, product
-from eigenfilter.benchmarks.curvature.solver import Solver, counted
+from eigenfilter.benchmarks.curvature.solver import Found, Solver, counted
 from eigenfilter.experiments.cli import main
 
 TINY = Recipe(
@@ -28,6 +29,13 @@ TINY = Recipe(
     steps=30,
     lr=0.1,
 )
+
+
+def slow(problem: Problem) -> Found:
+    """As ours, after a minute on all but the process's first, small problem."""
+    while len(problem.batches[0][0]) == TINY.samples and time.process_time() < 60:
+        pass
+    return contest.ours.solve(problem)
 
 
 def tiny(batch: int | None) -> Problem:
@@ -89,6 +97,8 @@ def test_a_run_writes_its_results_and_the_page_has_them(
     monkeypatch.setattr(report, "TRACKED", "tiny")
     monkeypatch.setattr(tracking, "CHECKS", 3)
     monkeypatch.setitem(sys.modules, "pyhessian", None)
+    mine = (contest.ours.OURS, contest.ours.ALONE, contest.ours.SCIPY)
+    monkeypatch.setattr(contest, "SOLVERS", (*mine, *PYHESSIAN))
     threads = torch.get_num_threads()
     assert main(["bench", "--repeat", "1", "curvature", "--out", str(tmp_path)]) == 0
     assert torch.get_num_threads() == threads
@@ -106,6 +116,7 @@ def test_a_run_writes_its_results_and_the_page_has_them(
     assert entries["eigenfilter"]["reached"]
     assert entries["eigenfilter"]["ratios"]["eigenfilter"]["median"] == 1
     assert entries["eigenfilter"]["products"] > entries["eigenfilter, no copies"]["products"]
+    assert all(0 < entry["memory"] < 100e6 for entry in entries.values())
     assert [track["way"] for track in found["tracking"]] == list(tracking.WAYS)
     assert all(track["error"] < tracking.TOL for track in found["tracking"])
     assert main(["bench", "page", str(file), "--out", str(tmp_path)]) == 0
@@ -118,7 +129,7 @@ def test_a_run_writes_its_results_and_the_page_has_them(
 def test_missing_data_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--only", "mlp-mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path)]
     assert main(["bench", "curvature", *argv]) == 0
-    says = "mlp-mnist: train-images-idx3-ubyte is not in the data folder"
+    says = f"mlp-mnist: train-images-idx3-ubyte is not in {tmp_path / 'MNIST' / 'raw'}"
     assert says in capsys.readouterr().out
     (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["absent"][0].startswith(says)
@@ -130,16 +141,18 @@ def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_files_are_read(tmp_path: Path) -> None:
-    raw, cifar = tmp_path / "MNIST" / "raw", tmp_path / "cifar-10-batches-bin"
-    raw.mkdir(parents=True)
+    cifar = tmp_path / "cifar-10-batches-bin"
     cifar.mkdir()
     pixels = np.arange(2 * 784).astype(np.uint8)
-    (raw / "train-images-idx3-ubyte").write_bytes(bytes(16) + pixels.tobytes())
-    (raw / "train-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([7, 3]))
-    images, labels = datasets.mnist(2, tmp_path)
-    assert images.shape == (2, 784)
-    assert labels.tolist() == [7, 3]
-    assert images[0, :256].diff().std() < 1e-5
+    for name, read in (("MNIST", datasets.mnist), ("FashionMNIST", datasets.fashion)):
+        raw = tmp_path / name / "raw"
+        raw.mkdir(parents=True)
+        (raw / "train-images-idx3-ubyte").write_bytes(bytes(16) + pixels.tobytes())
+        (raw / "train-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([7, len(name)]))
+        images, labels = read(2, tmp_path)
+        assert images.shape == (2, 784)
+        assert labels.tolist() == [7, len(name)]
+        assert images[0, :256].diff().std() < 1e-5
     records = np.arange(2 * 3073).astype(np.uint8).reshape(2, 3073)
     (cifar / "data_batch_1.bin").write_bytes(records.tobytes())
     images, labels = datasets.cifar10(2, tmp_path)
@@ -159,8 +172,10 @@ def test_a_ratio_counts_only_where_the_accuracy_was_reached() -> None:
     entry = {
         "solver": "peer",
         "setting": "defaults",
+        "stopped": False,
         "products": 9,
         "error": 1e-3,
+        "memory": 5e6,
         "reached": False,
         "seconds": spread,
         "units": spread,
@@ -189,6 +204,28 @@ def test_a_ratio_counts_only_where_the_accuracy_was_reached() -> None:
     )
     assert line(reached=True, goal=4.0).endswith("| 4 met |")
     assert line(reached=True, goal=7.0).endswith("| 7 missed |")
+    stopped = {"stopped": True, "products": None, "error": None, "memory": None}
+    end = "| stopped |  |  | > 4 | > 4.0 | > 4.00 | > 6.00 |"
+    assert line(**stopped, goal=4.0).endswith(f"{end} 4 met |")
+    assert line(**stopped).endswith(f"{end} 5 not judged |")
+
+
+def test_whoever_takes_too_long_on_a_large_problem_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # there it finds `slow`
+    ours = contest.ours
+    peer = Solver("peer", {"loose": ours.solve, "tight": slow}, goal=2.0)
+    monkeypatch.setattr(contest, "SOLVERS", (ours.OURS, ours.ALONE, peer))
+    monkeypatch.setattr(contest, "ACCURACY", -1.0)  # nobody is accurate enough
+    row = contest.measure("tiny", dataclasses.replace(TINY, large=True), Path(), 3)
+    mine, alone, last = row.entries
+    assert (row.rounds, row.gap) == (1, None)
+    assert mine.products is not None
+    assert mine.memory is not None
+    assert 0 < mine.memory < 100e6
+    assert (last.setting, last.stopped, last.products, last.memory) == ("tight", True, None, None)
+    assert last.ratios[alone.solver].median == pytest.approx(contest.LIMIT)
 
 
 def test_calls_are_counted_while_they_are_wanted() -> None:

@@ -46,5 +46,6 @@ SOLVERS = (
         },
         "pyhessian",
         5.0,
+        {"loader": 10.0},
     ),
 )
