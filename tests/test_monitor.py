@@ -98,12 +98,42 @@ def test_where_there_is_no_filter_there_is_no_edge() -> None:
     for opt in (
         ef.SAM(params, lr=0.1),
         torch.optim.RMSprop(params),
-        ef.AdamW(params, method="two_step_usam", rho=0.1),
-        ef.SGD([{"params": params[:1], "lr": 0.1}, {"params": params[1:], "lr": 0.2}]),
+        ef.AdamW(params),  # before its first step there is no preconditioner
+        ef.SGD([{"params": params[:1], "maximize": True}, {"params": params[1:]}], lr=0.1),
     ):
         check = ef.SharpnessMonitor(task.op, opt, on_edge="warn").check()
         assert check.edge is None
         assert not check.past_edge
+        assert check.sharpness == pytest.approx(task.sharpness(), rel=1e-3)
+
+
+def test_groups_that_differ_have_an_edge_together() -> None:
+    task = Trained()
+    first, *rest = task.model.parameters()
+    opt = ef.SGD([{"params": [first], "lr": 0.1}, {"params": rest, "momentum": 0.5}], lr=0.9)
+    monitor = ef.SharpnessMonitor(task.op, opt, tol=1e-8, on_edge="lower_lr")
+    rates = torch.cat([torch.full((first.numel(),), 0.1), torch.full((51,), 0.9 / 1.5)]).double()
+    H = task.op.matmat(torch.eye(task.op.shape[0], dtype=torch.float64))
+    exact = torch.linalg.eigvalsh(rates.sqrt()[:, None] * H * rates.sqrt())[-1].item()
+    check = monitor.check()
+    assert check.edge == 2.0
+    assert check.sharpness == pytest.approx(exact, rel=1e-6)
+    factor = 4.0 / exact
+    for group in opt.param_groups:
+        group["lr"] *= factor
+    assert monitor.check().past_edge
+    after = [group["lr"] for group in opt.param_groups]
+    assert after == pytest.approx([lr * 2 / 1.05 / exact for lr in (0.1, 0.9)], rel=1e-3)
+    assert not monitor.check().past_edge
+
+
+def test_what_is_maximised_has_the_edge_of_its_negative() -> None:
+    task = Trained()
+    opt = ef.USAM(task.model.parameters(), lr=0.1, rho=0.05, maximize=True)
+    check = ef.SharpnessMonitor(task.op, opt, tol=1e-8).check()
+    H = task.op.matmat(torch.eye(task.op.shape[0], dtype=torch.float64))
+    assert check.sharpness == pytest.approx(-torch.linalg.eigvalsh(H)[0].item(), rel=1e-6)
+    assert check.edge == filters.USAM(0.1, rho=0.05).max_eigenvalue()
 
 
 def past_the_edge(on_edge: Any, **options: Any) -> tuple[ef.SharpnessMonitor, Any]:
@@ -129,7 +159,9 @@ def test_it_lowers_the_lr_to_where_the_edge_is_above() -> None:
 
 def test_it_lowers_adamws_lr() -> None:
     task = Trained()
-    opt = ef.AdamW(task.model.parameters(), lr=100.0, weight_decay=0.01)
+    opt = ef.AdamW(task.model.parameters(), lr=1e-3, weight_decay=0.01)
+    task.train(opt, ef.SharpnessMonitor(task.op, opt, every=2), 1)
+    opt.param_groups[0]["lr"] = 100.0
     monitor = ef.SharpnessMonitor(task.op, opt, on_edge="lower_lr")
     check = monitor.check()
     [flt] = filters.of(opt)

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor
 
 from eigenfilter import filters
-from eigenfilter.certificate.linearised import NoFilter, adamw_operator
+from eigenfilter.certificate.linearised import (
+    Linearised,
+    NoFilter,
+    NoPreconditioner,
+    linearised,
+)
 from eigenfilter.curvature import CurvatureOperator, eigsh
-from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import AdamW, Filter, PolynomialFilter
 
 if TYPE_CHECKING:
@@ -33,11 +37,12 @@ class Check:
 
     Attributes:
         step: training steps before it.
-        sharpness: the largest eigenvalue: of the Hessian, or for AdamW of the preconditioned one.
+        sharpness: the largest eigenvalue: of the Hessian, or of what takes its place for AdamW and
+            for groups that differ; see `SharpnessMonitor`.
         residual: an eigenvalue lies within it of `sharpness`.
         edge: the largest eigenvalue that the optimizer's filter admits, or None where there is no
-            filter: SAM, whose edge moves with the gradient's norm, other optimizers, and groups
-            that differ.
+            filter: SAM, whose edge moves with the gradient's norm, AdamW before its first step,
+            optimizers and groups of which none is known.
         matvecs: products that it took.
         seconds: time that it took.
     """
@@ -69,7 +74,8 @@ class SharpnessMonitor:
     that stays the same, or all of them.
 
     For AdamW the sharpness is that of P^-1/2 H P^-1/2, P = sqrt(v / (1 - beta2^t)) + eps, and with
-    an ascent of USAM that of P^-1/2 (H + rho H^2) P^-1/2: see `filters.AdamW`.
+    an ascent of USAM that of P^-1/2 (H + rho H^2) P^-1/2: see `filters.AdamW`. Where groups differ
+    it is that of A^1/2 (J + W) A^1/2, with an edge of 2: see docs/theory.md, 14.
 
     Args:
         op: the Hessian of the loss; its parameters are the optimizer's.
@@ -127,11 +133,9 @@ class SharpnessMonitor:
         self._log = None if log is None else Path(log)
         self._steps = 0
         self._vector: Tensor | None = None
-        if on_edge == "raise_rho" and not hasattr(self._filter(), "rho"):
-            raise ValueError(
-                "on_edge='raise_rho' needs an optimizer whose filter has a rho, which is not 0: "
-                "USAM, TwoStepUSAM or HessianUSAM, with groups that are alike"
-            )
+        if on_edge == "raise_rho":
+            seen = self._linearised()
+            _check_rho(None if seen is None else seen.filter)
 
     def step(self) -> Check | None:
         """Count a training step; check after every `every`-th, and return what was found."""
@@ -145,7 +149,10 @@ class SharpnessMonitor:
             RuntimeError: an optimizer holds the parameters away from x; see the operator.
         """
         began = time.perf_counter()
-        op, products, flt = self._operator()
+        seen = self._linearised()
+        op = self._op if seen is None else seen.operator
+        flt = None if seen is None else seen.filter
+        products = 1 if seen is None else seen.products  # of H, in each of op
         found = eigsh(op, 1, tol=self._tol, v0=self._vector, look_for_copies=False, seed=self._seed)
         self._vector = found.vectors[:, 0]
         check = Check(
@@ -198,23 +205,16 @@ class SharpnessMonitor:
         ax.legend(frameon=False)
         return ax
 
-    def _operator(self) -> tuple[SymmetricOperator, int, Filter | None]:
-        """What the filter's eigenvalues are those of, its products of H in one, and the filter."""
-        groups = self._optimizer.param_groups
-        if not all("betas" in group for group in groups):
-            return self._op, 1, self._filter()
+    def _linearised(self) -> Linearised | None:
+        """What the optimizer's filter is of, and the filter; None where there is none."""
         try:
-            op = adamw_operator(self._op, self._optimizer)
-        except NoFilter:
-            return self._op, 1, None
-        return op, op.products, self._filter()
-
-    def _filter(self) -> Filter | None:
-        try:
-            found = filters.of(self._optimizer)
+            filters.of(self._optimizer)
         except TypeError:
             return None
-        return found[0] if all(f == found[0] for f in found) else None
+        try:
+            return linearised(self._op, self._optimizer)
+        except (NoFilter, NoPreconditioner):
+            return None
 
     def _report(self, check: Check) -> None:
         if self._log is not None:
@@ -240,11 +240,20 @@ class SharpnessMonitor:
             for group in self._optimizer.param_groups:
                 group["lr"] = group["lr"] * factor
         elif self._on_edge == "raise_rho":
+            _check_rho(flt)  # groups may have come to differ
             rho = _rho_for(flt, check.edge / _MARGIN)
             for group in self._optimizer.param_groups:
                 group["rho"] = rho
         elif callable(self._on_edge):
             self._on_edge(check)
+
+
+def _check_rho(flt: Filter | None) -> None:
+    if not hasattr(flt, "rho"):
+        raise ValueError(
+            "on_edge='raise_rho' needs an optimizer whose filter has a rho, which is not 0: "
+            "USAM, TwoStepUSAM or HessianUSAM, with groups that are alike"
+        )
 
 
 def _lr_factor(flt: Filter, edge: float) -> float:

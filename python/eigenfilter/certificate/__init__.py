@@ -157,17 +157,17 @@ def certify(
         ||d(x) + wd x|| > equilibrium_tol ||J|| ||x||
 
     with J the Jacobian of the left side: to first order, d + wd x vanishes no nearer to x than
-    equilibrium_tol ||x||. Of AdamW, and of several groups, norms are those of the coordinates
-    D^-1 x in which the matrix D (H + H R H + W) D is symmetric. Else it is the worse side's.
+    equilibrium_tol ||x||. Of AdamW, and of groups that differ, norms are those of the coordinates
+    D^-1 x in which the matrix D (J + W) D is symmetric. Else it is the worse side's.
 
     All is of f over the whole of `data`. It says what the optimizer with all data at each step
     would do here: with minibatches, whose Hessians and gradients scatter, the noise makes some of
     these points unstable too, and an "inside" is necessary only. The parameters, their gradients
     and versions are left as they are.
 
-    Several groups of SGD, USAM and SAM with one momentum compose; others are undecided where they
-    differ. AdamW is seen through its preconditioner now. SAM has no equilibrium where its filter
-    holds: its edge is that at `grad_norm`, and moves with it.
+    Groups that differ compose, in whatever but maximize and Hessian USAM's rho: see
+    `linearised.linearised`. AdamW is seen through its preconditioner now. SAM has no equilibrium
+    where its filter holds: its edge is that at `grad_norm`, and moves with it.
 
     Args:
         model, loss_fn, data: as `curvature.HessianOperator`.
@@ -180,8 +180,8 @@ def certify(
         equilibrium_tol: see above, >= 0.
         tol: relative to S, > 0: how small error bars get, decided or not, as far as max_matvecs
             allows.
-        max_matvecs: the most products, >= 1; each takes two of the Hessian after an ascent of
-            several groups or of AdamW. The basis takes n times as many elements.
+        max_matvecs: the most products of a look, >= 1; each takes two or three of the Hessian after
+            an ascent of AdamW or of groups that differ. The basis takes n times as many elements.
         seed: of the start; None for one that the operating system draws. It is mixed, so that a
             seed that a model was made with does no harm.
         basis_device: where the basis lies: "cpu" where the model's device has no room for it.

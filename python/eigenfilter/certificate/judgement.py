@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from eigenfilter.certificate.sides import (
     INSIDE,
     OUTSIDE,
     UNDECIDED,
+    Interval,
     Side,
     Tolerances,
     in_second_interval,
@@ -91,6 +92,8 @@ def judge(seen: Linearised, tolerances: Tolerances, look: Look) -> Judged:
         nothing = Side(OUTSIDE, -math.inf, 0.0, found.bottom.value, found.top.value)
         return Judged(found, nothing, nothing)
     *below, (_, edge) = intervals
+    if seen.lower is not None:
+        return _judge_apart(seen, seen.lower, intervals, tolerances, look)
     flt = seen.filter
     parabola = isinstance(flt, PolynomialFilter) and len(flt.coefficients) == 3 and bool(below)
     share = 0.5 if parabola else 1.0  # a second look may follow
@@ -111,12 +114,36 @@ def judge(seen: Linearised, tolerances: Tolerances, look: Look) -> Judged:
     if parabola and in_second_interval(saddle, found):
         assert isinstance(flt, PolynomialFilter)
         saddle = _look_between(seen, flt, saddle, tolerances, look, share)
-    needed = tuple(
-        f"{name}: {side.needed}"
-        for name, side in (("upper edge", upper), ("saddle side", saddle))
-        if side.needed
-    )
-    return Judged(found, upper, saddle, needed)
+    return Judged(found, upper, saddle, _needed(upper, saddle))
+
+
+def _judge_apart(
+    seen: Linearised,
+    lower: SymmetricOperator,
+    intervals: Sequence[Interval],
+    tolerances: Tolerances,
+    look: Look,
+) -> Judged:
+    """Decide each side by its own matrix; what is found is the lower one's, but for the top."""
+
+    def upper_of(found: Extremes) -> Side:
+        return upper_side(found, intervals[-1][1], tolerances)
+
+    def saddle_of(found: Extremes) -> Side:
+        return saddle_side(found, intervals, tolerances)
+
+    def until(side: Callable[[Extremes], Side]) -> Callable[[Extremes], bool]:
+        return lambda found: side(found).verdict != UNDECIDED and tolerances.sharp(found)
+
+    above = look(seen.operator, until(upper_of), products=seen.products, share=0.5)
+    below = look(lower, until(saddle_of), products=seen.products, share=0.5)
+    upper, saddle = upper_of(above), saddle_of(below)
+    return Judged(replace(below, top=above.top), upper, saddle, _needed(upper, saddle))
+
+
+def _needed(upper: Side, saddle: Side) -> tuple[str, ...]:
+    sides = (("upper edge", upper), ("saddle side", saddle))
+    return tuple(f"{name}: {side.needed}" for name, side in sides if side.needed)
 
 
 def _look_between(

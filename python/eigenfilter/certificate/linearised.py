@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfilter import filters
+from eigenfilter import _distributed, filters
 from eigenfilter.curvature.operators import CurvatureOperator
 from eigenfilter.curvature.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.filters import SAM, AdamW, Filter, HeavyBall, Nesterov, PolynomialFilter
+from eigenfilter.filters import SAM, AdamW, Filter, HeavyBall, PolynomialFilter
 from eigenfilter.optimizers._ascents import Ascent
 
 Group = Mapping[str, Any]
@@ -24,6 +24,10 @@ Group = Mapping[str, Any]
 
 class NoFilter(Exception):
     """Why the filters of an optimizer's groups do not compose."""
+
+
+class NoPreconditioner(ValueError):
+    """AdamW has taken no step."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Linearised:
         filter: of its eigenvalues; of an optimizer that minimises.
         scale: the diagonal D [n] of the coordinates D^-1 x in which the matrix is symmetric, or
             None for the identity.
+        lower: the matrix whose lower end the filter's lower end is for, where it is another.
         products: products of the Hessian in one of the matrix.
         notes: what the filter rests on.
     """
@@ -44,6 +49,7 @@ class Linearised:
     matrix: str
     filter: Filter
     scale: Tensor | None = None
+    lower: SymmetricOperator | None = None
     products: int = 1
     notes: tuple[str, ...] = ()
 
@@ -53,67 +59,160 @@ def linearised(
 ) -> Linearised:
     """Return what `optimizer` does near the point of `op`, the Hessian in its parameters.
 
-    Groups that are alike keep the Hessian and their filter. Groups of SGD, USAM and SAM that share
-    momentum and direction compose to A^1/2 (H + H R H + W) A^1/2, for diagonal learning rates A,
-    radii R and decays W: it evolves as the Hessian does under SGD with lr 1. AdamW is seen through
-    its preconditioner. With `maximize` the matrix is that of -f.
+    Groups that are alike keep their filter: of the Hessian, and of AdamW of P^-1/2 J P^-1/2, J the
+    Jacobian of the gradient it takes. Groups that differ compose. With `maximize` the matrix is
+    that of -f.
 
     Raises:
         NoFilter: the groups do not compose.
-        ValueError: AdamW has taken no step; see also `filters.of`.
-        TypeError: see `filters.of`.
+        NoPreconditioner: AdamW has taken no step.
+        ValueError, TypeError: see `filters.of`.
     """
     held = {id(p) for p in op.params}
     every = zip(optimizer.param_groups, filters.of(optimizer, grad_norm=grad_norm), strict=True)
     groups = [(g, f) for g, f in every if any(id(p) in held for p in g["params"])]
-    polynomials = [(g, f) for g, f in groups if isinstance(f, PolynomialFilter)]
-    if not polynomials:
-        return _adamw(op, optimizer, groups, grad_norm)
-    one = polynomials[0][1]
-    if any(f != one for _, f in polynomials):
-        return _composed(op, polynomials)
-    if not one.maximize:
-        return Linearised(op, "the Hessian H", one, notes=_notes([one]))
-    ones = torch.ones(op.shape[0], dtype=op.dtype, device=op.device)
-    operator = PreconditionedOperator(op, ones, sign=-1.0)
-    flt = replace(one, maximize=False)
-    return Linearised(operator, "-H, of what is maximised", flt, notes=_notes([one]))
+    one = groups[0][1]
+    alike = all(f == one for _, f in groups)
+    if isinstance(one, AdamW) and not any(
+        "exp_avg_sq" in optimizer.state.get(p, {}) for g, _ in groups for p in g["params"]
+    ):
+        raise NoPreconditioner("AdamW has no preconditioner before its first step: load its state")
+    if not alike:
+        return _composed(op, optimizer, groups, grad_norm)
+    sign = -1.0 if groups[0][0].get("maximize") else 1.0
+    minimising: Filter = replace(one, maximize=False)  # type: ignore[type-var]
+    notes = _notes([one])
+    if isinstance(one, AdamW):
+        scale = preconditioner(optimizer, op.params).to(op.dtype)
+        rho, ascent = _ascents(op, optimizer, [g for g, _ in groups], grad_norm)
+        operator = PreconditionedOperator(op, scale, rho, sign=sign, ascent=ascent)
+        matrix = f"P^-1/2 {_jacobian(operator, ascent)} P^-1/2, P of AdamW now"
+        products = operator.products
+        return Linearised(operator, matrix, minimising, scale, products=products, notes=notes)
+    if sign > 0:
+        return Linearised(op, "the Hessian H", minimising, notes=notes)
+    operator = PreconditionedOperator(op, spread(op, [(g, 1.0) for g, _ in groups]), sign=sign)
+    return Linearised(operator, "-H, of what is maximised", minimising, notes=notes)
 
 
-def adamw_operator(
-    op: CurvatureOperator, optimizer: torch.optim.Optimizer, grad_norm: float | None = None
-) -> PreconditionedOperator:
-    """P^-1/2 (s H + H R H) P^-1/2 of an optimizer with AdamW's groups.
+def _composed(
+    op: CurvatureOperator,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[tuple[Group, Filter]],
+    grad_norm: float | None,
+) -> Linearised:
+    """Groups that differ, by the matrix of gradient descent with the same edges.
+
+    J: the Jacobian of the gradient taken, symmetric; A: the diagonal of the groups' `rate`, over P
+    for AdamW; W: of their decays, times P for AdamW. Let each group's step be x <- -G(z) J x, as a
+    transfer function of z: an eigenvalue z has (G(z)^-1 + J) x = 0, for a diagonal G. For heavy
+    ball, Nesterov's method and AdamW, whatever their hyperparameters, the imaginary part of G^-1 is
+    positive on the upper half of the unit circle, so that of x* (G^-1 + J) x is, and no z lies
+    there but 1 and -1. All z lie within where G^-1 + J is positive definite at 1 and negative
+    definite at -1:
+
+        0 <= A^1/2 (J + W) A^1/2 <= 2
+
+    For AdamW, whose decay is no part of its gradient, W is multiplied by (1 + beta1) / (1 - beta1)
+    on the right side alone, where G(-1) tells.
+    """
+    found = [f for _, f in groups]
+    if len({bool(g.get("maximize")) for g, _ in groups}) > 1:
+        raise NoFilter("the groups differ in maximize: no symmetric matrix tells what they do")
+    rho, ascent = _ascents(op, optimizer, [g for g, _ in groups], grad_norm)
+    rates = [(g, f.rate) for g, f in groups if isinstance(f, AdamW | PolynomialFilter)]
+    scale = spread(op, rates).sqrt()
+    decay = spread(op, [(g, float(g["weight_decay"])) for g, _ in groups])
+    sign = -1.0 if groups[0][0].get("maximize") else 1.0
+
+    def build(decay: Tensor) -> PreconditionedOperator:
+        return PreconditionedOperator(op, scale, rho, decay, sign, ascent)
+
+    rest, divided, lower = "W", "", None
+    if isinstance(found[0], AdamW):
+        P = preconditioner(optimizer, op.params).to(op.dtype).pow(-2)
+        scale, decay = scale / P.sqrt(), decay * P
+        rest, divided = "P W", " over P of AdamW now"
+        lower = build(decay) if bool(decay.any()) else None
+        betas = [(g, f.beta1) for g, f in groups if isinstance(f, AdamW)]
+        beta = spread(op, betas)
+        decay = decay * (1 + beta) / (1 - beta)
+    operator = build(decay)
+    inner = _jacobian(operator, ascent, f" + {rest}" if bool(decay.any()) else "")
+    return Linearised(
+        operator,
+        f"A^1/2 {inner} A^1/2, A the groups' rates{divided}",
+        HeavyBall(1.0),
+        scale,
+        lower,
+        operator.products,
+        _notes(found),
+    )
+
+
+def _ascents(
+    op: CurvatureOperator,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Group],
+    grad_norm: float | None,
+) -> tuple[Tensor | float, tuple[float, float]]:
+    """R and (a, b) of `PreconditionedOperator`.
 
     Raises:
-        NoFilter: its ascent is not USAM's, nor SAM's at a gradient norm.
+        NoFilter: the Jacobian of the gradient taken is not known, or not symmetric.
     """
-    groups = optimizer.param_groups
-    rho: float | Tensor = 0.0
-    if any(float(g.get("rho", 0.0)) != 0.0 for g in groups):
-        method = ascent_of(optimizer).method
-        if method not in ("usam", "sam") or (method == "sam" and not grad_norm):
-            raise NoFilter(f"AdamW's filter after an ascent of {method} is not known")
-        if getattr(ascent_of(optimizer), "adaptive", False):
-            raise NoFilter("AdamW's filter after an ascent of ASAM is not known")
-        length = grad_norm if method == "sam" and grad_norm else 1.0
-        rho = spread(op, [(g, float(g["rho"]) / length) for g in groups])
-    scale = preconditioner(optimizer, op.params).to(op.dtype)
-    sign = -1.0 if groups[0].get("maximize") else 1.0
-    return PreconditionedOperator(op, scale, rho, sign=sign)
+    radii = {float(g.get("rho", 0.0)) for g in groups} - {0.0}
+    if not radii:
+        return 0.0, (1.0, 0.0)
+    how, power, length = ascent_of(optimizer), 1.0, 1.0
+    match how.method:
+        case "usam":
+            ascent = (1.0, 0.0)
+        case "sam":
+            if getattr(how, "adaptive", False):
+                raise NoFilter("no filter is known after an ascent of ASAM")
+            if not grad_norm:
+                raise NoFilter("SAM's edge moves with the gradient's norm: give grad_norm")
+            ascent, length = (1.0, 0.0), grad_norm
+        case "two_step_usam":
+            ascent = (1.0, 1.0) if getattr(how, "ascent", "") == "anchored" else (2.0, 1.0)
+        case "hessian_usam":
+            if len(radii) > 1:
+                raise NoFilter(
+                    "the groups of Hessian USAM differ in rho: no symmetric matrix tells what they "
+                    "do"
+                )
+            ascent, power = (0.0, 1.0), 0.5
+        case other:
+            raise NoFilter(f"no filter is known after an ascent of {other}")
+    return spread(op, [(g, (float(g["rho"]) / length) ** power) for g in groups]), ascent
+
+
+def _jacobian(operator: PreconditionedOperator, ascent: tuple[float, float], rest: str = "") -> str:
+    """The inner matrix in words."""
+    terms = ["H"]
+    if operator.products > 1:
+        for factor, term in zip(ascent, ("H R H", "H R H R H"), strict=True):
+            terms += [term if factor == 1 else f"{factor:g} {term}"] if factor else []
+    text = " + ".join(terms) + rest
+    return f"({text})" if " " in text else text
 
 
 def preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Tensor:
-    """P^-1/2 [n] of AdamW for the parameters in this order; ones before the first step."""
+    """P^-1/2 [n] of AdamW for the parameters in this order; ones before the first step.
+
+    Of sharded parameters the slice held here, as in `spread`.
+    """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     parts = []
     for p in params:
         state = optimizer.state.get(p, {})
         group = group_of.get(id(p))
         if group is None or "exp_avg_sq" not in state:
-            parts.append(torch.ones(p.numel(), device=p.device))
+            parts.append(torch.ones_like(_distributed.local(p).detach()).reshape(-1))
             continue
-        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        v = _distributed.local(state["exp_avg_sq"])
+        corrected = v / (1 - group["betas"][1] ** float(state["step"]))
         parts.append((corrected.sqrt() + group["eps"]).rsqrt().reshape(-1))
     return torch.cat(parts)
 
@@ -124,66 +223,14 @@ def spread(op: CurvatureOperator, values: Iterable[tuple[Group, float]]) -> Tens
     0 for parameters in no group.
     """
     value_of = {id(p): value for group, value in values for p in group["params"]}
-    parts = [p.new_full((p.numel(),), value_of.get(id(p), 0.0)).detach() for p in op.params]
-    return torch.cat(parts)
+    sizes = [(_distributed.local(p).numel(), value_of.get(id(p), 0.0)) for p in op.params]
+    return torch.cat([torch.full((n,), x, dtype=op.dtype, device=op.device) for n, x in sizes])
 
 
 def ascent_of(optimizer: torch.optim.Optimizer) -> Ascent:
     """How an optimizer ascends before its gradient; torch's own do not."""
     ascent: Ascent = getattr(optimizer, "_ascent", None) or Ascent()
     return ascent
-
-
-def _adamw(
-    op: CurvatureOperator,
-    optimizer: torch.optim.Optimizer,
-    groups: Sequence[tuple[Group, Filter]],
-    grad_norm: float | None,
-) -> Linearised:
-    one = groups[0][1]
-    assert isinstance(one, AdamW)
-    if any(f != one for _, f in groups):
-        raise NoFilter(
-            "AdamW's groups differ in lr, beta1, weight decay or maximize, and such filters are "
-            "not composed"
-        )
-    if not any("exp_avg_sq" in optimizer.state.get(p, {}) for g, _ in groups for p in g["params"]):
-        raise ValueError("AdamW has no preconditioner before its first step: load its state")
-    operator = adamw_operator(op, optimizer, grad_norm)
-    inner = "H" if operator.products == 1 else "(H + H R H)"
-    return Linearised(
-        operator,
-        f"P^-1/2 {inner} P^-1/2, P of AdamW now",
-        replace(one, maximize=False),
-        preconditioner(optimizer, op.params).to(op.dtype),
-        operator.products,
-        _notes([one]),
-    )
-
-
-def _composed(
-    op: CurvatureOperator, groups: Sequence[tuple[Group, PolynomialFilter]]
-) -> Linearised:
-    found = [f for _, f in groups]
-    first = found[0]
-    if any(len(f.coefficients) > 3 for f in found):
-        raise NoFilter("the groups differ, and only filters of SGD, USAM and SAM are composed")
-    for name in ("momentum", "nesterov", "maximize"):
-        if any(getattr(f, name) != getattr(first, name) for f in found):
-            raise NoFilter(f"the groups differ in {name}, so that their filters do not compose")
-    momentum = first.momentum
-    rates = [f.lr * (1 - f.dampening if momentum > 0 else 1.0) for f in found]
-    radii = [dict(enumerate(f.ascending_coefficients)).get(2, 0.0) for f in found]
-    decays = [f.weight_decay for f in found]
-    rate, rho, decay = (
-        spread(op, [(g, x) for (g, _), x in zip(groups, values, strict=True)])
-        for values in (rates, radii, decays)
-    )
-    scale = rate.sqrt()
-    operator = PreconditionedOperator(op, scale, rho, decay, sign=-1.0 if first.maximize else 1.0)
-    one = Nesterov(1.0, momentum) if first.nesterov else HeavyBall(1.0, momentum)
-    matrix = "A^1/2 (H + H R H + W) A^1/2 of the groups' lr, rho and decay"
-    return Linearised(operator, matrix, one, scale, operator.products, _notes(found))
 
 
 def _notes(found: Sequence[Filter]) -> tuple[str, ...]:

@@ -11,20 +11,24 @@ from eigenfilter.curvature.protocol import SymmetricOperator
 
 
 class PreconditionedOperator:
-    """D (s H + H R H + W) D for an operator H [n, n] and diagonal D, R, W.
+    """D (J + W) D for an operator H [n, n] and diagonal D, R, W, with H' = s H and
 
-    With D = P^-1/2 and W = 0 its eigenvalues are those of P^-1 (H + H R H): what an optimizer that
-    divides by P is filtered by. With D = A^1/2, for learning rates A, radii R and weight decays W,
-    they are those of the step A (H + H R H + W) of USAM with several groups. A product takes one of
-    H's, or two where R is not 0.
+        J = H' + a H' R H' + b H' R H' R H'
+
+    the Jacobian of a gradient taken where one or two ascents lead: see `ascent`. For diagonal A its
+    eigenvalues with D = A^1/2 are those of A (J + W): what an optimizer is filtered by whose step
+    is A = P^-1, of a preconditioner P, or has several groups with their learning rates in A. A
+    product takes one of H's, and one more for each R.
 
     Args:
         op: H.
         scale: [n], or its slice here, as all below: the diagonal of D, finite, of the operator's
             dtype and on its device.
-        rho: of an ascent before the gradient, >= 0: one number or the diagonal [n] of R.
+        rho: radii of the ascents, >= 0: one number or the diagonal [n] of R.
         decay: [n], the diagonal of W, or None for 0.
         sign: s, 1 or -1: an optimizer that maximises descends -f.
+        ascent: (a, b): (1, 0) for USAM, (2, 1) and (1, 1) for two-step USAM, sequential and
+            anchored, (0, 1) for Hessian USAM, with the square roots of its radii.
 
     Raises:
         ValueError: scale, rho or decay is not such a vector.
@@ -37,6 +41,7 @@ class PreconditionedOperator:
         rho: float | Tensor = 0.0,
         decay: Tensor | None = None,
         sign: float = 1.0,
+        ascent: tuple[float, float] = (1.0, 0.0),
     ) -> None:
         self.slices = getattr(op, "slices", None)
         for name, given in (("scale", scale), ("rho", rho), ("decay", decay)):
@@ -46,7 +51,8 @@ class PreconditionedOperator:
         self._rho = rho[:, None] if isinstance(rho, Tensor) else rho
         self._decay = None if decay is None else decay[:, None]
         self._ascends = bool(rho.any()) if isinstance(rho, Tensor) else rho != 0
-        self.products = 2 if self._ascends else 1  # of H, in each
+        self._ascent = ascent
+        self.products = 1 if not self._ascends else 3 if ascent[1] else 2  # of H, in each
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,16 +70,20 @@ class PreconditionedOperator:
         return self._op.device
 
     def matvec(self, v: Tensor) -> Tensor:
-        """Return D (s H + H R H + W) D v [n] for v [n]."""
+        """Return D (J + W) D v [n] for v [n]."""
         return self.matmat(v[:, None])[:, 0]
 
     def matmat(self, V: Tensor) -> Tensor:
-        """Return D (s H + H R H + W) D V [n, b] for V [n, b]."""
+        """Return D (J + W) D V [n, b] for V [n, b]."""
         U = self._scale * V
-        H = self._multiply(U)
-        found = self._sign * H
+        found = self._multiply(U)
         if self._ascends:
-            found = found + self._multiply(self._rho * H)
+            once, twice = self._ascent
+            up = self._rho * found
+            far = once * up
+            if twice:
+                far = far + twice * self._rho * self._multiply(up)
+            found = found + self._multiply(far)
         if self._decay is not None:
             found = found + self._decay * U
         return self._scale * found
@@ -84,9 +94,10 @@ class PreconditionedOperator:
         return held
 
     def _multiply(self, V: Tensor) -> Tensor:
+        """H' V."""
         if V.shape[1] == 1:
-            return self._op.matvec(V[:, 0])[:, None]
-        return self._op.matmat(V)
+            return self._sign * self._op.matvec(V[:, 0])[:, None]
+        return self._sign * self._op.matmat(V)
 
 
 def _check(name: str, given: Tensor, op: SymmetricOperator) -> None:

@@ -25,7 +25,7 @@ class AdamW(Filter):
 
     Where the gradient is taken after an ascent of USAM, mu is an eigenvalue of P^-1/2 (H + rho H^2)
     P^-1/2: no function of those without the ascent; after one of SAM's, of that with rho / G for
-    rho, G the gradient's norm. The decay is decoupled, hence with wd > 0 the
+    rho, G the gradient's norm; after others, of P^-1/2 p(H) P^-1/2 with their p. The decay is decoupled, hence with wd > 0 the
     equilibrium has a nonzero gradient. v follows the squared gradients, so that P itself moves: the
     statement is of a moment at which it moves slowly, not of a limit.
 
@@ -69,6 +69,11 @@ class AdamW(Filter):
         high = (1.0 + self.beta1) * (2.0 - self.lr * self.weight_decay) / step
         low = 0.0 - self.weight_decay
         return [(-high, -low)] if self.maximize else [(low, high)]
+
+    @property
+    def rate(self) -> float:
+        """The lr of gradient descent, without momentum, that has the same edge at wd = 0."""
+        return (1.0 - self.beta1) / (1.0 + self.beta1) * self.lr
 
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
         """See `Filter.spectral_radius`; the block acts on (x, lr P^-1 m).

@@ -87,23 +87,19 @@ def design(
         rho = 0.0
     if (lr is None) == (rho is None):
         raise ValueError("give lr to get rho, or rho to get lr: one of the two")
-    # With lr 1, the edge is an eigenvalue of the direction's Jacobian, decay and gain included.
-    reach = build(1.0, 0.0)
-    edge = HeavyBall(1.0, momentum).max_eigenvalue()
-    if nesterov:
-        edge = Nesterov(1.0, momentum).max_eigenvalue()
-    gain = 1.0 - dampening if momentum > 0 else 1.0
-    if gain == 0.0:
+    straight = build(1.0, 0.0)
+    if straight.rate == 0.0:
         raise ValueError("with dampening 1 nothing moves: no edge can be put anywhere")
+    edge = 2.0 / straight.rate  # of lr (p + wd)
     if rho is not None:
         wanted = float(build(1.0, rho).p(max_eigenvalue)) + weight_decay
-        return edge / (gain * wanted)
+        return edge / wanted
     assert lr is not None
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
-    ratio = (edge / (gain * lr) - weight_decay) / max_eigenvalue
+    ratio = (edge / lr - weight_decay) / max_eigenvalue
     if ratio < 1.0:
-        highest = edge / (gain * (float(reach.p(max_eigenvalue)) + weight_decay))
+        highest = edge / (float(straight.p(max_eigenvalue)) + weight_decay)
         raise ValueError(
             f"lr = {lr:g} alone puts the edge below {max_eigenvalue:g}: take lr <= {highest}, "
             "and a rho to it"

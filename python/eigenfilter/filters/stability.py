@@ -151,14 +151,25 @@ class PolynomialFilter(Filter):
 
         None if weight decay alone exceeds the edge; infinite ends if lr = 0 or dampening = 1.
         """
-        gain = self.lr * (1.0 - self.dampening if self.momentum > 0.0 else 1.0)
-        if gain == 0.0:
+        if self._gain == 0.0:
             return [(-math.inf, math.inf)]
-        edge = 2.0 * (1.0 + self.momentum)
-        if self.nesterov:
-            edge /= 1.0 + 2.0 * self.momentum
         decay = self.weight_decay
-        return preimage(self.coefficients, 0.0 - decay, edge / gain - decay)
+        return preimage(self.coefficients, 0.0 - decay, self._edge / self._gain - decay)
+
+    @property
+    def rate(self) -> float:
+        """The lr of gradient descent, without momentum, that has the same edges."""
+        return 2.0 * self._gain / self._edge
+
+    @property
+    def _gain(self) -> float:
+        return self.lr * (1.0 - self.dampening if self.momentum > 0.0 else 1.0)
+
+    @property
+    def _edge(self) -> float:
+        """The largest lr q admitted, times 1 - dampening."""
+        edge = 2.0 * (1.0 + self.momentum)
+        return edge / (1.0 + 2.0 * self.momentum) if self.nesterov else edge
 
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
         """Spectral radius of one step, linearised, along an eigenvector of the Hessian.

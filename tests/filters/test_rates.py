@@ -1,0 +1,100 @@
+"""Groups that differ, by the rates of their filters: against the whole companion matrix."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eigenfilter import filters
+
+N = 4
+
+
+@st.composite
+def momenta(draw: st.DrawFn) -> filters.HeavyBall:
+    lr, beta = 10.0 ** draw(st.floats(-1.5, 0.3)), draw(st.floats(0.05, 0.95))
+    decay = draw(st.sampled_from([0.0, 0.3]))
+    match draw(st.sampled_from(["plain", "heavy ball", "Nesterov"])):
+        case "plain":
+            return filters.HeavyBall(lr, 0.0, 0.0, decay)
+        case "heavy ball":
+            return filters.HeavyBall(lr, beta, draw(st.floats(0.0, 0.9)), decay)
+        case _:
+            return filters.Nesterov(lr, beta, 0.0, decay)
+
+
+@st.composite
+def adamws(draw: st.DrawFn) -> filters.AdamW:
+    lr = 10.0 ** draw(st.floats(-1.5, 0.3))
+    return filters.AdamW(lr, draw(st.floats(0.0, 0.95)), draw(st.floats(0.0, 0.9)) / lr)
+
+
+def hessian(seed: int, least: float) -> np.ndarray:
+    """A random symmetric matrix with eigenvalues from `least`."""
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.normal(size=(N, N)))
+    return (q * (least + 4.0 * rng.random(N))) @ q.T
+
+
+def agree(block: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> None:
+    """The filter 0 <= lower, upper <= 2 says what the spectral radius of the block says."""
+    radius = np.abs(np.linalg.eigvals(block)).max()
+    inside = np.linalg.eigvalsh(lower)[0] >= 0.0 and np.linalg.eigvalsh(upper)[-1] <= 2.0
+    if abs(radius - 1.0) > 1e-6:
+        assert inside == (radius < 1.0)
+
+
+CASES = (st.integers(0, 1000), st.sampled_from([-0.3, 0.1]))
+
+
+@settings(deadline=None)
+@given(st.lists(momenta(), min_size=N, max_size=N), *CASES)
+def test_heavy_ball_and_nesterov_compose(
+    groups: list[filters.HeavyBall], seed: int, least: float
+) -> None:
+    """Each coordinate is a group of its own; written from torch's update, on (x, m)."""
+    d = hessian(seed, least) + np.diag([f.weight_decay for f in groups])
+    tau = np.array([f.dampening if f.momentum else 0.0 for f in groups])
+    beta, nesterov = np.diag([f.momentum for f in groups]), np.diag([f.nesterov for f in groups])
+    zero, one = np.zeros((N, N)), np.eye(N)
+    m = np.hstack([(1.0 - tau)[:, None] * d, beta])
+    taken = nesterov @ (np.hstack([d, zero]) + beta @ m) + (one - nesterov) @ m
+    x = np.hstack([one, zero]) - np.diag([f.lr for f in groups]) @ taken
+    root = np.sqrt([f.rate for f in groups])
+    matrix = root[:, None] * d * root
+    agree(np.vstack([x, m]), matrix, matrix)
+
+
+@settings(deadline=None)
+@given(st.lists(adamws(), min_size=N, max_size=N), *CASES)
+def test_adamw_composes(groups: list[filters.AdamW], seed: int, least: float) -> None:
+    """Its decay is on the upper side larger by (1 + beta1) / (1 - beta1); see docs/theory.md."""
+    H, P = hessian(seed, least), 0.3 + np.random.default_rng(seed).random(N)
+    lr, beta, decay = (
+        np.array([getattr(f, name) for f in groups]) for name in ("lr", "beta1", "weight_decay")
+    )
+    m = np.hstack([(1.0 - beta)[:, None] * H, np.diag(beta)])
+    x = np.hstack([np.diag(1.0 - lr * decay), np.zeros((N, N))]) - (lr / P)[:, None] * m
+    root = np.sqrt([f.rate for f in groups] / P)
+    lower = root[:, None] * (H + np.diag(P * decay)) * root
+    upper = root[:, None] * H * root + np.diag(lr * decay)
+    agree(np.vstack([x, m]), upper, lower)
+
+
+@pytest.mark.parametrize(
+    "flt",
+    [
+        filters.HeavyBall(0.3, 0.6, 0.2),
+        filters.Nesterov(0.3, 0.6),
+        filters.AdamW(0.3, 0.6),
+        filters.HeavyBall(0.3),
+    ],
+    ids=repr,
+)
+def test_a_rate_is_that_of_gradient_descent(
+    flt: filters.PolynomialFilter | filters.AdamW,
+) -> None:
+    plain = filters.HeavyBall(flt.rate)
+    assert flt.max_eigenvalue() == pytest.approx(plain.max_eigenvalue())
