@@ -25,9 +25,10 @@ class AdamW(Filter):
 
     Where the gradient is taken after an ascent of USAM, mu is an eigenvalue of P^-1/2 (H + rho H^2)
     P^-1/2: no function of those without the ascent; after one of SAM's, of that with rho / G for
-    rho, G the gradient's norm; after others, of P^-1/2 p(H) P^-1/2 with their p. The decay is decoupled, hence with wd > 0 the
-    equilibrium has a nonzero gradient. v follows the squared gradients, so that P itself moves: the
-    statement is of a moment at which it moves slowly, not of a limit.
+    rho, G the gradient's norm; after others, of P^-1/2 p(H) P^-1/2 with their p. The decay is
+    decoupled, hence with wd > 0 the equilibrium has a nonzero gradient. v follows the squared
+    gradients, so that P itself moves: the statement is of a moment at which it moves slowly, not of
+    a limit.
 
     Args:
         lr: >= 0. With 0 nothing moves and every eigenvalue is admitted.
