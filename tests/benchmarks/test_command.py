@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -103,13 +104,14 @@ def test_finite_differences_write_their_results(
 
 
 def test_the_monitors_cost_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor, "TASKS", {"tanh MLP": monitor.TASKS["tanh MLP"]})
-    monkeypatch.setattr(monitor, "EVERY", (5, 10))
+    task = dataclasses.replace(monitor.TASKS["tanh MLP"], every=(5, 10))
+    monkeypatch.setattr(monitor, "TASKS", {"tanh MLP": task})
     monkeypatch.setattr(monitor, "STEPS", 20)
     assert main(["bench", "monitor", "--repeat", "2", "--out", str(tmp_path)]) == 0
     (data,) = tmp_path.glob("*-cpu-monitor.json")
     found = json.loads(data.read_text())["monitor"]
-    assert [cost["every"] for cost in found] == [5, 10]
+    asked = [(every, tol) for every in (5, 10) for tol in monitor.TOLERANCES]
+    assert [(cost["every"], cost["tol"]) for cost in found] == asked
     for cost in found:
         share = cost["share"]
         assert 0 < share["low"] <= share["median"] <= share["high"]
