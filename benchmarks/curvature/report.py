@@ -88,18 +88,24 @@ def _gap(gap: float | None) -> str:
 
 
 def _found(entry: Json) -> list[str]:
-    if entry["stopped"]:
+    if _stopped(entry):
         return ["stopped", "", ""]
-    return [str(entry["products"]), f"{entry['error']:.1e}", f"{entry['memory'] / 1e6:.3g}"]
+    memory = f"{entry['memory'] / 1e6:.3g}" if "memory" in entry else ""
+    return [str(entry["products"]), f"{entry['error']:.1e}", memory]
+
+
+def _stopped(entry: Json) -> bool:
+    """False in results from before anyone was; these have no memory either."""
+    return bool(entry.get("stopped", False))
 
 
 def _least(entry: Json, figure: str) -> str:
-    return f"> {figure}" if entry["stopped"] else figure
+    return f"> {figure}" if _stopped(entry) else figure
 
 
 def _ratio(entry: Json, name: str) -> str:
     spread = entry["ratios"][name]
-    if entry["stopped"]:
+    if _stopped(entry):
         return _least(entry, f"{spread['median']:.2f}")
     text = f"{spread['median']:.2f} [{spread['low']:.2f}, {spread['high']:.2f}]"
     return text if entry["reached"] else f"({text})"
@@ -109,7 +115,7 @@ def _goal(entry: Json) -> str:
     if entry["goal"] is None:
         return ""
     met = [spread["median"] >= entry["goal"] for spread in entry["ratios"].values()]
-    if entry["stopped"]:
+    if _stopped(entry):
         return f"{entry['goal']:g} {'met' if all(met) else 'not judged'}"
     verdict = _verdict(all(met)) if len(set(met)) == 1 else "met without copies"
     return f"{entry['goal']:g} {verdict}" if entry["reached"] else f"{entry['goal']:g} not judged"
