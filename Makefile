@@ -44,7 +44,7 @@ bench: $(INSTALLED)
 	$(BIN)/eigenfilter bench memory --out benchmarks/results
 	$(BIN)/eigenfilter bench finite-differences --out benchmarks/results
 
-# Reads MNIST, Fashion-MNIST and CIFAR-10 from EIGENFILTER_DATA; about 25 minutes.
+# Reads MNIST, Fashion-MNIST and CIFAR-10 from EIGENFILTER_DATA; resnet-cifar10 alone takes some 20 minutes.
 bench-curvature: $(INSTALLED)
 	$(BIN)/eigenfilter bench curvature --out benchmarks/results
 
