@@ -1,0 +1,220 @@
+"""What a sweep runs: the configurations of a YAML file, each once, under names that stay."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eigenfilter.experiments import config as configs
+from eigenfilter.experiments import runs
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.sweep.folders import RUNS, held
+
+KEYS = ("base", "grid", "random", "samples", "random_seed", "seeds")
+LONGEST = 120  # letters of a name
+DIGITS = 4  # that are kept of a number drawn at random
+
+Values = dict[str, Any]
+
+
+def read(path: Path, flags: Mapping[str, Any]) -> list[Config]:
+    """The configurations of a sweep, in its order, each once.
+
+    Every point of the grid meets every random sample and every seed. A sample depends on
+    `random_seed`, its number and the option's name alone, so that more samples or options leave
+    those that were drawn as they are. Runs take one thread unless `threads` is given.
+
+    Args:
+        path: of YAML: `base`, options of all; `grid`, a mapping from options to values, or a list
+            of such; `random`, from options to a distribution ({uniform: [a, b]}, {log_uniform:
+            [a, b]}, {integers: [a, b]}, {choice: [...]}), with `samples` and `random_seed`;
+            `seeds`, a list, or how many.
+        flags: options that take the place of those of `base`.
+
+    Raises:
+        UserError: it cannot be read, or says something that cannot be run: the message has where.
+    """
+    try:
+        found = configs.read(path)
+        for key in found:
+            if key not in KEYS:
+                raise ValueError(f"unknown key {key!r}{configs.nearest(str(key), KEYS)}")
+        base = {"threads": 1} | _mapping(found.get("base"), "base") | dict(flags)
+        seeds = _seeds(found, base)
+        points = [
+            point | sample
+            for point in _grid(found.get("grid"))
+            for sample in _samples(found)
+        ]
+        _check_swept(points, flags)
+        chosen = [_config(base, point, seed) for point in points for seed in seeds]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return list(dict.fromkeys(chosen))
+
+
+def named(chosen: Sequence[Config], out: Path) -> dict[str, Config]:
+    """Configurations by the name of their folder.
+
+    One that is in `out` already keeps the folder it has, whatever it would be called now; no
+    folder of another is taken.
+    """
+    swept = _varying(chosen)
+    there = {key: name for name, key in _there(out)}
+    taken = set(there.values())
+    names: dict[str, Config] = {}
+    for config in chosen:
+        name = there.get(_key(config))
+        if name is None:
+            name = name_of(config, swept)
+            if name in taken:
+                name = f"{name}-{_digest(config)}"
+            taken.add(name)
+        names[name] = config
+    return names
+
+
+def name_of(config: Config, options: Sequence[str]) -> str:
+    """A short name that says the values of some options."""
+    name = ",".join(f"{option}={shown(getattr(config, option))}" for option in options)
+    if len(name) > LONGEST:
+        name = f"{name[: LONGEST - 9]}-{_digest(config)}"
+    return name
+
+
+def shown(value: object) -> str:
+    """A value of an option in few letters."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _varying(chosen: Sequence[Config]) -> list[str]:
+    """The options that differ among configurations, and the seed, in the order of `Config`."""
+    return [
+        name
+        for name in configs.NAMES
+        if name == "seed" or len({getattr(config, name) for config in chosen}) > 1
+    ]
+
+
+def _config(base: Values, point: Values, seed: int) -> Config:
+    try:
+        return Config.of(base | point | {"seed": seed})
+    except ValueError as error:
+        where = ", ".join(f"{name} {value}" for name, value in point.items())
+        raise ValueError(f"{error} (at {where})" if where else str(error)) from None
+
+
+def _mapping(value: Any, key: str) -> Values:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} must hold lines such as 'lr: 0.1', not {value!r}")
+    return value
+
+
+def _seeds(found: Values, base: Values) -> list[int]:
+    seeds = found.get("seeds")
+    if "seed" in base and seeds is not None:
+        raise ValueError("the seed is given twice, as an option and by seeds")
+    if seeds is None:
+        return [base.get("seed", 0)]
+    if _is_count(seeds):
+        return list(range(seeds))
+    if isinstance(seeds, list) and seeds:
+        return seeds
+    raise ValueError(f"seeds must be a list, or how many there are, not {seeds!r}")
+
+
+def _grid(found: Any) -> Iterator[Values]:
+    """Every point, of one grid or of several one after another."""
+    for grid in found if isinstance(found, list) else [found]:
+        options = _mapping(grid, "grid")
+        lists = [v if isinstance(v, list) else [v] for v in options.values()]
+        for name, values in zip(options, lists, strict=True):
+            if not values:
+                raise ValueError(f"grid has no value of {name}")
+        for values in itertools.product(*lists):
+            yield dict(zip(options, values, strict=True))
+
+
+def _samples(found: Values) -> list[Values]:
+    """Every random sample; one without anything where none is asked for."""
+    random = _mapping(found.get("random"), "random")
+    if not random:
+        if "samples" in found:
+            raise ValueError("samples is of random, which is not there")
+        return [{}]
+    count, seed = found.get("samples"), found.get("random_seed", 0)
+    if not _is_count(count):
+        raise ValueError(f"samples must be how many are drawn by random, not {count!r}")
+    if not (_is_count(seed) or seed == 0):
+        raise ValueError(f"random_seed must be a whole number of at least 0, not {seed!r}")
+    draws = {name: _distribution(name, value) for name, value in random.items()}
+
+    def draw(i: int, name: str) -> Any:
+        return draws[name](np.random.default_rng([seed, i, zlib.crc32(str(name).encode())]))
+
+    return [{name: draw(i, name) for name in draws} for i in range(count)]
+
+
+def _distribution(name: str, value: Any) -> Callable[[np.random.Generator], Any]:
+    if not (isinstance(value, dict) and len(value) == 1):
+        raise ValueError(f"{name} of random must be as {{uniform: [0, 1]}}, not {value!r}")
+    [(kind, bounds)] = value.items()
+    if kind == "choice" and isinstance(bounds, list) and bounds:
+        return lambda generator: bounds[int(generator.integers(len(bounds)))]
+    try:
+        low, high = (float(bound) for bound in bounds)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if kind == "uniform" and low <= high:
+        return lambda generator: _rounded(generator.uniform(low, high))
+    if kind == "log_uniform" and 0 < low <= high:
+        return lambda generator: _rounded(np.exp(generator.uniform(np.log(low), np.log(high))))
+    if kind == "integers" and low <= high and low.is_integer() and high.is_integer():
+        return lambda generator: int(generator.integers(int(low), int(high), endpoint=True))
+    raise ValueError(
+        f"{name} of random must be {{uniform: [low, high]}}, {{log_uniform: [low, high]}} above 0, "
+        f"{{integers: [low, high]}} or {{choice: [...]}}, not {value!r}"
+    )
+
+
+def _check_swept(points: Sequence[Values], flags: Mapping[str, Any]) -> None:
+    swept = {name for point in points for name in point}
+    if "seed" in swept:
+        raise ValueError("the seeds are not in grid or random: give them by seeds")
+    for name in flags:
+        if name in swept:
+            raise ValueError(f"{name} is swept over, and cannot be given as a flag too")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _there(out: Path) -> Iterator[tuple[str, str]]:
+    """The names of the folders of runs, and the keys of what they hold."""
+    for folder in sorted((out / RUNS).glob("*")):
+        yield folder.name, json.dumps(held(folder), sort_keys=True)
+
+
+def _key(config: Config) -> str:
+    return json.dumps(config.as_dict(), sort_keys=True)
+
+
+def _digest(config: Config) -> str:
+    return hashlib.sha256(_key(config).encode()).hexdigest()[:8]
