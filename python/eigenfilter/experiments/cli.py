@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from eigenfilter import __version__
 from eigenfilter.benchmarks import command as bench
-from eigenfilter.experiments import certify, demo, filter, phenomena, spectrum, train
+from eigenfilter.experiments import certify, demo, filter, phenomena, spectrum, sweep, train
 from eigenfilter.experiments.arguments import add_commands
 from eigenfilter.experiments.errors import UserError
 
@@ -22,6 +22,7 @@ _COMMANDS: Mapping[str, ModuleType] = {
     "demo": demo,
     "filter": filter,
     "train": train,
+    "sweep": sweep,
     "spectrum": spectrum,
     "certify": certify,
     "phenomena": phenomena,

@@ -69,7 +69,7 @@ def _whole(low: int, high: int = 2**62) -> Parse:
 def _one_of(choices: tuple[str, ...]) -> Parse:
     def parse(value: Any) -> str:
         if value not in choices:
-            near = _nearest(str(value), choices)
+            near = nearest(str(value), choices)
             raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}{near}")
         return str(value)
 
@@ -196,8 +196,14 @@ class Config:
         """
         for name in values:
             if name not in NAMES:
-                raise ValueError(f"unknown option {name!r}{_nearest(str(name), NAMES)}")
+                raise ValueError(f"unknown option {name!r}{nearest(str(name), NAMES)}")
         return cls(**values)
+
+    @property
+    def ascends(self) -> bool:
+        """Whether a step may have an ascent, and rho a meaning."""
+        plain = self.optimizer in ("sgd", "adamw") or self.optimizer.startswith(TORCH)
+        return self.method != "none" or not plain
 
     def as_dict(self) -> dict[str, Any]:
         """All names and values."""
@@ -277,6 +283,7 @@ def _argument(parse: Parse) -> Parse:
     return convert
 
 
-def _nearest(name: str, names: tuple[str, ...]) -> str:
+def nearest(name: str, names: tuple[str, ...]) -> str:
+    """The end of a message on an unknown name: which one was meant, if one is near."""
     found = difflib.get_close_matches(name, names, n=1)
     return f": did you mean {found[0]}?" if found else ""

@@ -1,1 +1,102 @@
-"""Many runs: each in a process of its own, resumable as a whole."""
+"""Train many configurations with many seeds; print one table.
+
+SWEEP.yaml says what is trained:
+
+    base: {dataset: digits, model: mlp-64, epochs: 20}
+    grid: {optimizer: [sgd, usam], lr: [0.05, 0.1]}
+    seeds: 3
+
+Each run has a process and a folder of its own, --out/runs/NAME. The same command again goes on with
+what was interrupted, tries again what failed, and runs what the file has more; nothing is run
+twice. Ctrl-C saves a checkpoint of every run and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from eigenfilter.experiments import config as configs
+from eigenfilter.experiments.arguments import add_out, positive, whole
+from eigenfilter.experiments.errors import require
+from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.stopping import STOPPED, stopping
+
+HELP = "train a grid or a random sample of configurations, on all cores, GPUs or a Ray cluster"
+TABLE = "table.md"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, grid, random, seeds")
+    add_out(parser, "out/sweep", "the runs, results.json and table.md")
+    parser.add_argument(
+        "--processes",
+        type=whole(1),
+        metavar="N",
+        help="runs at once (default: one a GPU, or as many as the cores have threads for)",
+    )
+    parser.add_argument(
+        "--budget", type=positive, metavar="MINUTES", help="stop after so long, as by Ctrl-C"
+    )
+    parser.add_argument(
+        "--retries",
+        type=whole(0),
+        default=1,
+        metavar="N",
+        help="of a run whose process ended, from its checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: all GPUs)"
+    )
+    configs.add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what has not been run yet, and write the table; return the exit code."""
+    require("yaml", "tqdm")
+    from eigenfilter.experiments import runs
+    from eigenfilter.experiments.reports import aligned, save
+    from eigenfilter.experiments.sweep import plan, table
+    from eigenfilter.experiments.sweep.execution import execute
+    from eigenfilter.experiments.sweep.progress import Progress
+
+    chosen = plan.named(plan.read(args.sweep, configs.given(args)), args.out)
+    with stopping(args.budget) as stop, Progress(len(chosen)) as progress:
+        records = execute(
+            chosen,
+            args.out,
+            processes=args.processes,
+            data_dir=args.data_dir,
+            device=args.device,
+            retries=args.retries,
+            stop=stop,
+            observe=progress.observe,
+        )
+    rows = table.rows(chosen, records)
+    save(args.out / runs.RESULTS, "sweep", {"table": rows, "runs": records})
+    lines = table.cells(rows)
+    replace_text(args.out / TABLE, table.markdown(lines))
+    print(aligned(lines))
+    return _close(args.out, records, stop.signalled)
+
+
+def _close(out: Path, records: dict[str, dict[str, Any]], signalled: bool) -> int:
+    """Say what failed and what was not finished; give the exit code."""
+    for name, record in records.items():
+        if record["outcome"] == "failed":
+            print(f"{name} failed: {record['error']}")
+    left = sum(record["outcome"] == "stopped" for record in records.values())
+    if left:
+        print(f"stopped, {left} of {len(records)} runs to go: the same command goes on with them")
+        return STOPPED if signalled else 0
+    print(f"wrote {out / TABLE}, results.json and runs")
+    crashed = any(r["outcome"] == "failed" and not r["diverged"] for r in records.values())
+    return 1 if crashed else 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eigenfilter.experiments import checkpoint, runs
 from eigenfilter.experiments import config as configs
@@ -62,28 +63,43 @@ def locked(folder: Path, wait: Callable[[], bool]) -> Iterator[bool]:
         yield had
 
 
+def held(folder: Path) -> dict[str, Any] | None:
+    """The options of the run that a folder holds, begun, ended or failed, if it holds one.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    record = _results(folder)
+    if record is not None:
+        options: dict[str, Any] = record["config"]
+        return options
+    if not (folder / checkpoint.FILE).exists():
+        return None
+    try:
+        return configs.read(folder / runs.CONFIG)
+    except ValueError as error:
+        raise UserError(f"{error}: remove {folder}") from error
+
+
 def finished(config: Config, folder: Path) -> Record | None:
     """What a run left that need not be run again: it was completed, or it diverged.
 
     Raises:
         UserError: the folder holds a run of another configuration, or a damaged file.
     """
-    results = folder / runs.RESULTS
-    if not results.exists() and not (folder / checkpoint.FILE).exists():
+    there = held(folder)
+    if there is None:
         return None
-    try:
-        record: Record = json.loads(results.read_text()) if results.exists() else {}
-        there = record.get("config") or configs.read(folder / runs.CONFIG)
-    except ValueError as error:
-        raise UserError(f"{folder} is damaged: remove it ({error})") from error
     for name, value in config.as_dict().items():
         if there.get(name) != value:
             raise UserError(
                 f"{folder} holds a run with {name} {there.get(name)}, not {value}: "
                 "give another --out, or remove it"
             )
-    done = record.get("outcome") == "complete" or record.get("diverged")
-    return record if done else None
+    record = _results(folder)
+    if record is None:
+        return None
+    return record if record["outcome"] == "complete" or record.get("diverged") else None
 
 
 def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) -> Record:
@@ -129,6 +145,19 @@ def keep_failure(folder: Path, record: Record) -> None:
         UserError: it cannot be written.
     """
     replace_text(output_folder(folder) / runs.RESULTS, json.dumps(record, indent=1) + "\n")
+
+
+def _results(folder: Path) -> Record | None:
+    path = folder / runs.RESULTS
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: remove {folder} ({error})") from error
+    if not (isinstance(found, dict) and {"config", "outcome"} <= found.keys()):
+        raise UserError(f"{path} is not of a run: remove {folder}")
+    return found
 
 
 def _lock(handle: int) -> bool:

@@ -29,8 +29,8 @@ def execute(
 ) -> None:
     """Run what the ledger has waiting, as many at once as `processes`; see `execution.execute`.
 
-    Importing torch takes seconds, so that a process that completed a run gets the next; one
-    whose run did anything else is replaced.
+    Importing torch takes seconds, so that a process whose run came to its end, or diverged, gets
+    the next; after anything else it is replaced.
     """
     devices = _devices(device)
     count = min(processes or _fitting(devices, ledger.orders.values()), len(ledger.waiting))
@@ -91,7 +91,7 @@ class _Pool:
             return
         assert isinstance(message, Ended)
         worker.name = None
-        if message.record["outcome"] != "complete":
+        if message.record["outcome"] != "complete" and not message.record.get("diverged"):
             self._remove(worker)
         if message.crashed:
             self._ledger.crashed(name, message.record["error"])

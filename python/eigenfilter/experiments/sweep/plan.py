@@ -6,14 +6,13 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments import runs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.sweep.folders import RUNS, held
@@ -25,8 +24,8 @@ DIGITS = 4  # that are kept of a number drawn at random
 Values = dict[str, Any]
 
 
-def read(path: Path, flags: Mapping[str, Any]) -> list[Config]:
-    """The configurations of a sweep, in its order, each once.
+def read(path: Path, flags: Mapping[str, Any]) -> dict[Config, str]:
+    """The configurations of a sweep, in its order, and a name that says what is swept over.
 
     Every point of the grid meets every random sample and every seed. A sample depends on
     `random_seed`, its number and the option's name alone, so that more samples or options leave
@@ -49,45 +48,37 @@ def read(path: Path, flags: Mapping[str, Any]) -> list[Config]:
                 raise ValueError(f"unknown key {key!r}{configs.nearest(str(key), KEYS)}")
         base = {"threads": 1} | _mapping(found.get("base"), "base") | dict(flags)
         seeds = _seeds(found, base)
-        points = [
-            point | sample
-            for point in _grid(found.get("grid"))
-            for sample in _samples(found)
-        ]
+        samples = _samples(found)
+        points = [point | each for point in _grid(found.get("grid")) for each in samples]
         _check_swept(points, flags)
-        chosen = [_config(base, point, seed) for point in points for seed in seeds]
+        chosen: dict[Config, str] = {}
+        for point, seed in itertools.product(points, seeds):
+            config = _config(base, point, seed)
+            chosen.setdefault(config, _name(config, point))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    return list(dict.fromkeys(chosen))
+    return chosen
 
 
-def named(chosen: Sequence[Config], out: Path) -> dict[str, Config]:
+def named(chosen: Mapping[Config, str], out: Path) -> dict[str, Config]:
     """Configurations by the name of their folder.
 
     One that is in `out` already keeps the folder it has, whatever it would be called now; no
     folder of another is taken.
+
+    Raises:
+        UserError: a folder's files are damaged.
     """
-    swept = _varying(chosen)
-    there = {key: name for name, key in _there(out)}
+    there = {_key(values): folder.name for folder, values in _there(out)}
     taken = set(there.values())
     names: dict[str, Config] = {}
-    for config in chosen:
-        name = there.get(_key(config))
+    for config, wanted in chosen.items():
+        name = there.get(_key(config.as_dict()))
         if name is None:
-            name = name_of(config, swept)
-            if name in taken:
-                name = f"{name}-{_digest(config)}"
+            name = f"{wanted}-{_digest(config)}" if wanted in taken else wanted
             taken.add(name)
         names[name] = config
     return names
-
-
-def name_of(config: Config, options: Sequence[str]) -> str:
-    """A short name that says the values of some options."""
-    name = ",".join(f"{option}={shown(getattr(config, option))}" for option in options)
-    if len(name) > LONGEST:
-        name = f"{name[: LONGEST - 9]}-{_digest(config)}"
-    return name
 
 
 def shown(value: object) -> str:
@@ -97,13 +88,11 @@ def shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _varying(chosen: Sequence[Config]) -> list[str]:
-    """The options that differ among configurations, and the seed, in the order of `Config`."""
-    return [
-        name
-        for name in configs.NAMES
-        if name == "seed" or len({getattr(config, name) for config in chosen}) > 1
-    ]
+def _name(config: Config, options: Iterable[str]) -> str:
+    """The values of options and the seed, or their beginning."""
+    parts = [name for name in configs.NAMES if name in options or name == "seed"]
+    name = ",".join(f"{part}={shown(getattr(config, part))}" for part in parts)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{_digest(config)}"
 
 
 def _config(base: Values, point: Values, seed: int) -> Config:
@@ -143,8 +132,8 @@ def _grid(found: Any) -> Iterator[Values]:
         for name, values in zip(options, lists, strict=True):
             if not values:
                 raise ValueError(f"grid has no value of {name}")
-        for values in itertools.product(*lists):
-            yield dict(zip(options, values, strict=True))
+        for point in itertools.product(*lists):
+            yield dict(zip(options, point, strict=True))
 
 
 def _samples(found: Values) -> list[Values]:
@@ -202,19 +191,21 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _there(out: Path) -> Iterator[tuple[str, str]]:
-    """The names of the folders of runs, and the keys of what they hold."""
-    for folder in sorted((out / RUNS).glob("*")):
-        yield folder.name, json.dumps(held(folder), sort_keys=True)
+def _there(out: Path) -> Iterator[tuple[Path, Values]]:
+    """The folders of runs and the options of what they hold."""
+    for folder in (out / RUNS).glob("*"):
+        values = held(folder)
+        if values is not None:
+            yield folder, values
 
 
-def _key(config: Config) -> str:
-    return json.dumps(config.as_dict(), sort_keys=True)
+def _key(values: Values) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def _digest(config: Config) -> str:
-    return hashlib.sha256(_key(config).encode()).hexdigest()[:8]
+    return hashlib.sha256(_key(config.as_dict()).encode()).hexdigest()[:8]

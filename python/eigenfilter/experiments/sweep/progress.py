@@ -1,0 +1,48 @@
+"""How far a sweep is: a bar over its runs, and a line for each that ends."""
+
+from __future__ import annotations
+
+from tqdm import tqdm
+
+from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.train import summary
+
+
+class Progress:
+    """What the terminal shows of a sweep.
+
+    Args:
+        total: the number of runs, those that need not be run included.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(total=total, unit=" runs", leave=False, disable=None)
+        self._steps: dict[str, tuple[int, int]] = {}  # taken, and of how many, of those at work
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def observe(self, name: str, kind: str, step: int, record: Record) -> None:
+        """Show a record of a run."""
+        if kind == "end":
+            self._steps.pop(name, None)
+            if record["outcome"] != "stopped":
+                self._bar.write(f"{name}: {_words(record)}")
+                self._bar.update()
+        elif kind == "retry":
+            self._steps.pop(name, None)
+            self._bar.write(f"{name}: {record['error']}; trying again")
+        elif kind == "start":
+            self._steps[name] = (step, record["total"])
+        elif name in self._steps:
+            self._steps[name] = (step, self._steps[name][1])
+        parts = sum(taken / total for taken, total in self._steps.values())
+        self._bar.set_postfix_str(f"{len(self._steps)} at work, {parts:.1f} done", refresh=False)
+        self._bar.update(0)
+
+
+def _words(record: Record) -> str:
+    return summary(record) if record["outcome"] == "complete" else f"failed: {record['error']}"

@@ -1,0 +1,259 @@
+"""eigenfilter sweep: which runs a file says, their names, the table, and how it can end."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eigenfilter.experiments.cli import main
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.sweep import local, plan, table
+
+YAML = """
+base: {model: mlp-12, samples: 96, batch_size: 32, epochs: 2}
+grid:
+  - {optimizer: sgd, lr: [0.1, 5e-2], momentum: 0.5}
+  - {optimizer: [usam, sam], rho: [0.01, 0.1]}
+seeds: [3, 5]
+"""
+RANDOM = """
+grid: {optimizer: [sgd, usam]}
+random:
+  lr: {log_uniform: [1e-3, 1]}
+  momentum: {uniform: [0.1, 0.9]}
+  batch_size: {integers: [16, 64]}
+  activation: {choice: [relu, tanh]}
+samples: 5
+random_seed: 7
+"""
+
+
+def chosen(text: str, folder: Path, **flags: Any) -> dict[Config, str]:
+    (folder / "sweep.yaml").write_text(text)
+    return plan.read(folder / "sweep.yaml", flags)
+
+
+def test_a_grid(tmp_path: Path) -> None:
+    found = chosen(YAML, tmp_path)
+    base = {"model": "mlp-12", "samples": 96, "batch_size": 32, "epochs": 2, "threads": 1}
+    options = [
+        {"optimizer": "sgd", "lr": 0.1, "momentum": 0.5},
+        {"optimizer": "sgd", "lr": 0.05, "momentum": 0.5},
+        *({"optimizer": o, "rho": r} for o in ("usam", "sam") for r in (0.01, 0.1)),
+    ]
+    assert list(found) == [Config(**base, **o, seed=s) for o in options for s in (3, 5)]
+    assert list(found.values())[::4] == [
+        "optimizer=sgd,lr=0.1,momentum=0.5,seed=3",
+        "optimizer=usam,rho=0.01,seed=3",
+        "optimizer=sam,rho=0.01,seed=3",
+    ]
+
+
+def test_flags_are_over_the_file(tmp_path: Path) -> None:
+    found = chosen(YAML, tmp_path, epochs=7, threads=2)
+    assert {(config.epochs, config.threads) for config in found} == {(7, 2)}
+    assert [c.seed for c in chosen("base: {lr: 0.3}", tmp_path, seed=4)] == [4]
+    assert [c.seed for c in chosen("seeds: 3", tmp_path)] == [0, 1, 2]
+    with pytest.raises(UserError, match="rho is swept over"):
+        chosen(YAML, tmp_path, rho=0.3)
+
+
+def test_what_two_grids_share_is_run_once(tmp_path: Path) -> None:
+    found = chosen("grid: [{lr: [0.1, 0.2]}, {lr: [0.2, 0.3], rho: 0.05}]", tmp_path)
+    assert list(found.values()) == ["lr=0.1,seed=0", "lr=0.2,seed=0", "lr=0.3,rho=0.05,seed=0"]
+
+
+def test_random_samples_are_those_of_their_seed(tmp_path: Path) -> None:
+    found = chosen(RANDOM, tmp_path)
+    assert len(found) == 10
+    assert found == chosen(RANDOM, tmp_path)
+    assert not found.keys() & chosen(RANDOM.replace("seed: 7", "seed: 8"), tmp_path).keys()
+    for config in found:
+        assert 1e-3 <= config.lr <= 1
+        assert 0.1 <= config.momentum <= 0.9
+        assert 16 <= config.batch_size <= 64
+        assert float(f"{config.lr:.4g}") == config.lr
+    sgd, usam = list(found)[:5], list(found)[5:]  # the same samples at each point of the grid
+    assert [c.lr for c in sgd] == [c.lr for c in usam]
+    assert len({c.lr for c in sgd}) == 5
+    assert {c.activation for c in found} == {"relu", "tanh"}
+
+
+def test_more_samples_and_options_leave_those_there_were(tmp_path: Path) -> None:
+    before = chosen(RANDOM, tmp_path)
+    more = chosen(RANDOM.replace("samples: 5", "samples: 8"), tmp_path)
+    assert before.keys() < more.keys()
+    other = RANDOM.replace("random:", "random:\n  weight_decay: {uniform: [0, 0.1]}")
+    assert [c.lr for c in chosen(other, tmp_path)] == [c.lr for c in before]
+
+
+def test_distributions_are_what_they_say(tmp_path: Path) -> None:
+    text = "random: {lr: {log_uniform: [1e-4, 1]}, rho: {uniform: [0, 2]}}\nsamples: 2000"
+    found = list(chosen(text, tmp_path))
+    for part, low in ((0.25, 1e-3), (0.5, 1e-2), (0.75, 1e-1)):  # within four deviations
+        assert sum(c.lr < low for c in found) / 2000 == pytest.approx(part, abs=0.045)
+        assert sum(c.rho < 2 * part for c in found) / 2000 == pytest.approx(part, abs=0.045)
+
+
+def test_names_are_short_and_those_of_one_configuration(tmp_path: Path) -> None:
+    options = {
+        name: {"choice": [0.123, 0.456]}
+        for name in ("lr", "momentum", "weight_decay", "rho", "beta1", "beta2", "clip", "dropout")
+    } | {"label_smoothing": {"choice": [0.1234, 0.4567]}, "rho_end": {"choice": [0.333, 0.555]}}
+    found = chosen(json.dumps({"random": options, "samples": 12}), tmp_path)
+    assert len(set(found.values())) == len(found)
+    assert max(map(len, found.values())) == plan.LONGEST
+
+
+def left(out: Path, name: str, config: Config) -> None:
+    """A complete run's folder."""
+    folder = out / "runs" / name
+    folder.mkdir(parents=True)
+    record = {"outcome": "complete", "config": config.as_dict()}
+    (folder / "results.json").write_text(json.dumps(record))
+
+
+def test_folders_keep_their_runs_whatever_the_file_becomes(tmp_path: Path) -> None:
+    before = plan.named(chosen("base: {rho: 0.1}\ngrid: {lr: [0.1, 0.2]}", tmp_path), tmp_path)
+    for name, config in before.items():
+        left(tmp_path, name, config)
+    more = "grid: {lr: [0.1, 0.2, 0.3], rho: [0.1, 0.2]}"
+    after = plan.named(chosen(more, tmp_path), tmp_path)
+    assert len(after) == 6
+    assert before.items() < after.items()
+    longer = plan.named(chosen("grid: {lr: [0.1, 0.2]}\nbase: {epochs: 3}", tmp_path), tmp_path)
+    assert not before.keys() & longer.keys()
+    assert all(name.startswith("lr=0.") and "-" in name for name in longer)
+
+
+BAD = {
+    "grids: []": "unknown key 'grids': did you mean grid?",
+    "- 1": "must hold lines such as",
+    "base: [1]": "base must hold lines such as 'lr: 0.1', not [1]",
+    "grid: 3": "grid must hold lines such as",
+    "grid: {lr: []}": "grid has no value of lr",
+    "grid: {learning: [1]}": "unknown option 'learning' (at learning 1)",
+    "grid: {lr: [0.1, -1]}": "lr must be a number of at least 0, not -1 (at lr -1)",
+    "grid: {seed: [1]}": "the seeds are not in grid or random",
+    "seeds: 0": "seeds must be a list, or how many there are, not 0",
+    "seeds: [a]": "seed must be a whole number",
+    "{base: {seed: 1}, seeds: 2}": "the seed is given twice",
+    "samples: 3": "samples is of random, which is not there",
+    "random: {lr: {uniform: [0, 1]}}": "samples must be how many are drawn",
+    "{random: {lr: [0, 1]}, samples: 2}": "lr of random must be as {uniform: [0, 1]}",
+    "{random: {lr: {uniform: [1, 0]}}, samples: 2}": "lr of random must be {uniform: [low, high]}",
+    "{random: {lr: {log_uniform: [0, 1]}}, samples: 2}": "lr of random must be",
+    "{random: {lr: {normal: [0, 1]}}, samples: 2}": "lr of random must be",
+    "{random: {lr: {uniform: [0, 1]}}, samples: 2, random_seed: x}": "random_seed must be",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_bad_file_is_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eigenfilter sweep: error: ")
+    assert BAD[text] in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def record(accuracy: float, **more: Any) -> Record:
+    return {
+        "outcome": "complete",
+        "test": {"accuracy": accuracy, "loss": 2 * accuracy},
+        "gradients": 30,
+        "seconds": 1.0,
+        **more,
+    }
+
+
+def test_the_table_is_over_seeds_and_the_best_is_first() -> None:
+    configs = {
+        f"{rho} {seed}": Config(rho=rho, seed=seed) for rho in (0.1, 0.2, 0.3) for seed in (0, 1, 2)
+    }
+    failed: Record = {"outcome": "failed", "error": "nan", "diverged": True}
+    records = dict(
+        zip(
+            configs,
+            [
+                *(record(0.5), record(0.7), failed),
+                *(record(0.8, sharpness={"sharpness": 20.0}), failed, {"outcome": "stopped"}),
+                *(failed, failed, failed),
+            ],
+            strict=True,
+        )
+    )
+    rows = table.rows(configs, records)
+    assert [row["options"] for row in rows] == [{"rho": 0.2}, {"rho": 0.1}, {"rho": 0.3}]
+    measure = rows[1]["measures"]["test accuracy"]
+    assert measure["mean"] == pytest.approx(0.6)
+    assert measure["deviation"] == pytest.approx(0.02**0.5)
+    assert table.cells(rows) == [
+        "rho/test accuracy, %/test loss/sharpness/gradients/seconds/runs/failed".split("/"),
+        ["0.2", "80.00", "1.6000", "20", "30", "1.0", "1/3", "1"],
+        ["0.1", "60.00 ± 14.14", "1.2000 ± 0.2828", "-", "30 ± 0", "1.0 ± 0.0", "2/3", "1"],
+        ["0.3", "-", "-", "-", "-", "-", "0/3", "3"],
+    ]
+    assert table.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+
+
+def test_the_table_has_no_rho_where_there_is_no_ascent() -> None:
+    configs = {
+        "a": Config(optimizer="sgd"),
+        "b": Config(rho=0.1),
+        "c": Config(optimizer="adamw", method="sam", rho=0.2),
+        "d": Config(optimizer="torch.optim.SGD", rho=0.2),
+    }
+    rows = table.rows(configs, {name: record(0.5) for name in configs})
+    assert [row["options"]["rho"] for row in rows] == [None, 0.1, 0.2, None]
+    assert [line[2] for line in table.cells(rows)] == ["rho", "-", "0.1", "0.2", "-"]
+
+
+SMALL = """
+base: {model: mlp-12, samples: 96, batch_size: 32, epochs: 3, lr_schedule: constant}
+grid: [{optimizer: usam, rho: [0.01, 0.1]}, {optimizer: sgd, lr: 1e18}]
+seeds: 2
+"""
+
+
+def test_a_sweep_is_stopped_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text(SMALL)
+    argv = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--processes", "1"]
+    ended = local.Ledger.ended
+    monkeypatch.setattr(
+        local.Ledger, "ended", lambda *a: [ended(*a), signal.raise_signal(signal.SIGTERM)]
+    )
+    assert main(argv) == 130
+    assert "runs to go: the same command goes on with them" in capsys.readouterr().out
+    first = json.loads((tmp_path / "out" / "results.json").read_text())
+    outcomes = [r["outcome"] for r in first["runs"].values()]
+    assert outcomes.count("complete") == 1
+    assert outcomes.count("stopped") == 5
+    monkeypatch.setattr(local.Ledger, "ended", ended)
+    assert main(argv) == 0
+    out = capsys.readouterr()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = [f"optimizer=usam,rho={rho},seed={seed}" for rho in (0.01, 0.1) for seed in (0, 1)]
+    names += [f"optimizer=sgd,lr=1e+18,seed={seed}" for seed in (0, 1)]
+    assert list(results["runs"]) == names
+    assert [r["outcome"] for r in results["runs"].values()] == ["complete"] * 4 + ["failed"] * 2
+    assert results["runs"][names[0]]["config"]["threads"] == 1
+    assert {row["complete"] for row in results["table"]} == {0, 2}
+    assert f"{names[4]} failed: the loss of step " in out.out
+    assert "optimizer" in (tmp_path / "out" / "table.md").read_text().splitlines()[0]
+    logs = [path.stat() for path in (tmp_path / "out" / "runs").glob("*/log.jsonl")]
+    assert main(argv) == 0  # nothing is run again
+    assert logs == [path.stat() for path in (tmp_path / "out" / "runs").glob("*/log.jsonl")]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
