@@ -14,7 +14,16 @@ from typing import NoReturn
 
 from eigenfilter import __version__
 from eigenfilter.benchmarks import command as bench
-from eigenfilter.experiments import certify, demo, filter, phenomena, spectrum, sweep, train
+from eigenfilter.experiments import (
+    certify,
+    demo,
+    filter,
+    phenomena,
+    reproduce,
+    spectrum,
+    sweep,
+    train,
+)
 from eigenfilter.experiments.arguments import add_commands
 from eigenfilter.experiments.errors import UserError
 
@@ -26,6 +35,7 @@ _COMMANDS: Mapping[str, ModuleType] = {
     "spectrum": spectrum,
     "certify": certify,
     "phenomena": phenomena,
+    "reproduce": reproduce,
     "bench": bench,
 }
 

@@ -1,0 +1,135 @@
+"""Scaling an experiment down to a budget, from the time of its first steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from eigenfilter.curvature import HessianOperator
+from eigenfilter.experiments.datasets import Images
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.reproduce.plan import COARSER, GRADIENTS, Experiment, Scale
+from eigenfilter.experiments.trainer import Trainer, reproducible
+
+TRAINING, SPECTRA = 0.5, 0.3  # parts of a budget; the rest is for starting, loading, drawing
+SECONDS = 1.0  # that a rate is timed for, or one step
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds an image: of a gradient with its update, and of a Hessian-vector product."""
+
+    gradient: float
+    product: float
+
+
+def fitted(
+    experiment: Experiment,
+    full: Scale,
+    minutes: float,
+    rates: Callable[[str], Rates],
+    *,
+    processes: int,
+    tests: int,
+) -> tuple[Scale, float, Rates]:
+    """The largest scale of a fixed order that the budget is thought to suffice for.
+
+    The order: fewer seeds; then epochs, halved; then narrower networks; then images, halved. Each
+    is taken with the finest spectra that fit into their part of the budget.
+
+    Args:
+        experiment: what is scaled.
+        full: its scale in full.
+        minutes: the budget.
+        rates: of a network, by name; asked once for each.
+        processes: runs at a time.
+        tests: images of the test set.
+
+    Returns:
+        The scale, the seconds it is estimated to take, the rates that this is from.
+
+    Raises:
+        UserError: nothing fits; the message says what would.
+    """
+    known: dict[str, Rates] = {}
+    least = 0.0
+    for scale in _descending(experiment, full):
+        if scale.model not in known:
+            known[scale.model] = rates(scale.model)
+        rate = known[scale.model]
+        training = _training(experiment, scale, rate, tests) / processes
+        finest = full.spectrum.samples
+        for spectrum in (full.spectrum, *COARSER):
+            fine = replace(spectrum, samples=min(spectrum.samples, scale.samples, finest))
+            runs = scale.seeds * sum(1 for _ in experiment.variants())
+            spectra = runs * rate.product * fine.samples * fine.products
+            least = max(training / TRAINING, spectra / SPECTRA)
+            if least <= 60 * minutes:
+                return replace(scale, spectrum=fine), training + spectra, rate
+    raise UserError(
+        f"--budget {minutes:g} is too small: even at its smallest the experiment takes about "
+        f"{least / 60:.2g} minutes here"
+    )
+
+
+def _descending(experiment: Experiment, full: Scale) -> Iterator[Scale]:
+    scale = full
+    yield scale
+    steps: list[Scale] = []
+    while scale.seeds > 1:
+        scale = replace(scale, seeds=scale.seeds - 1)
+        steps.append(scale)
+    while scale.epochs > 1:
+        scale = replace(scale, epochs=scale.epochs // 2)
+        steps.append(scale)
+    for model in experiment.narrower:
+        scale = replace(scale, model=model)
+        steps.append(scale)
+    while scale.samples // 2 >= experiment.least:
+        scale = replace(scale, samples=scale.samples // 2)
+        steps.append(scale)
+    yield from steps
+
+
+def _training(experiment: Experiment, scale: Scale, rate: Rates, tests: int) -> float:
+    """Seconds of all runs, one after the other; a test takes a third of a gradient an image."""
+    seconds = 0.0
+    for method, _, _ in experiment.variants():
+        images = scale.epochs * scale.samples * GRADIENTS[method] + tests / 3
+        seconds += images * rate.gradient
+    return scale.seeds * seconds
+
+
+def timed(
+    experiment: Experiment, full: Scale, model: str, data: Images, device: torch.device
+) -> Rates:
+    """Time steps of SGD and Hessian-vector products of a network, after one of each."""
+    scale = replace(full, model=model, samples=min(full.samples, 4 * experiment.timed))
+    config = experiment.config("sgd", 0.0, None, scale=scale, seed=0)
+    config = replace(config, batch_size=min(experiment.timed, config.batch_size))
+    with reproducible(config, device):
+        trainer = Trainer(replace(config, epochs=1_000_000), data, device)
+        op = HessianOperator(
+            trainer.model, trainer.loss_fn, trainer.examples(trainer.batch_size), mode="train"
+        )
+        vector = torch.ones(op.shape[0], dtype=op.dtype, device=op.device)
+
+        def step() -> None:
+            trainer.advance()
+            trainer.drain()  # waits for the device
+
+        gradient = _seconds(step)
+        product = _seconds(lambda: op.matvec(vector).sum().item())
+    return Rates(gradient / trainer.batch_size, product / trainer.batch_size)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    work()
+    began, count = time.perf_counter(), 0
+    while not count or time.perf_counter() - began < SECONDS:
+        work()
+        count += 1
+    return (time.perf_counter() - began) / count

@@ -1,0 +1,143 @@
+"""What a reproduction writes: results.json, summary.md, spectra.png, report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import eigenfilter as ef
+from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.reproduce import figure, report, summary
+from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
+from eigenfilter.experiments.reproduce.summary import Check, Measured, Row
+
+FILES = ("results.json", "summary.md", "spectra.png", "report.html")
+
+LIMITS = (
+    "The paper's text was not available: learning rates, epochs, batch sizes, the width of the MLP "
+    "and the number of seeds are ours; two-step and Hessian USAM are our reading of its abstract.",
+    "A filter speaks of the equilibria that an optimizer converges to. Runs of minibatches, a "
+    "constant learning rate and few epochs do not settle at one: they may end well inside the "
+    "edge, or, where minibatches differ, beyond it. The ratio says where each ended.",
+    "SAM's filter moves with the norm of the gradient; no edge is given for it.",
+    "The sharpness is that of the images named above, not of the whole training set; its error is "
+    "that of the eigenvalue of their Hessian.",
+    "Seconds are of runs side by side on a machine that may have had other work.",
+)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A plan, what its runs came to, and what follows from them."""
+
+    plan: Plan
+    runs: list[Measured]
+    rows: list[Row]
+    checks: list[Check]
+
+    @classmethod
+    def of(cls, plan: Plan, runs: Sequence[Measured]) -> Findings:
+        """From the runs."""
+        rows = summary.rows_of(runs)
+        return cls(plan, list(runs), rows, summary.checks_of(rows))
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to be run."""
+        return all(run.outcome != "unfinished" for run in self.runs)
+
+    @property
+    def title(self) -> str:
+        """The experiment, whether in full, and what became of the runs."""
+        name = EXPERIMENTS[self.plan.experiment].title
+        return f"{name}, {self.plan.statement}; {summary.ending(self.plan, self.runs)}"
+
+    @property
+    def failures(self) -> list[str]:
+        """What each run that did not complete ended with."""
+        return [f"{run.name}: {run.outcome}: {run.note}" for run in self.runs if run.note]
+
+    def settings(self) -> dict[str, str]:
+        """What was trained and measured, in words."""
+        plan, experiment = self.plan, EXPERIMENTS[self.plan.experiment]
+        scale, fixed = plan.scale, experiment.fixed
+        spectrum = scale.spectrum
+        return {
+            "network": f"{scale.model}" + ", tanh" * (fixed.get("activation") == "tanh"),
+            "images": f"the first {scale.samples:,} of the training set"
+            + ", random crops and reflections" * bool(fixed.get("flip")),
+            "loss": "cross entropy",
+            "batch": f"{fixed['batch_size']}",
+            "epochs": f"{scale.epochs}",
+            "learning rate": ", ".join(
+                f"{lr:g} with momentum {momentum:g}" for momentum, lr in experiment.lr.items()
+            )
+            + ", constant",
+            "weight decay": "none",
+            "seeds": ", ".join(str(seed) for seed in plan.seeds),
+            "spectra": f"the first {spectrum.samples:,} training images as they are; "
+            f"{spectrum.pairs} largest eigenvalues, density from {spectrum.probes} random vectors "
+            f"of {spectrum.steps} products",
+            "best rho": summary.SELECTION,
+            "deviation": "of a sample, over the seeds",
+        }
+
+
+def write(findings: Findings, out: Path) -> None:
+    """Write all files.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    results = {
+        "command": "reproduce",
+        "experiment": findings.plan.experiment,
+        "statement": findings.plan.statement,
+        "complete": findings.complete,
+        "plan": findings.plan.as_dict(),
+        "settings": findings.settings(),
+        "rows": [row.as_dict() for row in findings.rows],
+        "checks": [
+            asdict(check) | {"verdict": check.verdict, "sentence": check.sentence}
+            for check in findings.checks
+        ],
+        "runs": [run.as_dict() for run in findings.runs],
+        "limits": LIMITS,
+        "versions": {"eigenfilter": ef.__version__, "torch": str(torch.__version__)},
+    }
+    text = json.dumps(results, indent=1, allow_nan=False)
+    replace_text(out / "results.json", text + "\n")
+    replace_text(out / "summary.md", markdown(findings))
+    drawn = figure.draw(findings.rows, findings.title)
+    FigureCanvasAgg(drawn)
+    figure.save_png(drawn, out / "spectra.png")
+    replace_text(out / "report.html", report.page(findings, figure.as_svg(drawn), LIMITS))
+
+
+def markdown(findings: Findings) -> str:
+    """The tables and what follows from them, for a page of documentation."""
+    best = [row for row in findings.rows if row.best]
+    parts = [
+        f"**{findings.title}.**",
+        "At the best rho of each method:",
+        _grid(summary.table(best)),
+        "The order of the sharpness:",
+        "\n".join(f"- {check.sentence}" for check in findings.checks),
+        "Every rho:",
+        _grid(summary.table(findings.rows)),
+    ]
+    if findings.failures:
+        parts += ["Not completed:", "\n".join(f"- {line}" for line in findings.failures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = rows
+    lines = [head, ["---"] * len(head), *rest]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
