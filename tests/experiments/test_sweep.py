@@ -199,7 +199,16 @@ def test_the_table_is_over_seeds_and_the_best_is_first() -> None:
     assert measure["mean"] == pytest.approx(0.6)
     assert measure["deviation"] == pytest.approx(0.02**0.5)
     assert table.cells(rows) == [
-        "rho/test accuracy, %/test loss/sharpness/gradients/seconds/runs/failed".split("/"),
+        [
+            "rho",
+            "test accuracy, %",
+            "test loss",
+            "sharpness",
+            "gradients",
+            "seconds",
+            "runs",
+            "failed",
+        ],
         ["0.2", "80.00", "1.6000", "20", "30", "1.0", "1/3", "1"],
         ["0.1", "60.00 ± 14.14", "1.2000 ± 0.2828", "-", "30 ± 0", "1.0 ± 0.0", "2/3", "1"],
         ["0.3", "-", "-", "-", "-", "-", "0/3", "3"],
