@@ -9,8 +9,10 @@ class UserError(Exception):
     """Bad input: the message is one clear line, and the command ends with exit code 2."""
 
 
-def require(*modules: str) -> None:
+def require(*modules: str, extra: str = "experiments") -> None:
     """Check for optional dependencies before any work is done.
+
+    extra: of this package, that brings them.
 
     Raises:
         UserError: naming the first that is missing, and how to install it.
@@ -21,5 +23,5 @@ def require(*modules: str) -> None:
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise  # there, but broken
-            advice = 'pip install "eigenfilter[experiments]"'
+            advice = f'pip install "eigenfilter[{extra}]"'
             raise UserError(f"{module} is not installed: {advice}") from error

@@ -56,6 +56,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: all GPUs)"
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="spread the runs over a Ray cluster: auto, local or HOST:PORT; its nodes share --out",
+    )
     configs.add_flags(parser)
 
 
@@ -74,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             chosen,
             args.out,
             processes=args.processes,
+            ray=args.ray,
             data_dir=args.data_dir,
             device=args.device,
             retries=args.retries,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep import local
 from eigenfilter.experiments.sweep.folders import Order, finished, folder_of, locked
@@ -19,6 +19,7 @@ def execute(
     out: Path,
     *,
     processes: int | None = None,
+    ray: str | None = None,
     data_dir: Path | None = None,
     device: str = "auto",
     retries: int = 1,
@@ -36,6 +37,8 @@ def execute(
         out: the folder of all; only one may be at work in it.
         processes: how many at once; None: as many as the cores (or GPUs) allow with
             `config.threads`.
+        ray: address of a Ray cluster that the runs are spread over: "auto", "local" or that of
+            its head. `out` and `data_dir` are folders that its nodes share.
         data_dir: of the data, see `datasets.folder_of`.
         device: "cpu", "cuda:1"; "cuda": every GPU, which processes share in turn; "auto": those
             if there are any.
@@ -58,6 +61,8 @@ def execute(
         >>> found = execute({f"seed={s}": Config(seed=s, threads=1) for s in range(3)}, Path("out"))
         >>> [record["test"]["accuracy"] for record in found.values()]
     """
+    if ray is not None:
+        require("ray", extra="ray")
     with locked(out, wait=lambda: False) as had:
         if not had:
             raise UserError(f"another sweep is at work in {out}")
@@ -72,7 +77,11 @@ def execute(
         for dataset in sorted({order.config.dataset for order in orders.values()}):
             datasets.load(dataset, data_dir)  # once, where it has to be downloaded
         ledger = Ledger(orders, retries, observe)
-        if orders:
+        if orders and ray is None:
             local.execute(ledger, processes=processes, device=device, stop=stop)
+        elif orders and ray is not None:
+            from eigenfilter.experiments.sweep import cluster
+
+            cluster.execute(ledger, address=ray, processes=processes, device=device, stop=stop)
         records |= ledger.records
     return {name: records[name] for name in runs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) ->
     """Go on with a run from where the last attempt came to.
 
     Returns:
-        What `runs.run` does; where that raises UserError, which it would do again, the failure.
+        What `runs.run` does; where that raises, the failure, with its traceback printed unless
+        it is an error of the user, which would come again.
     """
     config = order.config
     with locked(order.folder, wait=lambda: not stop()) as had:  # one before may be ending yet
@@ -126,6 +128,10 @@ def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) ->
             return failure(config, str(error)) | {"diverged": True, "step": error.step}
         except UserError as error:
             return failure(config, str(error))
+        except Exception as error:  # of whatever kind: the other runs go on
+            traceback.print_exc()
+            line = " ".join(traceback.format_exception_only(error)[-1].split())
+            return failure(config, line) | {"crashed": True}
 
 
 def failure(config: Config, error: str) -> Record:

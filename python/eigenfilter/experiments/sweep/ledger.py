@@ -43,13 +43,16 @@ class Ledger:
         self.waiting.clear()
 
     def ended(self, name: str, record: Record) -> None:
-        """A run came to its end, or was stopped.
+        """An attempt came to its end, in whatever way.
 
         Raises:
             UserError: its failure cannot be written.
         """
         if record["outcome"] == "stopped" and not self.stopping:
             self.crashed(name, "its process was asked to end")
+            return
+        if record.get("crashed"):
+            self.crashed(name, record["error"])
             return
         if record["outcome"] == "failed":
             record = record | {"attempts": self._attempts[name] + 1}

@@ -17,7 +17,7 @@ import torch
 from eigenfilter.experiments.arguments import device_of
 from eigenfilter.experiments.sweep.folders import Order
 from eigenfilter.experiments.sweep.ledger import Ledger
-from eigenfilter.experiments.sweep.worker import OUTPUT, SIGNALS, Ended, Observed
+from eigenfilter.experiments.sweep.worker import OUTPUT, SIGNALS
 
 POLL = 0.2  # seconds from one question whether to stop to the next
 GRACE = 5.0  # seconds that a process may take to end after it closed its connection
@@ -78,7 +78,7 @@ class _Pool:
     def _receive(self, worker: _Process) -> None:
         name = worker.name
         try:
-            message = worker.connection.recv()
+            kind, step, record = worker.connection.recv()
         except (EOFError, OSError):
             reason = worker.reason()
             self._remove(worker)
@@ -86,17 +86,13 @@ class _Pool:
                 self._ledger.crashed(name, reason)
             return
         assert name is not None
-        if isinstance(message, Observed):
-            self._ledger.observe(name, message.kind, message.step, message.record)
+        if kind != "end":
+            self._ledger.observe(name, kind, step, record)
             return
-        assert isinstance(message, Ended)
         worker.name = None
-        if message.record["outcome"] != "complete" and not message.record.get("diverged"):
+        if record["outcome"] != "complete" and not record.get("diverged"):
             self._remove(worker)
-        if message.crashed:
-            self._ledger.crashed(name, message.record["error"])
-        else:
-            self._ledger.ended(name, message.record)
+        self._ledger.ended(name, record)
 
     def _remove(self, worker: _Process) -> None:
         worker.kill()

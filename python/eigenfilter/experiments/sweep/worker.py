@@ -11,40 +11,17 @@ import queue
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep.folders import Order, attempt, failure
+from eigenfilter.experiments.sweep.folders import Order, attempt
 
 OUTPUT = "output.txt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A record of the run's log."""
-
-    kind: str
-    step: int
-    record: Record
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The last word on a run.
-
-    crashed: whether another attempt might do better.
-    """
-
-    record: Record
-    crashed: bool = False
 
 
 class _Worker:
@@ -63,25 +40,12 @@ class _Worker:
         """Run what is ordered, until nothing is any more."""
         while (order := self._orders.get()) is not None:
             with _output(order.folder):
-                ended = self._run(order)
-            self._send(ended)
+                record = attempt(order, stop=self._stop.is_set, observe=self._send)
+            self._send("end", 0, record)
 
-    def _run(self, order: Order) -> Ended:
+    def _send(self, kind: str, step: int, record: Record) -> None:
         try:
-            record = attempt(
-                order,
-                stop=self._stop.is_set,
-                observe=lambda *observed: self._send(Observed(*observed)),
-            )
-        except Exception as error:
-            traceback.print_exc()
-            line = " ".join(traceback.format_exception_only(error)[-1].split())
-            return Ended(failure(order.config, line), crashed=True)
-        return Ended(record)
-
-    def _send(self, message: Any) -> None:
-        try:
-            self._connection.send(message)
+            self._connection.send((kind, step, record))
         except OSError:  # nobody is there any more
             self._stop.set()
 
