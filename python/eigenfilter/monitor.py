@@ -77,6 +77,9 @@ class SharpnessMonitor:
     an ascent of USAM that of P^-1/2 (H + rho H^2) P^-1/2: see `filters.AdamW`. Where groups differ
     it is that of A^1/2 (J + W) A^1/2, with an edge of 2: see docs/theory.md, 14.
 
+    Where several processes share the operator all of them check, act and call back alike, and the
+    first one writes.
+
     Args:
         op: the Hessian of the loss; its parameters are the optimizer's.
         optimizer: whose filter gives the edge.
@@ -183,10 +186,10 @@ class SharpnessMonitor:
             ValueError: the eigenvector is that of another model.
         """
         vector = state_dict["vector"]
-        if vector is not None and vector.shape != self._op.shape[:1]:
-            raise ValueError(
-                f"the state is of {len(vector)} parameters, the operator of {self._op.shape[0]}"
-            )
+        slices = self._op.slices
+        length = self._op.shape[0] if slices is None else slices.length
+        if vector is not None and vector.shape != (length,):
+            raise ValueError(f"the state is of {len(vector)} parameters, the operator of {length}")
         self._steps = int(state_dict["steps"])
         self._vector = None if vector is None else vector.to(self._op.device, self._op.dtype)
 
@@ -217,10 +220,10 @@ class SharpnessMonitor:
             return None
 
     def _report(self, check: Check) -> None:
-        if self._log is not None:
+        if self._log is not None and self._op.leads:
             with self._log.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(check)) + "\n")
-        if self._writer is not None:
+        if self._writer is not None and self._op.leads:
             self._writer.add_scalar("sharpness", check.sharpness, check.step)
             if check.edge is not None:
                 self._writer.add_scalar("edge", check.edge, check.step)

@@ -202,6 +202,13 @@ class CurvatureOperator(ABC):
         return self.params[0].device
 
     @property
+    def leads(self) -> bool:
+        """Whether this process is the first of those that share the operator, or has it alone."""
+        if self.slices is not None:
+            return self.slices.leads
+        return self._group is None or dist.get_rank(self._group) == 0
+
+    @property
     def error(self) -> float | None:
         """The largest estimate of a finite difference's relative error at this point.
 

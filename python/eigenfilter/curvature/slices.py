@@ -22,6 +22,7 @@ class ShardSlices:
         number, count: of the slice held here, among those that make up a vector.
         length: of the slice held here.
         processes: how many hold data. With replicas, several hold the same slice.
+        leads: whether this is the first of them.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -53,6 +54,7 @@ class ShardSlices:
         self.count = self._mesh.size(along)
         self.length = sum(_distributed.local(p).numel() for p in params)
         self.processes = self._mesh.size()
+        self.leads = dist.get_rank() == int(self._mesh.mesh.flatten()[0])
 
     def sum(self, t: Tensor) -> Tensor:
         """Add t up over the slices, in place and everywhere to the same bits, and return it."""
