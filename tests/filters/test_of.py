@@ -157,3 +157,42 @@ def test_an_instance_attribute_does_not_count() -> None:
 def test_bad_values_in_a_group(changed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must lie in"):
         of(optimizer("sgd", GROUP | changed))
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "options"),
+    [
+        ("usam", ef.USAM, {}),
+        ("two_step_usam", ef.TwoStepUSAM, {"ascent": "anchored"}),
+        ("hessian_usam", ef.HessianUSAM, {}),
+        ("sam", ef.SAM, {}),
+    ],
+)
+def test_a_wrapped_sgd_is_the_method_itself(
+    method: str, own: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    x = torch.zeros(1, requires_grad=True)
+    rest = {"lr": 0.1, "momentum": 0.6, "weight_decay": 0.2}
+    wrapped = ef.SharpnessAware(torch.optim.SGD([x], **rest), method, rho=0.3, **options)
+    expected = of(own([x], rho=0.3, **rest, **options), grad_norm=2.0)
+    assert of(wrapped, grad_norm=2.0) == expected
+    assert expected[0].max_eigenvalue() < HeavyBall(0.1, 0.6).max_eigenvalue()
+
+
+def test_other_wrapped_optimizers() -> None:
+    x = torch.zeros(1, requires_grad=True)
+    adamw = torch.optim.AdamW([x], lr=0.1, betas=(0.7, 0.9))
+    assert of(ef.SharpnessAware(adamw, rho=0.3)) == of(adamw)
+    for base in (torch.optim.RAdam([x]), ef.USAM([x])):
+        with pytest.raises(TypeError, match="no filter is known for SharpnessAware"):
+            of(ef.SharpnessAware(base, rho=0.3))
+    with pytest.raises(TypeError, match="ASAM"):
+        of(ef.SharpnessAware(torch.optim.SGD([x]), "sam", adaptive=True), grad_norm=1.0)
+
+
+def test_adam_without_decay_is_adamw() -> None:
+    x = torch.zeros(1, requires_grad=True)
+    adam = torch.optim.Adam([x], lr=0.1, betas=(0.7, 0.9))
+    assert of(adam) == of(torch.optim.AdamW([x], lr=0.1, betas=(0.7, 0.9), weight_decay=0.0))
+    with pytest.raises(TypeError, match="use AdamW"):
+        of(torch.optim.Adam([x], weight_decay=0.1))

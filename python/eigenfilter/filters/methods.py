@@ -201,8 +201,9 @@ def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
     are those of -f negated.
 
     Args:
-        opt: an eigenfilter optimizer, torch.optim.SGD or torch.optim.AdamW. AdamW's filters are of
-            the preconditioned Hessian, and of that of the ascent it takes: see `AdamW`.
+        opt: an eigenfilter optimizer, torch.optim.SGD, AdamW, or Adam without decay, or
+            `SharpnessAware` around one of torch's. AdamW's filters are of the preconditioned
+            Hessian, and of that of the ascent it takes: see `AdamW`.
         grad_norm: of the gradient, > 0, at which SAM's moving edge is wanted: see `SAM`.
 
     Raises:
@@ -219,7 +220,7 @@ def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
         known = ", ".join(map(repr, sorted(_BUILDERS)))
         raise TypeError(
             f"no filter is known for {type(opt).__name__}; supported are torch.optim's SGD and "
-            f"AdamW, and eigenfilter's optimizers with method {known}"
+            f"AdamW, and eigenfilter's optimizers with method 'sam', {known}"
         )
     return [build(group, opt) for group in opt.param_groups]
 
@@ -227,10 +228,14 @@ def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
 def _method(opt: _Optimizer) -> str:
     """Name of the method, or "" if unknown.
 
-    The class states it: an instance attribute may name how another optimizer is wrapped.
+    The class states it, and of a `SharpnessAware` around torch's SGD or AdamW the ascent.
     """
     for cls in type(opt).__mro__:
         known = _BY_CLASS.get((cls.__module__, cls.__name__))
+        if known == "wrapper":
+            base = _method(opt.base_optimizer)  # type: ignore[attr-defined]
+            ascent: str = opt.method  # type: ignore[attr-defined]
+            return {"sgd": ascent, "adamw": "adamw"}.get(base, "")
         if known is not None:
             return known
     method = getattr(type(opt), "method", "")
@@ -240,6 +245,8 @@ def _method(opt: _Optimizer) -> str:
 def _adamw(group: Mapping[str, Any]) -> Filter:
     if group.get("amsgrad"):
         raise TypeError("no filter is known for AMSGrad, whose preconditioner is another")
+    if float(group["weight_decay"]) != 0.0 and not group.get("decoupled_weight_decay", True):
+        raise TypeError("no filter is known for Adam whose gradient has the decay: use AdamW")
     names = ("lr", "weight_decay", "maximize")
     return AdamW(beta1=group["betas"][0], **{name: group[name] for name in names})
 
@@ -281,8 +288,10 @@ def _ascending(
 
 _BY_CLASS: Mapping[tuple[str, str], str] = {
     ("torch.optim.sgd", "SGD"): "sgd",
+    ("torch.optim.adam", "Adam"): "adamw",
     ("torch.optim.adamw", "AdamW"): "adamw",
     ("eigenfilter.optimizers.adamw", "AdamW"): "adamw",
+    ("eigenfilter.optimizers.wrapper", "SharpnessAware"): "wrapper",
 }
 
 _BUILDERS: Mapping[str, Callable[[Mapping[str, Any], _Optimizer], Filter]] = {

@@ -89,6 +89,23 @@ class SharpnessAware(EigenfilterOptimizer):
             return getattr(self.base_optimizer, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    @property
+    def method(self) -> str:
+        """How it ascends."""
+        return self._ascent.method
+
+    @property
+    def ascent(self) -> str:
+        """Of "two_step_usam": "sequential" or "anchored"."""
+        ascent: str = self._ascent.ascent  # type: ignore[attr-defined]
+        return ascent
+
+    @property
+    def adaptive(self) -> bool:
+        """Of "sam": whether it is ASAM."""
+        adaptive: bool = self._ascent.adaptive  # type: ignore[attr-defined]
+        return adaptive
+
     def state_dict(self) -> dict[str, Any]:
         """The base's.
 
