@@ -68,6 +68,14 @@ def test_cross_entropy_leaves_its_edge_with_the_loss(tmp_path: Path) -> None:
     assert run.last.sharpness < half.sharpness
 
 
+def test_relu_and_cross_entropy_pass_the_edge_and_leave_it_at_once(tmp_path: Path) -> None:
+    run = train(given(tmp_path, "relu", "cross_entropy", 1.0, 60), methods(1.0)[0])
+    ratios = {check.step: check.ratio for check in run.history}
+    assert max(ratios[step] for step in range(6)) > 1.1
+    assert all(ratio < 0.5 for step, ratio in ratios.items() if step >= 30)
+    assert run.outcome == "left its edge downwards"
+
+
 @pytest.mark.slow
 def test_a_late_switch_to_usam_lowers_the_sharpness(tmp_path: Path) -> None:
     results = reproduce("late", tmp_path, "--edge", "7", "--steps", "1500")
@@ -150,6 +158,22 @@ def test_fashion_mnist(tmp_path: Path) -> None:
     plain, switched = results["runs"]
     assert plain["loss"] < 0.7 * plain["history"][0]["loss"]
     assert switched["edge"] == pytest.approx(0.8 * plain["edge"], rel=1e-9)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "edge"), [("square", 12.0), ("cross_entropy", 5.0)])
+def test_relu_on_fashion_mnist_comes_to_its_edge(loss: str, edge: float, tmp_path: Path) -> None:
+    """Heavy ball, which is there within 200 steps; with cross-entropy it leaves again later."""
+    folder = os.environ.get("EIGENFILTER_DATA")
+    if folder is None or not any(Path(folder, "FashionMNIST/raw").glob("*")):
+        pytest.skip("needs EIGENFILTER_DATA with FashionMNIST/raw")
+    names = ("fashion", "relu", loss)
+    deadline = time.perf_counter() + 3600.0
+    task = Setting(load(*names), names, edge, 0, 300, deadline, tmp_path)
+    run = train(task, methods(edge)[1])
+    assert run.history[0].ratio < 0.6
+    assert settled(run.history).mean == pytest.approx(1.0, abs=0.12)
 
 
 def test_fashion_mnist_is_centred(tmp_path: Path) -> None:

@@ -128,12 +128,14 @@ def _composed(
     def build(decay: Tensor) -> PreconditionedOperator:
         return PreconditionedOperator(op, scale, rho, decay, sign, ascent)
 
-    rest, divided, lower = "W", "", None
+    rest, words, lower = "W", "", None
     if isinstance(found[0], AdamW):
         P = preconditioner(optimizer, op.params).to(op.dtype).pow(-2)
         scale, decay = scale / P.sqrt(), decay * P
-        rest, divided = "P W", " over P of AdamW now"
-        lower = build(decay) if bool(decay.any()) else None
+        rest, words = "P W", " over P of AdamW now"
+        if bool(decay.any()):
+            lower = build(decay)
+            words += ", and W times (1 + beta1) / (1 - beta1) at the upper edge"
         betas = [(g, f.beta1) for g, f in groups if isinstance(f, AdamW)]
         beta = spread(op, betas)
         decay = decay * (1 + beta) / (1 - beta)
@@ -141,7 +143,7 @@ def _composed(
     inner = _jacobian(operator, ascent, f" + {rest}" if bool(decay.any()) else "")
     return Linearised(
         operator,
-        f"A^1/2 {inner} A^1/2, A the groups' rates{divided}",
+        f"A^1/2 {inner} A^1/2, A the groups' rates{words}",
         HeavyBall(1.0),
         scale,
         lower,
