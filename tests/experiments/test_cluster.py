@@ -19,7 +19,7 @@ from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep.execution import execute
 from eigenfilter.experiments.sweep.folders import folder_of
-from experiments.test_execution import DIVERGES, SHORT
+from experiments.test_execution import DIVERGES, SHORT, at_work
 from experiments.test_train import SMALL, assert_same, lines, trained
 
 pytestmark = pytest.mark.distributed
@@ -43,17 +43,6 @@ def nodes() -> Iterator[Any]:
     cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
-
-
-def at_work(folder: Path) -> int:
-    """The process of this machine that writes the log of a run."""
-    for handle in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(handle) == str(folder / "log.jsonl"):
-                return int(handle.parts[2])
-        except OSError:  # it ended meanwhile
-            continue
-    raise AssertionError(f"nobody is at work in {folder}")
 
 
 @dataclass

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +37,13 @@ def children() -> set[int]:
 
 
 def at_work(folder: Path) -> int:
-    """The process that writes the log of a run."""
-    for pid in children():
-        for handle in Path(f"/proc/{pid}/fd").iterdir():
+    """The process of this machine that writes the log of a run."""
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
             if os.readlink(handle) == str(folder / "log.jsonl"):
-                return pid
+                return int(handle.parts[2])
+        except OSError:  # it ended meanwhile
+            continue
     raise AssertionError(f"nobody is at work in {folder}")
 
 
@@ -184,11 +189,50 @@ def test_a_process_that_ends_again_and_again_is_given_up(retries: int, tmp_path:
     assert json.loads((tmp_path / "a" / "results.json").read_text()) == record
 
 
-def test_a_failure_that_may_pass_is_run_again(tmp_path: Path) -> None:
-    book = ledger(folder_of(tmp_path, "a").parent, 0)
-    book.crashed("a", "killed")
-    found = execute({"a": SHORT}, tmp_path, processes=1)
-    assert found["a"]["outcome"] == "complete"
+def test_a_failure_that_may_pass_is_run_again_and_an_end_at_once_leaves_nobody(
+    tmp_path: Path,
+) -> None:
+    ledger(tmp_path / "runs", 0).crashed("a", "killed")
+    before = children()
+
+    def interrupted(name: str, kind: str, step: int, record: Record) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute({"a": SHORT}, tmp_path, processes=1, observe=interrupted)
+    assert children() == before
+    assert execute({"a": SHORT}, tmp_path, processes=1)["a"]["outcome"] == "complete"
+
+
+ENDLESS = """
+from pathlib import Path
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.sweep.execution import execute
+config = Config(model="mlp-12", samples=96, epochs=1_000_000, checkpoint_every=50, threads=1)
+execute({{"endless": config}}, Path({out!r}), processes=1)
+"""
+
+
+def eventually(question: Callable[[], bool]) -> bool:
+    """Whether it comes to be, in a time that a busy machine needs."""
+    end = time.monotonic() + 300
+    while not question() and time.monotonic() < end:
+        time.sleep(0.05)
+    return question()
+
+
+def test_a_process_ends_when_who_started_it_is_killed(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "endless")
+    with subprocess.Popen([sys.executable, "-c", ENDLESS.format(out=str(tmp_path))]) as started:
+        try:
+            assert eventually((folder / "checkpoint.pt").exists)
+            worker = at_work(folder)
+        finally:
+            started.kill()
+    assert eventually(lambda: not Path(f"/proc/{worker}").exists())
+    record = json.loads((folder / "results.json").read_text())
+    assert record["outcome"] == "stopped"
+    assert trained(folder)["step"] == record["step"]
 
 
 def test_what_ends_while_all_stop_is_gone_on_with_later(tmp_path: Path) -> None:
