@@ -93,9 +93,9 @@ def spectrum(folder: Path, *argv: str) -> dict[str, Any]:
     return json.loads((folder / "spectrum.json").read_text())
 
 
-def dense(run: Path) -> Tensor:
-    """All eigenvalues of the Hessian of a checkpoint's loss, descending."""
-    subject = trained(run, torch.device("cpu"))
+def dense(run: Path, samples: int = 0) -> Tensor:
+    """All eigenvalues of the Hessian of a checkpoint's loss, descending; samples: 0 for all."""
+    subject = trained(run, torch.device("cpu"), samples=samples)
     inputs = torch.cat([x for x, _ in subject.data])
     labels = torch.cat([y for _, y in subject.data])
     named = dict(subject.model.named_parameters())

@@ -1,0 +1,380 @@
+"""The paper's experiments, reproduced on digits: every number against the folders of the runs."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eigenfilter.experiments import datasets
+from eigenfilter.experiments.cli import main
+from eigenfilter.experiments.reproduce import budget, execution, figure, summary
+from eigenfilter.experiments.reproduce.budget import Rates
+from eigenfilter.experiments.reproduce.outputs import FILES, Findings
+from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Experiment, Plan, Scale, Spectrum
+from eigenfilter.experiments.reproduce.summary import Measured, rows_of
+from experiments.test_spectrum import dense
+
+SPECTRUM = Spectrum(samples=60, pairs=3, probes=1, steps=8)
+TINY = Experiment(
+    title="Digits",
+    fixed={"dataset": "digits", "batch_size": 50, "activation": "relu", "threads": 1},
+    lr={0.0: 0.5, 0.9: 0.05},
+    rhos={
+        "sam": (0.05,),
+        "usam": (0.05, 0.1),
+        "two_step_usam": (0.05,),
+        "hessian_usam": (0.05, 1e30),  # the second moves the weights to where nothing is finite
+    },
+    full=Scale(seeds=2, epochs=2, model="mlp-8", samples=200, spectrum=SPECTRUM),
+    narrower=("mlp-4",),
+    least=100,
+    timed=50,
+)
+DIVERGING = 1e30
+STABLE = replace(TINY, rhos={**TINY.rhos, "hessian_usam": (0.05,)})
+VARIANTS = 14
+
+
+@pytest.fixture(scope="module")
+def tiny() -> pytest.MonkeyPatch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EXPERIMENTS, "mnist", TINY)
+        patch.setitem(EXPERIMENTS, "fashion", STABLE)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def out(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reproduce")
+    assert reproduce(folder) == 0
+    return folder
+
+
+def reproduce(folder: Path, *options: str, name: str = "mnist") -> int:
+    options = ("--processes", "1", "--device", "cpu", "--seed", "3", *options)
+    return main(["reproduce", name, "--out", str(folder), *options])
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_run_is_there_with_the_numbers_of_its_folder(out: Path) -> None:
+    found = results(out)
+    assert found["complete"]
+    assert len(found["runs"]) == 2 * VARIANTS
+    assert {run["seed"] for run in found["runs"]} == {3, 4}
+    for run in found["runs"]:
+        folder = out / "runs" / run["name"]
+        record = json.loads((folder / "results.json").read_text())
+        config = record["config"]
+        assert (run["method"], run["momentum"]) == (config["optimizer"], config["momentum"])
+        if run["rho"] == DIVERGING:
+            assert run["outcome"] == "diverged"
+            assert run["accuracy"] is run["sharpness"] is run["ratio"] is None
+            continue
+        assert run["accuracy"] == record["test"]["accuracy"]
+        steps = 2 * 4
+        assert run["gradients"] == steps * {"sgd": 1, "sam": 2, "usam": 2}.get(run["method"], 3)
+        spectrum = json.loads((folder / "spectrum.json").read_text())
+        assert run["sharpness"] == max(spectrum["values"])
+        if run["method"] == "sam":
+            assert run["edge"] is run["ratio"] is None
+        else:
+            assert run["ratio"] == pytest.approx(run["sharpness"] / run["edge"], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd-momentum0-seed3", "usam-momentum0.9-rho0.1-seed4"])
+def test_the_sharpness_is_that_of_the_dense_hessian(out: Path, name: str) -> None:
+    exact = float(dense(out / "runs" / name, SPECTRUM.samples)[0])
+    [run] = [run for run in results(out)["runs"] if run["name"] == name]
+    assert abs(run["sharpness"] - exact) <= run["error"] + 1e-5 * exact  # float32 besides
+
+
+def test_means_deviations_and_the_best_rho(out: Path) -> None:
+    found = results(out)
+    assert len(found["rows"]) == VARIANTS
+    for row in found["rows"]:
+        runs = [
+            run
+            for run in found["runs"]
+            if all(run[key] == row[key] for key in ("method", "momentum", "rho"))
+        ]
+        assert len(runs) == 2
+        if row["rho"] == DIVERGING:
+            assert row["note"] == "2 of 2 diverged"
+            assert row["accuracy"] is row["sharpness"] is None
+            assert not row["best"]
+            continue
+        for key in ("accuracy", "sharpness", "gradients", "seconds"):
+            values = [run[key] for run in runs]
+            assert row[key]["value"] == pytest.approx(sum(values) / 2, rel=1e-12)
+            assert row[key]["deviation"] == pytest.approx(statistics.stdev(values), abs=1e-12)
+        assert row["error"] == max(run["error"] for run in runs)
+        rivals = [
+            other["accuracy"]["value"]
+            for other in found["rows"]
+            if (other["method"], other["momentum"]) == (row["method"], row["momentum"])
+            and other["accuracy"]
+        ]
+        if row["best"]:
+            assert row["accuracy"]["value"] == max(rivals)
+    best = [(row["method"], row["momentum"]) for row in found["rows"] if row["best"]]
+    assert len(best) == len(set(best)) == 10
+
+
+def test_the_order_is_stated_from_the_numbers(out: Path) -> None:
+    found = results(out)
+    sharpness = {
+        (run["method"], run["momentum"], run["rho"], run["seed"]): run["sharpness"]
+        for run in found["runs"]
+    }
+    [check] = [
+        check
+        for check in found["checks"]
+        if check["momentum"] == 0.9 and check["flatter"] == "USAM, rho 0.1" and "0.1" in check["at"]
+    ]
+    held = sum(
+        sharpness["sgd", 0.9, None, seed] > sharpness["usam", 0.9, 0.1, seed] for seed in (3, 4)
+    )
+    assert (check["held"], check["seeds"]) == (held, 2)
+    assert check["verdict"] == {2: "as claimed", 1: "not in every seed", 0: "reversed"}[held]
+    assert check["verdict"] in check["sentence"]
+    # SGD > USAM at the best and two radii, USAM > two-step and > Hessian at the best and one.
+    assert len(found["checks"]) == 2 * (3 + 2 + 2)
+
+
+def test_every_output_says_what_diverged_and_that_it_was_in_full(out: Path) -> None:
+    for name in FILES:
+        assert (out / name).stat().st_size > 1000
+    for name in ("summary.md", "report.html"):
+        text = (out / name).read_text()
+        assert "in full; 28 runs with 2 seeds, 24 complete, 4 diverged" in text
+        assert "hessian_usam-momentum0-rho1e+30-seed3: diverged: the loss of step" in text
+        for row in summary.table(rows_of([measured(run) for run in results(out)["runs"]])):
+            for cell in row:
+                assert cell in text
+
+
+def measured(run: dict) -> Measured:
+    values = {key: value for key, value in run.items() if key != "ratio"}
+    return Measured(**values, spectrum=None)
+
+
+def test_run_again_it_reads_what_is_there(out: Path) -> None:
+    files = sorted((out / "runs").rglob("*"))
+    before = results(out), [path.stat().st_mtime_ns for path in files if path.is_file()]
+    assert reproduce(out) == 0
+    assert sorted((out / "runs").rglob("*")) == files
+    assert before == (results(out), [path.stat().st_mtime_ns for path in files if path.is_file()])
+
+
+@pytest.mark.slow
+def test_what_was_stopped_goes_on_to_the_same_numbers(out: Path, tmp_path: Path) -> None:
+    plan = Plan.of(json.loads((out / "plan.json").read_text()))
+    plan = replace(plan, experiment="fashion", scale=replace(plan.scale, seeds=1))
+    options = {"processes": 1, "data_dir": None, "device": "cpu"}
+    ended = tmp_path.glob
+    first = execution.execute(
+        plan, tmp_path, stop=lambda: len(list(ended("runs/*/results.json"))) >= 2, **options
+    )
+    assert [run.outcome for run in first].count("unfinished") >= VARIANTS - 5
+    findings = Findings.of(plan, first)
+    assert not findings.complete
+    assert "unfinished" in findings.title
+    again = execution.execute(plan, tmp_path, stop=lambda: False, **options)
+    whole = {run["name"]: run for run in results(out)["runs"]}
+    for run in again:
+        there = whole[run.name]
+        assert (run.outcome, run.accuracy) == (there["outcome"], there["accuracy"])
+        assert run.sharpness == there["sharpness"]
+
+
+@pytest.mark.slow
+def test_a_budget_is_stated_in_every_output(
+    tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    # At these rates two seeds of two epochs take more than ten minutes, one of one less.
+    monkeypatch.setattr(budget, "timed", lambda *args: Rates(gradient=0.03, product=1e-6))
+    titles: list[str] = []
+    save = figure.save_png
+
+    def saved(drawn, path: Path) -> None:
+        titles.append(drawn.get_suptitle())
+        save(drawn, path)
+
+    monkeypatch.setattr(figure, "save_png", saved)
+    assert reproduce(tmp_path, "--budget", "10", name="fashion") == 0
+    found = results(tmp_path)
+    statement = found["statement"]
+    assert re.match(r"scaled down to a budget of 10 minutes: 1 seed of 2, 1 epoch of 2", statement)
+    assert found["plan"]["budget"] == 10
+    assert found["plan"]["scale"] != found["plan"]["full"]
+    assert found["plan"]["estimate"] <= 600
+    assert {run["seed"] for run in found["runs"]} == {3}
+    for name in ("summary.md", "report.html"):
+        assert statement in (tmp_path / name).read_text()
+    assert statement in capsys.readouterr().out
+    assert statement in titles[0]
+
+    assert reproduce(tmp_path, "--budget", "11", name="fashion") == 2
+    assert "budget 10.0, not 11.0" in capsys.readouterr().err
+
+
+FULL = Scale(seeds=3, epochs=8, model="mlp-8", samples=800, spectrum=SPECTRUM)
+RATES = {"mlp-8": Rates(0.02, 1e-5), "mlp-4": Rates(0.01, 1e-5)}
+
+
+def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images() -> None:
+    def scale(minutes: float) -> Scale:
+        found, seconds, rates = budget.fitted(
+            TINY, FULL, minutes, RATES.__getitem__, processes=2, tests=0
+        )
+        assert rates is RATES[found.model]
+        assert seconds <= 60 * minutes
+        return found
+
+    # The 14 variants take 32 gradients an image.
+    need = 32 * 800 * 0.02 / 2 / 60 / budget.TRAINING  # minutes of one epoch of one seed
+    assert scale(24.01 * need) == FULL
+    assert scale(23.99 * need) == replace(FULL, seeds=2)
+    assert scale(8.01 * need) == replace(FULL, seeds=1)
+    assert scale(7.99 * need) == replace(FULL, seeds=1, epochs=4)
+    assert scale(0.99 * need) == replace(FULL, seeds=1, epochs=1, model="mlp-4")
+    assert scale(0.26 * need) == replace(FULL, seeds=1, epochs=1, model="mlp-4", samples=400)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cifar"], "invalid choice: 'cifar'"),
+        (["mnist", "--budget", "0"], "must be a number above 0"),
+        (["mnist", "--seed", "-1"], "must be a whole number"),
+        (["mnist", "--device", "tpu"], "tpu is not a device"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["reproduce", *arguments, "--out", str(tmp_path)])
+    except SystemExit as error:
+        code = error.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_budget_that_suffices_for_nothing_says_what_would(
+    tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(budget, "timed", lambda *args: Rates(gradient=1.0, product=1e-6))
+    assert reproduce(tmp_path, "--budget", "0.5", name="fashion") == 2
+    assert re.search(r"--budget 0.5 is too small: .* takes about \d+", capsys.readouterr().err)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_the_rates_are_those_of_steps_and_products(tiny) -> None:
+    data = datasets.load("digits")
+    device = torch.device("cpu")
+    small = budget.timed(STABLE, STABLE.full, "mlp-8", data, device)
+    large = budget.timed(STABLE, STABLE.full, "mlp-2000-2000", data, device)
+    assert 0 < small.gradient < large.gradient < 1
+    assert 0 < small.product < large.product < 1
+
+
+# The page, in a browser.
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+ACT = """
+const svg = document.querySelector("figure.zoom svg");
+const box = () => svg.getAttribute("viewBox").split(" ").map(Number);
+const seen = { whole: box(), drawn: svg.getBoundingClientRect().width };
+const at = svg.getBoundingClientRect();
+const middle = {  // the browser rounds places to pixels
+  clientX: Math.round(at.left + at.width / 4),
+  clientY: Math.round(at.top + at.height / 3),
+  bubbles: true,
+};
+seen.at = [(middle.clientX - at.left) / at.width, (middle.clientY - at.top) / at.height];
+const buttons = document.querySelectorAll("figure.zoom button");
+buttons[0].click();
+seen.button = box();
+buttons[2].click();
+svg.dispatchEvent(new WheelEvent("wheel", { ...middle, deltaY: -400, cancelable: true }));
+seen.wheel = box();
+svg.dispatchEvent(new PointerEvent("pointerdown", middle));
+window.dispatchEvent(new PointerEvent("pointermove", { ...middle, clientX: middle.clientX - 30 }));
+window.dispatchEvent(new PointerEvent("pointerup", middle));
+window.dispatchEvent(new PointerEvent("pointermove", middle));
+seen.dragged = box();
+svg.dispatchEvent(new MouseEvent("dblclick", middle));
+seen.reset = box();
+seen.curves = svg.querySelectorAll("path").length;
+seen.fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
+const image = new Image();
+image.onerror = () => {
+  seen.blocked = true;
+  document.body.dataset.seen = JSON.stringify(seen);
+};
+image.src = "http://127.0.0.1:1/picture.png";
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome on the PATH")
+def test_the_page_in_a_browser(out: Path, tmp_path: Path) -> None:
+    page = (out / "report.html").read_text()
+    assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }  # the names of formats, which nothing is fetched from
+    acted = tmp_path / "acted.html"
+    acted.write_text(page.replace("</body>", f"<script>{ACT}</script></body>"))
+    shown = subprocess.run(
+        [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=5000",
+            "--window-size=1200,900",
+            "--dump-dom",
+            acted.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    ).stdout
+    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', shown).group(1)))
+    whole, button, wheel, dragged = (seen[k] for k in ("whole", "button", "wheel", "dragged"))
+    assert seen["drawn"] > 500
+    assert seen["curves"] > 100
+    assert button[2:] == pytest.approx([0.8 * whole[2], 0.8 * whole[3]])
+    assert button[0] == pytest.approx(0.1 * whole[2])
+    shrunk = math.exp(-0.6)
+    assert wheel[2:] == pytest.approx([shrunk * whole[2], shrunk * whole[3]])
+    under = [(1 - shrunk) * u * n for u, n in zip(seen["at"], whole[2:], strict=True)]
+    assert wheel[:2] == pytest.approx(under)  # what is under the pointer stays there
+    assert dragged[0] == pytest.approx(wheel[0] + 30 * wheel[2] / seen["drawn"])
+    assert dragged[1:] == pytest.approx(wheel[1:])
+    assert seen["reset"] == whole
+    assert seen["fetched"] == []
+    assert seen["blocked"]
+    for row in ("hessian_usam-momentum0", "Limits", "two-step USAM"):
+        assert row in shown
