@@ -1,32 +1,236 @@
-"""The vectors of a Krylov space: where they lie, and the passes over them."""
+"""The vectors of a Krylov space: where they lie, in which precision, and the passes over them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_PIECE = 1 << 12  # elements of which a norm is taken at a time
+from eigenfilter.curvature.space import Space
+
 _CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
+_WIDE = {"cpu": 1 << 14, "cuda": 1 << 20}  # columns of rounded rows that are widened at a time
+
+Floats: TypeAlias = NDArray[np.float64]
+"""What the host works on: NumPy, whose calls on a few dozen numbers take a tenth of torch's."""
 
 
-def norm(w: Tensor) -> Tensor:
-    """Return ||w|| of w [n], in float64: summed in pieces, so that float32 errs by its eps only.
+class Basis:
+    """Rows [room, l] of orthonormal vectors q_i, in the operator's own dtype.
 
-    Torch's own sum in float64 first makes a copy in float64, which takes five times as long.
+    All that depends on how they are stored is here; see `RoundedBasis` for the other way.
+
+    Attributes:
+        rows: the vectors.
     """
-    pieces = w[: len(w) // _PIECE * _PIECE].view(-1, _PIECE)
-    rest = torch.linalg.vector_norm(w[pieces.numel() :])
-    norms = torch.linalg.vector_norm(pieces, dim=1)
-    total: Tensor = torch.linalg.vector_norm(torch.cat([norms, rest[None]]).double())
-    return total
+
+    def __init__(self, space: Space, rows: Tensor, dtype: torch.dtype) -> None:
+        """Keep the vectors in `rows`; `dtype` is that of the operator's."""
+        self.rows = rows
+        self._space = space
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, first: int, count: int, device: torch.device) -> Tensor:
+        """Return vectors [count, l] to multiply, on the device of the operator."""
+        return self.rows[first : first + count].to(device)
+
+    def blank(self, i: int) -> Tensor:
+        """Return memory [l], in the operator's dtype, to make row i in."""
+        return self.rows[i]
+
+    def put(self, i: int, made: Tensor) -> Tensor | None:
+        """Store what was made in `blank(i)`, which is lost; return ||d|| [], float64, of the error
+        d that storing makes, or None where there is none."""
+        return None
+
+    def project_out(self, w: Tensor, first: int, end: int, passes: int) -> tuple[Tensor, Tensor]:
+        """`Space.project_out`, against the rows [first, end)."""
+        return self._space.project_out(w, self.rows[first:end], passes=passes)
+
+    def move(self, first: int, end: int, to: int) -> None:
+        """Copy the rows [first, end) to where `to` is the first."""
+        self.rows[to : to + end - first] = self.rows[first:end].clone()
+
+    def rotate(
+        self, first: int, s: Floats, c: Tensor, reach: NDArray[np.intp]
+    ) -> tuple[Floats, Floats] | None:
+        """Replace the rows [first, first + m) by the combinations S^T of them, in place.
+
+        s: [m, r], coordinates of Ritz vectors; the r combinations take the rows from `first` on.
+        c, reach: of the rows, as `projection` takes them, with all columns.
+
+        Returns None where the combinations are Ritz vectors; else the coefficients [r, r] of their
+        products among themselves, and ||d_i|| [r] as `put` does.
+        """
+        factor = torch.from_numpy(s).to(self.rows)
+        for start in range(0, self._space.length, _CHUNK):
+            columns = self.rows[first : first + len(s), start : start + _CHUNK]
+            columns[: s.shape[1]] = factor.T @ columns
+        return None
+
+    def combine(self, s: Floats) -> Tensor:
+        """Return the combinations S^T [r, l] of the first rows, for s [size, r]."""
+        return torch.mm(torch.from_numpy(s).to(self.rows).T, self.rows[: len(s)])
+
+    def projection(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:
+        """Return T [m, m], the projection of H onto the span of the rows [first, first + m), of
+        which the lower triangle holds.
+
+        c: [m, >= first + m], what projecting out made of the products: row j is that of the row
+        first + j of the basis.
+        reach: [m], how many rows of the basis each was made orthogonal to.
+        """
+        return c[:, first : first + len(c)]
+
+    def coordinates(self, first: int, s: Floats) -> Floats:
+        """Return what combines the rows from `first` on to the eigenvectors s [m, m] of T."""
+        return s
+
+    def normalised(self, s: Floats) -> Floats:
+        """Return S [size, r] changed as little as makes its combinations orthonormal."""
+        return s
+
+    def orthogonality(self, size: int) -> float:
+        """Return max |V^T V - I| over the rows [0, size)."""
+        gram = self._space.gram(self.rows[:size])
+        return float((gram - torch.eye(size).to(gram)).abs().max())
 
 
-def rotate(basis: Tensor, first: int, s: Tensor) -> None:
-    """Replace rows first.. of a basis [m, n] by the combinations S^T of them, in place.
+class RoundedBasis(Basis):
+    """Rows v_i of a dtype narrower than the operator's, orthonormal but for their rounding.
 
-    s: [m - first, l] with l <= m - first; the l combinations take the rows from `first` on.
+    A stored v = q + d has a rounding error of ||d|| = 2e-4 in float16, random and so orthogonal to
+    what is there by ||d|| / sqrt(n). H is applied to v and not to q, and a product made orthogonal
+    to all of V = (v_1, ..), in two passes since each leaves G - I of what it takes away, so that
+
+        H v_j = V c_j + beta_j q_new,    V^T q_new = 0
+        M = V^T H V = tril(G C) mirrored,    G = V^T V
+
+    hold but for the rounding of float32 and of sums in float64: row j of M up to j follows from the
+    coefficients c_j, the rest by symmetry. Hence
+
+        M s = theta G s,    T = L^-1 M L^-T,    G = L L^T,    s^T G s = 1
+
+    gives the Rayleigh quotients of the vectors V s themselves: what rounding does to a value is of
+    second order, ||d||^2 ||H||, and needs no gap. After a restart M is Theta G of the rotated rows:
+    theta_i was found for a better vector than the rounded v_i, and between two rows the error is
+    ||d|| / sqrt(n) of their distance, again of second order.
+
+    Source: B. N. Parlett, The Symmetric Eigenvalue Problem (1998), section 15.1, for the pencil.
     """
-    s = s.to(basis)
-    for start in range(0, basis.shape[1], _CHUNK):
-        columns = basis[first:, start : start + _CHUNK]
-        columns[: s.shape[1]] = s.T @ columns
+
+    def __init__(self, space: Space, rows: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(space, rows, dtype)
+        self._gram = np.zeros((len(rows), len(rows)))
+        self._known = 0  # rows of it that hold
+
+    def project_out(self, w: Tensor, first: int, end: int, passes: int) -> tuple[Tensor, Tensor]:
+        return super().project_out(w, first, end, passes + 1)
+
+    def read(self, first: int, count: int, device: torch.device) -> Tensor:
+        return super().read(first, count, device).to(self._dtype)
+
+    def blank(self, i: int) -> Tensor:
+        return torch.empty(self._space.length, dtype=self._dtype, device=self.rows.device)
+
+    def put(self, i: int, made: Tensor) -> Tensor:
+        self._known = min(self._known, i)
+        self.rows[i] = made
+        made -= self.rows[i]
+        return self._space.norm(made)
+
+    def move(self, first: int, end: int, to: int) -> None:
+        self._known = min(self._known, to)
+        super().move(first, end, to)
+
+    def rotate(
+        self, first: int, s: Floats, c: Tensor, reach: NDArray[np.intp]
+    ) -> tuple[Floats, Floats]:
+        (m, r), end = s.shape, c.shape[1]
+        size, last = first + m, first + r
+        coefficients = c.cpu().numpy()
+        among = s.T @ self._projected(coefficients, first, reach) @ s
+        products = s.T @ coefficients
+        cross = -s.T @ self._inner_products(end)[first:size]
+        found = torch.zeros(r, end + 1, dtype=torch.float64, device=self.rows.device)
+        factor = torch.from_numpy(s).to(found)
+        for part in self._parts():
+            wide = self.rows[:end, part].double()
+            made = factor.T @ wide[first:size]
+            self.rows[first:last, part] = made
+            stored = self.rows[first:last, part].double()
+            found[:, :end] += stored @ wide.T
+            found[:, end] += (made - stored).square_().sum(1)
+        self._known = min(self._known, first)
+        both = self._space.total(found).cpu().numpy()
+        first_order = (cross + both[:, :end]) @ products.T
+        among += first_order + first_order.T
+        gram = self._inner_products(last)
+        among -= products[:, :first] @ gram[:first, first:]
+        block = torch.linalg.solve(*map(torch.from_numpy, (gram[first:, first:], among.T)))
+        return block.T.numpy(), np.sqrt(both[:, end])
+
+    def combine(self, s: Floats) -> Tensor:
+        factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
+        found = factor.new_empty(s.shape[1], self._space.length)
+        for part in self._parts():
+            found[:, part] = factor.T @ self.rows[: len(s), part].to(self._dtype)
+        return found
+
+    def projection(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:
+        gram = self._inner_products(first + len(c))[first:, first:]
+        factor = torch.linalg.cholesky(torch.from_numpy(gram))
+        m = torch.from_numpy(self._projected(c, first, reach))
+        half = torch.linalg.solve_triangular(factor, m, upper=False)
+        t: Floats = torch.linalg.solve_triangular(factor.T, half, upper=True, left=False).numpy()
+        return t
+
+    def coordinates(self, first: int, s: Floats) -> Floats:
+        size = first + len(s)
+        gram = torch.from_numpy(self._inner_products(size)[first:, first:])
+        factor = torch.linalg.cholesky(gram).T
+        found: Floats = torch.linalg.solve_triangular(
+            factor, torch.from_numpy(s), upper=True
+        ).numpy()
+        return found
+
+    def normalised(self, s: Floats) -> Floats:
+        values, vectors = np.linalg.eigh(s.T @ self._inner_products(len(s)) @ s)
+        found: Floats = s @ ((vectors / np.sqrt(values)) @ vectors.T)
+        return found
+
+    def orthogonality(self, size: int) -> float:
+        return float(np.abs(self._inner_products(size) - np.eye(size)).max())
+
+    def _projected(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:
+        """Return M [m, m] of the rows [first, first + m); for the arguments see `projection`."""
+        size = first + len(c)
+        inside = np.arange(size) < reach[:, None]
+        m = np.where(inside, c[:, :size], 0.0) @ self._inner_products(size)[:, first:]
+        whole: Floats = np.tril(m) + np.tril(m, -1).T
+        return whole
+
+    def _inner_products(self, size: int) -> Floats:
+        """Return G [size, size] of the first rows; only what has changed is read."""
+        known = min(self._known, size)
+        if known < size:
+            rows = torch.zeros(size - known, size, dtype=torch.float64, device=self.rows.device)
+            for part in self._parts():
+                columns = self.rows[:size, part].double()
+                rows += columns[known:] @ columns.T
+            found = self._space.total(rows).cpu().numpy()
+            self._gram[known:size, :size] = found
+            self._gram[:known, known:size] = found[:, :known].T
+            self._known = size
+        return self._gram[:size, :size]
+
+    def _parts(self) -> Iterator[slice]:
+        width = _WIDE[self.rows.device.type]
+        return (slice(i, i + width) for i in range(0, self._space.length, width))

@@ -34,6 +34,7 @@ def eigsh_cost(
     copy_products: int = 10,
     max_basis: int | None = None,
     itemsize: int = 4,
+    basis_itemsize: int | None = None,
     processes: int = 1,
 ) -> Cost:
     """Return what `eigsh(op, k, max_basis=...)` takes, by counting its steps.
@@ -43,6 +44,9 @@ def eigsh_cost(
     elements, after a restart and while copies are looked for. A restart from m to s columns takes
     2 l m s flops, and m + s columns are read and written. l is the length of a slice.
 
+    A rounded basis takes one pass more a product, and its Gram matrix 2 l j flops and another
+    reading; a restart twice the flops.
+
     Args:
         n: the dimension, >= 1.
         k: how many pairs.
@@ -50,41 +54,44 @@ def eigsh_cost(
         copy_products: those of them that look for copies.
         max_basis: m; by default that of `eigsh`.
         itemsize: bytes of an element.
+        basis_itemsize: bytes of an element of the basis, 2 for float16; by default `itemsize`.
         processes: how many hold a slice.
 
     Raises:
         ValueError: a size is out of its range.
     """
     total = 3 * k + copy_products if products is None else products
-    if min(n, k, itemsize, processes) < 1 or not 0 <= copy_products <= total:
+    stored = itemsize if basis_itemsize is None else basis_itemsize
+    if min(n, k, itemsize, stored, processes) < 1 or not 0 <= copy_products <= total:
         raise ValueError("n, k, itemsize, processes must be >= 1, products >= copy_products >= 0")
+    rounded = int(stored != itemsize)
     rows = min(default_basis(n, k, 1) if max_basis is None else max_basis, n)
     if rows < min(n, k + 4):
         raise ValueError(f"max_basis must be at least min(n, k + 4), not {rows}")
     length = -(-n // processes)
-    flops, columns, reductions = 0, 0, 0  # flops and columns a row of the vectors
+    flops, columns, vectors, reductions = 0, 0, 0, 0  # of the basis, and beside it, a row of them
     size, fresh = 0, True  # whether the next vector was not a product's child
     for i in range(total):
         looking = i >= total - copy_products
-        if looking and i == total - copy_products:
-            flops, columns = flops + 2 * size * k, columns + size + k
-            size, fresh = k, True
-        elif size == rows:
-            kept = min(k + 2 + int(THICKNESS * max(rows - k - 2, 0)), rows - 1)
-            flops, columns = flops + 2 * size * kept, columns + size + kept
-            size, fresh = kept, True
+        kept = min(k + 2 + int(THICKNESS * max(rows - k - 2, 0)), rows - 1)
+        turned = k if looking and i == total - copy_products else kept if size == rows else 0
+        if turned:
+            flops, columns = flops + (2 + 2 * rounded) * size * turned, columns + size + turned
+            size, fresh = turned, True
         size += 1
         twice = fresh or looking
-        flops += (8 if twice else 4) * size + (0 if twice else 8) + 4
-        columns += (3 if twice else 2) * size + (0 if twice else 4) + 8
-        reductions += 3
+        flops += ((8 if twice else 4) + 6 * rounded) * size + (0 if twice else 8) + 4
+        columns += ((3 if twice else 2) + 2 * rounded) * size + (0 if twice else 4)
+        vectors += 8
+        reductions += 3 + rounded
         fresh = False
     flops += 2 * size * k + size * size
-    columns += size + k
+    columns += size
+    vectors += k
     return Cost(
         products=total,
-        memory=itemsize * length * (rows + 1 + max(k, 2)),
+        memory=length * (stored * (rows + 1) + itemsize * max(k, 2)),
         flops=flops * length,
-        traffic=columns * length * itemsize,
+        traffic=length * (stored * columns + itemsize * vectors),
         reductions=reductions if processes > 1 else 0,
     )

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eigenfilter.curvature.basis import rotate
+from eigenfilter.curvature.basis import Basis, Floats, RoundedBasis
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.space import Space
 
 _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
 _RANDOM = 0.1  # how much of a random vector, relative to it, is mixed into a given start
-
-
-Floats: TypeAlias = NDArray[np.float64]
-"""What the host works on: NumPy, whose calls on a few dozen numbers take a tenth of torch's."""
 
 
 class Ritz(NamedTuple):
@@ -66,10 +62,11 @@ class KrylovSchur:
         width: int,
         seed: int,
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Make room for `rows` locked and multiplied vectors; multiply `width` at a time.
 
-        device: where the basis lies; None for that of the operator.
+        device, dtype: where the basis lies, and in which precision; None for the operator's.
         """
         self.space = Space(op)
         n = self.space.dimension
@@ -83,20 +80,28 @@ class KrylovSchur:
         self.width = width
         room = min(rows + width, n)
         device = op.device if device is None else device
+        dtype = op.dtype if dtype is None else dtype
         pinned = device.type == "cpu" and op.device.type == "cuda"
-        self.basis = torch.empty(  # (locked, Q, P)^T
-            room, self.space.length, dtype=op.dtype, device=device, pin_memory=pinned
-        )
+        stored = torch.empty(room, self.space.length, dtype=dtype, device=device, pin_memory=pinned)
+        kind = Basis if dtype == op.dtype else RoundedBasis
+        self.basis = kind(self.space, stored, op.dtype)  # (locked, Q, P)^T
         self._c = torch.zeros(self._rows, room, dtype=torch.float64, device=device)
+        self._reach = np.zeros(self._rows, dtype=np.intp)  # rows that each product is orthogonal to
         self._lost = np.zeros(self._rows)  # ||E e_j||
+        self._rounded = torch.zeros(self._rows, dtype=torch.float64, device=device)  # ||F e_j||
         self._origins: list[int] = []  # of rows [0, end): the first row their product may lie along
         self._children: dict[int, int] = {}  # row multiplied -> row that was new in its product
         self._generator = self.space.generator(seed, device)
 
     @property
+    def eps(self) -> float:
+        """The unit of rounding in the products."""
+        return torch.finfo(self._op.dtype).eps
+
+    @property
     def rounding(self) -> float:
         """A residual as small as rounding in the products makes it."""
-        return _ROUNDING * torch.finfo(self.basis.dtype).eps * self.norm
+        return _ROUNDING * self.eps * self.norm
 
     @property
     def closed(self) -> bool:
@@ -128,7 +133,7 @@ class KrylovSchur:
         """Let b random vectors wait, orthogonal to the basis; the first near `starts` [<= b, n]."""
         first = self.end
         for i in range(min(self.width, len(self.basis) - first)):
-            row = self.basis[first + i].normal_(generator=self._generator)
+            row = self.basis.blank(first + i).normal_(generator=self._generator)
             if starts is not None and i < len(starts):
                 tiny = torch.finfo(row.dtype).tiny  # starts may have cancelled
                 row *= _RANDOM * self.space.norm(starts[i]).clamp_min(tiny) / self.space.norm(row)
@@ -137,8 +142,9 @@ class KrylovSchur:
             length = self.space.norm(row)
             for _ in range(3 if first + i else 1):
                 row /= length
-                _, length = self.space.project_out(row, self.basis[: first + i], passes=1)
+                _, length = self.basis.project_out(row, 0, first + i, passes=1)
             row /= length
+            self.basis.put(first + i, row)
             self.end += 1
             self._origins.append(first)
 
@@ -151,7 +157,7 @@ class KrylovSchur:
         return count
 
     def _multiply(self, first: int, count: int) -> list[Tensor]:
-        v = self.basis[first : first + count].to(self._op.device)
+        v = self.basis.read(first, count, self._op.device)
         products = [self._op.matvec(v[0])] if count == 1 else list(self._op.matmat(v.T).unbind(1))
         self.products += count
         for w in products:
@@ -160,35 +166,39 @@ class KrylovSchur:
                     f"product {self.products} is {list(w.shape)}, {w.dtype}, on {w.device}; the "
                     f"operator takes {list(v.shape[1:])}, {v.dtype}, on {v.device}"
                 )
-        return [w.to(self.basis.device) for w in products]
+        return [w.to(self.basis.rows.device) for w in products]
 
     def _orthogonalise(self, j: int, w: Tensor) -> None:
         """Fill row j of the coefficients from w = H q_j; let what is new in w wait."""
         new = self.end
         inside = new == len(self.basis)  # the basis spans the whole space: there is nothing new
-        out = torch.empty_like(w) if inside else self.basis[new]
+        out = torch.empty_like(w) if inside else self.basis.blank(new)
         # Locked pairs with a residual are never far: what has gone must not be large beside w.
         origin = 0 if self.locked else self._origins[j]
         out.copy_(w)
         row = self._c[j]
         row.zero_()
         if origin:
-            row[origin:new], _ = self.space.project_out(out, self.basis[origin:new], passes=1)
-        rest, length = self.space.project_out(out, self.basis[:new], passes=1 if origin else 2)
+            row[origin:new], _ = self.basis.project_out(out, origin, new, passes=1)
+        rest, length = self.basis.project_out(out, 0, new, passes=1 if origin else 2)
         row[:new] += rest
+        self._reach[j] = new
         if inside:
             return
         row[new] = length
         out /= length.clamp_min(torch.finfo(w.dtype).tiny)
+        error = self.basis.put(new, out)
+        if error is not None:
+            self._rounded[j] = length * error
         self._origins.append(j)
         self._children[j] = new
         self.end += 1
 
-    def joined(self, locked: Floats) -> Floats:
-        """Return the eigenvalues of T with the locked pairs in it, whose values are `locked`."""
-        c = self._c[: self.size, : self.size].cpu().clone()
-        c[: self.locked, : self.locked] = torch.from_numpy(np.diag(locked))
-        values: Floats = torch.linalg.eigvalsh(c).numpy()  # reads the lower triangle
+    def joined(self) -> Floats:
+        """Return the eigenvalues of T with the locked pairs in it."""
+        c = self._c[: self.size, : self.size].cpu().numpy()
+        t = self.basis.projection(c, 0, self._reach[: self.size])
+        values: Floats = torch.linalg.eigvalsh(torch.from_numpy(t)).numpy()  # the lower triangle
         return values
 
     def collect(self) -> Ritz:
@@ -213,7 +223,9 @@ class KrylovSchur:
                 c = c[: self.size - self.locked, : self.end]
                 break
         t, b = c[:, self.locked : self.size], c[:, self.size :]
-        values, vectors = _eigh(t)
+        reach = self._reach[self.locked : self.size]
+        values, vectors = _eigh(self.basis.projection(c, self.locked, reach))
+        vectors = self.basis.coordinates(self.locked, vectors)
         # What a product has along an earlier vector, but that one's product did not know of.
         lost = self._lost[self.locked : self.size]
         if lost.any():
@@ -231,47 +243,70 @@ class KrylovSchur:
 
     def restart(self, ritz: Ritz, kept: NDArray[np.intp]) -> None:
         """Keep of Q the pairs with indices `kept` only: Q <- Q S, T <- Theta, B <- B S."""
-        s = torch.from_numpy(ritz.vectors[:, kept])
-        size, waiting = self.locked + len(kept), self.basis[self.size : self.end]
-        left = s.to(self._c).T @ self._c[self.locked : self.size]
-        left[:, self.locked : self.size] = 0
-        rotate(self.basis[: self.size], self.locked, s)
-        self.basis[size : size + len(waiting)] = waiting.clone()
-        self._c.zero_()
+        s = ritz.vectors[:, kept]
+        size, end = self.locked + len(kept), self.end - self.size + self.locked + len(kept)
+        left = torch.from_numpy(s).to(self._c).T @ self._c[self.locked : self.size]
+        block = self._rotate(ritz, self.locked, self.locked + kept)
+        self.basis.move(self.size, self.end, size)
+        self._c[self.locked :] = 0
         kept_rows = self._c[self.locked : size]
         kept_rows[:, : self.locked] = left[:, : self.locked]
-        kept_rows[:, size : size + len(waiting)] = left[:, self.size : self.end]
-        kept_rows.diagonal(self.locked).copy_(torch.from_numpy(ritz.values[kept]))
+        kept_rows[:, size:end] = left[:, self.size : self.end]
+        kept_rows[:, self.locked : size] = block
         self._lost[self.locked : size] = ritz.lost[kept]
-        self.size, self.end = size, size + len(waiting)
+        self.size, self.end = size, end
         self._origins = [self.locked] * self.end
         self._children = {}
 
     def lock(self, ritz: Ritz, kept: NDArray[np.intp]) -> None:
         """Keep of all columns those with indices `kept`, first the locked ones, then the pairs
         of Q; all are locked then, and nothing waits."""
-        rotate(self.basis[: self.size], 0, torch.from_numpy(self._columns(ritz)[:, kept]))
+        block = self._rotate(ritz, 0, kept)
         self.locked = self.size = self.end = len(kept)
         self._origins = [0] * self.end
         self._children = {}
         self._c.zero_()
+        self._c[: self.end, : self.end] = block
 
-    def unlock(self, values: Floats, residuals: Floats) -> None:
-        """Make the locked vectors, pairs with these values and residuals, part of Q."""
-        self._c[: self.locked, : self.locked] = torch.from_numpy(np.diag(values)).to(self._c)
+    def unlock(self, residuals: Floats) -> None:
+        """Make the locked vectors, pairs with these residuals, part of Q."""
         self._lost[: self.locked] = residuals
         self.locked = 0
 
     def vectors(self, ritz: Ritz, picked: NDArray[np.intp]) -> Tensor:
         """Return the columns [n, l] with indices `picked`, counted as in `lock`, on the operator's
         device."""
-        s = torch.from_numpy(self._columns(ritz)[:, picked]).to(self.basis)
-        return torch.mm(s.T, self.basis[: self.size]).T.to(self._op.device)
+        s = self.basis.normalised(self._columns(ritz)[:, picked])
+        return self.basis.combine(s).T.to(self._op.device)
+
+    def rounded(self, ritz: Ritz, picked: NDArray[np.intp]) -> Floats:
+        """Return ||F s|| of the columns with indices `picked`: what the rounding of the basis adds
+        to their residuals, the errors of its columns being taken as uncorrelated."""
+        squares = self._rounded[: self.size].cpu().numpy() ** 2
+        found: Floats = np.sqrt(squares @ self._columns(ritz)[:, picked] ** 2)
+        return found
 
     def orthogonality(self) -> float:
         """Return max |V^T V - I| over the columns V = (locked, Q)."""
-        gram = self.space.gram(self.basis[: self.size])
-        return float((gram - torch.eye(self.size).to(gram)).abs().max())
+        return self.basis.orthogonality(self.size)
+
+    def _rotate(self, ritz: Ritz, first: int, kept: NDArray[np.intp]) -> Tensor:
+        """Keep of the columns from `first` on those with indices `kept`, from there on; return the
+        coefficients [l, l] of their products among themselves."""
+        rows = slice(first, self.size)
+        locked = self._c[: self.locked].diagonal().cpu().numpy()
+        theta = np.concatenate([locked, ritz.values])[kept]
+        turned = self.basis.rotate(
+            first, self._columns(ritz)[first:, kept], self._c[rows, : self.end], self._reach[rows]
+        )
+        block, end = np.diag(theta), first + len(kept)
+        if turned is not None:
+            block, errors = turned
+            new = (self.norm + np.abs(theta)) * errors  # ||(H - theta) d||, or more
+            rounded = np.hypot(self.rounded(ritz, kept), new)
+            self._rounded[first:end] = torch.from_numpy(rounded).to(self._rounded)
+        self._reach[first:end] = end
+        return torch.from_numpy(block).to(self._c)
 
     def _columns(self, ritz: Ritz) -> Floats:
         """Return what combines the rows of the basis to the locked vectors and the pairs of Q."""

@@ -18,6 +18,7 @@ from eigenfilter.curvature.space import Space
 from eigenfilter.curvature.stopping import CRITERIA, WHICH, Flags, Indices, Pairs, Rule
 
 _FEW = 20  # steps in which a pair can converge by luck
+_LEAST_TOL = 1e-6  # the relative error of a value that a basis in float16 stands for
 THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps
 
 
@@ -35,6 +36,7 @@ def eigsh(
     look_for_copies: bool = True,
     max_basis: int | None = None,
     basis_device: torch.device | str | None = None,
+    basis_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> EigenResult:
     """Return k eigenpairs of a symmetric operator H, stopping by itself.
@@ -62,6 +64,11 @@ def eigsh(
     favourable spectrum; this is repeated while it finds any. (None was missed in 480 trials on
     spectra like those of networks.) What it finds is joined to the k by a Rayleigh-Ritz step. Where
     Q is invariant before it holds k pairs, the same is done.
+
+    With `basis_dtype=torch.float16` Q and P are stored in half the memory. Products are taken with
+    the stored vectors, T is measured from them and corrected by their Gram matrix: see
+    `RoundedBasis`. It stops as it would without: r_i is then what the iteration sees of the
+    residual, and the result's residuals add what rounding makes of it.
 
     Cost: the products, usually 2 to 4 k, and for a look for copies 5 to 20, or up to as many again
     where the rest of the spectrum is dense next to the wanted. Per product, two passes over Q, of
@@ -92,6 +99,9 @@ def eigsh(
         basis_device: where Q and P lie, and all is done but the products: by default with the
             operator; "cpu" for page-locked memory of the host, which a CUDA operator whose vectors
             fill its device may need.
+        basis_dtype: of Q and P: by default the operator's; torch.float16 for a float32 operator.
+            Values differ from those of a float32 basis by some 1e-7, vectors by an angle of 5e-4,
+            which is why `criterion` must be "value" and tol >= 1e-6.
         seed: of the random vectors; the global generator is left alone.
 
     Returns:
@@ -113,10 +123,12 @@ def eigsh(
     limit = max(300, 20 * k) if max_matvecs is None else max_matvecs
     rows = default_basis(op.shape[0], k, width) if max_basis is None else max_basis
     _check(op, k, which, tol, criterion, limit, width, rows)
+    if basis_dtype not in (None, op.dtype):
+        _check_rounded(op, basis_dtype, tol, criterion)
     device = op.device if basis_device is None else torch.device(basis_device)
     starts = None if v0 is None else _starts(op, v0, width).to(device)
     with getattr(op, "fixed", nullcontext)():
-        run = KrylovSchur(op, rows, width, seed, device)
+        run = KrylovSchur(op, rows, width, seed, device, basis_dtype)
         search = _Search(run, k, which, tol, criterion)
         result = search.solve(starts, limit, look_for_copies)
     if not (search.complete and result.converged.all()):
@@ -159,6 +171,26 @@ def _check(
         raise ValueError(
             f"max_basis must be at least min(n, k + 2 block_size + 2) = "
             f"{min(n, k + 2 * width + 2)}, not {rows}"
+        )
+
+
+def _check_rounded(
+    op: SymmetricOperator, basis_dtype: torch.dtype | None, tol: float, criterion: str
+) -> None:
+    if basis_dtype != torch.float16 or op.dtype != torch.float32:
+        raise ValueError(
+            f"basis_dtype must be None, or torch.float16 for a float32 operator, not {basis_dtype} "
+            f"for one of {op.dtype}"
+        )
+    if criterion != "value":
+        raise ValueError(
+            'a float16 basis holds vectors to about 5e-4 only: use criterion="value", or leave '
+            "basis_dtype out"
+        )
+    if tol < _LEAST_TOL:
+        raise ValueError(
+            f"a float16 basis holds values to about {_LEAST_TOL}: raise tol to that, or leave "
+            "basis_dtype out"
         )
 
 
@@ -211,7 +243,7 @@ class _Search:
             complete = complete or run.whole
             done = complete or (enough and run.products >= limit)
             if (done or settled or run.closed) and news and run.locked:
-                run.unlock(self._locked.values, self._locked.residuals)
+                run.unlock(self._locked.residuals)
                 self._locked = Pairs.none()
                 ritz, rule, picked, wanted, pairs = self._look()
                 if settled:  # T only gained; the residuals are bounds now, and may say less
@@ -236,7 +268,7 @@ class _Search:
         run = self._run
         if not (self._looking and run.locked):
             return False
-        values = run.joined(self._locked.values)
+        values = run.joined()
         best = np.sort(values[rule.best(values, self._k)])
         locked = np.sort(self._locked.values)
         return bool((np.abs(best - locked) > rule.allowed(locked)).any())
@@ -246,7 +278,7 @@ class _Search:
         all pairs, locked ones first."""
         run = self._run
         ritz = run.collect()
-        rule = Rule(*self._asked, run.norm, torch.finfo(run.basis.dtype).eps, run.rounding)
+        rule = Rule(*self._asked, run.norm, run.eps, run.rounding)
         picked, wanted = self._pick(rule, ritz)
         return ritz, rule, picked, wanted, self._locked + rule.judge(ritz, wanted, run.closed)
 
@@ -331,8 +363,15 @@ class _Search:
         run = self._run
         picked = picked[rule.best(pairs.values[picked], self._k)]
         pairs = pairs[picked]
+        seen = int(pairs.met.sum())
+        pairs = rule.with_rounding(pairs, run.rounded(ritz, picked))
         found = int(pairs.met.sum())
-        if found < self._k:
+        if found < seen:
+            reason = (
+                f"{found} of {self._k} pairs converged; the rounding of the basis keeps "
+                f"{seen - found} from it: loosen tol, or leave basis_dtype out"
+            )
+        elif found < self._k:
             reason = (
                 f"stopped after {run.products} products with {found} of {self._k} pairs "
                 "converged: raise max_matvecs, loosen tol, or ask for fewer pairs"

@@ -17,11 +17,13 @@ class EigenResult:
         vectors: [n, k], orthonormal; column i belongs to values[i].
         residuals: [k], ||H v - theta v||, known from the iteration without further products.
             An eigenvalue of H lies within residuals[i] of values[i]. Bounds where copies were
-            found, since then pairs come of several sequences; else exact.
+            found, since then pairs come of several sequences, or the basis is in half precision;
+            else exact.
         errors: [k], estimates of |theta - lambda|, at most residuals: quadratic in the residual
             where the gap to the next pairs is seen. Rounding in the products, some units in the
             last place of ||H||, is in neither.
-        converged: [k] bool, whether each pair met the tolerance.
+        converged: [k] bool, whether each pair met the tolerance; in half precision, apart from
+            what the rounding of the basis adds to its error, and whether that met it as well.
         matvecs: the number of products used, all together.
         copy_matvecs: those of them that looked for further copies of the pairs first found.
         orthogonality: max |Q^T Q - I| of the last basis Q, measured.

@@ -9,7 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from eigenfilter.curvature.krylov_schur import Floats, Ritz
+from eigenfilter.curvature.basis import Floats
+from eigenfilter.curvature.krylov_schur import Ritz
 
 Indices: TypeAlias = NDArray[np.intp]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -106,6 +107,21 @@ class Rule:
         nearest = np.where(np.isfinite(nearest), np.maximum(nearest, 0.0), 0.0)
         excess = _excess(r, self.tol * nearest)
         return Pairs(theta, r, errors, np.where(r <= self.rounding, 0.0, excess))
+
+    def with_rounding(self, pairs: Pairs, rounded: Floats) -> Pairs:
+        """Return pairs with what the rounding of their vectors did to them.
+
+        rounded: [m], ||(H - theta) d||, or more, of the errors d of the vectors. The iteration does
+            not see it, and nothing that it could do would change it. A value errs by its square,
+            over ||H||, and has not converged where that alone is more than allowed.
+        """
+        if not rounded.any():
+            return pairs
+        second = rounded**2 / self.norm
+        residuals = pairs.residuals + rounded
+        errors = np.minimum(pairs.errors + second, residuals)
+        good = second <= self.allowed(pairs.values)
+        return Pairs(pairs.values, residuals, errors, np.where(good, pairs.excess, math.inf))
 
     def steps_to_exhaust(self, found: Floats, rest: Pairs, n: int) -> float:
         """Return how many steps show that nothing better than the values `found` is left.

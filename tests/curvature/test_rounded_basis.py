@@ -1,0 +1,276 @@
+"""eigsh with its basis in float16: beside one in float32, and against exact arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvature.dense import DenseOperator, decaying, operator, wanted
+from eigenfilter.curvature import EigenResult, eigsh, eigsh_cost
+from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
+
+ROUNDING = 2.0**-11  # of a number in float16, relative, at most
+VALUES = 1e-6  # what rounding may change of a value, relative to ||H||
+
+
+def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float = 1e-4) -> None:
+    """Values, vectors and evidence; the products are taken in float64."""
+    matrix, vectors = op.matrix.double(), result.vectors.double()
+    values, residuals = result.values.double(), result.residuals.double()
+    norm = float(torch.linalg.matrix_norm(matrix, 2))
+    measured = (matrix @ vectors - vectors * values).norm(dim=0)
+    assert result.converged.all()
+    assert result.vectors.dtype == op.dtype
+    assert ((values - expected).abs() <= tol * expected.abs() + VALUES * norm).all()
+    assert ((values - expected).abs() <= result.errors + VALUES * norm).all()
+    assert (result.errors <= result.residuals).all()
+    assert (measured <= residuals + 1e-6 * norm).all()
+    assert (vectors.T @ vectors - torch.eye(len(expected))).abs().max() < 1e-6
+    assert 0 < result.orthogonality < 5e-4
+    assert result.matvecs == op.count
+
+
+def both(op: DenseOperator, **arguments: Any) -> tuple[EigenResult, EigenResult]:
+    plain = eigsh(op, **arguments)
+    op.count = 0
+    return plain, eigsh(op, basis_dtype=torch.float16, **arguments)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_is_as_one_in_float32(which: str, block_size: int) -> None:
+    spectrum = 10 / torch.arange(1.0, 401.0, dtype=torch.float64)
+    spectrum[1::2] *= -0.9
+    op = operator(spectrum, torch.float32)
+    plain, rounded = both(op, k=6, which=which, block_size=block_size)
+    check(op, rounded, wanted(spectrum, 6, which))
+    torch.testing.assert_close(rounded.values, plain.values, rtol=VALUES, atol=0)
+    assert abs(rounded.matvecs - plain.matvecs) <= 0.05 * plain.matvecs
+    apart = rounded.vectors - plain.vectors @ (plain.vectors.T @ rounded.vectors)
+    assert torch.linalg.matrix_norm(apart, 2) < 4 * ROUNDING
+    assert (rounded.residuals < plain.residuals + 4 * ROUNDING * 10).all()
+
+
+@pytest.mark.parametrize(
+    ("k", "which", "max_basis"), [(10, "LA", 14), (8, "LM", 13), (6, "BE", 10)]
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_restarts_lose_nothing(k: int, which: str, max_basis: int, seed: int) -> None:
+    outside = 10 * 0.9 ** torch.arange(20.0, dtype=torch.float64)
+    spectrum = torch.cat([outside, -0.8 * outside, torch.linspace(-1, 1, 400, dtype=torch.float64)])
+    op = operator(spectrum, torch.float32)
+    plain, rounded = both(op, k=k, which=which, max_basis=max_basis, max_matvecs=900, seed=seed)
+    check(op, rounded, wanted(spectrum, k, which))
+    assert rounded.matvecs > 2 * max_basis
+    torch.testing.assert_close(rounded.values, plain.values, rtol=2 * VALUES, atol=0)
+    assert abs(rounded.matvecs - plain.matvecs) <= 0.05 * plain.matvecs
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "k"),
+    [
+        ([10.0, 10, 9, 8, 8, 7, 6] + [1e-3 * (i % 7) for i in range(200)], 7),
+        ([5.0] * 3 + [1.0] * 20, 4),
+        ([2 - 1e-4 * i for i in range(5)] + [i / 145 for i in range(145)], 6),
+        ([2 - 1e-6 * i for i in range(5)] + [i / 145 for i in range(145)], 6),
+        ([3.0, 2.0, 1.0] + [0.0] * 97, 6),
+        ([1.0] * 30, 4),
+        ([0.0] * 30, 3),
+        ([3.0, -2.0], 2),
+    ],
+    ids=["copies", "few values", "cluster", "close cluster", "rank", "identity", "zero", "small"],
+)
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_copies_and_clusters(spectrum: list[float], k: int, block_size: int) -> None:
+    op = operator(torch.tensor(spectrum), torch.float32)
+    found = eigsh(op, k, block_size=block_size, basis_dtype=torch.float16)
+    check(op, found, wanted(torch.tensor(spectrum), k, "LA"))
+
+
+def test_vectors_of_a_few_large_elements() -> None:
+    """Their rounding is not random: it may lie along the vectors themselves."""
+    spectrum = 10 / torch.arange(1.0, 501.0, dtype=torch.float64)
+    noise = 1e-3 * torch.randn(500, 500, generator=torch.Generator().manual_seed(4)).double()
+    matrix = torch.diag(spectrum) + (noise + noise.T) / 2
+    op = DenseOperator(matrix.float())
+    expected = torch.linalg.eigvalsh(op.matrix.double()).flip(0)[:8]
+    plain, rounded = both(op, k=8, max_basis=14)
+    check(op, rounded, expected)
+    torch.testing.assert_close(rounded.values, plain.values, rtol=VALUES, atol=0)
+
+
+def test_a_warm_start_takes_fewer_products() -> None:
+    op = operator(decaying(300), torch.float32)
+    before = eigsh(op, 3, look_for_copies=False)
+    again = eigsh(op, 3, v0=before, basis_dtype=torch.float16, look_for_copies=False)
+    assert again.matvecs <= 0.8 * before.matvecs
+    torch.testing.assert_close(again.values, before.values, rtol=1e-4, atol=0)
+
+
+def projected(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> None:
+    """Ritz values are those of H on the span of what is stored, whatever was done to it."""
+    rows = run.basis.rows[run.locked : run.size].double()
+    gram, among = rows @ rows.T, rows @ op.matrix.double() @ rows.T
+    values = torch.linalg.eigvals(torch.linalg.solve(gram, among)).real.sort().values
+    assert (gram - torch.eye(len(rows))).abs().max() > 1e-5
+    np.testing.assert_allclose(ritz.values, values, rtol=0, atol=31 * VALUES)
+    vectors = run.vectors(ritz, np.arange(run.locked, run.size)).double()
+    theta = torch.from_numpy(ritz.values)
+    locked = run.basis.rows[: run.locked].double().T
+    left = op.matrix.double() @ vectors - vectors * theta
+    left -= locked @ torch.linalg.lstsq(locked, left).solution if run.locked else 0
+    bound = ritz.residuals + run.rounded(ritz, np.arange(run.locked, run.size))
+    assert (left.norm(dim=0).numpy() <= bound + 1e-4).all()
+    assert (left.norm(dim=0).numpy() >= ritz.residuals - ritz.lost - 4 * ROUNDING * 31).all()
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_t_is_measured_on_what_is_stored(width: int) -> None:
+    op = operator(decaying(250), torch.float32)
+    run = KrylovSchur(op, 16, width, seed=3, dtype=torch.float16)
+    run.begin()
+    for _ in range(6):
+        while not run.full:
+            run.step(width)
+        ritz = run.collect()
+        projected(run, op, ritz)
+        run.restart(ritz, np.array([0, 2, len(ritz.values) - 2, len(ritz.values) - 1]))
+        projected(run, op, run.collect())
+    ritz = run.collect()
+    residuals = ritz.residuals[:3]
+    run.lock(ritz, np.array([3, 0, 2]))
+    run.begin()
+    while not run.full:
+        run.step(width)
+    ritz = run.collect()
+    projected(run, op, ritz)
+    run.restart(ritz, np.array([0, 3, 4]))
+    run.step(width)
+    projected(run, op, run.collect())
+    run.unlock(residuals)
+    projected(run, op, run.collect())
+
+
+class Largest(TorchDispatchMode):
+    """The largest piece of memory that was allocated, in bytes, by dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(t, Tensor):
+                size = t.untyped_storage().nbytes()
+                self.largest[t.dtype] = max(self.largest.get(t.dtype, 0), size)
+        return out
+
+
+class Diagonal:
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, d: Tensor, slices: Any = None) -> None:
+        self.shape = len(d), len(d)
+        self.slices = slices
+        self._d = d
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._d * v
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._d[:, None] * V
+
+
+def test_the_basis_takes_half_the_memory_and_no_copy_of_it_is_made() -> None:
+    n, k, rows = 2**19, 3, 12
+    d = torch.linspace(0, 1, n)
+    d[:4] = torch.tensor([8.0, 6.0, 4.0, 3.0])
+    with Largest() as plain:
+        eigsh(Diagonal(d), k, max_basis=rows)
+    with Largest() as rounded:
+        found = eigsh(Diagonal(d), k, max_basis=rows, basis_dtype=torch.float16)
+    torch.testing.assert_close(found.values, d[:k], rtol=VALUES, atol=0)
+    assert plain.largest[torch.float32] == 4 * n * (rows + 1)
+    assert rounded.largest.pop(torch.float16) == 2 * n * (rows + 1)
+    assert max(rounded.largest.values()) == 4 * n * k  # the result
+    whole = eigsh_cost(n, k, max_basis=rows)
+    half = eigsh_cost(n, k, max_basis=rows, basis_itemsize=2)
+    assert whole.memory - half.memory == 2 * n * (rows + 1)
+    assert half.traffic < whole.traffic
+
+
+class OneSlice:
+    """All of the vectors, by the way that slices go."""
+
+    number, count = 0, 1
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def sum(self, t: Tensor) -> Tensor:
+        return t
+
+
+def test_slices() -> None:
+    n = 2**17 + 3
+    d = torch.linspace(0, 1, n)
+    d[:5] = torch.tensor([8.0, 6.0, 4.0, 3.0, 2.5])
+    plain = eigsh(Diagonal(d), 4, max_basis=9)
+    sliced = eigsh(Diagonal(d, OneSlice(n)), 4, max_basis=9, basis_dtype=torch.float16)
+    torch.testing.assert_close(sliced.values, plain.values, rtol=VALUES, atol=0)
+    assert sliced.converged.all()
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
+@pytest.mark.parametrize("basis_device", [None, "cpu"])
+def test_devices(device: str, basis_device: str | None) -> None:
+    op = operator(decaying(300), torch.float32)
+    there = DenseOperator(op.matrix.to(device))
+    found = eigsh(there, 5, basis_device=basis_device, basis_dtype=torch.float16)
+    assert found.vectors.device.type == found.residuals.device.type == device
+    expected = wanted(decaying(300), 5, "LA").float()
+    torch.testing.assert_close(found.values.cpu(), expected, rtol=1e-4, atol=0)
+
+
+def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
+    """Many restarts for a value far below ||H||."""
+    op = operator(torch.cat([torch.ones(1), 0.01 * 0.9995 ** torch.arange(299)]), torch.float32)
+    few = {"max_basis": 9, "look_for_copies": False}
+    assert eigsh(op, 3, **few).converged.all()  # type: ignore[arg-type]
+    with pytest.warns(RuntimeWarning, match="the rounding of the basis keeps . from it: .* basis_"):
+        found = eigsh(op, 3, basis_dtype=torch.float16, **few)  # type: ignore[arg-type]
+    assert found.converged[0]
+    assert not found.converged[2]
+
+
+def test_the_operators_own_dtype_is_the_default() -> None:
+    op = operator(decaying(100))
+    found = [eigsh(op, 3, basis_dtype=dtype) for dtype in (None, torch.float64)]
+    assert torch.equal(found[0].vectors, found[1].vectors)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arguments", "message"),
+    [
+        (torch.float64, {}, "None, or torch.float16 for a float32 operator, not torch.float16"),
+        (torch.float32, {"basis_dtype": torch.bfloat16}, "not torch.bfloat16"),
+        (torch.float32, {"basis_dtype": torch.float64}, "not torch.float64"),
+        (torch.float32, {"criterion": "vector"}, 'use criterion="value"'),
+        (torch.float32, {"tol": 1e-7}, "raise tol"),
+    ],
+)
+def test_what_it_cannot_hold(
+    dtype: torch.dtype, arguments: dict[str, object], message: str
+) -> None:
+    op = operator(decaying(20), dtype)
+    with pytest.raises(ValueError, match=message):
+        eigsh(op, 3, **{"basis_dtype": torch.float16, **arguments})  # type: ignore[arg-type]
+    assert op.count == 0
