@@ -14,6 +14,7 @@ import torch
 
 import eigenfilter
 from eigenfilter import _core
+from eigenfilter.kernels import triton_blocks
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -35,8 +36,16 @@ def describe(device: torch.device) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name(device),
             "cuda": torch.version.cuda,
             "cuda_compiled": _core.cuda_compiled,
+            "triton_blocks": _triton_blocks(device),
         }
     return found
+
+
+def _triton_blocks(device: torch.device) -> str:
+    """Whose sizes of blocks the Triton kernels have."""
+    file = triton_blocks.file()
+    saved = triton_blocks.name_of(device) in triton_blocks.read(file)
+    return f"those of {file}" if saved else "the default"
 
 
 def load() -> float:

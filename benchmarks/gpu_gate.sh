@@ -39,10 +39,11 @@ CHECK
 
 results=benchmarks/results
 before=$(mktemp)
+export EIGENFILTER_TRITON_BLOCKS="$before.json"
 "$eigenfilter" bench triton-blocks --device cuda --save --out "$results"
 "$eigenfilter" bench --device cuda --out "$results"
 "$eigenfilter" bench memory --device cuda --out "$results"
 if [ -n "${OUT:-}" ]; then
     find "$results" -name '*-cuda*' -newer "$before" -exec cp {} "$OUT" \;
 fi
-rm "$before"
+rm -f "$before" "$EIGENFILTER_TRITON_BLOCKS"

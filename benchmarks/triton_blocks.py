@@ -22,6 +22,7 @@ from eigenfilter.benchmarks import environment, report
 from eigenfilter.benchmarks.contest import Contender, Phase, Setting
 from eigenfilter.benchmarks.kernels import KERNELS
 from eigenfilter.benchmarks.timing import Spread, clock, interleave
+from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.kernels import triton_blocks
 from eigenfilter.kernels.triton_blocks import Blocks
@@ -34,7 +35,13 @@ Measured = dict[tuple[str, str], dict[Blocks, Spread]]
 
 
 def run(device: torch.device, folder: Path, save: bool) -> None:
-    """Time every choice, print the table, write the results; and what is best, if asked for."""
+    """Time every choice, print the table, write the results; and what is best, if asked for.
+
+    Raises:
+        ValueError: the file for what is best holds something else.
+        UserError: something cannot be written.
+    """
+    saved = triton_blocks.read(triton_blocks.file()) if save else {}
     found = environment.describe(device)
     rows = [
         "| kernel | dtype | block, bytes | warps | of copy |",
@@ -56,7 +63,7 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
     data_of = {"device": device.type, "triton_blocks": data}
     report.write(folder, f"{device.type}-triton-blocks", found, [title, "", *rows], data_of)
     if save:
-        write(triton_blocks.file(), device, measured)
+        write(triton_blocks.file(), saved, device, measured)
 
 
 def measure(
@@ -92,17 +99,16 @@ def best(spreads: Mapping[Blocks, Spread]) -> Blocks:
     return fastest if spreads[fastest].low > spreads[usual].high else usual
 
 
-def write(path: Path, device: torch.device, measured: Measured) -> None:
-    """Write down what is best for a kind of device; what is there for others stays.
+def write(path: Path, saved: triton_blocks.Saved, device: torch.device, measured: Measured) -> None:
+    """Write down which sizes are better than the default for a kind of device, and what was saved.
 
     Raises:
-        ValueError: the file there holds something else.
         UserError: it cannot be written.
     """
-    saved = triton_blocks.read(path)
-    by_kernel = saved.setdefault(triton_blocks.name_of(device), {})
-    for (kernel, dtype), spreads in measured.items():
-        by_kernel.setdefault(kernel, {})[dtype] = best(spreads)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    better = {key: taken for key, all_ in measured.items() if (taken := best(all_)) != Blocks()}
+    by_kernel = saved[triton_blocks.name_of(device)] = {}
+    for (kernel, dtype), taken in better.items():
+        by_kernel.setdefault(kernel, {})[dtype] = taken
+    output_folder(path.parent)
     replace_text(path, json.dumps(saved, default=asdict, indent=1) + "\n")
     print(f"wrote {path}")

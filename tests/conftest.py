@@ -9,6 +9,7 @@ import pytest
 
 # Before torch is imported: threads that wait by spinning slow every test down on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["EIGENFILTER_TRITON_BLOCKS"] = os.devnull  # the default, whatever was saved here
 
 import torch
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
-_OURS = ("eigenfilter", "torch")
+_INNER = ("eigenfilter", "torch")
 
 
 def stacklevel() -> int:
     """The `stacklevel` of the nearest frame that is neither this library's nor torch's."""
     frame = sys._getframe(1)
     level = 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OURS):
+    while frame.f_back is not None and _package(frame) in _INNER:
         frame = frame.f_back
         level += 1
     return level
+
+
+def _package(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

@@ -25,6 +25,14 @@ def test_every_choice_works_and_the_best_is_used_from_then_on(tmp_path: Path) ->
     for task in ("measure", "use"):
         subprocess.run([sys.executable, __file__, task], check=True, env=environment)
     file.write_text('{"cpu": {"ascend": {"torch.float32": {"bytes": 1000, "warps": 4}}}}')
+    check_error(
+        environment, f"{file} holds no sizes of blocks: delete it (bytes must be a power of 2"
+    )
+    file.unlink()
+    check_error(environment, f"names {file}, and there is no such file")
+
+
+def check_error(environment: dict[str, str], says: str) -> None:
     bad = subprocess.run(
         [sys.executable, __file__, "use"],
         check=False,
@@ -33,7 +41,7 @@ def test_every_choice_works_and_the_best_is_used_from_then_on(tmp_path: Path) ->
         text=True,
     )
     assert bad.returncode == 1
-    assert f"{file} holds no sizes of blocks (bytes must be a power of 2" in bad.stderr
+    assert says in bad.stderr
 
 
 def measure() -> None:
@@ -58,8 +66,9 @@ def measure() -> None:
     assert triton_blocks.best({usual: slower, other: overlapping}) == usual
 
     found = {("ascend", "torch.float32"): {usual: slower, other: faster}}
-    triton_blocks.write(file(), torch.device("meta"), found)
-    triton_blocks.write(file(), cpu, found)
+    found["norm", "torch.float32"] = {usual: faster, other: slower}
+    triton_blocks.write(file(), {}, torch.device("meta"), found)
+    triton_blocks.write(file(), read(file()), cpu, found)
     assert read(file()) == {name: {"ascend": {"torch.float32": other}} for name in ("meta", "cpu")}
 
 

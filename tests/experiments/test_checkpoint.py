@@ -97,7 +97,7 @@ def test_files_of_others(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a checkpoint of eigenfilter train"):
         checkpoint.read(path)
     torch.save({"config": {}, "format": 99}, path)
-    with pytest.raises(UserError, match="is of format 99, and this version reads 1"):
+    with pytest.raises(UserError, match="is of format 99, and this version reads 2"):
         checkpoint.read(path)
     torch.save(torch.nn.Linear(2, 2), path)
     with pytest.raises(UserError, match="holds more than tensors"):

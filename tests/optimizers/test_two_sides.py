@@ -241,12 +241,13 @@ def test_autocast_does_not_warn() -> None:
     assert task.calls == 30
 
 
-@pytest.mark.parametrize("value", [None, "text", torch.ones(2)])
-def test_what_is_no_number_is_not_judged(value: object) -> None:
+@pytest.mark.parametrize("value", [None, "text", torch.ones(2), (torch.ones(()),)])
+def test_what_is_no_number_is_neither_judged_nor_kept(value: object) -> None:
     task = Regression()
 
     def closure() -> object:
         task.closure(fresh=True)
+        assert not task.opt._ascent._losses
         return value
 
     for _ in range(3):

@@ -14,7 +14,7 @@ from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace
 
 FILE = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:

@@ -186,6 +186,8 @@ class Config:
             raise ValueError("label_smoothing goes with loss cross_entropy only")
         if self.method != "none" and self.optimizer in OPTIMIZERS and self.optimizer != "adamw":
             raise ValueError(f"method is for adamw and torch's optimizers: {self.optimizer} is one")
+        if self.ascent_part != 1 and not self.ascends:
+            raise ValueError(f"ascent_part is of the ascents, and {self.optimizer} takes none")
 
     @classmethod
     def of(cls, values: Mapping[Any, Any]) -> Config:

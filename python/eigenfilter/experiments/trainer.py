@@ -43,7 +43,8 @@ class Trainer:
     Attributes:
         model, loss_fn, optimizer: what is trained, in `config.precision`.
         step: steps taken.
-        gradients: of whole batches that they took; an ascent's of a part counts as that part.
+        gradients: of whole batches that they took; an ascent's of a part counts as that part. The
+            Hessian-vector products of `hvp: autograd` are not among them.
         steps_per_epoch, total_steps: of them.
         monitor: of the sharpness, or None.
 

@@ -64,10 +64,10 @@ def file() -> Path:
 
 
 def read(path: Path) -> Saved:
-    """Return what is saved; nothing if there is no file.
+    """Return what is saved; nothing if there is no file, or an empty one.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, or cannot be read.
     """
     if not path.exists():
         return {}
@@ -77,13 +77,10 @@ def read(path: Path) -> Saved:
                 kernel: {dtype: Blocks(**sizes) for dtype, sizes in by_dtype.items()}
                 for kernel, by_dtype in by_kernel.items()
             }
-            for device, by_kernel in json.loads(path.read_text()).items()
+            for device, by_kernel in json.loads(path.read_text() or "{}").items()
         }
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no sizes of blocks ({error}): delete it, or write it anew by "
-            "`eigenfilter bench triton-blocks --device cuda --save`"
-        ) from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no sizes of blocks: delete it ({error})") from error
 
 
 def name_of(device: torch.device) -> str:
@@ -120,6 +117,8 @@ def _usual(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
 
 @functools.cache
 def _saved(name: str) -> dict[str, dict[str, Blocks]]:
+    if VARIABLE in os.environ and not file().exists():
+        raise ValueError(f"{VARIABLE} names {file()}, and there is no such file")
     found = read(file()).get(name, {})
     if found:
         _logger.info("the sizes of Triton's blocks on %s are those of %s", name, file())

@@ -17,6 +17,8 @@ from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._parts import Gradients, Part, Piece, conforming
 from eigenfilter.optimizers.sgd import sgd_defaults
 
+_SLICE = 2**20  # elements that are multiplied in float64 at a time
+
 
 class DifferenceAscent(Ascent):
     """H g from two gradients: out along g by a small step, then from x by rho H g.
@@ -46,7 +48,7 @@ class DifferenceAscent(Ascent):
     def forget(self) -> None:
         self._eps: dict[torch.device, Tensor | float] = {}
         self._norms: dict[torch.device, Tensor] = {}
-        self._losses: list[Any] = []  # of the closure's calls so far; none in the explicit form
+        self._losses: list[float | Tensor] = []  # of both sides; none in the explicit form
         self._displaced: list[list[Tensor]] = []  # the parameters of every part
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
@@ -81,11 +83,16 @@ class DifferenceAscent(Ascent):
             run(part.kernels.ascend_hvp, piece, part.first_gradients(), part.backups(), rho, eps)
 
     def note(self, loss: Any) -> None:
-        self._losses.append(loss)
+        due = self._judged < self._JUDGED and len(self._losses) < self.count
+        if due and (isinstance(loss, float) or (type(loss) is Tensor and loss.numel() == 1)):
+            self._losses.append(loss)
 
     def _judge(self, found: Gradients) -> None:
-        """Warn, in the first steps, if the losses of both sides do not go with their gradients."""
-        if self._judged == self._JUDGED or not all(map(_is_number, self._losses)):
+        """Warn, in the first steps, if the losses of both sides do not go with their gradients.
+
+        Not of sharded parameters: a rank's own loss decides nothing that all must do together.
+        """
+        if any(part.is_distributed for part, _ in found):
             return
         self._judged += 1
         first, second = (float(loss) for loss in self._losses)
@@ -190,21 +197,15 @@ def _refuse_once_differentiable(outputs: list[Tensor]) -> None:
         ahead.extend(following for following, _ in node.next_functions)
 
 
-def _is_number(loss: object) -> bool:
-    """Whether a closure's value can be read as a number."""
-    return isinstance(loss, float) or (type(loss) is Tensor and loss.numel() == 1)
-
-
 def _dot_with_first(found: Gradients) -> float:
     """The dot product of gradients with those kept of the first side; waits for their devices."""
     total = 0.0
     for part, grads in found:
-        first = part.first_gradients()
-        for placing, indices in part.placings:
-            products = [
-                torch.sum(first[i].double() * _distributed.local(grads[i])) for i in indices
-            ]
-            total += float(_distributed.summed(torch.stack(products).sum(), placing))
+        for first, second in zip(list(part.first_gradients()), grads, strict=True):
+            a, b = first.flatten(), second.flatten()
+            for begin in range(0, len(a), _SLICE):
+                some = slice(begin, begin + _SLICE)
+                total += float((a[some].double() * b[some].double()).sum())
     return total
 
 
