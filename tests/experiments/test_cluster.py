@@ -133,6 +133,21 @@ def test_nothing_is_run_twice(swept: Swept) -> None:
     assert seen == []
 
 
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "cannot join the Ray cluster at 127.0.0.1:1: "),
+        ("127.0.0.1:99999", "cannot join the Ray cluster at 127.0.0.1:99999: "),
+        ("ray://127.0.0.1:1", "auto, local or HOST:PORT, not ray://127.0.0.1:1"),
+        ("nowhere", "auto, local or HOST:PORT, not nowhere"),
+    ],
+)
+def test_where_there_is_no_cluster(address: str, says: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason=MISSING)
+    with pytest.raises(UserError, match=says):
+        execute({"a": SHORT}, tmp_path, ray=address)
+
+
 def test_what_no_node_has_is_one_error(swept: Swept, tmp_path: Path) -> None:
     for config, device, says in (
         (Config(threads=99), "auto", "a run has 99 threads, and the largest node 1 CPUs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep.folders import Order, attempt
 from eigenfilter.experiments.sweep.ledger import Ledger
 
+ANSWER = 10.0  # seconds that the head of a cluster has to answer in
 POLL = 0.2  # seconds from one word between a run and the one who started it to the next
 
 Seen = tuple[str, str, int, Record]
@@ -179,6 +181,7 @@ def _run(name: str, order: Order, board: Any) -> Record:
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
     """Connected to a cluster; Ray's own handler of SIGTERM is undone."""
+    _check_address(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -196,6 +199,23 @@ def _connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries for minutes where nobody answers.
+
+    Raises:
+        UserError: it is no address, or nobody answers there.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UserError(f"the address of a Ray cluster is auto, local or HOST:PORT, not {address}")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot join the Ray cluster at {address}: {error}") from error
 
 
 def _resources(ledger: Ledger, device: str) -> int:
