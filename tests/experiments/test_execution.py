@@ -131,7 +131,7 @@ def test_a_run_that_diverges_is_reported_and_the_others_end(swept: Swept) -> Non
 
 
 def test_nothing_is_run_twice(swept: Swept) -> None:
-    assert swept.watches[2].seen == []
+    assert [(name, kind) for name, kind, _ in swept.watches[2].seen] == [(n, "kept") for n in RUNS]
     assert swept.records[2] == swept.records[1]
     for name in ("short", "diverges"):
         was_stopped = swept.records[0][name]["outcome"] == "stopped"

@@ -46,7 +46,8 @@ def execute(
         stop: asked several times a second; once it says True, every run writes a checkpoint and
             ends.
         observe: gets the records of every run's log as they come: name, kind, step, values; the
-            kinds of `runs.run`, "retry" with the error, and "end" with the results.
+            kinds of `runs.run`, "retry" with the error, "end" with the results, and "kept" with
+            those that were there.
 
     Returns:
         The results of each, in the order of `runs`: `outcome` is "complete", "stopped" (to be gone
@@ -74,6 +75,7 @@ def execute(
                 orders[name] = Order(config, folder, data_dir, device)
             else:
                 records[name] = done
+                observe(name, "kept", done["step"], done)
         for dataset in sorted({order.config.dataset for order in orders.values()}):
             datasets.load(dataset, data_dir)  # once, where it has to be downloaded
         ledger = Ledger(orders, retries, observe)

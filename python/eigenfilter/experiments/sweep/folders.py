@@ -57,10 +57,17 @@ def locked(folder: Path, wait: Callable[[], bool]) -> Iterator[bool]:
 
     Yields:
         Whether it was had.
+
+    Raises:
+        UserError: the folder cannot be made, or its file system has no locks.
     """
-    with (output_folder(folder) / LOCK).open("w") as file:
-        while not (had := _lock(file.fileno())) and wait():
-            time.sleep(POLL)
+    path = output_folder(folder) / LOCK
+    with path.open("w") as file:
+        try:
+            while not (had := _lock(file.fileno())) and wait():
+                time.sleep(POLL)
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror}") from error
         yield had
 
 

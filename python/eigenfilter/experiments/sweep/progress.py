@@ -27,7 +27,9 @@ class Progress:
 
     def observe(self, name: str, kind: str, step: int, record: Record) -> None:
         """Show a record of a run."""
-        if kind == "end":
+        if kind == "kept":
+            self._bar.update()
+        elif kind == "end":
             self._steps.pop(name, None)
             if record["outcome"] != "stopped":
                 self._bar.write(f"{name}: {_words(record)}")
