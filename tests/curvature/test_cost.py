@@ -11,9 +11,10 @@ from eigenfilter import kernels
 from eigenfilter.curvature import eigsh, eigsh_cost
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize(("k", "max_basis"), [(2, 10), (6, 24), (10, None)])
 def test_passes_over_the_basis(
-    k: int, max_basis: int | None, monkeypatch: pytest.MonkeyPatch
+    k: int, max_basis: int | None, rounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flops of Gram-Schmidt, counted call by call; the rest are restarts and the result."""
     spent = 0
@@ -28,10 +29,15 @@ def test_passes_over_the_basis(
     n = 2**19 if max_basis is None else 400
     d = torch.linspace(0, 1, n)
     d[:12] = decaying(n)[:12].abs()
-    op = operator(decaying(n)) if max_basis else Diagonal(d)
-    found = eigsh(op, k, max_basis=max_basis)
+    op = operator(decaying(n), torch.float32) if max_basis else Diagonal(d)
+    found = eigsh(op, k, max_basis=max_basis, basis_dtype=torch.float16 if rounded else None)
     cost = eigsh_cost(
-        n, k, products=found.matvecs, copy_products=found.copy_matvecs, max_basis=max_basis
+        n,
+        k,
+        products=found.matvecs,
+        copy_products=found.copy_matvecs,
+        max_basis=max_basis,
+        basis_itemsize=2 if rounded else None,
     )
     assert cost.products == found.matvecs
     assert spent / n == pytest.approx(cost.flops / n, rel=0.35)
@@ -74,6 +80,7 @@ def test_a_longer_basis_restarts_less() -> None:
         ({"n": 0}, "must be >= 1"),
         ({"k": 0}, "must be >= 1"),
         ({"processes": 0}, "must be >= 1"),
+        ({"basis_itemsize": 0}, "must be >= 1"),
         ({"products": 3}, "products >= copy_products"),
         ({"max_basis": 7}, "max_basis must be at least"),
     ],

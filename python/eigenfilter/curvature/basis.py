@@ -13,7 +13,7 @@ from torch import Tensor
 from eigenfilter.curvature.space import Space
 
 _CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
-_WIDE = {"cpu": 1 << 14, "cuda": 1 << 20}  # columns of rounded rows that are widened at a time
+_WIDE = {"cpu": 1 << 13, "cuda": 1 << 20}  # columns of rounded rows that are widened at a time
 
 Floats: TypeAlias = NDArray[np.float64]
 """What the host works on: NumPy, whose calls on a few dozen numbers take a tenth of torch's."""
@@ -66,8 +66,8 @@ class Basis:
         s: [m, r], coordinates of Ritz vectors; the r combinations take the rows from `first` on.
         c, reach: of the rows, as `projection` takes them, with all columns.
 
-        Returns None where the combinations are Ritz vectors; else the coefficients [r, r] of their
-        products among themselves, and ||d_i|| [r] as `put` does.
+        Returns None where they stay the Ritz vectors that they are; else the coefficients [r, r] of
+        their products among themselves, and ||d_i|| [r] as `put` does.
         """
         factor = torch.from_numpy(s).to(self.rows)
         for start in range(0, self._space.length, _CHUNK):
@@ -106,24 +106,30 @@ class Basis:
 class RoundedBasis(Basis):
     """Rows v_i of a dtype narrower than the operator's, orthonormal but for their rounding.
 
-    A stored v = q + d has a rounding error of ||d|| = 2e-4 in float16, random and so orthogonal to
-    what is there by ||d|| / sqrt(n). H is applied to v and not to q, and a product made orthogonal
-    to all of V = (v_1, ..), in two passes since each leaves G - I of what it takes away, so that
+    What is stored of a vector is v = q + d; in float16 ||d|| is some 2e-4 (beyond n = 10^8, where
+    elements are subnormal, 1.7e-8 sqrt(n)). H is applied to v, not to q, and the product is made
+    orthogonal to all of V = (v_1, ..):
 
-        H v_j = V c_j + beta_j q_new,    V^T q_new = 0
-        M = V^T H V = tril(G C) mirrored,    G = V^T V
+        H v_j = V c_j + beta_j q_new,    V^T q_new = 0                                          (1)
+        M = V^T H V = tril(C^T G) mirrored,    G = V^T V                                        (2)
 
-    hold but for the rounding of float32 and of sums in float64: row j of M up to j follows from the
-    coefficients c_j, the rest by symmetry. Hence
+    Row j of M up to j follows from c_j, the rest by symmetry; nothing is left out but the rounding
+    of products and sums. A pass leaves G - I of what it takes away, hence one pass more. Then
 
-        M s = theta G s,    T = L^-1 M L^-T,    G = L L^T,    s^T G s = 1
+        T = L^-1 M L^-T,    G = L L^T,    T s' = theta s',    s = L^-T s'                       (3)
 
-    gives the Rayleigh quotients of the vectors V s themselves: what rounding does to a value is of
-    second order, ||d||^2 ||H||, and needs no gap. After a restart M is Theta G of the rotated rows:
-    theta_i was found for a better vector than the rounded v_i, and between two rows the error is
-    ||d|| / sqrt(n) of their distance, again of second order.
+    has the eigenvalues that H has on the span of what is stored, and d moves an eigenvalue of H from
+    those to second order only, by ||d||^2 ||H||.
 
-    Source: B. N. Parlett, The Symmetric Eigenvalue Problem (1998), section 15.1, for the pencil.
+    Rotation stores Y = V S as Y + D. As H Y is known from (1) but for the errors of former
+    rounding, no product is needed for
+
+        (Y + D)^T H (Y + D) = S^T M S + D^T H Y + (D^T H Y)^T + D^T H D                         (4)
+
+    up to the last term. D^T V is summed as D comes about: D has its largest elements where vectors
+    have theirs, and may well lie along them.
+
+    Source: (3): B. N. Parlett, The Symmetric Eigenvalue Problem (1998), section 15.1. (4) is ours.
     """
 
     def __init__(self, space: Space, rows: Tensor, dtype: torch.dtype) -> None:
@@ -158,24 +164,24 @@ class RoundedBasis(Basis):
         coefficients = c.cpu().numpy()
         among = s.T @ self._projected(coefficients, first, reach) @ s
         products = s.T @ coefficients
-        cross = -s.T @ self._inner_products(end)[first:size]
+        # D^T V, and the squares of the columns of D
         found = torch.zeros(r, end + 1, dtype=torch.float64, device=self.rows.device)
-        factor = torch.from_numpy(s).to(found)
+        factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
         for part in self._parts():
-            wide = self.rows[:end, part].double()
+            wide = self.rows[:end, part].to(self._dtype)
             made = factor.T @ wide[first:size]
             self.rows[first:last, part] = made
-            stored = self.rows[first:last, part].double()
-            found[:, :end] += stored @ wide.T
-            found[:, end] += (made - stored).square_().sum(1)
+            errors = self.rows[first:last, part] - made
+            found[:, :end] += errors @ wide.T
+            found[:, end] += errors.square().sum(1)
         self._known = min(self._known, first)
-        both = self._space.total(found).cpu().numpy()
-        first_order = (cross + both[:, :end]) @ products.T
+        total = self._space.total(found).cpu().numpy()
+        first_order = total[:, :end] @ products.T
         among += first_order + first_order.T
         gram = self._inner_products(last)
         among -= products[:, :first] @ gram[:first, first:]
         block = torch.linalg.solve(*map(torch.from_numpy, (gram[first:, first:], among.T)))
-        return block.T.numpy(), np.sqrt(both[:, end])
+        return block.T.numpy(), np.sqrt(total[:, end])
 
     def combine(self, s: Floats) -> Tensor:
         factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
@@ -223,7 +229,8 @@ class RoundedBasis(Basis):
         if known < size:
             rows = torch.zeros(size - known, size, dtype=torch.float64, device=self.rows.device)
             for part in self._parts():
-                columns = self.rows[:size, part].double()
+                # In two steps: torch's direct conversion from half is slow on the CPU.
+                columns = self.rows[:size, part].to(self._dtype).double()
                 rows += columns[known:] @ columns.T
             found = self._space.total(rows).cpu().numpy()
             self._gram[known:size, :size] = found

@@ -46,6 +46,13 @@ class KrylovSchur:
 
         H Q = Q T + P B + E,    ||H Q s - theta Q s|| <= ||B s|| + sum_j |s_j| ||E e_j||
 
+    In a dtype narrower than the operator's the columns are rounded, and T is another: see
+    `RoundedBasis`. An error d of a column adds beta_j d to the residual of the product that it came
+    from, and (H - theta) d to that of a pair that is stored anew: F. Its columns are taken as
+    uncorrelated, as roundings are; to the convergence of the iteration they do nothing.
+
+        H V s - theta V s = P B s + E s + F s,    ||F s||^2 = sum_j s_j^2 ||F e_j||^2
+
     Memory: n (rows + b) elements, in slices where the operator's vectors are cut. Coefficients stay
     on the device until `collect`.
 
@@ -184,6 +191,7 @@ class KrylovSchur:
         row[:new] += rest
         self._reach[j] = new
         if inside:
+            self._rounded[j] = 0
             return
         row[new] = length
         out /= length.clamp_min(torch.finfo(w.dtype).tiny)
