@@ -152,6 +152,9 @@ def test_the_order_is_stated_from_the_numbers(out: Path) -> None:
     assert check["verdict"] in check["sentence"]
     # SGD > USAM at the best and two radii, USAM > two-step and > Hessian at the best and one.
     assert len(found["checks"]) == 2 * (3 + 2 + 2)
+    for line, count in zip(found["verdicts"], (6, 4, 4), strict=True):
+        assert f"of {count} comparisons" in line
+        assert sum(int(n) for n in re.findall(r" in (\d+)", line)) == count
 
 
 def test_every_output_says_what_diverged_and_that_it_was_in_full(out: Path) -> None:

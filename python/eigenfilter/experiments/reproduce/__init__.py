@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     findings = outputs.Findings.of(plan, runs)
     outputs.write(findings, out)
     print(aligned(summary.table([row for row in findings.rows if row.best])))
-    for check in findings.checks:
-        print(check.sentence)
+    for line in findings.verdicts:
+        print(line)
     print(f"{findings.title}\nwrote {', '.join(outputs.FILES)} in {out}")
     if not findings.complete:
         print("the same command goes on")

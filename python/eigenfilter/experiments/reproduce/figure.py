@@ -63,7 +63,7 @@ def save_png(figure: Figure, path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    replace(path, lambda file: figure.savefig(file, format="png", dpi=90))
+    replace(path, lambda file: figure.savefig(file, format="png", dpi=80))
 
 
 def as_svg(figure: Figure) -> str:
@@ -124,6 +124,7 @@ def _values(axes: Any, rows: Sequence[Row]) -> None:
         if edge is not None:
             axes.axhline(edge.value, color=color, linestyle=_DASHED, linewidth=1.2)
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.plot([], [], color="0.4", linestyle=_DASHED, label="edge of the filter")
     axes.legend(frameon=False, fontsize=8)
 

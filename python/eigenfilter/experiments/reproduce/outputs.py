@@ -24,8 +24,8 @@ LIMITS = (
     "constant learning rate and few epochs do not settle at one: they may end well inside the "
     "edge, or, where minibatches differ, beyond it. The ratio says where each ended.",
     "SAM's filter moves with the norm of the gradient; no edge is given for it.",
-    "The sharpness is that of the images named above, not of the whole training set; its error is "
-    "that of the eigenvalue of their Hessian.",
+    "The sharpness is that of the images named above, not of the whole training set; its error, "
+    "the residual, is that of the eigenvalue of their Hessian.",
     "Seconds are of runs side by side on a machine that may have had other work.",
 )
 
@@ -55,6 +55,11 @@ class Findings:
         """The experiment, whether in full, and what became of the runs."""
         name = EXPERIMENTS[self.plan.experiment].title
         return f"{name}, {self.plan.statement}; {summary.ending(self.plan, self.runs)}"
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Of each claim, in how many comparisons it held."""
+        return summary.verdicts_of(self.checks)
 
     @property
     def failures(self) -> list[str]:
@@ -103,6 +108,7 @@ def write(findings: Findings, out: Path) -> None:
         "plan": findings.plan.as_dict(),
         "settings": findings.settings(),
         "rows": [row.as_dict() for row in findings.rows],
+        "verdicts": findings.verdicts,
         "checks": [
             asdict(check) | {"verdict": check.verdict, "sentence": check.sentence}
             for check in findings.checks
@@ -128,13 +134,19 @@ def markdown(findings: Findings) -> str:
         "At the best rho of each method:",
         _grid(summary.table(best)),
         "The order of the sharpness:",
-        "\n".join(f"- {check.sentence}" for check in findings.checks),
+        _list(findings.verdicts),
+        "Each comparison:",
+        _list([check.sentence for check in findings.checks]),
         "Every rho:",
         _grid(summary.table(findings.rows)),
     ]
     if findings.failures:
-        parts += ["Not completed:", "\n".join(f"- {line}" for line in findings.failures)]
+        parts += ["Not completed:", _list(findings.failures)]
     return "\n\n".join(parts) + "\n"
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _grid(rows: Sequence[Sequence[str]]) -> str:

@@ -36,7 +36,10 @@ def page(findings: Findings, svg: str, limits: Sequence[str]) -> str:
         _section(
             "The order of the sharpness",
             "<p>The paper's claim: SGD ends sharper than USAM, and USAM sharper than two-step and "
-            "Hessian USAM.</p>" + _list([check.sentence for check in findings.checks]),
+            "Hessian USAM.</p>"
+            + _list(findings.verdicts)
+            + "<h3>Each comparison</h3>"
+            + _list([check.sentence for check in findings.checks]),
         ),
         _section("Every rho", _table(summary.table(findings.rows))),
         _section("Settings", _settings(findings.settings())),

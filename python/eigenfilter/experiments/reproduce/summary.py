@@ -24,7 +24,8 @@ class Measured:
         outcome: "complete", "diverged", "failed" or "unfinished".
         note: why it did not complete.
         accuracy: on the test set, at the end; None, as all behind it, where there is none.
-        sharpness, error: the largest Hessian eigenvalue, and how far it may be off.
+        sharpness, error: the largest Hessian eigenvalue, and its residual ||H v - lambda v||, which
+            bounds how far an eigenvalue is.
         edge: of the filter; None for SAM.
         gradients: of batches that the run took.
         seconds: it took.
@@ -80,7 +81,7 @@ class Measured:
             note=note,
             accuracy=record["test"]["accuracy"] if complete else None,
             sharpness=found["values"][0] if found else None,
-            error=found["errors"][0] if found else None,
+            error=found["residuals"][0] if found else None,
             edge=found["edge"] if found else None,
             gradients=record["gradients"] if complete else None,
             seconds=record["seconds"] if complete else None,
@@ -192,12 +193,14 @@ class Check:
     """Whether one method ended sharper than another, as the paper says.
 
     Attributes:
+        claim: one of CLAIMS.
         at: of which radii, in words.
         sharper, flatter: labels of what the claim says to be so.
         values: mean sharpness of the two.
         held, seeds: in how many seeds it was so, of how many with both.
     """
 
+    claim: tuple[str, str]
     momentum: float
     at: str
     sharper: str
@@ -240,6 +243,24 @@ def checks_of(rows: Sequence[Row]) -> list[Check]:
     return found
 
 
+def verdicts_of(checks: Sequence[Check]) -> list[str]:
+    """Of each claim, a line: in how many comparisons it came out how."""
+    lines = []
+    for first, second in CLAIMS:
+        found = [check.verdict for check in checks if check.claim == (first, second)]
+        counts = [
+            f"{verdict} in {found.count(verdict)}"
+            for verdict in ("as claimed", "not in every seed", "reversed")
+            if verdict in found
+        ]
+        if counts:
+            lines.append(
+                f"{METHODS[first]} sharper than {METHODS[second]}: of {len(found)} comparisons "
+                f"{', '.join(counts)}."
+            )
+    return lines
+
+
 def _paired(sharper: Sequence[Row], flatter: Sequence[Row]) -> list[tuple[str, Row, Row]]:
     best = [("best rho", a, b) for a in sharper for b in flatter if a.best and b.best]
     same = [
@@ -258,6 +279,7 @@ def _check(at: str, above: Row, below: Row) -> Check | None:
     if not seeds:
         return None
     return Check(
+        claim=(above.method, below.method),
         momentum=above.momentum,
         at=at,
         sharper=above.label,
