@@ -1,5 +1,5 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | lint | bench | bench-curvature | bench-page | gpu-gate | clean
+#   make demo | test | lint | bench | bench-curvature | bench-page | reproduction | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ VENV := .venv/.made
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
-.PHONY: install demo test lint bench bench-curvature bench-page gpu-gate clean
+.PHONY: install demo test lint bench bench-curvature bench-page reproduction gpu-gate clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,15 @@ newest = $(lastword $(sort $(wildcard benchmarks/results/*-$(1).json)))
 RESULTS ?= $(foreach kind,cpu cpu-memory cpu-curvature cuda cuda-memory,$(call newest,$(kind)))
 bench-page: $(INSTALLED)
 	$(BIN)/eigenfilter bench page $(RESULTS) --out docs
+
+# MNIST and Fashion-MNIST in full, from EIGENFILTER_DATA or downloaded; goes on where it was stopped.
+reproduction: $(INSTALLED)
+	mkdir -p docs/reproduction
+	for name in mnist fashion; do \
+		$(BIN)/eigenfilter reproduce $$name --out out/reproduce-$$name || exit; \
+		cp out/reproduce-$$name/summary.md docs/reproduction/$$name.md; \
+		cp out/reproduce-$$name/spectra.png docs/figures/reproduction-$$name.png; \
+	done
 
 # Brings its own installation where the system's python has torch; see the script.
 gpu-gate:

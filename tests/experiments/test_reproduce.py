@@ -38,7 +38,6 @@ TINY = Experiment(
     full=Scale(seeds=2, epochs=2, model="mlp-8", samples=200, spectrum=SPECTRUM),
     narrower=("mlp-4",),
     least=100,
-    timed=50,
 )
 DIVERGING = 1e30
 STABLE = replace(TINY, rhos={**TINY.rhos, "hessian_usam": (0.05,)})

@@ -42,7 +42,7 @@ def execute(
 
     experiment = EXPERIMENTS[plan.experiment]
     place = device_of(device)
-    measured = []
+    measured: list[Measured] = []
     count = len(list(experiment.variants())) * plan.scale.seeds
     with tqdm(total=2 * count, unit="", leave=False, disable=None) as bar:
 
@@ -64,6 +64,8 @@ def execute(
                 stop=stop,
                 observe=ended,
             )
+            # Runs that were complete before do not end again.
+            bar.update(2 * len(measured) + len(found) - bar.n)
             bar.set_description(f"seed {seed}, spectra")
             for name, record in found.items():
                 spectrum = None
@@ -71,7 +73,7 @@ def execute(
                     spectrum = spectrum_of(
                         folder_of(out, name), plan.scale.spectrum, data_dir=data_dir, device=place
                     )
-                    bar.update()
+                bar.update()
                 measured.append(Measured.of(name, record, spectrum))
     return measured
 

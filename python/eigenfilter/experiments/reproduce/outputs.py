@@ -130,7 +130,7 @@ def markdown(findings: Findings) -> str:
     """The tables and what follows from them, for a page of documentation."""
     best = [row for row in findings.rows if row.best]
     parts = [
-        f"**{findings.title}.**",
+        f"# {findings.title}",
         "At the best rho of each method:",
         _grid(summary.table(best)),
         "The order of the sharpness:",

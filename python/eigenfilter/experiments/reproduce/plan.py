@@ -53,6 +53,7 @@ COARSER = (
     Spectrum(500, 5, 1, 40),
     Spectrum(200, 3, 1, 20),
     Spectrum(100, 1, 1, 10),
+    Spectrum(50, 1, 1, 5),
 )
 
 
@@ -84,7 +85,6 @@ class Experiment:
         full: the experiment in full.
         narrower: networks for smaller budgets, the largest first.
         least: images that are trained on at least, where there are so many.
-        timed: images of the batch that a step is timed on.
     """
 
     title: str
@@ -94,7 +94,6 @@ class Experiment:
     full: Scale
     narrower: tuple[str, ...]
     least: int
-    timed: int
 
     def full_on(self, images: int) -> Scale:
         """The experiment in full on a set of so many training images."""
@@ -151,7 +150,6 @@ def _images(title: str, dataset: str) -> Experiment:
         full=Scale(seeds=3, epochs=8, model="mlp-32", samples=60_000),
         narrower=(),
         least=1_000,
-        timed=512,
     )
 
 
@@ -166,7 +164,6 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         full=Scale(seeds=3, epochs=60, model="wrn-16-8", samples=50_000),
         narrower=("wrn-16-4", "wrn-16-2", "wrn-16-1", "wrn-10-1"),
         least=500,
-        timed=16,
     ),
 }
 
