@@ -236,6 +236,84 @@ void project_out(py::handle vectors, py::handle basis, std::int64_t count, std::
         });
 }
 
+// Rows of vectors, as many columns each as the elements make.
+std::int64_t columns_of(const Operands& o, std::int64_t rows) {
+    if (o.dtype() != DType::f32 && o.dtype() != DType::f64)
+        throw py::type_error("vectors must be float32 or float64");
+    return o.numel()[0] / rows;
+}
+
+double* doubles(const Operands& o, const char* name, py::handle tensor, std::int64_t numel) {
+    return static_cast<double*>(o.output(name, tensor, numel, 64));
+}
+
+double* workspace_of(const Operands& o, py::handle workspace, std::int64_t sums,
+                     std::int64_t columns) {
+    return doubles(o, "workspace", workspace, cuda::sums_workspace(sums, columns));
+}
+
+void row_dots(py::handle q, py::handle w, std::int64_t rows, py::handle sums, py::handle workspace,
+              int threads) {
+    const Operands o{{"q", q, false}, {"w", w, false}};
+    require_served(o);
+    const Recurrence r{o.dtype(),
+                       rows,
+                       columns_of(o, rows),
+                       nullptr,
+                       o.pointers(0)[0],
+                       o.pointers(1)[0],
+                       nullptr,
+                       doubles(o, "sums", sums, 2 * rows)};
+    run(
+        o, [&] { cpu::row_dots(r, threads); },
+        [&](int device, void* stream) {
+            cuda::row_dots(r, workspace_of(o, workspace, 2 * rows, r.columns), device, stream);
+        });
+}
+
+void three_term(py::handle u, py::handle q, py::handle w, std::int64_t rows, py::handle factors,
+                py::handle sums, py::handle workspace, int threads) {
+    const Operands o{{"u", u, true}, {"q", q, false}, {"w", w, false}};
+    require_served(o);
+    const Recurrence r{o.dtype(),
+                       rows,
+                       columns_of(o, rows),
+                       o.pointers(0)[0],
+                       o.pointers(1)[0],
+                       o.pointers(2)[0],
+                       doubles(o, "factors", factors, 3 * rows),
+                       doubles(o, "sums", sums, 2 * rows)};
+    run(
+        o, [&] { cpu::three_term(r, threads); },
+        [&](int device, void* stream) {
+            cuda::three_term(r, workspace_of(o, workspace, 2 * rows, r.columns), device, stream);
+        });
+}
+
+void gram(py::handle vectors, std::int64_t rows, py::handle out, py::handle workspace,
+          int threads) {
+    const Operands o{{"vectors", vectors, false}};
+    require_served(o);
+    const Rows v{o.dtype(), rows, columns_of(o, rows), o.pointers(0)[0]};
+    double* products = doubles(o, "out", out, rows * rows);
+    run(
+        o, [&] { cpu::gram(v, products, threads); },
+        [&](int device, void* stream) {
+            cuda::gram(v, products, workspace_of(o, workspace, rows * rows, v.columns), device,
+                       stream);
+        });
+}
+
+void mix_rows(py::handle vectors, std::int64_t rows, py::handle factors, int threads) {
+    const Operands o{{"vectors", vectors, true}};
+    require_served(o);
+    const Rows v{o.dtype(), rows, columns_of(o, rows), o.pointers(0)[0]};
+    const double* lower = doubles(o, "factors", factors, rows * rows);
+    run(
+        o, [&] { cpu::mix_rows(v, lower, threads); },
+        [&](int device, void* stream) { cuda::mix_rows(v, lower, device, stream); });
+}
+
 // Roles whose names and flags come from Python; the names must outlive the Operands.
 class NamedRoles {
  public:
@@ -292,6 +370,11 @@ void register_kernels(py::module_& module) {
     module.def("flag_nonfinite", &flag_nonfinite);
     module.def("project_out", &project_out);
     module.def("project_workspace", &cuda::project_workspace);
+    module.def("sums_workspace", &cuda::sums_workspace);
+    module.def("row_dots", &row_dots);
+    module.def("three_term", &three_term);
+    module.def("gram", &gram);
+    module.def("mix_rows", &mix_rows);
 }
 
 }  // namespace eigenfilter

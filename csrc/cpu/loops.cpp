@@ -6,6 +6,7 @@
 // Their templates see the functions of vectors, declared before.
 #include "eigenfilter/rounding.hpp"
 #include "eigenfilter/rules.hpp"
+#include "lanczos_loops.hpp"
 
 namespace eigenfilter::cpu {
 namespace {
@@ -129,32 +130,19 @@ void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
     });
 }
 
-// Element j of a block of 16 is added to sum j % 16, in every instruction set; then pairwise.
 template <class Storage>
 double sum_squares(const typename Storage::Bits* t, const typename Storage::Bits* weights,
                    std::int64_t n) {
-    constexpr int L = kDoubles;
-    Vec<double, L> sums[kSums / L] = {};
+    Sums sums = {};
     const auto read = [](auto io, const typename Storage::Bits* p) {
-        return to_doubles(Storage::template widen<L>(io.read(p)));
+        return to_doubles(Storage::template widen<kDoubles>(io.read(p)));
     };
-    const auto add = [&](auto io, std::int64_t at, int part) {
-        auto value = read(io, t + at);
-        if (weights != nullptr) value *= read(io, weights + at);
+    by_parts<Storage>(n, [&](auto io, std::int64_t i, int part) {
+        auto value = read(io, t + i);
+        if (weights != nullptr) value *= read(io, weights + i);
         sums[part] += value * value;
-    };
-    std::int64_t i = 0;
-    for (; i + kSums <= n; i += kSums) {
-        for (int part = 0; part < kSums / L; ++part) add(Whole<Storage, L>{}, i + part * L, part);
-    }
-    for (int part = 0; i < n; i += L, ++part)
-        add(Partial<Storage, L>{n - i < L ? n - i : L}, i, part);
-    double flat[kSums];
-    std::memcpy(flat, sums, sizeof flat);
-    for (int width = kSums / 2; width > 0; width /= 2) {
-        for (int j = 0; j < width; ++j) flat[j] += flat[j + width];
-    }
-    return flat[0];
+    });
+    return sum_of(sums);
 }
 
 // x - x is NaN for inf and NaN, 0 for every other x.
@@ -262,6 +250,41 @@ double subtract_any(DType basis, DType vector, const void* q, std::int64_t strid
     });
 }
 
+// Calls call(T{}) for vectors of T.
+template <class Call>
+EIGENFILTER_INLINE void by_vector(DType dtype, Call call) {
+    dtype == DType::f64 ? call(double{}) : call(float{});
+}
+
+void row_dots_any(DType dtype, const void* q, const void* w, std::int64_t n, double* out) {
+    by_vector(dtype, [&](auto t) {
+        using T = decltype(t);
+        row_dots(static_cast<const T*>(q), static_cast<const T*>(w), n, out);
+    });
+}
+
+void three_term_any(DType dtype, const ThreeTerm& rule, void* u, const void* q, const void* w,
+                    std::int64_t n, double* out) {
+    by_vector(dtype, [&](auto t) {
+        using T = decltype(t);
+        three_term(rule, static_cast<T*>(u), static_cast<const T*>(q), static_cast<const T*>(w), n,
+                   out);
+    });
+}
+
+void gram_any(DType dtype, const void* rows, std::int64_t stride, std::int64_t count,
+              std::int64_t n, double* out) {
+    by_vector(dtype,
+              [&](auto t) { gram(static_cast<const decltype(t)*>(rows), stride, count, n, out); });
+}
+
+void mix_rows_any(DType dtype, const double* factors, void* rows, std::int64_t stride,
+                  std::int64_t count, std::int64_t n) {
+    by_vector(dtype, [&](auto t) {
+        mix_rows(factors, static_cast<decltype(t)*>(rows), stride, count, n);
+    });
+}
+
 bool has_nonfinite_any(DType dtype, const void* p, std::int64_t n) {
     return by_dtype(dtype, [&](auto t) { return has_nonfinite<decltype(t)>(bits(t, p), n); });
 }
@@ -283,6 +306,10 @@ extern const Loops EIGENFILTER_TABLE(EIGENFILTER_ISA) = {
     has_nonfinite_any,
     dots_any,
     subtract_any,
+    row_dots_any,
+    three_term_any,
+    gram_any,
+    mix_rows_any,
 };
 
 }  // namespace eigenfilter::cpu

@@ -3,11 +3,17 @@
 
 #include "eigenfilter/contract.hpp"
 
+namespace eigenfilter {
+struct ThreeTerm;
+}
+
 namespace eigenfilter::cpu {
 
 // Columns that project_out works on at once, whole groups: those of 60 float rows fit a
 // second-level cache.
 constexpr std::int64_t kColumns = 2048;
+// Columns of a few rows that are in double at once: those of 8 fit a first-level cache.
+constexpr std::int64_t kMixed = 512;
 
 // Each works on n consecutive elements, which lie at `place`. `stream` writes what is not read past
 // the caches.
@@ -32,6 +38,18 @@ struct Loops {
     // w <- w - sum_i c[i] q_i; returns the sum of the squares of what is left.
     double (*subtract)(DType basis, DType vector, const void* q, std::int64_t stride,
                        std::int64_t rows, const double* c, void* w, std::int64_t n);
+    // out[2] <- q . w, w . w
+    void (*row_dots)(DType, const void* q, const void* w, std::int64_t n, double* out);
+    // u <- a combination of w, q and u; out[2] <- u . u, u . q
+    void (*three_term)(DType, const ThreeTerm&, void* u, const void* q, const void* w,
+                       std::int64_t n, double* out);
+    // Of n <= kMixed columns of `count` rows: their inner products are added to the lower triangle
+    // of out [count, count].
+    void (*gram)(DType, const void* rows, std::int64_t stride, std::int64_t count, std::int64_t n,
+                 double* out);
+    // Row r <- the sum of rows s <= r, each times factors [count, count] at (r, s).
+    void (*mix_rows)(DType, const double* factors, void* rows, std::int64_t stride,
+                     std::int64_t count, std::int64_t n);
 };
 
 extern const Loops loops_baseline;

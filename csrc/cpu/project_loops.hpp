@@ -37,6 +37,16 @@ EIGENFILTER_INLINE auto read_row(const typename Storage::Bits* p) {
         return v;
 }
 
+// The sum of kSums sums, pairwise.
+EIGENFILTER_INLINE double sum_of(const Doubles* sums) {
+    double flat[kSums];
+    std::memcpy(flat, sums, sizeof flat);
+    for (int width = kSums / 2; width > 0; width /= 2) {
+        for (int k = 0; k < width; ++k) flat[k] += flat[k + width];
+    }
+    return flat[0];
+}
+
 // Adds to doubles, or takes from them, the lanes of a register in order.
 template <int Sign, class V>
 EIGENFILTER_INLINE void add_lanes(Doubles* to, V v) {
@@ -85,14 +95,7 @@ EIGENFILTER_INLINE void dots_of(const typename Storage::Bits* q, std::int64_t st
             std::memcpy(rest[r], q + r * stride + j, (n - j) * sizeof *q);
         add_group<C, Storage, Rows>(sums, rest[0], kGroup, w_rest);
     }
-    for (int r = 0; r < Rows; ++r) {
-        double flat[kSums];
-        std::memcpy(flat, sums[r], sizeof flat);
-        for (int width = kSums / 2; width > 0; width /= 2) {
-            for (int k = 0; k < width; ++k) flat[k] += flat[k + width];
-        }
-        out[r] = flat[0];
-    }
+    for (int r = 0; r < Rows; ++r) out[r] = sum_of(sums[r]);
 }
 
 template <class Storage, class Vector>

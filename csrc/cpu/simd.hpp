@@ -89,6 +89,22 @@ EIGENFILTER_INLINE Vec<double, kDoubles> to_doubles(Vec<float, kDoubles> v) {
 #endif
 }
 
+// Doubles in the type of a vector's elements.
+template <class T>
+EIGENFILTER_INLINE Vec<T, kDoubles> from_doubles(Vec<double, kDoubles> v) {
+    if constexpr (std::is_same_v<T, double>) return v;
+#if defined(__AVX512F__)
+    else
+        return (Vec<T, kDoubles>)_mm512_cvtpd_ps((__m512d)v);
+#elif defined(__AVX2__)
+    else
+        return (Vec<T, kDoubles>)_mm256_cvtpd_ps((__m256d)v);
+#else
+    else
+        return __builtin_convertvector(v, Vec<T, kDoubles>);
+#endif
+}
+
 // IEEE square roots of each lane.
 template <class V>
 EIGENFILTER_INLINE V square_root_of(V v) {

@@ -1,35 +1,18 @@
 // project_out on the GPU. A block of threads has a tile of columns; the sums of all tiles lie apart
 // and are added in one order.
-#include "block_sum.cuh"
-#include "multi_tensor.cuh"
+#include "tiles.cuh"
 
 namespace eigenfilter::cuda {
 namespace {
 
-constexpr int kTile = 2048;  // columns
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-
-std::int64_t tiles_of(std::int64_t columns) { return (columns + kTile - 1) / kTile; }
-
-// What a block works on: vector blockIdx.y, and so many columns from `first` on.
-struct Tile {
-    std::int64_t first;
-    int columns;
-
-    __device__ __forceinline__ explicit Tile(const Projection& p)
-        : first(static_cast<std::int64_t>(blockIdx.x) * kTile),
-          columns(static_cast<int>(min(static_cast<std::int64_t>(kTile), p.columns - first))) {}
-};
-
-template <class Storage>
-using Element = typename Chunk<Storage, 1>::Element;
 
 // sums[v][i][tile] <- q_i . w_v over the tile's columns. A warp has a row at a time.
 template <class Group, class Storage, class Vector>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm) dots_kernel(Projection p, double* sums) {
     __shared__ double wide[kTile];
-    const Tile tile(p);
+    const Tile tile(p.columns);
     const auto* w = static_cast<const Vector*>(p.vectors) + blockIdx.y * p.columns + tile.first;
     for (int j = threadIdx.x; j < kTile; j += kThreads) wide[j] = j < tile.columns ? w[j] : 0;
     __syncthreads();
@@ -57,9 +40,7 @@ __global__ void __launch_bounds__(kThreads)
     add_tiles_kernel(const double* sums, std::int64_t tiles, double* pass, double* coefficients,
                      bool is_first) {
     const std::int64_t at = blockIdx.x;
-    double sum = 0;
-    for (std::int64_t t = threadIdx.x; t < tiles; t += kThreads) sum += sums[at * tiles + t];
-    sum = block_sum<kThreads>(sum);
+    const double sum = sum_of_tiles(sums + at * tiles, tiles);
     if (threadIdx.x == 0) {
         pass[at] = sum;
         coefficients[at] = is_first ? sum : coefficients[at] + sum;
@@ -71,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Group, class Storage, class Vector>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     subtract_kernel(Projection p, const double* c, double* squares) {
-    const Tile tile(p);
+    const Tile tile(p.columns);
     auto* w = static_cast<Vector*>(p.vectors) + blockIdx.y * p.columns + tile.first;
     const double* own = c + blockIdx.y * p.rows;
     double sum = 0;
@@ -101,10 +82,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
 
 __global__ void __launch_bounds__(kThreads)
     finish_norms_kernel(const double* squares, std::int64_t tiles, double* norms) {
-    double sum = 0;
-    for (std::int64_t t = threadIdx.x; t < tiles; t += kThreads)
-        sum += squares[blockIdx.x * tiles + t];
-    sum = block_sum<kThreads>(sum);
+    const double sum = sum_of_tiles(squares + blockIdx.x * tiles, tiles);
     if (threadIdx.x == 0) norms[blockIdx.x] = sqrt(sum);
 }
 
@@ -142,10 +120,7 @@ void project_out(const Projection& p, double* workspace, int device, Stream stre
         using Storage = decltype(storage);
         const auto with = [&](auto vector) {
             using Vector = decltype(vector);
-            // Every row starts where 16-byte accesses are allowed, and ends with one.
-            const bool wide = reinterpret_cast<std::uintptr_t>(p.basis) % kAccessBytes == 0 &&
-                              p.columns % Pack<Storage>::kSize == 0;
-            if (wide)
+            if (rows_are_aligned<Storage>(p.columns, p.basis))
                 launch<Pack<Storage>, Storage, Vector>(p, workspace, queue);
             else
                 launch<Element<Storage>, Storage, Vector>(p, workspace, queue);

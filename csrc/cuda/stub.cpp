@@ -36,5 +36,13 @@ std::int64_t project_workspace(std::int64_t, std::int64_t, std::int64_t) {
     return 0;
 }
 void project_out(const Projection&, double*, int, Stream) { require(); }
+std::int64_t sums_workspace(std::int64_t, std::int64_t) {
+    require();
+    return 0;
+}
+void row_dots(const Recurrence&, double*, int, Stream) { require(); }
+void three_term(const Recurrence&, double*, int, Stream) { require(); }
+void gram(const Rows&, double*, double*, int, Stream) { require(); }
+void mix_rows(const Rows&, const double*, int, Stream) { require(); }
 
 }  // namespace eigenfilter::cuda

@@ -140,6 +140,29 @@ def project_out(
     threads: int,
 ) -> None: ...
 def project_workspace(rows: int, columns: int, count: int) -> int: ...
+def sums_workspace(sums: int, columns: int) -> int: ...
+def row_dots(
+    q: Sequence[Tensor],
+    w: Sequence[Tensor],
+    rows: int,
+    sums: Tensor,
+    workspace: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def three_term(
+    u: Sequence[Tensor],
+    q: Sequence[Tensor],
+    w: Sequence[Tensor],
+    rows: int,
+    factors: Tensor,
+    sums: Tensor,
+    workspace: Tensor | None,
+    num_threads: int,
+) -> None: ...
+def gram(
+    vectors: Sequence[Tensor], rows: int, out: Tensor, workspace: Tensor | None, num_threads: int
+) -> None: ...
+def mix_rows(vectors: Sequence[Tensor], rows: int, factors: Tensor, num_threads: int) -> None: ...
 def norm_workspace(tensors: Sequence[Tensor]) -> int:
     """Elements of the float64 workspace that `norm` needs on a GPU for these tensors."""
 

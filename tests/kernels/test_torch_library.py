@@ -52,6 +52,13 @@ CALLS: dict[str, tuple[int, Callable[..., Any]]] = {
         2,
         lambda w, g: kernels.project_out(w[0].double(), torch.eye(5)[:2] + g[0]),
     ),
+    "row_dots": (2, lambda q, w: kernels.row_dots(q[1], w[1])),
+    "three_term": (
+        3,
+        lambda u, q, w: kernels.three_term(u[1], q[1], w[1], torch.ones(3, 3).double()),
+    ),
+    "gram": (1, lambda v: kernels.gram(v[1])),
+    "mix_rows": (1, lambda v: kernels.mix_rows(v[1], torch.ones(3, 3).double())),
     "flag_nonfinite": (1, lambda t: kernels.flag_nonfinite(t, torch.zeros(()))),
 }
 
@@ -128,13 +135,25 @@ def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
             [p[0], torch.eye(5)[:2], torch.empty(2).double(), scalar(0.0), 1, None],
             {},
         ),
+        "row_dots": ([p[1], g[1], torch.empty(2, 3).double(), None], {}),
+        "three_term": (
+            [p[1], g[1], a[1], torch.ones(3, 3).double(), torch.empty(2, 3).double(), None],
+            {},
+        ),
+        "gram": ([p[1], torch.empty(3, 3).double(), None], {}),
+        "mix_rows": ([p[1], torch.ones(3, 3).double(), None], {}),
         "flag_nonfinite": ([p, FLAG.clone()], {"backend": "reference"}),
     }[name]
 
 
 @NO_GRAPHS
 @pytest.mark.parametrize(
-    "name", [name for name in kernels.__all__ if name not in ("BACKENDS", "Backend", "select")]
+    "name",
+    [
+        name
+        for name in kernels.__all__
+        if name not in ("BACKENDS", "Backend", "orthonormalise", "select")
+    ],
 )
 def test_opcheck(name: str) -> None:
     args, kw = arguments(name)

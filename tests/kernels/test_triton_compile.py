@@ -51,6 +51,10 @@ STOCHASTIC = {
     "descend_adamw_stochastic": (4, 3),
     "descend_adamw_stochastic_scaled": (4, 3),
 }
+# Over rows of vectors, whose lengths are multiples of 16 here; of the wide dtypes alone.
+LANCZOS = {"row_dots": (2, 0), "three_term": (3, 1), "gram": (2, 0), "mix_rows": (1, 1)}
+VECTORS = ("u", "q", "w", "vectors")
+ROWS_OF_16 = (*VECTORS, "columns")
 # The expansion of a division has fused multiply-adds of its own; these kernels divide nothing.
 WITHOUT_DIVISION = ("ascend", "ascend_adaptive", "ascend_again", "descend", "descend_stochastic")
 
@@ -99,6 +103,27 @@ def test_whole_blocks_are_accessed_16_bytes_at_a_time(
         machine_code = disassemble(compiled / f"{kernel}.{dtype}.cubin")
         assert count(r"LDG\.E\.128", machine_code) >= 2 * reads
         assert count(r"STG\.E\.128", machine_code) >= 2 * writes
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d not in NARROW])
+@pytest.mark.parametrize("kernel", LANCZOS)
+def test_rows_are_accessed_16_bytes_at_a_time(
+    target: str, compiled: Path, kernel: str, dtype: str
+) -> None:
+    reads, writes = LANCZOS[kernel]
+    if target == "gfx942":
+        assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
+        assert count(r"(buffer|global)_load_dwordx4", assembly) >= reads
+        assert count(r"(buffer|global)_store_dwordx4", assembly) >= writes
+        assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", assembly) == ["0", "0"]
+        return
+    width = "v2.b64" if dtype == "float64" else "v4.b32"
+    assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()
+    assert count(rf"ld\.global\.{width}", assembly) >= reads
+    assert count(rf"st\.global\.{width}", assembly) >= writes
+    assert "fma" not in assembly
+    usage = run_tool("cuobjdump", "-res-usage", compiled / f"{kernel}.{dtype}.cubin")
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,11 +208,14 @@ def compile_all(target: str, folder: Path) -> None:
     from triton.compiler import ASTSource
 
     for dtype in DTYPES:
-        for name, (kernel, fixed, options) in configurations(dtype).items():
+        for name, (kernel, fixed, options) in (configurations(dtype) | over_rows(dtype)).items():
             signature = {
-                arg: "constexpr" if arg in fixed else type_of(arg) for arg in kernel.arg_names
+                arg: "constexpr" if arg in fixed else type_of(arg, dtype)
+                for arg in kernel.arg_names
             }
-            source = ASTSource(kernel, signature, fixed)
+            divisible = [(i,) for i, arg in enumerate(kernel.arg_names) if arg in ROWS_OF_16]
+            attributes = {at: [["tt.divisibility", 16]] for at in divisible}
+            source = ASTSource(kernel, signature, fixed, attributes)
             result = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
             for kind in {"ptx", "amdgcn"} & set(result.asm):
                 (folder / f"{name}.{dtype}.{kind}").write_text(result.asm[kind])
@@ -234,19 +262,31 @@ def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str,
     return found | {"norm": (device_code.norm_kernel, block, device_code.NORM_OPTIONS)}
 
 
+def over_rows(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
+    """Return the kernels over rows of vectors, as `configurations` does."""
+    from eigenfilter.kernels import triton_lanczos as code
+
+    if dtype in NARROW:
+        return {}
+    tile = {"TILE": code.TILE}
+    return {name: (getattr(code, f"{name}_kernel"), tile, code.OPTIONS) for name in LANCZOS}
+
+
 def on_host(kernel: Any, **chosen: bool) -> tuple[Any, dict[str, Any]]:
     """Return a kernel and its constants where no scalar lies on the device."""
     absent = [a for a in kernel.arg_names if a.endswith("_at") or a in ("grad_scale", "found_inf")]
     return kernel, dict.fromkeys(absent) | chosen
 
 
-def type_of(argument: str) -> str:
+def type_of(argument: str, dtype: str) -> str:
     """Return the type of a kernel's argument as triton's signatures spell it."""
+    if argument in VECTORS:
+        return "*fp64" if dtype == "float64" else "*fp32"
     if argument in ("pointers", "chunks"):
         return "*i64"
-    if argument in ("n", "origin", "count"):
+    if argument in ("n", "origin", "count", "rows", "columns"):
         return "i32"
-    if argument in ("sums", "lr_at", "momentum_at", "step_at", "rounding_seed_at"):
+    if argument in ("sums", "factors", "lr_at", "momentum_at", "step_at", "rounding_seed_at"):
         return "*fp64"
     on_device = argument.endswith("_at") or argument in ("grad_scale", "found_inf", "out")
     return "*fp32" if on_device else "fp64"

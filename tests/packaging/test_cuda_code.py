@@ -92,6 +92,27 @@ def test_a_basis_is_read_16_bytes_at_a_time_where_its_rows_allow_it(instructions
     assert by_pack == {True: 8, False: 8}
 
 
+@pytest.mark.parametrize(
+    ("kernel", "reads", "writes"),
+    [
+        ("row_dots_kernel", 2, 0),
+        ("three_term_kernel", 3, 1),
+        ("gram_kernel", 1, 0),
+        ("mix_rows_kernel", 1, 1),
+    ],
+)
+def test_vectors_are_accessed_16_bytes_at_a_time_where_their_rows_allow_it(
+    instructions, kernel, reads, writes
+):
+    by_pack = {True: 0, False: 0}
+    for name, counts in of(instructions, kernel).items():
+        packed = "4PackI" in name
+        by_pack[packed] += 1
+        assert (wide(counts, "LDG") >= reads) == packed, name
+        assert (wide(counts, "STG") >= writes) == (packed or not writes), name
+    assert by_pack == {True: 2, False: 2}
+
+
 def test_parameters_are_not_read_where_they_start_from_backups(instructions):
     for name, counts in of(instructions, "AscendHvp").items():
         assert wide(counts, "LDG") == 3 * wide(counts, "STG"), name

@@ -76,6 +76,25 @@ struct Projection {
     int passes;
 };
 
+// Vectors as rows of matrices [rows, columns]: a step of as many three-term recurrences.
+struct Recurrence {
+    DType dtype;  // f32 or f64
+    std::int64_t rows, columns;
+    void* u;                // the vectors before q, overwritten by those after; not for row_dots
+    const void* q;          // the present vectors
+    const void* w;          // their products
+    const double* factors;  // [3, rows], of w, q and u; not for row_dots
+    double* sums;           // [2, rows], written
+};
+
+// A few vectors as the rows of one matrix [rows, columns].
+struct Rows {
+    DType dtype;  // f32 or f64
+    std::int64_t rows, columns;
+    void* vectors;
+};
+constexpr std::int64_t kMostRows = 32;
+
 // found_inf: address of one float, or nullptr; where it is not zero, ascents leave x where it is
 // and descents put it back to b; m and v keep their values.
 namespace cpu {
@@ -90,6 +109,14 @@ void descend_adamw(const Tensors&, const AdamWScalars<double>&, const float* fou
 double norm(const Tensors&, int threads);
 bool has_nonfinite(const Tensors&, int threads);
 void project_out(const Projection&, int threads);
+// sums <- (q_i . w_i, w_i . w_i)
+void row_dots(const Recurrence&, int threads);
+// u_i <- f_0i w_i + f_1i q_i + f_2i u_i,  sums <- (u_i . u_i, u_i . q_i)
+void three_term(const Recurrence&, int threads);
+// out [rows, rows] <- the vectors' inner products.
+void gram(const Rows&, double* out, int threads);
+// v_i <- sum_{j <= i} factors_ij v_j for factors [rows, rows], all at once.
+void mix_rows(const Rows&, const double* factors, int threads);
 }  // namespace cpu
 
 // Everything runs on `stream` of the device, asynchronously; found_inf, out and the workspace are
@@ -117,6 +144,12 @@ void flag_nonfinite(const Tensors&, float* found_inf, int device, Stream stream)
 // Doubles that `project_out` needs as workspace.
 std::int64_t project_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count);
 void project_out(const Projection&, double* workspace, int device, Stream stream);
+// Doubles that the following need as workspace for so many sums over all columns.
+std::int64_t sums_workspace(std::int64_t sums, std::int64_t columns);
+void row_dots(const Recurrence&, double* workspace, int device, Stream stream);
+void three_term(const Recurrence&, double* workspace, int device, Stream stream);
+void gram(const Rows&, double* out, double* workspace, int device, Stream stream);
+void mix_rows(const Rows&, const double* factors, int device, Stream stream);
 }  // namespace cuda
 
 }  // namespace eigenfilter

@@ -118,4 +118,18 @@ struct DescendAdamW {
     }
 };
 
+// u <- f_w w + f_q q + f_u u, in double whatever the vectors' type
+struct ThreeTerm {
+    double of_w, of_q, of_u;
+
+    // factors: [3, rows]
+    EIGENFILTER_RULE ThreeTerm(const double* factors, std::int64_t rows, std::int64_t row)
+        : of_w(factors[row]), of_q(factors[rows + row]), of_u(factors[2 * rows + row]) {}
+
+    template <class V>
+    EIGENFILTER_RULE V operator()(V w, V q, V u) const {
+        return of_w * w + of_q * q + of_u * u;
+    }
+};
+
 }  // namespace eigenfilter

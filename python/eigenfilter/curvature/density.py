@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.estimates import Estimate, check_finite, check_real, normals, signs
+from eigenfilter.curvature.lockstep import Lockstep
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
 from eigenfilter.curvature.space import Space
@@ -161,20 +162,13 @@ def spectral_density(
     if len(known):  # normal vectors stay so, and their directions unbiased, within what is left
         space.project_out(q, known)
     q /= space.dot(q, q).sqrt()[:, None]
-    before = torch.zeros_like(q)
+    recurrence = Lockstep(space, q, known)
     alpha = torch.zeros(probes, steps, dtype=torch.float64, device=op.device)
     beta = torch.zeros_like(alpha)
     with getattr(op, "fixed", nullcontext)():
         for j in range(steps):
-            w = op.matmat(q.T).T.contiguous()
-            if j:
-                w.addcmul_(before, beta[:, j - 1 : j].to(w.dtype), value=-1)
-            alpha[:, j] = space.dot(q, w)
-            w.addcmul_(q, alpha[:, j : j + 1].to(w.dtype), value=-1)
-            if len(known):
-                space.project_out(w, known, passes=1)
-            beta[:, j] = space.dot(w, w).sqrt()
-            before, q = q, w.div_(beta[:, j : j + 1].clamp_min(torch.finfo(w.dtype).tiny))
+            w = op.matmat(recurrence.q.T).T.contiguous()
+            alpha[:, j], beta[:, j] = recurrence.step(w)
     alpha, beta = alpha.cpu(), beta.cpu()
     check_finite(alpha, beta)
     nodes, weights = _quadratures(alpha, beta, torch.finfo(op.dtype).eps)

@@ -41,7 +41,14 @@ from torch.autograd.graph import increment_version
 
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
-from eigenfilter.kernels.lanczos import project_out
+from eigenfilter.kernels.lanczos import (
+    gram,
+    mix_rows,
+    orthonormalise,
+    project_out,
+    row_dots,
+    three_term,
+)
 from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
 from eigenfilter.kernels.torch_library import operator
 
@@ -54,9 +61,14 @@ __all__ = [
     "descend",
     "descend_adamw",
     "flag_nonfinite",
+    "gram",
+    "mix_rows",
     "norm",
+    "orthonormalise",
     "project_out",
+    "row_dots",
     "select",
+    "three_term",
 ]
 
 

@@ -117,6 +117,18 @@ class Backend(Protocol):
     ) -> None:
         """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
 
+    def row_dots(self, q: Tensor, w: Tensor, sums: Tensor) -> None:
+        """Inner products; see `eigenfilter.kernels.row_dots`."""
+
+    def three_term(self, u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
+        """A step of recurrences; see `eigenfilter.kernels.three_term`."""
+
+    def gram(self, vectors: Tensor, out: Tensor) -> None:
+        """Inner products of all pairs; see `eigenfilter.kernels.gram`."""
+
+    def mix_rows(self, vectors: Tensor, factors: Tensor) -> None:
+        """Triangular combinations; see `eigenfilter.kernels.mix_rows`."""
+
     def flag_nonfinite(self, tensors: Sequence[Tensor], found_inf: Tensor) -> None:
         """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
 

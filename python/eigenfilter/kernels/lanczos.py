@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -14,6 +16,11 @@ from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.torch_library import operator
 
 _MOST_VECTORS = 65_535  # of a GPU's grid
+MOST_ROWS = 32  # of `gram` and `mix_rows`, and so of `orthonormalise`
+# How often a block is orthonormalised, and how many eps a vector must have of its own: float64's
+# are arithmetic's too.
+_PASSES = {torch.float32: 2, torch.float64: 3}
+_OWN = {torch.float32: 0.5, torch.float64: 4.0}
 
 
 def project_out(
@@ -84,6 +91,251 @@ def _project_out(
     with torch.no_grad():
         dispatch.of([w], backend).project_out(w, basis, coefficients, norms, passes=passes)
     increment_version([w])
+
+
+def row_dots(q: Tensor, w: Tensor, *, backend: str | None = None) -> Tensor:
+    """Inner products of vectors with others and of these with themselves, in one pass over both.
+
+        s_0i = q_i . w_i,    s_1i = w_i . w_i
+
+    Summed in float64, in an order that the sizes alone decide (with CUDA, also whether rows are
+    16-byte aligned).
+
+    Args:
+        q, w: [b, n], float32 or float64, contiguous.
+        backend: see `eigenfilter.kernels`.
+
+    Returns:
+        s [2, b], float64, on their device.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `project_out`.
+    """
+    _require_rows(q=q, w=w)
+    sums = torch.zeros(2, len(q), dtype=torch.float64, device=q.device)
+    if q.numel():
+        _row_dots(q, w, sums, backend)
+    return sums
+
+
+@operator(mutates=("sums",))
+def _row_dots(q: Tensor, w: Tensor, sums: Tensor, backend: str | None) -> None:
+    _core.check(("q", "w"), ([q], [w]), (False, False))
+    dispatch.of([q], backend).row_dots(q, w, sums)
+
+
+def three_term(
+    u: Tensor, q: Tensor, w: Tensor, factors: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Take a step of many three-term recurrences, in lockstep and in one pass.
+
+        u_i <- f_0i w_i + f_1i q_i + f_2i u_i,    s_0i = u_i . u_i,    s_1i = u_i . q_i
+
+    In float64, u rounded once; sums are of what it is rounded to, in an order as `row_dots`'. Where
+    w_i = H q_i and u_i came before q_i, Lanczos' coefficients make u_i what comes after: its length
+    and what it has along q_i by rounding are known then, for the next step.
+
+    Args:
+        u, q, w: [b, n], float32 or float64, contiguous; u is overwritten.
+        factors: f [3, b], float64, on their device, contiguous.
+        backend: see `eigenfilter.kernels`.
+
+    Returns:
+        s [2, b], float64, on their device.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `project_out`; ValueError also where u overlaps.
+
+    Source: C. Lanczos, 1950; in what order to subtract: C. Paige, 1972, doi 10.1093/imamat/10.3.373
+    """
+    _require_rows(u=u, q=q, w=w)
+    _require_factors(factors, (3, len(u)), u)
+    sums = torch.zeros(2, len(u), dtype=torch.float64, device=u.device)
+    if u.numel():
+        _three_term(u, q, w, factors, sums, backend)
+    return sums
+
+
+@operator(mutates=("u", "sums"))
+def _three_term(
+    u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor, backend: str | None
+) -> None:
+    _core.check(("u", "q", "w"), ([u], [q], [w]), (True, False, False))
+    with torch.no_grad():
+        dispatch.of([u], backend).three_term(u, q, w, factors, sums)
+    increment_version([u])
+
+
+def gram(vectors: Tensor, *, backend: str | None = None) -> Tensor:
+    """Inner products of a few vectors, all pairs in one pass.
+
+        G_ij = v_i . v_j
+
+    Products and sums are in float64, where those of float32 vectors are exact but for the sums'
+    rounding; in an order as `row_dots`'.
+
+    Args:
+        vectors: [b, n], float32 or float64, contiguous; b <= 32.
+        backend: see `eigenfilter.kernels`.
+
+    Returns:
+        G [b, b], float64, on their device.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `project_out`; ValueError also for too many.
+    """
+    _require_rows(vectors=vectors, most=MOST_ROWS)
+    out = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
+    if vectors.numel():
+        _gram(vectors, out, backend)
+    return out
+
+
+@operator(mutates=("out",))
+def _gram(vectors: Tensor, out: Tensor, backend: str | None) -> None:
+    _core.check(("vectors",), ([vectors],), (False,))
+    dispatch.of([vectors], backend).gram(vectors, out)
+
+
+def mix_rows(vectors: Tensor, factors: Tensor, *, backend: str | None = None) -> None:
+    """Replace a few vectors by combinations of those up to each, in one pass.
+
+        v_i <- sum_{j <= i} F_ij v_j
+
+    In float64, in the order of j, rounded once.
+
+    Args:
+        vectors: [b, n], float32 or float64, contiguous, overwritten; b <= 32.
+        factors: F [b, b], float64, on their device, contiguous; what is above the diagonal is not
+            read.
+        backend: see `eigenfilter.kernels`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gram`.
+    """
+    _require_rows(vectors=vectors, most=MOST_ROWS)
+    _require_factors(factors, (len(vectors), len(vectors)), vectors)
+    if vectors.numel():
+        _mix_rows(vectors, factors, backend)
+
+
+@operator(mutates=("vectors",))
+def _mix_rows(vectors: Tensor, factors: Tensor, backend: str | None) -> None:
+    _core.check(("vectors",), ([vectors],), (True,))
+    with torch.no_grad():
+        dispatch.of([vectors], backend).mix_rows(vectors, factors)
+    increment_version([vectors])
+
+
+@torch.no_grad()
+def orthonormalise(
+    vectors: Tensor,
+    *,
+    total: Callable[[Tensor], Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Orthonormalise a few vectors, in place and in their order: Cholesky-QR, repeated.
+
+        V V^T = L L^T,    V <- L^-1 V        (twice; three times for float64)
+
+    A vector that is zero, or a combination of those before it but for rounding (half an eps of its
+    length in float32, four in float64), becomes zero, as does L_ii. The others are orthonormal to a
+    few roundings whatever the block's condition: a pivot that rounding hides is raised to where it
+    does not, so that what such a vector has of its own is seen by the next pass. Each pass reads
+    the vectors twice and writes them once. Nothing waits for the device.
+
+    Args:
+        vectors: V [b, n], float32 or float64, contiguous, overwritten; b <= 32.
+        total: returns the sum over all processes of what it is given, float64, where each has a
+            slice of the vectors.
+        backend: see `eigenfilter.kernels`.
+
+    Returns:
+        L [b, b], lower triangular, float64: the former V is L times the new one. Its diagonal is
+        what each vector had of its own.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gram`.
+
+    Source: T. Fukaya, R. Kannan, Y. Nakatsukasa, Y. Yamamoto, Y. Yanagisawa, 2020,
+    doi 10.1137/18M1218212, section 3, with raised pivots in place of the shift.
+    """
+    eps = torch.finfo(vectors.dtype).eps
+    b = len(vectors)
+    least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)  # of a pivot that can be relied on
+    result = torch.eye(b, dtype=torch.float64, device=vectors.device)
+    floor = result.new_full((b,), -1.0)  # what a vector must have of its own not to be dropped
+    for i in range(_PASSES[vectors.dtype]):
+        g = gram(vectors, backend=backend)
+        g = g if total is None else total(g)
+        lengths = g.diagonal().sqrt()
+        own = result.diagonal() * lengths
+        scale = 1 / lengths.masked_fill(lengths == 0, 1.0)
+        lower = _factor(g * scale[:, None] * scale, least, own, floor)
+        inverse = torch.linalg.solve_triangular(lower, scale.diag(), upper=False)
+        result = result @ (lengths[:, None] * lower)
+        if i == 0:
+            floor = _OWN[vectors.dtype] * eps * lengths
+        else:
+            dropped = result.diagonal() <= floor
+            inverse.masked_fill_(dropped[:, None], 0.0)
+            result.masked_fill_(dropped, 0.0)
+        mix_rows(vectors, inverse.contiguous(), backend=backend)
+    return result
+
+
+def _factor(g: Tensor, least: float, own: Tensor, floor: Tensor) -> Tensor:
+    """Return L [b, b] of g = L L^T, but for pivots below `least`, which are raised to it.
+
+    What follows is left alone by those, and by vectors that are to be dropped: their own length,
+    `own` times the pivot's root, is at most `floor`.
+    """
+    lower = torch.zeros_like(g)
+    left = g.clone()
+    for j in range(len(g)):
+        pivot = left[j, j].clone()
+        root = pivot.clamp_min(least).sqrt()
+        column = left[j + 1 :, j] / root
+        column.masked_fill_((pivot < least) | (own[j] * root <= floor[j]), 0.0)
+        lower[j, j] = root
+        lower[j + 1 :, j] = column
+        left[j + 1 :, j + 1 :] -= torch.outer(column, column)
+    return lower
+
+
+def _require_rows(*, most: int = _MOST_VECTORS, **tensors: Tensor) -> None:
+    """Raise unless the tensors are contiguous rows of vectors, all of one shape, dtype, device."""
+    [(first, model), *_] = tensors.items()
+    for name, t in tensors.items():
+        if t.ndim != 2 or t.shape != model.shape:
+            raise ValueError(
+                f"{' and '.join(tensors)} must be [b, n], all of one shape: {name} is "
+                f"{list(t.shape)}"
+            )
+        if not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous: pass .contiguous() of it")
+        if t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be float32 or float64, not {t.dtype}")
+        if t.dtype != model.dtype or t.device != model.device:
+            raise ValueError(
+                f"{name} is {t.dtype} on {t.device}, {first} {model.dtype} on {model.device}: "
+                "convert one of them"
+            )
+    if len(model) > most:
+        raise ValueError(f"{first} must be of at most {most} vectors, not {len(model)}")
+
+
+def _require_factors(factors: Tensor, shape: tuple[int, int], vectors: Tensor) -> None:
+    if (
+        factors.shape != shape
+        or factors.dtype != torch.float64
+        or factors.device != vectors.device
+        or not factors.is_contiguous()
+    ):
+        raise ValueError(
+            f"factors must be {list(shape)}, float64, on {vectors.device}, contiguous: got "
+            f"{list(factors.shape)}, {factors.dtype}, on {factors.device}"
+        )
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -178,6 +178,37 @@ def project_out(
     )
 
 
+def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
+    """Inner products; see `eigenfilter.kernels.row_dots`."""
+    workspace = _workspace(q, sums.numel())
+    _core.row_dots([q], [w], len(q), sums, workspace, torch.get_num_threads())
+
+
+def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
+    """A step of recurrences; see `eigenfilter.kernels.three_term`."""
+    workspace = _workspace(u, sums.numel())
+    _core.three_term([u], [q], [w], len(u), factors, sums, workspace, torch.get_num_threads())
+
+
+def gram(vectors: Tensor, out: Tensor) -> None:
+    """Inner products of all pairs; see `eigenfilter.kernels.gram`."""
+    workspace = _workspace(vectors, out.numel())
+    _core.gram([vectors], len(vectors), out, workspace, torch.get_num_threads())
+
+
+def mix_rows(vectors: Tensor, factors: Tensor) -> None:
+    """Triangular combinations; see `eigenfilter.kernels.mix_rows`."""
+    _core.mix_rows([vectors], len(vectors), factors, torch.get_num_threads())
+
+
+def _workspace(vectors: Tensor, sums: int) -> Tensor | None:
+    """Return room for so many sums over parts of the vectors, which a GPU needs."""
+    if vectors.device.type == "cpu":
+        return None
+    size = _core.sums_workspace(sums, vectors.shape[1])
+    return torch.empty(size, dtype=torch.float64, device=vectors.device)
+
+
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
     _core.flag_nonfinite(tensors, found_inf, torch.get_num_threads())

@@ -221,6 +221,35 @@ def project_out(
     norms.copy_(torch.linalg.vector_norm(w.double(), dim=-1))
 
 
+def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
+    """s_0 <- q_i . w_i, s_1 <- w_i . w_i, in float64."""
+    sums[0] = (q.double() * w.double()).sum(1)
+    sums[1] = w.double().square().sum(1)
+
+
+def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
+    """u_i <- f_0i w_i + f_1i q_i + f_2i u_i in float64, rounded once; s <- u_i . u_i, u_i . q_i."""
+    f = factors[:, :, None]
+    u.copy_(f[0] * w.double() + f[1] * q.double() + f[2] * u.double())
+    sums[0] = u.double().square().sum(1)
+    sums[1] = (u.double() * q.double()).sum(1)
+
+
+def gram(vectors: Tensor, out: Tensor) -> None:
+    """G <- V V^T, in float64, symmetric to the bit."""
+    lower = (vectors.double() @ vectors.double().T).tril()
+    out.copy_(lower + lower.tril(-1).T)
+
+
+def mix_rows(vectors: Tensor, factors: Tensor) -> None:
+    """V <- tril(F) V in float64, rounded once; summed in the order of the columns of F."""
+    V, F = vectors.double(), factors.tril()
+    result = torch.zeros_like(V)
+    for j in range(len(V)):
+        result[j:] += F[j:, j, None] * V[j]
+    vectors.copy_(result)
+
+
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """found_inf <- 1 if any element of any tensor is inf or NaN; else unchanged."""
     _core.check(("tensors",), (tensors,), (False,))

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eigenfilter.kernels import triton_device as device_code
+from eigenfilter.kernels import triton_lanczos as lanczos_code
 from eigenfilter.kernels import triton_project as project_code
 from eigenfilter.kernels.reference import Scalar, arithmetic_dtype, check_seed
 from eigenfilter.kernels.triton_blocks import Blocks
@@ -245,6 +246,44 @@ def project_out(
                 w, basis, factors, squares, rows, columns, **constants
             )
         project_code.norms_kernel[(count,)](squares, tiles, norms, **constants)
+
+
+def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
+    """Inner products; see `eigenfilter.kernels.row_dots`."""
+    _over_columns(lanczos_code.row_dots_kernel, len(q), q.shape[1], (q, w), sums)
+
+
+def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
+    """A step of recurrences; see `eigenfilter.kernels.three_term`."""
+    _over_columns(
+        lanczos_code.three_term_kernel, len(u), u.shape[1], (u, q, w, factors), sums, len(u)
+    )
+
+
+def gram(vectors: Tensor, out: Tensor) -> None:
+    """Inner products of all pairs; see `eigenfilter.kernels.gram`."""
+    _over_columns(lanczos_code.gram_kernel, 1, vectors.shape[1], (vectors,), out, len(vectors))
+
+
+def mix_rows(vectors: Tensor, factors: Tensor) -> None:
+    """Triangular combinations; see `eigenfilter.kernels.mix_rows`."""
+    rows, columns = vectors.shape
+    constants = {"TILE": lanczos_code.TILE, **lanczos_code.OPTIONS}
+    grid = (triton.cdiv(columns, lanczos_code.TILE),)
+    with _served(vectors.device):
+        lanczos_code.mix_rows_kernel[grid](vectors, factors, rows, columns, **constants)
+
+
+def _over_columns(
+    kernel: Any, count: int, columns: int, given: tuple[Tensor, ...], sums: Tensor, *rows: int
+) -> None:
+    """Run a kernel over tiles of columns, `count` times, and add up the sums of its tiles."""
+    tiles = triton.cdiv(columns, lanczos_code.TILE)
+    constants = {"TILE": lanczos_code.TILE, **lanczos_code.OPTIONS}
+    with _served(sums.device):
+        of_tiles = sums.new_empty(sums.numel() * tiles)
+        kernel[(tiles, count)](*given, of_tiles, *rows, columns, **constants)
+        lanczos_code.add_sums_kernel[(sums.numel(),)](of_tiles, tiles, sums, **constants)
 
 
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:

@@ -1,0 +1,100 @@
+// The inner loops of the kernels over vectors of one type, for one stretch of columns; part of
+// loops.cpp.
+#pragma once
+
+#include "eigenfilter/rules.hpp"
+#include "project_loops.hpp"
+
+namespace eigenfilter::cpu {
+namespace {
+
+// Calls body(io, i, part) for n elements, some at a time: those from element i on belong to the
+// sums of that part, element j to sum j % 16, in every instruction set.
+template <class Storage, class Body>
+EIGENFILTER_INLINE void by_parts(std::int64_t n, Body body) {
+    constexpr int L = kDoubles;
+    std::int64_t i = 0;
+    for (; i + kSums <= n; i += kSums) {
+        for (int part = 0; part < kSums / L; ++part) body(Whole<Storage, L>{}, i + part * L, part);
+    }
+    for (int part = 0; i < n; i += L, ++part)
+        body(Partial<Storage, L>{n - i < L ? n - i : L}, i, part);
+}
+
+using Sums = Doubles[kSums / kDoubles];
+
+template <class T>
+void row_dots(const T* q, const T* w, std::int64_t n, double* out) {
+    Sums dots = {}, squares = {};
+    by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int part) {
+        const auto product = to_doubles(io.read(w + i));
+        dots[part] += to_doubles(io.read(q + i)) * product;
+        squares[part] += product * product;
+    });
+    out[0] = sum_of(dots);
+    out[1] = sum_of(squares);
+}
+
+template <class T>
+void three_term(const ThreeTerm& rule, T* u, const T* q, const T* w, std::int64_t n, double* out) {
+    Sums squares = {}, dots = {};
+    by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int part) {
+        const auto present = to_doubles(io.read(q + i));
+        const auto next =
+            from_doubles<T>(rule(to_doubles(io.read(w + i)), present, to_doubles(io.read(u + i))));
+        io.write(u + i, next);
+        const auto rounded = to_doubles(next);
+        squares[part] += rounded * rounded;
+        dots[part] += rounded * present;
+    });
+    out[0] = sum_of(squares);
+    out[1] = sum_of(dots);
+}
+
+// A tile of a few rows in double: n columns, of room for kMixed.
+struct Wide {
+    alignas(64) double at[kMostRows][kMixed];
+
+    template <class T>
+    EIGENFILTER_INLINE Wide(const T* rows, std::int64_t stride, std::int64_t count,
+                            std::int64_t n) {
+        for (std::int64_t r = 0; r < count; ++r) {
+            by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int) {
+                store(at[r] + i, to_doubles(io.read(rows + r * stride + i)));
+            });
+        }
+    }
+};
+
+// Adds to the lower triangle of out [count, count].
+template <class T>
+void gram(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t n, double* out) {
+    using Double = Native<double>;
+    const Wide wide(rows, stride, count, n);
+    double found[kMostRows];
+    for (std::int64_t r = 0; r < count; ++r) {
+        std::int64_t s = 0;
+        for (; s + kRowsAtOnce <= r + 1; s += kRowsAtOnce)
+            dots_of<double, Double, kRowsAtOnce>(wide.at[s], kMixed, wide.at[r], n, found + s);
+        for (; s <= r; ++s)
+            dots_of<double, Double, 1>(wide.at[s], kMixed, wide.at[r], n, found + s);
+        for (s = 0; s <= r; ++s) out[r * count + s] += found[s];
+    }
+}
+
+template <class T>
+void mix_rows(const double* factors, T* rows, std::int64_t stride, std::int64_t count,
+              std::int64_t n) {
+    const Wide wide(rows, stride, count, n);
+    for (std::int64_t r = 0; r < count; ++r) {
+        by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int) {
+            Doubles sum = {};
+            for (std::int64_t s = 0; s <= r; ++s)
+                sum += factors[r * count + s] * load<Doubles>(wide.at[s] + i);
+            io.write(rows + r * stride + i, from_doubles<T>(sum));
+        });
+    }
+}
+
+}  // namespace
+}  // namespace eigenfilter::cpu

@@ -1,0 +1,187 @@
+"""gram, mix_rows and what they make together, the orthonormalisation of a block."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import Room, same_bits
+from eigenfilter import _core, kernels
+
+# Below, at and above the sums taken side by side, what is in double at once, blocks and tiles.
+SIZES = (1, 15, 16, 17, 127, 128, 129, 511, 512, 513, 2049, 9000)
+VECTORS = (torch.float32, torch.float64)
+COUNTS = (1, 3, 8, 32)
+ROUNDINGS = 32
+
+
+def rows(count: int, size: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    random = torch.Generator().manual_seed(10 * count + size)
+    return torch.randn(count, size, generator=random, dtype=torch.float64).to(device, dtype)
+
+
+def conditioned(condition: float, count: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Rows whose singular values go from 1 down to 1 / condition."""
+    random = torch.Generator().manual_seed(size)
+    shapes = (size, count), (count, count)
+    u, v = (torch.linalg.qr(torch.randn(s, generator=random).double()).Q for s in shapes)
+    values = condition ** -torch.linspace(0, 1, count, dtype=torch.float64)
+    return ((v * values) @ u.T).to(dtype).contiguous()
+
+
+def check(room: Room, dtype: torch.dtype, count: int, size: int) -> None:
+    v = rows(count, size, dtype, room.device)
+    found = kernels.gram(v, backend=room.backend)
+    for products, row in zip(found, v.double(), strict=True):
+        terms = v.double() * row  # summed pairwise; the reference's one by one
+        bound = 256 * torch.finfo(torch.float64).eps * terms.abs().sum(1)
+        assert ((products - terms.sum(1)).abs() <= bound).all()
+    assert same_bits(found, found.T.contiguous())
+    f = rows(count, count, torch.float64, room.device)
+    expected = v.clone()
+    kernels.mix_rows(expected, f, backend="reference")
+    kernels.mix_rows(v, f, backend=room.backend)
+    assert same_bits(v, expected)
+
+
+def deviation(v: Tensor, alive: int) -> float:
+    """Return max |V V^T - I|, rows of zeros left out; fail unless so many are not zero."""
+    kept = v[v.any(1)].double()
+    assert len(kept) == alive
+    return float((kept @ kept.T - torch.eye(alive).to(kept)).abs().max())
+
+
+def loss(before: Tensor, lower: Tensor, v: Tensor) -> float:
+    """Return the largest |row of V - L V'|, relative to the row of V."""
+    off = (lower @ v.double() - before.double()).norm(dim=1)
+    return float((off / before.double().norm(dim=1).clamp_min(1e-300)).max())
+
+
+@pytest.mark.parametrize("dtype", VECTORS, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_against_float64(room: Room, dtype: torch.dtype, size: int) -> None:
+    for count in COUNTS:
+        check(room, dtype, count, size)
+
+
+@pytest.mark.parametrize("dtype", VECTORS, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: torch.dtype) -> None:
+    found = []
+    for isa in _core.isas():
+        _core.set_isa(isa)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            v = rows(5, 300_001, dtype)
+            g = kernels.gram(v)
+            kernels.mix_rows(v, g)
+            found.append([g, v])
+    for other in found[1:]:
+        assert all(map(same_bits, other, found[0]))
+
+
+@pytest.mark.parametrize("dtype", VECTORS, ids=str)
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+def test_any_condition(room: Room, dtype: torch.dtype, condition: float) -> None:
+    """No worse than torch's QR, but for a few roundings; and lower triangular."""
+    before = conditioned(condition, 8, 3000, dtype).to(room.device)
+    v = before.clone()
+    lower = kernels.orthonormalise(v, backend=room.backend)
+    q = torch.linalg.qr(before.T).Q.T
+    eps = torch.finfo(dtype).eps
+    assert deviation(v, 8) <= deviation(q, 8) + ROUNDINGS * eps
+    assert loss(before, lower, v) <= ROUNDINGS * eps * (1 if condition == 1 else condition**0.25)
+    assert same_bits(lower, lower.tril())
+    assert (lower.diagonal() > 0).all()
+
+
+def test_float64_at_a_condition_that_its_gram_matrix_does_not_see(room: Room) -> None:
+    before = conditioned(1e12, 8, 3000, torch.float64).to(room.device)
+    v = before.clone()
+    kernels.orthonormalise(v, backend=room.backend)
+    assert deviation(v, 8) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", VECTORS, ids=str)
+def test_rows_that_depend_on_others_become_zero(room: Room, dtype: torch.dtype) -> None:
+    before = rows(8, 3000, dtype, room.device)
+    before[2] = 0
+    before[4] = before[1]  # to the bit
+    before[6] = 0.5 * before[0] - 4 * before[3]  # but for rounding, which may count as its own
+    v = before.clone()
+    lower = kernels.orthonormalise(v, backend=room.backend)
+    assert not v[[2, 4]].any()
+    assert not lower.diagonal()[[2, 4]].any()
+    eps = torch.finfo(dtype).eps
+    assert deviation(v, 5 + bool(v[6].any())) < ROUNDINGS * eps
+    assert loss(before, lower, v) < ROUNDINGS * eps
+    assert lower.diagonal()[6] < 8 * eps * before[6].double().norm()
+
+
+def test_all_zero_and_nothing(room: Room) -> None:
+    v = torch.zeros(3, 100, device=room.device)
+    assert not kernels.orthonormalise(v, backend=room.backend).any()
+    assert not v.any()
+    for shape in ((0, 100), (3, 0)):
+        empty = torch.empty(shape, device=room.device)
+        assert kernels.orthonormalise(empty, backend=room.backend).shape == (shape[0], shape[0])
+
+
+def test_lengths_do_not_matter(room: Room) -> None:
+    """Rows of very different lengths lose nothing to each other."""
+    v = rows(4, 1000, torch.float32, room.device)
+    v *= torch.tensor([1e-15, 1e15, 1.0, 1e-20], device=room.device)[:, None]
+    kernels.orthonormalise(v, backend=room.backend)
+    assert deviation(v, 4) < 1e-6
+
+
+def test_slices_are_added_up(room: Room) -> None:
+    """Where another process holds as much again, all inner products are twice as large."""
+    v = conditioned(1e4, 5, 2000, torch.float32).to(room.device)
+    alone = v.clone()
+    expected = kernels.orthonormalise(alone, backend=room.backend)
+    lower = kernels.orthonormalise(v, total=lambda g: 2 * g, backend=room.backend)
+    torch.testing.assert_close(lower, 2**0.5 * expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(v, alone / 2**0.5, rtol=1e-3, atol=1e-6)
+
+
+def test_nonfinite_values_come_through(room: Room) -> None:
+    v = rows(3, 100, torch.float32, room.device)
+    v[1, 50] = torch.nan
+    lower = kernels.orthonormalise(v, backend=room.backend)
+    assert lower.isnan().any()
+    assert v[1].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("v", "f", "message"),
+    [
+        (torch.zeros(33, 5), torch.zeros(33, 33).double(), "at most 32"),
+        (torch.zeros(5), torch.zeros(1, 1).double(), r"must be \[b, n\]"),
+        (torch.zeros(5, 2).T, torch.zeros(2, 2).double(), "must be contiguous"),
+        (torch.zeros(2, 5).half(), torch.zeros(2, 2).double(), "float32 or float64"),
+        (torch.zeros(2, 5), torch.zeros(2, 2), r"factors must be \[2, 2\]"),
+    ],
+)
+def test_bad_operands_are_refused(v: Tensor, f: Tensor, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        kernels.mix_rows(v, f)
+
+
+def test_triton_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    subprocess.run([sys.executable, __file__], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    for dtype in VECTORS:
+        for size in (1, 100, 1024, 2500):
+            check(Room("triton"), dtype, 5, size)
+        test_rows_that_depend_on_others_become_zero(Room("triton"), dtype)

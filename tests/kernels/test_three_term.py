@@ -1,0 +1,157 @@
+"""row_dots and three_term against float64, and the same to the bit whatever runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import Room, same_bits
+from eigenfilter import _core, kernels
+
+# Below, at and above the sums taken side by side, blocks and tiles of columns.
+SIZES = (1, 7, 15, 16, 17, 1000, 2047, 2048, 2049, 5000)
+VECTORS = (torch.float32, torch.float64)
+COUNTS = (1, 3, 8)
+MARGIN = 5
+
+
+def rows(count: int, size: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed + 10 * count + size)
+    return torch.randn(count, size, generator=random, dtype=torch.float64).to(device, dtype)
+
+
+def factors(count: int, device: str = "cpu") -> Tensor:
+    return rows(3, count, torch.float64, device, seed=7).contiguous()
+
+
+def close_sums(found: Tensor, a: Tensor, b: Tensor) -> None:
+    """Sums of products of float64 err by a few of their roundings."""
+    terms = (a.double() * b.double()).abs().sum(1)
+    error = (found - (a.double() * b.double()).sum(1)).abs()
+    assert (error <= 32 * torch.finfo(torch.float64).eps * terms).all()
+
+
+def check(room: Room, dtype: torch.dtype, count: int, size: int) -> None:
+    q, w = (rows(count, size, dtype, room.device, seed) for seed in (1, 2))
+    dots, squares = kernels.row_dots(q, w, backend=room.backend)
+    close_sums(dots, q, w)
+    close_sums(squares, w, w)
+    # In memory whose surroundings must stay, and where rows are not aligned.
+    f = factors(count, room.device)
+    memory = torch.full((count * size + 2 * MARGIN,), torch.nan, dtype=dtype, device=room.device)
+    u = memory[MARGIN:-MARGIN].view(count, size)
+    for target in (u, torch.empty_like(q)):
+        target.copy_(rows(count, size, dtype, room.device, seed=3))
+        expected = target.clone()
+        kernels.three_term(expected, q, w, f, backend="reference")
+        squares, dots = kernels.three_term(target, q, w, f, backend=room.backend)
+        assert same_bits(target, expected)
+        close_sums(squares, target, target)
+        close_sums(dots, target, q)
+    assert memory[:MARGIN].isnan().all()
+    assert memory[-MARGIN:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", VECTORS, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_against_float64(room: Room, dtype: torch.dtype, size: int) -> None:
+    for count in COUNTS:
+        check(room, dtype, count, size)
+
+
+def test_the_combination_is_rounded_once() -> None:
+    """To the nearest of float32, where each product and sum in float32 would err by more."""
+    q, w, u = (rows(4, 3000, torch.float32, seed=s) for s in (1, 2, 3))
+    f = factors(4)
+    exact = (
+        f[0, :, None] * w.double() + f[1, :, None] * q.double() + f[2, :, None] * u.double()
+    ).float()
+    kernels.three_term(u, q, w, f)
+    assert same_bits(u, exact)
+
+
+@pytest.mark.parametrize("dtype", VECTORS, ids=str)
+@pytest.mark.usefixtures("threads")
+def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: torch.dtype) -> None:
+    q, w = (rows(3, 300_001, dtype, seed=s) for s in (1, 2))
+    found = []
+    for isa in _core.isas():
+        _core.set_isa(isa)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            u = rows(3, 300_001, dtype, seed=3)
+            sums = kernels.row_dots(q, w)
+            found.append([sums, kernels.three_term(u, q, w, factors(3)), u])
+    for other in found[1:]:
+        assert all(map(same_bits, other, found[0]))
+
+
+@pytest.mark.parametrize("shape", [(0, 100), (3, 0)])
+def test_nothing_to_do(room: Room, shape: tuple[int, int]) -> None:
+    empty = torch.empty(shape, device=room.device)
+    f = torch.ones(3, shape[0], dtype=torch.float64, device=room.device)
+    for sums in (
+        kernels.row_dots(empty, empty, backend=room.backend),
+        kernels.three_term(empty.clone(), empty, empty, f, backend=room.backend),
+    ):
+        assert sums.shape == (2, shape[0])
+        assert not sums.any()
+
+
+def test_nonfinite_values_come_through_in_their_row(room: Room) -> None:
+    q, w, u = (rows(3, 100, torch.float32, room.device, seed) for seed in (1, 2, 3))
+    w[1, 50] = torch.inf
+    sums = kernels.row_dots(q, w, backend=room.backend)
+    assert sums[1].isinf().tolist() == [False, True, False]
+    f = torch.ones(3, 3, dtype=torch.float64, device=room.device)
+    sums = kernels.three_term(u, q, w, f, backend=room.backend)
+    assert sums[0].isinf().tolist() == [False, True, False]
+
+
+def test_version_counters_are_bumped(room: Room) -> None:
+    u, q, w = (rows(2, 100, torch.float32, room.device, seed) for seed in (1, 2, 3))
+    before = u._version, q._version, w._version
+    kernels.three_term(u, q, w, factors(2, room.device), backend=room.backend)
+    assert u._version > before[0]
+    assert (q._version, w._version) == before[1:]
+
+
+GOOD = torch.zeros(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("u", "q", "f", "message"),
+    [
+        (torch.zeros(2, 4), GOOD, torch.zeros(3, 2).double(), "all of one shape"),
+        (torch.zeros(10), torch.zeros(10), torch.zeros(3, 10).double(), r"must be \[b, n\]"),
+        (torch.zeros(5, 2).T, GOOD, torch.zeros(3, 2).double(), "must be contiguous"),
+        (torch.zeros(2, 5).half(), GOOD, torch.zeros(3, 2).double(), "float32 or float64"),
+        (torch.zeros(2, 5).double(), GOOD, torch.zeros(3, 2).double(), "convert one of them"),
+        (GOOD, GOOD, torch.zeros(3, 2).double(), "share memory"),
+        (torch.zeros(2, 5), GOOD, torch.zeros(3, 2), r"factors must be \[3, 2\]"),
+        (torch.zeros(2, 5), GOOD, torch.zeros(2, 2).double(), r"factors must be \[3, 2\]"),
+    ],
+)
+def test_bad_operands_are_refused(u: Tensor, q: Tensor, f: Tensor, message: str) -> None:
+    before = u.clone()
+    with pytest.raises((ValueError, TypeError), match=message):
+        kernels.three_term(u, q, torch.zeros(2, 5), f)
+    assert torch.equal(u, before)
+
+
+def test_triton_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))
+    subprocess.run([sys.executable, __file__], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    for dtype in VECTORS:
+        for size in (1, 100, 1024, 2500):
+            check(Room("triton"), dtype, 3, size)
