@@ -52,17 +52,22 @@ class _Pool:
     def run(self, stop: Callable[[], bool]) -> None:
         ledger = self._ledger
         while ledger.waiting or any(worker.name is not None for worker in self._workers):
-            if not ledger.stopping and stop():
-                ledger.stop()
-                for worker in self._workers:
-                    worker.send(None)
+            self._heed(stop)
             self._assign()
-            for ready in wait([worker.connection for worker in self._workers], POLL):
+            connections = wait([worker.connection for worker in self._workers], POLL)
+            self._heed(stop)  # before a worker's word that the same signal stopped it too
+            for ready in connections:
                 self._receive(next(w for w in self._workers if w.connection is ready))
 
     def kill(self) -> None:
         while self._workers:
             self._remove(self._workers[0])
+
+    def _heed(self, stop: Callable[[], bool]) -> None:
+        if not self._ledger.stopping and stop():
+            self._ledger.stop()
+            for worker in self._workers:
+                worker.send(None)
 
     def _assign(self) -> None:
         ledger = self._ledger
