@@ -8,11 +8,17 @@ import importlib.util
 import torch
 
 from eigenfilter import _core
-from eigenfilter.benchmarks import kernels, optimizers, training
+from eigenfilter.benchmarks import kernels, lanczos, optimizers, training
 from eigenfilter.benchmarks.contest import Benchmark, Setting
 
 BENCHMARKS: dict[str, Benchmark] = {
-    b.name: b for b in (*optimizers.BENCHMARKS, *training.BENCHMARKS, *kernels.BENCHMARKS)
+    b.name: b
+    for b in (
+        *optimizers.BENCHMARKS,
+        *training.BENCHMARKS,
+        *kernels.BENCHMARKS,
+        *lanczos.BENCHMARKS,
+    )
 }
 
 

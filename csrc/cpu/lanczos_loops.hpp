@@ -51,9 +51,11 @@ void three_term(const ThreeTerm& rule, T* u, const T* q, const T* w, std::int64_
     out[1] = sum_of(dots);
 }
 
-// A tile of a few rows in double: n columns, of room for kMixed.
+// A tile of a few rows in double: n columns, of room for kMixed. Rows lie a cache line more apart,
+// or else all would compete for the same lines of a cache.
+constexpr std::int64_t kWideStride = kMixed + 8;
 struct Wide {
-    alignas(64) double at[kMostRows][kMixed];
+    alignas(64) double at[kMostRows][kWideStride];
 
     template <class T>
     EIGENFILTER_INLINE Wide(const T* rows, std::int64_t stride, std::int64_t count,
@@ -66,7 +68,7 @@ struct Wide {
     }
 };
 
-// Adds to the lower triangle of out [count, count].
+// Adds to the lower triangle of out [count, count]; some more products, of rows at once, are left.
 template <class T>
 void gram(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t n, double* out) {
     using Double = Native<double>;
@@ -74,25 +76,40 @@ void gram(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t n
     double found[kMostRows];
     for (std::int64_t r = 0; r < count; ++r) {
         std::int64_t s = 0;
-        for (; s + kRowsAtOnce <= r + 1; s += kRowsAtOnce)
-            dots_of<double, Double, kRowsAtOnce>(wide.at[s], kMixed, wide.at[r], n, found + s);
+        for (; s <= r && s + kRowsAtOnce <= count; s += kRowsAtOnce)
+            dots_of<double, Double, kRowsAtOnce>(wide.at[s], kWideStride, wide.at[r], n, found + s);
         for (; s <= r; ++s)
-            dots_of<double, Double, 1>(wide.at[s], kMixed, wide.at[r], n, found + s);
+            dots_of<double, Double, 1>(wide.at[s], kWideStride, wide.at[r], n, found + s);
         for (s = 0; s <= r; ++s) out[r * count + s] += found[s];
     }
+}
+
+// Parts vectors of row r, from column i on, from the rows up to it.
+template <int Parts, class T, class IO>
+EIGENFILTER_INLINE void mix_row(const Wide& wide, const double* factors, std::int64_t r, T* to,
+                                std::int64_t i, IO io) {
+    Doubles sums[Parts] = {};
+    for (std::int64_t s = 0; s <= r; ++s) {
+        for (int part = 0; part < Parts; ++part)
+            sums[part] += factors[s] * load<Doubles>(wide.at[s] + i + part * kDoubles);
+    }
+    for (int part = 0; part < Parts; ++part)
+        io.write(to + i + part * kDoubles, from_doubles<T>(sums[part]));
 }
 
 template <class T>
 void mix_rows(const double* factors, T* rows, std::int64_t stride, std::int64_t count,
               std::int64_t n) {
+    constexpr int L = kDoubles, kParts = 4;
     const Wide wide(rows, stride, count, n);
     for (std::int64_t r = 0; r < count; ++r) {
-        by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int) {
-            Doubles sum = {};
-            for (std::int64_t s = 0; s <= r; ++s)
-                sum += factors[r * count + s] * load<Doubles>(wide.at[s] + i);
-            io.write(rows + r * stride + i, from_doubles<T>(sum));
-        });
+        const double* own = factors + r * count;
+        T* to = rows + r * stride;
+        std::int64_t i = 0;
+        for (; i + kParts * L <= n; i += kParts * L)
+            mix_row<kParts>(wide, own, r, to, i, Whole<Native<T>, L>{});
+        for (; i < n; i += L)
+            mix_row<1>(wide, own, r, to, i, Partial<Native<T>, L>{n - i < L ? n - i : L});
     }
 }
 

@@ -12,8 +12,8 @@ namespace eigenfilter::cpu {
 // Columns that project_out works on at once, whole groups: those of 60 float rows fit a
 // second-level cache.
 constexpr std::int64_t kColumns = 2048;
-// Columns of a few rows that are in double at once: those of 8 fit a first-level cache.
-constexpr std::int64_t kMixed = 512;
+// Columns of a few rows that are in double at once: those of 8 take half a first-level cache.
+constexpr std::int64_t kMixed = 256;
 
 // Each works on n consecutive elements, which lie at `place`. `stream` writes what is not read past
 // the caches.

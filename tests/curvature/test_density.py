@@ -12,6 +12,8 @@ from torch import Tensor
 from curvature.dense import DenseOperator, operator
 from eigenfilter import curvature
 from eigenfilter.curvature.estimates import _t_quantile
+from eigenfilter.curvature.lockstep import Lockstep
+from eigenfilter.curvature.space import Space
 
 
 def hessian_like(n: int = 600) -> Tensor:
@@ -106,6 +108,73 @@ def test_deflated_probes_are_right_on_average_in_a_small_space() -> None:
     top = curvature.eigsh(op, 1, tol=1e-12)
     found = curvature.spectral_density(op, 4000, 1, deflate=top).trace
     assert abs(float(found) - 86) < 4 * found.standard_error < 1.5
+
+
+def test_the_recurrence_is_that_of_exact_arithmetic() -> None:
+    """Its coefficients in float32 against those in float64, from the same starts and products."""
+    op = operator(hessian_like(), torch.float32, seed=600)
+    matrix, starts = op.matrix.double(), torch.randn(3, 600, dtype=torch.float64)
+    q = starts / starts.norm(dim=1, keepdim=True)
+    run = Lockstep(Space(op), q.float(), torch.empty(0, 600))
+    before, beta = torch.zeros_like(q), torch.zeros(3, 1, dtype=torch.float64)
+    for _ in range(6):
+        alpha, length = run.step(op.matmat(run.q.T).T.contiguous())
+        w = q @ matrix - beta * before
+        exact = (w * q).sum(1, keepdim=True)
+        w -= exact * q
+        before, beta = q, w.norm(dim=1, keepdim=True)
+        q = w / beta
+        torch.testing.assert_close(alpha, exact[:, 0], rtol=0, atol=2e-5)
+        torch.testing.assert_close(length, beta[:, 0], rtol=0, atol=2e-5)
+        lengths = run.q.double().norm(dim=1)
+        assert (lengths - 1).abs().max() < 1e-3  # kept so without a pass of their own
+        torch.testing.assert_close(run.q.double() / lengths[:, None], q, rtol=0, atol=2e-5)
+
+
+def test_a_recurrence_that_ends_is_zero_from_then_on() -> None:
+    """An eigenvector, between two starts that go on."""
+    values = torch.arange(1.0, 7.0, dtype=torch.float64)
+    op, starts = DenseOperator(values.diag()), torch.ones(3, 6, dtype=torch.float64)
+    starts[1] = torch.eye(6)[3]
+    run = Lockstep(Space(op), starts / starts.norm(dim=1, keepdim=True), torch.empty(0, 6))
+    for j in range(3):
+        alpha, beta = run.step(op.matmat(run.q.T).T.contiguous())
+        assert alpha[1] == (4 if j == 0 else 0)
+        assert beta[1] == 0
+        assert (beta[[0, 2]] > 0.1).all()
+
+
+def test_products_are_only_read() -> None:
+    """An operator may return what it was given, or memory of its own."""
+    identity = DenseOperator(torch.eye(50))
+    identity.matmat = lambda V: V  # type: ignore[method-assign]
+    at, mass = curvature.spectral_density(identity, 2, 3).measure()
+    assert ((at[mass > 0] - 1).abs() < 1e-6).all()
+
+
+def test_probes_are_kept_apart_from_what_is_deflated() -> None:
+    values = hessian_like(200)
+    op = operator(values)
+    top = curvature.eigsh(op, 5, tol=1e-10)
+    known = top.vectors.T.contiguous()
+    q = torch.randn(3, 200, dtype=torch.float64)
+    space = Space(op)
+    space.project_out(q, known)
+    run = Lockstep(space, q / q.norm(dim=1, keepdim=True), known)
+    for _ in range(30):
+        run.step(op.matmat(run.q.T).T.contiguous())
+        assert (run.q @ known.T).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_an_orthonormal_basis_of_rows_that_depend_on_each_other(rows: int) -> None:
+    made = torch.randn(rows, 100, dtype=torch.float64)
+    made[1] = 0
+    made[rows - 1] = made[0]
+    space = Space(DenseOperator(torch.eye(100, dtype=torch.float64)))
+    basis = space.orthonormal(made, torch.Generator().manual_seed(0))
+    assert (basis @ basis.T - torch.eye(rows)).abs().max() < 1e-13
+    assert (made - made @ basis.T @ basis).abs().max() < 1e-12
 
 
 def test_a_zero_operator() -> None:

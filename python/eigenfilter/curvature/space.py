@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eigenfilter import kernels
 from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.kernels.lanczos import MOST_ROWS
 
 _PIECE = 1 << 12  # elements summed in the vectors' dtype before float64 goes on
 _CHUNK = 1 << 16  # elements of which wider copies are made at a time
@@ -78,24 +79,26 @@ class Space:
         shape = w.shape[:-1]
         return coefficients.view(*shape, len(basis)), self.dot(W, W).sqrt().view(shape)
 
-    def orthonormal(self, rows: Tensor) -> Tensor:
+    def orthonormal(self, rows: Tensor, random: torch.Generator) -> Tensor:
         """Return an orthonormal basis [m, l] whose span holds that of rows [m, l], m <= n.
 
-        Each slice is factored alone, then the triangles together.
-
-        Source: J. Demmel, L. Grigori, M. Hoemmen and J. Langou, Communication-optimal parallel and
-        sequential QR and LU factorizations, SIAM J. Sci. Comput. 34 (2012), section 4.
+        A row that depends on those before it gives way to a random one.
         """
-        Q, R = torch.linalg.qr(rows.T)
-        if self._slices is not None:
-            heights = torch.zeros(self._slices.count, dtype=torch.float64, device=rows.device)
-            heights[self._slices.number] = len(R)
-            ends = self.total(heights).cumsum(0).long().tolist()
-            own = slice(ends[self._slices.number] - len(R), ends[self._slices.number])
-            triangles = R.new_zeros(ends[-1], len(rows), dtype=torch.float64)
-            triangles[own] = R.double()
-            Q = Q @ torch.linalg.qr(self.total(triangles)).Q[own].to(Q)
-        basis: Tensor = Q.T.contiguous()
+        basis = rows.clone(memory_format=torch.contiguous_format)
+        for start in range(0, len(basis), MOST_ROWS):
+            panel = basis[start : start + MOST_ROWS]
+            while True:
+                if start:
+                    lengths = self.dot(panel, panel).sqrt()
+                    _, left = self.project_out(panel, basis[:start])
+                    rounding = torch.finfo(panel.dtype).eps * lengths
+                    panel.masked_fill_((left <= rounding)[:, None], 0.0)
+                own = kernels.orthonormalise(panel, total=self.total).diagonal()
+                missing = (own == 0).nonzero().flatten().tolist()
+                if not missing:
+                    break
+                for i in missing:
+                    panel[i].normal_(generator=random)
         return basis
 
 

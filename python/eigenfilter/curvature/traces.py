@@ -50,7 +50,7 @@ def trace(op: SymmetricOperator, matvecs: int = 60, *, seed: int = 0) -> Estimat
     random = space.generator(seed, op.device)
     with getattr(op, "fixed", nullcontext)():
         basis = signs(op, min(third, space.dimension), random)
-        basis = space.orthonormal(op.matmat(basis.T).T)
+        basis = space.orthonormal(op.matmat(basis.T).T, random)
         exact = space.dot(basis, op.matmat(basis.T).T).sum()
         if len(basis) == space.dimension:
             check_finite(exact)
