@@ -172,6 +172,9 @@ def test_nonfinite_values_come_through(room: Room) -> None:
 def test_bad_operands_are_refused(v: Tensor, f: Tensor, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         kernels.mix_rows(v, f)
+    if "factors" not in message:
+        with pytest.raises((ValueError, TypeError), match=message):
+            kernels.orthonormalise(v)
 
 
 def test_triton_under_the_interpreter() -> None:

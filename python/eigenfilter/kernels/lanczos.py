@@ -260,6 +260,7 @@ def orthonormalise(
     Source: T. Fukaya, R. Kannan, Y. Nakatsukasa, Y. Yamamoto, Y. Yanagisawa, 2020,
     doi 10.1137/18M1218212, section 3, with raised pivots in place of the shift.
     """
+    _require_rows(vectors=vectors, most=MOST_ROWS)
     eps = torch.finfo(vectors.dtype).eps
     b = len(vectors)
     least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)  # of a pivot that can be relied on
