@@ -17,7 +17,7 @@ from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._parts import Gradients, Part, Piece, conforming
 from eigenfilter.optimizers.sgd import sgd_defaults
 
-_SLICE = 2**20  # elements that are multiplied in float64 at a time
+_SLICE = 2**16  # elements that are multiplied in float64 at a time
 
 
 class DifferenceAscent(Ascent):
@@ -201,11 +201,13 @@ def _dot_with_first(found: Gradients) -> float:
     """The dot product of gradients with those kept of the first side; waits for their devices."""
     total = 0.0
     for part, grads in found:
+        product = torch.zeros((), dtype=torch.float64, device=part.device)
         for first, second in zip(list(part.first_gradients()), grads, strict=True):
             a, b = first.flatten(), second.flatten()
             for begin in range(0, len(a), _SLICE):
                 some = slice(begin, begin + _SLICE)
-                total += float((a[some].double() * b[some].double()).sum())
+                product += (a[some].double() * b[some].double()).sum()
+        total += product.item()
     return total
 
 
