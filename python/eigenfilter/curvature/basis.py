@@ -118,8 +118,8 @@ class RoundedBasis(Basis):
 
         T = L^-1 M L^-T,    G = L L^T,    T s' = theta s',    s = L^-T s'                       (3)
 
-    has the eigenvalues that H has on the span of what is stored, and d moves an eigenvalue of H
-    from those to second order only, by ||d||^2 ||H||.
+    has the eigenvalues that H has on the span of what is stored, from which d moves those of H to
+    second order only, by some ||d||^2 ||H||.
 
     Rotation stores Y = V S as Y + D. As H Y is known from (1) but for the errors of former
     rounding, no product is needed for
