@@ -1,11 +1,13 @@
-"""The examples run, and the two ways of sharing out agree."""
+"""The examples run, and come to what they should."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +40,40 @@ def test_curvature_under_torchrun() -> None:
     assert len(values) == 3
     for _, *found in sliced:
         assert found == pytest.approx(values, abs=2e-3)
+
+
+def row(sharpness: float, gradients: float, **options: Any) -> dict[str, Any]:
+    """What a sweep's table has of four seeds; the standard error of the sharpness is 0.1."""
+    usual = {"optimizer": "usam", "rho_schedule": "constant", "rho_start": 0.5, "rho_every": 1}
+    means = {
+        "sharpness": (sharpness, 0.2),
+        "gradients": (gradients, 0.0),
+        "test accuracy": (0.9, 0.01),
+    }
+    return {
+        "options": usual | {"ascent_part": 1.0} | options,
+        "runs": 4,
+        "complete": 4,
+        "measures": {k: {"mean": m, "deviation": d, "n": 4} for k, (m, d) in means.items()},
+    }
+
+
+def test_flat_for_less(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        row(3.0, 200),
+        row(3.2, 110, rho_schedule="late", rho_start=0.6, ascent_part=0.25),
+        row(5.0, 100, optimizer="sgd"),
+        row(1.0, 150, rho_schedule="every", rho_every=2) | {"complete": 3},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"table": rows}))
+    script = EXAMPLES / "flat_for_less.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
+    found = (tmp_path / "flat_for_less.md").read_text().splitlines()[2:]
+    assert [line.split(" | ")[:4] for line in found] == [
+        ["| SGD", "1.000", "5.00 ± 0.10", "0 ± 0"],
+        # (1 - 0.9) 0.1, 0.9 0.1 and 0.1 over 2
+        ["| last 40%, 0.25 of the batch", "1.100", "3.20 ± 0.10", "90 ± 7"],
+        ["| USAM", "2.000", "3.00 ± 0.10", "100 ± 0"],
+    ]
+    assert (tmp_path / "flat_for_less.png").stat().st_size > 0
