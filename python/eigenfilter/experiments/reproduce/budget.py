@@ -137,14 +137,9 @@ def _rates(config: Config, data: Images, device: torch.device) -> Rates:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The first time, which is slower, counts only where it takes so long that one is enough."""
-    began = time.perf_counter()
-    work()
-    first = time.perf_counter() - began
-    if first >= SECONDS:
-        return first
+    work()  # the first time takes longer
     began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS:
+    while not count or time.perf_counter() - began < SECONDS:
         work()
         count += 1
     return (time.perf_counter() - began) / count
