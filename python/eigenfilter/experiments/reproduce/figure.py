@@ -63,7 +63,7 @@ def save_png(figure: Figure, path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    replace(path, lambda file: figure.savefig(file, format="png", dpi=80))
+    replace(path, lambda file: figure.savefig(file, format="png", dpi=75))
 
 
 def as_svg(figure: Figure) -> str:
@@ -124,6 +124,8 @@ def _values(axes: Any, rows: Sequence[Row]) -> None:
         if edge is not None:
             axes.axhline(edge.value, color=color, linestyle=_DASHED, linewidth=1.2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.plot([], [], color="0.4", linestyle=_DASHED, label="edge of the filter")
     axes.legend(frameon=False, fontsize=8)
@@ -131,7 +133,7 @@ def _values(axes: Any, rows: Sequence[Row]) -> None:
 
 def _accuracies(axes: Any, rows: Sequence[Row]) -> None:
     """A point for every rho, the best one filled."""
-    axes.set(ylabel="accuracy")
+    axes.set(ylabel="accuracy, rho beside it")
     methods = list(dict.fromkeys(row.method for row in rows))
     for place, method in enumerate(methods):
         several = [row for row in rows if row.method == method]
@@ -152,11 +154,15 @@ def _accuracies(axes: Any, rows: Sequence[Row]) -> None:
             if row.rho is not None:
                 axes.annotate(
                     f"{row.rho:g}",
-                    (x, mean.value),
-                    xytext=(4, 4),
+                    (x, mean.value + (mean.deviation or 0.0)),
+                    xytext=(0, 6),
                     textcoords="offset points",
                     fontsize=7,
+                    rotation=90,
+                    horizontalalignment="center",
                 )
+    axes.margins(y=0.12)
+    axes.yaxis.set_major_formatter("{x:.1%}")
     axes.set_xticks(range(len(methods)), [METHODS[m].replace(" ", "\n") for m in methods])
 
 

@@ -25,7 +25,8 @@ LIMITS = (
     "edge, or, where minibatches differ, beyond it. The ratio says where each ended.",
     "SAM's filter moves with the norm of the gradient; no edge is given for it.",
     "The sharpness is that of the images named above, not of the whole training set; its error, "
-    "the residual, is that of the eigenvalue of their Hessian.",
+    "the residual ||H v - lambda v||, bounds how far an eigenvalue of their Hessian is, but for "
+    "the rounding of float32 in the products.",
     "Seconds are of runs side by side on a machine that may have had other work.",
 )
 

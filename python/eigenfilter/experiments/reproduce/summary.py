@@ -25,7 +25,7 @@ class Measured:
         note: why it did not complete.
         accuracy: on the test set, at the end; None, as all behind it, where there is none.
         sharpness, error: the largest Hessian eigenvalue, and its residual ||H v - lambda v||, which
-            bounds how far an eigenvalue is.
+            bounds how far an eigenvalue is, but for rounding in the products.
         edge: of the filter; None for SAM.
         gradients: of batches that the run took.
         seconds: it took.
