@@ -124,7 +124,7 @@ class Row:
     @property
     def label(self) -> str:
         """The method, and rho where it has one."""
-        return METHODS[self.method] + ("" if self.rho is None else f", rho {self.rho:g}")
+        return METHODS[self.method] + ("" if self.rho is None else f" (rho {self.rho:g})")
 
     def mean(self, name: str) -> Mean | None:
         """Of an attribute of the runs."""
