@@ -141,7 +141,9 @@ def test_the_order_is_stated_from_the_numbers(out: Path) -> None:
     [check] = [
         check
         for check in found["checks"]
-        if check["momentum"] == 0.9 and check["flatter"] == "USAM (rho 0.1)" and "0.1" in check["at"]
+        if check["momentum"] == 0.9
+        and check["flatter"] == "USAM (rho 0.1)"
+        and "0.1" in check["at"]
     ]
     held = sum(
         sharpness["sgd", 0.9, None, seed] > sharpness["usam", 0.9, 0.1, seed] for seed in (3, 4)
