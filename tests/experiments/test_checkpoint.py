@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eigenfilter.experiments import checkpoint
+from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.errors import UserError
 
 
@@ -24,6 +25,9 @@ def room(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+Capture = pytest.CaptureFixture[str]
 
 
 def state(seed: int = 0) -> dict[str, Any]:
@@ -102,3 +106,16 @@ def test_files_of_others(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), path)
     with pytest.raises(UserError, match="holds more than tensors"):
         checkpoint.read(path)
+
+
+@pytest.mark.parametrize("argv", [["spectrum"], ["train", "--resume", "--out"]])
+def test_another_layout_is_one_line(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": {}, "format": 1}, tmp_path / "checkpoint.pt")
+    assert main([*argv, str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"eigenfilter {argv[0]}: error: {tmp_path / 'checkpoint.pt'} is of format 1, and this "
+        "version reads 2: train again, or use the version that wrote it\n"
+    )

@@ -13,7 +13,7 @@ from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep import local, plan, table
+from eigenfilter.experiments.sweep import execution, local, plan, table
 
 YAML = """
 base: {model: mlp-12, samples: 96, batch_size: 32, epochs: 2}
@@ -101,6 +101,13 @@ def test_distributions_are_what_they_say(tmp_path: Path) -> None:
         assert sum(c.rho < 2 * part for c in found) / 2000 == pytest.approx(part, abs=0.045)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
+@pytest.mark.parametrize(("low", "high"), [(0.123456, 0.123459), (0.99996, 0.99999)])
+def test_rounding_stays_in_the_range(kind: str, low: float, high: float, tmp_path: Path) -> None:
+    text = f"random: {{lr: {{{kind}: [{low}, {high}]}}}}\nsamples: 9"
+    assert all(low <= config.lr <= high for config in chosen(text, tmp_path))
+
+
 def test_names_are_short_and_those_of_one_configuration(tmp_path: Path) -> None:
     options = {
         name: {"choice": [0.123, 0.456]}
@@ -150,7 +157,13 @@ BAD = {
     "{random: {lr: {uniform: [1, 0]}}, samples: 2}": "lr of random must be {uniform: [low, high]}",
     "{random: {lr: {log_uniform: [0, 1]}}, samples: 2}": "lr of random must be",
     "{random: {lr: {normal: [0, 1]}}, samples: 2}": "lr of random must be",
+    "{random: {lr: {uniform: [0, .inf]}}, samples: 2}": "lr of random must be",
+    "{random: {lr: {uniform: [-1e308, 1e308]}}, samples: 2}": "lr of random must be",
+    f"{{random: {{lr: {{log_uniform: [1, 1{'0' * 400}]}}}}, samples: 2}}": "lr of random must be",
     "{random: {lr: {uniform: [0, 1]}}, samples: 2, random_seed: x}": "random_seed must be",
+    "{grid: [{rho: 0}, {lr: [1, 2]}], random: {lr: {choice: [1]}}, samples: 2}": (
+        "lr is in grid and in random"
+    ),
 }
 
 
@@ -177,10 +190,13 @@ def record(accuracy: float, **more: Any) -> Record:
     }
 
 
-def test_the_table_is_over_seeds_and_the_best_is_first() -> None:
+def test_the_table_is_over_seeds_and_complete_rows_are_first() -> None:
     configs = {
-        f"{rho} {seed}": Config(rho=rho, seed=seed) for rho in (0.1, 0.2, 0.3) for seed in (0, 1, 2)
+        f"{rho} {seed}": Config(rho=rho, seed=seed)
+        for rho in (0.1, 0.2, 0.3, 0.4, 0.5)
+        for seed in (0, 1, 2)
     }
+    infinite = record(0.5, test={"accuracy": 0.5, "loss": None})
     failed: Record = {"outcome": "failed", "error": "nan", "diverged": True}
     records = dict(
         zip(
@@ -189,23 +205,28 @@ def test_the_table_is_over_seeds_and_the_best_is_first() -> None:
                 *(record(0.5), record(0.7), failed),
                 *(record(0.8, sharpness={"sharpness": 20.0}), failed, {"outcome": "stopped"}),
                 *(failed, failed, failed),
+                *(record(0.3), record(0.3), record(0.3)),
+                *(record(0.5), infinite, record(0.5)),
             ],
             strict=True,
         )
     )
     rows = table.rows(configs, records)
-    assert [row["options"] for row in rows] == [{"rho": 0.2}, {"rho": 0.1}, {"rho": 0.3}]
-    measure = rows[1]["measures"]["test accuracy"]
+    assert [row["options"] for row in rows] == [{"rho": rho} for rho in (0.5, 0.4, 0.1, 0.2, 0.3)]
+    measure = rows[2]["measures"]["test accuracy"]
     assert measure["mean"] == pytest.approx(0.6)
     assert measure["deviation"] == pytest.approx(0.02**0.5)
-    counts = ["runs", "failed"]
+    counts, same = ["runs", "failed"], ["30 ± 0", "1.0 ± 0.0"]
     assert table.cells(rows) == [
         ["rho", "test accuracy, %", "test loss", "sharpness", "gradients", "seconds", *counts],
+        ["0.5", "50.00 ± 0.00", "1.0000 ± 0.0000 (n = 2)", "-", *same, "3/3", "0"],
+        ["0.4", "30.00 ± 0.00", "0.6000 ± 0.0000", "-", *same, "3/3", "0"],
+        ["0.1", "60.00 ± 14.14", "1.2000 ± 0.2828", "-", *same, "2/3", "1"],
         ["0.2", "80.00", "1.6000", "20", "30", "1.0", "1/3", "1"],
-        ["0.1", "60.00 ± 14.14", "1.2000 ± 0.2828", "-", "30 ± 0", "1.0 ± 0.0", "2/3", "1"],
         ["0.3", "-", "-", "-", "-", "-", "0/3", "3"],
     ]
-    assert table.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    rows_and_note = ["| a | b |", "| --- | --- |", "| 1 | 2 |", "", table.NOTE]
+    assert table.markdown([["a", "b"], ["1", "2"]]).splitlines() == rows_and_note
 
 
 def test_the_table_has_no_rho_where_there_is_no_ascent() -> None:
@@ -218,6 +239,40 @@ def test_the_table_has_no_rho_where_there_is_no_ascent() -> None:
     rows = table.rows(configs, {name: record(0.5) for name in configs})
     assert [row["options"]["rho"] for row in rows] == [None, 0.1, 0.2, None]
     assert [line[2] for line in table.cells(rows)] == ["rho", "-", "0.1", "0.2", "-"]
+
+
+FAILED = {"outcome": "failed", "error": "killed", "diverged": False}
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize(
+    ("second", "third", "code"),
+    [
+        (record(0.5), record(0.5), 0),
+        (record(0.5), FAILED | {"diverged": True}, 0),
+        (record(0.5), FAILED, 1),
+        ({"outcome": "stopped"}, record(0.5), 0),
+        ({"outcome": "stopped"}, FAILED | {"diverged": True}, 0),
+        ({"outcome": "stopped"}, FAILED, 1),
+    ],
+)
+def test_the_exit_code_says_what_failed(
+    second: Record,
+    third: Record,
+    code: int,
+    signalled: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def execute(runs: dict[str, Config], out: Path, *, stop: Any, **options: Any) -> Any:
+        stop.signalled = signalled
+        out.mkdir()
+        return dict(zip(runs, (record(0.5), second, third), strict=True))
+
+    monkeypatch.setattr(execution, "execute", execute)
+    (tmp_path / "s.yaml").write_text("seeds: 3")
+    argv = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]
+    assert main(argv) == (130 if signalled and second["outcome"] == "stopped" else code)
 
 
 SMALL = """

@@ -52,6 +52,26 @@ def add_out(parser: argparse.ArgumentParser, default: str, files: str) -> None:
     )
 
 
+def add_data_dir(parser: argparse._ActionsContainer, of: str = "the data") -> None:
+    """Add --data-dir, the folder of `of`, to a parser or a group of its arguments."""
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help=f"folder of {of} (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser, auto: str = "a GPU") -> None:
+    """Add --device, for `device_of`. auto: what is taken by default, where there is one."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help=f"cpu, cuda, cuda:1 (default: {auto} if there is one, else cpu)",
+    )
+
+
 def add_training(parser: argparse.ArgumentParser, *, steps: int, of: str, budget: float) -> None:
     """Add --seed, --steps and --budget: how full batches are trained on.
 

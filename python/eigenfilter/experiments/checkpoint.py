@@ -46,7 +46,10 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     if not isinstance(state, dict) or "format" not in state or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of eigenfilter train")
     if state["format"] != FORMAT:
-        raise UserError(f"{path} is of format {state['format']}, and this version reads {FORMAT}")
+        raise UserError(
+            f"{path} is of format {state['format']}, and this version reads {FORMAT}: "
+            "train again, or use the version that wrote it"
+        )
     return state
 
 

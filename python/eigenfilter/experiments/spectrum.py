@@ -25,7 +25,15 @@ import eigenfilter as ef
 from eigenfilter import filters
 from eigenfilter.certificate import Certificate
 from eigenfilter.curvature import CurvatureOperator, EigenResult, SpectralDensity
-from eigenfilter.experiments.arguments import add_out, device_of, output_folder, positive, whole
+from eigenfilter.experiments.arguments import (
+    add_data_dir,
+    add_device,
+    add_out,
+    device_of,
+    output_folder,
+    positive,
+    whole,
+)
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.logs import plain
@@ -48,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--loss", metavar="PATH", help="(output, target) -> mean (cross entropy)")
     own.add_argument("--optimizer", metavar="PATH", help="parameters -> optimizer, for its edge")
     ours = parser.add_argument_group("a checkpoint of eigenfilter train")
-    ours.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data")
+    add_data_dir(ours)
     for name, default, words in (
         ("samples", 2000, "training images at most, the first; 0: all"),
         ("batch-size", 500, "images at a time"),
@@ -84,9 +92,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tol", type=positive, default=1e-3, metavar="X", help="relative (default: %(default)s)"
     )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU)"
-    )
+    add_device(parser)
     add_out(parser, "out/spectrum", "spectrum.json and spectrum.png")
 
 

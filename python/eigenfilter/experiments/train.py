@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import positive
+from eigenfilter.experiments.arguments import add_data_dir, add_device, positive
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.stopping import STOPPED, stopping
@@ -36,15 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on from the checkpoint in --out, with its configuration",
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder of the data (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU)"
-    )
+    add_data_dir(parser)
+    add_device(parser)
     parser.add_argument(
         "--budget", type=positive, metavar="MINUTES", help="stop after so long, as by Ctrl-C"
     )

@@ -9,7 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eigenfilter.experiments.arguments import add_out, add_training, output_folder, positive
+from eigenfilter.experiments.arguments import (
+    add_data_dir,
+    add_out,
+    add_training,
+    output_folder,
+    positive,
+)
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.figures import curve_of, sharpness_figure
 from eigenfilter.experiments.full_batch import BAND, Check, Method, Run, Training, threads_for
@@ -62,12 +68,7 @@ def configure(parser: argparse.ArgumentParser, name: str, steps: int) -> None:
     parser.add_argument("--dataset", choices=DATASETS, default="digits", **text)  # type: ignore[arg-type]
     parser.add_argument("--activation", choices=ACTIVATIONS, default="tanh", **text)  # type: ignore[arg-type]
     parser.add_argument("--loss", choices=tuple(LOSSES), default="square", **text)  # type: ignore[arg-type]
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder of Fashion-MNIST (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
-    )
+    add_data_dir(parser, of="Fashion-MNIST")
     add_out(parser, f"out/phenomena/{name}", f"{name}.png and results.json")
     parser.add_argument(
         "--edge",

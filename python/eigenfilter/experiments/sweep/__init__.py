@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import add_out, positive, whole
+from eigenfilter.experiments.arguments import add_data_dir, add_device, add_out, positive, whole
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.stopping import STOPPED, stopping
@@ -47,15 +47,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of a run whose process ended, from its checkpoint (default: %(default)s)",
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder of the data (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: all GPUs)"
-    )
+    add_data_dir(parser)
+    add_device(parser, auto="every GPU")
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
@@ -95,14 +88,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _close(out: Path, records: dict[str, dict[str, Any]], signalled: bool) -> int:
-    """Say what failed and what was not finished; give the exit code."""
+    """Say what failed and what was not finished; give the exit code.
+
+    STOPPED if a signal left runs to go; else 1 if a run failed otherwise than by diverging; else 0.
+    """
     for name, record in records.items():
         if record["outcome"] == "failed":
             print(f"{name} failed: {record['error']}")
     left = sum(record["outcome"] == "stopped" for record in records.values())
     if left:
         print(f"stopped, {left} of {len(records)} runs to go: the same command goes on with them")
-        return STOPPED if signalled else 0
-    print(f"wrote {out / TABLE}, results.json and runs")
+    else:
+        print(f"wrote {out / TABLE}, results.json and runs")
+    if left and signalled:
+        return STOPPED
     crashed = any(r["outcome"] == "failed" and not r["diverged"] for r in records.values())
     return 1 if crashed else 0

@@ -75,8 +75,7 @@ class _Pool:
     def run(self, stop: Callable[[], bool]) -> None:
         ledger = self._ledger
         while ledger.waiting or self._names:
-            if not ledger.stopping and stop():
-                self._stop()
+            self._heed(stop)
             while ledger.waiting and len(self._names) < self._most:
                 name = ledger.waiting.popleft()
                 self._names[self._submit(name)] = name
@@ -84,6 +83,7 @@ class _Pool:
             for seen in ray.get(self._board.read.remote(ledger.stopping)):
                 self._began.add(seen[0])
                 ledger.observe(*seen)
+            self._heed(stop)  # before a task is ended that the same signal ended too
             for task in ready:
                 self._end(task)
 
@@ -101,8 +101,10 @@ class _Pool:
         )
         return run.remote(name, replace(order, folder=order.folder.resolve()), self._board)
 
-    def _stop(self) -> None:
-        """Tell those at work by the board; those that wait for room are taken back."""
+    def _heed(self, stop: Callable[[], bool]) -> None:
+        """Tell those at work by the board to stop; those that wait for room are taken back."""
+        if self._ledger.stopping or not stop():
+            return
         self._ledger.stop()
         for task, name in self._names.items():
             if name not in self._began:

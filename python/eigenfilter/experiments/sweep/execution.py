@@ -29,8 +29,9 @@ def execute(
     """Run every configuration in a folder of its own, `out/runs/NAME`, and a process of its own.
 
     What is complete there is read, what was interrupted goes on from its checkpoint. A run whose
-    process ends (memory, a kill, an exception) is tried again from its checkpoint; one that ends
-    with an error of its user, as when it diverges, is not. Neither touches the others.
+    process ends (killed, as by the system where memory is short, or by an exception) is tried again
+    from its checkpoint; one that ends with an error of its user, as when it diverges or its batch
+    does not fit into memory, is not. Neither touches the others.
 
     Args:
         runs: name -> configuration. A name is that of a folder.

@@ -118,10 +118,10 @@ def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) ->
         it is an error of the user, which would come again.
     """
     config = order.config
-    with locked(order.folder, wait=lambda: not stop()) as had:  # one before may be ending yet
-        if not had or stop():
-            return interrupted(config)
-        try:
+    try:
+        with locked(order.folder, wait=lambda: not stop()) as had:  # one before may be ending yet
+            if not had or stop():
+                return interrupted(config)
             return runs.run(
                 config,
                 order.folder,
@@ -131,14 +131,14 @@ def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) ->
                 stop=stop,
                 observe=observe,
             )
-        except Diverged as error:
-            return failure(config, str(error)) | {"diverged": True, "step": error.step}
-        except UserError as error:
-            return failure(config, str(error))
-        except Exception as error:  # of whatever kind: the other runs go on
-            traceback.print_exc()
-            line = " ".join(traceback.format_exception_only(error)[-1].split())
-            return failure(config, line) | {"crashed": True}
+    except Diverged as error:
+        return failure(config, str(error)) | {"diverged": True, "step": error.step}
+    except UserError as error:
+        return failure(config, str(error))
+    except Exception as error:  # of whatever kind: the other runs go on
+        traceback.print_exc()
+        line = " ".join(traceback.format_exception_only(error)[-1].split())
+        return failure(config, line) | {"crashed": True}
 
 
 def failure(config: Config, error: str) -> Record:

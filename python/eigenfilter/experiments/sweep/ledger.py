@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
+from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep.folders import Order, failure, interrupted, keep_failure
 
@@ -43,11 +45,7 @@ class Ledger:
         self.waiting.clear()
 
     def ended(self, name: str, record: Record) -> None:
-        """An attempt came to its end, in whatever way.
-
-        Raises:
-            UserError: its failure cannot be written.
-        """
+        """An attempt came to its end, in whatever way."""
         if record["outcome"] == "stopped" and not self.stopping:
             self.crashed(name, "its process was asked to end")
             return
@@ -56,7 +54,8 @@ class Ledger:
             return
         if record["outcome"] == "failed":
             record = record | {"attempts": self._attempts[name] + 1}
-            keep_failure(self.orders[name].folder, record)
+            with suppress(UserError):  # unwritten, it is told of, and run again by the next call
+                keep_failure(self.orders[name].folder, record)
         self.records[name] = record
         self.observe(name, "end", record.get("step", 0), record)
 
@@ -66,9 +65,6 @@ class Ledger:
         Args:
             name: of the run.
             error: why, in one line.
-
-        Raises:
-            UserError: its failure cannot be written.
         """
         config = self.orders[name].config
         if self.stopping:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,9 +49,9 @@ def read(path: Path, flags: Mapping[str, Any]) -> dict[Config, str]:
                 raise ValueError(f"unknown key {key!r}{configs.nearest(str(key), KEYS)}")
         base = {"threads": 1} | _mapping(found.get("base"), "base") | dict(flags)
         seeds = _seeds(found, base)
-        samples = _samples(found)
-        points = [point | each for point in _grid(found.get("grid")) for each in samples]
-        _check_swept(points, flags)
+        grid, samples = list(_grid(found.get("grid"))), _samples(found)
+        _check_swept(grid, samples, flags)
+        points = [point | each for point in grid for each in samples]
         chosen: dict[Config, str] = {}
         for point, seed in itertools.product(points, seeds):
             config = _config(base, point, seed)
@@ -164,31 +165,39 @@ def _distribution(name: str, value: Any) -> Callable[[np.random.Generator], Any]
         return lambda generator: bounds[int(generator.integers(len(bounds)))]
     try:
         low, high = (float(bound) for bound in bounds)
-    except (TypeError, ValueError):
+        if not math.isfinite(high - low):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
         low, high = 1.0, 0.0
+
+    def rounded(value: float) -> float:  # not out of the range
+        return min(max(float(f"{value:.{DIGITS}g}"), low), high)
+
     if kind == "uniform" and low <= high:
-        return lambda generator: _rounded(generator.uniform(low, high))
+        return lambda generator: rounded(generator.uniform(low, high))
     if kind == "log_uniform" and 0 < low <= high:
-        return lambda generator: _rounded(np.exp(generator.uniform(np.log(low), np.log(high))))
+        return lambda generator: rounded(np.exp(generator.uniform(np.log(low), np.log(high))))
     if kind == "integers" and low <= high and low.is_integer() and high.is_integer():
         return lambda generator: int(generator.integers(int(low), int(high), endpoint=True))
     raise ValueError(
         f"{name} of random must be {{uniform: [low, high]}}, {{log_uniform: [low, high]}} above 0, "
-        f"{{integers: [low, high]}} or {{choice: [...]}}, not {value!r}"
+        f"{{integers: [low, high]}} or {{choice: [...]}}, all finite, not {value!r}"
     )
 
 
-def _check_swept(points: Sequence[Values], flags: Mapping[str, Any]) -> None:
-    swept = {name for point in points for name in point}
+def _check_swept(
+    grid: Sequence[Values], samples: Sequence[Values], flags: Mapping[str, Any]
+) -> None:
+    swept = {name for point in grid for name in point}
+    for name in samples[0]:
+        if name in swept:
+            raise ValueError(f"{name} is in grid and in random")
+    swept |= samples[0].keys()
     if "seed" in swept:
         raise ValueError("the seeds are not in grid or random: give them by seeds")
     for name in flags:
         if name in swept:
             raise ValueError(f"{name} is swept over, and cannot be given as a flag too")
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

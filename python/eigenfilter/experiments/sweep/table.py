@@ -13,6 +13,11 @@ from eigenfilter.experiments.config import NAMES, Config
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep.plan import shown
 
+NOTE = (
+    "± is the standard deviation (of a sample) over the complete runs, (n = N) over those whose "
+    "value is finite; the best row was chosen by its test accuracy, which is therefore optimistic."
+)
+
 
 @dataclass(frozen=True)
 class _Measure:
@@ -34,7 +39,10 @@ _MEASURES = (
 
 
 def rows(configs: Mapping[str, Config], records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """Summaries of configurations that differ in more than their seeds, best accuracy first.
+    """Summaries of configurations that differ in more than their seeds, in an order of merit.
+
+    Those that fewest runs are missing of are first, of these the best mean test accuracy: what a
+    mean leaves out is seldom as good as what it has.
 
     Args:
         configs: by the name of the run.
@@ -55,7 +63,7 @@ def rows(configs: Mapping[str, Config], records: Mapping[str, Record]) -> list[d
         | _summary(names, [records[name] for name in names])
         for config, names in groups.items()
     ]
-    return sorted(found, key=lambda row: -row["measures"].get("test accuracy", _NONE)["mean"])
+    return sorted(found, key=_merit)
 
 
 def cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -68,19 +76,21 @@ def cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     lines = [heads]
     for row in table:
         line = [_word(row["options"][name]) for name in options]
-        line += [_cell(m, row["measures"].get(m.head)) for m in measures]
+        line += [_cell(m, row["measures"].get(m.head), row["complete"]) for m in measures]
         line.append(f"{row['complete']}/{row['runs']}")
         lines.append(line + [str(row["failed"]) for _ in failed])
     return lines
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The rows as a table in Markdown."""
+    """The rows as a table in Markdown, and how to read it."""
     head, *rest = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, "|" + " --- |" * len(lines[0]), *rest]) + "\n"
+    return "\n".join([head, "|" + " --- |" * len(lines[0]), *rest, "", NOTE]) + "\n"
 
 
-_NONE = {"mean": -math.inf}
+def _merit(row: Mapping[str, Any]) -> tuple[int, float]:
+    accuracy = row["measures"].get("test accuracy", {"mean": -math.inf})
+    return row["runs"] - row["complete"], -accuracy["mean"]
 
 
 def _option(config: Config, name: str) -> Any:
@@ -118,9 +128,10 @@ def _value(record: Record, path: tuple[str, ...]) -> float | None:
     return None if found is None else float(found)
 
 
-def _cell(measure: _Measure, found: Mapping[str, Any] | None) -> str:
+def _cell(measure: _Measure, found: Mapping[str, Any] | None, complete: int) -> str:
     if found is None:
         return "-"
-    if found["deviation"] is None:
-        return measure.show(found["mean"])
-    return f"{measure.show(found['mean'])} ± {measure.show(found['deviation'])}"
+    word = measure.show(found["mean"])
+    if found["deviation"] is not None:
+        word += f" ± {measure.show(found['deviation'])}"
+    return word if found["n"] == complete else f"{word} (n = {found['n']})"

@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from eigenfilter.experiments.arguments import output_folder
+from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep.folders import Order, attempt
+from eigenfilter.experiments.sweep.folders import Order, attempt, failure
 
 OUTPUT = "output.txt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -39,8 +40,11 @@ class _Worker:
     def work(self) -> None:
         """Run what is ordered, until nothing is any more."""
         while (order := self._orders.get()) is not None:
-            with _output(order.folder):
-                record = attempt(order, stop=self._stop.is_set, observe=self._send)
+            try:
+                with _output(order.folder):
+                    record = attempt(order, stop=self._stop.is_set, observe=self._send)
+            except (OSError, UserError) as error:  # of its folder: the other runs go on
+                record = failure(order.config, str(error))
             self._send("end", 0, record)
 
     def _send(self, kind: str, step: int, record: Record) -> None:
@@ -65,13 +69,19 @@ def _output(folder: Path) -> Iterator[None]:
     """Has what is printed go into the run's folder; a file that stays empty is removed."""
     path = output_folder(folder) / OUTPUT
     with path.open("ab") as file:
-        for handle in (1, 2):
+        before = {handle: os.dup(handle) for handle in (1, 2)}
+        for handle in before:
             os.dup2(file.fileno(), handle)
-    yield
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if not path.stat().st_size:
-        path.unlink()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for handle, copy in before.items():
+            os.dup2(copy, handle)
+            os.close(copy)
+        if not path.stat().st_size:
+            path.unlink()
 
 
 def main() -> None:
