@@ -15,6 +15,7 @@ import torch
 
 from eigenfilter.benchmarks import (
     finite_differences,
+    loop,
     memory,
     monitor,
     page,
@@ -25,7 +26,8 @@ from eigenfilter.benchmarks import (
 )
 from eigenfilter.benchmarks.curvature import run as curvature
 from eigenfilter.benchmarks.curvature.datasets import FOLDER
-from eigenfilter.experiments.arguments import output_folder, whole
+from eigenfilter.experiments import networks
+from eigenfilter.experiments.arguments import add_data_dir, output_folder, whole
 from eigenfilter.experiments.errors import UserError, require
 
 HELP = "verify and time the library beside its peers; measure memory; draw the results"
@@ -105,6 +107,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_only(of_monitor, f"of {', '.join(monitor.TASKS)}, or a pattern; may be repeated")
     _add_repeat(of_monitor, str(monitor.ROUNDS))
     _add_out(of_monitor)
+    of_loop = table(
+        "loop", "images a second in training, beside torch.optim.SGD", loop.__doc__, _loop
+    )
+    of_loop.add_argument(
+        "--model",
+        default=loop.MODEL,
+        metavar="NAME",
+        help=f"{networks.HELP} (default: %(default)s)",
+    )
+    of_loop.add_argument(
+        "--batch-size",
+        type=whole(1),
+        default=loop.BATCH,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
+    add_data_dir(of_loop)
+    _add_device(of_loop)
+    _add_repeat(of_loop, str(loop.ROUNDS))
+    _add_out(of_loop)
     of_scale = table(
         "scale", "the memory and time of eigsh by the dimension", scale.__doc__, _scale
     )
@@ -187,6 +209,22 @@ def _monitor(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     monitor.run(names, args.repeat or monitor.ROUNDS, _folder(args))
+    return 0
+
+
+def _loop(args: argparse.Namespace) -> int:
+    _refuse(args, "only", "list")
+    try:
+        loop.run(
+            args.model,
+            args.batch_size,
+            args.data_dir,
+            _device(args),
+            args.repeat or loop.ROUNDS,
+            _folder(args),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return 0
 
 

@@ -43,6 +43,9 @@ export EIGENFILTER_TRITON_BLOCKS="$before.json"
 "$eigenfilter" bench triton-blocks --device cuda --save --out "$results"
 "$eigenfilter" bench --device cuda --out "$results"
 "$eigenfilter" bench memory --device cuda --out "$results"
+if [ -n "${EIGENFILTER_DATA:-}" ]; then
+    "$eigenfilter" bench loop --model wrn-16-8 --batch-size 128 --device cuda --out "$results"
+fi
 if [ -n "${OUT:-}" ]; then
     find "$results" -name '*-cuda*' -newer "$before" -exec cp {} "$OUT" \;
 fi
