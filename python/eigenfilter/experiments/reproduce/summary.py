@@ -12,7 +12,8 @@ from eigenfilter.experiments.runs import Record
 
 SELECTION = (
     "The best rho of a method is the one of the highest mean accuracy on the test set, as in the "
-    "paper: an accuracy chosen so is optimistic. Only radii with which no run diverged can be best."
+    "paper: an accuracy chosen so is optimistic. Only radii with which no run diverged or failed "
+    "can be best; they are compared over the seeds that all of them were trained with."
 )
 
 
@@ -21,8 +22,8 @@ class Measured:
     """One run.
 
     Attributes:
-        outcome: "complete", "diverged", "failed" or "unfinished".
-        note: why it did not complete.
+        outcome: "complete", "diverged", "failed" or "unfinished": its training or its spectrum.
+        note: why it did not complete, or has no spectrum though it did.
         accuracy: on the test set, at the end; None, as all behind it, where there is none.
         sharpness, error: the largest Hessian eigenvalue, and its residual ||H v - lambda v||, which
             bounds how far an eigenvalue is, but for rounding in the products.
@@ -70,7 +71,7 @@ class Measured:
             note = spectrum["error"]
         found = spectrum if spectrum is not None and "values" in spectrum else None
         method = config["optimizer"]
-        complete = outcome == "complete"
+        trained = record["outcome"] == "complete"
         return cls(
             name=name,
             method=method,
@@ -79,12 +80,12 @@ class Measured:
             seed=config["seed"],
             outcome=outcome,
             note=note,
-            accuracy=record["test"]["accuracy"] if complete else None,
+            accuracy=record["test"]["accuracy"] if trained else None,
             sharpness=found["values"][0] if found else None,
             error=found["residuals"][0] if found else None,
             edge=found["edge"] if found else None,
-            gradients=record["gradients"] if complete else None,
-            seconds=record["seconds"] if complete else None,
+            gradients=record["gradients"] if trained else None,
+            seconds=record["seconds"] if trained else None,
             spectrum=found,
         )
 
@@ -167,25 +168,38 @@ def rows_of(runs: Sequence[Measured]) -> list[Row]:
         groups.setdefault((run.momentum, run.method, run.rho), []).append(run)
     order = list(METHODS)
     keys = sorted(groups, key=lambda key: (key[0], order.index(key[1]), key[2] or 0.0))
-    chosen: dict[tuple[float, str], tuple[float, float | None]] = {}
-    for momentum, method, rho in keys:
-        there = groups[momentum, method, rho]
-        accuracy = Mean.of([run.accuracy for run in there])
-        if accuracy is None or any(run.outcome != "complete" for run in there):
-            continue
-        before = chosen.get((momentum, method))
-        if before is None or accuracy.value > before[0]:
-            chosen[momentum, method] = accuracy.value, rho
+    best = set()
+    for momentum, method in dict.fromkeys(key[:2] for key in keys):
+        radii = [key for key in keys if key[:2] == (momentum, method)]
+        at = _best([groups[key] for key in radii])
+        if at is not None:
+            best.add(radii[at])
     return [
-        Row(
-            method,
-            momentum,
-            rho,
-            tuple(groups[momentum, method, rho]),
-            (momentum, method) in chosen and chosen[momentum, method][1] == rho,
-        )
-        for momentum, method, rho in keys
+        Row(method, momentum, rho, tuple(groups[key]), key in best)
+        for key in keys
+        for momentum, method, rho in [key]
     ]
+
+
+def _best(radii: Sequence[Sequence[Measured]]) -> int | None:
+    """The place of the best of a method's radii, as SELECTION says; None where it cannot be told.
+
+    Of equals it is the first.
+    """
+    accuracies = {
+        place: {run.seed: run.accuracy for run in runs if run.accuracy is not None}
+        for place, runs in enumerate(radii)
+        if not any(run.outcome in ("diverged", "failed") for run in runs)
+    }
+    if not accuracies:
+        return None
+    common = set.intersection(*(set(found) for found in accuracies.values()))
+    if not common:
+        return None
+    return max(
+        accuracies,
+        key=lambda place: statistics.fmean(accuracies[place][seed] for seed in sorted(common)),
+    )
 
 
 @dataclass(frozen=True)
