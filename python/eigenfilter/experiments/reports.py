@@ -49,6 +49,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of words as a table in Markdown, the head first."""
+    head, *rest = rows
+    lines = [head, ["---"] * len(head), *rest]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[Run], None]]:
     """Show a run's checks in a bar, where there is a terminal; its outcome is a line at the end."""

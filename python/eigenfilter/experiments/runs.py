@@ -77,7 +77,7 @@ def run(
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         except (RuntimeError, MemoryError) as error:
-            if not _of_memory(error):
+            if not out_of_memory(error):
                 raise
             raise UserError(f"{place} has no room for the model and its data") from error
         session = _Session(trainer, out, saved, tensorboard, observe)
@@ -141,7 +141,7 @@ class _Session:
         except UserError as error:
             raise UserError(f"{error}; {self._advice()}") from error
         except (RuntimeError, MemoryError) as error:
-            if not _of_memory(error):
+            if not out_of_memory(error):
                 raise
             raise UserError(
                 f"memory does not suffice for step {trainer.step + 1}: lower batch_size; "
@@ -274,7 +274,7 @@ def _saved(config: Config, out: Path, resume: bool) -> Record | None:
     return saved
 
 
-def _of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether memory did not suffice, of a GPU or of the host."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)

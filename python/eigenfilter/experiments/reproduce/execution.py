@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eigenfilter.experiments.arguments import device_of
+from eigenfilter.experiments.reproduce import spectra
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
-from eigenfilter.experiments.reproduce.spectra import spectrum_of
 from eigenfilter.experiments.reproduce.summary import Measured
-from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep import execution as sweep
 from eigenfilter.experiments.sweep.folders import folder_of
+from eigenfilter.experiments.sweep.progress import Progress
 
 
 def execute(
@@ -38,23 +38,13 @@ def execute(
     Returns:
         Every run of the plan, in the order of seeds; "unfinished" where it was stopped before.
     """
-    from tqdm import tqdm
-
     experiment = EXPERIMENTS[plan.experiment]
     place = device_of(device)
-    measured: list[Measured] = []
+    runs: list[Measured] = []
     count = len(list(experiment.variants())) * plan.scale.seeds
-    with tqdm(total=2 * count, unit="", leave=False, disable=None) as bar:
-
-        def ended(name: str, kind: str, step: int, record: Record) -> None:
-            if kind == "retry":
-                bar.write(f"{name}: {record['error']}: once more")
-            if kind == "end":
-                bar.update()
-                bar.write(f"{name}: {_words(record)}")
-
+    with Progress(2 * count, unit="") as progress:
         for seed in plan.seeds:
-            bar.set_description(f"seed {seed}, training")
+            progress.bar.set_description(f"seed {seed}, training")
             found = sweep.execute(
                 experiment.runs(plan.scale, seed),
                 out,
@@ -62,23 +52,19 @@ def execute(
                 data_dir=data_dir,
                 device=device,
                 stop=stop,
-                observe=ended,
+                observe=progress.observe,
             )
-            # Runs that were complete before do not end again.
-            bar.update(2 * len(measured) + len(found) - bar.n)
-            bar.set_description(f"seed {seed}, spectra")
+            progress.bar.set_description(f"seed {seed}, spectra")
             for name, record in found.items():
                 spectrum = None
-                if record["outcome"] == "complete" and not stop():
-                    spectrum = spectrum_of(
-                        folder_of(out, name), plan.scale.spectrum, data_dir=data_dir, device=place
-                    )
-                bar.update()
-                measured.append(Measured.of(name, record, spectrum))
-    return measured
-
-
-def _words(record: Record) -> str:
-    if record["outcome"] == "complete":
-        return f"test accuracy {record['test']['accuracy']:.2%} in {record['seconds']:.1f} s"
-    return str(record.get("error", record["outcome"]))
+                if record["outcome"] == "complete":
+                    folder, settings = folder_of(out, name), plan.scale.spectrum
+                    spectrum = spectra.kept(folder, settings)
+                    if spectrum is None and not stop():
+                        spectrum = spectra.measured(
+                            folder, settings, data_dir=data_dir, device=place
+                        )
+                runs.append(Measured.of(name, record, spectrum))
+                if runs[-1].outcome != "unfinished":
+                    progress.bar.update()
+    return runs

@@ -11,6 +11,7 @@ import torch
 
 import eigenfilter as ef
 from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.reports import grid
 from eigenfilter.experiments.reproduce import figure, report, summary
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
 from eigenfilter.experiments.reproduce.summary import Check, Measured, Row
@@ -63,9 +64,20 @@ class Findings:
         return summary.verdicts_of(self.checks)
 
     @property
-    def failures(self) -> list[str]:
-        """What each run that did not complete ended with."""
-        return [f"{run.name}: {run.outcome}: {run.note}" for run in self.runs if run.note]
+    def failures(self) -> dict[str, list[str]]:
+        """By their heading, what each run that did not complete or has no spectrum ended with."""
+        noted = [run for run in self.runs if run.note]
+        found = {
+            "Not completed": [
+                f"{run.name}: {run.outcome}: {run.note}"
+                for run in noted
+                if run.outcome != "complete"
+            ],
+            "Complete, but without a spectrum": [
+                f"{run.name}: {run.note}" for run in noted if run.outcome == "complete"
+            ],
+        }
+        return {heading: lines for heading, lines in found.items() if lines}
 
     def settings(self) -> dict[str, str]:
         """What was trained and measured, in words."""
@@ -133,24 +145,18 @@ def markdown(findings: Findings) -> str:
     parts = [
         f"# {findings.title}",
         "At the best rho of each method:",
-        _grid(summary.table(best)),
+        grid(summary.table(best)),
         "The order of the sharpness:",
         _list(findings.verdicts),
         "Each comparison:",
         _list([check.sentence for check in findings.checks]),
         "Every rho:",
-        _grid(summary.table(findings.rows)),
+        grid(summary.table(findings.rows)),
     ]
-    if findings.failures:
-        parts += ["Not completed:", _list(findings.failures)]
+    for heading, lines in findings.failures.items():
+        parts += [f"{heading}:", _list(lines)]
     return "\n\n".join(parts) + "\n"
 
 
 def _list(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    head, *rest = rows
-    lines = [head, ["---"] * len(head), *rest]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -42,11 +42,10 @@ def page(findings: Findings, svg: str, limits: Sequence[str]) -> str:
             + _list([check.sentence for check in findings.checks]),
         ),
         _section("Every rho", _table(summary.table(findings.rows))),
+        *(_section(heading, _list(lines)) for heading, lines in findings.failures.items()),
         _section("Settings", _settings(findings.settings())),
         _section("Limits", _list(limits)),
     ]
-    if findings.failures:
-        sections.insert(4, _section("Not completed", _list(findings.failures)))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'

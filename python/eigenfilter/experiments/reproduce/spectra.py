@@ -14,7 +14,7 @@ from eigenfilter import curvature
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.reproduce.plan import Spectrum
-from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.runs import Record, out_of_memory
 from eigenfilter.experiments.spectrum import as_json, edge_of
 from eigenfilter.experiments.subjects import trained
 
@@ -23,10 +23,26 @@ TOLERANCE = 1e-3  # relative, of eigenpairs
 BATCH = 500  # images at a time
 
 
-def spectrum_of(
+def kept(folder: Path, settings: Spectrum) -> Record | None:
+    """What `measured` found before with these settings, if it did.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        found: Record = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: remove it") from error
+    return found if found["settings"] == asdict(settings) else None
+
+
+def measured(
     folder: Path, settings: Spectrum, *, data_dir: Path | None, device: torch.device
 ) -> Record:
-    """Measure the largest eigenvalues and the density of a run, or read what was measured before.
+    """Measure the largest eigenvalues and the density of a run, and keep them beside it.
 
     The function is the one that was trained: layers in training mode, batches of BATCH images where
     there is batch normalisation.
@@ -39,42 +55,38 @@ def spectrum_of(
 
     Returns:
         `settings`, `edge` (None for SAM, whose filter moves), `parameters`, `seconds`, and what
-        `spectrum.as_json` gives; `error` alone besides the settings where the Hessian overflows.
+        `spectrum.as_json` gives; `error` alone besides the settings where the Hessian overflows,
+        or memory does not suffice, which is not kept: it may the next time.
 
     Raises:
         UserError: the run cannot be read.
     """
-    path = folder / FILE
-    wanted = asdict(settings)
-    if (found := _read(path)) is not None and found["settings"] == wanted:
-        return found
-    began = time.perf_counter()
-    subject = trained(folder, device, data_dir=data_dir, samples=settings.samples, batch_size=BATCH)
-    op = curvature.HessianOperator(subject.model, subject.loss_fn, subject.data, mode="train")
-    record: Record = {"settings": wanted}
+    record: Record = {"settings": asdict(settings)}
     try:
-        with warnings.catch_warnings():
-            # What did not converge is marked, and its bound is given.
-            warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
-            pairs = curvature.eigsh(op, settings.pairs, which="LA", tol=TOLERANCE)
-            density = curvature.spectral_density(op, settings.probes, settings.steps, deflate=pairs)
+        record |= _measured(folder, settings, data_dir, device)
     except FloatingPointError as error:
         record["error"] = " ".join(str(error).split())
-    else:
-        record |= {
-            "edge": edge_of(subject.optimizer),
-            "parameters": op.shape[0],
-            "seconds": time.perf_counter() - began,
-        } | as_json(pairs, density)
-    replace_text(path, json.dumps(record, allow_nan=False) + "\n")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return record | {"error": "memory does not suffice for its spectrum"}
+    replace_text(folder / FILE, json.dumps(record, allow_nan=False) + "\n")
     return record
 
 
-def _read(path: Path) -> Record | None:
-    if not path.exists():
-        return None
-    try:
-        found: Record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove it") from error
-    return found
+def _measured(
+    folder: Path, settings: Spectrum, data_dir: Path | None, device: torch.device
+) -> Record:
+    began = time.perf_counter()
+    subject = trained(folder, device, data_dir=data_dir, samples=settings.samples, batch_size=BATCH)
+    op = curvature.HessianOperator(subject.model, subject.loss_fn, subject.data, mode="train")
+    with warnings.catch_warnings():
+        # What did not converge is marked, and its bound is given.
+        warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
+        pairs = curvature.eigsh(op, settings.pairs, which="LA", tol=TOLERANCE)
+        density = curvature.spectral_density(op, settings.probes, settings.steps, deflate=pairs)
+    return {
+        "edge": edge_of(subject.optimizer),
+        "parameters": op.shape[0],
+        "seconds": time.perf_counter() - began,
+    } | as_json(pairs, density)

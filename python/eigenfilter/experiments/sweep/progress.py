@@ -12,38 +12,43 @@ class Progress:
     """What the terminal shows of a sweep.
 
     Args:
-        total: the number of runs, those that need not be run included.
+        total: the number of runs, those that need not be run included, or of whatever else the bar
+            counts besides.
+        unit: of the bar.
+
+    Attributes:
+        bar: for what `observe` does not tell.
     """
 
-    def __init__(self, total: int) -> None:
-        self._bar = tqdm(total=total, unit=" runs", leave=False, disable=None)
+    def __init__(self, total: int, unit: str = " runs") -> None:
+        self.bar = tqdm(total=total, unit=unit, leave=False, disable=None)
         self._steps: dict[str, tuple[int, int]] = {}  # taken, and of how many, of those at work
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        self.bar.close()
 
     def observe(self, name: str, kind: str, step: int, record: Record) -> None:
         """Show a record of a run."""
         if kind == "kept":
-            self._bar.update()
+            self.bar.update()
         elif kind == "end":
             self._steps.pop(name, None)
             if record["outcome"] != "stopped":
-                self._bar.write(f"{name}: {_words(record)}")
-                self._bar.update()
+                self.bar.write(f"{name}: {_words(record)}")
+                self.bar.update()
         elif kind == "retry":
             self._steps.pop(name, None)
-            self._bar.write(f"{name}: {record['error']}; trying again")
+            self.bar.write(f"{name}: {record['error']}; trying again")
         elif kind == "start":
             self._steps[name] = (step, record["total"])
         elif name in self._steps:
             self._steps[name] = (step, self._steps[name][1])
         parts = sum(taken / total for taken, total in self._steps.values())
-        self._bar.set_postfix_str(f"{len(self._steps)} at work, {parts:.1f} done", refresh=False)
-        self._bar.update(0)
+        self.bar.set_postfix_str(f"{len(self._steps)} at work, {parts:.1f} done", refresh=False)
+        self.bar.update(0)
 
 
 def _words(record: Record) -> str:

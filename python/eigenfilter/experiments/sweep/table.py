@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eigenfilter.experiments.config import NAMES, Config
+from eigenfilter.experiments.reports import grid
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep.plan import shown
 
@@ -84,8 +85,7 @@ def cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """The rows as a table in Markdown, and how to read it."""
-    head, *rest = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, "|" + " --- |" * len(lines[0]), *rest, "", NOTE]) + "\n"
+    return f"{grid(lines)}\n\n{NOTE}\n"
 
 
 def _merit(row: Mapping[str, Any]) -> tuple[int, float]:
