@@ -6,6 +6,8 @@ for (const figure of document.querySelectorAll("figure.zoom")) {
 
   function show() {
     svg.setAttribute("viewBox", [x, y, width, height].join(" "));
+    // A finger moves the page where the figure is whole.
+    svg.style.touchAction = width < whole[2] ? "none" : "auto";
   }
 
   // Keeps the point at the fractions (u, v) of the figure where it is.
@@ -31,7 +33,9 @@ for (const figure of document.querySelectorAll("figure.zoom")) {
     show();
   }
 
+  // The wheel alone scrolls the page.
   svg.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey) return;
     event.preventDefault();
     const box = svg.getBoundingClientRect();
     const u = (event.clientX - box.left) / box.width;
@@ -50,7 +54,9 @@ for (const figure of document.querySelectorAll("figure.zoom")) {
     held = [event.clientX, event.clientY];
     move((left - held[0]) * width / box.width, (top - held[1]) * height / box.height);
   });
-  window.addEventListener("pointerup", () => { held = null; });
+  for (const end of ["pointerup", "pointercancel"]) {
+    window.addEventListener(end, () => { held = null; });
+  }
   svg.addEventListener("dblclick", reset);
 
   for (const button of figure.querySelectorAll("button")) {
