@@ -283,22 +283,31 @@ def reproducible(config: Config, device: torch.device) -> Iterator[None]:
         cudnn.benchmark,
         deterministic.fill_uninitialized_memory,
     )
-    threads = torch.get_num_threads()
     if config.deterministic and device.type == "cuda":  # read when cuBLAS is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with rng, threads(config.threads):
         torch.manual_seed(config.seed)
-        torch.set_num_threads(config.threads or threads)
         torch.use_deterministic_algorithms(config.deterministic)
         cudnn.benchmark = not config.deterministic
         deterministic.fill_uninitialized_memory = False
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             cudnn.benchmark = before[2]
             deterministic.fill_uninitialized_memory = before[3]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """A context with so many threads of the CPU; 0: as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_augmentation(config: Config, data: Images) -> None:

@@ -16,6 +16,7 @@ from eigenfilter.experiments.reproduce.plan import COARSER, GRADIENTS, Experimen
 from eigenfilter.experiments.trainer import Trainer, reproducible
 
 TRAINING, SPECTRA = 0.5, 0.3  # parts of a budget; the rest is for starting, loading, drawing
+START = 5.0  # seconds until the processes of a seed have imported torch and the data
 SECONDS = 1.0  # that a rate is timed for
 FEW = 8  # images that a step is timed on at first
 
@@ -62,7 +63,7 @@ def fitted(
         if scale.model not in known:
             known[scale.model] = rates(scale.model)
         rate = known[scale.model]
-        training = _training(experiment, scale, rate, tests) / processes
+        training = _training(experiment, scale, rate, tests, processes)
         finest = full.spectrum.samples
         for spectrum in (full.spectrum, *COARSER):
             fine = replace(spectrum, samples=min(spectrum.samples, scale.samples, finest))
@@ -96,13 +97,18 @@ def _descending(experiment: Experiment, full: Scale) -> Iterator[Scale]:
     yield from steps
 
 
-def _training(experiment: Experiment, scale: Scale, rate: Rates, tests: int) -> float:
-    """Seconds of all runs, one after the other; a test takes a third of a gradient an image."""
-    seconds = 0.0
-    for method, _, _ in experiment.variants():
-        images = scale.epochs * scale.samples * GRADIENTS[method] + tests / 3
-        seconds += images * rate.gradient
-    return scale.seeds * seconds
+def _training(
+    experiment: Experiment, scale: Scale, rate: Rates, tests: int, processes: int
+) -> float:
+    """Seconds of all runs, seed by seed, as `execution.execute` has them.
+
+    A seed takes as long as its longest run at least; a test takes a third of a gradient an image.
+    """
+    runs = [
+        (scale.epochs * scale.samples * GRADIENTS[method] + tests / 3) * rate.gradient
+        for method, _, _ in experiment.variants()
+    ]
+    return scale.seeds * (START + max(*runs, sum(runs) / min(processes, len(runs))))
 
 
 def timed(
@@ -110,12 +116,14 @@ def timed(
 ) -> Rates:
     """Time steps of SGD and Hessian-vector products of a network.
 
-    On a few images first, and on a whole batch where that is quick enough.
+    On a whole batch; on a CPU on a few images first, and on no more where these are slow already.
+    A GPU takes as long for few as for many.
     """
     config = experiment.config("sgd", 0.0, None, scale=replace(full, model=model), seed=0)
-    rates = _rates(replace(config, batch_size=FEW), data, device)
-    if rates.gradient * config.batch_size > SECONDS:
-        return rates
+    if device.type == "cpu":
+        rates = _rates(replace(config, batch_size=FEW), data, device)
+        if rates.gradient * config.batch_size > SECONDS:
+            return rates
     return _rates(config, data, device)
 
 

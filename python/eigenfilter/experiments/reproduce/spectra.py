@@ -17,6 +17,7 @@ from eigenfilter.experiments.reproduce.plan import Spectrum
 from eigenfilter.experiments.runs import Record, out_of_memory
 from eigenfilter.experiments.spectrum import as_json, edge_of
 from eigenfilter.experiments.subjects import trained
+from eigenfilter.experiments.trainer import threads
 
 FILE = "spectrum.json"
 TOLERANCE = 1e-3  # relative, of eigenpairs
@@ -45,7 +46,7 @@ def measured(
     """Measure the largest eigenvalues and the density of a run, and keep them beside it.
 
     The function is the one that was trained: layers in training mode, batches of BATCH images where
-    there is batch normalisation.
+    there is batch normalisation; by as many threads as the run had.
 
     Args:
         folder: of a complete run.
@@ -80,7 +81,7 @@ def _measured(
     began = time.perf_counter()
     subject = trained(folder, device, data_dir=data_dir, samples=settings.samples, batch_size=BATCH)
     op = curvature.HessianOperator(subject.model, subject.loss_fn, subject.data, mode="train")
-    with warnings.catch_warnings():
+    with threads(subject.about["config"]["threads"]), warnings.catch_warnings():
         # What did not converge is marked, and its bound is given.
         warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
         pairs = curvature.eigsh(op, settings.pairs, which="LA", tol=TOLERANCE)

@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 import torch
 
 from eigenfilter.experiments.arguments import device_of
+from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.sweep.folders import Order
 from eigenfilter.experiments.sweep.ledger import Ledger
 from eigenfilter.experiments.sweep.worker import OUTPUT, SIGNALS
@@ -33,7 +34,8 @@ def execute(
     the next; after anything else it is replaced.
     """
     devices = _devices(device)
-    count = min(processes or _fitting(devices, ledger.orders.values()), len(ledger.waiting))
+    configs = [order.config for order in ledger.orders.values()]
+    count = min(processes or fitting(device, configs), len(ledger.waiting))
     pool = _Pool(ledger, [devices[i % len(devices)] for i in range(count)])
     try:
         pool.run(stop)
@@ -161,9 +163,10 @@ def _devices(name: str) -> list[str]:
     return [str(device)]
 
 
-def _fitting(devices: list[str], orders: Iterable[Order]) -> int:
+def fitting(device: str, configs: Iterable[Config]) -> int:
     """How many processes the machine is for: one a GPU, or its cores over their threads."""
+    devices = _devices(device)
     if devices != ["cpu"]:
         return len(devices)
     cores = len(os.sched_getaffinity(0))
-    return max(1, cores // max(order.config.threads or cores for order in orders))
+    return max(1, cores // max(config.threads or cores for config in configs))
