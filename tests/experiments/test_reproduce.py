@@ -9,19 +9,21 @@ import re
 import shutil
 import statistics
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.cli import main
-from eigenfilter.experiments.reproduce import budget, execution, figure, summary
+from eigenfilter.experiments.reproduce import LOCK, budget, execution, figure, spectra, summary
 from eigenfilter.experiments.reproduce.budget import Rates
 from eigenfilter.experiments.reproduce.outputs import FILES, Findings
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Experiment, Plan, Scale, Spectrum
 from eigenfilter.experiments.reproduce.summary import Measured, rows_of
+from eigenfilter.experiments.sweep.folders import locked
 from experiments.test_spectrum import dense
 
 SPECTRUM = Spectrum(samples=60, pairs=3, probes=1, steps=8)
@@ -180,7 +182,81 @@ def test_run_again_it_reads_what_is_there(out: Path) -> None:
     before = results(out), [path.stat().st_mtime_ns for path in files if path.is_file()]
     assert reproduce(out) == 0
     assert sorted((out / "runs").rglob("*")) == files
-    assert before == (results(out), [path.stat().st_mtime_ns for path in files if path.is_file()])
+    after = results(out), [path.stat().st_mtime_ns for path in files if path.is_file()]
+    assert 0 < before[0].pop("seconds") < after[0].pop("seconds")  # of all commands
+    assert before == after
+
+
+def test_what_was_measured_is_read_though_stopped_at_once(out: Path) -> None:
+    plan = Plan.of(json.loads((out / "plan.json").read_text()))
+    options = {"processes": 1, "data_dir": None, "device": "cpu", "stop": lambda: True}
+    found = [run.as_dict() for run in execution.execute(plan, out, **options)]
+    assert found == results(out)["runs"]
+
+    finer = replace(plan.scale, spectrum=replace(SPECTRUM, steps=9))  # not measured yet
+    for run, before in zip(
+        execution.execute(replace(plan, scale=finer), out, **options), found, strict=True
+    ):
+        assert run.outcome == {"complete": "unfinished"}.get(before["outcome"], before["outcome"])
+        assert (run.accuracy, run.sharpness) == (before["accuracy"], None)
+
+
+def test_memory_that_does_not_suffice_is_an_error_of_its_run(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(out, tmp_path / "copy")
+    name = "usam-momentum0-rho0.1-seed3"
+    spectrum = folder / "runs" / name / "spectrum.json"
+    spectrum.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(spectra.curvature, "eigsh", mock.Mock(side_effect=torch.OutOfMemoryError))
+        assert reproduce(folder) == 1
+    found = results(folder)
+    [run] = [run for run in found["runs"] if run["name"] == name]
+    assert (run["outcome"], run["sharpness"]) == ("complete", None)
+    assert run["accuracy"] is not None
+    for file in ("summary.md", "report.html"):
+        text = (folder / file).read_text()
+        assert "Complete, but without a spectrum" in text
+        assert f"{name}: memory does not suffice" in text
+    assert not spectrum.exists()
+    assert reproduce(folder) == 0  # measured again
+    same = [run["sharpness"] for run in results(folder)["runs"]]
+    assert same == [run["sharpness"] for run in results(out)["runs"]]
+
+
+def test_only_one_is_at_work_in_a_folder(tiny, tmp_path: Path, capsys) -> None:
+    with locked(tmp_path, wait=lambda: False, name=LOCK) as had:
+        assert had
+        assert reproduce(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"another reproduction is at work in {tmp_path}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [
+        ({0.1: (0.8, 0.7, None), 0.2: (0.7, 0.6, 0.99)}, 0.1),  # over the first two seeds
+        ({0.1: (0.8, 0.7, None), 0.2: (0.9, None, None)}, 0.2),
+        ({0.1: (0.8, None, None), 0.2: (None, None, None)}, None),  # nothing to compare over
+        ({0.1: (0.8, 0.7, "diverged"), 0.2: (0.7, 0.6, None)}, 0.2),
+        ({0.1: (0.8, 0.7, "failed"), 0.2: (0.7, None, None)}, 0.2),
+    ],
+)
+def test_unfinished_runs_do_not_disqualify_a_radius(
+    accuracies: dict[float, tuple[float | str | None, ...]], best: float | None
+) -> None:
+    runs = []
+    for rho, values in accuracies.items():
+        for seed, value in enumerate(values):
+            run = dict.fromkeys(field.name for field in fields(Measured))
+            run |= {"method": "usam", "momentum": 0.0, "rho": rho, "seed": seed, "note": ""}
+            accuracy = None if isinstance(value, str) else value
+            outcome = "unfinished" if value is None else "complete" if accuracy else value
+            runs.append(Measured(**run | {"accuracy": accuracy, "outcome": outcome}))
+    assert [row.rho for row in rows_of(runs) if row.best] == ([] if best is None else [best])
 
 
 @pytest.mark.slow
@@ -193,7 +269,7 @@ def test_what_was_stopped_goes_on_to_the_same_numbers(out: Path, tmp_path: Path)
         plan, tmp_path, stop=lambda: len(list(ended("runs/*/results.json"))) >= 2, **options
     )
     assert [run.outcome for run in first].count("unfinished") >= VARIANTS - 5
-    findings = Findings.of(plan, first)
+    findings = Findings.of(plan, first, 0.0)
     assert not findings.complete
     assert "unfinished" in findings.title
     again = execution.execute(plan, tmp_path, stop=lambda: False, **options)
@@ -239,7 +315,11 @@ FULL = Scale(seeds=3, epochs=8, model="mlp-8", samples=800, spectrum=SPECTRUM)
 RATES = {"mlp-8": Rates(0.02, 1e-5), "mlp-4": Rates(0.01, 1e-5)}
 
 
-def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images() -> None:
+def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget, "START", 0.0)
+
     def scale(minutes: float) -> Scale:
         found, seconds, rates = budget.fitted(
             TINY, FULL, minutes, RATES.__getitem__, processes=2, tests=0
@@ -256,6 +336,20 @@ def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images() -> No
     assert scale(7.99 * need) == replace(FULL, seeds=1, epochs=4)
     assert scale(0.99 * need) == replace(FULL, seeds=1, epochs=1, model="mlp-4")
     assert scale(0.26 * need) == replace(FULL, seeds=1, epochs=1, model="mlp-4", samples=400)
+
+
+def test_a_seed_takes_its_longest_run_and_a_start_at_least() -> None:
+    def estimate(processes: int) -> float:
+        _, seconds, _ = budget.fitted(
+            TINY, FULL, 1e6, RATES.__getitem__, processes=processes, tests=0
+        )
+        return seconds
+
+    gradient = 8 * 800 * 0.02  # of all epochs
+    products = 3 * VARIANTS * 1e-5 * SPECTRUM.samples * SPECTRUM.products
+    for processes, gradients in ((1, 32), (2, 16), (14, 3), (1000, 3)):
+        expected = 3 * (budget.START + gradients * gradient) + products
+        assert estimate(processes) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -319,12 +413,18 @@ const buttons = document.querySelectorAll("figure.zoom button");
 buttons[0].click();
 seen.button = box();
 buttons[2].click();
-svg.dispatchEvent(new WheelEvent("wheel", { ...middle, deltaY: -400, cancelable: true }));
+const wheel = { ...middle, deltaY: -400, cancelable: true };
+seen.scrolls = svg.dispatchEvent(new WheelEvent("wheel", wheel));
+seen.scrolled = box();
+svg.dispatchEvent(new WheelEvent("wheel", { ...wheel, ctrlKey: true }));
 seen.wheel = box();
 svg.dispatchEvent(new PointerEvent("pointerdown", middle));
 window.dispatchEvent(new PointerEvent("pointermove", { ...middle, clientX: middle.clientX - 30 }));
 window.dispatchEvent(new PointerEvent("pointerup", middle));
 window.dispatchEvent(new PointerEvent("pointermove", middle));
+svg.dispatchEvent(new PointerEvent("pointerdown", middle));
+window.dispatchEvent(new PointerEvent("pointercancel", middle));
+window.dispatchEvent(new PointerEvent("pointermove", { ...middle, clientX: middle.clientX - 30 }));
 seen.dragged = box();
 svg.dispatchEvent(new MouseEvent("dblclick", middle));
 seen.reset = box();
@@ -372,6 +472,7 @@ def test_the_page_in_a_browser(out: Path, tmp_path: Path) -> None:
     assert button[2:] == pytest.approx([0.8 * whole[2], 0.8 * whole[3]])
     assert button[0] == pytest.approx(0.1 * whole[2])
     shrunk = math.exp(-0.6)
+    assert (seen["scrolls"], seen["scrolled"]) == (True, whole)  # the page, without Ctrl
     assert wheel[2:] == pytest.approx([shrunk * whole[2], shrunk * whole[3]])
     under = [(1 - shrunk) * u * n for u, n in zip(seen["at"], whole[2:], strict=True)]
     assert wheel[:2] == pytest.approx(under)  # what is under the pointer stays there

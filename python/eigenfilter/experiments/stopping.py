@@ -29,6 +29,12 @@ class Stop:
             self._deadline is not None and time.perf_counter() >= self._deadline
         )
 
+    def exit_code(self, *, left: bool, failed: bool) -> int:
+        """STOPPED if a signal left runs to go; else 1 if one failed, not by diverging; else 0."""
+        if left and self.signalled:
+            return STOPPED
+        return 1 if failed else 0
+
 
 @contextmanager
 def stopping(minutes: float | None) -> Iterator[Stop]:

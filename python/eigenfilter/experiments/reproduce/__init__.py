@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from eigenfilter.experiments import datasets
-from eigenfilter.experiments.arguments import device_of, output_folder, positive, whole
+from eigenfilter.experiments.arguments import add_data_dir, add_device, device_of, positive, whole
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.reports import aligned
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
-from eigenfilter.experiments.stopping import STOPPED, stopping
+from eigenfilter.experiments.stopping import stopping
 
 HELP = "the paper's experiments: MNIST, Fashion-MNIST, CIFAR-10"
 PLAN = "plan.json"
+SPENT = "spent.json"
+LOCK = ".reproduction.lock"  # that of a sweep is held in between only
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,31 +49,39 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=whole(1), metavar="N", help="runs at a time (default: by the cores)"
     )
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU)"
-    )
+    add_data_dir(parser)
+    add_device(parser, auto="every GPU")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run, measure, write; return the exit code."""
     require("matplotlib", "tqdm", "yaml")
-    from eigenfilter.experiments.reproduce import execution, outputs, summary
+    from eigenfilter.experiments.sweep.folders import locked
 
     device = device_of(args.device)
-    out = output_folder(args.out or Path("out") / f"reproduce-{args.experiment}")
+    out = args.out or Path("out") / f"reproduce-{args.experiment}"
+    with locked(out, wait=lambda: False, name=LOCK) as had:
+        if not had:
+            raise UserError(f"another reproduction is at work in {out}: give another --out")
+        return _reproduced(args, out, device)
+
+
+def _reproduced(args: argparse.Namespace, out: Path, device: torch.device) -> int:
+    from eigenfilter.experiments.reproduce import execution, outputs, summary
+
     with stopping(args.budget) as stop:
         plan = _plan(args, out, device)
         print(f"{EXPERIMENTS[plan.experiment].title}, {plan.statement}", flush=True)
-        runs = execution.execute(
-            plan,
-            out,
-            processes=args.processes,
-            data_dir=args.data_dir,
-            device=args.device,
-            stop=stop,
-        )
-    findings = outputs.Findings.of(plan, runs)
+        with _counted(out / SPENT) as spent:
+            runs = execution.execute(
+                plan,
+                out,
+                processes=args.processes,
+                data_dir=args.data_dir,
+                device=args.device,
+                stop=stop,
+            )
+    findings = outputs.Findings.of(plan, runs, spent())
     outputs.write(findings, out)
     print(aligned(summary.table([row for row in findings.rows if row.best])))
     for line in findings.verdicts:
@@ -77,7 +89,31 @@ def run(args: argparse.Namespace) -> int:
     print(f"{findings.title}\nwrote {', '.join(outputs.FILES)} in {out}")
     if not findings.complete:
         print("the same command goes on")
-    return STOPPED if stop.signalled else 0
+    return stop.exit_code(left=not findings.complete, failed=findings.failed)
+
+
+@contextmanager
+def _counted(path: Path) -> Iterator[Callable[[], float]]:
+    """Add the seconds inside to those of the commands before, which a file keeps.
+
+    Yields:
+        A function that reads the sum.
+    """
+
+    def spent() -> float:
+        try:
+            return float(json.loads(path.read_text())["seconds"])
+        except FileNotFoundError:
+            return 0.0
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is damaged: remove it") from error
+
+    before, began = spent(), time.perf_counter()
+    try:
+        yield spent
+    finally:
+        seconds = before + time.perf_counter() - began
+        replace_text(path, json.dumps({"seconds": seconds}) + "\n")
 
 
 def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
@@ -87,6 +123,7 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
         UserError: `out` holds that of another command.
     """
     from eigenfilter.experiments.reproduce import budget
+    from eigenfilter.experiments.sweep.local import fitting
 
     path = out / PLAN
     if path.exists():
@@ -112,7 +149,8 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
             full,
             args.budget,
             lambda model: budget.timed(experiment, full, model, data, device),
-            processes=args.processes or _processes(experiment.fixed.get("threads", 0), device),
+            processes=args.processes
+            or fitting(args.device, experiment.runs(full, args.seed).values()),
             tests=len(data.test_images),
         )
         plan = Plan(
@@ -120,10 +158,3 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
         )
     replace_text(path, json.dumps(plan.as_dict(), indent=1) + "\n")
     return plan
-
-
-def _processes(threads: int, device: torch.device) -> int:
-    """How many runs go at a time where it is not said."""
-    if device.type == "cuda":
-        return torch.cuda.device_count()
-    return max(1, len(os.sched_getaffinity(0)) // threads) if threads else 1

@@ -34,23 +34,36 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class Findings:
-    """A plan, what its runs came to, and what follows from them."""
+    """A plan, what its runs came to, and what follows from them.
+
+    Attributes:
+        seconds: that all commands spent on the runs and their spectra, beside the plan's estimate.
+    """
 
     plan: Plan
     runs: list[Measured]
+    seconds: float
     rows: list[Row]
     checks: list[Check]
 
     @classmethod
-    def of(cls, plan: Plan, runs: Sequence[Measured]) -> Findings:
+    def of(cls, plan: Plan, runs: Sequence[Measured], seconds: float) -> Findings:
         """From the runs."""
         rows = summary.rows_of(runs)
-        return cls(plan, list(runs), rows, summary.checks_of(rows))
+        return cls(plan, list(runs), seconds, rows, summary.checks_of(rows))
 
     @property
     def complete(self) -> bool:
         """Whether nothing is left to be run."""
         return all(run.outcome != "unfinished" for run in self.runs)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a run failed, not by diverging, or completed and has no spectrum."""
+        return any(
+            run.outcome == "failed" or (run.outcome == "complete" and run.spectrum is None)
+            for run in self.runs
+        )
 
     @property
     def title(self) -> str:
@@ -119,6 +132,8 @@ def write(findings: Findings, out: Path) -> None:
         "statement": findings.plan.statement,
         "complete": findings.complete,
         "plan": findings.plan.as_dict(),
+        "estimate": findings.plan.estimate,
+        "seconds": findings.seconds,
         "settings": findings.settings(),
         "rows": [row.as_dict() for row in findings.rows],
         "verdicts": findings.verdicts,

@@ -21,7 +21,7 @@ from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.arguments import add_data_dir, add_device, add_out, positive, whole
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.experiments.stopping import STOPPED, stopping
+from eigenfilter.experiments.stopping import Stop, stopping
 
 HELP = "train a grid or a random sample of configurations, on all cores, GPUs or a Ray cluster"
 TABLE = "table.md"
@@ -84,14 +84,11 @@ def run(args: argparse.Namespace) -> int:
     lines = table.cells(rows)
     replace_text(args.out / TABLE, table.markdown(lines))
     print(aligned(lines))
-    return _close(args.out, records, stop.signalled)
+    return _close(args.out, records, stop)
 
 
-def _close(out: Path, records: dict[str, dict[str, Any]], signalled: bool) -> int:
-    """Say what failed and what was not finished; give the exit code.
-
-    STOPPED if a signal left runs to go; else 1 if a run failed otherwise than by diverging; else 0.
-    """
+def _close(out: Path, records: dict[str, dict[str, Any]], stop: Stop) -> int:
+    """Say what failed and what was not finished; give the exit code."""
     for name, record in records.items():
         if record["outcome"] == "failed":
             print(f"{name} failed: {record['error']}")
@@ -100,7 +97,5 @@ def _close(out: Path, records: dict[str, dict[str, Any]], signalled: bool) -> in
         print(f"stopped, {left} of {len(records)} runs to go: the same command goes on with them")
     else:
         print(f"wrote {out / TABLE}, results.json and runs")
-    if left and signalled:
-        return STOPPED
-    crashed = any(r["outcome"] == "failed" and not r["diverged"] for r in records.values())
-    return 1 if crashed else 0
+    failed = any(r["outcome"] == "failed" and not r["diverged"] for r in records.values())
+    return stop.exit_code(left=left > 0, failed=failed)

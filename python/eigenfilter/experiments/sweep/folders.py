@@ -48,12 +48,13 @@ def folder_of(out: Path, name: str) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, wait: Callable[[], bool]) -> Iterator[bool]:
+def locked(folder: Path, wait: Callable[[], bool], name: str = LOCK) -> Iterator[bool]:
     """Be the only one in a folder; a process that ends, however it does, lets go of it.
 
     Args:
         folder: made if need be.
         wait: asked while another is there whether to go on waiting.
+        name: of the file that is locked; those of different names do not see each other.
 
     Yields:
         Whether it was had.
@@ -61,7 +62,7 @@ def locked(folder: Path, wait: Callable[[], bool]) -> Iterator[bool]:
     Raises:
         UserError: the folder cannot be made, or its file system has no locks.
     """
-    path = output_folder(folder) / LOCK
+    path = output_folder(folder) / name
     with path.open("w") as file:
         try:
             while not (had := _lock(file.fileno())) and wait():
