@@ -16,7 +16,7 @@ from eigenfilter.experiments.reproduce.plan import COARSER, GRADIENTS, Experimen
 from eigenfilter.experiments.trainer import Trainer, reproducible
 
 TRAINING, SPECTRA = 0.5, 0.3  # parts of a budget; the rest is for starting, loading, drawing
-START = 5.0  # seconds until the processes of a seed have imported torch and the data
+START = 7.0  # seconds until the processes of a seed train: two at once import in 6.4 on two cores
 SECONDS = 1.0  # that a rate is timed for
 FEW = 8  # images that a step is timed on at first
 
