@@ -66,8 +66,8 @@ def _figure(svg: str) -> str:
         '<button type="button" data-zoom="1.25">&minus;</button>'
         '<button type="button" data-zoom="0">whole</button></div>\n'
         f"{svg}\n<figcaption>Ctrl and the wheel, + and - zoom, dragging moves, a double click "
-        "shows all. Spectra at the best rho; dots are seeds, lines means, dashes the filters' edges; "
-        "a filled point is the best rho.</figcaption>\n</figure>"
+        "shows all. Spectra at the best rho; dots are seeds, lines means, dashes the filters' "
+        "edges; a filled point is the best rho.</figcaption>\n</figure>"
     )
 
 
