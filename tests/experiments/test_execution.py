@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from eigenfilter.experiments import runs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.sweep import worker
 from eigenfilter.experiments.sweep.execution import execute
-from eigenfilter.experiments.sweep.folders import Order, folder_of, locked
+from eigenfilter.experiments.sweep.folders import Order, failure, folder_of, keep_failure, locked
 from eigenfilter.experiments.sweep.ledger import Ledger
 from experiments.test_train import SMALL, assert_same, lines, trained
 
@@ -80,6 +82,7 @@ class Swept:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     out = tmp_path_factory.mktemp("sweep")
+    keep_failure(folder_of(out, "short"), failure(SHORT, "killed"))  # it may pass
     before = children()
     stopped = Watch("long", 100)
     stopped.then = lambda: None
@@ -87,7 +90,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     killed.then = lambda: os.kill(at_work(folder_of(out, "long")), signal.SIGKILL)
     watches = [stopped, killed, Watch()]
     records = [
-        execute(RUNS, out, processes=2, stop=lambda: stopped.done, observe=stopped),
+        execute(RUNS, out, processes=1, stop=lambda: stopped.done, observe=stopped),
         execute(RUNS, out, processes=2, observe=killed),
         execute(RUNS, out, processes=2, observe=watches[2]),
     ]
@@ -133,9 +136,11 @@ def test_a_run_that_diverges_is_reported_and_the_others_end(swept: Swept) -> Non
 def test_nothing_is_run_twice(swept: Swept) -> None:
     assert [(name, kind) for name, kind, _ in swept.watches[2].seen] == [(n, "kept") for n in RUNS]
     assert swept.records[2] == swept.records[1]
-    for name in ("short", "diverges"):
-        was_stopped = swept.records[0][name]["outcome"] == "stopped"
-        assert bool(swept.watches[1].steps(name, "start")) == was_stopped
+
+
+def test_a_failure_that_may_pass_is_run_again(swept: Swept) -> None:
+    assert swept.watches[1].steps("short", "start") == [0]
+    assert swept.records[1]["short"]["outcome"] == "complete"
 
 
 def test_other_configurations_are_refused(swept: Swept) -> None:
@@ -189,19 +194,55 @@ def test_a_process_that_ends_again_and_again_is_given_up(retries: int, tmp_path:
     assert json.loads((tmp_path / "a" / "results.json").read_text()) == record
 
 
-def test_a_failure_that_may_pass_is_run_again_and_an_end_at_once_leaves_nobody(
-    tmp_path: Path,
-) -> None:
-    ledger(tmp_path / "runs", 0).crashed("a", "killed")
-    before = children()
+def test_an_end_at_once_leaves_nobody(tmp_path: Path) -> None:
+    before, during = children(), set()
 
-    def interrupted(name: str, kind: str, step: int, record: Record) -> None:
-        raise KeyboardInterrupt
+    def interrupted() -> bool:
+        during.update(children())
+        if during > before:
+            raise KeyboardInterrupt
+        return False
 
     with pytest.raises(KeyboardInterrupt):
-        execute({"a": SHORT}, tmp_path, processes=1, observe=interrupted)
+        execute({"a": SHORT}, tmp_path, processes=1, stop=interrupted)
     assert children() == before
-    assert execute({"a": SHORT}, tmp_path, processes=1)["a"]["outcome"] == "complete"
+
+
+def test_what_a_run_prints_is_in_its_folder_and_nothing_after_it(tmp_path: Path) -> None:
+    outputs = [os.fstat(handle) for handle in (1, 2)]
+    with worker.output(tmp_path):
+        os.write(1, b"one ")
+        os.write(2, b"two")
+    assert [os.fstat(handle) for handle in (1, 2)] == outputs
+    assert (tmp_path / worker.OUTPUT).read_text() == "one two"
+    with worker.output(tmp_path / "silent"):
+        pass
+    assert not list((tmp_path / "silent").iterdir())
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> Path:
+    """A folder that cannot be made."""
+    (tmp_path / "nowhere").symlink_to("/proc/nowhere")
+    return tmp_path / "nowhere"
+
+
+def test_a_folder_that_cannot_be_written_is_the_failure_of_its_run(nowhere: Path) -> None:
+    handlers = {number: signal.getsignal(number) for number in worker.SIGNALS}
+    ours, theirs = Pipe()
+    try:
+        ours.send(Order(SHORT, nowhere, None, "cpu"))
+        ours.send(None)
+        worker.Worker(theirs).work()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    kind, _, record = ours.recv()
+    assert (kind, record["outcome"], record["diverged"]) == ("end", "failed", False)
+    assert record["error"].startswith(f"cannot write to {nowhere}: ")
+    book = Ledger({"a": Order(SHORT, nowhere, None, "cpu")}, 1, lambda *seen: None)
+    book.ended("a", record)
+    assert book.records["a"] == record | {"attempts": 1}
 
 
 ENDLESS = """
@@ -226,10 +267,10 @@ def test_a_process_ends_when_who_started_it_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ENDLESS.format(out=str(tmp_path))]) as started:
         try:
             assert eventually((folder / "checkpoint.pt").exists)
-            worker = at_work(folder)
+            at = at_work(folder)
         finally:
             started.kill()
-    assert eventually(lambda: not Path(f"/proc/{worker}").exists())
+    assert eventually(lambda: not Path(f"/proc/{at}").exists())
     record = json.loads((folder / "results.json").read_text())
     assert record["outcome"] == "stopped"
     assert trained(folder)["step"] == record["step"]

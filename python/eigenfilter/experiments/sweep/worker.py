@@ -25,7 +25,7 @@ OUTPUT = "output.txt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class _Worker:
+class Worker:
     """The process's end of the connection."""
 
     def __init__(self, connection: Connection) -> None:
@@ -41,7 +41,7 @@ class _Worker:
         """Run what is ordered, until nothing is any more."""
         while (order := self._orders.get()) is not None:
             try:
-                with _output(order.folder):
+                with output(order.folder):
                     record = attempt(order, stop=self._stop.is_set, observe=self._send)
             except (OSError, UserError) as error:  # of its folder: the other runs go on
                 record = failure(order.config, str(error))
@@ -65,7 +65,7 @@ class _Worker:
 
 
 @contextmanager
-def _output(folder: Path) -> Iterator[None]:
+def output(folder: Path) -> Iterator[None]:
     """Has what is printed go into the run's folder; a file that stays empty is removed."""
     path = output_folder(folder) / OUTPUT
     with path.open("ab") as file:
@@ -87,4 +87,4 @@ def _output(folder: Path) -> Iterator[None]:
 def main() -> None:
     """Work for whom the first argument, a file descriptor, leads to."""
     faulthandler.enable()
-    _Worker(Connection(int(sys.argv[1]))).work()
+    Worker(Connection(int(sys.argv[1]))).work()
