@@ -92,6 +92,35 @@ def test_copies_and_clusters(spectrum: list[float], k: int, block_size: int) -> 
     check(op, found, wanted(torch.tensor(spectrum), k, "LA"))
 
 
+@pytest.mark.parametrize(
+    ("n", "k", "which", "block_size", "seed"),
+    [(34, 19, "LA", 4, 4), (45, 26, "LA", 2, 132), (48, 5, "LA", 1, 184)],
+)
+def test_restarts_beside_locked_pairs(
+    n: int, k: int, which: str, block_size: int, seed: int
+) -> None:
+    """Rounding of kept vectors along locked ones counts too: little room, and many copies."""
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.randn(n, generator=generator, dtype=torch.float64).round()
+    op = operator(spectrum, torch.float32)
+    room = min(n, k + 2 * block_size + 2)
+    found = eigsh(
+        op,
+        k,
+        which,
+        block_size=block_size,
+        basis_dtype=torch.float16,
+        max_basis=room,
+        max_matvecs=2000,
+        seed=seed,
+    )
+    expected = wanted(spectrum, k, which)
+    error = (found.values.double() - expected).abs()
+    norm = float(spectrum.abs().max())
+    assert (error[found.converged] <= 20 * VALUES * norm).all()
+    assert found.converged.sum() >= k - 1
+
+
 def test_vectors_of_a_few_large_elements() -> None:
     """Their rounding is not random: it may lie along the vectors themselves."""
     spectrum = 10 / torch.arange(1.0, 501.0, dtype=torch.float64)

@@ -59,15 +59,17 @@ class Basis:
         self.rows[to : to + end - first] = self.rows[first:end].clone()
 
     def rotate(
-        self, first: int, s: Floats, c: Tensor, reach: NDArray[np.intp]
+        self, first: int, s: Floats, c: Tensor, reach: NDArray[np.intp], before: Tensor
     ) -> tuple[Floats, Floats] | None:
         """Replace the rows [first, first + m) by the combinations S^T of them, in place.
 
         s: [m, r], coordinates of Ritz vectors; the r combinations take the rows from `first` on.
         c, reach: of the rows, as `projection` takes them, with all columns.
+        before: [first, first], coefficients of the rows before them.
 
-        Returns None where they stay the Ritz vectors that they are; else the coefficients [r, r] of
-        their products among themselves, and ||d_i|| [r] as `put` does.
+        Returns None where they stay the Ritz vectors that they are; else the coefficients
+        [r, first + r] of their products, along the rows before and among themselves, and ||d_i||
+        [r] as `put` does.
         """
         factor = torch.from_numpy(s).to(self.rows)
         for start in range(0, self._space.length, _CHUNK):
@@ -157,11 +159,12 @@ class RoundedBasis(Basis):
         super().move(first, end, to)
 
     def rotate(
-        self, first: int, s: Floats, c: Tensor, reach: NDArray[np.intp]
+        self, first: int, s: Floats, c: Tensor, reach: NDArray[np.intp], before: Tensor
     ) -> tuple[Floats, Floats]:
         (m, r), end = s.shape, c.shape[1]
         size, last = first + m, first + r
         coefficients = c.cpu().numpy()
+        along = s.T @ self._measured(coefficients, reach)[:, :first]
         among = s.T @ self._projected(coefficients, first, reach) @ s
         products = s.T @ coefficients
         # D^T V, and the squares of the columns of D
@@ -178,10 +181,10 @@ class RoundedBasis(Basis):
         total = self._space.total(found).cpu().numpy()
         first_order = total[:, :end] @ products.T
         among += first_order + first_order.T
-        gram = self._inner_products(last)
-        among -= products[:, :first] @ gram[:first, first:]
-        block = torch.linalg.solve(*map(torch.from_numpy, (gram[first:, first:], among.T)))
-        return block.T.numpy(), np.sqrt(total[:, end])
+        along += total[:, :first] @ before.cpu().numpy().T
+        gram, wanted = self._inner_products(last), np.hstack((along, among))
+        turned = torch.linalg.solve(*map(torch.from_numpy, (gram, np.ascontiguousarray(wanted.T))))
+        return turned.T.numpy(), np.sqrt(total[:, end])
 
     def combine(self, s: Floats) -> Tensor:
         factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
@@ -217,11 +220,17 @@ class RoundedBasis(Basis):
 
     def _projected(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:
         """Return M [m, m] of the rows [first, first + m); for the arguments see `projection`."""
-        size = first + len(c)
-        inside = np.arange(size) < reach[:, None]
-        m = np.where(inside, c[:, :size], 0.0) @ self._inner_products(size)[:, first:]
+        m = self._measured(c, reach)[:, first : first + len(c)]
         whole: Floats = np.tril(m) + np.tril(m, -1).T
         return whole
+
+    def _measured(self, c: Floats, reach: NDArray[np.intp]) -> Floats:
+        """Return (H v_j) . v_i [m, size] of the last m of the first `size` rows, as their products
+        are known, with all before them; it holds for i <= j."""
+        size = int(reach.max(initial=0))
+        inside = np.arange(size) < reach[:, None]
+        found: Floats = np.where(inside, c[:, :size], 0.0) @ self._inner_products(size)
+        return found
 
     def _inner_products(self, size: int) -> Floats:
         """Return G [size, size] of the first rows; only what has changed is read."""

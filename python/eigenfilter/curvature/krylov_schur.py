@@ -204,7 +204,7 @@ class KrylovSchur:
 
     def joined(self) -> Floats:
         """Return the eigenvalues of T with the locked pairs in it."""
-        c = self._c[: self.size, : self.size].cpu().numpy()
+        c = self._c[: self.size, : self.end].cpu().numpy()
         t = self.basis.projection(c, 0, self._reach[: self.size])
         values: Floats = torch.linalg.eigvalsh(torch.from_numpy(t)).numpy()  # the lower triangle
         return values
@@ -254,13 +254,12 @@ class KrylovSchur:
         s = ritz.vectors[:, kept]
         size, end = self.locked + len(kept), self.end - self.size + self.locked + len(kept)
         left = torch.from_numpy(s).to(self._c).T @ self._c[self.locked : self.size]
-        block = self._rotate(ritz, self.locked, self.locked + kept)
+        turned = self._rotate(ritz, self.locked, self.locked + kept, left[:, : self.locked])
         self.basis.move(self.size, self.end, size)
         self._c[self.locked :] = 0
         kept_rows = self._c[self.locked : size]
-        kept_rows[:, : self.locked] = left[:, : self.locked]
+        kept_rows[:, :size] = turned
         kept_rows[:, size:end] = left[:, self.size : self.end]
-        kept_rows[:, self.locked : size] = block
         self._lost[self.locked : size] = ritz.lost[kept]
         self.size, self.end = size, end
         self._origins = [self.locked] * self.end
@@ -269,7 +268,7 @@ class KrylovSchur:
     def lock(self, ritz: Ritz, kept: NDArray[np.intp]) -> None:
         """Keep of all columns those with indices `kept`, first the locked ones, then the pairs
         of Q; all are locked then, and nothing waits."""
-        block = self._rotate(ritz, 0, kept)
+        block = self._rotate(ritz, 0, kept, self._c[: len(kept), :0])
         self.locked = self.size = self.end = len(kept)
         self._origins = [0] * self.end
         self._children = {}
@@ -298,23 +297,31 @@ class KrylovSchur:
         """Return max |V^T V - I| over the columns V = (locked, Q)."""
         return self.basis.orthogonality(self.size)
 
-    def _rotate(self, ritz: Ritz, first: int, kept: NDArray[np.intp]) -> Tensor:
+    def _rotate(self, ritz: Ritz, first: int, kept: NDArray[np.intp], along: Tensor) -> Tensor:
         """Keep of the columns from `first` on those with indices `kept`, from there on; return the
-        coefficients [l, l] of their products among themselves."""
+        coefficients [l, first + l] of their products.
+
+        along: [l, first], those along what is before, but for rounding.
+        """
         rows = slice(first, self.size)
         locked = self._c[: self.locked].diagonal().cpu().numpy()
         theta = np.concatenate([locked, ritz.values])[kept]
         turned = self.basis.rotate(
-            first, self._columns(ritz)[first:, kept], self._c[rows, : self.end], self._reach[rows]
+            first,
+            self._columns(ritz)[first:, kept],
+            self._c[rows, : self.end],
+            self._reach[rows],
+            self._c[:first, :first],
         )
-        block, end = np.diag(theta), first + len(kept)
-        if turned is not None:
-            block, errors = turned
-            new = (self.norm + np.abs(theta)) * errors  # ||(H - theta) d||, or more
-            rounded = np.hypot(self.rounded(ritz, kept), new)
-            self._rounded[first:end] = torch.from_numpy(rounded).to(self._rounded)
+        end = first + len(kept)
         self._reach[first:end] = end
-        return torch.from_numpy(block).to(self._c)
+        if turned is None:
+            return torch.cat((along, torch.from_numpy(np.diag(theta)).to(along)), dim=1)
+        found, errors = turned
+        new = (self.norm + np.abs(theta)) * errors  # ||(H - theta) d||, or more
+        rounded = np.hypot(self.rounded(ritz, kept), new)
+        self._rounded[first:end] = torch.from_numpy(rounded).to(self._rounded)
+        return torch.from_numpy(found).to(along)
 
     def _columns(self, ritz: Ritz) -> Floats:
         """Return what combines the rows of the basis to the locked vectors and the pairs of Q."""
