@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eigenfilter.curvature.space import Space
+from eigenfilter.curvature.space import Space, full_precision
 
 _CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
 _WIDE = {"cpu": 1 << 13, "cuda": 1 << 20}  # columns of rounded rows that are widened at a time
@@ -72,14 +72,16 @@ class Basis:
         [r] as `put` does.
         """
         factor = torch.from_numpy(s).to(self.rows)
-        for start in range(0, self._space.length, _CHUNK):
-            columns = self.rows[first : first + len(s), start : start + _CHUNK]
-            columns[: s.shape[1]] = factor.T @ columns
+        with full_precision(self.rows.device):
+            for start in range(0, self._space.length, _CHUNK):
+                columns = self.rows[first : first + len(s), start : start + _CHUNK]
+                columns[: s.shape[1]] = factor.T @ columns
         return None
 
     def combine(self, s: Floats) -> Tensor:
         """Return the combinations S^T [r, l] of the first rows, for s [size, r]."""
-        return torch.mm(torch.from_numpy(s).to(self.rows).T, self.rows[: len(s)])
+        with full_precision(self.rows.device):
+            return torch.mm(torch.from_numpy(s).to(self.rows).T, self.rows[: len(s)])
 
     def projection(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:
         """Return T [m, m], the projection of H onto the span of the rows [first, first + m), of
@@ -151,7 +153,8 @@ class RoundedBasis(Basis):
     def put(self, i: int, made: Tensor) -> Tensor:
         self._known = min(self._known, i)
         self.rows[i] = made
-        made -= self.rows[i]
+        for part in self._parts():  # in pieces, or torch makes a wide copy of the row
+            made[part] -= self.rows[i, part]
         return self._space.norm(made)
 
     def move(self, first: int, end: int, to: int) -> None:
@@ -170,13 +173,14 @@ class RoundedBasis(Basis):
         # D^T V, and the squares of the columns of D
         found = torch.zeros(r, end + 1, dtype=torch.float64, device=self.rows.device)
         factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
-        for part in self._parts():
-            wide = self.rows[:end, part].to(self._dtype)
-            made = factor.T @ wide[first:size]
-            self.rows[first:last, part] = made
-            errors = self.rows[first:last, part] - made
-            found[:, :end] += errors @ wide.T
-            found[:, end] += errors.square().sum(1)
+        with full_precision(self.rows.device):
+            for part in self._parts():
+                wide = self.rows[:end, part].to(self._dtype)
+                made = factor.T @ wide[first:size]
+                self.rows[first:last, part] = made
+                errors = self.rows[first:last, part] - made
+                found[:, :end] += errors @ wide.T
+                found[:, end] += errors.square().sum(1)
         self._known = min(self._known, first)
         total = self._space.total(found).cpu().numpy()
         first_order = total[:, :end] @ products.T
@@ -189,8 +193,9 @@ class RoundedBasis(Basis):
     def combine(self, s: Floats) -> Tensor:
         factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
         found = factor.new_empty(s.shape[1], self._space.length)
-        for part in self._parts():
-            found[:, part] = factor.T @ self.rows[: len(s), part].to(self._dtype)
+        with full_precision(self.rows.device):
+            for part in self._parts():
+                found[:, part] = factor.T @ self.rows[: len(s), part].to(self._dtype)
         return found
 
     def projection(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,25 @@ from eigenfilter.kernels.lanczos import MOST_ROWS
 
 _PIECE = 1 << 12  # elements summed in the vectors' dtype before float64 goes on
 _CHUNK = 1 << 16  # elements of which wider copies are made at a time
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """A context in which a GPU multiplies float32 matrices in float32.
+
+    What is allowed for training, such as TF32 with its 10 bits, is allowed for products with a
+    model; it would ruin orthogonality, and no residual would tell.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class Space:
@@ -53,7 +75,8 @@ class Space:
 
     def gram(self, rows: Tensor) -> Tensor:
         """Return the inner products [m, m], float64, of rows [m, l]."""
-        return self.total((rows @ rows.T).double())
+        with full_precision(rows.device):
+            return self.total((rows @ rows.T).double())
 
     def project_out(self, w: Tensor, basis: Tensor, *, passes: int = 2) -> tuple[Tensor, Tensor]:
         """Take away from w [l] or [p, l] its part in the span of orthonormal rows [m, l].
@@ -65,17 +88,18 @@ class Space:
             return kernels.project_out(w, basis, passes=passes)
         W = w if w.ndim == 2 else w[None]
         coefficients = torch.zeros(len(W), len(basis), dtype=torch.float64, device=w.device)
-        for _ in range(passes):
-            found = torch.zeros_like(coefficients)
-            for start in range(0, self.length, _PIECE):
-                part = slice(start, start + _PIECE)
-                found += W[:, part] @ basis[:, part].to(w.dtype).T
-            found = self.total(found)
-            step = _CHUNK if basis.dtype != w.dtype else max(self.length, 1)
-            for start in range(0, self.length, step):
-                part = slice(start, start + step)
-                W[:, part].addmm_(found.to(w.dtype), basis[:, part].to(w.dtype), alpha=-1)
-            coefficients += found
+        with full_precision(w.device):
+            for _ in range(passes):
+                found = torch.zeros_like(coefficients)
+                for start in range(0, self.length, _PIECE):
+                    part = slice(start, start + _PIECE)
+                    found += W[:, part] @ basis[:, part].to(w.dtype).T
+                found = self.total(found)
+                step = _CHUNK if basis.dtype != w.dtype else max(self.length, 1)
+                for start in range(0, self.length, step):
+                    part = slice(start, start + step)
+                    W[:, part].addmm_(found.to(w.dtype), basis[:, part].to(w.dtype), alpha=-1)
+                coefficients += found
         shape = w.shape[:-1]
         return coefficients.view(*shape, len(basis)), self.dot(W, W).sqrt().view(shape)
 
