@@ -287,3 +287,9 @@ def test_a_preconditioned_operator_checks_its_scale() -> None:
     for scale in (torch.ones(n - 1).double(), torch.ones(n), torch.full((n,), torch.nan).double()):
         with pytest.raises(ValueError, match="scale"):
             PreconditionedOperator(task.op, scale)
+
+
+def test_an_optimizer_of_another_model() -> None:
+    other = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match="none of the operator's parameters"):
+        ef.SharpnessMonitor(Trained().op, other).check()

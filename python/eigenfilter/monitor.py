@@ -260,7 +260,7 @@ def _check_rho(flt: Filter | None) -> None:
 
 
 def _lr_factor(flt: Filter, edge: float) -> float:
-    """What lr has to be multiplied with for the filter to end at `edge`, decay aside."""
+    """What lr has to be multiplied with for the filter to end at `edge`."""
     if isinstance(flt, PolynomialFilter):
         present = float(flt.p(flt.max_eigenvalue())) + flt.weight_decay
         return present / (float(flt.p(edge)) + flt.weight_decay)

@@ -66,11 +66,16 @@ def linearised(
     Raises:
         NoFilter: the groups do not compose.
         NoPreconditioner: AdamW has taken no step.
-        ValueError, TypeError: see `filters.of`.
+        ValueError, TypeError: see `filters.of`; ValueError too if the optimizer has none of the
+            operator's parameters.
     """
     held = {id(p) for p in op.params}
     every = zip(optimizer.param_groups, filters.of(optimizer, grad_norm=grad_norm), strict=True)
     groups = [(g, f) for g, f in every if any(id(p) in held for p in g["params"])]
+    if not groups:
+        raise ValueError(
+            "the optimizer has none of the operator's parameters: give both those of one model"
+        )
     one = groups[0][1]
     alike = all(f == one for _, f in groups)
     if isinstance(one, AdamW) and not any(

@@ -218,9 +218,12 @@ def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
     build = _BUILDERS.get(method)
     if build is None:
         known = ", ".join(map(repr, sorted(_BUILDERS)))
+        inner = type(getattr(opt, "base_optimizer", None))
+        around = "" if inner is type(None) else f" around {inner.__name__}"
         raise TypeError(
-            f"no filter is known for {type(opt).__name__}; supported are torch.optim's SGD and "
-            f"AdamW, and eigenfilter's optimizers with method 'sam', {known}"
+            f"no filter is known for {type(opt).__name__}{around}; supported are torch.optim's "
+            "SGD, AdamW and Adam without decay, SharpnessAware around these, and eigenfilter's "
+            f"optimizers with method 'sam', {known}"
         )
     return [build(group, opt) for group in opt.param_groups]
 
