@@ -16,42 +16,20 @@ from unittest import mock
 import pytest
 import torch
 
-from eigenfilter.experiments import datasets
 from eigenfilter.experiments.cli import main
-from eigenfilter.experiments.reproduce import LOCK, budget, execution, figure, spectra, summary
-from eigenfilter.experiments.reproduce.budget import Rates
+from eigenfilter.experiments.reproduce import LOCK, execution, spectra, summary
 from eigenfilter.experiments.reproduce.outputs import FILES, Findings
-from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Experiment, Plan, Scale, Spectrum
+from eigenfilter.experiments.reproduce.plan import Plan
 from eigenfilter.experiments.reproduce.summary import Measured, rows_of
 from eigenfilter.experiments.sweep.folders import locked
-from experiments.test_spectrum import dense
-
-SPECTRUM = Spectrum(samples=60, pairs=3, probes=1, steps=8)
-TINY = Experiment(
-    title="Digits",
-    fixed={"dataset": "digits", "batch_size": 50, "activation": "relu", "threads": 1},
-    lr={0.0: 0.5, 0.9: 0.05},
-    rhos={
-        "sam": (0.05,),
-        "usam": (0.05, 0.1),
-        "two_step_usam": (0.05,),
-        "hessian_usam": (0.05, 1e30),  # the second moves the weights to where nothing is finite
-    },
-    full=Scale(seeds=2, epochs=2, model="mlp-8", samples=200, spectrum=SPECTRUM),
-    narrower=("mlp-4",),
-    least=100,
+from experiments.reproductions import (
+    DIVERGING,
+    SPECTRUM,
+    VARIANTS,
+    reproduce,
+    results,
 )
-DIVERGING = 1e30
-STABLE = replace(TINY, rhos={**TINY.rhos, "hessian_usam": (0.05,)})
-VARIANTS = 14
-
-
-@pytest.fixture(scope="module")
-def tiny() -> pytest.MonkeyPatch:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(EXPERIMENTS, "mnist", TINY)
-        patch.setitem(EXPERIMENTS, "fashion", STABLE)
-        yield patch
+from experiments.test_spectrum import dense
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +37,6 @@ def out(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reproduce")
     assert reproduce(folder) == 0
     return folder
-
-
-def reproduce(folder: Path, *options: str, name: str = "mnist") -> int:
-    options = ("--processes", "1", "--device", "cpu", "--seed", "3", *options)
-    return main(["reproduce", name, "--out", str(folder), *options])
-
-
-def results(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text())
 
 
 def test_every_run_is_there_with_the_numbers_of_its_folder(out: Path) -> None:
@@ -280,78 +249,6 @@ def test_what_was_stopped_goes_on_to_the_same_numbers(out: Path, tmp_path: Path)
         assert run.sharpness == there["sharpness"]
 
 
-@pytest.mark.slow
-def test_a_budget_is_stated_in_every_output(
-    tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
-) -> None:
-    # At these rates two seeds of two epochs take more than ten minutes, one of one less.
-    monkeypatch.setattr(budget, "timed", lambda *args: Rates(gradient=0.03, product=1e-6))
-    titles: list[str] = []
-    save = figure.save_png
-
-    def saved(drawn, path: Path) -> None:
-        titles.append(drawn.get_suptitle())
-        save(drawn, path)
-
-    monkeypatch.setattr(figure, "save_png", saved)
-    assert reproduce(tmp_path, "--budget", "10", name="fashion") == 0
-    found = results(tmp_path)
-    statement = found["statement"]
-    assert re.match(r"scaled down to a budget of 10 minutes: 1 seed of 2, 1 epoch of 2", statement)
-    assert found["plan"]["budget"] == 10
-    assert found["plan"]["scale"] != found["plan"]["full"]
-    assert found["plan"]["estimate"] <= 600
-    assert {run["seed"] for run in found["runs"]} == {3}
-    for name in ("summary.md", "report.html"):
-        assert statement in (tmp_path / name).read_text()
-    assert statement in capsys.readouterr().out
-    assert statement in titles[0]
-
-    assert reproduce(tmp_path, "--budget", "11", name="fashion") == 2
-    assert "budget 10.0, not 11.0" in capsys.readouterr().err
-
-
-FULL = Scale(seeds=3, epochs=8, model="mlp-8", samples=800, spectrum=SPECTRUM)
-RATES = {"mlp-8": Rates(0.02, 1e-5), "mlp-4": Rates(0.01, 1e-5)}
-
-
-def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(budget, "START", 0.0)
-
-    def scale(minutes: float) -> Scale:
-        found, seconds, rates = budget.fitted(
-            TINY, FULL, minutes, RATES.__getitem__, processes=2, tests=0
-        )
-        assert rates is RATES[found.model]
-        assert seconds <= 60 * minutes
-        return found
-
-    # The 14 variants take 32 gradients an image.
-    need = 32 * 800 * 0.02 / 2 / 60 / budget.TRAINING  # minutes of one epoch of one seed
-    assert scale(24.01 * need) == FULL
-    assert scale(23.99 * need) == replace(FULL, seeds=2)
-    assert scale(8.01 * need) == replace(FULL, seeds=1)
-    assert scale(7.99 * need) == replace(FULL, seeds=1, epochs=4)
-    assert scale(0.99 * need) == replace(FULL, seeds=1, epochs=1, model="mlp-4")
-    assert scale(0.26 * need) == replace(FULL, seeds=1, epochs=1, model="mlp-4", samples=400)
-
-
-def test_a_seed_takes_its_longest_run_and_a_start_at_least() -> None:
-    def estimate(processes: int) -> float:
-        _, seconds, _ = budget.fitted(
-            TINY, FULL, 1e6, RATES.__getitem__, processes=processes, tests=0
-        )
-        return seconds
-
-    gradient = 8 * 800 * 0.02  # of all epochs
-    products = 3 * VARIANTS * 1e-5 * SPECTRUM.samples * SPECTRUM.products
-    for processes, gradients in ((1, 32), (2, 16), (14, 3), (1000, 3)):
-        expected = 3 * (budget.START + gradients * gradient) + products
-        assert estimate(processes) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -372,24 +269,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert code == 2
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_a_budget_that_suffices_for_nothing_says_what_would(
-    tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(budget, "timed", lambda *args: Rates(gradient=1.0, product=1e-6))
-    assert reproduce(tmp_path, "--budget", "0.5", name="fashion") == 2
-    assert re.search(r"--budget 0.5 is too small: .* takes about \d+", capsys.readouterr().err)
-    assert not (tmp_path / "plan.json").exists()
-
-
-def test_the_rates_are_those_of_steps_and_products(tiny) -> None:
-    data = datasets.load("digits")
-    device = torch.device("cpu")
-    small = budget.timed(STABLE, STABLE.full, "mlp-8", data, device)
-    large = budget.timed(STABLE, STABLE.full, "mlp-2000-2000", data, device)
-    assert 0 < small.gradient < large.gradient < 1
-    assert 0 < small.product < large.product < 1
 
 
 # The page, in a browser.

@@ -292,7 +292,9 @@ class CurvatureOperator(ABC):
         if self._group is not None and self.slices is None:
             marks = [checksum(tensors) for tensors in (self._tensors()[0], given) if tensors]
             reduce(sums, marks, self._group)
-        return sums.rows.div_(sums.weight) if self._objective.mean else sums.rows
+        if self._objective.mean and sums.weight != 1.0:
+            sums.rows.div_(sums.weight)
+        return sums.rows
 
     def _choice(self, vectors: int) -> str:
         if (vectors > 1) not in self._chosen:

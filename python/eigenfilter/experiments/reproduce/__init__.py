@@ -2,8 +2,8 @@
 
 Trains with every method, radius, momentum and seed, measures the Hessian of each network at the
 end, and writes results.json, summary.md, spectra.png and report.html. The same command goes on with
-what was interrupted. With --budget the experiment is scaled down to what fits, and every output
-says so.
+what was interrupted. With --budget the experiment is scaled down to what fits, with --seeds,
+--epochs, --model, --samples and --spectrum-samples to what they say, and every output says how.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from eigenfilter.experiments import datasets
+from eigenfilter.experiments import datasets, networks
 from eigenfilter.experiments.arguments import add_data_dir, add_device, device_of, positive, whole
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.reports import aligned
-from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
+from eigenfilter.experiments.reproduce.plan import COARSER, EXPERIMENTS, Plan, Scale
 from eigenfilter.experiments.stopping import stopping
 
 HELP = "the paper's experiments: MNIST, Fashion-MNIST, CIFAR-10"
@@ -43,6 +44,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="MINUTES",
         help="scale it down to about so long (default: in full)",
     )
+    for name, kind, words in (
+        ("seeds", "N", "seeds in place of the experiment's"),
+        ("epochs", "N", "epochs in place of the experiment's"),
+        ("samples", "N", "the first training images only"),
+        ("spectrum-samples", "N", "spectra on so many images at most, and coarser with them"),
+    ):
+        parser.add_argument(f"--{name}", type=whole(1), metavar=kind, help=words)
+    parser.add_argument("--model", metavar="NAME", help="network in place of the experiment's")
     parser.add_argument(
         "--seed", type=whole(0), default=0, metavar="N", help="the first (default: %(default)s)"
     )
@@ -138,11 +147,16 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
                     f"{out} holds a reproduction with {name} {there}, not {here}: "
                     "give it the same, or another --out"
                 )
+        if args.budget is None and kept.scale != _asked(args, kept.full):
+            raise UserError(
+                f"{out} holds a reproduction {kept.statement}: "
+                "give it the same scale, or another --out"
+            )
         return kept
     experiment = EXPERIMENTS[args.experiment]
     data = datasets.load(experiment.fixed["dataset"], args.data_dir)
     full = experiment.full_on(len(data.images))
-    plan = Plan(args.experiment, args.seed, args.budget, full, full)
+    plan = Plan(args.experiment, args.seed, args.budget, full, _asked(args, full))
     if args.budget is not None:
         scale, seconds, rates = budget.fitted(
             experiment,
@@ -158,3 +172,27 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
         )
     replace_text(path, json.dumps(plan.as_dict(), indent=1) + "\n")
     return plan
+
+
+def _asked(args: argparse.Namespace, full: Scale) -> Scale:
+    """The scale that the arguments say.
+
+    Raises:
+        UserError: there is a budget beside them, no such network, or there are no such images.
+    """
+    given = {name: getattr(args, name) for name in ("seeds", "epochs", "model", "samples")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.budget is not None and (given or args.spectrum_samples):
+        raise UserError("--budget chooses the scale itself: leave it out, or the scale")
+    if args.model is not None:
+        try:
+            networks.parse(args.model)
+        except ValueError as error:
+            raise UserError(f"--model {error}") from error
+    scale = replace(full, **given)
+    if scale.samples > full.samples:
+        raise UserError(f"--samples must be at most {full.samples}, not {scale.samples}")
+    most = min(scale.samples, args.spectrum_samples or full.spectrum.samples)
+    spectra = (full.spectrum, *COARSER)
+    spectrum = next((s for s in spectra if s.samples <= most), COARSER[-1])
+    return replace(scale, spectrum=replace(spectrum, samples=min(spectrum.samples, most)))

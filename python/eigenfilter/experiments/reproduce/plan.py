@@ -158,7 +158,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "fashion": _images("Fashion-MNIST", "fashion"),
     "cifar10": Experiment(
         title="CIFAR-10",
-        fixed={"dataset": "cifar10", "batch_size": 128, "crop": 4, "flip": True},
+        fixed={
+            "dataset": "cifar10",
+            "batch_size": 128,
+            "crop": 4,
+            "flip": True,
+            "channels_last": True,
+        },
         lr={0.0: 0.5, 0.9: 0.1},
         rhos=dict.fromkeys(("sam", "usam", "two_step_usam", "hessian_usam"), (0.001,)),
         full=Scale(seeds=3, epochs=60, model="wrn-16-8", samples=50_000),
@@ -197,17 +203,17 @@ class Plan:
     @property
     def statement(self) -> str:
         """Whether this is the experiment in full, and what was left out, in a line."""
-        if self.budget is None:
-            return "in full"
-        head = f"budget of {self.budget:g} minutes"
         reduced = self.reductions
+        if self.budget is None:
+            return f"scaled down by hand: {', '.join(reduced)}" if reduced else "in full"
+        head = f"budget of {self.budget:g} minutes"
         if not reduced:
             return f"{head}, which the experiment in full fits into"
         return f"scaled down to a {head}: {', '.join(reduced)}"
 
     @property
     def reductions(self) -> list[str]:
-        """What is smaller than in full, each in words."""
+        """What is other than in full, each in words."""
         full, here = self.full, self.scale
         words = []
         if here.seeds != full.seeds:
