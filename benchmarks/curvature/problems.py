@@ -196,6 +196,7 @@ RECIPES: Mapping[str, Recipe] = {
         32,
         steps=20,
         vectors=True,
+        large=True,
     ),
     "resnet-cifar10": Recipe(
         "ResNet-18 of 24M parameters, 8 images of CIFAR-10",
