@@ -43,7 +43,8 @@ void three_term(const ThreeTerm& rule, T* u, const T* q, const T* w, std::int64_
         const auto next =
             from_doubles<T>(rule(to_doubles(io.read(w + i)), present, to_doubles(io.read(u + i))));
         io.write(u + i, next);
-        const auto rounded = to_doubles(next);
+        // Columns that are not there may have become NaN: infinity times zero.
+        const auto rounded = to_doubles(io.inside(next));
         squares[part] += rounded * rounded;
         dots[part] += rounded * present;
     });

@@ -245,13 +245,14 @@ struct Float16 {
 };
 
 // How a block of L elements is read and written: whole, whole and past the caches, or its first
-// few.
+// few. What is read of the others is zero, as is what `inside` leaves of them.
 template <class Storage, int L>
 struct Whole {
     using V = Vec<typename Storage::Bits, L>;
     EIGENFILTER_INLINE V read(const typename Storage::Bits* p) const { return load<V>(p); }
     EIGENFILTER_INLINE void write(typename Storage::Bits* p, V v) const { store(p, v); }
     EIGENFILTER_INLINE void write_only(typename Storage::Bits* p, V v) const { store(p, v); }
+    EIGENFILTER_INLINE V inside(V v) const { return v; }
 };
 
 template <class Storage, int L>
@@ -273,6 +274,11 @@ struct Partial {
         std::memcpy(p, &v, count * sizeof(*p));
     }
     EIGENFILTER_INLINE void write_only(typename Storage::Bits* p, V v) const { write(p, v); }
+    EIGENFILTER_INLINE V inside(V v) const {
+        V kept{};
+        std::memcpy(&kept, &v, count * sizeof(typename Storage::Bits));
+        return kept;
+    }
 };
 
 }  // namespace

@@ -114,6 +114,22 @@ def test_nonfinite_values_come_through_in_their_row(room: Room) -> None:
     assert sums[0].isinf().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", VECTORS, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_infinities_in_a_tail_stay_infinities(room: Room, dtype: torch.dtype, size: int) -> None:
+    """Of a vector or of a factor: what lies beyond the last column has no part in the sums."""
+    for infinite in range(4):
+        u, q, w = (rows(2, size, dtype, room.device, seed).abs() for seed in (1, 2, 3))
+        f = factors(2, room.device).abs()
+        (u[1:, -1:], q[1:, -1:], w[1:, -1:], f[:, 1:])[infinite].fill_(torch.inf)
+        expected = u.clone()
+        wanted = kernels.three_term(expected, q, w, f, backend="reference")
+        found = kernels.three_term(u, q, w, f, backend=room.backend)
+        assert same_bits(u, expected)
+        assert found.isinf().tolist() == [[False, True]] * 2
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
 def test_version_counters_are_bumped(room: Room) -> None:
     u, q, w = (rows(2, 100, torch.float32, room.device, seed) for seed in (1, 2, 3))
     before = u._version, q._version, w._version
