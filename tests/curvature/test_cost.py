@@ -44,11 +44,26 @@ def test_passes_over_the_basis(
     assert spent < cost.flops
 
 
+class CountingSlices:
+    """One slice that is all there is; counts the sums that would be taken over others."""
+
+    number, count = 0, 1
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.sums = 0
+
+    def sum(self, t: Tensor) -> Tensor:
+        self.sums += 1
+        return t
+
+
 class Diagonal:
     dtype, device = torch.float32, torch.device("cpu")
 
-    def __init__(self, d: Tensor) -> None:
+    def __init__(self, d: Tensor, slices: CountingSlices | None = None) -> None:
         self.shape = len(d), len(d)
+        self.slices = slices
         self._d = d
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -56,6 +71,32 @@ class Diagonal:
 
     def matmat(self, V: Tensor) -> Tensor:
         return self._d[:, None] * V
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "max_basis"), [(400, 2, 10), (400, 3, 9), (400, 10, None), (2000, 6, 11)]
+)
+def test_sums_over_processes(n: int, k: int, max_basis: int | None, copies: bool) -> None:
+    """All of them; in float16 within a tenth, for it depends on how often T is looked at."""
+    d = torch.linspace(0, 1, n)
+    d[:12] = decaying(n)[:12].abs()
+    for dtype, least in ((None, 1.0), (torch.float16, 0.9)):
+        slices = CountingSlices(n)
+        op = Diagonal(d, slices)
+        found = eigsh(op, k, max_basis=max_basis, look_for_copies=copies, basis_dtype=dtype)
+        cost = eigsh_cost(
+            n,
+            k,
+            products=found.matvecs,
+            copy_products=found.copy_matvecs,
+            max_basis=max_basis,
+            basis_itemsize=dtype and dtype.itemsize,
+            processes=2,
+        )
+        assert found.converged.all()
+        assert (found.copy_matvecs > 0) == copies
+        assert least * cost.reductions <= slices.sums <= cost.reductions
 
 
 def test_slices_share_it() -> None:

@@ -16,7 +16,8 @@ class Cost:
         memory: bytes: the basis, and the result, or a product and its copy before there is one.
         flops: floating-point operations on vectors.
         traffic: bytes that vectors are read and written, at least.
-        reductions: sums over processes, of at most `max_basis` numbers each; 0 for one process.
+        reductions: sums over processes, of at most `max_basis` numbers each but for a few of its
+            square, those of products left out; 0 for one process.
     """
 
     products: int
@@ -47,6 +48,12 @@ def eigsh_cost(
     A rounded basis takes one pass more a product, and its Gram matrix 2 l j flops and another
     reading; a restart twice the flops.
 
+    Each `project_out` takes a sum over processes a pass and one for the norm: 4 sums a product, or
+    3 where two passes are over all; 3 begin a sequence, 7 beside locked pairs, and one is for the
+    result. That is exact for one look for copies that finds none, from random starts. A rounded
+    basis takes one more a `project_out`, one for the error of a row, at most one for the Gram
+    matrix a product and two a restart.
+
     Args:
         n: the dimension, >= 1.
         k: how many pairs.
@@ -69,7 +76,10 @@ def eigsh_cost(
     if rows < min(n, k + 4):
         raise ValueError(f"max_basis must be at least min(n, k + 4), not {rows}")
     length = -(-n // processes)
-    flops, columns, vectors, reductions = 0, 0, 0, 0  # of the basis, and beside it, a row of them
+    flops, columns, vectors = 0, 0, 0  # of the basis, and beside it, a row of them
+    reductions = 4 + 2 * rounded  # of the first start and the result
+    if copy_products:
+        reductions += 7 + 4 * rounded
     size, fresh = 0, True  # whether the next vector was not a product's child
     for i in range(total):
         looking = i >= total - copy_products
@@ -77,13 +87,14 @@ def eigsh_cost(
         turned = k if looking and i == total - copy_products else kept if size == rows else 0
         if turned:
             flops, columns = flops + (2 + 2 * rounded) * size * turned, columns + size + turned
+            reductions += 2 * rounded
             size, fresh = turned, True
         size += 1
-        twice = fresh or looking
+        twice = fresh or looking or i == 1  # that product may lie along all there is
         flops += ((8 if twice else 4) + 6 * rounded) * size + (0 if twice else 8) + 4
         columns += ((3 if twice else 2) + 2 * rounded) * size + (0 if twice else 4)
         vectors += 8
-        reductions += 3 + rounded
+        reductions += (3 + 2 * rounded if twice else 4 + 3 * rounded) + rounded
         fresh = False
     flops += 2 * size * k + size * size
     columns += size
