@@ -29,6 +29,38 @@ class DenseOperator:
         return self.matrix @ V
 
 
+class OneSlice:
+    """A slice that is all there is, by the way that slices go; counts sums over the others."""
+
+    number, count = 0, 1
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.sums = 0
+
+    def sum(self, t: Tensor) -> Tensor:
+        self.sums += 1
+        return t
+
+
+class Diagonal:
+    """A diagonal matrix as an operator, on slices if some are given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, d: Tensor, slices: OneSlice | None = None) -> None:
+        self.shape = len(d), len(d)
+        self.dtype = d.dtype
+        self.slices = slices
+        self._d = d
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._d * v
+
+    def matmat(self, V: Tensor) -> Tensor:
+        return self._d[:, None] * V
+
+
 def operator(spectrum: Tensor, dtype: torch.dtype = torch.float64, seed: int = 5) -> DenseOperator:
     """Return an operator with this spectrum and random eigenvectors."""
     n = len(spectrum)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature.dense import decaying, operator
+from curvature.dense import Diagonal, OneSlice, decaying, operator
 from eigenfilter import kernels
 from eigenfilter.curvature import eigsh, eigsh_cost
 
@@ -44,35 +44,6 @@ def test_passes_over_the_basis(
     assert spent < cost.flops
 
 
-class CountingSlices:
-    """One slice that is all there is; counts the sums that would be taken over others."""
-
-    number, count = 0, 1
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.sums = 0
-
-    def sum(self, t: Tensor) -> Tensor:
-        self.sums += 1
-        return t
-
-
-class Diagonal:
-    dtype, device = torch.float32, torch.device("cpu")
-
-    def __init__(self, d: Tensor, slices: CountingSlices | None = None) -> None:
-        self.shape = len(d), len(d)
-        self.slices = slices
-        self._d = d
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return self._d * v
-
-    def matmat(self, V: Tensor) -> Tensor:
-        return self._d[:, None] * V
-
-
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize(
     ("n", "k", "max_basis"), [(400, 2, 10), (400, 3, 9), (400, 10, None), (2000, 6, 11)]
@@ -82,7 +53,7 @@ def test_sums_over_processes(n: int, k: int, max_basis: int | None, copies: bool
     d = torch.linspace(0, 1, n)
     d[:12] = decaying(n)[:12].abs()
     for dtype, least in ((None, 1.0), (torch.float16, 0.9)):
-        slices = CountingSlices(n)
+        slices = OneSlice(n)
         op = Diagonal(d, slices)
         found = eigsh(op, k, max_basis=max_basis, look_for_copies=copies, basis_dtype=dtype)
         cost = eigsh_cost(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from curvature.dense import DenseOperator, decaying, operator, wanted
+from curvature.dense import DenseOperator, Diagonal, OneSlice, decaying, operator, wanted
 from eigenfilter.curvature import EigenResult, eigsh, eigsh_cost
 from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
 
@@ -201,21 +201,6 @@ class Largest(TorchDispatchMode):
         return out
 
 
-class Diagonal:
-    dtype, device = torch.float32, torch.device("cpu")
-
-    def __init__(self, d: Tensor, slices: Any = None) -> None:
-        self.shape = len(d), len(d)
-        self.slices = slices
-        self._d = d
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return self._d * v
-
-    def matmat(self, V: Tensor) -> Tensor:
-        return self._d[:, None] * V
-
-
 def test_the_basis_takes_half_the_memory_and_no_copy_of_it_is_made() -> None:
     n, k, rows = 2**17, 3, 12
     d = torch.linspace(0, 1, n)
@@ -232,18 +217,6 @@ def test_the_basis_takes_half_the_memory_and_no_copy_of_it_is_made() -> None:
     half = eigsh_cost(n, k, max_basis=rows, basis_itemsize=2)
     assert whole.memory - half.memory == 2 * n * (rows + 1)
     assert half.traffic < whole.traffic
-
-
-class OneSlice:
-    """All of the vectors, by the way that slices go."""
-
-    number, count = 0, 1
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def sum(self, t: Tensor) -> Tensor:
-        return t
 
 
 def test_slices() -> None:

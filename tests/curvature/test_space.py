@@ -7,10 +7,13 @@ from contextlib import suppress
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from curvature.dense import DenseOperator, operator
+from curvature.dense import DTYPES, DenseOperator, Diagonal, OneSlice, operator
+from eigenfilter import kernels
 from eigenfilter.curvature import eigsh
-from eigenfilter.curvature.space import full_precision
+from eigenfilter.curvature.space import Space, full_precision
 
 MATMUL = torch.backends.cuda.matmul
 
@@ -42,3 +45,50 @@ def test_a_gpu_that_may_use_tf32(allowed: str, basis_dtype: torch.dtype | None) 
     vectors = found.vectors.double()
     gram = vectors.T @ vectors
     assert (gram - torch.eye(6).to(gram)).abs().max() < 2e-6
+
+
+def space(length: int, dtype: torch.dtype) -> Space:
+    """That of vectors in slices, of which one is here."""
+    return Space(Diagonal(torch.ones(length, dtype=dtype), OneSlice(length)))
+
+
+def vectors(count: int, length: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(count + length)
+    return torch.rand(count, length, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 300_000])
+@pytest.mark.parametrize("count", [1, 3])
+def test_slices_project_out_as_the_kernel_does(length: int, count: int, dtype: torch.dtype) -> None:
+    basis = torch.linalg.qr(vectors(5, length, torch.float64).T).Q.T.contiguous()
+    for stored in {dtype, torch.float16}:
+        q, w = basis.to(stored), vectors(count, length, dtype)
+        expected = w.clone().double()
+        wanted, norms = kernels.project_out(expected, q)
+        c, left = space(length, dtype).project_out(w, q)
+        # Sums in pieces err by a few roundings of a piece, whatever their number.
+        unit = 4 * torch.finfo(dtype).eps * max(float(wanted.norm()), 1.0)
+        torch.testing.assert_close(c, wanted, rtol=0, atol=unit)
+        torch.testing.assert_close(w.double(), expected, rtol=0, atol=unit)
+        torch.testing.assert_close(left, norms, rtol=0, atol=unit)
+
+
+class Calls(TorchDispatchMode):
+    """How many operations ran."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_slices_take_few_operations_whatever_their_length() -> None:
+    spent = []
+    for length in (20_000, 200_000):
+        q, w = vectors(5, length, torch.float32), vectors(1, length, torch.float32)
+        with Calls() as calls:
+            space(length, torch.float32).project_out(w, q)
+        spent.append(calls.count)
+    assert spent[0] == spent[1]

@@ -88,20 +88,20 @@ class Space:
             return kernels.project_out(w, basis, passes=passes)
         W = w if w.ndim == 2 else w[None]
         coefficients = torch.zeros(len(W), len(basis), dtype=torch.float64, device=w.device)
+        step = _CHUNK if basis.dtype != w.dtype else max(self.length, 1)
+        parts = [slice(start, start + step) for start in range(0, self.length, step)]
         with full_precision(w.device):
             for _ in range(passes):
                 found = torch.zeros_like(coefficients)
-                for start in range(0, self.length, _PIECE):
-                    part = slice(start, start + _PIECE)
-                    found += W[:, part] @ basis[:, part].to(w.dtype).T
+                for part in parts:
+                    found += _products(W[:, part], basis[:, part].to(w.dtype))
                 found = self.total(found)
-                step = _CHUNK if basis.dtype != w.dtype else max(self.length, 1)
-                for start in range(0, self.length, step):
-                    part = slice(start, start + step)
+                for part in parts:
                     W[:, part].addmm_(found.to(w.dtype), basis[:, part].to(w.dtype), alpha=-1)
                 coefficients += found
         shape = w.shape[:-1]
-        return coefficients.view(*shape, len(basis)), self.dot(W, W).sqrt().view(shape)
+        norms = self.total(kernels.row_dots(W, W)[1]).sqrt()
+        return coefficients.view(*shape, len(basis)), norms.view(shape)
 
     def orthonormal(self, rows: Tensor, random: torch.Generator) -> Tensor:
         """Return an orthonormal basis [m, l] whose span holds that of rows [m, l], m <= n.
@@ -124,6 +124,20 @@ class Space:
                 for i in missing:
                     panel[i].normal_(generator=random)
         return basis
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return A B^T [p, m], float64, of a [p, l] and b [m, l], summed in pieces as by `_norm`.
+
+    All pieces are one product of batches, which reads them where they lie.
+    """
+    count = a.shape[1] // _PIECE
+    whole = count * _PIECE
+    left, right = (
+        torch.unflatten(t[:, :whole], 1, (count, _PIECE)).transpose(0, 1) for t in (a, b)
+    )
+    sums = torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=torch.float64)
+    return sums + a[:, whole:] @ b[:, whole:].T
 
 
 def _norm(w: Tensor) -> Tensor:
