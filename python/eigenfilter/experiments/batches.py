@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.experiments.datasets import Images
+from eigenfilter.experiments.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ class Batches:
         normaliser: of every batch, after it.
         device: where everything happens.
         seed: of the order and the augmentation.
+        processes: that share every batch; images are augmented alike whoever has them.
+
+    Attributes:
+        size: of a batch, of all processes together.
+        share: what this process has of it.
+        count: batches an epoch.
+
+    Raises:
+        ValueError: a batch cannot be shared evenly.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class Batches:
         normaliser: Normaliser,
         device: torch.device,
         seed: int,
+        processes: Processes = ALONE,
     ) -> None:
         images = data.images.to(device)
         self._height, self._width = images.shape[2:]
@@ -82,12 +93,14 @@ class Batches:
         self._device, self._seed = device, seed
         self._generator = torch.Generator(device)
         self.size = min(size, len(images)) or len(images)
-        self.count = len(images) // self.size  # batches an epoch
+        self.share = processes.share(self.size, "batch_size")
+        self.count = len(images) // self.size
+        self._part = processes.part
         self._order: tuple[int, Tensor] | None = None  # of the epoch last asked for
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Images [size, c, h, w] and labels [size] of a batch, 0 <= index < count."""
-        chosen = self._ordered(epoch)[index * self.size : (index + 1) * self.size]
+        """Images [share, c, h, w] and labels [share] of a batch, 0 <= index < count."""
+        chosen = self._ordered(epoch)[index * self.size : (index + 1) * self.size][self._part]
         self._seeded(epoch, index + 1)
         images = self._flipped(self._cropped(chosen))
         return self._cut_out(self._normaliser(images)), self._labels[chosen]
@@ -132,14 +145,15 @@ class Batches:
         return images.masked_fill_((rows & columns)[:, None], 0.0)
 
     def _inside(self, length: int, side: int) -> Tensor:
-        """Which of the places 0 to length - 1 an interval [size, length] covers, image by image."""
+        """Which of `length` places an interval covers [share, length], image by image."""
         first = self._drawn(length)[:, None] - side // 2
         places = torch.arange(length, device=self._device)
         return (places >= first) & (places < first + side)
 
     def _drawn(self, below: int) -> Tensor:
-        """A whole number for every image of a batch [size]."""
-        return torch.randint(below, (self.size,), generator=self._generator, device=self._device)
+        """A whole number for every image of this process [share], drawn for those of all."""
+        drawn = torch.randint(below, (self.size,), generator=self._generator, device=self._device)
+        return drawn[self._part]
 
 
 def in_order(

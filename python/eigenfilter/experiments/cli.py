@@ -26,6 +26,7 @@ from eigenfilter.experiments import (
 )
 from eigenfilter.experiments.arguments import add_commands
 from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.processes import first_to_fail
 
 _COMMANDS: Mapping[str, ModuleType] = {
     "demo": demo,
@@ -44,7 +45,8 @@ class _Parser(argparse.ArgumentParser):
     """Reports an error in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
+        self.exit(2, line if first_to_fail() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = _COMMANDS[args.command].run(args)
     except UserError as error:
-        print(f"eigenfilter {args.command}: error: {error}", file=sys.stderr)
+        if first_to_fail():
+            print(f"eigenfilter {args.command}: error: {error}", file=sys.stderr, flush=True)
         return 2
     return code

@@ -19,6 +19,7 @@ from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.networks import size
+from eigenfilter.experiments.processes import ALONE, Processes
 from eigenfilter.experiments.trainer import Diverged, Trainer, reproducible
 
 RESULTS = "results.json"
@@ -39,6 +40,7 @@ def run(
     tensorboard: bool = False,
     stop: Callable[[], bool] = lambda: False,
     observe: Observe = lambda kind, step, record: None,
+    processes: Processes = ALONE,
 ) -> Record:
     """Train, and write checkpoints, logs and results into a folder.
 
@@ -53,6 +55,8 @@ def run(
         stop: asked after every step; once it says True, a checkpoint is written and the run ends.
         observe: gets every record of the log: its kind ("train", "test", "sharpness"; "start" and
             "checkpoint" besides), step and values.
+        processes: that train together, see `processes.launched`; each calls this function. The
+            leading one reads and writes `out` and observes; `stop` may be asked of any.
 
     Returns:
         What results.json holds: `outcome` ("complete" or "stopped"), the last records, the history
@@ -63,29 +67,28 @@ def run(
             configuration; the disk is full; memory does not suffice. `Diverged` is one of them.
             The last checkpoint is kept, and the message says so.
     """
-    place = device_of(device)
-    output_folder(out)
-    saved = _saved(config, out, resume)
-    if saved is not None and (out / RESULTS).exists():
-        done: Record = json.loads((out / RESULTS).read_text())
-        if done["outcome"] == "complete":
-            return done
-    data = datasets.load(config.dataset, data_dir)
-    with reproducible(config, place):
+    place = device_of(processes.device(device))
+    saved, done = processes.led(lambda: _begun(config, out, resume))
+    if done is not None:
+        return done
+    data = processes.after_download(lambda: datasets.load(config.dataset, data_dir))
+    with reproducible(config, place, processes):
         try:
-            trainer = Trainer(config, data, place)
+            trainer = Trainer(config, data, place, processes)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             raise UserError(f"{place} has no room for the model and its data") from error
-        session = _Session(trainer, out, saved, tensorboard, observe)
+        session = _Session(trainer, out, saved, tensorboard, observe, processes)
         return session.run(stop)
 
 
 class _Session:
     """The part of a run from its start, or from a checkpoint, until it ends or is stopped."""
+
+    _log: logs.Log  # of the process that leads
 
     def __init__(
         self,
@@ -94,8 +97,10 @@ class _Session:
         saved: Record | None,
         tensorboard: bool,
         observe: Observe,
+        processes: Processes,
     ) -> None:
-        self._trainer, self._out, self._observe = trainer, out, observe
+        self._trainer, self._out, self._processes = trainer, out, processes
+        self._observe: Observe = observe if processes.leads else lambda kind, step, record: None
         self._checksum = trainer.data.checksum
         self._history: list[Record] = []
         self._last: dict[str, Record] = {}
@@ -112,10 +117,14 @@ class _Session:
             self._history, self._last = saved["history"], saved["last"]
             self._seconds, self._kept = saved["seconds"], trainer.step
             size_of_log = saved["log"]
-        else:
-            configs.write(trainer.config, out / CONFIG)
-            (out / RESULTS).unlink(missing_ok=True)
-        self._log = logs.Log(out, size=size_of_log, step=trainer.step, tensorboard=tensorboard)
+
+        def open_files() -> None:
+            if saved is None:
+                configs.write(trainer.config, out / CONFIG)
+                (out / RESULTS).unlink(missing_ok=True)
+            self._log = logs.Log(out, size=size_of_log, step=trainer.step, tensorboard=tensorboard)
+
+        processes.led(open_files)
         self._began = self._marked = self._saved_at = time.perf_counter()
         self._aside = 0.0  # seconds since the mark that were not spent on steps
         self._uncounted = trainer.pending  # steps since the last record that others took
@@ -130,7 +139,7 @@ class _Session:
             while not trainer.finished and not stopped:
                 trainer.advance()
                 self._after_step()
-                stopped = stop() and not trainer.finished
+                stopped = self._processes.any(stop()) and not trainer.finished
             if trainer.finished and "test" not in self._last:  # every epoch was too early
                 self._test()
             self._save()
@@ -148,7 +157,8 @@ class _Session:
                 f"{self._advice()}"
             ) from error
         finally:
-            self._log.close()
+            if self._processes.leads:
+                self._log.close()
 
     def _after_step(self) -> None:
         trainer, config = self._trainer, self._trainer.config
@@ -164,10 +174,12 @@ class _Session:
             self._test()
         if trainer.finished:  # saved at the end
             return
-        due = time.perf_counter() - self._saved_at >= PAUSE
         every = config.checkpoint_every
-        if step % every == 0 if every else ends and due:
+        if step % every == 0 if every else ends and self._due():
             self._save()
+
+    def _due(self) -> bool:
+        return self._processes.any(time.perf_counter() - self._saved_at >= PAUSE)
 
     def _train(self) -> None:
         trainer = self._trainer
@@ -191,7 +203,7 @@ class _Session:
     def _write(self, kind: str, record: Record) -> None:
         trainer = self._trainer
         record = {"epoch": trainer.step / trainer.steps_per_epoch} | record
-        self._log.write(kind, trainer.step, record)
+        self._processes.led(lambda: self._log.write(kind, trainer.step, record))
         self._last[kind] = logs.plain(record)
         self._observe(kind, trainer.step, record)
 
@@ -206,11 +218,15 @@ class _Session:
             "history": self._history,
             "last": self._last,
             "seconds": self._spent(),
-            "log": self._log.synchronised(),
             "versions": _versions(),
         }
+
+        def write() -> None:
+            log = {"log": self._log.synchronised()}
+            checkpoint.write(self._out / checkpoint.FILE, state | log)
+
         with self._not_training():
-            checkpoint.write(self._out / checkpoint.FILE, state)
+            self._processes.led(write)
         self._kept = trainer.step
         self._observe("checkpoint", trainer.step, {})
         self._saved_at = time.perf_counter()
@@ -227,11 +243,13 @@ class _Session:
             "parameters": size(trainer.model),
             "seconds": self._spent(),
             "device": str(trainer.device),
+            "processes": self._processes.count,
             "versions": _versions(),
             "config": trainer.config.as_dict(),
             "history": self._history,
         }
-        replace_text(self._out / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+        self._processes.led(lambda: replace_text(self._out / RESULTS, text))
         return results
 
     @contextmanager
@@ -250,6 +268,17 @@ class _Session:
         if self._kept is None:
             return "there was no checkpoint yet"
         return f"the checkpoint of step {self._kept} is kept"
+
+
+def _begun(config: Config, out: Path, resume: bool) -> tuple[Record | None, Record | None]:
+    """What the folder holds: the checkpoint to go on from, and the results of a complete run."""
+    output_folder(out)
+    saved = _saved(config, out, resume)
+    if saved is not None and (out / RESULTS).exists():
+        done: Record = json.loads((out / RESULTS).read_text())
+        if done["outcome"] == "complete":
+            return saved, done
+    return saved, None
 
 
 def _saved(config: Config, out: Path, resume: bool) -> Record | None:

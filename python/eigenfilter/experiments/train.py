@@ -2,7 +2,8 @@
 
 What is trained is said by a YAML file, by flags, or by both: flags win. Everything is written into
 --out: the checkpoint, config.yaml, log.jsonl, results.json. Ctrl-C saves a checkpoint and stops;
---resume goes on from it, bit for bit.
+--resume goes on from it, bit for bit. One run on many GPUs:
+torchrun --nproc-per-node 8 -m eigenfilter train ..., the batch shared by the processes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.arguments import add_data_dir, add_device, positive
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.experiments.processes import launched
 from eigenfilter.experiments.stopping import STOPPED, stopping
 
 HELP = "train a network on digits, MNIST, Fashion-MNIST or CIFAR"
@@ -50,10 +52,9 @@ def run(args: argparse.Namespace) -> int:
     require("yaml", "tqdm", *(["tensorboard"] if args.tensorboard else []))
     from eigenfilter.experiments import runs
 
-    config = _config(args)
-    with stopping(args.budget) as stop, _Display() as display:
+    with launched() as processes, stopping(args.budget) as stop, _Display() as display:
         results = runs.run(
-            config,
+            processes.led(lambda: _config(args)),
             args.out,
             data_dir=args.data_dir,
             device=args.device,
@@ -61,13 +62,17 @@ def run(args: argparse.Namespace) -> int:
             tensorboard=args.tensorboard,
             stop=stop,
             observe=display.observe,
+            processes=processes,
         )
-    print(summary(results))
-    if results["outcome"] == "stopped":
-        print(f"stopped at step {results['step']}: eigenfilter train --resume --out {args.out}")
-        return STOPPED if stop.signalled else 0
-    print(f"wrote {args.out / 'checkpoint.pt'}, log.jsonl and results.json")
-    return 0
+    stopped = results["outcome"] == "stopped"
+    if processes.leads:
+        print(summary(results))
+        if stopped:
+            go_on = f"{processes.command} train --resume --out {args.out}"
+            print(f"stopped at step {results['step']}: {go_on}")
+        else:
+            print(f"wrote {args.out / 'checkpoint.pt'}, log.jsonl and results.json")
+    return STOPPED if stopped and stop.signalled else 0
 
 
 def _config(args: argparse.Namespace) -> Config:

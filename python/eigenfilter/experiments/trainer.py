@@ -19,6 +19,7 @@ from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.datasets import Images
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.networks import build
+from eigenfilter.experiments.processes import ALONE, Processes
 
 
 class Diverged(UserError):
@@ -39,6 +40,8 @@ class Trainer:
         config: what to train.
         data: the images of `config.dataset`.
         device: where.
+        processes: that share every batch and the test set, each with this network and a Trainer;
+            all methods but `examples` and `rates` are then collective.
 
     Attributes:
         model, loss_fn, optimizer: what is trained, in `config.precision`.
@@ -58,10 +61,12 @@ class Trainer:
         >>> trainer.evaluate()
     """
 
-    def __init__(self, config: Config, data: Images, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: Config, data: Images, device: torch.device, processes: Processes = ALONE
+    ) -> None:
+        self.config, self.device, self._processes = config, device, processes
         self.data = data.first(config.samples)
-        _check_augmentation(config, self.data)
+        _check(config, self.data, processes.count)
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         model = build(
             config.model,
@@ -80,10 +85,13 @@ class Trainer:
             self._normaliser,
             device,
             config.seed,
+            processes,
         )
         self._has_batch_norm = any(
             isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
         )
+        self._statistics = [b for b in self.model.buffers() if b.is_floating_point()]
+        self._network = processes.averaging(self.model, self.examples(1)[0])
         self.loss_fn = recipes.loss_of(config)
         self.optimizer = recipes.optimizer_of(config, self.model.parameters())
         self.batch_size = self._batches.size
@@ -93,9 +101,13 @@ class Trainer:
         self._rho = recipes.rho_schedule(config, self.optimizer, self.steps_per_epoch)
         self.step = 0
         self.gradients = 0.0
-        self._ascents = max(1, round(config.ascent_part * self.batch_size))  # images of an ascent
-        self._losses: list[Tensor] = []  # of the steps since the last drain
+        ascents = max(1, round(config.ascent_part * self.batch_size))
+        self._ascents = processes.share(ascents, "ascent_part")  # images of an ascent, here
+        self._losses: list[Tensor] = []  # of the last steps, here
         self._accuracies: list[Tensor] = []
+        self._found: list[
+            tuple[float, float]
+        ] = []  # the two of steps before them, of all processes
         self.monitor = self._monitor() if config.sharpness_every else None
 
     @property
@@ -124,6 +136,7 @@ class Trainer:
         self._lr.step()
         if self._rho is not None:
             self._rho.step()
+        self._processes.average(self._statistics)
         self.step += 1
 
     def drain(self) -> dict[str, float]:
@@ -134,15 +147,16 @@ class Trainer:
         Raises:
             Diverged: a loss among them is not finite; the first is named.
         """
-        losses, accuracies = self._read()
-        self._losses, self._accuracies = [], []
+        self._read()
+        losses, accuracies = zip(*self._found, strict=True)
+        self._found = []
         n = len(losses)
         return {"loss": sum(losses) / n, "accuracy": sum(accuracies) / n}
 
     @property
     def pending(self) -> int:
         """The number of steps that `drain` would tell of."""
-        return len(self._losses)
+        return len(self._found) + len(self._losses)
 
     def check(self) -> None:
         """Raise Diverged if a loss since the last drain, or a parameter now, is not finite."""
@@ -156,11 +170,11 @@ class Trainer:
         """Loss and accuracy on the test set, in evaluation mode."""
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
+        data, part = self.data, self._processes.part
         self.model.eval()
         try:
-            data = self.data
             for images, labels in in_order(
-                data.test_images, data.test_labels, self._normaliser, self.device
+                data.test_images[part], data.test_labels[part], self._normaliser, self.device
             ):
                 with self._autocast():
                     scores = self.model(images)
@@ -168,6 +182,7 @@ class Trainer:
                 correct += (scores.argmax(dim=1) == labels).sum()
         finally:
             self.model.train()
+        loss, correct = map(self._processes.total, (loss, correct))
         n = len(data.test_labels)
         return {"loss": float(loss) / n, "accuracy": float(correct) / n}
 
@@ -184,7 +199,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as tensors and plain data."""
-        losses, accuracies = self._read()
+        self._read()
+        random, *others = self._processes.gathered(_random_state(self.device))
         return {
             "step": self.step,
             "gradients": self.gradients,
@@ -192,14 +208,18 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_schedule": {"last_epoch": self._lr.last_epoch},
             "rho_schedule": None if self._rho is None else self._rho.state_dict(),
-            "losses": losses,
-            "accuracies": accuracies,
-            "random": _random_state(self.device),
+            "losses": [loss for loss, _ in self._found],
+            "accuracies": [accuracy for _, accuracy in self._found],
+            "random": random,
+            "others": others,
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where `state_dict` was called, bit for bit; torch's global generators too.
+
+        Other processes than those whose state it is have the same next steps up to rounding; of
+        more than there were, the generators stay as they are.
 
         Raises:
             ValueError: it is the state of another model or optimizer.
@@ -216,18 +236,19 @@ class Trainer:
         self._lr._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self._rho is not None:
             self._rho.load_state_dict(state["rho_schedule"])
-        self._losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["losses"]]
-        self._accuracies = [torch.tensor(a, dtype=torch.float64) for a in state["accuracies"]]
+        self._found = list(zip(state["losses"], state["accuracies"], strict=True))
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-        _set_random_state(state["random"], self.device)
+        random = self._processes.own([state["random"], *state.get("others", [])])
+        if random is not None:
+            _set_random_state(random, self.device)
 
     def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and loss at the present point, and its gradient in the parameters."""
         optimizer = self.optimizer
         if optimizer.phase == "ascent":
             images, labels = images[: self._ascents], labels[: self._ascents]
-        self.gradients += len(images) / self.batch_size
+        self.gradients += len(images) / self._batches.share
         frozen = self._has_batch_norm and optimizer.perturbed
         with (
             ef.freeze_batch_norm(self.model) if frozen else nullcontext(),
@@ -235,7 +256,7 @@ class Trainer:
         ):
             optimizer.zero_grad()
             with self._autocast():
-                scores = self.model(images)
+                scores = self._network(images)
                 loss = self.loss_fn(scores, labels)
             loss.backward(create_graph=optimizer.needs_graph)  # type: ignore[no-untyped-call]
         return scores, loss
@@ -245,33 +266,43 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _read(self) -> tuple[list[float], list[float]]:
-        """The losses and accuracies since the last drain; waits for the device.
+    def _read(self) -> None:
+        """Find the losses and accuracies of the last steps; waits for the device.
 
         Raises:
             Diverged: a loss is not finite.
         """
-        losses = [float(loss) for loss in _gathered(self._losses)]
-        for i, loss in enumerate(losses):
+        steps = len(self._losses)
+        if not steps:
+            return
+        here = torch.stack([torch.stack(self._losses).double(), torch.stack(self._accuracies)])
+        self._losses, self._accuracies = [], []
+        found = self._processes.total(here.cpu()) / self._processes.count
+        for i, (loss, accuracy) in enumerate(found.T.tolist()):
             if not math.isfinite(loss):
-                step = self.step - len(losses) + i + 1
+                step = self.step - steps + i + 1
                 raise Diverged(f"the loss of step {step} is {loss}", step)
-        return losses, _gathered(self._accuracies)
+            self._found.append((loss, accuracy))
 
     def _monitor(self) -> ef.SharpnessMonitor:
         # "retained", because "auto" chooses by a timing, and another engine rounds otherwise.
+        images, labels = self.examples(self.config.sharpness_samples)
+        part = self._processes.part
         op = HessianOperator(
             self.model,
             self.loss_fn,
-            self.examples(self.config.sharpness_samples),
+            (images[part], labels[part]),
             mode="train",
             engine="retained",
+            process_group=self._processes.group,
         )
         return ef.SharpnessMonitor(op, self.optimizer, self.config.sharpness_every)
 
 
 @contextmanager
-def reproducible(config: Config, device: torch.device) -> Iterator[None]:
+def reproducible(
+    config: Config, device: torch.device, processes: Processes = ALONE
+) -> Iterator[None]:
     """A context with torch's generators seeded, its algorithms deterministic and its threads.
 
     The latter two as configured; all are put back as they were.
@@ -287,7 +318,7 @@ def reproducible(config: Config, device: torch.device) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with rng, threads(config.threads):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(processes.seed(config.seed))
         torch.use_deterministic_algorithms(config.deterministic)
         cudnn.benchmark = not config.deterministic
         deterministic.fill_uninitialized_memory = False
@@ -310,22 +341,17 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_augmentation(config: Config, data: Images) -> None:
+def _check(config: Config, data: Images, processes: int) -> None:
+    """Raise ValueError for what does not go with these images or with so many processes."""
     side = min(data.images.shape[2:])
     for name in ("crop", "cutout"):
         if getattr(config, name) > side:
             raise ValueError(f"{name} must be at most the images' side, {side}")
-
-
-def _gathered(values: list[Tensor]) -> list[Any]:
-    """0-dim tensors as numbers, with one wait for their device."""
-    if not values:
-        return []
-    devices = {value.device for value in values}
-    if len(devices) == 1:
-        found: list[Any] = torch.stack([v.double() for v in values]).tolist()
-        return found
-    return [value.item() for value in values]
+    if config.sharpness_every and config.sharpness_samples < processes:
+        raise ValueError(f"sharpness_samples must be at least 1 for each of {processes} processes")
+    twice = "hessian_usam" in (config.optimizer, config.method) and config.hvp == "autograd"
+    if twice and processes > 1:
+        raise ValueError("hvp autograd is for one process alone: take finite_difference")
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
