@@ -1,0 +1,149 @@
+"""What the processes of `test_processes.py` do, started by torchrun.
+
+processes_workers.py FOLDER: every scenario, one after another; FOLDER/RANK.pt has what it found.
+processes_workers.py FOLDER END: `eigenfilter train`, one process of which comes to that end.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eigenfilter.experiments import runs
+from eigenfilter.experiments.cli import main
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.processes import Processes, launched
+from eigenfilter.experiments.trainer import Trainer
+
+WORLD = 3
+SMALL: dict[str, Any] = {
+    "samples": 100,
+    "batch_size": 24,
+    "model": "mlp-12-9",
+    "epochs": 3,
+    "log_every": 5,
+    "lr": 0.05,
+    "threads": 1,
+}
+EXACT = SMALL | {
+    "precision": "float64",
+    "activation": "tanh",
+    "crop": 1,
+    "flip": True,
+    "cutout": 2,
+    "clip": 0.5,
+    "sharpness_every": 4,
+    "sharpness_samples": 20,
+}
+ALIKE: dict[str, dict[str, Any]] = {
+    "sgd": EXACT | {"optimizer": "sgd"},
+    "usam": EXACT | {"optimizer": "usam", "ascent_part": 0.5, "rho": 0.2},
+    "sam": EXACT | {"optimizer": "adamw", "method": "sam", "lr": 0.01},
+    "full batch": EXACT | {"optimizer": "two_step_usam", "samples": 48, "batch_size": 0},
+}
+RESUMED: dict[str, dict[str, Any]] = {
+    "dropout": SMALL | {"dropout": 0.3, "crop": 1, "sharpness_every": 4, "sharpness_samples": 20},
+    "batch norm": SMALL
+    | {"model": "wrn-10-1", "samples": 48, "epochs": 4, "sharpness_every": 5}
+    | {"sharpness_samples": 20},
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "batch_size": SMALL | {"batch_size": 32},
+    "ascent_part": SMALL | {"ascent_part": 0.2},
+    "hvp": SMALL | {"optimizer": "hessian_usam", "hvp": "autograd"},
+    "sharpness": SMALL | {"sharpness_every": 1, "sharpness_samples": 2},
+    "diverged": SMALL | {"optimizer": "sgd", "lr": 1e18, "log_every": 1, "checkpoint_every": 1},
+}
+
+
+def stopped_after(steps: int) -> Callable[[], bool]:
+    left = iter(range(steps - 1))
+    return lambda: next(left, None) is None
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """What its UserError says."""
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def scenarios(out: Path, rank: int, processes: Processes) -> dict[str, Any]:
+    """Runs in a folder of each process's own, of which the leading one's alone is to appear."""
+    found: dict[str, Any] = {}
+
+    def train(name: str, options: dict[str, Any], **others: Any) -> Any:
+        return runs.run(Config(**options), out / name, processes=processes, **others)
+
+    seen: list[str] = []
+    for name, options in ALIKE.items():
+        observed = {"observe": lambda kind, step, record: seen.append(kind)}
+        found[name] = train(name, options, **observed)
+    found["seen"] = seen
+    for name, options in RESUMED.items():
+        train(f"{name}, whole", options)
+        stop = stopped_after(5) if rank == 1 else lambda: False  # one says so, and all stop
+        found[name] = train(f"{name}, parts", options, stop=stop)
+        train(f"{name}, parts", options, resume=True)
+    for name, options in REFUSED.items():
+        found[name] = refusal(lambda n=name, o=options: train(n, o))
+    found["full disk"] = refusal(lambda: with_a_full_disk(train))
+    train("full disk", SMALL | {"checkpoint_every": 4}, resume=True)
+    found["begun alone"] = train("begun alone", ALIKE["usam"], resume=True)
+    train("begun by all", ALIKE["usam"], stop=stopped_after(5))
+    found["corrupt"] = refusal(lambda: processes.after_download(lambda: corrupt(rank)))
+    return found
+
+
+def with_a_full_disk(train: Callable[..., Any]) -> None:
+    """From the first checkpoint on, where the leading process writes."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(kind: str, step: int, record: dict[str, Any]) -> None:
+        if kind == "checkpoint":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limit[1]))
+
+    try:
+        train("full disk", SMALL | {"checkpoint_every": 4}, observe=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def corrupt(rank: int) -> None:
+    if rank == 1:
+        raise UserError("these data are corrupt")
+
+
+def ending(end: str, folder: Path) -> int:
+    """`eigenfilter train` in two processes; the second comes to an end in its sixth step."""
+    advance = Trainer.advance
+
+    def failing(self: Trainer) -> None:
+        if self.step == 5 and os.environ["RANK"] == "1":
+            if end == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        advance(self)
+
+    Trainer.advance = failing  # type: ignore[method-assign]
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    return main(["train", *flags, "--checkpoint-every=4", "--out", str(folder)])
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        sys.exit(ending(sys.argv[2], folder))
+    rank = int(os.environ["RANK"])
+    with launched() as processes:
+        torch.save(scenarios(folder / f"of{rank}", rank, processes), folder / f"{rank}.pt")

@@ -1,0 +1,181 @@
+"""eigenfilter train under torchrun: the single process's run, resumed, and every way it can end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eigenfilter.experiments import runs
+from eigenfilter.experiments.config import Config
+from experiments import processes_workers as workers
+from experiments.test_train import assert_same, lines, stopped_after, trained
+
+pytestmark = pytest.mark.distributed
+
+WORKERS = str(Path(workers.__file__))
+LEAD = "of0"  # the folder of the process that leads
+
+
+def torchrun(count: int, *what: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, "--nproc-per-node", str(count), *what],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of every scenario; a run that one process begins for several is there before."""
+    folder = tmp_path_factory.mktemp("processes")
+    config = Config(**workers.ALIKE["usam"])
+    runs.run(config, folder / LEAD / "begun alone", stop=stopped_after(5))
+    job = torchrun(workers.WORLD, WORKERS, str(folder))
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    return folder
+
+
+def found(folder: Path, name: str) -> list[Any]:
+    """What each process found in a scenario."""
+    return [torch.load(folder / f"{rank}.pt")[name] for rank in range(workers.WORLD)]
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """Two runs that are one up to rounding: weights, state, log."""
+    states = [trained(path) for path in (a, b)]
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=1e-9, atol=1e-12)
+    for one, other in zip(lines(a), lines(b), strict=True):
+        assert one.pop("kind") == other.pop("kind")
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", workers.ALIKE)
+def test_the_single_processs_run(name: str, folder: Path, tmp_path: Path) -> None:
+    """Augmented, clipped, its sharpness watched, with ascents on a part of the batch."""
+    alone = runs.run(Config(**workers.ALIKE[name]), tmp_path)
+    assert_close(folder / LEAD / name, tmp_path)
+    assert {record["kind"] for record in lines(tmp_path)} == {"train", "test", "sharpness"}
+    for results in found(folder, name):
+        assert results["gradients"] == alone["gradients"]
+        assert results["test"] == pytest.approx(alone["test"], rel=1e-9)
+        assert (results["processes"], alone["processes"]) == (workers.WORLD, 1)
+
+
+@pytest.mark.parametrize("name", workers.RESUMED)
+def test_a_resumed_run_is_the_same_bit_for_bit(name: str, folder: Path) -> None:
+    """Stopped by one process; dropout of each, and buckets of gradients, are as they were."""
+    whole, parts = (folder / LEAD / f"{name}, {kind}" for kind in ("whole", "parts"))
+    assert_same(trained(whole), trained(parts))
+    assert lines(whole) == lines(parts)
+    for results in found(folder, name):
+        assert (results["outcome"], results["step"]) == ("stopped", 5)
+
+
+def test_dropout_is_each_processs_own(folder: Path) -> None:
+    state = trained(folder / LEAD / "dropout, whole")
+    generators = [random["cpu"] for random in (state["random"], *state["others"])]
+    assert len(generators) == workers.WORLD
+    assert not any(map(torch.equal, generators, generators[1:]))
+
+
+def test_other_numbers_of_processes_go_on(folder: Path, tmp_path: Path) -> None:
+    """From one to three, and from three to one."""
+    assert {results["step"] for results in found(folder, "begun alone")} == {12}
+    runs.run(Config(**workers.ALIKE["usam"]), tmp_path)
+    assert_close(folder / LEAD / "begun alone", tmp_path)
+    last = runs.run(Config(**workers.ALIKE["usam"]), folder / LEAD / "begun by all", resume=True)
+    assert last["step"] == 12
+    assert_close(folder / LEAD / "begun by all", tmp_path)
+
+
+def test_one_process_writes_and_observes(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["0.pt", "1.pt", "2.pt", LEAD]
+    files = {path.name for path in (folder / LEAD / "usam").iterdir()}
+    assert files == {"checkpoint.pt", "config.yaml", "log.jsonl", "results.json"}
+    first, *others = found(folder, "seen")
+    assert first.count("start") == len(workers.ALIKE)
+    assert others == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("batch_size", "batch_size gives 32 images a step, which 3 processes cannot share evenly"),
+        ("ascent_part", "ascent_part gives 5 images a step, which 3 processes cannot share evenly"),
+        ("hvp", "hvp autograd is for one process alone: take finite_difference"),
+        ("sharpness", "sharpness_samples must be at least 1 for each of 3 processes"),
+        ("diverged", "lower lr (9.33e+17); the checkpoint of step 1 is kept"),
+        ("full disk", "checkpoint.pt: File too large; the checkpoint of step 4 is kept"),
+        ("corrupt", "these data are corrupt"),
+    ],
+)
+def test_all_are_told_what_is_wrong(name: str, says: str, folder: Path) -> None:
+    messages = found(folder, name)
+    assert says in messages[0]
+    assert messages == messages[:1] * workers.WORLD
+
+
+def test_a_full_disk_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
+    assert trained(folder / LEAD / "diverged")["step"] == 1
+    assert trained(folder / LEAD / "full disk")["step"] == 12
+
+
+def said(job: subprocess.Popen[str]) -> list[str]:
+    """The command's own lines; none of the processes hangs."""
+    out, errors = job.communicate(timeout=120)
+    assert errors.count("Traceback") <= 1  # torchrun's
+    return [line for line in (out + errors).splitlines() if "eigenfilter train" in line]
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    job = torchrun(2, "-m", "eigenfilter", "train", "--epochs=1000000", "--out", str(tmp_path))
+    log = tmp_path / "log.jsonl"
+    until = time.monotonic() + 120
+    while not log.exists() or "test" not in log.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    [line] = said(job)
+    step = trained(tmp_path)["step"]
+    again = f"torchrun ... -m eigenfilter train --resume --out {tmp_path}"
+    assert line == f"stopped at step {step}: {again}"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["outcome"], results["step"]) == ("stopped", step)
+    config = Config(**results["config"])
+    alone = runs.run(config, tmp_path, resume=True, stop=stopped_after(1))
+    assert alone["step"] == step + 1
+
+
+def test_all_fail_and_one_says_so(tmp_path: Path) -> None:
+    job = torchrun(2, "-m", "eigenfilter", "train", "--batch-size=33", "--out", str(tmp_path))
+    [line] = said(job)
+    assert line.startswith("eigenfilter train: error: batch_size gives 33 images a step")
+    assert job.returncode == 1  # torchrun's
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        ("killed", "another process of the run ended, or cannot be reached"),
+        ("out of memory", "memory does not suffice for step 6: lower batch_size"),
+    ],
+)
+def test_one_fails_and_none_hangs(end: str, says: str, tmp_path: Path) -> None:
+    [line] = said(torchrun(2, WORKERS, str(tmp_path), end))
+    assert line.startswith(f"eigenfilter train: error: {says}")
+    assert trained(tmp_path)["step"] == 4
