@@ -253,6 +253,23 @@ def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
     assert not found.converged[2]
 
 
+@pytest.mark.parametrize("basis_dtype", [None, torch.float16])
+@pytest.mark.parametrize("size", [1e-36, 1e-38, 1e-39, 1e-41, 1e-44])
+def test_products_about_the_smallest_normal_number(
+    size: float, basis_dtype: torch.dtype | None
+) -> None:
+    """What is below it counts as nothing: no vector is made of it."""
+    op = operator(size * decaying(200), torch.float32)
+    found = eigsh(op, 4, basis_dtype=basis_dtype)
+    vectors = found.vectors.double()
+    error = found.values.double() - wanted(size * decaying(200), 4, "LA")
+    assert found.converged.all()
+    assert found.orthogonality < 5e-4
+    assert (vectors.T @ vectors - torch.eye(4)).abs().max() < 1e-6
+    assert error.abs().max() < 4 * torch.finfo(torch.float32).tiny
+    assert found.matvecs < 40
+
+
 def test_the_operators_own_dtype_is_the_default() -> None:
     op = operator(decaying(100))
     found = [eigsh(op, 3, basis_dtype=dtype) for dtype in (None, torch.float64)]

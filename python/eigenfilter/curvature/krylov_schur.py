@@ -107,8 +107,9 @@ class KrylovSchur:
 
     @property
     def rounding(self) -> float:
-        """A residual as small as rounding in the products makes it."""
-        return _ROUNDING * self.eps * self.norm
+        """A residual as small as rounding in the products makes it: below the smallest normal
+        number vectors have no digits left to be normalised by."""
+        return max(_ROUNDING * self.eps * self.norm, torch.finfo(self._op.dtype).tiny)
 
     @property
     def closed(self) -> bool:
