@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,3 +93,16 @@ def test_slices_take_few_operations_whatever_their_length() -> None:
             space(length, torch.float32).project_out(w, q)
         spent.append(calls.count)
     assert spent[0] == spent[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("length", [0, 1, 2**16 + 1, 2**22, 10**7, 10**9])
+def test_wider_copies_are_a_small_part_of_long_vectors(device: str, length: int) -> None:
+    """That of float16 rows in float64 takes 4 times their memory, the one in float32 2 times."""
+    whole = Space(Diagonal(torch.ones(1), OneSlice(length)))
+    parts = list(whole.parts(torch.device(device)))
+    assert sum(len(range(length)[part]) for part in parts) == length
+    assert all(a.stop == b.start for a, b in pairwise(parts))
+    if length >= 2**22:
+        assert (4 + 2) * parts[0].stop < 0.1 * length
+        assert (2**13 if device == "cpu" else 2**16) <= parts[0].stop <= 2**20

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -13,7 +12,6 @@ from torch import Tensor
 from eigenfilter.curvature.space import Space, full_precision
 
 _CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
-_WIDE = {"cpu": 1 << 13, "cuda": 1 << 20}  # columns of rounded rows that are widened at a time
 
 Floats: TypeAlias = NDArray[np.float64]
 """What the host works on: NumPy, whose calls on a few dozen numbers take a tenth of torch's."""
@@ -153,7 +151,9 @@ class RoundedBasis(Basis):
     def put(self, i: int, made: Tensor) -> Tensor:
         self._known = min(self._known, i)
         self.rows[i] = made
-        for part in self._parts():  # in pieces, or torch makes a wide copy of the row
+        for part in self._space.parts(
+            self.rows.device
+        ):  # in pieces, or torch makes a wide copy of the row
             made[part] -= self.rows[i, part]
         return self._space.norm(made)
 
@@ -174,7 +174,7 @@ class RoundedBasis(Basis):
         found = torch.zeros(r, end + 1, dtype=torch.float64, device=self.rows.device)
         factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
         with full_precision(self.rows.device):
-            for part in self._parts():
+            for part in self._space.parts(self.rows.device):
                 wide = self.rows[:end, part].to(self._dtype)
                 made = factor.T @ wide[first:size]
                 self.rows[first:last, part] = made
@@ -194,7 +194,7 @@ class RoundedBasis(Basis):
         factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
         found = factor.new_empty(s.shape[1], self._space.length)
         with full_precision(self.rows.device):
-            for part in self._parts():
+            for part in self._space.parts(self.rows.device):
                 found[:, part] = factor.T @ self.rows[: len(s), part].to(self._dtype)
         return found
 
@@ -242,7 +242,7 @@ class RoundedBasis(Basis):
         known = min(self._known, size)
         if known < size:
             rows = torch.zeros(size - known, size, dtype=torch.float64, device=self.rows.device)
-            for part in self._parts():
+            for part in self._space.parts(self.rows.device):
                 # In two steps: torch's direct conversion from half is slow on the CPU.
                 columns = self.rows[:size, part].to(self._dtype).double()
                 rows += columns[known:] @ columns.T
@@ -251,7 +251,3 @@ class RoundedBasis(Basis):
             self._gram[:known, known:size] = found[:, :known].T
             self._known = size
         return self._gram[:size, :size]
-
-    def _parts(self) -> Iterator[slice]:
-        width = _WIDE[self.rows.device.type]
-        return (slice(i, i + width) for i in range(0, self._space.length, width))

@@ -13,7 +13,11 @@ from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.kernels.lanczos import MOST_ROWS
 
 _PIECE = 1 << 12  # elements summed in the vectors' dtype before float64 goes on
-_CHUNK = 1 << 16  # elements of which wider copies are made at a time
+_CHUNK = 1 << 16  # columns of which products are taken in float64 at a time
+# Columns of which wider copies are made at a time: the cache of a CPU holds so many; a GPU takes
+# more at once, but no more than this part of long vectors.
+_WIDE = {"cpu": (1 << 13, 1 << 13), "cuda": (1 << 16, 1 << 20)}  # at least, at most
+_WIDE_PART = 64
 
 
 @contextmanager
@@ -61,6 +65,12 @@ class Space:
             seed = (seed + 0x9E3779B1 * self._slices.number) % 2**32  # all that the CPU's takes in
         return torch.Generator(device).manual_seed(seed)
 
+    def parts(self, device: torch.device) -> Iterator[slice]:
+        """Yield slices of [0, l), of each of which a wider copy takes little beside the vectors."""
+        least, most = _WIDE[device.type]
+        width = max(least, min(most, self.length // _WIDE_PART // _PIECE * _PIECE))
+        return (slice(start, start + width) for start in range(0, self.length, width))
+
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Return <a_i, b_i> [p], float64, of the rows of a and b [p, l]."""
         found = torch.zeros(len(a), dtype=torch.float64, device=a.device)
@@ -88,8 +98,7 @@ class Space:
             return kernels.project_out(w, basis, passes=passes)
         W = w if w.ndim == 2 else w[None]
         coefficients = torch.zeros(len(W), len(basis), dtype=torch.float64, device=w.device)
-        step = _CHUNK if basis.dtype != w.dtype else max(self.length, 1)
-        parts = [slice(start, start + step) for start in range(0, self.length, step)]
+        parts = [slice(None)] if basis.dtype == w.dtype else list(self.parts(w.device))
         with full_precision(w.device):
             for _ in range(passes):
                 found = torch.zeros_like(coefficients)
