@@ -141,6 +141,20 @@ def test_lengths_do_not_matter(room: Room) -> None:
     assert deviation(v, 4) < 1e-6
 
 
+@pytest.mark.parametrize("power", [-950, -600, 600, 1015])
+def test_lengths_of_which_squares_are_no_numbers(room: Room, power: int) -> None:
+    """A power of two, also one a row, changes nothing but the lengths."""
+    v = rows(4, 300, torch.float64, room.device)
+    v[3] = v[0] - v[1]
+    sizes = torch.ldexp(torch.ones(4).to(v), torch.tensor([power, power // 2, power, power]).to(v))
+    scaled = (sizes[:, None] * v).contiguous()
+    expected = kernels.orthonormalise(v, backend=room.backend)
+    found = kernels.orthonormalise(scaled, backend=room.backend)
+    assert found[3, 3] == 0
+    assert same_bits(scaled, v)
+    assert same_bits(found, sizes[:, None] * expected)
+
+
 def test_slices_are_added_up(room: Room) -> None:
     """Where another process holds as much again, all inner products are twice as large."""
     v = conditioned(1e4, 5, 2000, torch.float32).to(room.device)

@@ -242,7 +242,8 @@ def orthonormalise(
     length in float32, four in float64), becomes zero, as does L_ii. The others are orthonormal to a
     few roundings whatever the block's condition: a pivot that rounding hides is raised to where it
     does not, so that what such a vector has of its own is seen by the next pass. Each pass reads
-    the vectors twice and writes them once. Nothing waits for the device.
+    the vectors twice and writes them once. float64 vectors, whose squares need not be numbers, are
+    divided by powers of two first. Nothing waits for the device.
 
     Args:
         vectors: V [b, n], float32 or float64, contiguous, overwritten; b <= 32.
@@ -264,6 +265,9 @@ def orthonormalise(
     eps = torch.finfo(vectors.dtype).eps
     b = len(vectors)
     least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)  # of a pivot that can be relied on
+    sizes = _sizes(vectors, total) if vectors.dtype == torch.float64 else None
+    if sizes is not None:
+        vectors /= sizes[:, None]
     result = torch.eye(b, dtype=torch.float64, device=vectors.device)
     floor = result.new_full((b,), -1.0)  # what a vector must have of its own not to be dropped
     for i in range(_PASSES[vectors.dtype]):
@@ -282,7 +286,19 @@ def orthonormalise(
             inverse.masked_fill_(dropped[:, None], 0.0)
             result.masked_fill_(dropped, 0.0)
         mix_rows(vectors, inverse.contiguous(), backend=backend)
-    return result
+    return result if sizes is None else sizes[:, None] * result
+
+
+def _sizes(vectors: Tensor, total: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Return powers of two [b], float64, about the largest elements of vectors [b, l].
+
+    Up to 2^1000 and from 2^-1000 on: squares of what remains, and sums of them, are numbers.
+    """
+    sizes = vectors.new_zeros(len(vectors))
+    if vectors.numel():
+        sizes = torch.linalg.vector_norm(vectors, torch.inf, dim=1).clamp_max(2.0**1000)
+    exponents = (sizes if total is None else total(sizes)).frexp().exponent
+    return torch.ldexp(torch.ones_like(sizes), exponents.clamp(-1000, 1000))
 
 
 def _factor(g: Tensor, least: float, own: Tensor, floor: Tensor) -> Tensor:
