@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from eigenfilter.experiments import runs
+from eigenfilter.experiments import datasets, runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
@@ -53,8 +54,9 @@ RESUMED: dict[str, dict[str, Any]] = {
     "dropout": SMALL | {"dropout": 0.3, "crop": 1, "sharpness_every": 4, "sharpness_samples": 20},
     "batch norm": SMALL
     | {"model": "wrn-10-1", "samples": 48, "epochs": 4, "sharpness_every": 5}
-    | {"sharpness_samples": 20},
+    | {"sharpness_samples": 20, "optimizer": "sgd"},
 }
+A_STEP = SMALL | {"model": "wrn-10-1", "samples": 24, "epochs": 1}
 REFUSED: dict[str, dict[str, Any]] = {
     "batch_size": SMALL | {"batch_size": 32},
     "ascent_part": SMALL | {"ascent_part": 0.2},
@@ -91,7 +93,7 @@ def scenarios(out: Path, rank: int, processes: Processes) -> dict[str, Any]:
         found[name] = train(name, options, **observed)
     found["seen"] = seen
     for name, options in RESUMED.items():
-        train(f"{name}, whole", options)
+        found[f"{name}, whole"] = train(f"{name}, whole", options)
         stop = stopped_after(5) if rank == 1 else lambda: False  # one says so, and all stop
         found[name] = train(f"{name}, parts", options, stop=stop)
         train(f"{name}, parts", options, resume=True)
@@ -101,6 +103,8 @@ def scenarios(out: Path, rank: int, processes: Processes) -> dict[str, Any]:
     train("full disk", SMALL | {"checkpoint_every": 4}, resume=True)
     found["begun alone"] = train("begun alone", ALIKE["usam"], resume=True)
     train("begun by all", ALIKE["usam"], stop=stopped_after(5))
+    train("a step", A_STEP)
+    found["other data"] = refusal(lambda: with_other_data(rank, train))
     found["corrupt"] = refusal(lambda: processes.after_download(lambda: corrupt(rank)))
     return found
 
@@ -117,6 +121,14 @@ def with_a_full_disk(train: Callable[..., Any]) -> None:
         train("full disk", SMALL | {"checkpoint_every": 4}, observe=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def with_other_data(rank: int, train: Callable[..., Any]) -> None:
+    """A label of each process's own."""
+    data = datasets.load("digits")
+    data.labels[0] = rank
+    with mock.patch.object(datasets, "load", return_value=data):
+        train("other data", SMALL)
 
 
 def corrupt(rank: int) -> None:

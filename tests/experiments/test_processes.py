@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from eigenfilter.experiments import runs
+from eigenfilter.experiments import datasets, runs
 from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.trainer import Trainer
 from experiments import processes_workers as workers
 from experiments.test_train import assert_same, lines, stopped_after, trained
 
@@ -86,6 +87,25 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name: str, folder: Path) -> None:
         assert (results["outcome"], results["step"]) == ("stopped", 5)
 
 
+@pytest.mark.parametrize("name", workers.RESUMED)
+def test_a_test_is_that_of_the_network_which_is_saved(name: str, folder: Path) -> None:
+    """Running statistics of batch normalisation are the same in all processes."""
+    run = f"{name}, whole"
+    alone = Trainer(Config(**workers.RESUMED[name]), datasets.load("digits"), torch.device("cpu"))
+    alone.load_state_dict(trained(folder / LEAD / run))
+    expected = pytest.approx(alone.evaluate(), rel=1e-5)
+    for results in found(folder, run):
+        assert {key: results["test"][key] for key in ("loss", "accuracy")} == expected
+
+
+def test_running_statistics_are_means_over_processes(folder: Path, tmp_path: Path) -> None:
+    """Those of the first normalisation, before which a step of USAM has the same weights."""
+    runs.run(Config(**workers.A_STEP), tmp_path)
+    here, there = (trained(path)["model"] for path in (tmp_path, folder / LEAD / "a step"))
+    first = next(name for name in here if name.endswith("running_mean"))
+    torch.testing.assert_close(here[first], there[first])
+
+
 def test_dropout_is_each_processs_own(folder: Path) -> None:
     state = trained(folder / LEAD / "dropout, whole")
     generators = [random["cpu"] for random in (state["random"], *state["others"])]
@@ -121,6 +141,7 @@ def test_one_process_writes_and_observes(folder: Path) -> None:
         ("sharpness", "sharpness_samples must be at least 1 for each of 3 processes"),
         ("diverged", "lower lr (9.33e+17); the checkpoint of step 1 is kept"),
         ("full disk", "checkpoint.pt: File too large; the checkpoint of step 4 is kept"),
+        ("other data", "machines have different data: copy --data-dir"),
         ("corrupt", "these data are corrupt"),
     ],
 )
@@ -142,6 +163,7 @@ def said(job: subprocess.Popen[str]) -> list[str]:
     return [line for line in (out + errors).splitlines() if "eigenfilter train" in line]
 
 
+@pytest.mark.slow
 def test_ctrl_c(tmp_path: Path) -> None:
     job = torchrun(2, "-m", "eigenfilter", "train", "--epochs=1000000", "--out", str(tmp_path))
     log = tmp_path / "log.jsonl"
@@ -161,6 +183,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     assert alone["step"] == step + 1
 
 
+@pytest.mark.slow
 def test_all_fail_and_one_says_so(tmp_path: Path) -> None:
     job = torchrun(2, "-m", "eigenfilter", "train", "--batch-size=33", "--out", str(tmp_path))
     [line] = said(job)
@@ -168,6 +191,7 @@ def test_all_fail_and_one_says_so(tmp_path: Path) -> None:
     assert job.returncode == 1  # torchrun's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "says"),
     [

@@ -102,6 +102,8 @@ class _Session:
         self._trainer, self._out, self._processes = trainer, out, processes
         self._observe: Observe = observe if processes.leads else lambda kind, step, record: None
         self._checksum = trainer.data.checksum
+        if len(set(processes.gathered(self._checksum))) > 1:
+            raise UserError("machines have different data: copy --data-dir from one to the others")
         self._history: list[Record] = []
         self._last: dict[str, Record] = {}
         self._seconds = 0.0  # of the sessions before

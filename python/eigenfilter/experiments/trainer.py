@@ -136,7 +136,6 @@ class Trainer:
         self._lr.step()
         if self._rho is not None:
             self._rho.step()
-        self._processes.average(self._statistics)
         self.step += 1
 
     def drain(self) -> dict[str, float]:
@@ -259,6 +258,8 @@ class Trainer:
                 scores = self._network(images)
                 loss = self.loss_fn(scores, labels)
             loss.backward(create_graph=optimizer.needs_graph)  # type: ignore[no-untyped-call]
+        if not frozen:
+            self._processes.average(self._statistics)
         return scores, loss
 
     def _autocast(self) -> Any:
