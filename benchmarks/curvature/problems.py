@@ -194,7 +194,7 @@ RECIPES: Mapping[str, Recipe] = {
         lambda: _mlp(3072, 4096, 2816, 10),
         datasets.cifar10,
         32,
-        steps=20,
+        steps=5,
         vectors=True,
         large=True,
     ),
