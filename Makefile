@@ -44,13 +44,14 @@ bench: $(INSTALLED)
 	$(BIN)/eigenfilter bench memory --out benchmarks/results
 	$(BIN)/eigenfilter bench finite-differences --out benchmarks/results
 
-# Reads MNIST, Fashion-MNIST and CIFAR-10 from EIGENFILTER_DATA; resnet-cifar10 alone takes some 20 minutes.
+# Reads MNIST, Fashion-MNIST and CIFAR-10 from EIGENFILTER_DATA; the second takes some 20 minutes.
 bench-curvature: $(INSTALLED)
 	$(BIN)/eigenfilter bench curvature --out benchmarks/results
+	$(BIN)/eigenfilter bench curvature --only wide-cifar10 --only resnet-cifar10 --out benchmarks/results
 
 # The newest results of each kind as a page with figures.
 newest = $(lastword $(sort $(wildcard benchmarks/results/*-$(1).json)))
-RESULTS ?= $(foreach kind,cpu cpu-memory cpu-curvature cuda cuda-memory,$(call newest,$(kind)))
+RESULTS ?= $(foreach kind,cpu cpu-memory cpu-curvature cpu-curvature-large cuda cuda-memory,$(call newest,$(kind)))
 bench-page: $(INSTALLED)
 	$(BIN)/eigenfilter bench page $(RESULTS) --out docs
 

@@ -88,7 +88,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         curvature.__doc__,
         _curvature,
     )
-    _add_only(of_curvature, f"of {', '.join(curvature.select([]))}, or a pattern; may be repeated")
+    _add_only(of_curvature, f"of {', '.join(curvature.names())}, or a pattern; may be repeated")
     _add_repeat(of_curvature, str(curvature.ROUNDS))
     of_curvature.add_argument(
         "--data-dir",

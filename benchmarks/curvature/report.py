@@ -37,6 +37,11 @@ COLUMNS = (
 Json = Mapping[str, Any]
 
 
+def large(names: Sequence[str]) -> bool:
+    """Whether all of these problems are large."""
+    return all(name in RECIPES and RECIPES[name].large for name in names)
+
+
 def table(row: Json) -> list[str]:
     """A problem's heading and table."""
     raw = row["unit"]["median"]

@@ -4,7 +4,8 @@ Every contender is checked against float64 before it is timed; see `report.LEGEN
 written. The data are files of MNIST, Fashion-MNIST and CIFAR-10 in torchvision's layout, unpacked:
 MNIST/raw, FashionMNIST/raw and cifar-10-batches-bin in the folder. Problems that need none are
 mlp-digits and gpt-text. Peak memory is measured in a process for each contender. A large problem is
-solved once by each, and whoever takes too long is stopped and said to be.
+solved once by each, and whoever takes too long is stopped and said to be; the large ones take some
+20 minutes and are left out unless --only names them.
 """
 
 from __future__ import annotations
@@ -28,20 +29,26 @@ TRACKING = "tracking"
 ROUNDS = 3
 
 
+def names() -> list[str]:
+    """Return all there are."""
+    return [*RECIPES, TRACKING]
+
+
 def select(patterns: Sequence[str]) -> list[str]:
-    """Return the names that match any of the patterns; all if there are none.
+    """Return the names that match any of the patterns; all but the large if there are none.
 
     Raises:
         ValueError: a pattern matches nothing.
     """
-    names = [*RECIPES, TRACKING]
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"no problem {pattern!r}; there are {', '.join(names)}")
-    return [n for n in names if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]
+        if not fnmatch.filter(names(), pattern):
+            raise ValueError(f"no problem {pattern!r}; there are {', '.join(names())}")
+    if not patterns:
+        return [name for name in names() if not tables.large([name])]
+    return [name for name in names() if any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
-def run(names: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
+def run(chosen: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
     """Measure, print each table as it is there, write the results."""
     text: list[str] = []
     found: dict[str, Any] = {"curvature": [], "tracking": [], "absent": []}
@@ -52,7 +59,7 @@ def run(names: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
 
     with one_thread():
         where = environment.describe(torch.device("cpu"))
-        for name in names:
+        for name in chosen:
             try:
                 if name == TRACKING:
                     tracks = tracking.measure(RECIPES[tracking.TRACKED], data)
@@ -66,4 +73,5 @@ def run(names: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
                 found["absent"].append(f"{name}: {missing}")
                 tell([f"{name}: {missing}", ""])
     title = ["# Eigenpairs of Hessians", "", tables.LEGEND]
-    report.write(folder, "cpu-curvature", where, [*title, *text], found)
+    kind = "cpu-curvature-large" if tables.large(chosen) else "cpu-curvature"
+    report.write(folder, kind, where, [*title, *text], found)
