@@ -133,7 +133,8 @@ class _Launched(Processes):
         return f"cuda:{self._local_rank}"
 
     def seed(self, seed: int) -> int:
-        return seed + (self._rank << 32)
+        # Of the lower half: a CPU's generator takes in no more.
+        return seed ^ (0x9E3779B1 * self._rank) % 2**32
 
     def averaging(self, model: nn.Module, example: Tensor) -> nn.Module:
         network = nn.parallel.DistributedDataParallel(model)
