@@ -268,6 +268,20 @@ def test_a_loss_that_is_not_finite_names_the_step(log_every: int, tmp_path: Path
     assert "lower lr (" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("every", "says"),
+    [(1, "the Hessian after step 1 is not finite"), (2, "the loss of step 2 is nan")],
+)
+def test_a_sharpness_that_cannot_be_measured_is_divergence(
+    every: int, says: str, tmp_path: Path
+) -> None:
+    """Before a loss says so, or before the log reads the loss."""
+    watched = {"sharpness_every": every, "sharpness_samples": 20, "model": "mlp-12-9"}
+    config = Config(**SMALL | {"lr": 1e18, "optimizer": "sgd"} | watched)
+    with pytest.raises(Diverged, match=f"{says}.*lower lr"):
+        runs.run(config, tmp_path)
+
+
 def test_the_last_good_checkpoint_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

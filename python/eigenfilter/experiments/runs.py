@@ -21,6 +21,7 @@ from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.networks import size
 from eigenfilter.experiments.processes import ALONE, Processes
 from eigenfilter.experiments.trainer import Diverged, Trainer, reproducible
+from eigenfilter.monitor import Check
 
 RESULTS = "results.json"
 CONFIG = "config.yaml"
@@ -136,7 +137,7 @@ class _Session:
         self._observe("start", trainer.step, {"total": trainer.total_steps})
         try:
             if trainer.monitor is not None and not trainer.step:
-                self._sharpness(vars(trainer.monitor.check()))
+                self._sharpness(trainer.monitor.check)
             stopped = False
             while not trainer.finished and not stopped:
                 trainer.advance()
@@ -167,9 +168,7 @@ class _Session:
         step, ends = trainer.step, trainer.step % trainer.steps_per_epoch == 0
         epoch = step // trainer.steps_per_epoch
         if trainer.monitor is not None:
-            found = trainer.monitor.step()
-            if found is not None:
-                self._sharpness(vars(found))
+            self._sharpness(trainer.monitor.step)
         if step % config.log_every == 0 or trainer.finished:
             self._train()
         if ends and (epoch % config.evaluate_every == 0 or trainer.finished):
@@ -198,9 +197,17 @@ class _Session:
             self._write("test", self._trainer.evaluate())
         self._history.append({"step": self._trainer.step} | self._last["test"])
 
-    def _sharpness(self, check: Record) -> None:
-        self._aside += check["seconds"]
-        self._write("sharpness", {k: check[k] for k in ("sharpness", "residual", "edge")})
+    def _sharpness(self, look: Callable[[], Check | None]) -> None:
+        try:
+            found = look()
+        except FloatingPointError as error:  # before the losses were read
+            self._trainer.check()
+            step = self._trainer.step
+            raise Diverged(f"the Hessian after step {step} is not finite", step) from error
+        if found is not None:
+            self._aside += found.seconds
+            names = ("sharpness", "residual", "edge")
+            self._write("sharpness", {name: getattr(found, name) for name in names})
 
     def _write(self, kind: str, record: Record) -> None:
         trainer = self._trainer
