@@ -12,7 +12,7 @@ import torch
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.reproduce import budget, figure
 from eigenfilter.experiments.reproduce.budget import Rates
-from eigenfilter.experiments.reproduce.plan import Scale
+from eigenfilter.experiments.reproduce.plan import Plan, Scale
 from experiments.reproductions import SPECTRUM, STABLE, TINY, VARIANTS, reproduce, results
 
 
@@ -45,6 +45,8 @@ def test_a_budget_is_stated_in_every_output(
 
     assert reproduce(tmp_path, "--budget", "11", name="fashion") == 2
     assert "budget 10.0, not 11.0" in capsys.readouterr().err
+    assert reproduce(tmp_path, "--budget", "10", "--epochs", "2", name="fashion") == 2
+    assert "--budget chooses the scale itself" in capsys.readouterr().err
 
 
 FULL = Scale(seeds=3, epochs=8, model="mlp-8", samples=800, spectrum=SPECTRUM)
@@ -114,7 +116,7 @@ def test_a_scale_by_hand_is_stated_in_every_output_and_kept(
     assert reproduce(tmp_path, *scale, "--spectrum-samples", "50", name="fashion") == 0
     found = results(tmp_path)
     assert found["statement"] == (
-        "scaled down by hand: 1 seed of 2, 1 epoch of 2, mlp-4 in place of mlp-8, 150 of 200 "
+        "scaled by hand: 1 seed of 2, 1 epoch of 2, mlp-4 in place of mlp-8, 150 of 200 "
         "training images, spectra on 50 images, 1 eigenvalue, 1 probe of 5 products "
         "(in full 60, 3, 1 of 8)"
     )
@@ -125,7 +127,12 @@ def test_a_scale_by_hand_is_stated_in_every_output_and_kept(
 
     capsys.readouterr()
     assert reproduce(tmp_path, *scale, name="fashion") == 2  # with other spectra
-    assert "holds a reproduction scaled down by hand: 1 seed of 2" in capsys.readouterr().err
+    assert "holds a reproduction scaled by hand: 1 seed of 2" in capsys.readouterr().err
+
+
+def test_a_scale_above_the_experiments_is_not_said_to_be_a_part_of_it() -> None:
+    plan = Plan("mnist", 0, None, FULL, replace(FULL, seeds=5, epochs=9))
+    assert plan.statement == "scaled by hand: 5 seeds in place of 3, 9 epochs in place of 8"
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,8 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
                     f"{out} holds a reproduction with {name} {there}, not {here}: "
                     "give it the same, or another --out"
                 )
-        if args.budget is None and kept.scale != _asked(args, kept.full):
+        asked = _asked(args, kept.full)
+        if args.budget is None and kept.scale != asked:
             raise UserError(
                 f"{out} holds a reproduction {kept.statement}: "
                 "give it the same scale, or another --out"

@@ -205,7 +205,7 @@ class Plan:
         """Whether this is the experiment in full, and what was left out, in a line."""
         reduced = self.reductions
         if self.budget is None:
-            return f"scaled down by hand: {', '.join(reduced)}" if reduced else "in full"
+            return f"scaled by hand: {', '.join(reduced)}" if reduced else "in full"
         head = f"budget of {self.budget:g} minutes"
         if not reduced:
             return f"{head}, which the experiment in full fits into"
@@ -217,9 +217,9 @@ class Plan:
         full, here = self.full, self.scale
         words = []
         if here.seeds != full.seeds:
-            words.append(f"{_counted(here.seeds, 'seed')} of {full.seeds}")
+            words.append(_of(here.seeds, full.seeds, "seed"))
         if here.epochs != full.epochs:
-            words.append(f"{_counted(here.epochs, 'epoch')} of {full.epochs}")
+            words.append(_of(here.epochs, full.epochs, "epoch"))
         if here.model != full.model:
             words.append(f"{here.model} in place of {full.model}")
         if here.samples != full.samples:
@@ -245,6 +245,10 @@ class Plan:
         return cls(
             **{**fields, "full": Scale.of(fields["full"]), "scale": Scale.of(fields["scale"])}
         )
+
+
+def _of(n: int, full: int, name: str) -> str:
+    return f"{_counted(n, name)} {'of' if n < full else 'in place of'} {full}"
 
 
 def _counted(n: int, name: str) -> str:
