@@ -151,9 +151,7 @@ class RoundedBasis(Basis):
     def put(self, i: int, made: Tensor) -> Tensor:
         self._known = min(self._known, i)
         self.rows[i] = made
-        for part in self._space.parts(
-            self.rows.device
-        ):  # in pieces, or torch makes a wide copy of the row
+        for part in self._space.parts(self.rows.device):  # or torch makes a wide copy of the row
             made[part] -= self.rows[i, part]
         return self._space.norm(made)
 

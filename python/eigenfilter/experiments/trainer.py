@@ -105,9 +105,7 @@ class Trainer:
         self._ascents = processes.share(ascents, "ascent_part")  # images of an ascent, here
         self._losses: list[Tensor] = []  # of the last steps, here
         self._accuracies: list[Tensor] = []
-        self._found: list[
-            tuple[float, float]
-        ] = []  # the two of steps before them, of all processes
+        self._found: list[tuple[float, float]] = []  # the two of steps before, of all processes
         self.monitor = self._monitor() if config.sharpness_every else None
 
     @property
