@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from eigenfilter.experiments import cli
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.errors import require
 
@@ -83,3 +84,14 @@ def test_a_broken_extra_is_not_a_missing_one(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
         require("half_installed")
+
+
+def test_torchrun_is_for_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "first_to_fail", lambda: True)  # there is no store to ask
+    assert main(["demo", "--out", str(tmp_path / "new")]) == 2
+    assert "torchrun shares a run of train only" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -26,7 +26,7 @@ from eigenfilter.experiments import (
 )
 from eigenfilter.experiments.arguments import add_commands
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.processes import first_to_fail
+from eigenfilter.experiments.processes import first_to_fail, several
 
 _COMMANDS: Mapping[str, ModuleType] = {
     "demo": demo,
@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
+        if several() and args.command != "train":
+            raise UserError("torchrun shares a run of train only: start this command without it")
         code: int = _COMMANDS[args.command].run(args)
     except UserError as error:
         if first_to_fail():

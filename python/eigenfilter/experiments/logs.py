@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +56,45 @@ class Log:
             UserError: the disk is full.
         """
         record = {"kind": kind, "step": step} | plain(values)
-        try:
+        with _writing(self._path):
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        with _writing(self._path.parent / EVENTS):
             for name, value in plain(values).items():
                 if value is not None:
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def synchronised(self) -> int:
-        """The file's size, once all of it has reached the disk."""
-        os.fsync(self._file.fileno())
+        """The file's size, once all of it has reached the disk.
+
+        Raises:
+            UserError: the disk is full, or cannot be written to.
+        """
+        with _writing(self._path):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Close the files; a disk that is full was reported by `write`."""
-        try:
+        """Close the files.
+
+        Raises:
+            UserError: TensorBoard's events, which are written later, found the disk full.
+        """
+        with suppress(OSError):  # `write` has said so
             self._file.close()
-        except OSError:
-            return
-        finally:
-            if self._writer is not None:
+        if self._writer is not None:
+            with _writing(self._path.parent / EVENTS):
                 self._writer.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,13 +196,13 @@ def launched() -> Iterator[Processes]:
     Raises:
         UserError: another process ended, and this one cannot go on.
     """
-    if not _several():
+    if not several():
         yield ALONE
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         yield _Launched()
     except RuntimeError as error:
         if not _ended_elsewhere(error):
@@ -220,7 +220,7 @@ def first_to_fail() -> bool:
 
     torchrun ends the other processes as soon as one has, so that one must not wait to say it.
     """
-    if not _several():
+    if not several():
         return True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, until it is said
     try:
@@ -237,7 +237,7 @@ def first_to_fail() -> bool:
         return True
 
 
-def _several() -> bool:
+def several() -> bool:
     """Whether torchrun started more than this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 

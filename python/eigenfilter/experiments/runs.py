@@ -83,6 +83,7 @@ def run(
                 raise
             raise UserError(f"{place} has no room for the model and its data") from error
         session = _Session(trainer, out, saved, tensorboard, observe, processes)
+        del saved  # as large as the model and its optimizer
         return session.run(stop)
 
 
@@ -286,7 +287,7 @@ def _begun(config: Config, out: Path, resume: bool) -> tuple[Record | None, Reco
     if saved is not None and (out / RESULTS).exists():
         done: Record = json.loads((out / RESULTS).read_text())
         if done["outcome"] == "complete":
-            return saved, done
+            return None, done
     return saved, None
 
 

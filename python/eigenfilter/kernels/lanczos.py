@@ -298,7 +298,7 @@ def _sizes(vectors: Tensor, total: Callable[[Tensor], Tensor] | None) -> Tensor:
     if vectors.numel():
         sizes = torch.linalg.vector_norm(vectors, torch.inf, dim=1).clamp_max(2.0**1000)
     exponents = (sizes if total is None else total(sizes)).frexp().exponent
-    return torch.ldexp(torch.ones_like(sizes), exponents.clamp(-1000, 1000))
+    return torch.ldexp(torch.ones_like(sizes), exponents.clamp(-1000, 1000).to(sizes))
 
 
 def _factor(g: Tensor, least: float, own: Tensor, floor: Tensor) -> Tensor:

@@ -1,0 +1,44 @@
+"""The log of a run where the disk fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.logs import Log
+
+
+def test_a_disk_that_fails_as_it_synchronises_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Log(tmp_path)
+    log.write("train", 1, {"loss": 2.0})
+    assert log.synchronised() == (tmp_path / "log.jsonl").stat().st_size
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot write .*log.jsonl: Disk quota exceeded"):
+        log.synchronised()
+
+
+def test_a_disk_that_is_full_of_events_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = Log(tmp_path, tensorboard=True)
+    log.write("train", 1, {"loss": 2.0})
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    with pytest.raises(UserError, match="cannot write .*tensorboard: No space left"):
+        log.write("train", 2, {"loss": 1.0})
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
+    with pytest.raises(UserError, match="cannot write .*tensorboard: No space left"):
+        log.close()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
