@@ -23,8 +23,9 @@ def test_a_disk_that_fails_as_it_synchronises_is_said(
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write .*log.jsonl: Disk quota exceeded"):
+    with pytest.raises(UserError, match=r"cannot write .*log.jsonl: Disk quota exceeded"):
         log.synchronised()
+    log.close()
 
 
 def test_a_disk_that_is_full_of_events_is_said(
@@ -35,10 +36,12 @@ def test_a_disk_that_is_full_of_events_is_said(
 
     log = Log(tmp_path, tensorboard=True)
     log.write("train", 1, {"loss": 2.0})
+    close = log._writer.close
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
-    with pytest.raises(UserError, match="cannot write .*tensorboard: No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space left"):
         log.write("train", 2, {"loss": 1.0})
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.close", full)
-    with pytest.raises(UserError, match="cannot write .*tensorboard: No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*tensorboard: No space left"):
         log.close()
+    close()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
