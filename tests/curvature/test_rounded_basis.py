@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -99,26 +100,31 @@ def test_copies_and_clusters(spectrum: list[float], k: int, block_size: int) -> 
 def test_restarts_beside_locked_pairs(
     n: int, k: int, which: str, block_size: int, seed: int
 ) -> None:
-    """Rounding of kept vectors along locked ones counts too: little room, and many copies."""
+    """Rounding of kept vectors along locked ones counts too: little room, and many copies.
+
+    After hundreds of restarts the bound of what rounding does to small values may exceed what is
+    allowed, on some processors, and a warning says so; the values are right all the same.
+    """
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.randn(n, generator=generator, dtype=torch.float64).round()
     op = operator(spectrum, torch.float32)
     room = min(n, k + 2 * block_size + 2)
-    found = eigsh(
-        op,
-        k,
-        which,
-        block_size=block_size,
-        basis_dtype=torch.float16,
-        max_basis=room,
-        max_matvecs=2000,
-        seed=seed,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* the rounding of the basis keeps", RuntimeWarning)
+        found = eigsh(
+            op,
+            k,
+            which,
+            block_size=block_size,
+            basis_dtype=torch.float16,
+            max_basis=room,
+            max_matvecs=2000,
+            seed=seed,
+        )
     expected = wanted(spectrum, k, which)
     error = (found.values.double() - expected).abs()
     norm = float(spectrum.abs().max())
-    assert (error[found.converged] <= 20 * VALUES * norm).all()
-    assert found.converged.sum() >= k - 1
+    assert (error <= 20 * VALUES * norm).all()
 
 
 def test_vectors_of_a_few_large_elements() -> None:
