@@ -232,12 +232,9 @@ def _memory(found: Mapping[str, Any], file: Path, folder: Path) -> list[str]:
 
 def _curvature(found: Mapping[str, Any], file: Path) -> list[str]:
     """The section of eigenpairs of Hessians."""
-    large = curvature.large([row["name"] for row in found["curvature"]])
-    title, legend = (
-        ("## Curvature of large networks: cpu", "Columns as above.\n")
-        if large and found["curvature"]
-        else ("## Curvature: cpu", curvature.LEGEND)
-    )
+    title, legend = "## Curvature: cpu", curvature.LEGEND
+    if curvature.large([row["name"] for row in found["curvature"]]):
+        title, legend = "## Curvature of large networks: cpu", "Columns as above.\n"
     lines = [title, "", _source(found, file), "", legend]
     for row in found["curvature"]:
         lines += curvature.table(row)

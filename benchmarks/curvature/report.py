@@ -38,8 +38,8 @@ Json = Mapping[str, Any]
 
 
 def large(names: Sequence[str]) -> bool:
-    """Whether all of these problems are large."""
-    return all(name in RECIPES and RECIPES[name].large for name in names)
+    """Whether there are problems, and all of them are large."""
+    return bool(names) and all(name in RECIPES and RECIPES[name].large for name in names)
 
 
 def table(row: Json) -> list[str]:

@@ -229,6 +229,23 @@ def test_whoever_takes_too_long_on_a_large_problem_is_stopped(
     assert last.ratios[alone.solver].median == pytest.approx(contest.LIMIT)
 
 
+def test_large_problems_want_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = dataclasses.replace(TINY, large=True)
+    for module in (run, report):
+        monkeypatch.setattr(module, "RECIPES", {"tiny": TINY, "huge": large})
+    assert run.select([]) == ["tiny", run.TRACKING]
+    assert run.select(["h*", "tiny"]) == ["tiny", "huge"]
+
+    monkeypatch.setattr(contest, "SOLVERS", (contest.ours.OURS, contest.ours.ALONE))
+    assert main(["bench", "curvature", "--only", "huge", "--out", str(tmp_path)]) == 0
+    [file] = tmp_path.glob("*-cpu-curvature-large.json")
+    assert main(["bench", "page", str(file), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "## Curvature of large networks: cpu" in page
+    assert report.LEGEND not in page
+    assert "### huge: MLP 64-8-10" in page
+
+
 def test_calls_are_counted_while_they_are_wanted() -> None:
     owner = SimpleNamespace(double=lambda x: 2 * x)
     with counted(owner, "double") as calls:

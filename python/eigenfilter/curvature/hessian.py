@@ -10,8 +10,8 @@ from torch import Tensor
 
 from eigenfilter.curvature.engines.graphs import gradient
 from eigenfilter.curvature.engines.vectors import Sums, split
-from eigenfilter.curvature.objective import Outer
-from eigenfilter.curvature.operators import CurvatureOperator, one_number
+from eigenfilter.curvature.objective import Outer, one_number
+from eigenfilter.curvature.operators import CurvatureOperator
 
 
 class HessianOperator(CurvatureOperator):

@@ -36,6 +36,18 @@ class Evaluation(NamedTuple):
         return self.value if self.outer is None else self.outer(self.value)
 
 
+def one_number(loss: object) -> Tensor:
+    """Return a loss as a tensor [], which it must be but for its shape.
+
+    Raises:
+        ValueError: it is no tensor, or not of one element.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a tensor of one element, not {shape}")
+    return loss.reshape(())
+
+
 class Objective:
     """A model with its loss, evaluated on a batch; the same at every evaluation."""
 

@@ -373,18 +373,6 @@ class CurvatureOperator(ABC):
         return [_distributed.local(t) for t in held], self._source.tensors()
 
 
-def one_number(loss: object) -> Tensor:
-    """Return a loss as a tensor [], which it must be but for its shape.
-
-    Raises:
-        ValueError: it is no tensor, or not of one element.
-    """
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return a tensor of one element, not {shape}")
-    return loss.reshape(())
-
-
 def _check_choices(*, engine: str, reduction: str, mode: str) -> None:
     if engine != "auto" and engine not in engines.NAMES:
         raise ValueError(f"engine must be 'auto' or one of {list(engines.NAMES)}, not {engine!r}")
