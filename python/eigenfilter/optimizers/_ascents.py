@@ -11,6 +11,7 @@ from torch import Tensor
 from eigenfilter import _distributed
 from eigenfilter.kernels.reference import arithmetic_dtype
 from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._parts import Gradients, Part, Piece
 
 Run = Callable[..., None]
@@ -47,6 +48,10 @@ class Ascent:
         """Move a piece; its backups hold x if it has moved before, else this call saves it."""
         raise AssertionError(f"{self.method} has no ascent")
 
+    def from_x(self, index: int) -> bool:
+        """Whether ascent `index` starts from x, so that a gradient of zero leads back there."""
+        return False
+
     def note(self, loss: Any) -> None:
         """Take note of what the closure has returned, before `prepare` gets its gradients."""
 
@@ -67,7 +72,7 @@ class Ascent:
 
 def signed(group: dict[str, Any]) -> float | Tensor:
     """The length of an ascent: rho, or -rho where f is maximised."""
-    rho: float | Tensor = group["rho"]
+    rho = rho_of(group)
     return -rho if group.get("maximize") else rho
 
 

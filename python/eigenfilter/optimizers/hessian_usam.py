@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from eigenfilter.optimizers._ascents import TINY, Ascent, Run, total_norms
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import SGDDescent
 from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._hyperparameters import rho_of
+from eigenfilter.optimizers._options import Options
 from eigenfilter.optimizers._parts import Gradients, Part, Piece, conforming
 from eigenfilter.optimizers.sgd import sgd_defaults
 
@@ -76,7 +78,7 @@ class DifferenceAscent(Ascent):
 
     def move(self, run: Run, index: int, piece: Piece) -> None:
         part = piece.part
-        eps, rho = self._eps[part.device], part.group["rho"]
+        eps, rho = self._eps[part.device], rho_of(part.group)
         if index == 0:
             run(part.kernels.ascend, piece, part.backups(), eps)
         else:
@@ -172,7 +174,7 @@ class ProductAscent(Ascent):
             part.kernels.ascend,
             piece,
             part.backups(),
-            part.group["rho"] * self._scales[part.device],
+            rho_of(part.group) * self._scales[part.device],
         )
 
     def needs_graph(self, index: int) -> bool:
@@ -262,6 +264,9 @@ class HessianUSAM(EigenfilterOptimizer):
             that they never exist all at once. Takes step(closure), or the closure inside
             `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
+            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
+            `differentiable` and `amsgrad` must be False.
 
     Raises:
         TypeError: sparse, complex or otherwise unsupported parameters.
@@ -293,6 +298,7 @@ class HessianUSAM(EigenfilterOptimizer):
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -305,6 +311,7 @@ class HessianUSAM(EigenfilterOptimizer):
             skip_nonfinite=skip_nonfinite,
             release_gradients=release_gradients,
             backend=backend,
+            options=options,
         )
 
 
