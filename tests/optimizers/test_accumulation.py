@@ -250,9 +250,9 @@ def test_a_closure_that_raises_leaves_no_hook_and_no_mark() -> None:
     loss_of(params).backward()
 
     def failing() -> Tensor:
-        raise OSError
+        raise OSError("no data")
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no data"):
         opt.step(failing)
     assert not any(p._backward_hooks for p in params)
     opt.step(closure_of(opt, params))

@@ -184,7 +184,7 @@ def test_amsgrad_is_refused() -> None:
     theirs = torch.optim.AdamW(params, **DECAY, amsgrad=True)
     train(theirs, params, 1)
     opt = ef.AdamW(params, **DECAY)
-    with pytest.raises(ValueError, match="amsgrad=True is not supported: use torch.optim.AdamW"):
+    with pytest.raises(ValueError, match=r"amsgrad=True is not supported: use torch\.optim\.AdamW"):
         opt.load_state_dict(theirs.state_dict())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class Ascent:
     def needs_graph(self, index: int) -> bool:
         """Whether the gradient for ascent `index` has to be differentiable itself."""
         return False
+
+    def watch(self, index: int, params: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """A context for the evaluation whose gradient ascent `index` takes."""
+        return nullcontext()
 
     def replays(self, index: int) -> bool | None:
         """Whether evaluation `index` draws the random numbers of the one before it (False, True).

@@ -144,7 +144,11 @@ class EigenfilterOptimizer(GroupedOptimizer):
             step.replayed = True
         elif replays is False:
             step.randomness = Randomness(self._devices())
-        if not self.release_gradients or self.phase == "ascent":
+        if self.phase == "ascent":
+            with self._ascent.watch(step.ascended, self._params()):
+                yield
+            return
+        if not self.release_gradients:
             yield
             return
         with self._release.during_backward(self._params()):

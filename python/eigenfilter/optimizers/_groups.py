@@ -45,7 +45,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """
         self._refuse_perturbed("load_state_dict()")
         state_dict = filled(self, state_dict)
-        for group in state_dict["param_groups"]:
+        for group in state_dict.get("param_groups", ()):
             refuse_modes(group)
         super().load_state_dict(state_dict)
 
@@ -93,7 +93,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
 def filled(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state to load whose groups have all that the optimizer's present ones have."""
-    groups = state_dict["param_groups"]
+    groups = state_dict.get("param_groups", ())  # an optimizer around another has its own form
     if len(groups) != len(optimizer.param_groups):
         return state_dict
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

@@ -103,7 +103,7 @@ class AdamW(EigenfilterOptimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for group in state_dict["param_groups"]:
+        for group in state_dict.get("param_groups", ()):
             if group.get("decoupled_weight_decay") is False and group.get("weight_decay", 0) != 0:
                 raise ValueError(
                     "this state is of torch.optim.Adam, which adds weight decay to the gradient, "

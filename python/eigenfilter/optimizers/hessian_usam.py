@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Unpack
 
 import torch
@@ -18,6 +19,12 @@ from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._options import Options
 from eigenfilter.optimizers._parts import Gradients, Part, Piece, conforming
 from eigenfilter.optimizers.sgd import sgd_defaults
+
+WITHOUT_GRAPH = (
+    'hvp="autograd" differentiates the gradient, and it came without a graph: call '
+    "loss.backward(create_graph=opt.needs_graph) in the closure, for every micro-batch, and pass "
+    "use_reentrant=False to torch.utils.checkpoint"
+)
 
 _SLICE = 2**16  # elements that are multiplied in float64 at a time
 
@@ -142,9 +149,8 @@ class ProductAscent(Ascent):
         outputs = [g for _, given in found for g in given if g.requires_grad]
         if not outputs:
             raise RuntimeError(
-                'hvp="autograd" differentiates the gradient: call '
-                "loss.backward(create_graph=opt.needs_graph) in the closure (with a loss that is "
-                "linear in every parameter there is nothing to differentiate: use SGD)"
+                f"{WITHOUT_GRAPH} (with a loss that is linear in every parameter there is nothing "
+                "to differentiate: use SGD)"
             )
         try:
             if not self._differentiable:
@@ -155,8 +161,9 @@ class ProductAscent(Ascent):
             )
         except RuntimeError as error:
             raise RuntimeError(
-                "the gradient could not be differentiated: where the model has an operation "
-                'without a second derivative, or is sharded by FSDP2, use hvp="finite_difference"'
+                "the gradient could not be differentiated: pass use_reentrant=False to "
+                "torch.utils.checkpoint where the model uses it; where it has an operation without "
+                'a second derivative, or is sharded by FSDP2, use hvp="finite_difference"'
             ) from error
         moving, rest = [], iter(products)
         for part, given in found:
@@ -179,6 +186,31 @@ class ProductAscent(Ascent):
 
     def needs_graph(self, index: int) -> bool:
         return index == 0
+
+    @contextmanager
+    def watch(self, index: int, params: Sequence[Tensor]) -> Iterator[None]:
+        """Refuse a gradient of which a part has no graph: that part of H g would be 0.
+
+        A backward pass inside another, as reentrant checkpointing has, makes none.
+        """
+        without = False
+
+        def arrive(_: Tensor) -> None:
+            nonlocal without
+            without |= not torch.is_grad_enabled()
+
+        hooks = [
+            p.register_hook(arrive)  # type: ignore[no-untyped-call]
+            for p in params
+            if p.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if without:
+            raise RuntimeError(WITHOUT_GRAPH)
 
 
 def _refuse_once_differentiable(outputs: list[Tensor]) -> None:

@@ -12,7 +12,7 @@ from eigenfilter import _distributed
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import filled
-from eigenfilter.optimizers._hyperparameters import OWN_RHO, check_hyperparameters, is_zero, rho_of
+from eigenfilter.optimizers._hyperparameters import OWN_RHO, check_hyperparameters
 from eigenfilter.optimizers._methods import ascent_of
 from eigenfilter.optimizers._options import split_options
 from eigenfilter.optimizers._parts import Gradients, conforming
@@ -246,11 +246,10 @@ def _refuse_base(base: torch.optim.Optimizer) -> None:
             "closure, as SGD or AdamW"
         )
     ascends = isinstance(base, EigenfilterOptimizer) and base._ascent.count > 0
-    ascends = ascends and not all(is_zero(rho_of(group)) for group in base.param_groups)
     if ascends or callable(getattr(base, "first_step", None)):
         raise ValueError(
-            f"{name} takes ascents itself: use it alone, or wrap the optimizer of its descent, as "
-            "SGD or AdamW"
+            f"{name} takes ascents itself: use it alone (set its own rho), or wrap an optimizer "
+            "that takes none, as SGD"
         )
 
 
