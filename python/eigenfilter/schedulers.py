@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ class RhoSchedule:
 
     or any function of t. A step with factor 0 takes no ascent and costs one gradient. rho is
     multiplied; lr is left to torch's schedulers, with which this one may be combined in any order.
+
+    A schedule can be copied and pickled, together with its optimizer. A function of your own is
+    pickled by its name: define it at the top level of a module, since pickle refuses a lambda.
 
     Args:
         optimizer: one with rho in its groups. Their rho at this moment is the initial one; it is
@@ -133,16 +137,34 @@ def _factor(
         raise ValueError('"late" needs start, a fraction of the training from 0 to 1')
     if not (0 <= end < math.inf and 0 <= gamma < math.inf):
         raise ValueError("end and gamma must be at least 0 and finite")
-    T, n, begin = total_steps or 1, every or 1, start or 0.0
-    factors: dict[str, Factor] = {
-        "constant": lambda t: 1.0,
-        "linear": lambda t: 1.0 + (end - 1.0) * min(t / T, 1.0),
-        "cosine": lambda t: end + (1.0 - end) * (1.0 + math.cos(math.pi * min(t / T, 1.0))) / 2.0,
-        "step": lambda t: gamma ** (t // n),
-        "late": lambda t: float(t >= begin * T),
-        "every": lambda t: float(t % n == 0),
-    }
-    return factors[kind]
+    return _Named(kind, total_steps or 1, end, every or 1, gamma, start or 0.0)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The factor of a kind by its name: an object and not a function, so that it can be pickled."""
+
+    kind: str
+    total_steps: int
+    end: float
+    every: int
+    gamma: float
+    start: float
+
+    def __call__(self, t: int) -> float:
+        past = min(t / self.total_steps, 1.0)
+        match self.kind:
+            case "linear":
+                return 1.0 + (self.end - 1.0) * past
+            case "cosine":
+                return self.end + (1.0 - self.end) * (1.0 + math.cos(math.pi * past)) / 2.0
+            case "step":
+                return float(self.gamma ** (t // self.every))
+            case "late":
+                return float(t >= self.start * self.total_steps)
+            case "every":
+                return float(t % self.every == 0)
+        return 1.0
 
 
 def _copied(rho: float | Tensor) -> float | Tensor:
