@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenfilter.optimizers._hyperparameters import rho_key
+
 KINDS = ("constant", "linear", "cosine", "step", "late", "every")
 
 Factor = Callable[[int], float]
@@ -35,8 +37,9 @@ class RhoSchedule:
     pickled by its name: define it at the top level of a module, since pickle refuses a lambda.
 
     Args:
-        optimizer: one with rho in its groups. Their rho at this moment is the initial one; it is
-            kept in the groups as `initial_rho`.
+        optimizer: one with rho in its groups (`ascent_rho` where `SharpnessAware` wraps one that
+            has a `rho` of its own). Their rho at this moment is the initial one; it is kept in the
+            groups as `initial_rho` (`initial_ascent_rho`).
         kind: one of the names above, or a function from t >= 0 to a factor >= 0.
         total_steps: T, for "linear", "cosine" and "late".
         end: the last factor, >= 0, of "linear" and "cosine".
@@ -66,7 +69,7 @@ class RhoSchedule:
         gamma: float = 0.1,
         start: float | None = None,
     ) -> None:
-        if not all("rho" in group for group in optimizer.param_groups):
+        if not all(rho_key(group) in group for group in optimizer.param_groups):
             raise TypeError(f"{type(optimizer).__name__} has groups without rho: nothing to set")
         self.optimizer = optimizer
         self._factor = (
@@ -74,7 +77,7 @@ class RhoSchedule:
         )
         self._step = 0
         for group in optimizer.param_groups:
-            group.setdefault("initial_rho", _copied(group["rho"]))
+            _initial(group)
         self._set()
 
     def step(self) -> None:
@@ -93,7 +96,7 @@ class RhoSchedule:
 
     def get_last_rho(self) -> list[float | Tensor]:
         """The present rho of every group."""
-        return [group["rho"] for group in self.optimizer.param_groups]
+        return [group[rho_key(group)] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the step; the rest is given anew at construction."""
@@ -112,11 +115,11 @@ class RhoSchedule:
             )
         for group in self.optimizer.param_groups:
             # Groups that were added later, or loaded from another optimizer, begin with theirs.
-            initial = group.setdefault("initial_rho", _copied(group["rho"]))
-            if isinstance(group["rho"], Tensor):
-                group["rho"].copy_(factor * initial)
+            key, initial = rho_key(group), _initial(group)
+            if isinstance(group[key], Tensor):
+                group[key].copy_(factor * initial)
             else:
-                group["rho"] = factor * float(initial)
+                group[key] = factor * float(initial)
 
 
 def _factor(
@@ -167,5 +170,11 @@ class _Named:
         return 1.0
 
 
-def _copied(rho: float | Tensor) -> float | Tensor:
-    return rho.clone() if isinstance(rho, Tensor) else rho
+def _initial(group: dict[str, Any]) -> float | Tensor:
+    """A group's initial rho, kept in the group; its present one where it has none yet."""
+    key = rho_key(group)
+    rho = group[key]
+    initial: float | Tensor = group.setdefault(
+        f"initial_{key}", rho.clone() if isinstance(rho, Tensor) else rho
+    )
+    return initial

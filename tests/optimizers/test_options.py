@@ -53,7 +53,9 @@ def test_arguments_of_torch_that_change_nothing(
 @pytest.mark.parametrize("name", ["amsgrad", "differentiable"])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_arguments_of_torch_that_are_refused(make: Callable[..., Any], name: str) -> None:
-    message = rf"{name}=True is not supported.*use torch\.optim|{name}=True.*use the torch optimizer"
+    message = (
+        rf"{name}=True is not supported.*use torch\.optim|{name}=True.*use the torch optimizer"
+    )
     with pytest.raises(ValueError, match=message):
         make(parameters(), lr=0.1, **{name: True})
     with pytest.raises(ValueError, match=message):
@@ -69,7 +71,7 @@ def test_arguments_of_torch_that_are_refused(make: Callable[..., Any], name: str
 def test_arguments_of_torch_of_the_wrong_kind() -> None:
     with pytest.raises(TypeError, match="fused must be True or False, and is 'yes'"):
         ef.SGD(parameters(), lr=0.1, fused="yes")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'fuse'|no option fuse"):
+    with pytest.raises(TypeError, match="has no option fuse"):
         ef.AdamW(parameters(), fuse=True)
 
 
@@ -91,21 +93,19 @@ def test_adams_state_with_another_weight_decay() -> None:
 # Gradients that are kept.
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "product"])
 def test_gradients_in_one_flat_buffer(method: str) -> None:
-    """Views of it, filled by backward, cleared where they lie, never replaced."""
-    if method == "product":
-        pytest.skip("a gradient with a graph is a new tensor in torch itself")
+    """Views of it, filled by backward, cleared where they lie, never replaced.
+
+    A gradient with a graph ("product") is a new tensor in torch itself.
+    """
     params = parameters()
     opt = METHODS[method].make(params, lr=0.1, set_to_none=False)
     exact = Exact(params, {"lr": 0.1}, METHODS[method].rho, method)
     flat = torch.zeros(sum(p.numel() for p in params), dtype=torch.float64)
     begin = 0
     for p in params:
-        p.grad = flat[begin : begin + p.numel()].as_strided(p.shape, p.stride())
-        p.grad = flat[begin : begin + p.numel()].as_strided(
-            p.shape, p.stride(), flat[begin : begin + p.numel()].storage_offset()
-        )
+        p.grad = flat.as_strided(p.shape, p.stride(), begin)
         begin += p.numel()
     views = [p.grad for p in params]
 

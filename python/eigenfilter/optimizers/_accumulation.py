@@ -47,7 +47,7 @@ class UsedGradients:
         """Note that the gradients of these parameters have been used."""
         self._probes = [params[0], params[-1]] if params else []
         for g in self._grads():
-            setattr(g, _USED, g._version)
+            setattr(g, _USED, _version(g))
 
     def untouched(self) -> bool:
         """Whether the gradients were used and have been neither cleared nor written since."""
@@ -60,7 +60,7 @@ class UsedGradients:
             if _is_untouched(g):
                 raise RuntimeError(USED.format(""))
             # Cleared in place and then added to, it would have been written twice.
-            if g._version == getattr(g, _USED, -2) + 1 and any_nonzero([g]):
+            if _version(g) == getattr(g, _USED, -2) + 1 and any_nonzero([g]):
                 raise RuntimeError(USED.format(", with new ones added"))
 
     def _grads(self) -> list[Tensor]:
@@ -68,7 +68,13 @@ class UsedGradients:
 
 
 def _is_untouched(g: Tensor) -> bool:
-    return g._version == getattr(g, _USED, None)
+    used: int | None = getattr(g, _USED, None)
+    return used is not None and used == _version(g)
+
+
+def _version(g: Tensor) -> int:
+    """Counts the writes; FSDP2 adds to the local shard of a gradient."""
+    return _distributed.local(g)._version
 
 
 class ClosureCheck:
@@ -83,7 +89,7 @@ class ClosureCheck:
         self._params = params
         self._mixed: dict[int, bool] = {}  # by id: did the first to arrive meet an older gradient
         for g in grads:
-            setattr(g, _SEEN, g._version)
+            setattr(g, _SEEN, _version(g))
         self._hooks = [self._watch(p) for p in params if p.requires_grad]
 
     def _watch(self, p: Tensor) -> Any:
@@ -112,9 +118,15 @@ class ClosureCheck:
             before = getattr(g, _SEEN)
             delattr(g, _SEEN)
             if id(p) not in self._mixed and any_nonzero([g]):
-                mixed |= g._version != before
-                left |= g._version == before
+                mixed |= _version(g) != before
+                left |= _version(g) == before
         return mixed, left
+
+    def forget(self) -> None:
+        """The gradients that are there have been cleared where they lie."""
+        for p in self._params:
+            if p.grad is not None and hasattr(p.grad, _SEEN):
+                delattr(p.grad, _SEEN)
 
     def refuse(self, *, must_compute: bool) -> None:
         """End the check; raise RuntimeError if gradients were mixed, or left where they must not.

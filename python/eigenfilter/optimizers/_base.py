@@ -290,6 +290,13 @@ class EigenfilterOptimizer(GroupedOptimizer):
         return loss
 
     @through_owner
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters: to None, or to 0 in the tensors that are there."""
+        super().zero_grad(set_to_none)
+        if self._step_state.check is not None:
+            self._step_state.check.forget()
+
+    @through_owner
     @_disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
@@ -506,13 +513,15 @@ class EigenfilterOptimizer(GroupedOptimizer):
             return self._evaluate(closure)
         if not ends_step and self._used.untouched():
             self._clear_gradients()
-        check = check_closure(self._params())
+        check = self._step_state.check = check_closure(self._params())
         try:
             loss = self._evaluate(closure)
         except BaseException:
             if check is not None:
                 check.end()
             raise
+        finally:
+            self._step_state.check = None
         if check is not None:
             check.refuse(must_compute=not ends_step)
         return loss

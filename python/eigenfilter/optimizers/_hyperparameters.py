@@ -19,9 +19,14 @@ OWN_RHO = "ascent_rho"
 _NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "eps", "rho", OWN_RHO)
 
 
+def rho_key(group: Mapping[str, Any]) -> str:
+    """Where a group holds the radius of its ascent."""
+    return OWN_RHO if OWN_RHO in group else "rho"
+
+
 def rho_of(group: Mapping[str, Any]) -> float | Tensor:
     """The radius of a group's ascent; 0 where it has none."""
-    rho: float | Tensor = group[OWN_RHO] if OWN_RHO in group else group.get("rho", 0.0)
+    rho: float | Tensor = group.get(rho_key(group), 0.0)
     return rho
 
 

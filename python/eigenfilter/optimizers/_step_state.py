@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
+from eigenfilter.optimizers._accumulation import ClosureCheck
 from eigenfilter.optimizers._parts import Part
 from eigenfilter.optimizers._randomness import Randomness
 
@@ -32,6 +33,7 @@ class StepState:
         randomness: the generators before an evaluation that is replayed.
         between: the generators after an ascent whose evaluation should be a replay.
         replayed: whether it was.
+        check: of the closure that is running, where one is needed.
         evaluating: whether a closure that `step` calls is running.
         unscaled: whether `clip_grad_norm_` had a scaler unscale the descent's gradient.
     """
@@ -39,6 +41,7 @@ class StepState:
     def __init__(self, owner: EigenfilterOptimizer) -> None:
         self.owner = weakref.ref(owner)
         self.perturbed: list[Part] = []
+        self.check: ClosureCheck | None = None
         self.evaluating = False
         self.reset()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -103,9 +104,15 @@ class SharpnessAware(EigenfilterOptimizer):
     def __getattr__(self, name: str) -> Any:
         if name == "param_groups":
             return self._groups_with_rho()
-        if name in _SHARED or (name in _FORWARDED and hasattr(self.base_optimizer, name)):
+        if name in _SHARED:
             return getattr(self.base_optimizer, name)
+        if name in _FORWARDED and hasattr(self.base_optimizer, name):
+            return functools.partial(self._switch, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _switch(self, mode: str) -> None:
+        self._refuse_perturbed(f"{mode}()")
+        getattr(self.base_optimizer, mode)()
 
     def _groups_with_rho(self) -> list[dict[str, Any]]:
         """The base's groups. One that was loaded without rho has the one it had before."""
