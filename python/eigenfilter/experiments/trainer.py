@@ -248,7 +248,7 @@ class Trainer:
         self.gradients += len(images) / self._batches.share
         frozen = self._has_batch_norm and optimizer.perturbed
         with (
-            ef.freeze_batch_norm(self.model) if frozen else nullcontext(),
+            ef.freeze_running_stats(self.model) if frozen else nullcontext(),
             optimizer.evaluation(),
         ):
             optimizer.zero_grad()
