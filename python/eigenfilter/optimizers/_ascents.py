@@ -14,6 +14,7 @@ from eigenfilter.kernels.reference import arithmetic_dtype
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._parts import Gradients, Part, Piece
+from eigenfilter.optimizers._shards import FLAT_NORM
 
 Run = Callable[..., None]
 """Calls a kernel on a piece: (kernel, piece, further arguments)."""
@@ -30,10 +31,12 @@ class Ascent:
     Attributes:
         method: the method's name.
         count: its ascents a step.
+        takes_norm: whether it divides by a norm of all gradients or parameters.
     """
 
     method = "sgd"
     count = 0
+    takes_norm = False
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
         """Do what takes all gradients at once; return them, or what is to move along instead.
@@ -90,6 +93,8 @@ def total_norms(
         lists: parts, with tensors like their parameters.
         weights: multiply the tensors by the parameters before, elementwise.
     """
+    if any(part.is_flat for part, _ in lists):
+        raise RuntimeError(FLAT_NORM)
     squares: dict[torch.device, list[Tensor]] = {part.device: [] for part, _ in lists}
     for part, tensors in lists:
         for placing, indices in part.placings:

@@ -28,6 +28,14 @@ from eigenfilter.optimizers._options import check_options
 from eigenfilter.optimizers._parts import Gradients, Part, Parts, Piece, Store, conforming
 from eigenfilter.optimizers._randomness import Randomness
 from eigenfilter.optimizers._release import UNSCALED, GradientRelease
+from eigenfilter.optimizers._shards import (
+    Parent,
+    lies_elsewhere,
+    refuse_ascent,
+    refuse_clipping,
+    refuse_local_scaler,
+    refuse_scaled_descent,
+)
 from eigenfilter.optimizers._step_state import StepState, owner_of, through_owner
 
 _T = TypeVar("_T")
@@ -90,12 +98,15 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._descent = descent
         self._start()
         super().__init__(params, defaults)
+        if self._ascents_wanted() > 0:
+            refuse_ascent(self, self._parent, self._params(), self._ascent.takes_norm)
 
     def _start(self) -> None:
         """Set up what lives as long as this object and is never saved."""
         self._step_state = StepState(self)
         self._used = UsedGradients()
         self._guard = Guard()
+        self._parent = Parent(self)
         self._release = GradientRelease(self)
         self._parts = Parts(Store(self.backend, self._descent.keys))
 
@@ -186,18 +197,22 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
         step = self._step_state
         gradients = self._gradients()
+        self._refuse_ascent()
+        found = [(part, g) for part, g in gradients if not is_zero(rho_of(part.group))]
+        elsewhere = not found and lies_elsewhere(self._params(ascending=True))
         if step.ascended == 0:
-            if not gradients:
+            if not gradients and not elsewhere:
                 return False
             self._used.refuse()
             self._guard.begin()
-        found = [(part, g) for part, g in gradients if not is_zero(rho_of(part.group))]
-        self._guard.take_scale(grad_scaler, gradients, step.ascended > 0)
-        if not found and step.ascended == 0:  # nothing that ascends: the gradient is the descent's
+        if self._parts.are_flat:
+            refuse_local_scaler(grad_scaler)
+        self._guard.take_scale(grad_scaler, self._parts.devices, step.ascended > 0)
+        if not found and not elsewhere and step.ascended == 0:  # nothing ascends: the descent's
             step.ascended = self._ascents_wanted()
             return False
         if self.skip_nonfinite or self._guard.scaled:
-            self._guard.look(conforming(found))
+            self._guard.look(conforming(found), self._parts.devices)
         self._warn_of_other_randomness()
         found = self._ascent.prepare(step.ascended, found, self._guard)
         _perturbation.enter(self)
@@ -330,6 +345,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 "release_gradients=True applies each gradient before the total norm is known: "
                 "leave it False to clip"
             )
+        refuse_clipping(self, self._parent, self._params())
         if self.phase == "ascent":
             raise RuntimeError(
                 "clip_grad_norm_ clips the descent gradient: call it after the ascents, just "
@@ -338,7 +354,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if grad_scaler is not None:
             grad_scaler.unscale_(self)
             self._step_state.unscaled = grad_scaler.is_enabled()
-        return torch.nn.utils.clip_grad_norm_(self._params(), max_norm)
+        return _distributed.clip_grad_norm_(self._params(), max_norm)
 
     # What ascents and descents use.
 
@@ -406,12 +422,20 @@ class EigenfilterOptimizer(GroupedOptimizer):
             raise RuntimeError(UNSCALED)
         if found and self.release_gradients:
             self._release.warn_of_whole()
-        if not found and not self._release.updated:  # a skipped batch: as torch, do nothing
-            self.restore()
+        if not found and not self._release.updated and not self._is_awaited():
+            self.restore()  # a skipped batch: as torch, do nothing
             return
         if step.ascended == 0:
             self._guard.begin()
-        self._guard.take_over(self, found, ascended=step.ascended > 0, unscaled=step.unscaled)
+        if self._parts.are_flat:
+            refuse_scaled_descent(self)
+        self._guard.take_over(
+            self,
+            self._parts.devices,
+            ascended=step.ascended > 0,
+            unscaled=step.unscaled,
+            shared=self._parts.are_shards,
+        )
         self._descent.begin()
         self._update(found)
         self._touched([part for part, _ in found])
@@ -426,8 +450,9 @@ class EigenfilterOptimizer(GroupedOptimizer):
             for piece in pieces:
                 check_scalars(piece.part.group, piece.part.device)
                 piece.grads = piece.part.conforming(piece.grads)
-        if self.skip_nonfinite and pieces:
-            self._guard.look([(piece.part, piece.grads) for piece in pieces])
+        if self.skip_nonfinite:  # without a gradient here too: the other ranks wait for this one
+            grads = [(piece.part, piece.grads) for piece in pieces]
+            self._guard.look(grads, self._parts.devices)
         for piece in pieces:
             self._descent.step(self._run, piece, self._guard)
 
@@ -466,8 +491,9 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _build_parts(self) -> None:
         self._parts.build(self.param_groups, self.state, self._descent.unify)
 
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+    def _params(self, *, ascending: bool = False) -> list[Tensor]:
+        groups = (g for g in self.param_groups if not ascending or not is_zero(rho_of(g)))
+        return [p for group in groups for p in group["params"]]
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}
@@ -571,7 +597,19 @@ class EigenfilterOptimizer(GroupedOptimizer):
             return 0
         return self._ascent.count
 
+    def _is_awaited(self) -> bool:
+        """Whether other ranks, which may have gradients, wait for this one, which has none."""
+        if self.skip_nonfinite and _distributed.is_parallel():
+            return True
+        return lies_elsewhere(self._params())
+
+    def _refuse_ascent(self) -> None:
+        """Raise RuntimeError where this rank's gradients are not enough to ascend by."""
+        flat = self._params() if self._parts.are_flat else []
+        refuse_ascent(self, self._parent, flat, self._ascent.takes_norm)
+
     def _require_ascents(self) -> None:
+        self._refuse_ascent()
         wanted, taken = self._ascents_wanted(), self._step_state.ascended
         raise RuntimeError(
             f"step() needs {wanted} ascents before it, and {taken} were taken. Pass a closure to "

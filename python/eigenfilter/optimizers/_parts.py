@@ -35,6 +35,7 @@ class Part:
         self.kernels = kernels.select(self.device.type, store.backend)
         self.placings = _distributed.by_placing(params)
         self.is_distributed = any(placing is not None for placing, _ in self.placings)
+        self.is_flat = any(map(_distributed.is_flat_shard, params))
         self.store = store
         self.counted: Counted | None = None  # by an update that depends on the steps taken
         self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
@@ -208,6 +209,9 @@ class Parts:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._parts: list[Part] = []
+        self.devices: set[torch.device] = set()
+        self.are_flat = False  # some of them: shards of FSDP1's flat parameters
+        self.are_shards = False  # some of them, in this way or as DTensors
         self._alone: dict[int, Part] = {}
         self._group_of: dict[int, tuple[dict[str, Any], int]] = {}
         self._groups: list[tuple[list[Tensor], list[Tensor]]] = []  # each group's list, a copy
@@ -252,6 +256,9 @@ class Parts:
                 self._group_of[id(p)] = group, number
             for params in by_kind.values():
                 self._parts.append(Part(group, number, params, self._store))
+        self.devices = {part.device for part in self._parts}
+        self.are_flat = any(part.is_flat for part in self._parts)
+        self.are_shards = self.are_flat or any(part.is_distributed for part in self._parts)
 
     def settle(self) -> None:
         """Note what the step that ends did to the state."""
@@ -274,7 +281,8 @@ class Parts:
             if missing:
                 indices = [i for i, g in enumerate(grads) if g is not None]
                 part, grads = part.subpart(indices), [grads[i] for i in indices]
-            if part.is_distributed:  # a Partial gradient has a Replicate parameter's local layout
+            # A Partial gradient has the local layout of a parameter that every rank has whole.
+            if part.is_distributed or _distributed.has_dtensor(cast("list[Tensor]", grads)):
                 grads = [
                     _distributed.placed_like(cast(Tensor, g), p)
                     for g, p in zip(grads, part.params, strict=True)
@@ -316,7 +324,13 @@ def _conform(grad: Tensor, param: Tensor) -> Tensor:
             f"a gradient of shape {tuple(grad.shape)} is sparse ({grad.layout}): use sparse=False "
             "in the module that makes it, or convert it with .to_dense()"
         )
-    local, like = _distributed.local(grad), _distributed.local(param)
+    local, like = _distributed.waited(_distributed.local(grad)), _distributed.local(param)
+    if local.shape != like.shape:
+        raise ValueError(
+            f"a gradient has shape {tuple(local.shape)} on this rank, and its parameter "
+            f"{tuple(like.shape)}: both must be placed alike (under FullyShardedDataParallel, "
+            "gradients that no_sync() has kept are whole: ascend and step by synchronized ones)"
+        )
     if _fits(local, like):
         return local
     return torch.empty_like(like, requires_grad=False).copy_(local)

@@ -42,6 +42,7 @@ class DifferenceAscent(Ascent):
 
     method = "hessian_usam"
     count = 2
+    takes_norm = True
 
     _JUDGED = 10  # steps at the beginning: reading a loss waits for its device
     _FACTOR = 10.0  # of that rise: far less than what another batch makes of it

@@ -22,6 +22,7 @@ class SAMAscent(Ascent):
 
     method = "sam"
     count = 1
+    takes_norm = True
 
     def __init__(self, *, adaptive: bool = False) -> None:
         self.adaptive = adaptive

@@ -215,8 +215,8 @@ class SharpnessAware(EigenfilterOptimizer):
         self.base_optimizer.step()
 
     def _update(self, found: Gradients) -> None:
-        if self.skip_nonfinite and found:
-            self._guard.look(conforming(found))
+        if self.skip_nonfinite:
+            self._guard.look(conforming(found), self._parts.devices)
         perturbed, self._step_state.perturbed = self._step_state.perturbed, []
         for part in perturbed:
             part.restore()
@@ -245,6 +245,11 @@ class SharpnessAware(EigenfilterOptimizer):
 def _refuse_base(base: torch.optim.Optimizer) -> None:
     """Raise ValueError for a base that cannot take the descent of a gradient it is given."""
     name = type(base).__name__
+    if not hasattr(base, "defaults"):
+        raise ValueError(
+            f"{name} only passes on to another optimizer, and has no `defaults`: put it around, as "
+            f"in {name}(SharpnessAware(torch.optim.SGD(...)), ...)"
+        )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
