@@ -1,4 +1,4 @@
-"""Weights that torch's methods take in the middle of a step are perturbed, and a warning says so."""
+"""Torch's methods that take weights in the middle of a step warn that these are perturbed."""
 
 from __future__ import annotations
 
