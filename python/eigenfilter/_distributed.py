@@ -121,6 +121,12 @@ def is_parallel() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def device() -> torch.device:
+    """Where a rank that has no parameters takes part in collectives."""
+    on_gpu = is_parallel() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
 def is_flat_shard(t: Tensor) -> bool:
     """Whether FSDP1 has put `t` into a flat parameter, of which every rank holds a shard."""
     return is_parallel() and getattr(t, "_fsdp_flattened", False)

@@ -144,6 +144,17 @@ def zero_descends(rank: int) -> dict[str, list[Tensor]]:
     return found
 
 
+def zero_without_parameters(rank: int) -> list[Tensor]:
+    """One parameter, so that one rank has none; with a flag that all share."""
+    model = DistributedDataParallel(single())
+    opt = ZeroRedundancyOptimizer(model.parameters(), ef.SGD, **PLAIN, skip_nonfinite=True)
+    for _ in range(STEPS):
+        opt.zero_grad()
+        single_loss(model, INPUTS[rank : rank + 1]).backward()
+        opt.step()
+    return full(model.parameters())
+
+
 def zero_inside(rank: int) -> dict[str, list[Tensor]]:
     """Every method around ZeroRedundancyOptimizer, of torch's optimizer and of ours."""
     found = {}
@@ -273,13 +284,17 @@ def single() -> nn.Linear:
     return nn.Linear(1, 1, bias=False).double()
 
 
+def single_loss(model: nn.Module, inputs: Tensor) -> Tensor:
+    return (model(inputs).cos() - 0.3).square().mean()
+
+
 def single_trained(model: nn.Module, inputs: Tensor, of: Callable[[Any], Tensor]) -> Tensor:
     """The one weight after steps in both forms."""
     opt = ef.TwoStepUSAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
 
     def closure() -> Tensor:
         opt.zero_grad()
-        loss = (model(inputs).cos() - 0.3).square().mean()
+        loss = single_loss(model, inputs)
         loss.backward()
         return loss
 
@@ -456,6 +471,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         zero_refused,
         zero_refused_later,
         zero_descends,
+        zero_without_parameters,
         zero_inside,
         constructed_within_another,
         post_local,

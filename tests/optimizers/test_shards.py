@@ -77,6 +77,17 @@ def test_a_descent_on_one_ranks_parameters_is_right(found: Found, name: str) -> 
     assert all(map(torch.equal, first, second))
 
 
+def test_a_rank_without_parameters_takes_part(found: Found) -> None:
+    model = shard_workers.single()
+    opt = torch.optim.SGD(model.parameters(), **shard_workers.PLAIN)
+    for _ in range(workers.STEPS):
+        opt.zero_grad()
+        shard_workers.single_loss(model, shard_workers.INPUTS).backward()
+        opt.step()
+    for result in of(found, "zero_without_parameters"):
+        torch.testing.assert_close(result, [model.weight.detach()], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("base", shard_workers.BASES)
 @pytest.mark.parametrize("method", shard_workers.METHODS)
 def test_every_method_around_it_is_right(found: Found, method: str, base: str) -> None:

@@ -94,7 +94,8 @@ class Guard:
     def look(self, found: list[tuple[Part, list[Tensor]]], devices: Iterable[torch.device]) -> None:
         """Flag the step if a gradient is not finite, here or on another rank.
 
-        Every rank has to call this, one without a gradient too; `devices` are its parameters'.
+        Every rank has to call this, one without a gradient too. `devices` are those of its
+        parameters, at least one.
         """
         for device in devices:
             self._make_flag(device)
@@ -138,8 +139,6 @@ class Guard:
     def _share(self) -> None:
         """Give all devices and ranks the largest of their flags."""
         flags = list(self._flags.values())
-        if not flags:
-            return
         for other in flags[1:]:
             flags[0].add_(other.to(flags[0].device))
         _distributed.any_rank(flags[0])

@@ -256,7 +256,7 @@ class Parts:
                 self._group_of[id(p)] = group, number
             for params in by_kind.values():
                 self._parts.append(Part(group, number, params, self._store))
-        self.devices = {part.device for part in self._parts}
+        self.devices = {part.device for part in self._parts} or {_distributed.device()}
         self.are_flat = any(part.is_flat for part in self._parts)
         self.are_shards = self.are_flat or any(part.is_distributed for part in self._parts)
 
