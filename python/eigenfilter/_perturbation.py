@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
 from eigenfilter import _callers
@@ -67,6 +68,7 @@ def _watch() -> None:
     _watching = True
     for owner, name, position, use in _USES:
         setattr(owner, name, _watched(getattr(owner, name), position, use))
+    register_optimizer_step_pre_hook(_refuse_step)
 
 
 def _watched(method: Any, position: int, use: str) -> Any:
@@ -80,6 +82,24 @@ def _watched(method: Any, position: int, use: str) -> Any:
         return method(self, *args, **kwargs)
 
     return watched
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Raise RuntimeError if `optimizer` is to step from where another one has perturbed to."""
+    if not _perturbed or optimizer in _perturbed:
+        return
+    other = holder(p for group in optimizer.param_groups for p in group["params"])
+    if other is None or any(mine is other for mine in vars(optimizer).values()):
+        return  # a wrapper passes the step on
+    state = vars(other).get("_step_state")
+    if state is not None and vars(optimizer).get("_step_state") is state:
+        return  # a framework's copy of it
+    mine, its = type(optimizer).__name__, type(other).__name__
+    raise RuntimeError(
+        f"{mine}.step() would start from perturbed weights, and its update would be undone: "
+        f"{its} is in the middle of a step. End that with step() of {its}, or call its restore() "
+        "first"
+    )
 
 
 def _warn(weights: nn.Module | torch.Tensor, use: str) -> None:

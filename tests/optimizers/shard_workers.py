@@ -144,6 +144,12 @@ def zero_descends(rank: int) -> dict[str, list[Tensor]]:
     return found
 
 
+def zero_of_an_ascending_one(rank: int) -> str:
+    """An ascent around an optimizer that could take ascents itself, at rho 0."""
+    base = ZeroRedundancyOptimizer(network().parameters(), ef.AdamW, lr=0.05)
+    return said_by(functools.partial(ef.SharpnessAware, base, rho=0.15))
+
+
 def zero_without_parameters(rank: int) -> list[Tensor]:
     """One parameter, so that one rank has none; with a flag that all share."""
     model = DistributedDataParallel(single())
@@ -471,6 +477,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         zero_refused,
         zero_refused_later,
         zero_descends,
+        zero_of_an_ascending_one,
         zero_without_parameters,
         zero_inside,
         constructed_within_another,

@@ -113,6 +113,56 @@ def test_another_models_weights_are_nobodys_affair(in_mid_step: tuple[Any, nn.Mo
         act(network())
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, ef.SGD])
+def test_another_optimizer_may_not_step(in_mid_step: tuple[Any, nn.Module], make: Any) -> None:
+    opt, model = in_mid_step
+    other = make(model[2].parameters(), lr=0.1)
+    closure_of(opt, model)()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=f"{type(opt).__name__} is in the middle of a step"):
+        other.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    opt.restore()
+    other.step()
+    assert not torch.equal(model[2].weight, before[2])
+
+
+def test_the_base_may_not_step_alone() -> None:
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = ef.SharpnessAware(base, rho=0.5)
+    closure = closure_of(opt, model)
+    closure()
+    opt.ascend()
+    closure()
+    with pytest.raises(RuntimeError, match=r"End that with step\(\) of SharpnessAware"):
+        base.step()
+    opt.step()
+    base.step()
+
+
+def test_a_wrapper_and_an_optimizer_of_other_weights_may_step() -> None:
+    class Passing(torch.optim.Optimizer):
+        def __init__(self, inner: Any) -> None:
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    model, other = network(), network()
+    inner = ef.USAM(model.parameters(), lr=0.1, rho=0.5)
+    opt, elsewhere = Passing(inner), torch.optim.SGD(other.parameters(), lr=0.1)
+    closure = closure_of(opt, model)
+    closure()
+    inner.ascend()
+    closure()
+    closure_of(elsewhere, other)()
+    elsewhere.step()
+    opt.step()
+    assert not inner.perturbed
+
+
 def test_what_is_returned_is_what_was_asked_for(in_mid_step: tuple[Any, nn.Module]) -> None:
     _, model = in_mid_step
     kept: dict[str, Any] = {}

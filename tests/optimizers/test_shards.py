@@ -77,6 +77,12 @@ def test_a_descent_on_one_ranks_parameters_is_right(found: Found, name: str) -> 
     assert all(map(torch.equal, first, second))
 
 
+def test_an_ascent_around_one_that_ascends_is_refused(found: Found) -> None:
+    for result in found["zero_of_an_ascending_one"]:
+        assert "AdamW takes ascents itself" in result
+        assert "wrap an optimizer that takes none" in result
+
+
 def test_a_rank_without_parameters_takes_part(found: Found) -> None:
     model = shard_workers.single()
     opt = torch.optim.SGD(model.parameters(), **shard_workers.PLAIN)

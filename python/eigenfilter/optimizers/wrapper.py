@@ -257,11 +257,14 @@ def _refuse_base(base: torch.optim.Optimizer) -> None:
             "leave the gradient of the ascent unused: wrap an optimizer that steps without a "
             "closure, as SGD or AdamW"
         )
-    ascends = isinstance(base, EigenfilterOptimizer) and base._ascent.count > 0
-    if ascends or callable(getattr(base, "first_step", None)):
+    inside = [o for o in (base, *vars(base).values()) if isinstance(o, EigenfilterOptimizer)]
+    ascending = [type(o).__name__ for o in inside if o._ascent.count > 0]
+    if callable(getattr(base, "first_step", None)):
+        ascending.append(name)
+    if ascending:
         raise ValueError(
-            f"{name} takes ascents itself: use it alone (set its own rho), or wrap an optimizer "
-            "that takes none, as SGD"
+            f"{ascending[0]} takes ascents itself: use it alone (set its own rho), or wrap an "
+            "optimizer that takes none, as SGD"
         )
 
 
