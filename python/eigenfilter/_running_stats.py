@@ -14,7 +14,7 @@ from eigenfilter import _distributed
 
 
 @contextmanager
-def freeze_running_stats(model: nn.Module) -> Iterator[None]:
+def freeze_running_stats(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
     """Keep every buffer of a model: on exit all are what and where they were on entry.
 
     Meant for gradients at perturbed weights, whose running statistics would otherwise mix with
@@ -24,12 +24,16 @@ def freeze_running_stats(model: nn.Module) -> Iterator[None]:
     and instance norm with their counters, the vectors of spectral norm, the ranges of quantization
     observers, moving averages of your own. What a forward pass registered or replaced is put back.
 
-    Buffers are all that is kept. Parameters, which the optimizer restores, and numbers or tensors
-    that a module holds as plain attributes stay as the forward pass left them. So do buffers that
-    `torch.func.functional_call` is given in place of the model's own.
+    Buffers are kept, and on request parameters that are not trained. Trained parameters are the
+    optimizer's to restore. Numbers or tensors that a module holds as plain attributes stay as the
+    forward pass left them, and so do buffers that `torch.func.functional_call` is given in place of
+    the model's own.
 
     Args:
         model: a model; all its submodules are included, in training mode or not.
+        parameters: keep the values of parameters with requires_grad=False too, for models that
+            update such parameters in their forward pass, as a momentum encoder. A copy of each is
+            held meanwhile, of a frozen backbone as well.
 
     Raises:
         RuntimeError: a lazy module has not seen a batch yet, so there is nothing to keep.
@@ -40,7 +44,10 @@ def freeze_running_stats(model: nn.Module) -> Iterator[None]:
         ...         closure()
     """
     registered = [(module, dict(module._buffers)) for module in model.modules()]
-    values = _Values([t for _, buffers in registered for t in buffers.values() if t is not None])
+    tensors = [t for _, buffers in registered for t in buffers.values() if t is not None]
+    if parameters:
+        tensors += [p for p in model.parameters() if not p.requires_grad]
+    values = _Values(tensors)
     try:
         yield
     finally:

@@ -257,6 +257,41 @@ def test_buffers_that_nothing_writes_to() -> None:
     assert torch.equal(model.sparse.to_dense(), torch.eye(3))
 
 
+class MomentumEncoder(nn.Module):
+    """An encoder that follows another one in the forward pass."""
+
+    def __init__(self, *, replaced: bool) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.key.requires_grad_(False)
+        self.replaced = replaced
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mine, other in zip(self.key.parameters(), self.query.parameters(), strict=True):
+            if self.replaced:
+                mine.data = mine.data * 0.9 + other.data * 0.1
+            else:
+                mine.data.mul_(0.9).add_(other.data, alpha=0.1)
+        return self.query(x) - self.key(x)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_parameters_that_are_not_trained_are_kept_on_request(replaced: bool) -> None:
+    torch.manual_seed(3)
+    model, data = MomentumEncoder(replaced=replaced), batch()
+    kept = [(p, p.detach().clone()) for p in model.key.parameters()]
+    with ef.freeze_running_stats(model, parameters=True):
+        frozen = model(data)
+        assert not any(torch.equal(p, before) for p, before in kept)
+    frozen.sum().backward()
+    now = list(model.key.parameters())
+    assert all(p is q and torch.equal(p, before) for q, (p, before) in zip(now, kept, strict=True))
+    assert torch.equal(model(data), frozen)
+    with ef.freeze_running_stats(model):
+        model(data)
+    assert not any(torch.equal(p, before) for p, before in kept)
+
+
 def test_in_evaluation_mode_nothing_changes() -> None:
     model, data = network("batch norm"), batch()
     model(data)
