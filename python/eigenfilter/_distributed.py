@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -168,3 +169,28 @@ def reshard() -> None:
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def flat_handles(params: Sequence[Tensor]) -> list[Any]:
+    """What FSDP1 handles the flat parameters with that hold `params`.
+
+    Neither the parameters nor any list leads there, so all objects of the process are looked at.
+    """
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    ids = set(map(id, params))
+    handles = [o for o in gc.get_objects() if issubclass(type(o), FlatParamHandle)]
+    return [h for h in handles if not ids.isdisjoint(map(id, _held_by(h.flat_param)))]
+
+
+def _held_by(flat: Any) -> list[Tensor]:
+    return [flat, *(getattr(flat, "_params", None) or ())]
+
+
+def reshard_flat(handles: Sequence[Any]) -> None:
+    """Make FSDP1 gather its parameters again, where a forward pass alone has left them gathered."""
+    for handle in handles:
+        begun = hasattr(handle.flat_param, "_full_param_padded")  # by the first forward pass
+        if begun and handle.uses_sharded_strategy and not handle.needs_unshard():
+            handle.reshard(True)
+            handle._prefetched = False

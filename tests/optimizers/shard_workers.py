@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -232,6 +232,47 @@ def flat_nested(rank: int) -> list[Tensor]:
         whole = flattened(original, model)
         workers.trained(ELEMENTWISE["sequential"](whole.parameters()), whole, share(rank))
         found.append(gathered(whole))
+    return found
+
+
+def flat_forward_before_the_move(rank: int) -> list[Tensor]:
+    """A forward pass alone leaves parameters gathered: after a move these copies are stale."""
+    found = []
+    for original in (False, True):
+        for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
+            model = network()
+            model[0] = flattened(original, model[0], sharding_strategy=strategy)
+            whole = flattened(original, model, sharding_strategy=strategy)
+            opt = ef.USAM(whole.parameters(), **SETTINGS)
+            closure = evaluation(opt, whole, share(rank))
+            inputs, _ = batch(share(rank))
+            for _ in range(STEPS):
+                closure()
+                whole(inputs)
+                while opt.ascend():
+                    closure()
+                with torch.no_grad():
+                    whole(inputs)
+                opt.step()
+            found.append(gathered(whole))
+    return found
+
+
+def flat_restore(rank: int) -> list[bool]:
+    """x comes back bit for bit, and the loss there with it."""
+    found = []
+    for original in (False, True):
+        model = flattened(original)
+        opt = ef.USAM(model.parameters(), **SETTINGS)
+        closure = evaluation(opt, model, share(rank))
+        before, loss = gathered(model), closure().item()
+        opt.ascend()
+        inputs, targets = batch(share(rank))
+        with torch.no_grad():
+            moved = (model(inputs) - targets).square().mean().item()
+        opt.restore()
+        again = closure().item()
+        found.append(torch.equal(gathered(model), before) and loss == again != moved)
     return found
 
 
@@ -484,6 +525,8 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         post_local,
         flat_elementwise,
         flat_nested,
+        flat_forward_before_the_move,
+        flat_restore,
         flat_refused,
         flat_clip,
         flat_without_elements,

@@ -128,6 +128,20 @@ def test_several_flat_parameters(found: Found) -> None:
             assert_flat(result, expected)
 
 
+def test_flat_parameters_that_were_left_gathered(found: Found) -> None:
+    """Elements of all parameters, in whatever order the flat ones hold them."""
+    expected = torch.cat([p.flatten() for p in workers.alone()]).sort().values
+    for results in of(found, "flat_forward_before_the_move"):
+        assert len(results) == 4
+        for result in results:
+            actual = result[result != 0].sort().values  # without padding
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_flat_shards_are_restored(found: Found) -> None:
+    assert of(found, "flat_restore") == [[True, True]] * workers.WORLD
+
+
 def test_a_norm_over_flat_shards_is_refused(found: Found) -> None:
     for said in of(found, "flat_refused"):
         assert len(said) == 12

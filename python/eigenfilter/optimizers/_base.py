@@ -499,11 +499,13 @@ class EigenfilterOptimizer(GroupedOptimizer):
         return {p.device for p in self._params()}
 
     def _touched(self, parts: list[Part]) -> None:
-        """Tell autograd and FSDP2 that the parameters of `parts` have changed."""
+        """Tell autograd and FSDP that the parameters of `parts` have changed."""
         for part in parts:
             increment_version(part.params)
         if any(part.is_distributed for part in parts):
             _distributed.reshard()
+        if self._parts.are_flat:
+            _distributed.reshard_flat(self._parts.flat_handles)
 
     def _restore_all_but(self, stepped: Gradients) -> None:
         """Go back to x where no descent was taken, and end the step."""

@@ -211,6 +211,7 @@ class Parts:
         self._parts: list[Part] = []
         self.devices: set[torch.device] = set()
         self.are_flat = False  # some of them: shards of FSDP1's flat parameters
+        self.flat_handles: list[Any] = []  # FSDP1's, of these
         self.are_shards = False  # some of them, in this way or as DTensors
         self._alone: dict[int, Part] = {}
         self._group_of: dict[int, tuple[dict[str, Any], int]] = {}
@@ -258,6 +259,8 @@ class Parts:
                 self._parts.append(Part(group, number, params, self._store))
         self.devices = {part.device for part in self._parts} or {_distributed.device()}
         self.are_flat = any(part.is_flat for part in self._parts)
+        flat = [p for part in self._parts if part.is_flat for p in part.params]
+        self.flat_handles = _distributed.flat_handles(flat) if flat else []
         self.are_shards = self.are_flat or any(part.is_distributed for part in self._parts)
 
     def settle(self) -> None:
