@@ -276,17 +276,7 @@ def test_ascending_twice_with_the_same_gradient(name: str) -> None:
     assert not opt.perturbed
 
 
-def test_ascending_with_gradients_added_to_those_of_the_last_step() -> None:
-    params = parameters()
-    opt = ef.USAM(params, lr=0.1, rho=RHO)
-    opt.step(closure_of(opt, params))
-    loss_of(params).backward()
-    with pytest.raises(RuntimeError, match="those that the last step used, with new ones added"):
-        opt.ascend()
-    assert not opt.perturbed
-
-
-@pytest.mark.parametrize("how", ["None", "in place"])
+@pytest.mark.parametrize("how", CLEARING)
 def test_the_explicit_form_clears_as_it_likes(how: str) -> None:
     params = parameters()
     opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
@@ -301,14 +291,38 @@ def test_the_explicit_form_clears_as_it_likes(how: str) -> None:
     assert distance(params, exact.x) < 1e-14
 
 
-def test_cleared_in_place_and_not_reached() -> None:
-    """A first parameter without a new gradient: its zeros are not taken for an old one."""
+def test_gradients_that_are_overwritten_in_the_explicit_form() -> None:
     params = parameters()
-    opt = ef.USAM(params, lr=0.1, rho=RHO)
-    opt.step(closure_of(opt, params))
-    in_place(params)
-    (params[1] ** 2).sum().backward()
-    assert opt.ascend()
+    opt, exact = ef.USAM(params, lr=0.1, rho=RHO, set_to_none=False), Exact(params, {"lr": 0.1})
+    for p in params:
+        p.grad = torch.zeros_like(p)
+
+    def overwrite() -> None:
+        for p, g in zip(params, torch.autograd.grad(loss_of(params), params), strict=True):
+            p.grad.copy_(g)
+
+    for _ in range(3):
+        overwrite()
+        while opt.ascend():
+            overwrite()
+        opt.step()
+        exact.step()
+    assert distance(params, exact.x) < 1e-14
+
+
+def test_the_gradient_of_a_point_that_was_given_up_is_not_that_at_x() -> None:
+    params = parameters()
+    opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
+    closure = closure_of(opt, params)
+    closure()
+    opt.ascend()
+    closure()
+    opt.restore()
+    with pytest.raises(RuntimeError, match="those that the last step used"):
+        opt.ascend()
+    opt.step(adding(opt, params))
+    exact.step()
+    assert distance(params, exact.x) < 1e-14
 
 
 # Closures that end a step.
@@ -347,15 +361,69 @@ def test_a_closure_that_evaluates_ends_an_explicit_step() -> None:
     assert distance(params, exact.x) < 1e-14
 
 
-def test_a_closure_that_adds_to_the_descents_gradient() -> None:
+def test_a_closure_that_adds_the_last_micro_batch_ends_an_explicit_step() -> None:
+    """At one point sums of gradients are what they are in torch."""
     params = parameters()
-    opt = ef.USAM(params, lr=0.1, rho=RHO)
-    before = snapshot(params)
-    closure = closure_of(opt, params)
-    closure()
-    opt.ascend()
-    closure()
-    with pytest.raises(RuntimeError, match=NOT_CLEARED):
-        opt.step(adding(opt, params))
-    assert not opt.perturbed
-    assert all(map(same_bits, params, before))
+    opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
+    for _ in range(2):
+        opt.zero_grad()
+        loss_of(params).backward()
+        opt.ascend()
+        (0.25 * loss_of(params)).backward()
+        opt.step(lambda: (0.75 * loss_of(params)).backward())
+        exact.step()
+    assert distance(params, exact.x) < 1e-14
+
+
+# Closures that look odd and are right.
+
+
+def assigning(opt: Any, params: list[nn.Parameter]) -> Tensor:
+    loss = loss_of(params)
+    for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+        p.grad = torch.empty_like(p, requires_grad=False).copy_(g)
+    return loss
+
+
+def penalized(opt: Any, params: list[nn.Parameter]) -> Tensor:
+    """A gradient taken with the old ones in place, cleared after it."""
+    (g,) = torch.autograd.grad(loss_of(params), params[:1], create_graph=True)
+    opt.zero_grad()
+    loss = loss_of(params) + 0.0 * g.square().sum()
+    loss.backward()
+    return loss
+
+
+def cleared_by_the_optimizer(opt: Any, params: list[nn.Parameter]) -> Tensor:
+    torch.autograd.grad(loss_of(params), params)
+    opt.zero_grad(set_to_none=False)
+    loss = loss_of(params)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("closure", [assigning, penalized, cleared_by_the_optimizer])
+def test_closures_that_replace_the_gradients(closure: Callable[..., Tensor]) -> None:
+    params = parameters()
+    opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
+    for _ in range(2):
+        loss_of(params).backward()
+        opt.step(lambda: closure(opt, params))
+        exact.step()
+    assert distance(params, exact.x) < 1e-14
+
+
+def test_groups_without_a_radius_alone_have_gradients() -> None:
+    """A step that is not taken leaves nothing behind for the next."""
+    params = parameters()
+    groups = [{"params": params[:3]}, {"params": params[3:], "rho": 0.0}]
+    opt = ef.USAM(groups, lr=0.1, rho=RHO)
+    loss_of(params).backward()
+    for p in params[:3]:
+        p.grad = None
+    assert opt.ascend() is False
+    assert opt.phase == "descent"
+    opt.clip_grad_norm_(1e9)
+    closure_of(opt, params)()
+    assert opt.ascend() is True
+    opt.restore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -196,7 +197,17 @@ class Ascending(torch.optim.SGD):
     def second_step(self) -> None: ...
 
 
+class Around(torch.optim.SGD):
+    """An optimizer around another."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__([p for g in base.param_groups for p in g["params"]], lr=0.1)
+        self._base_optimizer = base
+
+
 REFUSED = {
+    "around LBFGS": (lambda p: Around(torch.optim.LBFGS(p)), "LBFGS evaluates the loss itself"),
+    "around USAM": (lambda p: Around(ef.USAM(p, lr=0.1)), "USAM takes ascents itself"),
     "LBFGS": (lambda p: torch.optim.LBFGS(p), "LBFGS evaluates the loss itself, in a closure"),
     "SAM": (lambda p: Ascending(p, lr=0.1), "Ascending takes ascents itself"),
     "USAM": (lambda p: ef.USAM(p, lr=0.1), "USAM takes ascents itself"),
@@ -274,6 +285,56 @@ def test_hooks_of_the_wrapper_run() -> None:
     opt.load_state_dict(saved)
     assert opt.param_groups[0]["lr"] == 0.05
     assert seen == ["before saving", "after saving", "before loading", "after loading"]
+
+
+def test_a_copied_base_has_one_radius() -> None:
+    base = torch.optim.SGD(parameters(), lr=0.1)
+    ef.SharpnessAware(base, rho=0.05)
+    opt = ef.SharpnessAware(copy.deepcopy(base), rho=0.3)
+    assert "ascent_rho" not in opt.param_groups[0]
+    assert ef.filters.of(opt)[0].rho == opt.param_groups[0]["rho"] == 0.05
+
+
+MODES = [
+    torch.optim.AdamW,
+    torch.optim.Adam,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.NAdam,
+    torch.optim.Adagrad,
+]
+
+
+@pytest.mark.parametrize("mode", ["amsgrad", "foreach", "fused", "maximize"])
+@pytest.mark.parametrize("make", MODES)
+def test_bases_in_each_of_their_modes(make: Any, mode: str) -> None:
+    if mode not in inspect.signature(make).parameters:
+        return
+    params, plain = parameters(), parameters()
+    opt = ef.SharpnessAware(make(params, lr=0.05, **{mode: True}), rho=0.0)
+    reference = make(plain, lr=0.05, **{mode: True})
+    for _ in range(3):
+        for each, own in ((opt, params), (reference, plain)):
+            each.zero_grad()
+            closure_of(each, own)()
+            with torch.no_grad():
+                each.step()
+    assert all(map(same_bits, params, plain))
+
+
+def test_a_differentiable_base_is_its_own_affair() -> None:
+    ef.SharpnessAware(torch.optim.SGD(parameters(), lr=0.1, differentiable=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, "0.1"])
+def test_the_bases_lr_is_checked_too(value: Any) -> None:
+    params = parameters()
+    opt = ef.SharpnessAware(torch.optim.SGD(params, lr=0.1))
+    before = snapshot(params)
+    opt.param_groups[0]["lr"] = value
+    with pytest.raises((TypeError, ValueError), match="lr must be"):
+        opt.step(closure_of(opt, params))
+    assert all(map(same_bits, params, before))
 
 
 def test_the_base_is_as_before_after_a_refusal_in_a_step() -> None:

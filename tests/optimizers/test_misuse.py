@@ -101,7 +101,7 @@ def test_clipping_an_ascents_gradient() -> None:
     assert all(map(same_bits, [p.grad for p in params], grads))
 
 
-@pytest.mark.parametrize("what", ["step", "ascend"])
+@pytest.mark.parametrize("what", ["step", "ascend", "restore"])
 def test_a_closure_that_steps_is_told(what: str) -> None:
     opt, params = usam()
     closure = closure_of(opt, params)

@@ -141,6 +141,24 @@ def test_gradients_kept_in_the_explicit_form() -> None:
     assert distance(params, exact.x) < 1e-14
 
 
+def test_keeping_gradients_and_releasing_them() -> None:
+    with pytest.raises(ValueError, match="set_to_none=False keeps them: choose one"):
+        ef.USAM(parameters(), set_to_none=False, release_gradients=True)
+
+
+def test_a_gradient_with_a_graph_is_cleared_with_it() -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp="autograd", set_to_none=False)
+    exact = Exact(params, {"lr": 0.1}, RHO, "product")
+    for _ in range(2):
+        opt.step(closure_of(opt, params))
+        exact.step()
+    assert distance(params, exact.x) < 1e-14
+    closure_of(opt, params)()
+    opt.ascend()
+    assert all(p.grad.grad_fn is None and not p.grad.any() for p in params)
+
+
 # Hyperparameters that are changed between steps.
 
 BAD: list[tuple[str, Any, type[Exception], str]] = [

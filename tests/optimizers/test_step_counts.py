@@ -203,3 +203,39 @@ def test_an_edit_in_the_middle_of_a_step_is_refused() -> None:
     loss_of(params).backward()
     with pytest.raises(RuntimeError, match="changed between an ascent and its step"):
         opt.step()
+
+
+def test_a_count_that_is_held_stays_the_count() -> None:
+    params, plain = parameters(), parameters()
+    opt, reference = ef.AdamW(params, **DECAY), torch.optim.AdamW(plain, **DECAY)
+    for each, own in ((opt, params), (reference, plain)):
+        train(each, own, 2)
+        held = each.state[own[1]]["step"]
+        for _ in range(3):
+            held.zero_()
+            train(each, own, 1)
+    assert steps_of(opt, params) == steps_of(reference, plain)
+    assert distance(params, plain) < 1e-13
+
+
+def test_one_tensor_given_to_two_parameters_is_parted() -> None:
+    params = parameters()
+    opt = ef.AdamW(params, **DECAY)
+    train(opt, params, 2)
+    opt.state[params[1]]["step"] = opt.state[params[0]]["step"]
+    train(opt, params, 1)
+    opt.state[params[0]]["step"].zero_()
+    train(opt, params, 1)
+    assert steps_of(opt, params) == [1.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+
+
+def test_released_gradients_keep_counts_together() -> None:
+    params, plain = parameters(), parameters()
+    opt = ef.AdamW(params, **DECAY, release_gradients=True)
+    other = ef.AdamW(plain, **DECAY)
+    for each, own in ((opt, params), (other, plain)):
+        for _ in range(3):
+            each.step(closure_of(each, own))
+    assert len(opt._descent._counts._blocks) == 1
+    assert steps_of(opt, params) == [3.0] * 6
+    assert distance(params, plain) == 0.0

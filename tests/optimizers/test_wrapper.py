@@ -154,7 +154,7 @@ def test_a_group_added_through_either_ascends(through: str) -> None:
     exact = Exact(params, {"lr": 0.1}, 0.3)
     added = {"params": params[3:], "lr": 0.1}
     (opt if through == "wrapper" else base).add_param_group(added)
-    assert base.param_groups[1]["rho"] == 0.3
+    assert opt.param_groups[1]["rho"] == 0.3
     for _ in range(2):
         opt.zero_grad()
         opt.step(closure_of(opt, params))

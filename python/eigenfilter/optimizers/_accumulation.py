@@ -29,7 +29,7 @@ NOT_COMPUTED = (
 )
 USED = (
     "ascend() needs the gradient at the present point, and the gradients are those that the last "
-    "step used{}: clear them with opt.zero_grad() and call backward() before ascend()"
+    "step used: clear them with opt.zero_grad() and call backward() before ascend()"
 )
 
 
@@ -56,12 +56,8 @@ class UsedGradients:
 
     def refuse(self) -> None:
         """Raise RuntimeError where an ascent would follow a gradient that was used already."""
-        for g in self._grads():
-            if _is_untouched(g):
-                raise RuntimeError(USED.format(""))
-            # Cleared in place and then added to, it would have been written twice.
-            if _version(g) == getattr(g, _USED, -2) + 1 and any_nonzero([g]):
-                raise RuntimeError(USED.format(", with new ones added"))
+        if any(map(_is_untouched, self._grads())):
+            raise RuntimeError(USED)
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._probes if p.grad is not None]
@@ -80,27 +76,34 @@ def _version(g: Tensor) -> int:
 class ClosureCheck:
     """Tells whether a closure cleared the gradients that were there before it.
 
-    The first gradient that backward brings to a parameter meets what the closure has left there: a
-    hook looks at that moment. It costs a hook for each parameter, and is used only where gradients
-    are there that no step has used.
+    The first gradient that backward adds to a parameter's meets what the closure has left there:
+    hooks look just before and confirm just after. They cost time for each parameter, and are used
+    only where gradients are there that no step has used.
     """
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         self._params = params
-        self._mixed: dict[int, bool] = {}  # by id: did the first to arrive meet an older gradient
+        self._meets: dict[int, bool] = {}  # by id: what a gradient met that is not added yet
+        self._mixed: dict[int, bool] = {}  # did the first that was added meet an older one
         for g in grads:
             setattr(g, _SEEN, _version(g))
-        self._hooks = [self._watch(p) for p in params if p.requires_grad]
+        self._hooks = [hook for p in params if p.requires_grad for hook in self._watch(p)]
 
-    def _watch(self, p: Tensor) -> Any:
+    def _watch(self, p: Tensor) -> tuple[Any, Any]:
         key = id(p)
 
-        def arrive(_: Tensor) -> None:
+        def arrive(_: Tensor) -> None:  # also for torch.autograd.grad, which adds nothing
             if key not in self._mixed:
                 g = p.grad
-                self._mixed[key] = g is not None and hasattr(g, _SEEN) and any_nonzero([g])
+                self._meets[key] = g is not None and hasattr(g, _SEEN) and any_nonzero([g])
 
-        return p.register_hook(arrive)  # type: ignore[no-untyped-call]
+        def added(_: Tensor) -> None:
+            self._mixed.setdefault(key, self._meets.get(key, False))
+
+        return (
+            p.register_hook(arrive),  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(added),  # type: ignore[no-untyped-call]
+        )
 
     def end(self) -> tuple[bool, bool]:
         """End the check: were gradients mixed with older ones, were older ones left as they were.
@@ -110,34 +113,32 @@ class ClosureCheck:
         """
         for hook in self._hooks:
             hook.remove()
-        mixed, left = any(self._mixed.values()), False
+        changed: list[Tensor] = []
+        same: list[Tensor] = []
         for p in self._params:
             g = p.grad
             if g is None or not hasattr(g, _SEEN):
                 continue
             before = getattr(g, _SEEN)
             delattr(g, _SEEN)
-            if id(p) not in self._mixed and any_nonzero([g]):
-                mixed |= _version(g) != before
-                left |= _version(g) == before
-        return mixed, left
+            if id(p) not in self._mixed:
+                (same if _version(g) == before else changed).append(g)
+        return any(self._mixed.values()) or any_nonzero(changed), any_nonzero(same)
 
     def forget(self) -> None:
-        """The gradients that are there have been cleared where they lie."""
+        """All gradients that are there have just been cleared where they lie."""
+        self._meets.clear()
+        self._mixed.clear()
         for p in self._params:
             if p.grad is not None and hasattr(p.grad, _SEEN):
                 delattr(p.grad, _SEEN)
 
-    def refuse(self, *, must_compute: bool) -> None:
-        """End the check; raise RuntimeError if gradients were mixed, or left where they must not.
-
-        Args:
-            must_compute: whether the closure has to evaluate the loss.
-        """
+    def refuse(self) -> None:
+        """End the check; raise RuntimeError if gradients were mixed, or left as they were."""
         mixed, left = self.end()
-        if left and must_compute and not mixed and not self._mixed:
+        if left and not mixed and not self._mixed:
             raise RuntimeError(NOT_COMPUTED)
-        if mixed or (left and must_compute):
+        if mixed or left:
             raise RuntimeError(NOT_CLEARED)
 
 
@@ -169,8 +170,13 @@ def any_nonzero(grads: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def zero_gradients(params: Sequence[Tensor]) -> None:
-    """Fill the gradients with 0 where they lie."""
+    """Fill the gradients with 0 where they lie, as zero_grad(set_to_none=False) does."""
     grads, _ = _core.gradients(list(params))
-    present = [g.detach() for g in grads if g is not None]
+    present = [g for g in grads if g is not None]
+    for g in present:
+        if g.grad_fn is not None:
+            g.detach_()
+        elif g.requires_grad:
+            g.requires_grad_(False)
     if present:
         torch._foreach_zero_(present)

@@ -89,6 +89,11 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 "release_gradients applies each gradient before the next is made, and "
                 "skip_nonfinite needs all of them first: choose one"
             )
+        if release_gradients and not self.set_to_none:
+            raise ValueError(
+                "release_gradients drops each gradient, and set_to_none=False keeps them: choose "
+                "one"
+            )
         if backend is not None and backend not in kernels.BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {kernels.BACKENDS}")
         self.skip_nonfinite = skip_nonfinite
@@ -116,7 +121,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
     @through_owner
     def phase(self) -> str:
         """What the next gradient is for: "ascent" or "descent"."""
-        return "ascent" if self._step_state.ascended < self._ascents_wanted() else "descent"
+        step = self._step_state
+        return "ascent" if step.ascended < self._ascents_wanted() and not step.plain else "descent"
 
     @property
     def perturbed(self) -> bool:
@@ -186,6 +192,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             TypeError, ValueError: a group's hyperparameter is none, or out of its range.
         """
         self._refuse_within_closure("ascend()")
+        self._step_state.plain = False
         if self.phase == "descent":
             return False
         if self.release_gradients and grad_scaler is not None and grad_scaler.is_enabled():
@@ -199,17 +206,19 @@ class EigenfilterOptimizer(GroupedOptimizer):
         gradients = self._gradients()
         self._refuse_ascent()
         found = [(part, g) for part, g in gradients if not is_zero(rho_of(part.group))]
-        elsewhere = not found and lies_elsewhere(self._params(ascending=True))
+        # Without a gradient here, it goes along with ranks that may have one.
+        elsewhere = not found and self._is_awaited(grad_scaler)
         if step.ascended == 0:
             if not gradients and not elsewhere:
                 return False
-            self._used.refuse()
+            if not step.by_closure:
+                self._used.refuse()
             self._guard.begin()
         if self._parts.are_flat:
             refuse_local_scaler(grad_scaler)
         self._guard.take_scale(grad_scaler, self._parts.devices, step.ascended > 0)
         if not found and not elsewhere and step.ascended == 0:  # nothing ascends: the descent's
-            step.ascended = self._ascents_wanted()
+            step.plain = True
             return False
         if self.skip_nonfinite or self._guard.scaled:
             self._guard.look(conforming(found), self._parts.devices)
@@ -230,7 +239,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 self._ascent.move(self._run, step.ascended, piece)
                 part.backups().filled = True
         except BaseException:
-            self.restore()
+            self._restore()
             raise
         self._touched([part for part, _ in found])
         self._clear_gradients()
@@ -267,6 +276,9 @@ class EigenfilterOptimizer(GroupedOptimizer):
             vars(owner).update({k: v for k, v in vars(self).items() if k in HANDED_OVER})
             try:
                 return owner._step(closure)
+            except BaseException:  # a scaler takes them back only after success
+                drop_handed_over(self)
+                raise
             finally:
                 drop_handed_over(owner)
         return self._step(closure)
@@ -287,20 +299,23 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 "a GradScaler cannot step with a closure: take the step in its explicit form, "
                 "ascend(grad_scaler=scaler) and scaler.step(opt)"
             )
-        under_way = self._step_state.ascended > 0
-        if under_way and self.phase == "ascent":
+        if self._step_state.ascended > 0 and self.phase == "ascent":
             raise RuntimeError(
                 "step(closure) takes a whole step, and one is under way that has ascents left: go "
                 "on with `while opt.ascend(): closure()` and end it with step(), or go back to x "
                 "with restore()"
             )
         try:
-            loss = self._evaluate_first(closure, ends_step=under_way)
+            if self.phase == "descent":  # no ascents, or all of an explicit step's are taken
+                loss = self._evaluate(closure)
+            else:
+                self._step_state.by_closure = True
+                loss = self._evaluate_first(closure)
             while self.ascend():
                 self._evaluate(closure)
             self._following_layouts(self._descend)
         except BaseException:
-            self.restore()
+            self._restore()
             raise
         return loss
 
@@ -317,8 +332,19 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def restore(self) -> None:
         """Go back to x, bit for bit, from anywhere; the step under way is forgotten.
 
-        Parameters that have been updated already (`release_gradients`) stay so.
+        Parameters that have been updated already (`release_gradients`) stay so. Gradients of the
+        points on the way do not count as gradients at x.
+
+        Raises:
+            RuntimeError: it is called by the closure that `step` is evaluating.
         """
+        self._refuse_within_closure("restore()")
+        if self.perturbed:
+            self._used.mark(self._params())
+        self._restore()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
         moved = [part for part in self._step_state.perturbed if part.backups().filled]
         self._restore_parts(moved, self._release.updated)
         self._end()
@@ -423,7 +449,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if found and self.release_gradients:
             self._release.warn_of_whole()
         if not found and not self._release.updated and not self._is_awaited():
-            self.restore()  # a skipped batch: as torch, do nothing
+            self._restore()  # a skipped batch: as torch, do nothing
             return
         if step.ascended == 0:
             self._guard.begin()
@@ -535,13 +561,14 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._ascent.forget()
         _perturbation.leave(self)
 
-    def _evaluate_first(self, closure: Callable[[], Any], *, ends_step: bool) -> Any:
-        """Call a closure whose first gradients must be its own, or, to end a step, all it needs."""
-        if not ends_step and self._ascents_wanted() == 0:
-            return self._evaluate(closure)
-        if not ends_step and self._used.untouched():
+    def _evaluate_first(self, closure: Callable[[], Any]) -> Any:
+        """Call a closure whose gradients must be its own, not added to what was there before."""
+        check = None
+        if self._used.untouched():
             self._clear_gradients()
-        check = self._step_state.check = check_closure(self._params())
+        else:
+            check = check_closure(self._params())
+        self._step_state.check = check
         try:
             loss = self._evaluate(closure)
         except BaseException:
@@ -551,7 +578,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         finally:
             self._step_state.check = None
         if check is not None:
-            check.refuse(must_compute=not ends_step)
+            check.refuse()
         return loss
 
     def _refuse_within_closure(self, what: str) -> None:
@@ -599,9 +626,10 @@ class EigenfilterOptimizer(GroupedOptimizer):
             return 0
         return self._ascent.count
 
-    def _is_awaited(self) -> bool:
+    def _is_awaited(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether other ranks, which may have gradients, wait for this one, which has none."""
-        if self.skip_nonfinite and _distributed.is_parallel():
+        looks = self.skip_nonfinite or (grad_scaler is not None and grad_scaler.is_enabled())
+        if looks and _distributed.is_parallel():
             return True
         return lies_elsewhere(self._params())
 

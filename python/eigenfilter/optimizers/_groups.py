@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
     """torch's optimizer, whose groups and state are left alone while the parameters are moved."""
 
     backend: str | None
+    _constructed = False
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        refuse_overlap(self.param_groups)
+        self._constructed = True
 
     @property
     def perturbed(self) -> bool:
@@ -68,10 +75,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
+        refuse_modes(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyperparameters(group)
-        refuse_modes(group)
         for device_type in {p.device.type for p in group["params"]} - {"meta"}:
             kernels.select(device_type, self.backend)
         for i, p in enumerate(group["params"]):
@@ -81,7 +88,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
                     "dense float32, float64, bfloat16 and float16 parameters; give the others to "
                     "an optimizer of their own"
                 )
-        refuse_overlap(self.param_groups)
+        if self._constructed:
+            refuse_overlap(self.param_groups)
 
     def _refuse_perturbed(self, what: str) -> None:
         if self.perturbed:

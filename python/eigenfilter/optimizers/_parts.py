@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
+from torch.nn.parameter import is_lazy
 
 from eigenfilter import _core, _distributed, kernels
 from eigenfilter.optimizers._step_counts import Counted
@@ -306,12 +307,12 @@ def conforming(found: Gradients) -> Gradients:
 def refuse_overlap(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise for parameters that are not dense, or that share memory: a step would write it twice.
 
-    Parameters without memory, on the meta device or fake, are left until they have some.
+    Parameters without memory (on the meta device, fake, lazy) are left until they have some.
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for group in groups:
         for p in group["params"]:
-            if p.device.type != "meta" and not isinstance(p, FakeTensor):
+            if p.device.type != "meta" and not isinstance(p, FakeTensor) and not is_lazy(p):
                 by_kind.setdefault(_kind(p), []).append(p)
     for params in by_kind.values():
         _core.check(("params",), (params,), (True,))

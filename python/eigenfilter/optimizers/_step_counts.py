@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Indices = Tensor | None
-"""Which elements of a block; None for all."""
+Place = slice | Tensor
+"""Which elements of a block."""
+
+_SLOTS = 64
+"""Counts in a block, at least: parameters that begin one by one do not have a block each."""
 
 
 class StepCounts:
     """A 0-dim float32 tensor for each parameter, as torch keeps it, counted up a block at a time.
 
-    The tensors are the elements of a few blocks, so that a step costs one addition, on the device,
-    and an edit of one changes no other. Which parameters have taken equally many steps is kept on
-    the host: to compare the tensors would wait for the device. An edit is noticed, on the CPU by
-    its values and on a GPU by the block's version, and the counts are then read again.
+    The tensors are elements of a few blocks, so that a step costs one addition, on the device, and
+    an edit of one changes no other. Which parameters have taken equally many steps is kept on the
+    host: to compare the tensors would wait for the device. An edit is noticed, and the counts are
+    then read again: on the CPU by the values, on a GPU by the version of the block, which an edit
+    through `.data` does not change.
     """
 
     def __init__(self) -> None:
@@ -34,26 +38,42 @@ class StepCounts:
     def read(
         self, counts: Sequence[Tensor | float], devices: Sequence[torch.device]
     ) -> list[Tensor]:
-        """Start again from these counts; return the tensors that stand for them from now on."""
-        self._blocks, self._places, self._peers = [], {}, {}
-        on_device: dict[torch.device, list[int]] = {}
-        for i, device in enumerate(devices):
-            on_device.setdefault(device, []).append(i)
-        made: list[Tensor] = [torch.empty(0)] * len(counts)
-        for device, indices in on_device.items():
-            values = torch.stack(
-                [
-                    torch.as_tensor(counts[i], dtype=torch.float32, device=device).reshape(())
-                    for i in indices
-                ]
-            )
-            for i, count in zip(indices, self._add(values, values.tolist()), strict=True):
-                made[i] = count
-        return made
+        """Start again from these counts.
+
+        Returns:
+            The tensors that stand for them from now on: the same ones, where they are of a block.
+        """
+        made: list[Tensor | None] = [None] * len(counts)
+        kept: dict[int, tuple[_Block, int]] = {}
+        for i, (c, device) in enumerate(zip(counts, devices, strict=True)):
+            known = isinstance(c, Tensor) and id(c) in self._places and c.device == device
+            if isinstance(c, Tensor) and known and id(c) not in kept:
+                made[i], kept[id(c)] = c, self._places[id(c)]
+        self._blocks = list({id(block): block for block, _ in kept.values()}.values())
+        self._places, self._peers = kept, {}
+        for device in dict.fromkeys(devices):
+            new = [i for i, d in enumerate(devices) if d == device and made[i] is None]
+            for i, count in zip(new, self._take(len(new), device), strict=True):
+                made[i] = count.copy_(torch.as_tensor(counts[i]).reshape(()))
+        found = [count for count in made if count is not None]
+        for block in self._blocks:
+            block.accept()
+        by_steps: dict[tuple[torch.device, float], _Peers] = {}
+        numbers = {id(block): block.values.tolist() for block in self._blocks}
+        for count in found:
+            block, i = self._places[id(count)]
+            steps = numbers[id(block)][i]
+            peers = by_steps.setdefault((count.device, steps), _Peers(steps, 0, 0))
+            self._join(count, peers)
+        return found
 
     def start(self, n: int, device: torch.device) -> list[Tensor]:
         """The counts of `n` parameters that have taken no step."""
-        return self._add(torch.zeros(n, dtype=torch.float32, device=device), [0.0] * n)
+        counts = self._take(n, device)
+        peers = _Peers(0.0, 0, 0)
+        for count in counts:
+            self._join(count, peers)
+        return counts
 
     def edited(self) -> bool:
         """Whether somebody else has changed a count."""
@@ -70,11 +90,12 @@ class StepCounts:
         for count in counts:
             block, i = self._places[id(count)]
             at.setdefault(id(block), (block, []))[1].append(i)
-        places: list[tuple[_Block, Indices]] = []
+        places: list[tuple[_Block, Place]] = []
         for block, indices in at.values():
-            whole = indices == list(range(len(block.counts)))
+            run = slice(indices[0], indices[-1] + 1)
+            in_a_row = indices == list(range(run.start, run.stop))
             device = block.values.device
-            places.append((block, None if whole else torch.tensor(indices, device=device)))
+            places.append((block, run if in_a_row else torch.tensor(indices, device=device)))
         return Counted(counts, places)
 
     def advance(self, counted: Counted, found_inf: Tensor | None) -> bool:
@@ -84,8 +105,8 @@ class StepCounts:
             Whether they part from others that had taken equally many, or join some.
         """
         skipped = None if found_inf is None else found_inf.reshape(()) != 0
-        for block, indices in counted.places:
-            block.advance(indices, skipped)
+        for block, place in counted.places:
+            block.advance(place, skipped)
         old = self._peers[id(counted.counts[0])]
         steps, history = old.steps, old.history
         if skipped is None:
@@ -97,10 +118,10 @@ class StepCounts:
         peers = counted.peers
         regrouped = peers is None or peers.size != len(counted.counts)
         if peers is None or regrouped:
-            peers = counted.peers = _Peers(steps, history, len(counted.counts))
+            peers = counted.peers = _Peers(steps, history, 0)
             for count in counted.counts:
                 self._peers[id(count)].size -= 1
-                self._peers[id(count)] = peers
+                self._join(count, peers)
         peers.steps, peers.history = steps, history
         return regrouped
 
@@ -115,16 +136,23 @@ class StepCounts:
             self._after[history] = self._history
         return self._after[history]
 
-    def _add(self, values: Tensor, numbers: list[float]) -> list[Tensor]:
-        block = _Block(values)
-        self._blocks.append(block)
-        by_steps: dict[float, _Peers] = {}
-        for i, (count, steps) in enumerate(zip(block.counts, numbers, strict=True)):
+    def _join(self, count: Tensor, peers: _Peers) -> None:
+        peers.size += 1
+        self._peers[id(count)] = peers
+
+    def _take(self, n: int, device: torch.device) -> list[Tensor]:
+        """`n` counts of 0 side by side."""
+        block = next((b for b in self._blocks if b.values.device == device and b.free >= n), None)
+        if block is None:
+            block = _Block(torch.zeros(max(n, _SLOTS), dtype=torch.float32, device=device))
+            self._blocks.append(block)
+        begin = block.used
+        block.used += n
+        counts = [block.values.select(0, i) for i in range(begin, block.used)]
+        for i, count in enumerate(counts, begin):
             self._places[id(count)] = block, i
-            peers = by_steps.setdefault(steps, _Peers(steps, 0, 0))
-            peers.size += 1
-            self._peers[id(count)] = peers
-        return block.counts
+            block.counts.append(count)
+        return counts
 
 
 @dataclass
@@ -134,7 +162,8 @@ class _Peers:
     Attributes:
         steps: how many, as far as the host knows.
         history: equal where the steps that the device may have skipped were the same.
-        size: how many parameters; none ever joins, those that step without the others leave.
+        size: how many parameters. None joins after they were brought together, and those that step
+            without the others leave: as long as the size is the same, so are they.
     """
 
     steps: float
@@ -142,37 +171,43 @@ class _Peers:
     size: int
 
 
-@dataclass
 class _Block:
     """Counts side by side in one tensor.
 
     Attributes:
-        values: all of them, [n].
-        counts: its elements, 0-dim views of it.
+        values: all of them, [n], 0 where they are not used yet.
+        counts: those in use, 0-dim views, which live as long as the block.
+        used: how many these are.
     """
 
-    values: Tensor
-    counts: list[Tensor] = field(init=False)
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.counts: list[Tensor] = []
+        self.used = 0
+        self.accept()
 
-    def __post_init__(self) -> None:
-        self.counts = [self.values.select(0, i) for i in range(len(self.values))]
+    @property
+    def free(self) -> int:
+        """How many are not used yet."""
+        return len(self.values) - self.used
+
+    def accept(self) -> None:
+        """Take the values as they are."""
         self._mirror = self.values.clone() if self.values.device.type == "cpu" else None
         self._version = self.values._version
 
     def edited(self) -> bool:
+        """Whether they were changed since, other than by `advance`."""
         if self._mirror is not None:
             return not torch.equal(self.values, self._mirror)
         return self.values._version != self._version
 
-    def advance(self, indices: Indices, skipped: Tensor | None) -> None:
+    def advance(self, place: Place, skipped: Tensor | None) -> None:
+        """Count one step, unless it was skipped."""
         for values in (self.values, self._mirror):
-            if values is None:
-                continue
-            by = 1.0 if skipped is None else (~skipped).to(values.device, torch.float32)
-            if indices is None:
-                values.add_(by)
-            else:
-                values[indices] += by
+            if values is not None:
+                by = 1.0 if skipped is None else (~skipped).to(values.device, torch.float32)
+                values[place] += by
         self._version = self.values._version
 
 
@@ -187,5 +222,5 @@ class Counted:
     """
 
     counts: list[Tensor]
-    places: list[tuple[_Block, Indices]]
+    places: list[tuple[_Block, Place]]
     peers: _Peers | None = None

@@ -27,6 +27,9 @@ class StepState:
     Attributes:
         owner: a weak reference to the optimizer that was constructed.
         ascended: ascents taken in the step under way.
+        plain: whether the step under way takes no ascent, because nothing with a radius has a
+            gradient.
+        by_closure: whether `step` takes the whole step, with a closure.
         written: whether the present call has changed a parameter.
         perturbed: the parts that are perturbed, none twice.
         perturbed_ids: ids of their parameters, once asked for.
@@ -48,6 +51,8 @@ class StepState:
     def reset(self) -> None:
         """No step is under way."""
         self.ascended = 0
+        self.plain = False
+        self.by_closure = False
         self.written = False
         self.perturbed = []
         self.perturbed_ids: set[int] | None = None

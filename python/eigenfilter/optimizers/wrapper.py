@@ -21,7 +21,7 @@ from eigenfilter.optimizers._step_state import through_owner
 
 _SHARED = ("state", "defaults")
 _FORWARDED = ("train", "eval")  # of schedule-free optimizers
-_WRAPPED = "_eigenfilter_rho"  # on a base whose `rho` is the ascent's
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer")  # of those around others
 
 
 class SharpnessAware(EigenfilterOptimizer):
@@ -42,7 +42,8 @@ class SharpnessAware(EigenfilterOptimizer):
     Args:
         base_optimizer: steps at x; its groups get `rho`, where they have none.
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
-        rho: of the ascent, >= 0; see the optimizer of that method. It lives in param_groups.
+        rho: of the ascent, >= 0; see the optimizer of that method. It lives in param_groups; a
+            group that has one already keeps it.
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
         options: further arguments of the method's ascent: `adaptive` ("sam"), `ascent`
@@ -81,7 +82,7 @@ class SharpnessAware(EigenfilterOptimizer):
         self.base_optimizer = base_optimizer
         shared, options = split_options(options)
         ascent = ascent_of(method, **options)
-        self._rho_key = OWN_RHO if _has_own_rho(base_optimizer) else "rho"
+        self._rho_key = OWN_RHO if "rho" in base_optimizer.defaults else "rho"
         groups = [{self._rho_key: rho} | group for group in base_optimizer.param_groups]
         super().__init__(
             groups,
@@ -94,11 +95,9 @@ class SharpnessAware(EigenfilterOptimizer):
         )
         for group in base_optimizer.param_groups:
             group.setdefault(self._rho_key, rho)
-        if self._rho_key not in base_optimizer.defaults:
-            base_optimizer.defaults[self._rho_key] = rho
-            vars(base_optimizer)[_WRAPPED] = True
         for name in ("param_groups", *_SHARED):  # from now on the base's
             del vars(self)[name]
+        self._rho = rho
         self._rhos: list[float | Tensor] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -115,12 +114,14 @@ class SharpnessAware(EigenfilterOptimizer):
         getattr(self.base_optimizer, mode)()
 
     def _groups_with_rho(self) -> list[dict[str, Any]]:
-        """The base's groups. One that was loaded without rho has the one it had before."""
+        """The base's groups. One that was loaded or added without rho gets the one it had before,
+        or that of the constructor.
+        """
         groups: list[dict[str, Any]] = self.base_optimizer.param_groups
         key, rhos = self._rho_key, self._rhos
         for i, group in enumerate(groups):
             if key not in group:
-                group[key] = rhos[i] if i < len(rhos) else self.defaults[key]
+                group[key] = rhos[i] if i < len(rhos) else self._rho
         self._rhos = [group[key] for group in groups]
         return groups
 
@@ -195,21 +196,25 @@ class SharpnessAware(EigenfilterOptimizer):
         groups = self._groups_with_rho()
         self.base_optimizer.add_param_group(param_group)
         try:
-            self._check_group(groups[-1])
+            self._check_group(self._groups_with_rho()[-1])
         except BaseException:
             groups.pop()
             raise
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        names = ("base_optimizer", "_rho_key", "_rhos")
+        names = ("base_optimizer", "_rho_key", "_rho", "_rhos")
         return {k: v for k, v in state.items() if k not in ("param_groups", *_SHARED)} | {
             name: vars(self)[name] for name in names
         }
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        # The others are the base's affair.
-        check_hyperparameters({self._rho_key: group[self._rho_key]})
+        checked = {self._rho_key: group[self._rho_key]}
+        if (
+            self.defaults.get("lr") is not None and "lr" in group
+        ):  # the others are the base's affair
+            checked["lr"] = group["lr"]
+        check_hyperparameters(checked)
 
     def _prime(self, found: Gradients) -> None:
         self.base_optimizer.step()
@@ -244,30 +249,27 @@ class SharpnessAware(EigenfilterOptimizer):
 
 def _refuse_base(base: torch.optim.Optimizer) -> None:
     """Raise ValueError for a base that cannot take the descent of a gradient it is given."""
-    name = type(base).__name__
-    if not hasattr(base, "defaults"):
-        raise ValueError(
-            f"{name} only passes on to another optimizer, and has no `defaults`: put it around, as "
-            f"in {name}(SharpnessAware(torch.optim.SGD(...)), ...)"
-        )
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{name} evaluates the loss itself, in a closure that its step() requires, and would "
-            "leave the gradient of the ascent unused: wrap an optimizer that steps without a "
-            "closure, as SGD or AdamW"
-        )
-    inside = [o for o in (base, *vars(base).values()) if isinstance(o, EigenfilterOptimizer)]
-    ascending = [type(o).__name__ for o in inside if o._ascent.count > 0]
-    if callable(getattr(base, "first_step", None)):
-        ascending.append(name)
-    if ascending:
-        raise ValueError(
-            f"{ascending[0]} takes ascents itself: use it alone (set its own rho), or wrap an "
-            "optimizer that takes none, as SGD"
-        )
+    for each in _layers(base):
+        name = type(each).__name__
+        closure = inspect.signature(each.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{name} evaluates the loss itself, in a closure that its step() requires, and "
+                "would leave the gradient of the ascent unused: wrap an optimizer that steps "
+                "without a closure, as SGD or AdamW"
+            )
+        ascends = isinstance(each, EigenfilterOptimizer) and each._ascent.count > 0
+        if ascends or callable(getattr(each, "first_step", None)):
+            raise ValueError(
+                f"{name} takes ascents itself: use it alone (set its own rho), or wrap an "
+                "optimizer that takes none, as SGD"
+            )
 
 
-def _has_own_rho(base: torch.optim.Optimizer) -> bool:
-    """Whether `rho` is a hyperparameter of the base, not the ascent's from an earlier wrapper."""
-    return "rho" in base.defaults and not vars(base).get(_WRAPPED, False)
+def _layers(base: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """An optimizer, and those that it wraps."""
+    found = [base]
+    for each in found:
+        inner = [vars(each).get(name) for name in _INNER]
+        found += [o for o in inner if isinstance(o, torch.optim.Optimizer) and o not in found]
+    return found
