@@ -82,7 +82,7 @@ def _contains(wide: torch.finfo, narrow: torch.finfo) -> bool:
 def reduced(
     tensors: Sequence[Tensor], weights: Sequence[Tensor] | None
 ) -> tuple[tuple[str, ...], tuple[Sequence[Tensor], ...]]:
-    """Names and lists of a reduction, as they are checked: a tensor may be wider than its weight."""
+    """Return names and lists of a reduction: tensors may be wider than their weights."""
     if weights is None:
         return ("tensors",), (tensors,)
     return ("weights", "tensors"), (weights, tensors)

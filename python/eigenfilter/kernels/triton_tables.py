@@ -97,9 +97,7 @@ def tables(
     )
 
 
-def _by_dtype(
-    wide: bytes, usual: torch.dtype, sizes: Array
-) -> Iterator[tuple[torch.dtype, Array]]:
+def _by_dtype(wide: bytes, usual: torch.dtype, sizes: Array) -> Iterator[tuple[torch.dtype, Array]]:
     """By dtype of the gradients: the sizes of those that have it, and 0 for the others."""
     if not wide:
         yield usual, sizes
