@@ -470,7 +470,7 @@ def test_wrong_arguments_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"found_inf must be a .*float32 tensor"):
         room.descend_adamw(x, g, m, v, b, **ADAMW, found_inf=double)
     with pytest.raises(ValueError, match=r"out must be a .*float32 tensor"):
-        room.norm(x, double)
+        room.norm(x, whole)
     with pytest.raises(ValueError, match="weights"):
         room.norm(x, torch.empty(()), weights=[torch.ones(3)])
     assert_same([t for [t] in tensors], before, exact=True)
