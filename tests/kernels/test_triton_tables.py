@@ -94,7 +94,7 @@ def test_tensors_of_several_dtypes_are_cut_apart_and_keep_their_numbers() -> Non
     for dtype, (tensor, first, length, wide) in work.chunks.items():
         for i, size in enumerate(sizes):
             assert length[tensor == i].sum() == (size if dtypes[i] == dtype else 0)
-        assert (wide % Blocks().elements(torch.bfloat16, dtype) == 0).all()
+        assert (wide % Blocks().elements(torch.bfloat16) == 0).all()
         assert (first[1:] > first[:-1]).logical_or(tensor[1:] > tensor[:-1]).all()
 
 

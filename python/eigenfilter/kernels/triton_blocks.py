@@ -32,7 +32,7 @@ class Blocks:
     four lists.
 
     Attributes:
-        bytes: of a tensor of the widest dtype in a block, a power of 2 in [512, 65536].
+        bytes: of every tensor in a block, a power of 2 in [512, 65536].
         warps: of a program, a power of 2 in [1, 32].
 
     Raises:
@@ -48,9 +48,9 @@ class Blocks:
             if type(value) is not int or not low <= value <= high or value & (value - 1):
                 raise ValueError(f"{name} must be a power of 2 in [{low}, {high}], not {value!r}")
 
-    def elements(self, *dtypes: torch.dtype) -> int:
-        """The elements of a block of tensors of `dtypes`; the widest have the bytes."""
-        return self.bytes // max(dtype.itemsize for dtype in dtypes)
+    def elements(self, dtype: torch.dtype) -> int:
+        """The elements of a block."""
+        return self.bytes // dtype.itemsize
 
 
 Saved = dict[str, dict[str, dict[str, Blocks]]]

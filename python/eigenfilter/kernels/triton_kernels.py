@@ -215,16 +215,10 @@ def norm(
         scale = _single("grad_scale", grad_scale, torch.float32, t.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
         rest = sums
-        for dtype, chunks in work.chunks.items():
-            like = dtype if weights is None else weights[0].dtype
-            _launch_chunks(
-                device_code.sum_squares_kernel,
-                like,
-                work,
-                dtype,
-                (rest,),
-                {"WEIGHTS": weights is not None},
-            )
+        weighted = {"WEIGHTS": weights is not None}
+        for grad, chunks in work.chunks.items():
+            kernel = device_code.sum_squares_kernel
+            _launch_chunks(kernel, lists[0][0].dtype, work, grad, (rest,), weighted)
             rest = rest[chunks.shape[1] :]
         device_code.norm_kernel[(1,)](
             sums,
@@ -314,7 +308,7 @@ def constants(
     """Return the compile-time constants that all kernels over tensors of `dtype` share.
 
     Args:
-        dtype: of the parameters, or of the weights of a reduction.
+        dtype: of the parameters, or of the weights of a reduction; blocks are of so many elements.
         blocks: the kernel's sizes.
         grad: of the gradients, or of the tensors of a reduction; None is `dtype`.
     """
@@ -323,7 +317,7 @@ def constants(
         "DTYPE": _TYPES[dtype],
         "GRAD": _TYPES[grad],
         "REAL": _TYPES[arithmetic_dtype(dtype, grad)],
-        "BLOCK": blocks.elements(dtype, grad),
+        "BLOCK": blocks.elements(dtype),
     }
 
 

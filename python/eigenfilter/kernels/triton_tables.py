@@ -82,9 +82,9 @@ def tables(
     pointers = np.frombuffer(addresses, dtype=np.int64).reshape(-1, sizes.size)
     aligned = np.bitwise_or.reduce(pointers, axis=0) % 16 == 0
     blocks = chosen(kernel, like.dtype, like.device)
+    block = blocks.elements(like.dtype)
     chunks = {}
     for dtype, some in _by_dtype(wide, like.dtype, sizes):
-        block = blocks.elements(like.dtype, dtype)
         chunks[dtype] = _recent.get(
             (some.tobytes(), aligned.tobytes(), block),
             like.device,
