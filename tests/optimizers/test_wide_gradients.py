@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import eigenfilter as ef
 from cases import RHO, same_bits
@@ -452,3 +455,31 @@ def test_state_keeps_the_parameters_dtype_and_resumes(
         for o, some in ((opt, params), (other, twins)):
             run(o, some, 2)
         assert all(map(same_bits, params, twins))
+
+
+@pytest.mark.distributed
+@pairs
+def test_sharded_parameters(dtype: torch.dtype, wide: torch.dtype, big: float) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for make, power in ((ef.USAM, -1), (ef.SAM, 0), (ef.HessianUSAM, -2)):
+            results = []
+            for sharded in (False, True):
+                params = []
+                for i, t in enumerate((torch.linspace(-1, 2, 30).view(6, 5), torch.ones(5))):
+                    x = t.to(dtype)
+                    p = nn.Parameter(distribute_tensor(x, mesh, [Shard(0)]) if sharded else x)
+                    p.grad_dtype = wide if i == 0 else None
+                    params.append(p)
+                opt = make(params, lr=0.1 / big, rho=RHO * big**power)
+                for _ in range(2):
+                    for _ in range(3 if make is ef.HessianUSAM else 2):
+                        for p in params:
+                            p.grad = (p.detach().to(wide) * 1.3 - 0.7) * big
+                        opt.ascend() or opt.step()
+                results.append([p.to_local() if sharded else p for p in params])
+            assert all(map(same_bits, *results))
+            assert all(p.isfinite().all() for p in results[1])
+    finally:
+        dist.destroy_process_group()
