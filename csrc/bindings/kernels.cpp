@@ -46,7 +46,8 @@ void run(const Operands& o, OnCPU on_cpu, OnCUDA on_cuda) {
 
 void ascend(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
             bool adaptive, py::handle grad_scale, py::handle found_inf, int threads) {
-    const Operands o{{"params", params, true}, {"grads", grads, false, false, true}, {"backups", backups, true}};
+    const Operands o{
+        {"params", params, true}, {"grads", grads, false, false, true}, {"backups", backups, true}};
     require_served(o);
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
     const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), adaptive};
@@ -59,8 +60,9 @@ void ascend(py::handle params, py::handle grads, py::handle backups, py::handle 
 
 void ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
                   py::handle grad_scale, py::handle found_inf, int threads) {
-    const Operands o{
-        {"params", params, true}, {"grads", grads, false, false, true}, {"backups", backups, false, true}};
+    const Operands o{{"params", params, true},
+                     {"grads", grads, false, false, true},
+                     {"backups", backups, false, true}};
     require_served(o);
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
     const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), false};
@@ -188,8 +190,8 @@ void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_s
     run(
         o, [&] { value = cpu::norm(t, threads) * (1 / scale.value); },
         [&](int device, void* stream) {
-            auto* sums = static_cast<double*>(
-                o.output("workspace", workspace, cuda::norm_workspace(t), 64));
+            auto* sums =
+                static_cast<double*>(o.output("workspace", workspace, cuda::norm_workspace(t), 64));
             cuda::norm(t, scale, result, is_double, sums, device, stream);
         });
     if (!o.on_cpu()) return;
@@ -369,8 +371,7 @@ py::tuple table(const py::sequence& names, const py::sequence& lists, const py::
     const auto* const dtypes = reinterpret_cast<const char*>(o.wide());
     return py::make_tuple(
         py::bytes(reinterpret_cast<const char*>(pointers.data()), pointers.size() * sizeof(void*)),
-        py::bytes(reinterpret_cast<const char*>(o.numel().data()),
-                  o.size() * sizeof(std::int64_t)),
+        py::bytes(reinterpret_cast<const char*>(o.numel().data()), o.size() * sizeof(std::int64_t)),
         py::bytes(dtypes, dtypes != nullptr ? o.size() : 0));
 }
 

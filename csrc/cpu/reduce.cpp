@@ -38,18 +38,18 @@ double norm(const Tensors& t, int threads) {
 bool has_nonfinite(const Tensors& t, int threads) {
     const Loops& table = loops();
     std::atomic<bool> found{false};
-    for_each_range(t.numel, t.n, size_of(t.dtype), kChunk, threads,
-                   [&](std::size_t i, std::int64_t first, std::int64_t count) {
-                       const DType dtype = t.gradient(i);
-                       const int size = size_of(dtype);
-                       const char* data = static_cast<const char*>(t.x[i]);
-                       for (std::int64_t end = first + count; first < end; first += kChunk) {
-                           if (found.load(std::memory_order_relaxed)) return;
-                           if (table.has_nonfinite(dtype, data + first * size,
-                                                   std::min(kChunk, end - first)))
-                               found.store(true, std::memory_order_relaxed);
-                       }
-                   });
+    for_each_range(
+        t.numel, t.n, size_of(t.dtype), kChunk, threads,
+        [&](std::size_t i, std::int64_t first, std::int64_t count) {
+            const DType dtype = t.gradient(i);
+            const int size = size_of(dtype);
+            const char* data = static_cast<const char*>(t.x[i]);
+            for (std::int64_t end = first + count; first < end; first += kChunk) {
+                if (found.load(std::memory_order_relaxed)) return;
+                if (table.has_nonfinite(dtype, data + first * size, std::min(kChunk, end - first)))
+                    found.store(true, std::memory_order_relaxed);
+            }
+        });
     return found.load();
 }
 

@@ -259,8 +259,8 @@ struct FloatInDouble {
 };
 
 // How a block of L elements is read and written: whole, whole and past the caches, or its first
-// few. What is read of the others is zero, as is what `inside` leaves of them. What is only read may
-// be of another type.
+// few. What is read of the others is zero, as is what `inside` leaves of them. What is only read
+// may be of another type.
 template <class Storage, int L>
 struct Whole {
     using V = Vec<typename Storage::Bits, L>;

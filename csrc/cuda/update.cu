@@ -46,7 +46,8 @@ struct Step {
     static constexpr int kLast = kRoles - 1;
     static constexpr int kFrom = B == Backup::origin || B == Backup::restored ? kLast : 0;
     // Three inputs and a division fill the registers, and so do random bits: then floats have fewer
-    // loads in flight, and doubles, whose rule alone takes 18, fewer blocks. Wide gradients fill them too.
+    // loads in flight, and doubles, whose rule alone takes 18, fewer blocks. Wide gradients fill
+    // them too.
     static constexpr bool kFull = Inputs > 2 || IsSeeded || kWide;
     static constexpr int kInFlight = kFull && sizeof(Real) == 4 ? 1 : 2;
     static constexpr int kFewer = IsSeeded + (kWide && Inputs > 2);

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo  # does not import the compiler, as t
 from torch.autograd.graph import increment_version
 
 from eigenfilter import _callers, _core, _distributed, _perturbation, kernels
-from eigenfilter.optimizers._ascents import Ascent
+from eigenfilter.optimizers._ascents import Ascent, total_norms
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import GroupedOptimizer
 from eigenfilter.optimizers._guard import Guard, drop_handed_over, refuse_unscaled
@@ -269,7 +269,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             grad_scaler: the scaler whose scale the gradients carry; it unscales them first.
 
         Returns:
-            The total norm before clipping, a 0-dim tensor.
+            The total norm before clipping, a 0-dim float64 tensor.
 
         Raises:
             RuntimeError: the next gradient is an ascent's, which the methods take unclipped; or
@@ -287,7 +287,18 @@ class EigenfilterOptimizer(GroupedOptimizer):
             )
         if grad_scaler is not None:
             grad_scaler.unscale_(self)
-        return torch.nn.utils.clip_grad_norm_(self._params(), max_norm)
+        return self._clip(max_norm)
+
+    @torch.no_grad()
+    def _clip(self, max_norm: float) -> Tensor:
+        """Clip to a norm in float64: a narrower one may be infinite where all gradients are not."""
+        found = conforming(self._gradients())
+        norms = total_norms(found)
+        for part, _ in found:
+            shorter = (max_norm / (norms[part.device] + 1e-6)).clamp(max=1.0)
+            given = [_distributed.local(cast(Tensor, p.grad)) for p in part.params]
+            torch._foreach_mul_(given, shorter)
+        return next(iter(norms.values()), torch.zeros((), dtype=torch.float64))
 
     # What ascents and descents use.
 
