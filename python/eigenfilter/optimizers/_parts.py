@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
 
 from eigenfilter import _core, _distributed, kernels
 from eigenfilter.kernels.reference import gradient_dtype
+from eigenfilter.optimizers._step_counts import Counted
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -36,6 +37,7 @@ class Part:
         self.placings = _distributed.by_placing(params)
         self.is_distributed = any(placing is not None for placing, _ in self.placings)
         self.store = store
+        self.counted: Counted | None = None  # by an update that depends on the steps taken
         self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
         self._first_dtypes: list[torch.dtype] = []  # of the first gradients' list
         self._past: tuple[int, Hashable] = (-1, None)  # the store's epoch, and what was seen then
@@ -166,7 +168,6 @@ class Store:
         self._private: dict[tuple[str, Tensor], Tensor] = {}
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
-        self._holders: Counter[int] = Counter()
         self._settled = True  # what was noted last is all there is
 
     def private(self, name: str, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -194,7 +195,6 @@ class Store:
         """Note which state dictionaries and buffers there are now."""
         self._entries = [s for s in self.state.values() if s]
         self._values = [s.get(key) for s in self._entries for key in self.keys]
-        self._holders = Counter(map(id, self._values))
         self.epoch += 1
         self._settled = True
 
@@ -207,18 +207,6 @@ class Store:
         """Note it."""
         if not self._settled:
             self.remember()
-
-    def share(self, params: Sequence[Tensor], key: str, value: Tensor) -> None:
-        """Give parameters one item of the state in common."""
-        for p in params:
-            self._holders[id(self.state[p].get(key))] -= 1
-            self.state[p][key] = value
-        self._holders[id(value)] += len(params)
-        self.changed()
-
-    def holders(self, value: Any) -> int:
-        """How many parameters share an item of the state."""
-        return self._holders[id(value)]
 
     def unchanged(self) -> bool:
         """Whether the state is still the one noted: none of it was replaced, cleared or loaded."""
@@ -268,7 +256,7 @@ class Parts:
         self._store.remember()
         self._parts = []
         self._alone.clear()
-        self._refuse_overlap()
+        refuse_overlap(groups)
         self._group_of = {}
         for number, group in enumerate(groups):
             by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -288,15 +276,6 @@ class Parts:
             group, number = self._group_of[id(p)]
             self._alone[id(p)] = Part(group, number, [p], self._store)
         return self._alone[id(p)]
-
-    def _refuse_overlap(self) -> None:
-        """Raise ValueError where parameters of any groups share memory: a move would be two."""
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for params, _ in self._groups:
-            for p in params:
-                by_kind.setdefault(_kind(p), []).append(p)
-        for params in by_kind.values():
-            _core.check(("params",), (params,), (True,))
 
     def with_gradients(self) -> Gradients:
         """The parts of those parameters that have a gradient."""
@@ -324,6 +303,20 @@ Gradients: TypeAlias = list[tuple[Part, list[Tensor]]]
 def conforming(found: Gradients) -> Gradients:
     """`found`, its gradients as `Part.conforming` has them."""
     return [(part, part.conforming(grads)) for part, grads in found]
+
+
+def refuse_overlap(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for parameters that are not dense, or that share memory: a step would write it twice.
+
+    Parameters without memory, on the meta device or fake, are left until they have some.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for group in groups:
+        for p in group["params"]:
+            if p.device.type != "meta" and not isinstance(p, FakeTensor):
+                by_kind.setdefault(_kind(p), []).append(p)
+    for params in by_kind.values():
+        _core.check(("params",), (params,), (True,))
 
 
 def _kind(p: Tensor) -> tuple[torch.device, torch.dtype]:
