@@ -434,6 +434,38 @@ def test_float64_gradients_of_narrow_parameters_are_refused(
             assert opt.state_dict()["state"] == state
 
 
+@pytest.mark.parametrize("setting", ["heavy ball", "adamw", "sgd released"])
+def test_a_refused_first_step_leaves_no_state(setting: str) -> None:
+    """The next one is then the first, which dampening, and AdamW's bias correction, tell."""
+    make, options = SETTINGS[setting.replace("sgd released", "heavy ball")]
+    options = options | ({"rho": 0.0} if "rho" in options else {})
+    options = options | ({"release_gradients": True} if "released" in setting else {})
+    results = []
+    for refused in (False, True):
+        p = nn.Parameter(torch.linspace(-1, 1, 50, dtype=torch.float16))
+        opt = make([p], **options)
+
+        def closure(p: Tensor = p, opt: Any = opt) -> Tensor:
+            opt.zero_grad()
+            loss = (p.float() ** 2).sum()
+            loss.backward()
+            return loss
+
+        if refused:
+            p.grad_dtype = torch.float64
+            with pytest.raises(TypeError, match="set the parameter's grad_dtype"):
+                opt.step(closure)
+            assert not opt.state_dict()["state"].get(0)
+            p.grad = None
+            p.grad_dtype = torch.float32
+        else:
+            p.grad_dtype = torch.float32
+        for _ in range(3):
+            opt.step(closure)
+        results.append(p)
+    assert same_bits(*results)
+
+
 @pairs
 def test_state_keeps_the_parameters_dtype_and_resumes(
     dtype: torch.dtype, wide: torch.dtype, big: float

@@ -433,7 +433,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _update(self, found: Gradients) -> None:
         """Update what has a gradient; any error comes before the first kernel writes."""
         pieces = self._pieces(found, past=True)
-        if self.skip_nonfinite or len(pieces) > 1:
+        if self.skip_nonfinite or len(pieces) > 1 or any(map(self._descent.starts, pieces)):
             for piece in pieces:
                 check_scalars(piece.part.group, piece.part.device)
                 piece.grads = piece.part.conforming(piece.grads)
@@ -454,6 +454,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
             part = self._parts.alone(p)
             [past] = part.pasts(self._descent.past)
             piece = Piece(part, [cast(Tensor, p.grad)], id(p) in self._away(), past)
+            if self._descent.starts(piece):
+                piece.grads = part.conforming(piece.grads)
             self._descent.step(self._run, piece, self._guard)
             self._touched([part])
 
