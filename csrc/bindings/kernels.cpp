@@ -8,7 +8,7 @@ namespace {
 
 // The lists that every kernel may have; those of its own are set after.
 Tensors tensors(const Operands& o, void* const* g = nullptr, void* const* b = nullptr) {
-    return {o.dtype(), o.size(), o.numel().data(), o.pointers(0), g, b};
+    return {o.dtype(), o.size(), o.numel().data(), o.pointers(0), g, o.wide(), b};
 }
 
 Scalar one_or(const Operands& o, py::handle grad_scale) {
@@ -46,7 +46,8 @@ void run(const Operands& o, OnCPU on_cpu, OnCUDA on_cuda) {
 
 void ascend(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
             bool adaptive, py::handle grad_scale, py::handle found_inf, int threads) {
-    const Operands o{{"params", params, true}, {"grads", grads, false}, {"backups", backups, true}};
+    const Operands o{
+        {"params", params, true}, {"grads", grads, false, false, true}, {"backups", backups, true}};
     require_served(o);
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
     const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), adaptive};
@@ -59,8 +60,9 @@ void ascend(py::handle params, py::handle grads, py::handle backups, py::handle 
 
 void ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
                   py::handle grad_scale, py::handle found_inf, int threads) {
-    const Operands o{
-        {"params", params, true}, {"grads", grads, false}, {"backups", backups, false, true}};
+    const Operands o{{"params", params, true},
+                     {"grads", grads, false, false, true},
+                     {"backups", backups, false, true}};
     require_served(o);
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
     const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), false};
@@ -75,8 +77,8 @@ void ascend_hvp(py::handle params, py::handle grads, py::handle base_grads, py::
                 py::handle alpha, py::handle eps, py::handle grad_scale, py::handle found_inf,
                 int threads) {
     const Operands o{{"params", params, true},
-                     {"grads", grads, false},
-                     {"base_grads", base_grads, false},
+                     {"grads", grads, false, false, true},
+                     {"base_grads", base_grads, false, false, true},
                      {"backups", backups, false}};
     require_served(o);
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
@@ -97,7 +99,7 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
              bool nesterov, bool maximize, py::handle rounding_seed, py::handle grad_scale,
              py::handle found_inf, int threads) {
     const Operands o{{"params", params, true},
-                     {"grads", grads, false},
+                     {"grads", grads, false, false, true},
                      {"momenta", momenta, true, true},
                      {"backups", backups, false, true}};
     require_served(o);
@@ -131,7 +133,7 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
                    py::handle rounding_seed, py::handle grad_scale, py::handle found_inf,
                    int threads) {
     const Operands o{{"params", params, true},
-                     {"grads", grads, false},
+                     {"grads", grads, false, false, true},
                      {"exp_avgs", exp_avgs, true},
                      {"exp_avg_sqs", exp_avg_sqs, true},
                      {"backups", backups, false, true}};
@@ -162,21 +164,35 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
         [&](int device, void* stream) { cuda::descend_adamw(t, s, found, device, stream); });
 }
 
+// The tensors of a reduction, and the weights if there are any, whose dtype they may exceed.
+Operands reduced(py::handle list, py::handle weights = py::none()) {
+    const Role tensors{"tensors", list, false, false, true};
+    if (weights.is_none()) return Operands{tensors};
+    return Operands{{"weights", weights, false}, tensors};
+}
+
+Tensors reduction(const Operands& o, bool weighted) {
+    Tensors t = tensors(o, weighted ? o.pointers(0) : nullptr);
+    if (weighted) t.x = o.pointers(1);
+    return t;
+}
+
 void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
           py::handle workspace, int threads) {
-    const Operands o{{"tensors", list, false}, {"weights", weights, false, true}};
+    const Operands o = reduced(list, weights);
     require_served(o);
-    const Tensors t = tensors(o, o.pointers(1));
+    const Tensors t = reduction(o, !weights.is_none());
     const Scalar scale = one_or(o, grad_scale);
-    const bool is_double = o.dtype() == DType::f64;
+    bool is_double = py::getattr(out, "itemsize", py::int_(4)).equal(py::int_(8));
+    for (std::size_t i = 0; i < t.n; ++i) is_double |= t.gradient(i) == DType::f64;
     void* result = o.output("out", out, 1, is_double ? 64 : 32);
     double value = 0;
     run(
         o, [&] { value = cpu::norm(t, threads) * (1 / scale.value); },
         [&](int device, void* stream) {
-            const std::int64_t size = cuda::norm_workspace(o.dtype(), o.size(), o.numel().data());
-            auto* sums = static_cast<double*>(o.output("workspace", workspace, size, 64));
-            cuda::norm(t, scale, result, sums, device, stream);
+            auto* sums =
+                static_cast<double*>(o.output("workspace", workspace, cuda::norm_workspace(t), 64));
+            cuda::norm(t, scale, result, is_double, sums, device, stream);
         });
     if (!o.on_cpu()) return;
     if (is_double)
@@ -186,14 +202,13 @@ void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_s
 }
 
 std::int64_t norm_workspace(py::handle list) {
-    const Operands o{{"tensors", list, false}};
-    return cuda::norm_workspace(o.dtype(), o.size(), o.numel().data());
+    return cuda::norm_workspace(reduction(reduced(list), false));
 }
 
 void flag_nonfinite(py::handle list, py::handle found_inf, int threads) {
-    const Operands o{{"tensors", list, false}};
+    const Operands o = reduced(list);
     require_served(o);
-    const Tensors t = tensors(o);
+    const Tensors t = reduction(o, false);
     float* found = o.flag("found_inf", found_inf);
     if (found == nullptr) throw py::type_error("found_inf must be a tensor");
     run(
@@ -314,6 +329,11 @@ void mix_rows(py::handle vectors, std::int64_t rows, py::handle factors, int thr
         [&](int device, void* stream) { cuda::mix_rows(v, lower, device, stream); });
 }
 
+// What names a list of gradients in Python.
+bool names_gradients(const std::string& name) {
+    return name == "grads" || name == "base_grads" || name == "tensors";
+}
+
 // Roles whose names and flags come from Python; the names must outlive the Operands.
 class NamedRoles {
  public:
@@ -324,7 +344,8 @@ class NamedRoles {
         for (std::size_t r = 0; r < names.size(); ++r) {
             names_[r] = names[r].cast<std::string>();
             lists_[r] = lists[r];
-            roles_[r] = {names_[r].c_str(), lists_[r], written[r].cast<bool>(), true};
+            roles_[r] = {names_[r].c_str(), lists_[r], written[r].cast<bool>(), true,
+                         names_gradients(names_[r])};
         }
         count_ = names.size();
     }
@@ -347,10 +368,11 @@ py::tuple table(const py::sequence& names, const py::sequence& lists, const py::
     for (std::size_t r = 0; r < names.size(); ++r) {
         if (void* const* p = o.pointers(r)) pointers.insert(pointers.end(), p, p + o.size());
     }
+    const auto* const dtypes = reinterpret_cast<const char*>(o.wide());
     return py::make_tuple(
         py::bytes(reinterpret_cast<const char*>(pointers.data()), pointers.size() * sizeof(void*)),
-        py::bytes(reinterpret_cast<const char*>(o.numel().data()),
-                  o.size() * sizeof(std::int64_t)));
+        py::bytes(reinterpret_cast<const char*>(o.numel().data()), o.size() * sizeof(std::int64_t)),
+        py::bytes(dtypes, dtypes != nullptr ? o.size() : 0));
 }
 
 }  // namespace

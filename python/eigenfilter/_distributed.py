@@ -90,27 +90,6 @@ def summed(value: Tensor, placing: Placing | None) -> Tensor:
     return DTensor.from_local(value, mesh, partial).full_tensor()
 
 
-def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_, also of DTensors beside tensors that are placed otherwise."""
-    params = [p for p in params if p.grad is not None]
-    placings = by_placing([cast(Tensor, p.grad) for p in params])
-    if len(placings) < 2:
-        return torch.nn.utils.clip_grad_norm_(params, max_norm)
-    grads = [[cast(Tensor, params[i].grad) for i in indices] for _, indices in placings]
-    norms = [whole(torch.nn.utils.get_total_norm(some)) for some in grads]
-    total: Tensor = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum().sqrt()
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for some in grads:
-        for g in some:
-            local(g).mul_(factor.to(g.device))
-    return total
-
-
-def whole(t: Tensor) -> Tensor:
-    """The whole of a DTensor (collective); any other tensor itself."""
-    return cast("DTensor", t).full_tensor() if is_dtensor(t) else t
-
-
 def has_dtensor(tensors: Sequence[Tensor]) -> bool:
     """Whether a DTensor is among `tensors`; costs nothing where no process group is set up."""
     set_up = dist.is_available() and dist.is_initialized()

@@ -178,16 +178,26 @@ def test_found_inf_of_another_kind(flag: Tensor) -> None:
 @pytest.mark.parametrize(
     "out",
     [
-        torch.zeros((), dtype=torch.float64),
+        torch.zeros((), dtype=torch.int64),
         torch.zeros(2),
         torch.zeros((), dtype=torch.bfloat16),
     ],
     ids=str,
 )
 def test_out_of_another_kind(out: Tensor) -> None:
-    with pytest.raises(ValueError, match="out must be a dense float32 tensor of 1 elements on cpu"):
+    size = 64 if out.dtype == torch.int64 else 32
+    message = f"out must be a dense float{size} tensor of 1 elements on cpu"
+    with pytest.raises(ValueError, match=message):
         kernels.norm([torch.ones(3)], out=out)
     assert (out == 0).all()
+
+
+def test_a_norm_of_float64_needs_as_much() -> None:
+    for tensors in ([torch.ones(3).double()], [torch.ones(3), torch.ones(3).double()]):
+        out = torch.zeros(())
+        with pytest.raises(ValueError, match="out must be a dense float64 tensor of 1 elements"):
+            kernels.norm(tensors, out=out)
+        assert out == 0
 
 
 def test_scale_is_not_one_by_accident(room: Room) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.kernels.reference import arithmetic_dtype
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._parts import Gradients, Part, Piece
@@ -99,15 +98,15 @@ def total_norms(
     for part, tensors in lists:
         for placing, indices in part.placings:
             whole = len(part.placings) == 1
-            dtype = arithmetic_dtype(part.params[0].dtype)
-            norm = torch.empty((), dtype=dtype, device=part.device)
+            # Of float32 gradients it may exceed what float32 holds.
+            norm = torch.empty((), dtype=torch.float64, device=part.device)
             factors = part.tensors if whole else [part.tensors[i] for i in indices]
             part.kernels.norm(
                 tensors if whole else [tensors[i] for i in indices],
                 norm,
                 weights=factors if weights else None,
             )
-            squares[part.device].append(_distributed.summed(norm.double().square(), placing))
+            squares[part.device].append(_distributed.summed(norm.square(), placing))
     sums = {device: torch.stack(terms).sum() for device, terms in squares.items()}
     return {
         device: torch.stack([s.to(device) for s in sums.values()]).sum().sqrt() for device in sums

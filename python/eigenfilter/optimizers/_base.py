@@ -19,7 +19,7 @@ from eigenfilter.optimizers._accumulation import (
     check_closure,
     zero_gradients,
 )
-from eigenfilter.optimizers._ascents import Ascent
+from eigenfilter.optimizers._ascents import Ascent, total_norms
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import GroupedOptimizer
 from eigenfilter.optimizers._guard import HANDED_OVER, Guard, drop_handed_over, refuse_unscaled
@@ -360,7 +360,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             grad_scaler: the scaler whose scale the gradients carry; it unscales them first.
 
         Returns:
-            The total norm before clipping, a 0-dim tensor.
+            The total norm before clipping, a 0-dim float64 tensor.
 
         Raises:
             RuntimeError: the next gradient is an ascent's, which the methods take unclipped; or
@@ -380,7 +380,18 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if grad_scaler is not None:
             grad_scaler.unscale_(self)
             self._step_state.unscaled = grad_scaler.is_enabled()
-        return _distributed.clip_grad_norm_(self._params(), max_norm)
+        return self._clip(max_norm)
+
+    @torch.no_grad()
+    def _clip(self, max_norm: float) -> Tensor:
+        """Clip to a norm in float64: a narrower one may be infinite where all gradients are not."""
+        found = conforming(self._gradients())
+        norms = total_norms(found)
+        for part, _ in found:
+            shorter = (max_norm / (norms[part.device] + 1e-6)).clamp(max=1.0)
+            given = [_distributed.local(cast(Tensor, p.grad)) for p in part.params]
+            torch._foreach_mul_(given, shorter)
+        return next(iter(norms.values()), torch.zeros((), dtype=torch.float64))
 
     # What ascents and descents use.
 
@@ -472,7 +483,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _update(self, found: Gradients) -> None:
         """Update what has a gradient; any error comes before the first kernel writes."""
         pieces = self._pieces(found, past=True)
-        if self.skip_nonfinite or len(pieces) > 1:
+        if self.skip_nonfinite or len(pieces) > 1 or any(map(self._descent.starts, pieces)):
             for piece in pieces:
                 check_scalars(piece.part.group, piece.part.device)
                 piece.grads = piece.part.conforming(piece.grads)
@@ -494,6 +505,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
             part = self._parts.alone(p)
             [past] = part.pasts(self._descent.past)
             piece = Piece(part, [cast(Tensor, p.grad)], id(p) in self._away(), past)
+            if self._descent.starts(piece):
+                piece.grads = part.conforming(piece.grads)
             self._descent.step(self._run, piece, self._guard)
             self._touched([part])
 

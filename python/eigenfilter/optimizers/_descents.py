@@ -54,6 +54,10 @@ class Descent:
     def prime(self, part: Part) -> None:
         """Make the state of a part's parameters, as it is before their first step."""
 
+    def starts(self, piece: Piece) -> bool:
+        """Whether the update of a piece makes state: its gradients must be sound before."""
+        return False
+
     def begin(self) -> None:
         """Begin a step, before its first piece."""
 
@@ -80,6 +84,9 @@ class SGDDescent(Descent):
     def prime(self, part: Part) -> None:
         if part.group["momentum"] != 0:
             part.buffers(MOMENTUM)
+
+    def starts(self, piece: Piece) -> bool:
+        return not piece.past and piece.part.group["momentum"] != 0
 
     def step(self, run: Run, piece: Piece, guard: Guard) -> None:
         part, group = piece.part, piece.part.group
@@ -126,6 +133,9 @@ class AdamWDescent(Descent):
         counts = self._counts.read([s[STEP] for _, s in counted], [p.device for p, _ in counted])
         for (_, s), count in zip(counted, counts, strict=True):
             s[STEP] = count
+
+    def starts(self, piece: Piece) -> bool:
+        return piece.past is None
 
     def begin(self) -> None:
         self._counts.new_step()

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
 from torch.nn.parameter import is_lazy
 
 from eigenfilter import _core, _distributed, kernels
+from eigenfilter.kernels.reference import gradient_dtype
 from eigenfilter.optimizers._step_counts import Counted
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -40,6 +41,7 @@ class Part:
         self.store = store
         self.counted: Counted | None = None  # by an update that depends on the steps taken
         self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
+        self._first_dtypes: list[torch.dtype] = []  # of the first gradients' list
         self._past: tuple[int, Hashable] = (-1, None)  # the store's epoch, and what was seen then
         self._subparts: dict[tuple[int, ...], Part] = {}
 
@@ -73,9 +75,14 @@ class Part:
         """The parameters' backups, allocated when first asked for."""
         return self._list("backup", self.store.private)
 
-    def first_gradients(self) -> _core.TensorList:
-        """Room for the gradients at x, allocated when first asked for."""
-        return self._list("first gradient", self.store.private)
+    def first_gradients(self, grads: Sequence[Tensor]) -> _core.TensorList:
+        """Room for the gradients at x, of the dtypes of `grads`, allocated when first asked for."""
+        dtypes = [g.dtype for g in grads]
+        if dtypes != self._first_dtypes:
+            self._lists.pop("first gradient", None)
+            self._first_dtypes = dtypes
+        rest = iter(dtypes)
+        return self._list("first gradient", lambda name, p: self.store.private(name, p, next(rest)))
 
     def buffers(self, key: str) -> _core.TensorList:
         """The buffers that the optimizer's state has at `key`; missing ones are made, as zeros."""
@@ -108,7 +115,11 @@ class Part:
         torch._foreach_copy_(locals_, list(self.backups()))
 
     def conform(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients in their parameters' dtype, strides and placements, copied where not so."""
+        """Gradients in their parameters' strides and placements, copied where not so.
+
+        Their dtype is the parameter's or, where that does not hold all that theirs does, the next
+        wider one, which the kernels read too.
+        """
         return [_conform(g, p) for g, p in zip(grads, self.params, strict=True)]
 
     def conforming(self, grads: list[Tensor]) -> list[Tensor]:
@@ -161,12 +172,14 @@ class Store:
         self._values: list[Any] = []
         self._settled = True  # what was noted last is all there is
 
-    def private(self, name: str, p: Tensor) -> Tensor:
+    def private(self, name: str, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the optimizer's own like the local memory of a parameter; never saved."""
         local = _distributed.local(p)
+        dtype = dtype or local.dtype
         kept = self._private.get((name, p))
-        if kept is None or kept.shape != local.shape or not _fits(kept, local):
-            kept = self._private[name, p] = torch.empty_like(local, requires_grad=False)
+        if kept is None or kept.shape != local.shape or not _fits(kept, local, dtype):
+            kept = torch.empty_like(local, dtype=dtype, requires_grad=False)
+            self._private[name, p] = kept
         return kept
 
     def buffer(self, key: str, p: Tensor) -> Tensor:
@@ -175,7 +188,7 @@ class Store:
         buffer: Tensor | None = state.get(key)
         if buffer is None:
             buffer = torch.zeros_like(p, requires_grad=False)
-        elif not _distributed.is_dtensor(p) and not _fits(buffer, p):
+        elif not _distributed.is_dtensor(p) and not _fits(buffer, p, p.dtype):
             buffer = torch.empty_like(p, requires_grad=False).copy_(buffer)
         state[key] = buffer
         return buffer
@@ -335,14 +348,15 @@ def _conform(grad: Tensor, param: Tensor) -> Tensor:
             f"{tuple(like.shape)}: both must be placed alike (under FullyShardedDataParallel, "
             "gradients that no_sync() has kept are whole: ascend and step by synchronized ones)"
         )
-    if _fits(local, like):
+    dtype = gradient_dtype(like.dtype, local.dtype)
+    if _fits(local, like, dtype):
         return local
-    return torch.empty_like(like, requires_grad=False).copy_(local)
+    return torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(local)
 
 
-def _fits(t: Tensor, like: Tensor) -> bool:
+def _fits(t: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
     return (
-        t.dtype == like.dtype
+        t.dtype == dtype
         and t.device == like.device
         and t.stride() == like.stride()
         and not t.is_neg()

@@ -60,10 +60,12 @@ class DifferenceAscent(Ascent):
         self._norms: dict[torch.device, Tensor] = {}
         self._losses: list[float | Tensor] = []  # of both sides; none in the explicit form
         self._displaced: list[list[Tensor]] = []  # the parameters of every part
+        self._dtypes: list[list[torch.dtype]] = []  # and of their gradients
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
         found = conforming(found)
         params = [part.params for part, _ in found]
+        dtypes = [[g.dtype for g in grads] for _, grads in found]
         if index == 0:
             lengths = total_norms([(part, part.tensors) for part, _ in found])
             self._norms = total_norms(found)
@@ -72,13 +74,18 @@ class DifferenceAscent(Ascent):
                 self._eps[device] = step / (guard.unscaled(norm, device) + TINY)
             for part, grads in found:
                 _keep(part, grads)
-            self._displaced = params
+            self._displaced, self._dtypes = params, dtypes
         elif len(params) != len(self._displaced) or not all(
             map(_core.same_objects, params, self._displaced)
         ):
             raise RuntimeError(
                 "a finite difference needs the same gradients on both sides, and some parameters "
                 "have one on one side only: the closure must do the same at every call"
+            )
+        elif dtypes != self._dtypes:
+            raise RuntimeError(
+                "a finite difference needs gradients of the same dtype on both sides, and some "
+                "have another on the second: leave grad_dtype as it is during a step"
             )
         elif len(self._losses) == self.count:
             self._judge(found)
@@ -90,7 +97,8 @@ class DifferenceAscent(Ascent):
         if index == 0:
             run(part.kernels.ascend, piece, part.backups(), eps)
         else:
-            run(part.kernels.ascend_hvp, piece, part.first_gradients(), part.backups(), rho, eps)
+            first = part.first_gradients(piece.grads)
+            run(part.kernels.ascend_hvp, piece, first, part.backups(), rho, eps)
 
     def note(self, loss: Any) -> None:
         due = self._judged < self._JUDGED and len(self._losses) < self.count
@@ -237,7 +245,7 @@ def _dot_with_first(found: Gradients) -> float:
     total = 0.0
     for part, grads in found:
         product = torch.zeros((), dtype=torch.float64, device=part.device)
-        for first, second in zip(list(part.first_gradients()), grads, strict=True):
+        for first, second in zip(list(part.first_gradients(grads)), grads, strict=True):
             a, b = first.flatten(), second.flatten()
             for begin in range(0, len(a), _SLICE):
                 some = slice(begin, begin + _SLICE)
@@ -248,7 +256,7 @@ def _dot_with_first(found: Gradients) -> float:
 
 def _keep(part: Part, grads: list[Tensor]) -> None:
     """Copy gradients to memory of their own: what a later backward pass overwrites is not kept."""
-    kept = list(part.first_gradients())
+    kept = list(part.first_gradients(grads))
     torch._foreach_copy_(kept, [_distributed.local(g) for g in grads])
 
 
