@@ -90,6 +90,11 @@ def summed(value: Tensor, placing: Placing | None) -> Tensor:
     return DTensor.from_local(value, mesh, partial).full_tensor()
 
 
+def whole(t: Tensor) -> Tensor:
+    """The whole of a DTensor (collective); any other tensor itself."""
+    return cast("DTensor", t).full_tensor() if is_dtensor(t) else t
+
+
 def has_dtensor(tensors: Sequence[Tensor]) -> bool:
     """Whether a DTensor is among `tensors`; costs nothing where no process group is set up."""
     set_up = dist.is_available() and dist.is_initialized()
