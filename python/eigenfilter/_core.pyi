@@ -56,6 +56,9 @@ def table(
 ) -> tuple[bytes, bytes]:
     """`check`, then data pointers, int64 [present lists, n], and element counts, int64 [n]."""
 
+# The kernels check all arguments before anything is written. Called with `num_threads` 0 they do
+# nothing else: it is the check step of the backends that are written in Python.
+
 def ascend(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -137,7 +140,7 @@ def project_out(
     norms: Tensor,
     workspace: Tensor | None,
     passes: int,
-    threads: int,
+    num_threads: int,
 ) -> None: ...
 def project_workspace(rows: int, columns: int, count: int) -> int: ...
 def sums_workspace(sums: int, columns: int) -> int: ...

@@ -107,9 +107,8 @@ def ascend(
 
     Source: arXiv 2510.09034, USAM; arXiv 2102.11600, ASAM; the backup is ours.
     """
-    _require(backups=backups)
     with torch.no_grad():
-        dispatch.of(params, backend).ascend(
+        dispatch.of("params", params, backend).ascend(
             params,
             grads,
             backups,
@@ -151,7 +150,7 @@ def ascend_again(
     Source: the second ascent of two-step USAM, sequential or anchored.
     """
     with torch.no_grad():
-        dispatch.of(params, backend).ascend_again(
+        dispatch.of("params", params, backend).ascend_again(
             params, grads, alpha, backups, grad_scale=grad_scale, found_inf=found_inf
         )
     increment_version(params)
@@ -192,9 +191,8 @@ def ascend_hvp(
 
     Source: the Hessian correction of Hessian USAM.
     """
-    _require(base_grads=base_grads, backups=backups)
     with torch.no_grad():
-        dispatch.of(params, backend).ascend_hvp(
+        dispatch.of("params", params, backend).ascend_hvp(
             params,
             grads,
             base_grads,
@@ -258,10 +256,8 @@ def descend(
 
     Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
     """
-    if momenta is None and (nesterov or isinstance(momentum, Tensor) or momentum != 0):
-        raise ValueError("momentum and nesterov need momenta: pass buffers, zeros at first")
     with torch.no_grad():
-        dispatch.of(params, backend).descend(
+        dispatch.of("params", params, backend).descend(
             params,
             grads,
             momenta,
@@ -330,9 +326,8 @@ def descend_adamw(
 
     Source: I. Loshchilov and F. Hutter, 2019, arXiv 1711.05101, in torch.optim.AdamW's convention.
     """
-    _require(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     with torch.no_grad():
-        dispatch.of(params, backend).descend_adamw(
+        dispatch.of("params", params, backend).descend_adamw(
             params,
             grads,
             exp_avgs,
@@ -382,7 +377,7 @@ def norm(
         TypeError, ValueError, RuntimeError: as `ascend`.
     """
     if out is None:
-        t = dispatch.first(tensors)
+        t = dispatch.first("tensors", tensors)
         out = torch.empty((), dtype=arithmetic_dtype(t.dtype), device=t.device)
     _norm(tensors, out, weights=weights, grad_scale=grad_scale, backend=backend)
     return out
@@ -397,7 +392,9 @@ def _norm(
     grad_scale: Tensor | None,
     backend: str | None,
 ) -> None:
-    dispatch.of(tensors, backend).norm(tensors, out, weights=weights, grad_scale=grad_scale)
+    room = dispatch.of("tensors", tensors, backend)
+    room.norm(tensors, out, weights=weights, grad_scale=grad_scale)
+    increment_version([out])
 
 
 @operator(mutates=("found_inf",))
@@ -416,11 +413,5 @@ def flag_nonfinite(
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`.
     """
-    dispatch.of(tensors, backend).flag_nonfinite(tensors, found_inf)
-
-
-def _require(**lists: object) -> None:
-    """Raise TypeError for a list that is missing; what is in it, the kernels check."""
-    for name, tensors in lists.items():
-        if tensors is None:
-            raise TypeError(f"{name} must be a list or tuple of tensors")
+    dispatch.of("tensors", tensors, backend).flag_nonfinite(tensors, found_inf)
+    increment_version([found_inf])
