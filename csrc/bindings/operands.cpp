@@ -72,7 +72,6 @@ bool is_contiguous(const dlpack::Tensor& t) {
 
 // The same, in some order of the dimensions.
 bool is_dense(const dlpack::Tensor& t) {
-    if (is_contiguous(t)) return true;
     std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
     for (int i = 0; i < t.ndim; ++i) {
         if (t.shape[i] == 0) return true;
@@ -98,10 +97,10 @@ bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
 
 }  // namespace
 
-TensorList::TensorList(py::handle tensors, bool hold)
+TensorList::TensorList(py::handle tensors, bool hold, bool trust)
     : tensors_(py::reinterpret_steal<py::tuple>(PySequence_Tuple(tensors.ptr()))) {
     if (!tensors_) throw py::error_already_set();
-    known_ = std::make_shared<std::vector<void*>>(size(), nullptr);
+    if (trust) known_ = std::make_shared<std::vector<void*>>(size(), nullptr);
     if (!hold) return;
     Reader reader;
     std::vector<py::object> kept;
@@ -143,19 +142,21 @@ TensorList& self_of(py::handle object) {
     return *self;
 }
 
-// TensorList(tensors, hold=False), whatever it is given: see `define`.
+// TensorList(tensors, *, hold=False, trust=False), whatever it is given: see `define`.
 std::unique_ptr<TensorList> make_tensor_list(const py::args& given, const py::kwargs& named) {
-    const bool by_name = named.size() == 1 && named.contains("hold");
-    if (given.size() < 1 || given.size() + named.size() > 2 || (!named.empty() && !by_name))
-        fail(PyExc_TypeError, "a TensorList is made by TensorList(tensors, hold=False)");
-    bool hold = false;
-    if (by_name) hold = truth("hold", py::object(named["hold"]));
-    if (given.size() == 2) hold = truth("hold", py::object(given[1]));
+    const auto chosen = [&](const char* name) {
+        return named.contains(name) && truth(name, py::object(named[name]));
+    };
+    const std::size_t known = std::size_t{named.contains("hold")} + named.contains("trust");
+    if (given.size() != 1 || named.size() != known)
+        fail(PyExc_TypeError,
+             "a TensorList is made by TensorList(tensors, hold=False, trust=False)");
+    const bool hold = chosen("hold"), trust = chosen("trust");
     const py::object tensors = given[0];
     if (!PySequence_Check(tensors.ptr()) && !PyIter_Check(tensors.ptr()) &&
         !py::hasattr(tensors, "__iter__"))
         fail(PyExc_TypeError, "tensors must be a list of tensors, not " + type_name(tensors));
-    return std::make_unique<TensorList>(tensors, hold);
+    return std::make_unique<TensorList>(tensors, hold, trust);
 }
 
 }  // namespace
@@ -218,10 +219,11 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
         if (known_memory) (*known_memory)[i] = t.data;
         check_type(t, name, r == 0 && i == 0, roles);
         if (r == 0) {
-            if (!is_dense(t))
+            const bool ordered = is_contiguous(t);
+            contiguous_ &= ordered;
+            if (!ordered && !is_dense(t))
                 fail(PyExc_ValueError, name() + " is not dense (" + describe_layout(t) +
                                            "): pass .contiguous() of it");
-            contiguous_ &= is_contiguous(t);
             first.push_back(t);
             numel_.push_back(count(t));
         } else if (!same_layout(t, first[i])) {

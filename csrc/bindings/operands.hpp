@@ -14,17 +14,20 @@
 
 namespace eigenfilter {
 
-// A list that is passed again and again, an optimizer's own: what is slow to check (lazy negation)
-// is checked when a tensor's memory is first seen and when it changes. With `hold` the list owns a
-// reference to each tensor beyond Python's, which makes reading it twice as fast (torch then need
-// not keep the Python object's count in step); not for parameters, which torch may want to swap.
+// A list that is passed again and again, an optimizer's own. With `trust` what is slow to check
+// (lazy negation, inference mode) is checked when a tensor's memory is first seen and when it
+// changes, and not at every use: for tensors that nobody else negates where they are. With `hold`
+// the list owns a reference to each tensor beyond Python's, which makes reading it twice as fast
+// (torch then need not keep the Python object's count in step); not for parameters, which torch may
+// want to swap.
 class TensorList {
  public:
-    TensorList(py::handle tensors, bool hold);
+    TensorList(py::handle tensors, bool hold, bool trust);
     std::size_t size() const { return PyTuple_GET_SIZE(tensors_.ptr()); }
     py::object get(py::handle index) const;
     const py::tuple& tensors() const { return tensors_; }
-    // [n] data pointers found sound; shared, because Python code may end a list that is being read.
+    // [n] data pointers found sound, or null without trust; shared, because Python code may end a
+    // list that is being read.
     const std::shared_ptr<std::vector<void*>>& known() const { return known_; }
 
     // Whether a kernel has filled the tensors, these being backups. Set in the call that fills

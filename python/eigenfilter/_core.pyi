@@ -11,14 +11,24 @@ cuda_compiled: bool
 """Whether the CUDA kernels were compiled into this build."""
 
 class TensorList(Sequence[Tensor]):
-    """A list of tensors that is passed again and again.
+    """A list of tensors that is passed again and again: they stay the same objects."""
 
-    What is slow to check (lazy negation) is checked when a tensor's memory is first seen and when
-    it changes; everything else at every use, as for a list.
-    """
+    def __init__(
+        self, tensors: Iterable[Tensor], *, hold: bool = False, trust: bool = False
+    ) -> None:
+        """Make a list of `tensors`, read once.
 
-    def __init__(self, tensors: Iterable[Tensor], hold: bool = False) -> None:
-        """With `hold`, read twice as fast; not for tensors that torch may want to swap."""
+        Args:
+            tensors: whatever the list is passed for; checked at its use.
+            hold: keep them in a way that is read twice as fast; not for tensors that torch may want
+                to swap.
+            trust: check what is slow to check (lazy negation, inference mode) only when a tensor's
+                memory is first seen and when it changes, and not at every use. A tensor that is
+                negated where it is goes unnoticed: only for tensors that nobody does this to.
+
+        Raises:
+            TypeError: `tensors` cannot be iterated over, or with `hold` not all are tensors.
+        """
 
     filled: bool
     """Whether the compiled `ascend` has filled these tensors as its backups."""
