@@ -1,7 +1,8 @@
-// Which instruction set the CPU kernels use.
+// How the CPU kernels run: with which instruction set, and whether with one thread.
 #include "isa.hpp"
 
 #include "../cpu/loops.hpp"
+#include "../cpu/parallel.hpp"
 #include "arguments.hpp"
 
 namespace eigenfilter {
@@ -25,11 +26,14 @@ void set_isa(py::handle name) {
                               "\": see isas()");
 }
 
+bool is_serial() { return cpu::is_serial(); }
+
 std::string isa() { return cpu::loops().isa; }
 
 }  // namespace
 
 void register_isa(py::module_& module) {
+    define(module, "is_serial", &is_serial);
     define(module, "isa", &isa);
     define(module, "isas", &isas);
     define(module, "set_isa", &set_isa);

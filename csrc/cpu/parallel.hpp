@@ -12,9 +12,12 @@ namespace eigenfilter::cpu {
 
 constexpr std::int64_t kBytesAThread = 4 << 20;  // less takes no longer than waking a thread
 
-// How many threads share some work: as many as it has use for, of those that are allowed. In a
-// process that was forked from one with threads it is one: the pool of OpenMP's threads was copied
-// without the threads, and waiting for them would never end.
+// Whether this process was forked from one with threads. The pool of OpenMP's threads was copied
+// then without the threads, and waiting for them would never end.
+bool is_serial();
+
+// How many threads share some work: as many as it has use for, of those that are allowed; in a
+// serial process one.
 int workers_for(std::int64_t bytes, int threads);
 
 // Calls body(tensor, first, count) on ranges that cover every element once; a range never spans two

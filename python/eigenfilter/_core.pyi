@@ -49,6 +49,9 @@ def isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Run the CPU kernels with one of `isas()`; for tests and benchmarks."""
 
+def is_serial() -> bool:
+    """Whether the CPU kernels use one thread: this process was forked from one that had more."""
+
 def require_cuda() -> None:
     """Raise RuntimeError, with what to do, unless the CUDA kernels were compiled."""
 

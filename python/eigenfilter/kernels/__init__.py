@@ -28,6 +28,9 @@ What Lanczos' iterations need works on single tensors of vectors, its contract i
 
 Under torch.compile a call becomes the operator `torch.ops.eigenfilter.<name>`, and no graph breaks.
 
+After a fork (`os.fork`, the workers of a DataLoader, multiprocessing's "fork") kernels in the child
+use one thread, and torch is told to, because the threads of its pool are not there any more.
+
 `backend` is None (choose by device), "native" (C++ or CUDA), "triton" or "reference".
 """
 
@@ -39,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from eigenfilter.kernels import dispatch
+from eigenfilter.kernels import dispatch, forks
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
 from eigenfilter.kernels.lanczos import (
     gram,
@@ -70,6 +73,8 @@ __all__ = [
     "select",
     "three_term",
 ]
+
+forks.watch()
 
 
 @operator(mutates=("params", "backups"))
