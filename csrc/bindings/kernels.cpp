@@ -132,8 +132,6 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
                                    nesterov,
                                    maximize,
                                    is_stochastic(o, rounding_seed)};
-    if (t.m == nullptr && (nesterov || s.momentum.device != nullptr || s.momentum.value != 0))
-        throw py::value_error("momentum and nesterov need momenta: pass buffers, zeros at first");
     run(
         o, threads,
         [&] {

@@ -36,6 +36,7 @@ use one thread, and torch is told to, because the threads of its pool are not th
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -261,6 +262,9 @@ def descend(
 
     Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
     """
+    is_plain = isinstance(momentum, numbers.Real) and momentum == 0 and not nesterov
+    if momenta is None and not is_plain:
+        raise ValueError("momentum and nesterov need momenta: pass buffers, zeros at first")
     with torch.no_grad():
         dispatch.of("params", params, backend).descend(
             params,
@@ -384,6 +388,8 @@ def norm(
     if out is None:
         t = dispatch.first("tensors", tensors)
         out = torch.empty((), dtype=arithmetic_dtype(t.dtype), device=t.device)
+    elif not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, not {type(out).__name__}")
     _norm(tensors, out, weights=weights, grad_scale=grad_scale, backend=backend)
     return out
 

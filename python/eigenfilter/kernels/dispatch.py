@@ -153,8 +153,10 @@ def select(device_type: str, backend: str | None = None) -> Backend:
     if backend == "reference":
         return cast(Backend, reference)
     if backend == "native":
-        if device_type != "cpu":
+        if device_type == "cuda":
             _core.require_cuda()
+        elif device_type != "cpu":
+            raise ValueError(_unserved(device_type))
         return cast(Backend, native)
     if backend == "triton":
         triton_kernels = _triton()
@@ -202,7 +204,11 @@ def _automatic(device_type: str) -> str:
         return "native"
     if device_type == "cuda":
         return "native" if _core.cuda_compiled and torch.version.cuda else "triton"
-    raise ValueError(
+    raise ValueError(_unserved(device_type))
+
+
+def _unserved(device_type: str) -> str:
+    return (
         f"no kernels for device {device_type!r}: move the tensors to cpu or cuda, "
         'or ask for backend="reference"'
     )

@@ -269,8 +269,8 @@ def orthonormalise(
     if total is not None and not callable(total):
         raise TypeError(f"total must be a function, not {type(total).__name__}")
     if not torch.compiler.is_compiling():  # all that `gram` would refuse after the first change
-        dispatch.of("vectors", [vectors], backend)
         _core.check(("vectors",), ([vectors],), (True,))
+        dispatch.of("vectors", [vectors], backend)
     eps = torch.finfo(vectors.dtype).eps
     b = len(vectors)
     least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)  # of a pivot that can be relied on

@@ -148,9 +148,10 @@ def norm(
 ) -> None:
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
     workspace = None
-    if out.device.type != "cpu":
+    device = tensors[0].device
+    if device.type != "cpu":
         size = _core.norm_workspace(tensors)
-        workspace = torch.empty(size, dtype=torch.float64, device=out.device)
+        workspace = torch.empty(size, dtype=torch.float64, device=device)
     _core.norm(tensors, weights, out, grad_scale, workspace, torch.get_num_threads())
 
 

@@ -218,7 +218,7 @@ def norm(
     with _served(t.device):
         work = tables("norm", t, ("tensors", "weights"), (tensors, weights), (False, False))
         _single("out", out, arithmetic_dtype(t.dtype), t.device)
-        scale = _single("grad_scale", grad_scale, torch.float32, t.device)
+        scale = _scale(grad_scale, t.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
         _launch(device_code.sum_squares_kernel, t.dtype, work, sums, WEIGHTS=weights is not None)
         device_code.norm_kernel[(1,)](
@@ -382,9 +382,17 @@ def _flags(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what a GradScaler hands over, checked."""
     return (
-        _single("grad_scale", grad_scale, torch.float32, device),
+        _scale(grad_scale, device),
         _single("found_inf", found_inf, torch.float32, device),
     )
+
+
+def _scale(grad_scale: Scalar | None, device: torch.device) -> Tensor | None:
+    """Return a loss scale, a float32 or float64 tensor here or a number, as kernels take it."""
+    if grad_scale is None:
+        return None
+    dtype = grad_scale.dtype if isinstance(grad_scale, Tensor) else torch.float64
+    return torch.as_tensor(grad_scale, dtype=dtype, device=device)
 
 
 def _single(
