@@ -142,6 +142,14 @@ TensorList& self_of(py::handle object) {
     return *self;
 }
 
+// The list that a method was called for, with `count` arguments in all.
+TensorList& self_of(const py::args& given, std::size_t count) {
+    if (given.size() != count)
+        fail(PyExc_TypeError, "a method of TensorList takes " + std::to_string(count - 1) +
+                                  " arguments, and was given another number");
+    return self_of(py::object(given[0]));
+}
+
 // TensorList(tensors, *, hold=False, trust=False), whatever it is given: see `define`.
 std::unique_ptr<TensorList> make_tensor_list(const py::args& given, const py::kwargs& named) {
     const auto chosen = [&](const char* name) {
@@ -171,9 +179,9 @@ void register_operands(py::module_& module) {
             [](py::handle self, py::handle value) {
                 self_of(self).filled = truth("filled", value);
             })
-        .def("__len__", [](py::handle self) { return self_of(self).size(); })
+        .def("__len__", [](const py::args& given) { return self_of(given, 1).size(); })
         .def("__getitem__",
-             [](py::handle self, py::handle index) { return self_of(self).get(index); });
+             [](const py::args& given) { return self_of(given, 2).get(py::object(given[1])); });
 }
 
 Operands::Operands(std::initializer_list<Role> roles) : Operands(roles.begin(), roles.size()) {}
