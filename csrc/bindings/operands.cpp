@@ -221,10 +221,9 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
     Reader reader;
     for (size_t i = 0; i < n; ++i) {
         const auto name = [&] { return at(role, i); };
-        void* const known = known_memory ? (*known_memory)[i] : nullptr;
+        void** const known = known_memory ? known_memory->data() + i : nullptr;
         const dlpack::Tensor t =
             reader.read(PyTuple_GET_ITEM(items.ptr(), i), name, kept_, roles[r].written, known);
-        if (known_memory) (*known_memory)[i] = t.data;
         check_type(t, name, r == 0 && i == 0, roles);
         if (r == 0) {
             const bool ordered = is_contiguous(t);

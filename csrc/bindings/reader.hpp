@@ -60,11 +60,11 @@ class Question {
 // Borrows tensors; remembers the exchange API of the last type it saw.
 class Reader {
  public:
-    // `what` names the tensor in messages; memory at `known` was found sound before. A local shard
-    // that is read in place of the object is kept in `kept`.
+    // `what` names the tensor in messages; a local shard that is read in place of the object is
+    // kept in `kept`. Memory at `*known` was found sound before; it becomes what is sound now.
     template <class Name>
     dlpack::Tensor read(PyObject* object, const Name& what, std::vector<py::object>& kept,
-                        bool written = false, const void* known = nullptr) {
+                        bool written = false, void** known = nullptr) {
         dlpack::Tensor t;
         py::object local;
         if (Py_TYPE(object) == sharded_type_ && (local = shard_of(object))) object = local.ptr();
@@ -87,14 +87,17 @@ class Reader {
         }
         t.data = static_cast<char*>(t.data) + t.byte_offset;
         if (local) kept.push_back(std::move(local));
-        if (t.data != nullptr && t.data == known) return t;
+        if (known != nullptr && t.data != nullptr && t.data == *known) return t;
         if (is_negated_.ask(object))
             fail(PyExc_TypeError, what() + " is lazily negated: pass .resolve_neg() of it");
-        if (written && is_inference_.ask(object) && !is_inference_mode())
+        const bool is_asked = written || known != nullptr;
+        const bool is_inference = is_asked && is_inference_.ask(object);
+        if (written && is_inference && !is_inference_mode())
             fail(PyExc_RuntimeError,
                  what() +
                      " was made in inference mode, and can only be changed there: pass "
                      ".clone() of it, or call this within torch.inference_mode()");
+        if (known != nullptr) *known = is_inference ? nullptr : t.data;  // it depends on the mode
         return t;
     }
 

@@ -106,6 +106,17 @@ def test_inference_tensors_are_changed_in_inference_mode_alone() -> None:
     assert x.tolist() == [0.75] * 4
 
 
+def test_what_inference_mode_allowed_is_not_trusted_outside_of_it() -> None:
+    with torch.inference_mode():
+        x, g = torch.ones(4), torch.ones(4)
+        listed = _core.TensorList([x], hold=True, trust=True)
+        kernels.norm(listed)
+        kernels.descend(listed, [g], lr=0.25)
+    with pytest.raises(RuntimeError, match=r"params\[0\] was made in inference mode"):
+        kernels.descend(listed, [g], lr=0.25)
+    assert x.tolist() == [0.75] * 4
+
+
 def test_lazy_clones_are_written_apart() -> None:
     x = torch.ones(4)
     clone = torch._lazy_clone(x)

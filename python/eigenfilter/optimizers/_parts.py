@@ -119,7 +119,8 @@ class Part:
 
     def _list(self, name: str, make: Callable[[str, Tensor], Tensor]) -> _core.TensorList:
         if name not in self._lists:
-            tensors = [make(name, p) for p in self.params]
+            with torch.inference_mode(False):  # a step outside of it changes them too
+                tensors = [make(name, p) for p in self.params]
             self._lists[name] = _core.TensorList(tensors, hold=True, trust=True)
         return self._lists[name]
 
