@@ -12,7 +12,7 @@ constexpr std::int64_t kMostVectors = 65535;  // of a GPU's grid
 
 // The lists that every kernel may have; those of its own are set after.
 Tensors tensors(const Operands& o, void* const* g = nullptr, void* const* b = nullptr) {
-    return {o.dtype(), o.size(), o.numel().data(), o.pointers(0), g, b};
+    return {o.dtype(), o.size(), o.numel().data(), o.pointers(0), g, o.wide(), b};
 }
 
 // The loss scale; where the flag stops the update it may be anything.
@@ -61,7 +61,8 @@ void ascend(py::handle params, py::handle grads, py::handle backups, py::handle 
             py::handle num_threads) {
     const bool adaptive = truth("adaptive", adaptive_given);
     const int threads = threads_of(num_threads);
-    Operands o{{"params", params, true}, {"grads", grads, false}, {"backups", backups, true}};
+    Operands o{
+        {"params", params, true}, {"grads", grads, false, false, true}, {"backups", backups, true}};
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
     const float* found = o.flag("found_inf", found_inf);
     const AscendScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
@@ -76,8 +77,9 @@ void ascend(py::handle params, py::handle grads, py::handle backups, py::handle 
 void ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
                   py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    Operands o{
-        {"params", params, true}, {"grads", grads, false}, {"backups", backups, false, true}};
+    Operands o{{"params", params, true},
+               {"grads", grads, false, false, true},
+               {"backups", backups, false, true}};
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
     const float* found = o.flag("found_inf", found_inf);
     const AscendScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
@@ -93,8 +95,8 @@ void ascend_hvp(py::handle params, py::handle grads, py::handle base_grads, py::
                 py::handle num_threads) {
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
-               {"grads", grads, false},
-               {"base_grads", base_grads, false},
+               {"grads", grads, false, false, true},
+               {"base_grads", base_grads, false, false, true},
                {"backups", backups, false}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
     t.g0 = o.pointers(2);
@@ -117,7 +119,7 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
     const bool maximize = truth("maximize", maximize_given);
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
-               {"grads", grads, false},
+               {"grads", grads, false, false, true},
                {"momenta", momenta, true, true},
                {"backups", backups, false, true}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
@@ -152,7 +154,7 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
     const bool maximize = truth("maximize", maximize_given);
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
-               {"grads", grads, false},
+               {"grads", grads, false, false, true},
                {"exp_avgs", exp_avgs, true},
                {"exp_avg_sqs", exp_avg_sqs, true},
                {"backups", backups, false, true}};
@@ -182,21 +184,35 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
         [&](int device, void* stream) { cuda::descend_adamw(t, s, found, device, stream); });
 }
 
+// The tensors of a reduction, and the weights if there are any, whose dtype they may exceed.
+Operands reduced(py::handle list, py::handle weights = py::none()) {
+    const Role tensors{"tensors", list, false, false, true};
+    if (weights.is_none()) return Operands{tensors};
+    return Operands{{"weights", weights, false}, tensors};
+}
+
+Tensors reduction(const Operands& o, bool weighted) {
+    Tensors t = tensors(o, weighted ? o.pointers(0) : nullptr);
+    if (weighted) t.x = o.pointers(1);
+    return t;
+}
+
 void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
           py::handle workspace, py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    Operands o{{"tensors", list, false}, {"weights", weights, false, true}};
-    const Tensors t = tensors(o, o.pointers(1));
+    Operands o = reduced(list, weights);
+    const Tensors t = reduction(o, !weights.is_none());
     const Scalar scale = scale_of(o, grad_scale);
-    const bool is_double = o.dtype() == DType::f64;
+    bool is_double = py::getattr(out, "itemsize", py::int_(4)).equal(py::int_(8));
+    for (std::size_t i = 0; i < t.n; ++i) is_double |= t.gradient(i) == DType::f64;
     void* result = o.single("out", out, 1, is_double ? 64 : 32, true);
     double value = 0;
     const bool ran = run(
         o, threads, [&] { value = cpu::norm(t, threads) * (1 / scale.value); },
         [&](int device, void* stream) {
-            const std::int64_t size = cuda::norm_workspace(o.dtype(), o.size(), o.numel().data());
+            const std::int64_t size = cuda::norm_workspace(t);
             auto* sums = static_cast<double*>(o.single("workspace", workspace, size, 64, true));
-            cuda::norm(t, scale, result, sums, device, stream);
+            cuda::norm(t, scale, result, is_double, sums, device, stream);
         });
     if (!ran || !o.on_cpu()) return;
     if (is_double)
@@ -206,14 +222,13 @@ void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_s
 }
 
 std::int64_t norm_workspace(py::handle list) {
-    const Operands o{{"tensors", list, false}};
-    return cuda::norm_workspace(o.dtype(), o.size(), o.numel().data());
+    return cuda::norm_workspace(reduction(reduced(list), false));
 }
 
 void flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    Operands o{{"tensors", list, false}};
-    const Tensors t = tensors(o);
+    Operands o = reduced(list);
+    const Tensors t = reduction(o, false);
     float* found = o.flag("found_inf", found_inf, true);
     if (found == nullptr) throw py::type_error("found_inf must be a tensor");
     run(
@@ -354,6 +369,11 @@ void mix_rows(py::handle vectors, py::handle rows_given, py::handle factors,
         [&](int device, void* stream) { cuda::mix_rows(v, lower, device, stream); });
 }
 
+// What names a list of gradients in Python.
+bool names_gradients(const std::string& name) {
+    return name == "grads" || name == "base_grads" || name == "tensors";
+}
+
 // Roles whose names and flags come from Python; the names must outlive the Operands.
 class NamedRoles {
  public:
@@ -373,7 +393,7 @@ class NamedRoles {
                 throw py::type_error("names must be strings");
             }
             roles_[r] = {text, py::object(lists_[r]), truth("written", py::object(written_[r])),
-                         r > 0};
+                         r > 0, names_gradients(text)};
         }
     }
     std::size_t size() const { return names_.size(); }
@@ -395,10 +415,11 @@ py::tuple table(py::handle names, py::handle lists, py::handle written) {
     for (std::size_t r = 0; r < roles.size(); ++r) {
         if (void* const* p = o.pointers(r)) pointers.insert(pointers.end(), p, p + o.size());
     }
+    const auto* const dtypes = reinterpret_cast<const char*>(o.wide());
     return py::make_tuple(
         py::bytes(reinterpret_cast<const char*>(pointers.data()), pointers.size() * sizeof(void*)),
-        py::bytes(reinterpret_cast<const char*>(o.numel().data()),
-                  o.size() * sizeof(std::int64_t)));
+        py::bytes(reinterpret_cast<const char*>(o.numel().data()), o.size() * sizeof(std::int64_t)),
+        py::bytes(dtypes, dtypes != nullptr ? o.size() : 0));
 }
 
 // Sizes of workspaces, for what a call may be given.

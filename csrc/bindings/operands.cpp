@@ -86,6 +86,14 @@ bool is_dense(const dlpack::Tensor& t) {
     return true;
 }
 
+// The first of `count` roles that holds gradients, whose dtypes others follow; or nullptr.
+const Role* first_gradients(const Role* roles, size_t count) {
+    const auto* const end = roles + count;
+    const auto* const found =
+        std::find_if(roles, end, [](const Role& role) { return role.gradients; });
+    return found != end ? found : nullptr;
+}
+
 bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
     if (a.ndim != b.ndim) return false;
     for (int i = 0; i < a.ndim; ++i) {
@@ -211,7 +219,7 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
     if (r == 0) {
         if (n == 0) fail(PyExc_ValueError, std::string(role) + " is empty");
         first.reserve(n);
-        numel_.reserve(n);
+        numel_.resize(n);
     } else if (n != size()) {
         fail(PyExc_ValueError, std::string(role) + " has " + std::to_string(n) + " tensors and " +
                                    roles[0].name + " has " + std::to_string(size()) +
@@ -224,7 +232,7 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
         void** const known = known_memory ? known_memory->data() + i : nullptr;
         const dlpack::Tensor t =
             reader.read(PyTuple_GET_ITEM(items.ptr(), i), name, kept_, roles[r].written, known);
-        check_type(t, name, r == 0 && i == 0, roles);
+        check_type(t, name, roles, r, i);
         if (r == 0) {
             const bool ordered = is_contiguous(t);
             contiguous_ &= ordered;
@@ -232,7 +240,7 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
                 fail(PyExc_ValueError, name() + " is not dense (" + describe_layout(t) +
                                            "): pass .contiguous() of it");
             first.push_back(t);
-            numel_.push_back(count(t));
+            numel_[i] = count(t);
         } else if (!same_layout(t, first[i])) {
             const std::string model = at(roles[0].name, i);
             fail(layout_error, name() + " has " + describe_layout(t) + ", " + model + " has " +
@@ -245,13 +253,13 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
 }
 
 template <class Name>
-void Operands::check_type(const dlpack::Tensor& t, const Name& name, bool is_first,
-                          const Role* roles) {
+void Operands::check_type(const dlpack::Tensor& t, const Name& name, const Role* roles, size_t r,
+                          size_t i) {
     DType dtype;
     if (!dtype_of(t.dtype, dtype))
         fail(PyExc_TypeError, name() + " is " + describe(t.dtype) +
                                   ": supported are float32, float64, bfloat16, float16");
-    if (is_first) {
+    if (r == 0 && i == 0) {
         dtype_ = dtype;
         device_ = t.device;
     }
@@ -259,11 +267,24 @@ void Operands::check_type(const dlpack::Tensor& t, const Name& name, bool is_fir
         fail(PyExc_ValueError, name() + " is on " + describe(t.device) + " and " +
                                    at(roles[0].name, 0) + " on " + describe(device_) +
                                    ": group tensors by device");
-    if (dtype != dtype_)
-        fail(layout_error, name() + " is " + describe(t.dtype) + " and " + at(roles[0].name, 0) +
+    if (!takes(dtype, roles, r, i)) {
+        const Role* const model = first_gradients(roles, r);
+        fail(layout_error, name() + " is " + describe(t.dtype) + " and " +
+                               (model != nullptr && roles[r].gradients ? at(model->name, i)
+                                                                       : at(roles[0].name, 0)) +
                                " is not: group tensors by dtype, or convert it with .to()");
+    }
     if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
         fail(PyExc_ValueError, name() + " is not aligned to its element size: clone it");
+}
+
+bool Operands::takes(DType dtype, const Role* roles, size_t r, size_t i) {
+    if (dtype == expected(roles[r], i)) return true;
+    if (!roles[r].gradients || first_gradients(roles, r) != nullptr) return false;
+    if (r > 0 && dtype != wider(dtype_)) return false;
+    if (wide_.empty()) wide_.assign(size(), dtype_);
+    wide_[i] = dtype;
+    return true;
 }
 
 void Operands::check_overlap(const Role* roles, size_t count_of_roles) const {
@@ -285,7 +306,8 @@ void Operands::check_overlap(const Role* roles, size_t count_of_roles) const {
               [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
     // Of the stretches so far, the one that reaches furthest, among all and among the written.
     const auto end = [&](const Stretch& s) {
-        return s.begin + static_cast<std::uintptr_t>(numel_[s.tensor]) * size_of(dtype_);
+        return s.begin + static_cast<std::uintptr_t>(numel_[s.tensor]) *
+                             size_of(expected(roles[s.role], s.tensor));
     };
     const auto name = [&](const Stretch& s) { return at(roles[s.role].name, s.tensor); };
     const Stretch *furthest = nullptr, *furthest_written = nullptr;
@@ -324,7 +346,8 @@ void Operands::keep_apart(const char* name, const void* memory, int64_t bytes, b
         if (!single.written && !roles_[r].written) continue;
         for (size_t i = 0; i < data_[r].size(); ++i) {
             const auto begin = reinterpret_cast<std::uintptr_t>(data_[r][i]);
-            if (share(begin, begin + static_cast<std::uintptr_t>(numel_[i]) * size_of(dtype_)))
+            if (share(begin, begin + static_cast<std::uintptr_t>(numel_[i]) *
+                                         size_of(expected(roles_[r], i))))
                 refuse(at(roles_[r].name, i));
         }
     }

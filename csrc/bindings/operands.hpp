@@ -51,12 +51,14 @@ TensorList* tensor_list(py::handle object);
 void register_operands(py::module_& module);
 
 // One list of a call: its name in messages, the list (None: absent), whether the kernel writes it,
-// whether it may be absent.
+// whether it may be absent, and whether it holds gradients, each of which may have the next wider
+// dtype than the lists'. Where gradients come first, as in a reduction, each has its own.
 struct Role {
     const char* name;
     py::handle list;
     bool written;
     bool optional = false;
+    bool gradients = false;
 };
 
 // What a hyperparameter must be; one on a GPU is not read.
@@ -85,6 +87,8 @@ class Operands {
     const std::vector<std::int64_t>& numel() const { return numel_; }
     // Whether the elements of all tensors lie in the order of their dimensions.
     bool contiguous() const { return contiguous_; }
+    // Dtypes of the gradients, or nullptr where all are the lists'.
+    const DType* wide() const { return wide_.empty() ? nullptr : wide_.data(); }
     // Data pointers of the role's list, or nullptr where it is absent.
     void* const* pointers(std::size_t role) const {
         return data_[role].empty() ? nullptr : data_[role].data();
@@ -112,7 +116,13 @@ class Operands {
     void read_role(const Role* roles, std::size_t r, std::vector<dlpack::Tensor>& first);
     py::tuple items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known);
     template <class Name>
-    void check_type(const dlpack::Tensor& t, const Name& name, bool is_first, const Role* roles);
+    void check_type(const dlpack::Tensor& t, const Name& name, const Role* roles, std::size_t r,
+                    std::size_t i);
+    // Whether the i-th tensor of a role may have a dtype; notes that of a wide gradient.
+    bool takes(DType dtype, const Role* roles, std::size_t r, std::size_t i);
+    DType expected(const Role& role, std::size_t i) const {
+        return role.gradients && !wide_.empty() ? wide_[i] : dtype_;
+    }
     void check_overlap(const Role* roles, std::size_t count) const;
 
     DType dtype_{};
@@ -120,6 +130,7 @@ class Operands {
     bool contiguous_ = true;
     const dlpack::ExchangeApi* api_ = nullptr;
     std::vector<std::int64_t> numel_;
+    std::vector<DType> wide_;
     std::array<std::vector<void*>, kMaxRoles> data_;
     std::vector<Role> roles_;
     std::vector<Single> singles_;

@@ -36,15 +36,15 @@ EIGENFILTER_INLINE void walk(std::int64_t n, const typename Storage::Bits* strea
     if (i < n) body(Partial<Storage, L>{n - i}, i);
 }
 
-template <class Storage>
+template <class Storage, class Gradient>
 void ascend(const AscendScalars<double>& s, typename Storage::Bits* x,
-            const typename Storage::Bits* from, const typename Storage::Bits* g,
+            const typename Storage::Bits* from, const typename Gradient::Bits* g,
             typename Storage::Bits* b, std::int64_t n, bool stream) {
     constexpr int L = kLanes<Storage>;
     const Ascend<typename Storage::Arithmetic> rule(s);
     const auto moved = [=](auto origin, auto gradient) {
         return Storage::template narrow<L>(
-            rule(Storage::template widen<L>(origin), Storage::template widen<L>(gradient)));
+            rule(Storage::template widen<L>(origin), Gradient::template widen<L>(gradient)));
     };
     if (b != nullptr) {
         walk<Storage>(n, stream ? b : nullptr, [=](auto io, std::int64_t i) {
@@ -59,16 +59,16 @@ void ascend(const AscendScalars<double>& s, typename Storage::Bits* x,
     }
 }
 
-template <class Storage>
+template <class Storage, class Gradient>
 void ascend_hvp(const HvpScalars<double>& s, typename Storage::Bits* x,
-                const typename Storage::Bits* g, const typename Storage::Bits* g0,
+                const typename Gradient::Bits* g, const typename Gradient::Bits* g0,
                 const typename Storage::Bits* b, std::int64_t n, bool stream) {
     constexpr int L = kLanes<Storage>;
     const AscendHvp<typename Storage::Arithmetic> rule(s);
     walk<Storage>(n, stream ? x : nullptr, [=](auto io, std::int64_t i) {
         const auto origin = Storage::template widen<L>(io.read(b + i));
-        const auto gradient = Storage::template widen<L>(io.read(g + i));
-        const auto before = Storage::template widen<L>(io.read(g0 + i));
+        const auto gradient = Gradient::template widen<L>(io.read(g + i));
+        const auto before = Gradient::template widen<L>(io.read(g0 + i));
         io.write_only(x + i, Storage::template narrow<L>(rule(origin, gradient, before)));
     });
 }
@@ -82,9 +82,9 @@ EIGENFILTER_INLINE auto rounded(const Rounding& rounding, V v, Output output, st
     return Storage::template narrow<L>(rounding.template round<Storage>(v, output, index));
 }
 
-template <class Storage, class Rounding>
+template <class Storage, class Gradient, class Rounding>
 void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
-             const typename Storage::Bits* g, typename Storage::Bits* m,
+             const typename Gradient::Bits* g, typename Storage::Bits* m,
              const typename Storage::Bits* b, std::int64_t n, bool stream,
              const Rounding& rounding) {
     constexpr int L = kLanes<Storage>;
@@ -94,14 +94,14 @@ void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
     if (m == nullptr) {
         walk<Storage>(n, streamed, [=](auto io, std::int64_t i) {
             const auto origin = Storage::template widen<L>(io.read(from + i));
-            const auto gradient = Storage::template widen<L>(io.read(g + i));
+            const auto gradient = Gradient::template widen<L>(io.read(g + i));
             const auto moved = rule(origin, gradient);
             io.write_only(x + i, rounded<Storage>(rounding, moved, Output::x, i));
         });
     } else {
         walk<Storage>(n, streamed, [=](auto io, std::int64_t i) {
             const auto origin = Storage::template widen<L>(io.read(from + i));
-            const auto gradient = Storage::template widen<L>(io.read(g + i));
+            const auto gradient = Gradient::template widen<L>(io.read(g + i));
             auto momentum = Storage::template widen<L>(io.read(m + i));
             const auto moved = rule(origin, gradient, momentum);
             io.write(m + i, rounded<Storage>(rounding, momentum, Output::m, i));
@@ -110,9 +110,9 @@ void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
     }
 }
 
-template <class Storage, class Rounding>
+template <class Storage, class Gradient, class Rounding>
 void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
-                   const typename Storage::Bits* g, typename Storage::Bits* m,
+                   const typename Gradient::Bits* g, typename Storage::Bits* m,
                    typename Storage::Bits* v, const typename Storage::Bits* b, std::int64_t n,
                    bool stream, const Rounding& rounding) {
     constexpr int L = kLanes<Storage>;
@@ -120,7 +120,7 @@ void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
     const auto* from = b != nullptr ? b : x;
     walk<Storage>(n, stream && b != nullptr ? x : nullptr, [=](auto io, std::int64_t i) {
         const auto origin = Storage::template widen<L>(io.read(from + i));
-        const auto gradient = Storage::template widen<L>(io.read(g + i));
+        const auto gradient = Gradient::template widen<L>(io.read(g + i));
         auto first = Storage::template widen<L>(io.read(m + i));
         auto second = Storage::template widen<L>(io.read(v + i));
         const auto moved = rule(origin, gradient, first, second);
@@ -130,16 +130,14 @@ void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
     });
 }
 
-template <class Storage>
-double sum_squares(const typename Storage::Bits* t, const typename Storage::Bits* weights,
+template <class Gradient, class Storage>
+double sum_squares(const typename Gradient::Bits* t, const typename Storage::Bits* weights,
                    std::int64_t n) {
     Sums sums = {};
-    const auto read = [](auto io, const typename Storage::Bits* p) {
-        return to_doubles(Storage::template widen<kDoubles>(io.read(p)));
-    };
-    by_parts<Storage>(n, [&](auto io, std::int64_t i, int part) {
-        auto value = read(io, t + i);
-        if (weights != nullptr) value *= read(io, weights + i);
+    by_parts<Gradient>(n, [&](auto io, std::int64_t i, int part) {
+        auto value = to_doubles(Gradient::template widen<kDoubles>(io.read(t + i)));
+        if (weights != nullptr)
+            value *= to_doubles(Storage::template widen<kDoubles>(io.read(weights + i)));
         sums[part] += value * value;
     });
     return sum_of(sums);
@@ -172,14 +170,30 @@ EIGENFILTER_INLINE auto by_dtype(DType dtype, Call call) {
     return by_narrow_dtype(dtype, call);
 }
 
-// Calls call(storage, rounding).
+// Calls call(storage, gradient storage); both are of one arithmetic.
+template <class Call>
+EIGENFILTER_INLINE auto by_narrow_dtypes(DTypes t, Call call) {
+    return by_narrow_dtype(t.param, [&](auto storage) {
+        return t.grad == t.param ? call(storage, storage) : call(storage, Native<float>{});
+    });
+}
+
+template <class Call>
+EIGENFILTER_INLINE auto by_param_and_grad(DTypes t, Call call) {
+    if (size_of(t.param) == 2) return by_narrow_dtypes(t, call);
+    if (t.param == DType::f64) return call(Native<double>{}, Native<double>{});
+    return t.grad == DType::f32 ? call(Native<float>{}, Native<float>{})
+                                : call(FloatInDouble{}, Native<double>{});
+}
+
+// Calls call(storage, gradient storage, rounding).
 template <class Scalars, class Call>
-EIGENFILTER_INLINE void by_rounding(DType dtype, const Scalars& s, const Place& place, Call call) {
+EIGENFILTER_INLINE void by_rounding(DTypes t, const Scalars& s, const Place& place, Call call) {
     if (s.stochastic) {
         const Stochastic rounding(static_cast<std::uint32_t>(s.rounding_seed), place);
-        by_narrow_dtype(dtype, [&](auto t) { call(t, rounding); });
+        by_narrow_dtypes(t, [&](auto p, auto g) { call(p, g, rounding); });
     } else {
-        by_dtype(dtype, [&](auto t) { call(t, Nearest{}); });
+        by_param_and_grad(t, [&](auto p, auto g) { call(p, g, Nearest{}); });
     }
 }
 
@@ -192,39 +206,43 @@ auto* bits(Storage, const void* p) {
     return static_cast<const typename Storage::Bits*>(p);
 }
 
-void ascend_any(DType dtype, const AscendScalars<double>& s, void* x, const void* from,
+void ascend_any(DTypes dtypes, const AscendScalars<double>& s, void* x, const void* from,
                 const void* g, void* b, std::int64_t n, bool stream) {
-    by_dtype(dtype, [&](auto t) {
-        ascend<decltype(t)>(s, bits(t, x), bits(t, from), bits(t, g), bits(t, b), n, stream);
+    by_param_and_grad(dtypes, [&](auto t, auto of_g) {
+        ascend<decltype(t), decltype(of_g)>(s, bits(t, x), bits(t, from), bits(of_g, g), bits(t, b),
+                                            n, stream);
     });
 }
 
-void ascend_hvp_any(DType dtype, const HvpScalars<double>& s, void* x, const void* g,
+void ascend_hvp_any(DTypes dtypes, const HvpScalars<double>& s, void* x, const void* g,
                     const void* g0, const void* b, std::int64_t n, bool stream) {
-    by_dtype(dtype, [&](auto t) {
-        ascend_hvp<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, g0), bits(t, b), n, stream);
+    by_param_and_grad(dtypes, [&](auto t, auto of_g) {
+        ascend_hvp<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(of_g, g0),
+                                                bits(t, b), n, stream);
     });
 }
 
-void descend_any(DType dtype, const DescendScalars<double>& s, void* x, const void* g, void* m,
+void descend_any(DTypes dtypes, const DescendScalars<double>& s, void* x, const void* g, void* m,
                  const void* b, std::int64_t n, bool stream, const Place& place) {
-    by_rounding(dtype, s, place, [&](auto t, const auto& rounding) {
-        descend<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, m), bits(t, b), n, stream,
-                             rounding);
+    by_rounding(dtypes, s, place, [&](auto t, auto of_g, const auto& rounding) {
+        descend<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(t, m), bits(t, b),
+                                             n, stream, rounding);
     });
 }
 
-void descend_adamw_any(DType dtype, const AdamWScalars<double>& s, void* x, const void* g, void* m,
-                       void* v, const void* b, std::int64_t n, bool stream, const Place& place) {
-    by_rounding(dtype, s, place, [&](auto t, const auto& rounding) {
-        descend_adamw<decltype(t)>(s, bits(t, x), bits(t, g), bits(t, m), bits(t, v), bits(t, b), n,
-                                   stream, rounding);
+void descend_adamw_any(DTypes dtypes, const AdamWScalars<double>& s, void* x, const void* g,
+                       void* m, void* v, const void* b, std::int64_t n, bool stream,
+                       const Place& place) {
+    by_rounding(dtypes, s, place, [&](auto t, auto of_g, const auto& rounding) {
+        descend_adamw<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(t, m),
+                                                   bits(t, v), bits(t, b), n, stream, rounding);
     });
 }
 
-double sum_squares_any(DType dtype, const void* p, const void* weights, std::int64_t n) {
-    return by_dtype(
-        dtype, [&](auto t) { return sum_squares<decltype(t)>(bits(t, p), bits(t, weights), n); });
+double sum_squares_any(DTypes dtypes, const void* p, const void* weights, std::int64_t n) {
+    return by_param_and_grad(dtypes, [&](auto t, auto of_g) {
+        return sum_squares<decltype(of_g), decltype(t)>(bits(of_g, p), bits(t, weights), n);
+    });
 }
 
 // A basis may have any type, a vector float or double.
@@ -246,7 +264,7 @@ double subtract_any(DType basis, DType vector, const void* q, std::int64_t strid
                     std::int64_t rows, const double* c, void* w, std::int64_t n) {
     return by_dtypes(basis, vector, [&](auto b, auto v) {
         subtract<decltype(b)>(bits(b, q), stride, rows, c, bits(v, w), n);
-        return sum_squares<decltype(v)>(bits(v, w), nullptr, n);
+        return sum_squares<decltype(v), decltype(v)>(bits(v, w), nullptr, n);
     });
 }
 

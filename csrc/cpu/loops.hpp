@@ -15,21 +15,27 @@ constexpr std::int64_t kColumns = 2048;
 // Columns of a few rows that are in double at once: those of 8 take half a first-level cache.
 constexpr std::int64_t kMixed = 256;
 
+// The dtypes of a parameter, and of what is its state, and of its gradients.
+struct DTypes {
+    DType param, grad;
+};
+
 // Each works on n consecutive elements, which lie at `place`. `stream` writes what is not read past
 // the caches.
 struct Loops {
     const char* isa;
     // x <- from + ...; `from` may be x; b, where given, gets what `from` held.
-    void (*ascend)(DType, const AscendScalars<double>&, void* x, const void* from, const void* g,
+    void (*ascend)(DTypes, const AscendScalars<double>&, void* x, const void* from, const void* g,
                    void* b, std::int64_t n, bool stream);
-    void (*ascend_hvp)(DType, const HvpScalars<double>&, void* x, const void* g, const void* g0,
+    void (*ascend_hvp)(DTypes, const HvpScalars<double>&, void* x, const void* g, const void* g0,
                        const void* b, std::int64_t n, bool stream);
-    void (*descend)(DType, const DescendScalars<double>&, void* x, const void* g, void* m,
+    void (*descend)(DTypes, const DescendScalars<double>&, void* x, const void* g, void* m,
                     const void* b, std::int64_t n, bool stream, const Place& place);
-    void (*descend_adamw)(DType, const AdamWScalars<double>&, void* x, const void* g, void* m,
+    void (*descend_adamw)(DTypes, const AdamWScalars<double>&, void* x, const void* g, void* m,
                           void* v, const void* b, std::int64_t n, bool stream, const Place& place);
-    // The order of summation is the same for every instruction set; `weights` may be nullptr.
-    double (*sum_squares)(DType, const void* t, const void* weights, std::int64_t n);
+    // Of a gradient, or of one times a parameter. The order of summation is the same for every
+    // instruction set; `weights` may be nullptr.
+    double (*sum_squares)(DTypes, const void* t, const void* weights, std::int64_t n);
     bool (*has_nonfinite)(DType, const void* t, std::int64_t n);
     // Of n <= kColumns columns of a basis, whose rows lie `stride` elements apart, and of a vector:
     // out[i] <- q_i . w.

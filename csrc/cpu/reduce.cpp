@@ -13,20 +13,22 @@ constexpr std::int64_t kChunk = 16 * 1024;
 
 double norm(const Tensors& t, int threads) {
     const Loops& table = loops();
-    const int size = size_of(t.dtype);
     std::vector<std::int64_t> chunks_before(t.n + 1, 0);
     for (std::size_t i = 0; i < t.n; ++i)
         chunks_before[i + 1] = chunks_before[i] + (t.numel[i] + kChunk - 1) / kChunk;
     std::vector<double> sums(chunks_before[t.n], 0.0);
-    for_each_range(t.numel, t.n, size, kChunk, threads,
-                   [&, size](std::size_t i, std::int64_t first, std::int64_t count) {
+    for_each_range(t.numel, t.n, size_of(t.dtype), kChunk, threads,
+                   [&](std::size_t i, std::int64_t first, std::int64_t count) {
+                       const DType dtype = t.gradient(i);
+                       const DTypes dtypes{t.g != nullptr ? t.dtype : dtype, dtype};
+                       const int size = size_of(dtype), size_of_weight = size_of(dtypes.param);
                        const auto* data = static_cast<const char*>(t.x[i]);
                        const auto* weights =
                            t.g != nullptr ? static_cast<const char*>(t.g[i]) : nullptr;
                        for (std::int64_t end = first + count; first < end; first += kChunk) {
                            sums[chunks_before[i] + first / kChunk] = table.sum_squares(
-                               t.dtype, data + first * size,
-                               weights != nullptr ? weights + first * size : nullptr,
+                               dtypes, data + first * size,
+                               weights != nullptr ? weights + first * size_of_weight : nullptr,
                                std::min(kChunk, end - first));
                        }
                    });
@@ -35,18 +37,19 @@ double norm(const Tensors& t, int threads) {
 
 bool has_nonfinite(const Tensors& t, int threads) {
     const Loops& table = loops();
-    const int size = size_of(t.dtype);
     std::atomic<bool> found{false};
-    for_each_range(t.numel, t.n, size, kChunk, threads,
-                   [&, size](std::size_t i, std::int64_t first, std::int64_t count) {
-                       const char* data = static_cast<const char*>(t.x[i]);
-                       for (std::int64_t end = first + count; first < end; first += kChunk) {
-                           if (found.load(std::memory_order_relaxed)) return;
-                           if (table.has_nonfinite(t.dtype, data + first * size,
-                                                   std::min(kChunk, end - first)))
-                               found.store(true, std::memory_order_relaxed);
-                       }
-                   });
+    for_each_range(
+        t.numel, t.n, size_of(t.dtype), kChunk, threads,
+        [&](std::size_t i, std::int64_t first, std::int64_t count) {
+            const DType dtype = t.gradient(i);
+            const int size = size_of(dtype);
+            const char* data = static_cast<const char*>(t.x[i]);
+            for (std::int64_t end = first + count; first < end; first += kChunk) {
+                if (found.load(std::memory_order_relaxed)) return;
+                if (table.has_nonfinite(dtype, data + first * size, std::min(kChunk, end - first)))
+                    found.store(true, std::memory_order_relaxed);
+            }
+        });
     return found.load();
 }
 

@@ -244,12 +244,30 @@ struct Float16 {
     }
 };
 
+// Floats that are computed with in double, because their gradients are doubles.
+struct FloatInDouble {
+    using Arithmetic = double;
+    using Bits = float;
+    template <int L>
+    static EIGENFILTER_INLINE Vec<double, L> widen(Vec<float, L> v) {
+        return to_doubles(v);
+    }
+    template <int L>
+    static EIGENFILTER_INLINE Vec<float, L> narrow(Vec<double, L> v) {
+        return from_doubles<float>(v);
+    }
+};
+
 // How a block of L elements is read and written: whole, whole and past the caches, or its first
-// few. What is read of the others is zero, as is what `inside` leaves of them.
+// few. What is read of the others is zero, as is what `inside` leaves of them. What is only read
+// may be of another type.
 template <class Storage, int L>
 struct Whole {
     using V = Vec<typename Storage::Bits, L>;
-    EIGENFILTER_INLINE V read(const typename Storage::Bits* p) const { return load<V>(p); }
+    template <class Bits>
+    EIGENFILTER_INLINE Vec<Bits, L> read(const Bits* p) const {
+        return load<Vec<Bits, L>>(p);
+    }
     EIGENFILTER_INLINE void write(typename Storage::Bits* p, V v) const { store(p, v); }
     EIGENFILTER_INLINE void write_only(typename Storage::Bits* p, V v) const { store(p, v); }
     EIGENFILTER_INLINE V inside(V v) const { return v; }
@@ -265,8 +283,9 @@ template <class Storage, int L>
 struct Partial {
     using V = Vec<typename Storage::Bits, L>;
     std::int64_t count;
-    EIGENFILTER_INLINE V read(const typename Storage::Bits* p) const {
-        V v{};
+    template <class Bits>
+    EIGENFILTER_INLINE Vec<Bits, L> read(const Bits* p) const {
+        Vec<Bits, L> v{};
         std::memcpy(&v, p, count * sizeof(*p));
         return v;
     }

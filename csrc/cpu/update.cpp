@@ -38,20 +38,34 @@ void restore(const Tensors& t, int threads) {
     if (t.b != nullptr) copy(t, t.x, t.b, threads);
 }
 
-// Calls body(at, place, count, stream) for ranges of all tensors; at(list) is where a list's range
-// begins, nullptr for an absent list.
+// A range of a tensor's elements. at(list) is where a list's range begins, nullptr for an absent
+// list; grad(list) the same for a list of gradients.
+struct Range {
+    const Tensors& t;
+    std::size_t i;
+    std::int64_t first, count;
+    bool stream;
+
+    void* at(void* const* list) const { return begin(list, t.dtype); }
+    void* grad(void* const* list) const { return begin(list, t.gradient(i)); }
+    DTypes dtypes() const { return {t.dtype, t.gradient(i)}; }
+    Place place() const {
+        return {static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(first)};
+    }
+
+ private:
+    void* begin(void* const* list, DType dtype) const {
+        return list != nullptr ? cpu::at(list[i], first, size_of(dtype)) : nullptr;
+    }
+};
+
+// Calls body(range) for ranges of all tensors.
 template <class Body>
 void update(const Tensors& t, int lists, int threads, Body body) {
-    const int size = size_of(t.dtype);
     const bool stream = exceeds_cache(t, lists);
-    for_each_range(t.numel, t.n, lists * size, kGrain, threads,
-                   [&, size, stream](std::size_t i, std::int64_t first, std::int64_t count) {
-                       body(
-                           [=](void* const* list) -> void* {
-                               return list != nullptr ? at(list[i], first, size) : nullptr;
-                           },
-                           Place{static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(first)},
-                           count, stream);
+    for_each_range(t.numel, t.n, lists * size_of(t.dtype), kGrain, threads,
+                   [&, stream](std::size_t i, std::int64_t first, std::int64_t count) {
+                       body(Range{t, i, first, count, stream});
                    });
 }
 
@@ -60,8 +74,9 @@ void update(const Tensors& t, int lists, int threads, Body body) {
 void ascend(const Tensors& t, const AscendScalars<double>& s, const float* found_inf, int threads) {
     if (found_inf != nullptr && *found_inf != 0) return copy(t, t.b, t.x, threads);
     const Loops& table = loops();
-    update(t, 3, threads, [&](auto at, const Place&, std::int64_t count, bool stream) {
-        table.ascend(t.dtype, s, at(t.x), at(t.x), at(t.g), at(t.b), count, stream);
+    update(t, 3, threads, [&](const Range& r) {
+        table.ascend(r.dtypes(), s, r.at(t.x), r.at(t.x), r.grad(t.g), r.at(t.b), r.count,
+                     r.stream);
     });
 }
 
@@ -70,18 +85,18 @@ void ascend_again(const Tensors& t, const AscendScalars<double>& s, const float*
     if (found_inf != nullptr && *found_inf != 0) return;
     const Loops& table = loops();
     void* const* from = t.b != nullptr ? t.b : t.x;
-    update(t, 2 + (t.b != nullptr), threads,
-           [&](auto at, const Place&, std::int64_t count, bool stream) {
-               table.ascend(t.dtype, s, at(t.x), at(from), at(t.g), nullptr, count, stream);
-           });
+    update(t, 2 + (t.b != nullptr), threads, [&](const Range& r) {
+        table.ascend(r.dtypes(), s, r.at(t.x), r.at(from), r.grad(t.g), nullptr, r.count, r.stream);
+    });
 }
 
 void ascend_hvp(const Tensors& t, const HvpScalars<double>& s, const float* found_inf,
                 int threads) {
     if (found_inf != nullptr && *found_inf != 0) return;
     const Loops& table = loops();
-    update(t, 4, threads, [&](auto at, const Place&, std::int64_t count, bool stream) {
-        table.ascend_hvp(t.dtype, s, at(t.x), at(t.g), at(t.g0), at(t.b), count, stream);
+    update(t, 4, threads, [&](const Range& r) {
+        table.ascend_hvp(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.grad(t.g0), r.at(t.b), r.count,
+                         r.stream);
     });
 }
 
@@ -90,8 +105,9 @@ void descend(const Tensors& t, const DescendScalars<double>& s, const float* fou
     if (found_inf != nullptr && *found_inf != 0) return restore(t, threads);
     const Loops& table = loops();
     const int lists = 2 + (t.m != nullptr) + (t.b != nullptr);
-    update(t, lists, threads, [&](auto at, const Place& place, std::int64_t count, bool stream) {
-        table.descend(t.dtype, s, at(t.x), at(t.g), at(t.m), at(t.b), count, stream, place);
+    update(t, lists, threads, [&](const Range& r) {
+        table.descend(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.at(t.m), r.at(t.b), r.count,
+                      r.stream, r.place());
     });
 }
 
@@ -99,11 +115,10 @@ void descend_adamw(const Tensors& t, const AdamWScalars<double>& s, const float*
                    int threads) {
     if (found_inf != nullptr && *found_inf != 0) return restore(t, threads);
     const Loops& table = loops();
-    update(t, 4 + (t.b != nullptr), threads,
-           [&](auto at, const Place& place, std::int64_t count, bool stream) {
-               table.descend_adamw(t.dtype, s, at(t.x), at(t.g), at(t.m), at(t.v), at(t.b), count,
-                                   stream, place);
-           });
+    update(t, 4 + (t.b != nullptr), threads, [&](const Range& r) {
+        table.descend_adamw(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.at(t.m), r.at(t.v), r.at(t.b),
+                            r.count, r.stream, r.place());
+    });
 }
 
 }  // namespace eigenfilter::cpu

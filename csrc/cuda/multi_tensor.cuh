@@ -10,6 +10,7 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "eigenfilter/contract.hpp"
 
@@ -84,6 +85,14 @@ struct Float16 {
     }
 };
 
+// Floats that are computed with in double, because their gradients are doubles.
+struct FloatInDouble {
+    using Arithmetic = double;
+    using Bits = float;
+    static __device__ __forceinline__ double widen(float v) { return v; }
+    static __device__ __forceinline__ float narrow(double v) { return __double2float_rn(v); }
+};
+
 template <class Call>
 auto by_narrow_dtype(DType dtype, Call call) {
     return dtype == DType::bf16 ? call(BFloat16{}) : call(Float16{});
@@ -96,11 +105,39 @@ auto by_dtype(DType dtype, Call call) {
     return by_narrow_dtype(dtype, call);
 }
 
+// Calls call(storage, gradient storage) where gradients are wider; both are of one arithmetic.
+template <class Call>
+auto by_wide_gradient(DType dtype, Call call) {
+    if (dtype == DType::f32) return call(FloatInDouble{}, Native<double>{});
+    return by_narrow_dtype(dtype, [&](auto storage) { return call(storage, Native<float>{}); });
+}
+
+// Elements of another type beside those of a Pack, moved by as few accesses as there can be.
+template <class Storage, int Size>
+struct Beside {
+    using Bits = typename Storage::Bits;
+    using Access = std::conditional_t<Size * sizeof(Bits) % kAccessBytes == 0, uint4, uint2>;
+    static constexpr int kAccesses = Size * sizeof(Bits) / sizeof(Access);
+    Bits v[Size];
+
+    static __device__ __forceinline__ Beside load(const Bits* p) {
+        Access raw[kAccesses];
+#pragma unroll
+        for (int k = 0; k < kAccesses; ++k) raw[k] = reinterpret_cast<const Access*>(p)[k];
+        Beside beside;
+        static_assert(sizeof raw == sizeof beside);
+        __builtin_memcpy(&beside, raw, sizeof raw);
+        return beside;
+    }
+};
+
 // Elements in 16 bytes, moved by one access.
 template <class Storage>
 struct alignas(kAccessBytes) Pack {
     using Bits = typename Storage::Bits;
     static constexpr int kSize = kAccessBytes / sizeof(Bits);
+    template <class Other>
+    using Of = std::conditional_t<std::is_same_v<Other, Storage>, Pack, Beside<Other, kSize>>;
     Bits v[kSize];
 
     static __device__ __forceinline__ Pack load(const Bits* p) {
@@ -116,8 +153,27 @@ struct alignas(kAccessBytes) Pack {
     }
 };
 
-// The chunk of a block: where it starts in its piece, and how much of it there is.
-template <class Storage, int Roles>
+// One element, with Pack's interface.
+template <class Storage>
+struct Element {
+    using Bits = typename Storage::Bits;
+    static constexpr int kSize = 1;
+    template <class Other>
+    using Of = Element<Other>;
+    Bits v[1];
+    static __device__ __forceinline__ Element load(const Bits* p) { return {{*p}}; }
+    __device__ __forceinline__ void store(Bits* p) const { *p = v[0]; }
+};
+
+// Loads a group of another type than the pointers of a chunk.
+template <class Group>
+__device__ __forceinline__ Group load_other(const void* p, int i) {
+    return Group::load(static_cast<const typename Group::Bits*>(p) + i);
+}
+
+// The chunk of a block: where it starts in its piece, and how much of it there is. The roles from 1
+// to Others are of another storage type; their pointers are to be cast to it.
+template <class Storage, int Roles, class Other = Storage, int Others = 0>
 struct Chunk {
     using Bits = typename Storage::Bits;
     static constexpr int kSize = kChunkBytes / static_cast<int>(sizeof(Bits));
@@ -143,7 +199,11 @@ struct Chunk {
         std::uintptr_t bits = 0;
 #pragma unroll
         for (int r = 0; r < Roles; ++r) {
-            p[r] = static_cast<Bits*>(batch.pointers[r][low]) + first;
+            void* const whole = batch.pointers[r][low];
+            if (r >= 1 && r <= Others)
+                p[r] = reinterpret_cast<Bits*>(static_cast<typename Other::Bits*>(whole) + first);
+            else
+                p[r] = static_cast<Bits*>(whole) + first;
             bits |= reinterpret_cast<std::uintptr_t>(p[r]);
         }
         aligned = bits % kAccessBytes == 0;
@@ -176,20 +236,11 @@ struct Chunk {
             }
         }
         for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-            Body<Element> body;
+            Body<Element<Storage>> body;
             body.read(p, i);
             body.write(p, i, rule);
         }
     }
-
-    // One element, with Pack's interface.
-    struct Element {
-        using Bits = typename Storage::Bits;
-        static constexpr int kSize = 1;
-        Bits v[1];
-        static __device__ __forceinline__ Element load(const Bits* p) { return {{*p}}; }
-        __device__ __forceinline__ void store(Bits* p) const { *p = v[0]; }
-    };
 
  private:
     template <int Size>
@@ -227,10 +278,15 @@ inline std::int64_t chunks_of(DType dtype, std::int64_t numel) {
     return (numel + size - 1) / size;
 }
 
-// Fills batches with all tensors and calls launch(batch, blocks) for each that has elements. The
-// roles are the lists that are there, in this order.
-template <int Roles, class Launch>
-void for_each_batch(const Tensors& t, Launch launch) {
+// The types of a batch: of most roles, and of those between the first and the states.
+struct Types {
+    DType storage, other;
+};
+
+// Fills batches with all tensors and calls launch(batch, blocks, types) for each that has elements;
+// types_of(i) are those of the i-th tensors. The roles are the lists that are there, in this order.
+template <int Roles, class TypesOf, class Launch>
+void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
     void* const* const lists[] = {t.x, t.g, t.g0, t.m, t.v, t.b};
     void* const* roles[std::size(lists)];
     const auto end = std::remove_copy(std::begin(lists), std::end(lists), roles, nullptr);
@@ -239,26 +295,32 @@ void for_each_batch(const Tensors& t, Launch launch) {
                                     " lists of tensors");
 
     static_assert(sizeof(Batch<Roles>) + kOtherArgumentBytes <= kArgumentBytes);
+    const int others = (t.g != nullptr) + (t.g0 != nullptr);
+    Types types = types_of(0);
     Batch<Roles> batch;
     batch.n = 0;
     int blocks = 0;
     const auto flush = [&] {
-        if (blocks > 0) launch(batch, blocks);
+        if (blocks > 0) launch(batch, blocks, types);
         batch.n = 0;
         blocks = 0;
     };
     for (std::size_t i = 0; i < t.n; ++i) {
+        const Types own = types_of(i);
+        if (own.storage != types.storage || own.other != types.other) flush();
+        types = own;
         std::int64_t first = 0;
         do {
             const auto numel = std::min<std::int64_t>(t.numel[i] - first, kMostElements);
-            const auto chunks = static_cast<int>(chunks_of(t.dtype, numel));
+            const auto chunks = static_cast<int>(chunks_of(types.storage, numel));
             const bool full = batch.n == Batch<Roles>::kMost || chunks > INT32_MAX - blocks;
             if (full || first > 0) flush();
             if (batch.n == 0)
                 batch.place = {static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(first)};
-            for (int r = 0; r < Roles; ++r)
-                batch.pointers[r][batch.n] =
-                    static_cast<char*>(roles[r][i]) + first * size_of(t.dtype);
+            for (int r = 0; r < Roles; ++r) {
+                const int size = size_of(r >= 1 && r <= others ? types.other : types.storage);
+                batch.pointers[r][batch.n] = static_cast<char*>(roles[r][i]) + first * size;
+            }
             batch.numel[batch.n] = static_cast<int>(numel);
             blocks += chunks;
             batch.last_chunk[batch.n++] = blocks;

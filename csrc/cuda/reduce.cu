@@ -6,27 +6,26 @@
 namespace eigenfilter::cuda {
 namespace {
 
-template <class Group, int Lists>
-struct Reading {
-    Group lists[Lists];
-    template <class Pointers>
-    __device__ __forceinline__ void read(const Pointers& p, int i) {
-#pragma unroll
-        for (int k = 0; k < Lists; ++k) lists[k] = Group::load(p[k] + i);
-    }
-};
-
 // Of x, or of x weighted: products of two floats are exact in double.
-template <class Storage, int Lists>
+template <class Storage, class Weight, int Lists>
 struct Squares {
     template <class Group>
-    struct Body : Reading<Group, Lists> {
+    struct Body {
+        using Weights = typename Group::template Of<Weight>;
+        Group group;
+        Weights weights;
+
+        template <class Pointers>
+        __device__ __forceinline__ void read(const Pointers& p, int i) {
+            group = Group::load(p[0] + i);
+            if constexpr (Lists == 2) weights = load_other<Weights>(p[1], i);
+        }
         template <class Pointers>
         __device__ __forceinline__ void write(const Pointers&, int, double* sum) {
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j) {
-                double value = Storage::widen(this->lists[0].v[j]);
-                if constexpr (Lists == 2) value *= Storage::widen(this->lists[1].v[j]);
+                double value = Storage::widen(group.v[j]);
+                if constexpr (Lists == 2) value *= Weight::widen(weights.v[j]);
                 *sum += value * value;
             }
         }
@@ -37,24 +36,30 @@ struct Squares {
 template <class Storage>
 struct Nonfinite {
     template <class Group>
-    struct Body : Reading<Group, 1> {
+    struct Body {
+        Group group;
+
+        template <class Pointers>
+        __device__ __forceinline__ void read(const Pointers& p, int i) {
+            group = Group::load(p[0] + i);
+        }
         template <class Pointers>
         __device__ __forceinline__ void write(const Pointers&, int, bool* found) {
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j) {
-                const auto value = Storage::widen(this->lists[0].v[j]);
+                const auto value = Storage::widen(group.v[j]);
                 *found |= !(value - value == 0);
             }
         }
     };
 };
 
-template <class Storage, int Lists>
+template <class Storage, class Weight, int Lists>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     squares_kernel(const __grid_constant__ Batch<Lists> batch, double* sums) {
-    const Chunk<Storage, Lists> chunk(batch);
+    const Chunk<Storage, Lists, Weight, Lists - 1> chunk(batch);
     double sum = 0;
-    chunk.template each<Squares<Storage, Lists>::template Body>(&sum);
+    chunk.template each<Squares<Storage, Weight, Lists>::template Body>(&sum);
     sum = block_sum<kThreads>(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
@@ -88,39 +93,49 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
 // Puts down one sum a block; returns where the next would go.
 template <int Lists>
 double* launch_squares(const Tensors& t, double* sums, cudaStream_t stream) {
-    by_dtype(t.dtype, [&](auto storage) {
-        for_each_batch<Lists>(t, [&](const auto& batch, int blocks) {
-            squares_kernel<decltype(storage)><<<blocks, kThreads, 0, stream>>>(batch, sums);
+    const auto types_of = [&](std::size_t i) {
+        return Types{t.gradient(i), Lists == 2 ? t.dtype : t.gradient(i)};
+    };
+    for_each_batch<Lists>(t, types_of, [&](const auto& batch, int blocks, Types types) {
+        const auto run = [&](auto weight, auto storage) {
+            squares_kernel<decltype(storage), decltype(weight)>
+                <<<blocks, kThreads, 0, stream>>>(batch, sums);
             check(cudaGetLastError(), "launching norm");
-            sums += blocks;
-        });
+        };
+        if constexpr (Lists == 2) {
+            if (types.other != types.storage) by_wide_gradient(types.other, run);
+        }
+        if (types.other == types.storage)
+            by_dtype(types.storage, [&](auto storage) { run(storage, storage); });
+        sums += blocks;
     });
     return sums;
 }
 
 }  // namespace
 
-std::int64_t norm_workspace(DType dtype, std::size_t n, const std::int64_t* numel) {
+std::int64_t norm_workspace(const Tensors& t) {
     std::int64_t chunks = 0;
-    for (std::size_t i = 0; i < n; ++i) chunks += chunks_of(dtype, numel[i]);
+    for (std::size_t i = 0; i < t.n; ++i) chunks += chunks_of(t.gradient(i), t.numel[i]);
     return chunks;
 }
 
-void norm(const Tensors& t, const Scalar& grad_scale, void* out, double* workspace, int device,
-          Stream stream) {
+void norm(const Tensors& t, const Scalar& grad_scale, void* out, bool out_is_double,
+          double* workspace, int device, Stream stream) {
     const DeviceGuard guard(device);
     const auto queue = static_cast<cudaStream_t>(stream);
     const double* end = t.g != nullptr ? launch_squares<2>(t, workspace, queue)
                                        : launch_squares<1>(t, workspace, queue);
     finish_norm_kernel<<<1, kFinalThreads, 0, queue>>>(workspace, end - workspace, grad_scale, out,
-                                                       t.dtype == DType::f64);
+                                                       out_is_double);
     check(cudaGetLastError(), "launching norm");
 }
 
 void flag_nonfinite(const Tensors& t, float* found_inf, int device, Stream stream) {
     const DeviceGuard guard(device);
-    by_dtype(t.dtype, [&](auto storage) {
-        for_each_batch<1>(t, [&](const auto& batch, int blocks) {
+    const auto types_of = [&](std::size_t i) { return Types{t.gradient(i), t.gradient(i)}; };
+    for_each_batch<1>(t, types_of, [&](const auto& batch, int blocks, Types types) {
+        by_dtype(types.storage, [&](auto storage) {
             nonfinite_kernel<decltype(storage)>
                 <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, found_inf);
             check(cudaGetLastError(), "launching flag_nonfinite");

@@ -25,11 +25,11 @@ void descend(const Tensors&, const DescendScalars<Scalar>&, const float*, int, S
 void descend_adamw(const Tensors&, const AdamWScalars<Scalar>&, const float*, int, Stream) {
     require();
 }
-std::int64_t norm_workspace(DType, std::size_t, const std::int64_t*) {
+std::int64_t norm_workspace(const Tensors&) {
     require();
     return 0;
 }
-void norm(const Tensors&, const Scalar&, void*, double*, int, Stream) { require(); }
+void norm(const Tensors&, const Scalar&, void*, bool, double*, int, Stream) { require(); }
 void flag_nonfinite(const Tensors&, float*, int, Stream) { require(); }
 std::int64_t project_workspace(std::int64_t, std::int64_t, std::int64_t) {
     require();

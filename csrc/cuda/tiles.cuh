@@ -27,10 +27,6 @@ __device__ __forceinline__ double sum_of_tiles(const double* sums, std::int64_t 
     return block_sum<kThreads>(sum);
 }
 
-// One element, with Pack's interface.
-template <class Storage>
-using Element = typename Chunk<Storage, 1>::Element;
-
 // Whether every row of vectors at these addresses starts where 16-byte accesses are allowed, and
 // ends with one.
 template <class Storage, class... Pointers>

@@ -35,18 +35,23 @@ Writer(Rule, Rounding) -> Writer<Rule, Rounding>;
 
 // x <- rule(from, inputs...). The inputs: first gradients, then States that the rule changes too.
 // Roles: x, the inputs, and last b where there is one.
-template <class Storage, int Inputs, int States, Backup B, bool IsSeeded>
+template <class Storage, class Gradient, int Inputs, int States, Backup B, bool IsSeeded>
 struct Step {
     using Real = typename Storage::Arithmetic;
+    static constexpr bool kWide = !std::is_same_v<Storage, Gradient>;
     static constexpr Backup kBackup = B;
     static constexpr int kRoles = 1 + Inputs + (B != Backup::none);
+    static constexpr int kGradients = Inputs - States;
+    using Lists = Chunk<Storage, kRoles, Gradient, kGradients>;
     static constexpr int kLast = kRoles - 1;
     static constexpr int kFrom = B == Backup::origin || B == Backup::restored ? kLast : 0;
     // Three inputs and a division fill the registers, and so do random bits: then floats have fewer
-    // loads in flight, and doubles, whose rule alone takes 18, fewer blocks.
-    static constexpr bool kFull = Inputs > 2 || IsSeeded;
+    // loads in flight, and doubles, whose rule alone takes 18, fewer blocks. Wide gradients fill
+    // them too.
+    static constexpr bool kFull = Inputs > 2 || IsSeeded || kWide;
     static constexpr int kInFlight = kFull && sizeof(Real) == 4 ? 1 : 2;
-    static constexpr int kBlocks = kFull && sizeof(Real) == 8 ? 2 : kBlocksAnSm - IsSeeded;
+    static constexpr int kFewer = IsSeeded + (kWide && Inputs > 2);
+    static constexpr int kBlocks = kFull && sizeof(Real) == 8 ? 2 : kBlocksAnSm - kFewer;
 
     template <class Rule>
     static __device__ __forceinline__ auto rounding(const Rule& rule, const Place& place) {
@@ -58,13 +63,17 @@ struct Step {
 
     template <class Group>
     struct Body {
-        Group from, inputs[Inputs];
+        using Gradients = typename Group::template Of<Gradient>;
+        Group from, states[States > 0 ? States : 1];
+        Gradients grads[kGradients];
 
         template <class Pointers>
         __device__ __forceinline__ void read(const Pointers& p, int i) {
             from = Group::load(p[kFrom] + i);
 #pragma unroll
-            for (int k = 0; k < Inputs; ++k) inputs[k] = Group::load(p[1 + k] + i);
+            for (int k = 0; k < kGradients; ++k) grads[k] = load_other<Gradients>(p[1 + k], i);
+#pragma unroll
+            for (int k = 0; k < States; ++k) states[k] = Group::load(p[kStates + k] + i);
         }
 
         template <class Pointers, class Writer>
@@ -72,25 +81,30 @@ struct Step {
             if constexpr (B == Backup::kept) from.store(p[kLast] + i);
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j)
-                move(writer, i, j, std::make_integer_sequence<int, Inputs>{});
+                move(writer, i, j, std::make_integer_sequence<int, kGradients>{},
+                     std::make_integer_sequence<int, States>{});
 #pragma unroll
-            for (int k = Inputs - States; k < Inputs; ++k) inputs[k].store(p[1 + k] + i);
+            for (int k = 0; k < States; ++k) states[k].store(p[kStates + k] + i);
             from.store(p[0] + i);
         }
 
      private:
-        template <class Writer, int... K>
+        static constexpr int kStates = 1 + kGradients;  // the first one's role
+
+        template <class Writer, int... G, int... S>
         __device__ __forceinline__ void move(const Writer& writer, int i, int j,
-                                             std::integer_sequence<int, K...>) {
+                                             std::integer_sequence<int, G...>,
+                                             std::integer_sequence<int, S...>) {
             const auto rounded = [&](Real v, Output output) {
                 return Storage::narrow(
                     writer.rounding.template round<Storage>(v, output, std::uint32_t(i + j)));
             };
-            Real wide[] = {Storage::widen(inputs[K].v[j])...};
-            from.v[j] = rounded(writer.rule(Storage::widen(from.v[j]), wide[K]...), Output::x);
+            [[maybe_unused]] Real wide[] = {Storage::widen(states[S].v[j])..., Real{}};
+            from.v[j] = rounded(writer.rule(Storage::widen(from.v[j]),
+                                            Real{Gradient::widen(grads[G].v[j])}..., wide[S]...),
+                                Output::x);
 #pragma unroll
-            for (int k = Inputs - States; k < Inputs; ++k)
-                inputs[k].v[j] = rounded(wide[k], Output(k + 1 - (Inputs - States)));
+            for (int k = 0; k < States; ++k) states[k].v[j] = rounded(wide[k], Output(k + 1));
         }
     };
 };
@@ -116,7 +130,7 @@ template <class Storage, class Step, class Deferred>
 __global__ void __launch_bounds__(kThreads, Step::kBlocks)
     update_kernel(const __grid_constant__ Batch<Step::kRoles> batch,
                   const __grid_constant__ Deferred rule, const float* found_inf) {
-    const Chunk<Storage, Step::kRoles> chunk(batch);
+    const typename Step::Lists chunk(batch);
     if (!is_set(found_inf)) {
         const auto known = rule.get();
         chunk.template each<Step::template Body, Step::kInFlight>(
@@ -127,27 +141,53 @@ __global__ void __launch_bounds__(kThreads, Step::kBlocks)
         chunk.template each<Copying<0, Step::kLast>::template Body>(0);
 }
 
+// Calls call(storage, gradient storage) for the types of a batch.
+template <bool AreNarrow, bool MayBeWide, class Call>
+void by_types(Types types, Call call) {
+    const auto alike = [&](auto storage) { call(storage, storage); };
+    if constexpr (MayBeWide) {
+        if (types.other != types.storage) {
+            if constexpr (AreNarrow)
+                by_narrow_dtype(types.storage,
+                                [&](auto storage) { call(storage, Native<float>{}); });
+            else
+                by_wide_gradient(types.storage, call);
+            return;
+        }
+    }
+    if constexpr (AreNarrow)
+        by_narrow_dtype(types.storage, alike);
+    else
+        by_dtype(types.storage, alike);
+}
+
 template <template <class> class Rule, int Inputs, int States, Backup B, bool IsSeeded = false,
           class Scalars>
 void update(const Tensors& t, const Scalars& s, const float* found_inf, int device, Stream stream) {
     const DeviceGuard guard(device);
-    const auto run = [&](auto storage) {
-        using Storage = decltype(storage);
-        using Kind = Step<Storage, Inputs, States, B, IsSeeded>;
-        using Plain = Rule<typename Storage::Arithmetic>;
-        const DeferredRule<std::conditional_t<IsSeeded, Seeded<Plain>, Plain>, Scalars> rule(s);
-        static_assert(sizeof rule + sizeof found_inf <= kOtherArgumentBytes);
-        for_each_batch<Kind::kRoles>(t, [&](const auto& batch, int blocks) {
+    const auto types_of = [&](std::size_t i) { return Types{t.dtype, t.gradient(i)}; };
+    const auto launch = [&](const auto& batch, int blocks, Types types) {
+        const auto run = [&](auto storage, auto gradient) {
+            using Storage = decltype(storage);
+            using Kind = Step<Storage, decltype(gradient), Inputs, States, B, IsSeeded>;
+            using Plain = Rule<typename Storage::Arithmetic>;
+            const DeferredRule<std::conditional_t<IsSeeded, Seeded<Plain>, Plain>, Scalars> rule(s);
+            static_assert(sizeof rule + sizeof found_inf <= kOtherArgumentBytes);
             update_kernel<Storage, Kind>
                 <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, rule,
                                                                              found_inf);
             check(cudaGetLastError(), "launching an update");
-        });
+        };
+        by_types<IsSeeded, B != Backup::none>(types, run);
     };
-    if constexpr (IsSeeded)
-        by_narrow_dtype(t.dtype, run);
-    else
-        by_dtype(t.dtype, run);
+    for_each_batch<1 + Inputs + (B != Backup::none)>(t, types_of, launch);
+}
+
+// Wide gradients are read where a step starts from backups, which are then the parameters: as many
+// kernels need not be compiled.
+Tensors from_backups(Tensors t) {
+    if (t.b == nullptr && t.wide != nullptr) t.b = t.x;
+    return t;
 }
 
 // Calls `call` with the flag as a constant.
@@ -170,8 +210,9 @@ void ascend(const Tensors& t, const AscendScalars<Scalar>& s, const float* found
     update<Ascend, 1, 0, Backup::kept>(t, s, found_inf, device, stream);
 }
 
-void ascend_again(const Tensors& t, const AscendScalars<Scalar>& s, const float* found_inf,
+void ascend_again(const Tensors& given, const AscendScalars<Scalar>& s, const float* found_inf,
                   int device, Stream stream) {
+    const Tensors t = from_backups(given);
     by_flag(t.b != nullptr, [&](auto has_b) {
         constexpr Backup b = has_b ? Backup::origin : Backup::none;
         update<Ascend, 1, 0, b>(t, s, found_inf, device, stream);
@@ -183,8 +224,9 @@ void ascend_hvp(const Tensors& t, const HvpScalars<Scalar>& s, const float* foun
     update<AscendHvp, 2, 0, Backup::origin>(t, s, found_inf, device, stream);
 }
 
-void descend(const Tensors& t, const DescendScalars<Scalar>& s, const float* found_inf, int device,
-             Stream stream) {
+void descend(const Tensors& given, const DescendScalars<Scalar>& s, const float* found_inf,
+             int device, Stream stream) {
+    const Tensors t = from_backups(given);
     by_flag(t.m != nullptr, [&](auto has_m) {
         by_flag(t.b != nullptr, [&](auto has_b) {
             by_flag(s.stochastic, [&](auto seeded) {
@@ -195,8 +237,9 @@ void descend(const Tensors& t, const DescendScalars<Scalar>& s, const float* fou
     });
 }
 
-void descend_adamw(const Tensors& t, const AdamWScalars<Scalar>& s, const float* found_inf,
+void descend_adamw(const Tensors& given, const AdamWScalars<Scalar>& s, const float* found_inf,
                    int device, Stream stream) {
+    const Tensors t = from_backups(given);
     by_flag(t.b != nullptr, [&](auto has_b) {
         by_flag(s.stochastic, [&](auto seeded) {
             constexpr Backup b = has_b ? Backup::restored : Backup::none;

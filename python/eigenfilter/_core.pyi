@@ -66,8 +66,11 @@ def table(
     names: Sequence[str],
     lists: Sequence[Sequence[Tensor] | None],
     written: Sequence[bool],
-) -> tuple[bytes, bytes]:
-    """`check`, then data pointers, int64 [present lists, n], and element counts, int64 [n]."""
+) -> tuple[bytes, bytes, bytes]:
+    """`check`, then data pointers, int64 [present lists, n], and element counts, int64 [n].
+
+    Last the numbers of the gradients' dtypes, uint8 [n], or nothing where all are the lists'.
+    """
 
 # The kernels check all arguments before anything is written. Called with `num_threads` 0 they do
 # nothing else: it is the check step of the backends that are written in Python.

@@ -20,6 +20,12 @@ from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
 from refusals import KERNELS, refused, spoilt
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# A parameter's dtype, the wider one of its gradients, and a size that the latter alone holds.
+WIDE = {
+    "bfloat16": (torch.bfloat16, torch.float32, 3.4e38),
+    "float16": (torch.float16, torch.float32, 1e5),
+    "float32": (torch.float32, torch.float64, 1e39),
+}
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Distance of each list's tensor from a 16-byte boundary, in bytes.
@@ -323,6 +329,109 @@ def test_descend_adamw(dtype: torch.dtype, case: Case) -> None:
     memory.check_margins()
 
 
+class Mixture:
+    """Lists some of whose gradients are wide; `copy` gives the same lists once more."""
+
+    def __init__(self, dtype: torch.dtype, wide: torch.dtype, lists: int, grads: int) -> None:
+        self.memory = Lists(dtype, lists)
+        self.memory.fill(*range(lists))
+        self.lists = [list(tensors) for tensors in self.memory.lists]
+        for k in range(1, 1 + grads):
+            for i, t in enumerate(self.lists[k]):
+                if i % 3:
+                    room = torch.full((t.numel() + 2 * MARGIN,), torch.nan, dtype=wide)
+                    first = MARGIN + i % 2 * (i > 8)  # aligned to 16 bytes or not
+                    self.lists[k][i] = room[first : first + t.numel()].normal_()
+
+    def copy(self) -> list[list[Tensor]]:
+        return [[t.clone() for t in tensors] for tensors in self.lists]
+
+
+wides = pytest.mark.parametrize(("narrow", "wide", "big"), WIDE.values(), ids=WIDE)
+
+
+@wides
+@pytest.mark.parametrize("backups", [False, True])
+@pytest.mark.parametrize("seed", [None, 77.0])
+def test_wide_gradients_among_others(
+    narrow: torch.dtype, wide: torch.dtype, big: float, backups: bool, seed: float | None
+) -> None:
+    options = {"rounding_seed": seed, "grad_scale": torch.tensor(3.7)}
+    scale = {"grad_scale": torch.tensor(3.7)}
+    calls: list[tuple[int, int, Callable[..., None]]] = [
+        (3, 1, lambda room, x, g, b: room.ascend(x, g, b, 0.137, **scale)),
+        (3, 1, lambda room, x, g, b: room.ascend(x, g, b, 0.137, adaptive=True, **scale)),
+        (
+            3,
+            1,
+            lambda room, x, g, b: room.ascend_again(x, g, 0.137, b if backups else None, **scale),
+        ),
+        (4, 2, lambda room, x, g, g0, b: room.ascend_hvp(x, g, g0, b, 0.137, 0.0213, **scale)),
+        (
+            4,
+            1,
+            lambda room, x, g, m, b: room.descend(
+                x, g, m, b if backups else None, lr=0.3, momentum=0.8, nesterov=True, **options
+            ),
+        ),
+        (
+            5,
+            1,
+            lambda room, x, g, m, v, b: room.descend_adamw(
+                x, g, m, v, b if backups else None, **ADAMW, **options
+            ),
+        ),
+    ]
+    for count, grads, call in calls:
+        memory = Mixture(narrow, wide, count, grads)
+        if count == 5:
+            for v in memory.lists[3]:
+                v.abs_()
+        copies = memory.copy()
+        call(triton_kernels, *memory.lists)
+        call(reference, *copies)
+        for actual, expected in zip(memory.lists, copies, strict=True):
+            assert_same(actual, expected, exact=seed is not None and count > 3 and grads == 1)
+        memory.memory.check_margins()
+
+
+@wides
+@pytest.mark.parametrize("weighted", [False, True])
+def test_norms_and_flags_of_wide_gradients(
+    narrow: torch.dtype, wide: torch.dtype, big: float, weighted: bool
+) -> None:
+    memory = Mixture(narrow, wide, 2, 1)
+    tensors = memory.lists[1]
+    tensors[1].fill_(big)
+    assert tensors[1].dtype == wide
+    weights = memory.lists[0] if weighted else None
+    out, expected = torch.full((2,), torch.nan, dtype=torch.float64)
+    triton_kernels.norm(tensors, out, weights=weights)
+    reference.norm(tensors, expected, weights=weights)
+    torch.testing.assert_close(out, expected, rtol=1e-14, atol=0)
+    assert expected > big / 1e3
+    found = torch.zeros(1)
+    triton_kernels.flag_nonfinite(tensors, found)
+    assert found == 0
+    for i in (3, 4):
+        good, tensors[i][2] = tensors[i][2].clone(), torch.nan
+        triton_kernels.flag_nonfinite(tensors, found.zero_())
+        tensors[i][2] = good
+        assert found == 1
+
+
+@wides
+def test_wide_gradients_beyond_the_parameters_range(
+    narrow: torch.dtype, wide: torch.dtype, big: float
+) -> None:
+    x, b = (torch.ones(70, dtype=narrow) for _ in range(2))
+    g = torch.full((70,), big, dtype=wide)
+    triton_kernels.ascend([x], [g], [b], 0.25 / big)
+    assert_same([x], [torch.full_like(x, 1.25)], exact=False)
+    triton_kernels.descend([x], [g], None, [b], lr=0.25 / big)
+    assert_same([x], [torch.full_like(x, 0.75)], exact=False)
+
+
 def test_no_decay_is_no_multiplication_by_zero(dtype: torch.dtype) -> None:
     x = torch.full((5,), torch.inf, dtype=dtype)
     triton_kernels.descend([x], [torch.ones_like(x)], None, None, lr=0.3, weight_decay=0.0)
@@ -471,7 +580,7 @@ def test_wrong_arguments_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"found_inf must be a .*float32 tensor"):
         room.descend_adamw(x, g, m, v, b, **ADAMW, found_inf=double)
     with pytest.raises(ValueError, match=r"out must be a .*float32 tensor"):
-        room.norm(x, double)
+        room.norm(x, whole)
     with pytest.raises(ValueError, match="weights"):
         room.norm(x, torch.empty(()), weights=[torch.ones(3)])
     assert_same([t for [t] in tensors], before, exact=True)

@@ -54,6 +54,21 @@ def test_reductions_read_the_local_shard(mesh: DeviceMesh) -> None:
     assert weighted.item() == kernels.norm(plain, weights=plain).item()
 
 
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
+def test_gradients_that_are_wider(mesh: DeviceMesh, placement: object) -> None:
+    for dtype, wide in ((torch.float16, torch.float32), (torch.float32, torch.float64)):
+        x, g, m = (torch.randn(6, 5) for _ in range(3))
+        plain = [x.to(dtype), 1e5 * g.to(wide), m.to(dtype)]
+        sharded = [distribute_tensor(t.clone(), mesh, [placement]) for t in plain]
+        for x, g, m in (plain, sharded):
+            scale = torch.tensor(1e5)
+            kernels.descend([x], [g], [m], lr=0.3, momentum=0.8, grad_scale=scale)
+        assert plain[0].isfinite().all()
+        assert all(same_bits(t.to_local(), e) for t, e in zip(sharded, plain, strict=True))
+        norm = kernels.norm([sharded[1]], weights=[sharded[0]])
+        assert norm == kernels.norm([plain[1]], weights=[plain[0]])
+
+
 def test_dtensors_and_plain_tensors_in_one_list(mesh: DeviceMesh) -> None:
     params = [torch.ones(4), distribute_tensor(torch.ones(4), mesh, [Shard(0)]), torch.ones(4)]
     kernels.descend(params, [torch.ones(4)] * 3, lr=0.5)

@@ -89,9 +89,10 @@ ANYWHERE: dict[str, tuple[Make, type[Exception], str]] = {
     "number": (lambda: 1.0, TypeError, "cannot be used: float is not a tensor"),
     "misaligned": (misaligned, ValueError, "is not aligned to its element size: clone it"),
     "dtype": (
-        lambda: torch.ones(SHAPE, dtype=torch.float64),
+        lambda: torch.ones(SHAPE, dtype=torch.bfloat16),
         LayoutError,
-        r"is float64 and params\[0\] is not: group tensors by dtype, or convert it with \.to\(\)",
+        r"is bfloat16 and (params\[0\]|grads\[1\]) is not: group tensors by dtype, "
+        r"or convert it with \.to\(\)",
     ),
 }
 
@@ -335,9 +336,14 @@ WEIGHTS = {
         TypeError,
         r"weights\[1\] is int64",
     ),
-    "dtype": (lambda w: [w[0], w[1].double()], LayoutError, r"weights\[1\] is float64 and tensors"),
-    "shape": (lambda w: [w[0], torch.ones(4)], LayoutError, r"weights\[1\] has shape \(4\)"),
-    "too few": (lambda w: w[:1], ValueError, "weights has 1 tensors and tensors has 2"),
+    "dtype": (lambda w: [w[0], w[1].double()], LayoutError, r"weights\[1\] is float64 and weights"),
+    "narrow": (
+        lambda w: [t.double() for t in w],
+        LayoutError,
+        r"tensors\[0\] is float32 and weights",
+    ),
+    "shape": (lambda w: [w[0], torch.ones(4)], LayoutError, r"tensors\[1\] has shape \(3\)"),
+    "too few": (lambda w: w[:1], ValueError, "tensors has 2 tensors and weights has 1"),
     "a tensor": (lambda w: torch.ones(2, 3), TypeError, "weights must be a list or tuple"),
     "none": (lambda w: [w[0], None], TypeError, r"weights\[1\] cannot be used: NoneType"),
 }

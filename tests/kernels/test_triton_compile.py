@@ -27,6 +27,8 @@ DISASSEMBLED = "sm_90"
 
 NARROW = ("bfloat16", "float16")
 DTYPES = ("float32", "float64", *NARROW)
+# A parameter's dtype and the wider one of its gradients; they are compiled as "float32-float64".
+WIDE = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
 
 # How many lists each kernel reads and writes.
 LISTS = {
@@ -63,6 +65,25 @@ def lists_of(dtype: str) -> dict[str, tuple[int, int]]:
     return LISTS | STOCHASTIC if dtype in NARROW else LISTS
 
 
+# With wide gradients: how many lists of parameters' dtype each kernel reads, of gradients' dtype,
+# and how many it writes.
+WIDE_LISTS = {
+    "ascend": (1, 1, 2),
+    "ascend_again_scaled": (1, 1, 1),
+    "ascend_hvp_scaled": (1, 2, 1),
+    "descend_scaled": (2, 1, 2),
+    "descend_adamw_scaled": (3, 1, 3),
+    "sum_squares_weighted": (1, 1, 0),
+}
+WIDE_STOCHASTIC = {
+    "descend_stochastic": (2, 1, 2),
+    "descend_adamw_stochastic_scaled": (3, 1, 3),
+}
+EVERY_WIDE = [
+    (kernel, dtype)
+    for dtype in WIDE
+    for kernel in WIDE_LISTS | (WIDE_STOCHASTIC if dtype in NARROW else {})
+]
 EVERY = [(kernel, dtype) for dtype in DTYPES for kernel in lists_of(dtype)]
 
 
@@ -178,6 +199,30 @@ def test_nothing_spills(target: str, compiled: Path, dtype: str) -> None:
             assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
 
 
+@pytest.mark.parametrize(("kernel", "dtype"), EVERY_WIDE)
+def test_wide_gradients_take_wide_accesses_and_no_spills(
+    target: str, compiled: Path, kernel: str, dtype: str
+) -> None:
+    name = f"{kernel}.{dtype}-{WIDE[dtype]}"
+    params, grads, writes = (WIDE_LISTS | WIDE_STOCHASTIC)[kernel]
+    if target == "gfx942":
+        assembly = (compiled / f"{name}.amdgcn").read_text()
+        assert count(r"(buffer|global)_load_dwordx4", assembly) >= params + 2 * grads
+        assert count(r"(buffer|global)_store_dwordx4", assembly) >= writes
+        assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", assembly) == ["0", "0"]
+        return
+    assembly = (compiled / f"{name}.ptx").read_text()
+    # A block is 4 KiB of parameters and twice as much of gradients.
+    width = "v2.b64" if WIDE[dtype] == "float64" else "v4.b32"
+    assert count(r"ld\.global\.(v4\.b32|v2\.b64)", assembly) >= 2 * params + 4 * grads
+    assert count(rf"ld\.global\.{width}", assembly) >= 4 * grads
+    assert count(r"st\.global\.v4\.b32", assembly) >= 2 * writes
+    assert "fma" not in assembly
+    assert not re.search(r"(div|rcp|r?sqrt)\.(approx|full)|\.ftz", assembly)
+    usage = run_tool("cuobjdump", "-res-usage", compiled / f"{name}.cubin")
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
+
+
 def count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
@@ -207,8 +252,13 @@ def compile_all(target: str, folder: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for dtype in DTYPES:
-        for name, (kernel, fixed, options) in (configurations(dtype) | over_rows(dtype)).items():
+    every = {dtype: configurations(dtype) | over_rows(dtype) for dtype in DTYPES}
+    for dtype, grad in WIDE.items():
+        chosen = WIDE_LISTS | (WIDE_STOCHASTIC if dtype in NARROW else {})
+        found = configurations(dtype, grad)
+        every[f"{dtype}-{grad}"] = {name: found[name] for name in chosen}
+    for dtype, of_dtype in every.items():
+        for name, (kernel, fixed, options) in of_dtype.items():
             signature = {
                 arg: "constexpr" if arg in fixed else type_of(arg, dtype)
                 for arg in kernel.arg_names
@@ -223,7 +273,9 @@ def compile_all(target: str, folder: Path) -> None:
                 (folder / f"{name}.{dtype}.cubin").write_bytes(result.asm["cubin"])
 
 
-def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
+def configurations(
+    dtype: str, grad: str = ""
+) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return kernels with their compile-time constants and options, by name."""
     import torch
 
@@ -231,7 +283,7 @@ def configurations(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str,
     from eigenfilter.kernels.triton_blocks import Blocks
     from eigenfilter.kernels.triton_kernels import constants, options
 
-    shared = constants(getattr(torch, dtype), Blocks())
+    shared = constants(getattr(torch, dtype), Blocks(), getattr(torch, grad or dtype))
     nesterov, nearest = {"MOMENTA": True, "NESTEROV": True}, {"STOCHASTIC": False}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "ascend": on_host(device_code.ascend_kernel, ADAPTIVE=False),

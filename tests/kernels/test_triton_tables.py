@@ -49,7 +49,7 @@ def test_a_tensor_is_aligned_if_it_is_in_all_lists(dtype: torch.dtype) -> None:
     whole, shifted = (torch.zeros(n + step, dtype=dtype)[i : i + n] for i in (step, 1))
     x = [torch.zeros(n, dtype=dtype) for _ in range(2)]
     work = tables("ascend", x[0], ("params", "grads"), (x, [whole, shifted]), (True, False))
-    assert work.chunks[3].tolist() == [n, 0]
+    assert work.chunks[dtype][3].tolist() == [n, 0]
     assert work.pointers.tolist() == [
         [t.data_ptr() for t in x],
         [whole.data_ptr(), shifted.data_ptr()],
@@ -65,7 +65,7 @@ def test_tables_are_used_again() -> None:
     first = of(a, b)
     again = of(a, b)
     assert again.pointers is first.pointers
-    assert again.chunks is first.chunks
+    assert again.chunks[torch.float32] is first.chunks[torch.float32]
 
 
 def test_moved_tensors_get_a_new_table_of_pointers_alone() -> None:
@@ -73,14 +73,29 @@ def test_moved_tensors_get_a_new_table_of_pointers_alone() -> None:
     first = of(a, b)
     moved = of(a, c)
     assert moved.pointers.tolist() == [[a.data_ptr(), c.data_ptr()]]
-    assert moved.chunks is first.chunks
+    assert moved.chunks[torch.float32] is first.chunks[torch.float32]
 
 
 def test_resized_and_recast_tensors_get_a_new_table_of_chunks() -> None:
     a = torch.zeros(5000)
-    assert of(a).chunks[2].sum() == 5000
-    assert of(a[:4999]).chunks[2].sum() == 4999
-    assert of(a.view(torch.bfloat16)[:5000]).chunks[3, 0] == 4096
+    assert of(a).chunks[torch.float32][2].sum() == 5000
+    assert of(a[:4999]).chunks[torch.float32][2].sum() == 4999
+    assert of(a.view(torch.bfloat16)[:5000]).chunks[torch.bfloat16][3, 0] == 4096
+
+
+def test_tensors_of_several_dtypes_are_cut_apart_and_keep_their_numbers() -> None:
+    sizes = (700, 5, 0, 9000)
+    dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
+    x = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
+    g = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    work = tables("ascend", x[0], ("params", "grads"), (x, g), (True, False))
+    assert set(work.chunks) == set(dtypes)
+    assert work.programs == sum(chunks.shape[1] for chunks in work.chunks.values())
+    for dtype, (tensor, first, length, wide) in work.chunks.items():
+        for i, size in enumerate(sizes):
+            assert length[tensor == i].sum() == (size if dtypes[i] == dtype else 0)
+        assert (wide % Blocks().elements(torch.bfloat16) == 0).all()
+        assert (first[1:] > first[:-1]).logical_or(tensor[1:] > tensor[:-1]).all()
 
 
 def test_the_tables_last_used_are_kept() -> None:

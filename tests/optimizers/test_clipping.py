@@ -41,7 +41,37 @@ def test_over_all_groups_as_torch_clips() -> None:
         p.grad, clipped = g, p.grad
         torch.testing.assert_close(clipped, g * (MAX_NORM / total), rtol=1e-4, atol=1e-12)
     expected = torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
-    assert torch.equal(expected, before)
+    torch.testing.assert_close(before, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "size"),
+    [
+        (torch.float16, torch.float16, 2e4),
+        (torch.float16, torch.float32, 1e5),
+        (torch.bfloat16, torch.bfloat16, 3e38),
+        (torch.bfloat16, torch.float32, 3e38),
+        (torch.float32, torch.float32, 3e38),
+        (torch.float32, torch.float64, 1e39),
+    ],
+)
+def test_a_norm_that_their_dtype_does_not_hold(
+    dtype: torch.dtype, wide: torch.dtype, size: float
+) -> None:
+    """Infinite in the gradients' dtype, it would make them 0."""
+    params = [torch.nn.Parameter(torch.ones(50, dtype=dtype)) for _ in range(2)]
+    for p in params:
+        p.grad_dtype = wide
+        p.grad = torch.full((50,), size, dtype=wide)
+    total = params[0].grad[0].item() * 10
+    found = ef.SGD(params, lr=0.1).clip_grad_norm_(1.0)
+    assert found.item() == pytest.approx(total, rel=1e-12)
+    for p in params:
+        torch.testing.assert_close(p.grad, torch.full_like(p.grad, 0.1), rtol=1e-2, atol=0.0)
+
+
+def test_no_gradients_have_no_norm() -> None:
+    assert ef.SGD(parameters(), lr=0.1).clip_grad_norm_(1.0) == 0
 
 
 def test_a_small_gradient_stays() -> None:

@@ -12,6 +12,10 @@ enum class DType : std::uint8_t { f32, f64, bf16, f16 };
 
 constexpr int size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
+// A gradient is read in its own dtype: that of its parameter, or the next wider one. The arithmetic
+// is that of the wider of the two, and only what is written is rounded to the parameter's dtype.
+constexpr DType wider(DType t) { return size_of(t) == 2 ? DType::f32 : DType::f64; }
+
 // A hyperparameter: a host value, or the address of a float or double that the device reads.
 struct Scalar {
     double value = 0;
@@ -32,10 +36,13 @@ struct Tensors {
     const std::int64_t* numel;  // [n]
     void* const* x;             // [n] parameters, written; the tensors of a reduction
     void* const* g;             // [n] gradients, read; the weights of a norm
+    const DType* wide;          // [n] dtypes of g and g0, of x in a reduction; nullptr: `dtype`
     void* const* b;             // [n] backups: written by ascend, read by all others
     void* const* m = nullptr;   // [n] momentum buffers or first moments, written
     void* const* v = nullptr;   // [n] second moments, written
     void* const* g0 = nullptr;  // [n] gradients at x, read
+
+    DType gradient(std::size_t i) const { return wide != nullptr ? wide[i] : dtype; }
 };
 
 // Hyperparameters as numbers, and (one template over both) as what a call is given.
@@ -136,10 +143,10 @@ void descend(const Tensors&, const DescendScalars<Scalar>&, const float* found_i
 void descend_adamw(const Tensors&, const AdamWScalars<Scalar>&, const float* found_inf, int device,
                    Stream stream);
 // Doubles that `norm` needs as workspace.
-std::int64_t norm_workspace(DType dtype, std::size_t n, const std::int64_t* numel);
-// out <- norm / grad_scale; out is a float, or a double for f64.
-void norm(const Tensors&, const Scalar& grad_scale, void* out, double* workspace, int device,
-          Stream stream);
+std::int64_t norm_workspace(const Tensors&);
+// out <- norm / grad_scale, a float or a double.
+void norm(const Tensors&, const Scalar& grad_scale, void* out, bool out_is_double,
+          double* workspace, int device, Stream stream);
 void flag_nonfinite(const Tensors&, float* found_inf, int device, Stream stream);
 // Doubles that `project_out` needs as workspace.
 std::int64_t project_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count);

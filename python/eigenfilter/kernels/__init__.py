@@ -6,6 +6,10 @@ dimensions. The i-th tensors of all lists have the same shape and strides, becau
 memory and not indices. Arithmetic is float32 (float64 for float64). All arguments are checked
 before anything is written; what is wrong is named by list and index.
 
+Gradients alone (`grads`, `base_grads`) may be wider than the rest, each for itself: float32 for
+bfloat16 and float16 parameters, float64 for float32 ones. They are read as they are, the arithmetic
+is that of the wider dtype, and only what is written is rounded, once.
+
 Scalars are floats or 0-dim float32/float64 tensors, which are read on their device without a
 synchronisation. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero:
 leave everything as it was) are what `torch.amp.GradScaler` hands over, one-element float32 tensors.
@@ -373,21 +377,23 @@ def norm(
     the number of threads.
 
     Args:
-        tensors: n tensors t, read.
-        weights: n tensors w, read, or None for ones.
+        tensors: n tensors t, read, each in its own dtype.
+        weights: n tensors w, read, or None for ones; tensors are to them as gradients to params.
         grad_scale: loss scale the tensors carry, or None for 1.
-        out: 0-dim tensor of the result's dtype on the tensors' device, or None to allocate it.
+        out: 0-dim tensor of the result's dtype on the tensors' device, or None to allocate it. It
+            may be float64 for any tensors, whose norm can exceed their dtype's range.
         backend: see the module.
 
     Returns:
-        0-dim tensor, float32 (float64 for float64 tensors), on the tensors' device.
+        0-dim tensor, float32 (float64 where a tensor is float64), on the tensors' device.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`.
     """
     if out is None:
         t = dispatch.first("tensors", tensors)
-        out = torch.empty((), dtype=arithmetic_dtype(t.dtype), device=t.device)
+        wide = arithmetic_dtype(*{each.dtype for each in tensors if isinstance(each, Tensor)})
+        out = torch.empty((), dtype=wide, device=t.device)
     elif not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, not {type(out).__name__}")
     _norm(tensors, out, weights=weights, grad_scale=grad_scale, backend=backend)
@@ -417,7 +423,7 @@ def flag_nonfinite(
         found_inf <- 1 if some t_i[j] is not finite, else unchanged
 
     Args:
-        tensors: n tensors, read.
+        tensors: n tensors, read, each in its own dtype.
         found_inf: one-element float32 tensor on their device.
         backend: see the module.
 

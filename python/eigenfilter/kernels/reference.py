@@ -3,13 +3,14 @@
 x: parameter; g: gradient; g0: gradient at x; b: backup of x; m: momentum buffer or first moment; v:
 second moment; alpha: the length of a move; lr, beta (momentum), tau (dampening), wd (weight decay);
 S = 1 / grad_scale. Never optimised. Coefficients are formed in float64 and rounded once to the
-arithmetic's dtype (float32; float64 for float64 tensors), and no multiply-add is fused. Random bits
-are a function of what they are for. Arguments are checked as the compiled kernels check them, all
-before anything is written. Every room rounds alike, so the rooms agree bit for bit.
+arithmetic's dtype (float32; float64 where x or g is float64), and no multiply-add is fused. Random
+bits are a function of what they are for. Arguments are checked as the compiled kernels check them,
+all before anything is written. Every room rounds alike, so the rooms agree bit for bit.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,9 +26,46 @@ _WORD = 0xFFFFFFFF
 _CHECK = 0  # of threads: the compiled kernel checks its arguments, and runs nothing
 
 
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which tensors of `dtype` are computed with."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype in which tensors of `dtypes` are computed with."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@functools.cache
+def gradient_dtype(param: torch.dtype, grad: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a gradient of dtype `grad` is read, exactly, for a parameter.
+
+    It is the parameter's dtype or, where that does not hold all numbers of `grad`, the next wider
+    one: float32 for bfloat16 and float16, float64 for float32.
+
+    Raises:
+        TypeError: no dtype that is read holds them.
+    """
+    for dtype in (param, torch.float32 if param.itemsize == 2 else torch.float64):
+        if grad.is_floating_point and _contains(torch.finfo(dtype), torch.finfo(grad)):
+            return dtype
+    raise TypeError(
+        f"a gradient is {grad} and its parameter {param}: the kernels read gradients of {param} "
+        f"parameters in {param} and {dtype}; set the parameter's grad_dtype to one of them"
+    )
+
+
+def _contains(wide: torch.finfo, narrow: torch.finfo) -> bool:
+    """Whether a dtype has all numbers of another."""
+    return (
+        wide.max >= narrow.max
+        and wide.eps <= narrow.eps
+        and wide.tiny * wide.eps <= narrow.tiny * narrow.eps
+    )
+
+
+def reduced(
+    tensors: Sequence[Tensor], weights: Sequence[Tensor] | None
+) -> tuple[tuple[str, ...], tuple[Sequence[Tensor], ...]]:
+    """Return names and lists of a reduction: tensors may be wider than their weights."""
+    if weights is None:
+        return ("tensors",), (tensors,)
+    return ("weights", "tensors"), (weights, tensors)
 
 
 @torch.no_grad()
@@ -44,7 +82,7 @@ def ascend(
     """b <- x; x <- x + alpha S g (adaptive: x^2 g), or x unchanged where found_inf is not zero."""
     _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
     for p, grad, b in zip(params, grads, backups, strict=True):
-        T = arithmetic_dtype(p.dtype)
+        T = arithmetic_dtype(p.dtype, grad.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p)).to(T)
         b.copy_(p)
         x, g = p.to(T), grad.to(T)
@@ -64,7 +102,7 @@ def ascend_again(
     """x <- x + alpha S g, or b + alpha S g; x unchanged where found_inf is not zero."""
     _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
     for p, g, b in zip(params, grads, params if backups is None else backups, strict=True):
-        T = arithmetic_dtype(p.dtype)
+        T = arithmetic_dtype(p.dtype, g.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p)).to(T)
         _write(p, b.to(T) + step * g.to(T), found_inf)
 
@@ -85,7 +123,7 @@ def ascend_hvp(
     lists = (params, grads, base_grads, backups)
     _core.ascend_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
     for p, g, g0, b in zip(params, grads, base_grads, backups, strict=True):
-        T = arithmetic_dtype(p.dtype)
+        T = arithmetic_dtype(p.dtype, g.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p) / _real(eps, p)).to(T)
         _write(p, b.to(T) + step * (g.to(T) - g0.to(T)), found_inf)
 
@@ -112,7 +150,7 @@ def descend(
     flags = (rounding_seed, grad_scale, found_inf)
     _core.descend(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        T = arithmetic_dtype(p.dtype)
+        T = arithmetic_dtype(p.dtype, g.dtype)
         if backups is not None:
             p.copy_(backups[i])
         x = p.to(T)
@@ -159,7 +197,7 @@ def descend_adamw(
     flags = (rounding_seed, grad_scale, found_inf)
     _core.descend_adamw(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        T = arithmetic_dtype(p.dtype)
+        T = arithmetic_dtype(p.dtype, g.dtype)
         if backups is not None:
             p.copy_(backups[i])
         S = _inverse(grad_scale, p)

@@ -143,13 +143,14 @@ def ascend_kernel(
     found_inf,
     ADAPTIVE: tl.constexpr,
     DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """b <- x; x <- x + alpha S g (adaptive: x^2 g)."""
     tensor, first, length, wide = _chunk(chunks)
     x_at = _address(pointers, tensor, first, DTYPE)
-    g_at = _address(pointers, tensor + n, first, DTYPE)
+    g_at = _address(pointers, tensor + n, first, GRAD)
     b_at = _address(pointers, tensor + 2 * n, first, DTYPE)
     step = (_real(alpha, alpha_at) * _inverse(grad_scale)).to(REAL)
     rule = (step, _is_set(found_inf), ADAPTIVE)
@@ -175,13 +176,14 @@ def ascend_again_kernel(
     grad_scale,
     found_inf,
     DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x <- x + alpha S g, or b + alpha S g."""
     tensor, first, length, wide = _chunk(chunks)
     x_at = _address(pointers, tensor, first, DTYPE)
-    g_at = _address(pointers, tensor + n, first, DTYPE)
+    g_at = _address(pointers, tensor + n, first, GRAD)
     from_at = _address(pointers, tensor + origin * n, first, DTYPE)
     step = (_real(alpha, alpha_at) * _inverse(grad_scale)).to(REAL)
     # Where x is to stay it need not be read: nothing is done at all.
@@ -210,14 +212,15 @@ def ascend_hvp_kernel(
     grad_scale,
     found_inf,
     DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x <- b + alpha h with h = S (g - g0) / eps."""
     tensor, first, length, wide = _chunk(chunks)
     x_at = _address(pointers, tensor, first, DTYPE)
-    g_at = _address(pointers, tensor + n, first, DTYPE)
-    g0_at = _address(pointers, tensor + 2 * n, first, DTYPE)
+    g_at = _address(pointers, tensor + n, first, GRAD)
+    g0_at = _address(pointers, tensor + 2 * n, first, GRAD)
     b_at = _address(pointers, tensor + 3 * n, first, DTYPE)
     step = (_real(alpha, alpha_at) * _inverse(grad_scale) / _real(eps, eps_at)).to(REAL)
     if not _is_set(found_inf):
@@ -267,13 +270,14 @@ def descend_kernel(
     MOMENTA: tl.constexpr,
     NESTEROV: tl.constexpr,
     DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m)."""
     tensor, first, length, wide = _chunk(chunks)
     x_at = _address(pointers, tensor, first, DTYPE)
-    g_at = _address(pointers, tensor + n, first, DTYPE)
+    g_at = _address(pointers, tensor + n, first, GRAD)
     m_at = _address(pointers, tensor + 2 * n, first, DTYPE) if MOMENTA else x_at
     from_at = _address(pointers, tensor + origin * n, first, DTYPE)
     S = sign * _inverse(grad_scale)
@@ -337,6 +341,7 @@ def descend_adamw_kernel(
     found_inf,
     STOCHASTIC: tl.constexpr,
     DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -346,7 +351,7 @@ def descend_adamw_kernel(
     """
     tensor, first, length, wide = _chunk(chunks)
     x_at = _address(pointers, tensor, first, DTYPE)
-    g_at = _address(pointers, tensor + n, first, DTYPE)
+    g_at = _address(pointers, tensor + n, first, GRAD)
     m_at = _address(pointers, tensor + 2 * n, first, DTYPE)
     v_at = _address(pointers, tensor + 3 * n, first, DTYPE)
     from_at = _address(pointers, tensor + origin * n, first, DTYPE)
@@ -392,13 +397,14 @@ def sum_squares_kernel(
     sums,
     WEIGHTS: tl.constexpr,
     DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """sums[program] <- sum of (w t)^2, in an order that alignment does not change."""
     tensor, first, length, wide = _chunk(chunks)
-    t_at = _address(pointers, tensor, first, DTYPE)
-    w_at = _address(pointers, tensor + n, first, DTYPE) if WEIGHTS else None
+    t_at = _address(pointers, tensor + n if WEIGHTS else tensor, first, GRAD)
+    w_at = _address(pointers, tensor, first, DTYPE) if WEIGHTS else None
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, wide, BLOCK):
         total += _squares(t_at, w_at, start, length, BLOCK, True)
@@ -419,11 +425,18 @@ def norm_kernel(sums, count, out, grad_scale, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def flag_nonfinite_kernel(
-    pointers, chunks, n, found_inf, DTYPE: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr
+    pointers,
+    chunks,
+    n,
+    found_inf,
+    DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
+    REAL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """found_inf <- 1 if an element is inf or NaN."""
     tensor, first, length, wide = _chunk(chunks)
-    at = _address(pointers, tensor, first, DTYPE)
+    at = _address(pointers, tensor, first, GRAD)
     bad = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, wide, BLOCK):
         t = _load(at, start, length, BLOCK, True).to(REAL)

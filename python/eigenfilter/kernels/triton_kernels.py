@@ -18,7 +18,7 @@ from eigenfilter import _core
 from eigenfilter.kernels import triton_device as device_code
 from eigenfilter.kernels import triton_lanczos as lanczos_code
 from eigenfilter.kernels import triton_project as project_code
-from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
+from eigenfilter.kernels.reference import Scalar, arithmetic_dtype, reduced
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import Tables, tables
 
@@ -215,12 +215,19 @@ def norm(
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
     _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
     t = tensors[0]
+    names, lists = reduced(tensors, weights)
     with _served(t.device):
-        work = tables("norm", t, ("tensors", "weights"), (tensors, weights), (False, False))
-        _single("out", out, arithmetic_dtype(t.dtype), t.device)
+        work = tables("norm", lists[0][0], names, lists, (False,) * len(names))
+        double = torch.float64 in (out.dtype, *work.chunks)
+        _single("out", out, torch.float64 if double else torch.float32, t.device)
         scale = _scale(grad_scale, t.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
-        _launch(device_code.sum_squares_kernel, t.dtype, work, sums, WEIGHTS=weights is not None)
+        rest = sums
+        weighted = {"WEIGHTS": weights is not None}
+        for grad, chunks in work.chunks.items():
+            kernel = device_code.sum_squares_kernel
+            _launch_chunks(kernel, lists[0][0].dtype, work, grad, (rest,), weighted)
+            rest = rest[chunks.shape[1] :]
         device_code.norm_kernel[(1,)](
             sums,
             work.programs,
@@ -309,11 +316,21 @@ def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
         _launch(device_code.flag_nonfinite_kernel, t.dtype, work, found_inf)
 
 
-def constants(dtype: torch.dtype, blocks: Blocks) -> dict[str, Any]:
-    """Return the compile-time constants that all kernels over tensors of `dtype` share."""
+def constants(
+    dtype: torch.dtype, blocks: Blocks, grad: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Return the compile-time constants that all kernels over tensors of `dtype` share.
+
+    Args:
+        dtype: of the parameters, or of the weights of a reduction; blocks are of so many elements.
+        blocks: the kernel's sizes.
+        grad: of the gradients, or of the tensors of a reduction; None is `dtype`.
+    """
+    grad = grad or dtype
     return {
         "DTYPE": _TYPES[dtype],
-        "REAL": _TYPES[arithmetic_dtype(dtype)],
+        "GRAD": _TYPES[grad],
+        "REAL": _TYPES[arithmetic_dtype(dtype, grad)],
         "BLOCK": blocks.elements(dtype),
     }
 
@@ -325,14 +342,28 @@ def options(blocks: Blocks) -> dict[str, Any]:
 
 def _launch(kernel: Any, dtype: torch.dtype, work: Tables, *args: object, **chosen: bool) -> None:
     """Run a program for every chunk, of the variant `chosen`: one for all that is true."""
-    if work.programs > 0:
-        kernel[(work.programs,)](
+    for grad in work.chunks:
+        _launch_chunks(kernel, dtype, work, grad, args, chosen)
+
+
+def _launch_chunks(
+    kernel: Any,
+    dtype: torch.dtype,
+    work: Tables,
+    grad: torch.dtype,
+    args: tuple[object, ...],
+    chosen: dict[str, bool],
+) -> None:
+    """Run the programs of the chunks whose gradients are of dtype `grad`."""
+    chunks = work.chunks[grad]
+    if chunks.shape[1] > 0:
+        kernel[(chunks.shape[1],)](
             work.pointers,
-            work.chunks,
+            chunks,
             work.n,
             *args,
             **{name: bool(value) for name, value in chosen.items()},
-            **constants(dtype, work.blocks),
+            **constants(dtype, work.blocks, grad),
             **options(work.blocks),
         )
 

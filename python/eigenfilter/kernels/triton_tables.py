@@ -6,6 +6,9 @@ A program works on one chunk of one tensor. Two int64 tables on the device say w
     chunks [4, programs]     tensor, first element, elements, how many of them are accessed 16 bytes
                              at a time
 
+There are chunks for each dtype that gradients have (in a reduction: that tensors have), since a
+kernel is compiled for one.
+
 Where all addresses of a tensor are multiples of 16, its whole blocks are accessed that way; else (a
 bucket view, a shard) it is accessed element by element, and slows nobody else.
 
@@ -15,7 +18,8 @@ often than sizes change, and the table of chunks is then still good.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,16 +37,18 @@ BLOCKS_IN_CHUNK = 4
 Array = npt.NDArray[np.int64]
 _Key = tuple[object, ...]
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the core numbers them
+
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The tensors of one call: addresses [roles, n] and chunks [4, programs], on their device.
+    """The tensors of one call: addresses [roles, n], and by dtype chunks [4, programs].
 
     blocks: the sizes that the chunks are cut for.
     """
 
     pointers: Tensor
-    chunks: Tensor
+    chunks: dict[torch.dtype, Tensor]
     blocks: Blocks
 
     @property
@@ -53,7 +59,7 @@ class Tables:
     @property
     def programs(self) -> int:
         """Chunks of all tensors; none where all tensors are empty."""
-        return self.chunks.shape[1]
+        return sum(chunks.shape[1] for chunks in self.chunks.values())
 
 
 def tables(
@@ -67,23 +73,38 @@ def tables(
 
     Args:
         kernel: that is called, for the sizes of its blocks.
-        like: a tensor of the lists, for their dtype and device, which must be the current one. The
-            tables are for the current stream.
+        like: a tensor of the first list, for its dtype and device, which must be the current one.
+            The tables are for the current stream.
         names, lists, written: as `_core.table`.
     """
-    addresses, counts = _core.table(names, lists, written)
+    addresses, counts, wide = _core.table(names, lists, written)
     sizes = np.frombuffer(counts, dtype=np.int64)
     pointers = np.frombuffer(addresses, dtype=np.int64).reshape(-1, sizes.size)
     aligned = np.bitwise_or.reduce(pointers, axis=0) % 16 == 0
     blocks = chosen(kernel, like.dtype, like.device)
     block = blocks.elements(like.dtype)
+    chunks = {}
+    for dtype, some in _by_dtype(wide, like.dtype, sizes):
+        chunks[dtype] = _recent.get(
+            (some.tobytes(), aligned.tobytes(), block),
+            like.device,
+            functools.partial(cut, some, aligned, block),
+        )
     return Tables(
         pointers=_recent.get((addresses, sizes.size), like.device, lambda: pointers),
-        chunks=_recent.get(
-            (counts, aligned.tobytes(), block), like.device, lambda: cut(sizes, aligned, block)
-        ),
+        chunks=chunks,
         blocks=blocks,
     )
+
+
+def _by_dtype(wide: bytes, usual: torch.dtype, sizes: Array) -> Iterator[tuple[torch.dtype, Array]]:
+    """By dtype of the gradients: the sizes of those that have it, and 0 for the others."""
+    if not wide:
+        yield usual, sizes
+        return
+    numbers = np.frombuffer(wide, dtype=np.uint8)
+    for number in np.unique(numbers):
+        yield _DTYPES[number], np.where(numbers == number, sizes, 0)
 
 
 def cut(sizes: Array, aligned: npt.NDArray[np.bool_], block: int) -> Array:

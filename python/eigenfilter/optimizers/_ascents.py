@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.kernels.reference import arithmetic_dtype
 from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._parts import Gradients, Part, Piece
 
 Run = Callable[..., None]
@@ -47,6 +48,10 @@ class Ascent:
         """Move a piece; its backups hold x if it has moved before, else this call saves it."""
         raise AssertionError(f"{self.method} has no ascent")
 
+    def from_x(self, index: int) -> bool:
+        """Whether ascent `index` starts from x, so that a gradient of zero leads back there."""
+        return False
+
     def note(self, loss: Any) -> None:
         """Take note of what the closure has returned, before `prepare` gets its gradients."""
 
@@ -56,6 +61,10 @@ class Ascent:
     def needs_graph(self, index: int) -> bool:
         """Whether the gradient for ascent `index` has to be differentiable itself."""
         return False
+
+    def watch(self, index: int, params: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """A context for the evaluation whose gradient ascent `index` takes."""
+        return nullcontext()
 
     def replays(self, index: int) -> bool | None:
         """Whether evaluation `index` draws the random numbers of the one before it (False, True).
@@ -67,7 +76,7 @@ class Ascent:
 
 def signed(group: dict[str, Any]) -> float | Tensor:
     """The length of an ascent: rho, or -rho where f is maximised."""
-    rho: float | Tensor = group["rho"]
+    rho = rho_of(group)
     return -rho if group.get("maximize") else rho
 
 
@@ -84,15 +93,15 @@ def total_norms(
     for part, tensors in lists:
         for placing, indices in part.placings:
             whole = len(part.placings) == 1
-            dtype = arithmetic_dtype(part.params[0].dtype)
-            norm = torch.empty((), dtype=dtype, device=part.device)
+            # Of float32 gradients it may exceed what float32 holds.
+            norm = torch.empty((), dtype=torch.float64, device=part.device)
             factors = part.tensors if whole else [part.tensors[i] for i in indices]
             part.kernels.norm(
                 tensors if whole else [tensors[i] for i in indices],
                 norm,
                 weights=factors if weights else None,
             )
-            squares[part.device].append(_distributed.summed(norm.double().square(), placing))
+            squares[part.device].append(_distributed.summed(norm.square(), placing))
     sums = {device: torch.stack(terms).sum() for device, terms in squares.items()}
     return {
         device: torch.stack([s.to(device) for s in sums.values()]).sum().sqrt() for device in sums

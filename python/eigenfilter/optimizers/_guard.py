@@ -19,6 +19,7 @@ class Guard:
     """
 
     def __init__(self) -> None:
+        self._scaled = False
         self._scales: dict[torch.device, Tensor] = {}
         self._flags: dict[torch.device, Tensor] = {}
         self._skipped: dict[torch.device, Tensor] = {}
@@ -26,10 +27,11 @@ class Guard:
     @property
     def scaled(self) -> bool:
         """Whether the present gradients carry a scale."""
-        return bool(self._scales)
+        return self._scaled
 
     def begin(self) -> None:
         """Begin a step: no scale, no flag."""
+        self._scaled = False
         self._scales.clear()
         self._flags.clear()
 
@@ -39,17 +41,38 @@ class Guard:
         """Take an ascent's scale from its scaler, without a synchronisation."""
         scaled = scaler is not None and scaler.is_enabled()
         self._require_agreement(scaled, ascended)
+        self._scaled = scaled
         self._scales.clear()
         if scaler is not None and scaled:
             for device in {part.device for part, _ in found}:
                 one = torch.ones((), dtype=torch.float32, device=device)
                 self._scales[device] = scaler.scale(one).detach()
 
-    def take_over(self, optimizer: torch.optim.Optimizer, found: list[Any], ascended: bool) -> None:
-        """Take the descent's scale and flag, which `scaler.step` sets on the optimizer."""
+    def take_over(
+        self,
+        optimizer: torch.optim.Optimizer,
+        found: list[Any],
+        *,
+        ascended: bool,
+        unscaled: bool,
+    ) -> None:
+        """Take the descent's scale and flag, which `scaler.step` sets on the optimizer.
+
+        Args:
+            optimizer: where they are.
+            found: the parts with their gradients.
+            ascended: whether the step has taken ascents.
+            unscaled: whether the gradients have been unscaled already.
+        """
         self._require_agreement("found_inf" in vars(optimizer), ascended)
         self._scales.clear()
         scale = vars(optimizer).get("grad_scale")
+        if scale is not None and unscaled:
+            raise RuntimeError(
+                "clip_grad_norm_ has unscaled the gradients for one optimizer, and the scaler "
+                "steps with a wrapper of it: call scaler.unscale_(wrapper) instead, and clip with "
+                "torch.nn.utils.clip_grad_norm_"
+            )
         flag = vars(optimizer).get("found_inf")
         for device in {part.device for part, _ in found}:
             if isinstance(scale, Tensor):
@@ -108,6 +131,8 @@ class Guard:
     def _share(self) -> None:
         """Give all devices and ranks the largest of their flags."""
         flags = list(self._flags.values())
+        if not flags:
+            return
         for other in flags[1:]:
             flags[0].add_(other.to(flags[0].device))
         _distributed.any_rank(flags[0])
@@ -130,7 +155,11 @@ def refuse_unscaled(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
         )
 
 
+HANDED_OVER = ("grad_scale", "found_inf")
+"""What a GradScaler sets on the optimizer that it is given, for the time of a step."""
+
+
 def drop_handed_over(optimizer: torch.optim.Optimizer) -> None:
     """Drop what a GradScaler set on the optimizer: it does so only after a step that works."""
-    vars(optimizer).pop("grad_scale", None)
-    vars(optimizer).pop("found_inf", None)
+    for name in HANDED_OVER:
+        vars(optimizer).pop(name, None)

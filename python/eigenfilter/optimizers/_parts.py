@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
 
 from eigenfilter import _core, _distributed, kernels
+from eigenfilter.kernels.reference import gradient_dtype
+from eigenfilter.optimizers._step_counts import Counted
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -35,7 +37,9 @@ class Part:
         self.placings = _distributed.by_placing(params)
         self.is_distributed = any(placing is not None for placing, _ in self.placings)
         self.store = store
+        self.counted: Counted | None = None  # by an update that depends on the steps taken
         self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
+        self._first_dtypes: list[torch.dtype] = []  # of the first gradients' list
         self._past: tuple[int, Hashable] = (-1, None)  # the store's epoch, and what was seen then
         self._subparts: dict[tuple[int, ...], Part] = {}
 
@@ -71,9 +75,14 @@ class Part:
         """The parameters' backups, allocated when first asked for."""
         return self._list("backup", self.store.private)
 
-    def first_gradients(self) -> _core.TensorList:
-        """Room for the gradients at x, allocated when first asked for."""
-        return self._list("first gradient", self.store.private)
+    def first_gradients(self, grads: Sequence[Tensor]) -> _core.TensorList:
+        """Room for the gradients at x, of the dtypes of `grads`, allocated when first asked for."""
+        dtypes = [g.dtype for g in grads]
+        if dtypes != self._first_dtypes:
+            self._lists.pop("first gradient", None)
+            self._first_dtypes = dtypes
+        rest = iter(dtypes)
+        return self._list("first gradient", lambda name, p: self.store.private(name, p, next(rest)))
 
     def buffers(self, key: str) -> _core.TensorList:
         """The buffers that the optimizer's state has at `key`; missing ones are made, as zeros."""
@@ -106,7 +115,11 @@ class Part:
         torch._foreach_copy_(locals_, list(self.backups()))
 
     def conform(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients in their parameters' dtype, strides and placements, copied where not so."""
+        """Gradients in their parameters' strides and placements, copied where not so.
+
+        Their dtype is the parameter's or, where that does not hold all that theirs does, the next
+        wider one, which the kernels read too.
+        """
         return [_conform(g, p) for g, p in zip(grads, self.params, strict=True)]
 
     def conforming(self, grads: list[Tensor]) -> list[Tensor]:
@@ -158,15 +171,16 @@ class Store:
         self._private: dict[tuple[str, Tensor], Tensor] = {}
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
-        self._holders: Counter[int] = Counter()
         self._settled = True  # what was noted last is all there is
 
-    def private(self, name: str, p: Tensor) -> Tensor:
+    def private(self, name: str, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the optimizer's own like the local memory of a parameter; never saved."""
         local = _distributed.local(p)
+        dtype = dtype or local.dtype
         kept = self._private.get((name, p))
-        if kept is None or kept.shape != local.shape or not _fits(kept, local):
-            kept = self._private[name, p] = torch.empty_like(local, requires_grad=False)
+        if kept is None or kept.shape != local.shape or not _fits(kept, local, dtype):
+            kept = torch.empty_like(local, dtype=dtype, requires_grad=False)
+            self._private[name, p] = kept
         return kept
 
     def buffer(self, key: str, p: Tensor) -> Tensor:
@@ -175,7 +189,7 @@ class Store:
         buffer: Tensor | None = state.get(key)
         if buffer is None:
             buffer = torch.zeros_like(p, requires_grad=False)
-        elif not _distributed.is_dtensor(p) and not _fits(buffer, p):
+        elif not _distributed.is_dtensor(p) and not _fits(buffer, p, p.dtype):
             buffer = torch.empty_like(p, requires_grad=False).copy_(buffer)
         state[key] = buffer
         return buffer
@@ -184,7 +198,6 @@ class Store:
         """Note which state dictionaries and buffers there are now."""
         self._entries = [s for s in self.state.values() if s]
         self._values = [s.get(key) for s in self._entries for key in self.keys]
-        self._holders = Counter(map(id, self._values))
         self.epoch += 1
         self._settled = True
 
@@ -197,18 +210,6 @@ class Store:
         """Note it."""
         if not self._settled:
             self.remember()
-
-    def share(self, params: Sequence[Tensor], key: str, value: Tensor) -> None:
-        """Give parameters one item of the state in common."""
-        for p in params:
-            self._holders[id(self.state[p].get(key))] -= 1
-            self.state[p][key] = value
-        self._holders[id(value)] += len(params)
-        self.changed()
-
-    def holders(self, value: Any) -> int:
-        """How many parameters share an item of the state."""
-        return self._holders[id(value)]
 
     def unchanged(self) -> bool:
         """Whether the state is still the one noted: none of it was replaced, cleared or loaded."""
@@ -258,7 +259,7 @@ class Parts:
         self._store.remember()
         self._parts = []
         self._alone.clear()
-        self._refuse_overlap()
+        refuse_overlap(groups)
         self._group_of = {}
         for number, group in enumerate(groups):
             by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -278,15 +279,6 @@ class Parts:
             group, number = self._group_of[id(p)]
             self._alone[id(p)] = Part(group, number, [p], self._store)
         return self._alone[id(p)]
-
-    def _refuse_overlap(self) -> None:
-        """Raise ValueError where parameters of any groups share memory: a move would be two."""
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for params, _ in self._groups:
-            for p in params:
-                by_kind.setdefault(_kind(p), []).append(p)
-        for params in by_kind.values():
-            _core.check(("params",), (params,), (True,))
 
     def with_gradients(self) -> Gradients:
         """The parts of those parameters that have a gradient."""
@@ -316,6 +308,20 @@ def conforming(found: Gradients) -> Gradients:
     return [(part, part.conforming(grads)) for part, grads in found]
 
 
+def refuse_overlap(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for parameters that are not dense, or that share memory: a step would write it twice.
+
+    Parameters without memory, on the meta device or fake, are left until they have some.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for group in groups:
+        for p in group["params"]:
+            if p.device.type != "meta" and not isinstance(p, FakeTensor):
+                by_kind.setdefault(_kind(p), []).append(p)
+    for params in by_kind.values():
+        _core.check(("params",), (params,), (True,))
+
+
 def _kind(p: Tensor) -> tuple[torch.device, torch.dtype]:
     return p.device, p.dtype
 
@@ -327,14 +333,15 @@ def _conform(grad: Tensor, param: Tensor) -> Tensor:
             "in the module that makes it, or convert it with .to_dense()"
         )
     local, like = _distributed.local(grad), _distributed.local(param)
-    if _fits(local, like):
+    dtype = gradient_dtype(like.dtype, local.dtype)
+    if _fits(local, like, dtype):
         return local
-    return torch.empty_like(like, requires_grad=False).copy_(local)
+    return torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(local)
 
 
-def _fits(t: Tensor, like: Tensor) -> bool:
+def _fits(t: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
     return (
-        t.dtype == like.dtype
+        t.dtype == dtype
         and t.device == like.device
         and t.stride() == like.stride()
         and not t.is_neg()

@@ -1,0 +1,408 @@
+"""Gradients of a wider dtype than their parameters are read as they are, and round nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cases import SCALE, SIZES, UPDATES, Arena, Room, Update, bits, same_bits
+from eigenfilter import _core, kernels
+from eigenfilter.kernels.reference import gradient_dtype
+from tolerances import NORM, Exact, adamw_roundings, assert_near, exact
+
+# A parameter's dtype, that of its gradients, and a power of two which the latter alone holds.
+PAIRS = {
+    "float16-float32": (torch.float16, torch.float32, 2.0**17),
+    "bfloat16-float32": (torch.bfloat16, torch.float32, 2.0**60),
+    "float32-float64": (torch.float32, torch.float64, 2.0**130),
+}
+# What rounds to infinity in the parameter's dtype.
+BEYOND = {torch.float16: 1e5, torch.bfloat16: 3.399e38, torch.float32: 1e39}
+# Dtypes of which neither holds the other's numbers, and those that are two steps apart.
+UNREAD = [
+    (torch.float16, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.float64),
+    (torch.bfloat16, torch.float64),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float32),
+]
+GRADIENTS = ("grads", "base_grads")
+
+pairs = pytest.mark.parametrize(("dtype", "wide", "big"), PAIRS.values(), ids=PAIRS)
+mixtures = pytest.mark.parametrize("mixed", [False, True], ids=["wide", "mixed"])
+
+
+class Operands:
+    """An update's lists with gradients of another dtype, every second one with `mixed`."""
+
+    def __init__(
+        self, update: Update, dtype: torch.dtype, wide: torch.dtype, mixed: bool, device: str
+    ) -> None:
+        self.arenas = [update.arena(dtype, SIZES[:-1], device)]
+        self.lists = list(self.arenas[0].lists)
+        for i, role in enumerate(update.lists):
+            if role in GRADIENTS:
+                arena = Arena(wide, 1, SIZES[:-1], device, shifts=[i])
+                arena.fill(0)
+                self.arenas.append(arena)
+                self.lists[i] = [
+                    narrow if mixed and k % 2 else grad
+                    for k, (grad, narrow) in enumerate(
+                        zip(arena.lists[0], self.lists[i], strict=True)
+                    )
+                ]
+
+    def values(self) -> list[Tensor]:
+        return [t for tensors in self.lists for t in tensors]
+
+    def check_margins(self) -> None:
+        for arena in self.arenas:
+            arena.check_margins()
+
+
+@mixtures
+@pairs
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("update", UPDATES, ids=str)
+def test_updates_are_the_references_bit_for_bit(
+    fast_room: Room,
+    update: Update,
+    found: float | None,
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    big: float,
+    mixed: bool,
+) -> None:
+    results = []
+    device = fast_room.device
+    flag = None if found is None else torch.tensor(found, device=device)
+    for backend in (fast_room.backend, "reference"):
+        torch.manual_seed(5)
+        operands = Operands(update, dtype, wide, mixed, device)
+        scale = torch.tensor(SCALE, device=device)
+        update(operands.lists, grad_scale=scale, found_inf=flag, backend=backend)
+        operands.check_margins()
+        results.append(operands.values())
+    assert all(map(same_bits, *results))
+
+
+@pairs
+@pytest.mark.parametrize("update", UPDATES, ids=str)
+def test_what_both_dtypes_hold_gives_the_same_step(
+    room: Room, update: Update, dtype: torch.dtype, wide: torch.dtype, big: float
+) -> None:
+    """Where the arithmetic is that of the parameters' own gradients, too."""
+    results = []
+    for convert in (False, True):
+        torch.manual_seed(5)
+        lists = update.arena(dtype, SIZES[:-1], room.device).lists
+        for i, role in enumerate(update.lists):
+            if role in GRADIENTS and convert:
+                lists[i] = [g.to(wide) for g in lists[i]]
+        update(lists, backend=room.backend)
+        results.append(
+            [t for i, role in enumerate(update.lists) if role in update.writes for t in lists[i]]
+        )
+    if wide == torch.float32:
+        assert all(map(same_bits, *results))
+    else:
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def lists_of(count: int, dtype: torch.dtype, wide: torch.dtype, big: float) -> list[Tensor]:
+    """x of size 1, a gradient of size `big`, and as many states of size 1 as are wanted."""
+    n = 1003
+    values = torch.linspace(0.5, 2.0, n, dtype=torch.float64)
+    signs = torch.ones(n).index_fill(0, torch.arange(0, n, 3), -1)
+    x = (values * signs).to(dtype)
+    g = (values.flip(0) * (1 + 2.0**-20) * big * signs.roll(1)).to(wide)
+    assert g.isfinite().all()
+    return [x, g, *(values.roll(i).to(dtype) for i in range(1, count - 1))]
+
+
+LR, WD, BETA = 0.137, 0.073, 0.87
+
+
+def ascend(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+    x, g, b = lists
+    before = exact(x)
+    kernels.ascend([x], [g], [b], LR / big, backend=backend)
+    move = np.longdouble(LR / big) * exact(g)
+    return x, before + move, np.abs(before) + np.abs(move)
+
+
+def ascend_adaptive(
+    lists: Sequence[Tensor], big: float, backend: str
+) -> tuple[Tensor, Exact, Exact]:
+    x, g, b = lists
+    before = exact(x)
+    kernels.ascend([x], [g], [b], LR / big, adaptive=True, backend=backend)
+    move = np.longdouble(LR / big) * before**2 * exact(g)
+    return x, before + move, np.abs(before) + np.abs(move)
+
+
+def ascend_again(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+    x, g, b = lists
+    kernels.ascend_again([x], [g], LR / big, [b], backend=backend)
+    move = np.longdouble(LR / big) * exact(g)
+    return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
+
+
+def ascend_again_on(
+    lists: Sequence[Tensor], big: float, backend: str
+) -> tuple[Tensor, Exact, Exact]:
+    x, g, _ = lists
+    before = exact(x)
+    kernels.ascend_again([x], [g], LR / big, backend=backend)
+    move = np.longdouble(LR / big) * exact(g)
+    return x, before + move, np.abs(before) + np.abs(move)
+
+
+def ascend_hvp(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+    x, g, b = lists
+    base = -0.7 * g
+    kernels.ascend_hvp([x], [g], [base], [b], LR / big, 0.5, backend=backend)
+    move = np.longdouble(LR / big) * 2 * (exact(g) - exact(base))
+    return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
+
+
+def descend(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+    x, g, _ = lists
+    before = exact(x)
+    kernels.descend([x], [g], lr=LR / big, weight_decay=WD * big, backend=backend)
+    terms = [np.longdouble(LR / big) * t for t in (exact(g), np.longdouble(WD * big) * before)]
+    return x, before - sum(terms), sum(map(np.abs, terms)) + np.abs(before)
+
+
+def descend_maximize(
+    lists: Sequence[Tensor], big: float, backend: str
+) -> tuple[Tensor, Exact, Exact]:
+    x, g, b = lists
+    kernels.descend([x], [g], None, [b], lr=LR / big, maximize=True, backend=backend)
+    move = np.longdouble(LR / big) * exact(g)
+    return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
+
+
+def descend_adamw(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+    """Its state overflows, but not before x is computed with it."""
+    x, g, b = lists
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    options: Any = {"lr": LR, "beta1": 0.9, "beta2": 0.99, "eps": big / 8, "weight_decay": WD}
+    kernels.descend_adamw([x], [g], [m], [v], [b], **options, step=1, backend=backend)
+    size = np.abs(exact(g))
+    move = LR * exact(g) / (size + np.longdouble(big / 8))
+    kept = (1 - np.longdouble(LR) * np.longdouble(WD)) * exact(b)
+    return x, kept - move, np.abs(kept) + np.abs(move)
+
+
+STEPS: list[Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]]] = [
+    ascend,
+    ascend_adaptive,
+    ascend_again,
+    ascend_again_on,
+    ascend_hvp,
+    descend,
+    descend_maximize,
+    descend_adamw,
+]
+
+
+@pairs
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+def test_gradients_beyond_the_parameters_range(
+    room: Room,
+    step: Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]],
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    big: float,
+) -> None:
+    """The step is the exact one, rounded once, as if the gradient were of size 1."""
+    lists = [t.to(room.device) for t in lists_of(3, dtype, wide, big)]
+    actual, expected, terms = step(lists, big, room.backend)
+    assert actual.dtype == dtype
+    roundings = adamw_roundings(dtype, 0.9, 0.99, 1) + 5
+    assert_near(actual, expected, terms, roundings)
+
+
+@pairs
+def test_momentum_is_rounded_once(
+    room: Room, dtype: torch.dtype, wide: torch.dtype, big: float
+) -> None:
+    """The loss scale takes the gradient back into the momentum's range."""
+    x, g, m, b = (t.to(room.device) for t in lists_of(4, dtype, wide, min(big, 2.0**100)))
+    scale = torch.tensor(min(big, 2.0**100), device=room.device)
+    d = exact(g) / np.longdouble(scale.item()) + WD * exact(b)
+    new = BETA * exact(m) + d
+    kernels.descend(
+        [x],
+        [g],
+        [m],
+        [b],
+        lr=LR,
+        momentum=BETA,
+        weight_decay=WD,
+        grad_scale=scale,
+        backend=room.backend,
+    )
+    terms = np.abs(d) + WD * np.abs(exact(b)) + 2
+    assert_near(m, new, terms)
+    assert_near(x, exact(b) - LR * new, np.abs(exact(b)) + LR * terms)
+
+
+@pytest.mark.parametrize("wide", [torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_is_right_on_average(
+    room: Room, dtype: torch.dtype, wide: torch.dtype
+) -> None:
+    """A step that the gradient's own rounding, to nearest, would lose or double."""
+    n = 2**16
+    x = torch.ones(n, dtype=dtype, device=room.device)
+    step = 0.3 * torch.finfo(dtype).eps * (1 + 2.0**-13)
+    g = torch.full((n,), -step, dtype=wide, device=room.device)
+    kernels.descend([x], [g], lr=1.0, rounding_seed=77, backend=room.backend)
+    up = (x > 1).double().mean().item()
+    assert up == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / n) ** 0.5)
+
+
+@pairs
+@mixtures
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_norms_beyond_the_parameters_range(
+    room: Room, dtype: torch.dtype, wide: torch.dtype, big: float, mixed: bool, weighted: bool
+) -> None:
+    arena, narrow = (Arena(t, 1, device=room.device) for t in (wide, dtype))
+    weights = Arena(dtype, 1, device=room.device, shifts=[1])
+    for a in (arena, narrow, weights):
+        a.fill(0)
+    arena.memory[0].mul_(big)
+    tensors = [narrow.lists[0][i] if mixed and i % 2 else t for i, t in enumerate(arena.lists[0])]
+    by = weights.lists[0] if weighted else None
+    expected = np.longdouble(0)
+    for i, t in enumerate(tensors):
+        w = exact(by[i]) if by is not None else 1
+        expected = expected + ((exact(t).astype(np.longdouble) * w) ** 2).sum()
+    out = torch.empty((), dtype=torch.float64, device=room.device)
+    kernels.norm(tensors, weights=by, out=out, backend=room.backend)
+    assert out.item() == pytest.approx(float(np.sqrt(expected)), rel=NORM[torch.float64])
+    allocated = kernels.norm(tensors, weights=by, backend=room.backend)
+    assert allocated.dtype == (torch.float64 if wide == torch.float64 else torch.float32)
+    assert allocated.item() == pytest.approx(out.item(), rel=NORM[allocated.dtype])
+
+
+@pairs
+@mixtures
+@pytest.mark.usefixtures("threads")
+def test_norms_are_the_same_for_every_instruction_set_and_number_of_threads(
+    dtype: torch.dtype, wide: torch.dtype, big: float, mixed: bool
+) -> None:
+    arena, narrow = Arena(wide, 1), Arena(dtype, 2)
+    arena.fill(0)
+    narrow.fill(0, 1)
+    tensors = [narrow.lists[0][i] if mixed and i % 2 else t for i, t in enumerate(arena.lists[0])]
+    for weights in (None, narrow.lists[1]):
+        results = set()
+        for isa in _core.isas():
+            _core.set_isa(isa)
+            for count in (1, 2, 8):
+                torch.set_num_threads(count)
+                out = torch.empty((), dtype=torch.float64)
+                results.add(kernels.norm(tensors, weights=weights, out=out).item())
+        assert len(results) == 1
+
+
+def test_a_norm_of_float32_may_exceed_it(room: Room) -> None:
+    t = torch.full((40,), 3e38, device=room.device)
+    assert kernels.norm([t], backend=room.backend).isinf()
+    out = torch.empty((), dtype=torch.float64, device=room.device)
+    kernels.norm([t], out=out, backend=room.backend)
+    assert out.item() == pytest.approx(t[0].item() * 40**0.5, rel=1e-14)
+
+
+@pairs
+@mixtures
+def test_only_what_is_not_finite_is_flagged(
+    room: Room, dtype: torch.dtype, wide: torch.dtype, big: float, mixed: bool
+) -> None:
+    tensors = [torch.full((67,), BEYOND[dtype], dtype=wide, device=room.device) for _ in range(3)]
+    assert tensors[0].to(dtype).isinf().all()
+    if mixed:
+        tensors[1] = torch.ones(67, dtype=dtype, device=room.device)
+    found = torch.zeros(1, device=room.device)
+    kernels.flag_nonfinite(tensors, found, backend=room.backend)
+    assert found == 0
+    for i in range(3):
+        for bad in (torch.inf, torch.nan):
+            spoilt = [t.clone() for t in tensors]
+            spoilt[i][66] = bad
+            kernels.flag_nonfinite(spoilt, found.zero_(), backend=room.backend)
+            assert found == 1
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("role", GRADIENTS)
+@pytest.mark.parametrize(("dtype", "other"), UNREAD)
+def test_other_dtypes_are_refused_before_anything_is_written(
+    dtype: torch.dtype, other: torch.dtype, role: str, backend: str
+) -> None:
+    for update in UPDATES:
+        if role not in update.lists:
+            continue
+        lists = [[torch.ones(5, dtype=dtype) for _ in range(2)] for _ in update.lists]
+        lists[update.lists.index(role)][1] = torch.ones(5, dtype=other)
+        before = [[bits(t).clone() for t in tensors] for tensors in lists]
+        with pytest.raises(_core.LayoutError, match=rf"^{role}\[1\] is .* is not: .*\.to\(\)"):
+            update(lists, backend=backend)
+        for tensors, old in zip(lists, before, strict=True):
+            assert all(map(torch.equal, map(bits, tensors), old))
+
+
+@pairs
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_gradients_of_both_points_are_of_one_dtype(
+    dtype: torch.dtype, wide: torch.dtype, big: float, backend: str
+) -> None:
+    x, g, b = (torch.ones(5, dtype=dtype) for _ in range(3))
+    for grads, base in (([g.to(wide)], [g]), ([g], [g.to(wide)])):
+        with pytest.raises(_core.LayoutError, match=r"^base_grads\[0\] is .* and grads\[0\] is"):
+            kernels.ascend_hvp([x], grads, base, [b], 0.1, 0.1, backend=backend)
+    assert (x == 1).all()
+
+
+@pairs
+def test_a_wide_gradient_may_not_reach_into_its_parameter(
+    dtype: torch.dtype, wide: torch.dtype, big: float
+) -> None:
+    """Its bytes are counted in its own dtype."""
+    memory = torch.zeros(24, dtype=wide)
+    g = memory[:8]
+    x = memory.view(dtype)[8:16]  # half-way through the gradient
+    with pytest.raises(ValueError, match="share memory"):
+        kernels.descend([x], [g], lr=0.1)
+    after = memory.view(dtype)[16:24]
+    kernels.descend([after], [g], lr=0.1)
+
+
+def test_the_dtype_in_which_gradients_are_read() -> None:
+    """The parameter's if it holds all their numbers, else the next wider one if that does."""
+    half, brain, single, double = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    read = {
+        half: {half: half, brain: single, single: single, torch.float8_e5m2: half},
+        brain: {half: single, brain: brain, single: single, torch.float8_e4m3fn: brain},
+        single: {half: single, brain: single, single: single, double: double},
+        double: {half: double, brain: double, single: double, double: double},
+    }
+    for param, by_grad in read.items():
+        for grad, expected in by_grad.items():
+            assert gradient_dtype(param, grad) == expected
+    for param in (half, brain):
+        with pytest.raises(TypeError, match=r"a gradient is torch\.float64 and its parameter"):
+            gradient_dtype(param, double)
+    with pytest.raises(TypeError, match=r"a gradient is torch\.complex64"):
+        gradient_dtype(single, torch.complex64)
