@@ -1,12 +1,12 @@
-// Which instruction set the CPU kernels use.
+// How the CPU kernels run: with which instruction set, and whether with one thread.
 #include "isa.hpp"
 
 #include "../cpu/loops.hpp"
+#include "../cpu/parallel.hpp"
+#include "arguments.hpp"
 
 namespace eigenfilter {
 namespace {
-
-namespace py = pybind11;
 
 py::list isas() {
     const cpu::Loops* found[3];
@@ -15,17 +15,28 @@ py::list isas() {
     return names;
 }
 
-void set_isa(const std::string& name) {
-    if (!cpu::set_isa(name.c_str()))
-        throw py::value_error("this CPU has no kernels for \"" + name + "\": see isas()");
+void set_isa(py::handle name) {
+    const char* const text = PyUnicode_Check(name.ptr()) ? PyUnicode_AsUTF8(name.ptr()) : nullptr;
+    if (text == nullptr) {
+        PyErr_Clear();
+        throw py::type_error("the name of an instruction set must be one of isas()");
+    }
+    if (!cpu::set_isa(text))
+        throw py::value_error("this CPU has no kernels for \"" + std::string(text) +
+                              "\": see isas()");
 }
+
+bool is_serial() { return cpu::is_serial(); }
+
+std::string isa() { return cpu::loops().isa; }
 
 }  // namespace
 
 void register_isa(py::module_& module) {
-    module.def("isa", [] { return cpu::loops().isa; });
-    module.def("isas", &isas);
-    module.def("set_isa", &set_isa);
+    define(module, "is_serial", &is_serial);
+    define(module, "isa", &isa);
+    define(module, "isas", &isas);
+    define(module, "set_isa", &set_isa);
 }
 
 }  // namespace eigenfilter

@@ -1,18 +1,26 @@
 // The kernels as Python sees them: read the operands, then run where they are.
 #include "kernels.hpp"
 
+#include "arguments.hpp"
 #include "operands.hpp"
 
 namespace eigenfilter {
 namespace {
+
+constexpr std::int64_t kMostPasses = 100;     // twice is enough
+constexpr std::int64_t kMostVectors = 65535;  // of a GPU's grid
 
 // The lists that every kernel may have; those of its own are set after.
 Tensors tensors(const Operands& o, void* const* g = nullptr, void* const* b = nullptr) {
     return {o.dtype(), o.size(), o.numel().data(), o.pointers(0), g, o.wide(), b};
 }
 
-Scalar one_or(const Operands& o, py::handle grad_scale) {
-    return grad_scale.is_none() ? Scalar{1.0} : o.scalar("grad_scale", grad_scale);
+// The loss scale; where the flag stops the update it may be anything.
+Scalar scale_of(Operands& o, py::handle grad_scale, const float* found = nullptr) {
+    static const Range any{[](double) { return true; }, ""};
+    if (grad_scale.is_none()) return Scalar{1.0};
+    const bool stopped = found != nullptr && o.on_cpu() && *found != 0;
+    return o.scalar("grad_scale", grad_scale, stopped ? any : kPositive);
 }
 
 // None rounds to nearest; and wide dtypes are not rounded at all.
@@ -20,8 +28,8 @@ bool is_stochastic(const Operands& o, py::handle rounding_seed) {
     return !rounding_seed.is_none() && size_of(o.dtype()) == 2;
 }
 
-Scalar seed_of(const Operands& o, py::handle rounding_seed) {
-    return rounding_seed.is_none() ? Scalar{} : o.scalar("rounding_seed", rounding_seed);
+Scalar seed_of(Operands& o, py::handle rounding_seed) {
+    return rounding_seed.is_none() ? Scalar{} : o.scalar("rounding_seed", rounding_seed, kSeed);
 }
 
 // Throws unless the compiled kernels serve the operands' device.
@@ -33,61 +41,70 @@ void require_served(const Operands& o) {
     cuda::require();
 }
 
-// Runs an update where its operands are, without the GIL on the CPU.
+// Runs a kernel where its operands are, without the GIL on the CPU, and returns true. With no
+// threads the call was a check of the arguments, which ends here.
 template <class OnCPU, class OnCUDA>
-void run(const Operands& o, OnCPU on_cpu, OnCUDA on_cuda) {
+bool run(const Operands& o, int threads, OnCPU on_cpu, OnCUDA on_cuda) {
+    if (threads == 0) return false;
+    require_served(o);
     if (o.on_cpu()) {
         const py::gil_scoped_release release;
         on_cpu();
     } else {
         on_cuda(o.device().id, o.stream());
     }
+    return true;
 }
 
 void ascend(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-            bool adaptive, py::handle grad_scale, py::handle found_inf, int threads) {
-    const Operands o{
+            py::handle adaptive_given, py::handle grad_scale, py::handle found_inf,
+            py::handle num_threads) {
+    const bool adaptive = truth("adaptive", adaptive_given);
+    const int threads = threads_of(num_threads);
+    Operands o{
         {"params", params, true}, {"grads", grads, false, false, true}, {"backups", backups, true}};
-    require_served(o);
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
-    const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), adaptive};
     const float* found = o.flag("found_inf", found_inf);
-    run(
-        o, [&] { cpu::ascend(t, {s.alpha.value, s.grad_scale.value, adaptive}, found, threads); },
+    const AscendScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
+                                  scale_of(o, grad_scale, found), adaptive};
+    const bool ran = run(
+        o, threads,
+        [&] { cpu::ascend(t, {s.alpha.value, s.grad_scale.value, adaptive}, found, threads); },
         [&](int device, void* stream) { cuda::ascend(t, s, found, device, stream); });
-    if (py::isinstance<TensorList>(backups)) backups.cast<TensorList&>().filled = true;
+    if (TensorList* const list = tensor_list(backups); ran && list != nullptr) list->filled = true;
 }
 
 void ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-                  py::handle grad_scale, py::handle found_inf, int threads) {
-    const Operands o{{"params", params, true},
-                     {"grads", grads, false, false, true},
-                     {"backups", backups, false, true}};
-    require_served(o);
+                  py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    Operands o{{"params", params, true},
+               {"grads", grads, false, false, true},
+               {"backups", backups, false, true}};
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
-    const AscendScalars<Scalar> s{o.scalar("alpha", alpha), one_or(o, grad_scale), false};
     const float* found = o.flag("found_inf", found_inf);
+    const AscendScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
+                                  scale_of(o, grad_scale, found), false};
     run(
-        o,
+        o, threads,
         [&] { cpu::ascend_again(t, {s.alpha.value, s.grad_scale.value, false}, found, threads); },
         [&](int device, void* stream) { cuda::ascend_again(t, s, found, device, stream); });
 }
 
 void ascend_hvp(py::handle params, py::handle grads, py::handle base_grads, py::handle backups,
                 py::handle alpha, py::handle eps, py::handle grad_scale, py::handle found_inf,
-                int threads) {
-    const Operands o{{"params", params, true},
-                     {"grads", grads, false, false, true},
-                     {"base_grads", base_grads, false, false, true},
-                     {"backups", backups, false}};
-    require_served(o);
+                py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    Operands o{{"params", params, true},
+               {"grads", grads, false, false, true},
+               {"base_grads", base_grads, false, false, true},
+               {"backups", backups, false}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
     t.g0 = o.pointers(2);
-    const HvpScalars<Scalar> s{o.scalar("alpha", alpha), o.scalar("eps", eps),
-                               one_or(o, grad_scale)};
     const float* found = o.flag("found_inf", found_inf);
+    const HvpScalars<Scalar> s{o.scalar("alpha", alpha, kComputed), o.scalar("eps", eps, kNotZero),
+                               scale_of(o, grad_scale, found)};
     run(
-        o,
+        o, threads,
         [&] {
             cpu::ascend_hvp(t, {s.alpha.value, s.eps.value, s.grad_scale.value}, found, threads);
         },
@@ -96,27 +113,29 @@ void ascend_hvp(py::handle params, py::handle grads, py::handle base_grads, py::
 
 void descend(py::handle params, py::handle grads, py::handle momenta, py::handle backups,
              py::handle lr, py::handle momentum, py::handle dampening, py::handle weight_decay,
-             bool nesterov, bool maximize, py::handle rounding_seed, py::handle grad_scale,
-             py::handle found_inf, int threads) {
-    const Operands o{{"params", params, true},
-                     {"grads", grads, false, false, true},
-                     {"momenta", momenta, true, true},
-                     {"backups", backups, false, true}};
-    require_served(o);
+             py::handle nesterov_given, py::handle maximize_given, py::handle rounding_seed,
+             py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
+    const bool nesterov = truth("nesterov", nesterov_given);
+    const bool maximize = truth("maximize", maximize_given);
+    const int threads = threads_of(num_threads);
+    Operands o{{"params", params, true},
+               {"grads", grads, false, false, true},
+               {"momenta", momenta, true, true},
+               {"backups", backups, false, true}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
     t.m = o.pointers(2);
-    const DescendScalars<Scalar> s{o.scalar("lr", lr),
-                                   o.scalar("momentum", momentum),
-                                   o.scalar("dampening", dampening),
-                                   o.scalar("weight_decay", weight_decay),
-                                   one_or(o, grad_scale),
+    const float* found = o.flag("found_inf", found_inf);
+    const DescendScalars<Scalar> s{o.scalar("lr", lr, kFinite),
+                                   o.scalar("momentum", momentum, kFinite),
+                                   o.scalar("dampening", dampening, kFinite),
+                                   o.scalar("weight_decay", weight_decay, kFinite),
+                                   scale_of(o, grad_scale, found),
                                    seed_of(o, rounding_seed),
                                    nesterov,
                                    maximize,
                                    is_stochastic(o, rounding_seed)};
-    const float* found = o.flag("found_inf", found_inf);
     run(
-        o,
+        o, threads,
         [&] {
             cpu::descend(
                 t,
@@ -129,31 +148,32 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
 
 void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py::handle exp_avg_sqs,
                    py::handle backups, py::handle lr, py::handle beta1, py::handle beta2,
-                   py::handle eps, py::handle weight_decay, py::handle step, bool maximize,
-                   py::handle rounding_seed, py::handle grad_scale, py::handle found_inf,
-                   int threads) {
-    const Operands o{{"params", params, true},
-                     {"grads", grads, false, false, true},
-                     {"exp_avgs", exp_avgs, true},
-                     {"exp_avg_sqs", exp_avg_sqs, true},
-                     {"backups", backups, false, true}};
-    require_served(o);
+                   py::handle eps, py::handle weight_decay, py::handle step,
+                   py::handle maximize_given, py::handle rounding_seed, py::handle grad_scale,
+                   py::handle found_inf, py::handle num_threads) {
+    const bool maximize = truth("maximize", maximize_given);
+    const int threads = threads_of(num_threads);
+    Operands o{{"params", params, true},
+               {"grads", grads, false, false, true},
+               {"exp_avgs", exp_avgs, true},
+               {"exp_avg_sqs", exp_avg_sqs, true},
+               {"backups", backups, false, true}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(4));
     t.m = o.pointers(2);
     t.v = o.pointers(3);
-    const AdamWScalars<Scalar> s{o.scalar("lr", lr),
-                                 o.scalar("beta1", beta1),
-                                 o.scalar("beta2", beta2),
-                                 o.scalar("eps", eps),
-                                 o.scalar("weight_decay", weight_decay),
-                                 o.scalar("step", step),
-                                 one_or(o, grad_scale),
+    const float* found = o.flag("found_inf", found_inf);
+    const AdamWScalars<Scalar> s{o.scalar("lr", lr, kFinite),
+                                 o.scalar("beta1", beta1, kFraction),
+                                 o.scalar("beta2", beta2, kFraction),
+                                 o.scalar("eps", eps, kNotNegative),
+                                 o.scalar("weight_decay", weight_decay, kFinite),
+                                 o.scalar("step", step, kCount),
+                                 scale_of(o, grad_scale, found),
                                  seed_of(o, rounding_seed),
                                  maximize,
                                  is_stochastic(o, rounding_seed)};
-    const float* found = o.flag("found_inf", found_inf);
     run(
-        o,
+        o, threads,
         [&] {
             cpu::descend_adamw(
                 t,
@@ -178,23 +198,23 @@ Tensors reduction(const Operands& o, bool weighted) {
 }
 
 void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
-          py::handle workspace, int threads) {
-    const Operands o = reduced(list, weights);
-    require_served(o);
+          py::handle workspace, py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    Operands o = reduced(list, weights);
     const Tensors t = reduction(o, !weights.is_none());
-    const Scalar scale = one_or(o, grad_scale);
+    const Scalar scale = scale_of(o, grad_scale);
     bool is_double = py::getattr(out, "itemsize", py::int_(4)).equal(py::int_(8));
     for (std::size_t i = 0; i < t.n; ++i) is_double |= t.gradient(i) == DType::f64;
-    void* result = o.output("out", out, 1, is_double ? 64 : 32);
+    void* result = o.single("out", out, 1, is_double ? 64 : 32, true);
     double value = 0;
-    run(
-        o, [&] { value = cpu::norm(t, threads) * (1 / scale.value); },
+    const bool ran = run(
+        o, threads, [&] { value = cpu::norm(t, threads) * (1 / scale.value); },
         [&](int device, void* stream) {
-            auto* sums =
-                static_cast<double*>(o.output("workspace", workspace, cuda::norm_workspace(t), 64));
+            const std::int64_t size = cuda::norm_workspace(t);
+            auto* sums = static_cast<double*>(o.single("workspace", workspace, size, 64, true));
             cuda::norm(t, scale, result, is_double, sums, device, stream);
         });
-    if (!o.on_cpu()) return;
+    if (!ran || !o.on_cpu()) return;
     if (is_double)
         *static_cast<double*>(result) = value;
     else
@@ -205,72 +225,88 @@ std::int64_t norm_workspace(py::handle list) {
     return cuda::norm_workspace(reduction(reduced(list), false));
 }
 
-void flag_nonfinite(py::handle list, py::handle found_inf, int threads) {
-    const Operands o = reduced(list);
-    require_served(o);
+void flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    Operands o = reduced(list);
     const Tensors t = reduction(o, false);
-    float* found = o.flag("found_inf", found_inf);
+    float* found = o.flag("found_inf", found_inf, true);
     if (found == nullptr) throw py::type_error("found_inf must be a tensor");
     run(
-        o,
+        o, threads,
         [&] {
             if (cpu::has_nonfinite(t, threads)) *found = 1;
         },
         [&](int device, void* stream) { cuda::flag_nonfinite(t, found, device, stream); });
 }
 
+double* doubles(Operands& o, const char* name, py::handle tensor, std::int64_t numel,
+                bool written) {
+    return static_cast<double*>(o.single(name, tensor, numel, 64, written));
+}
+
+void require_one(const Operands& o) {
+    if (o.size() != 1 || !o.contiguous())
+        throw py::value_error("pass lists of one contiguous tensor, whose rows are vectors");
+}
+
 // Vectors and a basis are lists of one, so that they are read and checked as all tensors are.
-void project_out(py::handle vectors, py::handle basis, std::int64_t count, std::int64_t rows,
-                 py::handle coefficients, py::handle norms, py::handle workspace, int passes,
-                 int threads) {
-    const Operands w{{"w", vectors, true}}, q{{"basis", basis, false}};
-    require_served(w);
-    const std::int64_t columns = w.numel()[0] / count;
+void project_out(py::handle vectors, py::handle basis, py::handle count_given,
+                 py::handle rows_given, py::handle coefficients, py::handle norms,
+                 py::handle workspace, py::handle passes_given, py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    const std::int64_t count = whole("count", count_given, 1, INT64_MAX);
+    const std::int64_t rows = whole("rows", rows_given, 0, INT64_MAX);
+    const auto passes = static_cast<int>(whole("passes", passes_given, 1, kMostPasses));
+    Operands w{{"w", vectors, true}};
+    Operands q{{"basis", basis, false}};
+    require_one(w);
+    require_one(q);
     if (w.dtype() != DType::f32 && w.dtype() != DType::f64)
         throw py::type_error("w must be float32 or float64");
-    if (q.numel()[0] != rows * columns || q.device().type != w.device().type ||
-        q.device().id != w.device().id)
+    const std::int64_t columns = w.numel()[0] / count;
+    if (columns * count != w.numel()[0] || q.numel()[0] != product(rows, columns) ||
+        q.device().type != w.device().type || q.device().id != w.device().id)
         throw py::value_error("basis must be [m, n] for w [n] or [b, n], on the same device");
-    const Projection p{
-        q.dtype(),
-        w.dtype(),
-        rows,
-        columns,
-        count,
-        q.pointers(0)[0],
-        w.pointers(0)[0],
-        static_cast<double*>(w.output("coefficients", coefficients, count * rows, 64)),
-        static_cast<double*>(w.output("norms", norms, count, 64)),
-        passes};
+    w.keep_apart("basis", q.pointers(0)[0], q.numel()[0] * size_of(q.dtype()), false);
+    const Projection p{q.dtype(),
+                       w.dtype(),
+                       rows,
+                       columns,
+                       count,
+                       q.pointers(0)[0],
+                       w.pointers(0)[0],
+                       doubles(w, "coefficients", coefficients, product(count, rows), true),
+                       doubles(w, "norms", norms, count, true),
+                       passes};
     run(
-        w, [&] { cpu::project_out(p, threads); },
+        w, threads, [&] { cpu::project_out(p, threads); },
         [&](int device, void* stream) {
             const std::int64_t size = cuda::project_workspace(rows, columns, count);
-            auto* sums = static_cast<double*>(w.output("workspace", workspace, size, 64));
-            cuda::project_out(p, sums, device, stream);
+            cuda::project_out(p, doubles(w, "workspace", workspace, size, true), device, stream);
         });
 }
 
 // Rows of vectors, as many columns each as the elements make.
 std::int64_t columns_of(const Operands& o, std::int64_t rows) {
+    require_one(o);
     if (o.dtype() != DType::f32 && o.dtype() != DType::f64)
         throw py::type_error("vectors must be float32 or float64");
+    if (o.numel()[0] % rows != 0)
+        throw py::value_error(
+            "vectors must be rows of equal length: " + std::to_string(o.numel()[0]) +
+            " elements are no " + std::to_string(rows) + " rows");
     return o.numel()[0] / rows;
 }
 
-double* doubles(const Operands& o, const char* name, py::handle tensor, std::int64_t numel) {
-    return static_cast<double*>(o.output(name, tensor, numel, 64));
+double* workspace_of(Operands& o, py::handle workspace, std::int64_t sums, std::int64_t columns) {
+    return doubles(o, "workspace", workspace, cuda::sums_workspace(sums, columns), true);
 }
 
-double* workspace_of(const Operands& o, py::handle workspace, std::int64_t sums,
-                     std::int64_t columns) {
-    return doubles(o, "workspace", workspace, cuda::sums_workspace(sums, columns));
-}
-
-void row_dots(py::handle q, py::handle w, std::int64_t rows, py::handle sums, py::handle workspace,
-              int threads) {
-    const Operands o{{"q", q, false}, {"w", w, false}};
-    require_served(o);
+void row_dots(py::handle q, py::handle w, py::handle rows_given, py::handle sums,
+              py::handle workspace, py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    const std::int64_t rows = whole("rows", rows_given, 1, kMostVectors);
+    Operands o{{"q", q, false}, {"w", w, false}};
     const Recurrence r{o.dtype(),
                        rows,
                        columns_of(o, rows),
@@ -278,54 +314,58 @@ void row_dots(py::handle q, py::handle w, std::int64_t rows, py::handle sums, py
                        o.pointers(0)[0],
                        o.pointers(1)[0],
                        nullptr,
-                       doubles(o, "sums", sums, 2 * rows)};
+                       doubles(o, "sums", sums, 2 * rows, true)};
     run(
-        o, [&] { cpu::row_dots(r, threads); },
+        o, threads, [&] { cpu::row_dots(r, threads); },
         [&](int device, void* stream) {
             cuda::row_dots(r, workspace_of(o, workspace, 2 * rows, r.columns), device, stream);
         });
 }
 
-void three_term(py::handle u, py::handle q, py::handle w, std::int64_t rows, py::handle factors,
-                py::handle sums, py::handle workspace, int threads) {
-    const Operands o{{"u", u, true}, {"q", q, false}, {"w", w, false}};
-    require_served(o);
+void three_term(py::handle u, py::handle q, py::handle w, py::handle rows_given, py::handle factors,
+                py::handle sums, py::handle workspace, py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    const std::int64_t rows = whole("rows", rows_given, 1, kMostVectors);
+    Operands o{{"u", u, true}, {"q", q, false}, {"w", w, false}};
     const Recurrence r{o.dtype(),
                        rows,
                        columns_of(o, rows),
                        o.pointers(0)[0],
                        o.pointers(1)[0],
                        o.pointers(2)[0],
-                       doubles(o, "factors", factors, 3 * rows),
-                       doubles(o, "sums", sums, 2 * rows)};
+                       doubles(o, "factors", factors, 3 * rows, false),
+                       doubles(o, "sums", sums, 2 * rows, true)};
     run(
-        o, [&] { cpu::three_term(r, threads); },
+        o, threads, [&] { cpu::three_term(r, threads); },
         [&](int device, void* stream) {
             cuda::three_term(r, workspace_of(o, workspace, 2 * rows, r.columns), device, stream);
         });
 }
 
-void gram(py::handle vectors, std::int64_t rows, py::handle out, py::handle workspace,
-          int threads) {
-    const Operands o{{"vectors", vectors, false}};
-    require_served(o);
+void gram(py::handle vectors, py::handle rows_given, py::handle out, py::handle workspace,
+          py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    const std::int64_t rows = whole("rows", rows_given, 1, kMostRows);
+    Operands o{{"vectors", vectors, false}};
     const Rows v{o.dtype(), rows, columns_of(o, rows), o.pointers(0)[0]};
-    double* products = doubles(o, "out", out, rows * rows);
+    double* products = doubles(o, "out", out, rows * rows, true);
     run(
-        o, [&] { cpu::gram(v, products, threads); },
+        o, threads, [&] { cpu::gram(v, products, threads); },
         [&](int device, void* stream) {
             cuda::gram(v, products, workspace_of(o, workspace, rows * rows, v.columns), device,
                        stream);
         });
 }
 
-void mix_rows(py::handle vectors, std::int64_t rows, py::handle factors, int threads) {
-    const Operands o{{"vectors", vectors, true}};
-    require_served(o);
+void mix_rows(py::handle vectors, py::handle rows_given, py::handle factors,
+              py::handle num_threads) {
+    const int threads = threads_of(num_threads);
+    const std::int64_t rows = whole("rows", rows_given, 1, kMostRows);
+    Operands o{{"vectors", vectors, true}};
     const Rows v{o.dtype(), rows, columns_of(o, rows), o.pointers(0)[0]};
-    const double* lower = doubles(o, "factors", factors, rows * rows);
+    const double* lower = doubles(o, "factors", factors, rows * rows, false);
     run(
-        o, [&] { cpu::mix_rows(v, lower, threads); },
+        o, threads, [&] { cpu::mix_rows(v, lower, threads); },
         [&](int device, void* stream) { cuda::mix_rows(v, lower, device, stream); });
 }
 
@@ -337,35 +377,42 @@ bool names_gradients(const std::string& name) {
 // Roles whose names and flags come from Python; the names must outlive the Operands.
 class NamedRoles {
  public:
-    NamedRoles(const py::sequence& names, const py::sequence& lists, const py::sequence& written) {
-        if (lists.size() != names.size() || written.size() != names.size() ||
-            names.size() > Operands::kMaxRoles)
-            throw py::value_error("names, lists and written must have equal lengths, at most 5");
-        for (std::size_t r = 0; r < names.size(); ++r) {
-            names_[r] = names[r].cast<std::string>();
-            lists_[r] = lists[r];
-            roles_[r] = {names_[r].c_str(), lists_[r], written[r].cast<bool>(), true,
-                         names_gradients(names_[r])};
+    NamedRoles(py::handle names, py::handle lists, py::handle written)
+        : names_(items_of("names", names, "")),
+          lists_(items_of("lists", lists, "")),
+          written_(items_of("written", written, "")) {
+        if (lists_.size() != size() || written_.size() != size() || size() < 1 ||
+            size() > Operands::kMaxRoles)
+            throw py::value_error("names, lists and written must have equal lengths, 1 to 5");
+        for (std::size_t r = 0; r < size(); ++r) {
+            const py::object name = names_[r];
+            const char* const text =
+                PyUnicode_Check(name.ptr()) ? PyUnicode_AsUTF8(name.ptr()) : nullptr;
+            if (text == nullptr) {
+                PyErr_Clear();
+                throw py::type_error("names must be strings");
+            }
+            roles_[r] = {text, py::object(lists_[r]), truth("written", py::object(written_[r])),
+                         r > 0, names_gradients(text)};
         }
-        count_ = names.size();
     }
-    Operands read() const { return Operands(roles_.data(), count_); }
+    std::size_t size() const { return names_.size(); }
+    Operands read() const { return Operands(roles_.data(), size()); }
 
  private:
-    std::array<std::string, Operands::kMaxRoles> names_;
-    std::array<py::object, Operands::kMaxRoles> lists_;
+    py::tuple names_, lists_, written_;
     std::array<Role, Operands::kMaxRoles> roles_;
-    std::size_t count_;
 };
 
-void check(const py::sequence& names, const py::sequence& lists, const py::sequence& written) {
+void check(py::handle names, py::handle lists, py::handle written) {
     NamedRoles(names, lists, written).read();
 }
 
-py::tuple table(const py::sequence& names, const py::sequence& lists, const py::sequence& written) {
-    const Operands o = NamedRoles(names, lists, written).read();
+py::tuple table(py::handle names, py::handle lists, py::handle written) {
+    const NamedRoles roles(names, lists, written);
+    const Operands o = roles.read();
     std::vector<void*> pointers;
-    for (std::size_t r = 0; r < names.size(); ++r) {
+    for (std::size_t r = 0; r < roles.size(); ++r) {
         if (void* const* p = o.pointers(r)) pointers.insert(pointers.end(), p, p + o.size());
     }
     const auto* const dtypes = reinterpret_cast<const char*>(o.wide());
@@ -375,28 +422,46 @@ py::tuple table(const py::sequence& names, const py::sequence& lists, const py::
         py::bytes(dtypes, dtypes != nullptr ? o.size() : 0));
 }
 
+// Sizes of workspaces, for what a call may be given.
+std::int64_t project_workspace(py::handle rows, py::handle columns, py::handle count) {
+    const std::int64_t m = whole("rows", rows, 0, INT64_MAX / 2);
+    const std::int64_t n = whole("columns", columns, 0, INT64_MAX / 2);
+    const std::int64_t b = whole("count", count, 0, INT64_MAX / 2);
+    product(product(m + 1, n + 2), b);
+    return cuda::project_workspace(m, n, b);
+}
+
+std::int64_t sums_workspace(py::handle sums, py::handle columns) {
+    const std::int64_t s = whole("sums", sums, 0, INT64_MAX / 2);
+    const std::int64_t n = whole("columns", columns, 0, INT64_MAX / 2);
+    product(s, n + 1);
+    return cuda::sums_workspace(s, n);
+}
+
+void require_cuda() { cuda::require(); }
+
 }  // namespace
 
 void register_kernels(py::module_& module) {
     module.attr("cuda_compiled") = cuda::compiled();
-    module.def("require_cuda", &cuda::require);
-    module.def("check", &check);
-    module.def("table", &table);
-    module.def("ascend", &ascend);
-    module.def("ascend_again", &ascend_again);
-    module.def("ascend_hvp", &ascend_hvp);
-    module.def("descend", &descend);
-    module.def("descend_adamw", &descend_adamw);
-    module.def("norm", &norm);
-    module.def("norm_workspace", &norm_workspace);
-    module.def("flag_nonfinite", &flag_nonfinite);
-    module.def("project_out", &project_out);
-    module.def("project_workspace", &cuda::project_workspace);
-    module.def("sums_workspace", &cuda::sums_workspace);
-    module.def("row_dots", &row_dots);
-    module.def("three_term", &three_term);
-    module.def("gram", &gram);
-    module.def("mix_rows", &mix_rows);
+    define(module, "require_cuda", &require_cuda);
+    define(module, "check", &check);
+    define(module, "table", &table);
+    define(module, "ascend", &ascend);
+    define(module, "ascend_again", &ascend_again);
+    define(module, "ascend_hvp", &ascend_hvp);
+    define(module, "descend", &descend);
+    define(module, "descend_adamw", &descend_adamw);
+    define(module, "norm", &norm);
+    define(module, "norm_workspace", &norm_workspace);
+    define(module, "flag_nonfinite", &flag_nonfinite);
+    define(module, "project_out", &project_out);
+    define(module, "project_workspace", &project_workspace);
+    define(module, "sums_workspace", &sums_workspace);
+    define(module, "row_dots", &row_dots);
+    define(module, "three_term", &three_term);
+    define(module, "gram", &gram);
+    define(module, "mix_rows", &mix_rows);
 }
 
 }  // namespace eigenfilter

@@ -1,7 +1,9 @@
 #include "operands.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
+#include <utility>
 
 #include "reader.hpp"
 
@@ -57,23 +59,26 @@ bool dtype_of(const dlpack::DataType& t, DType& out) {
     return true;
 }
 
-// Whether the elements fill one stretch of memory, in some order of the dimensions.
-bool is_dense(const dlpack::Tensor& t) {
+// Whether the elements fill one stretch of memory, in the order of the dimensions.
+bool is_contiguous(const dlpack::Tensor& t) {
     int64_t expected = 1;
-    int d = t.ndim - 1;
-    for (; d >= 0; --d) {
+    for (int d = t.ndim - 1; d >= 0; --d) {
         if (t.shape[d] == 1) continue;
-        if (t.strides[d] != expected) break;
+        if (t.strides[d] != expected) return count(t) == 0;
         expected *= t.shape[d];
     }
-    if (d < 0) return true;
+    return true;
+}
+
+// The same, in some order of the dimensions.
+bool is_dense(const dlpack::Tensor& t) {
     std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
     for (int i = 0; i < t.ndim; ++i) {
         if (t.shape[i] == 0) return true;
         if (t.shape[i] != 1) dims.emplace_back(t.strides[i], t.shape[i]);
     }
     std::sort(dims.begin(), dims.end());
-    expected = 1;
+    int64_t expected = 1;
     for (const auto& [stride, size] : dims) {
         if (stride != expected) return false;
         expected *= size;
@@ -100,15 +105,16 @@ bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
 
 }  // namespace
 
-TensorList::TensorList(const py::iterable& tensors, bool hold)
-    : tensors_(py::reinterpret_steal<py::list>(PySequence_List(tensors.ptr()))) {
+TensorList::TensorList(py::handle tensors, bool hold, bool trust)
+    : tensors_(py::reinterpret_steal<py::tuple>(PySequence_Tuple(tensors.ptr()))) {
     if (!tensors_) throw py::error_already_set();
-    known_.assign(size(), nullptr);
+    if (trust) known_ = std::make_shared<std::vector<void*>>(size(), nullptr);
     if (!hold) return;
     Reader reader;
+    std::vector<py::object> kept;
     for (size_t i = 0; i < size(); ++i) {
-        PyObject* object = PyList_GET_ITEM(tensors_.ptr(), i);
-        reader.read(object, [&] { return at("tensors", i); });
+        PyObject* object = PyTuple_GET_ITEM(tensors_.ptr(), i);
+        reader.read(object, [&] { return at("tensors", i); }, kept);
         dlpack::Managed* managed = nullptr;
         // What goes by a local shard is not held; the next error is its, and is of no interest.
         if (reader.api()->managed_tensor_from_py_object(object, &managed) == 0)
@@ -118,25 +124,78 @@ TensorList::TensorList(const py::iterable& tensors, bool hold)
     }
 }
 
-py::object TensorList::get(Py_ssize_t i) const {
+py::object TensorList::get(py::handle index) const {
+    if (!PyIndex_Check(index.ptr()))
+        fail(PyExc_TypeError, "a TensorList is indexed by a whole number, not " + type_name(index));
+    const Py_ssize_t i = PyNumber_AsSsize_t(index.ptr(), PyExc_IndexError);
+    if (i == -1 && PyErr_Occurred()) throw py::error_already_set();
     const auto n = static_cast<Py_ssize_t>(size());
     if (i < -n || i >= n) throw py::index_error("no such tensor in this list");
-    return py::reinterpret_borrow<py::object>(PyList_GET_ITEM(tensors_.ptr(), i < 0 ? i + n : i));
+    return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(tensors_.ptr(), i < 0 ? i + n : i));
 }
+
+TensorList* tensor_list(py::handle object) {
+    if (!py::isinstance<TensorList>(object)) return nullptr;
+    auto* const instance = reinterpret_cast<py::detail::instance*>(object.ptr());
+    if (!instance->get_value_and_holder().holder_constructed())
+        fail(PyExc_TypeError, "a TensorList was never initialised: make it by TensorList(tensors)");
+    return object.cast<TensorList*>();
+}
+
+namespace {
+
+TensorList& self_of(py::handle object) {
+    TensorList* const self = tensor_list(object);
+    if (self == nullptr) fail(PyExc_TypeError, type_name(object) + " is not a TensorList");
+    return *self;
+}
+
+// The list that a method was called for, with `count` arguments in all.
+TensorList& self_of(const py::args& given, std::size_t count) {
+    if (given.size() != count)
+        fail(PyExc_TypeError, "a method of TensorList takes " + std::to_string(count - 1) +
+                                  " arguments, and was given another number");
+    return self_of(py::object(given[0]));
+}
+
+// TensorList(tensors, *, hold=False, trust=False), whatever it is given: see `define`.
+std::unique_ptr<TensorList> make_tensor_list(const py::args& given, const py::kwargs& named) {
+    const auto chosen = [&](const char* name) {
+        return named.contains(name) && truth(name, py::object(named[name]));
+    };
+    const std::size_t known = std::size_t{named.contains("hold")} + named.contains("trust");
+    if (given.size() != 1 || named.size() != known)
+        fail(PyExc_TypeError,
+             "a TensorList is made by TensorList(tensors, hold=False, trust=False)");
+    const bool hold = chosen("hold"), trust = chosen("trust");
+    const py::object tensors = given[0];
+    if (!PySequence_Check(tensors.ptr()) && !PyIter_Check(tensors.ptr()) &&
+        !py::hasattr(tensors, "__iter__"))
+        fail(PyExc_TypeError, "tensors must be a list of tensors, not " + type_name(tensors));
+    return std::make_unique<TensorList>(tensors, hold, trust);
+}
+
+}  // namespace
 
 void register_operands(py::module_& module) {
     layout_error = PyErr_NewException("eigenfilter._core.LayoutError", PyExc_ValueError, nullptr);
     module.attr("LayoutError") = py::handle(layout_error);
     py::class_<TensorList>(module, "TensorList")
-        .def(py::init<const py::iterable&, bool>(), py::arg("tensors"), py::arg("hold") = false)
-        .def_readwrite("filled", &TensorList::filled)
-        .def("__len__", &TensorList::size)
-        .def("__getitem__", &TensorList::get);
+        .def(py::init(&make_tensor_list))
+        .def_property(
+            "filled", [](py::handle self) { return self_of(self).filled; },
+            [](py::handle self, py::handle value) {
+                self_of(self).filled = truth("filled", value);
+            })
+        .def("__len__", [](const py::args& given) { return self_of(given, 1).size(); })
+        .def("__getitem__",
+             [](const py::args& given) { return self_of(given, 2).get(py::object(given[1])); });
 }
 
 Operands::Operands(std::initializer_list<Role> roles) : Operands(roles.begin(), roles.size()) {}
 
-Operands::Operands(const Role* roles, size_t count_of_roles) {
+Operands::Operands(const Role* roles, size_t count_of_roles)
+    : roles_(roles, roles + count_of_roles) {
     std::vector<dlpack::Tensor> first;
     for (size_t r = 0; r < count_of_roles; ++r) {
         if (!roles[r].list.is_none() || !roles[r].optional) read_role(roles, r, first);
@@ -144,18 +203,19 @@ Operands::Operands(const Role* roles, size_t count_of_roles) {
     check_overlap(roles, count_of_roles);
 }
 
+py::tuple Operands::items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known) {
+    const TensorList* const list = tensor_list(role.list);
+    if (list == nullptr) return items_of(role.name, role.list);
+    known = list->known();
+    return list->tensors();
+}
+
 void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor>& first) {
     const char* const role = roles[r].name;
-    py::handle list = roles[r].list;
-    TensorList* reused = nullptr;
-    if (py::isinstance<TensorList>(list)) {
-        reused = list.cast<TensorList*>();
-        list = reused->tensors();  // kept alive by `reused`
-    } else if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr())) {
-        fail(PyExc_TypeError, std::string(role) + " must be a list or tuple of tensors");
-    }
-    const auto n = static_cast<size_t>(PySequence_Fast_GET_SIZE(list.ptr()));
-    PyObject** items = PySequence_Fast_ITEMS(list.ptr());
+    std::shared_ptr<std::vector<void*>> known_memory;
+    const py::tuple items = items_of_role(roles[r], known_memory);
+    const size_t n = items.size();
+    kept_.push_back(items);
     if (r == 0) {
         if (n == 0) fail(PyExc_ValueError, std::string(role) + " is empty");
         first.reserve(n);
@@ -169,12 +229,14 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
     Reader reader;
     for (size_t i = 0; i < n; ++i) {
         const auto name = [&] { return at(role, i); };
-        void* const known = reused != nullptr ? reused->known()[i] : nullptr;
-        const dlpack::Tensor t = reader.read(items[i], name, known);
-        if (reused != nullptr) reused->known()[i] = t.data;
+        void** const known = known_memory ? known_memory->data() + i : nullptr;
+        const dlpack::Tensor t =
+            reader.read(PyTuple_GET_ITEM(items.ptr(), i), name, kept_, roles[r].written, known);
         check_type(t, name, roles, r, i);
         if (r == 0) {
-            if (!is_dense(t))
+            const bool ordered = is_contiguous(t);
+            contiguous_ &= ordered;
+            if (!ordered && !is_dense(t))
                 fail(PyExc_ValueError, name() + " is not dense (" + describe_layout(t) +
                                            "): pass .contiguous() of it");
             first.push_back(t);
@@ -269,22 +331,95 @@ void* Operands::stream() const {
     return stream;
 }
 
-Scalar Operands::scalar(const char* name, py::handle value) const {
+void Operands::keep_apart(const char* name, const void* memory, int64_t bytes, bool written) {
+    const auto first = reinterpret_cast<std::uintptr_t>(memory);
+    Single single{name, first, first + static_cast<std::uintptr_t>(bytes), written};
+    const auto share = [&](std::uintptr_t begin, std::uintptr_t end) {
+        return single.begin < end && begin < single.end;
+    };
+    const auto refuse = [&](const std::string& other) {
+        fail(PyExc_ValueError, single.name + " and " + other +
+                                   " share memory, and at least one of them is written: clone one "
+                                   "of them");
+    };
+    for (size_t r = 0; r < roles_.size(); ++r) {
+        if (!single.written && !roles_[r].written) continue;
+        for (size_t i = 0; i < data_[r].size(); ++i) {
+            const auto begin = reinterpret_cast<std::uintptr_t>(data_[r][i]);
+            if (share(begin, begin + static_cast<std::uintptr_t>(numel_[i]) *
+                                         size_of(expected(roles_[r], i))))
+                refuse(at(roles_[r].name, i));
+        }
+    }
+    for (const Single& other : singles_) {
+        if ((single.written || other.written) && share(other.begin, other.end)) refuse(other.name);
+    }
+    singles_.push_back(std::move(single));
+}
+
+const Range kFinite{[](double v) { return std::isfinite(v); }, "finite"};
+const Range kComputed{kFinite.holds, "finite", true};
+const Range kNotZero{[](double v) { return std::isfinite(v) && v != 0; }, "finite and not 0", true};
+const Range kFraction{[](double v) { return v >= 0 && v < 1; }, "at least 0 and less than 1"};
+const Range kNotNegative{[](double v) { return v >= 0 && std::isfinite(v); },
+                         "at least 0 and finite"};
+const Range kCount{[](double v) { return v >= 1 && v <= 9007199254740992 && v == std::floor(v); },
+                   "a whole number from 1 to 2**53"};
+const Range kSeed{[](double v) { return v >= 0 && v < 16777216 && v == std::floor(v); },
+                  "a whole number from 0 to 2**24 - 1"};
+const Range kPositive{[](double v) { return v > 0 && std::isfinite(v); }, "positive and finite"};
+
+namespace {
+
+void require(const char* name, double value, const Range& range) {
+    if (!range.holds(value))
+        fail(PyExc_ValueError, std::string(name) + " must be " + range.text + ", and is " +
+                                   std::string(py::str(py::float_(value))));
+}
+
+// A Python number, which is no complex one, as a double.
+double number_of(const char* name, py::handle value) {
+    if (PyComplex_Check(value.ptr()) || type_name(value).find("complex") != std::string::npos)
+        fail(PyExc_TypeError,
+             std::string(name) + " must be a real number, not " + type_name(value));
+    const double number = PyFloat_AsDouble(value.ptr());
+    if (number != -1 || !PyErr_Occurred()) return number;
+    if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+        PyErr_Clear();
+        fail(PyExc_ValueError,
+             std::string(name) + " is beyond the largest float: pass a finite number");
+    }
+    if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_ValueError))
+        throw py::error_already_set();
+    PyErr_Clear();
+    fail(PyExc_TypeError, std::string(name) + " must be a number, and a " + type_name(value) +
+                              " could not be read as one");
+}
+
+}  // namespace
+
+Scalar Operands::scalar(const char* name, py::handle value, const Range& range) {
     Scalar s;
     if (!py::hasattr(py::type::of(value), "__dlpack_c_exchange_api__") &&
         py::hasattr(value, "__float__")) {
-        s.value = PyFloat_AsDouble(value.ptr());
-        if (s.value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        s.value = number_of(name, value);
+        require(name, s.value, range);
         return s;
     }
-    const dlpack::Tensor t = Reader().read(value.ptr(), [&] { return std::string(name); });
+    const auto named = [&] { return std::string(name); };
+    const dlpack::Tensor t = Reader().read(value.ptr(), named, kept_);
+    kept_.push_back(py::reinterpret_borrow<py::object>(value));
     DType dtype;
     if (count(t) != 1 || !dtype_of(t.dtype, dtype) || size_of(dtype) < 4)
         fail(PyExc_TypeError,
              std::string(name) + " must be a number or a one-element float32 or float64 tensor");
+    if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
+        fail(PyExc_ValueError, named() + " is not aligned to its element size: clone it");
+    keep_apart(name, t.data, size_of(dtype), false);
     if (t.device.type == dlpack::kCPU) {
         s.value = dtype == DType::f64 ? *static_cast<const double*>(t.data)
                                       : *static_cast<const float*>(t.data);
+        if (!range.computed) require(name, s.value, range);
         return s;
     }
     if (t.device.type != device_.type || t.device.id != device_.id)
@@ -296,18 +431,24 @@ Scalar Operands::scalar(const char* name, py::handle value) const {
     return s;
 }
 
-float* Operands::flag(const char* name, py::handle value) const {
+float* Operands::flag(const char* name, py::handle value, bool written) {
     if (value.is_none()) return nullptr;
-    return static_cast<float*>(output(name, value, 1, 32));
+    return static_cast<float*>(single(name, value, 1, 32, written));
 }
 
-void* Operands::output(const char* name, py::handle value, int64_t numel, int bits) const {
-    const dlpack::Tensor t = Reader().read(value.ptr(), [&] { return std::string(name); });
+void* Operands::single(const char* name, py::handle value, int64_t numel, int bits, bool written) {
+    const auto named = [&] { return std::string(name); };
+    const dlpack::Tensor t = Reader().read(value.ptr(), named, kept_, written);
+    kept_.push_back(py::reinterpret_borrow<py::object>(value));
     if (count(t) != numel || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits ||
-        !is_dense(t) || t.device.type != device_.type || t.device.id != device_.id)
-        fail(PyExc_ValueError, std::string(name) + " must be a dense float" + std::to_string(bits) +
-                                   " tensor of " + std::to_string(numel) + " elements on " +
-                                   describe(device_));
+        t.dtype.lanes != 1 || !is_contiguous(t) || t.device.type != device_.type ||
+        t.device.id != device_.id || reinterpret_cast<std::uintptr_t>(t.data) % (bits / 8) != 0)
+        fail(PyExc_ValueError,
+             std::string(name) +
+                 (numel == 1 ? " must be a dense float" : " must be a contiguous float") +
+                 std::to_string(bits) + " tensor of " + std::to_string(numel) + " elements on " +
+                 describe(device_));
+    keep_apart(name, t.data, numel * (bits / 8), written);
     return t.data;
 }
 

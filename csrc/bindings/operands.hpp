@@ -5,39 +5,47 @@
 
 #include <array>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "arguments.hpp"
 #include "dlpack.hpp"
 #include "eigenfilter/contract.hpp"
 
 namespace eigenfilter {
 
-namespace py = pybind11;
-
-// A list that is passed again and again, an optimizer's own: what is slow to check (lazy negation)
-// is checked when a tensor's memory is first seen and when it changes. With `hold` the list owns a
-// reference to each tensor beyond Python's, which makes reading it twice as fast (torch then need
-// not keep the Python object's count in step); not for parameters, which torch may want to swap.
+// A list that is passed again and again, an optimizer's own. With `trust` what is slow to check
+// (lazy negation, inference mode) is checked when a tensor's memory is first seen and when it
+// changes, and not at every use: for tensors that nobody else negates where they are. With `hold`
+// the list owns a reference to each tensor beyond Python's, which makes reading it twice as fast
+// (torch then need not keep the Python object's count in step); not for parameters, which torch may
+// want to swap.
 class TensorList {
  public:
-    TensorList(const py::iterable& tensors, bool hold);
-    std::size_t size() const { return PyList_GET_SIZE(tensors_.ptr()); }
-    py::object get(Py_ssize_t i) const;
-    py::list tensors() const { return tensors_; }
-    std::vector<void*>& known() { return known_; }
+    TensorList(py::handle tensors, bool hold, bool trust);
+    std::size_t size() const { return PyTuple_GET_SIZE(tensors_.ptr()); }
+    py::object get(py::handle index) const;
+    const py::tuple& tensors() const { return tensors_; }
+    // [n] data pointers found sound, or null without trust; shared, because Python code may end a
+    // list that is being read.
+    const std::shared_ptr<std::vector<void*>>& known() const { return known_; }
 
     // Whether a kernel has filled the tensors, these being backups. Set in the call that fills
     // them: no interrupt can come between.
     bool filled = false;
 
  private:
-    py::list tensors_;
-    std::vector<void*> known_;  // [n] data pointers found sound
+    py::tuple tensors_;
+    std::shared_ptr<std::vector<void*>> known_;
     struct Release {
         void operator()(dlpack::Managed* t) const { t->deleter(t); }
     };
     std::vector<std::unique_ptr<dlpack::Managed, Release>> held_;
 };
+
+// The list that a Python object is, or nullptr for an object of another type; throws TypeError for
+// one whose __init__ has not run.
+TensorList* tensor_list(py::handle object);
 
 // Registers TensorList and LayoutError with the module.
 void register_operands(py::module_& module);
@@ -53,6 +61,16 @@ struct Role {
     bool gradients = false;
 };
 
+// What a hyperparameter must be; one on a GPU is not read.
+struct Range {
+    bool (*holds)(double value);
+    const char* text;
+    // Whether a tensor's value is left alone: it is computed from gradients, and where these are
+    // not finite it is neither, on the CPU as on a GPU.
+    bool computed = false;
+};
+extern const Range kFinite, kComputed, kNotZero, kFraction, kNotNegative, kCount, kSeed, kPositive;
+
 class Operands {
  public:
     static constexpr std::size_t kMaxRoles = 5;
@@ -67,6 +85,8 @@ class Operands {
     dlpack::Device device() const { return device_; }
     bool on_cpu() const { return device_.type == dlpack::kCPU; }
     const std::vector<std::int64_t>& numel() const { return numel_; }
+    // Whether the elements of all tensors lie in the order of their dimensions.
+    bool contiguous() const { return contiguous_; }
     // Dtypes of the gradients, or nullptr where all are the lists'.
     const DType* wide() const { return wide_.empty() ? nullptr : wide_.data(); }
     // Data pointers of the role's list, or nullptr where it is absent.
@@ -77,14 +97,24 @@ class Operands {
     void* stream() const;
 
     // A hyperparameter: a number, or a 0-dim float32/float64 tensor here or on the CPU.
-    Scalar scalar(const char* name, py::handle value) const;
+    Scalar scalar(const char* name, py::handle value, const Range& range);
     // One float32 on this device, or nullptr for None.
-    float* flag(const char* name, py::handle value) const;
-    // A one-element tensor of this device and of `bits` float bits that a kernel writes.
-    void* output(const char* name, py::handle value, std::int64_t numel, int bits) const;
+    float* flag(const char* name, py::handle value, bool written = false);
+    // A contiguous tensor of this device, with `numel` elements of `bits` float bits.
+    void* single(const char* name, py::handle value, std::int64_t numel, int bits, bool written);
+    // Throws ValueError where memory shares with a list or with what was read before, and one of
+    // both is written: a GPU reads them while it writes.
+    void keep_apart(const char* name, const void* memory, std::int64_t bytes, bool written);
 
  private:
+    // A tensor that is not in a list.
+    struct Single {
+        std::string name;
+        std::uintptr_t begin, end;
+        bool written;
+    };
     void read_role(const Role* roles, std::size_t r, std::vector<dlpack::Tensor>& first);
+    py::tuple items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known);
     template <class Name>
     void check_type(const dlpack::Tensor& t, const Name& name, const Role* roles, std::size_t r,
                     std::size_t i);
@@ -97,10 +127,14 @@ class Operands {
 
     DType dtype_{};
     dlpack::Device device_{};
+    bool contiguous_ = true;
     const dlpack::ExchangeApi* api_ = nullptr;
     std::vector<std::int64_t> numel_;
     std::vector<DType> wide_;
     std::array<std::vector<void*>, kMaxRoles> data_;
+    std::vector<Role> roles_;
+    std::vector<Single> singles_;
+    std::vector<py::object> kept_;  // what was read, for as long as its memory is used
 };
 
 }  // namespace eigenfilter

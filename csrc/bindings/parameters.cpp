@@ -2,10 +2,10 @@
 // are still the ones it knows.
 #include "parameters.hpp"
 
+#include "arguments.hpp"
+
 namespace eigenfilter {
 namespace {
-
-namespace py = pybind11;
 
 // `.grad` of one parameter after another: the descriptor is looked up once a type, not once a
 // tensor.
@@ -38,68 +38,90 @@ class Grad {
         const auto found = py::reinterpret_steal<py::object>(
             PyObject_GetAttr(reinterpret_cast<PyObject*>(type_), name()));
         PyErr_Clear();
-        const bool plain = found && Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type);
-        slot_ = plain ? reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset : nullptr;
+        slot_ = nullptr;
+        if (!found || !Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type)) return;
+        const auto* descriptor = reinterpret_cast<PyGetSetDescrObject*>(found.ptr());
+        // Another class may have borrowed the getter: only its own kind may be passed to it.
+        if (PyType_IsSubtype(type_, descriptor->d_common.d_type)) slot_ = descriptor->d_getset;
     }
 
     PyTypeObject* type_ = nullptr;  // of the last parameter
     PyGetSetDef* slot_ = nullptr;   // its type's own getter and setter, or null: go the long way
 };
 
-py::tuple gradients(const py::list& params) {
+// A getter may be Python code, which may change the list: what is read is a copy of it.
+py::tuple gradients(py::handle params) {
+    const py::tuple read = items_of("params", params);
     Grad grad;
-    py::list grads(params.size());
+    py::list grads(read.size());
+    for (std::size_t i = 0; i < read.size(); ++i) grads[i] = py::none();
     Py_ssize_t missing = 0;
-    for (std::size_t i = 0; i < params.size(); ++i) {
-        py::object value = grad.get(PyList_GET_ITEM(params.ptr(), i));
+    for (std::size_t i = 0; i < read.size(); ++i) {
+        py::object value = grad.get(PyTuple_GET_ITEM(read.ptr(), i));
         missing += value.is_none();
-        PyList_SET_ITEM(grads.ptr(), i, value.release().ptr());
+        if (PyList_SetItem(grads.ptr(), i, value.release().ptr()) != 0)
+            throw py::error_already_set();
     }
     return py::make_tuple(std::move(grads), missing);
 }
 
-void clear_gradients(const py::list& params) {
+void clear_gradients(py::handle params) {
+    const py::tuple read = items_of("params", params);
     Grad grad;
-    for (std::size_t i = 0; i < params.size(); ++i) grad.clear(PyList_GET_ITEM(params.ptr(), i));
+    for (std::size_t i = 0; i < read.size(); ++i) grad.clear(PyTuple_GET_ITEM(read.ptr(), i));
 }
 
-bool same_objects(const py::list& a, const py::list& b) {
-    if (a.size() != b.size()) return false;
-    for (std::size_t i = 0; i < a.size(); ++i) {
+bool same_objects(py::handle a, py::handle b) {
+    if (!PyList_Check(a.ptr()) || !PyList_Check(b.ptr()))
+        fail(PyExc_TypeError, "same_objects compares two lists");
+    const Py_ssize_t n = PyList_GET_SIZE(a.ptr());
+    if (n != PyList_GET_SIZE(b.ptr())) return false;
+    for (Py_ssize_t i = 0; i < n; ++i) {
         if (PyList_GET_ITEM(a.ptr(), i) != PyList_GET_ITEM(b.ptr(), i)) return false;
     }
     return true;
 }
 
-bool same_entries(const py::dict& state, const py::list& entries, const py::tuple& keys,
-                  const py::list& values) {
+// Whether the i-th item of a list, which may have fewer, is an object.
+bool is_item(py::handle list, std::size_t i, PyObject* object) {
+    return i < static_cast<std::size_t>(PyList_GET_SIZE(list.ptr())) &&
+           PyList_GET_ITEM(list.ptr(), i) == object;
+}
+
+// Keys that compare themselves may run Python code: entries are held, and sizes asked again.
+bool same_entries(py::handle state, py::handle entries, py::handle keys, py::handle values) {
+    if (!PyDict_Check(state.ptr()) || !PyList_Check(entries.ptr()) || !PyTuple_Check(keys.ptr()) ||
+        !PyList_Check(values.ptr()))
+        fail(PyExc_TypeError, "same_entries takes a dict, a list, a tuple and a list");
+    const auto count = static_cast<std::size_t>(PyTuple_GET_SIZE(keys.ptr()));
     Py_ssize_t position = 0;
     std::size_t i = 0;
-    PyObject* entry = nullptr;
-    while (PyDict_Next(state.ptr(), &position, nullptr, &entry)) {
-        if (!PyDict_Check(entry)) return false;
-        if (PyDict_GET_SIZE(entry) == 0) continue;  // a defaultdict makes them when it is read
-        if (i >= entries.size() || entry != PyList_GET_ITEM(entries.ptr(), i)) return false;
-        for (std::size_t k = 0; k < keys.size(); ++k) {
-            PyObject* value = PyDict_GetItemWithError(entry, PyTuple_GET_ITEM(keys.ptr(), k));
+    PyObject* next = nullptr;
+    while (PyDict_Next(state.ptr(), &position, nullptr, &next)) {
+        if (!PyDict_Check(next)) return false;
+        if (PyDict_GET_SIZE(next) == 0) continue;  // a defaultdict makes them when it is read
+        if (!is_item(entries, i, next)) return false;
+        const auto entry = py::reinterpret_borrow<py::object>(next);
+        for (std::size_t k = 0; k < count; ++k) {
+            PyObject* value = PyDict_GetItemWithError(entry.ptr(), PyTuple_GET_ITEM(keys.ptr(), k));
             if (value == nullptr) {
                 if (PyErr_Occurred()) throw py::error_already_set();
                 value = Py_None;
             }
-            if (value != PyList_GET_ITEM(values.ptr(), keys.size() * i + k)) return false;
+            if (!is_item(values, count * i + k, value)) return false;
         }
         ++i;
     }
-    return i == entries.size();
+    return i == static_cast<std::size_t>(PyList_GET_SIZE(entries.ptr()));
 }
 
 }  // namespace
 
 void register_parameters(py::module_& module) {
-    module.def("gradients", &gradients);
-    module.def("clear_gradients", &clear_gradients);
-    module.def("same_objects", &same_objects);
-    module.def("same_entries", &same_entries);
+    define(module, "gradients", &gradients);
+    define(module, "clear_gradients", &clear_gradients);
+    define(module, "same_objects", &same_objects);
+    define(module, "same_entries", &same_entries);
 }
 
 }  // namespace eigenfilter

@@ -5,18 +5,14 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "arguments.hpp"
 #include "dlpack.hpp"
 
 namespace eigenfilter {
 namespace {
-
-namespace py = pybind11;
-
-[[noreturn]] void fail(PyObject* kind, const std::string& message) {
-    PyErr_SetString(kind, message.c_str());
-    throw py::error_already_set();
-}
 
 std::int64_t count(const dlpack::Tensor& t) {
     std::int64_t n = 1;
@@ -24,21 +20,58 @@ std::int64_t count(const dlpack::Tensor& t) {
     return n;
 }
 
+// A question to tensors that is answered by a method without arguments, called as the C function
+// that it is unless a subclass brings its own.
+class Question {
+ public:
+    explicit Question(PyObject* method_name) : name_(method_name) {}
+
+    bool ask(PyObject* object) {
+        if (Py_TYPE(object) != type_) find(Py_TYPE(object));
+        const auto answer = py::reinterpret_steal<py::object>(
+            function_ != nullptr ? function_(object, nullptr)
+                                 : PyObject_CallOneArg(method_.ptr(), object));
+        if (!answer) throw py::error_already_set();
+        return answer.ptr() == Py_True;
+    }
+
+ private:
+    void find(PyTypeObject* type) {
+        method_ = py::reinterpret_steal<py::object>(
+            PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
+        if (!method_)
+            fail(PyExc_TypeError, std::string(type->tp_name) + " is not a tensor of torch");
+        type_ = type;
+        function_ = nullptr;
+        if (!Py_IS_TYPE(method_.ptr(), &PyMethodDescr_Type)) return;
+        const auto* descriptor = reinterpret_cast<PyMethodDescrObject*>(method_.ptr());
+        // Another class may have borrowed the method: only its own kind may be passed to it.
+        if (descriptor->d_method->ml_flags == METH_NOARGS &&
+            PyType_IsSubtype(type, descriptor->d_common.d_type))
+            function_ = descriptor->d_method->ml_meth;
+    }
+
+    PyObject* name_;
+    PyTypeObject* type_ = nullptr;  // of the last tensor asked, with
+    py::object method_;             // the method that answers
+    PyCFunction function_ = nullptr;
+};
+
 // Borrows tensors; remembers the exchange API of the last type it saw.
 class Reader {
  public:
-    // `what` names the tensor in messages; memory at `known` was found sound before.
+    // `what` names the tensor in messages; a local shard that is read in place of the object is
+    // kept in `kept`. Memory at `*known` was found sound before; it becomes what is sound now.
     template <class Name>
-    dlpack::Tensor read(PyObject* object, const Name& what, const void* known = nullptr) {
+    dlpack::Tensor read(PyObject* object, const Name& what, std::vector<py::object>& kept,
+                        bool written = false, void** known = nullptr) {
         dlpack::Tensor t;
         py::object local;
-        if (Py_TYPE(object) == sharded_type_) {
-            local = shard_of(object);
-            object = local.ptr();
-        }
+        if (Py_TYPE(object) == sharded_type_ && (local = shard_of(object))) object = local.ptr();
         const bool borrowed = borrow(object, t);
         if (!borrowed || is_hollow(t)) {
             const std::string reason = borrowed ? "" : first_line_of_error();
+            PyTypeObject* const type = Py_TYPE(object);
             local = shard_of(object);
             if (!local || !borrow(local.ptr(), t) || is_hollow(t)) {
                 PyErr_Clear();
@@ -49,13 +82,22 @@ class Reader {
                               : what() + " cannot be used: " + reason +
                                     "; pass strided tensors with memory of their own");
             }
-            sharded_type_ = Py_TYPE(object);
+            sharded_type_ = type;
             object = local.ptr();
         }
         t.data = static_cast<char*>(t.data) + t.byte_offset;
-        if (t.data != nullptr && t.data == known) return t;
-        if (is_negated(object))
+        if (local) kept.push_back(std::move(local));
+        if (known != nullptr && t.data != nullptr && t.data == *known) return t;
+        if (is_negated_.ask(object))
             fail(PyExc_TypeError, what() + " is lazily negated: pass .resolve_neg() of it");
+        const bool is_asked = written || known != nullptr;
+        const bool is_inference = is_asked && is_inference_.ask(object);
+        if (written && is_inference && !is_inference_mode())
+            fail(PyExc_RuntimeError,
+                 what() +
+                     " was made in inference mode, and can only be changed there: pass "
+                     ".clone() of it, or call this within torch.inference_mode()");
+        if (known != nullptr) *known = is_inference ? nullptr : t.data;  // it depends on the mode
         return t;
     }
 
@@ -87,24 +129,17 @@ class Reader {
         return api_->tensor_from_py_object(object, &out) == 0;
     }
 
-    // torch's is_neg, called as the C function that it is unless a subclass brings its own.
-    bool is_negated(PyObject* object) {
-        static PyObject* const name = PyUnicode_InternFromString("is_neg");
-        if (Py_TYPE(object) != negated_type_) {
-            negated_type_ = Py_TYPE(object);
-            method_ = py::reinterpret_steal<py::object>(
-                PyObject_GetAttr(reinterpret_cast<PyObject*>(negated_type_), name));
-            if (!method_) throw py::error_already_set();
-            const auto* descriptor = reinterpret_cast<PyMethodDescrObject*>(method_.ptr());
-            const bool plain = Py_IS_TYPE(method_.ptr(), &PyMethodDescr_Type) &&
-                               descriptor->d_method->ml_flags == METH_NOARGS;
-            function_ = plain ? descriptor->d_method->ml_meth : nullptr;
-        }
-        const auto answer = py::reinterpret_steal<py::object>(
-            function_ != nullptr ? function_(object, nullptr)
-                                 : PyObject_CallOneArg(method_.ptr(), object));
-        if (!answer) throw py::error_already_set();
-        return answer.ptr() == Py_True;
+    struct Names {
+        PyObject* neg = PyUnicode_InternFromString("is_neg");
+        PyObject* inference = PyUnicode_InternFromString("is_inference");
+    };
+    static const Names& names() {
+        static const Names interned;
+        return interned;
+    }
+
+    static bool is_inference_mode() {
+        return py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>();
     }
 
     // Takes the Python error that is set; torch's go on with frames.
@@ -126,9 +161,7 @@ class Reader {
     PyTypeObject* type_ = nullptr;          // of the last tensor borrowed
     PyTypeObject* sharded_type_ = nullptr;  // of the last tensor that went by its shard
     const dlpack::ExchangeApi* api_ = nullptr;
-    PyTypeObject* negated_type_ = nullptr;  // of the last tensor asked for its negation, with
-    py::object method_;                     // the method that answers
-    PyCFunction function_ = nullptr;
+    Question is_negated_{names().neg}, is_inference_{names().inference};
 };
 
 }  // namespace

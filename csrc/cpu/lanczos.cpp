@@ -10,11 +10,6 @@
 namespace eigenfilter::cpu {
 namespace {
 
-int workers_for(std::int64_t bytes, int threads) {
-    return static_cast<int>(
-        std::clamp<std::int64_t>(bytes / kBytesAThread, 1, std::max(threads, 1)));
-}
-
 std::int64_t blocks_of(std::int64_t columns, std::int64_t block) {
     return (columns + block - 1) / block;
 }

@@ -12,14 +12,21 @@ namespace eigenfilter::cpu {
 
 constexpr std::int64_t kBytesAThread = 4 << 20;  // less takes no longer than waking a thread
 
+// Whether this process was forked from one with threads. The pool of OpenMP's threads was copied
+// then without the threads, and waiting for them would never end.
+bool is_serial();
+
+// How many threads share some work: as many as it has use for, of those that are allowed; in a
+// serial process one.
+int workers_for(std::int64_t bytes, int threads);
+
 // Calls body(tensor, first, count) on ranges that cover every element once; a range never spans two
 // tensors and starts at a multiple of `grain` elements of its tensor.
 template <class Body>
 void for_each_range(const std::int64_t* numel, std::size_t n, std::int64_t bytes_an_element,
                     std::int64_t grain, int threads, Body body) {
     const std::int64_t total = std::accumulate(numel, numel + n, std::int64_t{0});
-    const std::int64_t useful = total * bytes_an_element / kBytesAThread;
-    const int workers = static_cast<int>(std::clamp<std::int64_t>(useful, 1, threads));
+    const int workers = workers_for(total * bytes_an_element, threads);
     if (workers == 1) {
         for (std::size_t i = 0; i < n; ++i) {
             if (numel[i] > 0) body(i, std::int64_t{0}, numel[i]);

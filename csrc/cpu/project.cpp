@@ -15,8 +15,7 @@ void project_out(const Projection& p, int threads) {
     const std::int64_t bytes =
         (p.passes + 1) * p.columns *
         (p.rows * size_of(p.basis_dtype) + p.count * size_of(p.vector_dtype));
-    const int workers =
-        static_cast<int>(std::clamp<std::int64_t>(bytes / kBytesAThread, 1, std::max(threads, 1)));
+    const int workers = workers_for(bytes, threads);
     const std::int64_t dots = p.count * p.rows;
     std::vector<double> sums(blocks * dots), squares(blocks * p.count);
     std::vector<double> pass(dots);

@@ -11,14 +11,24 @@ cuda_compiled: bool
 """Whether the CUDA kernels were compiled into this build."""
 
 class TensorList(Sequence[Tensor]):
-    """A list of tensors that is passed again and again.
+    """A list of tensors that is passed again and again: they stay the same objects."""
 
-    What is slow to check (lazy negation) is checked when a tensor's memory is first seen and when
-    it changes; everything else at every use, as for a list.
-    """
+    def __init__(
+        self, tensors: Iterable[Tensor], *, hold: bool = False, trust: bool = False
+    ) -> None:
+        """Make a list of `tensors`, read once.
 
-    def __init__(self, tensors: Iterable[Tensor], hold: bool = False) -> None:
-        """With `hold`, read twice as fast; not for tensors that torch may want to swap."""
+        Args:
+            tensors: whatever the list is passed for; checked at its use.
+            hold: keep them in a way that is read twice as fast; not for tensors that torch may want
+                to swap.
+            trust: check what is slow to check (lazy negation, inference mode) only when a tensor's
+                memory is first seen and when it changes, and not at every use. A tensor that is
+                negated where it is goes unnoticed: only for tensors that nobody does this to.
+
+        Raises:
+            TypeError: `tensors` cannot be iterated over, or with `hold` not all are tensors.
+        """
 
     filled: bool
     """Whether the compiled `ascend` has filled these tensors as its backups."""
@@ -39,6 +49,9 @@ def isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Run the CPU kernels with one of `isas()`; for tests and benchmarks."""
 
+def is_serial() -> bool:
+    """Whether the CPU kernels use one thread: this process was forked from one that had more."""
+
 def require_cuda() -> None:
     """Raise RuntimeError, with what to do, unless the CUDA kernels were compiled."""
 
@@ -58,6 +71,9 @@ def table(
 
     Last the numbers of the gradients' dtypes, uint8 [n], or nothing where all are the lists'.
     """
+
+# The kernels check all arguments before anything is written. Called with `num_threads` 0 they do
+# nothing else: it is the check step of the backends that are written in Python.
 
 def ascend(
     params: Sequence[Tensor],
@@ -140,7 +156,7 @@ def project_out(
     norms: Tensor,
     workspace: Tensor | None,
     passes: int,
-    threads: int,
+    num_threads: int,
 ) -> None: ...
 def project_workspace(rows: int, columns: int, count: int) -> int: ...
 def sums_workspace(sums: int, columns: int) -> int: ...

@@ -17,6 +17,7 @@ from torch import Tensor
 from eigenfilter.kernels import reference, triton_device, triton_kernels
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
+from refusals import KERNELS, refused, spoilt
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # A parameter's dtype, the wider one of its gradients, and a size that the latter alone holds.
@@ -597,3 +598,13 @@ def test_what_is_true_is_one_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     for adaptive in (True, 1, False, 0):
         triton_kernels.ascend(x, g, b, 0.1, adaptive=adaptive)  # type: ignore[arg-type]
     assert [str(value) for value in seen] == ["True", "True", "False", "False"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_bad_arguments_are_refused_as_everywhere(name: str) -> None:
+    kernel = KERNELS[name]
+    kernel("triton", **kernel.make())
+    for argument, what, arguments, bad in spoilt(kernel):
+        message = refused(kernel, "triton", argument, arguments, bad)
+        if argument != "backend":
+            assert message == refused(kernel, "reference", argument, arguments, bad), what

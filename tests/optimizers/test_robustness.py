@@ -122,3 +122,29 @@ def test_momentum_needs_buffers(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="need momenta"):
         kernels.descend([x], [torch.ones(3)], lr=0.1, **arguments)
     assert x.tolist() == [1.0] * 3
+
+
+def test_a_first_step_in_inference_mode_leaves_state_for_steps_outside_of_it() -> None:
+    x = torch.nn.Parameter(torch.ones(3))
+    opt = eigenfilter.USAM([x], lr=0.5, momentum=0.5, rho=0.5)
+
+    def closure() -> float:
+        x.grad = torch.ones(3)
+        return 0.0
+
+    with torch.inference_mode():
+        opt.step(closure)
+    assert x.tolist() == [0.5] * 3
+    opt.step(closure)
+    assert x.tolist() == [-0.25] * 3
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_parameter_made_in_inference_mode_is_refused_outside_of_it(backend: str) -> None:
+    with torch.inference_mode():
+        x = torch.ones(3)
+    y = torch.ones(3)
+    x.grad, y.grad = torch.ones(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="was made in inference mode"):
+        eigenfilter.SGD([y, x], lr=0.5, backend=backend).step()
+    assert x.tolist() == y.tolist() == [1.0] * 3

@@ -32,18 +32,22 @@ What Lanczos' iterations need works on single tensors of vectors, its contract i
 
 Under torch.compile a call becomes the operator `torch.ops.eigenfilter.<name>`, and no graph breaks.
 
+After a fork (`os.fork`, the workers of a DataLoader, multiprocessing's "fork") kernels in the child
+use one thread, and torch is told to, because the threads of its pool are not there any more.
+
 `backend` is None (choose by device), "native" (C++ or CUDA), "triton" or "reference".
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from eigenfilter.kernels import dispatch
+from eigenfilter.kernels import dispatch, forks
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
 from eigenfilter.kernels.lanczos import (
     gram,
@@ -74,6 +78,8 @@ __all__ = [
     "select",
     "three_term",
 ]
+
+forks.watch()
 
 
 @operator(mutates=("params", "backups"))
@@ -111,9 +117,8 @@ def ascend(
 
     Source: arXiv 2510.09034, USAM; arXiv 2102.11600, ASAM; the backup is ours.
     """
-    _require(backups=backups)
     with torch.no_grad():
-        dispatch.of(params, backend).ascend(
+        dispatch.of("params", params, backend).ascend(
             params,
             grads,
             backups,
@@ -155,7 +160,7 @@ def ascend_again(
     Source: the second ascent of two-step USAM, sequential or anchored.
     """
     with torch.no_grad():
-        dispatch.of(params, backend).ascend_again(
+        dispatch.of("params", params, backend).ascend_again(
             params, grads, alpha, backups, grad_scale=grad_scale, found_inf=found_inf
         )
     increment_version(params)
@@ -196,9 +201,8 @@ def ascend_hvp(
 
     Source: the Hessian correction of Hessian USAM.
     """
-    _require(base_grads=base_grads, backups=backups)
     with torch.no_grad():
-        dispatch.of(params, backend).ascend_hvp(
+        dispatch.of("params", params, backend).ascend_hvp(
             params,
             grads,
             base_grads,
@@ -262,10 +266,11 @@ def descend(
 
     Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
     """
-    if momenta is None and (nesterov or isinstance(momentum, Tensor) or momentum != 0):
+    is_plain = isinstance(momentum, numbers.Real) and momentum == 0 and not nesterov
+    if momenta is None and not is_plain:
         raise ValueError("momentum and nesterov need momenta: pass buffers, zeros at first")
     with torch.no_grad():
-        dispatch.of(params, backend).descend(
+        dispatch.of("params", params, backend).descend(
             params,
             grads,
             momenta,
@@ -334,9 +339,8 @@ def descend_adamw(
 
     Source: I. Loshchilov and F. Hutter, 2019, arXiv 1711.05101, in torch.optim.AdamW's convention.
     """
-    _require(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     with torch.no_grad():
-        dispatch.of(params, backend).descend_adamw(
+        dispatch.of("params", params, backend).descend_adamw(
             params,
             grads,
             exp_avgs,
@@ -387,9 +391,11 @@ def norm(
         TypeError, ValueError, RuntimeError: as `ascend`.
     """
     if out is None:
-        t = dispatch.first(tensors)
-        wide = arithmetic_dtype(*{t.dtype for t in tensors})
+        t = dispatch.first("tensors", tensors)
+        wide = arithmetic_dtype(*{each.dtype for each in tensors if isinstance(each, Tensor)})
         out = torch.empty((), dtype=wide, device=t.device)
+    elif not isinstance(out, Tensor):
+        raise TypeError(f"out must be a tensor, not {type(out).__name__}")
     _norm(tensors, out, weights=weights, grad_scale=grad_scale, backend=backend)
     return out
 
@@ -403,7 +409,9 @@ def _norm(
     grad_scale: Tensor | None,
     backend: str | None,
 ) -> None:
-    dispatch.of(tensors, backend).norm(tensors, out, weights=weights, grad_scale=grad_scale)
+    room = dispatch.of("tensors", tensors, backend)
+    room.norm(tensors, out, weights=weights, grad_scale=grad_scale)
+    increment_version([out])
 
 
 @operator(mutates=("found_inf",))
@@ -422,11 +430,5 @@ def flag_nonfinite(
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`.
     """
-    dispatch.of(tensors, backend).flag_nonfinite(tensors, found_inf)
-
-
-def _require(**lists: object) -> None:
-    """Raise TypeError for a list that is missing; what is in it, the kernels check."""
-    for name, tensors in lists.items():
-        if tensors is None:
-            raise TypeError(f"{name} must be a list or tuple of tensors")
+    dispatch.of("tensors", tensors, backend).flag_nonfinite(tensors, found_inf)
+    increment_version([found_inf])

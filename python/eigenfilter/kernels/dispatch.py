@@ -153,33 +153,50 @@ def select(device_type: str, backend: str | None = None) -> Backend:
     if backend == "reference":
         return cast(Backend, reference)
     if backend == "native":
-        if device_type != "cpu":
+        if device_type == "cuda":
             _core.require_cuda()
+        elif device_type != "cpu":
+            raise ValueError(_unserved(device_type))
         return cast(Backend, native)
     if backend == "triton":
         triton_kernels = _triton()
         triton_kernels.require(device_type)
         return cast(Backend, triton_kernels)
-    raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}, or None")
+    raise ValueError(_unknown(backend))
 
 
-def of(tensors: Sequence[Tensor], backend: str | None) -> Backend:
-    """Return the implementation that serves the device of `tensors`."""
-    return select(first(tensors).device.type, backend)
+def of(name: str, tensors: Sequence[Tensor], backend: str | None) -> Backend:
+    """Return the implementation that serves the device of `tensors`, which messages call `name`.
+
+    Raises:
+        TypeError, ValueError: as `first`; ValueError also for an unknown backend.
+    """
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(_unknown(backend))
+    return select(first(name, tensors).device.type, backend)
 
 
-def first(tensors: Sequence[Tensor]) -> Tensor:
+def first(name: str, tensors: Sequence[Tensor]) -> Tensor:
     """Return the first of some tensors.
 
     Raises:
-        TypeError: one tensor in place of a list.
+        TypeError: what is given is no list of tensors.
         ValueError: there are none.
     """
     if isinstance(tensors, Tensor):
         raise TypeError("the kernels take lists of tensors: pass [tensor]")
-    if not tensors:
+    if not isinstance(tensors, (list, tuple, _core.TensorList)):
+        raise TypeError(f"{name} must be a list or tuple of tensors")
+    if len(tensors) == 0:
         raise ValueError("no tensors: pass at least one")
+    if not isinstance(tensors[0], Tensor):
+        kind = type(tensors[0]).__name__
+        raise TypeError(f"{name}[0] cannot be used: {kind} is not a tensor of torch")
     return tensors[0]
+
+
+def _unknown(backend: object) -> str:
+    return f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}, or None"
 
 
 def _automatic(device_type: str) -> str:
@@ -187,7 +204,11 @@ def _automatic(device_type: str) -> str:
         return "native"
     if device_type == "cuda":
         return "native" if _core.cuda_compiled and torch.version.cuda else "triton"
-    raise ValueError(
+    raise ValueError(_unserved(device_type))
+
+
+def _unserved(device_type: str) -> str:
+    return (
         f"no kernels for device {device_type!r}: move the tensors to cpu or cuda, "
         'or ask for backend="reference"'
     )

@@ -16,6 +16,7 @@ from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.torch_library import operator
 
 _MOST_VECTORS = 65_535  # of a GPU's grid
+_MOST_PASSES = 100  # twice is enough
 MOST_ROWS = 32  # of `gram` and `mix_rows`, and so of `orthonormalise`
 # How often a block is orthonormalised, and how many eps a vector must have of its own: float64's
 # are arithmetic's too.
@@ -52,6 +53,7 @@ def project_out(
 
     Source: L. Giraud, J. Langou, M. Rozloznik, 2005: twice is enough.
     """
+    _require_strided(w=w, basis=basis)
     if basis.ndim != 2 or w.ndim not in (1, 2) or w.shape[-1] != basis.shape[1]:
         raise ValueError(
             f"basis must be [m, n] and w [n] or [b, n]: got {list(basis.shape)} and {list(w.shape)}"
@@ -64,8 +66,10 @@ def project_out(
         raise ValueError(f"w must be of at most {_MOST_VECTORS} vectors, not {len(w)}")
     if basis.device != w.device:
         raise ValueError(f"w is on {w.device} and basis on {basis.device}: move one of them")
-    if passes < 1:
-        raise ValueError(f"passes must be at least 1, not {passes}")
+    if not isinstance(passes, int):
+        raise TypeError(f"passes must be a whole number, not {type(passes).__name__}")
+    if not 1 <= passes <= _MOST_PASSES:
+        raise ValueError(f"passes must be at least 1 and at most {_MOST_PASSES}, not {passes}")
     shape = w.shape[:-1]
     coefficients = torch.zeros((*shape, len(basis)), dtype=torch.float64, device=w.device)
     norms = torch.zeros(shape, dtype=torch.float64, device=w.device)
@@ -89,7 +93,7 @@ def _project_out(
     if _overlap(w, basis):
         raise ValueError("w shares memory with basis, which would change as it is read: clone it")
     with torch.no_grad():
-        dispatch.of([w], backend).project_out(w, basis, coefficients, norms, passes=passes)
+        dispatch.of("w", [w], backend).project_out(w, basis, coefficients, norms, passes=passes)
     increment_version([w])
 
 
@@ -121,7 +125,7 @@ def row_dots(q: Tensor, w: Tensor, *, backend: str | None = None) -> Tensor:
 @operator(mutates=("sums",))
 def _row_dots(q: Tensor, w: Tensor, sums: Tensor, backend: str | None) -> None:
     _core.check(("q", "w"), ([q], [w]), (False, False))
-    dispatch.of([q], backend).row_dots(q, w, sums)
+    dispatch.of("q", [q], backend).row_dots(q, w, sums)
 
 
 def three_term(
@@ -162,7 +166,7 @@ def _three_term(
 ) -> None:
     _core.check(("u", "q", "w"), ([u], [q], [w]), (True, False, False))
     with torch.no_grad():
-        dispatch.of([u], backend).three_term(u, q, w, factors, sums)
+        dispatch.of("u", [u], backend).three_term(u, q, w, factors, sums)
     increment_version([u])
 
 
@@ -194,7 +198,7 @@ def gram(vectors: Tensor, *, backend: str | None = None) -> Tensor:
 @operator(mutates=("out",))
 def _gram(vectors: Tensor, out: Tensor, backend: str | None) -> None:
     _core.check(("vectors",), ([vectors],), (False,))
-    dispatch.of([vectors], backend).gram(vectors, out)
+    dispatch.of("vectors", [vectors], backend).gram(vectors, out)
 
 
 def mix_rows(vectors: Tensor, factors: Tensor, *, backend: str | None = None) -> None:
@@ -223,7 +227,7 @@ def mix_rows(vectors: Tensor, factors: Tensor, *, backend: str | None = None) ->
 def _mix_rows(vectors: Tensor, factors: Tensor, backend: str | None) -> None:
     _core.check(("vectors",), ([vectors],), (True,))
     with torch.no_grad():
-        dispatch.of([vectors], backend).mix_rows(vectors, factors)
+        dispatch.of("vectors", [vectors], backend).mix_rows(vectors, factors)
     increment_version([vectors])
 
 
@@ -262,6 +266,11 @@ def orthonormalise(
     doi 10.1137/18M1218212, section 3, with raised pivots in place of the shift.
     """
     _require_rows(vectors=vectors, most=MOST_ROWS)
+    if total is not None and not callable(total):
+        raise TypeError(f"total must be a function, not {type(total).__name__}")
+    if not torch.compiler.is_compiling():  # all that `gram` would refuse after the first change
+        _core.check(("vectors",), ([vectors],), (True,))
+        dispatch.of("vectors", [vectors], backend)
     eps = torch.finfo(vectors.dtype).eps
     b = len(vectors)
     least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)  # of a pivot that can be relied on
@@ -272,7 +281,7 @@ def orthonormalise(
     floor = result.new_full((b,), -1.0)  # what a vector must have of its own not to be dropped
     for i in range(_PASSES[vectors.dtype]):
         g = gram(vectors, backend=backend)
-        g = g if total is None else total(g)
+        g = g if total is None else _summed(total, g)
         lengths = g.diagonal().sqrt()
         own = result.diagonal() * lengths
         scale = 1 / lengths.masked_fill(lengths == 0, 1.0)
@@ -297,8 +306,19 @@ def _sizes(vectors: Tensor, total: Callable[[Tensor], Tensor] | None) -> Tensor:
     sizes = vectors.new_zeros(len(vectors))
     if vectors.numel():
         sizes = torch.linalg.vector_norm(vectors, torch.inf, dim=1).clamp_max(2.0**1000)
-    exponents = (sizes if total is None else total(sizes)).frexp().exponent
+    exponents = (sizes if total is None else _summed(total, sizes)).frexp().exponent
     return torch.ldexp(torch.ones_like(sizes), exponents.clamp(-1000, 1000).to(sizes))
+
+
+def _summed(total: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    result = total(t)
+    if not isinstance(result, Tensor) or (result.shape, result.dtype, result.device) != (
+        t.shape,
+        t.dtype,
+        t.device,
+    ):
+        raise TypeError("total must return a tensor like what it is given: their sum")
+    return result
 
 
 def _factor(g: Tensor, least: float, own: Tensor, floor: Tensor) -> Tensor:
@@ -322,6 +342,7 @@ def _factor(g: Tensor, least: float, own: Tensor, floor: Tensor) -> Tensor:
 
 def _require_rows(*, most: int = _MOST_VECTORS, **tensors: Tensor) -> None:
     """Raise unless the tensors are contiguous rows of vectors, all of one shape, dtype, device."""
+    _require_strided(**tensors)
     [(first, model), *_] = tensors.items()
     for name, t in tensors.items():
         if t.ndim != 2 or t.shape != model.shape:
@@ -342,7 +363,17 @@ def _require_rows(*, most: int = _MOST_VECTORS, **tensors: Tensor) -> None:
         raise ValueError(f"{first} must be of at most {most} vectors, not {len(model)}")
 
 
+def _require_strided(**tensors: Tensor) -> None:
+    """Raise TypeError for what is no strided tensor."""
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} must be strided, not {t.layout}: pass .to_dense() of it")
+
+
 def _require_factors(factors: Tensor, shape: tuple[int, int], vectors: Tensor) -> None:
+    _require_strided(factors=factors)
     if (
         factors.shape != shape
         or factors.dtype != torch.float64

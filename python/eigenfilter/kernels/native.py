@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _core
-from eigenfilter.kernels.reference import Scalar, check_seed
+from eigenfilter.kernels.reference import Scalar
 
 
 def ascend(
@@ -82,7 +82,6 @@ def descend(
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore and step; see `eigenfilter.kernels.descend`."""
-    check_seed(rounding_seed)
     _core.descend(
         params,
         grads,
@@ -120,7 +119,6 @@ def descend_adamw(
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
-    check_seed(rounding_seed)
     _core.descend_adamw(
         params,
         grads,
@@ -150,9 +148,10 @@ def norm(
 ) -> None:
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
     workspace = None
-    if out.device.type != "cpu":
+    device = tensors[0].device
+    if device.type != "cpu":
         size = _core.norm_workspace(tensors)
-        workspace = torch.empty(size, dtype=torch.float64, device=out.device)
+        workspace = torch.empty(size, dtype=torch.float64, device=device)
     _core.norm(tensors, weights, out, grad_scale, workspace, torch.get_num_threads())
 
 

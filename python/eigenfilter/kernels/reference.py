@@ -4,7 +4,8 @@ x: parameter; g: gradient; g0: gradient at x; b: backup of x; m: momentum buffer
 second moment; alpha: the length of a move; lr, beta (momentum), tau (dampening), wd (weight decay);
 S = 1 / grad_scale. Never optimised. Coefficients are formed in float64 and rounded once to the
 arithmetic's dtype (float32; float64 where x or g is float64), and no multiply-add is fused. Random
-bits are a function of what they are for. Every room rounds alike, so the rooms agree bit for bit.
+bits are a function of what they are for. Arguments are checked as the compiled kernels check them,
+all before anything is written. Every room rounds alike, so the rooms agree bit for bit.
 """
 
 from __future__ import annotations
@@ -22,28 +23,7 @@ Scalar = float | Tensor
 
 _X, _M, _V = range(3)  # what a descent writes, each rounded by random bits of its own
 _WORD = 0xFFFFFFFF
-
-
-def check_seed(rounding_seed: Scalar | None) -> None:
-    """Raise ValueError for a seed out of range.
-
-    One on a GPU is not read, and what is no number the rooms refuse, as any other hyperparameter.
-    """
-    if rounding_seed is None:
-        return
-    if isinstance(rounding_seed, Tensor):
-        wide = rounding_seed.dtype in (torch.float32, torch.float64)
-        if rounding_seed.device.type != "cpu" or rounding_seed.numel() != 1 or not wide:
-            return
-        value = rounding_seed.item()
-    elif hasattr(rounding_seed, "__float__"):
-        value = float(rounding_seed)
-    else:
-        return
-    if not (0 <= value < 2**24 and value % 1 == 0):
-        raise ValueError(
-            f"rounding_seed must be a whole number from 0 to 2**24 - 1, and is {value}"
-        )
+_CHECK = 0  # of threads: the compiled kernel checks its arguments, and runs nothing
 
 
 def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -88,6 +68,7 @@ def reduced(
     return ("weights", "tensors"), (weights, tensors)
 
 
+@torch.no_grad()
 def ascend(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -99,7 +80,7 @@ def ascend(
     found_inf: Tensor | None = None,
 ) -> None:
     """b <- x; x <- x + alpha S g (adaptive: x^2 g), or x unchanged where found_inf is not zero."""
-    _core.check(("params", "grads", "backups"), (params, grads, backups), (True, False, True))
+    _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
     for p, grad, b in zip(params, grads, backups, strict=True):
         T = arithmetic_dtype(p.dtype, grad.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p)).to(T)
@@ -108,6 +89,7 @@ def ascend(
         _write(p, x + step * (x * x * g if adaptive else g), found_inf)
 
 
+@torch.no_grad()
 def ascend_again(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -118,13 +100,14 @@ def ascend_again(
     found_inf: Tensor | None = None,
 ) -> None:
     """x <- x + alpha S g, or b + alpha S g; x unchanged where found_inf is not zero."""
-    _core.check(("params", "grads", "backups"), (params, grads, backups), (True, False, False))
+    _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
     for p, g, b in zip(params, grads, params if backups is None else backups, strict=True):
         T = arithmetic_dtype(p.dtype, g.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p)).to(T)
         _write(p, b.to(T) + step * g.to(T), found_inf)
 
 
+@torch.no_grad()
 def ascend_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -137,14 +120,15 @@ def ascend_hvp(
     found_inf: Tensor | None = None,
 ) -> None:
     """x <- b + alpha h with h = S (g - g0) / eps; x unchanged where found_inf is not zero."""
-    names = ("params", "grads", "base_grads", "backups")
-    _core.check(names, (params, grads, base_grads, backups), (True, False, False, False))
+    lists = (params, grads, base_grads, backups)
+    _core.ascend_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
     for p, g, g0, b in zip(params, grads, base_grads, backups, strict=True):
         T = arithmetic_dtype(p.dtype, g.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p) / _real(eps, p)).to(T)
         _write(p, b.to(T) + step * (g.to(T) - g0.to(T)), found_inf)
 
 
+@torch.no_grad()
 def descend(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -162,9 +146,9 @@ def descend(
     found_inf: Tensor | None = None,
 ) -> None:
     """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m)."""
-    check_seed(rounding_seed)
-    names = ("params", "grads", "momenta", "backups")
-    _core.check(names, (params, grads, momenta, backups), (True, False, True, False))
+    lists, scalars = (params, grads, momenta, backups), (lr, momentum, dampening, weight_decay)
+    flags = (rounding_seed, grad_scale, found_inf)
+    _core.descend(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         T = arithmetic_dtype(p.dtype, g.dtype)
         if backups is not None:
@@ -186,6 +170,7 @@ def descend(
         _write(p, _rounded(x, p, rounding_seed, i, _X), found_inf)
 
 
+@torch.no_grad()
 def descend_adamw(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -208,10 +193,9 @@ def descend_adamw(
 
     x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
     """
-    check_seed(rounding_seed)
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
-    lists = (params, grads, exp_avgs, exp_avg_sqs, backups)
-    _core.check(names, lists, (True, False, True, True, False))
+    lists, scalars = (params, grads, exp_avgs, exp_avg_sqs, backups), (lr, beta1, beta2, eps)
+    flags = (rounding_seed, grad_scale, found_inf)
+    _core.descend_adamw(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         T = arithmetic_dtype(p.dtype, g.dtype)
         if backups is not None:
@@ -230,6 +214,7 @@ def descend_adamw(
             _write(target, _rounded(value, target, rounding_seed, i, output), found_inf)
 
 
+@torch.no_grad()
 def norm(
     tensors: Sequence[Tensor],
     out: Tensor,
@@ -238,8 +223,7 @@ def norm(
     grad_scale: Tensor | None = None,
 ) -> None:
     """out <- S sqrt(sum of (w t)^2 over all elements of all tensors), summed in float64."""
-    names, lists = reduced(tensors, weights)
-    _core.check(names, lists, (False,) * len(names))
+    _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
     total = torch.zeros((), dtype=torch.float64, device=out.device)
     for i, t in enumerate(tensors):
         w = 1 if weights is None else weights[i].double()
@@ -247,10 +231,13 @@ def norm(
     out.copy_(total.sqrt() * _inverse(grad_scale, out))
 
 
+@torch.no_grad()
 def project_out(
     w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
 ) -> None:
     """w <- w - Q^T (Q w), `passes` times, in float64; rounded to w's dtype after each."""
+    count = 1 if w.ndim == 1 else len(w)
+    _core.project_out([w], [basis], count, len(basis), coefficients, norms, None, passes, _CHECK)
     Q = basis.double()
     coefficients.zero_()
     for _ in range(passes):
@@ -260,28 +247,36 @@ def project_out(
     norms.copy_(torch.linalg.vector_norm(w.double(), dim=-1))
 
 
+@torch.no_grad()
 def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
     """s_0 <- q_i . w_i, s_1 <- w_i . w_i, in float64."""
+    _core.row_dots([q], [w], len(q), sums, None, _CHECK)
     sums[0] = (q.double() * w.double()).sum(1)
     sums[1] = w.double().square().sum(1)
 
 
+@torch.no_grad()
 def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
     """u_i <- f_0i w_i + f_1i q_i + f_2i u_i in float64, rounded once; s <- u_i . u_i, u_i . q_i."""
+    _core.three_term([u], [q], [w], len(u), factors, sums, None, _CHECK)
     f = factors[:, :, None]
     u.copy_(f[0] * w.double() + f[1] * q.double() + f[2] * u.double())
     sums[0] = u.double().square().sum(1)
     sums[1] = (u.double() * q.double()).sum(1)
 
 
+@torch.no_grad()
 def gram(vectors: Tensor, out: Tensor) -> None:
     """G <- V V^T, in float64, symmetric to the bit."""
+    _core.gram([vectors], len(vectors), out, None, _CHECK)
     lower = (vectors.double() @ vectors.double().T).tril()
     out.copy_(lower + lower.tril(-1).T)
 
 
+@torch.no_grad()
 def mix_rows(vectors: Tensor, factors: Tensor) -> None:
     """V <- tril(F) V in float64, rounded once; summed in the order of the columns of F."""
+    _core.mix_rows([vectors], len(vectors), factors, _CHECK)
     V, F = vectors.double(), factors.tril()
     result = torch.zeros_like(V)
     for j in range(len(V)):
@@ -289,9 +284,10 @@ def mix_rows(vectors: Tensor, factors: Tensor) -> None:
     vectors.copy_(result)
 
 
+@torch.no_grad()
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """found_inf <- 1 if any element of any tensor is inf or NaN; else unchanged."""
-    _core.check(("tensors",), (tensors,), (False,))
+    _core.flag_nonfinite(tensors, found_inf, _CHECK)
     for t in tensors:
         found_inf.masked_fill_(~t.isfinite().all(), 1.0)
 
@@ -362,4 +358,6 @@ def _dither(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
 
 def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
     rounded = value.to(target.dtype)
-    target.copy_(rounded if found_inf is None else torch.where(found_inf != 0, target, rounded))
+    if found_inf is not None:
+        rounded = torch.where(found_inf.reshape(()) != 0, target, rounded)
+    target.copy_(rounded)

@@ -14,14 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eigenfilter import _core
 from eigenfilter.kernels import triton_device as device_code
 from eigenfilter.kernels import triton_lanczos as lanczos_code
 from eigenfilter.kernels import triton_project as project_code
-from eigenfilter.kernels.reference import Scalar, arithmetic_dtype, check_seed, reduced
+from eigenfilter.kernels.reference import Scalar, arithmetic_dtype, reduced
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import Tables, tables
 
 _INTERPRETED = not isinstance(device_code.ascend_kernel, triton.JITFunction)
+
+_CHECK = 0  # of threads: the compiled kernel checks its arguments, and runs nothing
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -42,6 +45,7 @@ def ascend(
     found_inf: Tensor | None = None,
 ) -> None:
     """Save and move; see `eigenfilter.kernels.ascend`."""
+    _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
     x = params[0]
     names = ("params", "grads", "backups")
     with _served(x.device):
@@ -66,6 +70,7 @@ def ascend_again(
     found_inf: Tensor | None = None,
 ) -> None:
     """Move once more; see `eigenfilter.kernels.ascend_again`."""
+    _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
     x = params[0]
     names = ("params", "grads", "backups")
     with _served(x.device):
@@ -92,9 +97,10 @@ def ascend_hvp(
     found_inf: Tensor | None = None,
 ) -> None:
     """Move along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
+    lists = (params, grads, base_grads, backups)
+    _core.ascend_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
     x = params[0]
     names = ("params", "grads", "base_grads", "backups")
-    lists = (params, grads, base_grads, backups)
     with _served(x.device):
         work = tables("ascend_hvp", x, names, lists, (True, False, False, False))
         _launch(
@@ -123,14 +129,14 @@ def descend(
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore and step; see `eigenfilter.kernels.descend`."""
-    check_seed(rounding_seed)
+    lists, scalars = (params, grads, momenta, backups), (lr, momentum, dampening, weight_decay)
+    flags = (rounding_seed, grad_scale, found_inf)
+    _core.descend(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
     x = params[0]
     names = ("params", "grads", "momenta", "backups")
     has_momenta = momenta is not None
     with _served(x.device):
-        work = tables(
-            "descend", x, names, (params, grads, momenta, backups), (True, False, True, False)
-        )
+        work = tables("descend", x, names, lists, (True, False, True, False))
         _launch(
             device_code.descend_kernel,
             x.dtype,
@@ -171,10 +177,11 @@ def descend_adamw(
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
-    check_seed(rounding_seed)
+    lists, scalars = (params, grads, exp_avgs, exp_avg_sqs, backups), (lr, beta1, beta2, eps)
+    flags = (rounding_seed, grad_scale, found_inf)
+    _core.descend_adamw(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
     x = params[0]
     names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
-    lists = (params, grads, exp_avgs, exp_avg_sqs, backups)
     with _served(x.device):
         work = tables("descend_adamw", x, names, lists, (True, False, True, True, False))
         _launch(
@@ -206,13 +213,14 @@ def norm(
     grad_scale: Tensor | None = None,
 ) -> None:
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
+    _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
     t = tensors[0]
     names, lists = reduced(tensors, weights)
     with _served(t.device):
         work = tables("norm", lists[0][0], names, lists, (False,) * len(names))
         double = torch.float64 in (out.dtype, *work.chunks)
         _single("out", out, torch.float64 if double else torch.float32, t.device)
-        scale = _single("grad_scale", grad_scale, torch.float32, t.device)
+        scale = _scale(grad_scale, t.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
         rest = sums
         weighted = {"WEIGHTS": weights is not None}
@@ -236,6 +244,7 @@ def project_out(
     """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
     rows, columns = basis.shape
     count = w.shape[0] if w.ndim == 2 else 1
+    _core.project_out([w], [basis], count, rows, coefficients, norms, None, passes, _CHECK)
     tiles = triton.cdiv(columns, project_code.TILE)
     constants = {"TILE": project_code.TILE, **project_code.OPTIONS}
     with _served(w.device):
@@ -257,11 +266,13 @@ def project_out(
 
 def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
     """Inner products; see `eigenfilter.kernels.row_dots`."""
+    _core.row_dots([q], [w], len(q), sums, None, _CHECK)
     _over_columns(lanczos_code.row_dots_kernel, len(q), q.shape[1], (q, w), sums)
 
 
 def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
     """A step of recurrences; see `eigenfilter.kernels.three_term`."""
+    _core.three_term([u], [q], [w], len(u), factors, sums, None, _CHECK)
     _over_columns(
         lanczos_code.three_term_kernel, len(u), u.shape[1], (u, q, w, factors), sums, len(u)
     )
@@ -269,11 +280,13 @@ def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -
 
 def gram(vectors: Tensor, out: Tensor) -> None:
     """Inner products of all pairs; see `eigenfilter.kernels.gram`."""
+    _core.gram([vectors], len(vectors), out, None, _CHECK)
     _over_columns(lanczos_code.gram_kernel, 1, vectors.shape[1], (vectors,), out, len(vectors))
 
 
 def mix_rows(vectors: Tensor, factors: Tensor) -> None:
     """Triangular combinations; see `eigenfilter.kernels.mix_rows`."""
+    _core.mix_rows([vectors], len(vectors), factors, _CHECK)
     rows, columns = vectors.shape
     constants = {"TILE": lanczos_code.TILE, **lanczos_code.OPTIONS}
     grid = (triton.cdiv(columns, lanczos_code.TILE),)
@@ -295,6 +308,7 @@ def _over_columns(
 
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
+    _core.flag_nonfinite(tensors, found_inf, _CHECK)
     t = tensors[0]
     with _served(t.device):
         work = tables("flag_nonfinite", t, ("tensors",), (tensors,), (False,))
@@ -399,9 +413,17 @@ def _flags(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return what a GradScaler hands over, checked."""
     return (
-        _single("grad_scale", grad_scale, torch.float32, device),
+        _scale(grad_scale, device),
         _single("found_inf", found_inf, torch.float32, device),
     )
+
+
+def _scale(grad_scale: Scalar | None, device: torch.device) -> Tensor | None:
+    """Return a loss scale, a float32 or float64 tensor here or a number, as kernels take it."""
+    if grad_scale is None:
+        return None
+    dtype = grad_scale.dtype if isinstance(grad_scale, Tensor) else torch.float64
+    return torch.as_tensor(grad_scale, dtype=dtype, device=device)
 
 
 def _single(

@@ -31,7 +31,7 @@ class Part:
         self.group = group
         self.number = number  # the group's
         self.params = params
-        self.tensors = _core.TensorList(params)
+        self.tensors = _core.TensorList(params, trust=True)
         self.kind = _kind(params[0])
         self.device = _distributed.local(params[0]).device
         self.kernels = kernels.select(self.device.type, store.backend)
@@ -56,7 +56,9 @@ class Part:
             part = Part(self.group, self.number, [self.params[i] for i in key], self.store)
             for name in set(self._lists).intersection(self.store.keys):
                 tensors = self._lists[name]
-                part._lists[name] = _core.TensorList([tensors[i] for i in key], hold=True)
+                part._lists[name] = _core.TensorList(
+                    [tensors[i] for i in key], hold=True, trust=True
+                )
             self._subparts[key] = part
         return self._subparts[key]
 
@@ -132,8 +134,9 @@ class Part:
 
     def _list(self, name: str, make: Callable[[str, Tensor], Tensor]) -> _core.TensorList:
         if name not in self._lists:
-            tensors = [make(name, p) for p in self.params]
-            self._lists[name] = _core.TensorList(tensors, hold=True)
+            with torch.inference_mode(False):  # a step outside of it changes them too
+                tensors = [make(name, p) for p in self.params]
+            self._lists[name] = _core.TensorList(tensors, hold=True, trust=True)
         return self._lists[name]
 
 
