@@ -202,6 +202,11 @@ class CurvatureOperator(ABC):
         return self.params[0].device
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters f depends on: the model, and loss_fn if it is a module."""
+        return tuple(self._objective.tree.members)
+
+    @property
     def leads(self) -> bool:
         """Whether this process is the first of those that share the operator, or has it alone."""
         if self.slices is not None:
