@@ -64,8 +64,9 @@ def eigsh(
     One sequence finds one vector of a multiple eigenvalue, or a second one late, through rounding.
     So before it returns, the k pairs are locked, and a sequence from a random start orthogonal to
     them looks for better ones, until the chance that one was missed is below 1 in 10 for the least
-    favourable spectrum; this is repeated while it finds any. (None was missed in 480 trials on
-    spectra like those of networks.) What it finds is joined to the k by a Rayleigh-Ritz step. Where
+    favourable spectrum, or for as many products as the pairs took; this is repeated while it finds
+    any. (None was missed in 480 trials on spectra like those of networks.) `miss_probability` of
+    the result bounds that chance; `max_miss_probability` makes it look until it is that small. What it finds is joined to the k by a Rayleigh-Ritz step. Where
     Q is invariant before it holds k pairs, the same is done.
 
     With `basis_dtype=torch.float16` Q and P are stored in half the memory. Products are taken with
@@ -96,6 +97,10 @@ def eigsh(
         look_for_copies: whether to look for pairs that one sequence cannot see, or has not told
             apart: without it a cluster narrower than about sqrt(tol) may count as one value, unless
             criterion is "vector".
+        max_miss_probability: in (0, 1), to look for such pairs until the probability that one was
+            missed, as the result reports it, is at most this; None for what suffices as a rule. It
+            usually takes a few products more, and many where the worst wanted value has copies
+            beyond the k.
         max_basis: the most columns of Q, >= min(n, k + 2 b + 2). By default 20 for k <= 8, 2 k for
             some tens, 1.5 k for k >= 40; more where b > 1, and up to 256 where these are no more
             than 2^22 elements.

@@ -66,8 +66,10 @@ class Objective:
         train: bool,
         autocast: torch.dtype | None,
         seed: int,
+        alone: bool,
     ) -> None:
-        """See `operators.CurvatureOperator`; `finish`: loss_fn, output, target -> value, outer."""
+        """See `operators.CurvatureOperator`; `finish`: loss_fn, output, target -> value, outer;
+        `alone`: whether no other process holds data."""
         self.tree = _Tree([m for m in (model, loss_fn) if isinstance(m, nn.Module)])
         self.mean = mean
         self.autocast = autocast
@@ -75,7 +77,8 @@ class Objective:
         self._loss_fn = loss_fn
         self._finish = finish
         self._forward = forward
-        self._weights = Weights(weight, self._total)
+        alone = alone and not _distributed.is_fsdp(self.tree)
+        self._weights = Weights(weight, self._total, alone=alone)
         self._checked: set[tuple[int, int]] = set()  # batches whose weights are what f says
         self._train = train
         self._seed = seed

@@ -166,6 +166,7 @@ class CurvatureOperator(ABC):
             train=mode == "train",
             autocast=autocast,
             seed=seed,
+            alone=process_group is None,
         )
         self._source = source_of(
             data, pairs=forward is None, alone=process_group is None, seed=seed

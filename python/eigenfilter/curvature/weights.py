@@ -66,12 +66,22 @@ class Weights:
     sum of those of a batch's parts: they do not count anything, and are meant so.
     """
 
-    def __init__(self, given: Callable[[Any], float] | None, loss: Loss) -> None:
-        """given: batch -> weight, or None for the number of samples; loss: output, target -> f."""
+    def __init__(
+        self, given: Callable[[Any], float] | None, loss: Loss, *, alone: bool = True
+    ) -> None:
+        """Say what batches are taken to weigh.
+
+        Args:
+            given: batch -> weight, or None for the number of samples.
+            loss: output, target -> f.
+            alone: whether there are no batches elsewhere. Of those nothing is known here: so all
+                batches must weigh what their number of samples says beside A's.
+        """
         self._given = given
+        self._alone = alone
         self._loss = loss
         self._reference: Part | None = None
-        self._alone: Tensor | None = None  # d loss / dz of it
+        self._gradient_alone: Tensor | None = None  # d loss / dz of it
         self._hollow: int | None = None  # a batch whose loss was no number
         self._unit: float | None = None  # W_B of a batch, relative to A's, over what it weighs
 
@@ -123,7 +133,7 @@ class Weights:
                 alone = self._gradient(part, None)
                 if alone is not None and bool(alone.isfinite().all() & alone.any()):
                     self._check_hollow()
-                    self._reference, self._alone = Part(*copied(tuple(part))), alone
+                    self._reference, self._gradient_alone = Part(*copied(tuple(part))), alone
                     break
             else:
                 value = self._value(whole)
@@ -146,16 +156,17 @@ class Weights:
         assert self._reference is not None
         total, step = 0.0, whole.few(len(whole.output))
         for start in range(0, len(whole.output), step):
-            share = self._share(self._reference, whole.rows(start, start + step), tol, self._alone)
+            rest = whole.rows(start, start + step)
+            share = self._share(self._reference, rest, tol, self._gradient_alone)
             if share is None:
                 return
             total += 1.0 / share - 1.0 if share < 1.0 - tol else 0.0
         unit = total / len(whole.output)
         if total and self._unit is None:
-            self._unit = unit
-        elif not total or abs(unit - self._unit) > tol * self._unit:  # type: ignore[operator]
+            self._unit = unit if self._alone else 1.0 / len(self._reference.output)
+        if not total or abs(unit - self._unit) > tol * self._unit:  # type: ignore[operator]
             what = (
-                f"{unit / self._unit:.3g} times as much a sample as the first one"
+                f"{unit / self._unit:.3g} times as much a sample as others"
                 if total and self._unit
                 else "nothing, or adds up over samples, beside others"
             )

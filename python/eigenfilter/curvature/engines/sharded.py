@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -73,15 +74,25 @@ class ShardedDifference(FiniteDifference):
                 return
             batch = following if more else batch
             if not known:
-                weight = self._weigh(index, batch)
-                self._weights.append(weight if more else 0.0)
-                self._totals.append(self._slices.sum_of_all(self._weights[index]))
+                self._note_weight(index, batch, more)
             weight = self._weights[index]
             if weight:
                 weighty = batch
             # A pass with weight 0 must leave zeros: not of a batch whose loss may be no number.
             yield Place(index, batch if weight or weighty is None else weighty, weight)
             index += 1
+
+    def _note_weight(self, index: int, batch: object, more: bool) -> None:
+        """Note what a batch weighs here, and in all processes; what one refuses, all do."""
+        try:
+            weight = self._weigh(index, batch)
+        except ValueError:
+            self._slices.sum_of_all(math.nan)
+            raise
+        self._weights.append(weight if more else 0.0)
+        self._totals.append(self._slices.sum_of_all(self._weights[index]))
+        if math.isnan(self._totals[index]):
+            raise RuntimeError("another process refused its batches: its own error says why")
 
     def _weigh(self, index: int, batch: object) -> float:
         self._announce()
