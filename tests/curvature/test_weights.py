@@ -112,6 +112,18 @@ def test_a_single_batch_needs_no_weight(engine: str, case: str) -> None:
     torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_loader_of_one_batch_needs_none_either(case: str) -> None:
+    loss_fn, change, _ = CASES[case]
+    model, x, target = make()
+    target = change(target)
+    data = DataLoader(TensorDataset(x, target), batch_size=64)
+    for engine in ("retained", "shared", "finite_difference"):
+        op = HessianOperator(model, loss_fn, data, engine=engine)
+        whole = dense(model, x, target, loss_fn=loss_fn)
+        torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-5)
+
+
 def test_one_batch_too_large_for_its_graph_is_not_split_by_wrong_weights() -> None:
     model, x, target = make()
     target = ignoring(target)

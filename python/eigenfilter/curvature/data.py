@@ -139,12 +139,11 @@ class Loaded:
 class Pieces:
     """The batches of a source, in pieces of so many samples."""
 
+    single = False
     count = None
 
-    def __init__(self, source: Source, size: int, *, single: bool = False) -> None:
-        """single: whether there is but one piece of all."""
+    def __init__(self, source: Source, size: int) -> None:
         self._source = source
-        self.single = single
         self._size = size
 
     def batches(self) -> Iterator[Any]:

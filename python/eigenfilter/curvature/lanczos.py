@@ -54,10 +54,10 @@ def eigsh(
         value:    min(r_i, 2 R^2 / (gap_i - R)) <= tol max(|theta_i|, eps^(2/3) ||H||)
         vector:   r_i / gap_i <= tol
 
-    or is as good as rounding allows, 10 eps ||H|| or the smallest normal number, if that is more;
-    eps is of the operator's dtype. For "value", R^2 sums the r^2 of a group of wanted pairs at the
-    end of the spectrum, theta_i among them, and the gap reaches to the next pair, less 3 times its
-    residual; the best group counts. For "vector", which bounds the sine of the angle between v_i
+    or is as good as rounding allows, 10 eps ||H||, or where products are subnormal 10 of their
+    units sqrt(n); eps is of the operator's dtype. For "value", R^2 sums the r^2 of a group of
+    wanted pairs at the end of the spectrum, theta_i among them, and the gap reaches to the next
+    pair, less 3 times its residual; the best group counts. For "vector", which bounds the sine of the angle between v_i
     and an eigenvector, the gap reaches to the nearest pair that can be told apart: wanted pairs
     whose intervals theta +- r overlap count as one, and their vectors as a basis of its space.
 
@@ -66,8 +66,9 @@ def eigsh(
     them looks for better ones, until the chance that one was missed is below 1 in 10 for the least
     favourable spectrum, or for as many products as the pairs took; this is repeated while it finds
     any. (None was missed in 480 trials on spectra like those of networks.) `miss_probability` of
-    the result bounds that chance; `max_miss_probability` makes it look until it is that small. What it finds is joined to the k by a Rayleigh-Ritz step. Where
-    Q is invariant before it holds k pairs, the same is done.
+    the result bounds that chance; `max_miss_probability` makes it look until it is that small. What
+    it finds is joined to the k by a Rayleigh-Ritz step. Where Q is invariant before it holds k
+    pairs, the same is done.
 
     With `basis_dtype=torch.float16` Q and P are stored in half the memory. Products are taken with
     the stored vectors, T is measured from them and corrected by their Gram matrix: see

@@ -77,8 +77,9 @@ class Objective:
         self._loss_fn = loss_fn
         self._finish = finish
         self._forward = forward
-        alone = alone and not _distributed.is_fsdp(self.tree)
-        self._weights = Weights(weight, self._total, alone=alone)
+        self._alone = alone and not _distributed.is_fsdp(self.tree)
+        self._weights = Weights(weight, self._total, alone=self._alone)
+        self._refused: str | None = None  # why the first batch does not weigh what is said
         self._checked: set[tuple[int, int]] = set()  # batches whose weights are what f says
         self._train = train
         self._seed = seed
@@ -143,13 +144,24 @@ class Objective:
         weight = self._weights.of(batch, output)
         key = index, len(output) if isinstance(output, Tensor) and output.ndim else 0
         if weight and key not in self._checked:
-            eps = _eps(self.autocast, output if isinstance(output, Tensor) else self._parameter)
-            with self._surroundings(index), _spared_buffers(self.tree), torch.enable_grad():
-                told = self._weights.check(index, batch, output, target, eps)
-            if not told:
-                self._check_halves(index, batch, eps)
+            if self._refused is not None:
+                raise ValueError(self._refused)
+            try:
+                self._check_weight(index, batch, output, target)
+            except ValueError as error:
+                if self._checked or not self._alone:
+                    raise
+                self._refused = str(error)  # a batch alone may weigh anything: see if others come
             self._checked.add(key)
         return weight
+
+    def _check_weight(self, index: int, batch: Any, output: Any, target: Any) -> None:
+        """Check what a batch weighs by its loss, or else by f on its halves."""
+        eps = _eps(self.autocast, output if isinstance(output, Tensor) else self._parameter)
+        with self._surroundings(index), _spared_buffers(self.tree), torch.enable_grad():
+            told = self._weights.check(index, batch, output, target, eps)
+        if not told:
+            self._check_halves(index, batch, eps)
 
     def _check_halves(self, index: int, batch: Any, eps: float) -> None:
         """Check what a batch weighs by f on it and on its halves.

@@ -113,7 +113,7 @@ def split_to_fit(
             "tell, so batches cannot be split: pass these, choose another engine, or make the "
             "batches smaller"
         )
-    return Pieces(source, size, single=source.single and len(parts) == 1)
+    return Pieces(source, size)
 
 
 def first_batch(
