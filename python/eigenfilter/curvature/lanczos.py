@@ -57,9 +57,10 @@ def eigsh(
     or is as good as rounding allows, 10 eps ||H||, or where products are subnormal 10 of their
     units sqrt(n); eps is of the operator's dtype. For "value", R^2 sums the r^2 of a group of
     wanted pairs at the end of the spectrum, theta_i among them, and the gap reaches to the next
-    pair, less 3 times its residual; the best group counts. For "vector", which bounds the sine of the angle between v_i
-    and an eigenvector, the gap reaches to the nearest pair that can be told apart: wanted pairs
-    whose intervals theta +- r overlap count as one, and their vectors as a basis of its space.
+    pair, less 3 times its residual; the best group counts. For "vector", which bounds the sine of
+    the angle between v_i and an eigenvector, the gap reaches to the nearest pair that can be told
+    apart: wanted pairs whose intervals theta +- r overlap count as one, and their vectors as a
+    basis of its space.
 
     One sequence finds one vector of a multiple eigenvalue, or a second one late, through rounding.
     So before it returns, the k pairs are locked, and a sequence from a random start orthogonal to

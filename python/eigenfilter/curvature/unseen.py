@@ -82,11 +82,16 @@ class Unseen:
         distances = (level - ritz.values) * (-1.0 if end == 0 else 1.0)
         if not len(distances) or began.stop > len(distances) or not distances.min() > 0:
             return math.inf
-        reached: Floats = ritz.vectors[began] / distances
-        singular = np.zeros(len(reached))
-        if len(ritz.coupling):
-            found = np.linalg.svd(reached @ ritz.coupling.T, compute_uv=False)
-            singular[: len(found)] = found[: len(singular)]
-        least = rounding * float(np.linalg.norm(reached, 2))
-        with np.errstate(divide="ignore"):
+        # Relative to the nearest, which may be as small as rounding of an operator that is zero.
+        near = float(distances.min())
+        with np.errstate(over="ignore", divide="ignore"):
+            reached: Floats = ritz.vectors[began] / (distances / near)
+            coupling = ritz.coupling / near
+            if not np.isfinite(coupling).all():
+                return math.inf
+            singular = np.zeros(len(reached))
+            if len(coupling):
+                found = np.linalg.svd(reached @ coupling.T, compute_uv=False)
+                singular[: len(found)] = found[: len(singular)]
+            least = rounding / near * float(np.linalg.norm(reached, 2))
             return float(np.log(np.maximum(singular, least)).sum())
