@@ -176,6 +176,25 @@ def test_a_probability_out_of_reach_of_the_products_warns() -> None:
     assert found.miss_probability > 1e-9
 
 
+def test_what_rounding_may_hide_beside_an_invariant_subspace() -> None:
+    """Where the worst value is zero but for rounding, so are those that it is compared with."""
+    op = Diagonal(torch.tensor([1.0] + [0.0] * 60, dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="rounding may hide another one .* leave it out"):
+        found = eigsh(op, 4, max_miss_probability=1e-3)
+    assert found.converged.all()
+    assert found.miss_probability > 1e-3
+    assert eigsh(op, 1, max_miss_probability=1e-9).miss_probability <= 1e-9
+
+
+@pytest.mark.parametrize("n", [300, 30_000])
+def test_small_probabilities_in_single_precision(n: int) -> None:
+    large = 20 * 0.7 ** torch.arange(12)
+    d = torch.cat([large, torch.linspace(-0.05, 0.05, n - 12)])
+    found = eigsh(Diagonal(d), 8, max_miss_probability=1e-6)
+    assert found.miss_probability <= 1e-6
+    assert found.matvecs < 60
+
+
 @pytest.mark.parametrize("most", [0.0, 1.0, -0.1, float("nan")])
 def test_probabilities_out_of_range(most: float) -> None:
     op = DenseOperator(torch.eye(9, dtype=torch.float64))

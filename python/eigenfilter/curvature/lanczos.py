@@ -290,8 +290,8 @@ class _Search:
                     excess[picked] = 0.0
                     pairs = replace(pairs, excess=excess)
             if done:
-                self.complete = complete
-                return self._result(ritz, rule, pairs, picked, complete)
+                self.complete = complete and self._missed(ritz) <= (self._most_missed or 1.0)
+                return self._result(ritz, rule, pairs, picked)
             if settled or run.closed:
                 self._lock(rule, ritz, pairs, picked)
                 run.begin()
@@ -412,9 +412,7 @@ class _Search:
         count = least + int(THICKNESS * max(len(wanted) - least, 0))
         return np.sort(rule.best(ritz.values, min(count, self._run.most_kept)))
 
-    def _result(
-        self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Indices, complete: bool
-    ) -> EigenResult:
+    def _result(self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Indices) -> EigenResult:
         run = self._run
         picked = picked[rule.best(pairs.values[picked], self._k)]
         pairs = pairs[picked]
@@ -431,8 +429,14 @@ class _Search:
                 f"stopped after {run.products} products with {found} of {self._k} pairs "
                 "converged: raise max_matvecs, loosen tol, or ask for fewer pairs"
             )
-        elif complete:
+        elif self.complete:
             reason = f"{found} pairs converged"
+        elif run.closed:
+            reason = (
+                f"{found} pairs converged; rounding may hide another one with a probability of "
+                f"{self._missed(ritz):.2g}, beyond max_miss_probability: use "
+                "float64, or leave it out"
+            )
         else:
             reason = (
                 f"{found} pairs converged; max_matvecs cut the look for copies short: raise it, or "

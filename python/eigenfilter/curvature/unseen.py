@@ -35,8 +35,8 @@ class Unseen:
     for b = 1: sqrt(2 n / pi) |M|. Both ends add up, and so do sequences, one after another.
 
     That is a bound over random starts, whatever the spectrum, in exact arithmetic, for pairs locked
-    that are exact. Rounding is taken to hide as much of u as couples Q to it: B is no less than
-    that.
+    that are exact. With rounding it is that of a matrix within some eps ||H|| of H. Where nothing
+    waits any more, because Q is invariant up to rounding, B is taken to be as large as that.
 
     Source: (1), for b = 1 without restarts: J. van Dorsselaer, M. Hochstenbach, H. van der Vorst,
     Computing probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos
@@ -89,9 +89,10 @@ class Unseen:
             coupling = ritz.coupling / near
             if not np.isfinite(coupling).all():
                 return math.inf
-            singular = np.zeros(len(reached))
+            size = float(np.linalg.norm(reached, 2))
+            singular = np.full(len(reached), rounding / near * size)
             if len(coupling):
                 found = np.linalg.svd(reached @ coupling.T, compute_uv=False)
-                singular[: len(found)] = found[: len(singular)]
-            least = rounding / near * float(np.linalg.norm(reached, 2))
-            return float(np.log(np.maximum(singular, least)).sum())
+                least = np.finfo(np.float64).eps * size * float(np.linalg.norm(coupling))
+                singular[: len(found)] = np.maximum(found, least)[: len(singular)]
+            return float(np.log(singular).sum())
