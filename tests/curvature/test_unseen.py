@@ -54,13 +54,14 @@ def missed(values: Tensor, expected: Tensor, which: str) -> bool:
     if which == "LM":  # of two with one magnitude either will do
         values, expected = values.abs(), expected.abs()
     off = (values.sort().values - expected.sort().values).abs()
-    return bool((off > 1.5e-4 * expected.abs().sort().values).any())
+    return bool((off > 1.5e-4 * expected.sort().values.abs()).any())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["SA", "LA", "LM", "BE"])
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("most", [None, 0.3])
+@pytest.mark.parametrize(
+    ("which", "most"), [("SA", None), ("LA", None), ("LM", None), ("BE", None), ("LA", 0.3)]
+)
 def test_values_are_missed_no_more_often_than_reported(
     spectrum: Callable[[], Tensor], which: str, most: float | None
 ) -> None:
