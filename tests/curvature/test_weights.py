@@ -234,6 +234,18 @@ def test_what_is_right_is_not_refused(case: str, name: str, mode: str) -> None:
         torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("engine", ["retained", "shared", "finite_difference"])
+def test_a_loss_that_writes_to_what_it_is_given(engine: str) -> None:
+    model, x, target = make()
+
+    def loss_fn(z: Tensor, t: Tensor) -> Tensor:
+        return z.sub_(t[:, None]).square().mean()
+
+    op = HessianOperator(model, loss_fn, split(x, target, 20, 14, 6), engine=engine)
+    whole = dense(model, x, target, loss_fn=lambda z, t: (z - t[:, None]).square().mean())
+    torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-6)
+
+
 def tokens(batch: Any) -> Tensor:
     return (batch["y"] != -100).sum()
 

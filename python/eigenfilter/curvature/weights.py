@@ -230,9 +230,10 @@ class Weights:
     def _gradient(self, first: Part, rest: Part | None) -> Tensor | None:
         """Return d loss / d z of the first samples, alone or with the rest beside them."""
         z = first.output.detach().requires_grad_()
-        part = Part(z, first.target)
+        # A loss may change what it is given: so copies, as of samples that are joined.
+        part = Part(z.clone(), copied(first.target))
         if rest is not None:
-            part = Part(*joined(tuple(part), tuple(rest)))
+            part = Part(*joined(tuple(Part(z, first.target)), tuple(rest)))
         with attempt("the derivative of the loss of a part of a batch"):
             value = self._loss(part.output, part.target)
             if value.requires_grad:
@@ -241,7 +242,7 @@ class Weights:
 
     def _value(self, part: Part) -> Tensor | None:
         with attempt("the loss of a part of a batch"):
-            return self._loss(part.output, part.target)
+            return self._loss(*copied(tuple(part)))
         return None
 
 
