@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eigenfilter.curvature.arguments import check, check_probability, check_rounded
 from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
 from eigenfilter.curvature.scale import exponent_of, times_power
 from eigenfilter.curvature.space import Space
-from eigenfilter.curvature.stopping import CRITERIA, WHICH, Flags, Indices, Pairs, Rule
+from eigenfilter.curvature.stopping import Flags, Indices, Pairs, Rule
 from eigenfilter.curvature.unseen import Unseen
 
 _FEW = 20  # steps in which a pair can converge by luck
-_LEAST_TOL = 1e-6  # the relative error of a value that a basis in float16 stands for
 THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps
 
 
@@ -132,10 +132,10 @@ def eigsh(
     width = 1 if block_size is None else block_size
     limit = max(300, 20 * k) if max_matvecs is None else max_matvecs
     rows = default_basis(op.shape[0], k, width) if max_basis is None else max_basis
-    _check(op, k, which, tol, criterion, limit, width, rows)
-    _check_probability(max_miss_probability, look_for_copies)
+    check(op, k, which, tol, criterion, limit, width, rows)
+    check_probability(max_miss_probability, look_for_copies)
     if basis_dtype not in (None, op.dtype):
-        _check_rounded(op, basis_dtype, tol, criterion)
+        check_rounded(op, basis_dtype, tol, criterion)
     device = op.device if basis_device is None else torch.device(basis_device)
     starts = None if v0 is None else _starts(op, v0, width).to(device)
     with getattr(op, "fixed", nullcontext)():
@@ -151,70 +151,6 @@ def default_basis(n: int, k: int, width: int) -> int:
     """Return the columns of Q by default, for k pairs of order n, `width` products at a time."""
     thin = max(20, k + max(12, 4 * width, min(k, 20), k // 2))
     return max(thin, min(256, 2**22 // n))  # where they take little, more columns save products
-
-
-def _check(
-    op: SymmetricOperator,
-    k: int,
-    which: str,
-    tol: float,
-    criterion: str,
-    limit: int,
-    width: int,
-    rows: int,
-) -> None:
-    n = op.shape[0]
-    if op.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the operator must be float32 or float64, not {op.dtype}")
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be in [1, n] = [1, {n}], not {k}")
-    if which not in WHICH:
-        raise ValueError(f"which must be one of {list(WHICH)}, not {which!r}")
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, not {tol}")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {list(CRITERIA)}, not {criterion!r}")
-    if limit < k:
-        raise ValueError(f"max_matvecs must be at least k = {k}, not {limit}")
-    if width < 1:
-        raise ValueError(f"block_size must be at least 1, not {width}")
-    if rows < min(n, k + 2 * width + 2):
-        raise ValueError(
-            f"max_basis must be at least min(n, k + 2 block_size + 2) = "
-            f"{min(n, k + 2 * width + 2)}, not {rows}"
-        )
-
-
-def _check_probability(most: float | None, look_for_copies: bool) -> None:
-    if most is None:
-        return
-    if not 0 < most < 1:
-        raise ValueError(f"max_miss_probability must be in (0, 1) or None, not {most}")
-    if not look_for_copies:
-        raise ValueError(
-            "max_miss_probability needs the look for copies, which finds what was missed: leave "
-            "look_for_copies=False out"
-        )
-
-
-def _check_rounded(
-    op: SymmetricOperator, basis_dtype: torch.dtype | None, tol: float, criterion: str
-) -> None:
-    if basis_dtype != torch.float16 or op.dtype != torch.float32:
-        raise ValueError(
-            f"basis_dtype must be None, or torch.float16 for a float32 operator, not {basis_dtype} "
-            f"for one of {op.dtype}"
-        )
-    if criterion != "value":
-        raise ValueError(
-            'a float16 basis holds vectors to about 5e-4 only: use criterion="value", or leave '
-            "basis_dtype out"
-        )
-    if tol < _LEAST_TOL:
-        raise ValueError(
-            f"a float16 basis holds values to about {_LEAST_TOL}: raise tol to that, or leave "
-            "basis_dtype out"
-        )
 
 
 def _starts(op: SymmetricOperator, v0: Tensor | EigenResult, width: int) -> Tensor:
