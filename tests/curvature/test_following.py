@@ -85,11 +85,12 @@ def test_a_graph_is_kept_while_nothing_changes(engine: str) -> None:
     eigsh(op, 3)
     columns(op)
     choices = 2 if engine == "auto" else 0  # one for vectors, one for blocks
-    assert calls == 2 + choices
+    weights = 1 + 2  # samples alone, and beside each batch, to see what that weighs
+    assert calls == 2 + choices + weights
     model.eval()
     eigsh(op, 3)
     columns(op)
-    assert calls == 2 + choices
+    assert calls == 2 + choices + weights
 
 
 def changed_in_place(model: nn.Module, x: Tensor) -> None:

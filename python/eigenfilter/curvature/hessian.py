@@ -48,15 +48,21 @@ class HessianOperator(CurvatureOperator):
         inputs = [p if at is None else p.requires_grad_() for p in place]
         names = self._objective.names(self.params)
         named = None if at is None else dict(zip(names, inputs, strict=True))
-        sums = Sums(torch.empty(self.shape[0], 1, dtype=self.dtype, device=self.device), inputs)
-        with torch.autocast(self.device.type, enabled=False):
+        given = [] if at is None else [at]
+        like = torch.empty(self.shape[0], 1, dtype=self.dtype, device=self.device)
+        with (
+            self._refusing_together(like, given),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            sums = Sums(like, inputs)
             for index, batch in enumerate(self._source.batches()):
                 here = self._objective.evaluate(index, batch, named)
                 weight = 1.0 if self._source.single else here.weight()
-                sums.weight += weight
-                sums.add(gradient(here, inputs), weight, 0)
+                if weight:
+                    sums.weight += weight
+                    sums.add(gradient(here, inputs), weight, 0)
                 del here
-        return self._total(sums, [] if at is None else [at])[0]
+        return self._total(sums, given)[0]
 
     @staticmethod
     def _finish(

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from eigenfilter.curvature.data import moved
+from eigenfilter import _distributed
+from eigenfilter.curvature.data import divisible, moved, pieces, samples_of
+from eigenfilter.curvature.weights import Weights, attempt, check_values
 
 Outer = Callable[[Tensor], Tensor]
 
@@ -28,7 +30,8 @@ class Evaluation(NamedTuple):
 
     value: Tensor
     outer: Outer | None
-    weight: Callable[[], float]
+    weight: Callable[[], float]  # 0 for a batch that is to be left out; checked by the loss once
+    claimed: Callable[[], float]  # the same unchecked
     around: Callable[[], AbstractContextManager[None]]
 
     def total(self) -> Tensor:
@@ -63,8 +66,10 @@ class Objective:
         train: bool,
         autocast: torch.dtype | None,
         seed: int,
+        alone: bool,
     ) -> None:
-        """See `operators.CurvatureOperator`; `finish`: loss_fn, output, target -> value, outer."""
+        """See `operators.CurvatureOperator`; `finish`: loss_fn, output, target -> value, outer;
+        `alone`: whether no other process holds data."""
         self.tree = _Tree([m for m in (model, loss_fn) if isinstance(m, nn.Module)])
         self.mean = mean
         self.autocast = autocast
@@ -72,7 +77,10 @@ class Objective:
         self._loss_fn = loss_fn
         self._finish = finish
         self._forward = forward
-        self._weight = weight
+        self._alone = alone and not _distributed.is_fsdp(self.tree)
+        self._weights = Weights(weight, self._total, alone=self._alone)
+        self._refused: str | None = None  # why the first batch does not weigh what is said
+        self._checked: set[tuple[int, int]] = set()  # batches whose weights are what f says
         self._train = train
         self._seed = seed
 
@@ -120,39 +128,76 @@ class Objective:
         return Evaluation(
             value,
             None if outer is None else surrounded,
-            lambda: self._samples(batch, output),
+            lambda: self._weigh(index, batch, output, target),
+            lambda: self._weights.of(batch, output) if self.mean else 1.0,
             lambda: self.around(index),
         )
 
-    def _samples(self, batch: Any, output: Any) -> float:
-        """Return w_b; 1 where batches are added."""
+    def _total(self, output: Any, target: Any) -> Tensor:
+        value, outer = self._finish(self._loss_fn, output, target, self.mean)
+        return value if outer is None else outer(value)
+
+    def _weigh(self, index: int, batch: Any, output: Any, target: Any) -> float:
+        """Return w_b, checked the first time; 1 where batches are added."""
         if not self.mean:
             return 1.0
-        if self._weight is not None:
-            value = float(self._weight(batch))
-        elif isinstance(output, Tensor) and output.ndim:
-            value = float(output.shape[0])
-        else:
-            raise ValueError(
-                "the number of samples is unknown, because the output is not a tensor with a "
-                "leading dimension: pass weight, or reduction='sum'"
-            )
-        if not 0 < value < math.inf:
-            raise ValueError(f"a batch weighs {value}; weights must be positive and finite")
-        return value
+        weight = self._weights.of(batch, output)
+        key = index, len(output) if isinstance(output, Tensor) and output.ndim else 0
+        if weight and key not in self._checked:
+            if self._refused is not None:
+                raise ValueError(self._refused)
+            try:
+                self._check_weight(index, batch, output, target)
+            except ValueError as error:
+                if self._checked or not self._alone:
+                    raise
+                self._refused = str(error)  # a batch alone may weigh anything: see if others come
+            self._checked.add(key)
+        return weight
+
+    def _check_weight(self, index: int, batch: Any, output: Any, target: Any) -> None:
+        """Check what a batch weighs by its loss, or else by f on its halves."""
+        eps = _eps(self.autocast, output if isinstance(output, Tensor) else self._parameter)
+        with self._surroundings(index), _spared_buffers(self.tree), torch.enable_grad():
+            told = self._weights.check(index, batch, output, target, eps)
+        if not told:
+            self._check_halves(index, batch, eps)
+
+    def _check_halves(self, index: int, batch: Any, eps: float) -> None:
+        """Check what a batch weighs by f on it and on its halves.
+
+        In evaluation mode, whatever that of the operator: batch statistics and dropout couple
+        samples. Not of a model that FSDP2 shards, where all processes would have to do the same.
+        """
+        samples = samples_of(batch) or 0
+        if samples < 2 or not divisible(batch, samples) or _distributed.is_fsdp(self.tree):
+            return
+        values: list[float] = []
+        with attempt("f on half a batch"), self._surroundings(index, train=False), torch.no_grad():
+            found = [
+                self._evaluate(index, part) for part in (batch, *pieces(batch, -(-samples // 2)))
+            ]
+            values = [float(one.total()) for one in found]
+            weights = [one.claimed() for one in found]
+        if values:
+            check_values(index, values, weights, math.sqrt(eps))
 
     @contextmanager
-    def around(self, index: int) -> Iterator[None]:
-        """Set modes, random numbers and buffers for a batch; put all back afterwards."""
+    def around(self, index: int, *, train: bool | None = None) -> Iterator[None]:
+        """Set modes, random numbers and buffers for a batch; put all back afterwards.
+
+        train: the mode, if not the operator's.
+        """
+        train = self._train if train is None else train
         with ExitStack() as stack:
-            stack.enter_context(self._modes())
-            if self._train:
+            stack.enter_context(self._modes(train))
+            if train:
                 stack.enter_context(_spared_buffers(self.tree))
             stack.enter_context(_replayed(self._seed + index, self._device))
             yield
 
     @contextmanager
-    def _surroundings(self, index: int) -> Iterator[None]:
+    def _surroundings(self, index: int, *, train: bool | None = None) -> Iterator[None]:
         """Also set autocast, for the forward pass."""
         autocast = torch.autocast(
             self._device.type,
@@ -160,22 +205,32 @@ class Objective:
             enabled=self.autocast is not None,
             cache_enabled=False,  # parameters may move while a context around this one lasts
         )
-        with self.around(index), autocast:
+        with self.around(index, train=train), autocast:
             yield
 
     @property
+    def _parameter(self) -> Tensor:
+        return next(self.tree.parameters())
+
+    @property
     def _device(self) -> torch.device:
-        return next(self.tree.parameters()).device
+        return self._parameter.device
 
     @contextmanager
-    def _modes(self) -> Iterator[None]:
+    def _modes(self, train: bool) -> Iterator[None]:
         modes = [(module, module.training) for module in self.tree.modules()]
         try:
-            self.tree.train(self._train)
+            self.tree.train(train)
             yield
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _eps(autocast: torch.dtype | None, of: Tensor) -> float:
+    """The unit of rounding in a loss."""
+    own = torch.finfo(of.dtype).eps if of.is_floating_point() else 0.0
+    return own if autocast is None else max(own, torch.finfo(autocast).eps)
 
 
 class _Tree(nn.Module):

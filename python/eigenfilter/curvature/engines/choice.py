@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.data import Listed, Source
-from eigenfilter.curvature.engines.double_backward import WIDTH, split_to_fit
+from eigenfilter.curvature.engines.double_backward import WIDTH, first_batch, split_to_fit
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
 from eigenfilter.curvature.engines.graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
@@ -37,9 +37,8 @@ def choose(
     A graph is built once a point if every batch's fits, once a pass if not. Finite differences are
     never chosen, since they are not exact.
     """
-    batch = next(source.batches())
+    batch, evaluation = first_batch(objective, source, graph=True)
     given = objective, Listed([batch], pairs=False), params
-    evaluation = objective.evaluate(0, batch)
     weights = list(objective.tree.parameters())
     # Foretold, since building a graph that does not fit may be what the budget is to prevent.
     size = _GROWTH * graph_bytes([evaluation.value], weights)

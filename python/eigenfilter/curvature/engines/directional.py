@@ -50,6 +50,8 @@ class Directional:
         block = split(V.T, self._params)
         for index, batch in enumerate(self._source.batches()):
             place = self._begin(index, batch)
+            if place.weight == 0:
+                continue
             sums.weight += place.weight
             for row in range(V.shape[1]):
                 sums.add(product(place, [piece[row] for piece in block], row), place.weight, row)
@@ -58,15 +60,16 @@ class Directional:
 
     def _begin(self, index: int, batch: Any) -> Place:
         first = index == len(self._weights)
-        if self._hessian and not first:
+        if not first and (self._hessian or self._weights[index] == 0):
             return Place(index, batch, self._weights[index])
         here = self._objective.evaluate(index, batch)
         self._hessian = here.outer is None
         if first:
-            if index == 0 and self._exact:
-                check_recorded(here, self._params)
+            begun = any(self._weights)
             self._weights.append(1.0 if self._source.single else here.weight())
-        if self._hessian:
+            if self._exact and self._weights[index] and not begun:
+                check_recorded(here, self._params)
+        if self._hessian or self._weights[index] == 0:
             return Place(index, batch, self._weights[index])
         with torch.enable_grad(), explained(), here.around():
             return Place(index, batch, self._weights[index], Pullback(here, self._params))
