@@ -22,6 +22,7 @@ from eigenfilter.experiments import datasets, networks
 from eigenfilter.experiments.arguments import add_data_dir, add_device, device_of, positive, whole
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.reports import aligned
 from eigenfilter.experiments.reproduce.plan import COARSER, EXPERIMENTS, Plan, Scale
 from eigenfilter.experiments.stopping import stopping
@@ -29,7 +30,6 @@ from eigenfilter.experiments.stopping import stopping
 HELP = "the paper's experiments: MNIST, Fashion-MNIST, CIFAR-10"
 PLAN = "plan.json"
 SPENT = "spent.json"
-LOCK = ".reproduction.lock"  # that of a sweep is held in between only
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +65,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run, measure, write; return the exit code."""
     require("matplotlib", "tqdm", "yaml")
-    from eigenfilter.experiments.sweep.folders import locked
-
     device = device_of(args.device)
     out = args.out or Path("out") / f"reproduce-{args.experiment}"
-    with locked(out, wait=lambda: False, name=LOCK) as had:
-        if not had:
-            raise UserError(f"another reproduction is at work in {out}: give another --out")
+    with alone(out, "reproduction"):
         return _reproduced(args, out, device)
 
 

@@ -45,7 +45,7 @@ def execute(
     with Progress(2 * count, unit="") as progress:
         for seed in plan.seeds:
             progress.bar.set_description(f"seed {seed}, training")
-            found = sweep.execute(
+            found = sweep.execute_within(
                 experiment.runs(plan.scale, seed),
                 out,
                 processes=processes,

@@ -13,6 +13,7 @@ import torch
 from eigenfilter import curvature
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.reproduce.plan import Spectrum
 from eigenfilter.experiments.runs import Record, out_of_memory
 from eigenfilter.experiments.spectrum import as_json, edge_of
@@ -64,7 +65,8 @@ def measured(
     """
     record: Record = {"settings": asdict(settings)}
     try:
-        record |= _measured(folder, settings, data_dir, device)
+        with alone(folder, "spectrum"):
+            record |= _measured(folder, settings, data_dir, device)
     except FloatingPointError as error:
         record["error"] = " ".join(str(error).split())
     except (RuntimeError, MemoryError) as error:

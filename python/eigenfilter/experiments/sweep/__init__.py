@@ -60,15 +60,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run what has not been run yet, and write the table; return the exit code."""
     require("yaml", "tqdm")
+    from eigenfilter.experiments.locks import alone
+
+    with alone(args.out, "sweep"):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from eigenfilter.experiments import runs
     from eigenfilter.experiments.reports import aligned, save
     from eigenfilter.experiments.sweep import plan, table
-    from eigenfilter.experiments.sweep.execution import execute
+    from eigenfilter.experiments.sweep.execution import execute_within
     from eigenfilter.experiments.sweep.progress import Progress
 
     chosen = plan.named(plan.read(args.sweep, configs.given(args)), args.out)
     with stopping(args.budget) as stop, Progress(len(chosen)) as progress:
-        records = execute(
+        records = execute_within(
             chosen,
             args.out,
             processes=args.processes,

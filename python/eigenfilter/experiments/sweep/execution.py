@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.experiments.errors import require
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep import local
-from eigenfilter.experiments.sweep.folders import Order, finished, folder_of, locked
+from eigenfilter.experiments.sweep.folders import Order, finished, folder_of
 from eigenfilter.experiments.sweep.ledger import Ledger, Observe
 
 
-def execute(
+def execute(runs: Mapping[str, Config], out: Path, **options: Any) -> dict[str, Record]:
+    """Do what `execute_within` does, with the same arguments, alone in the folder.
+
+    Raises:
+        UserError: another process is at work in `out`; as `execute_within`.
+    """
+    with alone(out, "sweep"):
+        return execute_within(runs, out, **options)
+
+
+def execute_within(
     runs: Mapping[str, Config],
     out: Path,
     *,
@@ -35,7 +47,7 @@ def execute(
 
     Args:
         runs: name -> configuration. A name is that of a folder.
-        out: the folder of all; only one may be at work in it.
+        out: the folder of all; the caller is alone in it.
         processes: how many at once; None: as many as the cores (or GPUs) allow with
             `config.threads`.
         ray: address of a Ray cluster that the runs are spread over: "auto", "local" or that of
@@ -56,8 +68,8 @@ def execute(
         is not run again by the next call, others are.
 
     Raises:
-        UserError: another is at work in `out`; a folder holds a run of another configuration;
-            data are missing. Whatever is raised, no process is left behind.
+        UserError: a folder holds a run of another configuration, or a damaged one; data are
+            missing. Whatever is raised, no process is left behind.
 
     Example:
         >>> found = execute({f"seed={s}": Config(seed=s, threads=1) for s in range(3)}, Path("out"))
@@ -65,26 +77,23 @@ def execute(
     """
     if ray is not None:
         require("ray", extra="ray")
-    with locked(out, wait=lambda: False) as had:
-        if not had:
-            raise UserError(f"another sweep is at work in {out}")
-        orders, records = {}, {}
-        for name, config in runs.items():
-            folder = folder_of(out, name)
-            done = finished(config, folder)
-            if done is None:
-                orders[name] = Order(config, folder, data_dir, device)
-            else:
-                records[name] = done
-                observe(name, "kept", done["step"], done)
-        for dataset in sorted({order.config.dataset for order in orders.values()}):
-            datasets.load(dataset, data_dir)  # once, where it has to be downloaded
-        ledger = Ledger(orders, retries, observe)
-        if orders and ray is None:
-            local.execute(ledger, processes=processes, device=device, stop=stop)
-        elif orders and ray is not None:
-            from eigenfilter.experiments.sweep import cluster
+    orders, records = {}, {}
+    for name, config in runs.items():
+        folder = folder_of(out, name)
+        done = finished(config, folder)
+        if done is None:
+            orders[name] = Order(config, folder, data_dir, device)
+        else:
+            records[name] = done
+            observe(name, "kept", done["step"], done)
+    for dataset in sorted({order.config.dataset for order in orders.values()}):
+        datasets.load(dataset, data_dir)  # once, where it has to be downloaded
+    ledger = Ledger(orders, retries, observe)
+    if orders and ray is None:
+        local.execute(ledger, processes=processes, device=device, stop=stop)
+    elif orders and ray is not None:
+        from eigenfilter.experiments.sweep import cluster
 
-            cluster.execute(ledger, address=ray, processes=processes, device=device, stop=stop)
-        records |= ledger.records
+        cluster.execute(ledger, address=ray, processes=processes, device=device, stop=stop)
+    records |= ledger.records
     return {name: records[name] for name in runs}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,11 @@ from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.locks import Busy
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.trainer import Diverged
 
 RUNS = "runs"
-LOCK = ".lock"
-POLL = 0.1  # seconds from one look at a lock to the next
 
 
 @dataclass(frozen=True)
@@ -45,31 +41,6 @@ def folder_of(out: Path, name: str) -> Path:
     if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"{name!r} cannot be the name of a folder")
     return out / RUNS / name
-
-
-@contextmanager
-def locked(folder: Path, wait: Callable[[], bool], name: str = LOCK) -> Iterator[bool]:
-    """Be the only one in a folder; a process that ends, however it does, lets go of it.
-
-    Args:
-        folder: made if need be.
-        wait: asked while another is there whether to go on waiting.
-        name: of the file that is locked; those of different names do not see each other.
-
-    Yields:
-        Whether it was had.
-
-    Raises:
-        UserError: the folder cannot be made, or its file system has no locks.
-    """
-    path = output_folder(folder) / name
-    with path.open("w") as file:
-        try:
-            while not (had := _lock(file.fileno())) and wait():
-                time.sleep(POLL)
-        except OSError as error:
-            raise UserError(f"cannot lock {path}: {error.strerror}") from error
-        yield had
 
 
 def held(folder: Path) -> dict[str, Any] | None:
@@ -119,19 +90,21 @@ def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) ->
         it is an error of the user, which would come again.
     """
     config = order.config
+    if stop():
+        return interrupted(config)
     try:
-        with locked(order.folder, wait=lambda: not stop()) as had:  # one before may be ending yet
-            if not had or stop():
-                return interrupted(config)
-            return runs.run(
-                config,
-                order.folder,
-                data_dir=order.data_dir,
-                device=order.device,
-                resume=True,
-                stop=stop,
-                observe=observe,
-            )
+        return runs.run(
+            config,
+            order.folder,
+            data_dir=order.data_dir,
+            device=order.device,
+            resume=True,
+            stop=stop,
+            observe=observe,
+            wait=lambda: not stop(),  # the attempt before may be ending yet
+        )
+    except Busy:
+        return interrupted(config)
     except Diverged as error:
         return failure(config, str(error)) | {"diverged": True, "step": error.step}
     except UserError as error:
@@ -172,11 +145,3 @@ def _results(folder: Path) -> Record | None:
     if not (isinstance(found, dict) and {"config", "outcome"} <= found.keys()):
         raise UserError(f"{path} is not of a run: remove {folder}")
     return found
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
