@@ -21,7 +21,7 @@ from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.networks import size
 from eigenfilter.experiments.processes import ALONE, Processes
-from eigenfilter.experiments.saved import check_session
+from eigenfilter.experiments.saved import check_session, read_results
 from eigenfilter.experiments.trainer import Diverged, Trainer, reproducible
 from eigenfilter.monitor import Check
 
@@ -313,9 +313,9 @@ class _Session:
 def _begun(config: Config, out: Path, resume: bool) -> tuple[Record | None, Record | None]:
     """What the folder holds: the checkpoint to go on from, and the results of a complete run."""
     saved = _saved(config, out, resume)
-    if saved is not None and (out / RESULTS).exists():
-        done: Record = json.loads((out / RESULTS).read_text())
-        if done["outcome"] == "complete":
+    if saved is not None:
+        done = read_results(out / RESULTS)
+        if done is not None and done["outcome"] == "complete":
             return None, done
     return saved, None
 

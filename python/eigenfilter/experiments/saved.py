@@ -2,21 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from eigenfilter.experiments import recipes
-from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.config import Config, check_plain
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.files import read_json
 from eigenfilter.experiments.structure import Each, Maybe, Misfit, Some, fit
 
 if TYPE_CHECKING:
     from eigenfilter.experiments.trainer import Trainer
 
 TEST = {"epoch": float, "loss": Maybe(float), "accuracy": float}
+_LOSSES = {"loss": Maybe(float), "accuracy": float}
 TRAIN = {**TEST, "lr": float, "images_per_second": float}
 SHARPNESS = {"epoch": float, "sharpness": float, "residual": float, "edge": Maybe(float)}
+
+
+RESULTS = {
+    "complete": {"step": int, "epochs": float, "gradients": float, "seconds": float},
+    "stopped": {},
+    "failed": {"error": str, "diverged": bool},
+}
+"""What is in the results of a run, by its outcome, besides its last records."""
+
+
+def read_results(path: Path) -> dict[str, Any] | None:
+    """The results of a run, if it has any: complete, stopped or failed.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    remedy = f"remove {path} to have the run gone on with, or {path.parent} to have it taken again"
+    try:
+        found = read_json(path, remedy)
+    except FileNotFoundError:
+        return None
+    try:
+        fit(found, Some({"outcome": str, "config": dict}), "it")
+        if found["outcome"] not in RESULTS:
+            raise Misfit(f"its outcome is {found['outcome']!a:.80}")
+        fit(found, Some(RESULTS[found["outcome"]]), "it")
+        if found["outcome"] == "complete" or found.get("diverged"):
+            fit(found, Some({"step": int}), "it")
+        if found["outcome"] == "complete":
+            fit(found, Some({"train": Some(_LOSSES), "test": Some(TEST)}), "it")
+        if "sharpness" in found:
+            fit(found["sharpness"], Some(SHARPNESS), "its sharpness")
+        check_plain(found["config"])
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    return cast("dict[str, Any]", found)
 
 
 def check_trainer(found: Any, trainer: Trainer) -> None:
@@ -27,11 +67,10 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
             the step or the configuration.
     """
     config = trainer.config
-    fit(found, Some({"step": int}), "the trainer")
+    fit(found, Some({"step": int, "losses": list}), "the trainer")
     step = found["step"]
     if not 0 <= step <= trainer.total_steps:
         raise Misfit(f"its step is {step}, of {trainer.total_steps}")
-    unread = [float] * (step % config.log_every if step < trainer.total_steps else 0)
     first = next(trainer.model.parameters())
     length = sum(p.numel() for p in trainer.model.parameters())
     vector: Any = torch.empty(length, dtype=first.dtype)
@@ -44,8 +83,8 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
         "optimizer": _optimizer(config, trainer.model, step, trainer.steps_per_epoch),
         "lr_schedule": {"last_epoch": step},
         "rho_schedule": {"step": step} if trainer.rho_is_scheduled else None,
-        "losses": unread,
-        "accuracies": unread,
+        "losses": Each(float),
+        "accuracies": [float] * len(found["losses"]),
         "random": dict,
         "others": Each(dict),
         "monitor": None if trainer.monitor is None else {"steps": step, "vector": vector},
@@ -76,6 +115,7 @@ def check_session(found: dict[str, Any], trainer: Trainer) -> int:
     fit(found["history"], history, "the history")
     finished = step == trainer.total_steps
     trained = step if finished else step - step % config.log_every
+    fit(found["trainer"]["losses"], [float] * (step - trained), "its last losses")
     last: dict[str, Any] = {}
     if trained:
         rates = dict.fromkeys(trainer.rates(), float)

@@ -21,11 +21,13 @@ import torch
 from eigenfilter.experiments import datasets, networks
 from eigenfilter.experiments.arguments import add_data_dir, add_device, device_of, positive, whole
 from eigenfilter.experiments.errors import UserError, require
-from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.files import read_json, replace_text
+from eigenfilter.experiments.locks import LOCK as LOCK
 from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.reports import aligned
 from eigenfilter.experiments.reproduce.plan import COARSER, EXPERIMENTS, Plan, Scale
 from eigenfilter.experiments.stopping import stopping
+from eigenfilter.experiments.structure import fit
 
 HELP = "the paper's experiments: MNIST, Fashion-MNIST, CIFAR-10"
 PLAN = "plan.json"
@@ -107,11 +109,13 @@ def _counted(path: Path) -> Iterator[Callable[[], float]]:
 
     def spent() -> float:
         try:
-            return float(json.loads(path.read_text())["seconds"])
+            found = read_json(path, "remove it")
+            fit(found, {"seconds": float}, "it")
         except FileNotFoundError:
             return 0.0
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged: remove it") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): remove it") from error
+        return float(found["seconds"])
 
     before, began = spent(), time.perf_counter()
     try:
@@ -133,9 +137,9 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
     path = out / PLAN
     if path.exists():
         try:
-            kept = Plan.of(json.loads(path.read_text()))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged: remove {out}") from error
+            kept = Plan.of(read_json(path, f"remove {out}"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): remove {out}") from error
         for name in ("experiment", "budget", "seed"):
             there, here = getattr(kept, name), getattr(args, name)
             if there != here:

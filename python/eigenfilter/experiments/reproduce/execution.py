@@ -29,7 +29,8 @@ def execute(
 
     Args:
         plan: what is run.
-        out: its folder; runs go into `runs/NAME`, the spectrum of each beside it.
+        out: its folder, which the caller is alone in; runs go into `runs/NAME`, the spectrum of
+            each beside it.
         processes: at a time; None: as many as fit.
         data_dir: of the data.
         device: as in `sweep.execution.execute`.
@@ -45,7 +46,7 @@ def execute(
     with Progress(2 * count, unit="") as progress:
         for seed in plan.seeds:
             progress.bar.set_description(f"seed {seed}, training")
-            found = sweep.execute_within(
+            found = sweep.execute(
                 experiment.runs(plan.scale, seed),
                 out,
                 processes=processes,
@@ -53,6 +54,7 @@ def execute(
                 device=device,
                 stop=stop,
                 observe=progress.observe,
+                held=True,
             )
             progress.bar.set_description(f"seed {seed}, spectra")
             for name, record in found.items():

@@ -16,7 +16,9 @@ from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.locks import Busy
+from eigenfilter.experiments.locks import locked as locked
 from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.saved import read_results
 from eigenfilter.experiments.trainer import Diverged
 
 RUNS = "runs"
@@ -49,14 +51,16 @@ def held(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: a file is damaged.
     """
-    record = _results(folder)
+    record = read_results(folder / runs.RESULTS)
     if record is not None:
         options: dict[str, Any] = record["config"]
         return options
     if not (folder / checkpoint.FILE).exists():
         return None
     try:
-        return configs.read(folder / runs.CONFIG)
+        found = configs.read(folder / runs.CONFIG)
+        configs.check_plain(found)
+        return found
     except ValueError as error:
         raise UserError(f"{error}: remove {folder}") from error
 
@@ -76,7 +80,7 @@ def finished(config: Config, folder: Path) -> Record | None:
                 f"{folder} holds a run with {name} {there.get(name)}, not {value}: "
                 "give another --out, or remove it"
             )
-    record = _results(folder)
+    record = read_results(folder / runs.RESULTS)
     if record is None:
         return None
     return record if record["outcome"] == "complete" or record.get("diverged") else None
@@ -132,16 +136,3 @@ def keep_failure(folder: Path, record: Record) -> None:
         UserError: it cannot be written.
     """
     replace_text(output_folder(folder) / runs.RESULTS, json.dumps(record, indent=1) + "\n")
-
-
-def _results(folder: Path) -> Record | None:
-    path = folder / runs.RESULTS
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: remove {folder} ({error})") from error
-    if not (isinstance(found, dict) and {"config", "outcome"} <= found.keys()):
-        raise UserError(f"{path} is not of a run: remove {folder}")
-    return found
