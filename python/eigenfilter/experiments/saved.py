@@ -18,21 +18,32 @@ if TYPE_CHECKING:
     from eigenfilter.experiments.trainer import Trainer
 
 TEST = {"epoch": float, "loss": Maybe(float), "accuracy": float}
-_LOSSES = {"loss": Maybe(float), "accuracy": float}
 TRAIN = {**TEST, "lr": float, "images_per_second": float}
 SHARPNESS = {"epoch": float, "sharpness": float, "residual": float, "edge": Maybe(float)}
 
 
-RESULTS = {
-    "complete": {"step": int, "epochs": float, "gradients": float, "seconds": float},
+_LOSSES = {"loss": Maybe(float), "accuracy": float}
+RESULTS: dict[str, dict[str, Any]] = {
+    "complete": {
+        "step": int,
+        "epochs": float,
+        "gradients": float,
+        "seconds": float,
+        "train": Some(_LOSSES),
+        "test": Some(_LOSSES),
+    },
     "stopped": {},
     "failed": {"error": str, "diverged": bool},
 }
 """What is in the results of a run, by its outcome, besides its last records."""
 
 
-def read_results(path: Path) -> dict[str, Any] | None:
+def read_results(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
     """The results of a run, if it has any: complete, stopped or failed.
+
+    Args:
+        path: the file.
+        whole: whether more of it is used than its outcome and configuration.
 
     Raises:
         UserError: they are damaged.
@@ -46,17 +57,20 @@ def read_results(path: Path) -> dict[str, Any] | None:
         fit(found, Some({"outcome": str, "config": dict}), "it")
         if found["outcome"] not in RESULTS:
             raise Misfit(f"its outcome is {found['outcome']!a:.80}")
-        fit(found, Some(RESULTS[found["outcome"]]), "it")
-        if found["outcome"] == "complete" or found.get("diverged"):
-            fit(found, Some({"step": int}), "it")
-        if found["outcome"] == "complete":
-            fit(found, Some({"train": Some(_LOSSES), "test": Some(TEST)}), "it")
-        if "sharpness" in found:
-            fit(found["sharpness"], Some(SHARPNESS), "its sharpness")
+        if whole:
+            _check_results(found)
         check_plain(found["config"])
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
     return cast("dict[str, Any]", found)
+
+
+def _check_results(found: dict[str, Any]) -> None:
+    fit(found, Some(RESULTS[found["outcome"]]), "it")
+    if found.get("diverged"):
+        fit(found, Some({"step": int}), "it")
+    if "sharpness" in found:
+        fit(found["sharpness"], Some(SHARPNESS), "its sharpness")
 
 
 def check_trainer(found: Any, trainer: Trainer) -> None:

@@ -55,7 +55,7 @@ _PLAIN = {
     "residuals": Each(float),
     "edge": Maybe(float),
     "parameters": int,
-    "density": Some(dict.fromkeys(("nodes", "weights", "deflated"), list)),
+    "density": Some({"nodes": list, "weights": list, "deflated": list, "matvecs": int}),
 }
 
 

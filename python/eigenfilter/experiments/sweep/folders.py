@@ -51,7 +51,7 @@ def held(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: a file is damaged.
     """
-    record = read_results(folder / runs.RESULTS)
+    record = read_results(folder / runs.RESULTS, whole=False)
     if record is not None:
         options: dict[str, Any] = record["config"]
         return options
