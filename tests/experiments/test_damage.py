@@ -21,6 +21,7 @@ from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 
 MUTATIONS = 100  # of bytes, for each kind of run
+EVERY = 12  # change of a structure is tried
 STOPPED = 5  # steps, of 6
 SMALL = {
     "model": "mlp-4",
@@ -101,9 +102,7 @@ def stopped(
     digits = datasets.load("digits")
     monkeypatch.setattr(datasets, "load", lambda *args: digits)
     count = iter(range(1, 100))
-    runs.run(
-        Config(**KINDS[request.param]), tmp_path / "run", stop=lambda: next(count) >= STOPPED
-    )
+    runs.run(Config(**KINDS[request.param]), tmp_path / "run", stop=lambda: next(count) >= STOPPED)
     found = Stopped(tmp_path / "run", tmp_path / "work", capsys)
     assert found.outcome(None) == "same"
     return found
@@ -202,12 +201,12 @@ def changes(state: Any) -> Iterator[tuple[str, Any]]:
             )
 
 
-def test_changed_structures(stopped: Stopped, tmp_path: Path, every: int = 12) -> None:
-    """Every twelfth of them all, and those that went by unnoticed once."""
+def test_changed_structures(stopped: Stopped, tmp_path: Path) -> None:
+    """Every twelfth of them, and every entry deleted."""
     state = archives.read(stopped.folder / "checkpoint.pt")
     path = tmp_path / "changed.pt"
     for i, (what, other) in enumerate(changes(state)):
-        if i % every and "deleted" not in what:
+        if i % EVERY and "deleted" not in what:
             continue
         torch.save(other, path)
         try:

@@ -22,7 +22,8 @@ from eigenfilter.experiments import pickles
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.pickles import Global, Refused
 
-_OPCODES = 4_000_000  # of a file at most: about forty a tensor
+_FEW = 100_000  # opcodes that any file may have
+_LENGTH = 2  # bytes an opcode has at least, on average: a file of shorter ones is none of ours
 _DAMAGED = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError)
 _ZIP = (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, zlib.error, *_DAMAGED)
 
@@ -43,7 +44,7 @@ def read(path: Path) -> Any:
                     _CALLS,
                     set_state=_set_state,
                     fetch=_Storages(records).fetch,
-                    most=_OPCODES,
+                    most=_FEW + len(pickled) // _LENGTH,
                 )
             except (*_DAMAGED, NotImplementedError) as error:
                 raise UserError(
@@ -115,6 +116,7 @@ class _Storages:
         "BoolStorage": torch.bool,
         "ComplexDoubleStorage": torch.complex128,
         "ComplexFloatStorage": torch.complex64,
+        "UntypedStorage": torch.uint8,
     }
 
     def __init__(self, records: _Records) -> None:
@@ -124,9 +126,9 @@ class _Storages:
     def fetch(self, identity: Any) -> Tensor:
         """The storage of a persistent id: ("storage", type, key, device, elements)."""
         kind, made, key, _, count = identity
-        if kind != "storage" or type(made) is not Global or made.module != "torch":
+        if kind != "storage" or type(made) is not Global:
             raise Refused("it refers to what is no storage")
-        dtype = self._DTYPES.get(made.name)
+        dtype = self._DTYPES.get(made.name) if made.module in ("torch", "torch.storage") else None
         if dtype is None or type(key) is not str or type(count) is not int:
             raise Refused("it has a storage of an unknown type")
         if key not in self._found:
@@ -152,6 +154,20 @@ def _tensor(
     if all(sizes) and last >= len(storage):
         raise ValueError("a tensor is larger than its storage")
     return storage.as_strided(sizes, strides, first if all(sizes) else 0)
+
+
+def _typed_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
+    """A view of a storage of bytes, of a dtype that has no storage of its own."""
+    *flags, dtype = rest[:3]
+    found = getattr(torch, dtype.name, None) if dtype in _TYPES else None
+    if type(storage) is not Tensor or found is None or len(storage) % found.itemsize:
+        raise Refused("a tensor is of an unknown type")
+    return _tensor(storage.view(found), offset, size, stride, *flags, *rest[3:])
+
+
+_TYPES = frozenset(
+    Global("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+)
 
 
 def _counts(values: Any) -> tuple[int, ...]:
@@ -182,6 +198,7 @@ def _ordered() -> dict[str | int, Any]:
 
 _CALLS: Mapping[Global, Callable[..., Any]] = {
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    Global("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
     Global("torch._utils", "_rebuild_parameter"): _parameter,
     Global("torch", "Size"): _counts,
     Global("collections", "OrderedDict"): _ordered,

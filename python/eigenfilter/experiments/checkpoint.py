@@ -46,7 +46,7 @@ def read(path: Path) -> dict[str, Any]:
     state = archives.read(path)
     if not isinstance(state, dict) or "format" not in state or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of eigenfilter train")
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise UserError(
             f"{path} is of format {state['format']!a:.80}, and this version reads {FORMAT}: "
             "train again, or use the version that wrote it"

@@ -116,6 +116,6 @@ def _refusal(folder: Path, work: str) -> str:
         where = f" (process {about['process']} on {about['machine']})"
         work = about["work"] or work
     return (
-        f"another {work} is at work in {folder}{where}: wait until it has ended, or take another "
-        "folder"
+        f"another {work} is at work in {folder}{where}: wait until it has ended, or give another "
+        "--out"
     )

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -170,20 +170,53 @@ def _octal(field: bytes) -> int:
 
 # CIFAR's pickles: a dictionary of lists and of one array of bytes.
 
-
-class _Array:
-    """What stands for numpy's array until its state is there."""
-
-    pixels: np.ndarray | None = None
-
-
 _U1 = object()  # stands for numpy's dtype of bytes
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    if kind != Global("numpy", "ndarray"):
-        raise Refused("its array is of another type")
-    return _Array()
+class _Encoded(NamedTuple):
+    """Bytes as text, which Python 3 writes them as in protocol 2."""
+
+    text: str
+
+
+class _Array:
+    """What stands for numpy's array, of which there is one; what it is made of is not copied."""
+
+    def __init__(self) -> None:
+        self.pixels: np.ndarray | None = None
+        self._made = False
+        self.calls: Mapping[Global, Callable[..., Any]] = {
+            Global("numpy.core.multiarray", "_reconstruct"): self._reconstruct,
+            Global("numpy._core.multiarray", "_reconstruct"): self._reconstruct,
+            Global("numpy", "dtype"): _dtype,
+            Global("_codecs", "encode"): _encoded,
+        }
+
+    def _reconstruct(self, kind: Any, shape: Any, code: Any) -> _Array:
+        if kind != Global("numpy", "ndarray") or self._made:
+            raise Refused("it has more than one array")
+        self._made = True
+        return self
+
+    def set_state(self, made: Any, state: Any) -> None:
+        """Take the array's content; a dtype of bytes has no other state than its own."""
+        if type(state) is not tuple:
+            raise Refused("it sets the state of what has none")
+        if made is _U1:
+            if [value for value in state if type(value) in (str, int)] != [3, "|", -1, -1, 0]:
+                raise Refused("its array is not one of bytes")
+            return
+        _, shape, dtype, by_columns, data = state
+        if made is not self or self.pixels is not None or dtype is not _U1:
+            raise Refused("its array is not one of bytes")
+        if type(shape) is not tuple or any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError("its array has no shape")
+        text = data.text if type(data) is _Encoded else data
+        content = text.encode("latin1") if type(text) is str else text
+        if type(content) is not bytes or len(content) != math.prod(shape) or shape[1:] != (PIXELS,):
+            raise ValueError(f"its array is not one of rows of {PIXELS} bytes")
+        order: Any = "F" if by_columns else "C"
+        self.pixels = np.frombuffer(content, np.uint8).reshape(shape, order=order)
 
 
 def _dtype(code: Any, align: Any, copy: Any) -> object:
@@ -192,37 +225,10 @@ def _dtype(code: Any, align: Any, copy: Any) -> object:
     return _U1
 
 
-def _encoded(text: Any, encoding: Any) -> bytes:
+def _encoded(text: Any, encoding: Any) -> _Encoded:
     if type(text) is not str or encoding != "latin1":
         raise Refused("it encodes what is not bytes")
-    return text.encode("latin1")
-
-
-def _set_state(made: Any, state: Any) -> None:
-    """Give an array its content; a dtype of bytes has no other state than its own."""
-    if type(state) is not tuple:
-        raise Refused("it sets the state of what has none")
-    if made is _U1:
-        if [value for value in state if type(value) in (str, int)] != [3, "|", -1, -1, 0]:
-            raise Refused("its array is not one of bytes")
-        return
-    _, shape, dtype, by_columns, data = state
-    if type(made) is not _Array or made.pixels is not None or dtype is not _U1:
-        raise Refused("its array is not one of bytes")
-    if type(shape) is not tuple or any(type(size) is not int or size < 0 for size in shape):
-        raise ValueError("its array has no shape")
-    content = data.encode("latin1") if type(data) is str else data
-    if type(content) is not bytes or len(content) != math.prod(shape) or shape[1:] != (PIXELS,):
-        raise ValueError(f"its array is not one of rows of {PIXELS} bytes")
-    made.pixels = np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
-
-
-_CALLS: Mapping[Global, Callable[..., Any]] = {
-    Global("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    Global("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    Global("numpy", "dtype"): _dtype,
-    Global("_codecs", "encode"): _encoded,
-}
+    return _Encoded(text)
 
 
 def _pickled_size(most: int) -> int:
@@ -231,11 +237,12 @@ def _pickled_size(most: int) -> int:
 
 
 def _unpickled(raw: bytes, name: str, key: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    array = _Array()
     try:
         # An image has a label of each kind and a name, and those may be kept in the memo.
-        entries = pickles.load(raw, _CALLS, set_state=_set_state, most=16 * most + 1000)
-        array, labels = entries["data"], entries[key]
-        if type(array) is not _Array or array.pixels is None or type(labels) is not list:
+        entries = pickles.load(raw, array.calls, set_state=array.set_state, most=16 * most + 1000)
+        labels = entries[key]
+        if entries["data"] is not array or array.pixels is None or type(labels) is not list:
             raise ValueError("its entries are of another type")
         if any(type(label) is not int or not 0 <= label < 256 for label in labels):
             raise ValueError("its labels are no classes")
