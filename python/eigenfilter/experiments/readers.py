@@ -24,6 +24,7 @@ PIXELS = 3 * 32 * 32
 _READING = (OSError, EOFError, zlib.error)
 _DAMAGED = (ValueError, LookupError, TypeError, EOFError)
 _ASIDE = 2**16  # bytes of a file or an archive besides its images, at most
+_RATIO = 1032  # bytes that gzip unpacks a byte to at most
 _BLOCK = 512  # bytes that everything in a tar archive is a multiple of
 
 
@@ -113,9 +114,12 @@ def cifar_archive(
 
 def _bytes(path: Path, most: int) -> bytes:
     """The content of a file, unpacked where it is compressed."""
+    packed = path.suffix == ".gz"
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(most + 1)  # the end as well: there a checksum is compared
+        # As much as is asked for is taken at once.
+        largest = path.stat().st_size * (_RATIO if packed else 1)
+        with gzip.open(path) if packed else path.open("rb") as file:
+            raw = file.read(min(most, largest) + 1)  # to the end, where a checksum is compared
     except _READING as error:
         raise Corrupt(f"{path} cannot be read ({error})") from error
     if len(raw) > most:

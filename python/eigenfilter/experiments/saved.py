@@ -106,6 +106,9 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
     fit(found, wanted, "the trainer")
     if found["gradients"] < step * (1 - 1e-9):
         raise Misfit(f"{found['gradients']} gradients are too few for {step} steps")
+    for state in found["optimizer"]["state"].values():
+        if "step" in state and state["step"] != step:
+            raise Misfit(f"its optimizer has taken {float(state['step']):g} steps, not {step}")
     for state in (found["random"], *found["others"]):
         _check_random(state, trainer.device)
 
