@@ -200,6 +200,6 @@ _CALLS: Mapping[Global, Callable[..., Any]] = {
     Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
     Global("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
     Global("torch._utils", "_rebuild_parameter"): _parameter,
-    Global("torch", "Size"): _counts,
+    Global("torch", "Size"): lambda values: torch.Size(_counts(values)),
     Global("collections", "OrderedDict"): _ordered,
 }
