@@ -86,10 +86,8 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
     if not 0 <= step <= trainer.total_steps:
         raise Misfit(f"its step is {step}, of {trainer.total_steps}")
     first = next(trainer.model.parameters())
-    length = sum(p.numel() for p in trainer.model.parameters())
-    vector: Any = torch.empty(length, dtype=first.dtype)
-    if not step:  # before the first look at the sharpness, or after it
-        vector = Maybe(vector)
+    vector = torch.empty(sum(p.numel() for p in trainer.model.parameters()), dtype=first.dtype)
+    looks = {"steps": int, "vector": Maybe(vector)}
     wanted = {
         "model": trainer.model.state_dict(),
         "step": step,
@@ -101,7 +99,7 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
         "accuracies": [float] * len(found["losses"]),
         "random": dict,
         "others": Each(dict),
-        "monitor": None if trainer.monitor is None else {"steps": step, "vector": vector},
+        "monitor": None if trainer.monitor is None else looks,
     }
     fit(found, wanted, "the trainer")
     if found["gradients"] < step * (1 - 1e-9):
@@ -143,6 +141,7 @@ def check_session(found: dict[str, Any], trainer: Trainer) -> int:
     if every := config.sharpness_every:
         last["sharpness"] = {**SHARPNESS, "epoch": (step - step % every) / per_epoch}
         looks = 1 + step // every
+        fit(found["trainer"]["monitor"], {"steps": step, "vector": Tensor}, "its monitor")
     fit(found["last"], last, "its last records")
     if found["seconds"] < 0 or found["log"] < 0:
         raise Misfit("a time or a size is negative")
