@@ -60,7 +60,8 @@ def _whole(low: int, high: int = 2**62) -> Parse:
         except (TypeError, ValueError, OverflowError):
             number = low - 1
         if not low <= number <= high:
-            raise ValueError(f"must be a whole number of at least {low}, not {value!r}")
+            end = f" and at most {high}" if high < 2**62 else ""
+            raise ValueError(f"must be a whole number of at least {low}{end}, not {value!r}")
         return number
 
     return parse
@@ -164,7 +165,9 @@ class Config:
     precision: str = _option("float32", _one_of(PRECISIONS), "bfloat16: float32 under autocast")
     channels_last: bool = _option(False, _truth, "memory layout of images and convolutions")
     deterministic: bool = _option(True, _truth, "the same bits again, at some cost on a GPU")
-    threads: int = _option(0, _whole(0), "of the CPU; 0: torch's choice. Small networks want 1")
+    threads: int = _option(
+        0, _whole(0, 1024), "of the CPU; 0: torch's choice. Small networks want 1"
+    )
     seed: int = _option(0, _whole(0), "of weights, order, augmentation and dropout")
 
     log_every: int = _option(50, _whole(1), "steps from one line of the log to the next")
