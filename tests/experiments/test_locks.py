@@ -142,3 +142,13 @@ def test_the_second_of_two_trainings_touches_nothing(tmp_path: Path) -> None:
     assert seen == [True] * 6
     assert checkpoint.read(tmp_path / "checkpoint.pt")["config"] == config.as_dict()
     assert not (tmp_path / LOCK).exists()
+
+
+def test_an_error_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a" / "b"
+    assert main(["spectrum", str(tmp_path / "nowhere.pt"), "--out", str(out)]) == 2
+    assert "cannot read" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    with alone(out, "demo"):
+        (out / "kept").touch()
+    assert [path.name for path in out.iterdir()] == ["kept"]

@@ -53,7 +53,7 @@ def locked(
     """Lock a folder; a process that ends, however it does, lets go of it.
 
     Args:
-        folder: made if need be.
+        folder: made if need be, and taken away at the end if nothing was written into it.
         wait: asked while another is there whether to go on waiting.
         name: of the file that is locked, which is there as long as the lock is.
         work: what is done in the folder, which the file then says.
@@ -64,6 +64,7 @@ def locked(
     Raises:
         UserError: the folder cannot be made or written to, or its file system has no locks.
     """
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     path = output_folder(folder) / name
     handle = None
     try:
@@ -80,6 +81,9 @@ def locked(
         yield handle is not None
     finally:
         _let_go(path, handle)
+        for each in made:
+            with suppress(OSError):  # something was written there
+                each.rmdir()
 
 
 def _had(path: Path) -> int | None:
