@@ -8,6 +8,7 @@ busy machine is enough to miss one.
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from eigenfilter.benchmarks import (
 from eigenfilter.benchmarks.curvature import run as curvature
 from eigenfilter.benchmarks.curvature.datasets import FOLDER
 from eigenfilter.experiments import networks
-from eigenfilter.experiments.arguments import add_data_dir, output_folder, whole
+from eigenfilter.experiments.arguments import add_data_dir, whole
 from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.experiments.locks import alone
 
 HELP = "verify and time the library beside its peers; measure memory; draw the results"
 OUT = Path("out/bench")
@@ -147,7 +149,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what is asked for; return the exit code."""
-    code: int = args.run_table(args)
+    with ExitStack() as held:
+        args.enter = held.enter_context
+        code: int = args.run_table(args)
     return code
 
 
@@ -288,7 +292,9 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    return output_folder(args.out or OUT)
+    """The folder that is written into, which is this command's alone until it ends."""
+    folder: Path = args.enter(alone(args.out or OUT, "benchmark"))
+    return folder
 
 
 def _refuse(args: argparse.Namespace, *options: str) -> None:

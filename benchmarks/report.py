@@ -10,6 +10,7 @@ from typing import Any
 
 from eigenfilter.benchmarks.measure import Comparison, Result, Timing
 from eigenfilter.benchmarks.timing import Spread
+from eigenfilter.experiments.files import replace_text
 
 COLUMNS = (
     "benchmark",
@@ -106,5 +107,5 @@ def write(
     }
     for suffix, content in contents.items():
         path = stem.with_name(stem.name + suffix)
-        path.write_text(content + "\n")
+        replace_text(path, content + "\n")
         print(f"wrote {path}")

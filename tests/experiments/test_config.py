@@ -57,6 +57,8 @@ def test_every_option_is_plain_data_and_has_help() -> None:
         ({"epochs": "2.5"}, "epochs must be"),
         ({"epochs": float("inf")}, "epochs must be"),
         ({"epochs": True}, "epochs must be"),
+        ({"threads": 2**40}, "threads must be a whole number of at least 0 and at most 1024"),
+        ({"lr": 10**400}, "lr must be"),
         ({"flip": "yes"}, "flip must be true or false, not 'yes'"),
         ({"dataset": "cifar"}, "dataset must be one of digits, mnist"),
         ({"dataset": "cifar1"}, "did you mean cifar10?"),

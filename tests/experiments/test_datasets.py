@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
+import tarfile
+import tracemalloc
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -223,3 +226,147 @@ def test_real_images(
     assert data.mean.tolist() == pytest.approx(mean, abs=6e-6)
     assert data.deviation.tolist() == pytest.approx(deviation, abs=6e-6)
     assert torch.equal(data.test_labels.bincount(), torch.full((10,), 1000)) or name == "mnist"
+
+
+# Files that mean harm: refused, and no memory is taken for what they claim.
+
+NDARRAY = b"cnumpy\nndarray\n"
+MADE = b"cnumpy._core.multiarray\n_reconstruct\n" + NDARRAY + b"K\x00\x85U\x01b\x87R"
+BYTES = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+ONE = b"K\x01M\x00\x0c\x86"  # the shape of one image
+
+
+def batch(array: bytes) -> bytes:
+    """A batch of one image, whose array these opcodes make."""
+    return b"\x80\x02}(U\x04data" + array + b"U\x06labels](K\x03eu."
+
+
+HOSTILE = {
+    "a free array": b"\x80\x02" + NDARRAY + b"(K\x02\x85U\x01OtR.",
+    "an array of objects": batch(MADE + b"(K\x01" + ONE + BYTES.replace(b"u1", b"O8") + b"\x89Ntb"),
+    "state of a dtype": batch(MADE + b"(K\x01" + ONE + BYTES + b"(K\x03U\x01|NNNK\x08K\x08K\x3ftb"),
+    "a short array": batch(MADE + b"(K\x01" + ONE + BYTES + b"\x89U\x03abctb"),
+    "a huge shape": batch(
+        MADE + b"(K\x01J\xff\xff\xff\x7fM\x00\x0c\x86" + BYTES + b"\x89U\x03abctb"
+    ),
+    "a negative shape": batch(
+        MADE + b"(K\x01J\xff\xff\xff\xffJ\xff\xf3\xff\xff\x86" + BYTES + b"\x89U\0tb"
+    ),
+    "an array without state": batch(MADE),
+    "two arrays": batch(MADE + b"0" + MADE),
+    "another call": b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "an instance": b"\x80\x02(i__builtin__\nbytearray\n.",
+    "NEWOBJ": b"\x80\x02" + NDARRAY + b"K\x05\x85\x81.",
+    "EXT1": b"\x80\x02\x82\x01.",
+    "EXT4": b"\x80\x02\x84\xff\xff\xff\x7f.",
+    "a frame that lies": b"\x80\x04\x95" + b"\xff" * 8 + b"}.",
+    "bytes that lie": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x3fa.",
+    "a long that lies": b"\x80\x02\x8b\xff\xff\xff\x7fa.",
+    "a memo that lies": b"\x80\x02j\xff\xff\xff\x7f.",
+    "a key of nested tuples": b"\x80\x02}Nq\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"K\x01s.",
+    "many objects": b"\x80\x02(" + b"}" * 1_000_000 + b"l.",
+    "a stack that is empty": b"\x80\x02tRb.",
+    "a mark": b"\x80\x02(.",
+    "digits": b"I" + b"9" * 5000 + b"\n.",
+}
+MOST = 40 * 2**20  # bytes that the reader may take for a small file
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_pickle(what: str, tmp_path: Path) -> None:
+    folders.cifar(tmp_path, 10, "python")
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(HOSTILE[what])
+    check_refused("cifar10", tmp_path, path)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_batches_of_other_pythons(protocol: int, tmp_path: Path) -> None:
+    folders.cifar(tmp_path, 10, "python")
+    expected = datasets.load("cifar10", tmp_path)
+    for path in (tmp_path / "cifar-10-batches-py").iterdir():
+        entries = pickle.loads(path.read_bytes())
+        entries["data"] = np.asfortranarray(entries["data"])
+        path.write_bytes(pickle.dumps(entries | {"filenames": ["é.png"]}, protocol=protocol))
+    assert datasets.load("cifar10", tmp_path).checksum == expected.checksum
+
+
+@pytest.mark.parametrize("size", [200 * 2**20, 60_000 * 28 * 28 + 1])
+def test_a_file_that_unpacks_to_more(size: int, tmp_path: Path) -> None:
+    folders.mnist(tmp_path, packed=True)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    head = bytes([0, 0, 8, 3]) + np.array([60_000, 28, 28], ">u4").tobytes()
+    with gzip.open(path, "wb", 1) as file:
+        file.write(head)
+        for _ in range(0, size, 2**20):
+            file.write(bytes(2**20))
+    check_refused("mnist", tmp_path, path, most=120 * 2**20)
+
+
+@pytest.mark.parametrize("sizes", [(60_000, 28, 28), (2**32 - 1, 2**32 - 1, 0), (2**32 - 1,) * 3])
+def test_a_head_that_lies(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    folders.mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(bytes([0, 0, 8, 3]) + np.array(sizes, ">u4").tobytes())
+    check_refused("mnist", tmp_path, path, most=60 * 2**20)
+
+
+def test_a_file_with_holes(tmp_path: Path) -> None:
+    """Terabytes that take no place on the disk."""
+    folders.mnist(tmp_path / "m")
+    path = tmp_path / "m" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    os.truncate(path, 2**42)
+    check_refused("mnist", tmp_path / "m", path, most=120 * 2**20)
+    folders.cifar(tmp_path / "c", 10, "binary")
+    path = tmp_path / "c" / "cifar-10-batches-bin" / "data_batch_1.bin"
+    os.truncate(path, 2**42)
+    check_refused("cifar10", tmp_path / "c", path, most=120 * 2**20)
+
+
+ENTRIES = {
+    "a huge file": {"size": 2**33 - 1},
+    "a link": {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+    "a link to itself": {"type": tarfile.LNKTYPE, "linkname": "cifar-10-batches-py/data_batch_1"},
+    "a device": {"type": tarfile.CHRTYPE},
+    "a header": {"type": tarfile.XHDTYPE, "size": 2**33 - 1},
+    "a sparse file": {"type": tarfile.GNUTYPE_SPARSE},
+    "a long name": {"type": tarfile.GNUTYPE_LONGNAME, "size": 2**33 - 1},
+}
+
+
+@pytest.mark.parametrize("what", ENTRIES)
+def test_a_hostile_archive(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "cifar-10-python.tar.gz"
+    info = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+    for name, value in ENTRIES[what].items():
+        setattr(info, name, value)
+    path.write_bytes(gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)))
+    check_refused("cifar10", tmp_path, path)
+
+
+@pytest.mark.parametrize(
+    "size", [b"-0000000001\0", b"\xff" * 12, b"\x80" + b"\xff" * 11, b" " * 12]
+)
+def test_a_size_that_is_none(size: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "cifar-10-python.tar.gz"
+    head = bytearray(tarfile.TarInfo("cifar-10-batches-py/data_batch_1").tobuf())
+    head[124:136] = size
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    path.write_bytes(gzip.compress(bytes(head) + bytes(1024)))
+    check_refused("cifar10", tmp_path, path)
+
+
+def check_refused(name: str, root: Path, path: Path, most: int = MOST) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError) as error:
+            datasets.load(name, root)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert path.name in str(error.value)
+    assert "remove it" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+    assert peak < most

@@ -266,7 +266,7 @@ def test_the_exit_code_says_what_failed(
 ) -> None:
     def execute(runs: dict[str, Config], out: Path, *, stop: Any, **options: Any) -> Any:
         stop.signalled = signalled
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         return dict(zip(runs, (record(0.5), second, third), strict=True))
 
     monkeypatch.setattr(execution, "execute", execute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -128,3 +129,40 @@ def test_ascents_may_take_a_part_of_the_batch() -> None:
         [p.detach() for p in trainer.model.parameters()],
     )
     assert trainer.drain() == {"loss": first, "accuracy": accuracy}
+
+
+STATES: dict[str, dict[str, Any]] = {
+    **{model: {"model": model} for model in ("cnn-2", "wrn-10-1", "vit-32")},
+    **{name: {"optimizer": name} for name in ("sgd", "asam", "two_step_usam", "hessian_usam")},
+    **{
+        f"torch.optim.{name}": {"optimizer": f"torch.optim.{name}", "lr": 1e-3}
+        for name in ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "NAdam", "Rprop", "SGD")
+    },
+    "no momentum": {"optimizer": "sgd", "momentum": 0.0},
+    "schedules": {"lr_schedule": "cosine", "warmup": 1, "rho_schedule": "every", "rho_every": 2},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_every_state_is_that_of_its_trainer(name: str, steps: int) -> None:
+    """One of the right structure is loaded; without an entry of a parameter it is refused."""
+    config = Config(
+        **{"model": "mlp-4", "samples": 32, "batch_size": 16, "epochs": 2} | STATES[name]
+    )
+    data = datasets.load("digits")
+    trainer, other = (Trainer(config, data, torch.device("cpu")) for _ in range(2))
+    for _ in range(steps):
+        trainer.advance()
+    state = copy.deepcopy(trainer.state_dict())
+    if state["optimizer"]["state"]:
+        broken = state | {"optimizer": dict(state["optimizer"])}
+        broken["optimizer"]["state"] = dict(list(state["optimizer"]["state"].items())[1:])
+        before = [p.detach().clone() for p in other.model.parameters()]
+        with pytest.raises(ValueError, match="state of optimizer of the trainer has no entry 0"):
+            other.load_state_dict(broken)
+        assert_same(before, [p.detach() for p in other.model.parameters()])
+    other.load_state_dict(state)
+    for each in (trainer, other):
+        each.advance()
+    assert_same(trainer.state_dict(), other.state_dict())

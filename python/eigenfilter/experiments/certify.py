@@ -20,6 +20,7 @@ import torch
 import eigenfilter as ef
 from eigenfilter.experiments.arguments import output_folder, whole
 from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.imports import called
 
 HELP = "is a trained model inside its optimizer's filter?"
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(" ".join(str(error).split())) from error
     print(certificate)
     if args.json is not None:
-        args.json.write_text(certificate.to_json() + "\n")
+        replace_text(args.json, certificate.to_json() + "\n")
         print(f"\nwrote {args.json}")
     return 0
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
 
+from eigenfilter.experiments import archives
+from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace
+from eigenfilter.experiments.structure import fit
 
 FILE = "checkpoint.pt"
 FORMAT = 2
@@ -36,41 +37,51 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     replace(path, fill)
 
 
-def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ours; nothing in it is executed.
 
     Raises:
         UserError: there is none, it is damaged (every byte is checked), or it is something else.
     """
-    state = read_tensors(path, device)
+    state = archives.read(path)
     if not isinstance(state, dict) or "format" not in state or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of eigenfilter train")
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise UserError(
-            f"{path} is of format {state['format']}, and this version reads {FORMAT}: "
+            f"{path} is of format {state['format']!a:.80}, and this version reads {FORMAT}: "
             "train again, or use the version that wrote it"
         )
     return state
 
 
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Read what torch.save wrote, of tensors and plain data.
+def read_run(path: Path) -> dict[str, Any]:
+    """Read the checkpoint of a run, and check that it has the entries of one.
+
+    What is in `trainer`, `history` and `last` is checked by `saved`, beside the run's own.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it holds other objects.
+        UserError: as `read`; an entry is missing, or of another type.
     """
+    state = read(path)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the sums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location=device, weights_only=True)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise UserError(f"{path} holds more than tensors and plain data, or is damaged") from error
+        fit(state, _ENTRIES, "it")
+        configs.check_plain(state["config"])
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): train again, or restore it") from error
+    return state
+
+
+_ENTRIES = {
+    "format": FORMAT,
+    "config": dict,
+    "data": int,
+    "trainer": dict,
+    "history": list,
+    "last": dict,
+    "seconds": float,
+    "versions": dict,
+    "log": int,
+}
 
 
 class _Writer:

@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = _COMMANDS[args.command].run(args)
     except UserError as error:
         if first_to_fail():
-            print(f"eigenfilter {args.command}: error: {error}", file=sys.stderr, flush=True)
+            line = " ".join(str(error).splitlines())
+            print(f"eigenfilter {args.command}: error: {line}", file=sys.stderr, flush=True)
         return 2
     return code

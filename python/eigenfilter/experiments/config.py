@@ -38,7 +38,7 @@ def _number(low: float, high: float = math.inf, *, above: bool = False, below: b
     def parse(value: Any) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         fits = (low < number if above else low <= number) and (
             number < high if below or math.isinf(high) else number <= high
@@ -60,7 +60,8 @@ def _whole(low: int, high: int = 2**62) -> Parse:
         except (TypeError, ValueError, OverflowError):
             number = low - 1
         if not low <= number <= high:
-            raise ValueError(f"must be a whole number of at least {low}, not {value!r}")
+            end = f" and at most {high}" if high < 2**62 else ""
+            raise ValueError(f"must be a whole number of at least {low}{end}, not {value!r}")
         return number
 
     return parse
@@ -164,7 +165,9 @@ class Config:
     precision: str = _option("float32", _one_of(PRECISIONS), "bfloat16: float32 under autocast")
     channels_last: bool = _option(False, _truth, "memory layout of images and convolutions")
     deterministic: bool = _option(True, _truth, "the same bits again, at some cost on a GPU")
-    threads: int = _option(0, _whole(0), "of the CPU; 0: torch's choice. Small networks want 1")
+    threads: int = _option(
+        0, _whole(0, 1024), "of the CPU; 0: torch's choice. Small networks want 1"
+    )
     seed: int = _option(0, _whole(0), "of weights, order, augmentation and dropout")
 
     log_every: int = _option(50, _whole(1), "steps from one line of the log to the next")
@@ -215,6 +218,21 @@ class Config:
 NAMES = tuple(field.name for field in dataclasses.fields(Config))
 
 
+_NOT_YAML = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What yaml itself raises besides, as for `!!int ""` and a thousand brackets."""
+
+
+def check_plain(values: Mapping[Any, Any]) -> None:
+    """Check that names are text, and values text, numbers or truth values.
+
+    Raises:
+        ValueError: one is something else.
+    """
+    for name, value in values.items():
+        if type(name) is not str or type(value) not in (str, int, float, bool):
+            raise ValueError(f"its option {name!a:.80} is a {type(value).__name__}")
+
+
 def read(path: Path) -> dict[str, Any]:
     """The names and values of a YAML file.
 
@@ -224,16 +242,35 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, *_NOT_YAML) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()):.300}") from error
     if found is None:
         return {}
+    if _values(found, {}) > _MOST_VALUES:
+        raise ValueError(f"{path} refers to itself, or to the same over and over: write it out")
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold lines such as 'lr: 0.1', not a {type(found).__name__}")
     return found
+
+
+_MOST_VALUES = 1_000_000
+
+
+def _values(found: Any, known: dict[int, int]) -> int:
+    """How many values there are once all aliases are written out: a few lines may make any number.
+
+    known: by the identity of a list or dictionary; one that holds itself has too many.
+    """
+    if not isinstance(found, (dict, list)):
+        return 1
+    if id(found) not in known:
+        known[id(found)] = _MOST_VALUES + 1
+        inside = found.values() if isinstance(found, dict) else found
+        known[id(found)] = 1 + sum(_values(value, known) for value in inside)
+    return known[id(found)]
 
 
 def write(config: Config, path: Path) -> None:

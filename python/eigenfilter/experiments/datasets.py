@@ -174,12 +174,15 @@ def _mnist(folder: str) -> _Files:
             labels = _either(raw / f"{kind}-labels-idx1-ubyte")
             if images is None or labels is None:
                 return None
-            pixels = idx(images, 3)
-            parts.append((pixels[:, None], idx(labels, 1)))
+            pixels = idx(images, 3, _MOST * 28 * 28)
+            parts.append((pixels[:, None], idx(labels, 1, _MOST)))
         return parts[0], parts[1]
 
     where = f"{folder}/raw/{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte, or the same with .gz"
     return _Files(read, where, folder, (1, 28, 28), 10)
+
+
+_MOST = 60_000  # images of a published file of MNIST's format
 
 
 def _either(file: Path) -> Path | None:
@@ -195,15 +198,18 @@ def _cifar(classes: int, train: tuple[str, ...], test: str) -> _Files:
     binary = name + ("-batches-bin" if classes == 10 else "-binary")
     archive = f"{name}-python.tar.gz"
     key = "labels" if classes == 10 else "fine_labels"
+    most = 50_000 // len(train)  # images of a published file
 
     def read(root: Path) -> tuple[Part, Part] | None:
         files = (*train, test)
         if _all_there(root / pickled, files):
-            batches = [cifar_pickled(root / pickled / file, key) for file in files]
+            batches = [cifar_pickled(root / pickled / file, key, most) for file in files]
         elif _all_there(root / binary, [f"{file}.bin" for file in files]):
-            batches = [cifar_binary(root / binary / f"{file}.bin", classes) for file in files]
+            paths = [root / binary / f"{file}.bin" for file in files]
+            batches = [cifar_binary(path, classes, most) for path in paths]
         elif (root / archive).exists():
-            batches = cifar_archive(root / archive, [f"{pickled}/{file}" for file in files], key)
+            inside = [f"{pickled}/{file}" for file in files]
+            batches = cifar_archive(root / archive, inside, key, most)
         else:
             return None
         *parts, last = batches

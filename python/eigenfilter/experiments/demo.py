@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import eigenfilter as ef
 from eigenfilter.experiments import problems
-from eigenfilter.experiments.arguments import add_out, add_training, output_folder
+from eigenfilter.experiments.arguments import add_out, add_training
 from eigenfilter.experiments.data import digits
 from eigenfilter.experiments.edge import EVERY, train_to_edge
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.figures import curve_of, sharpness_figure
 from eigenfilter.experiments.full_batch import BAND, Method
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.reports import progress, save, table
 
 HELP = "watch four optimizers reach the edges of their filters"
@@ -46,7 +48,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, print the table, write the files; return the exit code."""
     require("matplotlib", "sklearn", "tqdm")
-    folder = output_folder(args.out)
+    with alone(args.out, "demo") as folder:
+        return _run(args, folder)
+
+
+def _run(args: argparse.Namespace, folder: Path) -> int:
     problem = problems.Problem(digits(SAMPLES))
     began = time.perf_counter()
     runs = []

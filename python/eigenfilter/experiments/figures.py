@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eigenfilter.experiments.files import replace
+
 if TYPE_CHECKING:
     from eigenfilter.experiments.full_batch import Run
 
@@ -46,7 +48,7 @@ def canvas(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     yield figure.subplots(rows, columns, sharex=True, sharey=True)
-    figure.savefig(path, dpi=110)
+    replace(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:

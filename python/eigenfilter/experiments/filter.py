@@ -16,6 +16,7 @@ from pathlib import Path
 from eigenfilter import filters
 from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.experiments.files import replace
 from eigenfilter.filters import Filter, PolynomialFilter
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -138,7 +139,8 @@ def plot(curves: Mapping[str, PolynomialFilter], path: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
+    kind = path.suffix.removeprefix(".")
+    replace(path, lambda file: figure.savefig(file, format=kind, dpi=160))
 
 
 def _finite_ends(flt: Filter) -> list[float]:

@@ -16,6 +16,27 @@ FILE = "log.jsonl"
 EVENTS = "tensorboard"
 
 
+def check(folder: Path, size: int, records: int) -> None:
+    """Check that the log of a run is that of its checkpoint, which has its size and records.
+
+    Raises:
+        UserError: it is shorter, or damaged.
+    """
+    path = folder / FILE
+    if not size and not records:
+        return
+    try:
+        with path.open("rb") as file:
+            found = file.read(size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(found) < size or found.count(b"\n") != records or not found.endswith(b"\n"):
+        raise UserError(
+            f"{path} is not the log of the checkpoint beside it: restore it, or train again into "
+            "another --out"
+        )
+
+
 class Log:
     """Records of a run, in `log.jsonl` and, if wanted, in `tensorboard/`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 import eigenfilter as ef
 from eigenfilter.experiments import checkpoint, datasets, logs
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import device_of, output_folder
+from eigenfilter.experiments.arguments import device_of
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.networks import size
 from eigenfilter.experiments.processes import ALONE, Processes
+from eigenfilter.experiments.saved import check_session, read_results
 from eigenfilter.experiments.trainer import Diverged, Trainer, reproducible
 from eigenfilter.monitor import Check
 
@@ -42,6 +44,7 @@ def run(
     stop: Callable[[], bool] = lambda: False,
     observe: Observe = lambda kind, step, record: None,
     processes: Processes = ALONE,
+    wait: Callable[[], bool] = lambda: False,
 ) -> Record:
     """Train, and write checkpoints, logs and results into a folder.
 
@@ -58,17 +61,39 @@ def run(
             "checkpoint" besides), step and values.
         processes: that train together, see `processes.launched`; each calls this function. The
             leading one reads and writes `out` and observes; `stop` may be asked of any.
+        wait: asked while another process is at work in `out` whether to go on waiting.
 
     Returns:
         What results.json holds: `outcome` ("complete" or "stopped"), the last records, the history
         of tests, times, the configuration, versions.
 
     Raises:
-        UserError: bad input; `out` holds a run and `resume` is False, or one of another
-            configuration; the disk is full; memory does not suffice. `Diverged` is one of them.
-            The last checkpoint is kept, and the message says so.
+        UserError: bad input; another process is at work in `out`; `out` holds a run and `resume`
+            is False, or one of another configuration, or a damaged file; the disk is full; memory
+            does not suffice. `Diverged` is one of them. The last checkpoint is kept, and the
+            message says so.
     """
     place = device_of(processes.device(device))
+    with ExitStack() as held:
+
+        def hold() -> None:
+            held.enter_context(alone(out, "training run", wait))
+
+        processes.led(hold)
+        return _run(config, out, place, data_dir, resume, tensorboard, stop, observe, processes)
+
+
+def _run(
+    config: Config,
+    out: Path,
+    place: torch.device,
+    data_dir: Path | None,
+    resume: bool,
+    tensorboard: bool,
+    stop: Callable[[], bool],
+    observe: Observe,
+    processes: Processes,
+) -> Record:
     saved, done = processes.led(lambda: _begun(config, out, resume))
     if done is not None:
         return done
@@ -110,14 +135,18 @@ class _Session:
         self._last: dict[str, Record] = {}
         self._seconds = 0.0  # of the sessions before
         self._kept: int | None = None  # the step of the checkpoint that is on disk
-        size_of_log = 0
+        size_of_log = records = 0
         if saved is not None:
             if saved["data"] != self._checksum:
                 raise UserError(f"{out} was trained on other data: give another --out")
             try:
                 trainer.load_state_dict(saved["trainer"])
+                records = check_session(saved, trainer)
             except ValueError as error:
-                raise UserError(f"{out / checkpoint.FILE} does not fit: {error}") from error
+                raise UserError(
+                    f"{out / checkpoint.FILE} is damaged, or does not fit its configuration: "
+                    f"{error}; restore it, or train again into another --out"
+                ) from error
             self._history, self._last = saved["history"], saved["last"]
             self._seconds, self._kept = saved["seconds"], trainer.step
             size_of_log = saved["log"]
@@ -126,6 +155,7 @@ class _Session:
             if saved is None:
                 configs.write(trainer.config, out / CONFIG)
                 (out / RESULTS).unlink(missing_ok=True)
+            logs.check(out, size_of_log, records)
             self._log = logs.Log(out, size=size_of_log, step=trainer.step, tensorboard=tensorboard)
 
         processes.led(open_files)
@@ -282,11 +312,10 @@ class _Session:
 
 def _begun(config: Config, out: Path, resume: bool) -> tuple[Record | None, Record | None]:
     """What the folder holds: the checkpoint to go on from, and the results of a complete run."""
-    output_folder(out)
     saved = _saved(config, out, resume)
-    if saved is not None and (out / RESULTS).exists():
-        done: Record = json.loads((out / RESULTS).read_text())
-        if done["outcome"] == "complete":
+    if saved is not None:
+        done = read_results(out / RESULTS)
+        if done is not None and done["outcome"] == "complete":
             return None, done
     return saved, None
 
@@ -302,7 +331,7 @@ def _saved(config: Config, out: Path, resume: bool) -> Record | None:
         return None
     if not resume:
         raise UserError(f"{out} holds a run: go on with it by --resume, or give another --out")
-    saved = checkpoint.read(path)
+    saved = checkpoint.read_run(path)
     there, here = saved["config"], config.as_dict()
     for name in here:
         if there.get(name) != here[name]:

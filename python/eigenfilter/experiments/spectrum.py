@@ -30,12 +30,12 @@ from eigenfilter.experiments.arguments import (
     add_device,
     add_out,
     device_of,
-    output_folder,
     positive,
     whole,
 )
 from eigenfilter.experiments.errors import UserError, require
-from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.files import replace, replace_text
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.logs import plain
 from eigenfilter.experiments.subjects import Subject, imported, trained
 
@@ -99,7 +99,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; return the exit code."""
     require("matplotlib", "tqdm")
-    folder = output_folder(args.out)
+    with alone(args.out, "spectrum") as folder:
+        return _run(args, folder)
+
+
+def _run(args: argparse.Namespace, folder: Path) -> int:
     subject = _subject(args)
     edge = edge_of(subject.optimizer)
     try:
@@ -286,7 +290,7 @@ def figure(
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    drawn.savefig(path, dpi=160)
+    replace(path, lambda file: drawn.savefig(file, format="png", dpi=160))
 
 
 class _Counted:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenfilter.curvature.data import leaves
-from eigenfilter.experiments import checkpoint, datasets, imports
+from eigenfilter.experiments import archives, checkpoint, datasets, imports
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.trainer import Trainer
@@ -58,7 +58,7 @@ def trained(
     """
     if path.is_dir():
         path = path / checkpoint.FILE
-    saved = checkpoint.read(path)
+    saved = checkpoint.read_run(path)
     try:
         config = Config.of(saved["config"])
         trainer = Trainer(config, datasets.load(config.dataset, data_dir), device)
@@ -108,10 +108,10 @@ def imported(
     if not isinstance(network, nn.Module):
         raise UserError(f"{model} gives a {type(network).__name__}, not a torch.nn.Module")
     if weights is not None:
-        state = checkpoint.read_tensors(weights)
+        state = archives.read(weights)
         try:
             network.load_state_dict(state)
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:
             raise UserError(f"{weights} does not fit {model}: {_line(error)}") from error
     network.to(device)
     batches = imports.named(data)

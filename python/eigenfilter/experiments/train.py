@@ -84,7 +84,7 @@ def _config(args: argparse.Namespace) -> Config:
     try:
         values: dict[Any, Any] = {}
         if args.resume and kept.exists():
-            values = checkpoint.read(kept)["config"]
+            values = checkpoint.read_run(kept)["config"]
         if args.config is not None:
             values = values | configs.read(args.config)
         return Config.of(values | flags)

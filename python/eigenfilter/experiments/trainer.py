@@ -13,7 +13,7 @@ from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter.curvature import HessianOperator
-from eigenfilter.experiments import recipes
+from eigenfilter.experiments import recipes, saved
 from eigenfilter.experiments.batches import Augmentation, Batches, Normaliser, in_order
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.datasets import Images
@@ -109,6 +109,11 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all steps have been taken."""
         return self.step >= self.total_steps
+
+    @property
+    def rho_is_scheduled(self) -> bool:
+        """Whether the optimizer has a rho."""
+        return self._rho is not None
 
     def advance(self) -> None:
         """Take the next step: a batch, the ascents, the descent, the schedules."""
@@ -216,24 +221,23 @@ class Trainer:
         more than there were, the generators stay as they are.
 
         Raises:
-            ValueError: it is the state of another model or optimizer.
+            ValueError: it is the state of another model or optimizer, or damaged. Nothing has
+                changed then.
         """
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(" ".join(str(error).split())) from error
-        self.step = int(state["step"])
-        self.gradients = float(state["gradients"])
+        saved.check_trainer(state, self)
+        self.model.load_state_dict(dict(state["model"]))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.gradients = state["gradients"]
         # The groups have the rates of this step; the schedule computes them from its number.
-        self._lr.last_epoch = int(state["lr_schedule"]["last_epoch"])
+        self._lr.last_epoch = state["lr_schedule"]["last_epoch"]
         self._lr._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self._rho is not None:
             self._rho.load_state_dict(state["rho_schedule"])
         self._found = list(zip(state["losses"], state["accuracies"], strict=True))
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-        random = self._processes.own([state["random"], *state.get("others", [])])
+        random = self._processes.own([state["random"], *state["others"]])
         if random is not None:
             _set_random_state(random, self.device)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from eigenfilter.experiments.arguments import add_commands
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.phenomena import late, moving_edge, saddle, sharpening
 
 HELP = "sharpening to the edge, saddles, a late switch to USAM, an edge that moves"
@@ -30,5 +31,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reproduce the phenomenon; return the exit code."""
-    code: int = _PHENOMENA[args.phenomenon].run(args)
+    with alone(args.out, "phenomenon"):
+        code: int = _PHENOMENA[args.phenomenon].run(args)
     return code

@@ -21,15 +21,17 @@ import torch
 from eigenfilter.experiments import datasets, networks
 from eigenfilter.experiments.arguments import add_data_dir, add_device, device_of, positive, whole
 from eigenfilter.experiments.errors import UserError, require
-from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.files import read_json, replace_text
+from eigenfilter.experiments.locks import LOCK as LOCK
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.reports import aligned
 from eigenfilter.experiments.reproduce.plan import COARSER, EXPERIMENTS, Plan, Scale
 from eigenfilter.experiments.stopping import stopping
+from eigenfilter.experiments.structure import fit
 
 HELP = "the paper's experiments: MNIST, Fashion-MNIST, CIFAR-10"
 PLAN = "plan.json"
 SPENT = "spent.json"
-LOCK = ".reproduction.lock"  # that of a sweep is held in between only
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +67,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run, measure, write; return the exit code."""
     require("matplotlib", "tqdm", "yaml")
-    from eigenfilter.experiments.sweep.folders import locked
-
     device = device_of(args.device)
     out = args.out or Path("out") / f"reproduce-{args.experiment}"
-    with locked(out, wait=lambda: False, name=LOCK) as had:
-        if not had:
-            raise UserError(f"another reproduction is at work in {out}: give another --out")
+    with alone(out, "reproduction"):
         return _reproduced(args, out, device)
 
 
@@ -111,11 +109,13 @@ def _counted(path: Path) -> Iterator[Callable[[], float]]:
 
     def spent() -> float:
         try:
-            return float(json.loads(path.read_text())["seconds"])
+            found = read_json(path, "remove it")
+            fit(found, {"seconds": float}, "it")
         except FileNotFoundError:
             return 0.0
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged: remove it") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): remove it") from error
+        return float(found["seconds"])
 
     before, began = spent(), time.perf_counter()
     try:
@@ -137,9 +137,9 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
     path = out / PLAN
     if path.exists():
         try:
-            kept = Plan.of(json.loads(path.read_text()))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is damaged: remove {out}") from error
+            kept = Plan.of(read_json(path, f"remove {out}"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}): remove {out}") from error
         for name in ("experiment", "budget", "seed"):
             there, here = getattr(kept, name), getattr(args, name)
             if there != here:

@@ -29,7 +29,8 @@ def execute(
 
     Args:
         plan: what is run.
-        out: its folder; runs go into `runs/NAME`, the spectrum of each beside it.
+        out: its folder, which the caller is alone in; runs go into `runs/NAME`, the spectrum of
+            each beside it.
         processes: at a time; None: as many as fit.
         data_dir: of the data.
         device: as in `sweep.execution.execute`.
@@ -53,6 +54,7 @@ def execute(
                 device=device,
                 stop=stop,
                 observe=progress.observe,
+                held=True,
             )
             progress.bar.set_description(f"seed {seed}, spectra")
             for name, record in found.items():

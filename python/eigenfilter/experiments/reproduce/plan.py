@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from eigenfilter.experiments import networks
 from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.structure import Maybe, fit
 
 METHODS = {
     "sgd": "SGD",
@@ -240,11 +242,43 @@ class Plan:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Plan:
-        """From what `as_dict` gives."""
+        """From what `as_dict` gives.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        fit(values, _WANTED, "the plan")
+        if values["experiment"] not in EXPERIMENTS:
+            raise ValueError(f"there is no experiment {values['experiment']!a:.80}")
+        for scale in (values["full"], values["scale"]):
+            networks.parse(scale["model"])
+            counts = [scale[name] for name in ("seeds", "epochs", "samples")]
+            if min(*counts, *scale["spectrum"].values()) < 1:
+                raise ValueError("a number in it is not above 0")
         fields = {name: value for name, value in values.items() if name != "statement"}
         return cls(
             **{**fields, "full": Scale.of(fields["full"]), "scale": Scale.of(fields["scale"])}
         )
+
+
+_SCALE = {
+    "seeds": int,
+    "epochs": int,
+    "model": str,
+    "samples": int,
+    "spectrum": dict.fromkeys(("samples", "pairs", "probes", "steps"), int),
+}
+_WANTED = {
+    "experiment": str,
+    "seed": int,
+    "budget": Maybe(float),
+    "full": _SCALE,
+    "scale": _SCALE,
+    "estimate": Maybe(float),
+    "rates": Maybe({"gradient": float, "product": float}),
+    "statement": str,
+}
+"""What `Plan.as_dict` gives."""
 
 
 def _of(n: int, full: int, name: str) -> str:

@@ -12,10 +12,12 @@ import torch
 
 from eigenfilter import curvature
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.files import read_json, replace_text
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.reproduce.plan import Spectrum
 from eigenfilter.experiments.runs import Record, out_of_memory
 from eigenfilter.experiments.spectrum import as_json, edge_of
+from eigenfilter.experiments.structure import Each, Maybe, Some, fit
 from eigenfilter.experiments.subjects import trained
 from eigenfilter.experiments.trainer import threads
 
@@ -31,13 +33,46 @@ def kept(folder: Path, settings: Spectrum) -> Record | None:
         UserError: the file is damaged.
     """
     path = folder / FILE
-    if not path.exists():
+    try:
+        found: Record = read_json(path, "remove it")
+    except FileNotFoundError:
         return None
     try:
-        found: Record = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: remove it") from error
-    return found if found["settings"] == asdict(settings) else None
+        fit(found, Some({"settings": dict}), "it")
+        if found["settings"] != asdict(settings):
+            return None
+        if "error" in found:
+            fit(found, Some({"error": str}), "it")
+        else:
+            _check(found)
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it") from error
+    return found
+
+
+_PLAIN = {
+    "values": Each(float),
+    "residuals": Each(float),
+    "edge": Maybe(float),
+    "parameters": int,
+    "density": Some({"nodes": list, "weights": list, "deflated": list, "matvecs": int}),
+}
+
+
+def _check(found: Record) -> None:
+    """Check what a spectrum has, and that lists which belong together are of one length.
+
+    Raises:
+        ValueError: they are not.
+    """
+    fit(found, Some(_PLAIN), "it")
+    fit(found["residuals"], [float] * max(len(found["values"]), 1), "its residuals")
+    density = found["density"]
+    fit(density["deflated"], Each(float), "what its density is without")
+    fit(density["nodes"], Each(list), "its nodes")
+    rows = [[float] * max(len(density["nodes"][0]), 1)] * len(density["nodes"])
+    for name in ("nodes", "weights"):
+        fit(density[name], rows, f"its {name}")
 
 
 def measured(
@@ -64,7 +99,8 @@ def measured(
     """
     record: Record = {"settings": asdict(settings)}
     try:
-        record |= _measured(folder, settings, data_dir, device)
+        with alone(folder, "spectrum"):
+            record |= _measured(folder, settings, data_dir, device)
     except FloatingPointError as error:
         record["error"] = " ".join(str(error).split())
     except (RuntimeError, MemoryError) as error:

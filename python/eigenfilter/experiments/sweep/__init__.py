@@ -19,6 +19,7 @@ from typing import Any
 
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.arguments import add_data_dir, add_device, add_out, positive, whole
+from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.stopping import Stop, stopping
@@ -60,13 +61,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run what has not been run yet, and write the table; return the exit code."""
     require("yaml", "tqdm")
+    from eigenfilter.experiments.locks import alone
+    from eigenfilter.experiments.sweep import plan
+
+    wanted = plan.read(args.sweep, configs.given(args))
+    with alone(args.out, "sweep"):
+        return _run(args, plan.named(wanted, args.out))
+
+
+def _run(args: argparse.Namespace, chosen: dict[str, Config]) -> int:
     from eigenfilter.experiments import runs
     from eigenfilter.experiments.reports import aligned, save
-    from eigenfilter.experiments.sweep import plan, table
+    from eigenfilter.experiments.sweep import table
     from eigenfilter.experiments.sweep.execution import execute
     from eigenfilter.experiments.sweep.progress import Progress
 
-    chosen = plan.named(plan.read(args.sweep, configs.given(args)), args.out)
     with stopping(args.budget) as stop, Progress(len(chosen)) as progress:
         records = execute(
             chosen,
@@ -78,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             retries=args.retries,
             stop=stop,
             observe=progress.observe,
+            held=True,
         )
     rows = table.rows(chosen, records)
     save(args.out / runs.RESULTS, "sweep", {"table": rows, "runs": records})

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import UserError, require
+from eigenfilter.experiments.errors import require
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep import local
-from eigenfilter.experiments.sweep.folders import Order, finished, folder_of, locked
+from eigenfilter.experiments.sweep.folders import Order, finished, folder_of
 from eigenfilter.experiments.sweep.ledger import Ledger, Observe
 
 
@@ -25,6 +27,7 @@ def execute(
     retries: int = 1,
     stop: Callable[[], bool] = lambda: False,
     observe: Observe = lambda name, kind, step, record: None,
+    held: bool = False,
 ) -> dict[str, Record]:
     """Run every configuration in a folder of its own, `out/runs/NAME`, and a process of its own.
 
@@ -35,7 +38,7 @@ def execute(
 
     Args:
         runs: name -> configuration. A name is that of a folder.
-        out: the folder of all; only one may be at work in it.
+        out: the folder of all; only one process may be at work in it.
         processes: how many at once; None: as many as the cores (or GPUs) allow with
             `config.threads`.
         ray: address of a Ray cluster that the runs are spread over: "auto", "local" or that of
@@ -49,6 +52,7 @@ def execute(
         observe: gets the records of every run's log as they come: name, kind, step, values; the
             kinds of `runs.run`, "retry" with the error, "end" with the results, and "kept" with
             those that were there.
+        held: whether the caller is alone in `out` already.
 
     Returns:
         The results of each, in the order of `runs`: `outcome` is "complete", "stopped" (to be gone
@@ -56,8 +60,8 @@ def execute(
         is not run again by the next call, others are.
 
     Raises:
-        UserError: another is at work in `out`; a folder holds a run of another configuration;
-            data are missing. Whatever is raised, no process is left behind.
+        UserError: another is at work in `out`; a folder holds a run of another configuration, or a
+            damaged one; data are missing. Whatever is raised, no process is left behind.
 
     Example:
         >>> found = execute({f"seed={s}": Config(seed=s, threads=1) for s in range(3)}, Path("out"))
@@ -65,20 +69,8 @@ def execute(
     """
     if ray is not None:
         require("ray", extra="ray")
-    with locked(out, wait=lambda: False) as had:
-        if not had:
-            raise UserError(f"another sweep is at work in {out}")
-        orders, records = {}, {}
-        for name, config in runs.items():
-            folder = folder_of(out, name)
-            done = finished(config, folder)
-            if done is None:
-                orders[name] = Order(config, folder, data_dir, device)
-            else:
-                records[name] = done
-                observe(name, "kept", done["step"], done)
-        for dataset in sorted({order.config.dataset for order in orders.values()}):
-            datasets.load(dataset, data_dir)  # once, where it has to be downloaded
+    with nullcontext() if held else alone(out, "sweep"):
+        orders, records = _begun(runs, out, data_dir, device, observe)
         ledger = Ledger(orders, retries, observe)
         if orders and ray is None:
             local.execute(ledger, processes=processes, device=device, stop=stop)
@@ -88,3 +80,22 @@ def execute(
             cluster.execute(ledger, address=ray, processes=processes, device=device, stop=stop)
         records |= ledger.records
     return {name: records[name] for name in runs}
+
+
+def _begun(
+    runs: Mapping[str, Config], out: Path, data_dir: Path | None, device: str, observe: Observe
+) -> tuple[dict[str, Order], dict[str, Record]]:
+    """What is to be run, and what need not be; the data are there."""
+    orders: dict[str, Order] = {}
+    records: dict[str, Record] = {}
+    for name, config in runs.items():
+        folder = folder_of(out, name)
+        done = finished(config, folder)
+        if done is None:
+            orders[name] = Order(config, folder, data_dir, device)
+        else:
+            records[name] = done
+            observe(name, "kept", done["step"], done)
+    for dataset in sorted({order.config.dataset for order in orders.values()}):
+        datasets.load(dataset, data_dir)  # once, where it has to be downloaded
+    return orders, records

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,13 @@ from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.locks import Busy
+from eigenfilter.experiments.locks import locked as locked
 from eigenfilter.experiments.runs import Record
+from eigenfilter.experiments.saved import read_results
 from eigenfilter.experiments.trainer import Diverged
 
 RUNS = "runs"
-LOCK = ".lock"
-POLL = 0.1  # seconds from one look at a lock to the next
 
 
 @dataclass(frozen=True)
@@ -47,45 +45,22 @@ def folder_of(out: Path, name: str) -> Path:
     return out / RUNS / name
 
 
-@contextmanager
-def locked(folder: Path, wait: Callable[[], bool], name: str = LOCK) -> Iterator[bool]:
-    """Be the only one in a folder; a process that ends, however it does, lets go of it.
-
-    Args:
-        folder: made if need be.
-        wait: asked while another is there whether to go on waiting.
-        name: of the file that is locked; those of different names do not see each other.
-
-    Yields:
-        Whether it was had.
-
-    Raises:
-        UserError: the folder cannot be made, or its file system has no locks.
-    """
-    path = output_folder(folder) / name
-    with path.open("w") as file:
-        try:
-            while not (had := _lock(file.fileno())) and wait():
-                time.sleep(POLL)
-        except OSError as error:
-            raise UserError(f"cannot lock {path}: {error.strerror}") from error
-        yield had
-
-
 def held(folder: Path) -> dict[str, Any] | None:
     """The options of the run that a folder holds, begun, ended or failed, if it holds one.
 
     Raises:
         UserError: a file is damaged.
     """
-    record = _results(folder)
+    record = read_results(folder / runs.RESULTS, whole=False)
     if record is not None:
         options: dict[str, Any] = record["config"]
         return options
     if not (folder / checkpoint.FILE).exists():
         return None
     try:
-        return configs.read(folder / runs.CONFIG)
+        found = configs.read(folder / runs.CONFIG)
+        configs.check_plain(found)
+        return found
     except ValueError as error:
         raise UserError(f"{error}: remove {folder}") from error
 
@@ -105,7 +80,7 @@ def finished(config: Config, folder: Path) -> Record | None:
                 f"{folder} holds a run with {name} {there.get(name)}, not {value}: "
                 "give another --out, or remove it"
             )
-    record = _results(folder)
+    record = read_results(folder / runs.RESULTS)
     if record is None:
         return None
     return record if record["outcome"] == "complete" or record.get("diverged") else None
@@ -119,19 +94,21 @@ def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) ->
         it is an error of the user, which would come again.
     """
     config = order.config
+    if stop():
+        return interrupted(config)
     try:
-        with locked(order.folder, wait=lambda: not stop()) as had:  # one before may be ending yet
-            if not had or stop():
-                return interrupted(config)
-            return runs.run(
-                config,
-                order.folder,
-                data_dir=order.data_dir,
-                device=order.device,
-                resume=True,
-                stop=stop,
-                observe=observe,
-            )
+        return runs.run(
+            config,
+            order.folder,
+            data_dir=order.data_dir,
+            device=order.device,
+            resume=True,
+            stop=stop,
+            observe=observe,
+            wait=lambda: not stop(),  # the attempt before may be ending yet
+        )
+    except Busy:
+        return interrupted(config)
     except Diverged as error:
         return failure(config, str(error)) | {"diverged": True, "step": error.step}
     except UserError as error:
@@ -159,24 +136,3 @@ def keep_failure(folder: Path, record: Record) -> None:
         UserError: it cannot be written.
     """
     replace_text(output_folder(folder) / runs.RESULTS, json.dumps(record, indent=1) + "\n")
-
-
-def _results(folder: Path) -> Record | None:
-    path = folder / runs.RESULTS
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: remove {folder} ({error})") from error
-    if not (isinstance(found, dict) and {"config", "outcome"} <= found.keys()):
-        raise UserError(f"{path} is not of a run: remove {folder}")
-    return found
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

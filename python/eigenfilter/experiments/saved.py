@@ -1,0 +1,186 @@
+"""What a checkpoint must hold to be gone on from: everything is checked before anything is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from eigenfilter.experiments import recipes
+from eigenfilter.experiments.config import Config, check_plain
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.files import read_json
+from eigenfilter.experiments.structure import Each, Maybe, Misfit, Some, fit
+
+if TYPE_CHECKING:
+    from eigenfilter.experiments.trainer import Trainer
+
+TEST = {"epoch": float, "loss": Maybe(float), "accuracy": float}
+TRAIN = {**TEST, "lr": float, "images_per_second": float}
+SHARPNESS = {"epoch": float, "sharpness": float, "residual": float, "edge": Maybe(float)}
+
+
+_LOSSES = {"loss": Maybe(float), "accuracy": float}
+RESULTS: dict[str, dict[str, Any]] = {
+    "complete": {
+        "step": int,
+        "epochs": float,
+        "gradients": float,
+        "seconds": float,
+        "train": Some(_LOSSES),
+        "test": Some(_LOSSES),
+    },
+    "stopped": {},
+    "failed": {"error": str, "diverged": bool},
+}
+"""What is in the results of a run, by its outcome, besides its last records."""
+
+
+def read_results(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
+    """The results of a run, if it has any: complete, stopped or failed.
+
+    Args:
+        path: the file.
+        whole: whether more of it is used than its outcome and configuration.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    remedy = f"remove {path} to have the run gone on with, or {path.parent} to have it taken again"
+    try:
+        found = read_json(path, remedy)
+    except FileNotFoundError:
+        return None
+    try:
+        fit(found, Some({"outcome": str, "config": dict}), "it")
+        if found["outcome"] not in RESULTS:
+            raise Misfit(f"its outcome is {found['outcome']!a:.80}")
+        if whole:
+            _check_results(found)
+        check_plain(found["config"])
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    return cast("dict[str, Any]", found)
+
+
+def _check_results(found: dict[str, Any]) -> None:
+    fit(found, Some(RESULTS[found["outcome"]]), "it")
+    if found.get("diverged"):
+        fit(found, Some({"step": int}), "it")
+    if "sharpness" in found:
+        fit(found["sharpness"], Some(SHARPNESS), "its sharpness")
+
+
+def check_trainer(found: Any, trainer: Trainer) -> None:
+    """Check the state of a trainer against one that has just been made.
+
+    Raises:
+        Misfit: an entry is missing, too many, of another type, shape or dtype, or does not go with
+            the step or the configuration.
+    """
+    config = trainer.config
+    fit(found, Some({"step": int, "losses": list}), "the trainer")
+    step = found["step"]
+    if not 0 <= step <= trainer.total_steps:
+        raise Misfit(f"its step is {step}, of {trainer.total_steps}")
+    first = next(trainer.model.parameters())
+    vector = torch.empty(sum(p.numel() for p in trainer.model.parameters()), dtype=first.dtype)
+    looks = {"steps": int, "vector": Maybe(vector)}
+    wanted = {
+        "model": trainer.model.state_dict(),
+        "step": step,
+        "gradients": float,
+        "optimizer": _optimizer(config, trainer.model, step, trainer.steps_per_epoch),
+        "lr_schedule": {"last_epoch": step},
+        "rho_schedule": {"step": step} if trainer.rho_is_scheduled else None,
+        "losses": Each(float),
+        "accuracies": [float] * len(found["losses"]),
+        "random": dict,
+        "others": Each(dict),
+        "monitor": None if trainer.monitor is None else looks,
+    }
+    fit(found, wanted, "the trainer")
+    if found["gradients"] < step * (1 - 1e-9):
+        raise Misfit(f"{found['gradients']} gradients are too few for {step} steps")
+    for state in found["optimizer"]["state"].values():
+        if "step" in state and state["step"] != step:
+            raise Misfit(f"its optimizer has taken {float(state['step']):g} steps, not {step}")
+    for state in (found["random"], *found["others"]):
+        _check_random(state, trainer.device)
+
+
+def check_session(found: dict[str, Any], trainer: Trainer) -> int:
+    """Check what a run keeps besides its trainer, whose state has been checked.
+
+    Returns:
+        The records that its log has.
+
+    Raises:
+        Misfit: as `check_trainer`.
+    """
+    config, step, per_epoch = trainer.config, found["trainer"]["step"], trainer.steps_per_epoch
+    tests = [
+        epoch * per_epoch
+        for epoch in range(1, step // per_epoch + 1)
+        if epoch % config.evaluate_every == 0 or epoch == config.epochs
+    ]
+    history = [{**TEST, "step": test, "epoch": test / per_epoch} for test in tests]
+    fit(found["history"], history, "the history")
+    finished = step == trainer.total_steps
+    trained = step if finished else step - step % config.log_every
+    fit(found["trainer"]["losses"], [float] * (step - trained), "its last losses")
+    last: dict[str, Any] = {}
+    if trained:
+        rates = dict.fromkeys(trainer.rates(), float)
+        last["train"] = {**TRAIN, **rates, "epoch": trained / per_epoch}
+    if tests:
+        last["test"] = {**TEST, "epoch": tests[-1] / per_epoch}
+    looks = 0
+    if every := config.sharpness_every:
+        last["sharpness"] = {**SHARPNESS, "epoch": (step - step % every) / per_epoch}
+        looks = 1 + step // every
+        fit(found["trainer"]["monitor"], {"steps": step, "vector": Tensor}, "its monitor")
+    fit(found["last"], last, "its last records")
+    if found["seconds"] < 0 or found["log"] < 0:
+        raise Misfit("a time or a size is negative")
+    steps = step // config.log_every + (finished and step % config.log_every > 0)
+    return int(steps + len(tests) + looks)
+
+
+def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> dict[str, Any]:
+    """The state of the optimizer after so many steps, but for the values in its tensors.
+
+    It is that of another one over parameters of the same shapes, which takes a step.
+    """
+    params = [nn.Parameter(torch.zeros_like(p)) for p in model.parameters()]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = recipes.optimizer_of(config, params)
+    lr = recipes.lr_schedule(config, optimizer, per_epoch)
+    rho = recipes.rho_schedule(config, optimizer, per_epoch)
+    for group in optimizer.param_groups:
+        if "rho" in group:
+            group["rho"] = 0.0  # a step without ascents
+    if step:
+        optimizer.step()
+    for group, factor in zip(recipes.base_of(optimizer).param_groups, lr.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(step)
+    if rho is not None:
+        rho.load_state_dict({"step": step})
+    return optimizer.state_dict()
+
+
+def _check_random(found: dict[str, Any], device: torch.device) -> None:
+    """Check states of generators by setting others to them."""
+    wanted: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if "cuda" in found:  # of a run on a GPU, gone on with on whatever device
+        wanted["cuda"] = Tensor
+    fit(found, wanted, "a state of generators")
+    try:
+        torch.Generator().set_state(found["cpu"].clone())
+        if "cuda" in found and device.type == "cuda":
+            torch.Generator(device).set_state(found["cuda"].clone())
+    except (RuntimeError, TypeError) as error:
+        raise Misfit(f"a state of generators is none ({str(error).splitlines()[0]})") from error

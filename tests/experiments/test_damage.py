@@ -1,0 +1,223 @@
+"""Damaged checkpoints: a run is gone on with to the same bits, or refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eigenfilter.experiments import archives, datasets, runs
+from eigenfilter.experiments.cli import main
+from eigenfilter.experiments.config import Config
+
+MUTATIONS = 100  # of bytes, for each kind of run
+EVERY = 12  # change of a structure is tried
+STOPPED = 5  # steps, of 6
+SMALL = {
+    "model": "mlp-4",
+    "samples": 64,
+    "batch_size": 32,
+    "epochs": 3,
+    "log_every": 2,
+    "threads": 1,
+    "sharpness_every": 3,
+    "sharpness_samples": 20,
+}
+KINDS = {
+    "usam": SMALL | {"optimizer": "usam", "rho_schedule": "linear"},
+    "adamw": SMALL | {"optimizer": "adamw", "method": "sam", "lr": 0.01},
+    "wrapped": SMALL | {"optimizer": "torch.optim.RMSprop", "method": "usam", "lr": 0.001},
+}
+
+
+@dataclass
+class Stopped:
+    """A run that was stopped, and what it comes to."""
+
+    folder: Path
+    work: Path  # where it is gone on with
+    capsys: pytest.CaptureFixture[str]
+    final: Any = None
+    log: list[Any] = field(default_factory=list)
+
+    def outcome(self, checkpoint: Path | None) -> str:
+        """Go on from a checkpoint: "same" or the error; anything else fails."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.folder, self.work)
+        path = self.work / "checkpoint.pt"
+        if checkpoint is not None:
+            shutil.copy(checkpoint, path)
+        before = path.read_bytes()
+        log = (self.work / "log.jsonl").read_bytes()
+        code = main(["train", "--resume", "--out", str(self.work)])
+        error = self.capsys.readouterr().err
+        if code == 2:
+            assert error.startswith("eigenfilter train: error: "), error
+            assert error.count("\n") == 1, error
+            assert path.read_bytes() == before
+            assert (self.work / "log.jsonl").read_bytes() == log
+            return error
+        assert code == 0, error
+        found = archives.read(path)["trainer"]
+        if self.final is None:
+            self.final, self.log = found, self._lines()
+        assert same(found, self.final)
+        assert self._lines() == self.log
+        return "same"
+
+    def _lines(self) -> list[Any]:
+        lines = [json.loads(line) for line in (self.work / "log.jsonl").read_text().splitlines()]
+        for line in lines:
+            line.pop("images_per_second", None)
+        return lines
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.fixture(params=KINDS)
+def stopped(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Stopped:
+    digits = datasets.load("digits")
+    monkeypatch.setattr(datasets, "load", lambda *args: digits)
+    count = iter(range(1, 100))
+    runs.run(Config(**KINDS[request.param]), tmp_path / "run", stop=lambda: next(count) >= STOPPED)
+    found = Stopped(tmp_path / "run", tmp_path / "work", capsys)
+    assert found.outcome(None) == "same"
+    return found
+
+
+def mutated(raw: bytes, draw: random.Random) -> bytes:
+    """A flipped byte, another one, a cut, a part taken out, doubled or set to zero."""
+    at, n = draw.randrange(len(raw)), draw.randrange(1, 40)
+    new = [
+        raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(8)]) + raw[at + 1 :],
+        raw[:at] + draw.randbytes(1) + raw[at + 1 :],
+        raw[:at],
+        raw[:at] + raw[at + n :],
+        raw[: at + n] + raw[at:],
+        raw[:at] + bytes(n) + raw[at + n :],
+        raw[:at] + draw.randbytes(n) + raw[at + n :],
+    ]
+    return draw.choice(new)
+
+
+def test_mutated_bytes(stopped: Stopped, tmp_path: Path) -> None:
+    """Half of them where the archive keeps its directory."""
+    raw = (stopped.folder / "checkpoint.pt").read_bytes()
+    draw = random.Random(0)
+    path = tmp_path / "mutated.pt"
+    outcomes = []
+    for i in range(MUTATIONS):
+        if i % 2:
+            path.write_bytes(mutated(raw, draw))
+        else:
+            end = raw.index(b"PK\1\2")
+            path.write_bytes(raw[:end] + mutated(raw[end:], draw))
+        outcomes.append(stopped.outcome(path))
+    assert sum(outcome != "same" for outcome in outcomes) > 0.5 * MUTATIONS
+
+
+OTHERS: tuple[Any, ...] = (
+    *(None, True, -1, 10**30, 0.5, float("nan"), "text\nof two lines", b"bytes"),
+    *([], {}, (), [[]], {"a": {}}, torch.ones(3), torch.ones(2, dtype=torch.complex64)),
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where everything inside is."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, each in inside:
+        yield (*at, key)
+        if isinstance(each, (dict, list, tuple)):
+            yield from places(each, (*at, key))
+
+
+def changed(state: Any, at: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
+    """A copy with the entry at a place changed; a tuple becomes a list on the way."""
+    state = holder = copy.deepcopy(state)
+    for key in at[:-1]:
+        if isinstance(holder[key], tuple):
+            holder[key] = list(holder[key])
+        holder = holder[key]
+    change(holder, at[-1])
+    return state
+
+
+def reshaped(tensor: Tensor) -> list[Tensor]:
+    return [
+        *(tensor[None], tensor.flatten()[:-1].clone(), torch.cat([tensor.flatten()] * 2)),
+        *(tensor.double(), tensor.half(), tensor.int(), torch.empty(0), torch.ones(())),
+        tensor.flatten()[:1].expand(2**20),
+    ]
+
+
+def changes(state: Any) -> Iterator[tuple[str, Any]]:
+    """Every entry taken away, renamed or of another type; tensors of other shapes and dtypes."""
+    for at in places(state):
+        value: Any = state
+        for key in at:
+            value = value[key]
+        if at[:1] == ("versions",) and len(at) > 1:
+            continue  # told of, and never used
+        yield f"{at} deleted", changed(state, at, lambda holder, key: holder.pop(key))
+        if isinstance(at[-1], str):
+            yield (
+                f"{at} renamed",
+                changed(state, at, lambda h, key: h.__setitem__(key + "x", h.pop(key))),
+            )
+        others = list(OTHERS) + (reshaped(value) if isinstance(value, Tensor) else [])
+        if isinstance(value, list):
+            others += [value * 2 or [0], value[:-1], tuple(value)]
+        if isinstance(value, (int, float)):
+            others += [str(value), [value], torch.tensor(value)]
+        for other in others:
+            if type(other) is type(value) and isinstance(other, (int, float, str)):
+                continue  # a value, no structure
+            yield (
+                f"{at} is {str(other)[:40]!r}",
+                changed(state, at, lambda h, key, other=other: h.__setitem__(key, other)),
+            )
+
+
+def test_changed_structures(stopped: Stopped, tmp_path: Path) -> None:
+    """Every twelfth of them, and every entry deleted."""
+    state = archives.read(stopped.folder / "checkpoint.pt")
+    path = tmp_path / "changed.pt"
+    for i, (what, other) in enumerate(changes(state)):
+        if i % EVERY and "deleted" not in what:
+            continue
+        torch.save(other, path)
+        try:
+            outcome = stopped.outcome(path)
+        except BaseException as error:
+            raise AssertionError(what) from error
+        if "deleted" in what:
+            assert outcome != "same", what
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 7, torch.ones(2), OrderedDict(a=1)])
+def test_other_contents(value: Any, stopped: Stopped, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "other.pt")
+    assert "is not a checkpoint" in stopped.outcome(tmp_path / "other.pt")

@@ -1,0 +1,154 @@
+"""Folders that are written into: one command at a time, and none waits for a dead one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eigenfilter.experiments import checkpoint, files, runs
+from eigenfilter.experiments.cli import main
+from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.locks import LOCK, Busy, alone, locked
+
+SMALL = ["--model", "mlp-4", "--samples", "64", "--epochs", "1", "--threads", "1"]
+HOLD = """
+import sys, pathlib
+from eigenfilter.experiments.locks import alone
+with alone(pathlib.Path(sys.argv[1]), "training run"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+COMMANDS = {
+    "train": ["train", *SMALL],
+    "resume": ["train", "--resume"],
+    "spectrum": ["spectrum", "nowhere.pt"],
+    "demo": ["demo"],
+    "phenomena": ["phenomena", "saddle"],
+    "reproduce": ["reproduce", "mnist"],
+    "bench": ["bench", "--only", "usam-*"],
+    "bench table": ["bench", "finite-differences"],
+}
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> subprocess.Popen[str]:
+    """Another process, which is at work in a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_every_command_is_refused(
+    held: subprocess.Popen[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "sweep.yaml").write_text("grid: {lr: [0.1]}")
+    sweep = {"sweep": ["sweep", str(tmp_path / "sweep.yaml")]}
+    for argv in (COMMANDS | sweep).values():
+        assert main([*argv, "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"another training run is at work in {out} (process {held.pid} on " in error
+        assert error.endswith("): wait until it has ended, or give another --out\n")
+    assert [path.name for path in out.iterdir()] == [LOCK]
+
+
+def test_a_killed_process_is_not_waited_for(held: subprocess.Popen[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left = out / ".checkpoint.pt.0123.new"
+    left.write_text("half")
+    held.send_signal(signal.SIGKILL)
+    held.wait()
+    assert (out / LOCK).exists()
+    with alone(out, "demo"):
+        assert not left.exists()
+        assert json.loads((out / LOCK).read_text())["process"] == os.getpid()
+    assert list(out.iterdir()) == []
+
+
+def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:
+    with alone(tmp_path, "sweep") as folder:
+        assert folder == tmp_path
+        asked = iter([True, False])
+        with pytest.raises(Busy), alone(tmp_path, "demo", wait=lambda: next(asked)):
+            pass
+        assert next(asked, None) is None
+        with locked(tmp_path, wait=lambda: False, name="other") as had:
+            assert had
+    first = alone(tmp_path, "sweep")
+    first.__enter__()
+
+    def end() -> bool:
+        first.__exit__(None, None, None)
+        return True
+
+    with alone(tmp_path, "demo", wait=end):
+        assert (tmp_path / LOCK).exists()
+
+
+def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    def fill(file: object) -> None:
+        with alone(tmp_path, "demo"):
+            assert len(list(tmp_path.glob("*.new"))) == 1
+        file.write(b"whole")  # type: ignore[attr-defined]
+
+    files.replace(tmp_path / "a", fill)
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:
+    """One within the other: each has a file of its own, and the last one stays."""
+    path = tmp_path / "c.pt"
+
+    def fill(file: object) -> None:
+        file.write(b"outer, ")  # type: ignore[attr-defined]
+        files.replace_text(path, "inner")
+        assert path.read_text() == "inner"
+        file.write(b"whole")  # type: ignore[attr-defined]
+
+    files.replace(path, fill)
+    assert path.read_text() == "outer, whole"
+
+
+def test_the_second_of_two_trainings_touches_nothing(tmp_path: Path) -> None:
+    config = Config(model="mlp-4", samples=64, epochs=3, batch_size=32, threads=1, log_every=1)
+    seen = []
+
+    def second(kind: str, step: int, record: runs.Record) -> None:
+        if kind == "train":
+            before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+            for resume in (False, True):
+                with pytest.raises(UserError, match="another training run is at work in "):
+                    runs.run(Config(model="mlp-5"), tmp_path, resume=resume)
+            seen.append(before == {p.name: p.read_bytes() for p in tmp_path.iterdir()})
+
+    runs.run(config, tmp_path, observe=second)
+    assert seen == [True] * 6
+    assert checkpoint.read(tmp_path / "checkpoint.pt")["config"] == config.as_dict()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_an_error_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a" / "b"
+    assert main(["spectrum", str(tmp_path / "nowhere.pt"), "--out", str(out)]) == 2
+    assert "cannot read" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    with alone(out, "demo"):
+        (out / "kept").touch()
+    assert [path.name for path in out.iterdir()] == ["kept"]
