@@ -21,7 +21,13 @@ from eigenfilter.optimizers._step_state import through_owner
 
 _SHARED = ("state", "defaults")
 _FORWARDED = ("train", "eval")  # of schedule-free optimizers
-_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer")  # of those around others
+_INNER = (
+    "optimizer",
+    "_optimizer",
+    "base_optimizer",
+    "_base_optimizer",
+    "optim",
+)  # of those around others
 
 
 class SharpnessAware(EigenfilterOptimizer):
