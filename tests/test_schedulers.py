@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
 import torch
 
 import eigenfilter as ef
-from eigenfilter.schedulers import RhoSchedule
+from eigenfilter.schedulers import KINDS, RhoSchedule
 
 
 def optimizer(rho: float | torch.Tensor = 0.2) -> ef.USAM:
@@ -97,6 +99,50 @@ def test_saved_and_loaded_mid_run() -> None:
     other = RhoSchedule(second, "linear", total_steps=10)
     other.load_state_dict(schedule.state_dict())
     assert rhos(other, 5) == rhos(schedule, 5)
+
+
+OPTIONS: dict[str, Any] = {
+    "total_steps": 7,
+    "end": 0.3,
+    "every": 3,
+    "gamma": 0.4,
+    "start": 0.5,
+}
+
+
+def halves(t: int) -> float:
+    return 0.5**t
+
+
+@pytest.mark.parametrize("kind", [*KINDS, halves])
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda schedule: pickle.loads(pickle.dumps(schedule))]
+)
+def test_a_copy_goes_on_alone(kind: Any, tensor: bool, copied: Any) -> None:
+    schedule = RhoSchedule(optimizer(torch.tensor(0.2) if tensor else 0.2), kind, **OPTIONS)
+    rhos(schedule, 2)
+    other = copied(schedule)
+    before = float(schedule.get_last_rho()[0])
+    ahead = rhos(other, 6)
+    assert float(schedule.get_last_rho()[0]) == before
+    assert rhos(schedule, 6) == ahead
+    assert other.optimizer is not schedule.optimizer
+
+
+@pytest.mark.parametrize("kind", [*KINDS, halves])
+def test_saved_and_loaded_from_every_kind(kind: Any) -> None:
+    schedule, other = (RhoSchedule(optimizer(), kind, **OPTIONS) for _ in range(2))
+    rhos(schedule, 3)
+    other.load_state_dict(pickle.loads(pickle.dumps(schedule.state_dict())))
+    assert rhos(other, 6) == rhos(schedule, 6)
+
+
+def test_a_function_without_a_name_is_copied_and_not_pickled() -> None:
+    schedule = RhoSchedule(optimizer(), lambda t: 1 / (t + 1))
+    assert rhos(copy.deepcopy(schedule), 3) == pytest.approx([0.2, 0.1, 0.2 / 3])
+    with pytest.raises((pickle.PicklingError, AttributeError), match=r"Can't pickle .*lambda"):
+        pickle.dumps(schedule)
 
 
 def test_not_between_an_ascent_and_its_step() -> None:

@@ -23,6 +23,7 @@ from eigenfilter.optimizers import (
     SharpnessAware,
     TwoStepUSAM,
     freeze_batch_norm,
+    freeze_running_stats,
 )
 
 __version__ = version("eigenfilter")
@@ -40,6 +41,7 @@ __all__ = [
     "curvature",
     "filters",
     "freeze_batch_norm",
+    "freeze_running_stats",
     "kernels",
     "schedulers",
 ]

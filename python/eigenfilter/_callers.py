@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from types import FrameType
 
-_INNER = ("eigenfilter", "torch")
+_INNER = ("eigenfilter", "torch", "copy", "pickle")
 
 
 def stacklevel() -> int:
-    """The `stacklevel` of the nearest frame that is neither this library's nor torch's."""
+    """The `stacklevel` of the nearest frame outside this library, torch and copying."""
     frame = sys._getframe(1)
     level = 1
     while frame.f_back is not None and _package(frame) in _INNER:

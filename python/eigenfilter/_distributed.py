@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 if dist.is_available():
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -23,13 +26,31 @@ def local(t: Tensor) -> Tensor:
     return cast("DTensor", t)._local_tensor if is_dtensor(t) else t
 
 
+def waited(t: Tensor) -> Tensor:
+    """`t` itself, or what it holds once the collective that makes it has ended."""
+    if dist.is_available() and isinstance(t, AsyncCollectiveTensor):
+        return t.wait()
+    return t
+
+
 def placed_like(grad: Tensor, param: Tensor) -> Tensor:
-    """`grad`, redistributed to the placements of `param` where both are DTensors that differ."""
-    if is_dtensor(grad) and is_dtensor(param):
-        g, p = cast("DTensor", grad), cast("DTensor", param)
-        if g.placements != p.placements:
-            return cast(Tensor, g.redistribute(p.device_mesh, p.placements))
-    return grad
+    """`grad`, redistributed to how `param` is placed (collective where the two differ).
+
+    Raises:
+        TypeError: the parameter is a DTensor and the gradient is not, so that nobody can say what
+            the gradient of the whole is.
+    """
+    if not is_dtensor(param):
+        return whole(grad)
+    if not is_dtensor(grad):
+        raise TypeError(
+            f"a parameter of shape {tuple(param.shape)} is a DTensor and its gradient is a plain "
+            "tensor: say how it is placed with DTensor.from_local(grad, mesh, placements)"
+        )
+    g, p = cast("DTensor", grad), cast("DTensor", param)
+    if g.device_mesh == p.device_mesh and g.placements == p.placements:
+        return grad
+    return cast(Tensor, g.redistribute(p.device_mesh, p.placements))
 
 
 def shard_number(t: Tensor) -> int:
@@ -69,9 +90,52 @@ def summed(value: Tensor, placing: Placing | None) -> Tensor:
     return DTensor.from_local(value, mesh, partial).full_tensor()
 
 
+def clip_grad_norm_(params: Sequence[Tensor], max_norm: float) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_, also of DTensors beside tensors that are placed otherwise."""
+    params = [p for p in params if p.grad is not None]
+    placings = by_placing([cast(Tensor, p.grad) for p in params])
+    if len(placings) < 2:
+        return torch.nn.utils.clip_grad_norm_(params, max_norm)
+    grads = [[cast(Tensor, params[i].grad) for i in indices] for _, indices in placings]
+    norms = [whole(torch.nn.utils.get_total_norm(some)) for some in grads]
+    total: Tensor = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum().sqrt()
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for some in grads:
+        for g in some:
+            local(g).mul_(factor.to(g.device))
+    return total
+
+
+def whole(t: Tensor) -> Tensor:
+    """The whole of a DTensor (collective); any other tensor itself."""
+    return cast("DTensor", t).full_tensor() if is_dtensor(t) else t
+
+
+def has_dtensor(tensors: Sequence[Tensor]) -> bool:
+    """Whether a DTensor is among `tensors`; costs nothing where no process group is set up."""
+    set_up = dist.is_available() and dist.is_initialized()
+    return set_up and any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
+
+
+def is_parallel() -> bool:
+    """Whether this process is one of several."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def device() -> torch.device:
+    """Where a rank that has no parameters takes part in collectives."""
+    on_gpu = is_parallel() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def is_flat_shard(t: Tensor) -> bool:
+    """Whether FSDP1 has put `t` into a flat parameter, of which every rank holds a shard."""
+    return is_parallel() and getattr(t, "_fsdp_flattened", False)
+
+
 def any_rank(flag: Tensor) -> None:
     """flag <- the largest flag of all ranks, so that all skip a step or none does."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_parallel():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
 
 
@@ -105,3 +169,28 @@ def reshard() -> None:
     for module in list(_module_state_mapping):
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def flat_handles(params: Sequence[Tensor]) -> list[Any]:
+    """What FSDP1 handles the flat parameters with that hold `params`.
+
+    Neither the parameters nor any list leads there, so all objects of the process are looked at.
+    """
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
+    ids = set(map(id, params))
+    handles = [o for o in gc.get_objects() if issubclass(type(o), FlatParamHandle)]
+    return [h for h in handles if not ids.isdisjoint(map(id, _held_by(h.flat_param)))]
+
+
+def _held_by(flat: Any) -> list[Tensor]:
+    return [flat, *(getattr(flat, "_params", None) or ())]
+
+
+def reshard_flat(handles: Sequence[Any]) -> None:
+    """Make FSDP1 gather its parameters again, where a forward pass alone has left them gathered."""
+    for handle in handles:
+        begun = hasattr(handle.flat_param, "_full_param_padded")  # by the first forward pass
+        if begun and handle.uses_sharded_strategy and not handle.needs_unshard():
+            handle.reshard(True)
+            handle._prefetched = False

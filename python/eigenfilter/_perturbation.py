@@ -1,21 +1,44 @@
 """Which optimizers hold their parameters away from x right now.
 
 Optimizers enter themselves between an ascent and the step or restore that undoes it; operators ask
-before they use a parameter, because a Hessian at a perturbed point is silently the wrong one.
+before they use a parameter, because a Hessian at a perturbed point is silently the wrong one. So do
+the methods of torch that save, load or average the weights of a model.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel
+
+from eigenfilter import _callers
 
 _perturbed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_warned: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[str]] = weakref.WeakKeyDictionary()
+
+# Methods that take weights: the class, the name, which argument the model or parameter is, and what
+# they do with it.
+_USES: tuple[tuple[type, str, int, str], ...] = (
+    (nn.Module, "state_dict", 0, "state_dict() reads"),
+    (nn.Module, "load_state_dict", 0, "load_state_dict() overwrites"),
+    (AveragedModel, "update_parameters", 1, "update_parameters() averages"),
+    (nn.Parameter, "__deepcopy__", 0, "copy.deepcopy() copies"),
+    (nn.Parameter, "__reduce_ex__", 0, "pickling or torch.save() saves"),
+)
+_watching = False
 
 
 def enter(optimizer: torch.optim.Optimizer) -> None:
     """Record that `optimizer` has moved its parameters away from x."""
+    if not _watching:
+        _watch()
     _perturbed.add(optimizer)
 
 
@@ -33,3 +56,62 @@ def holder(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer | None:
         if any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
             return optimizer
     return None
+
+
+def _watch() -> None:
+    """From the first ascent of this process on, have the methods in `_USES` ask for perturbations.
+
+    Weights do not know their optimizers, and torch has no hook that sees every module's state_dict:
+    the methods themselves are wrapped. A process that takes no ascent keeps them as they are.
+    """
+    global _watching
+    _watching = True
+    for owner, name, position, use in _USES:
+        setattr(owner, name, _watched(getattr(owner, name), position, use))
+    register_optimizer_step_pre_hook(_refuse_step)
+
+
+def _watched(method: Any, position: int, use: str) -> Any:
+    """`method`, with a warning before it if the weights that it takes are perturbed."""
+
+    @functools.wraps(method)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _perturbed:
+            for weights in (self, *args, *kwargs.values())[position : position + 1]:
+                _warn(weights, use)
+        return method(self, *args, **kwargs)
+
+    return watched
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Raise RuntimeError if `optimizer` is to step from where another one has perturbed to."""
+    if not _perturbed or optimizer in _perturbed:
+        return
+    other = holder(p for group in optimizer.param_groups for p in group["params"])
+    if other is None or any(mine is other for mine in vars(optimizer).values()):
+        return  # a wrapper passes the step on
+    state = vars(other).get("_step_state")
+    if state is not None and vars(optimizer).get("_step_state") is state:
+        return  # a framework's copy of it
+    mine, its = type(optimizer).__name__, type(other).__name__
+    raise RuntimeError(
+        f"{mine}.step() would start from perturbed weights, and its update would be undone: "
+        f"{its} is in the middle of a step. End that with step() of {its}, or call its restore() "
+        "first"
+    )
+
+
+def _warn(weights: nn.Module | torch.Tensor, use: str) -> None:
+    """Warn, once for each optimizer and use, if an optimizer has perturbed the weights."""
+    params = weights.parameters() if isinstance(weights, nn.Module) else [weights]
+    optimizer = holder(params)
+    if optimizer is None or use in _warned.setdefault(optimizer, set()):
+        return
+    _warned[optimizer].add(use)
+    warnings.warn(
+        f"{use} perturbed weights: {type(optimizer).__name__} is in the middle of a step, whose "
+        "end, step() or restore(), puts back the weights from before it. Do this after step(), or "
+        "call restore() first",
+        stacklevel=_callers.stacklevel(),
+    )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from eigenfilter.optimizers._hyperparameters import rho_key
 
 KINDS = ("constant", "linear", "cosine", "step", "late", "every")
 
@@ -30,9 +33,13 @@ class RhoSchedule:
     or any function of t. A step with factor 0 takes no ascent and costs one gradient. rho is
     multiplied; lr is left to torch's schedulers, with which this one may be combined in any order.
 
+    A schedule can be copied and pickled, together with its optimizer. A function of your own is
+    pickled by its name: define it at the top level of a module, since pickle refuses a lambda.
+
     Args:
-        optimizer: one with rho in its groups. Their rho at this moment is the initial one; it is
-            kept in the groups as `initial_rho`.
+        optimizer: one with rho in its groups (`ascent_rho` where `SharpnessAware` wraps one that
+            has a `rho` of its own). Their rho at this moment is the initial one; it is kept in the
+            groups as `initial_rho` (`initial_ascent_rho`).
         kind: one of the names above, or a function from t >= 0 to a factor >= 0.
         total_steps: T, for "linear", "cosine" and "late".
         end: the last factor, >= 0, of "linear" and "cosine".
@@ -62,7 +69,7 @@ class RhoSchedule:
         gamma: float = 0.1,
         start: float | None = None,
     ) -> None:
-        if not all("rho" in group for group in optimizer.param_groups):
+        if not all(rho_key(group) in group for group in optimizer.param_groups):
             raise TypeError(f"{type(optimizer).__name__} has groups without rho: nothing to set")
         self.optimizer = optimizer
         self._factor = (
@@ -70,7 +77,7 @@ class RhoSchedule:
         )
         self._step = 0
         for group in optimizer.param_groups:
-            group.setdefault("initial_rho", _copied(group["rho"]))
+            _initial(group)
         self._set()
 
     def step(self) -> None:
@@ -89,7 +96,7 @@ class RhoSchedule:
 
     def get_last_rho(self) -> list[float | Tensor]:
         """The present rho of every group."""
-        return [group["rho"] for group in self.optimizer.param_groups]
+        return [group[rho_key(group)] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the step; the rest is given anew at construction."""
@@ -108,11 +115,11 @@ class RhoSchedule:
             )
         for group in self.optimizer.param_groups:
             # Groups that were added later, or loaded from another optimizer, begin with theirs.
-            initial = group.setdefault("initial_rho", _copied(group["rho"]))
-            if isinstance(group["rho"], Tensor):
-                group["rho"].copy_(factor * initial)
+            key, initial = rho_key(group), _initial(group)
+            if isinstance(group[key], Tensor):
+                group[key].copy_(factor * initial)
             else:
-                group["rho"] = factor * float(initial)
+                group[key] = factor * float(initial)
 
 
 def _factor(
@@ -133,17 +140,41 @@ def _factor(
         raise ValueError('"late" needs start, a fraction of the training from 0 to 1')
     if not (0 <= end < math.inf and 0 <= gamma < math.inf):
         raise ValueError("end and gamma must be at least 0 and finite")
-    T, n, begin = total_steps or 1, every or 1, start or 0.0
-    factors: dict[str, Factor] = {
-        "constant": lambda t: 1.0,
-        "linear": lambda t: 1.0 + (end - 1.0) * min(t / T, 1.0),
-        "cosine": lambda t: end + (1.0 - end) * (1.0 + math.cos(math.pi * min(t / T, 1.0))) / 2.0,
-        "step": lambda t: gamma ** (t // n),
-        "late": lambda t: float(t >= begin * T),
-        "every": lambda t: float(t % n == 0),
-    }
-    return factors[kind]
+    return _Named(kind, total_steps or 1, end, every or 1, gamma, start or 0.0)
 
 
-def _copied(rho: float | Tensor) -> float | Tensor:
-    return rho.clone() if isinstance(rho, Tensor) else rho
+@dataclass(frozen=True)
+class _Named:
+    """The factor of a kind by its name: an object and not a function, so that it can be pickled."""
+
+    kind: str
+    total_steps: int
+    end: float
+    every: int
+    gamma: float
+    start: float
+
+    def __call__(self, t: int) -> float:
+        past = min(t / self.total_steps, 1.0)
+        match self.kind:
+            case "linear":
+                return 1.0 + (self.end - 1.0) * past
+            case "cosine":
+                return self.end + (1.0 - self.end) * (1.0 + math.cos(math.pi * past)) / 2.0
+            case "step":
+                return float(self.gamma ** (t // self.every))
+            case "late":
+                return float(t >= self.start * self.total_steps)
+            case "every":
+                return float(t % self.every == 0)
+        return 1.0
+
+
+def _initial(group: dict[str, Any]) -> float | Tensor:
+    """A group's initial rho, kept in the group; its present one where it has none yet."""
+    key = rho_key(group)
+    rho = group[key]
+    initial: float | Tensor = group.setdefault(
+        f"initial_{key}", rho.clone() if isinstance(rho, Tensor) else rho
+    )
+    return initial

@@ -183,9 +183,8 @@ def test_other_wrapped_optimizers() -> None:
     x = torch.zeros(1, requires_grad=True)
     adamw = torch.optim.AdamW([x], lr=0.1, betas=(0.7, 0.9))
     assert of(ef.SharpnessAware(adamw, rho=0.3)) == of(adamw)
-    for base in (torch.optim.RAdam([x]), ef.USAM([x])):
-        with pytest.raises(TypeError, match="no filter is known for SharpnessAware"):
-            of(ef.SharpnessAware(base, rho=0.3))
+    with pytest.raises(TypeError, match="no filter is known for SharpnessAware"):
+        of(ef.SharpnessAware(torch.optim.RAdam([x]), rho=0.3))
     with pytest.raises(TypeError, match="ASAM"):
         of(ef.SharpnessAware(torch.optim.SGD([x]), "sam", adaptive=True), grad_norm=1.0)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import eigenfilter as ef
 from cases import RHO, same_bits
@@ -165,6 +166,53 @@ def test_a_gradient_without_its_graph_says_how_to_keep_it() -> None:
         opt.ascend()
     assert all(map(same_bits, params, before))
     assert not opt.perturbed
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["a layer follows", "last layer"])
+@pytest.mark.parametrize("form", ["closure", "explicit"])
+def test_reentrant_checkpointing_is_named(form: str, last: bool) -> None:
+    """With nothing behind it, torch differentiates around the segment without a word."""
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(8, 4, generator=generator)
+    layers = [nn.Linear(4, 4) for _ in range(3)]
+    params = [p for layer in layers for p in layer.parameters()]
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp="autograd")
+    before = snapshot(params)
+    reentrant = True
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        h = layers[0](inputs).tanh()
+        h = checkpoint(lambda h: layers[1](h).tanh(), h, use_reentrant=reentrant)
+        loss = (h if last else layers[2](h)).square().mean()
+        backward(opt, loss)
+        return loss
+
+    def explicit() -> None:
+        with opt.evaluation():
+            closure()
+
+    with pytest.raises(RuntimeError, match=r"pass use_reentrant=False to torch\.utils\.checkpoint"):
+        opt.step(closure) if form == "closure" else explicit()
+    assert all(map(same_bits, params, before))
+    reentrant = False
+    opt.step(closure)
+    assert distance(params[:4], before[:4]) > 1e-4
+
+
+def test_a_micro_batch_without_its_graph_is_refused() -> None:
+    params = parameters()
+    opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp="autograd")
+    before = snapshot(params)
+
+    def closure() -> None:
+        opt.zero_grad()
+        backward(opt, loss_of(params))
+        loss_of(params).backward()
+
+    with pytest.raises(RuntimeError, match=r"without a graph: call loss\.backward.*every micro"):
+        opt.step(closure)
+    assert all(map(same_bits, params, before))
 
 
 @pytest.mark.parametrize("skip_nonfinite", [False, True])

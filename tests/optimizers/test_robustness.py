@@ -53,7 +53,13 @@ def test_an_interrupt_right_before_the_kernel(monkeypatch: pytest.MonkeyPatch) -
 def test_groups_that_share_memory() -> None:
     a = torch.nn.Parameter(torch.ones(4))
     b = torch.nn.Parameter(a.detach()[1:3])
-    opt = eigenfilter.USAM([{"params": [a]}, {"params": [b]}], lr=0.1)
+    with pytest.raises(ValueError, match="share memory"):
+        eigenfilter.USAM([{"params": [a]}, {"params": [b]}], lr=0.1)
+    opt = eigenfilter.USAM([{"params": [a]}], lr=0.1)
+    with pytest.raises(ValueError, match="share memory"):
+        opt.add_param_group({"params": [b]})
+    assert len(opt.param_groups) == 1
+    opt.param_groups[0]["params"].append(b)  # behind the optimizer's back
     a.grad, b.grad = torch.ones(4), torch.ones(2)
     with pytest.raises(ValueError, match="share memory"):
         opt.ascend()

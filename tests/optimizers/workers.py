@@ -373,11 +373,16 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 
 def main(rank: int, folder: str) -> None:
     """Run all scenarios; leave what they found, or how they failed, in a file."""
+    run(SCENARIOS, rank, folder)
+
+
+def run(scenarios: dict[str, Callable[[int], Any]], rank: int, folder: str) -> None:
+    """Run some scenarios in this process, one of `WORLD`."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     found: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in scenarios.items():
         try:
             found[name] = scenario(rank)
         except Exception:

@@ -87,9 +87,6 @@ class Trainer:
             config.seed,
             processes,
         )
-        self._has_batch_norm = any(
-            isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()
-        )
         self._statistics = [b for b in self.model.buffers() if b.is_floating_point()]
         self._network = processes.averaging(self.model, self.examples(1)[0])
         self.loss_fn = recipes.loss_of(config)
@@ -246,9 +243,9 @@ class Trainer:
         if optimizer.phase == "ascent":
             images, labels = images[: self._ascents], labels[: self._ascents]
         self.gradients += len(images) / self._batches.share
-        frozen = self._has_batch_norm and optimizer.perturbed
+        frozen = optimizer.perturbed
         with (
-            ef.freeze_batch_norm(self.model) if frozen else nullcontext(),
+            ef.freeze_running_stats(self.model) if frozen else nullcontext(),
             optimizer.evaluation(),
         ):
             optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """Drop-in optimizers whose updates are fused kernels over all tensors at once."""
 
-from eigenfilter._batch_norm import freeze_batch_norm
+from eigenfilter._running_stats import freeze_batch_norm, freeze_running_stats
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers.adamw import AdamW
 from eigenfilter.optimizers.hessian_usam import HessianUSAM
@@ -20,4 +20,5 @@ __all__ = [
     "SharpnessAware",
     "TwoStepUSAM",
     "freeze_batch_norm",
+    "freeze_running_stats",
 ]

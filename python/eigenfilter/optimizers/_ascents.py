@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from eigenfilter import _distributed
 from eigenfilter.kernels.reference import arithmetic_dtype
 from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._parts import Gradients, Part, Piece
+from eigenfilter.optimizers._shards import FLAT_NORM
 
 Run = Callable[..., None]
 """Calls a kernel on a piece: (kernel, piece, further arguments)."""
@@ -28,10 +31,12 @@ class Ascent:
     Attributes:
         method: the method's name.
         count: its ascents a step.
+        takes_norm: whether it divides by a norm of all gradients or parameters.
     """
 
     method = "sgd"
     count = 0
+    takes_norm = False
 
     def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
         """Do what takes all gradients at once; return them, or what is to move along instead.
@@ -47,6 +52,10 @@ class Ascent:
         """Move a piece; its backups hold x if it has moved before, else this call saves it."""
         raise AssertionError(f"{self.method} has no ascent")
 
+    def from_x(self, index: int) -> bool:
+        """Whether ascent `index` starts from x, so that a gradient of zero leads back there."""
+        return False
+
     def note(self, loss: Any) -> None:
         """Take note of what the closure has returned, before `prepare` gets its gradients."""
 
@@ -56,6 +65,10 @@ class Ascent:
     def needs_graph(self, index: int) -> bool:
         """Whether the gradient for ascent `index` has to be differentiable itself."""
         return False
+
+    def watch(self, index: int, params: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """A context for the evaluation whose gradient ascent `index` takes."""
+        return nullcontext()
 
     def replays(self, index: int) -> bool | None:
         """Whether evaluation `index` draws the random numbers of the one before it (False, True).
@@ -67,7 +80,7 @@ class Ascent:
 
 def signed(group: dict[str, Any]) -> float | Tensor:
     """The length of an ascent: rho, or -rho where f is maximised."""
-    rho: float | Tensor = group["rho"]
+    rho = rho_of(group)
     return -rho if group.get("maximize") else rho
 
 
@@ -80,6 +93,8 @@ def total_norms(
         lists: parts, with tensors like their parameters.
         weights: multiply the tensors by the parameters before, elementwise.
     """
+    if any(part.is_flat for part, _ in lists):
+        raise RuntimeError(FLAT_NORM)
     squares: dict[torch.device, list[Tensor]] = {part.device: [] for part, _ in lists}
     for part, tensors in lists:
         for placing, indices in part.placings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast, overload
 
@@ -13,14 +13,30 @@ from torch._compile import _disable_dynamo  # does not import the compiler, as t
 from torch.autograd.graph import increment_version
 
 from eigenfilter import _callers, _core, _distributed, _perturbation, kernels
+from eigenfilter.optimizers._accumulation import (
+    UsedGradients,
+    any_nonzero,
+    check_closure,
+    zero_gradients,
+)
 from eigenfilter.optimizers._ascents import Ascent
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import GroupedOptimizer
-from eigenfilter.optimizers._guard import Guard, drop_handed_over, refuse_unscaled
-from eigenfilter.optimizers._hyperparameters import check_scalars, is_zero, lr_is_zero
+from eigenfilter.optimizers._guard import HANDED_OVER, Guard, drop_handed_over, refuse_unscaled
+from eigenfilter.optimizers._hyperparameters import check_scalars, is_zero, lr_is_zero, rho_of
+from eigenfilter.optimizers._options import check_options
 from eigenfilter.optimizers._parts import Gradients, Part, Parts, Piece, Store, conforming
 from eigenfilter.optimizers._randomness import Randomness
 from eigenfilter.optimizers._release import UNSCALED, GradientRelease
+from eigenfilter.optimizers._shards import (
+    Parent,
+    lies_elsewhere,
+    refuse_ascent,
+    refuse_clipping,
+    refuse_local_scaler,
+    refuse_scaled_descent,
+)
+from eigenfilter.optimizers._step_state import StepState, owner_of, through_owner
 
 _T = TypeVar("_T")
 
@@ -49,6 +65,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         release_gradients: apply and drop each descent gradient while backward runs, see
             `GradientRelease`.
         backend: the kernels' backend, see `eigenfilter.kernels`.
+        options: `set_to_none` and arguments of torch's optimizers, see `_options.Options`.
     """
 
     # A GradScaler hands grad_scale and found_inf over instead of unscaling and looking itself.
@@ -64,7 +81,9 @@ class EigenfilterOptimizer(GroupedOptimizer):
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        self.set_to_none = check_options(options or {}, type(self).__name__)
         if skip_nonfinite and release_gradients:
             raise ValueError(
                 "release_gradients applies each gradient before the next is made, and "
@@ -79,31 +98,30 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._descent = descent
         self._start()
         super().__init__(params, defaults)
+        if self._ascents_wanted() > 0:
+            refuse_ascent(self, self._parent, self._params(), self._ascent.takes_norm)
 
     def _start(self) -> None:
         """Set up what lives as long as this object and is never saved."""
-        self._ascended = 0  # ascents taken in the step under way
-        self._written = False  # by the present call
-        self._moved: list[Part] = []  # parts that are away from x, none twice
-        self._away_ids: set[int] | None = None  # of their parameters, once asked for
+        self._step_state = StepState(self)
+        self._used = UsedGradients()
         self._guard = Guard()
+        self._parent = Parent(self)
         self._release = GradientRelease(self)
         self._parts = Parts(Store(self.backend, self._descent.keys))
-        self._randomness: Randomness | None = None  # before an evaluation that is drawn again
-        self._between: Randomness | None = None  # after an ascent whose evaluation should be
-        self._replayed = False
 
     # What users see of a step under way.
 
     @property
+    @through_owner
     def phase(self) -> str:
         """What the next gradient is for: "ascent" or "descent"."""
-        return "ascent" if self._ascended < self._ascents_wanted() else "descent"
+        return "ascent" if self._step_state.ascended < self._ascents_wanted() else "descent"
 
     @property
     def perturbed(self) -> bool:
         """Whether the parameters are away from x."""
-        return bool(self._moved)
+        return bool(self._step_state.perturbed)
 
     @property
     def skipped(self) -> int:
@@ -111,16 +129,18 @@ class EigenfilterOptimizer(GroupedOptimizer):
         return self._guard.skipped()
 
     @property
+    @through_owner
     def needs_graph(self) -> bool:
         """Whether the next gradient has to be differentiable itself.
 
         For `loss.backward(create_graph=opt.needs_graph)`; False unless a method takes exact
         Hessian-vector products.
         """
-        return self.phase == "ascent" and self._ascent.needs_graph(self._ascended)
+        return self.phase == "ascent" and self._ascent.needs_graph(self._step_state.ascended)
 
     # Stepping.
 
+    @through_owner
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """A context for every call of the closure in the explicit form.
@@ -128,77 +148,95 @@ class EigenfilterOptimizer(GroupedOptimizer):
         Where a method takes finite differences, torch's random numbers are the same on both sides.
         With `release_gradients` the descent's gradients are released here and nowhere else.
         """
-        replays = self._ascent.replays(self._ascended) if self.phase == "ascent" else None
-        if replays and self._randomness is not None:
-            self._randomness.replay()
-            self._replayed = True
+        step = self._step_state
+        replays = self._ascent.replays(step.ascended) if self.phase == "ascent" else None
+        if replays and step.randomness is not None:
+            step.randomness.replay()
+            step.replayed = True
         elif replays is False:
-            self._randomness = Randomness(self._devices())
-        if not self.release_gradients or self.phase == "ascent":
+            step.randomness = Randomness(self._devices())
+        if self.phase == "ascent":
+            with self._ascent.watch(step.ascended, self._params()):
+                yield
+            return
+        if not self.release_gradients:
             yield
             return
         with self._release.during_backward(self._params()):
             yield
 
+    @through_owner
     @_disable_dynamo
     @torch.no_grad()
     def ascend(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
-        """Move to the next point where a gradient is needed, and clear the gradients.
+        """Perturb the parameters to where the next gradient is needed, and clear the gradients.
+
+        A parameter without a gradient counts as one whose gradient is zero.
 
         Args:
             grad_scaler: the scaler whose scale the present gradients carry.
 
         Returns:
-            True after a move; False, with nothing done, when the next gradient is the descent's.
+            True after an ascent. False, with nothing done, when the next gradient is the descent's,
+            or when no parameter has a gradient: `step()` then does nothing either, as in torch.
 
         Raises:
-            RuntimeError: no parameter has a gradient, `grad_scaler.unscale_` was called, or
-                gradients are released and there is a scaler.
+            RuntimeError: the gradients are those that the last step used, `grad_scaler.unscale_`
+                was called, or gradients are released and there is a scaler.
+            TypeError, ValueError: a group's hyperparameter is none, or out of its range.
         """
+        self._refuse_within_closure("ascend()")
         if self.phase == "descent":
             return False
         if self.release_gradients and grad_scaler is not None and grad_scaler.is_enabled():
             raise RuntimeError(UNSCALED)
         refuse_unscaled(self, grad_scaler)
+        self._check_groups()
         return self._following_layouts(lambda: self._ascend(grad_scaler))
 
     def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
+        step = self._step_state
         gradients = self._gradients()
-        found = [(part, g) for part, g in gradients if not is_zero(part.group["rho"])]
-        if not gradients:
-            raise RuntimeError(
-                "ascend() needs the gradient at the present point: call the closure, which runs "
-                "loss.backward(), before each ascend() and after each that returned True"
-            )
-        if self._ascended == 0:
+        self._refuse_ascent()
+        found = [(part, g) for part, g in gradients if not is_zero(rho_of(part.group))]
+        elsewhere = not found and lies_elsewhere(self._params(ascending=True))
+        if step.ascended == 0:
+            if not gradients and not elsewhere:
+                return False
+            self._used.refuse()
             self._guard.begin()
-        self._guard.take_scale(grad_scaler, gradients, self._ascended > 0)
-        if not found:  # nothing that ascends has a gradient: it is the descent's
-            self._ascended = self._ascents_wanted()
+        if self._parts.are_flat:
+            refuse_local_scaler(grad_scaler)
+        self._guard.take_scale(grad_scaler, self._parts.devices, step.ascended > 0)
+        if not found and not elsewhere and step.ascended == 0:  # nothing ascends: the descent's
+            step.ascended = self._ascents_wanted()
             return False
         if self.skip_nonfinite or self._guard.scaled:
-            self._guard.look(conforming(found))
+            self._guard.look(conforming(found), self._parts.devices)
         self._warn_of_other_randomness()
-        found = self._ascent.prepare(self._ascended, found, self._guard)
+        found = self._ascent.prepare(step.ascended, found, self._guard)
         _perturbation.enter(self)
         try:
+            if step.ascended > 0 and self._ascent.from_x(step.ascended):
+                self._restore_parts(
+                    step.perturbed, {id(p) for part, _ in found for p in part.params}
+                )
             for piece in self._pieces(found, past=False):
                 part = piece.part
                 if not piece.moved:
                     part.backups().filled = False  # until the kernel has: see restore
-                    self._moved.append(part)
-                    self._away_ids = None
-                self._ascent.move(self._run, self._ascended, piece)
+                    step.perturbed.append(part)
+                    step.perturbed_ids = None
+                self._ascent.move(self._run, step.ascended, piece)
                 part.backups().filled = True
         except BaseException:
             self.restore()
             raise
         self._touched([part for part, _ in found])
-        for group in self.param_groups:
-            _core.clear_gradients(group["params"])
-        self._ascended += 1
-        if self._ascent.replays(self._ascended) and not self._replayed:
-            self._between = Randomness(self._devices())
+        self._clear_gradients()
+        step.ascended += 1
+        if self._ascent.replays(step.ascended) and not step.replayed:
+            step.between = Randomness(self._devices())
         return True
 
     @overload
@@ -209,17 +247,33 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step: the whole one with a closure, else its end, the descent.
 
+        Where no parameter has a gradient nothing is done, as in torch.
+
         Args:
             closure: clears the gradients, computes the loss, calls backward and returns the loss.
-                It is called as often as the method needs.
+                It is called as often as the method needs. After the ascents of an explicit step it
+                is called once, and may do nothing.
 
         Returns:
             The first call's loss, detached if it has a graph; None without a closure.
 
         Raises:
-            RuntimeError: without a closure, the gradient that is due is not there (unless every lr
-                is 0); with one, an explicit step is under way.
+            RuntimeError: without a closure, ascents are due; with one, it does not clear gradients
+                that were there before, or an explicit step has ascents left.
+            TypeError, ValueError: a group's hyperparameter is none, or out of its range.
         """
+        owner = owner_of(self)
+        if owner is not self:  # a scaler sets these on what it was given
+            vars(owner).update({k: v for k, v in vars(self).items() if k in HANDED_OVER})
+            try:
+                return owner._step(closure)
+            finally:
+                drop_handed_over(owner)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        self._refuse_within_closure("step()")
+        self._check_groups()
         if closure is None:
             try:
                 self._following_layouts(self._descend)
@@ -233,13 +287,15 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 "a GradScaler cannot step with a closure: take the step in its explicit form, "
                 "ascend(grad_scaler=scaler) and scaler.step(opt)"
             )
-        if self.perturbed:
+        under_way = self._step_state.ascended > 0
+        if under_way and self.phase == "ascent":
             raise RuntimeError(
-                "step(closure) takes a whole step, and one is under way: end it with step(), or go "
-                "back to x with restore()"
+                "step(closure) takes a whole step, and one is under way that has ascents left: go "
+                "on with `while opt.ascend(): closure()` and end it with step(), or go back to x "
+                "with restore()"
             )
         try:
-            loss = self._evaluate(closure)
+            loss = self._evaluate_first(closure, ends_step=under_way)
             while self.ascend():
                 self._evaluate(closure)
             self._following_layouts(self._descend)
@@ -248,6 +304,14 @@ class EigenfilterOptimizer(GroupedOptimizer):
             raise
         return loss
 
+    @through_owner
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters: to None, or to 0 in the tensors that are there."""
+        super().zero_grad(set_to_none)
+        if self._step_state.check is not None:
+            self._step_state.check.forget()
+
+    @through_owner
     @_disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
@@ -255,10 +319,11 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
         Parameters that have been updated already (`release_gradients`) stay so.
         """
-        moved = [part for part in self._moved if part.backups().filled]
+        moved = [part for part in self._step_state.perturbed if part.backups().filled]
         self._restore_parts(moved, self._release.updated)
         self._end()
 
+    @through_owner
     def clip_grad_norm_(
         self, max_norm: float, grad_scaler: torch.amp.GradScaler | None = None
     ) -> Tensor:
@@ -280,6 +345,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 "release_gradients=True applies each gradient before the total norm is known: "
                 "leave it False to clip"
             )
+        refuse_clipping(self, self._parent, self._params())
         if self.phase == "ascent":
             raise RuntimeError(
                 "clip_grad_norm_ clips the descent gradient: call it after the ascents, just "
@@ -287,7 +353,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
             )
         if grad_scaler is not None:
             grad_scaler.unscale_(self)
-        return torch.nn.utils.clip_grad_norm_(self._params(), max_norm)
+            self._step_state.unscaled = grad_scaler.is_enabled()
+        return _distributed.clip_grad_norm_(self._params(), max_norm)
 
     # What ascents and descents use.
 
@@ -299,16 +366,17 @@ class EigenfilterOptimizer(GroupedOptimizer):
             kernel(part.tensors, piece.grads, *args, **kw)
         except (_core.LayoutError, TypeError):
             kernel(part.tensors, part.conform(piece.grads), *args, **kw)
-        self._written = True
+        self._step_state.written = True
 
     def _pieces(self, found: Gradients, *, past: bool) -> list[Piece]:
         """Parts split by what differs: are they away from x and, where asked for, their past."""
         pieces = []
+        perturbed = self._step_state.perturbed
         for part, grads in found:
             pasts = part.pasts(self._descent.past) if past else [None]
-            whole = not self._moved or part in self._moved
+            whole = not perturbed or part in perturbed
             if whole and len(pasts) == 1:
-                pieces.append(Piece(part, grads, bool(self._moved), pasts[0]))
+                pieces.append(Piece(part, grads, bool(perturbed), pasts[0]))
                 continue
             away = self._away()
             pasts = pasts * (len(part.params) // len(pasts))
@@ -319,9 +387,10 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _away(self) -> set[int]:
         """Ids of the parameters that are away from x."""
-        if self._away_ids is None:
-            self._away_ids = {id(p) for part in self._moved for p in part.params}
-        return self._away_ids
+        step = self._step_state
+        if step.perturbed_ids is None:
+            step.perturbed_ids = {id(p) for part in step.perturbed for p in part.params}
+        return step.perturbed_ids
 
     def _following_layouts(self, act: Callable[[], _T]) -> _T:
         """Act; once more with parts built anew if the parameters' layouts are no longer theirs.
@@ -329,11 +398,11 @@ class EigenfilterOptimizer(GroupedOptimizer):
         `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
         notice before they write; only what has written nothing is tried again.
         """
-        self._written = False
+        self._step_state.written = False
         try:
             return act()
         except _core.LayoutError:
-            if self._written or self.perturbed:
+            if self._step_state.written or self.perturbed:
                 raise
             self._build_parts()
             return act()
@@ -342,25 +411,36 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     @torch.no_grad()
     def _descend(self) -> None:
-        if not self._only_primes():
-            self._require_ascents()
+        step = self._step_state
         self._parts.settle()  # what was released
         found = self._gradients()
+        if self.phase == "ascent" and found:
+            if self._primes(found):
+                return
+            self._require_ascents()
         if self.release_gradients and "found_inf" in vars(self):
             raise RuntimeError(UNSCALED)
-        if not found and not self._release.updated and not self._only_primes():
-            raise RuntimeError(
-                "step() needs the gradient of the descent, and no parameter has one: run the "
-                "closure, which calls loss.backward(), before step()"
-            )
-        if found and self.release_gradients and not self._only_primes():
+        if found and self.release_gradients:
             self._release.warn_of_whole()
-        if self._ascended == 0:
+        if not found and not self._release.updated and not self._is_awaited():
+            self.restore()  # a skipped batch: as torch, do nothing
+            return
+        if step.ascended == 0:
             self._guard.begin()
-        self._guard.take_over(self, found, self._ascended > 0)
+        if self._parts.are_flat:
+            refuse_scaled_descent(self)
+        self._guard.take_over(
+            self,
+            self._parts.devices,
+            ascended=step.ascended > 0,
+            unscaled=step.unscaled,
+            shared=self._parts.are_shards,
+        )
+        self._descent.begin()
         self._update(found)
         self._touched([part for part, _ in found])
         self._guard.count()
+        self._used.mark([p for part, _ in found for p in (part.params[0], part.params[-1])])
         self._restore_all_but(found)
 
     def _update(self, found: Gradients) -> None:
@@ -370,8 +450,9 @@ class EigenfilterOptimizer(GroupedOptimizer):
             for piece in pieces:
                 check_scalars(piece.part.group, piece.part.device)
                 piece.grads = piece.part.conforming(piece.grads)
-        if self.skip_nonfinite and pieces:
-            self._guard.look([(piece.part, piece.grads) for piece in pieces])
+        if self.skip_nonfinite:  # without a gradient here too: the other ranks wait for this one
+            grads = [(piece.part, piece.grads) for piece in pieces]
+            self._guard.look(grads, self._parts.devices)
         for piece in pieces:
             self._descent.step(self._run, piece, self._guard)
 
@@ -382,7 +463,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         def act() -> None:
             if not self._release.updated:
                 self._make_parts_current()
-                if self._ascended == 0:
+                if self._step_state.ascended == 0:
                     self._guard.begin()
             part = self._parts.alone(p)
             [past] = part.pasts(self._descent.past)
@@ -398,7 +479,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
         return self._parts.with_gradients()
 
     def _make_parts_current(self) -> None:
-        if not self._parts.are_current(self.param_groups, self.state):
+        groups, state = self.param_groups, self.state
+        if not self._parts.are_current(groups, state) or self._descent.edited():
             if self.perturbed:
                 raise RuntimeError(
                     "param_groups or state were changed between an ascent and its step: change "
@@ -409,25 +491,29 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _build_parts(self) -> None:
         self._parts.build(self.param_groups, self.state, self._descent.unify)
 
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+    def _params(self, *, ascending: bool = False) -> list[Tensor]:
+        groups = (g for g in self.param_groups if not ascending or not is_zero(rho_of(g)))
+        return [p for group in groups for p in group["params"]]
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}
 
     def _touched(self, parts: list[Part]) -> None:
-        """Tell autograd and FSDP2 that the parameters of `parts` have changed."""
+        """Tell autograd and FSDP that the parameters of `parts` have changed."""
         for part in parts:
             increment_version(part.params)
         if any(part.is_distributed for part in parts):
             _distributed.reshard()
+        if self._parts.are_flat:
+            _distributed.reshard_flat(self._parts.flat_handles)
 
     def _restore_all_but(self, stepped: Gradients) -> None:
         """Go back to x where no descent was taken, and end the step."""
         done = {id(part) for part, _ in stepped}
-        if not all(id(part) in done for part in self._moved):
+        perturbed = self._step_state.perturbed
+        if not all(id(part) in done for part in perturbed):
             ids = {id(p) for part, _ in stepped for p in part.params}
-            self._restore_parts(self._moved, ids | self._release.updated)
+            self._restore_parts(perturbed, ids | self._release.updated)
         self._end()
 
     def _restore_parts(self, parts: list[Part], updated: set[int]) -> None:
@@ -443,17 +529,53 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._touched(parts)
 
     def _end(self) -> None:
-        self._moved, self._away_ids, self._ascended = [], None, 0
+        self._step_state.reset()
         self._parts.settle()
         self._release.updated.clear()
         self._ascent.forget()
-        self._randomness = self._between = None
-        self._replayed = False
         _perturbation.leave(self)
 
+    def _evaluate_first(self, closure: Callable[[], Any], *, ends_step: bool) -> Any:
+        """Call a closure whose first gradients must be its own, or, to end a step, all it needs."""
+        if not ends_step and self._ascents_wanted() == 0:
+            return self._evaluate(closure)
+        if not ends_step and self._used.untouched():
+            self._clear_gradients()
+        check = self._step_state.check = check_closure(self._params())
+        try:
+            loss = self._evaluate(closure)
+        except BaseException:
+            if check is not None:
+                check.end()
+            raise
+        finally:
+            self._step_state.check = None
+        if check is not None:
+            check.refuse(must_compute=not ends_step)
+        return loss
+
+    def _refuse_within_closure(self, what: str) -> None:
+        if self._step_state.evaluating:
+            raise RuntimeError(
+                f"{what} was called by the closure that step(closure) is evaluating: a closure "
+                "calls opt.zero_grad() and backward() and returns the loss, and the step is taken "
+                "around it"
+            )
+
+    def _clear_gradients(self) -> None:
+        for group in self.param_groups:
+            if self.set_to_none:
+                _core.clear_gradients(group["params"])
+            else:
+                zero_gradients(group["params"])
+
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
-        with torch.enable_grad(), self.evaluation():
-            loss = closure()
+        self._step_state.evaluating = True
+        try:
+            with torch.enable_grad(), self.evaluation():
+                loss = closure()
+        finally:
+            self._step_state.evaluating = False
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss = loss.detach()
         self._ascent.note(loss)
@@ -461,40 +583,74 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _warn_of_other_randomness(self) -> None:
         """Warn if the second side of a finite difference drew random numbers of its own."""
-        if self._between is not None and not self._replayed and self._between.has_changed():
+        step = self._step_state
+        if step.between is not None and not step.replayed and step.between.has_changed():
             warnings.warn(
                 "the two sides of a finite difference saw different random numbers (dropout, "
                 "augmentation): call the closure inside `with opt.evaluation():`",
                 stacklevel=_callers.stacklevel(),
             )
-        self._between = None
+        step.between = None
 
     # When a step is due.
 
     def _ascents_wanted(self) -> int:
-        if all(is_zero(g.get("rho", 0.0)) for g in self.param_groups):
+        if all(is_zero(rho_of(g)) for g in self.param_groups):
             return 0
         return self._ascent.count
 
-    def _require_ascents(self) -> None:
-        if self.phase == "ascent":
-            raise RuntimeError(
-                f"step() needs {self._ascents_wanted()} ascents before it, and {self._ascended} "
-                "were taken: pass the closure to step(), or write `while opt.ascend(): closure()`"
-            )
+    def _is_awaited(self) -> bool:
+        """Whether other ranks, which may have gradients, wait for this one, which has none."""
+        if self.skip_nonfinite and _distributed.is_parallel():
+            return True
+        return lies_elsewhere(self._params())
 
-    def _only_primes(self) -> bool:
-        """Whether every lr is 0: distributed checkpointing makes the state exist by such a step."""
-        return not self.perturbed and all(lr_is_zero(g.get("lr", 1.0)) for g in self.param_groups)
+    def _refuse_ascent(self) -> None:
+        """Raise RuntimeError where this rank's gradients are not enough to ascend by."""
+        flat = self._params() if self._parts.are_flat else []
+        refuse_ascent(self, self._parent, flat, self._ascent.takes_norm)
+
+    def _require_ascents(self) -> None:
+        self._refuse_ascent()
+        wanted, taken = self._ascents_wanted(), self._step_state.ascended
+        raise RuntimeError(
+            f"step() needs {wanted} ascents before it, and {taken} were taken. Pass a closure to "
+            "step() that calls opt.zero_grad() and backward(), or write `while opt.ascend(): "
+            "closure()` before step(). A training loop that calls step() without a closure and "
+            "cannot be changed (a framework's) can train only with rho=0.0 in every group"
+        )
+
+    def _primes(self, found: Gradients) -> bool:
+        """Whether this is the step by which distributed checkpointing makes the state exist.
+
+        Every lr is 0 then, and every gradient. The state is made, as zeros.
+        """
+        if self.perturbed or not all(lr_is_zero(g.get("lr", 1.0)) for g in self.param_groups):
+            return False
+        if any_nonzero([g for _, grads in found for g in grads]):
+            return False
+        self._prime(found)
+        return True
+
+    def _prime(self, found: Gradients) -> None:
+        for part, _ in found:
+            self._descent.prime(part)
+        self._parts.settle()
+
+    def _check_groups(self) -> None:
+        """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""
+        for group in self.param_groups:
+            self._check_hyperparameters(group)
 
     # Copying.
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = ("skip_nonfinite", "release_gradients", "backend", "_ascent", "_descent")
+        names = ["skip_nonfinite", "release_gradients", "set_to_none", "backend"]
+        names += ["_ascent", "_descent"]
         return super().__getstate__() | {name: vars(self)[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_parts" not in vars(self):  # a copy; a load keeps backups and counts
+        if "_step_state" not in vars(self):  # a copy; a load keeps backups and counts
             self._start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from eigenfilter import _distributed
 from eigenfilter.optimizers._ascents import Run
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._parts import Part, Piece
+from eigenfilter.optimizers._step_counts import StepCounts
 
 MOMENTUM = "momentum_buffer"
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
@@ -50,6 +51,16 @@ class Descent:
         """What parameters must have in common to be updated by one call."""
         raise NotImplementedError
 
+    def prime(self, part: Part) -> None:
+        """Make the state of a part's parameters, as it is before their first step."""
+
+    def begin(self) -> None:
+        """Begin a step, before its first piece."""
+
+    def edited(self) -> bool:
+        """Whether somebody else has edited in place what must be read again then."""
+        return False
+
     def unify(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Bring a state that was loaded to the form in which it is kept here."""
 
@@ -65,6 +76,10 @@ class SGDDescent(Descent):
 
     def past(self, state: dict[str, Any]) -> Hashable:
         return state.get(MOMENTUM) is not None
+
+    def prime(self, part: Part) -> None:
+        if part.group["momentum"] != 0:
+            part.buffers(MOMENTUM)
 
     def step(self, run: Run, piece: Piece, guard: Guard) -> None:
         part, group = piece.part, piece.part.group
@@ -93,26 +108,41 @@ class SGDDescent(Descent):
 
 
 class AdamWDescent(Descent):
-    """AdamW. Parameters that have taken equally many steps share one tensor that counts them.
-
-    A step then costs one addition, on the device, and not one for every parameter.
-    """
+    """AdamW, in one call for the parameters that have taken equally many steps."""
 
     keys = (EXP_AVG, EXP_AVG_SQ, STEP)
 
+    def __init__(self) -> None:
+        self._counts = StepCounts()
+
     def past(self, state: dict[str, Any]) -> Hashable:
-        return id(state[STEP]) if STEP in state else None
+        return self._counts.key(state[STEP]) if STEP in state else None
+
+    def edited(self) -> bool:
+        return self._counts.edited()
 
     def unify(self, state: dict[Tensor, dict[str, Any]]) -> None:
         counted = [(p, s) for p, s in state.items() if STEP in s]
-        shared: dict[tuple[torch.device, float], Tensor] = {}
-        for p, s in counted:
-            count = torch.as_tensor(s[STEP], dtype=torch.float32, device=p.device).reshape(())
-            s[STEP] = shared.setdefault((p.device, float(count)), count.clone())
+        counts = self._counts.read([s[STEP] for _, s in counted], [p.device for p, _ in counted])
+        for (_, s), count in zip(counted, counts, strict=True):
+            s[STEP] = count
+
+    def begin(self) -> None:
+        self._counts.new_step()
+
+    def prime(self, part: Part) -> None:
+        part.buffers(EXP_AVG)
+        part.buffers(EXP_AVG_SQ)
+        state = part.store.state
+        self._start([p for p in part.params if STEP not in state[p]], part)
 
     def step(self, run: Run, piece: Piece, guard: Guard) -> None:
         part, group = piece.part, piece.part.group
-        taken = self._steps_taken(piece)
+        state = part.store.state
+        if piece.past is None:
+            self._start(part.params, part)
+        if part.counted is None:
+            part.counted = self._counts.together([state[p][STEP] for p in part.params])
         beta1, beta2 = group["betas"]
         run(
             part.kernels.descend_adamw,
@@ -125,23 +155,16 @@ class AdamWDescent(Descent):
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=taken + 1,
+            step=part.counted.counts[0] + 1,
             maximize=group["maximize"],
             rounding_seed=rounding_seed(part),
         )
-        flag = guard.flag(part.device)
-        taken.add_(1 if flag is None else flag == 0)
+        if self._counts.advance(part.counted, guard.flag(part.device)):
+            part.store.changed()
 
-    def _steps_taken(self, piece: Piece) -> Tensor:
-        """The tensor that counts the steps of this piece, and of no other parameter."""
-        part = piece.part
-        state = part.store.state
-        if piece.past is None:
-            taken = torch.zeros((), dtype=torch.float32, device=part.device)
-        else:
-            taken = cast(Tensor, state[part.params[0]][STEP])
-            if part.store.holders(taken) == len(part.params):
-                return taken
-            taken = taken.clone()
-        part.store.share(part.params, STEP, taken)
-        return taken
+    def _start(self, params: Sequence[Tensor], part: Part) -> None:
+        """Give parameters their first counts."""
+        if params:
+            for p, count in zip(params, self._counts.start(len(params), part.device), strict=True):
+                part.store.state[p][STEP] = count
+            part.store.changed()

@@ -8,6 +8,9 @@ import torch
 
 from eigenfilter import kernels
 from eigenfilter.optimizers._hyperparameters import DTYPES, check_hyperparameters
+from eigenfilter.optimizers._options import refuse_modes
+from eigenfilter.optimizers._parts import refuse_overlap
+from eigenfilter.optimizers._step_state import through_owner
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
@@ -20,6 +23,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Whether the parameters are away from x."""
         raise NotImplementedError
 
+    @through_owner
     def state_dict(self) -> dict[str, Any]:
         """State and hyperparameters in the form of the torch optimizer; backups are never in it.
 
@@ -29,6 +33,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._refuse_perturbed("state_dict()")
         return super().state_dict()
 
+    @through_owner
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, this class's or that of the torch optimizer, returned.
 
@@ -39,8 +44,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
             ValueError: the groups do not match.
         """
         self._refuse_perturbed("load_state_dict()")
-        super().load_state_dict(filled(self, state_dict))
+        state_dict = filled(self, state_dict)
+        for group in state_dict.get("param_groups", ()):
+            refuse_modes(group)
+        super().load_state_dict(state_dict)
 
+    @through_owner
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyperparameters are checked as the constructor's are.
 
@@ -51,15 +60,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """
         self._refuse_perturbed("add_param_group()")
         super().add_param_group(param_group)
-        group = self.param_groups.pop()
-        self._check_group(group)
-        self.param_groups.append(group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyperparameters(group)
+        refuse_modes(group)
         for device_type in {p.device.type for p in group["params"]} - {"meta"}:
             kernels.select(device_type, self.backend)
         for i, p in enumerate(group["params"]):
@@ -69,6 +81,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                     "dense float32, float64, bfloat16 and float16 parameters; give the others to "
                     "an optimizer of their own"
                 )
+        refuse_overlap(self.param_groups)
 
     def _refuse_perturbed(self, what: str) -> None:
         if self.perturbed:
@@ -80,7 +93,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
 def filled(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state to load whose groups have all that the optimizer's present ones have."""
-    groups = state_dict["param_groups"]
+    groups = state_dict.get("param_groups", ())  # an optimizer around another has its own form
     if len(groups) != len(optimizer.param_groups):
         return state_dict
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

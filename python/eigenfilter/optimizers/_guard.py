@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Guard:
     """
 
     def __init__(self) -> None:
+        self._scaled = False
         self._scales: dict[torch.device, Tensor] = {}
         self._flags: dict[torch.device, Tensor] = {}
         self._skipped: dict[torch.device, Tensor] = {}
@@ -26,37 +27,61 @@ class Guard:
     @property
     def scaled(self) -> bool:
         """Whether the present gradients carry a scale."""
-        return bool(self._scales)
+        return self._scaled
 
     def begin(self) -> None:
         """Begin a step: no scale, no flag."""
+        self._scaled = False
         self._scales.clear()
         self._flags.clear()
 
     def take_scale(
-        self, scaler: torch.amp.GradScaler | None, found: list[Any], ascended: bool
+        self, scaler: torch.amp.GradScaler | None, devices: Iterable[torch.device], ascended: bool
     ) -> None:
         """Take an ascent's scale from its scaler, without a synchronisation."""
         scaled = scaler is not None and scaler.is_enabled()
         self._require_agreement(scaled, ascended)
+        self._scaled = scaled
         self._scales.clear()
         if scaler is not None and scaled:
-            for device in {part.device for part, _ in found}:
+            for device in devices:
                 one = torch.ones((), dtype=torch.float32, device=device)
                 self._scales[device] = scaler.scale(one).detach()
 
-    def take_over(self, optimizer: torch.optim.Optimizer, found: list[Any], ascended: bool) -> None:
-        """Take the descent's scale and flag, which `scaler.step` sets on the optimizer."""
+    def take_over(
+        self,
+        optimizer: torch.optim.Optimizer,
+        devices: Iterable[torch.device],
+        *,
+        ascended: bool,
+        unscaled: bool,
+        shared: bool,
+    ) -> None:
+        """Take the descent's scale and flag, which `scaler.step` sets on the optimizer.
+
+        Args:
+            optimizer: where they are.
+            devices: those of its parameters.
+            ascended: whether the step has taken ascents.
+            unscaled: whether the gradients have been unscaled already.
+            shared: whether each rank's scaler has looked at its own shards only.
+        """
         self._require_agreement("found_inf" in vars(optimizer), ascended)
         self._scales.clear()
         scale = vars(optimizer).get("grad_scale")
+        if scale is not None and unscaled:
+            raise RuntimeError(
+                "clip_grad_norm_ has unscaled the gradients for one optimizer, and the scaler "
+                "steps with a wrapper of it: call scaler.unscale_(wrapper) instead, and clip with "
+                "torch.nn.utils.clip_grad_norm_"
+            )
         flag = vars(optimizer).get("found_inf")
-        for device in {part.device for part, _ in found}:
+        for device in devices:
             if isinstance(scale, Tensor):
                 self._scales[device] = scale.to(device, torch.float32)
             if isinstance(flag, Tensor):
                 self._make_flag(device).add_(flag.to(device, torch.float32).reshape(()))
-        if isinstance(flag, Tensor) and any(part.is_distributed for part, _ in found):
+        if isinstance(flag, Tensor) and shared:
             self._share()
 
     def _require_agreement(self, scaled: bool, ascended: bool) -> None:
@@ -66,8 +91,14 @@ class Guard:
                 "ascend() and end the step with grad_scaler.step(opt), or use none"
             )
 
-    def look(self, found: list[tuple[Part, list[Tensor]]]) -> None:
-        """Flag the step if a gradient is not finite, here or on another rank."""
+    def look(self, found: list[tuple[Part, list[Tensor]]], devices: Iterable[torch.device]) -> None:
+        """Flag the step if a gradient is not finite, here or on another rank.
+
+        Every rank has to call this, one without a gradient too. `devices` are those of its
+        parameters, at least one.
+        """
+        for device in devices:
+            self._make_flag(device)
         for part, grads in found:
             part.kernels.flag_nonfinite(grads, self._make_flag(part.device))
         self._share()
@@ -130,7 +161,11 @@ def refuse_unscaled(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
         )
 
 
+HANDED_OVER = ("grad_scale", "found_inf")
+"""What a GradScaler sets on the optimizer that it is given, for the time of a step."""
+
+
 def drop_handed_over(optimizer: torch.optim.Optimizer) -> None:
     """Drop what a GradScaler set on the optimizer: it does so only after a step that works."""
-    vars(optimizer).pop("grad_scale", None)
-    vars(optimizer).pop("found_inf", None)
+    for name in HANDED_OVER:
+        vars(optimizer).pop(name, None)

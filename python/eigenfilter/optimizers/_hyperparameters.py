@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,25 +13,70 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The parameters' dtypes."""
 
-_NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "eps", "rho")
+OWN_RHO = "ascent_rho"
+"""Where groups hold the radius of an ascent whose base optimizer has a `rho` of its own."""
+
+_NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "eps", "rho", OWN_RHO)
 
 
-def check_hyperparameters(group: dict[str, Any]) -> None:
-    """Raise ValueError, with the range, for a hyperparameter that is out of it.
+def rho_key(group: Mapping[str, Any]) -> str:
+    """Where a group holds the radius of its ascent."""
+    return OWN_RHO if OWN_RHO in group else "rho"
 
-    Tensors are not read: that would wait for their device.
+
+def rho_of(group: Mapping[str, Any]) -> float | Tensor:
+    """The radius of a group's ascent; 0 where it has none."""
+    rho: float | Tensor = group.get(rho_key(group), 0.0)
+    return rho
+
+
+def check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Check the hyperparameters of a group. Tensors on a GPU are not read: that would wait for it.
+
+    Raises:
+        TypeError: one is neither a number nor a float32 or float64 tensor.
+        ValueError: one is out of its range, or a tensor of more than one element.
     """
     for name in _NOT_NEGATIVE:
-        value = group.get(name, 0.0)
-        if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be at least 0 and finite, and is {value}")
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a one-element tensor")
-    for beta in group.get("betas", ()):
-        if not isinstance(beta, Tensor) and not 0 <= beta < 1:
-            raise ValueError(f"betas must be at least 0 and below 1, and one is {beta}")
+        if name in group:
+            value = _number(name, group[name])
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, and is {value}")
+    if "dampening" in group:
+        value = _number("dampening", group["dampening"])
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"dampening must be finite, and is {value}")
+    if "betas" in group:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be a pair of numbers, and is {betas!r}")
+        for beta in betas:
+            value = _number("betas", beta)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"betas must be at least 0 and below 1, and one is {value}")
     if group.get("nesterov") and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs momentum > 0 and dampening 0")
+
+
+def _number(name: str, value: Any) -> float | None:
+    """The value of a hyperparameter, or None where it cannot be read without waiting."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a one-element tensor")
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{name} must be a number or a one-element float32 or float64 tensor, and is a "
+                f"tensor of {value.dtype}"
+            )
+        return value.item() if value.device.type == "cpu" else None
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a one-element tensor, and is {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, and is beyond every float") from None
 
 
 def check_scalars(group: dict[str, Any], device: torch.device) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
 
 from eigenfilter import _core, _distributed, kernels
+from eigenfilter.optimizers._step_counts import Counted
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -34,7 +35,9 @@ class Part:
         self.kernels = kernels.select(self.device.type, store.backend)
         self.placings = _distributed.by_placing(params)
         self.is_distributed = any(placing is not None for placing, _ in self.placings)
+        self.is_flat = any(map(_distributed.is_flat_shard, params))
         self.store = store
+        self.counted: Counted | None = None  # by an update that depends on the steps taken
         self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
         self._past: tuple[int, Hashable] = (-1, None)  # the store's epoch, and what was seen then
         self._subparts: dict[tuple[int, ...], Part] = {}
@@ -158,7 +161,6 @@ class Store:
         self._private: dict[tuple[str, Tensor], Tensor] = {}
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
-        self._holders: Counter[int] = Counter()
         self._settled = True  # what was noted last is all there is
 
     def private(self, name: str, p: Tensor) -> Tensor:
@@ -184,7 +186,6 @@ class Store:
         """Note which state dictionaries and buffers there are now."""
         self._entries = [s for s in self.state.values() if s]
         self._values = [s.get(key) for s in self._entries for key in self.keys]
-        self._holders = Counter(map(id, self._values))
         self.epoch += 1
         self._settled = True
 
@@ -197,18 +198,6 @@ class Store:
         """Note it."""
         if not self._settled:
             self.remember()
-
-    def share(self, params: Sequence[Tensor], key: str, value: Tensor) -> None:
-        """Give parameters one item of the state in common."""
-        for p in params:
-            self._holders[id(self.state[p].get(key))] -= 1
-            self.state[p][key] = value
-        self._holders[id(value)] += len(params)
-        self.changed()
-
-    def holders(self, value: Any) -> int:
-        """How many parameters share an item of the state."""
-        return self._holders[id(value)]
 
     def unchanged(self) -> bool:
         """Whether the state is still the one noted: none of it was replaced, cleared or loaded."""
@@ -223,6 +212,10 @@ class Parts:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._parts: list[Part] = []
+        self.devices: set[torch.device] = set()
+        self.are_flat = False  # some of them: shards of FSDP1's flat parameters
+        self.flat_handles: list[Any] = []  # FSDP1's, of these
+        self.are_shards = False  # some of them, in this way or as DTensors
         self._alone: dict[int, Part] = {}
         self._group_of: dict[int, tuple[dict[str, Any], int]] = {}
         self._groups: list[tuple[list[Tensor], list[Tensor]]] = []  # each group's list, a copy
@@ -258,7 +251,7 @@ class Parts:
         self._store.remember()
         self._parts = []
         self._alone.clear()
-        self._refuse_overlap()
+        refuse_overlap(groups)
         self._group_of = {}
         for number, group in enumerate(groups):
             by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -267,6 +260,11 @@ class Parts:
                 self._group_of[id(p)] = group, number
             for params in by_kind.values():
                 self._parts.append(Part(group, number, params, self._store))
+        self.devices = {part.device for part in self._parts} or {_distributed.device()}
+        self.are_flat = any(part.is_flat for part in self._parts)
+        flat = [p for part in self._parts if part.is_flat for p in part.params]
+        self.flat_handles = _distributed.flat_handles(flat) if flat else []
+        self.are_shards = self.are_flat or any(part.is_distributed for part in self._parts)
 
     def settle(self) -> None:
         """Note what the step that ends did to the state."""
@@ -279,15 +277,6 @@ class Parts:
             self._alone[id(p)] = Part(group, number, [p], self._store)
         return self._alone[id(p)]
 
-    def _refuse_overlap(self) -> None:
-        """Raise ValueError where parameters of any groups share memory: a move would be two."""
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for params, _ in self._groups:
-            for p in params:
-                by_kind.setdefault(_kind(p), []).append(p)
-        for params in by_kind.values():
-            _core.check(("params",), (params,), (True,))
-
     def with_gradients(self) -> Gradients:
         """The parts of those parameters that have a gradient."""
         found = []
@@ -298,7 +287,8 @@ class Parts:
             if missing:
                 indices = [i for i, g in enumerate(grads) if g is not None]
                 part, grads = part.subpart(indices), [grads[i] for i in indices]
-            if part.is_distributed:  # a Partial gradient has a Replicate parameter's local layout
+            # A Partial gradient has the local layout of a parameter that every rank has whole.
+            if part.is_distributed or _distributed.has_dtensor(cast("list[Tensor]", grads)):
                 grads = [
                     _distributed.placed_like(cast(Tensor, g), p)
                     for g, p in zip(grads, part.params, strict=True)
@@ -316,6 +306,20 @@ def conforming(found: Gradients) -> Gradients:
     return [(part, part.conforming(grads)) for part, grads in found]
 
 
+def refuse_overlap(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for parameters that are not dense, or that share memory: a step would write it twice.
+
+    Parameters without memory, on the meta device or fake, are left until they have some.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for group in groups:
+        for p in group["params"]:
+            if p.device.type != "meta" and not isinstance(p, FakeTensor):
+                by_kind.setdefault(_kind(p), []).append(p)
+    for params in by_kind.values():
+        _core.check(("params",), (params,), (True,))
+
+
 def _kind(p: Tensor) -> tuple[torch.device, torch.dtype]:
     return p.device, p.dtype
 
@@ -326,7 +330,13 @@ def _conform(grad: Tensor, param: Tensor) -> Tensor:
             f"a gradient of shape {tuple(grad.shape)} is sparse ({grad.layout}): use sparse=False "
             "in the module that makes it, or convert it with .to_dense()"
         )
-    local, like = _distributed.local(grad), _distributed.local(param)
+    local, like = _distributed.waited(_distributed.local(grad)), _distributed.local(param)
+    if local.shape != like.shape:
+        raise ValueError(
+            f"a gradient has shape {tuple(local.shape)} on this rank, and its parameter "
+            f"{tuple(like.shape)}: both must be placed alike (under FullyShardedDataParallel, "
+            "gradients that no_sync() has kept are whole: ascend and step by synchronized ones)"
+        )
     if _fits(local, like):
         return local
     return torch.empty_like(like, requires_grad=False).copy_(local)

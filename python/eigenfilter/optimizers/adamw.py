@@ -10,6 +10,7 @@ from torch import Tensor
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import STEP, AdamWDescent
 from eigenfilter.optimizers._methods import ascent_of
+from eigenfilter.optimizers._options import split_options
 
 
 class AdamW(EigenfilterOptimizer):
@@ -20,8 +21,7 @@ class AdamW(EigenfilterOptimizer):
         x <- (1 - lr wd) x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
     with t the number of the step. The whole update is one kernel over all tensors of a device,
-    dtype and group. The state is torch.optim.AdamW's; parameters that have taken equally many
-    steps share one `step` tensor, which `state_dict()` copies for each.
+    dtype and group. The state is torch.optim.AdamW's.
 
     Args:
         params: parameters, named parameters, or groups of them.
@@ -40,7 +40,9 @@ class AdamW(EigenfilterOptimizer):
             `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
         options: further arguments of the method's ascent: `adaptive` ("sam"), `ascent`
-            ("two_step_usam"), `hvp` and `fd_step` ("hessian_usam").
+            ("two_step_usam"), `hvp` and `fd_step` ("hessian_usam"). `set_to_none=False` keeps the
+            gradient tensors when an ascent clears them, and fills them with 0. Torch's `fused`,
+            `foreach`, `capturable` change nothing; `differentiable` and `amsgrad` must be False.
 
     Raises:
         TypeError: sparse, complex or otherwise unsupported parameters; an unknown option.
@@ -60,6 +62,7 @@ class AdamW(EigenfilterOptimizer):
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float | Tensor = 1e-2,
+        amsgrad: bool = False,
         *,
         method: str = "usam",
         rho: float | Tensor = 0.0,
@@ -70,6 +73,7 @@ class AdamW(EigenfilterOptimizer):
         backend: str | None = None,
         **options: Any,
     ) -> None:
+        torchs, options = split_options(options | {"amsgrad": amsgrad})
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -87,6 +91,7 @@ class AdamW(EigenfilterOptimizer):
             skip_nonfinite=skip_nonfinite,
             release_gradients=release_gradients,
             backend=backend,
+            options=torchs,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,8 +103,11 @@ class AdamW(EigenfilterOptimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            raise ValueError(
-                "this state is of AMSGrad, which is not supported: load it into torch.optim.AdamW"
-            )
+        for group in state_dict.get("param_groups", ()):
+            if group.get("decoupled_weight_decay") is False and group.get("weight_decay", 0) != 0:
+                raise ValueError(
+                    "this state is of torch.optim.Adam, which adds weight decay to the gradient, "
+                    "as AdamW does not: load it into torch.optim.Adam, or set weight_decay to 0 "
+                    "in its param_groups first"
+                )
         super().load_state_dict(state_dict)

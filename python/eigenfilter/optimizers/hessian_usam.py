@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -14,8 +15,16 @@ from eigenfilter.optimizers._ascents import TINY, Ascent, Run, total_norms
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import SGDDescent
 from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._hyperparameters import rho_of
+from eigenfilter.optimizers._options import Options
 from eigenfilter.optimizers._parts import Gradients, Part, Piece, conforming
 from eigenfilter.optimizers.sgd import sgd_defaults
+
+WITHOUT_GRAPH = (
+    'hvp="autograd" differentiates the gradient, and it came without a graph: call '
+    "loss.backward(create_graph=opt.needs_graph) in the closure, for every micro-batch, and pass "
+    "use_reentrant=False to torch.utils.checkpoint"
+)
 
 _SLICE = 2**16  # elements that are multiplied in float64 at a time
 
@@ -33,6 +42,7 @@ class DifferenceAscent(Ascent):
 
     method = "hessian_usam"
     count = 2
+    takes_norm = True
 
     _JUDGED = 10  # steps at the beginning: reading a loss waits for its device
     _FACTOR = 10.0  # of that rise: far less than what another batch makes of it
@@ -76,7 +86,7 @@ class DifferenceAscent(Ascent):
 
     def move(self, run: Run, index: int, piece: Piece) -> None:
         part = piece.part
-        eps, rho = self._eps[part.device], part.group["rho"]
+        eps, rho = self._eps[part.device], rho_of(part.group)
         if index == 0:
             run(part.kernels.ascend, piece, part.backups(), eps)
         else:
@@ -140,9 +150,8 @@ class ProductAscent(Ascent):
         outputs = [g for _, given in found for g in given if g.requires_grad]
         if not outputs:
             raise RuntimeError(
-                'hvp="autograd" differentiates the gradient: call '
-                "loss.backward(create_graph=opt.needs_graph) in the closure (with a loss that is "
-                "linear in every parameter there is nothing to differentiate: use SGD)"
+                f"{WITHOUT_GRAPH} (with a loss that is linear in every parameter there is nothing "
+                "to differentiate: use SGD)"
             )
         try:
             if not self._differentiable:
@@ -153,8 +162,9 @@ class ProductAscent(Ascent):
             )
         except RuntimeError as error:
             raise RuntimeError(
-                "the gradient could not be differentiated: where the model has an operation "
-                'without a second derivative, or is sharded by FSDP2, use hvp="finite_difference"'
+                "the gradient could not be differentiated: pass use_reentrant=False to "
+                "torch.utils.checkpoint where the model uses it; where it has an operation without "
+                'a second derivative, or is sharded by FSDP2, use hvp="finite_difference"'
             ) from error
         moving, rest = [], iter(products)
         for part, given in found:
@@ -172,11 +182,36 @@ class ProductAscent(Ascent):
             part.kernels.ascend,
             piece,
             part.backups(),
-            part.group["rho"] * self._scales[part.device],
+            rho_of(part.group) * self._scales[part.device],
         )
 
     def needs_graph(self, index: int) -> bool:
         return index == 0
+
+    @contextmanager
+    def watch(self, index: int, params: Sequence[Tensor]) -> Iterator[None]:
+        """Refuse a gradient of which a part has no graph: that part of H g would be 0.
+
+        A backward pass inside another, as reentrant checkpointing has, makes none.
+        """
+        without = False
+
+        def arrive(_: Tensor) -> None:
+            nonlocal without
+            without |= not torch.is_grad_enabled()
+
+        hooks = [
+            p.register_hook(arrive)  # type: ignore[no-untyped-call]
+            for p in params
+            if p.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if without:
+            raise RuntimeError(WITHOUT_GRAPH)
 
 
 def _refuse_once_differentiable(outputs: list[Tensor]) -> None:
@@ -262,6 +297,9 @@ class HessianUSAM(EigenfilterOptimizer):
             that they never exist all at once. Takes step(closure), or the closure inside
             `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
+            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
+            `differentiable` and `amsgrad` must be False.
 
     Raises:
         TypeError: sparse, complex or otherwise unsupported parameters.
@@ -293,6 +331,7 @@ class HessianUSAM(EigenfilterOptimizer):
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -305,6 +344,7 @@ class HessianUSAM(EigenfilterOptimizer):
             skip_nonfinite=skip_nonfinite,
             release_gradients=release_gradients,
             backend=backend,
+            options=options,
         )
 
 

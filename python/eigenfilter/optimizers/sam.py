@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from eigenfilter.optimizers._ascents import TINY, Ascent, Run, signed, total_nor
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import SGDDescent
 from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._options import Options
 from eigenfilter.optimizers._parts import Gradients, Piece, conforming
 from eigenfilter.optimizers.sgd import sgd_defaults
 
@@ -21,6 +22,7 @@ class SAMAscent(Ascent):
 
     method = "sam"
     count = 1
+    takes_norm = True
 
     def __init__(self, *, adaptive: bool = False) -> None:
         self.adaptive = adaptive
@@ -74,6 +76,9 @@ class SAM(EigenfilterOptimizer):
             that they never exist all at once. Takes step(closure), or the closure inside
             `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
+            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
+            `differentiable` and `amsgrad` must be False.
 
     Raises:
         TypeError: sparse, complex or otherwise unsupported parameters.
@@ -105,6 +110,7 @@ class SAM(EigenfilterOptimizer):
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -117,6 +123,7 @@ class SAM(EigenfilterOptimizer):
             skip_nonfinite=skip_nonfinite,
             release_gradients=release_gradients,
             backend=backend,
+            options=options,
         )
 
     @property

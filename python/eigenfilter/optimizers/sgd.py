@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from eigenfilter.optimizers._ascents import Ascent
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import SGDDescent
+from eigenfilter.optimizers._options import Options
 
 
 class SGD(EigenfilterOptimizer):
@@ -43,6 +44,9 @@ class SGD(EigenfilterOptimizer):
             that they never exist all at once. Takes step(closure), or the closure inside
             `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
+            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
+            `differentiable` and `amsgrad` must be False.
 
     Raises:
         TypeError: sparse, complex or otherwise unsupported parameters.
@@ -71,6 +75,7 @@ class SGD(EigenfilterOptimizer):
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -82,6 +87,7 @@ class SGD(EigenfilterOptimizer):
             skip_nonfinite=skip_nonfinite,
             release_gradients=release_gradients,
             backend=backend,
+            options=options,
         )
 
 

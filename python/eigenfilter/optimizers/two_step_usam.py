@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from eigenfilter.optimizers._ascents import Ascent, Run, signed
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import SGDDescent
+from eigenfilter.optimizers._options import Options
 from eigenfilter.optimizers._parts import Piece
 from eigenfilter.optimizers.sgd import sgd_defaults
 
@@ -24,6 +25,9 @@ class TwoStepUSAMAscent(Ascent):
         if ascent not in ("sequential", "anchored"):
             raise ValueError(f'ascent must be "sequential" or "anchored", and is {ascent!r}')
         self.ascent = ascent
+
+    def from_x(self, index: int) -> bool:
+        return self.ascent == "anchored"
 
     def move(self, run: Run, index: int, piece: Piece) -> None:
         part = piece.part
@@ -68,6 +72,9 @@ class TwoStepUSAM(EigenfilterOptimizer):
             that they never exist all at once. Takes step(closure), or the closure inside
             `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
+            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
+            `differentiable` and `amsgrad` must be False.
 
     Raises:
         TypeError: sparse, complex or otherwise unsupported parameters.
@@ -98,6 +105,7 @@ class TwoStepUSAM(EigenfilterOptimizer):
         skip_nonfinite: bool = False,
         release_gradients: bool = False,
         backend: str | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(
             params,
@@ -110,6 +118,7 @@ class TwoStepUSAM(EigenfilterOptimizer):
             skip_nonfinite=skip_nonfinite,
             release_gradients=release_gradients,
             backend=backend,
+            options=options,
         )
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -11,11 +13,15 @@ from eigenfilter import _distributed
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import filled
-from eigenfilter.optimizers._hyperparameters import check_hyperparameters
+from eigenfilter.optimizers._hyperparameters import OWN_RHO, check_hyperparameters
 from eigenfilter.optimizers._methods import ascent_of
+from eigenfilter.optimizers._options import split_options
 from eigenfilter.optimizers._parts import Gradients, conforming
+from eigenfilter.optimizers._step_state import through_owner
 
-_SHARED = ("param_groups", "state", "defaults")
+_SHARED = ("state", "defaults")
+_FORWARDED = ("train", "eval")  # of schedule-free optimizers
+_WRAPPED = "_eigenfilter_rho"  # on a base whose `rho` is the ascent's
 
 
 class SharpnessAware(EigenfilterOptimizer):
@@ -26,7 +32,9 @@ class SharpnessAware(EigenfilterOptimizer):
 
     The ascent is fused, the descent the base's own. `param_groups` and `state` are the base's:
     schedulers may be given either optimizer, and `state_dict()` is the base's (its groups hold rho
-    too, which another optimizer ignores).
+    too, which another optimizer ignores). Where the base has a hyperparameter `rho` of its own, as
+    Adadelta has, the ascent's is `ascent_rho` in the groups. `train()` and `eval()` are forwarded
+    to a base that has them.
 
     Under a GradScaler, or with `skip_nonfinite`, a base without fused=True costs one
     synchronisation a step: it cannot be told on the device to skip.
@@ -38,11 +46,13 @@ class SharpnessAware(EigenfilterOptimizer):
         skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
         backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
         options: further arguments of the method's ascent: `adaptive` ("sam"), `ascent`
-            ("two_step_usam"), `hvp` and `fd_step` ("hessian_usam").
+            ("two_step_usam"), `hvp` and `fd_step` ("hessian_usam"). `set_to_none=False` keeps the
+            gradient tensors when an ascent clears them, and fills them with 0.
 
     Raises:
         TypeError: `base_optimizer` is none; unsupported parameters; an unknown option.
-        ValueError: rho out of its range; an unknown method.
+        ValueError: rho out of its range; an unknown method; a base that needs a closure, as LBFGS,
+            or that takes ascents itself.
 
     Example:
         >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -67,27 +77,52 @@ class SharpnessAware(EigenfilterOptimizer):
                 "SharpnessAware wraps an optimizer, as in SharpnessAware(torch.optim.AdamW("
                 f"model.parameters())), and was given {type(base_optimizer).__name__}"
             )
+        _refuse_base(base_optimizer)
         self.base_optimizer = base_optimizer
+        shared, options = split_options(options)
         ascent = ascent_of(method, **options)
-        groups = [{"rho": rho} | group for group in base_optimizer.param_groups]
+        self._rho_key = OWN_RHO if _has_own_rho(base_optimizer) else "rho"
+        groups = [{self._rho_key: rho} | group for group in base_optimizer.param_groups]
         super().__init__(
-            groups, {}, ascent, Descent(), skip_nonfinite=skip_nonfinite, backend=backend
+            groups,
+            {},
+            ascent,
+            Descent(),
+            skip_nonfinite=skip_nonfinite,
+            backend=backend,
+            options=shared,
         )
         for group in base_optimizer.param_groups:
-            group.setdefault("rho", rho)
-        base_optimizer.defaults.setdefault("rho", rho)
-        for name in _SHARED:  # from now on the base's
+            group.setdefault(self._rho_key, rho)
+        if self._rho_key not in base_optimizer.defaults:
+            base_optimizer.defaults[self._rho_key] = rho
+            vars(base_optimizer)[_WRAPPED] = True
+        for name in ("param_groups", *_SHARED):  # from now on the base's
             del vars(self)[name]
-        self._keep_rho()
-
-    def _keep_rho(self) -> None:
-        """Have groups without rho, when they are loaded into the base, keep the present ones."""
-        self.base_optimizer.register_load_state_dict_pre_hook(filled)
+        self._rhos: list[float | Tensor] = []
 
     def __getattr__(self, name: str) -> Any:
+        if name == "param_groups":
+            return self._groups_with_rho()
         if name in _SHARED:
             return getattr(self.base_optimizer, name)
+        if name in _FORWARDED and hasattr(self.base_optimizer, name):
+            return functools.partial(self._switch, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _switch(self, mode: str) -> None:
+        self._refuse_perturbed(f"{mode}()")
+        getattr(self.base_optimizer, mode)()
+
+    def _groups_with_rho(self) -> list[dict[str, Any]]:
+        """The base's groups. One that was loaded without rho has the one it had before."""
+        groups: list[dict[str, Any]] = self.base_optimizer.param_groups
+        key, rhos = self._rho_key, self._rhos
+        for i, group in enumerate(groups):
+            if key not in group:
+                group[key] = rhos[i] if i < len(rhos) else self.defaults[key]
+        self._rhos = [group[key] for group in groups]
+        return groups
 
     @property
     def method(self) -> str:
@@ -106,6 +141,7 @@ class SharpnessAware(EigenfilterOptimizer):
         adaptive: bool = self._ascent.adaptive  # type: ignore[attr-defined]
         return adaptive
 
+    @through_owner
     def state_dict(self) -> dict[str, Any]:
         """The base's.
 
@@ -113,8 +149,16 @@ class SharpnessAware(EigenfilterOptimizer):
             RuntimeError: the parameters are away from x, as the model's own state_dict would be.
         """
         self._refuse_perturbed("state_dict()")
-        return self.base_optimizer.state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        self._groups_with_rho()
+        saved: dict[str, Any] = self.base_optimizer.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, saved)
+            saved = saved if changed is None else changed
+        return saved
 
+    @through_owner
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict`, this class's or the base's, returned.
 
@@ -125,7 +169,14 @@ class SharpnessAware(EigenfilterOptimizer):
             ValueError: the groups do not match.
         """
         self._refuse_perturbed("load_state_dict()")
-        self.base_optimizer.load_state_dict(state_dict)
+        state_dict = state_dict.copy()  # as torch does, for hooks that change it
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._groups_with_rho()
+        self.base_optimizer.load_state_dict(filled(self.base_optimizer, state_dict))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base.
@@ -138,8 +189,10 @@ class SharpnessAware(EigenfilterOptimizer):
         if "param_groups" in vars(self):  # under construction
             super().add_param_group(param_group)
             return
+        if self._rho_key in param_group:
+            check_hyperparameters({self._rho_key: param_group[self._rho_key]})
         self._refuse_perturbed("add_param_group()")
-        groups = self.base_optimizer.param_groups
+        groups = self._groups_with_rho()
         self.base_optimizer.add_param_group(param_group)
         try:
             self._check_group(groups[-1])
@@ -149,25 +202,26 @@ class SharpnessAware(EigenfilterOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {k: v for k, v in state.items() if k not in _SHARED} | {
-            "base_optimizer": self.base_optimizer
+        names = ("base_optimizer", "_rho_key", "_rhos")
+        return {k: v for k, v in state.items() if k not in ("param_groups", *_SHARED)} | {
+            name: vars(self)[name] for name in names
         }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._keep_rho()  # an optimizer's hooks are not copied
-
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_hyperparameters({"rho": group["rho"]})  # the others are the base's affair
+        # The others are the base's affair.
+        check_hyperparameters({self._rho_key: group[self._rho_key]})
+
+    def _prime(self, found: Gradients) -> None:
+        self.base_optimizer.step()
 
     def _update(self, found: Gradients) -> None:
-        if self.skip_nonfinite and found:
-            self._guard.look(conforming(found))
-        moved, self._moved = self._moved, []
-        for part in moved:
+        if self.skip_nonfinite:
+            self._guard.look(conforming(found), self._parts.devices)
+        perturbed, self._step_state.perturbed = self._step_state.perturbed, []
+        for part in perturbed:
             part.restore()
-        self._touched(moved)
-        self._written = True
+        self._touched(perturbed)
+        self._step_state.written = True
         self._end()  # at x again, whatever the base does
         if not found:
             return
@@ -186,3 +240,34 @@ class SharpnessAware(EigenfilterOptimizer):
                 if scale is not None:
                     torch._foreach_div_([_distributed.local(g) for g in grads], scale)
             base.step()
+
+
+def _refuse_base(base: torch.optim.Optimizer) -> None:
+    """Raise ValueError for a base that cannot take the descent of a gradient it is given."""
+    name = type(base).__name__
+    if not hasattr(base, "defaults"):
+        raise ValueError(
+            f"{name} only passes on to another optimizer, and has no `defaults`: put it around, as "
+            f"in {name}(SharpnessAware(torch.optim.SGD(...)), ...)"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{name} evaluates the loss itself, in a closure that its step() requires, and would "
+            "leave the gradient of the ascent unused: wrap an optimizer that steps without a "
+            "closure, as SGD or AdamW"
+        )
+    inside = [o for o in (base, *vars(base).values()) if isinstance(o, EigenfilterOptimizer)]
+    ascending = [type(o).__name__ for o in inside if o._ascent.count > 0]
+    if callable(getattr(base, "first_step", None)):
+        ascending.append(name)
+    if ascending:
+        raise ValueError(
+            f"{ascending[0]} takes ascents itself: use it alone (set its own rho), or wrap an "
+            "optimizer that takes none, as SGD"
+        )
+
+
+def _has_own_rho(base: torch.optim.Optimizer) -> bool:
+    """Whether `rho` is a hyperparameter of the base, not the ascent's from an earlier wrapper."""
+    return "rho" in base.defaults and not vars(base).get(_WRAPPED, False)

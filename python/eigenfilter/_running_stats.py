@@ -1,0 +1,123 @@
+"""Running statistics at perturbed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.parameter import is_lazy
+
+from eigenfilter import _distributed
+
+
+@contextmanager
+def freeze_running_stats(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
+    """Keep every buffer of a model: on exit all are what and where they were on entry.
+
+    Meant for gradients at perturbed weights, whose running statistics would otherwise mix with
+    those of x. Inside the context layers work as usual: batch norm normalizes by its batch, and
+    spectral norm takes its power iteration. On exit, also after an exception, each module has the
+    buffers that it had on entry, the same tensors with the same values: the statistics of batch
+    and instance norm with their counters, the vectors of spectral norm, the ranges of quantization
+    observers, moving averages of your own. What a forward pass registered or replaced is put back.
+
+    Buffers are kept, and on request parameters that are not trained. Trained parameters are the
+    optimizer's to restore. Numbers or tensors that a module holds as plain attributes stay as the
+    forward pass left them, and so do buffers that `torch.func.functional_call` is given in place of
+    the model's own.
+
+    Args:
+        model: a model; all its submodules are included, in training mode or not.
+        parameters: keep the values of parameters with requires_grad=False too, for models that
+            update such parameters in their forward pass, as a momentum encoder. A copy of each is
+            held meanwhile, of a frozen backbone as well.
+
+    Raises:
+        RuntimeError: a lazy module has not seen a batch yet, so there is nothing to keep.
+
+    Example:
+        >>> while opt.ascend():
+        ...     with eigenfilter.freeze_running_stats(model):
+        ...         closure()
+    """
+    registered = [(module, dict(module._buffers)) for module in model.modules()]
+    tensors = [t for _, buffers in registered for t in buffers.values() if t is not None]
+    if parameters:
+        tensors += [p for p in model.parameters() if not p.requires_grad]
+    values = _Values(tensors)
+    try:
+        yield
+    finally:
+        for module, buffers in registered:
+            _register(module, buffers)
+        values.restore()
+
+
+freeze_batch_norm = freeze_running_stats
+"""The former name."""
+
+
+class _Values:
+    """The values of some tensors at one moment."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        if any(map(is_lazy, tensors)):
+            raise RuntimeError(
+                "the model has a lazy module whose buffers have no shape yet: run one batch "
+                "through the model before freeze_running_stats(model)"
+            )
+        distinct = {id(t): _distributed.local(t) for t in tensors}.values()
+        self._tensors = [t for t in distinct if _is_writable(t)]
+        self._versions = [t._version for t in self._tensors]
+        self._copies = [_like(t) for t in self._tensors]
+        _copy(self._copies, self._tensors)
+
+    def restore(self) -> None:
+        """Write the values back.
+
+        Kernels such as batch norm's write without telling autograd, because no graph reads what
+        they wrote. Writing back does not tell it either: a graph that was made inside the context
+        can then be differentiated outside. Every other write is announced on both ways.
+        """
+        pairs = list(zip(self._tensors, self._copies, strict=True))
+        for t, copy in pairs:
+            if t.shape != copy.shape:  # observers resize their ranges
+                t.resize_(copy.shape)
+        same = [t._version == at for t, at in zip(self._tensors, self._versions, strict=True)]
+        silent = [pair for pair, is_same in zip(pairs, same, strict=True) if is_same]
+        announced = [pair for pair, is_same in zip(pairs, same, strict=True) if not is_same]
+        _copy([t for t, _ in announced], [copy for _, copy in announced])
+        tensors = [t for t, _ in silent]
+        with _unsafe_preserve_version_counter(tuple(tensors)):
+            _copy(tensors, [copy for _, copy in silent])
+
+
+@torch.no_grad()
+def _copy(into: list[Tensor], of: list[Tensor]) -> None:
+    if into:  # torch refuses empty lists
+        torch._foreach_copy_(into, of)
+
+
+def _like(t: Tensor) -> Tensor:
+    """Memory for a copy of `t`; where its layout is not a plain one, a copy."""
+    plain = t.layout == torch.strided and not t.is_quantized
+    return torch.empty_like(t, requires_grad=False) if plain else t.detach().clone()
+
+
+def _is_writable(t: Tensor) -> bool:
+    """Whether torch lets a forward pass write to `t` at all."""
+    overlaps = t.layout == torch.strided and torch._debug_has_internal_overlap(t) == 1
+    return not t.is_inference() and not overlaps
+
+
+def _register(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
+    """Have a module's buffers be `buffers`, and no others."""
+    now = module._buffers
+    for name in [name for name in now.keys() if name not in buffers]:  # noqa: SIM118
+        del now[name]
+    for name, t in buffers.items():
+        if name not in now or now[name] is not t:
+            now[name] = t

@@ -1,0 +1,176 @@
+"""Gradients that were there before an evaluation: used up, or about to be mixed with new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenfilter import _core, _distributed
+
+_USED = "_eigenfilter_used"
+_SEEN = "_eigenfilter_seen"
+
+NOT_CLEARED = (
+    "gradients that were there before the closure are still part of those it left, as in gradient "
+    "accumulation: the ascent would follow their sum, and the descent only what the closure "
+    "computes. No parameter was changed. Put the whole accumulation, opt.zero_grad() and the "
+    "backward() of every micro-batch, inside the closure; or, if those gradients are left over, "
+    "call opt.zero_grad() before the step"
+)
+NOT_COMPUTED = (
+    "the closure left the gradients that were there before it as they are: it has to evaluate the "
+    "loss again at every call, because the method needs the gradient at other points too. No "
+    "parameter was changed. Pass a closure that calls opt.zero_grad() and backward() (all "
+    "micro-batches of an accumulation inside it), or step without one: "
+    "`while opt.ascend(): closure()`, then opt.step()"
+)
+USED = (
+    "ascend() needs the gradient at the present point, and the gradients are those that the last "
+    "step used{}: clear them with opt.zero_grad() and call backward() before ascend()"
+)
+
+
+class UsedGradients:
+    """Knows whether the gradients are still those of the last descent, which nobody cleared.
+
+    A program that clears its gradients clears all of them, so that two tell: the first and the
+    last. What was used is noted on the gradient itself, which keeps no memory alive.
+    """
+
+    def __init__(self) -> None:
+        self._probes: list[Tensor] = []
+
+    def mark(self, params: Sequence[Tensor]) -> None:
+        """Note that the gradients of these parameters have been used."""
+        self._probes = [params[0], params[-1]] if params else []
+        for g in self._grads():
+            setattr(g, _USED, _version(g))
+
+    def untouched(self) -> bool:
+        """Whether the gradients were used and have been neither cleared nor written since."""
+        grads = self._grads()
+        return bool(grads) and all(map(_is_untouched, grads))
+
+    def refuse(self) -> None:
+        """Raise RuntimeError where an ascent would follow a gradient that was used already."""
+        for g in self._grads():
+            if _is_untouched(g):
+                raise RuntimeError(USED.format(""))
+            # Cleared in place and then added to, it would have been written twice.
+            if _version(g) == getattr(g, _USED, -2) + 1 and any_nonzero([g]):
+                raise RuntimeError(USED.format(", with new ones added"))
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self._probes if p.grad is not None]
+
+
+def _is_untouched(g: Tensor) -> bool:
+    used: int | None = getattr(g, _USED, None)
+    return used is not None and used == _version(g)
+
+
+def _version(g: Tensor) -> int:
+    """Counts the writes; FSDP2 adds to the local shard of a gradient."""
+    return _distributed.local(g)._version
+
+
+class ClosureCheck:
+    """Tells whether a closure cleared the gradients that were there before it.
+
+    The first gradient that backward brings to a parameter meets what the closure has left there: a
+    hook looks at that moment. It costs a hook for each parameter, and is used only where gradients
+    are there that no step has used.
+    """
+
+    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        self._params = params
+        self._mixed: dict[int, bool] = {}  # by id: did the first to arrive meet an older gradient
+        for g in grads:
+            setattr(g, _SEEN, _version(g))
+        self._hooks = [self._watch(p) for p in params if p.requires_grad]
+
+    def _watch(self, p: Tensor) -> Any:
+        key = id(p)
+
+        def arrive(_: Tensor) -> None:
+            if key not in self._mixed:
+                g = p.grad
+                self._mixed[key] = g is not None and hasattr(g, _SEEN) and any_nonzero([g])
+
+        return p.register_hook(arrive)  # type: ignore[no-untyped-call]
+
+    def end(self) -> tuple[bool, bool]:
+        """End the check: were gradients mixed with older ones, were older ones left as they were.
+
+        Where no hook is called (FSDP2, gradients written by hand), a gradient that was changed
+        where it lies counts as mixed.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        mixed, left = any(self._mixed.values()), False
+        for p in self._params:
+            g = p.grad
+            if g is None or not hasattr(g, _SEEN):
+                continue
+            before = getattr(g, _SEEN)
+            delattr(g, _SEEN)
+            if id(p) not in self._mixed and any_nonzero([g]):
+                mixed |= _version(g) != before
+                left |= _version(g) == before
+        return mixed, left
+
+    def forget(self) -> None:
+        """The gradients that are there have been cleared where they lie."""
+        for p in self._params:
+            if p.grad is not None and hasattr(p.grad, _SEEN):
+                delattr(p.grad, _SEEN)
+
+    def refuse(self, *, must_compute: bool) -> None:
+        """End the check; raise RuntimeError if gradients were mixed, or left where they must not.
+
+        Args:
+            must_compute: whether the closure has to evaluate the loss.
+        """
+        mixed, left = self.end()
+        if left and must_compute and not mixed and not self._mixed:
+            raise RuntimeError(NOT_COMPUTED)
+        if mixed or (left and must_compute):
+            raise RuntimeError(NOT_CLEARED)
+
+
+def check_closure(params: list[Tensor]) -> ClosureCheck | None:
+    """A check of a closure that is about to be called; None where all gradients are None or 0."""
+    grads, missing = _core.gradients(params)
+    if missing == len(grads):
+        return None
+    some = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+    if not any_nonzero([g for _, g in some]):
+        return None
+    return ClosureCheck([p for p, _ in some], [g for _, g in some])
+
+
+def any_nonzero(grads: Sequence[Tensor]) -> bool:
+    """Whether an element is not 0 (NaN is not 0); waits for the device."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for g in grads:
+        g = _distributed.local(g).detach()
+        values = g if g.layout == torch.strided else g.coalesce().values()
+        if values.numel():
+            found.setdefault(values.device, []).append(values)
+    for each in found.values():
+        norms = torch._foreach_norm(each, float("inf"))
+        if bool((torch.stack([n.double() for n in norms]) != 0).any()):
+            return True
+    return False
+
+
+@torch.no_grad()
+def zero_gradients(params: Sequence[Tensor]) -> None:
+    """Fill the gradients with 0 where they lie."""
+    grads, _ = _core.gradients(list(params))
+    present = [g.detach() for g in grads if g is not None]
+    if present:
+        torch._foreach_zero_(present)
