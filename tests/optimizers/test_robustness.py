@@ -144,8 +144,7 @@ def test_a_parameter_made_in_inference_mode_is_refused_outside_of_it(backend: st
     with torch.inference_mode():
         x = torch.ones(3)
     y = torch.ones(3)
-    opt = eigenfilter.SGD([y, x], lr=0.5, backend=backend)
     x.grad, y.grad = torch.ones(3), torch.ones(3)
     with pytest.raises(RuntimeError, match="was made in inference mode"):
-        opt.step()
+        eigenfilter.SGD([y, x], lr=0.5, backend=backend).step()
     assert x.tolist() == y.tolist() == [1.0] * 3

@@ -73,8 +73,12 @@ def _is_untouched(g: Tensor) -> bool:
 
 
 def _version(g: Tensor) -> int:
-    """Counts the writes; FSDP2 adds to the local shard of a gradient."""
-    return _distributed.local(g)._version
+    """Counts the writes, which a gradient made in inference mode does not.
+
+    FSDP2 adds to the local shard of a gradient.
+    """
+    local = _distributed.local(g)
+    return 0 if local.is_inference() else local._version
 
 
 class ClosureCheck:
