@@ -21,13 +21,8 @@ from eigenfilter.optimizers._step_state import through_owner
 
 _SHARED = ("state", "defaults")
 _FORWARDED = ("train", "eval")  # of schedule-free optimizers
-_INNER = (
-    "optimizer",
-    "_optimizer",
-    "base_optimizer",
-    "_base_optimizer",
-    "optim",
-)  # of those around others
+# Where optimizers around others hold them.
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "optim")
 
 
 class SharpnessAware(EigenfilterOptimizer):
