@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eigenfilter.curvature.data import moved
+from eigenfilter.curvature.data import cast, leaves, moved
+from eigenfilter.curvature.nodes import leaves_reached, nodes
+from eigenfilter.curvature.survey import survey
+
+_logger = logging.getLogger(__name__)
+
+# Operations without a second derivative, by what their nodes are called, that others stand in for.
+_FUSED = {
+    "ScaledDotProduct": "scaled_dot_product_attention runs in its math backend",
+    "CudnnRnn": "recurrent layers run without cuDNN",
+}
 
 Outer = Callable[[Tensor], Tensor]
 
@@ -30,10 +44,21 @@ class Evaluation(NamedTuple):
     outer: Outer | None
     weight: Callable[[], float]
     around: Callable[[], AbstractContextManager[None]]
+    holders: Sequence[Tensor] | None = None  # see `pullback.pulled_back`
 
     def total(self) -> Tensor:
         """Return f_b, one number."""
         return self.value if self.outer is None else self.outer(self.value)
+
+
+@dataclass
+class Known:
+    """What evaluations have shown of f."""
+
+    evaluated: bool = False  # at all
+    fused: set[str] = field(default_factory=set)  # of `_FUSED`, what was met
+    inner: bool = False  # f differentiates with respect to its parameters
+    by_backward: bool = False  # gradients come by backward() alone
 
 
 def one_number(loss: object) -> Tensor:
@@ -44,7 +69,10 @@ def one_number(loss: object) -> Tensor:
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return a tensor of one element, not {shape}")
+        raise ValueError(
+            f"loss_fn must return a tensor of one element, not {shape}: reduce it over samples by "
+            "their mean, as torch's losses do at their default reduction"
+        )
     return loss.reshape(())
 
 
@@ -69,6 +97,10 @@ class Objective:
         self.mean = mean
         self.autocast = autocast
         self.model = model
+        self.known = Known()
+        self.watched: Sequence[Tensor] = ()  # parameters whose gradients must reach f
+        self.foreign: frozenset[int] = frozenset()  # ids of parameters that this is a copy of
+        self._dtype: torch.dtype | None = None
         self._loss_fn = loss_fn
         self._finish = finish
         self._forward = forward
@@ -81,30 +113,93 @@ class Objective:
         known = {id(p): name for name, p in self.tree.named_parameters()}
         return [known[id(p)] for p in params]
 
+    def copied(self, dtype: torch.dtype) -> Objective:
+        """Return the same of copies of the modules, whose floating tensors are of `dtype`.
+
+        Raises:
+            ValueError: they cannot be copied.
+        """
+        made = copy.copy(self)
+        own = (self.model, self._loss_fn, self._forward, self._weight)
+        try:
+            made.model, made._loss_fn, made._forward, made._weight = copy.deepcopy(own)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the model or the loss cannot be copied for dtype={dtype} ({error}): convert "
+                "the model yourself, and leave dtype out"
+            ) from error
+        made.tree = _Tree([m for m in (made.model, made._loss_fn) if isinstance(m, nn.Module)])
+        made.tree.to(dtype)
+        made.watched = [made.tree.get_parameter(name) for name in self.names(self.watched)]
+        made.foreign = frozenset(id(p) for p in self.tree.parameters())
+        made._dtype = dtype
+        return made
+
     def evaluate(
         self,
         index: int,
         batch: Any,
         at: Mapping[str, Tensor] | None = None,
         *,
-        graph: bool = True,
+        exact: bool = True,
     ) -> Evaluation:
-        """Return a batch's share of f.
+        """Return a batch's share of f, with its graph.
 
         Args:
             index: of the batch, which decides its random numbers.
             batch: what the source gave.
             at: values to use in place of parameters, by name.
-            graph: whether it is to be differentiated.
+            exact: whether it is to be differentiated twice: operations that cannot be are then
+                replaced where torch has others.
+
+        Raises:
+            Unfit: see `survey`; from the first evaluation.
         """
+        here = self.plain(index, batch, at, exact=exact)
+        if at is not None:
+            return here
+        if exact and self._met([here.value]):
+            here = self.plain(index, batch, exact=exact)
+        if not self.known.evaluated:
+            if survey(self, index, batch, here, exact=exact):
+                here = self.plain(index, batch, exact=exact)
+            self.known.evaluated = True
+        return here
+
+    def value(self, index: int, batch: Any, *, exact: bool = True) -> Evaluation:
+        """Return a batch's share of f, without a graph.
+
+        Gradients stay enabled, for f may take some itself. Parameters ask for none, so that nothing
+        is kept for them, unless f differentiates with respect to them.
+        """
+        if not (self.known.inner or self.known.by_backward):
+            try:
+                with _frozen(self.tree):
+                    return _detached(self.plain(index, batch, exact=exact))
+            except RuntimeError:  # torch's, where something does not require grad
+                self.known.inner = True
+        return _detached(self.plain(index, batch, exact=exact))
+
+    def plain(
+        self,
+        index: int,
+        batch: Any,
+        at: Mapping[str, Tensor] | None = None,
+        *,
+        exact: bool = True,
+    ) -> Evaluation:
+        """Evaluate as `evaluate` does, once and without a look at what comes of it."""
+        replaced = frozenset(self.known.fused) if exact else frozenset()
 
         def run() -> Evaluation:
-            return self._evaluate(index, batch)
+            return self._evaluate(index, batch, replaced)
 
-        with self._surroundings(index), torch.set_grad_enabled(graph):
+        with self._surroundings(index, replaced), torch.enable_grad():
             return run() if at is None else functional_call(self.tree, dict(at), (run,))
 
-    def _evaluate(self, index: int, batch: Any) -> Evaluation:
+    def _evaluate(self, index: int, batch: Any, replaced: frozenset[str]) -> Evaluation:
+        if self._dtype is not None:
+            batch = cast(batch, self._dtype)
         if self._forward is None:
             x, target = moved(batch, self._device)
             output = self.model(x)
@@ -114,24 +209,42 @@ class Objective:
 
         def surrounded(z: Tensor) -> Tensor:
             assert outer is not None
-            with self._surroundings(index):
-                return outer(z)
+            with self._surroundings(index, replaced | self.known.fused), torch.enable_grad():
+                found = outer(z)
+            return surrounded(z) if self._met([found]) else found
 
+        samples = float(output.shape[0]) if isinstance(output, Tensor) and output.ndim else None
         return Evaluation(
             value,
             None if outer is None else surrounded,
-            lambda: self._samples(batch, output),
-            lambda: self.around(index),
+            lambda: self._samples(batch, samples),
+            lambda: self.around(index, replaced),
+            self._holders(batch, value) if self.known.by_backward else None,
         )
 
-    def _samples(self, batch: Any, output: Any) -> float:
+    def _met(self, roots: Sequence[Tensor]) -> bool:
+        """Note what there is without a second derivative, and return whether it is new."""
+        names = {node.name() for node in nodes(roots)}
+        found = {kind for kind in _FUSED if any(name.startswith(kind) for name in names)}
+        new = found - self.known.fused
+        self.known.fused |= new
+        for kind in new:
+            _logger.info("%s: its fused kernel has no second derivative", _FUSED[kind])
+        return bool(new)
+
+    def _holders(self, batch: Any, value: Tensor) -> list[Tensor]:
+        """Return the tensors in which backward() may leave a gradient, each once."""
+        own = [*self.tree.parameters(), *leaves(batch), *leaves_reached([value])]
+        return list({id(t): t for t in own if t.is_leaf and t.requires_grad}.values())
+
+    def _samples(self, batch: Any, samples: float | None) -> float:
         """Return w_b; 1 where batches are added."""
         if not self.mean:
             return 1.0
         if self._weight is not None:
             value = float(self._weight(batch))
-        elif isinstance(output, Tensor) and output.ndim:
-            value = float(output.shape[0])
+        elif samples is not None:
+            value = samples
         else:
             raise ValueError(
                 "the number of samples is unknown, because the output is not a tensor with a "
@@ -142,17 +255,23 @@ class Objective:
         return value
 
     @contextmanager
-    def around(self, index: int) -> Iterator[None]:
-        """Set modes, random numbers and buffers for a batch; put all back afterwards."""
+    def around(self, index: int, replaced: frozenset[str] = frozenset()) -> Iterator[None]:
+        """Set modes, random numbers and buffers for a batch; put all back afterwards.
+
+        Args:
+            index: of the batch.
+            replaced: of `_FUSED`, the operations for which others stand in.
+        """
         with ExitStack() as stack:
             stack.enter_context(self._modes())
+            stack.enter_context(_kernels(replaced))
             if self._train:
                 stack.enter_context(_spared_buffers(self.tree))
             stack.enter_context(_replayed(self._seed + index, self._device))
             yield
 
     @contextmanager
-    def _surroundings(self, index: int) -> Iterator[None]:
+    def _surroundings(self, index: int, replaced: frozenset[str]) -> Iterator[None]:
         """Also set autocast, for the forward pass."""
         autocast = torch.autocast(
             self._device.type,
@@ -160,7 +279,7 @@ class Objective:
             enabled=self.autocast is not None,
             cache_enabled=False,  # parameters may move while a context around this one lasts
         )
-        with self.around(index), autocast:
+        with self.around(index, replaced), autocast:
             yield
 
     @property
@@ -170,12 +289,17 @@ class Objective:
     @contextmanager
     def _modes(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self.tree.modules()]
+        sparse = [m for m, _ in modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
         try:
             self.tree.train(self._train)
+            for embedding in sparse:  # vectors are dense, and so may be its gradients
+                embedding.sparse = False
             yield
         finally:
             for module, training in modes:
                 module.training = training
+            for embedding in sparse:
+                embedding.sparse = True
 
 
 class _Tree(nn.Module):
@@ -187,6 +311,44 @@ class _Tree(nn.Module):
 
     def forward(self, run: Callable[[], Evaluation]) -> Evaluation:
         return run()
+
+
+@contextmanager
+def _kernels(replaced: frozenset[str]) -> Iterator[None]:
+    """Run what can be differentiated, and gives the same with gradients and without.
+
+    The fast path of torch's transformer layers has no derivative, and leaves out what is padded.
+    """
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if "CudnnRnn" in replaced:
+            torch.backends.cudnn.enabled = False
+        if "ScaledDotProduct" in replaced:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.cudnn.enabled = cudnn
+
+
+@contextmanager
+def _frozen(tree: nn.Module) -> Iterator[None]:
+    """Let no parameter require grad."""
+    asking = [p for p in tree.parameters() if p.requires_grad]
+    try:
+        for p in asking:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
+def _detached(here: Evaluation) -> Evaluation:
+    return here._replace(value=here.value.detach())
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.data import Source
-from eigenfilter.curvature.engines.graphs import Products, Pullback, check_recorded, explained
+from eigenfilter.curvature.engines.graphs import Pullback, check_recorded, explained
 from eigenfilter.curvature.engines.vectors import Sums, split
-from eigenfilter.curvature.objective import Objective
+from eigenfilter.curvature.objective import Evaluation, Objective
+from eigenfilter.curvature.pullback import Products
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,19 @@ class Directional:
             del place  # and its graph, before the next one is built
         return sums
 
+    def _first(self, index: int, batch: Any, here: Evaluation) -> None:
+        """Look at a batch that is met for the first time."""
+        if index == 0 and self._exact:
+            check_recorded(here, self._params)
+
     def _begin(self, index: int, batch: Any) -> Place:
         first = index == len(self._weights)
         if self._hessian and not first:
             return Place(index, batch, self._weights[index])
-        here = self._objective.evaluate(index, batch)
+        here = self._objective.evaluate(index, batch, exact=self._exact)
         self._hessian = here.outer is None
         if first:
-            if index == 0 and self._exact:
-                check_recorded(here, self._params)
+            self._first(index, batch, here)
             self._weights.append(1.0 if self._source.single else here.weight())
         if self._hessian:
             return Place(index, batch, self._weights[index])

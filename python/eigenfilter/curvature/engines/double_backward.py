@@ -51,6 +51,11 @@ class Graphs:
                 yield self._kept[index]
         self._complete = index + 1 == len(self._kept)
 
+    def clear(self) -> None:
+        """Keep none from here on."""
+        self._kept.clear()
+        self._complete, self._free = False, 0
+
     def _keep(self, index: int, graph: Graph, weight: float) -> None:
         size = graph_bytes(graph.roots, self._objective.tree.parameters())
         if size <= self._free:
@@ -96,8 +101,8 @@ def split_to_fit(
     """
     batch = next(source.batches())
     size = piece_size(objective, batch, params, budget)
-    whole = objective.evaluate(0, batch, graph=False)
-    parts = [objective.evaluate(0, piece, graph=False) for piece in pieces(batch, size)]
+    whole = objective.value(0, batch)
+    parts = [objective.value(0, piece) for piece in pieces(batch, size)]
     weights = [part.weight() for part in parts]
     shares = [w * float(part.total()) for w, part in zip(weights, parts, strict=True)]
     found = sum(shares) / (sum(weights) if objective.mean else 1.0)
