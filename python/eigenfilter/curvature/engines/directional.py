@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.graphs import Pullback, check_recorded, explained
@@ -42,6 +43,11 @@ class Directional:
         self._source = source
         self._params = params
         self._exact = exact
+        self._padding = [
+            (module, module.weight[module.padding_idx].detach().clone())
+            for module in objective.tree.modules()
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None
+        ]
         self._weights: list[float] = []
         self._hessian = False
 
@@ -56,6 +62,26 @@ class Directional:
                 sums.add(product(place, [piece[row] for piece in block], row), place.weight, row)
             del place  # and its graph, before the next one is built
         return sums
+
+    @contextmanager
+    def _constants(self) -> Iterator[None]:
+        """Keep what modules read where torch says that they are constant, however x moves.
+
+        No gradient reaches the embedding of padding, though the value depends on it.
+        """
+
+        def padded(row: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+            def hook(module: nn.Module, given: tuple[Tensor], found: Tensor) -> Tensor:
+                return torch.where((given[0] == module.padding_idx).unsqueeze(-1), row, found)
+
+            return hook
+
+        hooks = [module.register_forward_hook(padded(row)) for module, row in self._padding]
+        try:
+            yield
+        finally:
+            for registered in hooks:
+                registered.remove()
 
     def _first(self, index: int, batch: Any, here: Evaluation) -> None:
         """Look at a batch that is met for the first time."""

@@ -101,10 +101,11 @@ class FiniteDifference(Directional):
         try:
             torch._foreach_add_(self._moving, v, alpha=t)
             self._announce()
-            if place.pull is not None:
-                return [self._objective.value(place.index, place.batch, exact=False).value]
-            here = self._objective.evaluate(place.index, place.batch, exact=False)
-            return self._gradient(place, here)
+            with self._constants():
+                if place.pull is not None:
+                    return [self._objective.value(place.index, place.batch, exact=False).value]
+                here = self._objective.evaluate(place.index, place.batch, exact=False)
+                return self._gradient(place, here)
         finally:
             torch._foreach_copy_(self._moving, backup)
             self._announce()

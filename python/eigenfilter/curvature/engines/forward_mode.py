@@ -55,7 +55,7 @@ class ForwardOverReverse(Directional):
         self._expected[index] = here.value.detach()
         if index == 0:
             at = {n: x.clone().requires_grad_() for n, x in zip(self._names, self._x, strict=True)}
-            with _explained():
+            with _explained(), self._constants():
                 value = self._objective.evaluate(index, batch, at).value
             own = {id(p) for p in self._params}
             if any(id(t) in own for t in leaves_reached([value])):
@@ -65,7 +65,7 @@ class ForwardOverReverse(Directional):
                 )
 
     def _product(self, place: Place, v: list[Tensor], _: int) -> Products:
-        with _explained():
+        with _explained(), self._constants():
             try:
                 value, found = self._along(place, v)
             except RuntimeError as error:
