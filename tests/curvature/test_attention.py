@@ -131,9 +131,9 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
         try:
             found = columns(op)
         except RuntimeError as error:
+            if "engine='retained'" not in " ".join([str(error), *getattr(error, "__notes__", [])]):
+                raise
             refused.append(engine)
-            text = " ".join([str(error), *getattr(error, "__notes__", [])])
-            assert "engine='retained'" in text
             continue
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
         assert op.engine in (engine, "retained", "batched")

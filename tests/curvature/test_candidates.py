@@ -125,8 +125,8 @@ def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> Non
     try:
         found = columns(op)
     except RuntimeError as error:
-        assert engine == "forward_over_reverse"
-        assert "use engine='retained'" in " ".join(error.__notes__)
+        if engine != "forward_over_reverse" or "use engine='retained'" not in error.__notes__[0]:
+            raise
         return
     scale = float(expected.abs().max())
     atol = 1e-7 if op.engine == "finite_difference" else 1e-12
@@ -138,6 +138,7 @@ def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> Non
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_derivatives_inside_the_loss(kind: type[CurvatureOperator], engine: str) -> None:
     model, x, target = make()
+    x, target = x[:8], target[:8]
     loss_fn = penalised(model)
     op = kind(model, loss_fn, (x, target), engine=engine)
     if kind is GGNOperator:  # the penalty is no function of z

@@ -28,10 +28,8 @@ class Words(nn.Module):
         self.functional = functional
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.functional:
-            x = F.embedding(ids, self.words.weight, sparse=True)
-        else:
-            x = self.words(ids)
+        weight = self.words.weight
+        x = F.embedding(ids, weight, sparse=True) if self.functional else self.words(ids)
         return self.linear(torch.tanh(x.mean(1)))
 
 
@@ -50,9 +48,9 @@ def test_sparse_gradients(kind: type[CurvatureOperator], functional: bool, engin
     try:
         found = columns(op)
     except RuntimeError as error:
-        assert functional
-        assert engine in ("batched", "forward_over_reverse")
-        assert "engine='retained'" in " ".join(error.__notes__)
+        able = engine not in ("batched", "forward_over_reverse") or not functional
+        if able or "engine='retained'" not in error.__notes__[0]:
+            raise
         return
     atol = 1e-7 if engine == "finite_difference" else 1e-12
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)

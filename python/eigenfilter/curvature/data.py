@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol
 
 import torch
@@ -160,6 +160,8 @@ def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> Listed | Loa
         ValueError: there is none, or with `pairs` one is not an (input, target) pair.
     """
     if isinstance(data, DataLoader):
+        if isinstance(data.dataset, Sized) and len(data.dataset) == 0:
+            raise ValueError("the loader gives no batch: its data set is empty")
         return Loaded(data, pairs=pairs, seed=seed)
     if isinstance(data, Dataset):
         raise ValueError(

@@ -152,6 +152,8 @@ class CurvatureOperator(SymmetricMatrix):
             raise ValueError(f"autocast must be a floating dtype, not {autocast}")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self._engine = Automatic() if engine == "auto" else Given(engine)
         self._group = process_group
         self._objective = Objective(
