@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from curvature.networks import OPERATORS, columns
+from curvature.networks import make as samples
 from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator
 from eigenfilter.curvature.engines import NAMES
 
@@ -242,3 +243,42 @@ def test_a_language_model(mode: str, reentrant: bool | None) -> None:
     assert exact == (reentrant is not True or mode == "eval")  # checkpointing is for training
     scale = float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=scale * (1e-11 if exact else 1e-6))
+
+
+@pytest.mark.parametrize("engine", [*NAMES, "auto"])
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weight_normalisation(dim: int | None, kind: type[CurvatureOperator], engine: str) -> None:
+    """torch's second derivative of its kernel is wrong: it is not even symmetric."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(4))
+            self.g, self.v = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(4, 5))
+            self.last = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            along = tuple(d for d in range(2) if d != dim)
+            norm = self.v.square().sum(along, keepdim=True).sqrt()
+            return self.last(torch.tanh(x @ (self.v * self.g / norm).T + self.bias))
+
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(5, 4), dim=dim)
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(4, 3)).double()
+    _, x, target = samples()
+    twin = Written().double()
+    own = [p.detach().clone() for p in model.parameters()]
+    for (name, _), value in zip(list(twin.named_parameters()), own, strict=True):
+        twin.get_submodule(name.rpartition(".")[0])._parameters[name.rpartition(".")[2]] = (
+            nn.Parameter(value)
+        )
+    expected = OPERATORS[kind](twin, x, target)
+    torch.testing.assert_close(expected, expected.T, rtol=0, atol=1e-14)
+    op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
+    if dim is None and engine == "forward_over_reverse":
+        with pytest.raises(RuntimeError) as raised:
+            columns(op)
+        assert "use engine='retained'" in raised.value.__notes__[0]
+        return
+    atol = 1e-7 if engine == "finite_difference" else 1e-12
+    torch.testing.assert_close(columns(op), expected, rtol=0, atol=atol)

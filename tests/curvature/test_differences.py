@@ -117,7 +117,7 @@ def test_a_compiled_model() -> None:
     compiled = torch.compile(model, backend="aot_eager")
     v = torch.ones(39, dtype=torch.float64)
     exact = HessianOperator(compiled, nn.CrossEntropyLoss(), (x, target), engine="retained")
-    with pytest.raises(RuntimeError, match="create_graph=False") as raised:
+    with pytest.raises(RuntimeError, match="double backward") as raised:
         exact.matvec(v)
     assert "engine='finite_difference'" in raised.value.__notes__[0]
     found = columns(difference(compiled, (x, target)))

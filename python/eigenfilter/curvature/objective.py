@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from eigenfilter.curvature.data import cast, leaves, moved
 from eigenfilter.curvature.nodes import leaves_reached, nodes
@@ -21,10 +22,12 @@ from eigenfilter.curvature.survey import survey
 
 _logger = logging.getLogger(__name__)
 
-# Operations without a second derivative, by what their nodes are called, that others stand in for.
+# Operations for which others stand in, by what their nodes are called: torch has no second
+# derivative of theirs, or a wrong one (of weight_norm it is not symmetric).
 _FUSED = {
     "ScaledDotProduct": "scaled_dot_product_attention runs in its math backend",
     "CudnnRnn": "recurrent layers run without cuDNN",
+    "WeightNormInterface": "weight_norm is written out",
 }
 
 Outer = Callable[[Tensor], Tensor]
@@ -229,7 +232,7 @@ class Objective:
         new = found - self.known.fused
         self.known.fused |= new
         for kind in new:
-            _logger.info("%s: its fused kernel has no second derivative", _FUSED[kind])
+            _logger.info("%s: its fused kernel has no right second derivative", _FUSED[kind])
         return bool(new)
 
     def _holders(self, batch: Any, value: Tensor) -> list[Tensor]:
@@ -313,6 +316,19 @@ class _Tree(nn.Module):
         return run()
 
 
+class _WeightNorm(TorchFunctionMode):
+    """Writes torch's weight normalisation out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+
+        def written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+
+        return written_out(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _kernels(replaced: frozenset[str]) -> Iterator[None]:
     """Run what can be differentiated, and gives the same with gradients and without.
@@ -324,10 +340,11 @@ def _kernels(replaced: frozenset[str]) -> Iterator[None]:
     try:
         if "CudnnRnn" in replaced:
             torch.backends.cudnn.enabled = False
-        if "ScaledDotProduct" in replaced:
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
+        with ExitStack() as stack:
+            if "ScaledDotProduct" in replaced:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "WeightNormInterface" in replaced:
+                stack.enter_context(_WeightNorm())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

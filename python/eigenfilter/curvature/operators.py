@@ -271,7 +271,7 @@ class CurvatureOperator(SymmetricMatrix):
         """Return (C V)^T [b, n]."""
         made, _ = self._current()
         with torch.autocast(self.device.type, enabled=False):
-            sums = self._engine.multiply(made, self._source, self._bytes(), V.detach())
+            sums = self._engine.multiply(made, self._source, self._bytes, V.detach())
         return self._total(sums, [V])
 
     def _total(self, sums: Sums, given: list[Tensor]) -> Tensor:
@@ -345,6 +345,11 @@ class CurvatureOperator(SymmetricMatrix):
             raise error(
                 "a parameter of the operator is not a parameter of the model: of a copy, or "
                 "replaced since? Make a new operator from the model's own parameters"
+            )
+        if not all(p.requires_grad for p in self.params):
+            raise error(
+                "a parameter of the operator does not require grad any more: make a new operator, "
+                "or call requires_grad_() on it"
             )
 
     def _owned(self) -> Iterator[nn.Parameter]:

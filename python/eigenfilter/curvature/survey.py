@@ -67,7 +67,9 @@ def _without_gradient(
 
     try:
         with here.around():
-            without = missing(pulled_back([here.value], params, [_weights(here.value)]))
+            # Compiled models that have run a backward without `retain` refuse it from there on.
+            found = pulled_back([here.value], params, [_weights(here.value)], retain=True)
+            without = missing(found)
     except RuntimeError as error:
         if not _BACKWARD_ONLY.search(str(error)):
             return []  # has no gradient at all, or is met again by the engines

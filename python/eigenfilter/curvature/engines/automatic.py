@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class Given:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def multiply(self, made: Engines, source: Source, budget: int, V: Tensor) -> Sums:
+    def multiply(self, made: Engines, source: Source, budget: Callable[[], int], V: Tensor) -> Sums:
         """Return the products with V [n, b], summed over batches."""
         return made[self.name].multiply(V)
 
@@ -39,7 +40,7 @@ class Automatic:
         self._left: dict[bool, list[str]] = {}  # for blocks (True) and for single vectors
         self._refused: dict[str, str] = {}  # engines that failed, and how
 
-    def multiply(self, made: Engines, source: Source, budget: int, V: Tensor) -> Sums:
+    def multiply(self, made: Engines, source: Source, budget: Callable[[], int], V: Tensor) -> Sums:
         """Return the products with V [n, b], summed over batches.
 
         Raises:
@@ -68,9 +69,11 @@ class Automatic:
                 self.name = left[0]
                 return sums
 
-    def _candidates(self, made: Engines, source: Source, budget: int, vectors: int) -> list[str]:
+    def _candidates(
+        self, made: Engines, source: Source, budget: Callable[[], int], vectors: int
+    ) -> list[str]:
         try:
-            found = choose(made.objective, source, made.params, budget, vectors)
+            found = choose(made.objective, source, made.params, budget(), vectors)
         except Unfit:
             raise
         except Exception as error:  # as above: it met what the engines will meet

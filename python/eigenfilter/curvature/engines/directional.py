@@ -44,7 +44,7 @@ class Directional:
         self._params = params
         self._exact = exact
         self._padding = [
-            (module, module.weight[module.padding_idx].detach().clone())
+            (module, module.padding_idx, module.weight[module.padding_idx].detach().clone())
             for module in objective.tree.modules()
             if isinstance(module, nn.Embedding) and module.padding_idx is not None
         ]
@@ -70,13 +70,16 @@ class Directional:
         No gradient reaches the embedding of padding, though the value depends on it.
         """
 
-        def padded(row: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+        def padded(index: int, row: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
             def hook(module: nn.Module, given: tuple[Tensor], found: Tensor) -> Tensor:
-                return torch.where((given[0] == module.padding_idx).unsqueeze(-1), row, found)
+                padding = torch.as_tensor(given[0] == index)
+                return torch.where(padding.unsqueeze(-1), row, found)
 
             return hook
 
-        hooks = [module.register_forward_hook(padded(row)) for module, row in self._padding]
+        hooks = [
+            module.register_forward_hook(padded(index, row)) for module, index, row in self._padding
+        ]
         try:
             yield
         finally:
