@@ -61,12 +61,16 @@ class CurvatureOperator(SymmetricMatrix):
     - "batched": as "retained", with one vectorised backward pass for up to 32 vectors of a block:
       faster where operations are small, at the memory of as many graphs more.
     - "forward_over_reverse": forward mode over the gradient; keeps nothing, and needs less memory.
-    - "finite_difference": two first derivatives a product, not exact; for fused attention, compiled
-      models, and whatever cannot be differentiated twice. See `error`.
+    - "finite_difference": two first derivatives a product, not exact; for compiled models,
+      reentrant checkpointing, and whatever cannot be differentiated twice. See `error`.
     - "checkpointed": as "shared", in pieces of each batch whose graph fits `memory_budget`. Refused
       where f on a batch is not the mean (or sum) of f on its pieces.
     - "auto": chooses once an exact one, for single vectors and for blocks apart, by a graph's size
-      and a timing on the first batch; logs its choice.
+      and a timing on the first batch; logs its choice. Where it fails, the next one is taken,
+      finite differences last, and the log says why.
+
+    Exact engines run fused attention in its math backend. A parameter that moves f, and that no
+    gradient reaches, is an error, which the first evaluation tells.
 
     Under FSDP2 (`fully_shard`) every process has its own data and holds a slice of every vector:
     its shards of the parameters, each flattened, one after another (see `slices`). That works for
@@ -119,8 +123,8 @@ class CurvatureOperator(SymmetricMatrix):
             dtype, on one device; they are sharded, and not as above.
         RuntimeError: from a product, when an optimizer holds the parameters away from x, when
             something changed inside `fixed()`, when a loader gives other batches in a second pass,
-            when processes differ in x or in the vectors, or when the loss cannot be differentiated
-            as the engine needs.
+            when processes differ in x or in the vectors, when a parameter moves f and gets no
+            gradient, or when the loss cannot be differentiated as the engine needs: by any, "auto".
     """
 
     _through_backward = False  # whether products come of first derivatives by backward() alone
