@@ -190,6 +190,23 @@ def test_a_loss_must_be_one_number() -> None:
                 op.matvec(v)
 
 
+def test_two_pairs_in_a_tuple_are_an_input_and_a_target() -> None:
+    """They may be meant so; where the model does not take them, the error says what they are."""
+    model, x, target = make()
+    op = HessianOperator(model, nn.CrossEntropyLoss(), ((x, target), (x, target)))
+    with pytest.raises(TypeError) as raised:
+        op.matvec(torch.ones(39, dtype=torch.float64))
+    assert "pass list(data)" in raised.value.__notes__[0]
+
+
+def test_a_parameter_that_is_frozen_later() -> None:
+    model, x, target = make()
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
+    model.get_parameter("0.weight").requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad any more"):
+        op.matvec(torch.ones(39, dtype=torch.float64))
+
+
 def test_batches_of_a_loader_are_checked() -> None:
     model, x, target = make()
     v = torch.ones(39, dtype=torch.float64)

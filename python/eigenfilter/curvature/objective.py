@@ -30,6 +30,8 @@ _FUSED = {
     "WeightNormInterface": "weight_norm is written out",
 }
 
+_SEVERAL = "whose input is a tuple here. Several batches go in a list: pass list(data)."
+
 Outer = Callable[[Tensor], Tensor]
 
 
@@ -205,7 +207,12 @@ class Objective:
             batch = cast(batch, self._dtype)
         if self._forward is None:
             x, target = moved(batch, self._device)
-            output = self.model(x)
+            try:
+                output = self.model(x)
+            except (TypeError, AttributeError) as error:
+                if isinstance(x, list | tuple):
+                    error.add_note(f"Data in a tuple are one (input, target), {_SEVERAL}")
+                raise
         else:
             output, target = self._forward(self.model, batch)
         value, outer = self._finish(self._loss_fn, output, target, self.mean)

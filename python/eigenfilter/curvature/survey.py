@@ -35,7 +35,7 @@ def survey(
         Unfit: a parameter moves f, and no gradient reaches it.
     """
     params = objective.watched
-    if not here.value.requires_grad:  # whoever differentiates it says so
+    if not params or not here.value.requires_grad:  # whoever differentiates it says so
         return False
     reached = {id(t) for t in leaves_reached([here.value])}
     if reached & objective.foreign:

@@ -64,7 +64,9 @@ class Automatic:
                 self._pass_over(left.pop(0), left, error)
                 if not left:
                     del self._left[block]  # the cause may be gone the next time
-                    raise self._verdict(error) from error
+                    if (verdict := self._verdict(error)) is error:
+                        raise
+                    raise verdict from error
             else:
                 self.name = left[0]
                 return sums
