@@ -289,7 +289,87 @@ def test_a_preconditioned_operator_checks_its_scale() -> None:
             PreconditionedOperator(task.op, scale)
 
 
-def test_an_optimizer_of_another_model() -> None:
-    other = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
-    with pytest.raises(ValueError, match="none of the operator's parameters"):
-        ef.SharpnessMonitor(Trained().op, other).check()
+def _named(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [ef.SGD, ef.USAM, torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (
+            lambda model: [nn.Parameter(torch.ones(2))],
+            r"4 of the operator are not the optimizer's \(0\.weight, 0\.bias, 2\.weight, 2\.bias\);"
+            r" 1 of the optimizer is not the operator's \(number 0 of group 0\)",
+        ),
+        (
+            lambda model: model[0].parameters(),
+            r"2 of the operator are not the optimizer's \(2\.weight, 2\.bias\)\. Make the",
+        ),
+        (
+            lambda model: [*model.parameters(), nn.Parameter(torch.ones(2))],
+            r"same parameters: 1 of the optimizer is not the operator's \(number 4 of group 0\)",
+        ),
+        (
+            lambda model: [("mine", nn.Parameter(torch.ones(2))), *model.named_parameters()],
+            r"1 of the optimizer is not the operator's \(mine\)",
+        ),
+        (
+            lambda model: [{"params": [p], "lr": 0.1} for p in model[2].parameters()],
+            r"2 of the operator are not the optimizer's \(0\.weight, 0\.bias\)",
+        ),
+    ],
+)
+def test_other_parameters_are_refused_at_construction(kind: Any, chosen: Any, message: str) -> None:
+    task = Trained()
+    opt = kind(chosen(task.model), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        ef.SharpnessMonitor(task.op, opt)
+
+
+def test_parameters_of_the_loss_count() -> None:
+    class Scaled(nn.MSELoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return self.scale * super().forward(output, target)
+
+    task, loss = Trained(), Scaled()
+    op = curvature.HessianOperator(task.model, loss, (task.x, task.y))
+    with pytest.raises(ValueError, match=r"1 of the operator is not the optimizer's \(scale\)"):
+        ef.SharpnessMonitor(op, ef.SGD(task.model.parameters(), lr=0.1))
+    ef.SharpnessMonitor(op, ef.SGD([*task.model.parameters(), *loss.parameters()], lr=0.1))
+
+
+def test_neither_order_nor_frozen_parameters_matter() -> None:
+    task = Trained()
+    task.model[0].bias.requires_grad_(False)
+    task.op = curvature.HessianOperator(task.model, task.loss, (task.x, task.y))
+    opt = ef.SGD(reversed(list(task.model.parameters())), lr=0.1)
+    assert ef.SharpnessMonitor(task.op, opt, tol=1e-8).check().sharpness == pytest.approx(
+        task.sharpness()
+    )
+
+
+def test_parameters_that_come_or_go_later_are_refused() -> None:
+    task = Trained()
+    opt = ef.SGD(task.model.parameters(), lr=0.1)
+    monitor = ef.SharpnessMonitor(task.op, opt)
+    monitor.check()
+    task.model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"1 of the operator .*\(0\.bias\)"):
+        monitor.check()
+    task.model[0].bias.requires_grad_(True)
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match=r"1 of the optimizer .*\(number 0 of group 1\)"):
+        monitor.check()
+    assert len(monitor.history) == 1
+
+
+def test_a_subset_is_watched_by_its_own_operator() -> None:
+    task = Trained()
+    last = list(task.model[2].parameters())
+    op = curvature.HessianOperator(task.model, task.loss, (task.x, task.y), params=last)
+    assert ef.SharpnessMonitor(op, ef.SGD(last, lr=0.1)).check().sharpness > 0

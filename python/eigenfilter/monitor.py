@@ -19,6 +19,7 @@ from eigenfilter.certificate.linearised import (
     Linearised,
     NoFilter,
     NoPreconditioner,
+    check_parameters,
     linearised,
 )
 from eigenfilter.curvature import CurvatureOperator, eigsh
@@ -81,7 +82,8 @@ class SharpnessMonitor:
     first one writes.
 
     Args:
-        op: the Hessian of the loss; its parameters are the optimizer's.
+        op: the Hessian of the loss, in the optimizer's parameters: each that requires grad, and no
+            others.
         optimizer: whose filter gives the edge.
         every: training steps from one check to the next, >= 1.
         tol: relative tolerance of the sharpness, > 0; what was missed was up to twice as much where
@@ -98,7 +100,8 @@ class SharpnessMonitor:
         history: all checks.
 
     Raises:
-        ValueError: an argument is out of its range; "raise_rho" where no filter has a rho.
+        ValueError: an argument is out of its range; "raise_rho" where no filter has a rho; the
+            operator and the optimizer differ in their parameters, which the message names.
 
     Example:
         >>> monitor = SharpnessMonitor(op, opt, every=100)
@@ -129,6 +132,7 @@ class SharpnessMonitor:
             raise ValueError(f"tol must be positive, not {tol}")
         if isinstance(on_edge, str) and on_edge not in ACTIONS:
             raise ValueError(f"on_edge must be one of {ACTIONS}, a callable or None: {on_edge!r}")
+        check_parameters(op, optimizer)
         self.history: list[Check] = []
         self._op, self._optimizer = op, optimizer
         self._every, self._tol, self._seed = every, tol, seed
@@ -150,8 +154,10 @@ class SharpnessMonitor:
 
         Raises:
             RuntimeError: an optimizer holds the parameters away from x; see the operator.
+            ValueError: the optimizer has come to move other parameters than the operator's.
         """
         began = time.perf_counter()
+        check_parameters(self._op, self._optimizer)  # groups may have been added, or frozen
         seen = self._linearised()
         op = self._op if seen is None else seen.operator
         flt = None if seen is None else seen.filter

@@ -74,3 +74,10 @@ def test_eigenpairs(found: Found) -> None:
 def test_processes_that_differ_are_refused(found: Found, scenario: str) -> None:
     for message in found[scenario]:
         assert "not the same in all processes of process_group" in message
+
+
+def test_wrong_weights_in_one_process_are_refused_in_all(found: Found) -> None:
+    (first, accepted), (second, also) = found["ignored_targets"]
+    assert "weight=" in first
+    assert "another process of process_group refused" in second
+    assert accepted == also == "accepted"

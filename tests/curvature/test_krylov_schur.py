@@ -26,6 +26,7 @@ class RitzTensors(NamedTuple):
     vectors: Tensor
     residuals: Tensor
     lost: Tensor
+    coupling: Tensor
 
 
 def tensors(ritz: Ritz) -> RitzTensors:

@@ -103,17 +103,42 @@ def other_vectors(rank: int) -> str:
     return refusal(operator(rank), vectors() * (1 + 1e-6 * rank))
 
 
+def ignored_targets(rank: int) -> list[str]:
+    """In one process alone; by the number of samples, and by that of targets."""
+    model, x, target = problem()
+    target[3:9] = -100
+    found = []
+    for weight in (None, lambda batch: (batch[1] != -100).sum()):
+        op = HessianOperator(
+            model,
+            nn.CrossEntropyLoss(),
+            (x[share(rank)], target[share(rank)]),
+            process_group=dist.group.WORLD,
+            weight=weight,
+        )
+        found.append(refusal(op, vectors()))
+    return found
+
+
 def refusal(op: CurvatureOperator, V: Tensor) -> str:
     try:
         op.matmat(V)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return "accepted"
 
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (products, loaders, sums, pairs, other_parameters, other_vectors)
+    for scenario in (
+        products,
+        loaders,
+        sums,
+        pairs,
+        other_parameters,
+        other_vectors,
+        ignored_targets,
+    )
 }
 
 

@@ -18,6 +18,7 @@ from eigenfilter.certificate.judgement import Judged, Look, judge
 from eigenfilter.certificate.linearised import Linearised, NoFilter, ascent_of, linearised
 from eigenfilter.certificate.sides import Side, Tolerances
 from eigenfilter.curvature import Extreme, Extremes, HessianOperator
+from eigenfilter.curvature.scale import norms
 from eigenfilter.filters import AdamW, PolynomialFilter
 
 NOT_AN_EQUILIBRIUM = "not an equilibrium"
@@ -243,7 +244,7 @@ def certify(
         upper=judged.upper,
         saddle=judged.saddle,
         gradient_norm=move.gradient_norm,
-        direction_norm=float(move.vector.double().norm()),
+        direction_norm=float(norms(move.vector.double())),
         distance=distance,
         equilibrium_tol=equilibrium_tol,
         failure_probability=failure_probability,
@@ -271,8 +272,8 @@ def _distance(
     if seen is not None and seen.scale is not None:
         v = seen.scale * v
         x = torch.where(seen.scale > 0, x / seen.scale, 0.0)
-    length = float(v.double().norm())
-    whole = _jacobian_norm(seen, found) * float(x.double().norm())
+    length = float(norms(v.double()))
+    whole = _jacobian_norm(seen, found) * float(norms(x.double()))
     return 0.0 if length == 0 else length / whole if whole else math.inf
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eigenfilter.certificate.linearised import ascent_of, preconditioner, spread
 from eigenfilter.curvature.hessian import HessianOperator
+from eigenfilter.curvature.scale import norms
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ def direction(op: HessianOperator, optimizer: torch.optim.Optimizer) -> Directio
     vector = sign * d + decay * x
     if not vector.isfinite().all():
         raise FloatingPointError("the gradient is not finite: is the loss, at these parameters?")
-    return Direction(vector, float(g.double().norm()), float(moving.double().norm()))
+    return Direction(vector, *(float(norms(t.double())) for t in (g, moving)))
 
 
 def _descent_gradient(
@@ -68,7 +69,7 @@ def _descent_gradient(
             return op.gradient(x + up * g)
         case "sam":
             weights = x if getattr(ascent, "adaptive", False) else torch.ones_like(x)
-            norm = float((weights * g * (rho != 0)).double().norm())
+            norm = float(norms((weights * g * (rho != 0)).double()))
             return op.gradient(x + up * weights.square() * g / norm) if norm else g
         case "two_step_usam":
             y = x + up * g

@@ -66,16 +66,12 @@ def linearised(
     Raises:
         NoFilter: the groups do not compose.
         NoPreconditioner: AdamW has taken no step.
-        ValueError, TypeError: see `filters.of`; ValueError too if the optimizer has none of the
-            operator's parameters.
+        ValueError, TypeError: see `filters.of` and `check_parameters`.
     """
+    check_parameters(op, optimizer)
     held = {id(p) for p in op.params}
     every = zip(optimizer.param_groups, filters.of(optimizer, grad_norm=grad_norm), strict=True)
     groups = [(g, f) for g, f in every if any(id(p) in held for p in g["params"])]
-    if not groups:
-        raise ValueError(
-            "the optimizer has none of the operator's parameters: give both those of one model"
-        )
     one = groups[0][1]
     alike = all(f == one for _, f in groups)
     if isinstance(one, AdamW) and not any(
@@ -98,6 +94,48 @@ def linearised(
         return Linearised(op, "the Hessian H", minimising, notes=notes)
     operator = PreconditionedOperator(op, spread(op, [(g, 1.0) for g, _ in groups]), sign=sign)
     return Linearised(operator, "-H, of what is maximised", minimising, notes=notes)
+
+
+def check_parameters(op: CurvatureOperator, optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer moves the parameters of an operator, each of them and no others.
+
+    Their order does not matter. Parameters that do not require grad belong to neither.
+
+    Raises:
+        ValueError: one is missing or too many: the filter would be that of another matrix.
+    """
+    names = {id(p): name for module in op.modules for name, p in module.named_parameters()}
+    moved: dict[int, str] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        given = group.get("param_names")
+        for j, p in enumerate(group["params"]):
+            if p.requires_grad:
+                name = given[j] if given else f"number {j} of group {i}"
+                moved[id(p)] = names.get(id(p), name)
+    held = {id(p): names.get(id(p), f"number {i}") for i, p in enumerate(op.params)}
+    missing = [name for key, name in held.items() if key not in moved]
+    extra = [name for key, name in moved.items() if key not in held]
+    if missing or extra:
+        raise ValueError(
+            "the operator and the optimizer must be of the same parameters: "
+            + "; ".join(
+                f"{len(found)} of the {owner} {'is' if len(found) == 1 else 'are'} not the "
+                f"{other}'s ({_listed(found)})"
+                for found, owner, other in (
+                    (missing, "operator", "optimizer"),
+                    (extra, "optimizer", "operator"),
+                )
+                if found
+            )
+            + ". Make the operator with params= the optimizer's parameters, or give the optimizer "
+            "all of the operator's"
+        )
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _composed(

@@ -49,10 +49,10 @@ def eigsh_cost(
     reading; a restart twice the flops.
 
     Each `project_out` takes a sum over processes a pass and one for the norm: 4 sums a product, or
-    3 where two passes are over all; 3 begin a sequence, 7 beside locked pairs, and one is for the
-    result. That is exact for one look for copies that finds none, from random starts. A rounded
-    basis takes one more a `project_out`, one for the error of a row, at most one for the Gram
-    matrix a product and two a restart.
+    3 where two passes are over all; 3 begin a sequence, 7 beside locked pairs, one is for the
+    scale and one for the result. That is exact for one look for copies that finds none, from
+    random starts. A rounded basis takes one more a `project_out`, one for the error of a row, at
+    most one for the Gram matrix a product and two a restart.
 
     Args:
         n: the dimension, >= 1.
@@ -77,7 +77,7 @@ def eigsh_cost(
         raise ValueError(f"max_basis must be at least min(n, k + 4), not {rows}")
     length = -(-n // processes)
     flops, columns, vectors = 0, 0, 0  # of the basis, and beside it, a row of them
-    reductions = 4 + 2 * rounded  # of the first start and the result
+    reductions = 5 + 2 * rounded  # of the first start, the scale and the result
     if copy_products:
         reductions += 7 + 4 * rounded
     size, fresh = 0, True  # whether the next vector was not a product's child

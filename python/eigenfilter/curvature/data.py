@@ -20,6 +20,10 @@ class Unfit(RuntimeError):
     """The model, the loss or the data are at fault, whatever the engine."""
 
 
+class Misweighed(Unfit, ValueError):
+    """What a batch weighs is unknown, or not what its loss averages over."""
+
+
 class Source(Protocol):
     """Batches, the same in every pass."""
 
@@ -194,7 +198,7 @@ def pieces(batch: Any, size: int) -> Iterator[Any]:
             "samples: choose another engine"
         )
     for start in range(0, samples, size):
-        yield _sliced(batch, slice(start, start + size))
+        yield sliced(batch, slice(start, start + size))
 
 
 def samples_of(batch: Any) -> int | None:
@@ -238,8 +242,43 @@ def _of(trees: Iterable[Any]) -> Iterator[Tensor]:
         yield from leaves(tree)
 
 
-def _sliced(tree: Any, part: slice) -> Any:
+def divisible(tree: Any, samples: int) -> bool:
+    """Whether a tree consists of tensors alone, or None, each with so many rows."""
+    if isinstance(tree, Tensor):
+        return tree.ndim > 0 and len(tree) == samples
+    if isinstance(tree, Mapping):
+        return all(divisible(value, samples) for value in tree.values())
+    if isinstance(tree, list | tuple):
+        return all(divisible(value, samples) for value in tree)
+    return tree is None
+
+
+def sliced(tree: Any, part: slice) -> Any:
+    """Return a tree with the rows `part` of its tensors."""
     return _mapped(tree, lambda t: t[part])
+
+
+def copied(tree: Any) -> Any:
+    """Return a tree with copies of its tensors."""
+    return _mapped(tree, lambda t: t.detach().clone())
+
+
+def joinable(one: Any, other: Any) -> bool:
+    """Whether two trees are alike but for the number of rows of their tensors."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        kinds = [(t.shape[1:], t.dtype, t.device) for t in (one, other)]
+        return kinds[0] == kinds[1]
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(joinable(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(joinable, one, other))
+    return one is None and other is None
+
+
+def joined(one: Any, other: Any) -> Any:
+    """Return a tree with the rows of both, which are `joinable`."""
+    others = leaves(other)
+    return _mapped(one, lambda t: torch.cat((t, next(others))))
 
 
 def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:

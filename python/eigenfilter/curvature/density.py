@@ -14,6 +14,7 @@ from eigenfilter.curvature.estimates import Estimate, check_finite, check_real, 
 from eigenfilter.curvature.lockstep import Lockstep
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
+from eigenfilter.curvature.scale import Scale
 from eigenfilter.curvature.space import Space
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class SpectralDensity:
         at, mass = self.measure()
         points = torch.as_tensor(grid, dtype=torch.float64)
         if sigma is None:
-            sigma = 0.01 * max(float(at.max() - at.min()), 1e-12)
+            sigma = 0.01 * _width(at)
         if not sigma > 0:
             raise ValueError(f"sigma must be positive, not {sigma}")
         z = (points[:, None] - at) / sigma
@@ -104,10 +105,11 @@ class SpectralDensity:
             ax = plt.gca()
         at, _ = self.measure()
         low, high = float(at[0]), float(at[-1])
-        margin = 0.05 * max(high - low, 1e-12)
+        width = _width(at)
+        margin = 0.05 * width
         grid = torch.linspace(low - margin, high + margin, points, dtype=torch.float64)
-        ax.semilogy(grid.numpy(), self(grid, sigma).clamp_min(1e-12).numpy())
-        ax.set_ylim(bottom=0.01 / self.n)
+        ax.semilogy(grid.numpy(), self(grid, sigma).clamp_min(1e-12 / width).numpy())
+        ax.set_ylim(bottom=0.01 / self.n / width)
         ax.set_xlabel("eigenvalue")
         ax.set_ylabel("density")
         return ax
@@ -163,16 +165,17 @@ def spectral_density(
         space.project_out(q, known)
     q /= space.dot(q, q).sqrt()[:, None]
     recurrence = Lockstep(space, q, known)
+    scale = Scale(space)
     alpha = torch.zeros(probes, steps, dtype=torch.float64, device=op.device)
     beta = torch.zeros_like(alpha)
     with getattr(op, "fixed", nullcontext)():
         for j in range(steps):
-            w = op.matmat(recurrence.q.T).T.contiguous()
+            w = scale.down(op.matmat(recurrence.q.T)).T.contiguous()
             alpha[:, j], beta[:, j] = recurrence.step(w)
     alpha, beta = alpha.cpu(), beta.cpu()
     check_finite(alpha, beta)
     nodes, weights = _quadratures(alpha, beta, torch.finfo(op.dtype).eps)
-    return SpectralDensity(nodes, weights, values, n, probes * steps)
+    return SpectralDensity(scale.up(nodes), weights, values, n, probes * steps)
 
 
 def log_determinant(
@@ -205,8 +208,8 @@ def log_determinant(
             f"damping above {-lowest:.3g}"
         )
     exact = (density.deflated + damping).log().sum()
-    logs = torch.where(density.weights > 0, (density.nodes + damping).clamp_min(1e-300).log(), 0.0)
-    of_probes = (density.weights * logs).sum(1)
+    seen = torch.where(density.weights > 0, density.nodes + damping, 1.0)  # the log of 1 is 0
+    of_probes = (density.weights * seen.log()).sum(1)
     return Estimate.of(exact + (density.n - len(density.deflated)) * of_probes)
 
 
@@ -220,6 +223,12 @@ def _quadratures(alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tenso
     t = torch.diag_embed(alpha) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
     nodes, vectors = torch.linalg.eigh(t)
     return nodes, vectors[:, 0].square()
+
+
+def _width(at: Tensor) -> float:
+    """Of the range of eigenvalues; where they are all one, its size, or 1 where that is 0."""
+    low, high = float(at.min()), float(at.max())
+    return high - low or abs(high) or 1.0
 
 
 def _deflated(op: SymmetricOperator, deflate: EigenResult | None, length: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -16,12 +18,16 @@ def reduce(sums: Sums, marks: list[float], group: dist.ProcessGroup) -> None:
         marks: numbers that are the same in all processes if parameters and vectors are.
 
     Raises:
-        RuntimeError: they are not.
+        RuntimeError: they are not; or a process has the weight NaN, which says that it has no sums.
     """
     own = torch.tensor([sums.weight, *marks], dtype=torch.float64, device=sums.rows.device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     weights, *others = torch.stack(gathered, dim=1).tolist()
+    if any(map(math.isnan, weights)):
+        raise RuntimeError(
+            "another process of process_group refused its batches: its own error says why"
+        )
     if any(repr(value) != repr(mark[0]) for mark in others for value in mark):
         raise RuntimeError(
             "parameters, buffers or vectors are not the same in all processes of process_group: "

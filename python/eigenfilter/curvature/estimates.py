@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.curvature.scale import times_power
 from eigenfilter.curvature.space import Space
 
 
@@ -30,8 +31,12 @@ class Estimate:
     def of(cls, samples: Tensor) -> Estimate:
         """Return the mean of samples [p]."""
         count = len(samples)
-        error = samples.std() / math.sqrt(count) if count > 1 else torch.full((), torch.nan)
-        return cls(samples.mean(), error.double(), count)
+        # Relative to the largest, for squares to be numbers: by a power of two, which is exact.
+        exponent = int(samples.abs().amax().frexp().exponent) if samples.numel() else 0
+        near = times_power(samples, -exponent)
+        error = near.std() / math.sqrt(count) if count > 1 else torch.full((), torch.nan)
+        mean, spread = near.mean(), error.double()
+        return cls(times_power(mean, exponent), times_power(spread, exponent), count)
 
     def __float__(self) -> float:
         return float(self.value)

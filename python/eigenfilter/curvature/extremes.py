@@ -163,7 +163,7 @@ def worst_share(k: int, start: float) -> float:
 def _read(run: KrylovSchur, failure_probability: float) -> Extremes:
     ritz = run.collect()
     values = torch.from_numpy(ritz.values)
-    residuals = torch.from_numpy(ritz.residuals + run.rounding)
+    residuals = run.scale.up(torch.from_numpy(ritz.residuals + run.rounding))
     n = run.space.dimension
     start = smallest_start(n, failure_probability)
     # Where Q is invariant to rounding, what lies along b by less than that was not seen.
@@ -174,15 +174,16 @@ def _read(run: KrylovSchur, failure_probability: float) -> Extremes:
 
     def end(gaps: Tensor, index: int) -> Extreme:
         seen = 0.0 if run.whole else min(_beyond(gaps, betas, start), most)
-        return Extreme(float(values[index]), float(residuals[index]), seen + run.rounding)
+        value, reach = map(run.scale.up, (float(values[index]), seen + run.rounding))
+        return Extreme(value, float(residuals[index]), reach)
 
     return Extremes(
         top=end(values[-1] - values, -1),
         bottom=end(values - values[0], 0),
-        values=values,
+        values=run.scale.up(values),
         residuals=residuals,
         failure_probability=failure_probability,
-        rounding=run.rounding,
+        rounding=run.scale.up(run.rounding),
         matvecs=run.products,
         exhausted=run.closed,
         n=n,

@@ -45,17 +45,23 @@ class HessianOperator(CurvatureOperator):
         if at is not None:
             self._check_like("at", "[{}]", at, at.ndim == 1)
         made, _ = self._current()
+        given = [] if at is None else [at]
         like = torch.empty(self.shape[0], 1, dtype=self.dtype, device=self.device)
-        sums = Sums(like, made.params)
         exact = self.engine != "finite_difference"
-        with torch.autocast(self.device.type, enabled=False), _placed(made.params, at):
+        with (
+            self._refusing_together(like, given),
+            torch.autocast(self.device.type, enabled=False),
+            _placed(made.params, at),
+        ):
+            sums = Sums(like, made.params)
             for index, batch in enumerate(self._source.batches()):
                 here = made.objective.evaluate(index, batch, exact=exact)
                 weight = 1.0 if self._source.single else here.weight()
-                sums.weight += weight
-                sums.add(gradient(here, made.params), weight, 0)
+                if weight:
+                    sums.weight += weight
+                    sums.add(gradient(here, made.params), weight, 0)
                 del here
-        return self._total(sums, [] if at is None else [at])[0]
+        return self._total(sums, given)[0]
 
     @staticmethod
     def _finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from eigenfilter.curvature.basis import Basis, Floats, RoundedBasis
 from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.curvature.scale import Scale
 from eigenfilter.curvature.space import Space
 
 _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
@@ -24,6 +26,7 @@ class Ritz(NamedTuple):
     vectors: Floats  # S [m, m]: the pairs are theta_i, Q s_i
     residuals: Floats  # [m], ||H Q s_i - theta_i Q s_i||, less what lies along locked vectors
     lost: Floats  # [m], the share of the residuals that is a bound
+    coupling: Floats  # B S [p, m]: what leads from the pairs to the vectors that wait
 
 
 class KrylovSchur:
@@ -53,6 +56,8 @@ class KrylovSchur:
 
         H V s - theta V s = P B s + E s + F s,    ||F s||^2 = sum_j s_j^2 ||F e_j||^2
 
+    All is of 2^-e H, and only `scale` knows e: see `Scale`.
+
     Memory: n (rows + b) elements, in slices where the operator's vectors are cut. Coefficients stay
     on the device until `collect`.
 
@@ -81,7 +86,8 @@ class KrylovSchur:
         self.size = 0  # rows [locked, size) are Q
         self.end = 0  # rows [size, end) are P
         self.products = 0
-        self.norm = 0.0  # of H, as far as it has been seen
+        self.norm = 0.0  # of 2^-e H, as far as it has been seen
+        self.scale = Scale(self.space)
         self._op = op
         self._rows = min(rows, n)
         self.width = width
@@ -99,6 +105,7 @@ class KrylovSchur:
         self._origins: list[int] = []  # of rows [0, end): the first row their product may lie along
         self._children: dict[int, int] = {}  # row multiplied -> row that was new in its product
         self._generator = self.space.generator(seed, device)
+        self.began = slice(0, 0)  # columns of Q that waited when it was begun, or restarted last
 
     @property
     def eps(self) -> float:
@@ -107,9 +114,10 @@ class KrylovSchur:
 
     @property
     def rounding(self) -> float:
-        """A residual as small as rounding in the products makes it: below the smallest normal
-        number vectors have no digits left to be normalised by."""
-        return max(_ROUNDING * self.eps * self.norm, torch.finfo(self._op.dtype).tiny)
+        """A residual as small as rounding in the products makes it: of each element by eps, or by
+        what is left of it below the smallest normal number."""
+        tiny = torch.finfo(self._op.dtype).tiny * math.sqrt(self.space.dimension)
+        return _ROUNDING * self.eps * max(self.norm, math.ldexp(tiny, -self.scale.exponent))
 
     @property
     def closed(self) -> bool:
@@ -143,8 +151,8 @@ class KrylovSchur:
         for i in range(min(self.width, len(self.basis) - first)):
             row = self.basis.blank(first + i).normal_(generator=self._generator)
             if starts is not None and i < len(starts):
-                tiny = torch.finfo(row.dtype).tiny  # starts may have cancelled
-                row *= _RANDOM * self.space.norm(starts[i]).clamp_min(tiny) / self.space.norm(row)
+                length = self.space.norm(starts[i]).clamp_min(self.eps)  # they may have cancelled
+                row *= _RANDOM * length / self.space.norm(row)
                 row += starts[i]
             # Where the basis leaves little room, little remains, with a large error: so again.
             length = self.space.norm(row)
@@ -155,6 +163,7 @@ class KrylovSchur:
             self.basis.put(first + i, row)
             self.end += 1
             self._origins.append(first)
+        self.began = slice(0, self.end - first)
 
     def step(self, most: int) -> int:
         """Multiply the vectors that wait, at most b or `most` of them, and return how many."""
@@ -174,7 +183,7 @@ class KrylovSchur:
                     f"product {self.products} is {list(w.shape)}, {w.dtype}, on {w.device}; the "
                     f"operator takes {list(v.shape[1:])}, {v.dtype}, on {v.device}"
                 )
-        return [w.to(self.basis.rows.device) for w in products]
+        return [self.scale.down(w).to(self.basis.rows.device) for w in products]
 
     def _orthogonalise(self, j: int, w: Tensor) -> None:
         """Fill row j of the coefficients from w = H q_j; let what is new in w wait."""
@@ -241,8 +250,9 @@ class KrylovSchur:
             seen = (np.tril(t - t.T, -1) ** 2).sum(0)
             lost = np.sqrt(np.maximum(lost**2 - seen, 2.0 * self.rounding * lost))
         unknown = np.einsum("j,ji->i", lost, np.abs(vectors))
-        known = np.linalg.norm(np.einsum("jp,ji->pi", b, vectors), axis=0)
-        return Ritz(values, vectors, known + unknown, unknown)
+        coupling: Floats = np.einsum("jp,ji->pi", b, vectors)
+        known = np.linalg.norm(coupling, axis=0)
+        return Ritz(values, vectors, known + unknown, unknown, coupling)
 
     def _cut(self, size: int, end: int) -> None:
         self.size, self.end = size, end
@@ -262,6 +272,7 @@ class KrylovSchur:
         kept_rows[:, :size] = turned
         kept_rows[:, size:end] = left[:, self.size : self.end]
         self._lost[self.locked : size] = ritz.lost[kept]
+        self.began = slice(len(kept), len(kept) + end - size)
         self.size, self.end = size, end
         self._origins = [self.locked] * self.end
         self._children = {}

@@ -14,8 +14,10 @@ from torch import Tensor
 from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.result import EigenResult
+from eigenfilter.curvature.scale import exponent_of, times_power
 from eigenfilter.curvature.space import Space
 from eigenfilter.curvature.stopping import CRITERIA, WHICH, Flags, Indices, Pairs, Rule
+from eigenfilter.curvature.unseen import Unseen
 
 _FEW = 20  # steps in which a pair can converge by luck
 _LEAST_TOL = 1e-6  # the relative error of a value that a basis in float16 stands for
@@ -34,6 +36,7 @@ def eigsh(
     *,
     criterion: str = "value",
     look_for_copies: bool = True,
+    max_miss_probability: float | None = None,
     max_basis: int | None = None,
     basis_device: torch.device | str | None = None,
     basis_dtype: torch.dtype | None = None,
@@ -51,19 +54,22 @@ def eigsh(
         value:    min(r_i, 2 R^2 / (gap_i - R)) <= tol max(|theta_i|, eps^(2/3) ||H||)
         vector:   r_i / gap_i <= tol
 
-    or is as good as rounding allows, 10 eps ||H|| or the smallest normal number, if that is more;
-    eps is of the operator's dtype. For "value", R^2 sums the r^2 of a group of wanted pairs at the
-    end of the spectrum, theta_i among them, and the gap reaches to the next pair, less 3 times its
-    residual; the best group counts. For "vector", which bounds the sine of the angle between v_i
-    and an eigenvector, the gap reaches to the nearest pair that can be told apart: wanted pairs
-    whose intervals theta +- r overlap count as one, and their vectors as a basis of its space.
+    or is as good as rounding allows, 10 eps ||H||, or where products are subnormal 10 of their
+    units sqrt(n); eps is of the operator's dtype. For "value", R^2 sums the r^2 of a group of
+    wanted pairs at the end of the spectrum, theta_i among them, and the gap reaches to the next
+    pair, less 3 times its residual; the best group counts. For "vector", which bounds the sine of
+    the angle between v_i and an eigenvector, the gap reaches to the nearest pair that can be told
+    apart: wanted pairs whose intervals theta +- r overlap count as one, and their vectors as a
+    basis of its space.
 
     One sequence finds one vector of a multiple eigenvalue, or a second one late, through rounding.
     So before it returns, the k pairs are locked, and a sequence from a random start orthogonal to
     them looks for better ones, until the chance that one was missed is below 1 in 10 for the least
-    favourable spectrum; this is repeated while it finds any. (None was missed in 480 trials on
-    spectra like those of networks.) What it finds is joined to the k by a Rayleigh-Ritz step. Where
-    Q is invariant before it holds k pairs, the same is done.
+    favourable spectrum, or for as many products as the pairs took; this is repeated while it finds
+    any. (None was missed in 480 trials on spectra like those of networks.) `miss_probability` of
+    the result bounds that chance; `max_miss_probability` makes it look until it is that small. What
+    it finds is joined to the k by a Rayleigh-Ritz step. Where Q is invariant before it holds k
+    pairs, the same is done.
 
     With `basis_dtype=torch.float16` Q and P are stored in half the memory. Products are taken with
     the stored vectors, T is measured from them and corrected by their Gram matrix: see
@@ -93,6 +99,10 @@ def eigsh(
         look_for_copies: whether to look for pairs that one sequence cannot see, or has not told
             apart: without it a cluster narrower than about sqrt(tol) may count as one value, unless
             criterion is "vector".
+        max_miss_probability: in (0, 1), to look for such pairs until the probability that one was
+            missed, as the result reports it, is at most this; None for what suffices as a rule. It
+            usually takes a few products more, and many where the worst wanted value has copies
+            beyond the k.
         max_basis: the most columns of Q, >= min(n, k + 2 b + 2). By default 20 for k <= 8, 2 k for
             some tens, 1.5 k for k >= 40; more where b > 1, and up to 256 where these are no more
             than 2^22 elements.
@@ -123,13 +133,14 @@ def eigsh(
     limit = max(300, 20 * k) if max_matvecs is None else max_matvecs
     rows = default_basis(op.shape[0], k, width) if max_basis is None else max_basis
     _check(op, k, which, tol, criterion, limit, width, rows)
+    _check_probability(max_miss_probability, look_for_copies)
     if basis_dtype not in (None, op.dtype):
         _check_rounded(op, basis_dtype, tol, criterion)
     device = op.device if basis_device is None else torch.device(basis_device)
     starts = None if v0 is None else _starts(op, v0, width).to(device)
     with getattr(op, "fixed", nullcontext)():
         run = KrylovSchur(op, rows, width, seed, device, basis_dtype)
-        search = _Search(run, k, which, tol, criterion)
+        search = _Search(run, k, which, tol, criterion, max_miss_probability)
         result = search.solve(starts, limit, look_for_copies)
     if not (search.complete and result.converged.all()):
         warnings.warn(result.reason, RuntimeWarning, stacklevel=3)
@@ -174,6 +185,18 @@ def _check(
         )
 
 
+def _check_probability(most: float | None, look_for_copies: bool) -> None:
+    if most is None:
+        return
+    if not 0 < most < 1:
+        raise ValueError(f"max_miss_probability must be in (0, 1) or None, not {most}")
+    if not look_for_copies:
+        raise ValueError(
+            "max_miss_probability needs the look for copies, which finds what was missed: leave "
+            "look_for_copies=False out"
+        )
+
+
 def _check_rounded(
     op: SymmetricOperator, basis_dtype: torch.dtype | None, tol: float, criterion: str
 ) -> None:
@@ -202,20 +225,35 @@ def _starts(op: SymmetricOperator, v0: Tensor | EigenResult, width: int) -> Tens
     n = space.length
     if v.ndim != 2 or v.shape[0] != n or not v.shape[1]:
         raise ValueError(f"v0 must have shape [{n}] or [{n}, c], not {list(given.shape)}")
-    v = v.detach().to(op.device, op.dtype)
-    norms = space.dot(v.T, v.T).sqrt().to(v.dtype)
-    if not ((norms > 0) & norms.isfinite()).all():
-        raise ValueError("v0 must be finite and not zero")
-    return torch.stack(
-        [v[:, i::width] @ norms[i::width].reciprocal() for i in range(min(width, v.shape[1]))]
-    )
+    v = v.detach().to(op.device, torch.promote_types(v.dtype, op.dtype))
+    starts = torch.zeros(min(width, v.shape[1]), n, dtype=op.dtype, device=op.device)
+    for i, column in enumerate(v.unbind(1)):
+        # As `Scale` does it, for squares to be numbers and for another dtype to hold it.
+        exponent = exponent_of(space, column)
+        one = times_power(column, -(exponent or 0)).to(op.dtype)
+        norm = float(space.norm(one))
+        if not 0 < norm < math.inf:
+            raise ValueError("v0 must be finite and not zero")
+        starts[i % width].add_(one, alpha=1 / norm)
+    return starts
 
 
 class _Search:
     """The sequences, one after another, that lead to k pairs and show that no better are left."""
 
-    def __init__(self, run: KrylovSchur, k: int, which: str, tol: float, criterion: str) -> None:
+    def __init__(
+        self,
+        run: KrylovSchur,
+        k: int,
+        which: str,
+        tol: float,
+        criterion: str,
+        most_missed: float | None,
+    ) -> None:
         self._run = run
+        self._most_missed = most_missed  # the probability, or None for what suffices as a rule
+        self._unseen: Unseen | None = None  # of the present look
+        self._looks = 0  # for pairs better than k that are locked
         self.complete = False  # whether products sufficed for what was to be done
         self._k = k
         self._asked = which, tol, criterion
@@ -236,13 +274,14 @@ class _Search:
             self._advance(limit)
             ritz, rule, picked, wanted, pairs = self._look()
             enough = len(picked) == self._k
-            self._wait = self._steps_left(rule, pairs, picked)
+            self._wait = self._steps_left(rule, ritz, pairs, picked)
             settled = enough and self._wait == 0
             news = bool(wanted.any()) or (settled and self._moved(rule))
             complete = settled and (not look_for_copies or (self._looking and not news))
             complete = complete or run.whole
             done = complete or (enough and run.products >= limit)
             if (done or settled or run.closed) and news and run.locked:
+                self._unseen = None
                 run.unlock(self._locked.residuals)
                 self._locked = Pairs.none()
                 ritz, rule, picked, wanted, pairs = self._look()
@@ -251,12 +290,14 @@ class _Search:
                     excess[picked] = 0.0
                     pairs = replace(pairs, excess=excess)
             if done:
-                self.complete = complete
-                return self._result(ritz, rule, pairs, picked, complete)
+                self.complete = complete and self._missed(ritz) <= (self._most_missed or 1.0)
+                return self._result(ritz, rule, pairs, picked)
             if settled or run.closed:
-                self._lock(ritz, pairs, picked)
+                self._lock(rule, ritz, pairs, picked)
                 run.begin()
             elif run.full:
+                if self._unseen is not None:
+                    self._unseen.restarted(ritz, run.began, run.rounding)
                 run.restart(ritz, self._kept(rule, ritz, wanted))
 
     def _moved(self, rule: Rule) -> bool:
@@ -322,7 +363,15 @@ class _Search:
         among[picked] = True
         return picked, among[self._run.locked :]
 
-    def _steps_left(self, rule: Rule, pairs: Pairs, picked: Indices) -> int:
+    def _missed(self, ritz: Ritz) -> float:
+        """Return the probability, at most, that a pair was missed."""
+        run = self._run
+        if run.whole:
+            return 0.0
+        unseen = self._unseen
+        return 1.0 if unseen is None else unseen.probability(ritz, run.began, run.rounding)
+
+    def _steps_left(self, rule: Rule, ritz: Ritz, pairs: Pairs, picked: Indices) -> int:
         """Return how many steps to take before T is looked at again; 0 if the present sequence has
         no more to give."""
         run = self._run
@@ -332,6 +381,8 @@ class _Search:
         if not (self._looking and bool((picked < run.locked).all())):
             excess = float(pairs.excess[picked].max(initial=0.0))
             return min(self._forecast(excess), most) if excess else 0
+        if self._most_missed is not None:
+            return 0 if self._missed(ritz) <= self._most_missed else most
         others = pairs[run.locked :]
         needed = rule.steps_to_exhaust(self._locked.values, others, run.space.dimension)
         if self._cold:
@@ -341,13 +392,17 @@ class _Search:
         left = needed - (run.products - self._began) // run.width
         return math.ceil(min(max(left, 0.0), most))
 
-    def _lock(self, ritz: Ritz, pairs: Pairs, picked: Indices) -> None:
+    def _lock(self, rule: Rule, ritz: Ritz, pairs: Pairs, picked: Indices) -> None:
         run = self._run
         if len(picked) == self._k and not self._looking:
             self._looking = True
             self._searched = run.products
         run.lock(ritz, picked)
         self._locked = pairs[picked]
+        if self._looking:
+            self._looks += 1
+            levels = rule.levels(self._locked.values)
+            self._unseen = Unseen(run.space.dimension, levels, self._looks)
         self._began = run.products
         self._past = None
 
@@ -357,9 +412,7 @@ class _Search:
         count = least + int(THICKNESS * max(len(wanted) - least, 0))
         return np.sort(rule.best(ritz.values, min(count, self._run.most_kept)))
 
-    def _result(
-        self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Indices, complete: bool
-    ) -> EigenResult:
+    def _result(self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Indices) -> EigenResult:
         run = self._run
         picked = picked[rule.best(pairs.values[picked], self._k)]
         pairs = pairs[picked]
@@ -376,21 +429,32 @@ class _Search:
                 f"stopped after {run.products} products with {found} of {self._k} pairs "
                 "converged: raise max_matvecs, loosen tol, or ask for fewer pairs"
             )
-        elif complete:
+        elif self.complete:
             reason = f"{found} pairs converged"
+        elif run.closed:
+            reason = (
+                f"{found} pairs converged; rounding may hide another one with a probability of "
+                f"{self._missed(ritz):.2g}, beyond max_miss_probability: use "
+                "float64, or leave it out"
+            )
         else:
             reason = (
                 f"{found} pairs converged; max_matvecs cut the look for copies short: raise it, or "
                 "leave the look out by look_for_copies=False"
             )
         vectors = run.vectors(ritz, picked)
+        values, residuals, errors = (
+            torch.from_numpy(run.scale.up(found)).to(vectors)
+            for found in (pairs.values, pairs.residuals, pairs.errors)
+        )
         return EigenResult(
-            values=torch.from_numpy(pairs.values).to(vectors),
+            values=values,
             vectors=vectors,
-            residuals=torch.from_numpy(pairs.residuals).to(vectors),
-            errors=torch.from_numpy(pairs.errors).to(vectors),
+            residuals=residuals,
+            errors=errors,
             converged=torch.from_numpy(pairs.met).to(vectors.device),
             matvecs=run.products,
+            miss_probability=self._missed(ritz),
             copy_matvecs=run.products - self._searched if self._looking else 0,
             orthogonality=run.orthogonality(),
             reason=reason,

@@ -16,9 +16,19 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from eigenfilter.curvature.data import cast, leaves, moved
+from eigenfilter import _distributed
+from eigenfilter.curvature.data import (
+    Misweighed,
+    cast,
+    divisible,
+    leaves,
+    moved,
+    pieces,
+    samples_of,
+)
 from eigenfilter.curvature.nodes import leaves_reached, nodes
 from eigenfilter.curvature.survey import survey
+from eigenfilter.curvature.weights import Weights, attempt, check_values
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +57,8 @@ class Evaluation(NamedTuple):
 
     value: Tensor
     outer: Outer | None
-    weight: Callable[[], float]
+    weight: Callable[[], float]  # 0 for a batch that is to be left out; checked by the loss once
+    claimed: Callable[[], float]  # the same unchecked
     around: Callable[[], AbstractContextManager[None]]
     holders: Sequence[Tensor] | None = None  # see `pullback.pulled_back`
 
@@ -96,8 +107,10 @@ class Objective:
         train: bool,
         autocast: torch.dtype | None,
         seed: int,
+        alone: bool,
     ) -> None:
-        """See `operators.CurvatureOperator`; `finish`: loss_fn, output, target -> value, outer."""
+        """See `operators.CurvatureOperator`; `finish`: loss_fn, output, target -> value, outer;
+        `alone`: whether no other process holds data."""
         self.tree = _Tree([m for m in (model, loss_fn) if isinstance(m, nn.Module)])
         self.mean = mean
         self.autocast = autocast
@@ -109,7 +122,11 @@ class Objective:
         self._loss_fn = loss_fn
         self._finish = finish
         self._forward = forward
+        self._alone = alone and not _distributed.is_fsdp(self.tree)
         self._weight = weight
+        self._weights = Weights(weight, self._total, alone=self._alone)
+        self._refused: str | None = None  # why the first batch does not weigh what is said
+        self._checked: set[tuple[int, int]] = set()  # batches whose weights are what f says
         self._train = train
         self._seed = seed
 
@@ -136,6 +153,7 @@ class Objective:
         made.tree = _Tree([m for m in (made.model, made._loss_fn) if isinstance(m, nn.Module)])
         made.tree.to(dtype)
         made.watched = [made.tree.get_parameter(name) for name in self.names(self.watched)]
+        made._weights = Weights(made._weight, made._total, alone=made._alone)
         made.foreign = frozenset(id(p) for p in self.tree.parameters())
         made._dtype = dtype
         return made
@@ -223,11 +241,11 @@ class Objective:
                 found = outer(z)
             return surrounded(z) if self._met([found]) else found
 
-        samples = float(output.shape[0]) if isinstance(output, Tensor) and output.ndim else None
         return Evaluation(
             value,
             None if outer is None else surrounded,
-            lambda: self._samples(batch, samples),
+            _weighing(lambda: self._weigh(index, batch, output, target)),
+            _weighing(lambda: self._weights.of(batch, output) if self.mean else 1.0),
             lambda: self.around(index, replaced),
             self._holders(batch, value) if self.known.by_backward else None,
         )
@@ -247,41 +265,87 @@ class Objective:
         own = [*self.tree.parameters(), *leaves(batch), *leaves_reached([value])]
         return list({id(t): t for t in own if t.is_leaf and t.requires_grad}.values())
 
-    def _samples(self, batch: Any, samples: float | None) -> float:
-        """Return w_b; 1 where batches are added."""
+    def _total(self, output: Any, target: Any) -> Tensor:
+        value, outer = self._finish(self._loss_fn, output, target, self.mean)
+        return value if outer is None else outer(value)
+
+    def _weigh(self, index: int, batch: Any, output: Any, target: Any) -> float:
+        """Return w_b, checked the first time; 1 where batches are added."""
         if not self.mean:
             return 1.0
-        if self._weight is not None:
-            value = float(self._weight(batch))
-        elif samples is not None:
-            value = samples
-        else:
-            raise ValueError(
-                "the number of samples is unknown, because the output is not a tensor with a "
-                "leading dimension: pass weight, or reduction='sum'"
-            )
-        if not 0 < value < math.inf:
-            raise ValueError(f"a batch weighs {value}; weights must be positive and finite")
-        return value
+        weight = self._weights.of(batch, output)
+        key = index, len(output) if isinstance(output, Tensor) and output.ndim else 0
+        if weight and key not in self._checked:
+            if self._refused is not None:
+                raise ValueError(self._refused)
+            try:
+                self._check_weight(index, batch, output, target)
+            except ValueError as error:
+                if self._checked or not self._alone:
+                    raise
+                self._refused = str(error)  # a batch alone may weigh anything: see if others come
+            self._checked.add(key)
+        return weight
+
+    def _check_weight(self, index: int, batch: Any, output: Any, target: Any) -> None:
+        """Check what a batch weighs by its loss, or else by f on its halves."""
+        eps = _eps(self.autocast, output if isinstance(output, Tensor) else self._parameter)
+        surroundings = self._surroundings(index, frozenset(self.known.fused))
+        with surroundings, _spared_buffers(self.tree), torch.enable_grad():
+            told = self._weights.check(index, batch, output, target, eps)
+        if not told:
+            self._check_halves(index, batch, eps)
+
+    def _check_halves(self, index: int, batch: Any, eps: float) -> None:
+        """Check what a batch weighs by f on it and on its halves.
+
+        In evaluation mode, whatever that of the operator: batch statistics and dropout couple
+        samples. Not of a model that FSDP2 shards, where all processes would have to do the same.
+        """
+        samples = samples_of(batch) or 0
+        if samples < 2 or not divisible(batch, samples) or _distributed.is_fsdp(self.tree):
+            return
+        values: list[float] = []
+        replaced = frozenset(self.known.fused)
+        surroundings = self._surroundings(index, replaced, train=False)
+        with attempt("f on half a batch"), surroundings, torch.enable_grad():
+            found = [
+                self._evaluate(index, part, replaced)
+                for part in (batch, *pieces(batch, -(-samples // 2)))
+            ]
+            values = [float(one.total().detach()) for one in found]
+            weights = [one.claimed() for one in found]
+        if values:
+            check_values(index, values, weights, math.sqrt(eps))
 
     @contextmanager
-    def around(self, index: int, replaced: frozenset[str] = frozenset()) -> Iterator[None]:
+    def around(
+        self,
+        index: int,
+        replaced: frozenset[str] = frozenset(),
+        *,
+        train: bool | None = None,
+    ) -> Iterator[None]:
         """Set modes, random numbers and buffers for a batch; put all back afterwards.
 
         Args:
             index: of the batch.
             replaced: of `_FUSED`, the operations for which others stand in.
+            train: the mode, if not the operator's.
         """
+        train = self._train if train is None else train
         with ExitStack() as stack:
-            stack.enter_context(self._modes())
+            stack.enter_context(self._modes(train))
             stack.enter_context(_kernels(replaced))
-            if self._train:
+            if train:
                 stack.enter_context(_spared_buffers(self.tree))
             stack.enter_context(_replayed(self._seed + index, self._device))
             yield
 
     @contextmanager
-    def _surroundings(self, index: int, replaced: frozenset[str]) -> Iterator[None]:
+    def _surroundings(
+        self, index: int, replaced: frozenset[str], *, train: bool | None = None
+    ) -> Iterator[None]:
         """Also set autocast, for the forward pass."""
         autocast = torch.autocast(
             self._device.type,
@@ -289,19 +353,23 @@ class Objective:
             enabled=self.autocast is not None,
             cache_enabled=False,  # parameters may move while a context around this one lasts
         )
-        with self.around(index, replaced), autocast:
+        with self.around(index, replaced, train=train), autocast:
             yield
 
     @property
+    def _parameter(self) -> Tensor:
+        return next(self.tree.parameters())
+
+    @property
     def _device(self) -> torch.device:
-        return next(self.tree.parameters()).device
+        return self._parameter.device
 
     @contextmanager
-    def _modes(self) -> Iterator[None]:
+    def _modes(self, train: bool) -> Iterator[None]:
         modes = [(module, module.training) for module in self.tree.modules()]
         sparse = [m for m, _ in modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
         try:
-            self.tree.train(self._train)
+            self.tree.train(train)
             for embedding in sparse:  # vectors are dense, and so may be its gradients
                 embedding.sparse = False
             yield
@@ -310,6 +378,24 @@ class Objective:
                 module.training = training
             for embedding in sparse:
                 embedding.sparse = True
+
+
+def _eps(autocast: torch.dtype | None, of: Tensor) -> float:
+    """The unit of rounding in a loss."""
+    own = torch.finfo(of.dtype).eps if of.is_floating_point() else 0.0
+    return own if autocast is None else max(own, torch.finfo(autocast).eps)
+
+
+def _weighing(weigh: Callable[[], float]) -> Callable[[], float]:
+    """Let what weights are refused for be told from what engines fail by."""
+
+    def told() -> float:
+        try:
+            return weigh()
+        except ValueError as error:
+            raise Misweighed(str(error)) from error
+
+    return told
 
 
 class _Tree(nn.Module):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -93,9 +94,11 @@ class CurvatureOperator(SymmetricMatrix):
         reduction: "mean" or "sum".
         forward: (model, batch) -> (output, target), for batches of any other layout; moves them to
             the device itself.
-        weight: batch -> w_b > 0, for reduction="mean" where the number of samples, taken to be the
+        weight: batch -> w_b >= 0, for reduction="mean" where the number of samples, taken to be the
             leading dimension of the output, is not what `loss_fn` averages over: ignored tokens,
-            say, or an output that is not a tensor.
+            class weights, or an output that is not a tensor. A batch that weighs 0 is left out. Of
+            several batches all are checked, each once, by the derivative of the loss with regard to
+            the output: see `weights.Weights`.
         process_group: of the processes that hold data, each its own, when they all multiply by the
             same vectors at the same x: C is that of all data, by one sum over processes a product.
             Under DistributedDataParallel the module inside is used. None for this process alone,
@@ -120,7 +123,8 @@ class CurvatureOperator(SymmetricMatrix):
 
     Raises:
         ValueError: an argument is not as above; the parameters are not real and floating, of one
-            dtype, on one device; they are sharded, and not as above.
+            dtype, on one device; they are sharded, and not as above. From a product, when batches
+            weigh something else than their loss averages over, or nothing at all.
         RuntimeError: from a product, when an optimizer holds the parameters away from x, when
             something changed inside `fixed()`, when a loader gives other batches in a second pass,
             when processes differ in x or in the vectors, when a parameter moves f and gets no
@@ -170,6 +174,7 @@ class CurvatureOperator(SymmetricMatrix):
             train=mode == "train",
             autocast=autocast,
             seed=seed,
+            alone=process_group is None,
         )
         self._source = source_of(
             data, pairs=forward is None, alone=process_group is None, seed=seed
@@ -215,6 +220,11 @@ class CurvatureOperator(SymmetricMatrix):
     def engine(self) -> str:
         """The engine asked for; with "auto", the one of the last product."""
         return self._engine.name
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters f depends on: the model, and loss_fn if it is a module."""
+        return tuple(self._objective.tree.members)
 
     @property
     def leads(self) -> bool:
@@ -274,15 +284,34 @@ class CurvatureOperator(SymmetricMatrix):
     def _multiply(self, V: Tensor) -> Tensor:
         """Return (C V)^T [b, n]."""
         made, _ = self._current()
-        with torch.autocast(self.device.type, enabled=False):
+        with self._refusing_together(V, [V]), torch.autocast(self.device.type, enabled=False):
             sums = self._engine.multiply(made, self._source, self._bytes, V.detach())
         return self._total(sums, [V])
 
+    @contextmanager
+    def _refusing_together(self, like: Tensor, given: list[Tensor]) -> Iterator[None]:
+        """A context of this process's sums; what it refuses, the others of its group learn of."""
+        try:
+            yield
+        except ValueError:
+            if self._group is not None and self.slices is None:
+                none = Sums(like, self.params)
+                none.weight = math.nan
+                with suppress(RuntimeError):  # which `_total` raises in all processes
+                    self._total(none, given)
+            raise
+
     def _total(self, sums: Sums, given: list[Tensor]) -> Tensor:
-        """Return the mean or sum over all processes' batches, which were given the same vectors."""
+        """Return the mean or sum over all processes' batches, which were given the same vectors.
+
+        Raises:
+            ValueError: no batch weighs anything.
+        """
         if self._group is not None and self.slices is None:
             marks = [checksum(tensors) for tensors in (self._tensors()[0], given) if tensors]
             reduce(sums, marks, self._group)
+        if sums.weight == 0:
+            raise ValueError("no batch weighs anything: weight gave 0 for all of them")
         if self._objective.mean and sums.weight != 1.0:
             sums.rows.div_(sums.weight)
         return sums.rows

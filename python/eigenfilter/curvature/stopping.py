@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from eigenfilter.curvature.basis import Floats
 from eigenfilter.curvature.krylov_schur import Ritz
+from eigenfilter.curvature.unseen import Levels
 
 Indices: TypeAlias = NDArray[np.intp]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -149,6 +150,15 @@ class Rule:
             exponent = math.log(1.648 * math.sqrt(n) / _MISS)
             steps = max(steps, (exponent / root + 1.0) / 2.0 if root > 0 else math.inf)
         return steps
+
+    def levels(self, found: Floats) -> Levels:
+        """Return what an eigenvalue must lie beyond for the values `found` to lack it: the worst of
+        them, by the error allowed."""
+        low, high = self._worst(found)
+        return (
+            None if low is None else low - float(self.allowed(np.array(low))),
+            None if high is None else high + float(self.allowed(np.array(high))),
+        )
 
     def _worst(self, found: Floats) -> tuple[float | None, float | None]:
         """Return what a value must pass to be wanted, at the low end and at the high end."""

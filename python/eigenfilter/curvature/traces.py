@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -13,6 +14,7 @@ from eigenfilter.curvature.estimates import (
     signs,
 )
 from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.curvature.scale import Scale
 from eigenfilter.curvature.space import Space
 
 
@@ -48,19 +50,20 @@ def trace(op: SymmetricOperator, matvecs: int = 60, *, seed: int = 0) -> Estimat
     space = Space(op)
     third = matvecs // 3
     random = space.generator(seed, op.device)
+    scale = Scale(space)
     with getattr(op, "fixed", nullcontext)():
         basis = signs(op, min(third, space.dimension), random)
-        basis = space.orthonormal(op.matmat(basis.T).T, random)
-        exact = space.dot(basis, op.matmat(basis.T).T).sum()
+        basis = space.orthonormal(scale.down(op.matmat(basis.T)).T, random)
+        exact = space.dot(basis, scale.down(op.matmat(basis.T)).T).sum()
         if len(basis) == space.dimension:
             check_finite(exact)
-            return Estimate(exact.cpu(), torch.zeros((), dtype=torch.float64), 1)
+            return Estimate(scale.up(exact).cpu(), torch.zeros((), dtype=torch.float64), 1)
         probes = signs(op, third, random)
         space.project_out(probes, basis)
         del basis
-        rest = space.dot(probes, op.matmat(probes.T).T)
+        rest = space.dot(probes, scale.down(op.matmat(probes.T)).T)
     check_finite(exact, rest)
-    return Estimate.of((exact + rest).cpu())
+    return Estimate.of(scale.up(exact + rest).cpu())
 
 
 @torch.no_grad()
@@ -87,7 +90,9 @@ def diagonal(op: SymmetricOperator, probes: int = 100, *, seed: int = 0) -> Esti
     check_real(op)
     space = Space(op)
     mean = torch.zeros(space.length, dtype=torch.float64, device=op.device)
-    spread = torch.zeros_like(mean)  # of the squares about the mean, by Welford's update
+    # The root of the sum of squares about the mean, by Welford's update: squares themselves need
+    # not be numbers, and each element has its own size.
+    spread = torch.zeros_like(mean)
     random = space.generator(seed, op.device)
     with getattr(op, "fixed", nullcontext)():
         for i in range(probes):
@@ -95,8 +100,8 @@ def diagonal(op: SymmetricOperator, probes: int = 100, *, seed: int = 0) -> Esti
             sample = (s * op.matvec(s)).double()
             off = sample - mean
             mean += off / (i + 1)
-            spread += off * (sample - mean)
-    check_finite(space.total(mean.sum()))
-    variance = spread / max(probes - 1, 1)
-    error = (variance / probes).sqrt() if probes > 1 else torch.full_like(mean, torch.nan)
-    return Estimate(mean, error, probes)
+            torch.hypot(spread, off * math.sqrt(i / (i + 1)), out=spread)
+    check_finite(space.total(torch.where(mean.isfinite(), 0.0, torch.nan).sum()))
+    if probes == 1:
+        return Estimate(mean, torch.full_like(mean, torch.nan), probes)
+    return Estimate(mean, spread / math.sqrt((probes - 1) * probes), probes)

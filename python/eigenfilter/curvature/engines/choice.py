@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.data import Listed, Source
-from eigenfilter.curvature.engines.double_backward import WIDTH, split_to_fit
+from eigenfilter.curvature.engines.double_backward import WIDTH, first_batch, split_to_fit
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
 from eigenfilter.curvature.engines.graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
@@ -41,9 +41,8 @@ def choose(
     The others follow, for the case that it fails. A graph is built once a point if every batch's
     fits `budget`, once a pass if not.
     """
-    batch = next(source.batches())
+    batch, evaluation = first_batch(objective, source, graph=True)
     given = objective, Listed([batch], pairs=False), params
-    evaluation = objective.evaluate(0, batch)
     weights = list(objective.tree.parameters())
     # Foretold, since building a graph that does not fit may be what the budget is to prevent.
     size = _GROWTH * graph_bytes([evaluation.value], weights)

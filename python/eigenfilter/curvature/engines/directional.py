@@ -57,6 +57,8 @@ class Directional:
         block = split(V.T, self._params)
         for index, batch in enumerate(self._source.batches()):
             place = self._begin(index, batch)
+            if place.weight == 0:
+                continue
             sums.weight += place.weight
             for row in range(V.shape[1]):
                 sums.add(product(place, [piece[row] for piece in block], row), place.weight, row)
@@ -86,21 +88,23 @@ class Directional:
             for registered in hooks:
                 registered.remove()
 
-    def _first(self, index: int, batch: Any, here: Evaluation) -> None:
-        """Look at a batch that is met for the first time."""
-        if index == 0 and self._exact:
+    def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
+        """Look at a batch that is met for the first time; `leading`: the first that weighs."""
+        if leading and self._exact:
             check_recorded(here, self._params)
 
     def _begin(self, index: int, batch: Any) -> Place:
         first = index == len(self._weights)
-        if self._hessian and not first:
+        if not first and (self._hessian or self._weights[index] == 0):
             return Place(index, batch, self._weights[index])
         here = self._objective.evaluate(index, batch, exact=self._exact)
         self._hessian = here.outer is None
         if first:
-            self._first(index, batch, here)
+            begun = any(self._weights)
             self._weights.append(1.0 if self._source.single else here.weight())
-        if self._hessian:
+            if self._weights[index]:
+                self._first(index, batch, here, leading=not begun)
+        if self._hessian or self._weights[index] == 0:
             return Place(index, batch, self._weights[index])
         with torch.enable_grad(), explained(), here.around():
             return Place(index, batch, self._weights[index], Pullback(here, self._params))

@@ -11,7 +11,7 @@ from eigenfilter.curvature.data import Pieces, Source, pieces, samples_of
 from eigenfilter.curvature.engines.graphs import Graph, graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
 from eigenfilter.curvature.engines.vectors import Sums, split
-from eigenfilter.curvature.objective import Objective
+from eigenfilter.curvature.objective import Evaluation, Objective
 
 WIDTH = 32  # vectors in one vectorised pass: more cost memory and gain nothing
 _PROBE = 8  # a batch's memory is foretold from this fraction of its samples
@@ -28,27 +28,30 @@ class Graphs:
         self._objective = objective
         self._source = source
         self._free = budget
-        self._kept: dict[int, tuple[Graph, float]] = {}
+        self._kept: dict[int, tuple[Graph, float] | None] = {}  # None where nothing is weighed
         self._complete = False  # whether every batch has its graph kept
 
     def each(self) -> Iterator[tuple[Graph, float]]:
         """Yield each batch's graph and weight; drop a graph before asking for the next one."""
         if self._complete:
-            yield from self._kept.values()
+            yield from filter(None, self._kept.values())
             return
         index = -1
         for index, batch in enumerate(self._source.batches()):
             if index not in self._kept:
                 evaluation = self._objective.evaluate(index, batch)
                 weight = 1.0 if self._source.single else evaluation.weight()
+                if weight == 0:
+                    self._kept[index] = None
+                    continue
                 graph = graph_of(evaluation, self.params)
                 del evaluation
                 if self._free:
                     self._keep(index, graph, weight)
                 yield graph, weight
                 del graph
-            else:
-                yield self._kept[index]
+            elif (kept := self._kept[index]) is not None:
+                yield kept
         self._complete = index + 1 == len(self._kept)
 
     def clear(self) -> None:
@@ -99,22 +102,38 @@ def split_to_fit(
         ValueError: a batch cannot be split, or f on it is not the weighted mean (or sum) of f on
             its pieces: with batch statistics or dropout of mode="train", say.
     """
-    batch = next(source.batches())
+    batch, _ = first_batch(objective, source)
     size = piece_size(objective, batch, params, budget)
     whole = objective.value(0, batch)
     parts = [objective.value(0, piece) for piece in pieces(batch, size)]
-    weights = [part.weight() for part in parts]
-    shares = [w * float(part.total()) for w, part in zip(weights, parts, strict=True)]
-    found = sum(shares) / (sum(weights) if objective.mean else 1.0)
+    claimed = [part.claimed() for part in parts]
+    weights = [w / sum(claimed) if objective.mean else w for w in claimed]
+    shares = [w * float(part.total()) for w, part in zip(weights, parts, strict=True) if w]
+    found = sum(shares)
     expected = float(whole.total())
     eps = torch.finfo(objective.autocast or params[0].dtype).eps
     if not abs(found - expected) <= eps**0.5 * max(map(abs, [expected, *shares])):
         raise ValueError(
             f"f is {expected:.6g} on a batch and {found:.6g} on its pieces: samples are coupled, "
-            "by batch statistics or dropout say, or weigh otherwise than weight tells, so batches "
-            "cannot be split: choose another engine, or make the batches smaller"
+            "by batch statistics or dropout say, or weigh otherwise than weight= and reduction= "
+            "tell, so batches cannot be split: pass these, choose another engine, or make the "
+            "batches smaller"
         )
     return Pieces(source, size)
+
+
+def first_batch(
+    objective: Objective, source: Source, *, graph: bool = False
+) -> tuple[object, Evaluation]:
+    """Return the first batch that weighs anything, evaluated; else the first."""
+    first = None
+    for batch in source.batches():
+        found = batch, (objective.evaluate if graph else objective.value)(0, batch)
+        if source.single or found[1].claimed():
+            return found
+        first = first or found
+    assert first is not None
+    return first
 
 
 def piece_size(objective: Objective, batch: object, params: Sequence[Tensor], budget: int) -> int:

@@ -15,6 +15,7 @@ from eigenfilter.curvature.engines.graphs import gradient
 from eigenfilter.curvature.engines.vectors import Sums
 from eigenfilter.curvature.objective import Evaluation, Objective
 from eigenfilter.curvature.pullback import Products
+from eigenfilter.curvature.scale import norms
 
 _EVERY = 16  # products from one check of the error to the next
 _PLAUSIBLE = 0.1
@@ -45,8 +46,8 @@ class FiniteDifference(Directional):
         eps = torch.finfo(params[0].dtype).eps
         if objective.autocast is not None:
             eps = max(eps, torch.finfo(objective.autocast).eps)
-        norms = torch.stack(torch._foreach_norm(self._moving))
-        self._step = eps ** (1 / 3) * (1 + float(self._norms(norms)))
+        lengths = torch.stack(torch._foreach_norm(self._moving))
+        self._step = eps ** (1 / 3) * (1 + float(self._norms(lengths)))
 
     def multiply(self, V: Tensor) -> Sums:
         """Return the products with V [n, b], summed over batches.
@@ -54,20 +55,20 @@ class FiniteDifference(Directional):
         Warns:
             RuntimeWarning: a product is off by more than a tenth.
         """
-        norms = self._norms(V)
-        steps = (self._step / norms.masked_fill(norms == 0, 1.0)).tolist()
+        lengths = self._norms(V)
+        steps = (self._step / lengths.masked_fill(lengths == 0, 1.0)).tolist()
         sums = self._differences(V, steps)
         self._since += V.shape[1]
         if self._since > _EVERY:
             self._since = 1
             twice = self._differences(V[:, :1], [2 * steps[0]])
-            self._judge(sums, twice, norms)
+            self._judge(sums, twice, lengths)
         return sums
 
-    def _judge(self, sums: Sums, twice: Sums, norms: Tensor) -> None:
+    def _judge(self, sums: Sums, twice: Sums, lengths: Tensor) -> None:
         # A product that is small beside the others has an error that is so, too.
-        sizes = self._norms(sums.rows.T) / norms
-        off = self._norms(sums.rows[0] - twice.rows[0]) / norms[0]
+        sizes = self._norms(sums.rows.T) / lengths
+        off = self._norms(sums.rows[0] - twice.rows[0]) / lengths[0]
         error = float(off / sizes.nan_to_num(0.0).max())
         if not math.isfinite(error):  # all is zero, or not finite, which solvers report
             return
@@ -118,5 +119,4 @@ class FiniteDifference(Directional):
 
     def _norms(self, v: Tensor) -> Tensor:
         """Return the norms of v [n] or of the columns of v [n, b]."""
-        norms: Tensor = torch.linalg.vector_norm(v, dim=0)
-        return norms
+        return norms(v)

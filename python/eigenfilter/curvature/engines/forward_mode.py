@@ -50,10 +50,10 @@ class ForwardOverReverse(Directional):
         """Return the products with V [n, b], summed over batches."""
         return self._sum(V, self._product)
 
-    def _first(self, index: int, batch: Any, here: Evaluation) -> None:
-        super()._first(index, batch, here)
+    def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
+        super()._first(index, batch, here, leading=leading)
         self._expected[index] = here.value.detach()
-        if index == 0:
+        if leading:
             at = {n: x.clone().requires_grad_() for n, x in zip(self._names, self._x, strict=True)}
             with _explained(), self._constants():
                 value = self._objective.evaluate(index, batch, at).value

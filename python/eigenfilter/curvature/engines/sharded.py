@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from eigenfilter.curvature.engines.finite_difference import FiniteDifference
 from eigenfilter.curvature.engines.vectors import Sums, split
 from eigenfilter.curvature.objective import Evaluation, Objective
 from eigenfilter.curvature.pullback import Products, dense
+from eigenfilter.curvature.scale import norms
 from eigenfilter.curvature.slices import ShardSlices
 
 
@@ -61,7 +63,7 @@ class ShardedDifference(FiniteDifference):
         known = len(self._totals) if self._complete else 0
         if not known:
             self._weights, self._totals = [], []
-        batch, index = None, 0
+        batch, index, weighty = None, 0, None
         while True:
             following = next(batches, ended)
             if known and index == known:
@@ -72,11 +74,25 @@ class ShardedDifference(FiniteDifference):
                 return
             batch = following if more else batch
             if not known:
-                weight = self._weigh(index, batch)
-                self._weights.append(weight if more else 0.0)
-                self._totals.append(self._slices.sum_of_all(self._weights[index]))
-            yield Place(index, batch, self._weights[index])
+                self._note_weight(index, batch, more)
+            weight = self._weights[index]
+            if weight:
+                weighty = batch
+            # A pass with weight 0 must leave zeros: not of a batch whose loss may be no number.
+            yield Place(index, batch if weight or weighty is None else weighty, weight)
             index += 1
+
+    def _note_weight(self, index: int, batch: object, more: bool) -> None:
+        """Note what a batch weighs here, and in all processes; what one refuses, all do."""
+        try:
+            weight = self._weigh(index, batch)
+        except ValueError:
+            self._slices.sum_of_all(math.nan)
+            raise
+        self._weights.append(weight if more else 0.0)
+        self._totals.append(self._slices.sum_of_all(self._weights[index]))
+        if math.isnan(self._totals[index]):
+            raise RuntimeError("another process refused its batches: its own error says why")
 
     def _weigh(self, index: int, batch: object) -> float:
         self._announce()
@@ -101,5 +117,7 @@ class ShardedDifference(FiniteDifference):
         _distributed.reshard()
 
     def _norms(self, v: Tensor) -> Tensor:
-        own = torch.linalg.vector_norm(v, dim=0, dtype=torch.float64)
-        return self._slices.sum(own.square()).sqrt().to(v.dtype)
+        own = norms(v).double()
+        size = self._slices.sum(own.clone())  # of all slices, for squares relative to it
+        share = own / size.masked_fill(size == 0, 1.0)
+        return (size * self._slices.sum(share.square()).sqrt()).to(v.dtype)

@@ -34,7 +34,12 @@ class Sums:
         return self._rows
 
     def add(self, products: Sequence[Tensor | None], weight: float, rows: int | slice) -> None:
-        """Add weight times the products, in pieces, with one vector or several; None is zero."""
+        """Add weight times the products, in pieces, with one vector or several; None is zero.
+
+        With weight 0 nothing is added, whatever they are.
+        """
+        if weight == 0:
+            return
         span = rows if isinstance(rows, slice) else slice(rows, rows + 1)
         begun = all(self._begun[span])
         self._begun[span] = [True] * len(self._begun[span])

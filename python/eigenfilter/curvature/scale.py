@@ -1,0 +1,85 @@
+"""Powers of two that bring numbers to where their squares are numbers too."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature.basis import Floats
+from eigenfilter.curvature.space import Space
+
+# The squares of numbers within 2^-e and 2^e, of what a subtraction leaves of them and the sums of
+# such squares are normal. A power of two would change no bit there, and is left out.
+_ORDINARY = {torch.float32: 24, torch.float64: 128}
+_MOST = 2.0**1000  # the sum of so many, one of each process, is finite
+
+Numbers = TypeVar("Numbers", Tensor, Floats, float)
+
+
+def times_power(t: Numbers, exponent: int) -> Numbers:
+    """Return 2^exponent t, exactly unless it is subnormal.
+
+    In two steps: 2^exponent itself may be out of range where t is at the other end of it.
+    """
+    if not exponent:
+        return t
+    half = exponent // 2
+    return (t * 2.0**half) * 2.0 ** (exponent - half)
+
+
+def norms(v: Tensor) -> Tensor:
+    """Return the norms [] or [b] of v [n] or of the columns of v [n, b], whatever their size."""
+    found: Tensor = torch.linalg.vector_norm(v, dim=0)
+    info = torch.finfo(v.dtype)
+    most = math.sqrt(info.max) / 2
+    least = math.sqrt(info.tiny) / info.eps  # so that squares of what counts in it are normal
+    if bool(((found >= least) & (found <= most)).all()):
+        return found
+    exponents = torch.linalg.vector_norm(v, torch.inf, dim=0).frexp().exponent
+    half = exponents // 2
+    first, second = (torch.ldexp(torch.ones_like(found), e) for e in (half, exponents - half))
+    near: Tensor = torch.linalg.vector_norm(v / first / second, dim=0)
+    return near * first * second
+
+
+def exponent_of(space: Space, t: Tensor) -> int | None:
+    """Return e with 2^e about the largest element of t, in magnitude, over all slices of its rows;
+    None where all are zero."""
+    largest = torch.zeros((), dtype=torch.float64, device=t.device)
+    if t.numel():
+        largest = torch.linalg.vector_norm(t, torch.inf).double().clamp_max(_MOST)
+    size = float(space.total(largest))  # of slices the sum, which does as well
+    return None if size == 0 else int(torch.tensor(size, dtype=torch.float64).frexp().exponent)
+
+
+class Scale:
+    """The power of two by which products of an operator are brought to ordinary size.
+
+    It is that of the first product which is not zero. What a solver sees is 2^-e H, so that a power
+    of two as a factor of H changes its results by that factor and in nothing else, as long as
+    products are normal numbers.
+
+    Attributes:
+        exponent: e; 0 where products are of ordinary size.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.exponent = 0
+        self._space = space
+        self._known = False
+
+    def down(self, w: Tensor) -> Tensor:
+        """Return 2^-e w, for products w of H; w itself where e is 0."""
+        if not self._known:
+            found = exponent_of(self._space, w)
+            self._known = found is not None
+            if found is not None and abs(found) > _ORDINARY[w.dtype]:
+                self.exponent = found
+        return times_power(w, -self.exponent)
+
+    def up(self, t: Numbers) -> Numbers:
+        """Return 2^e t, for eigenvalues t of 2^-e H."""
+        return times_power(t, self.exponent)

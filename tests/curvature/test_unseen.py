@@ -1,0 +1,210 @@
+"""The probability of a missed eigenvalue that a result reports, beside how often one was missed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from curvature.dense import DenseOperator, Diagonal, decaying, operator, wanted
+from eigenfilter.curvature import eigsh
+from eigenfilter.curvature.krylov_schur import KrylovSchur
+from eigenfilter.curvature.unseen import Unseen
+
+RUNS = 200
+
+
+def rand(n: int, seed: int) -> Tensor:
+    return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def dense_end() -> Tensor:
+    return -(rand(97, 9017) + 0.01)
+
+
+def uniform() -> Tensor:
+    return torch.linspace(-1, 1.3, 80, dtype=torch.float64)
+
+
+def repeated() -> Tensor:
+    ends = torch.tensor([5.0] * 3 + [4.0] * 3 + [-4.5] * 3 + [-3.0] * 3, dtype=torch.float64)
+    return torch.cat([ends, torch.linspace(-2, 2, 60, dtype=torch.float64)])
+
+
+def clustered() -> Tensor:
+    bulk = torch.linspace(-2, 2.5, 60, dtype=torch.float64)
+    return torch.cat([3 - 1e-3 * rand(5, 1), -2.8 + 1e-3 * rand(5, 2), bulk])
+
+
+def network() -> Tensor:
+    """Like the Hessian of a network on digits: some large, a bulk about zero, both dense."""
+    large = 20 * 0.7 ** torch.arange(8, dtype=torch.float64)
+    return torch.cat([large, -large[2:5] / 5, 0.05 * (rand(90, 3) - 0.3)])
+
+
+SPECTRA: list[Callable[[], Tensor]] = [dense_end, uniform, repeated, clustered, network]
+
+
+def missed(values: Tensor, expected: Tensor, which: str) -> bool:
+    """Whether a value is off by more than the tolerance, or what else errs."""
+    if which == "LM":  # of two with one magnitude either will do
+        values, expected = values.abs(), expected.abs()
+    off = (values.sort().values - expected.sort().values).abs()
+    return bool((off > 1.5e-4 * expected.sort().values.abs()).any())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(
+    ("which", "most"), [("SA", None), ("LA", None), ("LM", None), ("BE", None), ("LA", 0.3)]
+)
+def test_values_are_missed_no_more_often_than_reported(
+    spectrum: Callable[[], Tensor], which: str, most: float | None
+) -> None:
+    d = spectrum()
+    expected = wanted(d, 6, which)
+    misses, reported = 0, 0.0
+    for seed in range(RUNS):
+        found = eigsh(Diagonal(d), 6, which, seed=seed, max_miss_probability=most)
+        misses += missed(found.values, expected, which)
+        reported += found.miss_probability
+        assert found.miss_probability <= (1.0 if most is None else most)
+    mean = reported / RUNS
+    assert misses <= RUNS * mean + 3 * math.sqrt(RUNS * mean * (1 - min(mean, 1.0)))
+
+
+@pytest.mark.parametrize("n", [8, 20])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_bound_holds_where_misses_are_frequent(n: int, steps: int) -> None:
+    """A sequence that is cut short: how often it has less than it must of the eigenvector.
+
+    One eigenvalue alone beside many that are alike attains the bound in one step.
+    """
+    d = torch.zeros(n, dtype=torch.float64)
+    d[1:] = torch.linspace(-0.1, 0.1, n - 1) if steps > 1 else 0.0
+    d[0] = 1.0
+    below, bounds = 0, []
+    for seed in range(RUNS):
+        run = KrylovSchur(Diagonal(d), n, 1, seed)
+        run.begin()
+        start = abs(float(run.basis.rows[0, 0]))
+        for _ in range(steps):
+            run.step(1)
+        ritz = run.collect()
+        if ritz.values.max() < 0.9:
+            found = Unseen(n, (None, 0.9), 1).probability(ritz, run.began, run.rounding)
+            # (1) for this very eigenvector, lambda = 1 being beyond the level.
+            assert found >= min(1.0, math.sqrt(2 * n / math.pi) * start) * (1 - 1e-9)
+            below += found <= 0.3
+            bounds.append(found)
+    assert bounds
+    assert below <= RUNS * 0.3 + 3 * math.sqrt(RUNS * 0.3 * 0.7)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_bound_goes_on_through_restarts(width: int) -> None:
+    """For each eigenvector beyond the level, |C^T u| is no more than the ellipsoid allows."""
+    spectrum = torch.cat([torch.tensor([1.5]), torch.linspace(-1, 1, 300)]).double()
+    op = operator(spectrum)
+    u = torch.linalg.eigh(op.matrix).eigenvectors[:, -1]
+    run = KrylovSchur(op, 12, width, seed=2)
+    run.begin()
+    rows = run.basis.rows[:width]
+    # Almost none of u in the start: Lanczos' iteration takes long to see it.
+    rows -= 0.999999999 * torch.outer(rows @ u, u)
+    rows /= rows.norm(dim=1, keepdim=True)
+    held = float((rows @ u).norm())
+    unseen = Unseen(300, (None, 1.4), 1)
+    for _ in range(3):
+        while not run.full:
+            run.step(width)
+        ritz = run.collect()
+        assert ritz.values.max() < 1.3
+        unseen.restarted(ritz, run.began, run.rounding)
+        run.restart(ritz, np.array([0, *range(len(ritz.values) - 4, len(ritz.values))]))
+        volume = math.exp(unseen._logs[1])
+        assert held**width <= volume * 1.001
+    assert volume < 1e-3
+
+
+@pytest.mark.parametrize("which", ["SA", "LA", "LM", "BE"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("most", [1e-2, 1e-4])
+def test_a_smaller_probability_takes_more_products(
+    spectrum: Callable[[], Tensor], which: str, most: float
+) -> None:
+    d = spectrum()
+    found = eigsh(Diagonal(d), 6, which, max_miss_probability=most, max_matvecs=2000)
+    less = eigsh(Diagonal(d), 6, which, max_miss_probability=0.5, max_matvecs=2000)
+    assert 0 <= found.miss_probability <= most
+    assert less.matvecs <= found.matvecs
+    assert less.matvecs - less.copy_matvecs == found.matvecs - found.copy_matvecs
+    assert not missed(found.values, wanted(d, 6, which), which)
+
+
+@pytest.mark.parametrize("options", [{"block_size": 3}, {"max_basis": 14}, {"tol": 1e-8}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_short_bases_and_tolerances(options: dict[str, object], dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and "tol" in options:
+        pytest.skip("beyond float32")
+    op = operator(decaying(150), dtype)
+    found = eigsh(op, 6, max_miss_probability=1e-3, **options)  # type: ignore[arg-type]
+    assert found.miss_probability <= 1e-3
+    assert found.converged.all()
+
+
+def test_what_is_known_without_a_look() -> None:
+    op = operator(decaying(150))
+    assert eigsh(op, 6, look_for_copies=False).miss_probability == 1.0
+    assert eigsh(operator(torch.tensor([3.0, 1.0, 2.0])), 3).miss_probability == 0.0
+    alone = eigsh(op, 6, look_for_copies=False).matvecs
+    with pytest.warns(RuntimeWarning, match="cut the look for copies short"):
+        short = eigsh(op, 6, max_matvecs=alone + 1)
+    assert 0.5 < short.miss_probability <= 1.0
+    usual = eigsh(op, 6)
+    assert 0 < usual.miss_probability < 1e-2
+
+
+def test_a_probability_out_of_reach_of_the_products_warns() -> None:
+    d = torch.linspace(0, 1, 400, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="cut the look for copies short"):
+        found = eigsh(Diagonal(d), 4, max_miss_probability=1e-9, max_matvecs=150)
+    assert found.converged.all()
+    assert found.miss_probability > 1e-9
+
+
+def test_what_rounding_may_hide_beside_an_invariant_subspace() -> None:
+    """Where the worst value is zero but for rounding, so are those that it is compared with."""
+    op = Diagonal(torch.tensor([1.0] + [0.0] * 60, dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="rounding may hide another one .* leave it out"):
+        found = eigsh(op, 4, max_miss_probability=1e-3)
+    assert found.converged.all()
+    assert found.miss_probability > 1e-3
+    assert eigsh(op, 1, max_miss_probability=1e-9).miss_probability <= 1e-9
+
+
+@pytest.mark.parametrize("n", [300, 30_000])
+def test_small_probabilities_in_single_precision(n: int) -> None:
+    large = 20 * 0.7 ** torch.arange(12)
+    d = torch.cat([large, torch.linspace(-0.05, 0.05, n - 12)])
+    found = eigsh(Diagonal(d), 8, max_miss_probability=1e-6)
+    assert found.miss_probability <= 1e-6
+    assert found.matvecs < 60
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0, -0.1, float("nan")])
+def test_probabilities_out_of_range(most: float) -> None:
+    op = DenseOperator(torch.eye(9, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"max_miss_probability must be in \(0, 1\)"):
+        eigsh(op, 2, max_miss_probability=most)
+    assert op.count == 0
+
+
+def test_a_probability_needs_a_look() -> None:
+    op = DenseOperator(torch.eye(9, dtype=torch.float64))
+    with pytest.raises(ValueError, match="max_miss_probability needs the look for copies"):
+        eigsh(op, 2, max_miss_probability=0.1, look_for_copies=False)
