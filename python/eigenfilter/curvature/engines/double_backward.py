@@ -128,6 +128,9 @@ def first_batch(
     """Return the first batch that weighs anything, evaluated; else the first."""
     first = None
     for batch in source.batches():
+        if not graph and not objective.known.evaluated and (samples := samples_of(batch)):
+            # A look at the model, of a part of the batch whose graph is built anyway.
+            objective.evaluate(0, next(pieces(batch, -(-samples // _PROBE))))
         found = batch, (objective.evaluate if graph else objective.value)(0, batch)
         if source.single or found[1].claimed():
             return found
