@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from curvature.networks import MODELS, Partial, columns, dense, make
-from eigenfilter.curvature import HessianOperator, eigsh
+from eigenfilter.curvature import GGNOperator, HessianOperator, eigsh
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -175,15 +176,55 @@ def test_a_loss_must_be_one_number() -> None:
     op = HessianOperator(model, nn.CrossEntropyLoss(reduction="none"), (x, target))
     with pytest.raises(ValueError, match=r"one element, not \[40\]"):
         op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
-    op = HessianOperator(model, lambda output, target: 1.0, (x, target))
-    with pytest.raises(ValueError, match="one element, not float"):
-        op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+    v = torch.ones(op.shape[0], dtype=torch.float64)
+    wrong: dict[str, Any] = {
+        "float": 1.0,
+        "NoneType": None,
+        "tuple": (x.sum(), x),
+        r"\[3\]": x[0, :3],
+    }
+    for said, value in wrong.items():
+        for kind in (HessianOperator, GGNOperator):
+            op = kind(model, lambda output, target, value=value: value, (x, target))
+            with pytest.raises(ValueError, match=f"one element, not {said}: reduce it"):
+                op.matvec(v)
+
+
+def test_two_pairs_in_a_tuple_are_an_input_and_a_target() -> None:
+    """They may be meant so; where the model does not take them, the error says what they are."""
+    model, x, target = make()
+    op = HessianOperator(model, nn.CrossEntropyLoss(), ((x, target), (x, target)))
+    with pytest.raises(TypeError) as raised:
+        op.matvec(torch.ones(39, dtype=torch.float64))
+    assert "pass list(data)" in raised.value.__notes__[0]
+
+
+def test_a_parameter_that_is_frozen_later() -> None:
+    model, x, target = make()
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
+    model.get_parameter("0.weight").requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad any more"):
+        op.matvec(torch.ones(39, dtype=torch.float64))
+
+
+def test_batches_of_a_loader_are_checked() -> None:
+    model, x, target = make()
+    v = torch.ones(39, dtype=torch.float64)
+    samples = [{"x": a, "y": b} for a, b in zip(x, target, strict=True)]
+    op = HessianOperator(model, nn.CrossEntropyLoss(), DataLoader(samples, batch_size=8))
+    with pytest.raises(ValueError, match=r"forward=lambda model, batch:"):
+        op.matvec(v)
+    op = HessianOperator(model, nn.CrossEntropyLoss(), DataLoader(list(x), batch_size=8))
+    with pytest.raises(ValueError, match=r"got a batch of type Tensor"):
+        op.matvec(v)
 
 
 def arguments() -> Iterator[tuple[dict[str, Any], str]]:
     model, x, target = make()
     first = next(model.parameters())
     mixed = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3).double())
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    split = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3, device="meta")).double()
     complex_ = nn.Linear(5, 3, dtype=torch.complex64)
     yield {"engine": "magic"}, r"engine must be 'auto' or one of \['retained', .*\], not 'magic'"
     yield {"mode": "test"}, "mode must be 'eval' or 'train'"
@@ -200,6 +241,30 @@ def arguments() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"data": [x, target]}, "got a batch of type Tensor"
     yield {"data": (x, target, target)}, "got a batch of type tuple"
     yield {"data": x}, "got a batch of type Tensor"
+    pair = (x, target)
+    samples = TensorDataset(x, target)
+    yield {"data": ([x], [target], [x])}, "got a batch of type tuple"
+    yield {"data": (pair,)}, r"several batches go in a list, list\(data\)"
+    yield {"data": (pair, pair, pair)}, r"several batches go in a list, list\(data\)"
+    yield {"data": samples}, r"samples, not batches: pass torch\.utils\.data\.DataLoader"
+    yield {"data": iter([pair])}, r"read once.*pass list\(data\)"
+    yield {"data": (batch for batch in [pair])}, r"generator can be read once"
+    yield {"data": zip([x], [target], strict=True)}, r"zip can be read once"
+    yield {"data": {"input_ids": x, "labels": target}}, r"forward=lambda model, batch:"
+    yield {"data": [{"input_ids": x, "labels": target}]}, r"forward=lambda model, batch:"
+    yield {"data": None}, "got a batch of type NoneType"
+    yield {"data": (x[:0], target[:0])}, "holds no samples"
+    yield {"data": [pair, (x[:0], target[:0])]}, "holds no samples"
+    yield {"data": (x.to("meta"), target)}, "data on the meta device hold no numbers"
+    yield {"data": DataLoader(TensorDataset(x[:0], target[:0]))}, "gives no batch"
+    yield {"model": copy.deepcopy(model).to("meta")}, r"meta device hold no numbers.*to_empty"
+    yield {"model": split}, r"cpu, torch\.float64 on meta: pass.*model\.to\(device\)"
+    yield {"model": copy.deepcopy(model).requires_grad_(False)}, r"p\.requires_grad_\(\)"
+    yield {"params": frozen.parameters(), "model": frozen}, r"requires grad, of 4: call"
+    yield {"params": first}, r"pass \[p\] for one"
+    yield {"params": model.named_parameters()}, r"as model\.parameters\(\) gives, not tuple"
+    yield {"params": dict(model.named_parameters())}, r"model\.parameters\(\) gives, not str"
+    yield {"model": model.forward}, "model must be a torch.nn.Module, not method"
 
 
 @pytest.mark.parametrize(("changed", "message"), list(arguments()))

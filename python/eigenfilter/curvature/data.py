@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 _CHANGED = (
     "the loader gave other batches in a second pass, so that products would belong to no single "
     "matrix: give it a fixed order (shuffle=False, or neither a generator of its own nor "
     "persistent workers), switch off random augmentation, or pass list(loader)"
 )
+
+
+class Unfit(RuntimeError):
+    """The model, the loss or the data are at fault, whatever the engine."""
+
+
+class Misweighed(Unfit, ValueError):
+    """What a batch weighs is unknown, or not what its loss averages over."""
 
 
 class Source(Protocol):
@@ -45,8 +53,7 @@ class Listed:
         if not data:
             raise ValueError("data must hold at least one batch")
         for batch in data:
-            if pairs:
-                _check_pair(batch)
+            _check_batch(batch, pairs=pairs)
         self._data = list(data)
         self.single = alone and len(data) == 1
 
@@ -97,19 +104,18 @@ class Loaded:
         """
         index = 0
         for batch in self._replayed():
-            if self._pairs:
-                _check_pair(batch)
+            _check_batch(batch, pairs=self._pairs)
             found = [_fingerprint(t) for t in leaves(batch)]
             if index == len(self._seen) and not self._ended:
                 self._seen.append(found)
             elif index >= len(self._seen) or found != self._seen[index]:
-                raise RuntimeError(_CHANGED)
+                raise Unfit(_CHANGED)
             index += 1
             yield batch
         if index < len(self._seen):
-            raise RuntimeError(_CHANGED)
+            raise Unfit(_CHANGED)
         if not index:
-            raise RuntimeError("the loader gave no batch")
+            raise Unfit("the loader gave no batch: its data set, sampler or filter leaves nothing")
         self._ended = True
 
     def tensors(self) -> list[Tensor]:
@@ -158,7 +164,24 @@ def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> Listed | Loa
         ValueError: there is none, or with `pairs` one is not an (input, target) pair.
     """
     if isinstance(data, DataLoader):
+        if isinstance(data.dataset, Sized) and len(data.dataset) == 0:
+            raise ValueError("the loader gives no batch: its data set is empty")
         return Loaded(data, pairs=pairs, seed=seed)
+    if isinstance(data, Dataset):
+        raise ValueError(
+            f"{type(data).__name__} gives samples, not batches: pass "
+            "torch.utils.data.DataLoader(data, batch_size=...)"
+        )
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"a {type(data).__name__} can be read once, and products need several passes: pass "
+            "list(data), or the DataLoader itself"
+        )
+    if pairs and isinstance(data, list) and len(data) == 2 and all(_is_tensor(t) for t in data):
+        raise ValueError(
+            "a list holds batches, and these are two tensors (got a batch of type Tensor): pass "
+            "one batch as the tuple (input, target)"
+        )
     return Listed(data if isinstance(data, list) else [data], pairs=pairs, alone=alone)
 
 
@@ -199,6 +222,19 @@ def moved(tree: Any, device: torch.device) -> Any:
     if all(t.device == device for t in leaves(tree)):
         return tree
     return _mapped(tree, lambda t: t.to(device, non_blocking=True))
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """Return `tree` with its floating tensors in `dtype`; itself, if they are."""
+    if all(t.dtype == dtype or not t.is_floating_point() for t in leaves(tree)):
+        return tree
+    return _mapped(tree, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def replaced(tree: Any, given: Iterable[Tensor]) -> Any:
+    """Return `tree` with its floating tensors, as `leaves` yields them, replaced by others."""
+    others = iter(given)
+    return _mapped(tree, lambda t: next(others) if t.is_floating_point() else t)
 
 
 def _of(trees: Iterable[Any]) -> Iterator[Tensor]:
@@ -256,12 +292,35 @@ def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def _check_pair(batch: Any) -> None:
-    if not (isinstance(batch, list | tuple) and len(batch) == 2):
+def _is_tensor(t: object) -> bool:
+    return isinstance(t, Tensor)
+
+
+def _check_batch(batch: Any, *, pairs: bool) -> None:
+    """Raise ValueError if a batch is no (input, target) where it must be, or holds no samples."""
+    if pairs and not (isinstance(batch, list | tuple) and len(batch) == 2):
+        remedy = ""
+        if isinstance(batch, Mapping):
+            remedy = (
+                ". Say how it is read: forward=lambda model, batch: (output, target), as "
+                "(model(**inputs).logits, batch['labels']); or loss_fn=lambda loss, _: loss with "
+                "forward=lambda model, batch: (model(**batch).loss, None) and weight=..."
+            )
+        elif (
+            isinstance(batch, tuple)
+            and batch
+            and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in batch)
+        ):
+            remedy = ", of pairs: several batches go in a list, list(data)"
         raise ValueError(
             "data must be an (input, target) tuple, a list of such pairs or a DataLoader of them, "
-            f"or forward be given; got a batch of type {type(batch).__name__}"
+            f"or forward be given; got a batch of type {type(batch).__name__}{remedy}"
         )
+    tensors = list(leaves(batch))
+    if any(t.is_meta for t in tensors):
+        raise ValueError("data on the meta device hold no numbers: pass tensors that do")
+    if tensors and all(t.ndim and not t.shape[0] for t in tensors):
+        raise ValueError("a batch holds no samples: leave it out")
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
     l_i is the loss on sample i of batch b, which has N. It is what `loss_fn` returns, if that is a
     tensor [N] (with torch's losses: reduction="none"); if it is one number, l_i is taken to be
-    loss_fn(output[i : i + 1], target[i : i + 1]), mapped over samples by `torch.vmap`. With class
+    loss_fn(output[i : i + 1], target[i : i + 1]), mapped over samples by `torch.vmap` where it can
+    be, and one by one where not. With class
     weights the latter leaves out, as torch's mean over one sample does, the weight.
 
     C is no curvature: it uses the targets given, not targets drawn from the model, and need not be
@@ -69,4 +70,8 @@ def _losses(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, target: Any) 
         one = None if t is None else tree_map(lambda a: a.unsqueeze(0), t)
         return loss_fn(z.unsqueeze(0), one).reshape(())
 
-    return torch.vmap(alone, in_dims=(0, None if target is None else 0))(output, target)
+    try:
+        return torch.vmap(alone, in_dims=(0, None if target is None else 0))(output, target)
+    except RuntimeError:  # of what vmap does not go through: derivatives in the loss, say
+        parts = [tree_map(lambda a, i=i: a[i], target) for i in range(len(output))]
+        return torch.stack([alone(z, t) for z, t in zip(output, parts, strict=True)])

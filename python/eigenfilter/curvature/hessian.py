@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,24 +44,22 @@ class HessianOperator(CurvatureOperator):
             )
         if at is not None:
             self._check_like("at", "[{}]", at, at.ndim == 1)
-        self._current()
-        place = self.params if at is None else split(at.clone(), self.params)
-        inputs = [p if at is None else p.requires_grad_() for p in place]
-        names = self._objective.names(self.params)
-        named = None if at is None else dict(zip(names, inputs, strict=True))
+        made, _ = self._current()
         given = [] if at is None else [at]
         like = torch.empty(self.shape[0], 1, dtype=self.dtype, device=self.device)
+        exact = self.engine != "finite_difference"
         with (
             self._refusing_together(like, given),
             torch.autocast(self.device.type, enabled=False),
+            _placed(made.params, at),
         ):
-            sums = Sums(like, inputs)
+            sums = Sums(like, made.params)
             for index, batch in enumerate(self._source.batches()):
-                here = self._objective.evaluate(index, batch, named)
+                here = made.objective.evaluate(index, batch, exact=exact)
                 weight = 1.0 if self._source.single else here.weight()
                 if weight:
                     sums.weight += weight
-                    sums.add(gradient(here, inputs), weight, 0)
+                    sums.add(gradient(here, made.params), weight, 0)
                 del here
         return self._total(sums, given)[0]
 
@@ -69,3 +68,22 @@ class HessianOperator(CurvatureOperator):
         loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, mean: bool
     ) -> tuple[Tensor, Outer | None]:
         return one_number(loss_fn(output, target)), None
+
+
+@contextmanager
+def _placed(params: Sequence[Tensor], at: Tensor | None) -> Iterator[None]:
+    """Move parameters to another point, and back bit for bit.
+
+    In place, as `FiniteDifference` does: what backward runs again, or f holds of a parameter
+    outside its module, is then at that point too.
+    """
+    if at is None:
+        yield
+        return
+    moving = [p.data for p in params]
+    backup = [p.clone() for p in moving]
+    try:
+        torch._foreach_copy_(moving, split(at.clone(), moving))
+        yield
+    finally:
+        torch._foreach_copy_(moving, backup)

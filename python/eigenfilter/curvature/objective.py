@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from eigenfilter import _distributed
-from eigenfilter.curvature.data import divisible, moved, pieces, samples_of
+from eigenfilter.curvature.data import (
+    Misweighed,
+    cast,
+    divisible,
+    leaves,
+    moved,
+    pieces,
+    samples_of,
+)
+from eigenfilter.curvature.nodes import leaves_reached, nodes
+from eigenfilter.curvature.survey import survey
 from eigenfilter.curvature.weights import Weights, attempt, check_values
+
+_logger = logging.getLogger(__name__)
+
+# Operations for which others stand in, by what their nodes are called: torch has no second
+# derivative of theirs, or a wrong one (of weight_norm it is not symmetric).
+_FUSED = {
+    "ScaledDotProduct": "scaled_dot_product_attention runs in its math backend",
+    "CudnnRnn": "recurrent layers run without cuDNN",
+    "WeightNormInterface": "weight_norm is written out",
+}
+
+_SEVERAL = "whose input is a tuple here. Several batches go in a list: pass list(data)."
 
 Outer = Callable[[Tensor], Tensor]
 
@@ -33,10 +60,21 @@ class Evaluation(NamedTuple):
     weight: Callable[[], float]  # 0 for a batch that is to be left out; checked by the loss once
     claimed: Callable[[], float]  # the same unchecked
     around: Callable[[], AbstractContextManager[None]]
+    holders: Sequence[Tensor] | None = None  # see `pullback.pulled_back`
 
     def total(self) -> Tensor:
         """Return f_b, one number."""
         return self.value if self.outer is None else self.outer(self.value)
+
+
+@dataclass
+class Known:
+    """What evaluations have shown of f."""
+
+    evaluated: bool = False  # at all
+    fused: set[str] = field(default_factory=set)  # of `_FUSED`, what was met
+    inner: bool = False  # f differentiates with respect to its parameters
+    by_backward: bool = False  # gradients come by backward() alone
 
 
 def one_number(loss: object) -> Tensor:
@@ -47,7 +85,10 @@ def one_number(loss: object) -> Tensor:
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return a tensor of one element, not {shape}")
+        raise ValueError(
+            f"loss_fn must return a tensor of one element, not {shape}: reduce it over samples by "
+            "their mean, as torch's losses do at their default reduction"
+        )
     return loss.reshape(())
 
 
@@ -74,10 +115,15 @@ class Objective:
         self.mean = mean
         self.autocast = autocast
         self.model = model
+        self.known = Known()
+        self.watched: Sequence[Tensor] = ()  # parameters whose gradients must reach f
+        self.foreign: frozenset[int] = frozenset()  # ids of parameters that this is a copy of
+        self._dtype: torch.dtype | None = None
         self._loss_fn = loss_fn
         self._finish = finish
         self._forward = forward
         self._alone = alone and not _distributed.is_fsdp(self.tree)
+        self._weight = weight
         self._weights = Weights(weight, self._total, alone=self._alone)
         self._refused: str | None = None  # why the first batch does not weigh what is said
         self._checked: set[tuple[int, int]] = set()  # batches whose weights are what f says
@@ -89,49 +135,135 @@ class Objective:
         known = {id(p): name for name, p in self.tree.named_parameters()}
         return [known[id(p)] for p in params]
 
+    def copied(self, dtype: torch.dtype) -> Objective:
+        """Return the same of copies of the modules, whose floating tensors are of `dtype`.
+
+        Raises:
+            ValueError: they cannot be copied.
+        """
+        made = copy.copy(self)
+        own = (self.model, self._loss_fn, self._forward, self._weight)
+        try:
+            made.model, made._loss_fn, made._forward, made._weight = copy.deepcopy(own)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the model or the loss cannot be copied for dtype={dtype} ({error}): convert "
+                "the model yourself, and leave dtype out"
+            ) from error
+        made.tree = _Tree([m for m in (made.model, made._loss_fn) if isinstance(m, nn.Module)])
+        made.tree.to(dtype)
+        made.watched = [made.tree.get_parameter(name) for name in self.names(self.watched)]
+        made._weights = Weights(made._weight, made._total, alone=made._alone)
+        made.foreign = frozenset(id(p) for p in self.tree.parameters())
+        made._dtype = dtype
+        return made
+
     def evaluate(
         self,
         index: int,
         batch: Any,
         at: Mapping[str, Tensor] | None = None,
         *,
-        graph: bool = True,
+        exact: bool = True,
     ) -> Evaluation:
-        """Return a batch's share of f.
+        """Return a batch's share of f, with its graph.
 
         Args:
             index: of the batch, which decides its random numbers.
             batch: what the source gave.
             at: values to use in place of parameters, by name.
-            graph: whether it is to be differentiated.
+            exact: whether it is to be differentiated twice: operations that cannot be are then
+                replaced where torch has others.
+
+        Raises:
+            Unfit: see `survey`; from the first evaluation.
         """
+        here = self.plain(index, batch, at, exact=exact)
+        if at is not None:
+            return here
+        if exact and self._met([here.value]):
+            here = self.plain(index, batch, exact=exact)
+        if not self.known.evaluated:
+            if survey(self, index, batch, here, exact=exact):
+                here = self.plain(index, batch, exact=exact)
+            self.known.evaluated = True
+        return here
+
+    def value(self, index: int, batch: Any, *, exact: bool = True) -> Evaluation:
+        """Return a batch's share of f, without a graph.
+
+        Gradients stay enabled, for f may take some itself. Parameters ask for none, so that nothing
+        is kept for them, unless f differentiates with respect to them.
+        """
+        if not (self.known.inner or self.known.by_backward):
+            try:
+                with _frozen(self.tree):
+                    return _detached(self.plain(index, batch, exact=exact))
+            except RuntimeError:  # torch's, where something does not require grad
+                self.known.inner = True
+        return _detached(self.plain(index, batch, exact=exact))
+
+    def plain(
+        self,
+        index: int,
+        batch: Any,
+        at: Mapping[str, Tensor] | None = None,
+        *,
+        exact: bool = True,
+    ) -> Evaluation:
+        """Evaluate as `evaluate` does, once and without a look at what comes of it."""
+        replaced = frozenset(self.known.fused) if exact else frozenset()
 
         def run() -> Evaluation:
-            return self._evaluate(index, batch)
+            return self._evaluate(index, batch, replaced)
 
-        with self._surroundings(index), torch.set_grad_enabled(graph):
+        with self._surroundings(index, replaced), torch.enable_grad():
             return run() if at is None else functional_call(self.tree, dict(at), (run,))
 
-    def _evaluate(self, index: int, batch: Any) -> Evaluation:
+    def _evaluate(self, index: int, batch: Any, replaced: frozenset[str]) -> Evaluation:
+        if self._dtype is not None:
+            batch = cast(batch, self._dtype)
         if self._forward is None:
             x, target = moved(batch, self._device)
-            output = self.model(x)
+            try:
+                output = self.model(x)
+            except (TypeError, AttributeError) as error:
+                if isinstance(x, list | tuple):
+                    error.add_note(f"Data in a tuple are one (input, target), {_SEVERAL}")
+                raise
         else:
             output, target = self._forward(self.model, batch)
         value, outer = self._finish(self._loss_fn, output, target, self.mean)
 
         def surrounded(z: Tensor) -> Tensor:
             assert outer is not None
-            with self._surroundings(index):
-                return outer(z)
+            with self._surroundings(index, replaced | self.known.fused), torch.enable_grad():
+                found = outer(z)
+            return surrounded(z) if self._met([found]) else found
 
         return Evaluation(
             value,
             None if outer is None else surrounded,
-            lambda: self._weigh(index, batch, output, target),
-            lambda: self._weights.of(batch, output) if self.mean else 1.0,
-            lambda: self.around(index),
+            _weighing(lambda: self._weigh(index, batch, output, target)),
+            _weighing(lambda: self._weights.of(batch, output) if self.mean else 1.0),
+            lambda: self.around(index, replaced),
+            self._holders(batch, value) if self.known.by_backward else None,
         )
+
+    def _met(self, roots: Sequence[Tensor]) -> bool:
+        """Note what there is without a second derivative, and return whether it is new."""
+        names = {node.name() for node in nodes(roots)}
+        found = {kind for kind in _FUSED if any(name.startswith(kind) for name in names)}
+        new = found - self.known.fused
+        self.known.fused |= new
+        for kind in new:
+            _logger.info("%s: its fused kernel has no right second derivative", _FUSED[kind])
+        return bool(new)
+
+    def _holders(self, batch: Any, value: Tensor) -> list[Tensor]:
+        """Return the tensors in which backward() may leave a gradient, each once."""
+        own = [*self.tree.parameters(), *leaves(batch), *leaves_reached([value])]
+        return list({id(t): t for t in own if t.is_leaf and t.requires_grad}.values())
 
     def _total(self, output: Any, target: Any) -> Tensor:
         value, outer = self._finish(self._loss_fn, output, target, self.mean)
@@ -158,7 +290,8 @@ class Objective:
     def _check_weight(self, index: int, batch: Any, output: Any, target: Any) -> None:
         """Check what a batch weighs by its loss, or else by f on its halves."""
         eps = _eps(self.autocast, output if isinstance(output, Tensor) else self._parameter)
-        with self._surroundings(index), _spared_buffers(self.tree), torch.enable_grad():
+        surroundings = self._surroundings(index, frozenset(self.known.fused))
+        with surroundings, _spared_buffers(self.tree), torch.enable_grad():
             told = self._weights.check(index, batch, output, target, eps)
         if not told:
             self._check_halves(index, batch, eps)
@@ -173,31 +306,46 @@ class Objective:
         if samples < 2 or not divisible(batch, samples) or _distributed.is_fsdp(self.tree):
             return
         values: list[float] = []
-        with attempt("f on half a batch"), self._surroundings(index, train=False), torch.no_grad():
+        replaced = frozenset(self.known.fused)
+        surroundings = self._surroundings(index, replaced, train=False)
+        with attempt("f on half a batch"), surroundings, torch.enable_grad():
             found = [
-                self._evaluate(index, part) for part in (batch, *pieces(batch, -(-samples // 2)))
+                self._evaluate(index, part, replaced)
+                for part in (batch, *pieces(batch, -(-samples // 2)))
             ]
-            values = [float(one.total()) for one in found]
+            values = [float(one.total().detach()) for one in found]
             weights = [one.claimed() for one in found]
         if values:
             check_values(index, values, weights, math.sqrt(eps))
 
     @contextmanager
-    def around(self, index: int, *, train: bool | None = None) -> Iterator[None]:
+    def around(
+        self,
+        index: int,
+        replaced: frozenset[str] = frozenset(),
+        *,
+        train: bool | None = None,
+    ) -> Iterator[None]:
         """Set modes, random numbers and buffers for a batch; put all back afterwards.
 
-        train: the mode, if not the operator's.
+        Args:
+            index: of the batch.
+            replaced: of `_FUSED`, the operations for which others stand in.
+            train: the mode, if not the operator's.
         """
         train = self._train if train is None else train
         with ExitStack() as stack:
             stack.enter_context(self._modes(train))
+            stack.enter_context(_kernels(replaced))
             if train:
                 stack.enter_context(_spared_buffers(self.tree))
             stack.enter_context(_replayed(self._seed + index, self._device))
             yield
 
     @contextmanager
-    def _surroundings(self, index: int, *, train: bool | None = None) -> Iterator[None]:
+    def _surroundings(
+        self, index: int, replaced: frozenset[str], *, train: bool | None = None
+    ) -> Iterator[None]:
         """Also set autocast, for the forward pass."""
         autocast = torch.autocast(
             self._device.type,
@@ -205,7 +353,7 @@ class Objective:
             enabled=self.autocast is not None,
             cache_enabled=False,  # parameters may move while a context around this one lasts
         )
-        with self.around(index, train=train), autocast:
+        with self.around(index, replaced, train=train), autocast:
             yield
 
     @property
@@ -219,18 +367,35 @@ class Objective:
     @contextmanager
     def _modes(self, train: bool) -> Iterator[None]:
         modes = [(module, module.training) for module in self.tree.modules()]
+        sparse = [m for m, _ in modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
         try:
             self.tree.train(train)
+            for embedding in sparse:  # vectors are dense, and so may be its gradients
+                embedding.sparse = False
             yield
         finally:
             for module, training in modes:
                 module.training = training
+            for embedding in sparse:
+                embedding.sparse = True
 
 
 def _eps(autocast: torch.dtype | None, of: Tensor) -> float:
     """The unit of rounding in a loss."""
     own = torch.finfo(of.dtype).eps if of.is_floating_point() else 0.0
     return own if autocast is None else max(own, torch.finfo(autocast).eps)
+
+
+def _weighing(weigh: Callable[[], float]) -> Callable[[], float]:
+    """Let what weights are refused for be told from what engines fail by."""
+
+    def told() -> float:
+        try:
+            return weigh()
+        except ValueError as error:
+            raise Misweighed(str(error)) from error
+
+    return told
 
 
 class _Tree(nn.Module):
@@ -242,6 +407,58 @@ class _Tree(nn.Module):
 
     def forward(self, run: Callable[[], Evaluation]) -> Evaluation:
         return run()
+
+
+class _WeightNorm(TorchFunctionMode):
+    """Writes torch's weight normalisation out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+
+        def written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+
+        return written_out(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _kernels(replaced: frozenset[str]) -> Iterator[None]:
+    """Run what can be differentiated, and gives the same with gradients and without.
+
+    The fast path of torch's transformer layers has no derivative, and leaves out what is padded.
+    """
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if "CudnnRnn" in replaced:
+            torch.backends.cudnn.enabled = False
+        with ExitStack() as stack:
+            if "ScaledDotProduct" in replaced:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "WeightNormInterface" in replaced:
+                stack.enter_context(_WeightNorm())
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.cudnn.enabled = cudnn
+
+
+@contextmanager
+def _frozen(tree: nn.Module) -> Iterator[None]:
+    """Let no parameter require grad."""
+    asking = [p for p in tree.parameters() if p.requires_grad]
+    try:
+        for p in asking:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)
+
+
+def _detached(here: Evaluation) -> Evaluation:
+    return here._replace(value=here.value.detach())
 
 
 @contextmanager

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,17 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eigenfilter import _distributed, _perturbation
 from eigenfilter.curvature import engines
+from eigenfilter.curvature.algebra import SymmetricMatrix
 from eigenfilter.curvature.data import source_of
 from eigenfilter.curvature.distributed import reduce
-from eigenfilter.curvature.engines.choice import choose
+from eigenfilter.curvature.engines.automatic import Automatic, Given
 from eigenfilter.curvature.engines.memory import default_budget
 from eigenfilter.curvature.engines.vectors import Sums
 from eigenfilter.curvature.objective import Objective, Outer
 from eigenfilter.curvature.point import Point, checksum
 from eigenfilter.curvature.slices import ShardSlices, slices_of
-
-if TYPE_CHECKING:
-    from scipy.sparse.linalg import LinearOperator
 
 _CHANGED = (
     "parameters, buffers or data changed while a solver was using the operator: its products "
@@ -33,7 +31,7 @@ _CHANGED = (
 )
 
 
-class CurvatureOperator(ABC):
+class CurvatureOperator(SymmetricMatrix):
     """A symmetric matrix C of a model's loss over some batches, by products with vectors.
 
         C = sum_b w_b C_b / sum_b w_b    (reduction="mean")
@@ -64,12 +62,16 @@ class CurvatureOperator(ABC):
     - "batched": as "retained", with one vectorised backward pass for up to 32 vectors of a block:
       faster where operations are small, at the memory of as many graphs more.
     - "forward_over_reverse": forward mode over the gradient; keeps nothing, and needs less memory.
-    - "finite_difference": two first derivatives a product, not exact; for fused attention, compiled
-      models, and whatever cannot be differentiated twice. See `error`.
+    - "finite_difference": two first derivatives a product, not exact; for compiled models,
+      reentrant checkpointing, and whatever cannot be differentiated twice. See `error`.
     - "checkpointed": as "shared", in pieces of each batch whose graph fits `memory_budget`. Refused
       where f on a batch is not the mean (or sum) of f on its pieces.
     - "auto": chooses once an exact one, for single vectors and for blocks apart, by a graph's size
-      and a timing on the first batch; logs its choice.
+      and a timing on the first batch; logs its choice. Where it fails, the next one is taken,
+      finite differences last, and the log says why.
+
+    Exact engines run fused attention in its math backend. A parameter that moves f, and that no
+    gradient reaches, is an error, which the first evaluation tells.
 
     Under FSDP2 (`fully_shard`) every process has its own data and holds a slice of every vector:
     its shards of the parameters, each flattened, one after another (see `slices`). That works for
@@ -106,6 +108,9 @@ class CurvatureOperator(ABC):
             normalisation uses the statistics of the batch and differentiates through them, so that
             C depends on the split into batches. Whatever modules write to their buffers goes to
             copies, made anew for each pass over a batch.
+        dtype: torch.float32 or torch.float64: C is that of a copy of the model and the loss in this
+            dtype, with batches converted, and vectors have it. Parameters in bfloat16 or float16
+            need it. The copy is made anew where the model has changed. None: the model itself.
         autocast: torch.bfloat16 or another dtype: what the model and loss compute in, under
             `torch.autocast`. Vectors keep the dtype of the parameters.
         memory_budget: bytes that kept graphs may take, or that of a piece on "checkpointed"; None
@@ -115,7 +120,6 @@ class CurvatureOperator(ABC):
     Attributes:
         params: the parameters x consists of.
         slices: how vectors are cut among processes, a `protocol.Slices`; None where they are whole.
-        engine: the engine asked for; with "auto", the one chosen for the last product.
 
     Raises:
         ValueError: an argument is not as above; the parameters are not real and floating, of one
@@ -123,8 +127,8 @@ class CurvatureOperator(ABC):
             weigh something else than their loss averages over, or nothing at all.
         RuntimeError: from a product, when an optimizer holds the parameters away from x, when
             something changed inside `fixed()`, when a loader gives other batches in a second pass,
-            when processes differ in x or in the vectors, or when the loss cannot be differentiated
-            as the engine needs.
+            when processes differ in x or in the vectors, when a parameter moves f and gets no
+            gradient, or when the loss cannot be differentiated as the engine needs: by any, "auto".
     """
 
     _through_backward = False  # whether products come of first derivatives by backward() alone
@@ -143,6 +147,7 @@ class CurvatureOperator(ABC):
         process_group: dist.ProcessGroup | None = None,
         mode: str = "eval",
         autocast: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         memory_budget: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -153,8 +158,11 @@ class CurvatureOperator(ABC):
             raise ValueError(f"memory_budget must be a number of bytes >= 0, not {memory_budget}")
         if autocast is not None and not autocast.is_floating_point:
             raise ValueError(f"autocast must be a floating dtype, not {autocast}")
-        self.engine = engine
-        self._auto = engine == "auto"
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        self._engine = Automatic() if engine == "auto" else Given(engine)
         self._group = process_group
         self._objective = Objective(
             model.module if isinstance(model, DistributedDataParallel) else model,
@@ -173,13 +181,15 @@ class CurvatureOperator(ABC):
         )
         if _distributed.is_fsdp(self._objective.tree):
             _distributed.reshard()  # or the model's parameters may be gathered copies
-        self.params = _selected(self._owned() if params is None else params)
+        self._dtype = dtype
+        self.params = _selected(self._owned() if params is None else params, dtype)
         self._check_owned(ValueError)
         self.slices = slices_of(self._objective.tree, self.params)
         if self.slices is not None:
             self._check_sharded(self.slices)
+        else:
+            self._objective.watched = self.params
         self._budget = memory_budget
-        self._chosen: dict[bool, str] = {}  # for blocks (True) and for single vectors
         self._kept: tuple[engines.Engines, Point] | None = None
         self._fixed = False
 
@@ -198,13 +208,18 @@ class CurvatureOperator(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters, and of the vectors taken and given."""
-        return self.params[0].dtype
+        """The dtype of the parameters or of their copies, and of the vectors taken and given."""
+        return self._dtype or self.params[0].dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the parameters, and of the vectors taken and given."""
         return self.params[0].device
+
+    @property
+    def engine(self) -> str:
+        """The engine asked for; with "auto", the one of the last product."""
+        return self._engine.name
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
@@ -246,28 +261,6 @@ class CurvatureOperator(ABC):
         self._check_like("V", "[{}, b] with b >= 1", V, V.ndim == 2 and V.shape[1] > 0)
         return self._multiply(V).T
 
-    def to_scipy(self) -> LinearOperator:
-        """Return the operator as a `scipy.sparse.linalg.LinearOperator`. Needs SciPy.
-
-        Raises:
-            ValueError: vectors are cut among processes, of which SciPy knows nothing.
-        """
-        if self.slices is not None:
-            raise ValueError("SciPy needs whole vectors, and these are slices: use our solvers")
-        from scipy.sparse.linalg import LinearOperator
-
-        def matvec(x: Any) -> Any:
-            v = torch.tensor(x.reshape(-1), dtype=self.dtype, device=self.device)
-            return self.matvec(v).cpu().numpy()
-
-        def matmat(X: Any) -> Any:
-            return self.matmat(torch.tensor(X, dtype=self.dtype, device=self.device)).cpu().numpy()
-
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(
-            self.shape, matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat, dtype=dtype
-        )
-
     @contextmanager
     def fixed(self) -> Iterator[None]:
         """A context in which x must not change: a product or the exit raises if it did.
@@ -292,9 +285,7 @@ class CurvatureOperator(ABC):
         """Return (C V)^T [b, n]."""
         made, _ = self._current()
         with self._refusing_together(V, [V]), torch.autocast(self.device.type, enabled=False):
-            if self._auto:
-                self.engine = self._choice(V.shape[1])
-            sums = made[self.engine].multiply(V.detach())
+            sums = self._engine.multiply(made, self._source, self._bytes, V.detach())
         return self._total(sums, [V])
 
     @contextmanager
@@ -325,13 +316,6 @@ class CurvatureOperator(ABC):
             sums.rows.div_(sums.weight)
         return sums.rows
 
-    def _choice(self, vectors: int) -> str:
-        if (vectors > 1) not in self._chosen:
-            self._chosen[vectors > 1] = choose(
-                self._objective, self._source, self.params, self._bytes(), vectors
-            )
-        return self._chosen[vectors > 1]
-
     def _bytes(self) -> int:
         return default_budget(self.device) if self._budget is None else self._budget
 
@@ -355,9 +339,9 @@ class CurvatureOperator(ABC):
         self._kept = None  # frees the old graphs before new ones are built
         self._check_owned(RuntimeError)
         self._source.forget()
-        made = engines.Engines(
-            self._objective, self._source, self.params, self._bytes(), self.slices
-        )
+        f = self._objective if self._dtype is None else self._objective.copied(self._dtype)
+        params = self.params if self._dtype is None else f.watched
+        made = engines.Engines(f, self._source, params, self._bytes(), self.slices)
         self._kept = made, Point(*self._tensors())
         return self._kept
 
@@ -370,6 +354,11 @@ class CurvatureOperator(ABC):
             )
 
     def _check_sharded(self, slices: ShardSlices) -> None:
+        if self._dtype is not None:
+            raise ValueError(
+                "dtype makes copies, and of a model that FSDP2 shards there are none: leave it "
+                "out, and let fully_shard's mp_policy keep the parameters in float32"
+            )
         if not self._through_backward or self.engine != "finite_difference":
             raise ValueError(
                 "of a model that FSDP2 shards there is only the Hessian, and only by "
@@ -389,6 +378,11 @@ class CurvatureOperator(ABC):
             raise error(
                 "a parameter of the operator is not a parameter of the model: of a copy, or "
                 "replaced since? Make a new operator from the model's own parameters"
+            )
+        if not all(p.requires_grad for p in self.params):
+            raise error(
+                "a parameter of the operator does not require grad any more: make a new operator, "
+                "or call requires_grad_() on it"
             )
 
     def _owned(self) -> Iterator[nn.Parameter]:
@@ -411,17 +405,40 @@ def _check_choices(*, engine: str, reduction: str, mode: str) -> None:
         raise ValueError(f"mode must be 'eval' or 'train', not {mode!r}")
 
 
-def _selected(params: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
+def _selected(
+    params: Iterable[nn.Parameter], dtype: torch.dtype | None
+) -> tuple[nn.Parameter, ...]:
     """Return those of `params` that require grad, checked to be of one real dtype and device."""
-    selected = tuple(p for p in params if p.requires_grad)
+    if isinstance(params, Tensor):
+        raise ValueError("params must be parameters in a list or iterator: pass [p] for one")
+    given = list(params)
+    if not all(isinstance(p, Tensor) for p in given):
+        kinds = ", ".join(sorted({type(p).__name__ for p in given}))
+        raise ValueError(f"params must be parameters, as model.parameters() gives, not {kinds}")
+    selected = tuple(p for p in given if p.requires_grad)
     if not selected:
-        raise ValueError("no parameter requires grad")
+        raise ValueError(
+            f"no parameter requires grad, of {len(given)}: call p.requires_grad_() on those that "
+            "the matrix is of"
+        )
     if len({id(p) for p in selected}) < len(selected):
         raise ValueError("params lists a parameter twice")
-    kinds = {(p.dtype, p.device) for p in selected}
-    if len(kinds) > 1 or not selected[0].dtype.is_floating_point:
+    held = {(p.dtype if dtype is None else dtype, p.device) for p in selected}
+    if len(held) > 1 or not all(p.dtype.is_floating_point for p in selected):
         raise ValueError(
             "parameters must be real and floating, of one dtype and on one device; got "
-            + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            + ", ".join(sorted(f"{kind} on {device}" for kind, device in held))
+            + ": pass dtype=torch.float32 for one dtype, params=... or model.to(device) for one "
+            "device"
+        )
+    if selected[0].device.type == "meta":
+        raise ValueError(
+            "parameters on the meta device hold no numbers: load the weights first, as by "
+            "model.to_empty(device=...) and load_state_dict"
+        )
+    if dtype is None and selected[0].dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"parameters are {selected[0].dtype}, too coarse to multiply by their curvature: pass "
+            "dtype=torch.float32, for that of a float32 copy of the model"
         )
     return selected

@@ -45,6 +45,7 @@ class Engines:
         slices: ShardSlices | None = None,
     ) -> None:
         """Let graphs take up to `budget` bytes. With `slices`, only finite differences work."""
+        self.objective, self.params = objective, params
         self._given = objective, source, params
         self._budget = budget
         self._slices = slices
@@ -55,6 +56,11 @@ class Engines:
         if name not in self._made:
             self._made[name] = self._make(name)
         return self._made[name]
+
+    def drop(self, name: str) -> None:
+        """Let go of what an engine that failed has built."""
+        if self._made.pop(name, None) is not None and name in ("retained", "batched"):
+            self._kept.clear()
 
     @property
     def error(self) -> float | None:

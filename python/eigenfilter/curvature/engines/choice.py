@@ -20,6 +20,10 @@ from eigenfilter.curvature.objective import Objective
 
 _logger = logging.getLogger(__name__)
 
+# Finite differences come last, since they are not exact.
+ORDER = ("retained", "shared", "forward_over_reverse", "checkpointed", "finite_difference")
+_SMALL = ("checkpointed", "forward_over_reverse", "finite_difference")  # where a graph is too large
+
 _GROWTH = 3  # bytes of the graph of a derivative against those of the value's, about
 _LONG = 0.1  # seconds a product takes where arithmetic dominates: vectorising then gains nothing
 _MARGIN = 1.3  # by which others must be faster than a retained graph: one timing is noisy
@@ -31,11 +35,11 @@ def choose(
     params: Sequence[Tensor],
     budget: int,
     vectors: int,
-) -> str:
-    """Return the name of the fastest exact engine for so many vectors at once, within `budget`.
+) -> tuple[str, ...]:
+    """Return names of engines for so many vectors at once, the fastest exact one first.
 
-    A graph is built once a point if every batch's fits, once a pass if not. Finite differences are
-    never chosen, since they are not exact.
+    The others follow, for the case that it fails. A graph is built once a point if every batch's
+    fits `budget`, once a pass if not.
     """
     batch, evaluation = first_batch(objective, source, graph=True)
     given = objective, Listed([batch], pairs=False), params
@@ -47,8 +51,10 @@ def choose(
         try:
             split_to_fit(*given, budget)
         except ValueError as error:
-            return _logged("forward_over_reverse", vectors, f"a graph exceeds the budget; {error}")
-        return _logged("checkpointed", vectors, f"a graph takes {size} bytes, above the budget")
+            why = f"a graph exceeds the budget; {error}"
+            return _logged("forward_over_reverse", vectors, why, _SMALL)
+        why = f"a graph takes {size} bytes, above the budget"
+        return _logged("checkpointed", vectors, why, _SMALL)
 
     if vectors == 1 and source.count is not None and source.count * size <= budget:
         return _logged("retained", vectors, f"its graphs, of about {size} bytes each, fit")
@@ -108,6 +114,6 @@ def _trial(name: str, refused: list[str]) -> Iterator[None]:
         refused.append(f"{name} refused: {str(error).splitlines()[0]}")
 
 
-def _logged(name: str, vectors: int, reason: str) -> str:
+def _logged(name: str, vectors: int, reason: str, others: Sequence[str] = ORDER) -> tuple[str, ...]:
     _logger.info("products with %d vectors: engine %r (%s)", vectors, name, reason)
-    return name
+    return name, *(other for other in others if other != name)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eigenfilter.curvature.data import Source
-from eigenfilter.curvature.engines.graphs import Products, Pullback, check_recorded, explained
+from eigenfilter.curvature.engines.graphs import Pullback, check_recorded, explained
 from eigenfilter.curvature.engines.vectors import Sums, split
-from eigenfilter.curvature.objective import Objective
+from eigenfilter.curvature.objective import Evaluation, Objective
+from eigenfilter.curvature.pullback import Products
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Directional:
         self._source = source
         self._params = params
         self._exact = exact
+        self._padding = [
+            (module, module.padding_idx, module.weight[module.padding_idx].detach().clone())
+            for module in objective.tree.modules()
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None
+        ]
         self._weights: list[float] = []
         self._hessian = False
 
@@ -58,17 +65,45 @@ class Directional:
             del place  # and its graph, before the next one is built
         return sums
 
+    @contextmanager
+    def _constants(self) -> Iterator[None]:
+        """Keep what modules read where torch says that they are constant, however x moves.
+
+        No gradient reaches the embedding of padding, though the value depends on it.
+        """
+
+        def padded(index: int, row: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+            def hook(module: nn.Module, given: tuple[Tensor], found: Tensor) -> Tensor:
+                padding = torch.as_tensor(given[0] == index)
+                return torch.where(padding.unsqueeze(-1), row, found)
+
+            return hook
+
+        hooks = [
+            module.register_forward_hook(padded(index, row)) for module, index, row in self._padding
+        ]
+        try:
+            yield
+        finally:
+            for registered in hooks:
+                registered.remove()
+
+    def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
+        """Look at a batch that is met for the first time; `leading`: the first that weighs."""
+        if leading and self._exact:
+            check_recorded(here, self._params)
+
     def _begin(self, index: int, batch: Any) -> Place:
         first = index == len(self._weights)
         if not first and (self._hessian or self._weights[index] == 0):
             return Place(index, batch, self._weights[index])
-        here = self._objective.evaluate(index, batch)
+        here = self._objective.evaluate(index, batch, exact=self._exact)
         self._hessian = here.outer is None
         if first:
             begun = any(self._weights)
             self._weights.append(1.0 if self._source.single else here.weight())
-            if self._exact and self._weights[index] and not begun:
-                check_recorded(here, self._params)
+            if self._weights[index]:
+                self._first(index, batch, here, leading=not begun)
         if self._hessian or self._weights[index] == 0:
             return Place(index, batch, self._weights[index])
         with torch.enable_grad(), explained(), here.around():

@@ -54,6 +54,11 @@ class Graphs:
                 yield kept
         self._complete = index + 1 == len(self._kept)
 
+    def clear(self) -> None:
+        """Keep none from here on."""
+        self._kept.clear()
+        self._complete, self._free = False, 0
+
     def _keep(self, index: int, graph: Graph, weight: float) -> None:
         size = graph_bytes(graph.roots, self._objective.tree.parameters())
         if size <= self._free:
@@ -97,9 +102,10 @@ def split_to_fit(
         ValueError: a batch cannot be split, or f on it is not the weighted mean (or sum) of f on
             its pieces: with batch statistics or dropout of mode="train", say.
     """
-    batch, whole = first_batch(objective, source)
+    batch, _ = first_batch(objective, source)
     size = piece_size(objective, batch, params, budget)
-    parts = [objective.evaluate(0, piece, graph=False) for piece in pieces(batch, size)]
+    whole = objective.value(0, batch)
+    parts = [objective.value(0, piece) for piece in pieces(batch, size)]
     claimed = [part.claimed() for part in parts]
     weights = [w / sum(claimed) if objective.mean else w for w in claimed]
     shares = [w * float(part.total()) for w, part in zip(weights, parts, strict=True) if w]
@@ -122,7 +128,10 @@ def first_batch(
     """Return the first batch that weighs anything, evaluated; else the first."""
     first = None
     for batch in source.batches():
-        found = batch, objective.evaluate(0, batch, graph=graph)
+        if not graph and not objective.known.evaluated and (samples := samples_of(batch)):
+            # A look at the model, of a part of the batch whose graph is built anyway.
+            objective.evaluate(0, next(pieces(batch, -(-samples // _PROBE))))
+        found = batch, (objective.evaluate if graph else objective.value)(0, batch)
         if source.single or found[1].claimed():
             return found
         first = first or found

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.directional import Directional, Place
-from eigenfilter.curvature.engines.graphs import Products, gradient
+from eigenfilter.curvature.engines.graphs import gradient
 from eigenfilter.curvature.engines.vectors import Sums
 from eigenfilter.curvature.objective import Evaluation, Objective
+from eigenfilter.curvature.pullback import Products
 from eigenfilter.curvature.scale import norms
 
 _EVERY = 16  # products from one check of the error to the next
@@ -78,7 +79,7 @@ class FiniteDifference(Directional):
                 "smooth on the scale of the step (ReLU, max-pooling, low precision). Use an exact "
                 "engine, or smooth operations",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _differences(self, V: Tensor, steps: Sequence[float]) -> Sums:
@@ -101,8 +102,11 @@ class FiniteDifference(Directional):
         try:
             torch._foreach_add_(self._moving, v, alpha=t)
             self._announce()
-            here = self._objective.evaluate(place.index, place.batch, graph=place.pull is None)
-            return self._gradient(place, here) if place.pull is None else [here.value]
+            with self._constants():
+                if place.pull is not None:
+                    return [self._objective.value(place.index, place.batch, exact=False).value]
+                here = self._objective.evaluate(place.index, place.batch, exact=False)
+                return self._gradient(place, here)
         finally:
             torch._foreach_copy_(self._moving, backup)
             self._announce()

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.data import Source
+from eigenfilter.curvature.data import Source, Unfit, leaves, replaced
 from eigenfilter.curvature.engines.directional import Directional, Place
-from eigenfilter.curvature.engines.graphs import Products, explained
 from eigenfilter.curvature.engines.vectors import Sums
-from eigenfilter.curvature.objective import Objective
+from eigenfilter.curvature.nodes import leaves_reached
+from eigenfilter.curvature.objective import Evaluation, Objective
+from eigenfilter.curvature.pullback import Products, dense
+
+_NO_TANGENT = "ZeroTensors are immutable"  # torch's, where a constant should have a tangent
+_WAYS_OUT = (
+    "Forward-mode differentiation does not pass through the model or the loss. Double backward "
+    "may: use engine='retained', or 'auto'. If it does not either: use engine='finite_difference', "
+    "which needs first derivatives only."
+)
 
 
 class ForwardOverReverse(Directional):
     """H v by the dual part of grad f(x + t v); J v by that of z(x + t v), then J^T phi''.
 
     No graph of a gradient is built, and nothing is kept between vectors.
+
+    Modules are given dual parameters in place of their own. That this is still f is checked once
+    for each batch: no parameter may come from elsewhere, and the value must be that of a plain
+    evaluation (dropout draws another mask where forward mode lays a tensor out otherwise).
     """
 
     def __init__(self, objective: Objective, source: Source, params: Sequence[Tensor]) -> None:
@@ -29,17 +43,77 @@ class ForwardOverReverse(Directional):
             import_module("torch._decomp.decompositions_for_jvp")
         self._names = objective.names(params)
         self._x = tuple(p.detach() for p in params)
+        self._expected: dict[int, Tensor] = {}  # values of batches whose duals are not checked yet
+        self._written_out = False  # whether the data are given tangents, zero, of their own
 
     def multiply(self, V: Tensor) -> Sums:
         """Return the products with V [n, b], summed over batches."""
         return self._sum(V, self._product)
 
-    def _product(self, place: Place, v: list[Tensor], _: int) -> Products:
-        def value(at: tuple[Tensor, ...]) -> Tensor:
-            named = dict(zip(self._names, at, strict=True))
-            return self._objective.evaluate(place.index, place.batch, named).value
+    def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
+        super()._first(index, batch, here, leading=leading)
+        self._expected[index] = here.value.detach()
+        if leading:
+            at = {n: x.clone().requires_grad_() for n, x in zip(self._names, self._x, strict=True)}
+            with _explained(), self._constants():
+                value = self._objective.evaluate(index, batch, at).value
+            own = {id(p) for p in self._params}
+            if any(id(t) in own for t in leaves_reached([value])):
+                raise RuntimeError(
+                    "f uses a parameter that it does not take from its module, which forward mode "
+                    "would miss: use engine='retained', or read it from the module in each call"
+                )
 
-        along = torch.func.grad(value) if place.pull is None else value
-        with explained():
-            found = torch.func.jvp(along, (self._x,), (tuple(v),))[1]
-        return found if place.pull is None else place.pull(found)
+    def _product(self, place: Place, v: list[Tensor], _: int) -> Products:
+        with _explained(), self._constants():
+            try:
+                value, found = self._along(place, v)
+            except RuntimeError as error:
+                if self._written_out or _NO_TANGENT not in str(error):
+                    raise
+                self._written_out = True
+                value, found = self._along(place, v)
+        self._check(place.index, value)
+        return dense(found) if place.pull is None else place.pull(found[0])
+
+    def _along(self, place: Place, v: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return f, or z, and the derivative of grad f, or of z, along v."""
+        data = list(leaves(place.batch)) if self._written_out else []
+        data = [t.detach() for t in data if t.is_floating_point()]
+
+        def value(at: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> Tensor:
+            batch = replaced(place.batch, given) if given else place.batch
+            named = dict(zip(self._names, at, strict=True))
+            return self._objective.evaluate(place.index, batch, named).value
+
+        point, way = (self._x, tuple(data)), (tuple(v), tuple(map(torch.zeros_like, data)))
+        if place.pull is not None:
+            found = torch.func.jvp(value, point, way)
+            return found[0], [found[1]]
+        both = torch.func.grad_and_value(value)
+        found = torch.func.jvp(both, point, way)
+        return found[0][1], found[1][0]
+
+    def _check(self, index: int, found: Tensor) -> None:
+        expected = self._expected.pop(index, None)
+        if expected is None:
+            return
+        eps = torch.finfo(self._objective.autocast or expected.dtype).eps
+        if float((found - expected).abs().max()) > eps**0.5 * float(expected.abs().max()):
+            raise RuntimeError(
+                "under forward mode the model gives another value than without, as where dropout "
+                "draws another mask: use engine='retained', or mode='eval'"
+            )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Add to an error of torch what to do."""
+    try:
+        yield
+    except Unfit:
+        raise
+    except RuntimeError as error:  # NotImplementedError is one
+        if not hasattr(error, "__notes__"):
+            error.add_note(_WAYS_OUT)
+        raise

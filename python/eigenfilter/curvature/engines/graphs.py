@@ -9,31 +9,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.engines.nodes import nodes, python_function, runs_python
+from eigenfilter.curvature.nodes import nodes, python_function, runs_python
 from eigenfilter.curvature.objective import Evaluation
+from eigenfilter.curvature.pullback import Products, dense, pulled_back
 
 _NO_SECOND_DERIVATIVE = re.compile(
-    r"derivative .* not implemented|differentiate twice|double.?backward", re.IGNORECASE
+    r"derivative .* not implemented|differentiate twice|double.?backward|with \.grad\(\)|"
+    r"create_graph=False",
+    re.IGNORECASE,
 )
-_NO_FORWARD_DERIVATIVE = re.compile(r"forward AD|functorch transforms|saved tensor hooks")
-_NO_BATCHING = re.compile(r"vmap|batching rule", re.IGNORECASE)
+_NO_BATCHING = re.compile(r"vmap|batching rule|sparse", re.IGNORECASE)
 _MARKED = "torch::autograd::Error"  # the node that `once_differentiable` puts
-_WAYS_OUT = (
-    "Use engine='finite_difference', which needs first derivatives only; for fused attention, the "
-    "model may instead be called in `forward` under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-)
+_WAYS_OUT = "Use engine='finite_difference', which needs first derivatives only."
 _CAUSE = (
     "An operation in the model or the loss has no second derivative, which an exact product needs. "
     + _WAYS_OUT
 )
-_FORWARD_CAUSE = (
-    "An operation in the model or the loss has no forward derivative. It may have a second one by "
-    "double backward: use engine='retained'. If not: " + _WAYS_OUT
-)
 
 Pieces = Sequence[Tensor]
-Products = Sequence[Tensor | None]  # None: zero
 
 
 class HessianGraph:
@@ -68,6 +61,7 @@ class Pullback:
         """
         assert evaluation.outer is not None
         self._params = params
+        self._holders = evaluation.holders
         self._z = _dependent(evaluation.value)
         self._point = self._z.detach().requires_grad_()
         phi = evaluation.outer(self._point)
@@ -84,6 +78,10 @@ class Pullback:
         (curved,) = self._gradient.back([u], [self._point], batched=batched)
         if curved is None:
             return [None] * len(self._params)
+        if self._holders is not None:
+            return pulled_back(
+                [self._z], self._params, [curved], holders=self._holders, retain=True
+            )
         return back([self._z], self._params, [curved], batched=batched)
 
 
@@ -119,6 +117,12 @@ Graph = HessianGraph | GaussNewtonGraph
 
 def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
     """Return the graph that an evaluation asks for."""
+    if evaluation.holders is not None:
+        raise RuntimeError(
+            "gradients of this model come by backward() alone, through reentrant checkpointing "
+            "say, which autograd cannot differentiate again. " + _WAYS_OUT + " Or let "
+            "torch.utils.checkpoint be called with use_reentrant=False"
+        )
     with torch.enable_grad(), explained(), evaluation.around():
         kind = HessianGraph if evaluation.outer is None else GaussNewtonGraph
         return kind(evaluation, params)
@@ -128,8 +132,15 @@ def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Produc
     """Return u^T d outputs / d inputs and keep the graph; `batched`: of all u [b, ...] at once."""
     try:
         with explained():
-            return torch.autograd.grad(
-                outputs, inputs, u, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            return dense(
+                torch.autograd.grad(
+                    outputs,
+                    inputs,
+                    u,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
             )
     except RuntimeError as error:
         if batched and _NO_BATCHING.search(str(error)):
@@ -140,7 +151,7 @@ def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Produc
 def gradient(evaluation: Evaluation, params: Pieces) -> Products:
     """Return df_b/dx, without a graph."""
     with evaluation.around():
-        return torch.autograd.grad(_dependent(evaluation.value), params, allow_unused=True)
+        return pulled_back([_dependent(evaluation.value)], params, holders=evaluation.holders)
 
 
 def check_recorded(evaluation: Evaluation, params: Pieces) -> None:
@@ -150,7 +161,7 @@ def check_recorded(evaluation: Evaluation, params: Pieces) -> None:
     forward pass, and a backward one only where there are such Functions.
     """
     value = _dependent(evaluation.value)
-    if any(python_function(node) for node in nodes([value])):
+    if evaluation.holders is not None or any(python_function(node) for node in nodes([value])):
         graph_of(evaluation, params)
 
 
@@ -160,11 +171,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not hasattr(error, "__notes__"):
-            if _NO_SECOND_DERIVATIVE.search(str(error)):
-                error.add_note(_CAUSE)
-            elif _NO_FORWARD_DERIVATIVE.search(str(error)):
-                error.add_note(_FORWARD_CAUSE)
+        if not hasattr(error, "__notes__") and _NO_SECOND_DERIVATIVE.search(str(error)):
+            error.add_note(_CAUSE)
         raise
 
 
@@ -181,7 +189,9 @@ class _Derivative:
         if seed is None:
             seed = torch.ones_like(output, requires_grad=True)
         with _guarded(output):
-            found = torch.autograd.grad(output, inputs, seed, create_graph=True, allow_unused=True)
+            found = dense(
+                torch.autograd.grad(output, inputs, seed, create_graph=True, allow_unused=True)
+            )
         self._active = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
         self.outputs = [g for g in found if g is not None and g.requires_grad]
 
@@ -206,6 +216,10 @@ def _dependent(value: Tensor) -> Tensor:
     return value
 
 
+def _nonzero(g: Tensor) -> bool:
+    return bool((g.to_dense() if g.layout != torch.strided else g).any())
+
+
 @contextmanager
 def _guarded(output: Tensor) -> Iterator[None]:
     """Make the first backward of `output` raise where an operation's own backward is not recorded.
@@ -219,9 +233,9 @@ def _guarded(output: Tensor) -> Iterator[None]:
     def hook(name: str) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], None]:
         def check(found: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
             for g in found:
-                if g is not None and (
-                    g.grad_fn.name() == _MARKED if g.grad_fn is not None else bool(g.any())
-                ):
+                if g is None or (g.grad_fn is None and g.requires_grad):  # that is the seed
+                    continue
+                if g.grad_fn.name() == _MARKED if g.grad_fn is not None else _nonzero(g):
                     raise RuntimeError(f"the backward of {name} was not recorded. {_CAUSE}")
 
         return check

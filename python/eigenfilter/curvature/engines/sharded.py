@@ -12,9 +12,9 @@ from eigenfilter import _distributed
 from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.directional import Place
 from eigenfilter.curvature.engines.finite_difference import FiniteDifference
-from eigenfilter.curvature.engines.graphs import Products
 from eigenfilter.curvature.engines.vectors import Sums, split
 from eigenfilter.curvature.objective import Evaluation, Objective
+from eigenfilter.curvature.pullback import Products, dense
 from eigenfilter.curvature.scale import norms
 from eigenfilter.curvature.slices import ShardSlices
 
@@ -96,7 +96,7 @@ class ShardedDifference(FiniteDifference):
 
     def _weigh(self, index: int, batch: object) -> float:
         self._announce()
-        return self._objective.evaluate(index, batch, graph=False).weight()
+        return self._objective.evaluate(index, batch, exact=False).weight()
 
     def _gradient(self, place: Place, here: Evaluation) -> Products:
         """Return the sum of all processes' weighted gradients: FSDP2 divides by their number."""
@@ -107,7 +107,8 @@ class ShardedDifference(FiniteDifference):
             scale = torch.full_like(here.value, place.weight * self._slices.processes)
             with here.around():
                 torch.autograd.backward(here.value, scale)
-            return [None if p.grad is None else _distributed.local(p.grad) for p in self._sharded]
+            grads = [p.grad for p in self._sharded]
+            return dense([None if g is None else _distributed.local(g) for g in grads])
         finally:
             for p, grad in zip(self._holders, held, strict=True):
                 p.grad = grad

@@ -57,3 +57,11 @@ def _saved(node: Any) -> Iterator[Any]:
     for name in _known[kind]:
         value = getattr(node, name)
         yield from value if isinstance(value, tuple) else (value,)
+
+
+def leaves_reached(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors in which backward from `roots` would leave a gradient."""
+    for node in nodes(roots):
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            yield variable

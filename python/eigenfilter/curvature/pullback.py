@@ -1,0 +1,59 @@
+"""First derivatives, by torch.autograd.grad or by what backward() leaves in .grad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eigenfilter.curvature.data import Unfit
+
+Products = Sequence[Tensor | None]  # None: zero
+
+
+def pulled_back(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    u: Sequence[Tensor] | None = None,
+    *,
+    holders: Sequence[Tensor] | None = None,
+    retain: bool = False,
+) -> Products:
+    """Return u^T d outputs / d inputs, dense and without a graph; u is 1 by default.
+
+    Args:
+        outputs: of a graph.
+        inputs: leaves of it.
+        u: like `outputs`.
+        holders: None for torch.autograd.grad. Else derivatives are what backward() leaves in
+            `.grad`; these are all the tensors that it may write to, whose `.grad` is put back.
+        retain: whether the graph is needed again.
+
+    Raises:
+        Unfit: a holder has hooks that run as its gradient arrives.
+    """
+    if holders is None:
+        found = torch.autograd.grad(outputs, inputs, u, retain_graph=retain, allow_unused=True)
+        return dense(found)
+    if any(t._post_accumulate_grad_hooks for t in holders):
+        raise Unfit(
+            "the model leaves gradients only in backward(), where a parameter has hooks that would "
+            "run as they arrive (an optimizer in the backward pass?): remove the hooks first"
+        )
+    held = [t.grad for t in holders]
+    try:
+        for t in holders:
+            t.grad = None
+        torch.autograd.backward(outputs, u, retain_graph=retain)
+        return dense([t.grad for t in inputs])
+    finally:
+        for t, grad in zip(holders, held, strict=True):
+            t.grad = grad
+
+
+def dense(found: Products) -> Products:
+    """Return derivatives as they are stored: sparse ones, of embeddings say, with their zeros."""
+    if all(g is None or g.layout == torch.strided for g in found):
+        return found
+    return [g if g is None or g.layout == torch.strided else g.to_dense() for g in found]

@@ -1,0 +1,298 @@
+"""What engine="auto" does where engines fail, and what forward mode does not miss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvature.networks import OPERATORS, columns, dense, make
+from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator
+from eigenfilter.curvature.engines import NAMES
+
+LOGGER = "eigenfilter.curvature.engines.automatic"
+
+
+def penalised(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy and the squared gradient with respect to some inputs."""
+    points = torch.linspace(-1, 1, 10, dtype=torch.float64).view(2, 5)
+
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.__dict__["model"] = model
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            x = points.clone().requires_grad_()
+            (g,) = torch.autograd.grad(self.model(x).square().sum(), x, create_graph=True)
+            return F.cross_entropy(output, target) + g.square().mean()
+
+    return Penalised()
+
+
+class Physics(nn.Module):
+    """u + du/dx, by autograd or by torch.func."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1))
+        self.functional = functional
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.functional:
+
+            def u(point: Tensor) -> Tensor:
+                return self.net(point).squeeze(-1)
+
+            return torch.func.vmap(torch.func.grad(u))(x)[:, :3] + self.net(x)
+        x = x.detach().requires_grad_()
+        found = self.net(x)
+        (g,) = torch.autograd.grad(found.sum(), x, create_graph=True)
+        return g[:, :3] + found
+
+
+class Adapted(nn.Module):
+    """A step of gradient descent inside the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.linear.weight, self.linear.bias
+        inner = F.linear(x[:1], w, b).square().mean()
+        (g,) = torch.autograd.grad(inner, w, create_graph=True)
+        return torch.tanh(F.linear(x, w - 0.3 * g, b))
+
+
+INSIDE: dict[str, Callable[[], nn.Module]] = {
+    "physics": lambda: Physics(False),
+    "physics, functional": lambda: Physics(True),
+    "adapted": Adapted,
+}
+
+
+@pytest.mark.parametrize("engine", [*NAMES, "auto"])
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_derivatives_inside_the_model(
+    kind: type[CurvatureOperator], name: str, engine: str
+) -> None:
+    model, (_, x, target) = INSIDE[name]().double(), make()
+    if name == "adapted" and engine == "checkpointed":
+        x = x[:1].expand(len(x), -1).contiguous()  # the same in every piece
+    expected = _dense(kind, model, x, target)
+    op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
+    _right_or_named(op, expected, engine)
+
+
+def _dense(
+    kind: type[CurvatureOperator],
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Tensor:
+    """Return the matrix by loops over autograd, on the model's own parameters."""
+    params = list(model.parameters())
+
+    def rows(values: Tensor, again: bool = False) -> Tensor:
+        found = [
+            torch.autograd.grad(
+                v, params, retain_graph=True, create_graph=again, materialize_grads=True
+            )
+            for v in values.reshape(-1)
+        ]
+        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in found])
+
+    z = model(x)
+    if kind is HessianOperator:
+        return rows(rows(loss_fn(z, target).reshape(1), True)[0])
+    if kind is GGNOperator:
+        J, p = rows(z), torch.softmax(z.detach(), 1)
+        H = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / len(z)
+        return J.T @ torch.block_diag(*H) @ J
+    G = rows(torch.stack([loss_fn(z[i : i + 1], target[i : i + 1]) for i in range(len(z))]))
+    return G.T @ G / len(G)
+
+
+def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> None:
+    try:
+        found = columns(op)
+    except RuntimeError as error:
+        if engine != "forward_over_reverse" or "use engine='retained'" not in error.__notes__[0]:
+            raise
+        return
+    scale = float(expected.abs().max())
+    atol = 1e-7 if op.engine == "finite_difference" else 1e-12
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol * scale)
+    assert engine != "auto" or op.engine != "finite_difference"
+
+
+@pytest.mark.parametrize("engine", [*NAMES, "auto"])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_derivatives_inside_the_loss(kind: type[CurvatureOperator], engine: str) -> None:
+    model, x, target = make()
+    x, target = x[:8], target[:8]
+    loss_fn = penalised(model)
+    op = kind(model, loss_fn, (x, target), engine=engine)
+    if kind is GGNOperator:  # the penalty is no function of z
+        expected = OPERATORS[kind](model, x, target)
+    else:
+        expected = _dense(kind, model.eval(), x, target, loss_fn)
+    _right_or_named(op, expected, engine)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "gru", "lstm", "rnn"])
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.HuberLoss(), nn.SoftMarginLoss()])
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
+def test_forward_mode_and_losses_of_constants(
+    kind: type[CurvatureOperator], loss_fn: nn.Module, name: str
+) -> None:
+    """torch gives constants immutable zeros for tangents: they are written out, or it is said."""
+
+    class Last(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.unsqueeze(1))[0].squeeze(1)
+
+    layers = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+    model = (
+        Last(layers[name](5, 3, batch_first=True)).double()
+        if name in layers
+        else (nn.Linear(5, 3).double() if name == "linear" else make()[0])
+    )
+    x, target = torch.randn(6, 5).double(), torch.rand(6, 3).double()
+    expected = OPERATORS[kind](model, x, target, loss_fn=loss_fn)
+    forward = kind(model, loss_fn, (x, target), engine="forward_over_reverse")
+    _right_or_named(forward, expected, "forward_over_reverse")
+    if isinstance(loss_fn, nn.MSELoss):
+        assert columns(forward).any()
+    _right_or_named(kind(model, loss_fn, (x, target)), expected, "auto")
+
+
+def test_forward_mode_does_not_miss_a_parameter_from_elsewhere() -> None:
+    """Modules are given duals; what a loss holds of a parameter itself is not."""
+    model, x, target = make()
+    held = model.get_parameter("0.weight")
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target) + held.square().sum()
+
+    v = torch.randn(39, dtype=torch.float64)
+    exact = HessianOperator(model, loss_fn, (x, target), engine="retained").matvec(v)
+    plain = dense(model, x, target) @ v
+    torch.testing.assert_close(exact[:20], plain[:20] + 2 * v[:20], rtol=0, atol=1e-12)
+    op = HessianOperator(model, loss_fn, (x, target), engine="forward_over_reverse")
+    with pytest.raises(RuntimeError, match=r"not take from its module.*use engine='retained'"):
+        op.matvec(v)
+    assert torch.equal(HessianOperator(model, loss_fn, (x, target)).matvec(v), exact)
+
+
+def test_forward_mode_does_not_draw_another_mask() -> None:
+    """Of a transposed tensor it would: torch lays its mask out otherwise."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(torch.tanh(self.linear(x).T), 0.5, self.training).T
+
+    model, (_, x, target) = Turned().double(), make()
+    data, loss_fn = (x, target), nn.CrossEntropyLoss()
+    op = HessianOperator(model, loss_fn, data, mode="train", engine="forward_over_reverse")
+    with pytest.raises(RuntimeError, match=r"another value.*use engine='retained'"):
+        columns(op)
+    evaluated = HessianOperator(model, loss_fn, data, engine="forward_over_reverse")
+    torch.testing.assert_close(columns(evaluated), dense(model, x, target), rtol=0, atol=1e-12)
+
+
+def test_the_next_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    """A bag of embeddings has no second derivative in torch."""
+    model = nn.Sequential(nn.EmbeddingBag(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    data = (torch.randint(6, (20, 5)), torch.randint(3, (20,)))
+    op = HessianOperator(model, nn.CrossEntropyLoss(), data)
+    v = torch.randn(op.shape[0], dtype=torch.float64)
+    with caplog.at_level(logging.INFO, LOGGER):
+        found = op.matvec(v)
+    assert op.engine == "finite_difference"
+    told = [(r.levelno, r.getMessage()) for r in caplog.records if r.name == LOGGER]
+    passed = ["retained", "shared", "forward_over_reverse", "checkpointed"]
+    assert [text.split("'")[1] for _, text in told] == passed
+    assert all("NotImplementedError" in text for _, text in told)
+    assert told[-1][0] == logging.WARNING
+    assert "'finite_difference', whose products are not exact" in told[-1][1]
+    caplog.clear()
+    again = op.matvec(v)
+    assert not [r for r in caplog.records if r.name == LOGGER]
+    torch.testing.assert_close(again, found, rtol=0, atol=1e-9)
+
+
+def test_one_error_lists_all_engines() -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            Broken.calls += 1
+            raise NotImplementedError(f"no derivative, {Broken.calls}")
+
+        calls = 0
+
+    model, x, target = make()
+    op = HessianOperator(model, lambda z, t: F.cross_entropy(Broken.apply(z), t), (x, target))
+    with pytest.raises(RuntimeError, match="no engine can multiply by this matrix") as raised:
+        op.matvec(torch.ones(39, dtype=torch.float64))
+    lines = str(raised.value).splitlines()
+    named = [line.split(":")[0].removeprefix("- ") for line in lines if line.startswith("- ")]
+    assert sorted(named) == sorted(set(NAMES) - {"batched"})
+    assert "operations that torch can differentiate" in lines[-1]
+
+
+def test_the_error_of_a_model_is_its_own() -> None:
+    """Not tried with every engine, and not wrapped, also in a later batch."""
+    model, x, target = make()
+    calls = 0
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if len(output) == 10:
+            raise KeyError("mine")
+        return F.cross_entropy(output, target)
+
+    v = torch.ones(39, dtype=torch.float64)
+    first = HessianOperator(model, loss_fn, (x[:10], target[:10]))
+    with pytest.raises(KeyError, match="mine"):
+        first.matvec(v)
+    assert calls == 1
+    later = HessianOperator(model, loss_fn, [(x[10:], target[10:]), (x[:10], target[:10])])
+    with pytest.raises(KeyError, match="mine"):
+        later.matvec(v)
+
+
+def test_memory_that_runs_out_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, target = make()
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
+    v = torch.randn(39, dtype=torch.float64)
+    expected = dense(model, x, target) @ v
+    from eigenfilter.curvature.engines import double_backward
+
+    def full(*given: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(double_backward, "graph_of", full)
+    torch.testing.assert_close(op.matvec(v), expected, rtol=0, atol=1e-12)
+    assert op.engine == "forward_over_reverse"
