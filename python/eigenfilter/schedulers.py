@@ -108,7 +108,10 @@ class RhoSchedule:
         self._set()
 
     def _set(self) -> None:
-        factor = float(self._factor(self._step))
+        try:
+            factor = float(self._factor(self._step))
+        except OverflowError:
+            factor = math.inf
         if not 0 <= factor < math.inf:
             raise ValueError(
                 f"a factor must be at least 0 and finite; at {self._step} it is {factor}"

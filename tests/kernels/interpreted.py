@@ -553,7 +553,7 @@ def test_wrong_arguments_change_nothing() -> None:
         room.ascend(x, g, [], 0.1)
     with pytest.raises(TypeError, match="alpha must be a number"):
         room.ascend(x, g, b, whole)
-    with pytest.raises(ValueError, match="alpha is on meta"):
+    with pytest.raises(TypeError, match=r"alpha cannot be used: .*meta"):
         room.ascend(x, g, b, elsewhere)
     with pytest.raises(ValueError, match=r"found_inf must be a .*float32 tensor"):
         room.ascend(x, g, b, 0.1, found_inf=double)
@@ -563,9 +563,9 @@ def test_wrong_arguments_change_nothing() -> None:
         room.ascend_again(x, g, whole, None)
     with pytest.raises(ValueError, match="base_grads"):
         room.ascend_hvp(x, g, [], b, 0.1, 0.2)
-    with pytest.raises(ValueError, match="eps is on meta"):
+    with pytest.raises(TypeError, match=r"eps cannot be used: .*meta"):
         room.ascend_hvp(x, g, m, b, 0.1, elsewhere)
-    with pytest.raises(ValueError, match=r"grad_scale must be a .*float32 tensor"):
+    with pytest.raises(TypeError, match=r"grad_scale must be a .*one-element float32"):
         room.descend(x, g, None, b, lr=0.1, grad_scale=torch.ones(2))
     with pytest.raises(ValueError, match="rounding_seed must be a whole number"):
         room.descend(x, g, None, b, lr=0.1, rounding_seed=0.5)
@@ -579,7 +579,7 @@ def test_wrong_arguments_change_nothing() -> None:
         room.descend_adamw(x, g, m, v, b, **ADAMW | {"step": whole})
     with pytest.raises(ValueError, match=r"found_inf must be a .*float32 tensor"):
         room.descend_adamw(x, g, m, v, b, **ADAMW, found_inf=double)
-    with pytest.raises(ValueError, match=r"out must be a .*float32 tensor"):
+    with pytest.raises(ValueError, match="out must be a dense float64 tensor"):
         room.norm(x, whole)
     with pytest.raises(ValueError, match="weights"):
         room.norm(x, torch.empty(()), weights=[torch.ones(3)])

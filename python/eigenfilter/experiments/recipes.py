@@ -16,6 +16,7 @@ import eigenfilter as ef
 from eigenfilter.experiments import losses
 from eigenfilter.experiments.config import TORCH, Config
 from eigenfilter.optimizers import EigenfilterOptimizer
+from eigenfilter.optimizers._hyperparameters import rho_key
 from eigenfilter.schedulers import RhoSchedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -140,6 +141,13 @@ def lr_schedule(config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch
         "step": lambda t, s: config.lr_gamma ** (t // every),
     }
     shape = after[config.lr_schedule]
+    if config.lr_schedule == "step":
+        try:
+            shape(total, 1.0)
+        except OverflowError:
+            raise ValueError(
+                f"lr_gamma: {config.lr_gamma:g} makes lr infinite within {config.epochs} epochs"
+            ) from None
 
     def factor(t: int) -> float:
         if t < warm:
@@ -153,7 +161,7 @@ def rho_schedule(
     config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch: int
 ) -> RhoSchedule | None:
     """rho at each step, where the optimizer has one."""
-    if any("rho" not in group for group in optimizer.param_groups):
+    if any(rho_key(group) not in group for group in optimizer.param_groups):
         return None
     return RhoSchedule(
         optimizer,

@@ -13,6 +13,7 @@ from eigenfilter.experiments.config import Config, check_plain
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import read_json
 from eigenfilter.experiments.structure import Each, Maybe, Misfit, Some, fit
+from eigenfilter.optimizers._hyperparameters import rho_key
 
 if TYPE_CHECKING:
     from eigenfilter.experiments.trainer import Trainer
@@ -161,8 +162,8 @@ def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> d
     lr = recipes.lr_schedule(config, optimizer, per_epoch)
     rho = recipes.rho_schedule(config, optimizer, per_epoch)
     for group in optimizer.param_groups:
-        if "rho" in group:
-            group["rho"] = 0.0  # a step without ascents
+        if rho_key(group) in group:
+            group[rho_key(group)] = 0.0  # a step without ascents
     if step:
         optimizer.step()
     for group, factor in zip(recipes.base_of(optimizer).param_groups, lr.lr_lambdas, strict=True):

@@ -20,6 +20,7 @@ from eigenfilter.experiments.datasets import Images
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.networks import build
 from eigenfilter.experiments.processes import ALONE, Processes
+from eigenfilter.optimizers._hyperparameters import rho_key
 
 
 class Diverged(UserError):
@@ -194,7 +195,8 @@ class Trainer:
     def rates(self) -> dict[str, float]:
         """The present lr and, where there is one, rho, of the first group."""
         group = self.optimizer.param_groups[0]
-        return {name: float(group[name]) for name in ("lr", "rho") if name in group}
+        names = {"lr": "lr", "rho": rho_key(group)}
+        return {name: float(group[key]) for name, key in names.items() if key in group}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as tensors and plain data."""
