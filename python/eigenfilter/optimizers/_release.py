@@ -15,7 +15,7 @@ from torch import Tensor
 from eigenfilter import _distributed
 
 if TYPE_CHECKING:
-    from eigenfilter.optimizers._base import EigenfilterOptimizer
+    from eigenfilter.optimizers._machine import StepMachine
 
 UNSCALED = (
     "release_gradients=True applies each gradient before a GradScaler has looked at all of them: "
@@ -33,7 +33,7 @@ class GradientRelease:
         updated: ids of the parameters that have taken this step's descent.
     """
 
-    def __init__(self, optimizer: EigenfilterOptimizer) -> None:
+    def __init__(self, optimizer: StepMachine) -> None:
         self.updated: set[int] = set()
         self._optimizer = weakref.ref(optimizer)
         self._inside = False

@@ -12,7 +12,7 @@ from eigenfilter.optimizers._parts import Part
 from eigenfilter.optimizers._randomness import Randomness
 
 if TYPE_CHECKING:
-    from eigenfilter.optimizers._base import EigenfilterOptimizer
+    from eigenfilter.optimizers._machine import StepMachine
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -41,7 +41,7 @@ class StepState:
         unscaled: whether `clip_grad_norm_` had a scaler unscale the descent's gradient.
     """
 
-    def __init__(self, owner: EigenfilterOptimizer) -> None:
+    def __init__(self, owner: StepMachine) -> None:
         self.owner = weakref.ref(owner)
         self.perturbed: list[Part] = []
         self.check: ClosureCheck | None = None
