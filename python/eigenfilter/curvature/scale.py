@@ -36,7 +36,7 @@ def norms(v: Tensor) -> Tensor:
     info = torch.finfo(v.dtype)
     most = math.sqrt(info.max) / 2
     least = math.sqrt(info.tiny) / info.eps  # so that squares of what counts in it are normal
-    if bool(((found >= least) & (found <= most)).all()):
+    if not v.numel() or bool(((found >= least) & (found <= most)).all()):
         return found
     exponents = torch.linalg.vector_norm(v, torch.inf, dim=0).frexp().exponent
     half = exponents // 2
