@@ -53,7 +53,7 @@ def holder(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer | None:
         return None
     ids = {id(p) for p in params}
     for optimizer in list(_perturbed):
-        if any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
+        if not ids.isdisjoint(optimizer._away()):  # type: ignore[attr-defined]
             return optimizer
     return None
 
@@ -76,7 +76,7 @@ def _watched(method: Any, position: int, use: str) -> Any:
 
     @functools.wraps(method)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _perturbed:
+        if any(use not in _warned.get(optimizer, ()) for optimizer in list(_perturbed)):
             for weights in (self, *args, *kwargs.values())[position : position + 1]:
                 _warn(weights, use)
         return method(self, *args, **kwargs)
@@ -89,7 +89,7 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if not _perturbed or optimizer in _perturbed:
         return
     other = holder(p for group in optimizer.param_groups for p in group["params"])
-    if other is None or any(mine is other for mine in vars(optimizer).values()):
+    if other is None or _holds(optimizer, other):
         return  # a wrapper passes the step on
     state = vars(other).get("_step_state")
     if state is not None and vars(optimizer).get("_step_state") is state:
@@ -100,6 +100,26 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         f"{its} is in the middle of a step. End that with step() of {its}, or call its restore() "
         "first"
     )
+
+
+def _holds(wrapper: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `wrapper` has `optimizer` as an attribute, in a list, or through another wrapper."""
+    seen: set[int] = set()
+    ahead: list[Any] = [wrapper]
+    while ahead:
+        one = ahead.pop()
+        if one is optimizer:
+            return True
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.optim.Optimizer):
+            ahead.extend(v for k, v in vars(one).items() if k not in ("state", "param_groups"))
+        elif isinstance(one, (list, tuple)):
+            ahead.extend(one)
+        elif isinstance(one, dict):
+            ahead.extend(one.values())
+    return False
 
 
 def _warn(weights: nn.Module | torch.Tensor, use: str) -> None:

@@ -71,6 +71,7 @@ class _Values:
             )
         distinct = {id(t): _distributed.local(t) for t in tensors}.values()
         self._tensors = [t for t in distinct if _is_writable(t)]
+        self._memory = [t.detach() for t in self._tensors]  # where they are
         self._versions = [t._version for t in self._tensors]
         self._copies = [_like(t) for t in self._tensors]
         _copy(self._copies, self._tensors)
@@ -83,9 +84,10 @@ class _Values:
         can then be differentiated outside. Every other write is announced on both ways.
         """
         pairs = list(zip(self._tensors, self._copies, strict=True))
-        for t, copy in pairs:
-            if t.shape != copy.shape:  # observers resize their ranges
-                t.resize_(copy.shape)
+        for t, memory in zip(self._tensors, self._memory, strict=True):
+            # Observers resize their ranges; `t.data = batch` puts a tensor elsewhere.
+            if t.shape != memory.shape or t.data_ptr() != memory.data_ptr():
+                t.data = memory
         same = [t._version == at for t, at in zip(self._tensors, self._versions, strict=True)]
         silent = [pair for pair, is_same in zip(pairs, same, strict=True) if is_same]
         announced = [pair for pair, is_same in zip(pairs, same, strict=True) if not is_same]
@@ -97,8 +99,13 @@ class _Values:
 
 @torch.no_grad()
 def _copy(into: list[Tensor], of: list[Tensor]) -> None:
-    if into:  # torch refuses empty lists
-        torch._foreach_copy_(into, of)
+    pairs = list(zip(into, of, strict=True))
+    plain = [(t, c) for t, c in pairs if not (t.is_conj() or t.is_neg() or t.is_nested)]
+    for t, copy in pairs:
+        if t.is_conj() or t.is_neg() or t.is_nested:  # which torch copies one by one only
+            t.copy_(copy)
+    if plain:  # torch refuses empty lists
+        torch._foreach_copy_([t for t, _ in plain], [c for _, c in plain])
 
 
 def _like(t: Tensor) -> Tensor:

@@ -49,6 +49,10 @@ class UsedGradients:
         for g in self._grads():
             setattr(g, _USED, _version(g))
 
+    def forget(self) -> None:
+        """The gradients have been cleared: what is there next is new, the same tensor too."""
+        self._probes = []
+
     def untouched(self) -> bool:
         """Whether the gradients were used and have been neither cleared nor written since."""
         grads = self._grads()

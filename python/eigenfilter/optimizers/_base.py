@@ -242,6 +242,7 @@ class EigenfilterOptimizer(StepMachine):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters: to None, or to 0 in the tensors that are there."""
         super().zero_grad(set_to_none)
+        self._used.forget()
         if self._step_state.check is not None:
             self._step_state.check.forget()
 

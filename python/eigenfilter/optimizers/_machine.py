@@ -337,6 +337,7 @@ class StepMachine(GroupedOptimizer):
             )
 
     def _clear_gradients(self) -> None:
+        self._used.forget()
         for group in self.param_groups:
             if self.set_to_none:
                 _core.clear_gradients(group["params"])

@@ -36,9 +36,9 @@ class Parent:
         parent = None if self._parent is None else self._parent()
         if parent is None or not _distributed.is_parallel():
             return None
-        held = _ids(optimizer)
-        spread = getattr(parent, "world_size", 1) != 1
-        return parent if spread or not held.issuperset(_ids(parent)) else None
+        # What spreads parameters over ranks knows how many there are. An optimizer made of several,
+        # each for a part of the model on every rank alike, does not.
+        return parent if getattr(parent, "world_size", 1) != 1 else None
 
 
 def refuse_ascent(

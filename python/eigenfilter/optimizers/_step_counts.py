@@ -205,8 +205,12 @@ class _Block:
     def advance(self, place: Place, skipped: Tensor | None) -> None:
         """Count one step, unless it was skipped."""
         for values in (self.values, self._mirror):
-            if values is not None:
-                by = 1.0 if skipped is None else (~skipped).to(values.device, torch.float32)
+            if values is None:
+                continue
+            by = 1.0 if skipped is None else (~skipped).to(values.device, torch.float32)
+            if isinstance(place, slice):
+                values[place].add_(by)
+            else:
                 values[place] += by
         self._version = self.values._version
 
