@@ -17,6 +17,8 @@ OWN_RHO = "ascent_rho"
 """Where groups hold the radius of an ascent whose base optimizer has a `rho` of its own."""
 
 _NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "eps", "rho", OWN_RHO)
+CHECKED = (*_NOT_NEGATIVE, "dampening", "betas", "nesterov", "amsgrad", "differentiable")
+"""The hyperparameters that groups are checked for."""
 
 
 def rho_key(group: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,7 +23,13 @@ from eigenfilter.optimizers._ascents import Ascent
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import GroupedOptimizer
 from eigenfilter.optimizers._guard import Guard
-from eigenfilter.optimizers._hyperparameters import check_scalars, is_zero, lr_is_zero, rho_of
+from eigenfilter.optimizers._hyperparameters import (
+    CHECKED,
+    check_scalars,
+    is_zero,
+    lr_is_zero,
+    rho_of,
+)
 from eigenfilter.optimizers._parts import Gradients, Part, Parts, Piece, Store, conforming
 from eigenfilter.optimizers._randomness import Randomness
 from eigenfilter.optimizers._release import UNSCALED, GradientRelease
@@ -51,6 +58,7 @@ class StepMachine(GroupedOptimizer):
         """Set up what lives as long as this object and is never saved."""
         self._step_state = StepState(self)
         self._used = UsedGradients()
+        self._good: dict[int, list[Any]] = {}  # values of groups that have been checked
         self._guard = Guard()
         self._parent = Parent(self)
         self._release = GradientRelease(self)
@@ -416,4 +424,9 @@ class StepMachine(GroupedOptimizer):
     def _check_groups(self) -> None:
         """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""
         for group in self.param_groups:
-            self._check_hyperparameters(group)
+            values = [group.get(name) for name in CHECKED]
+            good = self._good.get(id(group))
+            if good is None or not all(map(operator.is_, values, good)):
+                self._check_hyperparameters(group)
+                if not any(isinstance(v, (Tensor, list)) for v in values):  # which change in place
+                    self._good[id(group)] = values

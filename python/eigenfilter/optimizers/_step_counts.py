@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Place = slice | Tensor
-"""Which elements of a block."""
+"""Which elements of a block; a slice where they lie side by side."""
 
 _SLOTS = 64
 """Counts in a block, at least: parameters that begin one by one do not have a block each."""
@@ -90,13 +90,13 @@ class StepCounts:
         for count in counts:
             block, i = self._places[id(count)]
             at.setdefault(id(block), (block, []))[1].append(i)
-        places: list[tuple[_Block, Place]] = []
+        runs = []
         for block, indices in at.values():
             run = slice(indices[0], indices[-1] + 1)
             in_a_row = indices == list(range(run.start, run.stop))
-            device = block.values.device
-            places.append((block, run if in_a_row else torch.tensor(indices, device=device)))
-        return Counted(counts, places)
+            place = run if in_a_row else torch.tensor(indices, device=block.values.device)
+            runs.append(_Run(block, place))
+        return Counted(counts, runs)
 
     def advance(self, counted: Counted, found_inf: Tensor | None) -> bool:
         """Count a step of parameters that have taken equally many, unless it was skipped.
@@ -105,8 +105,8 @@ class StepCounts:
             Whether they part from others that had taken equally many, or join some.
         """
         skipped = None if found_inf is None else found_inf.reshape(()) != 0
-        for block, place in counted.places:
-            block.advance(place, skipped)
+        for run in counted.runs:
+            run.advance(skipped)
         old = self._peers[id(counted.counts[0])]
         steps, history = old.steps, old.history
         if skipped is None:
@@ -176,6 +176,8 @@ class _Block:
 
     Attributes:
         values: all of them, [n], 0 where they are not used yet.
+        mirror: on the CPU, what they should be.
+        version: of the values, when they were that.
         counts: those in use, 0-dim views, which live as long as the block.
         used: how many these are.
     """
@@ -184,6 +186,7 @@ class _Block:
         self.values = values
         self.counts: list[Tensor] = []
         self.used = 0
+        self.mirror = values.clone() if values.device.type == "cpu" else None
         self.accept()
 
     @property
@@ -193,26 +196,35 @@ class _Block:
 
     def accept(self) -> None:
         """Take the values as they are."""
-        self._mirror = self.values.clone() if self.values.device.type == "cpu" else None
-        self._version = self.values._version
+        if self.mirror is not None:
+            self.mirror.copy_(self.values)
+        self.version = self.values._version
 
     def edited(self) -> bool:
-        """Whether they were changed since, other than by `advance`."""
-        if self._mirror is not None:
-            return not torch.equal(self.values, self._mirror)
-        return self.values._version != self._version
+        """Whether they were changed since, other than by a `_Run`."""
+        if self.mirror is not None:
+            return not torch.equal(self.values, self.mirror)
+        return self.values._version != self.version
 
-    def advance(self, place: Place, skipped: Tensor | None) -> None:
+
+class _Run:
+    """Some counts of a block that step together."""
+
+    def __init__(self, block: _Block, place: Place) -> None:
+        self._block = block
+        self._place = place
+        tensors = [t for t in (block.values, block.mirror) if t is not None]
+        self._parts = [(t, t[place] if isinstance(place, slice) else None) for t in tensors]
+
+    def advance(self, skipped: Tensor | None) -> None:
         """Count one step, unless it was skipped."""
-        for values in (self.values, self._mirror):
-            if values is None:
-                continue
-            by = 1.0 if skipped is None else (~skipped).to(values.device, torch.float32)
-            if isinstance(place, slice):
-                values[place].add_(by)
+        for whole, part in self._parts:
+            by = 1.0 if skipped is None else (~skipped).to(whole.device, torch.float32)
+            if part is not None:
+                part.add_(by)
             else:
-                values[place] += by
-        self._version = self.values._version
+                whole[self._place] += by
+        self._block.version = self._block.values._version
 
 
 @dataclass
@@ -221,10 +233,10 @@ class Counted:
 
     Attributes:
         counts: a 0-dim tensor for each.
-        places: where they lie.
+        runs: where they lie.
         peers: those parameters, once they have stepped together.
     """
 
     counts: list[Tensor]
-    places: list[tuple[_Block, Place]]
+    runs: list[_Run]
     peers: _Peers | None = None
