@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import zlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -99,6 +100,15 @@ def has_dtensor(tensors: Sequence[Tensor]) -> bool:
     """Whether a DTensor is among `tensors`; costs nothing where no process group is set up."""
     set_up = dist.is_available() and dist.is_initialized()
     return set_up and any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
+
+
+def is_alike(values: Sequence[int], like: Tensor) -> bool:
+    """Whether all ranks call this with the same values (collective, on the device of `like`)."""
+    mark = zlib.crc32(repr(list(values)).encode())
+    extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=local(like).device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, smallest = extremes.tolist()
+    return bool(largest == -smallest)
 
 
 def is_parallel() -> bool:

@@ -86,7 +86,7 @@ class _Values:
         pairs = list(zip(self._tensors, self._copies, strict=True))
         for t, memory in zip(self._tensors, self._memory, strict=True):
             # Observers resize their ranges; `t.data = batch` puts a tensor elsewhere.
-            if t.shape != memory.shape or t.data_ptr() != memory.data_ptr():
+            if t.shape != memory.shape or _address(t) != _address(memory):
                 t.data = memory
         same = [t._version == at for t, at in zip(self._tensors, self._versions, strict=True)]
         silent = [pair for pair, is_same in zip(pairs, same, strict=True) if is_same]
@@ -106,6 +106,11 @@ def _copy(into: list[Tensor], of: list[Tensor]) -> None:
             t.copy_(copy)
     if plain:  # torch refuses empty lists
         torch._foreach_copy_([t for t, _ in plain], [c for _, c in plain])
+
+
+def _address(t: Tensor) -> int:
+    """Where a tensor lies; 0 where it has no single memory."""
+    return t.data_ptr() if t.layout == torch.strided and not t.is_nested else 0
 
 
 def _like(t: Tensor) -> Tensor:

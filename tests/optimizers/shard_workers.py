@@ -74,6 +74,20 @@ class Partitioned(torch.optim.Optimizer):
         return loss
 
 
+class Composite(torch.optim.Optimizer):
+    """Two optimizers, each for a part of the model, the same on every rank."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {})
+        own = self.param_groups[0]["params"]
+        self.matrices = ef.USAM([p for p in own if p.ndim > 1], lr=0.1, rho=0.1)
+        self.biases = ef.SGD([p for p in own if p.ndim < 2], lr=0.1)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.matrices.step()
+        self.biases.step()
+
+
 class Complete(torch.optim.Optimizer):
     """An optimizer that constructs another one of all its parameters."""
 
@@ -182,6 +196,18 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 def constructed_within_another(rank: int) -> list[Tensor]:
     model = DistributedDataParallel(network())
     return workers.trained(Complete(model.parameters(), **SETTINGS), model, share(rank))
+
+
+def composite(rank: int) -> list[Tensor]:
+    model = DistributedDataParallel(network())
+    opt = Composite(model.parameters())
+    closure = evaluation(opt, model, share(rank))
+    for _ in range(STEPS):
+        closure()
+        while opt.matrices.ascend():
+            closure()
+        opt.step()
+    return full(model.parameters())
 
 
 def post_local(rank: int) -> list[Tensor]:
@@ -522,6 +548,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         zero_without_parameters,
         zero_inside,
         constructed_within_another,
+        composite,
         post_local,
         flat_elementwise,
         flat_nested,

@@ -181,3 +181,36 @@ def test_without_an_ascent_torch_is_left_alone() -> None:
         "assert methods == [torch.nn.Module.state_dict, torch.nn.Parameter.__deepcopy__]\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class Around(torch.optim.Optimizer):
+    """A wrapper of an optimizer, or of a list of them."""
+
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+        first = inner[0] if isinstance(inner, list) else inner
+        self.param_groups, self.state, self.defaults = first.param_groups, first.state, {}
+        self._optimizer_step_pre_hooks = self._optimizer_step_post_hooks = {}
+        self._patch_step_function()
+
+    def step(self, closure: object = None) -> None:
+        for one in self.inner if isinstance(self.inner, list) else [self.inner]:
+            one.step()
+
+
+@pytest.mark.parametrize("nested", [lambda o: Around(Around(o)), lambda o: Around([o])])
+def test_a_wrapper_of_a_wrapper_ends_the_step(nested: object) -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = ef.USAM([p], lr=0.1, rho=0.1)
+    outer = nested(opt)
+
+    def closure() -> None:
+        opt.zero_grad()
+        (p * p).sum().backward()
+
+    closure()
+    while opt.ascend():
+        closure()
+    outer.step()
+    assert not opt.perturbed
+    torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.1 * 2 * 1.2).double())

@@ -350,3 +350,43 @@ def test_a_lazy_layer_without_statistics_is_refused() -> None:
 
 def test_the_former_name() -> None:
     assert ef.freeze_batch_norm is ef.freeze_running_stats
+
+
+class Keeping(nn.Module):
+    """A module that keeps its last batch in a buffer, not a copy of it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(3, 4))
+        self.layer = nn.Linear(4, 2)
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "data":
+            self.last.data = x.data
+        else:
+            with torch.no_grad():
+                self.last.set_(x)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("how", ["data", "set_"])
+def test_a_batch_that_became_a_buffer_keeps_its_values(how: str) -> None:
+    model, x = Keeping(how), torch.randn(3, 4)
+    before, memory = x.clone(), model.last.data_ptr()
+    with ef.freeze_running_stats(model):
+        model(x)
+    assert torch.equal(x, before)
+    assert not model.last.any()
+    assert model.last.data_ptr() == memory
+
+
+def test_buffers_that_are_conjugate_or_negative_views() -> None:
+    model = nn.Module()
+    model.register_buffer("phase", torch.polar(torch.ones(3), torch.arange(3.0)).conj())
+    model.register_buffer("minus", torch._neg_view(torch.ones(3)))
+    before = [b.clone() for b in model.buffers()]
+    with ef.freeze_running_stats(model):
+        for b in model.buffers():
+            b.mul_(2.0)
+    assert all(map(torch.equal, model.buffers(), before))

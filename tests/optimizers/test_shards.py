@@ -52,6 +52,21 @@ def test_an_ascent_on_one_ranks_parameters_is_refused(found: Found) -> None:
             assert f"SharpnessAware({name.split()[0]}(params, optimizer_class=" in line, name
 
 
+def test_an_optimizer_made_of_several_ascends(found: Found) -> None:
+    """Each has a part of the model, and the same part on every rank."""
+    model = workers.network()
+    opt = shard_workers.Composite(model.parameters())
+    closure = workers.evaluation(opt, model, slice(None))
+    for _ in range(workers.STEPS):
+        closure()
+        while opt.matrices.ascend():
+            closure()
+        opt.step()
+    for result in of(found, "composite"):
+        expected = [p.detach() for p in model.parameters()]
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("way", ["set", "added", "explicit"])
 def test_an_ascent_that_is_asked_for_later_is_refused(found: Found, way: str) -> None:
     for result in of(found, "zero_refused_later"):

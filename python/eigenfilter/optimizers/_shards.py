@@ -30,15 +30,24 @@ class Parent:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         parent = _constructing(optimizer)
         self._parent = None if parent is None else weakref.ref(parent)
+        self._seen: tuple[list[int], bool] | None = None  # a part of the parent's, is it all ranks'
 
     def of_more_than(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
         """The parent, if it has parameters on other ranks that `optimizer` has not; else None."""
         parent = None if self._parent is None else self._parent()
         if parent is None or not _distributed.is_parallel():
             return None
-        # What spreads parameters over ranks knows how many there are. An optimizer made of several,
-        # each for a part of the model on every rank alike, does not.
-        return parent if getattr(parent, "world_size", 1) != 1 else None
+        if getattr(parent, "world_size", 1) != 1:
+            return parent
+        of_parent = _ids(parent)
+        held = set(of_parent).intersection(_ids(optimizer))
+        if len(held) == len(of_parent):
+            return None
+        # A part of the parent's. In an optimizer made of several it is the same on every rank.
+        which = [i for i, key in enumerate(of_parent) if key in held]
+        if self._seen is None or self._seen[0] != which:
+            self._seen = which, _distributed.is_alike(which, optimizer.param_groups[0]["params"][0])
+        return None if self._seen[1] else parent
 
 
 def refuse_ascent(
@@ -113,9 +122,9 @@ def lies_elsewhere(params: Sequence[Tensor]) -> bool:
     )
 
 
-def _ids(optimizer: torch.optim.Optimizer) -> set[int]:
+def _ids(optimizer: torch.optim.Optimizer) -> list[int]:
     groups = getattr(optimizer, "param_groups", ())  # none yet while it is being constructed
-    return {id(p) for group in groups for p in group["params"]}
+    return [id(p) for group in groups for p in group["params"]]
 
 
 def _constructing(own: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
