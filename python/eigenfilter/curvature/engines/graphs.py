@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eigenfilter.curvature.nodes import nodes, python_function, runs_python
 from eigenfilter.curvature.objective import Evaluation
-from eigenfilter.curvature.pullback import Products, dense, pulled_back
+from eigenfilter.curvature.pullback import Products, dense, pulled_back, unhooked
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative .* not implemented|differentiate twice|double.?backward|with \.grad\(\)|"
@@ -131,7 +131,7 @@ def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
 def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Products:
     """Return u^T d outputs / d inputs and keep the graph; `batched`: of all u [b, ...] at once."""
     try:
-        with explained():
+        with explained(), unhooked(inputs):
             return dense(
                 torch.autograd.grad(
                     outputs,
@@ -188,7 +188,7 @@ class _Derivative:
         output = _dependent(output)
         if seed is None:
             seed = torch.ones_like(output, requires_grad=True)
-        with _guarded(output):
+        with _guarded(output), unhooked(inputs):
             found = dense(
                 torch.autograd.grad(output, inputs, seed, create_graph=True, allow_unused=True)
             )

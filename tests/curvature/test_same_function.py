@@ -1,0 +1,102 @@
+"""What surrounds a model and its loss leaves f as it is: hooks, and whether parameters train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from curvature.networks import OPERATORS, columns, dense, make
+from eigenfilter.curvature import CurvatureOperator, HessianOperator
+from eigenfilter.curvature.engines import NAMES
+
+
+def compare(op: CurvatureOperator, expected: Tensor) -> None:
+    """Compare all products with a matrix."""
+    atol = 1e-7 if op.engine == "finite_difference" else 1e-11
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(columns(op), expected, rtol=0, atol=atol * scale)
+
+
+@pytest.mark.parametrize("engine", [*NAMES, "auto"])
+@pytest.mark.parametrize("hook", [lambda g: g.clamp(-1e-3, 1e-3), lambda g: 2 * g])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_hooks_of_parameters_take_no_part(
+    kind: type[CurvatureOperator], hook: Callable[[Tensor], Tensor], engine: str
+) -> None:
+    """Neither in a product nor in a gradient; and they are there afterwards."""
+    model, x, target = make()
+    model.eval()
+    expected = OPERATORS[kind](model, x, target)
+    params = list(model.parameters())
+    exact = torch.autograd.grad(F.cross_entropy(model(x), target), params)
+    handles = [p.register_hook(hook) for p in params]
+    op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
+    compare(op, expected)
+    if isinstance(op, HessianOperator):
+        flat = torch.cat([g.flatten() for g in exact])
+        torch.testing.assert_close(op.gradient(), flat, rtol=0, atol=1e-13)
+    F.cross_entropy(model(x), target).backward()
+    for p, g in zip(params, exact, strict=True):
+        assert torch.equal(p.grad, hook(g))
+    for handle in handles:
+        handle.remove()
+    assert not any(p._backward_hooks for p in params)
+
+
+def test_hooks_where_gradients_come_by_backward_alone() -> None:
+    inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, target = torch.randn(9, 3, dtype=torch.float64), torch.randint(3, (9,))
+    expected = dense(inner, x, target)
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.inner, x.clone().requires_grad_(), use_reentrant=True)
+
+    seen: list[Tensor] = []
+    for p in inner.parameters():
+        p.register_hook(seen.append)
+    op = HessianOperator(Again(), nn.CrossEntropyLoss(), (x, target), engine="finite_difference")
+    compare(op, expected)
+    op.gradient()
+    assert not seen
+
+
+class Inner(nn.Module):
+    """Takes its own gradient in the forward pass, which a hook of a parameter then scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.linear.weight
+        (g,) = torch.autograd.grad(torch.tanh(self.linear(x)).sum(), w, create_graph=True)
+        return torch.tanh(x @ (w - 0.3 * g).T)
+
+
+@pytest.mark.parametrize("engine", ["retained", "batched", "finite_difference"])
+def test_hooks_that_f_itself_runs_are_of_f(engine: str) -> None:
+    x, target = torch.randn(9, 3, dtype=torch.float64), torch.randint(2, (9,))
+    model = Inner().double()
+    w = model.linear.weight
+    b = model.linear.bias
+
+    def f(flat: Tensor) -> Tensor:
+        v, c = flat[:6].view(2, 3), flat[6:]
+        g = (1 - torch.tanh(x @ v.T + c) ** 2).T @ x
+        return F.cross_entropy(torch.tanh(x @ (v - 0.6 * g).T), target)
+
+    point = torch.cat([w.detach().flatten(), b.detach()])
+    expected = torch.autograd.functional.hessian(f, point)
+    w.register_hook(lambda g: 2 * g)
+    compare(HessianOperator(model, F.cross_entropy, (x, target), engine=engine), expected)
