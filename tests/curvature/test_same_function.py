@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from curvature.networks import OPERATORS, columns, dense, make
-from eigenfilter.curvature import CurvatureOperator, HessianOperator
+from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator
 from eigenfilter.curvature.engines import NAMES
 
 
@@ -100,3 +100,86 @@ def test_hooks_that_f_itself_runs_are_of_f(engine: str) -> None:
     expected = torch.autograd.functional.hessian(f, point)
     w.register_hook(lambda g: 2 * g)
     compare(HessianOperator(model, F.cross_entropy, (x, target), engine=engine), expected)
+
+
+class Penalized(nn.Module):
+    """Decays what trains: another function where nothing does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = [p for p in self.parameters() if p.requires_grad]
+        return self.linear(x) * (1 + sum((p**2).sum() for p in training))
+
+
+class Refusing(Penalized):
+    """Has nothing to compute where nothing trains, which is an error of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = [p for p in self.parameters() if p.requires_grad]
+        if not training:
+            raise KeyError("nothing trains")
+        return self.linear(x) * (1 + torch.stack([p.square().sum() for p in training]).sum())
+
+
+class Adapted(nn.Module):
+    """MAML: the loss after a step, which is left out where no parameter trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.linear.weight
+        if w.requires_grad:
+            (g,) = torch.autograd.grad(torch.tanh(x @ w.T).sum(), w, create_graph=True)
+            w = w - 0.1 * g
+        return F.linear(x, w, self.linear.bias)
+
+
+@pytest.mark.parametrize("engine", ["retained", "checkpointed", "finite_difference"])
+@pytest.mark.parametrize("model", [Penalized, Refusing, Adapted])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_f_may_look_at_what_trains(
+    kind: type[CurvatureOperator], model: type[nn.Module], engine: str
+) -> None:
+    """An evaluation without a graph is of the same function."""
+    torch.manual_seed(0)
+    made = model().double()
+    if model is not Adapted:
+        made.linear.bias.requires_grad_(False)
+    x, target = torch.randn(16, 3, dtype=torch.float64), torch.randint(3, (16,))
+    budget = {"memory_budget": 4_000} if engine == "checkpointed" else {}
+    op = kind(made, nn.CrossEntropyLoss(), (x, target), engine=engine, **budget)
+    if model is Adapted and engine == "checkpointed":  # the inner step couples samples
+        with pytest.raises(ValueError, match="samples are coupled"):
+            op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+        return
+    sizes = [p.numel() for p in op.params]
+    point = torch.cat([p.detach().flatten() for p in op.params])
+
+    def output(flat: Tensor) -> Tensor:
+        parts = flat.split(sizes)
+        w = parts[0].view(3, 3)
+        if model is Adapted:
+            slope = (1 - torch.tanh(x @ w.T) ** 2).T @ x
+            return x @ (w - 0.1 * slope).T + parts[1]
+        return (x @ w.T + made.linear.bias.detach()) * (1 + w.square().sum())
+
+    def losses(flat: Tensor) -> Tensor:
+        return F.cross_entropy(output(flat), target, reduction="none")
+
+    jacobian = torch.autograd.functional.jacobian
+    if kind is HessianOperator:
+        expected = torch.autograd.functional.hessian(lambda v: losses(v).mean(), point)
+    elif kind is GGNOperator:
+        J = jacobian(output, point).view(-1, len(point))
+        z = output(point)
+        phi = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, target), z)
+        expected = J.T @ phi.view(len(J), len(J)) @ J
+    else:
+        J = jacobian(losses, point)
+        expected = J.T @ J / len(x)
+    compare(op, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Known:
 
     evaluated: bool = False  # at all
     fused: set[str] = field(default_factory=set)  # of `_FUSED`, what was met
-    inner: bool = False  # f differentiates with respect to its parameters
+    inner: bool = False  # f is another one where parameters do not require grad
     by_backward: bool = False  # gradients come by backward() alone
 
 
@@ -184,6 +185,7 @@ class Objective:
         if exact and self._met([here.value]):
             here = self.plain(index, batch, exact=exact)
         if not self.known.evaluated:
+            self._try_frozen(index, batch, here, exact=exact)
             if survey(self, index, batch, here, exact=exact):
                 here = self.plain(index, batch, exact=exact)
             self.known.evaluated = True
@@ -193,15 +195,24 @@ class Objective:
         """Return a batch's share of f, without a graph.
 
         Gradients stay enabled, for f may take some itself. Parameters ask for none, so that nothing
-        is kept for them, unless f differentiates with respect to them.
+        is kept for them, unless f looks at that or differentiates with respect to them.
         """
         if not (self.known.inner or self.known.by_backward):
             try:
                 with _frozen(self.tree):
                     return _detached(self.plain(index, batch, exact=exact))
-            except RuntimeError:  # torch's, where something does not require grad
+            except Exception:  # the model's own: what is wrong anyway is raised again below
                 self.known.inner = True
         return _detached(self.plain(index, batch, exact=exact))
+
+    def _try_frozen(self, index: int, batch: Any, here: Evaluation, *, exact: bool) -> None:
+        """Note whether f is the same, bit for bit, where parameters do not require grad."""
+        if not self.watched or self.known.inner:  # of a sharded model only gradients are taken
+            return
+        with warnings.catch_warnings():  # reentrant checkpointing warns, and is noticed later
+            warnings.simplefilter("ignore")
+            frozen = self.value(index, batch, exact=exact).value
+        self.known.inner |= not torch.equal(frozen, here.value.detach())
 
     def plain(
         self,
