@@ -43,6 +43,12 @@ _FUSED = {
 
 _SEVERAL = "whose input is a tuple here. Several batches go in a list: pass list(data)."
 
+_EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
+
+# What embeddings have set while f is evaluated: dense gradients, like vectors; no rows rewritten
+# in the forward pass; and the derivative itself, not divided by how often an index occurs.
+_PLAIN: dict[str, Any] = {"sparse": False, "max_norm": None, "scale_grad_by_freq": False}
+
 Outer = Callable[[Tensor], Tensor]
 
 
@@ -378,17 +384,44 @@ class Objective:
     @contextmanager
     def _modes(self, train: bool) -> Iterator[None]:
         modes = [(module, module.training) for module in self.tree.modules()]
-        sparse = [m for m, _ in modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+        own = [
+            (m, name, getattr(m, name))
+            for m in _embeddings(self.tree)
+            for name in _PLAIN
+            if getattr(m, name) != _PLAIN[name]
+        ]
         try:
             self.tree.train(train)
-            for embedding in sparse:  # vectors are dense, and so may be its gradients
-                embedding.sparse = False
+            for embedding, name, _ in own:
+                setattr(embedding, name, _PLAIN[name])
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            for embedding in sparse:
-                embedding.sparse = True
+            for embedding, name, value in own:
+                setattr(embedding, name, value)
+
+    def longer(self) -> list[str]:
+        """Return the embeddings some of whose rows the forward pass would scale down first."""
+        return [
+            name.removeprefix("members.0.")
+            for name, module in self.tree.named_modules()
+            if isinstance(module, _EMBEDDINGS) and _exceeds(module)
+        ]
+
+
+def _embeddings(tree: nn.Module) -> list[nn.Module]:
+    return [m for m in tree.modules() if isinstance(m, _EMBEDDINGS)]
+
+
+def _exceeds(module: nn.Embedding | nn.EmbeddingBag) -> bool:
+    """Whether a row is longer than max_norm, by more than the rounding of a norm."""
+    if module.max_norm is None:
+        return False
+    weight = _distributed.local(module.weight.detach())
+    lengths = torch.linalg.vector_norm(weight, module.norm_type, dim=1)
+    most = module.max_norm * (1 + weight.shape[1] * torch.finfo(weight.dtype).eps)
+    return bool((lengths > most).any())
 
 
 def _eps(autocast: torch.dtype | None, of: Tensor) -> float:
