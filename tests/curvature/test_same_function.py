@@ -248,3 +248,27 @@ def test_rows_beyond_max_norm_are_refused(words: type[nn.Module]) -> None:
     assert torch.equal(model.words.weight, before)
     model.words(torch.arange(model.words.num_embeddings).unsqueeze(0))
     assert op.gradient().isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("engine", ["auto", "retained", "finite_difference"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_reentrant_checkpoints_of_inputs_without_gradients(whole: bool, engine: str) -> None:
+    """They cut the graph; the message says what to do, and it is the only one."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            if whole:
+                return checkpoint(lambda x: self.last(self.first(x)), x, use_reentrant=True)
+            return self.last(torch.tanh(checkpoint(self.first, x, use_reentrant=True)))
+
+    model = Again().double()
+    x, target = torch.randn(9, 3, dtype=torch.float64), torch.randint(3, (9,))
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
+    with pytest.raises(RuntimeError, match=r"^the loss .* pass use_reentrant=False") as caught:
+        op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+    assert "no engine can" not in str(caught.value)

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from eigenfilter.curvature.data import Unfit
 
+NO_INPUT_GRADIENT = (
+    "or by torch.utils.checkpoint with use_reentrant=True, whose inputs do not require grad: pass "
+    "use_reentrant=False, or call x.requires_grad_() on an input"
+)
+
 Products = Sequence[Tensor | None]  # None: zero
 
 

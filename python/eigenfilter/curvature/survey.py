@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigenfilter.curvature.data import Unfit
 from eigenfilter.curvature.nodes import leaves_reached, nodes, python_function
-from eigenfilter.curvature.pullback import Products, pulled_back
+from eigenfilter.curvature.pullback import NO_INPUT_GRADIENT, Products, pulled_back
 
 if TYPE_CHECKING:
     from eigenfilter.curvature.objective import Evaluation, Objective
@@ -122,9 +122,9 @@ def _check_still(
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise Unfit(
         f"the loss depends on {', '.join(names[:_SHOWN])}{more}, and no gradient reaches it: used "
-        "detached, through .data, under no_grad, or by an operation that cuts the graph. Its rows "
-        "would be zero without reason: keep it in the graph, or leave it out by params=... or "
-        "requires_grad_(False)"
+        "detached, through .data, under no_grad, or by an operation that cuts the graph, "
+        f"{NO_INPUT_GRADIENT}. Its rows would be zero without reason: keep it in the graph, or "
+        "leave it out by params=... or requires_grad_(False)"
     )
 
 
