@@ -272,3 +272,60 @@ def test_reentrant_checkpoints_of_inputs_without_gradients(whole: bool, engine: 
     with pytest.raises(RuntimeError, match=r"^the loss .* pass use_reentrant=False") as caught:
         op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
     assert "no engine can" not in str(caught.value)
+
+
+class Detaching(nn.Module):
+    """Detaches its first weight where an input's first number is beyond 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.first.weight
+        if bool((x[:, 0] > 5).any()):
+            w = w.detach()
+        return self.last(torch.tanh(F.linear(x, w, self.first.bias)))
+
+
+@pytest.mark.parametrize("engine", [*NAMES, "auto"])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_a_gradient_missing_from_some_data(
+    kind: type[CurvatureOperator], listed: bool, engine: str
+) -> None:
+    """In the second batch, or in rows that a look at a part of the batch does not reach."""
+    x, target = torch.randn(32, 3, dtype=torch.float64), torch.randint(3, (32,))
+    x[30, 0] = 6.0
+    halves = list(zip(x.chunk(2), target.chunk(2), strict=True))
+    model = Detaching().double()
+    options = {"memory_budget": 10_000} if engine == "checkpointed" else {}
+    op = kind(
+        model,
+        nn.CrossEntropyLoss(),
+        halves if listed else (x, target),
+        engine=engine,
+        **options,
+    )
+    with pytest.raises(RuntimeError, match=r"depends on first\.weight, and no gradient"):
+        op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("engine", ["retained", "finite_difference", "auto"])
+def test_a_parameter_without_use_in_a_batch(engine: str) -> None:
+    """It is no loss there: that batch's rows are zero."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.experts[int(x[0, 0] > 0)](x))
+
+    model = Experts().double()
+    x, target = torch.randn(8, 3, dtype=torch.float64), torch.randint(3, (8,))
+    data = [(x.abs(), target), (-x.abs(), target)]
+    expected = sum(dense(model, *batch) for batch in data) / 2
+    assert isinstance(expected, Tensor)
+    compare(HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine), expected)

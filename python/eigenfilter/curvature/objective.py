@@ -79,6 +79,7 @@ class Known:
     """What evaluations have shown of f."""
 
     evaluated: bool = False  # at all
+    surveyed: set[tuple[int, int | None]] = field(default_factory=set)  # batches, with their sizes
     fused: set[str] = field(default_factory=set)  # of `_FUSED`, what was met
     inner: bool = False  # f is another one where parameters do not require grad
     by_backward: bool = False  # gradients come by backward() alone
@@ -183,7 +184,7 @@ class Objective:
                 replaced where torch has others.
 
         Raises:
-            Unfit: see `survey`; from the first evaluation.
+            Unfit: see `survey`; from the first evaluation of each batch.
         """
         here = self.plain(index, batch, at, exact=exact)
         if at is not None:
@@ -192,8 +193,11 @@ class Objective:
             here = self.plain(index, batch, exact=exact)
         if not self.known.evaluated:
             self._try_frozen(index, batch, here, exact=exact)
+        key = index, samples_of(batch)  # a part of the batch does not tell of the rest
+        if key not in self.known.surveyed:
             if survey(self, index, batch, here, exact=exact):
                 here = self.plain(index, batch, exact=exact)
+            self.known.surveyed.add(key)
             self.known.evaluated = True
         return here
 
