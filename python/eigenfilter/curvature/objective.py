@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,12 @@ _FUSED = {
 
 _SEVERAL = "whose input is a tuple here. Several batches go in a list: pass list(data)."
 
+_EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
+
+# What embeddings have set while f is evaluated: dense gradients, like vectors; no rows rewritten
+# in the forward pass; and the derivative itself, not divided by how often an index occurs.
+_PLAIN: dict[str, Any] = {"sparse": False, "max_norm": None, "scale_grad_by_freq": False}
+
 Outer = Callable[[Tensor], Tensor]
 
 
@@ -72,8 +79,9 @@ class Known:
     """What evaluations have shown of f."""
 
     evaluated: bool = False  # at all
+    surveyed: set[tuple[int, int | None]] = field(default_factory=set)  # batches, with their sizes
     fused: set[str] = field(default_factory=set)  # of `_FUSED`, what was met
-    inner: bool = False  # f differentiates with respect to its parameters
+    inner: bool = False  # f is another one where parameters do not require grad
     by_backward: bool = False  # gradients come by backward() alone
 
 
@@ -176,7 +184,7 @@ class Objective:
                 replaced where torch has others.
 
         Raises:
-            Unfit: see `survey`; from the first evaluation.
+            Unfit: see `survey`; from the first evaluation of each batch.
         """
         here = self.plain(index, batch, at, exact=exact)
         if at is not None:
@@ -184,8 +192,12 @@ class Objective:
         if exact and self._met([here.value]):
             here = self.plain(index, batch, exact=exact)
         if not self.known.evaluated:
+            self._try_frozen(index, batch, here, exact=exact)
+        key = index, samples_of(batch)  # a part of the batch does not tell of the rest
+        if key not in self.known.surveyed:
             if survey(self, index, batch, here, exact=exact):
                 here = self.plain(index, batch, exact=exact)
+            self.known.surveyed.add(key)
             self.known.evaluated = True
         return here
 
@@ -193,15 +205,24 @@ class Objective:
         """Return a batch's share of f, without a graph.
 
         Gradients stay enabled, for f may take some itself. Parameters ask for none, so that nothing
-        is kept for them, unless f differentiates with respect to them.
+        is kept for them, unless f looks at that or differentiates with respect to them.
         """
         if not (self.known.inner or self.known.by_backward):
             try:
                 with _frozen(self.tree):
                     return _detached(self.plain(index, batch, exact=exact))
-            except RuntimeError:  # torch's, where something does not require grad
+            except Exception:  # the model's own: what is wrong anyway is raised again below
                 self.known.inner = True
         return _detached(self.plain(index, batch, exact=exact))
+
+    def _try_frozen(self, index: int, batch: Any, here: Evaluation, *, exact: bool) -> None:
+        """Note whether f is the same, bit for bit, where parameters do not require grad."""
+        if not self.watched or self.known.inner:  # of a sharded model only gradients are taken
+            return
+        with warnings.catch_warnings():  # reentrant checkpointing warns, and is noticed later
+            warnings.simplefilter("ignore")
+            frozen = self.value(index, batch, exact=exact).value
+        self.known.inner |= not torch.equal(frozen, here.value.detach())
 
     def plain(
         self,
@@ -367,17 +388,44 @@ class Objective:
     @contextmanager
     def _modes(self, train: bool) -> Iterator[None]:
         modes = [(module, module.training) for module in self.tree.modules()]
-        sparse = [m for m, _ in modes if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+        own = [
+            (m, name, getattr(m, name))
+            for m in _embeddings(self.tree)
+            for name in _PLAIN
+            if getattr(m, name) != _PLAIN[name]
+        ]
         try:
             self.tree.train(train)
-            for embedding in sparse:  # vectors are dense, and so may be its gradients
-                embedding.sparse = False
+            for embedding, name, _ in own:
+                setattr(embedding, name, _PLAIN[name])
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            for embedding in sparse:
-                embedding.sparse = True
+            for embedding, name, value in own:
+                setattr(embedding, name, value)
+
+    def longer(self) -> list[str]:
+        """Return the embeddings some of whose rows the forward pass would scale down first."""
+        return [
+            name.removeprefix("members.0.")
+            for name, module in self.tree.named_modules()
+            if isinstance(module, _EMBEDDINGS) and _exceeds(module)
+        ]
+
+
+def _embeddings(tree: nn.Module) -> list[nn.Module]:
+    return [m for m in tree.modules() if isinstance(m, _EMBEDDINGS)]
+
+
+def _exceeds(module: nn.Embedding | nn.EmbeddingBag) -> bool:
+    """Whether a row is longer than max_norm, by more than the rounding of a norm."""
+    if module.max_norm is None:
+        return False
+    weight = _distributed.local(module.weight.detach())
+    lengths = torch.linalg.vector_norm(weight, module.norm_type, dim=1)
+    most = module.max_norm * (1 + weight.shape[1] * torch.finfo(weight.dtype).eps)
+    return bool((lengths > most).any())
 
 
 def _eps(autocast: torch.dtype | None, of: Tensor) -> float:

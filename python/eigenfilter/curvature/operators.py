@@ -25,6 +25,11 @@ from eigenfilter.curvature.objective import Objective, Outer
 from eigenfilter.curvature.point import Point, checksum
 from eigenfilter.curvature.slices import ShardSlices, slices_of
 
+_LONGER = (
+    "rows of {0} are longer than max_norm, and the forward pass would rewrite them, so that x "
+    "would not stay where it is. Let the embedding renormalize all its rows, in a forward pass "
+    "on torch.arange(num_embeddings).unsqueeze(0), and then use the operator"
+)
 _CHANGED = (
     "parameters, buffers or data changed while a solver was using the operator: its products "
     "belong to no single matrix"
@@ -338,6 +343,8 @@ class CurvatureOperator(SymmetricMatrix):
                 raise RuntimeError(_CHANGED)
         self._kept = None  # frees the old graphs before new ones are built
         self._check_owned(RuntimeError)
+        if self._anywhere(bool(longer := self._objective.longer())):
+            raise RuntimeError(_LONGER.format(", ".join(longer)))
         self._source.forget()
         f = self._objective if self._dtype is None else self._objective.copied(self._dtype)
         params = self.params if self._dtype is None else f.watched

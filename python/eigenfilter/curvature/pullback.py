@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from eigenfilter.curvature.data import Unfit
+
+NO_INPUT_GRADIENT = (
+    "or by torch.utils.checkpoint with use_reentrant=True, whose inputs do not require grad: pass "
+    "use_reentrant=False, or call x.requires_grad_() on an input"
+)
 
 Products = Sequence[Tensor | None]  # None: zero
 
@@ -34,7 +40,8 @@ def pulled_back(
         Unfit: a holder has hooks that run as its gradient arrives.
     """
     if holders is None:
-        found = torch.autograd.grad(outputs, inputs, u, retain_graph=retain, allow_unused=True)
+        with unhooked(inputs):
+            found = torch.autograd.grad(outputs, inputs, u, retain_graph=retain, allow_unused=True)
         return dense(found)
     if any(t._post_accumulate_grad_hooks for t in holders):
         raise Unfit(
@@ -45,11 +52,29 @@ def pulled_back(
     try:
         for t in holders:
             t.grad = None
-        torch.autograd.backward(outputs, u, retain_graph=retain)
+        with unhooked(holders):
+            torch.autograd.backward(outputs, u, retain_graph=retain)
         return dense([t.grad for t in inputs])
     finally:
         for t, grad in zip(holders, held, strict=True):
             t.grad = grad
+
+
+@contextmanager
+def unhooked(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let no hook of these tensors see or change their gradients: a derivative of f has none.
+
+    Hooks stay while f itself is evaluated, which may differentiate.
+    """
+    held = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    try:
+        for hooks, _ in held:  # autograd holds this very dictionary
+            hooks.clear()
+        yield
+    finally:
+        for hooks, own in held:
+            hooks.clear()
+            hooks.update(own)
 
 
 def dense(found: Products) -> Products:

@@ -1,4 +1,4 @@
-"""What the first evaluation tells of a model: how its gradient comes, and what it leaves out."""
+"""What first evaluations tell of a model: how its gradient comes, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigenfilter.curvature.data import Unfit
 from eigenfilter.curvature.nodes import leaves_reached, nodes, python_function
-from eigenfilter.curvature.pullback import Products, pulled_back
+from eigenfilter.curvature.pullback import NO_INPUT_GRADIENT, Products, pulled_back
 
 if TYPE_CHECKING:
     from eigenfilter.curvature.objective import Evaluation, Objective
@@ -27,7 +27,7 @@ _NOISE = 10.0  # times what two evaluations at one point differ by
 def survey(
     objective: Objective, index: int, batch: object, here: Evaluation, *, exact: bool
 ) -> bool:
-    """Look at the first evaluation; return whether it must be made again.
+    """Look at the first evaluation of a batch; return whether it must be made again.
 
     Sets `known.by_backward` if gradients come by backward() alone.
 
@@ -79,12 +79,13 @@ def _without_gradient(
             p.grad = grad
     if not without:
         return []
+    before = objective.known.by_backward
     objective.known.by_backward = True  # until it proves to reach no more
     here = objective.plain(index, batch, exact=exact)
     with here.around():
         found = pulled_back([here.value], params, [_weights(here.value)], holders=here.holders)
-    objective.known.by_backward = len(missing(found)) < len(without)
-    if objective.known.by_backward:
+    objective.known.by_backward = before or len(missing(found)) < len(without)
+    if not before and objective.known.by_backward:
         _logger.info(
             "gradients come by backward() alone (reentrant checkpointing?): there is no exact "
             "product, only finite differences"
@@ -122,9 +123,9 @@ def _check_still(
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise Unfit(
         f"the loss depends on {', '.join(names[:_SHOWN])}{more}, and no gradient reaches it: used "
-        "detached, through .data, under no_grad, or by an operation that cuts the graph. Its rows "
-        "would be zero without reason: keep it in the graph, or leave it out by params=... or "
-        "requires_grad_(False)"
+        "detached, through .data, under no_grad, or by an operation that cuts the graph, "
+        f"{NO_INPUT_GRADIENT}. Its rows would be zero without reason: keep it in the graph, or "
+        "leave it out by params=... or requires_grad_(False)"
     )
 
 

@@ -9,9 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from eigenfilter.curvature.data import Unfit
 from eigenfilter.curvature.nodes import nodes, python_function, runs_python
 from eigenfilter.curvature.objective import Evaluation
-from eigenfilter.curvature.pullback import Products, dense, pulled_back
+from eigenfilter.curvature.pullback import NO_INPUT_GRADIENT, Products, dense, pulled_back, unhooked
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative .* not implemented|differentiate twice|double.?backward|with \.grad\(\)|"
@@ -131,7 +132,7 @@ def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
 def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Products:
     """Return u^T d outputs / d inputs and keep the graph; `batched`: of all u [b, ...] at once."""
     try:
-        with explained():
+        with explained(), unhooked(inputs):
             return dense(
                 torch.autograd.grad(
                     outputs,
@@ -188,7 +189,7 @@ class _Derivative:
         output = _dependent(output)
         if seed is None:
             seed = torch.ones_like(output, requires_grad=True)
-        with _guarded(output):
+        with _guarded(output), unhooked(inputs):
             found = dense(
                 torch.autograd.grad(output, inputs, seed, create_graph=True, allow_unused=True)
             )
@@ -209,9 +210,9 @@ def _around(evaluation: Evaluation, *roots: Tensor) -> Callable[[], AbstractCont
 
 def _dependent(value: Tensor) -> Tensor:
     if not value.requires_grad:
-        raise RuntimeError(
+        raise Unfit(
             "the loss does not depend on the parameters through autograd: was it detached, or "
-            "computed under no_grad or inference_mode?"
+            f"computed under no_grad or inference_mode, {NO_INPUT_GRADIENT}?"
         )
     return value
 

@@ -14,7 +14,7 @@ from eigenfilter.curvature.engines.directional import Place
 from eigenfilter.curvature.engines.finite_difference import FiniteDifference
 from eigenfilter.curvature.engines.vectors import Sums, split
 from eigenfilter.curvature.objective import Evaluation, Objective
-from eigenfilter.curvature.pullback import Products, dense
+from eigenfilter.curvature.pullback import Products, dense, unhooked
 from eigenfilter.curvature.scale import norms
 from eigenfilter.curvature.slices import ShardSlices
 
@@ -105,7 +105,7 @@ class ShardedDifference(FiniteDifference):
             for p in self._holders:
                 p.grad = None
             scale = torch.full_like(here.value, place.weight * self._slices.processes)
-            with here.around():
+            with here.around(), unhooked(self._holders):
                 torch.autograd.backward(here.value, scale)
             grads = [p.grad for p in self._sharded]
             return dense([None if g is None else _distributed.local(g) for g in grads])
