@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -351,3 +352,62 @@ def test_each_batch_is_checked_once() -> None:
         model[0].weight.mul_(2)
     op.matvec(v)
     assert calls == 6
+
+
+def whole_targets() -> dict[str, tuple[Callable[[Any, Any], Tensor], Callable[[Tensor], Any]]]:
+    """Losses with class weights, and targets that are not only tensors with a row a sample."""
+
+    def scaled(z: Tensor, t: Any) -> Tensor:
+        return weighted(z / t[1], t[0])
+
+    def by_list(z: Tensor, t: Any) -> Tensor:
+        return weighted(z, torch.as_tensor(t))
+
+    return {
+        "list": (by_list, lambda t: t.tolist()),
+        "tuple": (by_list, lambda t: tuple(t.tolist())),
+        "array": (by_list, lambda t: t.numpy()),
+        "list of text": (
+            lambda z, t: by_list(z, list(map(int, t))),
+            lambda t: list(map(str, t.tolist())),
+        ),
+        "number beside": (scaled, lambda t: (t, 2.0)),
+        "tensor [] beside": (scaled, lambda t: (t, torch.tensor(2.0, dtype=torch.float64))),
+        "class weights beside": (
+            lambda z, t: F.cross_entropy(z, t["y"], weight=t["classes"]),
+            lambda t: {"y": t, "classes": CLASSES, "name": "classes"},
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", whole_targets())
+@pytest.mark.parametrize("kind", MEANS)
+def test_targets_that_are_not_only_tensors_of_rows(
+    kind: type[CurvatureOperator], case: str
+) -> None:
+    loss_fn, change = whole_targets()[case]
+    model, x, target = make()
+    pairs = split(x, target, 20, 14, 6)
+    batches = [(a, change(b)) for a, b in pairs]
+    with pytest.raises(ValueError, match="weight="):
+        columns(kind(model, loss_fn, batches))
+    sums = {id(batch): of_classes(pair) for batch, pair in zip(batches, pairs, strict=True)}
+    op = kind(model, loss_fn, batches, weight=lambda batch: sums.get(id(batch), math.nan))
+    matrix = dense if kind is HessianOperator else dense_ggn
+    scale = 2.0 if loss_fn.__name__ == "scaled" else 1.0
+    whole = matrix(model, x, target, loss_fn=lambda z, t: weighted(z / scale, t))
+    torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-12)
+
+
+def test_a_batch_that_cannot_be_checked_is_logged_once(caplog: Any) -> None:
+    model, x, target = make()
+
+    class Graph:
+        def __init__(self, y: Tensor) -> None:
+            self.y = y
+
+    batches = [(a, Graph(b)) for a, b in split(x, target, 20, 14, 6)]
+    columns(HessianOperator(model, lambda z, g: weighted(z, g.y), batches))
+    said = [one for one in caplog.records if "cannot be checked" in one.getMessage()]
+    assert len(said) == 1
+    assert said[0].levelname == "WARNING"

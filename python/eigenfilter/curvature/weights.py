@@ -36,7 +36,8 @@ class Part(NamedTuple):
 
     def rows(self, start: int, end: int) -> Part:
         """Return the samples [start, end)."""
-        return Part(self.output[start:end], sliced(self.target, slice(start, end)))
+        part = slice(start, end)
+        return Part(self.output[part], sliced(self.target, part, len(self.output)))
 
     def few(self, most: int) -> int:
         """Return how many samples, `most` at most, have outputs of up to `_ELEMENTS` elements."""
@@ -83,6 +84,7 @@ class Weights:
         self._reference: Part | None = None
         self._gradient_alone: Tensor | None = None  # d loss / dz of it
         self._hollow: int | None = None  # a batch whose loss was no number
+        self._told = False  # that a batch cannot be checked
         self._unit: float | None = None  # W_B of a batch, relative to A's, over what it weighs
 
     def of(self, batch: Any, output: Any) -> float:
@@ -126,6 +128,17 @@ class Weights:
             self._divide(index, batch, whole, math.sqrt(eps))
         return True
 
+    def tell_unchecked(self, index: int, samples: int) -> None:
+        """Log once that a batch beside others weighs what is said, unchecked."""
+        if self._told or samples == 1 or (self._alone and not index) or self._given is not None:
+            return
+        self._told = True
+        _logger.warning(
+            "batch %d weighs as much as its number of samples, which cannot be checked, because "
+            "its parts cannot be told: if loss_fn is not their mean, pass weight=",
+            index,
+        )
+
     def _joins(self, index: int, whole: Part) -> bool:
         """Whether there are samples to compare a batch with; they may be its own."""
         if self._reference is None:
@@ -141,7 +154,8 @@ class Weights:
                     self._hollow = index if self._hollow is None else self._hollow
                 return False
         assert self._reference is not None
-        return joinable(tuple(self._reference), tuple(whole))
+        sizes = len(self._reference.output), len(whole.output)
+        return joinable(tuple(self._reference), tuple(whole), sizes)
 
     def _check_hollow(self) -> None:
         """Refuse a batch without a finite loss, now that another has one."""
@@ -183,8 +197,8 @@ class Weights:
         rows = whole.few(count)
         for at in {rows // 2, 1} if rows > 1 else ():
             spans = [(0, at), (at, rows)]
-            weights = [self._claimed(batch, *span) for span in spans]
-            together = self._claimed(batch, 0, rows)
+            weights = [self._claimed(batch, count, *span) for span in spans]
+            together = self._claimed(batch, count, 0, rows)
             if not counts(weights, together):
                 return
             first, rest = (0, 1) if weights[0] >= weights[1] else (1, 0)  # the heavier one tells
@@ -197,12 +211,12 @@ class Weights:
                     f"{_REMEDY}"
                 )
 
-    def _claimed(self, batch: Any, start: int, end: int) -> float:
+    def _claimed(self, batch: Any, count: int, start: int, end: int) -> float:
         """Return what samples of a batch are taken to weigh; NaN where it cannot be told."""
         if self._given is None:
             return float(end - start)
         with attempt("a weight of a part of a batch"):
-            return float(self._given(sliced(batch, slice(start, end))))
+            return float(self._given(sliced(batch, slice(start, end), count)))
         return math.nan
 
     def _share(
@@ -233,7 +247,8 @@ class Weights:
         # A loss may change what it is given: so copies, as of samples that are joined.
         part = Part(z.clone(), copied(first.target))
         if rest is not None:
-            part = Part(*joined(tuple(Part(z, first.target)), tuple(rest)))
+            sizes = len(z), len(rest.output)
+            part = Part(*joined((z, first.target), tuple(rest), sizes))
         with attempt("the derivative of the loss of a part of a batch"):
             value = self._loss(part.output, part.target)
             if value.requires_grad:
