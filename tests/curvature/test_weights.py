@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -411,3 +412,41 @@ def test_a_batch_that_cannot_be_checked_is_logged_once(caplog: Any) -> None:
     said = [one for one in caplog.records if "cannot be checked" in one.getMessage()]
     assert len(said) == 1
     assert said[0].levelname == "WARNING"
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_loss_whose_derivative_tells_nothing_is_checked_by_halves(classes: bool) -> None:
+    """As of a network that is differentiated by its inputs: not of outputs without a graph."""
+
+    def loss_fn(z: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        x, w = target
+        slope = torch.autograd.grad(z.sum(), x, create_graph=True)[0].square().sum(1)
+        return (w * (slope + z.square().sum(1))).sum() / w.sum()
+
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+        x = batch[0].detach().requires_grad_()
+        return model(x), (x, batch[1])
+
+    model, x, _ = make()
+    w = torch.linspace(1, 40, 40, dtype=torch.float64) if classes else torch.ones(40).double()
+    batches = split(x, w, 20, 14, 6)
+    op = HessianOperator(model, loss_fn, batches, forward=forward, engine="shared")
+    if classes:
+        with pytest.raises(ValueError, match="weight="):
+            columns(op)
+        op = HessianOperator(
+            model, loss_fn, batches, forward=forward, engine="shared", weight=lambda b: b[1].sum()
+        )
+
+    params = dict(model.named_parameters())
+    shapes = [p.shape for p in params.values()]
+
+    def f(flat: Tensor) -> Tensor:
+        parts = flat.split([s.numel() for s in shapes])
+        given = {k: p.view(s) for k, p, s in zip(params, parts, shapes, strict=True)}
+        a = x.detach().clone().requires_grad_()
+        return loss_fn(functional_call(model.eval(), given, (a,)), (a, w))
+
+    at_x = torch.cat([p.detach().flatten() for p in params.values()])
+    whole = torch.autograd.functional.hessian(f, at_x)
+    torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-10)

@@ -314,8 +314,8 @@ class Objective:
                 self._evaluate(index, part, replaced)
                 for part in (batch, *pieces(batch, -(-samples // 2), samples))
             ]
-            values = [float(one.total().detach()) for one in found]
             weights = [one.claimed() for one in found]
+            values = [float(one.total().detach()) for one in found]
         if values:
             check_values(index, values, weights, math.sqrt(eps))
 

@@ -110,7 +110,7 @@ class Weights:
         return value
 
     def check(self, index: int, batch: Any, output: Any, target: Any, eps: float) -> bool:
-        """Check what a batch weighs, by its loss; return whether its outputs can be told apart.
+        """Check what a batch weighs, by its loss; return whether that told anything.
 
         eps: the unit of rounding in the loss.
 
@@ -123,10 +123,8 @@ class Weights:
             return False
         whole = Part(output.detach(), target)
         if self._given is None and self._joins(index, whole):
-            self._compare(index, whole, math.sqrt(eps))
-        else:
-            self._divide(index, batch, whole, math.sqrt(eps))
-        return True
+            return self._compare(index, whole, math.sqrt(eps))
+        return self._divide(index, batch, whole, math.sqrt(eps))
 
     def tell_unchecked(self, index: int, samples: int) -> None:
         """Log once that a batch beside others weighs what is said, unchecked."""
@@ -165,15 +163,15 @@ class Weights:
                 f"but it weighs as much as its number of samples. {_REMEDY}"
             )
 
-    def _compare(self, index: int, whole: Part, tol: float) -> None:
-        """Compare a batch with the reference, and with the batches before."""
+    def _compare(self, index: int, whole: Part, tol: float) -> bool:
+        """Compare a batch with the reference, and with the batches before; whether that tells."""
         assert self._reference is not None
         total, step = 0.0, whole.few(len(whole.output))
         for start in range(0, len(whole.output), step):
             rest = whole.rows(start, start + step)
             share = self._share(self._reference, rest, tol, self._gradient_alone)
-            if share is None:
-                return
+            if share is None or math.isnan(share):
+                return share is not None
             total += 1.0 / share - 1.0 if share < 1.0 - tol else 0.0
         unit = total / len(whole.output)
         if total and self._unit is None:
@@ -188,21 +186,26 @@ class Weights:
                 f"loss_fn does not average over the samples of a batch alone: by its derivative "
                 f"batch {index}, of {len(whole.output)} samples, weighs {what}. {_REMEDY}"
             )
+        return True
 
-    def _divide(self, index: int, batch: Any, whole: Part, tol: float) -> None:
-        """Compare the halves of a batch with each other, and one sample with the rest."""
+    def _divide(self, index: int, batch: Any, whole: Part, tol: float) -> bool:
+        """Compare the halves of a batch with each other, and one sample with the rest.
+
+        Returns whether that tells anything.
+        """
         count = len(whole.output)
         if self._given is not None and not divisible(batch, count):
-            return
-        rows = whole.few(count)
+            return False
+        rows, told = whole.few(count), False
         for at in {rows // 2, 1} if rows > 1 else ():
             spans = [(0, at), (at, rows)]
             weights = [self._claimed(batch, count, *span) for span in spans]
             together = self._claimed(batch, count, 0, rows)
             if not counts(weights, together):
-                return
+                return math.isfinite(together)  # they count nothing, and are meant so
             first, rest = (0, 1) if weights[0] >= weights[1] else (1, 0)  # the heavier one tells
             share = self._share(whole.rows(*spans[first]), whole.rows(*spans[rest]), tol)
+            told = told or share is not None
             if share is not None and abs(share - weights[first] / together) > tol:
                 raise ValueError(
                     f"a part of batch {index} with {spans[first][1] - spans[first][0]} of {rows} "
@@ -210,6 +213,7 @@ class Weights:
                     f"derivative, gives it {share:.4g} of the whole (a sum gives each part 1). "
                     f"{_REMEDY}"
                 )
+        return told
 
     def _claimed(self, batch: Any, count: int, start: int, end: int) -> float:
         """Return what samples of a batch are taken to weigh; NaN where it cannot be told."""
@@ -222,7 +226,9 @@ class Weights:
     def _share(
         self, first: Part, rest: Part, tol: float, alone: Tensor | None = None
     ) -> float | None:
-        """Return c, the share of samples in the loss of both; None where there is none.
+        """Return c, the share of samples in the loss of both.
+
+        NaN where the derivatives are not in proportion, None where there are none that tell.
 
         alone: d loss(first) / dz, if it is known.
         """
@@ -238,7 +244,7 @@ class Weights:
         off = (b - share * a).abs().amax()
         found = float(share)
         if not 0 < found < 1 + tol or float(off) > tol * float(b.abs().amax()):
-            return None
+            return math.nan
         return found
 
     def _gradient(self, first: Part, rest: Part | None) -> Tensor | None:
