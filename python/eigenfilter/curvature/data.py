@@ -38,12 +38,18 @@ class Source(Protocol):
     def count(self) -> int | None:
         """The number of batches, where it is known."""
 
+    @property
+    def failure(self) -> Exception | None:
+        """What reading a batch raised last: no engine is at fault."""
+
     def batches(self) -> Iterator[Any]:
         """Yield them in order."""
 
 
 class Listed:
     """Batches in memory."""
+
+    failure = None
 
     def __init__(self, data: list[Any], *, pairs: bool, alone: bool = True) -> None:
         """Take one batch or more.
@@ -89,6 +95,7 @@ class Loaded:
         self._loader = loader
         self._pairs = pairs
         self._seed = seed
+        self.failure: Exception | None = None
         self._seen: list[list[tuple[object, ...]]] = []  # a fingerprint a tensor, a list a batch
         self._ended = False  # whether a pass has seen them all
 
@@ -135,12 +142,15 @@ class Loaded:
         while True:
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(state)
-                if iterator is None:
-                    iterator = iter(self._loader)
                 try:
+                    if iterator is None:
+                        iterator = iter(self._loader)
                     batch = next(iterator)
                 except StopIteration:
                     return
+                except Exception as error:
+                    self.failure = error
+                    raise
                 state = torch.get_rng_state()
             yield batch
 
@@ -150,6 +160,7 @@ class Pieces:
 
     single = False
     count = None
+    failure = None
 
     def __init__(self, source: Source, size: int) -> None:
         self._source = source

@@ -347,6 +347,8 @@ class CurvatureOperator(SymmetricMatrix):
 
     def _check_like(self, name: str, layout: str, v: Tensor, fits: bool) -> None:
         n = self.shape[0] if self.slices is None else self.slices.length
+        if v.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, not {v.layout}: pass {name}.to_dense()")
         if not fits or v.shape[0] != n or v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
                 f"{name} must be {layout.format(n)}, {self.dtype}, on {self.device}; got "

@@ -94,7 +94,7 @@ class Weights:
             ValueError: it is not known, negative or not finite.
         """
         if self._given is not None:
-            value = float(self._given(batch))
+            value = self._number(batch)
         elif isinstance(output, Tensor) and output.ndim:
             value = float(output.shape[0])
         else:
@@ -108,6 +108,16 @@ class Weights:
                 "weighs 0 is left out"
             )
         return value
+
+    def _number(self, batch: Any) -> float:
+        assert self._given is not None
+        try:
+            return float(self._given(batch))
+        except Exception as error:  # any: it is the caller's function, and no engine is at fault
+            raise ValueError(
+                f"weight= gave no number for a batch ({type(error).__name__}: {error}): it must "
+                "be a function from a batch to a number, such as lambda batch: len(batch[1])"
+            ) from error
 
     def check(self, index: int, batch: Any, output: Any, target: Any, eps: float) -> bool:
         """Check what a batch weighs, by its loss; return whether that told anything.
