@@ -392,11 +392,26 @@ def _check_batch(batch: Any, *, pairs: bool) -> None:
             and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in batch)
         ):
             remedy = ", of pairs: several batches go in a list, list(data)"
+        elif isinstance(batch, list | tuple) and len(batch) > 2:
+            remedy = (
+                f" of {len(batch)}. Name them in forward=, as by forward=lambda model, batch: "
+                "(model(batch[0], batch[1]), batch[2])"
+            )
         raise ValueError(
             "data must be an (input, target) tuple, a list of such pairs or a DataLoader of them, "
             f"or forward be given; got a batch of type {type(batch).__name__}{remedy}"
         )
+    if pairs and isinstance(batch[0], np.ndarray):
+        raise ValueError(
+            "the input of a batch is a NumPy array: convert it, with torch.as_tensor, to the dtype "
+            "of the model's parameters"
+        )
     tensors = list(leaves(batch))
+    if any(t.is_inference() for t in tensors):
+        raise ValueError(
+            "a batch holds tensors made in torch.inference_mode(), which cannot take part in "
+            "derivatives: make them outside it, or clone() them there"
+        )
     if any(t.is_meta for t in tensors):
         raise ValueError("data on the meta device hold no numbers: pass tensors that do")
     if tensors and all(t.ndim and not t.shape[0] for t in tensors):

@@ -138,7 +138,7 @@ class CurvatureOperator(SymmetricMatrix):
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
         data: Any,
-        *,
+        *more: Any,
         params: Iterable[nn.Parameter] | None = None,
         engine: str = "auto",
         reduction: str = "mean",
@@ -151,6 +151,11 @@ class CurvatureOperator(SymmetricMatrix):
         memory_budget: int | None = None,
         seed: int = 0,
     ) -> None:
+        if more:
+            raise TypeError(
+                f"data come as one argument, and {len(more)} more positional ones were given: pass "
+                "a batch as the tuple (x, y), batches as a list, and options by name"
+            )
         _check_choices(engine=engine, reduction=reduction, mode=mode)
         if reduction == "sum" and weight is not None:
             raise ValueError("weight has no meaning for reduction='sum'")
@@ -321,6 +326,11 @@ class CurvatureOperator(SymmetricMatrix):
 
     def _current(self) -> tuple[engines.Engines, Point]:
         """Return the engines for the model as it is now, and where that is."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "products need derivatives, and there are none in torch.inference_mode(): use the "
+                "operator outside it (torch.no_grad() is fine)"
+            )
         holder = _perturbation.holder(self._objective.tree.parameters())
         if holder is not None:
             raise RuntimeError(
