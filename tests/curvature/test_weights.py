@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature.networks import columns, dense, dense_ggn, make
-from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator, eigsh
+from eigenfilter.curvature import (
+    CurvatureOperator,
+    EmpiricalFisherOperator,
+    GGNOperator,
+    HessianOperator,
+    eigsh,
+)
 from eigenfilter.curvature.engines import NAMES
 
 MEANS: list[type[CurvatureOperator]] = [HessianOperator, GGNOperator]
@@ -450,3 +457,55 @@ def test_a_loss_whose_derivative_tells_nothing_is_checked_by_halves(classes: boo
     at_x = torch.cat([p.detach().flatten() for p in params.values()])
     whole = torch.autograd.functional.hessian(f, at_x)
     torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-10)
+
+
+def test_refusals_tell_a_sum_from_what_is_no_mean() -> None:
+    model, x, target = make()
+    batches = split(x, target, 20, 14, 6)
+    with pytest.raises(ValueError, match=r"it adds up over samples, so pass reduction='sum'"):
+        columns(HessianOperator(model, summed, batches))
+
+    def root(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t).sqrt()
+
+    def logarithm(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t).log()
+
+    for loss_fn in (root, logarithm):
+        with pytest.raises(ValueError, match=r"(?s)loss_fn.*weight=lambda batch: 1\.0") as caught:
+            columns(HessianOperator(model, loss_fn, batches))
+        assert "it adds up" not in str(caught.value)
+        op = HessianOperator(model, loss_fn, batches, weight=lambda batch: 1.0)
+        parts = [dense(model, *batch, loss_fn=loss_fn) for batch in batches]
+        torch.testing.assert_close(columns(op), sum(parts) / 3, rtol=0, atol=1e-11)
+
+
+def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) -> None:
+    model, x, target = make()
+    target[3] = -100
+    op = EmpiricalFisherOperator(
+        model, F.cross_entropy, (x, target), engine="checkpointed", memory_budget=2000
+    )
+    found = columns(op)
+    assert "reduction='none'" in caplog.text
+    kept = target != -100
+
+    def losses(flat: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in model.parameters()])
+        given = {
+            name: part.view_as(p)
+            for (name, p), part in zip(model.named_parameters(), parts, strict=True)
+        }
+        z = functional_call(model.eval(), given, (x[kept],))
+        return F.cross_entropy(z, target[kept], reduction="none")
+
+    at_x = torch.cat([p.detach().flatten() for p in model.parameters()])
+    J = torch.autograd.functional.jacobian(losses, at_x)
+    torch.testing.assert_close(found, J.T @ J / 40, rtol=0, atol=1e-12)
+    caplog.clear()
+    alone = partial(F.cross_entropy, reduction="none")
+    op = EmpiricalFisherOperator(
+        model, alone, (x, target), engine="checkpointed", memory_budget=2000
+    )
+    torch.testing.assert_close(columns(op), J.T @ J / 40, rtol=0, atol=1e-12)
+    assert "reduction='none'" not in caplog.text

@@ -24,7 +24,8 @@ _REMEDY = (
     "Pass weight=, a function from a batch to what its loss averages over, such as lambda batch: "
     "(batch[1] != -100).sum() where targets are ignored, or the sum of its targets' class weights; "
     "or reduction='sum', where loss_fn adds up over samples. Where the loss is of whole batches, "
-    "weight=lambda batch: 1.0 takes their plain mean"
+    "or no mean at all, as the root or logarithm of one, weight=lambda batch: 1.0 takes the plain "
+    "mean over batches"
 )
 
 
@@ -190,13 +191,23 @@ class Weights:
             what = (
                 f"{unit / self._unit:.3g} times as much a sample as others"
                 if total and self._unit
-                else "nothing, or adds up over samples, beside others"
+                else "nothing beside others"
             )
+            if not total and self._adds_up(whole, tol):
+                what = "what makes it a sum: it adds up over samples, so pass reduction='sum'"
             raise ValueError(
                 f"loss_fn does not average over the samples of a batch alone: by its derivative "
                 f"batch {index}, of {len(whole.output)} samples, weighs {what}. {_REMEDY}"
             )
         return True
+
+    def _adds_up(self, whole: Part, tol: float) -> bool:
+        """Whether half a batch has the same derivative with the other half as without."""
+        rows = whole.few(len(whole.output))
+        if rows < 2:
+            return False
+        share = self._share(whole.rows(0, rows // 2), whole.rows(rows // 2, rows), tol)
+        return share is not None and abs(share - 1.0) <= tol
 
     def _divide(self, index: int, batch: Any, whole: Part, tol: float) -> bool:
         """Compare the halves of a batch with each other, and one sample with the rest.
