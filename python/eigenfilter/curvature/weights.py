@@ -135,6 +135,7 @@ class Weights:
         whole = Part(output.detach(), target)
         if self._given is None and self._joins(index, whole):
             return self._compare(index, whole, math.sqrt(eps))
+        self._tell_rows(index, whole)
         return self._divide(index, batch, whole, math.sqrt(eps))
 
     def tell_unchecked(self, index: int, samples: int) -> None:
@@ -147,6 +148,22 @@ class Weights:
             "its parts cannot be told: if loss_fn is not their mean, pass weight=",
             index,
         )
+
+    def _tell_rows(self, index: int, whole: Part) -> None:
+        """Log once that rows count as samples, where outputs differ in other dimensions too."""
+        if self._given is not None or self._reference is None or self._told:
+            return
+        here, first = whole.output.shape, self._reference.output.shape
+        if here[1:] != first[1:]:
+            self._told = True
+            _logger.warning(
+                "the outputs of batch %d, %s, and of one before, [..., %s], differ in more than "
+                "their first dimension, whose rows are counted as samples: if samples are in "
+                "another, as in [time, samples, ...], or tokens count, pass weight=",
+                index,
+                list(here),
+                ", ".join(map(str, first[1:])),
+            )
 
     def _joins(self, index: int, whole: Part) -> bool:
         """Whether there are samples to compare a batch with; they may be its own."""
