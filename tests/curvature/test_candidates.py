@@ -296,3 +296,73 @@ def test_memory_that_runs_out_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(double_backward, "graph_of", full)
     torch.testing.assert_close(op.matvec(v), expected, rtol=0, atol=1e-12)
     assert op.engine == "forward_over_reverse"
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("gone"), ValueError("gone")])
+@pytest.mark.parametrize("after", [0, 25])
+def test_data_that_cannot_be_read_once_leave_the_engine(error: Exception, after: int) -> None:
+    model, x, target = make()
+    reads = 0
+
+    class Flaky(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, i: int) -> Any:
+            nonlocal reads
+            reads += 1
+            if reads == after + 1:
+                raise error
+            return x[i], target[i]
+
+    loader = torch.utils.data.DataLoader(Flaky(), batch_size=20)
+    op = HessianOperator(model, F.cross_entropy, loader, memory_budget=10**7)
+    with pytest.raises(type(error), match="gone"):
+        columns(op)
+    torch.testing.assert_close(columns(op), dense(model, x, target), rtol=0, atol=1e-12)
+    assert op.engine != "finite_difference"
+
+
+WEIGHTS: dict[str, Any] = {
+    "None": lambda batch: None,
+    "several": lambda batch: torch.ones(2),
+    "raises": lambda batch: batch["labels"],
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", *NAMES])
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_a_weight_that_is_no_number_is_refused(engine: str, case: str) -> None:
+    model, x, target = make()
+    batches = [(x[:20], target[:20]), (x[20:], target[20:])]
+    op = HessianOperator(model, F.cross_entropy, batches, weight=WEIGHTS[case], engine=engine)
+    with pytest.raises(ValueError, match="weight= gave no number"):
+        op.matvec(torch.ones(39, dtype=torch.float64))
+
+
+def test_sparse_vectors_are_refused() -> None:
+    model, x, target = make()
+    op = HessianOperator(model, F.cross_entropy, (x, target))
+    V = torch.eye(39, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"V must be dense.*to_dense"):
+        op @ V.to_sparse()
+    with pytest.raises(ValueError, match=r"v must be dense.*to_dense"):
+        op @ V[0].to_sparse()
+    torch.testing.assert_close(op @ V, dense(model, x, target), rtol=0, atol=1e-12)
+
+
+def test_long_reasons_are_cut() -> None:
+    model, x, target = make()
+    calls = 0
+
+    def loss_fn(z: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise RuntimeError(f"call {calls}" + "x" * 10_000)
+        return F.cross_entropy(z, t)
+
+    op = HessianOperator(model, loss_fn, (x, target))
+    with pytest.raises(RuntimeError, match="no engine can multiply") as caught:
+        columns(op)
+    assert len(str(caught.value)) < 6000

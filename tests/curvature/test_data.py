@@ -210,3 +210,34 @@ def test_batches_that_cannot_be_split() -> None:
     )
     with pytest.raises(ValueError, match="do not share a leading dimension"):
         columns(op)
+
+
+def test_data_that_are_given_otherwise_name_a_way_out() -> None:
+    model, x, target = make()
+    loss = nn.CrossEntropyLoss()
+    with pytest.raises(TypeError, match=r"pass a batch as the tuple \(x, y\)"):
+        HessianOperator(model, loss, x, target)
+    with pytest.raises(ValueError, match=r"torch\.as_tensor"):
+        HessianOperator(model, loss, (x.numpy(), target))
+    for data in ((x, x, target), [(x, x, x, target)]):
+        with pytest.raises(ValueError, match=r"got a batch of type tuple of \d.*forward="):
+            HessianOperator(model, loss, data)
+    with torch.inference_mode():
+        made = x.clone()
+    for batch in ((made, target), (x, {"y": made})):
+        with pytest.raises(ValueError, match=r"inference_mode.*clone\(\)"):
+            HessianOperator(model, loss, batch)
+    op = HessianOperator(model, loss, (made.clone(), target))
+    torch.testing.assert_close(columns(op), dense(model, x, target), rtol=0, atol=1e-12)
+
+
+def test_an_operator_in_inference_mode_is_refused_and_keeps_its_engine() -> None:
+    model, x, target = make()
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
+    v = torch.ones(39, dtype=torch.float64)
+    with torch.inference_mode():
+        for call in (lambda: op.matvec(v), op.gradient):
+            with pytest.raises(RuntimeError, match="outside it"):
+                call()
+    torch.testing.assert_close(columns(op), dense(model, x, target), rtol=0, atol=1e-12)
+    assert op.engine != "finite_difference"

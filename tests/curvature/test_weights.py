@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature.networks import columns, dense, dense_ggn, make
-from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator, eigsh
+from eigenfilter.curvature import (
+    CurvatureOperator,
+    EmpiricalFisherOperator,
+    GGNOperator,
+    HessianOperator,
+    eigsh,
+)
 from eigenfilter.curvature.engines import NAMES
 
 MEANS: list[type[CurvatureOperator]] = [HessianOperator, GGNOperator]
@@ -351,3 +360,171 @@ def test_each_batch_is_checked_once() -> None:
         model[0].weight.mul_(2)
     op.matvec(v)
     assert calls == 6
+
+
+def whole_targets() -> dict[str, tuple[Callable[[Any, Any], Tensor], Callable[[Tensor], Any]]]:
+    """Losses with class weights, and targets that are not only tensors with a row a sample."""
+
+    def scaled(z: Tensor, t: Any) -> Tensor:
+        return weighted(z / t[1], t[0])
+
+    def by_list(z: Tensor, t: Any) -> Tensor:
+        return weighted(z, torch.as_tensor(t))
+
+    return {
+        "list": (by_list, lambda t: t.tolist()),
+        "tuple": (by_list, lambda t: tuple(t.tolist())),
+        "array": (by_list, lambda t: t.numpy()),
+        "list of text": (
+            lambda z, t: by_list(z, list(map(int, t))),
+            lambda t: list(map(str, t.tolist())),
+        ),
+        "number beside": (scaled, lambda t: (t, 2.0)),
+        "tensor [] beside": (scaled, lambda t: (t, torch.tensor(2.0, dtype=torch.float64))),
+        "class weights beside": (
+            lambda z, t: F.cross_entropy(z, t["y"], weight=t["classes"]),
+            lambda t: {"y": t, "classes": CLASSES, "name": "classes"},
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", whole_targets())
+@pytest.mark.parametrize("kind", MEANS)
+def test_targets_that_are_not_only_tensors_of_rows(
+    kind: type[CurvatureOperator], case: str
+) -> None:
+    loss_fn, change = whole_targets()[case]
+    model, x, target = make()
+    pairs = split(x, target, 20, 14, 6)
+    batches = [(a, change(b)) for a, b in pairs]
+    with pytest.raises(ValueError, match="weight="):
+        columns(kind(model, loss_fn, batches))
+    sums = {id(batch): of_classes(pair) for batch, pair in zip(batches, pairs, strict=True)}
+    op = kind(model, loss_fn, batches, weight=lambda batch: sums.get(id(batch), math.nan))
+    matrix = dense if kind is HessianOperator else dense_ggn
+    scale = 2.0 if loss_fn.__name__ == "scaled" else 1.0
+    whole = matrix(model, x, target, loss_fn=lambda z, t: weighted(z / scale, t))
+    torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-12)
+
+
+def test_a_batch_that_cannot_be_checked_is_logged_once(caplog: Any) -> None:
+    model, x, target = make()
+
+    class Graph:
+        def __init__(self, y: Tensor) -> None:
+            self.y = y
+
+    batches = [(a, Graph(b)) for a, b in split(x, target, 20, 14, 6)]
+    columns(HessianOperator(model, lambda z, g: weighted(z, g.y), batches))
+    said = [one for one in caplog.records if "cannot be checked" in one.getMessage()]
+    assert len(said) == 1
+    assert said[0].levelname == "WARNING"
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_a_loss_whose_derivative_tells_nothing_is_checked_by_halves(classes: bool) -> None:
+    """As of a network that is differentiated by its inputs: not of outputs without a graph."""
+
+    def loss_fn(z: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        x, w = target
+        slope = torch.autograd.grad(z.sum(), x, create_graph=True)[0].square().sum(1)
+        return (w * (slope + z.square().sum(1))).sum() / w.sum()
+
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+        x = batch[0].detach().requires_grad_()
+        return model(x), (x, batch[1])
+
+    model, x, _ = make()
+    w = torch.linspace(1, 40, 40, dtype=torch.float64) if classes else torch.ones(40).double()
+    batches = split(x, w, 20, 14, 6)
+    op = HessianOperator(model, loss_fn, batches, forward=forward, engine="shared")
+    if classes:
+        with pytest.raises(ValueError, match="weight="):
+            columns(op)
+        op = HessianOperator(
+            model, loss_fn, batches, forward=forward, engine="shared", weight=lambda b: b[1].sum()
+        )
+
+    params = dict(model.named_parameters())
+    shapes = [p.shape for p in params.values()]
+
+    def f(flat: Tensor) -> Tensor:
+        parts = flat.split([s.numel() for s in shapes])
+        given = {k: p.view(s) for k, p, s in zip(params, parts, shapes, strict=True)}
+        a = x.detach().clone().requires_grad_()
+        return loss_fn(functional_call(model.eval(), given, (a,)), (a, w))
+
+    at_x = torch.cat([p.detach().flatten() for p in params.values()])
+    whole = torch.autograd.functional.hessian(f, at_x)
+    torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-10)
+
+
+def test_refusals_tell_a_sum_from_what_is_no_mean() -> None:
+    model, x, target = make()
+    batches = split(x, target, 20, 14, 6)
+    with pytest.raises(ValueError, match=r"it adds up over samples, so pass reduction='sum'"):
+        columns(HessianOperator(model, summed, batches))
+
+    def root(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t).sqrt()
+
+    def logarithm(z: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(z, t).log()
+
+    for loss_fn in (root, logarithm):
+        with pytest.raises(ValueError, match=r"(?s)loss_fn.*weight=lambda batch: 1\.0") as caught:
+            columns(HessianOperator(model, loss_fn, batches))
+        assert "it adds up" not in str(caught.value)
+        op = HessianOperator(model, loss_fn, batches, weight=lambda batch: 1.0)
+        parts = [dense(model, *batch, loss_fn=loss_fn) for batch in batches]
+        torch.testing.assert_close(columns(op), sum(parts) / 3, rtol=0, atol=1e-11)
+
+
+def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) -> None:
+    model, x, target = make()
+    target[3] = -100
+    op = EmpiricalFisherOperator(
+        model, F.cross_entropy, (x, target), engine="checkpointed", memory_budget=2000
+    )
+    found = columns(op)
+    assert "reduction='none'" in caplog.text
+    kept = target != -100
+
+    def losses(flat: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in model.parameters()])
+        given = {
+            name: part.view_as(p)
+            for (name, p), part in zip(model.named_parameters(), parts, strict=True)
+        }
+        z = functional_call(model.eval(), given, (x[kept],))
+        return F.cross_entropy(z, target[kept], reduction="none")
+
+    at_x = torch.cat([p.detach().flatten() for p in model.parameters()])
+    J = torch.autograd.functional.jacobian(losses, at_x)
+    torch.testing.assert_close(found, J.T @ J / 40, rtol=0, atol=1e-12)
+    caplog.clear()
+    alone = partial(F.cross_entropy, reduction="none")
+    op = EmpiricalFisherOperator(
+        model, alone, (x, target), engine="checkpointed", memory_budget=2000
+    )
+    torch.testing.assert_close(columns(op), J.T @ J / 40, rtol=0, atol=1e-12)
+    assert "reduction='none'" not in caplog.text
+
+
+def test_outputs_that_differ_in_other_dimensions_are_told_of(caplog: Any) -> None:
+    """As torch's recurrent layers give them, [time, samples, ...]."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3).double()
+    x = torch.randn(4, 10, 5, dtype=torch.float64)
+    y = torch.randn(4, 10, 3, dtype=torch.float64)
+    batches = [(x[:, :7], y[:, :7]), (x[:, 7:], y[:, 7:])]
+    op = HessianOperator(model, F.mse_loss, batches, engine="shared")
+    parts = [dense(model, *batch, loss_fn=F.mse_loss) for batch in batches]
+    torch.testing.assert_close(columns(op), sum(parts) / 2, rtol=0, atol=1e-12)
+    said = [one for one in caplog.records if "counted as samples" in one.getMessage()]
+    assert len(said) == 1
+    caplog.clear()
+    right = HessianOperator(model, F.mse_loss, batches, weight=lambda batch: batch[0].shape[1])
+    whole = dense(model, x, y, loss_fn=F.mse_loss)
+    torch.testing.assert_close(columns(right), whole, rtol=0, atol=1e-12)
+    assert not [one for one in caplog.records if "counted as samples" in one.getMessage()]

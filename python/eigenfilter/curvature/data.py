@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +15,8 @@ _CHANGED = (
     "matrix: give it a fixed order (shuffle=False, or neither a generator of its own nor "
     "persistent workers), switch off random augmentation, or pass list(loader)"
 )
+
+_PLAIN = (bool, int, float, complex, str, bytes, np.generic, type(None))  # what holds no samples
 
 
 class Unfit(RuntimeError):
@@ -35,12 +38,18 @@ class Source(Protocol):
     def count(self) -> int | None:
         """The number of batches, where it is known."""
 
+    @property
+    def failure(self) -> Exception | None:
+        """What reading a batch raised last: no engine is at fault."""
+
     def batches(self) -> Iterator[Any]:
         """Yield them in order."""
 
 
 class Listed:
     """Batches in memory."""
+
+    failure = None
 
     def __init__(self, data: list[Any], *, pairs: bool, alone: bool = True) -> None:
         """Take one batch or more.
@@ -86,6 +95,7 @@ class Loaded:
         self._loader = loader
         self._pairs = pairs
         self._seed = seed
+        self.failure: Exception | None = None
         self._seen: list[list[tuple[object, ...]]] = []  # a fingerprint a tensor, a list a batch
         self._ended = False  # whether a pass has seen them all
 
@@ -132,12 +142,15 @@ class Loaded:
         while True:
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(state)
-                if iterator is None:
-                    iterator = iter(self._loader)
                 try:
+                    if iterator is None:
+                        iterator = iter(self._loader)
                     batch = next(iterator)
                 except StopIteration:
                     return
+                except Exception as error:
+                    self.failure = error
+                    raise
                 state = torch.get_rng_state()
             yield batch
 
@@ -147,6 +160,7 @@ class Pieces:
 
     single = False
     count = None
+    failure = None
 
     def __init__(self, source: Source, size: int) -> None:
         self._source = source
@@ -185,26 +199,38 @@ def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> Listed | Loa
     return Listed(data if isinstance(data, list) else [data], pairs=pairs, alone=alone)
 
 
-def pieces(batch: Any, size: int) -> Iterator[Any]:
+def pieces(batch: Any, size: int, samples: int | None = None) -> Iterator[Any]:
     """Yield a batch in pieces of `size` samples, the last perhaps smaller.
+
+    samples: of the batch, where its tensors do not all tell.
 
     Raises:
         ValueError: its tensors do not share their leading dimension.
     """
-    samples = samples_of(batch)
+    samples = samples_of(batch) if samples is None else samples
     if samples is None:
         raise ValueError(
             "a batch cannot be split, because its tensors do not share a leading dimension of "
             "samples: choose another engine"
         )
     for start in range(0, samples, size):
-        yield sliced(batch, slice(start, start + size))
+        yield sliced(batch, slice(start, start + size), samples)
 
 
 def samples_of(batch: Any) -> int | None:
     """Return the leading dimension that all tensors of a batch share, or None."""
     sizes = {t.shape[0] if t.ndim else None for t in leaves(batch)}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def rows_of(batch: Any) -> int | None:
+    """Return what is likely the number of samples of a batch, or None.
+
+    That of the rows of its first tensor, if one more has as many, or no other has rows: some may
+    hold no samples, such as class weights beside the targets.
+    """
+    sizes = [t.shape[0] for t in leaves(batch) if t.ndim]
+    return sizes[0] if sizes and (len(sizes) == 1 or sizes.count(sizes[0]) > 1) else None
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
@@ -243,19 +269,21 @@ def _of(trees: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def divisible(tree: Any, samples: int) -> bool:
-    """Whether a tree consists of tensors alone, or None, each with so many rows."""
-    if isinstance(tree, Tensor):
-        return tree.ndim > 0 and len(tree) == samples
-    if isinstance(tree, Mapping):
-        return all(divisible(value, samples) for value in tree.values())
-    if isinstance(tree, list | tuple):
-        return all(divisible(value, samples) for value in tree)
-    return tree is None
+    """Whether `sliced` cuts something of a tree, or it holds but numbers, text and None.
+
+    What may hide samples, as an object of another class does, is not divisible.
+    """
+    found = list(_pieces_of(tree, samples))
+    return all(one is not None for one in found) and (
+        any(found) or not any(isinstance(t, Tensor) and t.ndim for t in leaves(tree))
+    )
 
 
-def sliced(tree: Any, part: slice) -> Any:
-    """Return a tree with the rows `part` of its tensors."""
-    return _mapped(tree, lambda t: t[part])
+def sliced(tree: Any, part: slice, samples: int) -> Any:
+    """Return a tree with the rows `part` of what has so many, and the rest as it is."""
+    if _has_rows(tree, samples):
+        return tree[part]
+    return _rebuilt(tree, lambda value: sliced(value, part, samples))
 
 
 def copied(tree: Any) -> Any:
@@ -263,31 +291,83 @@ def copied(tree: Any) -> Any:
     return _mapped(tree, lambda t: t.detach().clone())
 
 
-def joinable(one: Any, other: Any) -> bool:
-    """Whether two trees are alike but for the number of rows of their tensors."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        kinds = [(t.shape[1:], t.dtype, t.device) for t in (one, other)]
-        return kinds[0] == kinds[1]
+def joinable(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
+    """Whether two trees are alike but for the rows of what has as many as `sizes` say."""
+    if _has_rows(one, sizes[0]) and _has_rows(other, sizes[1]):
+        return type(one) is type(other) and _row(one) == _row(other)
+    if isinstance(one, Tensor | np.ndarray):
+        same = type(one) is type(other) and _row(one) == _row(other) and one.shape == other.shape
+        return same and bool((one == other).all())
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(joinable(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(
+            joinable(one[key], other[key], sizes) for key in one
+        )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(joinable, one, other))
-    return one is None and other is None
+        return len(one) == len(other) and all(
+            joinable(a, b, sizes) for a, b in zip(one, other, strict=True)
+        )
+    return isinstance(one, _PLAIN) and bool(one == other)
 
 
-def joined(one: Any, other: Any) -> Any:
-    """Return a tree with the rows of both, which are `joinable`."""
-    others = leaves(other)
-    return _mapped(one, lambda t: torch.cat((t, next(others))))
+def joined(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
+    """Return a tree with the rows of both, which are `joinable`, and the rest of the first."""
+    if _has_rows(one, sizes[0]) and _has_rows(other, sizes[1]):
+        if isinstance(one, Tensor):
+            return torch.cat((one, other))
+        return np.concatenate((one, other)) if isinstance(one, np.ndarray) else one + other
+    if isinstance(one, Mapping):
+        return {key: joined(value, other[key], sizes) for key, value in one.items()}
+    if isinstance(one, list | tuple):
+        pairs = iter(other)
+        return _rebuilt(one, lambda value: joined(value, next(pairs), sizes))
+    return one
+
+
+def _has_rows(tree: Any, samples: int) -> bool:
+    """Whether a part of a tree consists of so many rows: a tensor, an array, or a plain list.
+
+    A list or tuple of tensors with so many rows each is none: these are what is cut.
+    """
+    if isinstance(tree, Tensor | np.ndarray):
+        return tree.ndim > 0 and len(tree) == samples
+    if not isinstance(tree, list | tuple) or hasattr(tree, "_fields") or len(tree) != samples:
+        return False
+    return not any(isinstance(t, Tensor | np.ndarray) and _has_rows(t, samples) for t in tree)
+
+
+def _row(rows: Any) -> Any:
+    """Return what rows must have in common to be joined."""
+    if isinstance(rows, Tensor):
+        return rows.shape[1:], rows.dtype, rows.device
+    return (rows.shape[1:], rows.dtype) if isinstance(rows, np.ndarray) else None
+
+
+def _pieces_of(tree: Any, samples: int) -> Iterator[bool | None]:
+    """Yield, for each part of a tree, whether it is cut; None where that cannot be told."""
+    if _has_rows(tree, samples):
+        yield True
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _pieces_of(value, samples)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _pieces_of(value, samples)
+    else:
+        yield False if isinstance(tree, (Tensor, np.ndarray, *_PLAIN)) else None
 
 
 def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return change(tree)
+    return _rebuilt(tree, lambda value: _mapped(value, change))
+
+
+def _rebuilt(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a list, tuple or mapping with its members changed; anything else as it is."""
     if isinstance(tree, Mapping):
-        return {key: _mapped(value, change) for key, value in tree.items()}
+        return {key: change(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        values = [_mapped(value, change) for value in tree]
+        values = [change(value) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return tree
 
@@ -312,11 +392,26 @@ def _check_batch(batch: Any, *, pairs: bool) -> None:
             and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in batch)
         ):
             remedy = ", of pairs: several batches go in a list, list(data)"
+        elif isinstance(batch, list | tuple) and len(batch) > 2:
+            remedy = (
+                f" of {len(batch)}. Name them in forward=, as by forward=lambda model, batch: "
+                "(model(batch[0], batch[1]), batch[2])"
+            )
         raise ValueError(
             "data must be an (input, target) tuple, a list of such pairs or a DataLoader of them, "
             f"or forward be given; got a batch of type {type(batch).__name__}{remedy}"
         )
+    if pairs and isinstance(batch[0], np.ndarray):
+        raise ValueError(
+            "the input of a batch is a NumPy array: convert it, with torch.as_tensor, to the dtype "
+            "of the model's parameters"
+        )
     tensors = list(leaves(batch))
+    if any(t.is_inference() for t in tensors):
+        raise ValueError(
+            "a batch holds tensors made in torch.inference_mode(), which cannot take part in "
+            "derivatives: make them outside it, or clone() them there"
+        )
     if any(t.is_meta for t in tensors):
         raise ValueError("data on the meta device hold no numbers: pass tensors that do")
     if tensors and all(t.ndim and not t.shape[0] for t in tensors):

@@ -25,7 +25,7 @@ from eigenfilter.curvature.data import (
     leaves,
     moved,
     pieces,
-    samples_of,
+    rows_of,
 )
 from eigenfilter.curvature.nodes import leaves_reached, nodes
 from eigenfilter.curvature.survey import survey
@@ -323,8 +323,9 @@ class Objective:
         In evaluation mode, whatever that of the operator: batch statistics and dropout couple
         samples. Not of a model that FSDP2 shards, where all processes would have to do the same.
         """
-        samples = samples_of(batch) or 0
+        samples = rows_of(batch) or 0
         if samples < 2 or not divisible(batch, samples) or _distributed.is_fsdp(self.tree):
+            self._weights.tell_unchecked(index, samples)
             return
         values: list[float] = []
         replaced = frozenset(self.known.fused)
@@ -332,10 +333,10 @@ class Objective:
         with attempt("f on half a batch"), surroundings, torch.enable_grad():
             found = [
                 self._evaluate(index, part, replaced)
-                for part in (batch, *pieces(batch, -(-samples // 2)))
+                for part in (batch, *pieces(batch, -(-samples // 2), samples))
             ]
-            values = [float(one.total().detach()) for one in found]
             weights = [one.claimed() for one in found]
+            values = [float(one.total().detach()) for one in found]
         if values:
             check_values(index, values, weights, math.sqrt(eps))
 

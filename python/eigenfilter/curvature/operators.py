@@ -143,7 +143,7 @@ class CurvatureOperator(SymmetricMatrix):
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
         data: Any,
-        *,
+        *more: Any,
         params: Iterable[nn.Parameter] | None = None,
         engine: str = "auto",
         reduction: str = "mean",
@@ -156,6 +156,11 @@ class CurvatureOperator(SymmetricMatrix):
         memory_budget: int | None = None,
         seed: int = 0,
     ) -> None:
+        if more:
+            raise TypeError(
+                f"data come as one argument, and {len(more)} more positional ones were given: pass "
+                "a batch as the tuple (x, y), batches as a list, and options by name"
+            )
         _check_choices(engine=engine, reduction=reduction, mode=mode)
         if reduction == "sum" and weight is not None:
             raise ValueError("weight has no meaning for reduction='sum'")
@@ -326,6 +331,11 @@ class CurvatureOperator(SymmetricMatrix):
 
     def _current(self) -> tuple[engines.Engines, Point]:
         """Return the engines for the model as it is now, and where that is."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "products need derivatives, and there are none in torch.inference_mode(): use the "
+                "operator outside it (torch.no_grad() is fine)"
+            )
         holder = _perturbation.holder(self._objective.tree.parameters())
         if holder is not None:
             raise RuntimeError(
@@ -354,6 +364,8 @@ class CurvatureOperator(SymmetricMatrix):
 
     def _check_like(self, name: str, layout: str, v: Tensor, fits: bool) -> None:
         n = self.shape[0] if self.slices is None else self.slices.length
+        if v.layout != torch.strided:
+            raise ValueError(f"{name} must be dense, not {v.layout}: pass {name}.to_dense()")
         if not fits or v.shape[0] != n or v.dtype != self.dtype or v.device != self.device:
             raise ValueError(
                 f"{name} must be {layout.format(n)}, {self.dtype}, on {self.device}; got "

@@ -24,7 +24,8 @@ _REMEDY = (
     "Pass weight=, a function from a batch to what its loss averages over, such as lambda batch: "
     "(batch[1] != -100).sum() where targets are ignored, or the sum of its targets' class weights; "
     "or reduction='sum', where loss_fn adds up over samples. Where the loss is of whole batches, "
-    "weight=lambda batch: 1.0 takes their plain mean"
+    "or no mean at all, as the root or logarithm of one, weight=lambda batch: 1.0 takes the plain "
+    "mean over batches"
 )
 
 
@@ -36,7 +37,8 @@ class Part(NamedTuple):
 
     def rows(self, start: int, end: int) -> Part:
         """Return the samples [start, end)."""
-        return Part(self.output[start:end], sliced(self.target, slice(start, end)))
+        part = slice(start, end)
+        return Part(self.output[part], sliced(self.target, part, len(self.output)))
 
     def few(self, most: int) -> int:
         """Return how many samples, `most` at most, have outputs of up to `_ELEMENTS` elements."""
@@ -83,6 +85,7 @@ class Weights:
         self._reference: Part | None = None
         self._gradient_alone: Tensor | None = None  # d loss / dz of it
         self._hollow: int | None = None  # a batch whose loss was no number
+        self._told = False  # that a batch cannot be checked
         self._unit: float | None = None  # W_B of a batch, relative to A's, over what it weighs
 
     def of(self, batch: Any, output: Any) -> float:
@@ -92,7 +95,7 @@ class Weights:
             ValueError: it is not known, negative or not finite.
         """
         if self._given is not None:
-            value = float(self._given(batch))
+            value = self._number(batch)
         elif isinstance(output, Tensor) and output.ndim:
             value = float(output.shape[0])
         else:
@@ -107,8 +110,18 @@ class Weights:
             )
         return value
 
+    def _number(self, batch: Any) -> float:
+        assert self._given is not None
+        try:
+            return float(self._given(batch))
+        except Exception as error:  # any: it is the caller's function, and no engine is at fault
+            raise ValueError(
+                f"weight= gave no number for a batch ({type(error).__name__}: {error}): it must "
+                "be a function from a batch to a number, such as lambda batch: len(batch[1])"
+            ) from error
+
     def check(self, index: int, batch: Any, output: Any, target: Any, eps: float) -> bool:
-        """Check what a batch weighs, by its loss; return whether its outputs can be told apart.
+        """Check what a batch weighs, by its loss; return whether that told anything.
 
         eps: the unit of rounding in the loss.
 
@@ -121,10 +134,36 @@ class Weights:
             return False
         whole = Part(output.detach(), target)
         if self._given is None and self._joins(index, whole):
-            self._compare(index, whole, math.sqrt(eps))
-        else:
-            self._divide(index, batch, whole, math.sqrt(eps))
-        return True
+            return self._compare(index, whole, math.sqrt(eps))
+        self._tell_rows(index, whole)
+        return self._divide(index, batch, whole, math.sqrt(eps))
+
+    def tell_unchecked(self, index: int, samples: int) -> None:
+        """Log once that a batch beside others weighs what is said, unchecked."""
+        if self._told or samples == 1 or (self._alone and not index) or self._given is not None:
+            return
+        self._told = True
+        _logger.warning(
+            "batch %d weighs as much as its number of samples, which cannot be checked, because "
+            "its parts cannot be told: if loss_fn is not their mean, pass weight=",
+            index,
+        )
+
+    def _tell_rows(self, index: int, whole: Part) -> None:
+        """Log once that rows count as samples, where outputs differ in other dimensions too."""
+        if self._given is not None or self._reference is None or self._told:
+            return
+        here, first = whole.output.shape, self._reference.output.shape
+        if here[1:] != first[1:]:
+            self._told = True
+            _logger.warning(
+                "the outputs of batch %d, %s, and of one before, [..., %s], differ in more than "
+                "their first dimension, whose rows are counted as samples: if samples are in "
+                "another, as in [time, samples, ...], or tokens count, pass weight=",
+                index,
+                list(here),
+                ", ".join(map(str, first[1:])),
+            )
 
     def _joins(self, index: int, whole: Part) -> bool:
         """Whether there are samples to compare a batch with; they may be its own."""
@@ -141,7 +180,8 @@ class Weights:
                     self._hollow = index if self._hollow is None else self._hollow
                 return False
         assert self._reference is not None
-        return joinable(tuple(self._reference), tuple(whole))
+        sizes = len(self._reference.output), len(whole.output)
+        return joinable(tuple(self._reference), tuple(whole), sizes)
 
     def _check_hollow(self) -> None:
         """Refuse a batch without a finite loss, now that another has one."""
@@ -151,15 +191,15 @@ class Weights:
                 f"but it weighs as much as its number of samples. {_REMEDY}"
             )
 
-    def _compare(self, index: int, whole: Part, tol: float) -> None:
-        """Compare a batch with the reference, and with the batches before."""
+    def _compare(self, index: int, whole: Part, tol: float) -> bool:
+        """Compare a batch with the reference, and with the batches before; whether that tells."""
         assert self._reference is not None
         total, step = 0.0, whole.few(len(whole.output))
         for start in range(0, len(whole.output), step):
             rest = whole.rows(start, start + step)
             share = self._share(self._reference, rest, tol, self._gradient_alone)
-            if share is None:
-                return
+            if share is None or math.isnan(share):
+                return share is not None
             total += 1.0 / share - 1.0 if share < 1.0 - tol else 0.0
         unit = total / len(whole.output)
         if total and self._unit is None:
@@ -168,27 +208,42 @@ class Weights:
             what = (
                 f"{unit / self._unit:.3g} times as much a sample as others"
                 if total and self._unit
-                else "nothing, or adds up over samples, beside others"
+                else "nothing beside others"
             )
+            if not total and self._adds_up(whole, tol):
+                what = "what makes it a sum: it adds up over samples, so pass reduction='sum'"
             raise ValueError(
                 f"loss_fn does not average over the samples of a batch alone: by its derivative "
                 f"batch {index}, of {len(whole.output)} samples, weighs {what}. {_REMEDY}"
             )
+        return True
 
-    def _divide(self, index: int, batch: Any, whole: Part, tol: float) -> None:
-        """Compare the halves of a batch with each other, and one sample with the rest."""
+    def _adds_up(self, whole: Part, tol: float) -> bool:
+        """Whether half a batch has the same derivative with the other half as without."""
+        rows = whole.few(len(whole.output))
+        if rows < 2:
+            return False
+        share = self._share(whole.rows(0, rows // 2), whole.rows(rows // 2, rows), tol)
+        return share is not None and abs(share - 1.0) <= tol
+
+    def _divide(self, index: int, batch: Any, whole: Part, tol: float) -> bool:
+        """Compare the halves of a batch with each other, and one sample with the rest.
+
+        Returns whether that tells anything.
+        """
         count = len(whole.output)
         if self._given is not None and not divisible(batch, count):
-            return
-        rows = whole.few(count)
+            return False
+        rows, told = whole.few(count), False
         for at in {rows // 2, 1} if rows > 1 else ():
             spans = [(0, at), (at, rows)]
-            weights = [self._claimed(batch, *span) for span in spans]
-            together = self._claimed(batch, 0, rows)
+            weights = [self._claimed(batch, count, *span) for span in spans]
+            together = self._claimed(batch, count, 0, rows)
             if not counts(weights, together):
-                return
+                return math.isfinite(together)  # they count nothing, and are meant so
             first, rest = (0, 1) if weights[0] >= weights[1] else (1, 0)  # the heavier one tells
             share = self._share(whole.rows(*spans[first]), whole.rows(*spans[rest]), tol)
+            told = told or share is not None
             if share is not None and abs(share - weights[first] / together) > tol:
                 raise ValueError(
                     f"a part of batch {index} with {spans[first][1] - spans[first][0]} of {rows} "
@@ -196,19 +251,22 @@ class Weights:
                     f"derivative, gives it {share:.4g} of the whole (a sum gives each part 1). "
                     f"{_REMEDY}"
                 )
+        return told
 
-    def _claimed(self, batch: Any, start: int, end: int) -> float:
+    def _claimed(self, batch: Any, count: int, start: int, end: int) -> float:
         """Return what samples of a batch are taken to weigh; NaN where it cannot be told."""
         if self._given is None:
             return float(end - start)
         with attempt("a weight of a part of a batch"):
-            return float(self._given(sliced(batch, slice(start, end))))
+            return float(self._given(sliced(batch, slice(start, end), count)))
         return math.nan
 
     def _share(
         self, first: Part, rest: Part, tol: float, alone: Tensor | None = None
     ) -> float | None:
-        """Return c, the share of samples in the loss of both; None where there is none.
+        """Return c, the share of samples in the loss of both.
+
+        NaN where the derivatives are not in proportion, None where there are none that tell.
 
         alone: d loss(first) / dz, if it is known.
         """
@@ -224,7 +282,7 @@ class Weights:
         off = (b - share * a).abs().amax()
         found = float(share)
         if not 0 < found < 1 + tol or float(off) > tol * float(b.abs().amax()):
-            return None
+            return math.nan
         return found
 
     def _gradient(self, first: Part, rest: Part | None) -> Tensor | None:
@@ -233,7 +291,8 @@ class Weights:
         # A loss may change what it is given: so copies, as of samples that are joined.
         part = Part(z.clone(), copied(first.target))
         if rest is not None:
-            part = Part(*joined(tuple(Part(z, first.target)), tuple(rest)))
+            sizes = len(z), len(rest.output)
+            part = Part(*joined((z, first.target), tuple(rest), sizes))
         with attempt("the derivative of the loss of a part of a batch"):
             value = self._loss(part.output, part.target)
             if value.requires_grad:

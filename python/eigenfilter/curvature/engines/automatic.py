@@ -14,6 +14,8 @@ from eigenfilter.curvature.engines.vectors import Sums
 
 _logger = logging.getLogger(__name__)
 
+_LONGEST = 500  # characters that are shown of why an engine failed
+
 
 class Given:
     """The engine that was asked for, which works or raises."""
@@ -46,6 +48,7 @@ class Automatic:
         Raises:
             Unfit: the model or its data are at fault.
             RuntimeError: no engine works; each is named, with its reason.
+            Exception: what reading the data raised.
             Exception: what all engines raised alike, which is the model's own.
         """
         block = V.shape[1] > 1
@@ -58,7 +61,8 @@ class Automatic:
             except Unfit:
                 raise
             except Exception as error:  # any: the engine is left for the next, and this is logged
-                if not made.objective.known.evaluated:  # the model itself fails
+                # The model itself fails, or the data cannot be read: that may pass.
+                if not made.objective.known.evaluated or error is source.failure:
                     raise
                 made.drop(left[0])
                 self._pass_over(left.pop(0), left, error)
@@ -79,7 +83,7 @@ class Automatic:
         except Unfit:
             raise
         except Exception as error:  # as above: it met what the engines will meet
-            if not made.objective.known.evaluated:
+            if not made.objective.known.evaluated or error is source.failure:
                 raise
             _logger.info("the trial of engines failed: %s", _short(error))
             found = ORDER
@@ -104,7 +108,7 @@ class Automatic:
         refused, self._refused = self._refused, {}
         if len(set(refused.values())) == 1:
             return error
-        reasons = "".join(f"\n- {name}: {why}" for name, why in refused.items())
+        reasons = "".join(f"\n- {name}: {_cut(why)}" for name, why in refused.items())
         return RuntimeError(
             f"no engine can multiply by this matrix:{reasons}\nLet the model and the loss use "
             "operations that torch can differentiate. With engine=... one engine alone is taken, "
@@ -113,5 +117,10 @@ class Automatic:
 
 
 def _short(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return _cut(f"{type(error).__name__}: {error}")
+
+
+def _cut(text: str) -> str:
+    """Return the first line of a text, cut where it is long."""
+    line = text.splitlines()[0]
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."

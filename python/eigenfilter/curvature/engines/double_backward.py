@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,6 +14,8 @@ from eigenfilter.curvature.engines.graphs import Graph, graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
 from eigenfilter.curvature.engines.vectors import Sums, split
 from eigenfilter.curvature.objective import Evaluation, Objective
+
+_logger = logging.getLogger(__name__)
 
 WIDTH = 32  # vectors in one vectorised pass: more cost memory and gain nothing
 _PROBE = 8  # a batch's memory is foretold from this fraction of its samples
@@ -111,6 +115,12 @@ def split_to_fit(
     shares = [w * float(part.total()) for w, part in zip(weights, parts, strict=True) if w]
     found = sum(shares)
     expected = float(whole.total())
+    if math.isnan(expected) and math.isnan(found):  # which tells nothing of how it splits
+        _logger.warning(
+            "f is nan on a batch, as a mean over nothing is: of an ignored sample, say, that the "
+            "empirical Fisher takes alone (a loss_fn with reduction='none' gives it 0)"
+        )
+        return Pieces(source, size)
     eps = torch.finfo(objective.autocast or params[0].dtype).eps
     if not abs(found - expected) <= eps**0.5 * max(map(abs, [expected, *shares])):
         raise ValueError(
