@@ -61,6 +61,30 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "two\u2028lines", "surrogate\udcff"])
+@pytest.mark.parametrize(
+    "argv",
+    [["train", "--model"], ["train"], ["spectrum"], ["train", "--resume", "--out"], []],
+)
+def test_an_error_is_one_line_whatever_was_given(
+    name: str,
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--resume" in argv:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main([*argv, name]))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "lines" in error or "surrogate" in error
+
+
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib", "tqdm"])
 def test_a_missing_extra_is_named_before_any_work(
     module: str,

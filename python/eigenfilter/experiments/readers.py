@@ -218,8 +218,8 @@ class _Array:
         text = data.text if type(data) is _Encoded else data
         content = text.encode("latin1") if type(text) is str else text
         # In this order: the product of whatever sizes a file may give would take forever.
-        rows = type(content) is bytes and len(shape) == 2 and shape[1] == PIXELS
-        if not rows or len(content) != shape[0] * PIXELS:
+        other = len(shape) != 2 or shape[1] != PIXELS
+        if type(content) is not bytes or other or len(content) != shape[0] * PIXELS:
             raise ValueError(f"its array is not one of rows of {PIXELS} bytes")
         order: Any = "F" if by_columns else "C"
         self.pixels = np.frombuffer(content, np.uint8).reshape(shape, order=order)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eigenfilter.experiments import recipes
 from eigenfilter.experiments.config import Config, check_plain
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import read_json
 from eigenfilter.experiments.structure import Each, Maybe, Misfit, Some, fit
 from eigenfilter.optimizers._hyperparameters import rho_key
@@ -57,7 +57,7 @@ def read_results(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
     try:
         fit(found, Some({"outcome": str, "config": dict}), "it")
         if found["outcome"] not in RESULTS:
-            raise Misfit(f"its outcome is {found['outcome']!a:.80}")
+            raise Misfit(f"its outcome is {quoted(found['outcome'])}")
         if whole:
             _check_results(found)
         check_plain(found["config"])

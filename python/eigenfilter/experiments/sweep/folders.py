@@ -13,7 +13,7 @@ from eigenfilter.experiments import checkpoint, runs
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.locks import Busy
 from eigenfilter.experiments.locks import locked as locked
@@ -77,7 +77,7 @@ def finished(config: Config, folder: Path) -> Record | None:
     for name, value in config.as_dict().items():
         if there.get(name) != value:
             raise UserError(
-                f"{folder} holds a run with {name} {there.get(name)}, not {value}: "
+                f"{folder} holds a run with {name} {quoted(there.get(name))}, not {quoted(value)}: "
                 "give another --out, or remove it"
             )
     record = read_results(folder / runs.RESULTS)
