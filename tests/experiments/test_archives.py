@@ -66,6 +66,16 @@ def test_damaged_versions_of_modules(tmp_path: Path) -> None:
     check_refused(tmp_path / "x.pt")
 
 
+def test_the_format_before_archives(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    state = nn.Linear(2, 3).state_dict()
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"before 1\.6: save it again, by torch\.save\(torch\.load"):
+        archives.read(path)
+    torch.save(torch.load(path, weights_only=True), path)
+    assert equal(archives.read(path), state)
+
+
 STORAGE = (
     b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu%stQ"
 )

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.pickles import Global, Refused
 
 _DIMENSIONS = 64  # that a tensor has at most, as in torch's own kernels
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickle of 0x1950a86a20f9469cfc6c
 _FEW = 100_000  # opcodes that any file may have
 _LENGTH = 2  # bytes an opcode has at least, on average: a file of shorter ones is none of ours
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
@@ -58,7 +60,19 @@ def read(path: Path) -> Any:
     except MemoryError as error:
         raise UserError(f"memory does not suffice to read {path}") from error
     except _ZIP as error:
+        if _is_legacy(path):
+            raise UserError(
+                f"{path} is in the format of torch before 1.6: save it again, by "
+                "torch.save(torch.load(path, weights_only=True), path)"
+            ) from error
         raise UserError(f"{path} is damaged: {_line(error)}") from error
+
+
+def _is_legacy(path: Path) -> bool:
+    """Whether a file begins as those that torch wrote before its archives."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY
+    return False
 
 
 def _line(error: Exception) -> str:

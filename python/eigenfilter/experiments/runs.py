@@ -316,6 +316,12 @@ def _begun(config: Config, out: Path, resume: bool) -> tuple[Record | None, Reco
     if saved is not None:
         done = read_results(out / RESULTS)
         if done is not None and done["outcome"] == "complete":
+            step = saved["trainer"].get("step")
+            if done["config"] != config.as_dict() or done["step"] != step:
+                raise UserError(
+                    f"{out / RESULTS} is of another run than {checkpoint.FILE} beside it: remove "
+                    "it to have the run gone on with, or give another --out"
+                )
             return None, done
     return saved, None
 
