@@ -135,13 +135,14 @@ def _let_go(path: Path, handle: int | None) -> None:
 
 
 def _refusal(folder: Path, work: str) -> str:
-    """Who is there, as the lock says."""
+    return f"{holder(folder, work)}: wait until it has ended, or give another --out"
+
+
+def holder(folder: Path, work: str) -> str:
+    """Who is at work in a folder, as its lock says; `work` where it says nothing."""
     where = ""
     with suppress(OSError, ValueError, KeyError, TypeError):  # it is just being written, or older
         about = json.loads((folder / LOCK).read_text())
         where = f" (process {about['process']} on {about['machine']})"
         work = about["work"] or work
-    return (
-        f"another {work} is at work in {folder}{where}: wait until it has ended, or give another "
-        "--out"
-    )
+    return f"another {work} is at work in {folder}{where}"
