@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -83,6 +84,16 @@ def test_an_error_is_one_line_whatever_was_given(
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "lines" in error or "surrogate" in error
+
+
+def test_names_that_are_no_text_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as "wrote ..." of a folder whose name has bytes of another encoding."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    print("wrote \udcff", flush=True)
+    assert written.getvalue().endswith(b"wrote \\udcff\n")
 
 
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib", "tqdm"])
