@@ -66,6 +66,16 @@ def test_damaged_versions_of_modules(tmp_path: Path) -> None:
     check_refused(tmp_path / "x.pt")
 
 
+def test_the_format_before_archives(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    state = nn.Linear(2, 3).state_dict()
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"before 1\.6: save it again, by torch\.save\(torch\.load"):
+        archives.read(path)
+    torch.save(torch.load(path, weights_only=True), path)
+    assert equal(archives.read(path), state)
+
+
 STORAGE = (
     b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu%stQ"
 )
@@ -83,7 +93,33 @@ def tensor(
     return made + offset + b"(" + size + b"t(" + stride + b"t\x89}tR."
 
 
+BYTES = b"(X\x07\x00\x00\x00storagectorch\nUntypedStorage\nX\x01\x00\x00\x000NK\x20tQ"
+
+
+def typed(dtype: bytes) -> bytes:
+    """The pickle of a view of the same bytes that has a dtype of its own."""
+    made = b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(" + BYTES
+    return made + b"K\x00(K\x08t(K\x01t\x89}" + dtype + b"tR."
+
+
+def numbers(keys: list[int]) -> bytes:
+    """The pickle of a dictionary with these keys."""
+    lines = [b"\x8a\x0c" + key.to_bytes(12, "little") + b"N" for key in keys]
+    return b"\x80\x02}(" + b"".join(lines) + b"u."
+
+
 PICKLES = {
+    "a dtype that is a tuple of its name": typed(
+        b"X\x05\x00\x00\x00torchX\x07\x00\x00\x00float32\x86"
+    ),
+    "a dtype of nested tuples": typed(b"N" + b"\x85" * 80_000),
+    "a dtype whose hash takes forever": typed(b"N" + b"q\x00h\x00\x86" * 60),
+    "a dtype that is a list": typed(b"]"),
+    "a dtype of another module": typed(b"cos\nsystem\n"),
+    "keys that share a hash": numbers([i * (2**61 - 1) for i in range(1, 20_000)]),
+    "many dimensions": tensor(size=b"K\x01" * 65, stride=b"K\x00" * 65),
+    "a name as the whole": b"\x80\x02ctorch\nfloat32\n.",
+    "a name in place of data": b"\x80\x02}U\x01a](N(ctorch\nfloat32\nttes.",
     "a storage that lies": tensor(count=HUGE),
     "a size that lies": tensor(size=HUGE),
     "a stride that lies": tensor(stride=HUGE),
@@ -121,9 +157,10 @@ def test_a_hostile_pickle(what: str, tmp_path: Path) -> None:
     check_refused(path)
 
 
-def test_the_pickles_are_right_but_for_one_thing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pickled", [tensor(), typed(b"ctorch\nfloat32\n")])
+def test_the_pickles_are_right_but_for_one_thing(pickled: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    archive(path, lambda name, raw: tensor() if name.endswith("data.pkl") else raw)
+    archive(path, lambda name, raw: pickled if name.endswith("data.pkl") else raw)
     assert torch.equal(archives.read(path), torch.arange(8.0))
 
 

@@ -103,6 +103,13 @@ def test_files_of_others(tmp_path: Path) -> None:
     torch.save({"config": {}, "format": 99}, path)
     with pytest.raises(UserError, match="is of format 99, and this version reads 2"):
         checkpoint.read(path)
+    for other in ({"a": [1] * 1000}, "2", 2.0, True, torch.ones(3)):
+        torch.save({"config": {}, "format": other}, path)
+        with pytest.raises(UserError, match="is not a checkpoint of eigenfilter train"):
+            checkpoint.read(path)
+    torch.save({"config": {}, "format": 10**600}, path)
+    with pytest.raises(UserError, match="is of format a number of 1994 bits"):
+        checkpoint.read(path)
     torch.save(torch.nn.Linear(2, 2), path)
     with pytest.raises(UserError, match="holds more than tensors"):
         checkpoint.read(path)

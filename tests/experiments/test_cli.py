@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -59,6 +60,40 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert error.startswith("eigenfilter demo: error: cannot write to")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "two\u2028lines", "surrogate\udcff"])
+@pytest.mark.parametrize(
+    "argv",
+    [["train", "--model"], ["train"], ["spectrum"], ["train", "--resume", "--out"], []],
+)
+def test_an_error_is_one_line_whatever_was_given(
+    name: str,
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--resume" in argv:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main([*argv, name]))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "lines" in error or "surrogate" in error
+
+
+def test_names_that_are_no_text_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as "wrote ..." of a folder whose name has bytes of another encoding."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    print("wrote \udcff", flush=True)
+    assert written.getvalue().endswith(b"wrote \\udcff\n")
 
 
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib", "tqdm"])

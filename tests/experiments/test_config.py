@@ -66,11 +66,24 @@ def test_every_option_is_plain_data_and_has_help() -> None:
         ({"model": "resnet"}, "model must be mlp"),
         ({"label_smoothing": 0.1, "loss": "square"}, "label_smoothing goes with loss"),
         ({"method": "sam", "optimizer": "sgd"}, "method is for adamw"),
+        ({"lr": [[1]]}, "lr must be a number of at least 0, not a list"),
+        ({"model": "x" * 10**6}, "not '" + "x" * 76 + r"\.\.\.$"),
+        ({"dataset": "x" * 10**6}, "not '" + "x" * 76 + r"\.\.\.$"),
+        ({"epochs": 10**5000}, "not a number of 16610 bits"),
+        ({"a\nb": 1}, r"unknown option 'a\\nb'"),
+        ({(1, 2): 1}, "unknown option a tuple"),
     ],
 )
 def test_bad_values(values: dict[Any, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says.replace("?", r"\?")):
         Config.of(values)
+
+
+def bomb(tag: str) -> str:
+    """A few lines that say a value 9**8 times."""
+    lines = ["  - k: &a0 [1]"]
+    lines += [f"  - k: &a{i} {tag} [{', '.join([f'k: *a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    return "\n".join(["lr:", *lines, ""])
 
 
 @pytest.mark.parametrize(
@@ -79,6 +92,14 @@ def test_bad_values(values: dict[Any, Any], says: str) -> None:
         ("lr: [1", "is not YAML"),
         ("- lr", "must hold lines such as 'lr: 0.1', not a list"),
         ("\x00", "is not YAML"),
+        ("lr: 2001-01-01", "c.yaml has a date, and options are text, numbers or truth values"),
+        ("? 2001-01-01\n: 1", "has a date"),
+        ("lr: !!binary aGk=", "has a bytes"),
+        ("lr: !!set {x, y}", "has a set"),
+        ("lr: !!pairs [a: 1]", "has a tuple"),
+        (bomb("!!pairs"), "has a tuple"),
+        (bomb("!!omap"), "has a tuple"),
+        (bomb(""), "refers to itself, or to the same over and over"),
     ],
 )
 def test_bad_files(text: str, says: str, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class Stopped:
     folder: Path
     work: Path  # where it is gone on with
     capsys: pytest.CaptureFixture[str]
+    config: dict[str, Any]
     final: Any = None
     log: list[Any] = field(default_factory=list)
 
@@ -103,7 +104,7 @@ def stopped(
     monkeypatch.setattr(datasets, "load", lambda *args: digits)
     count = iter(range(1, 100))
     runs.run(Config(**KINDS[request.param]), tmp_path / "run", stop=lambda: next(count) >= STOPPED)
-    found = Stopped(tmp_path / "run", tmp_path / "work", capsys)
+    found = Stopped(tmp_path / "run", tmp_path / "work", capsys, KINDS[request.param])
     assert found.outcome(None) == "same"
     return found
 
@@ -221,3 +222,71 @@ def test_changed_structures(stopped: Stopped, tmp_path: Path) -> None:
 def test_other_contents(value: Any, stopped: Stopped, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "other.pt")
     assert "is not a checkpoint" in stopped.outcome(tmp_path / "other.pt")
+
+
+def aliased(state: Any) -> None:
+    """Let every tensor of the optimizer begin at the same place."""
+    memory = torch.full((10_000,), float(STOPPED))  # as the numbers of steps
+    for values in state["trainer"]["optimizer"]["state"].values():
+        for key, value in values.items():
+            values[key] = memory[: value.numel()].view(value.shape)
+
+
+def repeated(state: Any) -> None:
+    """Let every row of the optimizer's tensors be the same one."""
+    for values in state["trainer"]["optimizer"]["state"].values():
+        for key, value in values.items():
+            values[key] = value[:1].expand(value.shape) if value.dim() else value
+
+
+def scattered(state: Any) -> None:
+    random = state["trainer"]["random"]
+    random["cpu"] = torch.stack([random["cpu"]] * 2, 1)[:, 0]
+
+
+def transposed(state: Any) -> None:
+    for values in state["trainer"]["optimizer"]["state"].values():
+        for key, value in values.items():
+            values[key] = value.t().contiguous().t() if value.dim() == 2 else value
+
+
+LAYOUTS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "aliased": (aliased, "share memory"),
+    "repeated": (repeated, "share memory"),
+    "scattered": (scattered, "a state of generators is not contiguous"),
+    "transposed": (transposed, "same"),
+    "a huge log": (lambda state: state.update(log=2**62), "is not the log of the checkpoint"),
+    "a log beyond numbers": (lambda state: state.update(log=2**100), "is not the log"),
+    "a bad option": (
+        lambda state: state["config"].update(lr=-1.0),
+        "has a configuration that is damaged, or of another version (lr must be",
+    ),
+    "an unknown option": (
+        lambda state: state["config"].update(beta=1.0),
+        "checkpoint.pt has a configuration that is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_and_sizes(name: str, stopped: Stopped, tmp_path: Path) -> None:
+    """The same values in other memory, and numbers that claim much."""
+    change, says = LAYOUTS[name]
+    state = archives.read(stopped.folder / "checkpoint.pt")
+    change(state)
+    torch.save(state, tmp_path / "other.pt")
+    assert says in stopped.outcome(tmp_path / "other.pt")
+
+
+def test_results_of_another_run(stopped: Stopped) -> None:
+    """They are not taken for those of the checkpoint beside them."""
+    whole = stopped.folder.parent / "whole"
+    runs.run(Config(**stopped.config), whole)
+    path = stopped.folder / "results.json"
+    before = path.read_text()
+    for change in ({}, {"config": Config(model="mlp-5").as_dict()}):
+        found = json.loads((whole / "results.json").read_text()) | change
+        path.write_text(json.dumps(found))
+        assert f"{stopped.work / 'results.json'} is of another run" in stopped.outcome(None)
+    path.write_text(before)
+    assert stopped.outcome(None) == "same"

@@ -252,6 +252,19 @@ HOSTILE = {
     "a negative shape": batch(
         MADE + b"(K\x01J\xff\xff\xff\xffJ\xff\xf3\xff\xff\x86" + BYTES + b"\x89U\0tb"
     ),
+    "a shape whose product takes forever": batch(
+        MADE
+        + b"(K\x01(\x8a\xff"
+        + b"\x7f" * 255
+        + b"q\x05"
+        + b"h\x05" * 80_000
+        + b"t"
+        + BYTES
+        + b"\x89U\0tb"
+    ),
+    "a huge row": batch(
+        MADE + b"(K\x01K\x01\x8a\xff" + b"\x7f" * 255 + b"\x86" + BYTES + b"\x89U\0tb"
+    ),
     "an array without state": batch(MADE),
     "two arrays": batch(MADE + b"0" + MADE),
     "another call": b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",

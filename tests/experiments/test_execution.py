@@ -19,11 +19,13 @@ import pytest
 from eigenfilter.experiments import runs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep import worker
+from eigenfilter.experiments.sweep import folders, worker
 from eigenfilter.experiments.sweep.execution import execute
 from eigenfilter.experiments.sweep.folders import Order, failure, folder_of, keep_failure, locked
 from eigenfilter.experiments.sweep.ledger import Ledger
+from eigenfilter.experiments.sweep.progress import Progress
 from experiments.test_train import SMALL, assert_same, lines, trained
 
 LONG = Config(**SMALL | {"epochs": 300, "evaluate_every": 100, "checkpoint_every": 50}, threads=1)
@@ -158,6 +160,25 @@ def test_two_in_one_folder_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="another sweep is at work in "):
             execute(RUNS, tmp_path)
     assert not (tmp_path / "runs").exists()
+
+
+def test_who_is_waited_for_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(folders, "PATIENCE", 0.0)
+    seen = []
+    with alone(tmp_path, "spectrum"), Progress(1) as progress:
+
+        def observe(kind: str, step: int, record: Record) -> None:
+            seen.append(kind)
+            progress.observe("a", kind, step, record)
+
+        order = Order(SHORT, tmp_path, None, "cpu")
+        record = folders.attempt(order, stop=lambda: bool(seen), observe=observe)
+    assert record["outcome"] == "stopped"
+    assert seen == ["waiting"]
+    said = f"a: another spectrum is at work in {tmp_path} (process {os.getpid()} on "
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/a"])

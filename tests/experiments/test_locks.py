@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -70,7 +71,7 @@ def test_every_command_is_refused(
 
 def test_a_killed_process_is_not_waited_for(held: subprocess.Popen[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    left = out / ".checkpoint.pt.0123.new"
+    left = out / ".checkpoint.pt.01234567.new"
     left.write_text("half")
     held.send_signal(signal.SIGKILL)
     held.wait()
@@ -110,6 +111,95 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
     files.replace(tmp_path / "a", fill)
     assert (tmp_path / "a").read_bytes() == b"whole"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    names = [".new", ".notes.new", ".a.0123.new", "..01234567.new", ".a.0123456G.new", ".lock"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    os.mkfifo(tmp_path / ".pipe.01234567.new")
+    (tmp_path / ".link.01234567.new").symlink_to(tmp_path / ".notes.new")
+    before = sorted(tmp_path.iterdir())
+    with alone(tmp_path, "demo"):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+
+
+@pytest.mark.parametrize(
+    "content", ["mine", "{}", "[1]", '{"work": 1}', "[" * 50_000, "link", "pipe"]
+)
+def test_a_lock_of_others_is_refused(content: str, tmp_path: Path) -> None:
+    lock, target = tmp_path / LOCK, tmp_path / "precious"
+    target.write_text("mine")
+    if content == "link":
+        lock.symlink_to(target)
+    elif content == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.write_text(content)
+    says = (
+        r"cannot write .*Too many levels" if content == "link" else "is not a lock of eigenfilter"
+    )
+    with pytest.raises(UserError, match=says), alone(tmp_path, "demo"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "precious"]
+    assert target.read_text() == "mine"
+    assert content in ("link", "pipe") or lock.read_text() == content
+
+
+def test_links_and_modes_stay(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to("target")
+    files.replace_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
+    (tmp_path / "nowhere").symlink_to("later")  # as `open` does
+    files.replace_text(tmp_path / "nowhere", "new")
+    assert (tmp_path / "later").read_text() == "new"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"cannot write .*loop: Too many levels"):
+        files.replace_text(tmp_path / "loop", "new")
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with subprocess.Popen(["cat", str(path)], stdout=subprocess.PIPE, text=True) as reader:
+        files.replace_text(path, "text")
+        assert reader.communicate()[0] == "text"
+    assert path.is_fifo()
+    code = "import pathlib; from eigenfilter.experiments import files; "
+    code += "files.replace_text(pathlib.Path('/dev/stdout'), 'text')"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "text"
+    files.replace_text(Path(os.devnull), "text")
+    assert not Path(os.devnull).is_file()
+    with pytest.raises(UserError, match="Is a directory"):
+        files.replace_text(tmp_path, "text")
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "é" * 125])
+def test_a_long_name(name: str, tmp_path: Path) -> None:
+    files.replace_text(tmp_path / name, "text")
+    assert (tmp_path / name).read_text() == "text"
+    with pytest.raises(UserError, match=r"cannot write .*File name too long"):
+        files.replace_text(tmp_path / (name + "a" * 10), "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_error_is_told_where_nothing_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=r"cannot write .*: Read-only file system"):
+        files.replace_text(tmp_path / "a", "text")
 
 
 def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:

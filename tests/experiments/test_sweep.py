@@ -142,7 +142,7 @@ def test_folders_keep_their_runs_whatever_the_file_becomes(tmp_path: Path) -> No
 BAD = {
     "grids: []": "unknown key 'grids': did you mean grid?",
     "- 1": "must hold lines such as",
-    "base: [1]": "base must hold lines such as 'lr: 0.1', not [1]",
+    "base: [1]": "base must hold lines such as 'lr: 0.1', not a list",
     "grid: 3": "grid must hold lines such as",
     "grid: {lr: []}": "grid has no value of lr",
     "grid: {learning: [1]}": "unknown option 'learning' (at learning 1)",

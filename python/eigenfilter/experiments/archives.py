@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from eigenfilter.experiments import pickles
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.pickles import Global, Refused
 
+_DIMENSIONS = 64  # that a tensor has at most, as in torch's own kernels
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickle of 0x1950a86a20f9469cfc6c
 _FEW = 100_000  # opcodes that any file may have
 _LENGTH = 2  # bytes an opcode has at least, on average: a file of shorter ones is none of ours
-_DAMAGED = (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError)
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 _ZIP = (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, zlib.error, *_DAMAGED)
 
 
@@ -57,7 +60,19 @@ def read(path: Path) -> Any:
     except MemoryError as error:
         raise UserError(f"memory does not suffice to read {path}") from error
     except _ZIP as error:
+        if _is_legacy(path):
+            raise UserError(
+                f"{path} is in the format of torch before 1.6: save it again, by "
+                "torch.save(torch.load(path, weights_only=True), path)"
+            ) from error
         raise UserError(f"{path} is damaged: {_line(error)}") from error
+
+
+def _is_legacy(path: Path) -> bool:
+    """Whether a file begins as those that torch wrote before its archives."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY
+    return False
 
 
 def _line(error: Exception) -> str:
@@ -159,9 +174,11 @@ def _tensor(
 def _typed_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
     """A view of a storage of bytes, of a dtype that has no storage of its own."""
     *flags, dtype = rest[:3]
-    found = getattr(torch, dtype.name, None) if dtype in _TYPES else None
-    if type(storage) is not Tensor or found is None or len(storage) % found.itemsize:
+    if type(dtype) is not Global or dtype not in _TYPES:  # only names are sure to have a hash
         raise Refused("a tensor is of an unknown type")
+    found = getattr(torch, dtype.name)
+    if type(storage) is not Tensor or len(storage) % found.itemsize:
+        raise Refused("a tensor is made of something else")
     return _tensor(storage.view(found), offset, size, stride, *flags, *rest[3:])
 
 
@@ -173,6 +190,8 @@ _TYPES = frozenset(
 def _counts(values: Any) -> tuple[int, ...]:
     if type(values) is not tuple or any(type(n) is not int or not 0 <= n < 2**62 for n in values):
         raise ValueError("a size is no number")
+    if len(values) > _DIMENSIONS:
+        raise ValueError(f"a tensor has more than {_DIMENSIONS} dimensions")
     return values
 
 

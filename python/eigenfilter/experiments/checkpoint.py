@@ -10,7 +10,7 @@ import torch
 
 from eigenfilter.experiments import archives
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import replace
 from eigenfilter.experiments.structure import fit
 
@@ -46,9 +46,11 @@ def read(path: Path) -> dict[str, Any]:
     state = archives.read(path)
     if not isinstance(state, dict) or "format" not in state or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of eigenfilter train")
-    if type(state["format"]) is not int or state["format"] != FORMAT:
+    if type(state["format"]) is not int:
+        raise UserError(f"{path} is not a checkpoint of eigenfilter train")
+    if state["format"] != FORMAT:
         raise UserError(
-            f"{path} is of format {state['format']!a:.80}, and this version reads {FORMAT}: "
+            f"{path} is of format {quoted(state['format'])}, and this version reads {FORMAT}: "
             "train again, or use the version that wrote it"
         )
     return state

@@ -7,6 +7,7 @@ it imports what only the experiments need inside its functions, so that `--help`
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -25,7 +26,7 @@ from eigenfilter.experiments import (
     train,
 )
 from eigenfilter.experiments.arguments import add_commands
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, line
 from eigenfilter.experiments.processes import first_to_fail, several
 
 _COMMANDS: Mapping[str, ModuleType] = {
@@ -45,8 +46,8 @@ class _Parser(argparse.ArgumentParser):
     """Reports an error in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        line = f"{self.prog}: error: {message} (see {self.prog} --help)\n"
-        self.exit(2, line if first_to_fail() else None)
+        text = line(f"{self.prog}: error: {message} (see {self.prog} --help)")
+        self.exit(2, f"{text}\n" if first_to_fail() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         What the command returns: 0 if it did its work; 2 on bad input or where an optional
         dependency is missing.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
     args = build_parser().parse_args(argv)
     try:
         if several() and args.command != "train":
@@ -71,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = _COMMANDS[args.command].run(args)
     except UserError as error:
         if first_to_fail():
-            line = " ".join(str(error).splitlines())
-            print(f"eigenfilter {args.command}: error: {line}", file=sys.stderr, flush=True)
+            print(f"eigenfilter {args.command}: error: {line(error)}", file=sys.stderr, flush=True)
         return 2
     return code

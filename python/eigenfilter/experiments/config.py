@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eigenfilter.experiments import networks
+from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 
@@ -44,7 +45,7 @@ def _number(low: float, high: float = math.inf, *, above: bool = False, below: b
             number < high if below or math.isinf(high) else number <= high
         )
         if not fits:
-            raise ValueError(f"must be a number {start}{end}, not {value!r}")
+            raise ValueError(f"must be a number {start}{end}, not {quoted(value)}")
         return number
 
     return parse
@@ -61,7 +62,7 @@ def _whole(low: int, high: int = 2**62) -> Parse:
             number = low - 1
         if not low <= number <= high:
             end = f" and at most {high}" if high < 2**62 else ""
-            raise ValueError(f"must be a whole number of at least {low}{end}, not {value!r}")
+            raise ValueError(f"must be a whole number of at least {low}{end}, not {quoted(value)}")
         return number
 
     return parse
@@ -70,8 +71,8 @@ def _whole(low: int, high: int = 2**62) -> Parse:
 def _one_of(choices: tuple[str, ...]) -> Parse:
     def parse(value: Any) -> str:
         if value not in choices:
-            near = nearest(str(value), choices)
-            raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}{near}")
+            near = nearest(value, choices)
+            raise ValueError(f"must be one of {', '.join(choices)}, not {quoted(value)}{near}")
         return str(value)
 
     return parse
@@ -79,7 +80,7 @@ def _one_of(choices: tuple[str, ...]) -> Parse:
 
 def _truth(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, not {value!r}")
+        raise ValueError(f"must be true or false, not {quoted(value)}")
     return value
 
 
@@ -201,7 +202,7 @@ class Config:
         """
         for name in values:
             if name not in NAMES:
-                raise ValueError(f"unknown option {name!r}{nearest(str(name), NAMES)}")
+                raise ValueError(f"unknown option {quoted(name)}{nearest(name, NAMES)}")
         return cls(**values)
 
     @property
@@ -230,7 +231,7 @@ def check_plain(values: Mapping[Any, Any]) -> None:
     """
     for name, value in values.items():
         if type(name) is not str or type(value) not in (str, int, float, bool):
-            raise ValueError(f"its option {name!a:.80} is a {type(value).__name__}")
+            raise ValueError(f"its option {quoted(name)} is a {type(value).__name__}")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -249,7 +250,11 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()):.300}") from error
     if found is None:
         return {}
-    if _values(found, {}) > _MOST_VALUES:
+    try:
+        count = _values(found, {})
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    if count > _MOST_VALUES:
         raise ValueError(f"{path} refers to itself, or to the same over and over: write it out")
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold lines such as 'lr: 0.1', not a {type(found).__name__}")
@@ -263,12 +268,17 @@ def _values(found: Any, known: dict[int, int]) -> int:
     """How many values there are once all aliases are written out: a few lines may make any number.
 
     known: by the identity of a list or dictionary; one that holds itself has too many.
+
+    Raises:
+        ValueError: one is of another type, such as the tuples of !!pairs, or a date.
     """
-    if not isinstance(found, (dict, list)):
+    if type(found) not in (dict, list):
+        if found is not None and type(found) not in (str, int, float, bool):
+            raise ValueError(f"has {quoted(found)}, and options are text, numbers or truth values")
         return 1
     if id(found) not in known:
         known[id(found)] = _MOST_VALUES + 1
-        inside = found.values() if isinstance(found, dict) else found
+        inside = [*found, *found.values()] if isinstance(found, dict) else found
         known[id(found)] = 1 + sum(_values(value, known) for value in inside)
     return known[id(found)]
 
@@ -322,7 +332,7 @@ def _argument(parse: Parse) -> Parse:
     return convert
 
 
-def nearest(name: str, names: tuple[str, ...]) -> str:
+def nearest(name: Any, names: tuple[str, ...]) -> str:
     """The end of a message on an unknown name: which one was meant, if one is near."""
-    found = difflib.get_close_matches(name, names, n=1)
+    found = difflib.get_close_matches(name[:80], names, n=1) if isinstance(name, str) else []
     return f": did you mean {found[0]}?" if found else ""

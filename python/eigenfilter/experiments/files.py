@@ -5,8 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,12 +18,16 @@ from eigenfilter.experiments.errors import UserError
 NEW = ".new"
 """What the names of files end with that are not whole yet."""
 
+_ABANDONED = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(NEW)}", re.DOTALL)
+
 
 def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Put a file in the place of the one before, in one step.
 
     It is written beside it, under a name of its own, and reaches the disk before it takes its name,
-    so that whatever happens, and whoever else writes it, there is a whole file.
+    so that whatever happens, and whoever else writes it, there is a whole file. It has the mode of
+    the one before; a link stays, and the file that it names is replaced. What is no file, such as
+    a pipe or /dev/stdout, is written into.
 
     Args:
         path: where.
@@ -29,20 +36,41 @@ def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: the disk is full, or cannot be written to. What was there is there still.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{NEW}")
+    try:
+        mode = _mode(path)
+        if mode is None or stat.S_ISREG(mode):
+            _replace(Path(os.path.realpath(path)), fill, mode)
+        else:
+            with path.open("wb") as file:
+                fill(file)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _mode(path: Path) -> int | None:
+    """The type and permissions of a file; None if there is none."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: Path, fill: Callable[[BinaryIO], object], mode: int | None) -> None:
+    # The name is cut, because one of 255 bytes has no room for more.
+    beside = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}{NEW}")
     try:
         with beside.open("xb") as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # `remove_abandoned` leaves it alone
+            if mode is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             fill(file)
             file.flush()
             os.fsync(file.fileno())
             beside.replace(path)
         _synchronise(path.parent)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # as on a disk that became one to be read only
+            beside.unlink()
         raise
 
 
@@ -54,6 +82,8 @@ def replace_text(path: Path, text: str) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Remove the files that processes were killed over while they wrote them."""
     for path in folder.glob(f".*{NEW}"):
+        if not _ABANDONED.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+            continue
         try:
             with path.open("rb") as file:
                 fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,9 @@ from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import remove_abandoned
 
-LOCK = ".lock"
+LOCK = ".eigenfilter.lock"
+_ABOUT = {"work", "process", "machine"}  # what a lock says
+_LONGEST = 2**16  # bytes that it has at most
 POLL = 0.1  # seconds from one look at a lock to the next
 
 
@@ -87,10 +90,18 @@ def locked(
 
 
 def _had(path: Path) -> int | None:
-    """The handle of the locked file; None where another has it."""
+    """The handle of the locked file; None where another has it.
+
+    Raises:
+        UserError: the file is another's, who would miss it.
+    """
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
+            if not _is_ours(handle):
+                raise UserError(
+                    f"{path} is not a lock of eigenfilter: move it away, or give another --out"
+                )
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
@@ -104,6 +115,17 @@ def _had(path: Path) -> int | None:
         os.close(handle)  # the one before removed the file after it was opened here
 
 
+def _is_ours(handle: int) -> bool:
+    """Whether a file is a lock of ours, or an empty one."""
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        return False
+    content = os.pread(handle, _LONGEST, 0)
+    try:
+        return not content or json.loads(content).keys() == _ABOUT
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
 def _let_go(path: Path, handle: int | None) -> None:
     if handle is not None:
         with suppress(OSError):  # of a folder that is gone
@@ -113,13 +135,14 @@ def _let_go(path: Path, handle: int | None) -> None:
 
 
 def _refusal(folder: Path, work: str) -> str:
-    """Who is there, as the lock says."""
+    return f"{holder(folder, work)}: wait until it has ended, or give another --out"
+
+
+def holder(folder: Path, work: str) -> str:
+    """Who is at work in a folder, as its lock says; `work` where it says nothing."""
     where = ""
     with suppress(OSError, ValueError, KeyError, TypeError):  # it is just being written, or older
         about = json.loads((folder / LOCK).read_text())
         where = f" (process {about['process']} on {about['machine']})"
         work = about["work"] or work
-    return (
-        f"another {work} is at work in {folder}{where}: wait until it has ended, or give another "
-        "--out"
-    )
+    return f"another {work} is at work in {folder}{where}"

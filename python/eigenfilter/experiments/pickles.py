@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 
 class Refused(ValueError):
     """A pickle does what its kind of file has no use for."""
 
 
-class Global(NamedTuple):
-    """The name of what a pickle would import."""
+@dataclass(frozen=True)
+class Global:
+    """The name of what a pickle would import; no value that a file can hold equals it."""
 
     module: str
     name: str
@@ -61,7 +63,20 @@ def load(
             raise Refused(f"it has more than {most} opcodes")
         machine.execute(opcode.name, arg)
     [result] = machine.stack
+    _check_no_names(result)
     return result
+
+
+def _check_no_names(result: Any) -> None:
+    """Refuse a name that stands where data are wanted, such as a dtype among the entries."""
+    left, seen = [result], set()
+    while left:
+        value = left.pop()
+        if type(value) is Global:
+            raise Refused(f"it has {f'{value.module}.{value.name}'!a:.80} in place of data")
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
 
 
 _NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
@@ -160,7 +175,7 @@ class _Machine:
         if type(function) is not Global or type(args) is not tuple:
             raise ValueError("it calls what has no name")
         if function not in self._calls:
-            raise Refused(f"it names {'.'.join(function)!a:.80}")
+            raise Refused(f"it names {f'{function.module}.{function.name}'!a:.80}")
         self.stack.append(self._calls[function](*args))
 
     def _build(self, arg: Any) -> None:
@@ -181,6 +196,7 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError("it sets entries of what is no dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, int):  # another's hash may take forever
-                raise Refused("a key is neither text nor a number")
+            # The hash of another type may take forever, and large numbers may share theirs.
+            if type(key) is not str and not (type(key) is int and -(2**31) <= key < 2**31):
+                raise Refused("a key is neither text nor a number of 32 bits")
             target[key] = value

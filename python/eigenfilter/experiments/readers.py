@@ -217,7 +217,9 @@ class _Array:
             raise ValueError("its array has no shape")
         text = data.text if type(data) is _Encoded else data
         content = text.encode("latin1") if type(text) is str else text
-        if type(content) is not bytes or len(content) != math.prod(shape) or shape[1:] != (PIXELS,):
+        # In this order: the product of whatever sizes a file may give would take forever.
+        other = len(shape) != 2 or shape[1] != PIXELS
+        if type(content) is not bytes or other or len(content) != shape[0] * PIXELS:
             raise ValueError(f"its array is not one of rows of {PIXELS} bytes")
         order: Any = "F" if by_columns else "C"
         self.pixels = np.frombuffer(content, np.uint8).reshape(shape, order=order)

@@ -16,7 +16,7 @@ from eigenfilter.experiments import checkpoint, datasets, logs
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.arguments import device_of
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.networks import size
@@ -316,6 +316,12 @@ def _begun(config: Config, out: Path, resume: bool) -> tuple[Record | None, Reco
     if saved is not None:
         done = read_results(out / RESULTS)
         if done is not None and done["outcome"] == "complete":
+            step = saved["trainer"].get("step")
+            if done["config"] != config.as_dict() or done["step"] != step:
+                raise UserError(
+                    f"{out / RESULTS} is of another run than {checkpoint.FILE} beside it: remove "
+                    "it to have the run gone on with, or give another --out"
+                )
             return None, done
     return saved, None
 
@@ -336,8 +342,8 @@ def _saved(config: Config, out: Path, resume: bool) -> Record | None:
     for name in here:
         if there.get(name) != here[name]:
             raise UserError(
-                f"{out} holds a run with {name} {there.get(name)}, not {here[name]}: leave the "
-                "configuration as it was, or give another --out"
+                f"{out} holds a run with {name} {quoted(there.get(name))}, not "
+                f"{quoted(here[name])}: leave the configuration as it was, or give another --out"
             )
     return saved
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from eigenfilter.experiments import recipes
 from eigenfilter.experiments.config import Config, check_plain
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import read_json
 from eigenfilter.experiments.structure import Each, Maybe, Misfit, Some, fit
 from eigenfilter.optimizers._hyperparameters import rho_key
@@ -57,7 +58,7 @@ def read_results(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
     try:
         fit(found, Some({"outcome": str, "config": dict}), "it")
         if found["outcome"] not in RESULTS:
-            raise Misfit(f"its outcome is {found['outcome']!a:.80}")
+            raise Misfit(f"its outcome is {quoted(found['outcome'])}")
         if whole:
             _check_results(found)
         check_plain(found["config"])
@@ -108,6 +109,7 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
     for state in found["optimizer"]["state"].values():
         if "step" in state and state["step"] != step:
             raise Misfit(f"its optimizer has taken {float(state['step']):g} steps, not {step}")
+    _check_apart([found["optimizer"], found["monitor"]])
     for state in (found["random"], *found["others"]):
         _check_random(state, trainer.device)
 
@@ -173,12 +175,34 @@ def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> d
     return optimizer.state_dict()
 
 
+def _check_apart(found: Any) -> None:
+    """Check that tensors which steps write into share no memory, with others or within."""
+    ends: list[tuple[int, int]] = []
+    left = [found]
+    while left:
+        value = left.pop()
+        if isinstance(value, (dict, list, tuple)):
+            left.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, Tensor) and value.numel():
+            span = 1
+            for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+                if size > 1 and stride < span:
+                    raise Misfit("elements of a tensor of the optimizer share memory")
+                span += (size - 1) * stride
+            ends.append((value.data_ptr(), value.data_ptr() + span * value.element_size()))
+    ends.sort()
+    if any(end > start for (_, end), (start, _) in pairwise(ends)):
+        raise Misfit("tensors of the optimizer share memory")
+
+
 def _check_random(found: dict[str, Any], device: torch.device) -> None:
     """Check states of generators by setting others to them."""
     wanted: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if "cuda" in found:  # of a run on a GPU, gone on with on whatever device
         wanted["cuda"] = Tensor
     fit(found, wanted, "a state of generators")
+    if not all(state.is_contiguous() for state in found.values()):  # torch takes no other
+        raise Misfit("a state of generators is not contiguous")
     try:
         torch.Generator().set_state(found["cpu"].clone())
         if "cuda" in found and device.type == "cuda":

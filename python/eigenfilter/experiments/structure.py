@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenfilter.experiments.errors import quoted
+
 
 class Misfit(ValueError):
     """Something in a file is not what it must be; the message has where."""
@@ -66,7 +68,7 @@ def fit(found: Any, wanted: Any, at: str) -> None:
         _fit_entries(found, wanted, at)
         for key in found:
             if key not in wanted:
-                raise Misfit(f"{at} has an entry {key!a:.80}, which does not belong there")
+                raise Misfit(f"{at} has an entry {quoted(key)}, which does not belong there")
     elif isinstance(wanted, (list, tuple)):
         _fit_type(found, type(wanted), at)
         _fit_sequence(found, wanted, at)
@@ -115,4 +117,4 @@ def _fit_value(found: Any, wanted: Any, at: str) -> None:
     _fit_type(found, type(wanted), at)
     same = math.isclose(found, wanted, rel_tol=1e-12) if type(wanted) is float else found == wanted
     if not same:
-        raise Misfit(f"{at} is {found!a:.80}, not {wanted!r}")
+        raise Misfit(f"{at} is {quoted(found)}, not {wanted!r}")

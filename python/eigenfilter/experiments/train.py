@@ -81,10 +81,17 @@ def _config(args: argparse.Namespace) -> Config:
 
     flags = configs.given(args)
     kept = args.out / checkpoint.FILE
+    values: dict[Any, Any] = {}
+    if args.resume and kept.exists():
+        values = checkpoint.read_run(kept)["config"]
+        try:
+            Config.of(values)
+        except ValueError as error:
+            raise UserError(
+                f"{kept} has a configuration that is damaged, or of another version ({error}): "
+                "restore it, or train again into another --out"
+            ) from error
     try:
-        values: dict[Any, Any] = {}
-        if args.resume and kept.exists():
-            values = checkpoint.read_run(kept)["config"]
         if args.config is not None:
             values = values | configs.read(args.config)
         return Config.of(values | flags)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.networks.residual import resnet18, wide_resnet
 from eigenfilter.experiments.networks.small import ACTIVATIONS, cnn, mlp
 from eigenfilter.experiments.networks.vit import vit
@@ -52,7 +53,7 @@ def parse(name: str) -> Make:
         if kind == "vit" and len(sizes) <= 2:
             width, depth = (*sizes, *(128, 6)[len(sizes) :])
             return lambda task, activation, dropout: vit(task, width, depth, activation, dropout)
-    raise ValueError(f"must be {HELP} (DEPTH of wrn: 10, 16, 22, 28, ...), not {name!r}")
+    raise ValueError(f"must be {HELP} (DEPTH of wrn: 10, 16, 22, 28, ...), not {quoted(name)}")
 
 
 def build(name: str, task: Task, *, activation: str, dropout: float, seed: int) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any
 
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.structure import Maybe, fit
 
 METHODS = {
@@ -249,7 +250,7 @@ class Plan:
         """
         fit(values, _WANTED, "the plan")
         if values["experiment"] not in EXPERIMENTS:
-            raise ValueError(f"there is no experiment {values['experiment']!a:.80}")
+            raise ValueError(f"there is no experiment {quoted(values['experiment'])}")
         for scale in (values["full"], values["scale"]):
             networks.parse(scale["model"])
             counts = [scale[name] for name in ("seeds", "epochs", "samples")]

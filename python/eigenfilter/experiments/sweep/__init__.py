@@ -20,7 +20,7 @@ from typing import Any
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.arguments import add_data_dir, add_device, add_out, positive, whole
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import require
+from eigenfilter.experiments.errors import line, require
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.stopping import Stop, stopping
 
@@ -101,7 +101,7 @@ def _close(out: Path, records: dict[str, dict[str, Any]], stop: Stop) -> int:
     """Say what failed and what was not finished; give the exit code."""
     for name, record in records.items():
         if record["outcome"] == "failed":
-            print(f"{name} failed: {record['error']}")
+            print(line(f"{name} failed: {record['error']}"))
     left = sum(record["outcome"] == "stopped" for record in records.values())
     if left:
         print(f"stopped, {left} of {len(records)} runs to go: the same command goes on with them")

@@ -50,8 +50,9 @@ def execute(
         stop: asked several times a second; once it says True, every run writes a checkpoint and
             ends.
         observe: gets the records of every run's log as they come: name, kind, step, values; the
-            kinds of `runs.run`, "retry" with the error, "end" with the results, and "kept" with
-            those that were there.
+            kinds of `runs.run`, "waiting" once another command is in the run's folder for some
+            seconds, with its `holder`, "retry" with the error, "end" with the results, and "kept"
+            with those that were there.
         held: whether the caller is alone in `out` already.
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +14,16 @@ from eigenfilter.experiments import checkpoint, runs
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.experiments.locks import Busy
+from eigenfilter.experiments.locks import Busy, holder
 from eigenfilter.experiments.locks import locked as locked
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.saved import read_results
 from eigenfilter.experiments.trainer import Diverged
 
 RUNS = "runs"
+PATIENCE = 3.0  # seconds that a run waits without a word for who is in its folder
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def finished(config: Config, folder: Path) -> Record | None:
     for name, value in config.as_dict().items():
         if there.get(name) != value:
             raise UserError(
-                f"{folder} holds a run with {name} {there.get(name)}, not {value}: "
+                f"{folder} holds a run with {name} {quoted(there.get(name))}, not {quoted(value)}: "
                 "give another --out, or remove it"
             )
     record = read_results(folder / runs.RESULTS)
@@ -96,6 +98,16 @@ def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) ->
     config = order.config
     if stop():
         return interrupted(config)
+    began, told = time.monotonic(), False
+
+    def wait() -> bool:
+        """The attempt before may be ending yet; whoever is there longer is told of."""
+        nonlocal told
+        if not told and time.monotonic() - began > PATIENCE:
+            observe("waiting", 0, {"holder": holder(order.folder, "training run")})
+            told = True
+        return not stop()
+
     try:
         return runs.run(
             config,
@@ -105,7 +117,7 @@ def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) ->
             resume=True,
             stop=stop,
             observe=observe,
-            wait=lambda: not stop(),  # the attempt before may be ending yet
+            wait=wait,
         )
     except Busy:
         return interrupted(config)

@@ -15,7 +15,7 @@ import numpy as np
 
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.sweep.folders import RUNS, held
 
 KEYS = ("base", "grid", "random", "samples", "random_seed", "seeds")
@@ -46,7 +46,7 @@ def read(path: Path, flags: Mapping[str, Any]) -> dict[Config, str]:
         found = configs.read(path)
         for key in found:
             if key not in KEYS:
-                raise ValueError(f"unknown key {key!r}{configs.nearest(str(key), KEYS)}")
+                raise ValueError(f"unknown key {quoted(key)}{configs.nearest(key, KEYS)}")
         base = {"threads": 1} | _mapping(found.get("base"), "base") | dict(flags)
         seeds = _seeds(found, base)
         grid, samples = list(_grid(found.get("grid"))), _samples(found)
@@ -108,7 +108,7 @@ def _mapping(value: Any, key: str) -> Values:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{key} must hold lines such as 'lr: 0.1', not {value!r}")
+        raise ValueError(f"{key} must hold lines such as 'lr: 0.1', not {quoted(value)}")
     return value
 
 
@@ -122,7 +122,7 @@ def _seeds(found: Values, base: Values) -> list[int]:
         return list(range(seeds))
     if isinstance(seeds, list) and seeds:
         return seeds
-    raise ValueError(f"seeds must be a list, or how many there are, not {seeds!r}")
+    raise ValueError(f"seeds must be a list, or how many there are, not {quoted(seeds)}")
 
 
 def _grid(found: Any) -> Iterator[Values]:
@@ -146,9 +146,9 @@ def _samples(found: Values) -> list[Values]:
         return [{}]
     count, seed = found.get("samples"), found.get("random_seed", 0)
     if not _is_count(count):
-        raise ValueError(f"samples must be how many are drawn by random, not {count!r}")
+        raise ValueError(f"samples must be how many are drawn by random, not {quoted(count)}")
     if not (_is_count(seed) or seed == 0):
-        raise ValueError(f"random_seed must be a whole number of at least 0, not {seed!r}")
+        raise ValueError(f"random_seed must be a whole number of at least 0, not {quoted(seed)}")
     draws = {name: _distribution(name, value) for name, value in random.items()}
 
     def draw(i: int, name: str) -> Any:
@@ -159,7 +159,7 @@ def _samples(found: Values) -> list[Values]:
 
 def _distribution(name: str, value: Any) -> Callable[[np.random.Generator], Any]:
     if not (isinstance(value, dict) and len(value) == 1):
-        raise ValueError(f"{name} of random must be as {{uniform: [0, 1]}}, not {value!r}")
+        raise ValueError(f"{name} of random must be as {{uniform: [0, 1]}}, not {quoted(value)}")
     [(kind, bounds)] = value.items()
     if kind == "choice" and isinstance(bounds, list) and bounds:
         return lambda generator: bounds[int(generator.integers(len(bounds)))]
@@ -181,7 +181,7 @@ def _distribution(name: str, value: Any) -> Callable[[np.random.Generator], Any]
         return lambda generator: int(generator.integers(int(low), int(high), endpoint=True))
     raise ValueError(
         f"{name} of random must be {{uniform: [low, high]}}, {{log_uniform: [low, high]}} above 0, "
-        f"{{integers: [low, high]}} or {{choice: [...]}}, all finite, not {value!r}"
+        f"{{integers: [low, high]}} or {{choice: [...]}}, all finite, not {quoted(value)}"
     )
 
 

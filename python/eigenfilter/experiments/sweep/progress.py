@@ -39,6 +39,8 @@ class Progress:
             if record["outcome"] != "stopped":
                 self.bar.write(f"{name}: {_words(record)}")
                 self.bar.update()
+        elif kind == "waiting":
+            self.bar.write(f"{name}: {record['holder']}; waiting for it to end")
         elif kind == "retry":
             self._steps.pop(name, None)
             self.bar.write(f"{name}: {record['error']}; trying again")
