@@ -14,7 +14,7 @@ from torch import Tensor, nn
 if dist.is_available():
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -82,13 +82,13 @@ def by_placing(params: Sequence[Tensor]) -> list[tuple[Placing | None, list[int]
     return list(found.items())
 
 
-def summed(value: Tensor, placing: Placing | None) -> Tensor:
-    """The sum of a value over all shards of tensors that are placed so (collective)."""
+def of_all_shards(value: Tensor, placing: Placing | None) -> Tensor:
+    """A value of each of the shards of tensors that are placed so, [shards] (collective)."""
     if placing is None:
         return value
     mesh, placements = placing
-    partial = [Replicate() if p.is_replicate() else Partial() for p in placements]
-    return DTensor.from_local(value, mesh, partial).full_tensor()
+    sharded = [Replicate() if p.is_replicate() else Shard(0) for p in placements]
+    return DTensor.from_local(value.reshape(1), mesh, sharded).full_tensor()
 
 
 def whole(t: Tensor) -> Tensor:
