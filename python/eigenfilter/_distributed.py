@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import zlib
 from collections.abc import Sequence
 from typing import Any, cast
@@ -122,8 +123,8 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def is_flat_shard(t: Tensor) -> bool:
-    """Whether FSDP1 has put `t` into a flat parameter, of which every rank holds a shard."""
+def is_flattened(t: Tensor) -> bool:
+    """Whether FSDP1 has put `t` into a flat parameter, which it mostly shards."""
     return is_parallel() and getattr(t, "_fsdp_flattened", False)
 
 
@@ -166,19 +167,33 @@ def reshard() -> None:
 
 
 def flat_handles(params: Sequence[Tensor]) -> list[Any]:
-    """What FSDP1 handles the flat parameters with that hold `params`.
+    """What FSDP1 handles the flat parameters with that hold `params` and that it shards.
 
     Neither the parameters nor any list leads there, so all objects of the process are looked at.
+
+    Raises:
+        RuntimeError: the garbage collector does not list what handles one of them.
     """
+    ids = {id(p) for p in params if is_flattened(p)}
+    if not ids:
+        return []
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-    ids = set(map(id, params))
     handles = [o for o in gc.get_objects() if issubclass(type(o), FlatParamHandle)]
-    return [h for h in handles if not ids.isdisjoint(map(id, _held_by(h.flat_param)))]
+    held = [ids.intersection(map(id, held_by(h.flat_param))) for h in handles]
+    if ids.difference(*held):
+        raise RuntimeError(
+            "FullyShardedDataParallel (FSDP1) has flattened a parameter, and what handles it is "
+            "not among the objects of this process, as after gc.freeze(): call gc.unfreeze() "
+            "before the optimizer is constructed and before its first step, and gc.freeze() after"
+        )
+    return [h for h, some in zip(handles, held, strict=True) if some and h.uses_sharded_strategy]
 
 
-def _held_by(flat: Any) -> list[Tensor]:
-    return [flat, *(getattr(flat, "_params", None) or ())]
+def held_by(flat: Any) -> list[Tensor]:
+    """A flat parameter of FSDP1, with the original ones in it."""
+    originals = (getattr(flat, name, None) or () for name in ("_params", "_shared_params"))
+    return [flat, *itertools.chain.from_iterable(originals)]
 
 
 def reshard_flat(handles: Sequence[Any]) -> None:
