@@ -200,10 +200,10 @@ Tensors reduction(const Operands& o, bool weighted) {
 void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
           py::handle workspace, py::handle num_threads) {
     const int threads = threads_of(num_threads);
+    bool is_double = py::getattr(out, "itemsize", py::int_(4)).equal(py::int_(8));
     Operands o = reduced(list, weights);
     const Tensors t = reduction(o, !weights.is_none());
     const Scalar scale = scale_of(o, grad_scale);
-    bool is_double = py::getattr(out, "itemsize", py::int_(4)).equal(py::int_(8));
     for (std::size_t i = 0; i < t.n; ++i) is_double |= t.gradient(i) == DType::f64;
     void* result = o.single("out", out, 1, is_double ? 64 : 32, true);
     double value = 0;
@@ -278,6 +278,7 @@ void project_out(py::handle vectors, py::handle basis, py::handle count_given,
                        doubles(w, "coefficients", coefficients, product(count, rows), true),
                        doubles(w, "norms", norms, count, true),
                        passes};
+    q.require_unchanged();
     run(
         w, threads, [&] { cpu::project_out(p, threads); },
         [&](int device, void* stream) {

@@ -195,11 +195,12 @@ void register_operands(py::module_& module) {
 Operands::Operands(std::initializer_list<Role> roles) : Operands(roles.begin(), roles.size()) {}
 
 Operands::Operands(const Role* roles, size_t count_of_roles)
-    : roles_(roles, roles + count_of_roles) {
+    : roles_(roles, roles + count_of_roles), asked_others_(Reader::asked_others) {
     std::vector<dlpack::Tensor> first;
     for (size_t r = 0; r < count_of_roles; ++r) {
         if (!roles[r].list.is_none() || !roles[r].optional) read_role(roles, r, first);
     }
+    require_unchanged();
     check_overlap(roles, count_of_roles);
 }
 
@@ -215,7 +216,7 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
     std::shared_ptr<std::vector<void*>> known_memory;
     const py::tuple items = items_of_role(roles[r], known_memory);
     const size_t n = items.size();
-    kept_.push_back(items);
+    items_[r] = items;
     if (r == 0) {
         if (n == 0) fail(PyExc_ValueError, std::string(role) + " is empty");
         first.reserve(n);
@@ -232,6 +233,8 @@ void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor
         void** const known = known_memory ? known_memory->data() + i : nullptr;
         const dlpack::Tensor t =
             reader.read(PyTuple_GET_ITEM(items.ptr(), i), name, kept_, roles[r].written, known);
+        if (reader.source() != PyTuple_GET_ITEM(items.ptr(), i))
+            shards_.push_back({r, i, reader.source()});
         check_type(t, name, roles, r, i);
         if (r == 0) {
             const bool ordered = is_contiguous(t);
@@ -331,9 +334,41 @@ void* Operands::stream() const {
     return stream;
 }
 
-void Operands::keep_apart(const char* name, const void* memory, int64_t bytes, bool written) {
+void Operands::require_same(const std::string& name, PyObject* source, const void* memory) const {
+    dlpack::Tensor t;
+    if (api_->tensor_from_py_object(source, &t) != 0)
+        PyErr_Clear();
+    else if (static_cast<char*>(t.data) + t.byte_offset == memory)
+        return;
+    fail(PyExc_RuntimeError,
+         name +
+             " changed while the arguments were read, by code of a number's or tensor's class: "
+             "pass plain numbers and tensors");
+}
+
+void Operands::require_unchanged() {
+    const std::uint64_t asked_others = Reader::asked_others;
+    if (asked_others == asked_others_) return;
+    auto shard = shards_.begin();
+    for (size_t r = 0; r < roles_.size(); ++r) {
+        for (size_t i = 0; i < data_[r].size(); ++i) {
+            PyObject* source = PyTuple_GET_ITEM(items_[r].ptr(), i);
+            if (shard != shards_.end() && shard->role == r && shard->index == i)
+                source = (shard++)->source;
+            require_same(at(roles_[r].name, i), source, data_[r][i]);
+        }
+    }
+    for (const Single& s : singles_) {
+        if (s.source != nullptr)
+            require_same(s.name, s.source, reinterpret_cast<const void*>(s.begin));
+    }
+    asked_others_ = asked_others;
+}
+
+void Operands::keep_apart(const char* name, const void* memory, int64_t bytes, bool written,
+                          PyObject* source) {
     const auto first = reinterpret_cast<std::uintptr_t>(memory);
-    Single single{name, first, first + static_cast<std::uintptr_t>(bytes), written};
+    Single single{name, first, first + static_cast<std::uintptr_t>(bytes), written, source};
     const auto share = [&](std::uintptr_t begin, std::uintptr_t end) {
         return single.begin < end && begin < single.end;
     };
@@ -382,6 +417,7 @@ double number_of(const char* name, py::handle value) {
     if (PyComplex_Check(value.ptr()) || type_name(value).find("complex") != std::string::npos)
         fail(PyExc_TypeError,
              std::string(name) + " must be a real number, not " + type_name(value));
+    if (!PyFloat_CheckExact(value.ptr()) && !PyLong_CheckExact(value.ptr())) ++Reader::asked_others;
     const double number = PyFloat_AsDouble(value.ptr());
     if (number != -1 || !PyErr_Occurred()) return number;
     if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
@@ -392,22 +428,23 @@ double number_of(const char* name, py::handle value) {
     if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_ValueError))
         throw py::error_already_set();
     PyErr_Clear();
-    fail(PyExc_TypeError, std::string(name) + " must be a number, and a " + type_name(value) +
-                              " could not be read as one");
+    fail(PyExc_TypeError, std::string(name) + " must be a number or a one-element tensor, and is " +
+                              (value.is_none() ? "None" : "a " + type_name(value)));
 }
 
 }  // namespace
 
 Scalar Operands::scalar(const char* name, py::handle value, const Range& range) {
     Scalar s;
-    if (!py::hasattr(py::type::of(value), "__dlpack_c_exchange_api__") &&
-        py::hasattr(value, "__float__")) {
+    if (!py::hasattr(py::type::of(value), "__dlpack_c_exchange_api__")) {
         s.value = number_of(name, value);
         require(name, s.value, range);
+        require_unchanged();
         return s;
     }
     const auto named = [&] { return std::string(name); };
-    const dlpack::Tensor t = Reader().read(value.ptr(), named, kept_);
+    Reader reader;
+    const dlpack::Tensor t = reader.read(value.ptr(), named, kept_);
     kept_.push_back(py::reinterpret_borrow<py::object>(value));
     DType dtype;
     if (count(t) != 1 || !dtype_of(t.dtype, dtype) || size_of(dtype) < 4)
@@ -415,7 +452,8 @@ Scalar Operands::scalar(const char* name, py::handle value, const Range& range) 
              std::string(name) + " must be a number or a one-element float32 or float64 tensor");
     if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
         fail(PyExc_ValueError, named() + " is not aligned to its element size: clone it");
-    keep_apart(name, t.data, size_of(dtype), false);
+    keep_apart(name, t.data, size_of(dtype), false, reader.source());
+    require_unchanged();
     if (t.device.type == dlpack::kCPU) {
         s.value = dtype == DType::f64 ? *static_cast<const double*>(t.data)
                                       : *static_cast<const float*>(t.data);
@@ -438,7 +476,8 @@ float* Operands::flag(const char* name, py::handle value, bool written) {
 
 void* Operands::single(const char* name, py::handle value, int64_t numel, int bits, bool written) {
     const auto named = [&] { return std::string(name); };
-    const dlpack::Tensor t = Reader().read(value.ptr(), named, kept_, written);
+    Reader reader;
+    const dlpack::Tensor t = reader.read(value.ptr(), named, kept_, written);
     kept_.push_back(py::reinterpret_borrow<py::object>(value));
     if (count(t) != numel || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits ||
         t.dtype.lanes != 1 || !is_contiguous(t) || t.device.type != device_.type ||
@@ -448,7 +487,8 @@ void* Operands::single(const char* name, py::handle value, int64_t numel, int bi
                  (numel == 1 ? " must be a dense float" : " must be a contiguous float") +
                  std::to_string(bits) + " tensor of " + std::to_string(numel) + " elements on " +
                  describe(device_));
-    keep_apart(name, t.data, numel * (bits / 8), written);
+    keep_apart(name, t.data, numel * (bits / 8), written, reader.source());
+    require_unchanged();
     return t.data;
 }
 

@@ -102,9 +102,13 @@ class Operands {
     float* flag(const char* name, py::handle value, bool written = false);
     // A contiguous tensor of this device, with `numel` elements of `bits` float bits.
     void* single(const char* name, py::handle value, std::int64_t numel, int bits, bool written);
+    // Throws RuntimeError where Python code that ran while the arguments were read, of a subclass
+    // or of a number of someone else, has freed or replaced memory that was read before.
+    void require_unchanged();
     // Throws ValueError where memory shares with a list or with what was read before, and one of
     // both is written: a GPU reads them while it writes.
-    void keep_apart(const char* name, const void* memory, std::int64_t bytes, bool written);
+    void keep_apart(const char* name, const void* memory, std::int64_t bytes, bool written,
+                    PyObject* source = nullptr);
 
  private:
     // A tensor that is not in a list.
@@ -112,7 +116,14 @@ class Operands {
         std::string name;
         std::uintptr_t begin, end;
         bool written;
+        PyObject* source;  // what has the memory; null where another object looks after it
     };
+    // The memory of a list's tensor that was read from its local shard.
+    struct Shard {
+        std::size_t role, index;
+        PyObject* source;
+    };
+    void require_same(const std::string& name, PyObject* source, const void* memory) const;
     void read_role(const Role* roles, std::size_t r, std::vector<dlpack::Tensor>& first);
     py::tuple items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known);
     template <class Name>
@@ -133,7 +144,10 @@ class Operands {
     std::vector<DType> wide_;
     std::array<std::vector<void*>, kMaxRoles> data_;
     std::vector<Role> roles_;
+    std::array<py::tuple, kMaxRoles> items_;
+    std::vector<Shard> shards_;
     std::vector<Single> singles_;
+    std::uint64_t asked_others_;    // Reader's count, up to which all is known to be unchanged
     std::vector<py::object> kept_;  // what was read, for as long as its memory is used
 };
 

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -60,6 +61,10 @@ class Question {
 // Borrows tensors; remembers the exchange API of the last type it saw.
 class Reader {
  public:
+    // How often Python code of someone else may have run, because something other than a tensor or
+    // parameter of torch, or a plain number, was asked: it may have freed memory read before.
+    static inline std::atomic<std::uint64_t> asked_others{0};
+
     // `what` names the tensor in messages; a local shard that is read in place of the object is
     // kept in `kept`. Memory at `*known` was found sound before; it becomes what is sound now.
     template <class Name>
@@ -67,6 +72,7 @@ class Reader {
                         bool written = false, void** known = nullptr) {
         dlpack::Tensor t;
         py::object local;
+        if (!is_plain(Py_TYPE(object))) ++asked_others;
         if (Py_TYPE(object) == sharded_type_ && (local = shard_of(object))) object = local.ptr();
         const bool borrowed = borrow(object, t);
         if (!borrowed || is_hollow(t)) {
@@ -86,6 +92,7 @@ class Reader {
             object = local.ptr();
         }
         t.data = static_cast<char*>(t.data) + t.byte_offset;
+        source_ = object;
         if (local) kept.push_back(std::move(local));
         if (known != nullptr && t.data != nullptr && t.data == *known) return t;
         if (is_negated_.ask(object))
@@ -102,8 +109,20 @@ class Reader {
     }
 
     const dlpack::ExchangeApi* api() const { return api_; }
+    // Whose memory was read last: the object that was given, or its local shard.
+    PyObject* source() const { return source_; }
 
  private:
+    static bool is_plain(const PyTypeObject* type) {
+        static const auto* const tensor = torch_type("torch", "Tensor");
+        static const auto* const parameter = torch_type("torch.nn", "Parameter");
+        return type == tensor || type == parameter;
+    }
+    static const PyTypeObject* torch_type(const char* module, const char* name) {
+        py::object type = py::module_::import(module).attr(name);
+        return reinterpret_cast<PyTypeObject*>(type.release().ptr());
+    }
+
     bool borrow(PyObject* object, dlpack::Tensor& out) {
         if (Py_TYPE(object) != type_) {
             static PyObject* const attribute =
@@ -161,6 +180,7 @@ class Reader {
     PyTypeObject* type_ = nullptr;          // of the last tensor borrowed
     PyTypeObject* sharded_type_ = nullptr;  // of the last tensor that went by its shard
     const dlpack::ExchangeApi* api_ = nullptr;
+    PyObject* source_ = nullptr;
     Question is_negated_{names().neg}, is_inference_{names().inference};
 };
 

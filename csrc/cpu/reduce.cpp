@@ -1,5 +1,6 @@
 // norm and the non-finite flag on the CPU.
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 
 #include "loops.hpp"
@@ -10,6 +11,43 @@ namespace eigenfilter::cpu {
 // Elements whose squares are summed before the sum is put down: the order of summation is fixed by
 // the sizes, whatever the number of threads.
 constexpr std::int64_t kChunk = 16 * 1024;
+
+namespace {
+
+// The norm where squares of float64 elements are beyond what float64 holds: that of all elements
+// divided by the power of two of the largest, times it. Of other tensors the sums are exact enough.
+double scaled_norm(const Tensors& t, const std::vector<std::int64_t>& chunks_before,
+                   const std::vector<double>& sums) {
+    const auto each = [&](const auto& take) {
+        for (std::size_t i = 0; i < t.n; ++i) {
+            if (t.gradient(i) != DType::f64) {
+                for (std::int64_t c = chunks_before[i]; c < chunks_before[i + 1]; ++c)
+                    take(std::sqrt(sums[c]));
+                continue;
+            }
+            const auto* x = static_cast<const double*>(t.x[i]);
+            const void* w = t.g != nullptr ? t.g[i] : nullptr;
+            for (std::int64_t j = 0; j < t.numel[i]; ++j) {
+                take(w == nullptr            ? x[j]
+                     : t.dtype == DType::f64 ? x[j] * static_cast<const double*>(w)[j]
+                                             : x[j] * static_cast<const float*>(w)[j]);
+            }
+        }
+    };
+    double largest = 0;
+    each([&](double value) { largest = std::max(largest, std::abs(value)); });
+    if (largest == 0 || !std::isfinite(largest)) return largest;
+    int exponent = 0;
+    std::frexp(largest, &exponent);
+    double sum = 0;
+    each([&](double value) {
+        const double scaled = std::ldexp(value, -exponent);
+        sum += scaled * scaled;
+    });
+    return std::ldexp(std::sqrt(sum), exponent);
+}
+
+}  // namespace
 
 double norm(const Tensors& t, int threads) {
     const Loops& table = loops();
@@ -32,7 +70,9 @@ double norm(const Tensors& t, int threads) {
                                std::min(kChunk, end - first));
                        }
                    });
-    return std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
+    const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
+    if (sum < DBL_MIN || sum > DBL_MAX) return scaled_norm(t, chunks_before, sums);
+    return std::sqrt(sum);
 }
 
 bool has_nonfinite(const Tensors& t, int threads) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import zlib
 from collections.abc import Sequence
 from typing import Any, cast
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 if dist.is_available():
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -82,13 +83,13 @@ def by_placing(params: Sequence[Tensor]) -> list[tuple[Placing | None, list[int]
     return list(found.items())
 
 
-def summed(value: Tensor, placing: Placing | None) -> Tensor:
-    """The sum of a value over all shards of tensors that are placed so (collective)."""
+def of_all_shards(value: Tensor, placing: Placing | None) -> Tensor:
+    """A value of each of the shards of tensors that are placed so, [shards] (collective)."""
     if placing is None:
         return value
     mesh, placements = placing
-    partial = [Replicate() if p.is_replicate() else Partial() for p in placements]
-    return DTensor.from_local(value, mesh, partial).full_tensor()
+    sharded = [Replicate() if p.is_replicate() else Shard(0) for p in placements]
+    return DTensor.from_local(value.reshape(1), mesh, sharded).full_tensor()
 
 
 def whole(t: Tensor) -> Tensor:
@@ -122,8 +123,8 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def is_flat_shard(t: Tensor) -> bool:
-    """Whether FSDP1 has put `t` into a flat parameter, of which every rank holds a shard."""
+def is_flattened(t: Tensor) -> bool:
+    """Whether FSDP1 has put `t` into a flat parameter, which it mostly shards."""
     return is_parallel() and getattr(t, "_fsdp_flattened", False)
 
 
@@ -166,19 +167,33 @@ def reshard() -> None:
 
 
 def flat_handles(params: Sequence[Tensor]) -> list[Any]:
-    """What FSDP1 handles the flat parameters with that hold `params`.
+    """What FSDP1 handles the flat parameters with that hold `params` and that it shards.
 
     Neither the parameters nor any list leads there, so all objects of the process are looked at.
+
+    Raises:
+        RuntimeError: the garbage collector does not list what handles one of them.
     """
+    ids = {id(p) for p in params if is_flattened(p)}
+    if not ids:
+        return []
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-    ids = set(map(id, params))
     handles = [o for o in gc.get_objects() if issubclass(type(o), FlatParamHandle)]
-    return [h for h in handles if not ids.isdisjoint(map(id, _held_by(h.flat_param)))]
+    held = [ids.intersection(map(id, held_by(h.flat_param))) for h in handles]
+    if ids.difference(*held):
+        raise RuntimeError(
+            "FullyShardedDataParallel (FSDP1) has flattened a parameter, and what handles it is "
+            "not among the objects of this process, as after gc.freeze(): call gc.unfreeze() "
+            "before the optimizer is constructed and before its first step, and gc.freeze() after"
+        )
+    return [h for h, some in zip(handles, held, strict=True) if some and h.uses_sharded_strategy]
 
 
-def _held_by(flat: Any) -> list[Tensor]:
-    return [flat, *(getattr(flat, "_params", None) or ())]
+def held_by(flat: Any) -> list[Tensor]:
+    """A flat parameter of FSDP1, with the original ones in it."""
+    originals = (getattr(flat, name, None) or () for name in ("_params", "_shared_params"))
+    return [flat, *itertools.chain.from_iterable(originals)]
 
 
 def reshard_flat(handles: Sequence[Any]) -> None:

@@ -143,3 +143,42 @@ def test_empty_tensors_have_norm_zero(room: Room, dtype: torch.dtype) -> None:
     empty = [torch.zeros(0, dtype=dtype, device=room.device) for _ in range(2)]
     assert kernels.norm(empty, backend=room.backend).item() == 0
     assert kernels.norm(empty, weights=empty, backend=room.backend).item() == 0
+
+
+@weightings
+@pytest.mark.parametrize("size", [1e200, 1e160, 1e-160, 1e-200, 5e-324])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_squares_beyond_float64(backend: str, size: float, weighted: bool) -> None:
+    lists = [torch.tensor([3.0, -4.0]), torch.tensor([], dtype=torch.float64), torch.tensor([12.0])]
+    lists = [t.double() * size for t in lists]
+    weights = [torch.full_like(t, 2.0) for t in lists] if weighted else None
+    found = kernels.norm(lists, weights=weights, backend=backend)
+    assert found.item() == pytest.approx((26.0 if weighted else 13.0) * size, rel=1e-15)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.0], 0.0),
+        ([1e200, math.inf], math.inf),
+        ([1e200, math.nan], math.nan),
+        ([1e200, 3e38], 1e200),
+        ([1.5e308, 1.5e308], math.inf),
+    ],
+)
+def test_what_is_no_square_beyond_float64(
+    backend: str, values: list[float], expected: float
+) -> None:
+    lists = [torch.tensor(values[:1], dtype=torch.float64), torch.tensor(values[1:])]
+    lists = lists if values[1] <= 3e38 else [torch.tensor(values, dtype=torch.float64)]
+    found = kernels.norm(lists, backend=backend)
+    assert found.item() == pytest.approx(expected, rel=1e-15, nan_ok=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_float64_gradient_of_float32_weights_beyond_float64(backend: str) -> None:
+    weights = [torch.tensor([2.0, 0.5])]
+    lists = [torch.tensor([3e180, 16e180], dtype=torch.float64)]
+    found = kernels.norm(lists, weights=weights, backend=backend)
+    assert found.item() == pytest.approx(1e181, rel=1e-15)

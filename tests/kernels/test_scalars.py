@@ -153,7 +153,9 @@ def test_a_hyperparameter_of_another_type_is_named(which: str, bad: object) -> N
     update, name = HYPERPARAMETERS[which]
     if name == "rounding_seed" and bad is None:
         pytest.skip("None is a choice")
-    refused(update, TypeError, rf"{name} cannot be used: .* is not a tensor", **{name: bad})
+    kind = "None" if bad is None else f"a {type(bad).__name__}"
+    message = rf"{name} must be a number or a one-element tensor, and is {kind}$"
+    refused(update, TypeError, message, **{name: bad})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -323,6 +324,66 @@ def flat_refused(rank: int) -> dict[str, str]:
     return said
 
 
+def flat_and_whole(rank: int) -> list[list[Tensor]]:
+    """Flat parameters that FSDP1 does not shard: every rank has the whole norm."""
+    found = []
+    for original in (False, True):
+        model = flattened(original, sharding_strategy=ShardingStrategy.NO_SHARD)
+        opt = ef.SAM(model.parameters(), **SETTINGS)
+        closure = evaluation(opt, model, share(rank))
+        total = []
+        for _ in range(STEPS):
+            opt.zero_grad()
+            closure()
+            opt.ascend()
+            closure()
+            total.append(opt.clip_grad_norm_(1e9))
+            opt.step()
+        found.append([gathered(model), torch.stack(total)])
+    return found
+
+
+def flat_alone(rank: int) -> list[Tensor]:
+    """Each rank shards a model of its own, over itself alone."""
+    own = [dist.new_group([r]) for r in range(WORLD)][rank]
+    found = []
+    for original in (False, True):
+        model = flattened(original, process_group=own)
+        opt = ef.SAM(model.parameters(), **SETTINGS)
+        found.append(gathered_after(opt, model, slice(None)))
+    return found
+
+
+def gathered_after(opt: Any, model: FullyShardedDataParallel, samples: slice) -> Tensor:
+    workers.trained(opt, model, samples)
+    return gathered(model)
+
+
+def flat_frozen(rank: int) -> dict[str, str]:
+    """gc.freeze() hides what handles the flat parameters."""
+    said = {}
+    for original in (False, True):
+        model = flattened(original)
+        opt = ef.USAM(model.parameters(), **SETTINGS)
+        closure = evaluation(opt, model, share(rank))
+        gc.freeze()
+        try:
+            before = [p.detach().clone() for p in model.parameters()]
+            said[f"step {original}"] = said_by(functools.partial(opt.step, closure))
+            make = functools.partial(ef.SAM, model.parameters(), **SETTINGS)
+            said[f"made {original}"] = said_by(make)
+            assert all(map(torch.equal, before, model.parameters()))
+        finally:
+            gc.unfreeze()
+        opt.step(closure)
+        gc.freeze()  # once they are known it does not matter
+        try:
+            opt.step(closure)
+        finally:
+            gc.unfreeze()
+    return said
+
+
 def flat_clip(rank: int) -> dict[str, Any]:
     """Our clipping is refused; the module's own clips the descent's gradient."""
     found: dict[str, Any] = {"said": []}
@@ -555,6 +616,9 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
         flat_forward_before_the_move,
         flat_restore,
         flat_refused,
+        flat_and_whole,
+        flat_alone,
+        flat_frozen,
         flat_clip,
         flat_without_elements,
         flat_groups,

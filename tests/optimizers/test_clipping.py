@@ -108,3 +108,23 @@ def test_sgd_clips_at_any_time() -> None:
     closure_of(opt, params)()
     opt.clip_grad_norm_(MAX_NORM)
     assert norm(params) == pytest.approx(MAX_NORM, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float64], [torch.float64, torch.float32]])
+@pytest.mark.parametrize("size", [1e160, 1e200])
+def test_float64_gradients_whose_squares_overflow(dtypes: list[torch.dtype], size: float) -> None:
+    params = [torch.nn.Parameter(torch.ones(50, dtype=dtype)) for dtype in dtypes]
+    for p in params:
+        p.grad_dtype = torch.float64
+        p.grad = torch.full((50,), size, dtype=torch.float64)
+    total = size * (50 * len(params)) ** 0.5
+    opt = ef.SAM(params, lr=0.1, rho=0.5)
+    opt.ascend()
+    for p in params:
+        expected = torch.full_like(p, 1 + 0.5 * size / total)
+        torch.testing.assert_close(p.detach(), expected)
+        p.grad = torch.full((50,), size, dtype=torch.float64)
+    assert opt.clip_grad_norm_(1.0).item() == pytest.approx(total, rel=1e-14)
+    for p in params:
+        expected = torch.full_like(p.grad, size / total)
+        torch.testing.assert_close(p.grad, expected, rtol=1e-12, atol=0.0)

@@ -164,6 +164,41 @@ def test_a_norm_over_flat_shards_is_refused(found: Found) -> None:
             assert "torch.distributed.fsdp.fully_shard" in line, name
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_a_norm_over_flat_parameters_that_every_rank_has_whole(
+    found: Found, original: bool
+) -> None:
+    model = workers.network()
+    opt = ef.SAM(model.parameters(), **workers.SETTINGS)
+    closure = workers.evaluation(opt, model, slice(None))
+    norms = []
+    for _ in range(workers.STEPS):
+        opt.zero_grad()
+        closure()
+        opt.ascend()
+        closure()
+        norms.append(opt.clip_grad_norm_(1e9))
+        opt.step()
+    for result in of(found, "flat_and_whole"):
+        actual, total = result[original]
+        assert_flat(actual, list(model.parameters()))
+        torch.testing.assert_close(total, torch.stack(norms), rtol=1e-12, atol=0.0)
+
+
+def test_flat_parameters_of_one_rank_alone(found: Found) -> None:
+    expected = alone(lambda params: ef.SAM(params, **workers.SETTINGS))
+    for result in of(found, "flat_alone"):
+        for actual in result:
+            assert_flat(actual, expected)
+
+
+def test_flat_shards_whose_handles_are_hidden_are_refused(found: Found) -> None:
+    for said in of(found, "flat_frozen"):
+        assert len(said) == 4
+        for name, line in said.items():
+            assert "call gc.unfreeze() before" in line, name
+
+
 def test_clipping_flat_shards_is_their_modules_affair(found: Found) -> None:
     model = workers.network()
     opt = ef.USAM(model.parameters(), **workers.SETTINGS)

@@ -224,11 +224,32 @@ def norm(
 ) -> None:
     """out <- S sqrt(sum of (w t)^2 over all elements of all tensors), summed in float64."""
     _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
-    total = torch.zeros((), dtype=torch.float64, device=out.device)
-    for i, t in enumerate(tensors):
-        w = 1 if weights is None else weights[i].double()
-        total = total + (w * t.double()).square().sum()
-    out.copy_(total.sqrt() * _inverse(grad_scale, out))
+    values = [t.double() for t in tensors]
+    if weights is not None:
+        values = [w.double() * v for w, v in zip(weights, values, strict=True)]
+    root = _root_of_squares(values, out.device)
+    filled = [v.abs().amax() for v in values if v.numel() > 0]
+    if filled and any(t.dtype == torch.float64 for t in tensors):
+        scale = power_of_two(torch.stack(filled).amax())
+        scaled = _root_of_squares([v / scale for v in values], out.device) * scale
+        limits = torch.finfo(torch.float64)
+        # Where the sum of the squares is beyond what float64 holds.
+        root = torch.where((root >= limits.tiny**0.5) & (root < torch.inf), root, scaled)
+    out.copy_(root * _inverse(grad_scale, out))
+
+
+def _root_of_squares(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for v in values:
+        total = total + v.square().sum()
+    return total.sqrt()
+
+
+def power_of_two(largest: Tensor) -> Tensor:
+    """A power of two, like `largest` >= 0: divided by it, no square overflows or vanishes."""
+    limits = torch.finfo(torch.float64)
+    clamped = largest.clamp(limits.tiny, limits.max)
+    return clamped / (2 * torch.frexp(clamped).mantissa)
 
 
 @torch.no_grad()

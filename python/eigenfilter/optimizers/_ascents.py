@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
+from eigenfilter.kernels.reference import power_of_two
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._parts import Gradients, Part, Piece
@@ -94,7 +95,7 @@ def total_norms(
     """
     if any(part.is_flat for part, _ in lists):
         raise RuntimeError(FLAT_NORM)
-    squares: dict[torch.device, list[Tensor]] = {part.device: [] for part, _ in lists}
+    norms: dict[torch.device, list[Tensor]] = {part.device: [] for part, _ in lists}
     for part, tensors in lists:
         for placing, indices in part.placings:
             whole = len(part.placings) == 1
@@ -106,8 +107,15 @@ def total_norms(
                 norm,
                 weights=factors if weights else None,
             )
-            squares[part.device].append(_distributed.summed(norm.square(), placing))
-    sums = {device: torch.stack(terms).sum() for device, terms in squares.items()}
-    return {
-        device: torch.stack([s.to(device) for s in sums.values()]).sum().sqrt() for device in sums
-    }
+            norms[part.device].append(_distributed.of_all_shards(norm, placing))
+    sums = {device: combined_norm(terms) for device, terms in norms.items()}
+    return {device: combined_norm([s.to(device) for s in sums.values()]) for device in sums}
+
+
+def combined_norm(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of what has these norms, whose squares float64 need not hold."""
+    if len(norms) == 1 and norms[0].numel() == 1:
+        return norms[0].reshape(())
+    together = torch.cat([n.reshape(-1) for n in norms])
+    scale = power_of_two(together.amax())
+    return (together / scale).square().sum().sqrt() * scale

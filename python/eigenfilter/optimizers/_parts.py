@@ -37,7 +37,7 @@ class Part:
         self.kernels = kernels.select(self.device.type, store.backend)
         self.placings = _distributed.by_placing(params)
         self.is_distributed = any(placing is not None for placing, _ in self.placings)
-        self.is_flat = any(map(_distributed.is_flat_shard, params))
+        self.is_flat = any(id(p) in store.flat for p in params)
         self.store = store
         self.counted: Counted | None = None  # by an update that depends on the steps taken
         self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
@@ -170,6 +170,7 @@ class Store:
         self.keys = keys
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.epoch = 0  # counts changes of the state's buffers
+        self.flat: set[int] = set()  # ids of the parameters that FSDP1 holds in flat shards
         self._private: dict[tuple[str, Tensor], Tensor] = {}
         self._entries: list[dict[str, Any]] = []
         self._values: list[Any] = []
@@ -267,6 +268,11 @@ class Parts:
         self._alone.clear()
         refuse_overlap(groups)
         self._group_of = {}
+        given = [p for group in groups for p in group["params"]]
+        self.flat_handles = _distributed.flat_handles(given)
+        self._store.flat = {
+            id(p) for h in self.flat_handles for p in _distributed.held_by(h.flat_param)
+        }
         for number, group in enumerate(groups):
             by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in group["params"]:
@@ -276,8 +282,6 @@ class Parts:
                 self._parts.append(Part(group, number, params, self._store))
         self.devices = {part.device for part in self._parts} or {_distributed.device()}
         self.are_flat = any(part.is_flat for part in self._parts)
-        flat = [p for part in self._parts if part.is_flat for p in part.params]
-        self.flat_handles = _distributed.flat_handles(flat) if flat else []
         self.are_shards = self.are_flat or any(part.is_distributed for part in self._parts)
 
     def settle(self) -> None:

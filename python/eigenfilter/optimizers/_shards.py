@@ -69,7 +69,7 @@ def refuse_ascent(
             "while every other rank perturbs its own: put the ascent around it, as in "
             f"SharpnessAware({name}(params, optimizer_class=torch.optim.SGD, ...), method, rho)"
         )
-    if takes_norm and any(map(_distributed.is_flat_shard, params)):
+    if takes_norm and _distributed.flat_handles(params):
         raise RuntimeError(FLAT_NORM)
 
 
@@ -84,7 +84,7 @@ def refuse_clipping(
             "rank, whose norm is not that of the whole gradient: call "
             "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)"
         )
-    if any(map(_distributed.is_flat_shard, params)):
+    if _distributed.flat_handles(params):
         raise RuntimeError(
             "FullyShardedDataParallel (FSDP1) gives each rank a flat shard, whose norm is not that "
             "of the whole gradient: call model.clip_grad_norm_(max_norm), FSDP1's own, after the "
@@ -118,7 +118,7 @@ def lies_elsewhere(params: Sequence[Tensor]) -> bool:
     """Whether other ranks hold all elements of some parameters: no gradient is missing here."""
     trained = [p for p in params if p.requires_grad]
     return len(trained) > 0 and all(
-        p.numel() == 0 and _distributed.is_flat_shard(p) for p in trained
+        p.numel() == 0 and _distributed.is_flattened(p) for p in trained
     )
 
 
