@@ -26,6 +26,7 @@ from eigenfilter.curvature.data import (
     moved,
     pieces,
     rows_of,
+    samples_of,
 )
 from eigenfilter.curvature.nodes import leaves_reached, nodes
 from eigenfilter.curvature.survey import survey
