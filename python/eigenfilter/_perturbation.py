@@ -53,9 +53,17 @@ def holder(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer | None:
         return None
     ids = {id(p) for p in params}
     for optimizer in list(_perturbed):
-        if not ids.isdisjoint(optimizer._away()):  # type: ignore[attr-defined]
+        if not ids.isdisjoint(_perturbed_ids(optimizer)):
             return optimizer
     return None
+
+
+def _perturbed_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Ids of what an optimizer holds away from x: all of its parameters, if it does not say."""
+    away: set[int] | None = optimizer._away() if hasattr(optimizer, "_away") else None
+    if away is None:
+        away = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return away
 
 
 def _watch() -> None:

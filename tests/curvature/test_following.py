@@ -86,8 +86,9 @@ def test_a_graph_is_kept_while_nothing_changes(engine: str) -> None:
     columns(op)
     choices = 2 if engine == "auto" else 0  # one for vectors, one for blocks
     weights = 1 + 2  # samples alone, and beside each batch, to see what that weighs
-    still = 2  # at x and beside it: that the unused layer moves nothing, once
-    once = choices + weights + still
+    still = 2 * 2  # at x and beside it: that the unused layer moves nothing, once a batch
+    frozen = 1  # that f is the same where parameters do not require grad
+    once = choices + weights + still + frozen
     assert calls == 2 + once
     model.eval()
     eigsh(op, 3)

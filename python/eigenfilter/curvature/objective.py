@@ -212,7 +212,7 @@ class Objective:
             try:
                 with _frozen(self.tree):
                     return _detached(self.plain(index, batch, exact=exact))
-            except Exception:  # the model's own: what is wrong anyway is raised again below
+            except RuntimeError:  # of autograd: what is wrong anyway is raised again below
                 self.known.inner = True
         return _detached(self.plain(index, batch, exact=exact))
 
@@ -220,9 +220,15 @@ class Objective:
         """Note whether f is the same, bit for bit, where parameters do not require grad."""
         if not self.watched or self.known.inner:  # of a sharded model only gradients are taken
             return
-        with warnings.catch_warnings():  # reentrant checkpointing warns, and is noticed later
-            warnings.simplefilter("ignore")
-            frozen = self.value(index, batch, exact=exact).value
+        try:
+            with warnings.catch_warnings(), _frozen(self.tree):
+                warnings.simplefilter(
+                    "ignore"
+                )  # reentrant checkpointing warns, and is noticed later
+                frozen = _detached(self.plain(index, batch, exact=exact)).value
+        except Exception:  # of any kind: it is a model that looks at requires_grad
+            self.known.inner = True
+            return
         self.known.inner |= not torch.equal(frozen, here.value.detach())
 
     def plain(
