@@ -72,7 +72,6 @@ class Reader {
                         bool written = false, void** known = nullptr) {
         dlpack::Tensor t;
         py::object local;
-        if (!is_plain(Py_TYPE(object))) ++asked_others;
         if (Py_TYPE(object) == sharded_type_ && (local = shard_of(object))) object = local.ptr();
         const bool borrowed = borrow(object, t);
         if (!borrowed || is_hollow(t)) {
@@ -144,7 +143,9 @@ class Reader {
             }
             api_ = reinterpret_cast<const dlpack::ExchangeApi*>(header);
             type_ = Py_TYPE(object);
+            is_other_ = !is_plain(type_);
         }
+        if (is_other_) ++asked_others;
         return api_->tensor_from_py_object(object, &out) == 0;
     }
 
@@ -172,12 +173,14 @@ class Reader {
     // A DTensor's local shard, which the DTensor keeps alive; null for what has none.
     static py::object shard_of(PyObject* object) {
         static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
+        ++asked_others;
         PyObject* shard = PyObject_GetAttr(object, attribute);
         if (shard == nullptr) PyErr_Clear();
         return py::reinterpret_steal<py::object>(shard);
     }
 
     PyTypeObject* type_ = nullptr;          // of the last tensor borrowed
+    bool is_other_ = false;                 // whether it brings code of its own
     PyTypeObject* sharded_type_ = nullptr;  // of the last tensor that went by its shard
     const dlpack::ExchangeApi* api_ = nullptr;
     PyObject* source_ = nullptr;
