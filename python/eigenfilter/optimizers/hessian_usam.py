@@ -115,7 +115,7 @@ class DifferenceAscent(Ascent):
         self._judged += 1
         first, second = (float(loss) for loss in self._losses)
         eps, norm = (float(next(iter(each.values()))) for each in (self._eps, self._norms))
-        along, other = eps / 2 * norm**2, eps / 2 * _dot_with_first(found)
+        along, other = eps / 2 * norm * norm, eps / 2 * _dot_with_first(found)
         rise, expected = second - first, along + other
         allowed = self._FACTOR * (along + abs(other)) + self._ROUNDING * abs(first)
         if abs(rise - expected) > allowed:
