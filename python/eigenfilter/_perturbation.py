@@ -59,7 +59,7 @@ def holder(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer | None:
 
 
 def _perturbed_ids(optimizer: torch.optim.Optimizer) -> set[int]:
-    """Ids of what an optimizer holds away from x: all of its parameters, if it does not say."""
+    """Ids of the parameters that an optimizer has perturbed: all of its, if it does not say."""
     away: set[int] | None = optimizer._away() if hasattr(optimizer, "_away") else None
     if away is None:
         away = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -292,7 +292,7 @@ def copied(tree: Any) -> Any:
 
 
 def joinable(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
-    """Whether two trees are alike but for the rows of what has as many as `sizes` say."""
+    """Whether two trees are alike except for the rows of what has as many as `sizes` say."""
     if _has_rows(one, sizes[0]) and _has_rows(other, sizes[1]):
         return type(one) is type(other) and _row(one) == _row(other)
     if isinstance(one, Tensor | np.ndarray):

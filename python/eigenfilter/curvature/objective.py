@@ -222,9 +222,8 @@ class Objective:
             return
         try:
             with warnings.catch_warnings(), _frozen(self.tree):
-                warnings.simplefilter(
-                    "ignore"
-                )  # reentrant checkpointing warns, and is noticed later
+                # Reentrant checkpointing warns here, and is noticed later.
+                warnings.simplefilter("ignore")
                 frozen = _detached(self.plain(index, batch, exact=exact)).value
         except Exception:  # of any kind: it is a model that looks at requires_grad
             self.known.inner = True

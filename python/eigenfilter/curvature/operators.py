@@ -115,7 +115,7 @@ class CurvatureOperator(SymmetricMatrix):
             copies, made anew for each pass over a batch.
         dtype: torch.float32 or torch.float64: C is that of a copy of the model and the loss in this
             dtype, with batches converted, and vectors have it. Parameters in bfloat16 or float16
-            need it. The copy is made anew where the model has changed. None: the model itself.
+            need it. The copy is made again where the model has changed. None: the model itself.
         autocast: torch.bfloat16 or another dtype: what the model and loss compute in, under
             `torch.autocast`. Vectors keep the dtype of the parameters.
         memory_budget: bytes that kept graphs may take, or that of a piece on "checkpointed"; None

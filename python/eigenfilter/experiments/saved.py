@@ -153,7 +153,7 @@ def check_session(found: dict[str, Any], trainer: Trainer) -> int:
 
 
 def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> dict[str, Any]:
-    """The state of the optimizer after so many steps, but for the values in its tensors.
+    """The state of the optimizer after so many steps, except for the values in its tensors.
 
     It is that of another one over parameters of the same shapes, which takes a step.
     """

@@ -148,7 +148,7 @@ class StepMachine(GroupedOptimizer):
         self._step_state.written = True
 
     def _pieces(self, found: Gradients, *, past: bool) -> list[Piece]:
-        """Parts split by what differs: are they away from x and, where asked for, their past."""
+        """Parts split by what differs: are they perturbed and, where asked for, their past."""
         pieces = []
         perturbed = self._step_state.perturbed
         for part, grads in found:
@@ -165,14 +165,14 @@ class StepMachine(GroupedOptimizer):
         return pieces
 
     def _away(self) -> set[int]:
-        """Ids of the parameters that are away from x."""
+        """Ids of the parameters that are perturbed."""
         step = self._step_state
         if step.perturbed_ids is None:
             step.perturbed_ids = {id(p) for part in step.perturbed for p in part.params}
         return step.perturbed_ids
 
     def _following_layouts(self, act: Callable[[], _T]) -> _T:
-        """Act; once more with parts built anew if the parameters' layouts are no longer theirs.
+        """Act; once more with parts built again if the parameters' layouts are no longer theirs.
 
         `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
         notice before they write; only what has written nothing is tried again.
