@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -77,3 +78,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # torch's caches for FSDP2 keep the process group. If one of Gloo's threads still holds a tensor
+    # when the interpreter shuts down, torch aborts the process (pytorch/pytorch#190489), so the
+    # process ends here.
+    sys.stdout.flush()
+    os._exit(0)

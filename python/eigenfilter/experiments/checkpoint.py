@@ -108,5 +108,7 @@ class _Writer:
         """Nothing yet: `write` of this module flushes."""
 
     def check(self) -> None:
-        if self._error is not None:
-            raise self._error
+        # torch keeps this writer; with the error it would keep its frames, and all that they hold.
+        error, self._error = self._error, None
+        if error is not None:
+            raise error

@@ -7,6 +7,7 @@ NCCL where there are GPUs.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,16 @@ class _Launched(Processes):
         self.group = dist.group.WORLD
         self.command = "torchrun ... -m eigenfilter"
 
+    def leave(self) -> None:
+        """Destroy the group, and let go of it.
+
+        Its threads end with the last reference to it. One that still holds a tensor when the
+        interpreter shuts down aborts the process (pytorch/pytorch#190489).
+        """
+        self.group = None
+        dist.destroy_process_group()
+        gc.collect()  # networks in DistributedDataParallel refer to the group, and are cycles
+
     def device(self, name: str) -> str:
         if name == "cpu" or not torch.cuda.is_available():
             return name
@@ -203,7 +214,8 @@ def launched() -> Iterator[Processes]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        yield _Launched()
+        processes = _Launched()
+        yield processes
     except RuntimeError as error:
         if not _ended_elsewhere(error):
             raise
@@ -212,7 +224,7 @@ def launched() -> Iterator[Processes]:
             "another process of the run ended, or cannot be reached: the last checkpoint, if there "
             f"was one, is kept ({reason})"
         ) from error
-    dist.destroy_process_group()  # not after an error, which others may not have seen yet
+    processes.leave()  # not after an error, which others may not have seen yet
 
 
 def first_to_fail() -> bool:
