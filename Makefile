@@ -1,5 +1,5 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | lint | bench | bench-curvature | bench-page | reproduction | gpu-gate | clean
+#   make demo | test | test-emulated | lint | bench | bench-curvature | bench-page | reproduction | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ VENV := .venv/.made
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
-.PHONY: install demo test lint bench bench-curvature bench-page reproduction gpu-gate clean
+.PHONY: install demo test emulated test-emulated lint bench bench-curvature bench-page reproduction gpu-gate clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,19 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# The CUDA kernels, run on the CPU by an emulator. SANITIZER=address and =thread take longer.
+SANITIZER ?= none
+EMULATED := build/emulated/$(SANITIZER)
+emulated: $(INSTALLED)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -G Ninja -S tests/cuda_on_cpu -B $(EMULATED) \
+		-DSANITIZER=$(SANITIZER) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/ninja -C $(EMULATED)
+
+test-emulated: emulated
+	EIGENFILTER_TEST_BACKEND=$(if $(filter none,$(SANITIZER)),emulated,emulated-$(SANITIZER)) \
+		$(BIN)/python -m pytest tests/kernels tests/optimizers
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -13,16 +13,33 @@ os.environ["EIGENFILTER_TRITON_BLOCKS"] = os.devnull  # the default, whatever wa
 
 import torch
 
+import backends
 from cases import DTYPES
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if backends.NAME != "installed":
+        _select_those_of_the_backend(config, items)
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none")
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(no_gpu)
+
+
+def _select_those_of_the_backend(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that are given a room and, on the emulated GPU, those of the optimizers."""
+
+    def chosen(item: pytest.Item) -> bool:
+        if any(item.get_closest_marker(name) for name in ("gpu", "slow", "distributed")):
+            return False
+        optimizes = backends.EMULATED and "optimizers" in item.path.parts
+        return optimizes or bool({"room", "fast_room"} & set(getattr(item, "fixturenames", ())))
+
+    others = [item for item in items if not chosen(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if chosen(item)]
 
 
 @pytest.fixture(autouse=True)

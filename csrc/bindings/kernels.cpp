@@ -445,6 +445,7 @@ void require_cuda() { cuda::require(); }
 
 void register_kernels(py::module_& module) {
     module.attr("cuda_compiled") = cuda::compiled();
+    module.attr("cuda_device_type") = kCudaDeviceType;
     define(module, "require_cuda", &require_cuda);
     define(module, "check", &check);
     define(module, "table", &table);

@@ -11,6 +11,7 @@
 #include "arguments.hpp"
 #include "dlpack.hpp"
 #include "eigenfilter/contract.hpp"
+#include "exchange.hpp"
 
 namespace eigenfilter {
 
@@ -136,6 +137,7 @@ class Operands {
     }
     void check_overlap(const Role* roles, std::size_t count) const;
 
+    Borrowing borrowing_;
     DType dtype_{};
     dlpack::Device device_{};
     bool contiguous_ = true;

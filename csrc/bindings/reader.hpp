@@ -11,6 +11,7 @@
 
 #include "arguments.hpp"
 #include "dlpack.hpp"
+#include "exchange.hpp"
 
 namespace eigenfilter {
 namespace {
@@ -141,7 +142,7 @@ class Reader {
                 PyErr_SetString(PyExc_TypeError, "its DLPack exchange API is not of version 1");
                 return false;
             }
-            api_ = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+            api_ = exchange_api(reinterpret_cast<const dlpack::ExchangeApi*>(header));
             type_ = Py_TYPE(object);
             is_other_ = !is_plain(type_);
         }

@@ -10,6 +10,9 @@ from eigenfilter.kernels.reference import Scalar
 cuda_compiled: bool
 """Whether the CUDA kernels were compiled into this build."""
 
+cuda_device_type: str
+"""The type of the devices that the CUDA kernels serve, as torch calls it."""
+
 class TensorList(Sequence[Tensor]):
     """A list of tensors that is passed again and again: they stay the same objects."""
 

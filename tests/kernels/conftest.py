@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import backends
 from cases import Room
 from eigenfilter import _core
 
@@ -18,6 +19,10 @@ if _core.cuda_compiled:
 def rooms(*, reference: bool) -> list[object]:
     """The rooms as parameters; without the reference where others are compared to it."""
     chosen = [*CPU_ROOMS, Room("reference"), *GPU_ROOMS]
+    if backends.EMULATED:
+        chosen = [Room("native")]
+    elif backends.INTERPRETED:
+        chosen = [Room("triton")]
     return [
         pytest.param(room, id=str(room), marks=[pytest.mark.gpu] * (room.device == "cuda"))
         for room in chosen

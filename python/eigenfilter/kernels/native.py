@@ -149,7 +149,7 @@ def norm(
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
     workspace = None
     device = tensors[0].device
-    if device.type != "cpu":
+    if device.type == _core.cuda_device_type:
         size = _core.norm_workspace(tensors)
         workspace = torch.empty(size, dtype=torch.float64, device=device)
     _core.norm(tensors, weights, out, grad_scale, workspace, torch.get_num_threads())
@@ -161,7 +161,7 @@ def project_out(
     """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
     count = w.shape[0] if w.ndim == 2 else 1
     workspace = None
-    if w.device.type != "cpu":
+    if w.device.type == _core.cuda_device_type:
         size = _core.project_workspace(len(basis), basis.shape[1], count)
         workspace = torch.empty(size, dtype=torch.float64, device=w.device)
     _core.project_out(
@@ -202,7 +202,7 @@ def mix_rows(vectors: Tensor, factors: Tensor) -> None:
 
 def _workspace(vectors: Tensor, sums: int) -> Tensor | None:
     """Return room for so many sums over parts of the vectors, which a GPU needs."""
-    if vectors.device.type == "cpu":
+    if vectors.device.type != _core.cuda_device_type:
         return None
     size = _core.sums_workspace(sums, vectors.shape[1])
     return torch.empty(size, dtype=torch.float64, device=vectors.device)

@@ -1,0 +1,57 @@
+"""Which implementation of the kernels a run tests: EIGENFILTER_TEST_BACKEND.
+
+    installed   all that the installed extension has on this machine (the default)
+    emulated    the CUDA kernels, run on the CPU by the emulator of `cuda_on_cpu`;
+                `emulated-address` and `emulated-thread`: under a sanitizer
+    interpreted the Triton kernels, run on the CPU by triton's interpreter
+
+The last two are chosen when they are imported, and so for a whole process: import this module
+before eigenfilter.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+NAME = os.environ.get("EIGENFILTER_TEST_BACKEND", "installed")
+SANITIZERS = {
+    "emulated": "none",
+    "emulated-address": "address",
+    "emulated-thread": "thread",
+}
+EMULATED = NAME in SANITIZERS
+INTERPRETED = NAME == "interpreted"
+
+
+def _choose() -> None:
+    """Put the chosen implementation in place.
+
+    Raises:
+        RuntimeError: an unknown name, or the emulated extension was not built.
+    """
+    if INTERPRETED:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif EMULATED:
+        _load(Path(__file__).parents[1] / "build" / "emulated" / SANITIZERS[NAME] / "_core.so")
+    elif NAME != "installed":
+        raise RuntimeError(f"EIGENFILTER_TEST_BACKEND={NAME}: see tests/backends.py")
+
+
+def _load(extension: Path) -> None:
+    """Make an extension eigenfilter's own."""
+    if not extension.exists():
+        raise RuntimeError(f"{extension} is not there: run make emulated")
+    name = "eigenfilter._core"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(extension))
+    spec = importlib.util.spec_from_file_location(name, extension, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    loader.exec_module(module)
+
+
+_choose()
