@@ -1,5 +1,6 @@
 #include "emulator.hpp"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -35,8 +36,14 @@ int current_device = 1;  // not the tensors', so that every call has to change i
 
 enum class State { ready, at_barrier, at_shuffle, done };
 
-struct Fiber {
+struct Stack {
     ucontext_t context;
+    jmp_buf left;
+    bool is_new = false;  // whether nothing ran on it yet
+};
+
+struct Fiber {
+    Stack stack;
     State state;
     At at;               // where it waits
     std::uint64_t bits;  // what it shows the other lanes
@@ -51,7 +58,7 @@ struct SharedVariable {
 struct Machine {
     std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
     std::unique_ptr<char[]> stacks{new char[kMostThreads * kStackBytes]};
-    ucontext_t host;
+    Stack host;
     sanitizers::Host sanitized;
     const std::function<void()>* kernel = nullptr;
     unsigned threads = 0;  // of a block
@@ -74,6 +81,18 @@ Machine& machine() {
 
 bool same(At a, At b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
+// Leaves one stack for another, as swapcontext does, which also asks the kernel for the signal
+// mask; the sanitizers know swapcontext alone.
+void switch_stacks(Stack& from, Stack& to) {
+#if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
+    swapcontext(&from.context, &to.context);
+#else
+    if (_setjmp(from.left) != 0) return;
+    if (std::exchange(to.is_new, false)) setcontext(&to.context);
+    _longjmp(to.left, 1);
+#endif
+}
+
 // Gives the host control, until the scheduler resumes this thread.
 void wait(State state, At at) {
     Machine& m = machine();
@@ -81,7 +100,7 @@ void wait(State state, At at) {
     self.state = state;
     self.at = at;
     sanitizers::to_host(self.sanitized, m.sanitized);
-    swapcontext(&self.context, &m.host);
+    switch_stacks(self.stack, m.host);
     sanitizers::arrived(self.sanitized, m.sanitized);
 }
 
@@ -104,7 +123,7 @@ void resume(int thread) {
     Fiber& fiber = m.fibers[thread];
     fiber.state = State::ready;
     sanitizers::to_fiber(m.sanitized, fiber.sanitized);
-    swapcontext(&m.host, &fiber.context);
+    switch_stacks(m.host, fiber.stack);
     sanitizers::returned(m.sanitized);
     m.running = -1;
 }
@@ -190,13 +209,15 @@ void make_fibers(unsigned threads) {
     for (; made < threads; ++made) {
         Fiber& fiber = m.fibers[made];
         char* const stack = m.stacks.get() + made * kStackBytes;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = stack;
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        fiber.context.uc_link = nullptr;
+        ucontext_t& context = fiber.stack.context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = kStackBytes;
+        context.uc_link = nullptr;
+        fiber.stack.is_new = true;
         fiber.sanitized.stack = stack;
         fiber.sanitized.stack_bytes = kStackBytes;
-        makecontext(&fiber.context, &live, 0);
+        makecontext(&context, &live, 0);
     }
 }
 
