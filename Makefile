@@ -42,8 +42,7 @@ emulated: $(INSTALLED)
 	$(BIN)/ninja -C $(EMULATED)
 
 test-emulated: emulated
-	EIGENFILTER_TEST_BACKEND=$(if $(filter none,$(SANITIZER)),emulated,emulated-$(SANITIZER)) \
-		$(BIN)/python -m pytest tests/kernels tests/optimizers
+	tests/cuda_on_cpu/run.sh $(SANITIZER) -m pytest tests/kernels tests/optimizers
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -36,7 +36,8 @@ def _choose() -> None:
     if INTERPRETED:
         os.environ["TRITON_INTERPRET"] = "1"
     elif EMULATED:
-        _load(Path(__file__).parents[1] / "build" / "emulated" / SANITIZERS[NAME] / "_core.so")
+        built = Path(__file__).parents[1] / "build" / "emulated" / SANITIZERS[NAME] / "_core.so"
+        _load(Path(os.environ.get("EIGENFILTER_EMULATED", built)))
     elif NAME != "installed":
         raise RuntimeError(f"EIGENFILTER_TEST_BACKEND={NAME}: see tests/backends.py")
 

@@ -1,6 +1,7 @@
 #include "emulator.hpp"
 
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -27,7 +28,7 @@ constexpr int kWarp = 32;
 constexpr unsigned kMostThreads = 1024;
 constexpr std::size_t kMostArgumentBytes = 32764;
 constexpr std::size_t kMostSharedBytes = 48 << 10;  // of variables, which are not asked for
-constexpr std::size_t kStackBytes = 128 << 10;
+constexpr std::size_t kStackBytes = (sanitizers::kThreads ? 16 : 64) << 10;
 
 constexpr int kInvalidConfiguration = 9;
 
@@ -57,7 +58,6 @@ struct SharedVariable {
 // Everything that belongs to a launch; there is one at a time.
 struct Machine {
     std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
-    std::unique_ptr<char[]> stacks{new char[kMostThreads * kStackBytes]};
     Stack host;
     sanitizers::Host sanitized;
     const std::function<void()>* kernel = nullptr;
@@ -180,11 +180,34 @@ void pass_barrier(std::vector<int>& ready) {
     ++m.barriers;
 }
 
+// Puts a fiber at its beginning, on a stack of pages that nothing has used.
+void make(int thread) {
+    Fiber& fiber = machine().fibers[thread];
+    void* const stack =
+        mmap(fiber.sanitized.stack, kStackBytes, PROT_READ | PROT_WRITE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (fiber.sanitized.stack ? MAP_FIXED : 0),
+             -1, 0);
+    if (stack == MAP_FAILED) fail("no memory for stacks", {__FILE__, __LINE__});
+    fiber.sanitized.stack = stack;
+    fiber.sanitized.stack_bytes = kStackBytes;
+    ucontext_t& context = fiber.stack.context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    fiber.stack.is_new = true;
+    makecontext(&context, &live, 0);
+}
+
 void run_block() {
     Machine& m = machine();
     const int n = static_cast<int>(m.threads);
     m.barriers = 0;
-    for (int i = 0; i < n; ++i) sanitizers::begin(m.fibers[i].sanitized);
+    for (int i = 0; i < n; ++i) {
+        // The thread sanitizer takes a stack that is used again for memory that is shared.
+        if (sanitizers::kThreads || m.fibers[i].sanitized.stack == nullptr) make(i);
+        sanitizers::begin(m.fibers[i].sanitized);
+    }
     std::vector<int> ready(n);
     std::iota(ready.begin(), ready.end(), 0);
     while (!ready.empty()) {
@@ -200,25 +223,6 @@ void run_block() {
     }
     m.shared_bytes = 0;
     for (int i = 0; i < n; ++i) sanitizers::end(m.fibers[i].sanitized);
-}
-
-// Makes the fibers that are not there yet.
-void make_fibers(unsigned threads) {
-    Machine& m = machine();
-    static unsigned made = 0;
-    for (; made < threads; ++made) {
-        Fiber& fiber = m.fibers[made];
-        char* const stack = m.stacks.get() + made * kStackBytes;
-        ucontext_t& context = fiber.stack.context;
-        getcontext(&context);
-        context.uc_stack.ss_sp = stack;
-        context.uc_stack.ss_size = kStackBytes;
-        context.uc_link = nullptr;
-        fiber.stack.is_new = true;
-        fiber.sanitized.stack = stack;
-        fiber.sanitized.stack_bytes = kStackBytes;
-        makecontext(&context, &live, 0);
-    }
 }
 
 }  // namespace
@@ -262,9 +266,11 @@ void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment) {
         m.shared_bytes += bytes;
         if (m.shared_bytes > kMostSharedBytes) fail("too much shared memory", {"a kernel", 0});
         const sanitizers::OnTheHost host(m.sanitized, m.fibers[m.running].sanitized);
-        const std::size_t whole = (bytes + alignment - 1) / alignment * alignment;
-        variable.memory.reset(std::aligned_alloc(std::max(alignment, sizeof(void*)), whole));
-        std::memset(variable.memory.get(), 0xff, whole);  // NaN
+        void* memory = nullptr;
+        if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), bytes) != 0)
+            fail("no memory", {__FILE__, __LINE__});
+        std::memset(memory, 0xff, bytes);  // NaN
+        variable.memory.reset(memory);
     }
     sanitizers::acquire(sanitizers::allocations());
     return variable.memory.get();
@@ -274,6 +280,7 @@ void launch(dim3 grid, dim3 block, std::size_t shared, std::size_t argument_byte
             const std::function<void()>& kernel, At at) {
     Machine& m = machine();
     if (on_device()) fail("a launch from a kernel, which is not emulated", at);
+    if (current_device != 0) fail("a launch on another device than the tensors'", at);
     if (shared != 0) fail("dynamic shared memory, which is not emulated", at);
     if (block.y != 1 || block.z != 1)
         fail("blocks of several dimensions, which are not emulated", at);
@@ -284,7 +291,6 @@ void launch(dim3 grid, dim3 block, std::size_t shared, std::size_t argument_byte
         last_error = kInvalidConfiguration;
         return;
     }
-    make_fibers(block.x);
     m.threads = block.x;
     m.kernel = &kernel;
     grid_size = {grid.x, grid.y, 1};

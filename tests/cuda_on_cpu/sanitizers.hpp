@@ -50,6 +50,13 @@ inline void* launch_end() {
     return &address;
 }
 
+// Whether the thread sanitizer watches.
+#ifdef EMULATOR_TSAN
+constexpr bool kThreads = true;
+#else
+constexpr bool kThreads = false;
+#endif
+
 #ifdef EMULATOR_TSAN
 inline void release(void* address) { __tsan_release(address); }
 inline void acquire(void* address) { __tsan_acquire(address); }

@@ -1,0 +1,286 @@
+"""Whether the tests notice when a CUDA kernel is wrong: `python tests/cuda_on_cpu/mutants.py`.
+
+One at a time, every barrier is taken out of the sources, every condition of an `if` is made always
+true and always false, each side of an `&&` and of a `min` is left out, every loop runs once too
+often or not at all. What comes of it is built for the emulator, and has to fail a test: first under
+the address sanitizer, then, where it passed, under the thread sanitizer. A mutant that survives is
+code that no test needs: a line that says `not needed for` in the source says why it is there.
+
+The table goes to tests/cuda_on_cpu/MUTANTS.md. Takes about an hour on two cores; goes on where it
+was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+WORK = ROOT / "build" / "mutants"
+TABLE = Path(__file__).with_name("MUTANTS.md")
+
+# The tests of a source; a header's are all of them.
+TESTS = {
+    "ascend.cu": ["test_ascend.py", "test_ascend_again.py", "test_ascend_hvp.py"],
+    "descend.cu": ["test_descend.py", "test_stochastic_rounding.py"],
+    "descend_adamw.cu": ["test_descend_adamw.py"],
+    "reduce.cu": ["test_norm.py", "test_flag_nonfinite.py"],
+    "project.cu": ["test_project_out.py"],
+    "lanczos.cu": ["test_three_term.py", "test_orthonormalise.py"],
+}
+GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]
+SECONDS = 900  # a mutant that runs for longer hangs
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of a source.
+
+    Attributes:
+        file, line: where.
+        what: the change, as the table says it.
+        begin, end: the characters that are replaced.
+        text: what stands there then.
+    """
+
+    file: str
+    line: int
+    what: str
+    begin: int
+    end: int
+    text: str
+
+
+def mutants_of(file: str, source: str) -> Iterator[Mutant]:
+    """Every mutant of a source."""
+    code = re.sub(r"//[^\n]*|\"[^\"\n]*\"", lambda m: " " * len(m[0]), source)
+
+    def mutant(begin: int, end: int, text: str, what: str) -> Mutant:
+        line = source.count("\n", 0, begin) + 1
+        return Mutant(file, line, what, begin, end, text)
+
+    for m in re.finditer(r"__syncthreads\(\);", code):
+        yield mutant(m.start(), m.end(), ";", "without the barrier")
+    for m in re.finditer(r"\bif \(", code):
+        end = _closing(code, m.end() - 1)
+        condition = " ".join(source[m.end() : end].split())
+        if not code[: m.start()].rstrip().endswith("else"):
+            yield mutant(m.end(), end, "false", f"if ({condition}): never")
+        yield mutant(m.end(), end, "true", f"if ({condition}): always")
+    for m in re.finditer(r"\bmin\(", code):
+        end = _closing(code, m.end() - 1)
+        whole = " ".join(source[m.start() : end + 1].split())
+        for part in _arguments(code, m.end(), end):
+            text = source[slice(*part)].strip()
+            yield mutant(m.start(), end + 1, f"({text})", f"{whole}: {' '.join(text.split())}")
+    for m in re.finditer(r"\b(?:for|while) \(", code):
+        end = _closing(code, m.end() - 1)
+        begin, until = _condition_of_loop(code, m.end(), end)
+        condition = " ".join(source[begin:until].split())
+        yield mutant(begin, until, " false", f"loop while {condition}: not at all")
+        if re.search(r"(?<![<-])<(?![<=])", code[begin:until]):
+            text = re.sub(r"(?<![<-])<(?![<=])", "<=", source[begin:until], count=1)
+            yield mutant(begin, until, text, f"loop while {condition}: once more")
+    for m in re.finditer(r"[^;{}()&]+(?:\([^;{}()]*\)[^;{}()&]*)* && [^;{}()&]+", code):
+        left, right = (side.strip() for side in source[m.start() : m.end()].split(" && ", 1))
+        prefix = re.match(r"(?s).*(?:=|return) ", left)
+        kept = prefix[0] if prefix else ""
+        what = " ".join(f"{left[len(kept) :]} && {right}".split())
+        yield mutant(m.start(), m.end(), f"{left} ", f"{what}: the left side alone")
+        yield mutant(m.start(), m.end(), f"{kept} {right}", f"{what}: the right side alone")
+
+
+def _closing(code: str, opening: int) -> int:
+    """Where the parenthesis closes that opens there."""
+    depth = 0
+    for i in range(opening, len(code)):
+        depth += (code[i] == "(") - (code[i] == ")")
+        if depth == 0:
+            return i
+    raise ValueError("a parenthesis that is not closed")
+
+
+def _arguments(code: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Stretches between commas that are in no further parentheses."""
+    depth, first = 0, begin
+    for i in range(begin, end):
+        depth += (code[i] in "([{<") - (code[i] in ")]}>")
+        if depth == 0 and code[i] == ",":
+            yield first, i
+            first = i + 1
+    yield first, end
+
+
+def _condition_of_loop(code: str, begin: int, end: int) -> tuple[int, int]:
+    if ";" not in code[begin:end]:
+        return begin, end  # while
+    first = code.index(";", begin) + 1
+    return first, code.index(";", first)
+
+
+class Workshop:
+    """A copy of the sources, and the extensions that are built from it."""
+
+    def __init__(self) -> None:
+        self.sources = WORK / "cuda"
+        shutil.rmtree(self.sources, ignore_errors=True)
+        shutil.copytree(SOURCES, self.sources)
+        for sanitizer in ("address", "thread"):
+            _run(
+                "cmake", "-G", "Ninja", "-S", Path(__file__).parent, "-B", WORK / sanitizer,
+                f"-DSANITIZER={sanitizer}", f"-DCUDA_SOURCES={self.sources}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={_output(sys.executable, '-m', 'pybind11', '--cmakedir')}",
+            )  # fmt: skip
+
+    def caught(self, mutant: Mutant | None) -> str:
+        """What notices a mutant; "" if nothing does."""
+        path = self.sources / mutant.file if mutant else None
+        source = path.read_text() if path else ""
+        if mutant and path:
+            path.write_text(source[: mutant.begin] + mutant.text + source[mutant.end :])
+        try:
+            for sanitizer in ("address", "thread"):
+                built = subprocess.run(
+                    ["ninja", "-C", WORK / sanitizer], capture_output=True, text=True
+                )
+                if built.returncode != 0:
+                    return "the compiler"
+                failure = _failure(sanitizer, mutant.file if mutant else "")
+                if failure:
+                    return failure
+            return ""
+        finally:
+            if path:
+                path.write_text(source)
+
+
+def _failure(sanitizer: str, file: str) -> str:
+    """The first failure of the tests with the extension that was built, or ""."""
+    try:
+        done = subprocess.run(
+            [ROOT / "tests" / "cuda_on_cpu" / "run.sh", sanitizer, *_tests(sanitizer, file)],
+            env=os.environ | {"EIGENFILTER_EMULATED": str(WORK / sanitizer / "_core.so")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"a test that takes more than {SECONDS} s"
+    if done.returncode == 0:
+        return ""
+    return _reason(done.stdout)
+
+
+def _tests(sanitizer: str, file: str) -> list[str]:
+    if sanitizer == "thread":
+        return [str(Path(__file__).with_name("races.py"))]
+    names = TESTS.get(file) or [name for names in TESTS.values() for name in names]
+    files = [str(ROOT / "tests" / "kernels" / name) for name in [*names, *GENERAL]]
+    return ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+
+
+def _reason(said: str) -> str:
+    """What of an output says why it failed."""
+    for pattern, reason in (
+        (r"emulator: \S+?(\w+\.\w+:\d+): ([^\n]*)", r"emulator: \2, \1"),
+        (r"emulator: (an access outside device memory|the host touched device memory)", r"\1"),
+        (r"ThreadSanitizer: ([\w -]+?) \(", r"thread sanitizer: \1"),
+        (r"AddressSanitizer: ([\w-]+)", r"address sanitizer: \1"),
+        (r"csrc/\S+?(\w+\.\w+:\d+):\d+: runtime error: ([^\n]{,60})", r"\2, \1"),
+        (r"FAILED \S+?(test_\w+)\.py::(\w+)", r"\1: \2"),
+        (r"ERROR ([^\n]{,80})", r"\1"),
+    ):
+        found = re.search(pattern, said)
+        if found:
+            return found.expand(reason)
+    return "ended: " + said.strip().splitlines()[-1][:100] if said.strip() else "ended"
+
+
+def _run(*command: object) -> None:
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", help="of csrc/cuda (default: all)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutants that say so")
+    parser.add_argument("--list", action="store_true", help="list the mutants")
+    args = parser.parse_args()
+    files = args.files or sorted(path.name for path in SOURCES.glob("*.cu*"))
+    chosen = [m for file in files for m in mutants_of(file, (SOURCES / file).read_text())]
+    chosen = [m for m in chosen if args.only in m.what]
+    if args.list:
+        for mutant in chosen:
+            print(f"{mutant.file}:{mutant.line}: {mutant.what}")
+        print(f"{len(chosen)} mutants")
+        return 0
+    WORK.mkdir(parents=True, exist_ok=True)
+    record = WORK / "caught.json"
+    known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+    workshop = Workshop()
+    if failure := workshop.caught(None):
+        print(f"the sources as they are fail: {failure}", file=sys.stderr)
+        return 2
+    for number, mutant in enumerate(chosen, 1):
+        key = json.dumps(asdict(mutant)) + (SOURCES / mutant.file).read_text()
+        if key not in known:
+            known[key] = workshop.caught(mutant)
+            record.write_text(json.dumps(known))
+        said = known[key] or "SURVIVES"
+        print(
+            f"{number}/{len(chosen)} {mutant.file}:{mutant.line} {mutant.what}: {said}", flush=True
+        )
+    survivors = write_table(chosen, [known[_key(m)] for m in chosen])
+    return 1 if survivors else 0
+
+
+def _key(mutant: Mutant) -> str:
+    return json.dumps(asdict(mutant)) + (SOURCES / mutant.file).read_text()
+
+
+def write_table(mutants: list[Mutant], caught: list[str]) -> int:
+    """Write what caught each mutant; return how many survive that no comment explains."""
+    lines = [
+        "# Mutants of the CUDA kernels",
+        "",
+        "What notices each change of the sources, run by the emulator: see `mutants.py`.",
+        "",
+        "| source | change | caught by |",
+        "| --- | --- | --- |",
+    ]
+    unexplained = 0
+    for mutant, by in zip(mutants, caught, strict=True):
+        if not by:
+            by = _explanation(mutant)
+            unexplained += not by
+        what = mutant.what.replace("|", "\\|")
+        lines.append(f"| {mutant.file}:{mutant.line} | `{what}` | {by or '**nothing**'} |")
+    TABLE.write_text("\n".join(lines) + "\n")
+    return unexplained
+
+
+def _explanation(mutant: Mutant) -> str:
+    """What a comment at the line, or right above it, says a line is there for."""
+    lines = (SOURCES / mutant.file).read_text().splitlines()
+    near = " ".join(lines[max(mutant.line - 4, 0) : mutant.line])
+    found = re.search(r"not needed for [^.;]*", near.replace(" // ", " "))
+    return f"nothing: {found[0]}" if found else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

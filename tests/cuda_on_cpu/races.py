@@ -1,0 +1,69 @@
+"""Every kernel once, on a few blocks, for the thread sanitizer: `run.sh thread races.py`.
+
+A block takes a tenth of a second there. A race ends the process; what the kernels compute is
+checked by the tests.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+
+import backends
+from eigenfilter import kernels
+
+SIZES = (1, 4097, 5000)  # two blocks, the last of them not full
+COLUMNS = 2500  # two tiles
+
+
+def lists(count: int, dtype: torch.dtype) -> list[list[Tensor]]:
+    return [[torch.rand(size).to(dtype) for size in SIZES] for _ in range(count)]
+
+
+def on_device(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def updates(dtype: torch.dtype) -> None:
+    """With hyperparameters that the device reads, from which each block makes its rule."""
+    flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.zeros(1)}
+    x, g, b, m, v = lists(5, dtype)
+    kernels.ascend(x, g, b, on_device(0.1), **flags)
+    kernels.ascend_again(x, g, on_device(0.1), b)
+    kernels.ascend_hvp(x, g, m, b, on_device(0.1), 0.01)
+    kernels.descend(x, g, m, b, lr=on_device(0.1), momentum=0.9, **flags)
+    kernels.descend_adamw(
+        x, g, m, v, b, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=on_device(3)
+    )
+
+
+def reductions(dtype: torch.dtype) -> None:
+    x, weights = lists(2, dtype)
+    kernels.norm(x)
+    kernels.norm(x, weights=weights, grad_scale=torch.tensor(2.0))
+    x[-1][-1] = torch.inf
+    kernels.flag_nonfinite(x, torch.zeros(1))
+
+
+def rows(dtype: torch.dtype) -> None:
+    u, q, w = torch.rand(3, 3, COLUMNS, dtype=dtype)
+    kernels.project_out(w, q / COLUMNS**0.5)
+    kernels.row_dots(q, w)
+    kernels.three_term(u, q, w, torch.rand(3, 3, dtype=torch.float64))
+    kernels.gram(u)
+    kernels.mix_rows(u, torch.rand(3, 3, dtype=torch.float64))
+
+
+if __name__ == "__main__":
+    assert backends.EMULATED, "run.sh runs this"
+    for dtype in (torch.float32, torch.float64):
+        updates(dtype)
+        reductions(dtype)
+        rows(dtype)
+    updates(torch.bfloat16)
+    print("no race")
