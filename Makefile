@@ -1,5 +1,5 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | test-emulated | lint | bench | bench-curvature | bench-page | reproduction | gpu-gate | clean
+#   make demo | test | test-emulated | races | mutants | lint | bench | bench-curvature | bench-page | reproduction | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ VENV := .venv/.made
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
-.PHONY: install demo test emulated test-emulated lint bench bench-curvature bench-page reproduction gpu-gate clean
+.PHONY: install demo test emulated test-emulated races mutants lint bench bench-curvature bench-page reproduction gpu-gate clean
 
 install: $(INSTALLED)
 
@@ -43,6 +43,13 @@ emulated: $(INSTALLED)
 
 test-emulated: emulated
 	tests/cuda_on_cpu/run.sh $(SANITIZER) -m pytest tests/kernels tests/optimizers
+
+races:
+	$(MAKE) emulated SANITIZER=thread
+	tests/cuda_on_cpu/run.sh thread tests/cuda_on_cpu/races.py
+
+mutants: $(INSTALLED)
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/cuda_on_cpu/mutants.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
