@@ -1,11 +1,11 @@
 """Whether the tests notice when a CUDA kernel is wrong: `python tests/cuda_on_cpu/mutants.py`.
 
 One at a time, every barrier is taken out of the sources, every condition of an `if` is made always
-true and always false, each side of an `&&` and of a `min` is left out, every loop over elements runs
-once too often or not at all. What comes of it is built for the emulator and has to fail: the tests
-under the address sanitizer, then, where it passes, every kernel under the thread sanitizer (first,
-where a barrier is missing). A mutant that survives is code that no test needs: a comment at the line
-that says "not needed for ..." says why it is there.
+true and always false, each side of an `&&` and of a `min` is left out, every loop over elements
+runs once too often or not at all. What comes of it is built for the emulator and has to fail: the
+tests under the address sanitizer, then, where it passes, every kernel under the thread sanitizer
+(first, where a barrier is missing). A mutant that survives is code that no test needs: a comment at
+the line that says "not needed for ..." says why it is there.
 
 The table goes to tests/cuda_on_cpu/MUTANTS.md. Takes about an hour on two cores; goes on where it
 was stopped.
