@@ -200,6 +200,15 @@ def test_tensors_of_all_sizes_together(
 
 
 @overflows
+@pytest.mark.parametrize("size", [1e-156, 1e-157, 1e-158, 1e-162, 1e-170, 1e154, 1e160])
+def test_long_sums_of_squares_beyond_float64(room: Room, size: float) -> None:
+    """Where squares have few digits left, or none, and rounding errors could add up."""
+    t = size * (1 + torch.rand(100_000, dtype=torch.float64))
+    found = kernels.norm([t.to(room.device)], backend=room.backend)
+    assert found.item() == pytest.approx(math.hypot(*t.tolist()), rel=2e-15, abs=0)
+
+
+@overflows
 @pytest.mark.parametrize("exponent", [600, -600, 0])
 def test_one_element_of_a_chunk_beyond_float64(room: Room, exponent: int) -> None:
     """Beside zeros, and where the whole chunk, part of one and several chunks surround it."""
