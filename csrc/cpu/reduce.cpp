@@ -14,6 +14,9 @@ constexpr std::int64_t kChunk = 16 * 1024;
 
 namespace {
 
+// A sum of squares from here on has lost nothing that counts to squares below the normal numbers.
+constexpr double kLeastSum = 0x1p-700;
+
 // The norm where squares of float64 elements are beyond what float64 holds: that of all elements
 // divided by the power of two of the largest, times it. Of other tensors the sums are exact enough.
 double scaled_norm(const Tensors& t, const std::vector<std::int64_t>& chunks_before,
@@ -39,10 +42,12 @@ double scaled_norm(const Tensors& t, const std::vector<std::int64_t>& chunks_bef
     if (largest == 0 || !std::isfinite(largest)) return largest;
     int exponent = 0;
     std::frexp(largest, &exponent);
-    double sum = 0;
+    double sum = 0, lost = 0;  // by rounding: one sum of all elements is a long one
     each([&](double value) {
         const double scaled = std::ldexp(value, -exponent);
-        sum += scaled * scaled;
+        const double term = scaled * scaled - lost, next = sum + term;
+        lost = (next - sum) - term;
+        sum = next;
     });
     return std::ldexp(std::sqrt(sum), exponent);
 }
@@ -71,7 +76,7 @@ double norm(const Tensors& t, int threads) {
                        }
                    });
     const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
-    if (sum < DBL_MIN || sum > DBL_MAX) return scaled_norm(t, chunks_before, sums);
+    if (sum < kLeastSum || sum > DBL_MAX) return scaled_norm(t, chunks_before, sums);
     return std::sqrt(sum);
 }
 

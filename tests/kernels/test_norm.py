@@ -145,40 +145,132 @@ def test_empty_tensors_have_norm_zero(room: Room, dtype: torch.dtype) -> None:
     assert kernels.norm(empty, weights=empty, backend=room.backend).item() == 0
 
 
+# numpy, with which triton's interpreter computes, says where the squares overflow.
+overflows = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning:triton")
+
+
+@overflows
 @weightings
 @pytest.mark.parametrize("size", [1e200, 1e160, 1e-160, 1e-200, 5e-324])
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_squares_beyond_float64(backend: str, size: float, weighted: bool) -> None:
+def test_squares_beyond_float64(room: Room, size: float, weighted: bool) -> None:
     lists = [torch.tensor([3.0, -4.0]), torch.tensor([], dtype=torch.float64), torch.tensor([12.0])]
-    lists = [t.double() * size for t in lists]
+    lists = [t.double().to(room.device) * size for t in lists]
     weights = [torch.full_like(t, 2.0) for t in lists] if weighted else None
-    found = kernels.norm(lists, weights=weights, backend=backend)
-    assert found.item() == pytest.approx((26.0 if weighted else 13.0) * size, rel=1e-15)
+    found = kernels.norm(lists, weights=weights, backend=room.backend)
+    assert found.item() == pytest.approx((26.0 if weighted else 13.0) * size, rel=1e-15, abs=0)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+# Powers of two of the elements of three tensors: all beyond, some beyond, on either side or both,
+# at the edges of what is summed at once, and such as count though they are not the largest.
+EXPONENTS = [
+    (600, 600, 600),
+    (-600, -600, -600),
+    (0, 512, 510),
+    (0, -530, -1000),
+    (-1074, -1074, -1074),
+    (-1060, -538, -540),
+    (1015, -1074, 3),
+    (-1074, 0, 1015),
+    (350, 344, 340),
+    (-350, -354, -356),
+    (-380, -350, -345),
+    (349, 351, 353),
+]
+
+
+@overflows
+@weightings
+@pytest.mark.parametrize("exponents", EXPONENTS, ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_tensors_of_all_sizes_together(
+    room: Room, exponents: tuple[int, ...], shift: int, weighted: bool
+) -> None:
+    arena = Arena(torch.float64, 2, (5000, 2049, 7), device=room.device, shifts=[shift, 0])
+    arena.fill(0, 1)
+    lists, weights = arena.lists
+    for t, w, exponent in zip(lists, weights, exponents, strict=True):
+        t.copy_(torch.ldexp(t.sign() + t / 8, torch.tensor(exponent, device=room.device)))
+        w.copy_(w.sign() + w / 8)
+    values = torch.cat(lists) * (torch.cat(weights) if weighted else 1)
+    found = kernels.norm(lists, weights=weights if weighted else None, backend=room.backend)
+    assert 0 < found.item() < math.inf
+    assert found.item() == pytest.approx(
+        math.hypot(*values.tolist()), rel=NORM[torch.float64], abs=0
+    )
+
+
+@overflows
+@pytest.mark.parametrize("size", [1e-156, 1e-157, 1e-158, 1e-162, 1e-170, 1e154, 1e160])
+def test_long_sums_of_squares_beyond_float64(room: Room, size: float) -> None:
+    """Where squares have few digits left, or none, and rounding errors could add up."""
+    t = size * (1 + torch.rand(100_000, dtype=torch.float64))
+    found = kernels.norm([t.to(room.device)], backend=room.backend)
+    assert found.item() == pytest.approx(math.hypot(*t.tolist()), rel=2e-15, abs=0)
+
+
+@overflows
+@pytest.mark.parametrize("exponent", [600, -600, 0])
+def test_one_element_of_a_chunk_beyond_float64(room: Room, exponent: int) -> None:
+    """Beside zeros, and where the whole chunk, part of one and several chunks surround it."""
+    for size in (1, 2048, 2049, 7000):
+        t = torch.zeros(size, dtype=torch.float64, device=room.device)
+        t[size // 2] = -(2.0**exponent)
+        assert kernels.norm([t, t], backend=room.backend).item() == 2**0.5 * 2.0**exponent
+
+
+@overflows
+def test_a_loss_scale_beyond_float32(room: Room) -> None:
+    t = torch.tensor([3e200, 4e200], dtype=torch.float64, device=room.device)
+    scale = torch.tensor(1e190, dtype=torch.float64, device=room.device)
+    found = kernels.norm([t], grad_scale=scale, backend=room.backend)
+    assert found.item() == pytest.approx(5e10, rel=1e-15)
+
+
+@overflows
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
         ([0.0, 0.0], 0.0),
         ([1e200, math.inf], math.inf),
         ([1e200, math.nan], math.nan),
+        ([1e-200, math.inf], math.inf),
+        ([1e-200, math.nan], math.nan),
         ([1e200, 3e38], 1e200),
+        ([1e-200, 0.0], 1e-200),
+        ([1e-200, 1.0], 1.0),
         ([1.5e308, 1.5e308], math.inf),
     ],
 )
-def test_what_is_no_square_beyond_float64(
-    backend: str, values: list[float], expected: float
-) -> None:
-    lists = [torch.tensor(values[:1], dtype=torch.float64), torch.tensor(values[1:])]
-    lists = lists if values[1] <= 3e38 else [torch.tensor(values, dtype=torch.float64)]
-    found = kernels.norm(lists, backend=backend)
-    assert found.item() == pytest.approx(expected, rel=1e-15, nan_ok=True)
+def test_what_is_no_square_beyond_float64(room: Room, values: list[float], expected: float) -> None:
+    """Of one float64 tensor, of two, and of one beside a float32 one that holds the rest."""
+    both = torch.tensor(values, dtype=torch.float64, device=room.device)
+    lists = [[both], [both[:1], both[1:]]]
+    if values[1] != 1.5e308:
+        lists += [[both[:1], both[1:].float()], [both[1:].float(), both[:1]]]
+    for tensors in lists:
+        given = {"out": torch.empty((), dtype=torch.float64, device=room.device)}
+        found = kernels.norm(tensors, **given, backend=room.backend)
+        assert found.item() == pytest.approx(expected, rel=1e-15, abs=0, nan_ok=True)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_float64_gradient_of_float32_weights_beyond_float64(backend: str) -> None:
-    weights = [torch.tensor([2.0, 0.5])]
-    lists = [torch.tensor([3e180, 16e180], dtype=torch.float64)]
-    found = kernels.norm(lists, weights=weights, backend=backend)
-    assert found.item() == pytest.approx(1e181, rel=1e-15)
+@overflows
+def test_products_of_float64_beyond_it_or_none(room: Room) -> None:
+    for t, w, expected in (
+        (1e200, 1e200, math.inf),
+        (1e-200, 1e-200, 0.0),
+        (1e300, 1e-300, 1.0),
+    ):
+        lists, weights = (
+            torch.full((1,), v, dtype=torch.float64, device=room.device) for v in (t, w)
+        )
+        found = kernels.norm([lists], weights=[weights], backend=room.backend)
+        assert found.item() == pytest.approx(expected, rel=1e-15, abs=0)
+
+
+@overflows
+@pytest.mark.parametrize("size", [1e180, 1e-180])
+def test_a_float64_gradient_of_float32_weights_beyond_float64(room: Room, size: float) -> None:
+    weights = [torch.tensor([2.0, 0.5], device=room.device)]
+    lists = [torch.tensor([3 * size, 16 * size], dtype=torch.float64, device=room.device)]
+    found = kernels.norm(lists, weights=weights, backend=room.backend)
+    assert found.item() == pytest.approx(10 * size, rel=1e-15, abs=0)

@@ -285,6 +285,7 @@ def configurations(
 
     shared = constants(getattr(torch, dtype), Blocks(), getattr(torch, grad or dtype))
     nesterov, nearest = {"MOMENTA": True, "NESTEROV": True}, {"STOCHASTIC": False}
+    unscaled = {} if "float64" in (dtype, grad) else {"exponents": None}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "ascend": on_host(device_code.ascend_kernel, ADAPTIVE=False),
         "ascend_scaled": (device_code.ascend_kernel, {"ADAPTIVE": True}),
@@ -297,8 +298,8 @@ def configurations(
         "descend_scaled": (device_code.descend_kernel, nesterov | nearest),
         "descend_adamw": on_host(device_code.descend_adamw_kernel, **nearest),
         "descend_adamw_scaled": (device_code.descend_adamw_kernel, nearest),
-        "sum_squares": (device_code.sum_squares_kernel, {"WEIGHTS": False}),
-        "sum_squares_weighted": (device_code.sum_squares_kernel, {"WEIGHTS": True}),
+        "sum_squares": (device_code.sum_squares_kernel, {"WEIGHTS": False} | unscaled),
+        "sum_squares_weighted": (device_code.sum_squares_kernel, {"WEIGHTS": True} | unscaled),
         "flag_nonfinite": (device_code.flag_nonfinite_kernel, {}),
     }
     if dtype in NARROW:
@@ -310,7 +311,7 @@ def configurations(
         name: (kernel, shared | chosen, options(Blocks()))
         for name, (kernel, chosen) in kernels.items()
     }
-    block = {"BLOCK": device_code.NORM_BLOCK}
+    block = {"BLOCK": device_code.NORM_BLOCK} | unscaled
     return found | {"norm": (device_code.norm_kernel, block, device_code.NORM_OPTIONS)}
 
 
@@ -334,7 +335,7 @@ def type_of(argument: str, dtype: str) -> str:
     """Return the type of a kernel's argument as triton's signatures spell it."""
     if argument in VECTORS:
         return "*fp64" if dtype == "float64" else "*fp32"
-    if argument in ("pointers", "chunks"):
+    if argument in ("pointers", "chunks", "exponents"):
         return "*i64"
     if argument in ("n", "origin", "count", "rows", "columns"):
         return "i32"

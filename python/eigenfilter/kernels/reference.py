@@ -232,9 +232,8 @@ def norm(
     if filled and any(t.dtype == torch.float64 for t in tensors):
         scale = power_of_two(torch.stack(filled).amax())
         scaled = _root_of_squares([v / scale for v in values], out.device) * scale
-        limits = torch.finfo(torch.float64)
-        # Where the sum of the squares is beyond what float64 holds.
-        root = torch.where((root >= limits.tiny**0.5) & (root < torch.inf), root, scaled)
+        # Where squares are beyond what float64 holds, or so small that they lose digits that count.
+        root = torch.where((root >= 2.0**-350) & (root < torch.inf), root, scaled)
     out.copy_(root * _inverse(grad_scale, out))
 
 

@@ -27,6 +27,12 @@ OPTIONS = {"enable_fp_fusion": False}
 NORM_OPTIONS = OPTIONS | {"num_warps": 16}
 NORM_BLOCK = 8192
 
+# The exponent of a scale and its negative are those of normal numbers.
+MOST_EXPONENT = tl.constexpr(1022)
+# Far inside of the range of float64: no square that counts in a sum between them has vanished.
+LEAST_SUM = tl.constexpr(2.0**-700)
+GREATEST_SUM = tl.constexpr(2.0**700)
+
 
 @triton.jit
 def _real(value, at):
@@ -381,12 +387,61 @@ def descend_adamw_kernel(
 
 
 @triton.jit
-def _squares(t_at, w_at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Squares of t, or of w t where there are weights."""
+def _power_of_two(exponent):
+    """2^exponent in float64, for an int64 exponent of a normal number."""
+    return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _exponent_of(value):
+    """That of the greatest power of two that value > 0 reaches, as far as a scale may have it."""
+    exponent = (value.to(tl.int64, bitcast=True) >> 52) - 1023
+    return tl.minimum(tl.maximum(exponent, -MOST_EXPONENT), MOST_EXPONENT)
+
+
+@triton.jit
+def _values(t_at, w_at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Elements of t in float64, or of w t where there are weights."""
     t = _load(t_at, start, length, BLOCK, WIDE).to(tl.float64)
     if w_at is not None:
         t = _load(w_at, start, length, BLOCK, WIDE).to(tl.float64) * t
-    return t * t
+    return t
+
+
+@triton.jit
+def _sum_squares(t_at, w_at, scale, length, wide, BLOCK: tl.constexpr):
+    """Sum of (scale w t)^2 over a chunk; without a scale it is 1."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, wide, BLOCK):
+        t = _values(t_at, w_at, start, length, BLOCK, True)
+        t = t if scale is None else t * scale
+        total += t * t
+    for start in range(wide, length, BLOCK):
+        t = _values(t_at, w_at, start, length, BLOCK, False)
+        t = t if scale is None else t * scale
+        total += t * t
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _largest(t_at, w_at, length, BLOCK: tl.constexpr):
+    """Largest |w t| of a chunk."""
+    largest = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, length, BLOCK):
+        largest = tl.maximum(largest, tl.abs(_values(t_at, w_at, start, length, BLOCK, False)))
+    return tl.max(largest, axis=0)
+
+
+@triton.jit
+def _in_range(total, exponent, t_at, w_at, length, BLOCK: tl.constexpr):
+    """The sum of a chunk and its exponent, taken once more if its squares overflow or vanish."""
+    if (total < LEAST_SUM) | (total > GREATEST_SUM):
+        largest = _largest(t_at, w_at, length, BLOCK)
+        if (largest > 0) & (largest < float("inf")):
+            exponent = _exponent_of(largest)
+            scale = _power_of_two(-exponent)
+            total = _sum_squares(t_at, w_at, scale, length, 0, BLOCK)
+    return total, exponent
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -395,31 +450,55 @@ def sum_squares_kernel(
     chunks,
     n,
     sums,
+    exponents,
     WEIGHTS: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sums[program] <- sum of (w t)^2, in an order that alignment does not change."""
+    """sums[program] 4^exponents[program] <- sum of (w t)^2, in an order free of alignment.
+
+    The exponent is 0 unless squares of float64 elements overflow or vanish. There are exponents
+    where a tensor is float64.
+    """
     tensor, first, length, wide = _chunk(chunks)
     t_at = _address(pointers, tensor + n if WEIGHTS else tensor, first, GRAD)
     w_at = _address(pointers, tensor, first, DTYPE) if WEIGHTS else None
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, wide, BLOCK):
-        total += _squares(t_at, w_at, start, length, BLOCK, True)
-    for start in range(wide, length, BLOCK):
-        total += _squares(t_at, w_at, start, length, BLOCK, False)
-    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
+    total = _sum_squares(t_at, w_at, None, length, wide, BLOCK)
+    exponent = tl.full((), 0, tl.int64)
+    if tl.float64 == GRAD:
+        total, exponent = _in_range(total, exponent, t_at, w_at, length, BLOCK)
+    tl.store(sums + tl.program_id(0), total)
+    if exponents is not None:
+        tl.store(exponents + tl.program_id(0), exponent)
 
 
 @triton.jit(do_not_specialize=["count"])
-def norm_kernel(sums, count, out, grad_scale, BLOCK: tl.constexpr):
-    """out <- S sqrt(sum of `count` sums); one program, hence one order."""
+def norm_kernel(sums, exponents, count, out, grad_scale, BLOCK: tl.constexpr):
+    """out <- S sqrt(sum of `count` sums 4^exponents); one program, hence one order.
+
+    The greatest exponent is taken out of the sum. Without exponents they are 0.
+    """
+    if exponents is not None:
+        greatest = tl.full((BLOCK,), -MOST_EXPONENT, tl.int64)
+        for start in range(0, count, BLOCK):
+            exponent = _load(exponents, start, count, BLOCK, False).to(tl.int64)
+            counts = _load(sums, start, count, BLOCK, False) != 0
+            greatest = tl.where(counts, tl.maximum(greatest, exponent), greatest)
+        most = tl.max(greatest, axis=0)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
-        total += _load(sums, start, count, BLOCK, False)
-    norm = _square_root(tl.sum(total, axis=0)) * _inverse(grad_scale)
+        some = _load(sums, start, count, BLOCK, False)
+        if exponents is not None:
+            exponent = _load(exponents, start, count, BLOCK, False).to(tl.int64) - most
+            scale = _power_of_two(tl.maximum(exponent, -MOST_EXPONENT))
+            some = some * scale * scale
+        total += some
+    norm = _square_root(tl.sum(total, axis=0))
+    if exponents is not None:
+        norm = norm * _power_of_two(most)
+    norm = norm * _inverse(grad_scale)
     tl.store(out, norm.to(out.dtype.element_ty))
 
 

@@ -222,14 +222,18 @@ def norm(
         _single("out", out, torch.float64 if double else torch.float32, t.device)
         scale = _scale(grad_scale, t.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
-        rest = sums
+        wide = torch.float64 in work.chunks
+        exponents = sums.new_empty(work.programs, dtype=torch.int64) if wide else None
+        done = 0
         weighted = {"WEIGHTS": weights is not None}
         for grad, chunks in work.chunks.items():
             kernel = device_code.sum_squares_kernel
-            _launch_chunks(kernel, lists[0][0].dtype, work, grad, (rest,), weighted)
-            rest = rest[chunks.shape[1] :]
+            out_at = (sums[done:], None if exponents is None else exponents[done:])
+            _launch_chunks(kernel, lists[0][0].dtype, work, grad, out_at, weighted)
+            done += chunks.shape[1]
         device_code.norm_kernel[(1,)](
             sums,
+            exponents,
             work.programs,
             out,
             scale,
