@@ -1,4 +1,7 @@
-// Ascents and descents on the GPU: one kernel, and a Step that says which lists an update has.
+// Ascents and descents on the GPU: one kernel, and a Step that says which lists an update has. Each
+// source that includes this compiles the forms it calls for, so that they compile side by side.
+#pragma once
+
 #include <type_traits>
 #include <utility>
 
@@ -200,52 +203,4 @@ void by_flag(bool flag, Call call) {
 }
 
 }  // namespace
-
-bool compiled() { return true; }
-
-void require() {}
-
-void ascend(const Tensors& t, const AscendScalars<Scalar>& s, const float* found_inf, int device,
-            Stream stream) {
-    update<Ascend, 1, 0, Backup::kept>(t, s, found_inf, device, stream);
-}
-
-void ascend_again(const Tensors& given, const AscendScalars<Scalar>& s, const float* found_inf,
-                  int device, Stream stream) {
-    const Tensors t = from_backups(given);
-    by_flag(t.b != nullptr, [&](auto has_b) {
-        constexpr Backup b = has_b ? Backup::origin : Backup::none;
-        update<Ascend, 1, 0, b>(t, s, found_inf, device, stream);
-    });
-}
-
-void ascend_hvp(const Tensors& t, const HvpScalars<Scalar>& s, const float* found_inf, int device,
-                Stream stream) {
-    update<AscendHvp, 2, 0, Backup::origin>(t, s, found_inf, device, stream);
-}
-
-void descend(const Tensors& given, const DescendScalars<Scalar>& s, const float* found_inf,
-             int device, Stream stream) {
-    const Tensors t = from_backups(given);
-    by_flag(t.m != nullptr, [&](auto has_m) {
-        by_flag(t.b != nullptr, [&](auto has_b) {
-            by_flag(s.stochastic, [&](auto seeded) {
-                constexpr Backup b = has_b ? Backup::restored : Backup::none;
-                update<Descend, 1 + has_m, has_m, b, seeded>(t, s, found_inf, device, stream);
-            });
-        });
-    });
-}
-
-void descend_adamw(const Tensors& given, const AdamWScalars<Scalar>& s, const float* found_inf,
-                   int device, Stream stream) {
-    const Tensors t = from_backups(given);
-    by_flag(t.b != nullptr, [&](auto has_b) {
-        by_flag(s.stochastic, [&](auto seeded) {
-            constexpr Backup b = has_b ? Backup::restored : Backup::none;
-            update<DescendAdamW, 3, 2, b, seeded>(t, s, found_inf, device, stream);
-        });
-    });
-}
-
 }  // namespace eigenfilter::cuda
