@@ -54,12 +54,13 @@ struct Nonfinite {
     };
 };
 
-template <class Storage, class Weight, int Lists>
+template <class Storage, class Weight, class Pieces>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    squares_kernel(const __grid_constant__ Batch<Lists> batch, double* sums) {
-    const Chunk<Storage, Lists, Weight, Lists - 1> chunk(batch);
+    squares_kernel(const __grid_constant__ Pieces batch, double* sums) {
+    constexpr int kLists = Pieces::kRoles;
+    const Chunk<Storage, kLists, Weight, kLists - 1> chunk(batch);
     double sum = 0;
-    chunk.template each<Squares<Storage, Weight, Lists>::template Body>(&sum);
+    chunk.template each<Squares<Storage, Weight, kLists>::template Body>(&sum);
     sum = block_sum<kThreads>(sum);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
@@ -81,9 +82,9 @@ __global__ void __launch_bounds__(kFinalThreads)
     }
 }
 
-template <class Storage>
+template <class Storage, class Pieces>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    nonfinite_kernel(const __grid_constant__ Batch<1> batch, float* found_inf) {
+    nonfinite_kernel(const __grid_constant__ Pieces batch, float* found_inf) {
     const Chunk<Storage, 1> chunk(batch);
     bool found = false;
     chunk.template each<Nonfinite<Storage>::template Body>(&found);
@@ -98,8 +99,10 @@ double* launch_squares(const Tensors& t, double* sums, cudaStream_t stream) {
     };
     for_each_batch<Lists>(t, types_of, [&](const auto& batch, int blocks, Types types) {
         const auto run = [&](auto weight, auto storage) {
-            squares_kernel<decltype(storage), decltype(weight)>
-                <<<blocks, kThreads, 0, stream>>>(batch, sums);
+            by_count(batch, [&](const auto& pieces) {
+                squares_kernel<decltype(storage), decltype(weight)>
+                    <<<blocks, kThreads, 0, stream>>>(pieces, sums);
+            });
             check(cudaGetLastError(), "launching norm");
         };
         if constexpr (Lists == 2) {
@@ -136,8 +139,10 @@ void flag_nonfinite(const Tensors& t, float* found_inf, int device, Stream strea
     const auto types_of = [&](std::size_t i) { return Types{t.gradient(i), t.gradient(i)}; };
     for_each_batch<1>(t, types_of, [&](const auto& batch, int blocks, Types types) {
         by_dtype(types.storage, [&](auto storage) {
-            nonfinite_kernel<decltype(storage)>
-                <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, found_inf);
+            by_count(batch, [&](const auto& pieces) {
+                nonfinite_kernel<decltype(storage)>
+                    <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(pieces, found_inf);
+            });
             check(cudaGetLastError(), "launching flag_nonfinite");
         });
     });
