@@ -10,8 +10,10 @@ A table says how many of the cases agree, and a line why one does not.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,9 +119,10 @@ def _flags(lists: Lists, backend: str) -> Tensor:
 
 
 def _project_out(lists: Lists, backend: str) -> tuple[Tensor, ...]:
+    """Against rows of lengths near 1: a power of 2 scales them alike on every device."""
     [[basis], [wide]] = lists
-    w = wide[0].clone()
-    return (w, *kernels.project_out(w, basis / basis.shape[1] ** 0.5, backend=backend))
+    w, scale = wide[0].clone(), 2.0 ** -round(math.log2(basis.shape[1]) / 2)
+    return (w, *kernels.project_out(w, basis * scale, backend=backend))
 
 
 def _three_term(lists: Lists, backend: str) -> Tensor:
@@ -259,11 +262,11 @@ def _results(
         own = torch.promote_types(dtype, torch.float32) if task.wide == i else dtype
         if task.wide == i and own == dtype and not task.as_rows:
             own = torch.float64
-        shape = (ROWS, size) if task.as_rows else (size,)
-        memory, tensor = _tensor(shape, own, 100 * i + shift, shift)
-        memories.append(memory := memory.to(device))
-        lists.append([_inside(memory, shape, shift)])
-        lists[-1][0].copy_(tensor)
+        values = _values((ROWS, size) if task.as_rows else (size,), own, i)
+        begin, end = MARGIN + shift, MARGIN + shift + values.numel()
+        memories.append(torch.full((end + MARGIN,), torch.nan, dtype=own, device=device))
+        lists.append([memories[-1][begin:end].view(values.shape)])
+        lists[-1][0].copy_(values)
     returned = task.call(lists, backend)
     for memory, [tensor] in zip(memories, lists, strict=True):
         begin, end = MARGIN + shift, MARGIN + shift + tensor.numel()
@@ -275,25 +278,16 @@ def _results(
     return [tensor.cpu() for [tensor] in lists], [t.cpu() for t in given_back]
 
 
-def _tensor(
-    shape: tuple[int, ...], dtype: torch.dtype, seed: int, shift: int
-) -> tuple[Tensor, Tensor]:
-    """Memory of NaN with margins, and values of both signs between 0.5 and 2 in size.
+@functools.lru_cache(maxsize=8)
+def _values(shape: tuple[int, ...], dtype: torch.dtype, number: int) -> Tensor:
+    """Those of a list, of both signs and between 0.5 and 2 in size.
 
-    Those of the fourth list are positive, as second moments have to be.
+    The fourth list's are positive, as second moments have to be.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(number)
     values = torch.empty(shape).uniform_(-1.5, 1.5, generator=random)
     values += values.sign() * 0.5
-    if seed // 100 == 3:
-        values.abs_()
-    memory = torch.full((values.numel() + 2 * MARGIN + shift,), torch.nan, dtype=dtype)
-    return memory, values.to(dtype)
-
-
-def _inside(memory: Tensor, shape: tuple[int, ...], shift: int) -> Tensor:
-    begin = MARGIN + shift
-    return memory[begin : memory.numel() - MARGIN].view(shape)
+    return (values.abs() if number == 3 else values).to(dtype)
 
 
 def _difference(
