@@ -83,9 +83,10 @@ reproduction: $(INSTALLED)
 		cp out/reproduce-$$name/spectra.png docs/figures/reproduction-$$name.png; \
 	done
 
-# Brings its own installation where the system's python has torch; see the script.
+# Brings its own installation where the system's python has torch; see the script. STAGES="build smoke"
+# runs these alone, AGAIN=1 also what has passed, WITHIN=540 ends by then.
 gpu-gate:
-	bash benchmarks/gpu_gate.sh
+	$(PYTHON) benchmarks/gpu_gate.py $(STAGES) $(if $(AGAIN),--again) $(if $(WITHIN),--within $(WITHIN))
 
 # Keeps .venv, which is slow to make.
 clean:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from eigenfilter import kernels
 from eigenfilter.benchmarks import (
     finite_differences,
     loop,
@@ -22,6 +23,7 @@ from eigenfilter.benchmarks import (
     page,
     registry,
     scale,
+    smoke,
     timings,
     triton_blocks,
 )
@@ -140,6 +142,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="the largest dimension; 1e8 takes 6 GB (default: %(default)s)",
     )
     _add_out(of_scale)
+    of_smoke = table("smoke", "every kernel once, against the reference", smoke.__doc__, _smoke)
+    _add_device(of_smoke)
+    _add_only(of_smoke, f"a backend, of {', '.join(kernels.BACKENDS)}; may be repeated")
+    of_smoke.add_argument(
+        "--size",
+        type=whole(1),
+        action="append",
+        metavar="N",
+        help=f"elements of a tensor; may be repeated (default: {smoke.SIZES})",
+    )
+    _add_out(of_smoke)
     of_page = table("page", "figures and a page from results", page.__doc__, _page)
     of_page.add_argument(
         "files", nargs="+", type=Path, metavar="RESULTS.json", help="what the others wrote"
@@ -236,6 +249,18 @@ def _scale(args: argparse.Namespace) -> int:
     _refuse(args, "only", "repeat", "list", "device")
     scale.run(args.largest, _folder(args))
     return 0
+
+
+def _smoke(args: argparse.Namespace) -> int:
+    _refuse(args, "repeat", "list")
+    device = _device(args)
+    only = args.only or []
+    for name in only:
+        if name not in smoke.backends(device):
+            served = ", ".join(smoke.backends(device))
+            raise UserError(f"no backend {name!r} serves {device}: choose one of {served}")
+    failed = smoke.run(device, only, args.size or smoke.SIZES, _folder(args))
+    return 1 if failed else 0
 
 
 def _page(args: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         found |= {
             "gpu": torch.cuda.get_device_name(device),
             "cuda": torch.version.cuda,
-            "cuda_compiled": _core.cuda_compiled,
+            "cuda_architectures": _core.cuda_architectures,
             "triton_blocks": _triton_blocks(device),
         }
     return found

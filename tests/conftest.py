@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,20 @@ import torch
 
 import backends
 from cases import DTYPES
+
+HAS_HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
+
+
+def pytest_report_header() -> list[str]:
+    missing = "hypothesis is not installed: tests that draw their cases from it are left out"
+    return [] if HAS_HYPOTHESIS else [missing]
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out files that cannot be imported without hypothesis: none has a test for a GPU."""
+    if HAS_HYPOTHESIS or collection_path.suffix != ".py":
+        return None
+    return "from hypothesis import" in collection_path.read_text() or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -441,10 +441,20 @@ std::int64_t sums_workspace(py::handle sums, py::handle columns) {
 
 void require_cuda() { cuda::require(); }
 
+// What the CUDA kernels were compiled for, in CMake's words.
+py::tuple cuda_architectures() {
+#ifdef EIGENFILTER_CUDA_ARCHITECTURES
+    return py::tuple(py::str(EIGENFILTER_CUDA_ARCHITECTURES).attr("split")(","));
+#else
+    return py::tuple();
+#endif
+}
+
 }  // namespace
 
 void register_kernels(py::module_& module) {
     module.attr("cuda_compiled") = cuda::compiled();
+    module.attr("cuda_architectures") = cuda_architectures();
     module.attr("cuda_device_type") = kCudaDeviceType;
     define(module, "require_cuda", &require_cuda);
     define(module, "check", &check);

@@ -105,19 +105,25 @@ constexpr int kMixed = 128;  // columns of a few rows that a block has in double
 struct Wide {
     double at[kMostRows][kMixed + 1];
 
-    // Columns from `first` on, n of them; the rest of the room is zero.
+    // Columns from `first` on, n of them; the rest of the room is zero. A thread loads a few groups
+    // before it needs the first.
     template <class Group, class T>
     __device__ __forceinline__ void read(const T* first, std::int64_t stride, int rows, int n) {
-        constexpr int kGroups = kMixed / Group::kSize;
-        for (int i = static_cast<int>(threadIdx.x); i < rows * kGroups; i += kThreads) {
-            const int row = i / kGroups, j = i % kGroups * Group::kSize;
-            if (j < n) {
-                const Group group = Group::load(first + row * stride + j);
+        constexpr int kGroups = kMixed / Group::kSize, kAhead = 4;
+        static_assert(kThreads % kGroups == 0);  // then all of them are in the same columns
+        for (int i = static_cast<int>(threadIdx.x); i < rows * kGroups; i += kAhead * kThreads) {
+            Group groups[kAhead] = {};
 #pragma unroll
-                for (int k = 0; k < Group::kSize; ++k) at[row][j + k] = group.v[k];
-            } else {
+            for (int a = 0; a < kAhead; ++a) {
+                const int row = (i + a * kThreads) / kGroups, j = i % kGroups * Group::kSize;
+                if (row < rows && j < n) groups[a] = Group::load(first + row * stride + j);
+            }
 #pragma unroll
-                for (int k = 0; k < Group::kSize; ++k) at[row][j + k] = 0;
+            for (int a = 0; a < kAhead; ++a) {
+                const int row = (i + a * kThreads) / kGroups, j = i % kGroups * Group::kSize;
+                if (row >= rows) continue;
+#pragma unroll
+                for (int k = 0; k < Group::kSize; ++k) at[row][j + k] = groups[a].v[k];
             }
         }
     }

@@ -30,17 +30,21 @@ constexpr int kArgumentBytes = 4096;
 #endif
 constexpr int kOtherArgumentBytes = 512;
 
+// Whatever a launch's arguments take is copied by the host, by the driver and to the device,
+// however few tensors there are: few of them get a batch that fits into so much.
+constexpr int kFewArgumentBytes = 4096;
+
 // Tensors with more elements are cut into pieces of so many, which is a whole number of chunks:
 // every number in a batch then fits 32 bits.
 constexpr int kMostElements = 1 << 30;
 static_assert(kMostElements % kChunkBytes == 0);
 
-template <int Roles>
+template <int Roles, int ArgumentBytes = kArgumentBytes>
 struct Batch {
+    static constexpr int kRoles = Roles;
     static constexpr int kBytesAPiece = 8 * Roles + 4 + 4;
     static constexpr int kOtherBytes = 16;  // with padding
-    static constexpr int kMost =
-        (kArgumentBytes - kOtherArgumentBytes - kOtherBytes) / kBytesAPiece;
+    static constexpr int kMost = (ArgumentBytes - kOtherArgumentBytes - kOtherBytes) / kBytesAPiece;
 
     void* pointers[Roles][kMost];
     int numel[kMost];
@@ -48,6 +52,26 @@ struct Batch {
     int n;
     Place place;  // of the first piece; each other is a whole tensor, the next one
 };
+
+template <int Roles>
+using FewTensors = Batch<Roles, kFewArgumentBytes>;
+
+// Calls call(batch) with the batch, or with the smaller one if that holds its pieces.
+template <int Roles, class Call>
+void by_count(const Batch<Roles>& batch, Call call) {
+    using Few = FewTensors<Roles>;
+    if (batch.n > Few::kMost) {
+        call(batch);
+        return;
+    }
+    Few few;
+    for (int r = 0; r < Roles; ++r) std::copy_n(batch.pointers[r], batch.n, few.pointers[r]);
+    std::copy_n(batch.numel, batch.n, few.numel);
+    std::copy_n(batch.last_chunk, batch.n, few.last_chunk);
+    few.n = batch.n;
+    few.place = batch.place;
+    call(few);
+}
 
 // Even an update with five lists takes three launches for 2,000 tensors.
 static_assert(kArgumentBytes <= 4096 || 3 * Batch<5>::kMost >= 2000);
@@ -183,7 +207,9 @@ struct Chunk {
     Place place;
     bool aligned;  // 16-byte accesses are allowed in every role
 
-    __device__ __forceinline__ explicit Chunk(const Batch<Roles>& batch) {
+    template <class Pieces>
+    __device__ __forceinline__ explicit Chunk(const Pieces& batch) {
+        static_assert(Pieces::kRoles == Roles);
         const int block = static_cast<int>(blockIdx.x);
         int low = 0, high = batch.n - 1;
         while (low < high) {

@@ -47,6 +47,31 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+constexpr int kRowsInFlight = 4;
+
+// What a group is loaded as: its elements, taken apart, would fill a register each.
+template <class Group>
+struct Whole {
+    std::conditional_t<sizeof(Group) == kAccessBytes, uint4, Group> raw;
+
+    static __device__ __forceinline__ Whole load(const typename Group::Bits* p) {
+        return {*reinterpret_cast<const decltype(raw)*>(p)};
+    }
+    __device__ __forceinline__ Group get() const {
+        Group group;
+        __builtin_memcpy(&group, &raw, sizeof raw);
+        return group;
+    }
+};
+
+// left <- left - c q
+template <class Storage, class Group>
+__device__ __forceinline__ void subtract(double (&left)[Group::kSize], const Group& q, double c) {
+#pragma unroll
+    for (int k = 0; k < Group::kSize; ++k)
+        left[k] -= c * static_cast<double>(Storage::widen(q.v[k]));
+}
+
 // w_v <- w_v - sum_i c[v][i] q_i in the tile's columns, squares[v][tile] <- the sum of their
 // squares. A thread has some columns and goes down the rows.
 template <class Group, class Storage, class Vector>
@@ -61,14 +86,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
         double left[Group::kSize];
 #pragma unroll
         for (int k = 0; k < Group::kSize; ++k) left[k] = w[j + k];
-#pragma unroll 4
-        for (std::int64_t i = 0; i < p.rows; ++i) {
-            const Group group = Group::load(q + i * p.columns);
-            const double factor = own[i];
+        // Rows are loaded so many ahead of their use: a row's registers are loaded anew as soon as
+        // it has been used.
+        std::int64_t i = 0;
+        if (p.rows >= kRowsInFlight) {
+            Whole<Group> groups[kRowsInFlight];
 #pragma unroll
-            for (int k = 0; k < Group::kSize; ++k)
-                left[k] -= factor * static_cast<double>(Storage::widen(group.v[k]));
+            for (int a = 0; a < kRowsInFlight; ++a, q += p.columns)
+                groups[a] = Whole<Group>::load(q);
+#pragma unroll 1
+            for (; i + 2 * kRowsInFlight <= p.rows; i += kRowsInFlight) {
+#pragma unroll
+                for (int a = 0; a < kRowsInFlight; ++a, q += p.columns) {
+                    subtract<Storage>(left, groups[a].get(), own[i + a]);
+                    groups[a] = Whole<Group>::load(q);
+                }
+            }
+#pragma unroll
+            for (int a = 0; a < kRowsInFlight; ++a)
+                subtract<Storage>(left, groups[a].get(), own[i + a]);
+            i += kRowsInFlight;
         }
+#pragma unroll 1
+        for (; i < p.rows; ++i, q += p.columns) subtract<Storage>(left, Group::load(q), own[i]);
 #pragma unroll
         for (int k = 0; k < Group::kSize; ++k) {
             const auto rounded = static_cast<Vector>(left[k]);

@@ -114,17 +114,18 @@ __device__ __forceinline__ int bring_into_range(const Chunk<Storage, Roles, Weig
     return exponent;
 }
 
-template <class Storage, class Weight, int Lists>
+template <class Storage, class Weight, class Pieces>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    squares_kernel(const __grid_constant__ Batch<Lists> batch, Sums out) {
-    const Chunk<Storage, Lists, Weight, Lists - 1> chunk(batch);
+    squares_kernel(const __grid_constant__ Pieces batch, Sums out) {
+    constexpr int kLists = Pieces::kRoles;
+    const Chunk<Storage, kLists, Weight, kLists - 1> chunk(batch);
     double sum = 0;
-    chunk.template each<Values<Storage, Weight, Lists>::template Body>(
+    chunk.template each<Values<Storage, Weight, kLists>::template Body>(
         [&](double value) { sum += value * value; });
     sum = block_sum<kThreads>(sum);
     int exponent = 0;
     if constexpr (std::is_same_v<typename Storage::Bits, double>)
-        exponent = bring_into_range<Values<Storage, Weight, Lists>::template Body>(chunk, &sum);
+        exponent = bring_into_range<Values<Storage, Weight, kLists>::template Body>(chunk, &sum);
     if (threadIdx.x == 0) {
         out.sums[blockIdx.x] = sum;
         if (out.exponents != nullptr) out.exponents[blockIdx.x] = exponent;
@@ -165,9 +166,9 @@ __global__ void __launch_bounds__(kFinalThreads)
     }
 }
 
-template <class Storage>
+template <class Storage, class Pieces>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    nonfinite_kernel(const __grid_constant__ Batch<1> batch, float* found_inf) {
+    nonfinite_kernel(const __grid_constant__ Pieces batch, float* found_inf) {
     const Chunk<Storage, 1> chunk(batch);
     bool found = false;
     chunk.template each<Nonfinite<Storage>::template Body>(&found);
@@ -181,8 +182,10 @@ void launch_squares(const Tensors& t, Sums sums, cudaStream_t stream) {
     };
     for_each_batch<Lists>(t, types_of, [&](const auto& batch, int blocks, Types types) {
         const auto run = [&](auto weight, auto storage) {
-            squares_kernel<decltype(storage), decltype(weight)>
-                <<<blocks, kThreads, 0, stream>>>(batch, sums);
+            by_count(batch, [&](const auto& pieces) {
+                squares_kernel<decltype(storage), decltype(weight)>
+                    <<<blocks, kThreads, 0, stream>>>(pieces, sums);
+            });
             check(cudaGetLastError(), "launching norm");
         };
         if constexpr (Lists == 2) {
@@ -236,8 +239,10 @@ void flag_nonfinite(const Tensors& t, float* found_inf, int device, Stream strea
     const auto types_of = [&](std::size_t i) { return Types{t.gradient(i), t.gradient(i)}; };
     for_each_batch<1>(t, types_of, [&](const auto& batch, int blocks, Types types) {
         by_dtype(types.storage, [&](auto storage) {
-            nonfinite_kernel<decltype(storage)>
-                <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, found_inf);
+            by_count(batch, [&](const auto& pieces) {
+                nonfinite_kernel<decltype(storage)>
+                    <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(pieces, found_inf);
+            });
             check(cudaGetLastError(), "launching flag_nonfinite");
         });
     });

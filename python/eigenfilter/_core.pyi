@@ -10,6 +10,9 @@ from eigenfilter.kernels.reference import Scalar
 cuda_compiled: bool
 """Whether the CUDA kernels were compiled into this build."""
 
+cuda_architectures: tuple[str, ...]
+"""What the CUDA kernels were compiled for, as CMake has it: "90-real", "100-virtual" and such."""
+
 cuda_device_type: str
 """The type of the devices that the CUDA kernels serve, as torch calls it."""
 

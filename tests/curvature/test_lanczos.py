@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from curvature.dense import DTYPES, DenseOperator, check, decaying, operator, wanted
@@ -350,26 +348,6 @@ def test_a_block_starts_from_a_block() -> None:
     warm = eigsh(op, 4, block_size=4, look_for_copies=False, v0=before)
     assert warm.matvecs <= 0.7 * before.matvecs
     torch.testing.assert_close(warm.values, before.values, rtol=1e-4, atol=0)
-
-
-spectra = st.lists(st.integers(-6, 6), min_size=1, max_size=24)
-
-
-@settings(max_examples=150, deadline=None)
-@given(spectra, st.data())
-def test_any_spectrum(integers: list[int], data: st.DataObject) -> None:
-    """Small spectra full of multiplicities, every end, any k, any block."""
-    spectrum = torch.tensor(integers, dtype=torch.float64)
-    k = data.draw(st.integers(1, len(integers)))
-    which = data.draw(st.sampled_from(["LA", "SA", "LM", "BE"]))
-    block_size = data.draw(st.integers(1, 3))
-    op = operator(spectrum)
-    result = eigsh(op, k, which, block_size=block_size)
-    expected = wanted(spectrum, k, which)
-    if which == "LM":  # -2 and 2 may stand for each other
-        torch.testing.assert_close(result.values.abs(), expected.abs(), rtol=1e-4, atol=1e-9)
-    else:
-        check(op, result, expected, 1e-4)
 
 
 @pytest.mark.parametrize(

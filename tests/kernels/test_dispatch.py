@@ -11,14 +11,14 @@ import torch
 
 from cases import UPDATES
 from eigenfilter import _core, kernels
-from eigenfilter.kernels import native, reference
+from eigenfilter.kernels import dispatch, native, reference
 
 needs_no_cuda = pytest.mark.skipif(_core.cuda_compiled, reason="built with CUDA kernels")
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice() -> None:
-    kernels.select.cache_clear()
+    dispatch._select.cache_clear()
 
 
 def test_the_cpu_is_served_by_native(caplog: pytest.LogCaptureFixture) -> None:
@@ -96,6 +96,85 @@ def test_without_cuda_kernels_a_gpu_is_served_by_triton(caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, logger="eigenfilter"):
         assert kernels.select("cuda") is kernels.select("cuda", "triton")
     assert [r.getMessage() for r in caplog.records] == ["kernels on cuda: triton"]
+
+
+OURS = ("80-real", "90-real", "100-real", "100-virtual")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (OURS, (7, 5), False),
+        (OURS, (8, 0), True),
+        (OURS, (8, 9), True),  # machine code for 8.0
+        (OURS, (9, 0), True),
+        (OURS, (10, 3), True),
+        (OURS, (12, 0), True),  # PTX for 10.0
+        (("90-real",), (8, 0), False),
+        (("90-real",), (10, 0), False),
+        (("86-real",), (8, 0), False),
+        (("75",), (9, 0), True),  # PTX beside the machine code
+        (("90-virtual",), (8, 0), False),
+        (("90a-real",), (9, 0), True),
+        (("90a-virtual",), (10, 0), False),
+        (("100f-real",), (10, 3), True),
+        (("100f-virtual",), (12, 0), False),
+    ],
+)
+def test_where_compiled_code_runs(
+    architectures: tuple[str, ...], capability: tuple[int, int], runs: bool
+) -> None:
+    assert any(dispatch._runs(a, capability) for a in architectures) == runs
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for Ampere and later, and a machine whose first GPU is older."""
+    monkeypatch.setattr(_core, "cuda_compiled", True)
+    monkeypatch.setattr(_core, "cuda_architectures", OURS)
+    monkeypatch.setattr(_core, "require_cuda", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    capabilities = {0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[device.index]
+    )
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_each_gpu_is_served_by_what_has_code_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    old, new = torch.device("cuda:0"), torch.device("cuda:1")
+    with caplog.at_level(logging.INFO, logger="eigenfilter"):
+        for _ in range(2):
+            assert kernels.select(old) is kernels.select(old, "triton")
+            assert kernels.select(new) is native
+            assert kernels.select("cuda") is native
+    assert [r.getMessage() for r in caplog.records] == [
+        "kernels on cuda:0: triton (it has compute capability 7.5, and the CUDA kernels were "
+        "compiled for 80-real, 90-real, 100-real, 100-virtual)",
+        "kernels on cuda:1: native",
+    ]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_native_is_refused_where_it_has_no_code() -> None:
+    message = (
+        r'"native" has no code for cuda:0: it has compute capability 7\.5, .* '
+        r'backend="triton", or .*CMAKE_CUDA_ARCHITECTURES=native'
+    )
+    with pytest.raises(RuntimeError, match=message):
+        kernels.select("cuda:0", "native")
+    assert kernels.select("cuda:1", "native") is native
+
+
+def test_the_build_names_what_it_was_compiled_for() -> None:
+    assert bool(_core.cuda_architectures) == _core.cuda_compiled
+    for architecture in _core.cuda_architectures:
+        dispatch._runs(architecture, (9, 0))
+    with pytest.raises(RuntimeError, match="unknown CUDA architecture, 'native'"):
+        dispatch._runs("native", (9, 0))
 
 
 def test_without_triton_the_backend_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

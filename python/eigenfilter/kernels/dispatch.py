@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Protocol, cast
@@ -133,34 +134,41 @@ class Backend(Protocol):
         """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
 
 
-@functools.cache
-def select(device_type: str, backend: str | None = None) -> Backend:
-    """Return the implementation for a device type.
+def select(device: torch.device | str, backend: str | None = None) -> Backend:
+    """Return the implementation for a device.
 
     Args:
-        device_type: "cpu" or "cuda" (which is also what torch calls ROCm).
-        backend: None chooses: native on the CPU; on a GPU native if its kernels were compiled, else
-            Triton. The choice is logged once. A name works or raises.
+        device: of type "cpu" or "cuda" (which is also what torch calls ROCm); of a GPU without a
+            number it is the current one.
+        backend: None chooses: native on the CPU; on a GPU native if its kernels were compiled for
+            such a GPU, else Triton. The choice is logged once. A name works or raises.
 
     Raises:
         ValueError: an unknown backend, or a device no backend serves.
         RuntimeError: the backend is not available here, or not for this device.
     """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _select(device, backend)
+
+
+@functools.cache
+def _select(device: torch.device, backend: str | None) -> Backend:
+    """Choose once for each device: those of a machine may differ."""
     if backend is None:
-        chosen = _automatic(device_type)
-        _logger.info("kernels on %s: %s", device_type, chosen)
-        return select(device_type, chosen)
+        return _select(device, _automatic(device))
     if backend == "reference":
         return cast(Backend, reference)
     if backend == "native":
-        if device_type == "cuda":
-            _core.require_cuda()
-        elif device_type != "cpu":
-            raise ValueError(_unserved(device_type))
+        if device.type == "cuda":
+            _require_native(device)
+        elif device.type != "cpu":
+            raise ValueError(_unserved(device.type))
         return cast(Backend, native)
     if backend == "triton":
         triton_kernels = _triton()
-        triton_kernels.require(device_type)
+        triton_kernels.require(device.type)
         return cast(Backend, triton_kernels)
     raise ValueError(_unknown(backend))
 
@@ -173,7 +181,7 @@ def of(name: str, tensors: Sequence[Tensor], backend: str | None) -> Backend:
     """
     if backend is not None and not isinstance(backend, str):
         raise ValueError(_unknown(backend))
-    return select(first(name, tensors).device.type, backend)
+    return _select(first(name, tensors).device, backend)
 
 
 def first(name: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -199,12 +207,60 @@ def _unknown(backend: object) -> str:
     return f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}, or None"
 
 
-def _automatic(device_type: str) -> str:
-    if device_type == "cpu":
-        return "native"
-    if device_type == "cuda":
-        return "native" if _core.cuda_compiled and torch.version.cuda else "triton"
-    raise ValueError(_unserved(device_type))
+def _automatic(device: torch.device) -> str:
+    """Choose a backend for a device, and log the choice."""
+    reason = None
+    if device.type == "cpu":
+        chosen = "native"
+    elif device.type == "cuda":
+        has_kernels = _core.cuda_compiled and torch.version.cuda is not None
+        reason = lacking(device) if has_kernels else None
+        chosen = "native" if has_kernels and reason is None else "triton"
+    else:
+        raise ValueError(_unserved(device.type))
+    _logger.info("kernels on %s: %s%s", device, chosen, "" if reason is None else f" ({reason})")
+    return chosen
+
+
+def lacking(device: torch.device) -> str | None:
+    """Say why a GPU cannot run the compiled CUDA kernels; None where it can, or none is seen."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs(architecture, capability) for architecture in _core.cuda_architectures):
+        return None
+    return (
+        f"it has compute capability {'.'.join(map(str, capability))}, and the CUDA kernels were "
+        f"compiled for {', '.join(_core.cuda_architectures)}"
+    )
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for an architecture, in CMake's words, runs on a GPU of a compute capability.
+
+    Machine code ("90-real") runs where the major number is the same and the minor no less, PTX
+    ("90-virtual"; "90" is both) wherever the capability is no less. Code that uses what one chip
+    alone has ("90a") runs on that chip, and "100f" on its family, which shares the major number.
+    """
+    parts = re.fullmatch(r"(\d+)(\d)([af]?)(?:-(real|virtual))?", architecture)
+    if parts is None:
+        raise RuntimeError(f"the build names an unknown CUDA architecture, {architecture!r}")
+    compiled = int(parts[1]), int(parts[2])
+    if parts[3] == "a":
+        return compiled == capability
+    is_bound = parts[3] == "f" or parts[4] == "real"
+    return compiled <= capability and (compiled[0] == capability[0] or not is_bound)
+
+
+def _require_native(device: torch.device) -> None:
+    """Raise RuntimeError unless the CUDA kernels are there, and for this GPU."""
+    _core.require_cuda()
+    reason = lacking(device)
+    if reason is not None:
+        raise RuntimeError(
+            f'backend "native" has no code for {device}: {reason}. Use backend="triton", or '
+            "install eigenfilter from source with -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native"
+        )
 
 
 def _unserved(device_type: str) -> str:

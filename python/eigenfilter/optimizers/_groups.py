@@ -79,8 +79,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_hyperparameters(group)
-        for device_type in {p.device.type for p in group["params"]} - {"meta"}:
-            kernels.select(device_type, self.backend)
+        for device in {p.device for p in group["params"] if p.device.type != "meta"}:
+            kernels.select(device, self.backend)
         for i, p in enumerate(group["params"]):
             if p.layout != torch.strided or p.dtype not in DTYPES:
                 raise TypeError(

@@ -34,7 +34,7 @@ class Part:
         self.tensors = _core.TensorList(params, trust=True)
         self.kind = _kind(params[0])
         self.device = _distributed.local(params[0]).device
-        self.kernels = kernels.select(self.device.type, store.backend)
+        self.kernels = kernels.select(self.device, store.backend)
         self.placings = _distributed.by_placing(params)
         self.is_distributed = any(placing is not None for placing, _ in self.placings)
         self.is_flat = any(id(p) in store.flat for p in params)

@@ -1,4 +1,7 @@
-// Ascents and descents on the GPU: one kernel, and a Step that says which lists an update has.
+// Ascents and descents on the GPU: one kernel, and a Step that says which lists an update has. Each
+// source that includes this compiles the forms it calls for, so that they compile side by side.
+#pragma once
+
 #include <type_traits>
 #include <utility>
 
@@ -39,6 +42,8 @@ template <class Storage, class Gradient, int Inputs, int States, Backup B, bool 
 struct Step {
     using Real = typename Storage::Arithmetic;
     static constexpr bool kWide = !std::is_same_v<Storage, Gradient>;
+    // The longest kernels have no second form for few tensors: they are two fifths of all code.
+    static constexpr bool kForFew = !IsSeeded && !kWide;
     static constexpr Backup kBackup = B;
     static constexpr int kRoles = 1 + Inputs + (B != Backup::none);
     static constexpr int kGradients = Inputs - States;
@@ -126,10 +131,10 @@ struct Copying {
     };
 };
 
-template <class Storage, class Step, class Deferred>
+template <class Storage, class Step, class Pieces, class Deferred>
 __global__ void __launch_bounds__(kThreads, Step::kBlocks)
-    update_kernel(const __grid_constant__ Batch<Step::kRoles> batch,
-                  const __grid_constant__ Deferred rule, const float* found_inf) {
+    update_kernel(const __grid_constant__ Pieces batch, const __grid_constant__ Deferred rule,
+                  const float* found_inf) {
     const typename Step::Lists chunk(batch);
     if (!is_set(found_inf)) {
         const auto known = rule.get();
@@ -173,9 +178,15 @@ void update(const Tensors& t, const Scalars& s, const float* found_inf, int devi
             using Plain = Rule<typename Storage::Arithmetic>;
             const DeferredRule<std::conditional_t<IsSeeded, Seeded<Plain>, Plain>, Scalars> rule(s);
             static_assert(sizeof rule + sizeof found_inf <= kOtherArgumentBytes);
-            update_kernel<Storage, Kind>
-                <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, rule,
-                                                                             found_inf);
+            const auto queue = static_cast<cudaStream_t>(stream);
+            const auto call = [&](const auto& pieces) {
+                update_kernel<Storage, Kind>
+                    <<<blocks, kThreads, 0, queue>>>(pieces, rule, found_inf);
+            };
+            if constexpr (Kind::kForFew)
+                by_count(batch, call);
+            else
+                call(batch);
             check(cudaGetLastError(), "launching an update");
         };
         by_types<IsSeeded, B != Backup::none>(types, run);
@@ -200,52 +211,4 @@ void by_flag(bool flag, Call call) {
 }
 
 }  // namespace
-
-bool compiled() { return true; }
-
-void require() {}
-
-void ascend(const Tensors& t, const AscendScalars<Scalar>& s, const float* found_inf, int device,
-            Stream stream) {
-    update<Ascend, 1, 0, Backup::kept>(t, s, found_inf, device, stream);
-}
-
-void ascend_again(const Tensors& given, const AscendScalars<Scalar>& s, const float* found_inf,
-                  int device, Stream stream) {
-    const Tensors t = from_backups(given);
-    by_flag(t.b != nullptr, [&](auto has_b) {
-        constexpr Backup b = has_b ? Backup::origin : Backup::none;
-        update<Ascend, 1, 0, b>(t, s, found_inf, device, stream);
-    });
-}
-
-void ascend_hvp(const Tensors& t, const HvpScalars<Scalar>& s, const float* found_inf, int device,
-                Stream stream) {
-    update<AscendHvp, 2, 0, Backup::origin>(t, s, found_inf, device, stream);
-}
-
-void descend(const Tensors& given, const DescendScalars<Scalar>& s, const float* found_inf,
-             int device, Stream stream) {
-    const Tensors t = from_backups(given);
-    by_flag(t.m != nullptr, [&](auto has_m) {
-        by_flag(t.b != nullptr, [&](auto has_b) {
-            by_flag(s.stochastic, [&](auto seeded) {
-                constexpr Backup b = has_b ? Backup::restored : Backup::none;
-                update<Descend, 1 + has_m, has_m, b, seeded>(t, s, found_inf, device, stream);
-            });
-        });
-    });
-}
-
-void descend_adamw(const Tensors& given, const AdamWScalars<Scalar>& s, const float* found_inf,
-                   int device, Stream stream) {
-    const Tensors t = from_backups(given);
-    by_flag(t.b != nullptr, [&](auto has_b) {
-        by_flag(s.stochastic, [&](auto seeded) {
-            constexpr Backup b = has_b ? Backup::restored : Backup::none;
-            update<DescendAdamW, 3, 2, b, seeded>(t, s, found_inf, device, stream);
-        });
-    });
-}
-
 }  // namespace eigenfilter::cuda

@@ -1,0 +1,284 @@
+"""The GPU gate's own logic: which stages run, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from eigenfilter.benchmarks import gpu_gate, registry
+from eigenfilter.benchmarks.gpu_gate import Command, Stage, main
+from eigenfilter.experiments import cli
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Results and installation of a test's own, and a machine that is quickly described."""
+    monkeypatch.setattr(gpu_gate, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_gate, "OWN", tmp_path / "gpu-gate")
+    monkeypatch.setattr(gpu_gate, "SITE", tmp_path / "site")
+    monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "a GPU"})
+    monkeypatch.delenv("OUT", raising=False)
+    return tmp_path
+
+
+def python(code: str) -> Command:
+    return Command([sys.executable, "-c", code])
+
+
+def stage(name: str, *codes: str, seconds: int = 60, **options: object) -> Stage:
+    commands = [python(code) for code in codes]
+    return Stage(name, f"what {name} does", seconds, lambda: commands, False, **options)
+
+
+def counting(name: str, file: Path, *, then: str = "pass", **options: object) -> Stage:
+    """A stage that leaves a letter in a file each time it is run."""
+    return stage(name, f"open({str(file)!r}, 'a').write({name!r}); {then}", **options)
+
+
+def result(folders: Path, name: str) -> dict:
+    found: dict = json.loads((folders / "gpu-gate" / f"{name}.json").read_text())
+    return found
+
+
+def test_stages_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["build", "smoke", "tests", "bench", "sanitize", "profile", "tune"]
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["smok"])
+    assert ended.value.code == 2
+    assert "no stage 'smok': choose of build, smoke" in capsys.readouterr().err
+
+
+def test_every_stage_fits_a_call() -> None:
+    assert all(stage.seconds + gpu_gate.GRACE < 600 for stage in gpu_gate.STAGES)
+
+
+@pytest.mark.parametrize(("asked", "ran"), [([], "abc"), (["c", "a"], "ac"), (["b"], "b")])
+def test_stages_are_chosen_by_name_and_keep_their_order(
+    tmp_path: Path, asked: list[str], ran: str
+) -> None:
+    stages = [counting(name, tmp_path / "ran") for name in "abc"]
+    assert main(asked, stages) == 0
+    assert (tmp_path / "ran").read_text() == ran
+
+
+def test_a_stage_that_fails_does_not_keep_the_next_from_running(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [
+        stage("first", "print('heard'); raise SystemExit(7)", "print('second command')"),
+        Stage("missing", "a program that is not there", 9, lambda: [Command(["/no"])], False),
+        stage("last", "print('last')"),
+    ]
+    assert main([], stages) == 1
+    first = result(folders, "first")
+    assert first["status"] == "failed"
+    assert [command["exit"] for command in first["commands"]] == [7, 0]
+    assert first["machine"] == {"gpu": "a GPU"}
+    assert {"date", "seconds", "sources"} <= first.keys()
+    log = (folders / "gpu-gate" / "first.log").read_text()
+    assert "heard" in log
+    assert "second command" in log
+    assert result(folders, "missing")["commands"][0]["exit"] == 127
+    assert result(folders, "last")["status"] == "passed"
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "first      failed",
+        "missing    failed",
+        "last       passed",
+    ]
+
+
+def test_what_has_passed_is_not_run_again_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, there = tmp_path / "ran", tmp_path / "made"
+    stages = [
+        counting("a", ran),
+        counting("b", ran, then="raise SystemExit(1)"),
+        counting("c", ran, is_there=there.exists),
+    ]
+    there.touch()
+
+    def runs(*arguments: str) -> str:
+        ran.write_text("")
+        main(arguments, stages)
+        return ran.read_text()
+
+    assert runs() == "abc"
+    assert runs() == "b"  # which failed
+    assert runs("--again", "a") == "a"
+    there.unlink()
+    assert runs() == "bc"  # what it made is gone
+    there.touch()
+    monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "another GPU"})
+    assert runs("a") == "a"
+    monkeypatch.setattr(gpu_gate, "fingerprint", lambda: "other sources")
+    assert runs("a") == "a"
+    assert runs("a") == ""
+
+
+def test_a_fingerprint_is_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_gate, "ROOT", tmp_path)
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    kernel = tmp_path / "csrc" / "cuda" / "a.cu"
+    kernel.write_text("one")
+    before = gpu_gate.fingerprint()
+    (tmp_path / "csrc" / "notes.md").write_text("no source")
+    assert gpu_gate.fingerprint() == before
+    kernel.write_text("two")
+    assert gpu_gate.fingerprint() != before
+
+
+def test_a_stage_is_stopped_and_may_write_down_what_it_has(folders: Path) -> None:
+    code = (
+        "import time\nprint('began', flush=True)\n"
+        "try: time.sleep(60)\nexcept KeyboardInterrupt: print('wrote down')"
+    )
+    assert main([], [stage("slow", code, seconds=2), stage("next", "pass")]) == 1
+    assert result(folders, "slow")["commands"][0]["exit"] == 124
+    assert result(folders, "slow")["seconds"] < 30
+    log = (folders / "gpu-gate" / "slow.log").read_text()
+    assert "wrote down" in log
+    assert "stopped after 2 s" in log
+    assert result(folders, "next")["status"] == "passed"
+
+
+def test_a_program_that_does_not_stop_is_killed(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_gate, "GRACE", 1)
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    assert main([], [stage("deaf", code, seconds=1)]) == 1
+    assert result(folders, "deaf")["commands"][0]["exit"] == 124
+    assert result(folders, "deaf")["seconds"] < 30
+
+
+def test_what_does_not_fit_the_time_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [
+        counting("a", tmp_path / "ran", then="import time; time.sleep(1)"),
+        stage("b", "pass"),
+    ]
+    assert main(["--within", "0.5"], stages) == 1
+    assert "b          left out for want of time" in capsys.readouterr().out
+    assert main([], stages) == 0
+
+
+@pytest.mark.parametrize("refusal", gpu_gate.REFUSALS)
+def test_a_tool_that_the_machine_lacks_or_refuses_is_no_failure(
+    folders: Path, refusal: str
+) -> None:
+    refused = f"print('Error: {refusal}'); raise SystemExit(3)"
+    stages = [
+        Stage("none", "", 9, lambda: "the tool is not on this machine", False, by_tool=True),
+        stage("refused", refused, by_tool=True),
+    ]
+    assert main([], stages) == 0
+    assert result(folders, "none")["status"] == "unavailable"
+    assert result(folders, "none")["reason"] == "the tool is not on this machine"
+    assert refusal in result(folders, "refused")["reason"]
+    assert main([], [stage("ours", refused)]) == 1
+
+
+def test_results_are_delivered_as_one_archive(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setenv("OUT", str(out))
+    (folders / "2020-cuda.json").write_text("old")
+    written = folders / "2026-cuda.json"
+    bench = stage("bench", f"open({str(written)!r}, 'w').write('new')")
+    os.utime(folders / "2020-cuda.json", (0, 0))
+    assert main([], [bench]) == 0
+    with tarfile.open(out / "gpu-gate.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert names == {"gpu-gate", "gpu-gate/bench.json", "gpu-gate/bench.log", "2026-cuda.json"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_a_stage_ends_with_its_check(folders: Path) -> None:
+    needing = Stage("needing", "", 120, lambda: [python("print('went on')")])
+    assert main([], [needing]) == 1
+    assert len(result(folders, "needing")["commands"]) == 1
+    log = (folders / "gpu-gate" / "needing.log").read_text()
+    assert "torch sees no CUDA device" in log
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("name", ["smoke", "bench", "sanitize", "profile", "tune"])
+def test_what_the_stages_ask_of_the_command_line_is_understood(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the GPU: the benchmarks that are named exist, and options are as they are given."""
+    monkeypatch.setattr(gpu_gate, "tool", lambda name: f"/opt/{name}")
+    [chosen] = [stage for stage in gpu_gate.STAGES if stage.name == name]
+    commands = chosen.commands()
+    assert commands
+    for command in commands:
+        assert not isinstance(command, str)
+        words = list(command.argv)
+        at = words.index("eigenfilter")
+        assert words[at - 1] == "-m"
+        assert cli.main(words[at + 1 :]) == 2
+        assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_the_kernels_are_timed_before_the_optimizers() -> None:
+    first, second, _ = gpu_gate.bench()
+
+    def names(command: Command) -> set[str]:
+        words = list(command.argv)
+        patterns = [words[i + 1] for i, word in enumerate(words) if word == "--only"]
+        return {benchmark.name for benchmark in registry.select(patterns)}
+
+    assert {"ascend-float32", "norm-bfloat16", "project-out-float16", "three-term-8"} <= names(
+        first
+    )
+    assert {"sgd-small", "sgd-small-warm", "usam-large"} <= names(second)
+    assert not names(first) & names(second)
+
+
+def test_the_build_is_for_one_chip_and_uses_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_gate, "HAS_TORCH", True)
+    monkeypatch.setattr(gpu_gate, "tool", lambda name: "/opt/nvcc")
+    stale = tmp_path / "site" / "eigenfilter"
+    stale.mkdir(parents=True)
+    [command] = gpu_gate.build()
+    assert not stale.exists()
+    assert "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=90-real" in command.argv
+    assert int(command.environment["CMAKE_BUILD_PARALLEL_LEVEL"]) >= 1
+    assert command.environment["CUDACXX"] == "/opt/nvcc"
+    assert not gpu_gate.is_built()
+
+
+@pytest.mark.parametrize("plugins", [set(), {"xdist", "pytest_timeout", "pytest_benchmark"}])
+def test_the_tests_say_what_they_do_without(
+    plugins: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_gate, "has", plugins.__contains__)
+    [command] = gpu_gate.tests()
+    words = " ".join(command.argv)
+    said = capsys.readouterr().out
+    assert "--junitxml=" in words
+    assert "-x" not in command.argv
+    if plugins:
+        assert "-n 8 --timeout=120 -p no:benchmark" in words
+        assert not said
+    else:
+        assert "faulthandler_timeout=120" in words
+        assert "pytest-xdist is not installed: the tests run in one process" in said
+        assert "pytest-timeout is not installed" in said

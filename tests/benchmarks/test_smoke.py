@@ -1,0 +1,82 @@
+"""The sweep over all kernels: what agrees passes, and what does not is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eigenfilter import kernels
+from eigenfilter.benchmarks import smoke
+from eigenfilter.experiments.cli import main
+from eigenfilter.kernels import native
+
+
+def sweep(folder: Path, *sizes: int) -> tuple[int, list[dict]]:
+    options = [word for size in sizes for word in ("--size", str(size))]
+    code = main(["bench", "smoke", *options, "--out", str(folder)])
+    [file] = folder.glob("*-cpu-smoke.json")
+    cases: list[dict] = json.loads(file.read_text())["cases"]
+    return code, cases
+
+
+def test_every_kernel_agrees_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, cases = sweep(tmp_path, 1, 70)
+    assert code == 0, capsys.readouterr().out
+    assert {case["backend"] for case in cases} == {"reference", "native"}
+    assert {(case["size"], case["shift"]) for case in cases} == {(1, 0), (1, 1), (70, 0), (70, 1)}
+    swept = {case["kernel"].partition(",")[0] for case in cases}
+    assert swept == set(kernels.__all__) - {"BACKENDS", "Backend", "select", "orthonormalise"}
+    assert f"{len(cases)} of {len(cases)} cases agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong", "says"),
+    [
+        ("norm", "value", "off, relative to its largest number"),
+        ("ascend", "bit", "list 0 differs from the reference in 1 of 70 elements"),
+        ("ascend", "margin", "memory beside a tensor was written into"),
+        ("ascend", "error", "RuntimeError: no"),
+    ],
+)
+def test_what_does_not_agree_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kernel: str,
+    wrong: str,
+    says: str,
+) -> None:
+    right = getattr(native, kernel)
+
+    def spoiled(first: list[torch.Tensor], *args: object, **options: object) -> None:
+        right(first, *args, **options)
+        if wrong == "value":
+            args[0].mul_(1 + 1e-5)
+        elif wrong == "bit":
+            first[0][-1].mul_(1.01)
+        elif wrong == "margin":
+            size = first[0].numel()
+            first[0].as_strided((size + 1,), (1,), first[0].storage_offset())[-1] = 0
+        else:
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(native, kernel, spoiled)
+    monkeypatch.setattr(smoke, "TASKS", [t for t in smoke.TASKS if t.name in ("norm", "ascend")])
+    code, cases = sweep(tmp_path, 70)
+    assert code == 1
+    bad = [case for case in cases if case["problem"]]
+    assert {case["kernel"] for case in bad} == {kernel}
+    assert {case["backend"] for case in bad} == {"native"}
+    assert len(bad) == len(smoke.DTYPES) * len(smoke.SHIFTS)
+    assert all(says in case["problem"] for case in bad)
+    assert f"- {kernel}, native, float32, 70 elements, 0 off: " in capsys.readouterr().out
+
+
+def test_a_backend_that_does_not_serve_the_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "smoke", "--only", "triton"]) == 2
+    assert "no backend 'triton' serves cpu: choose one of reference, native" in (
+        capsys.readouterr().err
+    )
