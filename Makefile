@@ -1,5 +1,6 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | test-emulated | races | mutants | lint | bench | bench-curvature | bench-page | reproduction | gpu-gate | clean
+#   make demo | test | test-emulated | test-interpreted | races | mutants | lint | bench | bench-curvature |
+#        bench-page | reproduction | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -11,7 +12,8 @@ VENV := .venv/.made
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
-.PHONY: install demo test emulated test-emulated races mutants lint bench bench-curvature bench-page reproduction gpu-gate clean
+.PHONY: install demo test emulated test-emulated test-interpreted races mutants lint bench \
+	bench-curvature bench-page reproduction gpu-gate clean
 
 install: $(INSTALLED)
 
@@ -50,6 +52,10 @@ races:
 
 mutants: $(INSTALLED)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/cuda_on_cpu/mutants.py
+
+# The Triton kernels, run on the CPU by Triton's interpreter.
+test-interpreted: $(INSTALLED)
+	EIGENFILTER_TEST_BACKEND=interpreted $(BIN)/python -m pytest tests/kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -17,6 +17,7 @@ import torch
 from eigenfilter import kernels
 from eigenfilter.benchmarks import (
     finite_differences,
+    host,
     loop,
     memory,
     monitor,
@@ -75,6 +76,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         _finite_differences,
     )
     _add_out(of_differences)
+    of_host = table(
+        "host", "what a launch costs the host, on a machine without a GPU", host.__doc__, _host
+    )
+    _add_repeat(of_host, "by time")
+    _add_out(of_host)
     of_blocks = table(
         "triton-blocks",
         "which sizes of blocks serve the Triton kernels best, on a GPU",
@@ -191,6 +197,13 @@ def _finite_differences(args: argparse.Namespace) -> int:
     _refuse(args, "only", "repeat", "list", "device")
     require("sklearn")
     finite_differences.run(_folder(args))
+    return 0
+
+
+def _host(args: argparse.Namespace) -> int:
+    _refuse(args, "only", "list", "device")
+    require("triton")
+    host.run(args.repeat, _folder(args))
     return 0
 
 

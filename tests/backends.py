@@ -17,6 +17,8 @@ import os
 import sys
 from pathlib import Path
 
+import interpreter
+
 NAME = os.environ.get("EIGENFILTER_TEST_BACKEND", "installed")
 SANITIZERS = {
     "emulated": "none",
@@ -35,6 +37,7 @@ def _choose() -> None:
     """
     if INTERPRETED:
         os.environ["TRITON_INTERPRET"] = "1"
+        interpreter.mend()
     elif EMULATED:
         built = Path(__file__).parents[1] / "build" / "emulated" / SANITIZERS[NAME] / "_core.so"
         _load(Path(os.environ.get("EIGENFILTER_EMULATED", built)))

@@ -10,19 +10,34 @@ import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import backends
 from eigenfilter import kernels
+from eigenfilter.kernels.triton_blocks import Blocks
+from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Below, at and above the SIMD widths (2 to 16 elements and blocks of them), a thread's least share
 # (64 KiB) and the chunk of a sum (16 Ki elements).
 SIZES = (0, 1, 3, 15, 16, 17, 63, 64, 65, 1000, 16383, 16385, 70001)
+
+# By how many bytes the tensors of the lists miss a 16-byte boundary, list by list: all of them
+# alike, or some only.
+MISSES = (
+    (4, 4, 4, 4, 4),
+    (8, 0, 8, 0, 8),
+    (0, 12, 0, 8, 0),
+    (0, 0, 4, 0, 0),
+    (0, 0, 0, 0, 8),
+    (2, 6, 2, 2, 2),
+    (0, 2, 0, 0, 0),
+)
 
 LR = 0.313
 MOMENTUM = 0.87
@@ -121,13 +136,46 @@ ADAMW_DESCENTS = [
 ]
 
 
+class Place(NamedTuple):
+    """One tensor of every list: its elements, and by how many bytes it misses a boundary."""
+
+    size: int
+    misses: tuple[int, ...] = (0,)
+
+
+@functools.cache
+def places(dtype: torch.dtype, *, few: bool = False) -> tuple[Place, ...]:
+    """The tensors that a call is given: aligned ones of every size, then such as are not aligned.
+
+    Triton's interpreter takes its time by blocks. Its sizes lie below, at and above Triton's blocks
+    (and a quarter of one, as the tails are cut) and chunks, whatever the dtype.
+
+    Args:
+        dtype: of the parameters.
+        few: leave the largest one out, where many calls are made.
+    """
+    sizes, shifted = SIZES[:-1] if few else SIZES, 1003
+    if backends.INTERPRETED:
+        block = Blocks().elements(dtype)
+        chunk = BLOCKS_IN_CHUNK * block
+        sizes = (0, 1, 7, block // 4, block - 1, block, block + 1, chunk, chunk + block + 3)
+        shifted = block // 4 + 5
+    fitting = [misses for misses in MISSES if all(m % dtype.itemsize == 0 for m in misses)]
+    return (*map(Place, sizes), *(Place(shifted, misses) for misses in fitting))
+
+
+def columns(*sizes: int) -> tuple[int, ...]:
+    """The lengths of rows that a test takes: `sizes`, or those around a tile of Triton's."""
+    return (1, 17, 1023, 1024, 1025, 2049) if backends.INTERPRETED else sizes
+
+
 class Arena:
     """Lists of tensors of equal sizes, NaN at first, in memory with margins of NaN between them.
 
     Args:
         dtype, device: of all tensors.
         lists: how many lists.
-        sizes: elements of the tensors of every list.
+        sizes: elements of the tensors of every list, or their places; None is `places(dtype)`.
         shifts: by how many elements each list's tensors miss 64-byte alignment.
     """
 
@@ -135,15 +183,18 @@ class Arena:
         self,
         dtype: torch.dtype,
         lists: int,
-        sizes: Sequence[int] = SIZES,
+        sizes: Sequence[int | Place] | None = None,
         device: str = "cpu",
         shifts: Sequence[int] | None = None,
     ) -> None:
         self.memory = []
         self.lists = []
         self._inside = []
-        for shift in shifts or [0] * lists:
-            spans, inside = _layout(tuple(sizes), shift)
+        wanted = places(dtype) if sizes is None else sizes
+        all_places = tuple(size if isinstance(size, Place) else Place(size) for size in wanted)
+        for i, shift in enumerate(shifts or [0] * lists):
+            misses = [shift + p.misses[i % len(p.misses)] // dtype.itemsize for p in all_places]
+            spans, inside = _layout(tuple(p.size for p in all_places), tuple(misses))
             memory = torch.full((inside.numel(),), torch.nan, dtype=dtype, device=device)
             self.memory.append(memory)
             self.lists.append([memory[first:last] for first, last in spans])
@@ -167,10 +218,12 @@ class Arena:
 
 
 @functools.cache
-def _layout(sizes: tuple[int, ...], shift: int) -> tuple[list[tuple[int, int]], Tensor]:
+def _layout(
+    sizes: tuple[int, ...], shifts: tuple[int, ...]
+) -> tuple[list[tuple[int, int]], Tensor]:
     """Where each tensor begins and ends in an arena's memory, and which elements are in one."""
     spans, end = [], MARGIN
-    for size in sizes:
+    for size, shift in zip(sizes, shifts, strict=True):
         spans.append((end + shift, end + shift + size))
         end += -(-(size + 2 * MARGIN) // MARGIN) * MARGIN
     inside = torch.zeros(end, dtype=torch.bool)
@@ -207,7 +260,12 @@ class Update:
         reads_backups = "backups" in self.lists and "backups" not in self.writes
         return "backups" if reads_backups else "params"
 
-    def arena(self, dtype: torch.dtype, sizes: Sequence[int] = SIZES, device: str = "cpu") -> Arena:
+    def arena(
+        self,
+        dtype: torch.dtype,
+        sizes: Sequence[int | Place] | None = None,
+        device: str = "cpu",
+    ) -> Arena:
         """Its lists with values: NaN where they must not be read, second moments positive."""
         arena = Arena(dtype, len(self.lists), sizes, device)
         only_written = {"params", "backups"} - {self.starts_from}

@@ -45,13 +45,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _select_those_of_the_backend(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that are given a room and, on the emulated GPU, those of the optimizers."""
+    """Tests that are given a room; those of optimizers too on the emulated GPU, and those of what
+    is refused under the interpreter.
+    """
+    given = {"room", "fast_room", *(["host_backend"] if backends.INTERPRETED else [])}
 
     def chosen(item: pytest.Item) -> bool:
         if any(item.get_closest_marker(name) for name in ("gpu", "slow", "distributed")):
             return False
         optimizes = backends.EMULATED and "optimizers" in item.path.parts
-        return optimizes or bool({"room", "fast_room"} & set(getattr(item, "fixturenames", ())))
+        return optimizes or bool(given & set(getattr(item, "fixturenames", ())))
 
     others = [item for item in items if not chosen(item)]
     config.hook.pytest_deselected(items=others)

@@ -16,7 +16,7 @@ from eigenfilter.experiments.cli import main
 
 @pytest.mark.parametrize(
     "table",
-    [[], ["memory"], ["finite-differences"], ["curvature"], ["monitor"], ["page"]],
+    [[], ["memory"], ["finite-differences"], ["curvature"], ["monitor"], ["host"], ["page"]],
     ids=" ".join,
 )
 def test_help(table: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +39,7 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
         (["--only", "sgd-small", "memory"], "--only does not go with memory"),
         (["--repeat", "2", "page", "x.json"], "--repeat does not go with page"),
         (["monitor", "--only", "LSTM"], "no network 'LSTM': choose from tanh MLP, GELU conv, GPT"),
+        (["--device", "cpu", "host"], "--device does not go with host"),
         (["--device", "cpu", "monitor"], "--device does not go with monitor"),
         (["--device", "cpu", "finite-differences"], "--device does not go with finite-differences"),
     ],

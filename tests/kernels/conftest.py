@@ -49,6 +49,12 @@ def _enter(room: Room) -> Room:
     return room
 
 
+@pytest.fixture(params=["triton"] if backends.INTERPRETED else ["native", "reference"])
+def host_backend(request: pytest.FixtureRequest) -> str:
+    """A backend that takes tensors of the CPU."""
+    return str(request.param)
+
+
 @pytest.fixture(params=rooms(reference=True))
 def room(request: pytest.FixtureRequest) -> Room:
     return _enter(request.param)

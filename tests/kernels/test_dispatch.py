@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 
 import pytest
@@ -33,6 +34,14 @@ def test_an_explicit_choice_is_not_logged(caplog: pytest.LogCaptureFixture) -> N
         assert kernels.select("cpu", "reference") is reference
         assert kernels.select("mps", "reference") is reference
     assert caplog.records == []
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the kernels would run")
+def test_triton_on_a_cpu_needs_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    x, g, b = torch.zeros(3, 4)
+    with pytest.raises(RuntimeError, match=r"needs a GPU, or TRITON_INTERPRET=1"):
+        kernels.ascend([x], [g], [b], 0.1, backend="triton")
 
 
 def test_every_backend_has_every_kernel() -> None:

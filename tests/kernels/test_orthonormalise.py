@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Room, same_bits
+from cases import Room, columns, same_bits
 from eigenfilter import _core, kernels
 
 # Below, at and above the sums taken side by side, what is in double at once, blocks and tiles.
-SIZES = (1, 15, 16, 17, 127, 128, 129, 511, 512, 513, 2049, 9000)
+SIZES = columns(1, 15, 16, 17, 127, 128, 129, 511, 512, 513, 2049, 9000)
 VECTORS = (torch.float32, torch.float64)
 COUNTS = (1, 3, 8, 32)
 ROUNDINGS = 32

@@ -14,7 +14,6 @@ from cases import (
     DESCENTS,
     SCALE,
     SEED,
-    SIZES,
     UPDATES,
     AdamWDescent,
     Descent,
@@ -22,6 +21,7 @@ from cases import (
     Update,
     bits,
     every_pattern,
+    places,
     same_bits,
     spacing,
 )
@@ -37,9 +37,10 @@ def agrees(update: Update, room: Room, dtype: torch.dtype, **options: Any) -> No
     results = []
     for backend in (room.backend, "reference"):
         torch.manual_seed(5)
-        arena = update.arena(dtype, SIZES[:-1], room.device)
+        arena = update.arena(dtype, places(dtype, few=True), room.device)
         scale = torch.tensor(SCALE, device=room.device)
         update(arena.lists, **options, grad_scale=scale, backend=backend)
+        arena.check_margins()
         results.append([arena.values(i) for i in range(len(update.lists))])
     assert all(map(same_bits, *results))
 

@@ -1,6 +1,6 @@
 """Stochastic rounding: to one of two neighbours, right on average, by bits that have no pattern.
 
-All rooms use the same bits (`test_rounding.py` and `interpreted.py`), so what is shown of their
+All rooms use the same bits (`test_rounding.py`), so what is shown of their
 distribution in one room is shown of all. Bounds are in standard errors of independent roundings.
 """
 

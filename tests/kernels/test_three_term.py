@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Room, same_bits
+from cases import Room, columns, same_bits
 from eigenfilter import _core, kernels
 
 # Below, at and above the sums taken side by side, blocks and tiles of columns.
-SIZES = (1, 7, 15, 16, 17, 1000, 2047, 2048, 2049, 5000)
+SIZES = columns(1, 7, 15, 16, 17, 1000, 2047, 2048, 2049, 5000)
 VECTORS = (torch.float32, torch.float64)
 COUNTS = (1, 3, 8)
 MARGIN = 5

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import SCALE, SIZES, UPDATES, Arena, Room, Update, bits, same_bits
+from cases import SCALE, UPDATES, Arena, Room, Update, bits, places, same_bits
 from eigenfilter import _core, kernels
 from eigenfilter.kernels.reference import gradient_dtype
 from tolerances import NORM, Exact, adamw_roundings, assert_near, exact
@@ -44,11 +44,12 @@ class Operands:
     def __init__(
         self, update: Update, dtype: torch.dtype, wide: torch.dtype, mixed: bool, device: str
     ) -> None:
-        self.arenas = [update.arena(dtype, SIZES[:-1], device)]
+        sizes = places(dtype, few=True)
+        self.arenas = [update.arena(dtype, sizes, device)]
         self.lists = list(self.arenas[0].lists)
         for i, role in enumerate(update.lists):
             if role in GRADIENTS:
-                arena = Arena(wide, 1, SIZES[:-1], device, shifts=[i])
+                arena = Arena(wide, 1, sizes, device, shifts=[i])
                 arena.fill(0)
                 self.arenas.append(arena)
                 self.lists[i] = [
@@ -101,7 +102,7 @@ def test_what_both_dtypes_hold_gives_the_same_step(
     results = []
     for convert in (False, True):
         torch.manual_seed(5)
-        lists = update.arena(dtype, SIZES[:-1], room.device).lists
+        lists = update.arena(dtype, places(dtype, few=True), room.device).lists
         for i, role in enumerate(update.lists):
             if role in GRADIENTS and convert:
                 lists[i] = [g.to(wide) for g in lists[i]]
@@ -277,7 +278,7 @@ def test_stochastic_rounding_is_right_on_average(
 def test_norms_beyond_the_parameters_range(
     room: Room, dtype: torch.dtype, wide: torch.dtype, big: float, mixed: bool, weighted: bool
 ) -> None:
-    arena, narrow = (Arena(t, 1, device=room.device) for t in (wide, dtype))
+    arena, narrow = (Arena(t, 1, places(dtype), room.device) for t in (wide, dtype))
     weights = Arena(dtype, 1, device=room.device, shifts=[1])
     for a in (arena, narrow, weights):
         a.fill(0)
@@ -302,7 +303,7 @@ def test_norms_beyond_the_parameters_range(
 def test_norms_are_the_same_for_every_instruction_set_and_number_of_threads(
     dtype: torch.dtype, wide: torch.dtype, big: float, mixed: bool
 ) -> None:
-    arena, narrow = Arena(wide, 1), Arena(dtype, 2)
+    arena, narrow = Arena(wide, 1, places(dtype)), Arena(dtype, 2)
     arena.fill(0)
     narrow.fill(0, 1)
     tensors = [narrow.lists[0][i] if mixed and i % 2 else t for i, t in enumerate(arena.lists[0])]

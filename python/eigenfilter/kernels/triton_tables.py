@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ BLOCKS_IN_CHUNK = 4
 
 Array = npt.NDArray[np.int64]
 _Key = tuple[object, ...]
+_Made = TypeVar("_Made")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the core numbers them
 
@@ -77,24 +79,43 @@ def tables(
             The tables are for the current stream.
         names, lists, written: as `_core.table`.
     """
-    addresses, counts, wide = _core.table(names, lists, written)
+    read = _core.table(names, lists, written)
+    blocks = chosen(kernel, like.dtype, like.device)
+    return _calls.get(
+        (*read, like.dtype, blocks),
+        like.device,
+        lambda: _make(*read, like.dtype, like.device, blocks),
+    )
+
+
+def _make(
+    addresses: bytes,
+    counts: bytes,
+    wide: bytes,
+    usual: torch.dtype,
+    device: torch.device,
+    blocks: Blocks,
+) -> Tables:
+    """The tables of what `_core.table` has read; a part may be there from another call."""
     sizes = np.frombuffer(counts, dtype=np.int64)
     pointers = np.frombuffer(addresses, dtype=np.int64).reshape(-1, sizes.size)
     aligned = np.bitwise_or.reduce(pointers, axis=0) % 16 == 0
-    blocks = chosen(kernel, like.dtype, like.device)
-    block = blocks.elements(like.dtype)
+    block = blocks.elements(usual)
     chunks = {}
-    for dtype, some in _by_dtype(wide, like.dtype, sizes):
-        chunks[dtype] = _recent.get(
-            (some.tobytes(), aligned.tobytes(), block),
-            like.device,
-            functools.partial(cut, some, aligned, block),
-        )
+    for dtype, some in _by_dtype(wide, usual, sizes):
+        make = functools.partial(_chunks, some, aligned, block, device)
+        chunks[dtype] = _recent.get((some.tobytes(), aligned.tobytes(), block), device, make)
     return Tables(
-        pointers=_recent.get((addresses, sizes.size), like.device, lambda: pointers),
+        pointers=_recent.get((addresses, sizes.size), device, lambda: _upload(pointers, device)),
         chunks=chunks,
         blocks=blocks,
     )
+
+
+def _chunks(
+    sizes: Array, aligned: npt.NDArray[np.bool_], block: int, device: torch.device
+) -> Tensor:
+    return _upload(cut(sizes, aligned, block), device)
 
 
 def _by_dtype(wide: bytes, usual: torch.dtype, sizes: Array) -> Iterator[tuple[torch.dtype, Array]]:
@@ -124,29 +145,31 @@ def cut(sizes: Array, aligned: npt.NDArray[np.bool_], block: int) -> Array:
     return np.stack((tensor, index * chunk, length, wide))
 
 
-class _Recent:
-    """Device copies of the arrays last used.
+class _Recent(Generic[_Made]):
+    """What was made last, and is good for the same key on the same device and stream.
 
     Searched one by one: keys are many kilobytes, and sooner found different than hashed.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._entries: list[tuple[_Key, Tensor]] = []
+        self._entries: list[tuple[_Key, _Made]] = []
 
-    def get(self, key: _Key, device: torch.device, make: Callable[[], Array]) -> Tensor:
-        """Return the copy on `device` of the array that `make` returns for `key`."""
+    def get(self, key: _Key, device: torch.device, make: Callable[[], _Made]) -> _Made:
+        """Return what `make` returns, or returned before for `key` on `device`."""
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 # This copy happens when the graph is replayed: useless outside of the graph. Pinned
                 # memory taken during a capture is never used again, so that it stays as it is.
-                return _upload(make(), device)
+                return make()
             # A copy is certain to have happened only for what follows it on its stream.
             key = (torch.cuda.current_stream().cuda_stream, *key)
         key = (device, *key)
+        if self._entries and self._entries[0][0] == key:
+            return self._entries[0][1]
         entry = next((e for e in self._entries if e[0] == key), None)
         if entry is None:
-            entry = (key, _upload(make(), device))
+            entry = (key, make())
         others = [e for e in self._entries if e is not entry]
         self._entries = [entry, *others[: self._capacity - 1]]
         return entry[1]
@@ -159,4 +182,5 @@ def _upload(array: Array, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True)
 
 
-_recent = _Recent(capacity=32)
+_recent: _Recent[Tensor] = _Recent(capacity=32)
+_calls: _Recent[Tables] = _Recent(capacity=32)

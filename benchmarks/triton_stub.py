@@ -1,0 +1,182 @@
+"""A driver for Triton that launches nothing, for machines without a GPU.
+
+All that comes before a launch is Triton's own, for an H100: arguments are bound and specialized,
+kernels are compiled down to machine code by ptxas, and cached. Tensors stay on the CPU, whose
+addresses are as good as a GPU's where nothing is read.
+
+Serves Triton 3.6 to 3.8, which call a driver alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from eigenfilter.kernels import (
+    dispatch,
+    triton_device,
+    triton_kernels,
+    triton_lanczos,
+    triton_project,
+)
+
+TARGET = GPUTarget("cuda", 90, 32)
+VERSIONS = ((3, 6), (3, 7), (3, 8))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch was given.
+
+    Attributes:
+        kernel: name of the function.
+        grid: programs in every dimension.
+        source: what was compiled; it knows names, signature, constants and attributes.
+        args: of the function, in order, constants among them.
+        ptx: the assembly, from which the machine code was made.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    source: Any
+    args: tuple[Any, ...]
+    ptx: Path
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument by its name."""
+        return self.args[self.source.fn.arg_names.index(name)]
+
+
+class StubDriver:
+    """What Triton asks of a driver.
+
+    Args:
+        launched: called with every launch, or None.
+    """
+
+    def __init__(self, launched: Callable[[Launch], None] | None) -> None:
+        self._launched = launched
+        self._assembly: list[Path] = []
+        self.utils = self
+        self.launcher_cls = self._launcher
+
+    @property
+    def variants(self) -> int:
+        """How many kernels were loaded: one for each specialization."""
+        return len(self._assembly)
+
+    # Of the device.
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    # What Triton calls utils.
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
+
+    def load_binary(
+        self, name: str, binary: bytes, *rest: object
+    ) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, spills, largest number of threads.
+
+        The function is the number of its assembly.
+        """
+        if not binary.startswith(b"\x7fELF"):
+            raise RuntimeError(f"{name} was not compiled to machine code")
+        return 1, len(self._assembly) - 1, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+    def keep_assembly(
+        self, module: object, function: object, name: str, group: dict[str, str], *rest: object
+    ) -> None:
+        """A hook that Triton calls just before `load_binary`."""
+        self._assembly.append(Path(group[f"{name}.ptx"]))
+
+    def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            # Metadata, its lazy form and two hooks come before the arguments.
+            if self._launched is not None:
+                args = rest[4:]
+                name = source.fn.__name__
+                self._launched(Launch(name, (x, y, z), source, args, self._assembly[function]))
+
+        return launch
+
+
+def _allow(device: object) -> contextlib.AbstractContextManager[None]:
+    """Take any device for one that serves."""
+    return contextlib.nullcontext()
+
+
+def _forget(kernels: Sequence[JITFunction[Any]]) -> None:
+    """Drop what was compiled: it is one driver's."""
+    for kernel in kernels:
+        kernel.device_caches.clear()
+
+
+def _kernels() -> list[JITFunction[Any]]:
+    modules = (triton_device, triton_lanczos, triton_project)
+    return [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
+
+
+@contextlib.contextmanager
+def installed(launched: Callable[[Launch], None] | None = None) -> Iterator[StubDriver]:
+    """A context in which the Triton kernels are launched by a `StubDriver`, for CPU tensors.
+
+    Args:
+        launched: called with every launch.
+
+    Raises:
+        RuntimeError: this Triton was not tried, or interprets.
+    """
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version not in VERSIONS:
+        raise RuntimeError(
+            f"triton {triton.__version__} was not tried with the stub driver: see whether its "
+            "tests pass, and add it to VERSIONS in benchmarks/triton_stub.py"
+        )
+    if not isinstance(triton_device.ascend_kernel, JITFunction):
+        raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET")
+    kernels, before = _kernels(), driver._active
+    stub = StubDriver(launched)
+    _forget(kernels)
+    driver.set_active(stub)
+    knobs.runtime.kernel_load_start_hook.add(stub.keep_assembly)
+    try:
+        with (
+            mock.patch.object(triton_kernels, "require", _allow),
+            mock.patch.object(triton_kernels, "_served", _allow),
+        ):
+            yield stub
+    finally:
+        _forget(kernels)
+        dispatch.select.cache_clear()
+        knobs.runtime.kernel_load_start_hook.remove(stub.keep_assembly)
+        driver.set_active(before)
