@@ -73,14 +73,16 @@ __device__ __forceinline__ void subtract(double (&left)[Group::kSize], const Gro
 }
 
 // w_v <- w_v - sum_i c[v][i] q_i in the tile's columns, squares[v][tile] <- the sum of their
-// squares. A thread has some columns and goes down the rows.
+// squares. A thread has some columns and goes down the rows. Eight columns in double beside four
+// loaded rows fill 80 registers.
 template <class Group, class Storage, class Vector>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+__global__ void __launch_bounds__(kThreads, Group::kSize == 8 ? kBlocksAnSm - 1 : kBlocksAnSm)
     subtract_kernel(Projection p, const double* c, double* squares) {
     const Tile tile(p.columns);
     auto* w = static_cast<Vector*>(p.vectors) + blockIdx.y * p.columns + tile.first;
     const double* own = c + blockIdx.y * p.rows;
     double sum = 0;
+#pragma unroll 1
     for (int j = threadIdx.x * Group::kSize; j < tile.columns; j += kThreads * Group::kSize) {
         const auto* q = static_cast<const typename Storage::Bits*>(p.basis) + tile.first + j;
         double left[Group::kSize];
@@ -88,27 +90,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
         for (int k = 0; k < Group::kSize; ++k) left[k] = w[j + k];
         // Rows are loaded so many ahead of their use: a row's registers are loaded anew as soon as
         // it has been used.
-        std::int64_t i = 0;
-        if (p.rows >= kRowsInFlight) {
+        const double* factor = own;
+        int rows = static_cast<int>(p.rows);
+        if (rows >= kRowsInFlight) {
             Whole<Group> groups[kRowsInFlight];
 #pragma unroll
             for (int a = 0; a < kRowsInFlight; ++a, q += p.columns)
                 groups[a] = Whole<Group>::load(q);
 #pragma unroll 1
-            for (; i + 2 * kRowsInFlight <= p.rows; i += kRowsInFlight) {
+            for (; rows >= 2 * kRowsInFlight; rows -= kRowsInFlight, factor += kRowsInFlight) {
 #pragma unroll
                 for (int a = 0; a < kRowsInFlight; ++a, q += p.columns) {
-                    subtract<Storage>(left, groups[a].get(), own[i + a]);
+                    subtract<Storage>(left, groups[a].get(), factor[a]);
                     groups[a] = Whole<Group>::load(q);
                 }
             }
 #pragma unroll
             for (int a = 0; a < kRowsInFlight; ++a)
-                subtract<Storage>(left, groups[a].get(), own[i + a]);
-            i += kRowsInFlight;
+                subtract<Storage>(left, groups[a].get(), factor[a]);
+            rows -= kRowsInFlight;
+            factor += kRowsInFlight;
         }
 #pragma unroll 1
-        for (; i < p.rows; ++i, q += p.columns) subtract<Storage>(left, Group::load(q), own[i]);
+        for (; rows > 0; --rows, q += p.columns) subtract<Storage>(left, Group::load(q), *factor++);
 #pragma unroll
         for (int k = 0; k < Group::kSize; ++k) {
             const auto rounded = static_cast<Vector>(left[k]);
