@@ -335,8 +335,10 @@ def type_of(argument: str, dtype: str) -> str:
     """Return the type of a kernel's argument as triton's signatures spell it."""
     if argument in VECTORS:
         return "*fp64" if dtype == "float64" else "*fp32"
-    if argument in ("pointers", "chunks", "exponents"):
+    if argument in ("pointers", "chunks"):
         return "*i64"
+    if argument == "exponents":
+        return "*i32"
     if argument in ("n", "origin", "count", "rows", "columns"):
         return "i32"
     if argument in ("sums", "factors", "lr_at", "momentum_at", "step_at", "rounding_seed_at"):

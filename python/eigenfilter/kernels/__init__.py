@@ -374,9 +374,8 @@ def norm(
 
     Squares are summed in float64, in an order that depends on the sizes alone (with CUDA, also on
     which tensors are 16-byte aligned): the result is the same bit for bit from run to run, whatever
-    the number of threads. Where that sum is infinite or vanishes though float64 holds the norm, the
-    CPU's kernels and the reference sum again, scaled; on a GPU the norm of such float64 tensors is
-    infinite or 0 (beyond about 1e154, or below 1e-154).
+    the number of threads. Where squares of float64 elements overflow or vanish (beyond about 1e154,
+    or below 1e-154), they are summed again, scaled by a power of two.
 
     Args:
         tensors: n tensors t, read, each in its own dtype.

@@ -103,7 +103,7 @@ def _load(at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
         block = tl.load(tl.multiple_of(at + start, 16) + lanes)
     else:
-        block = tl.load(at + start + lanes, mask=start + lanes < length, other=0.0)
+        block = tl.load(at + start + lanes, mask=start + lanes < length, other=0)
     return block
 
 
@@ -388,14 +388,14 @@ def descend_adamw_kernel(
 
 @triton.jit
 def _power_of_two(exponent):
-    """2^exponent in float64, for an int64 exponent of a normal number."""
-    return ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+    """2^exponent in float64, for the exponent of a normal number."""
+    return ((exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _exponent_of(value):
     """That of the greatest power of two that value > 0 reaches, as far as a scale may have it."""
-    exponent = (value.to(tl.int64, bitcast=True) >> 52) - 1023
+    exponent = (value.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1023
     return tl.minimum(tl.maximum(exponent, -MOST_EXPONENT), MOST_EXPONENT)
 
 
@@ -466,7 +466,7 @@ def sum_squares_kernel(
     t_at = _address(pointers, tensor + n if WEIGHTS else tensor, first, GRAD)
     w_at = _address(pointers, tensor, first, DTYPE) if WEIGHTS else None
     total = _sum_squares(t_at, w_at, None, length, wide, BLOCK)
-    exponent = tl.full((), 0, tl.int64)
+    exponent = tl.full((), 0, tl.int32)
     if tl.float64 == GRAD:
         total, exponent = _in_range(total, exponent, t_at, w_at, length, BLOCK)
     tl.store(sums + tl.program_id(0), total)
@@ -481,9 +481,9 @@ def norm_kernel(sums, exponents, count, out, grad_scale, BLOCK: tl.constexpr):
     The greatest exponent is taken out of the sum. Without exponents they are 0.
     """
     if exponents is not None:
-        greatest = tl.full((BLOCK,), -MOST_EXPONENT, tl.int64)
+        greatest = tl.full((BLOCK,), -MOST_EXPONENT, tl.int32)
         for start in range(0, count, BLOCK):
-            exponent = _load(exponents, start, count, BLOCK, False).to(tl.int64)
+            exponent = _load(exponents, start, count, BLOCK, False)
             counts = _load(sums, start, count, BLOCK, False) != 0
             greatest = tl.where(counts, tl.maximum(greatest, exponent), greatest)
         most = tl.max(greatest, axis=0)
@@ -491,7 +491,7 @@ def norm_kernel(sums, exponents, count, out, grad_scale, BLOCK: tl.constexpr):
     for start in range(0, count, BLOCK):
         some = _load(sums, start, count, BLOCK, False)
         if exponents is not None:
-            exponent = _load(exponents, start, count, BLOCK, False).to(tl.int64) - most
+            exponent = _load(exponents, start, count, BLOCK, False) - most
             scale = _power_of_two(tl.maximum(exponent, -MOST_EXPONENT))
             some = some * scale * scale
         total += some

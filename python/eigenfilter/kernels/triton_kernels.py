@@ -223,7 +223,7 @@ def norm(
         scale = _scale(grad_scale, t.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=t.device)
         wide = torch.float64 in work.chunks
-        exponents = sums.new_empty(work.programs, dtype=torch.int64) if wide else None
+        exponents = sums.new_empty(work.programs, dtype=torch.int32) if wide else None
         done = 0
         weighted = {"WEIGHTS": weights is not None}
         for grad, chunks in work.chunks.items():
