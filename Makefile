@@ -36,6 +36,7 @@ test: $(INSTALLED)
 
 # The CUDA kernels, run on the CPU by an emulator. SANITIZER=address and =thread take longer.
 SANITIZER ?= none
+EMULATED_TESTS ?= tests/kernels tests/optimizers
 EMULATED := build/emulated/$(SANITIZER)
 emulated: $(INSTALLED)
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake -G Ninja -S tests/cuda_on_cpu -B $(EMULATED) \
@@ -44,7 +45,7 @@ emulated: $(INSTALLED)
 	$(BIN)/ninja -C $(EMULATED)
 
 test-emulated: emulated
-	tests/cuda_on_cpu/run.sh $(SANITIZER) -m pytest tests/kernels tests/optimizers
+	tests/cuda_on_cpu/run.sh $(SANITIZER) -m pytest $(EMULATED_TESTS)
 
 races:
 	$(MAKE) emulated SANITIZER=thread

@@ -177,6 +177,6 @@ def installed(launched: Callable[[Launch], None] | None = None) -> Iterator[Stub
             yield stub
     finally:
         _forget(kernels)
-        dispatch.select.cache_clear()
+        dispatch._select.cache_clear()
         knobs.runtime.kernel_load_start_hook.remove(stub.keep_assembly)
         driver.set_active(before)
