@@ -46,6 +46,8 @@ def reductions(dtype: torch.dtype) -> None:
     x, weights = lists(2, dtype)
     kernels.norm(x)
     kernels.norm(x, weights=weights, grad_scale=torch.tensor(2.0))
+    if dtype == torch.float64:
+        kernels.norm([t * 1e200 for t in x])  # whose squares are taken again, scaled
     x[-1][-1] = torch.inf
     kernels.flag_nonfinite(x, torch.zeros(1))
 
