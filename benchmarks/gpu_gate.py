@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in stages that fit a short rental; no network is needed.
+"""Everything that needs a GPU, in stages of less than ten minutes; no network is needed.
 
     make gpu-gate                              all stages, in this order
     make gpu-gate STAGES="build smoke"         some of them
@@ -7,8 +7,8 @@
 A stage that passed is not run again unless --again is given, or the sources or the GPU are others.
 A stage that fails does not keep the next from running; the exit code is 1 if any failed or was left
 out for want of time (--within), else 0. Each stage writes NAME.json (date, GPU, versions, exit
-statuses) and NAME.log into benchmarks/results/gpu-gate; where the variable OUT is set, that folder
-is copied there as one archive after every stage.
+statuses) and NAME.log into benchmarks/results/gpu-gate; with --out FOLDER, or where the variable
+OUT names a folder, they are copied there as one archive after every stage.
 
 Uses the python that runs this if it has torch (it then also needs triton, pytest, pybind11 and
 scikit-build-core; the installation goes to build/gpu-gate and leaves the python as it is), else the
@@ -85,7 +85,7 @@ class Stage:
     Attributes:
         name: as it is asked for.
         summary: what it does, in one line.
-        seconds: after which it is stopped; all fit the ten minutes that a call may take.
+        seconds: after which it is stopped; with what follows, all take less than ten minutes.
         commands: made when the stage begins; a string says why the machine cannot run it.
         needs_gpu: whether it is preceded by a check that the build and the GPU are there.
         is_there: whether what it made still is; a stage that passed is run again if not.
@@ -192,7 +192,7 @@ def profile() -> list[Command] | str:
     ours = "update|squares|nonfinite|dots|subtract|add_tiles|add_sums|three_term|gram|mix_rows"
     options = ["--csv", "--clock-control", "none", "--metrics", ",".join(metrics)]
     options += ["--kernel-name", f"regex:^({ours})_kernel", "--launch-count", "400"]
-    options += ["--log-file", str(OWN / "profile.csv")]
+    options += ["--log-file", "stdout"]  # the table, and why it cannot be: both are in the log
     timed = [*EIGENFILTER, "bench", "--device", "cuda", "--repeat", "1", "--out", str(OWN / "ncu")]
     only = [word for dtype in ("float32", "bfloat16") for word in ("--only", f"*-{dtype}")]
     return [Command([profiler, *options, *timed, *only])]
@@ -209,7 +209,7 @@ STAGES = (
     Stage("build", "compile the CUDA kernels for sm_90 and install", 300, build, False, is_built),
     Stage("smoke", "every kernel on every backend, against the reference", 420, smoke),
     Stage("tests", "the tests marked gpu", 480, tests),
-    Stage("bench", "time the kernels, then the optimizers", 540, bench),
+    Stage("bench", "time the kernels, then the optimizers", 500, bench),
     Stage("sanitize", "compute-sanitizer: memcheck and racecheck", 480, sanitize, by_tool=True),
     Stage(
         "profile",
@@ -218,7 +218,7 @@ STAGES = (
         profile,
         by_tool=True,
     ),
-    Stage("tune", "time the sizes of Triton's blocks", 540, tune),
+    Stage("tune", "time the sizes of Triton's blocks", 500, tune),
 )
 
 
@@ -274,8 +274,12 @@ def fingerprint() -> str:
     return found.hexdigest()[:16]
 
 
-def run_command(command: Command, seconds: float, log: TextIO) -> int:
-    """Run a program, its output to the log and on; return its exit status, 124 if it is stopped."""
+def run_command(command: Command, seconds: float, log: TextIO) -> tuple[int, str]:
+    """Run a program, its output to the log and on.
+
+    Returns:
+        Its exit status, 124 if it is stopped; and which of REFUSALS it said, or "".
+    """
     path = os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **command.environment}
     if HAS_TORCH:
@@ -294,7 +298,7 @@ def run_command(command: Command, seconds: float, log: TextIO) -> int:
         )
     except OSError as error:
         _say(log, f"cannot be started: {error}")
-        return 127
+        return 127, ""
     stopped = threading.Event()
 
     def stop() -> None:
@@ -309,8 +313,10 @@ def run_command(command: Command, seconds: float, log: TextIO) -> int:
         timer.start()
     try:
         assert process.stdout is not None
+        refusal = ""
         for line in process.stdout:
             _say(log, line.rstrip("\n"))
+            refusal = refusal or next((said for said in REFUSALS if said in line), "")
         process.stdout.close()
         status = process.wait()
     except BaseException:
@@ -321,14 +327,15 @@ def run_command(command: Command, seconds: float, log: TextIO) -> int:
             timer.cancel()
     if stopped.is_set():
         _say(log, f"stopped after {seconds:.0f} s")
-        return 124
-    return status
+        return 124, ""
+    return status, refusal
 
 
 def run_stage(stage: Stage, seconds: float, source: str) -> str:
     """Run a stage within some seconds, write its results, return how it ended."""
     began, date = time.monotonic(), datetime.datetime.now(datetime.UTC)
     ended: list[dict[str, Any]] = []
+    failures: list[str] = []  # what each command that failed said of the machine, or ""
     status, reason = "passed", ""
     log_path = OWN / f"{stage.name}.log"
     with log_path.open("w") as log:
@@ -340,20 +347,21 @@ def run_stage(stage: Stage, seconds: float, source: str) -> str:
             commands = [Command([PYTHON, "-c", CHECK]), *commands]
         for i, command in enumerate(commands):
             left = seconds - (time.monotonic() - began)
-            code = run_command(command, max(left, 1.0), log)
+            if left <= 0:
+                _say(log, f"no time is left for {' '.join(command.argv)}")
+                code, refusal = 124, ""
+            else:
+                code, refusal = run_command(command, left, log)
             ended.append({"argv": list(command.argv), "exit": code})
             if code != 0:
-                status = "failed"
+                failures.append(refusal)
             if code != 0 and i == 0 and stage.needs_gpu:
                 break  # nothing else can pass
-    if status == "failed" and stage.by_tool:
-        text = log_path.read_text()
-        refusal = next((said for said in REFUSALS if said in text), None)
-        if refusal is not None:
-            status, reason = (
-                "unavailable",
-                f"the machine does not let the tool at the GPU: {refusal}",
-            )
+    if failures:
+        status = "failed"
+    if failures and stage.by_tool and all(failures):
+        status = "unavailable"
+        reason = f"the machine does not let the tool at the GPU: {failures[0]}"
     found = {
         "stage": stage.name,
         "status": status,
@@ -372,17 +380,17 @@ def passed_before(stage: Stage, source: str) -> bool:
     """Whether the stage passed with these sources on such a GPU, and what it made is there."""
     try:
         found = json.loads((OWN / f"{stage.name}.json").read_text())
-    except FileNotFoundError:
+        before = found["sources"], found["machine"]["gpu"], found["status"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or cut short
         return False
-    same = found["sources"] == source and found["machine"]["gpu"] == machine()["gpu"]
-    return bool(same and found["status"] == "passed" and stage.is_there())
+    return before == (source, machine()["gpu"], "passed") and stage.is_there()
 
 
-def deliver(began: float) -> None:
-    """Copy the results to OUT, if that is set: one archive, however many files there are."""
-    out = os.environ.get("OUT")
+def deliver(out: str | None, began: float) -> None:
+    """Copy the results to a folder: one archive, however many files there are."""
     if not out:
         return
+    Path(out).mkdir(parents=True, exist_ok=True)
     with tarfile.open(Path(out) / "gpu-gate.tar.gz", "w:gz") as archive:
         archive.add(OWN, "gpu-gate")
         for path in sorted(RESULTS.glob("*-cuda*")):
@@ -404,6 +412,12 @@ def parse(arguments: Sequence[str], stages: Sequence[Stage]) -> argparse.Namespa
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(names)}")
     parser.add_argument("--again", action="store_true", help="run also what has passed")
     parser.add_argument("--list", action="store_true", help="list the stages")
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default=os.environ.get("OUT"),
+        help="copy the results there (default: the variable OUT)",
+    )
     parser.add_argument(
         "--within",
         type=float,
@@ -439,7 +453,7 @@ def main(arguments: Sequence[str], stages: Sequence[Stage] = STAGES) -> int:
         else:
             print(f"== {stage.name}: {stage.summary}", flush=True)
             endings[stage.name] = run_stage(stage, min(stage.seconds, left), source)
-            deliver(on_clock)
+            deliver(args.out, on_clock)
     print("\n".join(f"{name:10} {ending}" for name, ending in endings.items()))
     good = {"passed", "passed before", "unavailable"}
     return 0 if good.issuperset(endings.values()) else 1

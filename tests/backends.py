@@ -49,6 +49,8 @@ def _load(extension: Path) -> None:
     """Make an extension eigenfilter's own."""
     if not extension.exists():
         raise RuntimeError(f"{extension} is not there: run make emulated")
+    if any(name.partition(".")[0] == "eigenfilter" for name in sys.modules):
+        raise RuntimeError("eigenfilter was imported before the emulated extension was loaded")
     name = "eigenfilter._core"
     loader = importlib.machinery.ExtensionFileLoader(name, str(extension))
     spec = importlib.util.spec_from_file_location(name, extension, loader=loader)
@@ -56,6 +58,8 @@ def _load(extension: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     loader.exec_module(module)
+    if module.cuda_device_type != "cpu":
+        raise RuntimeError(f"{extension} runs no CUDA kernels on the CPU: run make emulated")
 
 
 _choose()

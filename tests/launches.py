@@ -20,6 +20,7 @@ POINTEES = {
     "*bf16": torch.bfloat16,
     "*fp16": torch.float16,
     "*i64": torch.int64,
+    "*i32": torch.int32,
 }
 # Types of parameters in assembly.
 IN_PTX = {"i32": ("u32", "b32"), "i64": ("u64", "b64"), "fp64": ("f64", "b64")}

@@ -14,6 +14,7 @@ was stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -97,13 +98,29 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
         if re.search(r"(?<![<-])<(?![<=])", code[begin:until]):
             text = re.sub(r"(?<![<-])<(?![<=])", "<=", source[begin:until], count=1)
             yield mutant(begin, until, text, f"loop while {condition}: once more")
-    for m in re.finditer(r"[^;{}()&]+(?:\([^;{}()]*\)[^;{}()&]*)* && [^;{}()&]+", code):
-        left, right = (side.strip() for side in source[m.start() : m.end()].split(" && ", 1))
-        prefix = re.match(r"(?s).*(?:=|return) ", left)
-        kept = prefix[0] if prefix else ""
-        what = " ".join(f"{left[len(kept) :]} && {right}".split())
-        yield mutant(m.start(), m.end(), f"{left} ", f"{what}: the left side alone")
-        yield mutant(m.start(), m.end(), f"{kept} {right}", f"{what}: the right side alone")
+    for m in re.finditer(r" && (?!\.\.\.)", code):
+        if "static constexpr" in code[code.rindex("\n", 0, m.start()) : m.start()]:
+            continue  # a choice of registers, which changes no result
+        begin, end = _side(code, m.start(), -1), _side(code, m.end() - 1, 1)
+        left, right = source[begin : m.start()].strip(), source[m.end() : end].strip()
+        what = " ".join(f"{left} && {right}".split())
+        yield mutant(begin, end, f" {left} ", f"{what}: the left side alone")
+        yield mutant(begin, end, f" {right} ", f"{what}: the right side alone")
+
+
+def _side(code: str, at: int, step: int) -> int:
+    """Where the operand ends that reaches from an `&&` to the left (-1) or to the right (1)."""
+    depth = 0
+    while True:
+        at += step
+        depth += step * ((code[at] in "([{") - (code[at] in ")]}"))
+        ends = code[at] in ";,?" or code[at : at + 4] == " && " or code[at : at + 4] == " || "
+        assigns = code[at] == "=" and code[at - 1] not in "<>=!" and code[at + 1] != "="
+        returns = step < 0 and code[at : at + 7] == "return "
+        if depth < 0 or (depth == 0 and (ends or assigns)):
+            return at if step > 0 else at + 1
+        if depth == 0 and returns:
+            return at + 7
 
 
 def _closing(code: str, opening: int) -> int:
@@ -195,7 +212,8 @@ def _tests(sanitizer: str, file: str) -> list[str]:
         return [str(Path(__file__).with_name("races.py"))]
     names = TESTS.get(file) or [name for names in TESTS.values() for name in names]
     files = [str(ROOT / "tests" / "kernels" / name) for name in [*names, *GENERAL]]
-    return ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    # The emulator and the sanitizers write to the process's own stderr as it ends.
+    return ["-m", "pytest", "-x", "-q", "--capture=sys", "-p", "no:cacheprovider", *files]
 
 
 def _reason(said: str) -> str:
@@ -250,8 +268,17 @@ def main() -> int:
     return 1 if write_table(chosen, [record.of(mutant) for mutant in chosen]) else 0
 
 
+def _hash_of_sources() -> str:
+    """Of what is tested, and of what it runs on; tests may come."""
+    found = hashlib.sha256()
+    for folder in (ROOT / "csrc", Path(__file__).parent):
+        for path in sorted(folder.rglob("*.[ch]*")):
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
 class Record:
-    """What caught each mutant, kept from run to run for as long as its source stays as it is."""
+    """What caught each mutant, kept from run to run for as long as no source changes."""
 
     def __init__(self) -> None:
         WORK.mkdir(parents=True, exist_ok=True)
@@ -260,17 +287,18 @@ class Record:
         if self._file.exists():
             self._known = json.loads(self._file.read_text())
         self._workshop: Workshop | None = None
+        self._sources = _hash_of_sources()
 
     def of(self, mutant: Mutant | None) -> str:
         """What catches a mutant, or the sources as they are; "" if nothing does."""
-        if mutant is None:
-            key = "".join(path.read_text() for path in sorted(SOURCES.glob("*.cu*")))
-        else:
-            key = json.dumps(asdict(mutant)) + (SOURCES / mutant.file).read_text()
+        key = self._sources + json.dumps(mutant and asdict(mutant))
         if key not in self._known:
             self._workshop = self._workshop or Workshop()
-            self._known[key] = self._workshop.caught(mutant)
-            self._file.write_text(json.dumps(self._known))
+            caught = self._workshop.caught(mutant)
+            if mutant is not None and not caught:
+                return ""  # which the next test may catch
+            self._known[key] = caught
+            self._file.write_text(json.dumps(self._known, indent=1))
         return self._known[key]
 
 

@@ -18,7 +18,8 @@ import backends
 from eigenfilter import kernels
 
 SIZES = (1, 4097, 5000)  # two blocks, the last of them not full
-COLUMNS = 2500  # two tiles
+COLUMNS = 2500  # two tiles of rows that start where memory is aligned; one more, and they do not
+ROWS = 9  # more pairs of rows than a block has warps
 
 
 def lists(count: int, dtype: torch.dtype) -> list[list[Tensor]]:
@@ -52,13 +53,21 @@ def reductions(dtype: torch.dtype) -> None:
     kernels.flag_nonfinite(x, torch.zeros(1))
 
 
-def rows(dtype: torch.dtype) -> None:
-    u, q, w = torch.rand(3, 3, COLUMNS, dtype=dtype)
-    kernels.project_out(w, q / COLUMNS**0.5)
+def wide_gradients() -> None:
+    """A step of parameters whose gradients are of the next wider dtype."""
+    [x, b], [g] = lists(2, torch.bfloat16), lists(1, torch.float32)
+    kernels.ascend(x, g, b, 0.1)
+    kernels.descend(x, g, None, b, lr=0.1, rounding_seed=on_device(3))
+
+
+def rows(dtype: torch.dtype, columns: int) -> None:
+    u, q, w = torch.rand(3, ROWS, columns, dtype=dtype)
+    kernels.project_out(w[:2], q / columns**0.5)
+    kernels.project_out(w[0], (q / columns**0.5).bfloat16())
     kernels.row_dots(q, w)
-    kernels.three_term(u, q, w, torch.rand(3, 3, dtype=torch.float64))
+    kernels.three_term(u, q, w, torch.rand(3, ROWS, dtype=torch.float64))
     kernels.gram(u)
-    kernels.mix_rows(u, torch.rand(3, 3, dtype=torch.float64))
+    kernels.mix_rows(u, torch.rand(ROWS, ROWS, dtype=torch.float64))
 
 
 if __name__ == "__main__":
@@ -66,6 +75,8 @@ if __name__ == "__main__":
     for dtype in (torch.float32, torch.float64):
         updates(dtype)
         reductions(dtype)
-        rows(dtype)
+        rows(dtype, COLUMNS)
+        rows(dtype, COLUMNS + 1)
     updates(torch.bfloat16)
+    wide_gradients()
     print("no race")

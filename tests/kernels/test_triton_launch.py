@@ -184,9 +184,16 @@ def test_reductions(recorder: Recorder, dtype: torch.dtype, weighted: bool, mixe
     assert len(sums) == len({t.dtype for t in tensors})
     check_tables(sums, [tensors] if weights is None else [weights, tensors], tensors)
     at = last["sums"].data_ptr()
+    has_doubles = any(t.dtype == torch.float64 for t in tensors)
+    exponent_at = last["exponents"].data_ptr() if has_doubles else None
     for launch in sums:
         assert launch["sums"].data_ptr() == at
         at += 8 * launch.grid[0]
+        if exponent_at is None:
+            assert launch["exponents"] is None
+        else:
+            assert launch["exponents"].data_ptr() == exponent_at
+            exponent_at += 4 * launch.grid[0]
     assert last["sums"].numel() == last["count"] == sum(launch.grid[0] for launch in sums)
     assert last["out"] is out
     assert last["grad_scale"].data_ptr() == scale.data_ptr()
