@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -247,9 +247,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="mutants that say so")
     parser.add_argument("--list", action="store_true", help="list the mutants")
     args = parser.parse_args()
-    files = args.files or sorted(path.name for path in SOURCES.glob("*.cu*"))
-    chosen = [m for file in files for m in mutants_of(file, (SOURCES / file).read_text())]
-    chosen = [m for m in chosen if args.only in m.what]
+    files = sorted(path.name for path in SOURCES.glob("*.cu*"))
+    mutants = [m for file in files for m in mutants_of(file, (SOURCES / file).read_text())]
+    chosen = [m for m in mutants if args.only in m.what and m.file in (args.files or files)]
     if args.list:
         for mutant in chosen:
             print(f"{mutant.file}:{mutant.line}: {mutant.what}")
@@ -259,13 +259,14 @@ def main() -> int:
     if failure := record.of(None):
         print(f"the sources as they are fail: {failure}", file=sys.stderr)
         return 2
+    survivors = 0
     for number, mutant in enumerate(chosen, 1):
-        said = record.of(mutant) or "SURVIVES"
+        said = record.of(mutant) or _explanation(mutant)
+        survivors += not said
         where = f"{number}/{len(chosen)} {mutant.file}:{mutant.line}"
-        print(f"{where} {mutant.what}: {said}", flush=True)
-    if args.files or args.only:
-        return 0
-    return 1 if write_table(chosen, [record.of(mutant) for mutant in chosen]) else 0
+        print(f"{where} {mutant.what}: {said or 'SURVIVES'}", flush=True)
+        TABLE.write_text(table(mutants, record))
+    return 1 if survivors else 0
 
 
 def _hash_of_sources() -> str:
@@ -291,36 +292,42 @@ class Record:
 
     def of(self, mutant: Mutant | None) -> str:
         """What catches a mutant, or the sources as they are; "" if nothing does."""
-        key = self._sources + json.dumps(mutant and asdict(mutant))
-        if key not in self._known:
-            self._workshop = self._workshop or Workshop()
-            caught = self._workshop.caught(mutant)
-            if mutant is not None and not caught:
-                return ""  # which the next test may catch
-            self._known[key] = caught
-            self._file.write_text(json.dumps(self._known, indent=1))
-        return self._known[key]
+        found = self.known(mutant)
+        if found or (found is not None and mutant is None):
+            return found
+        # One that survived is tried again: there may be a test for it by now.
+        self._workshop = self._workshop or Workshop()
+        self._known[self._key(mutant)] = self._workshop.caught(mutant)
+        self._file.write_text(json.dumps(self._known, indent=1))
+        return self._known[self._key(mutant)]
+
+    def known(self, mutant: Mutant | None) -> str | None:
+        """What `of` returned last time; None if that was with other sources, or never."""
+        return self._known.get(self._key(mutant))
+
+    def _key(self, mutant: Mutant | None) -> str:
+        return self._sources + json.dumps(mutant and asdict(mutant))
 
 
-def write_table(mutants: list[Mutant], caught: list[str]) -> int:
-    """Write what caught each mutant; return how many survive that no comment explains."""
-    lines = [
+def table(mutants: Sequence[Mutant], record: Record) -> str:
+    """What caught each mutant that was tried, in Markdown."""
+    rows = []
+    for mutant in mutants:
+        by = record.known(mutant)
+        if by is not None:
+            what = mutant.what.replace("|", "\\|")
+            by = by or _explanation(mutant) or "**nothing**"
+            rows.append(f"| {mutant.file}:{mutant.line} | `{what}` | {by} |")
+    head = [
         "# Mutants of the CUDA kernels",
         "",
         "What notices each change of the sources, run by the emulator: see `mutants.py`.",
+        f"Tried so far: {len(rows)} of {len(mutants)}.",
         "",
-        "| source | change | caught by |",
+        "| source | change | noticed by |",
         "| --- | --- | --- |",
     ]
-    unexplained = 0
-    for mutant, by in zip(mutants, caught, strict=True):
-        if not by:
-            by = _explanation(mutant)
-            unexplained += not by
-        what = mutant.what.replace("|", "\\|")
-        lines.append(f"| {mutant.file}:{mutant.line} | `{what}` | {by or '**nothing**'} |")
-    TABLE.write_text("\n".join(lines) + "\n")
-    return unexplained
+    return "\n".join([*head, *rows]) + "\n"
 
 
 def _explanation(mutant: Mutant) -> str:

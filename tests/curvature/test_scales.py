@@ -269,3 +269,17 @@ def test_norms(dtype: torch.dtype) -> None:
     for exponent in EXPONENTS[dtype]:
         same(norms(times(v, exponent)), torch.tensor([5.0, 0.0], dtype=dtype), exponent)
         same(norms(times(v[:, 0], exponent)), torch.tensor(5.0, dtype=dtype), exponent)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e20), (torch.float64, 1e155)])
+def test_finite_differences_where_squares_of_parameters_overflow(
+    dtype: torch.dtype, size: float
+) -> None:
+    """The step is measured by the parameters' length; the loss is (w_1 - 1)^2."""
+    model = nn.Linear(2, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[size, 1.0]], dtype=dtype))
+    data = torch.tensor([[0.0, 1.0]], dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    op = HessianOperator(model, nn.MSELoss(), data, engine="finite_difference")
+    product = op @ torch.tensor([0.0, 1.0], dtype=dtype)
+    torch.testing.assert_close(product, torch.tensor([0.0, 2.0], dtype=dtype))

@@ -46,7 +46,7 @@ class FiniteDifference(Directional):
         eps = torch.finfo(params[0].dtype).eps
         if objective.autocast is not None:
             eps = max(eps, torch.finfo(objective.autocast).eps)
-        lengths = torch.stack(torch._foreach_norm(self._moving))
+        lengths = torch.stack([norms(p.reshape(-1)) for p in self._moving])
         self._step = eps ** (1 / 3) * (1 + float(self._norms(lengths)))
 
     def multiply(self, V: Tensor) -> Sums:
