@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import eigenfilter as ef
+import group
 from curvature.sharded_workers import network, samples, share
 from eigenfilter.curvature import HessianOperator
 
@@ -84,4 +85,4 @@ def main(rank: int, folder: str) -> None:
         except Exception:
             found[name] = traceback.format_exc()
     torch.save(found, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    group.leave()

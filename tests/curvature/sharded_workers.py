@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
+import group
 from curvature.dense import decaying, operator
 from eigenfilter import curvature
 from eigenfilter.curvature import GGNOperator, HessianOperator
@@ -242,4 +243,4 @@ def main(rank: int, folder: str, size: int) -> None:
         except Exception:
             found[name] = traceback.format_exc()
     torch.save(found, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    group.leave()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
+import group
 from curvature.networks import OPERATORS, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
 from eigenfilter.curvature.engines import NAMES
@@ -154,4 +155,4 @@ def main(rank: int, folder: str) -> None:
         except Exception:
             found[name] = traceback.format_exc()
     torch.save(found, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    group.leave()

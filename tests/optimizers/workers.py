@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import eigenfilter as ef
+import group
 
 WORLD = 2
 SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.01, "rho": 0.15}
@@ -389,4 +390,4 @@ def run(scenarios: dict[str, Callable[[int], Any]], rank: int, folder: str) -> N
             found[name] = traceback.format_exc()
         dist.barrier()
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    group.leave()
