@@ -105,8 +105,8 @@ constexpr int kMixed = 128;  // columns of a few rows that a block has in double
 struct Wide {
     double at[kMostRows][kMixed + 1];
 
-    // Columns from `first` on, n of them; the rest of the room is zero. A thread loads a few groups
-    // before it needs the first.
+    // Columns from `first` on, n of them; the rest of the array is zero. A thread loads a few
+    // groups before it needs the first.
     template <class Group, class T>
     __device__ __forceinline__ void read(const T* first, std::int64_t stride, int rows, int n) {
         constexpr int kGroups = kMixed / Group::kSize, kAhead = 4;

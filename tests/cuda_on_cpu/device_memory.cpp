@@ -57,7 +57,8 @@ void map() {
     for (const Stretch& run : pages) {
         void* const there = mmap(memory(run.begin), size(run), PROT_READ | PROT_WRITE,
                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
-        if (there != memory(run.begin)) fail("no room for device memory", {__FILE__, __LINE__});
+        if (there != memory(run.begin))
+            fail("no addresses are free for device memory", {__FILE__, __LINE__});
     }
     are_mapped = true;
 }
