@@ -64,6 +64,7 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(INSTALLED)
 	$(BIN)/eigenfilter bench --out benchmarks/results

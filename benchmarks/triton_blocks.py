@@ -22,8 +22,7 @@ from eigenfilter.benchmarks import environment, report
 from eigenfilter.benchmarks.contest import Contender, Phase, Setting
 from eigenfilter.benchmarks.kernels import KERNELS
 from eigenfilter.benchmarks.timing import Spread, clock, interleave
-from eigenfilter.experiments.arguments import output_folder
-from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.kernels import triton_blocks
 from eigenfilter.kernels.triton_blocks import Blocks
 

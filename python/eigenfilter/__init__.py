@@ -5,28 +5,39 @@ Pauwels, arXiv 2510.09034). Here are the optimizers, with fused updates (`SGD`, 
 `TwoStepUSAM`, `HessianUSAM`, `AdamW`, and `SharpnessAware` around any other), schedules of rho
 (`schedulers`), their kernels (`kernels`), the theory as functions (`filters`), Hessian spectra
 to check it with (`curvature`), and a verdict on a trained model (`certify`).
+
+Each part is imported when it is first used (PEP 562): `filters` needs NumPy alone.
 """
 
-from importlib.metadata import version
+import importlib
+from typing import TYPE_CHECKING
 
-import torch  # noqa: F401  (first: the core then shares torch's OpenMP pool)
+if TYPE_CHECKING:
+    from eigenfilter import (
+        certificate,
+        curvature,
+        filters,
+        kernels,
+        monitor,
+        optimizers,
+        schedulers,
+    )
+    from eigenfilter.certificate import Certificate, certify
+    from eigenfilter.monitor import SharpnessMonitor
+    from eigenfilter.optimizers import (
+        SAM,
+        SGD,
+        USAM,
+        AdamW,
+        HessianUSAM,
+        SharpnessAware,
+        TwoStepUSAM,
+        freeze_batch_norm,
+        freeze_running_stats,
+    )
 
-from eigenfilter import curvature, filters, kernels, schedulers
-from eigenfilter.certificate import Certificate, certify
-from eigenfilter.monitor import SharpnessMonitor
-from eigenfilter.optimizers import (
-    SAM,
-    SGD,
-    USAM,
-    AdamW,
-    HessianUSAM,
-    SharpnessAware,
-    TwoStepUSAM,
-    freeze_batch_norm,
-    freeze_running_stats,
-)
+    __version__: str
 
-__version__ = version("eigenfilter")
 __all__ = [
     "SAM",
     "SGD",
@@ -37,11 +48,50 @@ __all__ = [
     "SharpnessAware",
     "SharpnessMonitor",
     "TwoStepUSAM",
+    "certificate",
     "certify",
     "curvature",
     "filters",
     "freeze_batch_norm",
     "freeze_running_stats",
     "kernels",
+    "monitor",
+    "optimizers",
     "schedulers",
 ]
+
+# The module in which each name is defined; the others are modules themselves.
+_MODULE_OF = {
+    "Certificate": "certificate",
+    "certify": "certificate",
+    "SharpnessMonitor": "monitor",
+    "SAM": "optimizers",
+    "SGD": "optimizers",
+    "USAM": "optimizers",
+    "AdamW": "optimizers",
+    "HessianUSAM": "optimizers",
+    "SharpnessAware": "optimizers",
+    "TwoStepUSAM": "optimizers",
+    "freeze_batch_norm": "optimizers",
+    "freeze_running_stats": "optimizers",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what `name` stands for, once."""
+    if name in _MODULE_OF:
+        value: object = getattr(importlib.import_module(f"eigenfilter.{_MODULE_OF[name]}"), name)
+    elif name in __all__:
+        value = importlib.import_module(f"eigenfilter.{name}")
+    elif name == "__version__":
+        from importlib.metadata import version
+
+        value = version("eigenfilter")
+    else:
+        raise AttributeError(f"module 'eigenfilter' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eigenfilter.kernels.reference import Scalar
+from eigenfilter.kernels.conventions import Scalar
 
 cuda_compiled: bool
 """Whether the CUDA kernels were compiled into this build."""

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import zlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if dist.is_available():
+if TYPE_CHECKING:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor
+
+TENSOR = "torch.distributed.tensor"
+FSDP = "torch.distributed.fsdp"
+COLLECTIVES = "torch.distributed._functional_collectives"
+
+
+def _class_of(module: str, name: str) -> type | tuple[()]:
+    """A class of torch.distributed, which is slow to import; () if nobody has imported it.
+
+    There is then no object of that class, and nothing is an instance of ().
+    """
+    loaded = sys.modules.get(module)
+    return cast(type, getattr(loaded, name, ()))
 
 
 def is_dtensor(t: Tensor) -> bool:
     """Whether `t` is a DTensor."""
-    return dist.is_available() and isinstance(t, DTensor)
+    return isinstance(t, _class_of(TENSOR, "DTensor"))
 
 
 def local(t: Tensor) -> Tensor:
@@ -30,8 +44,8 @@ def local(t: Tensor) -> Tensor:
 
 def waited(t: Tensor) -> Tensor:
     """`t` itself, or what it holds once the collective that makes it has ended."""
-    if dist.is_available() and isinstance(t, AsyncCollectiveTensor):
-        return t.wait()
+    if isinstance(t, _class_of(COLLECTIVES, "AsyncCollectiveTensor")):
+        return cast("AsyncCollectiveTensor", t).wait()
     return t
 
 
@@ -74,11 +88,15 @@ Placing = tuple[Any, tuple[Any, ...]]
 
 def by_placing(params: Sequence[Tensor]) -> list[tuple[Placing | None, list[int]]]:
     """Indices of the parameters that are placed alike, with how; None is in this process alone."""
-    if not dist.is_available() or not any(isinstance(p, DTensor) for p in params):
+    dtensor = _class_of(TENSOR, "DTensor")
+    if not any(isinstance(p, dtensor) for p in params):
         return [(None, list(range(len(params))))]
     found: dict[Placing | None, list[int]] = {}
     for i, p in enumerate(params):
-        placing = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+        placing = None
+        if isinstance(p, dtensor):
+            d = cast("DTensor", p)
+            placing = (d.device_mesh, d.placements)
         found.setdefault(placing, []).append(i)
     return list(found.items())
 
@@ -87,6 +105,8 @@ def of_all_shards(value: Tensor, placing: Placing | None) -> Tensor:
     """A value of each of the shards of tensors that are placed so, [shards] (collective)."""
     if placing is None:
         return value
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     mesh, placements = placing
     sharded = [Replicate() if p.is_replicate() else Shard(0) for p in placements]
     return DTensor.from_local(value.reshape(1), mesh, sharded).full_tensor()
@@ -100,7 +120,8 @@ def whole(t: Tensor) -> Tensor:
 def has_dtensor(tensors: Sequence[Tensor]) -> bool:
     """Whether a DTensor is among `tensors`; costs nothing where no process group is set up."""
     set_up = dist.is_available() and dist.is_initialized()
-    return set_up and any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
+    dtensor = _class_of(TENSOR, "DTensor")
+    return set_up and any(issubclass(kind, dtensor) for kind in set(map(type, tensors)))
 
 
 def is_alike(values: Sequence[int], like: Tensor) -> bool:
@@ -136,14 +157,16 @@ def any_rank(flag: Tensor) -> None:
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether FSDP2 shards `module`, or modules in it."""
-    return dist.is_available() and any(isinstance(m, FSDPModule) for m in module.modules())
+    fsdp_module = _class_of(FSDP, "FSDPModule")
+    return any(isinstance(m, fsdp_module) for m in module.modules())
 
 
 def averages(module: nn.Module) -> bool:
     """Whether FSDP2, at its defaults, leaves the mean of all processes' gradients."""
+    fsdp_module = _class_of(FSDP, "FSDPModule")
     for m in module.modules():
-        if isinstance(m, FSDPModule):
-            state = m._get_fsdp_state()
+        if isinstance(m, fsdp_module):
+            state = cast("FSDPModule", m)._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None)  # newer: several
             for group in [state._fsdp_param_group] if groups is None else groups:
                 if group is None:  # of a module without parameters of its own
@@ -159,11 +182,13 @@ def reshard() -> None:
 
     Resharding what is sharded already does nothing, so every module that is alive can be asked.
     """
+    if not (fsdp_module := _class_of(FSDP, "FSDPModule")):
+        return
     from torch.distributed._composable_state import _module_state_mapping
 
     for module in list(_module_state_mapping):
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if isinstance(module, fsdp_module):
+            cast("FSDPModule", module).reshard()
 
 
 def flat_handles(params: Sequence[Tensor]) -> list[Any]:

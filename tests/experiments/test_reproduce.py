@@ -18,7 +18,8 @@ import torch
 
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.reproduce import LOCK, execution, spectra, summary
-from eigenfilter.experiments.reproduce.outputs import FILES, Findings
+from eigenfilter.experiments.reproduce.findings import Findings
+from eigenfilter.experiments.reproduce.outputs import FILES
 from eigenfilter.experiments.reproduce.plan import Plan
 from eigenfilter.experiments.reproduce.summary import Measured, rows_of
 from eigenfilter.experiments.sweep.folders import locked

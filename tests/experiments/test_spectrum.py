@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from eigenfilter.experiments import runs
-from eigenfilter.experiments.arguments import device_of
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.subjects import trained
 
 CONFIG = Config(

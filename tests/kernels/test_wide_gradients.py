@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cases import SCALE, UPDATES, Arena, Room, Update, bits, places, same_bits
 from eigenfilter import _core, kernels
-from eigenfilter.kernels.reference import gradient_dtype
+from eigenfilter.kernels.conventions import gradient_dtype
 from tolerances import NORM, Exact, adamw_roundings, assert_near, exact
 
 # A parameter's dtype, that of its gradients, and a power of two which the latter alone holds.

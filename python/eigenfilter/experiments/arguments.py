@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-
-import torch
-
-from eigenfilter.experiments.errors import UserError
 
 
 def positive(text: str) -> float:
@@ -117,39 +112,3 @@ def add_commands(
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.configure(command)
-
-
-def output_folder(path: Path) -> Path:
-    """The folder, made if need be.
-
-    Raises:
-        UserError: if it cannot be made or written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from error
-    return path
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a name: "cpu", "cuda", "cuda:1"; "auto" is a GPU if there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"{name} is not a device: cpu, cuda or cuda:NUMBER") from error
-    if device.type == "cuda":
-        index = device.index or 0
-        if index >= torch.cuda.device_count():
-            raise UserError(f"torch sees {torch.cuda.device_count()} CUDA devices, not {name}")
-        return torch.device("cuda", index)
-    if device.type != "cpu":
-        raise UserError(f"{name} is not supported: cpu, cuda or cuda:NUMBER")
-    return device

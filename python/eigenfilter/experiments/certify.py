@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import eigenfilter as ef
-from eigenfilter.experiments.arguments import output_folder, whole
+from eigenfilter.experiments.arguments import whole
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.experiments.imports import called
 
 HELP = "is a trained model inside its optimizer's filter?"

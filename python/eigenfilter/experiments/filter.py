@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eigenfilter import filters
-from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.errors import UserError, require
-from eigenfilter.experiments.files import replace
+from eigenfilter.experiments.files import output_folder, replace
 from eigenfilter.filters import Filter, PolynomialFilter
 
 FORMATS = (".png", ".svg", ".pdf")

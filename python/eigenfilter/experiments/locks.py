@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.files import remove_abandoned
+from eigenfilter.experiments.files import output_folder, remove_abandoned
 
 LOCK = ".eigenfilter.lock"
 _ABOUT = {"work", "process", "machine"}  # what a lock says

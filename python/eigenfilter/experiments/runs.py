@@ -14,8 +14,8 @@ import torch
 import eigenfilter as ef
 from eigenfilter.experiments import checkpoint, datasets, logs
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import device_of
 from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.experiments.locks import alone

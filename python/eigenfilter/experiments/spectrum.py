@@ -25,14 +25,8 @@ import eigenfilter as ef
 from eigenfilter import filters
 from eigenfilter.certificate import Certificate
 from eigenfilter.curvature import CurvatureOperator, EigenResult, SpectralDensity
-from eigenfilter.experiments.arguments import (
-    add_data_dir,
-    add_device,
-    add_out,
-    device_of,
-    positive,
-    whole,
-)
+from eigenfilter.experiments.arguments import add_data_dir, add_device, add_out, positive, whole
+from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import replace, replace_text
 from eigenfilter.experiments.locks import alone

@@ -48,6 +48,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from eigenfilter.kernels import dispatch, forks
+from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
 from eigenfilter.kernels.lanczos import (
     gram,
@@ -57,7 +58,6 @@ from eigenfilter.kernels.lanczos import (
     row_dots,
     three_term,
 )
-from eigenfilter.kernels.reference import Scalar, arithmetic_dtype
 from eigenfilter.kernels.torch_library import operator
 
 __all__ = [

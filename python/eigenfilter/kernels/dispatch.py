@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _core
-from eigenfilter.kernels import native, reference
-from eigenfilter.kernels.reference import Scalar
+from eigenfilter.kernels import native
+from eigenfilter.kernels.conventions import Scalar
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -159,6 +159,8 @@ def _select(device: torch.device, backend: str | None) -> Backend:
     if backend is None:
         return _select(device, _automatic(device))
     if backend == "reference":
+        from eigenfilter.kernels import reference
+
         return cast(Backend, reference)
     if backend == "native":
         if device.type == "cuda":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _core
-from eigenfilter.kernels.reference import Scalar
+from eigenfilter.kernels.conventions import Scalar
 
 
 def ascend(

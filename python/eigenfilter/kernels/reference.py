@@ -10,7 +10,6 @@ all before anything is written. Every room rounds alike, so the rooms agree bit 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,54 +17,11 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _core
-
-Scalar = float | Tensor
+from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype, power_of_two
 
 _X, _M, _V = range(3)  # what a descent writes, each rounded by random bits of its own
 _WORD = 0xFFFFFFFF
 _CHECK = 0  # of threads: the compiled kernel checks its arguments, and runs nothing
-
-
-def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the dtype in which tensors of `dtypes` are computed with."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-@functools.cache
-def gradient_dtype(param: torch.dtype, grad: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a gradient of dtype `grad` is read, exactly, for a parameter.
-
-    It is the parameter's dtype or, where that does not hold all numbers of `grad`, the next wider
-    one: float32 for bfloat16 and float16, float64 for float32.
-
-    Raises:
-        TypeError: no dtype that is read holds them.
-    """
-    for dtype in (param, torch.float32 if param.itemsize == 2 else torch.float64):
-        if grad.is_floating_point and _contains(torch.finfo(dtype), torch.finfo(grad)):
-            return dtype
-    raise TypeError(
-        f"a gradient is {grad} and its parameter {param}: the kernels read gradients of {param} "
-        f"parameters in {param} and {dtype}; set the parameter's grad_dtype to one of them"
-    )
-
-
-def _contains(wide: torch.finfo, narrow: torch.finfo) -> bool:
-    """Whether a dtype has all numbers of another."""
-    return (
-        wide.max >= narrow.max
-        and wide.eps <= narrow.eps
-        and wide.tiny * wide.eps <= narrow.tiny * narrow.eps
-    )
-
-
-def reduced(
-    tensors: Sequence[Tensor], weights: Sequence[Tensor] | None
-) -> tuple[tuple[str, ...], tuple[Sequence[Tensor], ...]]:
-    """Return names and lists of a reduction: tensors may be wider than their weights."""
-    if weights is None:
-        return ("tensors",), (tensors,)
-    return ("weights", "tensors"), (weights, tensors)
 
 
 @torch.no_grad()
@@ -242,13 +198,6 @@ def _root_of_squares(values: Sequence[Tensor], device: torch.device) -> Tensor:
     for v in values:
         total = total + v.square().sum()
     return total.sqrt()
-
-
-def power_of_two(largest: Tensor) -> Tensor:
-    """A power of two, like `largest` >= 0: divided by it, no square overflows or vanishes."""
-    limits = torch.finfo(torch.float64)
-    clamped = largest.clamp(limits.tiny, limits.max)
-    return clamped / (2 * torch.frexp(clamped).mantissa)
 
 
 @torch.no_grad()

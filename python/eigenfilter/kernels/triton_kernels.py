@@ -18,7 +18,7 @@ from eigenfilter import _core
 from eigenfilter.kernels import triton_device as device_code
 from eigenfilter.kernels import triton_lanczos as lanczos_code
 from eigenfilter.kernels import triton_project as project_code
-from eigenfilter.kernels.reference import Scalar, arithmetic_dtype, reduced
+from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype, reduced
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import Tables, tables
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.kernels.reference import power_of_two
+from eigenfilter.kernels.conventions import power_of_two
 from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._parts import Gradients, Part, Piece

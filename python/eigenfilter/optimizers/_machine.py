@@ -61,7 +61,7 @@ class StepMachine(GroupedOptimizer):
         self._good: dict[int, list[Any]] = {}  # values of groups that have been checked
         self._guard = Guard()
         self._parent = Parent(self)
-        self._release = GradientRelease(self)
+        self._release = GradientRelease(self._descend_alone)
         self._parts = Parts(Store(self.backend, self._descent.keys))
 
     @property

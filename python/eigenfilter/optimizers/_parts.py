@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
 from torch.nn.parameter import is_lazy
 
 from eigenfilter import _core, _distributed, kernels
-from eigenfilter.kernels.reference import gradient_dtype
+from eigenfilter.kernels.conventions import gradient_dtype
 from eigenfilter.optimizers._step_counts import Counted
 
 _Key = TypeVar("_Key", bound=Hashable)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
 from eigenfilter import _distributed
-
-if TYPE_CHECKING:
-    from eigenfilter.optimizers._machine import StepMachine
 
 UNSCALED = (
     "release_gradients=True applies each gradient before a GradScaler has looked at all of them: "
@@ -26,6 +22,8 @@ UNSCALED = (
 class GradientRelease:
     """Takes the descent parameter by parameter, by hooks, while `during_backward`.
 
+    `descend`, a method, takes the descent of one parameter. Its object is not kept alive.
+
     A parameter's hook comes after all its uses have been differentiated. What is computed anew in
     backward (activation checkpointing) from a detached parameter sees the update.
 
@@ -33,9 +31,9 @@ class GradientRelease:
         updated: ids of the parameters that have taken this step's descent.
     """
 
-    def __init__(self, optimizer: StepMachine) -> None:
+    def __init__(self, descend: Callable[[Tensor], None]) -> None:
         self.updated: set[int] = set()
-        self._optimizer = weakref.ref(optimizer)
+        self._descend = weakref.WeakMethod(descend)
         self._inside = False
         self._lock = threading.Lock()  # backward has a thread for each GPU
         self._warned = False
@@ -80,8 +78,8 @@ class GradientRelease:
             )
 
     def _arrived(self, p: Tensor) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None:
+        descend = self._descend()
+        if descend is None:
             return
         with self._lock:
             if id(p) in self.updated:
@@ -91,6 +89,6 @@ class GradientRelease:
                     "evaluation; gradients to accumulate come before it, outside "
                     "`with opt.evaluation():`"
                 )
-            optimizer._descend_alone(p)
+            descend(p)
             self.updated.add(id(p))
             p.grad = None

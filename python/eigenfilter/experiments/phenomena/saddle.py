@@ -21,9 +21,10 @@ from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter import filters
-from eigenfilter.experiments.arguments import add_out, output_folder
+from eigenfilter.experiments.arguments import add_out
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.figures import paths_figure
+from eigenfilter.experiments.files import output_folder
 from eigenfilter.experiments.reports import aligned, save
 from eigenfilter.filters import PolynomialFilter
 

@@ -9,15 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eigenfilter.experiments.arguments import (
-    add_data_dir,
-    add_out,
-    add_training,
-    output_folder,
-    positive,
-)
+from eigenfilter.experiments.arguments import add_data_dir, add_out, add_training, positive
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.figures import curve_of, sharpness_figure
+from eigenfilter.experiments.files import output_folder
 from eigenfilter.experiments.full_batch import BAND, Check, Method, Run, Training, threads_for
 from eigenfilter.experiments.losses import LOSSES
 from eigenfilter.experiments.problems import ACTIVATIONS, DATASETS, Problem, load

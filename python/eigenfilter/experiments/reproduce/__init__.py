@@ -19,12 +19,14 @@ from pathlib import Path
 import torch
 
 from eigenfilter.experiments import datasets, networks
-from eigenfilter.experiments.arguments import add_data_dir, add_device, device_of, positive, whole
+from eigenfilter.experiments.arguments import add_data_dir, add_device, positive, whole
+from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import read_json, replace_text
 from eigenfilter.experiments.locks import LOCK as LOCK
 from eigenfilter.experiments.locks import alone
 from eigenfilter.experiments.reports import aligned
+from eigenfilter.experiments.reproduce.findings import Findings
 from eigenfilter.experiments.reproduce.plan import COARSER, EXPERIMENTS, Plan, Scale
 from eigenfilter.experiments.stopping import stopping
 from eigenfilter.experiments.structure import fit
@@ -88,7 +90,7 @@ def _reproduced(args: argparse.Namespace, out: Path, device: torch.device) -> in
                 device=args.device,
                 stop=stop,
             )
-    findings = outputs.Findings.of(plan, runs, spent())
+    findings = Findings.of(plan, runs, spent())
     outputs.write(findings, out)
     print(aligned(summary.table([row for row in findings.rows if row.best])))
     for line in findings.verdicts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from eigenfilter.experiments.arguments import device_of
+from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.reproduce import spectra
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
 from eigenfilter.experiments.reproduce.summary import Measured

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from eigenfilter.experiments.reproduce import summary
-
-if TYPE_CHECKING:
-    from eigenfilter.experiments.reproduce.outputs import Findings
+from eigenfilter.experiments.reproduce.findings import Findings
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 

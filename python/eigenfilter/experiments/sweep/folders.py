@@ -12,10 +12,9 @@ from typing import Any
 
 from eigenfilter.experiments import checkpoint, runs
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, quoted
-from eigenfilter.experiments.files import replace_text
+from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.experiments.locks import Busy, holder
 from eigenfilter.experiments.locks import locked as locked
 from eigenfilter.experiments.runs import Record

@@ -14,8 +14,8 @@ from multiprocessing.connection import wait
 
 import torch
 
-from eigenfilter.experiments.arguments import device_of
 from eigenfilter.experiments.config import Config
+from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.sweep.folders import Order
 from eigenfilter.experiments.sweep.ledger import Ledger
 from eigenfilter.experiments.sweep.worker import OUTPUT, SIGNALS

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from eigenfilter.experiments.arguments import output_folder
 from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.files import output_folder
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep.folders import Order, attempt, failure
 
