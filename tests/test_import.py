@@ -1,0 +1,58 @@
+"""What `import eigenfilter` brings, and when."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import eigenfilter as ef
+
+LOADED = """
+import json, sys
+{code}
+print(json.dumps([m for m in ("torch", "numpy", "eigenfilter._core") if m in sys.modules]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import eigenfilter", []),
+        ("import eigenfilter as ef; ef.__version__; dir(ef)", []),
+        ("import eigenfilter.filters", ["numpy"]),
+        ("from eigenfilter import filters; filters.HeavyBall(0.1).max_eigenvalue()", ["numpy"]),
+        ("import eigenfilter as ef; ef.SGD", ["torch", "numpy", "eigenfilter._core"]),
+    ],
+)
+def test_parts_come_when_they_are_used(code: str, expected: list[str]) -> None:
+    """In a process of its own, which has imported nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED.format(code=code)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == expected
+
+
+def test_torch_comes_before_the_core() -> None:
+    """So that the core shares torch's OpenMP pool."""
+    code = "import sys, eigenfilter.kernels; m = list(sys.modules); print(m.index('torch') < "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "m.index('eigenfilter._core'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize("name", [*ef.__all__, "__version__"])
+def test_every_name_is_there(name: str) -> None:
+    """And is listed."""
+    assert getattr(ef, name) is not None
+    assert name in dir(ef)
+
+
+def test_other_names_are_errors() -> None:
+    """As of any module."""
+    with pytest.raises(AttributeError, match="module 'eigenfilter' has no attribute 'Adam'"):
+        _ = ef.Adam
