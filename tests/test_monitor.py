@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from eigenfilter import curvature, filters
-from eigenfilter.curvature.preconditioned import PreconditionedOperator
+from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 
 
 class Trained:

@@ -21,7 +21,7 @@ from curvature.networks import make as samples
 from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator
 from eigenfilter.curvature.engines import NAMES
 
-LOGGER = "eigenfilter.curvature.objective"
+LOGGER = "eigenfilter.curvature.loss.objective"
 SEQUENCES, LENGTH, WIDTH = 4, 5, 4
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from curvature.dense import DenseOperator, operator
 from eigenfilter import curvature
-from eigenfilter.curvature.estimates import _t_quantile
-from eigenfilter.curvature.lockstep import Lockstep
-from eigenfilter.curvature.space import Space
+from eigenfilter.curvature.solvers.batched_lanczos import Lockstep
+from eigenfilter.curvature.solvers.estimates import _t_quantile
+from eigenfilter.curvature.solvers.vector_ops import Space
 
 
 def hessian_like(n: int = 600) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature import Extremes, extremes
-from eigenfilter.curvature.extremes import smallest_start, worst_share
+from eigenfilter.curvature.solvers.spectrum_bounds import smallest_start, worst_share
 
 RUNS = 300
 

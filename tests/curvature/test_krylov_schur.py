@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature.dense import DTYPES, DenseOperator, decaying, operator
-from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
+from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur, Ritz
 
 
 def grown(op: DenseOperator, steps: int, rows: int, width: int) -> KrylovSchur:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature.dense import DenseOperator, Diagonal, OneSlice, decaying, operator, wanted
 from eigenfilter.curvature import EigenResult, eigsh, eigsh_cost
-from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
+from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur, Ritz
 
 ROUNDING = 2.0**-11  # of a number in float16, relative, at most
 VALUES = 1e-6  # what rounding may change of a value, relative to ||H||

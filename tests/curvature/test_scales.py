@@ -19,7 +19,7 @@ from eigenfilter.curvature import (
     spectral_density,
     trace,
 )
-from eigenfilter.curvature.scale import norms
+from eigenfilter.curvature.norms import norms
 
 # What an operator of norm 31 may be multiplied with, for its products to be normal numbers.
 EXPONENTS = {

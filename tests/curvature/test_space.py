@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvature.dense import DTYPES, DenseOperator, Diagonal, OneSlice, operator
 from eigenfilter import kernels
 from eigenfilter.curvature import eigsh
-from eigenfilter.curvature.space import Space, full_precision
+from eigenfilter.curvature.solvers.vector_ops import Space, full_precision
 
 MATMUL = torch.backends.cuda.matmul
 

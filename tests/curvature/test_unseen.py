@@ -12,8 +12,8 @@ from torch import Tensor
 
 from curvature.dense import DenseOperator, Diagonal, decaying, operator, wanted
 from eigenfilter.curvature import eigsh
-from eigenfilter.curvature.krylov_schur import KrylovSchur
-from eigenfilter.curvature.unseen import Unseen
+from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur
+from eigenfilter.curvature.solvers.unseen import Unseen
 
 RUNS = 200
 

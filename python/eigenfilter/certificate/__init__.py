@@ -18,7 +18,7 @@ from eigenfilter.certificate.judgement import Judged, Look, judge
 from eigenfilter.certificate.linearised import Linearised, NoFilter, ascent_of, linearised
 from eigenfilter.certificate.sides import Side, Tolerances
 from eigenfilter.curvature import Extreme, Extremes, HessianOperator
-from eigenfilter.curvature.scale import norms
+from eigenfilter.curvature.norms import norms
 from eigenfilter.filters import AdamW, PolynomialFilter
 
 NOT_AN_EQUILIBRIUM = "not an equilibrium"

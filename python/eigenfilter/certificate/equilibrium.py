@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter.certificate.linearised import ascent_of, preconditioner, spread
-from eigenfilter.curvature.hessian import HessianOperator
-from eigenfilter.curvature.scale import norms
+from eigenfilter.curvature.norms import norms
+from eigenfilter.curvature.operators.hessian import HessianOperator
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from eigenfilter.certificate.sides import (
     upper_side,
 )
 from eigenfilter.curvature import Extremes, extremes
-from eigenfilter.curvature.preconditioned import PreconditionedOperator
+from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import PolynomialFilter
 

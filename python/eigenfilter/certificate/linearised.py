@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed, filters
-from eigenfilter.curvature.operators import CurvatureOperator
-from eigenfilter.curvature.preconditioned import PreconditionedOperator
+from eigenfilter.curvature.operators.base import CurvatureOperator
+from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import SAM, AdamW, Filter, HeavyBall, PolynomialFilter
 from eigenfilter.optimizers._ascents import Ascent

@@ -5,18 +5,18 @@ Operators see models; solvers see only operators.
 
 from __future__ import annotations
 
-from eigenfilter.curvature.cost import Cost, eigsh_cost
-from eigenfilter.curvature.density import SpectralDensity, log_determinant, spectral_density
-from eigenfilter.curvature.estimates import Estimate
-from eigenfilter.curvature.extremes import Extreme, Extremes, extremes
-from eigenfilter.curvature.fisher import EmpiricalFisherOperator
-from eigenfilter.curvature.ggn import GGNOperator
-from eigenfilter.curvature.hessian import HessianOperator
-from eigenfilter.curvature.lanczos import eigsh
-from eigenfilter.curvature.operators import CurvatureOperator
+from eigenfilter.curvature.operators.base import CurvatureOperator
+from eigenfilter.curvature.operators.fisher import EmpiricalFisherOperator
+from eigenfilter.curvature.operators.ggn import GGNOperator
+from eigenfilter.curvature.operators.hessian import HessianOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.result import EigenResult
-from eigenfilter.curvature.traces import diagonal, trace
+from eigenfilter.curvature.solvers.cost import Cost, eigsh_cost
+from eigenfilter.curvature.solvers.density import SpectralDensity, log_determinant, spectral_density
+from eigenfilter.curvature.solvers.eigsh import eigsh
+from eigenfilter.curvature.solvers.estimates import Estimate
+from eigenfilter.curvature.solvers.result import EigenResult
+from eigenfilter.curvature.solvers.spectrum_bounds import Extreme, Extremes, extremes
+from eigenfilter.curvature.solvers.traces import diagonal, trace
 
 __all__ = [
     "Cost",

@@ -7,14 +7,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.double_backward import DoubleBackward, Graphs, split_to_fit
 from eigenfilter.curvature.engines.finite_difference import FiniteDifference
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
 from eigenfilter.curvature.engines.sharded import ShardedDifference
-from eigenfilter.curvature.engines.vectors import Sums
-from eigenfilter.curvature.objective import Objective
-from eigenfilter.curvature.slices import ShardSlices
+from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.loss.objective import Objective
+from eigenfilter.curvature.loss.slices import ShardSlices
+from eigenfilter.curvature.loss.vectors import Sums
 
 NAMES = (
     "retained",

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from eigenfilter.curvature.data import Source, Unfit
 from eigenfilter.curvature.engines import Engines
 from eigenfilter.curvature.engines.choice import ORDER, choose
-from eigenfilter.curvature.engines.vectors import Sums
+from eigenfilter.curvature.loss.batches import Source, Unfit
+from eigenfilter.curvature.loss.vectors import Sums
 
 _logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.data import Listed, Source
 from eigenfilter.curvature.engines.double_backward import WIDTH, first_batch, split_to_fit
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
 from eigenfilter.curvature.engines.graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
-from eigenfilter.curvature.engines.vectors import split
-from eigenfilter.curvature.objective import Objective
+from eigenfilter.curvature.loss.batches import Listed, Source
+from eigenfilter.curvature.loss.objective import Objective
+from eigenfilter.curvature.loss.vectors import split
 
 _logger = logging.getLogger(__name__)
 

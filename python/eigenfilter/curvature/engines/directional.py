@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.graphs import Pullback, check_recorded, explained
-from eigenfilter.curvature.engines.vectors import Sums, split
-from eigenfilter.curvature.objective import Evaluation, Objective
-from eigenfilter.curvature.pullback import Products
+from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.loss.objective import Evaluation, Objective
+from eigenfilter.curvature.loss.pullback import Products
+from eigenfilter.curvature.loss.vectors import Sums, split
 
 
 @dataclass(frozen=True)

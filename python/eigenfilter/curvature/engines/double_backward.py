@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.data import Pieces, Source, pieces, samples_of
 from eigenfilter.curvature.engines.graphs import Graph, graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
-from eigenfilter.curvature.engines.vectors import Sums, split
-from eigenfilter.curvature.objective import Evaluation, Objective
+from eigenfilter.curvature.loss.batches import Pieces, Source, pieces, samples_of
+from eigenfilter.curvature.loss.objective import Evaluation, Objective
+from eigenfilter.curvature.loss.vectors import Sums, split
 
 _logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.directional import Directional, Place
 from eigenfilter.curvature.engines.graphs import gradient
-from eigenfilter.curvature.engines.vectors import Sums
-from eigenfilter.curvature.objective import Evaluation, Objective
-from eigenfilter.curvature.pullback import Products
-from eigenfilter.curvature.scale import norms
+from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.loss.objective import Evaluation, Objective
+from eigenfilter.curvature.loss.pullback import Products
+from eigenfilter.curvature.loss.vectors import Sums
+from eigenfilter.curvature.norms import norms
 
 _EVERY = 16  # products from one check of the error to the next
 _PLAUSIBLE = 0.1

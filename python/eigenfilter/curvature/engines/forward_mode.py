@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.data import Source, Unfit, leaves, replaced
 from eigenfilter.curvature.engines.directional import Directional, Place
-from eigenfilter.curvature.engines.vectors import Sums
-from eigenfilter.curvature.nodes import leaves_reached
-from eigenfilter.curvature.objective import Evaluation, Objective
-from eigenfilter.curvature.pullback import Products, dense
+from eigenfilter.curvature.loss.batches import Source, Unfit, leaves, replaced
+from eigenfilter.curvature.loss.nodes import leaves_reached
+from eigenfilter.curvature.loss.objective import Evaluation, Objective
+from eigenfilter.curvature.loss.pullback import Products, dense
+from eigenfilter.curvature.loss.vectors import Sums
 
 _NO_TANGENT = "ZeroTensors are immutable"  # torch's, where a constant should have a tangent
 _WAYS_OUT = (

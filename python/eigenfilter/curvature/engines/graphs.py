@@ -9,10 +9,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.data import Unfit
-from eigenfilter.curvature.nodes import nodes, python_function, runs_python
-from eigenfilter.curvature.objective import Evaluation
-from eigenfilter.curvature.pullback import NO_INPUT_GRADIENT, Products, dense, pulled_back, unhooked
+from eigenfilter.curvature.loss.batches import Unfit
+from eigenfilter.curvature.loss.nodes import nodes, python_function, runs_python
+from eigenfilter.curvature.loss.objective import Evaluation
+from eigenfilter.curvature.loss.pullback import (
+    NO_INPUT_GRADIENT,
+    Products,
+    dense,
+    pulled_back,
+    unhooked,
+)
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative .* not implemented|differentiate twice|double.?backward|with \.grad\(\)|"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.nodes import kept
+from eigenfilter.curvature.loss.nodes import kept
 
 _SHARE = 0.5  # of what is free, that graphs may take by default
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.curvature.data import Source
 from eigenfilter.curvature.engines.directional import Place
 from eigenfilter.curvature.engines.finite_difference import FiniteDifference
-from eigenfilter.curvature.engines.vectors import Sums, split
-from eigenfilter.curvature.objective import Evaluation, Objective
-from eigenfilter.curvature.pullback import Products, dense, unhooked
-from eigenfilter.curvature.scale import norms
-from eigenfilter.curvature.slices import ShardSlices
+from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.loss.objective import Evaluation, Objective
+from eigenfilter.curvature.loss.pullback import Products, dense, unhooked
+from eigenfilter.curvature.loss.slices import ShardSlices
+from eigenfilter.curvature.loss.vectors import Sums, split
+from eigenfilter.curvature.norms import norms
 
 
 class ShardedDifference(FiniteDifference):

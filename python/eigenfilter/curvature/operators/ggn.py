@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eigenfilter.curvature.objective import Outer, one_number
-from eigenfilter.curvature.operators import CurvatureOperator
+from eigenfilter.curvature.loss.objective import Outer, one_number
+from eigenfilter.curvature.operators.base import CurvatureOperator
 
 
 class GGNOperator(CurvatureOperator):

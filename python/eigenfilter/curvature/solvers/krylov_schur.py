@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eigenfilter.curvature.basis import Basis, Floats, RoundedBasis
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.scale import Scale
-from eigenfilter.curvature.space import Space
+from eigenfilter.curvature.solvers.basis import Basis, Floats, RoundedBasis
+from eigenfilter.curvature.solvers.scale import Scale
+from eigenfilter.curvature.solvers.vector_ops import Space
 
 _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
 _RANDOM = 0.1  # how much of a random vector, relative to it, is mixed into a given start

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from eigenfilter.curvature.basis import Floats
-from eigenfilter.curvature.krylov_schur import Ritz
-from eigenfilter.curvature.unseen import Levels
+from eigenfilter.curvature.solvers.basis import Floats
+from eigenfilter.curvature.solvers.krylov_schur import Ritz
+from eigenfilter.curvature.solvers.unseen import Levels
 
 Indices: TypeAlias = NDArray[np.intp]
 Flags: TypeAlias = NDArray[np.bool_]

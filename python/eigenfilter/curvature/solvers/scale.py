@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.basis import Floats
-from eigenfilter.curvature.space import Space
+from eigenfilter.curvature.solvers.basis import Floats
+from eigenfilter.curvature.solvers.vector_ops import Space
 
 # The squares of numbers within 2^-e and 2^e, of what a subtraction leaves of them and the sums of
 # such squares are normal. A power of two would change no bit there, and is left out.
@@ -28,21 +27,6 @@ def times_power(t: Numbers, exponent: int) -> Numbers:
         return t
     half = exponent // 2
     return (t * 2.0**half) * 2.0 ** (exponent - half)
-
-
-def norms(v: Tensor) -> Tensor:
-    """Return the norms [] or [b] of v [n] or of the columns of v [n, b], whatever their size."""
-    found: Tensor = torch.linalg.vector_norm(v, dim=0)
-    info = torch.finfo(v.dtype)
-    most = math.sqrt(info.max) / 2
-    least = math.sqrt(info.tiny) / info.eps  # so that squares of what counts in it are normal
-    if not v.numel() or bool(((found >= least) & (found <= most)).all()):
-        return found
-    exponents = torch.linalg.vector_norm(v, torch.inf, dim=0).frexp().exponent
-    half = exponents // 2
-    first, second = (torch.ldexp(torch.ones_like(found), e) for e in (half, exponents - half))
-    near: Tensor = torch.linalg.vector_norm(v / first / second, dim=0)
-    return near * first * second
 
 
 def exponent_of(space: Space, t: Tensor) -> int | None:

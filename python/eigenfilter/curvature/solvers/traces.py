@@ -7,15 +7,15 @@ from contextlib import nullcontext
 
 import torch
 
-from eigenfilter.curvature.estimates import (
+from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.curvature.solvers.estimates import (
     Estimate,
     check_finite,
     check_real,
     signs,
 )
-from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.scale import Scale
-from eigenfilter.curvature.space import Space
+from eigenfilter.curvature.solvers.scale import Scale
+from eigenfilter.curvature.solvers.vector_ops import Space
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import kernels
-from eigenfilter.curvature.space import Space
+from eigenfilter.curvature.solvers.vector_ops import Space
 
 _LEAST = 1e-12  # of a square relative to those it is the difference of
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from eigenfilter.curvature.ggn import tensor_output
-from eigenfilter.curvature.objective import Outer
-from eigenfilter.curvature.operators import CurvatureOperator
+from eigenfilter.curvature.loss.objective import Outer
+from eigenfilter.curvature.operators.base import CurvatureOperator
+from eigenfilter.curvature.operators.ggn import tensor_output
 
 
 class EmpiricalFisherOperator(CurvatureOperator):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eigenfilter.curvature.space import Space, full_precision
+from eigenfilter.curvature.solvers.vector_ops import Space, full_precision
 
 _CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
 

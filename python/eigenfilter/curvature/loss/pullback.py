@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.data import Unfit
+from eigenfilter.curvature.loss.batches import Unfit
 
 NO_INPUT_GRADIENT = (
     "or by torch.utils.checkpoint with use_reentrant=True, whose inputs do not require grad: pass "

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.scale import times_power
-from eigenfilter.curvature.space import Space
+from eigenfilter.curvature.solvers.scale import times_power
+from eigenfilter.curvature.solvers.vector_ops import Space
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from eigenfilter.curvature.engines.vectors import Sums
+from eigenfilter.curvature.loss.vectors import Sums
 
 
 def reduce(sums: Sums, marks: list[float], group: dist.ProcessGroup) -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.engines.graphs import gradient
-from eigenfilter.curvature.engines.vectors import Sums, split
-from eigenfilter.curvature.objective import Outer, one_number
-from eigenfilter.curvature.operators import CurvatureOperator
+from eigenfilter.curvature.loss.objective import Outer, one_number
+from eigenfilter.curvature.loss.vectors import Sums, split
+from eigenfilter.curvature.operators.base import CurvatureOperator
 
 
 class HessianOperator(CurvatureOperator):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eigenfilter.curvature.lanczos import THICKNESS, default_basis
+from eigenfilter.curvature.solvers.eigsh import THICKNESS, default_basis
 
 
 @dataclass(frozen=True)

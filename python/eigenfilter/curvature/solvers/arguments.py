@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.stopping import CRITERIA, WHICH
+from eigenfilter.curvature.solvers.convergence import CRITERIA, WHICH
 
 _LEAST_TOL = 1e-6  # the relative error of a value that a basis in float16 stands for
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.estimates import check_real
-from eigenfilter.curvature.krylov_schur import KrylovSchur
 from eigenfilter.curvature.protocol import SymmetricOperator
+from eigenfilter.curvature.solvers.estimates import check_real
+from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur
 
 
 @dataclass(frozen=True)

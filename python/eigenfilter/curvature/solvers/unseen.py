@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from eigenfilter.curvature.basis import Floats
-from eigenfilter.curvature.krylov_schur import Ritz
+from eigenfilter.curvature.solvers.basis import Floats
+from eigenfilter.curvature.solvers.krylov_schur import Ritz
 
 Levels = tuple[float | None, float | None]
 """What an eigenvalue must lie beyond to be missed: at the low end and at the high end."""

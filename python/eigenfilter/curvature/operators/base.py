@@ -15,15 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eigenfilter import _distributed, _perturbation
 from eigenfilter.curvature import engines
-from eigenfilter.curvature.algebra import SymmetricMatrix
-from eigenfilter.curvature.data import source_of
-from eigenfilter.curvature.distributed import reduce
 from eigenfilter.curvature.engines.automatic import Automatic, Given
 from eigenfilter.curvature.engines.memory import default_budget
-from eigenfilter.curvature.engines.vectors import Sums
-from eigenfilter.curvature.objective import Objective, Outer
-from eigenfilter.curvature.point import Point, checksum
-from eigenfilter.curvature.slices import ShardSlices, slices_of
+from eigenfilter.curvature.loss.batches import source_of
+from eigenfilter.curvature.loss.distributed import reduce
+from eigenfilter.curvature.loss.objective import Objective, Outer
+from eigenfilter.curvature.loss.slices import ShardSlices, slices_of
+from eigenfilter.curvature.loss.snapshot import Point, checksum
+from eigenfilter.curvature.loss.vectors import Sums
+from eigenfilter.curvature.operators.algebra import SymmetricMatrix
 
 _LONGER = (
     "rows of {0} are longer than max_norm, and the forward pass would rewrite them, so that x "

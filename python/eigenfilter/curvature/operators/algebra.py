@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.engines.memory import default_budget
-from eigenfilter.curvature.slices import ShardSlices
+from eigenfilter.curvature.loss.slices import ShardSlices
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.estimates import Estimate, check_finite, check_real, normals, signs
-from eigenfilter.curvature.lockstep import Lockstep
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.result import EigenResult
-from eigenfilter.curvature.scale import Scale
-from eigenfilter.curvature.space import Space
+from eigenfilter.curvature.solvers.batched_lanczos import Lockstep
+from eigenfilter.curvature.solvers.estimates import (
+    Estimate,
+    check_finite,
+    check_real,
+    normals,
+    signs,
+)
+from eigenfilter.curvature.solvers.result import EigenResult
+from eigenfilter.curvature.solvers.scale import Scale
+from eigenfilter.curvature.solvers.vector_ops import Space
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

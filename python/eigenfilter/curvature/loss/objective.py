@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from eigenfilter import _distributed
-from eigenfilter.curvature.data import (
+from eigenfilter.curvature.loss.batches import (
     Misweighed,
     cast,
     divisible,
@@ -28,9 +28,9 @@ from eigenfilter.curvature.data import (
     rows_of,
     samples_of,
 )
-from eigenfilter.curvature.nodes import leaves_reached, nodes
-from eigenfilter.curvature.survey import survey
-from eigenfilter.curvature.weights import Weights, attempt, check_values
+from eigenfilter.curvature.loss.nodes import leaves_reached, nodes
+from eigenfilter.curvature.loss.survey import survey
+from eigenfilter.curvature.loss.weights import Weights, attempt, check_values
 
 _logger = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.arguments import check, check_probability, check_rounded
-from eigenfilter.curvature.krylov_schur import KrylovSchur, Ritz
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.result import EigenResult
-from eigenfilter.curvature.scale import exponent_of, times_power
-from eigenfilter.curvature.space import Space
-from eigenfilter.curvature.stopping import Flags, Indices, Pairs, Rule
-from eigenfilter.curvature.unseen import Unseen
+from eigenfilter.curvature.solvers.arguments import check, check_probability, check_rounded
+from eigenfilter.curvature.solvers.convergence import Flags, Indices, Pairs, Rule
+from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur, Ritz
+from eigenfilter.curvature.solvers.result import EigenResult
+from eigenfilter.curvature.solvers.scale import exponent_of, times_power
+from eigenfilter.curvature.solvers.unseen import Unseen
+from eigenfilter.curvature.solvers.vector_ops import Space
 
 _FEW = 20  # steps in which a pair can converge by luck
 THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps

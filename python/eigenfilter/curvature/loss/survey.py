@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.data import Unfit
-from eigenfilter.curvature.nodes import leaves_reached, nodes, python_function
-from eigenfilter.curvature.pullback import NO_INPUT_GRADIENT, Products, pulled_back
+from eigenfilter.curvature.loss.batches import Unfit
+from eigenfilter.curvature.loss.nodes import leaves_reached, nodes, python_function
+from eigenfilter.curvature.loss.pullback import NO_INPUT_GRADIENT, Products, pulled_back
 
 if TYPE_CHECKING:
-    from eigenfilter.curvature.objective import Evaluation, Objective
+    from eigenfilter.curvature.loss.objective import Evaluation, Objective
 
 _logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Eigenvalues, densities and traces of any symmetric operator, from products alone."""
