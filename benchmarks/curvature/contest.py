@@ -259,7 +259,7 @@ def _entry(c: _Checked, laps: dict[str, list[Lap]], kind: str) -> Entry:
 
 def _overhead(problem: Problem, rounds: int) -> Spread:
     """Lanczos over as many raw products, the graphs of both ready."""
-    op = HessianOperator(problem.model, problem.loss_fn, problem.batches, engine="retained")
+    op = HessianOperator(problem.model, problem.loss_fn, problem.batches, engine="cached_graph")
     products = eigsh(op, K, look_for_copies=False).matvecs
     gradients = problem.gradients()
 

@@ -19,7 +19,7 @@ def solve(problem: Problem, engine: str = "auto", **options: Any) -> Found:
 
 def scipy(problem: Problem, **options: Any) -> Found:
     """SciPy's eigsh over the same products."""
-    op = HessianOperator(problem.model, problem.loss_fn, problem.data, engine="retained")
+    op = HessianOperator(problem.model, problem.loss_fn, problem.data, engine="cached_graph")
     return arpack(op.to_scipy(), which="LA", **options)
 
 

@@ -14,7 +14,7 @@ from eigenfilter.curvature import CurvatureOperator, HessianOperator, algebra, e
 from eigenfilter.curvature.engines import NAMES
 
 
-@pytest.mark.parametrize("engine", ["auto", "retained", "finite_difference"])
+@pytest.mark.parametrize("engine", ["auto", "cached_graph", "finite_difference"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_matrix_notation(kind: type[CurvatureOperator], engine: str) -> None:
     model, x, target = make()
@@ -68,7 +68,7 @@ def test_a_model_that_changes_between_columns() -> None:
             model.get_parameter("0.bias").add_(1)
         return nn.functional.cross_entropy(output, target)
 
-    op = HessianOperator(model, loss_fn, (x, target), engine="shared")
+    op = HessianOperator(model, loss_fn, (x, target), engine="per_pass_graph")
     with pytest.raises(RuntimeError, match="changed while a solver"):
         op.to_dense()
 

@@ -132,18 +132,20 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
         try:
             found = columns(op)
         except RuntimeError as error:
-            if "engine='retained'" not in " ".join([str(error), *getattr(error, "__notes__", [])]):
+            if "engine='cached_graph'" not in " ".join(
+                [str(error), *getattr(error, "__notes__", [])]
+            ):
                 raise
             refused.append(engine)
             continue
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-        assert op.engine in (engine, "retained", "batched")
+        assert op.engine in (engine, "cached_graph", "vmap")
     masks = mode == "train" and ("encoder" in name or name == "padded")
     assert set(refused) <= {"forward_over_reverse"}
     assert bool(refused) == (masks or (recomputed and kind is HessianOperator))
 
 
-@pytest.mark.parametrize("engine", ["auto", "shared", "forward_over_reverse"])
+@pytest.mark.parametrize("engine", ["auto", "per_pass_graph", "forward_over_reverse"])
 def test_it_is_logged_once(engine: str, caplog: pytest.LogCaptureFixture) -> None:
     model, x, target = make("plain")
     op = GGNOperator(model, nn.CrossEntropyLoss(), [(x, target), (x, target)], engine=engine)
@@ -179,7 +181,7 @@ def test_the_settings_of_the_caller_come_back() -> None:
     assert any(inside != before for inside in seen)
 
 
-@pytest.mark.parametrize("engine", [n for n in [*NAMES, "auto"] if n != "checkpointed"])
+@pytest.mark.parametrize("engine", [n for n in [*NAMES, "auto"] if n != "microbatched"])
 def test_attention_in_the_loss(engine: str) -> None:
     """Of a GGN matrix the loss alone is differentiated twice."""
     model, x, _ = make("plain")
@@ -278,7 +280,7 @@ def test_weight_normalisation(dim: int | None, kind: type[CurvatureOperator], en
     if dim is None and engine == "forward_over_reverse":
         with pytest.raises(RuntimeError) as raised:
             columns(op)
-        assert "use engine='retained'" in raised.value.__notes__[0]
+        assert "use engine='cached_graph'" in raised.value.__notes__[0]
         return
     atol = 1e-7 if engine == "finite_difference" else 1e-12
     torch.testing.assert_close(columns(op), expected, rtol=0, atol=atol)

@@ -84,7 +84,7 @@ def test_derivatives_inside_the_model(
     kind: type[CurvatureOperator], name: str, engine: str
 ) -> None:
     model, (_, x, target) = INSIDE[name]().double(), make()
-    if name == "adapted" and engine == "checkpointed":
+    if name == "adapted" and engine == "microbatched":
         x = x[:1].expand(len(x), -1).contiguous()  # the same in every piece
     expected = _dense(kind, model, x, target)
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
@@ -125,7 +125,10 @@ def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> Non
     try:
         found = columns(op)
     except RuntimeError as error:
-        if engine != "forward_over_reverse" or "use engine='retained'" not in error.__notes__[0]:
+        if (
+            engine != "forward_over_reverse"
+            or "use engine='cached_graph'" not in error.__notes__[0]
+        ):
             raise
         return
     scale = float(expected.abs().max())
@@ -188,11 +191,11 @@ def test_forward_mode_does_not_miss_a_parameter_from_elsewhere() -> None:
         return F.cross_entropy(output, target) + held.square().sum()
 
     v = torch.randn(39, dtype=torch.float64)
-    exact = HessianOperator(model, loss_fn, (x, target), engine="retained").matvec(v)
+    exact = HessianOperator(model, loss_fn, (x, target), engine="cached_graph").matvec(v)
     plain = dense(model, x, target) @ v
     torch.testing.assert_close(exact[:20], plain[:20] + 2 * v[:20], rtol=0, atol=1e-12)
     op = HessianOperator(model, loss_fn, (x, target), engine="forward_over_reverse")
-    with pytest.raises(RuntimeError, match=r"not take from its module.*use engine='retained'"):
+    with pytest.raises(RuntimeError, match=r"not take from its module.*use engine='cached_graph'"):
         op.matvec(v)
     assert torch.equal(HessianOperator(model, loss_fn, (x, target)).matvec(v), exact)
 
@@ -211,7 +214,7 @@ def test_forward_mode_does_not_draw_another_mask() -> None:
     model, (_, x, target) = Turned().double(), make()
     data, loss_fn = (x, target), nn.CrossEntropyLoss()
     op = HessianOperator(model, loss_fn, data, mode="train", engine="forward_over_reverse")
-    with pytest.raises(RuntimeError, match=r"another value.*use engine='retained'"):
+    with pytest.raises(RuntimeError, match=r"another value.*use engine='cached_graph'"):
         columns(op)
     evaluated = HessianOperator(model, loss_fn, data, engine="forward_over_reverse")
     torch.testing.assert_close(columns(evaluated), dense(model, x, target), rtol=0, atol=1e-12)
@@ -227,7 +230,7 @@ def test_the_next_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
         found = op.matvec(v)
     assert op.engine == "finite_difference"
     told = [(r.levelno, r.getMessage()) for r in caplog.records if r.name == LOGGER]
-    passed = ["retained", "shared", "forward_over_reverse", "checkpointed"]
+    passed = ["cached_graph", "per_pass_graph", "forward_over_reverse", "microbatched"]
     assert [text.split("'")[1] for _, text in told] == passed
     assert all("NotImplementedError" in text for _, text in told)
     assert told[-1][0] == logging.WARNING
@@ -257,7 +260,7 @@ def test_one_error_lists_all_engines() -> None:
         op.matvec(torch.ones(39, dtype=torch.float64))
     lines = str(raised.value).splitlines()
     named = [line.split(":")[0].removeprefix("- ") for line in lines if line.startswith("- ")]
-    assert sorted(named) == sorted(set(NAMES) - {"batched"})
+    assert sorted(named) == sorted(set(NAMES) - {"vmap"})
     assert "operations that torch can differentiate" in lines[-1]
 
 
@@ -288,12 +291,12 @@ def test_memory_that_runs_out_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
     v = torch.randn(39, dtype=torch.float64)
     expected = dense(model, x, target) @ v
-    from eigenfilter.curvature.engines import double_backward
+    from eigenfilter.curvature.engines import graph_cache
 
     def full(*given: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(double_backward, "graph_of", full)
+    monkeypatch.setattr(graph_cache, "graph_of", full)
     torch.testing.assert_close(op.matvec(v), expected, rtol=0, atol=1e-12)
     assert op.engine == "forward_over_reverse"
 

@@ -33,9 +33,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float]) -> None:
 
 @pytest.mark.parametrize(
     ("times", "expected"),
-    [([1e-3, 2e-3], "batched"), ([1e-3, 3.9e-3], "retained"), ([0.2], "retained")],
+    [([1e-3, 2e-3], "vmap"), ([1e-3, 3.9e-3], "cached_graph"), ([0.2], "cached_graph")],
 )
-def test_blocks_are_vectorised_where_that_is_faster(
+def test_blocks_are_vectorized_where_that_is_faster(
     times: list[float], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x, target = make()
@@ -46,14 +46,14 @@ def test_blocks_are_vectorised_where_that_is_faster(
     assert op.engine == expected
     pretend(monkeypatch, [1e-3])
     op.matvec(V[:, 0])
-    assert op.engine == "retained"
+    assert op.engine == "cached_graph"
 
 
 @pytest.mark.parametrize(
     ("times", "expected"),
     [
         ([1e-3, 1e-3, 1e-3], "forward_over_reverse"),
-        ([1e-3, 1e-3, 1.9e-3], "retained"),
+        ([1e-3, 1e-3, 1.9e-3], "cached_graph"),
     ],
 )
 def test_graphs_that_cannot_all_be_kept(
@@ -77,7 +77,7 @@ def test_a_graph_beyond_the_budget_is_never_built(
     expected = kind(**given).matvec(v)
     split = kind(**given, memory_budget=9_000)
     torch.testing.assert_close(split.matvec(v), expected, rtol=0, atol=1e-13)
-    assert split.engine == "checkpointed"
+    assert split.engine == "microbatched"
     coupled = kind(**given, memory_budget=9_000, mode="train")
     assert coupled.matvec(v).abs().max() > 1e-3
     assert coupled.engine == "forward_over_reverse"
@@ -95,11 +95,11 @@ def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) ->
                 model.get_parameter("last.weight").mul_(2)
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith(f"products with {op.shape[0]} vectors: engine ")
-    assert second.startswith("products with 1 vectors: engine 'retained' (its graphs")
+    assert second.startswith("products with 1 vectors: engine 'cached_graph' (its graphs")
 
 
-def test_what_cannot_be_vectorised_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    """Its backward looks at numbers, which a vectorised one does not have."""
+def test_what_cannot_be_vectorized_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    """Its backward looks at numbers, which a vectorized one does not have."""
 
     class Choosing(torch.autograd.Function):
         @staticmethod
@@ -119,18 +119,18 @@ def test_what_cannot_be_vectorised_is_not(caplog: pytest.LogCaptureFixture) -> N
     )
     with caplog.at_level(logging.INFO, LOGGER):
         found = columns(op)
-    assert op.engine == "retained"
+    assert op.engine == "cached_graph"
     asked = HessianOperator(
         model,
         lambda z, t: nn.functional.cross_entropy(Choosing.apply(z), t),
         (x, target),
-        engine="batched",
+        engine="vmap",
     )
     with pytest.raises(RuntimeError, match="Batching rule not implemented") as raised:
         columns(asked)
-    assert "engine='retained'" in raised.value.__notes__[0]
+    assert "engine='cached_graph'" in raised.value.__notes__[0]
     (record,) = caplog.records
-    assert "batched refused: " in record.getMessage()
+    assert "vmap refused: " in record.getMessage()
     smooth = HessianOperator(
         model, lambda z, t: nn.functional.cross_entropy(torch.tanh(z), t), (x, target)
     )

@@ -14,7 +14,7 @@ from curvature.networks import OPERATORS, columns, dense, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
 from eigenfilter.curvature.engines import NAMES
 
-ENGINES = ["retained", "shared", "checkpointed"]
+ENGINES = ["cached_graph", "per_pass_graph", "microbatched"]
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -57,7 +57,7 @@ def test_a_loader_with_a_small_last_batch(kind: type[CurvatureOperator], engine:
         nn.CrossEntropyLoss(),
         DataLoader(TensorDataset(x, target), batch_size=first),
         engine=engine,
-        memory_budget=150 * count if engine == "checkpointed" else None,
+        memory_budget=150 * count if engine == "microbatched" else None,
     )
     whole, *parts = (
         OPERATORS[kind](model, x[part], target[part])
@@ -104,11 +104,11 @@ def test_another_seed_is_another_order() -> None:
 def test_augmentation_by_torchs_generator_is_replayed() -> None:
     model, x, target = make()
     data = DataLoader(Noisy(x, target, "torch"), batch_size=15)
-    op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="shared")
+    op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="per_pass_graph")
     assert torch.equal(columns(op), columns(op))
 
 
-@pytest.mark.parametrize("engine", ["shared", "checkpointed", "forward_over_reverse"])
+@pytest.mark.parametrize("engine", ["per_pass_graph", "microbatched", "forward_over_reverse"])
 def test_a_loader_with_its_own_order_is_refused(engine: str) -> None:
     model, x, target = make()
     data = DataLoader(
@@ -124,10 +124,10 @@ def test_a_loader_with_its_own_order_is_read_once_where_graphs_are_kept() -> Non
     data = DataLoader(
         TensorDataset(x, target), batch_size=9, shuffle=True, generator=torch.Generator()
     )
-    op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="retained")
+    op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="cached_graph")
     torch.testing.assert_close(columns(op), dense(model, x, target), rtol=0, atol=1e-13)
     partly = HessianOperator(
-        model, nn.CrossEntropyLoss(), data, engine="retained", memory_budget=8_000
+        model, nn.CrossEntropyLoss(), data, engine="cached_graph", memory_budget=8_000
     )
     columns(partly)
     with pytest.raises(RuntimeError, match="other batches in a second pass"):
@@ -146,7 +146,7 @@ def test_graphs_are_kept_as_far_as_the_budget_goes() -> None:
     data = DataLoader(TensorDataset(x, target), batch_size=8)
     counts = []
     for budget in (0, 8_000, 80_000):
-        op = HessianOperator(model, loss_fn, data, engine="retained", memory_budget=budget)
+        op = HessianOperator(model, loss_fn, data, engine="cached_graph", memory_budget=budget)
         expected = columns(op)
         calls = 0
         assert torch.equal(columns(op), expected)
@@ -159,7 +159,7 @@ def test_graphs_are_kept_as_far_as_the_budget_goes() -> None:
 def test_augmentation_by_another_generator_is_refused() -> None:
     model, x, target = make()
     data = DataLoader(Noisy(x, target, "python"), batch_size=15)
-    op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="shared")
+    op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="per_pass_graph")
     columns(op)
     with pytest.raises(RuntimeError, match="switch off random augmentation"):
         columns(op)
@@ -173,7 +173,7 @@ def test_augmentation_by_another_generator_is_refused() -> None:
 def test_a_pass_of_another_length_is_refused(counts: list[int]) -> None:
     model, x, target = make()
     data = DataLoader(Stream(x, target, counts), batch_size=4)
-    op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="shared")
+    op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="per_pass_graph")
     expected = dense(model, x[: counts[0]], target[: counts[0]])
     torch.testing.assert_close(columns(op), expected, rtol=0, atol=1e-13)
     with pytest.raises(RuntimeError, match="other batches in a second pass"):
@@ -194,7 +194,7 @@ def test_loaders_that_give_no_pairs() -> None:
         (DataLoader(x), ValueError, "a DataLoader of them.*a batch of type Tensor"),
         (DataLoader(Stream(x, target, [0, 0])), RuntimeError, "the loader gave no batch"),
     ):
-        op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="retained")
+        op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="cached_graph")
         with pytest.raises(error, match=message):
             op.matvec(v)
 
@@ -206,7 +206,7 @@ def test_batches_that_cannot_be_split() -> None:
         nn.CrossEntropyLoss(),
         {"x": x, "y": target, "extra": torch.ones(3)},
         forward=lambda model, batch: (model(batch["x"]), batch["y"]),
-        engine="checkpointed",
+        engine="microbatched",
     )
     with pytest.raises(ValueError, match="do not share a leading dimension"):
         columns(op)

@@ -87,7 +87,7 @@ def test_the_model_is_put_back(kind: type[CurvatureOperator], calls: int) -> Non
     op = kind(
         model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference", forward=forward
     )
-    other = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="retained")
+    other = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="cached_graph")
     v = torch.randn(op.shape[0], dtype=torch.float64)
     before = other.matvec(v)
     op.matvec(v)
@@ -116,7 +116,7 @@ def test_a_compiled_model() -> None:
     expected = dense(model, x, target)
     compiled = torch.compile(model, backend="aot_eager")
     v = torch.ones(39, dtype=torch.float64)
-    exact = HessianOperator(compiled, nn.CrossEntropyLoss(), (x, target), engine="retained")
+    exact = HessianOperator(compiled, nn.CrossEntropyLoss(), (x, target), engine="cached_graph")
     with pytest.raises(RuntimeError, match="double backward") as raised:
         exact.matvec(v)
     assert "engine='finite_difference'" in raised.value.__notes__[0]

@@ -83,7 +83,7 @@ def test_a_missing_second_derivative_is_named(square: type[Square], where: str) 
         return (square.apply(output) if where == "last" else output).pow(2).mean()
 
     model = Bent().double()
-    op = HessianOperator(model, loss_fn, (make()[1], None), engine="retained")
+    op = HessianOperator(model, loss_fn, (make()[1], None), engine="cached_graph")
     with pytest.raises(RuntimeError, match="has no second derivative"):
         op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
 
@@ -136,8 +136,8 @@ def test_a_missing_forward_derivative_is_named() -> None:
     op = HessianOperator(model, loss_fn, (x, target), engine="forward_over_reverse")
     with pytest.raises(NotImplementedError, match="cdist") as raised:
         op.matvec(v)
-    assert "use engine='retained'" in raised.value.__notes__[0]
-    found = HessianOperator(model, loss_fn, (x, target), engine="retained").matvec(v)
+    assert "use engine='cached_graph'" in raised.value.__notes__[0]
+    found = HessianOperator(model, loss_fn, (x, target), engine="cached_graph").matvec(v)
     expected = dense(model, x, target, loss_fn=written_out) @ v
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 

@@ -69,7 +69,7 @@ def test_results_carry_no_graph_and_the_call_site_does_not_matter(built: str, us
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["retained", "batched", "auto"])
+@pytest.mark.parametrize("engine", ["cached_graph", "vmap", "auto"])
 def test_a_graph_is_kept_while_nothing_changes(engine: str) -> None:
     model, x, target = make("partial")
     calls = 0
@@ -281,7 +281,7 @@ def test_an_operator_is_no_cycle() -> None:
     gc.disable()
     try:
         for kind in (HessianOperator, GGNOperator, EmpiricalFisherOperator):
-            op = kind(model, nn.CrossEntropyLoss(), data, engine="retained")
+            op = kind(model, nn.CrossEntropyLoss(), data, engine="cached_graph")
             op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
             alive = weakref.ref(op)
             del op

@@ -13,7 +13,7 @@ from curvature.networks import OPERATORS, Partial, columns, dense, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator
 from eigenfilter.curvature.engines import NAMES
 
-WHOLE = [name for name in NAMES if name != "checkpointed"]
+WHOLE = [name for name in NAMES if name != "microbatched"]
 
 
 @pytest.mark.parametrize("engine", [*WHOLE, "auto"])
@@ -107,7 +107,7 @@ def test_coupled_samples_cannot_be_split(name: str) -> None:
         nn.CrossEntropyLoss(),
         (x, target),
         mode="train",
-        engine="checkpointed",
+        engine="microbatched",
         memory_budget=8_000,
     )
     with pytest.raises(ValueError, match=r"samples are coupled.*choose another engine"):
@@ -135,7 +135,9 @@ def test_modes_are_put_back_after_an_error(mode: str, training: bool) -> None:
     assert model.norm.track_running_stats
 
 
-@pytest.mark.parametrize("engine", ["retained", "shared", "batched", "forward_over_reverse"])
+@pytest.mark.parametrize(
+    "engine", ["cached_graph", "per_pass_graph", "vmap", "forward_over_reverse"]
+)
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
     """Products in bfloat16 are those of float32 but for its 8 bits; vectors stay float32."""

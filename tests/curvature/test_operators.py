@@ -19,14 +19,14 @@ from eigenfilter.curvature import GGNOperator, HessianOperator, eigsh
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_agrees_with_a_dense_hessian(name: str, dtype: torch.dtype, rtol: float) -> None:
     model, x, target = make(name, dtype)
-    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="retained")
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="cached_graph")
     expected = dense(model.double(), x.double() if x.is_floating_point() else x, target)
     model.to(dtype)
     found = columns(op)
     assert op.shape == expected.shape
     assert op.dtype == found.dtype == dtype
     assert op.device == found.device == x.device
-    assert op.engine == "retained"
+    assert op.engine == "cached_graph"
     scale = float(expected.abs().max())
     assert scale > 0.05
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=rtol * scale)
@@ -226,7 +226,10 @@ def arguments() -> Iterator[tuple[dict[str, Any], str]]:
     frozen = copy.deepcopy(model).requires_grad_(False)
     split = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3, device="meta")).double()
     complex_ = nn.Linear(5, 3, dtype=torch.complex64)
-    yield {"engine": "magic"}, r"engine must be 'auto' or one of \['retained', .*\], not 'magic'"
+    yield (
+        {"engine": "magic"},
+        r"engine must be 'auto' or one of \['cached_graph', .*\], not 'magic'",
+    )
     yield {"mode": "test"}, "mode must be 'eval' or 'train'"
     yield {"autocast": torch.int8}, "autocast must be a floating dtype"
     yield {"memory_budget": -1}, "memory_budget must be a number of bytes"

@@ -27,7 +27,7 @@ SMALL = 8_000  # bytes: less than a graph of these networks, at least that of a 
 
 def budget(engine: str, name: str = "mlp") -> int | None:
     small = 20 * SMALL if name == "transformer" else SMALL
-    return small if engine == "checkpointed" else None
+    return small if engine == "microbatched" else None
 
 
 def assert_close(found: Tensor, expected: Tensor, engine: str) -> None:
@@ -104,7 +104,7 @@ def test_checkpointing_splits_batches() -> None:
         samples.append(len(output))
         return nn.functional.cross_entropy(output, target)
 
-    op = HessianOperator(model, loss_fn, (x, target), engine="checkpointed", memory_budget=SMALL)
+    op = HessianOperator(model, loss_fn, (x, target), engine="microbatched", memory_budget=SMALL)
     columns(op)
     samples.clear()
     columns(op)
@@ -121,7 +121,7 @@ def test_other_losses(kind: type[CurvatureOperator]) -> None:
 
     model, x, target = make()
     op = kind(model, loss_fn, (x, target))
-    assert_close(columns(op), OPERATORS[kind](model, x, target, loss_fn=loss_fn), "retained")
+    assert_close(columns(op), OPERATORS[kind](model, x, target, loss_fn=loss_fn), "cached_graph")
 
 
 def test_the_ggn_of_the_square_loss_on_outputs_of_any_shape() -> None:
@@ -137,7 +137,7 @@ def test_the_ggn_of_the_square_loss_on_outputs_of_any_shape() -> None:
     target = torch.randn(6, 2, 3, 3, dtype=torch.float64)
     op = GGNOperator(model, nn.MSELoss(), (x, target))
     expected = dense_ggn(model, x, target, loss_fn=nn.functional.mse_loss)
-    assert_close(columns(op), expected, "retained")
+    assert_close(columns(op), expected, "cached_graph")
     hessian = dense(model, x, target, loss_fn=nn.functional.mse_loss)
     assert (hessian - expected).abs().max() > 1e-2
 
@@ -145,19 +145,19 @@ def test_the_ggn_of_the_square_loss_on_outputs_of_any_shape() -> None:
 def test_the_ggn_of_a_linear_model_is_its_hessian() -> None:
     model, x, target = nn.Linear(5, 3).double(), *make()[1:]
     op = GGNOperator(model, nn.CrossEntropyLoss(), (x, target))
-    assert_close(columns(op), dense(model, x, target), "retained")
+    assert_close(columns(op), dense(model, x, target), "cached_graph")
 
 
 def test_losses_of_samples_as_given() -> None:
     model, x, target = make()
     expected = dense_fisher(model, x, target)
     op = EmpiricalFisherOperator(model, nn.CrossEntropyLoss(reduction="none"), (x, target))
-    assert_close(columns(op), expected, "retained")
+    assert_close(columns(op), expected, "cached_graph")
     squares = EmpiricalFisherOperator(
         model, lambda output, _: output.square().mean(1).mean(), (x, None)
     )
     expected = dense_fisher(model, x, target, loss_fn=lambda output, _: output.square().mean())
-    assert_close(columns(squares), expected, "retained")
+    assert_close(columns(squares), expected, "cached_graph")
 
 
 def test_gauss_newton_and_fisher_are_semidefinite() -> None:
@@ -184,7 +184,7 @@ def test_parameters_of_the_loss_have_no_gauss_newton_matrix() -> None:
     expected = dense_ggn(
         model, x, target, loss_fn=lambda z, t: nn.functional.cross_entropy(0.7 * z, t)
     )
-    assert_close(columns(op), expected, "retained")
+    assert_close(columns(op), expected, "cached_graph")
     with pytest.raises(ValueError, match="a parameter of the operator is not a parameter"):
         GGNOperator(model, loss_fn, (x, target), params=[loss_fn.scale])
     fisher = columns(EmpiricalFisherOperator(model, loss_fn, (x, target)))
@@ -211,7 +211,7 @@ def test_outputs_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
-@pytest.mark.parametrize("engine", ["retained", "batched", "forward_over_reverse"])
+@pytest.mark.parametrize("engine", ["cached_graph", "vmap", "forward_over_reverse"])
 def test_blocks_of_any_layout(engine: str, layout: str) -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
@@ -229,10 +229,10 @@ def test_blocks_of_any_layout(engine: str, layout: str) -> None:
 def test_scipy_asks_for_blocks() -> None:
     pytest.importorskip("scipy")
     model, x, target = make()
-    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="batched")
+    op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="vmap")
     V = torch.randn(39, 4, dtype=torch.float64)
     found = torch.from_numpy(op.to_scipy() @ V.numpy())
-    assert_close(found, dense(model, x, target) @ V, "batched")
+    assert_close(found, dense(model, x, target) @ V, "vmap")
 
 
 class Hook:
@@ -242,7 +242,7 @@ class Hook:
         return None
 
 
-@pytest.mark.parametrize("engine", ["shared", "checkpointed", "forward_over_reverse"])
+@pytest.mark.parametrize("engine", ["per_pass_graph", "microbatched", "forward_over_reverse"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_one_graph_at_a_time(kind: type[CurvatureOperator], engine: str) -> None:
     """The graph of a batch is gone before the next one is built."""

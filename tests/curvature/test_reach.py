@@ -48,8 +48,8 @@ def test_sparse_gradients(kind: type[CurvatureOperator], functional: bool, engin
     try:
         found = columns(op)
     except RuntimeError as error:
-        able = engine not in ("batched", "forward_over_reverse") or not functional
-        if able or "engine='retained'" not in error.__notes__[0]:
+        able = engine not in ("vmap", "forward_over_reverse") or not functional
+        if able or "engine='cached_graph'" not in error.__notes__[0]:
             raise
         return
     atol = 1e-7 if engine == "finite_difference" else 1e-12
@@ -266,7 +266,7 @@ def test_a_parameter_out_of_reach_is_named(how: str, engine: str, dtype: torch.d
     model.scale.requires_grad_(False)
     fixed = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
     assert fixed.shape[0] == 18 + 6
-    if how != "function" or engine not in ("retained", "shared", "batched"):
+    if how != "function" or engine not in ("cached_graph", "per_pass_graph", "vmap"):
         return
     assert columns(fixed)[:18].any()
 
@@ -288,7 +288,7 @@ def test_a_parameter_of_another_batch(kind: type[CurvatureOperator]) -> None:
     expected = torch.zeros(36, 36, dtype=torch.float64)
     for batch, weight in zip(data, (0.75, 0.25), strict=True):
         expected += weight * OPERATORS[kind](model, *batch)
-    for engine in ("auto", "shared", "forward_over_reverse"):
+    for engine in ("auto", "per_pass_graph", "forward_over_reverse"):
         op = kind(model, nn.CrossEntropyLoss(), data, engine=engine)
         torch.testing.assert_close(columns(op), expected, rtol=0, atol=1e-12)
 

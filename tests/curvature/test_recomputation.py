@@ -13,7 +13,7 @@ from curvature.networks import OPERATORS, columns, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator
 from eigenfilter.curvature.engines.memory import graph_bytes
 
-ENGINES = ["retained", "shared", "batched", "finite_difference", "auto"]
+ENGINES = ["cached_graph", "per_pass_graph", "vmap", "finite_difference", "auto"]
 
 
 class Recomputing(nn.Module):
@@ -39,7 +39,7 @@ def test_products(kind: type[CurvatureOperator], mode: str, engine: str) -> None
     """The model is in the other mode; dropout and batch normalisation tell the modes apart."""
     model, x, target = make("partial")
     expected = OPERATORS[kind](model, x, target, mode=mode)
-    if mode == "train" and engine == "batched":
+    if mode == "train" and engine == "vmap":
         pytest.skip("drawing masks again is refused under vmap")
     model = Recomputing(model).train(mode == "eval")
     state = copy.deepcopy(model.state_dict())
@@ -62,11 +62,11 @@ def test_measuring_a_graph_runs_nothing_again() -> None:
     assert model.passes == 1
 
 
-@pytest.mark.parametrize("engine", ["batched", "forward_over_reverse"])
+@pytest.mark.parametrize("engine", ["vmap", "forward_over_reverse"])
 def test_what_functorch_refuses_says_what_to_do(engine: str) -> None:
     inside, x, target = make("partial")
     data, loss = (x, target), nn.CrossEntropyLoss()
     op = HessianOperator(Recomputing(inside), loss, data, mode="train", engine=engine)
     with pytest.raises(RuntimeError) as raised:
         columns(op)
-    assert "engine='retained'" in raised.value.__notes__[0]
+    assert "engine='cached_graph'" in raised.value.__notes__[0]

@@ -85,7 +85,7 @@ class Inner(nn.Module):
         return torch.tanh(x @ (w - 0.3 * g).T)
 
 
-@pytest.mark.parametrize("engine", ["retained", "batched", "finite_difference"])
+@pytest.mark.parametrize("engine", ["cached_graph", "vmap", "finite_difference"])
 def test_hooks_that_f_itself_runs_are_of_f(engine: str) -> None:
     x, target = torch.randn(9, 3, dtype=torch.float64), torch.randint(2, (9,))
     model = Inner().double()
@@ -140,7 +140,7 @@ class Adapted(nn.Module):
         return F.linear(x, w, self.linear.bias)
 
 
-@pytest.mark.parametrize("engine", ["retained", "checkpointed", "finite_difference"])
+@pytest.mark.parametrize("engine", ["cached_graph", "microbatched", "finite_difference"])
 @pytest.mark.parametrize("model", [Penalized, Refusing, Adapted])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_f_may_look_at_what_trains(
@@ -152,9 +152,9 @@ def test_f_may_look_at_what_trains(
     if model is not Adapted:
         made.linear.bias.requires_grad_(False)
     x, target = torch.randn(16, 3, dtype=torch.float64), torch.randint(3, (16,))
-    budget = {"memory_budget": 4_000} if engine == "checkpointed" else {}
+    budget = {"memory_budget": 4_000} if engine == "microbatched" else {}
     op = kind(made, nn.CrossEntropyLoss(), (x, target), engine=engine, **budget)
-    if model is Adapted and engine == "checkpointed":  # the inner step couples samples
+    if model is Adapted and engine == "microbatched":  # the inner step couples samples
         with pytest.raises(ValueError, match="samples are coupled"):
             op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
         return
@@ -251,7 +251,7 @@ def test_rows_beyond_max_norm_are_refused(words: type[nn.Module]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("engine", ["auto", "retained", "finite_difference"])
+@pytest.mark.parametrize("engine", ["auto", "cached_graph", "finite_difference"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_reentrant_checkpoints_of_inputs_without_gradients(whole: bool, engine: str) -> None:
     """They cut the graph; the message says what to do, and it is the only one."""
@@ -299,7 +299,7 @@ def test_a_gradient_missing_from_some_data(
     x[30, 0] = 6.0
     halves = list(zip(x.chunk(2), target.chunk(2), strict=True))
     model = Detaching().double()
-    options = {"memory_budget": 10_000} if engine == "checkpointed" else {}
+    options = {"memory_budget": 10_000} if engine == "microbatched" else {}
     op = kind(
         model,
         nn.CrossEntropyLoss(),
@@ -311,7 +311,7 @@ def test_a_gradient_missing_from_some_data(
         op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("engine", ["retained", "finite_difference", "auto"])
+@pytest.mark.parametrize("engine", ["cached_graph", "finite_difference", "auto"])
 def test_a_parameter_without_use_in_a_batch(engine: str) -> None:
     """It is no loss there: that batch's rows are zero."""
 

@@ -103,14 +103,14 @@ def test_batches_of_one_sample_and_loaders_too(sizes: tuple[int, ...]) -> None:
         split(x, ignoring(target), *sizes),
         DataLoader(TensorDataset(x, ignoring(target)), batch_size=sizes[0]),
     ):
-        op = HessianOperator(model, F.cross_entropy, data, engine="shared")
+        op = HessianOperator(model, F.cross_entropy, data, engine="per_pass_graph")
         with pytest.raises(ValueError, match="weight="):
             eigsh(op, 2)
-    op = HessianOperator(model, F.cross_entropy, split(x, target, *sizes), engine="shared")
+    op = HessianOperator(model, F.cross_entropy, split(x, target, *sizes), engine="per_pass_graph")
     torch.testing.assert_close(columns(op), dense(model, x, target), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["retained", "checkpointed", "auto", "forward_over_reverse"])
+@pytest.mark.parametrize("engine", ["cached_graph", "microbatched", "auto", "forward_over_reverse"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_single_batch_needs_no_weight(engine: str, case: str) -> None:
     loss_fn, change, _ = CASES[case]
@@ -127,7 +127,7 @@ def test_a_loader_of_one_batch_needs_none_either(case: str) -> None:
     model, x, target = make()
     target = change(target)
     data = DataLoader(TensorDataset(x, target), batch_size=64)
-    for engine in ("retained", "shared", "finite_difference"):
+    for engine in ("cached_graph", "per_pass_graph", "finite_difference"):
         op = HessianOperator(model, loss_fn, data, engine=engine)
         whole = dense(model, x, target, loss_fn=loss_fn)
         torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-5)
@@ -243,7 +243,7 @@ def test_what_is_right_is_not_refused(case: str, name: str, mode: str) -> None:
         torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("engine", ["retained", "shared", "finite_difference"])
+@pytest.mark.parametrize("engine", ["cached_graph", "per_pass_graph", "finite_difference"])
 def test_a_loss_that_writes_to_what_it_is_given(engine: str) -> None:
     model, x, target = make()
 
@@ -300,7 +300,7 @@ def test_a_loss_that_the_model_returns_is_checked_by_halves() -> None:
         return loss
 
     for model, batches in padded():
-        given = {"forward": forward, "engine": "shared"}
+        given = {"forward": forward, "engine": "per_pass_graph"}
         op = HessianOperator(model, loss_fn, batches, weight=tokens, **given)
         x, y = (torch.cat([batch[key].flatten() for batch in batches]) for key in ("x", "y"))
         torch.testing.assert_close(columns(op), dense(model, x, y), rtol=0, atol=1e-12)
@@ -351,7 +351,7 @@ def test_each_batch_is_checked_once() -> None:
         calls += 1
         return F.cross_entropy(z, t)
 
-    op = HessianOperator(model, loss_fn, split(x, target, 20, 14, 6), engine="shared")
+    op = HessianOperator(model, loss_fn, split(x, target, 20, 14, 6), engine="per_pass_graph")
     v = torch.ones(39, dtype=torch.float64)
     op.matvec(v)
     calls = 0
@@ -437,12 +437,17 @@ def test_a_loss_whose_derivative_tells_nothing_is_checked_by_halves(classes: boo
     model, x, _ = make()
     w = torch.linspace(1, 40, 40, dtype=torch.float64) if classes else torch.ones(40).double()
     batches = split(x, w, 20, 14, 6)
-    op = HessianOperator(model, loss_fn, batches, forward=forward, engine="shared")
+    op = HessianOperator(model, loss_fn, batches, forward=forward, engine="per_pass_graph")
     if classes:
         with pytest.raises(ValueError, match="weight="):
             columns(op)
         op = HessianOperator(
-            model, loss_fn, batches, forward=forward, engine="shared", weight=lambda b: b[1].sum()
+            model,
+            loss_fn,
+            batches,
+            forward=forward,
+            engine="per_pass_graph",
+            weight=lambda b: b[1].sum(),
         )
 
     params = dict(model.named_parameters())
@@ -484,7 +489,7 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
     model, x, target = make()
     target[3] = -100
     op = EmpiricalFisherOperator(
-        model, F.cross_entropy, (x, target), engine="checkpointed", memory_budget=2000
+        model, F.cross_entropy, (x, target), engine="microbatched", memory_budget=2000
     )
     found = columns(op)
     assert "reduction='none'" in caplog.text
@@ -505,7 +510,7 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
     caplog.clear()
     alone = partial(F.cross_entropy, reduction="none")
     op = EmpiricalFisherOperator(
-        model, alone, (x, target), engine="checkpointed", memory_budget=2000
+        model, alone, (x, target), engine="microbatched", memory_budget=2000
     )
     torch.testing.assert_close(columns(op), J.T @ J / 40, rtol=0, atol=1e-12)
     assert "reduction='none'" not in caplog.text
@@ -518,7 +523,7 @@ def test_outputs_that_differ_in_other_dimensions_are_told_of(caplog: Any) -> Non
     x = torch.randn(4, 10, 5, dtype=torch.float64)
     y = torch.randn(4, 10, 3, dtype=torch.float64)
     batches = [(x[:, :7], y[:, :7]), (x[:, 7:], y[:, 7:])]
-    op = HessianOperator(model, F.mse_loss, batches, engine="shared")
+    op = HessianOperator(model, F.mse_loss, batches, engine="per_pass_graph")
     parts = [dense(model, *batch, loss_fn=F.mse_loss) for batch in batches]
     torch.testing.assert_close(columns(op), sum(parts) / 2, rtol=0, atol=1e-12)
     said = [one for one in caplog.records if "counted as samples" in one.getMessage()]

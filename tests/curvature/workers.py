@@ -70,7 +70,7 @@ def loaders(rank: int) -> Tensor:
         nn.CrossEntropyLoss(),
         data,
         process_group=dist.group.WORLD,
-        engine="shared",
+        engine="per_pass_graph",
     )
     return op.matmat(vectors())
 
@@ -88,7 +88,7 @@ def sums(rank: int) -> Tensor:
 
 
 def pairs(rank: int) -> tuple[Tensor, int]:
-    result = eigsh(operator(rank, engine="retained"), 4, tol=1e-8)
+    result = eigsh(operator(rank, engine="cached_graph"), 4, tol=1e-8)
     return result.values, result.matvecs
 
 

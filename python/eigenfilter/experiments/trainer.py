@@ -287,7 +287,7 @@ class Trainer:
             self._found.append((loss, accuracy))
 
     def _monitor(self) -> ef.SharpnessMonitor:
-        # "retained", because "auto" chooses by a timing, and another engine rounds otherwise.
+        # "cached_graph", because "auto" chooses by a timing, and another engine rounds otherwise.
         images, labels = self.examples(self.config.sharpness_samples)
         part = self._processes.part
         op = HessianOperator(
@@ -295,7 +295,7 @@ class Trainer:
             self.loss_fn,
             (images[part], labels[part]),
             mode="train",
-            engine="retained",
+            engine="cached_graph",
             process_group=self._processes.group,
         )
         return ef.SharpnessMonitor(op, self.optimizer, self.config.sharpness_every)

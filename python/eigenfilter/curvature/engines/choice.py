@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.engines.double_backward import WIDTH, first_batch, split_to_fit
+from eigenfilter.curvature.engines.double_backward import WIDTH
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
 from eigenfilter.curvature.engines.graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
+from eigenfilter.curvature.engines.microbatching import first_batch, split_to_fit
 from eigenfilter.curvature.loss.batches import Listed, Source
 from eigenfilter.curvature.loss.objective import Objective
 from eigenfilter.curvature.loss.vectors import split
@@ -21,12 +22,19 @@ from eigenfilter.curvature.loss.vectors import split
 _logger = logging.getLogger(__name__)
 
 # Finite differences come last, since they are not exact.
-ORDER = ("retained", "shared", "forward_over_reverse", "checkpointed", "finite_difference")
-_SMALL = ("checkpointed", "forward_over_reverse", "finite_difference")  # where a graph is too large
+ORDER = (
+    "cached_graph",
+    "per_pass_graph",
+    "forward_over_reverse",
+    "microbatched",
+    "finite_difference",
+)
+# Where a graph is too large.
+_SMALL = ("microbatched", "forward_over_reverse", "finite_difference")
 
 _GROWTH = 3  # bytes of the graph of a derivative against those of the value's, about
 _LONG = 0.1  # seconds a product takes where arithmetic dominates: vectorising then gains nothing
-_MARGIN = 1.3  # by which others must be faster than a retained graph: one timing is noisy
+_MARGIN = 1.3  # by which others must be faster than a cached graph: one timing is noisy
 
 
 def choose(
@@ -54,10 +62,10 @@ def choose(
             why = f"a graph exceeds the budget; {error}"
             return _logged("forward_over_reverse", vectors, why, _SMALL)
         why = f"a graph takes {size} bytes, above the budget"
-        return _logged("checkpointed", vectors, why, _SMALL)
+        return _logged("microbatched", vectors, why, _SMALL)
 
     if vectors == 1 and source.count is not None and source.count * size <= budget:
-        return _logged("retained", vectors, f"its graphs, of about {size} bytes each, fit")
+        return _logged("cached_graph", vectors, f"its graphs, of about {size} bytes each, fit")
     V = torch.ones(sum(p.numel() for p in params), min(vectors, WIDTH), dtype=params[0].dtype)
     V = V.to(params[0].device)
     block = split(V.T, params)
@@ -68,19 +76,19 @@ def choose(
     build = 0.0
     if not fit:
         build = _seconds(lambda: graph_of(objective.evaluate(0, batch), params), V.device)
-    times = {"retained": build + vectors * one}
+    times = {"cached_graph": build + vectors * one}
     refused: list[str] = []
     wide = V.shape[1]
     if wide > 1 and one < _LONG and wide * size <= budget:
-        with _trial("batched", refused):
+        with _trial("vmap", refused):
             together = _seconds(lambda: graph.product(block, batched=True), V.device)
-            times["batched"] = build + vectors / wide * together
+            times["vmap"] = build + vectors / wide * together
     if not fit:
         with _trial("forward_over_reverse", refused):
             engine = ForwardOverReverse(*given)
             alone = _seconds(lambda: engine.multiply(V[:, :1]), V.device)
             times["forward_over_reverse"] = vectors * alone
-    best = min(times, key=lambda name: times[name] * (1 if name == "retained" else _MARGIN))
+    best = min(times, key=lambda name: times[name] * (1 if name == "cached_graph" else _MARGIN))
     found = [f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items()]
     return _logged(best, vectors, "; ".join([*found, f"{size} bytes a graph", *refused]))
 

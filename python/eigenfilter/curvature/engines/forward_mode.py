@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.engines.directional import Directional, Place
+from eigenfilter.curvature.engines.registry import Inputs, register
 from eigenfilter.curvature.loss.batches import Source, Unfit, leaves, replaced
 from eigenfilter.curvature.loss.nodes import leaves_reached
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
@@ -21,8 +22,8 @@ from eigenfilter.curvature.loss.vectors import Sums
 _NO_TANGENT = "ZeroTensors are immutable"  # torch's, where a constant should have a tangent
 _WAYS_OUT = (
     "Forward-mode differentiation does not pass through the model or the loss. Double backward "
-    "may: use engine='retained', or 'auto'. If it does not either: use engine='finite_difference', "
-    "which needs first derivatives only."
+    "may: use engine='cached_graph', or 'auto'. If it does not either: use "
+    "engine='finite_difference', which needs first derivatives only."
 )
 
 
@@ -61,7 +62,7 @@ class ForwardOverReverse(Directional):
             if any(id(t) in own for t in leaves_reached([value])):
                 raise RuntimeError(
                     "f uses a parameter that it does not take from its module, which forward mode "
-                    "would miss: use engine='retained', or read it from the module in each call"
+                    "would miss: use engine='cached_graph', or read it from the module in each call"
                 )
 
     def _product(self, place: Place, v: list[Tensor], _: int) -> Products:
@@ -102,7 +103,7 @@ class ForwardOverReverse(Directional):
         if float((found - expected).abs().max()) > eps**0.5 * float(expected.abs().max()):
             raise RuntimeError(
                 "under forward mode the model gives another value than without, as where dropout "
-                "draws another mask: use engine='retained', or mode='eval'"
+                "draws another mask: use engine='cached_graph', or mode='eval'"
             )
 
 
@@ -117,3 +118,8 @@ def _explained() -> Iterator[None]:
         if not hasattr(error, "__notes__"):
             error.add_note(_WAYS_OUT)
         raise
+
+
+@register("forward_over_reverse", use="memory is scarce", cost="1 to 2 U")
+def _forward_over_reverse(inputs: Inputs) -> ForwardOverReverse:
+    return ForwardOverReverse(*inputs.f)

@@ -151,7 +151,7 @@ def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Produc
             )
     except RuntimeError as error:
         if batched and _NO_BATCHING.search(str(error)):
-            error.add_note("No vectorised backward: engine='retained' goes vector by vector.")
+            error.add_note("No vectorized backward: engine='cached_graph' goes vector by vector.")
         raise
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from eigenfilter import _distributed
 from eigenfilter.curvature.engines.directional import Place
 from eigenfilter.curvature.engines.finite_difference import FiniteDifference
+from eigenfilter.curvature.engines.registry import Inputs, register
 from eigenfilter.curvature.loss.batches import Source
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
 from eigenfilter.curvature.loss.pullback import Products, dense, unhooked
@@ -121,3 +122,14 @@ class ShardedDifference(FiniteDifference):
         size = self._slices.sum(own.clone())  # of all slices, for squares relative to it
         share = own / size.masked_fill(size == 0, 1.0)
         return (size * self._slices.sum(share.square()).sqrt()).to(v.dtype)
+
+
+@register(
+    "finite_difference",
+    use="no second derivative: compiled models, reentrant checkpointing, FSDP2",
+    cost="0.6 to 1 U, and an error",
+)
+def _finite_difference(inputs: Inputs) -> FiniteDifference:
+    if inputs.slices is not None:
+        return ShardedDifference(*inputs.f, inputs.slices)
+    return FiniteDifference(*inputs.f)

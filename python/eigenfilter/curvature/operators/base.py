@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eigenfilter import _distributed, _perturbation
-from eigenfilter.curvature import engines
 from eigenfilter.curvature.engines.automatic import Automatic, Given
 from eigenfilter.curvature.engines.memory import default_budget
+from eigenfilter.curvature.engines.registry import KINDS, Engines
 from eigenfilter.curvature.loss.batches import source_of
 from eigenfilter.curvature.loss.distributed import reduce
 from eigenfilter.curvature.loss.objective import Objective, Outer
@@ -61,16 +61,16 @@ class CurvatureOperator(SymmetricMatrix):
 
     Engines, in which U is one product through a graph built for it alone:
 
-    - "retained": keeps the graph of the first derivative of each batch, as far as `memory_budget`
-      goes, and builds the rest in every pass over the data.
-    - "shared": builds each graph once a pass, for all vectors of a block, and keeps none.
-    - "batched": as "retained", with one vectorised backward pass for up to 32 vectors of a block:
+    - "cached_graph": keeps the graph of the first derivative of each batch, as far as
+      `memory_budget` goes, and builds the rest in every pass over the data.
+    - "per_pass_graph": builds each graph once a pass, for all vectors of a block, and keeps none.
+    - "vmap": as "cached_graph", with one vectorized backward pass for up to 32 vectors of a block:
       faster where operations are small, at the memory of as many graphs more.
     - "forward_over_reverse": forward mode over the gradient; keeps nothing, and needs less memory.
     - "finite_difference": two first derivatives a product, not exact; for compiled models,
       reentrant checkpointing, and whatever cannot be differentiated twice. See `error`.
-    - "checkpointed": as "shared", in pieces of each batch whose graph fits `memory_budget`. Refused
-      where f on a batch is not the mean (or sum) of f on its pieces.
+    - "microbatched": as "per_pass_graph", in pieces of each batch whose graph fits
+      `memory_budget`. Refused where f on a batch is not the mean (or sum) of f on its pieces.
     - "auto": chooses once an exact one, for single vectors and for blocks apart, by a graph's size
       and a timing on the first batch; logs its choice. Where it fails, the next one is taken,
       finite differences last, and the log says why.
@@ -118,7 +118,7 @@ class CurvatureOperator(SymmetricMatrix):
             need it. The copy is made again where the model has changed. None: the model itself.
         autocast: torch.bfloat16 or another dtype: what the model and loss compute in, under
             `torch.autocast`. Vectors keep the dtype of the parameters.
-        memory_budget: bytes that kept graphs may take, or that of a piece on "checkpointed"; None
+        memory_budget: bytes that kept graphs may take, or that of a piece on "microbatched"; None
             for half of what is free when they are first built.
         seed: of the random numbers drawn in the model and by a loader.
 
@@ -200,7 +200,7 @@ class CurvatureOperator(SymmetricMatrix):
         else:
             self._objective.watched = self.params
         self._budget = memory_budget
-        self._kept: tuple[engines.Engines, Point] | None = None
+        self._kept: tuple[Engines, Point] | None = None
         self._fixed = False
 
     @staticmethod
@@ -329,7 +329,7 @@ class CurvatureOperator(SymmetricMatrix):
     def _bytes(self) -> int:
         return default_budget(self.device) if self._budget is None else self._budget
 
-    def _current(self) -> tuple[engines.Engines, Point]:
+    def _current(self) -> tuple[Engines, Point]:
         """Return the engines for the model as it is now, and where that is."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -358,7 +358,7 @@ class CurvatureOperator(SymmetricMatrix):
         self._source.forget()
         f = self._objective if self._dtype is None else self._objective.copied(self._dtype)
         params = self.params if self._dtype is None else f.watched
-        made = engines.Engines(f, self._source, params, self._bytes(), self.slices)
+        made = Engines(f, self._source, params, self._bytes(), self.slices)
         self._kept = made, Point(*self._tensors())
         return self._kept
 
@@ -416,8 +416,8 @@ class CurvatureOperator(SymmetricMatrix):
 
 
 def _check_choices(*, engine: str, reduction: str, mode: str) -> None:
-    if engine != "auto" and engine not in engines.NAMES:
-        raise ValueError(f"engine must be 'auto' or one of {list(engines.NAMES)}, not {engine!r}")
+    if engine != "auto" and engine not in KINDS:
+        raise ValueError(f"engine must be 'auto' or one of {list(KINDS)}, not {engine!r}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     if mode not in ("eval", "train"):
