@@ -4,41 +4,57 @@
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
-EIGENFILTER_CUDA ?= AUTO
+# A build of the CUDA kernels takes minutes: by default, only where there is a GPU.
+EIGENFILTER_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 EIGENFILTER_WERROR ?= OFF
 
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 VENV := .venv/.made
 INSTALLED := .venv/.installed
+TEST_TOOLS := .venv/.test-tools
+DEV_TOOLS := .venv/.dev-tools
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
 .PHONY: install demo test emulated test-emulated test-interpreted races mutants lint bench \
 	bench-curvature bench-page reproduction gpu-gate clean
 
-install: $(INSTALLED)
+install: $(DEV_TOOLS)
 
 $(VENV):
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	touch $@
+	@echo "Making .venv"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --upgrade pip
+	@touch $@
 
 $(INSTALLED): $(VENV) pyproject.toml CMakeLists.txt $(CSRC)
-	$(BIN)/python -m pip install --editable ".[dev]" \
+	@echo "Installing torch and building eigenfilter: about two minutes"
+	@$(PIP) install --editable ".[demo]" \
 		-C cmake.define.EIGENFILTER_CUDA=$(EIGENFILTER_CUDA) \
 		-C cmake.define.EIGENFILTER_WERROR=$(EIGENFILTER_WERROR)
-	touch $@
+	@touch $@
+
+$(TEST_TOOLS): $(INSTALLED)
+	@echo "Installing what the tests need"
+	@$(PIP) install --group test
+	@touch $@
+
+$(DEV_TOOLS): $(TEST_TOOLS)
+	@echo "Installing the tools of development"
+	@$(PIP) install --group dev
+	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/eigenfilter demo --out out/demo
+	@$(BIN)/eigenfilter demo --out out/demo
 
-test: $(INSTALLED)
+test: $(TEST_TOOLS)
 	$(BIN)/python -m pytest
 
 # The CUDA kernels, run on the CPU by an emulator. SANITIZER=address and =thread take longer.
 SANITIZER ?= none
 EMULATED_TESTS ?= tests/kernels tests/optimizers
 EMULATED := build/emulated/$(SANITIZER)
-emulated: $(INSTALLED)
+emulated: $(DEV_TOOLS)
 	PATH=$(CURDIR)/$(BIN):$$PATH cmake -G Ninja -S tests/cuda_on_cpu -B $(EMULATED) \
 		-DSANITIZER=$(SANITIZER) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
@@ -51,14 +67,14 @@ races:
 	$(MAKE) emulated SANITIZER=thread
 	tests/cuda_on_cpu/run.sh thread tests/cuda_on_cpu/races.py
 
-mutants: $(INSTALLED)
+mutants: $(DEV_TOOLS)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tests/cuda_on_cpu/mutants.py
 
 # The Triton kernels, run on the CPU by Triton's interpreter.
-test-interpreted: $(INSTALLED)
+test-interpreted: $(DEV_TOOLS)
 	EIGENFILTER_TEST_BACKEND=interpreted $(BIN)/python -m pytest tests/kernels
 
-lint: $(INSTALLED)
+lint: $(DEV_TOOLS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
@@ -66,24 +82,24 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED)
+bench: $(DEV_TOOLS)
 	$(BIN)/eigenfilter bench --out benchmarks/results
 	$(BIN)/eigenfilter bench memory --out benchmarks/results
 	$(BIN)/eigenfilter bench finite-differences --out benchmarks/results
 
 # Reads MNIST, Fashion-MNIST and CIFAR-10 from EIGENFILTER_DATA; the second takes some 20 minutes.
-bench-curvature: $(INSTALLED)
+bench-curvature: $(DEV_TOOLS)
 	$(BIN)/eigenfilter bench curvature --out benchmarks/results
 	$(BIN)/eigenfilter bench curvature --only wide-cifar10 --only resnet-cifar10 --out benchmarks/results
 
 # The newest results of each kind as a page with figures.
 newest = $(lastword $(sort $(wildcard benchmarks/results/*-$(1).json)))
 RESULTS ?= $(foreach kind,cpu cpu-memory cpu-curvature cpu-curvature-large cuda cuda-memory,$(call newest,$(kind)))
-bench-page: $(INSTALLED)
+bench-page: $(DEV_TOOLS)
 	$(BIN)/eigenfilter bench page $(RESULTS) --out docs
 
 # MNIST and Fashion-MNIST in full, from EIGENFILTER_DATA or downloaded; goes on where it was stopped.
-reproduction: $(INSTALLED)
+reproduction: $(DEV_TOOLS)
 	mkdir -p docs/reproduction
 	for name in mnist fashion; do \
 		$(BIN)/eigenfilter reproduce $$name --out out/reproduce-$$name || exit; \
