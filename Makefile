@@ -1,6 +1,6 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | test-emulated | test-interpreted | races | mutants | lint | bench | bench-curvature |
-#        bench-page | reproduction | gpu-gate | clean
+#   make demo | test | test-emulated | test-interpreted | races | mutants | lint | bench | bench-host |
+#        bench-curvature | bench-page | reproduction | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
 .PHONY: install demo test emulated test-emulated test-interpreted races mutants lint bench \
-	bench-curvature bench-page reproduction gpu-gate clean
+	host-extension bench-host bench-curvature bench-page reproduction gpu-gate clean
 
 install: $(INSTALLED)
 
@@ -69,6 +69,17 @@ bench: $(INSTALLED)
 	$(BIN)/eigenfilter bench --out benchmarks/results
 	$(BIN)/eigenfilter bench memory --out benchmarks/results
 	$(BIN)/eigenfilter bench finite-differences --out benchmarks/results
+
+# What a launch costs the host. Its extension has CUDA launches that run nothing; no GPU is needed.
+HOST := build/host
+host-extension: $(INSTALLED)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -G Ninja -S tests/cuda_on_cpu/host -B $(HOST) \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/ninja -C $(HOST)
+
+bench-host: host-extension
+	$(BIN)/eigenfilter bench host --out benchmarks/results
 
 # Reads MNIST, Fashion-MNIST and CIFAR-10 from EIGENFILTER_DATA; the second takes some 20 minutes.
 bench-curvature: $(INSTALLED)
