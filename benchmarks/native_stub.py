@@ -49,7 +49,7 @@ def run(extension: Path, command: Sequence[str]) -> int:
     return subprocess.run(program).returncode
 
 
-def _load(extension: Path) -> None:
+def load(extension: Path | str) -> None:
     """Make an extension eigenfilter's own, which must not have been imported before."""
     import torch  # noqa: F401  (first: the core then shares torch's OpenMP pool)
 
@@ -62,7 +62,7 @@ def _load(extension: Path) -> None:
 
 
 if __name__ == "__main__":
-    _load(Path(sys.argv[1]))
+    load(sys.argv[1])
     from eigenfilter.experiments.cli import main
 
     sys.exit(main(sys.argv[2:]))
