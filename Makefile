@@ -104,7 +104,7 @@ reproduction: $(INSTALLED)
 # Brings its own installation where the system's python has torch; see the script. STAGES="build smoke"
 # runs these alone, AGAIN=1 also what has passed, WITHIN=540 ends by then.
 gpu-gate:
-	$(PYTHON) benchmarks/gpu_gate.py $(STAGES) $(if $(AGAIN),--again) $(if $(WITHIN),--within $(WITHIN))
+	$(PYTHON) -m benchmarks.gpu_gate $(STAGES) $(if $(AGAIN),--again) $(if $(WITHIN),--within $(WITHIN))
 
 # Keeps .venv, which is slow to make.
 clean:

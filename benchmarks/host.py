@@ -39,8 +39,8 @@ COLUMNS = ("call", "tensors", "by", "us", "launches", "KiB of arguments", BASELI
 
 LEGEND = (
     "Medians, with quartiles in brackets, of calls that were timed in turns; no kernel runs. Each "
-    f"of the tensors has {SIZE} float32 elements. Of torch's operators the bodies are left out: its "
-    "times are bounds from below."
+    f"of the tensors has {SIZE} float32 elements. Of torch's operators the bodies are left out: "
+    "its times are bounds from below."
 )
 
 Call = Callable[[], object]
@@ -143,9 +143,9 @@ def _measure(
     laps = interleave(contenders, timer, repeat=repeat, budget=3.0)
     costs = []
     for by, do in ways.items():
-        counted = _count(do, counters[by]) if by in counters else (None, None)
+        launches, size = _count(do, counters[by]) if by in counters else (None, None)
         us = Spread.of([1e6 * lap.seconds for lap in laps[by]])
-        costs.append(Cost(call, n, by, us, *counted, _ratio(laps, by)))
+        costs.append(Cost(call, n, by, us, launches, size, _ratio(laps, by)))
     return costs
 
 

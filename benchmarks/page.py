@@ -279,7 +279,9 @@ def _goals(rows: Rows) -> list[str]:
 def _source(found: Mapping[str, Any], file: Path) -> str:
     e = found["environment"]
     where = f"{e.get('gpu', e['cpu'])}, {e['threads']} threads, {e['isa']}"
-    return f"`{file.name}`: {found['date']}, revision {e['revision']}, {where}, torch {e['torch']}."
+    known = f"{found['date']}, revision {e['revision']}, {where}, torch {e['torch']}."
+    stopped = "" if found.get("complete", True) else " The run was stopped before its end."
+    return f"`{file.name}`: {known}{stopped}"
 
 
 def _ratios(row: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Bar]:
