@@ -1,6 +1,6 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | test-emulated | test-interpreted | races | mutants | lint | bench | bench-host |
-#        bench-curvature | bench-page | reproduction | gpu-gate | clean
+#   make demo | test | test-emulated | test-interpreted | test-triton-launch | races | mutants | lint |
+#        bench | bench-host | bench-curvature | bench-page | reproduction | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -12,8 +12,8 @@ VENV := .venv/.made
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
-.PHONY: install demo test emulated test-emulated test-interpreted races mutants lint bench \
-	host-extension bench-host bench-curvature bench-page reproduction gpu-gate clean
+.PHONY: install demo test emulated test-emulated test-interpreted test-triton-launch races mutants \
+	lint bench host-extension bench-host bench-curvature bench-page reproduction gpu-gate clean
 
 install: $(INSTALLED)
 
@@ -58,6 +58,17 @@ mutants: $(INSTALLED)
 test-interpreted: $(INSTALLED)
 	EIGENFILTER_TEST_BACKEND=interpreted $(BIN)/python -m pytest tests/kernels
 
+# Every launch of the Triton kernels, up to the launch itself, by another Triton than .venv has.
+TRITON ?= 3.6.0
+OTHER_TRITON := build/triton-$(TRITON)
+$(OTHER_TRITON)/.installed: $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$(TRITON)
+	touch $@
+
+test-triton-launch: $(INSTALLED) $(OTHER_TRITON)/.installed
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) EIGENFILTER_TEST_TRITON=$(TRITON) \
+		$(BIN)/python -m pytest tests/kernels/test_triton_launch.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -88,7 +99,7 @@ bench-curvature: $(INSTALLED)
 
 # The newest results of each kind as a page with figures.
 newest = $(lastword $(sort $(wildcard benchmarks/results/*-$(1).json)))
-RESULTS ?= $(foreach kind,cpu cpu-memory cpu-curvature cpu-curvature-large cuda cuda-memory,$(call newest,$(kind)))
+RESULTS ?= $(foreach kind,cpu cpu-host cpu-memory cpu-curvature cpu-curvature-large cuda cuda-memory,$(call newest,$(kind)))
 bench-page: $(INSTALLED)
 	$(BIN)/eigenfilter bench page $(RESULTS) --out docs
 

@@ -36,6 +36,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+if not __package__:
+    sys.exit("run this from the root of the repository: python3 -m benchmarks.gpu_gate")
+
 # Relative: as a program this is run by a python that has no eigenfilter yet.
 from . import gpu_stages
 from .gpu_stages import STAGES, Command, Stage

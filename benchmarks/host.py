@@ -35,13 +35,19 @@ SIZE = 256
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAMW: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01}
 BASELINE = "torch foreach"
-COLUMNS = ("call", "tensors", "by", "us", "launches", "KiB of arguments", BASELINE + " / this")
+COLUMNS = ("call", "tensors", "by", "us", "launches", "KiB of arguments", f"{BASELINE} / this")
+HEADER = (f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}")
+LEGEND = f"""Microseconds of the host until a call has returned, medians with quartiles in brackets,
+timed in turns on a machine without a GPU. No kernel runs. *native* does all that the compiled
+extension does for tensors on a GPU, and copies the arguments of its launches as CUDA's runtime and
+driver do; the driver's further work for each launch is left out. *triton* does all that Triton does
+up to its launcher. Tensors have {SIZE} float32 elements each; none has moved since the last call.
 
-LEGEND = (
-    "Medians, with quartiles in brackets, of calls that were timed in turns; no kernel runs. Each "
-    f"of the tensors has {SIZE} float32 elements. Of torch's operators the bodies are left out: "
-    "its times are bounds from below."
-)
+`SGD.step` and `AdamW.step` are whole steps, of this library and of torch.optim; `norm` has
+torch.nn.utils.get_total_norm beside it. Of torch's operators on lists the bodies are left out, so
+that what is timed is their callers' Python alone: on a GPU each of them also reads the lists, fills
+arguments and launches. Torch's times are bounds from below, and the ratios are in its favor.
+"""
 
 Call = Callable[[], object]
 Counter = Callable[[], tuple[int, int]]
@@ -67,16 +73,27 @@ class Cost:
     argument_bytes: int | None
     ratio: Spread | None
 
-    def row(self) -> str:
-        """The line of the table."""
-        spread = f"{self.us.median:.3g} [{self.us.low:.3g}, {self.us.high:.3g}]"
-        launches = "" if self.launches is None else str(self.launches)
-        size = "" if self.argument_bytes is None else f"{self.argument_bytes / 1024:.1f}"
-        ratio = ""
-        if self.ratio is not None:
-            ratio = f"{self.ratio.median:.2f} [{self.ratio.low:.2f}, {self.ratio.high:.2f}]"
-        cells = (self.call, str(self.tensors), self.by, spread, launches, size, ratio)
-        return f"| {' | '.join(cells)} |"
+
+def row(cost: Mapping[str, Any]) -> str:
+    """The line of the table for a `Cost` as the JSON file has it."""
+
+    def spread(values: Mapping[str, float] | None, digits: str) -> str:
+        if values is None:
+            return ""
+        low, median, high = (format(values[q], digits) for q in ("low", "median", "high"))
+        return f"{median} [{low}, {high}]"
+
+    launches, size = cost["launches"], cost["argument_bytes"]
+    cells = (
+        f"`{cost['call']}`",
+        f"{cost['tensors']:,}",
+        cost["by"],
+        spread(cost["us"], ",.0f"),
+        "" if launches is None else str(launches),
+        "" if size is None else f"{size / 1024:.1f}",
+        spread(cost["ratio"], ".2f"),
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 @contextlib.contextmanager
@@ -109,9 +126,8 @@ def run(backends: Sequence[str], repeat: int | None, folder: Path) -> None:
     """
     found = environment.describe(torch.device("cpu"))
     neighbours = environment.Neighbours()
-    rows = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    print("\n".join(rows), flush=True)
-    costs: list[Cost] = []
+    print("\n".join(HEADER), flush=True)
+    costs: list[dict[str, Any]] = []
     for n in COUNTS:
         with contextlib.ExitStack() as stubs:
             counters = {name: stubs.enter_context(STUBS[name]()) for name in backends}
@@ -119,15 +135,13 @@ def run(backends: Sequence[str], repeat: int | None, folder: Path) -> None:
             stubs.enter_context(mock.patch.multiple(torch, **_operators()))
             stubs.enter_context(mock.patch.object(torch.linalg, "vector_norm", _first))
             for call, ways in calls.items():
-                own = _measure(call, n, ways, counters, repeat)
-                rows += [cost.row() for cost in own]
+                own = [asdict(cost) for cost in _measure(call, n, ways, counters, repeat)]
                 costs += own
-                print("\n".join(cost.row() for cost in own), flush=True)
+                print("\n".join(map(row, own)), flush=True)
     busy = neighbours.cores()
-    text = ["# What a launch costs the host", "", LEGEND, "", *rows]
+    text = ["# What a launch costs the host", "", LEGEND, "", *HEADER, *map(row, costs)]
     text += ["", f"Meanwhile others kept {busy} cores busy."]
-    data = {"host": [asdict(cost) for cost in costs], "neighbours": busy}
-    report.write(folder, "cpu-host", found, text, data)
+    report.write(folder, "cpu-host", found, text, {"host": costs, "neighbours": busy})
 
 
 def _measure(

@@ -174,8 +174,8 @@ def test_a_gate_that_is_told_to_end_delivers_what_there_is(
     """What is interrupted may write, as a benchmark does; nothing else is begun."""
     measures = f"""
 import time
-print("measures", flush=True)
 try:
+    print("measures", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     open({str(folders / "2026-cuda.json")!r}, "w").write("half")
@@ -219,8 +219,8 @@ runpy.run_module("benchmarks.gpu_gate", run_name="__main__")
 def test_the_interrupt_reaches_what_a_tool_runs(folders: Path, tmp_path: Path) -> None:
     inner = f"""
 import time
-print("began", flush=True)
 try:
+    print("began", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     open({str(tmp_path / "written")!r}, "w").write("what there is")
@@ -245,6 +245,10 @@ def test_the_gate_needs_nothing_but_the_standard_library() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("build ")
+    file = gpu_stages.ROOT / "benchmarks" / "gpu_gate.py"
+    done = subprocess.run([sys.executable, "-S", file], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "python3 -m benchmarks.gpu_gate" in done.stderr
 
 
 def test_the_kernels_that_tools_are_shown_are_all_of_ours() -> None:

@@ -39,7 +39,7 @@ def test_every_call_is_measured(
     assert main(["bench", "host", "--only", "triton", "--repeat", "2", "--out", str(out)]) == 0
     after = torch._foreach_add_, torch._fused_sgd_, torch.stack, torch.linalg.vector_norm
     assert after == before
-    assert "| SGD.step | 3 | torch foreach |" in capsys.readouterr().out
+    assert "| `SGD.step` | 3 | torch foreach |" in capsys.readouterr().out
     costs = written(out)
     ways = {(c["call"], c["by"]) for c in costs}
     assert {call for call, by in ways if by == "triton"} == CALLS
