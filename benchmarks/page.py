@@ -251,7 +251,9 @@ def _launches(found: Mapping[str, Any], file: Path) -> list[str]:
     """The section of launches."""
     title = "## What a launch costs the host"
     rows = map(host.row, found["host"])
-    return [title, "", _source(found, file), "", host.LEGEND, *host.HEADER, *rows, ""]
+    busy = f"Meanwhile others kept {found['neighbours']} cores busy."
+    source = f"{_source(found, file)} {busy}"
+    return [title, "", source, "", host.LEGEND, *host.HEADER, *rows, ""]
 
 
 def _goals(rows: Rows) -> list[str]:

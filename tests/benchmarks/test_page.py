@@ -131,7 +131,7 @@ def test_launches(tmp_path: Path) -> None:
     ratio = {"low": 1.1, "median": 1.2, "high": 1.3}
     peer = {"launches": None, "argument_bytes": None, "ratio": None, "by": "torch foreach"}
     costs = [ours | {"launches": 2, "argument_bytes": 3072, "ratio": ratio}, ours | peer]
-    file = write(tmp_path, host=costs, complete=False)
+    file = write(tmp_path, host=costs, neighbours=0.1, complete=False)
     assert main(["bench", "page", file, "--out", str(tmp_path)]) == 0
     text = (tmp_path / "benchmarks.md").read_text()
     row = "| `norm` | 2,000 | native | 10 [9, 12] | 2 | 3.0 | 1.20 [1.10, 1.30] |"
