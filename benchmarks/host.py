@@ -39,9 +39,9 @@ COLUMNS = ("call", "tensors", "by", "us", "launches", "KiB of arguments", f"{BAS
 HEADER = (f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}")
 LEGEND = f"""Microseconds of the host until a call has returned, medians with quartiles in brackets,
 timed in turns on a machine without a GPU. No kernel runs. *native* does all that the compiled
-extension does for tensors on a GPU, and copies the arguments of its launches as CUDA's runtime and
-driver do; the driver's further work for each launch is left out. *triton* does all that Triton does
-up to its launcher. Tensors have {SIZE} float32 elements each; none has moved since the last call.
+extension does for tensors on a GPU, and copies the arguments of its launches, as a driver has to;
+the driver's further work for each launch is left out. *triton* does all that Triton does up to its
+launcher. Tensors have {SIZE} float32 elements each; none has moved since the last call.
 
 `SGD.step` and `AdamW.step` are whole steps, of this library and of torch.optim; `norm` has
 torch.nn.utils.get_total_norm beside it. Of torch's operators on lists the bodies are left out, so

@@ -1,9 +1,8 @@
 """The compiled extension with CUDA launches that run nothing, for machines without a GPU.
 
 All that comes before a launch is the host code of csrc, compiled as for the installed extension:
-arguments are read and checked, batches filled, kernels chosen, arguments copied as CUDA's runtime
-and driver copy them. Tensors stay on the CPU and are taken for a GPU's. `make bench-host` builds
-the extension.
+arguments are read and checked, batches filled, kernels chosen, arguments copied, as a driver has
+to. Tensors stay on the CPU and are taken for a GPU's. `make bench-host` builds the extension.
 
     python -P benchmarks/native_stub.py EXTENSION COMMAND...
 

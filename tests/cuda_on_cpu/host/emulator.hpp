@@ -1,8 +1,8 @@
 // In the place of the emulator: launches that cost what they cost the host, and run nothing.
 //
-// A launch copies its arguments twice, as CUDA does: into the parameters of the kernel's host
-// function, and from there into the driver's buffer. What the driver does beyond that is left out.
-// No kernel is called, and so none is compiled.
+// A launch takes its arguments by value, as the kernel's host function does, and copies them into a
+// buffer, as a driver has to. What the driver does beyond that is left out. No kernel is called,
+// and so none is compiled.
 #pragma once
 
 #include <cstddef>
