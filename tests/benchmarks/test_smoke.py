@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from eigenfilter import kernels
-from eigenfilter.benchmarks import smoke
+from eigenfilter.benchmarks import native_stub, smoke
 from eigenfilter.experiments.cli import main
 from eigenfilter.kernels import native
+
+EXTENSION = Path(__file__).parents[2] / native_stub.EXTENSION
 
 
 def sweep(folder: Path, *sizes: int) -> tuple[int, list[dict]]:
@@ -81,6 +83,29 @@ def test_what_does_not_agree_is_named(
     assert len(bad) == 2 * len(smoke.DTYPES) * len(smoke.SHIFTS)  # one tensor, and many
     assert all(says in case["problem"] for case in bad)
     assert f"- {kernel}, native, float32, 1 x 70 elements, 0 off: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not EXTENSION.exists(), reason="needs the extension that make host-extension builds"
+)
+def test_many_tensors_are_more_than_the_small_batch_holds() -> None:
+    """Of every kernel over lists; and five lists are more than a large batch holds."""
+    code = f"""
+import runpy
+runpy.run_path({native_stub.__file__!r})["load"]({str(EXTENSION)!r})
+import torch
+from eigenfilter.benchmarks import native_stub, smoke
+for task in smoke.TASKS:
+    if not task.as_rows:
+        before = native_stub.counts()
+        case = (torch.device("cpu"), torch.float32, smoke.MANY, smoke.OF_MANY, 0)
+        smoke._results(task, "native", *case)
+        launches, size = (b - a for a, b in zip(before, native_stub.counts(), strict=True))
+        assert size > 4096 * launches, task.name
+        if task.lists == 5:
+            assert launches == 2, task.name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
