@@ -102,7 +102,6 @@ def use() -> None:
     """Ascend with what was written down, descend with the default."""
     from eigenfilter import kernels
     from eigenfilter.kernels import triton_tables
-    from eigenfilter.kernels.triton_blocks import Blocks
 
     cut, blocks = triton_tables.cut, []
     triton_tables.cut = lambda *args: blocks.append(args[-1]) or cut(*args)
