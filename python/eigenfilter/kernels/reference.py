@@ -59,15 +59,6 @@ def _contains(wide: torch.finfo, narrow: torch.finfo) -> bool:
     )
 
 
-def reduced(
-    tensors: Sequence[Tensor], weights: Sequence[Tensor] | None
-) -> tuple[tuple[str, ...], tuple[Sequence[Tensor], ...]]:
-    """Return names and lists of a reduction: tensors may be wider than their weights."""
-    if weights is None:
-        return ("tensors",), (tensors,)
-    return ("weights", "tensors"), (weights, tensors)
-
-
 @torch.no_grad()
 def ascend(
     params: Sequence[Tensor],
