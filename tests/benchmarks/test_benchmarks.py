@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,30 @@ def run_doubling(
     monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": doubling(peer)})
     code = main(["bench", "--repeat", "3", "--out", str(folder)])
     (file,) = folder.glob("*.json")
-    (result,) = json.loads(file.read_text())["results"]
+    found = json.loads(file.read_text())
+    assert found["complete"]
+    (result,) = found["results"]
     return code, result
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
+def test_what_was_timed_before_the_end_is_in_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
+) -> None:
+    def stop(setting: object) -> Contest:
+        raise ending
+
+    first = doubling(lambda t: t.mul_(2))
+    stopped = dataclasses.replace(first, name="stopped", build=stop)
+    monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": first, "stopped": stopped})
+    with pytest.raises(ending):
+        main(["bench", "--repeat", "3", "--out", str(tmp_path)])
+    (file,), (text,) = tmp_path.glob("*-cpu.json"), tmp_path.glob("*-cpu.md")
+    found = json.loads(file.read_text())
+    assert not found["complete"]
+    assert [result["name"] for result in found["results"]] == ["doubling"]
+    assert "Incomplete: 1 of 2 timings so far." in text.read_text().splitlines()
+    assert "| doubling | native |" in text.read_text()
 
 
 def test_registry_holds_every_row_of_the_design() -> None:

@@ -57,6 +57,11 @@ class Recorder:
         return launches
 
 
+def test_the_version_that_was_asked_for() -> None:
+    """EIGENFILTER_TEST_TRITON is what make test-triton-launch has installed beside .venv's."""
+    assert triton.__version__ == os.environ.get("EIGENFILTER_TEST_TRITON", triton.__version__)
+
+
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorder]:
     found = Recorder()
