@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from eigenfilter import kernels
-from eigenfilter.benchmarks import (
+from benchmarks import (
     finite_differences,
     host,
     loop,
@@ -29,14 +28,14 @@ from eigenfilter.benchmarks import (
     timings,
     triton_blocks,
 )
-from eigenfilter.benchmarks.curvature import run as curvature
-from eigenfilter.benchmarks.curvature.datasets import FOLDER
+from benchmarks.curvature import run as curvature
+from benchmarks.curvature.datasets import FOLDER
+from eigenfilter import kernels
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.arguments import add_data_dir, whole
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.locks import alone
 
-HELP = "verify and time the library beside its peers; measure memory; draw the results"
 OUT = Path("out/bench")
 
 

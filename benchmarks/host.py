@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import eigenfilter
+from benchmarks import environment, native_stub, report
+from benchmarks.contest import Contender, Phase, nothing
+from benchmarks.timing import Lap, Spread, clock, interleave
 from eigenfilter import kernels
-from eigenfilter.benchmarks import environment, native_stub, report
-from eigenfilter.benchmarks.contest import Contender, Phase, nothing
-from eigenfilter.benchmarks.timing import Lap, Spread, clock, interleave
 
 BACKENDS = ("native", "triton")
 COUNTS = (4, 2000)  # tensors
@@ -103,7 +103,7 @@ def _native() -> Iterator[Counter]:
 
 @contextlib.contextmanager
 def _triton() -> Iterator[Counter]:
-    from eigenfilter.benchmarks import triton_stub  # which needs triton
+    from benchmarks import triton_stub  # which needs triton
 
     with triton_stub.installed() as driver:
         yield lambda: (driver.launches, 0)

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eigenfilter.benchmarks import figures, host
-from eigenfilter.benchmarks.contest import TOLERANCES
-from eigenfilter.benchmarks.curvature import report as curvature
-from eigenfilter.benchmarks.figures import Bar, Panel, Scale
-from eigenfilter.benchmarks.kernels import KERNELS
-from eigenfilter.benchmarks.measure import MOST_NEIGHBOURS
-from eigenfilter.benchmarks.methods import METHODS
-from eigenfilter.benchmarks.networks import NETWORKS
-from eigenfilter.benchmarks.optimizers import MODELS
-from eigenfilter.benchmarks.training import PASSES, ROWS
-from eigenfilter.benchmarks.verify import REPETITIONS
+from benchmarks import figures, host
+from benchmarks.contest import TOLERANCES
+from benchmarks.curvature import report as curvature
+from benchmarks.figures import Bar, Panel, Scale
+from benchmarks.kernels import KERNELS
+from benchmarks.measure import MOST_NEIGHBOURS
+from benchmarks.methods import METHODS
+from benchmarks.networks import NETWORKS
+from benchmarks.optimizers import MODELS
+from benchmarks.training import PASSES, ROWS
+from benchmarks.verify import REPETITIONS
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Results by name, as the JSON has them, of one device and backend."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eigenfilter.benchmarks.measure import Comparison, Result, Timing
-from eigenfilter.benchmarks.timing import Spread
+from benchmarks.measure import Comparison, Result, Timing
+from benchmarks.timing import Spread
 from eigenfilter.experiments.files import replace_text
 
 COLUMNS = (

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import environment, report
 from eigenfilter import _core, kernels
-from eigenfilter.benchmarks import environment, report
 from eigenfilter.kernels import dispatch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

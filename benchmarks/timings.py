@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from eigenfilter.benchmarks import environment, registry, report
-from eigenfilter.benchmarks.contest import Benchmark
-from eigenfilter.benchmarks.measure import Result, measure
+from benchmarks import environment, registry, report
+from benchmarks.contest import Benchmark
+from benchmarks.measure import Result, measure
 
 
 def run(

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from eigenfilter.benchmarks import environment, report
-from eigenfilter.benchmarks.contest import Contender, Phase, Setting
-from eigenfilter.benchmarks.kernels import KERNELS
-from eigenfilter.benchmarks.timing import Spread, clock, interleave
+from benchmarks import environment, report
+from benchmarks.contest import Contender, Phase, Setting
+from benchmarks.kernels import KERNELS
+from benchmarks.timing import Spread, clock, interleave
 from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.kernels import triton_blocks
 from eigenfilter.kernels.triton_blocks import Blocks

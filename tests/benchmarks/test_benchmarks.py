@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-from eigenfilter.benchmarks import registry, report, shapes, training
-from eigenfilter.benchmarks.contest import (
+from benchmarks.contest import (
     TOLERANCES,
     Benchmark,
     Contender,
@@ -22,8 +19,11 @@ from eigenfilter.benchmarks.contest import (
     copy,
     nothing,
 )
-from eigenfilter.benchmarks.timing import Spread
-from eigenfilter.benchmarks.verify import distance
+from benchmarks.timing import Spread
+from benchmarks.verify import distance
+from torch import Tensor
+
+from benchmarks import registry, report, shapes, training
 from eigenfilter.experiments.cli import main
 
 TOLERANCE = TOLERANCES[torch.float32]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eigenfilter.benchmarks import finite_differences, memory, monitor
+from benchmarks import finite_differences, memory, monitor
 from eigenfilter.experiments.cli import main
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eigenfilter.benchmarks import host, native_stub
+from benchmarks import host, native_stub
 from eigenfilter.experiments.cli import main
 
 CALLS = {"ascend", "descend", "descend_adamw", "norm", "SGD.step", "AdamW.step"}
@@ -86,7 +86,7 @@ import runpy
 runpy.run_path({native_stub.__file__!r})["load"]({str(EXTENSION)!r})
 import torch
 from eigenfilter import kernels
-from eigenfilter.benchmarks import native_stub
+from benchmarks import native_stub
 assert native_stub.is_loaded()
 x, g, b = ([torch.full((n,), 2.0) for n in (3, 5)] for _ in range(3))
 before = native_stub.counts()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.contest import TOLERANCES
+from benchmarks.measure import Comparison, Result, Timing
+from benchmarks.timing import Spread
+from benchmarks.verify import Verdict
 
-from eigenfilter.benchmarks import environment, figures, page
-from eigenfilter.benchmarks.contest import TOLERANCES
-from eigenfilter.benchmarks.measure import Comparison, Result, Timing
-from eigenfilter.benchmarks.timing import Spread
-from eigenfilter.benchmarks.verify import Verdict
+from benchmarks import environment, figures, page
 from eigenfilter.experiments.cli import main
 
 TOLERANCE = TOLERANCES[torch.float32]

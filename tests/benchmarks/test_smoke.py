@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import native_stub, smoke
 from eigenfilter import kernels
-from eigenfilter.benchmarks import native_stub, smoke
 from eigenfilter.experiments.cli import main
 from eigenfilter.kernels import native
 
@@ -94,7 +94,7 @@ def test_many_tensors_are_more_than_the_small_batch_holds() -> None:
 import runpy
 runpy.run_path({native_stub.__file__!r})["load"]({str(EXTENSION)!r})
 import torch
-from eigenfilter.benchmarks import native_stub, smoke
+from benchmarks import native_stub, smoke
 for task in smoke.TASKS:
     if not task.as_rows:
         before = native_stub.counts()

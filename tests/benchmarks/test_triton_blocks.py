@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.timing import Spread
 
-from eigenfilter.benchmarks import triton_blocks
-from eigenfilter.benchmarks.timing import Spread
+from benchmarks import triton_blocks
 from eigenfilter.experiments.cli import main
 from eigenfilter.kernels.triton_blocks import Blocks
 
@@ -73,8 +73,9 @@ def check_error(environment: dict[str, str], says: str) -> None:
 
 def measure() -> None:
     """Time all choices; write the best down as if others had been."""
-    from eigenfilter.benchmarks import kernels
-    from eigenfilter.benchmarks.shapes import Problem
+    from benchmarks.shapes import Problem
+
+    from benchmarks import kernels
     from eigenfilter.kernels.triton_blocks import file, read
 
     kernels.problem = lambda device, dtype: Problem([(3000,)] * 2, device, dtype)

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import triton
+from benchmarks.triton_stub import Launch, StubDriver
 from torch import Tensor
 
+from benchmarks import triton_stub
 from cases import DTYPES, SCALE, UPDATES, Arena, Update, nonzero, places
 from eigenfilter import kernels
-from eigenfilter.benchmarks import triton_stub
-from eigenfilter.benchmarks.triton_stub import Launch, StubDriver
 from eigenfilter.kernels import triton_device, triton_lanczos, triton_project
 from launches import check_arguments, check_tables
 
