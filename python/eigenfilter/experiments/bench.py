@@ -24,8 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that the benchmarks take, where they are."""
     command = _command()
     if command is None:
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for the benchmarks")
-        parser.description = f"{ELSEWHERE[0].upper()}{ELSEWHERE[1:]}."
+        parser.prefix_chars = ""  # whatever is asked for, --help too, `run` says where they are
+        parser.add_argument("arguments", nargs="*")
         return
     parser.description = command.__doc__
     command.configure(parser)
