@@ -198,15 +198,17 @@ class Objective:
         here = self.plain(index, batch, at, exact=exact)
         if at is not None:
             return here
-        if versions != [p._version for p in self.watched]:
-            written = zip(self.watched, versions, strict=True)
-            raise Unfit(REWRITTEN.format(self.names(p for p, v in written if p._version != v)[0]))
+        key = index, samples_of(batch)  # a part of the batch does not tell of the rest
+        new = key not in self.known.surveyed
+        if new and versions != [p._version for p in self.watched]:
+            pairs = zip(self.watched, versions, strict=True)
+            name = self.names(p for p, version in pairs if p._version != version)[0]
+            raise Unfit(REWRITTEN.format(name.removeprefix("members.0.")))
         if exact and self._met([here.value]):
             here = self.plain(index, batch, exact=exact)
         if not self.known.evaluated:
             self._try_frozen(index, batch, here, exact=exact)
-        key = index, samples_of(batch)  # a part of the batch does not tell of the rest
-        if key not in self.known.surveyed:
+        if new:
             if survey(self, index, batch, here, exact=exact):
                 here = self.plain(index, batch, exact=exact)
             self.known.surveyed.add(key)
