@@ -65,7 +65,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
-    """Let links out of docs lead to these pages."""
+    """Let links out of docs lead to these pages; no list of pages beside one that stands alone."""
+    if page.parent is None:
+        page.meta.setdefault("hide", ["navigation"])
 
     def lead(found: re.Match[str]) -> str:
         for path in _outside(found[1], page.file.src_uri, config):
