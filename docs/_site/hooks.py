@@ -40,6 +40,8 @@ def on_page_content(content: str, page: Page, **_: object) -> str:
             drawn = convert(html.unescape(formula), display="inline" if bracket == "(" else "block")
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: cannot draw {formula!r}: {error}") from error
+        if unknown := re.findall(r"\\\w+", drawn):
+            raise PluginError(f"{page.file.src_uri}: no symbol is known for {', '.join(unknown)}")
         return f'<{tag} class="formula">{drawn}</{tag}>'
 
     def link(found: re.Match[str]) -> str:
