@@ -88,6 +88,14 @@ def on_post_page(output: str, page: Page, **_: object) -> str:
     return output
 
 
+def on_post_build(config: MkDocsConfig, **_: object) -> None:
+    """Refuse links of names to entries that the API reference does not show."""
+    for entry, page in entries.items():
+        built = Path(config.site_dir, page).with_suffix(".html").read_text()
+        if f'id="{entry}"' not in built:
+            raise PluginError(f"{page} has no heading for {entry}")
+
+
 def _entry(name: str, page: str) -> str | None:
     """The name of the API reference that `name` in code on `page` stands for, if any.
 

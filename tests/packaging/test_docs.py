@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_the_api_reference_has_every_public_name(module: str) -> None:
     listed = re.findall(r"^::: eigenfilter\.(\S+)$", _reference(), re.MULTILINE)
     public = import_module(f"eigenfilter.{module}").__all__
     assert {f"{module}.{name}" for name in public} <= set(listed)
+
+
+def test_the_api_reference_has_what_the_package_exports() -> None:
+    package = import_module("eigenfilter")
+    exported = [name for name in package.__all__ if not ismodule(getattr(package, name))]
+    listed = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", _reference(), re.M)}
+    assert set(exported) <= listed
 
 
 def test_the_gallery_shows_every_figure() -> None:
