@@ -67,9 +67,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
-    """Let links out of docs lead to these pages; no list of pages beside one that stands alone."""
+    """Let links out of docs lead to these pages, which nobody searches for.
+
+    A page that stands alone in the navigation has no list of pages beside it.
+    """
     if page.parent is None:
         page.meta.setdefault("hide", ["navigation"])
+    if page.file.src_uri.startswith(SOURCES):
+        page.meta.setdefault("search", {"exclude": True})
 
     def lead(found: re.Match[str]) -> str:
         for path in _outside(found[1], page.file.src_uri, config):
