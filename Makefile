@@ -1,6 +1,7 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
 #   make demo | test | test-emulated | test-interpreted | test-triton-launch | races | mutants | lint |
-#        bench | bench-host | bench-curvature | bench-page | reproduction | gpu-gate | clean
+#        bench | bench-host | bench-curvature | bench-page | reproduction | docs | docs-serve |
+#        gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -17,7 +18,8 @@ DEV_TOOLS := .venv/.dev-tools
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
 .PHONY: install demo test emulated test-emulated test-interpreted test-triton-launch races mutants \
-	lint bench host-extension bench-host bench-curvature bench-page reproduction gpu-gate clean
+	lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
+	docs-serve gpu-gate clean
 
 install: $(DEV_TOOLS)
 
@@ -128,6 +130,14 @@ reproduction: $(DEV_TOOLS)
 		cp out/reproduce-$$name/summary.md docs/reproduction/$$name.md; \
 		cp out/reproduce-$$name/spectra.png docs/figures/reproduction-$$name.png; \
 	done
+
+# The documentation, into build/site; without a network. A warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The same at http://127.0.0.1:8000, built again when a page changes.
+docs-serve: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --watch python
 
 # Brings its own installation where the system's python has torch; see the script. STAGES="build smoke"
 # runs these alone, AGAIN=1 also what has passed, WITHIN=540 ends by then.
