@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.triton_stub import Launch
 from torch import Tensor
 
+from benchmarks.triton_stub import Launch
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
 

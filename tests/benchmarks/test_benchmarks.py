@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
+from benchmarks import registry, report, shapes, training
 from benchmarks.contest import (
     TOLERANCES,
     Benchmark,
@@ -21,9 +24,6 @@ from benchmarks.contest import (
 )
 from benchmarks.timing import Spread
 from benchmarks.verify import distance
-from torch import Tensor
-
-from benchmarks import registry, report, shapes, training
 from eigenfilter.experiments.cli import main
 
 TOLERANCE = TOLERANCES[torch.float32]

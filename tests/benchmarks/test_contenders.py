@@ -7,6 +7,8 @@ import importlib.util
 
 import pytest
 import torch
+
+from benchmarks import training
 from benchmarks.contest import Setting
 from benchmarks.methods import LR, METHODS, MOMENTUM, RHO, Method
 from benchmarks.networks import NETWORKS
@@ -14,8 +16,6 @@ from benchmarks.optimizers import step
 from benchmarks.peers import pytorch_optimizer_sam
 from benchmarks.shapes import Problem
 from benchmarks.verify import verify
-
-from benchmarks import training
 from eigenfilter import USAM
 
 CPU = Setting(torch.device("cpu"), "native")

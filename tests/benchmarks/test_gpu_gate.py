@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.gpu_gate import main
-from benchmarks.gpu_stages import Command, Stage
 
 from benchmarks import gpu_gate, gpu_stages, registry
+from benchmarks.gpu_gate import main
+from benchmarks.gpu_stages import Command, Stage
 from eigenfilter.experiments import cli
 
 

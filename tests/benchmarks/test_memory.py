@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from benchmarks.memory import measure_apart
 
 MOST = {

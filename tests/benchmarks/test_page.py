@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import environment, figures, page
 from benchmarks.contest import TOLERANCES
 from benchmarks.measure import Comparison, Result, Timing
 from benchmarks.timing import Spread
 from benchmarks.verify import Verdict
-
-from benchmarks import environment, figures, page
 from eigenfilter.experiments.cli import main
 
 TOLERANCE = TOLERANCES[torch.float32]

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from benchmarks.contest import Contender, Phase, nothing
 from benchmarks.timing import Lap, clock, interleave
 

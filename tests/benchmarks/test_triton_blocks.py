@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.timing import Spread
 
 from benchmarks import triton_blocks
+from benchmarks.environment import own_process
+from benchmarks.timing import Spread
 from eigenfilter.experiments.cli import main
 from eigenfilter.kernels.triton_blocks import Blocks
 
@@ -26,7 +26,10 @@ def test_every_choice_works_and_the_best_is_used_from_then_on(tmp_path: Path) ->
     """Under the interpreter, with tensors that are small."""
     pytest.importorskip("triton")
     file = tmp_path / "cache" / "blocks.json"
-    environment = dict(os.environ, TRITON_INTERPRET="1", EIGENFILTER_TRITON_BLOCKS=str(file))
+    environment = own_process() | {
+        "TRITON_INTERPRET": "1",
+        "EIGENFILTER_TRITON_BLOCKS": str(file),
+    }
     for task in ("measure", "use"):
         subprocess.run([sys.executable, __file__, task], check=True, env=environment)
     file.write_text('{"cpu": {"ascend": {"torch.float32": {"bytes": 1000, "warps": 4}}}}')
@@ -73,9 +76,8 @@ def check_error(environment: dict[str, str], says: str) -> None:
 
 def measure() -> None:
     """Time all choices; write the best down as if others had been."""
-    from benchmarks.shapes import Problem
-
     from benchmarks import kernels
+    from benchmarks.shapes import Problem
     from eigenfilter.kernels.triton_blocks import file, read
 
     kernels.problem = lambda device, dtype: Problem([(3000,)] * 2, device, dtype)

@@ -5,8 +5,8 @@ true and always false, each side of an `&&` and of a `min` is left out, every lo
 runs once too often or not at all. The emulator's build holds all of these changes, and a process
 runs one of them, which EIGENFILTER_MUTANT names. It has to fail: in the tests or, where these pass,
 under the thread sanitizer, which runs every kernel on a few blocks (first, where a barrier is
-missing), or in the tests under the address sanitizer, which take five times as long. A mutant that
-survives is code that no test needs: a comment at the line that says "not needed for ..." says why
+missing), or, in a second round, in the tests under the address sanitizer, which take five times as
+long. A mutant that survives is code that no test needs: a comment at the line that says "not needed for ..." says why
 it is there.
 
 The table goes to tests/cuda_on_cpu/MUTANTS.md. It takes about an hour on two cores, and goes on
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -45,7 +46,8 @@ TESTS = {
     "lanczos.cu": ["test_three_term.py", "test_orthonormalise.py"],
 }
 GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]
-ORDER = ("none", "thread", "address")
+# What is quick goes first, and for all mutants.
+ROUNDS = (("none", "thread"), ("address",))
 # A test, and a run of many, that takes longer hangs.
 TEST_SECONDS, SECONDS = 180, 1800
 
@@ -58,7 +60,7 @@ def build(mutants: Sequence[Mutant]) -> None:
     for path in SOURCES.glob("*.cu*"):
         here = {n: m for n, m in enumerate(mutants) if m.file == path.name}
         (sources / path.name).write_text(with_mutants(path.read_text(), here))
-    for sanitizer in ORDER:
+    for sanitizer in itertools.chain(*ROUNDS):
         _run(
             "cmake", "-G", "Ninja", "-S", HERE, "-B", WORK / sanitizer,
             f"-DSANITIZER={sanitizer}", f"-DCUDA_SOURCES={sources}",
@@ -68,10 +70,10 @@ def build(mutants: Sequence[Mutant]) -> None:
         _run("ninja", "-C", WORK / sanitizer)
 
 
-def caught(mutant: Mutant | None, number: int) -> str:
+def caught(mutant: Mutant | None, number: int, sanitizers: Sequence[str]) -> str:
     """What notices a mutant, or fails of the sources as they are; "" if nothing does."""
     is_barrier = mutant is not None and mutant.what == BARRIER
-    for sanitizer in sorted(ORDER, key=lambda s: s != "thread") if is_barrier else ORDER:
+    for sanitizer in reversed(sanitizers) if is_barrier else sanitizers:
         failure = _failure(sanitizer, mutant.file if mutant else "", number)
         if failure:
             return failure
@@ -152,30 +154,29 @@ class Record:
         hashes = {file: _hash_of_code(file) for file in {m.file for m in mutants}}
         # Lines may move, where a comment comes.
         keys = [f"{hashes[m.file]} {m.file} {m.what} -> {m.text}" for m in mutants]
-        self._keys: dict[Mutant | None, str] = {
+        self._keys = {
             mutant: f"{key} {keys[:i].count(key)}"
             for i, (mutant, key) in enumerate(zip(mutants, keys, strict=True))
         }
-        self._keys[None] = _hash_of_code(None)
 
-    def __getitem__(self, mutant: Mutant | None) -> str | None:
+    def __getitem__(self, mutant: Mutant) -> str | None:
         """What `caught` returned last time; None if that was with other code, or never."""
         return self._known.get(self._keys[mutant])
 
-    def __setitem__(self, mutant: Mutant | None, by: str) -> None:
+    def __setitem__(self, mutant: Mutant, by: str) -> None:
         self._known[self._keys[mutant]] = by
         self._file.write_text(json.dumps(self._known, indent=1))
 
 
-def _hash_of_code(file: str | None) -> str:
-    """Of a source with all headers, or of all sources, and of what they run on.
+def _hash_of_code(file: str) -> str:
+    """Of a source with all headers (of a header, of all sources), and of what they run on.
 
     Comments may come, and tests, which are the better for it.
     """
     found = hashlib.sha256()
     for folder in (SOURCES, ROOT / "csrc" / "include", HERE):
         for path in sorted(folder.rglob("*.[ch]*")):
-            if path.suffix != ".cu" or file in (None, path.name) or not file.endswith(".cu"):
+            if path.suffix != ".cu" or path.name == file or not file.endswith(".cu"):
                 code = re.sub(r"//[^\n]*", "", path.read_text())
                 found.update(" ".join(code.split()).encode())
     return found.hexdigest()
@@ -230,16 +231,20 @@ def main() -> int:
     untried = [m for m in chosen if not record[m]]
     print(f"{len(untried)} of {len(chosen)} mutants are to be tried. The build...", flush=True)
     build(mutants)
-    tried: list[Mutant | None] = [*([None] if record[None] is None else []), *untried]
-    numbers = [-1 if mutant is None else mutants.index(mutant) for mutant in tried]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for mutant, by in zip(tried, pool.map(caught, tried, numbers), strict=True):
-            if mutant is None and by:
-                pool.shutdown(cancel_futures=True)
-                sys.exit(f"the sources as they are fail: {by}")
-            record[mutant] = by
-            if mutant is not None:
-                where = f"{untried.index(mutant) + 1}/{len(untried)} {mutant.file}:{mutant.line}"
+    for sanitizers in ROUNDS:
+        survivors = [m for m in untried if not record[m]]
+        tried: list[Mutant | None] = [None, *survivors]
+        numbers = [-1, *map(mutants.index, survivors)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            found = pool.map(caught, tried, numbers, itertools.repeat(sanitizers))
+            for count, (mutant, by) in enumerate(zip(tried, found, strict=True)):
+                if mutant is None and by:
+                    pool.shutdown(cancel_futures=True)
+                    sys.exit(f"the sources as they are fail: {by}")
+                if mutant is None:
+                    continue
+                record[mutant] = by
+                where = f"{count}/{len(survivors)} {mutant.file}:{mutant.line}"
                 said = by or _explanation(mutant) or "SURVIVES"
                 print(f"{where} {mutant.what}: {said}", flush=True)
                 TABLE.write_text(table(mutants, record))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import triton
-from benchmarks.triton_stub import Launch, StubDriver
 from torch import Tensor
 
 from benchmarks import triton_stub
+from benchmarks.triton_stub import Launch, StubDriver
 from cases import DTYPES, SCALE, UPDATES, Arena, Update, nonzero, places
 from eigenfilter import kernels
 from eigenfilter.kernels import triton_device, triton_lanczos, triton_project
