@@ -6,8 +6,8 @@ runs once too often or not at all. The emulator's build holds all of these chang
 runs one of them, which EIGENFILTER_MUTANT names. It has to fail: in the tests or, where these pass,
 under the thread sanitizer, which runs every kernel on a few blocks (first, where a barrier is
 missing), or, in a second round, in the tests under the address sanitizer, which take five times as
-long. A mutant that survives is code that no test needs: a comment at the line that says "not needed for ..." says why
-it is there.
+long. A mutant that survives is code that no test needs: a comment at the line that says "not needed
+for ..." says why it is there.
 
 The table goes to tests/cuda_on_cpu/MUTANTS.md. It takes about an hour on two cores, and goes on
 where it was stopped.
