@@ -21,7 +21,7 @@ from eigenfilter.experiments import datasets, runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.processes import Processes, launched
+from eigenfilter.experiments.processes import Processes, init_distributed
 from eigenfilter.experiments.trainer import Trainer
 
 WORLD = 3
@@ -105,7 +105,7 @@ def scenarios(out: Path, rank: int, processes: Processes) -> dict[str, Any]:
     train("begun by all", ALIKE["usam"], stop=stopped_after(5))
     train("a step", A_STEP)
     found["other data"] = refusal(lambda: with_other_data(rank, train))
-    found["corrupt"] = refusal(lambda: processes.after_download(lambda: corrupt(rank)))
+    found["corrupt"] = refusal(lambda: processes.main_process_first(lambda: corrupt(rank)))
     return found
 
 
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         sys.exit(ending(sys.argv[2], folder))
     rank = int(os.environ["RANK"])
-    with launched() as processes:
+    with init_distributed() as processes:
         torch.save(scenarios(folder / f"of{rank}", rank, processes), folder / f"{rank}.pt")
     left = threads_of_gloo()
     assert not left, left  # one that still holds a tensor aborts the process as it ends

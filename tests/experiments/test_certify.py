@@ -9,7 +9,7 @@ import pytest
 
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.imports import called, named
+from eigenfilter.experiments.imports import call_imported, import_object
 
 MODULE = """
 import torch
@@ -92,9 +92,9 @@ def test_a_module_that_needs_another(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "needs_another.py").write_text("import nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"cannot import needs_another .*nowhere_to_be_found"):
-        named("needs_another:build")
+        import_object("needs_another:build")
 
 
 def test_names_of_installed_modules() -> None:
-    assert named("math:pi") == pytest.approx(3.14159, rel=1e-5)
-    assert called("os:getcwd") == str(Path.cwd())
+    assert import_object("math:pi") == pytest.approx(3.14159, rel=1e-5)
+    assert call_imported("os:getcwd") == str(Path.cwd())

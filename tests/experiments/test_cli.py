@@ -126,7 +126,7 @@ def test_torchrun_is_for_training(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli, "first_to_fail", lambda: True)  # there is no store to ask
+    monkeypatch.setattr(cli, "claim_first_failure", lambda: True)  # there is no store to ask
     assert main(["demo", "--out", str(tmp_path / "new")]) == 2
-    assert "torchrun shares a run of train only" in capsys.readouterr().err
+    assert "torchrun works with train only" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

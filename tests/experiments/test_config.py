@@ -20,7 +20,7 @@ def test_a_file_and_flags_over_it(tmp_path: Path) -> None:
     parser.add_argument("--out")
     configs.add_flags(parser)
     args = parser.parse_args(["--momentum", "0.7", "--no-flip", "--crop", "4", "--out", "there"])
-    config = Config.of(configs.read(path) | configs.given(args))
+    config = Config.of(configs.read(path) | configs.from_flags(args))
     changed = {"lr": 1e-3, "momentum": 0.7, "model": "wrn-16-2", "epochs": 3, "crop": 4}
     assert config == Config(**changed)
     assert config.as_dict() == Config().as_dict() | changed
@@ -64,8 +64,8 @@ def test_every_option_is_plain_data_and_has_help() -> None:
         ({"dataset": "cifar1"}, "did you mean cifar10?"),
         ({"optimizer": "usma"}, "optimizer must be one of .* did you mean usam?"),
         ({"model": "resnet"}, "model must be mlp"),
-        ({"label_smoothing": 0.1, "loss": "square"}, "label_smoothing goes with loss"),
-        ({"method": "sam", "optimizer": "sgd"}, "method is for adamw"),
+        ({"label_smoothing": 0.1, "loss": "square"}, "label_smoothing applies only to loss"),
+        ({"method": "sam", "optimizer": "sgd"}, "method applies only to adamw"),
         ({"lr": [[1]]}, "lr must be a number of at least 0, not a list"),
         ({"model": "x" * 10**6}, "not '" + "x" * 76 + r"\.\.\.$"),
         ({"dataset": "x" * 10**6}, "not '" + "x" * 76 + r"\.\.\.$"),
@@ -90,16 +90,16 @@ def bomb(tag: str) -> str:
     ("text", "says"),
     [
         ("lr: [1", "is not YAML"),
-        ("- lr", "must hold lines such as 'lr: 0.1', not a list"),
+        ("- lr", "must contain lines such as 'lr: 0.1', not a list"),
         ("\x00", "is not YAML"),
-        ("lr: 2001-01-01", "c.yaml has a date, and options are text, numbers or truth values"),
-        ("? 2001-01-01\n: 1", "has a date"),
-        ("lr: !!binary aGk=", "has a bytes"),
-        ("lr: !!set {x, y}", "has a set"),
-        ("lr: !!pairs [a: 1]", "has a tuple"),
-        (bomb("!!pairs"), "has a tuple"),
-        (bomb("!!omap"), "has a tuple"),
-        (bomb(""), "refers to itself, or to the same over and over"),
+        ("lr: 2001-01-01", "c.yaml contains a date; options are text, numbers or booleans"),
+        ("? 2001-01-01\n: 1", "contains a date"),
+        ("lr: !!binary aGk=", "contains a bytes"),
+        ("lr: !!set {x, y}", "contains a set"),
+        ("lr: !!pairs [a: 1]", "contains a tuple"),
+        (bomb("!!pairs"), "contains a tuple"),
+        (bomb("!!omap"), "contains a tuple"),
+        (bomb(""), "has aliases that refer to themselves, or that expand to more than"),
     ],
 )
 def test_bad_files(text: str, says: str, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from eigenfilter.experiments import runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.reproduce import EXPERIMENTS, figure, spectra
-from eigenfilter.experiments.reproduce.plan import Plan, Scale, Spectrum
-from eigenfilter.experiments.reproduce.summary import Measured
+from eigenfilter.experiments.reproduce import EXPERIMENTS, spectra, spectra_figure
+from eigenfilter.experiments.reproduce.plan import ExperimentScale, Plan, SpectrumSettings
+from eigenfilter.experiments.reproduce.summary import RunResult
 from eigenfilter.experiments.sweep import folders, table
 from experiments.test_damage import SMALL, changes
 
@@ -35,7 +35,7 @@ GARBLED = (
     "\0",
     "\udcff",
 )
-SETTINGS = Spectrum(20, 2, 1, 3)
+SETTINGS = SpectrumSettings(20, 2, 1, 3)
 
 Capture = pytest.CaptureFixture[str]
 
@@ -45,7 +45,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a complete run, with its spectrum."""
     folder = tmp_path_factory.mktemp("complete") / "runs" / "a"
     runs.run(CONFIG, folder)
-    spectra.measured(folder, SETTINGS, data_dir=None, device=torch.device("cpu"))
+    spectra.measure_spectrum(folder, SETTINGS, data_dir=None, device=torch.device("cpu"))
     return folder
 
 
@@ -81,11 +81,11 @@ def check(path: Path, use: Callable[[], Any]) -> None:
 
 def test_results_of_a_run(out: Path) -> None:
     def use() -> None:
-        there = folders.finished(CONFIG, out)
+        there = folders.load_finished(CONFIG, out)
         if there is not None:
             table.cells(table.rows({"a": CONFIG}, {"a": there}))
             if there["outcome"] == "complete":
-                Measured.of("a", there, None)
+                RunResult.of("a", there, None)
 
     def use_held() -> None:
         try:
@@ -113,20 +113,20 @@ def test_results_that_are_garbled(text: str, out: Path, capsys: Capture) -> None
 
 
 def test_a_spectrum(out: Path) -> None:
-    record = folders.finished(CONFIG, out)
+    record = folders.load_finished(CONFIG, out)
     assert record is not None
 
     def use() -> None:
-        found = spectra.kept(out, SETTINGS)
-        Measured.of("a", record, found).as_dict()
+        found = spectra.load_spectrum(out, SETTINGS)
+        RunResult.of("a", record, found).as_dict()
         if found is not None and "error" not in found:
-            figure._density(found)(torch.linspace(0.0, 1.0, 5))
+            spectra_figure._density(found)(torch.linspace(0.0, 1.0, 5))
 
     check(out / "spectrum.json", use)
 
 
 def test_a_plan(tmp_path: Path) -> None:
-    scale = Scale(2, 3, "mlp-8", 100, SETTINGS)
+    scale = ExperimentScale(2, 3, "mlp-8", 100, SETTINGS)
     rates = {"gradient": 0.1, "product": 0.2}
     plan = Plan("mnist", 0, 5.0, scale, scale, 7.0, rates)
     path = tmp_path / "plan.json"

@@ -19,13 +19,19 @@ import pytest
 from eigenfilter.experiments import runs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.locks import alone
+from eigenfilter.experiments.locks import folder_lock
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep import folders, worker
 from eigenfilter.experiments.sweep.execution import execute
-from eigenfilter.experiments.sweep.folders import Order, failure, folder_of, keep_failure, locked
-from eigenfilter.experiments.sweep.ledger import Ledger
-from eigenfilter.experiments.sweep.progress import Progress
+from eigenfilter.experiments.sweep.folders import (
+    RunSpec,
+    failed_record,
+    folder_of,
+    try_folder_lock,
+    write_failure,
+)
+from eigenfilter.experiments.sweep.progress import SweepProgress
+from eigenfilter.experiments.sweep.run_queue import RunQueue
 from experiments.test_train import SMALL, assert_same, lines, trained
 
 LONG = Config(**SMALL | {"epochs": 300, "evaluate_every": 100, "checkpoint_every": 50}, threads=1)
@@ -84,7 +90,7 @@ class Swept:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     out = tmp_path_factory.mktemp("sweep")
-    keep_failure(folder_of(out, "short"), failure(SHORT, "killed"))  # it may pass
+    write_failure(folder_of(out, "short"), failed_record(SHORT, "killed"))  # it may pass
     before = children()
     stopped = Watch("long", 100)
     stopped.then = lambda: None
@@ -155,7 +161,7 @@ def test_other_configurations_are_refused(swept: Swept) -> None:
 
 
 def test_two_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with locked(tmp_path, wait=lambda: False) as had:
+    with try_folder_lock(tmp_path, wait=lambda: False) as had:
         assert had
         with pytest.raises(UserError, match="another sweep is at work in "):
             execute(RUNS, tmp_path)
@@ -167,14 +173,14 @@ def test_who_is_waited_for_is_told(
 ) -> None:
     monkeypatch.setattr(folders, "PATIENCE", 0.0)
     seen = []
-    with alone(tmp_path, "spectrum"), Progress(1) as progress:
+    with folder_lock(tmp_path, "spectrum"), SweepProgress(1) as progress:
 
         def observe(kind: str, step: int, record: Record) -> None:
             seen.append(kind)
             progress.observe("a", kind, step, record)
 
-        order = Order(SHORT, tmp_path, None, "cpu")
-        record = folders.attempt(order, stop=lambda: bool(seen), observe=observe)
+        spec = RunSpec(SHORT, tmp_path, None, "cpu")
+        record = folders.attempt_run(spec, stop=lambda: bool(seen), observe=observe)
     assert record["outcome"] == "stopped"
     assert seen == ["waiting"]
     said = f"a: another spectrum is at work in {tmp_path} (process {os.getpid()} on "
@@ -194,22 +200,22 @@ def test_missing_data_are_one_error(tmp_path: Path) -> None:
         execute({"a": Config(dataset="mnist")}, tmp_path / "out", data_dir=tmp_path / "data")
 
 
-def ledger(tmp_path: Path, retries: int, observe: Any = lambda *seen: None) -> Ledger:
+def run_queue(tmp_path: Path, retries: int, observe: Any = lambda *seen: None) -> RunQueue:
     folders = {name: tmp_path / name for name in "ab"}
-    orders = {name: Order(SHORT, folders[name], None, "cpu") for name in folders}
-    return Ledger(orders, retries, observe)
+    specs = {name: RunSpec(SHORT, folders[name], None, "cpu") for name in folders}
+    return RunQueue(specs, retries, observe)
 
 
 @pytest.mark.parametrize("retries", [0, 1, 2])
 def test_a_process_that_ends_again_and_again_is_given_up(retries: int, tmp_path: Path) -> None:
-    book = ledger(tmp_path, retries)
+    queue = run_queue(tmp_path, retries)
     for _ in range(retries):
-        assert book.waiting.popleft() == "a"
-        book.crashed("a", "killed")
-    assert book.waiting.popleft() == "a"
-    book.crashed("a", "killed at last")
-    assert list(book.waiting) == ["b"]
-    record = book.records["a"]
+        assert queue.pending.popleft() == "a"
+        queue.record_crash("a", "killed")
+    assert queue.pending.popleft() == "a"
+    queue.record_crash("a", "killed at last")
+    assert list(queue.pending) == ["b"]
+    record = queue.records["a"]
     assert (record["outcome"], record["error"]) == ("failed", "killed at last")
     assert (record["diverged"], record["attempts"]) == (False, retries + 1)
     assert json.loads((tmp_path / "a" / "results.json").read_text()) == record
@@ -252,7 +258,7 @@ def test_a_folder_that_cannot_be_written_is_the_failure_of_its_run(nowhere: Path
     handlers = {number: signal.getsignal(number) for number in worker.SIGNALS}
     ours, theirs = Pipe()
     try:
-        ours.send(Order(SHORT, nowhere, None, "cpu"))
+        ours.send(RunSpec(SHORT, nowhere, None, "cpu"))
         ours.send(None)
         worker.Worker(theirs).work()
     finally:
@@ -261,9 +267,9 @@ def test_a_folder_that_cannot_be_written_is_the_failure_of_its_run(nowhere: Path
     kind, _, record = ours.recv()
     assert (kind, record["outcome"], record["diverged"]) == ("end", "failed", False)
     assert record["error"].startswith(f"cannot write to {nowhere}: ")
-    book = Ledger({"a": Order(SHORT, nowhere, None, "cpu")}, 1, lambda *seen: None)
-    book.ended("a", record)
-    assert book.records["a"] == record | {"attempts": 1}
+    queue = RunQueue({"a": RunSpec(SHORT, nowhere, None, "cpu")}, 1, lambda *seen: None)
+    queue.record_end("a", record)
+    assert queue.records["a"] == record | {"attempts": 1}
 
 
 ENDLESS = """
@@ -298,11 +304,11 @@ def test_a_process_ends_when_who_started_it_is_killed(tmp_path: Path) -> None:
 
 
 def test_what_ends_while_all_stop_is_gone_on_with_later(tmp_path: Path) -> None:
-    book = ledger(tmp_path, 0)
-    book.waiting.popleft()
-    book.stop()
-    book.crashed("a", "killed")
-    assert {name: record["outcome"] for name, record in book.records.items()} == {
+    queue = run_queue(tmp_path, 0)
+    queue.pending.popleft()
+    queue.stop()
+    queue.record_crash("a", "killed")
+    assert {name: record["outcome"] for name, record in queue.records.items()} == {
         "a": "stopped",
         "b": "stopped",
     }
@@ -311,8 +317,8 @@ def test_what_ends_while_all_stop_is_gone_on_with_later(tmp_path: Path) -> None:
 
 def test_a_process_that_is_asked_to_end_by_others_is_replaced(tmp_path: Path) -> None:
     seen: list[Any] = []
-    book = ledger(tmp_path, 1, lambda *record: seen.append(record))
-    book.waiting.popleft()
-    book.ended("a", {"outcome": "stopped", "step": 3})
+    queue = run_queue(tmp_path, 1, lambda *record: seen.append(record))
+    queue.pending.popleft()
+    queue.record_end("a", {"outcome": "stopped", "step": 3})
     assert seen == [("a", "retry", 0, {"error": "its process was asked to end"})]
-    assert list(book.waiting) == ["a", "b"]
+    assert list(queue.pending) == ["a", "b"]

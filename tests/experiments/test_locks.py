@@ -16,13 +16,13 @@ from eigenfilter.experiments import checkpoint, files, runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.locks import LOCK, Busy, alone, locked
+from eigenfilter.experiments.locks import LOCK, FolderBusy, folder_lock, try_folder_lock
 
 SMALL = ["--model", "mlp-4", "--samples", "64", "--epochs", "1", "--threads", "1"]
 HOLD = """
 import sys, pathlib
-from eigenfilter.experiments.locks import alone
-with alone(pathlib.Path(sys.argv[1]), "training run"):
+from eigenfilter.experiments.locks import folder_lock
+with folder_lock(pathlib.Path(sys.argv[1]), "training run"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -76,35 +76,35 @@ def test_a_killed_process_is_not_waited_for(held: subprocess.Popen[str], tmp_pat
     held.send_signal(signal.SIGKILL)
     held.wait()
     assert (out / LOCK).exists()
-    with alone(out, "demo"):
+    with folder_lock(out, "demo"):
         assert not left.exists()
         assert json.loads((out / LOCK).read_text())["process"] == os.getpid()
     assert list(out.iterdir()) == []
 
 
 def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:
-    with alone(tmp_path, "sweep") as folder:
+    with folder_lock(tmp_path, "sweep") as folder:
         assert folder == tmp_path
         asked = iter([True, False])
-        with pytest.raises(Busy), alone(tmp_path, "demo", wait=lambda: next(asked)):
+        with pytest.raises(FolderBusy), folder_lock(tmp_path, "demo", wait=lambda: next(asked)):
             pass
         assert next(asked, None) is None
-        with locked(tmp_path, wait=lambda: False, name="other") as had:
+        with try_folder_lock(tmp_path, wait=lambda: False, name="other") as had:
             assert had
-    first = alone(tmp_path, "sweep")
+    first = folder_lock(tmp_path, "sweep")
     first.__enter__()
 
     def end() -> bool:
         first.__exit__(None, None, None)
         return True
 
-    with alone(tmp_path, "demo", wait=end):
+    with folder_lock(tmp_path, "demo", wait=end):
         assert (tmp_path / LOCK).exists()
 
 
 def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
     def fill(file: object) -> None:
-        with alone(tmp_path, "demo"):
+        with folder_lock(tmp_path, "demo"):
             assert len(list(tmp_path.glob("*.new"))) == 1
         file.write(b"whole")  # type: ignore[attr-defined]
 
@@ -120,7 +120,7 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".pipe.01234567.new")
     (tmp_path / ".link.01234567.new").symlink_to(tmp_path / ".notes.new")
     before = sorted(tmp_path.iterdir())
-    with alone(tmp_path, "demo"):
+    with folder_lock(tmp_path, "demo"):
         pass
     assert sorted(tmp_path.iterdir()) == before
     assert all((tmp_path / name).read_text() == "mine" for name in names)
@@ -141,7 +141,7 @@ def test_a_lock_of_others_is_refused(content: str, tmp_path: Path) -> None:
     says = (
         r"cannot write .*Too many levels" if content == "link" else "is not a lock of eigenfilter"
     )
-    with pytest.raises(UserError, match=says), alone(tmp_path, "demo"):
+    with pytest.raises(UserError, match=says), folder_lock(tmp_path, "demo"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "precious"]
     assert target.read_text() == "mine"
@@ -239,6 +239,6 @@ def test_an_error_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["spectrum", str(tmp_path / "nowhere.pt"), "--out", str(out)]) == 2
     assert "cannot read" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    with alone(out, "demo"):
+    with folder_lock(out, "demo"):
         (out / "kept").touch()
     assert [path.name for path in out.iterdir()] == ["kept"]

@@ -13,11 +13,16 @@ import torch
 
 from eigenfilter import filters
 from eigenfilter.experiments.cli import main
-from eigenfilter.experiments.data import fashion
-from eigenfilter.experiments.full_batch import BAND, Check
+from eigenfilter.experiments.full_batch import BAND, SharpnessMeasurement
+from eigenfilter.experiments.full_batch_data import fashion
 from eigenfilter.experiments.phenomena import moving_edge, saddle
+from eigenfilter.experiments.phenomena.common import (
+    PhenomenonSetting,
+    settled_ratio,
+    train,
+    verdict,
+)
 from eigenfilter.experiments.phenomena.sharpening import methods
-from eigenfilter.experiments.phenomena.training import Setting, settled, train, verdict
 from eigenfilter.experiments.problems import load
 from experiments import folders
 
@@ -30,18 +35,20 @@ def reproduce(name: str, folder: Path, *options: str) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def given(folder: Path, activation: str, loss: str, edge: float, steps: int) -> Setting:
+def make_setting(
+    folder: Path, activation: str, loss: str, edge: float, steps: int
+) -> PhenomenonSetting:
     names = ("digits", activation, loss)
     deadline = time.perf_counter() + 3600.0
-    return Setting(load(*names), names, edge, 0, steps, deadline, folder)
+    return PhenomenonSetting(load(*names), names, edge, 0, steps, deadline, folder)
 
 
 @pytest.mark.parametrize("method", methods(EDGE), ids=lambda method: method.name)
 def test_the_sharpness_rises_to_the_edge_and_stays(method, tmp_path: Path) -> None:
-    run = train(given(tmp_path, "tanh", "square", EDGE, 600), method)
+    run = train(make_setting(tmp_path, "tanh", "square", EDGE, 600), method)
     assert all(check.edge == pytest.approx(EDGE, rel=1e-9) for check in run.history)
     assert run.history[0].ratio < 0.85
-    found = settled(run.history)
+    found = settled_ratio(run.history)
     assert found.mean == pytest.approx(1.0, abs=0.06)
     assert found.spread < 0.05
     assert run.outcome == "at its edge"
@@ -51,16 +58,16 @@ def test_the_sharpness_rises_to_the_edge_and_stays(method, tmp_path: Path) -> No
 def test_relu_comes_to_its_edge_less_closely(tmp_path: Path) -> None:
     """Its loss has kinks, and the theory does not speak of it."""
     method = methods(7.0)[0]
-    run = train(given(tmp_path, "relu", "square", 7.0, 480), method)
-    assert settled(run.history).mean == pytest.approx(1.0, abs=0.15)
+    run = train(make_setting(tmp_path, "relu", "square", 7.0, 480), method)
+    assert settled_ratio(run.history).mean == pytest.approx(1.0, abs=0.15)
     assert run.history[0].ratio < 0.9
 
 
 def test_cross_entropy_leaves_its_edge_with_the_loss(tmp_path: Path) -> None:
     """It has no minimum: the sharpness goes to 0 with the loss."""
-    run = train(given(tmp_path, "tanh", "cross_entropy", 0.8, 480), methods(0.8)[0])
+    run = train(make_setting(tmp_path, "tanh", "cross_entropy", 0.8, 480), methods(0.8)[0])
     assert run.outcome == "left its edge downwards"
-    assert settled(run.history).peak > 1.0 - BAND
+    assert settled_ratio(run.history).peak > 1.0 - BAND
     assert run.last.ratio < 0.1
     assert run.last.loss < 0.01
     half = run.history[len(run.history) // 2]
@@ -69,7 +76,7 @@ def test_cross_entropy_leaves_its_edge_with_the_loss(tmp_path: Path) -> None:
 
 
 def test_relu_and_cross_entropy_pass_the_edge_and_leave_it_at_once(tmp_path: Path) -> None:
-    run = train(given(tmp_path, "relu", "cross_entropy", 1.0, 60), methods(1.0)[0])
+    run = train(make_setting(tmp_path, "relu", "cross_entropy", 1.0, 60), methods(1.0)[0])
     ratios = {check.step: check.ratio for check in run.history}
     assert max(ratios[step] for step in range(6)) > 1.1
     assert all(ratio < 0.5 for step, ratio in ratios.items() if step >= 30)
@@ -109,7 +116,7 @@ def test_the_sharpness_follows_an_edge_that_moves(
         assert part["began_at"] + 0.05 < part["settled"]["mean"] < 1.08
     text = capsys.readouterr().out
     assert "rho raised" in text
-    assert f"{down['settled']['mean']:.3g}" in text
+    assert f"{down['settled_ratio']['mean']:.3g}" in text
 
 
 def test_phases_are_usams_own() -> None:
@@ -170,10 +177,10 @@ def test_relu_on_fashion_mnist_comes_to_its_edge(loss: str, edge: float, tmp_pat
         pytest.skip("needs EIGENFILTER_DATA with FashionMNIST/raw")
     names = ("fashion", "relu", loss)
     deadline = time.perf_counter() + 3600.0
-    task = Setting(load(*names), names, edge, 0, 300, deadline, tmp_path)
+    task = PhenomenonSetting(load(*names), names, edge, 0, 300, deadline, tmp_path)
     run = train(task, methods(edge)[1])
     assert run.history[0].ratio < 0.6
-    assert settled(run.history).mean == pytest.approx(1.0, abs=0.12)
+    assert settled_ratio(run.history).mean == pytest.approx(1.0, abs=0.12)
 
 
 def test_fashion_mnist_is_centred(tmp_path: Path) -> None:
@@ -195,8 +202,10 @@ def test_too_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not (tmp_path / "out").exists()
 
 
-def history(ratios: list[float]) -> list[Check]:
-    return [Check(i, 1.0, 5.0 * ratio, 5.0, 0.0, 1) for i, ratio in enumerate(ratios)]
+def history(ratios: list[float]) -> list[SharpnessMeasurement]:
+    return [
+        SharpnessMeasurement(i, 1.0, 5.0 * ratio, 5.0, 0.0, 1) for i, ratio in enumerate(ratios)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,14 @@ def test_one_process_writes_and_observes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("batch_size", "batch_size gives 32 images a step, which 3 processes cannot share evenly"),
-        ("ascent_part", "ascent_part gives 5 images a step, which 3 processes cannot share evenly"),
+        (
+            "batch_size",
+            "batch_size gives 32 images per step, which 3 processes cannot share evenly",
+        ),
+        (
+            "ascent_part",
+            "ascent_part gives 5 images per step, which 3 processes cannot share evenly",
+        ),
         ("hvp", "hvp autograd is for one process alone: take finite_difference"),
         ("sharpness", "sharpness_samples must be at least 1 for each of 3 processes"),
         ("diverged", "lower lr (9.33e+17); the checkpoint of step 1 is kept"),
@@ -188,7 +194,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
 def test_all_fail_and_one_says_so(tmp_path: Path) -> None:
     job = torchrun(2, "-m", "eigenfilter", "train", "--batch-size=33", "--out", str(tmp_path))
     [line] = said(job)
-    assert line.startswith("eigenfilter train: error: batch_size gives 33 images a step")
+    assert line.startswith("eigenfilter train: error: batch_size gives 33 images per step")
     assert job.returncode == 1  # torchrun's
 
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from eigenfilter.experiments.cli import main
-from eigenfilter.experiments.reproduce import LOCK, execution, spectra, summary
+from eigenfilter.experiments.reproduce import LOCK, pipeline, spectra, summary
 from eigenfilter.experiments.reproduce.findings import Findings
 from eigenfilter.experiments.reproduce.outputs import FILES
 from eigenfilter.experiments.reproduce.plan import Plan
-from eigenfilter.experiments.reproduce.summary import Measured, rows_of
-from eigenfilter.experiments.sweep.folders import locked
+from eigenfilter.experiments.reproduce.summary import RunResult, group_runs
+from eigenfilter.experiments.sweep.folders import try_folder_lock
 from experiments.reproductions import (
     DIVERGING,
     SPECTRUM,
@@ -137,14 +137,14 @@ def test_every_output_says_what_diverged_and_that_it_was_in_full(out: Path) -> N
         text = (out / name).read_text()
         assert "in full; 28 runs with 2 seeds, 24 complete, 4 diverged" in text
         assert "hessian_usam-momentum0-rho1e+30-seed3: diverged: the loss of step" in text
-        for row in summary.table(rows_of([measured(run) for run in results(out)["runs"]])):
+        for row in summary.table(group_runs([measured(run) for run in results(out)["runs"]])):
             for cell in row:
                 assert cell in text
 
 
-def measured(run: dict) -> Measured:
+def measured(run: dict) -> RunResult:
     values = {key: value for key, value in run.items() if key != "ratio"}
-    return Measured(**values, spectrum=None)
+    return RunResult(**values, spectrum=None)
 
 
 def test_run_again_it_reads_what_is_there(out: Path) -> None:
@@ -160,12 +160,12 @@ def test_run_again_it_reads_what_is_there(out: Path) -> None:
 def test_what_was_measured_is_read_though_stopped_at_once(out: Path) -> None:
     plan = Plan.of(json.loads((out / "plan.json").read_text()))
     options = {"processes": 1, "data_dir": None, "device": "cpu", "stop": lambda: True}
-    found = [run.as_dict() for run in execution.execute(plan, out, **options)]
+    found = [run.as_dict() for run in pipeline.execute(plan, out, **options)]
     assert found == results(out)["runs"]
 
     finer = replace(plan.scale, spectrum=replace(SPECTRUM, steps=9))  # not measured yet
     for run, before in zip(
-        execution.execute(replace(plan, scale=finer), out, **options), found, strict=True
+        pipeline.execute(replace(plan, scale=finer), out, **options), found, strict=True
     ):
         assert run.outcome == {"complete": "unfinished"}.get(before["outcome"], before["outcome"])
         assert (run.accuracy, run.sharpness) == (before["accuracy"], None)
@@ -196,7 +196,7 @@ def test_memory_that_does_not_suffice_is_an_error_of_its_run(
 
 
 def test_only_one_is_at_work_in_a_folder(tiny, tmp_path: Path, capsys) -> None:
-    with locked(tmp_path, wait=lambda: False, name=LOCK) as had:
+    with try_folder_lock(tmp_path, wait=lambda: False, name=LOCK) as had:
         assert had
         assert reproduce(tmp_path) == 2
     error = capsys.readouterr().err
@@ -221,12 +221,12 @@ def test_unfinished_runs_do_not_disqualify_a_radius(
     runs = []
     for rho, values in accuracies.items():
         for seed, value in enumerate(values):
-            run = dict.fromkeys(field.name for field in fields(Measured))
+            run = dict.fromkeys(field.name for field in fields(RunResult))
             run |= {"method": "usam", "momentum": 0.0, "rho": rho, "seed": seed, "note": ""}
             accuracy = None if isinstance(value, str) else value
             outcome = "unfinished" if value is None else "complete" if accuracy else value
-            runs.append(Measured(**run | {"accuracy": accuracy, "outcome": outcome}))
-    assert [row.rho for row in rows_of(runs) if row.best] == ([] if best is None else [best])
+            runs.append(RunResult(**run | {"accuracy": accuracy, "outcome": outcome}))
+    assert [row.rho for row in group_runs(runs) if row.best] == ([] if best is None else [best])
 
 
 @pytest.mark.slow
@@ -235,14 +235,14 @@ def test_what_was_stopped_goes_on_to_the_same_numbers(out: Path, tmp_path: Path)
     plan = replace(plan, experiment="fashion", scale=replace(plan.scale, seeds=1))
     options = {"processes": 1, "data_dir": None, "device": "cpu"}
     ended = tmp_path.glob
-    first = execution.execute(
+    first = pipeline.execute(
         plan, tmp_path, stop=lambda: len(list(ended("runs/*/results.json"))) >= 2, **options
     )
     assert [run.outcome for run in first].count("unfinished") >= VARIANTS - 5
     findings = Findings.of(plan, first, 0.0)
     assert not findings.complete
     assert "unfinished" in findings.title
-    again = execution.execute(plan, tmp_path, stop=lambda: False, **options)
+    again = pipeline.execute(plan, tmp_path, stop=lambda: False, **options)
     whole = {run["name"]: run for run in results(out)["runs"]}
     for run in again:
         there = whole[run.name]

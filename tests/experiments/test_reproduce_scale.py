@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from eigenfilter.experiments import datasets
-from eigenfilter.experiments.reproduce import budget, figure
+from eigenfilter.experiments.reproduce import budget, spectra_figure
 from eigenfilter.experiments.reproduce.budget import Rates
-from eigenfilter.experiments.reproduce.plan import Plan, Scale
+from eigenfilter.experiments.reproduce.plan import ExperimentScale, Plan
 from experiments.reproductions import SPECTRUM, STABLE, TINY, VARIANTS, reproduce, results
 
 
@@ -21,15 +21,15 @@ def test_a_budget_is_stated_in_every_output(
     tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 ) -> None:
     # At these rates two seeds of two epochs take more than ten minutes, one of one less.
-    monkeypatch.setattr(budget, "timed", lambda *args: Rates(gradient=0.03, product=1e-6))
+    monkeypatch.setattr(budget, "measure_rates", lambda *args: Rates(gradient=0.03, product=1e-6))
     titles: list[str] = []
-    save = figure.save_png
+    save = spectra_figure.save_png
 
     def saved(drawn, path: Path) -> None:
         titles.append(drawn.get_suptitle())
         save(drawn, path)
 
-    monkeypatch.setattr(figure, "save_png", saved)
+    monkeypatch.setattr(spectra_figure, "save_png", saved)
     assert reproduce(tmp_path, "--budget", "10", name="fashion") == 0
     found = results(tmp_path)
     statement = found["statement"]
@@ -49,7 +49,7 @@ def test_a_budget_is_stated_in_every_output(
     assert "--budget chooses the scale itself" in capsys.readouterr().err
 
 
-FULL = Scale(seeds=3, epochs=8, model="mlp-8", samples=800, spectrum=SPECTRUM)
+FULL = ExperimentScale(seeds=3, epochs=8, model="mlp-8", samples=800, spectrum=SPECTRUM)
 RATES = {"mlp-8": Rates(0.02, 1e-5), "mlp-4": Rates(0.01, 1e-5)}
 
 
@@ -58,8 +58,8 @@ def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images(
 ) -> None:
     monkeypatch.setattr(budget, "START", 0.0)
 
-    def scale(minutes: float) -> Scale:
-        found, seconds, rates = budget.fitted(
+    def scale(minutes: float) -> ExperimentScale:
+        found, seconds, rates = budget.fit_to_budget(
             TINY, FULL, minutes, RATES.__getitem__, processes=2, tests=0
         )
         assert rates is RATES[found.model]
@@ -78,7 +78,7 @@ def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images(
 
 def test_a_seed_takes_its_longest_run_and_a_start_at_least() -> None:
     def estimate(processes: int) -> float:
-        _, seconds, _ = budget.fitted(
+        _, seconds, _ = budget.fit_to_budget(
             TINY, FULL, 1e6, RATES.__getitem__, processes=processes, tests=0
         )
         return seconds
@@ -93,7 +93,7 @@ def test_a_seed_takes_its_longest_run_and_a_start_at_least() -> None:
 def test_a_budget_that_suffices_for_nothing_says_what_would(
     tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(budget, "timed", lambda *args: Rates(gradient=1.0, product=1e-6))
+    monkeypatch.setattr(budget, "measure_rates", lambda *args: Rates(gradient=1.0, product=1e-6))
     assert reproduce(tmp_path, "--budget", "0.5", name="fashion") == 2
     assert re.search(r"--budget 0.5 is too small: .* takes about \d+", capsys.readouterr().err)
     assert not (tmp_path / "plan.json").exists()
@@ -102,8 +102,8 @@ def test_a_budget_that_suffices_for_nothing_says_what_would(
 def test_the_rates_are_those_of_steps_and_products(tiny) -> None:
     data = datasets.load("digits")
     device = torch.device("cpu")
-    small = budget.timed(STABLE, STABLE.full, "mlp-8", data, device)
-    large = budget.timed(STABLE, STABLE.full, "mlp-2000-2000", data, device)
+    small = budget.measure_rates(STABLE, STABLE.full, "mlp-8", data, device)
+    large = budget.measure_rates(STABLE, STABLE.full, "mlp-2000-2000", data, device)
     assert 0 < small.gradient < large.gradient < 1
     assert 0 < small.product < large.product < 1
 

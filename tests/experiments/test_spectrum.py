@@ -16,7 +16,7 @@ from eigenfilter.experiments import runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.devices import device_of
-from eigenfilter.experiments.subjects import trained
+from eigenfilter.experiments.loaded_models import load_trained
 
 CONFIG = Config(
     samples=60,
@@ -95,16 +95,16 @@ def spectrum(folder: Path, *argv: str) -> dict[str, Any]:
 
 def dense(run: Path, samples: int = 0) -> Tensor:
     """All eigenvalues of the Hessian of a checkpoint's loss, descending; samples: 0 for all."""
-    subject = trained(run, torch.device("cpu"), samples=samples)
-    inputs = torch.cat([x for x, _ in subject.data])
-    labels = torch.cat([y for _, y in subject.data])
-    named = dict(subject.model.named_parameters())
+    loaded = load_trained(run, torch.device("cpu"), samples=samples)
+    inputs = torch.cat([x for x, _ in loaded.data])
+    labels = torch.cat([y for _, y in loaded.data])
+    named = dict(loaded.model.named_parameters())
     shapes = [p.shape for p in named.values()]
 
     def loss(flat: Tensor) -> Tensor:
         parts = flat.split([shape.numel() for shape in shapes])
         tree = {n: p.view(s) for n, p, s in zip(named, parts, shapes, strict=True)}
-        output = torch.func.functional_call(subject.model, tree, inputs)
+        output = torch.func.functional_call(loaded.model, tree, inputs)
         return nn.functional.cross_entropy(output, labels)
 
     flat = torch.cat([p.detach().flatten() for p in named.values()])
@@ -145,7 +145,7 @@ def test_ends_and_samples(run: Path, tmp_path: Path) -> None:
 
 def test_measuring_leaves_the_generators(run: Path) -> None:
     before = torch.get_rng_state()
-    trained(run, torch.device("cpu"))
+    load_trained(run, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
 
 

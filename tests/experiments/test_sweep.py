@@ -13,7 +13,7 @@ from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep import execution, local, plan, table
+from eigenfilter.experiments.sweep import execution, local, search_space, table
 
 YAML = """
 base: {model: mlp-12, samples: 96, batch_size: 32, epochs: 2}
@@ -36,7 +36,7 @@ random_seed: 7
 
 def chosen(text: str, folder: Path, **flags: Any) -> dict[Config, str]:
     (folder / "sweep.yaml").write_text(text)
-    return plan.read(folder / "sweep.yaml", flags)
+    return search_space.read(folder / "sweep.yaml", flags)
 
 
 def test_a_grid(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_names_are_short_and_those_of_one_configuration(tmp_path: Path) -> None:
     } | {"label_smoothing": {"choice": [0.1234, 0.4567]}, "rho_end": {"choice": [0.333, 0.555]}}
     found = chosen(json.dumps({"random": options, "samples": 12}), tmp_path)
     assert len(set(found.values())) == len(found)
-    assert max(map(len, found.values())) == plan.LONGEST
+    assert max(map(len, found.values())) == search_space.LONGEST
 
 
 def left(out: Path, name: str, config: Config) -> None:
@@ -127,23 +127,27 @@ def left(out: Path, name: str, config: Config) -> None:
 
 
 def test_folders_keep_their_runs_whatever_the_file_becomes(tmp_path: Path) -> None:
-    before = plan.named(chosen("base: {rho: 0.1}\ngrid: {lr: [0.1, 0.2]}", tmp_path), tmp_path)
+    before = search_space.assign_names(
+        chosen("base: {rho: 0.1}\ngrid: {lr: [0.1, 0.2]}", tmp_path), tmp_path
+    )
     for name, config in before.items():
         left(tmp_path, name, config)
     more = "grid: {lr: [0.1, 0.2, 0.3], rho: [0.1, 0.2]}"
-    after = plan.named(chosen(more, tmp_path), tmp_path)
+    after = search_space.assign_names(chosen(more, tmp_path), tmp_path)
     assert len(after) == 6
     assert before.items() < after.items()
-    longer = plan.named(chosen("grid: {lr: [0.1, 0.2]}\nbase: {epochs: 3}", tmp_path), tmp_path)
+    longer = search_space.assign_names(
+        chosen("grid: {lr: [0.1, 0.2]}\nbase: {epochs: 3}", tmp_path), tmp_path
+    )
     assert not before.keys() & longer.keys()
     assert all(name.startswith("lr=0.") and "-" in name for name in longer)
 
 
 BAD = {
     "grids: []": "unknown key 'grids': did you mean grid?",
-    "- 1": "must hold lines such as",
-    "base: [1]": "base must hold lines such as 'lr: 0.1', not a list",
-    "grid: 3": "grid must hold lines such as",
+    "- 1": "must contain lines such as",
+    "base: [1]": "base must contain lines such as 'lr: 0.1', not a list",
+    "grid: 3": "grid must contain lines such as",
     "grid: {lr: []}": "grid has no value of lr",
     "grid: {learning: [1]}": "unknown option 'learning' (at learning 1)",
     "grid: {lr: [0.1, -1]}": "lr must be a number of at least 0, not -1 (at lr -1)",
@@ -287,9 +291,11 @@ def test_a_sweep_is_stopped_and_gone_on_with(
 ) -> None:
     (tmp_path / "s.yaml").write_text(SMALL)
     argv = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--processes", "1"]
-    ended = local.Ledger.ended
+    record_end = local.RunQueue.record_end
     monkeypatch.setattr(
-        local.Ledger, "ended", lambda *a: [ended(*a), signal.raise_signal(signal.SIGTERM)]
+        local.RunQueue,
+        "record_end",
+        lambda *a: [record_end(*a), signal.raise_signal(signal.SIGTERM)],
     )
     assert main(argv) == 130
     assert "runs to go: the same command goes on with them" in capsys.readouterr().out
@@ -297,7 +303,7 @@ def test_a_sweep_is_stopped_and_gone_on_with(
     outcomes = [r["outcome"] for r in first["runs"].values()]
     assert outcomes.count("complete") == 1
     assert outcomes.count("stopped") == 5
-    monkeypatch.setattr(local.Ledger, "ended", ended)
+    monkeypatch.setattr(local.RunQueue, "record_end", record_end)
     assert main(argv) == 0
     out = capsys.readouterr()
     results = json.loads((tmp_path / "out" / "results.json").read_text())

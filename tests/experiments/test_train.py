@@ -334,7 +334,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
         ("learning_rate: 1", [], "unknown option 'learning_rate'"),
         ("optimiser: usam", [], "unknown option 'optimiser': did you mean optimizer?"),
         ("lr: quick", [], "lr must be a number of at least 0, not 'quick'"),
-        ("- 1", [], "must hold lines such as"),
+        ("- 1", [], "must contain lines such as"),
         ("", ["--nesterov", "--momentum", "0"], "nesterov needs momentum"),
         ("", ["--crop", "9"], "crop must be at most the images' side, 8"),
         ("", ["--model", "vit-40"], "multiple of 32, not 40"),

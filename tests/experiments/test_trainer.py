@@ -49,7 +49,7 @@ def test_a_test_is_over_all_images() -> None:
     trainer = Trainer(Config(**SMALL), datasets.load("digits"), torch.device("cpu"))
     found = trainer.evaluate()
     data = trainer.data
-    images = trainer._normaliser(data.test_images)
+    images = trainer._normalizer(data.test_images)
     with torch.no_grad():
         scores = trainer.model(images)
     loss = torch.nn.functional.cross_entropy(scores.double(), data.test_labels)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eigenfilter.experiments import pickles
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.pickles import Global, Refused
+from eigenfilter.experiments.pickles import ForbiddenPickle, GlobalName
 
 _DIMENSIONS = 64  # that a tensor has at most, as in torch's own kernels
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickle of 0x1950a86a20f9469cfc6c
@@ -39,15 +39,15 @@ def read(path: Path) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            records = _Records(archive, path.stat().st_size)
+            records = _ArchiveRecords(archive, path.stat().st_size)
             pickled = records.take("data.pkl")
             try:
                 found = pickles.load(
                     pickled,
                     _CALLS,
                     set_state=_set_state,
-                    fetch=_Storages(records).fetch,
-                    most=_FEW + len(pickled) // _LENGTH,
+                    fetch=_StorageReader(records).fetch,
+                    max_opcodes=_FEW + len(pickled) // _LENGTH,
                 )
             except (*_DAMAGED, NotImplementedError) as error:
                 raise UserError(
@@ -79,7 +79,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-class _Records:
+class _ArchiveRecords:
     """The files in the archive, each read once."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
@@ -115,7 +115,7 @@ class _Records:
             self._archive.read(info)
 
 
-class _Storages:
+class _StorageReader:
     """What tensors are views of: each a tensor [n] over all its bytes."""
 
     _DTYPES: Mapping[str, torch.dtype] = {
@@ -134,18 +134,20 @@ class _Storages:
         "UntypedStorage": torch.uint8,
     }
 
-    def __init__(self, records: _Records) -> None:
+    def __init__(self, records: _ArchiveRecords) -> None:
         self._records = records
         self._found: dict[str, Tensor] = {}
 
     def fetch(self, identity: Any) -> Tensor:
         """The storage of a persistent id: ("storage", type, key, device, elements)."""
-        kind, made, key, _, count = identity
-        if kind != "storage" or type(made) is not Global:
-            raise Refused("it refers to what is no storage")
-        dtype = self._DTYPES.get(made.name) if made.module in ("torch", "torch.storage") else None
+        kind, target, key, _, count = identity
+        if kind != "storage" or type(target) is not GlobalName:
+            raise ForbiddenPickle("it refers to what is no storage")
+        dtype = (
+            self._DTYPES.get(target.name) if target.module in ("torch", "torch.storage") else None
+        )
         if dtype is None or type(key) is not str or type(count) is not int:
-            raise Refused("it has a storage of an unknown type")
+            raise ForbiddenPickle("it has a storage of an unknown type")
         if key not in self._found:
             content = bytearray(self._records.take(f"data/{key}"))
             self._found[key] = (
@@ -164,7 +166,7 @@ def _tensor(
     sizes, strides = _counts(size), _counts(stride)
     [first] = _counts((offset,))
     if type(storage) is not Tensor or len(sizes) != len(strides) or hooks or metadata:
-        raise Refused("a tensor is made of something else")
+        raise ForbiddenPickle("a tensor is made of something else")
     last = first + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
     if all(sizes) and last >= len(storage):
         raise ValueError("a tensor is larger than its storage")
@@ -174,16 +176,18 @@ def _tensor(
 def _typed_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
     """A view of a storage of bytes, of a dtype that has no storage of its own."""
     *flags, dtype = rest[:3]
-    if type(dtype) is not Global or dtype not in _TYPES:  # only names are sure to have a hash
-        raise Refused("a tensor is of an unknown type")
+    if type(dtype) is not GlobalName or dtype not in _TYPES:  # only names are sure to have a hash
+        raise ForbiddenPickle("a tensor is of an unknown type")
     found = getattr(torch, dtype.name)
     if type(storage) is not Tensor or len(storage) % found.itemsize:
-        raise Refused("a tensor is made of something else")
+        raise ForbiddenPickle("a tensor is made of something else")
     return _tensor(storage.view(found), offset, size, stride, *flags, *rest[3:])
 
 
 _TYPES = frozenset(
-    Global("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+    GlobalName("torch", name)
+    for name, value in vars(torch).items()
+    if isinstance(value, torch.dtype)
 )
 
 
@@ -197,28 +201,28 @@ def _counts(values: Any) -> tuple[int, ...]:
 
 def _parameter(data: Any, grad: Any, hooks: Any) -> Tensor:
     if type(data) is not Tensor or hooks:
-        raise Refused("a parameter is made of something else")
+        raise ForbiddenPickle("a parameter is made of something else")
     return data
 
 
-def _set_state(made: Any, state: Any) -> None:
+def _set_state(target: Any, state: Any) -> None:
     """The versions of a state_dict's modules, which torch keeps as an attribute."""
-    if type(made) is not OrderedDict or type(state) is not dict or [*state] != ["_metadata"]:
-        raise Refused("it sets the state of what has none")
+    if type(target) is not OrderedDict or type(state) is not dict or [*state] != ["_metadata"]:
+        raise ForbiddenPickle("it sets the state of what has none")
     versions = state["_metadata"]
     if not isinstance(versions, dict) or not all(isinstance(v, dict) for v in versions.values()):
-        raise Refused("it has versions that are none")
-    made._metadata = versions  # type: ignore[attr-defined]
+        raise ForbiddenPickle("it has versions that are none")
+    target._metadata = versions  # type: ignore[attr-defined]
 
 
 def _ordered() -> dict[str | int, Any]:
     return OrderedDict()
 
 
-_CALLS: Mapping[Global, Callable[..., Any]] = {
-    Global("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    Global("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
-    Global("torch._utils", "_rebuild_parameter"): _parameter,
-    Global("torch", "Size"): lambda values: torch.Size(_counts(values)),
-    Global("collections", "OrderedDict"): _ordered,
+_CALLS: Mapping[GlobalName, Callable[..., Any]] = {
+    GlobalName("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    GlobalName("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
+    GlobalName("torch._utils", "_rebuild_parameter"): _parameter,
+    GlobalName("torch", "Size"): lambda values: torch.Size(_counts(values)),
+    GlobalName("collections", "OrderedDict"): _ordered,
 }

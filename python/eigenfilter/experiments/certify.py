@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 import eigenfilter as ef
-from eigenfilter.experiments.arguments import whole
+from eigenfilter.experiments.cli_arguments import whole
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import output_folder, replace_text
-from eigenfilter.experiments.imports import called
+from eigenfilter.experiments.imports import call_imported
 
 HELP = "is a trained model inside its optimizer's filter?"
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the certificate; return the exit code."""
     if args.json is not None:
         output_folder(args.json.parent)
-    made = called(args.model)
+    made = call_imported(args.model)
     if not (isinstance(made, tuple | list) and len(made) in (3, 4)):
         raise UserError(
             f"{args.model} must return (model, loss_fn, data) or (model, loss_fn, data, optimizer)"

@@ -12,7 +12,7 @@ from eigenfilter.experiments import archives
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import replace
-from eigenfilter.experiments.structure import fit
+from eigenfilter.experiments.schema import validate
 
 FILE = "checkpoint.pt"
 FORMAT = 2
@@ -30,7 +30,7 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
     """
 
     def fill(file: BinaryIO) -> None:
-        writer = _Writer(file)
+        writer = _ErrorCapturingWriter(file)
         torch.save({"format": FORMAT} | dict(state), cast(IO[bytes], writer))
         writer.check()
 
@@ -66,7 +66,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     state = read(path)
     try:
-        fit(state, _ENTRIES, "it")
+        validate(state, _ENTRIES, "it")
         configs.check_plain(state["config"])
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): train again, or restore it") from error
@@ -86,7 +86,7 @@ _ENTRIES = {
 }
 
 
-class _Writer:
+class _ErrorCapturingWriter:
     """Takes everything from torch.save, and says at the end what went wrong.
 
     An error within would reach the caller as one of torch's own, without its reason.

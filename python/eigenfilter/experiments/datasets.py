@@ -13,15 +13,21 @@ import torch
 from torch import Tensor
 
 from eigenfilter.experiments.errors import UserError, require
-from eigenfilter.experiments.networks import Task
-from eigenfilter.experiments.readers import Corrupt, cifar_archive, cifar_binary, cifar_pickled, idx
+from eigenfilter.experiments.networks import ImageTask
+from eigenfilter.experiments.readers import (
+    CorruptFile,
+    cifar_archive,
+    cifar_binary,
+    cifar_pickled,
+    idx,
+)
 
-Part = tuple[np.ndarray, np.ndarray]
+ImagesAndLabels = tuple[np.ndarray, np.ndarray]
 """Images [n, c, h, w] and labels [n], both uint8."""
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
+class ImageDataset:
     """A training and a test set.
 
     Attributes:
@@ -42,10 +48,10 @@ class Images:
     deviation: Tensor
 
     @property
-    def task(self) -> Task:
+    def task(self) -> ImageTask:
         """What a network for these images takes and gives."""
         channels, height, width = self.images.shape[1:]
-        return Task((channels, height, width), self.classes)
+        return ImageTask((channels, height, width), self.classes)
 
     @property
     def checksum(self) -> int:
@@ -56,7 +62,7 @@ class Images:
             value = zlib.crc32(tensor.contiguous().numpy().data, value)
         return value
 
-    def first(self, samples: int) -> Images:
+    def first(self, samples: int) -> ImageDataset:
         """The same with the first training images only; 0 for all.
 
         Mean and deviation are those of the images that are kept.
@@ -68,7 +74,7 @@ class Images:
             raise UserError(f"{self.name} has {len(self.images)} training images, not {samples}")
         if not samples:
             return self
-        return _images(
+        return _image_dataset(
             self.name,
             (self.images[:samples], self.labels[:samples]),
             (self.test_images, self.test_labels),
@@ -76,13 +82,13 @@ class Images:
         )
 
 
-def folder_of(given: Path | None) -> Path:
+def folder_of(folder: Path | None) -> Path:
     """The folder of the data: the one given, EIGENFILTER_DATA, or one in ~/.cache."""
     usual = Path.home() / ".cache" / "eigenfilter" / "data"
-    return given or Path(os.environ.get("EIGENFILTER_DATA") or usual)
+    return folder or Path(os.environ.get("EIGENFILTER_DATA") or usual)
 
 
-def load(name: str, folder: Path | None = None) -> Images:
+def load(name: str, folder: Path | None = None) -> ImageDataset:
     """Read a data set; download it where it is not there.
 
     Args:
@@ -103,15 +109,17 @@ def load(name: str, folder: Path | None = None) -> Images:
         if found is None:
             _download(name, files, root)
             found = files.read(root)
-    except Corrupt as error:
+    except CorruptFile as error:
         raise UserError(f"{error}: remove it, and have it downloaded or copied again") from error
     if found is None:
         raise UserError(_missing(name, files, root, "the download did not bring them"))
     train, test = found
-    return _images(name, _checked(name, train, files), _checked(name, test, files), files.classes)
+    return _image_dataset(
+        name, _to_tensors(name, train, files), _to_tensors(name, test, files), files.classes
+    )
 
 
-def _digits() -> Images:
+def _digits() -> ImageDataset:
     """Scikit-learn's 8x8 digits: 1,437 to train on and 360 to test with, in a fixed order."""
     require("sklearn")
     from sklearn.datasets import load_digits
@@ -123,12 +131,12 @@ def _digits() -> Images:
     parts = [
         (torch.from_numpy(images[some]), torch.from_numpy(labels[some])) for some in (train, test)
     ]
-    return _images("digits", parts[0], parts[1], 10)
+    return _image_dataset("digits", parts[0], parts[1], 10)
 
 
-def _images(
+def _image_dataset(
     name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], classes: int
-) -> Images:
+) -> ImageDataset:
     counts = torch.stack(
         [torch.bincount(channel.reshape(-1), minlength=256) for channel in train[0].unbind(1)]
     ).double()
@@ -138,14 +146,14 @@ def _images(
     variance = (share * (levels - mean[:, None]).square()).sum(1)
     deviation = variance.sqrt()
     deviation[deviation == 0] = 1.0
-    return Images(name, *train, *test, classes, mean, deviation)
+    return ImageDataset(name, *train, *test, classes, mean, deviation)
 
 
 # Files on disk.
 
 
 @dataclass(frozen=True)
-class _Files:
+class _DatasetFiles:
     """How a data set lies on disk.
 
     Attributes:
@@ -156,17 +164,17 @@ class _Files:
         classes: how many there are.
     """
 
-    read: Callable[[Path], tuple[Part, Part] | None]
+    read: Callable[[Path], tuple[ImagesAndLabels, ImagesAndLabels] | None]
     where: str
     torchvision: str
     shape: tuple[int, int, int]
     classes: int
 
 
-def _mnist(folder: str) -> _Files:
+def _mnist(folder: str) -> _DatasetFiles:
     """MNIST and what has its format: four files, each as it is or compressed by gzip."""
 
-    def read(root: Path) -> tuple[Part, Part] | None:
+    def read(root: Path) -> tuple[ImagesAndLabels, ImagesAndLabels] | None:
         raw = root / folder / "raw"
         parts = []
         for kind in ("train", "t10k"):
@@ -174,15 +182,15 @@ def _mnist(folder: str) -> _Files:
             labels = _either(raw / f"{kind}-labels-idx1-ubyte")
             if images is None or labels is None:
                 return None
-            pixels = idx(images, 3, _MOST * 28 * 28)
-            parts.append((pixels[:, None], idx(labels, 1, _MOST)))
+            pixels = idx(images, 3, _MAX_IMAGES * 28 * 28)
+            parts.append((pixels[:, None], idx(labels, 1, _MAX_IMAGES)))
         return parts[0], parts[1]
 
     where = f"{folder}/raw/{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte, or the same with .gz"
-    return _Files(read, where, folder, (1, 28, 28), 10)
+    return _DatasetFiles(read, where, folder, (1, 28, 28), 10)
 
 
-_MOST = 60_000  # images of a published file of MNIST's format
+_MAX_IMAGES = 60_000  # images of a published file of MNIST's format
 
 
 def _either(file: Path) -> Path | None:
@@ -191,25 +199,25 @@ def _either(file: Path) -> Path | None:
     return next((path for path in (file, packed) if path.exists()), None)
 
 
-def _cifar(classes: int, train: tuple[str, ...], test: str) -> _Files:
+def _cifar(classes: int, train: tuple[str, ...], test: str) -> _DatasetFiles:
     """CIFAR: its folder for Python or the one of binary files, or an archive of the first."""
     name = f"cifar-{classes}"
     pickled = name + ("-batches-py" if classes == 10 else "-python")
     binary = name + ("-batches-bin" if classes == 10 else "-binary")
     archive = f"{name}-python.tar.gz"
     key = "labels" if classes == 10 else "fine_labels"
-    most = 50_000 // len(train)  # images of a published file
+    max_images = 50_000 // len(train)  # images of a published file
 
-    def read(root: Path) -> tuple[Part, Part] | None:
+    def read(root: Path) -> tuple[ImagesAndLabels, ImagesAndLabels] | None:
         files = (*train, test)
-        if _all_there(root / pickled, files):
-            batches = [cifar_pickled(root / pickled / file, key, most) for file in files]
-        elif _all_there(root / binary, [f"{file}.bin" for file in files]):
+        if _all_exist(root / pickled, files):
+            batches = [cifar_pickled(root / pickled / file, key, max_images) for file in files]
+        elif _all_exist(root / binary, [f"{file}.bin" for file in files]):
             paths = [root / binary / f"{file}.bin" for file in files]
-            batches = [cifar_binary(path, classes, most) for path in paths]
+            batches = [cifar_binary(path, classes, max_images) for path in paths]
         elif (root / archive).exists():
             inside = [f"{pickled}/{file}" for file in files]
-            batches = cifar_archive(root / archive, inside, key, most)
+            batches = cifar_archive(root / archive, inside, key, max_images)
         else:
             return None
         *parts, last = batches
@@ -218,14 +226,14 @@ def _cifar(classes: int, train: tuple[str, ...], test: str) -> _Files:
 
     shown = f"{{{','.join(train)}}}" if len(train) > 1 else train[0]
     where = f"{pickled}/{shown} and {test}, or {binary} with the same names and .bin, or {archive}"
-    return _Files(read, where, f"CIFAR{classes}", (3, 32, 32), classes)
+    return _DatasetFiles(read, where, f"CIFAR{classes}", (3, 32, 32), classes)
 
 
-def _all_there(folder: Path, files: tuple[str, ...] | list[str]) -> bool:
+def _all_exist(folder: Path, files: tuple[str, ...] | list[str]) -> bool:
     return all((folder / file).exists() for file in files)
 
 
-_FILES: Mapping[str, _Files] = {
+_FILES: Mapping[str, _DatasetFiles] = {
     "mnist": _mnist("MNIST"),
     "fashion": _mnist("FashionMNIST"),
     "cifar10": _cifar(10, tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
@@ -233,7 +241,7 @@ _FILES: Mapping[str, _Files] = {
 }
 
 
-def _download(name: str, files: _Files, root: Path) -> None:
+def _download(name: str, files: _DatasetFiles, root: Path) -> None:
     require("torchvision")
     import torchvision
 
@@ -245,14 +253,14 @@ def _download(name: str, files: _Files, root: Path) -> None:
         raise UserError(_missing(name, files, root, f"the download failed ({reason})")) from error
 
 
-def _missing(name: str, files: _Files, root: Path, reason: str) -> str:
+def _missing(name: str, files: _DatasetFiles, root: Path, reason: str) -> str:
     return (
         f"no {name} in {root}, and {reason}: put there {files.where}; or name another folder by "
         "--data-dir or EIGENFILTER_DATA"
     )
 
 
-def _checked(name: str, part: Part, files: _Files) -> tuple[Tensor, Tensor]:
+def _to_tensors(name: str, part: ImagesAndLabels, files: _DatasetFiles) -> tuple[Tensor, Tensor]:
     """A part as tensors, its shapes and labels checked."""
     images, labels = part
     if images.shape[1:] != files.shape or len(images) != len(labels) or not len(labels):

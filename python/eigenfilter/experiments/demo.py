@@ -13,28 +13,28 @@ from pathlib import Path
 
 import eigenfilter as ef
 from eigenfilter.experiments import problems
-from eigenfilter.experiments.arguments import add_out, add_training
-from eigenfilter.experiments.data import digits
+from eigenfilter.experiments.cli_arguments import add_out, add_training
 from eigenfilter.experiments.edge import EVERY, train_to_edge
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.figures import curve_of, sharpness_figure
-from eigenfilter.experiments.full_batch import BAND, Method
-from eigenfilter.experiments.locks import alone
-from eigenfilter.experiments.reports import progress, save, table
+from eigenfilter.experiments.figures import curve_from_run, sharpness_figure
+from eigenfilter.experiments.full_batch import BAND, MethodSpec
+from eigenfilter.experiments.full_batch_data import digits
+from eigenfilter.experiments.locks import folder_lock
+from eigenfilter.experiments.reporting import progress, save_results, table
 
 HELP = "watch four optimizers reach the edges of their filters"
 SAMPLES = 400
 TITLE = "Training ends at the edge of the filter"
 
 METHODS = (
-    Method("gradient descent", "lr 0.2", lambda p: ef.SGD(p, lr=0.2)),
-    Method("heavy ball", "lr 0.2, momentum 0.5", lambda p: ef.SGD(p, lr=0.2, momentum=0.5)),
-    Method(
+    MethodSpec("gradient descent", "lr 0.2", lambda p: ef.SGD(p, lr=0.2)),
+    MethodSpec("heavy ball", "lr 0.2, momentum 0.5", lambda p: ef.SGD(p, lr=0.2, momentum=0.5)),
+    MethodSpec(
         "Nesterov",
         "lr 0.1, momentum 0.9",
         lambda p: ef.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     ),
-    Method("USAM", "lr 0.2, rho 0.05", lambda p: ef.USAM(p, lr=0.2, rho=0.05)),
+    MethodSpec("USAM", "lr 0.2, rho 0.05", lambda p: ef.USAM(p, lr=0.2, rho=0.05)),
 )
 
 
@@ -48,12 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, print the table, write the files; return the exit code."""
     require("matplotlib", "sklearn", "tqdm")
-    with alone(args.out, "demo") as folder:
+    with folder_lock(args.out, "demo") as folder:
         return _run(args, folder)
 
 
 def _run(args: argparse.Namespace, folder: Path) -> int:
-    problem = problems.Problem(digits(SAMPLES))
+    problem = problems.FullBatchProblem(digits(SAMPLES))
     began = time.perf_counter()
     runs = []
     for done, method in enumerate(METHODS, start=1):
@@ -63,8 +63,8 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
             run = train_to_edge(problem, method, seed=args.seed, on_check=show, **limits)
         runs.append(run)
     print(f"\n{table(runs)}\n")
-    sharpness_figure([curve_of(run) for run in runs], folder / "sharpness.png", TITLE)
+    sharpness_figure([curve_from_run(run) for run in runs], folder / "sharpness.png", TITLE)
     found = {"seed": args.seed, "samples": SAMPLES, "band": BAND}
-    save(folder / "results.json", "demo", found | {"runs": [run.as_json() for run in runs]})
+    save_results(folder / "results.json", "demo", found | {"runs": [run.as_json() for run in runs]})
     print(f"wrote {folder / 'sharpness.png'} and {folder / 'results.json'}")
     return 0

@@ -5,33 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from eigenfilter.experiments.full_batch import BAND, Check, Method, Run, Training, threads_for
-from eigenfilter.experiments.problems import Problem
+from eigenfilter.experiments.full_batch import (
+    BAND,
+    FullBatchRun,
+    FullBatchTraining,
+    MethodSpec,
+    SharpnessMeasurement,
+    threads_for,
+)
+from eigenfilter.experiments.problems import FullBatchProblem
 
 EVERY = 25  # steps between two checks of the sharpness
 HOLD = 40  # checks in a row within BAND of the edge that end a run
 
 
-def at_edge(history: Sequence[Check]) -> bool:
+def at_edge(history: Sequence[SharpnessMeasurement]) -> bool:
     """Whether the sharpness has reached the edge and kept within BAND of it for HOLD checks.
 
     Both are asked for: a slow climb through the band is not an edge.
     """
     ratios = [check.ratio for check in history]
     recent = ratios[-HOLD:]
-    settled = len(recent) == HOLD and all(abs(ratio - 1.0) <= BAND for ratio in recent)
-    return settled and max(ratios) >= 1.0
+    settled_ratio = len(recent) == HOLD and all(abs(ratio - 1.0) <= BAND for ratio in recent)
+    return settled_ratio and max(ratios) >= 1.0
 
 
 def train_to_edge(
-    problem: Problem,
-    method: Method,
+    problem: FullBatchProblem,
+    method: MethodSpec,
     *,
     seed: int,
     max_steps: int,
     deadline: float,
-    on_check: Callable[[Run], None],
-) -> Run:
+    on_check: Callable[[FullBatchRun], None],
+) -> FullBatchRun:
     """Train, full batch, until the sharpness is at the edge or a limit ends it.
 
     Args:
@@ -46,7 +53,7 @@ def train_to_edge(
         The run, whose `outcome` says how it ended.
     """
     with threads_for(problem):
-        training = Training(problem, method, seed)
+        training = FullBatchTraining(problem, method, seed)
         run = training.run
         while training.check():
             on_check(run)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from eigenfilter.experiments.files import replace
 
 if TYPE_CHECKING:
-    from eigenfilter.experiments.full_batch import Run
+    from eigenfilter.experiments.full_batch import FullBatchRun
 
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa3377", "#e69f00", "#56b4e9", "#555555")
@@ -19,7 +19,7 @@ _DASHED = (0, (5, 3))
 
 
 @dataclass(frozen=True)
-class Curve:
+class SharpnessCurve:
     """Sharpness over the steps of one run, and the edge it is expected at, both at each step."""
 
     label: str
@@ -28,10 +28,10 @@ class Curve:
     edges: Sequence[float]
 
 
-def curve_of(run: Run) -> Curve:
+def curve_from_run(run: FullBatchRun) -> SharpnessCurve:
     """The curve of what was measured."""
     checks = run.history
-    return Curve(
+    return SharpnessCurve(
         f"{run.method} ({run.settings})",
         [check.step for check in checks],
         [check.sharpness for check in checks],
@@ -51,7 +51,7 @@ def canvas(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
     replace(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:
+def sharpness_figure(curves: Sequence[SharpnessCurve], path: Path, title: str) -> None:
     """Write a PNG of sharpness over training: one solid line a run, its edge dashed.
 
     Edges that are the same are drawn once, in grey.
@@ -91,7 +91,7 @@ def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:
         top = max(max(max(curve.edges), _ordinary(curve.sharpness)) for curve in curves)
         axes.set_ylim(0.0, 1.15 * top)
         axes.margins(x=0.0)
-        _plain(axes)
+        _style_axes(axes)
 
 
 def _ordinary(values: Sequence[float]) -> float:
@@ -99,7 +99,7 @@ def _ordinary(values: Sequence[float]) -> float:
     return sorted(values)[max(0, int(0.99 * len(values)) - 1)]
 
 
-def _plain(axes: Any) -> None:
+def _style_axes(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -120,6 +120,6 @@ def paths_figure(
                 axes.plot([], [], color=color, linestyle=_DASHED, label=level)
             axes.set_title(name.replace(", ", ",\n"), fontsize=10)
             axes.set(xlabel="step")
-            _plain(axes)
+            _style_axes(axes)
         panels[0].set(ylabel="y")
         panels[0].legend(frameon=False, loc="center right")

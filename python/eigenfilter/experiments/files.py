@@ -68,7 +68,7 @@ def _replace(path: Path, fill: Callable[[BinaryIO], object], mode: int | None) -
             file.flush()
             os.fsync(file.fileno())
             beside.replace(path)
-        _synchronise(path.parent)
+        _sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):  # as on a disk that became one to be read only
             beside.unlink()
@@ -114,7 +114,7 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"{path} is damaged ({error!s:.120}): {remedy}") from error
 
 
-def _synchronise(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Have the new name reach the disk too."""
     handle = os.open(folder, os.O_RDONLY)
     try:

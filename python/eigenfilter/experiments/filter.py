@@ -65,16 +65,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-Row = tuple[str, Filter, int]
+FilterRow = tuple[str, Filter, int]
 
 
-def table(args: argparse.Namespace) -> list[Row]:
+def table(args: argparse.Namespace) -> list[FilterRow]:
     """Every method: its name, its filter, its gradients a step."""
     rest = (args.lr, args.momentum, args.dampening, args.weight_decay)
     rho, nesterov = args.rho, args.nesterov
     base = "Nesterov" if nesterov else "heavy ball" if args.momentum else "gradient descent"
     hessian_rho = rho if args.hessian_rho is None else args.hessian_rho
-    rows: list[Row] = [
+    rows: list[FilterRow] = [
         (base, (filters.Nesterov if nesterov else filters.HeavyBall)(*rest), 1),
         ("USAM", filters.USAM(*rest, rho=rho, nesterov=nesterov), 2),
     ]
@@ -91,7 +91,7 @@ def table(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
+def lines(rows: Sequence[FilterRow]) -> list[str]:
     """The table as text."""
     cells = [("method", "gradients", "edge", "admitted eigenvalues")]
     for name, flt, gradients in rows:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eigenfilter import filters
 from eigenfilter.curvature import EigenResult, HessianOperator, eigsh
-from eigenfilter.experiments.problems import Problem
+from eigenfilter.experiments.problems import FullBatchProblem
 from eigenfilter.optimizers import EigenfilterOptimizer
 
 BAND = 0.10  # how far from the edge a sharpness may lie that is said to be at it
@@ -22,7 +22,7 @@ _SMALL = 100_000  # elements of the inputs, up to which threads gain nothing
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodSpec:
     """An optimizer, and the hyperparameters it is built with in words."""
 
     name: str
@@ -31,7 +31,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Check:
+class SharpnessMeasurement:
     """One measurement: the loss, and the largest Hessian eigenvalue with its residual.
 
     Attributes:
@@ -52,19 +52,19 @@ class Check:
 
 
 @dataclass
-class Run:
+class FullBatchRun:
     """One method's training; the final loss and sharpness are those of the last check."""
 
     method: str
     settings: str
-    history: list[Check] = field(default_factory=list)
+    history: list[SharpnessMeasurement] = field(default_factory=list)
     outcome: str = ""
     train_accuracy: float = math.nan
     test_accuracy: float = math.nan
     seconds: float = 0.0
 
     @property
-    def last(self) -> Check:
+    def last(self) -> SharpnessMeasurement:
         return self.history[-1]
 
     def as_json(self) -> dict[str, object]:
@@ -74,7 +74,7 @@ class Run:
         return values | asdict(self.last) | {"ratio": self.last.ratio, "history": history}
 
 
-class Training:
+class FullBatchTraining:
     """A network in training by one method on all of a problem's data at once.
 
     Args:
@@ -88,11 +88,11 @@ class Training:
         run: what was measured.
     """
 
-    def __init__(self, problem: Problem, method: Method, seed: int) -> None:
+    def __init__(self, problem: FullBatchProblem, method: MethodSpec, seed: int) -> None:
         self._problem, self._network = problem, problem.network(seed)
         self.optimizer = method.build(self._network.parameters())
         self.step = 0
-        self.run = Run(method.name, method.settings)
+        self.run = FullBatchRun(method.name, method.settings)
         batch = (problem.data.inputs, problem.data.labels)
         self._operator = HessianOperator(self._network, problem.loss, batch)
         self._found: EigenResult | None = None
@@ -117,7 +117,9 @@ class Training:
         self._found = found
         edge = filters.of(self.optimizer)[0].max_eigenvalue()
         value, residual = float(found.values[0]), float(found.residuals[0])
-        self.run.history.append(Check(self.step, loss, value, edge, residual, found.matvecs))
+        self.run.history.append(
+            SharpnessMeasurement(self.step, loss, value, edge, residual, found.matvecs)
+        )
         return True
 
     def _curvature(self) -> EigenResult | None:
@@ -128,7 +130,7 @@ class Training:
         except FloatingPointError:  # a loss nears overflow before it is infinite itself
             return None
 
-    def finish(self) -> Run:
+    def finish(self) -> FullBatchRun:
         """Measure the accuracies; return what was measured."""
         data = self._problem.data
         self.run.train_accuracy = self._accuracy(data.inputs, data.labels)
@@ -149,7 +151,7 @@ class Training:
 
 
 @contextmanager
-def threads_for(problem: Problem) -> Iterator[None]:
+def threads_for(problem: FullBatchProblem) -> Iterator[None]:
     """One thread where the matrices are too small to share between threads."""
     threads = torch.get_num_threads()
     if problem.data.inputs.numel() <= _SMALL:

@@ -9,7 +9,7 @@ from typing import Any
 from eigenfilter.experiments.errors import UserError
 
 
-def named(text: str) -> Any:
+def import_object(text: str) -> Any:
     """The object that `text`, "package.module:name", names; looked for in the working folder too.
 
     Raises:
@@ -32,13 +32,13 @@ def named(text: str) -> Any:
     return getattr(found, name)
 
 
-def called(text: str) -> Any:
+def call_imported(text: str) -> Any:
     """What the callable that `text` names returns, called without arguments.
 
     Raises:
-        UserError: see `named`; or it cannot be called.
+        UserError: see `import_object`; or it cannot be called.
     """
-    found = named(text)
+    found = import_object(text)
     if not callable(found):
         raise UserError(f"{text} must be a function, not {type(found).__name__}")
     return found()

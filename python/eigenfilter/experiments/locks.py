@@ -16,17 +16,19 @@ from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import output_folder, remove_abandoned
 
 LOCK = ".eigenfilter.lock"
-_ABOUT = {"work", "process", "machine"}  # what a lock says
-_LONGEST = 2**16  # bytes that it has at most
+_KEYS = {"work", "process", "machine"}  # what a lock says
+_MAX_BYTES = 2**16  # bytes that it has at most
 POLL = 0.1  # seconds from one look at a lock to the next
 
 
-class Busy(UserError):
+class FolderBusy(UserError):
     """Another process writes into the folder."""
 
 
 @contextmanager
-def alone(folder: Path, work: str, wait: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+def folder_lock(
+    folder: Path, work: str, wait: Callable[[], bool] = lambda: False
+) -> Iterator[Path]:
     """Be the only one that writes into a folder.
 
     Args:
@@ -39,17 +41,17 @@ def alone(folder: Path, work: str, wait: Callable[[], bool] = lambda: False) -> 
 
     Raises:
         Busy: another process is there; the message has its work and its number.
-        UserError: as `locked`.
+        UserError: as `try_folder_lock`.
     """
-    with locked(folder, wait, work=work) as had:
+    with try_folder_lock(folder, wait, work=work) as had:
         if not had:
-            raise Busy(_refusal(folder, work))
+            raise FolderBusy(_busy_message(folder, work))
         remove_abandoned(folder)
         yield folder
 
 
 @contextmanager
-def locked(
+def try_folder_lock(
     folder: Path, wait: Callable[[], bool], name: str = LOCK, work: str = ""
 ) -> Iterator[bool]:
     """Lock a folder; a process that ends, however it does, lets go of it.
@@ -70,25 +72,25 @@ def locked(
     path = output_folder(folder) / name
     handle = None
     try:
-        while (handle := _had(path)) is None and wait():
+        while (handle := _try_lock(path)) is None and wait():
             time.sleep(POLL)
         if handle is not None:
             about = {"work": work, "process": os.getpid(), "machine": socket.gethostname()}
             os.truncate(handle, 0)
             os.write(handle, json.dumps(about).encode())
     except OSError as error:
-        _let_go(path, handle)
+        _unlock(path, handle)
         raise UserError(f"cannot write {path}, or lock it: {error.strerror}") from error
     try:
         yield handle is not None
     finally:
-        _let_go(path, handle)
+        _unlock(path, handle)
         for each in made:
             with suppress(OSError):  # something was written there
                 each.rmdir()
 
 
-def _had(path: Path) -> int | None:
+def _try_lock(path: Path) -> int | None:
     """The handle of the locked file; None where another has it.
 
     Raises:
@@ -118,14 +120,14 @@ def _is_ours(handle: int) -> bool:
     """Whether a file is a lock of ours, or an empty one."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         return False
-    content = os.pread(handle, _LONGEST, 0)
+    content = os.pread(handle, _MAX_BYTES, 0)
     try:
-        return not content or json.loads(content).keys() == _ABOUT
+        return not content or json.loads(content).keys() == _KEYS
     except (ValueError, AttributeError, RecursionError):
         return False
 
 
-def _let_go(path: Path, handle: int | None) -> None:
+def _unlock(path: Path, handle: int | None) -> None:
     if handle is not None:
         with suppress(OSError):  # of a folder that is gone
             path.unlink()
@@ -133,7 +135,7 @@ def _let_go(path: Path, handle: int | None) -> None:
         os.close(handle)
 
 
-def _refusal(folder: Path, work: str) -> str:
+def _busy_message(folder: Path, work: str) -> str:
     return f"{holder(folder, work)}: wait until it has ended, or give another --out"
 
 

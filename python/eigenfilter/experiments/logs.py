@@ -38,7 +38,7 @@ def check(folder: Path, size: int, records: int) -> None:
         )
 
 
-class Log:
+class RunLog:
     """Records of a run, in `log.jsonl` and, if wanted, in `tensorboard/`.
 
     Args:
@@ -77,18 +77,18 @@ class Log:
         Raises:
             UserError: the disk is full.
         """
-        record = {"kind": kind, "step": step} | plain(values)
+        record = {"kind": kind, "step": step} | json_safe(values)
         with _writing(self._path):
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         if self._writer is None:
             return
         with _writing(self._path.parent / EVENTS):
-            for name, value in plain(values).items():
+            for name, value in json_safe(values).items():
                 if value is not None:
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
-    def synchronised(self) -> int:
+    def sync(self) -> int:
         """The file's size, once all of it has reached the disk.
 
         Raises:
@@ -119,7 +119,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with None for NaN and infinity, which JSON does not have."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value

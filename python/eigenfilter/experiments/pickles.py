@@ -13,34 +13,34 @@ from dataclasses import dataclass
 from typing import Any
 
 
-class Refused(ValueError):
+class ForbiddenPickle(ValueError):
     """A pickle does what its kind of file has no use for."""
 
 
 @dataclass(frozen=True)
-class Global:
+class GlobalName:
     """The name of what a pickle would import; no value that a file can hold equals it."""
 
     module: str
     name: str
 
 
-def refused(*args: Any) -> Any:
+def reject(*args: Any) -> Any:
     """Take the place of what a kind of file does not do.
 
     Raises:
         Refused: always.
     """
-    raise Refused("it holds more than plain data")
+    raise ForbiddenPickle("it holds more than plain data")
 
 
 def load(
     raw: bytes,
-    calls: Mapping[Global, Callable[..., Any]],
+    calls: Mapping[GlobalName, Callable[..., Any]],
     *,
-    set_state: Callable[[Any, Any], None] = refused,
-    fetch: Callable[[Any], Any] = refused,
-    most: int,
+    set_state: Callable[[Any, Any], None] = reject,
+    fetch: Callable[[Any], Any] = reject,
+    max_opcodes: int,
 ) -> Any:
     """Return what a pickle holds.
 
@@ -57,10 +57,10 @@ def load(
 
     Source: Python's pickletools, which documents every opcode.
     """
-    machine = _Machine(calls, set_state, fetch)
+    machine = _PickleMachine(calls, set_state, fetch)
     for count, (opcode, arg, _) in enumerate(pickletools.genops(raw)):
-        if count >= most:
-            raise Refused(f"it has more than {most} opcodes")
+        if count >= max_opcodes:
+            raise ForbiddenPickle(f"it has more than {max_opcodes} opcodes")
         machine.execute(opcode.name, arg)
     [result] = machine.stack
     _check_no_names(result)
@@ -72,8 +72,8 @@ def _check_no_names(result: Any) -> None:
     left, seen = [result], set()
     while left:
         value = left.pop()
-        if type(value) is Global:
-            raise Refused(f"it has {f'{value.module}.{value.name}'!a:.80} in place of data")
+        if type(value) is GlobalName:
+            raise ForbiddenPickle(f"it has {f'{value.module}.{value.name}'!a:.80} in place of data")
         if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             left.extend(value.values() if isinstance(value, dict) else value)
@@ -93,12 +93,12 @@ _TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
 
 
-class _Machine:
+class _PickleMachine:
     """The stack and the memo."""
 
     def __init__(
         self,
-        calls: Mapping[Global, Callable[..., Any]],
+        calls: Mapping[GlobalName, Callable[..., Any]],
         set_state: Callable[[Any, Any], None],
         fetch: Callable[[Any], Any],
     ) -> None:
@@ -122,21 +122,21 @@ class _Machine:
         elif name in _EMPTY:
             stack.append(_EMPTY[name]())
         elif name in _TUPLES:
-            stack.append(tuple(self._popped(_TUPLES[name])))
+            stack.append(tuple(self._pop_values(_TUPLES[name])))
         elif name not in ("PROTO", "FRAME", "STOP"):  # these tell nothing that is needed
             action = getattr(self, f"_{name.lower()}", None)
             if action is None:
-                raise Refused(f"it has the opcode {name}")
+                raise ForbiddenPickle(f"it has the opcode {name}")
             action(arg)
 
-    def _popped(self, count: int) -> list[Any]:
+    def _pop_values(self, count: int) -> list[Any]:
         """The last values, in their order."""
         values = [self.stack.pop() for _ in range(count)][::-1]
         if any(value is _MARK for value in values):
             raise ValueError("a mark is out of its place")
         return values
 
-    def _marked(self) -> list[Any]:
+    def _pop_to_mark(self) -> list[Any]:
         """The values behind the last mark, which goes too."""
         values = []
         while (value := self.stack.pop()) is not _MARK:
@@ -147,44 +147,44 @@ class _Machine:
         self.stack.append(_MARK)
 
     def _tuple(self, arg: Any) -> None:
-        self.stack.append(tuple(self._marked()))
+        self.stack.append(tuple(self._pop_to_mark()))
 
     def _append(self, arg: Any) -> None:
-        self._extend(self._popped(1))
+        self._extend(self._pop_values(1))
 
     def _appends(self, arg: Any) -> None:
-        self._extend(self._marked())
+        self._extend(self._pop_to_mark())
 
     def _setitem(self, arg: Any) -> None:
-        self._update(self._popped(2))
+        self._update(self._pop_values(2))
 
     def _setitems(self, arg: Any) -> None:
-        self._update(self._marked())
+        self._update(self._pop_to_mark())
 
     def _global(self, arg: Any) -> None:
-        self.stack.append(Global(*arg.split(" ", 1)))
+        self.stack.append(GlobalName(*arg.split(" ", 1)))
 
     def _stack_global(self, arg: Any) -> None:
-        module, name = self._popped(2)
+        module, name = self._pop_values(2)
         if type(module) is not str or type(name) is not str:
             raise ValueError("a name is not text")
-        self.stack.append(Global(module, name))
+        self.stack.append(GlobalName(module, name))
 
     def _reduce(self, arg: Any) -> None:
-        function, args = self._popped(2)
-        if type(function) is not Global or type(args) is not tuple:
+        function, args = self._pop_values(2)
+        if type(function) is not GlobalName or type(args) is not tuple:
             raise ValueError("it calls what has no name")
         if function not in self._calls:
-            raise Refused(f"it names {f'{function.module}.{function.name}'!a:.80}")
+            raise ForbiddenPickle(f"it names {f'{function.module}.{function.name}'!a:.80}")
         self.stack.append(self._calls[function](*args))
 
     def _build(self, arg: Any) -> None:
-        made, state = self._popped(2)
-        self._set_state(made, state)
-        self.stack.append(made)
+        target, state = self._pop_values(2)
+        self._set_state(target, state)
+        self.stack.append(target)
 
     def _binpersid(self, arg: Any) -> None:
-        self.stack.append(self._fetch(*self._popped(1)))
+        self.stack.append(self._fetch(*self._pop_values(1)))
 
     def _extend(self, values: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
@@ -198,5 +198,5 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # The hash of another type may take forever, and large numbers may share theirs.
             if type(key) is not str and not (type(key) is int and -(2**31) <= key < 2**31):
-                raise Refused("a key is neither text nor a number of 32 bits")
+                raise ForbiddenPickle("a key is neither text nor a number of 32 bits")
             target[key] = value

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenfilter.experiments import networks
-from eigenfilter.experiments.data import Split, digits, fashion
+from eigenfilter.experiments.full_batch_data import TrainTestSplit, digits, fashion
 from eigenfilter.experiments.losses import LOSSES
 
 DATASETS = ("digits", "fashion")
@@ -21,7 +21,7 @@ CLASSES = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class FullBatchProblem:
     """A fully connected network with one hidden layer of 40, and what it learns.
 
     Attributes:
@@ -30,7 +30,7 @@ class Problem:
         loss_name: "square" or "cross_entropy".
     """
 
-    data: Split
+    data: TrainTestSplit
     activation: str = "tanh"
     loss_name: str = "square"
 
@@ -42,7 +42,7 @@ class Problem:
     def network(self, seed: int) -> nn.Module:
         """The network in the data's dtype; torch's global random state is left alone."""
         inputs = self.data.inputs
-        task = networks.Task((1, 1, inputs.shape[1]), CLASSES)
+        task = networks.ImageTask((1, 1, inputs.shape[1]), CLASSES)
         network = networks.build(
             f"mlp-{WIDTH}", task, activation=self.activation, dropout=0.0, seed=seed
         ).to(inputs.dtype)
@@ -52,7 +52,7 @@ class Problem:
         return network
 
 
-def load(dataset: str, activation: str, loss: str, folder: Path | None = None) -> Problem:
+def load(dataset: str, activation: str, loss: str, folder: Path | None = None) -> FullBatchProblem:
     """The problem on 400 digits in float64, or on 5,000 images of Fashion-MNIST in float32.
 
     Args:
@@ -65,4 +65,4 @@ def load(dataset: str, activation: str, loss: str, folder: Path | None = None) -
         UserError: the data are not there, or corrupt.
     """
     data = digits() if dataset == "digits" else fashion(folder=folder)
-    return Problem(data, activation, loss)
+    return FullBatchProblem(data, activation, loss)

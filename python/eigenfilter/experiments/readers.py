@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from eigenfilter.experiments import pickles
-from eigenfilter.experiments.pickles import Global, Refused
+from eigenfilter.experiments.pickles import ForbiddenPickle, GlobalName
 
 PIXELS = 3 * 32 * 32
 
@@ -28,7 +28,7 @@ _RATIO = 1032  # bytes that gzip unpacks a byte to at most
 _BLOCK = 512  # bytes that everything in a tar archive is a multiple of
 
 
-class Corrupt(Exception):
+class CorruptFile(Exception):
     """A file is not what its name says: one line with its path."""
 
 
@@ -48,10 +48,10 @@ def idx(path: Path, dimensions: int, most: int) -> np.ndarray:
     start = 4 + 4 * dimensions
     raw = _bytes(path, start + most)
     if len(raw) < start or raw[:4] != bytes([0, 0, 8, dimensions]):
-        raise Corrupt(f"{path} is not an IDX file of bytes in {dimensions} dimensions")
+        raise CorruptFile(f"{path} is not an IDX file of bytes in {dimensions} dimensions")
     sizes = [int(size) for size in np.frombuffer(raw, ">u4", dimensions, 4)]
     if len(raw) - start != math.prod(sizes) or not all(sizes):
-        raise Corrupt(
+        raise CorruptFile(
             f"{path} has {len(raw) - start} bytes of data where its head says {math.prod(sizes)}"
         )
     return np.frombuffer(raw, np.uint8, offset=start).reshape(sizes)
@@ -73,7 +73,7 @@ def cifar_binary(path: Path, classes: int, most: int) -> tuple[np.ndarray, np.nd
     head = 1 if classes == 10 else 2
     raw = np.frombuffer(_bytes(path, most * (head + PIXELS)), np.uint8)
     if not len(raw) or len(raw) % (head + PIXELS):
-        raise Corrupt(f"{path} has {len(raw)} bytes, not a multiple of {head + PIXELS}")
+        raise CorruptFile(f"{path} has {len(raw)} bytes, not a multiple of {head + PIXELS}")
     records = raw.reshape(-1, head + PIXELS)
     return records[:, head:].reshape(-1, 3, 32, 32), records[:, head - 1]
 
@@ -105,10 +105,10 @@ def cifar_archive(
         with gzip.open(path) as stream:
             found = _members(cast(BinaryIO, stream), names, _pickled_size(most))
     except (*_READING, ValueError) as error:
-        raise Corrupt(f"{path} cannot be read ({error})") from error
+        raise CorruptFile(f"{path} cannot be read ({error})") from error
     missing = [name for name in names if name not in found]
     if missing:
-        raise Corrupt(f"{path} has no {missing[0]}")
+        raise CorruptFile(f"{path} has no {missing[0]}")
     return [_unpickled(found[name], f"{name} in {path}", key, most) for name in names]
 
 
@@ -121,9 +121,9 @@ def _bytes(path: Path, most: int) -> bytes:
         with gzip.open(path) if packed else path.open("rb") as file:
             raw = file.read(min(most, largest) + 1)  # to the end, where a checksum is compared
     except _READING as error:
-        raise Corrupt(f"{path} cannot be read ({error})") from error
+        raise CorruptFile(f"{path} cannot be read ({error})") from error
     if len(raw) > most:
-        raise Corrupt(f"{path} holds more than the {most} bytes that such a file can have")
+        raise CorruptFile(f"{path} holds more than the {most} bytes that such a file can have")
     return raw
 
 
@@ -177,45 +177,45 @@ def _octal(field: bytes) -> int:
 _U1 = object()  # stands for numpy's dtype of bytes
 
 
-class _Encoded(NamedTuple):
+class _EncodedBytes(NamedTuple):
     """Bytes as text, which Python 3 writes them as in protocol 2."""
 
     text: str
 
 
-class _Array:
+class _PixelArray:
     """What stands for numpy's array, of which there is one; what it is made of is not copied."""
 
     def __init__(self) -> None:
         self.pixels: np.ndarray | None = None
-        self._made = False
-        self.calls: Mapping[Global, Callable[..., Any]] = {
-            Global("numpy.core.multiarray", "_reconstruct"): self._reconstruct,
-            Global("numpy._core.multiarray", "_reconstruct"): self._reconstruct,
-            Global("numpy", "dtype"): _dtype,
-            Global("_codecs", "encode"): _encoded,
+        self._exists = False
+        self.calls: Mapping[GlobalName, Callable[..., Any]] = {
+            GlobalName("numpy.core.multiarray", "_reconstruct"): self._reconstruct,
+            GlobalName("numpy._core.multiarray", "_reconstruct"): self._reconstruct,
+            GlobalName("numpy", "dtype"): _dtype,
+            GlobalName("_codecs", "encode"): _encoded,
         }
 
-    def _reconstruct(self, kind: Any, shape: Any, code: Any) -> _Array:
-        if kind != Global("numpy", "ndarray") or self._made:
-            raise Refused("it has more than one array")
-        self._made = True
+    def _reconstruct(self, kind: Any, shape: Any, code: Any) -> _PixelArray:
+        if kind != GlobalName("numpy", "ndarray") or self._exists:
+            raise ForbiddenPickle("it has more than one array")
+        self._exists = True
         return self
 
-    def set_state(self, made: Any, state: Any) -> None:
+    def set_state(self, target: Any, state: Any) -> None:
         """Take the array's content; a dtype of bytes has no other state than its own."""
         if type(state) is not tuple:
-            raise Refused("it sets the state of what has none")
-        if made is _U1:
+            raise ForbiddenPickle("it sets the state of what has none")
+        if target is _U1:
             if [value for value in state if type(value) in (str, int)] != [3, "|", -1, -1, 0]:
-                raise Refused("its array is not one of bytes")
+                raise ForbiddenPickle("its array is not one of bytes")
             return
         _, shape, dtype, by_columns, data = state
-        if made is not self or self.pixels is not None or dtype is not _U1:
-            raise Refused("its array is not one of bytes")
+        if target is not self or self.pixels is not None or dtype is not _U1:
+            raise ForbiddenPickle("its array is not one of bytes")
         if type(shape) is not tuple or any(type(size) is not int or size < 0 for size in shape):
             raise ValueError("its array has no shape")
-        text = data.text if type(data) is _Encoded else data
+        text = data.text if type(data) is _EncodedBytes else data
         content = text.encode("latin1") if type(text) is str else text
         # In this order: the product of whatever sizes a file may give would take forever.
         other = len(shape) != 2 or shape[1] != PIXELS
@@ -227,14 +227,14 @@ class _Array:
 
 def _dtype(code: Any, align: Any, copy: Any) -> object:
     if type(code) is not str or code != "u1":
-        raise Refused("its array is not one of bytes")
+        raise ForbiddenPickle("its array is not one of bytes")
     return _U1
 
 
-def _encoded(text: Any, encoding: Any) -> _Encoded:
+def _encoded(text: Any, encoding: Any) -> _EncodedBytes:
     if type(text) is not str or encoding != "latin1":
-        raise Refused("it encodes what is not bytes")
-    return _Encoded(text)
+        raise ForbiddenPickle("it encodes what is not bytes")
+    return _EncodedBytes(text)
 
 
 def _pickled_size(most: int) -> int:
@@ -243,10 +243,12 @@ def _pickled_size(most: int) -> int:
 
 
 def _unpickled(raw: bytes, name: str, key: str, most: int) -> tuple[np.ndarray, np.ndarray]:
-    array = _Array()
+    array = _PixelArray()
     try:
         # An image has a label of each kind and a name, and those may be kept in the memo.
-        entries = pickles.load(raw, array.calls, set_state=array.set_state, most=16 * most + 1000)
+        entries = pickles.load(
+            raw, array.calls, set_state=array.set_state, max_opcodes=16 * most + 1000
+        )
         labels = entries[key]
         if entries["data"] is not array or array.pixels is None or type(labels) is not list:
             raise ValueError("its entries are of another type")
@@ -255,4 +257,4 @@ def _unpickled(raw: bytes, name: str, key: str, most: int) -> tuple[np.ndarray, 
         return array.pixels.reshape(-1, 3, 32, 32), np.array(labels, np.uint8)
     except _DAMAGED as error:
         what = f"{type(error).__name__}: {str(error)!a:.120}"
-        raise Corrupt(f"{name} is not a file of CIFAR ({what})") from error
+        raise CorruptFile(f"{name} is not a file of CIFAR ({what})") from error

@@ -18,11 +18,11 @@ from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.experiments.locks import alone
+from eigenfilter.experiments.locks import folder_lock
 from eigenfilter.experiments.networks import size
-from eigenfilter.experiments.processes import ALONE, Processes
-from eigenfilter.experiments.saved import check_session, read_results
+from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
 from eigenfilter.experiments.trainer import Diverged, Trainer, reproducible
+from eigenfilter.experiments.validation import check_session, read_results
 from eigenfilter.monitor import Check
 
 RESULTS = "results.json"
@@ -43,7 +43,7 @@ def run(
     tensorboard: bool = False,
     stop: Callable[[], bool] = lambda: False,
     observe: Observe = lambda kind, step, record: None,
-    processes: Processes = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     wait: Callable[[], bool] = lambda: False,
 ) -> Record:
     """Train, and write checkpoints, logs and results into a folder.
@@ -59,7 +59,7 @@ def run(
         stop: asked after every step; once it says True, a checkpoint is written and the run ends.
         observe: gets every record of the log: its kind ("train", "test", "sharpness"; "start" and
             "checkpoint" besides), step and values.
-        processes: that train together, see `processes.launched`; each calls this function. The
+        processes: that train together, see `processes.init_distributed`; each calls this function. The
             leading one reads and writes `out` and observes; `stop` may be asked of any.
         wait: asked while another process is at work in `out` whether to go on waiting.
 
@@ -73,20 +73,22 @@ def run(
             does not suffice. `Diverged` is one of them. The last checkpoint is kept, and the
             message says so.
     """
-    place = device_of(processes.device(device))
-    with ExitStack() as held:
+    torch_device = device_of(processes.device_name(device))
+    with ExitStack() as stack:
 
         def hold() -> None:
-            held.enter_context(alone(out, "training run", wait))
+            stack.enter_context(folder_lock(out, "training run", wait))
 
-        processes.led(hold)
-        return _run(config, out, place, data_dir, resume, tensorboard, stop, observe, processes)
+        processes.run_on_main(hold)
+        return _run(
+            config, out, torch_device, data_dir, resume, tensorboard, stop, observe, processes
+        )
 
 
 def _run(
     config: Config,
     out: Path,
-    place: torch.device,
+    torch_device: torch.device,
     data_dir: Path | None,
     resume: bool,
     tensorboard: bool,
@@ -94,28 +96,28 @@ def _run(
     observe: Observe,
     processes: Processes,
 ) -> Record:
-    saved, done = processes.led(lambda: _begun(config, out, resume))
+    saved, done = processes.run_on_main(lambda: _load_previous(config, out, resume))
     if done is not None:
         return done
-    data = processes.after_download(lambda: datasets.load(config.dataset, data_dir))
-    with reproducible(config, place, processes):
+    data = processes.main_process_first(lambda: datasets.load(config.dataset, data_dir))
+    with reproducible(config, torch_device, processes):
         try:
-            trainer = Trainer(config, data, place, processes)
+            trainer = Trainer(config, data, torch_device, processes)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            raise UserError(f"{place} has no room for the model and its data") from error
-        session = _Session(trainer, out, saved, tensorboard, observe, processes)
+            raise UserError(f"{torch_device} has no room for the model and its data") from error
+        session = _TrainingSession(trainer, out, saved, tensorboard, observe, processes)
         del saved  # as large as the model and its optimizer
         return session.run(stop)
 
 
-class _Session:
+class _TrainingSession:
     """The part of a run from its start, or from a checkpoint, until it ends or is stopped."""
 
-    _log: logs.Log  # of the process that leads
+    _log: logs.RunLog  # of the process that leads
 
     def __init__(
         self,
@@ -127,14 +129,14 @@ class _Session:
         processes: Processes,
     ) -> None:
         self._trainer, self._out, self._processes = trainer, out, processes
-        self._observe: Observe = observe if processes.leads else lambda kind, step, record: None
+        self._observe: Observe = observe if processes.is_main else lambda kind, step, record: None
         self._checksum = trainer.data.checksum
-        if len(set(processes.gathered(self._checksum))) > 1:
+        if len(set(processes.all_gather(self._checksum))) > 1:
             raise UserError("machines have different data: copy --data-dir from one to the others")
         self._history: list[Record] = []
         self._last: dict[str, Record] = {}
-        self._seconds = 0.0  # of the sessions before
-        self._kept: int | None = None  # the step of the checkpoint that is on disk
+        self._earlier_seconds = 0.0  # of the sessions before
+        self._checkpoint_step: int | None = None  # the step of the checkpoint that is on disk
         size_of_log = records = 0
         if saved is not None:
             if saved["data"] != self._checksum:
@@ -148,7 +150,7 @@ class _Session:
                     f"{error}; restore it, or train again into another --out"
                 ) from error
             self._history, self._last = saved["history"], saved["last"]
-            self._seconds, self._kept = saved["seconds"], trainer.step
+            self._earlier_seconds, self._checkpoint_step = saved["seconds"], trainer.step
             size_of_log = saved["log"]
 
         def open_files() -> None:
@@ -156,12 +158,14 @@ class _Session:
                 configs.write(trainer.config, out / CONFIG)
                 (out / RESULTS).unlink(missing_ok=True)
             logs.check(out, size_of_log, records)
-            self._log = logs.Log(out, size=size_of_log, step=trainer.step, tensorboard=tensorboard)
+            self._log = logs.RunLog(
+                out, size=size_of_log, step=trainer.step, tensorboard=tensorboard
+            )
 
-        processes.led(open_files)
-        self._began = self._marked = self._saved_at = time.perf_counter()
-        self._aside = 0.0  # seconds since the mark that were not spent on steps
-        self._uncounted = trainer.pending  # steps since the last record that others took
+        processes.run_on_main(open_files)
+        self._started = self._window_start = self._saved_at = time.perf_counter()
+        self._excluded_seconds = 0.0  # seconds since the mark that were not spent on steps
+        self._uncounted_steps = trainer.pending  # steps since the last record that others took
 
     def run(self, stop: Callable[[], bool]) -> Record:
         trainer = self._trainer
@@ -173,7 +177,7 @@ class _Session:
             while not trainer.finished and not stopped:
                 trainer.advance()
                 self._after_step()
-                stopped = self._processes.any(stop()) and not trainer.finished
+                stopped = self._processes.any_process(stop()) and not trainer.finished
             if trainer.finished and "test" not in self._last:  # every epoch was too early
                 self._test()
             self._save()
@@ -184,14 +188,14 @@ class _Session:
         except UserError as error:
             raise UserError(f"{error}; {self._advice()}") from error
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise UserError(
                 f"memory does not suffice for step {trainer.step + 1}: lower batch_size; "
                 f"{self._advice()}"
             ) from error
         finally:
-            if self._processes.leads:
+            if self._processes.is_main:
                 self._log.close()
 
     def _after_step(self) -> None:
@@ -207,20 +211,22 @@ class _Session:
         if trainer.finished:  # saved at the end
             return
         every = config.checkpoint_every
-        if step % every == 0 if every else ends and self._due():
+        if step % every == 0 if every else ends and self._checkpoint_is_due():
             self._save()
 
-    def _due(self) -> bool:
-        return self._processes.any(time.perf_counter() - self._saved_at >= PAUSE)
+    def _checkpoint_is_due(self) -> bool:
+        return self._processes.any_process(time.perf_counter() - self._saved_at >= PAUSE)
 
     def _train(self) -> None:
         trainer = self._trainer
         steps = trainer.pending
         record = trainer.drain() | trainer.rates()
         now = time.perf_counter()
-        images = (steps - self._uncounted) * trainer.batch_size
-        record["images_per_second"] = images / max(now - self._marked - self._aside, 1e-9)
-        self._marked, self._aside, self._uncounted = now, 0.0, 0
+        images = (steps - self._uncounted_steps) * trainer.batch_size
+        record["images_per_second"] = images / max(
+            now - self._window_start - self._excluded_seconds, 1e-9
+        )
+        self._window_start, self._excluded_seconds, self._uncounted_steps = now, 0.0, 0
         self._write("train", record)
 
     def _test(self) -> None:
@@ -236,15 +242,15 @@ class _Session:
             step = self._trainer.step
             raise Diverged(f"the Hessian after step {step} is not finite", step) from error
         if found is not None:
-            self._aside += found.seconds
+            self._excluded_seconds += found.seconds
             names = ("sharpness", "residual", "edge")
             self._write("sharpness", {name: getattr(found, name) for name in names})
 
     def _write(self, kind: str, record: Record) -> None:
         trainer = self._trainer
         record = {"epoch": trainer.step / trainer.steps_per_epoch} | record
-        self._processes.led(lambda: self._log.write(kind, trainer.step, record))
-        self._last[kind] = logs.plain(record)
+        self._processes.run_on_main(lambda: self._log.write(kind, trainer.step, record))
+        self._last[kind] = logs.json_safe(record)
         self._observe(kind, trainer.step, record)
 
     def _save(self) -> None:
@@ -257,17 +263,17 @@ class _Session:
             "trainer": trainer.state_dict(),
             "history": self._history,
             "last": self._last,
-            "seconds": self._spent(),
+            "seconds": self._elapsed(),
             "versions": _versions(),
         }
 
         def write() -> None:
-            log = {"log": self._log.synchronised()}
+            log = {"log": self._log.sync()}
             checkpoint.write(self._out / checkpoint.FILE, state | log)
 
         with self._not_training():
-            self._processes.led(write)
-        self._kept = trainer.step
+            self._processes.run_on_main(write)
+        self._checkpoint_step = trainer.step
         self._observe("checkpoint", trainer.step, {})
         self._saved_at = time.perf_counter()
 
@@ -281,15 +287,15 @@ class _Session:
             "gradients": trainer.gradients,
             **self._last,
             "parameters": size(trainer.model),
-            "seconds": self._spent(),
+            "seconds": self._elapsed(),
             "device": str(trainer.device),
-            "processes": self._processes.count,
+            "processes": self._processes.world_size,
             "versions": _versions(),
             "config": trainer.config.as_dict(),
             "history": self._history,
         }
         text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-        self._processes.led(lambda: replace_text(self._out / RESULTS, text))
+        self._processes.run_on_main(lambda: replace_text(self._out / RESULTS, text))
         return results
 
     @contextmanager
@@ -299,20 +305,20 @@ class _Session:
             torch.cuda.synchronize(self._trainer.device)  # the steps' work is theirs
         began = time.perf_counter()
         yield
-        self._aside += time.perf_counter() - began
+        self._excluded_seconds += time.perf_counter() - began
 
-    def _spent(self) -> float:
-        return self._seconds + time.perf_counter() - self._began
+    def _elapsed(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self._started
 
     def _advice(self) -> str:
-        if self._kept is None:
+        if self._checkpoint_step is None:
             return "there was no checkpoint yet"
-        return f"the checkpoint of step {self._kept} is kept"
+        return f"the checkpoint of step {self._checkpoint_step} is kept"
 
 
-def _begun(config: Config, out: Path, resume: bool) -> tuple[Record | None, Record | None]:
+def _load_previous(config: Config, out: Path, resume: bool) -> tuple[Record | None, Record | None]:
     """What the folder holds: the checkpoint to go on from, and the results of a complete run."""
-    saved = _saved(config, out, resume)
+    saved = _load_checkpoint(config, out, resume)
     if saved is not None:
         done = read_results(out / RESULTS)
         if done is not None and done["outcome"] == "complete":
@@ -326,7 +332,7 @@ def _begun(config: Config, out: Path, resume: bool) -> tuple[Record | None, Reco
     return saved, None
 
 
-def _saved(config: Config, out: Path, resume: bool) -> Record | None:
+def _load_checkpoint(config: Config, out: Path, resume: bool) -> Record | None:
     """The checkpoint to go on from, if there is one.
 
     Raises:
@@ -348,7 +354,7 @@ def _saved(config: Config, out: Path, resume: bool) -> Record | None:
     return saved
 
 
-def out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether memory did not suffice, of a GPU or of the host."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)

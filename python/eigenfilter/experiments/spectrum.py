@@ -25,13 +25,13 @@ import eigenfilter as ef
 from eigenfilter import filters
 from eigenfilter.certificate import Certificate
 from eigenfilter.curvature import CurvatureOperator, EigenResult, SpectralDensity
-from eigenfilter.experiments.arguments import add_data_dir, add_device, add_out, positive, whole
+from eigenfilter.experiments.cli_arguments import add_data_dir, add_device, add_out, positive, whole
 from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import replace, replace_text
-from eigenfilter.experiments.locks import alone
-from eigenfilter.experiments.logs import plain
-from eigenfilter.experiments.subjects import Subject, imported, trained
+from eigenfilter.experiments.loaded_models import LoadedModel, load_imported, load_trained
+from eigenfilter.experiments.locks import folder_lock
+from eigenfilter.experiments.logs import json_safe
 
 HELP = "eigenvalues and density of a trained model's Hessian"
 MATRICES: Mapping[str, Callable[..., CurvatureOperator]] = {
@@ -93,16 +93,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; return the exit code."""
     require("matplotlib", "tqdm")
-    with alone(args.out, "spectrum") as folder:
+    with folder_lock(args.out, "spectrum") as folder:
         return _run(args, folder)
 
 
 def _run(args: argparse.Namespace, folder: Path) -> int:
-    subject = _subject(args)
-    edge = edge_of(subject.optimizer)
+    loaded = _load_model(args)
+    edge = edge_of(loaded.optimizer)
     try:
-        pairs, density = measure(subject, args)
-        certificate = certificate_of(subject, args)
+        pairs, density = measure(loaded, args)
+        certificate = certificate_of(loaded, args)
     except (ValueError, FloatingPointError, TypeError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
         print(f"\n{certificate}")
     results = {
         "command": "spectrum",
-        "subject": subject.about,
+        "subject": loaded.source,
         "matrix": args.matrix,
         "mode": args.mode,
         "which": args.which,
@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
     return 0
 
 
-def _subject(args: argparse.Namespace) -> Subject:
+def _load_model(args: argparse.Namespace) -> LoadedModel:
     device = device_of(args.device)
     if args.model is None:
         for name in ("data", "loss", "optimizer"):
@@ -135,7 +135,7 @@ def _subject(args: argparse.Namespace) -> Subject:
                 raise UserError(f"--{name} goes with --model")
         if args.checkpoint is None:
             raise UserError("give a CHECKPOINT of eigenfilter train, or --model and --data")
-        return trained(
+        return load_trained(
             args.checkpoint,
             device,
             data_dir=args.data_dir,
@@ -144,7 +144,7 @@ def _subject(args: argparse.Namespace) -> Subject:
         )
     if args.data is None:
         raise UserError("--model needs --data, its batches")
-    return imported(
+    return load_imported(
         args.model,
         args.data,
         device,
@@ -155,13 +155,13 @@ def _subject(args: argparse.Namespace) -> Subject:
 
 
 def measure(
-    subject: Subject, args: argparse.Namespace
+    loaded: LoadedModel, args: argparse.Namespace
 ) -> tuple[EigenResult, SpectralDensity | None]:
     """The eigenpairs, and the density of the rest."""
     op = MATRICES[args.matrix](
-        subject.model, subject.loss_fn, subject.data, mode=args.mode, seed=args.seed
+        loaded.model, loaded.loss_fn, loaded.data, mode=args.mode, seed=args.seed
     )
-    with _counted(op) as shown, warnings.catch_warnings():
+    with _count_products(op) as shown, warnings.catch_warnings():
         # The table gives the reason why the iteration stopped.
         warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
         pairs = ef.curvature.eigsh(
@@ -175,16 +175,16 @@ def measure(
     return pairs, density
 
 
-def certificate_of(subject: Subject, args: argparse.Namespace) -> Certificate | str | None:
+def certificate_of(loaded: LoadedModel, args: argparse.Namespace) -> Certificate | str | None:
     """The certificate, or why there is none; None if none was wanted or no optimizer is known."""
-    if subject.optimizer is None or args.matrix != "hessian" or not args.certificate:
+    if loaded.optimizer is None or args.matrix != "hessian" or not args.certificate:
         return None
     try:
         return ef.certify(
-            subject.model,
-            subject.loss_fn,
-            subject.data,
-            subject.optimizer,
+            loaded.model,
+            loaded.loss_fn,
+            loaded.data,
+            loaded.optimizer,
             max_matvecs=args.certificate,
             mode=args.mode,
         )
@@ -244,7 +244,7 @@ def as_json(pairs: EigenResult, density: SpectralDensity | None) -> dict[str, An
     if density is not None:
         trace = density.trace
         error = float(trace.standard_error)
-        found["trace"] = plain({"value": float(trace.value), "standard_error": error})
+        found["trace"] = json_safe({"value": float(trace.value), "standard_error": error})
         found["density"] = {
             "nodes": density.nodes.tolist(),
             "weights": density.weights.tolist(),
@@ -287,7 +287,7 @@ def figure(
     replace(path, lambda file: drawn.savefig(file, format="png", dpi=160))
 
 
-class _Counted:
+class _CountedOperator:
     """An operator that shows its products in a progress bar."""
 
     def __init__(self, op: CurvatureOperator, bar: Any) -> None:
@@ -309,8 +309,8 @@ class _Counted:
 
 
 @contextmanager
-def _counted(op: CurvatureOperator) -> Iterator[_Counted]:
+def _count_products(op: CurvatureOperator) -> Iterator[_CountedOperator]:
     from tqdm import tqdm
 
     with tqdm(desc="Hessian products", unit="", leave=False, disable=None) as bar:
-        yield _Counted(op, bar)
+        yield _CountedOperator(op, bar)

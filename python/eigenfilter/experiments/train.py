@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import add_data_dir, add_device, positive
+from eigenfilter.experiments.cli_arguments import add_data_dir, add_device, positive
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, require
-from eigenfilter.experiments.processes import launched
-from eigenfilter.experiments.stopping import STOPPED, stopping
+from eigenfilter.experiments.interrupts import STOPPED, graceful_stop
+from eigenfilter.experiments.processes import init_distributed
 
 HELP = "train a network on digits, MNIST, Fashion-MNIST or CIFAR"
 OUT = Path("out/train")
@@ -52,9 +52,13 @@ def run(args: argparse.Namespace) -> int:
     require("yaml", "tqdm", *(["tensorboard"] if args.tensorboard else []))
     from eigenfilter.experiments import runs
 
-    with launched() as processes, stopping(args.budget) as stop, _Display() as display:
+    with (
+        init_distributed() as processes,
+        graceful_stop(args.budget) as stop,
+        _TrainDisplay() as display,
+    ):
         results = runs.run(
-            processes.led(lambda: _config(args)),
+            processes.run_on_main(lambda: _config(args)),
             args.out,
             data_dir=args.data_dir,
             device=args.device,
@@ -65,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
             processes=processes,
         )
     stopped = results["outcome"] == "stopped"
-    if processes.leads:
+    if processes.is_main:
         print(summary(results))
         if stopped:
-            go_on = f"{processes.command} train --resume --out {args.out}"
+            go_on = f"{processes.launch_command} train --resume --out {args.out}"
             print(f"stopped at step {results['step']}: {go_on}")
         else:
             print(f"wrote {args.out / 'checkpoint.pt'}, log.jsonl and results.json")
@@ -79,7 +83,7 @@ def _config(args: argparse.Namespace) -> Config:
     """What is to be trained: the defaults, the file, the flags; for --resume what was."""
     from eigenfilter.experiments import checkpoint
 
-    flags = configs.given(args)
+    flags = configs.from_flags(args)
     kept = args.out / checkpoint.FILE
     values: dict[Any, Any] = {}
     if args.resume and kept.exists():
@@ -112,14 +116,14 @@ def summary(results: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-class _Display:
+class _TrainDisplay:
     """A progress bar, and a line for every test."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._shown: dict[str, str] = {}
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> _TrainDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:

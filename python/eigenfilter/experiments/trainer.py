@@ -13,13 +13,13 @@ from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter.curvature import HessianOperator
-from eigenfilter.experiments import recipes, saved
-from eigenfilter.experiments.batches import Augmentation, Batches, Normaliser, in_order
+from eigenfilter.experiments import factories, validation
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.datasets import Images
+from eigenfilter.experiments.datasets import ImageDataset
 from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.image_batches import Augmentation, Batches, Normalizer, in_order
 from eigenfilter.experiments.networks import build
-from eigenfilter.experiments.processes import ALONE, Processes
+from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
 from eigenfilter.optimizers._hyperparameters import rho_key
 
 
@@ -63,11 +63,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, data: Images, device: torch.device, processes: Processes = ALONE
+        self,
+        config: Config,
+        data: ImageDataset,
+        device: torch.device,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.config, self.device, self._processes = config, device, processes
         self.data = data.first(config.samples)
-        _check(config, self.data, processes.count)
+        _check_config(config, self.data, processes.world_size)
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         model = build(
             config.model,
@@ -78,32 +82,34 @@ class Trainer:
         )
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.model = model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
-        self._normaliser = Normaliser(self.data, device, dtype, config.channels_last)
+        self._normalizer = Normalizer(self.data, device, dtype, config.channels_last)
         self._batches = Batches(
             self.data,
             config.batch_size,
             Augmentation(config.crop, config.flip, config.cutout),
-            self._normaliser,
+            self._normalizer,
             device,
             config.seed,
             processes,
         )
         self._statistics = [b for b in self.model.buffers() if b.is_floating_point()]
-        self._network = processes.averaging(self.model, self.examples(1)[0])
-        self.loss_fn = recipes.loss_of(config)
-        self.optimizer = recipes.optimizer_of(config, self.model.parameters())
+        self._network = processes.wrap_model(self.model, self.examples(1)[0])
+        self.loss_fn = factories.build_loss(config)
+        self.optimizer = factories.build_optimizer(config, self.model.parameters())
         self.batch_size = self._batches.size
         self.steps_per_epoch = self._batches.count
         self.total_steps = config.epochs * self.steps_per_epoch
-        self._lr = recipes.lr_schedule(config, self.optimizer, self.steps_per_epoch)
-        self._rho = recipes.rho_schedule(config, self.optimizer, self.steps_per_epoch)
+        self._lr = factories.lr_schedule(config, self.optimizer, self.steps_per_epoch)
+        self._rho = factories.rho_schedule(config, self.optimizer, self.steps_per_epoch)
         self.step = 0
         self.gradients = 0.0
         ascents = max(1, round(config.ascent_part * self.batch_size))
-        self._ascents = processes.share(ascents, "ascent_part")  # images of an ascent, here
+        self._ascent_samples = processes.samples_per_process(
+            ascents, "ascent_part"
+        )  # images of an ascent, here
         self._losses: list[Tensor] = []  # of the last steps, here
         self._accuracies: list[Tensor] = []
-        self._found: list[tuple[float, float]] = []  # the two of steps before, of all processes
+        self._metrics: list[tuple[float, float]] = []  # the two of steps before, of all processes
         self.monitor = self._monitor() if config.sharpness_every else None
 
     @property
@@ -147,20 +153,20 @@ class Trainer:
         Raises:
             Diverged: a loss among them is not finite; the first is named.
         """
-        self._read()
-        losses, accuracies = zip(*self._found, strict=True)
-        self._found = []
+        self._collect_metrics()
+        losses, accuracies = zip(*self._metrics, strict=True)
+        self._metrics = []
         n = len(losses)
         return {"loss": sum(losses) / n, "accuracy": sum(accuracies) / n}
 
     @property
     def pending(self) -> int:
         """The number of steps that `drain` would tell of."""
-        return len(self._found) + len(self._losses)
+        return len(self._metrics) + len(self._losses)
 
     def check(self) -> None:
         """Raise Diverged if a loss since the last drain, or a parameter now, is not finite."""
-        self._read()
+        self._collect_metrics()
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
             raise Diverged(f"a parameter is not finite after step {self.step}", self.step)
@@ -170,11 +176,11 @@ class Trainer:
         """Loss and accuracy on the test set, in evaluation mode."""
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        data, part = self.data, self._processes.part
+        data, part = self.data, self._processes.sample_slice
         self.model.eval()
         try:
             for images, labels in in_order(
-                data.test_images[part], data.test_labels[part], self._normaliser, self.device
+                data.test_images[part], data.test_labels[part], self._normalizer, self.device
             ):
                 with self._autocast():
                     scores = self.model(images)
@@ -182,7 +188,7 @@ class Trainer:
                 correct += (scores.argmax(dim=1) == labels).sum()
         finally:
             self.model.train()
-        loss, correct = map(self._processes.total, (loss, correct))
+        loss, correct = map(self._processes.all_reduce, (loss, correct))
         n = len(data.test_labels)
         return {"loss": float(loss) / n, "accuracy": float(correct) / n}
 
@@ -190,7 +196,7 @@ class Trainer:
         """The first training images, normalised and as they are, and their labels."""
         some = slice(min(samples, len(self.data.images)))
         images = self.data.images[some].to(self.device)
-        return self._normaliser(images), self.data.labels[some].to(self.device)
+        return self._normalizer(images), self.data.labels[some].to(self.device)
 
     def rates(self) -> dict[str, float]:
         """The present lr and, where there is one, rho, of the first group."""
@@ -200,8 +206,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as tensors and plain data."""
-        self._read()
-        random, *others = self._processes.gathered(_random_state(self.device))
+        self._collect_metrics()
+        random, *others = self._processes.all_gather(_random_state(self.device))
         return {
             "step": self.step,
             "gradients": self.gradients,
@@ -209,8 +215,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_schedule": {"last_epoch": self._lr.last_epoch},
             "rho_schedule": None if self._rho is None else self._rho.state_dict(),
-            "losses": [loss for loss, _ in self._found],
-            "accuracies": [accuracy for _, accuracy in self._found],
+            "losses": [loss for loss, _ in self._metrics],
+            "accuracies": [accuracy for _, accuracy in self._metrics],
             "random": random,
             "others": others,
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
@@ -226,7 +232,7 @@ class Trainer:
             ValueError: it is the state of another model or optimizer, or damaged. Nothing has
                 changed then.
         """
-        saved.check_trainer(state, self)
+        validation.check_trainer(state, self)
         self.model.load_state_dict(dict(state["model"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
@@ -236,10 +242,10 @@ class Trainer:
         self._lr._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self._rho is not None:
             self._rho.load_state_dict(state["rho_schedule"])
-        self._found = list(zip(state["losses"], state["accuracies"], strict=True))
+        self._metrics = list(zip(state["losses"], state["accuracies"], strict=True))
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-        random = self._processes.own([state["random"], *state["others"]])
+        random = self._processes.own_value([state["random"], *state["others"]])
         if random is not None:
             _set_random_state(random, self.device)
 
@@ -247,7 +253,7 @@ class Trainer:
         """Scores and loss at the present point, and its gradient in the parameters."""
         optimizer = self.optimizer
         if optimizer.phase == "ascent":
-            images, labels = images[: self._ascents], labels[: self._ascents]
+            images, labels = images[: self._ascent_samples], labels[: self._ascent_samples]
         self.gradients += len(images) / self._batches.share
         frozen = optimizer.perturbed
         with (
@@ -260,7 +266,7 @@ class Trainer:
                 loss = self.loss_fn(scores, labels)
             loss.backward(create_graph=optimizer.needs_graph)  # type: ignore[no-untyped-call]
         if not frozen:
-            self._processes.average(self._statistics)
+            self._processes.all_reduce_mean(self._statistics)
         return scores, loss
 
     def _autocast(self) -> Any:
@@ -268,7 +274,7 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _read(self) -> None:
+    def _collect_metrics(self) -> None:
         """Find the losses and accuracies of the last steps; waits for the device.
 
         Raises:
@@ -279,31 +285,31 @@ class Trainer:
             return
         here = torch.stack([torch.stack(self._losses).double(), torch.stack(self._accuracies)])
         self._losses, self._accuracies = [], []
-        found = self._processes.total(here.cpu()) / self._processes.count
+        found = self._processes.all_reduce(here.cpu()) / self._processes.world_size
         for i, (loss, accuracy) in enumerate(found.T.tolist()):
             if not math.isfinite(loss):
                 step = self.step - steps + i + 1
                 raise Diverged(f"the loss of step {step} is {loss}", step)
-            self._found.append((loss, accuracy))
+            self._metrics.append((loss, accuracy))
 
     def _monitor(self) -> ef.SharpnessMonitor:
         # "cached_graph", because "auto" chooses by a timing, and another engine rounds otherwise.
         images, labels = self.examples(self.config.sharpness_samples)
-        part = self._processes.part
+        part = self._processes.sample_slice
         op = HessianOperator(
             self.model,
             self.loss_fn,
             (images[part], labels[part]),
             mode="train",
             engine="cached_graph",
-            process_group=self._processes.group,
+            process_group=self._processes.process_group,
         )
         return ef.SharpnessMonitor(op, self.optimizer, self.config.sharpness_every)
 
 
 @contextmanager
 def reproducible(
-    config: Config, device: torch.device, processes: Processes = ALONE
+    config: Config, device: torch.device, processes: Processes = SINGLE_PROCESS
 ) -> Iterator[None]:
     """A context with torch's generators seeded, its algorithms deterministic and its threads.
 
@@ -320,7 +326,7 @@ def reproducible(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with rng, threads(config.threads):
-        torch.manual_seed(processes.seed(config.seed))
+        torch.manual_seed(processes.process_seed(config.seed))
         torch.use_deterministic_algorithms(config.deterministic)
         cudnn.benchmark = not config.deterministic
         deterministic.fill_uninitialized_memory = False
@@ -343,7 +349,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check(config: Config, data: Images, processes: int) -> None:
+def _check_config(config: Config, data: ImageDataset, processes: int) -> None:
     """Raise ValueError for what does not go with these images or with so many processes."""
     side = min(data.images.shape[2:])
     for name in ("crop", "cutout"):

@@ -21,14 +21,14 @@ HELP = "mlp[-WIDTH...], cnn[-WIDTH], resnet18, wrn-DEPTH-K or vit[-WIDTH[-DEPTH]
 
 
 @dataclass(frozen=True)
-class Task:
+class ImageTask:
     """What a network is for: images [channels, height, width] in so many classes."""
 
     shape: tuple[int, int, int]
     classes: int
 
 
-Make = Callable[[Task, str, float], nn.Module]
+Make = Callable[[ImageTask, str, float], nn.Module]
 
 
 def parse(name: str) -> Make:
@@ -56,7 +56,7 @@ def parse(name: str) -> Make:
     raise ValueError(f"must be {HELP} (DEPTH of wrn: 10, 16, 22, 28, ...), not {quoted(name)}")
 
 
-def build(name: str, task: Task, *, activation: str, dropout: float, seed: int) -> nn.Module:
+def build(name: str, task: ImageTask, *, activation: str, dropout: float, seed: int) -> nn.Module:
     """Make a network in float32 on the CPU; torch's global random state is left alone.
 
     Args:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from eigenfilter.experiments.networks import Task
+    from eigenfilter.experiments.networks import ImageTask
 
 
-def resnet18(task: Task) -> nn.Module:
+def resnet18(task: ImageTask) -> nn.Module:
     """torchvision's ResNet-18 with a stem for small images: 3x3, stride 1, no pooling.
 
     Source: K. He et al., 2016, arXiv 1512.03385.
@@ -74,7 +74,7 @@ class WideResNet(nn.Module):
         return scores
 
 
-def wide_resnet(task: Task, depth: int, k: int, dropout: float) -> nn.Module:
+def wide_resnet(task: ImageTask, depth: int, k: int, dropout: float) -> nn.Module:
     """WideResNet-depth-k; depth = 6 n + 4 with n blocks a stage.
 
     Source: S. Zagoruyko and N. Komodakis, 2016, arXiv 1605.07146.

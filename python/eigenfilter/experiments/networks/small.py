@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from eigenfilter.experiments.networks import Task
+    from eigenfilter.experiments.networks import ImageTask
 
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -20,7 +20,7 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
-def mlp(task: Task, widths: Sequence[int], activation: str, dropout: float) -> nn.Module:
+def mlp(task: ImageTask, widths: Sequence[int], activation: str, dropout: float) -> nn.Module:
     """A fully connected network with hidden layers of these widths."""
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise([math.prod(task.shape), *widths]):
@@ -28,7 +28,7 @@ def mlp(task: Task, widths: Sequence[int], activation: str, dropout: float) -> n
     return nn.Sequential(*layers, nn.Linear(widths[-1], task.classes))
 
 
-def cnn(task: Task, width: int, activation: str, dropout: float) -> nn.Module:
+def cnn(task: ImageTask, width: int, activation: str, dropout: float) -> nn.Module:
     """Three 3x3 convolutions of w, 2 w and 4 w channels, averaged over 2x2, and a linear layer.
 
     No batch normalisation: the loss of a batch is a mean over its images.

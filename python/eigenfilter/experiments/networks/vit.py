@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eigenfilter.experiments.networks.small import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from eigenfilter.experiments.networks import Task
+    from eigenfilter.experiments.networks import ImageTask
 
 HEAD = 32  # width of an attention head
 
@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
     """Patches, learned positions, blocks, and the mean over patches."""
 
     def __init__(
-        self, task: Task, patch: int, width: int, depth: int, activation: str, dropout: float
+        self, task: ImageTask, patch: int, width: int, depth: int, activation: str, dropout: float
     ) -> None:
         super().__init__()
         channels, height, length = task.shape
@@ -69,7 +69,7 @@ class VisionTransformer(nn.Module):
         return scores
 
 
-def vit(task: Task, width: int, depth: int, activation: str, dropout: float) -> nn.Module:
+def vit(task: ImageTask, width: int, depth: int, activation: str, dropout: float) -> nn.Module:
     """A transformer over patches of 4x4 pixels, of 2x2 where the image has fewer than 16 a side.
 
     Raises:

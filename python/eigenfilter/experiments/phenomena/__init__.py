@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Mapping
 from types import ModuleType
 
-from eigenfilter.experiments.arguments import add_commands
-from eigenfilter.experiments.locks import alone
+from eigenfilter.experiments.cli_arguments import add_commands
+from eigenfilter.experiments.locks import folder_lock
 from eigenfilter.experiments.phenomena import late, moving_edge, saddle, sharpening
 
 HELP = "sharpening to the edge, saddles, a late switch to USAM, an edge that moves"
@@ -31,6 +31,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reproduce the phenomenon; return the exit code."""
-    with alone(args.out, "phenomenon"):
+    with folder_lock(args.out, "phenomenon"):
         code: int = _PHENOMENA[args.phenomenon].run(args)
     return code

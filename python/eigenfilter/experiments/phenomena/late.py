@@ -10,9 +10,15 @@ import argparse
 from dataclasses import asdict
 
 import eigenfilter as ef
-from eigenfilter.experiments.full_batch import Method, Run, Training
-from eigenfilter.experiments.phenomena.training import Setting, report, setting, settled, train
-from eigenfilter.experiments.phenomena.training import configure as configure_training
+from eigenfilter.experiments.full_batch import FullBatchRun, FullBatchTraining, MethodSpec
+from eigenfilter.experiments.phenomena.common import (
+    PhenomenonSetting,
+    parse_setting,
+    report,
+    settled_ratio,
+    train,
+)
+from eigenfilter.experiments.phenomena.common import configure as configure_training
 from eigenfilter.filters import design
 from eigenfilter.schedulers import RhoSchedule
 
@@ -29,27 +35,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train with and without the switch; return the exit code."""
-    given = setting(args)
-    lr = design("sgd", given.edge)
-    rho = design("usam", LOWER * given.edge, lr=lr)
-    plain = Method("SGD", f"lr {lr:.3g}", lambda p: ef.SGD(p, lr=lr))
-    switching = Method(
+    setting = parse_setting(args)
+    lr = design("sgd", setting.edge)
+    rho = design("usam", LOWER * setting.edge, lr=lr)
+    plain = MethodSpec("SGD", f"lr {lr:.3g}", lambda p: ef.SGD(p, lr=lr))
+    switching = MethodSpec(
         "SGD, then USAM", f"lr {lr:.3g}, rho {rho:.3g}", lambda p: ef.USAM(p, lr=lr, rho=rho)
     )
-    runs = [train(given, plain, share=0.4), switched(given, switching)]
-    half = [[c for c in r.history if c.step < START * given.steps] for r in runs]
-    before = [asdict(settled(checks)) for checks in half]
-    report(given, "late", TITLE, runs, {"start": START, "before": before})
+    runs = [train(setting, plain, share=0.4), switched(setting, switching)]
+    half = [[c for c in r.history if c.step < START * setting.steps] for r in runs]
+    before = [asdict(settled_ratio(checks)) for checks in half]
+    report(setting, "late", TITLE, runs, {"start": START, "before": before})
     return 0
 
 
-def switched(given: Setting, method: Method) -> Run:
+def switched(setting: PhenomenonSetting, method: MethodSpec) -> FullBatchRun:
     """Train by USAM whose rho is 0 until the switch."""
     schedules: list[RhoSchedule] = []
 
-    def prepare(training: Training) -> None:
+    def prepare(training: FullBatchTraining) -> None:
         schedules.append(
-            RhoSchedule(training.optimizer, "late", total_steps=given.steps, start=START)
+            RhoSchedule(training.optimizer, "late", total_steps=setting.steps, start=START)
         )
 
-    return train(given, method, at_start=prepare, after_step=lambda _: schedules[0].step())
+    return train(setting, method, at_start=prepare, after_step=lambda _: schedules[0].step())

@@ -21,11 +21,11 @@ from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter import filters
-from eigenfilter.experiments.arguments import add_out
+from eigenfilter.experiments.cli_arguments import add_out
 from eigenfilter.experiments.errors import require
 from eigenfilter.experiments.figures import paths_figure
 from eigenfilter.experiments.files import output_folder
-from eigenfilter.experiments.reports import aligned, save
+from eigenfilter.experiments.reporting import align_columns, save_results
 from eigenfilter.filters import PolynomialFilter
 
 HELP = "USAM is trapped at a strict saddle that others leave"
@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[[list[Tensor]], Any]] = {
 
 
 @dataclass(frozen=True)
-class Escape:
+class SaddleEscape:
     """Paths of one method.
 
     Attributes:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     require("matplotlib")
     folder: Path = output_folder(args.out)
     found = [escape(name) for name in METHODS]
-    print(aligned([_HEAD, *map(_row, found)]))
+    print(align_columns([_HEAD, *map(_row, found)]))
     levels = {"minima": (-(B**0.5), B**0.5), "saddle": (0.0,)}
     paths_figure({each.method: each.paths.T.tolist() for each in found}, levels, folder / FIGURE)
     values = {"b": B, "lr": LR, "rho": RHO, "steps": STEPS, "starts": STARTS}
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         }
         for each in found
     ]
-    save(folder / "results.json", "phenomena saddle", values | {"methods": methods})
+    save_results(folder / "results.json", "phenomena saddle", values | {"methods": methods})
     print(f"wrote {folder / FIGURE} and {folder / 'results.json'}")
     return 0
 
@@ -112,14 +112,14 @@ def slope(y: Tensor) -> Tensor:
     return y**3 - B * y
 
 
-def escape(name: str) -> Escape:
+def escape(name: str) -> SaddleEscape:
     """Follow a method from every start."""
     [flt] = filters.of(METHODS[name]([torch.zeros(1, requires_grad=True)]))
     assert isinstance(flt, PolynomialFilter)
     paths = follow(name, STARTS, STEPS)
     near = follow(name, (1e-6,), 1)
     last = paths[-1]
-    return Escape(
+    return SaddleEscape(
         method=name,
         admitted=bool(flt.admits(-B)),
         predicted=1.0 - flt.lr * float(flt.p(-B)),
@@ -163,7 +163,7 @@ def _place(y: float) -> str:
 _HEAD = ("method", "admits -b", "predicted", "measured", "slope at ends", "outcome")
 
 
-def _row(each: Escape) -> tuple[str, ...]:
+def _row(each: SaddleEscape) -> tuple[str, ...]:
     counts = {place: each.ends.count(place) for place in dict.fromkeys(each.ends)}
     return (
         each.method,

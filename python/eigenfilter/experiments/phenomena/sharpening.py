@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import eigenfilter as ef
-from eigenfilter.experiments.full_batch import Method
-from eigenfilter.experiments.phenomena.training import configure as configure_training
-from eigenfilter.experiments.phenomena.training import report, setting, train
+from eigenfilter.experiments.full_batch import MethodSpec
+from eigenfilter.experiments.phenomena.common import configure as configure_training
+from eigenfilter.experiments.phenomena.common import parse_setting, report, train
 from eigenfilter.filters import design
 
 HELP = "the sharpness rises to the edge, for every method"
@@ -28,16 +28,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train every method; return the exit code."""
-    given = setting(args)
-    chosen = methods(given.edge)
+    setting = parse_setting(args)
+    chosen = methods(setting.edge)
     runs = [
-        train(given, method, share=1.0 / (len(chosen) - done)) for done, method in enumerate(chosen)
+        train(setting, method, share=1.0 / (len(chosen) - done))
+        for done, method in enumerate(chosen)
     ]
-    report(given, "sharpening", TITLE, runs, {})
+    report(setting, "sharpening", TITLE, runs, {})
     return 0
 
 
-def methods(edge: float) -> list[Method]:
+def methods(edge: float) -> list[MethodSpec]:
     """The methods with their filters ending at `edge`."""
     return [
         _method("gradient descent", ef.SGD, "sgd", edge),
@@ -51,10 +52,10 @@ def methods(edge: float) -> list[Method]:
 
 def _method(
     name: str, build: Callable[..., Any], designed: str, edge: float, **options: Any
-) -> Method:
+) -> MethodSpec:
     lr = design(designed, edge, **options)
     shown = {"lr": f"{lr:.3g}"} | {
         key: f"{value:.3g}" for key, value in options.items() if key != "nesterov"
     }
     settings = ", ".join(f"{key} {value}" for key, value in shown.items())
-    return Method(name, settings, lambda params: build(params, lr=lr, **options))
+    return MethodSpec(name, settings, lambda params: build(params, lr=lr, **options))

@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 
 from eigenfilter.experiments import datasets, networks
-from eigenfilter.experiments.arguments import add_data_dir, add_device, positive, whole
+from eigenfilter.experiments.cli_arguments import add_data_dir, add_device, positive, whole
 from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import read_json, replace_text
+from eigenfilter.experiments.interrupts import graceful_stop
 from eigenfilter.experiments.locks import LOCK as LOCK
-from eigenfilter.experiments.locks import alone
-from eigenfilter.experiments.reports import aligned
+from eigenfilter.experiments.locks import folder_lock
+from eigenfilter.experiments.reporting import align_columns
 from eigenfilter.experiments.reproduce.findings import Findings
-from eigenfilter.experiments.reproduce.plan import COARSER, EXPERIMENTS, Plan, Scale
-from eigenfilter.experiments.stopping import stopping
-from eigenfilter.experiments.structure import fit
+from eigenfilter.experiments.reproduce.plan import COARSER, EXPERIMENTS, ExperimentScale, Plan
+from eigenfilter.experiments.schema import validate
 
 HELP = "the paper's experiments: MNIST, Fashion-MNIST, CIFAR-10"
 PLAN = "plan.json"
@@ -71,18 +71,18 @@ def run(args: argparse.Namespace) -> int:
     require("matplotlib", "tqdm", "yaml")
     device = device_of(args.device)
     out = args.out or Path("out") / f"reproduce-{args.experiment}"
-    with alone(out, "reproduction"):
-        return _reproduced(args, out, device)
+    with folder_lock(out, "reproduction"):
+        return _reproduce(args, out, device)
 
 
-def _reproduced(args: argparse.Namespace, out: Path, device: torch.device) -> int:
-    from eigenfilter.experiments.reproduce import execution, outputs, summary
+def _reproduce(args: argparse.Namespace, out: Path, device: torch.device) -> int:
+    from eigenfilter.experiments.reproduce import outputs, pipeline, summary
 
-    with stopping(args.budget) as stop:
-        plan = _plan(args, out, device)
+    with graceful_stop(args.budget) as stop:
+        plan = _load_or_make_plan(args, out, device)
         print(f"{EXPERIMENTS[plan.experiment].title}, {plan.statement}", flush=True)
-        with _counted(out / SPENT) as spent:
-            runs = execution.execute(
+        with _track_seconds(out / SPENT) as spent:
+            runs = pipeline.execute(
                 plan,
                 out,
                 processes=args.processes,
@@ -92,7 +92,7 @@ def _reproduced(args: argparse.Namespace, out: Path, device: torch.device) -> in
             )
     findings = Findings.of(plan, runs, spent())
     outputs.write(findings, out)
-    print(aligned(summary.table([row for row in findings.rows if row.best])))
+    print(align_columns(summary.table([row for row in findings.rows if row.best])))
     for line in findings.verdicts:
         print(line)
     print(f"{findings.title}\nwrote {', '.join(outputs.FILES)} in {out}")
@@ -102,7 +102,7 @@ def _reproduced(args: argparse.Namespace, out: Path, device: torch.device) -> in
 
 
 @contextmanager
-def _counted(path: Path) -> Iterator[Callable[[], float]]:
+def _track_seconds(path: Path) -> Iterator[Callable[[], float]]:
     """Add the seconds inside to those of the commands before, which a file keeps.
 
     Yields:
@@ -112,7 +112,7 @@ def _counted(path: Path) -> Iterator[Callable[[], float]]:
     def spent() -> float:
         try:
             found = read_json(path, "remove it")
-            fit(found, {"seconds": float}, "it")
+            validate(found, {"seconds": float}, "it")
         except FileNotFoundError:
             return 0.0
         except ValueError as error:
@@ -127,14 +127,14 @@ def _counted(path: Path) -> Iterator[Callable[[], float]]:
         replace_text(path, json.dumps({"seconds": seconds}) + "\n")
 
 
-def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
+def _load_or_make_plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
     """The plan that `out` holds, else a new one, which is kept there.
 
     Raises:
         UserError: `out` holds that of another command.
     """
     from eigenfilter.experiments.reproduce import budget
-    from eigenfilter.experiments.sweep.local import fitting
+    from eigenfilter.experiments.sweep.local import default_processes
 
     path = out / PLAN
     if path.exists():
@@ -149,7 +149,7 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
                     f"{out} holds a reproduction with {name} {there}, not {here}: "
                     "give it the same, or another --out"
                 )
-        asked = _asked(args, kept.full)
+        asked = _requested_scale(args, kept.full)
         if args.budget is None and kept.scale != asked:
             raise UserError(
                 f"{out} holds a reproduction {kept.statement}: "
@@ -159,15 +159,15 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
     experiment = EXPERIMENTS[args.experiment]
     data = datasets.load(experiment.fixed["dataset"], args.data_dir)
     full = experiment.full_on(len(data.images))
-    plan = Plan(args.experiment, args.seed, args.budget, full, _asked(args, full))
+    plan = Plan(args.experiment, args.seed, args.budget, full, _requested_scale(args, full))
     if args.budget is not None:
-        scale, seconds, rates = budget.fitted(
+        scale, seconds, rates = budget.fit_to_budget(
             experiment,
             full,
             args.budget,
-            lambda model: budget.timed(experiment, full, model, data, device),
+            lambda model: budget.measure_rates(experiment, full, model, data, device),
             processes=args.processes
-            or fitting(args.device, experiment.runs(full, args.seed).values()),
+            or default_processes(args.device, experiment.runs(full, args.seed).values()),
             tests=len(data.test_images),
         )
         plan = Plan(
@@ -177,7 +177,7 @@ def _plan(args: argparse.Namespace, out: Path, device: torch.device) -> Plan:
     return plan
 
 
-def _asked(args: argparse.Namespace, full: Scale) -> Scale:
+def _requested_scale(args: argparse.Namespace, full: ExperimentScale) -> ExperimentScale:
     """The scale that the arguments say.
 
     Raises:

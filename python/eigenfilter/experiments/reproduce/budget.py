@@ -10,9 +10,9 @@ import torch
 
 from eigenfilter.curvature import HessianOperator
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.datasets import Images
+from eigenfilter.experiments.datasets import ImageDataset
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.reproduce.plan import COARSER, GRADIENTS, Experiment, Scale
+from eigenfilter.experiments.reproduce.plan import COARSER, GRADIENTS, Experiment, ExperimentScale
 from eigenfilter.experiments.trainer import Trainer, reproducible
 
 TRAINING, SPECTRA = 0.5, 0.3  # parts of a budget; the rest is for starting, loading, drawing
@@ -29,15 +29,15 @@ class Rates:
     product: float
 
 
-def fitted(
+def fit_to_budget(
     experiment: Experiment,
-    full: Scale,
+    full: ExperimentScale,
     minutes: float,
     rates: Callable[[str], Rates],
     *,
     processes: int,
     tests: int,
-) -> tuple[Scale, float, Rates]:
+) -> tuple[ExperimentScale, float, Rates]:
     """The largest scale of a fixed order that the budget is thought to suffice for.
 
     The order: fewer seeds; then epochs, halved; then narrower networks; then images, halved. Each
@@ -57,12 +57,12 @@ def fitted(
     Raises:
         UserError: nothing fits; the message says what would.
     """
-    known: dict[str, Rates] = {}
+    rates_by_model: dict[str, Rates] = {}
     least = 0.0
-    for scale in _descending(experiment, full):
-        if scale.model not in known:
-            known[scale.model] = rates(scale.model)
-        rate = known[scale.model]
+    for scale in _smaller_scales(experiment, full):
+        if scale.model not in rates_by_model:
+            rates_by_model[scale.model] = rates(scale.model)
+        rate = rates_by_model[scale.model]
         training = _training(experiment, scale, rate, tests, processes)
         finest = full.spectrum.samples
         for spectrum in (full.spectrum, *COARSER):
@@ -78,10 +78,10 @@ def fitted(
     )
 
 
-def _descending(experiment: Experiment, full: Scale) -> Iterator[Scale]:
+def _smaller_scales(experiment: Experiment, full: ExperimentScale) -> Iterator[ExperimentScale]:
     scale = full
     yield scale
-    steps: list[Scale] = []
+    steps: list[ExperimentScale] = []
     while scale.seeds > 1:
         scale = replace(scale, seeds=scale.seeds - 1)
         steps.append(scale)
@@ -98,7 +98,7 @@ def _descending(experiment: Experiment, full: Scale) -> Iterator[Scale]:
 
 
 def _training(
-    experiment: Experiment, scale: Scale, rate: Rates, tests: int, processes: int
+    experiment: Experiment, scale: ExperimentScale, rate: Rates, tests: int, processes: int
 ) -> float:
     """Seconds of all runs, seed by seed, as `execution.execute` has them.
 
@@ -111,8 +111,12 @@ def _training(
     return scale.seeds * (START + max(*runs, sum(runs) / min(processes, len(runs))))
 
 
-def timed(
-    experiment: Experiment, full: Scale, model: str, data: Images, device: torch.device
+def measure_rates(
+    experiment: Experiment,
+    full: ExperimentScale,
+    model: str,
+    data: ImageDataset,
+    device: torch.device,
 ) -> Rates:
     """Time steps of SGD and Hessian-vector products of a network.
 
@@ -127,7 +131,7 @@ def timed(
     return _rates(config, data, device)
 
 
-def _rates(config: Config, data: Images, device: torch.device) -> Rates:
+def _rates(config: Config, data: ImageDataset, device: torch.device) -> Rates:
     with reproducible(config, device):
         trainer = Trainer(replace(config, epochs=1_000_000), data, device)
         op = HessianOperator(

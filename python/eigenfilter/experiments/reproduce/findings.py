@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from eigenfilter.experiments.reproduce import summary
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
-from eigenfilter.experiments.reproduce.summary import Check, Measured, Row
+from eigenfilter.experiments.reproduce.summary import ClaimCheck, RunGroup, RunResult
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,16 @@ class Findings:
     """
 
     plan: Plan
-    runs: list[Measured]
+    runs: list[RunResult]
     seconds: float
-    rows: list[Row]
-    checks: list[Check]
+    rows: list[RunGroup]
+    checks: list[ClaimCheck]
 
     @classmethod
-    def of(cls, plan: Plan, runs: Sequence[Measured], seconds: float) -> Findings:
+    def of(cls, plan: Plan, runs: Sequence[RunResult], seconds: float) -> Findings:
         """From the runs."""
-        rows = summary.rows_of(runs)
-        return cls(plan, list(runs), seconds, rows, summary.checks_of(rows))
+        rows = summary.group_runs(runs)
+        return cls(plan, list(runs), seconds, rows, summary.check_claims(rows))
 
     @property
     def complete(self) -> bool:
@@ -52,7 +52,7 @@ class Findings:
     @property
     def verdicts(self) -> list[str]:
         """Of each claim, in how many comparisons it held."""
-        return summary.verdicts_of(self.checks)
+        return summary.summarize_claims(self.checks)
 
     @property
     def failures(self) -> dict[str, list[str]]:

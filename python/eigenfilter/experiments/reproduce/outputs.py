@@ -11,8 +11,8 @@ import torch
 
 import eigenfilter as ef
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.experiments.reports import grid
-from eigenfilter.experiments.reproduce import figure, report, summary
+from eigenfilter.experiments.reporting import markdown_table
+from eigenfilter.experiments.reproduce import html_report, spectra_figure, summary
 from eigenfilter.experiments.reproduce.findings import Findings
 
 FILES = ("results.json", "summary.md", "spectra.png", "report.html")
@@ -61,10 +61,12 @@ def write(findings: Findings, out: Path) -> None:
     text = json.dumps(results, indent=1, allow_nan=False)
     replace_text(out / "results.json", text + "\n")
     replace_text(out / "summary.md", markdown(findings))
-    drawn = figure.draw(findings.rows, findings.title)
+    drawn = spectra_figure.draw(findings.rows, findings.title)
     FigureCanvasAgg(drawn)
-    figure.save_png(drawn, out / "spectra.png")
-    replace_text(out / "report.html", report.page(findings, figure.as_svg(drawn), LIMITS))
+    spectra_figure.save_png(drawn, out / "spectra.png")
+    replace_text(
+        out / "report.html", html_report.page(findings, spectra_figure.as_svg(drawn), LIMITS)
+    )
 
 
 def markdown(findings: Findings) -> str:
@@ -73,13 +75,13 @@ def markdown(findings: Findings) -> str:
     parts = [
         f"# {findings.title}",
         "At the best rho of each method:",
-        grid(summary.table(best)),
+        markdown_table(summary.table(best)),
         "The order of the sharpness:",
         _list(findings.verdicts),
         "Each comparison:",
         _list([check.sentence for check in findings.checks]),
         "Every rho:",
-        grid(summary.table(findings.rows)),
+        markdown_table(summary.table(findings.rows)),
     ]
     for heading, lines in findings.failures.items():
         parts += [f"{heading}:", _list(lines)]

@@ -15,7 +15,7 @@ from typing import Any
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import quoted
-from eigenfilter.experiments.structure import Maybe, fit
+from eigenfilter.experiments.schema import Nullable, validate
 
 METHODS = {
     "sgd": "SGD",
@@ -31,7 +31,7 @@ CLAIMS = (("sgd", "usam"), ("usam", "two_step_usam"), ("usam", "hessian_usam"))
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SpectrumSettings:
     """How a Hessian is measured.
 
     Attributes:
@@ -52,28 +52,28 @@ class Spectrum:
 
 
 COARSER = (
-    Spectrum(1000, 10, 2, 40),
-    Spectrum(500, 5, 1, 40),
-    Spectrum(200, 3, 1, 20),
-    Spectrum(100, 1, 1, 10),
-    Spectrum(50, 1, 1, 5),
+    SpectrumSettings(1000, 10, 2, 40),
+    SpectrumSettings(500, 5, 1, 40),
+    SpectrumSettings(200, 3, 1, 20),
+    SpectrumSettings(100, 1, 1, 10),
+    SpectrumSettings(50, 1, 1, 5),
 )
 
 
 @dataclass(frozen=True)
-class Scale:
+class ExperimentScale:
     """How large an experiment is: the seeds and epochs, the network, the training images."""
 
     seeds: int
     epochs: int
     model: str
     samples: int
-    spectrum: Spectrum = field(default_factory=Spectrum)
+    spectrum: SpectrumSettings = field(default_factory=SpectrumSettings)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Scale:
+    def of(cls, values: Mapping[str, Any]) -> ExperimentScale:
         """From what `asdict` gives."""
-        return cls(**{**values, "spectrum": Spectrum(**values["spectrum"])})
+        return cls(**{**values, "spectrum": SpectrumSettings(**values["spectrum"])})
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class Experiment:
     fixed: Mapping[str, Any]
     lr: Mapping[float, float]
     rhos: Mapping[str, tuple[float, ...]]
-    full: Scale
+    full: ExperimentScale
     narrower: tuple[str, ...]
     least: int
 
-    def full_on(self, images: int) -> Scale:
+    def full_on(self, images: int) -> ExperimentScale:
         """The experiment in full on a set of so many training images."""
         samples = min(images, self.full.samples)
         spectrum = replace(self.full.spectrum, samples=min(samples, self.full.spectrum.samples))
@@ -112,7 +112,7 @@ class Experiment:
                     yield method, momentum, rho
 
     def config(
-        self, method: str, momentum: float, rho: float | None, *, scale: Scale, seed: int
+        self, method: str, momentum: float, rho: float | None, *, scale: ExperimentScale, seed: int
     ) -> Config:
         """The configuration of one run."""
         radius: dict[str, Any] = {} if rho is None else {"rho": rho}
@@ -130,7 +130,7 @@ class Experiment:
             seed=seed,
         )
 
-    def runs(self, scale: Scale, seed: int) -> dict[str, Config]:
+    def runs(self, scale: ExperimentScale, seed: int) -> dict[str, Config]:
         """The runs of one seed, by name."""
         found = {}
         for method, momentum, rho in self.variants():
@@ -144,21 +144,21 @@ _SMALL = {"sam": (0.05, 0.1, 0.2), "usam": (0.05, 0.1, 0.2), "two_step_usam": (0
 _MLP: dict[str, Any] = {"batch_size": 512, "activation": "tanh", "threads": 1}
 
 
-def _images(title: str, dataset: str) -> Experiment:
+def _image_dataset(title: str, dataset: str) -> Experiment:
     return Experiment(
         title=title,
         fixed={"dataset": dataset, **_MLP},
         lr={0.0: 1.0, 0.9: 0.2},
         rhos={**_SMALL, "hessian_usam": (0.01, 0.02, 0.05, 0.1, 0.2)},
-        full=Scale(seeds=3, epochs=8, model="mlp-32", samples=60_000),
+        full=ExperimentScale(seeds=3, epochs=8, model="mlp-32", samples=60_000),
         narrower=(),
         least=1_000,
     )
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
-    "mnist": _images("MNIST", "mnist"),
-    "fashion": _images("Fashion-MNIST", "fashion"),
+    "mnist": _image_dataset("MNIST", "mnist"),
+    "fashion": _image_dataset("Fashion-MNIST", "fashion"),
     "cifar10": Experiment(
         title="CIFAR-10",
         fixed={
@@ -170,7 +170,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         },
         lr={0.0: 0.5, 0.9: 0.1},
         rhos=dict.fromkeys(("sam", "usam", "two_step_usam", "hessian_usam"), (0.001,)),
-        full=Scale(seeds=3, epochs=60, model="wrn-16-8", samples=50_000),
+        full=ExperimentScale(seeds=3, epochs=60, model="wrn-16-8", samples=50_000),
         narrower=("wrn-16-4", "wrn-16-2", "wrn-16-1", "wrn-10-1"),
         least=500,
     ),
@@ -193,8 +193,8 @@ class Plan:
     experiment: str
     seed: int
     budget: float | None
-    full: Scale
-    scale: Scale
+    full: ExperimentScale
+    scale: ExperimentScale
     estimate: float | None = None
     rates: dict[str, float] | None = None
 
@@ -230,9 +230,9 @@ class Plan:
         spectrum, whole = here.spectrum, full.spectrum
         if spectrum != whole:
             words.append(
-                f"spectra on {_counted(spectrum.samples, 'image')}, "
-                f"{_counted(spectrum.pairs, 'eigenvalue')}, "
-                f"{_counted(spectrum.probes, 'probe')} of {spectrum.steps} products "
+                f"spectra on {_pluralize(spectrum.samples, 'image')}, "
+                f"{_pluralize(spectrum.pairs, 'eigenvalue')}, "
+                f"{_pluralize(spectrum.probes, 'probe')} of {spectrum.steps} products "
                 f"(in full {whole.samples:,}, {whole.pairs}, {whole.probes} of {whole.steps})"
             )
         return words
@@ -248,7 +248,7 @@ class Plan:
         Raises:
             ValueError: it is something else.
         """
-        fit(values, _WANTED, "the plan")
+        validate(values, _WANTED, "the plan")
         if values["experiment"] not in EXPERIMENTS:
             raise ValueError(f"there is no experiment {quoted(values['experiment'])}")
         for scale in (values["full"], values["scale"]):
@@ -258,7 +258,11 @@ class Plan:
                 raise ValueError("a number in it is not above 0")
         fields = {name: value for name, value in values.items() if name != "statement"}
         return cls(
-            **{**fields, "full": Scale.of(fields["full"]), "scale": Scale.of(fields["scale"])}
+            **{
+                **fields,
+                "full": ExperimentScale.of(fields["full"]),
+                "scale": ExperimentScale.of(fields["scale"]),
+            }
         )
 
 
@@ -272,19 +276,19 @@ _SCALE = {
 _WANTED = {
     "experiment": str,
     "seed": int,
-    "budget": Maybe(float),
+    "budget": Nullable(float),
     "full": _SCALE,
     "scale": _SCALE,
-    "estimate": Maybe(float),
-    "rates": Maybe({"gradient": float, "product": float}),
+    "estimate": Nullable(float),
+    "rates": Nullable({"gradient": float, "product": float}),
     "statement": str,
 }
 """What `Plan.as_dict` gives."""
 
 
 def _of(n: int, full: int, name: str) -> str:
-    return f"{_counted(n, name)} {'of' if n < full else 'in place of'} {full}"
+    return f"{_pluralize(n, name)} {'of' if n < full else 'in place of'} {full}"
 
 
-def _counted(n: int, name: str) -> str:
+def _pluralize(n: int, name: str) -> str:
     return f"{n:,} {name}{'s' * (n != 1)}"

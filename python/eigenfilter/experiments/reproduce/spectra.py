@@ -13,12 +13,12 @@ import torch
 from eigenfilter import curvature
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import read_json, replace_text
-from eigenfilter.experiments.locks import alone
-from eigenfilter.experiments.reproduce.plan import Spectrum
-from eigenfilter.experiments.runs import Record, out_of_memory
+from eigenfilter.experiments.loaded_models import load_trained
+from eigenfilter.experiments.locks import folder_lock
+from eigenfilter.experiments.reproduce.plan import SpectrumSettings
+from eigenfilter.experiments.runs import Record, is_out_of_memory
+from eigenfilter.experiments.schema import AtLeast, ListOf, Nullable, validate
 from eigenfilter.experiments.spectrum import as_json, edge_of
-from eigenfilter.experiments.structure import Each, Maybe, Some, fit
-from eigenfilter.experiments.subjects import trained
 from eigenfilter.experiments.trainer import threads
 
 FILE = "spectrum.json"
@@ -26,8 +26,8 @@ TOLERANCE = 1e-3  # relative, of eigenpairs
 BATCH = 500  # images at a time
 
 
-def kept(folder: Path, settings: Spectrum) -> Record | None:
-    """What `measured` found before with these settings, if it did.
+def load_spectrum(folder: Path, settings: SpectrumSettings) -> Record | None:
+    """What `measure_spectrum` found before with these settings, if it did.
 
     Raises:
         UserError: the file is damaged.
@@ -38,11 +38,11 @@ def kept(folder: Path, settings: Spectrum) -> Record | None:
     except FileNotFoundError:
         return None
     try:
-        fit(found, Some({"settings": dict}), "it")
+        validate(found, AtLeast({"settings": dict}), "it")
         if found["settings"] != asdict(settings):
             return None
         if "error" in found:
-            fit(found, Some({"error": str}), "it")
+            validate(found, AtLeast({"error": str}), "it")
         else:
             _check(found)
     except (ValueError, IndexError) as error:
@@ -51,11 +51,11 @@ def kept(folder: Path, settings: Spectrum) -> Record | None:
 
 
 _PLAIN = {
-    "values": Each(float),
-    "residuals": Each(float),
-    "edge": Maybe(float),
+    "values": ListOf(float),
+    "residuals": ListOf(float),
+    "edge": Nullable(float),
     "parameters": int,
-    "density": Some({"nodes": list, "weights": list, "deflated": list, "matvecs": int}),
+    "density": AtLeast({"nodes": list, "weights": list, "deflated": list, "matvecs": int}),
 }
 
 
@@ -65,18 +65,18 @@ def _check(found: Record) -> None:
     Raises:
         ValueError: they are not.
     """
-    fit(found, Some(_PLAIN), "it")
-    fit(found["residuals"], [float] * max(len(found["values"]), 1), "its residuals")
+    validate(found, AtLeast(_PLAIN), "it")
+    validate(found["residuals"], [float] * max(len(found["values"]), 1), "its residuals")
     density = found["density"]
-    fit(density["deflated"], Each(float), "what its density is without")
-    fit(density["nodes"], Each(list), "its nodes")
+    validate(density["deflated"], ListOf(float), "what its density is without")
+    validate(density["nodes"], ListOf(list), "its nodes")
     rows = [[float] * max(len(density["nodes"][0]), 1)] * len(density["nodes"])
     for name in ("nodes", "weights"):
-        fit(density[name], rows, f"its {name}")
+        validate(density[name], rows, f"its {name}")
 
 
-def measured(
-    folder: Path, settings: Spectrum, *, data_dir: Path | None, device: torch.device
+def measure_spectrum(
+    folder: Path, settings: SpectrumSettings, *, data_dir: Path | None, device: torch.device
 ) -> Record:
     """Measure the largest eigenvalues and the density of a run, and keep them beside it.
 
@@ -99,31 +99,33 @@ def measured(
     """
     record: Record = {"settings": asdict(settings)}
     try:
-        with alone(folder, "spectrum"):
-            record |= _measured(folder, settings, data_dir, device)
+        with folder_lock(folder, "spectrum"):
+            record |= _measure_spectrum(folder, settings, data_dir, device)
     except FloatingPointError as error:
         record["error"] = " ".join(str(error).split())
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return record | {"error": "memory does not suffice for its spectrum"}
     replace_text(folder / FILE, json.dumps(record, allow_nan=False) + "\n")
     return record
 
 
-def _measured(
-    folder: Path, settings: Spectrum, data_dir: Path | None, device: torch.device
+def _measure_spectrum(
+    folder: Path, settings: SpectrumSettings, data_dir: Path | None, device: torch.device
 ) -> Record:
     began = time.perf_counter()
-    subject = trained(folder, device, data_dir=data_dir, samples=settings.samples, batch_size=BATCH)
-    op = curvature.HessianOperator(subject.model, subject.loss_fn, subject.data, mode="train")
-    with threads(subject.about["config"]["threads"]), warnings.catch_warnings():
+    loaded = load_trained(
+        folder, device, data_dir=data_dir, samples=settings.samples, batch_size=BATCH
+    )
+    op = curvature.HessianOperator(loaded.model, loaded.loss_fn, loaded.data, mode="train")
+    with threads(loaded.source["config"]["threads"]), warnings.catch_warnings():
         # What did not converge is marked, and its bound is given.
         warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
         pairs = curvature.eigsh(op, settings.pairs, which="LA", tol=TOLERANCE)
         density = curvature.spectral_density(op, settings.probes, settings.steps, deflate=pairs)
     return {
-        "edge": edge_of(subject.optimizer),
+        "edge": edge_of(loaded.optimizer),
         "parameters": op.shape[0],
         "seconds": time.perf_counter() - began,
     } | as_json(pairs, density)

@@ -18,7 +18,7 @@ SELECTION = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunResult:
     """One run.
 
     Attributes:
@@ -60,7 +60,7 @@ class Measured:
         return values
 
     @classmethod
-    def of(cls, name: str, record: Record, spectrum: Record | None) -> Measured:
+    def of(cls, name: str, record: Record, spectrum: Record | None) -> RunResult:
         """From the results of a run and its spectrum."""
         config, outcome, note = record["config"], record["outcome"], ""
         if outcome == "failed":
@@ -91,14 +91,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Mean:
+class SeedMean:
     """A mean over seeds; `deviation` is that of a sample, None for a single seed."""
 
     value: float
     deviation: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> Mean | None:
+    def of(cls, values: Sequence[float | None]) -> SeedMean | None:
         """Of those that there are; None if there is none."""
         there = [value for value in values if value is not None]
         if not there:
@@ -113,13 +113,13 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Row:
+class RunGroup:
     """The runs of one method, momentum and rho, all seeds."""
 
     method: str
     momentum: float
     rho: float | None
-    runs: tuple[Measured, ...]
+    runs: tuple[RunResult, ...]
     best: bool
 
     @property
@@ -127,9 +127,9 @@ class Row:
         """The method, and rho where it has one."""
         return METHODS[self.method] + ("" if self.rho is None else f" (rho {self.rho:g})")
 
-    def mean(self, name: str) -> Mean | None:
+    def mean(self, name: str) -> SeedMean | None:
         """Of an attribute of the runs."""
-        return Mean.of([getattr(run, name) for run in self.runs])
+        return SeedMean.of([getattr(run, name) for run in self.runs])
 
     @property
     def note(self) -> str:
@@ -161,9 +161,9 @@ class Row:
         return max((run.error for run in self.runs if run.error is not None), default=None)
 
 
-def rows_of(runs: Sequence[Measured]) -> list[Row]:
+def group_runs(runs: Sequence[RunResult]) -> list[RunGroup]:
     """The runs by method, momentum and rho; for each method and momentum the best is marked."""
-    groups: dict[tuple[float, str, float | None], list[Measured]] = {}
+    groups: dict[tuple[float, str, float | None], list[RunResult]] = {}
     for run in runs:
         groups.setdefault((run.momentum, run.method, run.rho), []).append(run)
     order = list(METHODS)
@@ -175,13 +175,13 @@ def rows_of(runs: Sequence[Measured]) -> list[Row]:
         if at is not None:
             best.add(radii[at])
     return [
-        Row(method, momentum, rho, tuple(groups[key]), key in best)
+        RunGroup(method, momentum, rho, tuple(groups[key]), key in best)
         for key in keys
         for momentum, method, rho in [key]
     ]
 
 
-def _best(radii: Sequence[Sequence[Measured]]) -> int | None:
+def _best(radii: Sequence[Sequence[RunResult]]) -> int | None:
     """The place of the best of a method's radii, as SELECTION says; None where it cannot be told.
 
     Of equals it is the first.
@@ -203,7 +203,7 @@ def _best(radii: Sequence[Sequence[Measured]]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Check:
+class ClaimCheck:
     """Whether one method ended sharper than another, as the paper says.
 
     Attributes:
@@ -242,7 +242,7 @@ class Check:
         )
 
 
-def checks_of(rows: Sequence[Row]) -> list[Check]:
+def check_claims(rows: Sequence[RunGroup]) -> list[ClaimCheck]:
     """Every claim, at the best radii and at each radius that both methods have."""
     found = []
     for momentum in dict.fromkeys(row.momentum for row in rows):
@@ -257,7 +257,7 @@ def checks_of(rows: Sequence[Row]) -> list[Check]:
     return found
 
 
-def verdicts_of(checks: Sequence[Check]) -> list[str]:
+def summarize_claims(checks: Sequence[ClaimCheck]) -> list[str]:
     """Of each claim, a line: in how many comparisons it came out how."""
     lines = []
     for first, second in CLAIMS:
@@ -275,7 +275,9 @@ def verdicts_of(checks: Sequence[Check]) -> list[str]:
     return lines
 
 
-def _paired(sharper: Sequence[Row], flatter: Sequence[Row]) -> list[tuple[str, Row, Row]]:
+def _paired(
+    sharper: Sequence[RunGroup], flatter: Sequence[RunGroup]
+) -> list[tuple[str, RunGroup, RunGroup]]:
     best = [("best rho", a, b) for a in sharper for b in flatter if a.best and b.best]
     same = [
         (f"rho {b.rho:g}", a, b)
@@ -286,13 +288,13 @@ def _paired(sharper: Sequence[Row], flatter: Sequence[Row]) -> list[tuple[str, R
     return best + same
 
 
-def _check(at: str, above: Row, below: Row) -> Check | None:
+def _check(at: str, above: RunGroup, below: RunGroup) -> ClaimCheck | None:
     first = {run.seed: run.sharpness for run in above.runs if run.sharpness is not None}
     second = {run.seed: run.sharpness for run in below.runs if run.sharpness is not None}
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    return Check(
+    return ClaimCheck(
         claim=(above.method, below.method),
         momentum=above.momentum,
         at=at,
@@ -309,7 +311,7 @@ def _check(at: str, above: Row, below: Row) -> Check | None:
 
 # As text.
 
-_CELLS: Mapping[str, Callable[[Row], str]] = {
+_CELLS: Mapping[str, Callable[[RunGroup], str]] = {
     "method": lambda row: METHODS[row.method],
     "momentum": lambda row: f"{row.momentum:g}",
     "rho": lambda row: "" if row.rho is None else f"{row.rho:g}",
@@ -324,17 +326,17 @@ _CELLS: Mapping[str, Callable[[Row], str]] = {
 }
 
 
-def _text(mean: Mean | None, form: str) -> str:
+def _text(mean: SeedMean | None, form: str) -> str:
     return "-" if mean is None else mean.text(form)
 
 
-def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table(rows: Sequence[RunGroup]) -> list[tuple[str, ...]]:
     """Cells, the head first; `note` is left out where it is empty throughout."""
     names = [name for name in _CELLS if name != "note" or any(row.note for row in rows)]
     return [tuple(names), *(tuple(_CELLS[name](row) for name in names) for row in rows)]
 
 
-def ending(plan: Plan, runs: Sequence[Measured]) -> str:
+def ending(plan: Plan, runs: Sequence[RunResult]) -> str:
     """How many runs there are, and what became of those that did not complete, in a line."""
     outcomes = [run.outcome for run in runs]
     words = [f"{len(runs)} runs with {plan.scale.seeds} seed{'s' * (plan.scale.seeds != 1)}"]

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import add_data_dir, add_device, add_out, positive, whole
+from eigenfilter.experiments.cli_arguments import add_data_dir, add_device, add_out, positive, whole
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.errors import line, require
+from eigenfilter.experiments.errors import one_line, require
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.experiments.stopping import Stop, stopping
+from eigenfilter.experiments.interrupts import StopCondition, graceful_stop
 
 HELP = "train a grid or a random sample of configurations, on all cores, GPUs or a Ray cluster"
 TABLE = "table.md"
@@ -61,22 +61,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run what has not been run yet, and write the table; return the exit code."""
     require("yaml", "tqdm")
-    from eigenfilter.experiments.locks import alone
-    from eigenfilter.experiments.sweep import plan
+    from eigenfilter.experiments.locks import folder_lock
+    from eigenfilter.experiments.sweep import search_space
 
-    wanted = plan.read(args.sweep, configs.given(args))
-    with alone(args.out, "sweep"):
-        return _run(args, plan.named(wanted, args.out))
+    wanted = search_space.read(args.sweep, configs.from_flags(args))
+    with folder_lock(args.out, "sweep"):
+        return _run(args, search_space.assign_names(wanted, args.out))
 
 
 def _run(args: argparse.Namespace, chosen: dict[str, Config]) -> int:
     from eigenfilter.experiments import runs
-    from eigenfilter.experiments.reports import aligned, save
+    from eigenfilter.experiments.reporting import align_columns, save_results
     from eigenfilter.experiments.sweep import table
     from eigenfilter.experiments.sweep.execution import execute
-    from eigenfilter.experiments.sweep.progress import Progress
+    from eigenfilter.experiments.sweep.progress import SweepProgress
 
-    with stopping(args.budget) as stop, Progress(len(chosen)) as progress:
+    with graceful_stop(args.budget) as stop, SweepProgress(len(chosen)) as progress:
         records = execute(
             chosen,
             args.out,
@@ -87,21 +87,21 @@ def _run(args: argparse.Namespace, chosen: dict[str, Config]) -> int:
             retries=args.retries,
             stop=stop,
             observe=progress.observe,
-            held=True,
+            already_locked=True,
         )
     rows = table.rows(chosen, records)
-    save(args.out / runs.RESULTS, "sweep", {"table": rows, "runs": records})
+    save_results(args.out / runs.RESULTS, "sweep", {"table": rows, "runs": records})
     lines = table.cells(rows)
     replace_text(args.out / TABLE, table.markdown(lines))
-    print(aligned(lines))
+    print(align_columns(lines))
     return _close(args.out, records, stop)
 
 
-def _close(out: Path, records: dict[str, dict[str, Any]], stop: Stop) -> int:
+def _close(out: Path, records: dict[str, dict[str, Any]], stop: StopCondition) -> int:
     """Say what failed and what was not finished; give the exit code."""
     for name, record in records.items():
         if record["outcome"] == "failed":
-            print(line(f"{name} failed: {record['error']}"))
+            print(one_line(f"{name} failed: {record['error']}"))
     left = sum(record["outcome"] == "stopped" for record in records.values())
     if left:
         print(f"stopped, {left} of {len(records)} runs to go: the same command goes on with them")

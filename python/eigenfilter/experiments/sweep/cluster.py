@@ -17,17 +17,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep.folders import Order, attempt
-from eigenfilter.experiments.sweep.ledger import Ledger
+from eigenfilter.experiments.sweep.folders import RunSpec, attempt_run
+from eigenfilter.experiments.sweep.run_queue import RunQueue
 
 ANSWER = 10.0  # seconds that the head of a cluster has to answer in
 POLL = 0.2  # seconds from one word between a run and the one who started it to the next
 
-Seen = tuple[str, str, int, Record]
+Event = tuple[str, str, int, Record]
 
 
 def execute(
-    ledger: Ledger,
+    queue: RunQueue,
     *,
     address: str,
     processes: int | None,
@@ -51,39 +51,39 @@ def execute(
         UserError: there is no cluster at the address, or its nodes cannot run what is asked for.
     """
     with _connected(address):
-        pool = _Pool(ledger, processes, _resources(ledger, device))
+        pool = _RayPool(queue, processes, _resources(queue, device))
         try:
             pool.run(stop)
         finally:
             pool.kill()
 
 
-class _Pool:
+class _RayPool:
     """The tasks at work, and the board that they and this process write on."""
 
-    def __init__(self, ledger: Ledger, processes: int | None, gpus: int) -> None:
-        self._ledger, self._gpus = ledger, gpus
-        self._most = processes or len(ledger.orders)
+    def __init__(self, queue: RunQueue, processes: int | None, gpus: int) -> None:
+        self._queue, self._gpus = queue, gpus
+        self._most = processes or len(queue.specs)
         self._names: dict[Any, str] = {}  # by task
-        self._began: set[str] = set()
+        self._started: set[str] = set()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # A run's process serves no other, whatever the run did to it.
         self._run: Any = ray.remote(max_retries=0, max_calls=1)(_run)
-        board: Any = ray.remote(_Board)
+        board: Any = ray.remote(_EventBoard)
         self._board = board.options(num_cpus=0, scheduling_strategy=here).remote()
 
     def run(self, stop: Callable[[], bool]) -> None:
-        ledger = self._ledger
-        while ledger.waiting or self._names:
-            self._heed(stop)
-            while ledger.waiting and len(self._names) < self._most:
-                name = ledger.waiting.popleft()
+        queue = self._queue
+        while queue.pending or self._names:
+            self._propagate_stop(stop)
+            while queue.pending and len(self._names) < self._most:
+                name = queue.pending.popleft()
                 self._names[self._submit(name)] = name
             ready, _ = ray.wait(list(self._names), timeout=POLL) if self._names else ([], [])
-            for seen in ray.get(self._board.read.remote(ledger.stopping)):
-                self._began.add(seen[0])
-                ledger.observe(*seen)
-            self._heed(stop)  # before a task is ended that the same signal ended too
+            for event in ray.get(self._board.read.remote(queue.stopping)):
+                self._started.add(event[0])
+                queue.observe(*event)
+            self._propagate_stop(stop)  # before a task is ended that the same signal ended too
             for task in ready:
                 self._end(task)
 
@@ -93,91 +93,91 @@ class _Pool:
         ray.kill(self._board)
 
     def _submit(self, name: str) -> Any:
-        order = self._ledger.orders[name]
+        spec = self._queue.specs[name]
         run = self._run.options(
-            num_cpus=order.config.threads or 1,
+            num_cpus=spec.config.threads or 1,
             num_gpus=self._gpus,
             scheduling_strategy="SPREAD",
         )
-        return run.remote(name, replace(order, folder=order.folder.resolve()), self._board)
+        return run.remote(name, replace(spec, folder=spec.folder.resolve()), self._board)
 
-    def _heed(self, stop: Callable[[], bool]) -> None:
+    def _propagate_stop(self, stop: Callable[[], bool]) -> None:
         """Tell those at work by the board to stop; those that wait for room are taken back."""
-        if self._ledger.stopping or not stop():
+        if self._queue.stopping or not stop():
             return
-        self._ledger.stop()
+        self._queue.stop()
         for task, name in self._names.items():
-            if name not in self._began:
+            if name not in self._started:
                 ray.cancel(task)
 
     def _end(self, task: Any) -> None:
         name = self._names.pop(task)
-        self._began.discard(name)
+        self._started.discard(name)
         try:
             record = ray.get(task)
         except RayError as error:
             words = " ".join(str(error).split())
-            self._ledger.crashed(name, f"{type(error).__name__}: {words[:200]}")
+            self._queue.record_crash(name, f"{type(error).__name__}: {words[:200]}")
         else:
-            self._ledger.ended(name, record)
+            self._queue.record_end(name, record)
 
 
-class _Board:
+class _EventBoard:
     """An actor beside who started the runs: they write on it what happens, and see when to stop."""
 
     def __init__(self) -> None:
-        self._seen: list[Seen] = []
+        self._events: list[Event] = []
         self._stopping = False
 
-    def write(self, seen: list[Seen]) -> bool:
-        self._seen += seen
+    def write(self, event: list[Event]) -> bool:
+        self._events += event
         return self._stopping
 
-    def read(self, stopping: bool) -> list[Seen]:
+    def read(self, stopping: bool) -> list[Event]:
         self._stopping = stopping
-        seen, self._seen = self._seen, []
-        return seen
+        event, self._events = self._events, []
+        return event
 
 
-class _Line:
+class _EventSender:
     """A run's way to the board, used a few times a second."""
 
     def __init__(self, name: str, board: Any) -> None:
         self._name, self._board = name, board
-        self._unsaid: list[Seen] = []
+        self._unsent: list[Event] = []
         self._stopping = False
-        self._said_at = 0.0
+        self._flushed_at = 0.0
 
     def observe(self, kind: str, step: int, record: Record) -> None:
-        self._unsaid.append((self._name, kind, step, record))
+        self._unsent.append((self._name, kind, step, record))
         self.stop()
 
     def stop(self) -> bool:
-        if time.perf_counter() - self._said_at >= POLL:
-            self.say()
+        if time.perf_counter() - self._flushed_at >= POLL:
+            self.flush()
         return self._stopping
 
-    def say(self) -> None:
+    def flush(self) -> None:
         try:
-            self._stopping = ray.get(self._board.write.remote(self._unsaid))
+            self._stopping = ray.get(self._board.write.remote(self._unsent))
         except RayError:  # nobody waits for the run any more
             self._stopping = True
-        self._unsaid = []
-        self._said_at = time.perf_counter()
+        self._unsent = []
+        self._flushed_at = time.perf_counter()
 
 
-def _run(name: str, order: Order, board: Any) -> Record:
+def _run(name: str, spec: RunSpec, board: Any) -> Record:
     """Attempt a run on the node that this is called on."""
-    line = _Line(name, board)
+    line = _EventSender(name, board)
     node = ray.get_runtime_context().get_node_id()
 
     def observe(kind: str, step: int, record: Record) -> None:
         line.observe(kind, step, record | {"node": node} if kind == "start" else record)
 
     try:
-        return attempt(order, stop=line.stop, observe=observe)
+        return attempt_run(spec, stop=line.stop, observe=observe)
     finally:
-        line.say()
+        line.flush()
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def _check_address(address: str) -> None:
         raise UserError(f"cannot join the Ray cluster at {address}: {error}") from error
 
 
-def _resources(ledger: Ledger, device: str) -> int:
+def _resources(queue: RunQueue, device: str) -> int:
     """The GPUs that a run asks for.
 
     Raises:
@@ -228,12 +228,12 @@ def _resources(ledger: Ledger, device: str) -> int:
     """
     everything: Any = ray
     nodes = [node["Resources"] for node in everything.nodes() if node["Alive"]]
-    most = {kind: int(max(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")}
-    threads = max(order.config.threads or 1 for order in ledger.orders.values())
-    if threads > most["CPU"]:
-        raise UserError(f"a run has {threads} threads, and the largest node {most['CPU']} CPUs")
+    largest = {kind: int(max(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")}
+    threads = max(spec.config.threads or 1 for spec in queue.specs.values())
+    if threads > largest["CPU"]:
+        raise UserError(f"a run has {threads} threads, and the largest node {largest['CPU']} CPUs")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"on a cluster the device is auto, cpu or cuda, not {device}")
-    if device == "cuda" and not most["GPU"]:
+    if device == "cuda" and not largest["GPU"]:
         raise UserError("no node of the cluster has a GPU")
-    return int(device != "cpu" and most["GPU"] > 0)
+    return int(device != "cpu" and largest["GPU"] > 0)

@@ -9,11 +9,11 @@ from pathlib import Path
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.locks import alone
+from eigenfilter.experiments.locks import folder_lock
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep import local
-from eigenfilter.experiments.sweep.folders import Order, finished, folder_of
-from eigenfilter.experiments.sweep.ledger import Ledger, Observe
+from eigenfilter.experiments.sweep.folders import RunSpec, folder_of, load_finished
+from eigenfilter.experiments.sweep.run_queue import Observe, RunQueue
 
 
 def execute(
@@ -27,7 +27,7 @@ def execute(
     retries: int = 1,
     stop: Callable[[], bool] = lambda: False,
     observe: Observe = lambda name, kind, step, record: None,
-    held: bool = False,
+    already_locked: bool = False,
 ) -> dict[str, Record]:
     """Run every configuration in a folder of its own, `out/runs/NAME`, and a process of its own.
 
@@ -70,33 +70,33 @@ def execute(
     """
     if ray is not None:
         require("ray", extra="ray")
-    with nullcontext() if held else alone(out, "sweep"):
-        orders, records = _begun(runs, out, data_dir, device, observe)
-        ledger = Ledger(orders, retries, observe)
-        if orders and ray is None:
-            local.execute(ledger, processes=processes, device=device, stop=stop)
-        elif orders and ray is not None:
+    with nullcontext() if already_locked else folder_lock(out, "sweep"):
+        specs, records = _prepare_runs(runs, out, data_dir, device, observe)
+        queue = RunQueue(specs, retries, observe)
+        if specs and ray is None:
+            local.execute(queue, processes=processes, device=device, stop=stop)
+        elif specs and ray is not None:
             from eigenfilter.experiments.sweep import cluster
 
-            cluster.execute(ledger, address=ray, processes=processes, device=device, stop=stop)
-        records |= ledger.records
+            cluster.execute(queue, address=ray, processes=processes, device=device, stop=stop)
+        records |= queue.records
     return {name: records[name] for name in runs}
 
 
-def _begun(
+def _prepare_runs(
     runs: Mapping[str, Config], out: Path, data_dir: Path | None, device: str, observe: Observe
-) -> tuple[dict[str, Order], dict[str, Record]]:
+) -> tuple[dict[str, RunSpec], dict[str, Record]]:
     """What is to be run, and what need not be; the data are there."""
-    orders: dict[str, Order] = {}
+    specs: dict[str, RunSpec] = {}
     records: dict[str, Record] = {}
     for name, config in runs.items():
         folder = folder_of(out, name)
-        done = finished(config, folder)
-        if done is None:
-            orders[name] = Order(config, folder, data_dir, device)
+        finished = load_finished(config, folder)
+        if finished is None:
+            specs[name] = RunSpec(config, folder, data_dir, device)
         else:
-            records[name] = done
-            observe(name, "kept", done["step"], done)
-    for dataset in sorted({order.config.dataset for order in orders.values()}):
+            records[name] = finished
+            observe(name, "kept", finished["step"], finished)
+    for dataset in sorted({spec.config.dataset for spec in specs.values()}):
         datasets.load(dataset, data_dir)  # once, where it has to be downloaded
-    return orders, records
+    return specs, records

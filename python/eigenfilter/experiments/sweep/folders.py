@@ -15,18 +15,18 @@ from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import output_folder, replace_text
-from eigenfilter.experiments.locks import Busy, holder
-from eigenfilter.experiments.locks import locked as locked
+from eigenfilter.experiments.locks import FolderBusy, holder
+from eigenfilter.experiments.locks import try_folder_lock as try_folder_lock
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.saved import read_results
 from eigenfilter.experiments.trainer import Diverged
+from eigenfilter.experiments.validation import read_results
 
 RUNS = "runs"
 PATIENCE = 3.0  # seconds that a run waits without a word for who is in its folder
 
 
 @dataclass(frozen=True)
-class Order:
+class RunSpec:
     """A run, and where it is to be run."""
 
     config: Config
@@ -46,7 +46,7 @@ def folder_of(out: Path, name: str) -> Path:
     return out / RUNS / name
 
 
-def held(folder: Path) -> dict[str, Any] | None:
+def stored_options(folder: Path) -> dict[str, Any] | None:
     """The options of the run that a folder holds, begun, ended or failed, if it holds one.
 
     Raises:
@@ -66,13 +66,13 @@ def held(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{error}: remove {folder}") from error
 
 
-def finished(config: Config, folder: Path) -> Record | None:
+def load_finished(config: Config, folder: Path) -> Record | None:
     """What a run left that need not be run again: it was completed, or it diverged.
 
     Raises:
         UserError: the folder holds a run of another configuration, or a damaged file.
     """
-    there = held(folder)
+    there = stored_options(folder)
     if there is None:
         return None
     for name, value in config.as_dict().items():
@@ -87,60 +87,60 @@ def finished(config: Config, folder: Path) -> Record | None:
     return record if record["outcome"] == "complete" or record.get("diverged") else None
 
 
-def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) -> Record:
+def attempt_run(spec: RunSpec, *, stop: Callable[[], bool], observe: runs.Observe) -> Record:
     """Go on with a run from where the last attempt came to.
 
     Returns:
         What `runs.run` does; where that raises, the failure, with its traceback printed unless
         it is an error of the user, which would come again.
     """
-    config = order.config
+    config = spec.config
     if stop():
-        return interrupted(config)
+        return stopped_record(config)
     began, told = time.monotonic(), False
 
     def wait() -> bool:
         """The attempt before may be ending yet; whoever is there longer is told of."""
         nonlocal told
         if not told and time.monotonic() - began > PATIENCE:
-            observe("waiting", 0, {"holder": holder(order.folder, "training run")})
+            observe("waiting", 0, {"holder": holder(spec.folder, "training run")})
             told = True
         return not stop()
 
     try:
         return runs.run(
             config,
-            order.folder,
-            data_dir=order.data_dir,
-            device=order.device,
+            spec.folder,
+            data_dir=spec.data_dir,
+            device=spec.device,
             resume=True,
             stop=stop,
             observe=observe,
             wait=wait,
         )
-    except Busy:
-        return interrupted(config)
+    except FolderBusy:
+        return stopped_record(config)
     except Diverged as error:
-        return failure(config, str(error)) | {"diverged": True, "step": error.step}
+        return failed_record(config, str(error)) | {"diverged": True, "step": error.step}
     except UserError as error:
-        return failure(config, str(error))
+        return failed_record(config, str(error))
     except Exception as error:  # of whatever kind: the other runs go on
         traceback.print_exc()
         line = " ".join(traceback.format_exception_only(error)[-1].split())
-        return failure(config, line) | {"crashed": True}
+        return failed_record(config, line) | {"crashed": True}
 
 
-def failure(config: Config, error: str) -> Record:
+def failed_record(config: Config, error: str) -> Record:
     """The record of a run that came to no end; `error` is one line."""
     return {"outcome": "failed", "error": error, "diverged": False, "config": config.as_dict()}
 
 
-def interrupted(config: Config) -> Record:
+def stopped_record(config: Config) -> Record:
     """The record of a run that was stopped where no results were written."""
     return {"outcome": "stopped", "config": config.as_dict()}
 
 
-def keep_failure(folder: Path, record: Record) -> None:
+def write_failure(folder: Path, record: Record) -> None:
     """Write a failure where the results of a run are; one that diverged is not run again.
 
     Raises:

@@ -16,8 +16,8 @@ import torch
 
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.devices import device_of
-from eigenfilter.experiments.sweep.folders import Order
-from eigenfilter.experiments.sweep.ledger import Ledger
+from eigenfilter.experiments.sweep.folders import RunSpec
+from eigenfilter.experiments.sweep.run_queue import RunQueue
 from eigenfilter.experiments.sweep.worker import OUTPUT, SIGNALS
 
 POLL = 0.2  # seconds from one question whether to stop to the next
@@ -26,7 +26,7 @@ WORKER = "from eigenfilter.experiments.sweep.worker import main; main()"
 
 
 def execute(
-    ledger: Ledger, *, processes: int | None, device: str, stop: Callable[[], bool]
+    queue: RunQueue, *, processes: int | None, device: str, stop: Callable[[], bool]
 ) -> None:
     """Run what the ledger has waiting, as many at once as `processes`; see `execution.execute`.
 
@@ -34,30 +34,30 @@ def execute(
     the next; after anything else it is replaced.
     """
     devices = _devices(device)
-    configs = [order.config for order in ledger.orders.values()]
-    count = min(processes or fitting(device, configs), len(ledger.waiting))
-    pool = _Pool(ledger, [devices[i % len(devices)] for i in range(count)])
+    configs = [spec.config for spec in queue.specs.values()]
+    count = min(processes or default_processes(device, configs), len(queue.pending))
+    pool = _LocalPool(queue, [devices[i % len(devices)] for i in range(count)])
     try:
         pool.run(stop)
     finally:
         pool.kill()
 
 
-class _Pool:
+class _LocalPool:
     """A process for each of some devices, started when it is needed."""
 
-    def __init__(self, ledger: Ledger, devices: list[str]) -> None:
-        self._ledger = ledger
+    def __init__(self, queue: RunQueue, devices: list[str]) -> None:
+        self._queue = queue
         self._free = devices
-        self._workers: list[_Process] = []
+        self._workers: list[_WorkerProcess] = []
 
     def run(self, stop: Callable[[], bool]) -> None:
-        ledger = self._ledger
-        while ledger.waiting or any(worker.name is not None for worker in self._workers):
-            self._heed(stop)
+        queue = self._queue
+        while queue.pending or any(worker.name is not None for worker in self._workers):
+            self._propagate_stop(stop)
             self._assign()
             connections = wait([worker.connection for worker in self._workers], POLL)
-            self._heed(stop)  # before a worker's word that the same signal stopped it too
+            self._propagate_stop(stop)  # before a worker's word that the same signal stopped it too
             for ready in connections:
                 self._receive(next(w for w in self._workers if w.connection is ready))
 
@@ -65,24 +65,24 @@ class _Pool:
         while self._workers:
             self._remove(self._workers[0])
 
-    def _heed(self, stop: Callable[[], bool]) -> None:
-        if not self._ledger.stopping and stop():
-            self._ledger.stop()
+    def _propagate_stop(self, stop: Callable[[], bool]) -> None:
+        if not self._queue.stopping and stop():
+            self._queue.stop()
             for worker in self._workers:
                 worker.send(None)
 
     def _assign(self) -> None:
-        ledger = self._ledger
+        queue = self._queue
         idle = [worker for worker in self._workers if worker.name is None]
-        while ledger.waiting and (idle or self._free):
+        while queue.pending and (idle or self._free):
             if not idle:
-                self._workers.append(_Process(self._free.pop(0)))
+                self._workers.append(_WorkerProcess(self._free.pop(0)))
                 idle.append(self._workers[-1])
-            worker, name = idle.pop(), ledger.waiting.popleft()
+            worker, name = idle.pop(), queue.pending.popleft()
             worker.name = name
-            worker.send(replace(ledger.orders[name], device=worker.device))
+            worker.send(replace(queue.specs[name], device=worker.device))
 
-    def _receive(self, worker: _Process) -> None:
+    def _receive(self, worker: _WorkerProcess) -> None:
         name = worker.name
         try:
             kind, step, record = worker.connection.recv()
@@ -90,24 +90,24 @@ class _Pool:
             reason = worker.reason()
             self._remove(worker)
             if name is not None:
-                self._ledger.crashed(name, reason)
+                self._queue.record_crash(name, reason)
             return
         assert name is not None
         if kind != "end":
-            self._ledger.observe(name, kind, step, record)
+            self._queue.observe(name, kind, step, record)
             return
         worker.name = None
         if record["outcome"] != "complete" and not record.get("diverged"):
             self._remove(worker)
-        self._ledger.ended(name, record)
+        self._queue.record_end(name, record)
 
-    def _remove(self, worker: _Process) -> None:
+    def _remove(self, worker: _WorkerProcess) -> None:
         worker.kill()
         self._workers.remove(worker)
         self._free.append(worker.device)
 
 
-class _Process:
+class _WorkerProcess:
     """A worker seen from here.
 
     Attributes:
@@ -132,7 +132,7 @@ class _Process:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
 
-    def send(self, message: Order | None) -> None:
+    def send(self, message: RunSpec | None) -> None:
         """Give an order; None: to stop."""
         with suppress(OSError):  # it is no more, as its end of the connection says too
             self.connection.send(message)
@@ -163,7 +163,7 @@ def _devices(name: str) -> list[str]:
     return [str(device)]
 
 
-def fitting(device: str, configs: Iterable[Config]) -> int:
+def default_processes(device: str, configs: Iterable[Config]) -> int:
     """How many processes the machine is for: one a GPU, or its cores over their threads."""
     devices = _devices(device)
     if devices != ["cpu"]:

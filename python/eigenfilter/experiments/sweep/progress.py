@@ -8,7 +8,7 @@ from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.train import summary
 
 
-class Progress:
+class SweepProgress:
     """What the terminal shows of a sweep.
 
     Args:
@@ -24,7 +24,7 @@ class Progress:
         self.bar = tqdm(total=total, unit=unit, leave=False, disable=None)
         self._steps: dict[str, tuple[int, int]] = {}  # taken, and of how many, of those at work
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> SweepProgress:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from eigenfilter.experiments.config import NAMES, Config
-from eigenfilter.experiments.reports import grid
+from eigenfilter.experiments.reporting import markdown_table
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep.plan import shown
+from eigenfilter.experiments.sweep.search_space import format_value
 
 NOTE = (
     "± is the standard deviation (of a sample) over the complete runs, (n = N) over those whose "
@@ -85,7 +85,7 @@ def cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """The rows as a table in Markdown, and how to read it."""
-    return f"{grid(lines)}\n\n{NOTE}\n"
+    return f"{markdown_table(lines)}\n\n{NOTE}\n"
 
 
 def _merit(row: Mapping[str, Any]) -> tuple[int, float]:
@@ -98,7 +98,7 @@ def _option(config: Config, name: str) -> Any:
 
 
 def _word(value: object) -> str:
-    return "-" if value is None else shown(value)
+    return "-" if value is None else format_value(value)
 
 
 def _summary(names: list[str], records: list[Record]) -> dict[str, Any]:

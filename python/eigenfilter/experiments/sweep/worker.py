@@ -19,7 +19,7 @@ from pathlib import Path
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import output_folder
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep.folders import Order, attempt, failure
+from eigenfilter.experiments.sweep.folders import RunSpec, attempt_run, failed_record
 
 OUTPUT = "output.txt"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -30,7 +30,7 @@ class Worker:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._specs: queue.SimpleQueue[RunSpec | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: self._stop.set())
@@ -39,12 +39,12 @@ class Worker:
 
     def work(self) -> None:
         """Run what is ordered, until nothing is any more."""
-        while (order := self._orders.get()) is not None:
+        while (spec := self._specs.get()) is not None:
             try:
-                with output(order.folder):
-                    record = attempt(order, stop=self._stop.is_set, observe=self._send)
+                with output(spec.folder):
+                    record = attempt_run(spec, stop=self._stop.is_set, observe=self._send)
             except (OSError, UserError) as error:  # of its folder: the other runs go on
-                record = failure(order.config, str(error))
+                record = failed_record(spec.config, str(error))
             self._send("end", 0, record)
 
     def _send(self, kind: str, step: int, record: Record) -> None:
@@ -56,12 +56,12 @@ class Worker:
     def _listen(self) -> None:
         """Take orders; None, or the end of who gives them, stops the run."""
         try:
-            while (order := self._connection.recv()) is not None:
-                self._orders.put(order)
+            while (spec := self._connection.recv()) is not None:
+                self._specs.put(spec)
         except (EOFError, OSError):
             pass
         self._stop.set()
-        self._orders.put(None)
+        self._specs.put(None)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from eigenfilter.experiments.errors import UserError
 STOPPED = 130  # the exit code of what Ctrl-C ended
 
 
-class Stop:
+class StopCondition:
     """Says when to stop: after a signal, or when the time is spent.
 
     Attributes:
@@ -37,7 +37,7 @@ class Stop:
 
 
 @contextmanager
-def stopping(minutes: float | None) -> Iterator[Stop]:
+def graceful_stop(minutes: float | None) -> Iterator[StopCondition]:
     """The first Ctrl-C, or SIGTERM, stops gently; the second at once.
 
     Args:
@@ -46,7 +46,7 @@ def stopping(minutes: float | None) -> Iterator[Stop]:
     Raises:
         UserError: at the second signal.
     """
-    stop = Stop(minutes)
+    stop = StopCondition(minutes)
 
     def handle(number: int, frame: object) -> None:
         if stop.signalled:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenfilter.experiments.datasets import Images
-from eigenfilter.experiments.processes import ALONE, Processes
+from eigenfilter.experiments.datasets import ImageDataset
+from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Augmentation:
     cutout: int = 0
 
 
-class Normaliser:
+class Normalizer:
     """Bytes to numbers of mean 0 and deviation 1 a channel, in one dtype and memory layout."""
 
     def __init__(
-        self, data: Images, device: torch.device, dtype: torch.dtype, channels_last: bool
+        self, data: ImageDataset, device: torch.device, dtype: torch.dtype, channels_last: bool
     ) -> None:
         scale = 1 / (255 * data.deviation)
         self._scale = scale.to(device, dtype)[:, None, None]
@@ -76,67 +76,67 @@ class Batches:
 
     def __init__(
         self,
-        data: Images,
+        data: ImageDataset,
         size: int,
         augmentation: Augmentation,
-        normaliser: Normaliser,
+        normalizer: Normalizer,
         device: torch.device,
         seed: int,
-        processes: Processes = ALONE,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         images = data.images.to(device)
         self._height, self._width = images.shape[2:]
         pad = augmentation.crop
         self._windows = torch.nn.functional.pad(images, (pad,) * 4) if pad else images
         self._labels = data.labels.to(device)
-        self._augmentation, self._normaliser = augmentation, normaliser
+        self._augmentation, self._normalizer = augmentation, normalizer
         self._device, self._seed = device, seed
         self._generator = torch.Generator(device)
         self.size = min(size, len(images)) or len(images)
-        self.share = processes.share(self.size, "batch_size")
+        self.share = processes.samples_per_process(self.size, "batch_size")
         self.count = len(images) // self.size
-        self._part = processes.part
+        self._part = processes.sample_slice
         self._order: tuple[int, Tensor] | None = None  # of the epoch last asked for
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Images [share, c, h, w] and labels [share] of a batch, 0 <= index < count."""
-        chosen = self._ordered(epoch)[index * self.size : (index + 1) * self.size][self._part]
-        self._seeded(epoch, index + 1)
-        images = self._flipped(self._cropped(chosen))
-        return self._cut_out(self._normaliser(images)), self._labels[chosen]
+        chosen = self._epoch_order(epoch)[index * self.size : (index + 1) * self.size][self._part]
+        self._seed_generator(epoch, index + 1)
+        images = self._flip(self._crop(chosen))
+        return self._cutout(self._normalizer(images)), self._labels[chosen]
 
-    def _ordered(self, epoch: int) -> Tensor:
+    def _epoch_order(self, epoch: int) -> Tensor:
         """The order of an epoch: for a full batch always the same, so that sums round alike."""
         if self._order is None or self._order[0] != epoch:
             n = len(self._labels)
             if self.size == n:
                 order = torch.arange(n, device=self._device)
             else:
-                self._seeded(epoch, 0)
+                self._seed_generator(epoch, 0)
                 order = torch.randperm(n, generator=self._generator, device=self._device)
             self._order = epoch, order
         return self._order[1]
 
-    def _seeded(self, epoch: int, index: int) -> None:
+    def _seed_generator(self, epoch: int, index: int) -> None:
         mixed = np.random.SeedSequence((self._seed, epoch, index)).generate_state(1, np.uint64)
         self._generator.manual_seed(int(mixed[0] >> 1))
 
-    def _cropped(self, chosen: Tensor) -> Tensor:
+    def _crop(self, chosen: Tensor) -> Tensor:
         pad = self._augmentation.crop
         if not pad:
             return self._windows[chosen]
         # A view of all windows of all images [n, c, 2 pad + 1, 2 pad + 1, h, w]: one gather.
         every = self._windows.unfold(2, self._height, 1).unfold(3, self._width, 1)
-        top, left = self._drawn(2 * pad + 1), self._drawn(2 * pad + 1)
+        top, left = self._draw(2 * pad + 1), self._draw(2 * pad + 1)
         return every[chosen, :, top, left]
 
-    def _flipped(self, images: Tensor) -> Tensor:
+    def _flip(self, images: Tensor) -> Tensor:
         if not self._augmentation.flip:
             return images
-        turned = self._drawn(2).bool()[:, None, None, None]
+        turned = self._draw(2).bool()[:, None, None, None]
         return torch.where(turned, images.flip(3), images)
 
-    def _cut_out(self, images: Tensor) -> Tensor:
+    def _cutout(self, images: Tensor) -> Tensor:
         side = self._augmentation.cutout
         if not side:
             return images
@@ -146,20 +146,20 @@ class Batches:
 
     def _inside(self, length: int, side: int) -> Tensor:
         """Which of `length` places an interval covers [share, length], image by image."""
-        first = self._drawn(length)[:, None] - side // 2
+        first = self._draw(length)[:, None] - side // 2
         places = torch.arange(length, device=self._device)
         return (places >= first) & (places < first + side)
 
-    def _drawn(self, below: int) -> Tensor:
+    def _draw(self, below: int) -> Tensor:
         """A whole number for every image of this process [share], drawn for those of all."""
         drawn = torch.randint(below, (self.size,), generator=self._generator, device=self._device)
         return drawn[self._part]
 
 
 def in_order(
-    images: Tensor, labels: Tensor, normaliser: Normaliser, device: torch.device, size: int = 1000
+    images: Tensor, labels: Tensor, normalizer: Normalizer, device: torch.device, size: int = 1000
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images and labels, normalised, on the device, in their order."""
     for start in range(0, len(images), size):
         some = slice(start, start + size)
-        yield normaliser(images[some].to(device)), labels[some].to(device)
+        yield normalizer(images[some].to(device)), labels[some].to(device)

@@ -13,7 +13,7 @@ from eigenfilter.curvature import SpectralDensity
 from eigenfilter.experiments.figures import COLORS
 from eigenfilter.experiments.files import replace
 from eigenfilter.experiments.reproduce.plan import METHODS
-from eigenfilter.experiments.reproduce.summary import Row
+from eigenfilter.experiments.reproduce.summary import RunGroup
 from eigenfilter.experiments.runs import Record
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ _COLOR = dict(zip(METHODS, COLORS, strict=False))
 _DASHED = (0, (5, 3))
 
 
-def draw(rows: Sequence[Row], title: str) -> Figure:
+def draw(rows: Sequence[RunGroup], title: str) -> Figure:
     """A row a momentum: the density, the largest eigenvalues beside the edge, the accuracy.
 
     Spectra are those of the best rho, the density a mean over seeds; the accuracies are of every
     rho, with a bar of one deviation.
 
     Args:
-        rows: of `summary.rows_of`.
+        rows: of `summary.group_runs`.
         title: stands above all.
     """
     from matplotlib.figure import Figure
@@ -78,7 +78,7 @@ def as_svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _densities(axes: Any, rows: Sequence[Row]) -> None:
+def _densities(axes: Any, rows: Sequence[RunGroup]) -> None:
     found = {
         row.method: [_density(run.spectrum) for run in row.runs if run.spectrum] for row in rows
     }
@@ -105,7 +105,7 @@ def _densities(axes: Any, rows: Sequence[Row]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _values(axes: Any, rows: Sequence[Row]) -> None:
+def _values(axes: Any, rows: Sequence[RunGroup]) -> None:
     """Eigenvalues of every seed by their rank, the mean as a line, the edge dashed."""
     axes.set(xlabel="rank", ylabel="eigenvalue")
     if not rows:
@@ -131,7 +131,7 @@ def _values(axes: Any, rows: Sequence[Row]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _accuracies(axes: Any, rows: Sequence[Row]) -> None:
+def _accuracies(axes: Any, rows: Sequence[RunGroup]) -> None:
     """A point for every rho, the best one filled."""
     axes.set(ylabel="accuracy, rho beside it")
     methods = list(dict.fromkeys(row.method for row in rows))

@@ -14,7 +14,7 @@ from eigenfilter.experiments.errors import UserError
 
 
 @dataclass(frozen=True)
-class Split:
+class TrainTestSplit:
     """Inputs [n, features] and labels [n], of the training set and of held-out data."""
 
     inputs: Tensor
@@ -23,7 +23,7 @@ class Split:
     test_labels: Tensor
 
 
-def digits(samples: int = 400) -> Split:
+def digits(samples: int = 400) -> TrainTestSplit:
     """Scikit-learn's 8x8 digits in float64: a fixed subset to train on, the others held out.
 
     Each of the 64 features has mean 0 and variance 1 over the subset; a constant one becomes 0
@@ -41,10 +41,10 @@ def digits(samples: int = 400) -> Split:
     deviation[deviation == 0.0] = 1.0
     inputs = (inputs - inputs[train].mean(axis=0)) / deviation
     arrays = (inputs[train], labels[train], inputs[test], labels[test])
-    return Split(*(torch.from_numpy(array) for array in arrays))
+    return TrainTestSplit(*(torch.from_numpy(array) for array in arrays))
 
 
-def fashion(samples: int = 5000, folder: Path | None = None) -> Split:
+def fashion(samples: int = 5000, folder: Path | None = None) -> TrainTestSplit:
     """The first images of Fashion-MNIST in float32, to train on, and its test set.
 
     Pixels lie in [0, 1]; the mean of each over the training images is taken off.
@@ -62,4 +62,4 @@ def fashion(samples: int = 5000, folder: Path | None = None) -> Split:
     images, labels = found.images[:samples], found.labels[:samples]
     inputs, test_inputs = (x.flatten(1).float() / 255 for x in (images, found.test_images))
     mean = inputs.mean(dim=0)
-    return Split(inputs - mean, labels, test_inputs - mean, found.test_labels)
+    return TrainTestSplit(inputs - mean, labels, test_inputs - mean, found.test_labels)

@@ -16,7 +16,7 @@ import numpy as np
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, quoted
-from eigenfilter.experiments.sweep.folders import RUNS, held
+from eigenfilter.experiments.sweep.folders import RUNS, stored_options
 
 KEYS = ("base", "grid", "random", "samples", "random_seed", "seeds")
 LONGEST = 120  # letters of a name
@@ -46,7 +46,7 @@ def read(path: Path, flags: Mapping[str, Any]) -> dict[Config, str]:
         found = configs.read(path)
         for key in found:
             if key not in KEYS:
-                raise ValueError(f"unknown key {quoted(key)}{configs.nearest(key, KEYS)}")
+                raise ValueError(f"unknown key {quoted(key)}{configs.suggestion(key, KEYS)}")
         base = {"threads": 1} | _mapping(found.get("base"), "base") | dict(flags)
         seeds = _seeds(found, base)
         grid, samples = list(_grid(found.get("grid"))), _samples(found)
@@ -61,7 +61,7 @@ def read(path: Path, flags: Mapping[str, Any]) -> dict[Config, str]:
     return chosen
 
 
-def named(chosen: Mapping[Config, str], out: Path) -> dict[str, Config]:
+def assign_names(chosen: Mapping[Config, str], out: Path) -> dict[str, Config]:
     """Configurations by the name of their folder.
 
     One that is in `out` already keeps the folder it has, whatever it would be called now; no
@@ -70,11 +70,11 @@ def named(chosen: Mapping[Config, str], out: Path) -> dict[str, Config]:
     Raises:
         UserError: a folder's files are damaged.
     """
-    there = {_key(values): folder.name for folder, values in _there(out)}
-    taken = set(there.values())
+    stored = {_key(values): folder.name for folder, values in _stored_runs(out)}
+    taken = set(stored.values())
     names: dict[str, Config] = {}
     for config, wanted in chosen.items():
-        name = there.get(_key(config.as_dict()))
+        name = stored.get(_key(config.as_dict()))
         if name is None:
             name = f"{wanted}-{_digest(config)}" if wanted in taken else wanted
             taken.add(name)
@@ -82,7 +82,7 @@ def named(chosen: Mapping[Config, str], out: Path) -> dict[str, Config]:
     return names
 
 
-def shown(value: object) -> str:
+def format_value(value: object) -> str:
     """A value of an option in few letters."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -92,7 +92,7 @@ def shown(value: object) -> str:
 def _name(config: Config, options: Iterable[str]) -> str:
     """The values of options and the seed, or their beginning."""
     parts = [name for name in configs.NAMES if name in options or name == "seed"]
-    name = ",".join(f"{part}={shown(getattr(config, part))}" for part in parts)
+    name = ",".join(f"{part}={format_value(getattr(config, part))}" for part in parts)
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{_digest(config)}"
 
 
@@ -108,7 +108,7 @@ def _mapping(value: Any, key: str) -> Values:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{key} must hold lines such as 'lr: 0.1', not {quoted(value)}")
+        raise ValueError(f"{key} must contain lines such as 'lr: 0.1', not {quoted(value)}")
     return value
 
 
@@ -204,10 +204,10 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _there(out: Path) -> Iterator[tuple[Path, Values]]:
+def _stored_runs(out: Path) -> Iterator[tuple[Path, Values]]:
     """The folders of runs and the options of what they hold."""
     for folder in (out / RUNS).glob("*"):
-        values = held(folder)
+        values = stored_options(folder)
         if values is not None:
             yield folder, values
 

@@ -9,14 +9,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eigenfilter.experiments.arguments import add_data_dir, add_out, add_training, positive
+from eigenfilter.experiments.cli_arguments import add_data_dir, add_out, add_training, positive
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.figures import curve_of, sharpness_figure
+from eigenfilter.experiments.figures import curve_from_run, sharpness_figure
 from eigenfilter.experiments.files import output_folder
-from eigenfilter.experiments.full_batch import BAND, Check, Method, Run, Training, threads_for
+from eigenfilter.experiments.full_batch import (
+    BAND,
+    FullBatchRun,
+    FullBatchTraining,
+    MethodSpec,
+    SharpnessMeasurement,
+    threads_for,
+)
 from eigenfilter.experiments.losses import LOSSES
-from eigenfilter.experiments.problems import ACTIVATIONS, DATASETS, Problem, load
-from eigenfilter.experiments.reports import progress, save, table
+from eigenfilter.experiments.problems import ACTIVATIONS, DATASETS, FullBatchProblem, load
+from eigenfilter.experiments.reporting import progress, save_results, table
 
 CHECKS = 60  # of the sharpness in a run
 _SETTLED = 0.25  # the last part of a run, by whose mean it is judged
@@ -35,7 +42,7 @@ EDGES: Mapping[tuple[str, str, str], float] = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class PhenomenonSetting:
     """What is trained, and for how long.
 
     Attributes:
@@ -48,7 +55,7 @@ class Setting:
         folder: where results go.
     """
 
-    problem: Problem
+    problem: FullBatchProblem
     names: tuple[str, str, str]
     edge: float
     seed: int
@@ -74,7 +81,7 @@ def configure(parser: argparse.ArgumentParser, name: str, steps: int) -> None:
     add_training(parser, steps=steps, of="of every run", budget=10.0)
 
 
-def setting(args: argparse.Namespace) -> Setting:
+def parse_setting(args: argparse.Namespace) -> PhenomenonSetting:
     """What the arguments ask for.
 
     Raises:
@@ -86,17 +93,17 @@ def setting(args: argparse.Namespace) -> Setting:
     folder = output_folder(args.out)
     deadline = time.perf_counter() + 60.0 * args.budget
     edge = args.edge or EDGES[names]
-    return Setting(problem, names, edge, args.seed, args.steps, deadline, folder)
+    return PhenomenonSetting(problem, names, edge, args.seed, args.steps, deadline, folder)
 
 
 def train(
-    given: Setting,
-    method: Method,
+    setting: PhenomenonSetting,
+    method: MethodSpec,
     *,
     share: float = 1.0,
-    at_start: Callable[[Training], None] | None = None,
-    after_step: Callable[[Training], None] | None = None,
-) -> Run:
+    at_start: Callable[[FullBatchTraining], None] | None = None,
+    after_step: Callable[[FullBatchTraining], None] | None = None,
+) -> FullBatchRun:
     """Train for the setting's steps, with `CHECKS` looks at the sharpness, and judge the end.
 
     Args:
@@ -107,22 +114,22 @@ def train(
             optimizer's hyperparameters.
     """
     now = time.perf_counter()
-    deadline = now + share * (given.deadline - now)
-    every = max(1, given.steps // CHECKS)
-    with threads_for(given.problem), progress(f"{method.name} ({method.settings})") as show:
-        training = Training(given.problem, method, given.seed)
+    deadline = now + share * (setting.deadline - now)
+    every = max(1, setting.steps // CHECKS)
+    with threads_for(setting.problem), progress(f"{method.name} ({method.settings})") as show:
+        training = FullBatchTraining(setting.problem, method, setting.seed)
         run = training.run
         if at_start is not None:
             at_start(training)
         while training.check():
             show(run)
-            if training.step >= given.steps:
+            if training.step >= setting.steps:
                 run.outcome = verdict(run.history)
             elif time.perf_counter() >= deadline:
                 run.outcome = f"time spent: {verdict(run.history)}"
             if run.outcome:
                 break
-            for _ in range(min(every, given.steps - training.step)):
+            for _ in range(min(every, setting.steps - training.step)):
                 training.advance(1)
                 if after_step is not None:
                     after_step(training)
@@ -130,7 +137,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class Settled:
+class SettledRatio:
     """The end of a run or of a phase of it: ratios of the sharpness to the edge there.
 
     Attributes:
@@ -143,16 +150,16 @@ class Settled:
     peak: float
 
 
-def settled(history: Sequence[Check]) -> Settled:
+def settled_ratio(history: Sequence[SharpnessMeasurement]) -> SettledRatio:
     """The last quarter of the checks."""
     ratios = [check.ratio for check in history]
     last = ratios[-max(1, round(_SETTLED * len(ratios))) :]
-    return Settled(statistics.fmean(last), statistics.pstdev(last), max(ratios))
+    return SettledRatio(statistics.fmean(last), statistics.pstdev(last), max(ratios))
 
 
-def verdict(history: Sequence[Check]) -> str:
+def verdict(history: Sequence[SharpnessMeasurement]) -> str:
     """Where the last quarter of the checks lies, within `BAND`, and how it came there."""
-    found = settled(history)
+    found = settled_ratio(history)
     if found.mean > 1.0 + BAND:
         return "above its edge"
     if found.mean >= 1.0 - BAND:
@@ -161,25 +168,29 @@ def verdict(history: Sequence[Check]) -> str:
 
 
 def report(
-    given: Setting, name: str, title: str, runs: Sequence[Run], more: Mapping[str, object]
+    setting: PhenomenonSetting,
+    name: str,
+    title: str,
+    runs: Sequence[FullBatchRun],
+    more: Mapping[str, object],
 ) -> None:
     """Print the table; write the figure and results.json."""
-    dataset, activation, loss = given.names
+    dataset, activation, loss = setting.names
     print(f"\n{table(runs)}\n")
-    figure = given.folder / f"{name}.png"
+    figure = setting.folder / f"{name}.png"
     subtitle = f"{dataset}, {activation}, {loss.replace('_', ' ')} loss"
-    sharpness_figure([curve_of(run) for run in runs], figure, f"{title}: {subtitle}")
+    sharpness_figure([curve_from_run(run) for run in runs], figure, f"{title}: {subtitle}")
     values: dict[str, object] = {
         "dataset": dataset,
         "activation": activation,
         "loss": loss,
-        "samples": len(given.problem.data.inputs),
-        "seed": given.seed,
-        "steps": given.steps,
-        "edge": given.edge,
+        "samples": len(setting.problem.data.inputs),
+        "seed": setting.seed,
+        "steps": setting.steps,
+        "edge": setting.edge,
         "band": BAND,
         **more,
-        "runs": [{"settled": asdict(settled(run.history)), **run.as_json()} for run in runs],
+        "runs": [{"settled": asdict(settled_ratio(run.history)), **run.as_json()} for run in runs],
     }
-    save(given.folder / "results.json", f"phenomena {name}", values)
-    print(f"wrote {figure} and {given.folder / 'results.json'}")
+    save_results(setting.folder / "results.json", f"phenomena {name}", values)
+    print(f"wrote {figure} and {setting.folder / 'results.json'}")

@@ -9,30 +9,30 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from eigenfilter.experiments import recipes
+from eigenfilter.experiments import factories
 from eigenfilter.experiments.config import Config, check_plain
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import read_json
-from eigenfilter.experiments.structure import Each, Maybe, Misfit, Some, fit
+from eigenfilter.experiments.schema import AtLeast, ListOf, Nullable, SchemaError, validate
 from eigenfilter.optimizers._hyperparameters import rho_key
 
 if TYPE_CHECKING:
     from eigenfilter.experiments.trainer import Trainer
 
-TEST = {"epoch": float, "loss": Maybe(float), "accuracy": float}
+TEST = {"epoch": float, "loss": Nullable(float), "accuracy": float}
 TRAIN = {**TEST, "lr": float, "images_per_second": float}
-SHARPNESS = {"epoch": float, "sharpness": float, "residual": float, "edge": Maybe(float)}
+SHARPNESS = {"epoch": float, "sharpness": float, "residual": float, "edge": Nullable(float)}
 
 
-_LOSSES = {"loss": Maybe(float), "accuracy": float}
+_LOSSES = {"loss": Nullable(float), "accuracy": float}
 RESULTS: dict[str, dict[str, Any]] = {
     "complete": {
         "step": int,
         "epochs": float,
         "gradients": float,
         "seconds": float,
-        "train": Some(_LOSSES),
-        "test": Some(_LOSSES),
+        "train": AtLeast(_LOSSES),
+        "test": AtLeast(_LOSSES),
     },
     "stopped": {},
     "failed": {"error": str, "diverged": bool},
@@ -56,9 +56,9 @@ def read_results(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     try:
-        fit(found, Some({"outcome": str, "config": dict}), "it")
+        validate(found, AtLeast({"outcome": str, "config": dict}), "it")
         if found["outcome"] not in RESULTS:
-            raise Misfit(f"its outcome is {quoted(found['outcome'])}")
+            raise SchemaError(f"its outcome is {quoted(found['outcome'])}")
         if whole:
             _check_results(found)
         check_plain(found["config"])
@@ -68,11 +68,11 @@ def read_results(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
 
 
 def _check_results(found: dict[str, Any]) -> None:
-    fit(found, Some(RESULTS[found["outcome"]]), "it")
+    validate(found, AtLeast(RESULTS[found["outcome"]]), "it")
     if found.get("diverged"):
-        fit(found, Some({"step": int}), "it")
+        validate(found, AtLeast({"step": int}), "it")
     if "sharpness" in found:
-        fit(found["sharpness"], Some(SHARPNESS), "its sharpness")
+        validate(found["sharpness"], AtLeast(SHARPNESS), "its sharpness")
 
 
 def check_trainer(found: Any, trainer: Trainer) -> None:
@@ -83,13 +83,13 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
             the step or the configuration.
     """
     config = trainer.config
-    fit(found, Some({"step": int, "losses": list}), "the trainer")
+    validate(found, AtLeast({"step": int, "losses": list}), "the trainer")
     step = found["step"]
     if not 0 <= step <= trainer.total_steps:
-        raise Misfit(f"its step is {step}, of {trainer.total_steps}")
+        raise SchemaError(f"its step is {step}, of {trainer.total_steps}")
     first = next(trainer.model.parameters())
     vector = torch.empty(sum(p.numel() for p in trainer.model.parameters()), dtype=first.dtype)
-    looks = {"steps": int, "vector": Maybe(vector)}
+    looks = {"steps": int, "vector": Nullable(vector)}
     wanted = {
         "model": trainer.model.state_dict(),
         "step": step,
@@ -97,18 +97,18 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
         "optimizer": _optimizer(config, trainer.model, step, trainer.steps_per_epoch),
         "lr_schedule": {"last_epoch": step},
         "rho_schedule": {"step": step} if trainer.rho_is_scheduled else None,
-        "losses": Each(float),
+        "losses": ListOf(float),
         "accuracies": [float] * len(found["losses"]),
         "random": dict,
-        "others": Each(dict),
+        "others": ListOf(dict),
         "monitor": None if trainer.monitor is None else looks,
     }
-    fit(found, wanted, "the trainer")
+    validate(found, wanted, "the trainer")
     if found["gradients"] < step * (1 - 1e-9):
-        raise Misfit(f"{found['gradients']} gradients are too few for {step} steps")
+        raise SchemaError(f"{found['gradients']} gradients are too few for {step} steps")
     for state in found["optimizer"]["state"].values():
         if "step" in state and state["step"] != step:
-            raise Misfit(f"its optimizer has taken {float(state['step']):g} steps, not {step}")
+            raise SchemaError(f"its optimizer has taken {float(state['step']):g} steps, not {step}")
     _check_apart([found["optimizer"], found["monitor"]])
     for state in (found["random"], *found["others"]):
         _check_random(state, trainer.device)
@@ -130,10 +130,10 @@ def check_session(found: dict[str, Any], trainer: Trainer) -> int:
         if epoch % config.evaluate_every == 0 or epoch == config.epochs
     ]
     history = [{**TEST, "step": test, "epoch": test / per_epoch} for test in tests]
-    fit(found["history"], history, "the history")
+    validate(found["history"], history, "the history")
     finished = step == trainer.total_steps
     trained = step if finished else step - step % config.log_every
-    fit(found["trainer"]["losses"], [float] * (step - trained), "its last losses")
+    validate(found["trainer"]["losses"], [float] * (step - trained), "its last losses")
     last: dict[str, Any] = {}
     if trained:
         rates = dict.fromkeys(trainer.rates(), float)
@@ -144,10 +144,10 @@ def check_session(found: dict[str, Any], trainer: Trainer) -> int:
     if every := config.sharpness_every:
         last["sharpness"] = {**SHARPNESS, "epoch": (step - step % every) / per_epoch}
         looks = 1 + step // every
-        fit(found["trainer"]["monitor"], {"steps": step, "vector": Tensor}, "its monitor")
-    fit(found["last"], last, "its last records")
+        validate(found["trainer"]["monitor"], {"steps": step, "vector": Tensor}, "its monitor")
+    validate(found["last"], last, "its last records")
     if found["seconds"] < 0 or found["log"] < 0:
-        raise Misfit("a time or a size is negative")
+        raise SchemaError("a time or a size is negative")
     steps = step // config.log_every + (finished and step % config.log_every > 0)
     return int(steps + len(tests) + looks)
 
@@ -160,15 +160,15 @@ def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> d
     params = [nn.Parameter(torch.zeros_like(p)) for p in model.parameters()]
     for p in params:
         p.grad = torch.zeros_like(p)
-    optimizer = recipes.optimizer_of(config, params)
-    lr = recipes.lr_schedule(config, optimizer, per_epoch)
-    rho = recipes.rho_schedule(config, optimizer, per_epoch)
+    optimizer = factories.build_optimizer(config, params)
+    lr = factories.lr_schedule(config, optimizer, per_epoch)
+    rho = factories.rho_schedule(config, optimizer, per_epoch)
     for group in optimizer.param_groups:
         if rho_key(group) in group:
             group[rho_key(group)] = 0.0  # a step without ascents
     if step:
         optimizer.step()
-    for group, factor in zip(recipes.base_of(optimizer).param_groups, lr.lr_lambdas, strict=True):
+    for group, factor in zip(factories.base_of(optimizer).param_groups, lr.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(step)
     if rho is not None:
         rho.load_state_dict({"step": step})
@@ -187,12 +187,12 @@ def _check_apart(found: Any) -> None:
             span = 1
             for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
                 if size > 1 and stride < span:
-                    raise Misfit("elements of a tensor of the optimizer share memory")
+                    raise SchemaError("elements of a tensor of the optimizer share memory")
                 span += (size - 1) * stride
             ends.append((value.data_ptr(), value.data_ptr() + span * value.element_size()))
     ends.sort()
     if any(end > start for (_, end), (start, _) in pairwise(ends)):
-        raise Misfit("tensors of the optimizer share memory")
+        raise SchemaError("tensors of the optimizer share memory")
 
 
 def _check_random(found: dict[str, Any], device: torch.device) -> None:
@@ -200,12 +200,14 @@ def _check_random(found: dict[str, Any], device: torch.device) -> None:
     wanted: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if "cuda" in found:  # of a run on a GPU, gone on with on whatever device
         wanted["cuda"] = Tensor
-    fit(found, wanted, "a state of generators")
+    validate(found, wanted, "a state of generators")
     if not all(state.is_contiguous() for state in found.values()):  # torch takes no other
-        raise Misfit("a state of generators is not contiguous")
+        raise SchemaError("a state of generators is not contiguous")
     try:
         torch.Generator().set_state(found["cpu"].clone())
         if "cuda" in found and device.type == "cuda":
             torch.Generator(device).set_state(found["cuda"].clone())
     except (RuntimeError, TypeError) as error:
-        raise Misfit(f"a state of generators is none ({str(error).splitlines()[0]})") from error
+        raise SchemaError(
+            f"a state of generators is none ({str(error).splitlines()[0]})"
+        ) from error

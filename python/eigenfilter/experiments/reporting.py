@@ -12,9 +12,9 @@ import torch
 
 import eigenfilter as ef
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.experiments.full_batch import Run
+from eigenfilter.experiments.full_batch import FullBatchRun
 
-_COLUMNS: Mapping[str, Callable[[Run], str]] = {
+_COLUMNS: Mapping[str, Callable[[FullBatchRun], str]] = {
     "method": lambda run: run.method,
     "settings": lambda run: run.settings,
     "loss": lambda run: f"{run.last.loss:.5f}",
@@ -29,15 +29,17 @@ _COLUMNS: Mapping[str, Callable[[Run], str]] = {
 _WORDS = ("method", "settings", "outcome")
 
 
-def table(runs: Sequence[Run]) -> str:
+def table(runs: Sequence[FullBatchRun]) -> str:
     """The last checks as text, one row a run.
 
     The residual ||H v - sharpness v|| bounds the distance to an eigenvalue of the Hessian H.
     """
-    return aligned([tuple(_COLUMNS), *(tuple(f(run) for f in _COLUMNS.values()) for run in runs)])
+    return align_columns(
+        [tuple(_COLUMNS), *(tuple(f(run) for f in _COLUMNS.values()) for run in runs)]
+    )
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of words in columns under their heads; the columns of words are to the left."""
     head = rows[0]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -49,7 +51,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def grid(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of words as a table in Markdown, the head first."""
     head, *rest = rows
     lines = [head, ["---"] * len(head), *rest]
@@ -57,14 +59,14 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
 
 
 @contextmanager
-def progress(name: str) -> Iterator[Callable[[Run], None]]:
+def progress(name: str) -> Iterator[Callable[[FullBatchRun], None]]:
     """Show a run's checks in a bar, where there is a terminal; its outcome is a line at the end."""
     from tqdm import tqdm
 
-    shown: list[Run] = []
+    shown: list[FullBatchRun] = []
     with tqdm(desc=name, unit=" steps", leave=False, disable=None) as bar:
 
-        def show(run: Run) -> None:
+        def show(run: FullBatchRun) -> None:
             shown[:] = [run]
             bar.update(run.last.step - bar.n)
             bar.set_postfix_str(f"sharpness {run.last.sharpness:.2f}, edge {run.last.edge:.2f}")
@@ -75,7 +77,7 @@ def progress(name: str) -> Iterator[Callable[[Run], None]]:
         print(f"{name}: {run.outcome} ({steps})", flush=True)
 
 
-def save(path: Path, command: str, values: Mapping[str, object]) -> None:
+def save_results(path: Path, command: str, values: Mapping[str, object]) -> None:
     """Write results.json: the command, what it was given and found, and the versions.
 
     Raises:
@@ -83,15 +85,15 @@ def save(path: Path, command: str, values: Mapping[str, object]) -> None:
     """
     versions = {"eigenfilter": ef.__version__, "torch": torch.__version__}
     results = {"command": command, "versions": versions} | dict(values)
-    replace_text(path, json.dumps(_plain(results), indent=1) + "\n")
+    replace_text(path, json.dumps(_json_safe(results), indent=1) + "\n")
 
 
-def _plain(value: object) -> object:
+def _json_safe(value: object) -> object:
     """JSON has neither NaN nor infinity."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _json_safe(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_json_safe(each) for each in value]
     return value

@@ -18,7 +18,7 @@ from eigenfilter.experiments.trainer import Trainer
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class LoadedModel:
     """The four things that operators and certificates are made of.
 
     Attributes:
@@ -33,17 +33,17 @@ class Subject:
     loss_fn: Callable[[Any, Any], Tensor]
     data: Any
     optimizer: torch.optim.Optimizer | None
-    about: dict[str, Any]
+    source: dict[str, Any]
 
 
-def trained(
+def load_trained(
     path: Path,
     device: torch.device,
     *,
     data_dir: Path | None = None,
     samples: int = 0,
     batch_size: int = 500,
-) -> Subject:
+) -> LoadedModel:
     """The subject of a checkpoint of `eigenfilter train`.
 
     Args:
@@ -70,16 +70,16 @@ def trained(
         raise UserError(f"{path} was trained on other data than those found: give --data-dir")
     images, labels = trainer.examples(samples or len(trainer.data.images))
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))  # type: ignore[no-untyped-call]
-    about = {
+    source = {
         "checkpoint": str(path),
         "step": trainer.step,
         "samples": len(images),
         "config": config.as_dict(),
     }
-    return Subject(trainer.model, trainer.loss_fn, batches, trainer.optimizer, about)
+    return LoadedModel(trainer.model, trainer.loss_fn, batches, trainer.optimizer, source)
 
 
-def imported(
+def load_imported(
     model: str,
     data: str,
     device: torch.device,
@@ -87,8 +87,8 @@ def imported(
     loss: str | None = None,
     optimizer: str | None = None,
     weights: Path | None = None,
-) -> Subject:
-    """The subject that import paths name, see `imports.named`.
+) -> LoadedModel:
+    """The subject that import paths name, see `imports.import_object`.
 
     Args:
         model: a module, or a function that returns one.
@@ -102,9 +102,9 @@ def imported(
     Raises:
         UserError: something is not what it must be.
     """
-    network = imports.named(model)
+    network = imports.import_object(model)
     if not isinstance(network, nn.Module):
-        network = _called(model, network)
+        network = _call(model, network)
     if not isinstance(network, nn.Module):
         raise UserError(f"{model} gives a {type(network).__name__}, not a torch.nn.Module")
     if weights is not None:
@@ -114,21 +114,21 @@ def imported(
         except (RuntimeError, TypeError, AttributeError, ValueError, KeyError) as error:
             raise UserError(f"{weights} does not fit {model}: {_line(error)}") from error
     network.to(device)
-    batches = imports.named(data)
+    batches = imports.import_object(data)
     if callable(batches):
-        batches = _called(data, batches)
+        batches = _call(data, batches)
     if isinstance(batches, tuple | list) and not list(leaves(batches)):
         raise UserError(f"{data} holds no tensors: give a batch (input, target), or several")
-    loss_fn = nn.functional.cross_entropy if loss is None else imports.named(loss)
+    loss_fn = nn.functional.cross_entropy if loss is None else imports.import_object(loss)
     made = None
     if optimizer is not None:
-        made = _called(optimizer, imports.named(optimizer), network.parameters())
-    about = {"model": model, "data": data, "loss": loss, "optimizer": optimizer}
-    about["weights"] = None if weights is None else str(weights)
-    return Subject(network, loss_fn, batches, made, about)
+        made = _call(optimizer, imports.import_object(optimizer), network.parameters())
+    source = {"model": model, "data": data, "loss": loss, "optimizer": optimizer}
+    source["weights"] = None if weights is None else str(weights)
+    return LoadedModel(network, loss_fn, batches, made, source)
 
 
-def _called(path: str, function: Any, *args: Any) -> Any:
+def _call(path: str, function: Any, *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as error:  # whatever a user's function raises

@@ -8,10 +8,10 @@ from pathlib import Path
 from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.reproduce import spectra
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
-from eigenfilter.experiments.reproduce.summary import Measured
+from eigenfilter.experiments.reproduce.summary import RunResult
 from eigenfilter.experiments.sweep import execution as sweep
 from eigenfilter.experiments.sweep.folders import folder_of
-from eigenfilter.experiments.sweep.progress import Progress
+from eigenfilter.experiments.sweep.progress import SweepProgress
 
 
 def execute(
@@ -22,7 +22,7 @@ def execute(
     data_dir: Path | None,
     device: str,
     stop: Callable[[], bool],
-) -> list[Measured]:
+) -> list[RunResult]:
     """Run what is not complete, measure what was not measured.
 
     Seed by seed, so that what stands when time runs out has every method.
@@ -41,9 +41,9 @@ def execute(
     """
     experiment = EXPERIMENTS[plan.experiment]
     place = device_of(device)
-    runs: list[Measured] = []
+    runs: list[RunResult] = []
     count = len(list(experiment.variants())) * plan.scale.seeds
-    with Progress(2 * count, unit="") as progress:
+    with SweepProgress(2 * count, unit="") as progress:
         for seed in plan.seeds:
             progress.bar.set_description(f"seed {seed}, training")
             found = sweep.execute(
@@ -54,19 +54,19 @@ def execute(
                 device=device,
                 stop=stop,
                 observe=progress.observe,
-                held=True,
+                already_locked=True,
             )
             progress.bar.set_description(f"seed {seed}, spectra")
             for name, record in found.items():
                 spectrum = None
                 if record["outcome"] == "complete":
                     folder, settings = folder_of(out, name), plan.scale.spectrum
-                    spectrum = spectra.kept(folder, settings)
+                    spectrum = spectra.load_spectrum(folder, settings)
                     if spectrum is None and not stop():
-                        spectrum = spectra.measured(
+                        spectrum = spectra.measure_spectrum(
                             folder, settings, data_dir=data_dir, device=place
                         )
-                runs.append(Measured.of(name, record, spectrum))
+                runs.append(RunResult.of(name, record, spectrum))
                 if runs[-1].outcome != "unfinished":
                     progress.bar.update()
     return runs

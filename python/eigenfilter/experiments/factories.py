@@ -25,7 +25,7 @@ _WITH_CLOSURES = ("LBFGS", "SparseAdam", "Optimizer")
 """What torch.optim has that cannot be stepped from dense gradients alone."""
 
 
-def loss_of(config: Config) -> Loss:
+def build_loss(config: Config) -> Loss:
     """The loss [] of scores [b, classes] and labels [b], a mean over samples."""
     if config.loss == "cross_entropy":
         smoothing = config.label_smoothing
@@ -38,7 +38,7 @@ def loss_of(config: Config) -> Loss:
     return losses.square
 
 
-def optimizer_of(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:
+def build_optimizer(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:
     """The optimizer, ready to step.
 
     torch's own are wrapped: without a method a step is theirs, and costs one gradient.

@@ -8,12 +8,17 @@ from contextlib import suppress
 
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep.folders import Order, failure, interrupted, keep_failure
+from eigenfilter.experiments.sweep.folders import (
+    RunSpec,
+    failed_record,
+    stopped_record,
+    write_failure,
+)
 
 Observe = Callable[[str, str, int, Record], object]
 
 
-class Ledger:
+class RunQueue:
     """The book of all runs.
 
     Args:
@@ -29,9 +34,9 @@ class Ledger:
         stopping: whether nothing is begun any more.
     """
 
-    def __init__(self, orders: Mapping[str, Order], retries: int, observe: Observe) -> None:
-        self.orders, self.observe = orders, observe
-        self.waiting = deque(orders)
+    def __init__(self, specs: Mapping[str, RunSpec], retries: int, observe: Observe) -> None:
+        self.specs, self.observe = specs, observe
+        self.pending = deque(specs)
         self.records: dict[str, Record] = {}
         self.stopping = False
         self._retries = retries
@@ -40,38 +45,38 @@ class Ledger:
     def stop(self) -> None:
         """Begin nothing any more."""
         self.stopping = True
-        for name in self.waiting:
-            self.records[name] = interrupted(self.orders[name].config)
-        self.waiting.clear()
+        for name in self.pending:
+            self.records[name] = stopped_record(self.specs[name].config)
+        self.pending.clear()
 
-    def ended(self, name: str, record: Record) -> None:
+    def record_end(self, name: str, record: Record) -> None:
         """An attempt came to its end, in whatever way."""
         if record["outcome"] == "stopped" and not self.stopping:
-            self.crashed(name, "its process was asked to end")
+            self.record_crash(name, "its process was asked to end")
             return
         if record.get("crashed"):
-            self.crashed(name, record["error"])
+            self.record_crash(name, record["error"])
             return
         if record["outcome"] == "failed":
             record = record | {"attempts": self._attempts[name] + 1}
             with suppress(UserError):  # unwritten, it is told of, and run again by the next call
-                keep_failure(self.orders[name].folder, record)
+                write_failure(self.specs[name].folder, record)
         self.records[name] = record
         self.observe(name, "end", record.get("step", 0), record)
 
-    def crashed(self, name: str, error: str) -> None:
+    def record_crash(self, name: str, error: str) -> None:
         """The process of a run ended: try again, or give up.
 
         Args:
             name: of the run.
             error: why, in one line.
         """
-        config = self.orders[name].config
+        config = self.specs[name].config
         if self.stopping:
-            self.ended(name, interrupted(config))
+            self.record_end(name, stopped_record(config))
         elif self._attempts[name] < self._retries:
             self._attempts[name] += 1
-            self.waiting.appendleft(name)
+            self.pending.appendleft(name)
             self.observe(name, "retry", 0, {"error": error})
         else:
-            self.ended(name, failure(config, error))
+            self.record_end(name, failed_record(config, error))
