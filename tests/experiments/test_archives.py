@@ -70,7 +70,9 @@ def test_the_format_before_archives(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     state = nn.Linear(2, 3).state_dict()
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"before 1\.6: save it again, by torch\.save\(torch\.load"):
+    with pytest.raises(
+        UserError, match=r"before 1\.6; save it again with torch\.save\(torch\.load"
+    ):
         archives.read(path)
     torch.save(torch.load(path, weights_only=True), path)
     assert equal(archives.read(path), state)

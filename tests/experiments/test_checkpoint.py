@@ -111,7 +111,7 @@ def test_files_of_others(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is of format a number of 1994 bits"):
         checkpoint.read(path)
     torch.save(torch.nn.Linear(2, 2), path)
-    with pytest.raises(UserError, match="holds more than tensors"):
+    with pytest.raises(UserError, match="contains more than tensors"):
         checkpoint.read(path)
 
 

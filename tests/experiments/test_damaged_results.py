@@ -179,7 +179,7 @@ def test_the_log_is_that_of_the_checkpoint(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{log} is not the log of the checkpoint beside it: restore it" in error
+    assert f"{log} is not the log of the checkpoint beside it; restore it" in error
     assert error.count("\n") == 1
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 

@@ -187,7 +187,7 @@ def test_labels_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"20 images .* and 19 labels"):
         datasets.load("mnist", tmp_path)
     (raw / "t10k-labels-idx1-ubyte").write_bytes(folders.idx(np.full(20, 10, np.uint8)))
-    with pytest.raises(UserError, match="labels up to 9, the files 10"):
+    with pytest.raises(UserError, match="labels up to 9, but the files have 10"):
         datasets.load("mnist", tmp_path)
 
 

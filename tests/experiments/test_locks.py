@@ -65,7 +65,7 @@ def test_every_command_is_refused(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert f"another training run is at work in {out} (process {held.pid} on " in error
-        assert error.endswith("): wait until it has ended, or give another --out\n")
+        assert error.endswith("); wait until it has ended, or give another --out\n")
     assert [path.name for path in out.iterdir()] == [LOCK]
 
 

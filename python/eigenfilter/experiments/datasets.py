@@ -1,4 +1,4 @@
-"""Images to train on, as bytes: from scikit-learn, from a folder, or downloaded by torchvision."""
+"""Image data sets as bytes: from scikit-learn, from a folder, or downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ ImagesAndLabels = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """A training and a test set.
+    """A training set and a test set.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         images, test_images: uint8 [n, c, h, w].
         labels, test_labels: int64 [n].
-        classes: how many there are.
-        mean, deviation: float64 [c], of each channel of the training images over 255.
+        classes: number of classes.
+        mean, deviation: float64 [c], the mean and the standard deviation of each channel of the
+            training images, scaled to [0, 1].
     """
 
     name: str
@@ -49,13 +50,13 @@ class ImageDataset:
 
     @property
     def task(self) -> ImageTask:
-        """What a network for these images takes and gives."""
+        """The shape of the images and the number of classes."""
         channels, height, width = self.images.shape[1:]
         return ImageTask((channels, height, width), self.classes)
 
     @property
     def checksum(self) -> int:
-        """A number that tells other images or labels."""
+        """CRC-32 of all images and labels."""
         tensors = (self.images, self.labels, self.test_images, self.test_labels)
         value = 0
         for tensor in tensors:
@@ -63,12 +64,12 @@ class ImageDataset:
         return value
 
     def first(self, samples: int) -> ImageDataset:
-        """The same with the first training images only; 0 for all.
+        """Return the data set with the first training images only, or all of them for 0.
 
-        Mean and deviation are those of the images that are kept.
+        Mean and deviation are computed from these images.
 
         Raises:
-            UserError: there are not so many.
+            UserError: the set has fewer images.
         """
         if samples > len(self.images):
             raise UserError(f"{self.name} has {len(self.images)} training images, not {samples}")
@@ -83,44 +84,46 @@ class ImageDataset:
 
 
 def folder_of(folder: Path | None) -> Path:
-    """The folder of the data: the one given, EIGENFILTER_DATA, or one in ~/.cache."""
-    usual = Path.home() / ".cache" / "eigenfilter" / "data"
-    return folder or Path(os.environ.get("EIGENFILTER_DATA") or usual)
+    """Return the data folder: `folder`, else EIGENFILTER_DATA, else ~/.cache/eigenfilter/data."""
+    default = Path.home() / ".cache" / "eigenfilter" / "data"
+    return folder or Path(os.environ.get("EIGENFILTER_DATA") or default)
 
 
 def load(name: str, folder: Path | None = None) -> ImageDataset:
-    """Read a data set; download it where it is not there.
+    """Read a data set, and download it first if its files are missing.
 
     Args:
         name: "digits", "mnist", "fashion", "cifar10" or "cifar100".
-        folder: where the files are, in torchvision's layout; see `folder_of`. Archives' checksums
-            are not compared: copies that were packed anew serve as well.
+        folder: folder with the files in torchvision's layout; see `folder_of`. Checksums of
+            archives are not compared, so copies that were packed again also work.
 
     Raises:
-        UserError: a package is missing; there are no files and none can be had (the message says
-            which belong where); a file is corrupt.
+        UserError: a package is missing; the files are missing and cannot be downloaded (the
+            message says which files belong where); a file is corrupt.
     """
     if name == "digits":
         return _digits()
     files = _FILES[name]
     root = folder_of(folder)
     try:
-        found = files.read(root)
-        if found is None:
+        parts = files.read(root)
+        if parts is None:
             _download(name, files, root)
-            found = files.read(root)
+            parts = files.read(root)
     except CorruptFile as error:
-        raise UserError(f"{error}: remove it, and have it downloaded or copied again") from error
-    if found is None:
+        raise UserError(
+            f"{error}; remove it, then start again to download it, or copy it again"
+        ) from error
+    if parts is None:
         raise UserError(_missing(name, files, root, "the download did not bring them"))
-    train, test = found
+    train, test = parts
     return _image_dataset(
         name, _to_tensors(name, train, files), _to_tensors(name, test, files), files.classes
     )
 
 
 def _digits() -> ImageDataset:
-    """Scikit-learn's 8x8 digits: 1,437 to train on and 360 to test with, in a fixed order."""
+    """Return scikit-learn's 8x8 digits: 1,437 training and 360 test images in a fixed order."""
     require("sklearn")
     from sklearn.datasets import load_digits
 
@@ -154,14 +157,14 @@ def _image_dataset(
 
 @dataclass(frozen=True)
 class _DatasetFiles:
-    """How a data set lies on disk.
+    """How a data set is stored on disk.
 
     Attributes:
-        read: from a folder; None where there are no files.
-        where: which files, in words.
-        torchvision: the class that downloads it.
-        shape: of an image.
-        classes: how many there are.
+        read: reads the training and the test part from a folder; None if files are missing.
+        where: the expected files, for messages.
+        torchvision: name of the torchvision class that downloads the set.
+        shape: shape of an image.
+        classes: number of classes.
     """
 
     read: Callable[[Path], tuple[ImagesAndLabels, ImagesAndLabels] | None]
@@ -172,7 +175,7 @@ class _DatasetFiles:
 
 
 def _mnist(folder: str) -> _DatasetFiles:
-    """MNIST and what has its format: four files, each as it is or compressed by gzip."""
+    """Return the files of MNIST or Fashion-MNIST: four files, each plain or compressed by gzip."""
 
     def read(root: Path) -> tuple[ImagesAndLabels, ImagesAndLabels] | None:
         raw = root / folder / "raw"
@@ -190,23 +193,23 @@ def _mnist(folder: str) -> _DatasetFiles:
     return _DatasetFiles(read, where, folder, (1, 28, 28), 10)
 
 
-_MAX_IMAGES = 60_000  # images of a published file of MNIST's format
+_MAX_IMAGES = 60_000  # in a published file of the MNIST format
 
 
 def _either(file: Path) -> Path | None:
-    """The file, or its copy compressed by gzip."""
+    """Return the file, or else its copy compressed by gzip, or None."""
     packed = file.with_name(file.name + ".gz")
     return next((path for path in (file, packed) if path.exists()), None)
 
 
 def _cifar(classes: int, train: tuple[str, ...], test: str) -> _DatasetFiles:
-    """CIFAR: its folder for Python or the one of binary files, or an archive of the first."""
+    """Return the files of CIFAR: the Python folder, the binary folder, or the Python archive."""
     name = f"cifar-{classes}"
     pickled = name + ("-batches-py" if classes == 10 else "-python")
     binary = name + ("-batches-bin" if classes == 10 else "-binary")
     archive = f"{name}-python.tar.gz"
     key = "labels" if classes == 10 else "fine_labels"
-    max_images = 50_000 // len(train)  # images of a published file
+    max_images = 50_000 // len(train)  # in a published file
 
     def read(root: Path) -> tuple[ImagesAndLabels, ImagesAndLabels] | None:
         files = (*train, test)
@@ -255,20 +258,24 @@ def _download(name: str, files: _DatasetFiles, root: Path) -> None:
 
 def _missing(name: str, files: _DatasetFiles, root: Path, reason: str) -> str:
     return (
-        f"no {name} in {root}, and {reason}: put there {files.where}; or name another folder by "
+        f"no {name} in {root}, and {reason}; put {files.where} there, or set another folder with "
         "--data-dir or EIGENFILTER_DATA"
     )
 
 
 def _to_tensors(name: str, part: ImagesAndLabels, files: _DatasetFiles) -> tuple[Tensor, Tensor]:
-    """A part as tensors, its shapes and labels checked."""
+    """Check the shapes and labels of a part, and return it as tensors."""
     images, labels = part
     if images.shape[1:] != files.shape or len(images) != len(labels) or not len(labels):
         raise UserError(
-            f"{name} must have images {list(files.shape)} and one label each, and the files have "
-            f"{len(images)} images {list(images.shape[1:])} and {len(labels)} labels"
+            f"{name} must have images {list(files.shape)} with one label each, but the files have "
+            f"{len(images)} images {list(images.shape[1:])} and {len(labels)} labels; copy the "
+            "files of the same data set"
         )
     if labels.max() >= files.classes:
-        raise UserError(f"{name} has labels up to {files.classes - 1}, the files {labels.max()}")
-    # Copies: a file's bytes are not writable, and tensors are.
+        raise UserError(
+            f"{name} has labels up to {files.classes - 1}, but the files have {labels.max()}; "
+            "copy the files of the same data set"
+        )
+    # torch.tensor copies, because arrays over the bytes of a file are not writable.
     return torch.tensor(images), torch.tensor(labels, dtype=torch.int64)

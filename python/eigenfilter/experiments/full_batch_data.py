@@ -1,4 +1,4 @@
-"""Small sets to train on in full batches, standardised."""
+"""Small data sets for full-batch training, centered or standardized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eigenfilter.experiments.errors import UserError
 
 @dataclass(frozen=True)
 class TrainTestSplit:
-    """Inputs [n, features] and labels [n], of the training set and of held-out data."""
+    """Inputs [n, features] and labels [n] of a training set and a test set."""
 
     inputs: Tensor
     labels: Tensor
@@ -24,13 +24,13 @@ class TrainTestSplit:
 
 
 def digits(samples: int = 400) -> TrainTestSplit:
-    """Scikit-learn's 8x8 digits in float64: a fixed subset to train on, the others held out.
+    """Return scikit-learn's 8x8 digits in float64: a fixed training subset, the rest for testing.
 
-    Each of the 64 features has mean 0 and variance 1 over the subset; a constant one becomes 0
-    there.
+    Each of the 64 features is standardized to mean 0 and variance 1 over the training subset. A
+    feature that is constant there becomes 0.
 
     Args:
-        samples: size of the subset, 1 to 1796.
+        samples: size of the training subset, from 1 to 1796.
     """
     from sklearn.datasets import load_digits
 
@@ -45,21 +45,21 @@ def digits(samples: int = 400) -> TrainTestSplit:
 
 
 def fashion(samples: int = 5000, folder: Path | None = None) -> TrainTestSplit:
-    """The first images of Fashion-MNIST in float32, to train on, and its test set.
+    """Return the first training images of Fashion-MNIST and its test set, in float32.
 
-    Pixels lie in [0, 1]; the mean of each over the training images is taken off.
+    Pixels are scaled to [0, 1], and the mean of each pixel over the training images is subtracted.
 
     Args:
-        samples: how many to train on, 1 to 60,000.
-        folder: of the data, in torchvision's layout; see `datasets.folder_of`.
+        samples: number of training images, from 1 to 60,000.
+        folder: data folder in torchvision's layout; see `datasets.folder_of`.
 
     Raises:
-        UserError: the data are not there, corrupt, or fewer.
+        UserError: the data are missing or corrupt, or there are fewer images.
     """
-    found = datasets.load("fashion", folder)
-    if len(found.images) < samples:
-        raise UserError(f"fashion has {len(found.images)} training images, not {samples}")
-    images, labels = found.images[:samples], found.labels[:samples]
-    inputs, test_inputs = (x.flatten(1).float() / 255 for x in (images, found.test_images))
+    data = datasets.load("fashion", folder)
+    if len(data.images) < samples:
+        raise UserError(f"fashion has {len(data.images)} training images, not {samples}")
+    images, labels = data.images[:samples], data.labels[:samples]
+    inputs, test_inputs = (x.flatten(1).float() / 255 for x in (images, data.test_images))
     mean = inputs.mean(dim=0)
-    return TrainTestSplit(inputs - mean, labels, test_inputs - mean, found.test_labels)
+    return TrainTestSplit(inputs - mean, labels, test_inputs - mean, data.test_labels)

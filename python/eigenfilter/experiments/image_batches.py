@@ -1,4 +1,4 @@
-"""Batches of images that are held and augmented on the device."""
+"""Batches of images, which are stored and augmented on the device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of training images; all at 0 change nothing.
+    """Random augmentation of training images; the defaults disable it.
 
     Attributes:
-        crop: pixels of black around an image, from which a window of its size is cut.
-        flip: reflect every other image, on average, left to right.
-        cutout: side of a square that is set to the mean colour, its centre anywhere in the image
+        crop: width in pixels of the black border that is padded before a random crop.
+        flip: whether each image is flipped horizontally with probability 1/2.
+        cutout: side of a square at a random position that is set to the mean color
             (T. DeVries and G. Taylor, 2017, arXiv 1708.04552).
     """
 
@@ -30,7 +30,7 @@ class Augmentation:
 
 
 class Normalizer:
-    """Bytes to numbers of mean 0 and deviation 1 a channel, in one dtype and memory layout."""
+    """Converts bytes to numbers of mean 0 and deviation 1 per channel, in a dtype and layout."""
 
     def __init__(
         self, data: ImageDataset, device: torch.device, dtype: torch.dtype, channels_last: bool
@@ -42,36 +42,37 @@ class Normalizer:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [b, c, h, w] from bytes of the same shape."""
+        """Return normalized images [b, c, h, w] of bytes of the same shape."""
         numbers = images.to(self._dtype, memory_format=self._format)
         return numbers.mul_(self._scale).add_(self._shift)
 
 
 class Batches:
-    """The training batches of any epoch.
+    """The training batches of all epochs.
 
-    A batch is a function of (seed, epoch, index) alone: to go on in the middle of an epoch needs no
-    saved state, and no generator but the one here is touched. The images lie on the device as
-    bytes, padded once where crops are wanted, and a batch is gathered, augmented and normalised
-    there, so that the host copies nothing.
+    A batch is a function of (seed, epoch, index) alone, so training can resume in the middle of an
+    epoch without a saved state, and global generators are left alone. The images stay on the
+    device as bytes, padded once if there are crops. Each batch is gathered, augmented and
+    normalized there, so that the host copies nothing.
 
     Args:
         data: the images.
-        size: of a batch; 0, or more than there are, for all images in one. The images of an epoch
-            that fill no batch are left out of it; others in every epoch, by the order.
-        augmentation: of every batch.
-        normaliser: of every batch, after it.
-        device: where everything happens.
-        seed: of the order and the augmentation.
-        processes: that share every batch; images are augmented alike whoever has them.
+        size: images per batch; 0, or a number larger than the set, takes all images at once.
+            Images at the end of an epoch's order that do not fill a batch are dropped.
+        augmentation: augmentation of every batch.
+        normalizer: normalization of every batch, after the augmentation.
+        device: device of the images and batches.
+        seed: seed of the order and the augmentation.
+        processes: processes that share every batch. The augmentation of an image does not depend
+            on the process that takes it.
 
     Attributes:
-        size: of a batch, of all processes together.
-        share: what this process has of it.
-        count: batches an epoch.
+        size: images per batch over all processes.
+        share: images per batch of this process.
+        count: batches per epoch.
 
     Raises:
-        ValueError: a batch cannot be shared evenly.
+        ValueError: a batch cannot be divided evenly among the processes.
     """
 
     def __init__(
@@ -96,17 +97,17 @@ class Batches:
         self.share = processes.samples_per_process(self.size, "batch_size")
         self.count = len(images) // self.size
         self._part = processes.sample_slice
-        self._order: tuple[int, Tensor] | None = None  # of the epoch last asked for
+        self._order: tuple[int, Tensor] | None = None  # the last epoch and its order
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Images [share, c, h, w] and labels [share] of a batch, 0 <= index < count."""
+        """Return images [share, c, h, w] and labels [share] of a batch, 0 <= index < count."""
         chosen = self._epoch_order(epoch)[index * self.size : (index + 1) * self.size][self._part]
         self._seed_generator(epoch, index + 1)
         images = self._flip(self._crop(chosen))
         return self._cutout(self._normalizer(images)), self._labels[chosen]
 
     def _epoch_order(self, epoch: int) -> Tensor:
-        """The order of an epoch: for a full batch always the same, so that sums round alike."""
+        """Return the order of an epoch. A full batch has a fixed order, so that sums round alike."""
         if self._order is None or self._order[0] != epoch:
             n = len(self._labels)
             if self.size == n:
@@ -125,41 +126,46 @@ class Batches:
         pad = self._augmentation.crop
         if not pad:
             return self._windows[chosen]
-        # A view of all windows of all images [n, c, 2 pad + 1, 2 pad + 1, h, w]: one gather.
-        every = self._windows.unfold(2, self._height, 1).unfold(3, self._width, 1)
+        # `unfold` makes a view of all windows of all images [n, c, 2 pad + 1, 2 pad + 1, h, w],
+        # from which one gather takes a window of each chosen image.
+        windows = self._windows.unfold(2, self._height, 1).unfold(3, self._width, 1)
         top, left = self._draw(2 * pad + 1), self._draw(2 * pad + 1)
-        return every[chosen, :, top, left]
+        return windows[chosen, :, top, left]
 
     def _flip(self, images: Tensor) -> Tensor:
         if not self._augmentation.flip:
             return images
-        turned = self._draw(2).bool()[:, None, None, None]
-        return torch.where(turned, images.flip(3), images)
+        flipped = self._draw(2).bool()[:, None, None, None]
+        return torch.where(flipped, images.flip(3), images)
 
     def _cutout(self, images: Tensor) -> Tensor:
         side = self._augmentation.cutout
         if not side:
             return images
-        rows = self._inside(self._height, side)[:, :, None]
-        columns = self._inside(self._width, side)[:, None, :]
+        rows = self._random_interval(self._height, side)[:, :, None]
+        columns = self._random_interval(self._width, side)[:, None, :]
         return images.masked_fill_((rows & columns)[:, None], 0.0)
 
-    def _inside(self, length: int, side: int) -> Tensor:
-        """Which of `length` places an interval covers [share, length], image by image."""
+    def _random_interval(self, length: int, side: int) -> Tensor:
+        """Return for each image a mask of a random interval of `side` places [share, length]."""
         first = self._draw(length)[:, None] - side // 2
         places = torch.arange(length, device=self._device)
         return (places >= first) & (places < first + side)
 
     def _draw(self, below: int) -> Tensor:
-        """A whole number for every image of this process [share], drawn for those of all."""
-        drawn = torch.randint(below, (self.size,), generator=self._generator, device=self._device)
-        return drawn[self._part]
+        """Return a random integer for every image of this process [share].
+
+        Every process draws the numbers of the whole batch and takes its own, so that the result
+        does not depend on how many processes there are.
+        """
+        numbers = torch.randint(below, (self.size,), generator=self._generator, device=self._device)
+        return numbers[self._part]
 
 
 def in_order(
     images: Tensor, labels: Tensor, normalizer: Normalizer, device: torch.device, size: int = 1000
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all images and labels, normalised, on the device, in their order."""
+    """Yield batches of all images, normalized, and labels, on the device and in their order."""
     for start in range(0, len(images), size):
         some = slice(start, start + size)
         yield normalizer(images[some].to(device)), labels[some].to(device)

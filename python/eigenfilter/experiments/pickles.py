@@ -1,8 +1,8 @@
-"""A reader of the few opcodes of pickle that data files are made of; nothing in a file is executed.
+"""A reader of the few pickle opcodes that data files use; it executes nothing from a file.
 
-A stack machine over numbers, strings, bytes, tuples, lists and dictionaries. A global is text that
-is never looked up: the caller lists the calls that a file may make, and gets the arguments as they
-are. Everything that is made is a plain value, and there are as many as the file has opcodes.
+It is a stack machine over numbers, strings, bytes, tuples, lists and dictionaries. The name of a
+global is never looked up. Instead the caller lists the calls that a file may make, and its
+functions get the arguments unchecked. All results are plain values, at most one per opcode.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 
 
 class ForbiddenPickle(ValueError):
-    """A pickle does what its kind of file has no use for."""
+    """A pickle contains something that files of its kind do not need."""
 
 
 @dataclass(frozen=True)
 class GlobalName:
-    """The name of what a pickle would import; no value that a file can hold equals it."""
+    """The name of an object that a pickle would import; no value in a file can equal it."""
 
     module: str
     name: str
 
 
 def reject(*args: Any) -> Any:
-    """Take the place of what a kind of file does not do.
+    """Reject a kind of opcode that a kind of file does not use.
 
     Raises:
-        Refused: always.
+        ForbiddenPickle: always.
     """
-    raise ForbiddenPickle("it holds more than plain data")
+    raise ForbiddenPickle("it contains more than plain data")
 
 
 def load(
@@ -42,18 +42,19 @@ def load(
     fetch: Callable[[Any], Any] = reject,
     max_opcodes: int,
 ) -> Any:
-    """Return what a pickle holds.
+    """Return the content of a pickle.
 
     Args:
         raw: the pickle, of protocol 2 to 4.
-        calls: what it may call, by name; each checks its arguments, whatever they are.
-        set_state: gets an object that one of the calls made, and its state.
-        fetch: gets a persistent id, and returns the object.
-        most: opcodes that a file of this kind has at most.
+        calls: functions that the pickle may call, by name. Each function must check the types of
+            its arguments.
+        set_state: function of an object that one of the calls returned, and its state.
+        fetch: function from a persistent id to the object.
+        max_opcodes: largest number of opcodes in a file of this kind.
 
     Raises:
-        Refused: it has another opcode, calls something else, or is longer.
-        ValueError, IndexError, KeyError, TypeError: it is damaged.
+        ForbiddenPickle: the pickle has other opcodes or calls, or too many opcodes.
+        ValueError, IndexError, KeyError, TypeError: the pickle is damaged.
 
     Source: Python's pickletools, which documents every opcode.
     """
@@ -68,15 +69,15 @@ def load(
 
 
 def _check_no_names(result: Any) -> None:
-    """Refuse a name that stands where data are wanted, such as a dtype among the entries."""
-    left, seen = [result], set()
-    while left:
-        value = left.pop()
+    """Reject a global name in the place of data, such as a dtype among the entries."""
+    pending, visited = [result], set()
+    while pending:
+        value = pending.pop()
         if type(value) is GlobalName:
             raise ForbiddenPickle(f"it has {f'{value.module}.{value.name}'!a:.80} in place of data")
-        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            left.extend(value.values() if isinstance(value, dict) else value)
+        if isinstance(value, (dict, list, tuple)) and id(value) not in visited:
+            visited.add(id(value))
+            pending.extend(value.values() if isinstance(value, dict) else value)
 
 
 _NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
@@ -94,7 +95,10 @@ _MARK = object()
 
 
 class _PickleMachine:
-    """The stack and the memo."""
+    """The stack and the memo of a pickle.
+
+    The method `_NAME` in lower case executes the opcode NAME; `execute` handles the simple ones.
+    """
 
     def __init__(
         self,
@@ -107,7 +111,7 @@ class _PickleMachine:
         self.stack: list[Any] = []
 
     def execute(self, name: str, arg: Any) -> None:
-        """Take one opcode."""
+        """Execute one opcode."""
         stack = self.stack
         if name in _LITERALS:
             stack.append(arg)
@@ -123,21 +127,21 @@ class _PickleMachine:
             stack.append(_EMPTY[name]())
         elif name in _TUPLES:
             stack.append(tuple(self._pop_values(_TUPLES[name])))
-        elif name not in ("PROTO", "FRAME", "STOP"):  # these tell nothing that is needed
+        elif name not in ("PROTO", "FRAME", "STOP"):  # these have no effect here
             action = getattr(self, f"_{name.lower()}", None)
             if action is None:
                 raise ForbiddenPickle(f"it has the opcode {name}")
             action(arg)
 
     def _pop_values(self, count: int) -> list[Any]:
-        """The last values, in their order."""
+        """Pop values, and return them in the order in which they were pushed."""
         values = [self.stack.pop() for _ in range(count)][::-1]
         if any(value is _MARK for value in values):
-            raise ValueError("a mark is out of its place")
+            raise ValueError("a mark is out of place")
         return values
 
     def _pop_to_mark(self) -> list[Any]:
-        """The values behind the last mark, which goes too."""
+        """Pop the values after the last mark, and the mark."""
         values = []
         while (value := self.stack.pop()) is not _MARK:
             values.append(value)
@@ -167,13 +171,13 @@ class _PickleMachine:
     def _stack_global(self, arg: Any) -> None:
         module, name = self._pop_values(2)
         if type(module) is not str or type(name) is not str:
-            raise ValueError("a name is not text")
+            raise ValueError("a global name is not text")
         self.stack.append(GlobalName(module, name))
 
     def _reduce(self, arg: Any) -> None:
         function, args = self._pop_values(2)
         if type(function) is not GlobalName or type(args) is not tuple:
-            raise ValueError("it calls what has no name")
+            raise ValueError("it calls an object that is not a global name")
         if function not in self._calls:
             raise ForbiddenPickle(f"it names {f'{function.module}.{function.name}'!a:.80}")
         self.stack.append(self._calls[function](*args))
@@ -188,15 +192,16 @@ class _PickleMachine:
 
     def _extend(self, values: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError("it appends to what is no list")
+            raise ValueError("it appends to an object that is not a list")
         self.stack[-1].extend(values)
 
     def _update(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
-            raise ValueError("it sets entries of what is no dictionary")
+            raise ValueError("it sets entries of an object that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # The hash of another type may take forever, and large numbers may share theirs.
+            # Hashing nested tuples may take exponential time, and large integers may be chosen to
+            # collide.
             if type(key) is not str and not (type(key) is int and -(2**31) <= key < 2**31):
-                raise ForbiddenPickle("a key is neither text nor a number of 32 bits")
+                raise ForbiddenPickle("a key is neither text nor a 32-bit integer")
             target[key] = value
