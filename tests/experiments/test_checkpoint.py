@@ -101,14 +101,14 @@ def test_files_of_others(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a checkpoint of eigenfilter train"):
         checkpoint.read(path)
     torch.save({"config": {}, "format": 99}, path)
-    with pytest.raises(UserError, match="is of format 99, and this version reads 2"):
+    with pytest.raises(UserError, match="has format 99, and this version reads 2"):
         checkpoint.read(path)
     for other in ({"a": [1] * 1000}, "2", 2.0, True, torch.ones(3)):
         torch.save({"config": {}, "format": other}, path)
         with pytest.raises(UserError, match="is not a checkpoint of eigenfilter train"):
             checkpoint.read(path)
     torch.save({"config": {}, "format": 10**600}, path)
-    with pytest.raises(UserError, match="is of format a number of 1994 bits"):
+    with pytest.raises(UserError, match="has format a number of 1994 bits"):
         checkpoint.read(path)
     torch.save(torch.nn.Linear(2, 2), path)
     with pytest.raises(UserError, match="contains more than tensors"):
@@ -123,6 +123,6 @@ def test_another_layout_is_one_line(
     torch.save({"config": {}, "format": 1}, tmp_path / "checkpoint.pt")
     assert main([*argv, str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"eigenfilter {argv[0]}: error: {tmp_path / 'checkpoint.pt'} is of format 1, and this "
-        "version reads 2: train again, or use the version that wrote it\n"
+        f"eigenfilter {argv[0]}: error: {tmp_path / 'checkpoint.pt'} has format 1, and this "
+        "version reads 2; train again, or use the version that wrote it\n"
     )

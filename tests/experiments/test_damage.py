@@ -287,6 +287,6 @@ def test_results_of_another_run(stopped: Stopped) -> None:
     for change in ({}, {"config": Config(model="mlp-5").as_dict()}):
         found = json.loads((whole / "results.json").read_text()) | change
         path.write_text(json.dumps(found))
-        assert f"{stopped.work / 'results.json'} is of another run" in stopped.outcome(None)
+        assert f"{stopped.work / 'results.json'} belongs to another run" in stopped.outcome(None)
     path.write_text(before)
     assert stopped.outcome(None) == "same"

@@ -97,7 +97,7 @@ def test_any_ascent_with_any_base(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("name", ["LBFGS", "Nope", "lr_scheduler", "Optimizer"])
 def test_optimizers_that_are_none(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} cannot be trained with"):
+    with pytest.raises(ValueError, match=f"{name} is not an optimizer that train supports"):
         factories.build_optimizer(Config(optimizer=f"torch.optim.{name}"), parameters())
 
 
@@ -132,5 +132,5 @@ def test_rho_schedules() -> None:
 
 def test_a_warm_up_that_is_too_long() -> None:
     optimizer = factories.build_optimizer(Config(), parameters())
-    with pytest.raises(ValueError, match="warmup takes 11 epochs, and there are 10"):
+    with pytest.raises(ValueError, match="warmup takes 11 epochs, and training has 10"):
         factories.lr_schedule(Config(warmup=11), optimizer, 3)

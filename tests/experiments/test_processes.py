@@ -144,11 +144,11 @@ def test_one_process_writes_and_observes(folder: Path) -> None:
             "ascent_part",
             "ascent_part gives 5 images per step, which 3 processes cannot share evenly",
         ),
-        ("hvp", "hvp autograd is for one process alone: take finite_difference"),
+        ("hvp", "hvp autograd works in a single process only; set hvp to finite_difference"),
         ("sharpness", "sharpness_samples must be at least 1 for each of 3 processes"),
         ("diverged", "lower lr (9.33e+17); the checkpoint of step 1 is kept"),
         ("full disk", "checkpoint.pt: File too large; the checkpoint of step 4 is kept"),
-        ("other data", "machines have different data: copy --data-dir"),
+        ("other data", "the processes have different data; copy --data-dir"),
         ("corrupt", "these data are corrupt"),
     ],
 )
@@ -182,7 +182,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     [line] = said(job)
     step = trained(tmp_path)["step"]
     again = f"torchrun ... -m eigenfilter train --resume --out {tmp_path}"
-    assert line == f"stopped at step {step}: {again}"
+    assert line == f"stopped at step {step}; to continue: {again}"
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["outcome"], results["step"]) == ("stopped", step)
     config = Config(**results["config"])
@@ -203,7 +203,7 @@ def test_all_fail_and_one_says_so(tmp_path: Path) -> None:
     ("end", "says"),
     [
         ("killed", "another process of the run ended, or cannot be reached"),
-        ("out of memory", "memory does not suffice for step 6: lower batch_size"),
+        ("out of memory", "out of memory at step 6; lower batch_size"),
     ],
 )
 def test_one_fails_and_none_hangs(end: str, says: str, tmp_path: Path) -> None:

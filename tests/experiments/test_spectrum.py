@@ -184,7 +184,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
     ("argv", "says"),
     [
         ([], "give a CHECKPOINT of eigenfilter train, or --model and --data"),
-        (["--data", "a:b"], "--data goes with --model"),
+        (["--data", "a:b"], "--data needs --model"),
         (["--model", "a:b"], "--model needs --data"),
         (["--model", "a:b", "--data", "c:d"], "there is no module a here or installed"),
         (["--model", "make", "--data", "c:d"], "'make' must be module:name"),
@@ -192,7 +192,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
         (["--model", "{}:number", "--data", "{}:data"], "number failed (TypeError"),
         (["--model", "{}:data", "--data", "{}:data"], "data gives a list, not a torch.nn.Module"),
         (["--model", "{}:broken", "--data", "{}:data"], "broken failed (KeyError"),
-        (["--model", "{}:make", "--data", "{}:nothing"], "nothing holds no tensors"),
+        (["--model", "{}:make", "--data", "{}:nothing"], "nothing contains no tensors"),
         (["--model", "{}:make", "--data", "{}:broken"], "broken failed (KeyError"),
         (["--model", "{}:make", "--data", "{}:number"], "batch"),
         (["nowhere.pt"], "cannot read nowhere.pt"),

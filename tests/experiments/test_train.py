@@ -219,7 +219,8 @@ def test_ctrl_c_keeps_everything(
     assert signal.getsignal(signal.SIGINT) is handler
     assert trained(tmp_path / "run")["step"] == 5
     said = capsys.readouterr().out
-    assert f"stopped at step 5: eigenfilter train --resume --out {tmp_path / 'run'}" in said
+    command = f"eigenfilter train --resume --out {tmp_path / 'run'}"
+    assert f"stopped at step 5; to continue: {command}" in said
     monkeypatch.setattr(Trainer, "advance", advance)
     assert main(["train", "--resume", *out]) == 0
     runs.run(Config(**SMALL), tmp_path / "whole")
@@ -316,7 +317,7 @@ def test_memory_that_does_not_suffice(
         advance(self)
 
     monkeypatch.setattr(Trainer, "advance", exhausted)
-    with pytest.raises(UserError, match="step 6: lower batch_size; the checkpoint of step 4 is"):
+    with pytest.raises(UserError, match="step 6; lower batch_size; the checkpoint of step 4 is"):
         runs.run(Config(**SMALL | {"checkpoint_every": 4}), tmp_path)
 
 
@@ -343,7 +344,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
         ("", ["--device", "tpu"], "tpu is not a device"),
         ("", ["--device", "meta"], "meta is not supported"),
         ("", ["--device", "cuda:99"], "CUDA devices, not cuda:99"),
-        ("", ["--optimizer", "torch.optim.Nope"], "torch.optim.Nope cannot be trained with"),
+        ("", ["--optimizer", "torch.optim.Nope"], "torch.optim.Nope is not an optimizer"),
         ("", ["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
     ],
 )
@@ -358,7 +359,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path, capsys: pytest.CaptureFixture
     runs.run(Config(**SMALL), tmp_path, stop=stopped_after(2))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     out = ["--out", str(tmp_path)]
-    check_error(out, "holds a run: go on with it by --resume", capsys)
+    check_error(out, "contains a run; continue it with --resume", capsys)
     check_error([*out, "--resume", "--lr", "0.3"], "a run with lr 0.05, not 0.3", capsys)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     (tmp_path / "checkpoint.pt").write_bytes(before[:3000])

@@ -1,8 +1,9 @@
-"""Train a small network with four optimizers until each sits at the edge of its filter.
+"""Train a small network with four optimizers until each is at the edge of its filter.
 
-A 64-40-10 tanh network learns 400 of scikit-learn's digits: full batch, float64, square loss.
-Each method sharpens until the largest Hessian eigenvalue meets the edge that the theory gives for
-its hyperparameters, and stays there. Prints a table; writes sharpness.png and results.json.
+A 64-40-10 tanh network learns 400 of scikit-learn's digits in full batches, in float64, with the
+square loss. With each method the largest Hessian eigenvalue rises until it meets the edge that
+theory gives for the hyperparameters, and stays there. The command prints a table and writes
+sharpness.png and results.json.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ METHODS = (
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     add_out(parser, "out/demo", "sharpness.png and results.json")
-    of = f"most steps a method may take, checked every {EVERY}"
+    of = f"largest number of steps per method; the sharpness is measured every {EVERY}"
     add_training(parser, steps=4000, of=of, budget=2.0)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, print the table, write the files; return the exit code."""
+    """Train, print the table and write the files; return the exit code."""
     require("matplotlib", "sklearn", "tqdm")
     with folder_lock(args.out, "demo") as folder:
         return _run(args, folder)
@@ -56,15 +57,16 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
     problem = problems.FullBatchProblem(digits(SAMPLES))
     began = time.perf_counter()
     runs = []
-    for done, method in enumerate(METHODS, start=1):
-        deadline = began + 60.0 * args.budget * done / len(METHODS)
+    for count, method in enumerate(METHODS, start=1):
+        deadline = began + 60.0 * args.budget * count / len(METHODS)
         limits = {"max_steps": args.steps, "deadline": deadline}
         with progress(method.name) as show:
             run = train_to_edge(problem, method, seed=args.seed, on_check=show, **limits)
         runs.append(run)
     print(f"\n{table(runs)}\n")
     sharpness_figure([curve_from_run(run) for run in runs], folder / "sharpness.png", TITLE)
-    found = {"seed": args.seed, "samples": SAMPLES, "band": BAND}
-    save_results(folder / "results.json", "demo", found | {"runs": [run.as_json() for run in runs]})
+    values = {"seed": args.seed, "samples": SAMPLES, "band": BAND}
+    values |= {"runs": [run.as_json() for run in runs]}
+    save_results(folder / "results.json", "demo", values)
     print(f"wrote {folder / 'sharpness.png'} and {folder / 'results.json'}")
     return 0

@@ -20,7 +20,7 @@ _DASHED = (0, (5, 3))
 
 @dataclass(frozen=True)
 class SharpnessCurve:
-    """Sharpness over the steps of one run, and the edge it is expected at, both at each step."""
+    """The sharpness over the steps of one run, and the edge of the filter at the same steps."""
 
     label: str
     steps: Sequence[int]
@@ -29,7 +29,7 @@ class SharpnessCurve:
 
 
 def curve_from_run(run: FullBatchRun) -> SharpnessCurve:
-    """The curve of what was measured."""
+    """Return the curve of a run's measurements."""
     checks = run.history
     return SharpnessCurve(
         f"{run.method} ({run.settings})",
@@ -41,7 +41,7 @@ def curve_from_run(run: FullBatchRun) -> SharpnessCurve:
 
 @contextmanager
 def canvas(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
-    """Axes to draw on; written as a PNG at the end."""
+    """Yield axes to draw on, and write them as a PNG at the end."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,9 +52,9 @@ def canvas(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
 
 
 def sharpness_figure(curves: Sequence[SharpnessCurve], path: Path, title: str) -> None:
-    """Write a PNG of sharpness over training: one solid line a run, its edge dashed.
+    """Write a PNG of the sharpness over training: a solid line per run, and its edge dashed.
 
-    Edges that are the same are drawn once, in grey.
+    Edges that several runs share are drawn in gray.
     """
     from matplotlib.lines import Line2D
 
@@ -95,7 +95,7 @@ def sharpness_figure(curves: Sequence[SharpnessCurve], path: Path, title: str) -
 
 
 def _ordinary(values: Sequence[float]) -> float:
-    """The highest value but for a hundredth: a jump out of the figure hides nothing else."""
+    """Return the 99th percentile, so that a jump of the sharpness does not set the axis limits."""
     return sorted(values)[max(0, int(0.99 * len(values)) - 1)]
 
 
@@ -109,7 +109,7 @@ def paths_figure(
     levels: Mapping[str, Sequence[float]],
     path: Path,
 ) -> None:
-    """Write a PNG of values over the steps: a panel a method, a line a start, levels dashed."""
+    """Write a PNG of values over steps: a panel per method, a line per start, levels dashed."""
     with canvas(path, columns=len(paths)) as panels:
         for axes, (name, lines) in zip(panels, paths.items(), strict=True):
             for line in lines:

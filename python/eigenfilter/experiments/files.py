@@ -112,7 +112,7 @@ def read_json(path: Path, remedy: str) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error!s:.120}): {remedy}") from error
+        raise UserError(f"{path} is damaged ({error!s:.120}); {remedy}") from error
 
 
 def _sync_folder(folder: Path) -> None:

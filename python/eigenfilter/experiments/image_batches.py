@@ -107,7 +107,7 @@ class Batches:
         return self._cutout(self._normalizer(images)), self._labels[chosen]
 
     def _epoch_order(self, epoch: int) -> Tensor:
-        """Return the order of an epoch. A full batch has a fixed order, so that sums round alike."""
+        """Return the order of an epoch; it is fixed for a full batch, so that sums round alike."""
         if self._order is None or self._order[0] != epoch:
             n = len(self._labels)
             if self.size == n:

@@ -1,4 +1,4 @@
-"""When work ends early: a signal, or the time is spent."""
+"""Stopping work early and cleanly, at a signal or after a time limit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import Any
 
 from eigenfilter.experiments.errors import UserError
 
-STOPPED = 130  # the exit code of what Ctrl-C ended
+STOPPED = 130  # exit code of a command that Ctrl-C ended
 
 
 class StopCondition:
-    """Says when to stop: after a signal, or when the time is spent.
+    """A callable that returns whether to stop: after a signal, or after the time limit.
+
+    Args:
+        minutes: the time limit; None means none.
 
     Attributes:
-        signalled: whether it was a signal.
+        signalled: whether a signal was received.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -30,7 +33,15 @@ class StopCondition:
         )
 
     def exit_code(self, *, left: bool, failed: bool) -> int:
-        """STOPPED if a signal left runs to go; else 1 if one failed, not by diverging; else 0."""
+        """Return the exit code of a command that runs many trainings.
+
+        Args:
+            left: whether there are unfinished runs.
+            failed: whether a run failed for another reason than divergence.
+
+        Returns:
+            STOPPED if a signal left runs unfinished, else 1 if a run failed, else 0.
+        """
         if left and self.signalled:
             return STOPPED
         return 1 if failed else 0
@@ -38,13 +49,16 @@ class StopCondition:
 
 @contextmanager
 def graceful_stop(minutes: float | None) -> Iterator[StopCondition]:
-    """The first Ctrl-C, or SIGTERM, stops gently; the second at once.
+    """Stop gracefully at the first Ctrl-C or SIGTERM, and immediately at the second.
 
     Args:
-        minutes: after which to stop gently too; None for never.
+        minutes: time limit after which to stop gracefully too; None means none.
+
+    Yields:
+        The condition to check between steps.
 
     Raises:
-        UserError: at the second signal.
+        UserError: a second signal was received.
     """
     stop = StopCondition(minutes)
 
@@ -59,7 +73,9 @@ def graceful_stop(minutes: float | None) -> Iterator[StopCondition]:
             before[number] = signal.signal(number, handle)
         yield stop
     except KeyboardInterrupt:
-        raise UserError("ended at once: the last checkpoint, if there was one, is kept") from None
+        raise UserError(
+            "a second signal ended the command; the last checkpoint, if there was one, is kept"
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

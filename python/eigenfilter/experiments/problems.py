@@ -1,4 +1,4 @@
-"""The problems of the full-batch experiments: a data set, an activation and a loss."""
+"""Problems of the full-batch experiments: a data set, an activation and a loss."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from eigenfilter.experiments.losses import LOSSES
 DATASETS = ("digits", "fashion")
 ACTIVATIONS = ("tanh", "relu")
 WIDTH = 40
-SCALE = 0.8  # of torch's initial weights: training starts in a flatter place
+SCALE = 0.8  # factor of torch's initial weights, so that training starts at a lower sharpness
 CLASSES = 10
 
 
 @dataclass(frozen=True, eq=False)
 class FullBatchProblem:
-    """A fully connected network with one hidden layer of 40, and what it learns.
+    """A fully connected network with one hidden layer of 40 units, its data and its loss.
 
     Attributes:
-        data: what to train and to test on.
+        data: training and test set.
         activation: "tanh" or "relu".
         loss_name: "square" or "cross_entropy".
     """
@@ -36,11 +36,11 @@ class FullBatchProblem:
 
     @property
     def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Of scores [n, 10] and labels [n]."""
+        """The loss of scores [n, 10] and labels [n]."""
         return LOSSES[self.loss_name]
 
     def network(self, seed: int) -> nn.Module:
-        """The network in the data's dtype; torch's global random state is left alone."""
+        """Build the network in the dtype of the data, without changing torch's global generator."""
         inputs = self.data.inputs
         task = networks.ImageTask((1, 1, inputs.shape[1]), CLASSES)
         network = networks.build(
@@ -53,16 +53,16 @@ class FullBatchProblem:
 
 
 def load(dataset: str, activation: str, loss: str, folder: Path | None = None) -> FullBatchProblem:
-    """The problem on 400 digits in float64, or on 5,000 images of Fashion-MNIST in float32.
+    """Return the problem on 400 digits in float64, or on 5,000 Fashion-MNIST images in float32.
 
     Args:
         dataset: one of `DATASETS`.
         activation: one of `ACTIVATIONS`.
         loss: one of `LOSSES`.
-        folder: of Fashion-MNIST; see `datasets.folder_of`.
+        folder: folder of Fashion-MNIST; see `datasets.folder_of`.
 
     Raises:
-        UserError: the data are not there, or corrupt.
+        UserError: the data are missing or corrupt.
     """
     data = digits() if dataset == "digits" else fashion(folder=folder)
     return FullBatchProblem(data, activation, loss)

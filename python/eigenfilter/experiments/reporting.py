@@ -1,4 +1,4 @@
-"""How the full-batch experiments show and keep what they measured."""
+"""Tables, progress bars and results files of the experiments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WORDS = ("method", "settings", "outcome")
 
 
 def table(runs: Sequence[FullBatchRun]) -> str:
-    """The last checks as text, one row a run.
+    """Return the last measurements as text, one row per run.
 
     The residual ||H v - sharpness v|| bounds the distance to an eigenvalue of the Hessian H.
     """
@@ -40,7 +40,10 @@ def table(runs: Sequence[FullBatchRun]) -> str:
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of words in columns under their heads; the columns of words are to the left."""
+    """Return rows as text with aligned columns, of which the first row is the head.
+
+    Columns of words are aligned to the left, columns of numbers to the right.
+    """
     head = rows[0]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -52,7 +55,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of words as a table in Markdown, the head first."""
+    """Return rows of cells as a Markdown table, of which the first row is the head."""
     head, *rest = rows
     lines = [head, ["---"] * len(head), *rest]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -60,7 +63,11 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[FullBatchRun], None]]:
-    """Show a run's checks in a bar, where there is a terminal; its outcome is a line at the end."""
+    """Show the progress of a run in a bar if there is a terminal, and print its outcome at the end.
+
+    Yields:
+        A function that shows the last measurement of a run.
+    """
     from tqdm import tqdm
 
     shown: list[FullBatchRun] = []
@@ -78,10 +85,10 @@ def progress(name: str) -> Iterator[Callable[[FullBatchRun], None]]:
 
 
 def save_results(path: Path, command: str, values: Mapping[str, object]) -> None:
-    """Write results.json: the command, what it was given and found, and the versions.
+    """Write results.json: the command, its values, and the versions of the packages.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     versions = {"eigenfilter": ef.__version__, "torch": torch.__version__}
     results = {"command": command, "versions": versions} | dict(values)
@@ -89,7 +96,7 @@ def save_results(path: Path, command: str, values: Mapping[str, object]) -> None
 
 
 def _json_safe(value: object) -> object:
-    """JSON has neither NaN nor infinity."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

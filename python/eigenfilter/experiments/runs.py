@@ -1,4 +1,4 @@
-"""One training run in a folder, from a configuration to results; resumable at every checkpoint."""
+"""One training run in a folder, from a configuration to results. It resumes at any checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from eigenfilter.monitor import Check
 
 RESULTS = "results.json"
 CONFIG = "config.yaml"
-PAUSE = 10.0  # seconds at least between checkpoints at the ends of epochs
+PAUSE = 10.0  # smallest time in seconds between checkpoints at ends of epochs
 
 Record = dict[str, Any]
 Observe = Callable[[str, int, Record], object]
@@ -49,37 +49,40 @@ def run(
     """Train, and write checkpoints, logs and results into a folder.
 
     Args:
-        config: what to train.
-        out: the folder: checkpoint.pt, config.yaml, log.jsonl, results.json, tensorboard/.
-        data_dir: of the data, see `datasets.folder_of`.
-        device: "cpu", "cuda", "cuda:1"; "auto": a GPU if there is one.
-        resume: go on from the checkpoint in `out`, if there is one; the steps after it, and the
-            final weights, are those of a run that was never interrupted, bit for bit.
-        tensorboard: write events too.
-        stop: asked after every step; once it says True, a checkpoint is written and the run ends.
-        observe: gets every record of the log: its kind ("train", "test", "sharpness"; "start" and
-            "checkpoint" besides), step and values.
-        processes: that train together, see `processes.init_distributed`; each calls this function. The
-            leading one reads and writes `out` and observes; `stop` may be asked of any.
-        wait: asked while another process is at work in `out` whether to go on waiting.
+        config: the configuration.
+        out: the folder. The run writes checkpoint.pt, config.yaml, log.jsonl, results.json and
+            tensorboard/ into it.
+        data_dir: data folder; see `datasets.folder_of`.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
+        resume: whether to continue from the checkpoint in `out`, if there is one. The steps after
+            it and the final weights have the same bits as in a run that was never interrupted.
+        tensorboard: whether to write TensorBoard events too.
+        stop: called after every step. When it returns True, the run writes a checkpoint and ends.
+        observe: called with every record of the log: its kind ("train", "test" or "sharpness", and
+            also "start" and "checkpoint"), its step and its values.
+        processes: the processes that train together; see `processes.init_distributed`. Each of
+            them calls this function. The main process reads and writes `out` and calls `observe`.
+            Any process may stop the run.
+        wait: called while another process has the lock of `out`; waiting ends when it returns
+            False.
 
     Returns:
-        What results.json holds: `outcome` ("complete" or "stopped"), the last records, the history
-        of tests, times, the configuration, versions.
+        The content of results.json: `outcome` ("complete" or "stopped"), the last records, the
+        history of evaluations, times, the configuration and versions.
 
     Raises:
-        UserError: bad input; another process is at work in `out`; `out` holds a run and `resume`
-            is False, or one of another configuration, or a damaged file; the disk is full; memory
-            does not suffice. `Diverged` is one of them. The last checkpoint is kept, and the
-            message says so.
+        UserError: the input is invalid; another process has the lock of `out`; `out` contains a
+            run and `resume` is False, or it contains a run of another configuration or a damaged
+            file; the disk is full; memory runs out. `Diverged` is a subclass. The last checkpoint
+            is kept, and the message says so.
     """
     torch_device = device_of(processes.device_name(device))
     with ExitStack() as stack:
 
-        def hold() -> None:
+        def lock() -> None:
             stack.enter_context(folder_lock(out, "training run", wait))
 
-        processes.run_on_main(hold)
+        processes.run_on_main(lock)
         return _run(
             config, out, torch_device, data_dir, resume, tensorboard, stop, observe, processes
         )
@@ -108,16 +111,19 @@ def _run(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise UserError(f"{torch_device} has no room for the model and its data") from error
+            raise UserError(
+                f"out of memory on {torch_device} for the model and its data; choose a smaller "
+                "model or fewer samples"
+            ) from error
         session = _TrainingSession(trainer, out, saved, tensorboard, observe, processes)
-        del saved  # as large as the model and its optimizer
+        del saved  # it is as large as the model and its optimizer
         return session.run(stop)
 
 
 class _TrainingSession:
-    """The part of a run from its start, or from a checkpoint, until it ends or is stopped."""
+    """The part of a run from its start or a checkpoint until it ends or is stopped."""
 
-    _log: logs.RunLog  # of the process that leads
+    _log: logs.RunLog  # on the main process only
 
     def __init__(
         self,
@@ -132,15 +138,19 @@ class _TrainingSession:
         self._observe: Observe = observe if processes.is_main else lambda kind, step, record: None
         self._checksum = trainer.data.checksum
         if len(set(processes.all_gather(self._checksum))) > 1:
-            raise UserError("machines have different data: copy --data-dir from one to the others")
+            raise UserError(
+                "the processes have different data; copy --data-dir from one machine to the others"
+            )
         self._history: list[Record] = []
         self._last: dict[str, Record] = {}
-        self._earlier_seconds = 0.0  # of the sessions before
-        self._checkpoint_step: int | None = None  # the step of the checkpoint that is on disk
+        self._earlier_seconds = 0.0  # time that earlier sessions took
+        self._checkpoint_step: int | None = None  # step of the checkpoint on disk
         size_of_log = records = 0
         if saved is not None:
             if saved["data"] != self._checksum:
-                raise UserError(f"{out} was trained on other data: give another --out")
+                raise UserError(
+                    f"{out} was trained on other data; give the same --data-dir, or another --out"
+                )
             try:
                 trainer.load_state_dict(saved["trainer"])
                 records = check_session(saved, trainer)
@@ -164,8 +174,10 @@ class _TrainingSession:
 
         processes.run_on_main(open_files)
         self._started = self._window_start = self._saved_at = time.perf_counter()
-        self._excluded_seconds = 0.0  # seconds since the mark that were not spent on steps
-        self._uncounted_steps = trainer.pending  # steps since the last record that others took
+        # Throughput is measured over a window that starts at the last record. Time for tests,
+        # checkpoints and the sharpness, and steps of an earlier session, do not count.
+        self._excluded_seconds = 0.0
+        self._uncounted_steps = trainer.pending
 
     def run(self, stop: Callable[[], bool]) -> Record:
         trainer = self._trainer
@@ -178,21 +190,20 @@ class _TrainingSession:
                 trainer.advance()
                 self._after_step()
                 stopped = self._processes.any_process(stop()) and not trainer.finished
-            if trainer.finished and "test" not in self._last:  # every epoch was too early
+            if trainer.finished and "test" not in self._last:  # no evaluation was due before
                 self._test()
             self._save()
             return self._results("stopped" if stopped else "complete")
         except Diverged as error:
             rates = " or ".join(f"{name} ({x:.3g})" for name, x in trainer.rates().items())
-            raise Diverged(f"{error}: lower {rates}; {self._advice()}", error.step) from error
+            raise Diverged(f"{error}; lower {rates}; {self._advice()}", error.step) from error
         except UserError as error:
             raise UserError(f"{error}; {self._advice()}") from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise UserError(
-                f"memory does not suffice for step {trainer.step + 1}: lower batch_size; "
-                f"{self._advice()}"
+                f"out of memory at step {trainer.step + 1}; lower batch_size; {self._advice()}"
             ) from error
         finally:
             if self._processes.is_main:
@@ -208,7 +219,7 @@ class _TrainingSession:
             self._train()
         if ends and (epoch % config.evaluate_every == 0 or trainer.finished):
             self._test()
-        if trainer.finished:  # saved at the end
+        if trainer.finished:  # `run` saves the last checkpoint
             return
         every = config.checkpoint_every
         if step % every == 0 if every else ends and self._checkpoint_is_due():
@@ -234,17 +245,17 @@ class _TrainingSession:
             self._write("test", self._trainer.evaluate())
         self._history.append({"step": self._trainer.step} | self._last["test"])
 
-    def _sharpness(self, look: Callable[[], Check | None]) -> None:
+    def _sharpness(self, measure: Callable[[], Check | None]) -> None:
         try:
-            found = look()
-        except FloatingPointError as error:  # before the losses were read
+            check = measure()
+        except FloatingPointError as error:  # the losses have not been read yet
             self._trainer.check()
             step = self._trainer.step
             raise Diverged(f"the Hessian after step {step} is not finite", step) from error
-        if found is not None:
-            self._excluded_seconds += found.seconds
+        if check is not None:
+            self._excluded_seconds += check.seconds
             names = ("sharpness", "residual", "edge")
-            self._write("sharpness", {name: getattr(found, name) for name in names})
+            self._write("sharpness", {name: getattr(check, name) for name in names})
 
     def _write(self, kind: str, record: Record) -> None:
         trainer = self._trainer
@@ -254,7 +265,7 @@ class _TrainingSession:
         self._observe(kind, trainer.step, record)
 
     def _save(self) -> None:
-        """Write a checkpoint, of a state that is finite."""
+        """Write a checkpoint, after checking that the state is finite."""
         trainer = self._trainer
         trainer.check()
         state = {
@@ -300,9 +311,9 @@ class _TrainingSession:
 
     @contextmanager
     def _not_training(self) -> Iterator[None]:
-        """Leaves the time inside out of the throughput."""
+        """Exclude the time inside the context from the throughput."""
         if self._trainer.device.type == "cuda":
-            torch.cuda.synchronize(self._trainer.device)  # the steps' work is theirs
+            torch.cuda.synchronize(self._trainer.device)  # earlier steps still count
         began = time.perf_counter()
         yield
         self._excluded_seconds += time.perf_counter() - began
@@ -317,45 +328,45 @@ class _TrainingSession:
 
 
 def _load_previous(config: Config, out: Path, resume: bool) -> tuple[Record | None, Record | None]:
-    """What the folder holds: the checkpoint to go on from, and the results of a complete run."""
+    """Return the checkpoint to resume from and the results of a complete run, if there are any."""
     saved = _load_checkpoint(config, out, resume)
     if saved is not None:
-        done = read_results(out / RESULTS)
-        if done is not None and done["outcome"] == "complete":
+        results = read_results(out / RESULTS)
+        if results is not None and results["outcome"] == "complete":
             step = saved["trainer"].get("step")
-            if done["config"] != config.as_dict() or done["step"] != step:
+            if results["config"] != config.as_dict() or results["step"] != step:
                 raise UserError(
-                    f"{out / RESULTS} is of another run than {checkpoint.FILE} beside it: remove "
-                    "it to have the run gone on with, or give another --out"
+                    f"{out / RESULTS} belongs to another run than {checkpoint.FILE} beside it; "
+                    "remove it to resume the run, or give another --out"
                 )
-            return None, done
+            return None, results
     return saved, None
 
 
 def _load_checkpoint(config: Config, out: Path, resume: bool) -> Record | None:
-    """The checkpoint to go on from, if there is one.
+    """Read the checkpoint to resume from, or return None if there is none.
 
     Raises:
-        UserError: there is one and `resume` is False, or it is of another configuration.
+        UserError: there is one and `resume` is False, or it has another configuration.
     """
     path = out / checkpoint.FILE
     if not path.exists():
         return None
     if not resume:
-        raise UserError(f"{out} holds a run: go on with it by --resume, or give another --out")
+        raise UserError(f"{out} contains a run; continue it with --resume, or give another --out")
     saved = checkpoint.read_run(path)
-    there, here = saved["config"], config.as_dict()
-    for name in here:
-        if there.get(name) != here[name]:
+    stored = saved["config"]
+    for name, value in config.as_dict().items():
+        if stored.get(name) != value:
             raise UserError(
-                f"{out} holds a run with {name} {quoted(there.get(name))}, not "
-                f"{quoted(here[name])}: leave the configuration as it was, or give another --out"
+                f"{out} contains a run with {name} {quoted(stored.get(name))}, not "
+                f"{quoted(value)}; leave the configuration as it was, or give another --out"
             )
     return saved
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory did not suffice, of a GPU or of the host."""
+    """Return whether the error means that a GPU or the host ran out of memory."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 

@@ -1,4 +1,4 @@
-"""Whether plain data and tensors from a file have the structure that they must have."""
+"""Validation of plain data and tensors from a file against a schema."""
 
 from __future__ import annotations
 
@@ -14,107 +14,120 @@ from eigenfilter.experiments.errors import quoted
 
 
 class SchemaError(ValueError):
-    """Something in a file is not what it must be; the message has where."""
+    """Data from a file do not match their schema; the message says where."""
 
 
 @dataclass(frozen=True)
 class Nullable:
-    """What fits `wanted`, or None."""
+    """A schema that matches None and whatever `schema` matches."""
 
-    wanted: Any
+    schema: Any
 
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list of any length whose values fit `wanted`."""
+    """A schema of lists of any length whose values match `schema`."""
 
-    wanted: Any
+    schema: Any
 
 
 @dataclass(frozen=True)
-class AtLeast:
-    """A dictionary that has these entries, and others, which are not looked at."""
+class HasEntries:
+    """A schema of dictionaries that have these entries, and possibly others."""
 
-    wanted: dict[str, Any]
+    entries: dict[str, Any]
 
 
-def validate(found: Any, wanted: Any, at: str) -> None:
-    """Check what was found against a pattern.
+def validate(value: Any, schema: Any, where: str) -> None:
+    """Check a value against a schema.
+
+    A schema is one of these:
+
+    - a type, for values of exactly this type; a float must also be finite;
+    - a tensor, for tensors of its shape and dtype;
+    - a dictionary, for dictionaries with the same keys, whose values match its values;
+    - a list or tuple, for sequences of the same type and length, likewise;
+    - `Nullable`, `ListOf` or `HasEntries`;
+    - any other value, for itself; a float is compared up to rounding.
 
     Args:
-        found: data.
-        wanted: a type, for a value of exactly this type, a finite one if it is float; a tensor,
-            for one of its shape and dtype; a dictionary, for one with its keys and values that fit
-            its values; a list or tuple, for one of its length, likewise; `Nullable`, `ListOf`, `AtLeast`;
-            any other value, for itself, a number of floating point up to rounding.
-        at: where it was found, for the message.
+        value: the data.
+        schema: the schema.
+        where: what the value is, for the message.
 
     Raises:
-        Misfit: it does not fit.
+        SchemaError: the value does not match.
     """
-    if isinstance(wanted, Nullable):
-        if found is not None:
-            validate(found, wanted.wanted, at)
-    elif isinstance(wanted, ListOf):
-        _validate_type(found, list, at)
-        _validate_sequence(found, [wanted.wanted] * len(found), at)
-    elif isinstance(wanted, AtLeast):
-        _validate_entries(found, wanted.wanted, at)
-    elif isinstance(wanted, type):
-        _validate_type(found, wanted, at)
-    elif isinstance(wanted, Tensor):
-        _validate_tensor(found, wanted, at)
-    elif isinstance(wanted, dict):
-        _validate_entries(found, wanted, at)
-        for key in found:
-            if key not in wanted:
-                raise SchemaError(f"{at} has an entry {quoted(key)}, which does not belong there")
-    elif isinstance(wanted, (list, tuple)):
-        _validate_type(found, type(wanted), at)
-        _validate_sequence(found, wanted, at)
+    if isinstance(schema, Nullable):
+        if value is not None:
+            validate(value, schema.schema, where)
+    elif isinstance(schema, ListOf):
+        _validate_type(value, list, where)
+        _validate_sequence(value, [schema.schema] * len(value), where)
+    elif isinstance(schema, HasEntries):
+        _validate_entries(value, schema.entries, where)
+    elif isinstance(schema, type):
+        _validate_type(value, schema, where)
+    elif isinstance(schema, Tensor):
+        _validate_tensor(value, schema, where)
+    elif isinstance(schema, dict):
+        _validate_entries(value, schema, where)
+        for key in value:
+            if key not in schema:
+                raise SchemaError(
+                    f"{where} has an entry {quoted(key)}, which does not belong there"
+                )
+    elif isinstance(schema, (list, tuple)):
+        _validate_type(value, type(schema), where)
+        _validate_sequence(value, schema, where)
     else:
-        _validate_value(found, wanted, at)
+        _validate_value(value, schema, where)
 
 
-def _validate_type(found: Any, wanted: type, at: str) -> None:
-    if wanted is dict and isinstance(found, dict):
+def _validate_type(value: Any, schema: type, where: str) -> None:
+    if schema is dict and isinstance(value, dict):
         return
-    if type(found) is not wanted:
-        raise SchemaError(f"{at} is a {type(found).__name__}, not a {wanted.__name__}")
-    if isinstance(found, float) and not math.isfinite(found):
-        raise SchemaError(f"{at} is {found}")
+    if type(value) is not schema:
+        raise SchemaError(f"{where} is a {type(value).__name__}, not a {schema.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SchemaError(f"{where} is {value}")
 
 
-def _validate_tensor(found: Any, wanted: Tensor, at: str) -> None:
-    _validate_type(found, Tensor, at)
+def _validate_tensor(value: Any, schema: Tensor, where: str) -> None:
+    _validate_type(value, Tensor, where)
     for name in ("dtype", "shape"):
-        there, here = getattr(found, name), getattr(wanted, name)
-        if there != here:
+        actual, expected = getattr(value, name), getattr(schema, name)
+        if actual != expected:
             word = "size" if name == "shape" else name
-            raise SchemaError(f"{word} mismatch for {at}: {_shown(there)}, not {_shown(here)}")
+            raise SchemaError(
+                f"{word} mismatch for {where}: {_format(actual)}, not {_format(expected)}"
+            )
 
 
-def _shown(value: Any) -> object:
+def _format(value: Any) -> object:
     return list(value) if isinstance(value, torch.Size) else value
 
 
-def _validate_entries(found: Any, wanted: dict[Any, Any], at: str) -> None:
-    _validate_type(found, dict, at)
-    for key, value in wanted.items():
-        if key not in found:
-            raise SchemaError(f"{at} has no entry {key!r}")
-        validate(found[key], value, f"{key} of {at}")
+def _validate_entries(value: Any, entries: dict[Any, Any], where: str) -> None:
+    _validate_type(value, dict, where)
+    for key, schema in entries.items():
+        if key not in value:
+            raise SchemaError(f"{where} has no entry {key!r}")
+        validate(value[key], schema, f"{key} of {where}")
 
 
-def _validate_sequence(found: Any, wanted: Sequence[Any], at: str) -> None:
-    if len(found) != len(wanted):
-        raise SchemaError(f"{at} has {len(found)} values, not {len(wanted)}")
-    for i, (there, here) in enumerate(zip(found, wanted, strict=True)):
-        validate(there, here, f"value {i} of {at}")
+def _validate_sequence(value: Any, schemas: Sequence[Any], where: str) -> None:
+    if len(value) != len(schemas):
+        raise SchemaError(f"{where} has {len(value)} values, not {len(schemas)}")
+    for i, (item, schema) in enumerate(zip(value, schemas, strict=True)):
+        validate(item, schema, f"value {i} of {where}")
 
 
-def _validate_value(found: Any, wanted: Any, at: str) -> None:
-    _validate_type(found, type(wanted), at)
-    same = math.isclose(found, wanted, rel_tol=1e-12) if type(wanted) is float else found == wanted
+def _validate_value(value: Any, expected: Any, where: str) -> None:
+    _validate_type(value, type(expected), where)
+    if type(expected) is float:
+        same = math.isclose(value, expected, rel_tol=1e-12)
+    else:
+        same = value == expected
     if not same:
-        raise SchemaError(f"{at} is {quoted(found)}, not {wanted!r}")
+        raise SchemaError(f"{where} is {quoted(value)}, not {expected!r}")

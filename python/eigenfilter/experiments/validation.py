@@ -1,4 +1,4 @@
-"""What a checkpoint must hold to be gone on from: everything is checked before anything is used."""
+"""Checks of checkpoints and results: everything is checked before anything is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eigenfilter.experiments import factories
 from eigenfilter.experiments.config import Config, check_plain
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import read_json
-from eigenfilter.experiments.schema import AtLeast, ListOf, Nullable, SchemaError, validate
+from eigenfilter.experiments.schema import HasEntries, ListOf, Nullable, SchemaError, validate
 from eigenfilter.optimizers._hyperparameters import rho_key
 
 if TYPE_CHECKING:
@@ -31,66 +31,66 @@ RESULTS: dict[str, dict[str, Any]] = {
         "epochs": float,
         "gradients": float,
         "seconds": float,
-        "train": AtLeast(_LOSSES),
-        "test": AtLeast(_LOSSES),
+        "train": HasEntries(_LOSSES),
+        "test": HasEntries(_LOSSES),
     },
     "stopped": {},
     "failed": {"error": str, "diverged": bool},
 }
-"""What is in the results of a run, by its outcome, besides its last records."""
+"""Schema of the results of a run by its outcome, without its last records."""
 
 
 def read_results(path: Path, *, whole: bool = True) -> dict[str, Any] | None:
-    """The results of a run, if it has any: complete, stopped or failed.
+    """Read the results of a run that is complete, stopped or failed; None if there are none.
 
     Args:
         path: the file.
-        whole: whether more of it is used than its outcome and configuration.
+        whole: whether to check all entries, or only the outcome and the configuration.
 
     Raises:
-        UserError: they are damaged.
+        UserError: the results are damaged.
     """
-    remedy = f"remove {path} to have the run gone on with, or {path.parent} to have it taken again"
+    remedy = f"remove {path} to resume the run, or {path.parent} to start it again"
     try:
-        found = read_json(path, remedy)
+        results = read_json(path, remedy)
     except FileNotFoundError:
         return None
     try:
-        validate(found, AtLeast({"outcome": str, "config": dict}), "it")
-        if found["outcome"] not in RESULTS:
-            raise SchemaError(f"its outcome is {quoted(found['outcome'])}")
+        validate(results, HasEntries({"outcome": str, "config": dict}), "it")
+        if results["outcome"] not in RESULTS:
+            raise SchemaError(f"its outcome is {quoted(results['outcome'])}")
         if whole:
-            _check_results(found)
-        check_plain(found["config"])
+            _check_results(results)
+        check_plain(results["config"])
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
-    return cast("dict[str, Any]", found)
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    return cast("dict[str, Any]", results)
 
 
-def _check_results(found: dict[str, Any]) -> None:
-    validate(found, AtLeast(RESULTS[found["outcome"]]), "it")
-    if found.get("diverged"):
-        validate(found, AtLeast({"step": int}), "it")
-    if "sharpness" in found:
-        validate(found["sharpness"], AtLeast(SHARPNESS), "its sharpness")
+def _check_results(results: dict[str, Any]) -> None:
+    validate(results, HasEntries(RESULTS[results["outcome"]]), "it")
+    if results.get("diverged"):
+        validate(results, HasEntries({"step": int}), "it")
+    if "sharpness" in results:
+        validate(results["sharpness"], HasEntries(SHARPNESS), "its sharpness")
 
 
-def check_trainer(found: Any, trainer: Trainer) -> None:
-    """Check the state of a trainer against one that has just been made.
+def check_trainer(state: Any, trainer: Trainer) -> None:
+    """Check the state of a trainer against a new trainer of the same configuration.
 
     Raises:
-        Misfit: an entry is missing, too many, of another type, shape or dtype, or does not go with
-            the step or the configuration.
+        SchemaError: an entry is missing, is not expected, has another type, shape or dtype, or does
+            not fit the step or the configuration.
     """
     config = trainer.config
-    validate(found, AtLeast({"step": int, "losses": list}), "the trainer")
-    step = found["step"]
+    validate(state, HasEntries({"step": int, "losses": list}), "the trainer")
+    step = state["step"]
     if not 0 <= step <= trainer.total_steps:
         raise SchemaError(f"its step is {step}, of {trainer.total_steps}")
     first = next(trainer.model.parameters())
     vector = torch.empty(sum(p.numel() for p in trainer.model.parameters()), dtype=first.dtype)
-    looks = {"steps": int, "vector": Nullable(vector)}
-    wanted = {
+    monitor = {"steps": int, "vector": Nullable(vector)}
+    schema = {
         "model": trainer.model.state_dict(),
         "step": step,
         "gradients": float,
@@ -98,64 +98,65 @@ def check_trainer(found: Any, trainer: Trainer) -> None:
         "lr_schedule": {"last_epoch": step},
         "rho_schedule": {"step": step} if trainer.rho_is_scheduled else None,
         "losses": ListOf(float),
-        "accuracies": [float] * len(found["losses"]),
+        "accuracies": [float] * len(state["losses"]),
         "random": dict,
         "others": ListOf(dict),
-        "monitor": None if trainer.monitor is None else looks,
+        "monitor": None if trainer.monitor is None else monitor,
     }
-    validate(found, wanted, "the trainer")
-    if found["gradients"] < step * (1 - 1e-9):
-        raise SchemaError(f"{found['gradients']} gradients are too few for {step} steps")
-    for state in found["optimizer"]["state"].values():
-        if "step" in state and state["step"] != step:
-            raise SchemaError(f"its optimizer has taken {float(state['step']):g} steps, not {step}")
-    _check_apart([found["optimizer"], found["monitor"]])
-    for state in (found["random"], *found["others"]):
-        _check_random(state, trainer.device)
+    validate(state, schema, "the trainer")
+    if state["gradients"] < step * (1 - 1e-9):
+        raise SchemaError(f"{state['gradients']} gradients are too few for {step} steps")
+    for entry in state["optimizer"]["state"].values():
+        if "step" in entry and entry["step"] != step:
+            raise SchemaError(f"its optimizer has taken {float(entry['step']):g} steps, not {step}")
+    _check_no_shared_memory([state["optimizer"], state["monitor"]])
+    for random in (state["random"], *state["others"]):
+        _check_generators(random, trainer.device)
 
 
-def check_session(found: dict[str, Any], trainer: Trainer) -> int:
-    """Check what a run keeps besides its trainer, whose state has been checked.
+def check_session(saved: dict[str, Any], trainer: Trainer) -> int:
+    """Check the entries of a checkpoint other than the trainer's, after `check_trainer`.
 
     Returns:
-        The records that its log has.
+        The number of records that the log had when the checkpoint was written.
 
     Raises:
-        Misfit: as `check_trainer`.
+        SchemaError: see `check_trainer`.
     """
-    config, step, per_epoch = trainer.config, found["trainer"]["step"], trainer.steps_per_epoch
+    config, step, per_epoch = trainer.config, saved["trainer"]["step"], trainer.steps_per_epoch
     tests = [
         epoch * per_epoch
         for epoch in range(1, step // per_epoch + 1)
         if epoch % config.evaluate_every == 0 or epoch == config.epochs
     ]
     history = [{**TEST, "step": test, "epoch": test / per_epoch} for test in tests]
-    validate(found["history"], history, "the history")
+    validate(saved["history"], history, "the history")
     finished = step == trainer.total_steps
     trained = step if finished else step - step % config.log_every
-    validate(found["trainer"]["losses"], [float] * (step - trained), "its last losses")
+    validate(saved["trainer"]["losses"], [float] * (step - trained), "its last losses")
     last: dict[str, Any] = {}
     if trained:
         rates = dict.fromkeys(trainer.rates(), float)
         last["train"] = {**TRAIN, **rates, "epoch": trained / per_epoch}
     if tests:
         last["test"] = {**TEST, "epoch": tests[-1] / per_epoch}
-    looks = 0
+    measurements = 0
     if every := config.sharpness_every:
         last["sharpness"] = {**SHARPNESS, "epoch": (step - step % every) / per_epoch}
-        looks = 1 + step // every
-        validate(found["trainer"]["monitor"], {"steps": step, "vector": Tensor}, "its monitor")
-    validate(found["last"], last, "its last records")
-    if found["seconds"] < 0 or found["log"] < 0:
+        measurements = 1 + step // every
+        validate(saved["trainer"]["monitor"], {"steps": step, "vector": Tensor}, "its monitor")
+    validate(saved["last"], last, "its last records")
+    if saved["seconds"] < 0 or saved["log"] < 0:
         raise SchemaError("a time or a size is negative")
     steps = step // config.log_every + (finished and step % config.log_every > 0)
-    return int(steps + len(tests) + looks)
+    return int(steps + len(tests) + measurements)
 
 
 def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> dict[str, Any]:
-    """The state of the optimizer after so many steps, except for the values in its tensors.
+    """Return the expected state of the optimizer after a number of steps.
 
-    It is that of another one over parameters of the same shapes, which takes a step.
+    The values in its tensors have no meaning. The state comes from a new optimizer over parameters
+    of the same shapes, which has taken one step.
     """
     params = [nn.Parameter(torch.zeros_like(p)) for p in model.parameters()]
     for p in params:
@@ -165,7 +166,7 @@ def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> d
     rho = factories.rho_schedule(config, optimizer, per_epoch)
     for group in optimizer.param_groups:
         if rho_key(group) in group:
-            group[rho_key(group)] = 0.0  # a step without ascents
+            group[rho_key(group)] = 0.0  # so that the step takes no ascent
     if step:
         optimizer.step()
     for group, factor in zip(factories.base_of(optimizer).param_groups, lr.lr_lambdas, strict=True):
@@ -175,15 +176,17 @@ def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> d
     return optimizer.state_dict()
 
 
-def _check_apart(found: Any) -> None:
-    """Check that tensors which steps write into share no memory, with others or within."""
+def _check_no_shared_memory(state: Any) -> None:
+    """Check that tensors which steps write to share no memory, among each other or within."""
     ends: list[tuple[int, int]] = []
-    left = [found]
-    while left:
-        value = left.pop()
+    pending = [state]
+    while pending:
+        value = pending.pop()
         if isinstance(value, (dict, list, tuple)):
-            left.extend(value.values() if isinstance(value, dict) else value)
+            pending.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, Tensor) and value.numel():
+            # Elements are distinct if each stride, in ascending order, exceeds the extent of all
+            # smaller ones.
             span = 1
             for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
                 if size > 1 and stride < span:
@@ -195,19 +198,18 @@ def _check_apart(found: Any) -> None:
         raise SchemaError("tensors of the optimizer share memory")
 
 
-def _check_random(found: dict[str, Any], device: torch.device) -> None:
-    """Check states of generators by setting others to them."""
-    wanted: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if "cuda" in found:  # of a run on a GPU, gone on with on whatever device
-        wanted["cuda"] = Tensor
-    validate(found, wanted, "a state of generators")
-    if not all(state.is_contiguous() for state in found.values()):  # torch takes no other
+def _check_generators(states: dict[str, Any], device: torch.device) -> None:
+    """Check states of random generators by setting new generators to them."""
+    schema: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if "cuda" in states:  # a run on a GPU may be resumed on another device
+        schema["cuda"] = Tensor
+    validate(states, schema, "a state of generators")
+    if not all(state.is_contiguous() for state in states.values()):  # torch requires it
         raise SchemaError("a state of generators is not contiguous")
     try:
-        torch.Generator().set_state(found["cpu"].clone())
-        if "cuda" in found and device.type == "cuda":
-            torch.Generator(device).set_state(found["cuda"].clone())
+        torch.Generator().set_state(states["cpu"].clone())
+        if "cuda" in states and device.type == "cuda":
+            torch.Generator(device).set_state(states["cuda"].clone())
     except (RuntimeError, TypeError) as error:
-        raise SchemaError(
-            f"a state of generators is none ({str(error).splitlines()[0]})"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise SchemaError(f"a state of generators is invalid ({reason})") from error

@@ -78,7 +78,7 @@ def configure(parser: argparse.ArgumentParser, name: str, steps: int) -> None:
         metavar="X",
         help="where the edges are put (default: by the problem, within reach of its sharpness)",
     )
-    add_training(parser, steps=steps, of="of every run", budget=10.0)
+    add_training(parser, steps=steps, of="steps of every run", budget=10.0)
 
 
 def parse_setting(args: argparse.Namespace) -> PhenomenonSetting:

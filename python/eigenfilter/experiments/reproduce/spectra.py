@@ -17,7 +17,7 @@ from eigenfilter.experiments.loaded_models import load_trained
 from eigenfilter.experiments.locks import folder_lock
 from eigenfilter.experiments.reproduce.plan import SpectrumSettings
 from eigenfilter.experiments.runs import Record, is_out_of_memory
-from eigenfilter.experiments.schema import AtLeast, ListOf, Nullable, validate
+from eigenfilter.experiments.schema import HasEntries, ListOf, Nullable, validate
 from eigenfilter.experiments.spectrum import as_json, edge_of
 from eigenfilter.experiments.trainer import threads
 
@@ -38,11 +38,11 @@ def load_spectrum(folder: Path, settings: SpectrumSettings) -> Record | None:
     except FileNotFoundError:
         return None
     try:
-        validate(found, AtLeast({"settings": dict}), "it")
+        validate(found, HasEntries({"settings": dict}), "it")
         if found["settings"] != asdict(settings):
             return None
         if "error" in found:
-            validate(found, AtLeast({"error": str}), "it")
+            validate(found, HasEntries({"error": str}), "it")
         else:
             _check(found)
     except (ValueError, IndexError) as error:
@@ -55,7 +55,7 @@ _PLAIN = {
     "residuals": ListOf(float),
     "edge": Nullable(float),
     "parameters": int,
-    "density": AtLeast({"nodes": list, "weights": list, "deflated": list, "matvecs": int}),
+    "density": HasEntries({"nodes": list, "weights": list, "deflated": list, "matvecs": int}),
 }
 
 
@@ -65,7 +65,7 @@ def _check(found: Record) -> None:
     Raises:
         ValueError: they are not.
     """
-    validate(found, AtLeast(_PLAIN), "it")
+    validate(found, HasEntries(_PLAIN), "it")
     validate(found["residuals"], [float] * max(len(found["values"]), 1), "its residuals")
     density = found["density"]
     validate(density["deflated"], ListOf(float), "what its density is without")
