@@ -91,7 +91,7 @@ def test_results_of_a_run(out: Path) -> None:
         try:
             use()
         except UserError as error:
-            if "holds a run with" not in str(error):
+            if "contains a run with" not in str(error):
                 raise
             raise UserError(f"{out / 'results.json'}: remove it") from error
 

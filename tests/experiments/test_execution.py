@@ -154,7 +154,7 @@ def test_a_failure_that_may_pass_is_run_again(swept: Swept) -> None:
 def test_other_configurations_are_refused(swept: Swept) -> None:
     there = json.loads((folder_of(swept.out, "short") / "results.json").read_text())
     other = Config(**SMALL | {"lr": 0.2}, threads=1)
-    with pytest.raises(UserError, match=r"short holds a run with lr 0\.05, not 0\.2"):
+    with pytest.raises(UserError, match=r"short contains a run with lr 0\.05, not 0\.2"):
         execute({"short": other, "new": LONG}, swept.out)
     assert json.loads((folder_of(swept.out, "short") / "results.json").read_text()) == there
     assert not folder_of(swept.out, "new").exists()

@@ -188,7 +188,7 @@ def test_memory_that_does_not_suffice_is_an_error_of_its_run(
     for file in ("summary.md", "report.html"):
         text = (folder / file).read_text()
         assert "Complete, but without a spectrum" in text
-        assert f"{name}: memory does not suffice" in text
+        assert f"{name}: out of memory" in text
     assert not spectrum.exists()
     assert reproduce(folder) == 0  # measured again
     same = [run["sharpness"] for run in results(folder)["runs"]]

@@ -127,7 +127,7 @@ def test_a_scale_by_hand_is_stated_in_every_output_and_kept(
 
     capsys.readouterr()
     assert reproduce(tmp_path, *scale, name="fashion") == 2  # with other spectra
-    assert "holds a reproduction scaled by hand: 1 seed of 2" in capsys.readouterr().err
+    assert "contains a reproduction scaled by hand: 1 seed of 2" in capsys.readouterr().err
 
 
 def test_a_scale_above_the_experiments_is_not_said_to_be_a_part_of_it() -> None:

@@ -151,13 +151,13 @@ BAD = {
     "grid: {lr: []}": "grid has no value of lr",
     "grid: {learning: [1]}": "unknown option 'learning' (at learning 1)",
     "grid: {lr: [0.1, -1]}": "lr must be a number of at least 0, not -1 (at lr -1)",
-    "grid: {seed: [1]}": "the seeds are not in grid or random",
-    "seeds: 0": "seeds must be a list, or how many there are, not 0",
+    "grid: {seed: [1]}": "seed cannot be in grid or random",
+    "seeds: 0": "seeds must be a list or a number of seeds, not 0",
     "seeds: [a]": "seed must be a whole number",
     "{base: {seed: 1}, seeds: 2}": "the seed is given twice",
-    "samples: 3": "samples is of random, which is not there",
-    "random: {lr: {uniform: [0, 1]}}": "samples must be how many are drawn",
-    "{random: {lr: [0, 1]}, samples: 2}": "lr of random must be as {uniform: [0, 1]}",
+    "samples: 3": "samples needs random, which is missing",
+    "random: {lr: {uniform: [0, 1]}}": "samples must be the number of random samples",
+    "{random: {lr: [0, 1]}, samples: 2}": "lr of random must be like {uniform: [0, 1]}",
     "{random: {lr: {uniform: [1, 0]}}, samples: 2}": "lr of random must be {uniform: [low, high]}",
     "{random: {lr: {log_uniform: [0, 1]}}, samples: 2}": "lr of random must be",
     "{random: {lr: {normal: [0, 1]}}, samples: 2}": "lr of random must be",
@@ -298,7 +298,7 @@ def test_a_sweep_is_stopped_and_gone_on_with(
         lambda *a: [record_end(*a), signal.raise_signal(signal.SIGTERM)],
     )
     assert main(argv) == 130
-    assert "runs to go: the same command goes on with them" in capsys.readouterr().out
+    assert "runs unfinished; run the command again" in capsys.readouterr().out
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     outcomes = [r["outcome"] for r in first["runs"].values()]
     assert outcomes.count("complete") == 1

@@ -1,4 +1,4 @@
-"""What the phenomena that train a network share: arguments, training, judgement, results."""
+"""Arguments, training, verdicts and results that the phenomena with a network share."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from eigenfilter.experiments.losses import LOSSES
 from eigenfilter.experiments.problems import ACTIVATIONS, DATASETS, FullBatchProblem, load
 from eigenfilter.experiments.reporting import progress, save_results, table
 
-CHECKS = 60  # of the sharpness in a run
-_SETTLED = 0.25  # the last part of a run, by whose mean it is judged
+CHECKS = 60  # measurements of the sharpness in a run
+_SETTLED = 0.25  # fraction at the end of a run whose mean decides the verdict
 
-# Sharpnesses that gradient flow passes soon after its start: edges put there come into play.
+# Gradient flow passes these sharpnesses soon after its start, so that training reaches edges there.
 EDGES: Mapping[tuple[str, str, str], float] = {
     ("digits", "tanh", "square"): 9.0,
     ("digits", "relu", "square"): 7.0,
@@ -43,16 +43,16 @@ EDGES: Mapping[tuple[str, str, str], float] = {
 
 @dataclass(frozen=True)
 class PhenomenonSetting:
-    """What is trained, and for how long.
+    """The problem and the limits of a phenomenon.
 
     Attributes:
-        problem: the data, the activation and the loss.
-        names: of the three.
-        edge: where the methods' edges are put.
-        seed: of the initial weights.
-        steps: of every run.
-        deadline: of all runs, by `time.perf_counter`.
-        folder: where results go.
+        problem: the network, the data and the loss.
+        names: names of the data set, the activation and the loss.
+        edge: eigenvalue at which the filters of the methods end.
+        seed: seed of the initial weights.
+        steps: number of steps of every run.
+        deadline: time limit of all runs together, as a value of `time.perf_counter`.
+        folder: folder of the results.
     """
 
     problem: FullBatchProblem
@@ -76,13 +76,13 @@ def configure(parser: argparse.ArgumentParser, name: str, steps: int) -> None:
         "--edge",
         type=positive,
         metavar="X",
-        help="where the edges are put (default: by the problem, within reach of its sharpness)",
+        help="edge of the filters (default: a sharpness that training on the problem reaches)",
     )
     add_training(parser, steps=steps, of="steps of every run", budget=10.0)
 
 
 def parse_setting(args: argparse.Namespace) -> PhenomenonSetting:
-    """What the arguments ask for.
+    """Return the setting that the arguments describe.
 
     Raises:
         UserError: a package or the data are missing, or the folder cannot be written to.
@@ -104,12 +104,12 @@ def train(
     at_start: Callable[[FullBatchTraining], None] | None = None,
     after_step: Callable[[FullBatchTraining], None] | None = None,
 ) -> FullBatchRun:
-    """Train for the setting's steps, with `CHECKS` looks at the sharpness, and judge the end.
+    """Train for the setting's steps, measure the sharpness `CHECKS` times, and give a verdict.
 
     Args:
-        given: what is trained.
-        method: the optimizer.
-        share: of the time that is left, in (0, 1], which this run may take.
+        setting: the problem and the limits.
+        method: the method.
+        share: fraction in (0, 1] of the remaining time that this run may take.
         at_start, after_step: called before the first and after every step; they may change the
             optimizer's hyperparameters.
     """
@@ -138,11 +138,12 @@ def train(
 
 @dataclass(frozen=True)
 class SettledRatio:
-    """The end of a run or of a phase of it: ratios of the sharpness to the edge there.
+    """Ratio of the sharpness to the edge at the end of a run, or of a phase of it.
 
     Attributes:
-        mean, spread: of the ratios, and their standard deviation.
-        peak: the largest ratio of the whole.
+        mean: mean of the ratio over the last quarter of the measurements.
+        spread: standard deviation of the ratio over the same measurements.
+        peak: largest ratio of all measurements.
     """
 
     mean: float
@@ -151,20 +152,20 @@ class SettledRatio:
 
 
 def settled_ratio(history: Sequence[SharpnessMeasurement]) -> SettledRatio:
-    """The last quarter of the checks."""
+    """Return the ratio over the last quarter of the measurements."""
     ratios = [check.ratio for check in history]
     last = ratios[-max(1, round(_SETTLED * len(ratios))) :]
     return SettledRatio(statistics.fmean(last), statistics.pstdev(last), max(ratios))
 
 
 def verdict(history: Sequence[SharpnessMeasurement]) -> str:
-    """Where the last quarter of the checks lies, within `BAND`, and how it came there."""
-    found = settled_ratio(history)
-    if found.mean > 1.0 + BAND:
+    """Return where the sharpness settled relative to the edge, within `BAND` of it."""
+    settled = settled_ratio(history)
+    if settled.mean > 1.0 + BAND:
         return "above its edge"
-    if found.mean >= 1.0 - BAND:
+    if settled.mean >= 1.0 - BAND:
         return "at its edge"
-    return "left its edge downwards" if found.peak >= 1.0 - BAND else "below its edge"
+    return "left its edge downwards" if settled.peak >= 1.0 - BAND else "below its edge"
 
 
 def report(
@@ -174,7 +175,7 @@ def report(
     runs: Sequence[FullBatchRun],
     more: Mapping[str, object],
 ) -> None:
-    """Print the table; write the figure and results.json."""
+    """Print the table, and write the figure and results.json."""
     dataset, activation, loss = setting.names
     print(f"\n{table(runs)}\n")
     figure = setting.folder / f"{name}.png"

@@ -1,7 +1,7 @@
-"""A late switch: SGD becomes USAM near the end, and the sharpness falls to USAM's edge.
+"""A late switch: SGD becomes USAM halfway, and the sharpness falls to the edge of USAM.
 
-Two runs from the same start take the same steps until half of them are done; then rho is turned on
-in one of them, at the same lr, which puts its edge 20% lower. Until then a step costs one gradient.
+Two runs with the same start take the same steps for the first half. Then one of them turns rho on
+at the same lr, which lowers its edge by 20%. Before the switch a step costs one gradient.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from eigenfilter.schedulers import RhoSchedule
 
 HELP = "switching SGD to USAM late lowers the sharpness"
 TITLE = "A late switch to USAM"
-LOWER = 0.8  # USAM's edge over that of SGD
-START = 0.5  # when the switch comes, as a fraction of the steps
+LOWER = 0.8  # ratio of the edge of USAM to the edge of SGD
+START = 0.5  # fraction of the steps before the switch
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def switched(setting: PhenomenonSetting, method: MethodSpec) -> FullBatchRun:
-    """Train by USAM whose rho is 0 until the switch."""
+    """Train with USAM, whose rho is 0 until the switch."""
     schedules: list[RhoSchedule] = []
 
     def prepare(training: FullBatchTraining) -> None:

@@ -1,8 +1,8 @@
-"""A moving edge: rho and lr change in the course of training, and the sharpness follows.
+"""A moving edge: rho and lr change during training, and the sharpness follows.
 
-USAM trains in five phases of the same length. When rho or lr is raised the edge falls, and the
-sharpness has to follow at once. When one is lowered the edge rises, and what brings the sharpness
-there, if anything does, is progressive sharpening: a filter holds down, it does not lift.
+USAM trains in five phases of equal length. When rho or lr increases, the edge falls, and the
+sharpness follows at once. When one decreases, the edge rises, and only progressive sharpening can
+raise the sharpness: a filter bounds the sharpness from above and does not raise it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ TITLE = "An edge that moves"
 
 @dataclass(frozen=True)
 class TrainingPhase:
-    """A part of the training.
+    """A phase of the training.
 
     Attributes:
-        change: of the hyperparameters, in words.
-        lr, rho: USAM's.
+        change: description of the change of the hyperparameters.
+        lr, rho: hyperparameters of USAM in this phase.
     """
 
     change: str
@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
         "lr and rho change",
         lambda params: ef.USAM(params, lr=first.lr, rho=first.rho),
     )
-    found = train(setting, method, after_step=change)
-    parts = by_phase(found, plan, setting.steps)
+    result = train(setting, method, after_step=change)
+    parts = by_phase(result, plan, setting.steps)
     print("\n" + align_columns([_HEAD, *(_row(part) for part in parts)]))
-    report(setting, "moving-edge", TITLE, [found], {"phases": parts})
+    report(setting, "moving-edge", TITLE, [result], {"phases": parts})
     return 0
 
 
 def phases(edge: float) -> list[TrainingPhase]:
-    """The phases, whose edges are `edge` times 1, 0.8, 1, 1.25 and 0.9."""
+    """Return the phases, whose edges are `edge` times 1, 0.8, 1, 1.25 and 0.9."""
     rho = 0.1 / edge
     lr = design("usam", edge, rho=rho)
     more = design("usam", 0.8 * edge, lr=lr)
@@ -86,7 +86,7 @@ def phases(edge: float) -> list[TrainingPhase]:
 
 
 def by_phase(run: FullBatchRun, plan: list[TrainingPhase], steps: int) -> list[dict[str, object]]:
-    """What each phase began and ended with; a phase that training did not reach is left out."""
+    """Return the ratios at the start and the end of each phase that training reached."""
     parts: list[dict[str, object]] = []
     for number, phase in enumerate(plan):
         first, end = (math.ceil(part * steps / len(plan)) for part in (number, number + 1))

@@ -1,7 +1,7 @@
-"""Progressive sharpening: six methods rise to one edge and stay there.
+"""Progressive sharpening: with six methods the sharpness rises to the same edge and stays there.
 
-Every method is given the lr with which its filter ends at the same eigenvalue, by
-`filters.design`. Training sharpens until the largest Hessian eigenvalue meets that edge.
+`filters.design` chooses the lr of each method so that all filters end at the same eigenvalue. The
+largest Hessian eigenvalue rises during training until it meets this edge.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eigenfilter.filters import design
 
 HELP = "the sharpness rises to the edge, for every method"
 TITLE = "Six methods, one edge"
-_BEND = 0.3  # what the ascent adds to p(lambda) / lambda at the edge
+_BEND = 0.3  # contribution of the ascent to p(lambda) / lambda at the edge
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,17 +29,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train every method; return the exit code."""
     setting = parse_setting(args)
-    chosen = methods(setting.edge)
-    runs = [
-        train(setting, method, share=1.0 / (len(chosen) - done))
-        for done, method in enumerate(chosen)
-    ]
+    specs = methods(setting.edge)
+    runs = [train(setting, method, share=1.0 / (len(specs) - i)) for i, method in enumerate(specs)]
     report(setting, "sharpening", TITLE, runs, {})
     return 0
 
 
 def methods(edge: float) -> list[MethodSpec]:
-    """The methods with their filters ending at `edge`."""
+    """Return the methods, with filters that end at `edge`."""
     return [
         _method("gradient descent", ef.SGD, "sgd", edge),
         _method("heavy ball", ef.SGD, "sgd", edge, momentum=0.5),
@@ -51,9 +48,9 @@ def methods(edge: float) -> list[MethodSpec]:
 
 
 def _method(
-    name: str, build: Callable[..., Any], designed: str, edge: float, **options: Any
+    name: str, build: Callable[..., Any], method: str, edge: float, **options: Any
 ) -> MethodSpec:
-    lr = design(designed, edge, **options)
+    lr = design(method, edge, **options)
     shown = {"lr": f"{lr:.3g}"} | {
         key: f"{value:.3g}" for key, value in options.items() if key != "nesterov"
     }

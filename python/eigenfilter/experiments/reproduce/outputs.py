@@ -1,4 +1,4 @@
-"""What a reproduction writes: results.json, summary.md, spectra.png, report.html."""
+"""The outputs of a reproduction: results.json, summary.md, spectra.png and report.html."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ FILES = ("results.json", "summary.md", "spectra.png", "report.html")
 
 LIMITS = (
     "The paper's text was not available: learning rates, epochs, batch sizes, the width of the MLP "
-    "and the number of seeds are ours; two-step and Hessian USAM are our reading of its abstract.",
-    "A filter speaks of the equilibria that an optimizer converges to. Runs of minibatches, a "
-    "constant learning rate and few epochs do not settle at one: they may end well inside the "
-    "edge, or, where minibatches differ, beyond it. The ratio says where each ended.",
-    "SAM's filter moves with the norm of the gradient; no edge is given for it.",
-    "The sharpness is that of the images named above, not of the whole training set; its error, "
-    "the residual ||H v - lambda v||, bounds how far an eigenvalue of their Hessian is, but for "
-    "the rounding of float32 in the products.",
-    "Seconds are of runs side by side on a machine that may have had other work.",
+    "and the number of seeds are ours; two-step and Hessian USAM follow our reading of its "
+    "abstract.",
+    "A filter describes the equilibria that an optimizer converges to. Runs with minibatches, a "
+    "constant learning rate and few epochs do not settle at one. They may end well inside the "
+    "edge or, if minibatches differ, beyond it. The ratio shows where each run ended.",
+    "The filter of SAM depends on the norm of the gradient, so the tables give no edge for it.",
+    "The sharpness is measured on the images named above, not on the whole training set. Its "
+    "error, the residual ||H v - lambda v||, bounds the distance to an eigenvalue of their "
+    "Hessian, except for the rounding of float32 in the products.",
+    "Seconds are measured while runs execute side by side, on a machine that may have other work.",
 )
 
 
@@ -35,7 +36,7 @@ def write(findings: Findings, out: Path) -> None:
     """Write all files.
 
     Raises:
-        UserError: one cannot be written.
+        UserError: a file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -70,7 +71,7 @@ def write(findings: Findings, out: Path) -> None:
 
 
 def markdown(findings: Findings) -> str:
-    """The tables and what follows from them, for a page of documentation."""
+    """Return the tables and the conclusions as Markdown."""
     best = [row for row in findings.rows if row.best]
     parts = [
         f"# {findings.title}",

@@ -1,4 +1,4 @@
-"""The Hessian at the end of a run, kept beside it."""
+"""Measurement of the Hessian's spectrum at the end of a run, which is stored in its folder."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from eigenfilter.experiments.spectrum import as_json, edge_of
 from eigenfilter.experiments.trainer import threads
 
 FILE = "spectrum.json"
-TOLERANCE = 1e-3  # relative, of eigenpairs
-BATCH = 500  # images at a time
+TOLERANCE = 1e-3  # relative tolerance of eigenpairs
+BATCH = 500  # images per batch
 
 
 def load_spectrum(folder: Path, settings: SpectrumSettings) -> Record | None:
-    """What `measure_spectrum` found before with these settings, if it did.
+    """Read the spectrum that `measure_spectrum` stored with these settings, or return None.
 
     Raises:
         UserError: the file is damaged.
     """
     path = folder / FILE
     try:
-        found: Record = read_json(path, "remove it")
+        record: Record = read_json(path, "remove it")
     except FileNotFoundError:
         return None
     try:
-        validate(found, HasEntries({"settings": dict}), "it")
-        if found["settings"] != asdict(settings):
+        validate(record, HasEntries({"settings": dict}), "it")
+        if record["settings"] != asdict(settings):
             return None
-        if "error" in found:
-            validate(found, HasEntries({"error": str}), "it")
+        if "error" in record:
+            validate(record, HasEntries({"error": str}), "it")
         else:
-            _check(found)
+            _check(record)
     except (ValueError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({error}): remove it") from error
-    return found
+        raise UserError(f"{path} is damaged ({error}); remove it") from error
+    return record
 
 
-_PLAIN = {
+_SCHEMA = {
     "values": ListOf(float),
     "residuals": ListOf(float),
     "edge": Nullable(float),
@@ -59,16 +59,16 @@ _PLAIN = {
 }
 
 
-def _check(found: Record) -> None:
-    """Check what a spectrum has, and that lists which belong together are of one length.
+def _check(record: Record) -> None:
+    """Check the entries of a spectrum, and that corresponding lists have equal lengths.
 
     Raises:
-        ValueError: they are not.
+        ValueError: an entry is invalid.
     """
-    validate(found, HasEntries(_PLAIN), "it")
-    validate(found["residuals"], [float] * max(len(found["values"]), 1), "its residuals")
-    density = found["density"]
-    validate(density["deflated"], ListOf(float), "what its density is without")
+    validate(record, HasEntries(_SCHEMA), "it")
+    validate(record["residuals"], [float] * max(len(record["values"]), 1), "its residuals")
+    density = record["density"]
+    validate(density["deflated"], ListOf(float), "its deflated eigenvalues")
     validate(density["nodes"], ListOf(list), "its nodes")
     rows = [[float] * max(len(density["nodes"][0]), 1)] * len(density["nodes"])
     for name in ("nodes", "weights"):
@@ -78,21 +78,22 @@ def _check(found: Record) -> None:
 def measure_spectrum(
     folder: Path, settings: SpectrumSettings, *, data_dir: Path | None, device: torch.device
 ) -> Record:
-    """Measure the largest eigenvalues and the density of a run, and keep them beside it.
+    """Measure the largest eigenvalues and the density of a run, and store them in its folder.
 
-    The function is the one that was trained: layers in training mode, batches of BATCH images where
-    there is batch normalisation; by as many threads as the run had.
+    The measured loss is the one that was trained: layers are in training mode, and batch
+    normalization sees batches of BATCH images. The number of threads is that of the run.
 
     Args:
-        folder: of a complete run.
-        settings: how.
-        data_dir: of the data.
-        device: where.
+        folder: folder of a complete run.
+        settings: settings of the measurement.
+        data_dir: data folder.
+        device: the device.
 
     Returns:
-        `settings`, `edge` (None for SAM, whose filter moves), `parameters`, `seconds`, and what
-        `spectrum.as_json` gives; `error` alone besides the settings where the Hessian overflows,
-        or memory does not suffice, which is not kept: it may the next time.
+        `settings`, `edge` (None for SAM, whose edge depends on the gradient norm), `parameters`,
+        `seconds`, and the entries of `spectrum.as_json`. If the Hessian overflows or memory runs
+        out, only `settings` and `error`; the latter case is not stored, so that the next command
+        measures again.
 
     Raises:
         UserError: the run cannot be read.
@@ -106,7 +107,7 @@ def measure_spectrum(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return record | {"error": "memory does not suffice for its spectrum"}
+        return record | {"error": "out of memory while measuring the spectrum"}
     replace_text(folder / FILE, json.dumps(record, allow_nan=False) + "\n")
     return record
 
@@ -120,7 +121,7 @@ def _measure_spectrum(
     )
     op = curvature.HessianOperator(loaded.model, loaded.loss_fn, loaded.data, mode="train")
     with threads(loaded.source["config"]["threads"]), warnings.catch_warnings():
-        # What did not converge is marked, and its bound is given.
+        # The results mark pairs that did not converge, so the warnings are not needed.
         warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
         pairs = curvature.eigsh(op, settings.pairs, which="LA", tol=TOLERANCE)
         density = curvature.spectral_density(op, settings.probes, settings.steps, deflate=pairs)

@@ -1,4 +1,4 @@
-"""Runs in processes of this machine."""
+"""Runs in processes on this machine."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from eigenfilter.experiments.sweep.folders import RunSpec
 from eigenfilter.experiments.sweep.run_queue import RunQueue
 from eigenfilter.experiments.sweep.worker import OUTPUT, SIGNALS
 
-POLL = 0.2  # seconds from one question whether to stop to the next
-GRACE = 5.0  # seconds that a process may take to end after it closed its connection
+POLL = 0.2  # seconds between checks of the stop condition
+GRACE = 5.0  # seconds that a process may take to end after its connection closed
 WORKER = "from eigenfilter.experiments.sweep.worker import main; main()"
 
 
 def execute(
     queue: RunQueue, *, processes: int | None, device: str, stop: Callable[[], bool]
 ) -> None:
-    """Run what the ledger has waiting, as many at once as `processes`; see `execution.execute`.
+    """Execute the pending runs of a queue, at most `processes` at a time; see `execution.execute`.
 
-    Importing torch takes seconds, so that a process whose run came to its end, or diverged, gets
-    the next; after anything else it is replaced.
+    Importing torch takes seconds, so a process whose run is complete or diverged takes the next
+    run. After any other end it is replaced.
     """
     devices = _devices(device)
     configs = [spec.config for spec in queue.specs.values()]
@@ -44,7 +44,7 @@ def execute(
 
 
 class _LocalPool:
-    """A process for each of some devices, started when it is needed."""
+    """One worker process per entry of `devices`, started on demand."""
 
     def __init__(self, queue: RunQueue, devices: list[str]) -> None:
         self._queue = queue
@@ -57,7 +57,8 @@ class _LocalPool:
             self._propagate_stop(stop)
             self._assign()
             connections = wait([worker.connection for worker in self._workers], POLL)
-            self._propagate_stop(stop)  # before a worker's word that the same signal stopped it too
+            # The same signal may have stopped workers too: stop before their ends are recorded.
+            self._propagate_stop(stop)
             for ready in connections:
                 self._receive(next(w for w in self._workers if w.connection is ready))
 
@@ -108,19 +109,20 @@ class _LocalPool:
 
 
 class _WorkerProcess:
-    """A worker seen from here.
+    """A worker process, seen from the process that started it.
 
     Attributes:
-        device: its own.
-        name: of the run that it has, or None.
-        connection: to it.
+        device: the worker's device.
+        name: name of its current run, or None.
+        connection: connection to the worker.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.name: str | None = None
         self.connection, theirs = Pipe()
-        # Blocked until it handles them, signals to all of us do not end it while it imports.
+        # The worker starts with signals blocked and unblocks them once it handles them, so that a
+        # signal to the whole process group does not end it during its imports.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -133,30 +135,30 @@ class _WorkerProcess:
             theirs.close()
 
     def send(self, message: RunSpec | None) -> None:
-        """Give an order; None: to stop."""
-        with suppress(OSError):  # it is no more, as its end of the connection says too
+        """Send a run to execute, or None to stop."""
+        with suppress(OSError):  # the worker has ended, which `_receive` will notice
             self.connection.send(message)
 
     def kill(self) -> None:
-        """End it, if it has not ended, and wait until it has."""
+        """Kill the process if it is still running, and wait for its end."""
         self.connection.close()
         self._process.kill()
         self._process.wait()
 
     def reason(self) -> str:
-        """Why it ended, in one line, once its end of the connection is closed."""
+        """Return in one line why the process ended, after its connection closed."""
         try:
             code = self._process.wait(GRACE)
         except subprocess.TimeoutExpired:
             return "its process closed its connection"
         if code >= 0:
-            return f"its process ended with exit code {code}: see {OUTPUT}"
-        words = f"its process was killed by {signal.Signals(-code).name}"
-        return words + " (by the system, where memory is short)" * (code == -signal.SIGKILL)
+            return f"its process ended with exit code {code}; see {OUTPUT}"
+        reason = f"its process was killed by {signal.Signals(-code).name}"
+        return reason + " (the system does so when memory is short)" * (code == -signal.SIGKILL)
 
 
 def _devices(name: str) -> list[str]:
-    """The devices that processes share in turn."""
+    """Return the devices among which the processes are distributed."""
     device = device_of(name)
     if device.type == "cuda" and name in ("auto", "cuda"):
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -164,7 +166,7 @@ def _devices(name: str) -> list[str]:
 
 
 def default_processes(device: str, configs: Iterable[Config]) -> int:
-    """How many processes the machine is for: one a GPU, or its cores over their threads."""
+    """Return the default number of processes: one per GPU, or CPU cores over threads per run."""
     devices = _devices(device)
     if devices != ["cpu"]:
         return len(devices)

@@ -1,4 +1,4 @@
-"""Which runs wait, which are tried again, and what became of each."""
+"""The queue of pending runs, their retries and their results."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from eigenfilter.experiments.sweep.folders import (
 )
 
 Observe = Callable[[str, str, int, Record], object]
+"""A function of the name of a run, and the kind, step and values of a record."""
 
 
 class RunQueue:
-    """The book of all runs.
+    """Runs in the order in which they start, with their retries and results.
 
     Args:
-        orders: by name.
-        retries: how often a run is tried again after its process ended.
-        observe: gets name, kind, step and values.
+        specs: the runs by name.
+        retries: number of retries of a run whose process ended.
+        observe: called with each record; see `execution.execute`.
 
     Attributes:
-        orders: as given.
-        waiting: names, those to be run next first.
-        records: of those that ended.
-        observe: as given.
-        stopping: whether nothing is begun any more.
+        specs: the runs by name.
+        pending: names of the runs that have not started, the next one first.
+        records: results of the runs that ended, by name.
+        observe: the function that records are passed to.
+        stopping: whether no further run starts.
     """
 
     def __init__(self, specs: Mapping[str, RunSpec], retries: int, observe: Observe) -> None:
@@ -43,14 +44,14 @@ class RunQueue:
         self._attempts: Counter[str] = Counter()
 
     def stop(self) -> None:
-        """Begin nothing any more."""
+        """Start no further run, and record the pending ones as stopped."""
         self.stopping = True
         for name in self.pending:
             self.records[name] = stopped_record(self.specs[name].config)
         self.pending.clear()
 
     def record_end(self, name: str, record: Record) -> None:
-        """An attempt came to its end, in whatever way."""
+        """Record the end of an attempt, or count it as a crash."""
         if record["outcome"] == "stopped" and not self.stopping:
             self.record_crash(name, "its process was asked to end")
             return
@@ -59,17 +60,17 @@ class RunQueue:
             return
         if record["outcome"] == "failed":
             record = record | {"attempts": self._attempts[name] + 1}
-            with suppress(UserError):  # unwritten, it is told of, and run again by the next call
+            with suppress(UserError):  # if it cannot be written, the next call runs it again
                 write_failure(self.specs[name].folder, record)
         self.records[name] = record
         self.observe(name, "end", record.get("step", 0), record)
 
     def record_crash(self, name: str, error: str) -> None:
-        """The process of a run ended: try again, or give up.
+        """Retry a run whose process ended, or record its failure after the last retry.
 
         Args:
-            name: of the run.
-            error: why, in one line.
+            name: name of the run.
+            error: the reason, in one line.
         """
         config = self.specs[name].config
         if self.stopping:
