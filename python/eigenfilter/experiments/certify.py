@@ -60,8 +60,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--nesterov", action="store_true", default=None, help="the optimizer uses Nesterov momentum"
     )
     for name, default, text in _OPTIONS:
-        shown = text if default is None else f"{text} (default: %(default)s)"
-        parser.add_argument(_flag(name), type=float, default=default, metavar="X", help=shown)
+        help_text = text if default is None else f"{text} (default: %(default)s)"
+        parser.add_argument(_flag(name), type=float, default=default, metavar="X", help=help_text)
     parser.add_argument(
         "--max-matvecs",
         type=whole(1),

@@ -132,7 +132,8 @@ def _digits() -> ImageDataset:
     order = np.random.default_rng(0).permutation(len(images))
     train, test = order[:1437], order[1437:]
     parts = [
-        (torch.from_numpy(images[some]), torch.from_numpy(labels[some])) for some in (train, test)
+        (torch.from_numpy(images[indices]), torch.from_numpy(labels[indices]))
+        for indices in (train, test)
     ]
     return _image_dataset("digits", parts[0], parts[1], 10)
 
@@ -227,8 +228,10 @@ def _cifar(classes: int, train: tuple[str, ...], test: str) -> _DatasetFiles:
         images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return (images, labels), last
 
-    shown = f"{{{','.join(train)}}}" if len(train) > 1 else train[0]
-    where = f"{pickled}/{shown} and {test}, or {binary} with the same names and .bin, or {archive}"
+    train_files = f"{{{','.join(train)}}}" if len(train) > 1 else train[0]
+    where = (
+        f"{pickled}/{train_files} and {test}, or the same names with .bin in {binary}, or {archive}"
+    )
     return _DatasetFiles(read, where, f"CIFAR{classes}", (3, 32, 32), classes)
 
 

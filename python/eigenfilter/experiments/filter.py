@@ -35,8 +35,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("grad-norm", None, "gradient norm at which to show the edge of SAM, which depends on it"),
         ("beta1", None, "beta1 of AdamW, which is then shown for the preconditioned Hessian"),
     ):
-        shown = f"{text} (default: %(default)s)" if default is not None else text
-        parser.add_argument(f"--{name}", default=default, help=shown, **number)  # type: ignore[arg-type]
+        help_text = f"{text} (default: %(default)s)" if default is not None else text
+        parser.add_argument(f"--{name}", default=default, help=help_text, **number)  # type: ignore[arg-type]
     parser.add_argument(
         "--nesterov", action="store_true", help="Nesterov momentum instead of heavy ball"
     )

@@ -101,10 +101,10 @@ class Batches:
 
     def batch(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Return images [share, c, h, w] and labels [share] of a batch, 0 <= index < count."""
-        chosen = self._epoch_order(epoch)[index * self.size : (index + 1) * self.size][self._part]
+        indices = self._epoch_order(epoch)[index * self.size : (index + 1) * self.size][self._part]
         self._seed_generator(epoch, index + 1)
-        images = self._flip(self._crop(chosen))
-        return self._cutout(self._normalizer(images)), self._labels[chosen]
+        images = self._flip(self._crop(indices))
+        return self._cutout(self._normalizer(images)), self._labels[indices]
 
     def _epoch_order(self, epoch: int) -> Tensor:
         """Return the order of an epoch; it is fixed for a full batch, so that sums round alike."""
@@ -122,15 +122,15 @@ class Batches:
         mixed = np.random.SeedSequence((self._seed, epoch, index)).generate_state(1, np.uint64)
         self._generator.manual_seed(int(mixed[0] >> 1))
 
-    def _crop(self, chosen: Tensor) -> Tensor:
+    def _crop(self, indices: Tensor) -> Tensor:
         pad = self._augmentation.crop
         if not pad:
-            return self._windows[chosen]
+            return self._windows[indices]
         # `unfold` makes a view of all windows of all images [n, c, 2 pad + 1, 2 pad + 1, h, w],
         # from which one gather takes a window of each chosen image.
         windows = self._windows.unfold(2, self._height, 1).unfold(3, self._width, 1)
         top, left = self._draw(2 * pad + 1), self._draw(2 * pad + 1)
-        return windows[chosen, :, top, left]
+        return windows[indices, :, top, left]
 
     def _flip(self, images: Tensor) -> Tensor:
         if not self._augmentation.flip:

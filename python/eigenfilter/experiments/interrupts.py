@@ -32,17 +32,17 @@ class StopCondition:
             self._deadline is not None and time.perf_counter() >= self._deadline
         )
 
-    def exit_code(self, *, left: bool, failed: bool) -> int:
+    def exit_code(self, *, unfinished: bool, failed: bool) -> int:
         """Return the exit code of a command that runs many trainings.
 
         Args:
-            left: whether there are unfinished runs.
+            unfinished: whether there are unfinished runs.
             failed: whether a run failed for another reason than divergence.
 
         Returns:
             STOPPED if a signal left runs unfinished, else 1 if a run failed, else 0.
         """
-        if left and self.signalled:
+        if unfinished and self.signalled:
             return STOPPED
         return 1 if failed else 0
 
@@ -67,15 +67,15 @@ def graceful_stop(minutes: float | None) -> Iterator[StopCondition]:
             raise KeyboardInterrupt
         stop.signalled = True
 
-    before: dict[signal.Signals, Any] = {}
+    handlers: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handle)
+            handlers[number] = signal.signal(number, handle)
         yield stop
     except KeyboardInterrupt:
         raise UserError(
             "a second signal ended the command; the last checkpoint, if there was one, is kept"
         ) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -49,8 +49,8 @@ def align_columns(rows: Sequence[Sequence[str]]) -> str:
     lines = []
     for row in rows:
         cells = zip(row, widths, head, strict=True)
-        words = (w.ljust(n) if name in _WORDS else w.rjust(n) for w, n, name in cells)
-        lines.append("  ".join(words).rstrip())
+        aligned = (w.ljust(n) if name in _WORDS else w.rjust(n) for w, n, name in cells)
+        lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
 
 
@@ -70,16 +70,16 @@ def progress(name: str) -> Iterator[Callable[[FullBatchRun], None]]:
     """
     from tqdm import tqdm
 
-    shown: list[FullBatchRun] = []
+    last: list[FullBatchRun] = []
     with tqdm(desc=name, unit=" steps", leave=False, disable=None) as bar:
 
         def show(run: FullBatchRun) -> None:
-            shown[:] = [run]
+            last[:] = [run]
             bar.update(run.last.step - bar.n)
             bar.set_postfix_str(f"sharpness {run.last.sharpness:.2f}, edge {run.last.edge:.2f}")
 
         yield show
-    for run in shown:
+    for run in last:
         steps = f"{run.last.step} steps, {run.seconds:.1f} s"
         print(f"{name}: {run.outcome} ({steps})", flush=True)
 

@@ -99,9 +99,9 @@ def _run(
     observe: Observe,
     processes: Processes,
 ) -> Record:
-    saved, done = processes.run_on_main(lambda: _load_previous(config, out, resume))
-    if done is not None:
-        return done
+    saved, results = processes.run_on_main(lambda: _load_previous(config, out, resume))
+    if results is not None:
+        return results
     data = processes.main_process_first(lambda: datasets.load(config.dataset, data_dir))
     with reproducible(config, torch_device, processes):
         try:

@@ -182,16 +182,16 @@ def measure(
     op = MATRICES[args.matrix](
         loaded.model, loaded.loss_fn, loaded.data, mode=args.mode, seed=args.seed
     )
-    with _count_products(op) as shown, warnings.catch_warnings():
+    with _count_products(op) as counted_op, warnings.catch_warnings():
         # The table shows why the iteration stopped, so the warnings are not needed.
         warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
         pairs = ef.curvature.eigsh(
-            shown, args.pairs, which=args.which, tol=args.tol, seed=args.seed
+            counted_op, args.pairs, which=args.which, tol=args.tol, seed=args.seed
         )
         if not args.probes:
             return pairs, None
         density = ef.curvature.spectral_density(
-            shown, args.probes, args.steps, deflate=pairs, seed=args.seed
+            counted_op, args.probes, args.steps, deflate=pairs, seed=args.seed
         )
     return pairs, density
 
@@ -287,9 +287,9 @@ def figure(
 
     from eigenfilter.experiments.figures import COLORS
 
-    drawn = Figure(figsize=(8.0, 5.0), layout="constrained")
-    FigureCanvasAgg(drawn)
-    axes = drawn.add_subplot()
+    fig = Figure(figsize=(8.0, 5.0), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.add_subplot()
     if density is not None:
         density.plot(axes)
     values = [float(value) for value in pairs.values]
@@ -308,7 +308,7 @@ def figure(
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    replace(path, lambda file: drawn.savefig(file, format="png", dpi=160))
+    replace(path, lambda file: fig.savefig(file, format="png", dpi=160))
 
 
 class _CountedOperator:

@@ -51,8 +51,8 @@ def _method(
     name: str, build: Callable[..., Any], method: str, edge: float, **options: Any
 ) -> MethodSpec:
     lr = design(method, edge, **options)
-    shown = {"lr": f"{lr:.3g}"} | {
+    texts = {"lr": f"{lr:.3g}"} | {
         key: f"{value:.3g}" for key, value in options.items() if key != "nesterov"
     }
-    settings = ", ".join(f"{key} {value}" for key, value in shown.items())
+    settings = ", ".join(f"{key} {value}" for key, value in texts.items())
     return MethodSpec(name, settings, lambda params: build(params, lr=lr, **options))

@@ -105,7 +105,7 @@ def _reproduce(args: argparse.Namespace, out: Path, device: torch.device) -> int
     print(f"{findings.title}\nwrote {', '.join(outputs.FILES)} in {out}")
     if not findings.complete:
         print("some runs are unfinished; run the command again to continue")
-    return stop.exit_code(left=not findings.complete, failed=findings.failed)
+    return stop.exit_code(unfinished=not findings.complete, failed=findings.failed)
 
 
 @contextmanager
@@ -156,7 +156,8 @@ def _load_or_make_plan(args: argparse.Namespace, out: Path, device: torch.device
                     f"{out} contains a reproduction with {name} {before}, not {now}; "
                     "give the same, or another --out"
                 )
-        if args.budget is None and stored.scale != _requested_scale(args, stored.full):
+        scale = _requested_scale(args, stored.full)
+        if args.budget is None and stored.scale != scale:
             raise UserError(
                 f"{out} contains a reproduction {stored.statement}; "
                 "give the same scale, or another --out"

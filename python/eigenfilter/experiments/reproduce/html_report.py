@@ -83,5 +83,5 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _settings(settings: dict[str, str]) -> str:
-    pairs = (f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in settings.items())
+    pairs = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in settings.items())
     return "<dl>\n" + "\n".join(pairs) + "\n</dl>"

@@ -62,11 +62,11 @@ def write(findings: Findings, out: Path) -> None:
     text = json.dumps(results, indent=1, allow_nan=False)
     replace_text(out / "results.json", text + "\n")
     replace_text(out / "summary.md", markdown(findings))
-    drawn = spectra_figure.draw(findings.rows, findings.title)
-    FigureCanvasAgg(drawn)
-    spectra_figure.save_png(drawn, out / "spectra.png")
+    figure = spectra_figure.draw(findings.rows, findings.title)
+    FigureCanvasAgg(figure)
+    spectra_figure.save_png(figure, out / "spectra.png")
     replace_text(
-        out / "report.html", html_report.page(findings, spectra_figure.as_svg(drawn), LIMITS)
+        out / "report.html", html_report.page(findings, spectra_figure.as_svg(figure), LIMITS)
     )
 
 

@@ -40,11 +40,11 @@ def draw(rows: Sequence[RunGroup], title: str) -> Figure:
     figure = Figure(figsize=(13.0, 4.0 * len(momenta) + 0.6), layout="constrained")
     panels = figure.subplots(len(momenta), 3, squeeze=False)
     for (densities, values, accuracies), momentum in zip(panels, momenta, strict=True):
-        here = [row for row in rows if row.momentum == momentum]
-        best = [row for row in here if row.best and any(run.spectrum for run in row.runs)]
+        group = [row for row in rows if row.momentum == momentum]
+        best = [row for row in group if row.best and any(run.spectrum for run in row.runs)]
         _densities(densities, best)
         _values(values, best)
-        _accuracies(accuracies, here)
+        _accuracies(accuracies, group)
         densities.set_ylabel(f"momentum {momentum:g}\n\ndensity")
         for axes in (densities, values, accuracies):
             axes.grid(alpha=0.25)

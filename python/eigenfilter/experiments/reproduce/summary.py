@@ -252,10 +252,10 @@ def check_claims(rows: Sequence[RunGroup]) -> list[ClaimCheck]:
     """Check every claim at the best radii, and at each radius that both methods have."""
     checks = []
     for momentum in dict.fromkeys(row.momentum for row in rows):
-        here = [row for row in rows if row.momentum == momentum]
+        group = [row for row in rows if row.momentum == momentum]
         for first, second in CLAIMS:
-            sharper = [row for row in here if row.method == first]
-            flatter = [row for row in here if row.method == second]
+            sharper = [row for row in group if row.method == first]
+            flatter = [row for row in group if row.method == second]
             for at, a, b in _paired(sharper, flatter):
                 check = _check(at, a, b)
                 if check is not None:

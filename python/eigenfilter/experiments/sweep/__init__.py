@@ -105,10 +105,10 @@ def _close(out: Path, records: dict[str, dict[str, Any]], stop: StopCondition) -
     for name, record in records.items():
         if record["outcome"] == "failed":
             print(one_line(f"{name} failed: {record['error']}"))
-    left = sum(record["outcome"] == "stopped" for record in records.values())
-    if left:
-        print(f"stopped with {left} of {len(records)} runs unfinished; run the command again")
+    unfinished = sum(record["outcome"] == "stopped" for record in records.values())
+    if unfinished:
+        print(f"stopped with {unfinished} of {len(records)} runs unfinished; run the command again")
     else:
         print(f"wrote {out / TABLE}, results.json and runs")
     failed = any(r["outcome"] == "failed" and not r["diverged"] for r in records.values())
-    return stop.exit_code(left=left > 0, failed=failed)
+    return stop.exit_code(unfinished=unfinished > 0, failed=failed)

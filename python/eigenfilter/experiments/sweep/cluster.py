@@ -68,11 +68,13 @@ class _RayPool:
         self._most = processes or len(queue.specs)
         self._names: dict[Any, str] = {}  # by task
         self._started: set[str] = set()
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        this_node = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
         # A process executes one run only, so that a run cannot affect later ones.
         self._run: Any = ray.remote(max_retries=0, max_calls=1)(_run)
         board: Any = ray.remote(_EventBoard)
-        self._board = board.options(num_cpus=0, scheduling_strategy=here).remote()
+        self._board = board.options(num_cpus=0, scheduling_strategy=this_node).remote()
 
     def run(self, stop: Callable[[], bool]) -> None:
         queue = self._queue

@@ -69,15 +69,15 @@ def output(folder: Path) -> Iterator[None]:
     """Redirect standard output and error to a file in the folder; remove it if it stays empty."""
     path = output_folder(folder) / OUTPUT
     with path.open("ab") as file:
-        before = {handle: os.dup(handle) for handle in (1, 2)}
-        for handle in before:
+        saved = {handle: os.dup(handle) for handle in (1, 2)}
+        for handle in saved:
             os.dup2(file.fileno(), handle)
     try:
         yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for handle, copy in before.items():
+        for handle, copy in saved.items():
             os.dup2(copy, handle)
             os.close(copy)
         if not path.stat().st_size:
