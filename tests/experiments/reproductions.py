@@ -1,4 +1,4 @@
-"""Reproductions small enough for tests, of digits in the place of the paper's experiments."""
+"""Reproductions that are small enough for tests, on digits instead of the paper's data."""
 
 from __future__ import annotations
 

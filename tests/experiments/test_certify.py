@@ -1,4 +1,4 @@
-"""eigenfilter certify: a model by its import path, as text and JSON; one line on bad input."""
+"""eigenfilter certify: a model by its import path, output as text and JSON, and bad input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ number = 3
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A module of a name of its own in the working folder."""
+    """Write a module with a unique name into the current folder."""
     name = "module_of_" + "".join(c if c.isalnum() else "_" for c in request.node.name)
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)

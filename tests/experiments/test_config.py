@@ -1,4 +1,4 @@
-"""Configurations: one declaration of every option, for files, flags and Python."""
+"""Configurations: each option is declared once, for files, flags and Python."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_file_and_flags_over_it(tmp_path: Path) -> None:
     assert config.as_dict() == Config().as_dict() | changed
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     config = Config(lr=1e-7, flip=True, model="vit-64", rho_schedule="late", samples=12)
     configs.write(config, tmp_path / "c.yaml")
     assert Config.of(configs.read(tmp_path / "c.yaml")) == config
@@ -80,7 +80,7 @@ def test_bad_values(values: dict[Any, Any], says: str) -> None:
 
 
 def bomb(tag: str) -> str:
-    """A few lines that say a value 9**8 times."""
+    """Return a few lines of YAML whose aliases expand to 9**8 values."""
     lines = ["  - k: &a0 [1]"]
     lines += [f"  - k: &a{i} {tag} [{', '.join([f'k: *a{i - 1}'] * 9)}]" for i in range(1, 9)]
     return "\n".join(["lr:", *lines, ""])
@@ -109,7 +109,7 @@ def test_bad_files(text: str, says: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read .*No such file"):
         configs.read(tmp_path / "c.yaml")
     (tmp_path / "empty.yaml").touch()

@@ -1,4 +1,4 @@
-"""The demo: what it measures, what it writes, and that it says so when an edge was not reached."""
+"""The demo: its measurements, its files, and its messages when an edge is not reached."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert f"{run['ratio']:.3f}" in text
 
 
-def test_a_spent_budget_is_said(tmp_path: Path) -> None:
+def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
     results = demo(tmp_path, "--budget", "1e-9")
     check_consistency(results)
     for run in results["runs"]:
@@ -70,19 +70,19 @@ def test_a_spent_budget_is_said(tmp_path: Path) -> None:
         assert run["outcome"] == "not at its edge: time spent"
 
 
-def test_divergence_is_said() -> None:
+def test_divergence_is_reported() -> None:
     method = MethodSpec("far too fast", "lr 20", lambda p: ef.SGD(p, lr=20.0, momentum=0.9))
-    seen: list[int] = []
+    events: list[int] = []
     run = train_to_edge(
         FullBatchProblem(digits(50)),
         method,
         seed=0,
         max_steps=10_000,
         deadline=time.perf_counter() + 60.0,
-        on_check=lambda run: seen.append(run.last.step),
+        on_check=lambda run: events.append(run.last.step),
     )
     assert run.outcome == "diverged"
-    assert seen == [check.step for check in run.history]
+    assert events == [check.step for check in run.history]
     assert all(math.isfinite(check.loss) for check in run.history)
 
 

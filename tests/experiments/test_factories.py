@@ -1,4 +1,4 @@
-"""From a configuration to losses, optimizers and schedules."""
+"""Factories of losses, optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def parameters() -> list[torch.nn.Parameter]:
 
 
 def rates(config: Config, steps_per_epoch: int, name: str = "lr") -> list[float]:
-    """lr or rho of every step."""
+    """Return lr or rho at every step."""
     optimizer = factories.build_optimizer(config, parameters())
     lr = factories.lr_schedule(config, optimizer, steps_per_epoch)
     rho = factories.rho_schedule(config, optimizer, steps_per_epoch)
     assert rho is not None
-    found = []
+    values = []
     for _ in range(config.epochs * steps_per_epoch):
-        found.append(optimizer.param_groups[0][name])
+        values.append(optimizer.param_groups[0][name])
         optimizer.step(lambda: sum(p.square().sum() for p in parameters()).backward())
         lr.step()
         rho.step()
-    return found
+    return values
 
 
 @pytest.fixture(autouse=True)
 def steps_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schedules are looked at alone."""
+    """Replace the optimizer's step, so that only the schedules act."""
     monkeypatch.setattr(ef.USAM, "step", lambda self, closure=None: None)
 
 
@@ -96,7 +96,7 @@ def test_any_ascent_with_any_base(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "Nope", "lr_scheduler", "Optimizer"])
-def test_optimizers_that_are_none(name: str) -> None:
+def test_unknown_optimizers(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is not an optimizer that train supports"):
         factories.build_optimizer(Config(optimizer=f"torch.optim.{name}"), parameters())
 

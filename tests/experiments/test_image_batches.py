@@ -1,4 +1,4 @@
-"""Batches: every image once an epoch, augmentations that are what they say, a function of seeds."""
+"""Batches: each image once per epoch, correct augmentations, and reproducible order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data() -> ImageDataset:
-    """Images whose pixels are all different from each other and from 0."""
+    """Return images whose pixels differ from each other and from 0."""
     pixels = (1 + np.arange(40 * 3 * 6 * 6) % 251).reshape(40, 3, 6, 6).astype(np.uint8)
     labels = torch.arange(40)
     return _image_dataset("made", (torch.from_numpy(pixels), labels), (torch.empty(0), labels), 40)
@@ -28,7 +28,7 @@ def batches(data: ImageDataset, size: int = 7, seed: int = 3, **augmentation: in
 
 
 def as_bytes(data: ImageDataset, images: Tensor) -> Tensor:
-    """What was normalised."""
+    """Return the bytes of normalized images."""
     raw = 255 * (images * data.deviation[:, None, None] + data.mean[:, None, None])
     return raw.round().to(torch.uint8)
 
@@ -78,14 +78,14 @@ def test_crops_are_windows_of_the_padded_image(data: ImageDataset) -> None:
     padded = torch.nn.functional.pad(data.images, (2, 2, 2, 2))
     places = set()
     for image, label in zip(as_bytes(data, images), labels, strict=True):
-        found = [
+        matches = [
             (y, x)
             for y in range(5)
             for x in range(5)
             if torch.equal(padded[label, :, y : y + 6, x : x + 6], image)
         ]
-        assert len(found) == 1
-        places.add(found[0])
+        assert len(matches) == 1
+        places.add(matches[0])
     assert len(places) > 12  # of 25, with 40 images
 
 
@@ -119,7 +119,7 @@ def test_cutout_sets_a_square_to_the_mean(data: ImageDataset) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_normalised_images(data: ImageDataset, dtype: torch.dtype, channels_last: bool) -> None:
+def test_normalized_images(data: ImageDataset, dtype: torch.dtype, channels_last: bool) -> None:
     normalizer = Normalizer(data, CPU, dtype, channels_last)
     images = normalizer(data.images)
     assert images.dtype == dtype

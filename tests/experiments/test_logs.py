@@ -1,4 +1,4 @@
-"""The log of a run where the disk fails."""
+"""The log of a run when the disk fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.logs import RunLog
 
 
-def test_a_disk_that_fails_as_it_synchronises_is_said(
+def test_a_disk_that_fails_during_fsync_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = RunLog(tmp_path)
@@ -28,7 +28,7 @@ def test_a_disk_that_fails_as_it_synchronises_is_said(
     log.close()
 
 
-def test_a_disk_that_is_full_of_events_is_said(
+def test_a_disk_that_is_full_for_events_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object, **options: object) -> None:

@@ -1,4 +1,4 @@
-"""The networks by name: shapes, sizes, seeds, and what they say of images that do not fit."""
+"""The networks by name: shapes, sizes, seeds, and errors about images that do not fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_scores_have_their_shape(name: str, task: ImageTask) -> None:
     [("resnet18", 11.2), ("wrn-40-4", 8.9), ("wrn-16-8", 11.0), ("wrn-28-10", 36.5)],
 )
 def test_sizes_are_the_published_ones(name: str, millions: float) -> None:
-    """ResNet-18 on CIFAR; the others: tables of arXiv 1605.07146."""
+    """The sizes are those of ResNet-18 for CIFAR, and of the tables in arXiv 1605.07146."""
     with torch.device("meta"):
         network = parse(name)(ImageTask((3, 32, 32), 10), "relu", 0.0)
     assert size(network) / 1e6 == pytest.approx(millions, abs=0.05)
@@ -69,7 +69,7 @@ def test_the_attention_is_torchs() -> None:
 @pytest.mark.parametrize(
     "name", ["", "lenet", "mlp-0", "mlp-x", "cnn-1-2", "resnet18-2", "wrn-12-1", "wrn-4-1", "wrn"]
 )
-def test_names_that_are_none(name: str) -> None:
+def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=r"must be mlp\[-WIDTH.*, not '"):
         parse(name)
 

@@ -1,4 +1,4 @@
-"""The phenomena, on their numbers: at the edge, off the saddle, down after a switch."""
+"""The numbers of the phenomena: at the edge, away from the saddle, down after a switch."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def test_the_sharpness_rises_to_the_edge_and_stays(method, tmp_path: Path) -> No
     run = train(make_setting(tmp_path, "tanh", "square", EDGE, 600), method)
     assert all(check.edge == pytest.approx(EDGE, rel=1e-9) for check in run.history)
     assert run.history[0].ratio < 0.85
-    found = settled_ratio(run.history)
-    assert found.mean == pytest.approx(1.0, abs=0.06)
-    assert found.spread < 0.05
+    settled = settled_ratio(run.history)
+    assert settled.mean == pytest.approx(1.0, abs=0.06)
+    assert settled.spread < 0.05
     assert run.outcome == "at its edge"
     assert run.last.loss < 0.3 * run.history[0].loss
 
 
 def test_relu_comes_to_its_edge_less_closely(tmp_path: Path) -> None:
-    """Its loss has kinks, and the theory does not speak of it."""
+    """The loss has kinks, which the theory does not cover."""
     method = methods(7.0)[0]
     run = train(make_setting(tmp_path, "relu", "square", 7.0, 480), method)
     assert settled_ratio(run.history).mean == pytest.approx(1.0, abs=0.15)
@@ -64,7 +64,7 @@ def test_relu_comes_to_its_edge_less_closely(tmp_path: Path) -> None:
 
 
 def test_cross_entropy_leaves_its_edge_with_the_loss(tmp_path: Path) -> None:
-    """It has no minimum: the sharpness goes to 0 with the loss."""
+    """The loss has no minimum, so that the sharpness goes to 0 with the loss."""
     run = train(make_setting(tmp_path, "tanh", "cross_entropy", 0.8, 480), methods(0.8)[0])
     assert run.outcome == "left its edge downwards"
     assert settled_ratio(run.history).peak > 1.0 - BAND
@@ -171,7 +171,7 @@ def test_fashion_mnist(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("loss", "edge"), [("square", 12.0), ("cross_entropy", 5.0)])
 def test_relu_on_fashion_mnist_comes_to_its_edge(loss: str, edge: float, tmp_path: Path) -> None:
-    """Heavy ball, which is there within 200 steps; with cross-entropy it leaves again later."""
+    """Heavy ball reaches the edge within 200 steps; with cross-entropy it leaves again later."""
     folder = os.environ.get("EIGENFILTER_DATA")
     if folder is None or not any(Path(folder, "FashionMNIST/raw").glob("*")):
         pytest.skip("needs EIGENFILTER_DATA with FashionMNIST/raw")
@@ -183,7 +183,7 @@ def test_relu_on_fashion_mnist_comes_to_its_edge(loss: str, edge: float, tmp_pat
     assert settled_ratio(run.history).mean == pytest.approx(1.0, abs=0.12)
 
 
-def test_fashion_mnist_is_centred(tmp_path: Path) -> None:
+def test_fashion_mnist_is_centered(tmp_path: Path) -> None:
     folders.mnist(tmp_path, "FashionMNIST")
     data = fashion(50, tmp_path)
     assert data.inputs.shape == (50, 784)
@@ -222,7 +222,7 @@ def test_verdicts(ratios: list[float], expected: str) -> None:
     assert verdict(history(ratios)) == expected
 
 
-def test_spent_time_is_said(tmp_path: Path) -> None:
+def test_spent_time_is_reported(tmp_path: Path) -> None:
     results = reproduce("sharpening", tmp_path, "--budget", "1e-9")
     assert len(results["runs"]) == len(methods(1.0))
     for run in results["runs"]:
@@ -230,7 +230,7 @@ def test_spent_time_is_said(tmp_path: Path) -> None:
         assert run["step"] == 0
 
 
-def test_divergence_is_said(tmp_path: Path) -> None:
+def test_divergence_is_reported(tmp_path: Path) -> None:
     results = reproduce("sharpening", tmp_path, "--edge", "0.01", "--steps", "500")
     assert results["runs"][0]["outcome"] == "diverged"
 
@@ -247,9 +247,9 @@ def test_divergence_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["phenomena", *argv])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
@@ -257,7 +257,7 @@ def test_bad_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("name", ["sharpening", "saddle", "late", "moving-edge"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["phenomena", name, "--help"])
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     assert f"out/phenomena/{name}" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""How large a reproduction is: scaled down to a budget or by hand, and said so everywhere."""
+"""The scale of a reproduction, by a budget or by hand, and its statement in every output."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_a_budget_is_stated_in_every_output(
 
     monkeypatch.setattr(spectra_figure, "save_png", saved)
     assert reproduce(tmp_path, "--budget", "10", name="fashion") == 0
-    found = results(tmp_path)
-    statement = found["statement"]
+    report = results(tmp_path)
+    statement = report["statement"]
     assert re.match(r"scaled down to a budget of 10 minutes: 1 seed of 2, 1 epoch of 2", statement)
-    assert found["plan"]["budget"] == 10
-    assert found["plan"]["scale"] != found["plan"]["full"]
-    assert found["plan"]["estimate"] <= 600
-    assert {run["seed"] for run in found["runs"]} == {3}
+    assert report["plan"]["budget"] == 10
+    assert report["plan"]["scale"] != report["plan"]["full"]
+    assert report["plan"]["estimate"] <= 600
+    assert {run["seed"] for run in report["runs"]} == {3}
     for name in ("summary.md", "report.html"):
         assert statement in (tmp_path / name).read_text()
     assert statement in capsys.readouterr().out
@@ -59,12 +59,12 @@ def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images(
     monkeypatch.setattr(budget, "START", 0.0)
 
     def scale(minutes: float) -> ExperimentScale:
-        found, seconds, rates = budget.fit_to_budget(
+        scale, seconds, rates = budget.fit_to_budget(
             TINY, FULL, minutes, RATES.__getitem__, processes=2, tests=0
         )
-        assert rates is RATES[found.model]
+        assert rates is RATES[scale.model]
         assert seconds <= 60 * minutes
-        return found
+        return scale
 
     # The 14 variants take 32 gradients an image.
     need = 32 * 800 * 0.02 / 2 / 60 / budget.TRAINING  # minutes of one epoch of one seed
@@ -114,16 +114,16 @@ def test_a_scale_by_hand_is_stated_in_every_output_and_kept(
 ) -> None:
     scale = ["--seeds", "1", "--epochs", "1", "--model", "mlp-4", "--samples", "150"]
     assert reproduce(tmp_path, *scale, "--spectrum-samples", "50", name="fashion") == 0
-    found = results(tmp_path)
-    assert found["statement"] == (
+    report = results(tmp_path)
+    assert report["statement"] == (
         "scaled by hand: 1 seed of 2, 1 epoch of 2, mlp-4 in place of mlp-8, 150 of 200 "
         "training images, spectra on 50 images, 1 eigenvalue, 1 probe of 5 products "
         "(in full 60, 3, 1 of 8)"
     )
-    assert found["plan"]["budget"] is None
-    assert {run["seed"] for run in found["runs"]} == {3}
+    assert report["plan"]["budget"] is None
+    assert {run["seed"] for run in report["runs"]} == {3}
     for name in ("summary.md", "report.html"):
-        assert found["statement"] in (tmp_path / name).read_text()
+        assert report["statement"] in (tmp_path / name).read_text()
 
     capsys.readouterr()
     assert reproduce(tmp_path, *scale, name="fashion") == 2  # with other spectra

@@ -27,9 +27,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     number = {"type": float, "metavar": "X"}
     parser.add_argument("--lr", required=True, help="learning rate", **number)  # type: ignore[arg-type]
     for name, default, text in (
-        ("momentum", 0.0, "in [0, 1)"),
+        ("momentum", 0.0, "momentum, in [0, 1)"),
         ("dampening", 0.0, "dampening of the momentum"),
-        ("weight-decay", 0.0, "at least 0"),
+        ("weight-decay", 0.0, "weight decay, at least 0"),
         ("rho", 0.05, "radius of the ascents"),
         ("hessian-rho", None, "radius of Hessian USAM (default: rho)"),
         ("grad-norm", None, "gradient norm at which to show the edge of SAM, which depends on it"),

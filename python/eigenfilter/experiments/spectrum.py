@@ -43,7 +43,9 @@ MATRICES: Mapping[str, Callable[..., CurvatureOperator]] = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="see above")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="checkpoint; see above"
+    )
     own = parser.add_argument_group("a model of your own", "import paths, package.module:name")
     own.add_argument("--model", metavar="PATH", help="a torch.nn.Module, or a function for one")
     own.add_argument(

@@ -38,9 +38,17 @@ SPENT = "spent.json"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("experiment", choices=tuple(EXPERIMENTS), metavar="EXPERIMENT")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder (default: out/reproduce-EXPERIMENT)"
+        "experiment",
+        choices=tuple(EXPERIMENTS),
+        metavar="EXPERIMENT",
+        help="one of %(choices)s",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the reproduction (default: out/reproduce-EXPERIMENT)",
     )
     parser.add_argument(
         "--budget",

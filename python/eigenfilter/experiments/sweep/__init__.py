@@ -30,7 +30,12 @@ TABLE = "table.md"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base, grid, random, seeds")
+    parser.add_argument(
+        "sweep",
+        type=Path,
+        metavar="SWEEP.yaml",
+        help="file with base, grid, random and seeds; see above",
+    )
     add_out(parser, "out/sweep", "the runs, results.json and table.md")
     parser.add_argument(
         "--processes",
