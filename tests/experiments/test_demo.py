@@ -15,7 +15,7 @@ from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.edge import EVERY, HOLD, at_edge, train_to_edge
 from eigenfilter.experiments.full_batch import BAND, MethodSpec, SharpnessMeasurement
 from eigenfilter.experiments.full_batch_data import digits
-from eigenfilter.experiments.problems import FullBatchProblem
+from eigenfilter.experiments.full_batch_problems import FullBatchProblem
 
 EDGES = {
     "gradient descent": 2.0 / 0.2,

@@ -15,6 +15,7 @@ from eigenfilter import filters
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.full_batch import BAND, SharpnessMeasurement
 from eigenfilter.experiments.full_batch_data import fashion
+from eigenfilter.experiments.full_batch_problems import load
 from eigenfilter.experiments.phenomena import moving_edge, saddle
 from eigenfilter.experiments.phenomena.common import (
     PhenomenonSetting,
@@ -23,7 +24,6 @@ from eigenfilter.experiments.phenomena.common import (
     verdict,
 )
 from eigenfilter.experiments.phenomena.sharpening import methods
-from eigenfilter.experiments.problems import load
 from experiments import folders
 
 EDGE = 9.0  # gradient flow starts at a sharpness of 6 and passes 15

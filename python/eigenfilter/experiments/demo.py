@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 import eigenfilter as ef
-from eigenfilter.experiments import problems
+from eigenfilter.experiments import full_batch_problems
 from eigenfilter.experiments.cli_arguments import add_out, add_training
 from eigenfilter.experiments.edge import EVERY, train_to_edge
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.figures import curve_from_run, sharpness_figure
 from eigenfilter.experiments.full_batch import BAND, MethodSpec
 from eigenfilter.experiments.full_batch_data import digits
 from eigenfilter.experiments.locks import folder_lock
+from eigenfilter.experiments.plots import curve_from_run, sharpness_figure
 from eigenfilter.experiments.reporting import progress, save_results, table
 
 HELP = "watch four optimizers reach the edges of their filters"
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, folder: Path) -> int:
-    problem = problems.FullBatchProblem(digits(SAMPLES))
+    problem = full_batch_problems.FullBatchProblem(digits(SAMPLES))
     began = time.perf_counter()
     runs = []
     for count, method in enumerate(METHODS, start=1):

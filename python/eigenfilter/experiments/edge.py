@@ -13,7 +13,7 @@ from eigenfilter.experiments.full_batch import (
     SharpnessMeasurement,
     threads_for,
 )
-from eigenfilter.experiments.problems import FullBatchProblem
+from eigenfilter.experiments.full_batch_problems import FullBatchProblem
 
 EVERY = 25  # steps between measurements of the sharpness
 HOLD = 40  # consecutive measurements within BAND of the edge that end a run

@@ -120,7 +120,7 @@ def plot(curves: Mapping[str, PolynomialFilter], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from eigenfilter.experiments.figures import COLORS
+    from eigenfilter.experiments.plots import COLORS
 
     ends = [end for f in curves.values() for end in _finite_ends(f)]
     low, high = min(ends, default=-1.0), max(ends, default=1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eigenfilter import filters
 from eigenfilter.curvature import EigenResult, HessianOperator, eigsh
-from eigenfilter.experiments.problems import FullBatchProblem
+from eigenfilter.experiments.full_batch_problems import FullBatchProblem
 from eigenfilter.optimizers import EigenfilterOptimizer
 
 BAND = 0.10  # relative distance from the edge within which a sharpness counts as at the edge

@@ -287,7 +287,7 @@ def figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from eigenfilter.experiments.figures import COLORS
+    from eigenfilter.experiments.plots import COLORS
 
     fig = Figure(figsize=(8.0, 5.0), layout="constrained")
     FigureCanvasAgg(fig)

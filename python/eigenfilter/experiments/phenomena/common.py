@@ -11,7 +11,6 @@ from pathlib import Path
 
 from eigenfilter.experiments.cli_arguments import add_data_dir, add_out, add_training, positive
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.figures import curve_from_run, sharpness_figure
 from eigenfilter.experiments.files import output_folder
 from eigenfilter.experiments.full_batch import (
     BAND,
@@ -21,8 +20,14 @@ from eigenfilter.experiments.full_batch import (
     SharpnessMeasurement,
     threads_for,
 )
+from eigenfilter.experiments.full_batch_problems import (
+    ACTIVATIONS,
+    DATASETS,
+    FullBatchProblem,
+    load,
+)
 from eigenfilter.experiments.losses import LOSSES
-from eigenfilter.experiments.problems import ACTIVATIONS, DATASETS, FullBatchProblem, load
+from eigenfilter.experiments.plots import curve_from_run, sharpness_figure
 from eigenfilter.experiments.reporting import progress, save_results, table
 
 CHECKS = 60  # measurements of the sharpness in a run

@@ -23,8 +23,8 @@ import eigenfilter as ef
 from eigenfilter import filters
 from eigenfilter.experiments.cli_arguments import add_out
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.figures import paths_figure
 from eigenfilter.experiments.files import output_folder
+from eigenfilter.experiments.plots import paths_figure
 from eigenfilter.experiments.reporting import align_columns, save_results
 from eigenfilter.filters import PolynomialFilter
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eigenfilter.curvature import SpectralDensity
-from eigenfilter.experiments.figures import COLORS
 from eigenfilter.experiments.files import replace
+from eigenfilter.experiments.plots import COLORS
 from eigenfilter.experiments.reproduce.plan import METHODS
 from eigenfilter.experiments.reproduce.summary import RunGroup
 from eigenfilter.experiments.runs import Record
