@@ -185,8 +185,8 @@ def _check_no_shared_memory(state: Any) -> None:
         if isinstance(value, (dict, list, tuple)):
             pending.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, Tensor) and value.numel():
-            # Elements are distinct if each stride, in ascending order, exceeds the extent of all
-            # smaller ones.
+            # Elements are distinct if each stride, in ascending order, is at least the extent of
+            # the dimensions with smaller strides.
             span = 1
             for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
                 if size > 1 and stride < span:

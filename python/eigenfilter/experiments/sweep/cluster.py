@@ -66,7 +66,7 @@ class _RayPool:
     def __init__(self, queue: RunQueue, processes: int | None, gpus: int) -> None:
         self._queue, self._gpus = queue, gpus
         self._most = processes or len(queue.specs)
-        self._names: dict[Any, str] = {}  # by task
+        self._names: dict[Any, str] = {}  # names of runs by task
         self._started: set[str] = set()
         this_node = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
