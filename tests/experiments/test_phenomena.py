@@ -116,7 +116,7 @@ def test_the_sharpness_follows_an_edge_that_moves(
         assert part["began_at"] + 0.05 < part["settled"]["mean"] < 1.08
     text = capsys.readouterr().out
     assert "rho raised" in text
-    assert f"{down['settled_ratio']['mean']:.3g}" in text
+    assert f"{down['settled']['mean']:.3g}" in text
 
 
 def test_phases_are_usams_own() -> None:
