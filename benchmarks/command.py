@@ -32,9 +32,9 @@ from benchmarks.curvature import run as curvature
 from benchmarks.curvature.datasets import FOLDER
 from eigenfilter import kernels
 from eigenfilter.experiments import networks
-from eigenfilter.experiments.arguments import add_data_dir, whole
+from eigenfilter.experiments.cli_arguments import add_data_dir, whole
 from eigenfilter.experiments.errors import UserError, require
-from eigenfilter.experiments.locks import alone
+from eigenfilter.experiments.locks import folder_lock
 
 OUT = Path("out/bench")
 
@@ -354,7 +354,7 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 def _folder(args: argparse.Namespace) -> Path:
     """The folder that is written into, which is this command's alone until it ends."""
-    folder: Path = args.enter(alone(args.out or OUT, "benchmark"))
+    folder: Path = args.enter(folder_lock(args.out or OUT, "benchmark"))
     return folder
 
 

@@ -1,10 +1,10 @@
-"""The sharpest directions of a model whose data, and with --fsdp whose parameters, are shared out.
+"""The sharpest directions of a model with distributed data and, with --fsdp, sharded parameters.
 
     torchrun --standalone --nproc-per-node 2 examples/curvature_torchrun.py
     torchrun --standalone --nproc-per-node 2 examples/curvature_torchrun.py --fsdp
 
-Every process reads its own samples. Under DistributedDataParallel it holds all of every vector, and
-products are exact; under FSDP2 it holds a slice, and products are finite differences.
+Every process reads its own samples. With DistributedDataParallel each process has whole vectors,
+and products are exact. With FSDP2 it has slices of vectors, and products are finite differences.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ K = 3
 
 
 def network(device: torch.device) -> nn.Sequential:
-    """The same in all processes: the same seed."""
+    """Build the same network in all processes, from the same seed."""
     torch.manual_seed(0)
     layers = [nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 5)]
     return nn.Sequential(*layers).to(device)
 
 
 def own_share(rank: int, size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
-    """Every size-th sample, in an order that stays; the sampler of training pads and shuffles."""
+    """Load every size-th sample in a fixed order.
+
+    The DistributedSampler that is usual in training would pad and shuffle the samples.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(501, 20, generator=generator)
     data = TensorDataset(x, x[:, :5].argmax(dim=1))
@@ -42,7 +45,7 @@ def own_share(rank: int, size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
 
 
 def operator(fsdp: bool, device: torch.device) -> curvature.HessianOperator:
-    """The Hessian over the data of all processes."""
+    """Return the Hessian over the data of all processes."""
     rank, size = dist.get_rank(), dist.get_world_size()
     model, loss, data = network(device), nn.CrossEntropyLoss(), own_share(rank, size)
     if not fsdp:
@@ -59,7 +62,7 @@ def operator(fsdp: bool, device: torch.device) -> curvature.HessianOperator:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fsdp", action="store_true", help="shard parameters and vectors, too")
+    parser.add_argument("--fsdp", action="store_true", help="shard parameters and vectors")
     args = parser.parse_args()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -67,10 +70,10 @@ def main() -> None:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     op = operator(args.fsdp, device)
-    found = curvature.eigsh(op, K, tol=1e-3)
+    result = curvature.eigsh(op, K, tol=1e-3)
     print(
-        f"process {dist.get_rank()}: {len(found.vectors):,} of {op.shape[0]:,} elements a vector; "
-        f"eigenvalues {' '.join(f'{value:.3f}' for value in found.values.tolist())}",
+        f"process {dist.get_rank()}: {len(result.vectors):,} of {op.shape[0]:,} elements per "
+        f"vector; eigenvalues {' '.join(f'{value:.3f}' for value in result.values.tolist())}",
         flush=True,
     )
     dist.destroy_process_group()
@@ -78,8 +81,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # torch's caches for FSDP2 keep the process group. If one of Gloo's threads still holds a tensor
-    # when the interpreter shuts down, torch aborts the process (pytorch/pytorch#190489), so the
-    # process ends here.
+    # torch's caches for FSDP2 keep the process group alive. If a thread of Gloo still holds a
+    # tensor when the interpreter shuts down, torch aborts the process (pytorch/pytorch#190489).
+    # Exiting here avoids the shutdown.
     sys.stdout.flush()
     os._exit(0)

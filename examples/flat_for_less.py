@@ -1,11 +1,12 @@
-"""Draw what flatness costs: sharpness at the end of training over the gradients that it took.
+"""Draw the cost of flatness: the sharpness at the end of training over the number of gradients.
 
     eigenfilter sweep examples/flat_for_less.yaml --out out/flat
     python examples/flat_for_less.py out/flat
 
-Writes flat_for_less.png and flat_for_less.md into the folder. Gradients are those of whole batches
-over SGD's; the reduction is (SGD's sharpness - sharpness) / (SGD's - full USAM's), of means over
-the seeds, with the standard error that the seeds of all three give it.
+The script writes flat_for_less.png and flat_for_less.md into the folder. Gradients are counted in
+whole batches, relative to SGD. The reduction is (SGD's sharpness - sharpness) / (SGD's sharpness -
+full USAM's sharpness), from means over the seeds, with a standard error from the seeds of all
+three.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ COLORS = {"late": "#0072b2", "every": "#d55e00", "constant": "#009e73", "sgd": "
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration: means over its seeds, and their standard errors."""
+    """One configuration, with means over its seeds and their standard errors."""
 
     label: str
     kind: str
@@ -35,7 +36,7 @@ class Point:
 
 
 def point(row: dict[str, Any], steps: float) -> Point:
-    """A row of the sweep's table, gradients over those of SGD."""
+    """Return a row of the sweep's table as a point, with gradients relative to SGD."""
     options, measures = row["options"], row["measures"]
     kind = "sgd" if options["optimizer"] == "sgd" else options["rho_schedule"]
     label = {
@@ -63,7 +64,7 @@ def point(row: dict[str, Any], steps: float) -> Point:
 
 
 def reduction(p: Point, sgd: Point, usam: Point) -> tuple[float, float]:
-    """The part of full USAM's reduction in sharpness that is reached, and its standard error."""
+    """Return the fraction of full USAM's reduction of the sharpness, and its standard error."""
     whole = sgd.sharpness - usam.sharpness
     part = (sgd.sharpness - p.sharpness) / whole
     terms = [(1 - part) * sgd.sharpness_error, part * usam.sharpness_error]
@@ -73,7 +74,7 @@ def reduction(p: Point, sgd: Point, usam: Point) -> tuple[float, float]:
 
 
 def table(points: list[Point], sgd: Point, usam: Point) -> str:
-    """A row a configuration, by gradients."""
+    """Return a Markdown table with a row per configuration."""
     lines = [
         "| USAM in | gradients over SGD's | sharpness | reduction, % | test accuracy, % | seeds |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -89,7 +90,7 @@ def table(points: list[Point], sgd: Point, usam: Point) -> str:
 
 
 def draw(points: list[Point], path: Path) -> None:
-    """Sharpness and accuracy over gradients; hollow where ascents take a part of the batch."""
+    """Draw sharpness and accuracy over gradients, hollow if ascents use a part of the batch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -114,20 +115,20 @@ def draw(points: list[Point], path: Path) -> None:
 
 
 def main() -> None:
-    """Read a sweep, write its figure and its table."""
+    """Read a sweep, and write its figure and its table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="OUT", help="of the sweep")
+    parser.add_argument("folder", type=Path, metavar="OUT", help="folder of the sweep")
     folder = parser.parse_args().folder
     rows = json.loads((folder / "results.json").read_text())["table"]
-    whole = [row for row in rows if row["complete"] == row["runs"]]
+    complete = [row for row in rows if row["complete"] == row["runs"]]
     steps = next(
         row["measures"]["gradients"]["mean"]
-        for row in whole
+        for row in complete
         if row["options"]["optimizer"] == "sgd"
     )
-    points = sorted((point(row, steps) for row in whole), key=lambda p: p.gradients)
+    points = sorted((point(row, steps) for row in complete), key=lambda p: p.gradients)
     [sgd] = [p for p in points if p.kind == "sgd"]
     [usam] = [p for p in points if p.label == "USAM"]
     text = table(points, sgd, usam)

@@ -1,4 +1,4 @@
-"""The examples run, and come to what they should."""
+"""The examples run, and give the expected results."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def launched(*arguments: str) -> list[list[float]]:
-    """What each of two processes of torchrun prints: elements that it holds, and eigenvalues."""
+def run_torchrun(*arguments: str) -> list[list[float]]:
+    """Run the example in two processes; return the elements and eigenvalues that each prints."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = str(EXAMPLES / "curvature_torchrun.py")
-    done = subprocess.run(
+    process = subprocess.run(
         [*launcher, "--nproc-per-node", "2", script, *arguments],
         check=True,
         capture_output=True,
         text=True,
     )
-    pattern = r"process \d: ([\d,]+) of 1,893 elements a vector; eigenvalues((?: \d\.\d{3}){3})"
-    found = re.findall(pattern, done.stdout)
-    return [[float(held.replace(",", "")), *map(float, values.split())] for held, values in found]
+    pattern = r"process \d: ([\d,]+) of 1,893 elements per vector; eigenvalues((?: \d\.\d{3}){3})"
+    matches = re.findall(pattern, process.stdout)
+    return [[float(n.replace(",", "")), *map(float, values.split())] for n, values in matches]
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_curvature_under_torchrun() -> None:
-    whole, sliced = launched(), launched("--fsdp")
-    assert [held for held, *_ in whole] == [1893, 1893]
-    assert sum(held for held, *_ in sliced) == 1893
+    whole, sliced = run_torchrun(), run_torchrun("--fsdp")
+    assert [elements for elements, *_ in whole] == [1893, 1893]
+    assert sum(elements for elements, *_ in sliced) == 1893
     (_, *values), (_, *others) = whole
     assert values == others
     assert len(values) == 3
-    for _, *found in sliced:
-        assert found == pytest.approx(values, abs=2e-3)
+    for _, *eigenvalues in sliced:
+        assert eigenvalues == pytest.approx(values, abs=2e-3)
 
 
 def row(sharpness: float, gradients: float, **options: Any) -> dict[str, Any]:
-    """What a sweep's table has of four seeds; the standard error of the sharpness is 0.1."""
+    """Return a row of a sweep over four seeds; the standard error of the sharpness is 0.1."""
     usual = {"optimizer": "usam", "rho_schedule": "constant", "rho_start": 0.5, "rho_every": 1}
     means = {
         "sharpness": (sharpness, 0.2),
@@ -69,8 +69,8 @@ def test_flat_for_less(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"table": rows}))
     script = EXAMPLES / "flat_for_less.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
-    found = (tmp_path / "flat_for_less.md").read_text().splitlines()[2:]
-    assert [line.split(" | ")[:4] for line in found] == [
+    lines = (tmp_path / "flat_for_less.md").read_text().splitlines()[2:]
+    assert [line.split(" | ")[:4] for line in lines] == [
         ["| SGD", "1.000", "5.00 ± 0.10", "0 ± 0"],
         # (1 - 0.9) 0.1, 0.9 0.1 and 0.1 over 2
         ["| last 40%, 0.25 of the batch", "1.100", "3.20 ± 0.10", "90 ± 7"],

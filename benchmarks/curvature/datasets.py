@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.networks import LENGTH
-from eigenfilter.experiments import data
+from eigenfilter.experiments import full_batch_data
 
 FOLDER = Path(os.environ.get("EIGENFILTER_DATA", Path.home() / ".cache" / "eigenfilter" / "data"))
 CIFAR = 3072  # bytes an image, after one of its label
@@ -24,7 +24,7 @@ class Missing(Exception):
 
 def digits(samples: int, folder: Path) -> Batch:
     """Scikit-learn's digits [n, 64]; no file is needed."""
-    split = data.digits(samples)
+    split = full_batch_data.digits(samples)
     return split.inputs.float(), split.labels
 
 

@@ -1,4 +1,4 @@
-"""What tests of the experiments share."""
+"""Fixtures that tests of the experiments share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.reproductions import STABLE, TINY
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[pytest.MonkeyPatch]:
-    """Digits: MNIST is them with runs that diverge, Fashion-MNIST without."""
+    """Replace MNIST by digits with runs that diverge, and Fashion-MNIST by digits without."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EXPERIMENTS, "mnist", TINY)
         patch.setitem(EXPERIMENTS, "fashion", STABLE)

@@ -1,4 +1,4 @@
-"""Small data sets in the layouts that they are published in."""
+"""Small data sets in the layouts of the published ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def images(n: int, shape: tuple[int, ...], classes: int, seed: int) -> tuple[np.ndarray, ...]:
-    """Random images whose first pixels tell the class, and labels."""
+    """Return random images whose first pixels depend on the class, and labels."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, classes, n).astype(np.uint8)
     labels[: min(n, classes)] = np.arange(classes)[:n]
@@ -21,13 +21,13 @@ def images(n: int, shape: tuple[int, ...], classes: int, seed: int) -> tuple[np.
 
 
 def idx(array: np.ndarray) -> bytes:
-    """An array of bytes as an IDX file."""
+    """Return an array of bytes in the IDX format."""
     head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     return head + array.tobytes()
 
 
 def mnist(root: Path, name: str = "MNIST", *, packed: bool = False, side: int = 28) -> None:
-    """MNIST with 60 and 20 images; `packed` by gzip."""
+    """Write MNIST with 60 training and 20 test images, compressed by gzip if `packed`."""
     raw = root / name / "raw"
     raw.mkdir(parents=True)
     for kind, n in (("train", 60), ("t10k", 20)):
@@ -41,7 +41,7 @@ def mnist(root: Path, name: str = "MNIST", *, packed: bool = False, side: int = 
 
 
 def cifar(root: Path, classes: int, layout: str) -> None:
-    """CIFAR-10 or -100 with 10 images a file: "python", "binary" or "archive"."""
+    """Write CIFAR-10 or CIFAR-100 with 10 images per file: "python", "binary" or "archive"."""
     ten = classes == 10
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
     folder = (

@@ -1,7 +1,7 @@
-"""What the processes of `test_processes.py` do, started by torchrun.
+"""The processes of `test_processes.py`, which torchrun starts.
 
-processes_workers.py FOLDER: every scenario, one after another; FOLDER/RANK.pt has what it found.
-processes_workers.py FOLDER END: `eigenfilter train`, one process of which comes to that end.
+processes_workers.py FOLDER runs all scenarios and writes their results to FOLDER/RANK.pt.
+processes_workers.py FOLDER END runs `eigenfilter train`, of which one process ends in this way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eigenfilter.experiments import datasets, runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.processes import Processes, launched
+from eigenfilter.experiments.processes import Processes, init_distributed
 from eigenfilter.experiments.trainer import Trainer
 
 WORLD = 3
@@ -66,13 +66,13 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def stopped_after(steps: int) -> Callable[[], bool]:
+def stop_after(steps: int) -> Callable[[], bool]:
     left = iter(range(steps - 1))
     return lambda: next(left, None) is None
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """What its UserError says."""
+    """Return the message of its UserError."""
     try:
         call()
     except UserError as error:
@@ -81,36 +81,36 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def scenarios(out: Path, rank: int, processes: Processes) -> dict[str, Any]:
-    """Runs in a folder of each process's own, of which the leading one's alone is to appear."""
-    found: dict[str, Any] = {}
+    """Train in one folder per process, of which only that of the main process may be created."""
+    results: dict[str, Any] = {}
 
     def train(name: str, options: dict[str, Any], **others: Any) -> Any:
         return runs.run(Config(**options), out / name, processes=processes, **others)
 
-    seen: list[str] = []
+    events: list[str] = []
     for name, options in ALIKE.items():
-        observed = {"observe": lambda kind, step, record: seen.append(kind)}
-        found[name] = train(name, options, **observed)
-    found["seen"] = seen
+        observed = {"observe": lambda kind, step, record: events.append(kind)}
+        results[name] = train(name, options, **observed)
+    results["seen"] = events
     for name, options in RESUMED.items():
-        found[f"{name}, whole"] = train(f"{name}, whole", options)
-        stop = stopped_after(5) if rank == 1 else lambda: False  # one says so, and all stop
-        found[name] = train(f"{name}, parts", options, stop=stop)
+        results[f"{name}, whole"] = train(f"{name}, whole", options)
+        stop = stop_after(5) if rank == 1 else lambda: False  # one says so, and all stop
+        results[name] = train(f"{name}, parts", options, stop=stop)
         train(f"{name}, parts", options, resume=True)
     for name, options in REFUSED.items():
-        found[name] = refusal(lambda n=name, o=options: train(n, o))
-    found["full disk"] = refusal(lambda: with_a_full_disk(train))
+        results[name] = refusal(lambda n=name, o=options: train(n, o))
+    results["full disk"] = refusal(lambda: with_a_full_disk(train))
     train("full disk", SMALL | {"checkpoint_every": 4}, resume=True)
-    found["begun alone"] = train("begun alone", ALIKE["usam"], resume=True)
-    train("begun by all", ALIKE["usam"], stop=stopped_after(5))
+    results["begun alone"] = train("begun alone", ALIKE["usam"], resume=True)
+    train("begun by all", ALIKE["usam"], stop=stop_after(5))
     train("a step", A_STEP)
-    found["other data"] = refusal(lambda: with_other_data(rank, train))
-    found["corrupt"] = refusal(lambda: processes.after_download(lambda: corrupt(rank)))
-    return found
+    results["other data"] = refusal(lambda: with_other_data(rank, train))
+    results["corrupt"] = refusal(lambda: processes.main_process_first(lambda: corrupt(rank)))
+    return results
 
 
 def with_a_full_disk(train: Callable[..., Any]) -> None:
-    """From the first checkpoint on, where the leading process writes."""
+    """Fill the disk of the main process from the first checkpoint on."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(kind: str, step: int, record: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def with_a_full_disk(train: Callable[..., Any]) -> None:
 
 
 def with_other_data(rank: int, train: Callable[..., Any]) -> None:
-    """A label of each process's own."""
+    """Give each process a different label."""
     data = datasets.load("digits")
     data.labels[0] = rank
     with mock.patch.object(datasets, "load", return_value=data):
@@ -137,7 +137,7 @@ def corrupt(rank: int) -> None:
 
 
 def ending(end: str, folder: Path) -> int:
-    """`eigenfilter train` in two processes; the second comes to an end in its sixth step."""
+    """Run `eigenfilter train` in two processes, of which the second ends in its sixth step."""
     advance = Trainer.advance
 
     def failing(self: Trainer) -> None:
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         sys.exit(ending(sys.argv[2], folder))
     rank = int(os.environ["RANK"])
-    with launched() as processes:
+    with init_distributed() as processes:
         torch.save(scenarios(folder / f"of{rank}", rank, processes), folder / f"{rank}.pt")
     left = threads_of_gloo()
     assert not left, left  # one that still holds a tensor aborts the process as it ends

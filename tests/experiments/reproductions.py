@@ -1,4 +1,4 @@
-"""Reproductions small enough for tests, of digits in the place of the paper's experiments."""
+"""Reproductions that are small enough for tests, on digits instead of the paper's data."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from eigenfilter.experiments.cli import main
-from eigenfilter.experiments.reproduce.plan import Experiment, Scale, Spectrum
+from eigenfilter.experiments.reproduce.plan import Experiment, ExperimentScale, SpectrumSettings
 
-SPECTRUM = Spectrum(samples=60, pairs=3, probes=1, steps=8)
+SPECTRUM = SpectrumSettings(samples=60, pairs=3, probes=1, steps=8)
 TINY = Experiment(
     title="Digits",
     fixed={"dataset": "digits", "batch_size": 50, "activation": "relu", "threads": 1},
@@ -20,7 +20,7 @@ TINY = Experiment(
         "two_step_usam": (0.05,),
         "hessian_usam": (0.05, 1e30),  # the second moves the weights to where nothing is finite
     },
-    full=Scale(seeds=2, epochs=2, model="mlp-8", samples=200, spectrum=SPECTRUM),
+    full=ExperimentScale(seeds=2, epochs=2, model="mlp-8", samples=200, spectrum=SPECTRUM),
     narrower=("mlp-4",),
     least=100,
 )

@@ -1,4 +1,4 @@
-"""What torch.save wrote is read as torch reads it; what claims more than it has is refused."""
+"""The reader agrees with torch.load, and rejects files that claim more than they contain."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def equal(a: Any, b: Any) -> bool:
 def test_as_torch_reads_it(name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save(VALUES[name], path)
-    found = archives.read(path)
-    assert equal(found, torch.load(path, weights_only=True))
+    contents = archives.read(path)
+    assert equal(contents, torch.load(path, weights_only=True))
     if name == "shared":  # tensors of one storage stay so
-        found["a"][1, 0] = -1
-        assert found["b"][0, 0] == found["c"][0, 1] == -1
+        contents["a"][1, 0] = -1
+        assert contents["b"][0, 0] == contents["c"][0, 1] == -1
 
 
 def test_damaged_versions_of_modules(tmp_path: Path) -> None:
@@ -70,7 +70,9 @@ def test_the_format_before_archives(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     state = nn.Linear(2, 3).state_dict()
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(UserError, match=r"before 1\.6: save it again, by torch\.save\(torch\.load"):
+    with pytest.raises(
+        UserError, match=r"before 1\.6; save it again with torch\.save\(torch\.load"
+    ):
         archives.read(path)
     torch.save(torch.load(path, weights_only=True), path)
     assert equal(archives.read(path), state)
@@ -88,7 +90,7 @@ def tensor(
     size: bytes = b"K\x08",
     stride: bytes = b"K\x01",
 ) -> bytes:
-    """The pickle of a view of a storage that has eight elements."""
+    """Return the pickle of a view of a storage with eight elements."""
     made = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % count
     return made + offset + b"(" + size + b"t(" + stride + b"t\x89}tR."
 
@@ -97,13 +99,13 @@ BYTES = b"(X\x07\x00\x00\x00storagectorch\nUntypedStorage\nX\x01\x00\x00\x000NK\
 
 
 def typed(dtype: bytes) -> bytes:
-    """The pickle of a view of the same bytes that has a dtype of its own."""
+    """Return the pickle of a view of the same bytes with another dtype."""
     made = b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(" + BYTES
     return made + b"K\x00(K\x08t(K\x01t\x89}" + dtype + b"tR."
 
 
 def numbers(keys: list[int]) -> bytes:
-    """The pickle of a dictionary with these keys."""
+    """Return the pickle of a dictionary with these keys."""
     lines = [b"\x8a\x0c" + key.to_bytes(12, "little") + b"N" for key in keys]
     return b"\x80\x02}(" + b"".join(lines) + b"u."
 
@@ -140,12 +142,12 @@ PICKLES = {
 
 
 def archive(path: Path, change: Callable[[str, bytes], bytes | None], **options: Any) -> None:
-    """Write what torch.save does of eight elements, with files changed or left out."""
+    """Write the archive of eight elements as torch.save does, with files changed or left out."""
     buffer = io.BytesIO()
     torch.save(torch.arange(8.0), buffer)
-    with zipfile.ZipFile(buffer) as found, zipfile.ZipFile(path, "w", **options) as written:
-        for name in found.namelist():
-            content = change(name, found.read(name))
+    with zipfile.ZipFile(buffer) as contents, zipfile.ZipFile(path, "w", **options) as written:
+        for name in contents.namelist():
+            content = change(name, contents.read(name))
             if content is not None:
                 written.writestr(name, content)
 
@@ -158,7 +160,7 @@ def test_a_hostile_pickle(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pickled", [tensor(), typed(b"ctorch\nfloat32\n")])
-def test_the_pickles_are_right_but_for_one_thing(pickled: bytes, tmp_path: Path) -> None:
+def test_the_unmodified_pickles_are_valid(pickled: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     archive(path, lambda name, raw: pickled if name.endswith("data.pkl") else raw)
     assert torch.equal(archives.read(path), torch.arange(8.0))
@@ -190,7 +192,7 @@ def test_what_unpacks_to_more(tmp_path: Path) -> None:
 
 
 def test_files_that_lie_over_each_other(tmp_path: Path) -> None:
-    """Each entry of the directory is one and the same part of the file."""
+    """All entries of the directory point to the same part of the file."""
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w") as written:
         written.writestr("a/data.pkl", pickle.dumps(1, protocol=2))

@@ -1,4 +1,4 @@
-"""eigenfilter certify: a model by its import path, as text and JSON; one line on bad input."""
+"""eigenfilter certify: a model by its import path, output as text and JSON, and bad input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.imports import called, named
+from eigenfilter.experiments.imports import call_imported, import_object
 
 MODULE = """
 import torch
@@ -35,7 +35,7 @@ number = 3
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A module of a name of its own in the working folder."""
+    """Write a module with a unique name into the current folder."""
     name = "module_of_" + "".join(c if c.isalnum() else "_" for c in request.node.name)
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
@@ -70,10 +70,10 @@ def test_hyperparameters_given_here(module: str, capsys: pytest.CaptureFixture[s
         (["--model", "MODULE:nothing"], "has no nothing"),
         (["--model", "MODULE:number"], "must be a function, not int"),
         (["--model", "MODULE:pair"], "must return (model, loss_fn, data)"),
-        (["--model", "MODULE:without"], "give --lr"),
+        (["--model", "MODULE:without"], "returns no optimizer; give --lr"),
         (["--model", "MODULE:without", "--lr", "-1"], "lr"),
         (["--model", "MODULE:without", "--lr", "1", "--rho", "1"], "--rho needs a --method"),
-        (["--model", "MODULE:trained", "--lr", "0.1"], "--lr does not go with an optimizer"),
+        (["--model", "MODULE:trained", "--lr", "0.1"], "returns an optimizer; leave --lr out"),
         (["--model", "MODULE:trained", "--tol", "0"], "tol must be positive"),
         (["--model", "MODULE:trained", "--json", "/proc/nowhere/c.json"], "cannot write to"),
     ],
@@ -92,9 +92,9 @@ def test_a_module_that_needs_another(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "needs_another.py").write_text("import nowhere_to_be_found\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"cannot import needs_another .*nowhere_to_be_found"):
-        named("needs_another:build")
+        import_object("needs_another:build")
 
 
 def test_names_of_installed_modules() -> None:
-    assert named("math:pi") == pytest.approx(3.14159, rel=1e-5)
-    assert called("os:getcwd") == str(Path.cwd())
+    assert import_object("math:pi") == pytest.approx(3.14159, rel=1e-5)
+    assert call_imported("os:getcwd") == str(Path.cwd())

@@ -1,4 +1,4 @@
-"""The command line: help everywhere, and one clear line with exit code 2 on bad input."""
+"""The command line has help for every command, and one line with exit code 2 on bad input."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from eigenfilter.experiments.errors import require
 
 @pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"]])
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(argv)
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     assert "edge" in capsys.readouterr().out
 
 
@@ -46,9 +46,9 @@ def test_help_of_a_command_shows_its_defaults(capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_bad_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(argv)
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
@@ -78,16 +78,16 @@ def test_an_error_is_one_line_whatever_was_given(
     if "--resume" in argv:
         (tmp_path / name).mkdir()
         (tmp_path / name / "checkpoint.pt").write_bytes(b"damaged")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         sys.exit(main([*argv, name]))
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "lines" in error or "surrogate" in error
 
 
 def test_names_that_are_no_text_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as "wrote ..." of a folder whose name has bytes of another encoding."""
+    """An example is "wrote ..." for a folder whose name has bytes of another encoding."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
     with pytest.raises(SystemExit):
@@ -126,7 +126,7 @@ def test_torchrun_is_for_training(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli, "first_to_fail", lambda: True)  # there is no store to ask
+    monkeypatch.setattr(cli, "claim_first_failure", lambda: True)  # there is no store to ask
     assert main(["demo", "--out", str(tmp_path / "new")]) == 2
-    assert "torchrun shares a run of train only" in capsys.readouterr().err
+    assert "torchrun works with train only" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

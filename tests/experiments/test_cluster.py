@@ -1,4 +1,4 @@
-"""Many runs on Ray: a cluster of two nodes, a worker that is killed, a node that is lost."""
+"""Many runs on a Ray cluster of two nodes, with a worker that is killed and a node that is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep.execution import execute
 from eigenfilter.experiments.sweep.folders import folder_of
 from experiments.test_execution import DIVERGES, SHORT, at_work
-from experiments.test_train import SMALL, assert_same, lines, trained
+from experiments.test_train import SMALL, assert_same, lines, trainer_state
 
 pytestmark = pytest.mark.distributed
 
@@ -35,7 +35,7 @@ MISSING = 'needs Ray: pip install "eigenfilter[ray]"'
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """A cluster whose head leaves the work to two nodes with a CPU each."""
+    """Start a cluster with a head without CPUs and two nodes with one CPU each."""
     utils = pytest.importorskip("ray.cluster_utils", reason=MISSING)
     cluster = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):
@@ -46,17 +46,17 @@ def nodes() -> Iterator[Any]:
 
 
 @dataclass
-class Swept:
-    """Runs one of which loses its worker after step 100, and its node after step 500."""
+class Sweep:
+    """A sweep in which a run loses its worker after step 100, and its node after step 500."""
 
     nodes: Any
     out: Path
     records: dict[str, Record] = field(default_factory=dict)
-    seen: list[tuple[str, str, int, Record]] = field(default_factory=list)
+    events: list[tuple[str, str, int, Record]] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)  # a worker, then a node
 
     def observe(self, name: str, kind: str, step: int, record: Record) -> None:
-        self.seen.append((name, kind, step, record))
+        self.events.append((name, kind, step, record))
         if (name, kind) == ("long", "checkpoint"):
             if not self.lost and step >= 100:
                 self.lost.append("worker")
@@ -68,27 +68,27 @@ class Swept:
                 self.nodes.remove_node(node, allow_graceful=False)
 
     def of(self, name: str, kind: str) -> list[tuple[int, Any]]:
-        return [(step, record) for n, k, step, record in self.seen if (n, k) == (name, kind)]
+        return [(step, record) for n, k, step, record in self.events if (n, k) == (name, kind)]
 
 
 @pytest.fixture(scope="module")
-def swept(nodes: Any, tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    found = Swept(nodes, tmp_path_factory.mktemp("cluster"))
-    found.records = execute(RUNS, found.out, ray=nodes.address, retries=2, observe=found.observe)
-    return found
+def sweep(nodes: Any, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    state = Sweep(nodes, tmp_path_factory.mktemp("cluster"))
+    state.records = execute(RUNS, state.out, ray=nodes.address, retries=2, observe=state.observe)
+    return state
 
 
-def test_runs_are_spread_over_the_nodes(swept: Swept) -> None:
-    began = {record["node"] for _, kind, _, record in swept.seen if kind == "start"}
+def test_runs_are_spread_over_the_nodes(sweep: Sweep) -> None:
+    began = {record["node"] for _, kind, _, record in sweep.events if kind == "start"}
     assert len(began) == 2
 
 
-def test_what_is_lost_is_tried_again_from_its_checkpoint(swept: Swept) -> None:
-    assert swept.lost == ["worker", "node"]
-    reasons = [record["error"] for _, record in swept.of("long", "retry")]
+def test_what_is_lost_is_tried_again_from_its_checkpoint(sweep: Sweep) -> None:
+    assert sweep.lost == ["worker", "node"]
+    reasons = [record["error"] for _, record in sweep.of("long", "retry")]
     assert len(reasons) == 2
     assert not any("\n" in reason for reason in reasons)
-    first, after_worker, after_node = [step for step, _ in swept.of("long", "start")]
+    first, after_worker, after_node = [step for step, _ in sweep.of("long", "start")]
     assert first == 0
     assert after_worker >= 100
     assert after_node >= 500
@@ -96,41 +96,41 @@ def test_what_is_lost_is_tried_again_from_its_checkpoint(swept: Swept) -> None:
     assert after_node < 4500
 
 
-def test_what_was_lost_ends_with_the_same_bits(swept: Swept, tmp_path: Path) -> None:
-    assert swept.records["long"]["outcome"] == "complete"
+def test_what_was_lost_ends_with_the_same_bits(sweep: Sweep, tmp_path: Path) -> None:
+    assert sweep.records["long"]["outcome"] == "complete"
     runs.run(LONG, tmp_path)
-    assert_same(trained(folder_of(swept.out, "long")), trained(tmp_path))
-    assert lines(folder_of(swept.out, "long")) == lines(tmp_path)
+    assert_same(trainer_state(folder_of(sweep.out, "long")), trainer_state(tmp_path))
+    assert lines(folder_of(sweep.out, "long")) == lines(tmp_path)
 
 
-def test_the_others_are_as_they_would_be(swept: Swept) -> None:
-    assert swept.records["diverges"]["diverged"]
-    assert swept.records["diverges"]["attempts"] == 1
-    assert swept.records["short"]["outcome"] == "complete"
+def test_the_others_are_as_they_would_be(sweep: Sweep) -> None:
+    assert sweep.records["diverges"]["diverged"]
+    assert sweep.records["diverges"]["attempts"] == 1
+    assert sweep.records["short"]["outcome"] == "complete"
 
 
-def test_all_are_stopped_and_gone_on_with(swept: Swept, tmp_path: Path) -> None:
-    """On the node that is left: one run is at work, and one waits for room."""
-    seen: list[tuple[str, str]] = []
+def test_all_runs_stop_and_resume(sweep: Sweep, tmp_path: Path) -> None:
+    """On the remaining node one run executes, and one waits for resources."""
+    events: list[tuple[str, str]] = []
     chosen = {"long": LONG, "short": SHORT}
     records = execute(
         chosen,
         tmp_path,
-        ray=swept.nodes.address,
-        stop=lambda: bool(seen),
-        observe=lambda name, kind, step, record: seen.append((name, kind)),
+        ray=sweep.nodes.address,
+        stop=lambda: bool(events),
+        observe=lambda name, kind, step, record: events.append((name, kind)),
     )
     assert {record["outcome"] for record in records.values()} == {"stopped"}
-    [began] = {name for name, kind in seen if kind == "start"}
+    [began] = {name for name, kind in events if kind == "start"}
     assert records[began]["step"] > 0
     assert "step" not in records["short" if began == "long" else "long"]
 
 
-def test_nothing_is_run_twice(swept: Swept) -> None:
-    seen: list[Any] = []
-    records = execute(RUNS, swept.out, ray="127.0.0.1:1", observe=lambda *r: seen.append(r))
-    assert records == swept.records
-    assert [record[:2] for record in seen] == [(name, "kept") for name in RUNS]
+def test_nothing_is_run_twice(sweep: Sweep) -> None:
+    events: list[Any] = []
+    records = execute(RUNS, sweep.out, ray="127.0.0.1:1", observe=lambda *r: events.append(r))
+    assert records == sweep.records
+    assert [record[:2] for record in events] == [(name, "kept") for name in RUNS]
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_where_there_is_no_cluster(address: str, says: str, tmp_path: Path) -> N
         execute({"a": SHORT}, tmp_path, ray=address)
 
 
-def test_what_no_node_has_is_one_error(swept: Swept, tmp_path: Path) -> None:
+def test_what_no_node_has_is_one_error(sweep: Sweep, tmp_path: Path) -> None:
     for config, device, says in (
         (Config(threads=99), "auto", "a run has 99 threads, and the largest node 1 CPUs"),
         (SHORT, "cuda:1", "on a cluster the device is auto, cpu or cuda, not cuda:1"),
         (SHORT, "cuda", "no node of the cluster has a GPU"),
     ):
         with pytest.raises(UserError, match=says):
-            execute({"a": config}, tmp_path, ray=swept.nodes.address, device=device)
+            execute({"a": config}, tmp_path, ray=sweep.nodes.address, device=device)
 
 
 def test_without_ray_one_line_says_what_to_do(

@@ -1,4 +1,4 @@
-"""Configurations: one declaration of every option, for files, flags and Python."""
+"""Configurations: each option is declared once, for files, flags and Python."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_a_file_and_flags_over_it(tmp_path: Path) -> None:
     parser.add_argument("--out")
     configs.add_flags(parser)
     args = parser.parse_args(["--momentum", "0.7", "--no-flip", "--crop", "4", "--out", "there"])
-    config = Config.of(configs.read(path) | configs.given(args))
+    config = Config.of(configs.read(path) | configs.from_flags(args))
     changed = {"lr": 1e-3, "momentum": 0.7, "model": "wrn-16-2", "epochs": 3, "crop": 4}
     assert config == Config(**changed)
     assert config.as_dict() == Config().as_dict() | changed
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     config = Config(lr=1e-7, flip=True, model="vit-64", rho_schedule="late", samples=12)
     configs.write(config, tmp_path / "c.yaml")
     assert Config.of(configs.read(tmp_path / "c.yaml")) == config
@@ -64,8 +64,8 @@ def test_every_option_is_plain_data_and_has_help() -> None:
         ({"dataset": "cifar1"}, "did you mean cifar10?"),
         ({"optimizer": "usma"}, "optimizer must be one of .* did you mean usam?"),
         ({"model": "resnet"}, "model must be mlp"),
-        ({"label_smoothing": 0.1, "loss": "square"}, "label_smoothing goes with loss"),
-        ({"method": "sam", "optimizer": "sgd"}, "method is for adamw"),
+        ({"label_smoothing": 0.1, "loss": "square"}, "label_smoothing applies only to loss"),
+        ({"method": "sam", "optimizer": "sgd"}, "method applies only to adamw"),
         ({"lr": [[1]]}, "lr must be a number of at least 0, not a list"),
         ({"model": "x" * 10**6}, "not '" + "x" * 76 + r"\.\.\.$"),
         ({"dataset": "x" * 10**6}, "not '" + "x" * 76 + r"\.\.\.$"),
@@ -80,7 +80,7 @@ def test_bad_values(values: dict[Any, Any], says: str) -> None:
 
 
 def bomb(tag: str) -> str:
-    """A few lines that say a value 9**8 times."""
+    """Return a few lines of YAML whose aliases expand to 9**8 values."""
     lines = ["  - k: &a0 [1]"]
     lines += [f"  - k: &a{i} {tag} [{', '.join([f'k: *a{i - 1}'] * 9)}]" for i in range(1, 9)]
     return "\n".join(["lr:", *lines, ""])
@@ -98,21 +98,24 @@ def merges(depth: int, width: int) -> str:
     ("text", "says"),
     [
         ("lr: [1", "is not YAML"),
-        ("- lr", "must hold lines such as 'lr: 0.1', not a list"),
+        ("- lr", "must contain lines such as 'lr: 0.1', not a list"),
         ("\x00", "is not YAML"),
-        ("lr: 2001-01-01", "c.yaml has a date, and options are text, numbers or truth values"),
-        ("? 2001-01-01\n: 1", "has a date"),
-        ("lr: !!binary aGk=", "has a bytes"),
-        ("lr: !!set {x, y}", "has a set"),
-        ("lr: !!pairs [a: 1]", "has a tuple"),
-        ("lr: !!omap [a: 1]", "has a tuple"),
-        (bomb("!!pairs"), "refers to itself, or to the same over and over"),
-        (bomb("!!omap"), "refers to itself, or to the same over and over"),
-        (bomb(""), "refers to itself, or to the same over and over"),
-        (merges(9, 10), "refers to itself, or to the same over and over"),
-        (merges(30, 2), "refers to itself, or to the same over and over"),
-        ("a: &a\n  <<: *a\n  b: 1", "refers to itself, or to the same over and over"),
-        ("lr: &a [*a]", "refers to itself, or to the same over and over"),
+        ("lr: 2001-01-01", "c.yaml contains a date; options are text, numbers or booleans"),
+        ("? 2001-01-01\n: 1", "contains a date"),
+        ("lr: !!binary aGk=", "contains a bytes"),
+        ("lr: !!set {x, y}", "contains a set"),
+        ("lr: !!pairs [a: 1]", "contains a tuple"),
+        ("lr: !!omap [a: 1]", "contains a tuple"),
+        (bomb("!!pairs"), "has aliases that refer to themselves, or that expand to more than"),
+        (bomb("!!omap"), "has aliases that refer to themselves, or that expand to more than"),
+        (bomb(""), "has aliases that refer to themselves, or that expand to more than"),
+        (merges(9, 10), "has aliases that refer to themselves, or that expand to more than"),
+        (merges(30, 2), "has aliases that refer to themselves, or that expand to more than"),
+        (
+            "a: &a\n  <<: *a\n  b: 1",
+            "has aliases that refer to themselves, or that expand to more than",
+        ),
+        ("lr: &a [*a]", "has aliases that refer to themselves, or that expand to more than"),
     ],
 )
 def test_bad_files(text: str, says: str, tmp_path: Path) -> None:
@@ -124,11 +127,11 @@ def test_bad_files(text: str, says: str, tmp_path: Path) -> None:
 
 def test_merge_keys_that_are_few_are_taken(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("base: &b {lr: 0.1}\nrun:\n  <<: *b\n  epochs: 2\n")
-    found = configs.read(tmp_path / "c.yaml")
-    assert found == {"base": {"lr": 0.1}, "run": {"lr": 0.1, "epochs": 2}}
+    content = configs.read(tmp_path / "c.yaml")
+    assert content == {"base": {"lr": 0.1}, "run": {"lr": 0.1, "epochs": 2}}
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read .*No such file"):
         configs.read(tmp_path / "c.yaml")
     (tmp_path / "empty.yaml").touch()

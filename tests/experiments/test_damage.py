@@ -1,4 +1,4 @@
-"""Damaged checkpoints: a run is gone on with to the same bits, or refused in one line."""
+"""With a damaged checkpoint a run resumes to the same bits, or fails with one line."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ KINDS = {
 
 
 @dataclass
-class Stopped:
-    """A run that was stopped, and what it comes to."""
+class StoppedRun:
+    """A stopped run, and its final state."""
 
     folder: Path
-    work: Path  # where it is gone on with
+    work: Path  # copy in which it resumes
     capsys: pytest.CaptureFixture[str]
     config: dict[str, Any]
     final: Any = None
     log: list[Any] = field(default_factory=list)
 
     def outcome(self, checkpoint: Path | None) -> str:
-        """Go on from a checkpoint: "same" or the error; anything else fails."""
+        """Resume from a checkpoint, and return "same" or the error."""
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(self.folder, self.work)
         path = self.work / "checkpoint.pt"
@@ -69,10 +69,10 @@ class Stopped:
             assert (self.work / "log.jsonl").read_bytes() == log
             return error
         assert code == 0, error
-        found = archives.read(path)["trainer"]
+        contents = archives.read(path)["trainer"]
         if self.final is None:
-            self.final, self.log = found, self._lines()
-        assert same(found, self.final)
+            self.final, self.log = contents, self._lines()
+        assert same(contents, self.final)
         assert self._lines() == self.log
         return "same"
 
@@ -94,23 +94,23 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.fixture(params=KINDS)
-def stopped(
+def stopped_run(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Stopped:
+) -> StoppedRun:
     digits = datasets.load("digits")
     monkeypatch.setattr(datasets, "load", lambda *args: digits)
     count = iter(range(1, 100))
     runs.run(Config(**KINDS[request.param]), tmp_path / "run", stop=lambda: next(count) >= STOPPED)
-    found = Stopped(tmp_path / "run", tmp_path / "work", capsys, KINDS[request.param])
-    assert found.outcome(None) == "same"
-    return found
+    contents = StoppedRun(tmp_path / "run", tmp_path / "work", capsys, KINDS[request.param])
+    assert contents.outcome(None) == "same"
+    return contents
 
 
-def mutated(raw: bytes, draw: random.Random) -> bytes:
-    """A flipped byte, another one, a cut, a part taken out, doubled or set to zero."""
+def mutate(raw: bytes, draw: random.Random) -> bytes:
+    """Flip a bit, change a byte, truncate, or remove, repeat, zero or randomize a part."""
     at, n = draw.randrange(len(raw)), draw.randrange(1, 40)
     new = [
         raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(8)]) + raw[at + 1 :],
@@ -124,19 +124,19 @@ def mutated(raw: bytes, draw: random.Random) -> bytes:
     return draw.choice(new)
 
 
-def test_mutated_bytes(stopped: Stopped, tmp_path: Path) -> None:
-    """Half of them where the archive keeps its directory."""
-    raw = (stopped.folder / "checkpoint.pt").read_bytes()
+def test_mutated_bytes(stopped_run: StoppedRun, tmp_path: Path) -> None:
+    """Half of the mutations are in the directory of the archive."""
+    raw = (stopped_run.folder / "checkpoint.pt").read_bytes()
     draw = random.Random(0)
     path = tmp_path / "mutated.pt"
     outcomes = []
     for i in range(MUTATIONS):
         if i % 2:
-            path.write_bytes(mutated(raw, draw))
+            path.write_bytes(mutate(raw, draw))
         else:
             end = raw.index(b"PK\1\2")
-            path.write_bytes(raw[:end] + mutated(raw[end:], draw))
-        outcomes.append(stopped.outcome(path))
+            path.write_bytes(raw[:end] + mutate(raw[end:], draw))
+        outcomes.append(stopped_run.outcome(path))
     assert sum(outcome != "same" for outcome in outcomes) > 0.5 * MUTATIONS
 
 
@@ -147,7 +147,7 @@ OTHERS: tuple[Any, ...] = (
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where everything inside is."""
+    """Yield the paths of all nested entries."""
     inside = value.items() if isinstance(value, dict) else enumerate(value)
     for key, each in inside:
         yield (*at, key)
@@ -155,8 +155,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(each, (*at, key))
 
 
-def changed(state: Any, at: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
-    """A copy with the entry at a place changed; a tuple becomes a list on the way."""
+def change_entry(state: Any, at: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
+    """Return a copy with one entry changed; tuples on its path become lists."""
     state = holder = copy.deepcopy(state)
     for key in at[:-1]:
         if isinstance(holder[key], tuple):
@@ -166,7 +166,7 @@ def changed(state: Any, at: tuple[Any, ...], change: Callable[[Any, Any], None])
     return state
 
 
-def reshaped(tensor: Tensor) -> list[Tensor]:
+def reshape_variants(tensor: Tensor) -> list[Tensor]:
     return [
         *(tensor[None], tensor.flatten()[:-1].clone(), torch.cat([tensor.flatten()] * 2)),
         *(tensor.double(), tensor.half(), tensor.int(), torch.empty(0), torch.ones(())),
@@ -175,20 +175,20 @@ def reshaped(tensor: Tensor) -> list[Tensor]:
 
 
 def changes(state: Any) -> Iterator[tuple[str, Any]]:
-    """Every entry taken away, renamed or of another type; tensors of other shapes and dtypes."""
+    """Yield copies with each entry deleted, renamed or of another type, shape or dtype."""
     for at in places(state):
         value: Any = state
         for key in at:
             value = value[key]
         if at[:1] == ("versions",) and len(at) > 1:
             continue  # told of, and never used
-        yield f"{at} deleted", changed(state, at, lambda holder, key: holder.pop(key))
+        yield f"{at} deleted", change_entry(state, at, lambda holder, key: holder.pop(key))
         if isinstance(at[-1], str):
             yield (
                 f"{at} renamed",
-                changed(state, at, lambda h, key: h.__setitem__(key + "x", h.pop(key))),
+                change_entry(state, at, lambda h, key: h.__setitem__(key + "x", h.pop(key))),
             )
-        others = list(OTHERS) + (reshaped(value) if isinstance(value, Tensor) else [])
+        others = list(OTHERS) + (reshape_variants(value) if isinstance(value, Tensor) else [])
         if isinstance(value, list):
             others += [value * 2 or [0], value[:-1], tuple(value)]
         if isinstance(value, (int, float)):
@@ -198,20 +198,20 @@ def changes(state: Any) -> Iterator[tuple[str, Any]]:
                 continue  # a value, no structure
             yield (
                 f"{at} is {str(other)[:40]!r}",
-                changed(state, at, lambda h, key, other=other: h.__setitem__(key, other)),
+                change_entry(state, at, lambda h, key, other=other: h.__setitem__(key, other)),
             )
 
 
-def test_changed_structures(stopped: Stopped, tmp_path: Path) -> None:
-    """Every twelfth of them, and every entry deleted."""
-    state = archives.read(stopped.folder / "checkpoint.pt")
+def test_changed_structures(stopped_run: StoppedRun, tmp_path: Path) -> None:
+    """The test tries every twelfth change, and every deletion."""
+    state = archives.read(stopped_run.folder / "checkpoint.pt")
     path = tmp_path / "changed.pt"
     for i, (what, other) in enumerate(changes(state)):
         if i % EVERY and "deleted" not in what:
             continue
         torch.save(other, path)
         try:
-            outcome = stopped.outcome(path)
+            outcome = stopped_run.outcome(path)
         except BaseException as error:
             raise AssertionError(what) from error
         if "deleted" in what:
@@ -219,42 +219,42 @@ def test_changed_structures(stopped: Stopped, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, [], "x", 7, torch.ones(2), OrderedDict(a=1)])
-def test_other_contents(value: Any, stopped: Stopped, tmp_path: Path) -> None:
+def test_other_contents(value: Any, stopped_run: StoppedRun, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "other.pt")
-    assert "is not a checkpoint" in stopped.outcome(tmp_path / "other.pt")
+    assert "is not a checkpoint" in stopped_run.outcome(tmp_path / "other.pt")
 
 
-def aliased(state: Any) -> None:
-    """Let every tensor of the optimizer begin at the same place."""
+def alias(state: Any) -> None:
+    """Let all tensors of the optimizer start at the same address."""
     memory = torch.full((10_000,), float(STOPPED))  # as the numbers of steps
     for values in state["trainer"]["optimizer"]["state"].values():
         for key, value in values.items():
             values[key] = memory[: value.numel()].view(value.shape)
 
 
-def repeated(state: Any) -> None:
-    """Let every row of the optimizer's tensors be the same one."""
+def repeat(state: Any) -> None:
+    """Let all rows of each tensor of the optimizer share memory."""
     for values in state["trainer"]["optimizer"]["state"].values():
         for key, value in values.items():
             values[key] = value[:1].expand(value.shape) if value.dim() else value
 
 
-def scattered(state: Any) -> None:
+def scatter(state: Any) -> None:
     random = state["trainer"]["random"]
     random["cpu"] = torch.stack([random["cpu"]] * 2, 1)[:, 0]
 
 
-def transposed(state: Any) -> None:
+def transpose(state: Any) -> None:
     for values in state["trainer"]["optimizer"]["state"].values():
         for key, value in values.items():
             values[key] = value.t().contiguous().t() if value.dim() == 2 else value
 
 
 LAYOUTS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "aliased": (aliased, "share memory"),
-    "repeated": (repeated, "share memory"),
-    "scattered": (scattered, "a state of generators is not contiguous"),
-    "transposed": (transposed, "same"),
+    "aliased": (alias, "share memory"),
+    "repeated": (repeat, "share memory"),
+    "scattered": (scatter, "a state of generators is not contiguous"),
+    "transposed": (transpose, "same"),
     "a huge log": (lambda state: state.update(log=2**62), "is not the log of the checkpoint"),
     "a log beyond numbers": (lambda state: state.update(log=2**100), "is not the log"),
     "a bad option": (
@@ -269,24 +269,26 @@ LAYOUTS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_and_sizes(name: str, stopped: Stopped, tmp_path: Path) -> None:
-    """The same values in other memory, and numbers that claim much."""
+def test_layouts_and_sizes(name: str, stopped_run: StoppedRun, tmp_path: Path) -> None:
+    """The values have other memory layouts, or numbers claim huge sizes."""
     change, says = LAYOUTS[name]
-    state = archives.read(stopped.folder / "checkpoint.pt")
+    state = archives.read(stopped_run.folder / "checkpoint.pt")
     change(state)
     torch.save(state, tmp_path / "other.pt")
-    assert says in stopped.outcome(tmp_path / "other.pt")
+    assert says in stopped_run.outcome(tmp_path / "other.pt")
 
 
-def test_results_of_another_run(stopped: Stopped) -> None:
-    """They are not taken for those of the checkpoint beside them."""
-    whole = stopped.folder.parent / "whole"
-    runs.run(Config(**stopped.config), whole)
-    path = stopped.folder / "results.json"
+def test_results_of_another_run(stopped_run: StoppedRun) -> None:
+    """Results of another run are not mistaken for those of the checkpoint."""
+    whole = stopped_run.folder.parent / "whole"
+    runs.run(Config(**stopped_run.config), whole)
+    path = stopped_run.folder / "results.json"
     before = path.read_text()
     for change in ({}, {"config": Config(model="mlp-5").as_dict()}):
-        found = json.loads((whole / "results.json").read_text()) | change
-        path.write_text(json.dumps(found))
-        assert f"{stopped.work / 'results.json'} is of another run" in stopped.outcome(None)
+        contents = json.loads((whole / "results.json").read_text()) | change
+        path.write_text(json.dumps(contents))
+        assert f"{stopped_run.work / 'results.json'} belongs to another run" in stopped_run.outcome(
+            None
+        )
     path.write_text(before)
-    assert stopped.outcome(None) == "same"
+    assert stopped_run.outcome(None) == "same"

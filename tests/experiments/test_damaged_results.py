@@ -1,4 +1,4 @@
-"""Damaged results, plans, spectra and logs: used as they are, or refused in one line."""
+"""Damaged results, plans, spectra and logs are read, or rejected with one line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from eigenfilter.experiments import runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.reproduce import EXPERIMENTS, figure, spectra
-from eigenfilter.experiments.reproduce.plan import Plan, Scale, Spectrum
-from eigenfilter.experiments.reproduce.summary import Measured
+from eigenfilter.experiments.reproduce import EXPERIMENTS, spectra, spectra_figure
+from eigenfilter.experiments.reproduce.plan import ExperimentScale, Plan, SpectrumSettings
+from eigenfilter.experiments.reproduce.summary import RunResult
 from eigenfilter.experiments.sweep import folders, table
 from experiments.test_damage import SMALL, changes
 
@@ -35,35 +35,37 @@ GARBLED = (
     "\0",
     "\udcff",
 )
-SETTINGS = Spectrum(20, 2, 1, 3)
+SETTINGS = SpectrumSettings(20, 2, 1, 3)
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a complete run, with its spectrum."""
+    """Return the folder of a complete run with its spectrum."""
     folder = tmp_path_factory.mktemp("complete") / "runs" / "a"
     runs.run(CONFIG, folder)
-    spectra.measured(folder, SETTINGS, data_dir=None, device=torch.device("cpu"))
+    spectra.measure_spectrum(folder, SETTINGS, data_dir=None, device=torch.device("cpu"))
     return folder
 
 
-def damaged(path: Path) -> list[bytes]:
-    """A file of JSON with other contents: garbage, a half, and other structures."""
-    found = path.read_bytes()
-    texts = [text.encode(errors="surrogateescape") for text in GARBLED] + [found[: len(found) // 2]]
-    for i, (_, other) in enumerate(changes(json.loads(found))):
+def damage(path: Path) -> list[bytes]:
+    """Return damaged versions of a JSON file: garbage, a truncated file, and other structures."""
+    contents = path.read_bytes()
+    texts = [text.encode(errors="surrogateescape") for text in GARBLED] + [
+        contents[: len(contents) // 2]
+    ]
+    for i, (_, other) in enumerate(changes(json.loads(contents))):
         if i % 3 == 0:
             texts.append(json.dumps(other, default=str).encode())
     return texts
 
 
 def check(path: Path, use: Callable[[], Any]) -> None:
-    """Use a file with every other content; some must be refused, and all in one line."""
+    """Use each damaged version of a file; some must be rejected, each with one line."""
     before, refused = path.read_bytes(), list[str]()
     try:
-        for text in damaged(path):
+        for text in damage(path):
             path.write_bytes(text)
             try:
                 use()
@@ -81,17 +83,17 @@ def check(path: Path, use: Callable[[], Any]) -> None:
 
 def test_results_of_a_run(out: Path) -> None:
     def use() -> None:
-        there = folders.finished(CONFIG, out)
+        there = folders.load_finished(CONFIG, out)
         if there is not None:
             table.cells(table.rows({"a": CONFIG}, {"a": there}))
             if there["outcome"] == "complete":
-                Measured.of("a", there, None)
+                RunResult.of("a", there, None)
 
     def use_held() -> None:
         try:
             use()
         except UserError as error:
-            if "holds a run with" not in str(error):
+            if "contains a run with" not in str(error):
                 raise
             raise UserError(f"{out / 'results.json'}: remove it") from error
 
@@ -113,20 +115,20 @@ def test_results_that_are_garbled(text: str, out: Path, capsys: Capture) -> None
 
 
 def test_a_spectrum(out: Path) -> None:
-    record = folders.finished(CONFIG, out)
+    record = folders.load_finished(CONFIG, out)
     assert record is not None
 
     def use() -> None:
-        found = spectra.kept(out, SETTINGS)
-        Measured.of("a", record, found).as_dict()
-        if found is not None and "error" not in found:
-            figure._density(found)(torch.linspace(0.0, 1.0, 5))
+        contents = spectra.load_spectrum(out, SETTINGS)
+        RunResult.of("a", record, contents).as_dict()
+        if contents is not None and "error" not in contents:
+            spectra_figure._density(contents)(torch.linspace(0.0, 1.0, 5))
 
     check(out / "spectrum.json", use)
 
 
 def test_a_plan(tmp_path: Path) -> None:
-    scale = Scale(2, 3, "mlp-8", 100, SETTINGS)
+    scale = ExperimentScale(2, 3, "mlp-8", 100, SETTINGS)
     rates = {"gradient": 0.1, "product": 0.2}
     plan = Plan("mnist", 0, 5.0, scale, scale, 7.0, rates)
     path = tmp_path / "plan.json"
@@ -134,12 +136,12 @@ def test_a_plan(tmp_path: Path) -> None:
 
     def use() -> None:
         try:
-            found = Plan.of(json.loads(path.read_text()))
+            contents = Plan.of(json.loads(path.read_text()))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: remove it ({' '.join(str(error).split())})") from error
-        assert found.statement
-        assert len(EXPERIMENTS[found.experiment].runs(found.scale, found.seeds[0])) > 1
-        assert asdict(found)["rates"] in (rates, None)
+        assert contents.statement
+        assert len(EXPERIMENTS[contents.experiment].runs(contents.scale, contents.seeds[0])) > 1
+        assert asdict(contents)["rates"] in (rates, None)
 
     check(path, use)
 
@@ -179,7 +181,7 @@ def test_the_log_is_that_of_the_checkpoint(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{log} is not the log of the checkpoint beside it: restore it" in error
+    assert f"{log} is not the log of the checkpoint beside it; restore it" in error
     assert error.count("\n") == 1
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -221,7 +223,7 @@ def test_a_garbled_configuration(what: str, command: str, tmp_path: Path, capsys
 
 
 def test_a_garbled_configuration_of_a_run(tmp_path: Path, capsys: Capture) -> None:
-    """Of a sweep, whose runs are known by it."""
+    """A sweep identifies its runs by their configurations."""
     (tmp_path / "c.yaml").write_text("base: {model: mlp-4, samples: 64, epochs: 1}")
     folder = tmp_path / "out" / "runs" / "seed=0"
     folder.mkdir(parents=True)

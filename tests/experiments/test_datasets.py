@@ -1,4 +1,4 @@
-"""Data sets: every layout gives the same images, and files that are not right are named."""
+"""Data sets: all layouts give the same images, and errors name the damaged files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from experiments import folders
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Downloads fail, as they do without a network."""
+    """Make downloads fail as without a network."""
 
     def fail(*args: Any, **kw: Any) -> None:
         raise urllib.error.URLError("no network")
@@ -93,8 +93,8 @@ def test_the_folder_may_come_from_the_environment(
         ("cifar100", "cifar-100-python/train and test"),
     ],
 )
-def test_files_that_are_not_there(name: str, says: str, tmp_path: Path) -> None:
-    """Also when only some are."""
+def test_missing_files(name: str, says: str, tmp_path: Path) -> None:
+    """The error is the same if only some files are missing."""
     if name == "mnist":
         folders.mnist(tmp_path)
         (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
@@ -108,7 +108,7 @@ def test_files_that_are_not_there(name: str, says: str, tmp_path: Path) -> None:
 
 
 class Evil:
-    """Runs code when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.system, ("true",)
@@ -187,7 +187,7 @@ def test_labels_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"20 images .* and 19 labels"):
         datasets.load("mnist", tmp_path)
     (raw / "t10k-labels-idx1-ubyte").write_bytes(folders.idx(np.full(20, 10, np.uint8)))
-    with pytest.raises(UserError, match="labels up to 9, the files 10"):
+    with pytest.raises(UserError, match="labels up to 9, but the files have 10"):
         datasets.load("mnist", tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_a_checksum_tells_other_data(tmp_path: Path) -> None:
 def test_real_images(
     name: str, holds: str, mean: list[float], deviation: list[float], n: int
 ) -> None:
-    """The published figures of the sets that are there."""
+    """The statistics of available data sets are the published ones."""
     folder = os.environ.get("EIGENFILTER_DATA")
     if folder is None or not any(Path(folder, holds).glob("*")):
         pytest.skip(f"needs EIGENFILTER_DATA with {holds}")
@@ -237,7 +237,7 @@ ONE = b"K\x01M\x00\x0c\x86"  # the shape of one image
 
 
 def batch(array: bytes) -> bytes:
-    """A batch of one image, whose array these opcodes make."""
+    """Return the pickle of a batch of one image, with these opcodes for its array."""
     return b"\x80\x02}(U\x04data" + array + b"U\x06labels](K\x03eu."
 
 
@@ -325,7 +325,7 @@ def test_a_head_that_lies(sizes: tuple[int, ...], tmp_path: Path) -> None:
 
 
 def test_a_file_with_holes(tmp_path: Path) -> None:
-    """Terabytes that take no place on the disk."""
+    """The file has terabytes of holes, which take no space on the disk."""
     folders.mnist(tmp_path / "m")
     path = tmp_path / "m" / "MNIST" / "raw" / "train-images-idx3-ubyte"
     os.truncate(path, 2**42)
@@ -360,7 +360,7 @@ def test_a_hostile_archive(what: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "size", [b"-0000000001\0", b"\xff" * 12, b"\x80" + b"\xff" * 11, b" " * 12]
 )
-def test_a_size_that_is_none(size: bytes, tmp_path: Path) -> None:
+def test_an_invalid_size(size: bytes, tmp_path: Path) -> None:
     path = tmp_path / "cifar-10-python.tar.gz"
     head = bytearray(tarfile.TarInfo("cifar-10-batches-py/data_batch_1").tobuf())
     head[124:136] = size

@@ -1,4 +1,4 @@
-"""The demo: what it measures, what it writes, and that it says so when an edge was not reached."""
+"""The demo: its measurements, its files, and its messages when an edge is not reached."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 import eigenfilter as ef
 from eigenfilter.experiments.cli import main
-from eigenfilter.experiments.data import digits
 from eigenfilter.experiments.edge import EVERY, HOLD, at_edge, train_to_edge
-from eigenfilter.experiments.full_batch import BAND, Check, Method
-from eigenfilter.experiments.problems import Problem
+from eigenfilter.experiments.full_batch import BAND, MethodSpec, SharpnessMeasurement
+from eigenfilter.experiments.full_batch_data import digits
+from eigenfilter.experiments.full_batch_problems import FullBatchProblem
 
 EDGES = {
     "gradient descent": 2.0 / 0.2,
@@ -62,7 +62,7 @@ def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert f"{run['ratio']:.3f}" in text
 
 
-def test_a_spent_budget_is_said(tmp_path: Path) -> None:
+def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
     results = demo(tmp_path, "--budget", "1e-9")
     check_consistency(results)
     for run in results["runs"]:
@@ -70,24 +70,27 @@ def test_a_spent_budget_is_said(tmp_path: Path) -> None:
         assert run["outcome"] == "not at its edge: time spent"
 
 
-def test_divergence_is_said() -> None:
-    method = Method("far too fast", "lr 20", lambda p: ef.SGD(p, lr=20.0, momentum=0.9))
-    seen: list[int] = []
+def test_divergence_is_reported() -> None:
+    method = MethodSpec("far too fast", "lr 20", lambda p: ef.SGD(p, lr=20.0, momentum=0.9))
+    events: list[int] = []
     run = train_to_edge(
-        Problem(digits(50)),
+        FullBatchProblem(digits(50)),
         method,
         seed=0,
         max_steps=10_000,
         deadline=time.perf_counter() + 60.0,
-        on_check=lambda run: seen.append(run.last.step),
+        on_check=lambda run: events.append(run.last.step),
     )
     assert run.outcome == "diverged"
-    assert seen == [check.step for check in run.history]
+    assert events == [check.step for check in run.history]
     assert all(math.isfinite(check.loss) for check in run.history)
 
 
-def history(ratios: list[float]) -> list[Check]:
-    return [Check(i * EVERY, 1.0, 10.0 * ratio, 10.0, 0.0, 1) for i, ratio in enumerate(ratios)]
+def history(ratios: list[float]) -> list[SharpnessMeasurement]:
+    return [
+        SharpnessMeasurement(i * EVERY, 1.0, 10.0 * ratio, 10.0, 0.0, 1)
+        for i, ratio in enumerate(ratios)
+    ]
 
 
 def test_when_a_run_is_at_its_edge() -> None:
@@ -102,10 +105,10 @@ def test_when_a_run_is_at_its_edge() -> None:
 
 def test_the_first_sharpness_is_the_top_eigenvalue_of_the_whole_hessian() -> None:
     data = digits(60)
-    problem = Problem(data)
+    problem = FullBatchProblem(data)
     run = train_to_edge(
         problem,
-        Method("gradient descent", "", lambda p: ef.SGD(p, lr=0.1)),
+        MethodSpec("gradient descent", "", lambda p: ef.SGD(p, lr=0.1)),
         seed=1,
         max_steps=1,
         deadline=0.0,
@@ -142,7 +145,7 @@ def test_digits() -> None:
 
 def test_the_network_depends_on_its_seed_alone() -> None:
     state = torch.random.get_rng_state()
-    first, again, other = (Problem(digits(20)).network(seed) for seed in (0, 0, 1))
+    first, again, other = (FullBatchProblem(digits(20)).network(seed) for seed in (0, 0, 1))
     assert torch.equal(state, torch.random.get_rng_state())
     pairs = zip(first.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

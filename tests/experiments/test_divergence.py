@@ -1,4 +1,4 @@
-"""eigenfilter train where losses, or the sharpness, stop being finite: what it says."""
+"""The messages of eigenfilter train when a loss or the sharpness is no longer finite."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_names_the_step(log_every: int, tmp_path: Path
 def test_a_sharpness_that_cannot_be_measured_is_divergence(
     every: int, says: str, tmp_path: Path
 ) -> None:
-    """Before a loss says so, or before the log reads the loss."""
+    """The measurement may fail before the loss is infinite, or before the log reads the loss."""
     watched = {"sharpness_every": every, "sharpness_samples": 20, "model": "mlp-12-9"}
     config = Config(**SMALL | {"lr": 1e18, "optimizer": "sgd"} | watched)
     with pytest.raises(Diverged, match=f"{says}.*lower lr"):

@@ -1,4 +1,4 @@
-"""Many runs at once: resumed, retried, reported, never run twice, and none left behind."""
+"""Many runs at once: they are resumed, retried, reported, never repeated, and none is left over."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ import pytest
 from eigenfilter.experiments import runs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.locks import alone
+from eigenfilter.experiments.locks import folder_lock
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep import folders, worker
 from eigenfilter.experiments.sweep.execution import execute
-from eigenfilter.experiments.sweep.folders import Order, failure, folder_of, keep_failure, locked
-from eigenfilter.experiments.sweep.ledger import Ledger
-from eigenfilter.experiments.sweep.progress import Progress
-from experiments.test_train import SMALL, assert_same, lines, trained
+from eigenfilter.experiments.sweep.folders import (
+    RunSpec,
+    failed_record,
+    folder_of,
+    try_folder_lock,
+    write_failure,
+)
+from eigenfilter.experiments.sweep.progress import SweepProgress
+from eigenfilter.experiments.sweep.run_queue import RunQueue
+from experiments.test_train import SMALL, assert_same, lines, trainer_state
 
 LONG = Config(**SMALL | {"epochs": 300, "evaluate_every": 100, "checkpoint_every": 50}, threads=1)
 SHORT = Config(**SMALL, threads=1)
@@ -35,13 +41,13 @@ RUNS = {"long": LONG, "diverges": DIVERGES, "short": SHORT}
 
 
 def children() -> set[int]:
-    """The processes that this one has."""
+    """Return the child processes of this process."""
     tasks = Path("/proc/self/task").glob("*/children")
     return {int(pid) for task in tasks for pid in task.read_text().split()}
 
 
 def at_work(folder: Path) -> int:
-    """The process of this machine that writes the log of a run."""
+    """Return the process on this machine that writes the log of a run."""
     for handle in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             if os.readlink(handle) == str(folder / "log.jsonl"):
@@ -53,28 +59,28 @@ def at_work(folder: Path) -> int:
 
 @dataclass
 class Watch:
-    """What was observed; `then` is done at the first checkpoint of `name` after `step`."""
+    """Records events, and calls `then` at the first checkpoint of `name` after `step`."""
 
     name: str = ""
     step: int = 0
     then: Callable[[], object] | None = None
-    seen: list[tuple[str, str, int]] = field(default_factory=list)
+    events: list[tuple[str, str, int]] = field(default_factory=list)
     done: bool = False
 
     def __call__(self, name: str, kind: str, step: int, record: Record) -> None:
-        self.seen.append((name, kind, step))
+        self.events.append((name, kind, step))
         due = name == self.name and kind == "checkpoint" and step >= self.step
         if due and not self.done and self.then is not None:
             self.done = True
             self.then()
 
     def steps(self, name: str, kind: str) -> list[int]:
-        return [step for n, k, step in self.seen if (n, k) == (name, kind)]
+        return [step for n, k, step in self.events if (n, k) == (name, kind)]
 
 
 @dataclass
-class Swept:
-    """The same runs, three times: stopped, with a kill, to the end; and what was seen."""
+class Sweep:
+    """The same runs executed three times (stopped, with a kill, to the end), and their events."""
 
     out: Path
     records: list[dict[str, Record]]
@@ -82,9 +88,9 @@ class Swept:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     out = tmp_path_factory.mktemp("sweep")
-    keep_failure(folder_of(out, "short"), failure(SHORT, "killed"))  # it may pass
+    write_failure(folder_of(out, "short"), failed_record(SHORT, "killed"))  # it may pass
     before = children()
     stopped = Watch("long", 100)
     stopped.then = lambda: None
@@ -97,86 +103,88 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
         execute(RUNS, out, processes=2, observe=watches[2]),
     ]
     assert children() == before
-    return Swept(out, records, watches)
+    return Sweep(out, records, watches)
 
 
-def test_a_stopped_run_goes_on_from_where_it_was(swept: Swept) -> None:
-    record = swept.records[0]["long"]
+def test_a_stopped_run_goes_on_from_where_it_was(sweep: Sweep) -> None:
+    record = sweep.records[0]["long"]
     assert record["outcome"] == "stopped"
     assert 100 <= record["step"] < 900
-    assert swept.watches[1].steps("long", "start")[0] == record["step"]
+    assert sweep.watches[1].steps("long", "start")[0] == record["step"]
 
 
-def test_a_killed_process_loses_what_no_checkpoint_has_and_no_more(swept: Swept) -> None:
-    watch = swept.watches[1]
+def test_a_killed_process_loses_what_no_checkpoint_has_and_no_more(sweep: Sweep) -> None:
+    watch = sweep.watches[1]
     assert watch.done
     assert len(watch.steps("long", "retry")) == 1
     again = watch.steps("long", "start")[1]
     assert again in watch.steps("long", "checkpoint")
     assert again >= 300
-    assert swept.records[1]["long"]["outcome"] == "complete"
+    assert sweep.records[1]["long"]["outcome"] == "complete"
 
 
-def test_what_was_stopped_and_killed_ends_with_the_same_bits(swept: Swept, tmp_path: Path) -> None:
+def test_what_was_stopped_and_killed_ends_with_the_same_bits(sweep: Sweep, tmp_path: Path) -> None:
     for name in ("long", "short"):
         runs.run(RUNS[name], tmp_path / name)
-        there = folder_of(swept.out, name)
-        assert_same(trained(there), trained(tmp_path / name))
+        there = folder_of(sweep.out, name)
+        assert_same(trainer_state(there), trainer_state(tmp_path / name))
         assert lines(there) == lines(tmp_path / name)
 
 
-def test_a_run_that_diverges_is_reported_and_the_others_end(swept: Swept) -> None:
-    assert list(swept.records[1]) == list(RUNS)
-    record = swept.records[1]["diverges"]
+def test_a_run_that_diverges_is_reported_and_the_others_end(sweep: Sweep) -> None:
+    assert list(sweep.records[1]) == list(RUNS)
+    record = sweep.records[1]["diverges"]
     assert (record["outcome"], record["diverged"], record["attempts"]) == ("failed", True, 1)
     assert record["error"].startswith("the loss of step ")
     assert "\n" not in record["error"]
     assert record["config"] == DIVERGES.as_dict()
-    assert swept.records[1]["short"]["outcome"] == "complete"
+    assert sweep.records[1]["short"]["outcome"] == "complete"
 
 
-def test_nothing_is_run_twice(swept: Swept) -> None:
-    assert [(name, kind) for name, kind, _ in swept.watches[2].seen] == [(n, "kept") for n in RUNS]
-    assert swept.records[2] == swept.records[1]
+def test_nothing_is_run_twice(sweep: Sweep) -> None:
+    assert [(name, kind) for name, kind, _ in sweep.watches[2].events] == [
+        (n, "kept") for n in RUNS
+    ]
+    assert sweep.records[2] == sweep.records[1]
 
 
-def test_a_failure_that_may_pass_is_run_again(swept: Swept) -> None:
-    assert swept.watches[1].steps("short", "start") == [0]
-    assert swept.records[1]["short"]["outcome"] == "complete"
+def test_a_failure_that_may_pass_is_run_again(sweep: Sweep) -> None:
+    assert sweep.watches[1].steps("short", "start") == [0]
+    assert sweep.records[1]["short"]["outcome"] == "complete"
 
 
-def test_other_configurations_are_refused(swept: Swept) -> None:
-    there = json.loads((folder_of(swept.out, "short") / "results.json").read_text())
+def test_other_configurations_are_refused(sweep: Sweep) -> None:
+    there = json.loads((folder_of(sweep.out, "short") / "results.json").read_text())
     other = Config(**SMALL | {"lr": 0.2}, threads=1)
-    with pytest.raises(UserError, match=r"short holds a run with lr 0\.05, not 0\.2"):
-        execute({"short": other, "new": LONG}, swept.out)
-    assert json.loads((folder_of(swept.out, "short") / "results.json").read_text()) == there
-    assert not folder_of(swept.out, "new").exists()
+    with pytest.raises(UserError, match=r"short contains a run with lr 0\.05, not 0\.2"):
+        execute({"short": other, "new": LONG}, sweep.out)
+    assert json.loads((folder_of(sweep.out, "short") / "results.json").read_text()) == there
+    assert not folder_of(sweep.out, "new").exists()
 
 
 def test_two_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with locked(tmp_path, wait=lambda: False) as had:
-        assert had
+    with try_folder_lock(tmp_path, wait=lambda: False) as acquired:
+        assert acquired
         with pytest.raises(UserError, match="another sweep is at work in "):
             execute(RUNS, tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
-def test_who_is_waited_for_is_told(
+def test_a_wait_for_another_process_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(folders, "PATIENCE", 0.0)
-    seen = []
-    with alone(tmp_path, "spectrum"), Progress(1) as progress:
+    events = []
+    with folder_lock(tmp_path, "spectrum"), SweepProgress(1) as progress:
 
         def observe(kind: str, step: int, record: Record) -> None:
-            seen.append(kind)
+            events.append(kind)
             progress.observe("a", kind, step, record)
 
-        order = Order(SHORT, tmp_path, None, "cpu")
-        record = folders.attempt(order, stop=lambda: bool(seen), observe=observe)
+        spec = RunSpec(SHORT, tmp_path, None, "cpu")
+        record = folders.attempt_run(spec, stop=lambda: bool(events), observe=observe)
     assert record["outcome"] == "stopped"
-    assert seen == ["waiting"]
+    assert events == ["waiting"]
     said = f"a: another spectrum is at work in {tmp_path} (process {os.getpid()} on "
     assert said in capsys.readouterr().out
 
@@ -194,22 +202,22 @@ def test_missing_data_are_one_error(tmp_path: Path) -> None:
         execute({"a": Config(dataset="mnist")}, tmp_path / "out", data_dir=tmp_path / "data")
 
 
-def ledger(tmp_path: Path, retries: int, observe: Any = lambda *seen: None) -> Ledger:
+def run_queue(tmp_path: Path, retries: int, observe: Any = lambda *events: None) -> RunQueue:
     folders = {name: tmp_path / name for name in "ab"}
-    orders = {name: Order(SHORT, folders[name], None, "cpu") for name in folders}
-    return Ledger(orders, retries, observe)
+    specs = {name: RunSpec(SHORT, folders[name], None, "cpu") for name in folders}
+    return RunQueue(specs, retries, observe)
 
 
 @pytest.mark.parametrize("retries", [0, 1, 2])
 def test_a_process_that_ends_again_and_again_is_given_up(retries: int, tmp_path: Path) -> None:
-    book = ledger(tmp_path, retries)
+    queue = run_queue(tmp_path, retries)
     for _ in range(retries):
-        assert book.waiting.popleft() == "a"
-        book.crashed("a", "killed")
-    assert book.waiting.popleft() == "a"
-    book.crashed("a", "killed at last")
-    assert list(book.waiting) == ["b"]
-    record = book.records["a"]
+        assert queue.pending.popleft() == "a"
+        queue.record_crash("a", "killed")
+    assert queue.pending.popleft() == "a"
+    queue.record_crash("a", "killed at last")
+    assert list(queue.pending) == ["b"]
+    record = queue.records["a"]
     assert (record["outcome"], record["error"]) == ("failed", "killed at last")
     assert (record["diverged"], record["attempts"]) == (False, retries + 1)
     assert json.loads((tmp_path / "a" / "results.json").read_text()) == record
@@ -243,7 +251,7 @@ def test_what_a_run_prints_is_in_its_folder_and_nothing_after_it(tmp_path: Path)
 
 @pytest.fixture
 def nowhere(tmp_path: Path) -> Path:
-    """A folder that cannot be made."""
+    """Return the path of a folder that cannot be created."""
     (tmp_path / "nowhere").symlink_to("/proc/nowhere")
     return tmp_path / "nowhere"
 
@@ -252,7 +260,7 @@ def test_a_folder_that_cannot_be_written_is_the_failure_of_its_run(nowhere: Path
     handlers = {number: signal.getsignal(number) for number in worker.SIGNALS}
     ours, theirs = Pipe()
     try:
-        ours.send(Order(SHORT, nowhere, None, "cpu"))
+        ours.send(RunSpec(SHORT, nowhere, None, "cpu"))
         ours.send(None)
         worker.Worker(theirs).work()
     finally:
@@ -261,9 +269,9 @@ def test_a_folder_that_cannot_be_written_is_the_failure_of_its_run(nowhere: Path
     kind, _, record = ours.recv()
     assert (kind, record["outcome"], record["diverged"]) == ("end", "failed", False)
     assert record["error"].startswith(f"cannot write to {nowhere}: ")
-    book = Ledger({"a": Order(SHORT, nowhere, None, "cpu")}, 1, lambda *seen: None)
-    book.ended("a", record)
-    assert book.records["a"] == record | {"attempts": 1}
+    queue = RunQueue({"a": RunSpec(SHORT, nowhere, None, "cpu")}, 1, lambda *events: None)
+    queue.record_end("a", record)
+    assert queue.records["a"] == record | {"attempts": 1}
 
 
 ENDLESS = """
@@ -276,7 +284,7 @@ execute({{"endless": config}}, Path({out!r}), processes=1)
 
 
 def eventually(question: Callable[[], bool]) -> bool:
-    """Whether it comes to be, in a time that a busy machine needs."""
+    """Wait until a condition holds, as long as a busy machine may need."""
     end = time.monotonic() + 300
     while not question() and time.monotonic() < end:
         time.sleep(0.05)
@@ -294,15 +302,15 @@ def test_a_process_ends_when_who_started_it_is_killed(tmp_path: Path) -> None:
     assert eventually(lambda: not Path(f"/proc/{at}").exists())
     record = json.loads((folder / "results.json").read_text())
     assert record["outcome"] == "stopped"
-    assert trained(folder)["step"] == record["step"]
+    assert trainer_state(folder)["step"] == record["step"]
 
 
-def test_what_ends_while_all_stop_is_gone_on_with_later(tmp_path: Path) -> None:
-    book = ledger(tmp_path, 0)
-    book.waiting.popleft()
-    book.stop()
-    book.crashed("a", "killed")
-    assert {name: record["outcome"] for name, record in book.records.items()} == {
+def test_a_crash_while_stopping_resumes_later(tmp_path: Path) -> None:
+    queue = run_queue(tmp_path, 0)
+    queue.pending.popleft()
+    queue.stop()
+    queue.record_crash("a", "killed")
+    assert {name: record["outcome"] for name, record in queue.records.items()} == {
         "a": "stopped",
         "b": "stopped",
     }
@@ -310,9 +318,9 @@ def test_what_ends_while_all_stop_is_gone_on_with_later(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_asked_to_end_by_others_is_replaced(tmp_path: Path) -> None:
-    seen: list[Any] = []
-    book = ledger(tmp_path, 1, lambda *record: seen.append(record))
-    book.waiting.popleft()
-    book.ended("a", {"outcome": "stopped", "step": 3})
-    assert seen == [("a", "retry", 0, {"error": "its process was asked to end"})]
-    assert list(book.waiting) == ["a", "b"]
+    events: list[Any] = []
+    queue = run_queue(tmp_path, 1, lambda *record: events.append(record))
+    queue.pending.popleft()
+    queue.record_end("a", {"outcome": "stopped", "step": 3})
+    assert events == [("a", "retry", 0, {"error": "its process was asked to end"})]
+    assert list(queue.pending) == ["a", "b"]

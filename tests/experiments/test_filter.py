@@ -1,4 +1,4 @@
-"""eigenfilter filter: the filters' own numbers, as a table, JSON and a figure."""
+"""eigenfilter filter prints the numbers of the filters as a table or JSON, and draws them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     main([*ARGUMENTS, "--hessian-rho", "0.003", "--nesterov", "--json"])
-    found = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    by_method = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
     expected = filters.HessianUSAM(0.1, 0.9, rho=0.003, nesterov=True)
-    assert found["Hessian USAM"]["intervals"] == [list(pair) for pair in expected.intervals()]
-    assert found["Hessian USAM"]["gradients"] == 3
-    assert found["Nesterov"]["max_eigenvalue"] == filters.Nesterov(0.1, 0.9).max_eigenvalue()
+    assert by_method["Hessian USAM"]["intervals"] == [list(pair) for pair in expected.intervals()]
+    assert by_method["Hessian USAM"]["gradients"] == 3
+    assert by_method["Nesterov"]["max_eigenvalue"] == filters.Nesterov(0.1, 0.9).max_eigenvalue()
 
 
 @pytest.mark.parametrize("more", [["--lr", "0"], ["--weight-decay", "1e9"], ["--rho", "1e200"]])
@@ -54,7 +54,7 @@ def test_json_has_no_infinity(more: list[str], capsys: pytest.CaptureFixture[str
     "more", [[], ["--dampening", "1"], ["--weight-decay", "100"], ["--lr", "0"]]
 )
 def test_a_figure(more: list[str], tmp_path: Path) -> None:
-    """Also where everything or nothing is admitted."""
+    """The figure also works if all or no eigenvalues are admitted."""
     path = tmp_path / "new" / "filter.png"
     assert main([*ARGUMENTS, *more, "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""Folders that are written into: one command at a time, and none waits for a dead one."""
+"""Only one command at a time writes into a folder, and none waits for a dead process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from eigenfilter.experiments import checkpoint, files, runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.locks import LOCK, Busy, alone, locked
+from eigenfilter.experiments.locks import LOCK, FolderBusy, folder_lock, try_folder_lock
 
 SMALL = ["--model", "mlp-4", "--samples", "64", "--epochs", "1", "--threads", "1"]
 HOLD = """
 import sys, pathlib
-from eigenfilter.experiments.locks import alone
-with alone(pathlib.Path(sys.argv[1]), "training run"):
+from eigenfilter.experiments.locks import folder_lock
+with folder_lock(pathlib.Path(sys.argv[1]), "training run"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -39,8 +39,8 @@ COMMANDS = {
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> subprocess.Popen[str]:
-    """Another process, which is at work in a folder."""
+def lock_holder(tmp_path: Path) -> subprocess.Popen[str]:
+    """Start another process that has the lock of a folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "out")],
         stdin=subprocess.PIPE,
@@ -55,7 +55,7 @@ def held(tmp_path: Path) -> subprocess.Popen[str]:
 
 
 def test_every_command_is_refused(
-    held: subprocess.Popen[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lock_holder: subprocess.Popen[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     (tmp_path / "sweep.yaml").write_text("grid: {lr: [0.1]}")
@@ -64,47 +64,49 @@ def test_every_command_is_refused(
         assert main([*argv, "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert f"another training run is at work in {out} (process {held.pid} on " in error
-        assert error.endswith("): wait until it has ended, or give another --out\n")
+        assert f"another training run is at work in {out} (process {lock_holder.pid} on " in error
+        assert error.endswith("); wait until it has ended, or give another --out\n")
     assert [path.name for path in out.iterdir()] == [LOCK]
 
 
-def test_a_killed_process_is_not_waited_for(held: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_killed_process_is_not_waited_for(
+    lock_holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     left = out / ".checkpoint.pt.01234567.new"
     left.write_text("half")
-    held.send_signal(signal.SIGKILL)
-    held.wait()
+    lock_holder.send_signal(signal.SIGKILL)
+    lock_holder.wait()
     assert (out / LOCK).exists()
-    with alone(out, "demo"):
+    with folder_lock(out, "demo"):
         assert not left.exists()
         assert json.loads((out / LOCK).read_text())["process"] == os.getpid()
     assert list(out.iterdir()) == []
 
 
 def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:
-    with alone(tmp_path, "sweep") as folder:
+    with folder_lock(tmp_path, "sweep") as folder:
         assert folder == tmp_path
         asked = iter([True, False])
-        with pytest.raises(Busy), alone(tmp_path, "demo", wait=lambda: next(asked)):
+        with pytest.raises(FolderBusy), folder_lock(tmp_path, "demo", wait=lambda: next(asked)):
             pass
         assert next(asked, None) is None
-        with locked(tmp_path, wait=lambda: False, name="other") as had:
-            assert had
-    first = alone(tmp_path, "sweep")
+        with try_folder_lock(tmp_path, wait=lambda: False, name="other") as acquired:
+            assert acquired
+    first = folder_lock(tmp_path, "sweep")
     first.__enter__()
 
     def end() -> bool:
         first.__exit__(None, None, None)
         return True
 
-    with alone(tmp_path, "demo", wait=end):
+    with folder_lock(tmp_path, "demo", wait=end):
         assert (tmp_path / LOCK).exists()
 
 
 def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
     def fill(file: object) -> None:
-        with alone(tmp_path, "demo"):
+        with folder_lock(tmp_path, "demo"):
             assert len(list(tmp_path.glob("*.new"))) == 1
         file.write(b"whole")  # type: ignore[attr-defined]
 
@@ -120,7 +122,7 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".pipe.01234567.new")
     (tmp_path / ".link.01234567.new").symlink_to(tmp_path / ".notes.new")
     before = sorted(tmp_path.iterdir())
-    with alone(tmp_path, "demo"):
+    with folder_lock(tmp_path, "demo"):
         pass
     assert sorted(tmp_path.iterdir()) == before
     assert all((tmp_path / name).read_text() == "mine" for name in names)
@@ -141,7 +143,7 @@ def test_a_lock_of_others_is_refused(content: str, tmp_path: Path) -> None:
     says = (
         r"cannot write .*Too many levels" if content == "link" else "is not a lock of eigenfilter"
     )
-    with pytest.raises(UserError, match=says), alone(tmp_path, "demo"):
+    with pytest.raises(UserError, match=says), folder_lock(tmp_path, "demo"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "precious"]
     assert target.read_text() == "mine"
@@ -190,7 +192,7 @@ def test_a_long_name(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_the_error_is_told_where_nothing_can_be_removed(
+def test_the_error_is_reported_if_nothing_can_be_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object, **options: object) -> None:
@@ -203,7 +205,7 @@ def test_the_error_is_told_where_nothing_can_be_removed(
 
 
 def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:
-    """One within the other: each has a file of its own, and the last one stays."""
+    """Two nested writes use different temporary files, and the last one remains."""
     path = tmp_path / "c.pt"
 
     def fill(file: object) -> None:
@@ -218,7 +220,7 @@ def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:
 
 def test_the_second_of_two_trainings_touches_nothing(tmp_path: Path) -> None:
     config = Config(model="mlp-4", samples=64, epochs=3, batch_size=32, threads=1, log_every=1)
-    seen = []
+    events = []
 
     def second(kind: str, step: int, record: runs.Record) -> None:
         if kind == "train":
@@ -226,10 +228,10 @@ def test_the_second_of_two_trainings_touches_nothing(tmp_path: Path) -> None:
             for resume in (False, True):
                 with pytest.raises(UserError, match="another training run is at work in "):
                     runs.run(Config(model="mlp-5"), tmp_path, resume=resume)
-            seen.append(before == {p.name: p.read_bytes() for p in tmp_path.iterdir()})
+            events.append(before == {p.name: p.read_bytes() for p in tmp_path.iterdir()})
 
     runs.run(config, tmp_path, observe=second)
-    assert seen == [True] * 6
+    assert events == [True] * 6
     assert checkpoint.read(tmp_path / "checkpoint.pt")["config"] == config.as_dict()
     assert not (tmp_path / LOCK).exists()
 
@@ -239,6 +241,6 @@ def test_an_error_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["spectrum", str(tmp_path / "nowhere.pt"), "--out", str(out)]) == 2
     assert "cannot read" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    with alone(out, "demo"):
+    with folder_lock(out, "demo"):
         (out / "kept").touch()
     assert [path.name for path in out.iterdir()] == ["kept"]

@@ -1,4 +1,4 @@
-"""The log of a run where the disk fails."""
+"""The log of a run when the disk fails."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from pathlib import Path
 import pytest
 
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.logs import Log
+from eigenfilter.experiments.logs import RunLog
 
 
-def test_a_disk_that_fails_as_it_synchronises_is_said(
+def test_a_disk_that_fails_during_fsync_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = Log(tmp_path)
+    log = RunLog(tmp_path)
     log.write("train", 1, {"loss": 2.0})
-    assert log.synchronised() == (tmp_path / "log.jsonl").stat().st_size
+    assert log.sync() == (tmp_path / "log.jsonl").stat().st_size
 
     def full(descriptor: int) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot write .*log.jsonl: Disk quota exceeded"):
-        log.synchronised()
+        log.sync()
     log.close()
 
 
-def test_a_disk_that_is_full_of_events_is_said(
+def test_a_disk_that_is_full_for_events_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    log = Log(tmp_path, tensorboard=True)
+    log = RunLog(tmp_path, tensorboard=True)
     log.write("train", 1, {"loss": 2.0})
     close = log._writer.close
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)

@@ -1,22 +1,26 @@
-"""The networks by name: shapes, sizes, seeds, and what they say of images that do not fit."""
+"""The networks by name: shapes, sizes, seeds, and errors about images that do not fit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from eigenfilter.experiments.networks import Task, build, parse, size
+from eigenfilter.experiments.networks import ImageTask, build, parse, size
 
-DIGITS, MNIST, CIFAR = Task((1, 8, 8), 10), Task((1, 28, 28), 10), Task((3, 32, 32), 100)
+DIGITS, MNIST, CIFAR = (
+    ImageTask((1, 8, 8), 10),
+    ImageTask((1, 28, 28), 10),
+    ImageTask((3, 32, 32), 100),
+)
 
 
-def make(name: str, task: Task, seed: int = 1, activation: str = "tanh", dropout: float = 0.1):
+def make(name: str, task: ImageTask, seed: int = 1, activation: str = "tanh", dropout: float = 0.1):
     return build(name, task, activation=activation, dropout=dropout, seed=seed)
 
 
 @pytest.mark.parametrize("task", [DIGITS, MNIST, CIFAR], ids=["digits", "mnist", "cifar"])
 @pytest.mark.parametrize("name", ["mlp", "mlp-20-30", "cnn", "cnn-4", "wrn-10-1", "vit-32-2"])
-def test_scores_have_their_shape(name: str, task: Task) -> None:
+def test_scores_have_their_shape(name: str, task: ImageTask) -> None:
     network = make(name, task)
     assert network.training
     scores = network(torch.randn(3, *task.shape))
@@ -30,9 +34,9 @@ def test_scores_have_their_shape(name: str, task: Task) -> None:
     [("resnet18", 11.2), ("wrn-40-4", 8.9), ("wrn-16-8", 11.0), ("wrn-28-10", 36.5)],
 )
 def test_sizes_are_the_published_ones(name: str, millions: float) -> None:
-    """ResNet-18 on CIFAR; the others: tables of arXiv 1605.07146."""
+    """The sizes are those of ResNet-18 for CIFAR, and of the tables in arXiv 1605.07146."""
     with torch.device("meta"):
-        network = parse(name)(Task((3, 32, 32), 10), "relu", 0.0)
+        network = parse(name)(ImageTask((3, 32, 32), 10), "relu", 0.0)
     assert size(network) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
@@ -65,15 +69,15 @@ def test_the_attention_is_torchs() -> None:
 @pytest.mark.parametrize(
     "name", ["", "lenet", "mlp-0", "mlp-x", "cnn-1-2", "resnet18-2", "wrn-12-1", "wrn-4-1", "wrn"]
 )
-def test_names_that_are_none(name: str) -> None:
+def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=r"must be mlp\[-WIDTH.*, not '"):
         parse(name)
 
 
 def test_images_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="at least 8x8, not 2x2"):
-        make("cnn", Task((1, 2, 2), 10))
+        make("cnn", ImageTask((1, 2, 2), 10))
     with pytest.raises(ValueError, match="sides are multiples of 2"):
-        make("vit", Task((1, 7, 7), 10))
+        make("vit", ImageTask((1, 7, 7), 10))
     with pytest.raises(ValueError, match="multiple of 32, not 40"):
         make("vit-40", DIGITS)

@@ -1,4 +1,4 @@
-"""The phenomena, on their numbers: at the edge, off the saddle, down after a switch."""
+"""The numbers of the phenomena: at the edge, away from the saddle, down after a switch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ import torch
 
 from eigenfilter import filters
 from eigenfilter.experiments.cli import main
-from eigenfilter.experiments.data import fashion
-from eigenfilter.experiments.full_batch import BAND, Check
+from eigenfilter.experiments.full_batch import BAND, SharpnessMeasurement
+from eigenfilter.experiments.full_batch_data import fashion
+from eigenfilter.experiments.full_batch_problems import load
 from eigenfilter.experiments.phenomena import moving_edge, saddle
+from eigenfilter.experiments.phenomena.common import (
+    PhenomenonSetting,
+    settled_ratio,
+    train,
+    verdict,
+)
 from eigenfilter.experiments.phenomena.sharpening import methods
-from eigenfilter.experiments.phenomena.training import Setting, settled, train, verdict
-from eigenfilter.experiments.problems import load
 from experiments import folders
 
 EDGE = 9.0  # gradient flow starts at a sharpness of 6 and passes 15
@@ -30,37 +35,39 @@ def reproduce(name: str, folder: Path, *options: str) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def given(folder: Path, activation: str, loss: str, edge: float, steps: int) -> Setting:
+def make_setting(
+    folder: Path, activation: str, loss: str, edge: float, steps: int
+) -> PhenomenonSetting:
     names = ("digits", activation, loss)
     deadline = time.perf_counter() + 3600.0
-    return Setting(load(*names), names, edge, 0, steps, deadline, folder)
+    return PhenomenonSetting(load(*names), names, edge, 0, steps, deadline, folder)
 
 
 @pytest.mark.parametrize("method", methods(EDGE), ids=lambda method: method.name)
 def test_the_sharpness_rises_to_the_edge_and_stays(method, tmp_path: Path) -> None:
-    run = train(given(tmp_path, "tanh", "square", EDGE, 600), method)
+    run = train(make_setting(tmp_path, "tanh", "square", EDGE, 600), method)
     assert all(check.edge == pytest.approx(EDGE, rel=1e-9) for check in run.history)
     assert run.history[0].ratio < 0.85
-    found = settled(run.history)
-    assert found.mean == pytest.approx(1.0, abs=0.06)
-    assert found.spread < 0.05
+    settled = settled_ratio(run.history)
+    assert settled.mean == pytest.approx(1.0, abs=0.06)
+    assert settled.spread < 0.05
     assert run.outcome == "at its edge"
     assert run.last.loss < 0.3 * run.history[0].loss
 
 
 def test_relu_comes_to_its_edge_less_closely(tmp_path: Path) -> None:
-    """Its loss has kinks, and the theory does not speak of it."""
+    """The loss has kinks, which the theory does not cover."""
     method = methods(7.0)[0]
-    run = train(given(tmp_path, "relu", "square", 7.0, 480), method)
-    assert settled(run.history).mean == pytest.approx(1.0, abs=0.15)
+    run = train(make_setting(tmp_path, "relu", "square", 7.0, 480), method)
+    assert settled_ratio(run.history).mean == pytest.approx(1.0, abs=0.15)
     assert run.history[0].ratio < 0.9
 
 
 def test_cross_entropy_leaves_its_edge_with_the_loss(tmp_path: Path) -> None:
-    """It has no minimum: the sharpness goes to 0 with the loss."""
-    run = train(given(tmp_path, "tanh", "cross_entropy", 0.8, 480), methods(0.8)[0])
+    """The loss has no minimum, so that the sharpness goes to 0 with the loss."""
+    run = train(make_setting(tmp_path, "tanh", "cross_entropy", 0.8, 480), methods(0.8)[0])
     assert run.outcome == "left its edge downwards"
-    assert settled(run.history).peak > 1.0 - BAND
+    assert settled_ratio(run.history).peak > 1.0 - BAND
     assert run.last.ratio < 0.1
     assert run.last.loss < 0.01
     half = run.history[len(run.history) // 2]
@@ -69,7 +76,7 @@ def test_cross_entropy_leaves_its_edge_with_the_loss(tmp_path: Path) -> None:
 
 
 def test_relu_and_cross_entropy_pass_the_edge_and_leave_it_at_once(tmp_path: Path) -> None:
-    run = train(given(tmp_path, "relu", "cross_entropy", 1.0, 60), methods(1.0)[0])
+    run = train(make_setting(tmp_path, "relu", "cross_entropy", 1.0, 60), methods(1.0)[0])
     ratios = {check.step: check.ratio for check in run.history}
     assert max(ratios[step] for step in range(6)) > 1.1
     assert all(ratio < 0.5 for step, ratio in ratios.items() if step >= 30)
@@ -164,19 +171,19 @@ def test_fashion_mnist(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("loss", "edge"), [("square", 12.0), ("cross_entropy", 5.0)])
 def test_relu_on_fashion_mnist_comes_to_its_edge(loss: str, edge: float, tmp_path: Path) -> None:
-    """Heavy ball, which is there within 200 steps; with cross-entropy it leaves again later."""
+    """Heavy ball reaches the edge within 200 steps; with cross-entropy it leaves again later."""
     folder = os.environ.get("EIGENFILTER_DATA")
     if folder is None or not any(Path(folder, "FashionMNIST/raw").glob("*")):
         pytest.skip("needs EIGENFILTER_DATA with FashionMNIST/raw")
     names = ("fashion", "relu", loss)
     deadline = time.perf_counter() + 3600.0
-    task = Setting(load(*names), names, edge, 0, 300, deadline, tmp_path)
+    task = PhenomenonSetting(load(*names), names, edge, 0, 300, deadline, tmp_path)
     run = train(task, methods(edge)[1])
     assert run.history[0].ratio < 0.6
-    assert settled(run.history).mean == pytest.approx(1.0, abs=0.12)
+    assert settled_ratio(run.history).mean == pytest.approx(1.0, abs=0.12)
 
 
-def test_fashion_mnist_is_centred(tmp_path: Path) -> None:
+def test_fashion_mnist_is_centered(tmp_path: Path) -> None:
     folders.mnist(tmp_path, "FashionMNIST")
     data = fashion(50, tmp_path)
     assert data.inputs.shape == (50, 784)
@@ -195,8 +202,10 @@ def test_too_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not (tmp_path / "out").exists()
 
 
-def history(ratios: list[float]) -> list[Check]:
-    return [Check(i, 1.0, 5.0 * ratio, 5.0, 0.0, 1) for i, ratio in enumerate(ratios)]
+def history(ratios: list[float]) -> list[SharpnessMeasurement]:
+    return [
+        SharpnessMeasurement(i, 1.0, 5.0 * ratio, 5.0, 0.0, 1) for i, ratio in enumerate(ratios)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +222,7 @@ def test_verdicts(ratios: list[float], expected: str) -> None:
     assert verdict(history(ratios)) == expected
 
 
-def test_spent_time_is_said(tmp_path: Path) -> None:
+def test_spent_time_is_reported(tmp_path: Path) -> None:
     results = reproduce("sharpening", tmp_path, "--budget", "1e-9")
     assert len(results["runs"]) == len(methods(1.0))
     for run in results["runs"]:
@@ -221,7 +230,7 @@ def test_spent_time_is_said(tmp_path: Path) -> None:
         assert run["step"] == 0
 
 
-def test_divergence_is_said(tmp_path: Path) -> None:
+def test_divergence_is_reported(tmp_path: Path) -> None:
     results = reproduce("sharpening", tmp_path, "--edge", "0.01", "--steps", "500")
     assert results["runs"][0]["outcome"] == "diverged"
 
@@ -238,9 +247,9 @@ def test_divergence_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["phenomena", *argv])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
@@ -248,7 +257,7 @@ def test_bad_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("name", ["sharpening", "saddle", "late", "moving-edge"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main(["phenomena", name, "--help"])
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     assert f"out/phenomena/{name}" in capsys.readouterr().out

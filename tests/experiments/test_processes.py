@@ -1,4 +1,4 @@
-"""eigenfilter train under torchrun: the single process's run, resumed, and every way it can end."""
+"""eigenfilter train under torchrun: it equals a single process, resumes, and ends cleanly."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from eigenfilter.experiments import datasets, runs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.trainer import Trainer
 from experiments import processes_workers as workers
-from experiments.test_train import assert_same, lines, stopped_after, trained
+from experiments.test_train import assert_same, lines, stop_after, trainer_state
 
 pytestmark = pytest.mark.distributed
 
 WORKERS = str(Path(workers.__file__))
-LEAD = "of0"  # the folder of the process that leads
+MAIN = "of0"  # the folder of the process that leads
 
 
 def torchrun(count: int, *what: str) -> subprocess.Popen[str]:
@@ -40,24 +40,24 @@ def torchrun(count: int, *what: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of every scenario; a run that one process begins for several is there before."""
+    """Run all scenarios in a folder that contains a run which a single process started."""
     folder = tmp_path_factory.mktemp("processes")
     config = Config(**workers.ALIKE["usam"])
-    runs.run(config, folder / LEAD / "begun alone", stop=stopped_after(5))
+    runs.run(config, folder / MAIN / "begun alone", stop=stop_after(5))
     job = torchrun(workers.WORLD, WORKERS, str(folder))
-    _, said = job.communicate(timeout=300)
-    assert job.returncode == 0, said
+    _, output_lines = job.communicate(timeout=300)
+    assert job.returncode == 0, output_lines
     return folder
 
 
-def found(folder: Path, name: str) -> list[Any]:
-    """What each process found in a scenario."""
+def results_of(folder: Path, name: str) -> list[Any]:
+    """Return the results of a scenario in each process."""
     return [torch.load(folder / f"{rank}.pt")[name] for rank in range(workers.WORLD)]
 
 
 def assert_close(a: Path, b: Path) -> None:
-    """Two runs that are one up to rounding: weights, state, log."""
-    states = [trained(path) for path in (a, b)]
+    """Assert that two runs agree up to rounding in weights, state and log."""
+    states = [trainer_state(path) for path in (a, b)]
     for part in ("model", "optimizer"):
         torch.testing.assert_close(states[0][part], states[1][part], rtol=1e-9, atol=1e-12)
     for one, other in zip(lines(a), lines(b), strict=True):
@@ -66,12 +66,12 @@ def assert_close(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("name", workers.ALIKE)
-def test_the_single_processs_run(name: str, folder: Path, tmp_path: Path) -> None:
-    """Augmented, clipped, its sharpness watched, with ascents on a part of the batch."""
+def test_equal_to_a_single_process(name: str, folder: Path, tmp_path: Path) -> None:
+    """The runs use augmentation, clipping, the sharpness, and ascents on a part of the batch."""
     alone = runs.run(Config(**workers.ALIKE[name]), tmp_path)
-    assert_close(folder / LEAD / name, tmp_path)
+    assert_close(folder / MAIN / name, tmp_path)
     assert {record["kind"] for record in lines(tmp_path)} == {"train", "test", "sharpness"}
-    for results in found(folder, name):
+    for results in results_of(folder, name):
         assert results["gradients"] == alone["gradients"]
         assert results["test"] == pytest.approx(alone["test"], rel=1e-9)
         assert (results["processes"], alone["processes"]) == (workers.WORLD, 1)
@@ -79,56 +79,56 @@ def test_the_single_processs_run(name: str, folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", workers.RESUMED)
 def test_a_resumed_run_is_the_same_bit_for_bit(name: str, folder: Path) -> None:
-    """Stopped by one process; dropout of each, and buckets of gradients, are as they were."""
-    whole, parts = (folder / LEAD / f"{name}, {kind}" for kind in ("whole", "parts"))
-    assert_same(trained(whole), trained(parts))
+    """One process stops the run; each dropout and the gradient buckets must be restored."""
+    whole, parts = (folder / MAIN / f"{name}, {kind}" for kind in ("whole", "parts"))
+    assert_same(trainer_state(whole), trainer_state(parts))
     assert lines(whole) == lines(parts)
-    for results in found(folder, name):
+    for results in results_of(folder, name):
         assert (results["outcome"], results["step"]) == ("stopped", 5)
 
 
 @pytest.mark.parametrize("name", workers.RESUMED)
-def test_a_test_is_that_of_the_network_which_is_saved(name: str, folder: Path) -> None:
-    """Running statistics of batch normalisation are the same in all processes."""
+def test_evaluation_matches_the_saved_network(name: str, folder: Path) -> None:
+    """Running statistics of batch normalization are equal in all processes."""
     run = f"{name}, whole"
     alone = Trainer(Config(**workers.RESUMED[name]), datasets.load("digits"), torch.device("cpu"))
-    alone.load_state_dict(trained(folder / LEAD / run))
+    alone.load_state_dict(trainer_state(folder / MAIN / run))
     expected = pytest.approx(alone.evaluate(), rel=1e-5)
-    for results in found(folder, run):
+    for results in results_of(folder, run):
         assert {key: results["test"][key] for key in ("loss", "accuracy")} == expected
 
 
 def test_running_statistics_are_means_over_processes(folder: Path, tmp_path: Path) -> None:
-    """Those of the first normalisation, before which a step of USAM has the same weights."""
+    """The test looks at the first normalization layer, before which a step has the same weights."""
     runs.run(Config(**workers.A_STEP), tmp_path)
-    here, there = (trained(path)["model"] for path in (tmp_path, folder / LEAD / "a step"))
+    here, there = (trainer_state(path)["model"] for path in (tmp_path, folder / MAIN / "a step"))
     first = next(name for name in here if name.endswith("running_mean"))
     torch.testing.assert_close(here[first], there[first])
 
 
-def test_dropout_is_each_processs_own(folder: Path) -> None:
-    """The numbers differ; states do by the seed's upper half too, of which no number depends."""
-    state = trained(folder / LEAD / "dropout, whole")
+def test_dropout_differs_between_processes(folder: Path) -> None:
+    """Random numbers must differ; states also differ in the unused upper half of the seed."""
+    state = trainer_state(folder / MAIN / "dropout, whole")
     states = [random["cpu"] for random in (state["random"], *state["others"])]
     drawn = {float(torch.rand([], generator=torch.Generator().set_state(s))) for s in states}
     assert len(drawn) == len(states) == workers.WORLD
 
 
-def test_other_numbers_of_processes_go_on(folder: Path, tmp_path: Path) -> None:
-    """From one to three, and from three to one."""
-    assert {results["step"] for results in found(folder, "begun alone")} == {12}
+def test_a_run_resumes_with_another_number_of_processes(folder: Path, tmp_path: Path) -> None:
+    """A run resumes from one process with three, and from three with one."""
+    assert {results["step"] for results in results_of(folder, "begun alone")} == {12}
     runs.run(Config(**workers.ALIKE["usam"]), tmp_path)
-    assert_close(folder / LEAD / "begun alone", tmp_path)
-    last = runs.run(Config(**workers.ALIKE["usam"]), folder / LEAD / "begun by all", resume=True)
+    assert_close(folder / MAIN / "begun alone", tmp_path)
+    last = runs.run(Config(**workers.ALIKE["usam"]), folder / MAIN / "begun by all", resume=True)
     assert last["step"] == 12
-    assert_close(folder / LEAD / "begun by all", tmp_path)
+    assert_close(folder / MAIN / "begun by all", tmp_path)
 
 
 def test_one_process_writes_and_observes(folder: Path) -> None:
-    assert sorted(path.name for path in folder.iterdir()) == ["0.pt", "1.pt", "2.pt", LEAD]
-    files = {path.name for path in (folder / LEAD / "usam").iterdir()}
+    assert sorted(path.name for path in folder.iterdir()) == ["0.pt", "1.pt", "2.pt", MAIN]
+    files = {path.name for path in (folder / MAIN / "usam").iterdir()}
     assert files == {"checkpoint.pt", "config.yaml", "log.jsonl", "results.json"}
-    first, *others = found(folder, "seen")
+    first, *others = results_of(folder, "seen")
     assert first.count("start") == len(workers.ALIKE)
     assert others == [[], []]
 
@@ -136,29 +136,35 @@ def test_one_process_writes_and_observes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("batch_size", "batch_size gives 32 images a step, which 3 processes cannot share evenly"),
-        ("ascent_part", "ascent_part gives 5 images a step, which 3 processes cannot share evenly"),
-        ("hvp", "hvp autograd is for one process alone: take finite_difference"),
+        (
+            "batch_size",
+            "batch_size gives 32 images per step, which 3 processes cannot share evenly",
+        ),
+        (
+            "ascent_part",
+            "ascent_part gives 5 images per step, which 3 processes cannot share evenly",
+        ),
+        ("hvp", "hvp autograd works in a single process only; set hvp to finite_difference"),
         ("sharpness", "sharpness_samples must be at least 1 for each of 3 processes"),
         ("diverged", "lower lr (9.33e+17); the checkpoint of step 1 is kept"),
         ("full disk", "checkpoint.pt: File too large; the checkpoint of step 4 is kept"),
-        ("other data", "machines have different data: copy --data-dir"),
+        ("other data", "the processes have different data; copy --data-dir"),
         ("corrupt", "these data are corrupt"),
     ],
 )
-def test_all_are_told_what_is_wrong(name: str, says: str, folder: Path) -> None:
-    messages = found(folder, name)
+def test_all_processes_raise_the_same_error(name: str, says: str, folder: Path) -> None:
+    messages = results_of(folder, name)
     assert says in messages[0]
     assert messages == messages[:1] * workers.WORLD
 
 
-def test_a_full_disk_is_gone_on_from(folder: Path, tmp_path: Path) -> None:
-    assert trained(folder / LEAD / "diverged")["step"] == 1
-    assert trained(folder / LEAD / "full disk")["step"] == 12
+def test_a_run_resumes_after_a_full_disk(folder: Path, tmp_path: Path) -> None:
+    assert trainer_state(folder / MAIN / "diverged")["step"] == 1
+    assert trainer_state(folder / MAIN / "full disk")["step"] == 12
 
 
-def said(job: subprocess.Popen[str]) -> list[str]:
-    """The command's own lines; none of the processes hangs."""
+def output_lines(job: subprocess.Popen[str]) -> list[str]:
+    """Return the lines that the command printed; no process may hang."""
     out, errors = job.communicate(timeout=120)
     assert errors.count("Traceback") <= 1  # torchrun's
     return [line for line in (out + errors).splitlines() if "eigenfilter train" in line]
@@ -173,22 +179,22 @@ def test_ctrl_c(tmp_path: Path) -> None:
         assert time.monotonic() < until
         time.sleep(0.1)
     job.send_signal(signal.SIGINT)
-    [line] = said(job)
-    step = trained(tmp_path)["step"]
+    [line] = output_lines(job)
+    step = trainer_state(tmp_path)["step"]
     again = f"torchrun ... -m eigenfilter train --resume --out {tmp_path}"
-    assert line == f"stopped at step {step}: {again}"
+    assert line == f"stopped at step {step}; to continue: {again}"
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["outcome"], results["step"]) == ("stopped", step)
     config = Config(**results["config"])
-    alone = runs.run(config, tmp_path, resume=True, stop=stopped_after(1))
+    alone = runs.run(config, tmp_path, resume=True, stop=stop_after(1))
     assert alone["step"] == step + 1
 
 
 @pytest.mark.slow
-def test_all_fail_and_one_says_so(tmp_path: Path) -> None:
+def test_all_fail_and_one_reports_it(tmp_path: Path) -> None:
     job = torchrun(2, "-m", "eigenfilter", "train", "--batch-size=33", "--out", str(tmp_path))
-    [line] = said(job)
-    assert line.startswith("eigenfilter train: error: batch_size gives 33 images a step")
+    [line] = output_lines(job)
+    assert line.startswith("eigenfilter train: error: batch_size gives 33 images per step")
     assert job.returncode == 1  # torchrun's
 
 
@@ -197,10 +203,10 @@ def test_all_fail_and_one_says_so(tmp_path: Path) -> None:
     ("end", "says"),
     [
         ("killed", "another process of the run ended, or cannot be reached"),
-        ("out of memory", "memory does not suffice for step 6: lower batch_size"),
+        ("out of memory", "out of memory at step 6; lower batch_size"),
     ],
 )
 def test_one_fails_and_none_hangs(end: str, says: str, tmp_path: Path) -> None:
-    [line] = said(torchrun(2, WORKERS, str(tmp_path), end))
+    [line] = output_lines(torchrun(2, WORKERS, str(tmp_path), end))
     assert line.startswith(f"eigenfilter train: error: {says}")
-    assert trained(tmp_path)["step"] == 4
+    assert trainer_state(tmp_path)["step"] == 4

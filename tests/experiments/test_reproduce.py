@@ -1,4 +1,4 @@
-"""The paper's experiments, reproduced on digits: every number against the folders of the runs."""
+"""The paper's experiments on digits: every number is checked against the folders of the runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from eigenfilter.experiments.cli import main
-from eigenfilter.experiments.reproduce import LOCK, execution, spectra, summary
+from eigenfilter.experiments.reproduce import LOCK, pipeline, spectra, summary
 from eigenfilter.experiments.reproduce.findings import Findings
 from eigenfilter.experiments.reproduce.outputs import FILES
 from eigenfilter.experiments.reproduce.plan import Plan
-from eigenfilter.experiments.reproduce.summary import Measured, rows_of
-from eigenfilter.experiments.sweep.folders import locked
+from eigenfilter.experiments.reproduce.summary import RunResult, group_runs
+from eigenfilter.experiments.sweep.folders import try_folder_lock
 from experiments.reproductions import (
     DIVERGING,
     SPECTRUM,
@@ -41,11 +41,11 @@ def out(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_run_is_there_with_the_numbers_of_its_folder(out: Path) -> None:
-    found = results(out)
-    assert found["complete"]
-    assert len(found["runs"]) == 2 * VARIANTS
-    assert {run["seed"] for run in found["runs"]} == {3, 4}
-    for run in found["runs"]:
+    report = results(out)
+    assert report["complete"]
+    assert len(report["runs"]) == 2 * VARIANTS
+    assert {run["seed"] for run in report["runs"]} == {3, 4}
+    for run in report["runs"]:
         folder = out / "runs" / run["name"]
         record = json.loads((folder / "results.json").read_text())
         config = record["config"]
@@ -73,12 +73,12 @@ def test_the_sharpness_is_that_of_the_dense_hessian(out: Path, name: str) -> Non
 
 
 def test_means_deviations_and_the_best_rho(out: Path) -> None:
-    found = results(out)
-    assert len(found["rows"]) == VARIANTS
-    for row in found["rows"]:
+    report = results(out)
+    assert len(report["rows"]) == VARIANTS
+    for row in report["rows"]:
         runs = [
             run
-            for run in found["runs"]
+            for run in report["runs"]
             if all(run[key] == row[key] for key in ("method", "momentum", "rho"))
         ]
         assert len(runs) == 2
@@ -94,25 +94,25 @@ def test_means_deviations_and_the_best_rho(out: Path) -> None:
         assert row["error"] == max(run["error"] for run in runs)
         rivals = [
             other["accuracy"]["value"]
-            for other in found["rows"]
+            for other in report["rows"]
             if (other["method"], other["momentum"]) == (row["method"], row["momentum"])
             and other["accuracy"]
         ]
         if row["best"]:
             assert row["accuracy"]["value"] == max(rivals)
-    best = [(row["method"], row["momentum"]) for row in found["rows"] if row["best"]]
+    best = [(row["method"], row["momentum"]) for row in report["rows"] if row["best"]]
     assert len(best) == len(set(best)) == 10
 
 
 def test_the_order_is_stated_from_the_numbers(out: Path) -> None:
-    found = results(out)
+    report = results(out)
     sharpness = {
         (run["method"], run["momentum"], run["rho"], run["seed"]): run["sharpness"]
-        for run in found["runs"]
+        for run in report["runs"]
     }
     [check] = [
         check
-        for check in found["checks"]
+        for check in report["checks"]
         if check["momentum"] == 0.9
         and check["flatter"] == "USAM (rho 0.1)"
         and "0.1" in check["at"]
@@ -124,8 +124,8 @@ def test_the_order_is_stated_from_the_numbers(out: Path) -> None:
     assert check["verdict"] == {2: "as claimed", 1: "not in every seed", 0: "reversed"}[held]
     assert check["verdict"] in check["sentence"]
     # SGD > USAM at the best and two radii, USAM > two-step and > Hessian at the best and one.
-    assert len(found["checks"]) == 2 * (3 + 2 + 2)
-    for line, count in zip(found["verdicts"], (6, 4, 4), strict=True):
+    assert len(report["checks"]) == 2 * (3 + 2 + 2)
+    for line, count in zip(report["verdicts"], (6, 4, 4), strict=True):
         assert f"of {count} comparisons" in line
         assert sum(int(n) for n in re.findall(r" in (\d+)", line)) == count
 
@@ -137,14 +137,14 @@ def test_every_output_says_what_diverged_and_that_it_was_in_full(out: Path) -> N
         text = (out / name).read_text()
         assert "in full; 28 runs with 2 seeds, 24 complete, 4 diverged" in text
         assert "hessian_usam-momentum0-rho1e+30-seed3: diverged: the loss of step" in text
-        for row in summary.table(rows_of([measured(run) for run in results(out)["runs"]])):
+        for row in summary.table(group_runs([measured(run) for run in results(out)["runs"]])):
             for cell in row:
                 assert cell in text
 
 
-def measured(run: dict) -> Measured:
+def measured(run: dict) -> RunResult:
     values = {key: value for key, value in run.items() if key != "ratio"}
-    return Measured(**values, spectrum=None)
+    return RunResult(**values, spectrum=None)
 
 
 def test_run_again_it_reads_what_is_there(out: Path) -> None:
@@ -160,12 +160,12 @@ def test_run_again_it_reads_what_is_there(out: Path) -> None:
 def test_what_was_measured_is_read_though_stopped_at_once(out: Path) -> None:
     plan = Plan.of(json.loads((out / "plan.json").read_text()))
     options = {"processes": 1, "data_dir": None, "device": "cpu", "stop": lambda: True}
-    found = [run.as_dict() for run in execution.execute(plan, out, **options)]
-    assert found == results(out)["runs"]
+    report = [run.as_dict() for run in pipeline.execute(plan, out, **options)]
+    assert report == results(out)["runs"]
 
     finer = replace(plan.scale, spectrum=replace(SPECTRUM, steps=9))  # not measured yet
     for run, before in zip(
-        execution.execute(replace(plan, scale=finer), out, **options), found, strict=True
+        pipeline.execute(replace(plan, scale=finer), out, **options), report, strict=True
     ):
         assert run.outcome == {"complete": "unfinished"}.get(before["outcome"], before["outcome"])
         assert (run.accuracy, run.sharpness) == (before["accuracy"], None)
@@ -181,14 +181,14 @@ def test_memory_that_does_not_suffice_is_an_error_of_its_run(
     with monkeypatch.context() as patch:
         patch.setattr(spectra.curvature, "eigsh", mock.Mock(side_effect=torch.OutOfMemoryError))
         assert reproduce(folder) == 1
-    found = results(folder)
-    [run] = [run for run in found["runs"] if run["name"] == name]
+    report = results(folder)
+    [run] = [run for run in report["runs"] if run["name"] == name]
     assert (run["outcome"], run["sharpness"]) == ("complete", None)
     assert run["accuracy"] is not None
     for file in ("summary.md", "report.html"):
         text = (folder / file).read_text()
         assert "Complete, but without a spectrum" in text
-        assert f"{name}: memory does not suffice" in text
+        assert f"{name}: out of memory" in text
     assert not spectrum.exists()
     assert reproduce(folder) == 0  # measured again
     same = [run["sharpness"] for run in results(folder)["runs"]]
@@ -196,8 +196,8 @@ def test_memory_that_does_not_suffice_is_an_error_of_its_run(
 
 
 def test_only_one_is_at_work_in_a_folder(tiny, tmp_path: Path, capsys) -> None:
-    with locked(tmp_path, wait=lambda: False, name=LOCK) as had:
-        assert had
+    with try_folder_lock(tmp_path, wait=lambda: False, name=LOCK) as acquired:
+        assert acquired
         assert reproduce(tmp_path) == 2
     error = capsys.readouterr().err
     assert f"another reproduction is at work in {tmp_path}" in error
@@ -221,12 +221,12 @@ def test_unfinished_runs_do_not_disqualify_a_radius(
     runs = []
     for rho, values in accuracies.items():
         for seed, value in enumerate(values):
-            run = dict.fromkeys(field.name for field in fields(Measured))
+            run = dict.fromkeys(field.name for field in fields(RunResult))
             run |= {"method": "usam", "momentum": 0.0, "rho": rho, "seed": seed, "note": ""}
             accuracy = None if isinstance(value, str) else value
             outcome = "unfinished" if value is None else "complete" if accuracy else value
-            runs.append(Measured(**run | {"accuracy": accuracy, "outcome": outcome}))
-    assert [row.rho for row in rows_of(runs) if row.best] == ([] if best is None else [best])
+            runs.append(RunResult(**run | {"accuracy": accuracy, "outcome": outcome}))
+    assert [row.rho for row in group_runs(runs) if row.best] == ([] if best is None else [best])
 
 
 @pytest.mark.slow
@@ -234,15 +234,15 @@ def test_what_was_stopped_goes_on_to_the_same_numbers(out: Path, tmp_path: Path)
     plan = Plan.of(json.loads((out / "plan.json").read_text()))
     plan = replace(plan, experiment="fashion", scale=replace(plan.scale, seeds=1))
     options = {"processes": 1, "data_dir": None, "device": "cpu"}
-    ended = tmp_path.glob
-    first = execution.execute(
-        plan, tmp_path, stop=lambda: len(list(ended("runs/*/results.json"))) >= 2, **options
+    glob = tmp_path.glob
+    first = pipeline.execute(
+        plan, tmp_path, stop=lambda: len(list(glob("runs/*/results.json"))) >= 2, **options
     )
     assert [run.outcome for run in first].count("unfinished") >= VARIANTS - 5
     findings = Findings.of(plan, first, 0.0)
     assert not findings.complete
     assert "unfinished" in findings.title
-    again = execution.execute(plan, tmp_path, stop=lambda: False, **options)
+    again = pipeline.execute(plan, tmp_path, stop=lambda: False, **options)
     whole = {run["name"]: run for run in results(out)["runs"]}
     for run in again:
         there = whole[run.name]

@@ -1,4 +1,4 @@
-"""How large a reproduction is: scaled down to a budget or by hand, and said so everywhere."""
+"""The scale of a reproduction, by a budget or by hand, and its statement in every output."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from eigenfilter.experiments import datasets
-from eigenfilter.experiments.reproduce import budget, figure
+from eigenfilter.experiments.reproduce import budget, spectra_figure
 from eigenfilter.experiments.reproduce.budget import Rates
-from eigenfilter.experiments.reproduce.plan import Plan, Scale
+from eigenfilter.experiments.reproduce.plan import ExperimentScale, Plan
 from experiments.reproductions import SPECTRUM, STABLE, TINY, VARIANTS, reproduce, results
 
 
@@ -21,23 +21,23 @@ def test_a_budget_is_stated_in_every_output(
     tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 ) -> None:
     # At these rates two seeds of two epochs take more than ten minutes, one of one less.
-    monkeypatch.setattr(budget, "timed", lambda *args: Rates(gradient=0.03, product=1e-6))
+    monkeypatch.setattr(budget, "measure_rates", lambda *args: Rates(gradient=0.03, product=1e-6))
     titles: list[str] = []
-    save = figure.save_png
+    save = spectra_figure.save_png
 
     def saved(drawn, path: Path) -> None:
         titles.append(drawn.get_suptitle())
         save(drawn, path)
 
-    monkeypatch.setattr(figure, "save_png", saved)
+    monkeypatch.setattr(spectra_figure, "save_png", saved)
     assert reproduce(tmp_path, "--budget", "10", name="fashion") == 0
-    found = results(tmp_path)
-    statement = found["statement"]
+    report = results(tmp_path)
+    statement = report["statement"]
     assert re.match(r"scaled down to a budget of 10 minutes: 1 seed of 2, 1 epoch of 2", statement)
-    assert found["plan"]["budget"] == 10
-    assert found["plan"]["scale"] != found["plan"]["full"]
-    assert found["plan"]["estimate"] <= 600
-    assert {run["seed"] for run in found["runs"]} == {3}
+    assert report["plan"]["budget"] == 10
+    assert report["plan"]["scale"] != report["plan"]["full"]
+    assert report["plan"]["estimate"] <= 600
+    assert {run["seed"] for run in report["runs"]} == {3}
     for name in ("summary.md", "report.html"):
         assert statement in (tmp_path / name).read_text()
     assert statement in capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_a_budget_is_stated_in_every_output(
     assert "--budget chooses the scale itself" in capsys.readouterr().err
 
 
-FULL = Scale(seeds=3, epochs=8, model="mlp-8", samples=800, spectrum=SPECTRUM)
+FULL = ExperimentScale(seeds=3, epochs=8, model="mlp-8", samples=800, spectrum=SPECTRUM)
 RATES = {"mlp-8": Rates(0.02, 1e-5), "mlp-4": Rates(0.01, 1e-5)}
 
 
@@ -58,13 +58,13 @@ def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images(
 ) -> None:
     monkeypatch.setattr(budget, "START", 0.0)
 
-    def scale(minutes: float) -> Scale:
-        found, seconds, rates = budget.fitted(
+    def scale(minutes: float) -> ExperimentScale:
+        scale, seconds, rates = budget.fit_to_budget(
             TINY, FULL, minutes, RATES.__getitem__, processes=2, tests=0
         )
-        assert rates is RATES[found.model]
+        assert rates is RATES[scale.model]
         assert seconds <= 60 * minutes
-        return found
+        return scale
 
     # The 14 variants take 32 gradients an image.
     need = 32 * 800 * 0.02 / 2 / 60 / budget.TRAINING  # minutes of one epoch of one seed
@@ -78,7 +78,7 @@ def test_a_smaller_budget_takes_seeds_then_epochs_then_width_then_images(
 
 def test_a_seed_takes_its_longest_run_and_a_start_at_least() -> None:
     def estimate(processes: int) -> float:
-        _, seconds, _ = budget.fitted(
+        _, seconds, _ = budget.fit_to_budget(
             TINY, FULL, 1e6, RATES.__getitem__, processes=processes, tests=0
         )
         return seconds
@@ -93,7 +93,7 @@ def test_a_seed_takes_its_longest_run_and_a_start_at_least() -> None:
 def test_a_budget_that_suffices_for_nothing_says_what_would(
     tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(budget, "timed", lambda *args: Rates(gradient=1.0, product=1e-6))
+    monkeypatch.setattr(budget, "measure_rates", lambda *args: Rates(gradient=1.0, product=1e-6))
     assert reproduce(tmp_path, "--budget", "0.5", name="fashion") == 2
     assert re.search(r"--budget 0.5 is too small: .* takes about \d+", capsys.readouterr().err)
     assert not (tmp_path / "plan.json").exists()
@@ -102,8 +102,8 @@ def test_a_budget_that_suffices_for_nothing_says_what_would(
 def test_the_rates_are_those_of_steps_and_products(tiny) -> None:
     data = datasets.load("digits")
     device = torch.device("cpu")
-    small = budget.timed(STABLE, STABLE.full, "mlp-8", data, device)
-    large = budget.timed(STABLE, STABLE.full, "mlp-2000-2000", data, device)
+    small = budget.measure_rates(STABLE, STABLE.full, "mlp-8", data, device)
+    large = budget.measure_rates(STABLE, STABLE.full, "mlp-2000-2000", data, device)
     assert 0 < small.gradient < large.gradient < 1
     assert 0 < small.product < large.product < 1
 
@@ -114,20 +114,20 @@ def test_a_scale_by_hand_is_stated_in_every_output_and_kept(
 ) -> None:
     scale = ["--seeds", "1", "--epochs", "1", "--model", "mlp-4", "--samples", "150"]
     assert reproduce(tmp_path, *scale, "--spectrum-samples", "50", name="fashion") == 0
-    found = results(tmp_path)
-    assert found["statement"] == (
+    report = results(tmp_path)
+    assert report["statement"] == (
         "scaled by hand: 1 seed of 2, 1 epoch of 2, mlp-4 in place of mlp-8, 150 of 200 "
         "training images, spectra on 50 images, 1 eigenvalue, 1 probe of 5 products "
         "(in full 60, 3, 1 of 8)"
     )
-    assert found["plan"]["budget"] is None
-    assert {run["seed"] for run in found["runs"]} == {3}
+    assert report["plan"]["budget"] is None
+    assert {run["seed"] for run in report["runs"]} == {3}
     for name in ("summary.md", "report.html"):
-        assert found["statement"] in (tmp_path / name).read_text()
+        assert report["statement"] in (tmp_path / name).read_text()
 
     capsys.readouterr()
     assert reproduce(tmp_path, *scale, name="fashion") == 2  # with other spectra
-    assert "holds a reproduction scaled by hand: 1 seed of 2" in capsys.readouterr().err
+    assert "contains a reproduction scaled by hand: 1 seed of 2" in capsys.readouterr().err
 
 
 def test_a_scale_above_the_experiments_is_not_said_to_be_a_part_of_it() -> None:

@@ -1,4 +1,4 @@
-"""eigenfilter spectrum: checkpoints and users' models, against dense Hessians; bad input."""
+"""eigenfilter spectrum: checkpoints and users' models against dense Hessians, and bad input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eigenfilter.experiments import runs
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.devices import device_of
-from eigenfilter.experiments.subjects import trained
+from eigenfilter.experiments.loaded_models import load_trained
 
 CONFIG = Config(
     samples=60,
@@ -33,7 +33,7 @@ CONFIG = Config(
 
 
 class Bowl(nn.Module):
-    """A loss whose Hessian is known: sum_i a_i x_i^2 / 2."""
+    """A loss with a known Hessian: sum_i a_i x_i^2 / 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ number = 3
 
 @pytest.fixture
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a user's module, in the current folder."""
+    """Write a user's module into the current folder, and return its name."""
     name = f"users_module_{abs(hash(tmp_path))}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
@@ -94,17 +94,17 @@ def spectrum(folder: Path, *argv: str) -> dict[str, Any]:
 
 
 def dense(run: Path, samples: int = 0) -> Tensor:
-    """All eigenvalues of the Hessian of a checkpoint's loss, descending; samples: 0 for all."""
-    subject = trained(run, torch.device("cpu"), samples=samples)
-    inputs = torch.cat([x for x, _ in subject.data])
-    labels = torch.cat([y for _, y in subject.data])
-    named = dict(subject.model.named_parameters())
+    """Return all eigenvalues of a checkpoint's Hessian, descending; samples=0 uses all images."""
+    loaded = load_trained(run, torch.device("cpu"), samples=samples)
+    inputs = torch.cat([x for x, _ in loaded.data])
+    labels = torch.cat([y for _, y in loaded.data])
+    named = dict(loaded.model.named_parameters())
     shapes = [p.shape for p in named.values()]
 
     def loss(flat: Tensor) -> Tensor:
         parts = flat.split([shape.numel() for shape in shapes])
         tree = {n: p.view(s) for n, p, s in zip(named, parts, shapes, strict=True)}
-        output = torch.func.functional_call(subject.model, tree, inputs)
+        output = torch.func.functional_call(loaded.model, tree, inputs)
         return nn.functional.cross_entropy(output, labels)
 
     flat = torch.cat([p.detach().flatten() for p in named.values()])
@@ -113,49 +113,49 @@ def dense(run: Path, samples: int = 0) -> Tensor:
 
 def test_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--pairs", "4", "--tol", "1e-6", "--probes", "3", "--steps", "20", "--batch-size", "25"]
-    found = spectrum(tmp_path, str(run), *argv)
+    report = spectrum(tmp_path, str(run), *argv)
     exact = dense(run)
-    assert found["values"] == pytest.approx(exact[:4].tolist(), rel=1e-5)
-    assert all(found["converged"])
-    assert found["parameters"] == len(exact)
-    assert found["subject"]["step"] == 6
-    assert found["subject"]["samples"] == 60
-    assert found["edge"] == ef.filters.USAM(0.1, 0.9, rho=0.05).max_eigenvalue()
-    trace = found["trace"]
+    assert report["values"] == pytest.approx(exact[:4].tolist(), rel=1e-5)
+    assert all(report["converged"])
+    assert report["parameters"] == len(exact)
+    assert report["subject"]["step"] == 6
+    assert report["subject"]["samples"] == 60
+    assert report["edge"] == ef.filters.USAM(0.1, 0.9, rho=0.05).max_eigenvalue()
+    trace = report["trace"]
     assert trace["value"] == pytest.approx(float(exact.sum()), abs=5 * trace["standard_error"])
     text = capsys.readouterr().out
-    assert f"{found['values'][0]:.6g}" in text
-    assert f"edge of the optimizer's filter {found['edge']:.5g}" in text
+    assert f"{report['values'][0]:.6g}" in text
+    assert f"edge of the optimizer's filter {report['edge']:.5g}" in text
 
 
 def test_ends_and_samples(run: Path, tmp_path: Path) -> None:
-    found = spectrum(tmp_path, str(run / "checkpoint.pt"), "--which", "BE", "--pairs", "2",
+    report = spectrum(tmp_path, str(run / "checkpoint.pt"), "--which", "BE", "--pairs", "2",
                      "--probes", "0")  # fmt: skip
     exact = dense(run)
-    assert found["values"] == pytest.approx([float(exact[-1]), float(exact[0])], rel=1e-2)
-    assert "density" not in found
-    assert found["certificate"]["edge"] == found["edge"]
+    assert report["values"] == pytest.approx([float(exact[-1]), float(exact[0])], rel=1e-2)
+    assert "density" not in report
+    assert report["certificate"]["edge"] == report["edge"]
     fewer = spectrum(tmp_path, str(run), "--samples", "20", "--probes", "1", "--steps", "5",
                      "--certificate", "0")  # fmt: skip
     assert fewer["certificate"] is None
     assert fewer["subject"]["samples"] == 20
     assert fewer["trace"]["standard_error"] is None
-    assert fewer["values"][0] != pytest.approx(found["values"][1], rel=1e-3)
+    assert fewer["values"][0] != pytest.approx(report["values"][1], rel=1e-3)
 
 
 def test_measuring_leaves_the_generators(run: Path) -> None:
     before = torch.get_rng_state()
-    trained(run, torch.device("cpu"))
+    load_trained(run, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_of_ones_own(user: str, tmp_path: Path) -> None:
+def test_a_users_model(user: str, tmp_path: Path) -> None:
     paths = [f"--{what}={user}:{what}" for what in ("loss", "data", "optimizer")]
-    found = spectrum(tmp_path, f"--model={user}:make", *paths, "--pairs", "6", "--probes", "2")
-    assert found["values"] == pytest.approx([8, 5, 3, 2, 1, -4], rel=1e-6)
-    assert found["edge"] == pytest.approx(10.0)
-    assert found["certificate"]["verdict"] == "not an equilibrium"
-    assert found["certificate"]["sharpness"] == pytest.approx(8)
+    report = spectrum(tmp_path, f"--model={user}:make", *paths, "--pairs", "6", "--probes", "2")
+    assert report["values"] == pytest.approx([8, 5, 3, 2, 1, -4], rel=1e-6)
+    assert report["edge"] == pytest.approx(10.0)
+    assert report["certificate"]["verdict"] == "not an equilibrium"
+    assert report["certificate"]["sharpness"] == pytest.approx(8)
     weights = tmp_path / "weights.pt"
     torch.save({"x": torch.zeros(6)}, weights)
     again = spectrum(tmp_path, str(weights), f"--model={user}:make", *paths, "--pairs", "1")
@@ -167,10 +167,10 @@ def test_a_model_of_ones_own(user: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("matrix", ["ggn", "fisher"])
 def test_other_matrices_are_positive(matrix: str, run: Path, tmp_path: Path) -> None:
-    found = spectrum(
+    report = spectrum(
         tmp_path, str(run), "--matrix", matrix, "--which", "SA", "--pairs", "1", "--probes", "0"
     )
-    assert found["values"][0] > -1e-10
+    assert report["values"][0] > -1e-10
 
 
 def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +184,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
     ("argv", "says"),
     [
         ([], "give a CHECKPOINT of eigenfilter train, or --model and --data"),
-        (["--data", "a:b"], "--data goes with --model"),
+        (["--data", "a:b"], "--data needs --model"),
         (["--model", "a:b"], "--model needs --data"),
         (["--model", "a:b", "--data", "c:d"], "there is no module a here or installed"),
         (["--model", "make", "--data", "c:d"], "'make' must be module:name"),
@@ -192,7 +192,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
         (["--model", "{}:number", "--data", "{}:data"], "number failed (TypeError"),
         (["--model", "{}:data", "--data", "{}:data"], "data gives a list, not a torch.nn.Module"),
         (["--model", "{}:broken", "--data", "{}:data"], "broken failed (KeyError"),
-        (["--model", "{}:make", "--data", "{}:nothing"], "nothing holds no tensors"),
+        (["--model", "{}:make", "--data", "{}:nothing"], "nothing contains no tensors"),
         (["--model", "{}:make", "--data", "{}:broken"], "broken failed (KeyError"),
         (["--model", "{}:make", "--data", "{}:number"], "batch"),
         (["nowhere.pt"], "cannot read nowhere.pt"),

@@ -1,4 +1,4 @@
-"""eigenfilter sweep: which runs a file says, their names, the table, and how it can end."""
+"""eigenfilter sweep: the runs of a file, their names, the table, and the ways it can end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep import execution, local, plan, table
+from eigenfilter.experiments.sweep import execution, local, search_space, table
 
 YAML = """
 base: {model: mlp-12, samples: 96, batch_size: 32, epochs: 2}
@@ -34,21 +34,21 @@ random_seed: 7
 """
 
 
-def chosen(text: str, folder: Path, **flags: Any) -> dict[Config, str]:
+def read_configs(text: str, folder: Path, **flags: Any) -> dict[Config, str]:
     (folder / "sweep.yaml").write_text(text)
-    return plan.read(folder / "sweep.yaml", flags)
+    return search_space.read(folder / "sweep.yaml", flags)
 
 
 def test_a_grid(tmp_path: Path) -> None:
-    found = chosen(YAML, tmp_path)
+    configs = read_configs(YAML, tmp_path)
     base = {"model": "mlp-12", "samples": 96, "batch_size": 32, "epochs": 2, "threads": 1}
     options = [
         {"optimizer": "sgd", "lr": 0.1, "momentum": 0.5},
         {"optimizer": "sgd", "lr": 0.05, "momentum": 0.5},
         *({"optimizer": o, "rho": r} for o in ("usam", "sam") for r in (0.01, 0.1)),
     ]
-    assert list(found) == [Config(**base, **o, seed=s) for o in options for s in (3, 5)]
-    assert list(found.values())[::4] == [
+    assert list(configs) == [Config(**base, **o, seed=s) for o in options for s in (3, 5)]
+    assert list(configs.values())[::4] == [
         "optimizer=sgd,lr=0.1,momentum=0.5,seed=3",
         "optimizer=usam,rho=0.01,seed=3",
         "optimizer=sam,rho=0.01,seed=3",
@@ -56,56 +56,56 @@ def test_a_grid(tmp_path: Path) -> None:
 
 
 def test_flags_are_over_the_file(tmp_path: Path) -> None:
-    found = chosen(YAML, tmp_path, epochs=7, threads=2)
-    assert {(config.epochs, config.threads) for config in found} == {(7, 2)}
-    assert [c.seed for c in chosen("base: {lr: 0.3}", tmp_path, seed=4)] == [4]
-    assert [c.seed for c in chosen("seeds: 3", tmp_path)] == [0, 1, 2]
+    configs = read_configs(YAML, tmp_path, epochs=7, threads=2)
+    assert {(config.epochs, config.threads) for config in configs} == {(7, 2)}
+    assert [c.seed for c in read_configs("base: {lr: 0.3}", tmp_path, seed=4)] == [4]
+    assert [c.seed for c in read_configs("seeds: 3", tmp_path)] == [0, 1, 2]
     with pytest.raises(UserError, match="rho is swept over"):
-        chosen(YAML, tmp_path, rho=0.3)
+        read_configs(YAML, tmp_path, rho=0.3)
 
 
 def test_what_two_grids_share_is_run_once(tmp_path: Path) -> None:
-    found = chosen("grid: [{lr: [0.1, 0.2]}, {lr: [0.2, 0.3], rho: 0.05}]", tmp_path)
-    assert list(found.values()) == ["lr=0.1,seed=0", "lr=0.2,seed=0", "lr=0.3,rho=0.05,seed=0"]
+    configs = read_configs("grid: [{lr: [0.1, 0.2]}, {lr: [0.2, 0.3], rho: 0.05}]", tmp_path)
+    assert list(configs.values()) == ["lr=0.1,seed=0", "lr=0.2,seed=0", "lr=0.3,rho=0.05,seed=0"]
 
 
 def test_random_samples_are_those_of_their_seed(tmp_path: Path) -> None:
-    found = chosen(RANDOM, tmp_path)
-    assert len(found) == 10
-    assert found == chosen(RANDOM, tmp_path)
-    assert not found.keys() & chosen(RANDOM.replace("seed: 7", "seed: 8"), tmp_path).keys()
-    for config in found:
+    configs = read_configs(RANDOM, tmp_path)
+    assert len(configs) == 10
+    assert configs == read_configs(RANDOM, tmp_path)
+    assert not configs.keys() & read_configs(RANDOM.replace("seed: 7", "seed: 8"), tmp_path).keys()
+    for config in configs:
         assert 1e-3 <= config.lr <= 1
         assert 0.1 <= config.momentum <= 0.9
         assert 16 <= config.batch_size <= 64
         assert float(f"{config.lr:.4g}") == config.lr
-    sgd, usam = list(found)[:5], list(found)[5:]  # the same samples at each point of the grid
+    sgd, usam = list(configs)[:5], list(configs)[5:]  # the same samples at each point of the grid
     assert [c.lr for c in sgd] == [c.lr for c in usam]
     assert len({c.lr for c in sgd}) == 5
-    assert {c.activation for c in found} == {"relu", "tanh"}
+    assert {c.activation for c in configs} == {"relu", "tanh"}
 
 
 def test_more_samples_and_options_leave_those_there_were(tmp_path: Path) -> None:
-    before = chosen(RANDOM, tmp_path)
-    more = chosen(RANDOM.replace("samples: 5", "samples: 8"), tmp_path)
+    before = read_configs(RANDOM, tmp_path)
+    more = read_configs(RANDOM.replace("samples: 5", "samples: 8"), tmp_path)
     assert before.keys() < more.keys()
     other = RANDOM.replace("random:", "random:\n  weight_decay: {uniform: [0, 0.1]}")
-    assert [c.lr for c in chosen(other, tmp_path)] == [c.lr for c in before]
+    assert [c.lr for c in read_configs(other, tmp_path)] == [c.lr for c in before]
 
 
 def test_distributions_are_what_they_say(tmp_path: Path) -> None:
     text = "random: {lr: {log_uniform: [1e-4, 1]}, rho: {uniform: [0, 2]}}\nsamples: 2000"
-    found = list(chosen(text, tmp_path))
+    configs = list(read_configs(text, tmp_path))
     for part, low in ((0.25, 1e-3), (0.5, 1e-2), (0.75, 1e-1)):  # within four deviations
-        assert sum(c.lr < low for c in found) / 2000 == pytest.approx(part, abs=0.045)
-        assert sum(c.rho < 2 * part for c in found) / 2000 == pytest.approx(part, abs=0.045)
+        assert sum(c.lr < low for c in configs) / 2000 == pytest.approx(part, abs=0.045)
+        assert sum(c.rho < 2 * part for c in configs) / 2000 == pytest.approx(part, abs=0.045)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "log_uniform"])
 @pytest.mark.parametrize(("low", "high"), [(0.123456, 0.123459), (0.99996, 0.99999)])
 def test_rounding_stays_in_the_range(kind: str, low: float, high: float, tmp_path: Path) -> None:
     text = f"random: {{lr: {{{kind}: [{low}, {high}]}}}}\nsamples: 9"
-    assert all(low <= config.lr <= high for config in chosen(text, tmp_path))
+    assert all(low <= config.lr <= high for config in read_configs(text, tmp_path))
 
 
 def test_names_are_short_and_those_of_one_configuration(tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_names_are_short_and_those_of_one_configuration(tmp_path: Path) -> None:
         name: {"choice": [0.123, 0.456]}
         for name in ("lr", "momentum", "weight_decay", "rho", "beta1", "beta2", "clip", "dropout")
     } | {"label_smoothing": {"choice": [0.1234, 0.4567]}, "rho_end": {"choice": [0.333, 0.555]}}
-    found = chosen(json.dumps({"random": options, "samples": 12}), tmp_path)
-    assert len(set(found.values())) == len(found)
-    assert max(map(len, found.values())) == plan.LONGEST
+    configs = read_configs(json.dumps({"random": options, "samples": 12}), tmp_path)
+    assert len(set(configs.values())) == len(configs)
+    assert max(map(len, configs.values())) == search_space.LONGEST
 
 
-def left(out: Path, name: str, config: Config) -> None:
-    """A complete run's folder."""
+def write_complete_run(out: Path, name: str, config: Config) -> None:
+    """Write the folder of a complete run."""
     folder = out / "runs" / name
     folder.mkdir(parents=True)
     record = {"outcome": "complete", "config": config.as_dict()}
@@ -127,33 +127,37 @@ def left(out: Path, name: str, config: Config) -> None:
 
 
 def test_folders_keep_their_runs_whatever_the_file_becomes(tmp_path: Path) -> None:
-    before = plan.named(chosen("base: {rho: 0.1}\ngrid: {lr: [0.1, 0.2]}", tmp_path), tmp_path)
+    before = search_space.assign_names(
+        read_configs("base: {rho: 0.1}\ngrid: {lr: [0.1, 0.2]}", tmp_path), tmp_path
+    )
     for name, config in before.items():
-        left(tmp_path, name, config)
+        write_complete_run(tmp_path, name, config)
     more = "grid: {lr: [0.1, 0.2, 0.3], rho: [0.1, 0.2]}"
-    after = plan.named(chosen(more, tmp_path), tmp_path)
+    after = search_space.assign_names(read_configs(more, tmp_path), tmp_path)
     assert len(after) == 6
     assert before.items() < after.items()
-    longer = plan.named(chosen("grid: {lr: [0.1, 0.2]}\nbase: {epochs: 3}", tmp_path), tmp_path)
+    longer = search_space.assign_names(
+        read_configs("grid: {lr: [0.1, 0.2]}\nbase: {epochs: 3}", tmp_path), tmp_path
+    )
     assert not before.keys() & longer.keys()
     assert all(name.startswith("lr=0.") and "-" in name for name in longer)
 
 
 BAD = {
     "grids: []": "unknown key 'grids': did you mean grid?",
-    "- 1": "must hold lines such as",
-    "base: [1]": "base must hold lines such as 'lr: 0.1', not a list",
-    "grid: 3": "grid must hold lines such as",
+    "- 1": "must contain lines such as",
+    "base: [1]": "base must contain lines such as 'lr: 0.1', not a list",
+    "grid: 3": "grid must contain lines such as",
     "grid: {lr: []}": "grid has no value of lr",
     "grid: {learning: [1]}": "unknown option 'learning' (at learning 1)",
     "grid: {lr: [0.1, -1]}": "lr must be a number of at least 0, not -1 (at lr -1)",
-    "grid: {seed: [1]}": "the seeds are not in grid or random",
-    "seeds: 0": "seeds must be a list, or how many there are, not 0",
+    "grid: {seed: [1]}": "seed cannot be in grid or random",
+    "seeds: 0": "seeds must be a list or a number of seeds, not 0",
     "seeds: [a]": "seed must be a whole number",
     "{base: {seed: 1}, seeds: 2}": "the seed is given twice",
-    "samples: 3": "samples is of random, which is not there",
-    "random: {lr: {uniform: [0, 1]}}": "samples must be how many are drawn",
-    "{random: {lr: [0, 1]}, samples: 2}": "lr of random must be as {uniform: [0, 1]}",
+    "samples: 3": "samples needs random, which is missing",
+    "random: {lr: {uniform: [0, 1]}}": "samples must be the number of random samples",
+    "{random: {lr: [0, 1]}, samples: 2}": "lr of random must be like {uniform: [0, 1]}",
     "{random: {lr: {uniform: [1, 0]}}, samples: 2}": "lr of random must be {uniform: [low, high]}",
     "{random: {lr: {log_uniform: [0, 1]}}, samples: 2}": "lr of random must be",
     "{random: {lr: {normal: [0, 1]}}, samples: 2}": "lr of random must be",
@@ -282,22 +286,24 @@ seeds: 2
 """
 
 
-def test_a_sweep_is_stopped_and_gone_on_with(
+def test_a_sweep_stops_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "s.yaml").write_text(SMALL)
     argv = ["sweep", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--processes", "1"]
-    ended = local.Ledger.ended
+    record_end = local.RunQueue.record_end
     monkeypatch.setattr(
-        local.Ledger, "ended", lambda *a: [ended(*a), signal.raise_signal(signal.SIGTERM)]
+        local.RunQueue,
+        "record_end",
+        lambda *a: [record_end(*a), signal.raise_signal(signal.SIGTERM)],
     )
     assert main(argv) == 130
-    assert "runs to go: the same command goes on with them" in capsys.readouterr().out
+    assert "runs unfinished; run the command again" in capsys.readouterr().out
     first = json.loads((tmp_path / "out" / "results.json").read_text())
     outcomes = [r["outcome"] for r in first["runs"].values()]
     assert outcomes.count("complete") == 1
     assert outcomes.count("stopped") == 5
-    monkeypatch.setattr(local.Ledger, "ended", ended)
+    monkeypatch.setattr(local.RunQueue, "record_end", record_end)
     assert main(argv) == 0
     out = capsys.readouterr()
     results = json.loads((tmp_path / "out" / "results.json").read_text())

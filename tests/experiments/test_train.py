@@ -1,4 +1,4 @@
-"""eigenfilter train: what it writes, that it resumes bit for bit, and every way it can end."""
+"""eigenfilter train: its files, resumption to the same bits, and the ways it can end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.trainer import Trainer
 from experiments import folders
-from experiments.test_checkpoint import room
+from experiments.test_checkpoint import file_size_limit
 
 SMALL: dict[str, Any] = {
     "samples": 96,
@@ -32,11 +32,11 @@ SMALL: dict[str, Any] = {
 
 
 class Killed(Exception):
-    """What stands for a process that ends without a word."""
+    """Stands for a process that ends without cleanup."""
 
 
-def killed_after(steps: int) -> Any:
-    """A question whether to stop that is never answered after so many steps."""
+def kill_after(steps: int) -> Any:
+    """Return a stop condition that raises Killed after a number of steps."""
     left = iter(range(steps - 1))
 
     def stop() -> bool:
@@ -47,24 +47,24 @@ def killed_after(steps: int) -> Any:
     return stop
 
 
-def stopped_after(steps: int) -> Any:
+def stop_after(steps: int) -> Any:
     left = iter(range(steps - 1))
     return lambda: next(left, None) is None
 
 
-def trained(folder: Path) -> dict[str, Any]:
-    """The state in a folder's checkpoint."""
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """Return the trainer's state in the checkpoint of a folder."""
     return checkpoint.read(folder / checkpoint.FILE)["trainer"]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """The log, without what depends on the clock."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in found]
+    """Return the records of the log without values that depend on the clock."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in records]
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Equal to the last bit."""
+    """Assert that two values are equal to the last bit."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype
@@ -121,40 +121,40 @@ GRADIENTS = {  # of 12 steps; rho is 0, and there is no ascent, in every second 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """Stopped in an epoch, then killed after steps that no checkpoint has, then to the end."""
+    """The run is stopped in an epoch, then killed after a checkpoint, then completed."""
     config = Config(**RUNS[name])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     runs.run(config, whole)
     torch.randn(7)  # the global generator is no part of a run
-    first = runs.run(config, parts, stop=stopped_after(4))
+    first = runs.run(config, parts, stop=stop_after(4))
     assert (first["outcome"], first["step"]) == ("stopped", 4)
     with pytest.raises(Killed):
-        runs.run(config, parts, resume=True, stop=killed_after(3))
-    assert trained(parts)["step"] == 5
+        runs.run(config, parts, resume=True, stop=kill_after(3))
+    assert trainer_state(parts)["step"] == 5
     last = runs.run(config, parts, resume=True)
     assert (last["outcome"], last["step"]) == ("complete", 12)
-    assert_same(trained(whole), trained(parts))
+    assert_same(trainer_state(whole), trainer_state(parts))
     assert lines(whole) == lines(parts)
     results = [json.loads((folder / "results.json").read_text()) for folder in (whole, parts)]
     assert results[0]["gradients"] == GRADIENTS[name]
-    for found in results:
-        assert found["train"].pop("images_per_second") > 0
-        assert found.pop("seconds") > 0
+    for record in results:
+        assert record["train"].pop("images_per_second") > 0
+        assert record.pop("seconds") > 0
     assert results[0] == results[1]
 
 
 def test_two_and_two_epochs_are_four(tmp_path: Path) -> None:
     config = Config(**EVERYTHING)
     runs.run(config, tmp_path / "whole")
-    runs.run(config, tmp_path / "parts", stop=stopped_after(6))
+    runs.run(config, tmp_path / "parts", stop=stop_after(6))
     runs.run(config, tmp_path / "parts", resume=True)
-    assert_same(trained(tmp_path / "whole"), trained(tmp_path / "parts"))
+    assert_same(trainer_state(tmp_path / "whole"), trainer_state(tmp_path / "parts"))
 
 
 def test_seeds_decide(tmp_path: Path) -> None:
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
         runs.run(Config(**EVERYTHING | {"seed": seed}), tmp_path / folder)
-    a, b, c = (trained(tmp_path / folder)["model"] for folder in "abc")
+    a, b, c = (trainer_state(tmp_path / folder)["model"] for folder in "abc")
     assert_same(a, b)
     assert not torch.equal(a["1.weight"], c["1.weight"])
 
@@ -162,17 +162,17 @@ def test_seeds_decide(tmp_path: Path) -> None:
 def test_torch_is_left_as_it_was(tmp_path: Path, threads: None) -> None:
     before = torch.get_rng_state()
     torch.set_num_threads(2)
-    seen = []
+    events = []
     config = Config(**EVERYTHING | {"threads": 1})
-    runs.run(config, tmp_path, observe=lambda *record: seen.append(torch.get_num_threads()))
-    assert set(seen) == {1}
+    runs.run(config, tmp_path, observe=lambda *record: events.append(torch.get_num_threads()))
+    assert set(events) == {1}
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_what_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--out", str(tmp_path), "--samples", "400", "--epochs", "20", "--tensorboard"]
     argv += ["--sharpness-every", "100", "--optimizer", "usam", "--log-every", "30"]
     assert main(argv) == 0
@@ -217,13 +217,14 @@ def test_ctrl_c_keeps_everything(
     handler = signal.getsignal(signal.SIGINT)
     assert main(["train", *flags, *out]) == 130
     assert signal.getsignal(signal.SIGINT) is handler
-    assert trained(tmp_path / "run")["step"] == 5
-    said = capsys.readouterr().out
-    assert f"stopped at step 5: eigenfilter train --resume --out {tmp_path / 'run'}" in said
+    assert trainer_state(tmp_path / "run")["step"] == 5
+    output = capsys.readouterr().out
+    command = f"eigenfilter train --resume --out {tmp_path / 'run'}"
+    assert f"stopped at step 5; to continue: {command}" in output
     monkeypatch.setattr(Trainer, "advance", advance)
     assert main(["train", "--resume", *out]) == 0
     runs.run(Config(**SMALL), tmp_path / "whole")
-    assert_same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
+    assert_same(trainer_state(tmp_path / "run"), trainer_state(tmp_path / "whole"))
 
 
 def test_a_second_ctrl_c_ends_at_once(
@@ -240,7 +241,7 @@ def test_a_second_ctrl_c_ends_at_once(
 
 def test_a_budget_stops_with_a_checkpoint(tmp_path: Path) -> None:
     assert main(["train", "--out", str(tmp_path), "--budget", "1e-9"]) == 0
-    assert trained(tmp_path)["step"] == 1
+    assert trainer_state(tmp_path)["step"] == 1
 
 
 def test_the_last_good_checkpoint_is_kept(
@@ -256,17 +257,17 @@ def test_the_last_good_checkpoint_is_kept(
     monkeypatch.setattr(Trainer, "advance", poisoned)
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
     assert main(["train", *flags, "--out", str(tmp_path), "--checkpoint-every", "3"]) == 2
-    said = capsys.readouterr().err
-    assert "a parameter is not finite after step 6" in said
-    assert "the checkpoint of step 3 is kept" in said
-    assert said.count("\n") == 1
-    assert trained(tmp_path)["step"] == 3
-    assert all(p.isfinite().all() for p in trained(tmp_path)["model"].values())
+    output = capsys.readouterr().err
+    assert "a parameter is not finite after step 6" in output
+    assert "the checkpoint of step 3 is kept" in output
+    assert output.count("\n") == 1
+    assert trainer_state(tmp_path)["step"] == 3
+    assert all(p.isfinite().all() for p in trainer_state(tmp_path)["model"].values())
 
 
 @pytest.mark.parametrize("size", [4_000, 600])
 def test_a_full_disk(size: int, tmp_path: Path) -> None:
-    """The checkpoint does not fit any more; or not even the log does."""
+    """The disk is too full for the checkpoint, or even for the log."""
     config = Config(**SMALL | {"checkpoint_every": 4, "log_every": 1})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -290,16 +291,16 @@ def test_a_full_disk(size: int, tmp_path: Path) -> None:
     last = runs.run(config, tmp_path, resume=True)  # room was made
     assert last["outcome"] == "complete"
     runs.run(config, tmp_path / "whole")
-    assert_same(trained(tmp_path / "whole"), trained(tmp_path))
+    assert_same(trainer_state(tmp_path / "whole"), trainer_state(tmp_path))
     assert lines(tmp_path / "whole") == lines(tmp_path)
 
 
 def test_no_room_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with room(0):
+    with file_size_limit(0):
         assert main(["train", "--out", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "cannot write" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert "cannot write" in output
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -316,7 +317,7 @@ def test_memory_that_does_not_suffice(
         advance(self)
 
     monkeypatch.setattr(Trainer, "advance", exhausted)
-    with pytest.raises(UserError, match="step 6: lower batch_size; the checkpoint of step 4 is"):
+    with pytest.raises(UserError, match="step 6; lower batch_size; the checkpoint of step 4 is"):
         runs.run(Config(**SMALL | {"checkpoint_every": 4}), tmp_path)
 
 
@@ -334,7 +335,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
         ("learning_rate: 1", [], "unknown option 'learning_rate'"),
         ("optimiser: usam", [], "unknown option 'optimiser': did you mean optimizer?"),
         ("lr: quick", [], "lr must be a number of at least 0, not 'quick'"),
-        ("- 1", [], "must hold lines such as"),
+        ("- 1", [], "must contain lines such as"),
         ("", ["--nesterov", "--momentum", "0"], "nesterov needs momentum"),
         ("", ["--crop", "9"], "crop must be at most the images' side, 8"),
         ("", ["--model", "vit-40"], "multiple of 32, not 40"),
@@ -343,7 +344,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
         ("", ["--device", "tpu"], "tpu is not a device"),
         ("", ["--device", "meta"], "meta is not supported"),
         ("", ["--device", "cuda:99"], "CUDA devices, not cuda:99"),
-        ("", ["--optimizer", "torch.optim.Nope"], "torch.optim.Nope cannot be trained with"),
+        ("", ["--optimizer", "torch.optim.Nope"], "torch.optim.Nope is not an optimizer"),
         ("", ["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
     ],
 )
@@ -355,10 +356,10 @@ def test_bad_input(
 
 
 def test_a_folder_that_holds_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs.run(Config(**SMALL), tmp_path, stop=stopped_after(2))
+    runs.run(Config(**SMALL), tmp_path, stop=stop_after(2))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     out = ["--out", str(tmp_path)]
-    check_error(out, "holds a run: go on with it by --resume", capsys)
+    check_error(out, "contains a run; continue it with --resume", capsys)
     check_error([*out, "--resume", "--lr", "0.3"], "a run with lr 0.05, not 0.3", capsys)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     (tmp_path / "checkpoint.pt").write_bytes(before[:3000])
@@ -376,7 +377,7 @@ def test_other_data_are_noticed(tmp_path: Path) -> None:
     raw = labels.read_bytes()
     labels.write_bytes(raw[:-1] + bytes([(raw[-1] + 1) % 10]))
     config = Config(dataset="mnist", model="cnn-2", batch_size=10)
-    runs.run(config, tmp_path / "out", data_dir=tmp_path / "a", stop=stopped_after(3))
+    runs.run(config, tmp_path / "out", data_dir=tmp_path / "a", stop=stop_after(3))
     with pytest.raises(UserError, match="was trained on other data"):
         runs.run(config, tmp_path / "out", data_dir=tmp_path / "b", resume=True)
 

@@ -1,4 +1,4 @@
-"""One step after another: what a Trainer's step is, what it counts, and its state."""
+"""The steps of a Trainer, its counts, and its state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.test_train import SMALL, Killed, assert_same
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_step_is_the_optimizers(channels_last: bool) -> None:
-    """With the batch, the frozen statistics and the clipping that were asked for."""
+    """The step uses the right batch, frozen statistics and clipping."""
     config = Config(
         **SMALL | {"model": "wrn-10-1", "batch_size": 16, "optimizer": "usam"},
         clip=0.3,
@@ -45,16 +45,16 @@ def test_a_step_is_the_optimizers(channels_last: bool) -> None:
     assert trainer.drain()["loss"] > 0
 
 
-def test_a_test_is_over_all_images() -> None:
+def test_evaluation_uses_all_images() -> None:
     trainer = Trainer(Config(**SMALL), datasets.load("digits"), torch.device("cpu"))
-    found = trainer.evaluate()
+    metrics = trainer.evaluate()
     data = trainer.data
-    images = trainer._normaliser(data.test_images)
+    images = trainer._normalizer(data.test_images)
     with torch.no_grad():
         scores = trainer.model(images)
     loss = torch.nn.functional.cross_entropy(scores.double(), data.test_labels)
-    assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert found["accuracy"] == float((scores.argmax(1) == data.test_labels).double().mean())
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert metrics["accuracy"] == float((scores.argmax(1) == data.test_labels).double().mean())
 
 
 def test_an_exception_within_a_step_leaves_the_weights_at_x() -> None:
@@ -83,7 +83,7 @@ def test_a_state_of_another_model() -> None:
 
 
 def steps(count: int, **options: Any) -> Trainer:
-    """A trainer after so many steps."""
+    """Return a trainer after a number of steps."""
     config = Config(**SMALL | {"activation": "tanh"} | options)
     trainer = Trainer(config, datasets.load("digits"), torch.device("cpu"))
     for _ in range(count):
@@ -112,7 +112,7 @@ def test_gradients_are_counted(options: dict[str, Any], gradients: float) -> Non
 
 
 def test_ascents_may_take_a_part_of_the_batch() -> None:
-    """The ascent's gradient is of the first images of the batch, the descent's of all."""
+    """The ascent uses the first images of the batch, and the descent uses all."""
     trainer, twin = steps(1, optimizer="usam", ascent_part=0.25), steps(0, optimizer="usam")
     images, labels = twin._batches.batch(0, 0)
     for some in (slice(8), slice(32)):
@@ -146,7 +146,7 @@ STATES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("steps", [0, 3])
 def test_every_state_is_that_of_its_trainer(name: str, steps: int) -> None:
-    """One of the right structure is loaded; without an entry of a parameter it is refused."""
+    """A state with the right structure is loaded; one without an entry is rejected."""
     config = Config(
         **{"model": "mlp-4", "samples": 32, "batch_size": 16, "epochs": 2} | STATES[name]
     )

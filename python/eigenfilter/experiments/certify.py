@@ -1,11 +1,12 @@
-"""Say whether a trained model is inside the filter of its optimizer, and on what evidence.
+"""Certify whether a trained model is inside the filter of its optimizer, with the evidence.
 
---model names a function that returns (model, loss_fn, data, optimizer), as eigenfilter.certify has
-them, or (model, loss_fn, data), with the method and hyperparameters of the optimizer given here:
+--model names a function that returns (model, loss_fn, data, optimizer), the arguments of
+eigenfilter.certify. It may also return (model, loss_fn, data); flags then give the method and the
+hyperparameters of the optimizer:
 
     eigenfilter certify --model mytraining:trained --method usam --lr 0.1 --rho 0.05
 
-Exit code 0 whatever the verdict, 2 on bad input.
+The exit code is 0 for every verdict, and 2 on bad input.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Any
 import torch
 
 import eigenfilter as ef
-from eigenfilter.experiments.arguments import whole
+from eigenfilter.experiments.cli_arguments import whole
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import output_folder, replace_text
-from eigenfilter.experiments.imports import called
+from eigenfilter.experiments.imports import call_imported
 
 HELP = "is a trained model inside its optimizer's filter?"
 
@@ -34,12 +35,12 @@ METHODS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
 }
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "rho")
 _OPTIONS = (
-    ("grad_norm", None, "of the gradient, at which SAM's edge is wanted (default: at the model)"),
-    ("failure_probability", 1e-3, "of an error bar that is too small"),
-    ("edge_tol", 0.05, "how near counts as at the edge, relative to it"),
-    ("saddle_tol", 0.05, "how negative an eigenvalue may be, relative to the largest"),
-    ("equilibrium_tol", 1e-3, "how far an equilibrium may be, relative to the parameters"),
-    ("tol", 0.01, "how small error bars get, relative to the largest eigenvalue"),
+    ("grad_norm", None, "gradient norm at which to evaluate SAM's edge (default: at the model)"),
+    ("failure_probability", 1e-3, "probability that an error bar is too small"),
+    ("edge_tol", 0.05, "distance that counts as at the edge, relative to the edge"),
+    ("saddle_tol", 0.05, "most negative eigenvalue allowed, relative to the largest"),
+    ("equilibrium_tol", 1e-3, "largest distance to an equilibrium, relative to the parameters"),
+    ("tol", 0.01, "target size of error bars, relative to the largest eigenvalue"),
 )
 
 
@@ -49,38 +50,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="MODULE:FUNCTION",
-        help="what returns the model; see above",
+        help="function that returns the model; see above",
     )
-    parser.add_argument("--method", choices=METHODS, help="of the optimizer (default: sgd)")
+    parser.add_argument("--method", choices=METHODS, help="method of the optimizer (default: sgd)")
     for name in _NUMBERS:
-        parser.add_argument(_flag(name), type=float, metavar="X", help="of the optimizer")
-    parser.add_argument("--nesterov", action="store_true", default=None, help="of the optimizer")
+        text = f"{name} of the optimizer"
+        parser.add_argument(_flag(name), type=float, metavar="X", help=text)
+    parser.add_argument(
+        "--nesterov", action="store_true", default=None, help="the optimizer uses Nesterov momentum"
+    )
     for name, default, text in _OPTIONS:
-        shown = text if default is None else f"{text} (default: %(default)s)"
-        parser.add_argument(_flag(name), type=float, default=default, metavar="X", help=shown)
+        help_text = text if default is None else f"{text} (default: %(default)s)"
+        parser.add_argument(_flag(name), type=float, default=default, metavar="X", help=help_text)
     parser.add_argument(
         "--max-matvecs",
         type=whole(1),
         default=300,
         metavar="N",
-        help="most products with a vector (default: %(default)s)",
+        help="largest number of Hessian-vector products (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=whole(0), metavar="N", help="of the random start (default: drawn)"
+        "--seed", type=whole(0), metavar="N", help="seed of the start vector (default: random)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the certificate as JSON"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the certificate; return the exit code."""
     if args.json is not None:
         output_folder(args.json.parent)
-    made = called(args.model)
-    if not (isinstance(made, tuple | list) and len(made) in (3, 4)):
+    parts = call_imported(args.model)
+    if not (isinstance(parts, tuple | list) and len(parts) in (3, 4)):
         raise UserError(
             f"{args.model} must return (model, loss_fn, data) or (model, loss_fn, data, optimizer)"
         )
-    model, loss_fn, data, *rest = made
+    model, loss_fn, data, *rest = parts
     options = {name: getattr(args, name) for name, _, _ in _OPTIONS}
     try:
         optimizer = _optimizer(args, model, rest)
@@ -102,21 +108,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _optimizer(args: argparse.Namespace, model: Any, made: list[Any]) -> Any:
-    """The optimizer that was returned, or one of the method and hyperparameters given."""
+def _optimizer(args: argparse.Namespace, model: Any, returned: list[Any]) -> Any:
+    """Return the optimizer of the user's function, or build one from the flags."""
     names = (*_NUMBERS, "nesterov", "method")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if made:
-        if given:
-            flag = _flag(next(iter(given)))
-            raise UserError(f"{flag} does not go with an optimizer, which {args.model} returns")
-        return made[0]
-    if "lr" not in given:
-        raise UserError(f"give --lr, and --method: {args.model} returns no optimizer")
-    method = given.pop("method", "sgd")
-    if method == "sgd" and "rho" in given:
-        raise UserError("--rho needs a --method that ascends")
-    return METHODS[method](model.parameters(), **given)
+    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if returned:
+        if flags:
+            flag = _flag(next(iter(flags)))
+            raise UserError(f"{args.model} returns an optimizer; leave {flag} out")
+        return returned[0]
+    if "lr" not in flags:
+        raise UserError(f"{args.model} returns no optimizer; give --lr, and --method")
+    method = flags.pop("method", "sgd")
+    if method == "sgd" and "rho" in flags:
+        raise UserError("--rho needs a --method that ascends, such as usam")
+    return METHODS[method](model.parameters(), **flags)
 
 
 def _flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and checked when they are read."""
+"""Checkpoints: they are written atomically, and every byte is checked when they are read."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from eigenfilter.experiments import archives
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import replace
-from eigenfilter.experiments.structure import fit
+from eigenfilter.experiments.schema import validate
 
 FILE = "checkpoint.pt"
 FORMAT = 2
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Put a checkpoint in the place of the one before, in one step, or leave that one.
+    """Replace a checkpoint atomically.
 
     Args:
-        path: where.
-        state: tensors, numbers, strings, lists and dictionaries of them.
+        path: path of the checkpoint.
+        state: tensors, numbers, strings, and lists and dictionaries of these.
 
     Raises:
-        UserError: the disk is full, or cannot be written to. What was there is there still.
+        UserError: the disk is full or cannot be written to. The old checkpoint is unchanged.
     """
 
     def fill(file: BinaryIO) -> None:
-        writer = _Writer(file)
+        writer = _ErrorCapturingWriter(file)
         torch.save({"format": FORMAT} | dict(state), cast(IO[bytes], writer))
         writer.check()
 
@@ -38,10 +38,10 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of ours; nothing in it is executed.
+    """Read a checkpoint of eigenfilter without executing anything from it.
 
     Raises:
-        UserError: there is none, it is damaged (every byte is checked), or it is something else.
+        UserError: the file does not exist, is damaged, or is not a checkpoint.
     """
     state = archives.read(path)
     if not isinstance(state, dict) or "format" not in state or "config" not in state:
@@ -50,26 +50,26 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of eigenfilter train")
     if state["format"] != FORMAT:
         raise UserError(
-            f"{path} is of format {quoted(state['format'])}, and this version reads {FORMAT}: "
+            f"{path} has format {quoted(state['format'])}, and this version reads {FORMAT}; "
             "train again, or use the version that wrote it"
         )
     return state
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read the checkpoint of a run, and check that it has the entries of one.
+    """Read the checkpoint of a run, and check the types of its entries.
 
-    What is in `trainer`, `history` and `last` is checked by `saved`, beside the run's own.
+    The module `validation` checks the contents of `trainer`, `history` and `last`.
 
     Raises:
-        UserError: as `read`; an entry is missing, or of another type.
+        UserError: see `read`; or an entry is missing or has another type.
     """
     state = read(path)
     try:
-        fit(state, _ENTRIES, "it")
+        validate(state, _ENTRIES, "it")
         configs.check_plain(state["config"])
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): train again, or restore it") from error
+        raise UserError(f"{path} is damaged ({error}); train again, or restore it") from error
     return state
 
 
@@ -86,10 +86,10 @@ _ENTRIES = {
 }
 
 
-class _Writer:
-    """Takes everything from torch.save, and says at the end what went wrong.
+class _ErrorCapturingWriter:
+    """A file for torch.save that stores an OSError instead of raising it.
 
-    An error within would reach the caller as one of torch's own, without its reason.
+    torch.save would replace an error during a write by one of its own, without the reason.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -105,10 +105,11 @@ class _Writer:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing yet: `write` of this module flushes."""
+        """Do nothing, because `files.replace` flushes the file."""
 
     def check(self) -> None:
-        # torch keeps this writer; with the error it would keep its frames, and all that they hold.
+        # torch keeps a reference to this object. Without the error it does not also keep the
+        # frames of the traceback and all their values alive.
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -1,7 +1,7 @@
 """The command line: `eigenfilter COMMAND`.
 
-A command is a module with `HELP`, `configure(parser)` and `run(args)`, which returns the exit code;
-it imports what only the experiments need inside its functions, so that `--help` works without them.
+A command is a module with `HELP`, `configure(parser)` and `run(args)`, which returns the exit code.
+Commands import optional dependencies inside their functions, so that `--help` works without them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from eigenfilter.experiments import (
     sweep,
     train,
 )
-from eigenfilter.experiments.arguments import add_commands
-from eigenfilter.experiments.errors import UserError, line
-from eigenfilter.experiments.processes import first_to_fail, several
+from eigenfilter.experiments.cli_arguments import add_commands
+from eigenfilter.experiments.errors import UserError, one_line
+from eigenfilter.experiments.processes import claim_first_failure, is_distributed
 
 _COMMANDS: Mapping[str, ModuleType] = {
     "demo": demo,
@@ -42,17 +42,17 @@ _COMMANDS: Mapping[str, ModuleType] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage before it."""
+class _OneLineParser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        text = line(f"{self.prog}: error: {message} (see {self.prog} --help)")
-        self.exit(2, f"{text}\n" if first_to_fail() else None)
+        text = one_line(f"{self.prog}: error: {message} (see {self.prog} --help)")
+        self.exit(2, f"{text}\n" if claim_first_failure() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command."""
-    parser = _Parser(prog="eigenfilter", description="Optimizers as eigenvalue filters.")
+    """Build the parser of all commands."""
+    parser = _OneLineParser(prog="eigenfilter", description="Optimizers as eigenvalue filters.")
     parser.add_argument("--version", action="version", version=__version__)
     add_commands(parser, "command", _COMMANDS)
     return parser
@@ -62,18 +62,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        What the command returns: 0 if it did its work; 2 on bad input or where an optional
-        dependency is missing.
+        The exit code of the command: 0 on success, 2 on bad input or if an optional dependency is
+        missing.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may have any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain any bytes
     args = build_parser().parse_args(argv)
     try:
-        if several() and args.command != "train":
-            raise UserError("torchrun shares a run of train only: start this command without it")
+        if is_distributed() and args.command != "train":
+            raise UserError("torchrun works with train only; start this command without it")
         code: int = _COMMANDS[args.command].run(args)
     except UserError as error:
-        if first_to_fail():
-            print(f"eigenfilter {args.command}: error: {line(error)}", file=sys.stderr, flush=True)
+        if claim_first_failure():
+            print(
+                f"eigenfilter {args.command}: error: {one_line(error)}", file=sys.stderr, flush=True
+            )
         return 2
     return code

@@ -1,4 +1,4 @@
-"""What a training run is: plain data, from one YAML file and flags over it."""
+"""The configuration of a training run, from a YAML file and from flags that override it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ LOSSES = ("cross_entropy", "square")
 Parse = Callable[[Any], Any]
 
 
-def _option(default: Any, parse: Parse, words: str) -> Any:
-    """A field with what its values may be and what `--help` says of it."""
-    return dataclasses.field(default=default, metadata={"parse": parse, "help": words})
+def _option(default: Any, parse: Parse, description: str) -> Any:
+    """Return a dataclass field with the parser of its values and its `--help` text."""
+    return dataclasses.field(default=default, metadata={"parse": parse, "help": description})
 
 
 def _number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
-    """Finite numbers from low to high, without them where `above` and `below` say so."""
+    """Return a parser of finite numbers from low to high.
+
+    Args:
+        low: lower bound.
+        high: upper bound.
+        above: whether the lower bound itself is excluded.
+        below: whether the upper bound itself is excluded.
+    """
     start = f"above {low:g}" if above else f"of at least {low:g}"
     end = "" if math.isinf(high) else f" and {'below' if below else 'at most'} {high:g}"
 
@@ -51,8 +58,8 @@ def _number(low: float, high: float = math.inf, *, above: bool = False, below: b
     return parse
 
 
-def _whole(low: int, high: int = 2**62) -> Parse:
-    """Whole numbers from low on."""
+def _integer(low: int, high: int = 2**62) -> Parse:
+    """Return a parser of integers from low to high."""
 
     def parse(value: Any) -> int:
         try:
@@ -71,14 +78,14 @@ def _whole(low: int, high: int = 2**62) -> Parse:
 def _one_of(choices: tuple[str, ...]) -> Parse:
     def parse(value: Any) -> str:
         if value not in choices:
-            near = nearest(value, choices)
+            near = suggestion(value, choices)
             raise ValueError(f"must be one of {', '.join(choices)}, not {quoted(value)}{near}")
         return str(value)
 
     return parse
 
 
-def _truth(value: Any) -> bool:
+def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"must be true or false, not {quoted(value)}")
     return value
@@ -99,85 +106,119 @@ def _optimizer(value: Any) -> str:
 
 
 TORCH = "torch.optim."
-"""What the names of torch's own optimizers begin with."""
+"""Prefix of the names of torch's own optimizers."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides what a run computes; where it runs and writes is said elsewhere.
+    """All options that determine the result of a run; paths and the device are not among them.
 
-    Every field is a number, a string or a truth value, checked when it is made; `help` in a field's
-    metadata says what it is. Equal configurations give equal runs on one machine.
+    Every field is a number, a string or a boolean, and is checked by the constructor. The `help`
+    entry of a field's metadata describes it. Equal configurations give equal runs on one machine.
 
     Raises:
-        ValueError: a value is out of its range; the message begins with the field's name.
+        ValueError: a value is out of range; the message begins with the field's name.
     """
 
     dataset: str = _option("digits", _one_of(DATASETS), f"one of {', '.join(DATASETS)}")
-    samples: int = _option(0, _whole(0), "training images, the first of the set; 0: all")
-    batch_size: int = _option(128, _whole(0), "images a step; 0: all of them")
-    crop: int = _option(0, _whole(0), "random crops, after padding by so many pixels")
-    flip: bool = _option(False, _truth, "random reflections, left to right")
-    cutout: int = _option(0, _whole(0), "side of a square that is blanked in every image")
+    samples: int = _option(0, _integer(0), "train on the first N images only; 0 takes all")
+    batch_size: int = _option(128, _integer(0), "images per step; 0 takes all (full batch)")
+    crop: int = _option(0, _integer(0), "padding in pixels before a random crop; 0 disables it")
+    flip: bool = _option(False, _boolean, "random horizontal flips")
+    cutout: int = _option(0, _integer(0), "side of the square that cutout blanks; 0 disables it")
 
     model: str = _option("mlp", _model, networks.HELP)
-    activation: str = _option("relu", _one_of(tuple(networks.ACTIVATIONS)), "of mlp, cnn and vit")
-    dropout: float = _option(0.0, _number(0, 1, below=True), "of mlp, cnn, wrn and vit")
-    loss: str = _option("cross_entropy", _one_of(LOSSES), f"one of {', '.join(LOSSES)}")
-    label_smoothing: float = _option(0.0, _number(0, 1, below=True), "of cross_entropy")
-
-    optimizer: str = _option(
-        "usam", _optimizer, f"one of {', '.join(OPTIMIZERS)}, or {TORCH}NAME of torch"
+    activation: str = _option(
+        "relu",
+        _one_of(tuple(networks.ACTIVATIONS)),
+        f"one of {', '.join(networks.ACTIVATIONS)}; applies to mlp, cnn and vit",
     )
-    method: str = _option("none", _one_of(METHODS), "ascent of adamw and of torch's optimizers")
-    lr: float = _option(0.1, _number(0), "learning rate, before its schedule")
-    momentum: float = _option(0.9, _number(0, 1, below=True), "of SGD's update")
-    nesterov: bool = _option(False, _truth, "in place of heavy ball")
-    weight_decay: float = _option(0.0, _number(0), "of all parameters")
-    rho: float = _option(0.05, _number(0), "radius of the ascents, before its schedule")
-    beta1: float = _option(0.9, _number(0, 1, below=True), "of adamw")
-    beta2: float = _option(0.999, _number(0, 1, below=True), "of adamw")
-    ascent: str = _option("sequential", _one_of(("sequential", "anchored")), "of two_step_usam")
+    dropout: float = _option(
+        0.0, _number(0, 1, below=True), "dropout probability in mlp, cnn, wrn and vit"
+    )
+    loss: str = _option("cross_entropy", _one_of(LOSSES), f"one of {', '.join(LOSSES)}")
+    label_smoothing: float = _option(
+        0.0, _number(0, 1, below=True), "label smoothing of cross_entropy"
+    )
+
+    optimizer: str = _option("usam", _optimizer, f"one of {', '.join(OPTIMIZERS)}, or {TORCH}NAME")
+    method: str = _option(
+        "none", _one_of(METHODS), f"ascent of adamw and {TORCH}NAME: {', '.join(METHODS)}"
+    )
+    lr: float = _option(0.1, _number(0), "learning rate that lr_schedule multiplies")
+    momentum: float = _option(0.9, _number(0, 1, below=True), "momentum of the SGD update")
+    nesterov: bool = _option(False, _boolean, "use Nesterov momentum instead of heavy ball")
+    weight_decay: float = _option(0.0, _number(0), "weight decay of all parameters")
+    rho: float = _option(0.05, _number(0), "radius of the ascents, which rho_schedule multiplies")
+    beta1: float = _option(0.9, _number(0, 1, below=True), "adamw: decay rate of the first moment")
+    beta2: float = _option(
+        0.999, _number(0, 1, below=True), "adamw: decay rate of the second moment"
+    )
+    ascent: str = _option(
+        "sequential",
+        _one_of(("sequential", "anchored")),
+        "sequential or anchored second ascent of two_step_usam",
+    )
     hvp: str = _option(
-        "finite_difference", _one_of(("finite_difference", "autograd")), "of hessian_usam"
+        "finite_difference",
+        _one_of(("finite_difference", "autograd")),
+        "Hessian-vector product of hessian_usam: finite_difference or autograd",
     )
     fd_step: float = _option(
-        0.0, _number(0), "relative step of hessian_usam's difference; 0: by the precision"
+        0.0,
+        _number(0),
+        "relative step of the finite difference in hessian_usam; 0 depends on the precision",
     )
     ascent_part: float = _option(
-        1.0, _number(0, 1, above=True), "part of the batch whose gradients the ascents take"
+        1.0, _number(0, 1, above=True), "fraction of the batch that the ascents use"
     )
-    clip: float = _option(0.0, _number(0), "largest norm of the descent's gradient; 0: any")
+    clip: float = _option(
+        0.0, _number(0), "clip the gradient of the descent to this norm; 0 disables clipping"
+    )
 
     lr_schedule: str = _option("cosine", _one_of(LR_SCHEDULES), f"one of {', '.join(LR_SCHEDULES)}")
-    warmup: float = _option(0.0, _number(0), "epochs over which lr rises from 0 at first")
-    lr_end: float = _option(0.0, _number(0), "last factor of linear and cosine")
-    lr_every: int = _option(30, _whole(1), "epochs from one step of the schedule to the next")
-    lr_gamma: float = _option(0.1, _number(0), "factor of each step of the schedule")
+    warmup: float = _option(0.0, _number(0), "epochs of linear learning rate warmup")
+    lr_end: float = _option(0.0, _number(0), "final factor of linear and cosine lr_schedule")
+    lr_every: int = _option(30, _integer(1), "epochs between decays of the step lr_schedule")
+    lr_gamma: float = _option(0.1, _number(0), "factor of each decay of the step lr_schedule")
     rho_schedule: str = _option(
         "constant", _one_of(RHO_SCHEDULES), f"one of {', '.join(RHO_SCHEDULES)}"
     )
-    rho_end: float = _option(0.0, _number(0), "last factor of linear and cosine")
-    rho_every: int = _option(1, _whole(1), "training steps, for step and every")
-    rho_gamma: float = _option(0.1, _number(0), "factor of each step of the schedule")
-    rho_start: float = _option(0.5, _number(0, 1), "part of the training before late begins")
+    rho_end: float = _option(0.0, _number(0), "final factor of linear and cosine rho_schedule")
+    rho_every: int = _option(1, _integer(1), "interval in steps of the step and every rho_schedule")
+    rho_gamma: float = _option(0.1, _number(0), "factor of each decay of the step rho_schedule")
+    rho_start: float = _option(
+        0.5, _number(0, 1), "fraction of training after which the late rho_schedule starts"
+    )
 
-    epochs: int = _option(10, _whole(1), "passes over the training images")
-    precision: str = _option("float32", _one_of(PRECISIONS), "bfloat16: float32 under autocast")
-    channels_last: bool = _option(False, _truth, "memory layout of images and convolutions")
-    deterministic: bool = _option(True, _truth, "the same bits again, at some cost on a GPU")
+    epochs: int = _option(10, _integer(1), "passes over the training images")
+    precision: str = _option(
+        "float32",
+        _one_of(PRECISIONS),
+        f"one of {', '.join(PRECISIONS)}; bfloat16 is float32 under autocast",
+    )
+    channels_last: bool = _option(
+        False, _boolean, "store images and convolutions in channels-last layout"
+    )
+    deterministic: bool = _option(
+        True, _boolean, "use deterministic algorithms; slower on a GPU, but bit-reproducible"
+    )
     threads: int = _option(
-        0, _whole(0, 1024), "of the CPU; 0: torch's choice. Small networks want 1"
+        0, _integer(0, 1024), "CPU threads; 0 keeps torch's default, 1 is best for small networks"
     )
-    seed: int = _option(0, _whole(0), "of weights, order, augmentation and dropout")
+    seed: int = _option(0, _integer(0), "seed of weights, order, augmentation and dropout")
 
-    log_every: int = _option(50, _whole(1), "steps from one line of the log to the next")
-    evaluate_every: int = _option(1, _whole(1), "epochs from one test to the next")
+    log_every: int = _option(50, _integer(1), "steps between lines of the log")
+    evaluate_every: int = _option(1, _integer(1), "epochs between evaluations on the test set")
     checkpoint_every: int = _option(
-        0, _whole(0), "steps from one checkpoint to the next; 0: epochs"
+        0, _integer(0), "steps between checkpoints; 0 saves at ends of epochs"
     )
-    sharpness_every: int = _option(0, _whole(0), "steps from one sharpness to the next; 0: none")
-    sharpness_samples: int = _option(512, _whole(1), "training images the sharpness is that of")
+    sharpness_every: int = _option(
+        0, _integer(0), "steps between measurements of the sharpness; 0 disables them"
+    )
+    sharpness_samples: int = _option(
+        512, _integer(1), "training images on which the sharpness is measured"
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -187,32 +228,38 @@ class Config:
                 raise ValueError(f"{field.name} {error}") from None
             object.__setattr__(self, field.name, value)
         if self.label_smoothing and self.loss != "cross_entropy":
-            raise ValueError("label_smoothing goes with loss cross_entropy only")
+            raise ValueError("label_smoothing applies only to loss cross_entropy")
         if self.method != "none" and self.optimizer in OPTIMIZERS and self.optimizer != "adamw":
-            raise ValueError(f"method is for adamw and torch's optimizers: {self.optimizer} is one")
+            raise ValueError(
+                f"method applies only to adamw and torch's optimizers; {self.optimizer} is itself "
+                "a method, leave it out"
+            )
         if self.ascent_part != 1 and not self.ascends:
-            raise ValueError(f"ascent_part is of the ascents, and {self.optimizer} takes none")
+            raise ValueError(
+                f"ascent_part applies only to ascents, and {self.optimizer} takes none; leave it "
+                "out, or choose another optimizer or method"
+            )
 
     @classmethod
     def of(cls, values: Mapping[Any, Any]) -> Config:
-        """Make one from names and values.
+        """Make a configuration from names and values.
 
         Raises:
-            ValueError: a name is unknown (the message has the nearest one), or a value is bad.
+            ValueError: a name is unknown (the message suggests the nearest), or a value is invalid.
         """
         for name in values:
             if name not in NAMES:
-                raise ValueError(f"unknown option {quoted(name)}{nearest(name, NAMES)}")
+                raise ValueError(f"unknown option {quoted(name)}{suggestion(name, NAMES)}")
         return cls(**values)
 
     @property
     def ascends(self) -> bool:
-        """Whether a step may have an ascent, and rho a meaning."""
+        """Whether the optimizer takes ascents, so that rho has a meaning."""
         plain = self.optimizer in ("sgd", "adamw") or self.optimizer.startswith(TORCH)
         return self.method != "none" or not plain
 
     def as_dict(self) -> dict[str, Any]:
-        """All names and values."""
+        """Return all names and values."""
         return dataclasses.asdict(self)
 
 
@@ -220,14 +267,14 @@ NAMES = tuple(field.name for field in dataclasses.fields(Config))
 
 
 _NOT_YAML = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What yaml itself raises besides, as for `!!int ""` and a thousand brackets."""
+"""Exceptions of yaml other than YAMLError, for `!!int ""` or a thousand brackets."""
 
 
 def check_plain(values: Mapping[Any, Any]) -> None:
-    """Check that names are text, and values text, numbers or truth values.
+    """Check that all names are strings and all values are strings, numbers or booleans.
 
     Raises:
-        ValueError: one is something else.
+        ValueError: a name or a value has another type.
     """
     for name, value in values.items():
         if type(name) is not str or type(value) not in (str, int, float, bool):
@@ -235,70 +282,79 @@ def check_plain(values: Mapping[Any, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The names and values of a YAML file.
+    """Read names and values from a YAML file.
 
     Raises:
-        ValueError: it cannot be read, or is no mapping from names to values.
+        ValueError: the file cannot be read, or is not a mapping from names to values.
     """
     import yaml
 
     try:
         loader = yaml.SafeLoader(path.read_text("utf-8"))
-        node = loader.get_single_node()  # in which what is referred to stands once
-        # Merge keys are written out as mappings are made: before that, see how much it would be.
-        fits = node is None or _written_out(node, {}) <= _MOST_VALUES
-        found = loader.construct_document(node) if node is not None and fits else None
+        root = loader.get_single_node()  # each node that an alias refers to stands there once
+        # Merge keys are expanded as mappings are made, so the values are counted before that.
+        is_small = root is None or _count_values(root, {}) <= _MAX_VALUES
+        content = loader.construct_document(root) if root is not None and is_small else None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, *_NOT_YAML) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()):.300}") from error
-    if not fits:
-        raise ValueError(f"{path} refers to itself, or to the same over and over: write it out")
-    if found is None:
+    if not is_small:
+        raise ValueError(
+            f"{path} has aliases that refer to themselves, or that expand to more than "
+            f"{_MAX_VALUES:,} values; write the values out"
+        )
+    if content is None:
         return {}
     try:
-        _check_types(found, set())
+        _check_types(content, set())
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold lines such as 'lr: 0.1', not a {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} must contain lines such as 'lr: 0.1', not a {type(content).__name__}"
+        )
+    return content
 
 
-_MOST_VALUES = 1_000_000
+_MAX_VALUES = 1_000_000
 
 
-def _written_out(node: Any, known: dict[int, int]) -> int:
-    """How many values there are once all aliases and merge keys (<<) are written out: a few lines
-    may make any number.
+def _count_values(node: Any, counts: dict[int, int]) -> int:
+    """Count the values of a YAML document with all aliases and merge keys (<<) expanded.
 
-    known: by the identity of a node of yaml; one that holds itself has too many.
+    A few lines of nested aliases can stand for any number of values. The count is memoized, so it
+    takes time in proportion to the file. A node that contains itself counts as too many.
+
+    Args:
+        node: a node of yaml's graph of the document.
+        counts: the count of each list or mapping by its identity; it is filled here.
     """
     if isinstance(node.value, str):
         return 1
-    if id(node) not in known:
-        known[id(node)] = _MOST_VALUES + 1
-        inside = [part for one in node.value for part in (one if isinstance(one, tuple) else [one])]
-        known[id(node)] = 1 + sum(_written_out(part, known) for part in inside)
-    return known[id(node)]
+    if id(node) not in counts:
+        counts[id(node)] = _MAX_VALUES + 1  # seen again below only if the node contains itself
+        parts = [part for one in node.value for part in (one if isinstance(one, tuple) else [one])]
+        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in parts)
+    return counts[id(node)]
 
 
-def _check_types(found: Any, seen: set[int]) -> None:
+def _check_types(value: Any, checked: set[int]) -> None:
     """Raise ValueError for a value of another type, such as the tuples of !!pairs, or a date."""
-    if type(found) not in (dict, list):
-        if found is not None and type(found) not in (str, int, float, bool):
-            raise ValueError(f"has {quoted(found)}, and options are text, numbers or truth values")
-    elif id(found) not in seen:
-        seen.add(id(found))
-        for value in [*found, *found.values()] if isinstance(found, dict) else found:
-            _check_types(value, seen)
+    if type(value) not in (dict, list):
+        if value is not None and type(value) not in (str, int, float, bool):
+            raise ValueError(f"contains {quoted(value)}; options are text, numbers or booleans")
+    elif id(value) not in checked:
+        checked.add(id(value))
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_types(part, checked)
 
 
 def write(config: Config, path: Path) -> None:
-    """Write a YAML file that `read` takes.
+    """Write a YAML file that `read` accepts.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     import yaml
 
@@ -306,17 +362,19 @@ def write(config: Config, path: Path) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every option; what is not given is not in the namespace."""
-    group = parser.add_argument_group("what is trained", "each also a line of CONFIG.yaml")
+    """Add a flag for every option. Flags that are not given are absent from the namespace."""
+    group = parser.add_argument_group(
+        "training options", "Each option can also be a line of the YAML file."
+    )
     for field in dataclasses.fields(Config):
         flag = "--" + field.name.replace("_", "-")
-        words = f"{field.metadata['help']} (default: {field.default})"
+        description = f"{field.metadata['help']} (default: {field.default})"
         if isinstance(field.default, bool):
             group.add_argument(
                 flag,
                 action=argparse.BooleanOptionalAction,
                 default=argparse.SUPPRESS,
-                help=words,
+                help=description,
             )
         else:
             group.add_argument(
@@ -324,12 +382,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 type=_argument(field.metadata["parse"]),
                 default=argparse.SUPPRESS,
                 metavar="N" if isinstance(field.default, int) else "X",
-                help=words,
+                help=description,
             )
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that were given as flags."""
+def from_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were given as flags."""
     return {name: value for name, value in vars(args).items() if name in NAMES}
 
 
@@ -343,7 +401,7 @@ def _argument(parse: Parse) -> Parse:
     return convert
 
 
-def nearest(name: Any, names: tuple[str, ...]) -> str:
-    """The end of a message on an unknown name: which one was meant, if one is near."""
-    found = difflib.get_close_matches(name[:80], names, n=1) if isinstance(name, str) else []
-    return f": did you mean {found[0]}?" if found else ""
+def suggestion(name: Any, names: tuple[str, ...]) -> str:
+    """Return the end of a message about an unknown name: a similar name, if there is one."""
+    matches = difflib.get_close_matches(name[:80], names, n=1) if isinstance(name, str) else []
+    return f": did you mean {matches[0]}?" if matches else ""

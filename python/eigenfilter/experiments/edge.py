@@ -1,52 +1,59 @@
-"""Train a network until its sharpness sits at the edge of the optimizer's filter."""
+"""Training of a network until its sharpness is at the edge of the optimizer's filter."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 
-from eigenfilter.experiments.full_batch import BAND, Check, Method, Run, Training, threads_for
-from eigenfilter.experiments.problems import Problem
+from eigenfilter.experiments.full_batch import (
+    BAND,
+    FullBatchRun,
+    FullBatchTraining,
+    MethodSpec,
+    SharpnessMeasurement,
+    threads_for,
+)
+from eigenfilter.experiments.full_batch_problems import FullBatchProblem
 
-EVERY = 25  # steps between two checks of the sharpness
-HOLD = 40  # checks in a row within BAND of the edge that end a run
+EVERY = 25  # steps between measurements of the sharpness
+HOLD = 40  # consecutive measurements within BAND of the edge that end a run
 
 
-def at_edge(history: Sequence[Check]) -> bool:
-    """Whether the sharpness has reached the edge and kept within BAND of it for HOLD checks.
+def at_edge(history: Sequence[SharpnessMeasurement]) -> bool:
+    """Return whether the sharpness has reached the edge and stayed within BAND for HOLD checks.
 
-    Both are asked for: a slow climb through the band is not an edge.
+    Both conditions are needed, because a slow climb through the band has not settled at the edge.
     """
     ratios = [check.ratio for check in history]
     recent = ratios[-HOLD:]
-    settled = len(recent) == HOLD and all(abs(ratio - 1.0) <= BAND for ratio in recent)
-    return settled and max(ratios) >= 1.0
+    settled_ratio = len(recent) == HOLD and all(abs(ratio - 1.0) <= BAND for ratio in recent)
+    return settled_ratio and max(ratios) >= 1.0
 
 
 def train_to_edge(
-    problem: Problem,
-    method: Method,
+    problem: FullBatchProblem,
+    method: MethodSpec,
     *,
     seed: int,
     max_steps: int,
     deadline: float,
-    on_check: Callable[[Run], None],
-) -> Run:
-    """Train, full batch, until the sharpness is at the edge or a limit ends it.
+    on_check: Callable[[FullBatchRun], None],
+) -> FullBatchRun:
+    """Train in full batches until the sharpness is at the edge, or until a limit.
 
     Args:
-        problem: what to learn and to test on.
-        method: the optimizer.
-        seed: of the initial weights.
-        max_steps: limit of the steps, rounded up to a multiple of EVERY.
-        deadline: limit of the time, by `time.perf_counter`; the first check is always made.
-        on_check: called after each check.
+        problem: the network, the data and the loss.
+        method: the method.
+        seed: seed of the initial weights.
+        max_steps: largest number of steps, rounded up to a multiple of EVERY.
+        deadline: time limit as a value of `time.perf_counter`; one measurement is always made.
+        on_check: called after each measurement.
 
     Returns:
         The run, whose `outcome` says how it ended.
     """
     with threads_for(problem):
-        training = Training(problem, method, seed)
+        training = FullBatchTraining(problem, method, seed)
         run = training.run
         while training.check():
             on_check(run)

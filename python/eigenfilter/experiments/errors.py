@@ -1,4 +1,4 @@
-"""What a command raises when its user has to change something."""
+"""Errors that a user can correct, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from importlib import import_module
 
 
 class UserError(Exception):
-    """Bad input: the message is one clear line, and the command ends with exit code 2."""
+    """Bad input. The message is one line, and the command ends with exit code 2."""
 
 
-def line(text: object) -> str:
-    """A message as one line that can be printed, whatever names of files or options are in it."""
+def one_line(text: object) -> str:
+    """Return a message as one printable line, whatever names of files or options it contains."""
     return " ".join(str(text).splitlines()).encode("utf-8", "backslashreplace").decode()
 
 
 def quoted(value: object) -> str:
-    """A value from a file for a message: at most 80 letters, or its type if it is no plain one."""
-    if type(value) is int and abs(value) >= 10**80:  # which Python may refuse to write out
+    """Return a value for a message: at most 80 characters, or the type if it is not a scalar."""
+    if type(value) is int and abs(value) >= 10**80:  # Python may refuse to convert it to text
         return f"a number of {value.bit_length()} bits"
     if value is None or type(value) in (str, int, float, bool):
         text = repr(value[:80] if type(value) is str else value)
@@ -28,16 +28,18 @@ def quoted(value: object) -> str:
 def require(*modules: str, extra: str = "experiments") -> None:
     """Check for optional dependencies before any work is done.
 
-    extra: of this package, that brings them.
+    Args:
+        modules: names of the modules.
+        extra: the extra of this package that installs them.
 
     Raises:
-        UserError: naming the first that is missing, and how to install it.
+        UserError: a module is missing; the message names it and how to install it.
     """
     for module in modules:
         try:
             import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module:
-                raise  # there, but broken
+                raise  # the module is installed but broken
             advice = f'pip install "eigenfilter[{extra}]"'
             raise UserError(f"{module} is not installed: {advice}") from error

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with one clear error."""
+"""Files that are replaced atomically, and read with one clear error."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from typing import Any, BinaryIO
 from eigenfilter.experiments.errors import UserError
 
 NEW = ".new"
-"""What the names of files end with that are not whole yet."""
+"""Suffix of files that are still being written."""
 
 _ABANDONED = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(NEW)}", re.DOTALL)
 
 
 def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Put a file in the place of the one before, in one step.
+    """Replace a file atomically.
 
-    It is written beside it, under a name of its own, and reaches the disk before it takes its name,
-    so that whatever happens, and whoever else writes it, there is a whole file. It has the mode of
-    the one before; a link stays, and the file that it names is replaced. What is no file, such as
-    a pipe or /dev/stdout, is written into.
+    The content is written to a temporary file in the same folder and synchronized to the disk
+    before it takes the name. Whatever happens, and whoever else writes the file, a whole file
+    remains. The new file keeps the mode of the old one. A symbolic link stays, and its target is
+    replaced. A path that is not a regular file, such as a pipe or /dev/stdout, is written into.
 
     Args:
-        path: where.
-        fill: writes the content.
+        path: path of the file.
+        fill: function that writes the content.
 
     Raises:
-        UserError: the disk is full, or cannot be written to. What was there is there still.
+        UserError: the disk is full or cannot be written to. The old file is unchanged.
     """
     try:
         mode = _mode(path)
@@ -49,7 +49,7 @@ def replace(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def _mode(path: Path) -> int | None:
-    """The type and permissions of a file; None if there is none."""
+    """Return the type and the permissions of a file, or None if it does not exist."""
     try:
         return path.stat().st_mode
     except FileNotFoundError:
@@ -57,31 +57,32 @@ def _mode(path: Path) -> int | None:
 
 
 def _replace(path: Path, fill: Callable[[BinaryIO], object], mode: int | None) -> None:
-    # The name is cut, because one of 255 bytes has no room for more.
-    beside = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}{NEW}")
+    # The name is truncated because names are limited to 255 bytes.
+    temporary = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}{NEW}")
     try:
-        with beside.open("xb") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)  # `remove_abandoned` leaves it alone
+        with temporary.open("xb") as file:
+            # `remove_abandoned` leaves locked files alone.
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
             if mode is not None:
                 os.fchmod(file.fileno(), stat.S_IMODE(mode))
             fill(file)
             file.flush()
             os.fsync(file.fileno())
-            beside.replace(path)
-        _synchronise(path.parent)
+            temporary.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
-        with suppress(OSError):  # as on a disk that became one to be read only
-            beside.unlink()
+        with suppress(OSError):  # such as on a file system that became read-only
+            temporary.unlink()
         raise
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Put a text file in the place of the one before, as `replace` does."""
+    """Replace a text file atomically; see `replace`."""
     replace(path, lambda file: file.write(text.encode()))
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove the files that processes were killed over while they wrote them."""
+    """Remove temporary files of processes that were killed while writing them."""
     for path in folder.glob(f".*{NEW}"):
         if not _ABANDONED.fullmatch(path.name) or path.is_symlink() or not path.is_file():
             continue
@@ -89,20 +90,20 @@ def remove_abandoned(folder: Path) -> None:
             with path.open("rb") as file:
                 fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
-        except OSError:  # being written, or another's: it does no harm
+        except OSError:  # the file is being written, or belongs to another user
             continue
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """What a file of JSON holds.
+    """Read a JSON file.
 
     Args:
         path: the file.
-        remedy: what to do if it is damaged.
+        remedy: what the user should do if the file is damaged, for the message.
 
     Raises:
-        FileNotFoundError: there is none.
-        UserError: it cannot be read, or is damaged.
+        FileNotFoundError: the file does not exist.
+        UserError: the file cannot be read, or is damaged.
     """
     try:
         return json.loads(path.read_text("utf-8"))
@@ -111,11 +112,11 @@ def read_json(path: Path, remedy: str) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error!s:.120}): {remedy}") from error
+        raise UserError(f"{path} is damaged ({error!s:.120}); {remedy}") from error
 
 
-def _synchronise(folder: Path) -> None:
-    """Have the new name reach the disk too."""
+def _sync_folder(folder: Path) -> None:
+    """Synchronize the folder to the disk, so that the new name is on it too."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -124,10 +125,10 @@ def _synchronise(folder: Path) -> None:
 
 
 def output_folder(path: Path) -> Path:
-    """The folder, made if need be.
+    """Create the folder if it does not exist, and return it.
 
     Raises:
-        UserError: if it cannot be made or written to.
+        UserError: the folder cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

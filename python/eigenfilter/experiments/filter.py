@@ -1,8 +1,8 @@
-"""Print which Hessian eigenvalues every method admits at given hyperparameters.
+"""Print which Hessian eigenvalues each method admits at given hyperparameters.
 
-One line a method: the admitted intervals, their upper edge, gradients a step. Numbers are for full
-batches; with weight decay they hold but for a term of first order in it for all methods but
-SGD.
+Each line has a method, its gradients per step, the upper edge of the admitted eigenvalues, and the
+admitted intervals. They hold for full batches. With weight decay they are exact for SGD, and hold
+to first order in the weight decay for the other methods.
 """
 
 from __future__ import annotations
@@ -27,54 +27,61 @@ def configure(parser: argparse.ArgumentParser) -> None:
     number = {"type": float, "metavar": "X"}
     parser.add_argument("--lr", required=True, help="learning rate", **number)  # type: ignore[arg-type]
     for name, default, text in (
-        ("momentum", 0.0, "in [0, 1)"),
-        ("dampening", 0.0, "of the gradient in the momentum"),
-        ("weight-decay", 0.0, ">= 0"),
+        ("momentum", 0.0, "momentum, in [0, 1)"),
+        ("dampening", 0.0, "dampening of the momentum"),
+        ("weight-decay", 0.0, "weight decay, at least 0"),
         ("rho", 0.05, "radius of the ascents"),
         ("hessian-rho", None, "radius of Hessian USAM (default: rho)"),
-        ("grad-norm", None, "of the gradient, at which SAM's moving edge is shown"),
-        ("beta1", None, "AdamW's, whose line is then shown: of the preconditioned Hessian"),
+        ("grad-norm", None, "gradient norm at which to show the edge of SAM, which depends on it"),
+        ("beta1", None, "beta1 of AdamW, which is then shown for the preconditioned Hessian"),
     ):
-        shown = f"{text} (default: %(default)s)" if default is not None else text
-        parser.add_argument(f"--{name}", default=default, help=shown, **number)  # type: ignore[arg-type]
-    parser.add_argument("--nesterov", action="store_true", help="in place of heavy ball")
+        help_text = f"{text} (default: %(default)s)" if default is not None else text
+        parser.add_argument(f"--{name}", default=default, help=help_text, **number)  # type: ignore[arg-type]
+    parser.add_argument(
+        "--nesterov", action="store_true", help="Nesterov momentum instead of heavy ball"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw p and the admitted sets")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the filter polynomials and the admitted sets into a PNG, SVG or PDF file",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Print the table, and draw it on request; return the exit code."""
     if args.plot is not None:
         require("matplotlib")
     try:
-        found = table(args)
+        rows = table(args)
     except (ValueError, OverflowError) as error:
         raise UserError(str(error)) from error
     if args.plot is not None and args.plot.suffix not in FORMATS:
         raise UserError(f"--plot must end in one of {', '.join(FORMATS)}, not {args.plot.name!r}")
     if args.json:
-        print(json.dumps([_record(*row) for row in found], indent=1))
+        print(json.dumps([_record(*row) for row in rows], indent=1))
     else:
-        print("\n".join(lines(found)))
+        print("\n".join(lines(rows)))
     if args.plot is not None:
         output_folder(args.plot.parent)
-        curves = {name: f for name, f, _ in found if isinstance(f, PolynomialFilter)}
+        curves = {name: f for name, f, _ in rows if isinstance(f, PolynomialFilter)}
         plot(curves, args.plot)
         if not args.json:
             print(f"\nwrote {args.plot}")
     return 0
 
 
-Row = tuple[str, Filter, int]
+FilterRow = tuple[str, Filter, int]
 
 
-def table(args: argparse.Namespace) -> list[Row]:
-    """Every method: its name, its filter, its gradients a step."""
+def table(args: argparse.Namespace) -> list[FilterRow]:
+    """Return the name, the filter and the gradients per step of each method."""
     rest = (args.lr, args.momentum, args.dampening, args.weight_decay)
     rho, nesterov = args.rho, args.nesterov
     base = "Nesterov" if nesterov else "heavy ball" if args.momentum else "gradient descent"
     hessian_rho = rho if args.hessian_rho is None else args.hessian_rho
-    rows: list[Row] = [
+    rows: list[FilterRow] = [
         (base, (filters.Nesterov if nesterov else filters.HeavyBall)(*rest), 1),
         ("USAM", filters.USAM(*rest, rho=rho, nesterov=nesterov), 2),
     ]
@@ -91,8 +98,8 @@ def table(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def lines(rows: Sequence[Row]) -> list[str]:
-    """The table as text."""
+def lines(rows: Sequence[FilterRow]) -> list[str]:
+    """Return the lines of the table."""
     cells = [("method", "gradients", "edge", "admitted eigenvalues")]
     for name, flt, gradients in rows:
         intervals = " and ".join(f"[{low:.6g}, {high:.6g}]" for low, high in flt.intervals())
@@ -105,12 +112,15 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 
 def plot(curves: Mapping[str, PolynomialFilter], path: Path) -> None:
-    """Draw p(lambda) of every method; what it admits is thick, and again below the axis."""
+    """Draw the polynomial p(lambda) of each method.
+
+    The curve is thick over the admitted set, which is also drawn in a panel below.
+    """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from eigenfilter.experiments.figures import COLORS
+    from eigenfilter.experiments.plots import COLORS
 
     ends = [end for f in curves.values() for end in _finite_ends(f)]
     low, high = min(ends, default=-1.0), max(ends, default=1.0)
@@ -156,5 +166,5 @@ def _record(name: str, flt: Filter, gradients: int) -> dict[str, object]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """Return None instead of infinity, which JSON does not have."""
     return value if math.isfinite(value) else None

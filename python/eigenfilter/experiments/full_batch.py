@@ -1,4 +1,4 @@
-"""Full-batch training, with the sharpness beside the edge of the optimizer's filter."""
+"""Full-batch training that measures the sharpness and the edge of the optimizer's filter."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from eigenfilter import filters
 from eigenfilter.curvature import EigenResult, HessianOperator, eigsh
-from eigenfilter.experiments.problems import Problem
+from eigenfilter.experiments.full_batch_problems import FullBatchProblem
 from eigenfilter.optimizers import EigenfilterOptimizer
 
-BAND = 0.10  # how far from the edge a sharpness may lie that is said to be at it
+BAND = 0.10  # relative distance from the edge within which a sharpness counts as at the edge
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
-_SMALL = 100_000  # elements of the inputs, up to which threads gain nothing
+_SMALL = 100_000  # elements of the inputs up to which more threads do not help
 
 
 @dataclass(frozen=True)
-class Method:
-    """An optimizer, and the hyperparameters it is built with in words."""
+class MethodSpec:
+    """A method: its name, its hyperparameters as text, and the function that builds it."""
 
     name: str
     settings: str
@@ -31,11 +31,16 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Check:
-    """One measurement: the loss, and the largest Hessian eigenvalue with its residual.
+class SharpnessMeasurement:
+    """One measurement during training.
 
     Attributes:
-        edge: the largest eigenvalue that the optimizer's filter admits at this step.
+        step: number of steps taken.
+        loss: loss on all data.
+        sharpness: largest eigenvalue of the Hessian.
+        edge: largest eigenvalue that the optimizer's filter admits at this step.
+        residual: ||H v - sharpness v|| of the eigenvector v.
+        matvecs: Hessian-vector products of the measurement.
     """
 
     step: int
@@ -52,84 +57,90 @@ class Check:
 
 
 @dataclass
-class Run:
-    """One method's training; the final loss and sharpness are those of the last check."""
+class FullBatchRun:
+    """The training of one method. Its last measurement has the final loss and sharpness."""
 
     method: str
     settings: str
-    history: list[Check] = field(default_factory=list)
+    history: list[SharpnessMeasurement] = field(default_factory=list)
     outcome: str = ""
     train_accuracy: float = math.nan
     test_accuracy: float = math.nan
     seconds: float = 0.0
 
     @property
-    def last(self) -> Check:
+    def last(self) -> SharpnessMeasurement:
         return self.history[-1]
 
     def as_json(self) -> dict[str, object]:
-        """Everything measured, the history last."""
+        """Return all measurements as plain data, with the history last."""
         values = asdict(self)
         history = values.pop("history")
         return values | asdict(self.last) | {"ratio": self.last.ratio, "history": history}
 
 
-class Training:
-    """A network in training by one method on all of a problem's data at once.
+class FullBatchTraining:
+    """Full-batch training of a network with one method.
 
     Args:
-        problem: what it learns.
-        method: the optimizer.
-        seed: of the initial weights.
+        problem: the network, the data and the loss.
+        method: the method.
+        seed: seed of the initial weights.
 
     Attributes:
-        optimizer: the method's, whose hyperparameters may be changed between steps.
-        step: how many were taken.
-        run: what was measured.
+        optimizer: the optimizer, whose hyperparameters may be changed between steps.
+        step: number of steps taken.
+        run: the measurements.
     """
 
-    def __init__(self, problem: Problem, method: Method, seed: int) -> None:
+    def __init__(self, problem: FullBatchProblem, method: MethodSpec, seed: int) -> None:
         self._problem, self._network = problem, problem.network(seed)
         self.optimizer = method.build(self._network.parameters())
         self.step = 0
-        self.run = Run(method.name, method.settings)
+        self.run = FullBatchRun(method.name, method.settings)
         batch = (problem.data.inputs, problem.data.labels)
         self._operator = HessianOperator(self._network, problem.loss, batch)
-        self._found: EigenResult | None = None
+        self._eigenpair: EigenResult | None = None
         self._began = time.perf_counter()
 
     def advance(self, steps: int) -> None:
-        """Take so many steps."""
+        """Take a number of steps."""
         for _ in range(steps):
             self.optimizer.step(self._closure)
         self.step += steps
 
     def check(self) -> bool:
-        """Measure the sharpness, from the eigenvector found the time before; False if diverged."""
+        """Measure the loss and the sharpness, starting from the last eigenvector.
+
+        Returns:
+            Whether both are finite; if not, the run has diverged.
+        """
         data = self._problem.data
         with torch.no_grad():
             loss = float(self._problem.loss(self._network(data.inputs), data.labels))
         self.run.seconds = time.perf_counter() - self._began
-        found = self._curvature() if math.isfinite(loss) else None
-        if found is None:
+        pair = self._largest_eigenpair() if math.isfinite(loss) else None
+        if pair is None:
             self.run.outcome = "diverged"
             return False
-        self._found = found
+        self._eigenpair = pair
         edge = filters.of(self.optimizer)[0].max_eigenvalue()
-        value, residual = float(found.values[0]), float(found.residuals[0])
-        self.run.history.append(Check(self.step, loss, value, edge, residual, found.matvecs))
+        value, residual = float(pair.values[0]), float(pair.residuals[0])
+        self.run.history.append(
+            SharpnessMeasurement(self.step, loss, value, edge, residual, pair.matvecs)
+        )
         return True
 
-    def _curvature(self) -> EigenResult | None:
-        """The largest eigenvalue, or None where the Hessian is no longer finite."""
+    def _largest_eigenpair(self) -> EigenResult | None:
+        """Return the largest eigenpair, or None if the Hessian is not finite."""
         tol = _TOLERANCE[self._problem.data.inputs.dtype]
         try:
-            return eigsh(self._operator, k=1, tol=tol, v0=self._found, look_for_copies=False)
-        except FloatingPointError:  # a loss nears overflow before it is infinite itself
+            return eigsh(self._operator, k=1, tol=tol, v0=self._eigenpair, look_for_copies=False)
+        except FloatingPointError:  # products overflow before the loss itself does
             return None
 
-    def finish(self) -> Run:
-        """Measure the accuracies; return what was measured."""
+    def finish(self) -> FullBatchRun:
+        """Measure the accuracies, and return all measurements."""
         data = self._problem.data
         self.run.train_accuracy = self._accuracy(data.inputs, data.labels)
         self.run.test_accuracy = self._accuracy(data.test_inputs, data.test_labels)
@@ -149,8 +160,8 @@ class Training:
 
 
 @contextmanager
-def threads_for(problem: Problem) -> Iterator[None]:
-    """One thread where the matrices are too small to share between threads."""
+def threads_for(problem: FullBatchProblem) -> Iterator[None]:
+    """Use one thread if the matrices are too small for more."""
     threads = torch.get_num_threads()
     if problem.data.inputs.numel() <= _SMALL:
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Users' own models, data and losses, named as module:name."""
+"""Import of users' own models, data and losses, which are named as module:name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 from eigenfilter.experiments.errors import UserError
 
 
-def named(text: str) -> Any:
-    """The object that `text`, "package.module:name", names; looked for in the working folder too.
+def import_object(text: str) -> Any:
+    """Import the object that `text` names, in the form "package.module:name".
+
+    Modules in the current folder are found too.
 
     Raises:
-        UserError: it is not of that form, or the module cannot be imported or has no such name.
+        UserError: the text has another form, or the module cannot be imported or has no such name.
     """
     module, separator, name = text.partition(":")
     if not (module and separator and name):
@@ -21,24 +23,24 @@ def named(text: str) -> Any:
     if "" not in sys.path:
         sys.path.insert(0, "")  # as `python -m` does
     try:
-        found = import_module(module)
-    except Exception as error:  # whatever a user's module raises
+        imported = import_module(module)
+    except Exception as error:  # a user's module may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"there is no module {error.name} here or installed") from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"cannot import {module} ({reason})") from error
-    if not hasattr(found, name):
+    if not hasattr(imported, name):
         raise UserError(f"module {module} has no {name}")
-    return getattr(found, name)
+    return getattr(imported, name)
 
 
-def called(text: str) -> Any:
-    """What the callable that `text` names returns, called without arguments.
+def call_imported(text: str) -> Any:
+    """Import the function that `text` names, and return its result without arguments.
 
     Raises:
-        UserError: see `named`; or it cannot be called.
+        UserError: see `import_object`; or the object cannot be called.
     """
-    found = named(text)
-    if not callable(found):
-        raise UserError(f"{text} must be a function, not {type(found).__name__}")
-    return found()
+    function = import_object(text)
+    if not callable(function):
+        raise UserError(f"{text} must be a function, not {type(function).__name__}")
+    return function()

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: lines of JSON, and TensorBoard's events."""
+"""The log of a run: lines of JSON, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,36 +17,41 @@ EVENTS = "tensorboard"
 
 
 def check(folder: Path, size: int, records: int) -> None:
-    """Check that the log of a run is that of its checkpoint, which has its size and records.
+    """Check that the log of a run belongs to its checkpoint.
+
+    Args:
+        folder: folder of the run.
+        size: size of the log when the checkpoint was written.
+        records: number of records that the log had then.
 
     Raises:
-        UserError: it is shorter, or damaged.
+        UserError: the log is shorter, or damaged.
     """
     path = folder / FILE
     if not size and not records:
         return
     try:
         with path.open("rb") as file:
-            # A size beyond the file's may be one that there is no memory for.
-            found = file.read(size) if size <= os.fstat(file.fileno()).st_size else b""
+            # A damaged checkpoint may claim a size for which there is not enough memory.
+            content = file.read(size) if size <= os.fstat(file.fileno()).st_size else b""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if len(found) < size or found.count(b"\n") != records or not found.endswith(b"\n"):
+    if len(content) < size or content.count(b"\n") != records or not content.endswith(b"\n"):
         raise UserError(
-            f"{path} is not the log of the checkpoint beside it: restore it, or train again into "
+            f"{path} is not the log of the checkpoint beside it; restore it, or train again into "
             "another --out"
         )
 
 
-class Log:
-    """Records of a run, in `log.jsonl` and, if wanted, in `tensorboard/`.
+class RunLog:
+    """Records of a run in `log.jsonl` and, on request, in `tensorboard/`.
 
     Args:
-        folder: the run's.
-        size: of the file at the step gone on from: what is behind it belongs to steps that are
-            taken anew, and is cut off. 0 for a new run.
-        step: the step gone on from.
-        tensorboard: whether to write events; needs the package.
+        folder: folder of the run.
+        size: size of the file at the step that training resumes from, 0 for a new run. Later
+            records are removed, because their steps are taken again.
+        step: step that training resumes from.
+        tensorboard: whether to write events, which needs the tensorboard package.
 
     Raises:
         UserError: a file cannot be written, or the package is missing.
@@ -72,27 +77,27 @@ class Log:
             )
 
     def write(self, kind: str, step: int, values: Mapping[str, float | None]) -> None:
-        """Add a record of some kind: "train", "test", "sharpness".
+        """Add a record of a kind: "train", "test" or "sharpness".
 
         Raises:
             UserError: the disk is full.
         """
-        record = {"kind": kind, "step": step} | plain(values)
+        record = {"kind": kind, "step": step} | json_safe(values)
         with _writing(self._path):
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
         if self._writer is None:
             return
         with _writing(self._path.parent / EVENTS):
-            for name, value in plain(values).items():
+            for name, value in json_safe(values).items():
                 if value is not None:
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
-    def synchronised(self) -> int:
-        """The file's size, once all of it has reached the disk.
+    def sync(self) -> int:
+        """Synchronize the file to the disk, and return its size.
 
         Raises:
-            UserError: the disk is full, or cannot be written to.
+            UserError: the disk is full or cannot be written to.
         """
         with _writing(self._path):
             os.fsync(self._file.fileno())
@@ -102,9 +107,9 @@ class Log:
         """Close the files.
 
         Raises:
-            UserError: TensorBoard's events, which are written later, found the disk full.
+            UserError: the disk is full for the events, which TensorBoard writes with a delay.
         """
-        with suppress(OSError):  # `write` has said so
+        with suppress(OSError):  # `write` has already raised this error
             self._file.close()
         if self._writer is not None:
             with _writing(self._path.parent / EVENTS):
@@ -119,8 +124,8 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with None for NaN and infinity, which JSON does not have."""
+def json_safe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with None instead of NaN and infinity, which JSON does not have."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""The losses of the experiments: scores [n, classes] and labels [n] to a mean over samples []."""
+"""The losses of the experiments: functions of scores [n, classes] and labels [n] to a mean []."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def square(scores: Tensor, labels: Tensor) -> Tensor:
-    """||scores - e_label||^2, e the unit vectors; mean over samples."""
+    """Return the mean over samples of ||scores - e_label||^2, where e are the unit vectors."""
     targets = F.one_hot(labels, scores.shape[1])
     return (scores - targets).square().sum(dim=1).mean()
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(scores)_label, mean over samples. No scores minimise it."""
+    """Return the mean over samples of -log softmax(scores)_label, which has no minimum."""
     return F.cross_entropy(scores, labels)
 
 

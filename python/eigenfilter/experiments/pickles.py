@@ -1,8 +1,8 @@
-"""A reader of the few opcodes of pickle that data files are made of; nothing in a file is executed.
+"""A reader of the few pickle opcodes that data files use; it executes nothing from a file.
 
-A stack machine over numbers, strings, bytes, tuples, lists and dictionaries. A global is text that
-is never looked up: the caller lists the calls that a file may make, and gets the arguments as they
-are. Everything that is made is a plain value, and there are as many as the file has opcodes.
+It is a stack machine over numbers, strings, bytes, tuples, lists and dictionaries. The name of a
+global is never looked up. Instead the caller lists the calls that a file may make, and its
+functions get the arguments unchecked. All results are plain values, at most one per opcode.
 """
 
 from __future__ import annotations
@@ -13,54 +13,55 @@ from dataclasses import dataclass
 from typing import Any
 
 
-class Refused(ValueError):
-    """A pickle does what its kind of file has no use for."""
+class ForbiddenPickle(ValueError):
+    """A pickle contains something that files of its kind do not need."""
 
 
 @dataclass(frozen=True)
-class Global:
-    """The name of what a pickle would import; no value that a file can hold equals it."""
+class GlobalName:
+    """The name of an object that a pickle would import; no value in a file can equal it."""
 
     module: str
     name: str
 
 
-def refused(*args: Any) -> Any:
-    """Take the place of what a kind of file does not do.
+def reject(*args: Any) -> Any:
+    """Reject a kind of opcode that a kind of file does not use.
 
     Raises:
-        Refused: always.
+        ForbiddenPickle: always.
     """
-    raise Refused("it holds more than plain data")
+    raise ForbiddenPickle("it contains more than plain data")
 
 
 def load(
     raw: bytes,
-    calls: Mapping[Global, Callable[..., Any]],
+    calls: Mapping[GlobalName, Callable[..., Any]],
     *,
-    set_state: Callable[[Any, Any], None] = refused,
-    fetch: Callable[[Any], Any] = refused,
-    most: int,
+    set_state: Callable[[Any, Any], None] = reject,
+    fetch: Callable[[Any], Any] = reject,
+    max_opcodes: int,
 ) -> Any:
-    """Return what a pickle holds.
+    """Return the content of a pickle.
 
     Args:
         raw: the pickle, of protocol 2 to 4.
-        calls: what it may call, by name; each checks its arguments, whatever they are.
-        set_state: gets an object that one of the calls made, and its state.
-        fetch: gets a persistent id, and returns the object.
-        most: opcodes that a file of this kind has at most.
+        calls: functions that the pickle may call, by name. Each function must check the types of
+            its arguments.
+        set_state: function of an object that one of the calls returned, and its state.
+        fetch: function from a persistent id to the object.
+        max_opcodes: largest number of opcodes in a file of this kind.
 
     Raises:
-        Refused: it has another opcode, calls something else, or is longer.
-        ValueError, IndexError, KeyError, TypeError: it is damaged.
+        ForbiddenPickle: the pickle has other opcodes or calls, or too many opcodes.
+        ValueError, IndexError, KeyError, TypeError: the pickle is damaged.
 
     Source: Python's pickletools, which documents every opcode.
     """
-    machine = _Machine(calls, set_state, fetch)
+    machine = _PickleMachine(calls, set_state, fetch)
     for count, (opcode, arg, _) in enumerate(pickletools.genops(raw)):
-        if count >= most:
-            raise Refused(f"it has more than {most} opcodes")
+        if count >= max_opcodes:
+            raise ForbiddenPickle(f"it has more than {max_opcodes} opcodes")
         machine.execute(opcode.name, arg)
     [result] = machine.stack
     _check_no_names(result)
@@ -68,15 +69,15 @@ def load(
 
 
 def _check_no_names(result: Any) -> None:
-    """Refuse a name that stands where data are wanted, such as a dtype among the entries."""
-    left, seen = [result], set()
-    while left:
-        value = left.pop()
-        if type(value) is Global:
-            raise Refused(f"it has {f'{value.module}.{value.name}'!a:.80} in place of data")
-        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            left.extend(value.values() if isinstance(value, dict) else value)
+    """Reject a global name in the place of data, such as a dtype among the entries."""
+    pending, visited = [result], set()
+    while pending:
+        value = pending.pop()
+        if type(value) is GlobalName:
+            raise ForbiddenPickle(f"it has {f'{value.module}.{value.name}'!a:.80} in place of data")
+        if isinstance(value, (dict, list, tuple)) and id(value) not in visited:
+            visited.add(id(value))
+            pending.extend(value.values() if isinstance(value, dict) else value)
 
 
 _NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
@@ -93,12 +94,15 @@ _TUPLES: Mapping[str, int] = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
 
 
-class _Machine:
-    """The stack and the memo."""
+class _PickleMachine:
+    """The stack and the memo of a pickle.
+
+    The method `_NAME` in lower case executes the opcode NAME; `execute` handles the simple ones.
+    """
 
     def __init__(
         self,
-        calls: Mapping[Global, Callable[..., Any]],
+        calls: Mapping[GlobalName, Callable[..., Any]],
         set_state: Callable[[Any, Any], None],
         fetch: Callable[[Any], Any],
     ) -> None:
@@ -107,7 +111,7 @@ class _Machine:
         self.stack: list[Any] = []
 
     def execute(self, name: str, arg: Any) -> None:
-        """Take one opcode."""
+        """Execute one opcode."""
         stack = self.stack
         if name in _LITERALS:
             stack.append(arg)
@@ -122,22 +126,22 @@ class _Machine:
         elif name in _EMPTY:
             stack.append(_EMPTY[name]())
         elif name in _TUPLES:
-            stack.append(tuple(self._popped(_TUPLES[name])))
-        elif name not in ("PROTO", "FRAME", "STOP"):  # these tell nothing that is needed
+            stack.append(tuple(self._pop_values(_TUPLES[name])))
+        elif name not in ("PROTO", "FRAME", "STOP"):  # these have no effect here
             action = getattr(self, f"_{name.lower()}", None)
             if action is None:
-                raise Refused(f"it has the opcode {name}")
+                raise ForbiddenPickle(f"it has the opcode {name}")
             action(arg)
 
-    def _popped(self, count: int) -> list[Any]:
-        """The last values, in their order."""
+    def _pop_values(self, count: int) -> list[Any]:
+        """Pop values, and return them in the order in which they were pushed."""
         values = [self.stack.pop() for _ in range(count)][::-1]
         if any(value is _MARK for value in values):
-            raise ValueError("a mark is out of its place")
+            raise ValueError("a mark is out of place")
         return values
 
-    def _marked(self) -> list[Any]:
-        """The values behind the last mark, which goes too."""
+    def _pop_to_mark(self) -> list[Any]:
+        """Pop the values after the last mark, and the mark."""
         values = []
         while (value := self.stack.pop()) is not _MARK:
             values.append(value)
@@ -147,56 +151,57 @@ class _Machine:
         self.stack.append(_MARK)
 
     def _tuple(self, arg: Any) -> None:
-        self.stack.append(tuple(self._marked()))
+        self.stack.append(tuple(self._pop_to_mark()))
 
     def _append(self, arg: Any) -> None:
-        self._extend(self._popped(1))
+        self._extend(self._pop_values(1))
 
     def _appends(self, arg: Any) -> None:
-        self._extend(self._marked())
+        self._extend(self._pop_to_mark())
 
     def _setitem(self, arg: Any) -> None:
-        self._update(self._popped(2))
+        self._update(self._pop_values(2))
 
     def _setitems(self, arg: Any) -> None:
-        self._update(self._marked())
+        self._update(self._pop_to_mark())
 
     def _global(self, arg: Any) -> None:
-        self.stack.append(Global(*arg.split(" ", 1)))
+        self.stack.append(GlobalName(*arg.split(" ", 1)))
 
     def _stack_global(self, arg: Any) -> None:
-        module, name = self._popped(2)
+        module, name = self._pop_values(2)
         if type(module) is not str or type(name) is not str:
-            raise ValueError("a name is not text")
-        self.stack.append(Global(module, name))
+            raise ValueError("a global name is not text")
+        self.stack.append(GlobalName(module, name))
 
     def _reduce(self, arg: Any) -> None:
-        function, args = self._popped(2)
-        if type(function) is not Global or type(args) is not tuple:
-            raise ValueError("it calls what has no name")
+        function, args = self._pop_values(2)
+        if type(function) is not GlobalName or type(args) is not tuple:
+            raise ValueError("it calls an object that is not a global name")
         if function not in self._calls:
-            raise Refused(f"it names {f'{function.module}.{function.name}'!a:.80}")
+            raise ForbiddenPickle(f"it names {f'{function.module}.{function.name}'!a:.80}")
         self.stack.append(self._calls[function](*args))
 
     def _build(self, arg: Any) -> None:
-        made, state = self._popped(2)
-        self._set_state(made, state)
-        self.stack.append(made)
+        target, state = self._pop_values(2)
+        self._set_state(target, state)
+        self.stack.append(target)
 
     def _binpersid(self, arg: Any) -> None:
-        self.stack.append(self._fetch(*self._popped(1)))
+        self.stack.append(self._fetch(*self._pop_values(1)))
 
     def _extend(self, values: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError("it appends to what is no list")
+            raise ValueError("it appends to an object that is not a list")
         self.stack[-1].extend(values)
 
     def _update(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if not isinstance(target, dict) or len(items) % 2:
-            raise ValueError("it sets entries of what is no dictionary")
+            raise ValueError("it sets entries of an object that is not a dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # The hash of another type may take forever, and large numbers may share theirs.
+            # Hashing nested tuples may take exponential time, and large integers may be chosen to
+            # collide.
             if type(key) is not str and not (type(key) is int and -(2**31) <= key < 2**31):
-                raise Refused("a key is neither text nor a number of 32 bits")
+                raise ForbiddenPickle("a key is neither text nor a 32-bit integer")
             target[key] = value

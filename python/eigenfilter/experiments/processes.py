@@ -1,8 +1,8 @@
-"""The processes of one run that torchrun started: which of them this is, what they do together.
+"""The processes of one run, which torchrun started, and what they do together.
 
-A run asks a `Processes` and never its rank. Alone (`ALONE`) everything is done here and at once;
-under torchrun (`launched`) hosts talk by gloo, so that no device is waited for, and gradients go by
-NCCL where there are GPUs.
+Code asks a `Processes` object instead of looking at its rank. A single process (`SINGLE_PROCESS`)
+does all the work itself. Under torchrun (`init_distributed`) the hosts communicate through Gloo,
+which waits for no device, and gradients are reduced by NCCL where there are GPUs.
 """
 
 from __future__ import annotations
@@ -25,170 +25,189 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of a run, seen from one of them; these are the one that is alone.
+    """The processes of a run, seen from one of them.
 
-    What is said to be collective is called by all processes, in the same order.
+    The methods of this base class are those of a single process. A method that is collective must
+    be called by all processes, in the same order.
 
     Attributes:
-        count: how many there are.
-        leads: whether this one writes and prints for all.
-        part: which samples of whatever is shared are this process's: every `count`-th, so that the
-            first of a batch are the first of all parts.
-        group: of an operator over the data of all, or None.
-        command: what starts the command again.
+        world_size: number of processes.
+        is_main: whether this process writes and prints on behalf of all.
+        sample_slice: the slice of shared data that this process works on. It takes every
+            `world_size`-th sample, so that the first samples of a batch are the first of all
+            slices.
+        process_group: the group of an operator over the data of all processes, or None.
+        launch_command: the command that starts the run again.
     """
 
-    count = 1
-    leads = True
-    part = slice(0, None, 1)
-    group: dist.ProcessGroup | None = None
-    command = "eigenfilter"
+    world_size = 1
+    is_main = True
+    sample_slice = slice(0, None, 1)
+    process_group: dist.ProcessGroup | None = None
+    launch_command = "eigenfilter"
 
-    def device(self, name: str) -> str:
-        """The name of this process's device, from the one that was asked for."""
+    def device_name(self, name: str) -> str:
+        """Return the device of this process, given the device that the user asked for."""
         return name
 
-    def seed(self, seed: int) -> int:
-        """A seed of this process's own: of dropout."""
+    def process_seed(self, seed: int) -> int:
+        """Return a seed that differs between processes, for dropout."""
         return seed
 
-    def share(self, images: int, name: str) -> int:
-        """How many of the images of a step each process takes.
+    def samples_per_process(self, images: int, name: str) -> int:
+        """Return how many of the images of a step each process takes.
 
-        name: of the option that gives them.
+        Args:
+            images: number of images in a step.
+            name: the option that sets this number, for the message.
 
         Raises:
-            ValueError: they cannot be shared evenly.
+            ValueError: the images cannot be divided evenly among the processes.
         """
-        if images % self.count:
+        if images % self.world_size:
             raise ValueError(
-                f"{name} gives {images} images a step, which {self.count} processes cannot share "
-                f"evenly: make it a multiple of {self.count}"
+                f"{name} gives {images} images per step, which {self.world_size} processes cannot "
+                f"share evenly; make it a multiple of {self.world_size}"
             )
-        return images // self.count
+        return images // self.world_size
 
-    def averaging(self, model: nn.Module, example: Tensor) -> nn.Module:
-        """The model, such that backward leaves the mean of all processes' gradients (collective).
+    def wrap_model(self, model: nn.Module, example: Tensor) -> nn.Module:
+        """Wrap the model so that backward averages gradients over processes (collective).
 
-        example: an input.
+        Args:
+            model: the model, equal in all processes.
+            example: a batch that the model accepts.
         """
         return model
 
-    def led(self, action: Callable[[], T]) -> T:
-        """What the leading process does, for all (collective); it must be possible to pickle it.
+    def run_on_main(self, action: Callable[[], T]) -> T:
+        """Run the action on the main process and return its result everywhere (collective).
+
+        The result must be picklable.
 
         Raises:
-            UserError: what it raised there.
+            UserError: the action raised it on the main process.
         """
         return action()
 
-    def after_download(self, load: Callable[[], T]) -> T:
-        """What each process loads, the first of each machine before the others (collective).
+    def main_process_first(self, load: Callable[[], T]) -> T:
+        """Run `load` in every process, on the first of each machine before the rest (collective).
+
+        The first process downloads what is missing, and the others read it.
 
         Raises:
-            UserError: what it raised in any.
+            UserError: `load` raised it in some process.
         """
         return load()
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is raised in any process (collective)."""
+    def any_process(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process (collective)."""
         return flag
 
-    def gathered(self, value: T) -> list[T]:
-        """The values of all processes, the leading one's first (collective)."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in order of their ranks (collective)."""
         return [value]
 
-    def own(self, values: Sequence[T]) -> T | None:
-        """This process's value of what `gathered` returned; None if fewer processes did."""
+    def own_value(self, values: Sequence[T]) -> T | None:
+        """Return this process's entry of a list that `all_gather` returned.
+
+        The result is None if fewer processes gathered the list.
+        """
         return values[0]
 
-    def total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, to the same bits in all (collective)."""
+    def all_reduce(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes, the same bits in each (collective)."""
         return value
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Make floating-point tensors their mean over all processes, in place (collective)."""
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
+        """Replace floating-point tensors in place by their mean over processes (collective)."""
 
 
-ALONE = Processes()
+class SingleProcess(Processes):
+    """The only process of a run."""
 
 
-class _Launched(Processes):
-    """One of several processes, in torch's default group."""
+SINGLE_PROCESS = SingleProcess()
+
+
+class _TorchrunProcesses(Processes):
+    """One of several processes that torchrun started, in torch's default group."""
 
     def __init__(self) -> None:
-        rank, self.count = dist.get_rank(), dist.get_world_size()
+        rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._rank, self._local_rank = rank, int(os.environ["LOCAL_RANK"])
-        self.leads = rank == 0
-        self.part = slice(rank, None, self.count)
-        self.group = dist.group.WORLD
-        self.command = "torchrun ... -m eigenfilter"
+        self.is_main = rank == 0
+        self.sample_slice = slice(rank, None, self.world_size)
+        self.process_group = dist.group.WORLD
+        self.launch_command = "torchrun ... -m eigenfilter"
 
-    def leave(self) -> None:
-        """Destroy the group, and let go of it.
+    def destroy(self) -> None:
+        """Destroy the group and drop all references to it.
 
-        Its threads end with the last reference to it. One that still holds a tensor when the
-        interpreter shuts down aborts the process (pytorch/pytorch#190489).
+        The threads of the group end with the last reference to it. A thread that still holds a
+        tensor when the interpreter shuts down aborts the process (pytorch/pytorch#190489).
         """
-        self.group = None
+        self.process_group = None
         dist.destroy_process_group()
-        gc.collect()  # networks in DistributedDataParallel refer to the group, and are cycles
+        gc.collect()  # DistributedDataParallel refers to the group from a reference cycle
 
-    def device(self, name: str) -> str:
+    def device_name(self, name: str) -> str:
         if name == "cpu" or not torch.cuda.is_available():
             return name
         if name not in ("auto", "cuda"):
             raise UserError(
-                f"each process takes a GPU of its own: --device cuda or cpu, not {name}"
+                f"under torchrun each process takes its own GPU; give --device cuda or cpu, "
+                f"not {name}"
             )
         return f"cuda:{self._local_rank}"
 
-    def seed(self, seed: int) -> int:
-        # Of the lower half: a CPU's generator takes in no more.
+    def process_seed(self, seed: int) -> int:
+        # Only the lower 32 bits change, because the generator of a CPU uses no others.
         return seed ^ (0x9E3779B1 * self._rank) % 2**32
 
-    def averaging(self, model: nn.Module, example: Tensor) -> nn.Module:
+    def wrap_model(self, model: nn.Module, example: Tensor) -> nn.Module:
         network = nn.parallel.DistributedDataParallel(model)
-        # After its first pass it orders its buckets anew, and sums round by their order: with that
-        # pass behind it, a resumed run sums as one that was never stopped.
+        # DistributedDataParallel reorders its buckets after the first backward pass, and the order
+        # decides how sums round. Taking that pass here makes a resumed run round like one that was
+        # never interrupted.
         model.eval()
         network(example).sum().backward()
         model.train()
         model.zero_grad()
         return network
 
-    def led(self, action: Callable[[], T]) -> T:
-        outcome = _outcome(action) if self.leads else None
-        return _result(cast("_Outcome[T]", self._broadcast(outcome)))
+    def run_on_main(self, action: Callable[[], T]) -> T:
+        outcome = _capture(action) if self.is_main else None
+        return _unwrap(cast("_Outcome[T]", self._broadcast(outcome)))
 
-    def after_download(self, load: Callable[[], T]) -> T:
+    def main_process_first(self, load: Callable[[], T]) -> T:
         outcome: _Outcome[T] = None, None
         for first in (True, False):
             if first == (self._local_rank == 0):
-                outcome = _outcome(load)
-            for error in self.gathered(outcome[1]):
-                _raise(error)
-        return _result(outcome)
+                outcome = _capture(load)
+            for error in self.all_gather(outcome[1]):
+                _raise_user_error(error)
+        return _unwrap(outcome)
 
-    def any(self, flag: bool) -> bool:
-        return bool(self.total(torch.tensor(int(flag))))
+    def any_process(self, flag: bool) -> bool:
+        return bool(self.all_reduce(torch.tensor(int(flag))))
 
-    def gathered(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.count
+    def all_gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def own(self, values: Sequence[T]) -> T | None:
+    def own_value(self, values: Sequence[T]) -> T | None:
         return values[self._rank] if self._rank < len(values) else None
 
-    def total(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
         return value
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         if not tensors:
             return
-        flat = self.total(torch.cat([t.reshape(-1) for t in tensors])) / self.count
+        flat = self.all_reduce(torch.cat([t.reshape(-1) for t in tensors])) / self.world_size
         parts = flat.split([t.numel() for t in tensors])  # type: ignore[no-untyped-call]
         torch._foreach_copy_(
             list(tensors), [p.view_as(t) for p, t in zip(parts, tensors, strict=True)]
@@ -201,40 +220,44 @@ class _Launched(Processes):
 
 
 @contextmanager
-def launched() -> Iterator[Processes]:
-    """A context with the processes that torchrun started; without it, `ALONE`.
+def init_distributed() -> Iterator[Processes]:
+    """Initialize torch.distributed if torchrun started this process.
+
+    Yields:
+        The processes of the run; without torchrun, `SINGLE_PROCESS`.
 
     Raises:
-        UserError: another process ended, and this one cannot go on.
+        UserError: another process ended, so this one cannot go on.
     """
-    if not several():
-        yield ALONE
+    if not is_distributed():
+        yield SINGLE_PROCESS
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        processes = _Launched()
+        processes = _TorchrunProcesses()
         yield processes
     except RuntimeError as error:
-        if not _ended_elsewhere(error):
+        if not _is_communication_error(error):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(
-            "another process of the run ended, or cannot be reached: the last checkpoint, if there "
+            "another process of the run ended, or cannot be reached; the last checkpoint, if there "
             f"was one, is kept ({reason})"
         ) from error
-    processes.leave()  # not after an error, which others may not have seen yet
+    processes.destroy()  # not after an error, which the others may not have noticed yet
 
 
-def first_to_fail() -> bool:
-    """Whether this process is the one that says why its run failed; without torchrun it is.
+def claim_first_failure() -> bool:
+    """Return whether this process is the first of its run to fail, and so reports the error.
 
-    torchrun ends the other processes as soon as one has, so that one must not wait to say it.
+    torchrun ends the other processes as soon as one has failed. The first to fail must therefore
+    not wait for any other before it prints. Without torchrun the result is True.
     """
-    if not several():
+    if not is_distributed():
         return True
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, until it is said
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it before the error is printed
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
@@ -242,40 +265,40 @@ def first_to_fail() -> bool:
             is_master=False,
             timeout=timedelta(seconds=10),
         )
-        own, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-        first: bytes = store.compare_set(f"eigenfilter/failed/{attempt}", "", own)
-        return first == own.encode()
-    except dist.DistError:  # said twice is better than not at all
+        rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+        first: bytes = store.compare_set(f"eigenfilter/failed/{attempt}", "", rank)
+        return first == rank.encode()
+    except dist.DistError:  # an error that is printed twice is better than one that is not
         return True
 
 
-def several() -> bool:
-    """Whether torchrun started more than this process."""
+def is_distributed() -> bool:
+    """Return whether torchrun started more than one process."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
-def _ended_elsewhere(error: RuntimeError) -> bool:
-    """Whether it is an error of communication with another process."""
+def _is_communication_error(error: RuntimeError) -> bool:
+    """Return whether the error comes from communication with another process."""
     return isinstance(error, dist.DistError) or "third_party/gloo" in str(error)
 
 
 _Outcome = tuple[T | None, str | None]
-"""What an action returned, or what its UserError said."""
+"""The value that an action returned, and the message of its UserError; one of them is None."""
 
 
-def _outcome(action: Callable[[], T]) -> _Outcome[T]:
+def _capture(action: Callable[[], T]) -> _Outcome[T]:
     try:
         return action(), None
     except UserError as error:
         return None, str(error)
 
 
-def _result(outcome: _Outcome[T]) -> T:
+def _unwrap(outcome: _Outcome[T]) -> T:
     value, error = outcome
-    _raise(error)
+    _raise_user_error(error)
     return cast(T, value)
 
 
-def _raise(error: str | None) -> None:
+def _raise_user_error(error: str | None) -> None:
     if error is not None:
         raise UserError(error)

@@ -1,10 +1,10 @@
 """Measure the spectrum of a trained model's Hessian.
 
-CHECKPOINT is one of `eigenfilter train`, or the folder of its run; with --model and --data, which
-are import paths (package.module:name), it is a state_dict of that model, and may be left out.
-Prints the largest eigenvalues with their residuals beside the edge of the optimizer's filter, and
-the certificate of `eigenfilter certify`; writes spectrum.json and spectrum.png, which also has the
-density of all eigenvalues.
+CHECKPOINT is a checkpoint of `eigenfilter train`, or the folder of its run. With --model and
+--data, which are import paths (package.module:name), it is a state_dict of that model, and is
+optional. The command prints the largest eigenvalues with their residuals, the edge of the
+optimizer's filter, and the certificate of `eigenfilter certify`. It writes spectrum.json and
+spectrum.png, which also contain the density of all eigenvalues.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import eigenfilter as ef
 from eigenfilter import filters
 from eigenfilter.certificate import Certificate
 from eigenfilter.curvature import CurvatureOperator, EigenResult, SpectralDensity
-from eigenfilter.experiments.arguments import add_data_dir, add_device, add_out, positive, whole
+from eigenfilter.experiments.cli_arguments import add_data_dir, add_device, add_out, positive, whole
 from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import replace, replace_text
-from eigenfilter.experiments.locks import alone
-from eigenfilter.experiments.logs import plain
-from eigenfilter.experiments.subjects import Subject, imported, trained
+from eigenfilter.experiments.loaded_models import LoadedModel, load_imported, load_trained
+from eigenfilter.experiments.locks import folder_lock
+from eigenfilter.experiments.logs import json_safe
 
 HELP = "eigenvalues and density of a trained model's Hessian"
 MATRICES: Mapping[str, Callable[..., CurvatureOperator]] = {
@@ -43,66 +43,89 @@ MATRICES: Mapping[str, Callable[..., CurvatureOperator]] = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="see above")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help="checkpoint; see above"
+    )
     own = parser.add_argument_group("a model of your own", "import paths, package.module:name")
-    own.add_argument("--model", metavar="PATH", help="a torch.nn.Module, or what returns one")
-    own.add_argument("--data", metavar="PATH", help="a batch, a list, a DataLoader, or what does")
-    own.add_argument("--loss", metavar="PATH", help="(output, target) -> mean (cross entropy)")
-    own.add_argument("--optimizer", metavar="PATH", help="parameters -> optimizer, for its edge")
+    own.add_argument("--model", metavar="PATH", help="a torch.nn.Module, or a function for one")
+    own.add_argument(
+        "--data", metavar="PATH", help="a batch, a list of batches, a DataLoader, or a function"
+    )
+    own.add_argument(
+        "--loss", metavar="PATH", help="function (output, target) -> mean (default: cross entropy)"
+    )
+    own.add_argument(
+        "--optimizer", metavar="PATH", help="function parameters -> optimizer, to show its edge"
+    )
     ours = parser.add_argument_group("a checkpoint of eigenfilter train")
     add_data_dir(ours)
-    for name, default, words in (
-        ("samples", 2000, "training images at most, the first; 0: all"),
-        ("batch-size", 500, "images at a time"),
+    for name, default, text in (
+        ("samples", 2000, "number of the first training images to use; 0 uses all"),
+        ("batch-size", 500, "images per batch"),
     ):
         ours.add_argument(
             f"--{name}",
             type=whole(int(name == "batch-size")),
             default=default,
             metavar="N",
-            help=f"{words} (default: %(default)s)",
+            help=f"{text} (default: %(default)s)",
         )
-    parser.add_argument("--matrix", choices=tuple(MATRICES), default="hessian")
     parser.add_argument(
-        "--mode", choices=("eval", "train"), default="eval", help="of batch norm and dropout"
+        "--matrix",
+        choices=tuple(MATRICES),
+        default="hessian",
+        help="curvature matrix (default: %(default)s)",
     )
     parser.add_argument(
-        "--which", choices=("LA", "SA", "LM", "BE"), default="LA", help="which eigenvalues"
+        "--mode",
+        choices=("eval", "train"),
+        default="eval",
+        help="mode of batch normalization and dropout (default: %(default)s)",
     )
-    for name, low, default, words in (
-        ("pairs", 1, 10, "eigenpairs"),
-        ("probes", 0, 4, "random vectors of the density; 0: none"),
-        ("steps", 1, 60, "products with each of them"),
-        ("certificate", 0, 300, "products at most of the certificate; 0: none"),
-        ("seed", 0, 0, "of the random vectors; the certificate draws its own"),
+    parser.add_argument(
+        "--which",
+        choices=("LA", "SA", "LM", "BE"),
+        default="LA",
+        help="largest, smallest, largest in magnitude, or both ends (default: %(default)s)",
+    )
+    for name, low, default, text in (
+        ("pairs", 1, 10, "number of eigenpairs"),
+        ("probes", 0, 4, "random vectors for the density; 0 skips the density"),
+        ("steps", 1, 60, "Lanczos steps per random vector"),
+        ("certificate", 0, 300, "largest number of products for the certificate; 0 skips it"),
+        ("seed", 0, 0, "seed of the random vectors; the certificate draws its own"),
     ):
         parser.add_argument(
             f"--{name}",
             type=whole(low),
             default=default,
             metavar="N",
-            help=f"{words} (default: %(default)s)",
+            help=f"{text} (default: %(default)s)",
         )
     parser.add_argument(
-        "--tol", type=positive, default=1e-3, metavar="X", help="relative (default: %(default)s)"
+        "--tol",
+        type=positive,
+        default=1e-3,
+        metavar="X",
+        help="relative tolerance of the eigenvalues (default: %(default)s)",
     )
     add_device(parser)
     add_out(parser, "out/spectrum", "spectrum.json and spectrum.png")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; return the exit code."""
+    """Measure the spectrum, print and write it; return the exit code."""
     require("matplotlib", "tqdm")
-    with alone(args.out, "spectrum") as folder:
+    with folder_lock(args.out, "spectrum") as folder:
         return _run(args, folder)
 
 
 def _run(args: argparse.Namespace, folder: Path) -> int:
-    subject = _subject(args)
-    edge = edge_of(subject.optimizer)
+    loaded = _load_model(args)
+    edge = edge_of(loaded.optimizer)
     try:
-        pairs, density = measure(subject, args)
-        certificate = certificate_of(subject, args)
+        pairs, density = measure(loaded, args)
+        certificate = certificate_of(loaded, args)
     except (ValueError, FloatingPointError, TypeError, RuntimeError) as error:
         raise UserError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
@@ -112,7 +135,7 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
         print(f"\n{certificate}")
     results = {
         "command": "spectrum",
-        "subject": subject.about,
+        "subject": loaded.source,
         "matrix": args.matrix,
         "mode": args.mode,
         "which": args.which,
@@ -127,15 +150,15 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
     return 0
 
 
-def _subject(args: argparse.Namespace) -> Subject:
+def _load_model(args: argparse.Namespace) -> LoadedModel:
     device = device_of(args.device)
     if args.model is None:
         for name in ("data", "loss", "optimizer"):
             if getattr(args, name) is not None:
-                raise UserError(f"--{name} goes with --model")
+                raise UserError(f"--{name} needs --model")
         if args.checkpoint is None:
             raise UserError("give a CHECKPOINT of eigenfilter train, or --model and --data")
-        return trained(
+        return load_trained(
             args.checkpoint,
             device,
             data_dir=args.data_dir,
@@ -143,8 +166,8 @@ def _subject(args: argparse.Namespace) -> Subject:
             batch_size=args.batch_size,
         )
     if args.data is None:
-        raise UserError("--model needs --data, its batches")
-    return imported(
+        raise UserError("--model needs --data; give the import path of its batches")
+    return load_imported(
         args.model,
         args.data,
         device,
@@ -155,36 +178,39 @@ def _subject(args: argparse.Namespace) -> Subject:
 
 
 def measure(
-    subject: Subject, args: argparse.Namespace
+    loaded: LoadedModel, args: argparse.Namespace
 ) -> tuple[EigenResult, SpectralDensity | None]:
-    """The eigenpairs, and the density of the rest."""
+    """Return the eigenpairs and, on request, the density of the other eigenvalues."""
     op = MATRICES[args.matrix](
-        subject.model, subject.loss_fn, subject.data, mode=args.mode, seed=args.seed
+        loaded.model, loaded.loss_fn, loaded.data, mode=args.mode, seed=args.seed
     )
-    with _counted(op) as shown, warnings.catch_warnings():
-        # The table gives the reason why the iteration stopped.
+    with _count_products(op) as counted_op, warnings.catch_warnings():
+        # The table shows why the iteration stopped, so the warnings are not needed.
         warnings.filterwarnings("ignore", r"stopped after|\d+ pairs converged", RuntimeWarning)
         pairs = ef.curvature.eigsh(
-            shown, args.pairs, which=args.which, tol=args.tol, seed=args.seed
+            counted_op, args.pairs, which=args.which, tol=args.tol, seed=args.seed
         )
         if not args.probes:
             return pairs, None
         density = ef.curvature.spectral_density(
-            shown, args.probes, args.steps, deflate=pairs, seed=args.seed
+            counted_op, args.probes, args.steps, deflate=pairs, seed=args.seed
         )
     return pairs, density
 
 
-def certificate_of(subject: Subject, args: argparse.Namespace) -> Certificate | str | None:
-    """The certificate, or why there is none; None if none was wanted or no optimizer is known."""
-    if subject.optimizer is None or args.matrix != "hessian" or not args.certificate:
+def certificate_of(loaded: LoadedModel, args: argparse.Namespace) -> Certificate | str | None:
+    """Return the certificate or the reason why there is none.
+
+    The result is None if no certificate was requested or the optimizer is not known.
+    """
+    if loaded.optimizer is None or args.matrix != "hessian" or not args.certificate:
         return None
     try:
         return ef.certify(
-            subject.model,
-            subject.loss_fn,
-            subject.data,
-            subject.optimizer,
+            loaded.model,
+            loaded.loss_fn,
+            loaded.data,
+            loaded.optimizer,
             max_matvecs=args.certificate,
             mode=args.mode,
         )
@@ -193,25 +219,25 @@ def certificate_of(subject: Subject, args: argparse.Namespace) -> Certificate | 
 
 
 def edge_of(optimizer: torch.optim.Optimizer | None) -> float | None:
-    """The largest eigenvalue that the optimizer's filter admits; None where there is no such bound.
+    """Return the largest eigenvalue that the optimizer's filter admits, or None without a bound.
 
-    At lr 0, where a schedule may have ended, every eigenvalue is admitted; AdamW's edge is that of
-    another matrix, and SAM's moves.
+    At lr 0, where a schedule may have ended, every eigenvalue is admitted. The edge of AdamW
+    belongs to the preconditioned Hessian, and the edge of SAM depends on the gradient norm.
     """
     if optimizer is None:
         return None
     try:
-        found = filters.of(optimizer)
+        first, *others = filters.of(optimizer)
     except TypeError:
         return None
-    if isinstance(found[0], filters.AdamW) or any(flt != found[0] for flt in found):
+    if isinstance(first, filters.AdamW) or any(flt != first for flt in others):
         return None
-    edge = found[0].max_eigenvalue()
+    edge = first.max_eigenvalue()
     return edge if math.isfinite(edge) else None
 
 
 def table(pairs: EigenResult, edge: float | None, density: SpectralDensity | None) -> str:
-    """The results as text.
+    """Return the results as text.
 
     The residual ||H v - lambda v|| bounds the distance to an eigenvalue of the matrix H.
     """
@@ -226,14 +252,14 @@ def table(pairs: EigenResult, edge: float | None, density: SpectralDensity | Non
         trace = density.trace
         lines.append(f"trace {trace.value:.5g} +- {trace.standard_error:.2g}")
     if edge is not None:
-        share = float(pairs.values.max()) / edge
-        lines.append(f"edge of the optimizer's filter {edge:.5g}; the largest is at {share:.3f}")
+        ratio = float(pairs.values.max()) / edge
+        lines.append(f"edge of the optimizer's filter {edge:.5g}; the largest is {ratio:.3f} of it")
     return "\n".join(lines)
 
 
 def as_json(pairs: EigenResult, density: SpectralDensity | None) -> dict[str, Any]:
-    """The results as plain data."""
-    found: dict[str, Any] = {
+    """Return the results as plain data."""
+    results: dict[str, Any] = {
         "values": pairs.values.tolist(),
         "residuals": pairs.residuals.tolist(),
         "errors": pairs.errors.tolist(),
@@ -244,28 +270,28 @@ def as_json(pairs: EigenResult, density: SpectralDensity | None) -> dict[str, An
     if density is not None:
         trace = density.trace
         error = float(trace.standard_error)
-        found["trace"] = plain({"value": float(trace.value), "standard_error": error})
-        found["density"] = {
+        results["trace"] = json_safe({"value": float(trace.value), "standard_error": error})
+        results["density"] = {
             "nodes": density.nodes.tolist(),
             "weights": density.weights.tolist(),
             "deflated": density.deflated.tolist(),
             "matvecs": density.matvecs,
         }
-    return found
+    return results
 
 
 def figure(
     pairs: EigenResult, density: SpectralDensity | None, edge: float | None, path: Path
 ) -> None:
-    """Write a PNG: the density, a tick for every eigenpair, the edge dashed."""
+    """Write a PNG with the density, a tick for every eigenpair, and the edge as a dashed line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from eigenfilter.experiments.figures import COLORS
+    from eigenfilter.experiments.plots import COLORS
 
-    drawn = Figure(figsize=(8.0, 5.0), layout="constrained")
-    FigureCanvasAgg(drawn)
-    axes = drawn.add_subplot()
+    fig = Figure(figsize=(8.0, 5.0), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.add_subplot()
     if density is not None:
         density.plot(axes)
     values = [float(value) for value in pairs.values]
@@ -284,11 +310,11 @@ def figure(
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    replace(path, lambda file: drawn.savefig(file, format="png", dpi=160))
+    replace(path, lambda file: fig.savefig(file, format="png", dpi=160))
 
 
-class _Counted:
-    """An operator that shows its products in a progress bar."""
+class _CountedOperator:
+    """A curvature operator that counts its products in a progress bar."""
 
     def __init__(self, op: CurvatureOperator, bar: Any) -> None:
         self._op, self._bar = op, bar
@@ -309,8 +335,8 @@ class _Counted:
 
 
 @contextmanager
-def _counted(op: CurvatureOperator) -> Iterator[_Counted]:
+def _count_products(op: CurvatureOperator) -> Iterator[_CountedOperator]:
     from tqdm import tqdm
 
     with tqdm(desc="Hessian products", unit="", leave=False, disable=None) as bar:
-        yield _Counted(op, bar)
+        yield _CountedOperator(op, bar)

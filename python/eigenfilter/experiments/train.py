@@ -1,9 +1,10 @@
 """Train an image classifier with any of the optimizers.
 
-What is trained is said by a YAML file, by flags, or by both: flags win. Everything is written into
---out: the checkpoint, config.yaml, log.jsonl, results.json. Ctrl-C saves a checkpoint and stops;
---resume goes on from it, bit for bit. One run on many GPUs:
-torchrun --nproc-per-node 8 -m eigenfilter train ..., the batch shared by the processes.
+A YAML file, flags, or both configure the run; flags override the file. The checkpoint, config.yaml,
+log.jsonl and results.json are written into --out. Ctrl-C saves a checkpoint and stops; --resume
+continues from it to the same bits. To train one network on many GPUs, which share each batch:
+
+    torchrun --nproc-per-node 8 -m eigenfilter train ...
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from eigenfilter.experiments import config as configs
-from eigenfilter.experiments.arguments import add_data_dir, add_device, positive
+from eigenfilter.experiments.cli_arguments import add_data_dir, add_device, positive
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, require
-from eigenfilter.experiments.processes import launched
-from eigenfilter.experiments.stopping import STOPPED, stopping
+from eigenfilter.experiments.interrupts import STOPPED, graceful_stop
+from eigenfilter.experiments.processes import init_distributed
 
 HELP = "train a network on digits, MNIST, Fashion-MNIST or CIFAR"
 OUT = Path("out/train")
@@ -28,22 +29,35 @@ OUT = Path("out/train")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument(
-        "config", nargs="?", type=Path, metavar="CONFIG.yaml", help="names and values, a line each"
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="CONFIG.yaml",
+        help="file with one option per line, as in 'lr: 0.1'",
     )
     parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="DIR", help="of the run (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=OUT,
+        metavar="DIR",
+        help="folder of the run (default: %(default)s)",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the checkpoint in --out, with its configuration",
+        help="continue from the checkpoint in --out, with its configuration",
     )
     add_data_dir(parser)
     add_device(parser)
     parser.add_argument(
-        "--budget", type=positive, metavar="MINUTES", help="stop after so long, as by Ctrl-C"
+        "--budget",
+        type=positive,
+        metavar="MINUTES",
+        help="time limit, after which the run stops as at Ctrl-C",
     )
-    parser.add_argument("--tensorboard", action="store_true", help="write its events too")
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write the log as TensorBoard events"
+    )
     configs.add_flags(parser)
 
 
@@ -52,9 +66,13 @@ def run(args: argparse.Namespace) -> int:
     require("yaml", "tqdm", *(["tensorboard"] if args.tensorboard else []))
     from eigenfilter.experiments import runs
 
-    with launched() as processes, stopping(args.budget) as stop, _Display() as display:
+    with (
+        init_distributed() as processes,
+        graceful_stop(args.budget) as stop,
+        _TrainDisplay() as display,
+    ):
         results = runs.run(
-            processes.led(lambda: _config(args)),
+            processes.run_on_main(lambda: _config(args)),
             args.out,
             data_dir=args.data_dir,
             device=args.device,
@@ -65,30 +83,30 @@ def run(args: argparse.Namespace) -> int:
             processes=processes,
         )
     stopped = results["outcome"] == "stopped"
-    if processes.leads:
+    if processes.is_main:
         print(summary(results))
         if stopped:
-            go_on = f"{processes.command} train --resume --out {args.out}"
-            print(f"stopped at step {results['step']}: {go_on}")
+            command = f"{processes.launch_command} train --resume --out {args.out}"
+            print(f"stopped at step {results['step']}; to continue: {command}")
         else:
             print(f"wrote {args.out / 'checkpoint.pt'}, log.jsonl and results.json")
     return STOPPED if stopped and stop.signalled else 0
 
 
 def _config(args: argparse.Namespace) -> Config:
-    """What is to be trained: the defaults, the file, the flags; for --resume what was."""
+    """Return the configuration: flags over the file over the checkpoint over the defaults."""
     from eigenfilter.experiments import checkpoint
 
-    flags = configs.given(args)
-    kept = args.out / checkpoint.FILE
+    flags = configs.from_flags(args)
+    path = args.out / checkpoint.FILE
     values: dict[Any, Any] = {}
-    if args.resume and kept.exists():
-        values = checkpoint.read_run(kept)["config"]
+    if args.resume and path.exists():
+        values = checkpoint.read_run(path)["config"]
         try:
             Config.of(values)
         except ValueError as error:
             raise UserError(
-                f"{kept} has a configuration that is damaged, or of another version ({error}): "
+                f"{path} has a configuration that is damaged, or of another version ({error}); "
                 "restore it, or train again into another --out"
             ) from error
     try:
@@ -100,26 +118,26 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """A run's results in a line."""
+    """Return the results of a run in one line."""
     parts = [f"{results['epochs']:g} epochs in {results['seconds']:.1f} s"]
     for kind in ("train", "test"):
         if kind in results:
-            found = results[kind]
-            loss = math.inf if found["loss"] is None else found["loss"]
-            parts.append(f"{kind} loss {loss:.4f}, accuracy {found['accuracy']:.2%}")
+            record = results[kind]
+            loss = math.inf if record["loss"] is None else record["loss"]
+            parts.append(f"{kind} loss {loss:.4f}, accuracy {record['accuracy']:.2%}")
     if "sharpness" in results:
         parts.append(_sharpness(results["sharpness"]))
     return "; ".join(parts)
 
 
-class _Display:
-    """A progress bar, and a line for every test."""
+class _TrainDisplay:
+    """A progress bar, and a line for every evaluation on the test set."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._shown: dict[str, str] = {}
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> _TrainDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -127,7 +145,7 @@ class _Display:
             self._bar.close()
 
     def observe(self, kind: str, step: int, record: dict[str, Any]) -> None:
-        """Show a record of the run."""
+        """Show a record of the run with the method of its kind, if there is one."""
         show: Callable[[int, dict[str, Any]], None] | None = getattr(self, f"_on_{kind}", None)
         if show is not None:
             show(step, record)

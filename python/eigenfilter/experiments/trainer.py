@@ -1,4 +1,4 @@
-"""Training, a step at a time: everything that changes while a network learns, and its state."""
+"""Training step by step: the network, the optimizer, the schedules, and their state."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter.curvature import HessianOperator
-from eigenfilter.experiments import recipes, saved
-from eigenfilter.experiments.batches import Augmentation, Batches, Normaliser, in_order
+from eigenfilter.experiments import factories, validation
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.datasets import Images
+from eigenfilter.experiments.datasets import ImageDataset
 from eigenfilter.experiments.errors import UserError
+from eigenfilter.experiments.image_batches import Augmentation, Batches, Normalizer, in_order
 from eigenfilter.experiments.networks import build
-from eigenfilter.experiments.processes import ALONE, Processes
+from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
 from eigenfilter.optimizers._hyperparameters import rho_key
 
 
@@ -32,28 +32,29 @@ class Diverged(UserError):
 
 
 class Trainer:
-    """A network, its data and its optimizer, and how far the training is.
+    """Trains a network on image batches, one step at a time.
 
-    Steps are taken by `advance()`; nothing waits for the device until `drain()` reads what they
-    found. Networks with dropout draw from torch's global generators: see `reproducible`.
+    `advance()` takes a step without waiting for the device; `drain()` waits and returns the
+    metrics. Networks with dropout draw from torch's global generators; see `reproducible`.
 
     Args:
-        config: what to train.
+        config: the configuration.
         data: the images of `config.dataset`.
-        device: where.
-        processes: that share every batch and the test set, each with this network and a Trainer;
-            all methods but `examples` and `rates` are then collective.
+        device: the device.
+        processes: the processes that share every batch and the test set. Each has this network in
+            a Trainer of its own, and all methods except `examples` and `rates` are collective.
 
     Attributes:
-        model, loss_fn, optimizer: what is trained, in `config.precision`.
-        step: steps taken.
-        gradients: of whole batches that they took; an ascent's of a part counts as that part. The
-            Hessian-vector products of `hvp: autograd` are not among them.
-        steps_per_epoch, total_steps: of them.
-        monitor: of the sharpness, or None.
+        model, loss_fn, optimizer: the model, its loss and its optimizer.
+        step: number of steps taken.
+        gradients: number of gradients taken, in units of a whole batch. An ascent on a fraction of
+            the batch counts as that fraction; Hessian-vector products of `hvp: autograd` do not
+            count.
+        steps_per_epoch, total_steps: numbers of steps in an epoch and in the whole training.
+        monitor: monitor of the sharpness, or None.
 
     Raises:
-        ValueError: values of the configuration that do not go together.
+        ValueError: values of the configuration do not go together.
 
     Example:
         >>> trainer = Trainer(config, datasets.load(config.dataset), torch.device("cpu"))
@@ -63,11 +64,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, data: Images, device: torch.device, processes: Processes = ALONE
+        self,
+        config: Config,
+        data: ImageDataset,
+        device: torch.device,
+        processes: Processes = SINGLE_PROCESS,
     ) -> None:
         self.config, self.device, self._processes = config, device, processes
         self.data = data.first(config.samples)
-        _check(config, self.data, processes.count)
+        _check_config(config, self.data, processes.world_size)
         dtype = torch.float64 if config.precision == "float64" else torch.float32
         model = build(
             config.model,
@@ -78,32 +83,34 @@ class Trainer:
         )
         layout = torch.channels_last if config.channels_last else torch.preserve_format
         self.model = model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
-        self._normaliser = Normaliser(self.data, device, dtype, config.channels_last)
+        self._normalizer = Normalizer(self.data, device, dtype, config.channels_last)
         self._batches = Batches(
             self.data,
             config.batch_size,
             Augmentation(config.crop, config.flip, config.cutout),
-            self._normaliser,
+            self._normalizer,
             device,
             config.seed,
             processes,
         )
         self._statistics = [b for b in self.model.buffers() if b.is_floating_point()]
-        self._network = processes.averaging(self.model, self.examples(1)[0])
-        self.loss_fn = recipes.loss_of(config)
-        self.optimizer = recipes.optimizer_of(config, self.model.parameters())
+        self._network = processes.wrap_model(self.model, self.examples(1)[0])
+        self.loss_fn = factories.build_loss(config)
+        self.optimizer = factories.build_optimizer(config, self.model.parameters())
         self.batch_size = self._batches.size
         self.steps_per_epoch = self._batches.count
         self.total_steps = config.epochs * self.steps_per_epoch
-        self._lr = recipes.lr_schedule(config, self.optimizer, self.steps_per_epoch)
-        self._rho = recipes.rho_schedule(config, self.optimizer, self.steps_per_epoch)
+        self._lr = factories.lr_schedule(config, self.optimizer, self.steps_per_epoch)
+        self._rho = factories.rho_schedule(config, self.optimizer, self.steps_per_epoch)
         self.step = 0
         self.gradients = 0.0
         ascents = max(1, round(config.ascent_part * self.batch_size))
-        self._ascents = processes.share(ascents, "ascent_part")  # images of an ascent, here
-        self._losses: list[Tensor] = []  # of the last steps, here
+        self._ascent_samples = processes.samples_per_process(ascents, "ascent_part")
+        # Losses and accuracies of the last steps stay on the device, for this process only.
+        # `_collect_metrics` averages them over processes and moves them to `_metrics`.
+        self._losses: list[Tensor] = []
         self._accuracies: list[Tensor] = []
-        self._found: list[tuple[float, float]] = []  # the two of steps before, of all processes
+        self._metrics: list[tuple[float, float]] = []
         self.monitor = self._monitor() if config.sharpness_every else None
 
     @property
@@ -117,7 +124,7 @@ class Trainer:
         return self._rho is not None
 
     def advance(self) -> None:
-        """Take the next step: a batch, the ascents, the descent, the schedules."""
+        """Take the next step: load a batch, ascend, descend, and update the schedules."""
         epoch, index = divmod(self.step, self.steps_per_epoch)
         images, labels = self._batches.batch(epoch, index)
         optimizer = self.optimizer
@@ -140,41 +147,46 @@ class Trainer:
         self.step += 1
 
     def drain(self) -> dict[str, float]:
-        """Mean loss and accuracy of the steps since the last call, each at its batch, before it.
+        """Return the mean training loss and accuracy of the steps since the last call.
 
-        Where ascents take a part of a batch, these are of that part.
+        Both are measured on the batch of a step before its update. If ascents use a fraction of
+        the batch, they are measured on this fraction.
 
         Raises:
-            Diverged: a loss among them is not finite; the first is named.
+            Diverged: a loss is not finite; the message names the first such step.
         """
-        self._read()
-        losses, accuracies = zip(*self._found, strict=True)
-        self._found = []
+        self._collect_metrics()
+        losses, accuracies = zip(*self._metrics, strict=True)
+        self._metrics = []
         n = len(losses)
         return {"loss": sum(losses) / n, "accuracy": sum(accuracies) / n}
 
     @property
     def pending(self) -> int:
-        """The number of steps that `drain` would tell of."""
-        return len(self._found) + len(self._losses)
+        """The number of steps since the last call of `drain`."""
+        return len(self._metrics) + len(self._losses)
 
     def check(self) -> None:
-        """Raise Diverged if a loss since the last drain, or a parameter now, is not finite."""
-        self._read()
+        """Check that losses since the last `drain` and all parameters are finite.
+
+        Raises:
+            Diverged: one is not.
+        """
+        self._collect_metrics()
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
             raise Diverged(f"a parameter is not finite after step {self.step}", self.step)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and accuracy on the test set, in evaluation mode."""
+        """Return the loss and the accuracy on the test set, in evaluation mode."""
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
-        data, part = self.data, self._processes.part
+        data, part = self.data, self._processes.sample_slice
         self.model.eval()
         try:
             for images, labels in in_order(
-                data.test_images[part], data.test_labels[part], self._normaliser, self.device
+                data.test_images[part], data.test_labels[part], self._normalizer, self.device
             ):
                 with self._autocast():
                     scores = self.model(images)
@@ -182,26 +194,26 @@ class Trainer:
                 correct += (scores.argmax(dim=1) == labels).sum()
         finally:
             self.model.train()
-        loss, correct = map(self._processes.total, (loss, correct))
+        loss, correct = map(self._processes.all_reduce, (loss, correct))
         n = len(data.test_labels)
         return {"loss": float(loss) / n, "accuracy": float(correct) / n}
 
     def examples(self, samples: int) -> tuple[Tensor, Tensor]:
-        """The first training images, normalised and as they are, and their labels."""
+        """Return the first training images, normalized but not augmented, and their labels."""
         some = slice(min(samples, len(self.data.images)))
         images = self.data.images[some].to(self.device)
-        return self._normaliser(images), self.data.labels[some].to(self.device)
+        return self._normalizer(images), self.data.labels[some].to(self.device)
 
     def rates(self) -> dict[str, float]:
-        """The present lr and, where there is one, rho, of the first group."""
+        """Return the current lr, and rho if there is one, of the first parameter group."""
         group = self.optimizer.param_groups[0]
         names = {"lr": "lr", "rho": rho_key(group)}
         return {name: float(group[key]) for name, key in names.items() if key in group}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next step depends on, as tensors and plain data."""
-        self._read()
-        random, *others = self._processes.gathered(_random_state(self.device))
+        """Return everything that the next steps depend on, as tensors and plain data."""
+        self._collect_metrics()
+        random, *others = self._processes.all_gather(_random_state(self.device))
         return {
             "step": self.step,
             "gradients": self.gradients,
@@ -209,45 +221,47 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_schedule": {"last_epoch": self._lr.last_epoch},
             "rho_schedule": None if self._rho is None else self._rho.state_dict(),
-            "losses": [loss for loss, _ in self._found],
-            "accuracies": [accuracy for _, accuracy in self._found],
+            "losses": [loss for loss, _ in self._metrics],
+            "accuracies": [accuracy for _, accuracy in self._metrics],
             "random": random,
             "others": others,
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where `state_dict` was called, bit for bit; torch's global generators too.
+        """Restore a state, including torch's global generators.
 
-        Other processes than those whose state it is have the same next steps up to rounding; of
-        more than there were, the generators stay as they are.
+        The next steps have the same bits as those of the trainer whose state it is. With another
+        number of processes they agree up to rounding. The generators of additional processes are
+        left alone.
 
         Raises:
-            ValueError: it is the state of another model or optimizer, or damaged. Nothing has
-                changed then.
+            ValueError: the state is damaged, or belongs to another model or optimizer. Nothing
+                has changed.
         """
-        saved.check_trainer(state, self)
+        validation.check_trainer(state, self)
         self.model.load_state_dict(dict(state["model"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.gradients = state["gradients"]
-        # The groups have the rates of this step; the schedule computes them from its number.
+        # The parameter groups already have the learning rates of this step. The schedule computes
+        # later ones from the number of steps.
         self._lr.last_epoch = state["lr_schedule"]["last_epoch"]
         self._lr._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self._rho is not None:
             self._rho.load_state_dict(state["rho_schedule"])
-        self._found = list(zip(state["losses"], state["accuracies"], strict=True))
+        self._metrics = list(zip(state["losses"], state["accuracies"], strict=True))
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-        random = self._processes.own([state["random"], *state["others"]])
+        random = self._processes.own_value([state["random"], *state["others"]])
         if random is not None:
             _set_random_state(random, self.device)
 
     def _evaluate(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and loss at the present point, and its gradient in the parameters."""
+        """Return scores and loss at the current point, and accumulate gradients by backward."""
         optimizer = self.optimizer
         if optimizer.phase == "ascent":
-            images, labels = images[: self._ascents], labels[: self._ascents]
+            images, labels = images[: self._ascent_samples], labels[: self._ascent_samples]
         self.gradients += len(images) / self._batches.share
         frozen = optimizer.perturbed
         with (
@@ -260,7 +274,7 @@ class Trainer:
                 loss = self.loss_fn(scores, labels)
             loss.backward(create_graph=optimizer.needs_graph)  # type: ignore[no-untyped-call]
         if not frozen:
-            self._processes.average(self._statistics)
+            self._processes.all_reduce_mean(self._statistics)
         return scores, loss
 
     def _autocast(self) -> Any:
@@ -268,8 +282,8 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _read(self) -> None:
-        """Find the losses and accuracies of the last steps; waits for the device.
+    def _collect_metrics(self) -> None:
+        """Move the losses and accuracies of the last steps to the host, waiting for the device.
 
         Raises:
             Diverged: a loss is not finite.
@@ -277,37 +291,38 @@ class Trainer:
         steps = len(self._losses)
         if not steps:
             return
-        here = torch.stack([torch.stack(self._losses).double(), torch.stack(self._accuracies)])
+        local = torch.stack([torch.stack(self._losses).double(), torch.stack(self._accuracies)])
         self._losses, self._accuracies = [], []
-        found = self._processes.total(here.cpu()) / self._processes.count
-        for i, (loss, accuracy) in enumerate(found.T.tolist()):
+        means = self._processes.all_reduce(local.cpu()) / self._processes.world_size
+        for i, (loss, accuracy) in enumerate(means.T.tolist()):
             if not math.isfinite(loss):
                 step = self.step - steps + i + 1
                 raise Diverged(f"the loss of step {step} is {loss}", step)
-            self._found.append((loss, accuracy))
+            self._metrics.append((loss, accuracy))
 
     def _monitor(self) -> ef.SharpnessMonitor:
-        # "cached_graph", because "auto" chooses by a timing, and another engine rounds otherwise.
+        # "auto" chooses an engine by timing, and engines round differently. A fixed engine keeps
+        # runs reproducible.
         images, labels = self.examples(self.config.sharpness_samples)
-        part = self._processes.part
+        part = self._processes.sample_slice
         op = HessianOperator(
             self.model,
             self.loss_fn,
             (images[part], labels[part]),
             mode="train",
             engine="cached_graph",
-            process_group=self._processes.group,
+            process_group=self._processes.process_group,
         )
         return ef.SharpnessMonitor(op, self.optimizer, self.config.sharpness_every)
 
 
 @contextmanager
 def reproducible(
-    config: Config, device: torch.device, processes: Processes = ALONE
+    config: Config, device: torch.device, processes: Processes = SINGLE_PROCESS
 ) -> Iterator[None]:
-    """A context with torch's generators seeded, its algorithms deterministic and its threads.
+    """Seed torch's generators, and configure its threads and deterministic algorithms.
 
-    The latter two as configured; all are put back as they were.
+    All settings are restored at the end.
     """
     cudnn, deterministic = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
     before = (
@@ -316,11 +331,11 @@ def reproducible(
         cudnn.benchmark,
         deterministic.fill_uninitialized_memory,
     )
-    if config.deterministic and device.type == "cuda":  # read when cuBLAS is first used
+    if config.deterministic and device.type == "cuda":  # cuBLAS reads it at its first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with rng, threads(config.threads):
-        torch.manual_seed(processes.seed(config.seed))
+        torch.manual_seed(processes.process_seed(config.seed))
         torch.use_deterministic_algorithms(config.deterministic)
         cudnn.benchmark = not config.deterministic
         deterministic.fill_uninitialized_memory = False
@@ -334,7 +349,7 @@ def reproducible(
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """A context with so many threads of the CPU; 0: as they are."""
+    """Use a number of CPU threads inside the context; 0 leaves the number unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -343,17 +358,23 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check(config: Config, data: Images, processes: int) -> None:
-    """Raise ValueError for what does not go with these images or with so many processes."""
+def _check_config(config: Config, data: ImageDataset, processes: int) -> None:
+    """Check the configuration against the images and the number of processes.
+
+    Raises:
+        ValueError: they do not go together.
+    """
     side = min(data.images.shape[2:])
     for name in ("crop", "cutout"):
         if getattr(config, name) > side:
             raise ValueError(f"{name} must be at most the images' side, {side}")
     if config.sharpness_every and config.sharpness_samples < processes:
         raise ValueError(f"sharpness_samples must be at least 1 for each of {processes} processes")
-    twice = "hessian_usam" in (config.optimizer, config.method) and config.hvp == "autograd"
-    if twice and processes > 1:
-        raise ValueError("hvp autograd is for one process alone: take finite_difference")
+    needs_graph = "hessian_usam" in (config.optimizer, config.method) and config.hvp == "autograd"
+    if needs_graph and processes > 1:
+        raise ValueError(
+            "hvp autograd works in a single process only; set hvp to finite_difference"
+        )
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

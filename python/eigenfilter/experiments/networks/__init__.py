@@ -1,4 +1,4 @@
-"""The networks that can be trained by name."""
+"""Networks that can be built by name."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ HELP = "mlp[-WIDTH...], cnn[-WIDTH], resnet18, wrn-DEPTH-K or vit[-WIDTH[-DEPTH]
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a network is for: images [channels, height, width] in so many classes."""
+class ImageTask:
+    """A classification task: images [channels, height, width], and the number of classes."""
 
     shape: tuple[int, int, int]
     classes: int
 
 
-Make = Callable[[Task, str, float], nn.Module]
+Make = Callable[[ImageTask, str, float], nn.Module]
+"""A function of the task, the activation and the dropout probability."""
 
 
 def parse(name: str) -> Make:
-    """What makes the network of this name.
+    """Return the function that builds the network of a name.
 
     Raises:
-        ValueError: there is none; the message says what there is.
+        ValueError: there is no such network; the message lists the names.
     """
     kind, *rest = name.split("-")
     if all(re.fullmatch(r"[1-9]\d{0,5}", word) for word in rest):
@@ -56,21 +57,21 @@ def parse(name: str) -> Make:
     raise ValueError(f"must be {HELP} (DEPTH of wrn: 10, 16, 22, 28, ...), not {quoted(name)}")
 
 
-def build(name: str, task: Task, *, activation: str, dropout: float, seed: int) -> nn.Module:
-    """Make a network in float32 on the CPU; torch's global random state is left alone.
+def build(name: str, task: ImageTask, *, activation: str, dropout: float, seed: int) -> nn.Module:
+    """Build a network in float32 on the CPU, without changing torch's global generator.
 
     Args:
-        name: see `HELP`.
-        task: what goes in and comes out.
-        activation: one of `ACTIVATIONS`; the residual networks have ReLU.
-        dropout: probability, in [0, 1); ResNet-18 has none.
-        seed: of the initial weights.
+        name: name of the network; see `HELP`.
+        task: shape of the images and number of classes.
+        activation: one of `ACTIVATIONS`; the residual networks always use ReLU.
+        dropout: dropout probability, in [0, 1); ResNet-18 has no dropout.
+        seed: seed of the initial weights.
 
     Returns:
-        The network, images [b, *task.shape] to scores [b, task.classes].
+        The network, from images [b, *task.shape] to scores [b, task.classes].
 
     Raises:
-        ValueError: no such network, or one that does not take such images.
+        ValueError: there is no such network, or it does not accept such images.
     """
     make = parse(name)
     with torch.random.fork_rng(devices=[]):
@@ -79,5 +80,5 @@ def build(name: str, task: Task, *, activation: str, dropout: float, seed: int) 
 
 
 def size(network: nn.Module) -> int:
-    """How many parameters it has."""
+    """Return the number of parameters."""
     return sum(math.prod(p.shape) for p in network.parameters())

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from eigenfilter.experiments.networks import Task
+    from eigenfilter.experiments.networks import ImageTask
 
 
-def resnet18(task: Task) -> nn.Module:
-    """torchvision's ResNet-18 with a stem for small images: 3x3, stride 1, no pooling.
+def resnet18(task: ImageTask) -> nn.Module:
+    """Return torchvision's ResNet-18 with a 3x3 stem of stride 1 and no pooling, for small images.
 
     Source: K. He et al., 2016, arXiv 1512.03385.
     """
@@ -26,7 +26,10 @@ def resnet18(task: Task) -> nn.Module:
 
 
 class WideBlock(nn.Module):
-    """x + conv(dropout(relu(norm(conv(relu(norm(x))))))), x projected where the shape changes."""
+    """x + conv(dropout(relu(norm(conv(relu(norm(x)))))))
+
+    A 1x1 convolution projects x if the shape changes.
+    """
 
     def __init__(self, fan_in: int, fan_out: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -40,10 +43,10 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = F.relu(self.norm1(x))
-        kept = x if self.project is None else self.project(z)
+        shortcut = x if self.project is None else self.project(z)
         z = self.conv1(z)
         z = self.conv2(self.dropout(F.relu(self.norm2(z))))
-        out: Tensor = kept + z
+        out: Tensor = shortcut + z
         return out
 
 
@@ -74,8 +77,8 @@ class WideResNet(nn.Module):
         return scores
 
 
-def wide_resnet(task: Task, depth: int, k: int, dropout: float) -> nn.Module:
-    """WideResNet-depth-k; depth = 6 n + 4 with n blocks a stage.
+def wide_resnet(task: ImageTask, depth: int, k: int, dropout: float) -> nn.Module:
+    """Return WideResNet-depth-k, where depth = 6 n + 4 with n blocks per stage.
 
     Source: S. Zagoruyko and N. Komodakis, 2016, arXiv 1605.07146.
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from eigenfilter.experiments.networks import Task
+    from eigenfilter.experiments.networks import ImageTask
 
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -20,21 +20,22 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
-def mlp(task: Task, widths: Sequence[int], activation: str, dropout: float) -> nn.Module:
-    """A fully connected network with hidden layers of these widths."""
+def mlp(task: ImageTask, widths: Sequence[int], activation: str, dropout: float) -> nn.Module:
+    """Return a fully connected network with hidden layers of these widths."""
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise([math.prod(task.shape), *widths]):
         layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation](), *_dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(widths[-1], task.classes))
 
 
-def cnn(task: Task, width: int, activation: str, dropout: float) -> nn.Module:
-    """Three 3x3 convolutions of w, 2 w and 4 w channels, averaged over 2x2, and a linear layer.
+def cnn(task: ImageTask, width: int, activation: str, dropout: float) -> nn.Module:
+    """Return a network of three 3x3 convolutions of w, 2 w and 4 w channels and a linear layer.
 
-    No batch normalisation: the loss of a batch is a mean over its images.
+    Each convolution is followed by 2x2 average pooling. There is no batch normalization, so that
+    the loss of a batch is a mean over its images.
 
     Raises:
-        ValueError: the image has fewer than 8 pixels a side.
+        ValueError: the image has fewer than 8 pixels per side.
     """
     channels, height, length = task.shape
     places = (height // 8) * (length // 8)

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from eigenfilter.experiments.networks.small import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from eigenfilter.experiments.networks import Task
+    from eigenfilter.experiments.networks import ImageTask
 
 HEAD = 32  # width of an attention head
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then two fully connected layers; each after a layer norm and added to its input.
+    """A pre-norm transformer block: attention, then two fully connected layers, with shortcuts.
 
-    Attention is written out, so that second derivatives exist on every device.
+    Attention is written out in elementary operations, because fused kernels have no second
+    derivatives on some devices.
     """
 
     def __init__(self, width: int, activation: str, dropout: float) -> None:
@@ -47,10 +48,10 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches, learned positions, blocks, and the mean over patches."""
+    """Patch embedding, learned positions, transformer blocks, and the mean over patches."""
 
     def __init__(
-        self, task: Task, patch: int, width: int, depth: int, activation: str, dropout: float
+        self, task: ImageTask, patch: int, width: int, depth: int, activation: str, dropout: float
     ) -> None:
         super().__init__()
         channels, height, length = task.shape
@@ -69,11 +70,11 @@ class VisionTransformer(nn.Module):
         return scores
 
 
-def vit(task: Task, width: int, depth: int, activation: str, dropout: float) -> nn.Module:
-    """A transformer over patches of 4x4 pixels, of 2x2 where the image has fewer than 16 a side.
+def vit(task: ImageTask, width: int, depth: int, activation: str, dropout: float) -> nn.Module:
+    """Return a vision transformer over patches of 4x4 pixels, or 2x2 for images below 16x16.
 
     Raises:
-        ValueError: the width is no multiple of 32, or the patches do not fill the image.
+        ValueError: the width is not a multiple of 32, or the patches do not fill the image.
 
     Source: A. Dosovitskiy et al., 2021, arXiv 2010.11929.
     """

@@ -1,7 +1,7 @@
-"""Reproduce a phenomenon of the filters: train, print what was measured, draw it.
+"""Reproduce a phenomenon of the filters: train, print the measurements, and draw them.
 
-Everything is full batch. Each phenomenon writes a figure and results.json into --out, and says in
-its table where the theory does not describe what happened.
+All training is full-batch. Each phenomenon writes a figure and results.json into --out. Its table
+shows where the theory does not describe the outcome.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Mapping
 from types import ModuleType
 
-from eigenfilter.experiments.arguments import add_commands
-from eigenfilter.experiments.locks import alone
+from eigenfilter.experiments.cli_arguments import add_commands
+from eigenfilter.experiments.locks import folder_lock
 from eigenfilter.experiments.phenomena import late, moving_edge, saddle, sharpening
 
 HELP = "sharpening to the edge, saddles, a late switch to USAM, an edge that moves"
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Reproduce the phenomenon; return the exit code."""
-    with alone(args.out, "phenomenon"):
+    """Run the chosen phenomenon; return the exit code."""
+    with folder_lock(args.out, "phenomenon"):
         code: int = _PHENOMENA[args.phenomenon].run(args)
     return code

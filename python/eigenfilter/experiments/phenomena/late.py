@@ -1,7 +1,7 @@
-"""A late switch: SGD becomes USAM near the end, and the sharpness falls to USAM's edge.
+"""A late switch: SGD becomes USAM halfway, and the sharpness falls to the edge of USAM.
 
-Two runs from the same start take the same steps until half of them are done; then rho is turned on
-in one of them, at the same lr, which puts its edge 20% lower. Until then a step costs one gradient.
+Two runs with the same start take the same steps for the first half. Then one of them turns rho on
+at the same lr, which lowers its edge by 20%. Before the switch a step costs one gradient.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ import argparse
 from dataclasses import asdict
 
 import eigenfilter as ef
-from eigenfilter.experiments.full_batch import Method, Run, Training
-from eigenfilter.experiments.phenomena.training import Setting, report, setting, settled, train
-from eigenfilter.experiments.phenomena.training import configure as configure_training
+from eigenfilter.experiments.full_batch import FullBatchRun, FullBatchTraining, MethodSpec
+from eigenfilter.experiments.phenomena.common import (
+    PhenomenonSetting,
+    parse_setting,
+    report,
+    settled_ratio,
+    train,
+)
+from eigenfilter.experiments.phenomena.common import configure as configure_training
 from eigenfilter.filters import design
 from eigenfilter.schedulers import RhoSchedule
 
 HELP = "switching SGD to USAM late lowers the sharpness"
 TITLE = "A late switch to USAM"
-LOWER = 0.8  # USAM's edge over that of SGD
-START = 0.5  # when the switch comes, as a fraction of the steps
+LOWER = 0.8  # ratio of the edge of USAM to the edge of SGD
+START = 0.5  # fraction of the steps before the switch
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,27 +35,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train with and without the switch; return the exit code."""
-    given = setting(args)
-    lr = design("sgd", given.edge)
-    rho = design("usam", LOWER * given.edge, lr=lr)
-    plain = Method("SGD", f"lr {lr:.3g}", lambda p: ef.SGD(p, lr=lr))
-    switching = Method(
+    setting = parse_setting(args)
+    lr = design("sgd", setting.edge)
+    rho = design("usam", LOWER * setting.edge, lr=lr)
+    plain = MethodSpec("SGD", f"lr {lr:.3g}", lambda p: ef.SGD(p, lr=lr))
+    switching = MethodSpec(
         "SGD, then USAM", f"lr {lr:.3g}, rho {rho:.3g}", lambda p: ef.USAM(p, lr=lr, rho=rho)
     )
-    runs = [train(given, plain, share=0.4), switched(given, switching)]
-    half = [[c for c in r.history if c.step < START * given.steps] for r in runs]
-    before = [asdict(settled(checks)) for checks in half]
-    report(given, "late", TITLE, runs, {"start": START, "before": before})
+    runs = [train(setting, plain, share=0.4), switched(setting, switching)]
+    half = [[c for c in r.history if c.step < START * setting.steps] for r in runs]
+    before = [asdict(settled_ratio(checks)) for checks in half]
+    report(setting, "late", TITLE, runs, {"start": START, "before": before})
     return 0
 
 
-def switched(given: Setting, method: Method) -> Run:
-    """Train by USAM whose rho is 0 until the switch."""
+def switched(setting: PhenomenonSetting, method: MethodSpec) -> FullBatchRun:
+    """Train with USAM, whose rho is 0 until the switch."""
     schedules: list[RhoSchedule] = []
 
-    def prepare(training: Training) -> None:
+    def prepare(training: FullBatchTraining) -> None:
         schedules.append(
-            RhoSchedule(training.optimizer, "late", total_steps=given.steps, start=START)
+            RhoSchedule(training.optimizer, "late", total_steps=setting.steps, start=START)
         )
 
-    return train(given, method, at_start=prepare, after_step=lambda _: schedules[0].step())
+    return train(setting, method, at_start=prepare, after_step=lambda _: schedules[0].step())

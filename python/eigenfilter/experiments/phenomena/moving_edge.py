@@ -1,8 +1,8 @@
-"""A moving edge: rho and lr change in the course of training, and the sharpness follows.
+"""A moving edge: rho and lr change during training, and the sharpness follows.
 
-USAM trains in five phases of the same length. When rho or lr is raised the edge falls, and the
-sharpness has to follow at once. When one is lowered the edge rises, and what brings the sharpness
-there, if anything does, is progressive sharpening: a filter holds down, it does not lift.
+USAM trains in five phases of equal length. When rho or lr increases, the edge falls, and the
+sharpness follows at once. When one decreases, the edge rises, and only progressive sharpening can
+raise the sharpness: a filter bounds the sharpness from above and does not raise it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ import math
 from dataclasses import asdict, dataclass
 
 import eigenfilter as ef
-from eigenfilter.experiments.full_batch import Method, Run, Training
-from eigenfilter.experiments.phenomena.training import configure as configure_training
-from eigenfilter.experiments.phenomena.training import report, setting, settled, train, verdict
-from eigenfilter.experiments.reports import aligned
+from eigenfilter.experiments.full_batch import FullBatchRun, FullBatchTraining, MethodSpec
+from eigenfilter.experiments.phenomena.common import configure as configure_training
+from eigenfilter.experiments.phenomena.common import (
+    parse_setting,
+    report,
+    settled_ratio,
+    train,
+    verdict,
+)
+from eigenfilter.experiments.reporting import align_columns
 from eigenfilter.filters import design
 
 HELP = "the sharpness follows when rho or lr changes"
@@ -23,12 +29,12 @@ TITLE = "An edge that moves"
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A part of the training.
+class TrainingPhase:
+    """A phase of the training.
 
     Attributes:
-        change: of the hyperparameters, in words.
-        lr, rho: USAM's.
+        change: description of the change of the hyperparameters.
+        lr, rho: hyperparameters of USAM in this phase.
     """
 
     change: str
@@ -43,44 +49,44 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train through the phases; return the exit code."""
-    given = setting(args)
-    plan = phases(given.edge)
+    setting = parse_setting(args)
+    plan = phases(setting.edge)
 
-    def change(training: Training) -> None:
-        now = min(training.step * len(plan) // given.steps, len(plan) - 1)
+    def change(training: FullBatchTraining) -> None:
+        now = min(training.step * len(plan) // setting.steps, len(plan) - 1)
         for group in training.optimizer.param_groups:
             group["lr"], group["rho"] = plan[now].lr, plan[now].rho
 
     first = plan[0]
-    method = Method(
+    method = MethodSpec(
         "USAM",
         "lr and rho change",
         lambda params: ef.USAM(params, lr=first.lr, rho=first.rho),
     )
-    found = train(given, method, after_step=change)
-    parts = by_phase(found, plan, given.steps)
-    print("\n" + aligned([_HEAD, *(_row(part) for part in parts)]))
-    report(given, "moving-edge", TITLE, [found], {"phases": parts})
+    result = train(setting, method, after_step=change)
+    parts = by_phase(result, plan, setting.steps)
+    print("\n" + align_columns([_HEAD, *(_row(part) for part in parts)]))
+    report(setting, "moving-edge", TITLE, [result], {"phases": parts})
     return 0
 
 
-def phases(edge: float) -> list[Phase]:
-    """The phases, whose edges are `edge` times 1, 0.8, 1, 1.25 and 0.9."""
+def phases(edge: float) -> list[TrainingPhase]:
+    """Return the phases, whose edges are `edge` times 1, 0.8, 1, 1.25 and 0.9."""
     rho = 0.1 / edge
     lr = design("usam", edge, rho=rho)
     more = design("usam", 0.8 * edge, lr=lr)
     small, large = (design("usam", factor * edge, rho=rho) for factor in (1.25, 0.9))
     return [
-        Phase("start", lr, rho),
-        Phase("rho raised", lr, more),
-        Phase("rho lowered", lr, rho),
-        Phase("lr lowered", small, rho),
-        Phase("lr raised", large, rho),
+        TrainingPhase("start", lr, rho),
+        TrainingPhase("rho raised", lr, more),
+        TrainingPhase("rho lowered", lr, rho),
+        TrainingPhase("lr lowered", small, rho),
+        TrainingPhase("lr raised", large, rho),
     ]
 
 
-def by_phase(run: Run, plan: list[Phase], steps: int) -> list[dict[str, object]]:
-    """What each phase began and ended with; a phase that training did not reach is left out."""
+def by_phase(run: FullBatchRun, plan: list[TrainingPhase], steps: int) -> list[dict[str, object]]:
+    """Return the ratios at the start and the end of each phase that training reached."""
     parts: list[dict[str, object]] = []
     for number, phase in enumerate(plan):
         first, end = (math.ceil(part * steps / len(plan)) for part in (number, number + 1))
@@ -90,7 +96,7 @@ def by_phase(run: Run, plan: list[Phase], steps: int) -> list[dict[str, object]]
             parts.append(
                 asdict(phase)
                 | {"edge": checks[0].edge, "began_at": checks[0].ratio}
-                | {"settled": asdict(settled(checks)), "outcome": verdict(checks)}
+                | {"settled": asdict(settled_ratio(checks)), "outcome": verdict(checks)}
             )
     return parts
 

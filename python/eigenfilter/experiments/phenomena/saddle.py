@@ -1,10 +1,10 @@
-"""A strict saddle that traps USAM, and that two-step and Hessian USAM leave.
+"""A strict saddle that traps USAM and that two-step and Hessian USAM leave.
 
     f(x, y) = x^2 / 2 - b y^2 / 2 + y^4 / 4
 
-has a saddle at 0, whose Hessian has the eigenvalues 1 and -b, and minima at (0, +-sqrt(b)). With
-b > 1 / rho the filter of USAM admits -b, those of the other methods do not. Every method starts
-from the same points, some of them as near to the saddle as 0.001.
+has a saddle at 0, where the Hessian has the eigenvalues 1 and -b, and minima at (0, +-sqrt(b)). If
+b > 1 / rho, the filter of USAM admits -b, and the filters of the other methods do not. All methods
+start from the same points, the nearest at a distance of 0.001 in y.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter import filters
-from eigenfilter.experiments.arguments import add_out
+from eigenfilter.experiments.cli_arguments import add_out
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.figures import paths_figure
 from eigenfilter.experiments.files import output_folder
-from eigenfilter.experiments.reports import aligned, save
+from eigenfilter.experiments.plots import paths_figure
+from eigenfilter.experiments.reporting import align_columns, save_results
 from eigenfilter.filters import PolynomialFilter
 
 HELP = "USAM is trapped at a strict saddle that others leave"
 B = 1.5
 LR, RHO = 0.03, 1.0
 STEPS = 1500
-STARTS = (-0.69, -0.3, -0.05, -0.001, 0.001, 0.05, 0.3, 0.69)  # of y; x starts at 1
-NEAR = 1e-3  # from where a path ends to the point that it is said to end at
+STARTS = (-0.69, -0.3, -0.05, -0.001, 0.001, 0.05, 0.3, 0.69)  # starting values of y; x is 1
+NEAR = 1e-3  # distance within which a path has ended at a point
 
 METHODS: dict[str, Callable[[list[Tensor]], Any]] = {
     "gradient descent": lambda p: ef.SGD(p, lr=LR),
@@ -45,17 +45,17 @@ METHODS: dict[str, Callable[[list[Tensor]], Any]] = {
 
 
 @dataclass(frozen=True)
-class Escape:
-    """Paths of one method.
+class SaddleEscape:
+    """The paths of one method near the saddle.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         admitted: whether its filter admits -b.
-        predicted: 1 - lr p(-b), by which y is multiplied in a step at the saddle.
-        measured: the same of the first step from 1e-6.
+        predicted: factor 1 - lr p(-b) by which a step at the saddle multiplies y.
+        measured: the same factor, measured in the first step from y = 1e-6.
         paths: y at every step [steps + 1, starts].
-        ends: where each path ends.
-        slope: the largest |df/dy| at an end.
+        ends: kind of the point where each path ends.
+        slope: largest |df/dy| at an end.
     """
 
     method: str
@@ -73,13 +73,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Follow every method's paths; return the exit code."""
+    """Compute the paths of all methods; return the exit code."""
     require("matplotlib")
     folder: Path = output_folder(args.out)
-    found = [escape(name) for name in METHODS]
-    print(aligned([_HEAD, *map(_row, found)]))
+    escapes = [escape(name) for name in METHODS]
+    print(align_columns([_HEAD, *map(_row, escapes)]))
     levels = {"minima": (-(B**0.5), B**0.5), "saddle": (0.0,)}
-    paths_figure({each.method: each.paths.T.tolist() for each in found}, levels, folder / FIGURE)
+    paths_figure({each.method: each.paths.T.tolist() for each in escapes}, levels, folder / FIGURE)
     values = {"b": B, "lr": LR, "rho": RHO, "steps": STEPS, "starts": STARTS}
     methods = [
         {
@@ -91,9 +91,9 @@ def run(args: argparse.Namespace) -> int:
             "last_y": each.paths[-1].tolist(),
             "largest_slope": each.slope,
         }
-        for each in found
+        for each in escapes
     ]
-    save(folder / "results.json", "phenomena saddle", values | {"methods": methods})
+    save_results(folder / "results.json", "phenomena saddle", values | {"methods": methods})
     print(f"wrote {folder / FIGURE} and {folder / 'results.json'}")
     return 0
 
@@ -102,24 +102,24 @@ FIGURE = "saddle.png"
 
 
 def loss(points: Tensor) -> Tensor:
-    """The sum of f [] over points (x, y) [n, 2]: each moves as if it were alone."""
+    """Return the sum of f over points (x, y) [n, 2], whose gradients do not interact."""
     x, y = points.unbind(1)
     return (0.5 * x**2 - 0.5 * B * y**2 + 0.25 * y**4).sum()
 
 
 def slope(y: Tensor) -> Tensor:
-    """df/dy."""
+    """Return df/dy."""
     return y**3 - B * y
 
 
-def escape(name: str) -> Escape:
-    """Follow a method from every start."""
+def escape(name: str) -> SaddleEscape:
+    """Compute the paths of a method from all starting points."""
     [flt] = filters.of(METHODS[name]([torch.zeros(1, requires_grad=True)]))
     assert isinstance(flt, PolynomialFilter)
     paths = follow(name, STARTS, STEPS)
     near = follow(name, (1e-6,), 1)
     last = paths[-1]
-    return Escape(
+    return SaddleEscape(
         method=name,
         admitted=bool(flt.admits(-B)),
         predicted=1.0 - flt.lr * float(flt.p(-B)),
@@ -131,7 +131,7 @@ def escape(name: str) -> Escape:
 
 
 def follow(name: str, starts: tuple[float, ...], steps: int) -> Tensor:
-    """y [steps + 1, starts] of a method from (1, y) for every start."""
+    """Return y [steps + 1, starts] along the paths of a method from (1, y) for every start."""
     begin = np.stack([np.ones(len(starts)), np.array(starts)], axis=1)
     points = torch.tensor(begin, requires_grad=True)
     optimizer = METHODS[name]([points])
@@ -145,11 +145,11 @@ def follow(name: str, starts: tuple[float, ...], steps: int) -> Tensor:
             value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
-    seen = [points.detach()[:, 1].clone()]
+    path = [points.detach()[:, 1].clone()]
     for _ in range(steps):
         optimizer.step(closure)
-        seen.append(points.detach()[:, 1].clone())
-    return torch.stack(seen)
+        path.append(points.detach()[:, 1].clone())
+    return torch.stack(path)
 
 
 def _place(y: float) -> str:
@@ -163,7 +163,7 @@ def _place(y: float) -> str:
 _HEAD = ("method", "admits -b", "predicted", "measured", "slope at ends", "outcome")
 
 
-def _row(each: Escape) -> tuple[str, ...]:
+def _row(each: SaddleEscape) -> tuple[str, ...]:
     counts = {place: each.ends.count(place) for place in dict.fromkeys(each.ends)}
     return (
         each.method,

@@ -1,7 +1,7 @@
-"""Progressive sharpening: six methods rise to one edge and stay there.
+"""Progressive sharpening: with six methods the sharpness rises to the same edge and stays there.
 
-Every method is given the lr with which its filter ends at the same eigenvalue, by
-`filters.design`. Training sharpens until the largest Hessian eigenvalue meets that edge.
+`filters.design` chooses the lr of each method so that all filters end at the same eigenvalue. The
+largest Hessian eigenvalue rises during training until it meets this edge.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import eigenfilter as ef
-from eigenfilter.experiments.full_batch import Method
-from eigenfilter.experiments.phenomena.training import configure as configure_training
-from eigenfilter.experiments.phenomena.training import report, setting, train
+from eigenfilter.experiments.full_batch import MethodSpec
+from eigenfilter.experiments.phenomena.common import configure as configure_training
+from eigenfilter.experiments.phenomena.common import parse_setting, report, train
 from eigenfilter.filters import design
 
 HELP = "the sharpness rises to the edge, for every method"
 TITLE = "Six methods, one edge"
-_BEND = 0.3  # what the ascent adds to p(lambda) / lambda at the edge
+_BEND = 0.3  # contribution of the ascent to p(lambda) / lambda at the edge
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,17 +28,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train every method; return the exit code."""
-    given = setting(args)
-    chosen = methods(given.edge)
-    runs = [
-        train(given, method, share=1.0 / (len(chosen) - done)) for done, method in enumerate(chosen)
-    ]
-    report(given, "sharpening", TITLE, runs, {})
+    setting = parse_setting(args)
+    specs = methods(setting.edge)
+    runs = [train(setting, method, share=1.0 / (len(specs) - i)) for i, method in enumerate(specs)]
+    report(setting, "sharpening", TITLE, runs, {})
     return 0
 
 
-def methods(edge: float) -> list[Method]:
-    """The methods with their filters ending at `edge`."""
+def methods(edge: float) -> list[MethodSpec]:
+    """Return the methods, with filters that end at `edge`."""
     return [
         _method("gradient descent", ef.SGD, "sgd", edge),
         _method("heavy ball", ef.SGD, "sgd", edge, momentum=0.5),
@@ -50,11 +48,11 @@ def methods(edge: float) -> list[Method]:
 
 
 def _method(
-    name: str, build: Callable[..., Any], designed: str, edge: float, **options: Any
-) -> Method:
-    lr = design(designed, edge, **options)
-    shown = {"lr": f"{lr:.3g}"} | {
+    name: str, build: Callable[..., Any], method: str, edge: float, **options: Any
+) -> MethodSpec:
+    lr = design(method, edge, **options)
+    texts = {"lr": f"{lr:.3g}"} | {
         key: f"{value:.3g}" for key, value in options.items() if key != "nesterov"
     }
-    settings = ", ".join(f"{key} {value}" for key, value in shown.items())
-    return Method(name, settings, lambda params: build(params, lr=lr, **options))
+    settings = ", ".join(f"{key} {value}" for key, value in texts.items())
+    return MethodSpec(name, settings, lambda params: build(params, lr=lr, **options))

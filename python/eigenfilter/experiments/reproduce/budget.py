@@ -1,4 +1,4 @@
-"""Scaling an experiment down to a budget, from the time of its first steps."""
+"""Scaling of an experiment to a time budget, estimated from the time of a few steps."""
 
 from __future__ import annotations
 
@@ -10,78 +10,78 @@ import torch
 
 from eigenfilter.curvature import HessianOperator
 from eigenfilter.experiments.config import Config
-from eigenfilter.experiments.datasets import Images
+from eigenfilter.experiments.datasets import ImageDataset
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.experiments.reproduce.plan import COARSER, GRADIENTS, Experiment, Scale
+from eigenfilter.experiments.reproduce.plan import COARSER, GRADIENTS, Experiment, ExperimentScale
 from eigenfilter.experiments.trainer import Trainer, reproducible
 
-TRAINING, SPECTRA = 0.5, 0.3  # parts of a budget; the rest is for starting, loading, drawing
-START = 7.0  # seconds until the processes of a seed train: two at once import in 6.4 on two cores
-SECONDS = 1.0  # that a rate is timed for
-FEW = 8  # images that a step is timed on at first
+TRAINING, SPECTRA = 0.5, 0.3  # fractions of the budget; the rest is for startup, loading, drawing
+START = 7.0  # seconds before the processes of a seed train; two import in 6.4 s on two cores
+SECONDS = 1.0  # duration of a timing
+FEW = 8  # images per step of a first timing
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds an image: of a gradient with its update, and of a Hessian-vector product."""
+    """Seconds per image of a gradient with its update, and of a Hessian-vector product."""
 
     gradient: float
     product: float
 
 
-def fitted(
+def fit_to_budget(
     experiment: Experiment,
-    full: Scale,
+    full: ExperimentScale,
     minutes: float,
     rates: Callable[[str], Rates],
     *,
     processes: int,
     tests: int,
-) -> tuple[Scale, float, Rates]:
-    """The largest scale of a fixed order that the budget is thought to suffice for.
+) -> tuple[ExperimentScale, float, Rates]:
+    """Return the largest scale in a fixed order that fits into the budget.
 
-    The order: fewer seeds; then epochs, halved; then narrower networks; then images, halved. Each
-    is taken with the finest spectra that fit into their part of the budget.
+    The order is: fewer seeds, then half the epochs, then narrower networks, then half the images.
+    Each scale has the finest spectra that fit into their fraction of the budget.
 
     Args:
-        experiment: what is scaled.
-        full: its scale in full.
+        experiment: the experiment.
+        full: its full scale.
         minutes: the budget.
-        rates: of a network, by name; asked once for each.
+        rates: function from the name of a network to its rates; called once per network.
         processes: runs at a time.
-        tests: images of the test set.
+        tests: number of images in the test set.
 
     Returns:
-        The scale, the seconds it is estimated to take, the rates that this is from.
+        The scale, its estimated time in seconds, and the rates behind the estimate.
 
     Raises:
-        UserError: nothing fits; the message says what would.
+        UserError: no scale fits; the message says what the smallest one takes.
     """
-    known: dict[str, Rates] = {}
+    rates_by_model: dict[str, Rates] = {}
     least = 0.0
-    for scale in _descending(experiment, full):
-        if scale.model not in known:
-            known[scale.model] = rates(scale.model)
-        rate = known[scale.model]
+    for scale in _smaller_scales(experiment, full):
+        if scale.model not in rates_by_model:
+            rates_by_model[scale.model] = rates(scale.model)
+        rate = rates_by_model[scale.model]
         training = _training(experiment, scale, rate, tests, processes)
         finest = full.spectrum.samples
         for spectrum in (full.spectrum, *COARSER):
-            fine = replace(spectrum, samples=min(spectrum.samples, scale.samples, finest))
+            settings = replace(spectrum, samples=min(spectrum.samples, scale.samples, finest))
             runs = scale.seeds * sum(1 for _ in experiment.variants())
-            spectra = runs * rate.product * fine.samples * fine.products
+            spectra = runs * rate.product * settings.samples * settings.products
             least = max(training / TRAINING, spectra / SPECTRA)
             if least <= 60 * minutes:
-                return replace(scale, spectrum=fine), training + spectra, rate
+                return replace(scale, spectrum=settings), training + spectra, rate
     raise UserError(
-        f"--budget {minutes:g} is too small: even at its smallest the experiment takes about "
-        f"{least / 60:.2g} minutes here"
+        f"--budget {minutes:g} is too small: even the smallest scale takes about "
+        f"{least / 60:.2g} minutes here; give as much"
     )
 
 
-def _descending(experiment: Experiment, full: Scale) -> Iterator[Scale]:
+def _smaller_scales(experiment: Experiment, full: ExperimentScale) -> Iterator[ExperimentScale]:
     scale = full
     yield scale
-    steps: list[Scale] = []
+    steps: list[ExperimentScale] = []
     while scale.seeds > 1:
         scale = replace(scale, seeds=scale.seeds - 1)
         steps.append(scale)
@@ -98,11 +98,12 @@ def _descending(experiment: Experiment, full: Scale) -> Iterator[Scale]:
 
 
 def _training(
-    experiment: Experiment, scale: Scale, rate: Rates, tests: int, processes: int
+    experiment: Experiment, scale: ExperimentScale, rate: Rates, tests: int, processes: int
 ) -> float:
-    """Seconds of all runs, seed by seed, as `execution.execute` has them.
+    """Estimate the seconds of all runs, which `pipeline.execute` executes seed by seed.
 
-    A seed takes as long as its longest run at least; a test takes a third of a gradient an image.
+    A seed takes at least as long as its longest run. A test takes a third of the time of a gradient
+    per image.
     """
     runs = [
         (scale.epochs * scale.samples * GRADIENTS[method] + tests / 3) * rate.gradient
@@ -111,13 +112,17 @@ def _training(
     return scale.seeds * (START + max(*runs, sum(runs) / min(processes, len(runs))))
 
 
-def timed(
-    experiment: Experiment, full: Scale, model: str, data: Images, device: torch.device
+def measure_rates(
+    experiment: Experiment,
+    full: ExperimentScale,
+    model: str,
+    data: ImageDataset,
+    device: torch.device,
 ) -> Rates:
-    """Time steps of SGD and Hessian-vector products of a network.
+    """Time the steps of SGD and the Hessian-vector products of a network.
 
-    On a whole batch; on a CPU on a few images first, and on no more where these are slow already.
-    A GPU takes as long for few as for many.
+    The timing uses a whole batch. On a CPU it starts with a few images, and uses no more if these
+    are already slow. On a GPU few images take as long as many.
     """
     config = experiment.config("sgd", 0.0, None, scale=replace(full, model=model), seed=0)
     if device.type == "cpu":
@@ -127,7 +132,7 @@ def timed(
     return _rates(config, data, device)
 
 
-def _rates(config: Config, data: Images, device: torch.device) -> Rates:
+def _rates(config: Config, data: ImageDataset, device: torch.device) -> Rates:
     with reproducible(config, device):
         trainer = Trainer(replace(config, epochs=1_000_000), data, device)
         op = HessianOperator(
@@ -137,7 +142,7 @@ def _rates(config: Config, data: Images, device: torch.device) -> Rates:
 
         def step() -> None:
             trainer.advance()
-            trainer.drain()  # waits for the device
+            trainer.drain()  # this waits for the device
 
         gradient = _seconds(step)
         product = _seconds(lambda: op.matvec(vector).sum().item())
@@ -145,7 +150,7 @@ def _rates(config: Config, data: Images, device: torch.device) -> Rates:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    work()  # the first time takes longer
+    work()  # the first call takes longer
     began, count = time.perf_counter(), 0
     while not count or time.perf_counter() - began < SECONDS:
         work()

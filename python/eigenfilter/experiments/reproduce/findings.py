@@ -1,4 +1,4 @@
-"""What a reproduction found: its plan, its runs, and what follows from them."""
+"""The findings of a reproduction: its plan, its runs, and the conclusions."""
 
 from __future__ import annotations
 
@@ -7,37 +7,41 @@ from dataclasses import dataclass
 
 from eigenfilter.experiments.reproduce import summary
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
-from eigenfilter.experiments.reproduce.summary import Check, Measured, Row
+from eigenfilter.experiments.reproduce.summary import ClaimCheck, RunGroup, RunResult
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A plan, what its runs came to, and what follows from them.
+    """A plan, the results of its runs, and the conclusions from them.
 
     Attributes:
-        seconds: that all commands spent on the runs and their spectra, beside the plan's estimate.
+        plan: the plan.
+        runs: results of all runs.
+        seconds: time that all commands spent on the runs and their spectra.
+        rows: the runs grouped by method, momentum and rho.
+        checks: comparisons of the sharpness that the claims of the paper predict.
     """
 
     plan: Plan
-    runs: list[Measured]
+    runs: list[RunResult]
     seconds: float
-    rows: list[Row]
-    checks: list[Check]
+    rows: list[RunGroup]
+    checks: list[ClaimCheck]
 
     @classmethod
-    def of(cls, plan: Plan, runs: Sequence[Measured], seconds: float) -> Findings:
-        """From the runs."""
-        rows = summary.rows_of(runs)
-        return cls(plan, list(runs), seconds, rows, summary.checks_of(rows))
+    def of(cls, plan: Plan, runs: Sequence[RunResult], seconds: float) -> Findings:
+        """Group the runs, and check the claims."""
+        rows = summary.group_runs(runs)
+        return cls(plan, list(runs), seconds, rows, summary.check_claims(rows))
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is left to be run."""
+        """Whether no run is unfinished."""
         return all(run.outcome != "unfinished" for run in self.runs)
 
     @property
     def failed(self) -> bool:
-        """Whether a run failed, not by diverging, or completed and has no spectrum."""
+        """Whether a run failed other than by divergence, or is complete without a spectrum."""
         return any(
             run.outcome == "failed" or (run.outcome == "complete" and run.spectrum is None)
             for run in self.runs
@@ -45,20 +49,20 @@ class Findings:
 
     @property
     def title(self) -> str:
-        """The experiment, whether in full, and what became of the runs."""
+        """The experiment, its scale, and the outcomes of the runs."""
         name = EXPERIMENTS[self.plan.experiment].title
         return f"{name}, {self.plan.statement}; {summary.ending(self.plan, self.runs)}"
 
     @property
     def verdicts(self) -> list[str]:
-        """Of each claim, in how many comparisons it held."""
-        return summary.verdicts_of(self.checks)
+        """A line per claim: in how many comparisons it held."""
+        return summary.summarize_claims(self.checks)
 
     @property
     def failures(self) -> dict[str, list[str]]:
-        """By their heading, what each run that did not complete or has no spectrum ended with."""
+        """Runs that are not complete or have no spectrum, with the reasons, by headings."""
         noted = [run for run in self.runs if run.note]
-        found = {
+        failures = {
             "Not completed": [
                 f"{run.name}: {run.outcome}: {run.note}"
                 for run in noted
@@ -68,17 +72,17 @@ class Findings:
                 f"{run.name}: {run.note}" for run in noted if run.outcome == "complete"
             ],
         }
-        return {heading: lines for heading, lines in found.items() if lines}
+        return {heading: lines for heading, lines in failures.items() if lines}
 
     def settings(self) -> dict[str, str]:
-        """What was trained and measured, in words."""
+        """Return a description of the training and the measurements."""
         plan, experiment = self.plan, EXPERIMENTS[self.plan.experiment]
         scale, fixed = plan.scale, experiment.fixed
         spectrum = scale.spectrum
         return {
             "network": f"{scale.model}" + ", tanh" * (fixed.get("activation") == "tanh"),
             "images": f"the first {scale.samples:,} of the training set"
-            + ", random crops and reflections" * bool(fixed.get("flip")),
+            + ", random crops and flips" * bool(fixed.get("flip")),
             "loss": "cross entropy",
             "batch": f"{fixed['batch_size']}",
             "epochs": f"{scale.epochs}",
@@ -88,9 +92,9 @@ class Findings:
             + ", constant",
             "weight decay": "none",
             "seeds": ", ".join(str(seed) for seed in plan.seeds),
-            "spectra": f"the first {spectrum.samples:,} training images as they are; "
+            "spectra": f"the first {spectrum.samples:,} training images without augmentation; "
             f"{spectrum.pairs} largest eigenvalues, density from {spectrum.probes} random vectors "
-            f"of {spectrum.steps} products",
+            f"with {spectrum.steps} products each",
             "best rho": summary.SELECTION,
-            "deviation": "of a sample, over the seeds",
+            "deviation": "standard deviation of a sample, over the seeds",
         }

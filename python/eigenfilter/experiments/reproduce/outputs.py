@@ -1,4 +1,4 @@
-"""What a reproduction writes: results.json, summary.md, spectra.png, report.html."""
+"""The outputs of a reproduction: results.json, summary.md, spectra.png and report.html."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import torch
 
 import eigenfilter as ef
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.experiments.reports import grid
-from eigenfilter.experiments.reproduce import figure, report, summary
+from eigenfilter.experiments.reporting import markdown_table
+from eigenfilter.experiments.reproduce import html_report, spectra_figure, summary
 from eigenfilter.experiments.reproduce.findings import Findings
 
 FILES = ("results.json", "summary.md", "spectra.png", "report.html")
 
 LIMITS = (
     "The paper's text was not available: learning rates, epochs, batch sizes, the width of the MLP "
-    "and the number of seeds are ours; two-step and Hessian USAM are our reading of its abstract.",
-    "A filter speaks of the equilibria that an optimizer converges to. Runs of minibatches, a "
-    "constant learning rate and few epochs do not settle at one: they may end well inside the "
-    "edge, or, where minibatches differ, beyond it. The ratio says where each ended.",
-    "SAM's filter moves with the norm of the gradient; no edge is given for it.",
-    "The sharpness is that of the images named above, not of the whole training set; its error, "
-    "the residual ||H v - lambda v||, bounds how far an eigenvalue of their Hessian is, but for "
-    "the rounding of float32 in the products.",
-    "Seconds are of runs side by side on a machine that may have had other work.",
+    "and the number of seeds are ours; two-step and Hessian USAM follow our reading of its "
+    "abstract.",
+    "A filter describes the equilibria that an optimizer converges to. Runs with minibatches, a "
+    "constant learning rate and few epochs do not settle at one. They may end well inside the "
+    "edge or, if minibatches differ, beyond it. The ratio shows where each run ended.",
+    "The filter of SAM depends on the norm of the gradient, so the tables give no edge for it.",
+    "The sharpness is measured on the images named above, not on the whole training set. Its "
+    "error, the residual ||H v - lambda v||, bounds the distance to an eigenvalue of their "
+    "Hessian, except for the rounding of float32 in the products.",
+    "Seconds are measured while runs execute side by side, on a machine that may have other work.",
 )
 
 
@@ -35,7 +36,7 @@ def write(findings: Findings, out: Path) -> None:
     """Write all files.
 
     Raises:
-        UserError: one cannot be written.
+        UserError: a file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -61,25 +62,27 @@ def write(findings: Findings, out: Path) -> None:
     text = json.dumps(results, indent=1, allow_nan=False)
     replace_text(out / "results.json", text + "\n")
     replace_text(out / "summary.md", markdown(findings))
-    drawn = figure.draw(findings.rows, findings.title)
-    FigureCanvasAgg(drawn)
-    figure.save_png(drawn, out / "spectra.png")
-    replace_text(out / "report.html", report.page(findings, figure.as_svg(drawn), LIMITS))
+    figure = spectra_figure.draw(findings.rows, findings.title)
+    FigureCanvasAgg(figure)
+    spectra_figure.save_png(figure, out / "spectra.png")
+    replace_text(
+        out / "report.html", html_report.page(findings, spectra_figure.as_svg(figure), LIMITS)
+    )
 
 
 def markdown(findings: Findings) -> str:
-    """The tables and what follows from them, for a page of documentation."""
+    """Return the tables and the conclusions as Markdown."""
     best = [row for row in findings.rows if row.best]
     parts = [
         f"# {findings.title}",
         "At the best rho of each method:",
-        grid(summary.table(best)),
+        markdown_table(summary.table(best)),
         "The order of the sharpness:",
         _list(findings.verdicts),
         "Each comparison:",
         _list([check.sentence for check in findings.checks]),
         "Every rho:",
-        grid(summary.table(findings.rows)),
+        markdown_table(summary.table(findings.rows)),
     ]
     for heading, lines in findings.failures.items():
         parts += [f"{heading}:", _list(lines)]

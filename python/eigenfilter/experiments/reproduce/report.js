@@ -1,4 +1,4 @@
-// Zooming and moving a figure is changing the part of it that its view box shows.
+// Zooms and pans a figure by changing the view box of its <svg> element.
 for (const figure of document.querySelectorAll("figure.zoom")) {
   const svg = figure.querySelector("svg");
   const whole = svg.getAttribute("viewBox").trim().split(/\s+/).map(Number);
@@ -6,11 +6,11 @@ for (const figure of document.querySelectorAll("figure.zoom")) {
 
   function show() {
     svg.setAttribute("viewBox", [x, y, width, height].join(" "));
-    // A finger moves the page where the figure is whole.
+    // While the whole figure is visible, touch gestures scroll the page.
     svg.style.touchAction = width < whole[2] ? "none" : "auto";
   }
 
-  // Keeps the point at the fractions (u, v) of the figure where it is.
+  // Zooms about the point at the fractions (u, v) of the visible part.
   function zoom(factor, u = 0.5, v = 0.5) {
     const next = Math.min(whole[2], Math.max(whole[2] / 100, width * factor));
     const ratio = next / width;
@@ -21,7 +21,7 @@ for (const figure of document.querySelectorAll("figure.zoom")) {
     move(0, 0);
   }
 
-  // Never beyond the borders.
+  // Pans within the borders of the figure.
   function move(dx, dy) {
     x = Math.min(Math.max(x + dx, whole[0]), whole[0] + whole[2] - width);
     y = Math.min(Math.max(y + dy, whole[1]), whole[1] + whole[3] - height);
@@ -33,7 +33,7 @@ for (const figure of document.querySelectorAll("figure.zoom")) {
     show();
   }
 
-  // The wheel alone scrolls the page.
+  // The wheel zooms with Ctrl only; alone it scrolls the page.
   svg.addEventListener("wheel", (event) => {
     if (!event.ctrlKey) return;
     event.preventDefault();

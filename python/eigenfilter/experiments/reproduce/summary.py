@@ -1,4 +1,4 @@
-"""What the runs say: means over seeds, the best radii, the order of the sharpness."""
+"""Summaries of the runs: means over seeds, the best radii, and the order of the sharpness."""
 
 from __future__ import annotations
 
@@ -11,26 +11,30 @@ from eigenfilter.experiments.reproduce.plan import CLAIMS, METHODS, Plan
 from eigenfilter.experiments.runs import Record
 
 SELECTION = (
-    "The best rho of a method is the one of the highest mean accuracy on the test set, as in the "
-    "paper: an accuracy chosen so is optimistic. Only radii with which no run diverged or failed "
+    "The best rho of a method is the one with the highest mean accuracy on the test set, as in the "
+    "paper, so that its accuracy is optimistic. Only radii with which no run diverged or failed "
     "can be best; they are compared over the seeds that all of them were trained with."
 )
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One run.
+class RunResult:
+    """The result of one run.
 
     Attributes:
-        outcome: "complete", "diverged", "failed" or "unfinished": its training or its spectrum.
-        note: why it did not complete, or has no spectrum though it did.
-        accuracy: on the test set, at the end; None, as all behind it, where there is none.
-        sharpness, error: the largest Hessian eigenvalue, and its residual ||H v - lambda v||, which
-            bounds how far an eigenvalue is, but for rounding in the products.
-        edge: of the filter; None for SAM.
-        gradients: of batches that the run took.
-        seconds: it took.
-        spectrum: as `spectra` keeps it, or None.
+        name: name of the run.
+        method, momentum, rho, seed: configuration of the run; rho is None for SGD.
+        outcome: "complete", "diverged", "failed" or "unfinished". A run is unfinished if its
+            training or its spectrum is.
+        note: reason why the run is not complete or has no spectrum.
+        accuracy: accuracy on the test set at the end. This and the following are None if missing.
+        sharpness: largest eigenvalue of the Hessian.
+        error: residual ||H v - lambda v||, which bounds the distance of the sharpness to an
+            eigenvalue, except for rounding in the products.
+        edge: edge of the filter; None for SAM.
+        gradients: number of gradients, in units of a whole batch.
+        seconds: time of the training.
+        spectrum: the record that `spectra.measure_spectrum` stored.
     """
 
     name: str
@@ -50,18 +54,18 @@ class Measured:
 
     @property
     def ratio(self) -> float | None:
-        """Sharpness over the edge."""
+        """Ratio of the sharpness to the edge."""
         return None if self.sharpness is None or not self.edge else self.sharpness / self.edge
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the spectrum, which lies in the run's folder."""
+        """Return all values except the spectrum, which is stored in the run's folder."""
         values = asdict(self) | {"ratio": self.ratio}
         del values["spectrum"]
         return values
 
     @classmethod
-    def of(cls, name: str, record: Record, spectrum: Record | None) -> Measured:
-        """From the results of a run and its spectrum."""
+    def of(cls, name: str, record: Record, spectrum: Record | None) -> RunResult:
+        """Make a result from the records of a run and of its spectrum."""
         config, outcome, note = record["config"], record["outcome"], ""
         if outcome == "failed":
             outcome, note = "diverged" if record["diverged"] else "failed", record["error"]
@@ -69,7 +73,7 @@ class Measured:
             outcome = "unfinished"
         if spectrum is not None and "error" in spectrum:
             note = spectrum["error"]
-        found = spectrum if spectrum is not None and "values" in spectrum else None
+        measured = spectrum if spectrum is not None and "values" in spectrum else None
         method = config["optimizer"]
         trained = record["outcome"] == "complete"
         return cls(
@@ -81,59 +85,59 @@ class Measured:
             outcome=outcome,
             note=note,
             accuracy=record["test"]["accuracy"] if trained else None,
-            sharpness=found["values"][0] if found else None,
-            error=found["residuals"][0] if found else None,
-            edge=found["edge"] if found else None,
+            sharpness=measured["values"][0] if measured else None,
+            error=measured["residuals"][0] if measured else None,
+            edge=measured["edge"] if measured else None,
             gradients=record["gradients"] if trained else None,
             seconds=record["seconds"] if trained else None,
-            spectrum=found,
+            spectrum=measured,
         )
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over seeds; `deviation` is that of a sample, None for a single seed."""
+class SeedMean:
+    """A mean over seeds, and the standard deviation of the sample, None for a single seed."""
 
     value: float
     deviation: float | None
 
     @classmethod
-    def of(cls, values: Sequence[float | None]) -> Mean | None:
-        """Of those that there are; None if there is none."""
-        there = [value for value in values if value is not None]
-        if not there:
+    def of(cls, values: Sequence[float | None]) -> SeedMean | None:
+        """Return the mean of the values that are not None, or None if there are none."""
+        present = [value for value in values if value is not None]
+        if not present:
             return None
-        return cls(statistics.fmean(there), statistics.stdev(there) if there[1:] else None)
+        return cls(statistics.fmean(present), statistics.stdev(present) if present[1:] else None)
 
     def text(self, form: str) -> str:
-        """The mean in a format, and the deviation if there is one."""
+        """Format the mean, and the deviation if there is one."""
         if self.deviation is None:
             return form.format(self.value)
         return f"{form.format(self.value)} ± {form.format(self.deviation)}"
 
 
 @dataclass(frozen=True)
-class Row:
-    """The runs of one method, momentum and rho, all seeds."""
+class RunGroup:
+    """The runs of all seeds with the same method, momentum and rho."""
 
     method: str
     momentum: float
     rho: float | None
-    runs: tuple[Measured, ...]
+    runs: tuple[RunResult, ...]
     best: bool
 
     @property
     def label(self) -> str:
-        """The method, and rho where it has one."""
+        """The method, and rho if it has one."""
         return METHODS[self.method] + ("" if self.rho is None else f" (rho {self.rho:g})")
 
-    def mean(self, name: str) -> Mean | None:
-        """Of an attribute of the runs."""
-        return Mean.of([getattr(run, name) for run in self.runs])
+    def mean(self, name: str) -> SeedMean | None:
+        """Return the mean of an attribute over the runs."""
+        return SeedMean.of([getattr(run, name) for run in self.runs])
 
     @property
     def note(self) -> str:
-        """How many runs did not complete, and how they ended."""
+        """How many runs are not complete, by outcome."""
         outcomes = [run.outcome for run in self.runs]
         return ", ".join(
             f"{outcomes.count(kind)} of {len(outcomes)} {kind}"
@@ -142,7 +146,7 @@ class Row:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The means as plain data; `error` is the largest."""
+        """Return the means as plain data, and the largest error."""
         values: dict[str, Any] = {
             "method": self.method,
             "momentum": self.momentum,
@@ -161,9 +165,9 @@ class Row:
         return max((run.error for run in self.runs if run.error is not None), default=None)
 
 
-def rows_of(runs: Sequence[Measured]) -> list[Row]:
-    """The runs by method, momentum and rho; for each method and momentum the best is marked."""
-    groups: dict[tuple[float, str, float | None], list[Measured]] = {}
+def group_runs(runs: Sequence[RunResult]) -> list[RunGroup]:
+    """Group runs by method, momentum and rho, and mark the best rho per method and momentum."""
+    groups: dict[tuple[float, str, float | None], list[RunResult]] = {}
     for run in runs:
         groups.setdefault((run.momentum, run.method, run.rho), []).append(run)
     order = list(METHODS)
@@ -175,16 +179,16 @@ def rows_of(runs: Sequence[Measured]) -> list[Row]:
         if at is not None:
             best.add(radii[at])
     return [
-        Row(method, momentum, rho, tuple(groups[key]), key in best)
+        RunGroup(method, momentum, rho, tuple(groups[key]), key in best)
         for key in keys
         for momentum, method, rho in [key]
     ]
 
 
-def _best(radii: Sequence[Sequence[Measured]]) -> int | None:
-    """The place of the best of a method's radii, as SELECTION says; None where it cannot be told.
+def _best(radii: Sequence[Sequence[RunResult]]) -> int | None:
+    """Return the index of the best radius of a method by SELECTION, or None if undecided.
 
-    Of equals it is the first.
+    Among equal radii the first is best.
     """
     accuracies = {
         place: {run.seed: run.accuracy for run in runs if run.accuracy is not None}
@@ -193,7 +197,7 @@ def _best(radii: Sequence[Sequence[Measured]]) -> int | None:
     }
     if not accuracies:
         return None
-    common = set.intersection(*(set(found) for found in accuracies.values()))
+    common = set.intersection(*(set(by_seed) for by_seed in accuracies.values()))
     if not common:
         return None
     return max(
@@ -203,15 +207,17 @@ def _best(radii: Sequence[Sequence[Measured]]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Check:
-    """Whether one method ended sharper than another, as the paper says.
+class ClaimCheck:
+    """Comparison of two methods of which, by a claim of the paper, the first ends sharper.
 
     Attributes:
         claim: one of CLAIMS.
-        at: of which radii, in words.
-        sharper, flatter: labels of what the claim says to be so.
+        momentum: momentum of both methods.
+        at: the radii that are compared.
+        sharper, flatter: labels of the methods that the claim calls sharper and flatter.
         values: mean sharpness of the two.
-        held, seeds: in how many seeds it was so, of how many with both.
+        held: number of seeds in which the claim held.
+        seeds: number of seeds with results of both methods.
     """
 
     claim: tuple[str, str]
@@ -225,14 +231,14 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """As claimed or reversed where every seed says so; else not in every seed."""
+        """ "as claimed" or "reversed" if all seeds agree, else "not in every seed"."""
         if self.held == self.seeds:
             return "as claimed"
         return "reversed" if not self.held else "not in every seed"
 
     @property
     def sentence(self) -> str:
-        """All of it."""
+        """The comparison as a sentence."""
         above, below = self.values
         sign = ">" if above > below else "<=" if above == below else "<"
         return (
@@ -242,40 +248,42 @@ class Check:
         )
 
 
-def checks_of(rows: Sequence[Row]) -> list[Check]:
-    """Every claim, at the best radii and at each radius that both methods have."""
-    found = []
+def check_claims(rows: Sequence[RunGroup]) -> list[ClaimCheck]:
+    """Check every claim at the best radii, and at each radius that both methods have."""
+    checks = []
     for momentum in dict.fromkeys(row.momentum for row in rows):
-        here = [row for row in rows if row.momentum == momentum]
+        group = [row for row in rows if row.momentum == momentum]
         for first, second in CLAIMS:
-            sharper = [row for row in here if row.method == first]
-            flatter = [row for row in here if row.method == second]
+            sharper = [row for row in group if row.method == first]
+            flatter = [row for row in group if row.method == second]
             for at, a, b in _paired(sharper, flatter):
                 check = _check(at, a, b)
                 if check is not None:
-                    found.append(check)
-    return found
+                    checks.append(check)
+    return checks
 
 
-def verdicts_of(checks: Sequence[Check]) -> list[str]:
-    """Of each claim, a line: in how many comparisons it came out how."""
+def summarize_claims(checks: Sequence[ClaimCheck]) -> list[str]:
+    """Return a line per claim with the numbers of comparisons by verdict."""
     lines = []
     for first, second in CLAIMS:
-        found = [check.verdict for check in checks if check.claim == (first, second)]
+        verdicts = [check.verdict for check in checks if check.claim == (first, second)]
         counts = [
-            f"{verdict} in {found.count(verdict)}"
+            f"{verdict} in {verdicts.count(verdict)}"
             for verdict in ("as claimed", "not in every seed", "reversed")
-            if verdict in found
+            if verdict in verdicts
         ]
         if counts:
             lines.append(
-                f"{METHODS[first]} sharper than {METHODS[second]}: of {len(found)} comparisons "
+                f"{METHODS[first]} sharper than {METHODS[second]}: of {len(verdicts)} comparisons "
                 f"{', '.join(counts)}."
             )
     return lines
 
 
-def _paired(sharper: Sequence[Row], flatter: Sequence[Row]) -> list[tuple[str, Row, Row]]:
+def _paired(
+    sharper: Sequence[RunGroup], flatter: Sequence[RunGroup]
+) -> list[tuple[str, RunGroup, RunGroup]]:
     best = [("best rho", a, b) for a in sharper for b in flatter if a.best and b.best]
     same = [
         (f"rho {b.rho:g}", a, b)
@@ -286,13 +294,13 @@ def _paired(sharper: Sequence[Row], flatter: Sequence[Row]) -> list[tuple[str, R
     return best + same
 
 
-def _check(at: str, above: Row, below: Row) -> Check | None:
+def _check(at: str, above: RunGroup, below: RunGroup) -> ClaimCheck | None:
     first = {run.seed: run.sharpness for run in above.runs if run.sharpness is not None}
     second = {run.seed: run.sharpness for run in below.runs if run.sharpness is not None}
     seeds = sorted(first.keys() & second.keys())
     if not seeds:
         return None
-    return Check(
+    return ClaimCheck(
         claim=(above.method, below.method),
         momentum=above.momentum,
         at=at,
@@ -307,9 +315,9 @@ def _check(at: str, above: Row, below: Row) -> Check | None:
     )
 
 
-# As text.
+# Formatting of tables.
 
-_CELLS: Mapping[str, Callable[[Row], str]] = {
+_CELLS: Mapping[str, Callable[[RunGroup], str]] = {
     "method": lambda row: METHODS[row.method],
     "momentum": lambda row: f"{row.momentum:g}",
     "rho": lambda row: "" if row.rho is None else f"{row.rho:g}",
@@ -324,23 +332,23 @@ _CELLS: Mapping[str, Callable[[Row], str]] = {
 }
 
 
-def _text(mean: Mean | None, form: str) -> str:
+def _text(mean: SeedMean | None, form: str) -> str:
     return "-" if mean is None else mean.text(form)
 
 
-def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Cells, the head first; `note` is left out where it is empty throughout."""
+def table(rows: Sequence[RunGroup]) -> list[tuple[str, ...]]:
+    """Return rows of cells below a head; the column `note` is omitted if it is empty."""
     names = [name for name in _CELLS if name != "note" or any(row.note for row in rows)]
     return [tuple(names), *(tuple(_CELLS[name](row) for name in names) for row in rows)]
 
 
-def ending(plan: Plan, runs: Sequence[Measured]) -> str:
-    """How many runs there are, and what became of those that did not complete, in a line."""
+def ending(plan: Plan, runs: Sequence[RunResult]) -> str:
+    """Return one line with the number of runs and their outcomes."""
     outcomes = [run.outcome for run in runs]
-    words = [f"{len(runs)} runs with {plan.scale.seeds} seed{'s' * (plan.scale.seeds != 1)}"]
-    words += [
+    parts = [f"{len(runs)} runs with {plan.scale.seeds} seed{'s' * (plan.scale.seeds != 1)}"]
+    parts += [
         f"{outcomes.count(kind)} {kind}"
         for kind in ("complete", "diverged", "failed", "unfinished")
         if kind in outcomes
     ]
-    return ", ".join(words)
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Many runs in one folder, on this machine or a cluster; nothing is run twice."""
+"""Execution of many runs in one folder, on this machine or a cluster, without repeating any."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import require
-from eigenfilter.experiments.locks import alone
+from eigenfilter.experiments.locks import folder_lock
 from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.sweep import local
-from eigenfilter.experiments.sweep.folders import Order, finished, folder_of
-from eigenfilter.experiments.sweep.ledger import Ledger, Observe
+from eigenfilter.experiments.sweep.folders import RunSpec, folder_of, load_finished
+from eigenfilter.experiments.sweep.run_queue import Observe, RunQueue
 
 
 def execute(
@@ -27,76 +27,77 @@ def execute(
     retries: int = 1,
     stop: Callable[[], bool] = lambda: False,
     observe: Observe = lambda name, kind, step, record: None,
-    held: bool = False,
+    already_locked: bool = False,
 ) -> dict[str, Record]:
-    """Run every configuration in a folder of its own, `out/runs/NAME`, and a process of its own.
+    """Execute every configuration in its own folder, `out/runs/NAME`, and its own process.
 
-    What is complete there is read, what was interrupted goes on from its checkpoint. A run whose
-    process ends (killed, as by the system where memory is short, or by an exception) is tried again
-    from its checkpoint; one that ends with an error of its user, as when it diverges or its batch
-    does not fit into memory, is not. Neither touches the others.
+    Complete runs are read, and interrupted runs resume from their checkpoints. If the process of a
+    run ends early (an exception, or a kill by the system when memory is short), the run is retried
+    from its checkpoint. A run that ends with a UserError, such as divergence or a batch that does
+    not fit into memory, is not retried. Other runs are not affected.
 
     Args:
-        runs: name -> configuration. A name is that of a folder.
-        out: the folder of all; only one process may be at work in it.
-        processes: how many at once; None: as many as the cores (or GPUs) allow with
-            `config.threads`.
-        ray: address of a Ray cluster that the runs are spread over: "auto", "local" or that of
-            its head. `out` and `data_dir` are folders that its nodes share.
-        data_dir: of the data, see `datasets.folder_of`.
-        device: "cpu", "cuda:1"; "cuda": every GPU, which processes share in turn; "auto": those
-            if there are any.
-        retries: how often a run is tried again after its process ended.
-        stop: asked several times a second; once it says True, every run writes a checkpoint and
-            ends.
-        observe: gets the records of every run's log as they come: name, kind, step, values; the
-            kinds of `runs.run`, "waiting" once another command is in the run's folder for some
-            seconds, with its `holder`, "retry" with the error, "end" with the results, and "kept"
-            with those that were there.
-        held: whether the caller is alone in `out` already.
+        runs: configurations by name, which is also the name of a folder.
+        out: the folder of all runs; only one process may work in it.
+        processes: number of runs at a time; None means as many as the GPUs, or the CPU cores with
+            `config.threads` each, allow.
+        ray: address of a Ray cluster that executes the runs: "auto", "local" or that of its head.
+            Its nodes must share the folders `out` and `data_dir`.
+        data_dir: data folder; see `datasets.folder_of`.
+        device: "cpu", "cuda:1", "cuda" for all GPUs, among which runs are distributed, or "auto"
+            for all GPUs if there are any.
+        retries: number of retries of a run whose process ended.
+        stop: called several times a second. When it returns True, every run writes a checkpoint
+            and ends.
+        observe: called with the name of a run and the kind, step and values of each record: the
+            kinds of `runs.run`; "waiting" with the `holder` if another command has had the lock of
+            the run's folder for some seconds; "retry" with the error; "end" with the results; and
+            "kept" with results that existed before.
+        already_locked: whether the caller has the lock of `out`.
 
     Returns:
-        The results of each, in the order of `runs`: `outcome` is "complete", "stopped" (to be gone
-        on with), or "failed" with `error`, one line, `diverged` and `attempts`. One that diverged
-        is not run again by the next call, others are.
+        The results of each run in the order of `runs`. `outcome` is "complete", "stopped" or
+        "failed", the last with `error` (one line), `diverged` and `attempts`. The next call resumes
+        stopped runs and retries failed ones, except those that diverged.
 
     Raises:
-        UserError: another is at work in `out`; a folder holds a run of another configuration, or a
-            damaged one; data are missing. Whatever is raised, no process is left behind.
+        UserError: another process works in `out`; a folder contains a run of another configuration
+            or a damaged file; data are missing. No process is left running after any exception.
 
     Example:
-        >>> found = execute({f"seed={s}": Config(seed=s, threads=1) for s in range(3)}, Path("out"))
-        >>> [record["test"]["accuracy"] for record in found.values()]
+        >>> runs = {f"seed={s}": Config(seed=s, threads=1) for s in range(3)}
+        >>> records = execute(runs, Path("out"))
+        >>> [record["test"]["accuracy"] for record in records.values()]
     """
     if ray is not None:
         require("ray", extra="ray")
-    with nullcontext() if held else alone(out, "sweep"):
-        orders, records = _begun(runs, out, data_dir, device, observe)
-        ledger = Ledger(orders, retries, observe)
-        if orders and ray is None:
-            local.execute(ledger, processes=processes, device=device, stop=stop)
-        elif orders and ray is not None:
+    with nullcontext() if already_locked else folder_lock(out, "sweep"):
+        specs, records = _prepare_runs(runs, out, data_dir, device, observe)
+        queue = RunQueue(specs, retries, observe)
+        if specs and ray is None:
+            local.execute(queue, processes=processes, device=device, stop=stop)
+        elif specs and ray is not None:
             from eigenfilter.experiments.sweep import cluster
 
-            cluster.execute(ledger, address=ray, processes=processes, device=device, stop=stop)
-        records |= ledger.records
+            cluster.execute(queue, address=ray, processes=processes, device=device, stop=stop)
+        records |= queue.records
     return {name: records[name] for name in runs}
 
 
-def _begun(
+def _prepare_runs(
     runs: Mapping[str, Config], out: Path, data_dir: Path | None, device: str, observe: Observe
-) -> tuple[dict[str, Order], dict[str, Record]]:
-    """What is to be run, and what need not be; the data are there."""
-    orders: dict[str, Order] = {}
+) -> tuple[dict[str, RunSpec], dict[str, Record]]:
+    """Return the runs to execute and the records of finished ones, after loading the data once."""
+    specs: dict[str, RunSpec] = {}
     records: dict[str, Record] = {}
     for name, config in runs.items():
         folder = folder_of(out, name)
-        done = finished(config, folder)
-        if done is None:
-            orders[name] = Order(config, folder, data_dir, device)
+        finished = load_finished(config, folder)
+        if finished is None:
+            specs[name] = RunSpec(config, folder, data_dir, device)
         else:
-            records[name] = done
-            observe(name, "kept", done["step"], done)
-    for dataset in sorted({order.config.dataset for order in orders.values()}):
-        datasets.load(dataset, data_dir)  # once, where it has to be downloaded
-    return orders, records
+            records[name] = finished
+            observe(name, "kept", finished["step"], finished)
+    for dataset in sorted({spec.config.dataset for spec in specs.values()}):
+        datasets.load(dataset, data_dir)  # download it before the runs start
+    return specs, records

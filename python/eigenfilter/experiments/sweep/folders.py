@@ -1,4 +1,4 @@
-"""The folder of one run among many: who works in it, what it holds, how its run failed."""
+"""The folder of one run of a sweep: its stored results, and attempts to complete the run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import output_folder, replace_text
-from eigenfilter.experiments.locks import Busy, holder
-from eigenfilter.experiments.locks import locked as locked
+from eigenfilter.experiments.locks import FolderBusy, holder
+from eigenfilter.experiments.locks import try_folder_lock as try_folder_lock
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.saved import read_results
 from eigenfilter.experiments.trainer import Diverged
+from eigenfilter.experiments.validation import read_results
 
 RUNS = "runs"
-PATIENCE = 3.0  # seconds that a run waits without a word for who is in its folder
+PATIENCE = 3.0  # seconds that a run waits for the lock of its folder before it reports so
 
 
 @dataclass(frozen=True)
-class Order:
-    """A run, and where it is to be run."""
+class RunSpec:
+    """A run: its configuration, its folder, the data folder, and the device."""
 
     config: Config
     folder: Path
@@ -36,18 +36,18 @@ class Order:
 
 
 def folder_of(out: Path, name: str) -> Path:
-    """Where the run of this name is, in the folder of all.
+    """Return the folder of the run with a name.
 
     Raises:
-        ValueError: the name is not one of a folder.
+        ValueError: the name cannot be the name of a folder.
     """
     if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"{name!r} cannot be the name of a folder")
     return out / RUNS / name
 
 
-def held(folder: Path) -> dict[str, Any] | None:
-    """The options of the run that a folder holds, begun, ended or failed, if it holds one.
+def stored_options(folder: Path) -> dict[str, Any] | None:
+    """Return the options of the run in a folder, in whatever state it is, or None without a run.
 
     Raises:
         UserError: a file is damaged.
@@ -59,27 +59,27 @@ def held(folder: Path) -> dict[str, Any] | None:
     if not (folder / checkpoint.FILE).exists():
         return None
     try:
-        found = configs.read(folder / runs.CONFIG)
-        configs.check_plain(found)
-        return found
+        values = configs.read(folder / runs.CONFIG)
+        configs.check_plain(values)
+        return values
     except ValueError as error:
-        raise UserError(f"{error}: remove {folder}") from error
+        raise UserError(f"{error}; remove {folder}") from error
 
 
-def finished(config: Config, folder: Path) -> Record | None:
-    """What a run left that need not be run again: it was completed, or it diverged.
+def load_finished(config: Config, folder: Path) -> Record | None:
+    """Return the results of a run that is complete or diverged, else None.
 
     Raises:
-        UserError: the folder holds a run of another configuration, or a damaged file.
+        UserError: the folder contains a run of another configuration, or a damaged file.
     """
-    there = held(folder)
-    if there is None:
+    stored = stored_options(folder)
+    if stored is None:
         return None
     for name, value in config.as_dict().items():
-        if there.get(name) != value:
+        if stored.get(name) != value:
             raise UserError(
-                f"{folder} holds a run with {name} {quoted(there.get(name))}, not {quoted(value)}: "
-                "give another --out, or remove it"
+                f"{folder} contains a run with {name} {quoted(stored.get(name))}, not "
+                f"{quoted(value)}; give another --out, or remove it"
             )
     record = read_results(folder / runs.RESULTS)
     if record is None:
@@ -87,63 +87,63 @@ def finished(config: Config, folder: Path) -> Record | None:
     return record if record["outcome"] == "complete" or record.get("diverged") else None
 
 
-def attempt(order: Order, *, stop: Callable[[], bool], observe: runs.Observe) -> Record:
-    """Go on with a run from where the last attempt came to.
+def attempt_run(spec: RunSpec, *, stop: Callable[[], bool], observe: runs.Observe) -> Record:
+    """Start a run, or resume it from its last checkpoint.
 
     Returns:
-        What `runs.run` does; where that raises, the failure, with its traceback printed unless
-        it is an error of the user, which would come again.
+        The results of `runs.run`, or the record of a failure. The traceback of an unexpected
+        exception is printed, and its record is marked as crashed, so that the run is retried.
     """
-    config = order.config
+    config = spec.config
     if stop():
-        return interrupted(config)
-    began, told = time.monotonic(), False
+        return stopped_record(config)
+    began, reported = time.monotonic(), False
 
     def wait() -> bool:
-        """The attempt before may be ending yet; whoever is there longer is told of."""
-        nonlocal told
-        if not told and time.monotonic() - began > PATIENCE:
-            observe("waiting", 0, {"holder": holder(order.folder, "training run")})
-            told = True
+        """Wait for the lock, which the last attempt may still have; report longer waits once."""
+        nonlocal reported
+        if not reported and time.monotonic() - began > PATIENCE:
+            observe("waiting", 0, {"holder": holder(spec.folder, "training run")})
+            reported = True
         return not stop()
 
     try:
         return runs.run(
             config,
-            order.folder,
-            data_dir=order.data_dir,
-            device=order.device,
+            spec.folder,
+            data_dir=spec.data_dir,
+            device=spec.device,
             resume=True,
             stop=stop,
             observe=observe,
             wait=wait,
         )
-    except Busy:
-        return interrupted(config)
+    except FolderBusy:
+        return stopped_record(config)
     except Diverged as error:
-        return failure(config, str(error)) | {"diverged": True, "step": error.step}
+        return failed_record(config, str(error)) | {"diverged": True, "step": error.step}
     except UserError as error:
-        return failure(config, str(error))
-    except Exception as error:  # of whatever kind: the other runs go on
+        return failed_record(config, str(error))
+    except Exception as error:  # no error of one run may end the others
         traceback.print_exc()
         line = " ".join(traceback.format_exception_only(error)[-1].split())
-        return failure(config, line) | {"crashed": True}
+        return failed_record(config, line) | {"crashed": True}
 
 
-def failure(config: Config, error: str) -> Record:
-    """The record of a run that came to no end; `error` is one line."""
+def failed_record(config: Config, error: str) -> Record:
+    """Return the record of a run that failed with a one-line error."""
     return {"outcome": "failed", "error": error, "diverged": False, "config": config.as_dict()}
 
 
-def interrupted(config: Config) -> Record:
-    """The record of a run that was stopped where no results were written."""
+def stopped_record(config: Config) -> Record:
+    """Return the record of a run that was stopped before it wrote results."""
     return {"outcome": "stopped", "config": config.as_dict()}
 
 
-def keep_failure(folder: Path, record: Record) -> None:
-    """Write a failure where the results of a run are; one that diverged is not run again.
+def write_failure(folder: Path, record: Record) -> None:
+    """Write the record of a failure as the results of a run.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     replace_text(output_folder(folder) / runs.RESULTS, json.dumps(record, indent=1) + "\n")

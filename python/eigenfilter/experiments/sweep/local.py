@@ -1,4 +1,4 @@
-"""Runs in processes of this machine."""
+"""Runs in processes on this machine."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ import torch
 
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.devices import device_of
-from eigenfilter.experiments.sweep.folders import Order
-from eigenfilter.experiments.sweep.ledger import Ledger
+from eigenfilter.experiments.sweep.folders import RunSpec
+from eigenfilter.experiments.sweep.run_queue import RunQueue
 from eigenfilter.experiments.sweep.worker import OUTPUT, SIGNALS
 
-POLL = 0.2  # seconds from one question whether to stop to the next
-GRACE = 5.0  # seconds that a process may take to end after it closed its connection
+POLL = 0.2  # seconds between checks of the stop condition
+GRACE = 5.0  # seconds that a process may take to end after its connection closed
 WORKER = "from eigenfilter.experiments.sweep.worker import main; main()"
 
 
 def execute(
-    ledger: Ledger, *, processes: int | None, device: str, stop: Callable[[], bool]
+    queue: RunQueue, *, processes: int | None, device: str, stop: Callable[[], bool]
 ) -> None:
-    """Run what the ledger has waiting, as many at once as `processes`; see `execution.execute`.
+    """Execute the pending runs of a queue, at most `processes` at a time; see `execution.execute`.
 
-    Importing torch takes seconds, so that a process whose run came to its end, or diverged, gets
-    the next; after anything else it is replaced.
+    Importing torch takes seconds, so a process whose run is complete or diverged takes the next
+    run. After any other end it is replaced.
     """
     devices = _devices(device)
-    configs = [order.config for order in ledger.orders.values()]
-    count = min(processes or fitting(device, configs), len(ledger.waiting))
-    pool = _Pool(ledger, [devices[i % len(devices)] for i in range(count)])
+    configs = [spec.config for spec in queue.specs.values()]
+    count = min(processes or default_processes(device, configs), len(queue.pending))
+    pool = _LocalPool(queue, [devices[i % len(devices)] for i in range(count)])
     try:
         pool.run(stop)
     finally:
         pool.kill()
 
 
-class _Pool:
-    """A process for each of some devices, started when it is needed."""
+class _LocalPool:
+    """One worker process per entry of `devices`, started on demand."""
 
-    def __init__(self, ledger: Ledger, devices: list[str]) -> None:
-        self._ledger = ledger
+    def __init__(self, queue: RunQueue, devices: list[str]) -> None:
+        self._queue = queue
         self._free = devices
-        self._workers: list[_Process] = []
+        self._workers: list[_WorkerProcess] = []
 
     def run(self, stop: Callable[[], bool]) -> None:
-        ledger = self._ledger
-        while ledger.waiting or any(worker.name is not None for worker in self._workers):
-            self._heed(stop)
+        queue = self._queue
+        while queue.pending or any(worker.name is not None for worker in self._workers):
+            self._propagate_stop(stop)
             self._assign()
             connections = wait([worker.connection for worker in self._workers], POLL)
-            self._heed(stop)  # before a worker's word that the same signal stopped it too
+            # The same signal may have stopped workers too: stop before their ends are recorded.
+            self._propagate_stop(stop)
             for ready in connections:
                 self._receive(next(w for w in self._workers if w.connection is ready))
 
@@ -65,24 +66,24 @@ class _Pool:
         while self._workers:
             self._remove(self._workers[0])
 
-    def _heed(self, stop: Callable[[], bool]) -> None:
-        if not self._ledger.stopping and stop():
-            self._ledger.stop()
+    def _propagate_stop(self, stop: Callable[[], bool]) -> None:
+        if not self._queue.stopping and stop():
+            self._queue.stop()
             for worker in self._workers:
                 worker.send(None)
 
     def _assign(self) -> None:
-        ledger = self._ledger
+        queue = self._queue
         idle = [worker for worker in self._workers if worker.name is None]
-        while ledger.waiting and (idle or self._free):
+        while queue.pending and (idle or self._free):
             if not idle:
-                self._workers.append(_Process(self._free.pop(0)))
+                self._workers.append(_WorkerProcess(self._free.pop(0)))
                 idle.append(self._workers[-1])
-            worker, name = idle.pop(), ledger.waiting.popleft()
+            worker, name = idle.pop(), queue.pending.popleft()
             worker.name = name
-            worker.send(replace(ledger.orders[name], device=worker.device))
+            worker.send(replace(queue.specs[name], device=worker.device))
 
-    def _receive(self, worker: _Process) -> None:
+    def _receive(self, worker: _WorkerProcess) -> None:
         name = worker.name
         try:
             kind, step, record = worker.connection.recv()
@@ -90,37 +91,38 @@ class _Pool:
             reason = worker.reason()
             self._remove(worker)
             if name is not None:
-                self._ledger.crashed(name, reason)
+                self._queue.record_crash(name, reason)
             return
         assert name is not None
         if kind != "end":
-            self._ledger.observe(name, kind, step, record)
+            self._queue.observe(name, kind, step, record)
             return
         worker.name = None
         if record["outcome"] != "complete" and not record.get("diverged"):
             self._remove(worker)
-        self._ledger.ended(name, record)
+        self._queue.record_end(name, record)
 
-    def _remove(self, worker: _Process) -> None:
+    def _remove(self, worker: _WorkerProcess) -> None:
         worker.kill()
         self._workers.remove(worker)
         self._free.append(worker.device)
 
 
-class _Process:
-    """A worker seen from here.
+class _WorkerProcess:
+    """A worker process, seen from the process that started it.
 
     Attributes:
-        device: its own.
-        name: of the run that it has, or None.
-        connection: to it.
+        device: the worker's device.
+        name: name of its current run, or None.
+        connection: connection to the worker.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.name: str | None = None
         self.connection, theirs = Pipe()
-        # Blocked until it handles them, signals to all of us do not end it while it imports.
+        # The worker starts with signals blocked and unblocks them once it handles them, so that a
+        # signal to the whole process group does not end it during its imports.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -132,39 +134,39 @@ class _Process:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
 
-    def send(self, message: Order | None) -> None:
-        """Give an order; None: to stop."""
-        with suppress(OSError):  # it is no more, as its end of the connection says too
+    def send(self, message: RunSpec | None) -> None:
+        """Send a run to execute, or None to stop."""
+        with suppress(OSError):  # the worker has ended, which `_receive` will notice
             self.connection.send(message)
 
     def kill(self) -> None:
-        """End it, if it has not ended, and wait until it has."""
+        """Kill the process if it is still running, and wait for its end."""
         self.connection.close()
         self._process.kill()
         self._process.wait()
 
     def reason(self) -> str:
-        """Why it ended, in one line, once its end of the connection is closed."""
+        """Return in one line why the process ended, after its connection closed."""
         try:
             code = self._process.wait(GRACE)
         except subprocess.TimeoutExpired:
             return "its process closed its connection"
         if code >= 0:
-            return f"its process ended with exit code {code}: see {OUTPUT}"
-        words = f"its process was killed by {signal.Signals(-code).name}"
-        return words + " (by the system, where memory is short)" * (code == -signal.SIGKILL)
+            return f"its process ended with exit code {code}; see {OUTPUT}"
+        reason = f"its process was killed by {signal.Signals(-code).name}"
+        return reason + " (the system does so when memory is short)" * (code == -signal.SIGKILL)
 
 
 def _devices(name: str) -> list[str]:
-    """The devices that processes share in turn."""
+    """Return the devices among which the processes are distributed."""
     device = device_of(name)
     if device.type == "cuda" and name in ("auto", "cuda"):
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return [str(device)]
 
 
-def fitting(device: str, configs: Iterable[Config]) -> int:
-    """How many processes the machine is for: one a GPU, or its cores over their threads."""
+def default_processes(device: str, configs: Iterable[Config]) -> int:
+    """Return the default number of processes: one per GPU, or CPU cores over threads per run."""
     devices = _devices(device)
     if devices != ["cpu"]:
         return len(devices)

@@ -1,4 +1,4 @@
-"""How far a sweep is: a bar over its runs, and a line for each that ends."""
+"""Progress of a sweep: a bar over its runs, and a line for each run that ends."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from eigenfilter.experiments.runs import Record
 from eigenfilter.experiments.train import summary
 
 
-class Progress:
-    """What the terminal shows of a sweep.
+class SweepProgress:
+    """The progress bar of a sweep.
 
     Args:
-        total: the number of runs, those that need not be run included, or of whatever else the bar
-            counts besides.
-        unit: of the bar.
+        total: number of units that the bar counts, which include runs that are already finished.
+        unit: name of the unit.
 
     Attributes:
-        bar: for what `observe` does not tell.
+        bar: the bar, to count units other than runs.
     """
 
     def __init__(self, total: int, unit: str = " runs") -> None:
         self.bar = tqdm(total=total, unit=unit, leave=False, disable=None)
-        self._steps: dict[str, tuple[int, int]] = {}  # taken, and of how many, of those at work
+        self._steps: dict[str, tuple[int, int]] = {}  # steps taken and in total, of active runs
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> SweepProgress:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -37,7 +36,7 @@ class Progress:
         elif kind == "end":
             self._steps.pop(name, None)
             if record["outcome"] != "stopped":
-                self.bar.write(f"{name}: {_words(record)}")
+                self.bar.write(f"{name}: {_summary(record)}")
                 self.bar.update()
         elif kind == "waiting":
             self.bar.write(f"{name}: {record['holder']}; waiting for it to end")
@@ -49,9 +48,9 @@ class Progress:
         elif name in self._steps:
             self._steps[name] = (step, self._steps[name][1])
         parts = sum(taken / total for taken, total in self._steps.values())
-        self.bar.set_postfix_str(f"{len(self._steps)} at work, {parts:.1f} done", refresh=False)
+        self.bar.set_postfix_str(f"{len(self._steps)} active, {parts:.1f} done", refresh=False)
         self.bar.update(0)
 
 
-def _words(record: Record) -> str:
+def _summary(record: Record) -> str:
     return summary(record) if record["outcome"] == "complete" else f"failed: {record['error']}"

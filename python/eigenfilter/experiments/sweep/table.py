@@ -1,4 +1,4 @@
-"""What came of a sweep: one row a configuration, means and deviations over its seeds."""
+"""The table of a sweep: one row per configuration, with means and deviations over its seeds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from eigenfilter.experiments.config import NAMES, Config
-from eigenfilter.experiments.reports import grid
+from eigenfilter.experiments.reporting import markdown_table
 from eigenfilter.experiments.runs import Record
-from eigenfilter.experiments.sweep.plan import shown
+from eigenfilter.experiments.sweep.search_space import format_value
 
 NOTE = (
     "± is the standard deviation (of a sample) over the complete runs, (n = N) over those whose "
@@ -22,7 +22,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class _Measure:
-    """A number of a run: where it is in its record and how it is shown."""
+    """A measured number: its column head, its path in the record of a run, and its format."""
 
     head: str
     path: tuple[str, ...]
@@ -40,35 +40,35 @@ _MEASURES = (
 
 
 def rows(configs: Mapping[str, Config], records: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """Summaries of configurations that differ in more than their seeds, in an order of merit.
+    """Summarize runs that differ only in their seeds, and sort the summaries by merit.
 
-    Those that fewest runs are missing of are first, of these the best mean test accuracy: what a
-    mean leaves out is seldom as good as what it has.
+    Rows with the fewest incomplete runs come first, and among these the highest mean test accuracy.
+    Means over complete runs alone would favor rows with failures.
 
     Args:
-        configs: by the name of the run.
-        records: the results of each.
+        configs: configurations by the names of the runs.
+        records: results by the names of the runs.
 
     Returns:
-        A row each: `options`, those that vary among configurations (rho None where there is no
-        ascent); `runs`, `complete` and
-        `failed`, how many; `names`; and for every measure `mean`, `deviation` (of a sample: None
-        for a single run) and `n`, over the complete runs that have it.
+        The rows. Each has `options`, which vary among configurations (rho is None without an
+        ascent); the numbers `runs`, `complete` and `failed`; `names`; and `measures`, each with
+        `mean`, `deviation` (of a sample; None for a single run) and `n` over the complete runs
+        that have it.
     """
     groups: dict[Config, list[str]] = {}
     for name, config in configs.items():
         groups.setdefault(dataclasses.replace(config, seed=0), []).append(name)
     varying = [n for n in NAMES if len({getattr(config, n) for config in groups}) > 1]
-    found = [
+    summaries = [
         {"options": {name: _option(config, name) for name in varying}}
         | _summary(names, [records[name] for name in names])
         for config, names in groups.items()
     ]
-    return sorted(found, key=_merit)
+    return sorted(summaries, key=_merit)
 
 
 def cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Rows as words, under a row of heads; measures that no run has are left out."""
+    """Return the rows as text below a row of heads, without measures that no run has."""
     options = list(table[0]["options"])
     measures = [m for m in _MEASURES if any(m.head in row["measures"] for row in table)]
     failed = ["failed"] if any(row["failed"] for row in table) else []
@@ -76,7 +76,7 @@ def cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     heads = [*options, *(percent.get(m.head, m.head) for m in measures), "runs", *failed]
     lines = [heads]
     for row in table:
-        line = [_word(row["options"][name]) for name in options]
+        line = [_format_option(row["options"][name]) for name in options]
         line += [_cell(m, row["measures"].get(m.head), row["complete"]) for m in measures]
         line.append(f"{row['complete']}/{row['runs']}")
         lines.append(line + [str(row["failed"]) for _ in failed])
@@ -84,8 +84,8 @@ def cells(table: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The rows as a table in Markdown, and how to read it."""
-    return f"{grid(lines)}\n\n{NOTE}\n"
+    """Return the rows as a Markdown table with a note."""
+    return f"{markdown_table(lines)}\n\n{NOTE}\n"
 
 
 def _merit(row: Mapping[str, Any]) -> tuple[int, float]:
@@ -97,8 +97,8 @@ def _option(config: Config, name: str) -> Any:
     return None if name == "rho" and not config.ascends else getattr(config, name)
 
 
-def _word(value: object) -> str:
-    return "-" if value is None else shown(value)
+def _format_option(value: object) -> str:
+    return "-" if value is None else format_value(value)
 
 
 def _summary(names: list[str], records: list[Record]) -> dict[str, Any]:
@@ -122,16 +122,16 @@ def _summary(names: list[str], records: list[Record]) -> dict[str, Any]:
 
 
 def _value(record: Record, path: tuple[str, ...]) -> float | None:
-    found: Any = record
+    value: Any = record
     for name in path:
-        found = found.get(name) if isinstance(found, dict) else None
-    return None if found is None else float(found)
+        value = value.get(name) if isinstance(value, dict) else None
+    return None if value is None else float(value)
 
 
-def _cell(measure: _Measure, found: Mapping[str, Any] | None, complete: int) -> str:
-    if found is None:
+def _cell(measure: _Measure, summary: Mapping[str, Any] | None, complete: int) -> str:
+    if summary is None:
         return "-"
-    word = measure.show(found["mean"])
-    if found["deviation"] is not None:
-        word += f" ± {measure.show(found['deviation'])}"
-    return word if found["n"] == complete else f"{word} (n = {found['n']})"
+    text = measure.show(summary["mean"])
+    if summary["deviation"] is not None:
+        text += f" ± {measure.show(summary['deviation'])}"
+    return text if summary["n"] == complete else f"{text} (n = {summary['n']})"

@@ -1,4 +1,4 @@
-"""What a sweep runs: the configurations of a YAML file, each once, under names that stay."""
+"""The configurations of a sweep: they are read from a YAML file and get permanent names."""
 
 from __future__ import annotations
 
@@ -16,83 +16,90 @@ import numpy as np
 from eigenfilter.experiments import config as configs
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError, quoted
-from eigenfilter.experiments.sweep.folders import RUNS, held
+from eigenfilter.experiments.sweep.folders import RUNS, stored_options
 
 KEYS = ("base", "grid", "random", "samples", "random_seed", "seeds")
-LONGEST = 120  # letters of a name
-DIGITS = 4  # that are kept of a number drawn at random
+LONGEST = 120  # characters of a name
+DIGITS = 4  # significant digits of random numbers
 
 Values = dict[str, Any]
 
 
 def read(path: Path, flags: Mapping[str, Any]) -> dict[Config, str]:
-    """The configurations of a sweep, in its order, and a name that says what is swept over.
+    """Read the configurations of a sweep, in order, each with a name made of its swept options.
 
-    Every point of the grid meets every random sample and every seed. A sample depends on
-    `random_seed`, its number and the option's name alone, so that more samples or options leave
-    those that were drawn as they are. Runs take one thread unless `threads` is given.
+    Every point of the grid is combined with every random sample and every seed. A random number
+    depends only on `random_seed`, the number of the sample and the name of the option, so that
+    adding samples or options does not change existing ones. Runs use one thread unless `threads`
+    is given.
 
     Args:
-        path: of YAML: `base`, options of all; `grid`, a mapping from options to values, or a list
-            of such; `random`, from options to a distribution ({uniform: [a, b]}, {log_uniform:
-            [a, b]}, {integers: [a, b]}, {choice: [...]}), with `samples` and `random_seed`;
-            `seeds`, a list, or how many.
-        flags: options that take the place of those of `base`.
+        path: YAML file with these keys: `base`, options of all runs; `grid`, a mapping from options
+            to values, or a list of such mappings; `random`, a mapping from options to distributions
+            ({uniform: [a, b]}, {log_uniform: [a, b]}, {integers: [a, b]} or {choice: [...]}), with
+            `samples` and `random_seed`; `seeds`, a list or a number.
+        flags: options that override those of `base`.
 
     Raises:
-        UserError: it cannot be read, or says something that cannot be run: the message has where.
+        UserError: the file cannot be read or is invalid; the message says where.
     """
     try:
-        found = configs.read(path)
-        for key in found:
+        sweep = configs.read(path)
+        for key in sweep:
             if key not in KEYS:
-                raise ValueError(f"unknown key {quoted(key)}{configs.nearest(key, KEYS)}")
-        base = {"threads": 1} | _mapping(found.get("base"), "base") | dict(flags)
-        seeds = _seeds(found, base)
-        grid, samples = list(_grid(found.get("grid"))), _samples(found)
+                raise ValueError(f"unknown key {quoted(key)}{configs.suggestion(key, KEYS)}")
+        base = {"threads": 1} | _mapping(sweep.get("base"), "base") | dict(flags)
+        seeds = _seeds(sweep, base)
+        grid, samples = list(_grid(sweep.get("grid"))), _samples(sweep)
         _check_swept(grid, samples, flags)
         points = [point | each for point in grid for each in samples]
-        chosen: dict[Config, str] = {}
+        names: dict[Config, str] = {}
         for point, seed in itertools.product(points, seeds):
             config = _config(base, point, seed)
-            chosen.setdefault(config, _name(config, point))
+            names.setdefault(config, _name(config, point))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    return chosen
+    return names
 
 
-def named(chosen: Mapping[Config, str], out: Path) -> dict[str, Config]:
-    """Configurations by the name of their folder.
+def assign_names(preferred: Mapping[Config, str], out: Path) -> dict[str, Config]:
+    """Return configurations by the names of their folders.
 
-    One that is in `out` already keeps the folder it has, whatever it would be called now; no
-    folder of another is taken.
+    A configuration that is already stored in `out` keeps its folder, even if its preferred name has
+    changed. A configuration whose preferred name is taken gets a name with a hash.
+
+    Args:
+        preferred: preferred names of the configurations.
+        out: folder of the sweep.
 
     Raises:
-        UserError: a folder's files are damaged.
+        UserError: a file in a folder is damaged.
     """
-    there = {_key(values): folder.name for folder, values in _there(out)}
-    taken = set(there.values())
+    stored = {_key(values): folder.name for folder, values in _stored_runs(out)}
+    taken = set(stored.values())
     names: dict[str, Config] = {}
-    for config, wanted in chosen.items():
-        name = there.get(_key(config.as_dict()))
+    for config, preferred_name in preferred.items():
+        name = stored.get(_key(config.as_dict()))
         if name is None:
-            name = f"{wanted}-{_digest(config)}" if wanted in taken else wanted
+            name = preferred_name
+            if name in taken:
+                name = f"{name}-{_digest(config)}"
             taken.add(name)
         names[name] = config
     return names
 
 
-def shown(value: object) -> str:
-    """A value of an option in few letters."""
+def format_value(value: object) -> str:
+    """Return a short text for the value of an option."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _name(config: Config, options: Iterable[str]) -> str:
-    """The values of options and the seed, or their beginning."""
+    """Return a name of swept options and the seed, which ends in a hash if it is too long."""
     parts = [name for name in configs.NAMES if name in options or name == "seed"]
-    name = ",".join(f"{part}={shown(getattr(config, part))}" for part in parts)
+    name = ",".join(f"{part}={format_value(getattr(config, part))}" for part in parts)
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{_digest(config)}"
 
 
@@ -108,26 +115,26 @@ def _mapping(value: Any, key: str) -> Values:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{key} must hold lines such as 'lr: 0.1', not {quoted(value)}")
+        raise ValueError(f"{key} must contain lines such as 'lr: 0.1', not {quoted(value)}")
     return value
 
 
-def _seeds(found: Values, base: Values) -> list[int]:
-    seeds = found.get("seeds")
+def _seeds(sweep: Values, base: Values) -> list[int]:
+    seeds = sweep.get("seeds")
     if "seed" in base and seeds is not None:
-        raise ValueError("the seed is given twice, as an option and by seeds")
+        raise ValueError("the seed is given twice, as an option and by seeds; remove one")
     if seeds is None:
         return [base.get("seed", 0)]
     if _is_count(seeds):
         return list(range(seeds))
     if isinstance(seeds, list) and seeds:
         return seeds
-    raise ValueError(f"seeds must be a list, or how many there are, not {quoted(seeds)}")
+    raise ValueError(f"seeds must be a list or a number of seeds, not {quoted(seeds)}")
 
 
-def _grid(found: Any) -> Iterator[Values]:
-    """Every point, of one grid or of several one after another."""
-    for grid in found if isinstance(found, list) else [found]:
+def _grid(value: Any) -> Iterator[Values]:
+    """Yield every point of a grid, or of a list of grids."""
+    for grid in value if isinstance(value, list) else [value]:
         options = _mapping(grid, "grid")
         lists = [v if isinstance(v, list) else [v] for v in options.values()]
         for name, values in zip(options, lists, strict=True):
@@ -137,16 +144,16 @@ def _grid(found: Any) -> Iterator[Values]:
             yield dict(zip(options, point, strict=True))
 
 
-def _samples(found: Values) -> list[Values]:
-    """Every random sample; one without anything where none is asked for."""
-    random = _mapping(found.get("random"), "random")
+def _samples(sweep: Values) -> list[Values]:
+    """Return all random samples, or a single empty one without `random`."""
+    random = _mapping(sweep.get("random"), "random")
     if not random:
-        if "samples" in found:
-            raise ValueError("samples is of random, which is not there")
+        if "samples" in sweep:
+            raise ValueError("samples needs random, which is missing")
         return [{}]
-    count, seed = found.get("samples"), found.get("random_seed", 0)
+    count, seed = sweep.get("samples"), sweep.get("random_seed", 0)
     if not _is_count(count):
-        raise ValueError(f"samples must be how many are drawn by random, not {quoted(count)}")
+        raise ValueError(f"samples must be the number of random samples, not {quoted(count)}")
     if not (_is_count(seed) or seed == 0):
         raise ValueError(f"random_seed must be a whole number of at least 0, not {quoted(seed)}")
     draws = {name: _distribution(name, value) for name, value in random.items()}
@@ -159,7 +166,7 @@ def _samples(found: Values) -> list[Values]:
 
 def _distribution(name: str, value: Any) -> Callable[[np.random.Generator], Any]:
     if not (isinstance(value, dict) and len(value) == 1):
-        raise ValueError(f"{name} of random must be as {{uniform: [0, 1]}}, not {quoted(value)}")
+        raise ValueError(f"{name} of random must be like {{uniform: [0, 1]}}, not {quoted(value)}")
     [(kind, bounds)] = value.items()
     if kind == "choice" and isinstance(bounds, list) and bounds:
         return lambda generator: bounds[int(generator.integers(len(bounds)))]
@@ -170,8 +177,8 @@ def _distribution(name: str, value: Any) -> Callable[[np.random.Generator], Any]
     except (TypeError, ValueError, OverflowError):
         low, high = 1.0, 0.0
 
-    def rounded(value: float) -> float:  # not out of the range
-        return min(max(float(f"{value:.{DIGITS}g}"), low), high)
+    def rounded(value: float) -> float:
+        return min(max(float(f"{value:.{DIGITS}g}"), low), high)  # rounding may leave the range
 
     if kind == "uniform" and low <= high:
         return lambda generator: rounded(generator.uniform(low, high))
@@ -191,23 +198,23 @@ def _check_swept(
     swept = {name for point in grid for name in point}
     for name in samples[0]:
         if name in swept:
-            raise ValueError(f"{name} is in grid and in random")
+            raise ValueError(f"{name} is in grid and in random; remove one")
     swept |= samples[0].keys()
     if "seed" in swept:
-        raise ValueError("the seeds are not in grid or random: give them by seeds")
+        raise ValueError("seed cannot be in grid or random; list the seeds under seeds")
     for name in flags:
         if name in swept:
-            raise ValueError(f"{name} is swept over, and cannot be given as a flag too")
+            raise ValueError(f"{name} is swept over; leave its flag out")
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _there(out: Path) -> Iterator[tuple[Path, Values]]:
-    """The folders of runs and the options of what they hold."""
+def _stored_runs(out: Path) -> Iterator[tuple[Path, Values]]:
+    """Yield the folders of runs, and the options of the runs in them."""
     for folder in (out / RUNS).glob("*"):
-        values = held(folder)
+        values = stored_options(folder)
         if values is not None:
             yield folder, values
 

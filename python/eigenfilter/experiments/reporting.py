@@ -1,4 +1,4 @@
-"""How the full-batch experiments show and keep what they measured."""
+"""Tables, progress bars and results files of the experiments."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 import eigenfilter as ef
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.experiments.full_batch import Run
+from eigenfilter.experiments.full_batch import FullBatchRun
 
-_COLUMNS: Mapping[str, Callable[[Run], str]] = {
+_COLUMNS: Mapping[str, Callable[[FullBatchRun], str]] = {
     "method": lambda run: run.method,
     "settings": lambda run: run.settings,
     "loss": lambda run: f"{run.last.loss:.5f}",
@@ -29,69 +29,78 @@ _COLUMNS: Mapping[str, Callable[[Run], str]] = {
 _WORDS = ("method", "settings", "outcome")
 
 
-def table(runs: Sequence[Run]) -> str:
-    """The last checks as text, one row a run.
+def table(runs: Sequence[FullBatchRun]) -> str:
+    """Return the last measurements as text, one row per run.
 
     The residual ||H v - sharpness v|| bounds the distance to an eigenvalue of the Hessian H.
     """
-    return aligned([tuple(_COLUMNS), *(tuple(f(run) for f in _COLUMNS.values()) for run in runs)])
+    return align_columns(
+        [tuple(_COLUMNS), *(tuple(f(run) for f in _COLUMNS.values()) for run in runs)]
+    )
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of words in columns under their heads; the columns of words are to the left."""
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as text with aligned columns, of which the first row is the head.
+
+    Columns of words are aligned to the left, columns of numbers to the right.
+    """
     head = rows[0]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = zip(row, widths, head, strict=True)
-        words = (w.ljust(n) if name in _WORDS else w.rjust(n) for w, n, name in cells)
-        lines.append("  ".join(words).rstrip())
+        aligned = (w.ljust(n) if name in _WORDS else w.rjust(n) for w, n, name in cells)
+        lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
 
 
-def grid(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of words as a table in Markdown, the head first."""
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as a Markdown table, of which the first row is the head."""
     head, *rest = rows
     lines = [head, ["---"] * len(head), *rest]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 @contextmanager
-def progress(name: str) -> Iterator[Callable[[Run], None]]:
-    """Show a run's checks in a bar, where there is a terminal; its outcome is a line at the end."""
+def progress(name: str) -> Iterator[Callable[[FullBatchRun], None]]:
+    """Show the progress of a run in a bar if there is a terminal, and print its outcome at the end.
+
+    Yields:
+        A function that shows the last measurement of a run.
+    """
     from tqdm import tqdm
 
-    shown: list[Run] = []
+    last: list[FullBatchRun] = []
     with tqdm(desc=name, unit=" steps", leave=False, disable=None) as bar:
 
-        def show(run: Run) -> None:
-            shown[:] = [run]
+        def show(run: FullBatchRun) -> None:
+            last[:] = [run]
             bar.update(run.last.step - bar.n)
             bar.set_postfix_str(f"sharpness {run.last.sharpness:.2f}, edge {run.last.edge:.2f}")
 
         yield show
-    for run in shown:
+    for run in last:
         steps = f"{run.last.step} steps, {run.seconds:.1f} s"
         print(f"{name}: {run.outcome} ({steps})", flush=True)
 
 
-def save(path: Path, command: str, values: Mapping[str, object]) -> None:
-    """Write results.json: the command, what it was given and found, and the versions.
+def save_results(path: Path, command: str, values: Mapping[str, object]) -> None:
+    """Write results.json: the command, its values, and the versions of the packages.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     versions = {"eigenfilter": ef.__version__, "torch": torch.__version__}
     results = {"command": command, "versions": versions} | dict(values)
-    replace_text(path, json.dumps(_plain(results), indent=1) + "\n")
+    replace_text(path, json.dumps(_json_safe(results), indent=1) + "\n")
 
 
-def _plain(value: object) -> object:
-    """JSON has neither NaN nor infinity."""
+def _json_safe(value: object) -> object:
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _json_safe(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_json_safe(each) for each in value]
     return value

@@ -1,4 +1,4 @@
-"""All runs of a plan, a seed after the other, with the spectra at their ends."""
+"""Execution of a plan: for one seed after another, all trainings and then their spectra."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from eigenfilter.experiments.devices import device_of
 from eigenfilter.experiments.reproduce import spectra
 from eigenfilter.experiments.reproduce.plan import EXPERIMENTS, Plan
-from eigenfilter.experiments.reproduce.summary import Measured
+from eigenfilter.experiments.reproduce.summary import RunResult
 from eigenfilter.experiments.sweep import execution as sweep
 from eigenfilter.experiments.sweep.folders import folder_of
-from eigenfilter.experiments.sweep.progress import Progress
+from eigenfilter.experiments.sweep.progress import SweepProgress
 
 
 def execute(
@@ -22,31 +22,31 @@ def execute(
     data_dir: Path | None,
     device: str,
     stop: Callable[[], bool],
-) -> list[Measured]:
-    """Run what is not complete, measure what was not measured.
+) -> list[RunResult]:
+    """Execute the runs that are not complete, and measure missing spectra.
 
-    Seed by seed, so that what stands when time runs out has every method.
+    The order is seed by seed, so that all methods have results for the same seeds if time runs out.
 
     Args:
-        plan: what is run.
-        out: its folder, which the caller is alone in; runs go into `runs/NAME`, the spectrum of
-            each beside it.
-        processes: at a time; None: as many as fit.
-        data_dir: of the data.
-        device: as in `sweep.execution.execute`.
-        stop: asked several times a second, and between spectra.
+        plan: the plan.
+        out: folder of the reproduction, whose lock the caller has. Each run has a folder
+            `runs/NAME` with its spectrum.
+        processes: runs at a time; None means as many as fit.
+        data_dir: data folder.
+        device: see `sweep.execution.execute`.
+        stop: called several times a second, and between spectra.
 
     Returns:
-        Every run of the plan, in the order of seeds; "unfinished" where it was stopped before.
+        The results of all runs in the order of seeds. Runs that were stopped are "unfinished".
     """
     experiment = EXPERIMENTS[plan.experiment]
     place = device_of(device)
-    runs: list[Measured] = []
+    runs: list[RunResult] = []
     count = len(list(experiment.variants())) * plan.scale.seeds
-    with Progress(2 * count, unit="") as progress:
+    with SweepProgress(2 * count, unit="") as progress:
         for seed in plan.seeds:
             progress.bar.set_description(f"seed {seed}, training")
-            found = sweep.execute(
+            records = sweep.execute(
                 experiment.runs(plan.scale, seed),
                 out,
                 processes=processes,
@@ -54,19 +54,19 @@ def execute(
                 device=device,
                 stop=stop,
                 observe=progress.observe,
-                held=True,
+                already_locked=True,
             )
             progress.bar.set_description(f"seed {seed}, spectra")
-            for name, record in found.items():
+            for name, record in records.items():
                 spectrum = None
                 if record["outcome"] == "complete":
                     folder, settings = folder_of(out, name), plan.scale.spectrum
-                    spectrum = spectra.kept(folder, settings)
+                    spectrum = spectra.load_spectrum(folder, settings)
                     if spectrum is None and not stop():
-                        spectrum = spectra.measured(
+                        spectrum = spectra.measure_spectrum(
                             folder, settings, data_dir=data_dir, device=place
                         )
-                runs.append(Measured.of(name, record, spectrum))
+                runs.append(RunResult.of(name, record, spectrum))
                 if runs[-1].outcome != "unfinished":
                     progress.bar.update()
     return runs

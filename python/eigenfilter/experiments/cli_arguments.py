@@ -1,4 +1,4 @@
-"""Checked command line arguments, shared by the commands."""
+"""Command-line arguments that several commands share, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def positive(text: str) -> float:
-    """A finite number above zero."""
+    """Parse a finite number above zero."""
     try:
         value = float(text)
     except ValueError:
@@ -21,7 +21,7 @@ def positive(text: str) -> float:
 
 
 def whole(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
-    """Whole numbers from low to high."""
+    """Return a parser of integers from low to high."""
 
     def parse(text: str) -> int:
         try:
@@ -38,7 +38,7 @@ def whole(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
 
 
 def add_out(parser: argparse.ArgumentParser, default: str, files: str) -> None:
-    """Add --out, the folder for `files`."""
+    """Add --out, the folder for the output files."""
     parser.add_argument(
         "--out",
         type=Path,
@@ -49,17 +49,17 @@ def add_out(parser: argparse.ArgumentParser, default: str, files: str) -> None:
 
 
 def add_data_dir(parser: argparse._ActionsContainer, of: str = "the data") -> None:
-    """Add --data-dir, the folder of `of`, to a parser or a group of its arguments."""
+    """Add --data-dir, the folder of `of`, to a parser or an argument group."""
     parser.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help=f"folder of {of} (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
+        help=f"folder of {of} (default: EIGENFILTER_DATA, else ~/.cache/eigenfilter/data)",
     )
 
 
 def add_device(parser: argparse.ArgumentParser, auto: str = "a GPU") -> None:
-    """Add --device, for `device_of`. auto: what is taken by default, where there is one."""
+    """Add --device, for `device_of`; `auto` describes the default if there is a GPU."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -69,16 +69,20 @@ def add_device(parser: argparse.ArgumentParser, auto: str = "a GPU") -> None:
 
 
 def add_training(parser: argparse.ArgumentParser, *, steps: int, of: str, budget: float) -> None:
-    """Add --seed, --steps and --budget: how full batches are trained on.
+    """Add --seed, --steps and --budget of full-batch training.
 
-    steps: by default; of: what they are, in words. budget: minutes by default.
+    Args:
+        parser: the parser.
+        steps: default number of steps.
+        of: description of --steps.
+        budget: default time limit in minutes.
     """
     parser.add_argument(
         "--seed",
         type=whole(0),
         default=0,
         metavar="N",
-        help="of the initial weights (default: %(default)s)",
+        help="seed of the initial weights (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -92,16 +96,19 @@ def add_training(parser: argparse.ArgumentParser, *, steps: int, of: str, budget
         type=positive,
         default=budget,
         metavar="MINUTES",
-        help="most time that all runs may take (default: %(default)s)",
+        help="time limit of all runs together (default: %(default)s)",
     )
 
 
 def add_commands(
     parser: argparse.ArgumentParser, dest: str, modules: Mapping[str, ModuleType]
 ) -> None:
-    """Add a command for each module, which has `HELP` and `configure(parser)`.
+    """Add a subcommand for each module, which has `HELP` and `configure(parser)`.
 
-    dest: where the name of the one chosen stands.
+    Args:
+        parser: the parser.
+        dest: attribute of the parsed arguments that gets the name of the chosen command.
+        modules: the modules by the names of their commands.
     """
     commands = parser.add_subparsers(dest=dest, metavar=dest.upper(), required=True)
     for name, module in modules.items():

@@ -1,4 +1,4 @@
-"""The figure: densities, largest eigenvalues and accuracies side by side, a row a momentum."""
+"""The figure of a reproduction: densities, eigenvalues and accuracies, with a row per momentum."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eigenfilter.curvature import SpectralDensity
-from eigenfilter.experiments.figures import COLORS
 from eigenfilter.experiments.files import replace
+from eigenfilter.experiments.plots import COLORS
 from eigenfilter.experiments.reproduce.plan import METHODS
-from eigenfilter.experiments.reproduce.summary import Row
+from eigenfilter.experiments.reproduce.summary import RunGroup
 from eigenfilter.experiments.runs import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-POINTS = 600  # of a density
+POINTS = 600  # at which a density is drawn
 _COLOR = dict(zip(METHODS, COLORS, strict=False))
 _DASHED = (0, (5, 3))
 
 
-def draw(rows: Sequence[Row], title: str) -> Figure:
-    """A row a momentum: the density, the largest eigenvalues beside the edge, the accuracy.
+def draw(rows: Sequence[RunGroup], title: str) -> Figure:
+    """Draw a row per momentum: the density, the largest eigenvalues with the edge, the accuracy.
 
-    Spectra are those of the best rho, the density a mean over seeds; the accuracies are of every
-    rho, with a bar of one deviation.
+    Spectra are shown for the best rho of each method, with the density averaged over seeds. The
+    accuracies are shown for every rho, with bars of one standard deviation.
 
     Args:
-        rows: of `summary.rows_of`.
-        title: stands above all.
+        rows: the groups of runs that `summary.group_runs` returned.
+        title: title of the figure.
     """
     from matplotlib.figure import Figure
 
@@ -40,49 +40,49 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     figure = Figure(figsize=(13.0, 4.0 * len(momenta) + 0.6), layout="constrained")
     panels = figure.subplots(len(momenta), 3, squeeze=False)
     for (densities, values, accuracies), momentum in zip(panels, momenta, strict=True):
-        here = [row for row in rows if row.momentum == momentum]
-        best = [row for row in here if row.best and any(run.spectrum for run in row.runs)]
+        group = [row for row in rows if row.momentum == momentum]
+        best = [row for row in group if row.best and any(run.spectrum for run in row.runs)]
         _densities(densities, best)
         _values(values, best)
-        _accuracies(accuracies, here)
+        _accuracies(accuracies, group)
         densities.set_ylabel(f"momentum {momentum:g}\n\ndensity")
         for axes in (densities, values, accuracies):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-    for axes, words in zip(
+    for axes, text in zip(
         panels[0], ("density of the Hessian", "largest eigenvalues", "test accuracy"), strict=True
     ):
-        axes.set_title(words)
+        axes.set_title(text)
     figure.suptitle(title, wrap=True)
     return figure
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a PNG.
+    """Write the figure as a PNG.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     replace(path, lambda file: figure.savefig(file, format="png", dpi=75))
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as an <svg> element, without what refers to elsewhere."""
+    """Return the figure as an <svg> element without external references."""
     import matplotlib
 
     buffer = io.StringIO()
-    about = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "eigenfilter"}):
-        figure.savefig(buffer, format="svg", metadata=about)
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def _densities(axes: Any, rows: Sequence[Row]) -> None:
-    found = {
+def _densities(axes: Any, rows: Sequence[RunGroup]) -> None:
+    by_method = {
         row.method: [_density(run.spectrum) for run in row.runs if run.spectrum] for row in rows
     }
-    nodes = [density.measure()[0] for several in found.values() for density in several]
+    nodes = [density.measure()[0] for densities in by_method.values() for density in densities]
     axes.set_xlabel("eigenvalue")
     if not nodes:
         _nothing(axes)
@@ -92,8 +92,8 @@ def _densities(axes: Any, rows: Sequence[Row]) -> None:
     grid = torch.linspace(low - margin, high + margin, POINTS, dtype=torch.float64)
     sigma = 0.01 * max(high - low, 1e-12)
     for row in rows:
-        several = found[row.method]
-        mean = torch.stack([density(grid, sigma) for density in several]).mean(0)
+        densities = by_method[row.method]
+        mean = torch.stack([density(grid, sigma) for density in densities]).mean(0)
         axes.semilogy(
             grid.numpy(),
             mean.clamp_min(1e-12).numpy(),
@@ -101,12 +101,12 @@ def _densities(axes: Any, rows: Sequence[Row]) -> None:
             linewidth=1.4,
             label=row.label,
         )
-    axes.set_ylim(bottom=0.01 / several[0].n)
+    axes.set_ylim(bottom=0.01 / densities[0].n)
     axes.legend(frameon=False, fontsize=8)
 
 
-def _values(axes: Any, rows: Sequence[Row]) -> None:
-    """Eigenvalues of every seed by their rank, the mean as a line, the edge dashed."""
+def _values(axes: Any, rows: Sequence[RunGroup]) -> None:
+    """Draw eigenvalues of every seed by rank, their mean as a line, and the edge dashed."""
     axes.set(xlabel="rank", ylabel="eigenvalue")
     if not rows:
         _nothing(axes)
@@ -114,11 +114,11 @@ def _values(axes: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         color = _COLOR[row.method]
         spectra = [run.spectrum["values"] for run in row.runs if run.spectrum]
-        shown = min(len(values) for values in spectra)
-        ranks = list(range(1, shown + 1))
+        count = min(len(values) for values in spectra)
+        ranks = list(range(1, count + 1))
         for values in spectra:
-            axes.plot(ranks, values[:shown], ".", color=color, alpha=0.4, markersize=4)
-        mean = torch.tensor([values[:shown] for values in spectra]).mean(0)
+            axes.plot(ranks, values[:count], ".", color=color, alpha=0.4, markersize=4)
+        mean = torch.tensor([values[:count] for values in spectra]).mean(0)
         axes.plot(ranks, mean.tolist(), color=color, linewidth=1.4)
         edge = row.mean("edge")
         if edge is not None:
@@ -131,17 +131,17 @@ def _values(axes: Any, rows: Sequence[Row]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _accuracies(axes: Any, rows: Sequence[Row]) -> None:
-    """A point for every rho, the best one filled."""
-    axes.set(ylabel="accuracy, rho beside it")
+def _accuracies(axes: Any, rows: Sequence[RunGroup]) -> None:
+    """Draw a point for every rho, filled for the best one."""
+    axes.set(ylabel="accuracy, labeled with rho")
     methods = list(dict.fromkeys(row.method for row in rows))
     for place, method in enumerate(methods):
-        several = [row for row in rows if row.method == method]
-        for i, row in enumerate(several):
+        group = [row for row in rows if row.method == method]
+        for i, row in enumerate(group):
             mean = row.mean("accuracy")
             if mean is None:
                 continue
-            x = place + 0.7 * ((i + 0.5) / len(several) - 0.5)
+            x = place + 0.7 * ((i + 0.5) / len(group) - 0.5)
             axes.errorbar(
                 x,
                 mean.value,
@@ -167,16 +167,16 @@ def _accuracies(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _density(spectrum: Record) -> SpectralDensity:
-    """The density of what `spectrum.as_json` gave."""
-    kept = spectrum["density"]
+    """Return the density in the data that `spectrum.as_json` returned."""
+    density = spectrum["density"]
     return SpectralDensity(
-        torch.tensor(kept["nodes"], dtype=torch.float64),
-        torch.tensor(kept["weights"], dtype=torch.float64),
-        torch.tensor(kept["deflated"], dtype=torch.float64),
+        torch.tensor(density["nodes"], dtype=torch.float64),
+        torch.tensor(density["weights"], dtype=torch.float64),
+        torch.tensor(density["deflated"], dtype=torch.float64),
         spectrum["parameters"],
-        kept["matvecs"],
+        density["matvecs"],
     )
 
 
 def _nothing(axes: Any) -> None:
-    axes.text(0.5, 0.5, "no run was completed", transform=axes.transAxes, ha="center")
+    axes.text(0.5, 0.5, "no complete run", transform=axes.transAxes, ha="center")

@@ -1,4 +1,4 @@
-"""From a configuration to what trains: the loss, the optimizer, the schedules of lr and rho."""
+"""Factories of the loss, the optimizer and the schedules of a configuration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from eigenfilter.schedulers import RhoSchedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-_WITH_CLOSURES = ("LBFGS", "SparseAdam", "Optimizer")
-"""What torch.optim has that cannot be stepped from dense gradients alone."""
+_UNSUPPORTED = ("LBFGS", "SparseAdam", "Optimizer")
+"""Optimizers of torch.optim that cannot step from dense gradients alone."""
 
 
-def loss_of(config: Config) -> Loss:
-    """The loss [] of scores [b, classes] and labels [b], a mean over samples."""
+def build_loss(config: Config) -> Loss:
+    """Return the loss [] of scores [b, classes] and labels [b], a mean over samples."""
     if config.loss == "cross_entropy":
         smoothing = config.label_smoothing
 
@@ -38,19 +38,20 @@ def loss_of(config: Config) -> Loss:
     return losses.square
 
 
-def optimizer_of(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:
-    """The optimizer, ready to step.
+def build_optimizer(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:
+    """Return the optimizer of the parameters.
 
-    torch's own are wrapped: without a method a step is theirs, and costs one gradient.
+    An optimizer of torch is wrapped in `SharpnessAware`. Without a method, its step is torch's and
+    costs one gradient.
 
     Raises:
-        ValueError: hyperparameters that do not go together.
+        ValueError: hyperparameters do not go together.
     """
     name = config.optimizer
     if name.startswith(TORCH):
-        return _wrapped(config, params)
+        return _wrap_torch_optimizer(config, params)
     if name == "adamw":
-        method, options = _ascent(config)
+        method, options = _method_and_options(config)
         return ef.AdamW(
             params,
             lr=config.lr,
@@ -68,23 +69,26 @@ def optimizer_of(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterO
     }
     if name == "sgd":
         return ef.SGD(params, **common)
-    makes: dict[str, Callable[..., EigenfilterOptimizer]] = {
+    classes: dict[str, Callable[..., EigenfilterOptimizer]] = {
         "usam": ef.USAM,
         "sam": ef.SAM,
         "asam": ef.SAM,
         "two_step_usam": ef.TwoStepUSAM,
         "hessian_usam": ef.HessianUSAM,
     }
-    return makes[name](params, **common, rho=config.rho, **_options(config, name))
+    return classes[name](params, **common, rho=config.rho, **_method_options(config, name))
 
 
-def _ascent(config: Config) -> tuple[str, dict[str, Any]]:
-    """The ascent of an optimizer that takes any, and its options."""
+def _method_and_options(config: Config) -> tuple[str, dict[str, Any]]:
+    """Return the method and its options for an optimizer that supports every method.
+
+    Without a method this is USAM, whose rho the caller sets to 0.
+    """
     name = "usam" if config.method == "none" else config.method
-    return "sam" if name == "asam" else name, _options(config, name)
+    return "sam" if name == "asam" else name, _method_options(config, name)
 
 
-def _options(config: Config, method: str) -> dict[str, Any]:
+def _method_options(config: Config, method: str) -> dict[str, Any]:
     if method == "asam":
         return {"adaptive": True}
     if method == "two_step_usam":
@@ -95,44 +99,46 @@ def _options(config: Config, method: str) -> dict[str, Any]:
     return {}
 
 
-def _wrapped(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:
+def _wrap_torch_optimizer(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:
     name = config.optimizer.removeprefix(TORCH)
     make = getattr(torch.optim, name, None)
-    if not isinstance(make, type) or name in _WITH_CLOSURES:
-        raise ValueError(f"optimizer: {TORCH}{name} cannot be trained with")
-    takes = inspect.signature(make).parameters
-    wanted = {
+    if not isinstance(make, type) or name in _UNSUPPORTED:
+        raise ValueError(f"optimizer: {TORCH}{name} is not an optimizer that train supports")
+    accepted = inspect.signature(make).parameters
+    hyperparameters = {
         "lr": config.lr,
         "weight_decay": config.weight_decay,
         "momentum": config.momentum,
         "nesterov": config.nesterov,
         "betas": (config.beta1, config.beta2),
     }
-    base = make(params, **{key: value for key, value in wanted.items() if key in takes})
-    method, options = _ascent(config)
+    base = make(params, **{k: value for k, value in hyperparameters.items() if k in accepted})
+    method, options = _method_and_options(config)
     rho = 0.0 if config.method == "none" else config.rho
     return ef.SharpnessAware(base, method=method, rho=rho, **options)
 
 
 def lr_schedule(config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch: int) -> LambdaLR:
-    """lr at each step: a rise over the warm-up, then the schedule over what is left.
+    """Return the schedule of lr: a linear warmup, then the configured schedule.
 
-    With T steps in all, of which W are warm-up, t >= W, s = (t - W) / (T - W):
+    With T steps in total, W of them warmup, t >= W and s = (t - W) / (T - W), the factor of lr is
 
         "constant"  1
         "linear"    1 + (end - 1) s
         "cosine"    end + (1 - end) (1 + cos(pi s)) / 2
-        "step"      gamma^floor(t / every), `every` epochs
+        "step"      gamma^floor(t / every), where `every` is a number of epochs
 
-    and (t + 1) / W times the first value at t < W.
+    During the warmup, at t < W, the factor is (t + 1) / W.
 
     Raises:
-        ValueError: the warm-up is longer than the training.
+        ValueError: the warmup is longer than the training, or "step" overflows.
     """
     total = config.epochs * steps_per_epoch
     warm = round(config.warmup * steps_per_epoch)
     if warm > total:
-        raise ValueError(f"warmup takes {config.warmup:g} epochs, and there are {config.epochs}")
+        raise ValueError(
+            f"warmup takes {config.warmup:g} epochs, and training has {config.epochs}; lower warmup"
+        )
     end, every = config.lr_end, config.lr_every * steps_per_epoch
     after: dict[str, Callable[[int, float], float]] = {
         "constant": lambda t, s: 1.0,
@@ -146,7 +152,8 @@ def lr_schedule(config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch
             shape(total, 1.0)
         except OverflowError:
             raise ValueError(
-                f"lr_gamma: {config.lr_gamma:g} makes lr infinite within {config.epochs} epochs"
+                f"lr_gamma: {config.lr_gamma:g} makes lr infinite within {config.epochs} epochs; "
+                "lower lr_gamma"
             ) from None
 
     def factor(t: int) -> float:
@@ -160,7 +167,7 @@ def lr_schedule(config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch
 def rho_schedule(
     config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch: int
 ) -> RhoSchedule | None:
-    """rho at each step, where the optimizer has one."""
+    """Return the schedule of rho, or None if the optimizer has no rho."""
     if any(rho_key(group) not in group for group in optimizer.param_groups):
         return None
     return RhoSchedule(
@@ -175,5 +182,5 @@ def rho_schedule(
 
 
 def base_of(optimizer: EigenfilterOptimizer) -> torch.optim.Optimizer:
-    """The optimizer that updates: the wrapped one, or itself."""
+    """Return the optimizer that applies the update: the wrapped one, or the optimizer itself."""
     return optimizer.base_optimizer if isinstance(optimizer, ef.SharpnessAware) else optimizer

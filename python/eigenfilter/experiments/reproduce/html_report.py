@@ -1,4 +1,4 @@
-"""report.html: one file that needs no other and no network."""
+"""report.html: a page in a single file, which works without a network."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 
 def page(findings: Findings, svg: str, limits: Sequence[str]) -> str:
-    """The whole page.
+    """Return the page as HTML.
 
-    The policy in its head forbids the browser to fetch anything.
+    A content security policy in its head forbids the browser to fetch anything.
 
     Args:
-        findings: what is reported.
-        svg: the figure, an <svg> element.
-        limits: what the results do not say.
+        findings: the findings.
+        svg: the figure as an <svg> element.
+        limits: limits of the results.
     """
     assets = files("eigenfilter.experiments.reproduce")
     style = assets.joinpath("report.css").read_text()
@@ -62,9 +62,10 @@ def _figure(svg: str) -> str:
         '<div class="buttons"><button type="button" data-zoom="0.8">+</button>'
         '<button type="button" data-zoom="1.25">&minus;</button>'
         '<button type="button" data-zoom="0">whole</button></div>\n'
-        f"{svg}\n<figcaption>Ctrl and the wheel, + and - zoom, dragging moves, a double click "
-        "shows all. Spectra at the best rho; dots are seeds, lines means, dashes the filters' "
-        "edges; a filled point is the best rho.</figcaption>\n</figure>"
+        f"{svg}\n<figcaption>Zoom with Ctrl and the wheel or with + and -, drag to pan, and "
+        "double-click to see the whole figure. Spectra are shown at the best rho: dots are seeds, "
+        "lines are means, and dashed lines are the edges of the filters. A filled point marks the "
+        "best rho.</figcaption>\n</figure>"
     )
 
 
@@ -82,5 +83,5 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _settings(settings: dict[str, str]) -> str:
-    pairs = (f"<dt>{escape(name)}</dt><dd>{escape(words)}</dd>" for name, words in settings.items())
+    pairs = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in settings.items())
     return "<dl>\n" + "\n".join(pairs) + "\n</dl>"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from eigenfilter.experiments.files import replace
 
 if TYPE_CHECKING:
-    from eigenfilter.experiments.full_batch import Run
+    from eigenfilter.experiments.full_batch import FullBatchRun
 
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa3377", "#e69f00", "#56b4e9", "#555555")
@@ -19,8 +19,8 @@ _DASHED = (0, (5, 3))
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Sharpness over the steps of one run, and the edge it is expected at, both at each step."""
+class SharpnessCurve:
+    """The sharpness over the steps of one run, and the edge of the filter at the same steps."""
 
     label: str
     steps: Sequence[int]
@@ -28,10 +28,10 @@ class Curve:
     edges: Sequence[float]
 
 
-def curve_of(run: Run) -> Curve:
-    """The curve of what was measured."""
+def curve_from_run(run: FullBatchRun) -> SharpnessCurve:
+    """Return the curve of a run's measurements."""
     checks = run.history
-    return Curve(
+    return SharpnessCurve(
         f"{run.method} ({run.settings})",
         [check.step for check in checks],
         [check.sharpness for check in checks],
@@ -41,7 +41,7 @@ def curve_of(run: Run) -> Curve:
 
 @contextmanager
 def canvas(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
-    """Axes to draw on; written as a PNG at the end."""
+    """Yield axes to draw on, and write them as a PNG at the end."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,10 +51,10 @@ def canvas(path: Path, rows: int = 1, columns: int = 1) -> Iterator[Any]:
     replace(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Write a PNG of sharpness over training: one solid line a run, its edge dashed.
+def sharpness_figure(curves: Sequence[SharpnessCurve], path: Path, title: str) -> None:
+    """Write a PNG of the sharpness over training: a solid line per run, and its edge dashed.
 
-    Edges that are the same are drawn once, in grey.
+    Edges that several runs share are drawn in gray.
     """
     from matplotlib.lines import Line2D
 
@@ -91,15 +91,15 @@ def sharpness_figure(curves: Sequence[Curve], path: Path, title: str) -> None:
         top = max(max(max(curve.edges), _ordinary(curve.sharpness)) for curve in curves)
         axes.set_ylim(0.0, 1.15 * top)
         axes.margins(x=0.0)
-        _plain(axes)
+        _style_axes(axes)
 
 
 def _ordinary(values: Sequence[float]) -> float:
-    """The highest value but for a hundredth: a jump out of the figure hides nothing else."""
+    """Return the 99th percentile, so that a jump of the sharpness does not set the axis limits."""
     return sorted(values)[max(0, int(0.99 * len(values)) - 1)]
 
 
-def _plain(axes: Any) -> None:
+def _style_axes(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -109,7 +109,7 @@ def paths_figure(
     levels: Mapping[str, Sequence[float]],
     path: Path,
 ) -> None:
-    """Write a PNG of values over the steps: a panel a method, a line a start, levels dashed."""
+    """Write a PNG of values over steps: a panel per method, a line per start, levels dashed."""
     with canvas(path, columns=len(paths)) as panels:
         for axes, (name, lines) in zip(panels, paths.items(), strict=True):
             for line in lines:
@@ -120,6 +120,6 @@ def paths_figure(
                 axes.plot([], [], color=color, linestyle=_DASHED, label=level)
             axes.set_title(name.replace(", ", ",\n"), fontsize=10)
             axes.set(xlabel="step")
-            _plain(axes)
+            _style_axes(axes)
         panels[0].set(ylabel="y")
         panels[0].legend(frameon=False, loc="center right")
