@@ -53,7 +53,7 @@ class Solver:
     def check(self) -> None:
         """Raise Missing unless the package is installed."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
-            raise Missing(f'{self.package} is not installed: pip install --group bench')
+            raise Missing(f"{self.package} is not installed: pip install --group bench")
 
 
 def arpack(operator: Any, **options: Any) -> Found:

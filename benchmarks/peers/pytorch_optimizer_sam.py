@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 NAME = "pytorch_optimizer"
-MISSING = f'{NAME} is not installed: pip install --group bench'
+MISSING = f"{NAME} is not installed: pip install --group bench"
 METHODS = ("sam", "asam")
 
 

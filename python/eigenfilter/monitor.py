@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from eigenfilter import filters
-from eigenfilter.certificate.linearised import (
-    Linearised,
+from eigenfilter.certificate.linearized import (
+    Linearized,
     NoFilter,
     NoPreconditioner,
     check_parameters,
-    linearised,
+    linearized,
 )
 from eigenfilter.curvature import CurvatureOperator, eigsh
 from eigenfilter.filters import AdamW, Filter, PolynomialFilter
@@ -141,7 +141,7 @@ class SharpnessMonitor:
         self._steps = 0
         self._vector: Tensor | None = None
         if on_edge == "raise_rho":
-            seen = self._linearised()
+            seen = self._linearized()
             _check_rho(None if seen is None else seen.filter)
 
     def step(self) -> Check | None:
@@ -158,11 +158,13 @@ class SharpnessMonitor:
         """
         began = time.perf_counter()
         check_parameters(self._op, self._optimizer)  # groups may have been added, or frozen
-        seen = self._linearised()
+        seen = self._linearized()
         op = self._op if seen is None else seen.operator
         flt = None if seen is None else seen.filter
         products = 1 if seen is None else seen.products  # of H, in each of op
-        found = eigsh(op, 1, tol=self._tol, v0=self._vector, look_for_copies=False, seed=self._seed)
+        found = eigsh(
+            op, 1, tol=self._tol, v0=self._vector, check_multiplicity=False, seed=self._seed
+        )
         self._vector = found.vectors[:, 0]
         check = Check(
             step=self._steps,
@@ -214,14 +216,14 @@ class SharpnessMonitor:
         ax.legend(frameon=False)
         return ax
 
-    def _linearised(self) -> Linearised | None:
+    def _linearized(self) -> Linearized | None:
         """What the optimizer's filter is of, and the filter; None where there is none."""
         try:
             filters.of(self._optimizer)
         except TypeError:
             return None
         try:
-            return linearised(self._op, self._optimizer)
+            return linearized(self._op, self._optimizer)
         except (NoFilter, NoPreconditioner):
             return None
 

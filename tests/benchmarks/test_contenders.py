@@ -58,7 +58,7 @@ def test_a_missing_peer_says_so(method: str, monkeypatch: pytest.MonkeyPatch) ->
     contest = step(METHODS[method], PROBLEM, CPU)
     assert [peer.name for peer in contest.peers] == ["common SAM", "foreach SAM"]
     (line,) = contest.absent
-    assert line == 'pytorch_optimizer is not installed: pip install --group bench'
+    assert line == "pytorch_optimizer is not installed: pip install --group bench"
 
 
 @pytest.mark.parametrize("network", NETWORKS)

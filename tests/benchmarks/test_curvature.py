@@ -109,7 +109,7 @@ def test_a_run_writes_its_results_and_the_page_has_them(
     assert row["name"] == "tiny"
     assert row["parameters"] == 610
     assert row["absent"] == [
-        f'{solver.name}: pyhessian is not installed: pip install --group bench'
+        f"{solver.name}: pyhessian is not installed: pip install --group bench"
         for solver in PYHESSIAN
     ]
     entries = {entry["solver"]: entry for entry in row["entries"]}

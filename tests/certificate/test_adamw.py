@@ -29,7 +29,7 @@ def test_adamw_by_its_preconditioned_matrix(cls: Any) -> None:
         assert found.upper is not None
         assert found.upper.verdict == verdict
         assert found.sharpness == pytest.approx(exact[-1].item(), rel=1e-6)
-        assert found.bottom.value - found.bottom.reach <= exact[0].item() + found.upper.tolerance
+        assert found.bottom.value - found.bottom.margin <= exact[0].item() + found.upper.tolerance
 
 
 @pytest.mark.parametrize(

@@ -106,4 +106,4 @@ def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float) 
     assert (vectors.T @ vectors - torch.eye(k)).abs().max() < unit
     assert result.orthogonality < unit
     assert result.matvecs == op.count
-    assert 0 <= result.copy_matvecs < result.matvecs
+    assert 0 <= result.multiplicity_matvecs < result.matvecs

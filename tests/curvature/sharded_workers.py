@@ -117,10 +117,10 @@ def pairs(rank: int, size: int) -> dict[str, tuple[Tensor, ...]]:
     found = {}
     for which, block_size in (("LA", 1), ("BE", 3)):
         r = curvature.eigsh(op, 6, which, tol=1e-13, block_size=block_size, max_basis=24)
-        again = curvature.eigsh(op, 6, which, tol=1e-13, v0=r, look_for_copies=False)
+        again = curvature.eigsh(op, 6, which, tol=1e-13, v0=r, check_multiplicity=False)
         found[which] = r.values, r.vectors, r.residuals, r.converged, again.values
         assert r.orthogonality < 1e-13
-        assert again.matvecs < r.matvecs - r.copy_matvecs
+        assert again.matvecs < r.matvecs - r.multiplicity_matvecs
     return found
 
 

@@ -35,7 +35,7 @@ def test_passes_over_the_basis(
         n,
         k,
         products=found.matvecs,
-        copy_products=found.copy_matvecs,
+        multiplicity_products=found.multiplicity_matvecs,
         max_basis=max_basis,
         basis_itemsize=2 if rounded else None,
     )
@@ -55,18 +55,18 @@ def test_sums_over_processes(n: int, k: int, max_basis: int | None, copies: bool
     for dtype, least in ((None, 1.0), (torch.float16, 0.9)):
         slices = OneSlice(n)
         op = Diagonal(d, slices)
-        found = eigsh(op, k, max_basis=max_basis, look_for_copies=copies, basis_dtype=dtype)
+        found = eigsh(op, k, max_basis=max_basis, check_multiplicity=copies, basis_dtype=dtype)
         cost = eigsh_cost(
             n,
             k,
             products=found.matvecs,
-            copy_products=found.copy_matvecs,
+            multiplicity_products=found.multiplicity_matvecs,
             max_basis=max_basis,
             basis_itemsize=dtype and dtype.itemsize,
             processes=2,
         )
         assert found.converged.all()
-        assert (found.copy_matvecs > 0) == copies
+        assert (found.multiplicity_matvecs > 0) == copies
         assert least * cost.reductions <= slices.sums <= cost.reductions
 
 
@@ -93,7 +93,7 @@ def test_a_longer_basis_restarts_less() -> None:
         ({"k": 0}, "must be >= 1"),
         ({"processes": 0}, "must be >= 1"),
         ({"basis_itemsize": 0}, "must be >= 1"),
-        ({"products": 3}, "products >= copy_products"),
+        ({"products": 3}, "products >= multiplicity_products"),
         ({"max_basis": 7}, "max_basis must be at least"),
     ],
 )

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from curvature.dense import DenseOperator, operator
 from eigenfilter import curvature
-from eigenfilter.curvature.solvers.batched_lanczos import Lockstep
+from eigenfilter.curvature.solvers.batched_lanczos import BatchedLanczos
 from eigenfilter.curvature.solvers.estimates import _t_quantile
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 
 def hessian_like(n: int = 600) -> Tensor:
@@ -115,7 +115,7 @@ def test_the_recurrence_is_that_of_exact_arithmetic() -> None:
     op = operator(hessian_like(), torch.float32, seed=600)
     matrix, starts = op.matrix.double(), torch.randn(3, 600, dtype=torch.float64)
     q = starts / starts.norm(dim=1, keepdim=True)
-    run = Lockstep(Space(op), q.float(), torch.empty(0, 600))
+    run = BatchedLanczos(VectorOps(op), q.float(), torch.empty(0, 600))
     before, beta = torch.zeros_like(q), torch.zeros(3, 1, dtype=torch.float64)
     for _ in range(6):
         alpha, length = run.step(op.matmat(run.q.T).T.contiguous())
@@ -136,7 +136,9 @@ def test_a_recurrence_that_ends_is_zero_from_then_on() -> None:
     values = torch.arange(1.0, 7.0, dtype=torch.float64)
     op, starts = DenseOperator(values.diag()), torch.ones(3, 6, dtype=torch.float64)
     starts[1] = torch.eye(6)[3]
-    run = Lockstep(Space(op), starts / starts.norm(dim=1, keepdim=True), torch.empty(0, 6))
+    run = BatchedLanczos(
+        VectorOps(op), starts / starts.norm(dim=1, keepdim=True), torch.empty(0, 6)
+    )
     for j in range(3):
         alpha, beta = run.step(op.matmat(run.q.T).T.contiguous())
         assert alpha[1] == (4 if j == 0 else 0)
@@ -158,9 +160,9 @@ def test_probes_are_kept_apart_from_what_is_deflated() -> None:
     top = curvature.eigsh(op, 5, tol=1e-10)
     known = top.vectors.T.contiguous()
     q = torch.randn(3, 200, dtype=torch.float64)
-    space = Space(op)
-    space.project_out(q, known)
-    run = Lockstep(space, q / q.norm(dim=1, keepdim=True), known)
+    ops = VectorOps(op)
+    ops.project_out(q, known)
+    run = BatchedLanczos(ops, q / q.norm(dim=1, keepdim=True), known)
     for _ in range(30):
         run.step(op.matmat(run.q.T).T.contiguous())
         assert (run.q @ known.T).abs().max() < 1e-13
@@ -171,8 +173,8 @@ def test_an_orthonormal_basis_of_rows_that_depend_on_each_other(rows: int) -> No
     made = torch.randn(rows, 100, dtype=torch.float64)
     made[1] = 0
     made[rows - 1] = made[0]
-    space = Space(DenseOperator(torch.eye(100, dtype=torch.float64)))
-    basis = space.orthonormal(made, torch.Generator().manual_seed(0))
+    ops = VectorOps(DenseOperator(torch.eye(100, dtype=torch.float64)))
+    basis = ops.orthonormal(made, torch.Generator().manual_seed(0))
     assert (basis @ basis.T - torch.eye(rows)).abs().max() < 1e-13
     assert (made - made @ basis.T @ basis).abs().max() < 1e-12
 

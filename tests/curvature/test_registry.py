@@ -26,12 +26,12 @@ def registered() -> Iterator[list[int]]:
     budgets = []
 
     @registry.register("mine", use="tests", cost="1 U")
-    def mine(inputs: registry.Inputs) -> registry.Engine:
+    def mine(inputs: registry.EngineInputs) -> registry.Engine:
         budgets.append(inputs.budget)
         return DoubleBackward(inputs.graphs)
 
     yield budgets
-    del registry.KINDS["mine"]
+    del registry.ENGINE_SPECS["mine"]
 
 
 def test_an_engine_of_ones_own(registered: list[int]) -> None:

@@ -141,8 +141,8 @@ def test_vectors_of_a_few_large_elements() -> None:
 
 def test_a_warm_start_takes_fewer_products() -> None:
     op = operator(decaying(300), torch.float32)
-    before = eigsh(op, 3, look_for_copies=False)
-    again = eigsh(op, 3, v0=before, basis_dtype=torch.float16, look_for_copies=False)
+    before = eigsh(op, 3, check_multiplicity=False)
+    again = eigsh(op, 3, v0=before, basis_dtype=torch.float16, check_multiplicity=False)
     assert again.matvecs <= 0.8 * before.matvecs
     torch.testing.assert_close(again.values, before.values, rtol=1e-4, atol=0)
 
@@ -251,7 +251,7 @@ def test_devices(device: str, basis_device: str | None) -> None:
 def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
     """Many restarts for a value far below ||H||."""
     op = operator(torch.cat([torch.ones(1), 0.01 * 0.9995 ** torch.arange(299)]), torch.float32)
-    few = {"max_basis": 9, "look_for_copies": False}
+    few = {"max_basis": 9, "check_multiplicity": False}
     assert eigsh(op, 3, **few).converged.all()  # type: ignore[arg-type]
     with pytest.warns(RuntimeWarning, match="the rounding of the basis keeps . from it: .* basis_"):
         found = eigsh(op, 3, basis_dtype=torch.float16, **few)  # type: ignore[arg-type]

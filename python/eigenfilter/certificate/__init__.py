@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from eigenfilter import filters
 from eigenfilter.certificate.equilibrium import Direction, direction
-from eigenfilter.certificate.judgement import Judged, Look, judge
-from eigenfilter.certificate.linearised import Linearised, NoFilter, ascent_of, linearised
+from eigenfilter.certificate.linearized import Linearized, NoFilter, ascent_of, linearized
 from eigenfilter.certificate.sides import Side, Tolerances
-from eigenfilter.curvature import Extreme, Extremes, HessianOperator
+from eigenfilter.certificate.verdict import Look, SideVerdict, judge
+from eigenfilter.curvature import HessianOperator, SpectrumBound, SpectrumBounds
 from eigenfilter.curvature.norms import norms
 from eigenfilter.filters import AdamW, PolynomialFilter
 
@@ -65,8 +65,8 @@ class Certificate:
     sharpness: float
     sharpness_error: float
     edge: float | None
-    top: Extreme
-    bottom: Extreme
+    top: SpectrumBound
+    bottom: SpectrumBound
     upper: Side | None
     saddle: Side | None
     gradient_norm: float
@@ -151,7 +151,7 @@ def certify(
     S is the largest |theta|, E and L are the ends of the uppermost interval; USAM admits a second
     one below, and what lies there is not outside. Everything else is "undecided". "Outside" is
     proven, up to rounding; "inside" and "at the edge" hold but for the failure probability, over
-    starts, whatever the matrix. See `curvature.extremes` for the theorem.
+    starts, whatever the matrix. See `curvature.spectrum_bounds` for the theorem.
 
     The verdict is "not an equilibrium" where
 
@@ -167,7 +167,7 @@ def certify(
     and versions are left as they are.
 
     Groups that differ compose, in whatever but maximize and Hessian USAM's rho: see
-    `linearised.linearised`. AdamW is seen through its preconditioner now. SAM has no equilibrium
+    `linearized.linearized`. AdamW is seen through its preconditioner now. SAM has no equilibrium
     where its filter holds: its edge is that at `grad_norm`, and moves with it.
 
     Args:
@@ -198,7 +198,7 @@ def certify(
     Example:
         >>> print(eigenfilter.certify(model, loss_fn, loader, opt))
 
-    Source: arXiv 2510.09034 for the filters; `curvature.extremes` for the error bars.
+    Source: arXiv 2510.09034 for the filters; `curvature.spectrum_bounds` for the error bars.
     """
     tolerances = Tolerances(edge_tol, saddle_tol, tol)
     if not equilibrium_tol >= 0:
@@ -217,10 +217,10 @@ def certify(
         try:
             if ascent_of(optimizer).method == "sam" and grad_norm is None:
                 grad_norm = _sam_norm(optimizer, move)
-            seen = linearised(op, optimizer, grad_norm=grad_norm)
+            seen = linearized(op, optimizer, grad_norm=grad_norm)
             judged = judge(seen, tolerances, look)
         except NoFilter as reason:
-            seen, judged = None, Judged(look(op, tolerances.sharp), needed=(f"{reason}",))
+            seen, judged = None, SideVerdict(look(op, tolerances.sharp), needed=(f"{reason}",))
     found, flt = judged.found, None if seen is None else seen.filter
     distance = _distance(op, move, seen, found)
     verdict, needed = judged.verdict, judged.needed
@@ -237,7 +237,7 @@ def certify(
         filter=None if flt is None else repr(flt),
         intervals=intervals,
         sharpness=found.top.value,
-        sharpness_error=found.top.reach,
+        sharpness_error=found.top.margin,
         edge=intervals[-1][1] if intervals else None,
         top=found.top,
         bottom=found.bottom,
@@ -264,7 +264,7 @@ def _sam_norm(optimizer: torch.optim.Optimizer, move: Direction) -> float:
 
 
 def _distance(
-    op: HessianOperator, move: Direction, seen: Linearised | None, found: Extremes
+    op: HessianOperator, move: Direction, seen: Linearized | None, found: SpectrumBounds
 ) -> float:
     """||D v|| / (||J|| ||D^-1 x||) for the direction v."""
     x = torch.cat([p.detach().reshape(-1) for p in op.params])
@@ -277,7 +277,7 @@ def _distance(
     return 0.0 if length == 0 else length / whole if whole else math.inf
 
 
-def _jacobian_norm(seen: Linearised | None, found: Extremes) -> float:
+def _jacobian_norm(seen: Linearized | None, found: SpectrumBounds) -> float:
     """||J||, from below, from the Ritz values."""
     if seen is None:
         return found.scale
@@ -288,8 +288,8 @@ def _jacobian_norm(seen: Linearised | None, found: Extremes) -> float:
     return found.scale + flt.weight_decay
 
 
-def _bar(end: Extreme, *, up: bool) -> str:
-    beyond = f"{'+' if up else '-'} {end.reach:.2g}"
+def _bar(end: SpectrumBound, *, up: bool) -> str:
+    beyond = f"{'+' if up else '-'} {end.margin:.2g}"
     return f"{end.value:.6g} {beyond} at most; residual {end.residual:.2g}"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenfilter.certificate.linearised import ascent_of, preconditioner, spread
+from eigenfilter.certificate.linearized import ascent_of, preconditioner, spread
 from eigenfilter.curvature.norms import norms
 from eigenfilter.curvature.operators.hessian import HessianOperator
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from eigenfilter.curvature import Extremes
+from eigenfilter.curvature import SpectrumBounds
 from eigenfilter.filters import PolynomialFilter
 
 INSIDE, AT_THE_EDGE, OUTSIDE, UNDECIDED = "inside", "at the edge", "outside", "undecided"
@@ -41,9 +41,9 @@ class Tolerances:
         if not self.error > 0:
             raise ValueError(f"tol must be positive, not {self.error}")
 
-    def sharp(self, found: Extremes) -> bool:
+    def sharp(self, found: SpectrumBounds) -> bool:
         """Whether the error bars of both ends are as small as asked for."""
-        return max(found.top.reach, found.bottom.reach) <= self.error * found.scale
+        return max(found.top.margin, found.bottom.margin) <= self.error * found.scale
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Side:
     needed: str = ""
 
 
-def upper_side(found: Extremes, edge: float, tolerances: Tolerances) -> Side:
+def upper_side(found: SpectrumBounds, edge: float, tolerances: Tolerances) -> Side:
     """The largest eigenvalue beside the edge."""
     theta = found.top.value
     slack = tolerances.edge * abs(edge) if math.isfinite(edge) else 0.0
-    low, high = theta - found.rounding, theta + found.top.reach
+    low, high = theta - found.rounding, theta + found.top.margin
     if theta - found.top.residual > edge + slack:
         verdict = OUTSIDE
     elif low >= edge - slack and high <= edge + slack:
@@ -84,7 +84,9 @@ def upper_side(found: Extremes, edge: float, tolerances: Tolerances) -> Side:
     return Side(verdict, edge, slack, low, high)
 
 
-def saddle_side(found: Extremes, intervals: Sequence[Interval], tolerances: Tolerances) -> Side:
+def saddle_side(
+    found: SpectrumBounds, intervals: Sequence[Interval], tolerances: Tolerances
+) -> Side:
     """The smallest eigenvalues beside the lower end of the uppermost interval, usually 0.
 
     intervals: all, ascending; below the uppermost eigenvalues are admitted too.
@@ -92,7 +94,7 @@ def saddle_side(found: Extremes, intervals: Sequence[Interval], tolerances: Tole
     *below, (limit, _) = intervals
     slack = tolerances.saddle * found.scale
     theta = found.bottom.value
-    low, high = theta - found.bottom.reach, theta + found.rounding
+    low, high = theta - found.bottom.margin, theta + found.rounding
     outside = found.values + found.residuals < limit - slack
     for left, right in below:
         outside &= (found.values - found.residuals > right) | (
@@ -111,13 +113,13 @@ def saddle_side(found: Extremes, intervals: Sequence[Interval], tolerances: Tole
     return Side(verdict, limit, slack, low, high)
 
 
-def in_second_interval(side: Side, found: Extremes) -> bool:
+def in_second_interval(side: Side, found: SpectrumBounds) -> bool:
     """Whether an eigenvalue lies below the uppermost interval, perhaps in another one."""
     return side.verdict == UNDECIDED and _past(found, side.limit - side.tolerance)
 
 
 def saddle_by_image(
-    side: Side, flt: PolynomialFilter, image: Extremes, tolerances: Tolerances
+    side: Side, flt: PolynomialFilter, image: SpectrumBounds, tolerances: Tolerances
 ) -> Side:
     """The saddle side by both ends of p(H) = H + rho H^2, which show what is between intervals.
 
@@ -132,19 +134,19 @@ def saddle_by_image(
     verdict, needed = UNDECIDED, ""
     if bottom.value + bottom.residual < least or top.value - top.residual > most:
         verdict = OUTSIDE
-    elif bottom.value - bottom.reach >= least and top.value + top.reach <= most:
+    elif bottom.value - bottom.margin >= least and top.value + top.margin <= most:
         verdict = INSIDE
     else:
         needed = _products(image, min(abs(bottom.value - least), abs(most - top.value)))
     return Side(verdict, side.limit, side.tolerance, side.low, side.high, needed)
 
 
-def _past(found: Extremes, level: float) -> bool:
+def _past(found: SpectrumBounds, level: float) -> bool:
     values: Tensor = found.values + found.residuals
     return bool(values[0] < level)
 
 
-def _products(found: Extremes, distance: float) -> str:
+def _products(found: SpectrumBounds, distance: float) -> str:
     most = found.products_for(distance)
     if most is None:
         return f"an error bar below {distance:.2g}, which rounding forbids: use float64"

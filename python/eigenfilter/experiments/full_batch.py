@@ -124,7 +124,7 @@ class Training:
         """The largest eigenvalue, or None where the Hessian is no longer finite."""
         tol = _TOLERANCE[self._problem.data.inputs.dtype]
         try:
-            return eigsh(self._operator, k=1, tol=tol, v0=self._found, look_for_copies=False)
+            return eigsh(self._operator, k=1, tol=tol, v0=self._found, check_multiplicity=False)
         except FloatingPointError:  # a loss nears overflow before it is infinite itself
             return None
 

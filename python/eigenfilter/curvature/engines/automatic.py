@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eigenfilter.curvature.engines import Engines
 from eigenfilter.curvature.engines.choice import ORDER, choose
-from eigenfilter.curvature.loss.batches import Source, Unfit
+from eigenfilter.curvature.loss.batch_sources import BatchSource, UnusableModelError
 from eigenfilter.curvature.loss.vectors import Sums
 
 _logger = logging.getLogger(__name__)
@@ -17,18 +17,20 @@ _logger = logging.getLogger(__name__)
 _LONGEST = 500  # characters that are shown of why an engine failed
 
 
-class Given:
+class RequestedEngine:
     """The engine that was asked for, which works or raises."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def multiply(self, made: Engines, source: Source, budget: Callable[[], int], V: Tensor) -> Sums:
+    def multiply(
+        self, made: Engines, source: BatchSource, budget: Callable[[], int], V: Tensor
+    ) -> Sums:
         """Return the products with V [n, b], summed over batches."""
         return made[self.name].multiply(V)
 
 
-class Automatic:
+class AutomaticEngine:
     """The fastest exact engine; where it fails, the next that does not, and a line in the log.
 
     What is chosen for single vectors and for blocks is kept, and what failed is not tried again.
@@ -42,11 +44,13 @@ class Automatic:
         self._left: dict[bool, list[str]] = {}  # for blocks (True) and for single vectors
         self._refused: dict[str, str] = {}  # engines that failed, and how
 
-    def multiply(self, made: Engines, source: Source, budget: Callable[[], int], V: Tensor) -> Sums:
+    def multiply(
+        self, made: Engines, source: BatchSource, budget: Callable[[], int], V: Tensor
+    ) -> Sums:
         """Return the products with V [n, b], summed over batches.
 
         Raises:
-            Unfit: the model or its data are at fault.
+            UnusableModelError: the model or its data are at fault.
             RuntimeError: no engine works; each is named, with its reason.
             Exception: what reading the data raised.
             Exception: what all engines raised alike, which is the model's own.
@@ -58,11 +62,11 @@ class Automatic:
         while True:
             try:
                 sums = made[left[0]].multiply(V)
-            except Unfit:
+            except UnusableModelError:
                 raise
             except Exception as error:  # any: the engine is left for the next, and this is logged
                 # The model itself fails, or the data cannot be read: that may pass.
-                if not made.objective.known.evaluated or error is source.failure:
+                if not made.objective.traits.evaluated or error is source.failure:
                     raise
                 made.drop(left[0])
                 self._pass_over(left.pop(0), left, error)
@@ -76,14 +80,14 @@ class Automatic:
                 return sums
 
     def _candidates(
-        self, made: Engines, source: Source, budget: Callable[[], int], vectors: int
+        self, made: Engines, source: BatchSource, budget: Callable[[], int], vectors: int
     ) -> list[str]:
         try:
             found = choose(made.objective, source, made.params, budget(), vectors)
-        except Unfit:
+        except UnusableModelError:
             raise
         except Exception as error:  # as above: it met what the engines will meet
-            if not made.objective.known.evaluated or error is source.failure:
+            if not made.objective.traits.evaluated or error is source.failure:
                 raise
             _logger.info("the trial of engines failed: %s", _short(error))
             found = ORDER

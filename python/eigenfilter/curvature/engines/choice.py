@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from eigenfilter.curvature.engines.derivative_graphs import graph_of
 from eigenfilter.curvature.engines.double_backward import WIDTH
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
-from eigenfilter.curvature.engines.graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
 from eigenfilter.curvature.engines.microbatching import first_batch, split_to_fit
-from eigenfilter.curvature.loss.batches import Listed, Source
+from eigenfilter.curvature.loss.batch_sources import BatchSource, InMemoryBatches
 from eigenfilter.curvature.loss.objective import Objective
 from eigenfilter.curvature.loss.vectors import split
 
@@ -39,7 +39,7 @@ _MARGIN = 1.3  # by which others must be faster than a cached graph: one timing 
 
 def choose(
     objective: Objective,
-    source: Source,
+    source: BatchSource,
     params: Sequence[Tensor],
     budget: int,
     vectors: int,
@@ -50,7 +50,7 @@ def choose(
     fits `budget`, once a pass if not.
     """
     batch, evaluation = first_batch(objective, source, graph=True)
-    given = objective, Listed([batch], pairs=False), params
+    given = objective, InMemoryBatches([batch], pairs=False), params
     weights = list(objective.tree.parameters())
     # Foretold, since building a graph that does not fit may be what the budget is to prevent.
     size = _GROWTH * graph_bytes([evaluation.value], weights)

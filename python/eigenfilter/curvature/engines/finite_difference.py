@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.engines.directional import Directional, Place
-from eigenfilter.curvature.engines.graphs import gradient
-from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.engines.derivative_graphs import gradient
+from eigenfilter.curvature.engines.vector_by_vector import VectorByVector, WeightedBatch
+from eigenfilter.curvature.loss.batch_sources import BatchSource
+from eigenfilter.curvature.loss.first_derivatives import Products
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
-from eigenfilter.curvature.loss.pullback import Products
 from eigenfilter.curvature.loss.vectors import Sums
 from eigenfilter.curvature.norms import norms
 
@@ -21,7 +21,7 @@ _EVERY = 16  # products from one check of the error to the next
 _PLAUSIBLE = 0.1
 
 
-class FiniteDifference(Directional):
+class FiniteDifference(VectorByVector):
     """H v = (g(x + h v) - g(x - h v)) / 2h, and J v likewise from z.
 
     The step is h = eps^(1/3) (1 + ||x||) / ||v||, with eps that of the coarsest dtype computed in:
@@ -38,7 +38,7 @@ class FiniteDifference(Directional):
             check; None before the first.
     """
 
-    def __init__(self, objective: Objective, source: Source, params: Sequence[Tensor]) -> None:
+    def __init__(self, objective: Objective, source: BatchSource, params: Sequence[Tensor]) -> None:
         super().__init__(objective, source, params, exact=False)
         self.error: float | None = None
         self._moving = [p.data for p in params]
@@ -83,7 +83,7 @@ class FiniteDifference(Directional):
             )
 
     def _differences(self, V: Tensor, steps: Sequence[float]) -> Sums:
-        def product(place: Place, v: list[Tensor], row: int) -> Products:
+        def product(place: WeightedBatch, v: list[Tensor], row: int) -> Products:
             h = steps[row]
             up, down = (self._moved(place, v, t) for t in (h, -h))
             pairs = zip(up, down, strict=True)
@@ -96,7 +96,7 @@ class FiniteDifference(Directional):
 
         return self._sum(V, product)
 
-    def _moved(self, place: Place, v: list[Tensor], t: float) -> Products:
+    def _moved(self, place: WeightedBatch, v: list[Tensor], t: float) -> Products:
         """Return the gradient, or z, at x + t v."""
         backup = [p.clone() for p in self._moving]
         try:
@@ -111,7 +111,7 @@ class FiniteDifference(Directional):
             torch._foreach_copy_(self._moving, backup)
             self._announce()
 
-    def _gradient(self, place: Place, here: Evaluation) -> Products:
+    def _gradient(self, place: WeightedBatch, here: Evaluation) -> Products:
         return gradient(here, self._params)
 
     def _announce(self) -> None:

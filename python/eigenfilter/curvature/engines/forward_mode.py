@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.engines.directional import Directional, Place
-from eigenfilter.curvature.engines.registry import Inputs, register
-from eigenfilter.curvature.loss.batches import Source, Unfit, leaves, replaced
-from eigenfilter.curvature.loss.nodes import leaves_reached
+from eigenfilter.curvature.engines.registry import EngineInputs, register
+from eigenfilter.curvature.engines.vector_by_vector import VectorByVector, WeightedBatch
+from eigenfilter.curvature.loss.autograd_graph import leaves_reached
+from eigenfilter.curvature.loss.batch_sources import (
+    BatchSource,
+    UnusableModelError,
+    leaves,
+    replaced,
+)
+from eigenfilter.curvature.loss.first_derivatives import Products, dense
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
-from eigenfilter.curvature.loss.pullback import Products, dense
 from eigenfilter.curvature.loss.vectors import Sums
 
 _NO_TANGENT = "ZeroTensors are immutable"  # torch's, where a constant should have a tangent
@@ -27,7 +32,7 @@ _WAYS_OUT = (
 )
 
 
-class ForwardOverReverse(Directional):
+class ForwardOverReverse(VectorByVector):
     """H v by the dual part of grad f(x + t v); J v by that of z(x + t v), then J^T phi''.
 
     No graph of a gradient is built, and nothing is kept between vectors.
@@ -37,7 +42,7 @@ class ForwardOverReverse(Directional):
     evaluation (dropout draws another mask where forward mode lays a tensor out otherwise).
     """
 
-    def __init__(self, objective: Objective, source: Source, params: Sequence[Tensor]) -> None:
+    def __init__(self, objective: Objective, source: BatchSource, params: Sequence[Tensor]) -> None:
         super().__init__(objective, source, params, exact=True)
         with warnings.catch_warnings():  # torch imports this on the first use, and warns of itself
             warnings.simplefilter("ignore", FutureWarning)
@@ -65,7 +70,7 @@ class ForwardOverReverse(Directional):
                     "would miss: use engine='cached_graph', or read it from the module in each call"
                 )
 
-    def _product(self, place: Place, v: list[Tensor], _: int) -> Products:
+    def _product(self, place: WeightedBatch, v: list[Tensor], _: int) -> Products:
         with _explained(), self._constants():
             try:
                 value, found = self._along(place, v)
@@ -77,7 +82,7 @@ class ForwardOverReverse(Directional):
         self._check(place.index, value)
         return dense(found) if place.pull is None else place.pull(found[0])
 
-    def _along(self, place: Place, v: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    def _along(self, place: WeightedBatch, v: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """Return f, or z, and the derivative of grad f, or of z, along v."""
         data = list(leaves(place.batch)) if self._written_out else []
         data = [t.detach() for t in data if t.is_floating_point()]
@@ -112,7 +117,7 @@ def _explained() -> Iterator[None]:
     """Add to an error of torch what to do."""
     try:
         yield
-    except Unfit:
+    except UnusableModelError:
         raise
     except RuntimeError as error:  # NotImplementedError is one
         if not hasattr(error, "__notes__"):
@@ -121,5 +126,5 @@ def _explained() -> Iterator[None]:
 
 
 @register("forward_over_reverse", use="memory is scarce", cost="1 to 2 U")
-def _forward_over_reverse(inputs: Inputs) -> ForwardOverReverse:
+def _forward_over_reverse(inputs: EngineInputs) -> ForwardOverReverse:
     return ForwardOverReverse(*inputs.f)

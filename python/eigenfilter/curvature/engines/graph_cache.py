@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from eigenfilter.curvature.engines.graphs import Graph, graph_of
+from eigenfilter.curvature.engines.derivative_graphs import Graph, graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
-from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.loss.batch_sources import BatchSource
 from eigenfilter.curvature.loss.objective import Objective
 
 
@@ -16,7 +16,7 @@ class GraphCache:
     """The graphs of all batches at one point: kept, as far as they fit, or built for each pass."""
 
     def __init__(
-        self, objective: Objective, source: Source, params: Sequence[Tensor], budget: int
+        self, objective: Objective, source: BatchSource, params: Sequence[Tensor], budget: int
     ) -> None:
         """Keep graphs of up to `budget` bytes in all."""
         self.params = params

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.nodes import kept
+from eigenfilter.curvature.loss.autograd_graph import kept
 
 _SHARE = 0.5  # of what is free, that graphs may take by default
 

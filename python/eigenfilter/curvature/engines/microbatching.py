@@ -9,9 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.engines.graphs import graph_of
+from eigenfilter.curvature.engines.derivative_graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
-from eigenfilter.curvature.loss.batches import Pieces, Source, pieces, samples_of
+from eigenfilter.curvature.loss.batch_sources import (
+    BatchSource,
+    MicroBatches,
+    micro_batches,
+    samples_of,
+)
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
 
 _logger = logging.getLogger(__name__)
@@ -20,8 +25,8 @@ _PROBE = 8  # a batch's memory is estimated from this fraction of its samples
 
 
 def split_to_fit(
-    objective: Objective, source: Source, params: Sequence[Tensor], budget: int
-) -> Pieces:
+    objective: Objective, source: BatchSource, params: Sequence[Tensor], budget: int
+) -> MicroBatches:
     """Return the batches of `source` in pieces whose graphs take up to `budget` bytes each.
 
     Raises:
@@ -31,7 +36,7 @@ def split_to_fit(
     batch, _ = first_batch(objective, source)
     size = piece_size(objective, batch, params, budget)
     whole = objective.value(0, batch)
-    parts = [objective.value(0, piece) for piece in pieces(batch, size)]
+    parts = [objective.value(0, piece) for piece in micro_batches(batch, size)]
     claimed = [part.claimed() for part in parts]
     weights = [w / sum(claimed) if objective.mean else w for w in claimed]
     shares = [w * float(part.total()) for w, part in zip(weights, parts, strict=True) if w]
@@ -42,7 +47,7 @@ def split_to_fit(
             "f is nan on a batch, as a mean over nothing is: of an ignored sample, say, that the "
             "empirical Fisher takes alone (a loss_fn with reduction='none' gives it 0)"
         )
-        return Pieces(source, size)
+        return MicroBatches(source, size)
     eps = torch.finfo(objective.autocast or params[0].dtype).eps
     if not abs(found - expected) <= eps**0.5 * max(map(abs, [expected, *shares])):
         raise ValueError(
@@ -51,18 +56,18 @@ def split_to_fit(
             "tell, so batches cannot be split: pass these, choose another engine, or make the "
             "batches smaller"
         )
-    return Pieces(source, size)
+    return MicroBatches(source, size)
 
 
 def first_batch(
-    objective: Objective, source: Source, *, graph: bool = False
+    objective: Objective, source: BatchSource, *, graph: bool = False
 ) -> tuple[object, Evaluation]:
     """Return the first batch that weighs anything, evaluated; else the first."""
     first = None
     for batch in source.batches():
-        if not graph and not objective.known.evaluated and (samples := samples_of(batch)):
+        if not graph and not objective.traits.evaluated and (samples := samples_of(batch)):
             # A look at the model, of a part of the batch whose graph is built anyway.
-            objective.evaluate(0, next(pieces(batch, -(-samples // _PROBE))))
+            objective.evaluate(0, next(micro_batches(batch, -(-samples // _PROBE))))
         found = batch, (objective.evaluate if graph else objective.value)(0, batch)
         if source.single or found[1].claimed():
             return found
@@ -75,7 +80,7 @@ def piece_size(objective: Objective, batch: object, params: Sequence[Tensor], bu
     """Return for how many samples of a batch the graph takes up to `budget` bytes, 1 at least."""
     samples = samples_of(batch) or 1
     size = -(-samples // _PROBE)
-    probe = next(pieces(batch, size))
+    probe = next(micro_batches(batch, size))
     graph = graph_of(objective.evaluate(0, probe), params)
     used = graph_bytes(graph.roots, objective.tree.parameters())
     return max(1, min(samples, size * budget // max(used, 1)))

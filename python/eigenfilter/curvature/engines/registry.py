@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from eigenfilter.curvature.engines.graph_cache import GraphCache
-from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.loss.batch_sources import BatchSource
 from eigenfilter.curvature.loss.objective import Objective
 from eigenfilter.curvature.loss.slices import ShardSlices
 from eigenfilter.curvature.loss.vectors import Sums
@@ -23,7 +23,7 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Inputs:
+class EngineInputs:
     """What an engine is made from.
 
     Attributes:
@@ -36,20 +36,20 @@ class Inputs:
     """
 
     objective: Objective
-    source: Source
+    source: BatchSource
     params: Sequence[Tensor]
     budget: int
     slices: ShardSlices | None
     graphs: GraphCache
 
     @property
-    def f(self) -> tuple[Objective, Source, Sequence[Tensor]]:
+    def f(self) -> tuple[Objective, BatchSource, Sequence[Tensor]]:
         """What every engine needs."""
         return self.objective, self.source, self.params
 
 
 @dataclass(frozen=True)
-class Kind:
+class EngineSpec:
     """A way to multiply, for the documentation too.
 
     Attributes:
@@ -61,22 +61,22 @@ class Kind:
     """
 
     name: str
-    make: Callable[[Inputs], Engine]
+    make: Callable[[EngineInputs], Engine]
     use: str
     cost: str
     keeps_graphs: bool
 
 
-KINDS: dict[str, Kind] = {}
+ENGINE_SPECS: dict[str, EngineSpec] = {}
 
 
 def register(
     name: str, *, use: str, cost: str, keeps_graphs: bool = False
-) -> Callable[[Callable[[Inputs], Engine]], Callable[[Inputs], Engine]]:
+) -> Callable[[Callable[[EngineInputs], Engine]], Callable[[EngineInputs], Engine]]:
     """Decorate a function that makes an engine: `engine=name` of an operator then takes it."""
 
-    def decorate(make: Callable[[Inputs], Engine]) -> Callable[[Inputs], Engine]:
-        KINDS[name] = Kind(name, make, use, cost, keeps_graphs)
+    def decorate(make: Callable[[EngineInputs], Engine]) -> Callable[[EngineInputs], Engine]:
+        ENGINE_SPECS[name] = EngineSpec(name, make, use, cost, keeps_graphs)
         return make
 
     return decorate
@@ -84,7 +84,7 @@ def register(
 
 def table() -> str:
     """The engines as a table in Markdown, for the documentation."""
-    rows = [f"| `{kind.name}` | {kind.use} | {kind.cost} |" for kind in KINDS.values()]
+    rows = [f"| `{kind.name}` | {kind.use} | {kind.cost} |" for kind in ENGINE_SPECS.values()]
     return "\n".join(["| engine | when | time of a product |", "| --- | --- | --- |", *rows])
 
 
@@ -94,7 +94,7 @@ class Engines:
     def __init__(
         self,
         objective: Objective,
-        source: Source,
+        source: BatchSource,
         params: Sequence[Tensor],
         budget: int,
         slices: ShardSlices | None = None,
@@ -102,17 +102,17 @@ class Engines:
         """Let graphs take up to `budget` bytes. With `slices`, only finite differences work."""
         self.objective, self.params = objective, params
         graphs = GraphCache(objective, source, params, budget)
-        self._inputs = Inputs(objective, source, params, budget, slices, graphs)
+        self._inputs = EngineInputs(objective, source, params, budget, slices, graphs)
         self._made: dict[str, Engine] = {}
 
     def __getitem__(self, name: str) -> Engine:
         if name not in self._made:
-            self._made[name] = KINDS[name].make(self._inputs)
+            self._made[name] = ENGINE_SPECS[name].make(self._inputs)
         return self._made[name]
 
     def drop(self, name: str) -> None:
         """Let go of what an engine that failed has built."""
-        if self._made.pop(name, None) is not None and KINDS[name].keeps_graphs:
+        if self._made.pop(name, None) is not None and ENGINE_SPECS[name].keeps_graphs:
             self._inputs.graphs.clear()
 
     @property

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.curvature.engines.directional import Place
 from eigenfilter.curvature.engines.finite_difference import FiniteDifference
-from eigenfilter.curvature.engines.registry import Inputs, register
-from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.engines.registry import EngineInputs, register
+from eigenfilter.curvature.engines.vector_by_vector import WeightedBatch
+from eigenfilter.curvature.loss.batch_sources import BatchSource
+from eigenfilter.curvature.loss.first_derivatives import Products, dense, unhooked
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
-from eigenfilter.curvature.loss.pullback import Products, dense, unhooked
 from eigenfilter.curvature.loss.slices import ShardSlices
 from eigenfilter.curvature.loss.vectors import Sums, split
 from eigenfilter.curvature.norms import norms
@@ -32,7 +32,7 @@ class ShardedDifference(FiniteDifference):
     def __init__(
         self,
         objective: Objective,
-        source: Source,
+        source: BatchSource,
         params: Sequence[Tensor],
         slices: ShardSlices,
     ) -> None:
@@ -43,7 +43,9 @@ class ShardedDifference(FiniteDifference):
         self._complete = False  # whether a pass has seen all batches
         super().__init__(objective, source, [_distributed.local(p) for p in params])
 
-    def _sum(self, V: Tensor, product: Callable[[Place, list[Tensor], int], Products]) -> Sums:
+    def _sum(
+        self, V: Tensor, product: Callable[[WeightedBatch, list[Tensor], int], Products]
+    ) -> Sums:
         if not _distributed.averages(self._objective.tree):
             raise RuntimeError(
                 "FSDP2 must leave mean gradients: set_requires_gradient_sync(True) and "
@@ -57,7 +59,7 @@ class ShardedDifference(FiniteDifference):
                 sums.add(product(place, [piece[row] for piece in block], row), 1.0, row)
         return sums
 
-    def _places(self) -> Iterator[Place]:
+    def _places(self) -> Iterator[WeightedBatch]:
         """Yield this process's batches, and its last one again while others have more."""
         ended = object()
         batches = self._source.batches()
@@ -80,7 +82,7 @@ class ShardedDifference(FiniteDifference):
             if weight:
                 weighty = batch
             # A pass with weight 0 must leave zeros: not of a batch whose loss may be no number.
-            yield Place(index, batch if weight or weighty is None else weighty, weight)
+            yield WeightedBatch(index, batch if weight or weighty is None else weighty, weight)
             index += 1
 
     def _note_weight(self, index: int, batch: object, more: bool) -> None:
@@ -99,7 +101,7 @@ class ShardedDifference(FiniteDifference):
         self._announce()
         return self._objective.evaluate(index, batch, exact=False).weight()
 
-    def _gradient(self, place: Place, here: Evaluation) -> Products:
+    def _gradient(self, place: WeightedBatch, here: Evaluation) -> Products:
         """Return the sum of all processes' weighted gradients: FSDP2 divides by their number."""
         held = [p.grad for p in self._holders]
         try:
@@ -129,7 +131,7 @@ class ShardedDifference(FiniteDifference):
     use="no second derivative: compiled models, reentrant checkpointing, FSDP2",
     cost="0.6 to 1 U, and an error",
 )
-def _finite_difference(inputs: Inputs) -> FiniteDifference:
+def _finite_difference(inputs: EngineInputs) -> FiniteDifference:
     if inputs.slices is not None:
         return ShardedDifference(*inputs.f, inputs.slices)
     return FiniteDifference(*inputs.f)

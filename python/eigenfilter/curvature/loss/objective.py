@@ -18,18 +18,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from eigenfilter import _distributed
-from eigenfilter.curvature.loss.batches import (
-    Misweighed,
+from eigenfilter.curvature.loss.autograd_graph import leaves_reached, nodes
+from eigenfilter.curvature.loss.batch_sources import (
+    BatchWeightError,
     cast,
     divisible,
     leaves,
+    micro_batches,
     moved,
-    pieces,
     rows_of,
     samples_of,
 )
-from eigenfilter.curvature.loss.nodes import leaves_reached, nodes
-from eigenfilter.curvature.loss.survey import survey
+from eigenfilter.curvature.loss.gradient_coverage import check_gradient_coverage
 from eigenfilter.curvature.loss.weights import Weights, attempt, check_values
 
 _logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Evaluation(NamedTuple):
     weight: Callable[[], float]  # 0 for a batch that is to be left out; checked by the loss once
     claimed: Callable[[], float]  # the same unchecked
     around: Callable[[], AbstractContextManager[None]]
-    holders: Sequence[Tensor] | None = None  # see `pullback.pulled_back`
+    holders: Sequence[Tensor] | None = None  # see `pullback.vector_jacobian`
 
     def total(self) -> Tensor:
         """Return f_b, one number."""
@@ -76,7 +76,7 @@ class Evaluation(NamedTuple):
 
 
 @dataclass
-class Known:
+class ObjectiveTraits:
     """What evaluations have shown of f."""
 
     evaluated: bool = False  # at all
@@ -124,7 +124,7 @@ class Objective:
         self.mean = mean
         self.autocast = autocast
         self.model = model
-        self.known = Known()
+        self.traits = ObjectiveTraits()
         self.watched: Sequence[Tensor] = ()  # parameters whose gradients must reach f
         self.foreign: frozenset[int] = frozenset()  # ids of parameters that this is a copy of
         self._dtype: torch.dtype | None = None
@@ -185,21 +185,21 @@ class Objective:
                 replaced where torch has others.
 
         Raises:
-            Unfit: see `survey`; from the first evaluation of each batch.
+            UnusableModelError: see `survey`; from the first evaluation of each batch.
         """
         here = self.plain(index, batch, at, exact=exact)
         if at is not None:
             return here
         if exact and self._met([here.value]):
             here = self.plain(index, batch, exact=exact)
-        if not self.known.evaluated:
+        if not self.traits.evaluated:
             self._try_frozen(index, batch, here, exact=exact)
         key = index, samples_of(batch)  # a part of the batch does not tell of the rest
-        if key not in self.known.surveyed:
-            if survey(self, index, batch, here, exact=exact):
+        if key not in self.traits.surveyed:
+            if check_gradient_coverage(self, index, batch, here, exact=exact):
                 here = self.plain(index, batch, exact=exact)
-            self.known.surveyed.add(key)
-            self.known.evaluated = True
+            self.traits.surveyed.add(key)
+            self.traits.evaluated = True
         return here
 
     def value(self, index: int, batch: Any, *, exact: bool = True) -> Evaluation:
@@ -208,17 +208,17 @@ class Objective:
         Gradients stay enabled, for f may take some itself. Parameters ask for none, so that nothing
         is kept for them, unless f looks at that or differentiates with respect to them.
         """
-        if not (self.known.inner or self.known.by_backward):
+        if not (self.traits.inner or self.traits.by_backward):
             try:
                 with _frozen(self.tree):
                     return _detached(self.plain(index, batch, exact=exact))
             except RuntimeError:  # of autograd: what is wrong anyway is raised again below
-                self.known.inner = True
+                self.traits.inner = True
         return _detached(self.plain(index, batch, exact=exact))
 
     def _try_frozen(self, index: int, batch: Any, here: Evaluation, *, exact: bool) -> None:
         """Note whether f is the same, bit for bit, where parameters do not require grad."""
-        if not self.watched or self.known.inner:  # of a sharded model only gradients are taken
+        if not self.watched or self.traits.inner:  # of a sharded model only gradients are taken
             return
         try:
             with warnings.catch_warnings(), _frozen(self.tree):
@@ -226,9 +226,9 @@ class Objective:
                 warnings.simplefilter("ignore")
                 frozen = _detached(self.plain(index, batch, exact=exact)).value
         except Exception:  # of any kind: it is a model that looks at requires_grad
-            self.known.inner = True
+            self.traits.inner = True
             return
-        self.known.inner |= not torch.equal(frozen, here.value.detach())
+        self.traits.inner |= not torch.equal(frozen, here.value.detach())
 
     def plain(
         self,
@@ -239,7 +239,7 @@ class Objective:
         exact: bool = True,
     ) -> Evaluation:
         """Evaluate as `evaluate` does, once and without a look at what comes of it."""
-        replaced = frozenset(self.known.fused) if exact else frozenset()
+        replaced = frozenset(self.traits.fused) if exact else frozenset()
 
         def run() -> Evaluation:
             return self._evaluate(index, batch, replaced)
@@ -264,7 +264,7 @@ class Objective:
 
         def surrounded(z: Tensor) -> Tensor:
             assert outer is not None
-            with self._surroundings(index, replaced | self.known.fused), torch.enable_grad():
+            with self._surroundings(index, replaced | self.traits.fused), torch.enable_grad():
                 found = outer(z)
             return surrounded(z) if self._met([found]) else found
 
@@ -274,15 +274,15 @@ class Objective:
             _weighing(lambda: self._weigh(index, batch, output, target)),
             _weighing(lambda: self._weights.of(batch, output) if self.mean else 1.0),
             lambda: self.around(index, replaced),
-            self._holders(batch, value) if self.known.by_backward else None,
+            self._holders(batch, value) if self.traits.by_backward else None,
         )
 
     def _met(self, roots: Sequence[Tensor]) -> bool:
         """Note what there is without a second derivative, and return whether it is new."""
         names = {node.name() for node in nodes(roots)}
         found = {kind for kind in _FUSED if any(name.startswith(kind) for name in names)}
-        new = found - self.known.fused
-        self.known.fused |= new
+        new = found - self.traits.fused
+        self.traits.fused |= new
         for kind in new:
             _logger.info("%s: its fused kernel has no right second derivative", _FUSED[kind])
         return bool(new)
@@ -317,7 +317,7 @@ class Objective:
     def _check_weight(self, index: int, batch: Any, output: Any, target: Any) -> None:
         """Check what a batch weighs by its loss, or else by f on its halves."""
         eps = _eps(self.autocast, output if isinstance(output, Tensor) else self._parameter)
-        surroundings = self._surroundings(index, frozenset(self.known.fused))
+        surroundings = self._surroundings(index, frozenset(self.traits.fused))
         with surroundings, _spared_buffers(self.tree), torch.enable_grad():
             told = self._weights.check(index, batch, output, target, eps)
         if not told:
@@ -334,12 +334,12 @@ class Objective:
             self._weights.tell_unchecked(index, samples)
             return
         values: list[float] = []
-        replaced = frozenset(self.known.fused)
+        replaced = frozenset(self.traits.fused)
         surroundings = self._surroundings(index, replaced, train=False)
         with attempt("f on half a batch"), surroundings, torch.enable_grad():
             found = [
                 self._evaluate(index, part, replaced)
-                for part in (batch, *pieces(batch, -(-samples // 2), samples))
+                for part in (batch, *micro_batches(batch, -(-samples // 2), samples))
             ]
             weights = [one.claimed() for one in found]
             values = [float(one.total().detach()) for one in found]
@@ -448,7 +448,7 @@ def _weighing(weigh: Callable[[], float]) -> Callable[[], float]:
         try:
             return weigh()
         except ValueError as error:
-            raise Misweighed(str(error)) from error
+            raise BatchWeightError(str(error)) from error
 
     return told
 

@@ -10,7 +10,7 @@ from torch import Tensor
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Point:
+class ParamSnapshot:
     """A record of tensors as they are now: which they are, their versions, and their sums."""
 
     def __init__(self, model: Sequence[Tensor], data: Sequence[Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batches import copied, divisible, joinable, joined, sliced
+from eigenfilter.curvature.loss.batch_sources import copied, divisible, joinable, joined, sliced
 
 _logger = logging.getLogger(__name__)
 

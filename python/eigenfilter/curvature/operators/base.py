@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from eigenfilter import _distributed, _perturbation
-from eigenfilter.curvature.engines.automatic import Automatic, Given
+from eigenfilter.curvature.engines.automatic import AutomaticEngine, RequestedEngine
 from eigenfilter.curvature.engines.memory import default_budget
-from eigenfilter.curvature.engines.registry import KINDS, Engines
-from eigenfilter.curvature.loss.batches import source_of
-from eigenfilter.curvature.loss.distributed import reduce
+from eigenfilter.curvature.engines.registry import ENGINE_SPECS, Engines
+from eigenfilter.curvature.loss.all_reduce import reduce
+from eigenfilter.curvature.loss.batch_sources import source_of
 from eigenfilter.curvature.loss.objective import Objective, Outer
 from eigenfilter.curvature.loss.slices import ShardSlices, slices_of
-from eigenfilter.curvature.loss.snapshot import Point, checksum
+from eigenfilter.curvature.loss.snapshot import ParamSnapshot, checksum
 from eigenfilter.curvature.loss.vectors import Sums
 from eigenfilter.curvature.operators.algebra import SymmetricMatrix
 
@@ -172,7 +172,7 @@ class CurvatureOperator(SymmetricMatrix):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        self._engine = Automatic() if engine == "auto" else Given(engine)
+        self._engine = AutomaticEngine() if engine == "auto" else RequestedEngine(engine)
         self._group = process_group
         self._objective = Objective(
             model.module if isinstance(model, DistributedDataParallel) else model,
@@ -200,7 +200,7 @@ class CurvatureOperator(SymmetricMatrix):
         else:
             self._objective.watched = self.params
         self._budget = memory_budget
-        self._kept: tuple[Engines, Point] | None = None
+        self._kept: tuple[Engines, ParamSnapshot] | None = None
         self._fixed = False
 
     @staticmethod
@@ -329,7 +329,7 @@ class CurvatureOperator(SymmetricMatrix):
     def _bytes(self) -> int:
         return default_budget(self.device) if self._budget is None else self._budget
 
-    def _current(self) -> tuple[Engines, Point]:
+    def _current(self) -> tuple[Engines, ParamSnapshot]:
         """Return the engines for the model as it is now, and where that is."""
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -359,7 +359,7 @@ class CurvatureOperator(SymmetricMatrix):
         f = self._objective if self._dtype is None else self._objective.copied(self._dtype)
         params = self.params if self._dtype is None else f.watched
         made = Engines(f, self._source, params, self._bytes(), self.slices)
-        self._kept = made, Point(*self._tensors())
+        self._kept = made, ParamSnapshot(*self._tensors())
         return self._kept
 
     def _check_like(self, name: str, layout: str, v: Tensor, fits: bool) -> None:
@@ -416,8 +416,8 @@ class CurvatureOperator(SymmetricMatrix):
 
 
 def _check_choices(*, engine: str, reduction: str, mode: str) -> None:
-    if engine != "auto" and engine not in KINDS:
-        raise ValueError(f"engine must be 'auto' or one of {list(KINDS)}, not {engine!r}")
+    if engine != "auto" and engine not in ENGINE_SPECS:
+        raise ValueError(f"engine must be 'auto' or one of {list(ENGINE_SPECS)}, not {engine!r}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     if mode not in ("eval", "train"):

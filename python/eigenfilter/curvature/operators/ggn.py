@@ -12,7 +12,7 @@ from eigenfilter.curvature.operators.base import CurvatureOperator
 
 
 class GGNOperator(CurvatureOperator):
-    """The generalised Gauss-Newton matrix: the Hessian, with the model linearised at x.
+    """The generalised Gauss-Newton matrix: the Hessian, with the model linearized at x.
 
         C_b = J^T H_L J,    J = dz/dx,    H_L = d^2 L / dz^2
 

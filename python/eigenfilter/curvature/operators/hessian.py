@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.engines.graphs import gradient
+from eigenfilter.curvature.engines.derivative_graphs import gradient
 from eigenfilter.curvature.loss.objective import Outer, one_number
 from eigenfilter.curvature.loss.vectors import Sums, split
 from eigenfilter.curvature.operators.base import CurvatureOperator

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eigenfilter.curvature.solvers.vector_ops import Space, full_precision
+from eigenfilter.curvature.solvers.vector_ops import VectorOps, full_precision
 
 _CHUNK = 1 << 16  # columns rotated at a time: the rotation needs no second basis
 
@@ -26,10 +26,10 @@ class Basis:
         rows: the vectors.
     """
 
-    def __init__(self, space: Space, rows: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, ops: VectorOps, rows: Tensor, dtype: torch.dtype) -> None:
         """Keep the vectors in `rows`; `dtype` is that of the operator's."""
         self.rows = rows
-        self._space = space
+        self._ops = ops
         self._dtype = dtype
 
     def __len__(self) -> int:
@@ -49,20 +49,20 @@ class Basis:
         return None
 
     def project_out(self, w: Tensor, first: int, end: int, passes: int) -> tuple[Tensor, Tensor]:
-        """`Space.project_out`, against the rows [first, end)."""
-        return self._space.project_out(w, self.rows[first:end], passes=passes)
+        """`VectorOps.project_out`, against the rows [first, end)."""
+        return self._ops.project_out(w, self.rows[first:end], passes=passes)
 
     def move(self, first: int, end: int, to: int) -> None:
         """Copy the rows [first, end) to where `to` is the first."""
         self.rows[to : to + end - first] = self.rows[first:end].clone()
 
     def rotate(
-        self, first: int, s: Floats, c: Tensor, reach: NDArray[np.intp], before: Tensor
+        self, first: int, s: Floats, c: Tensor, extents: NDArray[np.intp], before: Tensor
     ) -> tuple[Floats, Floats] | None:
         """Replace the rows [first, first + m) by the combinations S^T of them, in place.
 
         s: [m, r], coordinates of Ritz vectors; the r combinations take the rows from `first` on.
-        c, reach: of the rows, as `projection` takes them, with all columns.
+        c, extents: of the rows, as `projection` takes them, with all columns.
         before: [first, first], coefficients of the rows before them.
 
         Returns None where they stay the Ritz vectors that they are; else the coefficients
@@ -71,7 +71,7 @@ class Basis:
         """
         factor = torch.from_numpy(s).to(self.rows)
         with full_precision(self.rows.device):
-            for start in range(0, self._space.length, _CHUNK):
+            for start in range(0, self._ops.length, _CHUNK):
                 columns = self.rows[first : first + len(s), start : start + _CHUNK]
                 columns[: s.shape[1]] = factor.T @ columns
         return None
@@ -81,13 +81,13 @@ class Basis:
         with full_precision(self.rows.device):
             return torch.mm(torch.from_numpy(s).to(self.rows).T, self.rows[: len(s)])
 
-    def projection(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:
+    def projection(self, c: Floats, first: int, extents: NDArray[np.intp]) -> Floats:
         """Return T [m, m], the projection of H onto the span of the rows [first, first + m), of
         which the lower triangle holds.
 
         c: [m, >= first + m], what projecting out made of the products: row j is that of the row
         first + j of the basis.
-        reach: [m], how many rows of the basis each was made orthogonal to.
+        extents: [m], how many rows of the basis each was made orthogonal to.
         """
         return c[:, first : first + len(c)]
 
@@ -101,7 +101,7 @@ class Basis:
 
     def orthogonality(self, size: int) -> float:
         """Return max |V^T V - I| over the rows [0, size)."""
-        gram = self._space.gram(self.rows[:size])
+        gram = self._ops.gram(self.rows[:size])
         return float((gram - torch.eye(size).to(gram)).abs().max())
 
 
@@ -134,8 +134,8 @@ class RoundedBasis(Basis):
     Source: (3): B. N. Parlett, The Symmetric Eigenvalue Problem (1998), section 15.1. (4) is ours.
     """
 
-    def __init__(self, space: Space, rows: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(space, rows, dtype)
+    def __init__(self, ops: VectorOps, rows: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(ops, rows, dtype)
         self._gram = np.zeros((len(rows), len(rows)))
         self._known = 0  # rows of it that hold
 
@@ -146,33 +146,33 @@ class RoundedBasis(Basis):
         return super().read(first, count, device).to(self._dtype)
 
     def blank(self, i: int) -> Tensor:
-        return torch.empty(self._space.length, dtype=self._dtype, device=self.rows.device)
+        return torch.empty(self._ops.length, dtype=self._dtype, device=self.rows.device)
 
     def put(self, i: int, made: Tensor) -> Tensor:
         self._known = min(self._known, i)
         self.rows[i] = made
-        for part in self._space.parts(self.rows.device):  # or torch makes a wide copy of the row
+        for part in self._ops.parts(self.rows.device):  # or torch makes a wide copy of the row
             made[part] -= self.rows[i, part]
-        return self._space.norm(made)
+        return self._ops.norm(made)
 
     def move(self, first: int, end: int, to: int) -> None:
         self._known = min(self._known, to)
         super().move(first, end, to)
 
     def rotate(
-        self, first: int, s: Floats, c: Tensor, reach: NDArray[np.intp], before: Tensor
+        self, first: int, s: Floats, c: Tensor, extents: NDArray[np.intp], before: Tensor
     ) -> tuple[Floats, Floats]:
         (m, r), end = s.shape, c.shape[1]
         size, last = first + m, first + r
         coefficients = c.cpu().numpy()
-        along = s.T @ self._measured(coefficients, reach)[:, :first]
-        among = s.T @ self._projected(coefficients, first, reach) @ s
+        along = s.T @ self._measured(coefficients, extents)[:, :first]
+        among = s.T @ self._projected(coefficients, first, extents) @ s
         products = s.T @ coefficients
         # D^T V, and the squares of the columns of D
         found = torch.zeros(r, end + 1, dtype=torch.float64, device=self.rows.device)
         factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
         with full_precision(self.rows.device):
-            for part in self._space.parts(self.rows.device):
+            for part in self._ops.parts(self.rows.device):
                 wide = self.rows[:end, part].to(self._dtype)
                 made = factor.T @ wide[first:size]
                 self.rows[first:last, part] = made
@@ -180,7 +180,7 @@ class RoundedBasis(Basis):
                 found[:, :end] += errors @ wide.T
                 found[:, end] += errors.square().sum(1)
         self._known = min(self._known, first)
-        total = self._space.total(found).cpu().numpy()
+        total = self._ops.total(found).cpu().numpy()
         first_order = total[:, :end] @ products.T
         among += first_order + first_order.T
         along += total[:, :first] @ before.cpu().numpy().T
@@ -190,16 +190,16 @@ class RoundedBasis(Basis):
 
     def combine(self, s: Floats) -> Tensor:
         factor = torch.from_numpy(s).to(self.rows.device, self._dtype)
-        found = factor.new_empty(s.shape[1], self._space.length)
+        found = factor.new_empty(s.shape[1], self._ops.length)
         with full_precision(self.rows.device):
-            for part in self._space.parts(self.rows.device):
+            for part in self._ops.parts(self.rows.device):
                 found[:, part] = factor.T @ self.rows[: len(s), part].to(self._dtype)
         return found
 
-    def projection(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:
+    def projection(self, c: Floats, first: int, extents: NDArray[np.intp]) -> Floats:
         gram = self._inner_products(first + len(c))[first:, first:]
         factor = torch.linalg.cholesky(torch.from_numpy(gram))
-        m = torch.from_numpy(self._projected(c, first, reach))
+        m = torch.from_numpy(self._projected(c, first, extents))
         half = torch.linalg.solve_triangular(factor, m, upper=False)
         t: Floats = torch.linalg.solve_triangular(factor.T, half, upper=True, left=False).numpy()
         return t
@@ -221,17 +221,17 @@ class RoundedBasis(Basis):
     def orthogonality(self, size: int) -> float:
         return float(np.abs(self._inner_products(size) - np.eye(size)).max())
 
-    def _projected(self, c: Floats, first: int, reach: NDArray[np.intp]) -> Floats:
+    def _projected(self, c: Floats, first: int, extents: NDArray[np.intp]) -> Floats:
         """Return M [m, m] of the rows [first, first + m); for the arguments see `projection`."""
-        m = self._measured(c, reach)[:, first : first + len(c)]
+        m = self._measured(c, extents)[:, first : first + len(c)]
         whole: Floats = np.tril(m) + np.tril(m, -1).T
         return whole
 
-    def _measured(self, c: Floats, reach: NDArray[np.intp]) -> Floats:
+    def _measured(self, c: Floats, extents: NDArray[np.intp]) -> Floats:
         """Return (H v_j) . v_i [m, size] of the last m of the first `size` rows, as their products
         are known, with all before them; it holds for i <= j."""
-        size = int(reach.max(initial=0))
-        inside = np.arange(size) < reach[:, None]
+        size = int(extents.max(initial=0))
+        inside = np.arange(size) < extents[:, None]
         found: Floats = np.where(inside, c[:, :size], 0.0) @ self._inner_products(size)
         return found
 
@@ -240,11 +240,11 @@ class RoundedBasis(Basis):
         known = min(self._known, size)
         if known < size:
             rows = torch.zeros(size - known, size, dtype=torch.float64, device=self.rows.device)
-            for part in self._space.parts(self.rows.device):
+            for part in self._ops.parts(self.rows.device):
                 # In two steps: torch's direct conversion from half is slow on the CPU.
                 columns = self.rows[:size, part].to(self._dtype).double()
                 rows += columns[known:] @ columns.T
-            found = self._space.total(rows).cpu().numpy()
+            found = self._ops.total(rows).cpu().numpy()
             self._gram[known:size, :size] = found
             self._gram[:known, known:size] = found[:, :known].T
             self._known = size

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from eigenfilter import kernels
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 _LEAST = 1e-12  # of a square relative to those it is the difference of
 
 
-class Lockstep:
+class BatchedLanczos:
     """The recurrences of H from starts q_0 [p, l], each for itself, a step of all at a time.
 
         beta_{j+1} q_{j+1} = H q_j - alpha_j q_j - beta_j q_{j-1}
@@ -32,15 +32,15 @@ class Lockstep:
     Math. Appl. 10 (1972).
     """
 
-    def __init__(self, space: Space, starts: Tensor, known: Tensor) -> None:
+    def __init__(self, ops: VectorOps, starts: Tensor, known: Tensor) -> None:
         """Begin from starts [p, l], all but of length 1, contiguous; they are overwritten.
 
         known: orthonormal rows [k, l] that all vectors are kept orthogonal to.
         """
         self.q = starts
-        self._space, self._known = space, known
+        self._ops, self._known = ops, known
         self._before = torch.zeros_like(starts)
-        self._inverse = _reciprocal(space.total(kernels.row_dots(starts, starts)[1]).sqrt())
+        self._inverse = _reciprocal(ops.total(kernels.row_dots(starts, starts)[1]).sqrt())
         self._inverse_before = torch.zeros_like(self._inverse)  # 1 / their lengths [p]
         self._beta = torch.zeros_like(self._inverse)
         self._overlap = torch.zeros_like(self._inverse)  # q_j . q_{j-1}
@@ -48,16 +48,16 @@ class Lockstep:
     def step(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Go on, by the products w = H q [p, l]; return alpha_j and beta_{j+1} [p], float64."""
         q, u, scale = self.q, self._before, self._inverse
-        dots, squares = self._space.total(kernels.row_dots(q, w)) * scale**2
+        dots, squares = self._ops.total(kernels.row_dots(q, w)) * scale**2
         alpha = dots - self._beta * self._overlap
         left = squares - alpha**2 - self._beta**2
         expected = torch.maximum(left, _LEAST * squares).sqrt()
         factors = torch.stack([scale, -alpha * scale, -self._beta * self._inverse_before])
         sums = kernels.three_term(u, q, w, factors * _reciprocal(expected))
-        squares, dots = self._space.total(sums)
+        squares, dots = self._ops.total(sums)
         length = squares.sqrt()
         if len(self._known):
-            length = self._space.project_out(u, self._known, passes=1)[1]
+            length = self._ops.project_out(u, self._known, passes=1)[1]
         self.q, self._before = u, q
         self._inverse, self._inverse_before = _reciprocal(length), scale
         self._overlap = dots * scale * self._inverse

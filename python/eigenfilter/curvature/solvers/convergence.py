@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from eigenfilter.curvature.solvers.basis import Floats
 from eigenfilter.curvature.solvers.krylov_schur import Ritz
-from eigenfilter.curvature.solvers.unseen import Levels
+from eigenfilter.curvature.solvers.missed_eigenvalues import Levels
 
 Indices: TypeAlias = NDArray[np.intp]
 Flags: TypeAlias = NDArray[np.bool_]
@@ -22,7 +22,7 @@ _MISS = 0.1  # the probability, at most, that a look for copies misses one
 
 
 @dataclass(frozen=True)
-class Pairs:
+class RitzPairs:
     """Approximate eigenpairs without their vectors."""
 
     values: Floats  # [m]
@@ -36,22 +36,22 @@ class Pairs:
         met: Flags = self.excess == 0.0
         return met
 
-    def __getitem__(self, picked: Indices | slice) -> Pairs:
-        return Pairs(*(getattr(self, field.name)[picked] for field in fields(self)))
+    def __getitem__(self, picked: Indices | slice) -> RitzPairs:
+        return RitzPairs(*(getattr(self, field.name)[picked] for field in fields(self)))
 
-    def __add__(self, other: Pairs) -> Pairs:
+    def __add__(self, other: RitzPairs) -> RitzPairs:
         both = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return Pairs(*(np.concatenate(pair) for pair in both))
+        return RitzPairs(*(np.concatenate(pair) for pair in both))
 
     @staticmethod
-    def none() -> Pairs:
+    def none() -> RitzPairs:
         """Return no pairs."""
         empty = np.empty(0)
-        return Pairs(empty, empty, empty, empty)
+        return RitzPairs(empty, empty, empty, empty)
 
 
 @dataclass(frozen=True)
-class Rule:
+class ConvergenceRule:
     """What the caller of `eigsh` asked for, at a given norm and rounding of the operator."""
 
     which: str
@@ -81,7 +81,7 @@ class Rule:
         allowed: Floats = np.maximum(self.tol * scale, self.rounding)
         return allowed
 
-    def judge(self, ritz: Ritz, wanted: Flags, closed: bool) -> Pairs:
+    def judge(self, ritz: Ritz, wanted: Flags, closed: bool) -> RitzPairs:
         """Return the pairs with what is known of their errors.
 
         wanted: [m], some of each end of the spectrum, or of one.
@@ -95,9 +95,9 @@ class Rule:
             errors[:first] = _errors(-theta[first::-1], r[first::-1])[::-1]
             errors[last + 1 :] = _errors(theta[last:], r[last:])
         if closed:
-            return Pairs(theta, r, errors, np.zeros_like(theta))
+            return RitzPairs(theta, r, errors, np.zeros_like(theta))
         if self.criterion == "value":
-            return Pairs(theta, r, errors, _excess(errors, self.allowed(theta)))
+            return RitzPairs(theta, r, errors, _excess(errors, self.allowed(theta)))
         # Of those not wanted only the next ones matter: the intervals of others may be wide.
         apart = np.abs(theta[:, None] - theta) - r
         same = (apart <= r[:, None]) & wanted
@@ -107,9 +107,9 @@ class Rule:
         nearest = apart.min(1)
         nearest = np.where(np.isfinite(nearest), np.maximum(nearest, 0.0), 0.0)
         excess = _excess(r, self.tol * nearest)
-        return Pairs(theta, r, errors, np.where(r <= self.rounding, 0.0, excess))
+        return RitzPairs(theta, r, errors, np.where(r <= self.rounding, 0.0, excess))
 
-    def with_rounding(self, pairs: Pairs, rounded: Floats) -> Pairs:
+    def with_rounding(self, pairs: RitzPairs, rounded: Floats) -> RitzPairs:
         """Return pairs with what the rounding of their vectors did to them.
 
         rounded: [m], ||(H - theta) d||, or more, of the errors d of the vectors. The iteration does
@@ -122,9 +122,9 @@ class Rule:
         residuals = pairs.residuals + rounded
         errors = np.minimum(pairs.errors + second, residuals)
         good = second <= self.allowed(pairs.values)
-        return Pairs(pairs.values, residuals, errors, np.where(good, pairs.excess, math.inf))
+        return RitzPairs(pairs.values, residuals, errors, np.where(good, pairs.excess, math.inf))
 
-    def steps_to_exhaust(self, found: Floats, rest: Pairs, n: int) -> float:
+    def steps_to_exhaust(self, found: Floats, rest: RitzPairs, n: int) -> float:
         """Return how many steps show that nothing better than the values `found` is left.
 
         Had the operator of a sequence, of order n, an eigenvalue lambda at or beyond the worst one

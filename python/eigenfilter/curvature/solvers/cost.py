@@ -32,7 +32,7 @@ def eigsh_cost(
     k: int = 10,
     *,
     products: int | None = None,
-    copy_products: int = 10,
+    multiplicity_products: int = 10,
     max_basis: int | None = None,
     itemsize: int = 4,
     basis_itemsize: int | None = None,
@@ -57,8 +57,8 @@ def eigsh_cost(
     Args:
         n: the dimension, >= 1.
         k: how many pairs.
-        products: of the operator; by default 3 k + copy_products, which is usual for networks.
-        copy_products: those of them that look for copies.
+        products: of the operator; by default 3 k + multiplicity_products, which is usual for networks.
+        multiplicity_products: those of them that look for copies.
         max_basis: m; by default that of `eigsh`.
         itemsize: bytes of an element.
         basis_itemsize: bytes of an element of the basis, 2 for float16; by default `itemsize`.
@@ -67,10 +67,12 @@ def eigsh_cost(
     Raises:
         ValueError: a size is out of its range.
     """
-    total = 3 * k + copy_products if products is None else products
+    total = 3 * k + multiplicity_products if products is None else products
     stored = itemsize if basis_itemsize is None else basis_itemsize
-    if min(n, k, itemsize, stored, processes) < 1 or not 0 <= copy_products <= total:
-        raise ValueError("n, k, itemsize, processes must be >= 1, products >= copy_products >= 0")
+    if min(n, k, itemsize, stored, processes) < 1 or not 0 <= multiplicity_products <= total:
+        raise ValueError(
+            "n, k, itemsize, processes must be >= 1, products >= multiplicity_products >= 0"
+        )
     rounded = int(stored != itemsize)
     rows = min(default_basis(n, k, 1) if max_basis is None else max_basis, n)
     if rows < min(n, k + 4):
@@ -78,13 +80,15 @@ def eigsh_cost(
     length = -(-n // processes)
     flops, columns, vectors = 0, 0, 0  # of the basis, and beside it, a row of them
     reductions = 5 + 2 * rounded  # of the first start, the scale and the result
-    if copy_products:
+    if multiplicity_products:
         reductions += 7 + 4 * rounded
     size, fresh = 0, True  # whether the next vector was not a product's child
     for i in range(total):
-        looking = i >= total - copy_products
+        looking = i >= total - multiplicity_products
         kept = min(k + 2 + int(THICKNESS * max(rows - k - 2, 0)), rows - 1)
-        turned = k if looking and i == total - copy_products else kept if size == rows else 0
+        turned = (
+            k if looking and i == total - multiplicity_products else kept if size == rows else 0
+        )
         if turned:
             flops, columns = flops + (2 + 2 * rounded) * size * turned, columns + size + turned
             reductions += 2 * rounded

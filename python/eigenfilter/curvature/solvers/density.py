@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.solvers.batched_lanczos import Lockstep
+from eigenfilter.curvature.solvers.batched_lanczos import BatchedLanczos
 from eigenfilter.curvature.solvers.estimates import (
     Estimate,
     check_finite,
@@ -19,9 +19,9 @@ from eigenfilter.curvature.solvers.estimates import (
     normals,
     signs,
 )
+from eigenfilter.curvature.solvers.power_of_two_scale import PowerOfTwoScale
 from eigenfilter.curvature.solvers.result import EigenResult
-from eigenfilter.curvature.solvers.scale import Scale
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,20 +158,20 @@ def spectral_density(
         raise ValueError(f"probes and steps must be at least 1, not {probes} and {steps}")
     n = op.shape[0]
     check_real(op)
-    space = Space(op)
-    known = _deflated(op, deflate, space.length)
+    ops = VectorOps(op)
+    known = _deflated(op, deflate, ops.length)
     values = torch.empty(0, dtype=torch.float64)
     if deflate is not None:
         values = deflate.values[deflate.converged].double().cpu()
     if len(known) == n:
         nothing = torch.empty(probes, 0, dtype=torch.float64)
         return SpectralDensity(nothing, nothing, values, n, 0)
-    q = (normals if len(known) else signs)(op, probes, space.generator(seed, op.device))
+    q = (normals if len(known) else signs)(op, probes, ops.generator(seed, op.device))
     if len(known):  # normal vectors stay so, and their directions unbiased, within what is left
-        space.project_out(q, known)
-    q /= space.dot(q, q).sqrt()[:, None]
-    recurrence = Lockstep(space, q, known)
-    scale = Scale(space)
+        ops.project_out(q, known)
+    q /= ops.dot(q, q).sqrt()[:, None]
+    recurrence = BatchedLanczos(ops, q, known)
+    scale = PowerOfTwoScale(ops)
     alpha = torch.zeros(probes, steps, dtype=torch.float64, device=op.device)
     beta = torch.zeros_like(alpha)
     with getattr(op, "fixed", nullcontext)():

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.solvers.arguments import check, check_probability, check_rounded
-from eigenfilter.curvature.solvers.convergence import Flags, Indices, Pairs, Rule
+from eigenfilter.curvature.solvers.convergence import ConvergenceRule, Flags, Indices, RitzPairs
+from eigenfilter.curvature.solvers.eigsh_arguments import check, check_probability, check_rounded
 from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur, Ritz
+from eigenfilter.curvature.solvers.missed_eigenvalues import MissProbability
+from eigenfilter.curvature.solvers.power_of_two_scale import exponent_of, times_power
 from eigenfilter.curvature.solvers.result import EigenResult
-from eigenfilter.curvature.solvers.scale import exponent_of, times_power
-from eigenfilter.curvature.solvers.unseen import Unseen
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 _FEW = 20  # steps in which a pair can converge by luck
 THICKNESS = 0.3  # the part of the pairs beyond the wanted ones that a restart keeps
@@ -35,7 +35,7 @@ def eigsh(
     v0: Tensor | EigenResult | None = None,
     *,
     criterion: str = "value",
-    look_for_copies: bool = True,
+    check_multiplicity: bool = True,
     max_miss_probability: float | None = None,
     max_basis: int | None = None,
     basis_device: torch.device | str | None = None,
@@ -96,7 +96,7 @@ def eigsh(
             problem; column i is added to start i modulo b. A random vector of 0.1 times its length
             is added to each, so that no eigenvector is missing. By default random.
         criterion: "value" or "vector", see above.
-        look_for_copies: whether to look for pairs that one sequence cannot see, or has not told
+        check_multiplicity: whether to look for pairs that one sequence cannot see, or has not told
             apart: without it a cluster narrower than about sqrt(tol) may count as one value, unless
             criterion is "vector".
         max_miss_probability: in (0, 1), to look for such pairs until the probability that one was
@@ -133,7 +133,7 @@ def eigsh(
     limit = max(300, 20 * k) if max_matvecs is None else max_matvecs
     rows = default_basis(op.shape[0], k, width) if max_basis is None else max_basis
     check(op, k, which, tol, criterion, limit, width, rows)
-    check_probability(max_miss_probability, look_for_copies)
+    check_probability(max_miss_probability, check_multiplicity)
     if basis_dtype not in (None, op.dtype):
         check_rounded(op, basis_dtype, tol, criterion)
     device = op.device if basis_device is None else torch.device(basis_device)
@@ -141,7 +141,7 @@ def eigsh(
     with getattr(op, "fixed", nullcontext)():
         run = KrylovSchur(op, rows, width, seed, device, basis_dtype)
         search = _Search(run, k, which, tol, criterion, max_miss_probability)
-        result = search.solve(starts, limit, look_for_copies)
+        result = search.solve(starts, limit, check_multiplicity)
     if not (search.complete and result.converged.all()):
         warnings.warn(result.reason, RuntimeWarning, stacklevel=3)
     return result
@@ -157,17 +157,17 @@ def _starts(op: SymmetricOperator, v0: Tensor | EigenResult, width: int) -> Tens
     """Return the columns of v0, normalised and dealt out to `width` starts, as rows [width, n]."""
     given = v0.vectors if isinstance(v0, EigenResult) else v0
     v = given[:, None] if given.ndim == 1 else given
-    space = Space(op)
-    n = space.length
+    ops = VectorOps(op)
+    n = ops.length
     if v.ndim != 2 or v.shape[0] != n or not v.shape[1]:
         raise ValueError(f"v0 must have shape [{n}] or [{n}, c], not {list(given.shape)}")
     v = v.detach().to(op.device, torch.promote_types(v.dtype, op.dtype))
     starts = torch.zeros(min(width, v.shape[1]), n, dtype=op.dtype, device=op.device)
     for i, column in enumerate(v.unbind(1)):
-        # As `Scale` does it, for squares to be numbers and for another dtype to hold it.
-        exponent = exponent_of(space, column)
+        # As `PowerOfTwoScale` does it, for squares to be numbers and for another dtype to hold it.
+        exponent = exponent_of(ops, column)
         one = times_power(column, -(exponent or 0)).to(op.dtype)
-        norm = float(space.norm(one))
+        norm = float(ops.norm(one))
         if not 0 < norm < math.inf:
             raise ValueError("v0 must be finite and not zero")
         starts[i % width].add_(one, alpha=1 / norm)
@@ -188,12 +188,12 @@ class _Search:
     ) -> None:
         self._run = run
         self._most_missed = most_missed  # the probability, or None for what suffices as a rule
-        self._unseen: Unseen | None = None  # of the present look
+        self._unseen: MissProbability | None = None  # of the present look
         self._looks = 0  # for pairs better than k that are locked
         self.complete = False  # whether products sufficed for what was to be done
         self._k = k
         self._asked = which, tol, criterion
-        self._locked = Pairs.none()
+        self._locked = RitzPairs.none()
         self._looking = False  # whether k pairs are locked, and better ones are looked for
         self._searched = 0  # products used when that began
         self._cold = True  # whether those started at random
@@ -201,7 +201,7 @@ class _Search:
         self._wait = 0  # steps to take before T is looked at again
         self._past: tuple[int, float] | None = None  # what `_forecast` saw at the last look
 
-    def solve(self, starts: Tensor | None, limit: int, look_for_copies: bool) -> EigenResult:
+    def solve(self, starts: Tensor | None, limit: int, check_multiplicity: bool) -> EigenResult:
         """Work until nothing is left to do, or the products are spent."""
         run = self._run
         run.begin(starts)
@@ -213,13 +213,13 @@ class _Search:
             self._wait = self._steps_left(rule, ritz, pairs, picked)
             settled = enough and self._wait == 0
             news = bool(wanted.any()) or (settled and self._moved(rule))
-            complete = settled and (not look_for_copies or (self._looking and not news))
+            complete = settled and (not check_multiplicity or (self._looking and not news))
             complete = complete or run.whole
             done = complete or (enough and run.products >= limit)
             if (done or settled or run.closed) and news and run.locked:
                 self._unseen = None
                 run.unlock(self._locked.residuals)
-                self._locked = Pairs.none()
+                self._locked = RitzPairs.none()
                 ritz, rule, picked, wanted, pairs = self._look()
                 if settled:  # T only gained; the residuals are bounds now, and may say less
                     excess = pairs.excess.copy()
@@ -236,7 +236,7 @@ class _Search:
                     self._unseen.restarted(ritz, run.began, run.rounding)
                 run.restart(ritz, self._kept(rule, ritz, wanted))
 
-    def _moved(self, rule: Rule) -> bool:
+    def _moved(self, rule: ConvergenceRule) -> bool:
         """Whether what couples locked pairs and Q moves a wanted value beyond its tolerance.
 
         A pair of close eigenvalues that the search took for one has no better value elsewhere: only
@@ -250,12 +250,12 @@ class _Search:
         locked = np.sort(self._locked.values)
         return bool((np.abs(best - locked) > rule.allowed(locked)).any())
 
-    def _look(self) -> tuple[Ritz, Rule, Indices, Flags, Pairs]:
+    def _look(self) -> tuple[Ritz, ConvergenceRule, Indices, Flags, RitzPairs]:
         """Return the pairs of T, the rule, which pairs are the best, which of those are of Q, and
         all pairs, locked ones first."""
         run = self._run
         ritz = run.collect()
-        rule = Rule(*self._asked, run.norm, run.eps, run.rounding)
+        rule = ConvergenceRule(*self._asked, run.norm, run.eps, run.rounding)
         picked, wanted = self._pick(rule, ritz)
         return ritz, rule, picked, wanted, self._locked + rule.judge(ritz, wanted, run.closed)
 
@@ -287,7 +287,7 @@ class _Search:
         pace = (past[1] - distance) / (products - past[0])
         return max(1, math.floor(min(distance / pace / (2 * width), products)))
 
-    def _pick(self, rule: Rule, ritz: Ritz) -> tuple[Indices, Flags]:
+    def _pick(self, rule: ConvergenceRule, ritz: Ritz) -> tuple[Indices, Flags]:
         """Return the indices of the k best pairs, locked ones first, and whether each of Q is."""
         locked = self._locked
         values = np.concatenate([locked.values, ritz.values])
@@ -307,7 +307,9 @@ class _Search:
         unseen = self._unseen
         return 1.0 if unseen is None else unseen.probability(ritz, run.began, run.rounding)
 
-    def _steps_left(self, rule: Rule, ritz: Ritz, pairs: Pairs, picked: Indices) -> int:
+    def _steps_left(
+        self, rule: ConvergenceRule, ritz: Ritz, pairs: RitzPairs, picked: Indices
+    ) -> int:
         """Return how many steps to take before T is looked at again; 0 if the present sequence has
         no more to give."""
         run = self._run
@@ -320,7 +322,7 @@ class _Search:
         if self._most_missed is not None:
             return 0 if self._missed(ritz) <= self._most_missed else most
         others = pairs[run.locked :]
-        needed = rule.steps_to_exhaust(self._locked.values, others, run.space.dimension)
+        needed = rule.steps_to_exhaust(self._locked.values, others, run.ops.dimension)
         if self._cold:
             # Where the rest is dense next to the k, the chance shrinks slowly; but a copy of one of
             # them converges as soon as that one did, if that one started at random as well.
@@ -328,7 +330,7 @@ class _Search:
         left = needed - (run.products - self._began) // run.width
         return math.ceil(min(max(left, 0.0), most))
 
-    def _lock(self, rule: Rule, ritz: Ritz, pairs: Pairs, picked: Indices) -> None:
+    def _lock(self, rule: ConvergenceRule, ritz: Ritz, pairs: RitzPairs, picked: Indices) -> None:
         run = self._run
         if len(picked) == self._k and not self._looking:
             self._looking = True
@@ -338,17 +340,19 @@ class _Search:
         if self._looking:
             self._looks += 1
             levels = rule.levels(self._locked.values)
-            self._unseen = Unseen(run.space.dimension, levels, self._looks)
+            self._unseen = MissProbability(run.ops.dimension, levels, self._looks)
         self._began = run.products
         self._past = None
 
-    def _kept(self, rule: Rule, ritz: Ritz, wanted: Flags) -> Indices:
+    def _kept(self, rule: ConvergenceRule, ritz: Ritz, wanted: Flags) -> Indices:
         """Return the indices of the pairs of Q that a restart keeps."""
         least = int(wanted.sum()) + 2  # the next one at each end shows how far the others are
         count = least + int(THICKNESS * max(len(wanted) - least, 0))
         return np.sort(rule.best(ritz.values, min(count, self._run.most_kept)))
 
-    def _result(self, ritz: Ritz, rule: Rule, pairs: Pairs, picked: Indices) -> EigenResult:
+    def _result(
+        self, ritz: Ritz, rule: ConvergenceRule, pairs: RitzPairs, picked: Indices
+    ) -> EigenResult:
         run = self._run
         picked = picked[rule.best(pairs.values[picked], self._k)]
         pairs = pairs[picked]
@@ -376,7 +380,7 @@ class _Search:
         else:
             reason = (
                 f"{found} pairs converged; max_matvecs cut the look for copies short: raise it, or "
-                "leave the look out by look_for_copies=False"
+                "leave the look out by check_multiplicity=False"
             )
         vectors = run.vectors(ritz, picked)
         values, residuals, errors = (
@@ -391,7 +395,7 @@ class _Search:
             converged=torch.from_numpy(pairs.met).to(vectors.device),
             matvecs=run.products,
             miss_probability=self._missed(ritz),
-            copy_matvecs=run.products - self._searched if self._looking else 0,
+            multiplicity_matvecs=run.products - self._searched if self._looking else 0,
             orthogonality=run.orthogonality(),
             reason=reason,
         )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.solvers.scale import times_power
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.power_of_two_scale import times_power
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +56,13 @@ class Estimate:
 
 def signs(op: SymmetricOperator, count: int, random: torch.Generator) -> Tensor:
     """Random vectors of signs, as rows [count, l]."""
-    rows = torch.empty(count, Space(op).length, dtype=op.dtype, device=op.device)
+    rows = torch.empty(count, VectorOps(op).length, dtype=op.dtype, device=op.device)
     return rows.random_(0, 2, generator=random).mul_(2).sub_(1)
 
 
 def normals(op: SymmetricOperator, count: int, random: torch.Generator) -> Tensor:
     """Standard normal vectors, as rows [count, l]."""
-    rows = torch.empty(count, Space(op).length, dtype=op.dtype, device=op.device)
+    rows = torch.empty(count, VectorOps(op).length, dtype=op.dtype, device=op.device)
     return rows.normal_(generator=random)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.curvature.solvers.basis import Basis, Floats, RoundedBasis
-from eigenfilter.curvature.solvers.scale import Scale
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.power_of_two_scale import PowerOfTwoScale
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 _ROUNDING = 10.0  # a product is taken to err by this many units eps ||H||
 _RANDOM = 0.1  # how much of a random vector, relative to it, is mixed into a given start
@@ -56,7 +56,7 @@ class KrylovSchur:
 
         H V s - theta V s = P B s + E s + F s,    ||F s||^2 = sum_j s_j^2 ||F e_j||^2
 
-    All is of 2^-e H, and only `scale` knows e: see `Scale`.
+    All is of 2^-e H, and only `scale` knows e: see `PowerOfTwoScale`.
 
     Memory: n (rows + b) elements, in slices where the operator's vectors are cut. Coefficients stay
     on the device until `collect`.
@@ -80,14 +80,14 @@ class KrylovSchur:
 
         device, dtype: where the basis lies, and in which precision; None for the operator's.
         """
-        self.space = Space(op)
-        n = self.space.dimension
+        self.ops = VectorOps(op)
+        n = self.ops.dimension
         self.locked = 0  # rows [0, locked) of the basis
         self.size = 0  # rows [locked, size) are Q
         self.end = 0  # rows [size, end) are P
         self.products = 0
         self.norm = 0.0  # of 2^-e H, as far as it has been seen
-        self.scale = Scale(self.space)
+        self.scale = PowerOfTwoScale(self.ops)
         self._op = op
         self._rows = min(rows, n)
         self.width = width
@@ -95,16 +95,18 @@ class KrylovSchur:
         device = op.device if device is None else device
         dtype = op.dtype if dtype is None else dtype
         pinned = device.type == "cpu" and op.device.type == "cuda"
-        stored = torch.empty(room, self.space.length, dtype=dtype, device=device, pin_memory=pinned)
+        stored = torch.empty(room, self.ops.length, dtype=dtype, device=device, pin_memory=pinned)
         kind = Basis if dtype == op.dtype else RoundedBasis
-        self.basis = kind(self.space, stored, op.dtype)  # (locked, Q, P)^T
+        self.basis = kind(self.ops, stored, op.dtype)  # (locked, Q, P)^T
         self._c = torch.zeros(self._rows, room, dtype=torch.float64, device=device)
-        self._reach = np.zeros(self._rows, dtype=np.intp)  # rows that each product is orthogonal to
+        self._extents = np.zeros(
+            self._rows, dtype=np.intp
+        )  # rows that each product is orthogonal to
         self._lost = np.zeros(self._rows)  # ||E e_j||
         self._rounded = torch.zeros(self._rows, dtype=torch.float64, device=device)  # ||F e_j||
         self._origins: list[int] = []  # of rows [0, end): the first row their product may lie along
         self._children: dict[int, int] = {}  # row multiplied -> row that was new in its product
-        self._generator = self.space.generator(seed, device)
+        self._generator = self.ops.generator(seed, device)
         self.began = slice(0, 0)  # columns of Q that waited when it was begun, or restarted last
 
     @property
@@ -116,7 +118,7 @@ class KrylovSchur:
     def rounding(self) -> float:
         """A residual as small as rounding in the products makes it: of each element by eps, or by
         what is left of it below the smallest normal number."""
-        tiny = torch.finfo(self._op.dtype).tiny * math.sqrt(self.space.dimension)
+        tiny = torch.finfo(self._op.dtype).tiny * math.sqrt(self.ops.dimension)
         return _ROUNDING * self.eps * max(self.norm, math.ldexp(tiny, -self.scale.exponent))
 
     @property
@@ -127,7 +129,7 @@ class KrylovSchur:
     @property
     def whole(self) -> bool:
         """Whether the locked vectors and Q span the whole space."""
-        return self.size == self.space.dimension
+        return self.size == self.ops.dimension
 
     @property
     def full(self) -> bool:
@@ -151,11 +153,11 @@ class KrylovSchur:
         for i in range(min(self.width, len(self.basis) - first)):
             row = self.basis.blank(first + i).normal_(generator=self._generator)
             if starts is not None and i < len(starts):
-                length = self.space.norm(starts[i]).clamp_min(self.eps)  # they may have cancelled
-                row *= _RANDOM * length / self.space.norm(row)
+                length = self.ops.norm(starts[i]).clamp_min(self.eps)  # they may have cancelled
+                row *= _RANDOM * length / self.ops.norm(row)
                 row += starts[i]
             # Where the basis leaves little room, little remains, with a large error: so again.
-            length = self.space.norm(row)
+            length = self.ops.norm(row)
             for _ in range(3 if first + i else 1):
                 row /= length
                 _, length = self.basis.project_out(row, 0, first + i, passes=1)
@@ -199,7 +201,7 @@ class KrylovSchur:
             row[origin:new], _ = self.basis.project_out(out, origin, new, passes=1)
         rest, length = self.basis.project_out(out, 0, new, passes=1 if origin else 2)
         row[:new] += rest
-        self._reach[j] = new
+        self._extents[j] = new
         if inside:
             self._rounded[j] = 0
             return
@@ -215,7 +217,7 @@ class KrylovSchur:
     def joined(self) -> Floats:
         """Return the eigenvalues of T with the locked pairs in it."""
         c = self._c[: self.size, : self.end].cpu().numpy()
-        t = self.basis.projection(c, 0, self._reach[: self.size])
+        t = self.basis.projection(c, 0, self._extents[: self.size])
         values: Floats = torch.linalg.eigvalsh(torch.from_numpy(t)).numpy()  # the lower triangle
         return values
 
@@ -241,8 +243,8 @@ class KrylovSchur:
                 c = c[: self.size - self.locked, : self.end]
                 break
         t, b = c[:, self.locked : self.size], c[:, self.size :]
-        reach = self._reach[self.locked : self.size]
-        values, vectors = _eigh(self.basis.projection(c, self.locked, reach))
+        extents = self._extents[self.locked : self.size]
+        values, vectors = _eigh(self.basis.projection(c, self.locked, extents))
         vectors = self.basis.coordinates(self.locked, vectors)
         # What a product has along an earlier vector, but that one's product did not know of.
         lost = self._lost[self.locked : self.size]
@@ -322,11 +324,11 @@ class KrylovSchur:
             first,
             self._columns(ritz)[first:, kept],
             self._c[rows, : self.end],
-            self._reach[rows],
+            self._extents[rows],
             self._c[:first, :first],
         )
         end = first + len(kept)
-        self._reach[first:end] = end
+        self._extents[first:end] = end
         if turned is None:
             return torch.cat((along, torch.from_numpy(np.diag(theta)).to(along)), dim=1)
         found, errors = turned

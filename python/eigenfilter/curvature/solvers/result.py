@@ -25,12 +25,12 @@ class EigenResult:
         converged: [k] bool, whether each pair met the tolerance; in half precision, apart from
             what the rounding of the basis adds to its error, and whether that met it as well.
         matvecs: the number of products used, all together.
-        copy_matvecs: those of them that looked for further copies of the pairs first found.
+        multiplicity_matvecs: those of them that looked for further copies of the pairs first found.
         miss_probability: the probability, at most, that an eigenvalue was missed which belongs
             among the k, so that a value is off by more than the tolerance: over the random starts
             of the looks for copies, whatever the spectrum, for exact pairs in exact arithmetic. 1
             where nothing is known: no look was made, it was cut short, or there are more copies of
-            the worst value. 0 where the basis spans the whole space. See `unseen.Unseen`.
+            the worst value. 0 where the basis spans the whole space. See `missed_eigenvalues.MissProbability`.
         orthogonality: max |Q^T Q - I| of the last basis Q, measured.
         reason: why the iteration stopped; advice where it stopped early.
 
@@ -43,7 +43,7 @@ class EigenResult:
     errors: Tensor
     converged: Tensor
     matvecs: int
-    copy_matvecs: int
+    multiplicity_matvecs: int
     miss_probability: float
     orthogonality: float
     reason: str

@@ -16,23 +16,23 @@ from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur
 
 
 @dataclass(frozen=True)
-class Extreme:
+class SpectrumBound:
     """One end of a spectrum.
 
     Attributes:
         value: theta, the outermost Ritz value; the extreme eigenvalue lies no further in.
         residual: an eigenvalue lies within it of theta.
-        reach: the extreme eigenvalue lies no further out than this beyond theta, but for the
+        margin: the extreme eigenvalue lies no further out than this beyond theta, but for the
             failure probability.
     """
 
     value: float
     residual: float
-    reach: float
+    margin: float
 
 
 @dataclass(frozen=True, eq=False)
-class Extremes:
+class SpectrumBounds:
     """Both ends of the spectrum of a symmetric H [n, n], and how far they can be trusted.
 
     Attributes:
@@ -40,15 +40,15 @@ class Extremes:
         bottom: the smallest one.
         values: [k], all Ritz values, ascending; on the host, in float64.
         residuals: [k], of each; an eigenvalue of H lies within residuals[i] of values[i].
-        failure_probability: of either `reach` being too small; over random starts, for any H.
-        rounding: what the products are taken to err by; it is part of every reach and residual.
+        failure_probability: of either `margin` being too small; over random starts, for any H.
+        rounding: what the products are taken to err by; it is part of every margin and residual.
         matvecs: products used, k.
         exhausted: whether more products would tell no more: the Krylov space is invariant.
         n: the dimension.
     """
 
-    top: Extreme
-    bottom: Extreme
+    top: SpectrumBound
+    bottom: SpectrumBound
     values: Tensor
     residuals: Tensor
     failure_probability: float
@@ -63,11 +63,11 @@ class Extremes:
         return max(abs(self.top.value), abs(self.bottom.value))
 
     def products_for(self, distance: float) -> int | None:
-        """How many products at most bring the reach down to `distance`, whatever the spectrum.
+        """How many products at most bring the margin down to `distance`, whatever the spectrum.
 
         None where rounding stands in the way. By Kuczynski and Wozniakowski, so often far too many.
         """
-        spread = self.top.value + self.top.reach - self.bottom.value + self.bottom.reach
+        spread = self.top.value + self.top.margin - self.bottom.value + self.bottom.margin
         if self.exhausted or not distance > 2 * self.rounding:
             return None
         share = (distance - self.rounding) / (spread + 2 * (distance - self.rounding))
@@ -76,15 +76,15 @@ class Extremes:
 
 
 @torch.no_grad()
-def extremes(
+def spectrum_bounds(
     op: SymmetricOperator,
     failure_probability: float = 1e-3,
     max_matvecs: int = 300,
     *,
-    enough: Callable[[Extremes], bool] = lambda found: False,
+    enough: Callable[[SpectrumBounds], bool] = lambda found: False,
     basis_device: torch.device | str | None = None,
     seed: int,
-) -> Extremes:
+) -> SpectrumBounds:
     r"""Find both ends of a spectrum by Lanczos' iteration, and how far they may lie beyond.
 
     From b uniform on the sphere, with Q [n, k] kept orthogonal, p_k the characteristic polynomial
@@ -103,10 +103,10 @@ def extremes(
     The density of <b, u> is at most sqrt(n / (2 pi)), hence P[|<b, u>| < r] <= r sqrt(2 n / pi).
     r is chosen to make this half the failure probability: then (1) and (2) hold at both ends with
     the rest, for all k at once, so that it does no harm to stop when the result pleases. There
-    s <= (theta_max - theta_min) / (1 - 2 eps). `reach` is the smaller of (1) and (2), and rounding.
+    s <= (theta_max - theta_min) / (1 - 2 eps). `margin` is the smaller of (1) and (2), and rounding.
 
     All this is of exact arithmetic. Orthogonality is kept to rounding, so that T is exact for a
-    matrix within some eps ||H|| of H, and 10 eps ||H|| is added to residuals and reach; that b
+    matrix within some eps ||H|| of H, and 10 eps ||H|| is added to residuals and margin; that b
     stays random with regard to that matrix is not proven. In float32, where eps is as large as r
     once n nears 10^7, this is the weaker part.
 
@@ -114,7 +114,7 @@ def extremes(
 
     Args:
         op: H; float32 or float64.
-        failure_probability: in (0, 1), of either reach being too small.
+        failure_probability: in (0, 1), of either margin being too small.
         max_matvecs: the most products, >= 1.
         enough: told what is known every few products; True ends the search.
         basis_device: where Q lies, "cpu" for the host's memory; None for with the operator.
@@ -160,11 +160,11 @@ def worst_share(k: int, start: float) -> float:
     return math.tanh(math.acosh(1 / start) / (2 * k - 1)) ** 2
 
 
-def _read(run: KrylovSchur, failure_probability: float) -> Extremes:
+def _read(run: KrylovSchur, failure_probability: float) -> SpectrumBounds:
     ritz = run.collect()
     values = torch.from_numpy(ritz.values)
     residuals = run.scale.up(torch.from_numpy(ritz.residuals + run.rounding))
-    n = run.space.dimension
+    n = run.ops.dimension
     start = smallest_start(n, failure_probability)
     # Where Q is invariant to rounding, what lies along b by less than that was not seen.
     betas = run.betas.clamp_min(run.rounding)
@@ -172,12 +172,12 @@ def _read(run: KrylovSchur, failure_probability: float) -> Extremes:
     spread = float(values[-1] - values[0])
     most = rest / (1 - 2 * rest) * spread if rest < 0.5 else math.inf
 
-    def end(gaps: Tensor, index: int) -> Extreme:
+    def end(gaps: Tensor, index: int) -> SpectrumBound:
         seen = 0.0 if run.whole else min(_beyond(gaps, betas, start), most)
-        value, reach = map(run.scale.up, (float(values[index]), seen + run.rounding))
-        return Extreme(value, float(residuals[index]), reach)
+        value, margin = map(run.scale.up, (float(values[index]), seen + run.rounding))
+        return SpectrumBound(value, float(residuals[index]), margin)
 
-    return Extremes(
+    return SpectrumBounds(
         top=end(values[-1] - values, -1),
         bottom=end(values - values[0], 0),
         values=run.scale.up(values),

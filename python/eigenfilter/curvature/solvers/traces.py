@@ -14,8 +14,8 @@ from eigenfilter.curvature.solvers.estimates import (
     check_real,
     signs,
 )
-from eigenfilter.curvature.solvers.scale import Scale
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.power_of_two_scale import PowerOfTwoScale
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 
 @torch.no_grad()
@@ -47,21 +47,21 @@ def trace(op: SymmetricOperator, matvecs: int = 60, *, seed: int = 0) -> Estimat
     if matvecs < 6:
         raise ValueError(f"matvecs must be at least 6, not {matvecs}")
     check_real(op)
-    space = Space(op)
+    ops = VectorOps(op)
     third = matvecs // 3
-    random = space.generator(seed, op.device)
-    scale = Scale(space)
+    random = ops.generator(seed, op.device)
+    scale = PowerOfTwoScale(ops)
     with getattr(op, "fixed", nullcontext)():
-        basis = signs(op, min(third, space.dimension), random)
-        basis = space.orthonormal(scale.down(op.matmat(basis.T)).T, random)
-        exact = space.dot(basis, scale.down(op.matmat(basis.T)).T).sum()
-        if len(basis) == space.dimension:
+        basis = signs(op, min(third, ops.dimension), random)
+        basis = ops.orthonormal(scale.down(op.matmat(basis.T)).T, random)
+        exact = ops.dot(basis, scale.down(op.matmat(basis.T)).T).sum()
+        if len(basis) == ops.dimension:
             check_finite(exact)
             return Estimate(scale.up(exact).cpu(), torch.zeros((), dtype=torch.float64), 1)
         probes = signs(op, third, random)
-        space.project_out(probes, basis)
+        ops.project_out(probes, basis)
         del basis
-        rest = space.dot(probes, scale.down(op.matmat(probes.T)).T)
+        rest = ops.dot(probes, scale.down(op.matmat(probes.T)).T)
     check_finite(exact, rest)
     return Estimate.of(scale.up(exact + rest).cpu())
 
@@ -88,12 +88,12 @@ def diagonal(op: SymmetricOperator, probes: int = 100, *, seed: int = 0) -> Esti
     if probes < 1:
         raise ValueError(f"probes must be at least 1, not {probes}")
     check_real(op)
-    space = Space(op)
-    mean = torch.zeros(space.length, dtype=torch.float64, device=op.device)
+    ops = VectorOps(op)
+    mean = torch.zeros(ops.length, dtype=torch.float64, device=op.device)
     # The root of the sum of squares about the mean, by Welford's update: squares themselves need
     # not be numbers, and each element has its own size.
     spread = torch.zeros_like(mean)
-    random = space.generator(seed, op.device)
+    random = ops.generator(seed, op.device)
     with getattr(op, "fixed", nullcontext)():
         for i in range(probes):
             s = signs(op, 1, random)[0]
@@ -101,7 +101,7 @@ def diagonal(op: SymmetricOperator, probes: int = 100, *, seed: int = 0) -> Esti
             off = sample - mean
             mean += off / (i + 1)
             torch.hypot(spread, off * math.sqrt(i / (i + 1)), out=spread)
-    check_finite(space.total(torch.where(mean.isfinite(), 0.0, torch.nan).sum()))
+    check_finite(ops.total(torch.where(mean.isfinite(), 0.0, torch.nan).sum()))
     if probes == 1:
         return Estimate(mean, torch.full_like(mean, torch.nan), probes)
     return Estimate(mean, spread / math.sqrt((probes - 1) * probes), probes)

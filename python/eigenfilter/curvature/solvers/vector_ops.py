@@ -39,7 +39,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-class Space:
+class VectorOps:
     """R^n, by the slices [l] of its vectors that lie here: l = n where the operator has no slices.
 
     All solvers know of distribution. Inner products are sums over slices, everywhere of the same

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from eigenfilter.certificate.linearised import Linearised
+from eigenfilter.certificate.linearized import Linearized
 from eigenfilter.certificate.sides import (
     AT_THE_EDGE,
     INSIDE,
@@ -23,7 +23,7 @@ from eigenfilter.certificate.sides import (
     saddle_side,
     upper_side,
 )
-from eigenfilter.curvature import Extremes, extremes
+from eigenfilter.curvature import SpectrumBounds, spectrum_bounds
 from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import PolynomialFilter
@@ -47,14 +47,14 @@ class Look:
     def __call__(
         self,
         matrix: SymmetricOperator,
-        enough: Callable[[Extremes], bool],
+        enough: Callable[[SpectrumBounds], bool],
         *,
         products: int = 1,
         share: float = 1.0,
-    ) -> Extremes:
-        """`extremes` with a share of the failure probability."""
+    ) -> SpectrumBounds:
+        """`spectrum_bounds` with a share of the failure probability."""
         failure_probability, max_matvecs, basis_device = self._given
-        found = extremes(
+        found = spectrum_bounds(
             matrix,
             share * failure_probability,
             max_matvecs,
@@ -67,10 +67,10 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Judged:
+class SideVerdict:
     """Both sides, and the spectrum's ends; no sides where there is no filter."""
 
-    found: Extremes
+    found: SpectrumBounds
     upper: Side | None = None
     saddle: Side | None = None
     needed: tuple[str, ...] = ()
@@ -84,13 +84,13 @@ class Judged:
         return next(v for v in (OUTSIDE, UNDECIDED, AT_THE_EDGE, INSIDE) if v in verdicts)
 
 
-def judge(seen: Linearised, tolerances: Tolerances, look: Look) -> Judged:
+def judge(seen: Linearized, tolerances: Tolerances, look: Look) -> SideVerdict:
     """Look at the matrix until both sides are decided and the error bars small."""
     intervals = seen.filter.intervals()
     if not intervals:
         found = look(seen.operator, tolerances.sharp, products=seen.products)
         nothing = Side(OUTSIDE, -math.inf, 0.0, found.bottom.value, found.top.value)
-        return Judged(found, nothing, nothing)
+        return SideVerdict(found, nothing, nothing)
     *below, (_, edge) = intervals
     if seen.lower is not None:
         return _judge_apart(seen, seen.lower, intervals, tolerances, look)
@@ -98,13 +98,13 @@ def judge(seen: Linearised, tolerances: Tolerances, look: Look) -> Judged:
     parabola = isinstance(flt, PolynomialFilter) and len(flt.coefficients) == 3 and bool(below)
     share = 0.5 if parabola else 1.0  # a second look may follow
 
-    def sides(found: Extremes) -> tuple[Side, Side]:
+    def sides(found: SpectrumBounds) -> tuple[Side, Side]:
         return (
             upper_side(found, edge, tolerances),
             saddle_side(found, intervals, tolerances),
         )
 
-    def enough(found: Extremes) -> bool:
+    def enough(found: SpectrumBounds) -> bool:
         upper, saddle = sides(found)
         decided = saddle.verdict != UNDECIDED or in_second_interval(saddle, found)
         return decided and upper.verdict != UNDECIDED and tolerances.sharp(found)
@@ -114,31 +114,31 @@ def judge(seen: Linearised, tolerances: Tolerances, look: Look) -> Judged:
     if parabola and in_second_interval(saddle, found):
         assert isinstance(flt, PolynomialFilter)
         saddle = _look_between(seen, flt, saddle, tolerances, look, share)
-    return Judged(found, upper, saddle, _needed(upper, saddle))
+    return SideVerdict(found, upper, saddle, _needed(upper, saddle))
 
 
 def _judge_apart(
-    seen: Linearised,
+    seen: Linearized,
     lower: SymmetricOperator,
     intervals: Sequence[Interval],
     tolerances: Tolerances,
     look: Look,
-) -> Judged:
+) -> SideVerdict:
     """Decide each side by its own matrix; what is found is the lower one's, but for the top."""
 
-    def upper_of(found: Extremes) -> Side:
+    def upper_of(found: SpectrumBounds) -> Side:
         return upper_side(found, intervals[-1][1], tolerances)
 
-    def saddle_of(found: Extremes) -> Side:
+    def saddle_of(found: SpectrumBounds) -> Side:
         return saddle_side(found, intervals, tolerances)
 
-    def until(side: Callable[[Extremes], Side]) -> Callable[[Extremes], bool]:
+    def until(side: Callable[[SpectrumBounds], Side]) -> Callable[[SpectrumBounds], bool]:
         return lambda found: side(found).verdict != UNDECIDED and tolerances.sharp(found)
 
     above = look(seen.operator, until(upper_of), products=seen.products, share=0.5)
     below = look(lower, until(saddle_of), products=seen.products, share=0.5)
     upper, saddle = upper_of(above), saddle_of(below)
-    return Judged(replace(below, top=above.top), upper, saddle, _needed(upper, saddle))
+    return SideVerdict(replace(below, top=above.top), upper, saddle, _needed(upper, saddle))
 
 
 def _needed(upper: Side, saddle: Side) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ def _needed(upper: Side, saddle: Side) -> tuple[str, ...]:
 
 
 def _look_between(
-    seen: Linearised,
+    seen: Linearized,
     flt: PolynomialFilter,
     saddle: Side,
     tolerances: Tolerances,
@@ -159,7 +159,7 @@ def _look_between(
     ones = torch.ones(op.shape[0], dtype=op.dtype, device=op.device)
     image = PreconditionedOperator(op, ones, flt.coefficients[2])
 
-    def judged(found: Extremes) -> Side:
+    def judged(found: SpectrumBounds) -> Side:
         return saddle_by_image(saddle, flt, found, tolerances)
 
     found = look(image, lambda f: judged(f).verdict != UNDECIDED, products=2, share=share)

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batches import Unfit
-from eigenfilter.curvature.loss.nodes import leaves_reached, nodes, python_function
-from eigenfilter.curvature.loss.pullback import NO_INPUT_GRADIENT, Products, pulled_back
+from eigenfilter.curvature.loss.autograd_graph import leaves_reached, nodes, python_function
+from eigenfilter.curvature.loss.batch_sources import UnusableModelError
+from eigenfilter.curvature.loss.first_derivatives import (
+    NO_INPUT_GRADIENT,
+    Products,
+    vector_jacobian,
+)
 
 if TYPE_CHECKING:
     from eigenfilter.curvature.loss.objective import Evaluation, Objective
@@ -24,7 +28,7 @@ _SHOWN = 5  # names in a message
 _NOISE = 10.0  # times what two evaluations at one point differ by
 
 
-def survey(
+def check_gradient_coverage(
     objective: Objective, index: int, batch: object, here: Evaluation, *, exact: bool
 ) -> bool:
     """Look at the first evaluation of a batch; return whether it must be made again.
@@ -32,14 +36,14 @@ def survey(
     Sets `known.by_backward` if gradients come by backward() alone.
 
     Raises:
-        Unfit: a parameter moves f, and no gradient reaches it.
+        UnusableModelError: a parameter moves f, and no gradient reaches it.
     """
     params = objective.watched
     if not params or not here.value.requires_grad:  # whoever differentiates it says so
         return False
     reached = {id(t) for t in leaves_reached([here.value])}
     if reached & objective.foreign:
-        raise Unfit(
+        raise UnusableModelError(
             "with dtype, f is that of a copy of the model, and loss_fn or forward uses a parameter "
             "of the model itself: take it from the model that forward is given, or let loss_fn be "
             "a module that holds it"
@@ -68,7 +72,7 @@ def _without_gradient(
     try:
         with here.around():
             # Compiled models that have run a backward without `retain` refuse it from there on.
-            found = pulled_back([here.value], params, [_weights(here.value)], retain=True)
+            found = vector_jacobian([here.value], params, [_weights(here.value)], retain=True)
             without = missing(found)
     except RuntimeError as error:
         if not _BACKWARD_ONLY.search(str(error)):
@@ -79,13 +83,13 @@ def _without_gradient(
             p.grad = grad
     if not without:
         return []
-    before = objective.known.by_backward
-    objective.known.by_backward = True  # until it proves to reach no more
+    before = objective.traits.by_backward
+    objective.traits.by_backward = True  # until it proves to reach no more
     here = objective.plain(index, batch, exact=exact)
     with here.around():
-        found = pulled_back([here.value], params, [_weights(here.value)], holders=here.holders)
-    objective.known.by_backward = before or len(missing(found)) < len(without)
-    if not before and objective.known.by_backward:
+        found = vector_jacobian([here.value], params, [_weights(here.value)], holders=here.holders)
+    objective.traits.by_backward = before or len(missing(found)) < len(without)
+    if not before and objective.traits.by_backward:
         _logger.info(
             "gradients come by backward() alone (reentrant checkpointing?): there is no exact "
             "product, only finite differences"
@@ -121,7 +125,7 @@ def _check_still(
     names = [name.removeprefix("members.0.") for name in objective.names(found)]
     names = [name.replace("members.1.", "loss_fn.", 1) for name in names]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    raise Unfit(
+    raise UnusableModelError(
         f"the loss depends on {', '.join(names[:_SHOWN])}{more}, and no gradient reaches it: used "
         "detached, through .data, under no_grad, or by an operation that cuts the graph, "
         f"{NO_INPUT_GRADIENT}. Its rows would be zero without reason: keep it in the graph, or "

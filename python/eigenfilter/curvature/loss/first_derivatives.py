@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batches import Unfit
+from eigenfilter.curvature.loss.batch_sources import UnusableModelError
 
 NO_INPUT_GRADIENT = (
     "or by torch.utils.checkpoint with use_reentrant=True, whose inputs do not require grad: pass "
@@ -18,7 +18,7 @@ NO_INPUT_GRADIENT = (
 Products = Sequence[Tensor | None]  # None: zero
 
 
-def pulled_back(
+def vector_jacobian(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     u: Sequence[Tensor] | None = None,
@@ -37,14 +37,14 @@ def pulled_back(
         retain: whether the graph is needed again.
 
     Raises:
-        Unfit: a holder has hooks that run as its gradient arrives.
+        UnusableModelError: a holder has hooks that run as its gradient arrives.
     """
     if holders is None:
         with unhooked(inputs):
             found = torch.autograd.grad(outputs, inputs, u, retain_graph=retain, allow_unused=True)
         return dense(found)
     if any(t._post_accumulate_grad_hooks for t in holders):
-        raise Unfit(
+        raise UnusableModelError(
             "the model leaves gradients only in backward(), where a parameter has hooks that would "
             "run as they arrive (an optimizer in the backward pass?): remove the hooks first"
         )

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenfilter.curvature.engines.graphs import Pullback, check_recorded, explained
-from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.engines.derivative_graphs import Pullback, check_recorded, explained
+from eigenfilter.curvature.loss.batch_sources import BatchSource
+from eigenfilter.curvature.loss.first_derivatives import Products
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
-from eigenfilter.curvature.loss.pullback import Products
 from eigenfilter.curvature.loss.vectors import Sums, split
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightedBatch:
     """A batch, its weight, and what follows the derivative along v: nothing for a Hessian."""
 
     index: int
@@ -27,13 +27,13 @@ class Place:
     pull: Pullback | None = None
 
 
-class Directional:
+class VectorByVector:
     """Sums products over batches, one vector after the other."""
 
     def __init__(
         self,
         objective: Objective,
-        source: Source,
+        source: BatchSource,
         params: Sequence[Tensor],
         *,
         exact: bool,
@@ -51,7 +51,9 @@ class Directional:
         self._weights: list[float] = []
         self._hessian = False
 
-    def _sum(self, V: Tensor, product: Callable[[Place, list[Tensor], int], Products]) -> Sums:
+    def _sum(
+        self, V: Tensor, product: Callable[[WeightedBatch, list[Tensor], int], Products]
+    ) -> Sums:
         """Return sum_b w_b product_b for V [n, b]; `product` gets each vector and its index."""
         sums = Sums(V, self._params)
         block = split(V.T, self._params)
@@ -93,10 +95,10 @@ class Directional:
         if leading and self._exact:
             check_recorded(here, self._params)
 
-    def _begin(self, index: int, batch: Any) -> Place:
+    def _begin(self, index: int, batch: Any) -> WeightedBatch:
         first = index == len(self._weights)
         if not first and (self._hessian or self._weights[index] == 0):
-            return Place(index, batch, self._weights[index])
+            return WeightedBatch(index, batch, self._weights[index])
         here = self._objective.evaluate(index, batch, exact=self._exact)
         self._hessian = here.outer is None
         if first:
@@ -105,6 +107,6 @@ class Directional:
             if self._weights[index]:
                 self._first(index, batch, here, leading=not begun)
         if self._hessian or self._weights[index] == 0:
-            return Place(index, batch, self._weights[index])
+            return WeightedBatch(index, batch, self._weights[index])
         with torch.enable_grad(), explained(), here.around():
-            return Place(index, batch, self._weights[index], Pullback(here, self._params))
+            return WeightedBatch(index, batch, self._weights[index], Pullback(here, self._params))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvature.dense import DTYPES, DenseOperator, Diagonal, OneSlice, operator
 from eigenfilter import kernels
 from eigenfilter.curvature import eigsh
-from eigenfilter.curvature.solvers.vector_ops import Space, full_precision
+from eigenfilter.curvature.solvers.vector_ops import VectorOps, full_precision
 
 MATMUL = torch.backends.cuda.matmul
 
@@ -48,9 +48,9 @@ def test_a_gpu_that_may_use_tf32(allowed: str, basis_dtype: torch.dtype | None) 
     assert (gram - torch.eye(6).to(gram)).abs().max() < 2e-6
 
 
-def space(length: int, dtype: torch.dtype) -> Space:
+def ops(length: int, dtype: torch.dtype) -> VectorOps:
     """That of vectors in slices, of which one is here."""
-    return Space(Diagonal(torch.ones(length, dtype=dtype), OneSlice(length)))
+    return VectorOps(Diagonal(torch.ones(length, dtype=dtype), OneSlice(length)))
 
 
 def vectors(count: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -67,7 +67,7 @@ def test_slices_project_out_as_the_kernel_does(length: int, count: int, dtype: t
         q, w = basis.to(stored), vectors(count, length, dtype)
         expected = w.clone().double()
         wanted, norms = kernels.project_out(expected, q)
-        c, left = space(length, dtype).project_out(w, q)
+        c, left = ops(length, dtype).project_out(w, q)
         # Sums in pieces err by a few roundings of a piece, whatever their number.
         unit = 4 * torch.finfo(dtype).eps * max(float(wanted.norm()), 1.0)
         torch.testing.assert_close(c, wanted, rtol=0, atol=unit)
@@ -90,7 +90,7 @@ def test_slices_take_few_operations_whatever_their_length() -> None:
     for length in (20_000, 200_000):
         q, w = vectors(5, length, torch.float32), vectors(1, length, torch.float32)
         with Calls() as calls:
-            space(length, torch.float32).project_out(w, q)
+            ops(length, torch.float32).project_out(w, q)
         spent.append(calls.count)
     assert spent[0] == spent[1]
 
@@ -99,7 +99,7 @@ def test_slices_take_few_operations_whatever_their_length() -> None:
 @pytest.mark.parametrize("length", [0, 1, 2**16 + 1, 2**22, 10**7, 10**9])
 def test_wider_copies_are_a_small_part_of_long_vectors(device: str, length: int) -> None:
     """That of float16 rows in float64 takes 4 times their memory, the one in float32 2 times."""
-    whole = Space(Diagonal(torch.ones(1), OneSlice(length)))
+    whole = VectorOps(Diagonal(torch.ones(1), OneSlice(length)))
     parts = list(whole.parts(torch.device(device)))
     assert sum(len(range(length)[part]) for part in parts) == length
     assert all(a.stop == b.start for a, b in pairwise(parts))

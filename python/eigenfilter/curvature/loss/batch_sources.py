@@ -19,15 +19,15 @@ _CHANGED = (
 _PLAIN = (bool, int, float, complex, str, bytes, np.generic, type(None))  # what holds no samples
 
 
-class Unfit(RuntimeError):
+class UnusableModelError(RuntimeError):
     """The model, the loss or the data are at fault, whatever the engine."""
 
 
-class Misweighed(Unfit, ValueError):
+class BatchWeightError(UnusableModelError, ValueError):
     """What a batch weighs is unknown, or not what its loss averages over."""
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Batches, the same in every pass."""
 
     @property
@@ -46,7 +46,7 @@ class Source(Protocol):
         """Yield them in order."""
 
 
-class Listed:
+class InMemoryBatches:
     """Batches in memory."""
 
     failure = None
@@ -81,7 +81,7 @@ class Listed:
         """A new point: batches may differ from those before."""
 
 
-class Loaded:
+class LoaderBatches:
     """Batches of a DataLoader, read anew in each pass.
 
     What the loader draws from torch's global generator is replayed, and that generator left as it
@@ -119,13 +119,15 @@ class Loaded:
             if index == len(self._seen) and not self._ended:
                 self._seen.append(found)
             elif index >= len(self._seen) or found != self._seen[index]:
-                raise Unfit(_CHANGED)
+                raise UnusableModelError(_CHANGED)
             index += 1
             yield batch
         if index < len(self._seen):
-            raise Unfit(_CHANGED)
+            raise UnusableModelError(_CHANGED)
         if not index:
-            raise Unfit("the loader gave no batch: its data set, sampler or filter leaves nothing")
+            raise UnusableModelError(
+                "the loader gave no batch: its data set, sampler or filter leaves nothing"
+            )
         self._ended = True
 
     def tensors(self) -> list[Tensor]:
@@ -155,23 +157,23 @@ class Loaded:
             yield batch
 
 
-class Pieces:
+class MicroBatches:
     """The batches of a source, in pieces of so many samples."""
 
     single = False
     count = None
     failure = None
 
-    def __init__(self, source: Source, size: int) -> None:
+    def __init__(self, source: BatchSource, size: int) -> None:
         self._source = source
         self._size = size
 
     def batches(self) -> Iterator[Any]:
         for batch in self._source.batches():
-            yield from pieces(batch, self._size)
+            yield from micro_batches(batch, self._size)
 
 
-def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> Listed | Loaded:
+def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> InMemoryBatches | LoaderBatches:
     """Return the batches of `data`: one batch, a list of batches, or a DataLoader.
 
     Raises:
@@ -180,7 +182,7 @@ def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> Listed | Loa
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, Sized) and len(data.dataset) == 0:
             raise ValueError("the loader gives no batch: its data set is empty")
-        return Loaded(data, pairs=pairs, seed=seed)
+        return LoaderBatches(data, pairs=pairs, seed=seed)
     if isinstance(data, Dataset):
         raise ValueError(
             f"{type(data).__name__} gives samples, not batches: pass "
@@ -196,10 +198,10 @@ def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> Listed | Loa
             "a list holds batches, and these are two tensors (got a batch of type Tensor): pass "
             "one batch as the tuple (input, target)"
         )
-    return Listed(data if isinstance(data, list) else [data], pairs=pairs, alone=alone)
+    return InMemoryBatches(data if isinstance(data, list) else [data], pairs=pairs, alone=alone)
 
 
-def pieces(batch: Any, size: int, samples: int | None = None) -> Iterator[Any]:
+def micro_batches(batch: Any, size: int, samples: int | None = None) -> Iterator[Any]:
     """Yield a batch in pieces of `size` samples, the last perhaps smaller.
 
     samples: of the batch, where its tensors do not all tell.

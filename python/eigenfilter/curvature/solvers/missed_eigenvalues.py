@@ -13,7 +13,7 @@ Levels = tuple[float | None, float | None]
 """What an eigenvalue must lie beyond to be missed: at the low end and at the high end."""
 
 
-class Unseen:
+class MissProbability:
     """How little of an eigenvector beyond the present pairs a random start may have held.
 
     Let u be a unit eigenvector of lambda, orthogonal to what is locked. From H Q = Q T + P B,

@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batches import Unfit
-from eigenfilter.curvature.loss.nodes import nodes, python_function, runs_python
-from eigenfilter.curvature.loss.objective import Evaluation
-from eigenfilter.curvature.loss.pullback import (
+from eigenfilter.curvature.loss.autograd_graph import nodes, python_function, runs_python
+from eigenfilter.curvature.loss.batch_sources import UnusableModelError
+from eigenfilter.curvature.loss.first_derivatives import (
     NO_INPUT_GRADIENT,
     Products,
     dense,
-    pulled_back,
     unhooked,
+    vector_jacobian,
 )
+from eigenfilter.curvature.loss.objective import Evaluation
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative .* not implemented|differentiate twice|double.?backward|with \.grad\(\)|"
@@ -33,13 +33,13 @@ _CAUSE = (
     + _WAYS_OUT
 )
 
-Pieces = Sequence[Tensor]
+Tensors = Sequence[Tensor]
 
 
 class HessianGraph:
     """H v = d/dx <g(x), v>, with the graph of g = df/dx."""
 
-    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+    def __init__(self, evaluation: Evaluation, params: Tensors) -> None:
         """Differentiate f_b once.
 
         Raises:
@@ -51,7 +51,7 @@ class HessianGraph:
         self._gradient = _Derivative(evaluation.value, params)
         self.roots = [evaluation.value, *self._gradient.outputs]
 
-    def product(self, v: Pieces, *, batched: bool = False) -> Products:
+    def product(self, v: Tensors, *, batched: bool = False) -> Products:
         """Return H v in pieces; with `batched`, of all vectors [b, ...] at once."""
         with self._around():
             return self._gradient.back(v, self._params, batched=batched)
@@ -60,7 +60,7 @@ class HessianGraph:
 class Pullback:
     """u -> J^T phi''(z) u, for f_b = phi(z(x)) and u like z."""
 
-    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+    def __init__(self, evaluation: Evaluation, params: Tensors) -> None:
         """Differentiate phi once.
 
         Raises:
@@ -86,7 +86,7 @@ class Pullback:
         if curved is None:
             return [None] * len(self._params)
         if self._holders is not None:
-            return pulled_back(
+            return vector_jacobian(
                 [self._z], self._params, [curved], holders=self._holders, retain=True
             )
         return back([self._z], self._params, [curved], batched=batched)
@@ -95,7 +95,7 @@ class Pullback:
 class GaussNewtonGraph:
     """J^T phi''(z) J v, with J v = d/du <J^T u, v>: J^T u is linear in u."""
 
-    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+    def __init__(self, evaluation: Evaluation, params: Tensors) -> None:
         """Differentiate z and phi once.
 
         Raises:
@@ -110,7 +110,7 @@ class GaussNewtonGraph:
         self._transposed = _Derivative(z, params, self._u.requires_grad_())
         self.roots = [*self._pullback.roots, *self._transposed.outputs]
 
-    def product(self, v: Pieces, *, batched: bool = False) -> Products:
+    def product(self, v: Tensors, *, batched: bool = False) -> Products:
         """Return the product in pieces; with `batched`, of all vectors [b, ...] at once."""
         with self._around():
             (along,) = self._transposed.back(v, [self._u], batched=batched)
@@ -122,7 +122,7 @@ class GaussNewtonGraph:
 Graph = HessianGraph | GaussNewtonGraph
 
 
-def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
+def graph_of(evaluation: Evaluation, params: Tensors) -> Graph:
     """Return the graph that an evaluation asks for."""
     if evaluation.holders is not None:
         raise RuntimeError(
@@ -135,7 +135,7 @@ def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
         return kind(evaluation, params)
 
 
-def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Products:
+def back(outputs: Tensors, inputs: Tensors, u: Tensors, *, batched: bool) -> Products:
     """Return u^T d outputs / d inputs and keep the graph; `batched`: of all u [b, ...] at once."""
     try:
         with explained(), unhooked(inputs):
@@ -155,13 +155,13 @@ def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Produc
         raise
 
 
-def gradient(evaluation: Evaluation, params: Pieces) -> Products:
+def gradient(evaluation: Evaluation, params: Tensors) -> Products:
     """Return df_b/dx, without a graph."""
     with evaluation.around():
-        return pulled_back([_dependent(evaluation.value)], params, holders=evaluation.holders)
+        return vector_jacobian([_dependent(evaluation.value)], params, holders=evaluation.holders)
 
 
-def check_recorded(evaluation: Evaluation, params: Pieces) -> None:
+def check_recorded(evaluation: Evaluation, params: Tensors) -> None:
     """Raise RuntimeError if a Function written in Python keeps its backward from autograd.
 
     torch's own operations raise by themselves where a derivative is missing; looking costs a
@@ -186,7 +186,7 @@ def explained() -> Iterator[None]:
 class _Derivative:
     """d<seed, output>/d inputs, to be differentiated again."""
 
-    def __init__(self, output: Tensor, inputs: Pieces, seed: Tensor | None = None) -> None:
+    def __init__(self, output: Tensor, inputs: Tensors, seed: Tensor | None = None) -> None:
         """Differentiate; `seed` must require grad, and is 1 by default.
 
         Raises:
@@ -202,7 +202,7 @@ class _Derivative:
         self._active = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
         self.outputs = [g for g in found if g is not None and g.requires_grad]
 
-    def back(self, v: Pieces, inputs: Pieces, *, batched: bool) -> Products:
+    def back(self, v: Tensors, inputs: Tensors, *, batched: bool) -> Products:
         """Return d<v, this derivative> / d inputs."""
         if not self.outputs:
             return [None] * len(inputs)
@@ -216,7 +216,7 @@ def _around(evaluation: Evaluation, *roots: Tensor) -> Callable[[], AbstractCont
 
 def _dependent(value: Tensor) -> Tensor:
     if not value.requires_grad:
-        raise Unfit(
+        raise UnusableModelError(
             "the loss does not depend on the parameters through autograd: was it detached, or "
             f"computed under no_grad or inference_mode, {NO_INPUT_GRADIENT}?"
         )

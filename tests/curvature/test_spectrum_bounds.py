@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature import Extremes, extremes
+from eigenfilter.curvature import SpectrumBounds, spectrum_bounds
 from eigenfilter.curvature.solvers.spectrum_bounds import smallest_start, worst_share
 
 RUNS = 300
@@ -61,8 +61,8 @@ def test_error_bars_fail_as_rarely_as_they_say(
     allowed = 0.2
     failures = 0
     for seed in range(RUNS):
-        top = extremes(Diagonal(d), 2 * allowed, k, seed=seed).top
-        failures += bool(top.value + top.reach < d.max())
+        top = spectrum_bounds(Diagonal(d), 2 * allowed, k, seed=seed).top
+        failures += bool(top.value + top.margin < d.max())
     assert failures <= RUNS * allowed + 4 * math.sqrt(RUNS * allowed * (1 - allowed))
     assert failures >= least * RUNS * allowed
 
@@ -70,11 +70,11 @@ def test_error_bars_fail_as_rarely_as_they_say(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_ends_lie_where_they_are_said_to(dtype: torch.dtype) -> None:
     d = torch.cat([torch.linspace(-1, 2, 3000), torch.tensor([5.0, -3.0])]).to(dtype)
-    found = extremes(Diagonal(d), 1e-3, 40, seed=3)
+    found = spectrum_bounds(Diagonal(d), 1e-3, 40, seed=3)
     for end, exact, sign in ((found.top, 5.0, 1), (found.bottom, -3.0, -1)):
         beyond = sign * (exact - end.value)
-        assert -found.rounding <= beyond <= end.reach
-        assert end.reach < 1e-5
+        assert -found.rounding <= beyond <= end.margin
+        assert end.margin < 1e-5
         assert end.residual < 1e-5
     assert found.matvecs == 40
     assert found.scale == pytest.approx(5.0)
@@ -85,21 +85,21 @@ def test_a_dense_spectrum_has_small_error_bars_in_time() -> None:
     d = torch.linspace(0, 1, 20000, dtype=torch.float64)
     op = Diagonal(d)
 
-    def enough(found: Extremes) -> bool:
-        return max(found.top.reach, found.bottom.reach) < 0.01
+    def enough(found: SpectrumBounds) -> bool:
+        return max(found.top.margin, found.bottom.margin) < 0.01
 
-    found = extremes(op, 1e-3, 300, enough=enough, seed=0)
-    assert found.top.value + found.top.reach >= 1
+    found = spectrum_bounds(op, 1e-3, 300, enough=enough, seed=0)
+    assert found.top.value + found.top.margin >= 1
     assert op.products == found.matvecs < 100
 
 
 def test_the_products_foretold_suffice() -> None:
     d = uniform(300)
-    few = extremes(Diagonal(d), 1e-3, 10, seed=1)
+    few = spectrum_bounds(Diagonal(d), 1e-3, 10, seed=1)
     more = few.products_for(0.05)
     assert more is not None
-    assert few.top.reach > 0.05
-    assert extremes(Diagonal(d), 1e-3, more, seed=1).top.reach <= 0.05
+    assert few.top.margin > 0.05
+    assert spectrum_bounds(Diagonal(d), 1e-3, more, seed=1).top.margin <= 0.05
 
 
 @pytest.mark.parametrize("n", [10, 10**4, 10**7])
@@ -117,20 +117,20 @@ def test_the_worst_case_is_kuczynski_and_wozniakowskis(n: int, k: int) -> None:
 
 def test_the_whole_space_leaves_nothing_unseen() -> None:
     d = torch.tensor([3.0, -1.0, 0.5, 2.0], dtype=torch.float64)
-    found = extremes(Diagonal(d), 1e-3, seed=0)
+    found = spectrum_bounds(Diagonal(d), 1e-3, seed=0)
     assert found.exhausted
     assert found.matvecs == 4
-    assert found.top.reach == found.rounding
+    assert found.top.margin == found.rounding
     assert found.values.tolist() == pytest.approx([-1.0, 0.5, 2.0, 3.0])
 
 
 @pytest.mark.parametrize("value", [0.0, 2.0])
 def test_a_multiple_of_the_identity(value: float) -> None:
     """Invariant at once, but for what rounding hides."""
-    found = extremes(Diagonal(torch.full((1000,), value, dtype=torch.float64)), seed=0)
+    found = spectrum_bounds(Diagonal(torch.full((1000,), value, dtype=torch.float64)), seed=0)
     assert found.exhausted
     assert found.top.value == pytest.approx(value)
-    assert found.top.reach <= 1e-8
+    assert found.top.margin <= 1e-8
     assert found.products_for(1e-12) is None
 
 
@@ -139,9 +139,9 @@ def test_a_multiple_of_the_identity(value: float) -> None:
 )
 def test_bad_arguments(arguments: tuple[float, int], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        extremes(Diagonal(torch.ones(3)), *arguments, seed=0)
+        spectrum_bounds(Diagonal(torch.ones(3)), *arguments, seed=0)
 
 
 def test_a_product_that_is_not_finite() -> None:
     with pytest.raises(FloatingPointError):
-        extremes(Diagonal(torch.tensor([1.0, torch.inf])), seed=0)
+        spectrum_bounds(Diagonal(torch.tensor([1.0, torch.inf])), seed=0)

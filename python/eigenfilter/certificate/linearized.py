@@ -31,7 +31,7 @@ class NoPreconditioner(ValueError):
 
 
 @dataclass(frozen=True)
-class Linearised:
+class Linearized:
     """A symmetric matrix that tells what an optimizer does near x, and which eigenvalues it admits.
 
     Attributes:
@@ -54,9 +54,9 @@ class Linearised:
     notes: tuple[str, ...] = ()
 
 
-def linearised(
+def linearized(
     op: CurvatureOperator, optimizer: torch.optim.Optimizer, *, grad_norm: float | None = None
-) -> Linearised:
+) -> Linearized:
     """Return what `optimizer` does near the point of `op`, the Hessian in its parameters.
 
     Groups that are alike keep their filter: of the Hessian, and of AdamW of P^-1/2 J P^-1/2, J the
@@ -89,11 +89,11 @@ def linearised(
         operator = PreconditionedOperator(op, scale, rho, sign=sign, ascent=ascent)
         matrix = f"P^-1/2 {_jacobian(operator, ascent)} P^-1/2, P of AdamW now"
         products = operator.products
-        return Linearised(operator, matrix, minimising, scale, products=products, notes=notes)
+        return Linearized(operator, matrix, minimising, scale, products=products, notes=notes)
     if sign > 0:
-        return Linearised(op, "the Hessian H", minimising, notes=notes)
+        return Linearized(op, "the Hessian H", minimising, notes=notes)
     operator = PreconditionedOperator(op, spread(op, [(g, 1.0) for g, _ in groups]), sign=sign)
-    return Linearised(operator, "-H, of what is maximised", minimising, notes=notes)
+    return Linearized(operator, "-H, of what is maximised", minimising, notes=notes)
 
 
 def check_parameters(op: CurvatureOperator, optimizer: torch.optim.Optimizer) -> None:
@@ -143,7 +143,7 @@ def _composed(
     optimizer: torch.optim.Optimizer,
     groups: Sequence[tuple[Group, Filter]],
     grad_norm: float | None,
-) -> Linearised:
+) -> Linearized:
     """Groups that differ, by the matrix of gradient descent with the same edges.
 
     J: the Jacobian of the gradient taken, symmetric; A: the diagonal of the groups' `rate`, over P
@@ -184,7 +184,7 @@ def _composed(
         decay = decay * (1 + beta) / (1 - beta)
     operator = build(decay)
     inner = _jacobian(operator, ascent, f" + {rest}" if bool(decay.any()) else "")
-    return Linearised(
+    return Linearized(
         operator,
         f"A^1/2 {inner} A^1/2, A the groups' rates{words}",
         HeavyBall(1.0),

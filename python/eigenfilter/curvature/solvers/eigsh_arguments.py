@@ -43,16 +43,16 @@ def check(
         )
 
 
-def check_probability(most: float | None, look_for_copies: bool) -> None:
+def check_probability(most: float | None, check_multiplicity: bool) -> None:
     """Raise ValueError for a `max_miss_probability` that is none, or without a look."""
     if most is None:
         return
     if not 0 < most < 1:
         raise ValueError(f"max_miss_probability must be in (0, 1) or None, not {most}")
-    if not look_for_copies:
+    if not check_multiplicity:
         raise ValueError(
             "max_miss_probability needs the look for copies, which finds what was missed: leave "
-            "look_for_copies=False out"
+            "check_multiplicity=False out"
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvature.dense import DenseOperator, Diagonal, decaying, operator, wanted
 from eigenfilter.curvature import eigsh
 from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur
-from eigenfilter.curvature.solvers.unseen import Unseen
+from eigenfilter.curvature.solvers.missed_eigenvalues import MissProbability
 
 RUNS = 200
 
@@ -96,7 +96,7 @@ def test_the_bound_holds_where_misses_are_frequent(n: int, steps: int) -> None:
             run.step(1)
         ritz = run.collect()
         if ritz.values.max() < 0.9:
-            found = Unseen(n, (None, 0.9), 1).probability(ritz, run.began, run.rounding)
+            found = MissProbability(n, (None, 0.9), 1).probability(ritz, run.began, run.rounding)
             # (1) for this very eigenvector, lambda = 1 being beyond the level.
             assert found >= min(1.0, math.sqrt(2 * n / math.pi) * start) * (1 - 1e-9)
             below += found <= 0.3
@@ -118,7 +118,7 @@ def test_the_bound_goes_on_through_restarts(width: int) -> None:
     rows -= 0.999999999 * torch.outer(rows @ u, u)
     rows /= rows.norm(dim=1, keepdim=True)
     held = float((rows @ u).norm())
-    unseen = Unseen(300, (None, 1.4), 1)
+    unseen = MissProbability(300, (None, 1.4), 1)
     for _ in range(3):
         while not run.full:
             run.step(width)
@@ -142,7 +142,7 @@ def test_a_smaller_probability_takes_more_products(
     less = eigsh(Diagonal(d), 6, which, max_miss_probability=0.5, max_matvecs=2000)
     assert 0 <= found.miss_probability <= most
     assert less.matvecs <= found.matvecs
-    assert less.matvecs - less.copy_matvecs == found.matvecs - found.copy_matvecs
+    assert less.matvecs - less.multiplicity_matvecs == found.matvecs - found.multiplicity_matvecs
     assert not missed(found.values, wanted(d, 6, which), which)
 
 
@@ -159,9 +159,9 @@ def test_blocks_short_bases_and_tolerances(options: dict[str, object], dtype: to
 
 def test_what_is_known_without_a_look() -> None:
     op = operator(decaying(150))
-    assert eigsh(op, 6, look_for_copies=False).miss_probability == 1.0
+    assert eigsh(op, 6, check_multiplicity=False).miss_probability == 1.0
     assert eigsh(operator(torch.tensor([3.0, 1.0, 2.0])), 3).miss_probability == 0.0
-    alone = eigsh(op, 6, look_for_copies=False).matvecs
+    alone = eigsh(op, 6, check_multiplicity=False).matvecs
     with pytest.warns(RuntimeWarning, match="cut the look for copies short"):
         short = eigsh(op, 6, max_matvecs=alone + 1)
     assert 0.5 < short.miss_probability <= 1.0
@@ -207,4 +207,4 @@ def test_probabilities_out_of_range(most: float) -> None:
 def test_a_probability_needs_a_look() -> None:
     op = DenseOperator(torch.eye(9, dtype=torch.float64))
     with pytest.raises(ValueError, match="max_miss_probability needs the look for copies"):
-        eigsh(op, 2, max_miss_probability=0.1, look_for_copies=False)
+        eigsh(op, 2, max_miss_probability=0.1, check_multiplicity=False)
