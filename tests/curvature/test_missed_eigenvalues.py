@@ -90,13 +90,15 @@ def test_the_bound_holds_where_misses_are_frequent(n: int, steps: int) -> None:
     below, bounds = 0, []
     for seed in range(RUNS):
         run = KrylovSchur(Diagonal(d), n, 1, seed)
-        run.begin()
+        run.start()
         start = abs(float(run.basis.rows[0, 0]))
         for _ in range(steps):
             run.step(1)
-        ritz = run.collect()
+        ritz = run.solve()
         if ritz.values.max() < 0.9:
-            found = MissProbability(n, (None, 0.9), 1).probability(ritz, run.began, run.rounding)
+            found = MissProbability(n, (None, 0.9), 1).probability(
+                ritz, run.starting_columns, run.rounding
+            )
             # (1) for this very eigenvector, lambda = 1 being beyond the level.
             assert found >= min(1.0, math.sqrt(2 * n / math.pi) * start) * (1 - 1e-9)
             below += found <= 0.3
@@ -112,7 +114,7 @@ def test_the_bound_goes_on_through_restarts(width: int) -> None:
     op = operator(spectrum)
     u = torch.linalg.eigh(op.matrix).eigenvectors[:, -1]
     run = KrylovSchur(op, 12, width, seed=2)
-    run.begin()
+    run.start()
     rows = run.basis.rows[:width]
     # Almost none of u in the start: Lanczos' iteration takes long to see it.
     rows -= 0.999999999 * torch.outer(rows @ u, u)
@@ -122,9 +124,9 @@ def test_the_bound_goes_on_through_restarts(width: int) -> None:
     for _ in range(3):
         while not run.full:
             run.step(width)
-        ritz = run.collect()
+        ritz = run.solve()
         assert ritz.values.max() < 1.3
-        unseen.restarted(ritz, run.began, run.rounding)
+        unseen.restarted(ritz, run.starting_columns, run.rounding)
         run.restart(ritz, np.array([0, *range(len(ritz.values) - 4, len(ritz.values))]))
         volume = math.exp(unseen._logs[1])
         assert held**width <= volume * 1.001
@@ -162,7 +164,7 @@ def test_what_is_known_without_a_look() -> None:
     assert eigsh(op, 6, check_multiplicity=False).miss_probability == 1.0
     assert eigsh(operator(torch.tensor([3.0, 1.0, 2.0])), 3).miss_probability == 0.0
     alone = eigsh(op, 6, check_multiplicity=False).matvecs
-    with pytest.warns(RuntimeWarning, match="cut the look for copies short"):
+    with pytest.warns(RuntimeWarning, match="cut the check for repeated eigenvalues short"):
         short = eigsh(op, 6, max_matvecs=alone + 1)
     assert 0.5 < short.miss_probability <= 1.0
     usual = eigsh(op, 6)
@@ -171,7 +173,7 @@ def test_what_is_known_without_a_look() -> None:
 
 def test_a_probability_out_of_reach_of_the_products_warns() -> None:
     d = torch.linspace(0, 1, 400, dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match="cut the look for copies short"):
+    with pytest.warns(RuntimeWarning, match="cut the check for repeated eigenvalues short"):
         found = eigsh(Diagonal(d), 4, max_miss_probability=1e-9, max_matvecs=150)
     assert found.converged.all()
     assert found.miss_probability > 1e-9
@@ -180,7 +182,7 @@ def test_a_probability_out_of_reach_of_the_products_warns() -> None:
 def test_what_rounding_may_hide_beside_an_invariant_subspace() -> None:
     """Where the worst value is zero but for rounding, so are those that it is compared with."""
     op = Diagonal(torch.tensor([1.0] + [0.0] * 60, dtype=torch.float64))
-    with pytest.warns(RuntimeWarning, match="rounding may hide another one .* leave it out"):
+    with pytest.warns(RuntimeWarning, match="rounding may hide another one .* out"):
         found = eigsh(op, 4, max_miss_probability=1e-3)
     assert found.converged.all()
     assert found.miss_probability > 1e-3
@@ -206,5 +208,7 @@ def test_probabilities_out_of_range(most: float) -> None:
 
 def test_a_probability_needs_a_look() -> None:
     op = DenseOperator(torch.eye(9, dtype=torch.float64))
-    with pytest.raises(ValueError, match="max_miss_probability needs the look for copies"):
+    with pytest.raises(
+        ValueError, match="max_miss_probability needs the check for repeated eigenvalues"
+    ):
         eigsh(op, 2, max_miss_probability=0.1, check_multiplicity=False)

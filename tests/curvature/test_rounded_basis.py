@@ -149,46 +149,48 @@ def test_a_warm_start_takes_fewer_products() -> None:
 
 def projected(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> None:
     """Ritz values are those of H on the span of what is stored, whatever was done to it."""
-    rows = run.basis.rows[run.locked : run.size].double()
+    rows = run.basis.rows[run.num_locked : run.size].double()
     gram, among = rows @ rows.T, rows @ op.matrix.double() @ rows.T
     values = torch.linalg.eigvals(torch.linalg.solve(gram, among)).real.sort().values
     assert (gram - torch.eye(len(rows))).abs().max() > 1e-5
     np.testing.assert_allclose(ritz.values, values, rtol=0, atol=31 * VALUES)
-    vectors = run.vectors(ritz, np.arange(run.locked, run.size)).double()
+    vectors = run.vectors(ritz, np.arange(run.num_locked, run.size)).double()
     theta = torch.from_numpy(ritz.values)
-    locked = run.basis.rows[: run.locked].double().T
+    locked = run.basis.rows[: run.num_locked].double().T
     left = op.matrix.double() @ vectors - vectors * theta
-    left -= locked @ torch.linalg.lstsq(locked, left).solution if run.locked else 0
-    bound = ritz.residuals + run.rounded(ritz, np.arange(run.locked, run.size))
+    left -= locked @ torch.linalg.lstsq(locked, left).solution if run.num_locked else 0
+    bound = ritz.residuals + run.rounding_residuals(ritz, np.arange(run.num_locked, run.size))
     assert (left.norm(dim=0).numpy() <= bound + 1e-4).all()
-    assert (left.norm(dim=0).numpy() >= ritz.residuals - ritz.lost - 4 * ROUNDING * 31).all()
+    assert (
+        left.norm(dim=0).numpy() >= ritz.residuals - ritz.residual_slack - 4 * ROUNDING * 31
+    ).all()
 
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_t_is_measured_on_what_is_stored(width: int) -> None:
     op = operator(decaying(250), torch.float32)
     run = KrylovSchur(op, 16, width, seed=3, dtype=torch.float16)
-    run.begin()
+    run.start()
     for _ in range(6):
         while not run.full:
             run.step(width)
-        ritz = run.collect()
+        ritz = run.solve()
         projected(run, op, ritz)
         run.restart(ritz, np.array([0, 2, len(ritz.values) - 2, len(ritz.values) - 1]))
-        projected(run, op, run.collect())
-    ritz = run.collect()
+        projected(run, op, run.solve())
+    ritz = run.solve()
     residuals = ritz.residuals[:3]
     run.lock(ritz, np.array([3, 0, 2]))
-    run.begin()
+    run.start()
     while not run.full:
         run.step(width)
-    ritz = run.collect()
+    ritz = run.solve()
     projected(run, op, ritz)
     run.restart(ritz, np.array([0, 3, 4]))
     run.step(width)
-    projected(run, op, run.collect())
+    projected(run, op, run.solve())
     run.unlock(residuals)
-    projected(run, op, run.collect())
+    projected(run, op, run.solve())
 
 
 class Largest(TorchDispatchMode):
