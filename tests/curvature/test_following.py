@@ -245,7 +245,7 @@ def test_a_perturbed_optimizer_raises() -> None:
     expected = op.matvec(v)
     _perturbation.enter(other)
     try:
-        with pytest.raises(RuntimeError, match=r"SGD holds the parameters away from x: .*restore"):
+        with pytest.raises(RuntimeError, match=r"SGD holds perturbed parameters: .*restore"):
             op.matvec(v)
         with pytest.raises(RuntimeError, match="SGD holds"):
             eigsh(op, 2)

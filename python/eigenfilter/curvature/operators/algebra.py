@@ -19,7 +19,7 @@ _WIDTH = 32  # columns multiplied at once
 
 
 class SymmetricMatrix(ABC):
-    """What can be written with a symmetric matrix C [n, n] that is known by its products."""
+    """Matrix notation for a symmetric C [n, n] that is known only by its products."""
 
     __array_ufunc__ = None  # NumPy leaves `array @ op` to us
 
@@ -33,12 +33,12 @@ class SymmetricMatrix(ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the vectors taken and given."""
+        """The dtype of the vectors."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Of the vectors taken and given."""
+        """The device of the vectors."""
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -68,12 +68,10 @@ class SymmetricMatrix(ABC):
     def to_dense(self) -> Tensor:
         """Return C [n, n], by n products.
 
-        What rounding or finite differences leave of asymmetry is halved between C and its
-        transpose.
+        It is the mean of what the products give and its transpose, so that it is exactly symmetric.
 
         Raises:
-            ValueError: it does not fit into the memory that is free, or vectors are cut among
-                processes.
+            ValueError: it does not fit into free memory, or vectors are sliced over processes.
             RuntimeError: from a product; see the class.
         """
         if self.slices is not None:
@@ -102,7 +100,7 @@ class SymmetricMatrix(ABC):
         """Return the operator as a `scipy.sparse.linalg.LinearOperator`. Needs SciPy.
 
         Raises:
-            ValueError: vectors are cut among processes, of which SciPy knows nothing.
+            ValueError: vectors are sliced over processes, which SciPy does not support.
         """
         if self.slices is not None:
             raise ValueError("SciPy needs whole vectors, and these are slices: use our solvers")
