@@ -1,4 +1,4 @@
-"""Products through graphs of the first derivative, which are built once for many vectors."""
+"""Products by a second backward pass, through graphs of the first derivative."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH = 32  # vectors in one vectorized pass: more cost memory and gain nothing
 
 
 class DoubleBackward:
-    """One backward pass a vector, or with `batched` one vectorized pass for up to WIDTH."""
+    """One backward pass for each vector, or with `batched` a vectorized one for up to WIDTH."""
 
     def __init__(self, graphs: GraphCache, *, batched: bool = False) -> None:
         self._graphs = graphs

@@ -1,4 +1,4 @@
-"""What engines share that differentiate along a vector at a time and keep nothing."""
+"""The base of engines that differentiate along one vector after the other and keep no graph."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from eigenfilter.curvature.loss.vectors import Sums, split
 
 @dataclass(frozen=True)
 class WeightedBatch:
-    """A batch, its weight, and what follows the derivative along v: nothing for a Hessian."""
+    """A batch with its weight and, unless the matrix is a Hessian, the pullback J^T phi''."""
 
     index: int
-    batch: Any
+    data: Any
     weight: float
-    pull: Pullback | None = None
+    pullback: Pullback | None = None
 
 
 class VectorByVector:
-    """Sums products over batches, one vector after the other."""
+    """Sums products over batches, vector by vector."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class VectorByVector:
         *,
         exact: bool,
     ) -> None:
-        """With `exact`, raise on the first pass if a second derivative is not recorded."""
+        """Prepare; with `exact`, the first pass raises if a second derivative is not recorded."""
         self._objective = objective
         self._source = source
         self._params = params
@@ -54,30 +54,33 @@ class VectorByVector:
     def _sum(
         self, V: Tensor, product: Callable[[WeightedBatch, list[Tensor], int], Products]
     ) -> Sums:
-        """Return sum_b w_b product_b for V [n, b]; `product` gets each vector and its index."""
+        """Return sum_b w_b product_b for V [n, b].
+
+        product: function (batch, vector in pieces, index of the vector) -> product in pieces.
+        """
         sums = Sums(V, self._params)
         block = split(V.T, self._params)
-        for index, batch in enumerate(self._source.batches()):
-            place = self._begin(index, batch)
-            if place.weight == 0:
+        for index, data in enumerate(self._source.batches()):
+            batch = self._weighted(index, data)
+            if batch.weight == 0:
                 continue
-            sums.weight += place.weight
+            sums.weight += batch.weight
             for row in range(V.shape[1]):
-                sums.add(product(place, [piece[row] for piece in block], row), place.weight, row)
-            del place  # and its graph, before the next one is built
+                sums.add(product(batch, [piece[row] for piece in block], row), batch.weight, row)
+            del batch  # with its graph, before the next one is built
         return sums
 
     @contextmanager
     def _constants(self) -> Iterator[None]:
-        """Keep what modules read where torch says that they are constant, however x moves.
+        """Hold the embeddings of padding constant while the parameters change.
 
-        No gradient reaches the embedding of padding, though the value depends on it.
+        The loss depends on them, but torch gives them no gradient.
         """
 
         def padded(index: int, row: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
-            def hook(module: nn.Module, given: tuple[Tensor], found: Tensor) -> Tensor:
-                padding = torch.as_tensor(given[0] == index)
-                return torch.where(padding.unsqueeze(-1), row, found)
+            def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+                padding = torch.as_tensor(inputs[0] == index)
+                return torch.where(padding.unsqueeze(-1), row, output)
 
             return hook
 
@@ -91,21 +94,24 @@ class VectorByVector:
                 registered.remove()
 
     def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
-        """Look at a batch that is met for the first time; `leading`: the first that weighs."""
+        """Check a batch that is met for the first time; leading: whether it is the first to count.
+
+        A subclass may add checks of its own.
+        """
         if leading and self._exact:
             check_recorded(here, self._params)
 
-    def _begin(self, index: int, batch: Any) -> WeightedBatch:
+    def _weighted(self, index: int, batch: Any) -> WeightedBatch:
         first = index == len(self._weights)
         if not first and (self._hessian or self._weights[index] == 0):
             return WeightedBatch(index, batch, self._weights[index])
         here = self._objective.evaluate(index, batch, exact=self._exact)
         self._hessian = here.outer is None
         if first:
-            begun = any(self._weights)
+            leading = not any(self._weights)
             self._weights.append(1.0 if self._source.single else here.weight())
             if self._weights[index]:
-                self._first(index, batch, here, leading=not begun)
+                self._first(index, batch, here, leading=leading)
         if self._hessian or self._weights[index] == 0:
             return WeightedBatch(index, batch, self._weights[index])
         with torch.enable_grad(), explained(), here.around():

@@ -27,7 +27,7 @@ def python_function(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
-def kept(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+def saved_tensors(roots: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the tensors that the graph keeps, `roots` first, some perhaps several times.
 
     What saved-tensor hooks left in a tensor's place (torch.utils.checkpoint) is none of them: to
