@@ -1,4 +1,4 @@
-"""Where batches come from, and whether a second pass gives the same ones."""
+"""Sources of batches, which are the same in every pass, and trees of tensors such as a batch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _CHANGED = (
     "persistent workers), switch off random augmentation, or pass list(loader)"
 )
 
-_PLAIN = (bool, int, float, complex, str, bytes, np.generic, type(None))  # what holds no samples
+_PLAIN = (bool, int, float, complex, str, bytes, np.generic, type(None))  # types without samples
 
 
 class UnusableModelError(RuntimeError):
-    """The model, the loss or the data are at fault, whatever the engine."""
+    """The model, the loss or the data cannot be used, by any engine."""
 
 
 class BatchWeightError(UnusableModelError, ValueError):
-    """What a batch weighs is unknown, or not what its loss averages over."""
+    """The weight of a batch is unknown, or is not what its loss averages over."""
 
 
 class BatchSource(Protocol):
@@ -32,18 +32,18 @@ class BatchSource(Protocol):
 
     @property
     def single(self) -> bool:
-        """Whether there is one batch for certain, whose weight does not matter."""
+        """Whether there is certainly one batch only, whose weight does not matter."""
 
     @property
     def count(self) -> int | None:
-        """The number of batches, where it is known."""
+        """The number of batches, if it is known."""
 
     @property
     def failure(self) -> Exception | None:
-        """What reading a batch raised last: no engine is at fault."""
+        """The last exception that reading a batch raised, which is no engine's fault."""
 
     def batches(self) -> Iterator[Any]:
-        """Yield them in order."""
+        """Yield the batches in order."""
 
 
 class InMemoryBatches:
@@ -52,12 +52,12 @@ class InMemoryBatches:
     failure = None
 
     def __init__(self, data: list[Any], *, pairs: bool, alone: bool = True) -> None:
-        """Take one batch or more.
+        """Check the batches.
 
         Args:
-            data: the batches.
+            data: the batches, at least one.
             pairs: whether each must be an (input, target) pair.
-            alone: whether there are no batches elsewhere.
+            alone: whether no other process has batches.
         """
         if not data:
             raise ValueError("data must hold at least one batch")
@@ -74,19 +74,20 @@ class InMemoryBatches:
         return iter(self._data)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors whose versions tell whether the data changed."""
+        """Return the tensors whose version counters show whether the data changed."""
         return list(leaves(self._data))
 
     def forget(self) -> None:
-        """A new point: batches may differ from those before."""
+        """Allow batches to differ from those of earlier passes, because x has changed."""
 
 
 class LoaderBatches:
-    """Batches of a DataLoader, read anew in each pass.
+    """Batches of a DataLoader, read again in each pass.
 
-    What the loader draws from torch's global generator is replayed, and that generator left as it
-    was: an order or an augmentation that depends on nothing else is the same in every pass.
-    The rest is found by comparing the sums of every batch with those of the first pass.
+    Random numbers that the loader draws from torch's global generator are replayed, and the
+    generator is restored, so that an order or an augmentation which depends on nothing else is the
+    same in every pass. Any other change is noticed by comparing the sums of every batch with those
+    of the first pass.
     """
 
     single = False
@@ -96,8 +97,8 @@ class LoaderBatches:
         self._pairs = pairs
         self._seed = seed
         self.failure: Exception | None = None
-        self._seen: list[list[tuple[object, ...]]] = []  # a fingerprint a tensor, a list a batch
-        self._ended = False  # whether a pass has seen them all
+        self._fingerprints: list[list[tuple[object, ...]]] = []  # of each batch, of each tensor
+        self._complete = False  # whether a pass has read all batches
 
     @property
     def count(self) -> int | None:
@@ -110,35 +111,35 @@ class LoaderBatches:
         """Yield the batches in order.
 
         Raises:
-            RuntimeError: they are not those of an earlier pass, or there are none.
+            RuntimeError: they differ from those of an earlier pass, or there are none.
         """
         index = 0
-        for batch in self._replayed():
+        for batch in self._replay():
             _check_batch(batch, pairs=self._pairs)
-            found = [_fingerprint(t) for t in leaves(batch)]
-            if index == len(self._seen) and not self._ended:
-                self._seen.append(found)
-            elif index >= len(self._seen) or found != self._seen[index]:
+            fingerprints = [_fingerprint(t) for t in leaves(batch)]
+            if index == len(self._fingerprints) and not self._complete:
+                self._fingerprints.append(fingerprints)
+            elif index >= len(self._fingerprints) or fingerprints != self._fingerprints[index]:
                 raise UnusableModelError(_CHANGED)
             index += 1
             yield batch
-        if index < len(self._seen):
+        if index < len(self._fingerprints):
             raise UnusableModelError(_CHANGED)
         if not index:
             raise UnusableModelError(
                 "the loader gave no batch: its data set, sampler or filter leaves nothing"
             )
-        self._ended = True
+        self._complete = True
 
     def tensors(self) -> list[Tensor]:
-        """Return nothing: what a loader reads from is not watched."""
+        """Return no tensors: changes in the loader's data set are not noticed here."""
         return []
 
     def forget(self) -> None:
-        """A new point: batches may differ from those before."""
-        self._seen, self._ended = [], False
+        """Allow batches to differ from those of earlier passes, because x has changed."""
+        self._fingerprints, self._complete = [], False
 
-    def _replayed(self) -> Iterator[Any]:
+    def _replay(self) -> Iterator[Any]:
         state = torch.Generator().manual_seed(self._seed).get_state()
         iterator: Iterator[Any] | None = None
         while True:
@@ -158,7 +159,7 @@ class LoaderBatches:
 
 
 class MicroBatches:
-    """The batches of a source, in pieces of so many samples."""
+    """The batches of a source, split into micro-batches of `size` samples."""
 
     single = False
     count = None
@@ -174,10 +175,16 @@ class MicroBatches:
 
 
 def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> InMemoryBatches | LoaderBatches:
-    """Return the batches of `data`: one batch, a list of batches, or a DataLoader.
+    """Return the source of the batches of `data`: one batch, a list of batches, or a DataLoader.
+
+    Args:
+        data: see above.
+        pairs: whether each batch must be an (input, target) pair.
+        alone: whether no other process has batches.
+        seed: seed of the random numbers that a loader draws.
 
     Raises:
-        ValueError: there is none, or with `pairs` one is not an (input, target) pair.
+        ValueError: there is no batch, or with `pairs` one is not an (input, target) pair.
     """
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, Sized) and len(data.dataset) == 0:
@@ -202,9 +209,9 @@ def source_of(data: Any, *, pairs: bool, alone: bool, seed: int) -> InMemoryBatc
 
 
 def micro_batches(batch: Any, size: int, samples: int | None = None) -> Iterator[Any]:
-    """Yield a batch in pieces of `size` samples, the last perhaps smaller.
+    """Yield a batch in pieces of `size` samples; the last one may be smaller.
 
-    samples: of the batch, where its tensors do not all tell.
+    samples: the number of samples of the batch; by default the leading dimension of its tensors.
 
     Raises:
         ValueError: its tensors do not share their leading dimension.
@@ -226,17 +233,17 @@ def samples_of(batch: Any) -> int | None:
 
 
 def rows_of(batch: Any) -> int | None:
-    """Return what is likely the number of samples of a batch, or None.
+    """Return the likely number of samples of a batch, or None.
 
-    That of the rows of its first tensor, if one more has as many, or no other has rows: some may
-    hold no samples, such as class weights beside the targets.
+    It is the number of rows of its first tensor, if another tensor has as many or no other has
+    rows. Some tensors may hold no samples, such as class weights beside the targets.
     """
     sizes = [t.shape[0] for t in leaves(batch) if t.ndim]
     return sizes[0] if sizes and (len(sizes) == 1 or sizes.count(sizes[0]) > 1) else None
 
 
 def leaves(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings."""
+    """Yield the tensors of a tree: of nested lists, tuples and mappings."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
@@ -246,22 +253,22 @@ def leaves(tree: Any) -> Iterator[Tensor]:
 
 
 def moved(tree: Any, device: torch.device) -> Any:
-    """Return `tree` with its tensors on `device`; itself, if they are."""
+    """Return a tree with its tensors on `device`; the tree itself, if they already are."""
     if all(t.device == device for t in leaves(tree)):
         return tree
     return _mapped(tree, lambda t: t.to(device, non_blocking=True))
 
 
 def cast(tree: Any, dtype: torch.dtype) -> Any:
-    """Return `tree` with its floating tensors in `dtype`; itself, if they are."""
+    """Return a tree with its floating tensors in `dtype`; the tree itself, if they already are."""
     if all(t.dtype == dtype or not t.is_floating_point() for t in leaves(tree)):
         return tree
     return _mapped(tree, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def replaced(tree: Any, given: Iterable[Tensor]) -> Any:
-    """Return `tree` with its floating tensors, as `leaves` yields them, replaced by others."""
-    others = iter(given)
+def replaced(tree: Any, tensors: Iterable[Tensor]) -> Any:
+    """Return a tree with its floating tensors replaced, in the order of `leaves`."""
+    others = iter(tensors)
     return _mapped(tree, lambda t: next(others) if t.is_floating_point() else t)
 
 
@@ -271,18 +278,19 @@ def _of(trees: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def divisible(tree: Any, samples: int) -> bool:
-    """Whether `sliced` cuts something of a tree, or it holds but numbers, text and None.
+    """Whether `sliced` can divide a tree.
 
-    What may hide samples, as an object of another class does, is not divisible.
+    It has parts with one row for each sample, or consists of numbers, text and None. An object of
+    another class may contain samples, and makes it not divisible.
     """
-    found = list(_pieces_of(tree, samples))
-    return all(one is not None for one in found) and (
-        any(found) or not any(isinstance(t, Tensor) and t.ndim for t in leaves(tree))
+    parts = list(_parts_with_rows(tree, samples))
+    return all(part is not None for part in parts) and (
+        any(parts) or not any(isinstance(t, Tensor) and t.ndim for t in leaves(tree))
     )
 
 
 def sliced(tree: Any, part: slice, samples: int) -> Any:
-    """Return a tree with the rows `part` of what has so many, and the rest as it is."""
+    """Return a tree with the rows `part` of every part that has `samples` rows."""
     if _has_rows(tree, samples):
         return tree[part]
     return _rebuilt(tree, lambda value: sliced(value, part, samples))
@@ -294,7 +302,10 @@ def copied(tree: Any) -> Any:
 
 
 def joinable(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
-    """Whether two trees are alike except for the rows of what has as many as `sizes` say."""
+    """Whether two trees are alike except for the rows of parts with one row for each sample.
+
+    sizes: the numbers of samples of the two.
+    """
     if _has_rows(one, sizes[0]) and _has_rows(other, sizes[1]):
         return type(one) is type(other) and _row(one) == _row(other)
     if isinstance(one, Tensor | np.ndarray):
@@ -312,7 +323,10 @@ def joinable(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
 
 
 def joined(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
-    """Return a tree with the rows of both, which are `joinable`, and the rest of the first."""
+    """Return a tree with the rows of both trees, which must be `joinable`.
+
+    Parts without rows are taken from the first.
+    """
     if _has_rows(one, sizes[0]) and _has_rows(other, sizes[1]):
         if isinstance(one, Tensor):
             return torch.cat((one, other))
@@ -326,9 +340,9 @@ def joined(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
 
 
 def _has_rows(tree: Any, samples: int) -> bool:
-    """Whether a part of a tree consists of so many rows: a tensor, an array, or a plain list.
+    """Whether a part of a tree has one row for each sample: a tensor, an array, or a plain list.
 
-    A list or tuple of tensors with so many rows each is none: these are what is cut.
+    A list of tensors that have one row for each sample themselves is no such part.
     """
     if isinstance(tree, Tensor | np.ndarray):
         return tree.ndim > 0 and len(tree) == samples
@@ -338,22 +352,22 @@ def _has_rows(tree: Any, samples: int) -> bool:
 
 
 def _row(rows: Any) -> Any:
-    """Return what rows must have in common to be joined."""
+    """Return the properties that rows must share to be joined."""
     if isinstance(rows, Tensor):
         return rows.shape[1:], rows.dtype, rows.device
     return (rows.shape[1:], rows.dtype) if isinstance(rows, np.ndarray) else None
 
 
-def _pieces_of(tree: Any, samples: int) -> Iterator[bool | None]:
-    """Yield, for each part of a tree, whether it is cut; None where that cannot be told."""
+def _parts_with_rows(tree: Any, samples: int) -> Iterator[bool | None]:
+    """Yield, for each part of a tree, whether it has one row for each sample; None if unknown."""
     if _has_rows(tree, samples):
         yield True
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _pieces_of(value, samples)
+            yield from _parts_with_rows(value, samples)
     elif isinstance(tree, list | tuple):
         for value in tree:
-            yield from _pieces_of(value, samples)
+            yield from _parts_with_rows(value, samples)
     else:
         yield False if isinstance(tree, (Tensor, np.ndarray, *_PLAIN)) else None
 
@@ -365,7 +379,7 @@ def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _rebuilt(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a list, tuple or mapping with its members changed; anything else as it is."""
+    """Return a list, tuple or mapping with its members changed; anything else unchanged."""
     if isinstance(tree, Mapping):
         return {key: change(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -379,7 +393,7 @@ def _is_tensor(t: object) -> bool:
 
 
 def _check_batch(batch: Any, *, pairs: bool) -> None:
-    """Raise ValueError if a batch is no (input, target) where it must be, or holds no samples."""
+    """Raise ValueError if a batch is not as it must be, or has no samples."""
     if pairs and not (isinstance(batch, list | tuple) and len(batch) == 2):
         remedy = ""
         if isinstance(batch, Mapping):
@@ -422,7 +436,7 @@ def _check_batch(batch: Any, *, pairs: bool) -> None:
 
 @torch.no_grad()
 def _fingerprint(t: Tensor) -> tuple[object, ...]:
-    """Return what tells a tensor from another, at one pass over it: the sum."""
+    """Return a tensor's shape, dtype and sum, which takes one pass over it."""
     wide = t.is_floating_point() or t.is_complex()
     total = t.sum(dtype=torch.promote_types(t.dtype, torch.float64) if wide else torch.int64)
     # NaN is not equal to itself, but its text is.
