@@ -1,6 +1,7 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | test-emulated | test-interpreted | races | mutants | lint | bench | bench-curvature |
-#        bench-page | reproduction | gpu-gate | clean
+#   make demo | test | test-emulated | test-interpreted | test-triton-launch | races | mutants | lint |
+#        bench | bench-host | bench-curvature | bench-page | reproduction | docs | docs-serve |
+#        gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -16,8 +17,9 @@ TEST_TOOLS := .venv/.test-tools
 DEV_TOOLS := .venv/.dev-tools
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
 
-.PHONY: install demo test emulated test-emulated test-interpreted races mutants lint bench \
-	bench-curvature bench-page reproduction gpu-gate clean
+.PHONY: install demo test emulated test-emulated test-interpreted test-triton-launch races mutants \
+	lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
+	docs-serve gpu-gate clean
 
 install: $(DEV_TOOLS)
 
@@ -74,6 +76,17 @@ mutants: $(DEV_TOOLS)
 test-interpreted: $(DEV_TOOLS)
 	EIGENFILTER_TEST_BACKEND=interpreted $(BIN)/python -m pytest tests/kernels
 
+# Every launch of the Triton kernels, up to the launch itself, by another Triton than .venv has.
+TRITON ?= 3.6.0
+OTHER_TRITON := build/triton-$(TRITON)
+$(OTHER_TRITON)/.installed: $(VENV)
+	$(PIP) install --no-deps --upgrade --target $(@D) triton==$(TRITON)
+	touch $@
+
+test-triton-launch: $(DEV_TOOLS) $(OTHER_TRITON)/.installed
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) EIGENFILTER_TEST_TRITON=$(TRITON) \
+		$(BIN)/python -m pytest tests/kernels/test_triton_launch.py
+
 lint: $(DEV_TOOLS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -87,6 +100,17 @@ bench: $(DEV_TOOLS)
 	$(BIN)/eigenfilter bench memory --out benchmarks/results
 	$(BIN)/eigenfilter bench finite-differences --out benchmarks/results
 
+# What a launch costs the host. Its extension has CUDA launches that run nothing; no GPU is needed.
+HOST := build/host
+host-extension: $(DEV_TOOLS)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -G Ninja -S tests/cuda_on_cpu/host -B $(HOST) \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/ninja -C $(HOST)
+
+bench-host: host-extension
+	$(BIN)/eigenfilter bench host --out benchmarks/results
+
 # Reads MNIST, Fashion-MNIST and CIFAR-10 from EIGENFILTER_DATA; the second takes some 20 minutes.
 bench-curvature: $(DEV_TOOLS)
 	$(BIN)/eigenfilter bench curvature --out benchmarks/results
@@ -94,7 +118,7 @@ bench-curvature: $(DEV_TOOLS)
 
 # The newest results of each kind as a page with figures.
 newest = $(lastword $(sort $(wildcard benchmarks/results/*-$(1).json)))
-RESULTS ?= $(foreach kind,cpu cpu-memory cpu-curvature cpu-curvature-large cuda cuda-memory,$(call newest,$(kind)))
+RESULTS ?= $(foreach kind,cpu cpu-host cpu-memory cpu-curvature cpu-curvature-large cuda cuda-memory,$(call newest,$(kind)))
 bench-page: $(DEV_TOOLS)
 	$(BIN)/eigenfilter bench page $(RESULTS) --out docs
 
@@ -107,10 +131,18 @@ reproduction: $(DEV_TOOLS)
 		cp out/reproduce-$$name/spectra.png docs/figures/reproduction-$$name.png; \
 	done
 
+# The documentation, into build/site; without a network. A warning is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The same at http://127.0.0.1:8000, built again when a page changes.
+docs-serve: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --watch python
+
 # Brings its own installation where the system's python has torch; see the script. STAGES="build smoke"
 # runs these alone, AGAIN=1 also what has passed, WITHIN=540 ends by then.
 gpu-gate:
-	$(PYTHON) benchmarks/gpu_gate.py $(STAGES) $(if $(AGAIN),--again) $(if $(WITHIN),--within $(WITHIN))
+	$(PYTHON) -m benchmarks.gpu_gate $(STAGES) $(if $(AGAIN),--again) $(if $(WITHIN),--within $(WITHIN))
 
 # Keeps .venv, which is slow to make.
 clean:

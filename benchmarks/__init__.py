@@ -1,4 +1,4 @@
 """Benchmarks: the library beside its peers, verified first, then timed in turns in one run.
 
-The package has them as `eigenfilter.benchmarks`, through a link; `eigenfilter bench` runs them.
+They are no part of the package. `python -m benchmarks` runs them, as `eigenfilter bench` does.
 """

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from eigenfilter import kernels
-from eigenfilter.benchmarks import (
+from benchmarks import (
     finite_differences,
     host,
     loop,
     memory,
     monitor,
+    native_stub,
     page,
     registry,
     scale,
@@ -28,14 +28,14 @@ from eigenfilter.benchmarks import (
     timings,
     triton_blocks,
 )
-from eigenfilter.benchmarks.curvature import run as curvature
-from eigenfilter.benchmarks.curvature.datasets import FOLDER
+from benchmarks.curvature import run as curvature
+from benchmarks.curvature.datasets import FOLDER
+from eigenfilter import kernels
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.arguments import add_data_dir, whole
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.locks import alone
 
-HELP = "verify and time the library beside its peers; measure memory; draw the results"
 OUT = Path("out/bench")
 
 
@@ -78,6 +78,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_out(of_differences)
     of_host = table(
         "host", "what a launch costs the host, on a machine without a GPU", host.__doc__, _host
+    )
+    _add_only(of_host, f"a backend, of {', '.join(host.BACKENDS)}; may be repeated")
+    of_host.add_argument(
+        "--extension",
+        type=Path,
+        default=native_stub.EXTENSION,
+        metavar="FILE",
+        help="with the native launches, which make bench-host builds (default: %(default)s)",
     )
     _add_repeat(of_host, "by time")
     _add_out(of_host)
@@ -201,9 +209,24 @@ def _finite_differences(args: argparse.Namespace) -> int:
 
 
 def _host(args: argparse.Namespace) -> int:
-    _refuse(args, "only", "list", "device")
-    require("triton")
-    host.run(args.repeat, _folder(args))
+    _refuse(args, "list", "device")
+    backends = args.only or list(host.BACKENDS)
+    for name in backends:
+        if name not in host.BACKENDS:
+            raise UserError(f"no launches of {name!r}: choose from {', '.join(host.BACKENDS)}")
+    if "triton" in backends:
+        require("triton")
+    if "native" in backends and not native_stub.is_loaded():
+        if not args.extension.exists():
+            raise UserError(
+                f"{args.extension} is not there: run make bench-host, which builds it, or give "
+                "--only triton to leave the native launches out"
+            )
+        only = [word for name in backends for word in ("--only", name)]
+        repeat = [] if args.repeat is None else ["--repeat", str(args.repeat)]
+        out = ["--out", str(args.out or OUT)]
+        return native_stub.run(args.extension, ["bench", "host", *only, *repeat, *out])
+    host.run(backends, args.repeat, _folder(args))
     return 0
 
 

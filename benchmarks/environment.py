@@ -16,6 +16,15 @@ import eigenfilter
 from eigenfilter import _core
 from eigenfilter.kernels import triton_blocks
 
+ROOT = Path(__file__).resolve().parents[1]
+"""Of the checkout."""
+
+
+def own_process() -> dict[str, str]:
+    """The environment of a process that runs a module of the benchmarks, in whatever folder."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Return the environment of a run, as it stands at its beginning."""
@@ -79,10 +88,7 @@ def _others_seconds() -> float:
 
 def _revision() -> str:
     """The commit that is checked out, with a "+" if there are changes; "unknown" without git."""
-    root = next((p for p in Path(__file__).parents if (p / "csrc").is_dir()), None)
-    if root is None:  # installed
-        return "unknown"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import eigenfilter as ef
-from eigenfilter.benchmarks import environment, report
+from benchmarks import environment, report
 
 STEPS = (1e-5, 1e-4, 3.5e-4, 1e-3, 1e-2, 5e-2, 2e-1)
 TRAINING = 200  # steps of SGD

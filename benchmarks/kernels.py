@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from eigenfilter import kernels
-from eigenfilter.benchmarks.contest import (
+from benchmarks.contest import (
     TOLERANCES,
     Benchmark,
     Contender,
@@ -21,8 +20,9 @@ from eigenfilter.benchmarks.contest import (
     copy,
     nothing,
 )
-from eigenfilter.benchmarks.peers import torch_adamw, torch_sgd
-from eigenfilter.benchmarks.shapes import Problem
+from benchmarks.peers import torch_adamw, torch_sgd
+from benchmarks.shapes import Problem
+from eigenfilter import kernels
 
 ALPHA, EPS, LR, MOMENTUM = 0.05, 0.5, 0.1, 0.9
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eigenfilter import kernels
-from eigenfilter.benchmarks.contest import (
+from benchmarks.contest import (
     Benchmark,
     Contender,
     Contest,
@@ -19,6 +18,7 @@ from eigenfilter.benchmarks.contest import (
     Tolerance,
     copy,
 )
+from eigenfilter import kernels
 
 COLUMNS = 1_900_000
 BETA = 0.3

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from eigenfilter.benchmarks import environment, report
-from eigenfilter.benchmarks.contest import Contender, Phase, nothing
-from eigenfilter.benchmarks.timing import Spread, clock, interleave
+from benchmarks import environment, report
+from benchmarks.contest import Contender, Phase, nothing
+from benchmarks.timing import Spread, clock, interleave
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.trainer import Trainer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eigenfilter.benchmarks import environment
-from eigenfilter.benchmarks.contest import Benchmark, Contest, Setting, Yardstick
-from eigenfilter.benchmarks.timing import Spread, clock, interleave
-from eigenfilter.benchmarks.verify import Verdict, verify
+from benchmarks import environment
+from benchmarks.contest import Benchmark, Contest, Setting, Yardstick
+from benchmarks.timing import Spread, clock, interleave
+from benchmarks.verify import Verdict, verify
 
 MOST_NEIGHBOURS = 0.2  # cores
 

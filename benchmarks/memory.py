@@ -8,7 +8,6 @@ any parameters. Parameters take 4 bytes, so 16 is four copies of them.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +19,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import eigenfilter as ef
-from eigenfilter.benchmarks import environment, report
-from eigenfilter.benchmarks.peers.common_sam import CommonSAM
+from benchmarks import environment, report
+from benchmarks.environment import own_process
+from benchmarks.peers.common_sam import CommonSAM
 
 SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 TENSORS = 8
@@ -129,11 +129,11 @@ def _train(opt: Any, params: list[Parameter]) -> None:
 def measure_apart(name: str, elements: int, device: str = "cpu") -> float:
     """`measure` in a process of its own, whose freed memory goes back to the system at once."""
     done = subprocess.run(
-        [sys.executable, "-m", "eigenfilter.benchmarks.memory", name, str(elements), device],
+        [sys.executable, "-m", "benchmarks.memory", name, str(elements), device],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        env=own_process() | {"MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     return float(done.stdout)
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch.nn import Parameter
 
 import eigenfilter
-from eigenfilter.benchmarks.contest import Setting
-from eigenfilter.benchmarks.peers import pytorch_optimizer_sam, torch_adamw, torch_sgd
-from eigenfilter.benchmarks.peers.common_sam import CommonSAM
-from eigenfilter.benchmarks.peers.foreach_sam import ForeachSAM
-from eigenfilter.benchmarks.peers.pytorch_optimizer_sam import PytorchOptimizerSAM
+from benchmarks.contest import Setting
+from benchmarks.peers import pytorch_optimizer_sam, torch_adamw, torch_sgd
+from benchmarks.peers.common_sam import CommonSAM
+from benchmarks.peers.foreach_sam import ForeachSAM
+from benchmarks.peers.pytorch_optimizer_sam import PytorchOptimizerSAM
 from eigenfilter.optimizers import EigenfilterOptimizer
 
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 import eigenfilter as ef
-from eigenfilter.benchmarks import environment, finite_differences, report
-from eigenfilter.benchmarks.curvature.problems import Unfused
-from eigenfilter.benchmarks.networks import LENGTH, VOCABULARY
-from eigenfilter.benchmarks.networks import NETWORKS as LARGER
-from eigenfilter.benchmarks.timing import Spread
+from benchmarks import environment, finite_differences, report
+from benchmarks.curvature.problems import Unfused
+from benchmarks.networks import LENGTH, VOCABULARY
+from benchmarks.networks import NETWORKS as LARGER
+from benchmarks.timing import Spread
 from eigenfilter.monitor import Check
 
 TOLERANCES = (5e-4, 1e-2)  # the default, and what tells a sharpness from an edge 5% away

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from eigenfilter.benchmarks import shapes
-from eigenfilter.benchmarks.contest import (
+from benchmarks import shapes
+from benchmarks.contest import (
     TOLERANCES,
     Benchmark,
     Contender,
@@ -20,9 +20,9 @@ from eigenfilter.benchmarks.contest import (
     Setting,
     copy,
 )
-from eigenfilter.benchmarks.methods import METHODS, Make, Method
-from eigenfilter.benchmarks.peers.common_sam import FD_STEP
-from eigenfilter.benchmarks.shapes import Problem, Shape, give
+from benchmarks.methods import METHODS, Make, Method
+from benchmarks.peers.common_sam import FD_STEP
+from benchmarks.shapes import Problem, Shape, give
 
 MODELS: Mapping[str, tuple[str, Callable[[torch.device], list[Shape]]]] = {
     "resnet18": ("ResNet-18's 62 tensors", lambda device: shapes.resnet18()),

@@ -1,7 +1,7 @@
 """The page of results: figures and words from the files that `eigenfilter bench` wrote.
 
-Writes benchmarks.md and figures/*.png. The files may be of timings, of memory and of
-curvature, from any devices.
+Writes benchmarks.md and figures/*.png. The files may be of timings, of memory, of curvature and of
+launches, from any devices.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eigenfilter.benchmarks import figures
-from eigenfilter.benchmarks.contest import TOLERANCES
-from eigenfilter.benchmarks.curvature import report as curvature
-from eigenfilter.benchmarks.figures import Bar, Panel, Scale
-from eigenfilter.benchmarks.kernels import KERNELS
-from eigenfilter.benchmarks.measure import MOST_NEIGHBOURS
-from eigenfilter.benchmarks.methods import METHODS
-from eigenfilter.benchmarks.networks import NETWORKS
-from eigenfilter.benchmarks.optimizers import MODELS
-from eigenfilter.benchmarks.training import PASSES, ROWS
-from eigenfilter.benchmarks.verify import REPETITIONS
+from benchmarks import figures, host
+from benchmarks.contest import TOLERANCES
+from benchmarks.curvature import report as curvature
+from benchmarks.figures import Bar, Panel, Scale
+from benchmarks.kernels import KERNELS
+from benchmarks.measure import MOST_NEIGHBOURS
+from benchmarks.methods import METHODS
+from benchmarks.networks import NETWORKS
+from benchmarks.optimizers import MODELS
+from benchmarks.training import PASSES, ROWS
+from benchmarks.verify import REPETITIONS
 
 Rows = Mapping[str, Mapping[str, Any]]
 """Results by name, as the JSON has them, of one device and backend."""
@@ -50,7 +50,7 @@ def write(files: Sequence[Path], folder: Path) -> None:
     """Write the page and its figures.
 
     Raises:
-        ValueError: a file is not what `eigenfilter bench` writes for timings, memory or curvature.
+        ValueError: a file is not what `eigenfilter bench` writes for one of these.
     """
     (folder / "figures").mkdir(exist_ok=True)
     lines = [INTRODUCTION, PEERS]
@@ -61,6 +61,9 @@ def write(files: Sequence[Path], folder: Path) -> None:
             continue
         if "curvature" in found:
             lines += _curvature(found, file)
+            continue
+        if "host" in found:
+            lines += _launches(found, file)
             continue
         for device, backend in dict.fromkeys((r["device"], r["backend"]) for r in found["results"]):
             rows = {
@@ -79,8 +82,9 @@ def _read(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
-    if not isinstance(found, dict) or not {"results", "memory", "curvature"} & found.keys():
-        raise ValueError(f"{file} holds no timings, memory or curvature")
+    kinds = {"results", "memory", "curvature", "host"}
+    if not isinstance(found, dict) or not kinds & found.keys():
+        raise ValueError(f"{file} holds no timings, memory, curvature or costs of launches")
     return found
 
 
@@ -243,6 +247,15 @@ def _curvature(found: Mapping[str, Any], file: Path) -> list[str]:
     return [*lines, *(f"- {line}" for line in found["absent"])]
 
 
+def _launches(found: Mapping[str, Any], file: Path) -> list[str]:
+    """The section of launches."""
+    title = "## What a launch costs the host"
+    rows = map(host.row, found["host"])
+    busy = f"Meanwhile others kept {found['neighbours']} cores busy."
+    source = f"{_source(found, file)} {busy}"
+    return [title, "", source, "", host.LEGEND, *host.HEADER, *rows, ""]
+
+
 def _goals(rows: Rows) -> list[str]:
     """What was missed and what was not judged; what was red; who was absent."""
     verdicts: dict[str, list[str]] = {"met": [], "missed": [], "not judged": []}
@@ -279,7 +292,9 @@ def _goals(rows: Rows) -> list[str]:
 def _source(found: Mapping[str, Any], file: Path) -> str:
     e = found["environment"]
     where = f"{e.get('gpu', e['cpu'])}, {e['threads']} threads, {e['isa']}"
-    return f"`{file.name}`: {found['date']}, revision {e['revision']}, {where}, torch {e['torch']}."
+    known = f"{found['date']}, revision {e['revision']}, {where}, torch {e['torch']}."
+    stopped = "" if found.get("complete", True) else " The run was stopped before its end."
+    return f"`{file.name}`: {known}{stopped}"
 
 
 def _ratios(row: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Bar]:

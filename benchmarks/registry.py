@@ -7,9 +7,9 @@ import importlib.util
 
 import torch
 
+from benchmarks import kernels, lanczos, optimizers, training
+from benchmarks.contest import Benchmark, Setting
 from eigenfilter import _core
-from eigenfilter.benchmarks import kernels, lanczos, optimizers, training
-from eigenfilter.benchmarks.contest import Benchmark, Setting
 from eigenfilter.kernels import dispatch
 
 BENCHMARKS: dict[str, Benchmark] = {

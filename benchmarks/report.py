@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eigenfilter.benchmarks.measure import Comparison, Result, Timing
-from eigenfilter.benchmarks.timing import Spread
+from benchmarks.measure import Comparison, Result, Timing
+from benchmarks.timing import Spread
 from eigenfilter.experiments.files import replace_text
 
 COLUMNS = (
@@ -79,6 +79,51 @@ def goal(comparison: Comparison, timing: Timing) -> str:
     return f"{comparison.goal:.2f} {verdict}"
 
 
+class Files:
+    """The dated files of a run, Markdown and JSON, each in one piece.
+
+    They may be saved again as results come: what a run has measured is then there, however it ends.
+
+    Args:
+        folder: where to.
+        name: what follows the date in the files' names.
+        environment: of the run.
+    """
+
+    def __init__(self, folder: Path, name: str, environment: Mapping[str, Any]) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        self._stem = folder / f"{now:%Y-%m-%d-%H%M%S}-{name}"
+        self._date = now.isoformat(timespec="seconds")
+        self._environment = environment
+
+    def save(self, text: Sequence[str], data: Mapping[str, Any]) -> None:
+        """Write both files, in the place of those before.
+
+        Args:
+            text: lines of the Markdown file; date and environment come after the first.
+            data: of the JSON file, beside date and environment.
+        """
+        known = {"date": self._date, **self._environment}
+        title, *rest = text
+        found = {"date": self._date, "environment": self._environment, **data}
+        lines = [title, "", *(f"- {key}: {value}" for key, value in known.items()), *rest]
+        replace_text(self._path(".json"), json.dumps(found, indent=1) + "\n")
+        replace_text(self._path(".md"), "\n".join(lines) + "\n")
+
+    def name(self) -> None:
+        """Print where the files are."""
+        for suffix in (".json", ".md"):
+            print(f"wrote {self._path(suffix)}")
+
+    def _path(self, suffix: str) -> Path:
+        return self._stem.with_name(self._stem.name + suffix)
+
+
+def incomplete(done: int, of: int, what: str) -> list[str]:
+    """The lines that say how far a run has come; none for one that is complete."""
+    return [] if done == of else ["", f"Incomplete: {done} of {of} {what} so far."]
+
+
 def write(
     folder: Path,
     name: str,
@@ -86,26 +131,7 @@ def write(
     text: Sequence[str],
     data: Mapping[str, Any],
 ) -> None:
-    """Write the dated files of a run, and say where they are.
-
-    Args:
-        folder: where to.
-        name: what follows the date in the files' names.
-        environment: of the run.
-        text: lines of the Markdown file; date and environment come after the first.
-        data: of the JSON file, beside date and environment.
-    """
-    now = datetime.datetime.now(datetime.UTC)
-    stem = folder / f"{now:%Y-%m-%d-%H%M%S}-{name}"
-    date = now.isoformat(timespec="seconds")
-    facts = [f"- {key}: {value}" for key, value in {"date": date, **environment}.items()]
-    title, *rest = text
-    found = {"date": date, "environment": environment, **data}
-    contents = {
-        ".json": json.dumps(found, indent=1),
-        ".md": "\n".join([title, "", *facts, *rest]),
-    }
-    for suffix, content in contents.items():
-        path = stem.with_name(stem.name + suffix)
-        replace_text(path, content + "\n")
-        print(f"wrote {path}")
+    """Write the dated files of a run that is over, and say where they are: see `Files`."""
+    files = Files(folder, name, environment)
+    files.save(text, data)
+    files.name()

@@ -10,7 +10,6 @@ stand for is put beside that of a copy.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfilter.benchmarks import environment, report
-from eigenfilter.benchmarks.memory import Peak
+from benchmarks import environment, report
+from benchmarks.environment import own_process
+from benchmarks.memory import Peak
 from eigenfilter.curvature import eigsh, eigsh_cost
 
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8)
@@ -99,11 +99,11 @@ def measure(n: int) -> dict[str, Any]:
 def measure_apart(n: int) -> dict[str, Any]:
     """`measure` in a process of its own, whose freed memory goes back to the system at once."""
     done = subprocess.run(
-        [sys.executable, "-m", "eigenfilter.benchmarks.scale", str(n)],
+        [sys.executable, "-m", "benchmarks.scale", str(n)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        env=own_process() | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found

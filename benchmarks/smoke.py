@@ -2,10 +2,11 @@
 
     eigenfilter bench smoke --device cuda
 
-Each kernel, in each dtype it takes, on tensors of each size, aligned to 64 bytes and one element
-off, between margins of NaN. What is written has the reference's bits, sums agree to a few
-roundings; the reference on a GPU, whose torch fuses where the CPU's does not, need only come near.
-A table says how many of the cases agree, and a line why one does not.
+Each kernel, in each dtype it takes, on a tensor of each size and on many small ones, aligned to 64
+bytes and one element off, between margins of NaN. What is written has the reference's bits, sums
+agree to a few roundings; the reference on a GPU, whose torch fuses where the CPU's does not, need
+only come near. A table says how many of the cases agree, and a line why one does not. The files are
+written as the table grows, and say so until it is complete.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import environment, report
 from eigenfilter import _core, kernels
-from eigenfilter.benchmarks import environment, report
 from eigenfilter.kernels import dispatch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (1, 4097, 8192, 5_000_000)
+# Tensors of a list that is long, and their size. A launch of the compiled CUDA kernels takes up to
+# 148 tensors of two lists in its small batch, and up to 671 of five lists in the large one.
+MANY, OF_MANY = 700, 21
 SHIFTS = (0, 1)
 MARGIN = 64
 ROWS = 3
@@ -68,9 +72,15 @@ class Outcome:
     kernel: str
     backend: str
     dtype: str
+    tensors: int
     size: int
     shift: int
     problem: str
+
+    def line(self) -> str:
+        """The problem, and where it is."""
+        case = f"{self.kernel}, {self.backend}, {self.dtype}, {self.tensors} x {self.size} elements"
+        return f"- {case}, {self.shift} off: {self.problem}"
 
 
 SGD: Mapping[str, Any] = {"lr": 0.313, "weight_decay": 0.073}
@@ -195,53 +205,89 @@ def run(
         sizes: elements of the tensors.
         folder: where the results go.
     """
-    found = environment.describe(device)
-    names = list(only) or backends(device)
-    header = ["| kernel | dtype |", "| --- | --- |"]
-    header = [
-        line + "".join(f" {cell} |" for cell in cells)
-        for line, cells in zip(header, (names, ["---"] * len(names)), strict=True)
+    table = _Table(list(only) or backends(device), device, folder)
+    outcomes: list[Outcome] = []
+    pairs = [
+        (task, dtype)
+        for task in TASKS
+        for dtype in task.dtypes
+        if task.wide is None or task.as_rows or dtype != torch.float64  # nothing is wider
     ]
-    print("\n".join(header))
-    rows, outcomes = [], []
-    for task in TASKS:
-        for dtype in task.dtypes:
-            if task.wide is not None and not task.as_rows and dtype == torch.float64:
-                continue  # nothing is wider
-            own = _of_task(task, dtype, device, names, sizes)
-            outcomes += own
-            counts = [[not o.problem for o in own if o.backend == name] for name in names]
-            cells = [f"{sum(agree)} of {len(agree)}" for agree in counts]
-            rows.append(f"| {task.name} | {_named(dtype)} | {' | '.join(cells)} |")
-            print(rows[-1], flush=True)
+    for task, dtype in pairs:
+        own = _of_task(task, dtype, device, table.backends, sizes)
+        outcomes += own
+        table.add(task, dtype, own)
+        table.save(outcomes, len(pairs))
     failed = [o for o in outcomes if o.problem]
-    lines = [
-        f"- {o.kernel}, {o.backend}, {o.dtype}, {o.size} elements, {o.shift} off: {o.problem}"
-        for o in failed
-    ]
-    verdict = f"{len(outcomes) - len(failed)} of {len(outcomes)} cases agree with the reference."
-    print("\n".join(["", *lines, verdict]))
-    text = ["# Every kernel against the reference", "", verdict, "", *header, *rows, "", *lines]
-    data = {"cases": [asdict(o) for o in outcomes]}
-    report.write(folder, f"{device.type}-smoke", found, text, data)
+    print("\n".join(["", *(o.line() for o in failed), _verdict(outcomes)]))
+    table.files.name()
     return failed
+
+
+class _Table:
+    """What the cases came to, by kernel, dtype and backend: on the terminal and in files."""
+
+    def __init__(self, backends: list[str], device: torch.device, folder: Path) -> None:
+        self.backends = backends
+        self.files = report.Files(folder, f"{device.type}-smoke", environment.describe(device))
+        self.header = [
+            line + "".join(f" {cell} |" for cell in cells)
+            for line, cells in (
+                ("| kernel | dtype |", backends),
+                ("| --- | --- |", ["---"] * len(backends)),
+            )
+        ]
+        self.rows: list[str] = []
+        print("\n".join(self.header))
+
+    def add(self, task: Task, dtype: torch.dtype, own: Sequence[Outcome]) -> None:
+        counts = [[not o.problem for o in own if o.backend == name] for name in self.backends]
+        cells = [f"{sum(agree)} of {len(agree)}" for agree in counts]
+        self.rows.append(f"| {task.name} | {_named(dtype)} | {' | '.join(cells)} |")
+        print(self.rows[-1], flush=True)
+
+    def save(self, outcomes: Sequence[Outcome], of: int) -> None:
+        missing = report.incomplete(len(self.rows), of, "rows")
+        problems = [o.line() for o in outcomes if o.problem]
+        title = "# Every kernel against the reference"
+        text = [
+            title,
+            *missing,
+            "",
+            _verdict(outcomes),
+            "",
+            *self.header,
+            *self.rows,
+            "",
+            *problems,
+        ]
+        cases = [asdict(o) for o in outcomes]
+        self.files.save(text, {"complete": len(self.rows) == of, "cases": cases})
+
+
+def _verdict(outcomes: Sequence[Outcome]) -> str:
+    agree = sum(not o.problem for o in outcomes)
+    return f"{agree} of {len(outcomes)} cases agree with the reference."
 
 
 def _of_task(
     task: Task, dtype: torch.dtype, device: torch.device, names: Sequence[str], sizes: Sequence[int]
 ) -> list[Outcome]:
-    """All cases of a kernel in a dtype: sizes and shifts."""
+    """All cases of a kernel in a dtype: numbers and sizes of tensors, and shifts."""
+    shapes = [(1, size) for size in sizes]
+    if not task.as_rows:
+        shapes.append((MANY, OF_MANY))
     outcomes = []
-    for size, shift in itertools.product(sizes, SHIFTS):
-        expected = _results(task, "reference", torch.device("cpu"), dtype, size, shift)
+    for (n, size), shift in itertools.product(shapes, SHIFTS):
+        expected = _results(task, "reference", torch.device("cpu"), dtype, n, size, shift)
         for name in names:
             try:
                 problem = _difference(
-                    name, _results(task, name, device, dtype, size, shift), expected
+                    name, _results(task, name, device, dtype, n, size, shift), expected
                 )
             except Exception as error:  # a sweep names all that fails, Triton's own errors too
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            outcomes.append(Outcome(task.name, name, _named(dtype), size, shift, problem))
+            outcomes.append(Outcome(task.name, name, _named(dtype), n, size, shift, problem))
     return outcomes
 
 
@@ -250,32 +296,39 @@ def _named(dtype: torch.dtype) -> str:
 
 
 def _results(
-    task: Task, backend: str, device: torch.device, dtype: torch.dtype, size: int, shift: int
+    task: Task,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int,
+    size: int,
+    shift: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What a backend makes of the lists, and what it returns, both on the CPU.
+    """What a backend makes of lists of `n` tensors, and what it returns, both on the CPU.
 
     Raises:
         RuntimeError: a margin was written into.
     """
+    shape = (ROWS, size) if task.as_rows else (size,)
+    numel = math.prod(shape)
+    begin, end = MARGIN + shift, MARGIN + shift + numel
+    row = -(-(end + MARGIN) // MARGIN) * MARGIN  # tensors of a list are aligned alike
     memories, lists = [], []
     for i in range(task.lists):
         own = torch.promote_types(dtype, torch.float32) if task.wide == i else dtype
         if task.wide == i and own == dtype and not task.as_rows:
             own = torch.float64
-        values = _values((ROWS, size) if task.as_rows else (size,), own, i)
-        begin, end = MARGIN + shift, MARGIN + shift + values.numel()
-        memories.append(torch.full((end + MARGIN,), torch.nan, dtype=own, device=device))
-        lists.append([memories[-1][begin:end].view(values.shape)])
-        lists[-1][0].copy_(values)
+        memories.append(torch.full((n, row), torch.nan, dtype=own, device=device))
+        memories[-1][:, begin:end].copy_(_values((n, numel), own, i))
+        lists.append([memory[begin:end].view(shape) for memory in memories[-1]])
     returned = task.call(lists, backend)
-    for memory, [tensor] in zip(memories, lists, strict=True):
-        begin, end = MARGIN + shift, MARGIN + shift + tensor.numel()
-        if not (memory[:begin].isnan().all() and memory[end:].isnan().all()):
+    for memory in memories:
+        if not (memory[:, :begin].isnan().all() and memory[:, end:].isnan().all()):
             raise RuntimeError("memory beside a tensor was written into")
     if returned is None:
         returned = ()
     given_back = returned if isinstance(returned, tuple) else (returned,)
-    return [tensor.cpu() for [tensor] in lists], [t.cpu() for t in given_back]
+    return [memory[:, begin:end].cpu() for memory in memories], [t.cpu() for t in given_back]
 
 
 @functools.lru_cache(maxsize=8)

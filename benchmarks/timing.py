@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from eigenfilter.benchmarks.contest import Contender
+from benchmarks.contest import Contender
 
 
 class Lap(NamedTuple):

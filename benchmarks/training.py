@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenfilter.benchmarks.contest import (
+from benchmarks.contest import (
     Benchmark,
     Contender,
     Contest,
@@ -19,8 +19,8 @@ from eigenfilter.benchmarks.contest import (
     Yardstick,
     nothing,
 )
-from eigenfilter.benchmarks.methods import LR, METHODS, Make, Method
-from eigenfilter.benchmarks.networks import NETWORKS, Network
+from benchmarks.methods import LR, METHODS, Make, Method
+from benchmarks.networks import NETWORKS, Network
 
 # Losses and weights may differ by this much, absolutely and relatively. The GPT is smooth: the
 # roundings of three steps stay roundings. ResNet's ReLUs have kinks, and an activation that falls

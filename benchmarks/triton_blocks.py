@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from eigenfilter.benchmarks import environment, report
-from eigenfilter.benchmarks.contest import Contender, Phase, Setting
-from eigenfilter.benchmarks.kernels import KERNELS
-from eigenfilter.benchmarks.timing import Spread, clock, interleave
+from benchmarks import environment, report
+from benchmarks.contest import Contender, Phase, Setting
+from benchmarks.kernels import KERNELS
+from benchmarks.timing import Spread, clock, interleave
 from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.kernels import triton_blocks
 from eigenfilter.kernels.triton_blocks import Blocks
@@ -34,7 +34,7 @@ Measured = dict[tuple[str, str], dict[Blocks, Spread]]
 
 
 def run(device: torch.device, folder: Path, save: bool) -> None:
-    """Time every choice, print the table, write the results; and what is best, if asked for.
+    """Time every choice, print and write the table as it grows; save what is best, if asked for.
 
     Raises:
         ValueError: the file for what is best holds something else.
@@ -47,9 +47,11 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
         "| --- | --- | --- | --- | --- |",
     ]
     print("\n".join(rows))
+    files = report.Files(folder, f"{device.type}-triton-blocks", found)
     measured: Measured = {}
     data = []
-    for name, dtype in itertools.product(KERNELS, DTYPES):
+    pairs = list(itertools.product(KERNELS, DTYPES))
+    for name, dtype in pairs:
         spreads = measured[name, str(dtype)] = measure(name, dtype, device)
         taken = best(spreads)
         for choice, ratio in spreads.items():
@@ -58,9 +60,16 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
             spread = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
             rows.append(f"| {name} | {dtype} | {choice.bytes} | {choice.warps}{mark} | {spread} |")
             print(rows[-1], flush=True)
-    title = "# Sizes of the Triton kernels' blocks"
-    data_of = {"device": device.type, "triton_blocks": data}
-    report.write(folder, f"{device.type}-triton-blocks", found, [title, "", *rows], data_of)
+        missing = report.incomplete(len(measured), len(pairs), "kernels and dtypes")
+        files.save(
+            ["# Sizes of the Triton kernels' blocks", *missing, "", *rows],
+            {
+                "device": device.type,
+                "complete": len(measured) == len(pairs),
+                "triton_blocks": data,
+            },
+        )
+    files.name()
     if save:
         write(triton_blocks.file(), saved, device, measured)
 

@@ -66,6 +66,7 @@ class StubDriver:
     """
 
     def __init__(self, launched: Callable[[Launch], None] | None) -> None:
+        self.launches = 0
         self._launched = launched
         self._assembly: list[Path] = []
         self.utils = self
@@ -122,6 +123,7 @@ class StubDriver:
     def _launcher(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             # Metadata, its lazy form and two hooks come before the arguments.
+            self.launches += 1
             if self._launched is not None:
                 args = rest[4:]
                 name = source.fn.__name__

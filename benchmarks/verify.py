@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from eigenfilter.benchmarks.contest import Contest, Tolerance
+from benchmarks.contest import Contest, Tolerance
 
 REPETITIONS = 3
 

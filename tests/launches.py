@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.triton_stub import Launch
 from torch import Tensor
 
-from eigenfilter.benchmarks.triton_stub import Launch
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
 
@@ -48,7 +48,7 @@ def check_arguments(launch: Launch) -> None:
             number = value.data_ptr() if isinstance(value, Tensor) else value
             assert number % 16 == 0, where
     passed = [kind for kind in source.signature.values() if kind != "constexpr"]
-    found = parameters(launch.ptx)
+    found = parameters(launch.ptx, launch.kernel)
     assert len(found) == len(passed) + SCRATCH
     for kind, parameter in zip(passed + ["*"] * SCRATCH, found, strict=True):
         assert parameter in IN_PTX.get(kind, ("u64", "b64")), launch.kernel
@@ -58,9 +58,9 @@ def check_arguments(launch: Launch) -> None:
     assert z == 1
 
 
-def parameters(ptx: Path) -> list[str]:
-    """The types of a kernel's parameters."""
-    entry = re.search(r"\.visible \.entry \w+\((.*?)\)", ptx.read_text(), re.DOTALL)
+def parameters(ptx: Path, kernel: str) -> list[str]:
+    """The types of a kernel's parameters; tools are shown it by its name, which is not mangled."""
+    entry = re.search(rf"\.visible \.entry {kernel}\((.*?)\)", ptx.read_text(), re.DOTALL)
     assert entry is not None
     return re.findall(r"\.param \.(\w+)", entry[1])
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import resource
 import signal
@@ -22,11 +21,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from eigenfilter.benchmarks.curvature.problems import Problem, product
-from eigenfilter.benchmarks.curvature.solver import Found, Solve
-from eigenfilter.benchmarks.curvature.thread import one_thread, processor
-from eigenfilter.benchmarks.memory import Peak
-from eigenfilter.benchmarks.timing import Lap
+from benchmarks.curvature.problems import Problem, product
+from benchmarks.curvature.solver import Found, Solve
+from benchmarks.curvature.thread import one_thread, processor
+from benchmarks.environment import own_process
+from benchmarks.memory import Peak
+from benchmarks.timing import Lap
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Apart:
         self._problem, self._result = folder / "problem.pt", folder / "result.json"
         torch.save(problem, self._problem)
         prompt = {} if timed else {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        self._environment = os.environ | {"OMP_NUM_THREADS": "1"} | prompt
+        self._environment = own_process() | {"OMP_NUM_THREADS": "1"} | prompt
 
     def __call__(self, solve: Solve, limit: float = math.inf) -> Outcome | None:
         """Solve; None if it would have taken more than about `limit` seconds of the processor.

@@ -10,16 +10,16 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from eigenfilter.benchmarks import environment
-from eigenfilter.benchmarks.contest import Contender, Phase, nothing
-from eigenfilter.benchmarks.curvature import ours
-from eigenfilter.benchmarks.curvature.apart import Apart
-from eigenfilter.benchmarks.curvature.datasets import Missing
-from eigenfilter.benchmarks.curvature.peers import curvlinops, hessian_eigenthings, pyhessian
-from eigenfilter.benchmarks.curvature.problems import Problem, Recipe, product
-from eigenfilter.benchmarks.curvature.solver import K, Solve, Solver, arpack
-from eigenfilter.benchmarks.curvature.thread import processor
-from eigenfilter.benchmarks.timing import Lap, Spread, turns
+from benchmarks import environment
+from benchmarks.contest import Contender, Phase, nothing
+from benchmarks.curvature import ours
+from benchmarks.curvature.apart import Apart
+from benchmarks.curvature.datasets import Missing
+from benchmarks.curvature.peers import curvlinops, hessian_eigenthings, pyhessian
+from benchmarks.curvature.problems import Problem, Recipe, product
+from benchmarks.curvature.solver import K, Solve, Solver, arpack
+from benchmarks.curvature.thread import processor
+from benchmarks.timing import Lap, Spread, turns
 from eigenfilter.curvature import HessianOperator, eigsh
 
 ACCURACY = 1e-4

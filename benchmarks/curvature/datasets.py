@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenfilter.benchmarks.networks import LENGTH
+from benchmarks.networks import LENGTH
 from eigenfilter.experiments import data
 
 FOLDER = Path(os.environ.get("EIGENFILTER_DATA", Path.home() / ".cache" / "eigenfilter" / "data"))

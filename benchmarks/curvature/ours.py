@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from eigenfilter.benchmarks.curvature.problems import Problem
-from eigenfilter.benchmarks.curvature.solver import Found, K, Solver, arpack
+from benchmarks.curvature.problems import Problem
+from benchmarks.curvature.solver import Found, K, Solver, arpack
 from eigenfilter.curvature import HessianOperator, eigsh
 
 

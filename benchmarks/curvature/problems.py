@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-from eigenfilter.benchmarks.curvature import datasets
-from eigenfilter.benchmarks.curvature.datasets import Batch
-from eigenfilter.benchmarks.networks import GPT, resnet18
+from benchmarks.curvature import datasets
+from benchmarks.curvature.datasets import Batch
+from benchmarks.networks import GPT, resnet18
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eigenfilter.benchmarks.curvature.contest import ACCURACY, LIMIT, MOST_OVERHEAD
-from eigenfilter.benchmarks.curvature.ours import ALONE, OURS
-from eigenfilter.benchmarks.curvature.problems import RECIPES
-from eigenfilter.benchmarks.curvature.tracking import CHECKS, MOST_PRODUCTS, STEPS, TOL, TRACKED
+from benchmarks.curvature.contest import ACCURACY, LIMIT, MOST_OVERHEAD
+from benchmarks.curvature.ours import ALONE, OURS
+from benchmarks.curvature.problems import RECIPES
+from benchmarks.curvature.tracking import CHECKS, MOST_PRODUCTS, STEPS, TOL, TRACKED
 
 LEGEND = f"""The ten largest eigenvalues and their vectors, each time from nothing: operators,
 graphs and the choice of an engine are part of the work. Values are checked against float64 before

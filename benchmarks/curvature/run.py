@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from eigenfilter.benchmarks import environment, report
-from eigenfilter.benchmarks.curvature import contest, tracking
-from eigenfilter.benchmarks.curvature import report as tables
-from eigenfilter.benchmarks.curvature.datasets import Missing
-from eigenfilter.benchmarks.curvature.problems import RECIPES
-from eigenfilter.benchmarks.curvature.thread import one_thread
+from benchmarks import environment, report
+from benchmarks.curvature import contest, tracking
+from benchmarks.curvature import report as tables
+from benchmarks.curvature.datasets import Missing
+from benchmarks.curvature.problems import RECIPES
+from benchmarks.curvature.thread import one_thread
 
 TRACKING = "tracking"
 ROUNDS = 3

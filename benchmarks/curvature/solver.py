@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eigenfilter.benchmarks.curvature.datasets import Missing
-from eigenfilter.benchmarks.curvature.problems import Problem
+from benchmarks.curvature.datasets import Missing
+from benchmarks.curvature.problems import Problem
 
 K = 10
 

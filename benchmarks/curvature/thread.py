@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from eigenfilter.benchmarks.timing import Lap
+from benchmarks.timing import Lap
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eigenfilter.benchmarks.curvature.problems import Problem, Recipe, step
+from benchmarks.curvature.problems import Problem, Recipe, step
 from eigenfilter.curvature import EigenResult, HessianOperator, eigsh
 
 TRACKED = "mlp-mnist"  # the problem whose model is followed

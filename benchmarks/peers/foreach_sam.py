@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from eigenfilter.benchmarks.peers.common_sam import FD_STEP, TINY
+from benchmarks.peers.common_sam import FD_STEP, TINY
 
 
 class ForeachSAM:

@@ -41,6 +41,27 @@ void require_served(const Operands& o) {
     cuda::require();
 }
 
+// What was read, for backends that are written in Python: data pointers by role and tensor, element
+// counts, and the gradients' dtypes, or nothing where all are the lists'.
+py::tuple table_of(const Operands& o) {
+    std::string pointers;
+    for (std::size_t r = 0; r < Operands::kMaxRoles; ++r) {
+        if (void* const* p = o.pointers(r))
+            pointers.append(reinterpret_cast<const char*>(p), o.size() * sizeof(void*));
+    }
+    const auto* const dtypes = reinterpret_cast<const char*>(o.wide());
+    return py::make_tuple(
+        py::bytes(pointers),
+        py::bytes(reinterpret_cast<const char*>(o.numel().data()), o.size() * sizeof(std::int64_t)),
+        py::bytes(dtypes, dtypes != nullptr ? o.size() : 0));
+}
+
+// What a call returns: nothing, or, where it was a check, what that has read.
+py::object outcome(bool ran, const Operands& o) {
+    if (ran) return py::none();
+    return table_of(o);
+}
+
 // Runs a kernel where its operands are, without the GIL on the CPU, and returns true. With no
 // threads the call was a check of the arguments, which ends here.
 template <class OnCPU, class OnCUDA>
@@ -56,9 +77,9 @@ bool run(const Operands& o, int threads, OnCPU on_cpu, OnCUDA on_cuda) {
     return true;
 }
 
-void ascend(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-            py::handle adaptive_given, py::handle grad_scale, py::handle found_inf,
-            py::handle num_threads) {
+py::object ascend(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
+                  py::handle adaptive_given, py::handle grad_scale, py::handle found_inf,
+                  py::handle num_threads) {
     const bool adaptive = truth("adaptive", adaptive_given);
     const int threads = threads_of(num_threads);
     Operands o{
@@ -72,10 +93,11 @@ void ascend(py::handle params, py::handle grads, py::handle backups, py::handle 
         [&] { cpu::ascend(t, {s.alpha.value, s.grad_scale.value, adaptive}, found, threads); },
         [&](int device, void* stream) { cuda::ascend(t, s, found, device, stream); });
     if (TensorList* const list = tensor_list(backups); ran && list != nullptr) list->filled = true;
+    return outcome(ran, o);
 }
 
-void ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-                  py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
+py::object ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
+                        py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
                {"grads", grads, false, false, true},
@@ -84,15 +106,16 @@ void ascend_again(py::handle params, py::handle grads, py::handle backups, py::h
     const float* found = o.flag("found_inf", found_inf);
     const AscendScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
                                   scale_of(o, grad_scale, found), false};
-    run(
+    const bool ran = run(
         o, threads,
         [&] { cpu::ascend_again(t, {s.alpha.value, s.grad_scale.value, false}, found, threads); },
         [&](int device, void* stream) { cuda::ascend_again(t, s, found, device, stream); });
+    return outcome(ran, o);
 }
 
-void ascend_hvp(py::handle params, py::handle grads, py::handle base_grads, py::handle backups,
-                py::handle alpha, py::handle eps, py::handle grad_scale, py::handle found_inf,
-                py::handle num_threads) {
+py::object ascend_hvp(py::handle params, py::handle grads, py::handle base_grads,
+                      py::handle backups, py::handle alpha, py::handle eps, py::handle grad_scale,
+                      py::handle found_inf, py::handle num_threads) {
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
                {"grads", grads, false, false, true},
@@ -103,18 +126,20 @@ void ascend_hvp(py::handle params, py::handle grads, py::handle base_grads, py::
     const float* found = o.flag("found_inf", found_inf);
     const HvpScalars<Scalar> s{o.scalar("alpha", alpha, kComputed), o.scalar("eps", eps, kNotZero),
                                scale_of(o, grad_scale, found)};
-    run(
+    const bool ran = run(
         o, threads,
         [&] {
             cpu::ascend_hvp(t, {s.alpha.value, s.eps.value, s.grad_scale.value}, found, threads);
         },
         [&](int device, void* stream) { cuda::ascend_hvp(t, s, found, device, stream); });
+    return outcome(ran, o);
 }
 
-void descend(py::handle params, py::handle grads, py::handle momenta, py::handle backups,
-             py::handle lr, py::handle momentum, py::handle dampening, py::handle weight_decay,
-             py::handle nesterov_given, py::handle maximize_given, py::handle rounding_seed,
-             py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
+py::object descend(py::handle params, py::handle grads, py::handle momenta, py::handle backups,
+                   py::handle lr, py::handle momentum, py::handle dampening,
+                   py::handle weight_decay, py::handle nesterov_given, py::handle maximize_given,
+                   py::handle rounding_seed, py::handle grad_scale, py::handle found_inf,
+                   py::handle num_threads) {
     const bool nesterov = truth("nesterov", nesterov_given);
     const bool maximize = truth("maximize", maximize_given);
     const int threads = threads_of(num_threads);
@@ -134,7 +159,7 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
                                    nesterov,
                                    maximize,
                                    is_stochastic(o, rounding_seed)};
-    run(
+    const bool ran = run(
         o, threads,
         [&] {
             cpu::descend(
@@ -144,13 +169,15 @@ void descend(py::handle params, py::handle grads, py::handle momenta, py::handle
                 found, threads);
         },
         [&](int device, void* stream) { cuda::descend(t, s, found, device, stream); });
+    return outcome(ran, o);
 }
 
-void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py::handle exp_avg_sqs,
-                   py::handle backups, py::handle lr, py::handle beta1, py::handle beta2,
-                   py::handle eps, py::handle weight_decay, py::handle step,
-                   py::handle maximize_given, py::handle rounding_seed, py::handle grad_scale,
-                   py::handle found_inf, py::handle num_threads) {
+py::object descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs,
+                         py::handle exp_avg_sqs, py::handle backups, py::handle lr,
+                         py::handle beta1, py::handle beta2, py::handle eps,
+                         py::handle weight_decay, py::handle step, py::handle maximize_given,
+                         py::handle rounding_seed, py::handle grad_scale, py::handle found_inf,
+                         py::handle num_threads) {
     const bool maximize = truth("maximize", maximize_given);
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
@@ -172,7 +199,7 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
                                  seed_of(o, rounding_seed),
                                  maximize,
                                  is_stochastic(o, rounding_seed)};
-    run(
+    const bool ran = run(
         o, threads,
         [&] {
             cpu::descend_adamw(
@@ -182,6 +209,7 @@ void descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs, py:
                 found, threads);
         },
         [&](int device, void* stream) { cuda::descend_adamw(t, s, found, device, stream); });
+    return outcome(ran, o);
 }
 
 // The tensors of a reduction, and the weights if there are any, whose dtype they may exceed.
@@ -197,8 +225,8 @@ Tensors reduction(const Operands& o, bool weighted) {
     return t;
 }
 
-void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
-          py::handle workspace, py::handle num_threads) {
+py::object norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
+                py::handle workspace, py::handle num_threads) {
     const int threads = threads_of(num_threads);
     bool is_double = py::getattr(out, "itemsize", py::int_(4)).equal(py::int_(8));
     Operands o = reduced(list, weights);
@@ -214,29 +242,30 @@ void norm(py::handle list, py::handle weights, py::handle out, py::handle grad_s
             auto* sums = static_cast<double*>(o.single("workspace", workspace, size, 64, true));
             cuda::norm(t, scale, result, is_double, sums, device, stream);
         });
-    if (!ran || !o.on_cpu()) return;
-    if (is_double)
+    if (ran && o.on_cpu() && is_double)
         *static_cast<double*>(result) = value;
-    else
+    else if (ran && o.on_cpu())
         *static_cast<float*>(result) = static_cast<float>(value);
+    return outcome(ran, o);
 }
 
 std::int64_t norm_workspace(py::handle list) {
     return cuda::norm_workspace(reduction(reduced(list), false));
 }
 
-void flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_threads) {
+py::object flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_threads) {
     const int threads = threads_of(num_threads);
     Operands o = reduced(list);
     const Tensors t = reduction(o, false);
     float* found = o.flag("found_inf", found_inf, true);
     if (found == nullptr) throw py::type_error("found_inf must be a tensor");
-    run(
+    const bool ran = run(
         o, threads,
         [&] {
             if (cpu::has_nonfinite(t, threads)) *found = 1;
         },
         [&](int device, void* stream) { cuda::flag_nonfinite(t, found, device, stream); });
+    return outcome(ran, o);
 }
 
 double* doubles(Operands& o, const char* name, py::handle tensor, std::int64_t numel,
@@ -405,22 +434,8 @@ class NamedRoles {
     std::array<Role, Operands::kMaxRoles> roles_;
 };
 
-void check(py::handle names, py::handle lists, py::handle written) {
-    NamedRoles(names, lists, written).read();
-}
-
-py::tuple table(py::handle names, py::handle lists, py::handle written) {
-    const NamedRoles roles(names, lists, written);
-    const Operands o = roles.read();
-    std::vector<void*> pointers;
-    for (std::size_t r = 0; r < roles.size(); ++r) {
-        if (void* const* p = o.pointers(r)) pointers.insert(pointers.end(), p, p + o.size());
-    }
-    const auto* const dtypes = reinterpret_cast<const char*>(o.wide());
-    return py::make_tuple(
-        py::bytes(reinterpret_cast<const char*>(pointers.data()), pointers.size() * sizeof(void*)),
-        py::bytes(reinterpret_cast<const char*>(o.numel().data()), o.size() * sizeof(std::int64_t)),
-        py::bytes(dtypes, dtypes != nullptr ? o.size() : 0));
+py::tuple check(py::handle names, py::handle lists, py::handle written) {
+    return table_of(NamedRoles(names, lists, written).read());
 }
 
 // Sizes of workspaces, for what a call may be given.
@@ -458,7 +473,6 @@ void register_kernels(py::module_& module) {
     module.attr("cuda_device_type") = kCudaDeviceType;
     define(module, "require_cuda", &require_cuda);
     define(module, "check", &check);
-    define(module, "table", &table);
     define(module, "ascend", &ascend);
     define(module, "ascend_again", &ascend_again);
     define(module, "ascend_hvp", &ascend_hvp);

@@ -75,11 +75,11 @@ class Reader {
         py::object local;
         if (Py_TYPE(object) == sharded_type_ && (local = shard_of(object))) object = local.ptr();
         const bool borrowed = borrow(object, t);
-        if (!borrowed || is_hollow(t)) {
+        if (!borrowed || is_hollow(object, t)) {
             const std::string reason = borrowed ? "" : first_line_of_error();
             PyTypeObject* const type = Py_TYPE(object);
             local = shard_of(object);
-            if (!local || !borrow(local.ptr(), t) || is_hollow(t)) {
+            if (!local || !borrow(local.ptr(), t) || is_hollow(local.ptr(), t)) {
                 PyErr_Clear();
                 fail(PyExc_TypeError,
                      borrowed ? what() +
@@ -150,6 +150,9 @@ class Reader {
         return api_->tensor_from_py_object(object, &out) == 0;
     }
 
+    // No storage reaches this far, and memory seldom lies before: only there is a tensor asked.
+    static constexpr std::uintptr_t kFarthest = std::uintptr_t{1} << 40;
+
     struct Names {
         PyObject* neg = PyUnicode_InternFromString("is_neg");
         PyObject* inference = PyUnicode_InternFromString("is_inference");
@@ -169,7 +172,15 @@ class Reader {
         return text.substr(0, text.find('\n'));
     }
 
-    static bool is_hollow(const dlpack::Tensor& t) { return t.data == nullptr && count(t) > 0; }
+    // Whether a tensor has no memory: its address is then the bytes between the beginning of its
+    // storage and itself, of a view that begins further on as of a whole.
+    static bool is_hollow(PyObject* object, const dlpack::Tensor& t) {
+        const auto address = reinterpret_cast<std::uintptr_t>(t.data);
+        if (address >= kFarthest || count(t) == 0) return false;
+        const auto offset =
+            py::handle(object).attr("storage_offset")().cast<std::uintptr_t>() * t.dtype.bits / 8;
+        return address == offset;
+    }
 
     // A DTensor's local shard, which the DTensor keeps alive; null for what has none.
     static py::object shard_of(PyObject* object) {

@@ -61,25 +61,22 @@ def is_serial() -> bool:
 def require_cuda() -> None:
     """Raise RuntimeError, with what to do, unless the CUDA kernels were compiled."""
 
+Table = tuple[bytes, bytes, bytes]
+"""What a check has read: data pointers, int64 [present lists, n], and element counts, int64 [n].
+
+Last the numbers of the gradients' dtypes, uint8 [n], or nothing where all are the lists'.
+"""
+
 def check(
     names: Sequence[str],
     lists: Sequence[Sequence[Tensor] | None],
     written: Sequence[bool],
-) -> None:
+) -> Table:
     """Raise what the kernels raise for lists that do not go together; None is an absent list."""
 
-def table(
-    names: Sequence[str],
-    lists: Sequence[Sequence[Tensor] | None],
-    written: Sequence[bool],
-) -> tuple[bytes, bytes, bytes]:
-    """`check`, then data pointers, int64 [present lists, n], and element counts, int64 [n].
-
-    Last the numbers of the gradients' dtypes, uint8 [n], or nothing where all are the lists'.
-    """
-
 # The kernels check all arguments before anything is written. Called with `num_threads` 0 they do
-# nothing else: it is the check step of the backends that are written in Python.
+# nothing else, and those of lists return what they have read: it is the check step of the backends
+# that are written in Python.
 
 def ascend(
     params: Sequence[Tensor],
@@ -90,7 +87,7 @@ def ascend(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     num_threads: int,
-) -> None: ...
+) -> Table | None: ...
 def ascend_again(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -99,7 +96,7 @@ def ascend_again(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     num_threads: int,
-) -> None: ...
+) -> Table | None: ...
 def ascend_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -110,7 +107,7 @@ def ascend_hvp(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     num_threads: int,
-) -> None: ...
+) -> Table | None: ...
 def descend(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -126,7 +123,7 @@ def descend(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     num_threads: int,
-) -> None: ...
+) -> Table | None: ...
 def descend_adamw(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -144,7 +141,7 @@ def descend_adamw(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     num_threads: int,
-) -> None: ...
+) -> Table | None: ...
 def norm(
     tensors: Sequence[Tensor],
     weights: Sequence[Tensor] | None,
@@ -152,7 +149,7 @@ def norm(
     grad_scale: Tensor | None,
     workspace: Tensor | None,
     num_threads: int,
-) -> None: ...
+) -> Table | None: ...
 def project_out(
     vectors: Sequence[Tensor],
     basis: Sequence[Tensor],
@@ -191,7 +188,9 @@ def mix_rows(vectors: Sequence[Tensor], rows: int, factors: Tensor, num_threads:
 def norm_workspace(tensors: Sequence[Tensor]) -> int:
     """Elements of the float64 workspace that `norm` needs on a GPU for these tensors."""
 
-def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor, num_threads: int) -> None: ...
+def flag_nonfinite(
+    tensors: Sequence[Tensor], found_inf: Tensor, num_threads: int
+) -> Table | None: ...
 def gradients(params: list[Tensor]) -> tuple[list[Tensor | None], int]:
     """The parameters' gradients (`p.grad`), and how many of them are None."""
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-
-from eigenfilter.benchmarks import registry, report, shapes, training
-from eigenfilter.benchmarks.contest import (
+from benchmarks.contest import (
     TOLERANCES,
     Benchmark,
     Contender,
@@ -21,8 +19,11 @@ from eigenfilter.benchmarks.contest import (
     copy,
     nothing,
 )
-from eigenfilter.benchmarks.timing import Spread
-from eigenfilter.benchmarks.verify import distance
+from benchmarks.timing import Spread
+from benchmarks.verify import distance
+from torch import Tensor
+
+from benchmarks import registry, report, shapes, training
 from eigenfilter.experiments.cli import main
 
 TOLERANCE = TOLERANCES[torch.float32]
@@ -50,8 +51,30 @@ def run_doubling(
     monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": doubling(peer)})
     code = main(["bench", "--repeat", "3", "--out", str(folder)])
     (file,) = folder.glob("*.json")
-    (result,) = json.loads(file.read_text())["results"]
+    found = json.loads(file.read_text())
+    assert found["complete"]
+    (result,) = found["results"]
     return code, result
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
+def test_what_was_timed_before_the_end_is_in_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
+) -> None:
+    def stop(setting: object) -> Contest:
+        raise ending
+
+    first = doubling(lambda t: t.mul_(2))
+    stopped = dataclasses.replace(first, name="stopped", build=stop)
+    monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": first, "stopped": stopped})
+    with pytest.raises(ending):
+        main(["bench", "--repeat", "3", "--out", str(tmp_path)])
+    (file,), (text,) = tmp_path.glob("*-cpu.json"), tmp_path.glob("*-cpu.md")
+    found = json.loads(file.read_text())
+    assert not found["complete"]
+    assert [result["name"] for result in found["results"]] == ["doubling"]
+    assert "Incomplete: 1 of 2 timings so far." in text.read_text().splitlines()
+    assert "| doubling | native |" in text.read_text()
 
 
 def test_registry_holds_every_row_of_the_design() -> None:

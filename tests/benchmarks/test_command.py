@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eigenfilter.benchmarks import finite_differences, memory, monitor
+from benchmarks import finite_differences, memory, monitor
 from eigenfilter.experiments.cli import main
 
 
@@ -40,6 +40,12 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
         (["--repeat", "2", "page", "x.json"], "--repeat does not go with page"),
         (["monitor", "--only", "LSTM"], "no network 'LSTM': choose from tanh MLP, GELU conv, GPT"),
         (["--device", "cpu", "host"], "--device does not go with host"),
+        (["host", "--only", "cuda"], "no launches of 'cuda': choose from native, triton"),
+        (
+            ["host", "--extension", "no.so"],
+            "no.so is not there: run make bench-host, which builds it, or give --only triton to "
+            "leave the native launches out",
+        ),
         (["--device", "cpu", "monitor"], "--device does not go with monitor"),
         (["--device", "cpu", "finite-differences"], "--device does not go with finite-differences"),
     ],

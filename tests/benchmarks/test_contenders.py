@@ -7,16 +7,16 @@ import importlib.util
 
 import pytest
 import torch
+from benchmarks.contest import Setting
+from benchmarks.methods import LR, METHODS, MOMENTUM, RHO, Method
+from benchmarks.networks import NETWORKS
+from benchmarks.optimizers import step
+from benchmarks.peers import pytorch_optimizer_sam
+from benchmarks.shapes import Problem
+from benchmarks.verify import verify
 
+from benchmarks import training
 from eigenfilter import USAM
-from eigenfilter.benchmarks import training
-from eigenfilter.benchmarks.contest import Setting
-from eigenfilter.benchmarks.methods import LR, METHODS, MOMENTUM, RHO, Method
-from eigenfilter.benchmarks.networks import NETWORKS
-from eigenfilter.benchmarks.optimizers import step
-from eigenfilter.benchmarks.peers import pytorch_optimizer_sam
-from eigenfilter.benchmarks.shapes import Problem
-from eigenfilter.benchmarks.verify import verify
 
 CPU = Setting(torch.device("cpu"), "native")
 PROBLEM = Problem([(7,), (3, 5), ()], CPU.device)

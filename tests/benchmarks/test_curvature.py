@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from benchmarks.curvature import contest, datasets, report, run, tracking
+from benchmarks.curvature.datasets import Missing
+from benchmarks.curvature.peers.pyhessian import SOLVERS as PYHESSIAN
+from benchmarks.curvature.problems import Problem, Recipe, product
+from benchmarks.curvature.solver import Found, Solver, counted
 from torch import nn
 
-from eigenfilter.benchmarks.curvature import contest, datasets, report, run, tracking
-from eigenfilter.benchmarks.curvature.datasets import Missing
-from eigenfilter.benchmarks.curvature.peers.pyhessian import SOLVERS as PYHESSIAN
-from eigenfilter.benchmarks.curvature.problems import Problem, Recipe, product
-from eigenfilter.benchmarks.curvature.solver import Found, Solver, counted
 from eigenfilter.experiments.cli import main
 
 TINY = Recipe(

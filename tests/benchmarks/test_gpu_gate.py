@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.gpu_gate import main
+from benchmarks.gpu_stages import Command, Stage
 
-from eigenfilter.benchmarks import gpu_gate, registry
-from eigenfilter.benchmarks.gpu_gate import Command, Stage, main
+from benchmarks import gpu_gate, gpu_stages, registry
 from eigenfilter.experiments import cli
 
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Results and installation of a test's own, and a machine that is quickly described."""
-    monkeypatch.setattr(gpu_gate, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu_gate, "OWN", tmp_path / "gpu-gate")
-    monkeypatch.setattr(gpu_gate, "SITE", tmp_path / "site")
+    monkeypatch.setattr(gpu_stages, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_stages, "OWN", tmp_path / "gpu-gate")
+    monkeypatch.setattr(gpu_stages, "SITE", tmp_path / "site")
     monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "a GPU"})
     monkeypatch.delenv("OUT", raising=False)
     return tmp_path
@@ -60,7 +64,7 @@ def test_stages_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_every_stage_fits_a_call() -> None:
-    assert all(stage.seconds + gpu_gate.GRACE < 600 for stage in gpu_gate.STAGES)
+    assert all(stage.seconds + gpu_gate.GRACE < 600 for stage in gpu_stages.STAGES)
 
 
 @pytest.mark.parametrize(("asked", "ran"), [([], "abc"), (["c", "a"], "ac"), (["b"], "b")])
@@ -128,7 +132,7 @@ def test_what_has_passed_is_not_run_again_unless_asked(
 
 
 def test_a_fingerprint_is_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_gate, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
     kernel = tmp_path / "csrc" / "cuda" / "a.cu"
     kernel.write_text("one")
@@ -163,6 +167,101 @@ def test_a_program_that_does_not_stop_is_killed(
     assert result(folders, "deaf")["seconds"] < 30
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_gate_that_is_told_to_end_delivers_what_there_is(
+    folders: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """What is interrupted may write, as a benchmark does; nothing else is begun."""
+    measures = f"""
+import time
+try:
+    print("measures", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(folders / "2026-cuda.json")!r}, "w").write("half")
+"""
+    gate = f"""
+import pathlib, runpy, sys
+from unittest import mock
+sys.path.insert(0, {str(gpu_stages.ROOT)!r})
+from benchmarks import gpu_stages
+gpu_stages.RESULTS = pathlib.Path({str(folders)!r})
+gpu_stages.OWN = gpu_stages.RESULTS / "gpu-gate"
+commands = [gpu_stages.Command([sys.executable, "-c", {measures!r}]) for _ in range(2)]
+gpu_stages.STAGES = tuple(
+    gpu_stages.Stage(name, "", 50, lambda: commands, False) for name in ("first", "second")
+)
+sys.argv = ["gpu_gate", "--out", {str(tmp_path / "out")!r}]
+runpy.run_module("benchmarks.gpu_gate", run_name="__main__")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", gate],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # which a shell would not let ignore SIGINT
+    )
+    assert process.stdout is not None
+    said = []
+    with process.stdout:
+        for line in process.stdout:
+            said.append(line.rstrip())
+            if said[-1] == "measures":
+                process.send_signal(number)
+    assert process.wait() == 1
+    assert said[-1] == "first      interrupted"
+    assert result(folders, "first")["status"] == "interrupted"
+    assert [c["exit"] for c in result(folders, "first")["commands"]] == [gpu_gate.INTERRUPTED]
+    with tarfile.open(tmp_path / "out" / "gpu-gate.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert names == {"gpu-gate", "gpu-gate/first.json", "gpu-gate/first.log", "2026-cuda.json"}
+
+
+def test_the_interrupt_reaches_what_a_tool_runs(folders: Path, tmp_path: Path) -> None:
+    inner = f"""
+import time
+try:
+    print("began", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(tmp_path / "written")!r}, "w").write("what there is")
+"""
+    tool = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, lambda *_: None)  # as a tool that does not pass it on
+subprocess.run([sys.executable, "-c", {inner!r}])
+"""
+    assert main([], [stage("profile", tool, seconds=3)]) == 1
+    assert result(folders, "profile")["commands"][0]["exit"] == gpu_gate.STOPPED
+    assert (tmp_path / "written").read_text() == "what there is"
+
+
+def test_the_gate_needs_nothing_but_the_standard_library() -> None:
+    """As it is run by a python that has neither torch nor eigenfilter: -S leaves out both."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "benchmarks.gpu_gate", "--list"],
+        cwd=gpu_stages.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("build ")
+    file = gpu_stages.ROOT / "benchmarks" / "gpu_gate.py"
+    done = subprocess.run([sys.executable, "-S", file], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "python3 -m benchmarks.gpu_gate" in done.stderr
+
+
+def test_the_kernels_that_tools_are_shown_are_all_of_ours() -> None:
+    sources = gpu_stages.ROOT / "csrc" / "cuda"
+    text = "".join(path.read_text() for path in sources.iterdir())
+    native = re.findall(r"__global__ void[^{]*?\b(\w+)_kernel\(", text)
+    assert sorted(native) == sorted(gpu_stages.NATIVE)
+    folder = gpu_stages.ROOT / "python" / "eigenfilter" / "kernels"
+    text = "".join(path.read_text() for path in folder.glob("triton_*.py"))
+    triton = re.findall(r"@triton\.jit[^\n]*\ndef (\w+)_kernel\(", text)
+    assert sorted(triton) == sorted(gpu_stages.TRITON)
+
+
 def test_what_does_not_fit_the_time_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,7 +274,7 @@ def test_what_does_not_fit_the_time_is_left_out(
     assert main([], stages) == 0
 
 
-@pytest.mark.parametrize("refusal", gpu_gate.REFUSALS)
+@pytest.mark.parametrize("refusal", gpu_stages.REFUSALS)
 def test_a_tool_that_the_machine_lacks_or_refuses_is_no_failure(
     folders: Path, refusal: str
 ) -> None:
@@ -222,8 +321,8 @@ def test_what_the_stages_ask_of_the_command_line_is_understood(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All but the GPU: the benchmarks that are named exist, and options are as they are given."""
-    monkeypatch.setattr(gpu_gate, "tool", lambda name: f"/opt/{name}")
-    [chosen] = [stage for stage in gpu_gate.STAGES if stage.name == name]
+    monkeypatch.setattr(gpu_stages, "tool", lambda name: f"/opt/{name}")
+    [chosen] = [stage for stage in gpu_stages.STAGES if stage.name == name]
     commands = chosen.commands()
     assert commands
     for command in commands:
@@ -236,7 +335,7 @@ def test_what_the_stages_ask_of_the_command_line_is_understood(
 
 
 def test_the_kernels_are_timed_before_the_optimizers() -> None:
-    first, second, _ = gpu_gate.bench()
+    first, second, _ = gpu_stages.bench()
 
     def names(command: Command) -> set[str]:
         words = list(command.argv)
@@ -253,24 +352,24 @@ def test_the_kernels_are_timed_before_the_optimizers() -> None:
 def test_the_build_is_for_one_chip_and_uses_all_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_gate, "HAS_TORCH", True)
-    monkeypatch.setattr(gpu_gate, "tool", lambda name: "/opt/nvcc")
+    monkeypatch.setattr(gpu_stages, "HAS_TORCH", True)
+    monkeypatch.setattr(gpu_stages, "tool", lambda name: "/opt/nvcc")
     stale = tmp_path / "site" / "eigenfilter"
     stale.mkdir(parents=True)
-    [command] = gpu_gate.build()
+    [command] = gpu_stages.build()
     assert not stale.exists()
     assert "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=90-real" in command.argv
     assert int(command.environment["CMAKE_BUILD_PARALLEL_LEVEL"]) >= 1
     assert command.environment["CUDACXX"] == "/opt/nvcc"
-    assert not gpu_gate.is_built()
+    assert not gpu_stages.is_built()
 
 
 @pytest.mark.parametrize("plugins", [set(), {"xdist", "pytest_timeout", "pytest_benchmark"}])
 def test_the_tests_say_what_they_do_without(
     plugins: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_gate, "has", plugins.__contains__)
-    [command] = gpu_gate.tests()
+    monkeypatch.setattr(gpu_stages, "has", plugins.__contains__)
+    [command] = gpu_stages.tests()
     words = " ".join(command.argv)
     said = capsys.readouterr().out
     assert "--junitxml=" in words

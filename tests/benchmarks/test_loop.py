@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.loop import OTHER, OURS, TwoGradients
 
-from eigenfilter.benchmarks.loop import OTHER, OURS, TwoGradients
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config

@@ -8,8 +8,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-
-from eigenfilter.benchmarks.memory import measure_apart
+from benchmarks.memory import measure_apart
 
 MOST = {
     "SGD": 12,

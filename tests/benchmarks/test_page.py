@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.contest import TOLERANCES
+from benchmarks.measure import Comparison, Result, Timing
+from benchmarks.timing import Spread
+from benchmarks.verify import Verdict
 
-from eigenfilter.benchmarks import environment, figures, page
-from eigenfilter.benchmarks.contest import TOLERANCES
-from eigenfilter.benchmarks.measure import Comparison, Result, Timing
-from eigenfilter.benchmarks.timing import Spread
-from eigenfilter.benchmarks.verify import Verdict
+from benchmarks import environment, figures, page
 from eigenfilter.experiments.cli import main
 
 TOLERANCE = TOLERANCES[torch.float32]
@@ -125,8 +125,27 @@ def test_memory(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "benchmarks-cpu-memory.png").exists()
 
 
+def test_launches(tmp_path: Path) -> None:
+    us = {"low": 9.0, "median": 10.4, "high": 12.0}
+    ours = {"call": "norm", "tensors": 2000, "by": "native", "us": us}
+    ratio = {"low": 1.1, "median": 1.2, "high": 1.3}
+    peer = {"launches": None, "argument_bytes": None, "ratio": None, "by": "torch foreach"}
+    costs = [ours | {"launches": 2, "argument_bytes": 3072, "ratio": ratio}, ours | peer]
+    file = write(tmp_path, host=costs, neighbours=0.1, complete=False)
+    assert main(["bench", "page", file, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "benchmarks.md").read_text()
+    row = "| `norm` | 2,000 | native | 10 [9, 12] | 2 | 3.0 | 1.20 [1.10, 1.30] |"
+    assert row in text.splitlines()
+    assert "| `norm` | 2,000 | torch foreach | 10 [9, 12] |  |  |  |" in text.splitlines()
+    assert "The run was stopped before its end." in text
+
+
 @pytest.mark.parametrize(
-    ("content", "says"), [("{", "cannot read"), ("{}", "holds no timings, memory or curvature")]
+    ("content", "says"),
+    [
+        ("{", "cannot read"),
+        ("{}", "holds no timings, memory, curvature or costs of launches"),
+    ],
 )
 def test_other_files_are_refused(
     content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from eigenfilter.benchmarks import scale
+from benchmarks import scale
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' high-water mark")

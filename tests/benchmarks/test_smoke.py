@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import native_stub, smoke
 from eigenfilter import kernels
-from eigenfilter.benchmarks import smoke
 from eigenfilter.experiments.cli import main
 from eigenfilter.kernels import native
+
+EXTENSION = Path(__file__).parents[2] / native_stub.EXTENSION
 
 
 def sweep(folder: Path, *sizes: int) -> tuple[int, list[dict]]:
     options = [word for size in sizes for word in ("--size", str(size))]
     code = main(["bench", "smoke", *options, "--out", str(folder)])
     [file] = folder.glob("*-cpu-smoke.json")
-    cases: list[dict] = json.loads(file.read_text())["cases"]
+    found = json.loads(file.read_text())
+    assert found["complete"]
+    cases: list[dict] = found["cases"]
     return code, cases
 
 
@@ -26,7 +34,9 @@ def test_every_kernel_agrees_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFi
     code, cases = sweep(tmp_path, 1, 70)
     assert code == 0, capsys.readouterr().out
     assert {case["backend"] for case in cases} == {"reference", "native"}
-    assert {(case["size"], case["shift"]) for case in cases} == {(1, 0), (1, 1), (70, 0), (70, 1)}
+    shapes = {(1, 1), (1, 70), (smoke.MANY, smoke.OF_MANY)}
+    assert {(case["tensors"], case["size"]) for case in cases} == shapes
+    assert {case["shift"] for case in cases} == {0, 1}
     swept = {case["kernel"].partition(",")[0] for case in cases}
     assert swept == set(kernels.__all__) - {"BACKENDS", "Backend", "select", "orthonormalise"}
     assert f"{len(cases)} of {len(cases)} cases agree" in capsys.readouterr().out
@@ -36,7 +46,7 @@ def test_every_kernel_agrees_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFi
     ("kernel", "wrong", "says"),
     [
         ("norm", "value", "off, relative to its largest number"),
-        ("ascend", "bit", "list 0 differs from the reference in 1 of 70 elements"),
+        ("ascend", "bit", "list 0 differs from the reference in 1 of "),
         ("ascend", "margin", "memory beside a tensor was written into"),
         ("ascend", "error", "RuntimeError: no"),
     ],
@@ -70,9 +80,61 @@ def test_what_does_not_agree_is_named(
     bad = [case for case in cases if case["problem"]]
     assert {case["kernel"] for case in bad} == {kernel}
     assert {case["backend"] for case in bad} == {"native"}
-    assert len(bad) == len(smoke.DTYPES) * len(smoke.SHIFTS)
+    assert len(bad) == 2 * len(smoke.DTYPES) * len(smoke.SHIFTS)  # one tensor, and many
     assert all(says in case["problem"] for case in bad)
-    assert f"- {kernel}, native, float32, 70 elements, 0 off: " in capsys.readouterr().out
+    assert f"- {kernel}, native, float32, 1 x 70 elements, 0 off: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not EXTENSION.exists(), reason="needs the extension that make host-extension builds"
+)
+def test_many_tensors_are_more_than_the_small_batch_holds() -> None:
+    """Of every kernel over lists; and five lists are more than a large batch holds."""
+    code = f"""
+import runpy
+runpy.run_path({native_stub.__file__!r})["load"]({str(EXTENSION)!r})
+import torch
+from benchmarks import native_stub, smoke
+for task in smoke.TASKS:
+    if not task.as_rows:
+        before = native_stub.counts()
+        case = (torch.device("cpu"), torch.float32, smoke.MANY, smoke.OF_MANY, 0)
+        smoke._results(task, "native", *case)
+        launches, size = (b - a for a, b in zip(before, native_stub.counts(), strict=True))
+        assert size > 4096 * launches, task.name
+        if task.lists == 5:
+            assert launches == 2, task.name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_stopped_has_written_what_it_came_to(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    sweep = ["bench", "smoke", "--size", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eigenfilter", *sweep],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # which a shell would not let ignore SIGINT
+    )
+    assert process.stdout is not None
+    rows = 0
+    for line in process.stdout:
+        rows += line.startswith("| ascend |")
+        if rows == 2:  # the first is in the files by now
+            break
+    process.send_signal(number)
+    process.stdout.close()
+    assert process.wait() != 0
+    [file], [text] = tmp_path.glob("*-cpu-smoke.json"), tmp_path.glob("*-cpu-smoke.md")
+    found = json.loads(file.read_text())
+    assert not found["complete"]
+    assert {(case["kernel"], case["problem"]) for case in found["cases"]} == {("ascend", "")}
+    assert "| ascend | float32 | 4 of 4 | 4 of 4 |" in text.read_text()
+    assert re.search(r"Incomplete: [12] of \d+ rows so far\.", text.read_text())
 
 
 def test_a_backend_that_does_not_serve_the_device(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-
-from eigenfilter.benchmarks.contest import Contender, Phase, nothing
-from eigenfilter.benchmarks.timing import Lap, clock, interleave
+from benchmarks.contest import Contender, Phase, nothing
+from benchmarks.timing import Lap, clock, interleave
 
 
 def test_the_host_is_free_once_the_calls_return(monkeypatch: pytest.MonkeyPatch) -> None:

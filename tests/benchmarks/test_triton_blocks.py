@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from benchmarks.timing import Spread
 
+from benchmarks import triton_blocks
 from eigenfilter.experiments.cli import main
+from eigenfilter.kernels.triton_blocks import Blocks
 
 
 def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +37,28 @@ def test_every_choice_works_and_the_best_is_used_from_then_on(tmp_path: Path) ->
     check_error(environment, f"names {file}, and there is no such file")
 
 
+def test_what_was_measured_before_the_end_is_in_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(kernel: str, dtype: torch.dtype, device: torch.device) -> dict[Blocks, Spread]:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append((kernel, str(dtype)))
+        return dict.fromkeys(triton_blocks.CHOICES, Spread(0.5, 0.6, 0.7))
+
+    monkeypatch.setattr(triton_blocks, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        triton_blocks.run(torch.device("cpu"), tmp_path, save=False)
+    (file,), (text,) = tmp_path.glob("*-blocks.json"), tmp_path.glob("*-blocks.md")
+    found = json.loads(file.read_text())
+    assert not found["complete"]
+    kept = list(dict.fromkeys((row["kernel"], row["dtype"]) for row in found["triton_blocks"]))
+    assert kept == measured
+    assert "Incomplete: 2 of " in text.read_text()
+
+
 def check_error(environment: dict[str, str], says: str) -> None:
     bad = subprocess.run(
         [sys.executable, __file__, "use"],
@@ -46,10 +73,10 @@ def check_error(environment: dict[str, str], says: str) -> None:
 
 def measure() -> None:
     """Time all choices; write the best down as if others had been."""
-    from eigenfilter.benchmarks import kernels, triton_blocks
-    from eigenfilter.benchmarks.shapes import Problem
-    from eigenfilter.benchmarks.timing import Spread
-    from eigenfilter.kernels.triton_blocks import Blocks, file, read
+    from benchmarks.shapes import Problem
+
+    from benchmarks import kernels
+    from eigenfilter.kernels.triton_blocks import file, read
 
     kernels.problem = lambda device, dtype: Problem([(3000,)] * 2, device, dtype)
     cpu = torch.device("cpu")
@@ -76,7 +103,6 @@ def use() -> None:
     """Ascend with what was written down, descend with the default."""
     from eigenfilter import kernels
     from eigenfilter.kernels import triton_tables
-    from eigenfilter.kernels.triton_blocks import Blocks
 
     cut, blocks = triton_tables.cut, []
     triton_tables.cut = lambda *args: blocks.append(args[-1]) or cut(*args)
@@ -89,6 +115,4 @@ def use() -> None:
 
 
 if __name__ == "__main__":
-    import torch
-
     {"measure": measure, "use": use}[sys.argv[1]]()

@@ -22,6 +22,11 @@ namespace emulator {
 
 Index thread_index, block_index, grid_size;
 
+const int chosen_mutant = [] {
+    const char* number = std::getenv("EIGENFILTER_MUTANT");
+    return number == nullptr ? -1 : std::atoi(number);
+}();
+
 namespace {
 
 constexpr int kWarp = 32;

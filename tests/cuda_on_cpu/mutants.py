@@ -2,13 +2,15 @@
 
 One at a time, every barrier is taken out of the sources, every condition of an `if` is made always
 true and always false, each side of an `&&` and of a `min` is left out, every loop over elements
-runs once too often or not at all. What comes of it is built for the emulator and has to fail: the
-tests under the address sanitizer, then, where it passes, every kernel under the thread sanitizer
-(first, where a barrier is missing). A mutant that survives is code that no test needs: a comment at
-the line that says "not needed for ..." says why it is there.
+runs once too often or not at all. The emulator's build holds all of these changes, and a process
+runs one of them, which EIGENFILTER_MUTANT names. It has to fail: in the tests or, where these pass,
+under the thread sanitizer, which runs every kernel on a few blocks (first, where a barrier is
+missing), or in the tests under the address sanitizer, which take five times as long. A mutant that
+survives is code that no test needs: a comment at the line that says "not needed for ..." says why
+it is there.
 
-The table goes to tests/cuda_on_cpu/MUTANTS.md. Takes about an hour on two cores; goes on where it
-was stopped.
+The table goes to tests/cuda_on_cpu/MUTANTS.md. It takes about an hour on two cores, and goes on
+where it was stopped.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from mutations import BARRIER, Mutant, mutants_of, with_mutants
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 WORK = ROOT / "build" / "mutants"
-TABLE = Path(__file__).with_name("MUTANTS.md")
+TABLE = HERE / "MUTANTS.md"
 
 # The tests of a source; a header's are all of them.
 TESTS = {
@@ -40,161 +45,47 @@ TESTS = {
     "lanczos.cu": ["test_three_term.py", "test_orthonormalise.py"],
 }
 GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]
-# Loops up to these are unrolled: they are neither bounds nor tails.
-CONSTANTS = ("Group::kSize", "kAccesses", "Roles", "InFlight", "States", "kGradients")
-ORDER = ("address", "thread")
-BARRIER = "without the barrier"
-SECONDS = 900  # a mutant that runs for longer hangs
+ORDER = ("none", "thread", "address")
+# A test, and a run of many, that takes longer hangs.
+TEST_SECONDS, SECONDS = 180, 1800
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A change of a source.
-
-    Attributes:
-        file, line: where.
-        what: the change, as the table says it.
-        begin, end: the characters that are replaced.
-        text: what stands there then.
-    """
-
-    file: str
-    line: int
-    what: str
-    begin: int
-    end: int
-    text: str
-
-
-def mutants_of(file: str, source: str) -> Iterator[Mutant]:
-    """Every mutant of a source."""
-    code = re.sub(r"//[^\n]*|\"[^\"\n]*\"", lambda m: " " * len(m[0]), source)
-
-    def mutant(begin: int, end: int, text: str, what: str) -> Mutant:
-        line = source.count("\n", 0, begin) + 1
-        return Mutant(file, line, what, begin, end, text)
-
-    for m in re.finditer(r"__syncthreads\(\);", code):
-        yield mutant(m.start(), m.end(), ";", BARRIER)
-    for m in re.finditer(r"\bif \(", code):
-        end = _closing(code, m.end() - 1)
-        condition = " ".join(source[m.end() : end].split())
-        if not code[: m.start()].rstrip().endswith("else"):
-            yield mutant(m.end(), end, "false", f"if ({condition}): never")
-        yield mutant(m.end(), end, "true", f"if ({condition}): always")
-    for m in re.finditer(r"\bmin\(", code):
-        end = _closing(code, m.end() - 1)
-        whole = " ".join(source[m.start() : end + 1].split())
-        for part in _arguments(code, m.end(), end):
-            text = source[slice(*part)].strip()
-            yield mutant(m.start(), end + 1, f"({text})", f"{whole}: {' '.join(text.split())}")
-    for m in re.finditer(r"\b(?:for|while) \(", code):
-        end = _closing(code, m.end() - 1)
-        begin, until = _condition_of_loop(code, m.end(), end)
-        condition = " ".join(source[begin:until].split())
-        if condition.endswith(CONSTANTS):
-            continue
-        yield mutant(begin, until, " false", f"loop while {condition}: not at all")
-        if re.search(r"(?<![<-])<(?![<=])", code[begin:until]):
-            text = re.sub(r"(?<![<-])<(?![<=])", "<=", source[begin:until], count=1)
-            yield mutant(begin, until, text, f"loop while {condition}: once more")
-    for m in re.finditer(r" && (?!\.\.\.)", code):
-        if "static constexpr" in code[code.rindex("\n", 0, m.start()) : m.start()]:
-            continue  # a choice of registers, which changes no result
-        begin, end = _side(code, m.start(), -1), _side(code, m.end() - 1, 1)
-        left, right = source[begin : m.start()].strip(), source[m.end() : end].strip()
-        what = " ".join(f"{left} && {right}".split())
-        yield mutant(begin, end, f" {left} ", f"{what}: the left side alone")
-        yield mutant(begin, end, f" {right} ", f"{what}: the right side alone")
+def build(mutants: Sequence[Mutant]) -> None:
+    """Build the extension with every mutant in it, once for each sanitizer."""
+    sources = WORK / "cuda"
+    shutil.rmtree(sources, ignore_errors=True)
+    sources.mkdir(parents=True)
+    for path in SOURCES.glob("*.cu*"):
+        here = {n: m for n, m in enumerate(mutants) if m.file == path.name}
+        (sources / path.name).write_text(with_mutants(path.read_text(), here))
+    for sanitizer in ORDER:
+        _run(
+            "cmake", "-G", "Ninja", "-S", HERE, "-B", WORK / sanitizer,
+            f"-DSANITIZER={sanitizer}", f"-DCUDA_SOURCES={sources}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={_output(sys.executable, '-m', 'pybind11', '--cmakedir')}",
+        )  # fmt: skip
+        _run("ninja", "-C", WORK / sanitizer)
 
 
-def _side(code: str, at: int, step: int) -> int:
-    """Where the operand ends that reaches from an `&&` to the left (-1) or to the right (1)."""
-    depth = 0
-    while True:
-        at += step
-        depth += step * ((code[at] in "([{") - (code[at] in ")]}"))
-        ends = code[at] in ";,?" or code[at : at + 4] == " && " or code[at : at + 4] == " || "
-        assigns = code[at] == "=" and code[at - 1] not in "<>=!" and code[at + 1] != "="
-        returns = step < 0 and code[at : at + 7] == "return "
-        if depth < 0 or (depth == 0 and (ends or assigns)):
-            return at if step > 0 else at + 1
-        if depth == 0 and returns:
-            return at + 7
+def caught(mutant: Mutant | None, number: int) -> str:
+    """What notices a mutant, or fails of the sources as they are; "" if nothing does."""
+    is_barrier = mutant is not None and mutant.what == BARRIER
+    for sanitizer in sorted(ORDER, key=lambda s: s != "thread") if is_barrier else ORDER:
+        failure = _failure(sanitizer, mutant.file if mutant else "", number)
+        if failure:
+            return failure
+    return ""
 
 
-def _closing(code: str, opening: int) -> int:
-    """Where the parenthesis closes that opens there."""
-    depth = 0
-    for i in range(opening, len(code)):
-        depth += (code[i] == "(") - (code[i] == ")")
-        if depth == 0:
-            return i
-    raise ValueError("a parenthesis that is not closed")
-
-
-def _arguments(code: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Stretches between commas that are in no further parentheses."""
-    depth, first = 0, begin
-    for i in range(begin, end):
-        depth += (code[i] in "([{<") - (code[i] in ")]}>")
-        if depth == 0 and code[i] == ",":
-            yield first, i
-            first = i + 1
-    yield first, end
-
-
-def _condition_of_loop(code: str, begin: int, end: int) -> tuple[int, int]:
-    if ";" not in code[begin:end]:
-        return begin, end  # while
-    first = code.index(";", begin) + 1
-    return first, code.index(";", first)
-
-
-class Workshop:
-    """A copy of the sources, and the extensions that are built from it."""
-
-    def __init__(self) -> None:
-        self.sources = WORK / "cuda"
-        shutil.rmtree(self.sources, ignore_errors=True)
-        shutil.copytree(SOURCES, self.sources)
-        for sanitizer in ORDER:
-            _run(
-                "cmake", "-G", "Ninja", "-S", Path(__file__).parent, "-B", WORK / sanitizer,
-                f"-DSANITIZER={sanitizer}", f"-DCUDA_SOURCES={self.sources}",
-                f"-DPython_EXECUTABLE={sys.executable}",
-                f"-Dpybind11_DIR={_output(sys.executable, '-m', 'pybind11', '--cmakedir')}",
-            )  # fmt: skip
-
-    def caught(self, mutant: Mutant | None) -> str:
-        """What notices a mutant; "" if nothing does."""
-        path = self.sources / mutant.file if mutant else None
-        source = path.read_text() if path else ""
-        if mutant and path:
-            path.write_text(source[: mutant.begin] + mutant.text + source[mutant.end :])
-        try:
-            is_barrier = mutant is not None and mutant.what == BARRIER
-            for sanitizer in reversed(ORDER) if is_barrier else ORDER:
-                built = subprocess.run(
-                    ["ninja", "-C", WORK / sanitizer], capture_output=True, text=True
-                )
-                if built.returncode != 0:
-                    return "the compiler"
-                failure = _failure(sanitizer, mutant.file if mutant else "")
-                if failure:
-                    return failure
-            return ""
-        finally:
-            if path:
-                path.write_text(source)
-
-
-def _failure(sanitizer: str, file: str) -> str:
-    """The first failure of the tests with the extension that was built, or ""."""
+def _failure(sanitizer: str, file: str, number: int) -> str:
+    """The first failure of the tests of a source, or ""."""
     try:
         done = subprocess.run(
-            [ROOT / "tests" / "cuda_on_cpu" / "run.sh", sanitizer, *_tests(sanitizer, file)],
-            env=os.environ | {"EIGENFILTER_EMULATED": str(WORK / sanitizer / "_core.so")},
+            [HERE / "run.sh", sanitizer, *_tests(sanitizer, file)],
+            env=os.environ
+            | {"EIGENFILTER_EMULATED": str(WORK / sanitizer / "_core.so")}
+            | {"EIGENFILTER_MUTANT": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -202,18 +93,23 @@ def _failure(sanitizer: str, file: str) -> str:
         )
     except subprocess.TimeoutExpired:
         return f"a test that takes more than {SECONDS} s"
-    if done.returncode == 0:
-        return ""
-    return _reason(done.stdout)
+    return _reason(done.stdout) if done.returncode != 0 else ""
 
 
 def _tests(sanitizer: str, file: str) -> list[str]:
     if sanitizer == "thread":
-        return [str(Path(__file__).with_name("races.py"))]
+        return [str(HERE / "races.py")]
     names = TESTS.get(file) or [name for names in TESTS.values() for name in names]
     files = [str(ROOT / "tests" / "kernels" / name) for name in [*names, *GENERAL]]
     # The emulator and the sanitizers write to the process's own stderr as it ends.
-    return ["-m", "pytest", "-x", "-q", "--capture=sys", "-p", "no:cacheprovider", *files]
+    options = ["-x", "-q", "--capture=sys", "-p", "no:cacheprovider"]
+    options += [
+        "-o",
+        f"faulthandler_timeout={TEST_SECONDS}",
+        "-o",
+        "faulthandler_exit_on_timeout=true",
+    ]
+    return ["-m", "pytest", *options, *files]
 
 
 def _reason(said: str) -> str:
@@ -224,6 +120,7 @@ def _reason(said: str) -> str:
         (r"ThreadSanitizer: ([\w -]+?) \(", r"thread sanitizer: \1"),
         (r"AddressSanitizer: ([\w-]+)", r"address sanitizer: \1"),
         (r"csrc/\S+?(\w+\.\w+:\d+):\d+: runtime error: ([^\n]{,60})", r"\2, \1"),
+        (r"Timeout \(\S+\)!", f"a test that takes more than {TEST_SECONDS} s"),
         (r"FAILED \S+?(test_\w+)\.py::(\w+)", r"\1: \2"),
         (r"ERROR ([^\n]{,80})", r"\1"),
     ):
@@ -234,86 +131,61 @@ def _reason(said: str) -> str:
 
 
 def _run(*command: object) -> None:
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
 
 
 def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", help="of csrc/cuda (default: all)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="mutants that say so")
-    parser.add_argument("--list", action="store_true", help="list the mutants")
-    args = parser.parse_args()
-    files = sorted(path.name for path in SOURCES.glob("*.cu*"))
-    mutants = [m for file in files for m in mutants_of(file, (SOURCES / file).read_text())]
-    chosen = [m for m in mutants if args.only in m.what and m.file in (args.files or files)]
-    if args.list:
-        for mutant in chosen:
-            print(f"{mutant.file}:{mutant.line}: {mutant.what}")
-        print(f"{len(chosen)} mutants")
-        return 0
-    record = Record()
-    if failure := record.of(None):
-        print(f"the sources as they are fail: {failure}", file=sys.stderr)
-        return 2
-    survivors = 0
-    for number, mutant in enumerate(chosen, 1):
-        said = record.of(mutant) or _explanation(mutant)
-        survivors += not said
-        where = f"{number}/{len(chosen)} {mutant.file}:{mutant.line}"
-        print(f"{where} {mutant.what}: {said or 'SURVIVES'}", flush=True)
-        TABLE.write_text(table(mutants, record))
-    return 1 if survivors else 0
-
-
-def _hash_of_sources() -> str:
-    """Of what is tested, and of what it runs on; tests may come."""
-    found = hashlib.sha256()
-    for folder in (ROOT / "csrc", Path(__file__).parent):
-        for path in sorted(folder.rglob("*.[ch]*")):
-            found.update(path.read_bytes())
-    return found.hexdigest()
-
-
 class Record:
-    """What caught each mutant, kept from run to run for as long as no source changes."""
+    """What caught each mutant, kept from run to run for as long as its code does not change."""
 
-    def __init__(self) -> None:
+    def __init__(self, mutants: Sequence[Mutant]) -> None:
         WORK.mkdir(parents=True, exist_ok=True)
         self._file = WORK / "caught.json"
         self._known: dict[str, str] = {}
         if self._file.exists():
             self._known = json.loads(self._file.read_text())
-        self._workshop: Workshop | None = None
-        self._sources = _hash_of_sources()
+        hashes = {file: _hash_of_code(file) for file in {m.file for m in mutants}}
+        # Lines may move, where a comment comes.
+        keys = [f"{hashes[m.file]} {m.file} {m.what} -> {m.text}" for m in mutants]
+        self._keys: dict[Mutant | None, str] = {
+            mutant: f"{key} {keys[:i].count(key)}"
+            for i, (mutant, key) in enumerate(zip(mutants, keys, strict=True))
+        }
+        self._keys[None] = _hash_of_code(None)
 
-    def of(self, mutant: Mutant | None) -> str:
-        """What catches a mutant, or the sources as they are; "" if nothing does."""
-        found = self.known(mutant)
-        if found or (found is not None and mutant is None):
-            return found
-        # One that survived is tried again: there may be a test for it by now.
-        self._workshop = self._workshop or Workshop()
-        self._known[self._key(mutant)] = self._workshop.caught(mutant)
+    def __getitem__(self, mutant: Mutant | None) -> str | None:
+        """What `caught` returned last time; None if that was with other code, or never."""
+        return self._known.get(self._keys[mutant])
+
+    def __setitem__(self, mutant: Mutant | None, by: str) -> None:
+        self._known[self._keys[mutant]] = by
         self._file.write_text(json.dumps(self._known, indent=1))
-        return self._known[self._key(mutant)]
 
-    def known(self, mutant: Mutant | None) -> str | None:
-        """What `of` returned last time; None if that was with other sources, or never."""
-        return self._known.get(self._key(mutant))
 
-    def _key(self, mutant: Mutant | None) -> str:
-        return self._sources + json.dumps(mutant and asdict(mutant))
+def _hash_of_code(file: str | None) -> str:
+    """Of a source with all headers, or of all sources, and of what they run on.
+
+    Comments may come, and tests, which are the better for it.
+    """
+    found = hashlib.sha256()
+    for folder in (SOURCES, ROOT / "csrc" / "include", HERE):
+        for path in sorted(folder.rglob("*.[ch]*")):
+            if path.suffix != ".cu" or file in (None, path.name) or not file.endswith(".cu"):
+                code = re.sub(r"//[^\n]*", "", path.read_text())
+                found.update(" ".join(code.split()).encode())
+    return found.hexdigest()
 
 
 def table(mutants: Sequence[Mutant], record: Record) -> str:
     """What caught each mutant that was tried, in Markdown."""
     rows = []
     for mutant in mutants:
-        by = record.known(mutant)
+        by = record[mutant]
         if by is not None:
             what = mutant.what.replace("|", "\\|")
             by = by or _explanation(mutant) or "**nothing**"
@@ -336,6 +208,42 @@ def _explanation(mutant: Mutant) -> str:
     near = " ".join(lines[max(mutant.line - 4, 0) : mutant.line])
     found = re.search(r"not needed for [^.;]*", near.replace(" // ", " "))
     return f"nothing: {found[0]}" if found else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", help="of csrc/cuda (default: all)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutants that say so")
+    parser.add_argument("--list", action="store_true", help="list the mutants")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tried at a time")
+    args = parser.parse_args()
+    files = sorted(path.name for path in SOURCES.glob("*.cu*"))
+    mutants = [m for file in files for m in mutants_of(file, (SOURCES / file).read_text())]
+    chosen = [m for m in mutants if args.only in m.what and m.file in (args.files or files)]
+    if args.list:
+        for mutant in chosen:
+            print(f"{mutant.file}:{mutant.line}: {mutant.what}")
+        print(f"{len(chosen)} mutants")
+        return 0
+    record = Record(mutants)
+    # One that survived is tried again: there may be a test for it by now.
+    untried = [m for m in chosen if not record[m]]
+    print(f"{len(untried)} of {len(chosen)} mutants are to be tried. The build...", flush=True)
+    build(mutants)
+    tried: list[Mutant | None] = [*([None] if record[None] is None else []), *untried]
+    numbers = [-1 if mutant is None else mutants.index(mutant) for mutant in tried]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for mutant, by in zip(tried, pool.map(caught, tried, numbers), strict=True):
+            if mutant is None and by:
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"the sources as they are fail: {by}")
+            record[mutant] = by
+            if mutant is not None:
+                where = f"{untried.index(mutant) + 1}/{len(untried)} {mutant.file}:{mutant.line}"
+                said = by or _explanation(mutant) or "SURVIVES"
+                print(f"{where} {mutant.what}: {said}", flush=True)
+                TABLE.write_text(table(mutants, record))
+    return 1 if any(not (record[m] or _explanation(m)) for m in chosen) else 0
 
 
 if __name__ == "__main__":

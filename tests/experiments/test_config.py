@@ -86,6 +86,14 @@ def bomb(tag: str) -> str:
     return "\n".join(["lr:", *lines, ""])
 
 
+def merges(depth: int, width: int) -> str:
+    """A few lines that merge a mapping width**depth times; all have the same single key."""
+    lines = ["a0: &a0 {lr: 1}"]
+    for i in range(1, depth + 1):
+        lines.append(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * width)}]")
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -97,9 +105,14 @@ def bomb(tag: str) -> str:
         ("lr: !!binary aGk=", "has a bytes"),
         ("lr: !!set {x, y}", "has a set"),
         ("lr: !!pairs [a: 1]", "has a tuple"),
-        (bomb("!!pairs"), "has a tuple"),
-        (bomb("!!omap"), "has a tuple"),
+        ("lr: !!omap [a: 1]", "has a tuple"),
+        (bomb("!!pairs"), "refers to itself, or to the same over and over"),
+        (bomb("!!omap"), "refers to itself, or to the same over and over"),
         (bomb(""), "refers to itself, or to the same over and over"),
+        (merges(9, 10), "refers to itself, or to the same over and over"),
+        (merges(30, 2), "refers to itself, or to the same over and over"),
+        ("a: &a\n  <<: *a\n  b: 1", "refers to itself, or to the same over and over"),
+        ("lr: &a [*a]", "refers to itself, or to the same over and over"),
     ],
 )
 def test_bad_files(text: str, says: str, tmp_path: Path) -> None:
@@ -107,6 +120,12 @@ def test_bad_files(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=says) as error:
         configs.read(tmp_path / "c.yaml")
     assert "\n" not in str(error.value)
+
+
+def test_merge_keys_that_are_few_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("base: &b {lr: 0.1}\nrun:\n  <<: *b\n  epochs: 2\n")
+    found = configs.read(tmp_path / "c.yaml")
+    assert found == {"base": {"lr": 0.1}, "run": {"lr": 0.1, "epochs": 2}}
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

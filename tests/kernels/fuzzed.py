@@ -162,7 +162,6 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "set_isa": lambda: [_core.isa()],
     "require_cuda": list,
     "check": lambda: [["a", "b"], [tensors(), tensors()], [True, False]],
-    "table": lambda: [("a", "b"), (tensors(), tensors()), (True, False)],
     "ascend": lambda: [tensors(), tensors(), tensors(), 0.1, False, *FLAGS, 2],
     "ascend_again": lambda: [tensors(), tensors(), tensors(), 0.1, *FLAGS, 2],
     "ascend_hvp": lambda: [tensors(), tensors(), tensors(), tensors(), 0.1, 0.2, *FLAGS, 2],

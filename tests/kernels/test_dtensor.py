@@ -77,6 +77,18 @@ def test_dtensors_and_plain_tensors_in_one_list(mesh: DeviceMesh) -> None:
         assert torch.equal(local, torch.full((4,), 0.5))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_shard_further_on_in_its_memory(mesh: DeviceMesh, first: int) -> None:
+    """FSDP2 cuts gradients out of one buffer; a DTensor's own address is then next to nothing."""
+    buffer = torch.randn(40)
+    parts = [buffer[20:25], buffer[:4].view(2, 2)]
+    parts = parts[first:] + parts[:first]
+    sharded = [DTensor.from_local(t, mesh, [Shard(0)]) for t in parts]
+    assert kernels.norm(sharded) == kernels.norm(parts)
+    mixed = [parts[0], sharded[1]]
+    assert kernels.norm(mixed) == kernels.norm(parts)
+
+
 def test_errors_name_the_dtensor(mesh: DeviceMesh) -> None:
     x = distribute_tensor(torch.ones(4, dtype=torch.int64), mesh, [Shard(0)])
     with pytest.raises(TypeError, match=r"params\[0\] is int64"):

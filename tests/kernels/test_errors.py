@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -36,8 +37,25 @@ def fake() -> Tensor:
         return torch.ones(SHAPE)
 
 
+def fake_view() -> Tensor:
+    with FakeTensorMode():
+        return further_on()
+
+
 def freed() -> Tensor:
     t = torch.ones(SHAPE)
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def further_on() -> Tensor:
+    """A view that does not begin where its storage does."""
+    whole = torch.ones(math.prod(SHAPE) + 100_000)
+    return whole[100_000:].view(SHAPE)
+
+
+def freed_view() -> Tensor:
+    t = further_on()
     t.untyped_storage().resize_(0)
     return t
 
@@ -63,6 +81,8 @@ ANYWHERE: dict[str, tuple[Make, type[Exception], str]] = {
     ),
     "fake": (fake, TypeError, "has no memory of its own .*: pass the tensor that holds the data"),
     "freed": (freed, TypeError, "has no memory of its own .*: pass the tensor that holds the data"),
+    "freed view": (freed_view, TypeError, "has no memory of its own .*: pass the tensor that"),
+    "fake view": (fake_view, TypeError, "has no memory of its own .*: pass the tensor that"),
     "wrapper": (
         lambda: Wrapper(torch.ones(SHAPE)),
         TypeError,

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import triton
+from benchmarks.triton_stub import Launch, StubDriver
 from torch import Tensor
 
+from benchmarks import triton_stub
 from cases import DTYPES, SCALE, UPDATES, Arena, Update, nonzero, places
 from eigenfilter import kernels
-from eigenfilter.benchmarks import triton_stub
-from eigenfilter.benchmarks.triton_stub import Launch, StubDriver
 from eigenfilter.kernels import triton_device, triton_lanczos, triton_project
 from launches import check_arguments, check_tables
 
@@ -55,6 +55,11 @@ class Recorder:
         launches = self(call)
         assert self.driver.variants == before, "compiled again"
         return launches
+
+
+def test_the_version_that_was_asked_for() -> None:
+    """EIGENFILTER_TEST_TRITON is what make test-triton-launch has installed beside .venv's."""
+    assert triton.__version__ == os.environ.get("EIGENFILTER_TEST_TRITON", triton.__version__)
 
 
 @pytest.fixture(scope="module")

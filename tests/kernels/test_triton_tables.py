@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from eigenfilter import _core
 from eigenfilter.kernels import triton_tables
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, cut, tables
@@ -13,6 +14,10 @@ from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, cut, tables
 BLOCK = 512
 CHUNK = BLOCKS_IN_CHUNK * BLOCK
 SIZES = np.array([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 0, CHUNK, CHUNK + 1, 3 * CHUNK + BLOCK + 7, 0])
+
+
+def updated(x: list[torch.Tensor], g: list[torch.Tensor]) -> triton_tables.Tables:
+    return tables("ascend", x[0], _core.check(["params", "grads"], [x, g], [True, False]))
 
 
 def test_chunks_cover_every_tensor_once() -> None:
@@ -48,7 +53,7 @@ def test_a_tensor_is_aligned_if_it_is_in_all_lists(dtype: torch.dtype) -> None:
     step = 16 // dtype.itemsize
     whole, shifted = (torch.zeros(n + step, dtype=dtype)[i : i + n] for i in (step, 1))
     x = [torch.zeros(n, dtype=dtype) for _ in range(2)]
-    work = tables("ascend", x[0], ("params", "grads"), (x, [whole, shifted]), (True, False))
+    work = updated(x, [whole, shifted])
     assert work.chunks[dtype][3].tolist() == [n, 0]
     assert work.pointers.tolist() == [
         [t.data_ptr() for t in x],
@@ -57,7 +62,7 @@ def test_a_tensor_is_aligned_if_it_is_in_all_lists(dtype: torch.dtype) -> None:
 
 
 def of(*tensors: torch.Tensor) -> triton_tables.Tables:
-    return tables("norm", tensors[0], ("tensors",), (list(tensors),), (False,))
+    return tables("norm", tensors[0], _core.check(["tensors"], [list(tensors)], [False]))
 
 
 def test_tables_are_used_again() -> None:
@@ -88,7 +93,7 @@ def test_tensors_of_several_dtypes_are_cut_apart_and_keep_their_numbers() -> Non
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
     x = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]
     g = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
-    work = tables("ascend", x[0], ("params", "grads"), (x, g), (True, False))
+    work = updated(x, g)
     assert set(work.chunks) == set(dtypes)
     assert work.programs == sum(chunks.shape[1] for chunks in work.chunks.values())
     for dtype, (tensor, first, length, wide) in work.chunks.items():
@@ -114,4 +119,4 @@ def test_the_tables_last_used_are_kept() -> None:
 def test_lists_are_checked() -> None:
     x = torch.zeros(3)
     with pytest.raises(ValueError, match="grads"):
-        tables("ascend", x, ("params", "grads"), ([x], []), (True, False))
+        updated([x], [])

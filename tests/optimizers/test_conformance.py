@@ -242,7 +242,10 @@ def test_frozen_and_unused_parameters_are_as_if_not_there(row: Row) -> None:
     opt, other = row.make([*frozen, *params, *unused]), row.make(alone)
     train(opt, params)
     train(other, alone)
-    assert all(map(same_bits, params, alone))
+    if row.difference:  # what is unused counts in the length of x, by which the step is taken
+        assert distance(params, alone) < row.rounding
+    else:
+        assert all(map(same_bits, params, alone))
     assert all(map(same_bits, [*frozen, *unused], [*row.parameters()[:2], *row.parameters()[1:]]))
     assert not any(opt.state.get(p) for p in [*frozen, *unused])
 

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
+from pages import ROOT, run_page, sharpness_and_edge
 
 
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    blocks = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
-    script = tmp_path / "tutorial.py"
-    script.write_text("import torch\n\ntorch.set_num_threads(1)\n" + "\n".join(blocks))
-    run = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, check=True, capture_output=True, text=True
-    )
-    found = re.findall(r"sharpness ([\d.]+), edge ([\d.]+)", run.stdout)
-    assert len(found) == 2
-    for sharpness, edge in found:
-        assert float(sharpness) == pytest.approx(float(edge), rel=0.1)
-    assert re.findall(r"^verdict +(.*)$", run.stdout, re.MULTILINE) == [
+    printed = run_page(ROOT / "docs" / "tutorial.md", tmp_path)
+    pairs = sharpness_and_edge(printed)
+    assert len(pairs) == 2
+    for sharpness, edge in pairs:
+        assert sharpness == pytest.approx(edge, rel=0.1)
+    assert re.findall(r"^verdict +(.*)$", printed, re.MULTILINE) == [
         "not an equilibrium",
         "inside",
     ]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from eigenfilter.benchmarks.curvature.problems import Problem
-from eigenfilter.benchmarks.curvature.solver import Found, Solver, arpack
+from benchmarks.curvature.problems import Problem
+from benchmarks.curvature.solver import Found, Solver, arpack
 
 
 def solve(problem: Problem, dtype: Any = None, **options: Any) -> Found:

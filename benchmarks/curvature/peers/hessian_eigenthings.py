@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from eigenfilter.benchmarks.curvature.problems import Problem
-from eigenfilter.benchmarks.curvature.solver import Found, K, Solver
+from benchmarks.curvature.problems import Problem
+from benchmarks.curvature.solver import Found, K, Solver
 
 STEPS = range(20, 64, 4)
 

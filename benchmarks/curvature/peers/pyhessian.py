@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from eigenfilter.benchmarks.curvature.problems import Problem
-from eigenfilter.benchmarks.curvature.solver import Found, K, Solver, counted
+from benchmarks.curvature.problems import Problem
+from benchmarks.curvature.solver import Found, K, Solver, counted
 
 TIGHTER = (1e-5, 1e-6, 1e-7)
 

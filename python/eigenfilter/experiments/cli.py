@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from eigenfilter import __version__
-from eigenfilter.benchmarks import command as bench
 from eigenfilter.experiments import (
+    bench,
     certify,
     demo,
     filter,

@@ -243,19 +243,23 @@ def read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
+        loader = yaml.SafeLoader(path.read_text("utf-8"))
+        node = loader.get_single_node()  # in which what is referred to stands once
+        # Merge keys are written out as mappings are made: before that, see how much it would be.
+        fits = node is None or _written_out(node, {}) <= _MOST_VALUES
+        found = loader.construct_document(node) if node is not None and fits else None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, *_NOT_YAML) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split()):.300}") from error
+    if not fits:
+        raise ValueError(f"{path} refers to itself, or to the same over and over: write it out")
     if found is None:
         return {}
     try:
-        count = _values(found, {})
+        _check_types(found, set())
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    if count > _MOST_VALUES:
-        raise ValueError(f"{path} refers to itself, or to the same over and over: write it out")
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold lines such as 'lr: 0.1', not a {type(found).__name__}")
     return found
@@ -264,23 +268,30 @@ def read(path: Path) -> dict[str, Any]:
 _MOST_VALUES = 1_000_000
 
 
-def _values(found: Any, known: dict[int, int]) -> int:
-    """How many values there are once all aliases are written out: a few lines may make any number.
+def _written_out(node: Any, known: dict[int, int]) -> int:
+    """How many values there are once all aliases and merge keys (<<) are written out: a few lines
+    may make any number.
 
-    known: by the identity of a list or dictionary; one that holds itself has too many.
-
-    Raises:
-        ValueError: one is of another type, such as the tuples of !!pairs, or a date.
+    known: by the identity of a node of yaml; one that holds itself has too many.
     """
+    if isinstance(node.value, str):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1
+        inside = [part for one in node.value for part in (one if isinstance(one, tuple) else [one])]
+        known[id(node)] = 1 + sum(_written_out(part, known) for part in inside)
+    return known[id(node)]
+
+
+def _check_types(found: Any, seen: set[int]) -> None:
+    """Raise ValueError for a value of another type, such as the tuples of !!pairs, or a date."""
     if type(found) not in (dict, list):
         if found is not None and type(found) not in (str, int, float, bool):
             raise ValueError(f"has {quoted(found)}, and options are text, numbers or truth values")
-        return 1
-    if id(found) not in known:
-        known[id(found)] = _MOST_VALUES + 1
-        inside = [*found, *found.values()] if isinstance(found, dict) else found
-        known[id(found)] = 1 + sum(_values(value, known) for value in inside)
-    return known[id(found)]
+    elif id(found) not in seen:
+        seen.add(id(found))
+        for value in [*found, *found.values()] if isinstance(found, dict) else found:
+            _check_types(value, seen)
 
 
 def write(config: Config, path: Path) -> None:

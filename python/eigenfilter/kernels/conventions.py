@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,15 +41,6 @@ def _contains(wide: torch.finfo, narrow: torch.finfo) -> bool:
         and wide.eps <= narrow.eps
         and wide.tiny * wide.eps <= narrow.tiny * narrow.eps
     )
-
-
-def reduced(
-    tensors: Sequence[Tensor], weights: Sequence[Tensor] | None
-) -> tuple[tuple[str, ...], tuple[Sequence[Tensor], ...]]:
-    """Return names and lists of a reduction: tensors may be wider than their weights."""
-    if weights is None:
-        return ("tensors",), (tensors,)
-    return ("weights", "tensors"), (weights, tensors)
 
 
 def power_of_two(largest: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from eigenfilter import _core
 from eigenfilter.kernels import triton_device as device_code
 from eigenfilter.kernels import triton_lanczos as lanczos_code
 from eigenfilter.kernels import triton_project as project_code
-from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype, reduced
+from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import Tables, tables
 
@@ -45,11 +45,10 @@ def ascend(
     found_inf: Tensor | None = None,
 ) -> None:
     """Save and move; see `eigenfilter.kernels.ascend`."""
-    _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
+    read = _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
     x = params[0]
-    names = ("params", "grads", "backups")
     with _served(x.device):
-        work = tables("ascend", x, names, (params, grads, backups), (True, False, True))
+        work = tables("ascend", x, read)
         _launch(
             device_code.ascend_kernel,
             x.dtype,
@@ -70,11 +69,10 @@ def ascend_again(
     found_inf: Tensor | None = None,
 ) -> None:
     """Move once more; see `eigenfilter.kernels.ascend_again`."""
-    _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
+    read = _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
     x = params[0]
-    names = ("params", "grads", "backups")
     with _served(x.device):
-        work = tables("ascend_again", x, names, (params, grads, backups), (True, False, False))
+        work = tables("ascend_again", x, read)
         _launch(
             device_code.ascend_again_kernel,
             x.dtype,
@@ -98,11 +96,10 @@ def ascend_hvp(
 ) -> None:
     """Move along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
     lists = (params, grads, base_grads, backups)
-    _core.ascend_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
+    read = _core.ascend_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
     x = params[0]
-    names = ("params", "grads", "base_grads", "backups")
     with _served(x.device):
-        work = tables("ascend_hvp", x, names, lists, (True, False, False, False))
+        work = tables("ascend_hvp", x, read)
         _launch(
             device_code.ascend_hvp_kernel,
             x.dtype,
@@ -131,12 +128,11 @@ def descend(
     """Restore and step; see `eigenfilter.kernels.descend`."""
     lists, scalars = (params, grads, momenta, backups), (lr, momentum, dampening, weight_decay)
     flags = (rounding_seed, grad_scale, found_inf)
-    _core.descend(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
+    read = _core.descend(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
     x = params[0]
-    names = ("params", "grads", "momenta", "backups")
     has_momenta = momenta is not None
     with _served(x.device):
-        work = tables("descend", x, names, lists, (True, False, True, False))
+        work = tables("descend", x, read)
         _launch(
             device_code.descend_kernel,
             x.dtype,
@@ -179,11 +175,10 @@ def descend_adamw(
     """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
     lists, scalars = (params, grads, exp_avgs, exp_avg_sqs, backups), (lr, beta1, beta2, eps)
     flags = (rounding_seed, grad_scale, found_inf)
-    _core.descend_adamw(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
+    read = _core.descend_adamw(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
     x = params[0]
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
     with _served(x.device):
-        work = tables("descend_adamw", x, names, lists, (True, False, True, True, False))
+        work = tables("descend_adamw", x, read)
         _launch(
             device_code.descend_adamw_kernel,
             x.dtype,
@@ -213,11 +208,11 @@ def norm(
     grad_scale: Tensor | None = None,
 ) -> None:
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
-    _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
+    read = _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
     t = tensors[0]
-    names, lists = reduced(tensors, weights)
+    like = t if weights is None else weights[0]
     with _served(t.device):
-        work = tables("norm", lists[0][0], names, lists, (False,) * len(names))
+        work = tables("norm", like, read)
         double = torch.float64 in (out.dtype, *work.chunks)
         _single("out", out, torch.float64 if double else torch.float32, t.device)
         scale = _scale(grad_scale, t.device)
@@ -229,7 +224,7 @@ def norm(
         for grad, chunks in work.chunks.items():
             kernel = device_code.sum_squares_kernel
             out_at = (sums[done:], None if exponents is None else exponents[done:])
-            _launch_chunks(kernel, lists[0][0].dtype, work, grad, out_at, weighted)
+            _launch_chunks(kernel, like.dtype, work, grad, out_at, weighted)
             done += chunks.shape[1]
         device_code.norm_kernel[(1,)](
             sums,
@@ -312,10 +307,10 @@ def _over_columns(
 
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
-    _core.flag_nonfinite(tensors, found_inf, _CHECK)
+    read = _core.flag_nonfinite(tensors, found_inf, _CHECK)
     t = tensors[0]
     with _served(t.device):
-        work = tables("flag_nonfinite", t, ("tensors",), (tensors,), (False,))
+        work = tables("flag_nonfinite", t, read)
         _single("found_inf", found_inf, torch.float32, t.device)
         _launch(device_code.flag_nonfinite_kernel, t.dtype, work, found_inf)
 

@@ -19,17 +19,19 @@ often than sizes change, and the table of chunks is then still good.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eigenfilter import _core
 from eigenfilter.kernels.triton_blocks import Blocks, chosen
+
+if TYPE_CHECKING:
+    from eigenfilter._core import Table
 
 # A chunk of four blocks makes the tables small beside what they describe, and still cuts a model of
 # 25M float32 parameters into several waves of a large GPU.
@@ -64,22 +66,16 @@ class Tables:
         return sum(chunks.shape[1] for chunks in self.chunks.values())
 
 
-def tables(
-    kernel: str,
-    like: Tensor,
-    names: Sequence[str],
-    lists: Sequence[Sequence[Tensor] | None],
-    written: Sequence[bool],
-) -> Tables:
-    """Check the lists of one call and return their tables.
+def tables(kernel: str, like: Tensor, read: Table | None) -> Tables:
+    """Return the tables of the lists of one call.
 
     Args:
         kernel: that is called, for the sizes of its blocks.
         like: a tensor of the first list, for its dtype and device, which must be the current one.
             The tables are for the current stream.
-        names, lists, written: as `_core.table`.
+        read: what the check of the call's arguments returned.
     """
-    read = _core.table(names, lists, written)
+    assert read is not None
     blocks = chosen(kernel, like.dtype, like.device)
     return _calls.get(
         (*read, like.dtype, blocks),
@@ -96,7 +92,7 @@ def _make(
     device: torch.device,
     blocks: Blocks,
 ) -> Tables:
-    """The tables of what `_core.table` has read; a part may be there from another call."""
+    """The tables of what a check has read; a part may be there from another call."""
     sizes = np.frombuffer(counts, dtype=np.int64)
     pointers = np.frombuffer(addresses, dtype=np.int64).reshape(-1, sizes.size)
     aligned = np.bitwise_or.reduce(pointers, axis=0) % 16 == 0

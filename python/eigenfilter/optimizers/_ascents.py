@@ -32,18 +32,21 @@ class Ascent:
         method: the method's name.
         count: its ascents a step.
         takes_norm: whether it divides by a norm of all gradients or parameters.
+        takes_zeros: whether a gradient of zero at x does something to its first ascent.
     """
 
     method = "sgd"
     count = 0
     takes_norm = False
+    takes_zeros = False
 
-    def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
+    def prepare(self, index: int, found: Gradients, whole: Gradients, guard: Guard) -> Gradients:
         """Do what takes all gradients at once; return them, or what is to move along instead.
 
         Args:
             index: which ascent of the step, from 0.
             found: the parts that ascend, with their gradients.
+            whole: the same, in a first ascent that `takes_zeros` with zeros where there is none.
             guard: the scale the gradients carry.
         """
         return found

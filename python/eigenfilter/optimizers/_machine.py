@@ -86,7 +86,7 @@ class StepMachine(GroupedOptimizer):
         step = self._step_state
         gradients = self._gradients()
         self._refuse_ascent()
-        found = [(part, g) for part, g in gradients if not is_zero(rho_of(part.group))]
+        found = [(part, g) for part, g in gradients if _ascends(part)]
         # Without a gradient here, it goes along with ranks that may have one.
         elsewhere = not found and self._is_awaited(grad_scaler)
         if step.ascended == 0:
@@ -104,7 +104,10 @@ class StepMachine(GroupedOptimizer):
         if self.skip_nonfinite or self._guard.scaled:
             self._guard.look(conforming(found), self._parts.devices)
         self._warn_of_other_randomness()
-        found = self._ascent.prepare(step.ascended, found, self._guard)
+        whole = found
+        if self._ascent.takes_zeros and step.ascended == 0:
+            whole = self._parts.filled(found, _ascends)
+        found = self._ascent.prepare(step.ascended, found, whole, self._guard)
         _perturbation.enter(self)
         try:
             if step.ascended > 0 and self._ascent.from_x(step.ascended):
@@ -430,3 +433,7 @@ class StepMachine(GroupedOptimizer):
                 self._check_hyperparameters(group)
                 if not any(isinstance(v, (Tensor, list)) for v in values):  # which change in place
                     self._good[id(group)] = values
+
+
+def _ascends(part: Part) -> bool:
+    return not is_zero(rho_of(part.group))

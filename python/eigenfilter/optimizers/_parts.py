@@ -41,7 +41,7 @@ class Part:
         self.store = store
         self.counted: Counted | None = None  # by an update that depends on the steps taken
         self._lists: dict[str, _core.TensorList] = {}  # by name, of the store or the state
-        self._first_dtypes: list[torch.dtype] = []  # of the first gradients' list
+        self.first_dtypes: list[torch.dtype] = []  # of the first gradients' list
         self._past: tuple[int, Hashable] = (-1, None)  # the store's epoch, and what was seen then
         self._subparts: dict[tuple[int, ...], Part] = {}
 
@@ -80,9 +80,9 @@ class Part:
     def first_gradients(self, grads: Sequence[Tensor]) -> _core.TensorList:
         """Room for the gradients at x, of the dtypes of `grads`, allocated when first asked for."""
         dtypes = [g.dtype for g in grads]
-        if dtypes != self._first_dtypes:
+        if dtypes != self.first_dtypes:
             self._lists.pop("first gradient", None)
-            self._first_dtypes = dtypes
+            self.first_dtypes = dtypes
         rest = iter(dtypes)
         return self._list("first gradient", lambda name, p: self.store.private(name, p, next(rest)))
 
@@ -111,10 +111,31 @@ class Part:
         self._past = self.store.epoch, found[0]
         return found[:1]
 
+    def save(self) -> None:
+        """Copy x to the backups, as the kernel of a first ascent does by itself."""
+        torch._foreach_copy_(
+            list(self.backups()), [_distributed.local(p).detach() for p in self.params]
+        )
+
     def restore(self) -> None:
         """Go back from the backups to x."""
         locals_ = [_distributed.local(p) for p in self.params]
         torch._foreach_copy_(locals_, list(self.backups()))
+
+    def with_zeros(
+        self, grads: Sequence[Tensor | None], like: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """`grads`, with zeros, which share their memory, for None; in the dtypes of `like`, else
+        the parameters'."""
+        locals_ = [_distributed.local(p).detach() for p in self.params]
+        dtypes = [t.dtype for t in (locals_ if like is None else like)]
+        rows = list(zip(grads, locals_, dtypes, strict=True))
+        most = max((p.numel() for g, p, _ in rows if g is None), default=0)
+        made = {dtype for g, _, dtype in rows if g is None}
+        zeros = {dtype: torch.zeros(most, dtype=dtype, device=self.device) for dtype in made}
+        return [
+            zeros[dtype].as_strided(p.shape, p.stride()) if g is None else g for g, p, dtype in rows
+        ]
 
     def conform(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients in their parameters' strides and placements, copied where not so.
@@ -313,6 +334,20 @@ class Parts:
                 ]
             found.append((part, grads))
         return cast(Gradients, found)
+
+    def filled(self, found: Gradients, ascends: Callable[[Part], bool]) -> Gradients:
+        """`found`, with gradients of zero for the other parameters that require one and ascend."""
+        parts = [part for part in self._parts if ascends(part)]
+        if parts == [part for part, _ in found]:
+            return found
+        given = {id(p): g for part, grads in found for p, g in zip(part.params, grads, strict=True)}
+        whole = []
+        for part in parts:
+            some = [i for i, p in enumerate(part.params) if p.requires_grad or id(p) in given]
+            if some:
+                part = part.subpart(some)
+                whole.append((part, part.with_zeros([given.get(id(p)) for p in part.params])))
+        return whole
 
 
 Gradients: TypeAlias = list[tuple[Part, list[Tensor]]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Unpack
 
@@ -43,6 +43,7 @@ class DifferenceAscent(Ascent):
     method = "hessian_usam"
     count = 2
     takes_norm = True
+    takes_zeros = True
 
     _JUDGED = 10  # steps at the beginning: reading a loss waits for its device
     _FACTOR = 10.0  # of that rise: far less than what another batch makes of it
@@ -59,46 +60,73 @@ class DifferenceAscent(Ascent):
         self._eps: dict[torch.device, Tensor | float] = {}
         self._norms: dict[torch.device, Tensor] = {}
         self._losses: list[float | Tensor] = []  # of both sides; none in the explicit form
-        self._displaced: list[list[Tensor]] = []  # the parameters of every part
-        self._dtypes: list[list[torch.dtype]] = []  # and of their gradients
+        self._first: dict[Part, Sequence[Tensor]] = {}  # the gradients at x
 
-    def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
-        found = conforming(found)
-        params = [part.params for part, _ in found]
-        dtypes = [[g.dtype for g in grads] for _, grads in found]
-        if index == 0:
-            lengths = total_norms([(part, part.tensors) for part, _ in found])
-            self._norms = total_norms(found)
-            for device, norm in self._norms.items():
-                step = self._relative_step(found) * (1 + lengths[device])
-                self._eps[device] = step / (guard.unscaled(norm, device) + TINY)
+    def prepare(self, index: int, found: Gradients, whole: Gradients, guard: Guard) -> Gradients:
+        if index > 0:
+            found = conforming(self._beside_first(found))
             for part, grads in found:
-                _keep(part, grads)
-            self._displaced, self._dtypes = params, dtypes
-        elif len(params) != len(self._displaced) or not all(
-            map(_core.same_objects, params, self._displaced)
-        ):
-            raise RuntimeError(
-                "a finite difference needs the same gradients on both sides, and some parameters "
-                "have one on one side only: the closure must do the same at every call"
-            )
-        elif dtypes != self._dtypes:
-            raise RuntimeError(
-                "a finite difference needs gradients of the same dtype on both sides, and some "
-                "have another on the second: leave grad_dtype as it is during a step"
-            )
-        elif len(self._losses) == self.count:
-            self._judge(found)
+                self._match_dtypes(part, grads)
+            if len(self._losses) == self.count:
+                self._judge(found)
+            return found
+        whole = conforming(whole)
+        lengths = total_norms([(part, part.tensors) for part, _ in whole])
+        self._norms = total_norms(whole)
+        for device, norm in self._norms.items():
+            step = self._relative_step(whole) * (1 + lengths[device])
+            self._eps[device] = step / (guard.unscaled(norm, device) + TINY)
+        found = conforming(found)
+        for part, grads in found:  # a later backward pass may overwrite them: copy
+            kept = part.first_gradients(grads)
+            torch._foreach_copy_(list(kept), [_distributed.local(g) for g in grads])
+            self._first[part] = kept
         return found
+
+    def _beside_first(self, found: Gradients) -> Gradients:
+        """Gradients on the second side for the parts of the first; none on a side is zero there."""
+        if list(self._first) == [part for part, _ in found]:
+            return found
+        given = {id(p): g for part, grads in found for p, g in zip(part.params, grads, strict=True)}
+        whole = [
+            (part, part.with_zeros([given.pop(id(p), None) for p in part.params], kept))
+            for part, kept in self._first.items()
+        ]
+        for part, grads in found:  # what has a gradient here only
+            new = [i for i, p in enumerate(part.params) if id(p) in given]
+            if new:
+                some = part.subpart(new)
+                here = some.conform([grads[i] for i in new])
+                kept = some.first_gradients(here)
+                torch._foreach_zero_(list(kept))
+                self._first[some] = kept
+                whole.append((some, here))
+        return whole
+
+    def _match_dtypes(self, part: Part, grads: list[Tensor]) -> None:
+        """Raise RuntimeError where gradients of a parameter differ in dtype, unless one is zero."""
+        if [g.dtype for g in grads] == part.first_dtypes:
+            return
+        first = list(self._first[part])
+        for i, (a, b) in enumerate(zip(first, grads, strict=True)):
+            if a.dtype != b.dtype:
+                if bool(a.any()):
+                    raise RuntimeError(
+                        "a finite difference needs gradients of the same dtype on both sides, and "
+                        "some have another on the second: leave grad_dtype as it is during a step"
+                    )
+                first[i] = torch.zeros_like(a, dtype=b.dtype)
+        self._first[part] = first
 
     def move(self, run: Run, index: int, piece: Piece) -> None:
         part = piece.part
         eps, rho = self._eps[part.device], rho_of(part.group)
         if index == 0:
             run(part.kernels.ascend, piece, part.backups(), eps)
-        else:
-            first = part.first_gradients(piece.grads)
-            run(part.kernels.ascend_hvp, piece, first, part.backups(), rho, eps)
+            return
+        if not piece.moved:
+            part.save()
+        run(part.kernels.ascend_hvp, piece, self._first[part], part.backups(), rho, eps)
 
     def note(self, loss: Any) -> None:
         due = self._judged < self._JUDGED and len(self._losses) < self.count
@@ -115,7 +143,7 @@ class DifferenceAscent(Ascent):
         self._judged += 1
         first, second = (float(loss) for loss in self._losses)
         eps, norm = (float(next(iter(each.values()))) for each in (self._eps, self._norms))
-        along, other = eps / 2 * norm * norm, eps / 2 * _dot_with_first(found)
+        along, other = eps / 2 * norm * norm, eps / 2 * _dot(self._first, found)
         rise, expected = second - first, along + other
         allowed = self._FACTOR * (along + abs(other)) + self._ROUNDING * abs(first)
         if abs(rise - expected) > allowed:
@@ -143,6 +171,7 @@ class ProductAscent(Ascent):
 
     method = "hessian_usam"
     count = 1
+    takes_zeros = True
 
     def __init__(self) -> None:
         self._differentiable = False  # whether a graph was looked through
@@ -151,11 +180,11 @@ class ProductAscent(Ascent):
     def forget(self) -> None:
         self._scales: dict[torch.device, Tensor | float] = {}
 
-    def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
-        for part, _ in found:  # an error comes before the graph is used up: the step can be retried
+    def prepare(self, index: int, found: Gradients, whole: Gradients, guard: Guard) -> Gradients:
+        for part, _ in whole:  # an error comes before the graph is used up: the step can be retried
             _core.check(("params", "backups"), (part.tensors, part.backups()), (True, True))
-        params = [p for part, _ in found for p in part.params]
-        outputs = [g for _, given in found for g in given if g.requires_grad]
+        params = [p for part, _ in whole for p in part.params]
+        outputs = [g for _, given in whole for g in given if g.requires_grad]
         if not outputs:
             raise RuntimeError(
                 f"{WITHOUT_GRAPH} (with a loss that is linear in every parameter there is nothing "
@@ -175,7 +204,7 @@ class ProductAscent(Ascent):
                 'a second derivative, or is sharded by FSDP2, use hvp="finite_difference"'
             ) from error
         moving, rest = [], iter(products)
-        for part, given in found:
+        for part, given in whole:
             own = [next(rest) for _ in given]
             some = [i for i, h in enumerate(own) if h is not None]  # the others' H g is 0
             if some:
@@ -240,24 +269,18 @@ def _refuse_once_differentiable(outputs: list[Tensor]) -> None:
         ahead.extend(following for following, _ in node.next_functions)
 
 
-def _dot_with_first(found: Gradients) -> float:
+def _dot(first: Mapping[Part, Sequence[Tensor]], found: Gradients) -> float:
     """The dot product of gradients with those kept of the first side; waits for their devices."""
     total = 0.0
     for part, grads in found:
         product = torch.zeros((), dtype=torch.float64, device=part.device)
-        for first, second in zip(list(part.first_gradients(grads)), grads, strict=True):
-            a, b = first.flatten(), second.flatten()
+        for one, other in zip(list(first[part]), grads, strict=True):
+            a, b = one.flatten(), other.flatten()
             for begin in range(0, len(a), _SLICE):
                 some = slice(begin, begin + _SLICE)
                 product += (a[some].double() * b[some].double()).sum()
         total += product.item()
     return total
-
-
-def _keep(part: Part, grads: list[Tensor]) -> None:
-    """Copy gradients to memory of their own: what a later backward pass overwrites is not kept."""
-    kept = list(part.first_gradients(grads))
-    torch._foreach_copy_(kept, [_distributed.local(g) for g in grads])
 
 
 class HessianUSAM(EigenfilterOptimizer):

@@ -28,7 +28,7 @@ class SAMAscent(Ascent):
         self.adaptive = adaptive
         self._norms: dict[torch.device, Tensor | float] = {}
 
-    def prepare(self, index: int, found: Gradients, guard: Guard) -> Gradients:
+    def prepare(self, index: int, found: Gradients, whole: Gradients, guard: Guard) -> Gradients:
         found = conforming(found)
         norms = total_norms(found, weights=self.adaptive)
         self._norms = {device: guard.unscaled(norm, device) for device, norm in norms.items()}

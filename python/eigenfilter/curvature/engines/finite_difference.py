@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eigenfilter.curvature.engines.derivative_graphs import gradient
 from eigenfilter.curvature.engines.vector_by_vector import VectorByVector, WeightedBatch
-from eigenfilter.curvature.loss.batch_sources import BatchSource
+from eigenfilter.curvature.loss.autograd_graph import nodes
+from eigenfilter.curvature.loss.batch_sources import BatchSource, UnusableModelError
 from eigenfilter.curvature.loss.first_derivatives import Products
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
 from eigenfilter.curvature.loss.vectors import Sums
@@ -19,6 +21,7 @@ from eigenfilter.curvature.norms import norms
 
 _EVERY = 16  # products from one check of the error to the next
 _PLAUSIBLE = 0.1
+_NO_PADDING = 2**63
 
 
 class FiniteDifference(VectorByVector):
@@ -114,6 +117,22 @@ class FiniteDifference(VectorByVector):
 
     def _gradient(self, batch: WeightedBatch, here: Evaluation) -> Products:
         return gradient(here, self._params)
+
+    def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
+        super()._first(index, batch, here, leading=leading)
+        modules = [m for m in self._objective.tree.modules() if isinstance(m, nn.Embedding)]
+        known = {(id(m.weight), m.padding_idx) for m in modules}
+        for node in nodes([here.value]):
+            if not node.name().startswith("EmbeddingBackward"):
+                continue
+            weight = getattr(node.next_functions[0][0], "variable", None)
+            index = node._saved_padding_idx  # of none the largest of its type
+            if index < _NO_PADDING and (id(weight), index) not in known:
+                raise UnusableModelError(
+                    "F.embedding(padding_idx=...) lets no gradient reach a row that moves the "
+                    "value, and a finite difference would move it: use "
+                    "nn.Embedding(padding_idx=...), whose row is held, or an exact engine"
+                )
 
     def _announce(self) -> None:
         """Do what a subclass must do after parameters have changed."""

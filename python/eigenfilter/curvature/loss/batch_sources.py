@@ -272,6 +272,12 @@ def replaced(tree: Any, tensors: Iterable[Tensor]) -> Any:
     return _mapped(tree, lambda t: next(others) if t.is_floating_point() else t)
 
 
+def with_tensors(tree: Any, given: Iterable[Tensor]) -> Any:
+    """Return `tree` with its tensors, as `leaves` yields them, replaced by others."""
+    others = iter(given)
+    return _mapped(tree, lambda _: next(others))
+
+
 def _of(trees: Iterable[Any]) -> Iterator[Tensor]:
     for tree in trees:
         yield from leaves(tree)

@@ -21,6 +21,7 @@ from eigenfilter import _distributed
 from eigenfilter.curvature.loss.autograd_graph import leaves_reached, nodes
 from eigenfilter.curvature.loss.batch_sources import (
     BatchWeightError,
+    UnusableModelError,
     cast,
     divisible,
     leaves,
@@ -43,6 +44,12 @@ _FUSED = {
 }
 
 _SEVERAL = "whose input is a tuple here. Several batches go in a list: pass list(data)."
+
+REWRITTEN = (
+    "the forward pass writes to the parameter {0}, so that x does not stay where it is. For "
+    "F.embedding(max_norm=...) use nn.Embedding(max_norm=...), whose rows are left alone while an "
+    "operator looks at them; or write to parameters outside of the forward pass"
+)
 
 _EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
@@ -187,15 +194,21 @@ class Objective:
         Raises:
             UnusableModelError: see `survey`; from the first evaluation of each batch.
         """
+        versions = [p._version for p in self.watched]
         here = self.plain(index, batch, at, exact=exact)
         if at is not None:
             return here
+        key = index, samples_of(batch)  # a part of the batch does not tell of the rest
+        new = key not in self.traits.surveyed
+        if new and versions != [p._version for p in self.watched]:
+            pairs = zip(self.watched, versions, strict=True)
+            name = self.names(p for p, version in pairs if p._version != version)[0]
+            raise UnusableModelError(REWRITTEN.format(name.removeprefix("members.0.")))
         if exact and self._met([here.value]):
             here = self.plain(index, batch, exact=exact)
         if not self.traits.evaluated:
             self._try_frozen(index, batch, here, exact=exact)
-        key = index, samples_of(batch)  # a part of the batch does not tell of the rest
-        if key not in self.traits.surveyed:
+        if new:
             if check_gradient_coverage(self, index, batch, here, exact=exact):
                 here = self.plain(index, batch, exact=exact)
             self.traits.surveyed.add(key)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eigenfilter.curvature.loss.axes import other_dimension, turned
 from eigenfilter.curvature.loss.batch_sources import copied, divisible, joinable, joined, sliced
 
 _logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Weights:
         self._loss = loss
         self._reference: Part | None = None
         self._gradient_alone: Tensor | None = None  # d loss / dz of it
+        self._undivided: Part | None = None  # a first batch whose rows are no samples
         self._hollow: int | None = None  # a batch whose loss was no number
         self._told = False  # that a batch cannot be checked
         self._unit: float | None = None  # W_B of a batch, relative to A's, over what it weighs
@@ -130,13 +132,18 @@ class Weights:
         """
         if not (isinstance(output, Tensor) and output.is_floating_point() and output.ndim):
             return False
+        whole, tol = Part(output.detach(), target), math.sqrt(eps)
         if not len(output) or not divisible(target, len(output)):
-            return False
-        whole = Part(output.detach(), target)
+            return self._compare_undivided(index, whole, tol)
         if self._given is None and self._joins(index, whole):
-            return self._compare(index, whole, math.sqrt(eps))
-        self._tell_rows(index, whole)
-        return self._divide(index, batch, whole, math.sqrt(eps))
+            return self._compare(index, whole, tol)
+        if self._given is None and self._reference is not None:
+            rows = min(len(output), len(self._reference.output))
+            one, other = self._reference.rows(0, rows), whole.rows(0, rows)
+            if self._compare_along(index, one, other, tol):
+                return True
+            self._tell_rows(index, whole)
+        return self._divide(index, batch, whole, tol)
 
     def tell_unchecked(self, index: int, samples: int) -> None:
         """Log once that a batch beside others weighs what is said, unchecked."""
@@ -151,7 +158,7 @@ class Weights:
 
     def _tell_rows(self, index: int, whole: Part) -> None:
         """Log once that rows count as samples, where outputs differ in other dimensions too."""
-        if self._given is not None or self._reference is None or self._told:
+        if self._reference is None or self._told:
             return
         here, first = whole.output.shape, self._reference.output.shape
         if here[1:] != first[1:]:
@@ -164,6 +171,42 @@ class Weights:
                 list(here),
                 ", ".join(map(str, first[1:])),
             )
+
+    def _compare_undivided(self, index: int, whole: Part, tol: float) -> bool:
+        """Compare a batch whose target has other rows than its output with one before."""
+        if self._given is not None or not len(whole.output):
+            return False
+        first = self._undivided or self._reference
+        if first is not None:
+            return self._compare_along(index, first, whole, tol)
+        if whole.output.numel() <= _ELEMENTS:
+            self._undivided = Part(*copied(tuple(whole)))
+        return False
+
+    def _compare_along(self, index: int, first: Part, here: Part, tol: float) -> bool:
+        """Compare parts of two batches, of as many rows, along another dimension if they differ
+        in one: do they weigh the same? Return whether that tells anything."""
+        dimension = other_dimension(first.output, here.output)
+        if dimension is None:
+            return False
+        both = turned(tuple(first), tuple(here), dimension, self._loss)
+        if both is None:
+            return False
+        one, other, loss = both
+        share = Weights(None, loss)._share(Part(*one), Part(*other), tol)
+        if share is None or math.isnan(share):
+            return False
+        if abs(share - 0.5) > tol:
+            sizes = first.output.shape[dimension], here.output.shape[dimension]
+            raise ValueError(
+                f"the outputs of batch {index} and of one before have sizes {sizes[1]} and "
+                f"{sizes[0]} in dimension {dimension}. Their rows are counted as samples, but by "
+                f"its derivative loss_fn averages over dimension {dimension} too, as where samples "
+                "are in it ([time, samples, ...]) or tokens count: so pass weight=lambda batch: "
+                "float(batch[0].shape[1]), or whatever that size is of a batch; or, if rows "
+                f"are the samples, weight=lambda batch: float(len(batch[0])). {_REMEDY}"
+            )
+        return True
 
     def _joins(self, index: int, whole: Part) -> bool:
         """Whether there are samples to compare a batch with; they may be its own."""

@@ -1,0 +1,231 @@
+"""What `gpu_gate` runs: a stage is some commands, made when it begins.
+
+Needs nothing but the standard library, as it also builds the rest.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "build" / "gpu-gate"
+RESULTS = ROOT / "benchmarks" / "results"
+OWN = RESULTS / "gpu-gate"
+
+# What NVIDIA's tools say on machines that do not let them at the GPU.
+REFUSALS = ("Device not supported", "LibraryNotLoaded", "ERR_NVGPUCTRPERM")
+
+# The kernels, without the "_kernel" at the end of their names.
+NATIVE = (
+    "update",
+    *("squares", "finish_norm", "nonfinite"),
+    *("dots", "add_tiles", "subtract", "finish_norms"),
+    *("row_dots", "three_term", "gram", "mix_rows", "add_sums"),
+)
+TRITON = (
+    *("ascend", "ascend_again", "ascend_hvp", "descend", "descend_adamw"),
+    *("sum_squares", "norm", "flag_nonfinite"),
+    *("dots", "add_tiles", "subtract", "norms"),
+    *("row_dots", "three_term", "gram", "mix_rows", "add_sums"),
+)
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+PYTHON = sys.executable if HAS_TORCH else str(ROOT / ".venv" / "bin" / "python")
+EIGENFILTER = [PYTHON, "-m", "eigenfilter"]
+
+CHECK = """
+import eigenfilter, torch
+from eigenfilter import _core
+from eigenfilter.kernels import dispatch
+if not torch.cuda.is_available():
+    raise SystemExit("torch sees no CUDA device")
+if not _core.cuda_compiled:
+    raise SystemExit("this build is without CUDA kernels: run the stage build")
+device = torch.device("cuda", torch.cuda.current_device())
+if reason := dispatch.lacking(device):
+    raise SystemExit(f"this build has no code for the GPU: {reason}")
+print(f"eigenfilter {eigenfilter.__version__} from {eigenfilter.__path__[0]}, "
+      f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program of a stage, and what its environment has beside this one's."""
+
+    argv: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some commands, which all run, whichever fail.
+
+    Attributes:
+        name: as it is asked for.
+        summary: what it does, in one line.
+        seconds: after which it is stopped; with what follows, all take less than ten minutes.
+        commands: made when the stage begins; a string says why the machine cannot run it.
+        needs_gpu: whether it is preceded by a check that the build and the GPU are there.
+        is_there: whether what it made still is; a stage that passed is run again if not.
+        by_tool: whether it runs a tool of NVIDIA's that some machines do not let at the GPU.
+    """
+
+    name: str
+    summary: str
+    seconds: int
+    commands: Callable[[], list[Command] | str]
+    needs_gpu: bool = True
+    is_there: Callable[[], bool] = lambda: True
+    by_tool: bool = False
+
+
+def build() -> list[Command]:
+    """Compile for the H100 and H200 alone, all sources side by side."""
+    defines = {"EIGENFILTER_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": "90-real"}
+    options = ["-Cbuild-dir=build/gpu-gate-objects"]
+    options += [f"-Ccmake.define.{name}={value}" for name, value in defines.items()]
+    environment = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
+    nvcc = tool("nvcc")
+    if nvcc is not None:
+        environment["CUDACXX"] = nvcc
+    install = [PYTHON, "-m", "pip", "install", "--no-build-isolation", "--no-deps", *options]
+    if HAS_TORCH:
+        shutil.rmtree(SITE, ignore_errors=True)
+        return [Command([*install, "--target", str(SITE), "."], environment)]
+    return [Command(["make", "install"]), Command([*install, "--editable", "."], environment)]
+
+
+def is_built() -> bool:
+    """Whether an installation is there; the check before each stage says if it is no good."""
+    return any(SITE.glob("eigenfilter/_core*.so")) if HAS_TORCH else Path(PYTHON).exists()
+
+
+def smoke() -> list[Command]:
+    """Every kernel on every backend, against the reference."""
+    return [Command([*EIGENFILTER, "bench", "smoke", "--device", "cuda", "--out", str(OWN)])]
+
+
+def tests() -> list[Command]:
+    """The tests marked gpu: in 8 processes and stopped after 120 s each, where plugins allow it."""
+    options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={OWN / 'tests.xml'}"]
+    if has("xdist"):
+        options += ["-n", "8"]
+    else:
+        print("pytest-xdist is not installed: the tests run in one process")
+    if has("pytest_timeout"):
+        options += ["--timeout=120"]
+    else:
+        print(
+            "pytest-timeout is not installed: a test that hangs ends the stage; its stack is shown"
+        )
+        options += ["-o", "faulthandler_timeout=120"]
+    if has("pytest_benchmark"):  # warns that it is of no use beside xdist, and warnings are errors
+        options += ["-p", "no:benchmark"]
+    return [Command([PYTHON, "-m", "pytest", "tests", *options])]
+
+
+def bench() -> list[Command]:
+    """The kernels first, then the optimizers on the smallest and the largest tensors."""
+
+    def timed(*patterns: str) -> Command:
+        only = [word for pattern in patterns for word in ("--only", pattern)]
+        common = ["--device", "cuda", "--repeat", "30", "--out", str(RESULTS)]
+        return Command([*EIGENFILTER, "bench", *only, *common])
+
+    memory = [*EIGENFILTER, "bench", "memory", "--device", "cuda", "--out", str(RESULTS)]
+    return [
+        timed(*(f"*-{dtype}" for dtype in DTYPES), "three-term-*", "orthonormalise-*"),
+        timed("*-small", "sgd-small-warm", "*-large"),
+        Command(memory),
+    ]
+
+
+def sanitize() -> list[Command] | str:
+    """Few small tensors: every access of our kernels is looked at, each allocation by itself."""
+    sanitizer = tool("compute-sanitizer")
+    if sanitizer is None:
+        return "compute-sanitizer is not on this machine"
+    sweep = [*EIGENFILTER, "bench", "smoke", "--device", "cuda", "--size", "1", "--size", "4097"]
+    by_itself = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # Launches that match any filter are checked, those of torch's kernels are not: kns is a part of
+    # the mangled name, which has the namespace, and kne all of it, which Triton does not mangle.
+    filters = {
+        "native": ["--kernel-name", "kns=eigenfilter"],
+        "triton": [word for name in TRITON for word in ("--kernel-name", f"kne={name}_kernel")],
+    }
+
+    def under(name: str, backend: str) -> Command:
+        checked = [sanitizer, "--tool", name, "--error-exitcode", "3", *filters[backend]]
+        return Command([*checked, *sweep, "--only", backend, "--out", str(OWN / name)], by_itself)
+
+    return [under("memcheck", "native"), under("racecheck", "native"), under("memcheck", "triton")]
+
+
+def profile() -> list[Command] | str:
+    """How busy the memory is, and how often banks of shared memory conflict."""
+    profiler = tool("ncu")
+    if profiler is None:
+        return "ncu (Nsight Compute) is not on this machine"
+    metrics = (
+        "gpu__time_duration.sum",
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+        "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+        "launch__registers_per_thread",
+        "sm__warps_active.avg.pct_of_peak_sustained_active",
+    )
+    # The name that is matched is the function's alone, without namespace and template arguments
+    # (--kernel-name-base is "function" by default); only launches that match are counted.
+    ours = "|".join(sorted({*NATIVE, *TRITON}))
+    options = ["--csv", "--clock-control", "none", "--metrics", ",".join(metrics)]
+    options += ["--kernel-name", f"regex:^({ours})_kernel$", "--launch-count", "500"]
+    options += ["--log-file", "stdout"]  # the table, and why it cannot be: both are in the log
+    timed = [*EIGENFILTER, "bench", "--device", "cuda", "--repeat", "1", "--out", str(OWN / "ncu")]
+    only = [word for dtype in ("float32", "bfloat16") for word in ("--only", f"*-{dtype}")]
+    return [Command([profiler, *options, *timed, *only])]
+
+
+def tune() -> list[Command]:
+    """Which sizes of Triton's blocks are the fastest; what is saved is a file of the results."""
+    sizes = {"EIGENFILTER_TRITON_BLOCKS": str(OWN / "triton-blocks.json")}
+    table = [*EIGENFILTER, "bench", "triton-blocks", "--device", "cuda", "--save"]
+    return [Command([*table, "--out", str(RESULTS)], sizes)]
+
+
+STAGES = (
+    Stage("build", "compile the CUDA kernels for sm_90 and install", 300, build, False, is_built),
+    Stage("smoke", "every kernel on every backend, against the reference", 420, smoke),
+    Stage("tests", "the tests marked gpu", 480, tests),
+    Stage("bench", "time the kernels, then the optimizers", 500, bench),
+    Stage("sanitize", "compute-sanitizer: memcheck and racecheck", 480, sanitize, by_tool=True),
+    Stage(
+        "profile",
+        "ncu: DRAM throughput and bank conflicts of the kernels",
+        480,
+        profile,
+        by_tool=True,
+    ),
+    Stage("tune", "time the sizes of Triton's blocks", 500, tune),
+)
+
+
+def tool(name: str) -> str | None:
+    """Where a tool of NVIDIA's is: on the PATH, or where CUDA and Nsight put it."""
+    folders = sorted(glob.glob("/usr/local/cuda*/bin") + glob.glob("/opt/nvidia/nsight-compute/*"))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+def has(module: str) -> bool:
+    """Whether the python that runs the tests has a module."""
+    if HAS_TORCH:
+        return importlib.util.find_spec(module) is not None
+    return subprocess.run([PYTHON, "-c", f"import {module}"], capture_output=True).returncode == 0

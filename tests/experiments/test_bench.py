@@ -1,0 +1,48 @@
+"""`eigenfilter bench` and `python -m benchmarks`: where the benchmarks are, and are not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eigenfilter.experiments import bench
+from eigenfilter.experiments.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("command", [["benchmarks"], ["eigenfilter", "bench"]])
+def test_both_ways_run_the_same(command: list[str]) -> None:
+    """From the root of a checkout."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--list"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "usam-small" in done.stdout
+
+
+def test_without_a_checkout_it_says_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line and exit code 2, whatever is asked for."""
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--only", "usam-small"], ["memory", "--out", "here"], ["--help"]):
+        assert main(["bench", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error == f"eigenfilter bench: error: {bench.ELSEWHERE}\n"
+
+
+def test_a_folder_of_that_name_is_no_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another project's benchmarks are not imported."""
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "command.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--list"]) == 2
