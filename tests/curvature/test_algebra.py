@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature.networks import OPERATORS, columns, make
-from eigenfilter.curvature import CurvatureOperator, HessianOperator, algebra, eigsh
+from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
 from eigenfilter.curvature.engines import NAMES
+from eigenfilter.curvature.operators import algebra
 
 
 @pytest.mark.parametrize("engine", ["auto", "cached_graph", "finite_difference"])

@@ -1,4 +1,4 @@
-"""First derivatives, by torch.autograd.grad or by what backward() leaves in .grad."""
+"""First derivatives, by torch.autograd.grad, or by backward() and `.grad`."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def vector_jacobian(
     holders: Sequence[Tensor] | None = None,
     retain: bool = False,
 ) -> Products:
-    """Return u^T d outputs / d inputs, dense and without a graph; u is 1 by default.
+    """Return u^T d outputs / d inputs, dense and without a graph.
 
     Args:
-        outputs: of a graph.
+        outputs: the outputs of a graph.
         inputs: leaves of it.
-        u: like `outputs`.
-        holders: None for torch.autograd.grad. Else derivatives are what backward() leaves in
-            `.grad`; these are all the tensors that it may write to, whose `.grad` is put back.
-        retain: whether the graph is needed again.
+        u: tensors shaped like `outputs`; by default ones.
+        holders: None uses torch.autograd.grad. Otherwise backward() is used, and these are all
+            tensors in whose `.grad` it may leave a gradient; their `.grad` is restored.
+        retain: whether the graph is kept for another use.
 
     Raises:
         UnusableModelError: a holder has hooks that run as its gradient arrives.
     """
     if holders is None:
         with unhooked(inputs):
-            found = torch.autograd.grad(outputs, inputs, u, retain_graph=retain, allow_unused=True)
-        return dense(found)
+            grads = torch.autograd.grad(outputs, inputs, u, retain_graph=retain, allow_unused=True)
+        return dense(grads)
     if any(t._post_accumulate_grad_hooks for t in holders):
         raise UnusableModelError(
             "the model leaves gradients only in backward(), where a parameter has hooks that would "
             "run as they arrive (an optimizer in the backward pass?): remove the hooks first"
         )
-    held = [t.grad for t in holders]
+    before = [t.grad for t in holders]
     try:
         for t in holders:
             t.grad = None
@@ -56,29 +56,29 @@ def vector_jacobian(
             torch.autograd.backward(outputs, u, retain_graph=retain)
         return dense([t.grad for t in inputs])
     finally:
-        for t, grad in zip(holders, held, strict=True):
+        for t, grad in zip(holders, before, strict=True):
             t.grad = grad
 
 
 @contextmanager
 def unhooked(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Let no hook of these tensors see or change their gradients: a derivative of f has none.
+    """Remove the hooks of these tensors for the duration: they must not change a derivative of f.
 
     Hooks stay while f itself is evaluated, which may differentiate.
     """
-    held = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    saved = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
     try:
-        for hooks, _ in held:  # autograd holds this very dictionary
+        for hooks, _ in saved:  # autograd refers to this very dictionary
             hooks.clear()
         yield
     finally:
-        for hooks, own in held:
+        for hooks, own in saved:
             hooks.clear()
             hooks.update(own)
 
 
-def dense(found: Products) -> Products:
-    """Return derivatives as they are stored: sparse ones, of embeddings say, with their zeros."""
-    if all(g is None or g.layout == torch.strided for g in found):
-        return found
-    return [g if g is None or g.layout == torch.strided else g.to_dense() for g in found]
+def dense(grads: Products) -> Products:
+    """Return derivatives with sparse ones, of embeddings for example, converted to dense."""
+    if all(g is None or g.layout == torch.strided for g in grads):
+        return grads
+    return [g if g is None or g.layout == torch.strided else g.to_dense() for g in grads]

@@ -1,10 +1,10 @@
-"""What first evaluations tell of a model: how its gradient comes, and what it leaves out."""
+"""Checks of a batch's first evaluation: whether gradients reach every parameter that moves f."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,21 +25,21 @@ _logger = logging.getLogger(__name__)
 
 _BACKWARD_ONLY = re.compile(r"(incompatible|not compatible) with \.grad\(\)")
 _SHOWN = 5  # names in a message
-_NOISE = 10.0  # times what two evaluations at one point differ by
+_NOISE = 10.0  # a change counts above this multiple of the difference of two equal evaluations
 
 
 def check_gradient_coverage(
     objective: Objective, index: int, batch: object, here: Evaluation, *, exact: bool
 ) -> bool:
-    """Look at the first evaluation of a batch; return whether it must be made again.
+    """Check the first evaluation of a batch; return whether it must be repeated.
 
-    Sets `known.by_backward` if gradients come by backward() alone.
+    Sets `traits.by_backward` if gradients come by backward() alone.
 
     Raises:
-        UnusableModelError: a parameter moves f, and no gradient reaches it.
+        UnusableModelError: f depends on a parameter that no gradient reaches.
     """
     params = objective.watched
-    if not params or not here.value.requires_grad:  # whoever differentiates it says so
+    if not params or not here.value.requires_grad:  # differentiating it will raise
         return False
     reached = {id(t) for t in leaves_reached([here.value])}
     if reached & objective.foreign:
@@ -51,7 +51,7 @@ def check_gradient_coverage(
     missing = [p for p in params if id(p) not in reached]
     again = False
     if any(python_function(node) for node in nodes([here.value])):
-        # Parameters may hide in it, and it may leave out some that it was given.
+        # It may use parameters that the graph does not show, and omit some that it shows.
         again = True
         missing = _without_gradient(objective, index, batch, here, exact=exact)
     if missing:
@@ -64,41 +64,44 @@ def _without_gradient(
 ) -> list[Tensor]:
     """Return the parameters that no gradient reaches by grad() or backward()."""
     params = objective.watched
-    held = [p.grad for p in params]  # a Function may call backward() inside its own
+    saved = [p.grad for p in params]  # a Function may call backward() inside its own
 
-    def missing(found: Products) -> list[Tensor]:
-        return [p for p, g in zip(params, found, strict=True) if g is None]
+    def missing(grads: Products) -> list[Tensor]:
+        return [p for p, g in zip(params, grads, strict=True) if g is None]
 
     try:
         with here.around():
-            # Compiled models that have run a backward without `retain` refuse it from there on.
-            found = vector_jacobian([here.value], params, [_weights(here.value)], retain=True)
-            without = missing(found)
+            # After one backward without `retain`, compiled models refuse `retain` for good.
+            grads = vector_jacobian([here.value], params, [_weights(here.value)], retain=True)
+            without = missing(grads)
     except RuntimeError as error:
         if not _BACKWARD_ONLY.search(str(error)):
-            return []  # has no gradient at all, or is met again by the engines
+            return []  # there is no gradient at all, or the engines will meet the same error
         without = list(params)
     finally:
-        for p, grad in zip(params, held, strict=True):
+        for p, grad in zip(params, saved, strict=True):
             p.grad = grad
     if not without:
         return []
     before = objective.traits.by_backward
-    objective.traits.by_backward = True  # until it proves to reach no more
+    objective.traits.by_backward = True  # unless it reaches no more parameters
     here = objective.plain(index, batch, exact=exact)
     with here.around():
-        found = vector_jacobian([here.value], params, [_weights(here.value)], holders=here.holders)
-    objective.traits.by_backward = before or len(missing(found)) < len(without)
+        grads = vector_jacobian([here.value], params, [_weights(here.value)], holders=here.holders)
+    objective.traits.by_backward = before or len(missing(grads)) < len(without)
     if not before and objective.traits.by_backward:
         _logger.info(
             "gradients come by backward() alone (reentrant checkpointing?): there is no exact "
             "product, only finite differences"
         )
-    return missing(found)
+    return missing(grads)
 
 
 def _weights(value: Tensor) -> Tensor:
-    """Return numbers like `value` that hardly cancel; constant ones would, after a softmax."""
+    """Return weights shaped like `value` whose gradients do not cancel as those of a constant may.
+
+    After a softmax, the gradient of a constant is zero.
+    """
     ramp = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device)
     return ramp.view_as(value)
 
@@ -106,14 +109,15 @@ def _weights(value: Tensor) -> Tensor:
 def _check_still(
     objective: Objective, index: int, batch: object, missing: Sequence[Tensor], *, exact: bool
 ) -> None:
-    """Raise if f moves with parameters that no gradient reaches."""
+    """Raise if f changes with parameters that no gradient reaches."""
 
     def value() -> Tensor:
-        found = objective.value(index, batch, exact=exact)
-        return torch.stack([found.value.sum(), found.value.norm(), found.total().detach()])
+        evaluation = objective.value(index, batch, exact=exact)
+        value, total = evaluation.value, evaluation.total().detach()
+        return torch.stack([value.sum(), value.norm(), total])
 
-    def change(moving: Sequence[Tensor]) -> float:
-        return float((_moved(value, moving) - at_x).abs().nan_to_num(0.0).max())
+    def change(params: Sequence[Tensor]) -> float:
+        return float((_at_perturbed(value, params) - at_x).abs().nan_to_num(0.0).max())
 
     at_x = value()
     if not change(missing):
@@ -121,8 +125,8 @@ def _check_still(
     noise = _NOISE * float((value() - at_x).abs().nan_to_num(0.0).max())
     if change(missing) <= noise:
         return
-    found = [p for p in missing if change([p]) > noise] or list(missing)
-    names = [name.removeprefix("members.0.") for name in objective.names(found)]
+    culprits = [p for p in missing if change([p]) > noise] or list(missing)
+    names = [name.removeprefix("members.0.") for name in objective.names(culprits)]
     names = [name.replace("members.1.", "loss_fn.", 1) for name in names]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise UnusableModelError(
@@ -134,18 +138,16 @@ def _check_still(
 
 
 @torch.no_grad()
-def _moved(value: object, moving: Sequence[Tensor]) -> Tensor:
-    """Return `value()` with these parameters moved a little, and put them back bit for bit."""
-    assert callable(value)
-    backup = [p.detach().clone() for p in moving]
+def _at_perturbed(value: Callable[[], Tensor], params: Sequence[Tensor]) -> Tensor:
+    """Return `value()` with these parameters perturbed a little; restore them bit for bit."""
+    backup = [p.detach().clone() for p in params]
     generator = torch.Generator().manual_seed(0)
     try:
-        for p in moving:
+        for p in params:
             step = torch.finfo(p.dtype).eps ** (1 / 3)
-            way = torch.randn(p.shape, generator=generator).to(p)
-            p.data.add_(way * (1 + p.abs()), alpha=step)
-        found: Tensor = value()
-        return found
+            noise = torch.randn(p.shape, generator=generator).to(p)
+            p.data.add_(noise * (1 + p.abs()), alpha=step)
+        return value()
     finally:
-        for p, was in zip(moving, backup, strict=True):
-            p.data.copy_(was)
+        for p, original in zip(params, backup, strict=True):
+            p.data.copy_(original)
