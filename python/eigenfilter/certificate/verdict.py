@@ -1,4 +1,4 @@
-"""Looks at the spectrum of what an optimizer does, until both sides of its filter are decided."""
+"""Probes of a spectrum until both sides of an optimizer's filter are decided."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import PolynomialFilter
 
 
-class Look:
-    """Runs of Lanczos' iteration, each from a start of its own."""
+class SpectrumProbe:
+    """Bounds of spectra by `spectrum_bounds`, each from a random start of its own.
+
+    Attributes:
+        products: number of products with the Hessian so far.
+    """
 
     def __init__(
         self,
@@ -39,10 +43,12 @@ class Look:
         basis_device: torch.device | str | None,
         seed: int,
     ) -> None:
-        self._given = failure_probability, max_matvecs, basis_device
-        # Mixed: the same generator with the same seed may have drawn the model's parameters.
+        self._failure_probability = failure_probability
+        self._max_matvecs = max_matvecs
+        self._basis_device = basis_device
+        # Hashed, since the same generator with the same seed may have drawn the model's parameters.
         self._random = random.Random(f"eigenfilter.certify {seed}")
-        self.products = 0  # of H
+        self.products = 0
 
     def __call__(
         self,
@@ -52,91 +58,100 @@ class Look:
         products: int = 1,
         share: float = 1.0,
     ) -> SpectrumBounds:
-        """`spectrum_bounds` with a share of the failure probability."""
-        failure_probability, max_matvecs, basis_device = self._given
-        found = spectrum_bounds(
+        """Return the bounds of a spectrum.
+
+        Args:
+            matrix: the operator.
+            enough: as in `spectrum_bounds`.
+            products: number of products with the Hessian in one product with the matrix.
+            share: part of the failure probability that these bounds may use.
+        """
+        bounds = spectrum_bounds(
             matrix,
-            share * failure_probability,
-            max_matvecs,
+            share * self._failure_probability,
+            self._max_matvecs,
             enough=enough,
-            basis_device=basis_device,
+            basis_device=self._basis_device,
             seed=self._random.getrandbits(63),
         )
-        self.products += products * found.matvecs
-        return found
+        self.products += products * bounds.matvecs
+        return bounds
 
 
 @dataclass(frozen=True)
 class SideVerdict:
-    """Both sides, and the spectrum's ends; no sides where there is no filter."""
+    """The verdicts on both sides of a filter, with the bounds of the spectrum.
 
-    found: SpectrumBounds
+    The sides are None if there is no filter.
+    """
+
+    bounds: SpectrumBounds
     upper: Side | None = None
     saddle: Side | None = None
     needed: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
-        """The worse side's."""
+        """The verdict on the worse side."""
         verdicts = [
             UNDECIDED if side is None else side.verdict for side in (self.upper, self.saddle)
         ]
         return next(v for v in (OUTSIDE, UNDECIDED, AT_THE_EDGE, INSIDE) if v in verdicts)
 
 
-def judge(seen: Linearized, tolerances: Tolerances, look: Look) -> SideVerdict:
-    """Look at the matrix until both sides are decided and the error bars small."""
-    intervals = seen.filter.intervals()
+def judge(linear: Linearized, tolerances: Tolerances, probe: SpectrumProbe) -> SideVerdict:
+    """Probe the matrix until both sides are decided and the error bars are small."""
+    intervals = linear.filter.intervals()
     if not intervals:
-        found = look(seen.operator, tolerances.sharp, products=seen.products)
-        nothing = Side(OUTSIDE, -math.inf, 0.0, found.bottom.value, found.top.value)
-        return SideVerdict(found, nothing, nothing)
+        bounds = probe(linear.operator, tolerances.sharp, products=linear.products)
+        nothing = Side(OUTSIDE, -math.inf, 0.0, bounds.bottom.value, bounds.top.value)
+        return SideVerdict(bounds, nothing, nothing)
     *below, (_, edge) = intervals
-    if seen.lower is not None:
-        return _judge_apart(seen, seen.lower, intervals, tolerances, look)
-    flt = seen.filter
+    if linear.lower is not None:
+        return _judge_separately(linear, linear.lower, intervals, tolerances, probe)
+    flt = linear.filter
     parabola = isinstance(flt, PolynomialFilter) and len(flt.coefficients) == 3 and bool(below)
-    share = 0.5 if parabola else 1.0  # a second look may follow
+    share = 0.5 if parabola else 1.0  # a second probe may follow
 
-    def sides(found: SpectrumBounds) -> tuple[Side, Side]:
+    def sides(bounds: SpectrumBounds) -> tuple[Side, Side]:
         return (
-            upper_side(found, edge, tolerances),
-            saddle_side(found, intervals, tolerances),
+            upper_side(bounds, edge, tolerances),
+            saddle_side(bounds, intervals, tolerances),
         )
 
-    def enough(found: SpectrumBounds) -> bool:
-        upper, saddle = sides(found)
-        decided = saddle.verdict != UNDECIDED or in_second_interval(saddle, found)
-        return decided and upper.verdict != UNDECIDED and tolerances.sharp(found)
+    def enough(bounds: SpectrumBounds) -> bool:
+        upper, saddle = sides(bounds)
+        decided = saddle.verdict != UNDECIDED or in_second_interval(saddle, bounds)
+        return decided and upper.verdict != UNDECIDED and tolerances.sharp(bounds)
 
-    found = look(seen.operator, enough, products=seen.products, share=share)
-    upper, saddle = sides(found)
-    if parabola and in_second_interval(saddle, found):
+    bounds = probe(linear.operator, enough, products=linear.products, share=share)
+    upper, saddle = sides(bounds)
+    if parabola and in_second_interval(saddle, bounds):
         assert isinstance(flt, PolynomialFilter)
-        saddle = _look_between(seen, flt, saddle, tolerances, look, share)
-    return SideVerdict(found, upper, saddle, _needed(upper, saddle))
+        saddle = _decide_between(linear, flt, saddle, tolerances, probe, share)
+    return SideVerdict(bounds, upper, saddle, _needed(upper, saddle))
 
 
-def _judge_apart(
-    seen: Linearized,
+def _judge_separately(
+    linear: Linearized,
     lower: SymmetricOperator,
     intervals: Sequence[Interval],
     tolerances: Tolerances,
-    look: Look,
+    probe: SpectrumProbe,
 ) -> SideVerdict:
-    """Decide each side by its own matrix; what is found is the lower one's, but for the top."""
+    """Decide each side by its own matrix; the bounds are those of the lower one, except the top."""
 
-    def upper_of(found: SpectrumBounds) -> Side:
-        return upper_side(found, intervals[-1][1], tolerances)
+    def upper_of(bounds: SpectrumBounds) -> Side:
+        return upper_side(bounds, intervals[-1][1], tolerances)
 
-    def saddle_of(found: SpectrumBounds) -> Side:
-        return saddle_side(found, intervals, tolerances)
+    def saddle_of(bounds: SpectrumBounds) -> Side:
+        return saddle_side(bounds, intervals, tolerances)
 
     def until(side: Callable[[SpectrumBounds], Side]) -> Callable[[SpectrumBounds], bool]:
-        return lambda found: side(found).verdict != UNDECIDED and tolerances.sharp(found)
+        return lambda bounds: side(bounds).verdict != UNDECIDED and tolerances.sharp(bounds)
 
-    above = look(seen.operator, until(upper_of), products=seen.products, share=0.5)
-    below = look(lower, until(saddle_of), products=seen.products, share=0.5)
+    above = probe(linear.operator, until(upper_of), products=linear.products, share=0.5)
+    below = probe(lower, until(saddle_of), products=linear.products, share=0.5)
     upper, saddle = upper_of(above), saddle_of(below)
     return SideVerdict(replace(below, top=above.top), upper, saddle, _needed(upper, saddle))
 
@@ -146,21 +161,21 @@ def _needed(upper: Side, saddle: Side) -> tuple[str, ...]:
     return tuple(f"{name}: {side.needed}" for name, side in sides if side.needed)
 
 
-def _look_between(
-    seen: Linearized,
+def _decide_between(
+    linear: Linearized,
     flt: PolynomialFilter,
     saddle: Side,
     tolerances: Tolerances,
-    look: Look,
+    probe: SpectrumProbe,
     share: float,
 ) -> Side:
     """Decide the saddle side by the spectrum of H + rho H^2."""
-    op = seen.operator
+    op = linear.operator
     ones = torch.ones(op.shape[0], dtype=op.dtype, device=op.device)
     image = PreconditionedOperator(op, ones, flt.coefficients[2])
 
-    def judged(found: SpectrumBounds) -> Side:
-        return saddle_by_image(saddle, flt, found, tolerances)
+    def decide(bounds: SpectrumBounds) -> Side:
+        return saddle_by_image(saddle, flt, bounds, tolerances)
 
-    found = look(image, lambda f: judged(f).verdict != UNDECIDED, products=2, share=share)
-    return judged(found)
+    bounds = probe(image, lambda f: decide(f).verdict != UNDECIDED, products=2, share=share)
+    return decide(bounds)

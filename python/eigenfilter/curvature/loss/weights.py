@@ -186,7 +186,7 @@ class Weights:
 
     def _compare_along(self, index: int, first: SampleBlock, here: SampleBlock, tol: float) -> bool:
         """Compare parts of two batches, of as many rows, along another dimension if they differ
-        in one: do they weigh the same? Return whether that tells anything."""
+        in one: do they have the same weight? Return whether that is conclusive."""
         dimension = other_dimension(first.output, here.output)
         if dimension is None:
             return False
@@ -279,7 +279,7 @@ class Weights:
         count = len(whole.output)
         if self._given is not None and not divisible(batch, count):
             return False
-        rows, told = whole.few(count), False
+        rows, conclusive = whole.few(count), False
         for at in {rows // 2, 1} if rows > 1 else ():
             spans = [(0, at), (at, rows)]
             weights = [self._claimed(batch, count, *span) for span in spans]
@@ -288,7 +288,7 @@ class Weights:
                 return math.isfinite(together)  # they count nothing, and are meant so
             first, rest = (0, 1) if weights[0] >= weights[1] else (1, 0)  # the heavier one tells
             share = self._share(whole.rows(*spans[first]), whole.rows(*spans[rest]), tol)
-            told = told or share is not None
+            conclusive = conclusive or share is not None
             if share is not None and abs(share - weights[first] / together) > tol:
                 raise ValueError(
                     f"a part of batch {index} with {spans[first][1] - spans[first][0]} of {rows} "
@@ -296,7 +296,7 @@ class Weights:
                     f"derivative, gives it {share:.4g} of the whole (a sum gives each part 1). "
                     f"{_REMEDY}"
                 )
-        return told
+        return conclusive
 
     def _claimed(self, batch: Any, count: int, start: int, end: int) -> float:
         """Return the weight that samples of a batch should have; NaN if it is unknown."""
