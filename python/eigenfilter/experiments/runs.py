@@ -23,7 +23,7 @@ from eigenfilter.experiments.networks import size
 from eigenfilter.experiments.processes import ALONE, Processes
 from eigenfilter.experiments.saved import check_session, read_results
 from eigenfilter.experiments.trainer import Diverged, Trainer, reproducible
-from eigenfilter.monitor import Check
+from eigenfilter.monitor import SharpnessCheck
 
 RESULTS = "results.json"
 CONFIG = "config.yaml"
@@ -228,7 +228,7 @@ class _Session:
             self._write("test", self._trainer.evaluate())
         self._history.append({"step": self._trainer.step} | self._last["test"])
 
-    def _sharpness(self, look: Callable[[], Check | None]) -> None:
+    def _sharpness(self, look: Callable[[], SharpnessCheck | None]) -> None:
         try:
             found = look()
         except FloatingPointError as error:  # before the losses were read
