@@ -81,7 +81,7 @@ def linearized(
     ):
         raise NoPreconditioner("AdamW has no preconditioner before its first step: load its state")
     if not alike:
-        return _composed(op, optimizer, groups, grad_norm)
+        return _compose(op, optimizer, groups, grad_norm)
     sign = -1.0 if groups[0][0].get("maximize") else 1.0
     flt: Filter = replace(first, maximize=False)  # type: ignore[type-var]
     notes = _notes([first])
@@ -140,7 +140,7 @@ def _enumeration(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _composed(
+def _compose(
     op: CurvatureOperator,
     optimizer: torch.optim.Optimizer,
     groups: Sequence[tuple[Group, Filter]],

@@ -129,7 +129,7 @@ def judge(linear: Linearized, tolerances: Tolerances, probe: SpectrumProbe) -> S
     if parabola and in_second_interval(saddle, bounds):
         assert isinstance(flt, PolynomialFilter)
         saddle = _decide_between(linear, flt, saddle, tolerances, probe, share)
-    return SideVerdict(bounds, upper, saddle, _needed(upper, saddle))
+    return SideVerdict(bounds, upper, saddle, _missing_evidence(upper, saddle))
 
 
 def _judge_separately(
@@ -153,10 +153,12 @@ def _judge_separately(
     above = probe(linear.operator, until(upper_of), products=linear.products, share=0.5)
     below = probe(lower, until(saddle_of), products=linear.products, share=0.5)
     upper, saddle = upper_of(above), saddle_of(below)
-    return SideVerdict(replace(below, top=above.top), upper, saddle, _needed(upper, saddle))
+    return SideVerdict(
+        replace(below, top=above.top), upper, saddle, _missing_evidence(upper, saddle)
+    )
 
 
-def _needed(upper: Side, saddle: Side) -> tuple[str, ...]:
+def _missing_evidence(upper: Side, saddle: Side) -> tuple[str, ...]:
     sides = (("upper edge", upper), ("saddle side", saddle))
     return tuple(f"{name}: {side.needed}" for name, side in sides if side.needed)
 

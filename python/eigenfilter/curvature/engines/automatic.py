@@ -93,17 +93,17 @@ class AutomaticEngine:
             names = ORDER
         return [name for name in names if name not in self._failures]
 
-    def _record_failure(self, name: str, left: list[str], error: Exception) -> None:
+    def _record_failure(self, name: str, remaining: list[str], error: Exception) -> None:
         self._failures[name] = f"{type(error).__name__}: {error}"
-        if not left:
+        if not remaining:
             return
-        inexact = left[0] == "finite_difference"
+        inexact = remaining[0] == "finite_difference"
         _logger.log(
             logging.WARNING if inexact else logging.INFO,
             "engine %r failed: %s; next is %r%s",
             name,
             _short(error),
-            left[0],
+            remaining[0],
             ", whose products are not exact (see the operator's `error`)" if inexact else "",
         )
 

@@ -60,12 +60,12 @@ def choose(
             split_to_fit(*first, budget)
         except ValueError as error:
             why = f"a graph exceeds the budget; {error}"
-            return _logged("forward_over_reverse", vectors, why, _SMALL)
+            return _log_choice("forward_over_reverse", vectors, why, _SMALL)
         why = f"a graph takes {size} bytes, above the budget"
-        return _logged("microbatched", vectors, why, _SMALL)
+        return _log_choice("microbatched", vectors, why, _SMALL)
 
     if vectors == 1 and source.count is not None and source.count * size <= budget:
-        return _logged("cached_graph", vectors, f"its graphs, of about {size} bytes each, fit")
+        return _log_choice("cached_graph", vectors, f"its graphs, of about {size} bytes each, fit")
     V = torch.ones(sum(p.numel() for p in params), min(vectors, WIDTH), dtype=params[0].dtype)
     V = V.to(params[0].device)
     block = split(V.T, params)
@@ -90,7 +90,7 @@ def choose(
             times["forward_over_reverse"] = vectors * forward
     best = min(times, key=lambda name: times[name] * (1 if name == "cached_graph" else _MARGIN))
     timings = [f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items()]
-    return _logged(best, vectors, "; ".join([*timings, f"{size} bytes a graph", *failures]))
+    return _log_choice(best, vectors, "; ".join([*timings, f"{size} bytes a graph", *failures]))
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -122,6 +122,8 @@ def _trial(name: str, failures: list[str]) -> Iterator[None]:
         failures.append(f"{name} refused: {str(error).splitlines()[0]}")
 
 
-def _logged(name: str, vectors: int, reason: str, others: Sequence[str] = ORDER) -> tuple[str, ...]:
+def _log_choice(
+    name: str, vectors: int, reason: str, others: Sequence[str] = ORDER
+) -> tuple[str, ...]:
     _logger.info("products with %d vectors: engine %r (%s)", vectors, name, reason)
     return name, *(other for other in others if other != name)

@@ -15,8 +15,8 @@ from eigenfilter.curvature.loss.first_derivatives import (
     NO_INPUT_GRADIENT,
     Products,
     dense,
-    unhooked,
     vector_jacobian,
+    without_hooks,
 )
 from eigenfilter.curvature.loss.objective import Evaluation
 
@@ -107,13 +107,13 @@ class GaussNewtonGraph:
         z = evaluation.value
         # Any u without zeros that is not constant, because J^T u of a softmax vanishes for those.
         self._u = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).view_as(z)
-        self._transposed = _Derivative(z, params, self._u.requires_grad_())
-        self.roots = [*self._pullback.roots, *self._transposed.outputs]
+        self._transpose = _Derivative(z, params, self._u.requires_grad_())
+        self.roots = [*self._pullback.roots, *self._transpose.outputs]
 
     def product(self, v: Tensors, *, batched: bool = False) -> Products:
         """Return the product in pieces; with `batched`, for all vectors [b, ...] at once."""
         with self._around():
-            (along,) = self._transposed.back(v, [self._u], batched=batched)
+            (along,) = self._transpose.back(v, [self._u], batched=batched)
         if along is None:
             return [None] * len(self._params)
         return self._pullback(along, batched=batched)
@@ -134,7 +134,7 @@ def graph_of(evaluation: Evaluation, params: Tensors) -> Graph:
             "say, which autograd cannot differentiate again. " + _WAYS_OUT + " Or call "
             "torch.utils.checkpoint with use_reentrant=False"
         )
-    with torch.enable_grad(), explained(), evaluation.around():
+    with torch.enable_grad(), noting_remedy(), evaluation.around():
         kind = HessianGraph if evaluation.outer is None else GaussNewtonGraph
         return kind(evaluation, params)
 
@@ -142,7 +142,7 @@ def graph_of(evaluation: Evaluation, params: Tensors) -> Graph:
 def back(outputs: Tensors, inputs: Tensors, u: Tensors, *, batched: bool) -> Products:
     """Return u^T d outputs / d inputs, keeping the graph; `batched`: for all u [b, ...] at once."""
     try:
-        with explained(), unhooked(inputs):
+        with noting_remedy(), without_hooks(inputs):
             return dense(
                 torch.autograd.grad(
                     outputs,
@@ -177,7 +177,7 @@ def check_recorded(evaluation: Evaluation, params: Tensors) -> None:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def noting_remedy() -> Iterator[None]:
     """If torch raises because a derivative is missing, add a note that says what to do."""
     try:
         yield
@@ -199,7 +199,7 @@ class _Derivative:
         output = _dependent(output)
         if seed is None:
             seed = torch.ones_like(output, requires_grad=True)
-        with _guarded(output), unhooked(inputs):
+        with _raising_if_unrecorded(output), without_hooks(inputs):
             grads = dense(
                 torch.autograd.grad(output, inputs, seed, create_graph=True, allow_unused=True)
             )
@@ -232,7 +232,7 @@ def _nonzero(g: Tensor) -> bool:
 
 
 @contextmanager
-def _guarded(output: Tensor) -> Iterator[None]:
+def _raising_if_unrecorded(output: Tensor) -> Iterator[None]:
     """Make the first backward of `output` raise if an operation's own backward is not recorded.
 
     Torch would silently omit that operation's contribution from the product: a backward that

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from eigenfilter.curvature.engines.registry import EngineInputs, register
 from eigenfilter.curvature.engines.vector_by_vector import VectorByVector, WeightedBatch
-from eigenfilter.curvature.loss.autograd_graph import leaves_reached
+from eigenfilter.curvature.loss.autograd_graph import reachable_leaves
 from eigenfilter.curvature.loss.batch_sources import (
     BatchSource,
     UnusableModelError,
     leaves,
-    replaced,
+    replace_floating_tensors,
 )
 from eigenfilter.curvature.loss.first_derivatives import Products, dense
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
@@ -61,17 +61,17 @@ class ForwardOverReverse(VectorByVector):
         self._expected[index] = here.value.detach()
         if leading:
             at = {n: x.clone().requires_grad_() for n, x in zip(self._names, self._x, strict=True)}
-            with _explained(), self._constants():
+            with _noting_remedy(), self._constants():
                 value = self._objective.evaluate(index, batch, at).value
             own = {id(p) for p in self._params}
-            if any(id(t) in own for t in leaves_reached([value])):
+            if any(id(t) in own for t in reachable_leaves([value])):
                 raise RuntimeError(
                     "f uses a parameter that it does not take from its module, which forward mode "
                     "would miss: use engine='cached_graph', or read it from the module in each call"
                 )
 
     def _product(self, batch: WeightedBatch, v: list[Tensor], _: int) -> Products:
-        with _explained(), self._constants():
+        with _noting_remedy(), self._constants():
             try:
                 value, derivative = self._along(batch, v)
             except RuntimeError as error:
@@ -88,7 +88,7 @@ class ForwardOverReverse(VectorByVector):
         data = [t.detach() for t in data if t.is_floating_point()]
 
         def value(at: tuple[Tensor, ...], tensors: tuple[Tensor, ...]) -> Tensor:
-            inputs = replaced(batch.data, tensors) if tensors else batch.data
+            inputs = replace_floating_tensors(batch.data, tensors) if tensors else batch.data
             named = dict(zip(self._names, at, strict=True))
             return self._objective.evaluate(batch.index, inputs, named).value
 
@@ -114,7 +114,7 @@ class ForwardOverReverse(VectorByVector):
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _noting_remedy() -> Iterator[None]:
     """Add to an error of torch a note that says what to do."""
     try:
         yield

@@ -37,8 +37,9 @@ def split_to_fit(
     size = piece_size(objective, batch, params, budget)
     whole = objective.value(0, batch)
     parts = [objective.value(0, piece) for piece in micro_batches(batch, size)]
-    claimed = [part.claimed() for part in parts]
-    weights = [w / sum(claimed) if objective.mean else w for w in claimed]
+    weights = [part.unchecked_weight() for part in parts]
+    if objective.mean:
+        weights = [w / sum(weights) for w in weights]
     shares = [w * float(part.total()) for w, part in zip(weights, parts, strict=True) if w]
     recombined = sum(shares)
     expected = float(whole.total())
@@ -69,7 +70,7 @@ def first_batch(
             # The first evaluation checks the model; a small part of the batch suffices for that.
             objective.evaluate(0, next(micro_batches(batch, -(-samples // _PROBE))))
         evaluated = batch, (objective.evaluate if graph else objective.value)(0, batch)
-        if source.single or evaluated[1].claimed():
+        if source.single or evaluated[1].unchecked_weight():
             return evaluated
         first = first or evaluated
     assert first is not None

@@ -13,7 +13,7 @@ from eigenfilter.curvature.engines.finite_difference import FiniteDifference
 from eigenfilter.curvature.engines.registry import EngineInputs, register
 from eigenfilter.curvature.engines.vector_by_vector import WeightedBatch
 from eigenfilter.curvature.loss.batch_sources import BatchSource
-from eigenfilter.curvature.loss.first_derivatives import Products, dense, unhooked
+from eigenfilter.curvature.loss.first_derivatives import Products, dense, without_hooks
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
 from eigenfilter.curvature.loss.slices import ShardSlices
 from eigenfilter.curvature.loss.vectors import Sums, split
@@ -110,7 +110,7 @@ class ShardedDifference(FiniteDifference):
             for p in self._holders:
                 p.grad = None
             scale = torch.full_like(here.value, batch.weight * self._slices.processes)
-            with here.around(), unhooked(self._holders):
+            with here.around(), without_hooks(self._holders):
                 torch.autograd.backward(here.value, scale)
             grads = [p.grad for p in self._sharded]
             return dense([None if g is None else _distributed.local(g) for g in grads])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenfilter.curvature.engines.derivative_graphs import Pullback, check_recorded, explained
+from eigenfilter.curvature.engines.derivative_graphs import Pullback, check_recorded, noting_remedy
 from eigenfilter.curvature.loss.batch_sources import BatchSource
 from eigenfilter.curvature.loss.first_derivatives import Products
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
@@ -61,7 +61,7 @@ class VectorByVector:
         sums = Sums(V, self._params)
         block = split(V.T, self._params)
         for index, data in enumerate(self._source.batches()):
-            batch = self._weighted(index, data)
+            batch = self._weigh_batch(index, data)
             if batch.weight == 0:
                 continue
             sums.weight += batch.weight
@@ -77,7 +77,7 @@ class VectorByVector:
         The loss depends on them, but torch gives them no gradient.
         """
 
-        def padded(index: int, row: Tensor) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+        def hook_for(index: int, row: Tensor) -> Callable[..., Tensor]:
             def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
                 padding = torch.as_tensor(inputs[0] == index)
                 return torch.where(padding.unsqueeze(-1), row, output)
@@ -85,7 +85,8 @@ class VectorByVector:
             return hook
 
         hooks = [
-            module.register_forward_hook(padded(index, row)) for module, index, row in self._padding
+            module.register_forward_hook(hook_for(index, row))
+            for module, index, row in self._padding
         ]
         try:
             yield
@@ -101,7 +102,7 @@ class VectorByVector:
         if leading and self._exact:
             check_recorded(here, self._params)
 
-    def _weighted(self, index: int, batch: Any) -> WeightedBatch:
+    def _weigh_batch(self, index: int, batch: Any) -> WeightedBatch:
         first = index == len(self._weights)
         if not first and (self._hessian or self._weights[index] == 0):
             return WeightedBatch(index, batch, self._weights[index])
@@ -114,5 +115,5 @@ class VectorByVector:
                 self._first(index, batch, here, leading=leading)
         if self._hessian or self._weights[index] == 0:
             return WeightedBatch(index, batch, self._weights[index])
-        with torch.enable_grad(), explained(), here.around():
+        with torch.enable_grad(), noting_remedy(), here.around():
             return WeightedBatch(index, batch, self._weights[index], Pullback(here, self._params))

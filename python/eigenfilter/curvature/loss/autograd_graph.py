@@ -59,7 +59,7 @@ def _saved(node: Any) -> Iterator[Any]:
         yield from value if isinstance(value, tuple) else (value,)
 
 
-def leaves_reached(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+def reachable_leaves(roots: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the tensors in which backward from `roots` would leave a gradient."""
     for node in nodes(roots):
         variable = getattr(node, "variable", None)

@@ -223,7 +223,7 @@ def micro_batches(batch: Any, size: int, samples: int | None = None) -> Iterator
             "samples: choose another engine"
         )
     for start in range(0, samples, size):
-        yield sliced(batch, slice(start, start + size), samples)
+        yield take_rows(batch, slice(start, start + size), samples)
 
 
 def samples_of(batch: Any) -> int | None:
@@ -252,30 +252,30 @@ def leaves(tree: Any) -> Iterator[Tensor]:
         yield from _of(tree)
 
 
-def moved(tree: Any, device: torch.device) -> Any:
+def to_device(tree: Any, device: torch.device) -> Any:
     """Return a tree with its tensors on `device`; the tree itself, if they already are."""
     if all(t.device == device for t in leaves(tree)):
         return tree
-    return _mapped(tree, lambda t: t.to(device, non_blocking=True))
+    return _map_tensors(tree, lambda t: t.to(device, non_blocking=True))
 
 
-def cast(tree: Any, dtype: torch.dtype) -> Any:
+def to_dtype(tree: Any, dtype: torch.dtype) -> Any:
     """Return a tree with its floating tensors in `dtype`; the tree itself, if they already are."""
     if all(t.dtype == dtype or not t.is_floating_point() for t in leaves(tree)):
         return tree
-    return _mapped(tree, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    return _map_tensors(tree, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def replaced(tree: Any, tensors: Iterable[Tensor]) -> Any:
+def replace_floating_tensors(tree: Any, tensors: Iterable[Tensor]) -> Any:
     """Return a tree with its floating tensors replaced, in the order of `leaves`."""
     others = iter(tensors)
-    return _mapped(tree, lambda t: next(others) if t.is_floating_point() else t)
+    return _map_tensors(tree, lambda t: next(others) if t.is_floating_point() else t)
 
 
-def with_tensors(tree: Any, given: Iterable[Tensor]) -> Any:
+def replace_tensors(tree: Any, tensors: Iterable[Tensor]) -> Any:
     """Return `tree` with its tensors, as `leaves` yields them, replaced by others."""
-    others = iter(given)
-    return _mapped(tree, lambda _: next(others))
+    others = iter(tensors)
+    return _map_tensors(tree, lambda _: next(others))
 
 
 def _of(trees: Iterable[Any]) -> Iterator[Tensor]:
@@ -283,8 +283,8 @@ def _of(trees: Iterable[Any]) -> Iterator[Tensor]:
         yield from leaves(tree)
 
 
-def divisible(tree: Any, samples: int) -> bool:
-    """Whether `sliced` can divide a tree.
+def is_divisible(tree: Any, samples: int) -> bool:
+    """Whether `take_rows` can divide a tree.
 
     It has parts with one row for each sample, or consists of numbers, text and None. An object of
     another class may contain samples, and makes it not divisible.
@@ -295,19 +295,19 @@ def divisible(tree: Any, samples: int) -> bool:
     )
 
 
-def sliced(tree: Any, part: slice, samples: int) -> Any:
+def take_rows(tree: Any, part: slice, samples: int) -> Any:
     """Return a tree with the rows `part` of every part that has `samples` rows."""
     if _has_rows(tree, samples):
         return tree[part]
-    return _rebuilt(tree, lambda value: sliced(value, part, samples))
+    return _map_members(tree, lambda value: take_rows(value, part, samples))
 
 
-def copied(tree: Any) -> Any:
+def clone_tensors(tree: Any) -> Any:
     """Return a tree with copies of its tensors."""
-    return _mapped(tree, lambda t: t.detach().clone())
+    return _map_tensors(tree, lambda t: t.detach().clone())
 
 
-def joinable(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
+def can_join(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
     """Whether two trees are alike except for the rows of parts with one row for each sample.
 
     sizes: the numbers of samples of the two.
@@ -319,17 +319,17 @@ def joinable(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
         return same and bool((one == other).all())
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(
-            joinable(one[key], other[key], sizes) for key in one
+            can_join(one[key], other[key], sizes) for key in one
         )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(
-            joinable(a, b, sizes) for a, b in zip(one, other, strict=True)
+            can_join(a, b, sizes) for a, b in zip(one, other, strict=True)
         )
     return isinstance(one, _PLAIN) and bool(one == other)
 
 
-def joined(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
-    """Return a tree with the rows of both trees, which must be `joinable`.
+def join_rows(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
+    """Return a tree with the rows of both trees, for which `can_join` holds.
 
     Parts without rows are taken from the first.
     """
@@ -338,10 +338,10 @@ def joined(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
             return torch.cat((one, other))
         return np.concatenate((one, other)) if isinstance(one, np.ndarray) else one + other
     if isinstance(one, Mapping):
-        return {key: joined(value, other[key], sizes) for key, value in one.items()}
+        return {key: join_rows(value, other[key], sizes) for key, value in one.items()}
     if isinstance(one, list | tuple):
         pairs = iter(other)
-        return _rebuilt(one, lambda value: joined(value, next(pairs), sizes))
+        return _map_members(one, lambda value: join_rows(value, next(pairs), sizes))
     return one
 
 
@@ -378,13 +378,13 @@ def _parts_with_rows(tree: Any, samples: int) -> Iterator[bool | None]:
         yield False if isinstance(tree, (Tensor, np.ndarray, *_PLAIN)) else None
 
 
-def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return change(tree)
-    return _rebuilt(tree, lambda value: _mapped(value, change))
+    return _map_members(tree, lambda value: _map_tensors(value, change))
 
 
-def _rebuilt(tree: Any, change: Callable[[Any], Any]) -> Any:
+def _map_members(tree: Any, change: Callable[[Any], Any]) -> Any:
     """Return a list, tuple or mapping with its members changed; anything else unchanged."""
     if isinstance(tree, Mapping):
         return {key: change(value) for key, value in tree.items()}

@@ -40,7 +40,7 @@ def vector_jacobian(
         UnusableModelError: a holder has hooks that run as its gradient arrives.
     """
     if holders is None:
-        with unhooked(inputs):
+        with without_hooks(inputs):
             grads = torch.autograd.grad(outputs, inputs, u, retain_graph=retain, allow_unused=True)
         return dense(grads)
     if any(t._post_accumulate_grad_hooks for t in holders):
@@ -52,7 +52,7 @@ def vector_jacobian(
     try:
         for t in holders:
             t.grad = None
-        with unhooked(holders):
+        with without_hooks(holders):
             torch.autograd.backward(outputs, u, retain_graph=retain)
         return dense([t.grad for t in inputs])
     finally:
@@ -61,7 +61,7 @@ def vector_jacobian(
 
 
 @contextmanager
-def unhooked(tensors: Iterable[Tensor]) -> Iterator[None]:
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Remove the hooks of these tensors for the duration: they must not change a derivative of f.
 
     Hooks stay while f itself is evaluated, which may differentiate.

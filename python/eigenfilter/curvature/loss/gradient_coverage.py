@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.autograd_graph import leaves_reached, nodes, python_function
+from eigenfilter.curvature.loss.autograd_graph import nodes, python_function, reachable_leaves
 from eigenfilter.curvature.loss.batch_sources import UnusableModelError
 from eigenfilter.curvature.loss.first_derivatives import (
     NO_INPUT_GRADIENT,
@@ -41,7 +41,7 @@ def check_gradient_coverage(
     params = objective.watched
     if not params or not here.value.requires_grad:  # differentiating it will raise
         return False
-    reached = {id(t) for t in leaves_reached([here.value])}
+    reached = {id(t) for t in reachable_leaves([here.value])}
     if reached & objective.foreign:
         raise UnusableModelError(
             "with dtype, f is that of a copy of the model, and loss_fn or forward uses a parameter "

@@ -18,17 +18,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from eigenfilter import _distributed
-from eigenfilter.curvature.loss.autograd_graph import leaves_reached, nodes
+from eigenfilter.curvature.loss.autograd_graph import nodes, reachable_leaves
 from eigenfilter.curvature.loss.batch_sources import (
     BatchWeightError,
     UnusableModelError,
-    cast,
-    divisible,
+    is_divisible,
     leaves,
     micro_batches,
-    moved,
     rows_of,
     samples_of,
+    to_device,
+    to_dtype,
 )
 from eigenfilter.curvature.loss.gradient_coverage import check_gradient_coverage
 from eigenfilter.curvature.loss.weights import Weights, check_values, logging_failures
@@ -73,7 +73,7 @@ class Evaluation(NamedTuple):
     value: Tensor
     outer: Outer | None
     weight: Callable[[], float]  # w_b, checked once against the loss; 0: leave the batch out
-    claimed: Callable[[], float]  # w_b without the check
+    unchecked_weight: Callable[[], float]  # w_b without the check
     around: Callable[[], AbstractContextManager[None]]
     holders: Sequence[Tensor] | None = None  # see `first_derivatives.vector_jacobian`
 
@@ -158,29 +158,29 @@ class Objective:
         known = {id(p): name for name, p in self.tree.named_parameters()}
         return [known[id(p)] for p in params]
 
-    def copied(self, dtype: torch.dtype) -> Objective:
+    def with_dtype(self, dtype: torch.dtype) -> Objective:
         """Return an objective of copies of the modules, whose floating tensors have `dtype`.
 
         Raises:
             ValueError: they cannot be copied.
         """
-        made = copy.copy(self)
+        clone = copy.copy(self)
         own = (self.model, self._loss_fn, self._forward, self._weight)
         try:
             # In one call, so that references between them are kept.
-            made.model, made._loss_fn, made._forward, made._weight = copy.deepcopy(own)
+            clone.model, clone._loss_fn, clone._forward, clone._weight = copy.deepcopy(own)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"the model or the loss cannot be copied for dtype={dtype} ({error}): convert "
                 "the model yourself, and leave dtype out"
             ) from error
-        made.tree = _Tree([m for m in (made.model, made._loss_fn) if isinstance(m, nn.Module)])
-        made.tree.to(dtype)
-        made.watched = [made.tree.get_parameter(name) for name in self.names(self.watched)]
-        made._weights = Weights(made._weight, made._total, alone=made._alone)
-        made.foreign = frozenset(id(p) for p in self.tree.parameters())
-        made._dtype = dtype
-        return made
+        clone.tree = _Tree([m for m in (clone.model, clone._loss_fn) if isinstance(m, nn.Module)])
+        clone.tree.to(dtype)
+        clone.watched = [clone.tree.get_parameter(name) for name in self.names(self.watched)]
+        clone._weights = Weights(clone._weight, clone._total, alone=clone._alone)
+        clone.foreign = frozenset(id(p) for p in self.tree.parameters())
+        clone._dtype = dtype
+        return clone
 
     def evaluate(
         self,
@@ -233,21 +233,21 @@ class Objective:
         """
         if not (self.traits.needs_requires_grad or self.traits.by_backward):
             try:
-                with _frozen(self.tree):
-                    return _detached(self.plain(index, batch, exact=exact))
+                with _no_requires_grad(self.tree):
+                    return _detach(self.plain(index, batch, exact=exact))
             except RuntimeError:  # autograd's; if it has another cause, it is raised again below
                 self.traits.needs_requires_grad = True
-        return _detached(self.plain(index, batch, exact=exact))
+        return _detach(self.plain(index, batch, exact=exact))
 
     def _try_frozen(self, index: int, batch: Any, here: Evaluation, *, exact: bool) -> None:
         """Record whether f is the same, bit for bit, if parameters do not require grad."""
         if not self.watched or self.traits.needs_requires_grad:
             return  # nothing is watched in a sharded model, of which only gradients are computed
         try:
-            with warnings.catch_warnings(), _frozen(self.tree):
+            with warnings.catch_warnings(), _no_requires_grad(self.tree):
                 # Reentrant checkpointing warns here, and is noticed later.
                 warnings.simplefilter("ignore")
-                frozen = _detached(self.plain(index, batch, exact=exact)).value
+                frozen = _detach(self.plain(index, batch, exact=exact)).value
         except Exception:  # of any kind: the model depends on requires_grad
             self.traits.needs_requires_grad = True
             return
@@ -262,19 +262,19 @@ class Objective:
         exact: bool = True,
     ) -> Evaluation:
         """Evaluate f on a batch as `evaluate` does, once and without checks."""
-        replaced = frozenset(self.traits.fused_ops) if exact else frozenset()
+        replacements = frozenset(self.traits.fused_ops) if exact else frozenset()
 
         def run() -> Evaluation:
-            return self._evaluate(index, batch, replaced)
+            return self._evaluate(index, batch, replacements)
 
-        with self._surroundings(index, replaced), torch.enable_grad():
+        with self._surroundings(index, replacements), torch.enable_grad():
             return run() if at is None else functional_call(self.tree, dict(at), (run,))
 
-    def _evaluate(self, index: int, batch: Any, replaced: frozenset[str]) -> Evaluation:
+    def _evaluate(self, index: int, batch: Any, replacements: frozenset[str]) -> Evaluation:
         if self._dtype is not None:
-            batch = cast(batch, self._dtype)
+            batch = to_dtype(batch, self._dtype)
         if self._forward is None:
-            x, target = moved(batch, self._device)
+            x, target = to_device(batch, self._device)
             try:
                 output = self.model(x)
             except (TypeError, AttributeError) as error:
@@ -285,18 +285,19 @@ class Objective:
             output, target = self._forward(self.model, batch)
         value, outer = self._finish(self._loss_fn, output, target, self.mean)
 
-        def surrounded(z: Tensor) -> Tensor:
+        def outer_in_context(z: Tensor) -> Tensor:
             assert outer is not None
-            with self._surroundings(index, replaced | self.traits.fused_ops), torch.enable_grad():
+            fused_ops = replacements | self.traits.fused_ops
+            with self._surroundings(index, fused_ops), torch.enable_grad():
                 loss = outer(z)
-            return surrounded(z) if self._meets_fused_ops([loss]) else loss
+            return outer_in_context(z) if self._meets_fused_ops([loss]) else loss
 
         return Evaluation(
             value,
-            None if outer is None else surrounded,
+            None if outer is None else outer_in_context,
             _weighing(lambda: self._weigh(index, batch, output, target)),
             _weighing(lambda: self._weights.of(batch, output) if self.mean else 1.0),
-            lambda: self.around(index, replaced),
+            lambda: self.around(index, replacements),
             self._holders(batch, value) if self.traits.by_backward else None,
         )
 
@@ -312,7 +313,7 @@ class Objective:
 
     def _holders(self, batch: Any, value: Tensor) -> list[Tensor]:
         """Return the tensors in which backward() may leave a gradient, each once."""
-        own = [*self.tree.parameters(), *leaves(batch), *leaves_reached([value])]
+        own = [*self.tree.parameters(), *leaves(batch), *reachable_leaves([value])]
         return list({id(t): t for t in own if t.is_leaf and t.requires_grad}.values())
 
     def _total(self, output: Any, target: Any) -> Tensor:
@@ -353,18 +354,18 @@ class Objective:
         model that FSDP2 shards is not checked: all processes would have to do the same.
         """
         samples = rows_of(batch) or 0
-        if samples < 2 or not divisible(batch, samples) or _distributed.is_fsdp(self.tree):
+        if samples < 2 or not is_divisible(batch, samples) or _distributed.is_fsdp(self.tree):
             self._weights.warn_unchecked(index, samples)
             return
         values: list[float] = []
-        replaced = frozenset(self.traits.fused_ops)
-        surroundings = self._surroundings(index, replaced, train=False)
+        replacements = frozenset(self.traits.fused_ops)
+        surroundings = self._surroundings(index, replacements, train=False)
         with logging_failures("f on half a batch"), surroundings, torch.enable_grad():
             evaluations = [
-                self._evaluate(index, part, replaced)
+                self._evaluate(index, part, replacements)
                 for part in (batch, *micro_batches(batch, -(-samples // 2), samples))
             ]
-            weights = [one.claimed() for one in evaluations]
+            weights = [one.unchecked_weight() for one in evaluations]
             values = [float(one.total().detach()) for one in evaluations]
         if values:
             check_values(index, values, weights, math.sqrt(eps))
@@ -373,7 +374,7 @@ class Objective:
     def around(
         self,
         index: int,
-        replaced: frozenset[str] = frozenset(),
+        replacements: frozenset[str] = frozenset(),
         *,
         train: bool | None = None,
     ) -> Iterator[None]:
@@ -381,21 +382,21 @@ class Objective:
 
         Args:
             index: index of the batch.
-            replaced: the operations of `_FUSED` that are replaced.
+            replacements: the operations of `_FUSED` that are replaced.
             train: whether the mode is "train"; by default the operator's mode.
         """
         train = self._train if train is None else train
         with ExitStack() as stack:
             stack.enter_context(self._modes(train))
-            stack.enter_context(_kernels(replaced))
+            stack.enter_context(_kernels(replacements))
             if train:
                 stack.enter_context(_spared_buffers(self.tree))
-            stack.enter_context(_replayed(self._seed + index, self._device))
+            stack.enter_context(_replay_random_numbers(self._seed + index, self._device))
             yield
 
     @contextmanager
     def _surroundings(
-        self, index: int, replaced: frozenset[str], *, train: bool | None = None
+        self, index: int, replacements: frozenset[str], *, train: bool | None = None
     ) -> Iterator[None]:
         """Also set autocast, for the forward pass."""
         autocast = torch.autocast(
@@ -404,7 +405,7 @@ class Objective:
             enabled=self.autocast is not None,
             cache_enabled=False,  # parameters may change within a surrounding autocast context
         )
-        with self.around(index, replaced, train=train), autocast:
+        with self.around(index, replacements, train=train), autocast:
             yield
 
     @property
@@ -467,13 +468,13 @@ def _eps(autocast: torch.dtype | None, of: Tensor) -> float:
 def _weighing(weigh: Callable[[], float]) -> Callable[[], float]:
     """Return `weigh` with its ValueErrors as `BatchWeightError`, which no engine causes."""
 
-    def wrapped() -> float:
+    def weigh_or_raise() -> float:
         try:
             return weigh()
         except ValueError as error:
             raise BatchWeightError(str(error)) from error
 
-    return wrapped
+    return weigh_or_raise
 
 
 class _Tree(nn.Module):
@@ -501,7 +502,7 @@ class _WeightNorm(TorchFunctionMode):
 
 
 @contextmanager
-def _kernels(replaced: frozenset[str]) -> Iterator[None]:
+def _kernels(replacements: frozenset[str]) -> Iterator[None]:
     """Use operations that can be differentiated, and that give the same with and without gradients.
 
     The fast path of torch's transformer layers has no derivative and skips padding.
@@ -509,12 +510,12 @@ def _kernels(replaced: frozenset[str]) -> Iterator[None]:
     fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        if "CudnnRnn" in replaced:
+        if "CudnnRnn" in replacements:
             torch.backends.cudnn.enabled = False
         with ExitStack() as stack:
-            if "ScaledDotProduct" in replaced:
+            if "ScaledDotProduct" in replacements:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if "WeightNormInterface" in replaced:
+            if "WeightNormInterface" in replacements:
                 stack.enter_context(_WeightNorm())
             yield
     finally:
@@ -523,7 +524,7 @@ def _kernels(replaced: frozenset[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(tree: nn.Module) -> Iterator[None]:
+def _no_requires_grad(tree: nn.Module) -> Iterator[None]:
     """A context in which no parameter requires grad."""
     trained = [p for p in tree.parameters() if p.requires_grad]
     try:
@@ -535,7 +536,7 @@ def _frozen(tree: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _detached(here: Evaluation) -> Evaluation:
+def _detach(here: Evaluation) -> Evaluation:
     return here._replace(value=here.value.detach())
 
 
@@ -554,7 +555,7 @@ def _spared_buffers(tree: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replayed(seed: int, device: torch.device) -> Iterator[None]:
+def _replay_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
     """A context with the same random numbers each time, after which generators are restored."""
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type=device.type):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batch_sources import joinable, leaves, with_tensors
+from eigenfilter.curvature.loss.batch_sources import can_join, leaves, replace_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 Samples = tuple[Tensor, Any]  # output, target
@@ -45,16 +45,16 @@ def with_samples_first(
 
     def first(samples: Samples) -> Samples:
         moves = zip(leaves(samples[1]), places, strict=True)
-        target = with_tensors(samples[1], _moved(moves, lambda t, d: t.movedim(d, 0)))
+        target = replace_tensors(samples[1], _moved(moves, lambda t, d: t.movedim(d, 0)))
         return samples[0].movedim(dimension, 0), target
 
     def loss_samples_first(output: Tensor, target: Any) -> Tensor:
         moves = zip(leaves(target), places, strict=True)
-        back = with_tensors(target, _moved(moves, lambda t, d: t.movedim(0, d)))
+        back = replace_tensors(target, _moved(moves, lambda t, d: t.movedim(0, d)))
         return loss(output.movedim(0, dimension), back)
 
     here, there = first(one), first(other)
-    return (here, there, loss_samples_first) if joinable(here, there, sizes) else None
+    return (here, there, loss_samples_first) if can_join(here, there, sizes) else None
 
 
 def _moved(

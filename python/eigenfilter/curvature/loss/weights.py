@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batch_sources import copied, divisible, joinable, joined, sliced
+from eigenfilter.curvature.loss.batch_sources import (
+    can_join,
+    clone_tensors,
+    is_divisible,
+    join_rows,
+    take_rows,
+)
 from eigenfilter.curvature.loss.sample_dimension import other_dimension, with_samples_first
 
 _logger = logging.getLogger(__name__)
@@ -39,7 +45,7 @@ class SampleBlock(NamedTuple):
     def rows(self, start: int, end: int) -> SampleBlock:
         """Return the samples [start, end)."""
         part = slice(start, end)
-        return SampleBlock(self.output[part], sliced(self.target, part, len(self.output)))
+        return SampleBlock(self.output[part], take_rows(self.target, part, len(self.output)))
 
     def few(self, most: int) -> int:
         """Return how many samples, at most `most`, have at most `_ELEMENTS` elements of outputs."""
@@ -71,17 +77,17 @@ class Weights:
     """
 
     def __init__(
-        self, given: Callable[[Any], float] | None, loss: Loss, *, alone: bool = True
+        self, weight_fn: Callable[[Any], float] | None, loss: Loss, *, alone: bool = True
     ) -> None:
         """Prepare.
 
         Args:
-            given: function batch -> weight, or None for the number of samples.
+            weight_fn: function batch -> weight, or None for the number of samples.
             loss: function (output, target) -> f.
             alone: whether no other process has batches. If others have, their weights are unknown
                 here, so that each weight must be in proportion to that of A by itself.
         """
-        self._given = given
+        self._weight_fn = weight_fn
         self._alone = alone
         self._loss = loss
         self._reference: SampleBlock | None = None
@@ -97,7 +103,7 @@ class Weights:
         Raises:
             ValueError: it is unknown, negative or not finite.
         """
-        if self._given is not None:
+        if self._weight_fn is not None:
             value = self._number(batch)
         elif isinstance(output, Tensor) and output.ndim:
             value = float(output.shape[0])
@@ -114,9 +120,9 @@ class Weights:
         return value
 
     def _number(self, batch: Any) -> float:
-        assert self._given is not None
+        assert self._weight_fn is not None
         try:
-            return float(self._given(batch))
+            return float(self._weight_fn(batch))
         except Exception as error:  # any: it is the caller's function, and no engine is at fault
             raise ValueError(
                 f"weight= gave no number for a batch ({type(error).__name__}: {error}): it must "
@@ -134,11 +140,11 @@ class Weights:
         if not (isinstance(output, Tensor) and output.is_floating_point() and output.ndim):
             return False
         whole, tol = SampleBlock(output.detach(), target), math.sqrt(eps)
-        if not len(output) or not divisible(target, len(output)):
+        if not len(output) or not is_divisible(target, len(output)):
             return self._compare_undivided(index, whole, tol)
-        if self._given is None and self._has_reference(index, whole):
+        if self._weight_fn is None and self._has_reference(index, whole):
             return self._compare(index, whole, tol)
-        if self._given is None and self._reference is not None:
+        if self._weight_fn is None and self._reference is not None:
             rows = min(len(output), len(self._reference.output))
             one, other = self._reference.rows(0, rows), whole.rows(0, rows)
             if self._compare_along(index, one, other, tol):
@@ -148,7 +154,8 @@ class Weights:
 
     def warn_unchecked(self, index: int, samples: int) -> None:
         """Log once that the weight of a batch beside others is not checked."""
-        if self._warned or samples == 1 or (self._alone and not index) or self._given is not None:
+        expected = samples == 1 or (self._alone and not index) or self._weight_fn is not None
+        if self._warned or expected:
             return
         self._warned = True
         _logger.warning(
@@ -175,13 +182,13 @@ class Weights:
 
     def _compare_undivided(self, index: int, whole: SampleBlock, tol: float) -> bool:
         """Compare a batch, whose target and output differ in their number of rows, with another."""
-        if self._given is not None or not len(whole.output):
+        if self._weight_fn is not None or not len(whole.output):
             return False
         first = self._undivided_batch or self._reference
         if first is not None:
             return self._compare_along(index, first, whole, tol)
         if whole.output.numel() <= _ELEMENTS:
-            self._undivided_batch = SampleBlock(*copied(tuple(whole)))
+            self._undivided_batch = SampleBlock(*clone_tensors(tuple(whole)))
         return False
 
     def _compare_along(self, index: int, first: SampleBlock, here: SampleBlock, tol: float) -> bool:
@@ -216,7 +223,8 @@ class Weights:
                 alone = self._gradient(part, None)
                 if alone is not None and bool(alone.isfinite().all() & alone.any()):
                     self._check_nonfinite()
-                    self._reference, self._gradient_alone = SampleBlock(*copied(tuple(part))), alone
+                    self._reference = SampleBlock(*clone_tensors(tuple(part)))
+                    self._gradient_alone = alone
                     break
             else:
                 value = self._value(whole)
@@ -226,7 +234,7 @@ class Weights:
                 return False
         assert self._reference is not None
         sizes = len(self._reference.output), len(whole.output)
-        return joinable(tuple(self._reference), tuple(whole), sizes)
+        return can_join(tuple(self._reference), tuple(whole), sizes)
 
     def _check_nonfinite(self) -> None:
         """Raise ValueError for an earlier batch without a finite loss, now that another has one."""
@@ -277,13 +285,13 @@ class Weights:
         Returns whether that is conclusive.
         """
         count = len(whole.output)
-        if self._given is not None and not divisible(batch, count):
+        if self._weight_fn is not None and not is_divisible(batch, count):
             return False
         rows, conclusive = whole.few(count), False
         for at in {rows // 2, 1} if rows > 1 else ():
             spans = [(0, at), (at, rows)]
-            weights = [self._claimed(batch, count, *span) for span in spans]
-            together = self._claimed(batch, count, 0, rows)
+            weights = [self._unchecked_weight(batch, count, *span) for span in spans]
+            together = self._unchecked_weight(batch, count, 0, rows)
             if not counts(weights, together):
                 return math.isfinite(together)  # they count nothing, and are meant so
             first, rest = (0, 1) if weights[0] >= weights[1] else (1, 0)  # the heavier one tells
@@ -298,12 +306,12 @@ class Weights:
                 )
         return conclusive
 
-    def _claimed(self, batch: Any, count: int, start: int, end: int) -> float:
+    def _unchecked_weight(self, batch: Any, count: int, start: int, end: int) -> float:
         """Return the weight that samples of a batch should have; NaN if it is unknown."""
-        if self._given is None:
+        if self._weight_fn is None:
             return float(end - start)
         with logging_failures("a weight of a part of a batch"):
-            return float(self._given(sliced(batch, slice(start, end), count)))
+            return float(self._weight_fn(take_rows(batch, slice(start, end), count)))
         return math.nan
 
     def _share(
@@ -334,10 +342,10 @@ class Weights:
         """Return d loss / d z of the first samples, alone or together with the rest."""
         z = first.output.detach().requires_grad_()
         # Copies, because a loss may change its arguments; joining copies too.
-        part = SampleBlock(z.clone(), copied(first.target))
+        part = SampleBlock(z.clone(), clone_tensors(first.target))
         if rest is not None:
             sizes = len(z), len(rest.output)
-            part = SampleBlock(*joined((z, first.target), tuple(rest), sizes))
+            part = SampleBlock(*join_rows((z, first.target), tuple(rest), sizes))
         with logging_failures("the derivative of the loss of a part of a batch"):
             value = self._loss(part.output, part.target)
             if value.requires_grad:
@@ -346,7 +354,7 @@ class Weights:
 
     def _value(self, part: SampleBlock) -> Tensor | None:
         with logging_failures("the loss of a part of a batch"):
-            return self._loss(*copied(tuple(part)))
+            return self._loss(*clone_tensors(tuple(part)))
         return None
 
 

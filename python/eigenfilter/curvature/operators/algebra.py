@@ -59,11 +59,11 @@ class SymmetricMatrix(ABC):
 
     def __matmul__(self, V: Tensor) -> Tensor:
         """Return C v [n] for a vector, C V [n, b] for a matrix [n, b]."""
-        return self.matvec(V) if _checked(V).ndim == 1 else self.matmat(V)
+        return self.matvec(V) if _as_tensor(V).ndim == 1 else self.matmat(V)
 
     def __rmatmul__(self, V: Tensor) -> Tensor:
         """Return v C [n] for a vector, V C [b, n] for a matrix [b, n]."""
-        return self.matvec(V) if _checked(V).ndim == 1 else self.matmat(V.mT).mT
+        return self.matvec(V) if _as_tensor(V).ndim == 1 else self.matmat(V.mT).mT
 
     def to_dense(self) -> Tensor:
         """Return C [n, n], by n products.
@@ -119,7 +119,7 @@ class SymmetricMatrix(ABC):
         )
 
 
-def _checked(V: object) -> Tensor:
+def _as_tensor(V: object) -> Tensor:
     if not isinstance(V, Tensor):
         raise TypeError(
             f"products take a torch.Tensor, not {type(V).__name__}: convert it by "

@@ -163,8 +163,8 @@ class CurvatureOperator(SymmetricMatrix):
         if _distributed.is_fsdp(self._objective.tree):
             _distributed.reshard()  # or the model's parameters may be gathered copies
         self._dtype = dtype
-        self.params = _selected(self._owned() if params is None else params, dtype)
-        self._check_owned(ValueError)
+        self.params = _select(self._own_parameters() if params is None else params, dtype)
+        self._check_own(ValueError)
         self.slices = slices_of(self._objective.tree, self.params)
         if self.slices is not None:
             self._check_sharded(self.slices)
@@ -327,11 +327,11 @@ class CurvatureOperator(SymmetricMatrix):
             if self._fixed:
                 raise RuntimeError(_CHANGED)
         self._cached = None  # frees the old graphs before new ones are built
-        self._check_owned(RuntimeError)
+        self._check_own(RuntimeError)
         if self._anywhere(bool(longer := self._objective.longer())):
             raise RuntimeError(_LONGER.format(", ".join(longer)))
         self._source.forget()
-        f = self._objective if self._dtype is None else self._objective.copied(self._dtype)
+        f = self._objective if self._dtype is None else self._objective.with_dtype(self._dtype)
         params = self.params if self._dtype is None else f.watched
         engines = Engines(f, self._source, params, self._bytes(), self.slices)
         self._cached = engines, ParamSnapshot(*self._tensors())
@@ -366,9 +366,9 @@ class CurvatureOperator(SymmetricMatrix):
         """Whether a condition holds in any process that holds a slice, so that all do the same."""
         return condition if self.slices is None else self.slices.sum_of_all(condition) > 0
 
-    def _check_owned(self, error: type[Exception]) -> None:
-        owned = {id(p) for p in self._owned()}
-        if any(id(p) not in owned for p in self.params):
+    def _check_own(self, error: type[Exception]) -> None:
+        own = {id(p) for p in self._own_parameters()}
+        if any(id(p) not in own for p in self.params):
             raise error(
                 "a parameter of the operator is not a parameter of the model: of a copy, or "
                 "replaced since? Make a new operator from the model's own parameters"
@@ -379,7 +379,7 @@ class CurvatureOperator(SymmetricMatrix):
                 "or call requires_grad_() on it"
             )
 
-    def _owned(self) -> Iterator[nn.Parameter]:
+    def _own_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters that x may consist of."""
         return self._objective.tree.parameters()
 
@@ -399,29 +399,27 @@ def _check_choices(*, engine: str, reduction: str, mode: str) -> None:
         raise ValueError(f"mode must be 'eval' or 'train', not {mode!r}")
 
 
-def _selected(
-    params: Iterable[nn.Parameter], dtype: torch.dtype | None
-) -> tuple[nn.Parameter, ...]:
+def _select(params: Iterable[nn.Parameter], dtype: torch.dtype | None) -> tuple[nn.Parameter, ...]:
     """Return those of `params` that require grad, checked to be of one real dtype and device."""
     if isinstance(params, Tensor):
         raise ValueError("params must be parameters in a list or iterator: pass [p] for one")
-    given = list(params)
-    if not all(isinstance(p, Tensor) for p in given):
-        kinds = ", ".join(sorted({type(p).__name__ for p in given}))
-        raise ValueError(f"params must be parameters, as model.parameters() gives, not {kinds}")
-    selected = tuple(p for p in given if p.requires_grad)
+    candidates = list(params)
+    if not all(isinstance(p, Tensor) for p in candidates):
+        names = ", ".join(sorted({type(p).__name__ for p in candidates}))
+        raise ValueError(f"params must be parameters, as model.parameters() gives, not {names}")
+    selected = tuple(p for p in candidates if p.requires_grad)
     if not selected:
         raise ValueError(
-            f"no parameter requires grad, of {len(given)}: call p.requires_grad_() on those that "
-            "the matrix is of"
+            f"no parameter requires grad, of {len(candidates)}: call p.requires_grad_() on those "
+            "that the matrix is of"
         )
     if len({id(p) for p in selected}) < len(selected):
         raise ValueError("params lists a parameter twice")
-    held = {(p.dtype if dtype is None else dtype, p.device) for p in selected}
-    if len(held) > 1 or not all(p.dtype.is_floating_point for p in selected):
+    kinds = {(p.dtype if dtype is None else dtype, p.device) for p in selected}
+    if len(kinds) > 1 or not all(p.dtype.is_floating_point for p in selected):
         raise ValueError(
             "parameters must be real and floating, of one dtype and on one device; got "
-            + ", ".join(sorted(f"{kind} on {device}" for kind, device in held))
+            + ", ".join(sorted(f"{kind} on {device}" for kind, device in kinds))
             + ": pass dtype=torch.float32 for one dtype, params=... or model.to(device) for one "
             "device"
         )

@@ -55,7 +55,7 @@ class GGNOperator(CurvatureOperator):
 
         return tensor_output(output), outer
 
-    def _owned(self) -> Iterator[nn.Parameter]:
+    def _own_parameters(self) -> Iterator[nn.Parameter]:
         return self._objective.model.parameters()
 
 

@@ -36,16 +36,16 @@ class BatchedLanczos:
     Math. Appl. 10 (1972).
     """
 
-    def __init__(self, ops: VectorOps, starts: Tensor, known: Tensor) -> None:
+    def __init__(self, ops: VectorOps, starts: Tensor, deflation: Tensor) -> None:
         """Begin the recurrences.
 
         Args:
             ops: the vector arithmetic.
             starts: [p, l], contiguous, of length 1 up to rounding. They are overwritten.
-            known: orthonormal rows [k, l] that all vectors are kept orthogonal to.
+            deflation: orthonormal rows [k, l] that all vectors are kept orthogonal to.
         """
         self.q = starts
-        self._ops, self._known = ops, known
+        self._ops, self._deflation = ops, deflation
         self._before = torch.zeros_like(starts)
         self._inverse = _reciprocal(ops.total(kernels.row_dots(starts, starts)[1]).sqrt())
         self._inverse_before = torch.zeros_like(self._inverse)  # 1 / the length of _before [p]
@@ -66,8 +66,8 @@ class BatchedLanczos:
         sums = kernels.three_term(u, q, w, factors * _reciprocal(expected))
         squares, dots = self._ops.total(sums)
         length = squares.sqrt()
-        if len(self._known):
-            length = self._ops.project_out(u, self._known, passes=1)[1]
+        if len(self._deflation):
+            length = self._ops.project_out(u, self._deflation, passes=1)[1]
         self.q, self._before = u, q
         self._inverse, self._inverse_before = _reciprocal(length), scale
         self._overlap = dots * scale * self._inverse

@@ -175,18 +175,18 @@ def spectral_density(
     n = op.shape[0]
     check_real(op)
     ops = VectorOps(op)
-    known = _deflated(op, deflate, ops.length)
+    deflation = _deflation_basis(op, deflate, ops.length)
     values = torch.empty(0, dtype=torch.float64)
     if deflate is not None:
         values = deflate.values[deflate.converged].double().cpu()
-    if len(known) == n:
+    if len(deflation) == n:
         nothing = torch.empty(probes, 0, dtype=torch.float64)
         return SpectralDensity(nothing, nothing, values, n, 0)
-    q = (normals if len(known) else signs)(op, probes, ops.generator(seed, op.device))
-    if len(known):  # projected normal vectors are normal in the rest, so directions are unbiased
-        ops.project_out(q, known)
+    q = (normals if len(deflation) else signs)(op, probes, ops.generator(seed, op.device))
+    if len(deflation):  # projections of normal vectors are normal, so directions are unbiased
+        ops.project_out(q, deflation)
     q /= ops.dot(q, q).sqrt()[:, None]
-    recurrence = BatchedLanczos(ops, q, known)
+    recurrence = BatchedLanczos(ops, q, deflation)
     scale = PowerOfTwoScale(ops)
     alpha = torch.zeros(probes, steps, dtype=torch.float64, device=op.device)
     beta = torch.zeros_like(alpha)
@@ -236,8 +236,8 @@ def log_determinant(
             f"damping above {-lowest:.3g}"
         )
     exact = (density.deflated + damping).log().sum()
-    seen = torch.where(density.weights > 0, density.nodes + damping, 1.0)  # the log of 1 is 0
-    of_probes = (density.weights * seen.log()).sum(1)
+    shifted = torch.where(density.weights > 0, density.nodes + damping, 1.0)  # the log of 1 is 0
+    of_probes = (density.weights * shifted.log()).sum(1)
     return Estimate.of(exact + (density.n - len(density.deflated)) * of_probes)
 
 
@@ -262,7 +262,7 @@ def _width(at: Tensor) -> float:
     return high - low or abs(high) or 1.0
 
 
-def _deflated(op: SymmetricOperator, deflate: EigenResult | None, length: int) -> Tensor:
+def _deflation_basis(op: SymmetricOperator, deflate: EigenResult | None, length: int) -> Tensor:
     """Return the converged vectors as rows [k, l] of this length."""
     if deflate is None:
         return torch.empty(0, length, dtype=op.dtype, device=op.device)

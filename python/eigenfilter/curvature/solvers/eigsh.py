@@ -157,12 +157,12 @@ def default_basis(n: int, k: int, block_size: int) -> int:
 
 def _starts(op: SymmetricOperator, v0: Tensor | EigenResult, block_size: int) -> Tensor:
     """Return the normalized columns of v0, dealt out to rows [block_size, n]."""
-    given = v0.vectors if isinstance(v0, EigenResult) else v0
-    v = given[:, None] if given.ndim == 1 else given
+    start = v0.vectors if isinstance(v0, EigenResult) else v0
+    v = start[:, None] if start.ndim == 1 else start
     ops = VectorOps(op)
     n = ops.length
     if v.ndim != 2 or v.shape[0] != n or not v.shape[1]:
-        raise ValueError(f"v0 must have shape [{n}] or [{n}, c], not {list(given.shape)}")
+        raise ValueError(f"v0 must have shape [{n}] or [{n}, c], not {list(start.shape)}")
     v = v.detach().to(op.device, torch.promote_types(v.dtype, op.dtype))
     starts = torch.zeros(min(block_size, v.shape[1]), n, dtype=op.dtype, device=op.device)
     for i, column in enumerate(v.unbind(1)):
@@ -232,7 +232,7 @@ class _Search:
                     excess[best] = 0.0
                     pairs = replace(pairs, excess=excess)
             if done:
-                self.complete = complete and self._missed(ritz) <= (self._max_miss or 1.0)
+                self.complete = complete and self._miss_bound(ritz) <= (self._max_miss or 1.0)
                 return self._result(ritz, rule, pairs, best)
             if exhausted or krylov.closed:
                 self._lock(rule, ritz, pairs, best)
@@ -312,7 +312,7 @@ class _Search:
         among[best] = True
         return best, among[self._krylov.num_locked :]
 
-    def _missed(self, ritz: Ritz) -> float:
+    def _miss_bound(self, ritz: Ritz) -> float:
         """Return an upper bound of the probability that a pair was missed."""
         krylov = self._krylov
         if krylov.whole:
@@ -336,7 +336,7 @@ class _Search:
             excess = float(pairs.excess[best].max(initial=0.0))
             return min(self._forecast(excess), most) if excess else 0
         if self._max_miss is not None:
-            return 0 if self._missed(ritz) <= self._max_miss else most
+            return 0 if self._miss_bound(ritz) <= self._max_miss else most
         others = pairs[krylov.num_locked :]
         needed = rule.steps_to_exhaust(self._locked.values, others, krylov.ops.dimension)
         if self._random_start:
@@ -384,7 +384,7 @@ class _Search:
         if self._krylov.closed:
             return (
                 f"{num_met} pairs converged; rounding may hide another one with a probability of "
-                f"{self._missed(ritz):.2g}, above max_miss_probability: use float64, or leave "
+                f"{self._miss_bound(ritz):.2g}, above max_miss_probability: use float64, or leave "
                 "max_miss_probability out"
             )
         return (
@@ -413,7 +413,7 @@ class _Search:
             errors=errors,
             converged=torch.from_numpy(pairs.met).to(vectors.device),
             matvecs=krylov.products,
-            miss_probability=self._missed(ritz),
+            miss_probability=self._miss_bound(ritz),
             multiplicity_matvecs=check_products if self._checking else 0,
             orthogonality=krylov.orthogonality(),
             reason=self._reason(ritz, int(pairs.met.sum()), num_before_rounding),

@@ -368,9 +368,9 @@ class KrylovSchur:
         )
         self.basis.move_rows(self.size, self.end, size)
         self._coefficients[self.num_locked :] = 0
-        kept = self._coefficients[self.num_locked : size]
-        kept[:, :size] = rotated
-        kept[:, size:end] = products[:, self.size : self.end]
+        kept_rows = self._coefficients[self.num_locked : size]
+        kept_rows[:, :size] = rotated
+        kept_rows[:, size:end] = products[:, self.size : self.end]
         self._locked_residuals[self.num_locked : size] = ritz.residual_slack[indices]
         self.starting_columns = slice(len(indices), len(indices) + end - size)
         self.size, self.end = size, end

@@ -55,13 +55,13 @@ class PowerOfTwoScale:
     def __init__(self, ops: VectorOps) -> None:
         self.exponent = 0
         self._ops = ops
-        self._known = False
+        self._is_set = False
 
     def down(self, w: Tensor) -> Tensor:
         """Return 2^-e w for products w of H; w itself if e is 0."""
-        if not self._known:
+        if not self._is_set:
             exponent = exponent_of(self._ops, w)
-            self._known = exponent is not None
+            self._is_set = exponent is not None
             if exponent is not None and abs(exponent) > _ORDINARY[w.dtype]:
                 self.exponent = exponent
         return times_power(w, -self.exponent)
