@@ -60,7 +60,7 @@ def test_adamw_after_an_ascent(method: str, words: str, taken: Any) -> None:
     assert found.sharpness == pytest.approx(torch.linalg.eigvalsh(J)[-1].item(), rel=1e-6)
 
 
-def test_adamw_without_its_state_is_refused() -> None:
+def test_adamw_without_its_state_raises() -> None:
     task = Network()
     with pytest.raises(ValueError, match="load its state"):
         task.certify(ef.AdamW(task.model.parameters()))

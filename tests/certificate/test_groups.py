@@ -127,7 +127,7 @@ def growth(task: Quadratic, opt: Any, steps: int) -> float:
 
 @pytest.mark.parametrize("ratio", [0.85, 1.15], ids=["inside", "outside"])
 @pytest.mark.parametrize("name", SGD)
-def test_several_groups_by_their_matrix_and_by_what_they_do(name: str, ratio: float) -> None:
+def test_several_groups_by_their_matrix_and_by_simulation(name: str, ratio: float) -> None:
     """A Hessian scaled so that the largest eigenvalue of the step is that part of the edge."""
     case, H = SGD[name], coupled()
     root = case.vector(rate).sqrt()

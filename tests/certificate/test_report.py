@@ -14,7 +14,7 @@ from certificate.tasks import SGD, USAM, Network, certify, spectrum
 from quadratics import Quadratic
 
 
-def test_the_model_is_left_as_it_is() -> None:
+def test_the_model_does_not_change() -> None:
     task = Network()
     opt = ef.HessianUSAM(task.model.parameters(), lr=0.1, rho=0.01, momentum=0.5)
     task.step(opt, 3)
@@ -86,7 +86,7 @@ def test_optimizers_without_a_filter() -> None:
         certify(task, SGD([nn.Parameter(torch.ones(3, dtype=torch.float64))]))
 
 
-def test_a_perturbed_model_is_refused() -> None:
+def test_a_perturbed_model_raises() -> None:
     task = Network()
     opt = ef.USAM(task.model.parameters(), lr=0.1, rho=0.05)
     task.closure(opt)

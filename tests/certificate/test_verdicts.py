@@ -74,7 +74,7 @@ def test_verdicts_where_the_spectrum_is_known(
     assert found.sharpness_error < 0.02 * found.bottom.value + 0.02 * 30 + 6
 
 
-def test_undecided_says_what_would_decide() -> None:
+def test_undecided_names_the_evidence_needed() -> None:
     task = Quadratic(torch.linspace(0, 9.4, 400, dtype=torch.float64))
     opt = ef.SGD(task.parameters(), lr=0.2)
     few = certify(task, opt, max_matvecs=4)

@@ -38,7 +38,7 @@ def test_matrix_notation(kind: type[CurvatureOperator], engine: str) -> None:
     assert torch.equal(dense, dense.T)
 
 
-def test_other_arrays_are_told_what_to_do() -> None:
+def test_other_arrays_raise_with_a_remedy() -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
     v = torch.ones(39, dtype=torch.float64).numpy()
@@ -165,7 +165,7 @@ def test_mixed_dtypes_and_other_layouts() -> None:
     torch.testing.assert_close(op.to_dense(), expected, rtol=0, atol=1e-12)
 
 
-def test_a_loss_that_holds_the_model_itself_is_refused() -> None:
+def test_a_loss_that_holds_the_model_itself_raises() -> None:
     """A copy is differentiated, of which it knows nothing."""
     model, x, target = make(dtype=torch.bfloat16)
 
@@ -203,7 +203,7 @@ def refused() -> list[tuple[dict[str, Any], str]]:
 
 
 @pytest.mark.parametrize(("changed", "message"), refused())
-def test_half_precision_says_its_way_out(changed: dict[str, Any], message: str) -> None:
+def test_half_precision_raises_with_a_remedy(changed: dict[str, Any], message: str) -> None:
     model, x, target = make(dtype=torch.bfloat16)
     given = {"model": model, "loss_fn": nn.CrossEntropyLoss(), "data": (x, target), **changed}
     with pytest.raises(ValueError, match=message):

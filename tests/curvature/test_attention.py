@@ -250,7 +250,7 @@ def test_a_language_model(mode: str, reentrant: bool | None) -> None:
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("dim", [0, 1, None])
-def test_weight_normalisation(dim: int | None, kind: type[CurvatureOperator], engine: str) -> None:
+def test_weight_normalization(dim: int | None, kind: type[CurvatureOperator], engine: str) -> None:
     """torch's second derivative of its kernel is wrong: it is not even symmetric."""
 
     class Written(nn.Module):

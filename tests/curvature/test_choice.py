@@ -98,7 +98,7 @@ def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) ->
     assert second.startswith("products with 1 vectors: engine 'cached_graph' (its graphs")
 
 
-def test_what_cannot_be_vectorized_is_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_models_that_vmap_does_not_support_use_another_engine(caplog: pytest.LogCaptureFixture) -> None:
     """Its backward looks at numbers, which a vectorized one does not have."""
 
     class Choosing(torch.autograd.Function):

@@ -109,7 +109,7 @@ def test_augmentation_by_torchs_generator_is_replayed() -> None:
 
 
 @pytest.mark.parametrize("engine", ["per_pass_graph", "microbatched", "forward_over_reverse"])
-def test_a_loader_with_its_own_order_is_refused(engine: str) -> None:
+def test_a_loader_with_its_own_order_raises(engine: str) -> None:
     model, x, target = make()
     data = DataLoader(
         TensorDataset(x, target), batch_size=9, shuffle=True, generator=torch.Generator()
@@ -156,7 +156,7 @@ def test_graphs_are_kept_as_far_as_the_budget_goes() -> None:
     assert counts[2] == 0
 
 
-def test_augmentation_by_another_generator_is_refused() -> None:
+def test_augmentation_by_another_generator_raises() -> None:
     model, x, target = make()
     data = DataLoader(Noisy(x, target, "python"), batch_size=15)
     op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="per_pass_graph")
@@ -170,7 +170,7 @@ def test_augmentation_by_another_generator_is_refused() -> None:
 
 
 @pytest.mark.parametrize("counts", [[40, 36], [36, 40], [40, 37]])
-def test_a_pass_of_another_length_is_refused(counts: list[int]) -> None:
+def test_a_pass_of_another_length_raises(counts: list[int]) -> None:
     model, x, target = make()
     data = DataLoader(Stream(x, target, counts), batch_size=4)
     op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="per_pass_graph")
@@ -212,7 +212,7 @@ def test_batches_that_cannot_be_split() -> None:
         columns(op)
 
 
-def test_data_that_are_given_otherwise_name_a_way_out() -> None:
+def test_data_in_other_forms_raise_with_a_remedy() -> None:
     model, x, target = make()
     loss = nn.CrossEntropyLoss()
     with pytest.raises(TypeError, match=r"pass a batch as the tuple \(x, y\)"):
@@ -231,7 +231,7 @@ def test_data_that_are_given_otherwise_name_a_way_out() -> None:
     torch.testing.assert_close(columns(op), dense(model, x, target), rtol=0, atol=1e-12)
 
 
-def test_an_operator_in_inference_mode_is_refused_and_keeps_its_engine() -> None:
+def test_an_operator_in_inference_mode_raises_and_keeps_its_engine() -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
     v = torch.ones(39, dtype=torch.float64)

@@ -232,7 +232,7 @@ def test_the_log_determinant() -> None:
     assert abs(float(deflated) - exact) < 4 * deflated.standard_error
 
 
-def test_a_log_of_what_is_not_positive_is_refused() -> None:
+def test_the_log_of_a_negative_value_raises() -> None:
     op = operator(hessian_like(100))
     with pytest.raises(ValueError, match="raise damping above"):
         curvature.log_determinant(op, damping=1e-3)
@@ -251,7 +251,7 @@ def test_a_log_of_what_is_not_positive_is_refused() -> None:
         ),
     ],
 )
-def test_bad_arguments_are_refused(call: object) -> None:
+def test_bad_arguments_raise(call: object) -> None:
     with pytest.raises(ValueError, match=r"must be|pass the result"):
         call(operator(hessian_like(50)))  # type: ignore[operator]
 
@@ -264,13 +264,13 @@ ESTIMATES = [
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
-def test_products_that_are_not_finite_are_refused(estimate: object) -> None:
+def test_products_that_are_not_finite_raise(estimate: object) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         estimate(DenseOperator(torch.full((40, 40), torch.nan)))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
-def test_operators_in_half_precision_are_refused(estimate: object) -> None:
+def test_operators_in_half_precision_raise(estimate: object) -> None:
     with pytest.raises(ValueError, match="float32 or float64"):
         estimate(DenseOperator(torch.ones(40, 40, dtype=torch.bfloat16)))  # type: ignore[operator]
 
@@ -284,7 +284,7 @@ def test_the_error_of_the_diagonal_is_right_beside_large_elements() -> None:
     assert (found.standard_error / expected - 1).abs().max() < 0.1
 
 
-def test_the_global_generator_is_left_alone() -> None:
+def test_the_global_generator_is_not_used() -> None:
     state = torch.get_rng_state()
     op = operator(hessian_like(50))
     first, again = (curvature.spectral_density(op, 3, 5, seed=4).nodes for _ in range(2))

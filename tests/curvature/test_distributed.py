@@ -41,7 +41,7 @@ def test_products(found: Found, kind: Any, engine: str) -> None:
     assert torch.equal(first, second)
 
 
-def test_one_share_alone_is_another_matrix() -> None:
+def test_the_data_of_one_process_give_another_matrix() -> None:
     model, x, target = problem()
     part = workers.share(0)
     assert (dense(model, x[part], target[part]) - dense(model, x, target)).abs().max() > 1e-2
@@ -71,12 +71,12 @@ def test_eigenpairs(found: Found) -> None:
 
 
 @pytest.mark.parametrize("scenario", ["other_parameters", "other_vectors"])
-def test_processes_that_differ_are_refused(found: Found, scenario: str) -> None:
+def test_processes_that_differ_raise(found: Found, scenario: str) -> None:
     for message in found[scenario]:
         assert "not the same in all processes of process_group" in message
 
 
-def test_wrong_weights_in_one_process_are_refused_in_all(found: Found) -> None:
+def test_wrong_weights_in_one_process_raise_in_all(found: Found) -> None:
     (first, accepted), (second, also) = found["ignored_targets"]
     assert "weight=" in first
     assert "another process of process_group refused" in second

@@ -150,7 +150,7 @@ def test_a_loss_without_a_graph_raises() -> None:
 
 
 @pytest.mark.parametrize("used", ["linearly", "through sign", "not at all"])
-def test_no_curvature_at_all(used: str) -> None:
+def test_a_linear_loss_has_no_curvature(used: str) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -15,7 +15,7 @@ def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_norm", "transformer"])
-def test_it_is_that_of_all_data(name: str) -> None:
+def test_the_gradient_is_that_of_all_data(name: str) -> None:
     model, x, y = make(name)
     model.eval()
     batches = [(x[:30], y[:30]), (x[30:], y[30:])]
@@ -25,7 +25,7 @@ def test_it_is_that_of_all_data(name: str) -> None:
     assert torch.allclose(op.gradient(), exact, rtol=1e-12, atol=1e-14)
 
 
-def test_elsewhere_nothing_moves() -> None:
+def test_a_gradient_elsewhere_leaves_the_parameters_unchanged() -> None:
     model, x, y = make("mlp")
     op = HessianOperator(model, nn.functional.cross_entropy, (x, y))
     here = flat([p.detach() for p in op.params])
@@ -43,7 +43,7 @@ def test_elsewhere_nothing_moves() -> None:
     assert torch.allclose(op.gradient(here) - found, -(op.gradient() - op.gradient(here)))
 
 
-def test_a_point_of_another_kind_is_refused() -> None:
+def test_a_point_of_another_shape_or_dtype_raises() -> None:
     model, x, y = make("mlp")
     op = HessianOperator(model, nn.functional.cross_entropy, (x, y))
     with pytest.raises(ValueError, match="at must be"):

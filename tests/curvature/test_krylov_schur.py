@@ -50,7 +50,7 @@ def check_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 2, 3])
-def test_the_identity_holds_as_it_grows_and_through_restarts(
+def test_the_decomposition_holds_through_steps_and_restarts(
     dtype: torch.dtype, width: int
 ) -> None:
     op = operator(decaying(200), dtype)
@@ -82,7 +82,7 @@ def test_t_is_tridiagonal_before_a_restart_and_banded_for_blocks() -> None:
         assert t.diagonal(width).abs().min() > 0.1
 
 
-def test_locked_vectors_stay_out_of_it_until_unlocked() -> None:
+def test_locked_vectors_take_no_part_until_unlocked() -> None:
     op = operator(decaying(200))
     run = grown(op, 12, 30, 1)
     ritz = run.solve()
@@ -113,7 +113,7 @@ def test_locked_vectors_stay_out_of_it_until_unlocked() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_what_follows_an_invariant_subspace_is_cut_off(width: int) -> None:
+def test_the_basis_ends_with_an_invariant_subspace(width: int) -> None:
     run = grown(operator(torch.tensor([5.0] * 3 + [1.0] * 20)), 3, 30, width)
     ritz = run.solve()
     assert run.products == 3 * width
@@ -126,7 +126,7 @@ def test_what_follows_an_invariant_subspace_is_cut_off(width: int) -> None:
     np.testing.assert_allclose(ritz.values, [1.0] * width + [5.0] * width, rtol=1e-7)
 
 
-def test_a_start_is_near_the_one_given() -> None:
+def test_a_start_is_near_v0() -> None:
     run = KrylovSchur(operator(decaying(50)), 10, 2, seed=1)
     starts: Tensor = torch.eye(50, dtype=torch.float64)[:2] * torch.tensor([[3.0], [1e-3]])
     run.start(starts)

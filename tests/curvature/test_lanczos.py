@@ -104,7 +104,7 @@ def test_a_cluster_is_resolved() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(5))
-def test_copies_that_one_sequence_cannot_see(dtype: torch.dtype, seed: int) -> None:
+def test_repeated_eigenvalues_that_one_sequence_cannot_see(dtype: torch.dtype, seed: int) -> None:
     small = torch.linspace(-1e-3, 1e-3, 400)
     spectrum = torch.cat([torch.tensor([10.0, 10, 9, 8, 8, 7, 6]), small])
     op = operator(spectrum, dtype)
@@ -120,14 +120,14 @@ def test_copies_that_one_sequence_cannot_see(dtype: torch.dtype, seed: int) -> N
 
 @pytest.mark.parametrize("which", ["SA", "LM", "BE"])
 @pytest.mark.parametrize("distance", [0.0, 1e-9])
-def test_copies_at_either_end(which: str, distance: float) -> None:
+def test_repeated_eigenvalues_at_either_end(which: str, distance: float) -> None:
     ends = torch.tensor([7.0, 7 + distance, 5, -6, -6 - distance, -6, -4], dtype=torch.float64)
     spectrum = torch.cat([ends, torch.linspace(-1, 1, 200, dtype=torch.float64)])
     op = operator(spectrum)
     check(op, eigsh(op, 6, which), wanted(spectrum, 6, which), 1e-4)
 
 
-def test_a_look_for_copies_does_not_change_what_was_found() -> None:
+def test_the_check_for_repeated_eigenvalues_does_not_change_the_pairs() -> None:
     op = operator(decaying(200))
     without = eigsh(op, 6, check_multiplicity=False)
     result = eigsh(op, 6)
@@ -160,7 +160,7 @@ def test_a_warm_start_takes_fewer_products() -> None:
         assert warm.matvecs <= 0.8 * cold
 
 
-def test_what_it_has_when_products_run_out() -> None:
+def test_the_best_pairs_are_returned_when_products_run_out() -> None:
     op = operator(torch.linspace(0, 1, 300))
     with pytest.warns(RuntimeWarning, match="after 25 products with 0 of 10 .* max_matvecs"):
         result = eigsh(op, 10, max_matvecs=25)
@@ -182,7 +182,7 @@ def test_some_pairs_converge_before_products_run_out() -> None:
     assert not result.converged[-1]
 
 
-def test_a_look_for_copies_that_is_cut_short_warns() -> None:
+def test_a_check_for_repeated_eigenvalues_that_is_cut_short_warns() -> None:
     op = operator(decaying(300))
     alone = eigsh(op, 6, check_multiplicity=False)
     with pytest.warns(RuntimeWarning, match=r"6 pairs converged; .* copies short: raise it"):
@@ -295,7 +295,7 @@ def test_arguments_out_of_range(arguments: dict[str, object], message: str) -> N
     assert op.count == 0
 
 
-def test_half_precision_is_refused() -> None:
+def test_half_precision_raises() -> None:
     with pytest.raises(ValueError, match="float32 or float64"):
         eigsh(operator(decaying(20), torch.bfloat16), 3)
 
@@ -321,7 +321,7 @@ def test_blocks_agree_with_the_spectrum(dtype: torch.dtype, which: str, block_si
     assert result.matvecs % block_size == 0
 
 
-def test_a_block_sees_as_many_copies_as_it_is_wide() -> None:
+def test_a_block_finds_multiplicities_up_to_its_size() -> None:
     spectrum = torch.cat([torch.tensor([5.0] * 4 + [4.0] * 3), torch.linspace(0, 1, 150)])
     op = operator(spectrum)
     for block_size, looks in ((4, False), (2, True), (1, True)):
@@ -364,7 +364,7 @@ def test_the_basis_may_lie_on_the_host(device: str) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.003, 1e-3])
-def test_close_pairs_are_told_apart_at_the_default_tolerance(spread: float) -> None:
+def test_close_pairs_are_resolved_at_the_default_tolerance(spread: float) -> None:
     """Between tol and its root one sequence takes two eigenvalues for one."""
     bulk = 0.03 * torch.rand(190, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     op = operator(torch.cat([torch.tensor([1.0, 1 - spread], dtype=torch.float64), bulk]))

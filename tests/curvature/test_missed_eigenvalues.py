@@ -159,7 +159,7 @@ def test_blocks_short_bases_and_tolerances(options: dict[str, object], dtype: to
     assert found.converged.all()
 
 
-def test_what_is_known_without_a_look() -> None:
+def test_the_bound_without_a_check_is_one() -> None:
     op = operator(decaying(150))
     assert eigsh(op, 6, check_multiplicity=False).miss_probability == 1.0
     assert eigsh(operator(torch.tensor([3.0, 1.0, 2.0])), 3).miss_probability == 0.0
@@ -171,7 +171,7 @@ def test_what_is_known_without_a_look() -> None:
     assert 0 < usual.miss_probability < 1e-2
 
 
-def test_a_probability_out_of_reach_of_the_products_warns() -> None:
+def test_a_probability_that_products_do_not_suffice_for_warns() -> None:
     d = torch.linspace(0, 1, 400, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="cut the check for repeated eigenvalues short"):
         found = eigsh(Diagonal(d), 4, max_miss_probability=1e-9, max_matvecs=150)
@@ -206,7 +206,7 @@ def test_probabilities_out_of_range(most: float) -> None:
     assert op.count == 0
 
 
-def test_a_probability_needs_a_look() -> None:
+def test_a_probability_needs_the_check() -> None:
     op = DenseOperator(torch.eye(9, dtype=torch.float64))
     with pytest.raises(
         ValueError, match="max_miss_probability needs the check for repeated eigenvalues"

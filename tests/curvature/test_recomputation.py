@@ -63,7 +63,7 @@ def test_measuring_a_graph_runs_nothing_again() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vmap", "forward_over_reverse"])
-def test_what_functorch_refuses_says_what_to_do(engine: str) -> None:
+def test_functorch_errors_carry_a_remedy(engine: str) -> None:
     inside, x, target = make("partial")
     data, loss = (x, target), nn.CrossEntropyLoss()
     op = HessianOperator(Recomputing(inside), loss, data, mode="train", engine=engine)

@@ -44,7 +44,7 @@ def both(op: DenseOperator, **arguments: Any) -> tuple[EigenResult, EigenResult]
 
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 @pytest.mark.parametrize("block_size", [1, 3])
-def test_is_as_one_in_float32(which: str, block_size: int) -> None:
+def test_values_agree_with_a_float32_basis(which: str, block_size: int) -> None:
     spectrum = 10 / torch.arange(1.0, 401.0, dtype=torch.float64)
     spectrum[1::2] *= -0.9
     op = operator(spectrum, torch.float32)
@@ -61,7 +61,7 @@ def test_is_as_one_in_float32(which: str, block_size: int) -> None:
     ("k", "which", "max_basis"), [(10, "LA", 14), (8, "LM", 13), (6, "BE", 10)]
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_restarts_lose_nothing(k: int, which: str, max_basis: int, seed: int) -> None:
+def test_restarts_lose_no_accuracy(k: int, which: str, max_basis: int, seed: int) -> None:
     outside = 10 * 0.9 ** torch.arange(20.0, dtype=torch.float64)
     spectrum = torch.cat([outside, -0.8 * outside, torch.linspace(-1, 1, 400, dtype=torch.float64)])
     op = operator(spectrum, torch.float32)
@@ -87,7 +87,7 @@ def test_restarts_lose_nothing(k: int, which: str, max_basis: int, seed: int) ->
     ids=["copies", "few values", "cluster", "close cluster", "rank", "identity", "zero", "small"],
 )
 @pytest.mark.parametrize("block_size", [1, 2])
-def test_copies_and_clusters(spectrum: list[float], k: int, block_size: int) -> None:
+def test_repeated_eigenvalues_and_clusters(spectrum: list[float], k: int, block_size: int) -> None:
     op = operator(torch.tensor(spectrum), torch.float32)
     found = eigsh(op, k, block_size=block_size, basis_dtype=torch.float16)
     check(op, found, wanted(torch.tensor(spectrum), k, "LA"))
@@ -167,7 +167,7 @@ def projected(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_t_is_measured_on_what_is_stored(width: int) -> None:
+def test_t_is_the_projection_onto_the_stored_vectors(width: int) -> None:
     op = operator(decaying(250), torch.float32)
     run = KrylovSchur(op, 16, width, seed=3, dtype=torch.float16)
     run.start()
@@ -294,7 +294,7 @@ def test_the_operators_own_dtype_is_the_default() -> None:
         (torch.float32, {"tol": 1e-7}, "raise tol"),
     ],
 )
-def test_what_it_cannot_hold(
+def test_tolerances_that_a_float16_basis_cannot_meet_raise(
     dtype: torch.dtype, arguments: dict[str, object], message: str
 ) -> None:
     op = operator(decaying(20), dtype)

@@ -153,7 +153,7 @@ def test_the_size_of_a_start_does_not_matter(size: float, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize(("dtype", "exponent"), EVERY)
-def test_extremes(dtype: torch.dtype, exponent: int) -> None:
+def test_spectrum_bounds(dtype: torch.dtype, exponent: int) -> None:
     plain, scaled = pair(dtype, exponent)
     reference, found = (spectrum_bounds(op, max_matvecs=30, seed=1) for op in (plain, scaled))
     if not deep(dtype, exponent):

@@ -89,7 +89,7 @@ def test_products_equal_one_process(found: Found) -> None:
     assert_slices(results, alone.matmat(vectors()), atol=1e-9)
 
 
-def test_a_part_of_the_parameters(found: Found, exact: Tensor) -> None:
+def test_a_subset_of_the_parameters(found: Found, exact: Tensor) -> None:
     """Sums of means of uneven shares."""
     size = len(found["products"])
     x, target = samples()
@@ -124,7 +124,7 @@ def test_shards_and_replicas(found: Found, exact: Tensor) -> None:
         assert_slices(found["replicas"][first : first + size // 2], exact @ vectors())
 
 
-def test_a_change_in_one_process_is_seen_in_all(found: Found, exact: Tensor) -> None:
+def test_a_change_in_one_process_raises_in_all(found: Found, exact: Tensor) -> None:
     model = network()
     with torch.no_grad():
         model[2].weight.mul_(2)
@@ -134,7 +134,7 @@ def test_a_change_in_one_process_is_seen_in_all(found: Found, exact: Tensor) -> 
     assert all(kept for *_, kept in found["follows"])
 
 
-def test_what_cannot_be_is_refused(found: Found) -> None:
+def test_unsupported_operators_of_sharded_models_raise(found: Found) -> None:
     for auto, ggn, scipy, whole, unsynchronised, half in found["refusals"]:
         assert "engine='finite_difference'" in auto
         assert auto == ggn

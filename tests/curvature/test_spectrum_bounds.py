@@ -68,7 +68,7 @@ def test_error_bars_fail_as_rarely_as_they_say(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_ends_lie_where_they_are_said_to(dtype: torch.dtype) -> None:
+def test_both_ends_lie_within_their_margins(dtype: torch.dtype) -> None:
     d = torch.cat([torch.linspace(-1, 2, 3000), torch.tensor([5.0, -3.0])]).to(dtype)
     found = spectrum_bounds(Diagonal(d), 1e-3, 40, seed=3)
     for end, exact, sign in ((found.top, 5.0, 1), (found.bottom, -3.0, -1)):
@@ -93,7 +93,7 @@ def test_a_dense_spectrum_has_small_error_bars_in_time() -> None:
     assert op.products == found.matvecs < 100
 
 
-def test_the_products_foretold_suffice() -> None:
+def test_the_predicted_number_of_products_suffices() -> None:
     d = uniform(300)
     few = spectrum_bounds(Diagonal(d), 1e-3, 10, seed=1)
     more = few.products_for(0.05)
@@ -115,7 +115,7 @@ def test_the_worst_case_is_kuczynski_and_wozniakowskis(n: int, k: int) -> None:
         assert theirs < 2 * probability
 
 
-def test_the_whole_space_leaves_nothing_unseen() -> None:
+def test_a_basis_of_the_whole_space_is_exact() -> None:
     d = torch.tensor([3.0, -1.0, 0.5, 2.0], dtype=torch.float64)
     found = spectrum_bounds(Diagonal(d), 1e-3, seed=0)
     assert found.exhausted

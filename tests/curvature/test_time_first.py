@@ -90,7 +90,7 @@ def dense(net: nn.Module, x: Tensor, target: Any, *, loss_fn: Any) -> Tensor:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("model", MODELS)
-def test_uneven_batches_of_time_first_are_refused_and_weighed(model: str, loss: str) -> None:
+def test_uneven_batches_of_time_first_raise_without_a_weight(model: str, loss: str) -> None:
     net, loss_fn, whole, batches = problem(model, loss)
     op = HessianOperator(net, loss_fn, batches, engine="per_pass_graph")
     with pytest.raises(ValueError, match=r"in dimension 1\. .* so pass weight=lambda.*reduction="):
@@ -142,7 +142,7 @@ def test_samples_of_other_lengths_whose_loss_is_a_mean_over_samples() -> None:
 
 
 @pytest.mark.parametrize("weight", ["rows", "tokens"])
-def test_samples_of_other_lengths_want_a_weight(weight: str) -> None:
+def test_samples_of_other_lengths_need_a_weight(weight: str) -> None:
     """A mean over tokens may be meant either way: so it must be said."""
     torch.manual_seed(1)
     net = nn.Linear(WIDTH, 2).double()

@@ -28,7 +28,7 @@ def allowed(request: pytest.FixtureRequest) -> Iterator[str]:
     MATMUL.fp32_precision = before
 
 
-def test_what_training_allows_is_not_for_solvers(allowed: str) -> None:
+def test_solvers_do_not_use_tf32_that_training_allows(allowed: str) -> None:
     with full_precision(torch.device("cpu")):
         assert MATMUL.fp32_precision == allowed
     with suppress(RuntimeError), full_precision(torch.device("cuda")):
@@ -97,7 +97,7 @@ def test_slices_take_few_operations_whatever_their_length() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("length", [0, 1, 2**16 + 1, 2**22, 10**7, 10**9])
-def test_wider_copies_are_a_small_part_of_long_vectors(device: str, length: int) -> None:
+def test_wider_copies_take_little_memory_beside_long_vectors(device: str, length: int) -> None:
     """That of float16 rows in float64 takes 4 times their memory, the one in float32 2 times."""
     whole = VectorOps(Diagonal(torch.ones(1), OneSlice(length)))
     parts = list(whole.parts(torch.device(device)))

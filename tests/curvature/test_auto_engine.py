@@ -286,7 +286,7 @@ def test_the_error_of_a_model_is_its_own() -> None:
         later.matvec(v)
 
 
-def test_memory_that_runs_out_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_engine_follows_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
     v = torch.randn(39, dtype=torch.float64)
@@ -335,7 +335,7 @@ WEIGHTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("engine", ["auto", *NAMES])
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_a_weight_that_is_no_number_is_refused(engine: str, case: str) -> None:
+def test_a_weight_that_is_no_number_raises(engine: str, case: str) -> None:
     model, x, target = make()
     batches = [(x[:20], target[:20]), (x[20:], target[20:])]
     op = HessianOperator(model, F.cross_entropy, batches, weight=WEIGHTS[case], engine=engine)
@@ -343,7 +343,7 @@ def test_a_weight_that_is_no_number_is_refused(engine: str, case: str) -> None:
         op.matvec(torch.ones(39, dtype=torch.float64))
 
 
-def test_sparse_vectors_are_refused() -> None:
+def test_sparse_vectors_raise() -> None:
     model, x, target = make()
     op = HessianOperator(model, F.cross_entropy, (x, target))
     V = torch.eye(39, dtype=torch.float64)
@@ -354,7 +354,7 @@ def test_sparse_vectors_are_refused() -> None:
     torch.testing.assert_close(op @ V, dense(model, x, target), rtol=0, atol=1e-12)
 
 
-def test_long_reasons_are_cut() -> None:
+def test_long_errors_are_shortened() -> None:
     model, x, target = make()
     calls = 0
 

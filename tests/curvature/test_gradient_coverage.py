@@ -200,7 +200,7 @@ def test_the_gradient_elsewhere(again: Any) -> None:
     torch.testing.assert_close(third.gradient(there), expected, rtol=0, atol=1e-13)
 
 
-def test_hooks_that_would_run_are_refused() -> None:
+def test_hooks_that_would_run_raise() -> None:
     """An optimizer in the backward pass would take a step."""
     model, (_, x, target) = Reentrant(by_checkpoint).double(), make()
     ran = []
@@ -253,7 +253,7 @@ class Cut(nn.Module):
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("how", [*CUTS, "no_grad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_parameter_out_of_reach_is_named(how: str, engine: str, dtype: torch.dtype) -> None:
+def test_a_parameter_without_gradient_is_named(how: str, engine: str, dtype: torch.dtype) -> None:
     model, (_, x, target) = Cut(how).to(dtype), make(dtype=dtype)
     state = copy.deepcopy(model.state_dict())
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
@@ -293,7 +293,7 @@ def test_a_parameter_of_another_batch(kind: type[CurvatureOperator]) -> None:
         torch.testing.assert_close(columns(op), expected, rtol=0, atol=1e-12)
 
 
-def test_steps_that_hide_nothing_are_no_error() -> None:
+def test_perturbations_without_effect_do_not_raise() -> None:
     """sign and argmax do not move with a parameter, though no gradient passes them."""
 
     class Choosing(nn.Module):

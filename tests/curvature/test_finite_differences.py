@@ -35,7 +35,7 @@ def test_the_error_is_estimated(name: str, dtype: torch.dtype) -> None:
     assert op.error < (1e-2 if dtype == torch.float32 else 1e-7)
 
 
-def test_the_error_is_looked_at_now_and_then() -> None:
+def test_the_error_is_estimated_for_every_16th_product() -> None:
     model, x, target = make()
     calls = 0
 
@@ -70,7 +70,7 @@ def test_null_vectors_do_not_warn() -> None:
 
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("calls", [2, 3])
-def test_the_model_is_put_back(kind: type[CurvatureOperator], calls: int) -> None:
+def test_the_model_is_restored(kind: type[CurvatureOperator], calls: int) -> None:
     """Bit for bit and without a trace, also when interrupted on either side of x."""
     model, x, target = make("partial")
     state = copy.deepcopy(model.state_dict())

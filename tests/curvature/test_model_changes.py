@@ -24,7 +24,7 @@ from eigenfilter.curvature import (
 from eigenfilter.curvature.engines import NAMES
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_does_not_change() -> None:
     """Modes of submodules, gradients, buffers, flags: all as before, whether or not it worked."""
     model, x, target = make("partial")
     assert isinstance(model, Partial)

@@ -27,7 +27,7 @@ def compare(op: CurvatureOperator, expected: Tensor) -> None:
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("hook", [lambda g: g.clamp(-1e-3, 1e-3), lambda g: 2 * g])
 @pytest.mark.parametrize("kind", OPERATORS)
-def test_hooks_of_parameters_take_no_part(
+def test_hooks_of_parameters_have_no_effect(
     kind: type[CurvatureOperator], hook: Callable[[Tensor], Tensor], engine: str
 ) -> None:
     """Neither in a product nor in a gradient; and they are there afterwards."""
@@ -86,7 +86,7 @@ class Inner(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ["cached_graph", "vmap", "finite_difference"])
-def test_hooks_that_f_itself_runs_are_of_f(engine: str) -> None:
+def test_hooks_run_in_derivatives_inside_f(engine: str) -> None:
     x, target = torch.randn(9, 3, dtype=torch.float64), torch.randint(2, (9,))
     model = Inner().double()
     w = model.linear.weight
@@ -143,7 +143,7 @@ class Adapted(nn.Module):
 @pytest.mark.parametrize("engine", ["cached_graph", "microbatched", "finite_difference"])
 @pytest.mark.parametrize("model", [Penalized, Refusing, Adapted])
 @pytest.mark.parametrize("kind", OPERATORS)
-def test_f_may_look_at_what_trains(
+def test_f_may_depend_on_requires_grad(
     kind: type[CurvatureOperator], model: type[nn.Module], engine: str
 ) -> None:
     """An evaluation without a graph is of the same function."""
@@ -235,7 +235,7 @@ def test_embeddings_with_options(
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_rows_beyond_max_norm_are_refused(words: type[nn.Module]) -> None:
+def test_rows_beyond_max_norm_raise(words: type[nn.Module]) -> None:
     """Before anything is written; and what the message says to do helps."""
     torch.manual_seed(0)
     model = Bag(words, max_norm=0.5).double()
@@ -291,7 +291,7 @@ class Detaching(nn.Module):
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("kind", OPERATORS)
-def test_a_gradient_missing_from_some_data(
+def test_a_gradient_that_some_batches_lack(
     kind: type[CurvatureOperator], listed: bool, engine: str
 ) -> None:
     """In the second batch, or in rows that a look at a part of the batch does not reach."""
