@@ -1,4 +1,4 @@
-"""What the two processes of `test_monitor_distributed.py` do; each scenario returns what it saw."""
+"""Scenarios that the two processes of `test_monitor_distributed.py` run, with their results."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ SCENARIOS = {"replicas": replicas, "shards": shards}
 
 
 def main(rank: int, folder: str) -> None:
-    """Run every scenario as one of the processes; write what they found, or their traceback."""
+    """Run every scenario as one of the processes; write its result, or its traceback."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), WORLD)

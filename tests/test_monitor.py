@@ -1,4 +1,4 @@
-"""The monitor: right at few products, logs what it sees, acts at the edge."""
+"""The monitor: accurate with few products, its logs, and its actions at the edge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes, each with its data, watch the sharpness that one process with all of it sees."""
+"""Two processes, each with its data, measure the sharpness of one process with all data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(folder: Path, scenario: str) -> Any:
-    """What both processes saw, which is the same."""
+    """The results of both processes, which are equal."""
     first, second = (torch.load(folder / f"{rank}.pt")[scenario] for rank in range(workers.WORLD))
     assert not isinstance(first, str), first
     assert first[0] == second[0]  # the checks

@@ -1,4 +1,4 @@
-"""How far from an equilibrium: the direction is the optimizer's own."""
+"""The distance from an equilibrium, by the optimizer's own direction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What certify gives, leaves alone and refuses."""
+"""The report of certify, its side effects and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verdicts: right where the spectrum is known, and honest where it is not."""
+"""Verdicts: right where the spectrum is known, and undecided where evidence is missing."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_saddle_tolerance_is_the_callers() -> None:
 
 
 def test_a_start_of_its_own() -> None:
-    """Two certificates without a seed start differently; with the same seed alike."""
+    """Two certificates without a seed have different starts; with a seed the same."""
     task = Quadratic(torch.linspace(0, 9.4, 300, dtype=torch.float64))
     opt = SGD(task.parameters())
     runs = [ef.certify(task, task.loss, task.data, opt, max_matvecs=5) for _ in range(2)]

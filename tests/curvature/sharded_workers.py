@@ -1,4 +1,4 @@
-"""What the processes of `test_sharded.py` do; each scenario returns what it found."""
+"""Scenarios that the processes of `test_sharded.py` run; each returns its results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ N = 130
 
 
 def network() -> nn.Sequential:
-    """Five rows and one row: with four processes the last one holds nothing."""
+    """Layers of five rows and one row: with four processes the last one has no rows."""
     torch.manual_seed(41)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
 
@@ -50,7 +50,7 @@ def vectors() -> Tensor:
 
 
 def cut(V: Tensor, rank: int, size: int) -> Tensor:
-    """The slice of V [n, ...] that FSDP2 gives a process: the rows that it holds of each tensor."""
+    """Return a process's slice of V [n, ...] under FSDP2: its rows of each tensor."""
     shapes = [p.shape for p in network().parameters()]
     own = []
     for piece, shape in zip(V.split([shape.numel() for shape in shapes]), shapes, strict=True):
@@ -76,7 +76,7 @@ def hessian(rank: int, size: int, model: nn.Module, **options: Any) -> HessianOp
 
 
 class Slices:
-    """A vector cut unevenly: the last process holds nothing."""
+    """Uneven slices of a vector; the last process has none of it."""
 
     def __init__(self, rank: int, size: int) -> None:
         ends = [N * r * r // (size - 1) ** 2 for r in range(size)] + [N]
@@ -90,7 +90,7 @@ class Slices:
 
 
 class CutOperator:
-    """A dense matrix, of which every process multiplies its rows."""
+    """A dense matrix whose rows are divided among processes."""
 
     dtype, device = torch.float64, torch.device("cpu")
     shape = (N, N)
@@ -182,7 +182,7 @@ def replicas(rank: int, size: int) -> Tensor:
 
 
 def follows(rank: int, size: int) -> tuple[Tensor, Tensor, bool]:
-    """Parameters that one process holds change; gradients are left alone."""
+    """Parameters of one process change; gradients do not."""
     model = sharded(size)
     op = hessian(rank, size, model)
     V = cut(vectors(), rank, size)
@@ -231,7 +231,7 @@ SCENARIOS = {
 
 
 def main(rank: int, folder: str, size: int) -> None:
-    """Run every scenario as one of the processes; write what they found, or their traceback."""
+    """Run every scenario as one of the processes; write its result, or its traceback."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), size)

@@ -90,7 +90,7 @@ def test_a_model_that_changes_between_columns() -> None:
 )
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 def test_a_model_in_half_precision(engine: str, half: torch.dtype, name: str) -> None:
-    """The curvature of a float32 or float64 model with the same numbers, data too."""
+    """Check against a float32 or float64 model with the same parameters and data."""
     model, x, target = make(name, torch.float32)
     model.to(half)
     data = (x.to(half) if x.is_floating_point() else x, target)
@@ -166,7 +166,7 @@ def test_mixed_dtypes_and_other_layouts() -> None:
 
 
 def test_a_loss_that_holds_the_model_itself_raises() -> None:
-    """A copy is differentiated, of which it knows nothing."""
+    """The copy is differentiated, and the loss refers to the original."""
     model, x, target = make(dtype=torch.bfloat16)
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class MultiHead(nn.Module):
 
 
 class Padded(nn.Module):
-    """An encoder some of whose positions are padding, which its fast path would leave out."""
+    """An encoder with padding, which torch's fast path would skip."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def in_math(kind: type[CurvatureOperator], *given: Any, mode: str = "eval") -> T
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> None:
-    """An engine is right or says so: forward mode does not draw every dropout mask again."""
+    """An engine is right or raises: forward mode does not repeat every dropout mask."""
     model, x, target = make(name)
     recomputed = isinstance(model.get_submodule("body"), Recomputed)
     given = copy.deepcopy(model)
@@ -183,7 +183,7 @@ def test_the_settings_of_the_caller_come_back() -> None:
 
 @pytest.mark.parametrize("engine", [n for n in [*NAMES, "auto"] if n != "microbatched"])
 def test_attention_in_the_loss(engine: str) -> None:
-    """Of a GGN matrix the loss alone is differentiated twice."""
+    """For a GGN matrix only the loss is differentiated twice."""
     model, x, _ = make("plain")
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def test_a_language_model(mode: str, reentrant: bool | None) -> None:
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_weight_normalization(dim: int | None, kind: type[CurvatureOperator], engine: str) -> None:
-    """torch's second derivative of its kernel is wrong: it is not even symmetric."""
+    """The second derivative of torch's kernel is wrong: it is not even symmetric."""
 
     class Written(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What engine="auto" does where engines fail, and what forward mode does not miss."""
+"""The choices of engine="auto" when engines fail, and the checks of forward mode."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_derivatives_inside_the_loss(kind: type[CurvatureOperator], engine: str)
 def test_forward_mode_and_losses_of_constants(
     kind: type[CurvatureOperator], loss_fn: nn.Module, name: str
 ) -> None:
-    """torch gives constants immutable zeros for tangents: they are written out, or it is said."""
+    """Torch gives constants immutable zero tangents: explicit ones are used, or it raises."""
 
     class Last(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
@@ -183,7 +183,7 @@ def test_forward_mode_and_losses_of_constants(
 
 
 def test_forward_mode_does_not_miss_a_parameter_from_elsewhere() -> None:
-    """Modules are given duals; what a loss holds of a parameter itself is not."""
+    """Modules get dual parameters; a parameter that a loss refers to directly does not."""
     model, x, target = make()
     held = model.get_parameter("0.weight")
 
@@ -201,7 +201,7 @@ def test_forward_mode_does_not_miss_a_parameter_from_elsewhere() -> None:
 
 
 def test_forward_mode_does_not_draw_another_mask() -> None:
-    """Of a transposed tensor it would: torch lays its mask out otherwise."""
+    """For a transposed tensor it would, because its mask gets another layout."""
 
     class Turned(nn.Module):
         def __init__(self) -> None:
@@ -265,7 +265,7 @@ def test_one_error_lists_all_engines() -> None:
 
 
 def test_the_error_of_a_model_is_its_own() -> None:
-    """Not tried with every engine, and not wrapped, also in a later batch."""
+    """It is not repeated with every engine and not wrapped, also in a later batch."""
     model, x, target = make()
     calls = 0
 

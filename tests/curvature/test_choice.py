@@ -1,4 +1,4 @@
-"""Which engine "auto" takes, and what memory graphs are thought to take."""
+"""The choice of engine="auto", and the estimated memory of graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGGER = "eigenfilter.curvature.engines.choice"
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float]) -> None:
-    """Let the trials take these seconds, in their order: one vector, build, batched, forward."""
+    """Make the trials take these seconds: one vector, build, batched, forward."""
     given = iter(times)
 
     def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -98,8 +98,10 @@ def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) ->
     assert second.startswith("products with 1 vectors: engine 'cached_graph' (its graphs")
 
 
-def test_models_that_vmap_does_not_support_use_another_engine(caplog: pytest.LogCaptureFixture) -> None:
-    """Its backward looks at numbers, which a vectorized one does not have."""
+def test_models_that_vmap_does_not_support_use_another_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its backward reads values, which a vectorized one does not have."""
 
     class Choosing(torch.autograd.Function):
         @staticmethod
@@ -140,7 +142,7 @@ def test_models_that_vmap_does_not_support_use_another_engine(caplog: pytest.Log
 def test_the_warnings_of_a_model_are_its_own(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They refuse no engine, and reach the caller."""
+    """They exclude no engine, and reach the caller."""
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         warnings.warn("the loss is deprecated", UserWarning, stacklevel=1)
@@ -157,7 +159,7 @@ def test_the_warnings_of_a_model_are_its_own(
 
 
 def test_the_bytes_of_a_graph() -> None:
-    """What operations saved, each storage once, without the weights and the data."""
+    """The tensors that operations saved, each storage once, without weights and data."""
     weight = torch.randn(10, 10, requires_grad=True)
     x = torch.randn(50, 10)
     hidden = torch.tanh(x @ weight)

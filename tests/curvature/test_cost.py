@@ -1,4 +1,4 @@
-"""What `eigsh_cost` foretells, beside what `eigsh` does."""
+"""The predictions of `eigsh_cost` against the counts of `eigsh`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_passes_over_the_basis(
     ("n", "k", "max_basis"), [(400, 2, 10), (400, 3, 9), (400, 10, None), (2000, 6, 11)]
 )
 def test_sums_over_processes(n: int, k: int, max_basis: int | None, copies: bool) -> None:
-    """All of them; in float16 within a tenth, for it depends on how often T is looked at."""
+    """Exact; within a tenth in float16, where it depends on how often T is solved."""
     d = torch.linspace(0, 1, n)
     d[:12] = decaying(n)[:12].abs()
     for dtype, least in ((None, 1.0), (torch.float16, 0.9)):

@@ -1,4 +1,4 @@
-"""Batches of a loader: weighed by samples, read in the same order, or refused."""
+"""Batches of a loader: weights by samples, the same order in each pass, or an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENGINES = ["cached_graph", "per_pass_graph", "microbatched"]
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
-    """Inputs with noise that torch's generator, or Python's, draws anew."""
+    """Inputs with new noise from torch's generator, or from Python's, each time."""
 
     def __init__(self, x: Tensor, target: Tensor, generator: str) -> None:
         self.x, self.target, self.generator = x, target, generator
@@ -32,7 +32,7 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
-    """Samples one by one, a given number of them in each pass."""
+    """Single samples, a given number in each pass."""
 
     def __init__(self, x: Tensor, target: Tensor, counts: list[int]) -> None:
         self.x, self.target, self.counts = x, target, iter(counts)
@@ -71,7 +71,7 @@ def test_a_loader_with_a_small_last_batch(kind: type[CurvatureOperator], engine:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_shuffled_loader_is_replayed(engine: str) -> None:
-    """Also where the last batch is dropped, so that the order matters; training goes on as ever."""
+    """Also with drop_last, where the order matters; the global generator is restored."""
     model, x, target = make()
     data = DataLoader(TensorDataset(x, target), batch_size=9, shuffle=True, drop_last=True)
     op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine, memory_budget=20_000)

@@ -24,7 +24,7 @@ def hessian_like(n: int = 600) -> Tensor:
 
 
 def wasserstein(density: curvature.SpectralDensity, values: Tensor) -> float:
-    """The mean distance by which mass has to be moved from one spectrum to the other."""
+    """Return the Wasserstein distance of two spectra."""
     at, mass = density.measure()
     return stats.wasserstein_distance(
         at.numpy(), values.numpy(), u_weights=mass.clamp_min(0).numpy()
@@ -88,7 +88,7 @@ def test_moments_lie_in_their_confidence_intervals() -> None:
 
 
 def test_all_of_a_small_space_is_exact() -> None:
-    """Probes end when they have seen all there is: three distinct eigenvalues in three steps."""
+    """Probes end after as many steps as there are distinct eigenvalues, three."""
     values = torch.tensor([1.0, 1.0, 2.0, 5.0, 5.0], dtype=torch.float64)
     density = curvature.spectral_density(operator(values), 2, 5)
     at, mass = density.measure()
@@ -102,7 +102,7 @@ def test_all_of_a_small_space_is_exact() -> None:
 
 
 def test_deflated_probes_are_right_on_average_in_a_small_space() -> None:
-    """Where what is left of a vector of signs would not be."""
+    """Vectors of signs would be biased after deflation."""
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 55.0], dtype=torch.float64)
     op = operator(values)
     top = curvature.eigsh(op, 1, tol=1e-12)
@@ -111,7 +111,7 @@ def test_deflated_probes_are_right_on_average_in_a_small_space() -> None:
 
 
 def test_the_recurrence_is_that_of_exact_arithmetic() -> None:
-    """Its coefficients in float32 against those in float64, from the same starts and products."""
+    """Compare coefficients in float32 and float64, from the same starts and products."""
     op = operator(hessian_like(), torch.float32, seed=600)
     matrix, starts = op.matrix.double(), torch.randn(3, 600, dtype=torch.float64)
     q = starts / starts.norm(dim=1, keepdim=True)
@@ -132,7 +132,7 @@ def test_the_recurrence_is_that_of_exact_arithmetic() -> None:
 
 
 def test_a_recurrence_that_ends_is_zero_from_then_on() -> None:
-    """An eigenvector, between two starts that go on."""
+    """One start is an eigenvector; the other two continue."""
     values = torch.arange(1.0, 7.0, dtype=torch.float64)
     op, starts = DenseOperator(values.diag()), torch.ones(3, 6, dtype=torch.float64)
     starts[1] = torch.eye(6)[3]
@@ -147,7 +147,7 @@ def test_a_recurrence_that_ends_is_zero_from_then_on() -> None:
 
 
 def test_products_are_only_read() -> None:
-    """An operator may return what it was given, or memory of its own."""
+    """An operator may return its argument, or memory of its own."""
     identity = DenseOperator(torch.eye(50))
     identity.matmat = lambda V: V  # type: ignore[method-assign]
     at, mass = curvature.spectral_density(identity, 2, 3).measure()
@@ -276,7 +276,7 @@ def test_operators_in_half_precision_raise(estimate: object) -> None:
 
 
 def test_the_error_of_the_diagonal_is_right_beside_large_elements() -> None:
-    """The mean square less the square of the mean would lose it."""
+    """The mean square minus the squared mean would lose it to rounding."""
     matrix = torch.full((3, 3), 1e-3, dtype=torch.float64)
     matrix += torch.diag(torch.full((3,), 1e6, dtype=torch.float64))
     found = curvature.diagonal(DenseOperator(matrix), 1000)

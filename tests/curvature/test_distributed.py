@@ -23,7 +23,7 @@ Found = dict[str, tuple[Any, Any]]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each scenario found in both processes."""
+    """The results of each scenario in both processes."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(workers.main, args=(str(folder),), nprocs=workers.WORLD)
     first, second = (torch.load(Path(folder, f"{rank}.pt")) for rank in range(workers.WORLD))

@@ -30,7 +30,7 @@ class Square(torch.autograd.Function):
 
 
 class MarkedSquare(Square):
-    """The same, and says so."""
+    """The same, marked `once_differentiable`."""
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -63,7 +63,7 @@ class DualSquare(torch.autograd.Function):
 @pytest.mark.parametrize("square", [Square, MarkedSquare])
 @pytest.mark.parametrize("where", ["first", "middle", "branch", "last"])
 def test_a_missing_second_derivative_is_named(square: type[Square], where: str) -> None:
-    """torch itself is silent about these: the share of the operation would just be missing."""
+    """Torch does not raise for these: the operation's contribution would be missing."""
 
     class Bent(nn.Module):
         def __init__(self) -> None:
@@ -122,7 +122,7 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def test_a_missing_forward_derivative_is_named() -> None:
-    """Distances have a second derivative by double backward, and only so."""
+    """Distances have a second derivative only by double backward."""
     model, x, target = make()
     centres = torch.randn(3, 3, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Finite differences: how far they are off, and that the model is left as it was."""
+"""Finite differences: their estimated error, and restoring the model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_null_vectors_do_not_warn() -> None:
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("calls", [2, 3])
 def test_the_model_is_restored(kind: type[CurvatureOperator], calls: int) -> None:
-    """Bit for bit and without a trace, also when interrupted on either side of x."""
+    """Bit for bit, also when interrupted on either side of x."""
     model, x, target = make("partial")
     state = copy.deepcopy(model.state_dict())
     versions = [p._version for p in model.parameters()]
@@ -111,7 +111,7 @@ def test_zero_and_scaled_vectors() -> None:
 
 
 def test_a_compiled_model() -> None:
-    """It sees the move; a second derivative it has not, and says so."""
+    """It sees the perturbation; it has no second derivative, and an error says so."""
     model, x, target = make()
     expected = dense(model, x, target)
     compiled = torch.compile(model, backend="aot_eager")

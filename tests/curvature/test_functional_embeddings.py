@@ -1,4 +1,4 @@
-"""Embeddings by the function: padding is as torch's gradient has it, and rows are not rewritten."""
+"""Embeddings by the function: padding as in torch's gradient, and no rows rewritten."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Words(nn.Module):
 
 
 class Module(nn.Module):
-    """The same by the module."""
+    """The same with the module."""
 
     def __init__(self) -> None:
         super().__init__()

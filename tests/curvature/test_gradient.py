@@ -1,4 +1,4 @@
-"""The gradient an operator gives: of all data, at x or elsewhere, with nothing touched."""
+"""The gradient of an operator: over all data, at x or elsewhere, without side effects."""
 
 from __future__ import annotations
 

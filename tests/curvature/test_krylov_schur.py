@@ -1,4 +1,4 @@
-"""The decomposition H Q = Q T + P B, however it grew."""
+"""The decomposition H Q = Q T + P B after steps, restarts and locking."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tensors(ritz: Ritz) -> RitzTensors:
 
 
 def check_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
-    """Columns are orthonormal, and what H Q S - Q S Theta leaves is what B says, along P."""
+    """Check that columns are orthonormal, and that H Q S - Q S Theta lies along P, as B says."""
     ritz = tensors(of)
     scale = 40 * torch.finfo(op.dtype).eps
     basis = run.basis.rows[: run.end].double()
@@ -50,9 +50,7 @@ def check_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 2, 3])
-def test_the_decomposition_holds_through_steps_and_restarts(
-    dtype: torch.dtype, width: int
-) -> None:
+def test_the_decomposition_holds_through_steps_and_restarts(dtype: torch.dtype, width: int) -> None:
     op = operator(decaying(200), dtype)
     run = grown(op, 8, 8 * width, width)
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""eigsh against dense eigendecompositions, and the traps of invariance and multiplicity."""
+"""eigsh against dense eigendecompositions, with invariant subspaces and multiplicities."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_agrees_with_the_spectrum_and_stops_by_itself(
 @pytest.mark.parametrize("max_basis", [14, 18, None])
 @pytest.mark.parametrize(("k", "which"), [(10, "LA"), (8, "LM"), (6, "BE")])
 def test_restarts(max_basis: int | None, k: int, which: str) -> None:
-    """More products than columns of the basis, and the same answer."""
+    """More products than columns of the basis give the same result."""
     outside = 10 * 0.9 ** torch.arange(20.0, dtype=torch.float64)
     spectrum = torch.cat([outside, -0.8 * outside, torch.linspace(-1, 1, 400, dtype=torch.float64)])
     op = operator(spectrum)
@@ -88,7 +88,7 @@ def test_multiplicity_rank_deficiency_and_small_n(
 
 @pytest.mark.parametrize("seed", [0, 5, 7, 9])
 def test_a_basis_of_the_whole_space_has_converged_at_any_tolerance(seed: int) -> None:
-    """Where a tolerance is out of reach, there is still nothing more to do."""
+    """It has converged, although rounding forbids the tolerance."""
     spectrum = 0.5 ** torch.arange(60)
     op = operator(spectrum, torch.float32, seed)
     check(op, eigsh(op, 60, tol=1e-12), wanted(spectrum, 60, "LA"), 1e-12)
@@ -365,7 +365,7 @@ def test_the_basis_may_lie_on_the_host(device: str) -> None:
 
 @pytest.mark.parametrize("spread", [0.01, 0.003, 1e-3])
 def test_close_pairs_are_resolved_at_the_default_tolerance(spread: float) -> None:
-    """Between tol and its root one sequence takes two eigenvalues for one."""
+    """One sequence takes two eigenvalues for one if they differ by tol to sqrt(tol)."""
     bulk = 0.03 * torch.rand(190, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     op = operator(torch.cat([torch.tensor([1.0, 1 - spread], dtype=torch.float64), bulk]))
     for seed in range(25):

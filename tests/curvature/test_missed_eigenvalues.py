@@ -1,4 +1,4 @@
-"""The probability of a missed eigenvalue that a result reports, beside how often one was missed."""
+"""The reported probability of a missed eigenvalue against the observed frequency."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SPECTRA: list[Callable[[], Tensor]] = [dense_end, uniform, repeated, clustered, 
 
 
 def missed(values: Tensor, expected: Tensor, which: str) -> bool:
-    """Whether a value is off by more than the tolerance, or what else errs."""
+    """Return whether a value errs by more than the tolerance."""
     if which == "LM":  # of two with one magnitude either will do
         values, expected = values.abs(), expected.abs()
     off = (values.sort().values - expected.sort().values).abs()
@@ -80,7 +80,7 @@ def test_values_are_missed_no_more_often_than_reported(
 @pytest.mark.parametrize("n", [8, 20])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_bound_holds_where_misses_are_frequent(n: int, steps: int) -> None:
-    """A sequence that is cut short: how often it has less than it must of the eigenvector.
+    """Stop a sequence early; count how often its start has too small a part of the eigenvector.
 
     One eigenvalue alone beside many that are alike attains the bound in one step.
     """
@@ -109,7 +109,7 @@ def test_the_bound_holds_where_misses_are_frequent(n: int, steps: int) -> None:
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_bound_goes_on_through_restarts(width: int) -> None:
-    """For each eigenvector beyond the level, |C^T u| is no more than the ellipsoid allows."""
+    """For each eigenvector beyond the level, C^T u lies in the ellipsoid of the bound."""
     spectrum = torch.cat([torch.tensor([1.5]), torch.linspace(-1, 1, 300)]).double()
     op = operator(spectrum)
     u = torch.linalg.eigh(op.matrix).eigenvectors[:, -1]
@@ -180,7 +180,7 @@ def test_a_probability_that_products_do_not_suffice_for_warns() -> None:
 
 
 def test_what_rounding_may_hide_beside_an_invariant_subspace() -> None:
-    """Where the worst value is zero but for rounding, so are those that it is compared with."""
+    """The worst value is zero up to rounding, and so are the values it is compared with."""
     op = Diagonal(torch.tensor([1.0] + [0.0] * 60, dtype=torch.float64))
     with pytest.warns(RuntimeWarning, match="rounding may hide another one .* out"):
         found = eigsh(op, 4, max_miss_probability=1e-3)

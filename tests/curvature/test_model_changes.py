@@ -1,4 +1,4 @@
-"""An operator follows its model, refuses where it cannot, and leaves it as it was."""
+"""An operator follows its model, raises where it cannot, and does not change it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from eigenfilter.curvature.engines import NAMES
 
 
 def test_the_model_does_not_change() -> None:
-    """Modes of submodules, gradients, buffers, flags: all as before, whether or not it worked."""
+    """Modes of submodules, gradients, buffers and flags are restored, also after an error."""
     model, x, target = make("partial")
     assert isinstance(model, Partial)
     model.norm.eval()
@@ -255,7 +255,7 @@ def test_a_perturbed_optimizer_raises() -> None:
 
 
 def test_a_fused_step_that_leaves_the_sums_alone_is_noticed() -> None:
-    """Cross-entropy's gradients sum to zero over classes, and fused steps bump no version."""
+    """Cross-entropy's gradients sum to zero over classes, and fused steps increase no version."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     x, target = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
@@ -275,7 +275,7 @@ def test_a_fused_step_that_leaves_the_sums_alone_is_noticed() -> None:
 
 
 def test_an_operator_is_no_cycle() -> None:
-    """Its graphs are freed with it, and not when the collector comes by."""
+    """Its graphs are freed with it, without a garbage collection."""
     model = nn.Linear(4, 3).double()
     data = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
     gc.disable()

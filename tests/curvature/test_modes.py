@@ -1,4 +1,4 @@
-"""Evaluation and training mode, replayed masks, autocast."""
+"""Evaluation and training mode, replayed dropout masks, autocast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHOLE = [name for name in NAMES if name != "microbatched"]
 @pytest.mark.parametrize("name", ["conv_norm", "partial"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) -> None:
-    """Statistics of the batch, differentiated through, and masks that stay the same."""
+    """Batch statistics are differentiated through, and dropout masks stay the same."""
     model, x, target = make(name)
     model.eval()
     state = copy.deepcopy(model.state_dict())
@@ -42,7 +42,7 @@ def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) ->
 
 
 class Counting(nn.Module):
-    """Changes a buffer in place and makes another in every forward pass of training."""
+    """Changes a buffer in place and replaces another in every forward pass in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("engine", [*WHOLE, "auto"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_buffers_are_left_as_they_were(kind: type[CurvatureOperator], engine: str) -> None:
-    """Whatever writes to them; and each forward pass starts from the same."""
+    """Each forward pass starts from the same buffers, whatever writes to them."""
     linear = nn.Linear(8, 4)
     # Without a forward derivative; and what it writes is a function of x that autograd leaves out.
     plain = engine in ("forward_over_reverse", "finite_difference")
@@ -140,7 +140,7 @@ def test_modes_are_put_back_after_an_error(mode: str, training: bool) -> None:
 )
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
-    """Products in bfloat16 are those of float32 but for its 8 bits; vectors stay float32."""
+    """Products in bfloat16 agree with float32 to its 8 bits; vectors stay float32."""
     model, x, target = make(dtype=torch.float32)
     seen: list[torch.dtype] = []
 
@@ -159,7 +159,7 @@ def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
 
 
 def test_autocast_around_a_moving_model() -> None:
-    """Weights cast before a move must not be used after it."""
+    """Weights that autocast converted before a change must not be used after it."""
     model, x, target = make(dtype=torch.float32)
     op = HessianOperator(
         model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference", autocast=torch.half

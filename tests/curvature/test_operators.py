@@ -191,7 +191,7 @@ def test_a_loss_must_be_one_number() -> None:
 
 
 def test_two_pairs_in_a_tuple_are_an_input_and_a_target() -> None:
-    """They may be meant so; where the model does not take them, the error says what they are."""
+    """They may be meant; if the model rejects them, the error explains how they were read."""
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), ((x, target), (x, target)))
     with pytest.raises(TypeError) as raised:

@@ -63,7 +63,7 @@ def test_blocks_and_vectors(kind: type[CurvatureOperator], name: str, engine: st
 def test_uneven_batches_of_a_subset_of_the_parameters(
     kind: type[CurvatureOperator], engine: str
 ) -> None:
-    """Batches unlike each other, on the tied layer and the last."""
+    """Batches that differ from each other, on the tied layer and the last one."""
     model, x, target = make("partial")
     x[38:] *= 9
     names = ["tied.weight", "tied.bias", "last.weight"]
@@ -83,7 +83,7 @@ def test_uneven_batches_of_a_subset_of_the_parameters(
 @pytest.mark.parametrize("engine", NAMES)
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_sums(kind: type[CurvatureOperator], engine: str) -> None:
-    """Over the samples of a batch, and over batches: nothing is averaged."""
+    """Sums over the samples of a batch and over batches, without a mean."""
     model, x, target = make()
     op = kind(
         model,
@@ -114,7 +114,7 @@ def test_checkpointing_splits_batches() -> None:
 
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_other_losses(kind: type[CurvatureOperator]) -> None:
-    """H_L is that of any loss: here neither diagonal in the output, nor convex."""
+    """H_L of a loss that is neither diagonal in the output nor convex."""
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         return (torch.sin(output.sum(1)) * output.norm(dim=1) + target).square().mean()
@@ -236,7 +236,7 @@ def test_scipy_asks_for_blocks() -> None:
 
 
 class Hook:
-    """Sees gradients and leaves them as they are."""
+    """A hook that does not change gradients."""
 
     def __call__(self, *_: Any) -> None:
         return None
@@ -245,7 +245,7 @@ class Hook:
 @pytest.mark.parametrize("engine", ["per_pass_graph", "microbatched", "forward_over_reverse"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_one_graph_at_a_time(kind: type[CurvatureOperator], engine: str) -> None:
-    """The graph of a batch is gone before the next one is built."""
+    """The graph of a batch is freed before the next one is built."""
     model, x, target = make()
     hooks: list[weakref.ref[Hook]] = []  # each held by the graph it is in
     alive = []

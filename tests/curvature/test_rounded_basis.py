@@ -1,4 +1,4 @@
-"""eigsh with its basis in float16: beside one in float32, and against exact arithmetic."""
+"""eigsh with a float16 basis, against a float32 basis and exact arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VALUES = 1e-6  # what rounding may change of a value, relative to ||H||
 
 
 def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float = 1e-4) -> None:
-    """Values, vectors and evidence; the products are taken in float64."""
+    """Check values, vectors and evidence, with products in float64."""
     matrix, vectors = op.matrix.double(), result.vectors.double()
     values, residuals = result.values.double(), result.residuals.double()
     norm = float(torch.linalg.matrix_norm(matrix, 2))
@@ -100,7 +100,7 @@ def test_repeated_eigenvalues_and_clusters(spectrum: list[float], k: int, block_
 def test_restarts_beside_locked_pairs(
     n: int, k: int, which: str, block_size: int, seed: int
 ) -> None:
-    """Rounding of kept vectors along locked ones counts too: little room, and many copies.
+    """Rounding of kept vectors along locked ones counts too: a short basis, and multiplicities.
 
     After hundreds of restarts the bound of what rounding does to small values may exceed what is
     allowed, on some processors, and a warning says so; the values are right all the same.
@@ -128,7 +128,7 @@ def test_restarts_beside_locked_pairs(
 
 
 def test_vectors_of_a_few_large_elements() -> None:
-    """Their rounding is not random: it may lie along the vectors themselves."""
+    """Their rounding is not random, and may lie along the vectors themselves."""
     spectrum = 10 / torch.arange(1.0, 501.0, dtype=torch.float64)
     noise = 1e-3 * torch.randn(500, 500, generator=torch.Generator().manual_seed(4)).double()
     matrix = torch.diag(spectrum) + (noise + noise.T) / 2
@@ -148,7 +148,7 @@ def test_a_warm_start_takes_fewer_products() -> None:
 
 
 def projected(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> None:
-    """Ritz values are those of H on the span of what is stored, whatever was done to it."""
+    """Ritz values are those of H on the span of the stored vectors, after any operation."""
     rows = run.basis.rows[run.num_locked : run.size].double()
     gram, among = rows @ rows.T, rows @ op.matrix.double() @ rows.T
     values = torch.linalg.eigvals(torch.linalg.solve(gram, among)).real.sort().values
@@ -194,7 +194,7 @@ def test_t_is_the_projection_onto_the_stored_vectors(width: int) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The largest piece of memory that was allocated, in bytes, by dtype."""
+    """Records the largest allocation in bytes, by dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ def test_devices(device: str, basis_device: str | None) -> None:
 
 
 def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
-    """Many restarts for a value far below ||H||."""
+    """A value far below ||H|| takes many restarts."""
     op = operator(torch.cat([torch.ones(1), 0.01 * 0.9995 ** torch.arange(299)]), torch.float32)
     few = {"max_basis": 9, "check_multiplicity": False}
     assert eigsh(op, 3, **few).converged.all()  # type: ignore[arg-type]
@@ -266,7 +266,7 @@ def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
 def test_products_about_the_smallest_normal_number(
     size: float, basis_dtype: torch.dtype | None
 ) -> None:
-    """What is below it counts as nothing: no vector is made of it."""
+    """Smaller products count as zero, so that no vector comes from them."""
     op = operator(size * decaying(200), torch.float32)
     found = eigsh(op, 4, basis_dtype=basis_dtype)
     vectors = found.vectors.double()

@@ -1,4 +1,4 @@
-"""A power of two as a factor of an operator is one of its results, and of nothing else."""
+"""Multiplying an operator by a power of two multiplies results, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def pair(dtype: torch.dtype, exponent: int, d: Tensor | None = None) -> tuple[Co
 
 
 def deep(dtype: torch.dtype, exponent: int) -> bool:
-    """Whether small elements of products are subnormal, and so rounded otherwise."""
+    """Return whether small elements of products are subnormal, and so rounded differently."""
     return exponent < (-800 if dtype == torch.float64 else -50)
 
 
 def same(found: Tensor, reference: Tensor, exponent: int, dtype: torch.dtype | None = None) -> None:
-    """Equal but for what is lost of subnormal numbers."""
+    """Check equality, up to the rounding of subnormal numbers."""
     expected = times(reference, exponent)
     info = torch.finfo(dtype or found.dtype)
     off = (found - expected).abs()
@@ -121,7 +121,7 @@ def test_slices(dtype: torch.dtype, exponent: int) -> None:
 
 @pytest.mark.parametrize("largest", [1e-170, 1e-300, 1e155, 1e300])
 def test_forty_eigenvalues(largest: float) -> None:
-    """As `numpy.linalg.eigvalsh` would: three values, at any size."""
+    """`numpy.linalg.eigvalsh` gives the same three values, at any scale."""
     d = torch.arange(1, 41, dtype=torch.float64) * largest
     for which, expected in (("LA", d[-3:].flip(0)), ("SA", d[:3]), ("LM", d[-3:].flip(0))):
         torch.testing.assert_close(eigsh(Counting(d), 3, which).values, expected, rtol=1e-4, atol=0)
@@ -139,7 +139,7 @@ def test_subnormal_products_are_known_to_their_rounding(exponent: int) -> None:
 @pytest.mark.parametrize("size", [1e-320, 1e-200, 1e-40, 1e40, 1e200, 1e307])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_size_of_a_start_does_not_matter(size: float, dtype: torch.dtype) -> None:
-    """Nor its dtype: a float64 start of a float32 operator."""
+    """Nor does its dtype: a float64 start for a float32 operator."""
     d = decaying(120).to(dtype)
     start = torch.rand(120, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     start = (start * 2**20).round() / 2**20
@@ -243,7 +243,7 @@ def test_a_point_that_is_no_equilibrium_is_none_at_any_scale(exponent: int) -> N
 
 @pytest.mark.parametrize("exponent", [-900, -600, 400])
 def test_finite_differences_tell_their_error_at_any_scale(exponent: int) -> None:
-    """Of the products, and of the vectors that are given."""
+    """For products and for the vectors passed."""
 
     def of(e: int) -> HessianOperator:
         torch.manual_seed(0)
@@ -278,7 +278,7 @@ def test_norms(dtype: torch.dtype) -> None:
 def test_finite_differences_where_squares_of_parameters_overflow(
     dtype: torch.dtype, size: float
 ) -> None:
-    """The step is measured by the parameters' length; the loss is (w_1 - 1)^2."""
+    """The step depends on the norm of the parameters; the loss is (w_1 - 1)^2."""
     model = nn.Linear(2, 1, bias=False, dtype=dtype)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[size, 1.0]], dtype=dtype))

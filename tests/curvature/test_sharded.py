@@ -1,4 +1,4 @@
-"""Two and four processes, each with a slice of every vector, find what one process finds."""
+"""Two and four processes with a slice of every vector get the results of one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Found = dict[str, list[Any]]
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each scenario found in all processes."""
+    """The results of each scenario in all processes."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(workers.main, args=(str(folder), request.param), nprocs=request.param)
     each = [
@@ -45,7 +45,7 @@ def assert_slices(found: list[Tensor], expected: Tensor, atol: float = 1e-8) -> 
 
 @pytest.mark.parametrize("which", ["LA", "BE"])
 def test_eigenpairs_of_a_matrix(found: Found, which: str) -> None:
-    """Values everywhere the same, vectors in slices, some of them empty."""
+    """Values are equal everywhere; vectors come in slices, some of them empty."""
     op = operator(decaying(workers.N))
     expected = wanted(decaying(workers.N), 6, which)
     results = [result[which] for result in found["pairs"]]
@@ -83,7 +83,7 @@ def test_products_under_fsdp(found: Found, exact: Tensor, scenario: str) -> None
 
 
 def test_products_equal_one_process(found: Found) -> None:
-    """Differences of the same step: they differ by the rounding of gradients, 1e-15, over 3e-6."""
+    """Differences with the same step agree to the rounding of gradients, 1e-15 over 3e-6."""
     alone = HessianOperator(network(), nn.MSELoss(), samples(), engine="finite_difference")
     results = [result["default"] for result in found["products"]]
     assert_slices(results, alone.matmat(vectors()), atol=1e-9)

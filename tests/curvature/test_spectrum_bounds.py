@@ -1,4 +1,4 @@
-"""Both ends of a spectrum: error bars that hold as often as they say, and are worth something."""
+"""Bounds of both ends of a spectrum: margins that hold as often as promised, and are small."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Diagonal:
 
 
 def spike(n: int) -> Tensor:
-    """One eigenvalue alone: after one product the bound is attained."""
+    """A single other eigenvalue: after one product the bound is attained."""
     d = torch.zeros(n, dtype=torch.float64)
     d[0] = 1
     return d
 
 
 def chebyshev(n: int) -> Tensor:
-    """Dense at both ends, with one just beyond: what Lanczos' iteration sees late."""
+    """Dense at both ends, with one value just beyond, which the Lanczos iteration sees late."""
     d = torch.cos(math.pi * (torch.arange(n, dtype=torch.float64) + 0.5) / n)
     d[0] = 1.02
     return d
@@ -56,7 +56,7 @@ def uniform(n: int) -> Tensor:
 def test_error_bars_fail_as_rarely_as_they_say(
     spectrum: object, n: int, k: int, least: float
 ) -> None:
-    """Half the probability is for the upper end, whose failures are counted."""
+    """The upper end has half the probability, and its failures are counted."""
     d = spectrum(n)  # type: ignore[operator]
     allowed = 0.2
     failures = 0
@@ -81,7 +81,7 @@ def test_both_ends_lie_within_their_margins(dtype: torch.dtype) -> None:
 
 
 def test_a_dense_spectrum_has_small_error_bars_in_time() -> None:
-    """Few products suffice for a part in a hundred."""
+    """Few products suffice for margins of one percent."""
     d = torch.linspace(0, 1, 20000, dtype=torch.float64)
     op = Diagonal(d)
 
@@ -105,7 +105,7 @@ def test_the_predicted_number_of_products_suffices() -> None:
 @pytest.mark.parametrize("n", [10, 10**4, 10**7])
 @pytest.mark.parametrize("k", [5, 40, 300])
 def test_the_worst_case_is_kuczynski_and_wozniakowskis(n: int, k: int) -> None:
-    """Their probability for this eps is no less than ours, so that eps is no larger than theirs."""
+    """Their probability for this eps is at least ours, so our eps is at most theirs."""
     probability = 1e-3
     eps = worst_share(k, smallest_start(n, 2 * probability))
     theirs = 1.648 * math.sqrt(n) * math.exp(-math.sqrt(eps) * (2 * k - 1))
@@ -126,7 +126,7 @@ def test_a_basis_of_the_whole_space_is_exact() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 2.0])
 def test_a_multiple_of_the_identity(value: float) -> None:
-    """Invariant at once, but for what rounding hides."""
+    """The Krylov space is invariant after one product, up to rounding."""
     found = spectrum_bounds(Diagonal(torch.full((1000,), value, dtype=torch.float64)), seed=0)
     assert found.exhausted
     assert found.top.value == pytest.approx(value)

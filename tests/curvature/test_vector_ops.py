@@ -1,4 +1,4 @@
-"""The vectors of solvers: their precision."""
+"""The precision of vector arithmetic in solvers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MATMUL = torch.backends.cuda.matmul
 
 @pytest.fixture(params=["tf32", "ieee", "none"])
 def allowed(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What training allows."""
+    """Allow TF32, as training may."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = request.param
     yield request.param
@@ -49,7 +49,7 @@ def test_a_gpu_that_may_use_tf32(allowed: str, basis_dtype: torch.dtype | None) 
 
 
 def ops(length: int, dtype: torch.dtype) -> VectorOps:
-    """That of vectors in slices, of which one is here."""
+    """Return the arithmetic of sliced vectors, with one slice."""
     return VectorOps(Diagonal(torch.ones(length, dtype=dtype), OneSlice(length)))
 
 
@@ -76,7 +76,7 @@ def test_slices_project_out_as_the_kernel_does(length: int, count: int, dtype: t
 
 
 class Calls(TorchDispatchMode):
-    """How many operations ran."""
+    """Counts operations."""
 
     count = 0
 
@@ -98,7 +98,7 @@ def test_slices_take_few_operations_whatever_their_length() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("length", [0, 1, 2**16 + 1, 2**22, 10**7, 10**9])
 def test_wider_copies_take_little_memory_beside_long_vectors(device: str, length: int) -> None:
-    """That of float16 rows in float64 takes 4 times their memory, the one in float32 2 times."""
+    """A float64 copy of float16 rows takes 4 times their memory, a float32 copy 2 times."""
     whole = VectorOps(Diagonal(torch.ones(1), OneSlice(length)))
     parts = list(whole.parts(torch.device(device)))
     assert sum(len(range(length)[part]) for part in parts) == length

@@ -1,4 +1,4 @@
-"""Batches that weigh otherwise than their loss averages are refused, and no others."""
+"""Batches whose weights differ from what their loss averages over raise, and no others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def split(x: Tensor, target: Tensor, *sizes: int) -> list[tuple[Tensor, Tensor]]
 
 
 def ignoring(target: Tensor) -> Tensor:
-    """Targets of which more are ignored in the last batches than in the first."""
+    """Targets with more ignored ones in the last batches than in the first."""
     target = target.clone()
     target[[3, 17, 18, 21, 22, 25, 30, 31, 33, 38]] = -100
     return target
@@ -164,7 +164,7 @@ def test_batches_of_weight_zero_are_left_out(
 
 
 def test_a_constant_loss_on_an_empty_batch_is_left_out() -> None:
-    """As training code has it, in place of NaN."""
+    """As in training code that avoids NaN."""
 
     def loss_fn(z: Tensor, t: Tensor) -> Tensor:
         chosen = t != -100
@@ -223,7 +223,7 @@ RIGHT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["mlp", "partial", "conv_norm"])
 @pytest.mark.parametrize("case", RIGHT)
 def test_right_weights_do_not_raise(case: str, name: str, mode: str) -> None:
-    """With dropout and batch statistics too, and where they couple samples."""
+    """Also with dropout and batch statistics, which couple samples."""
     chosen = dict(RIGHT[case])
     model, x, target = make(name)
     if chosen.pop("alike", False):
@@ -423,7 +423,7 @@ def test_a_batch_that_cannot_be_checked_is_logged_once(caplog: Any) -> None:
 
 @pytest.mark.parametrize("classes", [False, True])
 def test_a_loss_with_an_inconclusive_derivative_is_checked_by_halves(classes: bool) -> None:
-    """As of a network that is differentiated by its inputs: not of outputs without a graph."""
+    """A network that is differentiated by its inputs, where outputs need a graph."""
 
     def loss_fn(z: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         x, w = target
@@ -517,7 +517,7 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
 
 
 def test_outputs_that_differ_in_two_other_dimensions_are_logged(caplog: Any) -> None:
-    """What one more differs in is refused where the loss tells: see test_time_first.py."""
+    """A difference in one other dimension raises if the loss shows it: see test_time_first.py."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3).double()
     sizes = ((4, 7, 2), (4, 3, 5))

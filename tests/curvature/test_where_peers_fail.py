@@ -1,4 +1,4 @@
-"""What other libraries were found to get wrong, each with what it must be here."""
+"""Cases that other libraries get wrong, with the right results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eigenfilter.curvature import HessianOperator, eigsh, spectral_density, trac
 
 @pytest.mark.parametrize("which", ["LA", "BE"])
 def test_an_eigenvalue_is_reported_once(which: str) -> None:
-    """Lanczos without reorthogonalisation finds the largest nine times, all of them converged."""
+    """Lanczos without reorthogonalization returns the largest one nine times, all converged."""
     spectrum = torch.cat([torch.tensor([100.0, -80.0]), torch.linspace(0, 1, 298)])
     op = operator(spectrum, torch.float32)
     alpha, beta, q, v = [], [], [torch.zeros(300), torch.ones(300) / 300**0.5], torch.zeros(300)

@@ -1,4 +1,4 @@
-"""What the two processes of `test_distributed.py` do; each scenario returns what it found."""
+"""Scenarios that the two processes of `test_distributed.py` run; each returns its results."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ SCENARIOS = {
 
 
 def main(rank: int, folder: str) -> None:
-    """Run every scenario as one of the processes; write what they found, or their traceback."""
+    """Run every scenario as one of the processes; write its result, or its traceback."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
