@@ -29,14 +29,14 @@ def test_a_point_that_is_no_equilibrium() -> None:
 
 METHODS: dict[str, Build] = {
     "sgd": lambda p: ef.SGD(p, lr=0.1, weight_decay=0.3),
-    "maximised": lambda p: ef.USAM(p, lr=0.1, rho=0.07, weight_decay=0.3, maximize=True),
+    "maximized": lambda p: ef.USAM(p, lr=0.1, rho=0.07, weight_decay=0.3, maximize=True),
     "usam": lambda p: ef.USAM(p, lr=0.1, rho=0.07, weight_decay=0.3),
     "sam": lambda p: ef.SAM(p, lr=0.1, rho=0.07),
     "asam": lambda p: ef.SAM(p, lr=0.1, rho=0.07, adaptive=True),
     "sequential": lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=0.07),
     "anchored": lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=0.07, ascent="anchored", maximize=True),
     "hessian": lambda p: ef.HessianUSAM(p, lr=0.1, rho=0.07, hvp="autograd"),
-    "hessian, maximised": lambda p: ef.HessianUSAM(
+    "hessian, maximized": lambda p: ef.HessianUSAM(
         p, lr=0.1, rho=0.07, hvp="autograd", maximize=True
     ),
 }

@@ -18,11 +18,11 @@ from eigenfilter.curvature.engines import NAMES
 LOGGER = "eigenfilter.curvature.engines.automatic"
 
 
-def penalised(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def penalized(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Cross-entropy and the squared gradient with respect to some inputs."""
     points = torch.linspace(-1, 1, 10, dtype=torch.float64).view(2, 5)
 
-    class Penalised(nn.Module):
+    class Penalized(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.__dict__["model"] = model
@@ -32,7 +32,7 @@ def penalised(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
             (g,) = torch.autograd.grad(self.model(x).square().sum(), x, create_graph=True)
             return F.cross_entropy(output, target) + g.square().mean()
 
-    return Penalised()
+    return Penalized()
 
 
 class Physics(nn.Module):
@@ -142,7 +142,7 @@ def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> Non
 def test_derivatives_inside_the_loss(kind: type[CurvatureOperator], engine: str) -> None:
     model, x, target = make()
     x, target = x[:8], target[:8]
-    loss_fn = penalised(model)
+    loss_fn = penalized(model)
     op = kind(model, loss_fn, (x, target), engine=engine)
     if kind is GGNOperator:  # the penalty is no function of z
         expected = OPERATORS[kind](model, x, target)

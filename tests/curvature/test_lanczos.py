@@ -185,7 +185,7 @@ def test_some_pairs_converge_before_products_run_out() -> None:
 def test_a_check_for_repeated_eigenvalues_that_is_cut_short_warns() -> None:
     op = operator(decaying(300))
     alone = eigsh(op, 6, check_multiplicity=False)
-    with pytest.warns(RuntimeWarning, match=r"6 pairs converged; .* copies short: raise it"):
+    with pytest.warns(RuntimeWarning, match=r"6 pairs converged; .* eigenvalues short: raise it"):
         result = eigsh(op, 6, max_matvecs=alone.matvecs + 2)
     assert result.converged.all()
     assert result.multiplicity_matvecs <= 2

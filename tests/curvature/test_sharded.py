@@ -135,10 +135,10 @@ def test_a_change_in_one_process_raises_in_all(found: Found, exact: Tensor) -> N
 
 
 def test_unsupported_operators_of_sharded_models_raise(found: Found) -> None:
-    for auto, ggn, scipy, whole, unsynchronised, half in found["refusals"]:
+    for auto, ggn, scipy, whole, unsynchronized, half in found["refusals"]:
         assert "engine='finite_difference'" in auto
         assert auto == ggn
         assert "SciPy needs whole vectors" in scipy
         assert "v must be [" in whole
-        assert "set_requires_gradient_sync(True)" in unsynchronised
+        assert "set_requires_gradient_sync(True)" in unsynchronized
         assert "sharded all alike, or whole" in half
