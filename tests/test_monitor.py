@@ -241,7 +241,7 @@ def test_a_loaded_state_continues_bit_for_bit() -> None:
 def test_a_state_of_another_model() -> None:
     task = Trained()
     monitor = ef.SharpnessMonitor(task.op, ef.SGD(task.model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="the state is of 5 parameters, the operator of 147"):
+    with pytest.raises(ValueError, match="the state is of 5 parameters, and the operator has 147"):
         monitor.load_state_dict({"steps": 1, "vector": torch.ones(5)})
 
 

@@ -202,7 +202,9 @@ class SharpnessMonitor:
         slices = self._op.slices
         length = self._op.shape[0] if slices is None else slices.length
         if vector is not None and vector.shape != (length,):
-            raise ValueError(f"the state is of {len(vector)} parameters, the operator of {length}")
+            raise ValueError(
+                f"the state is of {len(vector)} parameters, and the operator has {length}"
+            )
         self._steps = int(state_dict["steps"])
         self._vector = None if vector is None else vector.to(self._op.device, self._op.dtype)
 

@@ -218,9 +218,9 @@ def certify(
     if not equilibrium_tol >= 0:
         raise ValueError(f"equilibrium_tol must be at least 0, not {equilibrium_tol}")
     if "params" in options:
-        raise ValueError("params has no place here: the optimizer's parameters are taken")
+        raise ValueError("certify takes no params: it uses the optimizer's parameters")
     if seed is None and options.get("process_group") is not None:
-        raise ValueError("give a seed, the same on all processes of process_group")
+        raise ValueError("pass a seed, the same on all processes of process_group")
     filters.of(optimizer, grad_norm=1.0)  # raises where none is known, before any work
     params = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
     op = HessianOperator(model, loss_fn, data, params=params, **options)
@@ -272,9 +272,7 @@ def certify(
 def _sam_norm(optimizer: torch.optim.Optimizer, step: Direction) -> float:
     if step.ascent_norm > 0 or all(float(g["rho"]) == 0.0 for g in optimizer.param_groups):
         return step.ascent_norm or 1.0  # without an ascent the norm has no effect
-    raise NoFilter(
-        "SAM's edge falls to 0 with the gradient's norm, which is 0 here: give grad_norm"
-    )
+    raise NoFilter("SAM's edge falls to 0 with the gradient norm, which is 0 here: pass grad_norm")
 
 
 def _distance(

@@ -163,7 +163,7 @@ def _compose(
     """
     members = [f for _, f in groups]
     if len({bool(g.get("maximize")) for g, _ in groups}) > 1:
-        raise NoFilter("the groups differ in maximize: no symmetric matrix tells what they do")
+        raise NoFilter("the groups differ in maximize: no symmetric matrix has their stability")
     rho, ascent = _ascents(op, optimizer, [g for g, _ in groups], grad_norm)
     rates = [(g, f.rate) for g, f in groups if isinstance(f, AdamW | PolynomialFilter)]
     scale = spread(op, rates).sqrt()
@@ -219,15 +219,15 @@ def _ascents(
             if getattr(method, "adaptive", False):
                 raise NoFilter("no filter is known after an ascent of ASAM")
             if not grad_norm:
-                raise NoFilter("SAM's edge moves with the gradient's norm: give grad_norm")
+                raise NoFilter("SAM's edge moves with the gradient norm: pass grad_norm")
             ascent, length = (1.0, 0.0), grad_norm
         case "two_step_usam":
             ascent = (1.0, 1.0) if getattr(method, "ascent", "") == "anchored" else (2.0, 1.0)
         case "hessian_usam":
             if len(radii) > 1:
                 raise NoFilter(
-                    "the groups of Hessian USAM differ in rho: no symmetric matrix tells what they "
-                    "do"
+                    "the groups of Hessian USAM differ in rho: no symmetric matrix has their "
+                    "stability"
                 )
             ascent, power = (0.0, 1.0), 0.5
         case other:

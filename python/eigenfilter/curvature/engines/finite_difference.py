@@ -129,9 +129,9 @@ class FiniteDifference(VectorByVector):
             index = node._saved_padding_idx  # of none the largest of its type
             if index < _NO_PADDING and (id(weight), index) not in known:
                 raise UnusableModelError(
-                    "F.embedding(padding_idx=...) lets no gradient reach a row that moves the "
-                    "value, and a finite difference would move it: use "
-                    "nn.Embedding(padding_idx=...), whose row is held, or an exact engine"
+                    "F.embedding(padding_idx=...) gives no gradient to a row that the loss depends "
+                    "on, and a finite difference would perturb it: use "
+                    "nn.Embedding(padding_idx=...), whose row is held fixed, or an exact engine"
                 )
 
     def _announce(self) -> None:

@@ -97,7 +97,7 @@ class ShardedDifference(FiniteDifference):
         self._weights.append(weight if more else 0.0)
         self._totals.append(self._slices.sum_of_all(self._weights[index]))
         if math.isnan(self._totals[index]):
-            raise RuntimeError("another process refused its batches: its own error says why")
+            raise RuntimeError("another process raised an error about its batches: see that error")
 
     def _weigh(self, index: int, batch: object) -> float:
         self._announce()

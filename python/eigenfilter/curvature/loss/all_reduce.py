@@ -28,7 +28,7 @@ def reduce(sums: Sums, marks: list[float], group: dist.ProcessGroup) -> None:
     weights, *others = torch.stack(everyone, dim=1).tolist()
     if any(map(math.isnan, weights)):
         raise RuntimeError(
-            "another process of process_group refused its batches: its own error says why"
+            "another process of process_group raised an error about its batches: see that error"
         )
     if any(repr(value) != repr(mark[0]) for mark in others for value in mark):
         raise RuntimeError(

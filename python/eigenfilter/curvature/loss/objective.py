@@ -46,9 +46,9 @@ _FUSED = {
 _SEVERAL = "whose input is a tuple here. Several batches go in a list: pass list(data)."
 
 REWRITTEN = (
-    "the forward pass writes to the parameter {0}, so that x does not stay where it is. For "
-    "F.embedding(max_norm=...) use nn.Embedding(max_norm=...), whose rows are left alone while an "
-    "operator looks at them; or write to parameters outside of the forward pass"
+    "the forward pass writes to the parameter {0}, which changes x. For F.embedding(max_norm=...) "
+    "use nn.Embedding(max_norm=...), whose rows an operator leaves unchanged; or write to "
+    "parameters outside of the forward pass"
 )
 
 _EMBEDDINGS = nn.Embedding, nn.EmbeddingBag

@@ -114,8 +114,8 @@ class Weights:
             )
         if not 0 <= value < math.inf:
             raise ValueError(
-                f"a batch weighs {value}; weights must be at least 0 and finite, and a batch that "
-                "weighs 0 is left out"
+                f"a batch has the weight {value}; weights must be at least 0 and finite, and a "
+                "batch of weight 0 is left out"
             )
         return value
 

@@ -296,7 +296,7 @@ class CurvatureOperator(SymmetricMatrix):
             marks = [checksum(tensors) for tensors in (self._tensors()[0], vectors) if tensors]
             reduce(sums, marks, self._group)
         if sums.weight == 0:
-            raise ValueError("no batch weighs anything: weight gave 0 for all of them")
+            raise ValueError("all batches have weight 0: weight returned 0 for each of them")
         if self._objective.mean and sums.weight != 1.0:
             sums.rows.div_(sums.weight)
         return sums.rows
@@ -350,17 +350,17 @@ class CurvatureOperator(SymmetricMatrix):
     def _check_sharded(self, slices: ShardSlices) -> None:
         if self._dtype is not None:
             raise ValueError(
-                "dtype makes copies, and of a model that FSDP2 shards there are none: leave it "
+                "dtype copies the model, and a model that FSDP2 shards cannot be copied: leave it "
                 "out, and let fully_shard's mp_policy keep the parameters in float32"
             )
         if not self._through_backward or self.engine != "finite_difference":
             raise ValueError(
-                "of a model that FSDP2 shards there is only the Hessian, and only by "
-                "engine='finite_difference', for FSDP2 cannot be differentiated twice: use these, "
-                "or an unsharded copy of the model with process_group"
+                "a model that FSDP2 shards has only the Hessian, with engine='finite_difference', "
+                "because FSDP2 cannot be differentiated twice: use these, or an unsharded copy of "
+                "the model with process_group"
             )
         if self._group is not None and not slices.spans(self._group):
-            raise ValueError("process_group must be of the processes of FSDP2's mesh, or None")
+            raise ValueError("process_group must have the processes of FSDP2's mesh, or be None")
 
     def _anywhere(self, condition: bool) -> bool:
         """Whether a condition holds in any process that holds a slice, so that all do the same."""

@@ -51,7 +51,7 @@ class HessianOperator(CurvatureOperator):
         """
         if self.slices is not None:
             raise RuntimeError(
-                "there are no gradients of a model that FSDP2 shards here: pass an unsharded copy"
+                "gradient() does not support a model that FSDP2 shards: use an unsharded copy"
             )
         if at is not None:
             self._check_like("at", "[{}]", at, at.ndim == 1)

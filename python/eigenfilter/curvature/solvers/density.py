@@ -225,6 +225,17 @@ def log_determinant(
     Raises:
         ValueError: a Ritz value plus damping is not positive and has no logarithm; raise damping.
 
+    Example:
+        >>> import torch
+        >>> from eigenfilter.curvature import HessianOperator, log_determinant
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> y = torch.zeros(2, 1, dtype=torch.float64)
+        >>> op = HessianOperator(model, torch.nn.functional.mse_loss, (x, y))
+        >>> determinant = log_determinant(op, damping=1.0, steps=2).value.exp()
+        >>> round(float(determinant), 6)  # (9 + 1) (1 + 1), as the Hessian is x^T x
+        20.0
+
     Source: S. Ubaru, J. Chen, Y. Saad, 2017, doi 10.1137/16M1104974.
     """
     density = spectral_density(op, probes, steps, deflate=deflate, seed=seed)
