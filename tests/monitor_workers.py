@@ -78,11 +78,11 @@ def main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():
         try:
-            found[name] = scenario(rank, Path(folder))
+            result[name] = scenario(rank, Path(folder))
         except Exception:
-            found[name] = traceback.format_exc()
-    torch.save(found, Path(folder, f"{rank}.pt"))
+            result[name] = traceback.format_exc()
+    torch.save(result, Path(folder, f"{rank}.pt"))
     group.leave()

@@ -139,10 +139,10 @@ def test_several_groups_by_their_matrix_and_by_simulation(name: str, ratio: floa
     task = Quadratic(scaled_to(2 * ratio, largest) * H, PIECES)
     opt = case.optimizer(task)
     settle(task, case.jacobian(task.H, case.rho), case.decay.diag())
-    found = certify(task, opt)
-    assert found.sharpness == pytest.approx(2 * ratio, rel=1e-6)
-    assert found.edge == 2.0
-    assert found.verdict == ("inside" if ratio < 1 else "outside")
+    result = certify(task, opt)
+    assert result.sharpness == pytest.approx(2 * ratio, rel=1e-6)
+    assert result.edge == 2.0
+    assert result.verdict == ("inside" if ratio < 1 else "outside")
     assert (growth(task, opt, 200) < 1.0) == (ratio < 1)
 
 
@@ -212,10 +212,10 @@ def test_adamws_groups_at_the_upper_edge(name: str, ratio: float) -> None:
 
     task = Quadratic(scaled_to(2 * ratio, largest) * H, PIECES)
     opt = arrived(case, task, P)
-    found = certify(task, opt)
-    assert found.sharpness == pytest.approx(2 * ratio, rel=1e-6)
-    assert found.edge == 2.0
-    assert found.verdict == ("inside" if ratio < 1 else "outside")
+    result = certify(task, opt)
+    assert result.sharpness == pytest.approx(2 * ratio, rel=1e-6)
+    assert result.edge == 2.0
+    assert result.verdict == ("inside" if ratio < 1 else "outside")
     # For longer what has grown is found in v, and brings x back.
     assert (growth(task, opt, 80) < 1.0) == (ratio < 1)
 
@@ -236,11 +236,11 @@ def test_adamws_groups_at_the_saddle_side(least: float) -> None:
     groups = [first | {"weight_decay": decay}, second | {"weight_decay": 3 * decay}]
     task = Quadratic(H, PIECES)
     opt = arrived(Case(ef.AdamW, groups, {}), task, P)
-    found = certify(task, opt, saddle_tol=0.0)
-    assert found.bottom.value == pytest.approx(least, rel=1e-6)
-    assert found.upper is not None
-    assert found.upper.verdict == "inside"
-    assert found.verdict == ("inside" if least > 0 else "outside")
+    result = certify(task, opt, saddle_tol=0.0)
+    assert result.bottom.value == pytest.approx(least, rel=1e-6)
+    assert result.upper is not None
+    assert result.upper.verdict == "inside"
+    assert result.verdict == ("inside" if least > 0 else "outside")
     assert (growth(task, opt, 500) < 1.0) == (least > 0)
 
 
@@ -267,8 +267,8 @@ def test_groups_in_words() -> None:
 )
 def test_groups_that_do_not_compose_are_undecided(build: Any, says: str) -> None:
     task = Quadratic(spectrum(0.1, 5), [20, 30])
-    found = certify(task, build(*[[p] for p in task.x]))
-    assert found.verdict == "undecided"
-    assert found.upper is None
-    assert says in found.needed[0]
-    assert found.sharpness == pytest.approx(5.0, rel=1e-3)
+    result = certify(task, build(*[[p] for p in task.x]))
+    assert result.verdict == "undecided"
+    assert result.upper is None
+    assert says in result.needed[0]
+    assert result.sharpness == pytest.approx(5.0, rel=1e-3)

@@ -38,22 +38,22 @@ def test_the_model_does_not_change() -> None:
 def test_parameters_outside_the_optimizer_do_not_count() -> None:
     task = Network()
     opt = ef.SGD(task.model[2].parameters(), lr=0.1)
-    found = task.certify(opt, equilibrium_tol=1e9)
-    assert found.parameters == 12
+    result = task.certify(opt, equilibrium_tol=1e9)
+    assert result.parameters == 12
     H = task.dense()[-12:, -12:]
-    assert found.sharpness == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-6)
+    assert result.sharpness == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-6)
 
 
 def test_text_and_json() -> None:
     task = Quadratic(spectrum(0.1, 5, -22))
-    found = certify(task, USAM(task.parameters()))
-    text = str(found)
+    result = certify(task, USAM(task.parameters()))
+    text = str(result)
     assert text.splitlines()[0].split() == ["verdict", "inside"]
     assert "[-27.3205, -20] and [0, 7.32051]" in text
-    read = json.loads(found.to_json())
-    assert read == found.to_dict()
+    read = json.loads(result.to_json())
+    assert read == result.to_dict()
     assert read["saddle"]["verdict"] == "inside"
-    assert read["matvecs"] == found.matvecs
+    assert read["matvecs"] == result.matvecs
     nothing = certify(task, ef.SGD(task.parameters(), lr=0.0))
     assert json.loads(nothing.to_json())["edge"] is None
 

@@ -114,14 +114,14 @@ class CutOperator:
 
 def pairs(rank: int, size: int) -> dict[str, tuple[Tensor, ...]]:
     op = CutOperator(rank, size)
-    found = {}
+    result = {}
     for which, block_size in (("LA", 1), ("BE", 3)):
         r = curvature.eigsh(op, 6, which, tol=1e-13, block_size=block_size, max_basis=24)
         again = curvature.eigsh(op, 6, which, tol=1e-13, v0=r, check_multiplicity=False)
-        found[which] = r.values, r.vectors, r.residuals, r.converged, again.values
+        result[which] = r.values, r.vectors, r.residuals, r.converged, again.values
         assert r.orthogonality < 1e-13
         assert again.matvecs < r.matvecs - r.multiplicity_matvecs
-    return found
+    return result
 
 
 def estimates(rank: int, size: int) -> dict[str, Any]:
@@ -139,21 +139,21 @@ def estimates(rank: int, size: int) -> dict[str, Any]:
 
 def products(rank: int, size: int) -> dict[str, Tensor]:
     V = cut(vectors(), rank, size)
-    found = {}
+    result = {}
     for name, options in {"default": {}, "gathered": {"reshard_after_forward": False}}.items():
         model = sharded(size, **options)
         if name == "gathered":
             model.set_reshard_after_backward(False)
             model(samples()[0])  # and what that gathered is stale after a move
         op = hessian(rank, size, model)
-        found[name] = op.matmat(V)
+        result[name] = op.matmat(V)
         if name == "gathered":
             model(samples()[0])
-        found[name + " again"] = op.matmat(V)
+        result[name + " again"] = op.matmat(V)
     model = sharded(size)
     op = hessian(rank, size, model, params=model[0].parameters(), reduction="sum")
-    found["part"] = op.matmat(V[: op.slices.length])
-    return found
+    result["part"] = op.matmat(V[: op.slices.length])
+    return result
 
 
 def loaders(rank: int, size: int) -> Tensor:
@@ -236,11 +236,11 @@ def main(rank: int, folder: str, size: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():
         try:
-            found[name] = scenario(rank, size)
+            result[name] = scenario(rank, size)
         except Exception:
-            found[name] = traceback.format_exc()
-    torch.save(found, Path(folder, f"{rank}.pt"))
+            result[name] = traceback.format_exc()
+    torch.save(result, Path(folder, f"{rank}.pt"))
     group.leave()

@@ -23,8 +23,8 @@ def test_matrix_notation(kind: type[CurvatureOperator], engine: str) -> None:
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
     v, V = torch.randn(39, dtype=torch.float64), torch.randn(39, 3, dtype=torch.float64)
 
-    def same(found: Tensor, right: Tensor) -> None:
-        torch.testing.assert_close(found, right, rtol=0, atol=1e-6)
+    def same(result: Tensor, right: Tensor) -> None:
+        torch.testing.assert_close(result, right, rtol=0, atol=1e-6)
 
     same(op @ v, expected @ v)
     same(v @ op, v @ expected)
@@ -105,10 +105,10 @@ def test_a_model_in_half_precision(engine: str, half: torch.dtype, name: str) ->
             op = kind(model, nn.CrossEntropyLoss(), data, engine=engine, dtype=dtype)
             if engine == "finite_difference":
                 rtol = 0.05 if dtype == torch.float32 else 1e-6
-            found = columns(op)
-            assert op.dtype == found.dtype == dtype
+            result = columns(op)
+            assert op.dtype == result.dtype == dtype
             scale = float(expected.abs().max())
-            torch.testing.assert_close(found.double(), expected, rtol=0, atol=rtol * scale)
+            torch.testing.assert_close(result.double(), expected, rtol=0, atol=rtol * scale)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(value.dtype == state[key].dtype for key, value in model.state_dict().items())
 

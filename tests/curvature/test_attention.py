@@ -130,7 +130,7 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
         op = kind(model, nn.CrossEntropyLoss(), (x, target), mode=mode, engine=engine)
         atol = float(expected.abs().max()) * (1e-6 if engine == "finite_difference" else 1e-11)
         try:
-            found = columns(op)
+            result = columns(op)
         except RuntimeError as error:
             if "engine='cached_graph'" not in " ".join(
                 [str(error), *getattr(error, "__notes__", [])]
@@ -138,7 +138,7 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
                 raise
             refused.append(engine)
             continue
-        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+        torch.testing.assert_close(result, expected, rtol=0, atol=atol)
         assert op.engine in (engine, "cached_graph", "vmap")
     masks = mode == "train" and ("encoder" in name or name == "padded")
     assert set(refused) <= {"forward_over_reverse"}
@@ -240,11 +240,11 @@ def test_a_language_model(mode: str, reentrant: bool | None) -> None:
         forward=forward,
         mode=mode,
     )
-    found = columns(op)
+    result = columns(op)
     exact = op.engine != "finite_difference"
     assert exact == (reentrant is not True or mode == "eval")  # checkpointing is for training
     scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=scale * (1e-11 if exact else 1e-6))
+    torch.testing.assert_close(result, expected, rtol=0, atol=scale * (1e-11 if exact else 1e-6))
 
 
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])

@@ -51,9 +51,9 @@ class Physics(nn.Module):
 
             return torch.func.vmap(torch.func.grad(u))(x)[:, :3] + self.net(x)
         x = x.detach().requires_grad_()
-        found = self.net(x)
-        (g,) = torch.autograd.grad(found.sum(), x, create_graph=True)
-        return g[:, :3] + found
+        result = self.net(x)
+        (g,) = torch.autograd.grad(result.sum(), x, create_graph=True)
+        return g[:, :3] + result
 
 
 class Adapted(nn.Module):
@@ -102,13 +102,13 @@ def _dense(
     params = list(model.parameters())
 
     def rows(values: Tensor, again: bool = False) -> Tensor:
-        found = [
+        result = [
             torch.autograd.grad(
                 v, params, retain_graph=True, create_graph=again, materialize_grads=True
             )
             for v in values.reshape(-1)
         ]
-        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in found])
+        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in result])
 
     z = model(x)
     if kind is HessianOperator:
@@ -123,7 +123,7 @@ def _dense(
 
 def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> None:
     try:
-        found = columns(op)
+        result = columns(op)
     except RuntimeError as error:
         if (
             engine != "forward_over_reverse"
@@ -133,7 +133,7 @@ def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> Non
         return
     scale = float(expected.abs().max())
     atol = 1e-7 if op.engine == "finite_difference" else 1e-12
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol * scale)
     assert engine != "auto" or op.engine != "finite_difference"
 
 
@@ -227,7 +227,7 @@ def test_the_next_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
     op = HessianOperator(model, nn.CrossEntropyLoss(), data)
     v = torch.randn(op.shape[0], dtype=torch.float64)
     with caplog.at_level(logging.INFO, LOGGER):
-        found = op.matvec(v)
+        result = op.matvec(v)
     assert op.engine == "finite_difference"
     told = [(r.levelno, r.getMessage()) for r in caplog.records if r.name == LOGGER]
     passed = ["cached_graph", "per_pass_graph", "forward_over_reverse", "microbatched"]
@@ -238,7 +238,7 @@ def test_the_next_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     again = op.matvec(v)
     assert not [r for r in caplog.records if r.name == LOGGER]
-    torch.testing.assert_close(again, found, rtol=0, atol=1e-9)
+    torch.testing.assert_close(again, result, rtol=0, atol=1e-9)
 
 
 def test_one_error_lists_all_engines() -> None:

@@ -120,7 +120,7 @@ def test_models_that_vmap_does_not_support_use_another_engine(
         model, lambda z, t: nn.functional.cross_entropy(Choosing.apply(z), t), (x, target)
     )
     with caplog.at_level(logging.INFO, LOGGER):
-        found = columns(op)
+        result = columns(op)
     assert op.engine == "cached_graph"
     asked = HessianOperator(
         model,
@@ -136,7 +136,7 @@ def test_models_that_vmap_does_not_support_use_another_engine(
     smooth = HessianOperator(
         model, lambda z, t: nn.functional.cross_entropy(torch.tanh(z), t), (x, target)
     )
-    torch.testing.assert_close(found, columns(smooth), rtol=0, atol=1e-13)
+    torch.testing.assert_close(result, columns(smooth), rtol=0, atol=1e-13)
 
 
 def test_the_warnings_of_a_model_are_its_own(

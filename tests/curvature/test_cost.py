@@ -30,16 +30,16 @@ def test_passes_over_the_basis(
     d = torch.linspace(0, 1, n)
     d[:12] = decaying(n)[:12].abs()
     op = operator(decaying(n), torch.float32) if max_basis else Diagonal(d)
-    found = eigsh(op, k, max_basis=max_basis, basis_dtype=torch.float16 if rounded else None)
+    result = eigsh(op, k, max_basis=max_basis, basis_dtype=torch.float16 if rounded else None)
     cost = eigsh_cost(
         n,
         k,
-        products=found.matvecs,
-        multiplicity_products=found.multiplicity_matvecs,
+        products=result.matvecs,
+        multiplicity_products=result.multiplicity_matvecs,
         max_basis=max_basis,
         basis_itemsize=2 if rounded else None,
     )
-    assert cost.products == found.matvecs
+    assert cost.products == result.matvecs
     assert spent / n == pytest.approx(cost.flops / n, rel=0.35)
     assert spent < cost.flops
 
@@ -55,18 +55,18 @@ def test_sums_over_processes(n: int, k: int, max_basis: int | None, copies: bool
     for dtype, least in ((None, 1.0), (torch.float16, 0.9)):
         slices = OneSlice(n)
         op = Diagonal(d, slices)
-        found = eigsh(op, k, max_basis=max_basis, check_multiplicity=copies, basis_dtype=dtype)
+        result = eigsh(op, k, max_basis=max_basis, check_multiplicity=copies, basis_dtype=dtype)
         cost = eigsh_cost(
             n,
             k,
-            products=found.matvecs,
-            multiplicity_products=found.multiplicity_matvecs,
+            products=result.matvecs,
+            multiplicity_products=result.multiplicity_matvecs,
             max_basis=max_basis,
             basis_itemsize=dtype and dtype.itemsize,
             processes=2,
         )
-        assert found.converged.all()
-        assert (found.multiplicity_matvecs > 0) == copies
+        assert result.converged.all()
+        assert (result.multiplicity_matvecs > 0) == copies
         assert least * cost.reductions <= slices.sums <= cost.reductions
 
 

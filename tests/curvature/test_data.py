@@ -76,10 +76,10 @@ def test_a_shuffled_loader_is_replayed(engine: str) -> None:
     data = DataLoader(TensorDataset(x, target), batch_size=9, shuffle=True, drop_last=True)
     op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine, memory_budget=20_000)
     before = torch.get_rng_state()
-    found = columns(op)
+    result = columns(op)
     eigsh(op, 3)
     torch.manual_seed(123)
-    assert torch.equal(columns(op), found)
+    assert torch.equal(columns(op), result)
     torch.set_rng_state(before)
     columns(op)
     assert torch.equal(torch.get_rng_state(), before)
@@ -89,7 +89,7 @@ def test_a_shuffled_loader_is_replayed(engine: str) -> None:
         torch.manual_seed(0)
         labels = torch.cat([batch[1] for batch in data])
     assert len(kept) == 36
-    torch.testing.assert_close(found, dense(model, kept, labels), rtol=0, atol=1e-13)
+    torch.testing.assert_close(result, dense(model, kept, labels), rtol=0, atol=1e-13)
 
 
 def test_another_seed_is_another_order() -> None:

@@ -50,8 +50,8 @@ def test_deflation_halves_the_distance_at_least() -> None:
     plain, deflated = [], []
     for seed in range(5):
         plain.append(wasserstein(curvature.spectral_density(op, 4, 20, seed=seed), values))
-        found = curvature.spectral_density(op, 4, 20, deflate=top, seed=seed)
-        deflated.append(wasserstein(found, values))
+        result = curvature.spectral_density(op, 4, 20, deflate=top, seed=seed)
+        deflated.append(wasserstein(result, values))
     assert sum(deflated) < 0.5 * sum(plain)
 
 
@@ -106,8 +106,8 @@ def test_deflated_probes_are_right_on_average_in_a_small_space() -> None:
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 55.0], dtype=torch.float64)
     op = operator(values)
     top = curvature.eigsh(op, 1, tol=1e-12)
-    found = curvature.spectral_density(op, 4000, 1, deflate=top).trace
-    assert abs(float(found) - 86) < 4 * found.standard_error < 1.5
+    result = curvature.spectral_density(op, 4000, 1, deflate=top).trace
+    assert abs(float(result) - 86) < 4 * result.standard_error < 1.5
 
 
 def test_the_recurrence_is_that_of_exact_arithmetic() -> None:
@@ -199,16 +199,16 @@ def test_the_trace() -> None:
 
 def test_the_trace_of_a_small_space_is_exact() -> None:
     values = torch.tensor([1.0, -3.0, 7.0], dtype=torch.float64)
-    found = curvature.trace(operator(values), 12)
-    assert float(found) == pytest.approx(5, abs=1e-12)
-    assert found.standard_error == 0
-    assert found.interval() == (found.value, found.value)
+    result = curvature.trace(operator(values), 12)
+    assert float(result) == pytest.approx(5, abs=1e-12)
+    assert result.standard_error == 0
+    assert result.interval() == (result.value, result.value)
 
 
 def test_the_diagonal() -> None:
     op = operator(hessian_like(100))
-    found = curvature.diagonal(op, 400)
-    z = (found.value - op.matrix.diagonal()) / found.standard_error
+    result = curvature.diagonal(op, 400)
+    z = (result.value - op.matrix.diagonal()) / result.standard_error
     assert z.abs().max() < 5
     assert 0.7 < z.std() < 1.3
     assert curvature.diagonal(op, 1).standard_error.isnan().all()
@@ -216,17 +216,17 @@ def test_the_diagonal() -> None:
 
 def test_the_diagonal_of_a_diagonal_is_exact() -> None:
     values = torch.linspace(-1, 3, 10, dtype=torch.float64)
-    found = curvature.diagonal(DenseOperator(values.diag()), 2)
-    torch.testing.assert_close(found.value, values)
+    result = curvature.diagonal(DenseOperator(values.diag()), 2)
+    torch.testing.assert_close(result.value, values)
 
 
 def test_the_log_determinant() -> None:
     values = torch.linspace(0.1, 8, 300, dtype=torch.float64)
     op = operator(values)
-    found = curvature.log_determinant(op, damping=0.5, probes=10, steps=40)
+    result = curvature.log_determinant(op, damping=0.5, probes=10, steps=40)
     exact = (values + 0.5).log().sum()
-    assert abs(float(found) - exact) < 4 * found.standard_error
-    assert found.standard_error < 0.02 * abs(exact)
+    assert abs(float(result) - exact) < 4 * result.standard_error
+    assert result.standard_error < 0.02 * abs(exact)
     top = curvature.eigsh(op, 10, tol=1e-8)
     deflated = curvature.log_determinant(op, 0.5, 10, 40, deflate=top)
     assert abs(float(deflated) - exact) < 4 * deflated.standard_error
@@ -279,9 +279,9 @@ def test_the_error_of_the_diagonal_is_right_beside_large_elements() -> None:
     """The mean square minus the squared mean would lose it to rounding."""
     matrix = torch.full((3, 3), 1e-3, dtype=torch.float64)
     matrix += torch.diag(torch.full((3,), 1e6, dtype=torch.float64))
-    found = curvature.diagonal(DenseOperator(matrix), 1000)
+    result = curvature.diagonal(DenseOperator(matrix), 1000)
     expected = 1e-3 * (2 / 1000) ** 0.5
-    assert (found.standard_error / expected - 1).abs().max() < 0.1
+    assert (result.standard_error / expected - 1).abs().max() < 0.1
 
 
 def test_the_global_generator_is_not_used() -> None:

@@ -137,9 +137,9 @@ def test_a_missing_forward_derivative_is_named() -> None:
     with pytest.raises(NotImplementedError, match="cdist") as raised:
         op.matvec(v)
     assert "use engine='cached_graph'" in raised.value.__notes__[0]
-    found = HessianOperator(model, loss_fn, (x, target), engine="cached_graph").matvec(v)
+    result = HessianOperator(model, loss_fn, (x, target), engine="cached_graph").matvec(v)
     expected = dense(model, x, target, loss_fn=written_out) @ v
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
 def test_a_loss_without_a_graph_raises() -> None:
@@ -178,8 +178,8 @@ def test_a_parameter_used_linearly_has_zero_rows() -> None:
 
     model, x, target = make()
     op = HessianOperator(model, mean, (x, target))
-    found = columns(op)
+    result = columns(op)
     expected = dense(model, x, target, loss_fn=mean)
-    assert not found[-3:].any()
-    assert found.abs().max() > 1e-2
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    assert not result[-3:].any()
+    assert result.abs().max() > 1e-2
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-13)

@@ -27,9 +27,9 @@ def test_the_error_is_estimated(name: str, dtype: torch.dtype) -> None:
     op = difference(model, (x, target))
     assert op.error is None
     v = torch.randn(op.shape[0], dtype=dtype)
-    found = op.matvec(v)
+    result = op.matvec(v)
     exact = HessianOperator(model, nn.CrossEntropyLoss(), (x, target)).matvec(v)
-    error = float((found - exact).norm() / exact.norm())
+    error = float((result - exact).norm() / exact.norm())
     assert op.error is not None
     assert error / 3 < op.error < 10 * error
     assert op.error < (1e-2 if dtype == torch.float32 else 1e-7)
@@ -63,9 +63,9 @@ def test_null_vectors_do_not_warn() -> None:
     V[:24, 2] = 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = op.matmat(V)
-    assert not found[:, :2].any()
-    assert found[:, 2].any()
+        result = op.matmat(V)
+    assert not result[:, :2].any()
+    assert result[:, 2].any()
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
@@ -120,5 +120,5 @@ def test_a_compiled_model() -> None:
     with pytest.raises(RuntimeError, match="double backward") as raised:
         exact.matvec(v)
     assert "engine='finite_difference'" in raised.value.__notes__[0]
-    found = columns(difference(compiled, (x, target)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+    result = columns(difference(compiled, (x, target)))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-8)

@@ -18,10 +18,10 @@ from eigenfilter.curvature.engines import NAMES
 
 def compare(op: CurvatureOperator, expected: Tensor) -> None:
     """Compare all products with a matrix."""
-    found = columns(op)
+    result = columns(op)
     atol = 1e-7 if op.engine == "finite_difference" else 1e-11  # of "auto", what it took
     scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol * scale)
 
 
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])

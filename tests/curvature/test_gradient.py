@@ -31,7 +31,7 @@ def test_a_gradient_elsewhere_leaves_the_parameters_unchanged() -> None:
     here = flat([p.detach() for p in op.params])
     versions = [p._version for p in op.params]
     there = here + 0.1 * torch.randn_like(here)
-    found = op.gradient(there)
+    result = op.gradient(there)
     assert torch.equal(flat([p.detach() for p in op.params]), here)
     assert [p._version for p in op.params] == versions
     assert all(p.grad is None and p.requires_grad for p in op.params)
@@ -39,8 +39,8 @@ def test_a_gradient_elsewhere_leaves_the_parameters_unchanged() -> None:
     with torch.no_grad():
         for p, piece in zip(op.params, there.split([p.numel() for p in op.params]), strict=True):
             p.copy_(piece.view_as(p))
-    assert torch.equal(found, op.gradient())
-    assert torch.allclose(op.gradient(here) - found, -(op.gradient() - op.gradient(here)))
+    assert torch.equal(result, op.gradient())
+    assert torch.allclose(op.gradient(here) - result, -(op.gradient() - op.gradient(here)))
 
 
 def test_a_point_of_another_shape_or_dtype_raises() -> None:

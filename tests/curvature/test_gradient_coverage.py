@@ -46,15 +46,15 @@ def test_sparse_gradients(kind: type[CurvatureOperator], functional: bool, engin
     expected = OPERATORS[kind](twin, ids, target)
     op = kind(model, nn.CrossEntropyLoss(), (ids, target), engine=engine)
     try:
-        found = columns(op)
+        result = columns(op)
     except RuntimeError as error:
         able = engine not in ("vmap", "forward_over_reverse") or not functional
         if able or "engine='cached_graph'" not in error.__notes__[0]:
             raise
         return
     atol = 1e-7 if engine == "finite_difference" else 1e-12
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-    assert not found.is_sparse
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol)
+    assert not result.is_sparse
     assert model.words.sparse
 
 
@@ -96,7 +96,7 @@ def test_bags_of_embeddings(kind: type[CurvatureOperator], mode: str, engine: st
     twin.words = nn.Embedding.from_pretrained(bag.weight.detach().clone(), freeze=False)
     twin.linear = copy.deepcopy(model[2])
     if mode == "sum":
-        twin.words.register_forward_hook(lambda module, given, found: 4 * found)
+        twin.words.register_forward_hook(lambda module, given, result: 4 * result)
     expected = OPERATORS[kind](twin, ids, target)
     op = kind(model, nn.CrossEntropyLoss(), (ids, target), engine=engine)
     torch.testing.assert_close(columns(op), expected, rtol=0, atol=1e-7)
@@ -305,9 +305,9 @@ def test_perturbations_without_effect_do_not_raise() -> None:
             return torch.tanh(self.body(x)) * (1 + F.one_hot(self.gate(x).argmax(1), 3))
 
     model, (_, x, target) = Choosing().double(), make()
-    found = columns(GGNOperator(model, nn.CrossEntropyLoss(), (x, target)))
-    assert not found[:18].any()
-    assert found[18:, 18:].any()
+    result = columns(GGNOperator(model, nn.CrossEntropyLoss(), (x, target)))
+    assert not result[:18].any()
+    assert result[18:, 18:].any()
 
 
 def test_a_residual_output_has_its_second_derivative() -> None:

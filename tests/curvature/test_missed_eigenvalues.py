@@ -69,10 +69,10 @@ def test_values_are_missed_no_more_often_than_reported(
     expected = wanted(d, 6, which)
     misses, reported = 0, 0.0
     for seed in range(RUNS):
-        found = eigsh(Diagonal(d), 6, which, seed=seed, max_miss_probability=most)
-        misses += missed(found.values, expected, which)
-        reported += found.miss_probability
-        assert found.miss_probability <= (1.0 if most is None else most)
+        result = eigsh(Diagonal(d), 6, which, seed=seed, max_miss_probability=most)
+        misses += missed(result.values, expected, which)
+        reported += result.miss_probability
+        assert result.miss_probability <= (1.0 if most is None else most)
     mean = reported / RUNS
     assert misses <= RUNS * mean + 3 * math.sqrt(RUNS * mean * (1 - min(mean, 1.0)))
 
@@ -96,13 +96,13 @@ def test_the_bound_holds_where_misses_are_frequent(n: int, steps: int) -> None:
             run.step(1)
         ritz = run.solve()
         if ritz.values.max() < 0.9:
-            found = MissProbability(n, (None, 0.9), 1).probability(
+            result = MissProbability(n, (None, 0.9), 1).probability(
                 ritz, run.starting_columns, run.rounding
             )
             # (1) for this very eigenvector, lambda = 1 being beyond the level.
-            assert found >= min(1.0, math.sqrt(2 * n / math.pi) * start) * (1 - 1e-9)
-            below += found <= 0.3
-            bounds.append(found)
+            assert result >= min(1.0, math.sqrt(2 * n / math.pi) * start) * (1 - 1e-9)
+            below += result <= 0.3
+            bounds.append(result)
     assert bounds
     assert below <= RUNS * 0.3 + 3 * math.sqrt(RUNS * 0.3 * 0.7)
 
@@ -140,12 +140,12 @@ def test_a_smaller_probability_takes_more_products(
     spectrum: Callable[[], Tensor], which: str, most: float
 ) -> None:
     d = spectrum()
-    found = eigsh(Diagonal(d), 6, which, max_miss_probability=most, max_matvecs=2000)
+    result = eigsh(Diagonal(d), 6, which, max_miss_probability=most, max_matvecs=2000)
     less = eigsh(Diagonal(d), 6, which, max_miss_probability=0.5, max_matvecs=2000)
-    assert 0 <= found.miss_probability <= most
-    assert less.matvecs <= found.matvecs
-    assert less.matvecs - less.multiplicity_matvecs == found.matvecs - found.multiplicity_matvecs
-    assert not missed(found.values, wanted(d, 6, which), which)
+    assert 0 <= result.miss_probability <= most
+    assert less.matvecs <= result.matvecs
+    assert less.matvecs - less.multiplicity_matvecs == result.matvecs - result.multiplicity_matvecs
+    assert not missed(result.values, wanted(d, 6, which), which)
 
 
 @pytest.mark.parametrize("options", [{"block_size": 3}, {"max_basis": 14}, {"tol": 1e-8}])
@@ -154,9 +154,9 @@ def test_blocks_short_bases_and_tolerances(options: dict[str, object], dtype: to
     if dtype == torch.float32 and "tol" in options:
         pytest.skip("beyond float32")
     op = operator(decaying(150), dtype)
-    found = eigsh(op, 6, max_miss_probability=1e-3, **options)  # type: ignore[arg-type]
-    assert found.miss_probability <= 1e-3
-    assert found.converged.all()
+    result = eigsh(op, 6, max_miss_probability=1e-3, **options)  # type: ignore[arg-type]
+    assert result.miss_probability <= 1e-3
+    assert result.converged.all()
 
 
 def test_the_bound_without_a_check_is_one() -> None:
@@ -174,18 +174,18 @@ def test_the_bound_without_a_check_is_one() -> None:
 def test_a_probability_that_products_do_not_suffice_for_warns() -> None:
     d = torch.linspace(0, 1, 400, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="cut the check for repeated eigenvalues short"):
-        found = eigsh(Diagonal(d), 4, max_miss_probability=1e-9, max_matvecs=150)
-    assert found.converged.all()
-    assert found.miss_probability > 1e-9
+        result = eigsh(Diagonal(d), 4, max_miss_probability=1e-9, max_matvecs=150)
+    assert result.converged.all()
+    assert result.miss_probability > 1e-9
 
 
 def test_what_rounding_may_hide_beside_an_invariant_subspace() -> None:
     """The worst value is zero up to rounding, and so are the values it is compared with."""
     op = Diagonal(torch.tensor([1.0] + [0.0] * 60, dtype=torch.float64))
     with pytest.warns(RuntimeWarning, match="rounding may hide another one .* out"):
-        found = eigsh(op, 4, max_miss_probability=1e-3)
-    assert found.converged.all()
-    assert found.miss_probability > 1e-3
+        result = eigsh(op, 4, max_miss_probability=1e-3)
+    assert result.converged.all()
+    assert result.miss_probability > 1e-3
     assert eigsh(op, 1, max_miss_probability=1e-9).miss_probability <= 1e-9
 
 
@@ -193,9 +193,9 @@ def test_what_rounding_may_hide_beside_an_invariant_subspace() -> None:
 def test_small_probabilities_in_single_precision(n: int) -> None:
     large = 20 * 0.7 ** torch.arange(12)
     d = torch.cat([large, torch.linspace(-0.05, 0.05, n - 12)])
-    found = eigsh(Diagonal(d), 8, max_miss_probability=1e-6)
-    assert found.miss_probability <= 1e-6
-    assert found.matvecs < 60
+    result = eigsh(Diagonal(d), 8, max_miss_probability=1e-6)
+    assert result.miss_probability <= 1e-6
+    assert result.matvecs < 60
 
 
 @pytest.mark.parametrize("most", [0.0, 1.0, -0.1, float("nan")])

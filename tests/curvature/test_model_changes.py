@@ -64,9 +64,9 @@ def test_results_carry_no_graph_and_the_call_site_does_not_matter(built: str, us
     with SURROUNDINGS[built](), op.fixed():
         pass
     with SURROUNDINGS[used]():
-        found = op.matvec(v)
-    assert not found.requires_grad
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        result = op.matvec(v)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["cached_graph", "vmap", "auto"])

@@ -29,10 +29,10 @@ def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) ->
     op = kind(model, nn.CrossEntropyLoss(), (x, target), mode="train", engine=engine)
     torch.manual_seed(77)
     before = torch.get_rng_state()
-    found = columns(op)
+    result = columns(op)
     atol = 3e-8 if engine == "finite_difference" else 1e-12
     scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol * scale)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(module.training for module in model.modules())
     for key, value in model.state_dict().items():
@@ -149,12 +149,12 @@ def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
         return nn.functional.cross_entropy(output, target)
 
     op = kind(model, loss_fn, (x, target), engine=engine, autocast=torch.bfloat16)
-    found = columns(op)
+    result = columns(op)
     exact = OPERATORS[kind](model.double(), x.double(), target)
     model.float()
-    error = (found.double() - exact).norm() / exact.norm()
+    error = (result.double() - exact).norm() / exact.norm()
     assert set(seen) == {torch.bfloat16}
-    assert found.dtype == torch.float32
+    assert result.dtype == torch.float32
     assert 1e-4 < error < 4 * 2.0**-8
 
 

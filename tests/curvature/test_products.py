@@ -30,10 +30,10 @@ def budget(engine: str, name: str = "mlp") -> int | None:
     return small if engine == "microbatched" else None
 
 
-def assert_close(found: Tensor, expected: Tensor, engine: str) -> None:
+def assert_close(result: Tensor, expected: Tensor, engine: str) -> None:
     scale = float(expected.abs().max())
     assert scale > 0.02
-    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING[engine] * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=ROUNDING[engine] * scale)
 
 
 @pytest.mark.parametrize("engine", NAMES)
@@ -46,8 +46,8 @@ def test_blocks_and_vectors(kind: type[CurvatureOperator], name: str, engine: st
     op = kind(
         model, nn.CrossEntropyLoss(), (x, target), engine=engine, memory_budget=budget(engine, name)
     )
-    found = columns(op)
-    assert_close(found, expected, engine)
+    result = columns(op)
+    assert_close(result, expected, engine)
     v = torch.randn(op.shape[0], dtype=torch.float64, requires_grad=True)
     product = op.matvec(v)
     assert_close(product, expected @ v.detach(), engine)
@@ -231,8 +231,8 @@ def test_scipy_asks_for_blocks() -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="vmap")
     V = torch.randn(39, 4, dtype=torch.float64)
-    found = torch.from_numpy(op.to_scipy() @ V.numpy())
-    assert_close(found, dense(model, x, target) @ V, "vmap")
+    result = torch.from_numpy(op.to_scipy() @ V.numpy())
+    assert_close(result, dense(model, x, target) @ V, "vmap")
 
 
 class Hook:

@@ -89,8 +89,8 @@ def test_restarts_lose_no_accuracy(k: int, which: str, max_basis: int, seed: int
 @pytest.mark.parametrize("block_size", [1, 2])
 def test_repeated_eigenvalues_and_clusters(spectrum: list[float], k: int, block_size: int) -> None:
     op = operator(torch.tensor(spectrum), torch.float32)
-    found = eigsh(op, k, block_size=block_size, basis_dtype=torch.float16)
-    check(op, found, wanted(torch.tensor(spectrum), k, "LA"))
+    result = eigsh(op, k, block_size=block_size, basis_dtype=torch.float16)
+    check(op, result, wanted(torch.tensor(spectrum), k, "LA"))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_restarts_beside_locked_pairs(
     room = min(n, k + 2 * block_size + 2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* the rounding of the basis keeps", RuntimeWarning)
-        found = eigsh(
+        result = eigsh(
             op,
             k,
             which,
@@ -122,7 +122,7 @@ def test_restarts_beside_locked_pairs(
             seed=seed,
         )
     expected = wanted(spectrum, k, which)
-    error = (found.values.double() - expected).abs()
+    error = (result.values.double() - expected).abs()
     norm = float(spectrum.abs().max())
     assert (error <= 20 * VALUES * norm).all()
 
@@ -216,8 +216,8 @@ def test_the_basis_takes_half_the_memory_and_no_copy_of_it_is_made() -> None:
     with Largest() as plain:
         expected = eigsh(Diagonal(d), k, max_basis=rows)
     with Largest() as rounded:
-        found = eigsh(Diagonal(d), k, max_basis=rows, basis_dtype=torch.float16)
-    torch.testing.assert_close(found.values, expected.values, rtol=VALUES, atol=0)
+        result = eigsh(Diagonal(d), k, max_basis=rows, basis_dtype=torch.float16)
+    torch.testing.assert_close(result.values, expected.values, rtol=VALUES, atol=0)
     assert plain.largest[torch.float32] == 4 * n * (rows + 1)
     assert rounded.largest.pop(torch.float16) == 2 * n * (rows + 1)
     assert max(rounded.largest.values()) == 4 * n * k  # the result
@@ -244,10 +244,10 @@ def test_slices() -> None:
 def test_devices(device: str, basis_device: str | None) -> None:
     op = operator(decaying(300), torch.float32)
     there = DenseOperator(op.matrix.to(device))
-    found = eigsh(there, 5, basis_device=basis_device, basis_dtype=torch.float16)
-    assert found.vectors.device.type == found.residuals.device.type == device
+    result = eigsh(there, 5, basis_device=basis_device, basis_dtype=torch.float16)
+    assert result.vectors.device.type == result.residuals.device.type == device
     expected = wanted(decaying(300), 5, "LA").float()
-    torch.testing.assert_close(found.values.cpu(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.values.cpu(), expected, rtol=1e-4, atol=0)
 
 
 def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
@@ -256,9 +256,9 @@ def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
     few = {"max_basis": 9, "check_multiplicity": False}
     assert eigsh(op, 3, **few).converged.all()  # type: ignore[arg-type]
     with pytest.warns(RuntimeWarning, match="the rounding of the basis keeps . from it: .* basis_"):
-        found = eigsh(op, 3, basis_dtype=torch.float16, **few)  # type: ignore[arg-type]
-    assert found.converged[0]
-    assert not found.converged[2]
+        result = eigsh(op, 3, basis_dtype=torch.float16, **few)  # type: ignore[arg-type]
+    assert result.converged[0]
+    assert not result.converged[2]
 
 
 @pytest.mark.parametrize("basis_dtype", [None, torch.float16])
@@ -268,20 +268,20 @@ def test_products_about_the_smallest_normal_number(
 ) -> None:
     """Smaller products count as zero, so that no vector comes from them."""
     op = operator(size * decaying(200), torch.float32)
-    found = eigsh(op, 4, basis_dtype=basis_dtype)
-    vectors = found.vectors.double()
-    error = found.values.double() - wanted(size * decaying(200), 4, "LA")
-    assert found.converged.all()
-    assert found.orthogonality < 5e-4
+    result = eigsh(op, 4, basis_dtype=basis_dtype)
+    vectors = result.vectors.double()
+    error = result.values.double() - wanted(size * decaying(200), 4, "LA")
+    assert result.converged.all()
+    assert result.orthogonality < 5e-4
     assert (vectors.T @ vectors - torch.eye(4)).abs().max() < 1e-6
     assert error.abs().max() < 4 * torch.finfo(torch.float32).tiny
-    assert found.matvecs < 40
+    assert result.matvecs < 40
 
 
 def test_the_operators_own_dtype_is_the_default() -> None:
     op = operator(decaying(100))
-    found = [eigsh(op, 3, basis_dtype=dtype) for dtype in (None, torch.float64)]
-    assert torch.equal(found[0].vectors, found[1].vectors)
+    result = [eigsh(op, 3, basis_dtype=dtype) for dtype in (None, torch.float64)]
+    assert torch.equal(result[0].vectors, result[1].vectors)
 
 
 @pytest.mark.parametrize(

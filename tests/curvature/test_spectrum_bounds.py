@@ -70,14 +70,14 @@ def test_error_bars_fail_as_rarely_as_they_say(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_ends_lie_within_their_margins(dtype: torch.dtype) -> None:
     d = torch.cat([torch.linspace(-1, 2, 3000), torch.tensor([5.0, -3.0])]).to(dtype)
-    found = spectrum_bounds(Diagonal(d), 1e-3, 40, seed=3)
-    for end, exact, sign in ((found.top, 5.0, 1), (found.bottom, -3.0, -1)):
+    result = spectrum_bounds(Diagonal(d), 1e-3, 40, seed=3)
+    for end, exact, sign in ((result.top, 5.0, 1), (result.bottom, -3.0, -1)):
         beyond = sign * (exact - end.value)
-        assert -found.rounding <= beyond <= end.margin
+        assert -result.rounding <= beyond <= end.margin
         assert end.margin < 1e-5
         assert end.residual < 1e-5
-    assert found.matvecs == 40
-    assert found.scale == pytest.approx(5.0)
+    assert result.matvecs == 40
+    assert result.scale == pytest.approx(5.0)
 
 
 def test_a_dense_spectrum_has_small_error_bars_in_time() -> None:
@@ -85,12 +85,12 @@ def test_a_dense_spectrum_has_small_error_bars_in_time() -> None:
     d = torch.linspace(0, 1, 20000, dtype=torch.float64)
     op = Diagonal(d)
 
-    def enough(found: SpectrumBounds) -> bool:
-        return max(found.top.margin, found.bottom.margin) < 0.01
+    def enough(result: SpectrumBounds) -> bool:
+        return max(result.top.margin, result.bottom.margin) < 0.01
 
-    found = spectrum_bounds(op, 1e-3, 300, enough=enough, seed=0)
-    assert found.top.value + found.top.margin >= 1
-    assert op.products == found.matvecs < 100
+    result = spectrum_bounds(op, 1e-3, 300, enough=enough, seed=0)
+    assert result.top.value + result.top.margin >= 1
+    assert op.products == result.matvecs < 100
 
 
 def test_the_predicted_number_of_products_suffices() -> None:
@@ -117,21 +117,21 @@ def test_the_worst_case_is_kuczynski_and_wozniakowskis(n: int, k: int) -> None:
 
 def test_a_basis_of_the_whole_space_is_exact() -> None:
     d = torch.tensor([3.0, -1.0, 0.5, 2.0], dtype=torch.float64)
-    found = spectrum_bounds(Diagonal(d), 1e-3, seed=0)
-    assert found.exhausted
-    assert found.matvecs == 4
-    assert found.top.margin == found.rounding
-    assert found.values.tolist() == pytest.approx([-1.0, 0.5, 2.0, 3.0])
+    result = spectrum_bounds(Diagonal(d), 1e-3, seed=0)
+    assert result.exhausted
+    assert result.matvecs == 4
+    assert result.top.margin == result.rounding
+    assert result.values.tolist() == pytest.approx([-1.0, 0.5, 2.0, 3.0])
 
 
 @pytest.mark.parametrize("value", [0.0, 2.0])
 def test_a_multiple_of_the_identity(value: float) -> None:
     """The Krylov space is invariant after one product, up to rounding."""
-    found = spectrum_bounds(Diagonal(torch.full((1000,), value, dtype=torch.float64)), seed=0)
-    assert found.exhausted
-    assert found.top.value == pytest.approx(value)
-    assert found.top.margin <= 1e-8
-    assert found.products_for(1e-12) is None
+    result = spectrum_bounds(Diagonal(torch.full((1000,), value, dtype=torch.float64)), seed=0)
+    assert result.exhausted
+    assert result.top.value == pytest.approx(value)
+    assert result.top.margin <= 1e-8
+    assert result.products_for(1e-12) is None
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def test_solvers_do_not_use_tf32_that_training_allows(allowed: str) -> None:
 def test_a_gpu_that_may_use_tf32(allowed: str, basis_dtype: torch.dtype | None) -> None:
     spectrum = 10 / torch.arange(1.0, 401.0, dtype=torch.float64)
     op = DenseOperator(operator(spectrum, torch.float32).matrix.cuda())
-    found = eigsh(op, 6, max_basis=12, basis_dtype=basis_dtype)
-    vectors = found.vectors.double()
+    result = eigsh(op, 6, max_basis=12, basis_dtype=basis_dtype)
+    vectors = result.vectors.double()
     gram = vectors.T @ vectors
     assert (gram - torch.eye(6).to(gram)).abs().max() < 2e-6
 

@@ -236,9 +236,9 @@ def test_right_weights_do_not_raise(case: str, name: str, mode: str) -> None:
             assert op.matvec(torch.ones(op.shape[0], dtype=op.dtype)).isfinite().all()
             continue
         matrix = dense if kind is HessianOperator else dense_ggn
-        found = [matrix(model, *batch, loss_fn=loss_fn) for batch in batches]
+        result = [matrix(model, *batch, loss_fn=loss_fn) for batch in batches]
         weights = [1.0 if chosen.get("reduction") else float(weight(b)) for b in batches]
-        whole = sum(w * m for w, m in zip(weights, found, strict=True))
+        whole = sum(w * m for w, m in zip(weights, result, strict=True))
         whole = whole / (1.0 if chosen.get("reduction") else sum(weights))
         torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-11)
 
@@ -491,7 +491,7 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
     op = EmpiricalFisherOperator(
         model, F.cross_entropy, (x, target), engine="microbatched", memory_budget=2000
     )
-    found = columns(op)
+    result = columns(op)
     assert "reduction='none'" in caplog.text
     kept = target != -100
 
@@ -506,7 +506,7 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
 
     at_x = torch.cat([p.detach().flatten() for p in model.parameters()])
     J = torch.autograd.functional.jacobian(losses, at_x)
-    torch.testing.assert_close(found, J.T @ J / 40, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result, J.T @ J / 40, rtol=0, atol=1e-12)
     caplog.clear()
     alone = partial(F.cross_entropy, reduction="none")
     op = EmpiricalFisherOperator(

@@ -54,9 +54,9 @@ def test_finite_differences_say_when_they_are_nonsense(pool: bool) -> None:
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference")
     v = torch.randn(op.shape[0])
     with pytest.warns(RuntimeWarning, match=r"off by about \d+%.*ReLU, max-pooling") as caught:
-        found = op.matvec(v)
+        result = op.matvec(v)
     exact = HessianOperator(model, nn.CrossEntropyLoss(), (x, target)).matvec(v)
-    assert (found - exact).norm() > 0.3 * exact.norm()
+    assert (result - exact).norm() > 0.3 * exact.norm()
     assert op.error is not None
     assert op.error > 0.1
     assert caught[0].filename == __file__
