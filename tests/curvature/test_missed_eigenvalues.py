@@ -126,7 +126,7 @@ def test_the_bound_goes_on_through_restarts(width: int) -> None:
             run.step(width)
         ritz = run.solve()
         assert ritz.values.max() < 1.3
-        unseen.restarted(ritz, run.starting_columns, run.rounding)
+        unseen.record_restart(ritz, run.starting_columns, run.rounding)
         run.restart(ritz, np.array([0, *range(len(ritz.values) - 4, len(ritz.values))]))
         volume = math.exp(unseen._logs[1])
         assert held**width <= volume * 1.001

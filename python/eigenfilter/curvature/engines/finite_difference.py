@@ -121,13 +121,13 @@ class FiniteDifference(VectorByVector):
     def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
         super()._first(index, batch, here, leading=leading)
         modules = [m for m in self._objective.tree.modules() if isinstance(m, nn.Embedding)]
-        known = {(id(m.weight), m.padding_idx) for m in modules}
+        module_padding = {(id(m.weight), m.padding_idx) for m in modules}
         for node in nodes([here.value]):
             if not node.name().startswith("EmbeddingBackward"):
                 continue
             weight = getattr(node.next_functions[0][0], "variable", None)
             index = node._saved_padding_idx  # of none the largest of its type
-            if index < _NO_PADDING and (id(weight), index) not in known:
+            if index < _NO_PADDING and (id(weight), index) not in module_padding:
                 raise UnusableModelError(
                     "F.embedding(padding_idx=...) gives no gradient to a row that the loss depends "
                     "on, and a finite difference would perturb it: use "

@@ -155,8 +155,8 @@ class Objective:
 
     def names(self, params: Iterable[Tensor]) -> list[str]:
         """Return the names by which `at` of `evaluate` refers to these parameters."""
-        known = {id(p): name for name, p in self.tree.named_parameters()}
-        return [known[id(p)] for p in params]
+        names_by_id = {id(p): name for name, p in self.tree.named_parameters()}
+        return [names_by_id[id(p)] for p in params]
 
     def with_dtype(self, dtype: torch.dtype) -> Objective:
         """Return an objective of copies of the modules, whose floating tensors have `dtype`.

@@ -52,10 +52,10 @@ class RitzPairs:
     excess: Floats  # [m], the error in multiples of the error allowed; 0 where it is allowed
 
     @property
-    def met(self) -> Flags:
+    def converged(self) -> Flags:
         """Whether each has converged [m]."""
-        met: Flags = self.excess == 0.0
-        return met
+        converged: Flags = self.excess == 0.0
+        return converged
 
     def __getitem__(self, indices: Indices | slice) -> RitzPairs:
         return RitzPairs(*(getattr(self, field.name)[indices] for field in fields(self)))
@@ -96,7 +96,7 @@ class ConvergenceRule:
         score = {"LA": values, "SA": -values, "LM": np.abs(values)}[self.which]
         return np.argsort(-(score + advantage), kind="stable")[:k]
 
-    def allowed(self, values: Floats) -> Floats:
+    def allowed_errors(self, values: Floats) -> Floats:
         """Return the errors allowed at `values`."""
         scale = np.maximum(np.abs(values), self.eps ** (2 / 3) * self.norm)
         allowed: Floats = np.maximum(self.tol * scale, self.rounding)
@@ -126,7 +126,7 @@ class ConvergenceRule:
         if closed:
             return RitzPairs(theta, r, errors, np.zeros_like(theta))
         if self.criterion == "value":
-            return RitzPairs(theta, r, errors, _excess(errors, self.allowed(theta)))
+            return RitzPairs(theta, r, errors, _excess(errors, self.allowed_errors(theta)))
         # Of the pairs that are not wanted only the next ones matter: intervals of others may be
         # wide.
         apart = np.abs(theta[:, None] - theta) - r
@@ -152,7 +152,7 @@ class ConvergenceRule:
         second_order = rounding**2 / self.norm
         residuals = pairs.residuals + rounding
         errors = np.minimum(pairs.errors + second_order, residuals)
-        good = second_order <= self.allowed(pairs.values)
+        good = second_order <= self.allowed_errors(pairs.values)
         return RitzPairs(pairs.values, residuals, errors, np.where(good, pairs.excess, math.inf))
 
     def steps_to_exhaust(self, values: Floats, rest: RitzPairs, n: int) -> float:
@@ -178,7 +178,7 @@ class ConvergenceRule:
         steps = 0.0
         for sign, worst in zip((-1.0, 1.0), self._worst(values), strict=True):
             top, bottom = (highest, lowest) if sign > 0 else (lowest, highest)
-            if worst is None or rest.met[top]:
+            if worst is None or rest.converged[top]:
                 continue
             behind = max(sign * (worst - float(rest.values[top])), 0.0)
             spread = sign * (worst - float(rest.values[bottom])) + float(rest.residuals[bottom])
@@ -194,8 +194,8 @@ class ConvergenceRule:
         """
         low, high = self._worst(values)
         return (
-            None if low is None else low - float(self.allowed(np.array(low))),
-            None if high is None else high + float(self.allowed(np.array(high))),
+            None if low is None else low - float(self.allowed_errors(np.array(low))),
+            None if high is None else high + float(self.allowed_errors(np.array(high))),
         )
 
     def _worst(self, values: Floats) -> tuple[float | None, float | None]:

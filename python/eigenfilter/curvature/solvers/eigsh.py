@@ -239,7 +239,7 @@ class _Search:
                 krylov.start()
             elif krylov.full:
                 if self._miss is not None:
-                    self._miss.restarted(ritz, krylov.starting_columns, krylov.rounding)
+                    self._miss.record_restart(ritz, krylov.starting_columns, krylov.rounding)
                 krylov.restart(ritz, self._restart_indices(rule, ritz, wanted))
 
     def _locked_values_move(self, rule: ConvergenceRule) -> bool:
@@ -254,7 +254,7 @@ class _Search:
         values = krylov.eigenvalues_with_locked()
         best = np.sort(values[rule.best(values, self._k)])
         locked = np.sort(self._locked.values)
-        return bool((np.abs(best - locked) > rule.allowed(locked)).any())
+        return bool((np.abs(best - locked) > rule.allowed_errors(locked)).any())
 
     def _assess(self) -> tuple[Ritz, ConvergenceRule, Indices, Flags, RitzPairs]:
         """Solve T.
@@ -398,7 +398,7 @@ class _Search:
         krylov = self._krylov
         best = best[rule.best(pairs.values[best], self._k)]
         pairs = pairs[best]
-        num_before_rounding = int(pairs.met.sum())
+        num_before_rounding = int(pairs.converged.sum())
         pairs = rule.with_rounding(pairs, krylov.rounding_residuals(ritz, best))
         vectors = krylov.vectors(ritz, best)
         values, residuals, errors = (
@@ -411,10 +411,10 @@ class _Search:
             vectors=vectors,
             residuals=residuals,
             errors=errors,
-            converged=torch.from_numpy(pairs.met).to(vectors.device),
+            converged=torch.from_numpy(pairs.converged).to(vectors.device),
             matvecs=krylov.products,
             miss_probability=self._miss_bound(ritz),
             multiplicity_matvecs=check_products if self._checking else 0,
             orthogonality=krylov.orthogonality(),
-            reason=self._reason(ritz, int(pairs.met.sum()), num_before_rounding),
+            reason=self._reason(ritz, int(pairs.converged.sum()), num_before_rounding),
         )

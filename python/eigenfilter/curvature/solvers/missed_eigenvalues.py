@@ -57,7 +57,7 @@ class MissProbability:
         self._sequences = sequences
         self._logs = [0.0, 0.0]  # log |det M| of the stretches before, at each end
 
-    def restarted(self, ritz: Ritz, starting_columns: slice, rounding: float) -> None:
+    def record_restart(self, ritz: Ritz, starting_columns: slice, rounding: float) -> None:
         """Account for a stretch that ends with a restart; arguments as in `probability`."""
         self._logs = [
             before + self._log(ritz, starting_columns, rounding, end)
