@@ -14,12 +14,8 @@ from torch import Tensor
 from eigenfilter.curvature.engines.registry import EngineInputs, register
 from eigenfilter.curvature.engines.vector_by_vector import VectorByVector, WeightedBatch
 from eigenfilter.curvature.loss.autograd_graph import reachable_leaves
-from eigenfilter.curvature.loss.batch_sources import (
-    BatchSource,
-    UnusableModelError,
-    leaves,
-    replace_floating_tensors,
-)
+from eigenfilter.curvature.loss.batch_sources import BatchSource, UnusableModelError
+from eigenfilter.curvature.loss.batch_trees import leaves, replace_floating_tensors
 from eigenfilter.curvature.loss.first_derivatives import Products, dense
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
 from eigenfilter.curvature.loss.vectors import Sums

@@ -11,12 +11,8 @@ from torch import Tensor
 
 from eigenfilter.curvature.engines.derivative_graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
-from eigenfilter.curvature.loss.batch_sources import (
-    BatchSource,
-    MicroBatches,
-    micro_batches,
-    samples_of,
-)
+from eigenfilter.curvature.loss.batch_sources import BatchSource, MicroBatches
+from eigenfilter.curvature.loss.batch_trees import micro_batches, samples_of
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
 
 _logger = logging.getLogger(__name__)

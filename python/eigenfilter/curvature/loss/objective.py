@@ -14,14 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from eigenfilter import _distributed
 from eigenfilter.curvature.loss.autograd_graph import nodes, reachable_leaves
-from eigenfilter.curvature.loss.batch_sources import (
-    BatchWeightError,
-    UnusableModelError,
+from eigenfilter.curvature.loss.batch_sources import BatchWeightError, UnusableModelError
+from eigenfilter.curvature.loss.batch_trees import (
     is_divisible,
     leaves,
     micro_batches,
@@ -30,18 +27,18 @@ from eigenfilter.curvature.loss.batch_sources import (
     to_device,
     to_dtype,
 )
+from eigenfilter.curvature.loss.contexts import (
+    FUSED_OPERATIONS,
+    differentiable_kernels,
+    no_requires_grad,
+    replay_random_numbers,
+    spared_buffers,
+)
 from eigenfilter.curvature.loss.gradient_coverage import check_gradient_coverage
 from eigenfilter.curvature.loss.weights import Weights, check_values, logging_failures
 
 _logger = logging.getLogger(__name__)
 
-# Operations that are replaced, by the names of their nodes, because torch's second derivative of
-# them is missing or wrong (that of weight_norm is not symmetric).
-_FUSED = {
-    "ScaledDotProduct": "scaled_dot_product_attention runs in its math backend",
-    "CudnnRnn": "recurrent layers run without cuDNN",
-    "WeightNormInterface": "weight_norm is written out",
-}
 
 _SEVERAL = "whose input is a tuple here. Several batches go in a list: pass list(data)."
 
@@ -89,7 +86,7 @@ class ObjectiveTraits:
     evaluated: bool = False  # whether f has been evaluated
     # Index and number of samples of the batches whose first evaluation was checked.
     checked_batches: set[tuple[int, int | None]] = field(default_factory=set)
-    fused_ops: set[str] = field(default_factory=set)  # those of `_FUSED` that f uses
+    fused_ops: set[str] = field(default_factory=set)  # those of `FUSED_OPERATIONS` that f uses
     needs_requires_grad: bool = False  # f differs, or fails, if no parameter requires grad
     by_backward: bool = False  # gradients come by backward() alone, not by torch.autograd.grad
 
@@ -233,7 +230,7 @@ class Objective:
         """
         if not (self.traits.needs_requires_grad or self.traits.by_backward):
             try:
-                with _no_requires_grad(self.tree):
+                with no_requires_grad(self.tree):
                     return _detach(self.plain(index, batch, exact=exact))
             except RuntimeError:  # autograd's; if it has another cause, it is raised again below
                 self.traits.needs_requires_grad = True
@@ -244,7 +241,7 @@ class Objective:
         if not self.watched or self.traits.needs_requires_grad:
             return  # nothing is watched in a sharded model, of which only gradients are computed
         try:
-            with warnings.catch_warnings(), _no_requires_grad(self.tree):
+            with warnings.catch_warnings(), no_requires_grad(self.tree):
                 # Reentrant checkpointing warns here, and is noticed later.
                 warnings.simplefilter("ignore")
                 frozen = _detach(self.plain(index, batch, exact=exact)).value
@@ -302,13 +299,15 @@ class Objective:
         )
 
     def _meets_fused_ops(self, roots: Sequence[Tensor]) -> bool:
-        """Record the operations of `_FUSED` in a graph; return whether any is new."""
+        """Record the operations of `FUSED_OPERATIONS` in a graph; return whether any is new."""
         names = {node.name() for node in nodes(roots)}
-        kinds = {kind for kind in _FUSED if any(name.startswith(kind) for name in names)}
+        kinds = {kind for kind in FUSED_OPERATIONS if any(name.startswith(kind) for name in names)}
         new = kinds - self.traits.fused_ops
         self.traits.fused_ops |= new
         for kind in new:
-            _logger.info("%s: its fused kernel has no right second derivative", _FUSED[kind])
+            _logger.info(
+                "%s: its fused kernel has no right second derivative", FUSED_OPERATIONS[kind]
+            )
         return bool(new)
 
     def _holders(self, batch: Any, value: Tensor) -> list[Tensor]:
@@ -342,7 +341,7 @@ class Objective:
         """Check a batch's weight against the derivative of the loss, or else f on its halves."""
         eps = _eps(self.autocast, output if isinstance(output, Tensor) else self._parameter)
         surroundings = self._surroundings(index, frozenset(self.traits.fused_ops))
-        with surroundings, _spared_buffers(self.tree), torch.enable_grad():
+        with surroundings, spared_buffers(self.tree), torch.enable_grad():
             conclusive = self._weights.check(index, batch, output, target, eps)
         if not conclusive:
             self._check_halves(index, batch, eps)
@@ -382,16 +381,16 @@ class Objective:
 
         Args:
             index: index of the batch.
-            replacements: the operations of `_FUSED` that are replaced.
+            replacements: the operations of `FUSED_OPERATIONS` that are replaced.
             train: whether the mode is "train"; by default the operator's mode.
         """
         train = self._train if train is None else train
         with ExitStack() as stack:
             stack.enter_context(self._modes(train))
-            stack.enter_context(_kernels(replacements))
+            stack.enter_context(differentiable_kernels(replacements))
             if train:
-                stack.enter_context(_spared_buffers(self.tree))
-            stack.enter_context(_replay_random_numbers(self._seed + index, self._device))
+                stack.enter_context(spared_buffers(self.tree))
+            stack.enter_context(replay_random_numbers(self._seed + index, self._device))
             yield
 
     @contextmanager
@@ -488,80 +487,5 @@ class _Tree(nn.Module):
         return run()
 
 
-class _WeightNorm(TorchFunctionMode):
-    """Replaces torch's fused weight normalization by its formula."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch._weight_norm:
-            return func(*args, **(kwargs or {}))
-
-        def formula(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-            return v * (g / torch.norm_except_dim(v, 2, dim))
-
-        return formula(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _kernels(replacements: frozenset[str]) -> Iterator[None]:
-    """Use operations that can be differentiated, and that give the same with and without gradients.
-
-    The fast path of torch's transformer layers has no derivative and skips padding.
-    """
-    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        if "CudnnRnn" in replacements:
-            torch.backends.cudnn.enabled = False
-        with ExitStack() as stack:
-            if "ScaledDotProduct" in replacements:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if "WeightNormInterface" in replacements:
-                stack.enter_context(_WeightNorm())
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        torch.backends.cudnn.enabled = cudnn
-
-
-@contextmanager
-def _no_requires_grad(tree: nn.Module) -> Iterator[None]:
-    """A context in which no parameter requires grad."""
-    trained = [p for p in tree.parameters() if p.requires_grad]
-    try:
-        for p in trained:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-
-
 def _detach(here: Evaluation) -> Evaluation:
     return here._replace(value=here.value.detach())
-
-
-@contextmanager
-def _spared_buffers(tree: nn.Module) -> Iterator[None]:
-    """A context in which modules write to copies of their buffers; graphs keep the originals."""
-    own = [(m._buffers, name, b) for m in tree.modules() for name, b in m._buffers.items()]
-    copies = {id(b): None if b is None else b.detach().clone() for _, _, b in own}
-    try:
-        for buffers, name, b in own:
-            buffers[name] = copies[id(b)]
-        yield
-    finally:
-        for buffers, name, b in own:
-            buffers[name] = b
-
-
-@contextmanager
-def _replay_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """A context with the same random numbers each time, after which generators are restored."""
-    accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(accelerators, device_type=device.type):
-        torch.default_generator.manual_seed(seed)
-        if accelerators:
-            module = torch.get_device_module(device)
-            with module.device(device):
-                module.manual_seed(seed)
-        yield

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batch_sources import can_join, leaves, replace_tensors
+from eigenfilter.curvature.loss.batch_trees import can_join, leaves, replace_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 Samples = tuple[Tensor, Any]  # output, target

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batch_sources import (
+from eigenfilter.curvature.loss.batch_trees import (
     can_join,
     clone_tensors,
     is_divisible,
