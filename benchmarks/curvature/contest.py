@@ -33,7 +33,7 @@ SOLVERS = (
 )
 U, LANCZOS, RAW = "U", "Lanczos", "its products"
 MOST_OVERHEAD = 1.15
-LIMIT = 8  # times our time without copies, after which a contender on a large problem is stopped
+LIMIT = 8  # times our time without the check, after which a contender on a large problem is stopped
 LAPS = 3  # of U there
 BASIS = 32  # vectors of its reference, of 200 MB each
 
