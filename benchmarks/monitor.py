@@ -25,7 +25,7 @@ from benchmarks.curvature.problems import Unfused
 from benchmarks.networks import LENGTH, VOCABULARY
 from benchmarks.networks import NETWORKS as LARGER
 from benchmarks.timing import Spread
-from eigenfilter.monitor import Check
+from eigenfilter.monitor import SharpnessCheck
 
 TOLERANCES = (5e-4, 1e-2)  # the default, and what tells a sharpness from an edge 5% away
 CHECKS = 2  # a run, at least
@@ -118,7 +118,7 @@ class Run:
 
     seconds: float
     steps: int
-    checks: list[list[Check]]
+    checks: list[list[SharpnessCheck]]
 
 
 def _train(task: Task, every: int, seed: int) -> Run:

@@ -78,7 +78,11 @@ def measure(n: int) -> dict[str, Any]:
     if not torch.allclose(found.values, torch.tensor(VALUES), rtol=1e-4):
         raise RuntimeError(f"wrong values {found.values.tolist()} for {VALUES}")
     cost = eigsh_cost(
-        n, K, products=found.matvecs, copy_products=found.copy_matvecs, max_basis=BASIS
+        n,
+        K,
+        products=found.matvecs,
+        multiplicity_products=found.multiplicity_matvecs,
+        max_basis=BASIS,
     )
     return {
         "n": n,

@@ -1,4 +1,4 @@
-"""What the two processes of `test_monitor_distributed.py` do; each scenario returns what it saw."""
+"""Scenarios that the two processes of `test_monitor_distributed.py` run, with their results."""
 
 from __future__ import annotations
 
@@ -73,16 +73,16 @@ SCENARIOS = {"replicas": replicas, "shards": shards}
 
 
 def main(rank: int, folder: str) -> None:
-    """Run every scenario as one of the processes; write what they found, or their traceback."""
+    """Run every scenario as one of the processes; write its result, or its traceback."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():
         try:
-            found[name] = scenario(rank, Path(folder))
+            result[name] = scenario(rank, Path(folder))
         except Exception:
-            found[name] = traceback.format_exc()
-    torch.save(found, Path(folder, f"{rank}.pt"))
+            result[name] = traceback.format_exc()
+    torch.save(result, Path(folder, f"{rank}.pt"))
     group.leave()

@@ -1,4 +1,4 @@
-"""The monitor: right at few products, logs what it sees, acts at the edge."""
+"""The monitor: accurate with few products, its logs, and its actions at the edge."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_it_follows_the_edge_when_hyperparameters_change() -> None:
 
 @pytest.mark.parametrize("cls", [ef.AdamW, torch.optim.AdamW])
 @pytest.mark.parametrize("rho", [0.0, 0.03])
-def test_adamw_is_seen_through_its_preconditioner(cls: Any, rho: float) -> None:
+def test_adamw_is_measured_in_its_preconditioned_matrix(cls: Any, rho: float) -> None:
     if rho and cls is not ef.AdamW:
         pytest.skip("torch's has no ascent")
     task = Trained()
@@ -92,7 +92,7 @@ def test_adamw_is_seen_through_its_preconditioner(cls: Any, rho: float) -> None:
     assert check.matvecs % (2 if rho else 1) == 0
 
 
-def test_where_there_is_no_filter_there_is_no_edge() -> None:
+def test_without_a_filter_there_is_no_edge() -> None:
     task = Trained()
     params = list(task.model.parameters())
     for opt in (
@@ -127,7 +127,7 @@ def test_groups_that_differ_have_an_edge_together() -> None:
     assert not monitor.check().past_edge
 
 
-def test_what_is_maximised_has_the_edge_of_its_negative() -> None:
+def test_maximizing_has_the_edge_of_the_negated_loss() -> None:
     task = Trained()
     opt = ef.USAM(task.model.parameters(), lr=0.1, rho=0.05, maximize=True)
     check = ef.SharpnessMonitor(task.op, opt, tol=1e-8).check()
@@ -180,7 +180,7 @@ def test_it_raises_rho_to_where_the_edge_is_lower(cls: Any) -> None:
     assert flt.max_eigenvalue() == pytest.approx(check.edge / 1.05)
 
 
-def test_it_calls_what_it_was_given() -> None:
+def test_it_calls_a_callable() -> None:
     seen = []
     monitor, _ = past_the_edge(seen.append)
     check = monitor.check()
@@ -216,7 +216,7 @@ def test_logs(tmp_path: Path) -> None:
     assert [step for _, _, step in writer.scalars] == [3, 3, 6, 6]
 
 
-def test_a_loaded_state_goes_on_bit_for_bit() -> None:
+def test_a_loaded_state_continues_bit_for_bit() -> None:
     task = Trained()
     opt = ef.SGD(task.model.parameters(), lr=0.1)
     first = ef.SharpnessMonitor(task.op, opt, every=3)
@@ -241,7 +241,7 @@ def test_a_loaded_state_goes_on_bit_for_bit() -> None:
 def test_a_state_of_another_model() -> None:
     task = Trained()
     monitor = ef.SharpnessMonitor(task.op, ef.SGD(task.model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="the state is of 5 parameters, the operator of 147"):
+    with pytest.raises(ValueError, match="the state is of 5 parameters, and the operator has 147"):
         monitor.load_state_dict({"steps": 1, "vector": torch.ones(5)})
 
 
@@ -256,7 +256,7 @@ def test_a_plot() -> None:
     assert len(ax.lines) == 2
 
 
-def test_a_perturbed_model_is_refused() -> None:
+def test_a_perturbed_model_raises() -> None:
     task = Trained()
     opt = ef.USAM(task.model.parameters(), lr=0.1, rho=0.05)
     task.loss(task.model(task.x), task.y).backward()
@@ -320,7 +320,7 @@ def _named(module: nn.Module) -> dict[str, nn.Parameter]:
         ),
     ],
 )
-def test_other_parameters_are_refused_at_construction(kind: Any, chosen: Any, message: str) -> None:
+def test_other_parameters_raise_at_construction(kind: Any, chosen: Any, message: str) -> None:
     task = Trained()
     opt = kind(chosen(task.model), lr=0.1)
     with pytest.raises(ValueError, match=message):
@@ -353,7 +353,7 @@ def test_neither_order_nor_frozen_parameters_matter() -> None:
     )
 
 
-def test_parameters_that_come_or_go_later_are_refused() -> None:
+def test_parameters_that_are_added_or_removed_later_raise() -> None:
     task = Trained()
     opt = ef.SGD(task.model.parameters(), lr=0.1)
     monitor = ef.SharpnessMonitor(task.op, opt)

@@ -1,4 +1,4 @@
-"""Two processes, each with its data, watch the sharpness that one process with all of it sees."""
+"""Two processes, each with its data, measure the sharpness of one process with all data."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def seen(folder: Path, scenario: str) -> Any:
-    """What both processes saw, which is the same."""
+def results(folder: Path, scenario: str) -> Any:
+    """The results of both processes, which are equal."""
     first, second = (torch.load(folder / f"{rank}.pt")[scenario] for rank in range(workers.WORLD))
     assert not isinstance(first, str), first
     assert first[0] == second[0]  # the checks
@@ -43,7 +43,7 @@ def hessian(values: list[Tensor]) -> Tensor:
 
 
 def test_under_ddp_it_sees_all_data_and_all_processes_act(folder: Path) -> None:
-    checks, values, _, lrs = seen(folder, "replicas")
+    checks, values, _, lrs = results(folder, "replicas")
     exact = torch.linalg.eigvalsh(hessian(values))[-1].item()
     assert checks[-1]["sharpness"] == pytest.approx(exact, rel=1e-6)
     assert checks[0]["sharpness"] > checks[0]["edge"]
@@ -51,7 +51,7 @@ def test_under_ddp_it_sees_all_data_and_all_processes_act(folder: Path) -> None:
 
 
 def test_under_fsdp2_it_sees_adamws_groups(folder: Path) -> None:
-    checks, values, v, _ = seen(folder, "shards")
+    checks, values, v, _ = results(folder, "shards")
     lr, (beta1, beta2) = workers.ADAMW["lr"], workers.ADAMW["betas"]
     P = torch.cat([part.reshape(-1) for part in v])
     P = (P / (1 - beta2**6)).sqrt() + workers.ADAMW["eps"]
@@ -67,6 +67,6 @@ def test_under_fsdp2_it_sees_adamws_groups(folder: Path) -> None:
 @pytest.mark.parametrize("scenario", workers.SCENARIOS)
 def test_the_first_process_writes(folder: Path, scenario: str) -> None:
     lines = (folder / f"{scenario}.jsonl").read_text().splitlines()
-    checks, *_ = seen(folder, scenario)
+    checks, *_ = results(folder, scenario)
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
     assert [json.loads(line)["sharpness"] for line in lines] == [c["sharpness"] for c in checks]

@@ -33,7 +33,7 @@ SOLVERS = (
 )
 U, LANCZOS, RAW = "U", "Lanczos", "its products"
 MOST_OVERHEAD = 1.15
-LIMIT = 8  # times our time without copies, after which a contender on a large problem is stopped
+LIMIT = 8  # times our time without the check, after which a contender on a large problem is stopped
 LAPS = 3  # of U there
 BASIS = 32  # vectors of its reference, of 200 MB each
 
@@ -130,7 +130,7 @@ def reference(problem: Problem, *, large: bool = False) -> tuple[Tensor, float |
     double = problem.double()
     op = HessianOperator(double.model, double.loss_fn, double.data)
     if large:
-        found = eigsh(op, K, tol=1e-6, max_basis=BASIS, look_for_copies=False)
+        found = eigsh(op, K, tol=1e-6, max_basis=BASIS, check_multiplicity=False)
     else:
         found = eigsh(op, K, tol=1e-10)
     if not found.converged.all():
@@ -260,14 +260,14 @@ def _entry(c: _Checked, laps: dict[str, list[Lap]], kind: str) -> Entry:
 def _overhead(problem: Problem, rounds: int) -> Spread:
     """Lanczos over as many raw products, the graphs of both ready."""
     op = HessianOperator(problem.model, problem.loss_fn, problem.batches, engine="cached_graph")
-    products = eigsh(op, K, look_for_copies=False).matvecs
+    products = eigsh(op, K, check_multiplicity=False).matvecs
     gradients = problem.gradients()
 
     def raw() -> None:
         for _ in range(products):
             product(problem, gradients, True)
 
-    lanczos = _contender(LANCZOS, lambda: eigsh(op, K, look_for_copies=False))
+    lanczos = _contender(LANCZOS, lambda: eigsh(op, K, check_multiplicity=False))
     laps = turns((lanczos, _contender(RAW, raw)), processor, rounds)
     return _ratio([a.seconds for a in laps[LANCZOS]], [b.seconds for b in laps[RAW]])
 

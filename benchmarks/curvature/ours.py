@@ -26,7 +26,7 @@ def scipy(problem: Problem, **options: Any) -> Found:
 OURS = Solver("eigenfilter", {"defaults": solve}, vectors=True)
 ALONE = Solver(
     "eigenfilter, no copies",
-    {"look_for_copies=False": functools.partial(solve, look_for_copies=False)},
+    {"check_multiplicity=False": functools.partial(solve, check_multiplicity=False)},
     vectors=True,
 )
 SCIPY = Solver(

@@ -17,9 +17,9 @@ reaches {ACCURACY:g} is timed, or else the last. Memory is the high-water mark o
 solves once, beyond the model, the data and the libraries. Everything runs on one thread, and times
 are the processor's, medians of rounds in turns: what others do on the machine hardly counts. U is
 one product by double backward, on a graph built for it. `ratio` is a contender's time over ours,
-with and without our look for copies (peers have none); in parentheses where the contender did not
-reach {ACCURACY:g}. A goal is for both. A large problem is solved once by each, in that process, and
-whoever takes more than {LIMIT} times as long as ours without the look is stopped: its figures,
+with and without our check for repeated eigenvalues (peers have none); in parentheses where it did
+not reach {ACCURACY:g}. A goal is for both. A large problem is solved once by each, in that process,
+and whoever takes more than {LIMIT} times as long as ours without the check is stopped: its figures,
 after >, are what had gone by.
 """
 COLUMNS = (

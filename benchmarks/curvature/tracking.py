@@ -20,8 +20,8 @@ TOL = 1e-3
 MOST_PRODUCTS = 3
 
 WAYS: Mapping[str, tuple[bool, dict[str, Any]]] = {
-    "cold": (False, {"look_for_copies": False}),
-    "warm": (True, {"look_for_copies": False}),
+    "cold": (False, {"check_multiplicity": False}),
+    "warm": (True, {"check_multiplicity": False}),
     "warm, defaults": (True, {}),
 }
 """Whether a check starts from the one before, and the options of `eigsh`."""

@@ -1,4 +1,4 @@
-"""The sharpness of a model while it trains, beside the edge of its optimizer's filter."""
+"""The sharpness of a model during training, compared with the edge of its optimizer's filter."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from eigenfilter import filters
-from eigenfilter.certificate.linearised import (
-    Linearised,
+from eigenfilter.certificate.linearized import (
+    Linearized,
     NoFilter,
     NoPreconditioner,
     check_parameters,
-    linearised,
+    linearized,
 )
 from eigenfilter.curvature import CurvatureOperator, eigsh
 from eigenfilter.filters import AdamW, Filter, PolynomialFilter
@@ -28,24 +28,24 @@ from eigenfilter.filters import AdamW, Filter, PolynomialFilter
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARGIN = 1.05  # how far from the sharpness an action puts the edge
+_MARGIN = 1.05  # the ratio of edge and sharpness that an action aims at
 ACTIONS = ("warn", "lower_lr", "raise_rho")
 
 
 @dataclass(frozen=True)
-class Check:
-    """One look at the sharpness.
+class SharpnessCheck:
+    """One measurement of the sharpness.
 
     Attributes:
-        step: training steps before it.
-        sharpness: the largest eigenvalue: of the Hessian, or of what takes its place for AdamW and
-            for groups that differ; see `SharpnessMonitor`.
-        residual: an eigenvalue lies within it of `sharpness`.
-        edge: the largest eigenvalue that the optimizer's filter admits, or None where there is no
-            filter: SAM, whose edge moves with the gradient's norm, AdamW before its first step,
-            optimizers and groups of which none is known.
-        matvecs: products that it took.
-        seconds: time that it took.
+        step: number of training steps before it.
+        sharpness: the largest eigenvalue of the Hessian, or of the matrix that replaces it for
+            AdamW and for groups that differ; see `SharpnessMonitor`.
+        residual: an eigenvalue lies within this distance of `sharpness`.
+        edge: the largest eigenvalue that the optimizer's filter admits. It is None if there is no
+            filter: for SAM, whose edge moves with the gradient norm, for AdamW before its first
+            step, and for other optimizers and groups without a known filter.
+        matvecs: number of products with the Hessian.
+        seconds: time in seconds.
     """
 
     step: int
@@ -57,57 +57,62 @@ class Check:
 
     @property
     def past_edge(self) -> bool:
-        """Whether an eigenvalue lies past the edge, its error counted."""
+        """Whether an eigenvalue lies past the edge, even allowing for its error."""
         return self.edge is not None and self.sharpness - self.residual > self.edge
 
 
 class Writer(Protocol):
-    """What is used of torch.utils.tensorboard.SummaryWriter."""
+    """The part of torch.utils.tensorboard.SummaryWriter that the monitor uses."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
 
 class SharpnessMonitor:
-    """Watches the sharpness of a model beside the edge that its optimizer's filter gives.
+    """Compares the sharpness of a model during training with the edge of its optimizer's filter.
 
-    Every check after the first starts from the eigenvector that the one before found, which on a
-    slowly changing model takes two or three products. The data are the operator's: a probe batch
-    that stays the same, or all of them.
-
-    For AdamW the sharpness is that of P^-1/2 H P^-1/2, P = sqrt(v / (1 - beta2^t)) + eps, and with
-    an ascent of USAM that of P^-1/2 (H + rho H^2) P^-1/2: see `filters.AdamW`. Where groups differ
-    it is that of A^1/2 (J + W) A^1/2, with an edge of 2: see docs/theory.md, 14.
-
-    Where several processes share the operator all of them check, act and call back alike, and the
-    first one writes.
+    Every check after the first starts from the previous eigenvector, so that it takes few products
+    while the model changes slowly. docs/curvature.md says how often to check, which matrix replaces
+    the Hessian for AdamW and for groups that differ, and what happens with several processes.
 
     Args:
-        op: the Hessian of the loss, in the optimizer's parameters: each that requires grad, and no
-            others.
-        optimizer: whose filter gives the edge.
-        every: training steps from one check to the next, >= 1.
-        tol: relative tolerance of the sharpness, > 0; what was missed was up to twice as much where
-            the gap to the next eigenvalue is small, so that the default is for 1e-3.
-        on_edge: what to do when a check finds the sharpness past the edge: "warn"; "lower_lr", to
-            where the edge is 5% above the sharpness; "raise_rho", to where the edge is 5% below
-            what it was, which drives the sharpness down; a callable, which gets the check; or None.
+        op: the Hessian of the loss in the optimizer's parameters, all that require grad and no
+            others. Its data may be all data, or a probe batch that stays the same.
+        optimizer: the optimizer whose filter has the edge.
+        every: number of training steps from one check to the next, >= 1.
+        tol: relative tolerance of the sharpness, > 0. Errors were up to twice as large if the gap
+            to the next eigenvalue is small, so that the default achieves 1e-3.
+        on_edge: what to do when the sharpness is past the edge. "warn" warns; "lower_lr" lowers the
+            learning rate until the edge is 5% above the sharpness; "raise_rho" raises rho until the
+            edge is 5% lower than before, which drives the sharpness down; a callable is called with
+            the check; None does nothing.
         log: file to which every check is appended as a line of JSON, or None.
-        writer: a TensorBoard SummaryWriter, which gets "sharpness" and "edge", or None.
-        callback: gets every check, or None.
-        seed: of the first start.
+        writer: TensorBoard SummaryWriter that gets "sharpness" and "edge", or None.
+        callback: function that is called with every check, or None.
+        seed: seed of the random start of the first check.
 
     Attributes:
-        history: all checks.
+        history: list of all checks.
 
     Raises:
-        ValueError: an argument is out of its range; "raise_rho" where no filter has a rho; the
-            operator and the optimizer differ in their parameters, which the message names.
+        ValueError: an argument is out of its range; "raise_rho" is requested and the filter has no
+            rho; or the operator and the optimizer have different parameters.
 
     Example:
-        >>> monitor = SharpnessMonitor(op, opt, every=100)
-        >>> for batch in loader:
-        ...     opt.step(closure)
-        ...     monitor.step()
+        >>> import eigenfilter as ef, torch
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> y = torch.zeros(2, 1, dtype=torch.float64)
+        >>> loss_fn = torch.nn.functional.mse_loss
+        >>> opt = ef.SGD(model.parameters(), lr=0.1)  # admits eigenvalues up to 2 / lr = 20
+        >>> op = ef.curvature.HessianOperator(model, loss_fn, (x, y))
+        >>> monitor = ef.SharpnessMonitor(op, opt, every=2)
+        >>> for _ in range(4):
+        ...     opt.zero_grad()
+        ...     loss_fn(model(x), y).backward()
+        ...     opt.step()
+        ...     _ = monitor.step()
+        >>> [(check.step, round(check.sharpness, 3), check.edge) for check in monitor.history]
+        [(2, 9.0, 20.0), (4, 9.0, 20.0)]
 
     Source: J. Cohen et al., 2021, arXiv 2103.00065, for sharpness in training; the edges are those
     of arXiv 2510.09034.
@@ -120,10 +125,10 @@ class SharpnessMonitor:
         every: int = 1,
         *,
         tol: float = 5e-4,
-        on_edge: str | Callable[[Check], object] | None = None,
+        on_edge: str | Callable[[SharpnessCheck], object] | None = None,
         log: str | Path | None = None,
         writer: Writer | None = None,
-        callback: Callable[[Check], object] | None = None,
+        callback: Callable[[SharpnessCheck], object] | None = None,
         seed: int = 0,
     ) -> None:
         if every < 1:
@@ -133,7 +138,7 @@ class SharpnessMonitor:
         if isinstance(on_edge, str) and on_edge not in ACTIONS:
             raise ValueError(f"on_edge must be one of {ACTIONS}, a callable or None: {on_edge!r}")
         check_parameters(op, optimizer)
-        self.history: list[Check] = []
+        self.history: list[SharpnessCheck] = []
         self._op, self._optimizer = op, optimizer
         self._every, self._tol, self._seed = every, tol, seed
         self._on_edge, self._callback, self._writer = on_edge, callback, writer
@@ -141,36 +146,38 @@ class SharpnessMonitor:
         self._steps = 0
         self._vector: Tensor | None = None
         if on_edge == "raise_rho":
-            seen = self._linearised()
-            _check_rho(None if seen is None else seen.filter)
+            linear = self._linearized()
+            _check_rho(None if linear is None else linear.filter)
 
-    def step(self) -> Check | None:
-        """Count a training step; check after every `every`-th, and return what was found."""
+    def step(self) -> SharpnessCheck | None:
+        """Count a training step; after every `every`-th one, check and return the check."""
         self._steps += 1
         return self.check() if self._steps % self._every == 0 else None
 
-    def check(self) -> Check:
+    def check(self) -> SharpnessCheck:
         """Measure the sharpness now, log it, and act if it is past the edge.
 
         Raises:
-            RuntimeError: an optimizer holds the parameters away from x; see the operator.
-            ValueError: the optimizer has come to move other parameters than the operator's.
+            RuntimeError: an optimizer holds perturbed parameters; see the operator.
+            ValueError: the optimizer has other parameters than the operator by now.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         check_parameters(self._op, self._optimizer)  # groups may have been added, or frozen
-        seen = self._linearised()
-        op = self._op if seen is None else seen.operator
-        flt = None if seen is None else seen.filter
-        products = 1 if seen is None else seen.products  # of H, in each of op
-        found = eigsh(op, 1, tol=self._tol, v0=self._vector, look_for_copies=False, seed=self._seed)
-        self._vector = found.vectors[:, 0]
-        check = Check(
+        linear = self._linearized()
+        op = self._op if linear is None else linear.operator
+        flt = None if linear is None else linear.filter
+        products = 1 if linear is None else linear.products  # with H, in one product with op
+        result = eigsh(
+            op, 1, tol=self._tol, v0=self._vector, check_multiplicity=False, seed=self._seed
+        )
+        self._vector = result.vectors[:, 0]
+        check = SharpnessCheck(
             step=self._steps,
-            sharpness=float(found.values[0]),
-            residual=float(found.residuals[0]),
+            sharpness=float(result.values[0]),
+            residual=float(result.residuals[0]),
             edge=None if flt is None else flt.max_eigenvalue(),
-            matvecs=products * found.matvecs,
-            seconds=time.perf_counter() - began,
+            matvecs=products * result.matvecs,
+            seconds=time.perf_counter() - start,
         )
         self.history.append(check)
         self._report(check)
@@ -179,23 +186,25 @@ class SharpnessMonitor:
         return check
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps counted and the last eigenvector: with them checks go on bit for bit.
+        """Return the step count and the last eigenvector, to continue checks bit for bit.
 
-        The history is not among them.
+        The history is not included.
         """
         return {"steps": self._steps, "vector": self._vector}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was called.
+        """Restore the state that `state_dict` returned.
 
         Raises:
-            ValueError: the eigenvector is that of another model.
+            ValueError: the eigenvector belongs to another model.
         """
         vector = state_dict["vector"]
         slices = self._op.slices
         length = self._op.shape[0] if slices is None else slices.length
         if vector is not None and vector.shape != (length,):
-            raise ValueError(f"the state is of {len(vector)} parameters, the operator of {length}")
+            raise ValueError(
+                f"the state is of {len(vector)} parameters, and the operator has {length}"
+            )
         self._steps = int(state_dict["steps"])
         self._vector = None if vector is None else vector.to(self._op.device, self._op.dtype)
 
@@ -214,18 +223,18 @@ class SharpnessMonitor:
         ax.legend(frameon=False)
         return ax
 
-    def _linearised(self) -> Linearised | None:
-        """What the optimizer's filter is of, and the filter; None where there is none."""
+    def _linearized(self) -> Linearized | None:
+        """Return the matrix and the filter of the optimizer; None if there is no filter."""
         try:
             filters.of(self._optimizer)
         except TypeError:
             return None
         try:
-            return linearised(self._op, self._optimizer)
+            return linearized(self._op, self._optimizer)
         except (NoFilter, NoPreconditioner):
             return None
 
-    def _report(self, check: Check) -> None:
+    def _report(self, check: SharpnessCheck) -> None:
         if self._log is not None and self._op.leads:
             with self._log.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(check)) + "\n")
@@ -236,7 +245,7 @@ class SharpnessMonitor:
         if self._callback is not None:
             self._callback(check)
 
-    def _act(self, check: Check, flt: Filter) -> None:
+    def _act(self, check: SharpnessCheck, flt: Filter) -> None:
         assert check.edge is not None
         if self._on_edge == "warn":
             warnings.warn(
@@ -266,7 +275,7 @@ def _check_rho(flt: Filter | None) -> None:
 
 
 def _lr_factor(flt: Filter, edge: float) -> float:
-    """What lr has to be multiplied with for the filter to end at `edge`."""
+    """Return the factor of the learning rate with which the filter ends at `edge`."""
     if isinstance(flt, PolynomialFilter):
         present = float(flt.p(flt.max_eigenvalue())) + flt.weight_decay
         return present / (float(flt.p(edge)) + flt.weight_decay)
@@ -276,7 +285,7 @@ def _lr_factor(flt: Filter, edge: float) -> float:
 
 
 def _rho_for(flt: Filter, edge: float) -> float:
-    """The rho with which the filter ends at `edge`, below where it does."""
+    """Return the rho with which the filter ends at `edge`, which is below its present end."""
     low = float(flt.rho)  # type: ignore[attr-defined]
 
     def end(rho: float) -> float:

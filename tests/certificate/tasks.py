@@ -1,4 +1,4 @@
-"""What certificates are tested on, and how."""
+"""Small problems for the tests of certificates."""
 
 from __future__ import annotations
 

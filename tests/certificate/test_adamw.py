@@ -25,11 +25,13 @@ def test_adamw_by_its_preconditioned_matrix(cls: Any) -> None:
     exact = torch.linalg.eigvalsh(task.dense() / P.sqrt() / P.sqrt()[:, None])
     for lr, verdict in ((1.1, "outside"), (1.0, "at the edge"), (0.8, "inside")):
         opt.param_groups[0]["lr"] = lr * filters.AdamW(1.0, 0.8).max_eigenvalue() / exact[-1].item()
-        found = task.certify(opt, equilibrium_tol=1e9)
-        assert found.upper is not None
-        assert found.upper.verdict == verdict
-        assert found.sharpness == pytest.approx(exact[-1].item(), rel=1e-6)
-        assert found.bottom.value - found.bottom.reach <= exact[0].item() + found.upper.tolerance
+        result = task.certify(opt, equilibrium_tol=1e9)
+        assert result.upper is not None
+        assert result.upper.verdict == verdict
+        assert result.sharpness == pytest.approx(exact[-1].item(), rel=1e-6)
+        assert (
+            result.bottom.value - result.bottom.margin <= exact[0].item() + result.upper.tolerance
+        )
 
 
 @pytest.mark.parametrize(
@@ -50,17 +52,17 @@ def test_adamw_after_an_ascent(method: str, words: str, taken: Any) -> None:
         task.model.parameters(), lr=1e-2, betas=(0.8, 0.95), eps=1e-4, method=method, rho=0.03
     )
     task.step(opt, 30)
-    found = task.certify(opt, equilibrium_tol=1e9)
-    assert words in found.matrix
+    result = task.certify(opt, equilibrium_tol=1e9)
+    assert words in result.matrix
     H = task.dense()
     state = [opt.state[p] for p in task.model.parameters()]
     corrected = [s["exp_avg_sq"].flatten() / (1 - 0.95 ** float(s["step"])) for s in state]
     P = torch.cat(corrected).sqrt() + 1e-4
     J = taken(H) / P.sqrt() / P.sqrt()[:, None]
-    assert found.sharpness == pytest.approx(torch.linalg.eigvalsh(J)[-1].item(), rel=1e-6)
+    assert result.sharpness == pytest.approx(torch.linalg.eigvalsh(J)[-1].item(), rel=1e-6)
 
 
-def test_adamw_without_its_state_is_refused() -> None:
+def test_adamw_without_its_state_raises() -> None:
     task = Network()
     with pytest.raises(ValueError, match="load its state"):
         task.certify(ef.AdamW(task.model.parameters()))

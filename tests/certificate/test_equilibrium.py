@@ -1,4 +1,4 @@
-"""How far from an equilibrium: the direction is the optimizer's own."""
+"""The distance from an equilibrium, by the optimizer's own direction."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from quadratics import Quadratic
 def test_a_point_that_is_no_equilibrium() -> None:
     task = Quadratic(spectrum(0.1, 5))
     task.move(0.1)
-    found = certify(task, SGD(task.parameters()))
-    assert found.verdict == "not an equilibrium"
+    result = certify(task, SGD(task.parameters()))
+    assert result.verdict == "not an equilibrium"
     with torch.no_grad():
         away = task.H @ task(None)
         x = torch.cat(list(task.x))
-    assert found.gradient_norm == pytest.approx(float(away.norm()))
-    assert found.direction_norm == pytest.approx(float(away.norm()))
-    assert found.distance == pytest.approx(float(away.norm() / (5 * x.norm())), rel=1e-2)
-    assert found.distance <= float(task(None).detach().norm() / x.norm()) * 1.01
+    assert result.gradient_norm == pytest.approx(float(away.norm()))
+    assert result.direction_norm == pytest.approx(float(away.norm()))
+    assert result.distance == pytest.approx(float(away.norm() / (5 * x.norm())), rel=1e-2)
+    assert result.distance <= float(task(None).detach().norm() / x.norm()) * 1.01
     loose = certify(task, SGD(task.parameters()), equilibrium_tol=1.0)
     assert loose.verdict == "inside"
 
 
 METHODS: dict[str, Build] = {
     "sgd": lambda p: ef.SGD(p, lr=0.1, weight_decay=0.3),
-    "maximised": lambda p: ef.USAM(p, lr=0.1, rho=0.07, weight_decay=0.3, maximize=True),
+    "maximized": lambda p: ef.USAM(p, lr=0.1, rho=0.07, weight_decay=0.3, maximize=True),
     "usam": lambda p: ef.USAM(p, lr=0.1, rho=0.07, weight_decay=0.3),
     "sam": lambda p: ef.SAM(p, lr=0.1, rho=0.07),
     "asam": lambda p: ef.SAM(p, lr=0.1, rho=0.07, adaptive=True),
     "sequential": lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=0.07),
     "anchored": lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=0.07, ascent="anchored", maximize=True),
     "hessian": lambda p: ef.HessianUSAM(p, lr=0.1, rho=0.07, hvp="autograd"),
-    "hessian, maximised": lambda p: ef.HessianUSAM(
+    "hessian, maximized": lambda p: ef.HessianUSAM(
         p, lr=0.1, rho=0.07, hvp="autograd", maximize=True
     ),
 }
@@ -51,10 +51,10 @@ def test_the_direction_is_the_optimizers_own(name: str, groups: bool) -> None:
     opt = METHODS[name]([{"params": [first]}, {"params": rest}] if groups else [first, *rest])
     if groups and "rho" in opt.param_groups[0]:
         opt.param_groups[0]["rho"] = 0.0
-    found = direction(task.op, opt).vector
+    result = direction(task.op, opt).vector
     before = task.point()
     task.step(opt)
-    assert torch.allclose((before - task.point()) / 0.1, found, rtol=1e-6, atol=1e-9)
+    assert torch.allclose((before - task.point()) / 0.1, result, rtol=1e-6, atol=1e-9)
 
 
 def test_adamws_direction_vanishes_where_it_stays() -> None:
@@ -62,10 +62,10 @@ def test_adamws_direction_vanishes_where_it_stays() -> None:
     opt = ef.AdamW(task.model.parameters(), lr=1e-2, betas=(0.0, 0.5), weight_decay=0.2, eps=0.1)
     task.step(opt, 3)
     before = task.point()
-    found = direction(task.op, opt).vector
+    result = direction(task.op, opt).vector
     opt.param_groups[0]["betas"] = (0.0, 1.0 - 1e-12)  # keeps v where it is
     scale = 1 - 0.5 ** float(opt.state[opt.param_groups[0]["params"][0]]["step"])
     v = torch.cat([opt.state[p]["exp_avg_sq"].reshape(-1) for p in task.model.parameters()])
     P = (v / scale).sqrt() + 0.1
     g = task.op.gradient()
-    assert torch.allclose(found, g + 0.2 * P * before)
+    assert torch.allclose(result, g + 0.2 * P * before)

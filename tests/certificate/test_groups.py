@@ -1,4 +1,4 @@
-"""Groups that differ: by the matrix they compose to, and by what they do."""
+"""Groups that differ: the composed matrix, and simulated steps."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Case:
     jacobian: Callable[[Tensor, Tensor], Tensor] = lambda H, R: H + H @ R @ H
 
     def vector(self, of: Callable[[dict[str, Any]], float]) -> Tensor:
-        """A number of each group, for each of its parameters."""
+        """Return each group's value for each of its parameters."""
         values = [of(self.shared | group) for group in self.groups]
         each = zip(PIECES, values, strict=True)
         return torch.cat([torch.full((m,), float(v), dtype=torch.float64) for m, v in each])
@@ -68,7 +68,7 @@ def hessian(H: Tensor, R: Tensor) -> Tensor:
 
 
 def rate(group: dict[str, Any]) -> float:
-    """Of gradient descent with the same edge."""
+    """Return the learning rate of gradient descent with the same edge."""
     lr, beta = group["lr"], group.get("momentum", 0.0)
     if group.get("nesterov"):
         return lr * (1 + 2 * beta) / (1 + beta)
@@ -101,7 +101,7 @@ SGD: dict[str, Case] = {
 
 
 def scaled_to(target: float, largest: Callable[[float], float]) -> float:
-    """Where an increasing function is that much."""
+    """Return where an increasing function has this value."""
     low, high = 0.0, 1e3
     for _ in range(80):
         middle = 0.5 * (low + high)
@@ -110,7 +110,7 @@ def scaled_to(target: float, largest: Callable[[float], float]) -> float:
 
 
 def settle(task: Quadratic, J: Tensor, W: Tensor) -> None:
-    """Put x to the equilibrium, (J + W) x = J 1."""
+    """Set x to the equilibrium, (J + W) x = J 1."""
     rest = torch.linalg.solve(J + W, J.sum(1))
     with torch.no_grad():
         for p, piece in zip(task.x, rest.split(PIECES), strict=True):
@@ -118,7 +118,7 @@ def settle(task: Quadratic, J: Tensor, W: Tensor) -> None:
 
 
 def growth(task: Quadratic, opt: Any, steps: int) -> float:
-    """How much further from where it is x gets, from a little beside it."""
+    """Return how much a small perturbation of x grows."""
     here = torch.cat([p.detach().clone() for p in task.x])
     task.move(1e-6)
     task.train_with(opt, steps)
@@ -127,8 +127,8 @@ def growth(task: Quadratic, opt: Any, steps: int) -> float:
 
 @pytest.mark.parametrize("ratio", [0.85, 1.15], ids=["inside", "outside"])
 @pytest.mark.parametrize("name", SGD)
-def test_several_groups_by_their_matrix_and_by_what_they_do(name: str, ratio: float) -> None:
-    """A Hessian scaled so that the largest eigenvalue of the step is that part of the edge."""
+def test_several_groups_by_their_matrix_and_by_simulation(name: str, ratio: float) -> None:
+    """Scale a Hessian so that the largest eigenvalue of the step is this part of the edge."""
     case, H = SGD[name], coupled()
     root = case.vector(rate).sqrt()
 
@@ -139,10 +139,10 @@ def test_several_groups_by_their_matrix_and_by_what_they_do(name: str, ratio: fl
     task = Quadratic(scaled_to(2 * ratio, largest) * H, PIECES)
     opt = case.optimizer(task)
     settle(task, case.jacobian(task.H, case.rho), case.decay.diag())
-    found = certify(task, opt)
-    assert found.sharpness == pytest.approx(2 * ratio, rel=1e-6)
-    assert found.edge == 2.0
-    assert found.verdict == ("inside" if ratio < 1 else "outside")
+    result = certify(task, opt)
+    assert result.sharpness == pytest.approx(2 * ratio, rel=1e-6)
+    assert result.edge == 2.0
+    assert result.verdict == ("inside" if ratio < 1 else "outside")
     assert (growth(task, opt, 200) < 1.0) == (ratio < 1)
 
 
@@ -212,17 +212,17 @@ def test_adamws_groups_at_the_upper_edge(name: str, ratio: float) -> None:
 
     task = Quadratic(scaled_to(2 * ratio, largest) * H, PIECES)
     opt = arrived(case, task, P)
-    found = certify(task, opt)
-    assert found.sharpness == pytest.approx(2 * ratio, rel=1e-6)
-    assert found.edge == 2.0
-    assert found.verdict == ("inside" if ratio < 1 else "outside")
+    result = certify(task, opt)
+    assert result.sharpness == pytest.approx(2 * ratio, rel=1e-6)
+    assert result.edge == 2.0
+    assert result.verdict == ("inside" if ratio < 1 else "outside")
     # For longer what has grown is found in v, and brings x back.
     assert (growth(task, opt, 80) < 1.0) == (ratio < 1)
 
 
 @pytest.mark.parametrize("least", [-0.008, 0.008], ids=["outside", "inside"])
 def test_adamws_groups_at_the_saddle_side(least: float) -> None:
-    """Decay that holds a negative curvature, or just does not: by J + P W, whatever beta1 is."""
+    """Weight decay that just holds a negative curvature or does not, by J + P W, for any beta1."""
     first, second = {"betas": (0.3, 0.9), "lr": 0.1}, {"betas": (0.8, 0.99), "lr": 0.3}
     H, P = coupled() - 0.5 * torch.eye(sum(PIECES), dtype=torch.float64), preconditioner()
     rates = torch.tensor([0.1 * 0.7 / 1.3] * 6 + [0.3 * 0.2 / 1.8] * 5, dtype=torch.float64)
@@ -236,11 +236,11 @@ def test_adamws_groups_at_the_saddle_side(least: float) -> None:
     groups = [first | {"weight_decay": decay}, second | {"weight_decay": 3 * decay}]
     task = Quadratic(H, PIECES)
     opt = arrived(Case(ef.AdamW, groups, {}), task, P)
-    found = certify(task, opt, saddle_tol=0.0)
-    assert found.bottom.value == pytest.approx(least, rel=1e-6)
-    assert found.upper is not None
-    assert found.upper.verdict == "inside"
-    assert found.verdict == ("inside" if least > 0 else "outside")
+    result = certify(task, opt, saddle_tol=0.0)
+    assert result.bottom.value == pytest.approx(least, rel=1e-6)
+    assert result.upper is not None
+    assert result.upper.verdict == "inside"
+    assert result.verdict == ("inside" if least > 0 else "outside")
     assert (growth(task, opt, 500) < 1.0) == (least > 0)
 
 
@@ -267,8 +267,8 @@ def test_groups_in_words() -> None:
 )
 def test_groups_that_do_not_compose_are_undecided(build: Any, says: str) -> None:
     task = Quadratic(spectrum(0.1, 5), [20, 30])
-    found = certify(task, build(*[[p] for p in task.x]))
-    assert found.verdict == "undecided"
-    assert found.upper is None
-    assert says in found.needed[0]
-    assert found.sharpness == pytest.approx(5.0, rel=1e-3)
+    result = certify(task, build(*[[p] for p in task.x]))
+    assert result.verdict == "undecided"
+    assert result.upper is None
+    assert says in result.needed[0]
+    assert result.sharpness == pytest.approx(5.0, rel=1e-3)

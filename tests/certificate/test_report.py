@@ -1,4 +1,4 @@
-"""What certify gives, leaves alone and refuses."""
+"""The report of certify, its side effects and its errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from certificate.tasks import SGD, USAM, Network, certify, spectrum
 from quadratics import Quadratic
 
 
-def test_the_model_is_left_as_it_is() -> None:
+def test_the_model_does_not_change() -> None:
     task = Network()
     opt = ef.HessianUSAM(task.model.parameters(), lr=0.1, rho=0.01, momentum=0.5)
     task.step(opt, 3)
@@ -38,22 +38,22 @@ def test_the_model_is_left_as_it_is() -> None:
 def test_parameters_outside_the_optimizer_do_not_count() -> None:
     task = Network()
     opt = ef.SGD(task.model[2].parameters(), lr=0.1)
-    found = task.certify(opt, equilibrium_tol=1e9)
-    assert found.parameters == 12
+    result = task.certify(opt, equilibrium_tol=1e9)
+    assert result.parameters == 12
     H = task.dense()[-12:, -12:]
-    assert found.sharpness == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-6)
+    assert result.sharpness == pytest.approx(torch.linalg.eigvalsh(H)[-1].item(), rel=1e-6)
 
 
 def test_text_and_json() -> None:
     task = Quadratic(spectrum(0.1, 5, -22))
-    found = certify(task, USAM(task.parameters()))
-    text = str(found)
+    result = certify(task, USAM(task.parameters()))
+    text = str(result)
     assert text.splitlines()[0].split() == ["verdict", "inside"]
     assert "[-27.3205, -20] and [0, 7.32051]" in text
-    read = json.loads(found.to_json())
-    assert read == found.to_dict()
+    read = json.loads(result.to_json())
+    assert read == result.to_dict()
     assert read["saddle"]["verdict"] == "inside"
-    assert read["matvecs"] == found.matvecs
+    assert read["matvecs"] == result.matvecs
     nothing = certify(task, ef.SGD(task.parameters(), lr=0.0))
     assert json.loads(nothing.to_json())["edge"] is None
 
@@ -86,7 +86,7 @@ def test_optimizers_without_a_filter() -> None:
         certify(task, SGD([nn.Parameter(torch.ones(3, dtype=torch.float64))]))
 
 
-def test_a_perturbed_model_is_refused() -> None:
+def test_a_perturbed_model_raises() -> None:
     task = Network()
     opt = ef.USAM(task.model.parameters(), lr=0.1, rho=0.05)
     task.closure(opt)

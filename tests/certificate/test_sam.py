@@ -14,16 +14,16 @@ def test_sams_edge_is_that_of_the_gradient_there() -> None:
     task = Quadratic(spectrum(0.1, 5))
     task.move(0.1)
     opt = ef.SAM(task.parameters(), lr=0.2, rho=0.1)
-    found = certify(task, opt, equilibrium_tol=1e9)
-    flt = filters.SAM(0.2, rho=0.1, grad_norm=found.gradient_norm)
-    assert found.edge == pytest.approx(flt.max_eigenvalue())
-    assert any("moves with it" in note for note in found.notes)
+    result = certify(task, opt, equilibrium_tol=1e9)
+    flt = filters.SAM(0.2, rho=0.1, grad_norm=result.gradient_norm)
+    assert result.edge == pytest.approx(flt.max_eigenvalue())
+    assert any("moves with it" in note for note in result.notes)
     given = certify(task, opt, equilibrium_tol=1e9, grad_norm=3.0)
     assert given.edge == pytest.approx(filters.SAM(0.2, rho=0.1, grad_norm=3.0).max_eigenvalue())
 
 
 def test_sam_at_a_gradient_of_zero_is_undecided() -> None:
     task = Quadratic(spectrum(0.1, 5))
-    found = certify(task, ef.SAM(task.parameters(), lr=0.2, rho=0.1))
-    assert found.verdict == "undecided"
-    assert "grad_norm" in found.needed[0]
+    result = certify(task, ef.SAM(task.parameters(), lr=0.2, rho=0.1))
+    assert result.verdict == "undecided"
+    assert "grad_norm" in result.needed[0]

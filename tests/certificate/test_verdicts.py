@@ -1,4 +1,4 @@
-"""Verdicts: right where the spectrum is known, and honest where it is not."""
+"""Verdicts: right where the spectrum is known, and undecided where evidence is missing."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def test_verdicts_where_the_spectrum_is_known(
         with torch.no_grad():  # (H + wd) x = H 1
             decayed = eigenvalues / (eigenvalues + opt.param_groups[0]["weight_decay"])
             task.x[0].copy_(decayed)
-    found = certify(task, opt)
-    assert found.upper is not None
-    assert found.saddle is not None
-    assert (found.upper.verdict, found.saddle.verdict) == (upper, saddle)
-    assert found.verdict == verdict
-    assert found.needed == ()
+    result = certify(task, opt)
+    assert result.upper is not None
+    assert result.saddle is not None
+    assert (result.upper.verdict, result.saddle.verdict) == (upper, saddle)
+    assert result.verdict == verdict
+    assert result.needed == ()
     sign = -1 if opt.param_groups[0].get("maximize") else 1
     exact = (sign * eigenvalues).max().item()
-    assert found.sharpness - 1e-9 <= exact <= found.sharpness + found.sharpness_error
-    assert found.sharpness_error < 0.02 * found.bottom.value + 0.02 * 30 + 6
+    assert result.sharpness - 1e-9 <= exact <= result.sharpness + result.sharpness_error
+    assert result.sharpness_error < 0.02 * result.bottom.value + 0.02 * 30 + 6
 
 
-def test_undecided_says_what_would_decide() -> None:
+def test_undecided_names_the_evidence_needed() -> None:
     task = Quadratic(torch.linspace(0, 9.4, 400, dtype=torch.float64))
     opt = ef.SGD(task.parameters(), lr=0.2)
     few = certify(task, opt, max_matvecs=4)
@@ -101,7 +101,7 @@ def test_the_saddle_tolerance_is_the_callers() -> None:
 
 
 def test_a_start_of_its_own() -> None:
-    """Two certificates without a seed start differently; with the same seed alike."""
+    """Two certificates without a seed have different starts; with a seed the same."""
     task = Quadratic(torch.linspace(0, 9.4, 300, dtype=torch.float64))
     opt = SGD(task.parameters())
     runs = [ef.certify(task, task.loss, task.data, opt, max_matvecs=5) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Dense symmetric matrices as operators, and what a solver should find of them."""
+"""Dense symmetric matrices as operators, and the results that solvers should return for them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DenseOperator:
 
 
 class OneSlice:
-    """A slice that is all there is, by the way that slices go; counts sums over the others."""
+    """A single slice that is the whole vector; counts the sums over slices."""
 
     number, count = 0, 1
 
@@ -44,7 +44,7 @@ class OneSlice:
 
 
 class Diagonal:
-    """A diagonal matrix as an operator, on slices if some are given."""
+    """A diagonal matrix as an operator, on slices if `slices` is passed."""
 
     device = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def operator(spectrum: Tensor, dtype: torch.dtype = torch.float64, seed: int = 5
 
 
 def wanted(spectrum: Tensor, k: int, which: str) -> Tensor:
-    """Return what eigsh should find, in its order, from the spectrum alone."""
+    """Return the values that eigsh should return, in its order, from the spectrum."""
     rising = spectrum.double().sort().values
     if which == "LA":
         return rising.flip(0)[:k]
@@ -90,7 +90,7 @@ def decaying(n: int) -> Tensor:
 
 
 def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float) -> None:
-    """Values, vectors and evidence of a result that claims to have converged."""
+    """Check values, vectors and evidence of a result that claims to have converged."""
     rounding = 40 * torch.finfo(op.dtype).eps * float(torch.linalg.matrix_norm(op.matrix, 2))
     matrix, vectors = op.matrix.double(), result.vectors.double()
     values, residuals = result.values.double(), result.residuals.double()
@@ -106,4 +106,4 @@ def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float) 
     assert (vectors.T @ vectors - torch.eye(k)).abs().max() < unit
     assert result.orthogonality < unit
     assert result.matvecs == op.count
-    assert 0 <= result.copy_matvecs < result.matvecs
+    assert 0 <= result.multiplicity_matvecs < result.matvecs

@@ -23,7 +23,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class Partial(nn.Module):
-    """One layer frozen, one unused, one used twice; batch normalisation and dropout."""
+    """One layer frozen, one unused, one used twice; batch normalization and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Partial(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A block over whole numbers; what embeds a token also reads it out."""
+    """A transformer block over tokens with tied embedding and output weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def dense_ggn(
     loss_fn: Loss = nn.functional.cross_entropy,
     mode: str = "eval",
 ) -> Tensor:
-    """Return J^T H_L J [n, n], from J and H_L themselves."""
+    """Return J^T H_L J [n, n], from dense J and H_L."""
     output, flat = _as_function(model, x, names, mode)
     z = output(flat).detach()
     J = jacobian(output, flat).reshape(z.numel(), len(flat))

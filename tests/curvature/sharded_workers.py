@@ -1,4 +1,4 @@
-"""What the processes of `test_sharded.py` do; each scenario returns what it found."""
+"""Scenarios that the processes of `test_sharded.py` run; each returns its results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ N = 130
 
 
 def network() -> nn.Sequential:
-    """Five rows and one row: with four processes the last one holds nothing."""
+    """Layers of five rows and one row: with four processes the last one has no rows."""
     torch.manual_seed(41)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
 
@@ -50,7 +50,7 @@ def vectors() -> Tensor:
 
 
 def cut(V: Tensor, rank: int, size: int) -> Tensor:
-    """The slice of V [n, ...] that FSDP2 gives a process: the rows that it holds of each tensor."""
+    """Return a process's slice of V [n, ...] under FSDP2: its rows of each tensor."""
     shapes = [p.shape for p in network().parameters()]
     own = []
     for piece, shape in zip(V.split([shape.numel() for shape in shapes]), shapes, strict=True):
@@ -76,7 +76,7 @@ def hessian(rank: int, size: int, model: nn.Module, **options: Any) -> HessianOp
 
 
 class Slices:
-    """A vector cut unevenly: the last process holds nothing."""
+    """Uneven slices of a vector; the last process has none of it."""
 
     def __init__(self, rank: int, size: int) -> None:
         ends = [N * r * r // (size - 1) ** 2 for r in range(size)] + [N]
@@ -90,7 +90,7 @@ class Slices:
 
 
 class CutOperator:
-    """A dense matrix, of which every process multiplies its rows."""
+    """A dense matrix whose rows are divided among processes."""
 
     dtype, device = torch.float64, torch.device("cpu")
     shape = (N, N)
@@ -114,14 +114,14 @@ class CutOperator:
 
 def pairs(rank: int, size: int) -> dict[str, tuple[Tensor, ...]]:
     op = CutOperator(rank, size)
-    found = {}
+    result = {}
     for which, block_size in (("LA", 1), ("BE", 3)):
         r = curvature.eigsh(op, 6, which, tol=1e-13, block_size=block_size, max_basis=24)
-        again = curvature.eigsh(op, 6, which, tol=1e-13, v0=r, look_for_copies=False)
-        found[which] = r.values, r.vectors, r.residuals, r.converged, again.values
+        again = curvature.eigsh(op, 6, which, tol=1e-13, v0=r, check_multiplicity=False)
+        result[which] = r.values, r.vectors, r.residuals, r.converged, again.values
         assert r.orthogonality < 1e-13
-        assert again.matvecs < r.matvecs - r.copy_matvecs
-    return found
+        assert again.matvecs < r.matvecs - r.multiplicity_matvecs
+    return result
 
 
 def estimates(rank: int, size: int) -> dict[str, Any]:
@@ -139,21 +139,21 @@ def estimates(rank: int, size: int) -> dict[str, Any]:
 
 def products(rank: int, size: int) -> dict[str, Tensor]:
     V = cut(vectors(), rank, size)
-    found = {}
+    result = {}
     for name, options in {"default": {}, "gathered": {"reshard_after_forward": False}}.items():
         model = sharded(size, **options)
         if name == "gathered":
             model.set_reshard_after_backward(False)
             model(samples()[0])  # and what that gathered is stale after a move
         op = hessian(rank, size, model)
-        found[name] = op.matmat(V)
+        result[name] = op.matmat(V)
         if name == "gathered":
             model(samples()[0])
-        found[name + " again"] = op.matmat(V)
+        result[name + " again"] = op.matmat(V)
     model = sharded(size)
     op = hessian(rank, size, model, params=model[0].parameters(), reduction="sum")
-    found["part"] = op.matmat(V[: op.slices.length])
-    return found
+    result["part"] = op.matmat(V[: op.slices.length])
+    return result
 
 
 def loaders(rank: int, size: int) -> Tensor:
@@ -182,7 +182,7 @@ def replicas(rank: int, size: int) -> Tensor:
 
 
 def follows(rank: int, size: int) -> tuple[Tensor, Tensor, bool]:
-    """Parameters that one process holds change; gradients are left alone."""
+    """Parameters of one process change; gradients do not."""
     model = sharded(size)
     op = hessian(rank, size, model)
     V = cut(vectors(), rank, size)
@@ -231,16 +231,16 @@ SCENARIOS = {
 
 
 def main(rank: int, folder: str, size: int) -> None:
-    """Run every scenario as one of the processes; write what they found, or their traceback."""
+    """Run every scenario as one of the processes; write its result, or its traceback."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():
         try:
-            found[name] = scenario(rank, size)
+            result[name] = scenario(rank, size)
         except Exception:
-            found[name] = traceback.format_exc()
-    torch.save(found, Path(folder, f"{rank}.pt"))
+            result[name] = traceback.format_exc()
+    torch.save(result, Path(folder, f"{rank}.pt"))
     group.leave()

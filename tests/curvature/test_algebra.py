@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from curvature.networks import OPERATORS, columns, make
-from eigenfilter.curvature import CurvatureOperator, HessianOperator, algebra, eigsh
+from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
 from eigenfilter.curvature.engines import NAMES
+from eigenfilter.curvature.operators import algebra
 
 
 @pytest.mark.parametrize("engine", ["auto", "cached_graph", "finite_difference"])
@@ -22,8 +23,8 @@ def test_matrix_notation(kind: type[CurvatureOperator], engine: str) -> None:
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
     v, V = torch.randn(39, dtype=torch.float64), torch.randn(39, 3, dtype=torch.float64)
 
-    def same(found: Tensor, right: Tensor) -> None:
-        torch.testing.assert_close(found, right, rtol=0, atol=1e-6)
+    def same(result: Tensor, right: Tensor) -> None:
+        torch.testing.assert_close(result, right, rtol=0, atol=1e-6)
 
     same(op @ v, expected @ v)
     same(v @ op, v @ expected)
@@ -37,7 +38,7 @@ def test_matrix_notation(kind: type[CurvatureOperator], engine: str) -> None:
     assert torch.equal(dense, dense.T)
 
 
-def test_other_arrays_are_told_what_to_do() -> None:
+def test_other_arrays_raise_with_a_remedy() -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
     v = torch.ones(39, dtype=torch.float64).numpy()
@@ -89,7 +90,7 @@ def test_a_model_that_changes_between_columns() -> None:
 )
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 def test_a_model_in_half_precision(engine: str, half: torch.dtype, name: str) -> None:
-    """The curvature of a float32 or float64 model with the same numbers, data too."""
+    """Check against a float32 or float64 model with the same parameters and data."""
     model, x, target = make(name, torch.float32)
     model.to(half)
     data = (x.to(half) if x.is_floating_point() else x, target)
@@ -104,10 +105,10 @@ def test_a_model_in_half_precision(engine: str, half: torch.dtype, name: str) ->
             op = kind(model, nn.CrossEntropyLoss(), data, engine=engine, dtype=dtype)
             if engine == "finite_difference":
                 rtol = 0.05 if dtype == torch.float32 else 1e-6
-            found = columns(op)
-            assert op.dtype == found.dtype == dtype
+            result = columns(op)
+            assert op.dtype == result.dtype == dtype
             scale = float(expected.abs().max())
-            torch.testing.assert_close(found.double(), expected, rtol=0, atol=rtol * scale)
+            torch.testing.assert_close(result.double(), expected, rtol=0, atol=rtol * scale)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(value.dtype == state[key].dtype for key, value in model.state_dict().items())
 
@@ -164,8 +165,8 @@ def test_mixed_dtypes_and_other_layouts() -> None:
     torch.testing.assert_close(op.to_dense(), expected, rtol=0, atol=1e-12)
 
 
-def test_a_loss_that_holds_the_model_itself_is_refused() -> None:
-    """A copy is differentiated, of which it knows nothing."""
+def test_a_loss_that_holds_the_model_itself_raises() -> None:
+    """The copy is differentiated, and the loss refers to the original."""
     model, x, target = make(dtype=torch.bfloat16)
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ def refused() -> list[tuple[dict[str, Any], str]]:
 
 
 @pytest.mark.parametrize(("changed", "message"), refused())
-def test_half_precision_says_its_way_out(changed: dict[str, Any], message: str) -> None:
+def test_half_precision_raises_with_a_remedy(changed: dict[str, Any], message: str) -> None:
     model, x, target = make(dtype=torch.bfloat16)
     given = {"model": model, "loss_fn": nn.CrossEntropyLoss(), "data": (x, target), **changed}
     with pytest.raises(ValueError, match=message):

@@ -15,7 +15,7 @@ spectra = st.lists(st.integers(-6, 6), min_size=1, max_size=24)
 @settings(max_examples=150, deadline=None)
 @given(spectra, st.data())
 def test_any_spectrum(integers: list[int], data: st.DataObject) -> None:
-    """Small spectra full of multiplicities, every end, any k, any block."""
+    """Small spectra with many repeated eigenvalues, every end, any k, any block size."""
     spectrum = torch.tensor(integers, dtype=torch.float64)
     k = data.draw(st.integers(1, len(integers)))
     which = data.draw(st.sampled_from(["LA", "SA", "LM", "BE"]))

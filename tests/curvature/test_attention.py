@@ -48,7 +48,7 @@ class MultiHead(nn.Module):
 
 
 class Padded(nn.Module):
-    """An encoder some of whose positions are padding, which its fast path would leave out."""
+    """An encoder with padding, which torch's fast path would skip."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def in_math(kind: type[CurvatureOperator], *given: Any, mode: str = "eval") -> T
 @pytest.mark.parametrize("name", BODIES)
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> None:
-    """An engine is right or says so: forward mode does not draw every dropout mask again."""
+    """An engine is right or raises: forward mode does not repeat every dropout mask."""
     model, x, target = make(name)
     recomputed = isinstance(model.get_submodule("body"), Recomputed)
     given = copy.deepcopy(model)
@@ -130,7 +130,7 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
         op = kind(model, nn.CrossEntropyLoss(), (x, target), mode=mode, engine=engine)
         atol = float(expected.abs().max()) * (1e-6 if engine == "finite_difference" else 1e-11)
         try:
-            found = columns(op)
+            result = columns(op)
         except RuntimeError as error:
             if "engine='cached_graph'" not in " ".join(
                 [str(error), *getattr(error, "__notes__", [])]
@@ -138,7 +138,7 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
                 raise
             refused.append(engine)
             continue
-        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+        torch.testing.assert_close(result, expected, rtol=0, atol=atol)
         assert op.engine in (engine, "cached_graph", "vmap")
     masks = mode == "train" and ("encoder" in name or name == "padded")
     assert set(refused) <= {"forward_over_reverse"}
@@ -183,7 +183,7 @@ def test_the_settings_of_the_caller_come_back() -> None:
 
 @pytest.mark.parametrize("engine", [n for n in [*NAMES, "auto"] if n != "microbatched"])
 def test_attention_in_the_loss(engine: str) -> None:
-    """Of a GGN matrix the loss alone is differentiated twice."""
+    """For a GGN matrix only the loss is differentiated twice."""
     model, x, _ = make("plain")
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
@@ -240,18 +240,18 @@ def test_a_language_model(mode: str, reentrant: bool | None) -> None:
         forward=forward,
         mode=mode,
     )
-    found = columns(op)
+    result = columns(op)
     exact = op.engine != "finite_difference"
     assert exact == (reentrant is not True or mode == "eval")  # checkpointing is for training
     scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=scale * (1e-11 if exact else 1e-6))
+    torch.testing.assert_close(result, expected, rtol=0, atol=scale * (1e-11 if exact else 1e-6))
 
 
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("dim", [0, 1, None])
-def test_weight_normalisation(dim: int | None, kind: type[CurvatureOperator], engine: str) -> None:
-    """torch's second derivative of its kernel is wrong: it is not even symmetric."""
+def test_weight_normalization(dim: int | None, kind: type[CurvatureOperator], engine: str) -> None:
+    """The second derivative of torch's kernel is wrong: it is not even symmetric."""
 
     class Written(nn.Module):
         def __init__(self) -> None:

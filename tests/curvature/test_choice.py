@@ -1,4 +1,4 @@
-"""Which engine "auto" takes, and what memory graphs are thought to take."""
+"""The choice of engine="auto", and the estimated memory of graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGGER = "eigenfilter.curvature.engines.choice"
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float]) -> None:
-    """Let the trials take these seconds, in their order: one vector, build, batched, forward."""
+    """Make the trials take these seconds: one vector, build, batched, forward."""
     given = iter(times)
 
     def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -98,8 +98,10 @@ def test_the_choice_is_made_and_logged_once(caplog: pytest.LogCaptureFixture) ->
     assert second.startswith("products with 1 vectors: engine 'cached_graph' (its graphs")
 
 
-def test_what_cannot_be_vectorized_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    """Its backward looks at numbers, which a vectorized one does not have."""
+def test_models_that_vmap_does_not_support_use_another_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its backward reads values, which a vectorized one does not have."""
 
     class Choosing(torch.autograd.Function):
         @staticmethod
@@ -118,7 +120,7 @@ def test_what_cannot_be_vectorized_is_not(caplog: pytest.LogCaptureFixture) -> N
         model, lambda z, t: nn.functional.cross_entropy(Choosing.apply(z), t), (x, target)
     )
     with caplog.at_level(logging.INFO, LOGGER):
-        found = columns(op)
+        result = columns(op)
     assert op.engine == "cached_graph"
     asked = HessianOperator(
         model,
@@ -134,13 +136,13 @@ def test_what_cannot_be_vectorized_is_not(caplog: pytest.LogCaptureFixture) -> N
     smooth = HessianOperator(
         model, lambda z, t: nn.functional.cross_entropy(torch.tanh(z), t), (x, target)
     )
-    torch.testing.assert_close(found, columns(smooth), rtol=0, atol=1e-13)
+    torch.testing.assert_close(result, columns(smooth), rtol=0, atol=1e-13)
 
 
 def test_the_warnings_of_a_model_are_its_own(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They refuse no engine, and reach the caller."""
+    """They exclude no engine, and reach the caller."""
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         warnings.warn("the loss is deprecated", UserWarning, stacklevel=1)
@@ -157,7 +159,7 @@ def test_the_warnings_of_a_model_are_its_own(
 
 
 def test_the_bytes_of_a_graph() -> None:
-    """What operations saved, each storage once, without the weights and the data."""
+    """The tensors that operations saved, each storage once, without weights and data."""
     weight = torch.randn(10, 10, requires_grad=True)
     x = torch.randn(50, 10)
     hidden = torch.tanh(x @ weight)

@@ -1,4 +1,4 @@
-"""What `eigsh_cost` foretells, beside what `eigsh` does."""
+"""The predictions of `eigsh_cost` against the counts of `eigsh`."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_passes_over_the_basis(
     d = torch.linspace(0, 1, n)
     d[:12] = decaying(n)[:12].abs()
     op = operator(decaying(n), torch.float32) if max_basis else Diagonal(d)
-    found = eigsh(op, k, max_basis=max_basis, basis_dtype=torch.float16 if rounded else None)
+    result = eigsh(op, k, max_basis=max_basis, basis_dtype=torch.float16 if rounded else None)
     cost = eigsh_cost(
         n,
         k,
-        products=found.matvecs,
-        copy_products=found.copy_matvecs,
+        products=result.matvecs,
+        multiplicity_products=result.multiplicity_matvecs,
         max_basis=max_basis,
         basis_itemsize=2 if rounded else None,
     )
-    assert cost.products == found.matvecs
+    assert cost.products == result.matvecs
     assert spent / n == pytest.approx(cost.flops / n, rel=0.35)
     assert spent < cost.flops
 
@@ -49,24 +49,24 @@ def test_passes_over_the_basis(
     ("n", "k", "max_basis"), [(400, 2, 10), (400, 3, 9), (400, 10, None), (2000, 6, 11)]
 )
 def test_sums_over_processes(n: int, k: int, max_basis: int | None, copies: bool) -> None:
-    """All of them; in float16 within a tenth, for it depends on how often T is looked at."""
+    """Exact; within a tenth in float16, where it depends on how often T is solved."""
     d = torch.linspace(0, 1, n)
     d[:12] = decaying(n)[:12].abs()
     for dtype, least in ((None, 1.0), (torch.float16, 0.9)):
         slices = OneSlice(n)
         op = Diagonal(d, slices)
-        found = eigsh(op, k, max_basis=max_basis, look_for_copies=copies, basis_dtype=dtype)
+        result = eigsh(op, k, max_basis=max_basis, check_multiplicity=copies, basis_dtype=dtype)
         cost = eigsh_cost(
             n,
             k,
-            products=found.matvecs,
-            copy_products=found.copy_matvecs,
+            products=result.matvecs,
+            multiplicity_products=result.multiplicity_matvecs,
             max_basis=max_basis,
             basis_itemsize=dtype and dtype.itemsize,
             processes=2,
         )
-        assert found.converged.all()
-        assert (found.copy_matvecs > 0) == copies
+        assert result.converged.all()
+        assert (result.multiplicity_matvecs > 0) == copies
         assert least * cost.reductions <= slices.sums <= cost.reductions
 
 
@@ -93,7 +93,7 @@ def test_a_longer_basis_restarts_less() -> None:
         ({"k": 0}, "must be >= 1"),
         ({"processes": 0}, "must be >= 1"),
         ({"basis_itemsize": 0}, "must be >= 1"),
-        ({"products": 3}, "products >= copy_products"),
+        ({"products": 3}, "products >= multiplicity_products"),
         ({"max_basis": 7}, "max_basis must be at least"),
     ],
 )

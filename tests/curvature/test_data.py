@@ -1,4 +1,4 @@
-"""Batches of a loader: weighed by samples, read in the same order, or refused."""
+"""Batches of a loader: weights by samples, the same order in each pass, or an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENGINES = ["cached_graph", "per_pass_graph", "microbatched"]
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
-    """Inputs with noise that torch's generator, or Python's, draws anew."""
+    """Inputs with new noise from torch's generator, or from Python's, each time."""
 
     def __init__(self, x: Tensor, target: Tensor, generator: str) -> None:
         self.x, self.target, self.generator = x, target, generator
@@ -32,7 +32,7 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Stream(IterableDataset[tuple[Tensor, Tensor]]):
-    """Samples one by one, a given number of them in each pass."""
+    """Single samples, a given number in each pass."""
 
     def __init__(self, x: Tensor, target: Tensor, counts: list[int]) -> None:
         self.x, self.target, self.counts = x, target, iter(counts)
@@ -71,15 +71,15 @@ def test_a_loader_with_a_small_last_batch(kind: type[CurvatureOperator], engine:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_shuffled_loader_is_replayed(engine: str) -> None:
-    """Also where the last batch is dropped, so that the order matters; training goes on as ever."""
+    """Also with drop_last, where the order matters; the global generator is restored."""
     model, x, target = make()
     data = DataLoader(TensorDataset(x, target), batch_size=9, shuffle=True, drop_last=True)
     op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine, memory_budget=20_000)
     before = torch.get_rng_state()
-    found = columns(op)
+    result = columns(op)
     eigsh(op, 3)
     torch.manual_seed(123)
-    assert torch.equal(columns(op), found)
+    assert torch.equal(columns(op), result)
     torch.set_rng_state(before)
     columns(op)
     assert torch.equal(torch.get_rng_state(), before)
@@ -89,7 +89,7 @@ def test_a_shuffled_loader_is_replayed(engine: str) -> None:
         torch.manual_seed(0)
         labels = torch.cat([batch[1] for batch in data])
     assert len(kept) == 36
-    torch.testing.assert_close(found, dense(model, kept, labels), rtol=0, atol=1e-13)
+    torch.testing.assert_close(result, dense(model, kept, labels), rtol=0, atol=1e-13)
 
 
 def test_another_seed_is_another_order() -> None:
@@ -109,7 +109,7 @@ def test_augmentation_by_torchs_generator_is_replayed() -> None:
 
 
 @pytest.mark.parametrize("engine", ["per_pass_graph", "microbatched", "forward_over_reverse"])
-def test_a_loader_with_its_own_order_is_refused(engine: str) -> None:
+def test_a_loader_with_its_own_order_raises(engine: str) -> None:
     model, x, target = make()
     data = DataLoader(
         TensorDataset(x, target), batch_size=9, shuffle=True, generator=torch.Generator()
@@ -156,7 +156,7 @@ def test_graphs_are_kept_as_far_as_the_budget_goes() -> None:
     assert counts[2] == 0
 
 
-def test_augmentation_by_another_generator_is_refused() -> None:
+def test_augmentation_by_another_generator_raises() -> None:
     model, x, target = make()
     data = DataLoader(Noisy(x, target, "python"), batch_size=15)
     op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="per_pass_graph")
@@ -170,7 +170,7 @@ def test_augmentation_by_another_generator_is_refused() -> None:
 
 
 @pytest.mark.parametrize("counts", [[40, 36], [36, 40], [40, 37]])
-def test_a_pass_of_another_length_is_refused(counts: list[int]) -> None:
+def test_a_pass_of_another_length_raises(counts: list[int]) -> None:
     model, x, target = make()
     data = DataLoader(Stream(x, target, counts), batch_size=4)
     op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine="per_pass_graph")
@@ -212,7 +212,7 @@ def test_batches_that_cannot_be_split() -> None:
         columns(op)
 
 
-def test_data_that_are_given_otherwise_name_a_way_out() -> None:
+def test_data_in_other_forms_raise_with_a_remedy() -> None:
     model, x, target = make()
     loss = nn.CrossEntropyLoss()
     with pytest.raises(TypeError, match=r"pass a batch as the tuple \(x, y\)"):
@@ -231,7 +231,7 @@ def test_data_that_are_given_otherwise_name_a_way_out() -> None:
     torch.testing.assert_close(columns(op), dense(model, x, target), rtol=0, atol=1e-12)
 
 
-def test_an_operator_in_inference_mode_is_refused_and_keeps_its_engine() -> None:
+def test_an_operator_in_inference_mode_raises_and_keeps_its_engine() -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
     v = torch.ones(39, dtype=torch.float64)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from curvature.dense import DenseOperator, operator
 from eigenfilter import curvature
-from eigenfilter.curvature.solvers.batched_lanczos import Lockstep
+from eigenfilter.curvature.solvers.batched_lanczos import BatchedLanczos
 from eigenfilter.curvature.solvers.estimates import _t_quantile
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 
 def hessian_like(n: int = 600) -> Tensor:
@@ -24,7 +24,7 @@ def hessian_like(n: int = 600) -> Tensor:
 
 
 def wasserstein(density: curvature.SpectralDensity, values: Tensor) -> float:
-    """The mean distance by which mass has to be moved from one spectrum to the other."""
+    """Return the Wasserstein distance of two spectra."""
     at, mass = density.measure()
     return stats.wasserstein_distance(
         at.numpy(), values.numpy(), u_weights=mass.clamp_min(0).numpy()
@@ -50,8 +50,8 @@ def test_deflation_halves_the_distance_at_least() -> None:
     plain, deflated = [], []
     for seed in range(5):
         plain.append(wasserstein(curvature.spectral_density(op, 4, 20, seed=seed), values))
-        found = curvature.spectral_density(op, 4, 20, deflate=top, seed=seed)
-        deflated.append(wasserstein(found, values))
+        result = curvature.spectral_density(op, 4, 20, deflate=top, seed=seed)
+        deflated.append(wasserstein(result, values))
     assert sum(deflated) < 0.5 * sum(plain)
 
 
@@ -88,7 +88,7 @@ def test_moments_lie_in_their_confidence_intervals() -> None:
 
 
 def test_all_of_a_small_space_is_exact() -> None:
-    """Probes end when they have seen all there is: three distinct eigenvalues in three steps."""
+    """Probes end after as many steps as there are distinct eigenvalues, three."""
     values = torch.tensor([1.0, 1.0, 2.0, 5.0, 5.0], dtype=torch.float64)
     density = curvature.spectral_density(operator(values), 2, 5)
     at, mass = density.measure()
@@ -102,20 +102,20 @@ def test_all_of_a_small_space_is_exact() -> None:
 
 
 def test_deflated_probes_are_right_on_average_in_a_small_space() -> None:
-    """Where what is left of a vector of signs would not be."""
+    """Vectors of signs would be biased after deflation."""
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 55.0], dtype=torch.float64)
     op = operator(values)
     top = curvature.eigsh(op, 1, tol=1e-12)
-    found = curvature.spectral_density(op, 4000, 1, deflate=top).trace
-    assert abs(float(found) - 86) < 4 * found.standard_error < 1.5
+    result = curvature.spectral_density(op, 4000, 1, deflate=top).trace
+    assert abs(float(result) - 86) < 4 * result.standard_error < 1.5
 
 
 def test_the_recurrence_is_that_of_exact_arithmetic() -> None:
-    """Its coefficients in float32 against those in float64, from the same starts and products."""
+    """Compare coefficients in float32 and float64, from the same starts and products."""
     op = operator(hessian_like(), torch.float32, seed=600)
     matrix, starts = op.matrix.double(), torch.randn(3, 600, dtype=torch.float64)
     q = starts / starts.norm(dim=1, keepdim=True)
-    run = Lockstep(Space(op), q.float(), torch.empty(0, 600))
+    run = BatchedLanczos(VectorOps(op), q.float(), torch.empty(0, 600))
     before, beta = torch.zeros_like(q), torch.zeros(3, 1, dtype=torch.float64)
     for _ in range(6):
         alpha, length = run.step(op.matmat(run.q.T).T.contiguous())
@@ -132,11 +132,13 @@ def test_the_recurrence_is_that_of_exact_arithmetic() -> None:
 
 
 def test_a_recurrence_that_ends_is_zero_from_then_on() -> None:
-    """An eigenvector, between two starts that go on."""
+    """One start is an eigenvector; the other two continue."""
     values = torch.arange(1.0, 7.0, dtype=torch.float64)
     op, starts = DenseOperator(values.diag()), torch.ones(3, 6, dtype=torch.float64)
     starts[1] = torch.eye(6)[3]
-    run = Lockstep(Space(op), starts / starts.norm(dim=1, keepdim=True), torch.empty(0, 6))
+    run = BatchedLanczos(
+        VectorOps(op), starts / starts.norm(dim=1, keepdim=True), torch.empty(0, 6)
+    )
     for j in range(3):
         alpha, beta = run.step(op.matmat(run.q.T).T.contiguous())
         assert alpha[1] == (4 if j == 0 else 0)
@@ -145,7 +147,7 @@ def test_a_recurrence_that_ends_is_zero_from_then_on() -> None:
 
 
 def test_products_are_only_read() -> None:
-    """An operator may return what it was given, or memory of its own."""
+    """An operator may return its argument, or memory of its own."""
     identity = DenseOperator(torch.eye(50))
     identity.matmat = lambda V: V  # type: ignore[method-assign]
     at, mass = curvature.spectral_density(identity, 2, 3).measure()
@@ -158,9 +160,9 @@ def test_probes_are_kept_apart_from_what_is_deflated() -> None:
     top = curvature.eigsh(op, 5, tol=1e-10)
     known = top.vectors.T.contiguous()
     q = torch.randn(3, 200, dtype=torch.float64)
-    space = Space(op)
-    space.project_out(q, known)
-    run = Lockstep(space, q / q.norm(dim=1, keepdim=True), known)
+    ops = VectorOps(op)
+    ops.project_out(q, known)
+    run = BatchedLanczos(ops, q / q.norm(dim=1, keepdim=True), known)
     for _ in range(30):
         run.step(op.matmat(run.q.T).T.contiguous())
         assert (run.q @ known.T).abs().max() < 1e-13
@@ -171,8 +173,8 @@ def test_an_orthonormal_basis_of_rows_that_depend_on_each_other(rows: int) -> No
     made = torch.randn(rows, 100, dtype=torch.float64)
     made[1] = 0
     made[rows - 1] = made[0]
-    space = Space(DenseOperator(torch.eye(100, dtype=torch.float64)))
-    basis = space.orthonormal(made, torch.Generator().manual_seed(0))
+    ops = VectorOps(DenseOperator(torch.eye(100, dtype=torch.float64)))
+    basis = ops.orthonormal(made, torch.Generator().manual_seed(0))
     assert (basis @ basis.T - torch.eye(rows)).abs().max() < 1e-13
     assert (made - made @ basis.T @ basis).abs().max() < 1e-12
 
@@ -197,16 +199,16 @@ def test_the_trace() -> None:
 
 def test_the_trace_of_a_small_space_is_exact() -> None:
     values = torch.tensor([1.0, -3.0, 7.0], dtype=torch.float64)
-    found = curvature.trace(operator(values), 12)
-    assert float(found) == pytest.approx(5, abs=1e-12)
-    assert found.standard_error == 0
-    assert found.interval() == (found.value, found.value)
+    result = curvature.trace(operator(values), 12)
+    assert float(result) == pytest.approx(5, abs=1e-12)
+    assert result.standard_error == 0
+    assert result.interval() == (result.value, result.value)
 
 
 def test_the_diagonal() -> None:
     op = operator(hessian_like(100))
-    found = curvature.diagonal(op, 400)
-    z = (found.value - op.matrix.diagonal()) / found.standard_error
+    result = curvature.diagonal(op, 400)
+    z = (result.value - op.matrix.diagonal()) / result.standard_error
     assert z.abs().max() < 5
     assert 0.7 < z.std() < 1.3
     assert curvature.diagonal(op, 1).standard_error.isnan().all()
@@ -214,23 +216,23 @@ def test_the_diagonal() -> None:
 
 def test_the_diagonal_of_a_diagonal_is_exact() -> None:
     values = torch.linspace(-1, 3, 10, dtype=torch.float64)
-    found = curvature.diagonal(DenseOperator(values.diag()), 2)
-    torch.testing.assert_close(found.value, values)
+    result = curvature.diagonal(DenseOperator(values.diag()), 2)
+    torch.testing.assert_close(result.value, values)
 
 
 def test_the_log_determinant() -> None:
     values = torch.linspace(0.1, 8, 300, dtype=torch.float64)
     op = operator(values)
-    found = curvature.log_determinant(op, damping=0.5, probes=10, steps=40)
+    result = curvature.log_determinant(op, damping=0.5, probes=10, steps=40)
     exact = (values + 0.5).log().sum()
-    assert abs(float(found) - exact) < 4 * found.standard_error
-    assert found.standard_error < 0.02 * abs(exact)
+    assert abs(float(result) - exact) < 4 * result.standard_error
+    assert result.standard_error < 0.02 * abs(exact)
     top = curvature.eigsh(op, 10, tol=1e-8)
     deflated = curvature.log_determinant(op, 0.5, 10, 40, deflate=top)
     assert abs(float(deflated) - exact) < 4 * deflated.standard_error
 
 
-def test_a_log_of_what_is_not_positive_is_refused() -> None:
+def test_the_log_of_a_negative_value_raises() -> None:
     op = operator(hessian_like(100))
     with pytest.raises(ValueError, match="raise damping above"):
         curvature.log_determinant(op, damping=1e-3)
@@ -249,7 +251,7 @@ def test_a_log_of_what_is_not_positive_is_refused() -> None:
         ),
     ],
 )
-def test_bad_arguments_are_refused(call: object) -> None:
+def test_bad_arguments_raise(call: object) -> None:
     with pytest.raises(ValueError, match=r"must be|pass the result"):
         call(operator(hessian_like(50)))  # type: ignore[operator]
 
@@ -262,27 +264,27 @@ ESTIMATES = [
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
-def test_products_that_are_not_finite_are_refused(estimate: object) -> None:
+def test_products_that_are_not_finite_raise(estimate: object) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         estimate(DenseOperator(torch.full((40, 40), torch.nan)))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
-def test_operators_in_half_precision_are_refused(estimate: object) -> None:
+def test_operators_in_half_precision_raise(estimate: object) -> None:
     with pytest.raises(ValueError, match="float32 or float64"):
         estimate(DenseOperator(torch.ones(40, 40, dtype=torch.bfloat16)))  # type: ignore[operator]
 
 
 def test_the_error_of_the_diagonal_is_right_beside_large_elements() -> None:
-    """The mean square less the square of the mean would lose it."""
+    """The mean square minus the squared mean would lose it to rounding."""
     matrix = torch.full((3, 3), 1e-3, dtype=torch.float64)
     matrix += torch.diag(torch.full((3,), 1e6, dtype=torch.float64))
-    found = curvature.diagonal(DenseOperator(matrix), 1000)
+    result = curvature.diagonal(DenseOperator(matrix), 1000)
     expected = 1e-3 * (2 / 1000) ** 0.5
-    assert (found.standard_error / expected - 1).abs().max() < 0.1
+    assert (result.standard_error / expected - 1).abs().max() < 0.1
 
 
-def test_the_global_generator_is_left_alone() -> None:
+def test_the_global_generator_is_not_used() -> None:
     state = torch.get_rng_state()
     op = operator(hessian_like(50))
     first, again = (curvature.spectral_density(op, 3, 5, seed=4).nodes for _ in range(2))

@@ -30,7 +30,7 @@ class Square(torch.autograd.Function):
 
 
 class MarkedSquare(Square):
-    """The same, and says so."""
+    """The same, marked `once_differentiable`."""
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -63,7 +63,7 @@ class DualSquare(torch.autograd.Function):
 @pytest.mark.parametrize("square", [Square, MarkedSquare])
 @pytest.mark.parametrize("where", ["first", "middle", "branch", "last"])
 def test_a_missing_second_derivative_is_named(square: type[Square], where: str) -> None:
-    """torch itself is silent about these: the share of the operation would just be missing."""
+    """Torch does not raise for these: the operation's contribution would be missing."""
 
     class Bent(nn.Module):
         def __init__(self) -> None:
@@ -122,7 +122,7 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def test_a_missing_forward_derivative_is_named() -> None:
-    """Distances have a second derivative by double backward, and only so."""
+    """Distances have a second derivative only by double backward."""
     model, x, target = make()
     centres = torch.randn(3, 3, dtype=torch.float64)
 
@@ -137,9 +137,9 @@ def test_a_missing_forward_derivative_is_named() -> None:
     with pytest.raises(NotImplementedError, match="cdist") as raised:
         op.matvec(v)
     assert "use engine='cached_graph'" in raised.value.__notes__[0]
-    found = HessianOperator(model, loss_fn, (x, target), engine="cached_graph").matvec(v)
+    result = HessianOperator(model, loss_fn, (x, target), engine="cached_graph").matvec(v)
     expected = dense(model, x, target, loss_fn=written_out) @ v
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
 def test_a_loss_without_a_graph_raises() -> None:
@@ -150,7 +150,7 @@ def test_a_loss_without_a_graph_raises() -> None:
 
 
 @pytest.mark.parametrize("used", ["linearly", "through sign", "not at all"])
-def test_no_curvature_at_all(used: str) -> None:
+def test_a_linear_loss_has_no_curvature(used: str) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -178,8 +178,8 @@ def test_a_parameter_used_linearly_has_zero_rows() -> None:
 
     model, x, target = make()
     op = HessianOperator(model, mean, (x, target))
-    found = columns(op)
+    result = columns(op)
     expected = dense(model, x, target, loss_fn=mean)
-    assert not found[-3:].any()
-    assert found.abs().max() > 1e-2
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    assert not result[-3:].any()
+    assert result.abs().max() > 1e-2
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-13)

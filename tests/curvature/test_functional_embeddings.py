@@ -1,4 +1,4 @@
-"""Embeddings by the function: padding is as torch's gradient has it, and rows are not rewritten."""
+"""Embeddings by the function: padding as in torch's gradient, and no rows rewritten."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Words(nn.Module):
 
 
 class Module(nn.Module):
-    """The same by the module."""
+    """The same with the module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_padding_by_the_function_is_that_of_the_module(engine: str) -> None:
     assert not own[3:6].any()
 
 
-def test_a_finite_difference_would_move_the_padding() -> None:
+def test_a_finite_difference_would_perturb_the_padding() -> None:
     with pytest.raises(RuntimeError, match=r"use nn\.Embedding\(padding_idx=\.\.\.\), whose row"):
         operator(Words(padded), engine="finite_difference").matvec(torch.ones(23).double())
     module = operator(Module(), engine="finite_difference")
@@ -81,7 +81,7 @@ def clamped(x: Tensor, table: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("look_up", [renormalized, bag, clamped])
 @pytest.mark.parametrize("engine", ["auto", "per_pass_graph", "finite_difference"])
-def test_a_forward_pass_that_writes_to_parameters_is_refused(
+def test_a_forward_pass_that_writes_to_parameters_raises(
     engine: str, look_up: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     with pytest.raises(RuntimeError, match=r"writes to the parameter .*table, so that x"):

@@ -1,4 +1,4 @@
-"""The decomposition H Q = Q T + P B, however it grew."""
+"""The decomposition H Q = Q T + P B after steps, restarts and locking."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur, Ritz
 
 def grown(op: DenseOperator, steps: int, rows: int, width: int) -> KrylovSchur:
     run = KrylovSchur(op, rows, width, seed=3)
-    run.begin()
+    run.start()
     for _ in range(steps):
         run.step(width)
     return run
@@ -25,7 +25,7 @@ class RitzTensors(NamedTuple):
     values: Tensor
     vectors: Tensor
     residuals: Tensor
-    lost: Tensor
+    residual_slack: Tensor
     coupling: Tensor
 
 
@@ -34,12 +34,12 @@ def tensors(ritz: Ritz) -> RitzTensors:
 
 
 def check_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
-    """Columns are orthonormal, and what H Q S - Q S Theta leaves is what B says, along P."""
+    """Check that columns are orthonormal, and that H Q S - Q S Theta lies along P, as B says."""
     ritz = tensors(of)
     scale = 40 * torch.finfo(op.dtype).eps
     basis = run.basis.rows[: run.end].double()
     assert (basis @ basis.T - torch.eye(run.end)).abs().max() < scale
-    q, p = basis[run.locked : run.size].T, basis[run.size :].T
+    q, p = basis[run.num_locked : run.size].T, basis[run.size :].T
     pairs = q @ ritz.vectors
     left = op.matrix.double() @ pairs - pairs * ritz.values
     norm = 31
@@ -50,19 +50,17 @@ def check_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 2, 3])
-def test_the_identity_holds_as_it_grows_and_through_restarts(
-    dtype: torch.dtype, width: int
-) -> None:
+def test_the_decomposition_holds_through_steps_and_restarts(dtype: torch.dtype, width: int) -> None:
     op = operator(decaying(200), dtype)
     run = grown(op, 8, 8 * width, width)
     for _ in range(4):
-        ritz = run.collect()
+        ritz = run.solve()
         check_identity(op, run, ritz)
         assert (run.size, run.end) == (8 * width, 9 * width)
         assert run.full
         kept = np.array([0, 2, 5, len(ritz.values) - 1])
         run.restart(ritz, kept)
-        after = run.collect()
+        after = run.solve()
         check_identity(op, run, after)
         np.testing.assert_allclose(after.values, ritz.values[kept], atol=1e-7)
         np.testing.assert_allclose(after.residuals, ritz.residuals[kept], atol=1e-7)
@@ -76,60 +74,60 @@ def test_the_identity_holds_as_it_grows_and_through_restarts(
 def test_t_is_tridiagonal_before_a_restart_and_banded_for_blocks() -> None:
     for width in (1, 3):
         run = grown(operator(decaying(200)), 6, 40, width)
-        ritz = tensors(run.collect())
+        ritz = tensors(run.solve())
         t = ritz.vectors * ritz.values @ ritz.vectors.T
         assert (t - t.tril(width).triu(-width)).abs().max() < 1e-12
         assert t.diagonal(width).abs().min() > 0.1
 
 
-def test_locked_vectors_stay_out_of_it_until_unlocked() -> None:
+def test_locked_vectors_take_no_part_until_unlocked() -> None:
     op = operator(decaying(200))
     run = grown(op, 12, 30, 1)
-    ritz = run.collect()
+    ritz = run.solve()
     kept = np.array([9, 2])
     expected = run.vectors(ritz, kept)
     residuals = ritz.residuals[kept]
     run.lock(ritz, kept)
     torch.testing.assert_close(run.basis.rows[:2].T, expected)
-    assert (run.locked, run.size, run.end) == (2, 2, 2)
-    run.begin()
+    assert (run.num_locked, run.size, run.end) == (2, 2, 2)
+    run.start()
     for _ in range(5):
         run.step(1)
-    pairs = run.vectors(run.collect(), np.arange(2, 7))
-    ritz = tensors(run.collect())
+    pairs = run.vectors(run.solve(), np.arange(2, 7))
+    ritz = tensors(run.solve())
     assert (expected.T @ pairs).abs().max() < 1e-13
     left = op.matrix @ pairs - pairs * ritz.values
     outside = (left - expected @ (expected.T @ left)).norm(dim=0)
     assert (left.norm(dim=0) - outside).max() > 1e-4
     torch.testing.assert_close(ritz.residuals, outside, rtol=1e-10, atol=0)
     run.unlock(residuals)
-    ritz = tensors(run.collect())
+    ritz = tensors(run.solve())
     q = run.basis.rows[:7].T
     torch.testing.assert_close(ritz.values, torch.linalg.eigvalsh(q.T @ op.matrix @ q))
-    pairs = run.vectors(run.collect(), np.arange(7))
+    pairs = run.vectors(run.solve(), np.arange(7))
     measured = (op.matrix @ pairs - pairs * ritz.values).norm(dim=0)
     assert (measured <= ritz.residuals * (1 + 1e-12)).all()
-    assert (measured >= ritz.residuals - 2 * ritz.lost - 1e-12).all()
+    assert (measured >= ritz.residuals - 2 * ritz.residual_slack - 1e-12).all()
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_what_follows_an_invariant_subspace_is_cut_off(width: int) -> None:
+def test_the_basis_ends_with_an_invariant_subspace(width: int) -> None:
     run = grown(operator(torch.tensor([5.0] * 3 + [1.0] * 20)), 3, 30, width)
-    ritz = run.collect()
+    ritz = run.solve()
     assert run.products == 3 * width
     if width == 2:  # only one of the two that wait is rounding
         assert (run.size, run.end) == (3, 4)
         run.step(2)
-        ritz = run.collect()
+        ritz = run.solve()
     assert run.closed
     assert run.size == 2 * width
     np.testing.assert_allclose(ritz.values, [1.0] * width + [5.0] * width, rtol=1e-7)
 
 
-def test_a_start_is_near_the_one_given() -> None:
+def test_a_start_is_near_v0() -> None:
     run = KrylovSchur(operator(decaying(50)), 10, 2, seed=1)
     starts: Tensor = torch.eye(50, dtype=torch.float64)[:2] * torch.tensor([[3.0], [1e-3]])
-    run.begin(starts)
+    run.start(starts)
     cosines = (run.basis.rows[:2] * starts).sum(1) / starts.norm(dim=1)
     assert (cosines > 0.98).all()
     assert (cosines < 0.9999).all()

@@ -1,4 +1,4 @@
-"""eigsh against dense eigendecompositions, and the traps of invariance and multiplicity."""
+"""eigsh against dense eigendecompositions, with invariant subspaces and multiplicities."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_agrees_with_the_spectrum_and_stops_by_itself(
     op = operator(spectrum, dtype)
     result = eigsh(op, k, which, tol=1e-3, criterion=criterion, max_basis=160)
     check(op, result, wanted(spectrum, k, which), 1e-3)
-    assert result.matvecs - result.copy_matvecs < 150
+    assert result.matvecs - result.multiplicity_matvecs < 150
     assert result.reason == f"{k} pairs converged"
     vectors = result.vectors.double()
     measured = (op.matrix.double() @ vectors - vectors * result.values).norm(dim=0)
@@ -39,13 +39,13 @@ def test_agrees_with_the_spectrum_and_stops_by_itself(
 @pytest.mark.parametrize("max_basis", [14, 18, None])
 @pytest.mark.parametrize(("k", "which"), [(10, "LA"), (8, "LM"), (6, "BE")])
 def test_restarts(max_basis: int | None, k: int, which: str) -> None:
-    """More products than columns of the basis, and the same answer."""
+    """More products than columns of the basis give the same result."""
     outside = 10 * 0.9 ** torch.arange(20.0, dtype=torch.float64)
     spectrum = torch.cat([outside, -0.8 * outside, torch.linspace(-1, 1, 400, dtype=torch.float64)])
     op = operator(spectrum)
     result = eigsh(op, k, which, max_basis=max_basis, max_matvecs=2000)
     check(op, result, wanted(spectrum, k, which), 1e-4)
-    assert result.matvecs - result.copy_matvecs > (max_basis or 20)
+    assert result.matvecs - result.multiplicity_matvecs > (max_basis or 20)
 
 
 def test_agrees_with_lapack_on_a_random_matrix_at_a_tight_tolerance() -> None:
@@ -88,7 +88,7 @@ def test_multiplicity_rank_deficiency_and_small_n(
 
 @pytest.mark.parametrize("seed", [0, 5, 7, 9])
 def test_a_basis_of_the_whole_space_has_converged_at_any_tolerance(seed: int) -> None:
-    """Where a tolerance is out of reach, there is still nothing more to do."""
+    """It has converged, although rounding forbids the tolerance."""
     spectrum = 0.5 ** torch.arange(60)
     op = operator(spectrum, torch.float32, seed)
     check(op, eigsh(op, 60, tol=1e-12), wanted(spectrum, 60, "LA"), 1e-12)
@@ -104,15 +104,15 @@ def test_a_cluster_is_resolved() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(5))
-def test_copies_that_one_sequence_cannot_see(dtype: torch.dtype, seed: int) -> None:
+def test_repeated_eigenvalues_that_one_sequence_cannot_see(dtype: torch.dtype, seed: int) -> None:
     small = torch.linspace(-1e-3, 1e-3, 400)
     spectrum = torch.cat([torch.tensor([10.0, 10, 9, 8, 8, 7, 6]), small])
     op = operator(spectrum, dtype)
     result = eigsh(op, 7, seed=seed)
     check(op, result, wanted(spectrum, 7, "LA"), 1e-4)
-    assert 0 < result.copy_matvecs <= 20
-    blind = eigsh(op, 4, seed=seed, look_for_copies=False)
-    assert blind.copy_matvecs == 0
+    assert 0 < result.multiplicity_matvecs <= 20
+    blind = eigsh(op, 4, seed=seed, check_multiplicity=False)
+    assert blind.multiplicity_matvecs == 0
     torch.testing.assert_close(
         blind.values.double(), torch.tensor([10.0, 9, 8, 7]).double(), rtol=1e-4, atol=0
     )
@@ -120,18 +120,18 @@ def test_copies_that_one_sequence_cannot_see(dtype: torch.dtype, seed: int) -> N
 
 @pytest.mark.parametrize("which", ["SA", "LM", "BE"])
 @pytest.mark.parametrize("distance", [0.0, 1e-9])
-def test_copies_at_either_end(which: str, distance: float) -> None:
+def test_repeated_eigenvalues_at_either_end(which: str, distance: float) -> None:
     ends = torch.tensor([7.0, 7 + distance, 5, -6, -6 - distance, -6, -4], dtype=torch.float64)
     spectrum = torch.cat([ends, torch.linspace(-1, 1, 200, dtype=torch.float64)])
     op = operator(spectrum)
     check(op, eigsh(op, 6, which), wanted(spectrum, 6, which), 1e-4)
 
 
-def test_a_look_for_copies_does_not_change_what_was_found() -> None:
+def test_the_check_for_repeated_eigenvalues_does_not_change_the_pairs() -> None:
     op = operator(decaying(200))
-    without = eigsh(op, 6, look_for_copies=False)
+    without = eigsh(op, 6, check_multiplicity=False)
     result = eigsh(op, 6)
-    assert result.matvecs - result.copy_matvecs == without.matvecs
+    assert result.matvecs - result.multiplicity_matvecs == without.matvecs
     torch.testing.assert_close(result.values, without.values)
     torch.testing.assert_close(result.vectors, without.vectors)
 
@@ -153,14 +153,14 @@ def test_a_warm_start_takes_fewer_products() -> None:
     op.matrix += 1e-4 * (shift + shift.T)
     expected = wanted(torch.linalg.eigvalsh(op.matrix), 3, "LA")
     for start, k in ((before, 3), (before.vectors, 3), (before.vectors[:, 0], 1)):
-        cold = eigsh(op, k, look_for_copies=False).matvecs
+        cold = eigsh(op, k, check_multiplicity=False).matvecs
         op.count = 0
-        warm = eigsh(op, k, v0=start, look_for_copies=False)
+        warm = eigsh(op, k, v0=start, check_multiplicity=False)
         check(op, warm, expected[:k], 1e-4)
         assert warm.matvecs <= 0.8 * cold
 
 
-def test_what_it_has_when_products_run_out() -> None:
+def test_the_best_pairs_are_returned_when_products_run_out() -> None:
     op = operator(torch.linspace(0, 1, 300))
     with pytest.warns(RuntimeWarning, match="after 25 products with 0 of 10 .* max_matvecs"):
         result = eigsh(op, 10, max_matvecs=25)
@@ -182,13 +182,13 @@ def test_some_pairs_converge_before_products_run_out() -> None:
     assert not result.converged[-1]
 
 
-def test_a_look_for_copies_that_is_cut_short_warns() -> None:
+def test_a_check_for_repeated_eigenvalues_that_is_cut_short_warns() -> None:
     op = operator(decaying(300))
-    alone = eigsh(op, 6, look_for_copies=False)
-    with pytest.warns(RuntimeWarning, match=r"6 pairs converged; .* copies short: raise it"):
+    alone = eigsh(op, 6, check_multiplicity=False)
+    with pytest.warns(RuntimeWarning, match=r"6 pairs converged; .* eigenvalues short: raise it"):
         result = eigsh(op, 6, max_matvecs=alone.matvecs + 2)
     assert result.converged.all()
-    assert result.copy_matvecs <= 2
+    assert result.multiplicity_matvecs <= 2
 
 
 def test_agrees_with_scipy() -> None:
@@ -295,7 +295,7 @@ def test_arguments_out_of_range(arguments: dict[str, object], message: str) -> N
     assert op.count == 0
 
 
-def test_half_precision_is_refused() -> None:
+def test_half_precision_raises() -> None:
     with pytest.raises(ValueError, match="float32 or float64"):
         eigsh(operator(decaying(20), torch.bfloat16), 3)
 
@@ -321,12 +321,12 @@ def test_blocks_agree_with_the_spectrum(dtype: torch.dtype, which: str, block_si
     assert result.matvecs % block_size == 0
 
 
-def test_a_block_sees_as_many_copies_as_it_is_wide() -> None:
+def test_a_block_finds_multiplicities_up_to_its_size() -> None:
     spectrum = torch.cat([torch.tensor([5.0] * 4 + [4.0] * 3), torch.linspace(0, 1, 150)])
     op = operator(spectrum)
     for block_size, looks in ((4, False), (2, True), (1, True)):
         op.count = 0
-        result = eigsh(op, 7, block_size=block_size, look_for_copies=looks)
+        result = eigsh(op, 7, block_size=block_size, check_multiplicity=looks)
         check(op, result, wanted(spectrum, 7, "LA"), 1e-4)
 
 
@@ -344,8 +344,8 @@ def test_blocks_exhaust_invariant_subspaces(spectrum: list[float], k: int) -> No
 def test_a_block_starts_from_a_block() -> None:
     spectrum = torch.cat([10 - torch.arange(4.0) / 10, torch.linspace(-1, 9, 300)]).double()
     op = operator(spectrum)
-    before = eigsh(op, 4, block_size=4, look_for_copies=False, max_matvecs=900)
-    warm = eigsh(op, 4, block_size=4, look_for_copies=False, v0=before)
+    before = eigsh(op, 4, block_size=4, check_multiplicity=False, max_matvecs=900)
+    warm = eigsh(op, 4, block_size=4, check_multiplicity=False, v0=before)
     assert warm.matvecs <= 0.7 * before.matvecs
     torch.testing.assert_close(warm.values, before.values, rtol=1e-4, atol=0)
 
@@ -364,8 +364,8 @@ def test_the_basis_may_lie_on_the_host(device: str) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.003, 1e-3])
-def test_close_pairs_are_told_apart_at_the_default_tolerance(spread: float) -> None:
-    """Between tol and its root one sequence takes two eigenvalues for one."""
+def test_close_pairs_are_resolved_at_the_default_tolerance(spread: float) -> None:
+    """One sequence takes two eigenvalues for one if they differ by tol to sqrt(tol)."""
     bulk = 0.03 * torch.rand(190, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     op = operator(torch.cat([torch.tensor([1.0, 1 - spread], dtype=torch.float64), bulk]))
     for seed in range(25):

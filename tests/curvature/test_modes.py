@@ -1,4 +1,4 @@
-"""Evaluation and training mode, replayed masks, autocast."""
+"""Evaluation and training mode, replayed dropout masks, autocast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHOLE = [name for name in NAMES if name != "microbatched"]
 @pytest.mark.parametrize("name", ["conv_norm", "partial"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) -> None:
-    """Statistics of the batch, differentiated through, and masks that stay the same."""
+    """Batch statistics are differentiated through, and dropout masks stay the same."""
     model, x, target = make(name)
     model.eval()
     state = copy.deepcopy(model.state_dict())
@@ -29,10 +29,10 @@ def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) ->
     op = kind(model, nn.CrossEntropyLoss(), (x, target), mode="train", engine=engine)
     torch.manual_seed(77)
     before = torch.get_rng_state()
-    found = columns(op)
+    result = columns(op)
     atol = 3e-8 if engine == "finite_difference" else 1e-12
     scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol * scale)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(module.training for module in model.modules())
     for key, value in model.state_dict().items():
@@ -42,7 +42,7 @@ def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) ->
 
 
 class Counting(nn.Module):
-    """Changes a buffer in place and makes another in every forward pass of training."""
+    """Changes a buffer in place and replaces another in every forward pass in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("engine", [*WHOLE, "auto"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_buffers_are_left_as_they_were(kind: type[CurvatureOperator], engine: str) -> None:
-    """Whatever writes to them; and each forward pass starts from the same."""
+    """Each forward pass starts from the same buffers, whatever writes to them."""
     linear = nn.Linear(8, 4)
     # Without a forward derivative; and what it writes is a function of x that autograd leaves out.
     plain = engine in ("forward_over_reverse", "finite_difference")
@@ -140,7 +140,7 @@ def test_modes_are_put_back_after_an_error(mode: str, training: bool) -> None:
 )
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
-    """Products in bfloat16 are those of float32 but for its 8 bits; vectors stay float32."""
+    """Products in bfloat16 agree with float32 to its 8 bits; vectors stay float32."""
     model, x, target = make(dtype=torch.float32)
     seen: list[torch.dtype] = []
 
@@ -149,17 +149,17 @@ def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
         return nn.functional.cross_entropy(output, target)
 
     op = kind(model, loss_fn, (x, target), engine=engine, autocast=torch.bfloat16)
-    found = columns(op)
+    result = columns(op)
     exact = OPERATORS[kind](model.double(), x.double(), target)
     model.float()
-    error = (found.double() - exact).norm() / exact.norm()
+    error = (result.double() - exact).norm() / exact.norm()
     assert set(seen) == {torch.bfloat16}
-    assert found.dtype == torch.float32
+    assert result.dtype == torch.float32
     assert 1e-4 < error < 4 * 2.0**-8
 
 
 def test_autocast_around_a_moving_model() -> None:
-    """Weights cast before a move must not be used after it."""
+    """Weights that autocast converted before a change must not be used after it."""
     model, x, target = make(dtype=torch.float32)
     op = HessianOperator(
         model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference", autocast=torch.half

@@ -22,16 +22,16 @@ def test_agrees_with_a_dense_hessian(name: str, dtype: torch.dtype, rtol: float)
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="cached_graph")
     expected = dense(model.double(), x.double() if x.is_floating_point() else x, target)
     model.to(dtype)
-    found = columns(op)
+    result = columns(op)
     assert op.shape == expected.shape
-    assert op.dtype == found.dtype == dtype
-    assert op.device == found.device == x.device
+    assert op.dtype == result.dtype == dtype
+    assert op.device == result.device == x.device
     assert op.engine == "cached_graph"
     scale = float(expected.abs().max())
     assert scale > 0.05
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=rtol * scale)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=rtol * scale)
     v = torch.randn(op.shape[0], dtype=dtype)
-    torch.testing.assert_close(op.matvec(v), found @ v, rtol=0, atol=20 * rtol * scale)
+    torch.testing.assert_close(op.matvec(v), result @ v, rtol=0, atol=20 * rtol * scale)
 
 
 def test_parameters_without_influence_have_zero_rows() -> None:
@@ -123,10 +123,10 @@ def test_parameters_of_the_loss_count() -> None:
     loss_fn = Scaled()
     op = HessianOperator(model, loss_fn, (x, target))
     n = op.shape[0]
-    found = columns(op)
+    result = columns(op)
     assert n == sum(p.numel() for p in model.parameters()) + 1
-    assert found[-1, -1] > 1e-3
-    torch.testing.assert_close(found, found.T, rtol=0, atol=1e-14)
+    assert result[-1, -1] > 1e-3
+    torch.testing.assert_close(result, result.T, rtol=0, atol=1e-14)
     loss_fn.scale.data.fill_(1.0)
     block = columns(op)[:-1, :-1]
     torch.testing.assert_close(block, dense(model, x, target), rtol=0, atol=1e-13)
@@ -191,7 +191,7 @@ def test_a_loss_must_be_one_number() -> None:
 
 
 def test_two_pairs_in_a_tuple_are_an_input_and_a_target() -> None:
-    """They may be meant so; where the model does not take them, the error says what they are."""
+    """They may be meant; if the model rejects them, the error explains how they were read."""
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), ((x, target), (x, target)))
     with pytest.raises(TypeError) as raised:

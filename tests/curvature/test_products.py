@@ -30,10 +30,10 @@ def budget(engine: str, name: str = "mlp") -> int | None:
     return small if engine == "microbatched" else None
 
 
-def assert_close(found: Tensor, expected: Tensor, engine: str) -> None:
+def assert_close(result: Tensor, expected: Tensor, engine: str) -> None:
     scale = float(expected.abs().max())
     assert scale > 0.02
-    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING[engine] * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=ROUNDING[engine] * scale)
 
 
 @pytest.mark.parametrize("engine", NAMES)
@@ -46,8 +46,8 @@ def test_blocks_and_vectors(kind: type[CurvatureOperator], name: str, engine: st
     op = kind(
         model, nn.CrossEntropyLoss(), (x, target), engine=engine, memory_budget=budget(engine, name)
     )
-    found = columns(op)
-    assert_close(found, expected, engine)
+    result = columns(op)
+    assert_close(result, expected, engine)
     v = torch.randn(op.shape[0], dtype=torch.float64, requires_grad=True)
     product = op.matvec(v)
     assert_close(product, expected @ v.detach(), engine)
@@ -63,7 +63,7 @@ def test_blocks_and_vectors(kind: type[CurvatureOperator], name: str, engine: st
 def test_uneven_batches_of_a_subset_of_the_parameters(
     kind: type[CurvatureOperator], engine: str
 ) -> None:
-    """Batches unlike each other, on the tied layer and the last."""
+    """Batches that differ from each other, on the tied layer and the last one."""
     model, x, target = make("partial")
     x[38:] *= 9
     names = ["tied.weight", "tied.bias", "last.weight"]
@@ -83,7 +83,7 @@ def test_uneven_batches_of_a_subset_of_the_parameters(
 @pytest.mark.parametrize("engine", NAMES)
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_sums(kind: type[CurvatureOperator], engine: str) -> None:
-    """Over the samples of a batch, and over batches: nothing is averaged."""
+    """Sums over the samples of a batch and over batches, without a mean."""
     model, x, target = make()
     op = kind(
         model,
@@ -114,7 +114,7 @@ def test_checkpointing_splits_batches() -> None:
 
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_other_losses(kind: type[CurvatureOperator]) -> None:
-    """H_L is that of any loss: here neither diagonal in the output, nor convex."""
+    """H_L of a loss that is neither diagonal in the output nor convex."""
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         return (torch.sin(output.sum(1)) * output.norm(dim=1) + target).square().mean()
@@ -231,12 +231,12 @@ def test_scipy_asks_for_blocks() -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="vmap")
     V = torch.randn(39, 4, dtype=torch.float64)
-    found = torch.from_numpy(op.to_scipy() @ V.numpy())
-    assert_close(found, dense(model, x, target) @ V, "vmap")
+    result = torch.from_numpy(op.to_scipy() @ V.numpy())
+    assert_close(result, dense(model, x, target) @ V, "vmap")
 
 
 class Hook:
-    """Sees gradients and leaves them as they are."""
+    """A hook that does not change gradients."""
 
     def __call__(self, *_: Any) -> None:
         return None
@@ -245,7 +245,7 @@ class Hook:
 @pytest.mark.parametrize("engine", ["per_pass_graph", "microbatched", "forward_over_reverse"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_one_graph_at_a_time(kind: type[CurvatureOperator], engine: str) -> None:
-    """The graph of a batch is gone before the next one is built."""
+    """The graph of a batch is freed before the next one is built."""
     model, x, target = make()
     hooks: list[weakref.ref[Hook]] = []  # each held by the graph it is in
     alive = []

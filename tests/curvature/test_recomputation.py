@@ -17,7 +17,7 @@ ENGINES = ["cached_graph", "per_pass_graph", "vmap", "finite_difference", "auto"
 
 
 class Recomputing(nn.Module):
-    """A network whose backward runs its forward pass again; counts its forward passes."""
+    """A network whose backward repeats its forward pass; counts forward passes."""
 
     def __init__(self, inside: nn.Module) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Recomputing(nn.Module):
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_products(kind: type[CurvatureOperator], mode: str, engine: str) -> None:
-    """The model is in the other mode; dropout and batch normalisation tell the modes apart."""
+    """The model is in the other mode; dropout and batch normalization distinguish the two."""
     model, x, target = make("partial")
     expected = OPERATORS[kind](model, x, target, mode=mode)
     if mode == "train" and engine == "vmap":
@@ -63,7 +63,7 @@ def test_measuring_a_graph_runs_nothing_again() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vmap", "forward_over_reverse"])
-def test_what_functorch_refuses_says_what_to_do(engine: str) -> None:
+def test_functorch_errors_carry_a_remedy(engine: str) -> None:
     inside, x, target = make("partial")
     data, loss = (x, target), nn.CrossEntropyLoss()
     op = HessianOperator(Recomputing(inside), loss, data, mode="train", engine=engine)

@@ -1,4 +1,4 @@
-"""Engines register themselves, and the documentation has their rows."""
+"""The registry of engines, and their table in the documentation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,26 +16,26 @@ DOCS = Path(__file__).parents[2] / "docs" / "curvature.md"
 
 
 def test_the_documentation_has_the_table() -> None:
-    """As `registry.table()` makes it; put it there when an engine changes."""
+    """It is the output of `registry.table()`; paste it there when an engine changes."""
     assert registry.table() in DOCS.read_text()
 
 
 @pytest.fixture
 def registered() -> Iterator[list[int]]:
-    """An engine "mine" for a test, and the budgets that it is made with."""
+    """Register an engine "mine" for a test; yield the budgets that it is created with."""
     budgets = []
 
     @registry.register("mine", use="tests", cost="1 U")
-    def mine(inputs: registry.Inputs) -> registry.Engine:
+    def mine(inputs: registry.EngineInputs) -> registry.Engine:
         budgets.append(inputs.budget)
         return DoubleBackward(inputs.graphs)
 
     yield budgets
-    del registry.KINDS["mine"]
+    del registry.ENGINE_SPECS["mine"]
 
 
 def test_an_engine_of_ones_own(registered: list[int]) -> None:
-    """What is registered can be asked for by its name."""
+    """A registered engine can be requested by name."""
     model, x, target = make()
     v = torch.randn(39, dtype=torch.float64)
     data = x, target

@@ -1,4 +1,4 @@
-"""eigsh with its basis in float16: beside one in float32, and against exact arithmetic."""
+"""eigsh with a float16 basis, against a float32 basis and exact arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VALUES = 1e-6  # what rounding may change of a value, relative to ||H||
 
 
 def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float = 1e-4) -> None:
-    """Values, vectors and evidence; the products are taken in float64."""
+    """Check values, vectors and evidence, with products in float64."""
     matrix, vectors = op.matrix.double(), result.vectors.double()
     values, residuals = result.values.double(), result.residuals.double()
     norm = float(torch.linalg.matrix_norm(matrix, 2))
@@ -44,7 +44,7 @@ def both(op: DenseOperator, **arguments: Any) -> tuple[EigenResult, EigenResult]
 
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 @pytest.mark.parametrize("block_size", [1, 3])
-def test_is_as_one_in_float32(which: str, block_size: int) -> None:
+def test_values_agree_with_a_float32_basis(which: str, block_size: int) -> None:
     spectrum = 10 / torch.arange(1.0, 401.0, dtype=torch.float64)
     spectrum[1::2] *= -0.9
     op = operator(spectrum, torch.float32)
@@ -61,7 +61,7 @@ def test_is_as_one_in_float32(which: str, block_size: int) -> None:
     ("k", "which", "max_basis"), [(10, "LA", 14), (8, "LM", 13), (6, "BE", 10)]
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_restarts_lose_nothing(k: int, which: str, max_basis: int, seed: int) -> None:
+def test_restarts_lose_no_accuracy(k: int, which: str, max_basis: int, seed: int) -> None:
     outside = 10 * 0.9 ** torch.arange(20.0, dtype=torch.float64)
     spectrum = torch.cat([outside, -0.8 * outside, torch.linspace(-1, 1, 400, dtype=torch.float64)])
     op = operator(spectrum, torch.float32)
@@ -87,10 +87,10 @@ def test_restarts_lose_nothing(k: int, which: str, max_basis: int, seed: int) ->
     ids=["copies", "few values", "cluster", "close cluster", "rank", "identity", "zero", "small"],
 )
 @pytest.mark.parametrize("block_size", [1, 2])
-def test_copies_and_clusters(spectrum: list[float], k: int, block_size: int) -> None:
+def test_repeated_eigenvalues_and_clusters(spectrum: list[float], k: int, block_size: int) -> None:
     op = operator(torch.tensor(spectrum), torch.float32)
-    found = eigsh(op, k, block_size=block_size, basis_dtype=torch.float16)
-    check(op, found, wanted(torch.tensor(spectrum), k, "LA"))
+    result = eigsh(op, k, block_size=block_size, basis_dtype=torch.float16)
+    check(op, result, wanted(torch.tensor(spectrum), k, "LA"))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_copies_and_clusters(spectrum: list[float], k: int, block_size: int) -> 
 def test_restarts_beside_locked_pairs(
     n: int, k: int, which: str, block_size: int, seed: int
 ) -> None:
-    """Rounding of kept vectors along locked ones counts too: little room, and many copies.
+    """Rounding of kept vectors along locked ones counts too: a short basis, and multiplicities.
 
     After hundreds of restarts the bound of what rounding does to small values may exceed what is
     allowed, on some processors, and a warning says so; the values are right all the same.
@@ -111,7 +111,7 @@ def test_restarts_beside_locked_pairs(
     room = min(n, k + 2 * block_size + 2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* the rounding of the basis keeps", RuntimeWarning)
-        found = eigsh(
+        result = eigsh(
             op,
             k,
             which,
@@ -122,13 +122,13 @@ def test_restarts_beside_locked_pairs(
             seed=seed,
         )
     expected = wanted(spectrum, k, which)
-    error = (found.values.double() - expected).abs()
+    error = (result.values.double() - expected).abs()
     norm = float(spectrum.abs().max())
     assert (error <= 20 * VALUES * norm).all()
 
 
 def test_vectors_of_a_few_large_elements() -> None:
-    """Their rounding is not random: it may lie along the vectors themselves."""
+    """Their rounding is not random, and may lie along the vectors themselves."""
     spectrum = 10 / torch.arange(1.0, 501.0, dtype=torch.float64)
     noise = 1e-3 * torch.randn(500, 500, generator=torch.Generator().manual_seed(4)).double()
     matrix = torch.diag(spectrum) + (noise + noise.T) / 2
@@ -141,58 +141,60 @@ def test_vectors_of_a_few_large_elements() -> None:
 
 def test_a_warm_start_takes_fewer_products() -> None:
     op = operator(decaying(300), torch.float32)
-    before = eigsh(op, 3, look_for_copies=False)
-    again = eigsh(op, 3, v0=before, basis_dtype=torch.float16, look_for_copies=False)
+    before = eigsh(op, 3, check_multiplicity=False)
+    again = eigsh(op, 3, v0=before, basis_dtype=torch.float16, check_multiplicity=False)
     assert again.matvecs <= 0.8 * before.matvecs
     torch.testing.assert_close(again.values, before.values, rtol=1e-4, atol=0)
 
 
 def projected(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> None:
-    """Ritz values are those of H on the span of what is stored, whatever was done to it."""
-    rows = run.basis.rows[run.locked : run.size].double()
+    """Ritz values are those of H on the span of the stored vectors, after any operation."""
+    rows = run.basis.rows[run.num_locked : run.size].double()
     gram, among = rows @ rows.T, rows @ op.matrix.double() @ rows.T
     values = torch.linalg.eigvals(torch.linalg.solve(gram, among)).real.sort().values
     assert (gram - torch.eye(len(rows))).abs().max() > 1e-5
     np.testing.assert_allclose(ritz.values, values, rtol=0, atol=31 * VALUES)
-    vectors = run.vectors(ritz, np.arange(run.locked, run.size)).double()
+    vectors = run.vectors(ritz, np.arange(run.num_locked, run.size)).double()
     theta = torch.from_numpy(ritz.values)
-    locked = run.basis.rows[: run.locked].double().T
+    locked = run.basis.rows[: run.num_locked].double().T
     left = op.matrix.double() @ vectors - vectors * theta
-    left -= locked @ torch.linalg.lstsq(locked, left).solution if run.locked else 0
-    bound = ritz.residuals + run.rounded(ritz, np.arange(run.locked, run.size))
+    left -= locked @ torch.linalg.lstsq(locked, left).solution if run.num_locked else 0
+    bound = ritz.residuals + run.rounding_residuals(ritz, np.arange(run.num_locked, run.size))
     assert (left.norm(dim=0).numpy() <= bound + 1e-4).all()
-    assert (left.norm(dim=0).numpy() >= ritz.residuals - ritz.lost - 4 * ROUNDING * 31).all()
+    assert (
+        left.norm(dim=0).numpy() >= ritz.residuals - ritz.residual_slack - 4 * ROUNDING * 31
+    ).all()
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_t_is_measured_on_what_is_stored(width: int) -> None:
+def test_t_is_the_projection_onto_the_stored_vectors(width: int) -> None:
     op = operator(decaying(250), torch.float32)
     run = KrylovSchur(op, 16, width, seed=3, dtype=torch.float16)
-    run.begin()
+    run.start()
     for _ in range(6):
         while not run.full:
             run.step(width)
-        ritz = run.collect()
+        ritz = run.solve()
         projected(run, op, ritz)
         run.restart(ritz, np.array([0, 2, len(ritz.values) - 2, len(ritz.values) - 1]))
-        projected(run, op, run.collect())
-    ritz = run.collect()
+        projected(run, op, run.solve())
+    ritz = run.solve()
     residuals = ritz.residuals[:3]
     run.lock(ritz, np.array([3, 0, 2]))
-    run.begin()
+    run.start()
     while not run.full:
         run.step(width)
-    ritz = run.collect()
+    ritz = run.solve()
     projected(run, op, ritz)
     run.restart(ritz, np.array([0, 3, 4]))
     run.step(width)
-    projected(run, op, run.collect())
+    projected(run, op, run.solve())
     run.unlock(residuals)
-    projected(run, op, run.collect())
+    projected(run, op, run.solve())
 
 
 class Largest(TorchDispatchMode):
-    """The largest piece of memory that was allocated, in bytes, by dtype."""
+    """Records the largest allocation in bytes, by dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,8 +216,8 @@ def test_the_basis_takes_half_the_memory_and_no_copy_of_it_is_made() -> None:
     with Largest() as plain:
         expected = eigsh(Diagonal(d), k, max_basis=rows)
     with Largest() as rounded:
-        found = eigsh(Diagonal(d), k, max_basis=rows, basis_dtype=torch.float16)
-    torch.testing.assert_close(found.values, expected.values, rtol=VALUES, atol=0)
+        result = eigsh(Diagonal(d), k, max_basis=rows, basis_dtype=torch.float16)
+    torch.testing.assert_close(result.values, expected.values, rtol=VALUES, atol=0)
     assert plain.largest[torch.float32] == 4 * n * (rows + 1)
     assert rounded.largest.pop(torch.float16) == 2 * n * (rows + 1)
     assert max(rounded.largest.values()) == 4 * n * k  # the result
@@ -242,21 +244,21 @@ def test_slices() -> None:
 def test_devices(device: str, basis_device: str | None) -> None:
     op = operator(decaying(300), torch.float32)
     there = DenseOperator(op.matrix.to(device))
-    found = eigsh(there, 5, basis_device=basis_device, basis_dtype=torch.float16)
-    assert found.vectors.device.type == found.residuals.device.type == device
+    result = eigsh(there, 5, basis_device=basis_device, basis_dtype=torch.float16)
+    assert result.vectors.device.type == result.residuals.device.type == device
     expected = wanted(decaying(300), 5, "LA").float()
-    torch.testing.assert_close(found.values.cpu(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.values.cpu(), expected, rtol=1e-4, atol=0)
 
 
 def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
-    """Many restarts for a value far below ||H||."""
+    """A value far below ||H|| takes many restarts."""
     op = operator(torch.cat([torch.ones(1), 0.01 * 0.9995 ** torch.arange(299)]), torch.float32)
-    few = {"max_basis": 9, "look_for_copies": False}
+    few = {"max_basis": 9, "check_multiplicity": False}
     assert eigsh(op, 3, **few).converged.all()  # type: ignore[arg-type]
     with pytest.warns(RuntimeWarning, match="the rounding of the basis keeps . from it: .* basis_"):
-        found = eigsh(op, 3, basis_dtype=torch.float16, **few)  # type: ignore[arg-type]
-    assert found.converged[0]
-    assert not found.converged[2]
+        result = eigsh(op, 3, basis_dtype=torch.float16, **few)  # type: ignore[arg-type]
+    assert result.converged[0]
+    assert not result.converged[2]
 
 
 @pytest.mark.parametrize("basis_dtype", [None, torch.float16])
@@ -264,22 +266,22 @@ def test_where_a_value_is_lost_in_rounding_it_has_not_converged() -> None:
 def test_products_about_the_smallest_normal_number(
     size: float, basis_dtype: torch.dtype | None
 ) -> None:
-    """What is below it counts as nothing: no vector is made of it."""
+    """Smaller products count as zero, so that no vector comes from them."""
     op = operator(size * decaying(200), torch.float32)
-    found = eigsh(op, 4, basis_dtype=basis_dtype)
-    vectors = found.vectors.double()
-    error = found.values.double() - wanted(size * decaying(200), 4, "LA")
-    assert found.converged.all()
-    assert found.orthogonality < 5e-4
+    result = eigsh(op, 4, basis_dtype=basis_dtype)
+    vectors = result.vectors.double()
+    error = result.values.double() - wanted(size * decaying(200), 4, "LA")
+    assert result.converged.all()
+    assert result.orthogonality < 5e-4
     assert (vectors.T @ vectors - torch.eye(4)).abs().max() < 1e-6
     assert error.abs().max() < 4 * torch.finfo(torch.float32).tiny
-    assert found.matvecs < 40
+    assert result.matvecs < 40
 
 
 def test_the_operators_own_dtype_is_the_default() -> None:
     op = operator(decaying(100))
-    found = [eigsh(op, 3, basis_dtype=dtype) for dtype in (None, torch.float64)]
-    assert torch.equal(found[0].vectors, found[1].vectors)
+    result = [eigsh(op, 3, basis_dtype=dtype) for dtype in (None, torch.float64)]
+    assert torch.equal(result[0].vectors, result[1].vectors)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_the_operators_own_dtype_is_the_default() -> None:
         (torch.float32, {"tol": 1e-7}, "raise tol"),
     ],
 )
-def test_what_it_cannot_hold(
+def test_tolerances_that_a_float16_basis_cannot_meet_raise(
     dtype: torch.dtype, arguments: dict[str, object], message: str
 ) -> None:
     op = operator(decaying(20), dtype)

@@ -1,4 +1,4 @@
-"""Two and four processes, each with a slice of every vector, find what one process finds."""
+"""Two and four processes with a slice of every vector get the results of one process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from eigenfilter.curvature import HessianOperator, eigsh
 
 pytestmark = pytest.mark.distributed
 
-Found = dict[str, list[Any]]
+Outcomes = dict[str, list[Any]]
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each scenario found in all processes."""
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """The results of each scenario in all processes."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(workers.main, args=(str(folder), request.param), nprocs=request.param)
     each = [
@@ -38,17 +38,17 @@ def exact() -> Tensor:
     return dense(network(), *samples(), loss_fn=nn.functional.mse_loss)
 
 
-def assert_slices(found: list[Tensor], expected: Tensor, atol: float = 1e-8) -> None:
-    for rank, own in enumerate(found):
-        torch.testing.assert_close(own, cut(expected, rank, len(found)), rtol=0, atol=atol)
+def assert_slices(outcomes: list[Tensor], expected: Tensor, atol: float = 1e-8) -> None:
+    for rank, own in enumerate(outcomes):
+        torch.testing.assert_close(own, cut(expected, rank, len(outcomes)), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("which", ["LA", "BE"])
-def test_eigenpairs_of_a_matrix(found: Found, which: str) -> None:
-    """Values everywhere the same, vectors in slices, some of them empty."""
+def test_eigenpairs_of_a_matrix(outcomes: Outcomes, which: str) -> None:
+    """Values are equal everywhere; vectors come in slices, some of them empty."""
     op = operator(decaying(workers.N))
     expected = wanted(decaying(workers.N), 6, which)
-    results = [result[which] for result in found["pairs"]]
+    results = [result[which] for result in outcomes["pairs"]]
     values, _, residuals, converged, again = results[0]
     vectors = torch.cat([own for _, own, *_ in results])
     assert any(len(own) == 0 for _, own, *_ in results)
@@ -60,9 +60,9 @@ def test_eigenpairs_of_a_matrix(found: Found, which: str) -> None:
     assert all(torch.equal(values, other) for other, *_ in results)
 
 
-def test_estimates_of_a_matrix(found: Found) -> None:
+def test_estimates_of_a_matrix(outcomes: Outcomes) -> None:
     spectrum = decaying(workers.N).double()
-    results = found["estimates"]
+    results = outcomes["estimates"]
     for result in results:
         for power, (low, high) in enumerate(result["moments"], 1):
             assert low <= spectrum.pow(power).mean() <= high
@@ -77,21 +77,21 @@ def test_estimates_of_a_matrix(found: Found) -> None:
 
 
 @pytest.mark.parametrize("scenario", ["default", "gathered"])
-def test_products_under_fsdp(found: Found, exact: Tensor, scenario: str) -> None:
+def test_products_under_fsdp(outcomes: Outcomes, exact: Tensor, scenario: str) -> None:
     for name in (scenario, f"{scenario} again"):
-        assert_slices([result[name] for result in found["products"]], exact @ vectors())
+        assert_slices([result[name] for result in outcomes["products"]], exact @ vectors())
 
 
-def test_products_equal_one_process(found: Found) -> None:
-    """Differences of the same step: they differ by the rounding of gradients, 1e-15, over 3e-6."""
+def test_products_equal_one_process(outcomes: Outcomes) -> None:
+    """Differences with the same step agree to the rounding of gradients, 1e-15 over 3e-6."""
     alone = HessianOperator(network(), nn.MSELoss(), samples(), engine="finite_difference")
-    results = [result["default"] for result in found["products"]]
+    results = [result["default"] for result in outcomes["products"]]
     assert_slices(results, alone.matmat(vectors()), atol=1e-9)
 
 
-def test_a_part_of_the_parameters(found: Found, exact: Tensor) -> None:
+def test_a_subset_of_the_parameters(outcomes: Outcomes, exact: Tensor) -> None:
     """Sums of means of uneven shares."""
-    size = len(found["products"])
+    size = len(outcomes["products"])
     x, target = samples()
     shares = [workers.share(rank, size) for rank in range(size)]
     total = sum(dense(network(), x[s], target[s], loss_fn=nn.functional.mse_loss) for s in shares)
@@ -99,46 +99,46 @@ def test_a_part_of_the_parameters(found: Found, exact: Tensor) -> None:
     V = torch.zeros_like(vectors())
     V[:n] = vectors()[:n]
     expected = total @ V
-    for rank, result in enumerate(found["products"]):
+    for rank, result in enumerate(outcomes["products"]):
         own = cut(expected, rank, size)[: len(result["part"])]
         torch.testing.assert_close(result["part"], own, rtol=0, atol=1e-7)
 
 
-def test_loaders_of_unequal_length(found: Found, exact: Tensor) -> None:
-    assert_slices(found["loaders"], exact @ vectors())
+def test_loaders_of_unequal_length(outcomes: Outcomes, exact: Tensor) -> None:
+    assert_slices(outcomes["loaders"], exact @ vectors())
 
 
-def test_eigenpairs_under_fsdp(found: Found, exact: Tensor) -> None:
+def test_eigenpairs_under_fsdp(outcomes: Outcomes, exact: Tensor) -> None:
     alone = eigsh(HessianOperator(network(), nn.MSELoss(), samples()), 3, tol=1e-6)
-    values, _ = found["eigenpairs"][0]
+    values, _ = outcomes["eigenpairs"][0]
     torch.testing.assert_close(values, alone.values, rtol=1e-6, atol=0)
-    for rank, (other, own) in enumerate(found["eigenpairs"]):
+    for rank, (other, own) in enumerate(outcomes["eigenpairs"]):
         assert torch.equal(other, values)
-        ours = cut(alone.vectors, rank, len(found["eigenpairs"]))
+        ours = cut(alone.vectors, rank, len(outcomes["eigenpairs"]))
         torch.testing.assert_close(own.abs(), ours.abs(), rtol=0, atol=1e-3)
 
 
-def test_shards_and_replicas(found: Found, exact: Tensor) -> None:
-    size = len(found["replicas"])
+def test_shards_and_replicas(outcomes: Outcomes, exact: Tensor) -> None:
+    size = len(outcomes["replicas"])
     for first in (0, size // 2):
-        assert_slices(found["replicas"][first : first + size // 2], exact @ vectors())
+        assert_slices(outcomes["replicas"][first : first + size // 2], exact @ vectors())
 
 
-def test_a_change_in_one_process_is_seen_in_all(found: Found, exact: Tensor) -> None:
+def test_a_change_in_one_process_raises_in_all(outcomes: Outcomes, exact: Tensor) -> None:
     model = network()
     with torch.no_grad():
         model[2].weight.mul_(2)
     changed = dense(model, *samples(), loss_fn=nn.functional.mse_loss)
-    assert_slices([before for before, *_ in found["follows"]], exact @ vectors())
-    assert_slices([after for _, after, _ in found["follows"]], changed @ vectors())
-    assert all(kept for *_, kept in found["follows"])
+    assert_slices([before for before, *_ in outcomes["follows"]], exact @ vectors())
+    assert_slices([after for _, after, _ in outcomes["follows"]], changed @ vectors())
+    assert all(kept for *_, kept in outcomes["follows"])
 
 
-def test_what_cannot_be_is_refused(found: Found) -> None:
-    for auto, ggn, scipy, whole, unsynchronised, half in found["refusals"]:
+def test_unsupported_operators_of_sharded_models_raise(outcomes: Outcomes) -> None:
+    for auto, ggn, scipy, whole, unsynchronized, half in outcomes["refusals"]:
         assert "engine='finite_difference'" in auto
         assert auto == ggn
         assert "SciPy needs whole vectors" in scipy
         assert "v must be [" in whole
-        assert "set_requires_gradient_sync(True)" in unsynchronised
+        assert "set_requires_gradient_sync(True)" in unsynchronized
         assert "sharded all alike, or whole" in half

@@ -1,4 +1,4 @@
-"""Batches of [time, samples, ...] that differ in their samples are weighed right, or refused."""
+"""Batches of [time, samples, ...] with different numbers of samples have right weights or raise."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def cut(target: Any, part: slice) -> Any:
 
 
 def problem(model: str, loss: str) -> tuple[nn.Module, Any, Any, list[Any]]:
-    """The model, its loss, the whole as one batch, and that in two uneven batches."""
+    """Return the model, its loss, all data as one batch, and as two uneven batches."""
     torch.manual_seed(0)
     net = MODELS[model]().double().eval()
     loss_fn, make = LOSSES[loss]
@@ -90,7 +90,7 @@ def dense(net: nn.Module, x: Tensor, target: Any, *, loss_fn: Any) -> Tensor:
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("model", MODELS)
-def test_uneven_batches_of_time_first_are_refused_and_weighed(model: str, loss: str) -> None:
+def test_uneven_batches_of_time_first_raise_without_a_weight(model: str, loss: str) -> None:
     net, loss_fn, whole, batches = problem(model, loss)
     op = HessianOperator(net, loss_fn, batches, engine="per_pass_graph")
     with pytest.raises(ValueError, match=r"in dimension 1\. .* so pass weight=lambda.*reduction="):
@@ -121,7 +121,7 @@ def test_even_batches_of_time_first_are_right(loss: str) -> None:
 
 
 def test_samples_of_other_lengths_whose_loss_is_a_mean_over_samples() -> None:
-    """Each sample's root: no mean over time, so that rows are the samples."""
+    """The root of each sample's loss is no mean over time, so that rows are the samples."""
     torch.manual_seed(1)
 
     def loss_fn(z: Tensor, target: Tensor) -> Tensor:
@@ -142,8 +142,8 @@ def test_samples_of_other_lengths_whose_loss_is_a_mean_over_samples() -> None:
 
 
 @pytest.mark.parametrize("weight", ["rows", "tokens"])
-def test_samples_of_other_lengths_want_a_weight(weight: str) -> None:
-    """A mean over tokens may be meant either way: so it must be said."""
+def test_samples_of_other_lengths_need_a_weight(weight: str) -> None:
+    """A mean over tokens is ambiguous, so that the weight must be explicit."""
     torch.manual_seed(1)
     net = nn.Linear(WIDTH, 2).double()
     sizes = ((6, 5), (6, 3))

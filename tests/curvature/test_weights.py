@@ -1,4 +1,4 @@
-"""Batches that weigh otherwise than their loss averages are refused, and no others."""
+"""Batches whose weights differ from what their loss averages over raise, and no others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def split(x: Tensor, target: Tensor, *sizes: int) -> list[tuple[Tensor, Tensor]]
 
 
 def ignoring(target: Tensor) -> Tensor:
-    """Targets of which more are ignored in the last batches than in the first."""
+    """Targets with more ignored ones in the last batches than in the first."""
     target = target.clone()
     target[[3, 17, 18, 21, 22, 25, 30, 31, 33, 38]] = -100
     return target
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[Any, Callable[[Tensor], Tensor], Any]] = {
 @pytest.mark.parametrize("kind", MEANS)
 @pytest.mark.parametrize("engine", ["auto", *NAMES])
 @pytest.mark.parametrize("case", CASES)
-def test_a_loss_that_is_no_mean_over_samples_is_refused(
+def test_a_loss_that_is_no_mean_over_samples_raises(
     kind: type[CurvatureOperator], engine: str, case: str
 ) -> None:
     loss_fn, change, _ = CASES[case]
@@ -144,7 +144,7 @@ def test_one_batch_too_large_for_its_graph_is_not_split_by_wrong_weights() -> No
 @pytest.mark.parametrize("engine", ["auto", *NAMES])
 @pytest.mark.parametrize("kind", MEANS)
 @pytest.mark.parametrize("first", [True, False])
-def test_batches_that_weigh_nothing_are_left_out(
+def test_batches_of_weight_zero_are_left_out(
     kind: type[CurvatureOperator], engine: str, first: bool
 ) -> None:
     """Their loss is NaN."""
@@ -164,7 +164,7 @@ def test_batches_that_weigh_nothing_are_left_out(
 
 
 def test_a_constant_loss_on_an_empty_batch_is_left_out() -> None:
-    """As training code has it, in place of NaN."""
+    """As in training code that avoids NaN."""
 
     def loss_fn(z: Tensor, t: Tensor) -> Tensor:
         chosen = t != -100
@@ -177,18 +177,18 @@ def test_a_constant_loss_on_an_empty_batch_is_left_out() -> None:
     torch.testing.assert_close(columns(op), dense(model, x[kept], target[kept]))
 
 
-def test_where_nothing_weighs_anything() -> None:
+def test_batches_of_weight_zero_alone_raise() -> None:
     model, x, target = make()
     batches = split(x, torch.full_like(target, -100), 20, 20)
     op = HessianOperator(model, F.cross_entropy, batches, weight=valid)
-    with pytest.raises(ValueError, match="no batch weighs anything"):
+    with pytest.raises(ValueError, match="all batches have weight 0"):
         op.matvec(torch.ones(39, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     "weight", [len, lambda batch: len(batch[0]), lambda batch: 2.0 * len(batch[0])]
 )
-def test_weights_that_count_something_else_are_refused(weight: Any) -> None:
+def test_weights_that_count_something_else_raise(weight: Any) -> None:
     model, x, target = make()
     weight = (lambda batch: len(batch[0])) if weight is len else weight
     op = HessianOperator(
@@ -222,8 +222,8 @@ RIGHT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("name", ["mlp", "partial", "conv_norm"])
 @pytest.mark.parametrize("case", RIGHT)
-def test_what_is_right_is_not_refused(case: str, name: str, mode: str) -> None:
-    """With dropout and batch statistics too, and where they couple samples."""
+def test_right_weights_do_not_raise(case: str, name: str, mode: str) -> None:
+    """Also with dropout and batch statistics, which couple samples."""
     chosen = dict(RIGHT[case])
     model, x, target = make(name)
     if chosen.pop("alike", False):
@@ -236,15 +236,15 @@ def test_what_is_right_is_not_refused(case: str, name: str, mode: str) -> None:
             assert op.matvec(torch.ones(op.shape[0], dtype=op.dtype)).isfinite().all()
             continue
         matrix = dense if kind is HessianOperator else dense_ggn
-        found = [matrix(model, *batch, loss_fn=loss_fn) for batch in batches]
+        result = [matrix(model, *batch, loss_fn=loss_fn) for batch in batches]
         weights = [1.0 if chosen.get("reduction") else float(weight(b)) for b in batches]
-        whole = sum(w * m for w, m in zip(weights, found, strict=True))
+        whole = sum(w * m for w, m in zip(weights, result, strict=True))
         whole = whole / (1.0 if chosen.get("reduction") else sum(weights))
         torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("engine", ["cached_graph", "per_pass_graph", "finite_difference"])
-def test_a_loss_that_writes_to_what_it_is_given(engine: str) -> None:
+def test_a_loss_that_writes_to_its_arguments(engine: str) -> None:
     model, x, target = make()
 
     def loss_fn(z: Tensor, t: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def test_a_loss_that_the_model_returns_is_checked_by_halves() -> None:
         assert columns(plain).isfinite().all()
 
 
-def test_targets_that_cannot_be_divided_are_let_be() -> None:
+def test_targets_that_cannot_be_divided_are_accepted() -> None:
     model, x, target = make()
 
     class Graph:
@@ -422,8 +422,8 @@ def test_a_batch_that_cannot_be_checked_is_logged_once(caplog: Any) -> None:
 
 
 @pytest.mark.parametrize("classes", [False, True])
-def test_a_loss_whose_derivative_tells_nothing_is_checked_by_halves(classes: bool) -> None:
-    """As of a network that is differentiated by its inputs: not of outputs without a graph."""
+def test_a_loss_with_an_inconclusive_derivative_is_checked_by_halves(classes: bool) -> None:
+    """A network that is differentiated by its inputs, where outputs need a graph."""
 
     def loss_fn(z: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         x, w = target
@@ -464,7 +464,7 @@ def test_a_loss_whose_derivative_tells_nothing_is_checked_by_halves(classes: boo
     torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-10)
 
 
-def test_refusals_tell_a_sum_from_what_is_no_mean() -> None:
+def test_errors_distinguish_a_sum_from_other_losses() -> None:
     model, x, target = make()
     batches = split(x, target, 20, 14, 6)
     with pytest.raises(ValueError, match=r"it adds up over samples, so pass reduction='sum'"):
@@ -491,7 +491,7 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
     op = EmpiricalFisherOperator(
         model, F.cross_entropy, (x, target), engine="microbatched", memory_budget=2000
     )
-    found = columns(op)
+    result = columns(op)
     assert "reduction='none'" in caplog.text
     kept = target != -100
 
@@ -506,7 +506,7 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
 
     at_x = torch.cat([p.detach().flatten() for p in model.parameters()])
     J = torch.autograd.functional.jacobian(losses, at_x)
-    torch.testing.assert_close(found, J.T @ J / 40, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result, J.T @ J / 40, rtol=0, atol=1e-12)
     caplog.clear()
     alone = partial(F.cross_entropy, reduction="none")
     op = EmpiricalFisherOperator(
@@ -516,8 +516,8 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
     assert "reduction='none'" not in caplog.text
 
 
-def test_outputs_that_differ_in_two_other_dimensions_are_told_of(caplog: Any) -> None:
-    """What one more differs in is refused where the loss tells: see test_time_first.py."""
+def test_outputs_that_differ_in_two_other_dimensions_are_logged(caplog: Any) -> None:
+    """A difference in one other dimension raises if the loss shows it: see test_time_first.py."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3).double()
     sizes = ((4, 7, 2), (4, 3, 5))

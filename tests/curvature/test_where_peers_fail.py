@@ -1,4 +1,4 @@
-"""What other libraries were found to get wrong, each with what it must be here."""
+"""Cases that other libraries get wrong, with the right results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eigenfilter.curvature import HessianOperator, eigsh, spectral_density, trac
 
 @pytest.mark.parametrize("which", ["LA", "BE"])
 def test_an_eigenvalue_is_reported_once(which: str) -> None:
-    """Lanczos without reorthogonalisation finds the largest nine times, all of them converged."""
+    """Lanczos without reorthogonalization returns the largest one nine times, all converged."""
     spectrum = torch.cat([torch.tensor([100.0, -80.0]), torch.linspace(0, 1, 298)])
     op = operator(spectrum, torch.float32)
     alpha, beta, q, v = [], [], [torch.zeros(300), torch.ones(300) / 300**0.5], torch.zeros(300)
@@ -54,9 +54,9 @@ def test_finite_differences_say_when_they_are_nonsense(pool: bool) -> None:
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference")
     v = torch.randn(op.shape[0])
     with pytest.warns(RuntimeWarning, match=r"off by about \d+%.*ReLU, max-pooling") as caught:
-        found = op.matvec(v)
+        result = op.matvec(v)
     exact = HessianOperator(model, nn.CrossEntropyLoss(), (x, target)).matvec(v)
-    assert (found - exact).norm() > 0.3 * exact.norm()
+    assert (result - exact).norm() > 0.3 * exact.norm()
     assert op.error is not None
     assert op.error > 0.1
     assert caught[0].filename == __file__

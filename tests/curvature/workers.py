@@ -1,4 +1,4 @@
-"""What the two processes of `test_distributed.py` do; each scenario returns what it found."""
+"""Scenarios that the two processes of `test_distributed.py` run; each returns its results."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def ignored_targets(rank: int) -> list[str]:
     """In one process alone; by the number of samples, and by that of targets."""
     model, x, target = problem()
     target[3:9] = -100
-    found = []
+    result = []
     for weight in (None, lambda batch: (batch[1] != -100).sum()):
         op = HessianOperator(
             model,
@@ -117,8 +117,8 @@ def ignored_targets(rank: int) -> list[str]:
             process_group=dist.group.WORLD,
             weight=weight,
         )
-        found.append(refusal(op, vectors()))
-    return found
+        result.append(refusal(op, vectors()))
+    return result
 
 
 def refusal(op: CurvatureOperator, V: Tensor) -> str:
@@ -144,15 +144,15 @@ SCENARIOS = {
 
 
 def main(rank: int, folder: str) -> None:
-    """Run every scenario as one of the processes; write what they found, or their traceback."""
+    """Run every scenario as one of the processes; write its result, or its traceback."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder, "store")), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, scenario in SCENARIOS.items():
         try:
-            found[name] = scenario(rank)
+            result[name] = scenario(rank)
         except Exception:
-            found[name] = traceback.format_exc()
-    torch.save(found, Path(folder, f"{rank}.pt"))
+            result[name] = traceback.format_exc()
+    torch.save(result, Path(folder, f"{rank}.pt"))
     group.leave()

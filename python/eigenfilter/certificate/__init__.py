@@ -1,4 +1,4 @@
-"""Is a trained model inside its optimizer's filter? A verdict with its evidence."""
+"""Certificates: whether a trained model lies inside its optimizer's filter, with evidence."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from eigenfilter import filters
 from eigenfilter.certificate.equilibrium import Direction, direction
-from eigenfilter.certificate.judgement import Judged, Look, judge
-from eigenfilter.certificate.linearised import Linearised, NoFilter, ascent_of, linearised
+from eigenfilter.certificate.linearized import Linearized, NoFilter, ascent_of, linearized
 from eigenfilter.certificate.sides import Side, Tolerances
-from eigenfilter.curvature import Extreme, Extremes, HessianOperator
+from eigenfilter.certificate.verdict import SideVerdict, SpectrumProbe, judge
+from eigenfilter.curvature import HessianOperator, SpectrumBound, SpectrumBounds
 from eigenfilter.curvature.norms import norms
 from eigenfilter.filters import AdamW, PolynomialFilter
 
@@ -27,33 +27,35 @@ FULL_BATCH = "f over all data: with minibatches, stability asks for more"
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is known of a model beside its optimizer's filter.
+    """The verdict on a model and its optimizer's filter, with the evidence.
 
     Attributes:
         verdict: "inside", "at the edge", "outside", "undecided" or "not an equilibrium".
-        matrix: whose eigenvalues are spoken of, in words: the Hessian, or for AdamW and for several
-            groups what takes its place.
-        parameters: n, their number.
-        dtype: of the products, as text.
-        filter: in words, or None where there is none.
-        intervals: the eigenvalues that it admits.
-        sharpness: theta, the largest Ritz value: the largest eigenvalue is at least that, and but
-            for the failure probability at most sharpness + sharpness_error.
-        sharpness_error: see there.
-        edge: the upper end of the uppermost interval, or None.
-        top, bottom: both ends of the spectrum, with residuals and errors.
-        upper, saddle: the verdict on each side, or None where there is no filter.
+        matrix: the matrix whose eigenvalues count, in words: the Hessian, or what replaces it for
+            AdamW and for several groups.
+        parameters: number n of parameters.
+        dtype: dtype of the products, as text.
+        filter: the filter as text, or None if there is none.
+        intervals: the intervals of eigenvalues that the filter admits.
+        sharpness: the largest Ritz value. The largest eigenvalue is at least that, and at most
+            sharpness + sharpness_error except with the failure probability.
+        sharpness_error: see sharpness.
+        edge: upper end of the uppermost interval, or None.
+        top: upper end of the spectrum, with its residual and margin.
+        bottom: lower end of the spectrum, with its residual and margin.
+        upper: the verdict on the upper edge, or None if there is no filter.
+        saddle: the verdict on the lower side, or None if there is no filter.
         gradient_norm: ||grad f(x)|| over all data.
         direction_norm: ||d(x) + wd x||, which is 0 at an equilibrium.
-        distance: ||d(x) + wd x|| / (||J|| ||x||), J being the Jacobian of d + wd x: to first order
-            an equilibrium is at least that far, relative to ||x||.
-        equilibrium_tol: the most it may be at an equilibrium.
-        failure_probability: of an error bar that is too small.
-        matvecs: products of the Hessian.
-        seed: of the random start.
-        notes: what the statement rests on.
-        needed: which evidence would decide, where the verdict is "undecided"; what is amiss, where
-            it is "not an equilibrium".
+        distance: ||d(x) + wd x|| / (||J|| ||x||) with the Jacobian J of d + wd x. To first order,
+            every equilibrium is at least that far away, relative to ||x||.
+        equilibrium_tol: largest distance that counts as an equilibrium.
+        failure_probability: probability that an error bar is too small.
+        matvecs: number of products with the Hessian.
+        seed: seed of the random start.
+        notes: the assumptions of the verdict.
+        needed: evidence that would decide, if the verdict is "undecided"; what to do, if it is "not
+            an equilibrium".
     """
 
     verdict: str
@@ -65,8 +67,8 @@ class Certificate:
     sharpness: float
     sharpness_error: float
     edge: float | None
-    top: Extreme
-    bottom: Extreme
+    top: SpectrumBound
+    bottom: SpectrumBound
     upper: Side | None
     saddle: Side | None
     gradient_norm: float
@@ -80,12 +82,12 @@ class Certificate:
     needed: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain types; infinite numbers, which JSON does not have, as None."""
-        found: dict[str, Any] = _plain(asdict(self))
-        return found
+        """Return all attributes in plain types. Infinite numbers, which JSON lacks, become None."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     def to_json(self, indent: int | None = 1) -> str:
-        """`to_dict` as JSON."""
+        """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def __str__(self) -> str:
@@ -112,7 +114,7 @@ class Certificate:
                 f"seed {self.seed}, {self.matvecs} products",
             ),
         ]
-        rows += [("rests on", note) for note in self.notes]
+        rows += [("assumes", note) for note in self.notes]
         rows += [("needed", text) for text in self.needed]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -135,10 +137,11 @@ def certify(
     basis_device: torch.device | str | None = None,
     **options: Any,
 ) -> Certificate:
-    r"""Say whether a trained model is inside the filter of its optimizer, and on what evidence.
+    r"""Decide whether a trained model lies inside the filter of its optimizer.
 
-    theta, r: a Ritz value and its residual from Lanczos' iteration with a random start; t: how far
-    the extreme eigenvalue lies beyond the outermost theta at most, but for the failure probability.
+    Let theta be a Ritz value of the Lanczos iteration with a random start, r its residual, and t
+    the margin beyond the outermost theta within which the extreme eigenvalue lies, except with the
+    failure probability.
 
         the upper edge E, with e = edge_tol E
             outside:      theta - r > E + e
@@ -148,82 +151,93 @@ def certify(
             outside:      theta + r < L - s
             inside:       theta - t >= L - s
 
-    S is the largest |theta|, E and L are the ends of the uppermost interval; USAM admits a second
-    one below, and what lies there is not outside. Everything else is "undecided". "Outside" is
-    proven, up to rounding; "inside" and "at the edge" hold but for the failure probability, over
-    starts, whatever the matrix. See `curvature.extremes` for the theorem.
+    E and L are the ends of the uppermost interval of the filter, and S is the largest |theta|.
+    USAM admits a second interval below, where eigenvalues are not outside. Everything else is
+    "undecided". "Outside" is proven, up to rounding; "inside" and "at the edge" hold except with
+    the failure probability, over random starts, for any matrix. `curvature.spectrum_bounds` gives
+    the theorem.
 
-    The verdict is "not an equilibrium" where
+    The verdict is that on the worse side, or "not an equilibrium" if
 
         ||d(x) + wd x|| > equilibrium_tol ||J|| ||x||
 
-    with J the Jacobian of the left side: to first order, d + wd x vanishes no nearer to x than
-    equilibrium_tol ||x||. Of AdamW, and of groups that differ, norms are those of the coordinates
-    D^-1 x in which the matrix D (J + W) D is symmetric. Else it is the worse side's.
+    with the Jacobian J of the left side: to first order, every equilibrium is then further away
+    than equilibrium_tol ||x||. For AdamW, and for groups that differ, norms are taken in the
+    coordinates D^-1 x in which the matrix D (J + W) D is symmetric.
 
-    All is of f over the whole of `data`. It says what the optimizer with all data at each step
-    would do here: with minibatches, whose Hessians and gradients scatter, the noise makes some of
-    these points unstable too, and an "inside" is necessary only. The parameters, their gradients
-    and versions are left as they are.
-
-    Groups that differ compose, in whatever but maximize and Hessian USAM's rho: see
-    `linearised.linearised`. AdamW is seen through its preconditioner now. SAM has no equilibrium
-    where its filter holds: its edge is that at `grad_norm`, and moves with it.
+    f is the loss over all of `data`. So the verdict is about the optimizer with all data in each
+    step. With minibatches, noise makes some of these points unstable too, so that "inside" is a
+    necessary condition only. docs/certificate.md explains this, and which optimizers and groups
+    have a filter. Parameters, their gradients and their version counters do not change.
 
     Args:
-        model, loss_fn, data: as `curvature.HessianOperator`.
-        optimizer: torch.optim.SGD or AdamW, or one of this package, with what it has learned. Its
-            parameters are those that count.
-        grad_norm: of SAM; None for that of the gradient at x.
-        failure_probability: in (0, 1), of any error bar that is too small.
-        edge_tol: relative, in [0, 1): how near counts as "at the edge".
-        saddle_tol: relative to S, >= 0: how negative an eigenvalue may be.
-        equilibrium_tol: see above, >= 0.
-        tol: relative to S, > 0: how small error bars get, decided or not, as far as max_matvecs
-            allows.
-        max_matvecs: the most products of a look, >= 1; each takes two or three of the Hessian after
-            an ascent of AdamW or of groups that differ. The basis takes n times as many elements.
-        seed: of the start; None for one that the operating system draws. It is mixed, so that a
-            seed that a model was made with does no harm.
-        basis_device: where the basis lies: "cpu" where the model's device has no room for it.
-        options: further arguments of `HessianOperator`, but params.
+        model: the module, as in `curvature.HessianOperator`.
+        loss_fn: function (output, target) -> loss, as in `curvature.HessianOperator`.
+        data: one batch, a list of batches, or a DataLoader.
+        optimizer: torch.optim.SGD or AdamW, or one of this package, with its state. The matrix is
+            taken in its parameters.
+        grad_norm: gradient norm at which SAM's filter is taken; None for the norm at x.
+        failure_probability: probability, in (0, 1), that any error bar is too small.
+        edge_tol: distance that counts as "at the edge", relative to E, in [0, 1).
+        saddle_tol: how negative an eigenvalue may be, relative to S, >= 0.
+        equilibrium_tol: largest distance that counts as an equilibrium, as above, >= 0.
+        tol: size, relative to S, > 0, below which error bars must get, decided or not, as far as
+            max_matvecs allows.
+        max_matvecs: largest number of products with the matrix, >= 1. Each takes two or three
+            products with the Hessian after an ascent of AdamW or of groups that differ. The basis
+            has n max_matvecs elements.
+        seed: seed of the random start; None lets the operating system draw one. It is hashed, so
+            that the seed that the model was created with does no harm.
+        basis_device: where the basis lies; "cpu" if the model's device has no room for it.
+        options: further arguments of `HessianOperator`, except params.
+
+    Returns:
+        The certificate, which prints as text.
 
     Raises:
         TypeError: no filter is known for the optimizer.
-        ValueError: an argument is out of its range, the optimizer's parameters are not the model's,
-            AdamW has taken no step, or params is given.
+        ValueError: an argument is out of its range; the optimizer has parameters that are not the
+            model's; AdamW has taken no step; or params is passed.
         FloatingPointError: the gradient or a product is not finite.
-        RuntimeError: the optimizer holds the parameters away from x.
+        RuntimeError: the optimizer holds perturbed parameters.
 
     Example:
-        >>> print(eigenfilter.certify(model, loss_fn, loader, opt))
+        >>> import eigenfilter as ef, torch
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> y = torch.zeros(2, 1, dtype=torch.float64)
+        >>> opt = ef.SGD(model.parameters(), lr=0.1)  # admits eigenvalues up to 2 / lr = 20
+        >>> report = ef.certify(model, torch.nn.functional.mse_loss, (x, y), opt, seed=1)
+        >>> report.verdict, round(report.sharpness, 6), report.edge
+        ('inside', 9.0, 20.0)
 
-    Source: arXiv 2510.09034 for the filters; `curvature.extremes` for the error bars.
+    Source: arXiv 2510.09034 for the filters; `curvature.spectrum_bounds` for the error bars.
     """
     tolerances = Tolerances(edge_tol, saddle_tol, tol)
     if not equilibrium_tol >= 0:
         raise ValueError(f"equilibrium_tol must be at least 0, not {equilibrium_tol}")
     if "params" in options:
-        raise ValueError("params has no place here: the optimizer's parameters are taken")
+        raise ValueError("certify takes no params: it uses the optimizer's parameters")
     if seed is None and options.get("process_group") is not None:
-        raise ValueError("give a seed, the same on all processes of process_group")
+        raise ValueError("pass a seed, the same on all processes of process_group")
     filters.of(optimizer, grad_norm=1.0)  # raises where none is known, before any work
     params = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
     op = HessianOperator(model, loss_fn, data, params=params, **options)
     seed = secrets.randbits(32) if seed is None else seed
-    look = Look(failure_probability, max_matvecs, basis_device, seed)
+    probe = SpectrumProbe(failure_probability, max_matvecs, basis_device, seed)
     with op.fixed():
-        move = direction(op, optimizer)
+        step = direction(op, optimizer)
         try:
             if ascent_of(optimizer).method == "sam" and grad_norm is None:
-                grad_norm = _sam_norm(optimizer, move)
-            seen = linearised(op, optimizer, grad_norm=grad_norm)
-            judged = judge(seen, tolerances, look)
+                grad_norm = _sam_norm(optimizer, step)
+            linear = linearized(op, optimizer, grad_norm=grad_norm)
+            sides = judge(linear, tolerances, probe)
         except NoFilter as reason:
-            seen, judged = None, Judged(look(op, tolerances.sharp), needed=(f"{reason}",))
-    found, flt = judged.found, None if seen is None else seen.filter
-    distance = _distance(op, move, seen, found)
-    verdict, needed = judged.verdict, judged.needed
+            linear, sides = None, SideVerdict(probe(op, tolerances.sharp), needed=(f"{reason}",))
+    bounds, flt = sides.bounds, None if linear is None else linear.filter
+    distance = _distance(op, step, linear, bounds)
+    verdict, needed = sides.verdict, sides.needed
     if not distance <= equilibrium_tol:
         verdict = NOT_AN_EQUILIBRIUM
         training = f"training on, until x is no further than {equilibrium_tol:g} ||x|| away"
@@ -231,65 +245,63 @@ def certify(
     intervals = () if flt is None else tuple(flt.intervals())
     return Certificate(
         verdict=verdict,
-        matrix="the Hessian H" if seen is None else seen.matrix,
+        matrix="the Hessian H" if linear is None else linear.matrix,
         parameters=op.shape[0],
         dtype=str(op.dtype).removeprefix("torch."),
         filter=None if flt is None else repr(flt),
         intervals=intervals,
-        sharpness=found.top.value,
-        sharpness_error=found.top.reach,
+        sharpness=bounds.top.value,
+        sharpness_error=bounds.top.margin,
         edge=intervals[-1][1] if intervals else None,
-        top=found.top,
-        bottom=found.bottom,
-        upper=judged.upper,
-        saddle=judged.saddle,
-        gradient_norm=move.gradient_norm,
-        direction_norm=float(norms(move.vector.double())),
+        top=bounds.top,
+        bottom=bounds.bottom,
+        upper=sides.upper,
+        saddle=sides.saddle,
+        gradient_norm=step.gradient_norm,
+        direction_norm=float(norms(step.vector.double())),
         distance=distance,
         equilibrium_tol=equilibrium_tol,
         failure_probability=failure_probability,
-        matvecs=look.products,
+        matvecs=probe.products,
         seed=seed,
-        notes=(FULL_BATCH, *(() if seen is None else seen.notes)),
+        notes=(FULL_BATCH, *(() if linear is None else linear.notes)),
         needed=needed,
     )
 
 
-def _sam_norm(optimizer: torch.optim.Optimizer, move: Direction) -> float:
-    if move.ascent_norm > 0 or all(float(g["rho"]) == 0.0 for g in optimizer.param_groups):
-        return move.ascent_norm or 1.0  # without an ascent it plays no part
-    raise NoFilter(
-        "SAM's edge falls to 0 with the gradient's norm, which is 0 here: give grad_norm"
-    )
+def _sam_norm(optimizer: torch.optim.Optimizer, step: Direction) -> float:
+    if step.ascent_norm > 0 or all(float(g["rho"]) == 0.0 for g in optimizer.param_groups):
+        return step.ascent_norm or 1.0  # without an ascent the norm has no effect
+    raise NoFilter("SAM's edge falls to 0 with the gradient norm, which is 0 here: pass grad_norm")
 
 
 def _distance(
-    op: HessianOperator, move: Direction, seen: Linearised | None, found: Extremes
+    op: HessianOperator, step: Direction, linear: Linearized | None, bounds: SpectrumBounds
 ) -> float:
-    """||D v|| / (||J|| ||D^-1 x||) for the direction v."""
+    """Return ||D v|| / (||J|| ||D^-1 x||) for the direction v."""
     x = torch.cat([p.detach().reshape(-1) for p in op.params])
-    v = move.vector
-    if seen is not None and seen.scale is not None:
-        v = seen.scale * v
-        x = torch.where(seen.scale > 0, x / seen.scale, 0.0)
+    v = step.vector
+    if linear is not None and linear.scale is not None:
+        v = linear.scale * v
+        x = torch.where(linear.scale > 0, x / linear.scale, 0.0)
     length = float(norms(v.double()))
-    whole = _jacobian_norm(seen, found) * float(norms(x.double()))
+    whole = _jacobian_norm(linear, bounds) * float(norms(x.double()))
     return 0.0 if length == 0 else length / whole if whole else math.inf
 
 
-def _jacobian_norm(seen: Linearised | None, found: Extremes) -> float:
-    """||J||, from below, from the Ritz values."""
-    if seen is None:
-        return found.scale
-    flt = seen.filter
+def _jacobian_norm(linear: Linearized | None, bounds: SpectrumBounds) -> float:
+    """Return a lower bound of ||J||, from the Ritz values."""
+    if linear is None:
+        return bounds.scale
+    flt = linear.filter
     if isinstance(flt, PolynomialFilter):
-        return float(abs(flt.p(found.values.numpy()) + flt.weight_decay).max())
+        return float(abs(flt.p(bounds.values.numpy()) + flt.weight_decay).max())
     assert isinstance(flt, AdamW)
-    return found.scale + flt.weight_decay
+    return bounds.scale + flt.weight_decay
 
 
-def _bar(end: Extreme, *, up: bool) -> str:
-    beyond = f"{'+' if up else '-'} {end.reach:.2g}"
+def _bar(end: SpectrumBound, *, up: bool) -> str:
+    beyond = f"{'+' if up else '-'} {end.margin:.2g}"
     return f"{end.value:.6g} {beyond} at most; residual {end.residual:.2g}"
 
 

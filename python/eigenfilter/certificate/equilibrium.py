@@ -1,4 +1,4 @@
-"""How far from an equilibrium a point is: the direction that an optimizer would take there."""
+"""The direction in which an optimizer moves at a point, which is zero at an equilibrium."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenfilter.certificate.linearised import ascent_of, preconditioner, spread
+from eigenfilter.certificate.linearized import ascent_of, preconditioner, spread
 from eigenfilter.curvature.norms import norms
 from eigenfilter.curvature.operators.hessian import HessianOperator
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """What an optimizer moves along at x, from the gradients of all data.
+    """The direction of an optimizer at x, from the gradients of all data.
 
     Attributes:
-        vector: [n], s d(x) + wd x, with s = -1 where f is maximised; of AdamW, whose decay is not
-            divided by P, s d(x) + wd P x. Zero at an equilibrium.
-        gradient_norm: of grad f(x).
-        ascent_norm: of that part of it which ascends.
+        vector: [n], s d(x) + wd x, with s = -1 if f is maximized. For AdamW, whose weight decay is
+            not divided by P, it is s d(x) + wd P x. It is zero at an equilibrium.
+        gradient_norm: norm of grad f(x).
+        ascent_norm: norm of the part of grad f(x) whose parameters take an ascent.
     """
 
     vector: Tensor
@@ -30,12 +30,12 @@ class Direction:
 
 @torch.no_grad()
 def direction(op: HessianOperator, optimizer: torch.optim.Optimizer) -> Direction:
-    """Return the direction of an optimizer at the point of `op`, which stays where it is.
+    """Return the direction of an optimizer at the parameters of `op`, which do not change.
 
-    The methods' d are those of the optimizers' docstrings, with grad f over all data of `op`.
+    d(x) is defined in the docstring of each optimizer; grad f is over all data of `op`.
 
     Raises:
-        FloatingPointError: it is not finite.
+        FloatingPointError: the direction is not finite.
     """
     groups = optimizer.param_groups
     rho = spread(op, [(g, float(g.get("rho", 0.0))) for g in groups])
@@ -45,12 +45,12 @@ def direction(op: HessianOperator, optimizer: torch.optim.Optimizer) -> Directio
     if all("betas" in g for g in groups):
         decay = decay / preconditioner(optimizer, op.params).to(op.dtype).square()
     g = op.gradient()
-    moving = g * (rho != 0)
+    ascending = g * (rho != 0)
     d = _descent_gradient(op, optimizer, x, g, rho, sign) if bool(rho.any()) else g
     vector = sign * d + decay * x
     if not vector.isfinite().all():
         raise FloatingPointError("the gradient is not finite: is the loss, at these parameters?")
-    return Direction(vector, *(float(norms(t.double())) for t in (g, moving)))
+    return Direction(vector, *(float(norms(t.double())) for t in (g, ascending)))
 
 
 def _descent_gradient(
@@ -61,7 +61,7 @@ def _descent_gradient(
     rho: Tensor,
     sign: Tensor,
 ) -> Tensor:
-    """d(x): the gradient where the ascents lead."""
+    """Return d(x), the gradient at the point to which the ascents lead."""
     ascent = ascent_of(optimizer)
     up = sign * rho
     match ascent.method:
@@ -76,6 +76,6 @@ def _descent_gradient(
             origin = x if getattr(ascent, "ascent", "") == "anchored" else y
             return op.gradient(origin + up * op.gradient(y))
         case "hessian_usam":
-            moving = (rho != 0).to(g.dtype)
-            return op.gradient(x + rho * (moving * op.matvec(moving * g)))
+            ascending = (rho != 0).to(g.dtype)
+            return op.gradient(x + rho * (ascending * op.matvec(ascending * g)))
     raise TypeError(f"no direction is known for an ascent of {ascent.method}")

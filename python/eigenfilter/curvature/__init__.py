@@ -15,7 +15,11 @@ from eigenfilter.curvature.solvers.density import SpectralDensity, log_determina
 from eigenfilter.curvature.solvers.eigsh import eigsh
 from eigenfilter.curvature.solvers.estimates import Estimate
 from eigenfilter.curvature.solvers.result import EigenResult
-from eigenfilter.curvature.solvers.spectrum_bounds import Extreme, Extremes, extremes
+from eigenfilter.curvature.solvers.spectrum_bounds import (
+    SpectrumBound,
+    SpectrumBounds,
+    spectrum_bounds,
+)
 from eigenfilter.curvature.solvers.traces import diagonal, trace
 
 __all__ = [
@@ -24,17 +28,17 @@ __all__ = [
     "EigenResult",
     "EmpiricalFisherOperator",
     "Estimate",
-    "Extreme",
-    "Extremes",
     "GGNOperator",
     "HessianOperator",
     "SpectralDensity",
+    "SpectrumBound",
+    "SpectrumBounds",
     "SymmetricOperator",
     "diagonal",
     "eigsh",
     "eigsh_cost",
-    "extremes",
     "log_determinant",
     "spectral_density",
+    "spectrum_bounds",
     "trace",
 ]

@@ -1,4 +1,4 @@
-"""What a solver sees of the thing it solves."""
+"""The protocol by which solvers see an operator."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from torch import Tensor
 
 
 class Slices(Protocol):
-    """How vectors [n] are cut among processes, each of which holds one slice [l]; l may be 0."""
+    """How vectors [n] are divided among processes, which hold one slice [l] each; l may be 0."""
 
     @property
     def length(self) -> int:
-        """l, of the slice held here."""
+        """The length l of this process's slice."""
 
     @property
     def number(self) -> int:
-        """The number of the slice held here, from 0."""
+        """The number of this process's slice, from 0."""
 
     @property
     def count(self) -> int:
-        """How many slices there are."""
+        """The number of slices."""
 
     def sum(self, t: Tensor) -> Tensor:
-        """Add t up over the slices, in place and everywhere to the same bits, and return it."""
+        """Sum t over the slices in place, to the same bits in every process, and return it."""
 
 
 class SymmetricOperator(Protocol):
-    """What a solver needs of a symmetric H [n, n]. It must not write to v or V.
+    """A symmetric matrix H [n, n], as a linear map. It must not write to v or V.
 
-    If the operator has a context manager `fixed()`, solvers hold it while they work. If it has an
-    attribute `slices` that is not None, a `Slices`, then the vectors that it takes and gives are
-    slices, and all processes that hold one must do the same at the same time.
+    If the operator has a context manager `fixed()`, solvers enter it while they work. If it has an
+    attribute `slices` that is not None, a `Slices`, then the vectors that it takes and returns are
+    slices, and all processes that hold one must call it at the same time with the same arguments.
     """
 
     @property
@@ -41,14 +41,14 @@ class SymmetricOperator(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors taken and given."""
+        """The dtype of the vectors taken and returned."""
 
     @property
     def device(self) -> torch.device:
-        """Of the vectors taken and given."""
+        """The device of the vectors taken and returned."""
 
     def matvec(self, v: Tensor) -> Tensor:
         """Return H v [n] for v [n]."""
 
     def matmat(self, V: Tensor) -> Tensor:
-        """Return H V [n, b] for V [n, b]. Only blocks of two or more ask for it."""
+        """Return H V [n, b] for V [n, b]. Solvers use it only for blocks of two or more."""

@@ -135,7 +135,7 @@ class FullBatchTraining:
         """Return the largest eigenpair, or None if the Hessian is not finite."""
         tol = _TOLERANCE[self._problem.data.inputs.dtype]
         try:
-            return eigsh(self._operator, k=1, tol=tol, v0=self._eigenpair, look_for_copies=False)
+            return eigsh(self._operator, k=1, tol=tol, v0=self._eigenpair, check_multiplicity=False)
         except FloatingPointError:  # products overflow before the loss itself does
             return None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenfilter.curvature.loss.batches import leaves
+from eigenfilter.curvature.loss.batch_trees import leaves
 from eigenfilter.experiments import archives, checkpoint, datasets, imports
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError

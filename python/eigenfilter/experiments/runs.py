@@ -23,7 +23,7 @@ from eigenfilter.experiments.networks import size
 from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
 from eigenfilter.experiments.trainer import Diverged, Trainer, reproducible
 from eigenfilter.experiments.validation import check_session, read_results
-from eigenfilter.monitor import Check
+from eigenfilter.monitor import SharpnessCheck
 
 RESULTS = "results.json"
 CONFIG = "config.yaml"
@@ -245,7 +245,7 @@ class _TrainingSession:
             self._write("test", self._trainer.evaluate())
         self._history.append({"step": self._trainer.step} | self._last["test"])
 
-    def _sharpness(self, measure: Callable[[], Check | None]) -> None:
+    def _sharpness(self, measure: Callable[[], SharpnessCheck | None]) -> None:
         try:
             check = measure()
         except FloatingPointError as error:  # the losses have not been read yet

@@ -1,8 +1,8 @@
-"""Ways to multiply by a curvature matrix. Each module registers its own, in this order."""
+"""Ways to multiply by a curvature matrix. Importing a module registers its engines."""
 
 from eigenfilter.curvature.engines import double_backward, forward_mode, sharded  # noqa: F401
-from eigenfilter.curvature.engines.registry import KINDS, Engine, Engines
+from eigenfilter.curvature.engines.registry import ENGINE_SPECS, Engine, Engines
 
 __all__ = ["NAMES", "Engine", "Engines"]
 
-NAMES = tuple(KINDS)
+NAMES = tuple(ENGINE_SPECS)

@@ -1,4 +1,4 @@
-"""Products by the engine asked for, or by the first that can."""
+"""The choice of the engine for each product: the requested one, or the first that works."""
 
 from __future__ import annotations
 
@@ -9,110 +9,114 @@ from torch import Tensor
 
 from eigenfilter.curvature.engines import Engines
 from eigenfilter.curvature.engines.choice import ORDER, choose
-from eigenfilter.curvature.loss.batches import Source, Unfit
+from eigenfilter.curvature.loss.batch_sources import BatchSource, UnusableModelError
 from eigenfilter.curvature.loss.vectors import Sums
 
 _logger = logging.getLogger(__name__)
 
-_LONGEST = 500  # characters that are shown of why an engine failed
+_LONGEST = 500  # characters of an engine's error that a message shows
 
 
-class Given:
-    """The engine that was asked for, which works or raises."""
+class RequestedEngine:
+    """The engine that was requested by name, which works or raises."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def multiply(self, made: Engines, source: Source, budget: Callable[[], int], V: Tensor) -> Sums:
+    def multiply(
+        self, engines: Engines, source: BatchSource, budget: Callable[[], int], V: Tensor
+    ) -> Sums:
         """Return the products with V [n, b], summed over batches."""
-        return made[self.name].multiply(V)
+        return engines[self.name].multiply(V)
 
 
-class Automatic:
-    """The fastest exact engine; where it fails, the next that does not, and a line in the log.
+class AutomaticEngine:
+    """The fastest exact engine; where it fails, the next one that works, with a line in the log.
 
-    What is chosen for single vectors and for blocks is kept, and what failed is not tried again.
+    The choices for single vectors and for blocks are kept. An engine that failed is not tried
+    again.
 
     Attributes:
-        name: that of the last product; "auto" before the first.
+        name: name of the engine that made the last product; "auto" before the first.
     """
 
     def __init__(self) -> None:
         self.name = "auto"
-        self._left: dict[bool, list[str]] = {}  # for blocks (True) and for single vectors
-        self._refused: dict[str, str] = {}  # engines that failed, and how
+        self._candidates: dict[bool, list[str]] = {}  # for blocks (True) and for single vectors
+        self._failures: dict[str, str] = {}  # engines that failed -> their errors
 
-    def multiply(self, made: Engines, source: Source, budget: Callable[[], int], V: Tensor) -> Sums:
+    def multiply(
+        self, engines: Engines, source: BatchSource, budget: Callable[[], int], V: Tensor
+    ) -> Sums:
         """Return the products with V [n, b], summed over batches.
 
         Raises:
-            Unfit: the model or its data are at fault.
+            UnusableModelError: the model or its data are at fault.
             RuntimeError: no engine works; each is named, with its reason.
-            Exception: what reading the data raised.
-            Exception: what all engines raised alike, which is the model's own.
+            Exception: reading the data raised it, or all engines raised the same, the model's own.
         """
         block = V.shape[1] > 1
-        if block not in self._left:
-            self._left[block] = self._candidates(made, source, budget, V.shape[1])
-        left = self._left[block]
+        if block not in self._candidates:
+            self._candidates[block] = self._choose(engines, source, budget, V.shape[1])
+        candidates = self._candidates[block]
         while True:
             try:
-                sums = made[left[0]].multiply(V)
-            except Unfit:
+                sums = engines[candidates[0]].multiply(V)
+            except UnusableModelError:
                 raise
-            except Exception as error:  # any: the engine is left for the next, and this is logged
-                # The model itself fails, or the data cannot be read: that may pass.
-                if not made.objective.known.evaluated or error is source.failure:
+            except Exception as error:  # of any kind: it is logged, and the next engine is tried
+                # If the model itself fails or the data cannot be read, that may be temporary.
+                if not engines.objective.traits.evaluated or error is source.failure:
                     raise
-                made.drop(left[0])
-                self._pass_over(left.pop(0), left, error)
-                if not left:
-                    del self._left[block]  # the cause may be gone the next time
-                    if (verdict := self._verdict(error)) is error:
+                engines.drop(candidates[0])
+                self._record_failure(candidates.pop(0), candidates, error)
+                if not candidates:
+                    del self._candidates[block]  # the cause may be gone the next time
+                    if (failure := self._joint_failure(error)) is error:
                         raise
-                    raise verdict from error
+                    raise failure from error
             else:
-                self.name = left[0]
+                self.name = candidates[0]
                 return sums
 
-    def _candidates(
-        self, made: Engines, source: Source, budget: Callable[[], int], vectors: int
+    def _choose(
+        self, engines: Engines, source: BatchSource, budget: Callable[[], int], vectors: int
     ) -> list[str]:
         try:
-            found = choose(made.objective, source, made.params, budget(), vectors)
-        except Unfit:
+            names = choose(engines.objective, source, engines.params, budget(), vectors)
+        except UnusableModelError:
             raise
-        except Exception as error:  # as above: it met what the engines will meet
-            if not made.objective.known.evaluated or error is source.failure:
+        except Exception as error:  # as above; the engines will meet the same error
+            if not engines.objective.traits.evaluated or error is source.failure:
                 raise
             _logger.info("the trial of engines failed: %s", _short(error))
-            found = ORDER
-        return [name for name in found if name not in self._refused]
+            names = ORDER
+        return [name for name in names if name not in self._failures]
 
-    def _pass_over(self, name: str, left: list[str], error: Exception) -> None:
-        self._refused[name] = f"{type(error).__name__}: {error}"
-        if not left:
+    def _record_failure(self, name: str, remaining: list[str], error: Exception) -> None:
+        self._failures[name] = f"{type(error).__name__}: {error}"
+        if not remaining:
             return
-        inexact = left[0] == "finite_difference"
+        inexact = remaining[0] == "finite_difference"
         _logger.log(
             logging.WARNING if inexact else logging.INFO,
             "engine %r failed: %s; next is %r%s",
             name,
             _short(error),
-            left[0],
+            remaining[0],
             ", whose products are not exact (see the operator's `error`)" if inexact else "",
         )
 
-    def _verdict(self, error: Exception) -> Exception:
-        """Return what to raise where nothing works: the one reason there is, or all."""
-        refused, self._refused = self._refused, {}
-        if len(set(refused.values())) == 1:
+    def _joint_failure(self, error: Exception) -> Exception:
+        """Return what to raise if nothing works: the error if all are the same, else one of all."""
+        failures, self._failures = self._failures, {}
+        if len(set(failures.values())) == 1:
             return error
-        reasons = "".join(f"\n- {name}: {_cut(why)}" for name, why in refused.items())
+        reasons = "".join(f"\n- {name}: {_cut(why)}" for name, why in failures.items())
         return RuntimeError(
             f"no engine can multiply by this matrix:{reasons}\nLet the model and the loss use "
-            "operations that torch can differentiate. With engine=... one engine alone is taken, "
-            "and its error raised as it is"
+            "operations that torch can differentiate. With engine=... only that engine is used, "
+            "and its own error is raised"
         )
 
 

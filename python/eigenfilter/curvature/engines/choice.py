@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from eigenfilter.curvature.engines.derivative_graphs import graph_of
 from eigenfilter.curvature.engines.double_backward import WIDTH
 from eigenfilter.curvature.engines.forward_mode import ForwardOverReverse
-from eigenfilter.curvature.engines.graphs import graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
 from eigenfilter.curvature.engines.microbatching import first_batch, split_to_fit
-from eigenfilter.curvature.loss.batches import Listed, Source
+from eigenfilter.curvature.loss.batch_sources import BatchSource, InMemoryBatches
 from eigenfilter.curvature.loss.objective import Objective
 from eigenfilter.curvature.loss.vectors import split
 
@@ -29,72 +29,72 @@ ORDER = (
     "microbatched",
     "finite_difference",
 )
-# Where a graph is too large.
+# The order if a graph is too large for the budget.
 _SMALL = ("microbatched", "forward_over_reverse", "finite_difference")
 
-_GROWTH = 3  # bytes of the graph of a derivative against those of the value's, about
-_LONG = 0.1  # seconds a product takes where arithmetic dominates: vectorising then gains nothing
-_MARGIN = 1.3  # by which others must be faster than a cached graph: one timing is noisy
+_GROWTH = 3  # bytes of the graph of a derivative, relative to those of the value's graph, about
+_LONG = 0.1  # seconds of a product in which arithmetic dominates, so that vectorizing gains nothing
+_MARGIN = 1.3  # how much faster than a cached graph others must be, because one timing is noisy
 
 
 def choose(
     objective: Objective,
-    source: Source,
+    source: BatchSource,
     params: Sequence[Tensor],
     budget: int,
     vectors: int,
 ) -> tuple[str, ...]:
-    """Return names of engines for so many vectors at once, the fastest exact one first.
+    """Return the names of engines for this number of vectors, the fastest exact one first.
 
-    The others follow, for the case that it fails. A graph is built once a point if every batch's
-    fits `budget`, once a pass if not.
+    The others follow in case it fails. If the graphs of all batches fit `budget`, they are built
+    once for each x; else once for each pass over the data.
     """
     batch, evaluation = first_batch(objective, source, graph=True)
-    given = objective, Listed([batch], pairs=False), params
+    first = objective, InMemoryBatches([batch], pairs=False), params
     weights = list(objective.tree.parameters())
-    # Foretold, since building a graph that does not fit may be what the budget is to prevent.
+    # An estimate: the budget may be there to prevent that a graph which does not fit is built.
     size = _GROWTH * graph_bytes([evaluation.value], weights)
     if size > budget:
         del evaluation
         try:
-            split_to_fit(*given, budget)
+            split_to_fit(*first, budget)
         except ValueError as error:
             why = f"a graph exceeds the budget; {error}"
-            return _logged("forward_over_reverse", vectors, why, _SMALL)
+            return _log_choice("forward_over_reverse", vectors, why, _SMALL)
         why = f"a graph takes {size} bytes, above the budget"
-        return _logged("microbatched", vectors, why, _SMALL)
+        return _log_choice("microbatched", vectors, why, _SMALL)
 
     if vectors == 1 and source.count is not None and source.count * size <= budget:
-        return _logged("cached_graph", vectors, f"its graphs, of about {size} bytes each, fit")
+        return _log_choice("cached_graph", vectors, f"its graphs, of about {size} bytes each, fit")
     V = torch.ones(sum(p.numel() for p in params), min(vectors, WIDTH), dtype=params[0].dtype)
     V = V.to(params[0].device)
     block = split(V.T, params)
     graph = graph_of(evaluation, params)
     size = graph_bytes(graph.roots, weights)
-    one = _seconds(lambda: graph.product([piece[0] for piece in block]), V.device)
+    single = _seconds(lambda: graph.product([piece[0] for piece in block]), V.device)
     fit = source.count is not None and source.count * size <= budget
     build = 0.0
     if not fit:
         build = _seconds(lambda: graph_of(objective.evaluate(0, batch), params), V.device)
-    times = {"cached_graph": build + vectors * one}
-    refused: list[str] = []
+    times = {"cached_graph": build + vectors * single}
+    failures: list[str] = []
     wide = V.shape[1]
-    if wide > 1 and one < _LONG and wide * size <= budget:
-        with _trial("vmap", refused):
+    if wide > 1 and single < _LONG and wide * size <= budget:
+        with _trial("vmap", failures):
             together = _seconds(lambda: graph.product(block, batched=True), V.device)
             times["vmap"] = build + vectors / wide * together
     if not fit:
-        with _trial("forward_over_reverse", refused):
-            engine = ForwardOverReverse(*given)
-            alone = _seconds(lambda: engine.multiply(V[:, :1]), V.device)
-            times["forward_over_reverse"] = vectors * alone
+        with _trial("forward_over_reverse", failures):
+            engine = ForwardOverReverse(*first)
+            forward = _seconds(lambda: engine.multiply(V[:, :1]), V.device)
+            times["forward_over_reverse"] = vectors * forward
     best = min(times, key=lambda name: times[name] * (1 if name == "cached_graph" else _MARGIN))
-    found = [f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items()]
-    return _logged(best, vectors, "; ".join([*found, f"{size} bytes a graph", *refused]))
+    timings = [f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items()]
+    return _log_choice(best, vectors, "; ".join([*timings, f"{size} bytes a graph", *failures]))
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return what `run` takes: the better of two, unless the first is long."""
+    """Return the seconds that `run` takes: the better of two runs, or of one if it is long."""
     times: list[float] = []
     while len(times) < 2 and (not times or times[0] < _LONG):
         _synchronize(device)
@@ -111,17 +111,19 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def _trial(name: str, refused: list[str]) -> Iterator[None]:
-    """Note why an engine cannot be used, in place of raising.
+def _trial(name: str, failures: list[str]) -> Iterator[None]:
+    """Record why an engine cannot be used, instead of raising.
 
-    Warnings are left to the model: one of torch's, that it loops over vectors, shows in the time.
+    Warnings pass through. Torch's warning that it loops over vectors shows in the time, too.
     """
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one
-        refused.append(f"{name} refused: {str(error).splitlines()[0]}")
+        failures.append(f"{name} refused: {str(error).splitlines()[0]}")
 
 
-def _logged(name: str, vectors: int, reason: str, others: Sequence[str] = ORDER) -> tuple[str, ...]:
+def _log_choice(
+    name: str, vectors: int, reason: str, others: Sequence[str] = ORDER
+) -> tuple[str, ...]:
     _logger.info("products with %d vectors: engine %r (%s)", vectors, name, reason)
     return name, *(other for other in others if other != name)

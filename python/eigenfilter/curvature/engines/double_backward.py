@@ -1,4 +1,4 @@
-"""Products through graphs of the first derivative, which are built once for many vectors."""
+"""Products by a second backward pass, through graphs of the first derivative."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import Tensor
 
 from eigenfilter.curvature.engines.graph_cache import GraphCache
 from eigenfilter.curvature.engines.microbatching import split_to_fit
-from eigenfilter.curvature.engines.registry import Inputs, register
+from eigenfilter.curvature.engines.registry import EngineInputs, register
 from eigenfilter.curvature.loss.vectors import Sums, split
 
 WIDTH = 32  # vectors in one vectorized pass: more cost memory and gain nothing
 
 
 class DoubleBackward:
-    """One backward pass a vector, or with `batched` one vectorized pass for up to WIDTH."""
+    """One backward pass for each vector, or with `batched` a vectorized one for up to WIDTH."""
 
     def __init__(self, graphs: GraphCache, *, batched: bool = False) -> None:
         self._graphs = graphs
@@ -45,7 +45,7 @@ class DoubleBackward:
     cost="0.6 to 0.7 U",
     keeps_graphs=True,
 )
-def _cached_graph(inputs: Inputs) -> DoubleBackward:
+def _cached_graph(inputs: EngineInputs) -> DoubleBackward:
     return DoubleBackward(inputs.graphs)
 
 
@@ -55,12 +55,12 @@ def _cached_graph(inputs: Inputs) -> DoubleBackward:
     cost="0.4 U to 1 U a vector",
     keeps_graphs=True,
 )
-def _vmap(inputs: Inputs) -> DoubleBackward:
+def _vmap(inputs: EngineInputs) -> DoubleBackward:
     return DoubleBackward(inputs.graphs, batched=True)
 
 
 @register("per_pass_graph", use="blocks, nothing kept", cost="1 U, a vector of eight 0.5 to 0.7 U")
-def _per_pass_graph(inputs: Inputs) -> DoubleBackward:
+def _per_pass_graph(inputs: EngineInputs) -> DoubleBackward:
     return DoubleBackward(GraphCache(*inputs.f, 0))
 
 
@@ -69,6 +69,6 @@ def _per_pass_graph(inputs: Inputs) -> DoubleBackward:
     use="one batch's graph does not fit",
     cost="1 U and more, by the number of pieces",
 )
-def _microbatched(inputs: Inputs) -> DoubleBackward:
+def _microbatched(inputs: EngineInputs) -> DoubleBackward:
     batches = split_to_fit(*inputs.f, inputs.budget)
     return DoubleBackward(GraphCache(inputs.objective, batches, inputs.params, 0))

@@ -1,4 +1,4 @@
-"""Products by central differences of the first derivative, along with how far they are off."""
+"""Products by central differences of the first derivative, with an estimate of their error."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eigenfilter.curvature.engines.directional import Directional, Place
-from eigenfilter.curvature.engines.graphs import gradient
-from eigenfilter.curvature.loss.batches import Source, Unfit
-from eigenfilter.curvature.loss.nodes import nodes
+from eigenfilter.curvature.engines.derivative_graphs import gradient
+from eigenfilter.curvature.engines.vector_by_vector import VectorByVector, WeightedBatch
+from eigenfilter.curvature.loss.autograd_graph import nodes
+from eigenfilter.curvature.loss.batch_sources import BatchSource, UnusableModelError
+from eigenfilter.curvature.loss.first_derivatives import Products
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
-from eigenfilter.curvature.loss.pullback import Products
 from eigenfilter.curvature.loss.vectors import Sums
 from eigenfilter.curvature.norms import norms
 
@@ -24,24 +24,25 @@ _PLAUSIBLE = 0.1
 _NO_PADDING = 2**63
 
 
-class FiniteDifference(Directional):
-    """H v = (g(x + h v) - g(x - h v)) / 2h, and J v likewise from z.
+class FiniteDifference(VectorByVector):
+    """H v = (g(x + h v) - g(x - h v)) / 2h, and J v from outputs z in the same way.
 
-    The step is h = eps^(1/3) (1 + ||x||) / ||v||, with eps that of the coarsest dtype computed in:
-    it balances rounding, eps / h, against the third derivative's share, h^2 (J. Nocedal and S.
-    Wright, Numerical Optimization, 2006, section 8.1). Parameters are moved in place and put back
-    bit for bit, so that compiled models see the move.
+    The step is h = eps^(1/3) (1 + ||x||) / ||v||, with the eps of the coarsest dtype that takes
+    part. It balances the rounding error, eps / h, and the error of the third derivative, h^2
+    (J. Nocedal and S. Wright, Numerical Optimization, 2006, section 8.1). Parameters are perturbed
+    in place, which compiled models see, and restored bit for bit.
 
-    A difference with the step 2h tells the error: rounding falls and the third derivative's share
-    grows to three times what it was. Where gradients jump, at a ReLU or in max-pooling, the two do
-    not agree at all. It is taken of the first product at a point and of every 16th.
+    A second difference with the step 2h estimates the error: its rounding error is smaller, and the
+    two differ by three times the error of the third derivative. Where gradients jump, at a ReLU or
+    in max-pooling, the two do not agree at all. The first product at an x and every 16th is
+    checked.
 
     Attributes:
-        error: the largest such estimate at this point, relative to the largest product of the
-            check; None before the first.
+        error: the largest estimate at this x, relative to the largest product of the block; None
+            before the first.
     """
 
-    def __init__(self, objective: Objective, source: Source, params: Sequence[Tensor]) -> None:
+    def __init__(self, objective: Objective, source: BatchSource, params: Sequence[Tensor]) -> None:
         super().__init__(objective, source, params, exact=False)
         self.error: float | None = None
         self._moving = [p.data for p in params]
@@ -69,11 +70,11 @@ class FiniteDifference(Directional):
         return sums
 
     def _judge(self, sums: Sums, twice: Sums, lengths: Tensor) -> None:
-        # A product that is small beside the others has an error that is so, too.
+        # Relative to the largest product, since the error of a small one is as large.
         sizes = self._norms(sums.rows.T) / lengths
         off = self._norms(sums.rows[0] - twice.rows[0]) / lengths[0]
         error = float(off / sizes.nan_to_num(0.0).max())
-        if not math.isfinite(error):  # all is zero, or not finite, which solvers report
+        if not math.isfinite(error):  # all products are zero, or not finite, which solvers report
             return
         self.error = max(error, self.error or 0.0)
         if error > _PLAUSIBLE:
@@ -86,55 +87,55 @@ class FiniteDifference(Directional):
             )
 
     def _differences(self, V: Tensor, steps: Sequence[float]) -> Sums:
-        def product(place: Place, v: list[Tensor], row: int) -> Products:
+        def product(batch: WeightedBatch, v: list[Tensor], row: int) -> Products:
             h = steps[row]
-            up, down = (self._moved(place, v, t) for t in (h, -h))
+            up, down = (self._at_perturbed(batch, v, t) for t in (h, -h))
             pairs = zip(up, down, strict=True)
-            found = [None if a is None or b is None else (a - b) / (2 * h) for a, b in pairs]
-            if place.pull is None:
-                return found
-            (along,) = found
+            quotients = [None if a is None or b is None else (a - b) / (2 * h) for a, b in pairs]
+            if batch.pullback is None:
+                return quotients
+            (along,) = quotients
             assert along is not None
-            return place.pull(along)
+            return batch.pullback(along)
 
         return self._sum(V, product)
 
-    def _moved(self, place: Place, v: list[Tensor], t: float) -> Products:
+    def _at_perturbed(self, batch: WeightedBatch, v: list[Tensor], t: float) -> Products:
         """Return the gradient, or z, at x + t v."""
         backup = [p.clone() for p in self._moving]
         try:
             torch._foreach_add_(self._moving, v, alpha=t)
             self._announce()
             with self._constants():
-                if place.pull is not None:
-                    return [self._objective.value(place.index, place.batch, exact=False).value]
-                here = self._objective.evaluate(place.index, place.batch, exact=False)
-                return self._gradient(place, here)
+                if batch.pullback is not None:
+                    return [self._objective.value(batch.index, batch.data, exact=False).value]
+                here = self._objective.evaluate(batch.index, batch.data, exact=False)
+                return self._gradient(batch, here)
         finally:
             torch._foreach_copy_(self._moving, backup)
             self._announce()
 
-    def _gradient(self, place: Place, here: Evaluation) -> Products:
+    def _gradient(self, batch: WeightedBatch, here: Evaluation) -> Products:
         return gradient(here, self._params)
 
     def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
         super()._first(index, batch, here, leading=leading)
         modules = [m for m in self._objective.tree.modules() if isinstance(m, nn.Embedding)]
-        known = {(id(m.weight), m.padding_idx) for m in modules}
+        module_padding = {(id(m.weight), m.padding_idx) for m in modules}
         for node in nodes([here.value]):
             if not node.name().startswith("EmbeddingBackward"):
                 continue
             weight = getattr(node.next_functions[0][0], "variable", None)
             index = node._saved_padding_idx  # of none the largest of its type
-            if index < _NO_PADDING and (id(weight), index) not in known:
-                raise Unfit(
-                    "F.embedding(padding_idx=...) lets no gradient reach a row that moves the "
-                    "value, and a finite difference would move it: use "
-                    "nn.Embedding(padding_idx=...), whose row is held, or an exact engine"
+            if index < _NO_PADDING and (id(weight), index) not in module_padding:
+                raise UnusableModelError(
+                    "F.embedding(padding_idx=...) gives no gradient to a row that the loss depends "
+                    "on, and a finite difference would perturb it: use "
+                    "nn.Embedding(padding_idx=...), whose row is held fixed, or an exact engine"
                 )
 
     def _announce(self) -> None:
-        """The parameters have moved."""
+        """Do what a subclass must do after parameters have changed."""
 
     def _norms(self, v: Tensor) -> Tensor:
         """Return the norms of v [n] or of the columns of v [n, b]."""

@@ -1,4 +1,4 @@
-"""The graphs of the first derivative of all batches, at one point."""
+"""The graphs of the first derivative of all batches, at one x."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from eigenfilter.curvature.engines.graphs import Graph, graph_of
+from eigenfilter.curvature.engines.derivative_graphs import Graph, graph_of
 from eigenfilter.curvature.engines.memory import graph_bytes
-from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.loss.batch_sources import BatchSource
 from eigenfilter.curvature.loss.objective import Objective
 
 
 class GraphCache:
-    """The graphs of all batches at one point: kept, as far as they fit, or built for each pass."""
+    """The graphs of all batches at one x: kept as far as they fit, else built for each pass."""
 
     def __init__(
-        self, objective: Objective, source: Source, params: Sequence[Tensor], budget: int
+        self, objective: Objective, source: BatchSource, params: Sequence[Tensor], budget: int
     ) -> None:
-        """Keep graphs of up to `budget` bytes in all."""
+        """Keep graphs of at most `budget` bytes in total."""
         self.params = params
         self._objective = objective
         self._source = source
         self._free = budget
-        self._kept: dict[int, tuple[Graph, float] | None] = {}  # None where nothing is weighed
-        self._complete = False  # whether every batch has its graph kept
+        self._graphs: dict[int, tuple[Graph, float] | None] = {}  # None for a batch of weight 0
+        self._complete = False  # whether the graphs of all batches are kept
 
     def each(self) -> Iterator[tuple[Graph, float]]:
-        """Yield each batch's graph and weight; drop a graph before asking for the next one."""
+        """Yield each batch's graph and weight; the caller drops it before it asks for the next."""
         if self._complete:
-            yield from filter(None, self._kept.values())
+            yield from filter(None, self._graphs.values())
             return
         index = -1
         for index, batch in enumerate(self._source.batches()):
-            if index not in self._kept:
+            if index not in self._graphs:
                 evaluation = self._objective.evaluate(index, batch)
                 weight = 1.0 if self._source.single else evaluation.weight()
                 if weight == 0:
-                    self._kept[index] = None
+                    self._graphs[index] = None
                     continue
                 graph = graph_of(evaluation, self.params)
                 del evaluation
@@ -45,17 +45,17 @@ class GraphCache:
                     self._keep(index, graph, weight)
                 yield graph, weight
                 del graph
-            elif (kept := self._kept[index]) is not None:
-                yield kept
-        self._complete = index + 1 == len(self._kept)
+            elif (cached := self._graphs[index]) is not None:
+                yield cached
+        self._complete = index + 1 == len(self._graphs)
 
     def clear(self) -> None:
-        """Keep none from here on."""
-        self._kept.clear()
+        """Drop all graphs, and keep none from now on."""
+        self._graphs.clear()
         self._complete, self._free = False, 0
 
     def _keep(self, index: int, graph: Graph, weight: float) -> None:
         size = graph_bytes(graph.roots, self._objective.tree.parameters())
         if size <= self._free:
             self._free -= size
-            self._kept[index] = graph, weight
+            self._graphs[index] = graph, weight

@@ -1,4 +1,4 @@
-"""How much memory graphs hold, and how much there is."""
+"""The memory that graphs keep alive, and the memory that is free."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.nodes import kept
+from eigenfilter.curvature.loss.autograd_graph import saved_tensors
 
-_SHARE = 0.5  # of what is free, that graphs may take by default
+_SHARE = 0.5  # the part of free memory that graphs may take by default
 
 
 def default_budget(device: torch.device) -> int:
-    """Return half of what is free on `device`, in bytes."""
+    """Return half of the free memory of `device`, in bytes."""
     if device.type == "cpu":
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
@@ -24,15 +24,15 @@ def default_budget(device: torch.device) -> int:
     return int(_SHARE * (free + cached))
 
 
-def graph_bytes(roots: Iterable[Tensor], given: Iterable[Tensor]) -> int:
-    """Return the bytes that the graph behind `roots` keeps alive, without the tensors `given`."""
-    seen = {t.untyped_storage()._cdata for t in given}
+def graph_bytes(roots: Iterable[Tensor], excluded: Iterable[Tensor]) -> int:
+    """Return the bytes that the graph behind `roots` keeps alive, without those of `excluded`."""
+    counted = {t.untyped_storage()._cdata for t in excluded}
     total = 0
-    for t in kept(roots):
+    for t in saved_tensors(roots):
         if t.layout != torch.strided:
             continue
         storage = t.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
+        if storage._cdata not in counted:
+            counted.add(storage._cdata)
             total += storage.nbytes()
     return total

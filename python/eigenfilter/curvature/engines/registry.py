@@ -1,4 +1,4 @@
-"""The engines by name. An engine knows f at one point, and one way to multiply by its curvature."""
+"""The engines by name. An engine multiplies by the curvature of f at one x, in one way."""
 
 from __future__ import annotations
 
@@ -9,113 +9,116 @@ from typing import Protocol
 from torch import Tensor
 
 from eigenfilter.curvature.engines.graph_cache import GraphCache
-from eigenfilter.curvature.loss.batches import Source
+from eigenfilter.curvature.loss.batch_sources import BatchSource
 from eigenfilter.curvature.loss.objective import Objective
 from eigenfilter.curvature.loss.slices import ShardSlices
 from eigenfilter.curvature.loss.vectors import Sums
 
 
 class Engine(Protocol):
-    """One way, at one point."""
+    """One way to multiply by the curvature of f, at one x."""
 
     def multiply(self, V: Tensor) -> Sums:
         """Return sum_b w_b H_b V for V [n, b], and sum_b w_b."""
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What an engine is made from.
+class EngineInputs:
+    """The arguments of the function that creates an engine.
 
     Attributes:
-        objective: f.
-        source: its batches.
-        params: the parameters that C is taken in.
+        objective: the function f.
+        source: the batches.
+        params: the parameters that x consists of.
         budget: bytes that graphs may take.
-        slices: of the vectors, where FSDP2 shards the parameters.
-        graphs: one set of graphs for all engines that keep them.
+        slices: how vectors are sliced, if FSDP2 shards the parameters.
+        graphs: the graphs that all engines which keep graphs share.
     """
 
     objective: Objective
-    source: Source
+    source: BatchSource
     params: Sequence[Tensor]
     budget: int
     slices: ShardSlices | None
     graphs: GraphCache
 
     @property
-    def f(self) -> tuple[Objective, Source, Sequence[Tensor]]:
-        """What every engine needs."""
+    def f(self) -> tuple[Objective, BatchSource, Sequence[Tensor]]:
+        """The objective, the batches and the parameters, which every engine needs."""
         return self.objective, self.source, self.params
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A way to multiply, for the documentation too.
+class EngineSpec:
+    """The entry of an engine in the registry; the table of the documentation shows it.
 
     Attributes:
-        name: what the argument `engine` of an operator says.
-        make: makes the engine at a point.
-        use: when to use it.
-        cost: the time of a product, in products U through a graph built for it alone.
+        name: the value of an operator's argument `engine`.
+        make: function that creates the engine at one x.
+        use: when to use the engine.
+        cost: the time of a product, in units U of a product through a graph built for it alone.
         keeps_graphs: whether it keeps graphs from product to product.
     """
 
     name: str
-    make: Callable[[Inputs], Engine]
+    make: Callable[[EngineInputs], Engine]
     use: str
     cost: str
     keeps_graphs: bool
 
 
-KINDS: dict[str, Kind] = {}
+ENGINE_SPECS: dict[str, EngineSpec] = {}
 
 
 def register(
     name: str, *, use: str, cost: str, keeps_graphs: bool = False
-) -> Callable[[Callable[[Inputs], Engine]], Callable[[Inputs], Engine]]:
-    """Decorate a function that makes an engine: `engine=name` of an operator then takes it."""
+) -> Callable[[Callable[[EngineInputs], Engine]], Callable[[EngineInputs], Engine]]:
+    """Register the decorated function, which creates an engine, as `engine=name` of operators.
 
-    def decorate(make: Callable[[Inputs], Engine]) -> Callable[[Inputs], Engine]:
-        KINDS[name] = Kind(name, make, use, cost, keeps_graphs)
+    The other arguments are the attributes of `EngineSpec`.
+    """
+
+    def decorate(make: Callable[[EngineInputs], Engine]) -> Callable[[EngineInputs], Engine]:
+        ENGINE_SPECS[name] = EngineSpec(name, make, use, cost, keeps_graphs)
         return make
 
     return decorate
 
 
 def table() -> str:
-    """The engines as a table in Markdown, for the documentation."""
-    rows = [f"| `{kind.name}` | {kind.use} | {kind.cost} |" for kind in KINDS.values()]
+    """Return a Markdown table of the engines, for the documentation."""
+    rows = [f"| `{kind.name}` | {kind.use} | {kind.cost} |" for kind in ENGINE_SPECS.values()]
     return "\n".join(["| engine | when | time of a product |", "| --- | --- | --- |", *rows])
 
 
 class Engines:
-    """The engines at one point, each made when it is first asked for."""
+    """The engines at one x, each created on first use."""
 
     def __init__(
         self,
         objective: Objective,
-        source: Source,
+        source: BatchSource,
         params: Sequence[Tensor],
         budget: int,
         slices: ShardSlices | None = None,
     ) -> None:
-        """Let graphs take up to `budget` bytes. With `slices`, only finite differences work."""
+        """Prepare; graphs may take `budget` bytes. With `slices`, only finite differences work."""
         self.objective, self.params = objective, params
         graphs = GraphCache(objective, source, params, budget)
-        self._inputs = Inputs(objective, source, params, budget, slices, graphs)
-        self._made: dict[str, Engine] = {}
+        self._inputs = EngineInputs(objective, source, params, budget, slices, graphs)
+        self._engines: dict[str, Engine] = {}
 
     def __getitem__(self, name: str) -> Engine:
-        if name not in self._made:
-            self._made[name] = KINDS[name].make(self._inputs)
-        return self._made[name]
+        if name not in self._engines:
+            self._engines[name] = ENGINE_SPECS[name].make(self._inputs)
+        return self._engines[name]
 
     def drop(self, name: str) -> None:
-        """Let go of what an engine that failed has built."""
-        if self._made.pop(name, None) is not None and KINDS[name].keeps_graphs:
+        """Release the memory of an engine that failed."""
+        if self._engines.pop(name, None) is not None and ENGINE_SPECS[name].keeps_graphs:
             self._inputs.graphs.clear()
 
     @property
     def error(self) -> float | None:
-        """The estimated error of finite differences, if any were taken."""
-        return getattr(self._made.get("finite_difference"), "error", None)
+        """The estimated relative error of finite differences, if any were computed."""
+        return getattr(self._engines.get("finite_difference"), "error", None)

@@ -1,1 +1,1 @@
-"""The loss as a function of its parameters: its batches, its points, its vectors."""
+"""The loss as one fixed function of the parameters: its batches, derivatives and vectors."""

@@ -1,4 +1,4 @@
-"""What is differentiated: a model's loss on a batch, in surroundings that make it one function."""
+"""The function f to differentiate: a model's loss on a batch, the same at every evaluation."""
 
 from __future__ import annotations
 
@@ -14,68 +14,65 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from eigenfilter import _distributed
-from eigenfilter.curvature.loss.batches import (
-    Misweighed,
-    Unfit,
-    cast,
-    divisible,
+from eigenfilter.curvature.loss.autograd_graph import nodes, reachable_leaves
+from eigenfilter.curvature.loss.batch_sources import BatchWeightError, UnusableModelError
+from eigenfilter.curvature.loss.batch_trees import (
+    is_divisible,
     leaves,
-    moved,
-    pieces,
+    micro_batches,
     rows_of,
     samples_of,
+    to_device,
+    to_dtype,
 )
-from eigenfilter.curvature.loss.nodes import leaves_reached, nodes
-from eigenfilter.curvature.loss.survey import survey
-from eigenfilter.curvature.loss.weights import Weights, attempt, check_values
+from eigenfilter.curvature.loss.contexts import (
+    FUSED_OPERATIONS,
+    differentiable_kernels,
+    no_requires_grad,
+    replay_random_numbers,
+    spared_buffers,
+)
+from eigenfilter.curvature.loss.gradient_coverage import check_gradient_coverage
+from eigenfilter.curvature.loss.weights import Weights, check_values, logging_failures
 
 _logger = logging.getLogger(__name__)
 
-# Operations for which others stand in, by what their nodes are called: torch has no second
-# derivative of theirs, or a wrong one (of weight_norm it is not symmetric).
-_FUSED = {
-    "ScaledDotProduct": "scaled_dot_product_attention runs in its math backend",
-    "CudnnRnn": "recurrent layers run without cuDNN",
-    "WeightNormInterface": "weight_norm is written out",
-}
 
 _SEVERAL = "whose input is a tuple here. Several batches go in a list: pass list(data)."
 
 REWRITTEN = (
-    "the forward pass writes to the parameter {0}, so that x does not stay where it is. For "
-    "F.embedding(max_norm=...) use nn.Embedding(max_norm=...), whose rows are left alone while an "
-    "operator looks at them; or write to parameters outside of the forward pass"
+    "the forward pass writes to the parameter {0}, which changes x. For F.embedding(max_norm=...) "
+    "use nn.Embedding(max_norm=...), whose rows an operator leaves unchanged; or write to "
+    "parameters outside of the forward pass"
 )
 
 _EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
-# What embeddings have set while f is evaluated: dense gradients, like vectors; no rows rewritten
-# in the forward pass; and the derivative itself, not divided by how often an index occurs.
+# Settings of embeddings while f is evaluated: dense gradients, like vectors; no rows rewritten in
+# the forward pass; and the derivative itself, not divided by the frequency of an index.
 _PLAIN: dict[str, Any] = {"sparse": False, "max_norm": None, "scale_grad_by_freq": False}
 
 Outer = Callable[[Tensor], Tensor]
 
 
 class Evaluation(NamedTuple):
-    """A batch's share of f at some parameters x.
+    """f on a batch, f_b, at some parameters x.
 
-    With no `outer`, f_b(x) = value(x), whose Hessian is wanted; else f_b(x) = outer(value(x)), of
-    which J^T outer'' J is wanted, J being the Jacobian of `value`.
+    Without `outer`, f_b(x) = value(x), and the matrix is its Hessian. With `outer`,
+    f_b(x) = outer(value(x)), and the matrix is J^T outer'' J with the Jacobian J of `value`.
 
-    Whatever differentiates it, or looks at its graph, does so in a context `around()`: backward
-    may call the modules again (torch.utils.checkpoint), and must find them as the forward pass did.
+    It must be differentiated inside `around()`: backward may call modules again
+    (torch.utils.checkpoint), which must be in the state that the forward pass found.
     """
 
     value: Tensor
     outer: Outer | None
-    weight: Callable[[], float]  # 0 for a batch that is to be left out; checked by the loss once
-    claimed: Callable[[], float]  # the same unchecked
+    weight: Callable[[], float]  # w_b, checked once against the loss; 0: leave the batch out
+    unchecked_weight: Callable[[], float]  # w_b without the check
     around: Callable[[], AbstractContextManager[None]]
-    holders: Sequence[Tensor] | None = None  # see `pullback.pulled_back`
+    holders: Sequence[Tensor] | None = None  # see `first_derivatives.vector_jacobian`
 
     def total(self) -> Tensor:
         """Return f_b, one number."""
@@ -83,21 +80,22 @@ class Evaluation(NamedTuple):
 
 
 @dataclass
-class Known:
-    """What evaluations have shown of f."""
+class ObjectiveTraits:
+    """Properties of f that evaluations have shown."""
 
-    evaluated: bool = False  # at all
-    surveyed: set[tuple[int, int | None]] = field(default_factory=set)  # batches, with their sizes
-    fused: set[str] = field(default_factory=set)  # of `_FUSED`, what was met
-    inner: bool = False  # f is another one where parameters do not require grad
-    by_backward: bool = False  # gradients come by backward() alone
+    evaluated: bool = False  # whether f has been evaluated
+    # Index and number of samples of the batches whose first evaluation was checked.
+    checked_batches: set[tuple[int, int | None]] = field(default_factory=set)
+    fused_ops: set[str] = field(default_factory=set)  # those of `FUSED_OPERATIONS` that f uses
+    needs_requires_grad: bool = False  # f differs, or fails, if no parameter requires grad
+    by_backward: bool = False  # gradients come by backward() alone, not by torch.autograd.grad
 
 
 def one_number(loss: object) -> Tensor:
-    """Return a loss as a tensor [], which it must be but for its shape.
+    """Return a loss of one element as a tensor [].
 
     Raises:
-        ValueError: it is no tensor, or not of one element.
+        ValueError: it is not a tensor of one element.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -109,7 +107,7 @@ def one_number(loss: object) -> Tensor:
 
 
 class Objective:
-    """A model with its loss, evaluated on a batch; the same at every evaluation."""
+    """A model with its loss as a function of the parameters, evaluated batch by batch."""
 
     def __init__(
         self,
@@ -125,15 +123,21 @@ class Objective:
         seed: int,
         alone: bool,
     ) -> None:
-        """See `operators.CurvatureOperator`; `finish`: loss_fn, output, target -> value, outer;
-        `alone`: whether no other process holds data."""
+        """Prepare; most arguments are those of `operators.base.CurvatureOperator`.
+
+        Args:
+            finish: function (loss_fn, output, target, mean) -> (value, outer) of an `Evaluation`.
+            mean: whether batches are averaged, not summed.
+            train: whether the mode is "train".
+            alone: whether no other process has data.
+        """
         self.tree = _Tree([m for m in (model, loss_fn) if isinstance(m, nn.Module)])
         self.mean = mean
         self.autocast = autocast
         self.model = model
-        self.known = Known()
-        self.watched: Sequence[Tensor] = ()  # parameters whose gradients must reach f
-        self.foreign: frozenset[int] = frozenset()  # ids of parameters that this is a copy of
+        self.traits = ObjectiveTraits()
+        self.watched: Sequence[Tensor] = ()  # parameters that must get a gradient if f uses them
+        self.foreign: frozenset[int] = frozenset()  # ids of the originals, if this is a copy
         self._dtype: torch.dtype | None = None
         self._loss_fn = loss_fn
         self._finish = finish
@@ -141,38 +145,39 @@ class Objective:
         self._alone = alone and not _distributed.is_fsdp(self.tree)
         self._weight = weight
         self._weights = Weights(weight, self._total, alone=self._alone)
-        self._refused: str | None = None  # why the first batch does not weigh what is said
-        self._checked: set[tuple[int, int]] = set()  # batches whose weights are what f says
+        self._first_error: str | None = None  # why the weight of the first batch is wrong
+        self._checked: set[tuple[int, int]] = set()  # batches whose weights agree with the loss
         self._train = train
         self._seed = seed
 
     def names(self, params: Iterable[Tensor]) -> list[str]:
-        """Return what `at` of `evaluate` calls these parameters."""
-        known = {id(p): name for name, p in self.tree.named_parameters()}
-        return [known[id(p)] for p in params]
+        """Return the names by which `at` of `evaluate` refers to these parameters."""
+        names_by_id = {id(p): name for name, p in self.tree.named_parameters()}
+        return [names_by_id[id(p)] for p in params]
 
-    def copied(self, dtype: torch.dtype) -> Objective:
-        """Return the same of copies of the modules, whose floating tensors are of `dtype`.
+    def with_dtype(self, dtype: torch.dtype) -> Objective:
+        """Return an objective of copies of the modules, whose floating tensors have `dtype`.
 
         Raises:
             ValueError: they cannot be copied.
         """
-        made = copy.copy(self)
+        clone = copy.copy(self)
         own = (self.model, self._loss_fn, self._forward, self._weight)
         try:
-            made.model, made._loss_fn, made._forward, made._weight = copy.deepcopy(own)
+            # In one call, so that references between them are kept.
+            clone.model, clone._loss_fn, clone._forward, clone._weight = copy.deepcopy(own)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"the model or the loss cannot be copied for dtype={dtype} ({error}): convert "
                 "the model yourself, and leave dtype out"
             ) from error
-        made.tree = _Tree([m for m in (made.model, made._loss_fn) if isinstance(m, nn.Module)])
-        made.tree.to(dtype)
-        made.watched = [made.tree.get_parameter(name) for name in self.names(self.watched)]
-        made._weights = Weights(made._weight, made._total, alone=made._alone)
-        made.foreign = frozenset(id(p) for p in self.tree.parameters())
-        made._dtype = dtype
-        return made
+        clone.tree = _Tree([m for m in (clone.model, clone._loss_fn) if isinstance(m, nn.Module)])
+        clone.tree.to(dtype)
+        clone.watched = [clone.tree.get_parameter(name) for name in self.names(self.watched)]
+        clone._weights = Weights(clone._weight, clone._total, alone=clone._alone)
+        clone.foreign = frozenset(id(p) for p in self.tree.parameters())
+        clone._dtype = dtype
+        return clone
 
     def evaluate(
         self,
@@ -182,66 +187,68 @@ class Objective:
         *,
         exact: bool = True,
     ) -> Evaluation:
-        """Return a batch's share of f, with its graph.
+        """Return f on a batch, with its graph.
 
         Args:
-            index: of the batch, which decides its random numbers.
-            batch: what the source gave.
+            index: index of the batch, which determines its random numbers.
+            batch: the batch.
             at: values to use in place of parameters, by name.
-            exact: whether it is to be differentiated twice: operations that cannot be are then
-                replaced where torch has others.
+            exact: whether it will be differentiated twice, so that operations which do not allow
+                that are replaced by equivalent ones.
 
         Raises:
-            Unfit: see `survey`; from the first evaluation of each batch.
+            UnusableModelError: from the first evaluation of each batch, see
+                `check_gradient_coverage`; or the forward pass writes to a parameter.
         """
         versions = [p._version for p in self.watched]
         here = self.plain(index, batch, at, exact=exact)
         if at is not None:
             return here
         key = index, samples_of(batch)  # a part of the batch does not tell of the rest
-        new = key not in self.known.surveyed
+        new = key not in self.traits.checked_batches
         if new and versions != [p._version for p in self.watched]:
             pairs = zip(self.watched, versions, strict=True)
             name = self.names(p for p, version in pairs if p._version != version)[0]
-            raise Unfit(REWRITTEN.format(name.removeprefix("members.0.")))
-        if exact and self._met([here.value]):
+            raise UnusableModelError(REWRITTEN.format(name.removeprefix("members.0.")))
+        if exact and self._meets_fused_ops([here.value]):
             here = self.plain(index, batch, exact=exact)
-        if not self.known.evaluated:
+        if not self.traits.evaluated:
             self._try_frozen(index, batch, here, exact=exact)
         if new:
-            if survey(self, index, batch, here, exact=exact):
+            if check_gradient_coverage(self, index, batch, here, exact=exact):
                 here = self.plain(index, batch, exact=exact)
-            self.known.surveyed.add(key)
-            self.known.evaluated = True
+            self.traits.checked_batches.add(key)
+            self.traits.evaluated = True
         return here
 
     def value(self, index: int, batch: Any, *, exact: bool = True) -> Evaluation:
-        """Return a batch's share of f, without a graph.
+        """Return f on a batch, without a graph.
 
-        Gradients stay enabled, for f may take some itself. Parameters ask for none, so that nothing
-        is kept for them, unless f looks at that or differentiates with respect to them.
+        Gradients stay enabled, because f may compute some itself. Parameters do not require grad
+        meanwhile, which saves memory, unless f depends on that or differentiates with respect to
+        them.
         """
-        if not (self.known.inner or self.known.by_backward):
+        if not (self.traits.needs_requires_grad or self.traits.by_backward):
             try:
-                with _frozen(self.tree):
-                    return _detached(self.plain(index, batch, exact=exact))
-            except RuntimeError:  # of autograd: what is wrong anyway is raised again below
-                self.known.inner = True
-        return _detached(self.plain(index, batch, exact=exact))
+                with no_requires_grad(self.tree):
+                    return _detach(self.plain(index, batch, exact=exact))
+            except RuntimeError:  # autograd's; if it has another cause, it is raised again below
+                self.traits.needs_requires_grad = True
+        return _detach(self.plain(index, batch, exact=exact))
 
     def _try_frozen(self, index: int, batch: Any, here: Evaluation, *, exact: bool) -> None:
-        """Note whether f is the same, bit for bit, where parameters do not require grad."""
-        if not self.watched or self.known.inner:  # of a sharded model only gradients are taken
-            return
+        """Record whether f is the same, bit for bit, if parameters do not require grad."""
+        if not self.watched or self.traits.needs_requires_grad:
+            return  # nothing is watched in a sharded model, of which only gradients are computed
         try:
-            with warnings.catch_warnings(), _frozen(self.tree):
+            with warnings.catch_warnings(), no_requires_grad(self.tree):
                 # Reentrant checkpointing warns here, and is noticed later.
                 warnings.simplefilter("ignore")
-                frozen = _detached(self.plain(index, batch, exact=exact)).value
-        except Exception:  # of any kind: it is a model that looks at requires_grad
-            self.known.inner = True
+                frozen = _detach(self.plain(index, batch, exact=exact)).value
+        except Exception:  # of any kind: the model depends on requires_grad
+            self.traits.needs_requires_grad = True
             return
-        self.known.inner |= not torch.equal(frozen, here.value.detach())
+        self.traits.needs_requires_grad |= not torch.equal(frozen, here.value.detach())
 
     def plain(
         self,
@@ -251,20 +258,20 @@ class Objective:
         *,
         exact: bool = True,
     ) -> Evaluation:
-        """Evaluate as `evaluate` does, once and without a look at what comes of it."""
-        replaced = frozenset(self.known.fused) if exact else frozenset()
+        """Evaluate f on a batch as `evaluate` does, once and without checks."""
+        replacements = frozenset(self.traits.fused_ops) if exact else frozenset()
 
         def run() -> Evaluation:
-            return self._evaluate(index, batch, replaced)
+            return self._evaluate(index, batch, replacements)
 
-        with self._surroundings(index, replaced), torch.enable_grad():
+        with self._surroundings(index, replacements), torch.enable_grad():
             return run() if at is None else functional_call(self.tree, dict(at), (run,))
 
-    def _evaluate(self, index: int, batch: Any, replaced: frozenset[str]) -> Evaluation:
+    def _evaluate(self, index: int, batch: Any, replacements: frozenset[str]) -> Evaluation:
         if self._dtype is not None:
-            batch = cast(batch, self._dtype)
+            batch = to_dtype(batch, self._dtype)
         if self._forward is None:
-            x, target = moved(batch, self._device)
+            x, target = to_device(batch, self._device)
             try:
                 output = self.model(x)
             except (TypeError, AttributeError) as error:
@@ -275,34 +282,37 @@ class Objective:
             output, target = self._forward(self.model, batch)
         value, outer = self._finish(self._loss_fn, output, target, self.mean)
 
-        def surrounded(z: Tensor) -> Tensor:
+        def outer_in_context(z: Tensor) -> Tensor:
             assert outer is not None
-            with self._surroundings(index, replaced | self.known.fused), torch.enable_grad():
-                found = outer(z)
-            return surrounded(z) if self._met([found]) else found
+            fused_ops = replacements | self.traits.fused_ops
+            with self._surroundings(index, fused_ops), torch.enable_grad():
+                loss = outer(z)
+            return outer_in_context(z) if self._meets_fused_ops([loss]) else loss
 
         return Evaluation(
             value,
-            None if outer is None else surrounded,
+            None if outer is None else outer_in_context,
             _weighing(lambda: self._weigh(index, batch, output, target)),
             _weighing(lambda: self._weights.of(batch, output) if self.mean else 1.0),
-            lambda: self.around(index, replaced),
-            self._holders(batch, value) if self.known.by_backward else None,
+            lambda: self.around(index, replacements),
+            self._holders(batch, value) if self.traits.by_backward else None,
         )
 
-    def _met(self, roots: Sequence[Tensor]) -> bool:
-        """Note what there is without a second derivative, and return whether it is new."""
+    def _meets_fused_ops(self, roots: Sequence[Tensor]) -> bool:
+        """Record the operations of `FUSED_OPERATIONS` in a graph; return whether any is new."""
         names = {node.name() for node in nodes(roots)}
-        found = {kind for kind in _FUSED if any(name.startswith(kind) for name in names)}
-        new = found - self.known.fused
-        self.known.fused |= new
+        kinds = {kind for kind in FUSED_OPERATIONS if any(name.startswith(kind) for name in names)}
+        new = kinds - self.traits.fused_ops
+        self.traits.fused_ops |= new
         for kind in new:
-            _logger.info("%s: its fused kernel has no right second derivative", _FUSED[kind])
+            _logger.info(
+                "%s: its fused kernel has no right second derivative", FUSED_OPERATIONS[kind]
+            )
         return bool(new)
 
     def _holders(self, batch: Any, value: Tensor) -> list[Tensor]:
         """Return the tensors in which backward() may leave a gradient, each once."""
-        own = [*self.tree.parameters(), *leaves(batch), *leaves_reached([value])]
+        own = [*self.tree.parameters(), *leaves(batch), *reachable_leaves([value])]
         return list({id(t): t for t in own if t.is_leaf and t.requires_grad}.values())
 
     def _total(self, output: Any, target: Any) -> Tensor:
@@ -310,52 +320,52 @@ class Objective:
         return value if outer is None else outer(value)
 
     def _weigh(self, index: int, batch: Any, output: Any, target: Any) -> float:
-        """Return w_b, checked the first time; 1 where batches are added."""
+        """Return w_b, checked the first time; 1 if batches are summed."""
         if not self.mean:
             return 1.0
         weight = self._weights.of(batch, output)
         key = index, len(output) if isinstance(output, Tensor) and output.ndim else 0
         if weight and key not in self._checked:
-            if self._refused is not None:
-                raise ValueError(self._refused)
+            if self._first_error is not None:
+                raise ValueError(self._first_error)
             try:
                 self._check_weight(index, batch, output, target)
             except ValueError as error:
                 if self._checked or not self._alone:
                     raise
-                self._refused = str(error)  # a batch alone may weigh anything: see if others come
+                self._first_error = str(error)  # irrelevant, unless another batch follows
             self._checked.add(key)
         return weight
 
     def _check_weight(self, index: int, batch: Any, output: Any, target: Any) -> None:
-        """Check what a batch weighs by its loss, or else by f on its halves."""
+        """Check a batch's weight against the derivative of the loss, or else f on its halves."""
         eps = _eps(self.autocast, output if isinstance(output, Tensor) else self._parameter)
-        surroundings = self._surroundings(index, frozenset(self.known.fused))
-        with surroundings, _spared_buffers(self.tree), torch.enable_grad():
-            told = self._weights.check(index, batch, output, target, eps)
-        if not told:
+        surroundings = self._surroundings(index, frozenset(self.traits.fused_ops))
+        with surroundings, spared_buffers(self.tree), torch.enable_grad():
+            conclusive = self._weights.check(index, batch, output, target, eps)
+        if not conclusive:
             self._check_halves(index, batch, eps)
 
     def _check_halves(self, index: int, batch: Any, eps: float) -> None:
-        """Check what a batch weighs by f on it and on its halves.
+        """Check the weight of a batch against f on it and on its halves.
 
-        In evaluation mode, whatever that of the operator: batch statistics and dropout couple
-        samples. Not of a model that FSDP2 shards, where all processes would have to do the same.
+        The model is in evaluation mode, because batch statistics and dropout couple samples. A
+        model that FSDP2 shards is not checked: all processes would have to do the same.
         """
         samples = rows_of(batch) or 0
-        if samples < 2 or not divisible(batch, samples) or _distributed.is_fsdp(self.tree):
-            self._weights.tell_unchecked(index, samples)
+        if samples < 2 or not is_divisible(batch, samples) or _distributed.is_fsdp(self.tree):
+            self._weights.warn_unchecked(index, samples)
             return
         values: list[float] = []
-        replaced = frozenset(self.known.fused)
-        surroundings = self._surroundings(index, replaced, train=False)
-        with attempt("f on half a batch"), surroundings, torch.enable_grad():
-            found = [
-                self._evaluate(index, part, replaced)
-                for part in (batch, *pieces(batch, -(-samples // 2), samples))
+        replacements = frozenset(self.traits.fused_ops)
+        surroundings = self._surroundings(index, replacements, train=False)
+        with logging_failures("f on half a batch"), surroundings, torch.enable_grad():
+            evaluations = [
+                self._evaluate(index, part, replacements)
+                for part in (batch, *micro_batches(batch, -(-samples // 2), samples))
             ]
-            weights = [one.claimed() for one in found]
-            values = [float(one.total().detach()) for one in found]
+            weights = [one.unchecked_weight() for one in evaluations]
+            values = [float(one.total().detach()) for one in evaluations]
         if values:
             check_values(index, values, weights, math.sqrt(eps))
 
@@ -363,38 +373,38 @@ class Objective:
     def around(
         self,
         index: int,
-        replaced: frozenset[str] = frozenset(),
+        replacements: frozenset[str] = frozenset(),
         *,
         train: bool | None = None,
     ) -> Iterator[None]:
-        """Set modes, random numbers and buffers for a batch; put all back afterwards.
+        """Set modes, random numbers and buffers for a batch, and restore all afterwards.
 
         Args:
-            index: of the batch.
-            replaced: of `_FUSED`, the operations for which others stand in.
-            train: the mode, if not the operator's.
+            index: index of the batch.
+            replacements: the operations of `FUSED_OPERATIONS` that are replaced.
+            train: whether the mode is "train"; by default the operator's mode.
         """
         train = self._train if train is None else train
         with ExitStack() as stack:
             stack.enter_context(self._modes(train))
-            stack.enter_context(_kernels(replaced))
+            stack.enter_context(differentiable_kernels(replacements))
             if train:
-                stack.enter_context(_spared_buffers(self.tree))
-            stack.enter_context(_replayed(self._seed + index, self._device))
+                stack.enter_context(spared_buffers(self.tree))
+            stack.enter_context(replay_random_numbers(self._seed + index, self._device))
             yield
 
     @contextmanager
     def _surroundings(
-        self, index: int, replaced: frozenset[str], *, train: bool | None = None
+        self, index: int, replacements: frozenset[str], *, train: bool | None = None
     ) -> Iterator[None]:
         """Also set autocast, for the forward pass."""
         autocast = torch.autocast(
             self._device.type,
             dtype=self.autocast,
             enabled=self.autocast is not None,
-            cache_enabled=False,  # parameters may move while a context around this one lasts
+            cache_enabled=False,  # parameters may change within a surrounding autocast context
         )
-        with self.around(index, replaced, train=train), autocast:
+        with self.around(index, replacements, train=train), autocast:
             yield
 
     @property
@@ -426,7 +436,7 @@ class Objective:
                 setattr(embedding, name, value)
 
     def longer(self) -> list[str]:
-        """Return the embeddings some of whose rows the forward pass would scale down first."""
+        """Return the embeddings with rows longer than max_norm, which f would scale."""
         return [
             name.removeprefix("members.0.")
             for name, module in self.tree.named_modules()
@@ -439,7 +449,7 @@ def _embeddings(tree: nn.Module) -> list[nn.Module]:
 
 
 def _exceeds(module: nn.Embedding | nn.EmbeddingBag) -> bool:
-    """Whether a row is longer than max_norm, by more than the rounding of a norm."""
+    """Whether a row is longer than max_norm, beyond the rounding of a norm."""
     if module.max_norm is None:
         return False
     weight = _distributed.local(module.weight.detach())
@@ -449,25 +459,25 @@ def _exceeds(module: nn.Embedding | nn.EmbeddingBag) -> bool:
 
 
 def _eps(autocast: torch.dtype | None, of: Tensor) -> float:
-    """The unit of rounding in a loss."""
+    """Return the unit of rounding in a loss."""
     own = torch.finfo(of.dtype).eps if of.is_floating_point() else 0.0
     return own if autocast is None else max(own, torch.finfo(autocast).eps)
 
 
 def _weighing(weigh: Callable[[], float]) -> Callable[[], float]:
-    """Let what weights are refused for be told from what engines fail by."""
+    """Return `weigh` with its ValueErrors as `BatchWeightError`, which no engine causes."""
 
-    def told() -> float:
+    def weigh_or_raise() -> float:
         try:
             return weigh()
         except ValueError as error:
-            raise Misweighed(str(error)) from error
+            raise BatchWeightError(str(error)) from error
 
-    return told
+    return weigh_or_raise
 
 
 class _Tree(nn.Module):
-    """The modules f depends on, as one, so that their parameters can be replaced in a call."""
+    """One module of all modules that f uses, so that a call can replace their parameters."""
 
     def __init__(self, members: list[nn.Module]) -> None:
         super().__init__()
@@ -477,80 +487,5 @@ class _Tree(nn.Module):
         return run()
 
 
-class _WeightNorm(TorchFunctionMode):
-    """Writes torch's weight normalisation out."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch._weight_norm:
-            return func(*args, **(kwargs or {}))
-
-        def written_out(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-            return v * (g / torch.norm_except_dim(v, 2, dim))
-
-        return written_out(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _kernels(replaced: frozenset[str]) -> Iterator[None]:
-    """Run what can be differentiated, and gives the same with gradients and without.
-
-    The fast path of torch's transformer layers has no derivative, and leaves out what is padded.
-    """
-    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        if "CudnnRnn" in replaced:
-            torch.backends.cudnn.enabled = False
-        with ExitStack() as stack:
-            if "ScaledDotProduct" in replaced:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if "WeightNormInterface" in replaced:
-                stack.enter_context(_WeightNorm())
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        torch.backends.cudnn.enabled = cudnn
-
-
-@contextmanager
-def _frozen(tree: nn.Module) -> Iterator[None]:
-    """Let no parameter require grad."""
-    asking = [p for p in tree.parameters() if p.requires_grad]
-    try:
-        for p in asking:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in asking:
-            p.requires_grad_(True)
-
-
-def _detached(here: Evaluation) -> Evaluation:
+def _detach(here: Evaluation) -> Evaluation:
     return here._replace(value=here.value.detach())
-
-
-@contextmanager
-def _spared_buffers(tree: nn.Module) -> Iterator[None]:
-    """Let modules write to copies of their buffers; graphs that saved the originals stay valid."""
-    own = [(m._buffers, name, b) for m in tree.modules() for name, b in m._buffers.items()]
-    copies = {id(b): None if b is None else b.detach().clone() for _, _, b in own}
-    try:
-        for buffers, name, b in own:
-            buffers[name] = copies[id(b)]
-        yield
-    finally:
-        for buffers, name, b in own:
-            buffers[name] = b
-
-
-@contextmanager
-def _replayed(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw the same random numbers in every such context, and leave the generators as they were."""
-    accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(accelerators, device_type=device.type):
-        torch.default_generator.manual_seed(seed)
-        if accelerators:
-            module = torch.get_device_module(device)
-            with module.device(device):
-                module.manual_seed(seed)
-        yield

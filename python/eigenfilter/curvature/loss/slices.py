@@ -1,4 +1,4 @@
-"""Vectors cut among processes, as FSDP2 cuts the parameters."""
+"""Slices of vectors over processes, as FSDP2 shards the parameters."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ _WAYS_OUT = (
 
 
 class ShardSlices:
-    """The slices that FSDP2's shards make: each process holds its shards, one after another.
+    """The slices that FSDP2's shards form: each process holds its shards, one after another.
 
     Attributes:
-        number, count: of the slice held here, among those that make up a vector.
-        length: of the slice held here.
-        processes: how many hold data. With replicas, several hold the same slice.
-        leads: whether this is the first of them.
+        number: index of this process's slice within a vector.
+        count: number of slices of a vector.
+        length: length of this process's slice.
+        processes: number of processes that hold data. With replicas, several hold the same slice.
+        leads: whether this process is the first of them.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        """See how `params`, DTensors, are sharded.
+        """Read how `params`, DTensors, are sharded.
 
         Raises:
-            ValueError: not all on one mesh, along one and the same dimension of it.
+            ValueError: they are not all on one mesh, along the same dimension of it.
         """
-        placings = {
+        placements = {
             (p.device_mesh, tuple(a.is_shard() for a in p.placements))
             for p in params
             if isinstance(p, dist.tensor.DTensor)
         }
-        if len(placings) != 1 or not all(map(_distributed.is_dtensor, params)):
+        if len(placements) != 1 or not all(map(_distributed.is_dtensor, params)):
             raise ValueError(
                 f"parameters must be sharded all alike, or whole: {_WAYS_OUT}; or leave those that "
                 "differ out of params"
             )
-        ((self._mesh, sharded),) = placings
+        ((self._mesh, sharded),) = placements
         if sum(sharded) != 1:
             raise ValueError(
                 f"parameters must be sharded along one dimension of a mesh, not {sum(sharded)}: "
@@ -57,31 +58,31 @@ class ShardSlices:
         self.leads = dist.get_rank() == int(self._mesh.mesh.flatten()[0])
 
     def sum(self, t: Tensor) -> Tensor:
-        """Add t up over the slices, in place and everywhere to the same bits, and return it."""
-        return self._reduced(t, self._group)
+        """Sum t over the slices in place, to the same bits in every process, and return it."""
+        return self._all_reduce(t, self._group)
 
     def sum_of_all(self, value: float) -> float:
-        """Return the sum of a number over all processes, replicas too."""
+        """Return the sum of a number over all processes, including replicas."""
         total = torch.tensor(value, dtype=torch.float64, device=self._device)
         for dimension in range(self._mesh.ndim):
-            self._reduced(total, self._mesh.get_group(dimension))
+            self._all_reduce(total, self._mesh.get_group(dimension))
         return float(total)
 
     def spans(self, group: dist.ProcessGroup) -> bool:
-        """Whether a group is of the same processes as the mesh."""
+        """Whether a group has the same processes as the mesh."""
         return dist.get_process_group_ranks(group) == self._mesh.mesh.flatten().sort()[0].tolist()
 
-    def _reduced(self, t: Tensor, group: dist.ProcessGroup) -> Tensor:
-        moved = t.to(self._device)  # the host's, where the basis lies there
-        dist.all_reduce(moved, group=group)
-        return t if moved is t else t.copy_(moved)
+    def _all_reduce(self, t: Tensor, group: dist.ProcessGroup) -> Tensor:
+        on_device = t.to(self._device)  # t is on the host if the basis is
+        dist.all_reduce(on_device, group=group)
+        return t if on_device is t else t.copy_(on_device)
 
 
 def slices_of(model: nn.Module, params: Sequence[Tensor]) -> ShardSlices | None:
-    """Return the slices of FSDP2's shards; None where all parameters are whole.
+    """Return the slices of FSDP2's shards; None if all parameters are whole.
 
     Raises:
-        ValueError: they are sharded otherwise than `ShardSlices` asks, or not by FSDP2.
+        ValueError: they are sharded in a way that `ShardSlices` does not support, or not by FSDP2.
     """
     if not any(map(_distributed.is_dtensor, params)):
         return None

@@ -1,4 +1,4 @@
-"""The point x at which something was computed, and whether a model is still there."""
+"""A snapshot of parameters, buffers and data, to notice whether they have changed."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Point:
-    """A record of tensors as they are now: which they are, their versions, and their sums."""
+class ParamSnapshot:
+    """A record of tensors: their identities, version counters and sums, not their values."""
 
     def __init__(self, model: Sequence[Tensor], data: Sequence[Tensor]) -> None:
-        """Record parameters and buffers `model`, and the tensors of the data."""
+        """Record the parameters and buffers `model`, and the tensors of the data."""
         self._tensors = [*model, *data]
         self._marks = [_mark(t) for t in self._tensors]
         self._sums = _sums(model)
 
-    def unmarked(self) -> bool:
-        """Whether the recorded tensors are unchanged as far as their versions tell."""
+    def same_versions(self) -> bool:
+        """Whether the recorded tensors are unchanged, as far as their version counters tell."""
         return all(_mark(t) == mark for t, mark in zip(self._tensors, self._marks, strict=True))
 
-    def holds(self, model: Sequence[Tensor], data: Sequence[Tensor]) -> bool:
+    def matches(self, model: Sequence[Tensor], data: Sequence[Tensor]) -> bool:
         """Whether these are the recorded tensors, with the same versions and sums.
 
-        The sums tell where torch's fused optimizers, batch normalisation or a write through `.data`
-        changed a tensor without giving it a new version. They cost one pass over `model` and one
-        synchronisation with its device.
+        Sums show a change by torch's fused optimizers, by batch normalization or through `.data`,
+        which leave the version counter as it is. They cost one pass over `model` and one
+        synchronization with its device.
         """
         tensors = [*model, *data]
         return (
             len(tensors) == len(self._tensors)
-            and all(t is seen for t, seen in zip(tensors, self._tensors, strict=True))
-            and self.unmarked()
+            and all(t is recorded for t, recorded in zip(tensors, self._tensors, strict=True))
+            and self.same_versions()
             and torch.equal(_sums(model), self._sums)
         )
 
 
 def checksum(tensors: Sequence[Tensor]) -> float:
-    """Return a number that is the same for the same tensors, and hardly for others."""
+    """Return a number that is equal for equal tensors, and very unlikely for others."""
     return float(int(_sums(tensors).sum()) % 2**52)
 
 
@@ -50,13 +50,13 @@ def _mark(t: Tensor) -> tuple[int, torch.dtype, torch.device]:
 
 @torch.no_grad()
 def _sums(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of each tensor's bits, read as whole numbers: no rounding hides a change.
+    """Return the sum of each tensor's bit patterns as integers, so that no rounding hides a change.
 
-    A sum of the values would miss gradients that sum to zero, as cross-entropy's do over classes.
+    A sum of the values would miss updates that sum to zero, as cross-entropy's do over classes.
     """
     sums = []
     for t in tensors:
         real = torch.view_as_real(t) if t.is_complex() else t
-        bits = real.view(_WHOLE[real.itemsize])
+        bits = real.view(_INTEGERS[real.itemsize])
         sums.append(bits.sum(dtype=torch.int64).to(tensors[0].device))
     return torch.stack(sums)

@@ -1,4 +1,4 @@
-"""Flat vectors as the pieces that belong to parameters, and sums of products. Nothing is copied."""
+"""Views of flat vectors in the shapes of the parameters, and sums of products over batches."""
 
 from __future__ import annotations
 
@@ -15,46 +15,49 @@ def split(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Sums:
-    """sum_b w_b H_b V and sum_b w_b, as far as batches have been added."""
+    """sum_b w_b H_b V and sum_b w_b over the batches added so far."""
 
     def __init__(self, like: Tensor, params: Sequence[Tensor]) -> None:
-        """Start at zero, for products with V [n, b] as `like`."""
+        """Start at zero, for products with V [n, b] of the shape of `like`."""
         self.weight = 0.0
         self._rows = torch.empty(like.shape[1], like.shape[0], dtype=like.dtype, device=like.device)
         self._block = split(self._rows, params)
-        self._begun = [False] * like.shape[1]  # which rows hold a sum
+        self._initialized = [False] * like.shape[1]  # which rows contain a sum
 
     @property
     def rows(self) -> Tensor:
         """The transposed products [b, n]."""
-        for row, begun in enumerate(self._begun):
-            if not begun:
+        for row, initialized in enumerate(self._initialized):
+            if not initialized:
                 self._rows[row].zero_()
-                self._begun[row] = True
+                self._initialized[row] = True
         return self._rows
 
     def add(self, products: Sequence[Tensor | None], weight: float, rows: int | slice) -> None:
-        """Add weight times the products, in pieces, with one vector or several; None is zero.
+        """Add weight times the products with one vector or several.
 
-        With weight 0 nothing is added, whatever they are.
+        Args:
+            products: in the shapes of the parameters; None is zero.
+            weight: w_b. If it is 0 nothing is added, even if products are not finite.
+            rows: the indices of the vectors.
         """
         if weight == 0:
             return
         span = rows if isinstance(rows, slice) else slice(rows, rows + 1)
-        begun = all(self._begun[span])
-        self._begun[span] = [True] * len(self._begun[span])
-        totals, found = [], []
+        initialized = all(self._initialized[span])
+        self._initialized[span] = [True] * len(self._initialized[span])
+        totals, terms = [], []
         for total, product in zip(self._block, products, strict=True):
             if product is not None:
                 totals.append(total[rows])
-                found.append(product)
-            elif not begun:
+                terms.append(product)
+            elif not initialized:
                 total[rows].zero_()
-        if not found:
+        if not terms:
             return
-        if begun:
-            torch._foreach_add_(totals, found, alpha=weight)
+        if initialized:
+            torch._foreach_add_(totals, terms, alpha=weight)
         else:
-            torch._foreach_copy_(totals, found)
+            torch._foreach_copy_(totals, terms)
             if weight != 1.0:
                 torch._foreach_mul_(totals, weight)

@@ -19,7 +19,7 @@ _WIDTH = 32  # columns multiplied at once
 
 
 class SymmetricMatrix(ABC):
-    """What can be written with a symmetric matrix C [n, n] that is known by its products."""
+    """Matrix notation for a symmetric C [n, n] that is known only by its products."""
 
     __array_ufunc__ = None  # NumPy leaves `array @ op` to us
 
@@ -33,12 +33,12 @@ class SymmetricMatrix(ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the vectors taken and given."""
+        """The dtype of the vectors."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Of the vectors taken and given."""
+        """The device of the vectors."""
 
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
@@ -59,21 +59,19 @@ class SymmetricMatrix(ABC):
 
     def __matmul__(self, V: Tensor) -> Tensor:
         """Return C v [n] for a vector, C V [n, b] for a matrix [n, b]."""
-        return self.matvec(V) if _checked(V).ndim == 1 else self.matmat(V)
+        return self.matvec(V) if _as_tensor(V).ndim == 1 else self.matmat(V)
 
     def __rmatmul__(self, V: Tensor) -> Tensor:
         """Return v C [n] for a vector, V C [b, n] for a matrix [b, n]."""
-        return self.matvec(V) if _checked(V).ndim == 1 else self.matmat(V.mT).mT
+        return self.matvec(V) if _as_tensor(V).ndim == 1 else self.matmat(V.mT).mT
 
     def to_dense(self) -> Tensor:
         """Return C [n, n], by n products.
 
-        What rounding or finite differences leave of asymmetry is halved between C and its
-        transpose.
+        It is the mean of what the products give and its transpose, so that it is exactly symmetric.
 
         Raises:
-            ValueError: it does not fit into the memory that is free, or vectors are cut among
-                processes.
+            ValueError: it does not fit into free memory, or vectors are sliced over processes.
             RuntimeError: from a product; see the class.
         """
         if self.slices is not None:
@@ -102,7 +100,7 @@ class SymmetricMatrix(ABC):
         """Return the operator as a `scipy.sparse.linalg.LinearOperator`. Needs SciPy.
 
         Raises:
-            ValueError: vectors are cut among processes, of which SciPy knows nothing.
+            ValueError: vectors are sliced over processes, which SciPy does not support.
         """
         if self.slices is not None:
             raise ValueError("SciPy needs whole vectors, and these are slices: use our solvers")
@@ -121,7 +119,7 @@ class SymmetricMatrix(ABC):
         )
 
 
-def _checked(V: object) -> Tensor:
+def _as_tensor(V: object) -> Tensor:
     if not isinstance(V, Tensor):
         raise TypeError(
             f"products take a torch.Tensor, not {type(V).__name__}: convert it by "

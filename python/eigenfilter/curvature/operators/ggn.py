@@ -1,4 +1,4 @@
-"""The generalised Gauss-Newton matrix of a model's loss."""
+"""The generalized Gauss-Newton matrix of a model's loss."""
 
 from __future__ import annotations
 
@@ -12,23 +12,33 @@ from eigenfilter.curvature.operators.base import CurvatureOperator
 
 
 class GGNOperator(CurvatureOperator):
-    """The generalised Gauss-Newton matrix: the Hessian, with the model linearised at x.
+    """The generalized Gauss-Newton matrix: the Hessian, with the model linearized at x.
 
         C_b = J^T H_L J,    J = dz/dx,    H_L = d^2 L / dz^2
 
     z(x) is the output of the model on batch b, a tensor of any shape, and L(z) = loss_fn(z,
-    target). H_L is differentiated from `loss_fn`, whichever it is; C_b is positive semidefinite
-    where L is convex in z. It equals the Hessian where z is linear in x, or dL/dz = 0; and the
-    Fisher matrix for losses that are the negative log-likelihood of a natural parameter, such as
-    the square loss and cross-entropy.
+    target). H_L comes from differentiating `loss_fn`, which may be any loss. C_b is positive
+    semidefinite if L is convex in z. It equals the Hessian where z is linear in x or dL/dz = 0, and
+    the Fisher matrix for losses that are the negative log-likelihood of a natural parameter, such
+    as the square loss and cross-entropy.
 
-    Parameters of `loss_fn` take no part: L is a function of z. Everything else is as
-    `CurvatureOperator` says. On "finite_difference" J v alone is a difference, of outputs, and the
-    rest is exact.
+    L is a function of z alone, so that parameters of `loss_fn` cannot be among `params`. Arguments,
+    attributes and other errors are those of `CurvatureOperator`. With engine="finite_difference"
+    only J v is a difference, of outputs; the rest is exact.
 
     Raises:
-        ValueError: also from a product, when the output is not a tensor (then let `forward` pick
-            one), or when a parameter of the loss is among `params`.
+        ValueError: a parameter of the loss is among `params`; from a product: the output is not a
+            tensor (then let `forward` return one).
+
+    Example:
+        >>> import torch
+        >>> from eigenfilter.curvature import GGNOperator
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> x = torch.tensor([[3.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> y = torch.zeros(2, 1, dtype=torch.float64)
+        >>> op = GGNOperator(model, torch.nn.functional.mse_loss, (x, y))
+        >>> op.to_dense().tolist()  # x^T x, which is the Hessian too, since the model is linear
+        [[9.0, 3.0], [3.0, 2.0]]
 
     Sources: N. N. Schraudolph, Fast curvature matrix-vector products for second-order gradient
     descent, Neural Computation 14 (2002), section 3; J. Martens, Deep learning via Hessian-free
@@ -45,7 +55,7 @@ class GGNOperator(CurvatureOperator):
 
         return tensor_output(output), outer
 
-    def _owned(self) -> Iterator[nn.Parameter]:
+    def _own_parameters(self) -> Iterator[nn.Parameter]:
         return self._objective.model.parameters()
 
 

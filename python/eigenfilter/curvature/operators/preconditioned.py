@@ -1,4 +1,4 @@
-"""An operator H as an optimizer sees it: scaled, after an ascent, with weight decay."""
+"""H as it decides an optimizer's stability: scaled, after an ascent, with weight decay."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ class PreconditionedOperator:
 
         J = H' + a H' R H' + b H' R H' R H'
 
-    the Jacobian of a gradient taken where one or two ascents lead: see `ascent`. For diagonal A its
-    eigenvalues with D = A^1/2 are those of A (J + W): what an optimizer is filtered by whose step
-    is A = P^-1, of a preconditioner P, or has several groups with their learning rates in A. A
-    product takes one of H's, and one more for each R.
+    J is the Jacobian of the gradient that is taken after one or two ascents, see `ascent`. With
+    D = A^1/2 the eigenvalues are those of A (J + W), which decide the stability of an optimizer
+    whose step has a diagonal factor A: the inverse of a preconditioner, or the learning rates of
+    several groups. A product takes one product with H, and one more for each R.
 
     Args:
-        op: H.
-        scale: [n], or its slice here, as all below: the diagonal of D, finite, of the operator's
-            dtype and on its device.
-        rho: radii of the ascents, >= 0: one number or the diagonal [n] of R.
-        decay: [n], the diagonal of W, or None for 0.
-        sign: s, 1 or -1: an optimizer that maximises descends -f.
-        ascent: (a, b): (1, 0) for USAM, (2, 1) and (1, 1) for two-step USAM, sequential and
-            anchored, (0, 1) for Hessian USAM, with the square roots of its radii.
+        op: the operator H.
+        scale: diagonal [n] of D, or its slice, finite, with the operator's dtype and device; the
+            same holds for all diagonals below.
+        rho: radii of the ascents, >= 0: one number, or the diagonal [n] of R.
+        decay: diagonal [n] of W, or None for 0.
+        sign: the number s, 1 or -1; -1 is for an optimizer that maximizes, which descends -f.
+        ascent: the numbers (a, b): (1, 0) for USAM, (2, 1) for sequential and (1, 1) for anchored
+            two-step USAM, (0, 1) for Hessian USAM, with the square roots of its radii as rho.
+
+    Attributes:
+        products: number of products with H in one product.
 
     Raises:
-        ValueError: scale, rho or decay is not such a vector.
+        ValueError: scale, rho or decay has another shape, dtype or device, or is not finite.
     """
 
     def __init__(
@@ -44,15 +47,15 @@ class PreconditionedOperator:
         ascent: tuple[float, float] = (1.0, 0.0),
     ) -> None:
         self.slices = getattr(op, "slices", None)
-        for name, given in (("scale", scale), ("rho", rho), ("decay", decay)):
-            if isinstance(given, Tensor):
-                _check(name, given, op)
+        for name, values in (("scale", scale), ("rho", rho), ("decay", decay)):
+            if isinstance(values, Tensor):
+                _check(name, values, op)
         self._op, self._scale, self._sign = op, scale[:, None], sign
         self._rho = rho[:, None] if isinstance(rho, Tensor) else rho
         self._decay = None if decay is None else decay[:, None]
         self._ascends = bool(rho.any()) if isinstance(rho, Tensor) else rho != 0
         self._ascent = ascent
-        self.products = 1 if not self._ascends else 3 if ascent[1] else 2  # of H, in each
+        self.products = 1 if not self._ascends else 3 if ascent[1] else 2
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,12 +64,12 @@ class PreconditionedOperator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors taken and given."""
+        """The dtype of the vectors."""
         return self._op.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the vectors taken and given."""
+        """The device of the vectors."""
         return self._op.device
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -76,37 +79,37 @@ class PreconditionedOperator:
     def matmat(self, V: Tensor) -> Tensor:
         """Return D (J + W) D V [n, b] for V [n, b]."""
         U = self._scale * V
-        found = self._multiply(U)
+        product = self._multiply(U)
         if self._ascends:
-            once, twice = self._ascent
-            up = self._rho * found
-            far = once * up
-            if twice:
-                far = far + twice * self._rho * self._multiply(up)
-            found = found + self._multiply(far)
+            a, b = self._ascent
+            first = self._rho * product  # R H' U
+            ascent = a * first
+            if b:
+                ascent = ascent + b * self._rho * self._multiply(first)
+            product = product + self._multiply(ascent)
         if self._decay is not None:
-            found = found + self._decay * U
-        return self._scale * found
+            product = product + self._decay * U
+        return self._scale * product
 
     def fixed(self) -> AbstractContextManager[object]:
-        """A context in which H must not change, if H has one."""
-        held: AbstractContextManager[object] = getattr(self._op, "fixed", nullcontext)()
-        return held
+        """The context of H in which H must not change, if it has one."""
+        context: AbstractContextManager[object] = getattr(self._op, "fixed", nullcontext)()
+        return context
 
     def _multiply(self, V: Tensor) -> Tensor:
-        """H' V."""
+        """Return H' V."""
         if V.shape[1] == 1:
             return self._sign * self._op.matvec(V[:, 0])[:, None]
         return self._sign * self._op.matmat(V)
 
 
-def _check(name: str, given: Tensor, op: SymmetricOperator) -> None:
+def _check(name: str, values: Tensor, op: SymmetricOperator) -> None:
     slices = getattr(op, "slices", None)
     length = op.shape[0] if slices is None else slices.length
-    if given.shape != (length,) or given.dtype != op.dtype or given.device != op.device:
+    if values.shape != (length,) or values.dtype != op.dtype or values.device != op.device:
         raise ValueError(
             f"{name} must be [{length}], {op.dtype}, on {op.device}; got "
-            f"{list(given.shape)}, {given.dtype}, on {given.device}"
+            f"{list(values.shape)}, {values.dtype}, on {values.device}"
         )
-    if not given.isfinite().all():
+    if not values.isfinite().all():
         raise ValueError(f"{name} must be finite")

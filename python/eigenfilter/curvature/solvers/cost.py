@@ -1,4 +1,4 @@
-"""What `eigsh` takes beside the products, by the sizes of the problem."""
+"""The cost of `eigsh` apart from the products, from the sizes of the problem."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from eigenfilter.curvature.solvers.eigsh import THICKNESS, default_basis
 
 @dataclass(frozen=True)
 class Cost:
-    """What one process takes, products with the operator left out.
+    """The cost for one process, without the products with the operator.
 
     Attributes:
-        products: taken by all processes together.
-        memory: bytes: the basis, and the result, or a product and its copy before there is one.
-        flops: floating-point operations on vectors.
-        traffic: bytes that vectors are read and written, at least.
-        reductions: sums over processes, of at most `max_basis` numbers each but for a few of its
-            square, those of products left out; 0 for one process.
+        products: number of products, which all processes take together.
+        memory: bytes of the basis and of the result, or of a product and its copy before there is
+            a result.
+        flops: number of floating-point operations on vectors.
+        traffic: bytes of vectors that are read and written, at least.
+        reductions: number of sums over processes, without those of products. Each has at most
+            `max_basis` numbers, a few have its square. It is 0 for one process.
     """
 
     products: int
@@ -32,65 +33,82 @@ def eigsh_cost(
     k: int = 10,
     *,
     products: int | None = None,
-    copy_products: int = 10,
+    multiplicity_products: int = 10,
     max_basis: int | None = None,
     itemsize: int = 4,
     basis_itemsize: int | None = None,
     processes: int = 1,
 ) -> Cost:
-    """Return what `eigsh(op, k, max_basis=...)` takes, by counting its steps.
+    """Return the cost of `eigsh(op, k, max_basis=...)`, by counting its steps.
 
-    Against j columns of the basis a product takes one pass, 4 l j flops and 2 l j elements read,
-    and another against the two columns before it; or two passes over all, 8 l j flops and 3 l j
-    elements, after a restart and while copies are looked for. A restart from m to s columns takes
-    2 l m s flops, and m + s columns are read and written. l is the length of a slice.
+    Let l be the length of a slice. Orthogonalizing a product against j columns takes one pass, with
+    4 l j flops and 2 l j elements read, and a short pass against the two columns before it; or two
+    passes over all columns, with 8 l j flops and 3 l j elements, after a restart and during the
+    check for repeated eigenvalues. A restart from m to s columns takes 2 l m s flops, and reads and
+    writes m + s columns.
 
-    A rounded basis takes one pass more a product, and its Gram matrix 2 l j flops and another
-    reading; a restart twice the flops.
+    A rounded basis takes one pass more for each product, and for its Gram matrix 2 l j flops and
+    another reading; a restart takes twice the flops.
 
-    Each `project_out` takes a sum over processes a pass and one for the norm: 4 sums a product, or
-    3 where two passes are over all; 3 begin a sequence, 7 beside locked pairs, one is for the
-    scale and one for the result. That is exact for one look for copies that finds none, from
-    random starts. A rounded basis takes one more a `project_out`, one for the error of a row, at
-    most one for the Gram matrix a product and two a restart.
+    Each `project_out` takes one sum over processes for each pass and one for the norm. That makes 4
+    sums for each product, or 3 where both passes go over all columns; 3 for the first start and 7
+    for a start orthogonal to locked pairs, one for the scale and one for the result. The count is
+    exact for one check for repeated eigenvalues that finds none, from random starts. A rounded
+    basis takes one sum more for each `project_out`, one for the error of a row, at most one for the
+    Gram matrix of each product, and two for each restart.
 
     Args:
-        n: the dimension, >= 1.
-        k: how many pairs.
-        products: of the operator; by default 3 k + copy_products, which is usual for networks.
-        copy_products: those of them that look for copies.
-        max_basis: m; by default that of `eigsh`.
+        n: dimension of the operator, >= 1.
+        k: number of pairs.
+        products: number of products with the operator; by default 3 k + multiplicity_products, as
+            is usual for networks.
+        multiplicity_products: number of those that check for repeated eigenvalues.
+        max_basis: largest number of columns of the basis; by default that of `eigsh`.
         itemsize: bytes of an element.
         basis_itemsize: bytes of an element of the basis, 2 for float16; by default `itemsize`.
-        processes: how many hold a slice.
+        processes: number of processes that hold a slice.
+
+    Returns:
+        The cost.
 
     Raises:
         ValueError: a size is out of its range.
+
+    Example:
+        >>> from eigenfilter.curvature import eigsh_cost
+        >>> cost = eigsh_cost(n=10**9, k=10)
+        >>> cost.products, f"{cost.memory / 1e9:.0f} GB"
+        (40, '132 GB')
     """
-    total = 3 * k + copy_products if products is None else products
+    total = 3 * k + multiplicity_products if products is None else products
     stored = itemsize if basis_itemsize is None else basis_itemsize
-    if min(n, k, itemsize, stored, processes) < 1 or not 0 <= copy_products <= total:
-        raise ValueError("n, k, itemsize, processes must be >= 1, products >= copy_products >= 0")
+    if min(n, k, itemsize, stored, processes) < 1 or not 0 <= multiplicity_products <= total:
+        raise ValueError(
+            "n, k, itemsize, processes must be >= 1, products >= multiplicity_products >= 0"
+        )
     rounded = int(stored != itemsize)
     rows = min(default_basis(n, k, 1) if max_basis is None else max_basis, n)
     if rows < min(n, k + 4):
         raise ValueError(f"max_basis must be at least min(n, k + 4), not {rows}")
     length = -(-n // processes)
     flops, columns, vectors = 0, 0, 0  # of the basis, and beside it, a row of them
-    reductions = 5 + 2 * rounded  # of the first start, the scale and the result
-    if copy_products:
+    reductions = 5 + 2 * rounded  # for the first start, the scale and the result
+    if multiplicity_products:
         reductions += 7 + 4 * rounded
-    size, fresh = 0, True  # whether the next vector was not a product's child
+    thick = min(k + 2 + int(THICKNESS * max(rows - k - 2, 0)), rows - 1)  # after a restart
+    check_start = total - multiplicity_products
+    size, fresh = 0, True  # whether the next vector is not the new direction of a product
     for i in range(total):
-        looking = i >= total - copy_products
-        kept = min(k + 2 + int(THICKNESS * max(rows - k - 2, 0)), rows - 1)
-        turned = k if looking and i == total - copy_products else kept if size == rows else 0
-        if turned:
-            flops, columns = flops + (2 + 2 * rounded) * size * turned, columns + size + turned
+        remaining = thick if size == rows else 0
+        if i == check_start:
+            remaining = k  # locked
+        if remaining:
+            flops += (2 + 2 * rounded) * size * remaining
+            columns += size + remaining
             reductions += 2 * rounded
-            size, fresh = turned, True
+            size, fresh = remaining, True
         size += 1
-        twice = fresh or looking or i == 1  # that product may lie along all there is
+        twice = fresh or i >= check_start or i == 1  # the product may lie along all columns
         flops += ((8 if twice else 4) + 6 * rounded) * size + (0 if twice else 8) + 4
         columns += ((3 if twice else 2) + 2 * rounded) * size + (0 if twice else 4)
         vectors += 8

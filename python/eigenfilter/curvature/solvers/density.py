@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.solvers.batched_lanczos import Lockstep
+from eigenfilter.curvature.solvers.batched_lanczos import BatchedLanczos
 from eigenfilter.curvature.solvers.estimates import (
     Estimate,
     check_finite,
@@ -19,9 +19,9 @@ from eigenfilter.curvature.solvers.estimates import (
     normals,
     signs,
 )
+from eigenfilter.curvature.solvers.power_of_two_scale import PowerOfTwoScale
 from eigenfilter.curvature.solvers.result import EigenResult
-from eigenfilter.curvature.solvers.scale import Scale
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SpectralDensity:
-    """A density of eigenvalues, as quadratures: one of each probe, and the deflated eigenvalues.
+    """A density of eigenvalues: a quadrature from each probe, and the deflated eigenvalues.
 
         phi(t) = (1/n) sum_i delta(t - lambda_i)
                ~ (1/n) sum_deflated delta(t - lambda) + (1 - k/n) (1/p) sum_pj w_pj delta(t - t_pj)
 
     Attributes:
-        nodes: [p, m], Ritz values of each probe, ascending; float64.
-        weights: [p, m], each probe's sum to 1.
-        deflated: [k], eigenvalues that were taken out before, and count exactly.
-        n: the operator's dimension.
-        matvecs: products used.
+        nodes: [p, m], the Ritz values of each probe, ascending, in float64.
+        weights: [p, m], which sum to 1 for each probe.
+        deflated: [k], the eigenvalues that were deflated; their part of the density is exact.
+        n: dimension of the operator.
+        matvecs: number of products.
     """
 
     nodes: Tensor
@@ -51,7 +51,9 @@ class SpectralDensity:
     def __call__(self, grid: Any, sigma: float | None = None) -> Tensor:
         """Return the density [g] at the points of `grid` [g], smoothed by a Gaussian.
 
-        Its width sigma is 1% of the spectrum's range by default.
+        Args:
+            grid: points [g].
+            sigma: standard deviation of the Gaussian, > 0; by default 1% of the spectrum's range.
 
         Raises:
             ValueError: sigma is not positive.
@@ -87,7 +89,7 @@ class SpectralDensity:
         return at[order], mass[order]
 
     def moment(self, power: int) -> Estimate:
-        """Return the mean of lambda^power over all eigenvalues, with the spread of the probes."""
+        """Estimate the mean of lambda^power over all eigenvalues, from the spread of the probes."""
         exact = (self.deflated**power).sum() / self.n
         of_probes = (self.weights * self.nodes**power).sum(1)
         return Estimate.of(exact + (self.n - len(self.deflated)) / self.n * of_probes)
@@ -101,10 +103,7 @@ class SpectralDensity:
     def plot(
         self, ax: Axes | None = None, *, sigma: float | None = None, points: int = 1000
     ) -> Any:
-        """Draw the smoothed density on a logarithmic axis of densities; return the axes.
-
-        Needs matplotlib.
-        """
+        """Draw the smoothed density on a logarithmic scale; return the axes. Needs matplotlib."""
         if ax is None:
             import matplotlib.pyplot as plt
 
@@ -132,25 +131,42 @@ def spectral_density(
 ) -> SpectralDensity:
     """Estimate the density of all eigenvalues by stochastic Lanczos quadrature.
 
-    From each of some random vectors of signs, Lanczos' three-term recurrence is run for some steps;
-    the eigenvalues of its tridiagonal matrix, weighted with the squares of their vectors' first
-    elements, are a Gauss quadrature of the density that the probe sees. The probes go in lockstep,
-    one block of products a step. No basis is kept: eigenvalues that loss of orthogonality repeats
-    share one's weight.
+    From each of p random vectors with elements 1 and -1, the Lanczos three-term recurrence runs for
+    m steps. The eigenvalues of its tridiagonal matrix, with the squared first elements of its
+    eigenvectors as weights, are a Gauss quadrature of the density that the probe sees. All probes
+    take a step together, as one block of products. No basis is kept: if loss of orthogonality
+    repeats an eigenvalue, its copies share the weight of one.
 
-    Memory: 3 vectors a probe, up to 6 more while a step is taken, and those deflated.
+    Memory: 3 vectors for each probe, up to 6 more during a step, and the deflated vectors.
 
     Args:
-        op: the operator; float32 or float64.
-        probes: p, the number of random vectors, >= 1; the error falls as 1 / sqrt(n p).
-        steps: m, products with each, >= 1; moments up to 2 m - 1 of what a probe sees are exact.
-        deflate: eigenpairs that were found before: their part is exact then, and the probes see
-            the rest, from which they are kept apart in every step. Only converged ones count.
-        seed: of the random vectors; the global generator is left alone.
+        op: the operator, in float32 or float64.
+        probes: number p of random vectors, >= 1; the error falls as 1 / sqrt(n p).
+        steps: number m of products with each, >= 1; the quadrature has the first 2 m - 1 moments of
+            what a probe sees.
+        deflate: eigenpairs found before, by `eigsh`. Their part of the density is then exact, and
+            the probes, which stay orthogonal to them, see the rest. Only converged pairs count.
+        seed: seed of the random vectors; the global generator is not used.
+
+    Returns:
+        The density.
 
     Raises:
-        ValueError: an argument is out of its range, or `deflate` of another dimension.
+        ValueError: an argument is out of its range, or `deflate` has another dimension.
         FloatingPointError: a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from eigenfilter.curvature import HessianOperator, spectral_density
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> y = torch.zeros(2, 1, dtype=torch.float64)
+        >>> op = HessianOperator(model, torch.nn.functional.mse_loss, (x, y))
+        >>> density = spectral_density(op, probes=4, steps=2)  # the Hessian is x^T x
+        >>> [round(share, 6) for share in density.histogram([0.0, 5.0, 10.0]).tolist()]
+        [0.5, 0.5]
+        >>> round(float(density.trace), 6)
+        10.0
 
     Source: S. Ubaru, J. Chen, Y. Saad, 2017, doi 10.1137/16M1104974; G. Golub, J. Welsch, 1969.
     """
@@ -158,20 +174,20 @@ def spectral_density(
         raise ValueError(f"probes and steps must be at least 1, not {probes} and {steps}")
     n = op.shape[0]
     check_real(op)
-    space = Space(op)
-    known = _deflated(op, deflate, space.length)
+    ops = VectorOps(op)
+    deflation = _deflation_basis(op, deflate, ops.length)
     values = torch.empty(0, dtype=torch.float64)
     if deflate is not None:
         values = deflate.values[deflate.converged].double().cpu()
-    if len(known) == n:
+    if len(deflation) == n:
         nothing = torch.empty(probes, 0, dtype=torch.float64)
         return SpectralDensity(nothing, nothing, values, n, 0)
-    q = (normals if len(known) else signs)(op, probes, space.generator(seed, op.device))
-    if len(known):  # normal vectors stay so, and their directions unbiased, within what is left
-        space.project_out(q, known)
-    q /= space.dot(q, q).sqrt()[:, None]
-    recurrence = Lockstep(space, q, known)
-    scale = Scale(space)
+    q = (normals if len(deflation) else signs)(op, probes, ops.generator(seed, op.device))
+    if len(deflation):  # projections of normal vectors are normal, so directions are unbiased
+        ops.project_out(q, deflation)
+    q /= ops.dot(q, q).sqrt()[:, None]
+    recurrence = BatchedLanczos(ops, q, deflation)
+    scale = PowerOfTwoScale(ops)
     alpha = torch.zeros(probes, steps, dtype=torch.float64, device=op.device)
     beta = torch.zeros_like(alpha)
     with getattr(op, "fixed", nullcontext)():
@@ -196,12 +212,29 @@ def log_determinant(
     """Estimate log det(A + damping I) by stochastic Lanczos quadrature.
 
     Args:
-        op, probes, steps, deflate, seed: as `spectral_density`.
-        damping: added to every eigenvalue, >= 0.
+        op: the operator A, in float32 or float64.
+        damping: number that is added to every eigenvalue, >= 0.
+        probes: number of random vectors, as in `spectral_density`.
+        steps: number of products with each, as in `spectral_density`.
+        deflate: eigenpairs found before, as in `spectral_density`.
+        seed: seed of the random vectors.
+
+    Returns:
+        The estimate.
 
     Raises:
-        ValueError: a Ritz value plus damping is not positive, so that there is no logarithm: raise
-            damping.
+        ValueError: a Ritz value plus damping is not positive and has no logarithm; raise damping.
+
+    Example:
+        >>> import torch
+        >>> from eigenfilter.curvature import HessianOperator, log_determinant
+        >>> model = torch.nn.Linear(2, 1, bias=False).double()
+        >>> x = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+        >>> y = torch.zeros(2, 1, dtype=torch.float64)
+        >>> op = HessianOperator(model, torch.nn.functional.mse_loss, (x, y))
+        >>> determinant = log_determinant(op, damping=1.0, steps=2).value.exp()
+        >>> round(float(determinant), 6)  # (9 + 1) (1 + 1), as the Hessian is x^T x
+        20.0
 
     Source: S. Ubaru, J. Chen, Y. Saad, 2017, doi 10.1137/16M1104974.
     """
@@ -214,16 +247,19 @@ def log_determinant(
             f"damping above {-lowest:.3g}"
         )
     exact = (density.deflated + damping).log().sum()
-    seen = torch.where(density.weights > 0, density.nodes + damping, 1.0)  # the log of 1 is 0
-    of_probes = (density.weights * seen.log()).sum(1)
+    shifted = torch.where(density.weights > 0, density.nodes + damping, 1.0)  # the log of 1 is 0
+    of_probes = (density.weights * shifted.log()).sum(1)
     return Estimate.of(exact + (density.n - len(density.deflated)) * of_probes)
 
 
 def _quadratures(alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of each probe's tridiagonal matrix, up to where its recurrence ended."""
+    """Return nodes and weights of each probe's tridiagonal matrix.
+
+    Where a recurrence ended, nodes that follow have the weight 0.
+    """
     above = torch.cat([torch.zeros(len(alpha), 1, dtype=torch.float64), beta[:, :-1]], dim=1)
     norm = (above + alpha.abs() + beta).amax(1, keepdim=True)
-    # What follows a beta that is rounding belongs to no direction of the probe's own.
+    # What follows a beta of rounding's size has no part along the probe.
     ended = (beta[:, :-1] <= 8 * eps * norm).long().cumsum(1).bool()
     off = beta[:, :-1].masked_fill(ended, 0.0)
     t = torch.diag_embed(alpha) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
@@ -232,13 +268,13 @@ def _quadratures(alpha: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 def _width(at: Tensor) -> float:
-    """Of the range of eigenvalues; where they are all one, its size, or 1 where that is 0."""
+    """Return the width of the range of eigenvalues; if there is one only, its size or 1."""
     low, high = float(at.min()), float(at.max())
     return high - low or abs(high) or 1.0
 
 
-def _deflated(op: SymmetricOperator, deflate: EigenResult | None, length: int) -> Tensor:
-    """The converged vectors as rows [k, l], of this length."""
+def _deflation_basis(op: SymmetricOperator, deflate: EigenResult | None, length: int) -> Tensor:
+    """Return the converged vectors as rows [k, l] of this length."""
     if deflate is None:
         return torch.empty(0, length, dtype=op.dtype, device=op.device)
     if deflate.vectors.shape[0] != length:

@@ -1,4 +1,4 @@
-"""Means of random samples with their errors, and the random vectors they come from."""
+"""Means of random samples with standard errors, and the random vectors behind them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.curvature.solvers.scale import times_power
-from eigenfilter.curvature.solvers.vector_ops import Space
+from eigenfilter.curvature.solvers.power_of_two_scale import times_power
+from eigenfilter.curvature.solvers.vector_ops import VectorOps
 
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """The mean of independent samples, with what they tell of its error.
+    """The mean of independent samples, with its standard error.
 
     Attributes:
-        value: [] or [n], float64.
-        standard_error: like value; nan where there is but one sample.
-        samples: their number.
+        value: the mean, [] or [n], in float64.
+        standard_error: its standard error, shaped like value; nan if there is only one sample.
+        samples: number of samples.
     """
 
     value: Tensor
@@ -31,11 +31,11 @@ class Estimate:
     def of(cls, samples: Tensor) -> Estimate:
         """Return the mean of samples [p]."""
         count = len(samples)
-        # Relative to the largest, for squares to be numbers: by a power of two, which is exact.
+        # Scaled by a power of two, which is exact, so that squares neither overflow nor vanish.
         exponent = int(samples.abs().amax().frexp().exponent) if samples.numel() else 0
-        near = times_power(samples, -exponent)
-        error = near.std() / math.sqrt(count) if count > 1 else torch.full((), torch.nan)
-        mean, spread = near.mean(), error.double()
+        scaled = times_power(samples, -exponent)
+        error = scaled.std() / math.sqrt(count) if count > 1 else torch.full((), torch.nan)
+        mean, spread = scaled.mean(), error.double()
         return cls(times_power(mean, exponent), times_power(spread, exponent), count)
 
     def __float__(self) -> float:
@@ -49,37 +49,37 @@ class Estimate:
         """
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must be in (0, 1), not {confidence}")
-        reach = _t_quantile((1 + confidence) / 2, self.samples - 1) * self.standard_error
-        reach = reach.masked_fill(self.standard_error == 0, 0.0)
-        return self.value - reach, self.value + reach
+        half = _t_quantile((1 + confidence) / 2, self.samples - 1) * self.standard_error
+        half = half.masked_fill(self.standard_error == 0, 0.0)
+        return self.value - half, self.value + half
 
 
 def signs(op: SymmetricOperator, count: int, random: torch.Generator) -> Tensor:
-    """Random vectors of signs, as rows [count, l]."""
-    rows = torch.empty(count, Space(op).length, dtype=op.dtype, device=op.device)
+    """Return random vectors with elements 1 and -1, as rows [count, l]."""
+    rows = torch.empty(count, VectorOps(op).length, dtype=op.dtype, device=op.device)
     return rows.random_(0, 2, generator=random).mul_(2).sub_(1)
 
 
 def normals(op: SymmetricOperator, count: int, random: torch.Generator) -> Tensor:
-    """Standard normal vectors, as rows [count, l]."""
-    rows = torch.empty(count, Space(op).length, dtype=op.dtype, device=op.device)
+    """Return standard normal vectors, as rows [count, l]."""
+    rows = torch.empty(count, VectorOps(op).length, dtype=op.dtype, device=op.device)
     return rows.normal_(generator=random)
 
 
 def check_real(op: SymmetricOperator) -> None:
-    """Raise ValueError for an operator that is not float32 or float64."""
+    """Raise ValueError if the operator is not float32 or float64."""
     if op.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the operator must be float32 or float64, not {op.dtype}")
 
 
-def check_finite(*found: Tensor) -> None:
-    """Raise FloatingPointError where what products gave is not finite, here as elsewhere."""
-    if not all(bool(t.isfinite().all()) for t in found):
+def check_finite(*results: Tensor) -> None:
+    """Raise FloatingPointError if numbers that come from products are not finite."""
+    if not all(bool(t.isfinite().all()) for t in results):
         raise FloatingPointError("a product H v is not finite: is the loss, at these parameters?")
 
 
 def _t_quantile(probability: float, freedom: int) -> float:
-    """Student's t for p > 1/2, by bisection of its distribution."""
+    """Return the quantile of Student's t for a probability > 1/2, by bisection."""
     if freedom < 1:
         return math.inf
     low, high = 0.0, 1.0
@@ -94,7 +94,7 @@ def _t_quantile(probability: float, freedom: int) -> float:
 
 
 def _t_distribution(t: float, freedom: int) -> float:
-    """P(T <= t) for t >= 0: a finite sum for whole degrees of freedom.
+    """Return P(T <= t) for t >= 0, a finite sum for whole degrees of freedom.
 
     Source: M. Abramowitz and I. Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
     """

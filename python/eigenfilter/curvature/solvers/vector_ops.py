@@ -1,4 +1,4 @@
-"""The vectors of an operator: inner products, also where each process holds a slice of them."""
+"""Vector arithmetic for solvers, also where each process holds a slice of every vector."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from eigenfilter import kernels
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.kernels.lanczos import MOST_ROWS
 
-_PIECE = 1 << 12  # elements summed in the vectors' dtype before float64 goes on
-_CHUNK = 1 << 16  # columns of which products are taken in float64 at a time
-# Columns of which wider copies are made at a time: the cache of a CPU holds so many; a GPU takes
-# more at once, but no more than this part of long vectors.
+_PIECE = 1 << 12  # elements that are summed in the vectors' dtype before sums go on in float64
+_CHUNK = 1 << 16  # columns that are multiplied in float64 at a time
+# Columns that are copied to a wider dtype at a time: as many as a CPU's cache holds; more on a GPU,
+# but no more than this part of long vectors.
 _WIDE = {"cpu": (1 << 13, 1 << 13), "cuda": (1 << 16, 1 << 20)}  # at least, at most
 _WIDE_PART = 64
 
@@ -24,8 +24,8 @@ _WIDE_PART = 64
 def full_precision(device: torch.device) -> Iterator[None]:
     """A context in which a GPU multiplies float32 matrices in float32.
 
-    What is allowed for training, such as TF32 with its 10 bits, is allowed for products with a
-    model; it would ruin orthogonality, and no residual would tell.
+    TF32 with its 10 bits, if it is allowed for training, is used for products with a model. Here it
+    would ruin orthogonality, and no residual would show it.
     """
     if device.type != "cuda":
         yield
@@ -39,15 +39,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-class Space:
-    """R^n, by the slices [l] of its vectors that lie here: l = n where the operator has no slices.
+class VectorOps:
+    """Arithmetic on this process's slices [l] of vectors [n]; l = n without slices.
 
-    All solvers know of distribution. Inner products are sums over slices, everywhere of the same
-    bits, so that all processes take the same decisions; the rest is done slice by slice.
+    This is all that solvers need to know about distribution. Inner products are sums over slices
+    with the same bits in every process, so that all processes take the same decisions. Everything
+    else works slice by slice.
 
     Attributes:
-        dimension: n.
-        length: l.
+        dimension: n, the length of a whole vector.
+        length: l, the length of this process's slice.
     """
 
     def __init__(self, op: SymmetricOperator) -> None:
@@ -56,28 +57,28 @@ class Space:
         self.length = self.dimension if self._slices is None else self._slices.length
 
     def total(self, t: Tensor) -> Tensor:
-        """Return t, float64, summed over slices; in place."""
+        """Sum t, float64, over slices in place, and return it."""
         return t if self._slices is None else self._slices.sum(t)
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
-        """Return a generator of random numbers, of its own for each slice."""
+        """Return a random generator, with a different sequence for each slice."""
         if self._slices is not None:
-            seed = (seed + 0x9E3779B1 * self._slices.number) % 2**32  # all that the CPU's takes in
+            seed = (seed + 0x9E3779B1 * self._slices.number) % 2**32  # the CPU's takes 32 bits
         return torch.Generator(device).manual_seed(seed)
 
     def parts(self, device: torch.device) -> Iterator[slice]:
-        """Yield slices of [0, l), of each of which a wider copy takes little beside the vectors."""
+        """Yield ranges of columns, each so short that a wider copy of it takes little memory."""
         least, most = _WIDE[device.type]
         width = max(least, min(most, self.length // _WIDE_PART // _PIECE * _PIECE))
         return (slice(start, start + width) for start in range(0, self.length, width))
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return <a_i, b_i> [p], float64, of the rows of a and b [p, l]."""
-        found = torch.zeros(len(a), dtype=torch.float64, device=a.device)
+        """Return the inner products <a_i, b_i> [p], float64, of the rows of a and b [p, l]."""
+        sums = torch.zeros(len(a), dtype=torch.float64, device=a.device)
         for start in range(0, self.length, _CHUNK):
             part = slice(start, start + _CHUNK)
-            found += torch.linalg.vecdot(a[:, part].double(), b[:, part].double())
-        return self.total(found)
+            sums += torch.linalg.vecdot(a[:, part].double(), b[:, part].double())
+        return self.total(sums)
 
     def norm(self, w: Tensor) -> Tensor:
         """Return ||w|| [], float64, of w [l]."""
@@ -89,10 +90,10 @@ class Space:
             return self.total((rows @ rows.T).double())
 
     def project_out(self, w: Tensor, basis: Tensor, *, passes: int = 2) -> tuple[Tensor, Tensor]:
-        """Take away from w [l] or [p, l] its part in the span of orthonormal rows [m, l].
+        """Subtract from w [l] or [p, l], in place, its part in the span of orthonormal rows [m, l].
 
-        Returns coefficients and norms as `kernels.project_out`, which does it where there are no
-        slices. Else sums of slices come between reading the basis and taking away.
+        Returns coefficients and norms as `kernels.project_out`, which does the work where there are
+        no slices. With slices, coefficients are summed over processes before they are used.
         """
         if self._slices is None:
             return kernels.project_out(w, basis, passes=passes)
@@ -101,21 +102,21 @@ class Space:
         parts = [slice(None)] if basis.dtype == w.dtype else list(self.parts(w.device))
         with full_precision(w.device):
             for _ in range(passes):
-                found = torch.zeros_like(coefficients)
+                sums = torch.zeros_like(coefficients)
                 for part in parts:
-                    found += _products(W[:, part], basis[:, part].to(w.dtype))
-                found = self.total(found)
+                    sums += _products(W[:, part], basis[:, part].to(w.dtype))
+                sums = self.total(sums)
                 for part in parts:
-                    W[:, part].addmm_(found.to(w.dtype), basis[:, part].to(w.dtype), alpha=-1)
-                coefficients += found
+                    W[:, part].addmm_(sums.to(w.dtype), basis[:, part].to(w.dtype), alpha=-1)
+                coefficients += sums
         shape = w.shape[:-1]
         norms = self.total(kernels.row_dots(W, W)[1]).sqrt()
         return coefficients.view(*shape, len(basis)), norms.view(shape)
 
     def orthonormal(self, rows: Tensor, random: torch.Generator) -> Tensor:
-        """Return an orthonormal basis [m, l] whose span holds that of rows [m, l], m <= n.
+        """Return an orthonormal basis [m, l] of a space that contains rows [m, l], m <= n.
 
-        A row that depends on those before it gives way to a random one.
+        A row that depends on those before it is replaced by a random one.
         """
         basis = rows.clone(memory_format=torch.contiguous_format)
         for start in range(0, len(basis), MOST_ROWS):
@@ -136,9 +137,9 @@ class Space:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Return A B^T [p, m], float64, of a [p, l] and b [m, l], summed in pieces as by `_norm`.
+    """Return A B^T [p, m], float64, of a [p, l] and b [m, l], summed in pieces as in `_norm`.
 
-    All pieces are one product of batches, which reads them where they lie.
+    One batched product covers all pieces, without copying them.
     """
     count = a.shape[1] // _PIECE
     whole = count * _PIECE
@@ -150,9 +151,9 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(w: Tensor) -> Tensor:
-    """Return ||w|| of w [l], in float64: summed in pieces, so that float32 errs by its eps only.
+    """Return ||w|| of w [l] in float64, summed in pieces so that float32 errs by its eps only.
 
-    Torch's own sum in float64 first makes a copy in float64, which takes five times as long.
+    Torch's own sum in float64 first makes a float64 copy, which takes five times as long.
     """
     pieces = w[: len(w) // _PIECE * _PIECE].view(-1, _PIECE)
     rest = torch.linalg.vector_norm(w[pieces.numel() :])

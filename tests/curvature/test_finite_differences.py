@@ -1,4 +1,4 @@
-"""Finite differences: how far they are off, and that the model is left as it was."""
+"""Finite differences: their estimated error, and restoring the model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def test_the_error_is_estimated(name: str, dtype: torch.dtype) -> None:
     op = difference(model, (x, target))
     assert op.error is None
     v = torch.randn(op.shape[0], dtype=dtype)
-    found = op.matvec(v)
+    result = op.matvec(v)
     exact = HessianOperator(model, nn.CrossEntropyLoss(), (x, target)).matvec(v)
-    error = float((found - exact).norm() / exact.norm())
+    error = float((result - exact).norm() / exact.norm())
     assert op.error is not None
     assert error / 3 < op.error < 10 * error
     assert op.error < (1e-2 if dtype == torch.float32 else 1e-7)
 
 
-def test_the_error_is_looked_at_now_and_then() -> None:
+def test_the_error_is_estimated_for_every_16th_product() -> None:
     model, x, target = make()
     calls = 0
 
@@ -63,15 +63,15 @@ def test_null_vectors_do_not_warn() -> None:
     V[:24, 2] = 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = op.matmat(V)
-    assert not found[:, :2].any()
-    assert found[:, 2].any()
+        result = op.matmat(V)
+    assert not result[:, :2].any()
+    assert result[:, 2].any()
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("calls", [2, 3])
-def test_the_model_is_put_back(kind: type[CurvatureOperator], calls: int) -> None:
-    """Bit for bit and without a trace, also when interrupted on either side of x."""
+def test_the_model_is_restored(kind: type[CurvatureOperator], calls: int) -> None:
+    """Bit for bit, also when interrupted on either side of x."""
     model, x, target = make("partial")
     state = copy.deepcopy(model.state_dict())
     versions = [p._version for p in model.parameters()]
@@ -111,7 +111,7 @@ def test_zero_and_scaled_vectors() -> None:
 
 
 def test_a_compiled_model() -> None:
-    """It sees the move; a second derivative it has not, and says so."""
+    """It sees the perturbation; it has no second derivative, and an error says so."""
     model, x, target = make()
     expected = dense(model, x, target)
     compiled = torch.compile(model, backend="aot_eager")
@@ -120,5 +120,5 @@ def test_a_compiled_model() -> None:
     with pytest.raises(RuntimeError, match="double backward") as raised:
         exact.matvec(v)
     assert "engine='finite_difference'" in raised.value.__notes__[0]
-    found = columns(difference(compiled, (x, target)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+    result = columns(difference(compiled, (x, target)))
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-8)

@@ -1,4 +1,4 @@
-"""Products by differentiating twice: the graphs of one batch's share of f."""
+"""The graphs of the first derivative of one batch's loss, and products through them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batches import Unfit
-from eigenfilter.curvature.loss.nodes import nodes, python_function, runs_python
-from eigenfilter.curvature.loss.objective import Evaluation
-from eigenfilter.curvature.loss.pullback import (
+from eigenfilter.curvature.loss.autograd_graph import nodes, python_function, runs_python
+from eigenfilter.curvature.loss.batch_sources import UnusableModelError
+from eigenfilter.curvature.loss.first_derivatives import (
     NO_INPUT_GRADIENT,
     Products,
     dense,
-    pulled_back,
-    unhooked,
+    vector_jacobian,
+    without_hooks,
 )
+from eigenfilter.curvature.loss.objective import Evaluation
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative .* not implemented|differentiate twice|double.?backward|with \.grad\(\)|"
@@ -26,20 +26,20 @@ _NO_SECOND_DERIVATIVE = re.compile(
     re.IGNORECASE,
 )
 _NO_BATCHING = re.compile(r"vmap|batching rule|sparse", re.IGNORECASE)
-_MARKED = "torch::autograd::Error"  # the node that `once_differentiable` puts
+_ONCE_DIFFERENTIABLE = "torch::autograd::Error"  # the node that `once_differentiable` inserts
 _WAYS_OUT = "Use engine='finite_difference', which needs first derivatives only."
 _CAUSE = (
     "An operation in the model or the loss has no second derivative, which an exact product needs. "
     + _WAYS_OUT
 )
 
-Pieces = Sequence[Tensor]
+Tensors = Sequence[Tensor]
 
 
 class HessianGraph:
     """H v = d/dx <g(x), v>, with the graph of g = df/dx."""
 
-    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+    def __init__(self, evaluation: Evaluation, params: Tensors) -> None:
         """Differentiate f_b once.
 
         Raises:
@@ -51,16 +51,16 @@ class HessianGraph:
         self._gradient = _Derivative(evaluation.value, params)
         self.roots = [evaluation.value, *self._gradient.outputs]
 
-    def product(self, v: Pieces, *, batched: bool = False) -> Products:
-        """Return H v in pieces; with `batched`, of all vectors [b, ...] at once."""
+    def product(self, v: Tensors, *, batched: bool = False) -> Products:
+        """Return H v in pieces; with `batched`, for all vectors [b, ...] at once."""
         with self._around():
             return self._gradient.back(v, self._params, batched=batched)
 
 
 class Pullback:
-    """u -> J^T phi''(z) u, for f_b = phi(z(x)) and u like z."""
+    """The map u -> J^T phi''(z) u for f_b = phi(z(x)), with u shaped like z."""
 
-    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+    def __init__(self, evaluation: Evaluation, params: Tensors) -> None:
         """Differentiate phi once.
 
         Raises:
@@ -77,7 +77,7 @@ class Pullback:
         self.roots = [self._z, phi, *self._gradient.outputs]
 
     def __call__(self, u: Tensor, *, batched: bool = False) -> Products:
-        """Return it in pieces; with `batched`, of all u [b, ...] at once."""
+        """Return J^T phi''(z) u in pieces; with `batched`, for all u [b, ...] at once."""
         with self._around():
             return self._pull(u, batched)
 
@@ -86,16 +86,16 @@ class Pullback:
         if curved is None:
             return [None] * len(self._params)
         if self._holders is not None:
-            return pulled_back(
+            return vector_jacobian(
                 [self._z], self._params, [curved], holders=self._holders, retain=True
             )
         return back([self._z], self._params, [curved], batched=batched)
 
 
 class GaussNewtonGraph:
-    """J^T phi''(z) J v, with J v = d/du <J^T u, v>: J^T u is linear in u."""
+    """J^T phi''(z) J v, with J v = d/du <J^T u, v>, since J^T u is linear in u."""
 
-    def __init__(self, evaluation: Evaluation, params: Pieces) -> None:
+    def __init__(self, evaluation: Evaluation, params: Tensors) -> None:
         """Differentiate z and phi once.
 
         Raises:
@@ -105,15 +105,15 @@ class GaussNewtonGraph:
         self._around = _around(evaluation, evaluation.value)
         self._pullback = Pullback(evaluation, params)
         z = evaluation.value
-        # Any u without zeros, and not constant: softmax, say, takes those to zero.
+        # Any u without zeros that is not constant, because J^T u of a softmax vanishes for those.
         self._u = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).view_as(z)
-        self._transposed = _Derivative(z, params, self._u.requires_grad_())
-        self.roots = [*self._pullback.roots, *self._transposed.outputs]
+        self._transpose = _Derivative(z, params, self._u.requires_grad_())
+        self.roots = [*self._pullback.roots, *self._transpose.outputs]
 
-    def product(self, v: Pieces, *, batched: bool = False) -> Products:
-        """Return the product in pieces; with `batched`, of all vectors [b, ...] at once."""
+    def product(self, v: Tensors, *, batched: bool = False) -> Products:
+        """Return the product in pieces; with `batched`, for all vectors [b, ...] at once."""
         with self._around():
-            (along,) = self._transposed.back(v, [self._u], batched=batched)
+            (along,) = self._transpose.back(v, [self._u], batched=batched)
         if along is None:
             return [None] * len(self._params)
         return self._pullback(along, batched=batched)
@@ -122,23 +122,27 @@ class GaussNewtonGraph:
 Graph = HessianGraph | GaussNewtonGraph
 
 
-def graph_of(evaluation: Evaluation, params: Pieces) -> Graph:
-    """Return the graph that an evaluation asks for."""
+def graph_of(evaluation: Evaluation, params: Tensors) -> Graph:
+    """Return the graph for an evaluation: of a Hessian, or of a Gauss-Newton matrix.
+
+    Raises:
+        RuntimeError: see `HessianGraph`.
+    """
     if evaluation.holders is not None:
         raise RuntimeError(
             "gradients of this model come by backward() alone, through reentrant checkpointing "
-            "say, which autograd cannot differentiate again. " + _WAYS_OUT + " Or let "
-            "torch.utils.checkpoint be called with use_reentrant=False"
+            "say, which autograd cannot differentiate again. " + _WAYS_OUT + " Or call "
+            "torch.utils.checkpoint with use_reentrant=False"
         )
-    with torch.enable_grad(), explained(), evaluation.around():
+    with torch.enable_grad(), noting_remedy(), evaluation.around():
         kind = HessianGraph if evaluation.outer is None else GaussNewtonGraph
         return kind(evaluation, params)
 
 
-def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Products:
-    """Return u^T d outputs / d inputs and keep the graph; `batched`: of all u [b, ...] at once."""
+def back(outputs: Tensors, inputs: Tensors, u: Tensors, *, batched: bool) -> Products:
+    """Return u^T d outputs / d inputs, keeping the graph; `batched`: for all u [b, ...] at once."""
     try:
-        with explained(), unhooked(inputs):
+        with noting_remedy(), without_hooks(inputs):
             return dense(
                 torch.autograd.grad(
                     outputs,
@@ -155,17 +159,17 @@ def back(outputs: Pieces, inputs: Pieces, u: Pieces, *, batched: bool) -> Produc
         raise
 
 
-def gradient(evaluation: Evaluation, params: Pieces) -> Products:
-    """Return df_b/dx, without a graph."""
+def gradient(evaluation: Evaluation, params: Tensors) -> Products:
+    """Return df_b/dx without a graph."""
     with evaluation.around():
-        return pulled_back([_dependent(evaluation.value)], params, holders=evaluation.holders)
+        return vector_jacobian([_dependent(evaluation.value)], params, holders=evaluation.holders)
 
 
-def check_recorded(evaluation: Evaluation, params: Pieces) -> None:
-    """Raise RuntimeError if a Function written in Python keeps its backward from autograd.
+def check_recorded(evaluation: Evaluation, params: Tensors) -> None:
+    """Raise RuntimeError if a Function written in Python hides its backward from autograd.
 
-    torch's own operations raise by themselves where a derivative is missing; looking costs a
-    forward pass, and a backward one only where there are such Functions.
+    Torch's own operations raise by themselves where a derivative is missing. The check costs a
+    forward pass, and a backward pass only if there are such Functions.
     """
     value = _dependent(evaluation.value)
     if evaluation.holders is not None or any(python_function(node) for node in nodes([value])):
@@ -173,8 +177,8 @@ def check_recorded(evaluation: Evaluation, params: Pieces) -> None:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Add to an error of torch that says a derivative is missing what to do."""
+def noting_remedy() -> Iterator[None]:
+    """If torch raises because a derivative is missing, add a note that says what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -184,9 +188,9 @@ def explained() -> Iterator[None]:
 
 
 class _Derivative:
-    """d<seed, output>/d inputs, to be differentiated again."""
+    """d<seed, output> / d inputs, with its graph."""
 
-    def __init__(self, output: Tensor, inputs: Pieces, seed: Tensor | None = None) -> None:
+    def __init__(self, output: Tensor, inputs: Tensors, seed: Tensor | None = None) -> None:
         """Differentiate; `seed` must require grad, and is 1 by default.
 
         Raises:
@@ -195,14 +199,14 @@ class _Derivative:
         output = _dependent(output)
         if seed is None:
             seed = torch.ones_like(output, requires_grad=True)
-        with _guarded(output), unhooked(inputs):
-            found = dense(
+        with _raising_if_unrecorded(output), without_hooks(inputs):
+            grads = dense(
                 torch.autograd.grad(output, inputs, seed, create_graph=True, allow_unused=True)
             )
-        self._active = [i for i, g in enumerate(found) if g is not None and g.requires_grad]
-        self.outputs = [g for g in found if g is not None and g.requires_grad]
+        self._active = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        self.outputs = [g for g in grads if g is not None and g.requires_grad]
 
-    def back(self, v: Pieces, inputs: Pieces, *, batched: bool) -> Products:
+    def back(self, v: Tensors, inputs: Tensors, *, batched: bool) -> Products:
         """Return d<v, this derivative> / d inputs."""
         if not self.outputs:
             return [None] * len(inputs)
@@ -210,13 +214,13 @@ class _Derivative:
 
 
 def _around(evaluation: Evaluation, *roots: Tensor) -> Callable[[], AbstractContextManager[None]]:
-    """Return what a backward pass from `roots` is to be surrounded by."""
+    """Return the context that a backward pass from `roots` needs."""
     return evaluation.around if runs_python(roots) else nullcontext
 
 
 def _dependent(value: Tensor) -> Tensor:
     if not value.requires_grad:
-        raise Unfit(
+        raise UnusableModelError(
             "the loss does not depend on the parameters through autograd: was it detached, or "
             f"computed under no_grad or inference_mode, {NO_INPUT_GRADIENT}?"
         )
@@ -228,21 +232,23 @@ def _nonzero(g: Tensor) -> bool:
 
 
 @contextmanager
-def _guarded(output: Tensor) -> Iterator[None]:
-    """Make the first backward of `output` raise where an operation's own backward is not recorded.
+def _raising_if_unrecorded(output: Tensor) -> Iterator[None]:
+    """Make the first backward of `output` raise if an operation's own backward is not recorded.
 
-    Torch would leave that operation's share out of the product without a word: a backward that
+    Torch would silently omit that operation's contribution from the product: a backward that
     autograd does not see returns tensors without a graph, and one marked `once_differentiable` a
-    node that no path from the parameters leads to. A gradient is linear in the seed it started
-    from, so if the seed requires grad, all that is not recorded and not zero is a loss.
+    node that no path from the parameters leads to. A gradient is linear in its seed. So if the seed
+    requires grad, every gradient that has no graph and is not zero is an omission.
     """
 
     def hook(name: str) -> Callable[[Sequence[Tensor | None], Sequence[Tensor | None]], None]:
-        def check(found: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
-            for g in found:
+        def check(grads: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+            for g in grads:
                 if g is None or (g.grad_fn is None and g.requires_grad):  # that is the seed
                     continue
-                if g.grad_fn.name() == _MARKED if g.grad_fn is not None else _nonzero(g):
+                node = g.grad_fn
+                hidden = _nonzero(g) if node is None else node.name() == _ONCE_DIFFERENTIABLE
+                if hidden:
                     raise RuntimeError(f"the backward of {name} was not recorded. {_CAUSE}")
 
         return check

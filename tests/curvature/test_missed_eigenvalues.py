@@ -1,4 +1,4 @@
-"""The probability of a missed eigenvalue that a result reports, beside how often one was missed."""
+"""The reported probability of a missed eigenvalue against the observed frequency."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from curvature.dense import DenseOperator, Diagonal, decaying, operator, wanted
 from eigenfilter.curvature import eigsh
 from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur
-from eigenfilter.curvature.solvers.unseen import Unseen
+from eigenfilter.curvature.solvers.missed_eigenvalues import MissProbability
 
 RUNS = 200
 
@@ -50,7 +50,7 @@ SPECTRA: list[Callable[[], Tensor]] = [dense_end, uniform, repeated, clustered, 
 
 
 def missed(values: Tensor, expected: Tensor, which: str) -> bool:
-    """Whether a value is off by more than the tolerance, or what else errs."""
+    """Return whether a value errs by more than the tolerance."""
     if which == "LM":  # of two with one magnitude either will do
         values, expected = values.abs(), expected.abs()
     off = (values.sort().values - expected.sort().values).abs()
@@ -69,10 +69,10 @@ def test_values_are_missed_no_more_often_than_reported(
     expected = wanted(d, 6, which)
     misses, reported = 0, 0.0
     for seed in range(RUNS):
-        found = eigsh(Diagonal(d), 6, which, seed=seed, max_miss_probability=most)
-        misses += missed(found.values, expected, which)
-        reported += found.miss_probability
-        assert found.miss_probability <= (1.0 if most is None else most)
+        result = eigsh(Diagonal(d), 6, which, seed=seed, max_miss_probability=most)
+        misses += missed(result.values, expected, which)
+        reported += result.miss_probability
+        assert result.miss_probability <= (1.0 if most is None else most)
     mean = reported / RUNS
     assert misses <= RUNS * mean + 3 * math.sqrt(RUNS * mean * (1 - min(mean, 1.0)))
 
@@ -80,7 +80,7 @@ def test_values_are_missed_no_more_often_than_reported(
 @pytest.mark.parametrize("n", [8, 20])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_bound_holds_where_misses_are_frequent(n: int, steps: int) -> None:
-    """A sequence that is cut short: how often it has less than it must of the eigenvector.
+    """Stop a sequence early; count how often its start has too small a part of the eigenvector.
 
     One eigenvalue alone beside many that are alike attains the bound in one step.
     """
@@ -90,41 +90,43 @@ def test_the_bound_holds_where_misses_are_frequent(n: int, steps: int) -> None:
     below, bounds = 0, []
     for seed in range(RUNS):
         run = KrylovSchur(Diagonal(d), n, 1, seed)
-        run.begin()
+        run.start()
         start = abs(float(run.basis.rows[0, 0]))
         for _ in range(steps):
             run.step(1)
-        ritz = run.collect()
+        ritz = run.solve()
         if ritz.values.max() < 0.9:
-            found = Unseen(n, (None, 0.9), 1).probability(ritz, run.began, run.rounding)
+            result = MissProbability(n, (None, 0.9), 1).probability(
+                ritz, run.starting_columns, run.rounding
+            )
             # (1) for this very eigenvector, lambda = 1 being beyond the level.
-            assert found >= min(1.0, math.sqrt(2 * n / math.pi) * start) * (1 - 1e-9)
-            below += found <= 0.3
-            bounds.append(found)
+            assert result >= min(1.0, math.sqrt(2 * n / math.pi) * start) * (1 - 1e-9)
+            below += result <= 0.3
+            bounds.append(result)
     assert bounds
     assert below <= RUNS * 0.3 + 3 * math.sqrt(RUNS * 0.3 * 0.7)
 
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_bound_goes_on_through_restarts(width: int) -> None:
-    """For each eigenvector beyond the level, |C^T u| is no more than the ellipsoid allows."""
+    """For each eigenvector beyond the level, C^T u lies in the ellipsoid of the bound."""
     spectrum = torch.cat([torch.tensor([1.5]), torch.linspace(-1, 1, 300)]).double()
     op = operator(spectrum)
     u = torch.linalg.eigh(op.matrix).eigenvectors[:, -1]
     run = KrylovSchur(op, 12, width, seed=2)
-    run.begin()
+    run.start()
     rows = run.basis.rows[:width]
     # Almost none of u in the start: Lanczos' iteration takes long to see it.
     rows -= 0.999999999 * torch.outer(rows @ u, u)
     rows /= rows.norm(dim=1, keepdim=True)
     held = float((rows @ u).norm())
-    unseen = Unseen(300, (None, 1.4), 1)
+    unseen = MissProbability(300, (None, 1.4), 1)
     for _ in range(3):
         while not run.full:
             run.step(width)
-        ritz = run.collect()
+        ritz = run.solve()
         assert ritz.values.max() < 1.3
-        unseen.restarted(ritz, run.began, run.rounding)
+        unseen.record_restart(ritz, run.starting_columns, run.rounding)
         run.restart(ritz, np.array([0, *range(len(ritz.values) - 4, len(ritz.values))]))
         volume = math.exp(unseen._logs[1])
         assert held**width <= volume * 1.001
@@ -138,12 +140,12 @@ def test_a_smaller_probability_takes_more_products(
     spectrum: Callable[[], Tensor], which: str, most: float
 ) -> None:
     d = spectrum()
-    found = eigsh(Diagonal(d), 6, which, max_miss_probability=most, max_matvecs=2000)
+    result = eigsh(Diagonal(d), 6, which, max_miss_probability=most, max_matvecs=2000)
     less = eigsh(Diagonal(d), 6, which, max_miss_probability=0.5, max_matvecs=2000)
-    assert 0 <= found.miss_probability <= most
-    assert less.matvecs <= found.matvecs
-    assert less.matvecs - less.copy_matvecs == found.matvecs - found.copy_matvecs
-    assert not missed(found.values, wanted(d, 6, which), which)
+    assert 0 <= result.miss_probability <= most
+    assert less.matvecs <= result.matvecs
+    assert less.matvecs - less.multiplicity_matvecs == result.matvecs - result.multiplicity_matvecs
+    assert not missed(result.values, wanted(d, 6, which), which)
 
 
 @pytest.mark.parametrize("options", [{"block_size": 3}, {"max_basis": 14}, {"tol": 1e-8}])
@@ -152,38 +154,38 @@ def test_blocks_short_bases_and_tolerances(options: dict[str, object], dtype: to
     if dtype == torch.float32 and "tol" in options:
         pytest.skip("beyond float32")
     op = operator(decaying(150), dtype)
-    found = eigsh(op, 6, max_miss_probability=1e-3, **options)  # type: ignore[arg-type]
-    assert found.miss_probability <= 1e-3
-    assert found.converged.all()
+    result = eigsh(op, 6, max_miss_probability=1e-3, **options)  # type: ignore[arg-type]
+    assert result.miss_probability <= 1e-3
+    assert result.converged.all()
 
 
-def test_what_is_known_without_a_look() -> None:
+def test_the_bound_without_a_check_is_one() -> None:
     op = operator(decaying(150))
-    assert eigsh(op, 6, look_for_copies=False).miss_probability == 1.0
+    assert eigsh(op, 6, check_multiplicity=False).miss_probability == 1.0
     assert eigsh(operator(torch.tensor([3.0, 1.0, 2.0])), 3).miss_probability == 0.0
-    alone = eigsh(op, 6, look_for_copies=False).matvecs
-    with pytest.warns(RuntimeWarning, match="cut the look for copies short"):
+    alone = eigsh(op, 6, check_multiplicity=False).matvecs
+    with pytest.warns(RuntimeWarning, match="cut the check for repeated eigenvalues short"):
         short = eigsh(op, 6, max_matvecs=alone + 1)
     assert 0.5 < short.miss_probability <= 1.0
     usual = eigsh(op, 6)
     assert 0 < usual.miss_probability < 1e-2
 
 
-def test_a_probability_out_of_reach_of_the_products_warns() -> None:
+def test_a_probability_that_products_do_not_suffice_for_warns() -> None:
     d = torch.linspace(0, 1, 400, dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match="cut the look for copies short"):
-        found = eigsh(Diagonal(d), 4, max_miss_probability=1e-9, max_matvecs=150)
-    assert found.converged.all()
-    assert found.miss_probability > 1e-9
+    with pytest.warns(RuntimeWarning, match="cut the check for repeated eigenvalues short"):
+        result = eigsh(Diagonal(d), 4, max_miss_probability=1e-9, max_matvecs=150)
+    assert result.converged.all()
+    assert result.miss_probability > 1e-9
 
 
 def test_what_rounding_may_hide_beside_an_invariant_subspace() -> None:
-    """Where the worst value is zero but for rounding, so are those that it is compared with."""
+    """The worst value is zero up to rounding, and so are the values it is compared with."""
     op = Diagonal(torch.tensor([1.0] + [0.0] * 60, dtype=torch.float64))
-    with pytest.warns(RuntimeWarning, match="rounding may hide another one .* leave it out"):
-        found = eigsh(op, 4, max_miss_probability=1e-3)
-    assert found.converged.all()
-    assert found.miss_probability > 1e-3
+    with pytest.warns(RuntimeWarning, match="rounding may hide another one .* out"):
+        result = eigsh(op, 4, max_miss_probability=1e-3)
+    assert result.converged.all()
+    assert result.miss_probability > 1e-3
     assert eigsh(op, 1, max_miss_probability=1e-9).miss_probability <= 1e-9
 
 
@@ -191,9 +193,9 @@ def test_what_rounding_may_hide_beside_an_invariant_subspace() -> None:
 def test_small_probabilities_in_single_precision(n: int) -> None:
     large = 20 * 0.7 ** torch.arange(12)
     d = torch.cat([large, torch.linspace(-0.05, 0.05, n - 12)])
-    found = eigsh(Diagonal(d), 8, max_miss_probability=1e-6)
-    assert found.miss_probability <= 1e-6
-    assert found.matvecs < 60
+    result = eigsh(Diagonal(d), 8, max_miss_probability=1e-6)
+    assert result.miss_probability <= 1e-6
+    assert result.matvecs < 60
 
 
 @pytest.mark.parametrize("most", [0.0, 1.0, -0.1, float("nan")])
@@ -204,7 +206,9 @@ def test_probabilities_out_of_range(most: float) -> None:
     assert op.count == 0
 
 
-def test_a_probability_needs_a_look() -> None:
+def test_a_probability_needs_the_check() -> None:
     op = DenseOperator(torch.eye(9, dtype=torch.float64))
-    with pytest.raises(ValueError, match="max_miss_probability needs the look for copies"):
-        eigsh(op, 2, max_miss_probability=0.1, look_for_copies=False)
+    with pytest.raises(
+        ValueError, match="max_miss_probability needs the check for repeated eigenvalues"
+    ):
+        eigsh(op, 2, max_miss_probability=0.1, check_multiplicity=False)

@@ -1,4 +1,4 @@
-"""An operator follows its model, refuses where it cannot, and leaves it as it was."""
+"""An operator follows its model, raises where it cannot, and does not change it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from eigenfilter.curvature import (
 from eigenfilter.curvature.engines import NAMES
 
 
-def test_the_model_is_left_as_it_was() -> None:
-    """Modes of submodules, gradients, buffers, flags: all as before, whether or not it worked."""
+def test_the_model_does_not_change() -> None:
+    """Modes of submodules, gradients, buffers and flags are restored, also after an error."""
     model, x, target = make("partial")
     assert isinstance(model, Partial)
     model.norm.eval()
@@ -64,9 +64,9 @@ def test_results_carry_no_graph_and_the_call_site_does_not_matter(built: str, us
     with SURROUNDINGS[built](), op.fixed():
         pass
     with SURROUNDINGS[used]():
-        found = op.matvec(v)
-    assert not found.requires_grad
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        result = op.matvec(v)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["cached_graph", "vmap", "auto"])
@@ -245,7 +245,7 @@ def test_a_perturbed_optimizer_raises() -> None:
     expected = op.matvec(v)
     _perturbation.enter(other)
     try:
-        with pytest.raises(RuntimeError, match=r"SGD holds the parameters away from x: .*restore"):
+        with pytest.raises(RuntimeError, match=r"SGD holds perturbed parameters: .*restore"):
             op.matvec(v)
         with pytest.raises(RuntimeError, match="SGD holds"):
             eigsh(op, 2)
@@ -255,7 +255,7 @@ def test_a_perturbed_optimizer_raises() -> None:
 
 
 def test_a_fused_step_that_leaves_the_sums_alone_is_noticed() -> None:
-    """Cross-entropy's gradients sum to zero over classes, and fused steps bump no version."""
+    """Cross-entropy's gradients sum to zero over classes, and fused steps increase no version."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     x, target = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
@@ -275,7 +275,7 @@ def test_a_fused_step_that_leaves_the_sums_alone_is_noticed() -> None:
 
 
 def test_an_operator_is_no_cycle() -> None:
-    """Its graphs are freed with it, and not when the collector comes by."""
+    """Its graphs are freed with it, without a garbage collection."""
     model = nn.Linear(4, 3).double()
     data = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
     gc.disable()

@@ -1,4 +1,4 @@
-"""Both ends of a spectrum: error bars that hold as often as they say, and are worth something."""
+"""Bounds of both ends of a spectrum: margins that hold as often as promised, and are small."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature import Extremes, extremes
+from eigenfilter.curvature import SpectrumBounds, spectrum_bounds
 from eigenfilter.curvature.solvers.spectrum_bounds import smallest_start, worst_share
 
 RUNS = 300
@@ -32,14 +32,14 @@ class Diagonal:
 
 
 def spike(n: int) -> Tensor:
-    """One eigenvalue alone: after one product the bound is attained."""
+    """A single other eigenvalue: after one product the bound is attained."""
     d = torch.zeros(n, dtype=torch.float64)
     d[0] = 1
     return d
 
 
 def chebyshev(n: int) -> Tensor:
-    """Dense at both ends, with one just beyond: what Lanczos' iteration sees late."""
+    """Dense at both ends, with one value just beyond, which the Lanczos iteration sees late."""
     d = torch.cos(math.pi * (torch.arange(n, dtype=torch.float64) + 0.5) / n)
     d[0] = 1.02
     return d
@@ -56,56 +56,56 @@ def uniform(n: int) -> Tensor:
 def test_error_bars_fail_as_rarely_as_they_say(
     spectrum: object, n: int, k: int, least: float
 ) -> None:
-    """Half the probability is for the upper end, whose failures are counted."""
+    """The upper end has half the probability, and its failures are counted."""
     d = spectrum(n)  # type: ignore[operator]
     allowed = 0.2
     failures = 0
     for seed in range(RUNS):
-        top = extremes(Diagonal(d), 2 * allowed, k, seed=seed).top
-        failures += bool(top.value + top.reach < d.max())
+        top = spectrum_bounds(Diagonal(d), 2 * allowed, k, seed=seed).top
+        failures += bool(top.value + top.margin < d.max())
     assert failures <= RUNS * allowed + 4 * math.sqrt(RUNS * allowed * (1 - allowed))
     assert failures >= least * RUNS * allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_ends_lie_where_they_are_said_to(dtype: torch.dtype) -> None:
+def test_both_ends_lie_within_their_margins(dtype: torch.dtype) -> None:
     d = torch.cat([torch.linspace(-1, 2, 3000), torch.tensor([5.0, -3.0])]).to(dtype)
-    found = extremes(Diagonal(d), 1e-3, 40, seed=3)
-    for end, exact, sign in ((found.top, 5.0, 1), (found.bottom, -3.0, -1)):
+    result = spectrum_bounds(Diagonal(d), 1e-3, 40, seed=3)
+    for end, exact, sign in ((result.top, 5.0, 1), (result.bottom, -3.0, -1)):
         beyond = sign * (exact - end.value)
-        assert -found.rounding <= beyond <= end.reach
-        assert end.reach < 1e-5
+        assert -result.rounding <= beyond <= end.margin
+        assert end.margin < 1e-5
         assert end.residual < 1e-5
-    assert found.matvecs == 40
-    assert found.scale == pytest.approx(5.0)
+    assert result.matvecs == 40
+    assert result.scale == pytest.approx(5.0)
 
 
 def test_a_dense_spectrum_has_small_error_bars_in_time() -> None:
-    """Few products suffice for a part in a hundred."""
+    """Few products suffice for margins of one percent."""
     d = torch.linspace(0, 1, 20000, dtype=torch.float64)
     op = Diagonal(d)
 
-    def enough(found: Extremes) -> bool:
-        return max(found.top.reach, found.bottom.reach) < 0.01
+    def enough(result: SpectrumBounds) -> bool:
+        return max(result.top.margin, result.bottom.margin) < 0.01
 
-    found = extremes(op, 1e-3, 300, enough=enough, seed=0)
-    assert found.top.value + found.top.reach >= 1
-    assert op.products == found.matvecs < 100
+    result = spectrum_bounds(op, 1e-3, 300, enough=enough, seed=0)
+    assert result.top.value + result.top.margin >= 1
+    assert op.products == result.matvecs < 100
 
 
-def test_the_products_foretold_suffice() -> None:
+def test_the_predicted_number_of_products_suffices() -> None:
     d = uniform(300)
-    few = extremes(Diagonal(d), 1e-3, 10, seed=1)
+    few = spectrum_bounds(Diagonal(d), 1e-3, 10, seed=1)
     more = few.products_for(0.05)
     assert more is not None
-    assert few.top.reach > 0.05
-    assert extremes(Diagonal(d), 1e-3, more, seed=1).top.reach <= 0.05
+    assert few.top.margin > 0.05
+    assert spectrum_bounds(Diagonal(d), 1e-3, more, seed=1).top.margin <= 0.05
 
 
 @pytest.mark.parametrize("n", [10, 10**4, 10**7])
 @pytest.mark.parametrize("k", [5, 40, 300])
 def test_the_worst_case_is_kuczynski_and_wozniakowskis(n: int, k: int) -> None:
-    """Their probability for this eps is no less than ours, so that eps is no larger than theirs."""
+    """Their probability for this eps is at least ours, so our eps is at most theirs."""
     probability = 1e-3
     eps = worst_share(k, smallest_start(n, 2 * probability))
     theirs = 1.648 * math.sqrt(n) * math.exp(-math.sqrt(eps) * (2 * k - 1))
@@ -115,23 +115,23 @@ def test_the_worst_case_is_kuczynski_and_wozniakowskis(n: int, k: int) -> None:
         assert theirs < 2 * probability
 
 
-def test_the_whole_space_leaves_nothing_unseen() -> None:
+def test_a_basis_of_the_whole_space_is_exact() -> None:
     d = torch.tensor([3.0, -1.0, 0.5, 2.0], dtype=torch.float64)
-    found = extremes(Diagonal(d), 1e-3, seed=0)
-    assert found.exhausted
-    assert found.matvecs == 4
-    assert found.top.reach == found.rounding
-    assert found.values.tolist() == pytest.approx([-1.0, 0.5, 2.0, 3.0])
+    result = spectrum_bounds(Diagonal(d), 1e-3, seed=0)
+    assert result.exhausted
+    assert result.matvecs == 4
+    assert result.top.margin == result.rounding
+    assert result.values.tolist() == pytest.approx([-1.0, 0.5, 2.0, 3.0])
 
 
 @pytest.mark.parametrize("value", [0.0, 2.0])
 def test_a_multiple_of_the_identity(value: float) -> None:
-    """Invariant at once, but for what rounding hides."""
-    found = extremes(Diagonal(torch.full((1000,), value, dtype=torch.float64)), seed=0)
-    assert found.exhausted
-    assert found.top.value == pytest.approx(value)
-    assert found.top.reach <= 1e-8
-    assert found.products_for(1e-12) is None
+    """The Krylov space is invariant after one product, up to rounding."""
+    result = spectrum_bounds(Diagonal(torch.full((1000,), value, dtype=torch.float64)), seed=0)
+    assert result.exhausted
+    assert result.top.value == pytest.approx(value)
+    assert result.top.margin <= 1e-8
+    assert result.products_for(1e-12) is None
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,9 @@ def test_a_multiple_of_the_identity(value: float) -> None:
 )
 def test_bad_arguments(arguments: tuple[float, int], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        extremes(Diagonal(torch.ones(3)), *arguments, seed=0)
+        spectrum_bounds(Diagonal(torch.ones(3)), *arguments, seed=0)
 
 
 def test_a_product_that_is_not_finite() -> None:
     with pytest.raises(FloatingPointError):
-        extremes(Diagonal(torch.tensor([1.0, torch.inf])), seed=0)
+        spectrum_bounds(Diagonal(torch.tensor([1.0, torch.inf])), seed=0)

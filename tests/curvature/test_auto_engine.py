@@ -1,4 +1,4 @@
-"""What engine="auto" does where engines fail, and what forward mode does not miss."""
+"""The choices of engine="auto" when engines fail, and the checks of forward mode."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from eigenfilter.curvature.engines import NAMES
 LOGGER = "eigenfilter.curvature.engines.automatic"
 
 
-def penalised(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def penalized(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Cross-entropy and the squared gradient with respect to some inputs."""
     points = torch.linspace(-1, 1, 10, dtype=torch.float64).view(2, 5)
 
-    class Penalised(nn.Module):
+    class Penalized(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.__dict__["model"] = model
@@ -32,7 +32,7 @@ def penalised(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
             (g,) = torch.autograd.grad(self.model(x).square().sum(), x, create_graph=True)
             return F.cross_entropy(output, target) + g.square().mean()
 
-    return Penalised()
+    return Penalized()
 
 
 class Physics(nn.Module):
@@ -51,9 +51,9 @@ class Physics(nn.Module):
 
             return torch.func.vmap(torch.func.grad(u))(x)[:, :3] + self.net(x)
         x = x.detach().requires_grad_()
-        found = self.net(x)
-        (g,) = torch.autograd.grad(found.sum(), x, create_graph=True)
-        return g[:, :3] + found
+        result = self.net(x)
+        (g,) = torch.autograd.grad(result.sum(), x, create_graph=True)
+        return g[:, :3] + result
 
 
 class Adapted(nn.Module):
@@ -102,13 +102,13 @@ def _dense(
     params = list(model.parameters())
 
     def rows(values: Tensor, again: bool = False) -> Tensor:
-        found = [
+        result = [
             torch.autograd.grad(
                 v, params, retain_graph=True, create_graph=again, materialize_grads=True
             )
             for v in values.reshape(-1)
         ]
-        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in found])
+        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in result])
 
     z = model(x)
     if kind is HessianOperator:
@@ -123,7 +123,7 @@ def _dense(
 
 def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> None:
     try:
-        found = columns(op)
+        result = columns(op)
     except RuntimeError as error:
         if (
             engine != "forward_over_reverse"
@@ -133,7 +133,7 @@ def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> Non
         return
     scale = float(expected.abs().max())
     atol = 1e-7 if op.engine == "finite_difference" else 1e-12
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol * scale)
     assert engine != "auto" or op.engine != "finite_difference"
 
 
@@ -142,7 +142,7 @@ def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> Non
 def test_derivatives_inside_the_loss(kind: type[CurvatureOperator], engine: str) -> None:
     model, x, target = make()
     x, target = x[:8], target[:8]
-    loss_fn = penalised(model)
+    loss_fn = penalized(model)
     op = kind(model, loss_fn, (x, target), engine=engine)
     if kind is GGNOperator:  # the penalty is no function of z
         expected = OPERATORS[kind](model, x, target)
@@ -157,7 +157,7 @@ def test_derivatives_inside_the_loss(kind: type[CurvatureOperator], engine: str)
 def test_forward_mode_and_losses_of_constants(
     kind: type[CurvatureOperator], loss_fn: nn.Module, name: str
 ) -> None:
-    """torch gives constants immutable zeros for tangents: they are written out, or it is said."""
+    """Torch gives constants immutable zero tangents: explicit ones are used, or it raises."""
 
     class Last(nn.Module):
         def __init__(self, layer: nn.Module) -> None:
@@ -183,7 +183,7 @@ def test_forward_mode_and_losses_of_constants(
 
 
 def test_forward_mode_does_not_miss_a_parameter_from_elsewhere() -> None:
-    """Modules are given duals; what a loss holds of a parameter itself is not."""
+    """Modules get dual parameters; a parameter that a loss refers to directly does not."""
     model, x, target = make()
     held = model.get_parameter("0.weight")
 
@@ -201,7 +201,7 @@ def test_forward_mode_does_not_miss_a_parameter_from_elsewhere() -> None:
 
 
 def test_forward_mode_does_not_draw_another_mask() -> None:
-    """Of a transposed tensor it would: torch lays its mask out otherwise."""
+    """For a transposed tensor it would, because its mask gets another layout."""
 
     class Turned(nn.Module):
         def __init__(self) -> None:
@@ -227,7 +227,7 @@ def test_the_next_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
     op = HessianOperator(model, nn.CrossEntropyLoss(), data)
     v = torch.randn(op.shape[0], dtype=torch.float64)
     with caplog.at_level(logging.INFO, LOGGER):
-        found = op.matvec(v)
+        result = op.matvec(v)
     assert op.engine == "finite_difference"
     told = [(r.levelno, r.getMessage()) for r in caplog.records if r.name == LOGGER]
     passed = ["cached_graph", "per_pass_graph", "forward_over_reverse", "microbatched"]
@@ -238,7 +238,7 @@ def test_the_next_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     again = op.matvec(v)
     assert not [r for r in caplog.records if r.name == LOGGER]
-    torch.testing.assert_close(again, found, rtol=0, atol=1e-9)
+    torch.testing.assert_close(again, result, rtol=0, atol=1e-9)
 
 
 def test_one_error_lists_all_engines() -> None:
@@ -265,7 +265,7 @@ def test_one_error_lists_all_engines() -> None:
 
 
 def test_the_error_of_a_model_is_its_own() -> None:
-    """Not tried with every engine, and not wrapped, also in a later batch."""
+    """It is not repeated with every engine and not wrapped, also in a later batch."""
     model, x, target = make()
     calls = 0
 
@@ -286,7 +286,7 @@ def test_the_error_of_a_model_is_its_own() -> None:
         later.matvec(v)
 
 
-def test_memory_that_runs_out_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_engine_follows_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
     v = torch.randn(39, dtype=torch.float64)
@@ -335,7 +335,7 @@ WEIGHTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("engine", ["auto", *NAMES])
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_a_weight_that_is_no_number_is_refused(engine: str, case: str) -> None:
+def test_a_weight_that_is_no_number_raises(engine: str, case: str) -> None:
     model, x, target = make()
     batches = [(x[:20], target[:20]), (x[20:], target[20:])]
     op = HessianOperator(model, F.cross_entropy, batches, weight=WEIGHTS[case], engine=engine)
@@ -343,7 +343,7 @@ def test_a_weight_that_is_no_number_is_refused(engine: str, case: str) -> None:
         op.matvec(torch.ones(39, dtype=torch.float64))
 
 
-def test_sparse_vectors_are_refused() -> None:
+def test_sparse_vectors_raise() -> None:
     model, x, target = make()
     op = HessianOperator(model, F.cross_entropy, (x, target))
     V = torch.eye(39, dtype=torch.float64)
@@ -354,7 +354,7 @@ def test_sparse_vectors_are_refused() -> None:
     torch.testing.assert_close(op @ V, dense(model, x, target), rtol=0, atol=1e-12)
 
 
-def test_long_reasons_are_cut() -> None:
+def test_long_errors_are_shortened() -> None:
     model, x, target = make()
     calls = 0
 

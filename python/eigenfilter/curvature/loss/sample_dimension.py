@@ -1,4 +1,4 @@
-"""Batches whose outputs differ in another dimension than the first: taken along that one."""
+"""Batches whose outputs differ in another dimension than the first, compared along that one."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 from torch import Tensor
 
-from eigenfilter.curvature.loss.batches import joinable, leaves, with_tensors
+from eigenfilter.curvature.loss.batch_trees import can_join, leaves, replace_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 Samples = tuple[Tensor, Any]  # output, target
 
 
 def other_dimension(one: Tensor, other: Tensor) -> int | None:
-    """Return the only dimension in which two outputs differ, if there is one and not the first."""
+    """Return the dimension in which two outputs differ, if it is exactly one and not the first."""
     if one.ndim != other.ndim:
         return None
     differ = [d for d in range(one.ndim) if one.shape[d] != other.shape[d]]
     return differ[0] if len(differ) == 1 and differ[0] > 0 else None
 
 
-def turned(
+def with_samples_first(
     one: Samples, other: Samples, dimension: int, loss: Loss
 ) -> tuple[Samples, Samples, Loss] | None:
-    """Return two batches with `dimension` of their outputs as the first, and the loss of those.
+    """Return two batches with `dimension` of their outputs moved to the front, and their loss.
 
-    Targets have it where their sizes differ as those of the outputs do. None where one differs in
-    another way, so that the two cannot be joined.
+    In a target it is the dimension whose sizes differ as those of the outputs do. None if a target
+    differs in another way, so that the two batches cannot be joined.
     """
     sizes = one[0].shape[dimension], other[0].shape[dimension]
     targets = list(leaves(one[1])), list(leaves(other[1]))
@@ -45,16 +45,16 @@ def turned(
 
     def first(samples: Samples) -> Samples:
         moves = zip(leaves(samples[1]), places, strict=True)
-        target = with_tensors(samples[1], _moved(moves, lambda t, d: t.movedim(d, 0)))
+        target = replace_tensors(samples[1], _moved(moves, lambda t, d: t.movedim(d, 0)))
         return samples[0].movedim(dimension, 0), target
 
-    def turned_loss(output: Tensor, target: Any) -> Tensor:
+    def loss_samples_first(output: Tensor, target: Any) -> Tensor:
         moves = zip(leaves(target), places, strict=True)
-        back = with_tensors(target, _moved(moves, lambda t, d: t.movedim(0, d)))
+        back = replace_tensors(target, _moved(moves, lambda t, d: t.movedim(0, d)))
         return loss(output.movedim(0, dimension), back)
 
     here, there = first(one), first(other)
-    return (here, there, turned_loss) if joinable(here, there, sizes) else None
+    return (here, there, loss_samples_first) if can_join(here, there, sizes) else None
 
 
 def _moved(

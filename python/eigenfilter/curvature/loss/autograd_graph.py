@@ -1,4 +1,4 @@
-"""The nodes of an autograd graph, and what they saved."""
+"""The nodes of an autograd graph, and the tensors that they saved."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_known: dict[type, tuple[str, ...]] = {}
+_saved_names: dict[type, tuple[str, ...]] = {}  # node type -> its attributes of saved tensors
 
 
 def nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
     """Yield the nodes of the graph behind `roots`, each once."""
-    stack, seen = [t.grad_fn for t in roots], set()
+    stack, visited = [t.grad_fn for t in roots], set()
     while stack:
         node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
+        if node is not None and node not in visited:
+            visited.add(node)
             yield node
             stack.extend(edge for edge, _ in node.next_functions)
 
@@ -27,11 +27,11 @@ def python_function(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
-def kept(roots: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the tensors that the graph keeps, `roots` first, some perhaps several times.
+def saved_tensors(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors that the graph keeps alive, `roots` first; some may come several times.
 
-    What saved-tensor hooks left in a tensor's place (torch.utils.checkpoint) is none of them: to
-    unpack it would run the forward pass again.
+    Tensors behind saved-tensor hooks (torch.utils.checkpoint) are left out, because unpacking them
+    would run the forward pass again.
     """
     roots = list(roots)
     yield from roots
@@ -42,7 +42,7 @@ def kept(roots: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def runs_python(roots: Iterable[Tensor]) -> bool:
-    """Whether backward runs Python code, which may call modules again: a Function or a hook."""
+    """Whether backward runs Python code, a Function or a hook, which may call modules again."""
     return any(
         python_function(node) or any(saved.unpack_hook is not None for saved in _saved(node))
         for node in nodes(roots)
@@ -52,14 +52,14 @@ def runs_python(roots: Iterable[Tensor]) -> bool:
 def _saved(node: Any) -> Iterator[Any]:
     """Yield a node's SavedTensors."""
     kind = type(node)
-    if kind not in _known:
-        _known[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
-    for name in _known[kind]:
+    if kind not in _saved_names:
+        _saved_names[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    for name in _saved_names[kind]:
         value = getattr(node, name)
         yield from value if isinstance(value, tuple) else (value,)
 
 
-def leaves_reached(roots: Iterable[Tensor]) -> Iterator[Tensor]:
+def reachable_leaves(roots: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yield the tensors in which backward from `roots` would leave a gradient."""
     for node in nodes(roots):
         variable = getattr(node, "variable", None)

@@ -1,4 +1,4 @@
-"""What surrounds a model and its loss leaves f as it is: hooks, and whether parameters train."""
+"""f is one fixed function, whatever hooks parameters have and whether they require grad."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from eigenfilter.curvature.engines import NAMES
 
 def compare(op: CurvatureOperator, expected: Tensor) -> None:
     """Compare all products with a matrix."""
-    found = columns(op)
+    result = columns(op)
     atol = 1e-7 if op.engine == "finite_difference" else 1e-11  # of "auto", what it took
     scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol * scale)
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol * scale)
 
 
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("hook", [lambda g: g.clamp(-1e-3, 1e-3), lambda g: 2 * g])
 @pytest.mark.parametrize("kind", OPERATORS)
-def test_hooks_of_parameters_take_no_part(
+def test_hooks_of_parameters_have_no_effect(
     kind: type[CurvatureOperator], hook: Callable[[Tensor], Tensor], engine: str
 ) -> None:
-    """Neither in a product nor in a gradient; and they are there afterwards."""
+    """They do not run in a product or a gradient, and exist afterwards."""
     model, x, target = make()
     model.eval()
     expected = OPERATORS[kind](model, x, target)
@@ -73,7 +73,7 @@ def test_hooks_where_gradients_come_by_backward_alone() -> None:
 
 
 class Inner(nn.Module):
-    """Takes its own gradient in the forward pass, which a hook of a parameter then scales."""
+    """Computes its own gradient in the forward pass, which a parameter's hook then scales."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Inner(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ["cached_graph", "vmap", "finite_difference"])
-def test_hooks_that_f_itself_runs_are_of_f(engine: str) -> None:
+def test_hooks_run_in_derivatives_inside_f(engine: str) -> None:
     x, target = torch.randn(9, 3, dtype=torch.float64), torch.randint(2, (9,))
     model = Inner().double()
     w = model.linear.weight
@@ -104,7 +104,7 @@ def test_hooks_that_f_itself_runs_are_of_f(engine: str) -> None:
 
 
 class Penalized(nn.Module):
-    """Decays what trains: another function where nothing does."""
+    """Penalizes parameters that require grad: without any, f is another function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Penalized(nn.Module):
 
 
 class Refusing(Penalized):
-    """Has nothing to compute where nothing trains, which is an error of its own."""
+    """Raises an error of its own if no parameter requires grad."""
 
     def forward(self, x: Tensor) -> Tensor:
         training = [p for p in self.parameters() if p.requires_grad]
@@ -126,7 +126,7 @@ class Refusing(Penalized):
 
 
 class Adapted(nn.Module):
-    """MAML: the loss after a step, which is left out where no parameter trains."""
+    """MAML: the loss after a step, which is skipped if no parameter requires grad."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,10 +143,10 @@ class Adapted(nn.Module):
 @pytest.mark.parametrize("engine", ["cached_graph", "microbatched", "finite_difference"])
 @pytest.mark.parametrize("model", [Penalized, Refusing, Adapted])
 @pytest.mark.parametrize("kind", OPERATORS)
-def test_f_may_look_at_what_trains(
+def test_f_may_depend_on_requires_grad(
     kind: type[CurvatureOperator], model: type[nn.Module], engine: str
 ) -> None:
-    """An evaluation without a graph is of the same function."""
+    """An evaluation without a graph has the same value."""
     torch.manual_seed(0)
     made = model().double()
     if model is not Adapted:
@@ -187,7 +187,7 @@ def test_f_may_look_at_what_trains(
 
 
 class Bag(nn.Module):
-    """Embeddings by torch's modules, with options; indices occur several times."""
+    """Torch's embedding modules with options; indices occur several times."""
 
     def __init__(self, kind: type[nn.Module], **options: Any) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_embeddings_with_options(
     words: type[nn.Module], options: dict[str, Any], engine: str
 ) -> None:
-    """No row is rewritten, and the matrix is that of the plain embedding."""
+    """No row is rewritten, and the matrix equals that of the plain embedding."""
     torch.manual_seed(0)
     model = Bag(words, **options).double()
     ids, target = torch.randint(5, (16, 4)), torch.randint(3, (16,))
@@ -235,8 +235,8 @@ def test_embeddings_with_options(
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_rows_beyond_max_norm_are_refused(words: type[nn.Module]) -> None:
-    """Before anything is written; and what the message says to do helps."""
+def test_rows_beyond_max_norm_raise(words: type[nn.Module]) -> None:
+    """It raises before anything is written, and the remedy of the message helps."""
     torch.manual_seed(0)
     model = Bag(words, max_norm=0.5).double()
     before = model.words.weight.detach().clone()
@@ -254,7 +254,7 @@ def test_rows_beyond_max_norm_are_refused(words: type[nn.Module]) -> None:
 @pytest.mark.parametrize("engine", ["auto", "cached_graph", "finite_difference"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_reentrant_checkpoints_of_inputs_without_gradients(whole: bool, engine: str) -> None:
-    """They cut the graph; the message says what to do, and it is the only one."""
+    """They cut the graph; the message has the remedy, and is the only one."""
 
     class Again(nn.Module):
         def __init__(self) -> None:
@@ -275,7 +275,7 @@ def test_reentrant_checkpoints_of_inputs_without_gradients(whole: bool, engine: 
 
 
 class Detaching(nn.Module):
-    """Detaches its first weight where an input's first number is beyond 5."""
+    """Detaches its first weight if the first number of an input is above 5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,10 +291,10 @@ class Detaching(nn.Module):
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("kind", OPERATORS)
-def test_a_gradient_missing_from_some_data(
+def test_a_gradient_that_some_batches_lack(
     kind: type[CurvatureOperator], listed: bool, engine: str
 ) -> None:
-    """In the second batch, or in rows that a look at a part of the batch does not reach."""
+    """In the second batch, or in rows that a check of part of the batch does not cover."""
     x, target = torch.randn(32, 3, dtype=torch.float64), torch.randint(3, (32,))
     x[30, 0] = 6.0
     halves = list(zip(x.chunk(2), target.chunk(2), strict=True))
@@ -313,7 +313,7 @@ def test_a_gradient_missing_from_some_data(
 
 @pytest.mark.parametrize("engine", ["cached_graph", "finite_difference", "auto"])
 def test_a_parameter_without_use_in_a_batch(engine: str) -> None:
-    """It is no loss there: that batch's rows are zero."""
+    """Its rows of that batch are zero, without an error."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Products over the data of several processes."""
+"""The sum of products over the data of several processes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from eigenfilter.curvature.loss.vectors import Sums
 
 
 def reduce(sums: Sums, marks: list[float], group: dist.ProcessGroup) -> None:
-    """Add up the sums of all processes of a group, in place; everywhere to the same bits.
+    """Sum over all processes of a group in place, to the same bits in each.
 
     Args:
-        sums: of this process's batches.
-        marks: numbers that are the same in all processes if parameters and vectors are.
+        sums: the sums of this process's batches.
+        marks: checksums that are equal in all processes if parameters and vectors are.
+        group: the processes.
 
     Raises:
-        RuntimeError: they are not; or a process has the weight NaN, which says that it has no sums.
+        RuntimeError: the checksums differ, or a process has the weight NaN, which signals that it
+            raised an error.
     """
     own = torch.tensor([sums.weight, *marks], dtype=torch.float64, device=sums.rows.device)
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, own, group=group)
-    weights, *others = torch.stack(gathered, dim=1).tolist()
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, own, group=group)
+    weights, *others = torch.stack(everyone, dim=1).tolist()
     if any(map(math.isnan, weights)):
         raise RuntimeError(
-            "another process of process_group refused its batches: its own error says why"
+            "another process of process_group raised an error about its batches: see that error"
         )
     if any(repr(value) != repr(mark[0]) for mark in others for value in mark):
         raise RuntimeError(

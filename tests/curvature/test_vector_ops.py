@@ -1,4 +1,4 @@
-"""The vectors of solvers: their precision."""
+"""The precision of vector arithmetic in solvers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvature.dense import DTYPES, DenseOperator, Diagonal, OneSlice, operator
 from eigenfilter import kernels
 from eigenfilter.curvature import eigsh
-from eigenfilter.curvature.solvers.vector_ops import Space, full_precision
+from eigenfilter.curvature.solvers.vector_ops import VectorOps, full_precision
 
 MATMUL = torch.backends.cuda.matmul
 
 
 @pytest.fixture(params=["tf32", "ieee", "none"])
 def allowed(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What training allows."""
+    """Allow TF32, as training may."""
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = request.param
     yield request.param
     MATMUL.fp32_precision = before
 
 
-def test_what_training_allows_is_not_for_solvers(allowed: str) -> None:
+def test_solvers_do_not_use_tf32_that_training_allows(allowed: str) -> None:
     with full_precision(torch.device("cpu")):
         assert MATMUL.fp32_precision == allowed
     with suppress(RuntimeError), full_precision(torch.device("cuda")):
@@ -42,15 +42,15 @@ def test_what_training_allows_is_not_for_solvers(allowed: str) -> None:
 def test_a_gpu_that_may_use_tf32(allowed: str, basis_dtype: torch.dtype | None) -> None:
     spectrum = 10 / torch.arange(1.0, 401.0, dtype=torch.float64)
     op = DenseOperator(operator(spectrum, torch.float32).matrix.cuda())
-    found = eigsh(op, 6, max_basis=12, basis_dtype=basis_dtype)
-    vectors = found.vectors.double()
+    result = eigsh(op, 6, max_basis=12, basis_dtype=basis_dtype)
+    vectors = result.vectors.double()
     gram = vectors.T @ vectors
     assert (gram - torch.eye(6).to(gram)).abs().max() < 2e-6
 
 
-def space(length: int, dtype: torch.dtype) -> Space:
-    """That of vectors in slices, of which one is here."""
-    return Space(Diagonal(torch.ones(length, dtype=dtype), OneSlice(length)))
+def ops(length: int, dtype: torch.dtype) -> VectorOps:
+    """Return the arithmetic of sliced vectors, with one slice."""
+    return VectorOps(Diagonal(torch.ones(length, dtype=dtype), OneSlice(length)))
 
 
 def vectors(count: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -67,7 +67,7 @@ def test_slices_project_out_as_the_kernel_does(length: int, count: int, dtype: t
         q, w = basis.to(stored), vectors(count, length, dtype)
         expected = w.clone().double()
         wanted, norms = kernels.project_out(expected, q)
-        c, left = space(length, dtype).project_out(w, q)
+        c, left = ops(length, dtype).project_out(w, q)
         # Sums in pieces err by a few roundings of a piece, whatever their number.
         unit = 4 * torch.finfo(dtype).eps * max(float(wanted.norm()), 1.0)
         torch.testing.assert_close(c, wanted, rtol=0, atol=unit)
@@ -76,7 +76,7 @@ def test_slices_project_out_as_the_kernel_does(length: int, count: int, dtype: t
 
 
 class Calls(TorchDispatchMode):
-    """How many operations ran."""
+    """Counts operations."""
 
     count = 0
 
@@ -90,16 +90,16 @@ def test_slices_take_few_operations_whatever_their_length() -> None:
     for length in (20_000, 200_000):
         q, w = vectors(5, length, torch.float32), vectors(1, length, torch.float32)
         with Calls() as calls:
-            space(length, torch.float32).project_out(w, q)
+            ops(length, torch.float32).project_out(w, q)
         spent.append(calls.count)
     assert spent[0] == spent[1]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("length", [0, 1, 2**16 + 1, 2**22, 10**7, 10**9])
-def test_wider_copies_are_a_small_part_of_long_vectors(device: str, length: int) -> None:
-    """That of float16 rows in float64 takes 4 times their memory, the one in float32 2 times."""
-    whole = Space(Diagonal(torch.ones(1), OneSlice(length)))
+def test_wider_copies_take_little_memory_beside_long_vectors(device: str, length: int) -> None:
+    """A float64 copy of float16 rows takes 4 times their memory, a float32 copy 2 times."""
+    whole = VectorOps(Diagonal(torch.ones(1), OneSlice(length)))
     parts = list(whole.parts(torch.device(device)))
     assert sum(len(range(length)[part]) for part in parts) == length
     assert all(a.stop == b.start for a, b in pairwise(parts))

@@ -1,7 +1,4 @@
-"""What an optimizer does near an equilibrium: a symmetric matrix, and a filter of its eigenvalues.
-
-The certificate and the monitor ask this.
-"""
+"""The linearization of an optimizer at an equilibrium: a symmetric matrix, and its filter."""
 
 from __future__ import annotations
 
@@ -23,26 +20,26 @@ Group = Mapping[str, Any]
 
 
 class NoFilter(Exception):
-    """Why the filters of an optimizer's groups do not compose."""
+    """There is no filter for the optimizer; the message says why."""
 
 
 class NoPreconditioner(ValueError):
-    """AdamW has taken no step."""
+    """AdamW has taken no step, and has no preconditioner yet."""
 
 
 @dataclass(frozen=True)
-class Linearised:
-    """A symmetric matrix that tells what an optimizer does near x, and which eigenvalues it admits.
+class Linearized:
+    """A symmetric matrix whose eigenvalues decide an optimizer's stability near x, and its filter.
 
     Attributes:
         operator: the matrix.
-        matrix: in words.
-        filter: of its eigenvalues; of an optimizer that minimises.
-        scale: the diagonal D [n] of the coordinates D^-1 x in which the matrix is symmetric, or
-            None for the identity.
-        lower: the matrix whose lower end the filter's lower end is for, where it is another.
-        products: products of the Hessian in one of the matrix.
-        notes: what the filter rests on.
+        matrix: the matrix in words.
+        filter: the filter of its eigenvalues, of an optimizer that minimizes.
+        scale: diagonal D [n] of the coordinates D^-1 x in which the matrix is symmetric, or None
+            for the identity.
+        lower: the matrix to which the lower end of the filter applies, if it is another one.
+        products: number of products with the Hessian in one product with the matrix.
+        notes: assumptions of the filter.
     """
 
     operator: SymmetricOperator
@@ -54,114 +51,119 @@ class Linearised:
     notes: tuple[str, ...] = ()
 
 
-def linearised(
+def linearized(
     op: CurvatureOperator, optimizer: torch.optim.Optimizer, *, grad_norm: float | None = None
-) -> Linearised:
-    """Return what `optimizer` does near the point of `op`, the Hessian in its parameters.
+) -> Linearized:
+    """Linearize an optimizer near the point of `op`, the Hessian in the optimizer's parameters.
 
-    Groups that are alike keep their filter: of the Hessian, and of AdamW of P^-1/2 J P^-1/2, J the
-    Jacobian of the gradient it takes. Groups that differ compose. With `maximize` the matrix is
-    that of -f.
+    If all groups have the same hyperparameters, their filter applies to the Hessian, or for AdamW
+    to P^-1/2 J P^-1/2 with the Jacobian J of its gradient. Otherwise the filters are composed. With
+    `maximize` the matrix is that of -f.
+
+    Args:
+        op: the Hessian.
+        optimizer: the optimizer.
+        grad_norm: the norm of the gradient at which SAM's filter is taken.
 
     Raises:
-        NoFilter: the groups do not compose.
+        NoFilter: the filters of the groups do not compose.
         NoPreconditioner: AdamW has taken no step.
         ValueError, TypeError: see `filters.of` and `check_parameters`.
     """
     check_parameters(op, optimizer)
-    held = {id(p) for p in op.params}
+    own = {id(p) for p in op.params}
     every = zip(optimizer.param_groups, filters.of(optimizer, grad_norm=grad_norm), strict=True)
-    groups = [(g, f) for g, f in every if any(id(p) in held for p in g["params"])]
-    one = groups[0][1]
-    alike = all(f == one for _, f in groups)
-    if isinstance(one, AdamW) and not any(
+    groups = [(g, f) for g, f in every if any(id(p) in own for p in g["params"])]
+    first = groups[0][1]
+    alike = all(f == first for _, f in groups)
+    if isinstance(first, AdamW) and not any(
         "exp_avg_sq" in optimizer.state.get(p, {}) for g, _ in groups for p in g["params"]
     ):
         raise NoPreconditioner("AdamW has no preconditioner before its first step: load its state")
     if not alike:
-        return _composed(op, optimizer, groups, grad_norm)
+        return _compose(op, optimizer, groups, grad_norm)
     sign = -1.0 if groups[0][0].get("maximize") else 1.0
-    minimising: Filter = replace(one, maximize=False)  # type: ignore[type-var]
-    notes = _notes([one])
-    if isinstance(one, AdamW):
+    flt: Filter = replace(first, maximize=False)  # type: ignore[type-var]
+    notes = _notes([first])
+    if isinstance(first, AdamW):
         scale = preconditioner(optimizer, op.params).to(op.dtype)
         rho, ascent = _ascents(op, optimizer, [g for g, _ in groups], grad_norm)
         operator = PreconditionedOperator(op, scale, rho, sign=sign, ascent=ascent)
         matrix = f"P^-1/2 {_jacobian(operator, ascent)} P^-1/2, P of AdamW now"
         products = operator.products
-        return Linearised(operator, matrix, minimising, scale, products=products, notes=notes)
+        return Linearized(operator, matrix, flt, scale, products=products, notes=notes)
     if sign > 0:
-        return Linearised(op, "the Hessian H", minimising, notes=notes)
+        return Linearized(op, "the Hessian H", flt, notes=notes)
     operator = PreconditionedOperator(op, spread(op, [(g, 1.0) for g, _ in groups]), sign=sign)
-    return Linearised(operator, "-H, of what is maximised", minimising, notes=notes)
+    return Linearized(operator, "-H, since f is maximized", flt, notes=notes)
 
 
 def check_parameters(op: CurvatureOperator, optimizer: torch.optim.Optimizer) -> None:
-    """Check that an optimizer moves the parameters of an operator, each of them and no others.
+    """Check that an operator and an optimizer have the same parameters, in any order.
 
-    Their order does not matter. Parameters that do not require grad belong to neither.
+    Parameters that do not require grad belong to neither.
 
     Raises:
-        ValueError: one is missing or too many: the filter would be that of another matrix.
+        ValueError: they differ, so that the filter would belong to another matrix.
     """
     names = {id(p): name for module in op.modules for name, p in module.named_parameters()}
-    moved: dict[int, str] = {}
+    optimized: dict[int, str] = {}
     for i, group in enumerate(optimizer.param_groups):
-        given = group.get("param_names")
+        param_names = group.get("param_names")
         for j, p in enumerate(group["params"]):
             if p.requires_grad:
-                name = given[j] if given else f"number {j} of group {i}"
-                moved[id(p)] = names.get(id(p), name)
-    held = {id(p): names.get(id(p), f"number {i}") for i, p in enumerate(op.params)}
-    missing = [name for key, name in held.items() if key not in moved]
-    extra = [name for key, name in moved.items() if key not in held]
+                name = param_names[j] if param_names else f"number {j} of group {i}"
+                optimized[id(p)] = names.get(id(p), name)
+    own = {id(p): names.get(id(p), f"number {i}") for i, p in enumerate(op.params)}
+    missing = [name for key, name in own.items() if key not in optimized]
+    extra = [name for key, name in optimized.items() if key not in own]
     if missing or extra:
         raise ValueError(
             "the operator and the optimizer must be of the same parameters: "
             + "; ".join(
-                f"{len(found)} of the {owner} {'is' if len(found) == 1 else 'are'} not the "
-                f"{other}'s ({_listed(found)})"
-                for found, owner, other in (
+                f"{len(params)} of the {owner} {'is' if len(params) == 1 else 'are'} not the "
+                f"{other}'s ({_enumeration(params)})"
+                for params, owner, other in (
                     (missing, "operator", "optimizer"),
                     (extra, "optimizer", "operator"),
                 )
-                if found
+                if params
             )
             + ". Make the operator with params= the optimizer's parameters, or give the optimizer "
             "all of the operator's"
         )
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    """The first of some names, and how many more there are."""
+def _enumeration(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of some names, and how many more there are."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _composed(
+def _compose(
     op: CurvatureOperator,
     optimizer: torch.optim.Optimizer,
     groups: Sequence[tuple[Group, Filter]],
     grad_norm: float | None,
-) -> Linearised:
-    """Groups that differ, by the matrix of gradient descent with the same edges.
+) -> Linearized:
+    """Compose groups that differ, by the matrix of gradient descent with the same edges.
 
-    J: the Jacobian of the gradient taken, symmetric; A: the diagonal of the groups' `rate`, over P
-    for AdamW; W: of their decays, times P for AdamW. Let each group's step be x <- -G(z) J x, as a
-    transfer function of z: an eigenvalue z has (G(z)^-1 + J) x = 0, for a diagonal G. For heavy
-    ball, Nesterov's method and AdamW, whatever their hyperparameters, the imaginary part of G^-1 is
-    positive on the upper half of the unit circle, so that of x* (G^-1 + J) x is, and no z lies
-    there but 1 and -1. All z lie within where G^-1 + J is positive definite at 1 and negative
-    definite at -1:
+    J is the symmetric Jacobian of the gradient, A the diagonal of the groups' `rate` (divided by P
+    for AdamW), and W that of their weight decays (times P for AdamW). Let G(z) be the diagonal of
+    the groups' transfer functions, so that x = -G(z) J x for a mode x with the multiplier z, or
+    (G(z)^-1 + J) x = 0. For heavy ball, Nesterov's method and AdamW, with any hyperparameters, the
+    imaginary part of G^-1 is positive on the upper half of the unit circle. Then so is that of
+    x* (G^-1 + J) x, and no multiplier other than 1 and -1 lies on the circle. All multipliers lie
+    inside if G^-1 + J is positive definite at 1 and negative definite at -1:
 
         0 <= A^1/2 (J + W) A^1/2 <= 2
 
-    For AdamW, whose decay is no part of its gradient, W is multiplied by (1 + beta1) / (1 - beta1)
-    on the right side alone, where G(-1) tells.
+    For AdamW, whose weight decay is no part of its gradient, the right-hand inequality, which comes
+    from G(-1), has W multiplied by (1 + beta1) / (1 - beta1).
     """
-    found = [f for _, f in groups]
+    members = [f for _, f in groups]
     if len({bool(g.get("maximize")) for g, _ in groups}) > 1:
-        raise NoFilter("the groups differ in maximize: no symmetric matrix tells what they do")
+        raise NoFilter("the groups differ in maximize: no symmetric matrix has their stability")
     rho, ascent = _ascents(op, optimizer, [g for g, _ in groups], grad_norm)
     rates = [(g, f.rate) for g, f in groups if isinstance(f, AdamW | PolynomialFilter)]
     scale = spread(op, rates).sqrt()
@@ -172,7 +174,7 @@ def _composed(
         return PreconditionedOperator(op, scale, rho, decay, sign, ascent)
 
     rest, words, lower = "W", "", None
-    if isinstance(found[0], AdamW):
+    if isinstance(members[0], AdamW):
         P = preconditioner(optimizer, op.params).to(op.dtype).pow(-2)
         scale, decay = scale / P.sqrt(), decay * P
         rest, words = "P W", " over P of AdamW now"
@@ -184,14 +186,14 @@ def _composed(
         decay = decay * (1 + beta) / (1 - beta)
     operator = build(decay)
     inner = _jacobian(operator, ascent, f" + {rest}" if bool(decay.any()) else "")
-    return Linearised(
+    return Linearized(
         operator,
         f"A^1/2 {inner} A^1/2, A the groups' rates{words}",
         HeavyBall(1.0),
         scale,
         lower,
         operator.products,
-        _notes(found),
+        _notes(members),
     )
 
 
@@ -201,31 +203,31 @@ def _ascents(
     groups: Sequence[Group],
     grad_norm: float | None,
 ) -> tuple[Tensor | float, tuple[float, float]]:
-    """R and (a, b) of `PreconditionedOperator`.
+    """Return R and (a, b) of `PreconditionedOperator`.
 
     Raises:
-        NoFilter: the Jacobian of the gradient taken is not known, or not symmetric.
+        NoFilter: the Jacobian of the gradient is not known, or not symmetric.
     """
     radii = {float(g.get("rho", 0.0)) for g in groups} - {0.0}
     if not radii:
         return 0.0, (1.0, 0.0)
-    how, power, length = ascent_of(optimizer), 1.0, 1.0
-    match how.method:
+    method, power, length = ascent_of(optimizer), 1.0, 1.0
+    match method.method:
         case "usam":
             ascent = (1.0, 0.0)
         case "sam":
-            if getattr(how, "adaptive", False):
+            if getattr(method, "adaptive", False):
                 raise NoFilter("no filter is known after an ascent of ASAM")
             if not grad_norm:
-                raise NoFilter("SAM's edge moves with the gradient's norm: give grad_norm")
+                raise NoFilter("SAM's edge moves with the gradient norm: pass grad_norm")
             ascent, length = (1.0, 0.0), grad_norm
         case "two_step_usam":
-            ascent = (1.0, 1.0) if getattr(how, "ascent", "") == "anchored" else (2.0, 1.0)
+            ascent = (1.0, 1.0) if getattr(method, "ascent", "") == "anchored" else (2.0, 1.0)
         case "hessian_usam":
             if len(radii) > 1:
                 raise NoFilter(
-                    "the groups of Hessian USAM differ in rho: no symmetric matrix tells what they "
-                    "do"
+                    "the groups of Hessian USAM differ in rho: no symmetric matrix has their "
+                    "stability"
                 )
             ascent, power = (0.0, 1.0), 0.5
         case other:
@@ -234,7 +236,7 @@ def _ascents(
 
 
 def _jacobian(operator: PreconditionedOperator, ascent: tuple[float, float], rest: str = "") -> str:
-    """The inner matrix in words."""
+    """Return the inner matrix as text."""
     terms = ["H"]
     if operator.products > 1:
         for factor, term in zip(ascent, ("H R H", "H R H R H"), strict=True):
@@ -244,9 +246,9 @@ def _jacobian(operator: PreconditionedOperator, ascent: tuple[float, float], res
 
 
 def preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Tensor:
-    """P^-1/2 [n] of AdamW for the parameters in this order; ones before the first step.
+    """Return the diagonal [n] of AdamW's P^-1/2 for these parameters; ones before the first step.
 
-    Of sharded parameters the slice held here, as in `spread`.
+    If parameters are sharded, it is this process's slice, as in `spread`.
     """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     parts = []
@@ -263,9 +265,9 @@ def preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -
 
 
 def spread(op: CurvatureOperator, values: Iterable[tuple[Group, float]]) -> Tensor:
-    """The number of each group as a vector [n] over the operator's parameters, in its dtype.
+    """Return a vector [n] over the operator's parameters that has the value of each one's group.
 
-    0 for parameters in no group.
+    Parameters in no group get 0.
     """
     value_of = {id(p): value for group, value in values for p in group["params"]}
     sizes = [(_distributed.local(p).numel(), value_of.get(id(p), 0.0)) for p in op.params]
@@ -273,18 +275,18 @@ def spread(op: CurvatureOperator, values: Iterable[tuple[Group, float]]) -> Tens
 
 
 def ascent_of(optimizer: torch.optim.Optimizer) -> Ascent:
-    """How an optimizer ascends before its gradient; torch's own do not."""
+    """Return how an optimizer ascends before its gradient; torch's own do not."""
     ascent: Ascent = getattr(optimizer, "_ascent", None) or Ascent()
     return ascent
 
 
-def _notes(found: Sequence[Filter]) -> tuple[str, ...]:
+def _notes(flts: Sequence[Filter]) -> tuple[str, ...]:
     notes = []
-    for norm in {f.grad_norm for f in found if isinstance(f, SAM)}:
-        notes.append(f"the gradient's norm held at {norm:.3g}: SAM's edge moves with it")
-    if isinstance(found[0], AdamW):
-        notes.append("AdamW's preconditioner held as it is")
-    decays = any(getattr(f, "weight_decay", 0.0) > 0 for f in found)
-    if decays and not all(isinstance(f, HeavyBall) for f in found):
-        notes.append("but for a term of first order in weight decay")
+    for norm in {f.grad_norm for f in flts if isinstance(f, SAM)}:
+        notes.append(f"a gradient norm held fixed at {norm:.3g}: SAM's edge moves with it")
+    if isinstance(flts[0], AdamW):
+        notes.append("AdamW's preconditioner held fixed as it is")
+    decays = any(getattr(f, "weight_decay", 0.0) > 0 for f in flts)
+    if decays and not all(isinstance(f, HeavyBall) for f in flts):
+        notes.append("exact except for a term of first order in weight decay")
     return tuple(notes)

@@ -1,4 +1,4 @@
-"""How gradients come: sparse, by backward() alone, or not at all where they should."""
+"""Gradients that are sparse, that come by backward() alone, or that are missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eigenfilter.curvature.engines import NAMES
 
 
 class Words(nn.Module):
-    """Embeddings, whose gradients may be sparse: of modules, or of torch's function."""
+    """Embeddings by modules or by torch's function, possibly with sparse gradients."""
 
     def __init__(self, sparse: bool, functional: bool = False) -> None:
         super().__init__()
@@ -46,15 +46,15 @@ def test_sparse_gradients(kind: type[CurvatureOperator], functional: bool, engin
     expected = OPERATORS[kind](twin, ids, target)
     op = kind(model, nn.CrossEntropyLoss(), (ids, target), engine=engine)
     try:
-        found = columns(op)
+        result = columns(op)
     except RuntimeError as error:
         able = engine not in ("vmap", "forward_over_reverse") or not functional
         if able or "engine='cached_graph'" not in error.__notes__[0]:
             raise
         return
     atol = 1e-7 if engine == "finite_difference" else 1e-12
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
-    assert not found.is_sparse
+    torch.testing.assert_close(result, expected, rtol=0, atol=atol)
+    assert not result.is_sparse
     assert model.words.sparse
 
 
@@ -63,7 +63,7 @@ def test_sparse_gradients(kind: type[CurvatureOperator], functional: bool, engin
 def test_padding_is_constant_whatever_the_engine(
     kind: type[CurvatureOperator], engine: str
 ) -> None:
-    """Its embedding moves the loss, and by torch's convention has no gradient but by the head."""
+    """The loss depends on the padding row, which gets a gradient only through the head."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -88,7 +88,7 @@ def test_padding_is_constant_whatever_the_engine(
 @pytest.mark.parametrize("mode", ["mean", "sum"])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_bags_of_embeddings(kind: type[CurvatureOperator], mode: str, engine: str) -> None:
-    """torch has no second derivative of theirs."""
+    """Torch has no second derivative of these."""
     bag = nn.EmbeddingBag(7, 3, mode=mode, sparse=True)
     model = nn.Sequential(bag, nn.Tanh(), nn.Linear(3, 3)).double()
     ids, target = torch.randint(7, (20, 4)), torch.randint(3, (20,))
@@ -96,7 +96,7 @@ def test_bags_of_embeddings(kind: type[CurvatureOperator], mode: str, engine: st
     twin.words = nn.Embedding.from_pretrained(bag.weight.detach().clone(), freeze=False)
     twin.linear = copy.deepcopy(model[2])
     if mode == "sum":
-        twin.words.register_forward_hook(lambda module, given, found: 4 * found)
+        twin.words.register_forward_hook(lambda module, given, result: 4 * result)
     expected = OPERATORS[kind](twin, ids, target)
     op = kind(model, nn.CrossEntropyLoss(), (ids, target), engine=engine)
     torch.testing.assert_close(columns(op), expected, rtol=0, atol=1e-7)
@@ -109,7 +109,7 @@ def test_bags_of_embeddings(kind: type[CurvatureOperator], mode: str, engine: st
 
 
 class Reentrant(nn.Module):
-    """Its middle is run again in backward, by a way that torch.autograd.grad refuses."""
+    """Its middle runs again in backward, by reentrant checkpointing."""
 
     def __init__(self, again: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def test_gradients_by_backward_alone(
 
 @pytest.mark.parametrize("again", [plainly, by_checkpoint, Hidden.apply])
 def test_the_gradient_elsewhere(again: Any) -> None:
-    """What backward runs again is at that point too, also where grad() runs it."""
+    """Modules that backward runs again see that point too, also with grad()."""
     model, (_, x, target) = Reentrant(plainly).double(), make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
     here = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
@@ -200,7 +200,7 @@ def test_the_gradient_elsewhere(again: Any) -> None:
     torch.testing.assert_close(third.gradient(there), expected, rtol=0, atol=1e-13)
 
 
-def test_hooks_that_would_run_are_refused() -> None:
+def test_hooks_that_would_run_raise() -> None:
     """An optimizer in the backward pass would take a step."""
     model, (_, x, target) = Reentrant(by_checkpoint).double(), make()
     ran = []
@@ -212,7 +212,7 @@ def test_hooks_that_would_run_are_refused() -> None:
 
 
 class Forgetful(torch.autograd.Function):
-    """A scale for which its backward returns nothing."""
+    """A scale whose backward returns no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class Cut(nn.Module):
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("how", [*CUTS, "no_grad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_parameter_out_of_reach_is_named(how: str, engine: str, dtype: torch.dtype) -> None:
+def test_a_parameter_without_gradient_is_named(how: str, engine: str, dtype: torch.dtype) -> None:
     model, (_, x, target) = Cut(how).to(dtype), make(dtype=dtype)
     state = copy.deepcopy(model.state_dict())
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
@@ -273,7 +273,7 @@ def test_a_parameter_out_of_reach_is_named(how: str, engine: str, dtype: torch.d
 
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_a_parameter_of_another_batch(kind: type[CurvatureOperator]) -> None:
-    """What one batch does not use moves nothing there; no error."""
+    """A parameter that one batch does not use raises no error."""
 
     class Branching(nn.Module):
         def __init__(self) -> None:
@@ -293,8 +293,8 @@ def test_a_parameter_of_another_batch(kind: type[CurvatureOperator]) -> None:
         torch.testing.assert_close(columns(op), expected, rtol=0, atol=1e-12)
 
 
-def test_steps_that_hide_nothing_are_no_error() -> None:
-    """sign and argmax do not move with a parameter, though no gradient passes them."""
+def test_perturbations_without_effect_do_not_raise() -> None:
+    """sign and argmax have no gradient, and do not change with small perturbations."""
 
     class Choosing(nn.Module):
         def __init__(self) -> None:
@@ -305,13 +305,13 @@ def test_steps_that_hide_nothing_are_no_error() -> None:
             return torch.tanh(self.body(x)) * (1 + F.one_hot(self.gate(x).argmax(1), 3))
 
     model, (_, x, target) = Choosing().double(), make()
-    found = columns(GGNOperator(model, nn.CrossEntropyLoss(), (x, target)))
-    assert not found[:18].any()
-    assert found[18:, 18:].any()
+    result = columns(GGNOperator(model, nn.CrossEntropyLoss(), (x, target)))
+    assert not result[:18].any()
+    assert result[18:, 18:].any()
 
 
 def test_a_residual_output_has_its_second_derivative() -> None:
-    """Where the last operation passes on the gradient it is given."""
+    """The last operation returns the gradient that it gets."""
 
     class Residual(nn.Module):
         def __init__(self) -> None:
