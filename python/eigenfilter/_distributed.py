@@ -42,14 +42,14 @@ def local(t: Tensor) -> Tensor:
     return cast("DTensor", t)._local_tensor if is_dtensor(t) else t
 
 
-def waited(t: Tensor) -> Tensor:
+def wait_for_collective(t: Tensor) -> Tensor:
     """`t` itself, or what it holds once the collective that makes it has ended."""
     if isinstance(t, _class_of(COLLECTIVES, "AsyncCollectiveTensor")):
         return cast("AsyncCollectiveTensor", t).wait()
     return t
 
 
-def placed_like(grad: Tensor, param: Tensor) -> Tensor:
+def redistribute_like(grad: Tensor, param: Tensor) -> Tensor:
     """`grad`, redistributed to how `param` is placed (collective where the two differ).
 
     Raises:
@@ -57,7 +57,7 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
             the gradient of the whole is.
     """
     if not is_dtensor(param):
-        return whole(grad)
+        return full_tensor(grad)
     if not is_dtensor(grad):
         raise TypeError(
             f"a parameter of shape {tuple(param.shape)} is a DTensor and its gradient is a plain "
@@ -82,37 +82,37 @@ def shard_number(t: Tensor) -> int:
     return number
 
 
-Placing = tuple[Any, tuple[Any, ...]]
+MeshPlacement = tuple[Any, tuple[Any, ...]]
 """A mesh and the placements on it."""
 
 
-def by_placing(params: Sequence[Tensor]) -> list[tuple[Placing | None, list[int]]]:
+def group_by_placement(params: Sequence[Tensor]) -> list[tuple[MeshPlacement | None, list[int]]]:
     """Indices of the parameters that are placed alike, with how; None is in this process alone."""
     dtensor = _class_of(TENSOR, "DTensor")
     if not any(isinstance(p, dtensor) for p in params):
         return [(None, list(range(len(params))))]
-    found: dict[Placing | None, list[int]] = {}
+    found: dict[MeshPlacement | None, list[int]] = {}
     for i, p in enumerate(params):
-        placing = None
+        placement = None
         if isinstance(p, dtensor):
             d = cast("DTensor", p)
-            placing = (d.device_mesh, d.placements)
-        found.setdefault(placing, []).append(i)
+            placement = (d.device_mesh, d.placements)
+        found.setdefault(placement, []).append(i)
     return list(found.items())
 
 
-def of_all_shards(value: Tensor, placing: Placing | None) -> Tensor:
+def gather_from_shards(value: Tensor, placement: MeshPlacement | None) -> Tensor:
     """A value of each of the shards of tensors that are placed so, [shards] (collective)."""
-    if placing is None:
+    if placement is None:
         return value
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    mesh, placements = placing
+    mesh, placements = placement
     sharded = [Replicate() if p.is_replicate() else Shard(0) for p in placements]
     return DTensor.from_local(value.reshape(1), mesh, sharded).full_tensor()
 
 
-def whole(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     """The whole of a DTensor (collective); any other tensor itself."""
     return cast("DTensor", t).full_tensor() if is_dtensor(t) else t
 
@@ -124,7 +124,7 @@ def has_dtensor(tensors: Sequence[Tensor]) -> bool:
     return set_up and any(issubclass(kind, dtensor) for kind in set(map(type, tensors)))
 
 
-def is_alike(values: Sequence[int], like: Tensor) -> bool:
+def is_same_on_all_ranks(values: Sequence[int], like: Tensor) -> bool:
     """Whether all ranks call this with the same values (collective, on the device of `like`)."""
     mark = zlib.crc32(repr(list(values)).encode())
     extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=local(like).device)
@@ -149,7 +149,7 @@ def is_flattened(t: Tensor) -> bool:
     return is_parallel() and getattr(t, "_fsdp_flattened", False)
 
 
-def any_rank(flag: Tensor) -> None:
+def max_over_ranks(flag: Tensor) -> None:
     """flag <- the largest flag of all ranks, so that all skip a step or none does."""
     if is_parallel():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -205,7 +205,7 @@ def flat_handles(params: Sequence[Tensor]) -> list[Any]:
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
     handles = [o for o in gc.get_objects() if issubclass(type(o), FlatParamHandle)]
-    held = [ids.intersection(map(id, held_by(h.flat_param))) for h in handles]
+    held = [ids.intersection(map(id, params_of_flat(h.flat_param))) for h in handles]
     if ids.difference(*held):
         raise RuntimeError(
             "FullyShardedDataParallel (FSDP1) has flattened a parameter, and what handles it is "
@@ -215,7 +215,7 @@ def flat_handles(params: Sequence[Tensor]) -> list[Any]:
     return [h for h, some in zip(handles, held, strict=True) if some and h.uses_sharded_strategy]
 
 
-def held_by(flat: Any) -> list[Tensor]:
+def params_of_flat(flat: Any) -> list[Tensor]:
     """A flat parameter of FSDP1, with the original ones in it."""
     originals = (getattr(flat, name, None) or () for name in ("_params", "_shared_params"))
     return [flat, *itertools.chain.from_iterable(originals)]

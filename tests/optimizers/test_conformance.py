@@ -579,7 +579,7 @@ def test_no_state_dict_while_the_parameters_are_away(row: Row) -> None:
     while opt.ascend():
         moved = snapshot(params)
         for refused in (opt.state_dict, lambda: opt.load_state_dict(saved)):
-            with pytest.raises(RuntimeError, match="while the parameters are away from x"):
+            with pytest.raises(RuntimeError, match="while the parameters are perturbed"):
                 refused()
         assert all(map(same_bits, params, moved))
         closure()

@@ -59,7 +59,7 @@ def test_refused_while_the_parameters_are_away(name: str) -> None:
     closure_of(opt, params)()
     opt.ascend()
     moved, groups = snapshot(params), len(opt.param_groups)
-    message = rf"{name}.* while the parameters are away from x: first end the step with step"
+    message = rf"{name}.* while the parameters are perturbed: first end the step with step"
     with pytest.raises(RuntimeError, match=message):
         MID_STEP[name](opt)
     assert all(map(same_bits, params, moved))
