@@ -59,15 +59,15 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Room:
+class KernelBackend:
     """An implementation of the kernels, where it runs and, on the CPU, its instruction set."""
 
-    backend: str
+    name: str
     device: str = "cpu"
     isa: str = ""
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.isa or self.device}"
+        return f"{self.name}-{self.isa or self.device}"
 
 
 @dataclass(frozen=True)

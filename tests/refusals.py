@@ -22,7 +22,7 @@ COUNT = 2  # tensors in a list
 
 
 class Wrapper(Tensor):
-    """A tensor without memory, as quantisation and distribution libraries make them."""
+    """A tensor without memory, as quantization and distribution libraries make them."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapper:

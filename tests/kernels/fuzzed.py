@@ -109,12 +109,12 @@ def changing_entries() -> tuple[Any, ...]:
     return state, entries, ("momentum",), values
 
 
-class Uninitialised(_core.TensorList):  # type: ignore[misc]
+class Uninitialized(_core.TensorList):  # type: ignore[misc]
     def __init__(self) -> None:
         pass
 
 
-def uninitialised() -> object:
+def uninitialized() -> object:
     return _core.TensorList.__new__(_core.TensorList)  # type: ignore[call-arg]
 
 
@@ -132,7 +132,7 @@ HOSTILE: list[Callable[[], object]] = [
     Stranger,
     Passing,
     lambda: [Passing(), Passing()],
-    uninitialised,
+    uninitialized,
     lambda: _core.TensorList([]),
     lambda: _core.TensorList(tensors(), hold=True, trust=True),
     lambda: made_for_inference(tensor()),

@@ -174,10 +174,10 @@ def test_quotients_and_roots_are_rounded_to_nearest(
     if target == "gfx942":
         assembly = (compiled / f"descend_adamw.{dtype}.amdgcn").read_text()
         # A reciprocal is the beginning of a division, which ends in a fix-up; a root in float32 is
-        # compared with its neighbours, that below first.
+        # compared with its neighbors, that below first.
         assert count("v_div_fixup", assembly) == count("v_rcp", assembly) > 0
-        neighbours = count(r"v_add_u32\w* v\d+, -1, v\d+", assembly)
-        assert neighbours >= count("v_sqrt_f32", assembly) > 0 or dtype == "float64"
+        neighbors = count(r"v_add_u32\w* v\d+, -1, v\d+", assembly)
+        assert neighbors >= count("v_sqrt_f32", assembly) > 0 or dtype == "float64"
         return
     for kernel in [*lists_of(dtype), "norm"]:
         assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()

@@ -53,7 +53,7 @@ class Row:
         calls: gradients a step.
         rho: its radius.
         difference: whether it takes finite differences.
-        normalised: whether it takes a norm, whose order of summation follows the layout.
+        normalized: whether it takes a norm, whose order of summation follows the layout.
         shapes: of its parameters.
     """
 
@@ -63,7 +63,7 @@ class Row:
     calls: int
     rho: float = 0.0
     difference: bool = False
-    normalised: bool = False
+    normalized: bool = False
     shapes: Sequence[tuple[int, ...]] = SHAPES
 
     def parameters(self, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -88,7 +88,7 @@ def row(make: Make, still: Make, torchs: Make, method: str = "", **fields: Any) 
     if not method:
         return Row(make, still, torchs, 1, **fields)
     m = METHODS[method]
-    return Row(make, still, torchs, m.calls, m.rho, method == "difference", m.normalised, **fields)
+    return Row(make, still, torchs, m.calls, m.rho, method == "difference", m.normalized, **fields)
 
 
 def with_sgd(method: str = "") -> Row:
@@ -180,7 +180,7 @@ def rosenbrock(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
 
 @each(OPTIMIZERS)
 def test_a_quadratic_converges(row: Row) -> None:
-    """lr is inside the edge where there is one, and decays: normalised moves keep their length."""
+    """lr is inside the edge where there is one, and decays: normalized moves keep their length."""
     params = row.parameters()
     opt = row.make(params)
     schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.96)

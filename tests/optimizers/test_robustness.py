@@ -18,13 +18,13 @@ def usam(*values: float, **arguments: object) -> tuple[list[Tensor], eigenfilter
 
 def test_an_interrupt_right_after_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     (x,), opt = usam(1.0)
-    move = opt._ascent.move
+    perturb = opt._ascent.perturb
 
-    def interrupted(run: object, index: int, piece: object) -> None:
-        move(run, index, piece)
+    def interrupted(run: object, index: int, bucket_slice: object) -> None:
+        perturb(run, index, bucket_slice)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt._ascent, "move", interrupted)
+    monkeypatch.setattr(opt._ascent, "perturb", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.ascend()
     assert x.tolist() == [1.0, 1.0, 1.0]
@@ -40,10 +40,10 @@ def test_an_interrupt_right_before_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     x.grad = torch.full_like(x, 2.0)
     now = x.detach().clone()
 
-    def interrupted(run: object, index: int, piece: object) -> None:
+    def interrupted(run: object, index: int, bucket_slice: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt._ascent, "move", interrupted)
+    monkeypatch.setattr(opt._ascent, "perturb", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.ascend()
     assert torch.equal(x, now)

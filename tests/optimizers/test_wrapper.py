@@ -173,7 +173,7 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert len(base.param_groups) == 1
     closure_of(opt, params)()
     opt.ascend()
-    with pytest.raises(RuntimeError, match=r"add_param_group\(\) while the parameters are away"):
+    with pytest.raises(RuntimeError, match=r"add_param_group\(\) while the parameters are"):
         opt.add_param_group({"params": params[3:]})
     assert len(base.param_groups) == 1
 

@@ -118,7 +118,7 @@ def ddp_others(rank: int) -> dict[str, list[Tensor]]:
 
 
 def ddp_skip(rank: int) -> dict[str, Any]:
-    """One process's ascent, which is not synchronised, is not finite: all skip."""
+    """One process's ascent, which is not synchronized, is not finite: all skip."""
     model = DistributedDataParallel(network())
     opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
     closure = evaluation(opt, model, share(rank))
