@@ -1,4 +1,4 @@
-"""What all tests share: seeds, poisoned memory, and which tests this machine can run."""
+"""Shared by all tests: seeds, poisoned memory, and the selection of tests for this machine."""
 
 from __future__ import annotations
 

@@ -25,21 +25,24 @@ def launched(*arguments: str) -> list[list[float]]:
         text=True,
     )
     pattern = r"process \d: ([\d,]+) of 1,893 elements a vector; eigenvalues((?: \d\.\d{3}){3})"
-    found = re.findall(pattern, done.stdout)
-    return [[float(held.replace(",", "")), *map(float, values.split())] for held, values in found]
+    result = re.findall(pattern, done.stdout)
+    return [
+        [float(elements.replace(",", "")), *map(float, values.split())]
+        for elements, values in result
+    ]
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_curvature_under_torchrun() -> None:
     whole, sliced = launched(), launched("--fsdp")
-    assert [held for held, *_ in whole] == [1893, 1893]
-    assert sum(held for held, *_ in sliced) == 1893
+    assert [tensors for tensors, *_ in whole] == [1893, 1893]
+    assert sum(tensors for tensors, *_ in sliced) == 1893
     (_, *values), (_, *others) = whole
     assert values == others
     assert len(values) == 3
-    for _, *found in sliced:
-        assert found == pytest.approx(values, abs=2e-3)
+    for _, *result in sliced:
+        assert result == pytest.approx(values, abs=2e-3)
 
 
 def row(sharpness: float, gradients: float, **options: Any) -> dict[str, Any]:
@@ -69,8 +72,8 @@ def test_flat_for_less(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"table": rows}))
     script = EXAMPLES / "flat_for_less.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
-    found = (tmp_path / "flat_for_less.md").read_text().splitlines()[2:]
-    assert [line.split(" | ")[:4] for line in found] == [
+    result = (tmp_path / "flat_for_less.md").read_text().splitlines()[2:]
+    assert [line.split(" | ")[:4] for line in result] == [
         ["| SGD", "1.000", "5.00 ± 0.10", "0 ± 0"],
         # (1 - 0.9) 0.1, 0.9 0.1 and 0.1 over 2
         ["| last 40%, 0.25 of the batch", "1.100", "3.20 ± 0.10", "90 ± 7"],

@@ -114,15 +114,15 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _holds(wrapper: Any, optimizer: torch.optim.Optimizer) -> bool:
     """Whether `wrapper` has `optimizer` as an attribute, in a list, or through another wrapper."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     ahead: list[Any] = [wrapper]
     while ahead:
         one = ahead.pop()
         if one is optimizer:
             return True
-        if id(one) in seen:
+        if id(one) in visited:
             continue
-        seen.add(id(one))
+        visited.add(id(one))
         if isinstance(one, torch.optim.Optimizer):
             ahead.extend(v for k, v in vars(one).items() if k not in ("state", "param_groups"))
         elif isinstance(one, (list, tuple)):

@@ -18,7 +18,7 @@ def run(
     backend: KernelBackend,
     dtype: torch.dtype,
     scale: float | None,
-    found: float | None,
+    flag: float | None,
     adaptive: bool = False,
 ) -> None:
     arena = Arena(dtype, 3, device=backend.device)
@@ -29,13 +29,13 @@ def run(
         ALPHA,
         adaptive=adaptive,
         grad_scale=tensor(scale, backend),
-        found_inf=tensor(found, backend),
+        found_inf=tensor(flag, backend),
         backend=backend.name,
     )
     arena.check_margins()
     assert same_bits(arena.values(B), x)
     assert same_bits(arena.values(G), g)
-    if found:
+    if flag:
         assert same_bits(arena.values(X), x)
         return
     move = np.longdouble(ALPHA) / np.longdouble(np.float32(scale or 1.0)) * exact(g)
@@ -57,11 +57,11 @@ def test_ascend(
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
-@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("flag", [0.0, 1.0, 2.0])
 def test_found_inf_keeps_x_and_still_saves_it(
-    backend: KernelBackend, dtype: torch.dtype, found: float, adaptive: bool
+    backend: KernelBackend, dtype: torch.dtype, flag: float, adaptive: bool
 ) -> None:
-    run(backend, dtype, SCALE, found, adaptive)
+    run(backend, dtype, SCALE, flag, adaptive)
 
 
 def test_the_ascent_of_a_scaled_gradient_does_not_overflow_on_its_way(

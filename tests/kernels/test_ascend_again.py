@@ -21,7 +21,7 @@ def run(
     dtype: torch.dtype,
     anchored: bool,
     scale: float | None,
-    found: float | None,
+    flag: float | None,
 ) -> None:
     """With backups x is NaN, as it must not be read."""
     arena = Arena(dtype, 3, device=backend.device)
@@ -34,13 +34,13 @@ def run(
         ALPHA,
         b if anchored else None,
         grad_scale=tensor(scale, backend),
-        found_inf=tensor(found, backend),
+        found_inf=tensor(flag, backend),
         backend=backend.name,
     )
     arena.check_margins()
     assert same_bits(arena.values(G), before[G])
     assert same_bits(arena.values(B), before[B])
-    if found:
+    if flag:
         assert same_bits(arena.values(X), before[X])
         return
     origin = exact(before[B if anchored else X])
@@ -61,11 +61,11 @@ def test_ascend_again(
 
 
 @anchors
-@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("flag", [0.0, 1.0, 2.0])
 def test_found_inf_leaves_x_where_it_is(
-    backend: KernelBackend, dtype: torch.dtype, anchored: bool, found: float
+    backend: KernelBackend, dtype: torch.dtype, anchored: bool, flag: float
 ) -> None:
-    run(backend, dtype, anchored, SCALE, found)
+    run(backend, dtype, anchored, SCALE, flag)
 
 
 @anchors

@@ -15,14 +15,14 @@ X, G, G0, B = range(4)
 
 
 def expected(b: Tensor, g: Tensor, g0: Tensor, scale: float) -> tuple[Exact, Exact]:
-    """(x, sizes of its terms): b and the move along the difference, which is one term."""
+    """(x, sizes of its terms): b and the step along the difference, which is one term."""
     step = np.longdouble(ALPHA) / np.longdouble(DISPLACEMENT) / np.longdouble(np.float32(scale))
     move = step * (exact(g) - exact(g0))
     return exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
 def run(
-    backend: KernelBackend, dtype: torch.dtype, scale: float | None, found: float | None
+    backend: KernelBackend, dtype: torch.dtype, scale: float | None, flag: float | None
 ) -> None:
     """x is NaN, as it must not be read."""
     arena = Arena(dtype, 4, device=backend.device)
@@ -33,12 +33,12 @@ def run(
         ALPHA,
         DISPLACEMENT,
         grad_scale=tensor(scale, backend),
-        found_inf=tensor(found, backend),
+        found_inf=tensor(flag, backend),
         backend=backend.name,
     )
     arena.check_margins()
     assert all(same_bits(arena.values(i), before[i]) for i in (G, G0, B))
-    if found:
+    if flag:
         assert same_bits(arena.values(X), before[X])
         return
     assert_near(arena.values(X), *expected(before[B], before[G], before[G0], scale or 1.0))
@@ -53,11 +53,11 @@ def test_ascend_hvp(backend: KernelBackend, dtype: torch.dtype, scale: float | N
     run(backend, dtype, scale, None)
 
 
-@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("flag", [0.0, 1.0, 2.0])
 def test_found_inf_leaves_x_where_it_is(
-    backend: KernelBackend, dtype: torch.dtype, found: float
+    backend: KernelBackend, dtype: torch.dtype, flag: float
 ) -> None:
-    run(backend, dtype, SCALE, found)
+    run(backend, dtype, SCALE, flag)
 
 
 def test_neighboring_gradients_are_subtracted_before_anything_rounds(

@@ -28,16 +28,16 @@ def test_the_patterns_hold_what_they_promise(dtype: torch.dtype) -> None:
     assert len(set(bits(t[t.isnan()]).tolist())) > 100
 
 
-@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("flag_value", [None, 0.0, 1.0])
 def test_the_backup_has_every_bit(
-    backend: KernelBackend, dtype: torch.dtype, found: float | None
+    backend: KernelBackend, dtype: torch.dtype, flag_value: float | None
 ) -> None:
     x = any_bits(dtype).to(backend.device)
     before, g, b = x.clone(), torch.ones_like(x), torch.zeros_like(x)
-    flag = None if found is None else torch.tensor(found, device=backend.device)
+    flag = None if flag_value is None else torch.tensor(flag_value, device=backend.device)
     kernels.ascend([x], [g], [b], 0.1, found_inf=flag, backend=backend.name)
     assert same_bits(b, before)
-    assert same_bits(x, before) == bool(found)
+    assert same_bits(x, before) == bool(flag_value)
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=str)

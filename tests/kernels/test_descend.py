@@ -79,17 +79,17 @@ def test_descend(
     assert same_bits(arena.values(B), before[B])
 
 
-@pytest.mark.parametrize("found", [0.0, 1.0])
+@pytest.mark.parametrize("flag", [0.0, 1.0])
 @pytest.mark.parametrize("case", DESCENTS[::3], ids=str)
 def test_found_inf_restores_x_and_keeps_m(
-    backend: KernelBackend, dtype: torch.dtype, case: Descent, found: float
+    backend: KernelBackend, dtype: torch.dtype, case: Descent, flag: float
 ) -> None:
     arena = arena_for(case, backend, dtype)
     before = [arena.values(i) for i in (X, G, M, B)]
-    call(case, arena, backend, found_inf=torch.tensor([found], device=backend.device))
+    call(case, arena, backend, found_inf=torch.tensor([flag], device=backend.device))
     stopped = same_bits(arena.values(X), before[B if case.backups else X])
-    assert stopped == bool(found)
-    if found:
+    assert stopped == bool(flag)
+    if flag:
         assert same_bits(arena.values(M), before[M])
     else:
         x, _ = expected(case, before, 1.0)

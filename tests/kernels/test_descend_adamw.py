@@ -58,9 +58,9 @@ def expected(
     m = beta1 * m + (1 - beta1) * d
     v = beta2 * v + (1 - beta2) * d**2
     rate = lr / (1 - beta1**case.step) / (np.sqrt(v / (1 - beta2**case.step)) + eps)
-    kept = (1 - lr * decay) * x
+    saved = (1 - lr * decay) * x
     return {
-        X: (kept - rate * m, np.abs(kept) + rate * terms_m),
+        X: (saved - rate * m, np.abs(saved) + rate * terms_m),
         M: (m, terms_m),
         V: (v, v),
     }
@@ -90,15 +90,15 @@ def test_descend_adamw(
     assert same_bits(arena.values(B), before[B])
 
 
-@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("flag", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("case", ADAMW_DESCENTS[1::3], ids=str)
 def test_found_inf_restores_x_and_keeps_m_and_v(
-    backend: KernelBackend, dtype: torch.dtype, case: AdamWDescent, found: float
+    backend: KernelBackend, dtype: torch.dtype, case: AdamWDescent, flag: float
 ) -> None:
     arena = arena_for(case, backend, dtype)
     before = [arena.values(i) for i in (X, G, M, V, B)]
-    call(case, arena, backend, found_inf=torch.tensor([found], device=backend.device))
-    if found:
+    call(case, arena, backend, found_inf=torch.tensor([flag], device=backend.device))
+    if flag:
         assert same_bits(arena.values(X), before[B if case.backups else X])
         assert same_bits(arena.values(M), before[M])
         assert same_bits(arena.values(V), before[V])

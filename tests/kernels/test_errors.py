@@ -1,4 +1,4 @@
-"""What does not go together is refused by name, before anything is written."""
+"""Arguments that do not fit together are refused by name, before the first write."""
 
 from __future__ import annotations
 
@@ -343,11 +343,11 @@ def test_mixed_devices() -> None:
 
 def test_norm_and_flag_name_their_tensors() -> None:
     lists = [torch.ones(3), torch.ones(3, dtype=torch.int64)]
-    found = torch.zeros(1)
-    for call in (lambda: kernels.norm(lists), lambda: kernels.flag_nonfinite(lists, found)):
+    result = torch.zeros(1)
+    for call in (lambda: kernels.norm(lists), lambda: kernels.flag_nonfinite(lists, result)):
         with pytest.raises(TypeError, match=r"^tensors\[1\] is int64: supported are"):
             call()
-    assert found == 0
+    assert result == 0
 
 
 WEIGHTS = {

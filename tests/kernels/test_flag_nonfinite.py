@@ -10,9 +10,9 @@ from eigenfilter import kernels
 
 
 def flagged(arena: Arena, backend: KernelBackend, before: float = 0.0) -> float:
-    found = torch.tensor([before], device=backend.device)
-    kernels.flag_nonfinite(arena.lists[0], found, backend=backend.name)
-    return found.item()
+    result = torch.tensor([before], device=backend.device)
+    kernels.flag_nonfinite(arena.lists[0], result, backend=backend.name)
+    return result.item()
 
 
 @pytest.mark.parametrize("before", [0.0, 1.0, 3.0])

@@ -41,8 +41,8 @@ def test_norms_of_any_number_of_tensors(fast_backend: KernelBackend, lists: int)
         tensors, weights = (
             torch.rand(2, n, 3, dtype=torch.float64, device=fast_backend.device) + 0.5
         )
-        given = {"weights": list(weights)} if lists == 2 else {}
-        norm = kernels.norm(list(tensors), **given, backend=fast_backend.name)
+        inputs = {"weights": list(weights)} if lists == 2 else {}
+        norm = kernels.norm(list(tensors), **inputs, backend=fast_backend.name)
         expected = torch.linalg.vector_norm(tensors * weights if lists == 2 else tensors)
         torch.testing.assert_close(norm, expected, rtol=1e-13, atol=0)
 
@@ -50,9 +50,9 @@ def test_norms_of_any_number_of_tensors(fast_backend: KernelBackend, lists: int)
 def test_the_flag_of_any_number_of_tensors(fast_backend: KernelBackend) -> None:
     for n in numbers(1, fast_backend):
         tensors = list(torch.ones(n, 3, device=fast_backend.device))
-        found = torch.zeros(1, device=fast_backend.device)
-        kernels.flag_nonfinite(tensors, found, backend=fast_backend.name)
-        assert found.item() == 0, n
+        result = torch.zeros(1, device=fast_backend.device)
+        kernels.flag_nonfinite(tensors, result, backend=fast_backend.name)
+        assert result.item() == 0, n
         tensors[-1][-1] = torch.inf
-        kernels.flag_nonfinite(tensors, found, backend=fast_backend.name)
-        assert found.item() == 1, n
+        kernels.flag_nonfinite(tensors, result, backend=fast_backend.name)
+        assert result.item() == 1, n

@@ -103,10 +103,10 @@ def test_alignment_does_not_change_the_sum(
         torch._foreach_copy_(lists, aligned)
         torch._foreach_copy_(weights, factors)
         results = set()
-        for given, by in ((aligned, factors), (lists, weights)):
+        for inputs, by in ((aligned, factors), (lists, weights)):
             out = torch.empty((), dtype=torch.float64, device=fast_backend.device)
             options = {"weights": by if weighted else None, "backend": fast_backend.name}
-            results.add(kernels.norm(given, out=out, **options).item())
+            results.add(kernels.norm(inputs, out=out, **options).item())
         assert len(results) == 1
 
 
@@ -190,8 +190,8 @@ def test_squares_beyond_float64(backend: KernelBackend, size: float, weighted: b
     lists = [torch.tensor([3.0, -4.0]), torch.tensor([], dtype=torch.float64), torch.tensor([12.0])]
     lists = [t.double().to(backend.device) * size for t in lists]
     weights = [torch.full_like(t, 2.0) for t in lists] if weighted else None
-    found = kernels.norm(lists, weights=weights, backend=backend.name)
-    assert found.item() == pytest.approx((26.0 if weighted else 13.0) * size, rel=1e-15, abs=0)
+    output = kernels.norm(lists, weights=weights, backend=backend.name)
+    assert output.item() == pytest.approx((26.0 if weighted else 13.0) * size, rel=1e-15, abs=0)
 
 
 # Powers of two of the elements of three tensors: all beyond, some beyond, on either side or both,
@@ -226,9 +226,9 @@ def test_tensors_of_all_sizes_together(
         t.copy_(torch.ldexp(t.sign() + t / 8, torch.tensor(exponent, device=backend.device)))
         w.copy_(w.sign() + w / 8)
     values = torch.cat(lists) * (torch.cat(weights) if weighted else 1)
-    found = kernels.norm(lists, weights=weights if weighted else None, backend=backend.name)
-    assert 0 < found.item() < math.inf
-    assert found.item() == pytest.approx(
+    output = kernels.norm(lists, weights=weights if weighted else None, backend=backend.name)
+    assert 0 < output.item() < math.inf
+    assert output.item() == pytest.approx(
         math.hypot(*values.tolist()), rel=NORM[torch.float64], abs=0
     )
 
@@ -238,8 +238,8 @@ def test_tensors_of_all_sizes_together(
 def test_long_sums_of_squares_beyond_float64(backend: KernelBackend, size: float) -> None:
     """Where squares have few digits left, or none, and rounding errors could add up."""
     t = size * (1 + torch.rand(100_000, dtype=torch.float64))
-    found = kernels.norm([t.to(backend.device)], backend=backend.name)
-    assert found.item() == pytest.approx(math.hypot(*t.tolist()), rel=2e-15, abs=0)
+    output = kernels.norm([t.to(backend.device)], backend=backend.name)
+    assert output.item() == pytest.approx(math.hypot(*t.tolist()), rel=2e-15, abs=0)
 
 
 @overflows
@@ -256,8 +256,8 @@ def test_one_element_of_a_chunk_beyond_float64(backend: KernelBackend, exponent:
 def test_a_loss_scale_beyond_float32(backend: KernelBackend) -> None:
     t = torch.tensor([3e200, 4e200], dtype=torch.float64, device=backend.device)
     scale = torch.tensor(1e190, dtype=torch.float64, device=backend.device)
-    found = kernels.norm([t], grad_scale=scale, backend=backend.name)
-    assert found.item() == pytest.approx(5e10, rel=1e-15)
+    output = kernels.norm([t], grad_scale=scale, backend=backend.name)
+    assert output.item() == pytest.approx(5e10, rel=1e-15)
 
 
 @overflows
@@ -284,9 +284,9 @@ def test_what_is_no_square_beyond_float64(
     if values[1] != 1.5e308:
         lists += [[both[:1], both[1:].float()], [both[1:].float(), both[:1]]]
     for tensors in lists:
-        given = {"out": torch.empty((), dtype=torch.float64, device=backend.device)}
-        found = kernels.norm(tensors, **given, backend=backend.name)
-        assert found.item() == pytest.approx(expected, rel=1e-15, abs=0, nan_ok=True)
+        inputs = {"out": torch.empty((), dtype=torch.float64, device=backend.device)}
+        output = kernels.norm(tensors, **inputs, backend=backend.name)
+        assert output.item() == pytest.approx(expected, rel=1e-15, abs=0, nan_ok=True)
 
 
 @overflows
@@ -299,8 +299,8 @@ def test_products_of_float64_beyond_it_or_none(backend: KernelBackend) -> None:
         lists, weights = (
             torch.full((1,), v, dtype=torch.float64, device=backend.device) for v in (t, w)
         )
-        found = kernels.norm([lists], weights=[weights], backend=backend.name)
-        assert found.item() == pytest.approx(expected, rel=1e-15, abs=0)
+        output = kernels.norm([lists], weights=[weights], backend=backend.name)
+        assert output.item() == pytest.approx(expected, rel=1e-15, abs=0)
 
 
 @overflows
@@ -310,5 +310,5 @@ def test_a_float64_gradient_of_float32_weights_beyond_float64(
 ) -> None:
     weights = [torch.tensor([2.0, 0.5], device=backend.device)]
     lists = [torch.tensor([3 * size, 16 * size], dtype=torch.float64, device=backend.device)]
-    found = kernels.norm(lists, weights=weights, backend=backend.name)
-    assert found.item() == pytest.approx(10 * size, rel=1e-15, abs=0)
+    output = kernels.norm(lists, weights=weights, backend=backend.name)
+    assert output.item() == pytest.approx(10 * size, rel=1e-15, abs=0)

@@ -37,12 +37,12 @@ def conditioned(condition: float, count: int, size: int, dtype: torch.dtype) -> 
 
 def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> None:
     v = rows(count, size, dtype, backend.device)
-    found = kernels.gram(v, backend=backend.name)
-    for products, row in zip(found, v.double(), strict=True):
+    result = kernels.gram(v, backend=backend.name)
+    for products, row in zip(result, v.double(), strict=True):
         terms = v.double() * row  # summed pairwise; the reference's one by one
         bound = 256 * torch.finfo(torch.float64).eps * terms.abs().sum(1)
         assert ((products - terms.sum(1)).abs() <= bound).all()
-    assert same_bits(found, found.T.contiguous())
+    assert same_bits(result, result.T.contiguous())
     f = rows(count, count, torch.float64, backend.device)
     expected = v.clone()
     kernels.mix_rows(expected, f, backend="reference")
@@ -52,9 +52,9 @@ def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> 
 
 def deviation(v: Tensor, alive: int) -> float:
     """Return max |V V^T - I|, rows of zeros left out; fail unless so many are not zero."""
-    kept = v[v.any(1)].double()
-    assert len(kept) == alive
-    return float((kept @ kept.T - torch.eye(alive).to(kept)).abs().max())
+    saved = v[v.any(1)].double()
+    assert len(saved) == alive
+    return float((saved @ saved.T - torch.eye(alive).to(saved)).abs().max())
 
 
 def loss(before: Tensor, lower: Tensor, v: Tensor) -> float:
@@ -73,7 +73,7 @@ def test_against_float64(backend: KernelBackend, dtype: torch.dtype, size: int) 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
 @pytest.mark.usefixtures("threads")
 def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: torch.dtype) -> None:
-    found = []
+    result = []
     for isa in _core.isas():
         _core.set_isa(isa)
         for threads in (1, 2, 3):
@@ -81,15 +81,15 @@ def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: t
             v = rows(5, 300_001, dtype)
             g = kernels.gram(v)
             kernels.mix_rows(v, g)
-            found.append([g, v])
-    for other in found[1:]:
-        assert all(map(same_bits, other, found[0]))
+            result.append([g, v])
+    for other in result[1:]:
+        assert all(map(same_bits, other, result[0]))
 
 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
 def test_any_condition(backend: KernelBackend, dtype: torch.dtype, condition: float) -> None:
-    """No worse than torch's QR, but for a few roundings; and lower triangular."""
+    """No worse than torch's QR, up to a few roundings; and lower triangular."""
     before = conditioned(condition, 8, 3000, dtype).to(backend.device)
     v = before.clone()
     lower = kernels.orthonormalise(v, backend=backend.name)
@@ -149,10 +149,10 @@ def test_lengths_of_which_squares_are_no_numbers(backend: KernelBackend, power: 
     sizes = torch.ldexp(torch.ones(4).to(v), torch.tensor([power, power // 2, power, power]).to(v))
     scaled = (sizes[:, None] * v).contiguous()
     expected = kernels.orthonormalise(v, backend=backend.name)
-    found = kernels.orthonormalise(scaled, backend=backend.name)
-    assert found[3, 3] == 0
+    result = kernels.orthonormalise(scaled, backend=backend.name)
+    assert result[3, 3] == 0
     assert same_bits(scaled, v)
-    assert same_bits(found, sizes[:, None] * expected)
+    assert same_bits(result, sizes[:, None] * expected)
 
 
 def test_slices_are_added_up(backend: KernelBackend) -> None:

@@ -123,15 +123,15 @@ def test_the_same_bits_from_every_instruction_set_and_number_of_threads(
     dtype: torch.dtype, vector: torch.dtype
 ) -> None:
     basis = orthonormal(9, 5000, dtype).repeat(1, 40)
-    found = []
+    result = []
     for isa in _core.isas():
         _core.set_isa(isa)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             w = vectors((2, basis.shape[1]), vector)
-            found.append([w, *kernels.project_out(w, basis)])
-    for other in found[1:]:
-        assert all(map(same_bits, other, found[0]))
+            result.append([w, *kernels.project_out(w, basis)])
+    for other in result[1:]:
+        assert all(map(same_bits, other, result[0]))
 
 
 def test_nonfinite_values_come_through(backend: KernelBackend) -> None:

@@ -139,9 +139,9 @@ def test_a_step_of_length_zero_returns_every_number(
     x = every_pattern(narrow).to(backend.device)
     before, g = x.clone(), torch.ones_like(x)
     kernels.descend([x], [g], lr=0.0, backend=backend.name)
-    kept = ~before.isnan()
-    assert torch.equal(bits(x[kept]), bits(before[kept]))
-    assert x[~kept].isnan().all()
+    saved = ~before.isnan()
+    assert torch.equal(bits(x[saved]), bits(before[saved]))
+    assert x[~saved].isnan().all()
 
 
 def test_products_are_rounded_before_they_are_added(backend: KernelBackend) -> None:

@@ -1,4 +1,4 @@
-"""Hyperparameters as numbers and as tensors, and the flags a scaler hands over."""
+"""Hyperparameters as numbers and as tensors, and the flags that a scaler sets."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def test_a_flag_of_either_shape_stops_the_update(
     backend: KernelBackend, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
 ) -> None:
     go, stop = (torch.full(shape, value, device=backend.device) for value in (0.0, 1.0))
-    moved = updated(update, backend, dtype, found_inf=go)
-    assert same_bits(moved, updated(update, backend, dtype))
+    perturbed = updated(update, backend, dtype, found_inf=go)
+    assert same_bits(perturbed, updated(update, backend, dtype))
     stopped = updated(update, backend, dtype, found_inf=stop)
-    assert not same_bits(stopped, moved)
+    assert not same_bits(stopped, perturbed)
 
 
 BAD = {

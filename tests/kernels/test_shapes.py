@@ -28,9 +28,9 @@ def test_dimensions_in_any_order(
         return (t.abs() if "exp_avg_sqs" in update.lists else t).permute(0, 2, 3, 1)
 
     lists = [[permuted()] for _ in update.lists]
-    found, expected = (results(update, lists, b) for b in (fast_backend.name, "reference"))
-    assert found[0].stride() == lists[0][0].stride()
-    assert all(map(same_bits, found, expected))
+    result, expected = (results(update, lists, b) for b in (fast_backend.name, "reference"))
+    assert result[0].stride() == lists[0][0].stride()
+    assert all(map(same_bits, result, expected))
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=str)
@@ -44,9 +44,9 @@ def test_updates_of_nothing(backend: KernelBackend, dtype: torch.dtype, update: 
 
 def test_reductions_of_nothing(backend: KernelBackend, dtype: torch.dtype) -> None:
     empty = [torch.zeros(shape, dtype=dtype, device=backend.device) for shape in ((0,), (0, 3))]
-    found = torch.zeros(1, device=backend.device)
-    kernels.flag_nonfinite(empty, found, backend=backend.name)
-    assert found == 0
+    result = torch.zeros(1, device=backend.device)
+    kernels.flag_nonfinite(empty, result, backend=backend.name)
+    assert result == 0
     options: dict[str, Any] = {"out": None, "backend": backend.name}
     for weights in (None, empty):
         assert kernels.norm(empty, weights=weights, **options) == 0

@@ -50,19 +50,19 @@ def neighbors(y: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_every_number_goes_to_a_neighbor(
     backend: KernelBackend, narrow: torch.dtype, part: float
 ) -> None:
-    """Numbers that are held stay; beyond the largest, rounding is to nearest; NaN stays NaN."""
+    """Exact numbers stay; beyond the largest, rounding is to nearest; NaN stays NaN."""
     x = every_pattern(narrow)
     g = spacing(x)
     y = x.float() + part * g.float()
     there, grads = x.to(backend.device), g.to(backend.device)
-    moved = descended(there, grads, SEED, -part, backend=backend.name).cpu()
+    perturbed = descended(there, grads, SEED, -part, backend=backend.name).cpu()
     largest = torch.finfo(narrow).max
     inside, beyond = y.abs() <= largest, y.abs() > largest
     low, high = (n[inside].float() for n in neighbors(y, narrow))
-    result = moved[inside].float()
+    result = perturbed[inside].float()
     assert ((result == low) | (result == high)).all()
-    assert same_bits(moved[beyond], y[beyond].to(narrow))
-    assert torch.equal(moved.isnan(), y.isnan())
+    assert same_bits(perturbed[beyond], y[beyond].to(narrow))
+    assert torch.equal(perturbed.isnan(), y.isnan())
     if part % 1:
         between = low != high
         assert between.sum() > 60_000
@@ -75,23 +75,23 @@ def test_a_step_of_length_zero_returns_every_number(
     backend: KernelBackend, narrow: torch.dtype
 ) -> None:
     x = every_pattern(narrow).to(backend.device)
-    moved = descended(x, torch.ones_like(x), SEED, 0.0, backend=backend.name)
-    kept = ~x.isnan()
-    assert same_bits(moved[kept], x[kept])
-    assert moved[~kept].isnan().all()
+    perturbed = descended(x, torch.ones_like(x), SEED, 0.0, backend=backend.name)
+    saved = ~x.isnan()
+    assert same_bits(perturbed[saved], x[saved])
+    assert perturbed[~saved].isnan().all()
 
 
 @pytest.mark.parametrize("T", WIDE, ids=str)
 def test_wide_dtypes_are_not_rounded(backend: KernelBackend, T: torch.dtype) -> None:
     x, g = (nonzero((1000,), T).to(backend.device) for _ in range(2))
-    moved = descended(x, g, SEED, 0.3, backend=backend.name)
-    assert same_bits(moved, descended(x, g, None, 0.3, backend=backend.name))
+    perturbed = descended(x, g, SEED, 0.3, backend=backend.name)
+    assert same_bits(perturbed, descended(x, g, None, 0.3, backend=backend.name))
 
 
 @narrow_dtypes
 def test_found_inf_restores_x_and_keeps_m(backend: KernelBackend, narrow: torch.dtype) -> None:
     x, g, m, b = (nonzero((1000,), narrow).to(backend.device) for _ in range(4))
-    kept = m.clone()
+    saved = m.clone()
     kernels.descend(
         [x],
         [g],
@@ -104,7 +104,7 @@ def test_found_inf_restores_x_and_keeps_m(backend: KernelBackend, narrow: torch.
         backend=backend.name,
     )
     assert same_bits(x, b)
-    assert same_bits(m, kept)
+    assert same_bits(m, saved)
 
 
 # Values y that lie at a part of the way between two neighbors, from a start and a gradient.
@@ -128,9 +128,9 @@ def test_the_mean_is_exact(narrow: torch.dtype, start: str, part: float) -> None
     y = (x[0].float() + np.float32(part) * g[0].float()).double().item()
     total = torch.zeros(n, dtype=torch.float64)
     for seed in range(calls):
-        moved = descended(x, g, seed, -part)
-        assert ((moved == x) | (moved == x + g)).all()
-        total += (moved.double() - origin) / step
+        perturbed = descended(x, g, seed, -part)
+        assert ((perturbed == x) | (perturbed == x + g)).all()
+        total += (perturbed.double() - origin) / step
     exact = (y - origin) / step
     error = math.sqrt(exact * (1 - exact) / (n * calls))
     assert abs(total.mean().item() / calls - exact) < SIGMAS * error
@@ -176,9 +176,9 @@ def test_second_moments_have_bits_of_their_own(narrow: torch.dtype) -> None:
     x, m, v = (torch.zeros_like(d) for _ in range(3))
     options = {"lr": 1e-3, "beta1": 0.7, "beta2": 0.7, "step": 3, "rounding_seed": SEED}
     kernels.descend_adamw([x], [d], [m], [v], **options)
-    found = [torch.where(t == t.max(), 1.0, 0.0) for t in (x, m, v)]
-    assert all(0.1 < t.mean().item() < 0.9 for t in found)
-    correlation = torch.corrcoef(torch.stack(found)) - torch.eye(3)
+    output = [torch.where(t == t.max(), 1.0, 0.0) for t in (x, m, v)]
+    assert all(0.1 < t.mean().item() < 0.9 for t in output)
+    correlation = torch.corrcoef(torch.stack(output)) - torch.eye(3)
     assert correlation.abs().max().item() < SIGMAS / math.sqrt(d.numel())
 
 

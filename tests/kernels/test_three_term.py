@@ -30,10 +30,10 @@ def factors(count: int, device: str = "cpu") -> Tensor:
     return rows(3, count, torch.float64, device, seed=7).contiguous()
 
 
-def close_sums(found: Tensor, a: Tensor, b: Tensor) -> None:
+def close_sums(result: Tensor, a: Tensor, b: Tensor) -> None:
     """Sums of products of float64 err by a few of their roundings."""
     terms = (a.double() * b.double()).abs().sum(1)
-    error = (found - (a.double() * b.double()).sum(1)).abs()
+    error = (result - (a.double() * b.double()).sum(1)).abs()
     assert (error <= 32 * torch.finfo(torch.float64).eps * terms).all()
 
 
@@ -80,16 +80,16 @@ def test_the_combination_is_rounded_once() -> None:
 @pytest.mark.usefixtures("threads")
 def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: torch.dtype) -> None:
     q, w = (rows(3, 300_001, dtype, seed=s) for s in (1, 2))
-    found = []
+    result = []
     for isa in _core.isas():
         _core.set_isa(isa)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             u = rows(3, 300_001, dtype, seed=3)
             sums = kernels.row_dots(q, w)
-            found.append([sums, kernels.three_term(u, q, w, factors(3)), u])
-    for other in found[1:]:
-        assert all(map(same_bits, other, found[0]))
+            result.append([sums, kernels.three_term(u, q, w, factors(3)), u])
+    for other in result[1:]:
+        assert all(map(same_bits, other, result[0]))
 
 
 @pytest.mark.parametrize("shape", [(0, 100), (3, 0)])
@@ -126,10 +126,10 @@ def test_infinities_in_a_tail_stay_infinities(
         (u[1:, -1:], q[1:, -1:], w[1:, -1:], f[:, 1:])[infinite].fill_(torch.inf)
         expected = u.clone()
         wanted = kernels.three_term(expected, q, w, f, backend="reference")
-        found = kernels.three_term(u, q, w, f, backend=backend.name)
+        result = kernels.three_term(u, q, w, f, backend=backend.name)
         assert same_bits(u, expected)
-        assert found.isinf().tolist() == [[False, True]] * 2
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+        assert result.isinf().tolist() == [[False, True]] * 2
+        torch.testing.assert_close(result, wanted, rtol=1e-12, atol=0)
 
 
 def test_version_counters_are_bumped(backend: KernelBackend) -> None:

@@ -9,13 +9,13 @@ from cases import UPDATES, KernelBackend, Update
 from eigenfilter import kernels
 
 
-@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("flag_value", [None, 0.0, 1.0])
 @pytest.mark.parametrize("update", UPDATES, ids=str)
 def test_updates_bump_the_versions_of_what_they_write(
-    backend: KernelBackend, update: Update, found: float | None
+    backend: KernelBackend, update: Update, flag_value: float | None
 ) -> None:
     """Also where a flag stops them, which the host does not know."""
-    flag = None if found is None else torch.tensor(found, device=backend.device)
+    flag = None if flag_value is None else torch.tensor(flag_value, device=backend.device)
     lists = [[torch.ones(3, device=backend.device) for _ in range(2)] for _ in update.lists]
     update(lists, found_inf=flag, backend=backend.name)
     for role, tensors in zip(update.lists, lists, strict=True):

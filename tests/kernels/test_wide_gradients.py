@@ -69,12 +69,12 @@ class Operands:
 
 @mixtures
 @pairs
-@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("flag_value", [None, 0.0, 1.0])
 @pytest.mark.parametrize("update", UPDATES, ids=str)
 def test_updates_are_the_references_bit_for_bit(
     fast_backend: KernelBackend,
     update: Update,
-    found: float | None,
+    flag_value: float | None,
     dtype: torch.dtype,
     wide: torch.dtype,
     big: float,
@@ -82,7 +82,7 @@ def test_updates_are_the_references_bit_for_bit(
 ) -> None:
     results = []
     device = fast_backend.device
-    flag = None if found is None else torch.tensor(found, device=device)
+    flag = None if flag_value is None else torch.tensor(flag_value, device=device)
     for backend_name in (fast_backend.name, "reference"):
         torch.manual_seed(5)
         operands = Operands(update, dtype, wide, mixed, device)
@@ -205,8 +205,8 @@ def descend_adamw(
     kernels.descend_adamw([x], [g], [m], [v], [b], **options, step=1, backend=backend_name)
     size = np.abs(exact(g))
     move = LR * exact(g) / (size + np.longdouble(big / 8))
-    kept = (1 - np.longdouble(LR) * np.longdouble(WD)) * exact(b)
-    return x, kept - move, np.abs(kept) + np.abs(move)
+    saved = (1 - np.longdouble(LR) * np.longdouble(WD)) * exact(b)
+    return x, saved - move, np.abs(saved) + np.abs(move)
 
 
 STEPS: list[Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]]] = [
@@ -348,15 +348,15 @@ def test_only_what_is_not_finite_is_flagged(
     assert tensors[0].to(dtype).isinf().all()
     if mixed:
         tensors[1] = torch.ones(67, dtype=dtype, device=backend.device)
-    found = torch.zeros(1, device=backend.device)
-    kernels.flag_nonfinite(tensors, found, backend=backend.name)
-    assert found == 0
+    flag_value = torch.zeros(1, device=backend.device)
+    kernels.flag_nonfinite(tensors, flag_value, backend=backend.name)
+    assert flag_value == 0
     for i in range(3):
         for bad in (torch.inf, torch.nan):
             spoilt = [t.clone() for t in tensors]
             spoilt[i][66] = bad
-            kernels.flag_nonfinite(spoilt, found.zero_(), backend=backend.name)
-            assert found == 1
+            kernels.flag_nonfinite(spoilt, flag_value.zero_(), backend=backend.name)
+            assert flag_value == 1
 
 
 @pytest.mark.parametrize("backend_name", ["native", "reference"])

@@ -57,7 +57,7 @@ def for_runs(method: str, settings: dict[str, Any]) -> dict[str, Any]:
 def test_steps_are_the_definitions(
     dtype: torch.dtype, method: str, settings: dict[str, Any]
 ) -> None:
-    """Finite differences too say something in bfloat16: rho moves a run by 0.7 and more."""
+    """Finite differences are meaningful in bfloat16 too: rho changes a run by 0.7 and more."""
     settings = for_runs(method, settings)
     params = parameters(dtype)
     opt = METHODS[method].make(params, **settings)
@@ -192,7 +192,7 @@ def test_without_an_ascent_a_step_is_sgds_and_takes_one_gradient(method: str) ->
 
 @pytest.mark.parametrize("method", ["sequential", "anchored"])
 def test_a_gradient_that_appears_in_the_second_ascent(method: str) -> None:
-    """Its parameter moves for the first time then."""
+    """Its parameter is perturbed for the first time then."""
     params = parameters()
     opt = METHODS[method].make(params, lr=0.1)
     before = snapshot(params)
@@ -206,11 +206,11 @@ def test_a_gradient_that_appears_in_the_second_ascent(method: str) -> None:
 
     evaluate(4)
     opt.ascend()
-    moved = snapshot(params)
+    perturbed = snapshot(params)
     assert all(map(same_bits, params[4:], before[4:]))
     grads = evaluate(6)
     opt.ascend()
-    origins = moved if method == "sequential" else before
+    origins = perturbed if method == "sequential" else before
     expected = [y + RHO * g for y, g in zip(origins, grads, strict=True)]
     assert distance(params, expected) < 1e-15
     opt.restore()

@@ -311,8 +311,8 @@ def test_clipping_takes_the_norm_of_wide_gradients(
     fill(params, big)
     grads = [p.grad.double().clone() for p in params]
     norm = torch.cat([g.flatten() for g in grads]).norm()
-    found = opt.clip_grad_norm_(1.0)
-    torch.testing.assert_close(found.double(), norm, rtol=1e-6, atol=0)
+    result = opt.clip_grad_norm_(1.0)
+    torch.testing.assert_close(result.double(), norm, rtol=1e-6, atol=0)
     opt.step()
     for p, b, g in zip(params, before, grads, strict=True):
         expected = b.double() - 0.5 * g / norm
@@ -347,7 +347,7 @@ def test_gradients_are_released_in_their_dtype(
 def test_autograd_makes_wide_gradients_that_are_taken(
     dtype: torch.dtype, wide: torch.dtype, big: float
 ) -> None:
-    """What backward hands over in `grad_dtype`, with an exact product too."""
+    """The gradients that backward leaves in `grad_dtype`, with an exact product too."""
     for options in ({"hvp": "autograd"}, {"hvp": "finite_difference"}):
         params = widened(dtype, wide, mixed=True)
         before = snapshot(params)

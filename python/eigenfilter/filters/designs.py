@@ -89,7 +89,9 @@ def design(
         raise ValueError("give lr to get rho, or rho to get lr: one of the two")
     straight = build(1.0, 0.0)
     if straight.rate == 0.0:
-        raise ValueError("with dampening 1 nothing moves: no edge can be put anywhere")
+        raise ValueError(
+            "with dampening 1 no parameter changes, so that there is no edge: take dampening < 1"
+        )
     edge = 2.0 / straight.rate  # of lr (p + wd)
     if rho is not None:
         target = float(build(1.0, rho).p(max_eigenvalue)) + weight_decay

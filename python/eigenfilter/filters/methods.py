@@ -195,20 +195,19 @@ class _Optimizer(Protocol):
 def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
     """The filters of a live optimizer at its present hyperparameters, one per param group.
 
-    Each is the filter of its group trained alone: where several groups differ, the filter of the
-    whole model composes them and is not their union. A group with rho = 0 is heavy ball or
-    Nesterov. A group with `maximize` gets the eigenvalues of the Hessian of f it admits, which
-    are those of -f negated.
+    Each is the filter of its group trained alone. If several groups differ, the filter of the whole
+    model composes them and is not their union. A group with rho = 0 is heavy ball or Nesterov. The
+    filter of a group with `maximize` is in eigenvalues of f, which are those of -f negated.
 
     Args:
-        opt: an eigenfilter optimizer, torch.optim.SGD, AdamW, or Adam without decay, or
-            `SharpnessAware` around one of torch's. AdamW's filters are of the preconditioned
-            Hessian, and of that of the ascent it takes: see `AdamW`.
-        grad_norm: of the gradient, > 0, at which SAM's moving edge is wanted: see `SAM`.
+        opt: an optimizer of eigenfilter, torch.optim.SGD, AdamW, or Adam without decay, or
+            `SharpnessAware` around one of torch's. AdamW's filters concern the preconditioned
+            Hessian, with its ascent if it takes one: see `AdamW`.
+        grad_norm: gradient norm for which SAM's edge is computed, greater than 0; see `SAM`.
 
     Raises:
-        TypeError: for any other optimizer; for SAM without grad_norm; for ASAM.
-        ValueError: if a group holds a value outside its range.
+        TypeError: the optimizer has no known filter, as ASAM, or is SAM without grad_norm.
+        ValueError: a group holds a value outside its range.
     """
     method = _method(opt)
     if method == "adamw":

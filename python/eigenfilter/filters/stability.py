@@ -219,9 +219,9 @@ def preimage(coefficients: Sequence[float], low: float, high: float) -> list[Int
     shifted = [(coefficients[0] - level, *coefficients[1:]) for level in levels]
     cuts = sorted({root for poly in shifted for root in real_roots(poly)})
     admitted = [(cut, cut) for cut in cuts]  # p is low or high there
-    for piece in pairwise((-math.inf, *cuts, math.inf)):
-        if low <= _evaluate(coefficients, inside(*piece)) <= high:
-            admitted.append(piece)
+    for interval in pairwise((-math.inf, *cuts, math.inf)):
+        if low <= _evaluate(coefficients, inside(*interval)) <= high:
+            admitted.append(interval)
     return merge(admitted)
 
 

@@ -134,8 +134,10 @@ class ParamBucket:
         dtypes = [t.dtype for t in (locals_ if like is None else like)]
         rows = list(zip(grads, locals_, dtypes, strict=True))
         most = max((p.numel() for g, p, _ in rows if g is None), default=0)
-        made = {dtype for g, _, dtype in rows if g is None}
-        zeros = {dtype: torch.zeros(most, dtype=dtype, device=self.device) for dtype in made}
+        missing_dtypes = {dtype for g, _, dtype in rows if g is None}
+        zeros = {
+            dtype: torch.zeros(most, dtype=dtype, device=self.device) for dtype in missing_dtypes
+        }
         return [
             zeros[dtype].as_strided(p.shape, p.stride()) if g is None else g for g, p, dtype in rows
         ]

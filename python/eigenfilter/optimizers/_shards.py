@@ -42,12 +42,12 @@ class ParentOptimizer:
         if getattr(parent, "world_size", 1) != 1:
             return parent
         of_parent = _ids(parent)
-        held = set(of_parent).intersection(_ids(optimizer))
-        if len(held) == len(of_parent):
+        own_ids = set(of_parent).intersection(_ids(optimizer))
+        if len(own_ids) == len(of_parent):
             return None
         # `optimizer` holds some of the parent's parameters. In a parent that chains optimizers they
         # are the same on every rank.
-        which = [i for i, key in enumerate(of_parent) if key in held]
+        which = [i for i, key in enumerate(of_parent) if key in own_ids]
         if self._rank_check is None or self._rank_check[0] != which:
             self._rank_check = (
                 which,

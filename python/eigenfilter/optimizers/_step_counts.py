@@ -42,19 +42,19 @@ class StepCounts:
         Returns:
             The tensors that hold them from now on; elements of a block stay the same tensors.
         """
-        made: list[Tensor | None] = [None] * len(counts)
-        kept: dict[int, tuple[_Block, int]] = {}
+        tensors: list[Tensor | None] = [None] * len(counts)
+        places: dict[int, tuple[_Block, int]] = {}
         for i, (c, device) in enumerate(zip(counts, devices, strict=True)):
             known = isinstance(c, Tensor) and id(c) in self._places and c.device == device
-            if isinstance(c, Tensor) and known and id(c) not in kept:
-                made[i], kept[id(c)] = c, self._places[id(c)]
-        self._blocks = list({id(block): block for block, _ in kept.values()}.values())
-        self._places, self._peers = kept, {}
+            if isinstance(c, Tensor) and known and id(c) not in places:
+                tensors[i], places[id(c)] = c, self._places[id(c)]
+        self._blocks = list({id(block): block for block, _ in places.values()}.values())
+        self._places, self._peers = places, {}
         for device in dict.fromkeys(devices):
-            new = [i for i, d in enumerate(devices) if d == device and made[i] is None]
+            new = [i for i, d in enumerate(devices) if d == device and tensors[i] is None]
             for i, count in zip(new, self._take(len(new), device), strict=True):
-                made[i] = count.copy_(torch.as_tensor(counts[i]).reshape(()))
-        result = [count for count in made if count is not None]
+                tensors[i] = count.copy_(torch.as_tensor(counts[i]).reshape(()))
+        result = [count for count in tensors if count is not None]
         for block in self._blocks:
             block.accept()
         by_steps: dict[tuple[torch.device, float], _Peers] = {}

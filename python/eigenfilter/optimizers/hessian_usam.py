@@ -80,32 +80,32 @@ class FiniteDifferenceAscent(Ascent):
             self._eps[device] = step / (amp.unscale(norm, device) + TINY)
         gradients = conform_if_needed(gradients)
         for bucket, grads in gradients:  # a later backward pass may overwrite them: copy
-            kept = bucket.first_gradients(grads)
-            torch._foreach_copy_(list(kept), [_distributed.local(g) for g in grads])
-            self._first_gradients[bucket] = kept
+            first = bucket.first_gradients(grads)
+            torch._foreach_copy_(list(first), [_distributed.local(g) for g in grads])
+            self._first_gradients[bucket] = first
         return gradients
 
     def _pair_with_first(self, gradients: Gradients) -> Gradients:
         """Gradients at the second point for the buckets of the first; a missing one counts as 0."""
         if list(self._first_gradients) == [bucket for bucket, _ in gradients]:
             return gradients
-        given = {
+        by_id = {
             id(p): g
             for bucket, grads in gradients
             for p, g in zip(bucket.params, grads, strict=True)
         }
         padded = [
-            (bucket, bucket.with_zeros([given.pop(id(p), None) for p in bucket.params], kept))
-            for bucket, kept in self._first_gradients.items()
+            (bucket, bucket.with_zeros([by_id.pop(id(p), None) for p in bucket.params], first))
+            for bucket, first in self._first_gradients.items()
         ]
         for bucket, grads in gradients:  # parameters whose only gradient is the second
-            new = [i for i, p in enumerate(bucket.params) if id(p) in given]
+            new = [i for i, p in enumerate(bucket.params) if id(p) in by_id]
             if new:
                 some = bucket.subset(new)
                 here = some.conform([grads[i] for i in new])
-                kept = some.first_gradients(here)
-                torch._foreach_zero_(list(kept))
-                self._first_gradients[some] = kept
+                first = some.first_gradients(here)
+                torch._foreach_zero_(list(first))
+                self._first_gradients[some] = first
                 padded.append((some, here))
         return padded
 
@@ -196,13 +196,11 @@ class AutogradAscent(Ascent):
     def prepare(
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
     ) -> Gradients:
-        for (
-            bucket,
-            _,
-        ) in padded:  # an error comes before the graph is used up: the step can be retried
+        # Errors come before backward frees the graph, so that the step can be repeated.
+        for bucket, _ in padded:
             _core.check(("params", "backups"), (bucket.tensors, bucket.backups()), (True, True))
         params = [p for bucket, _ in padded for p in bucket.params]
-        outputs = [g for _, given in padded for g in given if g.requires_grad]
+        outputs = [g for _, grads in padded for g in grads if g.requires_grad]
         if not outputs:
             raise RuntimeError(
                 f"{WITHOUT_GRAPH} (with a loss that is linear in every parameter there is nothing "
@@ -221,15 +219,15 @@ class AutogradAscent(Ascent):
                 "torch.utils.checkpoint where the model uses it; where it has an operation without "
                 'a second derivative, or is sharded by FSDP2, use hvp="finite_difference"'
             ) from error
-        moving, rest = [], iter(products)
-        for bucket, given in padded:
-            own = [next(rest) for _ in given]
-            some = [i for i, h in enumerate(own) if h is not None]  # the others' H g is 0
+        directions, rest = [], iter(products)
+        for bucket, grads in padded:
+            own = [next(rest) for _ in grads]
+            some = [i for i, h in enumerate(own) if h is not None]  # H g is 0 for the others
             if some:
-                moving.append((bucket.subset(some), [own[i] for i in some]))
-        # The products carry the square of the loss scale; the kernel takes one away.
-        self._scales = {bucket.device: amp.unscale(1.0, bucket.device) for bucket, _ in moving}
-        return moving
+                directions.append((bucket.subset(some), [own[i] for i in some]))
+        # The products carry the square of the loss scale; the kernel divides by it once.
+        self._scales = {bucket.device: amp.unscale(1.0, bucket.device) for bucket, _ in directions}
+        return directions
 
     def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
@@ -275,13 +273,13 @@ def _refuse_once_differentiable(outputs: list[Tensor]) -> None:
     torch.autograd.grad ignores such a node silently if no input lies behind it, and that part of
     H g would be 0. An optimizer searches once, because it takes a walk through the graph.
     """
-    seen: set[Any] = set()
+    visited: set[Any] = set()
     ahead = [g.grad_fn for g in outputs]
     while ahead:
         node = ahead.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if node.name() == "torch::autograd::Error":
             raise RuntimeError("a function in the graph can be differentiated once only")
         ahead.extend(following for following, _ in node.next_functions)
