@@ -24,7 +24,7 @@ _perturbed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _warned: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[str]] = weakref.WeakKeyDictionary()
 
 # Methods that take weights: class, name, position of the model or parameter among the arguments,
-# and what they do with it.
+# and the verb of the warning.
 _USES: tuple[tuple[type, str, int, str], ...] = (
     (nn.Module, "state_dict", 0, "state_dict() reads"),
     (nn.Module, "load_state_dict", 0, "load_state_dict() overwrites"),

@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import inputs
+from hypothesis import given
 from hypothesis import strategies as st
 
 import eigenfilter as ef
 from eigenfilter import filters
 
 
-@inputs(
+@given(
     st.floats(-6, 2).map(lambda e: 10.0**e),
     st.floats(0.0, 0.99),
     st.floats(0.0, 1.9),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from hypothesis import inputs
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eigenfilter import filters
@@ -21,7 +21,7 @@ METHODS: dict[str, Callable[..., filters.Filter]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-@inputs(
+@given(
     wanted=st.floats(-3, 5).map(lambda e: 10.0**e),
     momentum=st.one_of(st.just(0.0), st.floats(0.1, 0.95)),
     dampening=st.floats(0.0, 0.9),

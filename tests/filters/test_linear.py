@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import inputs
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eigenfilter.filters import HeavyBall, Linear, Nesterov
 
 
-@inputs(st.floats(0.01, 0.99), st.floats(0.01, 1.0), st.floats(0.0, 0.5))
+@given(st.floats(0.01, 0.99), st.floats(0.01, 1.0), st.floats(0.0, 0.5))
 def test_heavy_ball_and_nesterov_are_linear(beta: float, lr: float, decay: float) -> None:
     a = 1.0 - lr * decay
     heavy = Linear([[a + beta, -beta], [1.0, 0.0]], lr)
@@ -25,7 +25,7 @@ def test_heavy_ball_and_nesterov_are_linear(beta: float, lr: float, decay: float
     assert np.allclose(nesterov.intervals(), expected, rtol=1e-6, atol=1e-7)
 
 
-@inputs(
+@given(
     st.integers(1, 4).flatmap(
         lambda s: st.tuples(
             st.lists(st.floats(-1.2, 1.2), min_size=s * s, max_size=s * s),

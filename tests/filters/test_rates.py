@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import inputs, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eigenfilter import filters
@@ -50,7 +50,7 @@ CASES = (st.integers(0, 1000), st.sampled_from([-0.3, 0.1]))
 
 
 @settings(deadline=None)
-@inputs(st.lists(momenta(), min_size=N, max_size=N), *CASES)
+@given(st.lists(momenta(), min_size=N, max_size=N), *CASES)
 def test_heavy_ball_and_nesterov_compose(
     groups: list[filters.HeavyBall], seed: int, least: float
 ) -> None:
@@ -68,7 +68,7 @@ def test_heavy_ball_and_nesterov_compose(
 
 
 @settings(deadline=None)
-@inputs(st.lists(adamws(), min_size=N, max_size=N), *CASES)
+@given(st.lists(adamws(), min_size=N, max_size=N), *CASES)
 def test_adamw_composes(groups: list[filters.AdamW], seed: int, least: float) -> None:
     """Its decay is on the upper side larger by (1 + beta1) / (1 - beta1); see docs/theory.md."""
     H, P = hessian(seed, least), 0.3 + np.random.default_rng(seed).random(N)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, inputs, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
 
@@ -103,7 +103,7 @@ def astride(flt: Filter, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     return inside, np.concatenate([lows - step, highs + step])
 
 
-@inputs(st.one_of(heavy_balls(), usams()))
+@given(st.one_of(heavy_balls(), usams()))
 def test_each_edge_is_where_the_spectral_radius_crosses_one(flt: Filter) -> None:
     intervals = flt.intervals()
     assume(intervals)
@@ -123,7 +123,7 @@ def anywhere(flt: Filter, units: list[float]) -> np.ndarray:
     return np.array(units) * max([*ends, 1.0 / flt.lr])
 
 
-@inputs(
+@given(
     st.one_of(heavy_balls(), usams(), sams(), cubics()),
     st.lists(st.floats(-4.0, 4.0), min_size=1, max_size=20),
 )
@@ -174,7 +174,7 @@ def test_the_recurrence_converges_inside_and_diverges_outside(flt: Filter) -> No
 
 
 @settings(deadline=None)
-@inputs(
+@given(
     st.one_of(heavy_balls(), usams(), sams(), cubics()),
     st.lists(st.floats(-4.0, 4.0), min_size=1, max_size=8),
 )
@@ -201,13 +201,13 @@ def log_growth(flt: Filter, lam: np.ndarray, steps: int) -> np.ndarray:
     return total
 
 
-@inputs(st.one_of(heavy_balls(), usams(), sams(), cubics()))
+@given(st.one_of(heavy_balls(), usams(), sams(), cubics()))
 def test_the_spectral_radius_is_one_at_every_edge(flt: Filter) -> None:
     ends = np.array([end for interval in flt.intervals() for end in interval])
     np.testing.assert_allclose(flt.spectral_radius(ends), 1.0, rtol=0.0, atol=1e-7)
 
 
-@inputs(usams())
+@given(usams())
 def test_usam_edges_solve_the_parabola(flt: USAM) -> None:
     gain = flt.lr * (1.0 - flt.dampening if flt.momentum > 0.0 else 1.0)
     beta = flt.momentum
@@ -299,7 +299,7 @@ def test_values_out_of_range(make, match: str) -> None:
         make()
 
 
-@inputs(st.lists(st.floats(-5.0, 5.0), min_size=1, max_size=4, unique=True))
+@given(st.lists(st.floats(-5.0, 5.0), min_size=1, max_size=4, unique=True))
 def test_real_roots_finds_every_root(roots: list[float]) -> None:
     roots = sorted(roots)
     assume(all(right - left > 1e-2 for left, right in pairwise(roots)))

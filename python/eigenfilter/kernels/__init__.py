@@ -107,7 +107,7 @@ def ascend(
         alpha: step size: rho to ascend f, -rho to ascend -f.
         adaptive: scale the gradient by x^2, elementwise, as ASAM does.
         grad_scale: loss scale that the gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x is unchanged.
+        found_inf: flag; if it is not zero, x is unchanged.
         backend: see `eigenfilter.kernels`.
 
     Raises:
@@ -151,7 +151,7 @@ def ascend_again(
         alpha: step size of the ascent.
         backups: n tensors b, read, or None.
         grad_scale: loss scale that the gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x is unchanged.
+        found_inf: flag; if it is not zero, x is unchanged.
         backend: see `eigenfilter.kernels`.
 
     Raises:
@@ -193,7 +193,7 @@ def ascend_hvp(
         alpha: step size of the ascent.
         eps: step size of the finite difference, not 0.
         grad_scale: loss scale that both gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x is unchanged.
+        found_inf: flag; if it is not zero, x is unchanged.
         backend: see `eigenfilter.kernels`.
 
     Raises:
@@ -255,9 +255,9 @@ def descend(
         nesterov: whether to add the gradient to the new momentum once more.
         maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
-            stochastically, None to nearest: see the module. Not checked where it is on a GPU.
+            stochastically, None to nearest: see `eigenfilter.kernels`. Not checked on a GPU.
         grad_scale: loss scale that the gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x is restored and m stays.
+        found_inf: flag; if it is not zero, x is restored and m stays.
         backend: see `eigenfilter.kernels`.
 
     Raises:
@@ -329,9 +329,9 @@ def descend_adamw(
         step: the number of this step, a whole number from 1.
         maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
-            stochastically, None to nearest: see the module. Not checked where it is on a GPU.
+            stochastically, None to nearest: see `eigenfilter.kernels`. Not checked on a GPU.
         grad_scale: loss scale that the gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x is restored, m and v stay.
+        found_inf: flag; if it is not zero, x is restored, m and v stay.
         backend: see `eigenfilter.kernels`.
 
     Raises:

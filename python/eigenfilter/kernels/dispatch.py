@@ -138,14 +138,15 @@ def select(device: torch.device | str, backend: str | None = None) -> Backend:
     """Return the implementation for a device.
 
     Args:
-        device: of type "cpu" or "cuda" (which is also what torch calls ROCm); of a GPU without a
-            number it is the current one.
-        backend: None chooses: native on the CPU; on a GPU native if its kernels were compiled for
-            such a GPU, else Triton. The choice is logged once. A name works or raises.
+        device: device of type "cpu" or "cuda" (torch's name for ROCm too). "cuda" without a number
+            stands for the current GPU.
+        backend: name of a backend, which works or raises. None selects native on the CPU, and on a
+            GPU native if its kernels were compiled for such a GPU, else Triton. The selection is
+            logged once.
 
     Raises:
-        ValueError: an unknown backend, or a device no backend serves.
-        RuntimeError: the backend is not available here, or not for this device.
+        ValueError: the backend is unknown, or no backend serves the device.
+        RuntimeError: the backend is not available, or not for this device.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():

@@ -188,7 +188,7 @@ def norm(
     if filled and any(t.dtype == torch.float64 for t in tensors):
         scale = power_of_two(torch.stack(filled).amax())
         scaled = _root_of_squares([v / scale for v in values], out.device) * scale
-        # Where squares are beyond what float64 holds, or so small that they lose digits that count.
+        # Scaled, if the squares overflow float64 or are so small that they lose significant digits.
         root = torch.where((root >= 2.0**-350) & (root < torch.inf), root, scaled)
     out.copy_(root * _inverse(grad_scale, out))
 

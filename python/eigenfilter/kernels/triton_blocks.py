@@ -88,7 +88,7 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def chosen(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
+def blocks_for(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
     """Return the saved sizes for a kernel over tensors of `dtype`, or the default.
 
     Raises:

@@ -36,7 +36,7 @@ GREATEST_SUM = tl.constexpr(2.0**700)
 
 @triton.jit
 def _real(value, at):
-    """A hyperparameter in float64: the host's value, or what lies at an address of the device."""
+    """A hyperparameter in float64: the host's value, or the value at an address of the device."""
     return tl.full((), value, tl.float64) if at is None else tl.load(at).to(tl.float64)
 
 
@@ -401,7 +401,7 @@ def _exponent_of(value):
 
 @triton.jit
 def _values(t_at, w_at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Elements of t in float64, or of w t where there are weights."""
+    """Elements of t in float64, or of w t if there are weights."""
     t = _load(t_at, start, length, BLOCK, WIDE).to(tl.float64)
     if w_at is not None:
         t = _load(w_at, start, length, BLOCK, WIDE).to(tl.float64) * t

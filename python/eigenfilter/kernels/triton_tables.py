@@ -29,12 +29,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eigenfilter.kernels.triton_blocks import Blocks, chosen
+from eigenfilter.kernels.triton_blocks import Blocks, blocks_for
 
 if TYPE_CHECKING:
     from eigenfilter._core import Table
 
-# A chunk of four blocks makes the tables small beside what they describe, and still cuts a model of
+# A chunk of four blocks makes the tables small beside the tensors, and still cuts a model of
 # 25M float32 parameters into several waves of a large GPU.
 BLOCKS_IN_CHUNK = 4
 
@@ -77,7 +77,7 @@ def tables(kernel: str, like: Tensor, read: Table | None) -> Tables:
         read: the data that the check of the call's arguments returned.
     """
     assert read is not None
-    blocks = chosen(kernel, like.dtype, like.device)
+    blocks = blocks_for(kernel, like.dtype, like.device)
     return _calls.get(
         (*read, like.dtype, blocks),
         like.device,

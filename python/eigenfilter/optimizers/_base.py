@@ -315,7 +315,5 @@ class EigenfilterOptimizer(StepMachine):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_step_state" not in vars(
-            self
-        ):  # a copy; a loaded optimizer keeps its backups and counts
+        if "_step_state" not in vars(self):  # a copy; a loaded optimizer keeps its own
             self._start()

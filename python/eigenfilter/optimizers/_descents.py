@@ -97,9 +97,7 @@ class SGDDescent(Descent):
             momenta = bucket.buffers(MOMENTUM)
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
-            elif (
-                group["dampening"] != 0
-            ):  # the first step is undamped; a skipped one does not count
+            elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
                 undo = amp.is_skipped(bucket.device)
         run(
             bucket.kernels.descend,

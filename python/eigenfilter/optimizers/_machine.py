@@ -454,9 +454,8 @@ class StepMachine(GroupedOptimizer):
             checked = self._checked_values.get(id(group))
             if checked is None or not all(map(operator.is_, values, checked)):
                 self._check_hyperparameters(group)
-                if not any(
-                    isinstance(v, (Tensor, list)) for v in values
-                ):  # which may change in place
+                # Tensors and lists may change in place.
+                if not any(isinstance(v, (Tensor, list)) for v in values):
                     self._checked_values[id(group)] = values
 
 

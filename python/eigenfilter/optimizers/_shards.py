@@ -30,9 +30,8 @@ class ParentOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         parent = _constructing(optimizer)
         self._parent = None if parent is None else weakref.ref(parent)
-        self._rank_check: tuple[list[int], bool] | None = (
-            None  # indices in the parent, and whether all ranks hold these
-        )
+        # Indices in the parent's parameters, and whether all ranks hold the same ones.
+        self._rank_check: tuple[list[int], bool] | None = None
 
     def spanning_ranks(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
         """The parent if it has parameters on other ranks that `optimizer` lacks; else None."""
@@ -49,10 +48,8 @@ class ParentOptimizer:
         # are the same on every rank.
         which = [i for i, key in enumerate(of_parent) if key in own_ids]
         if self._rank_check is None or self._rank_check[0] != which:
-            self._rank_check = (
-                which,
-                _distributed.is_same_on_all_ranks(which, optimizer.param_groups[0]["params"][0]),
-            )
+            like = optimizer.param_groups[0]["params"][0]
+            self._rank_check = which, _distributed.is_same_on_all_ranks(which, like)
         return None if self._rank_check[1] else parent
 
 

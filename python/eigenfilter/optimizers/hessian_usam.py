@@ -46,7 +46,7 @@ class FiniteDifferenceAscent(Ascent):
     needs_zero_gradients = True
 
     _CHECKED_STEPS = 10  # steps at the beginning: reading a loss waits for its device
-    _FACTOR = 10.0  # of that rise: far less than what another batch makes of it
+    _FACTOR = 10.0  # times that rise is allowed: another batch changes the loss far more
     _ROUNDING = 2e-3  # of the loss: its own error under bfloat16 autocast
 
     def __init__(self, relative_step: float | None) -> None:

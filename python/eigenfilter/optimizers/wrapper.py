@@ -221,9 +221,8 @@ class SharpnessAware(EigenfilterOptimizer):
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         checked = {self._rho_key: group[self._rho_key]}
-        if (
-            self.defaults.get("lr") is not None and "lr" in group
-        ):  # the others are the base's affair
+        if self.defaults.get("lr") is not None and "lr" in group:
+            # The base checks its other hyperparameters itself.
             checked["lr"] = group["lr"]
         check_hyperparameters(checked)
 
