@@ -42,7 +42,7 @@ class ParamBucket:
         self.count_group: CountGroup | None = None  # of AdamW
         self._lists: dict[str, _core.TensorList] = {}  # backups and buffers by name
         self.first_dtypes: list[torch.dtype] = []  # of the list that first_gradients() returned
-        # The common signature of all parameters, and the store's epoch in which it was computed.
+        # The store's epoch in which the common signature of all parameters was computed, and it.
         self._state_signature: tuple[int, Hashable] = (-1, None)
         self._subsets: dict[tuple[int, ...], ParamBucket] = {}
 
