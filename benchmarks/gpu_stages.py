@@ -51,7 +51,7 @@ if not torch.cuda.is_available():
 if not _core.cuda_compiled:
     raise SystemExit("this build is without CUDA kernels: run the stage build")
 device = torch.device("cuda", torch.cuda.current_device())
-if reason := dispatch.lacking(device):
+if reason := dispatch.missing_code(device):
     raise SystemExit(f"this build has no code for the GPU: {reason}")
 print(f"eigenfilter {eigenfilter.__version__} from {eigenfilter.__path__[0]}, "
       f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}")

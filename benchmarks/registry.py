@@ -43,7 +43,7 @@ def settings(device: torch.device) -> list[Setting]:
     """Return the settings for a device: one for each compiled or compiling backend it has."""
     if device.type == "cpu":
         return [Setting(device, "native")]
-    backends = ["native"] if _core.cuda_compiled and dispatch.lacking(device) is None else []
+    backends = ["native"] if _core.cuda_compiled and dispatch.missing_code(device) is None else []
     if importlib.util.find_spec("triton") is not None:
         backends.append("triton")
     return [Setting(device, backend) for backend in backends]

@@ -189,7 +189,7 @@ def backends(device: torch.device) -> list[str]:
     """Those that serve a device."""
     if device.type == "cpu":
         return ["reference", "native"]
-    has_native = _core.cuda_compiled and dispatch.lacking(device) is None
+    has_native = _core.cuda_compiled and dispatch.missing_code(device) is None
     found = ["reference", *(["native"] if has_native else [])]
     return found + (["triton"] if importlib.util.find_spec("triton") is not None else [])
 

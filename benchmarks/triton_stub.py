@@ -174,7 +174,7 @@ def installed(launched: Callable[[Launch], None] | None = None) -> Iterator[Stub
     try:
         with (
             mock.patch.object(triton_kernels, "require", _allow),
-            mock.patch.object(triton_kernels, "_served", _allow),
+            mock.patch.object(triton_kernels, "_on_device", _allow),
         ):
             yield stub
     finally:

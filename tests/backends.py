@@ -1,12 +1,11 @@
-"""Which implementation of the kernels a run tests: EIGENFILTER_TEST_BACKEND.
+"""Selection of the implementation under test by EIGENFILTER_TEST_BACKEND.
 
-    installed   all that the installed extension has on this machine (the default)
+    installed   all backends of the installed extension on this machine (the default)
     emulated    the CUDA kernels, run on the CPU by the emulator of `cuda_on_cpu`;
                 `emulated-address` and `emulated-thread`: under a sanitizer
     interpreted the Triton kernels, run on the CPU by triton's interpreter
 
-The last two are chosen when they are imported, and so for a whole process: import this module
-before eigenfilter.
+The last two are selected at import, for a whole process: import this module before eigenfilter.
 """
 
 from __future__ import annotations

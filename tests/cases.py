@@ -59,20 +59,20 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Room:
+class KernelBackend:
     """An implementation of the kernels, where it runs and, on the CPU, its instruction set."""
 
-    backend: str
+    name: str
     device: str = "cpu"
     isa: str = ""
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.isa or self.device}"
+        return f"{self.name}-{self.isa or self.device}"
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Which lists and options a call of `descend` is given."""
+    """The lists and options of a call of `descend`."""
 
     momentum: str  # "none", "heavy" or "nesterov"
     backups: bool
@@ -106,7 +106,7 @@ DESCENTS = [
 
 @dataclass(frozen=True)
 class AdamWDescent:
-    """Which lists and options a call of `descend_adamw` is given."""
+    """The lists and options of a call of `descend_adamw`."""
 
     backups: bool
     decay: bool
@@ -145,7 +145,7 @@ class Place(NamedTuple):
 
 @functools.cache
 def places(dtype: torch.dtype, *, few: bool = False) -> tuple[Place, ...]:
-    """The tensors that a call is given: aligned ones of every size, then such as are not aligned.
+    """The tensors of a call: aligned ones of every size, then tensors that are not aligned.
 
     Triton's interpreter takes its time by blocks. Its sizes lie below, at and above Triton's blocks
     (and a quarter of one, as the tails are cut) and chunks, whatever the dtype.
@@ -234,7 +234,7 @@ def _layout(
 
 @dataclass(frozen=True)
 class Update:
-    """A kernel that updates: the lists it is given, those it writes, and its other arguments."""
+    """A kernel that updates: its lists, those that it writes, and its other arguments."""
 
     kernel: str
     lists: tuple[str, ...]

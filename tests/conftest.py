@@ -1,4 +1,4 @@
-"""What all tests share: seeds, poisoned memory, and which tests this machine can run."""
+"""Shared by all tests: seeds, poisoned memory, and the selection of tests for this machine."""
 
 from __future__ import annotations
 
@@ -45,16 +45,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _select_those_of_the_backend(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that are given a room; those of optimizers too on the emulated GPU, and those of what
-    is refused under the interpreter.
+    """Select the tests that take a backend.
+
+    On the emulated GPU these include the tests of the optimizers, and under the interpreter those
+    of refused arguments.
     """
-    given = {"room", "fast_room", *(["host_backend"] if backends.INTERPRETED else [])}
+    fixtures = {"backend", "fast_backend", *(["host_backend"] if backends.INTERPRETED else [])}
 
     def chosen(item: pytest.Item) -> bool:
         if any(item.get_closest_marker(name) for name in ("gpu", "slow", "distributed")):
             return False
         optimizes = backends.EMULATED and "optimizers" in item.path.parts
-        return optimizes or bool(given & set(getattr(item, "fixturenames", ())))
+        return optimizes or bool(fixtures & set(getattr(item, "fixturenames", ())))
 
     others = [item for item in items if not chosen(item)]
     config.hook.pytest_deselected(items=others)

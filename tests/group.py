@@ -1,4 +1,4 @@
-"""How a process of a test leaves its group."""
+"""Leaving the process group in a process of a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a launch of a Triton kernel has to fit: its signature, its assembly, its tables."""
+"""Checks that a launch of a Triton kernel fits its signature, its assembly and its tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCRATCH = 2  # pointers that Triton gives every kernel after its own
 
 
 def check_arguments(launch: Launch) -> None:
-    """Fail unless a launcher could pass the arguments on, and the code was made for them."""
+    """Fail unless the arguments fit the signature, and the code was compiled for them."""
     source = launch.source
     assert list(source.signature) == source.fn.arg_names
     assert len(launch.args) == len(source.signature)
@@ -48,9 +48,9 @@ def check_arguments(launch: Launch) -> None:
             number = value.data_ptr() if isinstance(value, Tensor) else value
             assert number % 16 == 0, where
     passed = [kind for kind in source.signature.values() if kind != "constexpr"]
-    found = parameters(launch.ptx, launch.kernel)
-    assert len(found) == len(passed) + SCRATCH
-    for kind, parameter in zip(passed + ["*"] * SCRATCH, found, strict=True):
+    result = parameters(launch.ptx, launch.kernel)
+    assert len(result) == len(passed) + SCRATCH
+    for kind, parameter in zip(passed + ["*"] * SCRATCH, result, strict=True):
         assert parameter in IN_PTX.get(kind, ("u64", "b64")), launch.kernel
     x, y, z = launch.grid
     assert 0 < x < 2**31

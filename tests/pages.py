@@ -28,5 +28,5 @@ def run_page(page: Path, folder: Path) -> str:
 
 def sharpness_and_edge(printed: str) -> list[tuple[float, float]]:
     """Every "sharpness ..., edge ..." that was printed."""
-    found = re.findall(r"sharpness ([\d.]+), edge ([\d.]+)", printed)
-    return [(float(sharpness), float(edge)) for sharpness, edge in found]
+    result = re.findall(r"sharpness ([\d.]+), edge ([\d.]+)", printed)
+    return [(float(sharpness), float(edge)) for sharpness, edge in result]

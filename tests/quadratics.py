@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Quadratic(nn.Module):
-    """f(x) = (x - 1)^T H (x - 1) / 2 in float64, x in pieces; at its equilibrium to begin with."""
+    """f(x) = (x - 1)^T H (x - 1) / 2 in float64, whose minimum is its start."""
 
     def __init__(self, H: Tensor, pieces: list[int] | None = None) -> None:
         super().__init__()

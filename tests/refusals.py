@@ -22,7 +22,7 @@ COUNT = 2  # tensors in a list
 
 
 class Wrapper(Tensor):
-    """A tensor without memory, as quantisation and distribution libraries make them."""
+    """A tensor without memory, as quantization and distribution libraries make them."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapper:
@@ -284,24 +284,26 @@ def spoilt(kernel: Kernel) -> Iterator[tuple[str, str, dict[str, Any], object]]:
     for name, sound in kernel.make().items():
         arguments = kernel.make()
         if isinstance(sound, list):
-            found = _of_list(kernel, name, arguments[name])
+            result = _of_list(kernel, name, arguments[name])
         elif isinstance(sound, Tensor):
-            found = _of_tensor(kernel, name, arguments[name])
+            result = _of_tensor(kernel, name, arguments[name])
         elif isinstance(sound, bool):
-            found = iter(SWITCHES.items())
+            result = iter(SWITCHES.items())
         elif name == "passes":
-            found = iter(WHOLE.items())
+            result = iter(WHOLE.items())
         elif name == "total":
-            found = iter({"number": 5, "nothing": lambda t: None, "int": lambda t: t.int()}.items())
+            result = iter(
+                {"number": 5, "nothing": lambda t: None, "int": lambda t: t.int()}.items()
+            )
         else:
             computed = COMPUTED.get(kernel.name, set())
-            found = (
+            result = (
                 (what, bad)
                 for what, bad in SCALARS.items()
                 if not (what == "none" and name in kernel.optional)
                 and not (what in ("nan tensor", "infinite tensor") and name in computed)
             )
-        for what, bad in found:
+        for what, bad in result:
             yield name, what, arguments, bad
         for value in OUTSIDE.get(name, ()):
             outside = torch.tensor(value) if isinstance(sound, Tensor) else value

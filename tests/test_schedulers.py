@@ -20,11 +20,11 @@ def optimizer(rho: float | torch.Tensor = 0.2) -> ef.USAM:
 
 def rhos(schedule: RhoSchedule, steps: int) -> list[float]:
     """rho at the steps from 0 on."""
-    found = []
+    result = []
     for _ in range(steps):
-        found.append(float(schedule.get_last_rho()[0]))
+        result.append(float(schedule.get_last_rho()[0]))
         schedule.step()
-    return found
+    return result
 
 
 @pytest.mark.parametrize(

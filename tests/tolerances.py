@@ -1,6 +1,6 @@
-"""The one table of what a result may differ by from exact arithmetic, and why.
+"""The one table of how far a result may differ from exact arithmetic, and why.
 
-Where rooms must round alike, tests compare bits and need no tolerance.
+Where backends must round alike, tests compare bits and need no tolerance.
 """
 
 from __future__ import annotations

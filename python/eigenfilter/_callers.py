@@ -1,4 +1,4 @@
-"""Where in the user's code something came about, for warnings."""
+"""The location in the user's code that a warning should show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharded parameters: DTensors go by their local shards, and FSDP2 must see that weights moved."""
+"""Sharded parameters: local shards of DTensors, and updates that FSDP must notice."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ COLLECTIVES = "torch.distributed._functional_collectives"
 
 
 def _class_of(module: str, name: str) -> type | tuple[()]:
-    """A class of torch.distributed, which is slow to import; () if nobody has imported it.
+    """A class of torch.distributed, which is slow to import; () if it is not imported yet.
 
-    There is then no object of that class, and nothing is an instance of ().
+    No object of that class exists then, and nothing is an instance of ().
     """
     loaded = sys.modules.get(module)
     return cast(type, getattr(loaded, name, ()))
@@ -42,22 +42,22 @@ def local(t: Tensor) -> Tensor:
     return cast("DTensor", t)._local_tensor if is_dtensor(t) else t
 
 
-def waited(t: Tensor) -> Tensor:
-    """`t` itself, or what it holds once the collective that makes it has ended."""
+def wait_for_collective(t: Tensor) -> Tensor:
+    """Wait for the collective that computes `t`, if any, and return its result."""
     if isinstance(t, _class_of(COLLECTIVES, "AsyncCollectiveTensor")):
         return cast("AsyncCollectiveTensor", t).wait()
     return t
 
 
-def placed_like(grad: Tensor, param: Tensor) -> Tensor:
-    """`grad`, redistributed to how `param` is placed (collective where the two differ).
+def redistribute_like(grad: Tensor, param: Tensor) -> Tensor:
+    """Redistribute `grad` to the placement of `param` (collective if the two differ).
 
     Raises:
-        TypeError: the parameter is a DTensor and the gradient is not, so that nobody can say what
-            the gradient of the whole is.
+        TypeError: the parameter is a DTensor and the gradient is not, so that the placement of the
+            gradient is unknown.
     """
     if not is_dtensor(param):
-        return whole(grad)
+        return full_tensor(grad)
     if not is_dtensor(grad):
         raise TypeError(
             f"a parameter of shape {tuple(param.shape)} is a DTensor and its gradient is a plain "
@@ -70,7 +70,7 @@ def placed_like(grad: Tensor, param: Tensor) -> Tensor:
 
 
 def shard_number(t: Tensor) -> int:
-    """The number of a DTensor's shard in this process, equal where it is replicated; else 0."""
+    """The index of a DTensor's shard in this process, equal for replicas; 0 for other tensors."""
     if not is_dtensor(t):
         return 0
     d = cast("DTensor", t)
@@ -82,54 +82,54 @@ def shard_number(t: Tensor) -> int:
     return number
 
 
-Placing = tuple[Any, tuple[Any, ...]]
-"""A mesh and the placements on it."""
+MeshPlacement = tuple[Any, tuple[Any, ...]]
+"""A device mesh and the placements on it."""
 
 
-def by_placing(params: Sequence[Tensor]) -> list[tuple[Placing | None, list[int]]]:
-    """Indices of the parameters that are placed alike, with how; None is in this process alone."""
+def group_by_placement(params: Sequence[Tensor]) -> list[tuple[MeshPlacement | None, list[int]]]:
+    """Group the indices of parameters by placement; None stands for plain tensors."""
     dtensor = _class_of(TENSOR, "DTensor")
     if not any(isinstance(p, dtensor) for p in params):
         return [(None, list(range(len(params))))]
-    found: dict[Placing | None, list[int]] = {}
+    groups: dict[MeshPlacement | None, list[int]] = {}
     for i, p in enumerate(params):
-        placing = None
+        placement = None
         if isinstance(p, dtensor):
             d = cast("DTensor", p)
-            placing = (d.device_mesh, d.placements)
-        found.setdefault(placing, []).append(i)
-    return list(found.items())
+            placement = (d.device_mesh, d.placements)
+        groups.setdefault(placement, []).append(i)
+    return list(groups.items())
 
 
-def of_all_shards(value: Tensor, placing: Placing | None) -> Tensor:
-    """A value of each of the shards of tensors that are placed so, [shards] (collective)."""
-    if placing is None:
+def gather_from_shards(value: Tensor, placement: MeshPlacement | None) -> Tensor:
+    """Gather one value for each shard of a placement, [shards] (collective)."""
+    if placement is None:
         return value
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    mesh, placements = placing
+    mesh, placements = placement
     sharded = [Replicate() if p.is_replicate() else Shard(0) for p in placements]
     return DTensor.from_local(value.reshape(1), mesh, sharded).full_tensor()
 
 
-def whole(t: Tensor) -> Tensor:
-    """The whole of a DTensor (collective); any other tensor itself."""
+def full_tensor(t: Tensor) -> Tensor:
+    """The full tensor of a DTensor (collective); any other tensor itself."""
     return cast("DTensor", t).full_tensor() if is_dtensor(t) else t
 
 
 def has_dtensor(tensors: Sequence[Tensor]) -> bool:
-    """Whether a DTensor is among `tensors`; costs nothing where no process group is set up."""
+    """Whether a DTensor is among `tensors`; free if there is no process group."""
     set_up = dist.is_available() and dist.is_initialized()
     dtensor = _class_of(TENSOR, "DTensor")
     return set_up and any(issubclass(kind, dtensor) for kind in set(map(type, tensors)))
 
 
-def is_alike(values: Sequence[int], like: Tensor) -> bool:
+def is_same_on_all_ranks(values: Sequence[int], like: Tensor) -> bool:
     """Whether all ranks call this with the same values (collective, on the device of `like`)."""
     mark = zlib.crc32(repr(list(values)).encode())
-    extremes = torch.tensor([mark, -mark], dtype=torch.int64, device=local(like).device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    largest, smallest = extremes.tolist()
+    bounds = torch.tensor([mark, -mark], dtype=torch.int64, device=local(like).device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    largest, smallest = bounds.tolist()
     return bool(largest == -smallest)
 
 
@@ -139,24 +139,24 @@ def is_parallel() -> bool:
 
 
 def device() -> torch.device:
-    """Where a rank that has no parameters takes part in collectives."""
+    """The device on which a rank without parameters joins collectives."""
     on_gpu = is_parallel() and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def is_flattened(t: Tensor) -> bool:
-    """Whether FSDP1 has put `t` into a flat parameter, which it mostly shards."""
+    """Whether `t` lies in a flat parameter of FSDP1, which is sharded in general."""
     return is_parallel() and getattr(t, "_fsdp_flattened", False)
 
 
-def any_rank(flag: Tensor) -> None:
-    """flag <- the largest flag of all ranks, so that all skip a step or none does."""
+def max_over_ranks(flag: Tensor) -> None:
+    """Set the flag to the largest flag of all ranks, so that all skip a step or none does."""
     if is_parallel():
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
 
 
 def is_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2 shards `module`, or modules in it."""
+    """Whether FSDP2 shards `module` or one of its submodules."""
     fsdp_module = _class_of(FSDP, "FSDPModule")
     return any(isinstance(m, fsdp_module) for m in module.modules())
 
@@ -171,16 +171,16 @@ def averages(module: nn.Module) -> bool:
             for group in [state._fsdp_param_group] if groups is None else groups:
                 if group is None:  # of a module without parameters of its own
                     continue
-                synchronised = group.reduce_grads and group.all_reduce_grads
-                if not synchronised or group.gradient_divide_factor is not None:
+                synchronized = group.reduce_grads and group.all_reduce_grads
+                if not synchronized or group.gradient_divide_factor is not None:
                     return False
     return True
 
 
 def reshard() -> None:
-    """Make FSDP2 gather its parameters anew: copies gathered before a move hold the old values.
+    """Make FSDP2 gather its parameters again, because gathered copies hold the old values.
 
-    Resharding what is sharded already does nothing, so every module that is alive can be asked.
+    Resharding a sharded module does nothing, so that it is called on every module that is alive.
     """
     if not (fsdp_module := _class_of(FSDP, "FSDPModule")):
         return
@@ -192,12 +192,12 @@ def reshard() -> None:
 
 
 def flat_handles(params: Sequence[Tensor]) -> list[Any]:
-    """What FSDP1 handles the flat parameters with that hold `params` and that it shards.
+    """The handles of FSDP1 for the sharded flat parameters that hold `params`.
 
-    Neither the parameters nor any list leads there, so all objects of the process are looked at.
+    Neither parameters nor torch refer to the handles, so all objects of the process are searched.
 
     Raises:
-        RuntimeError: the garbage collector does not list what handles one of them.
+        RuntimeError: the garbage collector does not list one of the handles.
     """
     ids = {id(p) for p in params if is_flattened(p)}
     if not ids:
@@ -205,26 +205,28 @@ def flat_handles(params: Sequence[Tensor]) -> list[Any]:
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
     handles = [o for o in gc.get_objects() if issubclass(type(o), FlatParamHandle)]
-    held = [ids.intersection(map(id, held_by(h.flat_param))) for h in handles]
-    if ids.difference(*held):
+    matches = [ids.intersection(map(id, params_of_flat(h.flat_param))) for h in handles]
+    if ids.difference(*matches):
         raise RuntimeError(
             "FullyShardedDataParallel (FSDP1) has flattened a parameter, and what handles it is "
             "not among the objects of this process, as after gc.freeze(): call gc.unfreeze() "
             "before the optimizer is constructed and before its first step, and gc.freeze() after"
         )
-    return [h for h, some in zip(handles, held, strict=True) if some and h.uses_sharded_strategy]
+    return [h for h, some in zip(handles, matches, strict=True) if some and h.uses_sharded_strategy]
 
 
-def held_by(flat: Any) -> list[Tensor]:
-    """A flat parameter of FSDP1, with the original ones in it."""
+def params_of_flat(flat: Any) -> list[Tensor]:
+    """A flat parameter of FSDP1 and the original parameters in it."""
     originals = (getattr(flat, name, None) or () for name in ("_params", "_shared_params"))
     return [flat, *itertools.chain.from_iterable(originals)]
 
 
 def reshard_flat(handles: Sequence[Any]) -> None:
-    """Make FSDP1 gather its parameters again, where a forward pass alone has left them gathered."""
+    """Make FSDP1 gather its parameters again if a forward pass has left them gathered."""
     for handle in handles:
-        begun = hasattr(handle.flat_param, "_full_param_padded")  # by the first forward pass
-        if begun and handle.uses_sharded_strategy and not handle.needs_unshard():
+        is_initialized = hasattr(
+            handle.flat_param, "_full_param_padded"
+        )  # by the first forward pass
+        if is_initialized and handle.uses_sharded_strategy and not handle.needs_unshard():
             handle.reshard(True)
             handle._prefetched = False

@@ -1,8 +1,8 @@
-"""Which optimizers hold their parameters away from x right now.
+"""The optimizers that hold perturbed parameters right now.
 
-Optimizers enter themselves between an ascent and the step or restore that undoes it; operators ask
-before they use a parameter, because a Hessian at a perturbed point is silently the wrong one. So do
-the methods of torch that save, load or average the weights of a model.
+An optimizer registers itself between an ascent and the step or restore that undoes it. Operators
+ask before they use a parameter, because a Hessian at a perturbed point is silently the wrong one.
+So do the methods of torch that save, load or average the weights of a model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from eigenfilter import _callers
 _perturbed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _warned: weakref.WeakKeyDictionary[torch.optim.Optimizer, set[str]] = weakref.WeakKeyDictionary()
 
-# Methods that take weights: the class, the name, which argument the model or parameter is, and what
-# they do with it.
+# Methods that take weights: class, name, position of the model or parameter among the arguments,
+# and the verb of the warning.
 _USES: tuple[tuple[type, str, int, str], ...] = (
     (nn.Module, "state_dict", 0, "state_dict() reads"),
     (nn.Module, "load_state_dict", 0, "load_state_dict() overwrites"),
@@ -36,19 +36,19 @@ _watching = False
 
 
 def enter(optimizer: torch.optim.Optimizer) -> None:
-    """Record that `optimizer` has moved its parameters away from x."""
+    """Record that `optimizer` has perturbed its parameters."""
     if not _watching:
         _watch()
     _perturbed.add(optimizer)
 
 
 def leave(optimizer: torch.optim.Optimizer) -> None:
-    """Record that `optimizer` has put its parameters back at x."""
+    """Record that `optimizer` has restored its parameters."""
     _perturbed.discard(optimizer)
 
 
 def holder(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer | None:
-    """Return an optimizer that holds any of `params` away from x, or None."""
+    """Return an optimizer that has perturbed any of `params`, or None."""
     if not _perturbed:
         return None
     ids = {id(p) for p in params}
@@ -59,18 +59,20 @@ def holder(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer | None:
 
 
 def _perturbed_ids(optimizer: torch.optim.Optimizer) -> set[int]:
-    """Ids of the parameters that an optimizer has perturbed: all of its, if it does not say."""
-    away: set[int] | None = optimizer._away() if hasattr(optimizer, "_away") else None
-    if away is None:
-        away = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return away
+    """Ids of the parameters that an optimizer has perturbed, or all if it does not tell."""
+    ids: set[int] | None = (
+        optimizer._perturbed_ids() if hasattr(optimizer, "_perturbed_ids") else None
+    )
+    if ids is None:
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return ids
 
 
 def _watch() -> None:
-    """From the first ascent of this process on, have the methods in `_USES` ask for perturbations.
+    """Wrap the methods in `_USES`, at the first ascent of this process, to warn of perturbations.
 
-    Weights do not know their optimizers, and torch has no hook that sees every module's state_dict:
-    the methods themselves are wrapped. A process that takes no ascent keeps them as they are.
+    Weights do not know their optimizers, and torch has no hook that sees every module's state_dict.
+    A process that takes no ascent keeps the methods as they are.
     """
     global _watching
     _watching = True
@@ -80,7 +82,7 @@ def _watch() -> None:
 
 
 def _watched(method: Any, position: int, use: str) -> Any:
-    """`method`, with a warning before it if the weights that it takes are perturbed."""
+    """Wrap `method` to warn first if the weights that it takes are perturbed."""
 
     @functools.wraps(method)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +95,7 @@ def _watched(method: Any, position: int, use: str) -> Any:
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Raise RuntimeError if `optimizer` is to step from where another one has perturbed to."""
+    """Raise RuntimeError if `optimizer` is to step from weights that another one has perturbed."""
     if not _perturbed or optimizer in _perturbed:
         return
     other = holder(p for group in optimizer.param_groups for p in group["params"])
@@ -112,15 +114,15 @@ def _refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _holds(wrapper: Any, optimizer: torch.optim.Optimizer) -> bool:
     """Whether `wrapper` has `optimizer` as an attribute, in a list, or through another wrapper."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     ahead: list[Any] = [wrapper]
     while ahead:
         one = ahead.pop()
         if one is optimizer:
             return True
-        if id(one) in seen:
+        if id(one) in visited:
             continue
-        seen.add(id(one))
+        visited.add(id(one))
         if isinstance(one, torch.optim.Optimizer):
             ahead.extend(v for k, v in vars(one).items() if k not in ("state", "param_groups"))
         elif isinstance(one, (list, tuple)):

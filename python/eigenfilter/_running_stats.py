@@ -15,28 +15,28 @@ from eigenfilter import _distributed
 
 @contextmanager
 def freeze_running_stats(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """Keep every buffer of a model: on exit all are what and where they were on entry.
+    """Preserve every buffer of a model: on exit each is the tensor, with the value, of entry.
 
-    Meant for gradients at perturbed weights, whose running statistics would otherwise mix with
+    Use it for gradients at perturbed weights, whose running statistics would otherwise mix with
     those of x. Inside the context layers work as usual: batch norm normalizes by its batch, and
     spectral norm takes its power iteration. On exit, also after an exception, each module has the
     buffers that it had on entry, the same tensors with the same values: the statistics of batch
     and instance norm with their counters, the vectors of spectral norm, the ranges of quantization
     observers, moving averages of your own. What a forward pass registered or replaced is put back.
 
-    Buffers are kept, and on request parameters that are not trained. Trained parameters are the
-    optimizer's to restore. Numbers or tensors that a module holds as plain attributes stay as the
-    forward pass left them, and so do buffers that `torch.func.functional_call` is given in place of
-    the model's own.
+    The context keeps buffers, and on request parameters that are not trained. The optimizer
+    restores trained parameters. Numbers or tensors that a module holds as plain attributes stay as
+    the forward pass left them, and so do buffers that `torch.func.functional_call` is given in
+    place of the model's own.
 
     Args:
-        model: a model; all its submodules are included, in training mode or not.
-        parameters: keep the values of parameters with requires_grad=False too, for models that
-            update such parameters in their forward pass, as a momentum encoder. A copy of each is
-            held meanwhile, of a frozen backbone as well.
+        model: model whose buffers are preserved, with all submodules, in training mode or not.
+        parameters: whether to preserve parameters with requires_grad=False too, for models that
+            update such parameters in their forward pass, as a momentum encoder. The context holds
+            a copy of each, including a frozen backbone.
 
     Raises:
-        RuntimeError: a lazy module has not seen a batch yet, so there is nothing to keep.
+        RuntimeError: a lazy module has not seen a batch yet, so there is nothing to preserve.
 
     Example:
         >>> while opt.ascend():
@@ -57,7 +57,7 @@ def freeze_running_stats(model: nn.Module, *, parameters: bool = False) -> Itera
 
 
 freeze_batch_norm = freeze_running_stats
-"""The former name."""
+"""The former name of `freeze_running_stats`."""
 
 
 class _Values:
@@ -71,7 +71,7 @@ class _Values:
             )
         distinct = {id(t): _distributed.local(t) for t in tensors}.values()
         self._tensors = [t for t in distinct if _is_writable(t)]
-        self._memory = [t.detach() for t in self._tensors]  # where they are
+        self._memory = [t.detach() for t in self._tensors]  # the memory at entry
         self._versions = [t._version for t in self._tensors]
         self._copies = [_like(t) for t in self._tensors]
         _copy(self._copies, self._tensors)
@@ -79,9 +79,9 @@ class _Values:
     def restore(self) -> None:
         """Write the values back.
 
-        Kernels such as batch norm's write without telling autograd, because no graph reads what
-        they wrote. Writing back does not tell it either: a graph that was made inside the context
-        can then be differentiated outside. Every other write is announced on both ways.
+        Kernels such as batch norm's write without a version bump, because no graph reads their
+        results. Writing back bumps no version either, so that a graph made inside the context can
+        be differentiated outside. Other writes bump the version in both directions.
         """
         pairs = list(zip(self._tensors, self._copies, strict=True))
         for t, memory in zip(self._tensors, self._memory, strict=True):
@@ -109,12 +109,12 @@ def _copy(into: list[Tensor], of: list[Tensor]) -> None:
 
 
 def _address(t: Tensor) -> int:
-    """Where a tensor lies; 0 where it has no single memory."""
+    """The address of a tensor; 0 if it has no single memory."""
     return t.data_ptr() if t.layout == torch.strided and not t.is_nested else 0
 
 
 def _like(t: Tensor) -> Tensor:
-    """Memory for a copy of `t`; where its layout is not a plain one, a copy."""
+    """Memory for a copy of `t`; a copy itself if its layout is not plain."""
     plain = t.layout == torch.strided and not t.is_quantized
     return torch.empty_like(t, requires_grad=False) if plain else t.detach().clone()
 
@@ -126,7 +126,7 @@ def _is_writable(t: Tensor) -> bool:
 
 
 def _register(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:
-    """Have a module's buffers be `buffers`, and no others."""
+    """Set the buffers of a module to exactly `buffers`."""
     now = module._buffers
     for name in [name for name in now.keys() if name not in buffers]:  # noqa: SIM118
         del now[name]

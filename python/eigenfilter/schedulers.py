@@ -1,4 +1,4 @@
-"""Schedules of rho: flat minima for less than twice the gradients."""
+"""Schedules of rho, with which some steps take no ascent and cost one gradient."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from eigenfilter.optimizers._hyperparameters import rho_key
 KINDS = ("constant", "linear", "cosine", "step", "late", "every")
 
 Factor = Callable[[int], float]
-"""What rho is multiplied by at a step; steps count from 0."""
+"""The factor of rho at a step, counted from 0."""
 
 
 class RhoSchedule:
-    r"""Sets the groups' rho before each step, as torch's schedulers set lr.
+    r"""Sets the rho of the groups before each step, as torch's schedulers set lr.
 
     At step t of T = `total_steps` a group has rho = initial rho * factor(t), with
 
@@ -30,22 +30,22 @@ class RhoSchedule:
         "late"      0 until start T, then 1
         "every"     1 where t is a multiple of `every`, else 0
 
-    or any function of t. A step with factor 0 takes no ascent and costs one gradient. rho is
-    multiplied; lr is left to torch's schedulers, with which this one may be combined in any order.
+    or any function of t. A step with factor 0 takes no ascent and costs one gradient. The schedule
+    leaves lr alone and may be combined with torch's schedulers in any order.
 
     A schedule can be copied and pickled, together with its optimizer. A function of your own is
     pickled by its name: define it at the top level of a module, since pickle refuses a lambda.
 
     Args:
-        optimizer: one with rho in its groups (`ascent_rho` where `SharpnessAware` wraps one that
-            has a `rho` of its own). Their rho at this moment is the initial one; it is kept in the
-            groups as `initial_rho` (`initial_ascent_rho`).
+        optimizer: optimizer with rho in its groups (`ascent_rho` if `SharpnessAware` wraps one
+            with a `rho` of its own). Their present rho is the initial one, which the groups keep as
+            `initial_rho` (`initial_ascent_rho`).
         kind: one of the names above, or a function from t >= 0 to a factor >= 0.
-        total_steps: T, for "linear", "cosine" and "late".
-        end: the last factor, >= 0, of "linear" and "cosine".
-        every: for "step" and "every".
-        gamma: for "step", >= 0.
-        start: for "late": a fraction of the training, in [0, 1].
+        total_steps: number of steps T, at least 1, for "linear", "cosine" and "late".
+        end: last factor of "linear" and "cosine", at least 0.
+        every: period of "step" and "every", at least 1.
+        gamma: factor of "step" at each period, at least 0.
+        start: fraction of the training before "late" begins, in [0, 1].
 
     Raises:
         TypeError: a group of the optimizer has no rho.
@@ -81,7 +81,7 @@ class RhoSchedule:
         self._set()
 
     def step(self) -> None:
-        """Go on to the next step; to be called after the optimizer's.
+        """Advance to the next step; call it after the optimizer's step().
 
         Raises:
             RuntimeError: the optimizer is between an ascent and its step.
@@ -99,11 +99,11 @@ class RhoSchedule:
         return [group[rho_key(group)] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of the step; the rest is given anew at construction."""
+        """The number of the step; the constructor's arguments are not in it."""
         return {"step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the step that was saved. Load the optimizer's state before."""
+        """Set the step to the saved one. Load the optimizer's state first."""
         self._step = int(state_dict["step"])
         self._set()
 
@@ -117,7 +117,7 @@ class RhoSchedule:
                 f"a factor must be at least 0 and finite; at {self._step} it is {factor}"
             )
         for group in self.optimizer.param_groups:
-            # Groups that were added later, or loaded from another optimizer, begin with theirs.
+            # Groups that were added later or loaded start with their present rho.
             key, initial = rho_key(group), _initial(group)
             if isinstance(group[key], Tensor):
                 group[key].copy_(factor * initial)
@@ -148,7 +148,7 @@ def _factor(
 
 @dataclass(frozen=True)
 class _Named:
-    """The factor of a kind by its name: an object and not a function, so that it can be pickled."""
+    """The factor of a named kind; an object instead of a function, so that it can be pickled."""
 
     kind: str
     total_steps: int
@@ -158,12 +158,12 @@ class _Named:
     start: float
 
     def __call__(self, t: int) -> float:
-        past = min(t / self.total_steps, 1.0)
+        elapsed = min(t / self.total_steps, 1.0)
         match self.kind:
             case "linear":
-                return 1.0 + (self.end - 1.0) * past
+                return 1.0 + (self.end - 1.0) * elapsed
             case "cosine":
-                return self.end + (1.0 - self.end) * (1.0 + math.cos(math.pi * past)) / 2.0
+                return self.end + (1.0 - self.end) * (1.0 + math.cos(math.pi * elapsed)) / 2.0
             case "step":
                 return float(self.gamma ** (t // self.every))
             case "late":
@@ -174,7 +174,7 @@ class _Named:
 
 
 def _initial(group: dict[str, Any]) -> float | Tensor:
-    """A group's initial rho, kept in the group; its present one where it has none yet."""
+    """The initial rho of a group, which the group stores; the first call takes its present rho."""
     key = rho_key(group)
     rho = group[key]
     initial: float | Tensor = group.setdefault(

@@ -35,7 +35,7 @@ def test_edges_are_where_the_spectral_radius_crosses_one(
 @pytest.mark.parametrize(("lr", "decay"), [(0.02, 0.0), (0.05, 2.0)])
 @pytest.mark.parametrize("factor", [0.97, 1.03])
 def test_adamw_with_a_fixed_preconditioner_obeys_it(lr: float, decay: float, factor: float) -> None:
-    """eps far above sqrt(v) makes P the constant eps, but for beta1^t, which vanishes.
+    """eps far above sqrt(v) makes P the constant eps, up to beta1^t, which vanishes.
 
     Its first steps are long, and take x some 3,000 times further away.
     """

@@ -53,8 +53,8 @@ def test_the_edge_is_where_it_was_wanted(
     lr = share * highest
     rho = design(name, wanted, lr=lr, **rest, **extra, **norm)
     assert rho > 0
-    found = METHODS[name](lr, rho=rho, **rest, **extra).max_eigenvalue()
-    assert found == pytest.approx(wanted, rel=1e-9)
+    result = METHODS[name](lr, rho=rho, **rest, **extra).max_eigenvalue()
+    assert result == pytest.approx(wanted, rel=1e-9)
     assert design(name, wanted, rho=rho, **rest, **extra, **norm) == pytest.approx(lr, rel=1e-9)
     with pytest.raises(ValueError, match="take lr <=") as refused:
         design(name, wanted, lr=1.01 * highest, **rest, **extra, **norm)
@@ -80,11 +80,11 @@ def test_sgd() -> None:
         ("usam", 1.0, {"lr": 0.0}, "lr must be positive"),
         ("usam", 1.0, {"rho": -1.0}, "rho"),
         ("usam", 1.0, {"lr": 0.1, "momentum": 1.0}, "momentum"),
-        ("usam", 1.0, {"lr": 0.1, "momentum": 0.5, "dampening": 1.0}, "nothing moves"),
+        ("usam", 1.0, {"lr": 0.1, "momentum": 0.5, "dampening": 1.0}, "no parameter changes"),
         ("sam", 1.0, {"lr": 0.1}, "grad_norm"),
         ("two_step_usam", 1.0, {"lr": 0.1, "ascent": "both"}, "ascent"),
-        ("usam", 1.0, {"lr": 0.1, "ascent": "anchored"}, "ascent is of"),
-        ("usam", 1.0, {"lr": 0.1, "grad_norm": 1.0}, "grad_norm is of"),
+        ("usam", 1.0, {"lr": 0.1, "ascent": "anchored"}, "ascent is an argument of"),
+        ("usam", 1.0, {"lr": 0.1, "grad_norm": 1.0}, "grad_norm is an argument of"),
     ],
 )
 def test_bad_values(method: str, edge: float, options: dict, match: str) -> None:

@@ -91,7 +91,7 @@ def test_one_filter_per_group_at_present_values() -> None:
     assert of(opt)[0].max_eigenvalue() == 16.0
 
 
-def test_subclasses_of_torch_sgd_are_recognised() -> None:
+def test_subclasses_of_torch_sgd_are_recognized() -> None:
     class Mine(torch.optim.SGD):
         pass
 

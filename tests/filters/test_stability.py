@@ -303,8 +303,8 @@ def test_values_out_of_range(make, match: str) -> None:
 def test_real_roots_finds_every_root(roots: list[float]) -> None:
     roots = sorted(roots)
     assume(all(right - left > 1e-2 for left, right in pairwise(roots)))
-    found = real_roots(Polynomial.fromroots(roots).coef.tolist())
-    assert found == pytest.approx(roots, rel=1e-9, abs=1e-9)
+    output = real_roots(Polynomial.fromroots(roots).coef.tolist())
+    assert output == pytest.approx(roots, rel=1e-9, abs=1e-9)
 
 
 def test_real_roots_far_apart_and_double() -> None:

@@ -38,6 +38,6 @@ def test_usams_filter_is_exact_on_a_quadratic(wd: float) -> None:
 
 @pytest.mark.parametrize("wd", [1e-3, 1e-2])
 def test_usams_filter_is_off_by_the_third_derivative(wd: float) -> None:
-    found, predicted = gap(wd, 3.0)
-    assert abs(found) > 0.1 * wd
-    assert found == pytest.approx(predicted, rel=1e-9)
+    result, predicted = gap(wd, 3.0)
+    assert abs(result) > 0.1 * wd
+    assert result == pytest.approx(predicted, rel=1e-9)

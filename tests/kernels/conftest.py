@@ -1,4 +1,4 @@
-"""Rooms: every implementation of the kernels that this build has."""
+"""Fixtures for every backend of the kernels that this build has."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterator
 import pytest
 
 import backends
-from cases import Room
+from cases import KernelBackend
 from eigenfilter import _core
 
-CPU_ROOMS = [Room("native", isa=isa) for isa in _core.isas()]
-GPU_ROOMS = [Room("triton", "cuda"), Room("reference", "cuda")]
+CPU_BACKENDS = [KernelBackend("native", isa=isa) for isa in _core.isas()]
+GPU_BACKENDS = [KernelBackend("triton", "cuda"), KernelBackend("reference", "cuda")]
 if _core.cuda_compiled:
-    GPU_ROOMS.append(Room("native", "cuda"))
+    GPU_BACKENDS.append(KernelBackend("native", "cuda"))
 
 
-def rooms(*, reference: bool) -> list[object]:
-    """The rooms as parameters; without the reference where others are compared to it."""
-    chosen = [*CPU_ROOMS, Room("reference"), *GPU_ROOMS]
+def backend_params(*, reference: bool) -> list[object]:
+    """The backends as parameters; without the reference where others are compared to it."""
+    chosen = [*CPU_BACKENDS, KernelBackend("reference"), *GPU_BACKENDS]
     if backends.EMULATED:
-        chosen = [Room("native")]
+        chosen = [KernelBackend("native")]
     elif backends.INTERPRETED:
-        chosen = [Room("triton")]
+        chosen = [KernelBackend("triton")]
     return [
-        pytest.param(room, id=str(room), marks=[pytest.mark.gpu] * (room.device == "cuda"))
-        for room in chosen
-        if reference or room.backend != "reference"
+        pytest.param(backend, id=str(backend), marks=[pytest.mark.gpu] * (backend.device == "cuda"))
+        for backend in chosen
+        if reference or backend.name != "reference"
     ]
 
 
@@ -43,10 +43,10 @@ def best_isa() -> Iterator[None]:
     _core.set_isa(before)
 
 
-def _enter(room: Room) -> Room:
-    if room.isa:
-        _core.set_isa(room.isa)
-    return room
+def _enter(backend: KernelBackend) -> KernelBackend:
+    if backend.isa:
+        _core.set_isa(backend.isa)
+    return backend
 
 
 @pytest.fixture(params=["triton"] if backends.INTERPRETED else ["native", "reference"])
@@ -55,12 +55,12 @@ def host_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=rooms(reference=True))
-def room(request: pytest.FixtureRequest) -> Room:
+@pytest.fixture(params=backend_params(reference=True))
+def backend(request: pytest.FixtureRequest) -> KernelBackend:
     return _enter(request.param)
 
 
-@pytest.fixture(params=rooms(reference=False))
-def fast_room(request: pytest.FixtureRequest) -> Room:
-    """A room that has to agree with the reference."""
+@pytest.fixture(params=backend_params(reference=False))
+def fast_backend(request: pytest.FixtureRequest) -> KernelBackend:
+    """A backend that has to agree with the reference."""
     return _enter(request.param)

@@ -43,12 +43,12 @@ def sums(backend: str) -> list[Tensor]:
     t, u = torch.randn(2, 1, LENGTH)
     q, w, v = torch.randn(3, 4, LENGTH)
     factors, square = torch.randn(3, 4).double(), torch.randn(4, 4).double()
-    found = torch.zeros(1)
+    result = torch.zeros(1)
     results = [kernels.norm([t, u], backend=backend)]
     results.append(kernels.norm([t, u], weights=[u, t], backend=backend))
-    kernels.flag_nonfinite([t, u.log()], found, backend=backend)
+    kernels.flag_nonfinite([t, u.log()], result, backend=backend)
     basis = q / LENGTH**0.5
-    results += [found, *kernels.project_out(w, basis, backend=backend)]
+    results += [result, *kernels.project_out(w, basis, backend=backend)]
     results.append(kernels.row_dots(q, w, backend=backend))
     results.append(kernels.three_term(v, q, w, factors, backend=backend))
     results.append(kernels.gram(v, backend=backend))
@@ -75,23 +75,23 @@ def step(method: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:
 
 
 def everything() -> dict[str, list[Tensor]]:
-    found = {f"{each.__name__}": step(each) for each in METHODS}
+    result = {f"{each.__name__}": step(each) for each in METHODS}
     for backend in ("native", "reference"):
-        found[f"updates, {backend}"] = updates(backend)
-        found[f"sums, {backend}"] = sums(backend)
-    return found
+        result[f"updates, {backend}"] = updates(backend)
+        result[f"sums, {backend}"] = sums(backend)
+    return result
 
 
 def compare(expected: dict[str, list[Tensor]]) -> None:
-    """Fail unless everything is as the parent found it, what is compiled to the bit."""
+    """Fail unless all results equal the parent's, those of compiled kernels to the bit."""
     assert _core.is_serial()
     assert torch.get_num_threads() == 1
     for name, tensors in everything().items():
-        for found, known in zip(tensors, expected[name], strict=True):
+        for result, known in zip(tensors, expected[name], strict=True):
             if name.endswith("native"):
-                assert same_bits(found, known), name
+                assert same_bits(result, known), name
             else:
-                torch.testing.assert_close(found, known)
+                torch.testing.assert_close(result, known)
 
 
 def in_fork(act: Callable[[], object]) -> None:

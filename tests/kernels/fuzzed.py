@@ -48,10 +48,10 @@ class Changing(Tensor):
 
 
 def changing() -> list[Tensor]:
-    found: list[Tensor] = [t.as_subclass(Changing) for t in (*tensors(), *tensors())]
-    for t in found:
-        t.lists = (found,)  # type: ignore[attr-defined]
-    return found
+    result: list[Tensor] = [t.as_subclass(Changing) for t in (*tensors(), *tensors())]
+    for t in result:
+        t.lists = (result,)  # type: ignore[attr-defined]
+    return result
 
 
 class Passing:
@@ -79,9 +79,9 @@ class Param:
 
 
 def params_that(change: Callable[[list[Any]], object]) -> list[Any]:
-    found: list[Any] = []
-    found += [Param(found, change) for _ in range(5)]
-    return found
+    result: list[Any] = []
+    result += [Param(result, change) for _ in range(5)]
+    return result
 
 
 class Key:
@@ -109,12 +109,12 @@ def changing_entries() -> tuple[Any, ...]:
     return state, entries, ("momentum",), values
 
 
-class Uninitialised(_core.TensorList):  # type: ignore[misc]
+class Uninitialized(_core.TensorList):  # type: ignore[misc]
     def __init__(self) -> None:
         pass
 
 
-def uninitialised() -> object:
+def uninitialized() -> object:
     return _core.TensorList.__new__(_core.TensorList)  # type: ignore[call-arg]
 
 
@@ -132,7 +132,7 @@ HOSTILE: list[Callable[[], object]] = [
     Stranger,
     Passing,
     lambda: [Passing(), Passing()],
-    uninitialised,
+    uninitialized,
     lambda: _core.TensorList([]),
     lambda: _core.TensorList(tensors(), hold=True, trust=True),
     lambda: made_for_inference(tensor()),
@@ -199,15 +199,15 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
 def functions() -> dict[str, Callable[..., object]]:
     """Every function that `_core` has, by name."""
     listed = _core.TensorList
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         name: value for name, value in vars(_core).items() if callable(value) and name[0] != "_"
     }
     for name in ("__len__", "__getitem__"):
-        found[f"TensorList.{name}"] = vars(listed)[name]
+        result[f"TensorList.{name}"] = vars(listed)[name]
     for name in ("__get__", "__set__"):
-        found[f"TensorList.filled.{name}"] = getattr(vars(listed)["filled"], name)
-    del found["LayoutError"]
-    return found
+        result[f"TensorList.filled.{name}"] = getattr(vars(listed)["filled"], name)
+    del result["LayoutError"]
+    return result
 
 
 def attempt(name: str, function: Callable[..., object], arguments: list[Any], what: str) -> None:
@@ -243,10 +243,10 @@ def fuzz(name: str, function: Callable[..., object], rng: random.Random) -> None
 
 def main() -> None:
     faulthandler.enable()
-    found = functions()
-    assert found.keys() == CALLS.keys(), found.keys() ^ CALLS.keys()
+    result = functions()
+    assert result.keys() == CALLS.keys(), result.keys() ^ CALLS.keys()
     rng = random.Random(11)
-    for name, function in found.items():
+    for name, function in result.items():
         fuzz(name, function, rng)
     same = _core.same_entries(*changing_entries())
     assert not same

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import ALPHA, SCALE, Arena, Room, same_bits
+from cases import ALPHA, SCALE, Arena, KernelBackend, same_bits
 from eigenfilter import kernels
 from tolerances import assert_near, exact
 
@@ -17,10 +17,14 @@ anchors = pytest.mark.parametrize("anchored", [False, True], ids=["from x", "fro
 
 
 def run(
-    room: Room, dtype: torch.dtype, anchored: bool, scale: float | None, found: float | None
+    backend: KernelBackend,
+    dtype: torch.dtype,
+    anchored: bool,
+    scale: float | None,
+    flag: float | None,
 ) -> None:
     """With backups x is NaN, as it must not be read."""
-    arena = Arena(dtype, 3, device=room.device)
+    arena = Arena(dtype, 3, device=backend.device)
     arena.fill(G, B if anchored else X)
     before = [arena.values(i) for i in (X, G, B)]
     x, g, b = arena.lists
@@ -29,14 +33,14 @@ def run(
         g,
         ALPHA,
         b if anchored else None,
-        grad_scale=tensor(scale, room),
-        found_inf=tensor(found, room),
-        backend=room.backend,
+        grad_scale=tensor(scale, backend),
+        found_inf=tensor(flag, backend),
+        backend=backend.name,
     )
     arena.check_margins()
     assert same_bits(arena.values(G), before[G])
     assert same_bits(arena.values(B), before[B])
-    if found:
+    if flag:
         assert same_bits(arena.values(X), before[X])
         return
     origin = exact(before[B if anchored else X])
@@ -44,35 +48,39 @@ def run(
     assert_near(arena.values(X), origin + move, np.abs(origin) + np.abs(move))
 
 
-def tensor(value: float | None, room: Room) -> Tensor | None:
-    return None if value is None else torch.tensor([value], device=room.device)
+def tensor(value: float | None, backend: KernelBackend) -> Tensor | None:
+    return None if value is None else torch.tensor([value], device=backend.device)
 
 
 @anchors
 @pytest.mark.parametrize("scale", [None, SCALE])
-def test_ascend_again(room: Room, dtype: torch.dtype, anchored: bool, scale: float | None) -> None:
-    run(room, dtype, anchored, scale, None)
-
-
-@anchors
-@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
-def test_found_inf_leaves_x_where_it_is(
-    room: Room, dtype: torch.dtype, anchored: bool, found: float
+def test_ascend_again(
+    backend: KernelBackend, dtype: torch.dtype, anchored: bool, scale: float | None
 ) -> None:
-    run(room, dtype, anchored, SCALE, found)
+    run(backend, dtype, anchored, scale, None)
 
 
 @anchors
-def test_it_moves_as_ascend_does(room: Room, dtype: torch.dtype, anchored: bool) -> None:
+@pytest.mark.parametrize("flag", [0.0, 1.0, 2.0])
+def test_found_inf_leaves_x_where_it_is(
+    backend: KernelBackend, dtype: torch.dtype, anchored: bool, flag: float
+) -> None:
+    run(backend, dtype, anchored, SCALE, flag)
+
+
+@anchors
+def test_it_moves_as_ascend_does(
+    backend: KernelBackend, dtype: torch.dtype, anchored: bool
+) -> None:
     """To the bit: over the first ascent's result, which is not read, or from where it began."""
-    arena = Arena(dtype, 3, device=room.device)
+    arena = Arena(dtype, 3, device=backend.device)
     arena.fill(X, G)
     x, g, b = arena.lists
-    kernels.ascend(x, g, b, ALPHA, backend=room.backend)
+    kernels.ascend(x, g, b, ALPHA, backend=backend.name)
     expected = arena.values(X)
     if anchored:
         arena.memory[X].fill_(torch.nan)
     else:
         torch._foreach_copy_(x, b)
-    kernels.ascend_again(x, g, ALPHA, b if anchored else None, backend=room.backend)
+    kernels.ascend_again(x, g, ALPHA, b if anchored else None, backend=backend.name)
     assert same_bits(arena.values(X), expected)

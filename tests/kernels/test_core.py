@@ -1,4 +1,4 @@
-"""`_core` trusts no caller: whatever it is given, it goes on or raises one clear error."""
+"""`_core` trusts no caller: for any argument it succeeds or raises one clear error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_getter_may_shrink_the_list_it_is_in() -> None:
 def test_another_thread_may_empty_a_list_that_is_read() -> None:
     ended = threading.Event()
     lists: list[list[Tensor]] = [[]]
-    found: list[float] = []
+    result: list[float] = []
     messages: set[str] = set()
 
     def empty() -> None:
@@ -71,13 +71,13 @@ def test_another_thread_may_empty_a_list_that_is_read() -> None:
         for _ in range(300):
             lists[0] = [torch.ones(8) for _ in range(200)]
             try:
-                found.append(kernels.norm(lists[0]).item())
+                result.append(kernels.norm(lists[0]).item())
             except ValueError as error:  # it was empty before it was read
                 messages.add(str(error))
     finally:
         ended.set()
         thread.join()
-    assert all(0 < norm <= 40.1 for norm in found)
+    assert all(0 < norm <= 40.1 for norm in result)
     assert messages <= {"no tensors: pass at least one", "tensors is empty"}
 
 

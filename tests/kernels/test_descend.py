@@ -12,21 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import DESCENTS, SCALE, Arena, Descent, Room, same_bits
+from cases import DESCENTS, SCALE, Arena, Descent, KernelBackend, same_bits
 from eigenfilter import kernels
 from tolerances import Exact, assert_near, exact
 
 X, G, M, B = range(4)
 
 
-def arena_for(case: Descent, room: Room, dtype: torch.dtype) -> Arena:
+def arena_for(case: Descent, backend: KernelBackend, dtype: torch.dtype) -> Arena:
     """Lists x, g, m, b; with backups x is NaN, as it must not be read."""
-    arena = Arena(dtype, 4, device=room.device)
+    arena = Arena(dtype, 4, device=backend.device)
     arena.fill(G, M, B if case.backups else X)
     return arena
 
 
-def call(case: Descent, arena: Arena, room: Room, **flags: Tensor) -> None:
+def call(case: Descent, arena: Arena, backend: KernelBackend, **flags: Tensor) -> None:
     params, grads, momenta, backups = arena.lists
     kernels.descend(
         params,
@@ -35,7 +35,7 @@ def call(case: Descent, arena: Arena, room: Room, **flags: Tensor) -> None:
         backups if case.backups else None,
         **case.options(),
         **flags,
-        backend=room.backend,
+        backend=backend.name,
     )
     arena.check_margins()
 
@@ -65,11 +65,13 @@ def expected(
 
 @pytest.mark.parametrize("scale", [None, SCALE])
 @pytest.mark.parametrize("case", DESCENTS, ids=str)
-def test_descend(room: Room, dtype: torch.dtype, case: Descent, scale: float | None) -> None:
-    arena = arena_for(case, room, dtype)
+def test_descend(
+    backend: KernelBackend, dtype: torch.dtype, case: Descent, scale: float | None
+) -> None:
+    arena = arena_for(case, backend, dtype)
     before = [arena.values(i) for i in (X, G, M, B)]
-    flags = {} if scale is None else {"grad_scale": torch.tensor(scale, device=room.device)}
-    call(case, arena, room, **flags)
+    flags = {} if scale is None else {"grad_scale": torch.tensor(scale, device=backend.device)}
+    call(case, arena, backend, **flags)
     x, m = expected(case, before, scale or 1.0)
     assert_near(arena.values(X), *x)
     assert_near(arena.values(M), *m)
@@ -77,24 +79,24 @@ def test_descend(room: Room, dtype: torch.dtype, case: Descent, scale: float | N
     assert same_bits(arena.values(B), before[B])
 
 
-@pytest.mark.parametrize("found", [0.0, 1.0])
+@pytest.mark.parametrize("flag", [0.0, 1.0])
 @pytest.mark.parametrize("case", DESCENTS[::3], ids=str)
 def test_found_inf_restores_x_and_keeps_m(
-    room: Room, dtype: torch.dtype, case: Descent, found: float
+    backend: KernelBackend, dtype: torch.dtype, case: Descent, flag: float
 ) -> None:
-    arena = arena_for(case, room, dtype)
+    arena = arena_for(case, backend, dtype)
     before = [arena.values(i) for i in (X, G, M, B)]
-    call(case, arena, room, found_inf=torch.tensor([found], device=room.device))
+    call(case, arena, backend, found_inf=torch.tensor([flag], device=backend.device))
     stopped = same_bits(arena.values(X), before[B if case.backups else X])
-    assert stopped == bool(found)
-    if found:
+    assert stopped == bool(flag)
+    if flag:
         assert same_bits(arena.values(M), before[M])
     else:
         x, _ = expected(case, before, 1.0)
         assert_near(arena.values(X), *x)
 
 
-def test_no_decay_is_no_multiplication_by_zero(room: Room, dtype: torch.dtype) -> None:
-    x = torch.full((33,), torch.inf, dtype=dtype, device=room.device)
-    kernels.descend([x], [torch.ones_like(x)], lr=0.3, backend=room.backend)
+def test_no_decay_is_no_multiplication_by_zero(backend: KernelBackend, dtype: torch.dtype) -> None:
+    x = torch.full((33,), torch.inf, dtype=dtype, device=backend.device)
+    kernels.descend([x], [torch.ones_like(x)], lr=0.3, backend=backend.name)
     assert x.isposinf().all()

@@ -14,22 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import ADAMW_DESCENTS, SCALE, AdamWDescent, Arena, Room, nonzero, same_bits
+from cases import ADAMW_DESCENTS, SCALE, AdamWDescent, Arena, KernelBackend, nonzero, same_bits
 from eigenfilter import kernels
 from tolerances import ADAMW_AGAINST_TORCH, Exact, adamw_roundings, assert_near, exact
 
 X, G, M, V, B = range(5)
 
 
-def arena_for(case: AdamWDescent, room: Room, dtype: torch.dtype) -> Arena:
+def arena_for(case: AdamWDescent, backend: KernelBackend, dtype: torch.dtype) -> Arena:
     """Lists x, g, m, v, b; with backups x is NaN, as it must not be read."""
-    arena = Arena(dtype, 5, device=room.device)
+    arena = Arena(dtype, 5, device=backend.device)
     arena.fill(G, M, V, B if case.backups else X)
     arena.memory[V].abs_()
     return arena
 
 
-def call(case: AdamWDescent, arena: Arena, room: Room, **flags: Tensor) -> None:
+def call(case: AdamWDescent, arena: Arena, backend: KernelBackend, **flags: Tensor) -> None:
     params, grads, exp_avgs, exp_avg_sqs, backups = arena.lists
     kernels.descend_adamw(
         params,
@@ -39,7 +39,7 @@ def call(case: AdamWDescent, arena: Arena, room: Room, **flags: Tensor) -> None:
         backups if case.backups else None,
         **case.options(),
         **flags,
-        backend=room.backend,
+        backend=backend.name,
     )
     arena.check_margins()
 
@@ -58,9 +58,9 @@ def expected(
     m = beta1 * m + (1 - beta1) * d
     v = beta2 * v + (1 - beta2) * d**2
     rate = lr / (1 - beta1**case.step) / (np.sqrt(v / (1 - beta2**case.step)) + eps)
-    kept = (1 - lr * decay) * x
+    saved = (1 - lr * decay) * x
     return {
-        X: (kept - rate * m, np.abs(kept) + rate * terms_m),
+        X: (saved - rate * m, np.abs(saved) + rate * terms_m),
         M: (m, terms_m),
         V: (v, v),
     }
@@ -79,26 +79,26 @@ def assert_stepped(case: AdamWDescent, arena: Arena, before: list[Tensor], scale
 @pytest.mark.parametrize("scale", [None, SCALE])
 @pytest.mark.parametrize("case", ADAMW_DESCENTS, ids=str)
 def test_descend_adamw(
-    room: Room, dtype: torch.dtype, case: AdamWDescent, scale: float | None
+    backend: KernelBackend, dtype: torch.dtype, case: AdamWDescent, scale: float | None
 ) -> None:
-    arena = arena_for(case, room, dtype)
+    arena = arena_for(case, backend, dtype)
     before = [arena.values(i) for i in (X, G, M, V, B)]
-    flags = {} if scale is None else {"grad_scale": torch.tensor(scale, device=room.device)}
-    call(case, arena, room, **flags)
+    flags = {} if scale is None else {"grad_scale": torch.tensor(scale, device=backend.device)}
+    call(case, arena, backend, **flags)
     assert_stepped(case, arena, before, scale or 1.0)
     assert same_bits(arena.values(G), before[G])
     assert same_bits(arena.values(B), before[B])
 
 
-@pytest.mark.parametrize("found", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("flag", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("case", ADAMW_DESCENTS[1::3], ids=str)
 def test_found_inf_restores_x_and_keeps_m_and_v(
-    room: Room, dtype: torch.dtype, case: AdamWDescent, found: float
+    backend: KernelBackend, dtype: torch.dtype, case: AdamWDescent, flag: float
 ) -> None:
-    arena = arena_for(case, room, dtype)
+    arena = arena_for(case, backend, dtype)
     before = [arena.values(i) for i in (X, G, M, V, B)]
-    call(case, arena, room, found_inf=torch.tensor([found], device=room.device))
-    if found:
+    call(case, arena, backend, found_inf=torch.tensor([flag], device=backend.device))
+    if flag:
         assert same_bits(arena.values(X), before[B if case.backups else X])
         assert same_bits(arena.values(M), before[M])
         assert same_bits(arena.values(V), before[V])
@@ -106,12 +106,12 @@ def test_found_inf_restores_x_and_keeps_m_and_v(
         assert_stepped(case, arena, before, 1.0)
 
 
-def test_what_never_had_a_gradient_only_decays(room: Room, dtype: torch.dtype) -> None:
+def test_what_never_had_a_gradient_only_decays(backend: KernelBackend, dtype: torch.dtype) -> None:
     """0 / (0 + eps), with an eps that float16 cannot hold."""
-    x = torch.full((33,), 2.0, dtype=dtype, device=room.device)
+    x = torch.full((33,), 2.0, dtype=dtype, device=backend.device)
     g, m, v = (torch.zeros_like(x) for _ in range(3))
     kernels.descend_adamw(
-        [x], [g], [m], [v], lr=0.5, eps=1e-30, weight_decay=0.5, step=3, backend=room.backend
+        [x], [g], [m], [v], lr=0.5, eps=1e-30, weight_decay=0.5, step=3, backend=backend.name
     )
     assert torch.equal(x, torch.full_like(x, 1.5))
     assert not m.any()
@@ -119,7 +119,7 @@ def test_what_never_had_a_gradient_only_decays(room: Room, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("T", [torch.float32, torch.float64], ids=str)
-def test_roots_and_quotients_are_rounded_once(room: Room, T: torch.dtype) -> None:
+def test_roots_and_quotients_are_rounded_once(backend: KernelBackend, T: torch.dtype) -> None:
     """Of every size, subnormals and infinity among them, as IEEE prescribes.
 
     Without a gradient, with betas of 1/2 and bias corrections of 1: x = -(m/2) / (sqrt(v/2) + eps).
@@ -133,10 +133,10 @@ def test_roots_and_quotients_are_rounded_once(room: Room, T: torch.dtype) -> Non
     assert (v < np.finfo(real).tiny).any()
     with np.errstate(all="ignore"):
         quotient = 0 - half * m / (np.sqrt(half * v) + eps)
-    x, g = (torch.zeros(m.size, dtype=T, device=room.device) for _ in range(2))
-    first, second = (torch.from_numpy(t.copy()).to(room.device) for t in (m, v))
+    x, g = (torch.zeros(m.size, dtype=T, device=backend.device) for _ in range(2))
+    first, second = (torch.from_numpy(t.copy()).to(backend.device) for t in (m, v))
     options = {"lr": 1.0, "beta1": 0.5, "beta2": 0.5, "eps": 2.0**-70, "weight_decay": 0.0}
-    kernels.descend_adamw([x], [g], [first], [second], **options, step=5000, backend=room.backend)
+    kernels.descend_adamw([x], [g], [first], [second], **options, step=5000, backend=backend.name)
     finite = np.isfinite(quotient)
     assert finite.sum() > 3000
     assert same_bits(x.cpu()[finite], torch.from_numpy(quotient[finite]))
@@ -157,11 +157,11 @@ class Run:
         self.x = self.x.clone()
         self.m, self.v = torch.zeros_like(self.x), torch.zeros_like(self.x)
 
-    def ours(self, grads: list[Tensor], room: Room) -> None:
+    def ours(self, grads: list[Tensor], backend: KernelBackend) -> None:
         for g in grads:
             self.taken += 1
             lists = [self.x], [g], [self.m], [self.v]
-            kernels.descend_adamw(*lists, **self.options, step=self.taken, backend=room.backend)
+            kernels.descend_adamw(*lists, **self.options, step=self.taken, backend=backend.name)
 
     def torchs(self, grads: list[Tensor]) -> None:
         """A new optimizer each time, which loads the state."""
@@ -188,20 +188,20 @@ class Run:
 
 @pytest.mark.parametrize("T", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
-def test_runs_are_torchs(room: Room, T: torch.dtype, maximize: bool) -> None:
+def test_runs_are_torchs(backend: KernelBackend, T: torch.dtype, maximize: bool) -> None:
     """Also where one goes on from the other's state."""
     steps, allowed = 6, ADAMW_AGAINST_TORCH[T]
-    start = nonzero((1000,), T).to(room.device)
-    grads = [nonzero((1000,), T).to(room.device) for _ in range(steps)]
+    start = nonzero((1000,), T).to(backend.device)
+    grads = [nonzero((1000,), T).to(backend.device) for _ in range(steps)]
     options = AdamWDescent(False, True, maximize, 1).options() | {"lr": 0.0113}
     del options["step"]
     runs = [Run(start, options) for _ in range(4)]
     runs[0].torchs(grads)
-    runs[1].ours(grads, room)
-    runs[2].ours(grads[:3], room)
+    runs[1].ours(grads, backend)
+    runs[2].ours(grads[:3], backend)
     runs[2].torchs(grads[3:])
     runs[3].torchs(grads[:3])
-    runs[3].ours(grads[3:], room)
+    runs[3].ours(grads[3:], backend)
     assert (runs[0].x - start).abs().mean() > 1e-2
     for run in runs[1:]:
         assert run.taken == steps

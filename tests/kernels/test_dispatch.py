@@ -48,10 +48,10 @@ def test_every_backend_has_every_kernel() -> None:
     # orthonormalise is made of others
     names = set(kernels.__all__) - {"BACKENDS", "Backend", "select", "orthonormalise"}
     assert names >= {update.kernel for update in UPDATES} | {"norm", "flag_nonfinite"}
-    for room in (kernels.select("cpu", name) for name in ("native", "reference")):
+    for backend in (kernels.select("cpu", name) for name in ("native", "reference")):
         for name in names:
             promised = inspect.signature(getattr(kernels.Backend, name)).parameters
-            assert list(inspect.signature(getattr(room, name)).parameters) == list(promised)[1:]
+            assert list(inspect.signature(getattr(backend, name)).parameters) == list(promised)[1:]
 
 
 def test_an_unknown_backend_is_told_the_known_ones() -> None:
@@ -204,12 +204,12 @@ class NoTriton:
             raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
 
-@pytest.mark.parametrize("backend", [None, "native", "reference"])
-def test_no_tensors(backend: str | None) -> None:
+@pytest.mark.parametrize("backend_name", [None, "native", "reference"])
+def test_no_tensors(backend_name: str | None) -> None:
     with pytest.raises(ValueError, match="no tensors: pass at least one"):
-        kernels.ascend([], [], [], 0.1, backend=backend)
+        kernels.ascend([], [], [], 0.1, backend=backend_name)
     with pytest.raises(ValueError, match="no tensors: pass at least one"):
-        kernels.norm([], backend=backend)
+        kernels.norm([], backend=backend_name)
 
 
 def test_an_unknown_instruction_set() -> None:

@@ -47,9 +47,9 @@ def test_updates_go_to_the_local_shard(mesh: DeviceMesh, wrap: type, placement: 
 def test_reductions_read_the_local_shard(mesh: DeviceMesh) -> None:
     plain = [torch.randn(6, 5) for _ in range(3)]
     sharded = [distribute_tensor(t, mesh, [Shard(0)]) for t in plain]
-    found = torch.zeros(1)
-    kernels.flag_nonfinite(sharded, found)
-    assert found == 0
+    result = torch.zeros(1)
+    kernels.flag_nonfinite(sharded, result)
+    assert result == 0
     weighted = kernels.norm(sharded, weights=sharded)
     assert weighted.item() == kernels.norm(plain, weights=plain).item()
 

@@ -1,4 +1,4 @@
-"""What does not go together is refused by name, before anything is written."""
+"""Arguments that do not fit together are refused by name, before the first write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPE = (4, 6)
 
 
 class Wrapper(Tensor):
-    """A tensor without memory, as quantisation and distribution libraries make them."""
+    """A tensor without memory, as quantization and distribution libraries make them."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapper:
@@ -316,7 +316,7 @@ def test_partial_overlap(distance: int) -> None:
     call.refused(ValueError, r"params\[[01]\] and params\[[01]\] share memory")
 
 
-def test_neighbours_do_not_overlap() -> None:
+def test_neighbors_do_not_overlap() -> None:
     memory = torch.randn(48)
     params = [memory[24:].view(SHAPE), memory[:24].view(SHAPE)]
     before = memory.clone()
@@ -343,11 +343,11 @@ def test_mixed_devices() -> None:
 
 def test_norm_and_flag_name_their_tensors() -> None:
     lists = [torch.ones(3), torch.ones(3, dtype=torch.int64)]
-    found = torch.zeros(1)
-    for call in (lambda: kernels.norm(lists), lambda: kernels.flag_nonfinite(lists, found)):
+    result = torch.zeros(1)
+    for call in (lambda: kernels.norm(lists), lambda: kernels.flag_nonfinite(lists, result)):
         with pytest.raises(TypeError, match=r"^tensors\[1\] is int64: supported are"):
             call()
-    assert found == 0
+    assert result == 0
 
 
 WEIGHTS = {
@@ -369,13 +369,13 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
 @pytest.mark.parametrize("what", WEIGHTS)
-def test_norm_names_its_weights(what: str, backend: str) -> None:
+def test_norm_names_its_weights(what: str, backend_name: str) -> None:
     make, error, message = WEIGHTS[what]
     lists, out = [torch.ones(3), torch.ones(3)], torch.full((), torch.nan)
     with pytest.raises(error, match=f"^{message}"):
-        kernels.norm(lists, weights=make(lists), out=out, backend=backend)
+        kernels.norm(lists, weights=make(lists), out=out, backend=backend_name)
     assert out.isnan()
 
 
@@ -388,7 +388,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("what", SPOILT)
 def test_the_reference_refuses_what_the_others_refuse(what: str) -> None:
-    """One contract in all rooms: broadcasting, or half of an update, would be a wrong result."""
+    """All backends share one contract: broadcasting, or half an update, would be a wrong result."""
     spoil, error = SPOILT[what]
     call = Call()
     spoil(call.lists)

@@ -81,11 +81,11 @@ CHANGED = r"{} changed while the arguments were read"
 @pytest.mark.parametrize("free", [shrink, replace])
 @pytest.mark.parametrize("which", range(3), ids=["params", "grads", "backups"])
 def test_by_a_number(which: int, free: Callable[[Tensor], Free]) -> None:
-    given = lists(3)
+    inputs = lists(3)
     name = ("params", "grads", "backups")[which]
     with pytest.raises(RuntimeError, match=CHANGED.format(rf"{name}\[1\]")):
-        kernels.ascend(*given, Number(free(given[which][1])), backend="native")  # type: ignore[arg-type]
-    assert torch.equal(given[0][0], torch.ones(1000))
+        kernels.ascend(*inputs, Number(free(inputs[which][1])), backend="native")  # type: ignore[arg-type]
+    assert torch.equal(inputs[0][0], torch.ones(1000))
 
 
 def test_by_a_number_after_a_flag_and_a_scalar() -> None:
@@ -123,9 +123,9 @@ def test_by_the_basis_of_a_projection() -> None:
     sums, norms = torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for victim, name, bad in ((w, "w", "basis"), (q, "basis", "norms")):
         basis = asked(q, shrink(victim)) if bad == "basis" else q
-        found = asked(norms, shrink(victim)) if bad == "norms" else norms
+        result = asked(norms, shrink(victim)) if bad == "norms" else norms
         with pytest.raises(RuntimeError, match=CHANGED.format(rf"{name}\[0\]")):
-            _core.project_out([w], [basis], 1, 2, sums, found, None, 1, 1)
+            _core.project_out([w], [basis], 1, 2, sums, result, None, 1, 1)
         victim.untyped_storage().resize_(victim.numel() * 4)
         victim.fill_(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import UPDATES, Room, Update, same_bits
+from cases import UPDATES, KernelBackend, Update, same_bits
 from eigenfilter import kernels
 
 
@@ -14,43 +14,45 @@ def fitting(roles: int, argument_bytes: int) -> int:
     return (argument_bytes - 512 - 16) // (8 * roles + 8)
 
 
-def numbers(roles: int, room: Room) -> list[int]:
+def numbers(roles: int, backend: KernelBackend) -> list[int]:
     """Below, at and above what one launch takes, in either form; others have no such forms."""
     few, many = fitting(roles, 4096), fitting(roles, 32764)
-    if room.backend != "native":
+    if backend.name != "native":
         return [1, few]
     return [1, few - 1, few, few + 1, many, many + 1, many + few]
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=str)
-def test_updates_of_any_number_of_tensors(fast_room: Room, update: Update) -> None:
-    for n in numbers(len(update.lists), fast_room):
+def test_updates_of_any_number_of_tensors(fast_backend: KernelBackend, update: Update) -> None:
+    for n in numbers(len(update.lists), fast_backend):
         results = []
-        for room in (fast_room, Room("reference", fast_room.device)):
+        for backend in (fast_backend, KernelBackend("reference", fast_backend.device)):
             torch.manual_seed(n)
-            arena = update.arena(torch.float32, [3] * n, room.device)
-            update(arena.lists, backend=room.backend)
+            arena = update.arena(torch.float32, [3] * n, backend.device)
+            update(arena.lists, backend=backend.name)
             arena.check_margins()
             results.append([arena.values(i).cpu() for i in range(len(arena.lists))])
         assert all(map(same_bits, *results)), n
 
 
 @pytest.mark.parametrize("lists", [1, 2])
-def test_norms_of_any_number_of_tensors(fast_room: Room, lists: int) -> None:
-    for n in numbers(lists, fast_room):
-        tensors, weights = torch.rand(2, n, 3, dtype=torch.float64, device=fast_room.device) + 0.5
-        given = {"weights": list(weights)} if lists == 2 else {}
-        norm = kernels.norm(list(tensors), **given, backend=fast_room.backend)
+def test_norms_of_any_number_of_tensors(fast_backend: KernelBackend, lists: int) -> None:
+    for n in numbers(lists, fast_backend):
+        tensors, weights = (
+            torch.rand(2, n, 3, dtype=torch.float64, device=fast_backend.device) + 0.5
+        )
+        inputs = {"weights": list(weights)} if lists == 2 else {}
+        norm = kernels.norm(list(tensors), **inputs, backend=fast_backend.name)
         expected = torch.linalg.vector_norm(tensors * weights if lists == 2 else tensors)
         torch.testing.assert_close(norm, expected, rtol=1e-13, atol=0)
 
 
-def test_the_flag_of_any_number_of_tensors(fast_room: Room) -> None:
-    for n in numbers(1, fast_room):
-        tensors = list(torch.ones(n, 3, device=fast_room.device))
-        found = torch.zeros(1, device=fast_room.device)
-        kernels.flag_nonfinite(tensors, found, backend=fast_room.backend)
-        assert found.item() == 0, n
+def test_the_flag_of_any_number_of_tensors(fast_backend: KernelBackend) -> None:
+    for n in numbers(1, fast_backend):
+        tensors = list(torch.ones(n, 3, device=fast_backend.device))
+        result = torch.zeros(1, device=fast_backend.device)
+        kernels.flag_nonfinite(tensors, result, backend=fast_backend.name)
+        assert result.item() == 0, n
         tensors[-1][-1] = torch.inf
-        kernels.flag_nonfinite(tensors, found, backend=fast_room.backend)
-        assert found.item() == 1, n
+        kernels.flag_nonfinite(tensors, result, backend=fast_backend.name)
+        assert result.item() == 1, n

@@ -1,4 +1,4 @@
-"""gram, mix_rows and what they make together, the orthonormalisation of a block."""
+"""gram, mix_rows and what they make together, the orthonormalization of a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Room, columns, same_bits
+from cases import KernelBackend, columns, same_bits
 from eigenfilter import _core, kernels
 
 # Below, at and above the sums taken side by side, what is in double at once, blocks and tiles.
@@ -35,26 +35,26 @@ def conditioned(condition: float, count: int, size: int, dtype: torch.dtype) -> 
     return ((v * values) @ u.T).to(dtype).contiguous()
 
 
-def check(room: Room, dtype: torch.dtype, count: int, size: int) -> None:
-    v = rows(count, size, dtype, room.device)
-    found = kernels.gram(v, backend=room.backend)
-    for products, row in zip(found, v.double(), strict=True):
+def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> None:
+    v = rows(count, size, dtype, backend.device)
+    result = kernels.gram(v, backend=backend.name)
+    for products, row in zip(result, v.double(), strict=True):
         terms = v.double() * row  # summed pairwise; the reference's one by one
         bound = 256 * torch.finfo(torch.float64).eps * terms.abs().sum(1)
         assert ((products - terms.sum(1)).abs() <= bound).all()
-    assert same_bits(found, found.T.contiguous())
-    f = rows(count, count, torch.float64, room.device)
+    assert same_bits(result, result.T.contiguous())
+    f = rows(count, count, torch.float64, backend.device)
     expected = v.clone()
     kernels.mix_rows(expected, f, backend="reference")
-    kernels.mix_rows(v, f, backend=room.backend)
+    kernels.mix_rows(v, f, backend=backend.name)
     assert same_bits(v, expected)
 
 
 def deviation(v: Tensor, alive: int) -> float:
     """Return max |V V^T - I|, rows of zeros left out; fail unless so many are not zero."""
-    kept = v[v.any(1)].double()
-    assert len(kept) == alive
-    return float((kept @ kept.T - torch.eye(alive).to(kept)).abs().max())
+    saved = v[v.any(1)].double()
+    assert len(saved) == alive
+    return float((saved @ saved.T - torch.eye(alive).to(saved)).abs().max())
 
 
 def loss(before: Tensor, lower: Tensor, v: Tensor) -> float:
@@ -65,15 +65,15 @@ def loss(before: Tensor, lower: Tensor, v: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_against_float64(room: Room, dtype: torch.dtype, size: int) -> None:
+def test_against_float64(backend: KernelBackend, dtype: torch.dtype, size: int) -> None:
     for count in COUNTS:
-        check(room, dtype, count, size)
+        check(backend, dtype, count, size)
 
 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
 @pytest.mark.usefixtures("threads")
 def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: torch.dtype) -> None:
-    found = []
+    result = []
     for isa in _core.isas():
         _core.set_isa(isa)
         for threads in (1, 2, 3):
@@ -81,18 +81,18 @@ def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: t
             v = rows(5, 300_001, dtype)
             g = kernels.gram(v)
             kernels.mix_rows(v, g)
-            found.append([g, v])
-    for other in found[1:]:
-        assert all(map(same_bits, other, found[0]))
+            result.append([g, v])
+    for other in result[1:]:
+        assert all(map(same_bits, other, result[0]))
 
 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
-def test_any_condition(room: Room, dtype: torch.dtype, condition: float) -> None:
-    """No worse than torch's QR, but for a few roundings; and lower triangular."""
-    before = conditioned(condition, 8, 3000, dtype).to(room.device)
+def test_any_condition(backend: KernelBackend, dtype: torch.dtype, condition: float) -> None:
+    """No worse than torch's QR, up to a few roundings; and lower triangular."""
+    before = conditioned(condition, 8, 3000, dtype).to(backend.device)
     v = before.clone()
-    lower = kernels.orthonormalise(v, backend=room.backend)
+    lower = kernels.orthonormalise(v, backend=backend.name)
     q = torch.linalg.qr(before.T).Q.T
     eps = torch.finfo(dtype).eps
     assert deviation(v, 8) <= deviation(q, 8) + ROUNDINGS * eps
@@ -101,21 +101,21 @@ def test_any_condition(room: Room, dtype: torch.dtype, condition: float) -> None
     assert (lower.diagonal() > 0).all()
 
 
-def test_float64_at_a_condition_that_its_gram_matrix_does_not_see(room: Room) -> None:
-    before = conditioned(1e12, 8, 3000, torch.float64).to(room.device)
+def test_float64_at_a_condition_that_its_gram_matrix_does_not_see(backend: KernelBackend) -> None:
+    before = conditioned(1e12, 8, 3000, torch.float64).to(backend.device)
     v = before.clone()
-    kernels.orthonormalise(v, backend=room.backend)
+    kernels.orthonormalise(v, backend=backend.name)
     assert deviation(v, 8) < 1e-14
 
 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
-def test_rows_that_depend_on_others_become_zero(room: Room, dtype: torch.dtype) -> None:
-    before = rows(8, 3000, dtype, room.device)
+def test_rows_that_depend_on_others_become_zero(backend: KernelBackend, dtype: torch.dtype) -> None:
+    before = rows(8, 3000, dtype, backend.device)
     before[2] = 0
     before[4] = before[1]  # to the bit
     before[6] = 0.5 * before[0] - 4 * before[3]  # but for rounding, which may count as its own
     v = before.clone()
-    lower = kernels.orthonormalise(v, backend=room.backend)
+    lower = kernels.orthonormalise(v, backend=backend.name)
     assert not v[[2, 4]].any()
     assert not lower.diagonal()[[2, 4]].any()
     eps = torch.finfo(dtype).eps
@@ -124,51 +124,51 @@ def test_rows_that_depend_on_others_become_zero(room: Room, dtype: torch.dtype) 
     assert lower.diagonal()[6] < 8 * eps * before[6].double().norm()
 
 
-def test_all_zero_and_nothing(room: Room) -> None:
-    v = torch.zeros(3, 100, device=room.device)
-    assert not kernels.orthonormalise(v, backend=room.backend).any()
+def test_all_zero_and_nothing(backend: KernelBackend) -> None:
+    v = torch.zeros(3, 100, device=backend.device)
+    assert not kernels.orthonormalise(v, backend=backend.name).any()
     assert not v.any()
     for shape in ((0, 100), (3, 0)):
-        empty = torch.empty(shape, device=room.device)
-        assert kernels.orthonormalise(empty, backend=room.backend).shape == (shape[0], shape[0])
+        empty = torch.empty(shape, device=backend.device)
+        assert kernels.orthonormalise(empty, backend=backend.name).shape == (shape[0], shape[0])
 
 
-def test_lengths_do_not_matter(room: Room) -> None:
+def test_lengths_do_not_matter(backend: KernelBackend) -> None:
     """Rows of very different lengths lose nothing to each other."""
-    v = rows(4, 1000, torch.float32, room.device)
-    v *= torch.tensor([1e-15, 1e15, 1.0, 1e-20], device=room.device)[:, None]
-    kernels.orthonormalise(v, backend=room.backend)
+    v = rows(4, 1000, torch.float32, backend.device)
+    v *= torch.tensor([1e-15, 1e15, 1.0, 1e-20], device=backend.device)[:, None]
+    kernels.orthonormalise(v, backend=backend.name)
     assert deviation(v, 4) < 1e-6
 
 
 @pytest.mark.parametrize("power", [-950, -600, 600, 1015])
-def test_lengths_of_which_squares_are_no_numbers(room: Room, power: int) -> None:
+def test_lengths_of_which_squares_are_no_numbers(backend: KernelBackend, power: int) -> None:
     """A power of two, also one a row, changes nothing but the lengths."""
-    v = rows(4, 300, torch.float64, room.device)
+    v = rows(4, 300, torch.float64, backend.device)
     v[3] = v[0] - v[1]
     sizes = torch.ldexp(torch.ones(4).to(v), torch.tensor([power, power // 2, power, power]).to(v))
     scaled = (sizes[:, None] * v).contiguous()
-    expected = kernels.orthonormalise(v, backend=room.backend)
-    found = kernels.orthonormalise(scaled, backend=room.backend)
-    assert found[3, 3] == 0
+    expected = kernels.orthonormalise(v, backend=backend.name)
+    result = kernels.orthonormalise(scaled, backend=backend.name)
+    assert result[3, 3] == 0
     assert same_bits(scaled, v)
-    assert same_bits(found, sizes[:, None] * expected)
+    assert same_bits(result, sizes[:, None] * expected)
 
 
-def test_slices_are_added_up(room: Room) -> None:
+def test_slices_are_added_up(backend: KernelBackend) -> None:
     """Where another process holds as much again, all inner products are twice as large."""
-    v = conditioned(1e4, 5, 2000, torch.float32).to(room.device)
+    v = conditioned(1e4, 5, 2000, torch.float32).to(backend.device)
     alone = v.clone()
-    expected = kernels.orthonormalise(alone, backend=room.backend)
-    lower = kernels.orthonormalise(v, total=lambda g: 2 * g, backend=room.backend)
+    expected = kernels.orthonormalise(alone, backend=backend.name)
+    lower = kernels.orthonormalise(v, total=lambda g: 2 * g, backend=backend.name)
     torch.testing.assert_close(lower, 2**0.5 * expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(v, alone / 2**0.5, rtol=1e-3, atol=1e-6)
 
 
-def test_nonfinite_values_come_through(room: Room) -> None:
-    v = rows(3, 100, torch.float32, room.device)
+def test_nonfinite_values_come_through(backend: KernelBackend) -> None:
+    v = rows(3, 100, torch.float32, backend.device)
     v[1, 50] = torch.nan
-    lower = kernels.orthonormalise(v, backend=room.backend)
+    lower = kernels.orthonormalise(v, backend=backend.name)
     assert lower.isnan().any()
     assert v[1].isnan().any()
 
@@ -200,5 +200,5 @@ def test_triton_under_the_interpreter() -> None:
 if __name__ == "__main__":
     for dtype in VECTORS:
         for size in (1, 100, 1024, 2500):
-            check(Room("triton"), dtype, 5, size)
-        test_rows_that_depend_on_others_become_zero(Room("triton"), dtype)
+            check(KernelBackend("triton"), dtype, 5, size)
+        test_rows_that_depend_on_others_become_zero(KernelBackend("triton"), dtype)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Room, columns, same_bits
+from cases import KernelBackend, columns, same_bits
 from eigenfilter import _core, kernels
 
 # Below, at and above registers, groups and blocks of columns.
@@ -42,23 +42,25 @@ def exact(w: Tensor, basis: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor
     return w, total, torch.linalg.vector_norm(w, dim=-1)
 
 
-def check(room: Room, dtype: torch.dtype, vector: torch.dtype, rows: int, size: int) -> None:
+def check(
+    backend: KernelBackend, dtype: torch.dtype, vector: torch.dtype, rows: int, size: int
+) -> None:
     """A few roundings are allowed, relative to w, whose elements are of size 1.
 
     In float64 no wider type is left to subtract in: each row that is taken off, in each pass,
     rounds by half a unit of what the element consists of.
     """
     eps = torch.finfo(vector).eps
-    basis = orthonormal(rows, size, dtype, room.device)
+    basis = orthonormal(rows, size, dtype, backend.device)
     for shape in ((size,), (3, size)):
         for passes in (1, 2):
-            w = vectors(shape, vector, room.device)
+            w = vectors(shape, vector, backend.device)
             expected, total, norm = exact(w, basis, passes)
             allowed = torch.full_like(expected, 8 * eps)
             if vector == torch.float64:
                 terms = w.abs() + total.abs() @ basis.double().abs()
                 allowed = (4 + passes * rows / 2 * terms) * eps
-            c, norms = kernels.project_out(w, basis, passes=passes, backend=room.backend)
+            c, norms = kernels.project_out(w, basis, passes=passes, backend=backend.name)
             scale = eps * size**0.5
             torch.testing.assert_close(c, total, rtol=0, atol=4 * scale)
             assert ((w.double() - expected).abs() <= allowed).all()
@@ -67,50 +69,52 @@ def check(room: Room, dtype: torch.dtype, vector: torch.dtype, rows: int, size: 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_against_float64(room: Room, dtype: torch.dtype, vector: torch.dtype, size: int) -> None:
+def test_against_float64(
+    backend: KernelBackend, dtype: torch.dtype, vector: torch.dtype, size: int
+) -> None:
     for rows in (1, 3, 4, 9):
-        check(room, dtype, vector, rows, size)
+        check(backend, dtype, vector, rows, size)
 
 
-def test_what_is_left_is_orthogonal_after_two_passes(room: Room) -> None:
+def test_what_is_left_is_orthogonal_after_two_passes(backend: KernelBackend) -> None:
     """Of a vector that lies all but in the span: one pass leaves roundings of its length."""
-    basis = orthonormal(40, 3000, torch.float64, room.device)
-    inside = basis.sum(0) + 1e-9 * vectors((3000,), torch.float64, room.device)
+    basis = orthonormal(40, 3000, torch.float64, backend.device)
+    inside = basis.sum(0) + 1e-9 * vectors((3000,), torch.float64, backend.device)
     left = []
     for passes in (1, 2):
         w = inside.clone()
-        _, norm = kernels.project_out(w, basis, passes=passes, backend=room.backend)
+        _, norm = kernels.project_out(w, basis, passes=passes, backend=backend.name)
         left.append(float((basis @ w).abs().max() / norm))
     assert left[1] < 1e-14 < left[0]
 
 
-def test_no_rows(room: Room) -> None:
-    w = vectors((100,), torch.float32, room.device)
+def test_no_rows(backend: KernelBackend) -> None:
+    w = vectors((100,), torch.float32, backend.device)
     before = w.clone()
-    c, norm = kernels.project_out(w, w.new_empty(0, 100), backend=room.backend)
+    c, norm = kernels.project_out(w, w.new_empty(0, 100), backend=backend.name)
     assert c.shape == (0,)
     assert same_bits(w, before)
     torch.testing.assert_close(norm, torch.linalg.vector_norm(w.double()))
 
 
 @pytest.mark.parametrize("shape", [(0, 100), (3, 0), (0,)])
-def test_nothing_to_project(room: Room, shape: tuple[int, ...]) -> None:
-    w = torch.empty(shape, device=room.device)
-    basis = torch.empty(2, shape[-1], device=room.device)
-    c, norms = kernels.project_out(w, basis, backend=room.backend)
+def test_nothing_to_project(backend: KernelBackend, shape: tuple[int, ...]) -> None:
+    w = torch.empty(shape, device=backend.device)
+    basis = torch.empty(2, shape[-1], device=backend.device)
+    c, norms = kernels.project_out(w, basis, backend=backend.name)
     assert c.shape == (*shape[:-1], 2)
     assert norms.shape == shape[:-1]
     assert not c.any()
     assert not norms.any()
 
 
-def test_memory_that_is_shared_is_refused(room: Room) -> None:
-    rows = orthonormal(6, 100, torch.float32, room.device)
+def test_memory_that_is_shared_is_refused(backend: KernelBackend) -> None:
+    rows = orthonormal(6, 100, torch.float32, backend.device)
     before = rows.clone()
     with pytest.raises(ValueError, match="shares memory"):
-        kernels.project_out(rows[4:6], rows, backend=room.backend)
+        kernels.project_out(rows[4:6], rows, backend=backend.name)
     assert same_bits(rows, before)
-    kernels.project_out(rows[5], rows[:5], backend=room.backend)  # side by side
+    kernels.project_out(rows[5], rows[:5], backend=backend.name)  # side by side
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=str)
@@ -119,30 +123,30 @@ def test_the_same_bits_from_every_instruction_set_and_number_of_threads(
     dtype: torch.dtype, vector: torch.dtype
 ) -> None:
     basis = orthonormal(9, 5000, dtype).repeat(1, 40)
-    found = []
+    result = []
     for isa in _core.isas():
         _core.set_isa(isa)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             w = vectors((2, basis.shape[1]), vector)
-            found.append([w, *kernels.project_out(w, basis)])
-    for other in found[1:]:
-        assert all(map(same_bits, other, found[0]))
+            result.append([w, *kernels.project_out(w, basis)])
+    for other in result[1:]:
+        assert all(map(same_bits, other, result[0]))
 
 
-def test_nonfinite_values_come_through(room: Room) -> None:
-    basis = orthonormal(3, 100, torch.float32, room.device)
-    w = vectors((100,), torch.float32, room.device)
+def test_nonfinite_values_come_through(backend: KernelBackend) -> None:
+    basis = orthonormal(3, 100, torch.float32, backend.device)
+    w = vectors((100,), torch.float32, backend.device)
     w[50] = torch.nan
-    c, norm = kernels.project_out(w, basis, backend=room.backend)
+    c, norm = kernels.project_out(w, basis, backend=backend.name)
     assert c.isnan().all()
     assert norm.isnan()
 
 
-def test_version_counters_are_bumped(room: Room) -> None:
-    w = vectors((100,), torch.float32, room.device)
+def test_version_counters_are_bumped(backend: KernelBackend) -> None:
+    w = vectors((100,), torch.float32, backend.device)
     before = w._version
-    kernels.project_out(w, orthonormal(2, 100, torch.float32, room.device), backend=room.backend)
+    kernels.project_out(w, orthonormal(2, 100, torch.float32, backend.device), backend=backend.name)
     assert w._version > before
 
 
@@ -178,6 +182,6 @@ def test_triton_under_the_interpreter() -> None:
 if __name__ == "__main__":
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for size in (1, 100, 1024, 2500):
-            check(Room("triton"), dtype, torch.float32, 3, size)
-    check(Room("triton"), torch.float64, torch.float64, 9, 3000)
-    test_no_rows(Room("triton"))
+            check(KernelBackend("triton"), dtype, torch.float32, 3, size)
+    check(KernelBackend("triton"), torch.float64, torch.float64, 9, 3000)
+    test_no_rows(KernelBackend("triton"))

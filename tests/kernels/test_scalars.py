@@ -1,4 +1,4 @@
-"""Hyperparameters as numbers and as tensors, and the flags a scaler hands over."""
+"""Hyperparameters as numbers and as tensors, and the flags that a scaler sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import ALPHA, SCALE, UPDATES, Arena, Room, Update, same_bits
+from cases import ALPHA, SCALE, UPDATES, Arena, KernelBackend, Update, same_bits
 from eigenfilter import _core, kernels
 
 SIZES = (5, 64, 1000)
@@ -22,7 +22,7 @@ HYPERPARAMETERS = {f"{u.kernel}-{name}": (u, name) for u in UPDATES for name in 
 
 def updated(
     update: Update,
-    room: Room,
+    backend: KernelBackend,
     dtype: torch.dtype,
     wrap: Callable[[float], Any] = float,
     divisor: float = 1.0,
@@ -30,20 +30,20 @@ def updated(
 ) -> Tensor:
     """What the update writes, hyperparameters being wrapped and gradients divided before."""
     torch.manual_seed(8)
-    arena = update.arena(dtype, SIZES, room.device)
+    arena = update.arena(dtype, SIZES, backend.device)
     for i, role in enumerate(update.lists):
         if role in ("grads", "base_grads"):
             arena.memory[i] /= divisor
     options = {name: wrap(update.options[name]) for name in update.hyperparameters}
-    update(arena.lists, **options, **flags, backend=room.backend)
+    update(arena.lists, **options, **flags, backend=backend.name)
     return torch.cat([arena.values(update.lists.index(role)) for role in update.writes])
 
 
-def ascended(room: Room, dtype: torch.dtype, alpha: Any, **flags: Any) -> Tensor:
+def ascended(backend: KernelBackend, dtype: torch.dtype, alpha: Any, **flags: Any) -> Tensor:
     torch.manual_seed(9)
-    arena = Arena(dtype, 3, SIZES, room.device)
+    arena = Arena(dtype, 3, SIZES, backend.device)
     arena.fill(0, 1)
-    kernels.ascend(*arena.lists, alpha, **flags, backend=room.backend)
+    kernels.ascend(*arena.lists, alpha, **flags, backend=backend.name)
     return arena.values(0)
 
 
@@ -54,72 +54,74 @@ def rounded(value: float) -> float:
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-dim"])
 @every_update
 def test_float64_tensors_equal_floats(
-    room: Room, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
+    backend: KernelBackend, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
 ) -> None:
     def wrap(value: float) -> Tensor:
-        return torch.full(shape, value, dtype=torch.float64, device=room.device)
+        return torch.full(shape, value, dtype=torch.float64, device=backend.device)
 
-    assert same_bits(updated(update, room, dtype, wrap), updated(update, room, dtype))
+    assert same_bits(updated(update, backend, dtype, wrap), updated(update, backend, dtype))
 
 
 @every_update
 def test_float32_tensors_equal_floats_of_their_value(
-    room: Room, dtype: torch.dtype, update: Update
+    backend: KernelBackend, dtype: torch.dtype, update: Update
 ) -> None:
     def wrap(value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32, device=room.device)
+        return torch.tensor(value, dtype=torch.float32, device=backend.device)
 
-    assert same_bits(updated(update, room, dtype, wrap), updated(update, room, dtype, rounded))
+    assert same_bits(
+        updated(update, backend, dtype, wrap), updated(update, backend, dtype, rounded)
+    )
 
 
-def test_whole_numbers_are_numbers(room: Room, dtype: torch.dtype) -> None:
-    assert same_bits(ascended(room, dtype, 2), ascended(room, dtype, 2.0))
+def test_whole_numbers_are_numbers(backend: KernelBackend, dtype: torch.dtype) -> None:
+    assert same_bits(ascended(backend, dtype, 2), ascended(backend, dtype, 2.0))
     adamw = UPDATES[-1]
     assert type(adamw.options["step"]) is int
-    assert same_bits(updated(adamw, room, dtype, lambda n: n), updated(adamw, room, dtype))
+    assert same_bits(updated(adamw, backend, dtype, lambda n: n), updated(adamw, backend, dtype))
 
 
-def test_parameters_that_require_grad_are_read_as_scalars(room: Room) -> None:
-    learned = torch.tensor(ALPHA, dtype=torch.float64, requires_grad=True, device=room.device)
+def test_parameters_that_require_grad_are_read_as_scalars(backend: KernelBackend) -> None:
+    learned = torch.tensor(ALPHA, dtype=torch.float64, requires_grad=True, device=backend.device)
     with torch.no_grad():
-        result = ascended(room, torch.float32, learned)
-    assert same_bits(result, ascended(room, torch.float32, ALPHA))
+        result = ascended(backend, torch.float32, learned)
+    assert same_bits(result, ascended(backend, torch.float32, ALPHA))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["native", "triton", "reference"])
+@pytest.mark.parametrize("backend_name", ["native", "triton", "reference"])
 @every_update
 def test_scalars_on_the_host_serve_tensors_on_a_gpu(
-    backend: str, dtype: torch.dtype, update: Update
+    backend_name: str, dtype: torch.dtype, update: Update
 ) -> None:
-    if backend == "native" and not _core.cuda_compiled:
+    if backend_name == "native" and not _core.cuda_compiled:
         pytest.skip("built without CUDA kernels")
-    room = Room(backend, "cuda")
-    on_host = updated(update, room, dtype, lambda v: torch.tensor(v, dtype=torch.float64))
-    assert same_bits(on_host, updated(update, room, dtype))
+    backend = KernelBackend(backend_name, "cuda")
+    on_host = updated(update, backend, dtype, lambda v: torch.tensor(v, dtype=torch.float64))
+    assert same_bits(on_host, updated(update, backend, dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-dim"])
 @every_update
 def test_a_scale_divides_the_gradients(
-    room: Room, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
+    backend: KernelBackend, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
 ) -> None:
-    scale = torch.full(shape, 4.0, device=room.device)
-    divided = updated(update, room, dtype, divisor=4.0)
-    assert same_bits(updated(update, room, dtype, grad_scale=scale), divided)
-    assert not same_bits(updated(update, room, dtype), divided)
+    scale = torch.full(shape, 4.0, device=backend.device)
+    divided = updated(update, backend, dtype, divisor=4.0)
+    assert same_bits(updated(update, backend, dtype, grad_scale=scale), divided)
+    assert not same_bits(updated(update, backend, dtype), divided)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-dim"])
 @every_update
 def test_a_flag_of_either_shape_stops_the_update(
-    room: Room, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
+    backend: KernelBackend, dtype: torch.dtype, update: Update, shape: tuple[int, ...]
 ) -> None:
-    go, stop = (torch.full(shape, value, device=room.device) for value in (0.0, 1.0))
-    moved = updated(update, room, dtype, found_inf=go)
-    assert same_bits(moved, updated(update, room, dtype))
-    stopped = updated(update, room, dtype, found_inf=stop)
-    assert not same_bits(stopped, moved)
+    go, stop = (torch.full(shape, value, device=backend.device) for value in (0.0, 1.0))
+    perturbed = updated(update, backend, dtype, found_inf=go)
+    assert same_bits(perturbed, updated(update, backend, dtype))
+    stopped = updated(update, backend, dtype, found_inf=stop)
+    assert not same_bits(stopped, perturbed)
 
 
 BAD = {
@@ -202,8 +204,8 @@ def test_a_norm_of_float64_needs_as_much() -> None:
         assert out == 0
 
 
-def test_scale_is_not_one_by_accident(room: Room) -> None:
-    scale = torch.tensor(SCALE, device=room.device)
-    t = torch.ones(16, device=room.device)
-    norm = kernels.norm([t], grad_scale=scale, backend=room.backend)
+def test_scale_is_not_one_by_accident(backend: KernelBackend) -> None:
+    scale = torch.tensor(SCALE, device=backend.device)
+    t = torch.ones(16, device=backend.device)
+    norm = kernels.norm([t], grad_scale=scale, backend=backend.name)
     assert norm.item() == pytest.approx(4 / SCALE, rel=1e-6)

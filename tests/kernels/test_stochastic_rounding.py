@@ -1,7 +1,7 @@
-"""Stochastic rounding: to one of two neighbours, right on average, by bits that have no pattern.
+"""Stochastic rounding: to one of two neighbors, right on average, by bits that have no pattern.
 
-All rooms use the same bits (`test_rounding.py`), so what is shown of their
-distribution in one room is shown of all. Bounds are in standard errors of independent roundings.
+All backends use the same bits (`test_rounding.py`), so a test of their distribution in one backend
+holds for all. Bounds are in standard errors of independent roundings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import SEED, Room, bits, every_pattern, nonzero, same_bits, spacing
+from cases import SEED, KernelBackend, bits, every_pattern, nonzero, same_bits, spacing
 from eigenfilter import kernels
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ def descended(x: Tensor, g: Tensor, seed: Any, lr: float = 1.0, **options: Any) 
     return x
 
 
-def neighbours(y: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
+def neighbors(y: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
     """The largest number of a narrow dtype that is not above y, and the least not below it."""
     nearest = y.to(narrow)
     order = bits(nearest).int()
@@ -47,20 +47,22 @@ def neighbours(y: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("part", [0.0, 0.25, -0.5, 1.0, 0.999, -0.001, 1.5])
 @narrow_dtypes
-def test_every_number_goes_to_a_neighbour(room: Room, narrow: torch.dtype, part: float) -> None:
-    """Numbers that are held stay; beyond the largest, rounding is to nearest; NaN stays NaN."""
+def test_every_number_goes_to_a_neighbor(
+    backend: KernelBackend, narrow: torch.dtype, part: float
+) -> None:
+    """Exact numbers stay; beyond the largest, rounding is to nearest; NaN stays NaN."""
     x = every_pattern(narrow)
     g = spacing(x)
     y = x.float() + part * g.float()
-    there, grads = x.to(room.device), g.to(room.device)
-    moved = descended(there, grads, SEED, -part, backend=room.backend).cpu()
+    there, grads = x.to(backend.device), g.to(backend.device)
+    perturbed = descended(there, grads, SEED, -part, backend=backend.name).cpu()
     largest = torch.finfo(narrow).max
     inside, beyond = y.abs() <= largest, y.abs() > largest
-    low, high = (n[inside].float() for n in neighbours(y, narrow))
-    result = moved[inside].float()
+    low, high = (n[inside].float() for n in neighbors(y, narrow))
+    result = perturbed[inside].float()
     assert ((result == low) | (result == high)).all()
-    assert same_bits(moved[beyond], y[beyond].to(narrow))
-    assert torch.equal(moved.isnan(), y.isnan())
+    assert same_bits(perturbed[beyond], y[beyond].to(narrow))
+    assert torch.equal(perturbed.isnan(), y.isnan())
     if part % 1:
         between = low != high
         assert between.sum() > 60_000
@@ -69,25 +71,27 @@ def test_every_number_goes_to_a_neighbour(room: Room, narrow: torch.dtype, part:
 
 
 @narrow_dtypes
-def test_a_step_of_length_zero_returns_every_number(room: Room, narrow: torch.dtype) -> None:
-    x = every_pattern(narrow).to(room.device)
-    moved = descended(x, torch.ones_like(x), SEED, 0.0, backend=room.backend)
-    kept = ~x.isnan()
-    assert same_bits(moved[kept], x[kept])
-    assert moved[~kept].isnan().all()
+def test_a_step_of_length_zero_returns_every_number(
+    backend: KernelBackend, narrow: torch.dtype
+) -> None:
+    x = every_pattern(narrow).to(backend.device)
+    perturbed = descended(x, torch.ones_like(x), SEED, 0.0, backend=backend.name)
+    saved = ~x.isnan()
+    assert same_bits(perturbed[saved], x[saved])
+    assert perturbed[~saved].isnan().all()
 
 
 @pytest.mark.parametrize("T", WIDE, ids=str)
-def test_wide_dtypes_are_not_rounded(room: Room, T: torch.dtype) -> None:
-    x, g = (nonzero((1000,), T).to(room.device) for _ in range(2))
-    moved = descended(x, g, SEED, 0.3, backend=room.backend)
-    assert same_bits(moved, descended(x, g, None, 0.3, backend=room.backend))
+def test_wide_dtypes_are_not_rounded(backend: KernelBackend, T: torch.dtype) -> None:
+    x, g = (nonzero((1000,), T).to(backend.device) for _ in range(2))
+    perturbed = descended(x, g, SEED, 0.3, backend=backend.name)
+    assert same_bits(perturbed, descended(x, g, None, 0.3, backend=backend.name))
 
 
 @narrow_dtypes
-def test_found_inf_restores_x_and_keeps_m(room: Room, narrow: torch.dtype) -> None:
-    x, g, m, b = (nonzero((1000,), narrow).to(room.device) for _ in range(4))
-    kept = m.clone()
+def test_found_inf_restores_x_and_keeps_m(backend: KernelBackend, narrow: torch.dtype) -> None:
+    x, g, m, b = (nonzero((1000,), narrow).to(backend.device) for _ in range(4))
+    saved = m.clone()
     kernels.descend(
         [x],
         [g],
@@ -96,14 +100,14 @@ def test_found_inf_restores_x_and_keeps_m(room: Room, narrow: torch.dtype) -> No
         lr=0.3,
         momentum=0.9,
         rounding_seed=SEED,
-        found_inf=torch.ones((), device=room.device),
-        backend=room.backend,
+        found_inf=torch.ones((), device=backend.device),
+        backend=backend.name,
     )
     assert same_bits(x, b)
-    assert same_bits(m, kept)
+    assert same_bits(m, saved)
 
 
-# Values y that lie at a part of the way between two neighbours, from a start and a gradient.
+# Values y that lie at a part of the way between two neighbors, from a start and a gradient.
 STARTS = {
     "one": {torch.bfloat16: (1.0, 2.0**-7), torch.float16: (1.0, 2.0**-10)},
     "negative": {torch.bfloat16: (-3.0, 2.0**-6), torch.float16: (-3.0, 2.0**-9)},
@@ -124,9 +128,9 @@ def test_the_mean_is_exact(narrow: torch.dtype, start: str, part: float) -> None
     y = (x[0].float() + np.float32(part) * g[0].float()).double().item()
     total = torch.zeros(n, dtype=torch.float64)
     for seed in range(calls):
-        moved = descended(x, g, seed, -part)
-        assert ((moved == x) | (moved == x + g)).all()
-        total += (moved.double() - origin) / step
+        perturbed = descended(x, g, seed, -part)
+        assert ((perturbed == x) | (perturbed == x + g)).all()
+        total += (perturbed.double() - origin) / step
     exact = (y - origin) / step
     error = math.sqrt(exact * (1 - exact) / (n * calls))
     assert abs(total.mean().item() / calls - exact) < SIGMAS * error
@@ -172,27 +176,27 @@ def test_second_moments_have_bits_of_their_own(narrow: torch.dtype) -> None:
     x, m, v = (torch.zeros_like(d) for _ in range(3))
     options = {"lr": 1e-3, "beta1": 0.7, "beta2": 0.7, "step": 3, "rounding_seed": SEED}
     kernels.descend_adamw([x], [d], [m], [v], **options)
-    found = [torch.where(t == t.max(), 1.0, 0.0) for t in (x, m, v)]
-    assert all(0.1 < t.mean().item() < 0.9 for t in found)
-    correlation = torch.corrcoef(torch.stack(found)) - torch.eye(3)
+    output = [torch.where(t == t.max(), 1.0, 0.0) for t in (x, m, v)]
+    assert all(0.1 < t.mean().item() < 0.9 for t in output)
+    correlation = torch.corrcoef(torch.stack(output)) - torch.eye(3)
     assert correlation.abs().max().item() < SIGMAS / math.sqrt(d.numel())
 
 
 @narrow_dtypes
 def test_bits_depend_on_where_an_element_is_and_on_nothing_else(
-    room: Room, narrow: torch.dtype
+    backend: KernelBackend, narrow: torch.dtype
 ) -> None:
     """Not on alignment, nor on the sizes of other tensors; on the tensor's number in its list."""
     n = 777
-    values, grads = (nonzero((n,), narrow).to(room.device) for _ in range(2))
+    values, grads = (nonzero((n,), narrow).to(backend.device) for _ in range(2))
 
     def third(shift: int, *before: int) -> Tensor:
-        x = [torch.ones(size, dtype=narrow, device=room.device) for size in before]
+        x = [torch.ones(size, dtype=narrow, device=backend.device) for size in before]
         g = [torch.ones_like(t) for t in x]
-        memory = torch.zeros(n + shift, dtype=narrow, device=room.device)
+        memory = torch.zeros(n + shift, dtype=narrow, device=backend.device)
         x.append(memory[shift:].copy_(values))
         g.append(grads)
-        kernels.descend(x, g, lr=0.01, rounding_seed=SEED, backend=room.backend)
+        kernels.descend(x, g, lr=0.01, rounding_seed=SEED, backend=backend.name)
         return x[-1].clone()
 
     expected = third(0, 0, 0)
@@ -203,16 +207,18 @@ def test_bits_depend_on_where_an_element_is_and_on_nothing_else(
 
 
 @narrow_dtypes
-def test_elements_are_numbered_as_they_lie_in_memory(room: Room, narrow: torch.dtype) -> None:
-    flat, grads = (nonzero((210,), narrow).to(room.device) for _ in range(2))
-    expected = descended(flat, grads, SEED, 0.01, backend=room.backend)
+def test_elements_are_numbered_as_they_lie_in_memory(
+    backend: KernelBackend, narrow: torch.dtype
+) -> None:
+    flat, grads = (nonzero((210,), narrow).to(backend.device) for _ in range(2))
+    expected = descended(flat, grads, SEED, 0.01, backend=backend.name)
     x = flat.clone()
     kernels.descend(
         [x.view(2, 3, 5, 7).permute(0, 3, 1, 2)],
         [grads.view(2, 3, 5, 7).permute(0, 3, 1, 2)],
         lr=0.01,
         rounding_seed=SEED,
-        backend=room.backend,
+        backend=backend.name,
     )
     assert same_bits(x, expected)
 
@@ -230,14 +236,14 @@ BAD_SEEDS = [
 
 
 @pytest.mark.parametrize("seed", BAD_SEEDS, ids=str)
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_seed_out_of_range_is_refused(backend: str, seed: Any) -> None:
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
+def test_a_seed_out_of_range_is_refused(backend_name: str, seed: Any) -> None:
     lists = [[torch.ones(4, dtype=torch.bfloat16)] for _ in range(4)]
     message = r"^rounding_seed must be a whole number from 0 to 2\*\*24 - 1, and is "
     with pytest.raises(ValueError, match=message):
-        kernels.descend(*lists[:3], lr=0.1, rounding_seed=seed, backend=backend)
+        kernels.descend(*lists[:3], lr=0.1, rounding_seed=seed, backend=backend_name)
     with pytest.raises(ValueError, match=message):
-        kernels.descend_adamw(*lists, lr=0.1, step=1, rounding_seed=seed, backend=backend)
+        kernels.descend_adamw(*lists, lr=0.1, step=1, rounding_seed=seed, backend=backend_name)
     assert all((t == 1).all() for (t,) in lists)
 
 

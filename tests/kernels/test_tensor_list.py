@@ -1,4 +1,4 @@
-"""TensorList equals a list, and notices what happened to its tensors since it was made."""
+"""TensorList equals a list, and notices changes of its tensors."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_results_are_a_lists(update: Update) -> None:
 
 
 def test_norms_are_a_lists() -> None:
-    kept, weights = tensors(1), tensors(2)
-    listed = [_core.TensorList(t) for t in (kept, weights)]
-    assert kernels.norm(listed[0]).item() == kernels.norm(kept).item()
+    saved, weights = tensors(1), tensors(2)
+    listed = [_core.TensorList(t) for t in (saved, weights)]
+    assert kernels.norm(listed[0]).item() == kernels.norm(saved).item()
     weighted = kernels.norm(listed[0], weights=listed[1])
-    assert weighted.item() == kernels.norm(kept, weights=weights).item()
+    assert weighted.item() == kernels.norm(saved, weights=weights).item()
 
 
 def test_only_ascend_fills_backups() -> None:
@@ -49,21 +49,21 @@ def test_only_ascend_fills_backups() -> None:
 
 
 def test_it_is_a_sequence() -> None:
-    kept = tensors(1)
-    listed = _core.TensorList(t for t in kept)
+    saved = tensors(1)
+    listed = _core.TensorList(t for t in saved)
     assert len(listed) == 3
-    assert [id(t) for t in listed] == [id(t) for t in kept]
-    assert listed[-1] is kept[-1]
-    assert listed[-3] is kept[0]
+    assert [id(t) for t in listed] == [id(t) for t in saved]
+    assert listed[-1] is saved[-1]
+    assert listed[-3] is saved[0]
     for i in (3, -4):
         with pytest.raises(IndexError, match="no such tensor"):
             listed[i]
 
 
 def test_it_does_not_follow_the_list_it_was_made_from() -> None:
-    kept = tensors(1)
-    listed = _core.TensorList(kept)
-    kept.pop()
+    saved = tensors(1)
+    listed = _core.TensorList(saved)
+    saved.pop()
     assert len(listed) == 3
 
 

@@ -80,12 +80,12 @@ def test_sums_and_searches_do_not_depend_on_it(shape: str) -> None:
         torch.set_num_threads(count)
         norms.add(kernels.norm(tensors).item())
         for place in (0, largest.numel() // 2, largest.numel() - 1):
-            found, good = torch.zeros(2), largest[place].clone()
-            kernels.flag_nonfinite(tensors, found[:1])
+            result, good = torch.zeros(2), largest[place].clone()
+            kernels.flag_nonfinite(tensors, result[:1])
             largest[place] = torch.inf
-            kernels.flag_nonfinite(tensors, found[1:])
+            kernels.flag_nonfinite(tensors, result[1:])
             largest[place] = good
-            assert found.tolist() == [0, 1]
+            assert result.tolist() == [0, 1]
     assert len(norms) == 1
     assert norms.pop() == pytest.approx(torch.cat(tensors).double().norm().item(), rel=1e-7)
 
@@ -106,11 +106,11 @@ def test_weighted_sums_do_not_depend_on_it(shape: str) -> None:
 def test_a_new_python_thread_gets_the_same_result() -> None:
     arena = arena_of("uneven", torch.float32)
     expected = results(arena, 2)
-    found: list[list[Tensor]] = []
-    thread = threading.Thread(target=lambda: found.append(results(arena, 2)))
+    result: list[list[Tensor]] = []
+    thread = threading.Thread(target=lambda: result.append(results(arena, 2)))
     thread.start()
     thread.join()
-    assert all(map(same_bits, found[0], expected))
+    assert all(map(same_bits, result[0], expected))
 
 
 def test_python_threads_at_the_same_time() -> None:
@@ -128,6 +128,6 @@ def test_python_threads_at_the_same_time() -> None:
         worker.start()
     for worker in workers:
         worker.join()
-    for i, found in norms.items():
-        assert len(found) == 1
-        assert found.pop() == pytest.approx((0.5 + i) * (3_000_000 + i) ** 0.5, rel=1e-6)
+    for i, result in norms.items():
+        assert len(result) == 1
+        assert result.pop() == pytest.approx((0.5 + i) * (3_000_000 + i) ** 0.5, rel=1e-6)

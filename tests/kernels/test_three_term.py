@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Room, columns, same_bits
+from cases import KernelBackend, columns, same_bits
 from eigenfilter import _core, kernels
 
 # Below, at and above the sums taken side by side, blocks and tiles of columns.
@@ -30,27 +30,27 @@ def factors(count: int, device: str = "cpu") -> Tensor:
     return rows(3, count, torch.float64, device, seed=7).contiguous()
 
 
-def close_sums(found: Tensor, a: Tensor, b: Tensor) -> None:
+def close_sums(result: Tensor, a: Tensor, b: Tensor) -> None:
     """Sums of products of float64 err by a few of their roundings."""
     terms = (a.double() * b.double()).abs().sum(1)
-    error = (found - (a.double() * b.double()).sum(1)).abs()
+    error = (result - (a.double() * b.double()).sum(1)).abs()
     assert (error <= 32 * torch.finfo(torch.float64).eps * terms).all()
 
 
-def check(room: Room, dtype: torch.dtype, count: int, size: int) -> None:
-    q, w = (rows(count, size, dtype, room.device, seed) for seed in (1, 2))
-    dots, squares = kernels.row_dots(q, w, backend=room.backend)
+def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> None:
+    q, w = (rows(count, size, dtype, backend.device, seed) for seed in (1, 2))
+    dots, squares = kernels.row_dots(q, w, backend=backend.name)
     close_sums(dots, q, w)
     close_sums(squares, w, w)
     # In memory whose surroundings must stay, and where rows are not aligned.
-    f = factors(count, room.device)
-    memory = torch.full((count * size + 2 * MARGIN,), torch.nan, dtype=dtype, device=room.device)
+    f = factors(count, backend.device)
+    memory = torch.full((count * size + 2 * MARGIN,), torch.nan, dtype=dtype, device=backend.device)
     u = memory[MARGIN:-MARGIN].view(count, size)
     for target in (u, torch.empty_like(q)):
-        target.copy_(rows(count, size, dtype, room.device, seed=3))
+        target.copy_(rows(count, size, dtype, backend.device, seed=3))
         expected = target.clone()
         kernels.three_term(expected, q, w, f, backend="reference")
-        squares, dots = kernels.three_term(target, q, w, f, backend=room.backend)
+        squares, dots = kernels.three_term(target, q, w, f, backend=backend.name)
         assert same_bits(target, expected)
         close_sums(squares, target, target)
         close_sums(dots, target, q)
@@ -60,9 +60,9 @@ def check(room: Room, dtype: torch.dtype, count: int, size: int) -> None:
 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_against_float64(room: Room, dtype: torch.dtype, size: int) -> None:
+def test_against_float64(backend: KernelBackend, dtype: torch.dtype, size: int) -> None:
     for count in COUNTS:
-        check(room, dtype, count, size)
+        check(backend, dtype, count, size)
 
 
 def test_the_combination_is_rounded_once() -> None:
@@ -80,60 +80,62 @@ def test_the_combination_is_rounded_once() -> None:
 @pytest.mark.usefixtures("threads")
 def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: torch.dtype) -> None:
     q, w = (rows(3, 300_001, dtype, seed=s) for s in (1, 2))
-    found = []
+    result = []
     for isa in _core.isas():
         _core.set_isa(isa)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             u = rows(3, 300_001, dtype, seed=3)
             sums = kernels.row_dots(q, w)
-            found.append([sums, kernels.three_term(u, q, w, factors(3)), u])
-    for other in found[1:]:
-        assert all(map(same_bits, other, found[0]))
+            result.append([sums, kernels.three_term(u, q, w, factors(3)), u])
+    for other in result[1:]:
+        assert all(map(same_bits, other, result[0]))
 
 
 @pytest.mark.parametrize("shape", [(0, 100), (3, 0)])
-def test_nothing_to_do(room: Room, shape: tuple[int, int]) -> None:
-    empty = torch.empty(shape, device=room.device)
-    f = torch.ones(3, shape[0], dtype=torch.float64, device=room.device)
+def test_nothing_to_do(backend: KernelBackend, shape: tuple[int, int]) -> None:
+    empty = torch.empty(shape, device=backend.device)
+    f = torch.ones(3, shape[0], dtype=torch.float64, device=backend.device)
     for sums in (
-        kernels.row_dots(empty, empty, backend=room.backend),
-        kernels.three_term(empty.clone(), empty, empty, f, backend=room.backend),
+        kernels.row_dots(empty, empty, backend=backend.name),
+        kernels.three_term(empty.clone(), empty, empty, f, backend=backend.name),
     ):
         assert sums.shape == (2, shape[0])
         assert not sums.any()
 
 
-def test_nonfinite_values_come_through_in_their_row(room: Room) -> None:
-    q, w, u = (rows(3, 100, torch.float32, room.device, seed) for seed in (1, 2, 3))
+def test_nonfinite_values_come_through_in_their_row(backend: KernelBackend) -> None:
+    q, w, u = (rows(3, 100, torch.float32, backend.device, seed) for seed in (1, 2, 3))
     w[1, 50] = torch.inf
-    sums = kernels.row_dots(q, w, backend=room.backend)
+    sums = kernels.row_dots(q, w, backend=backend.name)
     assert sums[1].isinf().tolist() == [False, True, False]
-    f = torch.ones(3, 3, dtype=torch.float64, device=room.device)
-    sums = kernels.three_term(u, q, w, f, backend=room.backend)
+    f = torch.ones(3, 3, dtype=torch.float64, device=backend.device)
+    sums = kernels.three_term(u, q, w, f, backend=backend.name)
     assert sums[0].isinf().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_infinities_in_a_tail_stay_infinities(room: Room, dtype: torch.dtype, size: int) -> None:
+def test_infinities_in_a_tail_stay_infinities(
+    backend: KernelBackend, dtype: torch.dtype, size: int
+) -> None:
     """Of a vector or of a factor: what lies beyond the last column has no part in the sums."""
     for infinite in range(4):
-        u, q, w = (rows(2, size, dtype, room.device, seed).abs() for seed in (1, 2, 3))
-        f = factors(2, room.device).abs()
+        u, q, w = (rows(2, size, dtype, backend.device, seed).abs() for seed in (1, 2, 3))
+        f = factors(2, backend.device).abs()
         (u[1:, -1:], q[1:, -1:], w[1:, -1:], f[:, 1:])[infinite].fill_(torch.inf)
         expected = u.clone()
         wanted = kernels.three_term(expected, q, w, f, backend="reference")
-        found = kernels.three_term(u, q, w, f, backend=room.backend)
+        result = kernels.three_term(u, q, w, f, backend=backend.name)
         assert same_bits(u, expected)
-        assert found.isinf().tolist() == [[False, True]] * 2
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+        assert result.isinf().tolist() == [[False, True]] * 2
+        torch.testing.assert_close(result, wanted, rtol=1e-12, atol=0)
 
 
-def test_version_counters_are_bumped(room: Room) -> None:
-    u, q, w = (rows(2, 100, torch.float32, room.device, seed) for seed in (1, 2, 3))
+def test_version_counters_are_bumped(backend: KernelBackend) -> None:
+    u, q, w = (rows(2, 100, torch.float32, backend.device, seed) for seed in (1, 2, 3))
     before = u._version, q._version, w._version
-    kernels.three_term(u, q, w, factors(2, room.device), backend=room.backend)
+    kernels.three_term(u, q, w, factors(2, backend.device), backend=backend.name)
     assert u._version > before[0]
     assert (q._version, w._version) == before[1:]
 
@@ -170,4 +172,4 @@ def test_triton_under_the_interpreter() -> None:
 if __name__ == "__main__":
     for dtype in VECTORS:
         for size in (1, 100, 1024, 2500):
-            check(Room("triton"), dtype, 3, size)
+            check(KernelBackend("triton"), dtype, 3, size)

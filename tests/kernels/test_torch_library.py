@@ -68,17 +68,17 @@ CALLS: dict[str, tuple[int, Callable[..., Any]]] = {
 def test_a_compiled_call_is_the_call(name: str) -> None:
     count, call = CALLS[name]
 
-    def work(*given: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        returned = call(*given)
-        return returned, [t + 1 for t in given[0]]  # sees what was written
+    def work(*inputs: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        returned = call(*inputs)
+        return returned, [t + 1 for t in inputs[0]]  # sees what was written
 
     expected = lists(count)
     returned, after = work(*expected)
     torch.compiler.reset()
-    found = lists(count)
+    result = lists(count)
     compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
-    its, its_after = compiled(*found)
-    for ours, theirs in zip(found, expected, strict=True):
+    its, its_after = compiled(*result)
+    for ours, theirs in zip(result, expected, strict=True):
         assert all(map(same_bits, ours, theirs))
     assert all(map(same_bits, its_after, after))
     if isinstance(returned, tuple):

@@ -174,10 +174,10 @@ def test_quotients_and_roots_are_rounded_to_nearest(
     if target == "gfx942":
         assembly = (compiled / f"descend_adamw.{dtype}.amdgcn").read_text()
         # A reciprocal is the beginning of a division, which ends in a fix-up; a root in float32 is
-        # compared with its neighbours, that below first.
+        # compared with its neighbors, that below first.
         assert count("v_div_fixup", assembly) == count("v_rcp", assembly) > 0
-        neighbours = count(r"v_add_u32\w* v\d+, -1, v\d+", assembly)
-        assert neighbours >= count("v_sqrt_f32", assembly) > 0 or dtype == "float64"
+        neighbors = count(r"v_add_u32\w* v\d+, -1, v\d+", assembly)
+        assert neighbors >= count("v_sqrt_f32", assembly) > 0 or dtype == "float64"
         return
     for kernel in [*lists_of(dtype), "norm"]:
         assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()
@@ -255,8 +255,8 @@ def compile_all(target: str, folder: Path) -> None:
     every = {dtype: configurations(dtype) | over_rows(dtype) for dtype in DTYPES}
     for dtype, grad in WIDE.items():
         chosen = WIDE_LISTS | (WIDE_STOCHASTIC if dtype in NARROW else {})
-        found = configurations(dtype, grad)
-        every[f"{dtype}-{grad}"] = {name: found[name] for name in chosen}
+        output = configurations(dtype, grad)
+        every[f"{dtype}-{grad}"] = {name: output[name] for name in chosen}
     for dtype, of_dtype in every.items():
         for name, (kernel, fixed, options) in of_dtype.items():
             signature = {
@@ -307,12 +307,12 @@ def configurations(
         kernels["descend_stochastic"] = on_host(sgd, **nesterov, STOCHASTIC=True)
         kernels["descend_adamw_stochastic"] = on_host(adamw, STOCHASTIC=True)
         kernels["descend_adamw_stochastic_scaled"] = (adamw, {"STOCHASTIC": True})
-    found = {
+    output = {
         name: (kernel, shared | chosen, options(Blocks()))
         for name, (kernel, chosen) in kernels.items()
     }
     block = {"BLOCK": device_code.NORM_BLOCK} | unscaled
-    return found | {"norm": (device_code.norm_kernel, block, device_code.NORM_OPTIONS)}
+    return output | {"norm": (device_code.norm_kernel, block, device_code.NORM_OPTIONS)}
 
 
 def over_rows(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:

@@ -36,7 +36,7 @@ COLUMNS = (1, 1000, 1024, 4097)
 
 
 class Recorder:
-    """Runs calls and hands back their launches, each of which fits what was compiled."""
+    """Runs calls and returns their launches, each of which fits the compiled code."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
@@ -64,11 +64,11 @@ def test_the_version_that_was_asked_for() -> None:
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorder]:
-    found = Recorder()
+    result = Recorder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        with triton_stub.installed(found.launches.append) as found.driver:
-            yield found
+        with triton_stub.installed(result.launches.append) as result.driver:
+            yield result
 
 
 def on_host(value: float) -> float:
@@ -94,19 +94,19 @@ def test_updates(
     recorder: Recorder, dtype: torch.dtype, update: Update, wrap: Callable[[float], Any]
 ) -> None:
     arena = update.arena(dtype)
-    given = {name: wrap(float(update.options[name])) for name in update.hyperparameters}
+    inputs = {name: wrap(float(update.options[name])) for name in update.hyperparameters}
     if wrap is not on_host:
         at = int(wrap is between)
-        given["grad_scale"] = torch.full((2,), SCALE)[at : at + 1]
-        given["found_inf"] = torch.zeros(2)[at : at + 1]
+        inputs["grad_scale"] = torch.full((2,), SCALE)[at : at + 1]
+        inputs["found_inf"] = torch.zeros(2)[at : at + 1]
 
     def call() -> None:
-        update(arena.lists, **given, backend="triton")
+        update(arena.lists, **inputs, backend="triton")
 
     (launch,) = recorder(call)
     assert launch.kernel == f"{update.kernel}_kernel"
     check_tables([launch], arena.lists, arena.lists[update.lists.index("grads")])
-    for name, value in given.items():
+    for name, value in inputs.items():
         if name in ("grad_scale", "found_inf"):
             assert launch[name].data_ptr() == value.data_ptr()
         elif isinstance(value, Tensor):
@@ -204,10 +204,10 @@ def test_reductions(recorder: Recorder, dtype: torch.dtype, weighted: bool, mixe
     assert last["grad_scale"].data_ptr() == scale.data_ptr()
     assert last.grid == (1, 1, 1)
     recorder.warm(norm)
-    found = torch.zeros(1)
-    flags = recorder(lambda: kernels.flag_nonfinite(tensors, found, backend="triton"))
+    result = torch.zeros(1)
+    flags = recorder(lambda: kernels.flag_nonfinite(tensors, result, backend="triton"))
     check_tables(flags, [tensors], tensors)
-    assert all(launch["found_inf"] is found for launch in flags)
+    assert all(launch["found_inf"] is result for launch in flags)
 
 
 def rows_of(shape: Sequence[int], dtype: torch.dtype, shift: int) -> Tensor:
@@ -254,7 +254,7 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
         "gram": (lambda: kernels.gram(u, backend="triton"), 1, 16),
     }
     tiles = -(-columns // triton_lanczos.TILE)
-    given = {"u": u, "q": q, "w": w, "vectors": u, "factors": factors}
+    inputs = {"u": u, "q": q, "w": w, "vectors": u, "factors": factors}
     for name, (call, programs, sums) in calls.items():
         launch, add = recorder(call)
         assert (launch.kernel, add.kernel) == (f"{name}_kernel", "add_sums_kernel")
@@ -262,7 +262,7 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
         assert launch["sums"].numel() == sums * tiles
         assert add["sums"] is launch["sums"]
         assert add["out"].numel() == sums
-        for argument, t in given.items():
+        for argument, t in inputs.items():
             if argument in launch.source.fn.arg_names:
                 assert launch[argument].data_ptr() == t.data_ptr()
         recorder.warm(call)

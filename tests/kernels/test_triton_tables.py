@@ -76,9 +76,9 @@ def test_tables_are_used_again() -> None:
 def test_moved_tensors_get_a_new_table_of_pointers_alone() -> None:
     a, b, c = torch.zeros(3, 8)
     first = of(a, b)
-    moved = of(a, c)
-    assert moved.pointers.tolist() == [[a.data_ptr(), c.data_ptr()]]
-    assert moved.chunks[torch.float32] is first.chunks[torch.float32]
+    perturbed = of(a, c)
+    assert perturbed.pointers.tolist() == [[a.data_ptr(), c.data_ptr()]]
+    assert perturbed.chunks[torch.float32] is first.chunks[torch.float32]
 
 
 def test_resized_and_recast_tensors_get_a_new_table_of_chunks() -> None:
@@ -104,15 +104,15 @@ def test_tensors_of_several_dtypes_are_cut_apart_and_keep_their_numbers() -> Non
 
 
 def test_the_tables_last_used_are_kept() -> None:
-    kept = torch.zeros(3)
-    table = of(kept).pointers
+    saved = torch.zeros(3)
+    table = of(saved).pointers
     for _ in range(100):
         of(torch.zeros(3))
-        assert of(kept).pointers is table
+        assert of(saved).pointers is table
     others = [torch.zeros(3) for _ in range(100)]
     for other in others:
         of(other)
-    assert of(kept).pointers is not table
+    assert of(saved).pointers is not table
     assert len(triton_tables._recent._entries) <= 32
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import SCALE, UPDATES, Arena, Room, Update, bits, places, same_bits
+from cases import SCALE, UPDATES, Arena, KernelBackend, Update, bits, places, same_bits
 from eigenfilter import _core, kernels
 from eigenfilter.kernels.conventions import gradient_dtype
 from tolerances import NORM, Exact, adamw_roundings, assert_near, exact
@@ -69,25 +69,25 @@ class Operands:
 
 @mixtures
 @pairs
-@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("flag_value", [None, 0.0, 1.0])
 @pytest.mark.parametrize("update", UPDATES, ids=str)
 def test_updates_are_the_references_bit_for_bit(
-    fast_room: Room,
+    fast_backend: KernelBackend,
     update: Update,
-    found: float | None,
+    flag_value: float | None,
     dtype: torch.dtype,
     wide: torch.dtype,
     big: float,
     mixed: bool,
 ) -> None:
     results = []
-    device = fast_room.device
-    flag = None if found is None else torch.tensor(found, device=device)
-    for backend in (fast_room.backend, "reference"):
+    device = fast_backend.device
+    flag = None if flag_value is None else torch.tensor(flag_value, device=device)
+    for backend_name in (fast_backend.name, "reference"):
         torch.manual_seed(5)
         operands = Operands(update, dtype, wide, mixed, device)
         scale = torch.tensor(SCALE, device=device)
-        update(operands.lists, grad_scale=scale, found_inf=flag, backend=backend)
+        update(operands.lists, grad_scale=scale, found_inf=flag, backend=backend_name)
         operands.check_margins()
         results.append(operands.values())
     assert all(map(same_bits, *results))
@@ -96,17 +96,17 @@ def test_updates_are_the_references_bit_for_bit(
 @pairs
 @pytest.mark.parametrize("update", UPDATES, ids=str)
 def test_what_both_dtypes_hold_gives_the_same_step(
-    room: Room, update: Update, dtype: torch.dtype, wide: torch.dtype, big: float
+    backend: KernelBackend, update: Update, dtype: torch.dtype, wide: torch.dtype, big: float
 ) -> None:
     """Where the arithmetic is that of the parameters' own gradients, too."""
     results = []
     for convert in (False, True):
         torch.manual_seed(5)
-        lists = update.arena(dtype, places(dtype, few=True), room.device).lists
+        lists = update.arena(dtype, places(dtype, few=True), backend.device).lists
         for i, role in enumerate(update.lists):
             if role in GRADIENTS and convert:
                 lists[i] = [g.to(wide) for g in lists[i]]
-        update(lists, backend=room.backend)
+        update(lists, backend=backend.name)
         results.append(
             [t for i, role in enumerate(update.lists) if role in update.writes for t in lists[i]]
         )
@@ -131,76 +131,82 @@ def lists_of(count: int, dtype: torch.dtype, wide: torch.dtype, big: float) -> l
 LR, WD, BETA = 0.137, 0.073, 0.87
 
 
-def ascend(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+def ascend(lists: Sequence[Tensor], big: float, backend_name: str) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
     before = exact(x)
-    kernels.ascend([x], [g], [b], LR / big, backend=backend)
+    kernels.ascend([x], [g], [b], LR / big, backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, before + move, np.abs(before) + np.abs(move)
 
 
 def ascend_adaptive(
-    lists: Sequence[Tensor], big: float, backend: str
+    lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
     before = exact(x)
-    kernels.ascend([x], [g], [b], LR / big, adaptive=True, backend=backend)
+    kernels.ascend([x], [g], [b], LR / big, adaptive=True, backend=backend_name)
     move = np.longdouble(LR / big) * before**2 * exact(g)
     return x, before + move, np.abs(before) + np.abs(move)
 
 
-def ascend_again(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+def ascend_again(
+    lists: Sequence[Tensor], big: float, backend_name: str
+) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
-    kernels.ascend_again([x], [g], LR / big, [b], backend=backend)
+    kernels.ascend_again([x], [g], LR / big, [b], backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
 def ascend_again_on(
-    lists: Sequence[Tensor], big: float, backend: str
+    lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, _ = lists
     before = exact(x)
-    kernels.ascend_again([x], [g], LR / big, backend=backend)
+    kernels.ascend_again([x], [g], LR / big, backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, before + move, np.abs(before) + np.abs(move)
 
 
-def ascend_hvp(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+def ascend_hvp(
+    lists: Sequence[Tensor], big: float, backend_name: str
+) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
     base = -0.7 * g
-    kernels.ascend_hvp([x], [g], [base], [b], LR / big, 0.5, backend=backend)
+    kernels.ascend_hvp([x], [g], [base], [b], LR / big, 0.5, backend=backend_name)
     move = np.longdouble(LR / big) * 2 * (exact(g) - exact(base))
     return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
-def descend(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+def descend(lists: Sequence[Tensor], big: float, backend_name: str) -> tuple[Tensor, Exact, Exact]:
     x, g, _ = lists
     before = exact(x)
-    kernels.descend([x], [g], lr=LR / big, weight_decay=WD * big, backend=backend)
+    kernels.descend([x], [g], lr=LR / big, weight_decay=WD * big, backend=backend_name)
     terms = [np.longdouble(LR / big) * t for t in (exact(g), np.longdouble(WD * big) * before)]
     return x, before - sum(terms), sum(map(np.abs, terms)) + np.abs(before)
 
 
 def descend_maximize(
-    lists: Sequence[Tensor], big: float, backend: str
+    lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
-    kernels.descend([x], [g], None, [b], lr=LR / big, maximize=True, backend=backend)
+    kernels.descend([x], [g], None, [b], lr=LR / big, maximize=True, backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
-def descend_adamw(lists: Sequence[Tensor], big: float, backend: str) -> tuple[Tensor, Exact, Exact]:
+def descend_adamw(
+    lists: Sequence[Tensor], big: float, backend_name: str
+) -> tuple[Tensor, Exact, Exact]:
     """Its state overflows, but not before x is computed with it."""
     x, g, b = lists
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     options: Any = {"lr": LR, "beta1": 0.9, "beta2": 0.99, "eps": big / 8, "weight_decay": WD}
-    kernels.descend_adamw([x], [g], [m], [v], [b], **options, step=1, backend=backend)
+    kernels.descend_adamw([x], [g], [m], [v], [b], **options, step=1, backend=backend_name)
     size = np.abs(exact(g))
     move = LR * exact(g) / (size + np.longdouble(big / 8))
-    kept = (1 - np.longdouble(LR) * np.longdouble(WD)) * exact(b)
-    return x, kept - move, np.abs(kept) + np.abs(move)
+    saved = (1 - np.longdouble(LR) * np.longdouble(WD)) * exact(b)
+    return x, saved - move, np.abs(saved) + np.abs(move)
 
 
 STEPS: list[Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]]] = [
@@ -218,15 +224,15 @@ STEPS: list[Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]
 @pairs
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_gradients_beyond_the_parameters_range(
-    room: Room,
+    backend: KernelBackend,
     step: Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]],
     dtype: torch.dtype,
     wide: torch.dtype,
     big: float,
 ) -> None:
     """The step is the exact one, rounded once, as if the gradient were of size 1."""
-    lists = [t.to(room.device) for t in lists_of(3, dtype, wide, big)]
-    actual, expected, terms = step(lists, big, room.backend)
+    lists = [t.to(backend.device) for t in lists_of(3, dtype, wide, big)]
+    actual, expected, terms = step(lists, big, backend.name)
     assert actual.dtype == dtype
     roundings = adamw_roundings(dtype, 0.9, 0.99, 1) + 5
     assert_near(actual, expected, terms, roundings)
@@ -234,11 +240,11 @@ def test_gradients_beyond_the_parameters_range(
 
 @pairs
 def test_momentum_is_rounded_once(
-    room: Room, dtype: torch.dtype, wide: torch.dtype, big: float
+    backend: KernelBackend, dtype: torch.dtype, wide: torch.dtype, big: float
 ) -> None:
     """The loss scale takes the gradient back into the momentum's range."""
-    x, g, m, b = (t.to(room.device) for t in lists_of(4, dtype, wide, min(big, 2.0**100)))
-    scale = torch.tensor(min(big, 2.0**100), device=room.device)
+    x, g, m, b = (t.to(backend.device) for t in lists_of(4, dtype, wide, min(big, 2.0**100)))
+    scale = torch.tensor(min(big, 2.0**100), device=backend.device)
     d = exact(g) / np.longdouble(scale.item()) + WD * exact(b)
     new = BETA * exact(m) + d
     kernels.descend(
@@ -250,7 +256,7 @@ def test_momentum_is_rounded_once(
         momentum=BETA,
         weight_decay=WD,
         grad_scale=scale,
-        backend=room.backend,
+        backend=backend.name,
     )
     terms = np.abs(d) + WD * np.abs(exact(b)) + 2
     assert_near(m, new, terms)
@@ -260,14 +266,14 @@ def test_momentum_is_rounded_once(
 @pytest.mark.parametrize("wide", [torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_is_right_on_average(
-    room: Room, dtype: torch.dtype, wide: torch.dtype
+    backend: KernelBackend, dtype: torch.dtype, wide: torch.dtype
 ) -> None:
     """A step that the gradient's own rounding, to nearest, would lose or double."""
     n = 2**16
-    x = torch.ones(n, dtype=dtype, device=room.device)
+    x = torch.ones(n, dtype=dtype, device=backend.device)
     step = 0.3 * torch.finfo(dtype).eps * (1 + 2.0**-13)
-    g = torch.full((n,), -step, dtype=wide, device=room.device)
-    kernels.descend([x], [g], lr=1.0, rounding_seed=77, backend=room.backend)
+    g = torch.full((n,), -step, dtype=wide, device=backend.device)
+    kernels.descend([x], [g], lr=1.0, rounding_seed=77, backend=backend.name)
     up = (x > 1).double().mean().item()
     assert up == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / n) ** 0.5)
 
@@ -276,10 +282,15 @@ def test_stochastic_rounding_is_right_on_average(
 @mixtures
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_norms_beyond_the_parameters_range(
-    room: Room, dtype: torch.dtype, wide: torch.dtype, big: float, mixed: bool, weighted: bool
+    backend: KernelBackend,
+    dtype: torch.dtype,
+    wide: torch.dtype,
+    big: float,
+    mixed: bool,
+    weighted: bool,
 ) -> None:
-    arena, narrow = (Arena(t, 1, places(dtype), room.device) for t in (wide, dtype))
-    weights = Arena(dtype, 1, device=room.device, shifts=[1])
+    arena, narrow = (Arena(t, 1, places(dtype), backend.device) for t in (wide, dtype))
+    weights = Arena(dtype, 1, device=backend.device, shifts=[1])
     for a in (arena, narrow, weights):
         a.fill(0)
     arena.memory[0].mul_(big)
@@ -289,10 +300,10 @@ def test_norms_beyond_the_parameters_range(
     for i, t in enumerate(tensors):
         w = exact(by[i]) if by is not None else 1
         expected = expected + ((exact(t).astype(np.longdouble) * w) ** 2).sum()
-    out = torch.empty((), dtype=torch.float64, device=room.device)
-    kernels.norm(tensors, weights=by, out=out, backend=room.backend)
+    out = torch.empty((), dtype=torch.float64, device=backend.device)
+    kernels.norm(tensors, weights=by, out=out, backend=backend.name)
     assert out.item() == pytest.approx(float(np.sqrt(expected)), rel=NORM[torch.float64])
-    allocated = kernels.norm(tensors, weights=by, backend=room.backend)
+    allocated = kernels.norm(tensors, weights=by, backend=backend.name)
     assert allocated.dtype == (torch.float64 if wide == torch.float64 else torch.float32)
     assert allocated.item() == pytest.approx(out.item(), rel=NORM[allocated.dtype])
 
@@ -318,39 +329,41 @@ def test_norms_are_the_same_for_every_instruction_set_and_number_of_threads(
         assert len(results) == 1
 
 
-def test_a_norm_of_float32_may_exceed_it(room: Room) -> None:
-    t = torch.full((40,), 3e38, device=room.device)
-    assert kernels.norm([t], backend=room.backend).isinf()
-    out = torch.empty((), dtype=torch.float64, device=room.device)
-    kernels.norm([t], out=out, backend=room.backend)
+def test_a_norm_of_float32_may_exceed_it(backend: KernelBackend) -> None:
+    t = torch.full((40,), 3e38, device=backend.device)
+    assert kernels.norm([t], backend=backend.name).isinf()
+    out = torch.empty((), dtype=torch.float64, device=backend.device)
+    kernels.norm([t], out=out, backend=backend.name)
     assert out.item() == pytest.approx(t[0].item() * 40**0.5, rel=1e-14)
 
 
 @pairs
 @mixtures
 def test_only_what_is_not_finite_is_flagged(
-    room: Room, dtype: torch.dtype, wide: torch.dtype, big: float, mixed: bool
+    backend: KernelBackend, dtype: torch.dtype, wide: torch.dtype, big: float, mixed: bool
 ) -> None:
-    tensors = [torch.full((67,), BEYOND[dtype], dtype=wide, device=room.device) for _ in range(3)]
+    tensors = [
+        torch.full((67,), BEYOND[dtype], dtype=wide, device=backend.device) for _ in range(3)
+    ]
     assert tensors[0].to(dtype).isinf().all()
     if mixed:
-        tensors[1] = torch.ones(67, dtype=dtype, device=room.device)
-    found = torch.zeros(1, device=room.device)
-    kernels.flag_nonfinite(tensors, found, backend=room.backend)
-    assert found == 0
+        tensors[1] = torch.ones(67, dtype=dtype, device=backend.device)
+    flag_value = torch.zeros(1, device=backend.device)
+    kernels.flag_nonfinite(tensors, flag_value, backend=backend.name)
+    assert flag_value == 0
     for i in range(3):
         for bad in (torch.inf, torch.nan):
             spoilt = [t.clone() for t in tensors]
             spoilt[i][66] = bad
-            kernels.flag_nonfinite(spoilt, found.zero_(), backend=room.backend)
-            assert found == 1
+            kernels.flag_nonfinite(spoilt, flag_value.zero_(), backend=backend.name)
+            assert flag_value == 1
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
 @pytest.mark.parametrize("role", GRADIENTS)
 @pytest.mark.parametrize(("dtype", "other"), UNREAD)
 def test_other_dtypes_are_refused_before_anything_is_written(
-    dtype: torch.dtype, other: torch.dtype, role: str, backend: str
+    dtype: torch.dtype, other: torch.dtype, role: str, backend_name: str
 ) -> None:
     for update in UPDATES:
         if role not in update.lists:
@@ -359,20 +372,20 @@ def test_other_dtypes_are_refused_before_anything_is_written(
         lists[update.lists.index(role)][1] = torch.ones(5, dtype=other)
         before = [[bits(t).clone() for t in tensors] for tensors in lists]
         with pytest.raises(_core.LayoutError, match=rf"^{role}\[1\] is .* is not: .*\.to\(\)"):
-            update(lists, backend=backend)
+            update(lists, backend=backend_name)
         for tensors, old in zip(lists, before, strict=True):
             assert all(map(torch.equal, map(bits, tensors), old))
 
 
 @pairs
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
 def test_gradients_of_both_points_are_of_one_dtype(
-    dtype: torch.dtype, wide: torch.dtype, big: float, backend: str
+    dtype: torch.dtype, wide: torch.dtype, big: float, backend_name: str
 ) -> None:
     x, g, b = (torch.ones(5, dtype=dtype) for _ in range(3))
     for grads, base in (([g.to(wide)], [g]), ([g], [g.to(wide)])):
         with pytest.raises(_core.LayoutError, match=r"^base_grads\[0\] is .* and grads\[0\] is"):
-            kernels.ascend_hvp([x], grads, base, [b], 0.1, 0.1, backend=backend)
+            kernels.ascend_hvp([x], grads, base, [b], 0.1, 0.1, backend=backend_name)
     assert (x == 1).all()
 
 

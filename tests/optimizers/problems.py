@@ -1,4 +1,4 @@
-"""What the optimizers are tried on, and the exact optimizer they are compared to.
+"""The problem that the optimizers are tested on, and the exact optimizer in float64.
 
 The problem is smooth, not quadratic, couples its parameters and has a gradient everywhere. Its
 parameters are of every kind: no dimension, no element, channels last, a thousand elements.
@@ -46,7 +46,7 @@ class Method:
         calls: gradients a step.
         options: its own arguments, here and there.
         rho: large enough that a run in bfloat16 shows it.
-        normalised: whether it takes a norm, whose order of summation is each room's own.
+        normalized: whether it takes a norm, which every backend sums in its own order.
     """
 
     sgd: Callable[..., Any]
@@ -54,7 +54,7 @@ class Method:
     calls: int
     options: Mapping[str, Any] = field(default_factory=dict)
     rho: float = RHO
-    normalised: bool = False
+    normalized: bool = False
 
     def make(self, params: Any, **settings: Any) -> Any:
         """The optimizer with SGD's descent."""
@@ -63,11 +63,11 @@ class Method:
 
 METHODS = {
     "usam": Method(ef.USAM, "usam", 2),
-    "sam": Method(ef.SAM, "sam", 2, rho=2.0, normalised=True),
-    "asam": Method(ef.SAM, "sam", 2, {"adaptive": True}, rho=2.0, normalised=True),
+    "sam": Method(ef.SAM, "sam", 2, rho=2.0, normalized=True),
+    "asam": Method(ef.SAM, "sam", 2, {"adaptive": True}, rho=2.0, normalized=True),
     "sequential": Method(ef.TwoStepUSAM, "two_step_usam", 3),
     "anchored": Method(ef.TwoStepUSAM, "two_step_usam", 3, {"ascent": "anchored"}),
-    "difference": Method(ef.HessianUSAM, "hessian_usam", 3, normalised=True),
+    "difference": Method(ef.HessianUSAM, "hessian_usam", 3, normalized=True),
     "product": Method(ef.HessianUSAM, "hessian_usam", 2, {"hvp": "autograd"}),
 }
 
@@ -76,14 +76,14 @@ def parameters(
     dtype: torch.dtype = torch.float64, shapes: Sequence[tuple[int, ...]] = SHAPES
 ) -> list[torch.nn.Parameter]:
     """The same parameters at each call."""
-    made = []
+    created = []
     for i, shape in enumerate(shapes):
         values = torch.linspace(-1.0, 2.0, torch.Size(shape).numel() or 1, dtype=torch.float64)
         t = (values + 0.1 * i)[: torch.Size(shape).numel()].reshape(shape).to(dtype)
         if len(shape) == 4:
             t = t.to(memory_format=torch.channels_last)
-        made.append(torch.nn.Parameter(t))
-    return made
+        created.append(torch.nn.Parameter(t))
+    return created
 
 
 def loss_of(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
@@ -133,7 +133,7 @@ def closure_of(
 
 
 def sign_of(settings: dict[str, Any]) -> float:
-    """The sign that makes the problem one that the settings solve."""
+    """The sign that makes the problem one that the settings minimize."""
     return -1.0 if settings.get("maximize") else 1.0
 
 
@@ -160,52 +160,52 @@ class Exact:
         self.settings = settings
         self.method = method
 
-    def minimised(self, points: Sequence[Tensor]) -> Tensor:
-        """What is minimised: the problem, or its negative with `maximize`."""
+    def objective(self, points: Sequence[Tensor]) -> Tensor:
+        """The function to minimize: the problem, or its negative with `maximize`."""
         loss = loss_of(points, sign_of(self.settings))
         return -loss if self.settings.get("maximize") else loss
 
     def gradient(self, points: Sequence[Tensor]) -> list[Tensor]:
-        """Gradient of what is minimised."""
+        """Gradient of the objective."""
         points = [y.detach().requires_grad_() for y in points]
-        return list(torch.autograd.grad(self.minimised(points), points))
+        return list(torch.autograd.grad(self.objective(points), points))
 
     def product(self, points: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Hessian of what is minimised times vectors."""
+        """Hessian of the objective times vectors."""
         points = [y.detach().requires_grad_() for y in points]
-        grads = torch.autograd.grad(self.minimised(points), points, create_graph=True)
+        grads = torch.autograd.grad(self.objective(points), points, create_graph=True)
         slope = torch.stack([(g * v).sum() for g, v in zip(grads, vectors, strict=True)]).sum()
         return list(torch.autograd.grad(slope, points))
 
-    def moved(self, points: Sequence[Tensor], along: Sequence[Tensor]) -> list[Tensor]:
-        """Points, each moved by its rho."""
+    def perturb(self, points: Sequence[Tensor], along: Sequence[Tensor]) -> list[Tensor]:
+        """Points, each perturbed by its rho."""
         return [y + rho * g for y, rho, g in zip(points, self.rho, along, strict=True)]
 
-    def ascended(self) -> list[Tensor]:
+    def descent_point(self) -> list[Tensor]:
         """The point at which the descent's gradient is taken."""
         x = self.x
         g = [a * (rho > 0) for a, rho in zip(self.gradient(x), self.rho, strict=True)]
         if self.method == "sam":
-            return self.moved(x, [a / _norm(g) for a in g])
+            return self.perturb(x, [a / _norm(g) for a in g])
         if self.method == "asam":
             weighted = [b * a for b, a in zip(x, g, strict=True)]
-            return self.moved(
+            return self.perturb(
                 x, [b * a / _norm(weighted) for b, a in zip(x, weighted, strict=True)]
             )
         if self.method in ("difference", "product"):
-            return self.moved(x, self.product(x, g))
-        y = self.moved(x, g)
+            return self.perturb(x, self.product(x, g))
+        y = self.perturb(x, g)
         if self.method == "sequential":
-            return self.moved(y, self.gradient(y))
+            return self.perturb(y, self.gradient(y))
         if self.method == "anchored":
-            return self.moved(x, self.gradient(y))
+            return self.perturb(x, self.gradient(y))
         assert self.method == "usam"
         return y
 
     def step(self) -> None:
         """Take one step."""
         s, beta = self.settings, self.settings.get("momentum", 0.0)
-        for i, g in enumerate(self.gradient(self.ascended())):
+        for i, g in enumerate(self.gradient(self.descent_point())):
             d = g + s.get("weight_decay", 0.0) * self.x[i]
             m = self.m[i]
             self.m[i] = d if m is None else beta * m + (1 - s.get("dampening", 0.0)) * d

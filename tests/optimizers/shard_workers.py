@@ -125,7 +125,7 @@ def zero_refused(rank: int) -> dict[str, str]:
 
 def zero_refused_later(rank: int) -> dict[str, tuple[str, bool]]:
     """rho set after construction, and a group with rho added then: nothing is written."""
-    found = {}
+    result = {}
     for way in ("set", "added", "explicit", "clip"):
         model = network()
         before = copy.deepcopy(full(model.parameters()))
@@ -139,8 +139,8 @@ def zero_refused_later(rank: int) -> dict[str, tuple[str, bool]]:
             closure()
         act = {"explicit": opt.step, "clip": lambda o=opt: o.optim.clip_grad_norm_(0.1)}
         said = said_by(act.get(way, functools.partial(opt.step, closure)))
-        found[way] = said, all(map(torch.equal, full(model.parameters()), before))
-    return found
+        result[way] = said, all(map(torch.equal, full(model.parameters()), before))
+    return result
 
 
 def zero_descends(rank: int) -> dict[str, list[Tensor]]:
@@ -151,12 +151,12 @@ def zero_descends(rank: int) -> dict[str, list[Tensor]]:
         "adamw": (ef.AdamW, {"lr": 0.05, "eps": 0.02}),
         "usam at rho 0": (ef.USAM, SETTINGS | {"rho": 0.0}),
     }
-    found = {}
+    result = {}
     for name, (make, settings) in ways.items():
         model = DistributedDataParallel(network())
         opt = ZeroRedundancyOptimizer(model.parameters(), make, **settings)
-        found[name] = workers.trained(opt, model, share(rank))
-    return found
+        result[name] = workers.trained(opt, model, share(rank))
+    return result
 
 
 def zero_of_an_ascending_one(rank: int) -> str:
@@ -178,14 +178,14 @@ def zero_without_parameters(rank: int) -> list[Tensor]:
 
 def zero_inside(rank: int) -> dict[str, list[Tensor]]:
     """Every method around ZeroRedundancyOptimizer, of torch's optimizer and of ours."""
-    found = {}
+    result = {}
     for method, options in METHODS.items():
         for name, (make, settings) in BASES.items():
             model = DistributedDataParallel(network())
             base = ZeroRedundancyOptimizer(model.parameters(), make, **settings)
             opt = ef.SharpnessAware(base, method, **{"rho": 0.15} | options)
-            found[f"{method} {name}"] = workers.trained(opt, model, share(rank))
-    return found
+            result[f"{method} {name}"] = workers.trained(opt, model, share(rank))
+    return result
 
 
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -240,31 +240,31 @@ def gathered(model: FullyShardedDataParallel) -> Tensor:
 
 
 def flat_elementwise(rank: int) -> dict[str, Tensor]:
-    found = {}
+    result = {}
     for original in (False, True):
         for name, make in ELEMENTWISE.items():
             model = flattened(original)
             workers.trained(make(model.parameters()), model, share(rank))
-            found[f"{name} {original}"] = gathered(model)
-    return found
+            result[f"{name} {original}"] = gathered(model)
+    return result
 
 
 def flat_nested(rank: int) -> list[Tensor]:
     """A flat parameter for each layer, under a whole that has none."""
-    found = []
+    result = []
     for original in (False, True):
         model = network()
         for i in (0, 2):
             model[i] = flattened(original, model[i])
         whole = flattened(original, model)
         workers.trained(ELEMENTWISE["sequential"](whole.parameters()), whole, share(rank))
-        found.append(gathered(whole))
-    return found
+        result.append(gathered(whole))
+    return result
 
 
 def flat_forward_before_the_move(rank: int) -> list[Tensor]:
-    """A forward pass alone leaves parameters gathered: after a move these copies are stale."""
-    found = []
+    """A forward pass alone leaves parameters gathered: after an ascent these copies are stale."""
+    result = []
     for original in (False, True):
         for strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
             model = network()
@@ -281,13 +281,13 @@ def flat_forward_before_the_move(rank: int) -> list[Tensor]:
                 with torch.no_grad():
                     whole(inputs)
                 opt.step()
-            found.append(gathered(whole))
-    return found
+            result.append(gathered(whole))
+    return result
 
 
 def flat_restore(rank: int) -> list[bool]:
     """x comes back bit for bit, and the loss there with it."""
-    found = []
+    result = []
     for original in (False, True):
         model = flattened(original)
         opt = ef.USAM(model.parameters(), **SETTINGS)
@@ -296,11 +296,11 @@ def flat_restore(rank: int) -> list[bool]:
         opt.ascend()
         inputs, targets = batch(share(rank))
         with torch.no_grad():
-            moved = (model(inputs) - targets).square().mean().item()
+            updated = (model(inputs) - targets).square().mean().item()
         opt.restore()
         again = closure().item()
-        found.append(torch.equal(gathered(model), before) and loss == again != moved)
-    return found
+        result.append(torch.equal(gathered(model), before) and loss == again != updated)
+    return result
 
 
 def flat_refused(rank: int) -> dict[str, str]:
@@ -326,7 +326,7 @@ def flat_refused(rank: int) -> dict[str, str]:
 
 def flat_and_whole(rank: int) -> list[list[Tensor]]:
     """Flat parameters that FSDP1 does not shard: every rank has the whole norm."""
-    found = []
+    result = []
     for original in (False, True):
         model = flattened(original, sharding_strategy=ShardingStrategy.NO_SHARD)
         opt = ef.SAM(model.parameters(), **SETTINGS)
@@ -339,19 +339,19 @@ def flat_and_whole(rank: int) -> list[list[Tensor]]:
             closure()
             total.append(opt.clip_grad_norm_(1e9))
             opt.step()
-        found.append([gathered(model), torch.stack(total)])
-    return found
+        result.append([gathered(model), torch.stack(total)])
+    return result
 
 
 def flat_alone(rank: int) -> list[Tensor]:
     """Each rank shards a model of its own, over itself alone."""
     own = [dist.new_group([r]) for r in range(WORLD)][rank]
-    found = []
+    result = []
     for original in (False, True):
         model = flattened(original, process_group=own)
         opt = ef.SAM(model.parameters(), **SETTINGS)
-        found.append(gathered_after(opt, model, slice(None)))
-    return found
+        result.append(gathered_after(opt, model, slice(None)))
+    return result
 
 
 def gathered_after(opt: Any, model: FullyShardedDataParallel, samples: slice) -> Tensor:
@@ -386,7 +386,7 @@ def flat_frozen(rank: int) -> dict[str, str]:
 
 def flat_clip(rank: int) -> dict[str, Any]:
     """Our clipping is refused; the module's own clips the descent's gradient."""
-    found: dict[str, Any] = {"said": []}
+    result: dict[str, Any] = {"said": []}
     for original in (False, True):
         model = flattened(original, network().float())
         opt = ef.USAM(model.parameters(), **SETTINGS)
@@ -395,19 +395,19 @@ def flat_clip(rank: int) -> dict[str, Any]:
             opt.zero_grad()
             (model(inputs) - targets).square().mean().backward()
             opt.ascend()
-        found["said"].append(said_by(functools.partial(opt.clip_grad_norm_, 0.125)))
-        found[original] = model.clip_grad_norm_(0.125).item()
+        result["said"].append(said_by(functools.partial(opt.clip_grad_norm_, 0.125)))
+        result[original] = model.clip_grad_norm_(0.125).item()
         opt.step()
-    return found
+    return result
 
 
 def flat_without_elements(rank: int) -> list[Tensor]:
     """One rank has nothing of the parameter, nor of its gradient; with a flag that all share."""
-    found = []
+    result = []
     for original in (False, True):
         model = flattened(original, single())
-        found.append(single_trained(model, INPUTS[rank : rank + 1], gathered))
-    return found
+        result.append(single_trained(model, INPUTS[rank : rank + 1], gathered))
+    return result
 
 
 INPUTS = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
@@ -448,13 +448,13 @@ def grouped(model: nn.Module, first: float, others: float) -> list[dict[str, Any
 
 def flat_groups(rank: int) -> list[Tensor]:
     """Groups that do not ascend: a rank with gradients of these alone takes part all the same."""
-    found = []
+    result = []
     for rhos in GROUPS:
         model = flattened(True)
         opt = ef.USAM(grouped(model, *rhos), **PLAIN, skip_nonfinite=True)
         workers.trained(opt, model, share(rank))
-        found.append(gathered(model))
-    return found
+        result.append(gathered(model))
+    return result
 
 
 GROUPS = ((0.15, 0.0), (0.0, 0.15))
@@ -462,7 +462,7 @@ GROUPS = ((0.15, 0.0), (0.0, 0.15))
 
 def flat_skip(rank: int) -> dict[bool, list[tuple[int, bool]]]:
     """The element that is not finite lies in one rank's shard: all skip."""
-    found = {}
+    result = {}
     for original in (False, True):
         model = flattened(original)
         opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
@@ -477,13 +477,13 @@ def flat_skip(rank: int) -> dict[bool, list[tuple[int, bool]]]:
                     )
                 opt.ascend() if phase == "ascent" else opt.step()
             each.append((opt.skipped, torch.equal(gathered(model), before)))
-        found[original] = each
-    return found
+        result[original] = each
+    return result
 
 
 def flat_scaler(rank: int) -> list[tuple[int, float, Tensor]]:
     """A step that one rank's gradient stops, and one that none does."""
-    found = []
+    result = []
     for original in (False, True):
         model, scaler = flattened(original), ShardedGradScaler("cpu", init_scale=64.0)
         opt = ef.USAM(model.parameters(), **SETTINGS)
@@ -502,8 +502,8 @@ def flat_scaler(rank: int) -> list[tuple[int, float, Tensor]]:
                 scaler.unscale_(opt)
                 scaler.step(opt)
             scaler.update()
-        found.append((opt.skipped, scaler.get_scale(), gathered(model)))
-    return found
+        result.append((opt.skipped, scaler.get_scale(), gathered(model)))
+    return result
 
 
 def flat_scaler_refused(rank: int) -> list[str]:
@@ -531,7 +531,7 @@ def flat_scaler_refused(rank: int) -> list[str]:
 
 
 def flat_unsynchronized(rank: int) -> list[str]:
-    """Gradients that no_sync() has kept are whole, and the parameters shards."""
+    """Gradients from no_sync() are whole, and the parameters are shards."""
     said = []
     for original in (False, True):
         model = flattened(original)
@@ -566,7 +566,7 @@ def odd_gradients(rank: int) -> dict[str, Tensor | str]:
         "shards, plain": (placed(values, Shard(0)), ones.clone),
         "whole, plain": (placed(values, Replicate()), lambda: ones * (rank + 1)),
     }
-    found: dict[str, Tensor | str] = {}
+    result: dict[str, Tensor | str] = {}
     for name, (start, gradient) in cases.items():
         for kind in (ef.USAM, ef.SAM):
             p = nn.Parameter(start.clone())
@@ -578,8 +578,8 @@ def odd_gradients(rank: int) -> dict[str, Tensor | str]:
                 p.grad = gradient()
                 opt.step()
 
-            found[f"{name}, {kind.__name__}"] = said_by(step) or full([p])[0]
-    return found
+            result[f"{name}, {kind.__name__}"] = said_by(step) or full([p])[0]
+    return result
 
 
 def clip_mixed(rank: int) -> dict[str, Any]:
@@ -633,5 +633,5 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 
 
 def main(rank: int, folder: str) -> None:
-    """Run all scenarios; leave what they found, or how they failed, in a file."""
+    """Run all scenarios; write their results or tracebacks to a file."""
     workers.run(SCENARIOS, rank, folder)

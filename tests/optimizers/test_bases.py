@@ -262,11 +262,11 @@ def test_train_and_eval_are_forwarded() -> None:
 def test_hooks_of_the_wrapper_run() -> None:
     params = parameters()
     opt = ef.SharpnessAware(torch.optim.SGD(params, lr=0.1, momentum=0.8))
-    seen: list[str] = []
+    visited: list[str] = []
 
     def note(what: str, result: Any = None) -> Any:
         def hook(*args: Any) -> Any:
-            seen.append(what)
+            visited.append(what)
             return result(*args) if callable(result) else result
 
         return hook
@@ -276,15 +276,15 @@ def test_hooks_of_the_wrapper_run() -> None:
     saved = opt.state_dict()
     assert saved["more"] == 1
 
-    def changed(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-        groups = [group | {"lr": 0.05} for group in given["param_groups"]]
-        return given | {"param_groups": groups}
+    def changed(_: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        groups = [group | {"lr": 0.05} for group in inputs["param_groups"]]
+        return inputs | {"param_groups": groups}
 
     opt.register_load_state_dict_pre_hook(note("before loading", changed))
     opt.register_load_state_dict_post_hook(note("after loading"))
     opt.load_state_dict(saved)
     assert opt.param_groups[0]["lr"] == 0.05
-    assert seen == ["before saving", "after saving", "before loading", "after loading"]
+    assert visited == ["before saving", "after saving", "before loading", "after loading"]
 
 
 def test_a_copied_base_has_one_radius() -> None:

@@ -64,8 +64,8 @@ def test_a_norm_that_their_dtype_does_not_hold(
         p.grad_dtype = wide
         p.grad = torch.full((50,), size, dtype=wide)
     total = params[0].grad[0].item() * 10
-    found = ef.SGD(params, lr=0.1).clip_grad_norm_(1.0)
-    assert found.item() == pytest.approx(total, rel=1e-12)
+    result = ef.SGD(params, lr=0.1).clip_grad_norm_(1.0)
+    assert result.item() == pytest.approx(total, rel=1e-12)
     for p in params:
         torch.testing.assert_close(p.grad, torch.full_like(p.grad, 0.1), rtol=1e-2, atol=0.0)
 

@@ -57,14 +57,14 @@ def train(
 def test_compiled_training_is_training(name: str, compiled: str) -> None:
     expected = train(OPTIMIZERS[name], "nothing", "eager")
     torch.compiler.reset()
-    found = train(OPTIMIZERS[name], compiled, "aot_eager")
+    result = train(OPTIMIZERS[name], compiled, "aot_eager")
     bound = 1e-8 if name == "HessianUSAM" else 1e-14  # finite differences blow roundings up
-    assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) <= bound
+    assert max(float((a - b).abs().max()) for a, b in zip(result, expected, strict=True)) <= bound
 
 
 def test_with_the_default_compiler() -> None:
     expected = train(OPTIMIZERS["USAM"], "nothing", "eager")
     torch.compiler.reset()
-    found = train(OPTIMIZERS["USAM"], "model", "inductor")
-    for a, b in zip(found, expected, strict=True):
+    result = train(OPTIMIZERS["USAM"], "model", "inductor")
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

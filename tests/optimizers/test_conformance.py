@@ -53,7 +53,7 @@ class Row:
         calls: gradients a step.
         rho: its radius.
         difference: whether it takes finite differences.
-        normalised: whether it takes a norm, whose order of summation follows the layout.
+        normalized: whether it takes a norm, whose order of summation follows the layout.
         shapes: of its parameters.
     """
 
@@ -63,7 +63,7 @@ class Row:
     calls: int
     rho: float = 0.0
     difference: bool = False
-    normalised: bool = False
+    normalized: bool = False
     shapes: Sequence[tuple[int, ...]] = SHAPES
 
     def parameters(self, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -88,7 +88,7 @@ def row(make: Make, still: Make, torchs: Make, method: str = "", **fields: Any) 
     if not method:
         return Row(make, still, torchs, 1, **fields)
     m = METHODS[method]
-    return Row(make, still, torchs, m.calls, m.rho, method == "difference", m.normalised, **fields)
+    return Row(make, still, torchs, m.calls, m.rho, method == "difference", m.normalized, **fields)
 
 
 def with_sgd(method: str = "") -> Row:
@@ -180,7 +180,7 @@ def rosenbrock(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
 
 @each(OPTIMIZERS)
 def test_a_quadratic_converges(row: Row) -> None:
-    """lr is inside the edge where there is one, and decays: normalised moves keep their length."""
+    """lr is inside the edge, if any, and decays, since normalized ascents keep their length."""
     params = row.parameters()
     opt = row.make(params)
     schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.96)
@@ -295,7 +295,7 @@ def test_dtypes_mix(row: Row) -> None:
 
 @each(ASCENDING)
 def test_a_group_without_an_ascent_stays_where_it_is(row: Row) -> None:
-    """Other groups move, each by its own rho; all of them go back to x."""
+    """Each other group is perturbed by its own rho, and all of them are restored."""
     params = row.parameters()
     groups = [
         {"params": params[:1]},
@@ -413,16 +413,16 @@ def test_a_gradient_of_zero_moves_nothing(dtype: torch.dtype, row: Row) -> None:
     params = row.parameters(dtype)
     opt = row.make(params, weight_decay=0.0)
     before = snapshot(params)
-    seen = 0
+    visited = 0
 
     def flat(params: Sequence[Tensor], sign: float) -> Tensor:
-        nonlocal seen
-        seen += 1
+        nonlocal visited
+        visited += 1
         assert all(map(same_bits, params, before))
         return sum((p * p * 0.0).sum() for p in params)
 
     train(opt, params, 2, loss_of=flat)
-    assert seen == 2 * row.calls
+    assert visited == 2 * row.calls
     assert all(map(same_bits, params, before))
     assert all(t.isfinite().all() for t in state_of(opt, params))
 
@@ -538,7 +538,7 @@ def test_saved_and_loaded_mid_run_through_a_file(dtype: torch.dtype, row: Row) -
 
 @each(OPTIMIZERS)
 def test_maximizing_minus_f_minimises_f(row: Row) -> None:
-    """Bit for bit, but for a difference, which is then taken on the other side of x."""
+    """Bit for bit, except a finite difference, which is then taken on the other side of x."""
     if "maximize" not in row.torchs([nn.Parameter(torch.ones(2, 2))]).defaults:
         pytest.skip("this optimizer of torch has no maximize")
     params, others = row.parameters(), row.parameters()
@@ -557,10 +557,10 @@ def test_schedulers_set_lr(row: Row) -> None:
     for lr in lrs:
         manual.param_groups[0]["lr"] = lr
         train(manual, by_hand, 1)
-    for given in ("opt", "base"):
+    for inputs in ("opt", "base"):
         params = row.parameters()
         opt = row.make(params)
-        target = getattr(opt, "base_optimizer", opt) if given == "base" else opt
+        target = getattr(opt, "base_optimizer", opt) if inputs == "base" else opt
         schedule = torch.optim.lr_scheduler.LambdaLR(target, lambda epoch: 0.5**epoch)
         for lr in lrs:
             assert opt.param_groups[0]["lr"] == lr
@@ -577,11 +577,11 @@ def test_no_state_dict_while_the_parameters_are_away(row: Row) -> None:
     saved = opt.state_dict()
     closure()
     while opt.ascend():
-        moved = snapshot(params)
+        updated = snapshot(params)
         for refused in (opt.state_dict, lambda: opt.load_state_dict(saved)):
-            with pytest.raises(RuntimeError, match="while the parameters are away from x"):
+            with pytest.raises(RuntimeError, match="while the parameters are perturbed"):
                 refused()
-        assert all(map(same_bits, params, moved))
+        assert all(map(same_bits, params, updated))
         closure()
     opt.step()
     opt.state_dict()

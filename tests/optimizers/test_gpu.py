@@ -58,11 +58,13 @@ class Separable(Exact):
         return [1.3 * y - 0.7 for y in points]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend_name", BACKENDS)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_steps_are_the_definitions(dtype: torch.dtype, settings: dict, backend: str | None) -> None:
+def test_steps_are_the_definitions(
+    dtype: torch.dtype, settings: dict, backend_name: str | None
+) -> None:
     params = on_gpu(dtype)
-    opt = ef.USAM(params, **settings, rho=RHO, backend=backend)
+    opt = ef.USAM(params, **settings, rho=RHO, backend=backend_name)
     exact = Separable(params, settings)
     for _ in range(30):
         take_step(opt, params, sign_of(settings))
@@ -70,11 +72,11 @@ def test_steps_are_the_definitions(dtype: torch.dtype, settings: dict, backend: 
     assert distance(params, exact.x) <= 4 * RUNS[dtype]
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_the_cpus_bits(dtype: torch.dtype, backend: str | None) -> None:
+@pytest.mark.parametrize("backend_name", BACKENDS[:2])
+def test_the_cpus_bits(dtype: torch.dtype, backend_name: str | None) -> None:
     params, twins = on_gpu(dtype), parameters(dtype)
     opt, other = (
-        ef.USAM(params, **HEAVY, rho=RHO, backend=backend),
+        ef.USAM(params, **HEAVY, rho=RHO, backend=backend_name),
         ef.USAM(twins, **HEAVY, rho=RHO),
     )
     for step in (opt.ascend, opt.step):
@@ -86,11 +88,11 @@ def test_the_cpus_bits(dtype: torch.dtype, backend: str | None) -> None:
     assert all(same_bits(p.cpu(), q) for p, q in zip(params, twins, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
-def test_no_step_waits_for_the_device(backend: str | None) -> None:
+@pytest.mark.parametrize("backend_name", BACKENDS[:2])
+def test_no_step_waits_for_the_device(backend_name: str | None) -> None:
     params = on_gpu(torch.float32)
     lr, rho = torch.full((), 0.1, device="cuda"), torch.full((), RHO, device="cuda")
-    opt = ef.USAM(params, lr=lr, momentum=0.9, rho=rho, skip_nonfinite=True, backend=backend)
+    opt = ef.USAM(params, lr=lr, momentum=0.9, rho=rho, skip_nonfinite=True, backend=backend_name)
     take_step(opt, params)  # kernels are compiled and loaded
     with waiting_is_an_error():
         for _ in range(3):
@@ -140,12 +142,12 @@ CAPTURED = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend_name", BACKENDS[:2])
 @pytest.mark.parametrize("name", CAPTURED)
-def test_a_captured_step_is_the_step(name: str, backend: str | None) -> None:
+def test_a_captured_step_is_the_step(name: str, backend_name: str | None) -> None:
     """Also after a scheduler has changed the lr, where that is a tensor on the device."""
     expected, params = on_gpu(torch.float32), on_gpu(torch.float32)
-    other, opt = CAPTURED[name](expected, backend), CAPTURED[name](params, backend)
+    other, opt = CAPTURED[name](expected, backend_name), CAPTURED[name](params, backend_name)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -13,7 +13,7 @@ import eigenfilter as ef
 
 COUNTS = (50, 5000)  # elements of the parameters, each in a group of its own
 
-backends = pytest.mark.parametrize("backend", ["native", "reference"])
+backends = pytest.mark.parametrize("backend_name", ["native", "reference"])
 sizes = pytest.mark.parametrize("size", [1e160, 1e200, 1e300])
 
 
@@ -49,11 +49,13 @@ def check_moves(params: Sequence[torch.nn.Parameter], value: float, moves: list[
 @sizes
 @pytest.mark.parametrize("other", [1.0, 1e-200, 1e150])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_an_ascent_has_its_length(backend: str, size: float, other: float, adaptive: bool) -> None:
+def test_an_ascent_has_its_length(
+    backend_name: str, size: float, other: float, adaptive: bool
+) -> None:
     """The norm of SAM, and ASAM's with weights, over groups of different sizes."""
     params = parameters(0.5, [size, size / 1e150 * other])
     grads = gradients(params)
-    opt = ef.SAM(groups(params), lr=0.1, rho=3.0, adaptive=adaptive, backend=backend)
+    opt = ef.SAM(groups(params), lr=0.1, rho=3.0, adaptive=adaptive, backend=backend_name)
     opt.ascend()
     weight = 0.5 if adaptive else 1.0
     factor = 3.0 * weight / length(grads)
@@ -65,12 +67,12 @@ def test_an_ascent_has_its_length(backend: str, size: float, other: float, adapt
 
 @backends
 @pytest.mark.parametrize(("value", "size"), [(0.5, 1e200), (1e160, 1.0), (-1e200, 1e160)])
-def test_a_finite_difference_has_its_step(backend: str, value: float, size: float) -> None:
+def test_a_finite_difference_has_its_step(backend_name: str, value: float, size: float) -> None:
     """The length of the parameters and the norm of the gradients that set it."""
     params = parameters(value, [size, size])
     grads = gradients(params)
     before = length([p.detach() for p in params])
-    opt = ef.HessianUSAM(groups(params), lr=0.1, rho=0.01, fd_step=0.25, backend=backend)
+    opt = ef.HessianUSAM(groups(params), lr=0.1, rho=0.01, fd_step=0.25, backend=backend_name)
     opt.ascend()
     factor = 0.25 * ((1 + before) / length(grads))
     check_moves(params, value, [factor * g for g in grads])
@@ -80,11 +82,11 @@ def test_a_finite_difference_has_its_step(backend: str, value: float, size: floa
 @pytest.mark.parametrize(
     "sizes", [(1e160, 1e160), (1e300, 1.0), (1e-170, 1e170), (1e-160, 1e-160), (1e-200, 1e-300)]
 )
-def test_the_norm_that_clips(backend: str, sizes: tuple[float, float]) -> None:
+def test_the_norm_that_clips(backend_name: str, sizes: tuple[float, float]) -> None:
     params = parameters(1.0, sizes)
     grads = gradients(params)
     total = length(grads)
-    opt = ef.SGD(groups(params), lr=0.1, backend=backend)
+    opt = ef.SGD(groups(params), lr=0.1, backend=backend_name)
     assert opt.clip_grad_norm_(2.0).item() == pytest.approx(total, rel=1e-14, abs=0)
     for p, g in zip(params, grads, strict=True):
         expected = g * (2.0 / total) if total > 2.0 else g

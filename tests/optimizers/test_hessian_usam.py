@@ -48,7 +48,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def error_of_product(dtype: torch.dtype, fd_step: float | None = None) -> float:
-    """Relative error of H g, read off a move so long that the point's rounding does not count."""
+    """Relative error of H g, from a perturbation so long that rounding of the point vanishes."""
     exact, loss = network(torch.float64)
     grads = torch.autograd.grad(loss(), exact, create_graph=True)
     product = flat(torch.autograd.grad(grads, exact, [g.detach() for g in grads]))
@@ -290,14 +290,14 @@ def test_nothing_of_a_step_is_kept_when_it_has_ended(hvp: str) -> None:
     opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp=hvp)
     closure = closure_of(opt, params)
 
-    def kept() -> list[object]:
+    def saved() -> list[object]:
         return [value for value in vars(opt._ascent).values() if isinstance(value, (dict, list))]
 
     closure()
     opt.ascend()
-    assert any(kept())
+    assert any(saved())
     opt.restore()
-    assert not any(kept())
+    assert not any(saved())
     opt.step(closure)
-    assert kept()
-    assert not any(kept())
+    assert saved()
+    assert not any(saved())

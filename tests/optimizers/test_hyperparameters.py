@@ -77,12 +77,12 @@ def test_a_schedule_of_momentum_by_onecycle() -> None:
         opt = make(p, lr=0.01, momentum=0.9)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10)
         closure = closure_of(opt, p)
-        seen = []
+        visited = []
         for _ in range(8):
             opt.step(closure)
             schedule.step()
-            seen.append((opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]))
-        results.append(seen)
+            visited.append((opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]))
+        results.append(visited)
     assert results[0] == results[1]
     assert len(set(results[0])) == 8
     assert distance(params, twins) < 1e-14

@@ -46,7 +46,7 @@ def allowed(method: str, dtype: torch.dtype) -> float:
 def for_runs(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings under which runs of a method can be compared to the last digit.
 
-    Where the gradient vanishes its direction is that of rounding errors, and a normalised ascent
+    Where the gradient vanishes its direction is that of rounding errors, and a normalized ascent
     goes along with it; with a weight decay that counts, no gradient vanishes.
     """
     return settings | {"weight_decay": 0.5} if METHODS[method].rho > 1 else settings
@@ -57,7 +57,7 @@ def for_runs(method: str, settings: dict[str, Any]) -> dict[str, Any]:
 def test_steps_are_the_definitions(
     dtype: torch.dtype, method: str, settings: dict[str, Any]
 ) -> None:
-    """Finite differences too say something in bfloat16: rho moves a run by 0.7 and more."""
+    """Finite differences are meaningful in bfloat16 too: rho changes a run by 0.7 and more."""
     settings = for_runs(method, settings)
     params = parameters(dtype)
     opt = METHODS[method].make(params, **settings)
@@ -130,7 +130,7 @@ def test_the_point_of_the_descent(method: str) -> None:
         assert all(p.grad is None for p in params)
         closure()
     assert len(points) == METHODS[method].calls - 1
-    assert distance(points[-1], exact.ascended()) <= 20 * allowed(method, torch.float64)
+    assert distance(points[-1], exact.descent_point()) <= 20 * allowed(method, torch.float64)
     for earlier, later in itertools.pairwise([before, *points]):
         assert distance(earlier, later) > 1e-9
     opt.restore()
@@ -162,7 +162,7 @@ def test_the_explicit_form_gives_the_same_bits(dtype: torch.dtype, method: str) 
 def test_the_reference_backend_gives_the_same_bits(
     dtype: torch.dtype, method: str, name: str
 ) -> None:
-    """Where norms are taken, within their rounding: the rooms sum in different orders."""
+    """Where norms are taken, within their rounding: the backends sum in different orders."""
     results = []
     for backend in (None, "reference"):
         params = parameters(dtype)
@@ -171,7 +171,7 @@ def test_the_reference_backend_gives_the_same_bits(
         for _ in range(6):
             opt.step(closure)
         results.append(params)
-    if METHODS[method].normalised:
+    if METHODS[method].normalized:
         assert distance(*results) <= allowed(method, dtype)
     else:
         assert all(map(same_bits, *results))
@@ -192,7 +192,7 @@ def test_without_an_ascent_a_step_is_sgds_and_takes_one_gradient(method: str) ->
 
 @pytest.mark.parametrize("method", ["sequential", "anchored"])
 def test_a_gradient_that_appears_in_the_second_ascent(method: str) -> None:
-    """Its parameter moves for the first time then."""
+    """Its parameter is perturbed for the first time then."""
     params = parameters()
     opt = METHODS[method].make(params, lr=0.1)
     before = snapshot(params)
@@ -206,11 +206,11 @@ def test_a_gradient_that_appears_in_the_second_ascent(method: str) -> None:
 
     evaluate(4)
     opt.ascend()
-    moved = snapshot(params)
+    perturbed = snapshot(params)
     assert all(map(same_bits, params[4:], before[4:]))
     grads = evaluate(6)
     opt.ascend()
-    origins = moved if method == "sequential" else before
+    origins = perturbed if method == "sequential" else before
     expected = [y + RHO * g for y, g in zip(origins, grads, strict=True)]
     assert distance(params, expected) < 1e-15
     opt.restore()

@@ -69,7 +69,7 @@ def closure_of(opt: torch.optim.Optimizer, model: nn.Module) -> Callable[[], Ten
 
 @pytest.fixture(params=OPTIMIZERS)
 def in_mid_step(request: pytest.FixtureRequest) -> Iterator[tuple[Any, nn.Module]]:
-    """An optimizer that holds a model's weights away from x."""
+    """An optimizer that has perturbed the weights of a model."""
     model = network()
     opt = OPTIMIZERS[request.param](model)
     closure_of(opt, model)()
@@ -165,10 +165,10 @@ def test_a_wrapper_and_an_optimizer_of_other_weights_may_step() -> None:
 
 def test_what_is_returned_is_what_was_asked_for(in_mid_step: tuple[Any, nn.Module]) -> None:
     _, model = in_mid_step
-    kept: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
     with pytest.warns(UserWarning, match=r"state_dict\(\) reads perturbed weights"):
-        model.state_dict(destination=kept, prefix="net.", keep_vars=True)
-    assert kept["net.0.weight"] is model[0].weight
+        model.state_dict(destination=saved, prefix="net.", keep_vars=True)
+    assert saved["net.0.weight"] is model[0].weight
 
 
 def test_without_an_ascent_torch_is_left_alone() -> None:

@@ -35,11 +35,11 @@ def test_a_whole_step_within_a_step() -> None:
     closure = closure_of(opt, params)
     closure()
     opt.ascend()
-    moved = snapshot(params)
+    updated = snapshot(params)
     message = r"one is under way that has ascents left: .*end it with step\(\), or .*restore"
     with pytest.raises(RuntimeError, match=message):
         opt.step(closure)
-    assert all(map(same_bits, params, moved))
+    assert all(map(same_bits, params, updated))
     assert opt.perturbed
     assert closure.calls == 1
 
@@ -58,11 +58,11 @@ def test_refused_while_the_parameters_are_away(name: str) -> None:
     opt, params = usam()
     closure_of(opt, params)()
     opt.ascend()
-    moved, groups = snapshot(params), len(opt.param_groups)
-    message = rf"{name}.* while the parameters are away from x: first end the step with step"
+    updated, groups = snapshot(params), len(opt.param_groups)
+    message = rf"{name}.* while the parameters are perturbed: first end the step with step"
     with pytest.raises(RuntimeError, match=message):
         MID_STEP[name](opt)
-    assert all(map(same_bits, params, moved))
+    assert all(map(same_bits, params, updated))
     assert len(opt.param_groups) == groups
     opt.restore()
     assert opt.state_dict()["param_groups"][0]["rho"] == RHO

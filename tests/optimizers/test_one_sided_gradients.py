@@ -89,9 +89,9 @@ def test_no_gradient_is_bitwise_a_gradient_of_zero(
     assert distance(twins[0], parameters()) > 1e-3 or not present[-1]
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
 @pytest.mark.parametrize("sides", [(FIRST, ALL), (ALL, SECOND), (FIRST, SECOND), (ALL, [])])
-def test_the_step_is_the_methods_own(sides: tuple[list[int], list[int]], backend: str) -> None:
+def test_the_step_is_the_methods_own(sides: tuple[list[int], list[int]], backend_name: str) -> None:
     """Against the definition in float64; what divides by eps magnifies rounding."""
     params = parameters()
 
@@ -109,7 +109,7 @@ def test_the_step_is_the_methods_own(sides: tuple[list[int], list[int]], backend
     d = gradient([p + RHO * a for p, a in zip(x, h, strict=True)], ALL)
     expected = [p - LR * a for p, a in zip(x, d, strict=True)]
 
-    opt = ef.HessianUSAM(params, lr=LR, rho=RHO, fd_step=1e-3, backend=backend)
+    opt = ef.HessianUSAM(params, lr=LR, rho=RHO, fd_step=1e-3, backend=backend_name)
     calls = iter((*sides, ALL))
 
     def closure() -> None:
@@ -260,8 +260,8 @@ def test_what_never_has_a_gradient_takes_no_memory() -> None:
     assert distance(params, plain) < 1e-6  # eps differs, and with it the gradients' rounding
     assert frozen.tolist() == [1.0] * 7
     assert unused.tolist() == [-0.5] * 5
-    kept = {p for _, p in opt._parts._store._private}
-    assert kept == set(params)
+    saved = {p for _, p in opt._buckets._store._auxiliary}
+    assert saved == set(params)
 
 
 def test_a_step_that_was_skipped_leaves_all_as_it_was() -> None:

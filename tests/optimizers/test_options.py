@@ -1,4 +1,4 @@
-"""Arguments of torch's optimizers, gradients that are kept, hyperparameters changed later."""
+"""Arguments of torch's optimizers, gradients kept by an ascent, hyperparameters changed later."""
 
 from __future__ import annotations
 

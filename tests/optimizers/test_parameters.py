@@ -25,7 +25,7 @@ PRESENT = {
 
 
 class Exact:
-    """What a step means for each parameter by itself: moved if it could, stepped if it can."""
+    """The effect of a step on single parameters: perturbed if possible, updated if possible."""
 
     def __init__(self, params: list) -> None:
         self.x = snapshot(params)

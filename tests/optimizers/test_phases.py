@@ -22,9 +22,9 @@ def test_phases_of_an_explicit_step() -> None:
         assert opt.ascend() is True
         assert (opt.phase, opt.perturbed) == ("descent", True)
         closure()
-        moved = snapshot(params)
+        updated = snapshot(params)
         assert opt.ascend() is False
-        assert all(map(same_bits, params, moved))
+        assert all(map(same_bits, params, updated))
         assert (opt.phase, opt.perturbed) == ("descent", True)
         assert opt.step() is None
     assert (opt.phase, opt.perturbed) == ("ascent", False)
@@ -34,14 +34,14 @@ def test_the_closure_sees_the_phase_it_is_called_for() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=0.1, rho=RHO)
     closure = closure_of(opt, params)
-    seen = []
+    visited = []
 
     def observed() -> Tensor:
-        seen.append((opt.phase, opt.perturbed))
+        visited.append((opt.phase, opt.perturbed))
         return closure()
 
     opt.step(observed)
-    assert seen == [("ascent", False), ("descent", True)]
+    assert visited == [("ascent", False), ("descent", True)]
 
 
 def test_the_loss_is_the_first_calls_detached() -> None:
@@ -151,14 +151,14 @@ def test_gradients_accumulate_over_micro_batches_in_each_phase() -> None:
 def test_step_hooks_run_once_a_step() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=0.1, rho=RHO)
-    seen: list[str] = []
-    opt.register_step_pre_hook(lambda *_: seen.append("before"))
-    opt.register_step_post_hook(lambda *_: seen.append("after"))
+    visited: list[str] = []
+    opt.register_step_pre_hook(lambda *_: visited.append("before"))
+    opt.register_step_post_hook(lambda *_: visited.append("after"))
     closure = closure_of(opt, params)
     opt.step(closure)
-    assert seen == ["before", "after"]
+    assert visited == ["before", "after"]
     closure()
     opt.ascend()
     closure()
     opt.step()
-    assert seen == ["before", "after"] * 2
+    assert visited == ["before", "after"] * 2

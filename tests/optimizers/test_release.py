@@ -326,8 +326,8 @@ def test_groups_and_frozen_parameters_may_come_later() -> None:
     for p in params:
         p.grad = None
     opt.step(closure)
-    moved = [not same_bits(p, x) for p, x in zip(params, before, strict=True) if p.numel()]
-    assert all(moved)
+    updated = [not same_bits(p, x) for p, x in zip(params, before, strict=True) if p.numel()]
+    assert all(updated)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

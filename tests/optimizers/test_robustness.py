@@ -18,13 +18,13 @@ def usam(*values: float, **arguments: object) -> tuple[list[Tensor], eigenfilter
 
 def test_an_interrupt_right_after_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     (x,), opt = usam(1.0)
-    move = opt._ascent.move
+    perturb = opt._ascent.perturb
 
-    def interrupted(run: object, index: int, piece: object) -> None:
-        move(run, index, piece)
+    def interrupted(run: object, index: int, bucket_slice: object) -> None:
+        perturb(run, index, bucket_slice)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt._ascent, "move", interrupted)
+    monkeypatch.setattr(opt._ascent, "perturb", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.ascend()
     assert x.tolist() == [1.0, 1.0, 1.0]
@@ -40,10 +40,10 @@ def test_an_interrupt_right_before_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     x.grad = torch.full_like(x, 2.0)
     now = x.detach().clone()
 
-    def interrupted(run: object, index: int, piece: object) -> None:
+    def interrupted(run: object, index: int, bucket_slice: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt._ascent, "move", interrupted)
+    monkeypatch.setattr(opt._ascent, "perturb", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.ascend()
     assert torch.equal(x, now)
@@ -106,12 +106,12 @@ def test_hyperparameters_of_numpy() -> None:
     assert x.tolist() == [0.0] * 3
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_kernels_bump_versions(backend: str) -> None:
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
+def test_kernels_bump_versions(backend_name: str) -> None:
     x, g, b, m = (torch.ones(3) for _ in range(4))
     before = [t._version for t in (x, g, b, m)]
-    kernels.ascend([x], [g], [b], 0.1, backend=backend)
-    kernels.descend([x], [g], [m], [b], lr=0.1, momentum=0.9, backend=backend)
+    kernels.ascend([x], [g], [b], 0.1, backend=backend_name)
+    kernels.descend([x], [g], [m], [b], lr=0.1, momentum=0.9, backend=backend_name)
     grown = [t._version > v for t, v in zip((x, g, b, m), before, strict=True)]
     assert grown == [True, False, True, True]
 
@@ -139,12 +139,12 @@ def test_a_first_step_in_inference_mode_leaves_state_for_steps_outside_of_it() -
     assert x.tolist() == [-0.25] * 3
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_parameter_made_in_inference_mode_is_refused_outside_of_it(backend: str) -> None:
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
+def test_a_parameter_made_in_inference_mode_is_refused_outside_of_it(backend_name: str) -> None:
     with torch.inference_mode():
         x = torch.ones(3)
     y = torch.ones(3)
     x.grad, y.grad = torch.ones(3), torch.ones(3)
     with pytest.raises(RuntimeError, match="was made in inference mode"):
-        eigenfilter.SGD([y, x], lr=0.5, backend=backend).step()
+        eigenfilter.SGD([y, x], lr=0.5, backend=backend_name).step()
     assert x.tolist() == y.tolist() == [1.0] * 3

@@ -51,8 +51,8 @@ def test_a_refused_step_leaves_no_scale_behind() -> None:
         scaler.step(opt)
     before = x.detach().clone()
     opt.step(lambda: closure(False))
-    moved = before * (1 - 0.1 * 2 * (1 + 0.05 * 2))
-    torch.testing.assert_close(x.detach(), moved)
+    perturbed = before * (1 - 0.1 * 2 * (1 + 0.05 * 2))
+    torch.testing.assert_close(x.detach(), perturbed)
 
 
 @pytest.mark.parametrize("first", [False, True])

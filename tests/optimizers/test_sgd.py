@@ -66,15 +66,15 @@ def test_the_state_has_the_same_form() -> None:
     opt, reference = ef.SGD(ours, **settings), torch.optim.SGD(theirs, **settings)
     train(opt, ours, 1.0, 3)
     train(reference, theirs, 1.0, 3)
-    mine, given = opt.state_dict(), reference.state_dict()
-    assert mine["state"].keys() == given["state"].keys()
-    for i, entry in given["state"].items():
+    mine, inputs = opt.state_dict(), reference.state_dict()
+    assert mine["state"].keys() == inputs["state"].keys()
+    for i, entry in inputs["state"].items():
         assert mine["state"][i].keys() == entry.keys() == {"momentum_buffer"}
         a, b = mine["state"][i]["momentum_buffer"], entry["momentum_buffer"]
         assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
         torch.testing.assert_close(a, b)
-    assert len(mine["param_groups"]) == len(given["param_groups"])
-    for group, other in zip(mine["param_groups"], given["param_groups"], strict=True):
+    assert len(mine["param_groups"]) == len(inputs["param_groups"])
+    for group, other in zip(mine["param_groups"], inputs["param_groups"], strict=True):
         assert group.pop("stochastic_rounding") is False  # ours alone: torch keeps what it finds
         for name, value in group.items():
             assert other[name] == value

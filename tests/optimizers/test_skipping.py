@@ -47,14 +47,14 @@ def test_a_skipped_step_leaves_every_bit(dtype: torch.dtype, bad: float, call: i
     opt = optimizer(params)
     closure = Spoiler(opt, params, bad, {call})
     opt.step(closure)
-    before, kept = snapshot(params), momenta(opt, params)
+    before, saved = snapshot(params), momenta(opt, params)
     assert opt.skipped == 0
     loss = opt.step(closure)
     assert loss.isfinite()
     assert opt.skipped == 1
     assert not opt.perturbed
     assert all(map(same_bits, params, before))
-    assert all(map(same_bits, momenta(opt, params), kept))
+    assert all(map(same_bits, momenta(opt, params), saved))
     opt.step(closure)
     assert opt.skipped == 1
     assert distance(params, before) > 1e-3

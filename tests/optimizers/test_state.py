@@ -87,8 +87,8 @@ def test_cleared_state_starts_anew() -> None:
 def test_one_entry_cleared_starts_anew_alone(how: str) -> None:
     """Its first step is undamped; the others' momentum goes on."""
     opt, params, _ = trained()
-    cleared, kept = params[3], params[4]
-    momentum = opt.state[kept]["momentum_buffer"].clone()
+    cleared, retained = params[3], params[4]
+    momentum = opt.state[retained]["momentum_buffer"].clone()
     if how == "deleted":
         del opt.state[cleared]
     elif how == "emptied":
@@ -96,26 +96,26 @@ def test_one_entry_cleared_starts_anew_alone(how: str) -> None:
     else:
         opt.state[cleared]["momentum_buffer"] = None
     opt.param_groups[0]["rho"] = 0.0
-    before = {p: 1 + HEAVY["weight_decay"] * p.detach() for p in (cleared, kept)}
+    before = {p: 1 + HEAVY["weight_decay"] * p.detach() for p in (cleared, retained)}
     for p in params:
         p.grad = torch.ones_like(p)
     opt.step()
     torch.testing.assert_close(opt.state[cleared]["momentum_buffer"], before[cleared])
-    expected = 0.8 * momentum + 0.8 * before[kept]
-    torch.testing.assert_close(opt.state[kept]["momentum_buffer"], expected)
+    expected = 0.8 * momentum + 0.8 * before[retained]
+    torch.testing.assert_close(opt.state[retained]["momentum_buffer"], expected)
 
 
 @pytest.mark.parametrize("how", ["replaced", "in place", "new entry"])
 def test_momentum_that_the_user_sets_is_used(how: str) -> None:
     opt, params, _ = trained()
     p = params[3]
-    given = torch.full_like(p, 2.0)
+    inputs = torch.full_like(p, 2.0)
     if how == "replaced":
-        opt.state[p]["momentum_buffer"] = given
+        opt.state[p]["momentum_buffer"] = inputs
     elif how == "in place":
-        opt.state[p]["momentum_buffer"].copy_(given)
+        opt.state[p]["momentum_buffer"].copy_(inputs)
     else:
-        opt.state[p] = {"momentum_buffer": given}
+        opt.state[p] = {"momentum_buffer": inputs}
     opt.param_groups[0]["rho"] = 0.0
     before = p.detach().clone()
     for q in params:
@@ -239,7 +239,7 @@ def test_gradients_of_one_model_after_its_conversion_are_exact() -> None:
     params = parameters(torch.float32)
     opt = ef.USAM(params, **HEAVY, rho=RHO)
     opt.step(closure_of(opt, params))
-    kept = [opt.state[p]["momentum_buffer"].double() for p in params]
+    retained = [opt.state[p]["momentum_buffer"].double() for p in params]
     for p in params:
         p.data = p.data.double()
         p.grad = None
@@ -248,7 +248,7 @@ def test_gradients_of_one_model_after_its_conversion_are_exact() -> None:
     for p in params:
         p.grad = torch.ones_like(p)
     opt.step()
-    for p, x, m in zip(params, before, kept, strict=True):
+    for p, x, m in zip(params, before, retained, strict=True):
         d = 1 + HEAVY["weight_decay"] * x
         torch.testing.assert_close(p.detach(), x - HEAVY["lr"] * (0.8 * m + 0.8 * d))
         assert opt.state[p]["momentum_buffer"].dtype == torch.float64

@@ -175,8 +175,10 @@ def test_gradients_that_come_and_go_at_random() -> None:
         missing = tuple(i for i in range(6) if torch.rand((), generator=generator) < 0.4)
         train(opt, params, 1, missing)
         train(reference, plain, 1, missing)
-    seen = [i for i, p in enumerate(plain) if reference.state[p]]
-    assert steps_of(opt, [params[i] for i in seen]) == steps_of(reference, [plain[i] for i in seen])
+    visited = [i for i, p in enumerate(plain) if reference.state[p]]
+    assert steps_of(opt, [params[i] for i in visited]) == steps_of(
+        reference, [plain[i] for i in visited]
+    )
     assert distance(params, plain) < 1e-12
 
 
@@ -210,9 +212,9 @@ def test_a_count_that_is_held_stays_the_count() -> None:
     opt, reference = ef.AdamW(params, **DECAY), torch.optim.AdamW(plain, **DECAY)
     for each, own in ((opt, params), (reference, plain)):
         train(each, own, 2)
-        held = each.state[own[1]]["step"]
+        tensors = each.state[own[1]]["step"]
         for _ in range(3):
-            held.zero_()
+            tensors.zero_()
             train(each, own, 1)
     assert steps_of(opt, params) == steps_of(reference, plain)
     assert distance(params, plain) < 1e-13

@@ -56,11 +56,11 @@ def test_updates_below_half_an_ulp_count_on_average(
     """
     steps = 200
     assert (constant_gradient(make, dtype, steps) == 1).all()
-    found = constant_gradient(make, dtype, steps, stochastic_rounding=True)
+    result = constant_gradient(make, dtype, steps, stochastic_rounding=True)
     exact = 1 - 2e-5 * steps
     ulp = torch.finfo(dtype).eps / 2
-    error = (steps * 2e-5 * ulp / found.numel()) ** 0.5
-    assert abs(found.mean().item() - exact) < 5 * error < 0.2 * (1 - exact)
+    error = (steps * 2e-5 * ulp / result.numel()) ** 0.5
+    assert abs(result.mean().item() - exact) < 5 * error < 0.2 * (1 - exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -23,14 +23,14 @@ def test_addresses_strides_and_momenta_stay(make, dtype: torch.dtype) -> None:
     closure = closure_of(opt, params)
     places = [(p.data_ptr(), p.stride(), p.dtype) for p in params]
     opt.step(closure)
-    kept = [opt.state[p]["momentum_buffer"] for p in params]
-    for p, m in zip(params, kept, strict=True):
+    saved = [opt.state[p]["momentum_buffer"] for p in params]
+    for p, m in zip(params, saved, strict=True):
         assert (m.dtype, m.shape, m.stride()) == (p.dtype, p.shape, p.stride())
         assert not m.requires_grad
     for _ in range(3):
         opt.step(closure)
     assert [(p.data_ptr(), p.stride(), p.dtype) for p in params] == places
-    assert all(opt.state[p]["momentum_buffer"] is m for p, m in zip(params, kept, strict=True))
+    assert all(opt.state[p]["momentum_buffer"] is m for p, m in zip(params, saved, strict=True))
     assert all(p.is_leaf and p.requires_grad for p in params)
 
 
@@ -78,12 +78,12 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[str] = []
+        self.created: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.numel() > 1:
-            self.made.append(str(func))
+            self.created.append(str(func))
         return result
 
 
@@ -92,7 +92,7 @@ def test_a_step_makes_no_tensors_but_in_its_first_time() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=0.1, momentum=0.9, rho=RHO, skip_nonfinite=True)
     closure = closure_of(opt, params)
-    made = []
+    created = []
     for _ in range(3):
         closure()
         with Allocations() as ascent:
@@ -100,7 +100,7 @@ def test_a_step_makes_no_tensors_but_in_its_first_time() -> None:
         closure()
         with Allocations() as descent:
             opt.step()
-        made.append((ascent.made, descent.made))
-    assert any("empty" in name for name in made[0][0])  # backups
-    assert any("zeros" in name or "empty" in name for name in made[0][1])  # momentum
-    assert made[1:] == [([], [])] * 2
+        created.append((ascent.created, descent.created))
+    assert any("empty" in name for name in created[0][0])  # backups
+    assert any("zeros" in name or "empty" in name for name in created[0][1])  # momentum
+    assert created[1:] == [([], [])] * 2

@@ -24,14 +24,14 @@ HEAVY = SETTINGS["heavy ball"]
 
 
 def noisy(
-    opt: ef.HessianUSAM, params: Sequence[Tensor], given: Sequence[Tensor] | None = None
+    opt: ef.HessianUSAM, params: Sequence[Tensor], inputs: Sequence[Tensor] | None = None
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A closure with dropout, and the list of its masks; they may be given."""
+    """A closure with dropout, and the list of its masks, which may be passed in."""
     masks: list[Tensor] = []
 
     def closure() -> Tensor:
         opt.zero_grad()
-        mask = drawn() if given is None else given[len(masks)]
+        mask = drawn() if inputs is None else inputs[len(masks)]
         masks.append(mask)
         loss = loss_of(params) + 0.1 * (mask * params[-1] ** 2).sum()
         backward(opt, loss)
@@ -55,7 +55,7 @@ def explicit_step(opt: ef.HessianUSAM, closure: Callable[[], Tensor]) -> None:
 
 @pytest.mark.parametrize("form", ["closure", "explicit"])
 def test_both_sides_of_a_difference_draw_the_same(form: str) -> None:
-    """And the descent, and the next step, draw anew, as if one of the sides had drawn alone."""
+    """The descent and the next step draw new numbers, as if only one evaluation had drawn."""
     params, fixed = parameters(), parameters()
     opt, other = (ef.HessianUSAM(p, **HEAVY, rho=RHO) for p in (params, fixed))
     closure, masks = noisy(opt, params)

@@ -30,7 +30,7 @@ PAIRS = {
 }
 pairs = pytest.mark.parametrize(("dtype", "wide", "big"), PAIRS.values(), ids=PAIRS)
 mixtures = pytest.mark.parametrize("mixed", [False, True], ids=["wide", "mixed"])
-backends = pytest.mark.parametrize("backend", ["native", "reference"])
+backends = pytest.mark.parametrize("backend_name", ["native", "reference"])
 
 SHAPES = ((), (3,), (0,), (4, 5), (2, 3, 2, 2), (70,))
 
@@ -86,7 +86,7 @@ RADII = {
 @pairs
 @pytest.mark.parametrize("name", ["sgd", *RADII])
 def test_steps_do_not_depend_on_the_size_of_gradients(
-    name: str, dtype: torch.dtype, wide: torch.dtype, big: float, backend: str
+    name: str, dtype: torch.dtype, wide: torch.dtype, big: float, backend_name: str
 ) -> None:
     """Without momentum, whose buffer has the parameter's range."""
     results = []
@@ -95,7 +95,7 @@ def test_steps_do_not_depend_on_the_size_of_gradients(
         settings: dict[str, Any] = {
             "lr": 0.11 / factor,
             "weight_decay": 0.03 * factor,
-            "backend": backend,
+            "backend": backend_name,
         }
         if name == "sgd":
             opt: Any = ef.SGD(params, **settings)
@@ -117,7 +117,7 @@ def test_steps_do_not_depend_on_the_size_of_gradients(
 @pairs
 @pytest.mark.parametrize("name", ["", *RADII])
 def test_adamw_does_not_depend_on_the_size_of_gradients(
-    name: str, dtype: torch.dtype, wide: torch.dtype, big: float, backend: str
+    name: str, dtype: torch.dtype, wide: torch.dtype, big: float, backend_name: str
 ) -> None:
     """One step: its state has the parameter's range, but x is computed before it is rounded."""
     results = []
@@ -127,7 +127,7 @@ def test_adamw_does_not_depend_on_the_size_of_gradients(
         if name:
             options |= {"method": METHODS[name].name}
             options |= {"rho": METHODS[name].rho * factor ** RADII[name]}
-        opt = ef.AdamW(params, lr=0.1, eps=1e-3 * factor, backend=backend, **options)
+        opt = ef.AdamW(params, lr=0.1, eps=1e-3 * factor, backend=backend_name, **options)
         run(opt, params, 1, factor)
         results.append(params)
     for small, large, start in zip(*results, parameters(dtype, SHAPES), strict=True):
@@ -156,9 +156,9 @@ def test_backends_agree(
 ) -> None:
     make, options = SETTINGS[setting]
     results = []
-    for backend in ("native", "reference"):
+    for backend_name in ("native", "reference"):
         params = widened(dtype, wide, mixed)
-        run(make(params, **options, backend=backend), params, 4)
+        run(make(params, **options, backend=backend_name), params, 4)
         results.append(params)
     if setting in ("sam", "asam", "hessian"):  # each has an order of its own for sums
         for a, b in zip(*results, strict=True):
@@ -197,9 +197,9 @@ def test_gradients_that_change_their_dtype_between_steps(
     for setting in ("nesterov", "adamw", "hessian"):
         make, options = SETTINGS[setting]
         results = []
-        for backend in ("native", "reference"):
+        for backend_name in ("native", "reference"):
             params = widened(dtype, wide, mixed=False)
-            opt = make(params, **options, backend=backend)
+            opt = make(params, **options, backend=backend_name)
             for step in range(4):
                 for i, p in enumerate(params):
                     p.grad = None
@@ -256,10 +256,10 @@ def reform(params: Sequence[Tensor], form: Callable[[Tensor], Tensor]) -> None:
 @backends
 @pairs
 def test_only_steps_that_are_not_finite_are_skipped(
-    dtype: torch.dtype, wide: torch.dtype, big: float, backend: str
+    dtype: torch.dtype, wide: torch.dtype, big: float, backend_name: str
 ) -> None:
     params = widened(dtype, wide, mixed=True)
-    opt = ef.USAM(params, lr=0.1 / big, rho=RHO / big, skip_nonfinite=True, backend=backend)
+    opt = ef.USAM(params, lr=0.1 / big, rho=RHO / big, skip_nonfinite=True, backend=backend_name)
     run(opt, params, 2, big)
     assert opt.skipped == 0
     before = snapshot(params)
@@ -311,8 +311,8 @@ def test_clipping_takes_the_norm_of_wide_gradients(
     fill(params, big)
     grads = [p.grad.double().clone() for p in params]
     norm = torch.cat([g.flatten() for g in grads]).norm()
-    found = opt.clip_grad_norm_(1.0)
-    torch.testing.assert_close(found.double(), norm, rtol=1e-6, atol=0)
+    result = opt.clip_grad_norm_(1.0)
+    torch.testing.assert_close(result.double(), norm, rtol=1e-6, atol=0)
     opt.step()
     for p, b, g in zip(params, before, grads, strict=True):
         expected = b.double() - 0.5 * g / norm
@@ -322,13 +322,13 @@ def test_clipping_takes_the_norm_of_wide_gradients(
 @backends
 @pairs
 def test_gradients_are_released_in_their_dtype(
-    dtype: torch.dtype, wide: torch.dtype, big: float, backend: str
+    dtype: torch.dtype, wide: torch.dtype, big: float, backend_name: str
 ) -> None:
     results = []
     for release in (False, True):
         params = widened(dtype, wide, mixed=True)
         opt = ef.USAM(
-            params, lr=0.1, momentum=0.8, rho=RHO, release_gradients=release, backend=backend
+            params, lr=0.1, momentum=0.8, rho=RHO, release_gradients=release, backend=backend_name
         )
 
         def closure(params: Sequence[Tensor] = params, opt: Any = opt) -> Tensor:
@@ -347,7 +347,7 @@ def test_gradients_are_released_in_their_dtype(
 def test_autograd_makes_wide_gradients_that_are_taken(
     dtype: torch.dtype, wide: torch.dtype, big: float
 ) -> None:
-    """What backward hands over in `grad_dtype`, with an exact product too."""
+    """The gradients that backward leaves in `grad_dtype`, with an exact product too."""
     for options in ({"hvp": "autograd"}, {"hvp": "finite_difference"}):
         params = widened(dtype, wide, mixed=True)
         before = snapshot(params)
@@ -394,7 +394,7 @@ def test_a_wrapped_optimizer_ascends_along_wide_gradients(
 @pytest.mark.parametrize(("dtype", "other"), [("float16", "bfloat16"), ("bfloat16", "float16")])
 @pytest.mark.parametrize("setting", ["nesterov", "adamw", "sam"])
 def test_what_neither_dtype_holds_is_read_as_float32(
-    setting: str, dtype: str, other: str, backend: str
+    setting: str, dtype: str, other: str, backend_name: str
 ) -> None:
     make, options = SETTINGS[setting]
     own, foreign = getattr(torch, dtype), getattr(torch, other)
@@ -403,7 +403,7 @@ def test_what_neither_dtype_holds_is_read_as_float32(
         params = parameters(own, SHAPES)
         for p in params:
             p.grad_dtype = grad_dtype
-        opt = make(params, **options, backend=backend)
+        opt = make(params, **options, backend=backend_name)
         for _ in range(3):
             for move in range(2):
                 for p in params:
@@ -416,13 +416,13 @@ def test_what_neither_dtype_holds_is_read_as_float32(
 @backends
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float64_gradients_of_narrow_parameters_are_refused(
-    dtype: torch.dtype, backend: str
+    dtype: torch.dtype, backend_name: str
 ) -> None:
     """Before anything is written, whichever parameter has one."""
     for name, (make, options) in SETTINGS.items():
         params = parameters(dtype, SHAPES)
         params[3].grad_dtype = torch.float64
-        opt = make(params, **options, backend=backend)
+        opt = make(params, **options, backend=backend_name)
         before = snapshot(params)
         state = copy.deepcopy(opt.state_dict()["state"])
         fill(params)

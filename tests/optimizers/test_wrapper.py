@@ -173,7 +173,7 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert len(base.param_groups) == 1
     closure_of(opt, params)()
     opt.ascend()
-    with pytest.raises(RuntimeError, match=r"add_param_group\(\) while the parameters are away"):
+    with pytest.raises(RuntimeError, match=r"add_param_group\(\) while the parameters are"):
         opt.add_param_group({"params": params[3:]})
     assert len(base.param_groups) == 1
 
@@ -202,17 +202,17 @@ def test_step_hooks_of_both_run_once_a_step() -> None:
     params = parameters()
     base = torch.optim.SGD(params, lr=0.1)
     opt = ef.SharpnessAware(base, "two_step_usam")
-    seen: list[str] = []
-    opt.register_step_pre_hook(lambda *_: seen.append("wrapper"))
-    base.register_step_pre_hook(lambda *_: seen.append("base"))
-    base.register_step_post_hook(lambda *_: seen.append("base done"))
-    opt.register_step_post_hook(lambda *_: seen.append("done"))
+    visited: list[str] = []
+    opt.register_step_pre_hook(lambda *_: visited.append("wrapper"))
+    base.register_step_pre_hook(lambda *_: visited.append("base"))
+    base.register_step_post_hook(lambda *_: visited.append("base done"))
+    opt.register_step_post_hook(lambda *_: visited.append("done"))
     opt.step(closure_of(opt, params))
-    assert seen == ["wrapper", "base", "base done", "done"]
+    assert visited == ["wrapper", "base", "base done", "done"]
 
 
 def test_distributed_checkpointing_primes_it() -> None:
-    """The state is made to exist by a step of length zero, which moves nothing."""
+    """A step of length zero creates the state and changes no parameter."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     model = nn.Linear(3, 2)

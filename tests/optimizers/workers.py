@@ -1,4 +1,4 @@
-"""What the two processes of `test_distributed.py` do; each scenario returns what it found.
+"""The scenarios of the two processes of `test_distributed.py`; each returns its results.
 
 Models are float64, so that results differ from a single process's by the order of sums alone.
 """
@@ -110,15 +110,15 @@ def ddp(rank: int) -> list[Tensor]:
 
 
 def ddp_others(rank: int) -> dict[str, list[Tensor]]:
-    found = {}
+    result = {}
     for name, make in OPTIMIZERS.items():
         model = DistributedDataParallel(network())
-        found[name] = trained(make(model.parameters()), model, share(rank))
-    return found
+        result[name] = trained(make(model.parameters()), model, share(rank))
+    return result
 
 
 def ddp_skip(rank: int) -> dict[str, Any]:
-    """One process's ascent, which is not synchronised, is not finite: all skip."""
+    """One process's ascent, which is not synchronized, is not finite: all skip."""
     model = DistributedDataParallel(network())
     opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
     closure = evaluation(opt, model, share(rank))
@@ -171,7 +171,7 @@ def fsdp(rank: int) -> list[Tensor]:
 
 
 def fsdp_kept_gathered(rank: int) -> list[Tensor]:
-    """The backward leaves parameters gathered: after a move these copies are stale."""
+    """Backward leaves parameters gathered: after an ascent these copies are stale."""
     model = sharded()
     model.set_reshard_after_backward(False)
     return trained(ef.USAM(model.parameters(), **SETTINGS), model, share(rank))
@@ -179,16 +179,16 @@ def fsdp_kept_gathered(rank: int) -> list[Tensor]:
 
 def fsdp_others(rank: int) -> dict[str, list[Tensor]]:
     """Gathered parameters are stale after each of several ascents."""
-    found = {}
+    result = {}
     for name, make in OPTIMIZERS.items():
         model = sharded()
         model.set_reshard_after_backward(False)
-        found[name] = trained(make(model.parameters()), model, share(rank))
-    return found
+        result[name] = trained(make(model.parameters()), model, share(rank))
+    return result
 
 
 def fsdp_forward_before_the_move(rank: int) -> list[Tensor]:
-    """So does a forward pass alone, between the gradient and the move."""
+    """So does a forward pass alone, between the gradient and the ascent."""
     model = sharded(reshard_after_forward=False)
     opt = ef.USAM(model.parameters(), **SETTINGS)
     closure = evaluation(opt, model, share(rank))
@@ -245,7 +245,7 @@ def fsdp_scaler(rank: int) -> dict[str, Any]:
 
 
 def fsdp_restore(rank: int) -> bool:
-    """x comes back bit for bit, and the loss there with it: no copy of the moved point stays."""
+    """x and its loss are restored bit for bit: no copy of the perturbed point stays."""
     model = sharded()
     model.set_reshard_after_backward(False)
     opt = ef.USAM(model.parameters(), **SETTINGS)
@@ -373,7 +373,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
 
 
 def main(rank: int, folder: str) -> None:
-    """Run all scenarios; leave what they found, or how they failed, in a file."""
+    """Run all scenarios; write their results or tracebacks to a file."""
     run(SCENARIOS, rank, folder)
 
 
@@ -382,12 +382,12 @@ def run(scenarios: dict[str, Callable[[int], Any]], rank: int, folder: str) -> N
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, scenario in scenarios.items():
         try:
-            found[name] = scenario(rank)
+            result[name] = scenario(rank)
         except Exception:
-            found[name] = traceback.format_exc()
+            result[name] = traceback.format_exc()
         dist.barrier()
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(result, f"{folder}/{rank}.pt")
     group.leave()

@@ -1,6 +1,6 @@
-"""Which Hessian eigenvalues does an optimizer admit at the points it converges to?
+"""Filters: the Hessian eigenvalues that an optimizer admits at the points it converges to.
 
-The theory as functions, in plain float64 NumPy: one class a method, and `of` for a live optimizer.
+One class for each method, and `of` for a live optimizer, in plain float64 NumPy.
 
 >>> HeavyBall(lr=0.2).intervals()
 [(0.0, 10.0)]

@@ -15,29 +15,28 @@ from eigenfilter.filters.stability import Filter, Interval, check_field
 class AdamW(Filter):
     """AdamW with its preconditioner held fixed, on the eigenvalues of P^-1/2 H P^-1/2.
 
-    With P = diag(sqrt(v / (1 - beta2^t)) + eps) and m past its first steps (beta1^t ~ 0),
+    With P = diag(sqrt(v / (1 - beta2^t)) + eps), and after the first steps (beta1^t ~ 0),
 
         m <- beta1 m + (1 - beta1) g,    x <- (1 - lr wd) x - lr P^-1 m
 
-    and an eigenvalue mu of the preconditioned Hessian evolves by a 2x2 block, which contracts where
+    An eigenvalue mu of the preconditioned Hessian evolves by a 2x2 block, which contracts if
 
         -wd <= mu <= (1 + beta1) (2 - lr wd) / ((1 - beta1) lr).
 
-    Where the gradient is taken after an ascent of USAM, mu is an eigenvalue of P^-1/2 (H + rho H^2)
-    P^-1/2: no function of those without the ascent; after one of SAM's, of that with rho / G for
-    rho, G the gradient's norm; after others, of P^-1/2 p(H) P^-1/2 with their p. The decay is
-    decoupled, hence with wd > 0 the equilibrium has a nonzero gradient. v follows the squared
-    gradients, so that P itself moves: the statement is of a moment at which it moves slowly, not of
-    a limit.
+    After an ascent of USAM, mu is an eigenvalue of P^-1/2 (H + rho H^2) P^-1/2, which the
+    eigenvalues without the ascent do not determine. After SAM's, rho / G replaces rho, with the
+    gradient norm G; after another method's, mu belongs to P^-1/2 p(H) P^-1/2 with its p. The weight
+    decay is decoupled, so that the equilibrium has a nonzero gradient for wd > 0. P follows the
+    squared gradients: the statement holds while P changes slowly, and is not one about a limit.
 
     Args:
-        lr: >= 0. With 0 nothing moves and every eigenvalue is admitted.
-        beta1: in [0, 1).
-        weight_decay: wd, >= 0, with lr wd <= 2.
-        maximize: the optimizer ascends f; eigenvalues stay those of f's Hessian.
+        lr: learning rate, at least 0. With 0 every eigenvalue is admitted.
+        beta1: decay rate of the first moment, in [0, 1).
+        weight_decay: coefficient wd of the decoupled weight decay, at least 0, with lr wd <= 2.
+        maximize: whether the optimizer maximizes f. Eigenvalues remain those of f's Hessian.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: a value is outside its range.
 
     Source: J. Cohen et al., Adaptive gradient methods at the edge of stability, arXiv 2207.14484,
     whose 2 (1 + beta1) / ((1 - beta1) lr) is the edge at wd = 0; with decay: Jury's conditions.
@@ -73,7 +72,7 @@ class AdamW(Filter):
 
     @property
     def rate(self) -> float:
-        """The lr of gradient descent, without momentum, that has the same edge at wd = 0."""
+        """The lr of gradient descent without momentum that has the same edge at wd = 0."""
         return (1.0 - self.beta1) / (1.0 + self.beta1) * self.lr
 
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
@@ -85,10 +84,10 @@ class AdamW(Filter):
         values = np.asarray(lam, np.float64)
         if not np.isfinite(values).all():
             raise ValueError("spectral_radius needs finite eigenvalues")
-        fed = (1.0 - self.beta1) * self.lr * (-values if self.maximize else values)
+        gain = (1.0 - self.beta1) * self.lr * (-values if self.maximize else values)
         block = np.empty((*values.shape, 2, 2))
-        block[..., 1, 0] = fed
+        block[..., 1, 0] = gain
         block[..., 1, 1] = self.beta1
-        block[..., 0, 0] = 1.0 - self.lr * self.weight_decay - fed
+        block[..., 0, 0] = 1.0 - self.lr * self.weight_decay - gain
         block[..., 0, 1] = -self.beta1
         return np.asarray(np.abs(np.linalg.eigvals(block)).max(axis=-1), np.float64)

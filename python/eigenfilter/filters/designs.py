@@ -1,4 +1,4 @@
-"""Design: the rho or the lr that puts the edge where it is wanted."""
+"""Design: the rho or the lr that puts the edge at a given eigenvalue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from eigenfilter.filters.methods import SAM, USAM, HeavyBall, HessianUSAM, Nesterov, TwoStepUSAM
 from eigenfilter.filters.stability import PolynomialFilter, real_roots
 
-# p(lambda) / lambda in s = rho lambda^power, lowest power first.
+# Coefficients of p(lambda) / lambda in s = rho lambda^power, lowest power first, and the power.
 _IN_RHO: Mapping[tuple[str, str], tuple[tuple[float, ...], int]] = {
     ("usam", ""): ((1.0, 1.0), 1),
     ("sam", ""): ((1.0, 1.0), 1),
@@ -32,24 +32,24 @@ def design(
     ascent: str | None = None,
     grad_norm: float | None = None,
 ) -> float:
-    """Return the rho, or the lr, with which a method's filter ends at a wanted eigenvalue.
+    """Return the rho or the lr with which the filter of a method ends at a given eigenvalue.
 
     Given lr, rho solves lr (1 - dampening) (p_rho(max_eigenvalue) + wd) = the edge of the momentum
     (see `PolynomialFilter`); given rho, the same equation is solved for lr.
 
     Args:
         method: "sgd" (for lr only), "usam", "sam", "two_step_usam" or "hessian_usam".
-        max_eigenvalue: where the admitted set should end, > 0.
-        lr: > 0, to get rho; or None.
-        rho: >= 0, to get lr; or None.
-        momentum, dampening, weight_decay, nesterov: as of the filters.
-        ascent: of "two_step_usam": "sequential", the default, or "anchored".
-        grad_norm: of "sam", at which its moving edge should be there.
+        max_eigenvalue: upper edge of the admitted set, greater than 0.
+        lr: learning rate, greater than 0, to get rho; or None.
+        rho: radius of the ascent, at least 0, to get lr; or None.
+        momentum, dampening, weight_decay, nesterov: arguments of the filter.
+        ascent: form of "two_step_usam": "sequential", the default, or "anchored".
+        grad_norm: gradient norm of "sam", at which its edge is max_eigenvalue.
 
     Raises:
-        ValueError: a value is out of its range, not exactly one of lr and rho is given, or no
-            rho >= 0 does it, as lr alone puts the edge below: the message says up to which lr
-            there is.
+        ValueError: a value is out of its range, not exactly one of lr and rho is given, or lr alone
+            puts the edge below max_eigenvalue, so that no rho >= 0 exists. The message then names
+            the largest lr.
 
     >>> rho = design("usam", 8.0, lr=0.1, momentum=0.5)
     >>> round(USAM(0.1, 0.5, rho=rho).max_eigenvalue(), 9)
@@ -62,9 +62,9 @@ def design(
     if not 0 < max_eigenvalue < math.inf:
         raise ValueError(f"max_eigenvalue must be positive and finite, got {max_eigenvalue}")
     if ascent is not None and method != "two_step_usam":
-        raise ValueError(f"ascent is of two_step_usam, not of {method}")
+        raise ValueError(f"ascent is an argument of two_step_usam, not of {method}")
     if grad_norm is not None and method != "sam":
-        raise ValueError(f"grad_norm is of sam, not of {method}")
+        raise ValueError(f"grad_norm is an argument of sam, not of {method}")
     ascent = "sequential" if ascent is None else ascent
     rest = (momentum, dampening, weight_decay)
 
@@ -89,11 +89,13 @@ def design(
         raise ValueError("give lr to get rho, or rho to get lr: one of the two")
     straight = build(1.0, 0.0)
     if straight.rate == 0.0:
-        raise ValueError("with dampening 1 nothing moves: no edge can be put anywhere")
+        raise ValueError(
+            "with dampening 1 no parameter changes, so that there is no edge: take dampening < 1"
+        )
     edge = 2.0 / straight.rate  # of lr (p + wd)
     if rho is not None:
-        wanted = float(build(1.0, rho).p(max_eigenvalue)) + weight_decay
-        return edge / wanted
+        target = float(build(1.0, rho).p(max_eigenvalue)) + weight_decay
+        return edge / target
     assert lr is not None
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
@@ -105,6 +107,6 @@ def design(
             "and a rho to it"
         )
     poly, power = _IN_RHO[method, ascent if method == "two_step_usam" else ""]
-    found = max(real_roots((poly[0] - ratio, *poly[1:])), default=0.0)
-    radius = max(found, 0.0) / max_eigenvalue**power
+    root = max(real_roots((poly[0] - ratio, *poly[1:])), default=0.0)
+    radius = max(root, 0.0) / max_eigenvalue**power
     return radius * (grad_norm or 1.0) if method == "sam" else radius

@@ -1,4 +1,4 @@
-"""Filters of any linear recursion in the gradient: what heavy ball is one of."""
+"""Filters of linear recursions in the gradient, such as heavy ball."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from eigenfilter.filters.stability import Filter, Interval, check_field, inside,
 
 @dataclass(frozen=True, eq=False)
 class Linear(Filter):
-    """The recursion z+ = D z - lr B g(z), which acts alike on every parameter.
+    """The recursion z+ = D z - lr B g(z), which is the same for every parameter.
 
     The state z = (z_1, ..., z_s) holds s vectors like the parameters. D [s, s] mixes them, g is
-    the gradient of f at z_1, and B [s] says which of them take it. Along an eigenvector of the
+    the gradient of f at z_1, and B [s] distributes it over the vectors. Along an eigenvector of the
     Hessian with eigenvalue lambda a step is the block
 
         D - lr lambda B e_1^T
 
     and convergence from almost every start implies that its spectral radius is at most 1. For s = 1
-    that is (D - 1) / lr <= lambda <= (D + 1) / lr.
+    the admitted set is (D - 1) / lr <= lambda <= (D + 1) / lr.
 
     Args:
-        D: a number, or [s, s].
-        lr: alpha, > 0.
-        B: [s]; by default (1, 0, ..., 0): the gradient enters where it is taken.
+        D: matrix of the recursion, a number or [s, s].
+        lr: learning rate, greater than 0.
+        B: weights of the gradient, [s]. The default is (1, 0, ..., 0): only z_1 takes it.
 
     Raises:
         ValueError: shapes do not fit, an entry is not finite, or lr is not positive.
 
-    Source: x+ = D x - alpha g(x) is arXiv 2510.09034's general form; that D and B act alike on
-    every parameter is our reading.
+    Source: x+ = D x - alpha g(x) is the general form of arXiv 2510.09034. That D and B are the same
+    for every parameter is our reading.
 
     >>> Linear(0.98, lr=0.1).intervals()  # gradient descent with decoupled weight decay
     [(-0.2, 19.8)]
@@ -121,10 +121,10 @@ def _unit_roots(chi: NDArray[np.float64], m: NDArray[np.float64]) -> list[comple
     m = np.concatenate([m, np.zeros(len(chi) - len(m))])
     crossed = polynomial.polysub(polynomial.polymul(chi, m[::-1]), polynomial.polymul(chi[::-1], m))
     scale = np.abs(crossed).max(initial=0.0)
-    found: list[complex] = [1.0, -1.0]
-    kept = np.trim_zeros(np.where(np.abs(crossed) > 1e-14 * scale, crossed, 0.0))
-    for poly in (kept, chi):
+    candidates: list[complex] = [1.0, -1.0]
+    trimmed = np.trim_zeros(np.where(np.abs(crossed) > 1e-14 * scale, crossed, 0.0))
+    for poly in (trimmed, chi):
         if len(poly) > 1:
             roots = polynomial.polyroots(poly)
-            found += [complex(z / abs(z)) for z in roots if abs(abs(z) - 1.0) < 1e-6]
-    return found
+            candidates += [complex(z / abs(z)) for z in roots if abs(abs(z) - 1.0) < 1e-6]
+    return candidates

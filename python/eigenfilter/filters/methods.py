@@ -1,6 +1,6 @@
-"""One class a method, and the filters of a live optimizer.
+"""One class for each method, and the filters of a live optimizer.
 
-A method is its polynomial p: everything else is `Filter`.
+A method defines its polynomial p; `PolynomialFilter` derives the rest.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ class Nesterov(HeavyBall):
 
 @dataclass(frozen=True)
 class USAM(PolynomialFilter):
-    """Unnormalised SAM: d(x) = grad f(x + rho grad f(x)), p(lambda) = lambda (1 + rho lambda).
+    """Unnormalized SAM: d(x) = grad f(x + rho grad f(x)), p(lambda) = lambda (1 + rho lambda).
 
     Since p is a parabola, the admitted set has two intervals at weight decay 0: one from 0 to the
     edge, which lies below that of the same method without rho, and its mirror image about
     -1 / (2 rho): saddles with negative eigenvalues at and below -1 / rho. Weight decay widens both
     until they meet, at 1 / (4 rho). With weight decay the equilibrium has a nonzero gradient and
-    the statement holds but for a term of first order in it. With rho = 0 this is heavy ball
+    the statement holds up to a term of first order in it. With rho = 0 this is heavy ball
     (Nesterov with `nesterov`). Source: arXiv 2510.09034.
 
     Args:
-        rho: radius of the ascent, >= 0. The others are those of `PolynomialFilter`.
-        nesterov: Nesterov momentum in place of heavy ball.
+        rho: step size of the ascent, at least 0. The others are those of `PolynomialFilter`.
+        nesterov: whether the momentum is Nesterov's instead of heavy ball.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: a value is outside its range.
 
     >>> [(round(low, 3), round(high, 3)) for low, high in USAM(lr=0.2, rho=0.05).intervals()]
     [(-27.321, -20.0), (0.0, 7.321)]
@@ -89,17 +89,17 @@ class TwoStepUSAM(PolynomialFilter):
 
     "sequential": p(lambda) = lambda (1 + rho lambda)^2, "anchored": p(lambda) = lambda (1 + rho
     lambda + rho^2 lambda^2). At weight decay 0 the admitted set is one interval from 0 to the edge
-    and, sequentially, the single point -1 / rho. With weight decay the statement holds but
-    for a term of first order in it. With rho = 0 this is heavy ball (Nesterov with `nesterov`).
+    and, sequentially, the single point -1 / rho. With weight decay the statement holds up
+    to a term of first order in it. With rho = 0 this is heavy ball (Nesterov with `nesterov`).
     Source: arXiv 2510.09034; the method's exact form is our reading.
 
     Args:
-        rho: step of both ascents, >= 0. The others are those of `PolynomialFilter`.
+        rho: step size of both ascents, at least 0. The others are those of `PolynomialFilter`.
         ascent: "sequential" or "anchored".
-        nesterov: Nesterov momentum in place of heavy ball.
+        nesterov: whether the momentum is Nesterov's instead of heavy ball.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: a value is outside its range.
 
     >>> round(TwoStepUSAM(lr=0.1, rho=0.02).max_eigenvalue(), 2)
     12.71
@@ -127,16 +127,16 @@ class HessianUSAM(PolynomialFilter):
     """Hessian USAM: d(x) = grad f(x + rho H grad f(x)), p(lambda) = lambda (1 + rho lambda^2).
 
     p is odd and increasing: at weight decay 0 the admitted set is one interval from 0 to the edge,
-    and no negative eigenvalue is in it. With weight decay the statement holds but for a term of
+    and no negative eigenvalue is in it. With weight decay the statement holds up to a term of
     first order in it. With rho = 0 this is heavy ball (Nesterov with `nesterov`). Source: arXiv
     2510.09034; the method's exact form is our reading.
 
     Args:
-        rho: of the ascent, >= 0. The others are those of `PolynomialFilter`.
-        nesterov: Nesterov momentum in place of heavy ball.
+        rho: step size of the ascent, at least 0. The others are those of `PolynomialFilter`.
+        nesterov: whether the momentum is Nesterov's instead of heavy ball.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: a value is outside its range.
 
     >>> round(HessianUSAM(lr=0.1, rho=0.003).max_eigenvalue(), 2)
     13.16
@@ -157,19 +157,19 @@ class HessianUSAM(PolynomialFilter):
 
 @dataclass(frozen=True)
 class SAM(USAM):
-    """Normalised SAM where the gradient's norm is G: p(lambda) = lambda (1 + rho lambda / G).
+    """Normalized SAM where the gradient's norm is G: p(lambda) = lambda (1 + rho lambda / G).
 
     d(x) = grad f(x + rho g / ||g||) is not differentiable at an equilibrium: SAM has no filter.
-    With G held fixed it is USAM with radius rho / G, and its edge moves as G does. The statement is
-    of that moment, not of a limit. Source: our reading.
+    With a constant G it is USAM with radius rho / G, and its edge changes with G. The statement
+    holds for the present G, and is not one about a limit. Source: our reading.
 
     Args:
-        rho: length of the ascent, >= 0. The others are those of `PolynomialFilter`.
-        grad_norm: G > 0.
-        nesterov: Nesterov momentum in place of heavy ball.
+        rho: length of the ascent, at least 0. The others are those of `PolynomialFilter`.
+        grad_norm: gradient norm G, greater than 0.
+        nesterov: whether the momentum is Nesterov's instead of heavy ball.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: a value is outside its range.
 
     >>> SAM(0.2, rho=0.1, grad_norm=2.0).intervals() == USAM(0.2, rho=0.05).intervals()
     True
@@ -195,20 +195,19 @@ class _Optimizer(Protocol):
 def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
     """The filters of a live optimizer at its present hyperparameters, one per param group.
 
-    Each is the filter of its group trained alone: where several groups differ, the filter of the
-    whole model composes them and is not their union. A group with rho = 0 is heavy ball or
-    Nesterov. A group with `maximize` gets the eigenvalues of the Hessian of f it admits, which
-    are those of -f negated.
+    Each is the filter of its group trained alone. If several groups differ, the filter of the whole
+    model composes them and is not their union. A group with rho = 0 is heavy ball or Nesterov. The
+    filter of a group with `maximize` is in eigenvalues of f, which are those of -f negated.
 
     Args:
-        opt: an eigenfilter optimizer, torch.optim.SGD, AdamW, or Adam without decay, or
-            `SharpnessAware` around one of torch's. AdamW's filters are of the preconditioned
-            Hessian, and of that of the ascent it takes: see `AdamW`.
-        grad_norm: of the gradient, > 0, at which SAM's moving edge is wanted: see `SAM`.
+        opt: an optimizer of eigenfilter, torch.optim.SGD, AdamW, or Adam without decay, or
+            `SharpnessAware` around one of torch's. AdamW's filters concern the preconditioned
+            Hessian, with its ascent if it takes one: see `AdamW`.
+        grad_norm: gradient norm for which SAM's edge is computed, greater than 0; see `SAM`.
 
     Raises:
-        TypeError: for any other optimizer; for SAM without grad_norm; for ASAM.
-        ValueError: if a group holds a value outside its range.
+        TypeError: the optimizer has no known filter, as ASAM, or is SAM without grad_norm.
+        ValueError: a group holds a value outside its range.
     """
     method = _method(opt)
     if method == "adamw":
@@ -231,7 +230,7 @@ def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
 def _method(opt: _Optimizer) -> str:
     """Name of the method, or "" if unknown.
 
-    The class states it, and of a `SharpnessAware` around torch's SGD or AdamW the ascent.
+    The class states it. A `SharpnessAware` around torch's SGD has the name of its ascent.
     """
     for cls in type(opt).__mro__:
         known = _BY_CLASS.get((cls.__module__, cls.__name__))
@@ -247,7 +246,7 @@ def _method(opt: _Optimizer) -> str:
 
 def _adamw(group: Mapping[str, Any]) -> Filter:
     if group.get("amsgrad"):
-        raise TypeError("no filter is known for AMSGrad, whose preconditioner is another")
+        raise TypeError("no filter is known for AMSGrad, whose preconditioner differs")
     if float(group["weight_decay"]) != 0.0 and not group.get("decoupled_weight_decay", True):
         raise TypeError("no filter is known for Adam whose gradient has the decay: use AdamW")
     names = ("lr", "weight_decay", "maximize")
@@ -278,7 +277,7 @@ def _sgd(group: Mapping[str, Any], opt: _Optimizer) -> Filter:
 def _ascending(
     build: Callable[..., Filter], *attributes: str
 ) -> Callable[[Mapping[str, Any], _Optimizer], Filter]:
-    """The builder of a method with rho, and with further attributes of its optimizer."""
+    """A function that builds the filter of a method with rho from a group and its optimizer."""
 
     def build_one(group: Mapping[str, Any], opt: _Optimizer) -> Filter:
         if float(group["rho"]) == 0.0:

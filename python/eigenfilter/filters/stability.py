@@ -1,6 +1,6 @@
-"""What every filter shares: stability of the linearised update, and preimages of polynomials.
+"""Base classes of the filters: stability of the linearized update, preimages of polynomials.
 
-Near an equilibrium an optimizer moves along d(x), whose Jacobian is a polynomial p(H) of the
+Near an equilibrium an optimizer steps along d(x), whose Jacobian is a polynomial p(H) of the
 Hessian. Each eigenvalue lambda of H then evolves alone, by a 2x2 block that depends on lambda
 through q = p(lambda) + weight_decay only.
 
@@ -24,22 +24,22 @@ from numpy.typing import ArrayLike, NDArray
 Interval = tuple[float, float]
 
 
-def check_field(of: Any, name: str, low: float, high: float, *, closed: bool = True) -> None:
-    """Make a frozen field a float and require it finite and in [low, high], or in [low, high).
+def check_field(owner: Any, name: str, low: float, high: float, *, closed: bool = True) -> None:
+    """Convert a frozen field to float and require it to lie in [low, high], or in [low, high).
 
     Raises:
-        ValueError: it is not.
+        ValueError: it does not, or is not finite.
     """
-    value = float(getattr(of, name))
+    value = float(getattr(owner, name))
     inside = low <= value <= high if closed else low <= value < high
     if not (inside and math.isfinite(value)):
         bracket = "]" if closed and math.isfinite(high) else ")"
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}{bracket}, got {value}")
-    object.__setattr__(of, name, value)
+    object.__setattr__(owner, name, value)
 
 
 class Filter(ABC):
-    """The eigenvalues that an optimizer admits at what it converges to."""
+    """The eigenvalues that an optimizer admits at the points it converges to."""
 
     @abstractmethod
     def intervals(self) -> list[Interval]:
@@ -47,9 +47,9 @@ class Filter(ABC):
 
     @abstractmethod
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
-        """Spectral radius of one step, linearised, along an eigenvector: numerically, an oracle.
+        """Spectral radius of one linearized step along an eigenvector, computed numerically.
 
-        The step contracts where the radius is below 1.
+        The step contracts if the radius is below 1.
 
         Args:
             lam: finite eigenvalues, any shape.
@@ -80,7 +80,7 @@ class Filter(ABC):
 
 @dataclass(frozen=True)
 class PolynomialFilter(Filter):
-    """The eigenvalues an optimizer admits at an equilibrium; a method adds its polynomial p.
+    """The eigenvalues an optimizer admits at an equilibrium; a subclass defines its polynomial p.
 
     With q = p(lambda) + weight_decay (times 1 - dampening where momentum > 0), convergence from
     almost every start implies for every eigenvalue lambda of the Hessian there
@@ -89,19 +89,21 @@ class PolynomialFilter(Filter):
         Nesterov:    0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum)
 
     Args:
-        lr: step size, >= 0. With 0 nothing moves and every eigenvalue is admitted.
-        momentum: in [0, 1).
-        dampening: in [0, 1]; without effect at momentum 0, as in torch.
-        weight_decay: >= 0. The statement is exact where p(lambda) = lambda; for any other p the
-            equilibrium has a nonzero gradient and it holds but for a term of first order in
-            weight_decay, which a quadratic f does not have: see docs/theory.md, 13.
-        maximize: the optimizer ascends f. Eigenvalues stay those of the Hessian of f, so p(lambda)
-            becomes p(-lambda).
+        lr: learning rate, at least 0. With 0 every eigenvalue is admitted.
+        momentum: decay rate of the momentum buffer, in [0, 1).
+        dampening: share of the gradient that stays out of the buffer, in [0, 1]. It has no effect
+            at momentum 0, as in torch.
+        weight_decay: coefficient of the L2 penalty, at least 0. The statement is exact if p(lambda)
+            = lambda. For any other p the equilibrium has a nonzero gradient, and the statement
+            holds up to a term of first order in weight_decay, which vanishes for a quadratic f: see
+            docs/theory.md, 13.
+        maximize: whether the optimizer maximizes f. Eigenvalues remain those of the Hessian of f,
+            so p(lambda) becomes p(-lambda).
 
-    Numbers may be given as 0-dim tensors.
+    Numbers may be 0-dim tensors.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: a value is outside its range.
     """
 
     lr: float
@@ -126,7 +128,7 @@ class PolynomialFilter(Filter):
     @property
     @abstractmethod
     def ascending_coefficients(self) -> tuple[float, ...]:
-        """Coefficients of p for a minimising optimizer, lowest power first."""
+        """Coefficients of p for a minimizing optimizer, lowest power first."""
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -135,7 +137,7 @@ class PolynomialFilter(Filter):
         return tuple(c * sign**k for k, c in enumerate(self.ascending_coefficients))
 
     def p(self, lam: ArrayLike) -> NDArray[np.float64]:
-        """Eigenvalue of the Jacobian of the direction d where the Hessian has eigenvalue `lam`.
+        """Eigenvalue of the Jacobian of d for an eigenvalue `lam` of the Hessian.
 
         Args:
             lam: eigenvalues, any shape.
@@ -149,7 +151,8 @@ class PolynomialFilter(Filter):
     def intervals(self) -> list[Interval]:
         """The admitted eigenvalues: disjoint closed intervals, ascending.
 
-        None if weight decay alone exceeds the edge; infinite ends if lr = 0 or dampening = 1.
+        The list is empty if weight decay alone exceeds the edge. The ends are infinite if lr = 0 or
+        dampening = 1.
         """
         if self._gain == 0.0:
             return [(-math.inf, math.inf)]
@@ -158,7 +161,7 @@ class PolynomialFilter(Filter):
 
     @property
     def rate(self) -> float:
-        """The lr of gradient descent, without momentum, that has the same edges."""
+        """The lr of gradient descent without momentum that has the same edges."""
         return 2.0 * self._gain / self._edge
 
     @property
@@ -172,11 +175,11 @@ class PolynomialFilter(Filter):
         return edge / (1.0 + 2.0 * self.momentum) if self.nesterov else edge
 
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
-        """Spectral radius of one step, linearised, along an eigenvector of the Hessian.
+        """Spectral radius of one linearized step along an eigenvector of the Hessian.
 
-        The block acts on (x, lr m) and is written down from torch's update, with the eigenvalues
-        left to LAPACK: an oracle for `intervals`, which it shares only p with. The step contracts
-        where the radius is below 1.
+        The block acts on (x, lr m) and follows from torch's update; LAPACK computes its
+        eigenvalues. It shares only p with `intervals`, and is an independent check of them. The
+        step contracts if the radius is below 1.
 
         Args:
             lam: finite eigenvalues, any shape.
@@ -192,15 +195,15 @@ class PolynomialFilter(Filter):
         if not np.isfinite(step).all():
             raise ValueError("spectral_radius needs finite eigenvalues, and no overflowing step")
         beta = self.momentum
-        fed = step * (1.0 - self.dampening) if beta > 0.0 else step  # what enters lr m
+        gain = step * (1.0 - self.dampening) if beta > 0.0 else step  # the addition to lr m
         block = np.empty((*step.shape, 2, 2))
-        block[..., 1, 0] = fed  # lr m <- beta lr m + fed x
+        block[..., 1, 0] = gain  # lr m <- beta lr m + gain x
         block[..., 1, 1] = beta
         if self.nesterov:  # x <- x - lr d - beta (lr m), with the new m
-            block[..., 0, 0] = 1.0 - step - beta * fed
+            block[..., 0, 0] = 1.0 - step - beta * gain
             block[..., 0, 1] = -beta * beta
         else:  # x <- x - lr m, with the new m
-            block[..., 0, 0] = 1.0 - fed
+            block[..., 0, 0] = 1.0 - gain
             block[..., 0, 1] = -beta
         return np.asarray(np.abs(np.linalg.eigvals(block)).max(axis=-1), np.float64)
 
@@ -210,24 +213,24 @@ def preimage(coefficients: Sequence[float], low: float, high: float) -> list[Int
 
     Args:
         coefficients: of p, lowest power first; p is not constant.
-        low, high: low <= high; an infinite one does not bind.
+        low, high: bounds, low <= high; they may be infinite.
     """
     levels = [level for level in (low, high) if math.isfinite(level)]
     shifted = [(coefficients[0] - level, *coefficients[1:]) for level in levels]
     cuts = sorted({root for poly in shifted for root in real_roots(poly)})
     admitted = [(cut, cut) for cut in cuts]  # p is low or high there
-    for piece in pairwise((-math.inf, *cuts, math.inf)):
-        if low <= _evaluate(coefficients, inside(*piece)) <= high:
-            admitted.append(piece)
+    for interval in pairwise((-math.inf, *cuts, math.inf)):
+        if low <= _evaluate(coefficients, inside(*interval)) <= high:
+            admitted.append(interval)
     return merge(admitted)
 
 
 def real_roots(coefficients: Sequence[float]) -> list[float]:
-    """The distinct real roots of a polynomial, ascending, to the last bits float64 can tell.
+    """The distinct real roots of a polynomial, ascending, to the precision of float64.
 
-    Between two turning points a polynomial is monotone, so that bisection cannot miss: no root
-    is lost beside one many magnitudes larger, and a double root does not turn complex. Turning
-    points are the roots of the derivative. Roots beyond the range of float64 are left out.
+    Between two turning points, the roots of the derivative, a polynomial is monotone, so that
+    bisection misses no root: neither beside one that is many magnitudes larger, nor a double root,
+    which rounding would make complex. Roots beyond the range of float64 are left out.
 
     Args:
         coefficients: lowest power first; not all zero.
@@ -244,16 +247,16 @@ def real_roots(coefficients: Sequence[float]) -> list[float]:
         return [root] if math.isfinite(root) else []
     turning = real_roots([k * c for k, c in enumerate(poly)][1:])
     cauchy = 1.0 + max(abs(c / poly[-1]) for c in poly)  # bounds every root
-    reach = min(cauchy, 0.25 * sys.float_info.max)
+    bound = min(cauchy, 0.25 * sys.float_info.max)
     roots = [x for x in turning if _sign(poly, x) == 0]
-    for left, right in pairwise((-reach, *turning, reach)):
+    for left, right in pairwise((-bound, *turning, bound)):
         if _sign(poly, left) * _sign(poly, right) < 0:
             roots.append(_bisect(poly, left, right))
     return sorted(roots)
 
 
 def _bisect(poly: Sequence[float], left: float, right: float) -> float:
-    """The root between two points of opposite sign, down to neighbouring floats."""
+    """The root between two points of opposite sign, down to neighboring floats."""
     rising = _evaluate(poly, right) > 0.0
     while left < (middle := 0.5 * left + 0.5 * right) < right:
         if (_evaluate(poly, middle) > 0.0) == rising:
@@ -271,7 +274,7 @@ def _evaluate(poly: Sequence[float], x: float) -> float:
 
 
 def _sign(poly: Sequence[float], x: float) -> int:
-    """Sign of the polynomial at x; 0 where rounding could have decided it."""
+    """Sign of the polynomial at x; 0 if the value is within its rounding error."""
     value = _evaluate(poly, x)
     noise = 4.0 * sys.float_info.epsilon * _evaluate([abs(c) for c in poly], abs(x))
     decided = abs(value) > noise or math.isinf(value)
@@ -279,7 +282,7 @@ def _sign(poly: Sequence[float], x: float) -> int:
 
 
 def inside(left: float, right: float) -> float:
-    """Some point between left and right, either of which may be infinite."""
+    """A point between left and right, either of which may be infinite."""
     if math.isinf(left) and math.isinf(right):
         return 0.0
     if math.isinf(left):

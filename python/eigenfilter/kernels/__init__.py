@@ -1,39 +1,39 @@
-"""Multi-tensor update kernels, one contract in four rooms.
+"""Multi-tensor update kernels, one contract in four backends.
 
 Each function works on lists of tensors that share one device and one dtype (float32, float64,
 bfloat16 or float16) and are *dense*: their elements fill one stretch of memory, in any order of
-dimensions. The i-th tensors of all lists have the same shape and strides, because the kernels walk
-memory and not indices. Arithmetic is float32 (float64 for float64). All arguments are checked
-before anything is written; what is wrong is named by list and index.
+dimensions. The i-th tensors of all lists have the same shape and strides, because the kernels index
+memory linearly. Arithmetic is float32 (float64 for float64). All arguments are checked before
+anything is written, and an error names the list and the index.
 
-Gradients alone (`grads`, `base_grads`) may be wider than the rest, each for itself: float32 for
-bfloat16 and float16 parameters, float64 for float32 ones. They are read as they are, the arithmetic
-is that of the wider dtype, and only what is written is rounded, once.
+Each gradient (in `grads` and `base_grads`) may be wider than its parameter: float32 for bfloat16
+and float16 parameters, float64 for float32 ones. It is read in its own dtype, the arithmetic is
+that of the wider dtype, and each result is rounded once.
 
 Scalars are floats or 0-dim float32/float64 tensors, which are read on their device without a
-synchronisation. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero:
-leave everything as it was) are what `torch.amp.GradScaler` hands over, one-element float32 tensors.
+synchronization. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero:
+leave everything unchanged) are the one-element float32 tensors that `torch.amp.GradScaler` sets.
 
 Results are rounded to nearest, ties to even. With a `rounding_seed`, `descend` and `descend_adamw`
-round what they write to bfloat16 and float16 *stochastically*: of the neighbours a < b of a float32
+round what they write to bfloat16 and float16 *stochastically*: of the neighbors a < b of a float32
 value y
 
     b with probability (y - a) / (b - a), else a,        so that E[rounded y] = y
 
 Steps that rounding to nearest would lose then count on average. Values that the dtype holds stay,
-bit for bit; beyond its largest number, where b would be infinite, rounding is to nearest, as it is
-for float32 and float64, which a seed leaves as they are. Probabilities are exact, but for float16's
-subnormals, where they are multiples of 2^-21. The random bits are a function of the seed, of the
-tensor's number in the lists, of which output it is and of the element's number in memory (modulo
-2^32): they are the same everywhere, and a seed is for one call. Source: S. Gupta et al., 2015,
-arXiv 1502.02551, section 3.
+bit for bit. Beyond its largest number, where b would be infinite, rounding is to nearest, as it
+always is for float32 and float64. Probabilities are exact, except for float16's subnormals, where
+they are multiples of 2^-21. The random bits are a function of the seed, the index of the tensor in
+the lists, the output, and the index of the element in memory (modulo 2^32). They are the same in
+every backend, and each call should use another seed. Source: S. Gupta et al., 2015, arXiv
+1502.02551, section 3.
 
-What Lanczos' iterations need works on single tensors of vectors, its contract in `lanczos`.
+The kernels of Lanczos iterations work on single tensors of vectors: see `lanczos`.
 
 Under torch.compile a call becomes the operator `torch.ops.eigenfilter.<name>`, and no graph breaks.
 
-After a fork (`os.fork`, the workers of a DataLoader, multiprocessing's "fork") kernels in the child
-use one thread, and torch is told to, because the threads of its pool are not there any more.
+After a fork (`os.fork`, the workers of a DataLoader, multiprocessing's "fork") kernels and torch
+use one thread in the child, because the threads of the pool do not survive a fork.
 
 `backend` is None (choose by device), "native" (C++ or CUDA), "triton" or "reference".
 """
@@ -94,24 +94,24 @@ def ascend(
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Save the parameters and move them along their gradients.
+    """Save the parameters and perturb them along their gradients.
 
         b <- x,    x <- x + alpha g / grad_scale        (adaptive: alpha x^2 g / grad_scale)
 
-    The backup is a bit-for-bit copy, and is written even where `found_inf` stops the move.
+    The backup is a bit-for-bit copy, and is written even if `found_inf` leaves x unchanged.
 
     Args:
-        params: n tensors x, moved in place.
+        params: n tensors x, perturbed in place.
         grads: n tensors g, read.
         backups: n tensors b, overwritten.
-        alpha: length of the move: rho to ascend, -rho to ascend -f.
+        alpha: step size: rho to ascend f, -rho to ascend -f.
         adaptive: scale the gradient by x^2, elementwise, as ASAM does.
-        grad_scale: loss scale the gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x stays.
-        backend: see the module.
+        grad_scale: loss scale that the gradients carry, or None for 1.
+        found_inf: flag; if it is not zero, x is unchanged.
+        backend: see `eigenfilter.kernels`.
 
     Raises:
-        TypeError: an element is no strided tensor of a supported dtype.
+        TypeError: an element is not a strided tensor of a supported dtype.
         ValueError: lists, devices, dtypes, shapes or strides differ, or tensors overlap.
         RuntimeError: the backend asked for is not available; the message says how to get it.
 
@@ -141,18 +141,18 @@ def ascend_again(
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Move the parameters along their gradients, from where they are or from their backups.
+    """Perturb the parameters along their gradients, from their present values or their backups.
 
         x <- x + alpha g / grad_scale        (with backups: x <- b + alpha g / grad_scale)
 
     Args:
-        params: n tensors x, moved in place; with backups their present values are not read.
+        params: n tensors x, perturbed in place; with backups their present values are not read.
         grads: n tensors g, read.
-        alpha: length of the move.
+        alpha: step size of the ascent.
         backups: n tensors b, read, or None.
-        grad_scale: loss scale the gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x stays where it is.
-        backend: see the module.
+        grad_scale: loss scale that the gradients carry, or None for 1.
+        found_inf: flag; if it is not zero, x is unchanged.
+        backend: see `eigenfilter.kernels`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`.
@@ -179,7 +179,7 @@ def ascend_hvp(
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Move from the backups along a Hessian-vector product by finite differences.
+    """Perturb the backups along a Hessian-vector product by finite differences.
 
         h = (g - g0) / (eps grad_scale),    x <- b + alpha h
 
@@ -187,14 +187,14 @@ def ascend_hvp(
 
     Args:
         params: n tensors x, overwritten; their present values are not read.
-        grads: n tensors g, gradients at the displaced point, read.
+        grads: n tensors g, gradients at the perturbed point, read.
         base_grads: n tensors g0, gradients at b, read.
         backups: n tensors b, read.
-        alpha: length of the move.
-        eps: the displacement, not 0.
-        grad_scale: loss scale both gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x stays where it is.
-        backend: see the module.
+        alpha: step size of the ascent.
+        eps: step size of the finite difference, not 0.
+        grad_scale: loss scale that both gradients carry, or None for 1.
+        found_inf: flag; if it is not zero, x is unchanged.
+        backend: see `eigenfilter.kernels`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`.
@@ -249,16 +249,16 @@ def descend(
         momenta: n tensors m, updated, or None for no momentum.
         backups: n tensors b, read, or None: the step starts from params.
         lr: learning rate.
-        momentum: beta, in [0, 1).
-        dampening: in [0, 1].
-        weight_decay: wd >= 0.
-        nesterov: look ahead along the new momentum.
-        maximize: ascend the objective.
+        momentum: decay rate of the momentum buffers, in [0, 1).
+        dampening: share of the gradient that stays out of the buffers, in [0, 1].
+        weight_decay: coefficient wd of the L2 penalty, at least 0.
+        nesterov: whether to add the gradient to the new momentum once more.
+        maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
-            stochastically, None to nearest: see the module. Not checked where it is on a GPU.
-        grad_scale: loss scale the gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x is restored and m stays.
-        backend: see the module.
+            stochastically, None to nearest: see `eigenfilter.kernels`. Not checked on a GPU.
+        grad_scale: loss scale that the gradients carry, or None for 1.
+        found_inf: flag; if it is not zero, x is restored and m stays.
+        backend: see `eigenfilter.kernels`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`; ValueError also for momentum or nesterov
@@ -323,16 +323,16 @@ def descend_adamw(
         exp_avg_sqs: n tensors v, updated; zeros before the first step.
         backups: n tensors b, read, or None: the step starts from params.
         lr: learning rate.
-        beta1, beta2: in [0, 1).
-        eps: > 0.
-        weight_decay: wd >= 0, decoupled.
+        beta1, beta2: decay rates of the moments, in [0, 1).
+        eps: term that keeps the quotient finite, greater than 0.
+        weight_decay: coefficient wd of the decoupled weight decay, at least 0.
         step: the number of this step, a whole number from 1.
-        maximize: ascend the objective.
+        maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
-            stochastically, None to nearest: see the module. Not checked where it is on a GPU.
-        grad_scale: loss scale the gradients carry, or None for 1.
-        found_inf: flag; where it is not zero x is restored, m and v stay.
-        backend: see the module.
+            stochastically, None to nearest: see `eigenfilter.kernels`. Not checked on a GPU.
+        grad_scale: loss scale that the gradients carry, or None for 1.
+        found_inf: flag; if it is not zero, x is restored, m and v stay.
+        backend: see `eigenfilter.kernels`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`; ValueError also for a seed out of range.
@@ -379,11 +379,12 @@ def norm(
 
     Args:
         tensors: n tensors t, read, each in its own dtype.
-        weights: n tensors w, read, or None for ones; tensors are to them as gradients to params.
-        grad_scale: loss scale the tensors carry, or None for 1.
+        weights: n tensors w, read, or None for ones. A tensor may be wider than its
+            weights, as a gradient may be wider than its parameter.
+        grad_scale: loss scale that the tensors carry, or None for 1.
         out: 0-dim tensor of the result's dtype on the tensors' device, or None to allocate it. It
             may be float64 for any tensors, whose norm can exceed their dtype's range.
-        backend: see the module.
+        backend: see `eigenfilter.kernels`.
 
     Returns:
         0-dim tensor, float32 (float64 where a tensor is float64), on the tensors' device.
@@ -410,8 +411,9 @@ def _norm(
     grad_scale: Tensor | None,
     backend: str | None,
 ) -> None:
-    room = dispatch.of("tensors", tensors, backend)
-    room.norm(tensors, out, weights=weights, grad_scale=grad_scale)
+    dispatch.of("tensors", tensors, backend).norm(
+        tensors, out, weights=weights, grad_scale=grad_scale
+    )
     increment_version([out])
 
 
@@ -426,7 +428,7 @@ def flag_nonfinite(
     Args:
         tensors: n tensors, read, each in its own dtype.
         found_inf: one-element float32 tensor on their device.
-        backend: see the module.
+        backend: see `eigenfilter.kernels`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ascend`.

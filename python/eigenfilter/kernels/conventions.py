@@ -1,4 +1,4 @@
-"""What all backends agree on: the types of arguments, and the dtypes and scales of arithmetic."""
+"""Conventions of all backends: types of arguments, dtypes and scales of arithmetic."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def gradient_dtype(param: torch.dtype, grad: torch.dtype) -> torch.dtype:
     """Return the dtype in which a gradient of dtype `grad` is read, exactly, for a parameter.
 
-    It is the parameter's dtype or, where that does not hold all numbers of `grad`, the next wider
-    one: float32 for bfloat16 and float16, float64 for float32.
+    It is the parameter's dtype or, if that does not hold all numbers of `grad`, the next wider one:
+    float32 for bfloat16 and float16, float64 for float32.
 
     Raises:
-        TypeError: no dtype that is read holds them.
+        TypeError: no dtype that the kernels read holds them.
     """
     for dtype in (param, torch.float32 if param.itemsize == 2 else torch.float64):
         if grad.is_floating_point and _contains(torch.finfo(dtype), torch.finfo(grad)):

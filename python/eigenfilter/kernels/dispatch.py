@@ -1,4 +1,4 @@
-"""The one seam: which implementation serves a device."""
+"""Backend selection: the one place that decides which implementation serves a device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Backend(Protocol):
-    """What a room offers: the kernels, with the arguments of `eigenfilter.kernels`."""
+    """The kernels of a backend, with the arguments of `eigenfilter.kernels`."""
 
     def ascend(
         self,
@@ -35,7 +35,7 @@ class Backend(Protocol):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Save and move; see `eigenfilter.kernels.ascend`."""
+        """Save and perturb; see `eigenfilter.kernels.ascend`."""
 
     def ascend_again(
         self,
@@ -47,7 +47,7 @@ class Backend(Protocol):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Move once more; see `eigenfilter.kernels.ascend_again`."""
+        """Perturb once more; see `eigenfilter.kernels.ascend_again`."""
 
     def ascend_hvp(
         self,
@@ -61,7 +61,7 @@ class Backend(Protocol):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Move along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
+        """Perturb along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
 
     def descend(
         self,
@@ -116,7 +116,7 @@ class Backend(Protocol):
     def project_out(
         self, w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
     ) -> None:
-        """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
+        """Orthogonalize against a basis; see `eigenfilter.kernels.project_out`."""
 
     def row_dots(self, q: Tensor, w: Tensor, sums: Tensor) -> None:
         """Inner products; see `eigenfilter.kernels.row_dots`."""
@@ -138,14 +138,15 @@ def select(device: torch.device | str, backend: str | None = None) -> Backend:
     """Return the implementation for a device.
 
     Args:
-        device: of type "cpu" or "cuda" (which is also what torch calls ROCm); of a GPU without a
-            number it is the current one.
-        backend: None chooses: native on the CPU; on a GPU native if its kernels were compiled for
-            such a GPU, else Triton. The choice is logged once. A name works or raises.
+        device: device of type "cpu" or "cuda" (torch's name for ROCm too). "cuda" without a number
+            stands for the current GPU.
+        backend: name of a backend, which works or raises. None selects native on the CPU, and on a
+            GPU native if its kernels were compiled for such a GPU, else Triton. The selection is
+            logged once.
 
     Raises:
-        ValueError: an unknown backend, or a device no backend serves.
-        RuntimeError: the backend is not available here, or not for this device.
+        ValueError: the backend is unknown, or no backend serves the device.
+        RuntimeError: the backend is not available, or not for this device.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
@@ -155,7 +156,7 @@ def select(device: torch.device | str, backend: str | None = None) -> Backend:
 
 @functools.cache
 def _select(device: torch.device, backend: str | None) -> Backend:
-    """Choose once for each device: those of a machine may differ."""
+    """Choose once for each device, because the devices of a machine may differ."""
     if backend is None:
         return _select(device, _automatic(device))
     if backend == "reference":
@@ -190,8 +191,8 @@ def first(name: str, tensors: Sequence[Tensor]) -> Tensor:
     """Return the first of some tensors.
 
     Raises:
-        TypeError: what is given is no list of tensors.
-        ValueError: there are none.
+        TypeError: `tensors` is not a list of tensors.
+        ValueError: the list is empty.
     """
     if isinstance(tensors, Tensor):
         raise TypeError("the kernels take lists of tensors: pass [tensor]")
@@ -213,19 +214,19 @@ def _automatic(device: torch.device) -> str:
     """Choose a backend for a device, and log the choice."""
     reason = None
     if device.type == "cpu":
-        chosen = "native"
+        choice = "native"
     elif device.type == "cuda":
         has_kernels = _core.cuda_compiled and torch.version.cuda is not None
-        reason = lacking(device) if has_kernels else None
-        chosen = "native" if has_kernels and reason is None else "triton"
+        reason = missing_code(device) if has_kernels else None
+        choice = "native" if has_kernels and reason is None else "triton"
     else:
         raise ValueError(_unserved(device.type))
-    _logger.info("kernels on %s: %s%s", device, chosen, "" if reason is None else f" ({reason})")
-    return chosen
+    _logger.info("kernels on %s: %s%s", device, choice, "" if reason is None else f" ({reason})")
+    return choice
 
 
-def lacking(device: torch.device) -> str | None:
-    """Say why a GPU cannot run the compiled CUDA kernels; None where it can, or none is seen."""
+def missing_code(device: torch.device) -> str | None:
+    """Return why a GPU cannot run the compiled CUDA kernels; None if it can, or torch sees none."""
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability(device)
@@ -238,11 +239,11 @@ def lacking(device: torch.device) -> str | None:
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code for an architecture, in CMake's words, runs on a GPU of a compute capability.
+    """Whether code for an architecture, in CMake's notation, runs on a GPU of a compute capability.
 
     Machine code ("90-real") runs where the major number is the same and the minor no less, PTX
-    ("90-virtual"; "90" is both) wherever the capability is no less. Code that uses what one chip
-    alone has ("90a") runs on that chip, and "100f" on its family, which shares the major number.
+    ("90-virtual"; "90" is both) wherever the capability is no less. Code for the features of one
+    chip ("90a") runs on that chip alone, and "100f" on its family, which shares the major number.
     """
     parts = re.fullmatch(r"(\d+)(\d)([af]?)(?:-(real|virtual))?", architecture)
     if parts is None:
@@ -255,9 +256,9 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def _require_native(device: torch.device) -> None:
-    """Raise RuntimeError unless the CUDA kernels are there, and for this GPU."""
+    """Raise RuntimeError unless the CUDA kernels were compiled, and for this GPU."""
     _core.require_cuda()
-    reason = lacking(device)
+    reason = missing_code(device)
     if reason is not None:
         raise RuntimeError(
             f'backend "native" has no code for {device}: {reason}. Use backend="triton", or '

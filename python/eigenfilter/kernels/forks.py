@@ -1,9 +1,9 @@
-"""One thread in a process that was forked from one with threads.
+"""A single thread in a process that was forked from a process with threads.
 
-OpenMP's pool is copied by a fork, and its threads are not: whoever waits for them waits for ever.
-The compiled kernels notice and work alone. torch's operations, which the other backends and the
-optimizers use beside the kernels, share the pool: in such a process torch, too, is told to use one
-thread, as its own DataLoader tells its workers.
+A fork copies OpenMP's pool without its threads, so that waiting for them hangs. The compiled
+kernels detect this and use one thread. torch's operations, which the other backends and the
+optimizers use, share the pool. torch is therefore also set to one thread in such a process, as its
+own DataLoader does in its workers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from eigenfilter import _core
 
 
 def watch() -> None:
-    """Let every process that is forked from now on use one thread, where more would hang."""
+    """Make processes that are forked from now on use one thread, where more would hang."""
     os.register_at_fork(after_in_child=_use_one_thread)
 
 

@@ -1,6 +1,6 @@
-"""The kernels of Lanczos' iterations, on vectors that lie as rows in one tensor.
+"""The kernels of Lanczos iterations, on vectors that are the rows of one tensor.
 
-`backend` and `torch.compile` as in `eigenfilter.kernels`, where these functions are found.
+`eigenfilter.kernels` exports these functions and documents `backend` and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from eigenfilter import _core
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels.torch_library import operator
 
-_MOST_VECTORS = 65_535  # of a GPU's grid
-_MOST_PASSES = 100  # twice is enough
-MOST_ROWS = 32  # of `gram` and `mix_rows`, and so of `orthonormalise`
-# How often a block is orthonormalised, and how many eps a vector must have of its own: float64's
-# are arithmetic's too.
+_MOST_VECTORS = 65_535  # bound of a GPU's grid
+_MOST_PASSES = 100  # two are enough
+MOST_ROWS = 32  # vectors in `gram` and `mix_rows`, hence in `orthonormalise`
+# Passes of `orthonormalise`, and the new part of a vector, in eps of its length, below which the
+# vector counts as dependent. float64 needs more, because its arithmetic is no wider than its data.
 _PASSES = {torch.float32: 2, torch.float64: 3}
 _OWN = {torch.float32: 0.5, torch.float64: 4.0}
 
@@ -27,24 +27,24 @@ _OWN = {torch.float32: 0.5, torch.float64: 4.0}
 def project_out(
     w: Tensor, basis: Tensor, *, passes: int = 2, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Take away from vectors, in place, their part in the span of a basis: Gram-Schmidt.
+    """Orthogonalize vectors in place against a basis: block Gram-Schmidt.
 
-        c <- c + Q w,    w <- w - Q^T (Q w)        (`passes` times over, c = 0 at first)
+        c <- c + Q w,    w <- w - Q^T (Q w)        (`passes` times, c = 0 at first)
 
     for Q [m, n] with orthonormal rows q_i. Sums are taken in float64, in an order that depends on
     the sizes alone (with CUDA, also on whether rows are 16-byte aligned; on the CPU, products of
-    floats are summed as floats within 64 columns); w is rounded once a pass. The CPU reads the
-    basis `passes` + 1 times.
+    floats are summed as floats within 64 columns). Each pass rounds w once. The CPU reads the basis
+    `passes` + 1 times.
 
     Args:
         w: [n] or [b, n], float32 or float64, contiguous.
         basis: [m, n], contiguous, of any dtype of the kernels: half precision halves the traffic.
-        passes: at least 1. One leaves an error of some roundings of what it takes away; the second
-            takes that away too.
-        backend: see the module.
+        passes: number of passes, at least 1. One pass leaves an error of some roundings of the part
+            that it removes; the second removes that error too.
+        backend: see `eigenfilter.kernels`.
 
     Returns:
-        Coefficients c [m] or [b, m] and norms [] or [b] of what is left of w; float64.
+        Coefficients c [m] or [b, m] and norms [] or [b] of the new w; float64.
 
     Raises:
         TypeError: an unsupported dtype.
@@ -98,12 +98,12 @@ def _project_out(
 
 
 def row_dots(q: Tensor, w: Tensor, *, backend: str | None = None) -> Tensor:
-    """Inner products of vectors with others and of these with themselves, in one pass over both.
+    """Inner products of vectors, and squared norms of the second ones, in one pass over both.
 
         s_0i = q_i . w_i,    s_1i = w_i . w_i
 
-    Summed in float64, in an order that the sizes alone decide (with CUDA, also whether rows are
-    16-byte aligned).
+    Sums are taken in float64, in an order that depends on the sizes alone (with CUDA, also on
+    whether rows are 16-byte aligned).
 
     Args:
         q, w: [b, n], float32 or float64, contiguous.
@@ -131,13 +131,14 @@ def _row_dots(q: Tensor, w: Tensor, sums: Tensor, backend: str | None) -> None:
 def three_term(
     u: Tensor, q: Tensor, w: Tensor, factors: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """Take a step of many three-term recurrences, in lockstep and in one pass.
+    """Take one step of many Lanczos recurrences, in one pass.
 
         u_i <- f_0i w_i + f_1i q_i + f_2i u_i,    s_0i = u_i . u_i,    s_1i = u_i . q_i
 
-    In float64, u rounded once; sums are of what it is rounded to, in an order as `row_dots`'. Where
-    w_i = H q_i and u_i came before q_i, Lanczos' coefficients make u_i what comes after: its length
-    and what it has along q_i by rounding are known then, for the next step.
+    The arithmetic is float64, u is rounded once, and the sums are those of the rounded u, in the
+    order of `row_dots`. If w_i = H q_i and u_i precedes q_i in the Krylov basis, Lanczos'
+    coefficients make u_i the successor of q_i. The sums give its length, and its component along
+    q_i that rounding has left, for the next step.
 
     Args:
         u, q, w: [b, n], float32 or float64, contiguous; u is overwritten.
@@ -150,7 +151,7 @@ def three_term(
     Raises:
         TypeError, ValueError, RuntimeError: as `project_out`; ValueError also where u overlaps.
 
-    Source: C. Lanczos, 1950; in what order to subtract: C. Paige, 1972, doi 10.1093/imamat/10.3.373
+    Source: C. Lanczos, 1950; order of the subtractions: C. Paige, 1972, doi 10.1093/imamat/10.3.373
     """
     _require_rows(u=u, q=q, w=w)
     _require_factors(factors, (3, len(u)), u)
@@ -171,12 +172,12 @@ def _three_term(
 
 
 def gram(vectors: Tensor, *, backend: str | None = None) -> Tensor:
-    """Inner products of a few vectors, all pairs in one pass.
+    """Gram matrix of a few vectors, in one pass.
 
         G_ij = v_i . v_j
 
-    Products and sums are in float64, where those of float32 vectors are exact but for the sums'
-    rounding; in an order as `row_dots`'.
+    Products and sums are taken in float64, in the order of `row_dots`. Products of float32 numbers
+    are exact.
 
     Args:
         vectors: [b, n], float32 or float64, contiguous; b <= 32.
@@ -186,7 +187,7 @@ def gram(vectors: Tensor, *, backend: str | None = None) -> Tensor:
         G [b, b], float64, on their device.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `project_out`; ValueError also for too many.
+        TypeError, ValueError, RuntimeError: as `project_out`; ValueError also for too many vectors.
     """
     _require_rows(vectors=vectors, most=MOST_ROWS)
     out = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
@@ -202,16 +203,16 @@ def _gram(vectors: Tensor, out: Tensor, backend: str | None) -> None:
 
 
 def mix_rows(vectors: Tensor, factors: Tensor, *, backend: str | None = None) -> None:
-    """Replace a few vectors by combinations of those up to each, in one pass.
+    """Multiply a few vectors by a lower triangular matrix in place, in one pass.
 
         v_i <- sum_{j <= i} F_ij v_j
 
-    In float64, in the order of j, rounded once.
+    The arithmetic is float64, in the order of j, and each result is rounded once.
 
     Args:
         vectors: [b, n], float32 or float64, contiguous, overwritten; b <= 32.
-        factors: F [b, b], float64, on their device, contiguous; what is above the diagonal is not
-            read.
+        factors: F [b, b], float64, on their device, contiguous. Elements above the diagonal are
+            not read.
         backend: see `eigenfilter.kernels`.
 
     Raises:
@@ -238,26 +239,26 @@ def orthonormalise(
     total: Callable[[Tensor], Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Orthonormalise a few vectors, in place and in their order: Cholesky-QR, repeated.
+    """Orthonormalize a few vectors in place by repeated Cholesky QR.
 
         V V^T = L L^T,    V <- L^-1 V        (twice; three times for float64)
 
-    A vector that is zero, or a combination of those before it but for rounding (half an eps of its
-    length in float32, four in float64), becomes zero, as does L_ii. The others are orthonormal to a
-    few roundings whatever the block's condition: a pivot that rounding hides is raised to where it
-    does not, so that what such a vector has of its own is seen by the next pass. Each pass reads
-    the vectors twice and writes them once. float64 vectors, whose squares need not be numbers, are
-    divided by powers of two first. Nothing waits for the device.
+    A vector that is zero, or depends on earlier ones up to rounding (half an eps of its length in
+    float32, four in float64), becomes zero, as does L_ii. The others become orthonormal to a few
+    roundings for every condition number of the block: a pivot below the rounding error is raised
+    above it, and the next pass then resolves the new part of that vector. Each pass reads the
+    vectors twice and writes them once. float64 vectors are first divided by powers of two, because
+    their squares may overflow. Nothing waits for the device.
 
     Args:
         vectors: V [b, n], float32 or float64, contiguous, overwritten; b <= 32.
-        total: returns the sum over all processes of what it is given, float64, where each has a
-            slice of the vectors.
+        total: function that returns the sum of a float64 tensor over all processes, if each of
+            them holds a slice of the vectors.
         backend: see `eigenfilter.kernels`.
 
     Returns:
-        L [b, b], lower triangular, float64: the former V is L times the new one. Its diagonal is
-        what each vector had of its own.
+        L [b, b], lower triangular, float64: the former V is L times the new one. Its diagonal has
+        the length of each vector's new part.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gram`.
@@ -268,30 +269,31 @@ def orthonormalise(
     _require_rows(vectors=vectors, most=MOST_ROWS)
     if total is not None and not callable(total):
         raise TypeError(f"total must be a function, not {type(total).__name__}")
-    if not torch.compiler.is_compiling():  # all that `gram` would refuse after the first change
+    if not torch.compiler.is_compiling():  # errors come before the first write
         _core.check(("vectors",), ([vectors],), (True,))
         dispatch.of("vectors", [vectors], backend)
     eps = torch.finfo(vectors.dtype).eps
     b = len(vectors)
-    least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)  # of a pivot that can be relied on
+    # The smallest pivot above the rounding error.
+    least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)
     sizes = _sizes(vectors, total) if vectors.dtype == torch.float64 else None
     if sizes is not None:
         vectors /= sizes[:, None]
     result = torch.eye(b, dtype=torch.float64, device=vectors.device)
-    floor = result.new_full((b,), -1.0)  # what a vector must have of its own not to be dropped
+    threshold = result.new_full((b,), -1.0)  # new parts below it are dropped
     for i in range(_PASSES[vectors.dtype]):
         g = gram(vectors, backend=backend)
         g = g if total is None else _summed(total, g)
         lengths = g.diagonal().sqrt()
         own = result.diagonal() * lengths
         scale = 1 / lengths.masked_fill(lengths == 0, 1.0)
-        lower = _factor(g * scale[:, None] * scale, least, own, floor)
+        lower = _factor(g * scale[:, None] * scale, least, own, threshold)
         inverse = torch.linalg.solve_triangular(lower, scale.diag(), upper=False)
         result = result @ (lengths[:, None] * lower)
         if i == 0:
-            floor = _OWN[vectors.dtype] * eps * lengths
+            threshold = _OWN[vectors.dtype] * eps * lengths
         else:
-            dropped = result.diagonal() <= floor
+            dropped = result.diagonal() <= threshold
             inverse.masked_fill_(dropped[:, None], 0.0)
             result.masked_fill_(dropped, 0.0)
         mix_rows(vectors, inverse.contiguous(), backend=backend)
@@ -299,9 +301,9 @@ def orthonormalise(
 
 
 def _sizes(vectors: Tensor, total: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Return powers of two [b], float64, about the largest elements of vectors [b, l].
+    """Return powers of two [b], float64, close to the largest elements of vectors [b, l].
 
-    Up to 2^1000 and from 2^-1000 on: squares of what remains, and sums of them, are numbers.
+    They lie in [2^-1000, 2^1000]. Squares of the quotients and their sums are finite.
     """
     sizes = vectors.new_zeros(len(vectors))
     if vectors.numel():
@@ -321,11 +323,11 @@ def _summed(total: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     return result
 
 
-def _factor(g: Tensor, least: float, own: Tensor, floor: Tensor) -> Tensor:
-    """Return L [b, b] of g = L L^T, but for pivots below `least`, which are raised to it.
+def _factor(g: Tensor, least: float, own: Tensor, threshold: Tensor) -> Tensor:
+    """Return L [b, b] of g = L L^T, with pivots below `least` raised to it.
 
-    What follows is left alone by those, and by vectors that are to be dropped: their own length,
-    `own` times the pivot's root, is at most `floor`.
+    Such a vector eliminates nothing from the later ones. Neither does a vector that is dropped,
+    because its new part, `own` times the root of the pivot, is at most `threshold`.
     """
     lower = torch.zeros_like(g)
     left = g.clone()
@@ -333,7 +335,7 @@ def _factor(g: Tensor, least: float, own: Tensor, floor: Tensor) -> Tensor:
         pivot = left[j, j].clone()
         root = pivot.clamp_min(least).sqrt()
         column = left[j + 1 :, j] / root
-        column.masked_fill_((pivot < least) | (own[j] * root <= floor[j]), 0.0)
+        column.masked_fill_((pivot < least) | (own[j] * root <= threshold[j]), 0.0)
         lower[j, j] = root
         lower[j + 1 :, j] = column
         left[j + 1 :, j + 1 :] -= torch.outer(column, column)
@@ -341,7 +343,7 @@ def _factor(g: Tensor, least: float, own: Tensor, floor: Tensor) -> Tensor:
 
 
 def _require_rows(*, most: int = _MOST_VECTORS, **tensors: Tensor) -> None:
-    """Raise unless the tensors are contiguous rows of vectors, all of one shape, dtype, device."""
+    """Raise unless the tensors are contiguous [b, n], all of one shape, dtype and device."""
     _require_strided(**tensors)
     [(first, model), *_] = tensors.items()
     for name, t in tensors.items():
@@ -364,7 +366,7 @@ def _require_rows(*, most: int = _MOST_VECTORS, **tensors: Tensor) -> None:
 
 
 def _require_strided(**tensors: Tensor) -> None:
-    """Raise TypeError for what is no strided tensor."""
+    """Raise TypeError for anything except strided tensors."""
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")

@@ -1,4 +1,4 @@
-"""The compiled room: C++ on the CPU, CUDA C++ on NVIDIA GPUs."""
+"""The compiled backend: C++ on the CPU, CUDA C++ on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ascend(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Save and move; see `eigenfilter.kernels.ascend`."""
+    """Save and perturb; see `eigenfilter.kernels.ascend`."""
     threads = torch.get_num_threads()
     _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, threads)
 
@@ -35,7 +35,7 @@ def ascend_again(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Move once more; see `eigenfilter.kernels.ascend_again`."""
+    """Perturb once more; see `eigenfilter.kernels.ascend_again`."""
     threads = torch.get_num_threads()
     _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, threads)
 
@@ -51,7 +51,7 @@ def ascend_hvp(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Move along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
+    """Perturb along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
     _core.ascend_hvp(
         params,
         grads,
@@ -158,7 +158,7 @@ def norm(
 def project_out(
     w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
 ) -> None:
-    """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
+    """Orthogonalize against a basis; see `eigenfilter.kernels.project_out`."""
     count = w.shape[0] if w.ndim == 2 else 1
     workspace = None
     if w.device.type == _core.cuda_device_type:
@@ -201,7 +201,7 @@ def mix_rows(vectors: Tensor, factors: Tensor) -> None:
 
 
 def _workspace(vectors: Tensor, sums: int) -> Tensor | None:
-    """Return room for so many sums over parts of the vectors, which a GPU needs."""
+    """Return memory for partial sums of the vectors, which a GPU needs."""
     if vectors.device.type != _core.cuda_device_type:
         return None
     size = _core.sums_workspace(sums, vectors.shape[1])

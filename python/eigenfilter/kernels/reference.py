@@ -1,11 +1,11 @@
-"""The kernels in plain PyTorch, in the paper's symbols: what every other room is tested against.
+"""The kernels in plain PyTorch, in the paper's symbols: the reference for all other backends.
 
 x: parameter; g: gradient; g0: gradient at x; b: backup of x; m: momentum buffer or first moment; v:
-second moment; alpha: the length of a move; lr, beta (momentum), tau (dampening), wd (weight decay);
-S = 1 / grad_scale. Never optimised. Coefficients are formed in float64 and rounded once to the
-arithmetic's dtype (float32; float64 where x or g is float64), and no multiply-add is fused. Random
-bits are a function of what they are for. Arguments are checked as the compiled kernels check them,
-all before anything is written. Every room rounds alike, so the rooms agree bit for bit.
+second moment; alpha: step size of an ascent; lr, beta (momentum), tau (dampening), wd (weight
+decay); S = 1 / grad_scale. The reference is never optimized. Coefficients are formed in float64 and
+rounded once to the arithmetic's dtype (float32; float64 where x or g is float64), and no
+multiply-add is fused. The compiled kernels' checks run on all arguments before anything is written.
+Every backend rounds alike, so that the backends agree bit for bit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from eigenfilter import _core
 from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype, power_of_two
 
-_X, _M, _V = range(3)  # what a descent writes, each rounded by random bits of its own
+_X, _M, _V = range(3)  # the outputs of a descent, each rounded by its own random bits
 _WORD = 0xFFFFFFFF
-_CHECK = 0  # of threads: the compiled kernel checks its arguments, and runs nothing
+_CHECK = 0  # threads: the compiled kernel then checks its arguments and computes nothing
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def norm(
     if filled and any(t.dtype == torch.float64 for t in tensors):
         scale = power_of_two(torch.stack(filled).amax())
         scaled = _root_of_squares([v / scale for v in values], out.device) * scale
-        # Where squares are beyond what float64 holds, or so small that they lose digits that count.
+        # Scaled, if the squares overflow float64 or are so small that they lose significant digits.
         root = torch.where((root >= 2.0**-350) & (root < torch.inf), root, scaled)
     out.copy_(root * _inverse(grad_scale, out))
 
@@ -266,7 +266,7 @@ def _real(value: Scalar, like: Tensor) -> Tensor:
 
 
 def _power(base: Tensor, exponent: Scalar) -> Tensor:
-    """base^exponent for a whole exponent, by squaring: the same roundings in every room."""
+    """base^exponent for a whole exponent, by squaring: with the same roundings in every backend."""
     result, n = torch.ones_like(base), int(exponent)
     while n > 0:
         if n % 2 == 1:
@@ -276,10 +276,10 @@ def _power(base: Tensor, exponent: Scalar) -> Tensor:
 
 
 def _square_root(t: Tensor) -> Tensor:
-    """Correctly rounded, which torch's is on a GPU, but NumPy's on the CPU."""
+    """Correctly rounded square root: torch's on a GPU, NumPy's on the CPU."""
     if t.device.type != "cpu":
         return t.sqrt()
-    with np.errstate(invalid="ignore"):  # of negative values, as torch takes them: NaN
+    with np.errstate(invalid="ignore"):  # negative values give NaN, as in torch
         return torch.as_tensor(np.sqrt(t.numpy()))
 
 
@@ -288,10 +288,10 @@ def _inverse(grad_scale: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _rounded(value: Tensor, like: Tensor, seed: Scalar | None, tensor: int, output: int) -> Tensor:
-    """`value`; with a seed, as one of its two neighbours in the dtype of `like`, if narrow.
+    """`value`; with a seed, as one of its two neighbors in the dtype of `like`, if narrow.
 
-    Random bits come from the seed, the tensor's number in the lists, the output, and the element's
-    number in memory.
+    Random bits depend on the seed, the index of the tensor in the lists, the output, and the index
+    of the element in memory.
     """
     if seed is None or like.itemsize != 2:
         return value
@@ -301,17 +301,18 @@ def _rounded(value: Tensor, like: Tensor, seed: Scalar | None, tensor: int, outp
 
 
 def _mix(word: Tensor, key: Tensor | int) -> Tensor:
-    """The finaliser of MurmurHash3 on 32 bits in an int64, a key added between its rounds."""
+    """The finalizer of MurmurHash3 on 32 bits in an int64, a key added between its rounds."""
     word = (word ^ word >> 16) * 0x85EBCA6B & _WORD
     word = ((word ^ word >> 13) + key) * 0xC2B2AE35 & _WORD
     return word ^ word >> 16
 
 
 def _dither(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """A float32 value as one of its two neighbours: the farther from zero with a probability of the
+    """Round a float32 value at random to one of its two neighbors in `dtype`.
 
-    distance from the nearer, in units of their spacing. What `dtype` holds stays; what is beyond
-    its largest number is left to rounding to nearest, as are infinities and NaN.
+    The neighbor farther from zero has the probability (distance from the other one) / spacing.
+    Values that `dtype` holds stay. Values beyond its largest number, infinities and NaN are left to
+    rounding to nearest.
     """
     cut = 0xFFFF if dtype == torch.bfloat16 else 0x1FFF
     bits = value.view(torch.int32)

@@ -1,4 +1,4 @@
-"""The kernels as operators of torch.library, which compiled code contains."""
+"""The kernels as operators of torch.library, for compiled code."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[_P, None]], Call
     """Register a kernel as `torch.ops.eigenfilter.<name>`, which its calls become when compiled.
 
     Args:
-        mutates: the arguments it writes to.
+        mutates: names of the arguments that the kernel writes to.
     """
 
     def register(kernel: Callable[_P, None]) -> Callable[_P, None]:
         name = kernel.__name__.lstrip("_")
-        given = inspect.signature(kernel).parameters
-        types = {arg: given[arg].annotation for arg in given}
+        parameters = inspect.signature(kernel).parameters
+        types = {arg: parameters[arg].annotation for arg in parameters}
         defaults = {
             arg: parameter.default
-            for arg, parameter in given.items()
+            for arg, parameter in parameters.items()
             if parameter.default is not parameter.empty
         }
-        positional = [arg for arg, of in given.items() if of.kind is not of.KEYWORD_ONLY]
+        positional = [arg for arg, of in parameters.items() if of.kind is not of.KEYWORD_ONLY]
         lists = {arg for arg, of in types.items() if of == "Sequence[Tensor] | None"}
         scalars = {arg for arg, of in types.items() if of.startswith("Scalar")}
         call: Any = kernel
@@ -85,7 +85,7 @@ def operator(*, mutates: tuple[str, ...]) -> Callable[[Callable[_P, None]], Call
 
 
 def _marked(of: str, arg: str, mutates: tuple[str, ...]) -> str:
-    """A schema type, with the mark of what is written to."""
+    """A schema type, marked if the argument is written to."""
     if arg not in mutates:
         return of
     return of.replace("Tensor", f"Tensor({chr(ord('a') + mutates.index(arg))}!)", 1)

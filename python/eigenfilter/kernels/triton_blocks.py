@@ -1,8 +1,8 @@
-"""How the Triton kernels' work is cut: bytes of a block, warps of a program.
+"""Block sizes of the Triton kernels: bytes of a block, warps of a program.
 
 The default is chosen from machine code. `eigenfilter bench triton-blocks --device cuda --save`
-times the other sizes on a GPU, kernel by kernel, and writes those that are faster into a file of
-the user's, `file()`. Every later process takes them from there, and logs once that it does.
+times other sizes on a GPU, kernel by kernel, and writes the faster ones into the file `file()`.
+Every later process reads them from there, and logs this once.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Blocks:
     """Sizes for one kernel.
 
     A block is 4 KiB of every tensor by default: two 16-byte accesses a thread with 4 warps of 32,
-    one with 4 warps of 64. That is enough in flight at full occupancy, with registers to spare for
-    four lists.
+    one with 4 warps of 64. That keeps enough accesses in flight at full occupancy, and leaves
+    registers for four lists.
 
     Attributes:
-        bytes: of every tensor in a block, a power of 2 in [512, 65536].
-        warps: of a program, a power of 2 in [1, 32].
+        bytes: bytes of every tensor in a block, a power of 2 in [512, 65536].
+        warps: warps of a program, a power of 2 in [1, 32].
 
     Raises:
-        ValueError: either is none.
+        ValueError: either is out of its range.
     """
 
     bytes: int = 4096
@@ -49,7 +49,7 @@ class Blocks:
                 raise ValueError(f"{name} must be a power of 2 in [{low}, {high}], not {value!r}")
 
     def elements(self, dtype: torch.dtype) -> int:
-        """The elements of a block."""
+        """The number of elements in a block."""
         return self.bytes // dtype.itemsize
 
 
@@ -58,16 +58,16 @@ Saved = dict[str, dict[str, dict[str, Blocks]]]
 
 
 def file() -> Path:
-    """Where sizes are saved: EIGENFILTER_TRITON_BLOCKS, or triton-blocks.json in ~/.cache."""
+    """The file of saved sizes: EIGENFILTER_TRITON_BLOCKS, or triton-blocks.json in ~/.cache."""
     usual = Path.home() / ".cache" / "eigenfilter" / "triton-blocks.json"
     return Path(os.environ.get(VARIABLE) or usual)
 
 
 def read(path: Path) -> Saved:
-    """Return what is saved; nothing if there is no file, or an empty one.
+    """Return the saved sizes; none if there is no file, or an empty one.
 
     Raises:
-        ValueError: the file holds something else, or cannot be read.
+        ValueError: the file holds something else or cannot be read.
     """
     if not path.exists():
         return {}
@@ -84,12 +84,12 @@ def read(path: Path) -> Saved:
 
 
 def name_of(device: torch.device) -> str:
-    """The kind of device that sizes are saved for."""
+    """The name of the kind of device that sizes are saved for."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def chosen(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """Return the sizes for a kernel over tensors of `dtype`: those saved, or the default.
+def blocks_for(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
+    """Return the saved sizes for a kernel over tensors of `dtype`, or the default.
 
     Raises:
         ValueError: the file holds something else.
@@ -99,7 +99,7 @@ def chosen(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
 
 @contextmanager
 def forcing(blocks: Blocks) -> Iterator[None]:
-    """A context in which these sizes are every kernel's."""
+    """A context in which every kernel uses these sizes."""
     _forced.append(blocks)
     try:
         yield
@@ -119,7 +119,7 @@ def _usual(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
 def _saved(name: str) -> dict[str, dict[str, Blocks]]:
     if VARIABLE in os.environ and not file().exists():
         raise ValueError(f"{VARIABLE} names {file()}, and there is no such file")
-    found = read(file()).get(name, {})
-    if found:
+    sizes = read(file()).get(name, {})
+    if sizes:
         _logger.info("the sizes of Triton's blocks on %s are those of %s", name, file())
-    return found
+    return sizes

@@ -1,15 +1,15 @@
 """Triton device code, for NVIDIA and AMD GPUs: the kernels without their launchers.
 
-Every kernel goes over its chunk (see `triton_tables`) in two loops: over the whole blocks without a
-mask, so that accesses are 16 bytes wide, and over what is left, or over all of a tensor that is not
-aligned, with one. Updates take smaller blocks in the second: were they equal, the compiler would
-lay both loops out for wide accesses and pay for it with registers and shared memory.
+Every kernel walks its chunk (see `triton_tables`) in two loops. The first takes the whole blocks
+without a mask, so that accesses are 16 bytes wide. The second takes the rest, or all of a tensor
+that is not aligned, with a mask. Updates use smaller blocks in the second loop: with equal ones the
+compiler would lay out both loops for wide accesses, at a cost in registers and shared memory.
 
 x, g, g0, m, v, b, S and the hyperparameters are `reference`'s. A scalar that does not lie on the
 device has None for an address, and its branch is not compiled. `origin` is the list that a step
 starts from: that of the backups, or 0, the parameters.
 
-Compile with OPTIONS: without contraction to fused multiply-adds every room rounds alike.
+Compile with OPTIONS: without contraction to fused multiply-adds every backend rounds alike.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -23,7 +23,7 @@ from eigenfilter.kernels.triton_rounding import M, V, X, noise_of, rounded
 
 OPTIONS = {"enable_fp_fusion": False}
 
-# One program sums what all others left, so it has to be fast at it.
+# One program adds the sums of all others, so it gets many warps.
 NORM_OPTIONS = OPTIONS | {"num_warps": 16}
 NORM_BLOCK = 8192
 
@@ -36,7 +36,7 @@ GREATEST_SUM = tl.constexpr(2.0**700)
 
 @triton.jit
 def _real(value, at):
-    """A hyperparameter in float64: the host's value, or what lies at an address of the device."""
+    """A hyperparameter in float64: the host's value, or the value at an address of the device."""
     return tl.full((), value, tl.float64) if at is None else tl.load(at).to(tl.float64)
 
 
@@ -60,7 +60,7 @@ def _square_root(t):
 
 @triton.jit
 def _power(base, exponent):
-    """base^exponent for a whole exponent, by squaring: the same roundings in every room."""
+    """base^exponent for a whole exponent, by squaring: with the same roundings in every backend."""
     result = tl.full((), 1.0, tl.float64)
     n = exponent.to(tl.int64)
     while n > 0:
@@ -77,7 +77,7 @@ def _is_set(found_inf):
 
 @triton.jit
 def _unless(stop, old, new):
-    """`new` in the dtype of `old`; or `old`, where there is to be no step."""
+    """`new` in the dtype of `old`; or `old` where the step is skipped."""
     return tl.where(stop, old, new.to(old.dtype))
 
 
@@ -118,7 +118,7 @@ def _store(at, value, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _for_each_block(block: tl.constexpr, at, rule, length, wide, BLOCK: tl.constexpr):
-    """Update a chunk by `block`: its whole blocks without a mask, what is left with one."""
+    """Update a chunk by `block`: the whole blocks without a mask, the rest with one."""
     for start in range(0, wide, BLOCK):
         block(at, rule, start, length, BLOCK, True)
     for start in range(wide, length, BLOCK // 4):
@@ -192,7 +192,7 @@ def ascend_again_kernel(
     g_at = _address(pointers, tensor + n, first, GRAD)
     from_at = _address(pointers, tensor + origin * n, first, DTYPE)
     step = (_real(alpha, alpha_at) * _inverse(grad_scale)).to(REAL)
-    # Where x is to stay it need not be read: nothing is done at all.
+    # If x stays unchanged, nothing has to be read at all.
     if not _is_set(found_inf):
         _for_each_block(_ascend_again_block, (x_at, g_at, from_at), step, length, wide, BLOCK)
 
@@ -401,7 +401,7 @@ def _exponent_of(value):
 
 @triton.jit
 def _values(t_at, w_at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Elements of t in float64, or of w t where there are weights."""
+    """Elements of t in float64, or of w t if there are weights."""
     t = _load(t_at, start, length, BLOCK, WIDE).to(tl.float64)
     if w_at is not None:
         t = _load(w_at, start, length, BLOCK, WIDE).to(tl.float64) * t

@@ -1,4 +1,4 @@
-"""The Triton room, for NVIDIA and AMD GPUs. Arguments as `eigenfilter.kernels`.
+"""The Triton backend, for NVIDIA and AMD GPUs, with the arguments of `eigenfilter.kernels`.
 
 TRITON_INTERPRET=1, set before triton is imported, runs the kernels on CPU tensors.
 """
@@ -24,7 +24,7 @@ from eigenfilter.kernels.triton_tables import Tables, tables
 
 _INTERPRETED = not isinstance(device_code.ascend_kernel, triton.JITFunction)
 
-_CHECK = 0  # of threads: the compiled kernel checks its arguments, and runs nothing
+_CHECK = 0  # threads: the compiled kernel then checks its arguments and computes nothing
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -44,10 +44,10 @@ def ascend(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Save and move; see `eigenfilter.kernels.ascend`."""
+    """Save and perturb; see `eigenfilter.kernels.ascend`."""
     read = _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
     x = params[0]
-    with _served(x.device):
+    with _on_device(x.device):
         work = tables("ascend", x, read)
         _launch(
             device_code.ascend_kernel,
@@ -68,10 +68,10 @@ def ascend_again(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Move once more; see `eigenfilter.kernels.ascend_again`."""
+    """Perturb once more; see `eigenfilter.kernels.ascend_again`."""
     read = _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
     x = params[0]
-    with _served(x.device):
+    with _on_device(x.device):
         work = tables("ascend_again", x, read)
         _launch(
             device_code.ascend_again_kernel,
@@ -94,11 +94,11 @@ def ascend_hvp(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Move along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
+    """Perturb along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
     lists = (params, grads, base_grads, backups)
     read = _core.ascend_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
     x = params[0]
-    with _served(x.device):
+    with _on_device(x.device):
         work = tables("ascend_hvp", x, read)
         _launch(
             device_code.ascend_hvp_kernel,
@@ -131,7 +131,7 @@ def descend(
     read = _core.descend(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
     x = params[0]
     has_momenta = momenta is not None
-    with _served(x.device):
+    with _on_device(x.device):
         work = tables("descend", x, read)
         _launch(
             device_code.descend_kernel,
@@ -177,7 +177,7 @@ def descend_adamw(
     flags = (rounding_seed, grad_scale, found_inf)
     read = _core.descend_adamw(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
     x = params[0]
-    with _served(x.device):
+    with _on_device(x.device):
         work = tables("descend_adamw", x, read)
         _launch(
             device_code.descend_adamw_kernel,
@@ -211,7 +211,7 @@ def norm(
     read = _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
     t = tensors[0]
     like = t if weights is None else weights[0]
-    with _served(t.device):
+    with _on_device(t.device):
         work = tables("norm", like, read)
         double = torch.float64 in (out.dtype, *work.chunks)
         _single("out", out, torch.float64 if double else torch.float32, t.device)
@@ -240,13 +240,13 @@ def norm(
 def project_out(
     w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
 ) -> None:
-    """Orthogonalise against a basis; see `eigenfilter.kernels.project_out`."""
+    """Orthogonalize against a basis; see `eigenfilter.kernels.project_out`."""
     rows, columns = basis.shape
     count = w.shape[0] if w.ndim == 2 else 1
     _core.project_out([w], [basis], count, rows, coefficients, norms, None, passes, _CHECK)
     tiles = triton.cdiv(columns, project_code.TILE)
     constants = {"TILE": project_code.TILE, **project_code.OPTIONS}
-    with _served(w.device):
+    with _on_device(w.device):
         sums = w.new_empty(count * rows * tiles, dtype=torch.float64)
         squares = w.new_empty(count * tiles, dtype=torch.float64)
         factors = torch.empty_like(coefficients)
@@ -289,27 +289,27 @@ def mix_rows(vectors: Tensor, factors: Tensor) -> None:
     rows, columns = vectors.shape
     constants = {"TILE": lanczos_code.TILE, **lanczos_code.OPTIONS}
     grid = (triton.cdiv(columns, lanczos_code.TILE),)
-    with _served(vectors.device):
+    with _on_device(vectors.device):
         lanczos_code.mix_rows_kernel[grid](vectors, factors, rows, columns, **constants)
 
 
 def _over_columns(
-    kernel: Any, count: int, columns: int, given: tuple[Tensor, ...], sums: Tensor, *rows: int
+    kernel: Any, count: int, columns: int, inputs: tuple[Tensor, ...], sums: Tensor, *rows: int
 ) -> None:
     """Run a kernel over tiles of columns, `count` times, and add up the sums of its tiles."""
     tiles = triton.cdiv(columns, lanczos_code.TILE)
     constants = {"TILE": lanczos_code.TILE, **lanczos_code.OPTIONS}
-    with _served(sums.device):
-        of_tiles = sums.new_empty(sums.numel() * tiles)
-        kernel[(tiles, count)](*given, of_tiles, *rows, columns, **constants)
-        lanczos_code.add_sums_kernel[(sums.numel(),)](of_tiles, tiles, sums, **constants)
+    with _on_device(sums.device):
+        tile_sums = sums.new_empty(sums.numel() * tiles)
+        kernel[(tiles, count)](*inputs, tile_sums, *rows, columns, **constants)
+        lanczos_code.add_sums_kernel[(sums.numel(),)](tile_sums, tiles, sums, **constants)
 
 
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:
     """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
     read = _core.flag_nonfinite(tensors, found_inf, _CHECK)
     t = tensors[0]
-    with _served(t.device):
+    with _on_device(t.device):
         work = tables("flag_nonfinite", t, read)
         _single("found_inf", found_inf, torch.float32, t.device)
         _launch(device_code.flag_nonfinite_kernel, t.dtype, work, found_inf)
@@ -321,9 +321,10 @@ def constants(
     """Return the compile-time constants that all kernels over tensors of `dtype` share.
 
     Args:
-        dtype: of the parameters, or of the weights of a reduction; blocks are of so many elements.
-        blocks: the kernel's sizes.
-        grad: of the gradients, or of the tensors of a reduction; None is `dtype`.
+        dtype: dtype of the parameters, or of the weights of a reduction. It decides the number of
+            elements in a block.
+        blocks: sizes of the kernel's blocks.
+        grad: dtype of the gradients, or of the tensors of a reduction; None stands for `dtype`.
     """
     grad = grad or dtype
     return {
@@ -339,10 +340,10 @@ def options(blocks: Blocks) -> dict[str, Any]:
     return device_code.OPTIONS | {"num_warps": blocks.warps}
 
 
-def _launch(kernel: Any, dtype: torch.dtype, work: Tables, *args: object, **chosen: bool) -> None:
-    """Run a program for every chunk, of the variant `chosen`: one for all that is true."""
+def _launch(kernel: Any, dtype: torch.dtype, work: Tables, *args: object, **variant: bool) -> None:
+    """Run a program for every chunk, in the variant that the flags in `variant` select."""
     for grad in work.chunks:
-        _launch_chunks(kernel, dtype, work, grad, args, chosen)
+        _launch_chunks(kernel, dtype, work, grad, args, variant)
 
 
 def _launch_chunks(
@@ -351,7 +352,7 @@ def _launch_chunks(
     work: Tables,
     grad: torch.dtype,
     args: tuple[object, ...],
-    chosen: dict[str, bool],
+    variant: dict[str, bool],
 ) -> None:
     """Run the programs of the chunks whose gradients are of dtype `grad`."""
     chunks = work.chunks[grad]
@@ -361,7 +362,7 @@ def _launch_chunks(
             chunks,
             work.n,
             *args,
-            **{name: bool(value) for name, value in chosen.items()},
+            **{name: bool(value) for name, value in variant.items()},
             **constants(dtype, work.blocks, grad),
             **options(work.blocks),
         )
@@ -376,14 +377,14 @@ def require(device_type: str) -> None:
         )
 
 
-def _served(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context in which `device` is the current one; raise if kernels cannot run on it."""
     require(device.type)
     return contextlib.nullcontext() if _INTERPRETED else torch.cuda.device(device)
 
 
 def _scalar(name: str, value: Scalar, device: torch.device) -> tuple[float, Tensor | None]:
-    """Return a hyperparameter as kernels take it: a value, and where it lies if on the device."""
+    """Return a hyperparameter as a kernel argument: its value, and its tensor if on the device."""
     if not isinstance(value, Tensor):
         return float(value), None
     if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
@@ -398,19 +399,19 @@ def _scalar(name: str, value: Scalar, device: torch.device) -> tuple[float, Tens
 
 
 def _scalars(device: torch.device, **values: Scalar) -> list[float | Tensor | None]:
-    """Return hyperparameters one after the other as kernels take them: see `_scalar`."""
+    """Return the kernel arguments of hyperparameters, see `_scalar`, one after the other."""
     return [part for name, value in values.items() for part in _scalar(name, value, device)]
 
 
 def _is_stochastic(rounding_seed: Scalar | None, dtype: torch.dtype) -> bool:
-    """Whether results are rounded stochastically: None rounds to nearest, wide dtypes need not."""
+    """Whether results are rounded stochastically: with a seed, in a 16-bit dtype."""
     return rounding_seed is not None and dtype.itemsize == 2
 
 
 def _flags(
     device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return what a GradScaler hands over, checked."""
+    """Check and return the tensors that a GradScaler sets."""
     return (
         _scale(grad_scale, device),
         _single("found_inf", found_inf, torch.float32, device),
@@ -418,7 +419,7 @@ def _flags(
 
 
 def _scale(grad_scale: Scalar | None, device: torch.device) -> Tensor | None:
-    """Return a loss scale, a float32 or float64 tensor here or a number, as kernels take it."""
+    """Return a loss scale, a number or a float32 or float64 tensor, as a kernel argument."""
     if grad_scale is None:
         return None
     dtype = grad_scale.dtype if isinstance(grad_scale, Tensor) else torch.float64

@@ -1,6 +1,6 @@
 """Triton device code of the kernels over vectors of one type: a program has a tile of columns.
 
-The sums of all tiles lie apart and are added in one order.
+Every tile stores its sums apart, and they are added in one fixed order.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -16,7 +16,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 @triton.jit
 def _columns(columns, TILE: tl.constexpr):
-    """Where this program's columns lie in a row, and which of them there are."""
+    """The columns of this program in a row, and which of them exist."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     return at, at < columns
 
@@ -53,7 +53,7 @@ def three_term_kernel(u, q, w, factors, sums, rows, columns, TILE: tl.constexpr)
     of_u = tl.load(factors + 2 * rows + vector)
     rounded = (of_w * product + of_q * present + of_u * before).to(u.dtype.element_ty)
     tl.store(u + row + at, rounded, mask=inside)
-    # Columns that are not there may have become NaN: infinity times zero.
+    # Columns beyond the end may have become NaN: infinity times zero.
     after = tl.where(inside, rounded.to(tl.float64), 0.0)
     _put(sums, after * after, after * present)
 

@@ -1,6 +1,6 @@
 """Triton device code of project_out: a program has a tile of columns of one vector.
 
-The sums of all tiles lie apart and are added in one order.
+Every tile stores its sums apart, and they are added in one fixed order.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -38,10 +38,10 @@ def add_tiles_kernel(sums, tiles, out, coefficients, FIRST: tl.constexpr, TILE: 
     for start in range(0, tiles, TILE):
         lanes = start + tl.arange(0, TILE)
         total += tl.load(sums + at * tiles + lanes, mask=lanes < tiles, other=0.0)
-    found = tl.sum(total, axis=0)
-    tl.store(out + at, found)
+    result = tl.sum(total, axis=0)
+    tl.store(out + at, result)
     before = 0.0 if FIRST else tl.load(coefficients + at)
-    tl.store(coefficients + at, before + found)
+    tl.store(coefficients + at, before + result)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -60,8 +60,8 @@ def subtract_kernel(w, basis, factors, squares, rows, columns, TILE: tl.constexp
         factor += 1
     rounded = left.to(w.dtype.element_ty)
     tl.store(w_at, rounded, mask=inside)
-    kept = rounded.to(tl.float64)
-    tl.store(squares + vector * tl.num_programs(0) + tile, tl.sum(kept * kept, axis=0))
+    wide = rounded.to(tl.float64)
+    tl.store(squares + vector * tl.num_programs(0) + tile, tl.sum(wide * wide, axis=0))
 
 
 @triton.jit(do_not_specialize=["tiles"])

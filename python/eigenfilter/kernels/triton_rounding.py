@@ -1,7 +1,7 @@
-"""Stochastic rounding for the Triton kernels, by the same bits as `reference`.
+"""Stochastic rounding for the Triton kernels, with the same bits as `reference`.
 
-`noise` is what the bits of a program's chunk are made of: a key, from the seed and the number of
-the chunk's tensor, and the number of its first element. None stands for rounding to nearest.
+`noise` determines the random bits of a program's chunk: a key, made from the seed and the index of
+the tensor, and the index of the chunk's first element. None stands for rounding to nearest.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What a descent writes, each rounded by bits of its own.
+# The outputs of a descent, each rounded by its own random bits.
 X = tl.constexpr(0)
 M = tl.constexpr(1)
 V = tl.constexpr(2)
@@ -19,7 +19,7 @@ V = tl.constexpr(2)
 
 @triton.jit
 def _mix(word, key):
-    """The finaliser of MurmurHash3, a key added between its rounds."""
+    """The finalizer of MurmurHash3, a key added between its rounds."""
     word = (word ^ (word >> 16)) * 0x85EBCA6B
     word = ((word ^ (word >> 13)) + key) * 0xC2B2AE35
     return word ^ (word >> 16)
@@ -33,7 +33,7 @@ def noise_of(seed, tensor, first):
 
 @triton.jit
 def _dither(value, random, HALF: tl.constexpr):
-    """A float32 value as one of its two neighbours in float16 (HALF) or bfloat16: `reference`'s."""
+    """A float32 value as one of its two neighbors in float16 (HALF) or bfloat16: `reference`'s."""
     CUT: tl.constexpr = 0x1FFF if HALF else 0xFFFF
     LARGEST: tl.constexpr = 0x477FE000 if HALF else 0x7F7F0000
     bits = value.to(tl.uint32, bitcast=True)
@@ -50,7 +50,7 @@ def _dither(value, random, HALF: tl.constexpr):
 
 @triton.jit
 def rounded(value, noise, OUTPUT: tl.constexpr, like, start, BLOCK: tl.constexpr):
-    """`value`; with noise, as one of its two neighbours in the dtype of `like`."""
+    """`value`; with noise, as one of its two neighbors in the dtype of `like`."""
     if noise is not None:
         key, first = noise
         own = _mix(key, tl.full((), OUTPUT, tl.uint32))

@@ -1,19 +1,20 @@
-"""Device tables for the Triton kernels: where the tensors are, and how they are cut into chunks.
+"""Device tables for the Triton kernels: addresses of tensors, and their chunks.
 
-A program works on one chunk of one tensor. Two int64 tables on the device say which:
+A program works on one chunk of one tensor. Two int64 tables on the device describe the chunks:
 
     pointers [roles, n]      address of the i-th tensor of every list
     chunks [4, programs]     tensor, first element, elements, how many of them are accessed 16 bytes
                              at a time
 
-There are chunks for each dtype that gradients have (in a reduction: that tensors have), since a
-kernel is compiled for one.
+Chunks are grouped by the dtype of the gradients (in a reduction, of the tensors), because a kernel
+is compiled for one dtype.
 
-Where all addresses of a tensor are multiples of 16, its whole blocks are accessed that way; else (a
-bucket view, a shard) it is accessed element by element, and slows nobody else.
+If all addresses of a tensor are multiples of 16, its whole blocks are accessed 16 bytes at a time.
+Another tensor (a bucket view, a shard) is accessed element by element, and does not slow the
+others.
 
-Tables are used again where what they were made of is the same, byte for byte. Gradients move more
-often than sizes change, and the table of chunks is then still good.
+A table is reused while the data that it was made from is the same, byte for byte. The addresses of
+gradients change more often than sizes do, and the table of chunks then stays valid.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eigenfilter.kernels.triton_blocks import Blocks, chosen
+from eigenfilter.kernels.triton_blocks import Blocks, blocks_for
 
 if TYPE_CHECKING:
     from eigenfilter._core import Table
 
-# A chunk of four blocks makes the tables small beside what they describe, and still cuts a model of
+# A chunk of four blocks makes the tables small beside the tensors, and still cuts a model of
 # 25M float32 parameters into several waves of a large GPU.
 BLOCKS_IN_CHUNK = 4
 
 Array = npt.NDArray[np.int64]
 _Key = tuple[object, ...]
-_Made = TypeVar("_Made")
+_Value = TypeVar("_Value")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the core numbers them
 
@@ -48,7 +49,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as th
 class Tables:
     """The tensors of one call: addresses [roles, n], and by dtype chunks [4, programs].
 
-    blocks: the sizes that the chunks are cut for.
+    blocks: the block sizes that the chunks are cut for.
     """
 
     pointers: Tensor
@@ -57,12 +58,12 @@ class Tables:
 
     @property
     def n(self) -> int:
-        """Tensors in a list."""
+        """The number of tensors in a list."""
         return self.pointers.shape[1]
 
     @property
     def programs(self) -> int:
-        """Chunks of all tensors; none where all tensors are empty."""
+        """The number of chunks of all tensors; 0 if all tensors are empty."""
         return sum(chunks.shape[1] for chunks in self.chunks.values())
 
 
@@ -70,13 +71,13 @@ def tables(kernel: str, like: Tensor, read: Table | None) -> Tables:
     """Return the tables of the lists of one call.
 
     Args:
-        kernel: that is called, for the sizes of its blocks.
+        kernel: name of the kernel, which decides the sizes of the blocks.
         like: a tensor of the first list, for its dtype and device, which must be the current one.
             The tables are for the current stream.
-        read: what the check of the call's arguments returned.
+        read: the data that the check of the call's arguments returned.
     """
     assert read is not None
-    blocks = chosen(kernel, like.dtype, like.device)
+    blocks = blocks_for(kernel, like.dtype, like.device)
     return _calls.get(
         (*read, like.dtype, blocks),
         like.device,
@@ -92,7 +93,7 @@ def _make(
     device: torch.device,
     blocks: Blocks,
 ) -> Tables:
-    """The tables of what a check has read; a part may be there from another call."""
+    """Build the tables from the data that a check has read; each table may come from the cache."""
     sizes = np.frombuffer(counts, dtype=np.int64)
     pointers = np.frombuffer(addresses, dtype=np.int64).reshape(-1, sizes.size)
     aligned = np.bitwise_or.reduce(pointers, axis=0) % 16 == 0
@@ -115,7 +116,7 @@ def _chunks(
 
 
 def _by_dtype(wide: bytes, usual: torch.dtype, sizes: Array) -> Iterator[tuple[torch.dtype, Array]]:
-    """By dtype of the gradients: the sizes of those that have it, and 0 for the others."""
+    """For each dtype of gradients, the sizes of those that have it, and 0 for the others."""
     if not wide:
         yield usual, sizes
         return
@@ -141,24 +142,25 @@ def cut(sizes: Array, aligned: npt.NDArray[np.bool_], block: int) -> Array:
     return np.stack((tensor, index * chunk, length, wide))
 
 
-class _Recent(Generic[_Made]):
-    """What was made last, and is good for the same key on the same device and stream.
+class _Cache(Generic[_Value]):
+    """A cache of the most recent values, by key, device and stream.
 
-    Searched one by one: keys are many kilobytes, and sooner found different than hashed.
+    The search is linear: keys are many kilobytes long, and comparing them is faster than hashing.
     """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._entries: list[tuple[_Key, _Made]] = []
+        self._entries: list[tuple[_Key, _Value]] = []
 
-    def get(self, key: _Key, device: torch.device, make: Callable[[], _Made]) -> _Made:
-        """Return what `make` returns, or returned before for `key` on `device`."""
+    def get(self, key: _Key, device: torch.device, make: Callable[[], _Value]) -> _Value:
+        """Return the value of `make`, cached for `key` on `device`."""
         if device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
-                # This copy happens when the graph is replayed: useless outside of the graph. Pinned
-                # memory taken during a capture is never used again, so that it stays as it is.
+                # The copy happens when the graph is replayed, so its result is useless outside of
+                # the graph. Pinned memory taken during a capture is never reused, so its content
+                # stays.
                 return make()
-            # A copy is certain to have happened only for what follows it on its stream.
+            # Only later work on the same stream is certain to see the copy.
             key = (torch.cuda.current_stream().cuda_stream, *key)
         key = (device, *key)
         if self._entries and self._entries[0][0] == key:
@@ -172,11 +174,11 @@ class _Recent(Generic[_Made]):
 
 
 def _upload(array: Array, device: torch.device) -> Tensor:
-    # torch gives pinned memory to somebody else only after the copies from it are done.
+    # torch reuses pinned memory only after the copies from it are done.
     staged = torch.empty(array.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
     staged.numpy()[...] = array
     return staged.to(device, non_blocking=True)
 
 
-_recent: _Recent[Tensor] = _Recent(capacity=32)
-_calls: _Recent[Tables] = _Recent(capacity=32)
+_recent: _Cache[Tensor] = _Cache(capacity=32)
+_calls: _Cache[Tables] = _Cache(capacity=32)

@@ -1,4 +1,4 @@
-"""Ascents: how a method gets from x to where the descent's gradient is taken."""
+"""Ascents: how a method perturbs x before the gradient of the descent is taken."""
 
 from __future__ import annotations
 
@@ -11,114 +11,119 @@ from torch import Tensor
 
 from eigenfilter import _distributed
 from eigenfilter.kernels.conventions import power_of_two
-from eigenfilter.optimizers._guard import Guard
+from eigenfilter.optimizers._amp import AmpState
+from eigenfilter.optimizers._buckets import BucketSlice, Gradients, ParamBucket
 from eigenfilter.optimizers._hyperparameters import rho_of
-from eigenfilter.optimizers._parts import Gradients, Part, Piece
 from eigenfilter.optimizers._shards import FLAT_NORM
 
 Run = Callable[..., None]
-"""Calls a kernel on a piece: (kernel, piece, further arguments)."""
+"""Calls a kernel on a bucket slice: (kernel, bucket_slice, further arguments)."""
 
 TINY = 1e-12
 """Added to a norm that divides, as the common implementations of SAM do: 0 / 0 is then 0."""
 
 
 class Ascent:
-    """A method's ascents; this one, plain gradient descent's, has none.
+    """The ascents of a method; this base class has none, as plain gradient descent.
 
-    An ascent keeps no tensor from one step to the next, and one object serves one optimizer.
+    One object serves one optimizer and keeps no tensor from one step to the next.
 
     Attributes:
-        method: the method's name.
-        count: its ascents a step.
-        takes_norm: whether it divides by a norm of all gradients or parameters.
-        takes_zeros: whether a gradient of zero at x does something to its first ascent.
+        method: name of the method.
+        count: number of ascents in a step.
+        needs_norm: whether an ascent divides by a norm over all gradients or parameters.
+        needs_zero_gradients: whether a parameter whose gradient is zero affects the first ascent.
     """
 
     method = "sgd"
     count = 0
-    takes_norm = False
-    takes_zeros = False
+    needs_norm = False
+    needs_zero_gradients = False
 
-    def prepare(self, index: int, found: Gradients, whole: Gradients, guard: Guard) -> Gradients:
-        """Do what takes all gradients at once; return them, or what is to move along instead.
+    def prepare(
+        self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
+    ) -> Gradients:
+        """Compute what depends on all gradients; return the direction of the ascent.
 
         Args:
-            index: which ascent of the step, from 0.
-            found: the parts that ascend, with their gradients.
-            whole: the same, in a first ascent that `takes_zeros` with zeros where there is none.
-            guard: the scale the gradients carry.
+            index: number of the ascent in the step, from 0.
+            gradients: the buckets that ascend, with their gradients.
+            padded: the same; in a first ascent with `needs_zero_gradients` also the parameters
+                without a gradient, with zeros.
+            amp: the loss scale that the gradients carry.
         """
-        return found
+        return gradients
 
-    def move(self, run: Run, index: int, piece: Piece) -> None:
-        """Move a piece; its backups hold x if it has moved before, else this call saves it."""
+    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+        """Perturb a bucket slice. If it is not perturbed yet, this call also saves its backups."""
         raise AssertionError(f"{self.method} has no ascent")
 
-    def from_x(self, index: int) -> bool:
-        """Whether ascent `index` starts from x, so that a gradient of zero leads back there."""
+    def starts_from_x(self, index: int) -> bool:
+        """Whether ascent `index` starts from x, so that a zero gradient leads back to x."""
         return False
 
-    def note(self, loss: Any) -> None:
-        """Take note of what the closure has returned, before `prepare` gets its gradients."""
+    def record_loss(self, loss: Any) -> None:
+        """Record what the closure has returned, before `prepare` gets its gradients."""
 
     def forget(self) -> None:
-        """Drop what was kept for the step that has ended."""
+        """Drop the tensors of the step that has ended."""
 
     def needs_graph(self, index: int) -> bool:
         """Whether the gradient for ascent `index` has to be differentiable itself."""
         return False
 
-    def watch(self, index: int, params: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """A context for the evaluation whose gradient ascent `index` takes."""
+    def evaluation_context(
+        self, index: int, params: Sequence[Tensor]
+    ) -> AbstractContextManager[None]:
+        """A context for the evaluation whose gradient ascent `index` uses."""
         return nullcontext()
 
     def replays(self, index: int) -> bool | None:
-        """Whether evaluation `index` draws the random numbers of the one before it (False, True).
+        """Whether evaluation `index` replays the random numbers of the one before it.
 
-        None where they are not looked after.
+        None where a method does not control random numbers.
         """
         return None
 
 
-def signed(group: dict[str, Any]) -> float | Tensor:
-    """The length of an ascent: rho, or -rho where f is maximised."""
+def signed_rho(group: dict[str, Any]) -> float | Tensor:
+    """The step size of an ascent: rho, or -rho with `maximize`."""
     rho = rho_of(group)
     return -rho if group.get("maximize") else rho
 
 
 def total_norms(
-    lists: Sequence[tuple[Part, Sequence[Tensor]]], *, weights: bool = False
+    lists: Sequence[tuple[ParamBucket, Sequence[Tensor]]], *, weights: bool = False
 ) -> dict[torch.device, Tensor]:
-    """Euclidean norm of all tensors of all parts together, a 0-dim float64 tensor on each device.
+    """Euclidean norm over all tensors of all buckets, as a 0-dim float64 tensor on each device.
 
     Args:
-        lists: parts, with tensors like their parameters.
-        weights: multiply the tensors by the parameters before, elementwise.
+        lists: buckets, each with tensors like its parameters.
+        weights: whether the tensors are multiplied by the parameters first, elementwise.
     """
-    if any(part.is_flat for part, _ in lists):
+    if any(bucket.is_flat for bucket, _ in lists):
         raise RuntimeError(FLAT_NORM)
-    norms: dict[torch.device, list[Tensor]] = {part.device: [] for part, _ in lists}
-    for part, tensors in lists:
-        for placing, indices in part.placings:
-            whole = len(part.placings) == 1
-            # Of float32 gradients it may exceed what float32 holds.
-            norm = torch.empty((), dtype=torch.float64, device=part.device)
-            factors = part.tensors if whole else [part.tensors[i] for i in indices]
-            part.kernels.norm(
-                tensors if whole else [tensors[i] for i in indices],
+    norms: dict[torch.device, list[Tensor]] = {bucket.device: [] for bucket, _ in lists}
+    for bucket, tensors in lists:
+        for placement, indices in bucket.placements:
+            is_only = len(bucket.placements) == 1
+            # float64, because the norm of float32 gradients may overflow float32.
+            norm = torch.empty((), dtype=torch.float64, device=bucket.device)
+            factors = bucket.tensors if is_only else [bucket.tensors[i] for i in indices]
+            bucket.kernels.norm(
+                tensors if is_only else [tensors[i] for i in indices],
                 norm,
                 weights=factors if weights else None,
             )
-            norms[part.device].append(_distributed.of_all_shards(norm, placing))
+            norms[bucket.device].append(_distributed.gather_from_shards(norm, placement))
     sums = {device: combined_norm(terms) for device, terms in norms.items()}
     return {device: combined_norm([s.to(device) for s in sums.values()]) for device in sums}
 
 
 def combined_norm(norms: Sequence[Tensor]) -> Tensor:
-    """The norm of what has these norms, whose squares float64 need not hold."""
+    """The norm of tensors that have these norms, safe where their squares overflow float64."""
     if len(norms) == 1 and norms[0].numel() == 1:
         return norms[0].reshape(())
-    together = torch.cat([n.reshape(-1) for n in norms])
-    scale = power_of_two(together.amax())
-    return (together / scale).square().sum().sqrt() * scale
+    count_group = torch.cat([n.reshape(-1) for n in norms])
+    scale = power_of_two(count_group.amax())
+    return (count_group / scale).square().sum().sqrt() * scale

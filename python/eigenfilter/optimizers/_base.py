@@ -1,4 +1,4 @@
-"""The machine every optimizer steps with: ascents, descent, restoration."""
+"""The public step protocol of every optimizer: ascents, descent, restoration."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # does not import the compiler, as torch.compiler does
 
 from eigenfilter import _distributed, kernels
+from eigenfilter.optimizers._amp import SCALER_ATTRIBUTES, drop_scaler_attributes, refuse_unscaled
 from eigenfilter.optimizers._ascents import Ascent, total_norms
+from eigenfilter.optimizers._buckets import conform_if_needed
 from eigenfilter.optimizers._descents import Descent
-from eigenfilter.optimizers._guard import HANDED_OVER, drop_handed_over, refuse_unscaled
 from eigenfilter.optimizers._machine import StepMachine
 from eigenfilter.optimizers._options import check_options
-from eigenfilter.optimizers._parts import conforming
 from eigenfilter.optimizers._randomness import Randomness
 from eigenfilter.optimizers._release import UNSCALED
 from eigenfilter.optimizers._shards import (
@@ -29,33 +29,31 @@ _T = TypeVar("_T")
 
 
 class EigenfilterOptimizer(StepMachine):
-    """Base of the optimizers: an update at x from a gradient taken elsewhere.
-
-    A step visits perturbed points before the descent,
+    """Base of the optimizers: an update at x whose gradient is taken at a perturbed point.
 
         closure()
-        while opt.ascend():     # moves to the next point where a gradient is needed
+        while opt.ascend():     # perturbs the parameters to where the next gradient is needed
             closure()
         opt.step()              # restores x exactly and applies the update
 
-    or, with torch's contract, `loss = opt.step(closure)`. How the points are reached is the
-    `Ascent`'s, what happens at x the `Descent`'s.
+    or, with torch's contract, `loss = opt.step(closure)`. See docs/optimizers.md.
 
     Args:
         params: parameters, named parameters or groups, as for torch.optim.Optimizer.
-        defaults: the groups' hyperparameters.
-        ascent: how to move.
-        descent: how to update.
-        skip_nonfinite: look at every gradient, and leave parameters and state as they were where
-            one is not finite (one more pass over the gradient). In a distributed job the flag is
-            shared by all ranks of the default process group, which must then step together.
-        release_gradients: apply and drop each descent gradient while backward runs, see
-            `GradientRelease`.
-        backend: the kernels' backend, see `eigenfilter.kernels`.
+        defaults: default hyperparameters of the groups.
+        ascent: perturbs the parameters before the descent.
+        descent: updates the parameters at x.
+        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
+            state unchanged. The check takes one more pass over the gradient. In a distributed job
+            all ranks of the default process group share the flag, and must step together.
+        release_gradients: whether each descent gradient is applied and freed while backward runs;
+            see `GradientRelease`.
+        backend: backend of the kernels; see `eigenfilter.kernels`.
         options: `set_to_none` and arguments of torch's optimizers, see `_options.Options`.
     """
 
-    # A GradScaler hands grad_scale and found_inf over instead of unscaling and looking itself.
+    # A GradScaler then sets grad_scale and found_inf on the optimizer, and leaves the gradients
+    # scaled.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -91,24 +89,24 @@ class EigenfilterOptimizer(StepMachine):
         self._start()
         super().__init__(params, defaults)
         if self._ascents_wanted() > 0:
-            refuse_ascent(self, self._parent, self._params(), self._ascent.takes_norm)
+            refuse_ascent(self, self._parent, self._params(), self._ascent.needs_norm)
 
-    # What users see of a step under way.
+    # The state of a step.
 
     @property
     def skipped(self) -> int:
-        """How many steps were skipped for a gradient that was not finite (synchronises)."""
-        return self._guard.skipped()
+        """The number of steps skipped for a gradient that was not finite (synchronizes)."""
+        return self._amp.skipped()
 
     @property
     @through_owner
     def needs_graph(self) -> bool:
-        """Whether the next gradient has to be differentiable itself.
+        """Whether the next gradient must be differentiable itself.
 
-        For `loss.backward(create_graph=opt.needs_graph)`; False unless a method takes exact
-        Hessian-vector products.
+        It is meant for `loss.backward(create_graph=opt.needs_graph)`, and is False unless a method
+        takes exact Hessian-vector products.
         """
-        return self.phase == "ascent" and self._ascent.needs_graph(self._step_state.ascended)
+        return self.phase == "ascent" and self._ascent.needs_graph(self._step_state.ascents_taken)
 
     # Stepping.
 
@@ -117,18 +115,18 @@ class EigenfilterOptimizer(StepMachine):
     def evaluation(self) -> Iterator[None]:
         """A context for every call of the closure in the explicit form.
 
-        Where a method takes finite differences, torch's random numbers are the same on both sides.
-        With `release_gradients` the descent's gradients are released here and nowhere else.
+        Both evaluations of a finite difference draw the same random numbers from torch in it.
+        `release_gradients` releases the gradients of the descent in this context alone.
         """
         step = self._step_state
-        replays = self._ascent.replays(step.ascended) if self.phase == "ascent" else None
+        replays = self._ascent.replays(step.ascents_taken) if self.phase == "ascent" else None
         if replays and step.randomness is not None:
             step.randomness.replay()
-            step.replayed = True
+            step.has_replayed = True
         elif replays is False:
             step.randomness = Randomness(self._devices())
         if self.phase == "ascent":
-            with self._ascent.watch(step.ascended, self._params()):
+            with self._ascent.evaluation_context(step.ascents_taken, self._params()):
                 yield
             return
         if not self.release_gradients:
@@ -146,26 +144,26 @@ class EigenfilterOptimizer(StepMachine):
         A parameter without a gradient counts as one whose gradient is zero.
 
         Args:
-            grad_scaler: the scaler whose scale the present gradients carry.
+            grad_scaler: scaler whose scale the present gradients carry.
 
         Returns:
-            True after an ascent. False, with nothing done, when the next gradient is the descent's,
-            or when no parameter has a gradient: `step()` then does nothing either, as in torch.
+            True after an ascent. False, with nothing changed, if the next gradient is the
+            descent's, or if no parameter has a gradient; `step()` then does nothing, as in torch.
 
         Raises:
             RuntimeError: the gradients are those that the last step used, `grad_scaler.unscale_`
                 was called, or gradients are released and there is a scaler.
-            TypeError, ValueError: a group's hyperparameter is none, or out of its range.
+            TypeError, ValueError: a hyperparameter of a group is invalid.
         """
         self._refuse_within_closure("ascend()")
-        self._step_state.plain = False
+        self._step_state.skips_ascents = False
         if self.phase == "descent":
             return False
         if self.release_gradients and grad_scaler is not None and grad_scaler.is_enabled():
             raise RuntimeError(UNSCALED)
         refuse_unscaled(self, grad_scaler)
         self._check_groups()
-        return self._following_layouts(lambda: self._ascend(grad_scaler))
+        return self._retry_on_layout_change(lambda: self._ascend(grad_scaler))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -173,33 +171,33 @@ class EigenfilterOptimizer(StepMachine):
     def step(self, closure: Callable[[], Any]) -> Any: ...
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step: the whole one with a closure, else its end, the descent.
+        """Take a whole step with a closure, or the descent that ends a step without one.
 
-        Where no parameter has a gradient nothing is done, as in torch.
+        If no parameter has a gradient, nothing is done, as in torch.
 
         Args:
-            closure: clears the gradients, computes the loss, calls backward and returns the loss.
-                It is called as often as the method needs. After the ascents of an explicit step it
-                is called once, and may do nothing.
+            closure: function that clears the gradients, computes the loss, calls backward and
+                returns the loss. It is called as often as the method needs. After the ascents of
+                an explicit step it is called once, and may do nothing.
 
         Returns:
-            The first call's loss, detached if it has a graph; None without a closure.
+            The loss of the first call, detached from its graph; None without a closure.
 
         Raises:
-            RuntimeError: without a closure, ascents are due; with one, it does not clear gradients
-                that were there before, or an explicit step has ascents left.
-            TypeError, ValueError: a group's hyperparameter is none, or out of its range.
+            RuntimeError: ascents are missing before a step without a closure; the closure does not
+                clear earlier gradients; or an explicit step has ascents left.
+            TypeError, ValueError: a hyperparameter of a group is invalid.
         """
         owner = owner_of(self)
-        if owner is not self:  # a scaler sets these on what it was given
-            vars(owner).update({k: v for k, v in vars(self).items() if k in HANDED_OVER})
+        if owner is not self:  # a scaler sets these on the wrapper that it was given
+            vars(owner).update({k: v for k, v in vars(self).items() if k in SCALER_ATTRIBUTES})
             try:
                 return owner._step(closure)
-            except BaseException:  # a scaler takes them back only after success
-                drop_handed_over(self)
+            except BaseException:  # a scaler deletes them only after success
+                drop_scaler_attributes(self)
                 raise
             finally:
-                drop_handed_over(owner)
+                drop_scaler_attributes(owner)
         return self._step(closure)
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
@@ -207,18 +205,18 @@ class EigenfilterOptimizer(StepMachine):
         self._check_groups()
         if closure is None:
             try:
-                self._following_layouts(self._descend)
-            except BaseException:  # a scaler takes back what it handed over only after success
-                drop_handed_over(self)
+                self._retry_on_layout_change(self._descend)
+            except BaseException:  # a scaler deletes its attributes only after success
+                drop_scaler_attributes(self)
                 raise
             return None
         if "found_inf" in vars(self):
-            drop_handed_over(self)
+            drop_scaler_attributes(self)
             raise RuntimeError(
                 "a GradScaler cannot step with a closure: take the step in its explicit form, "
                 "ascend(grad_scaler=scaler) and scaler.step(opt)"
             )
-        if self._step_state.ascended > 0 and self.phase == "ascent":
+        if self._step_state.ascents_taken > 0 and self.phase == "ascent":
             raise RuntimeError(
                 "step(closure) takes a whole step, and one is under way that has ascents left: go "
                 "on with `while opt.ascend(): closure()` and end it with step(), or go back to x "
@@ -228,11 +226,11 @@ class EigenfilterOptimizer(StepMachine):
             if self.phase == "descent":  # no ascents, or all of an explicit step's are taken
                 loss = self._evaluate(closure)
             else:
-                self._step_state.by_closure = True
+                self._step_state.has_closure = True
                 loss = self._evaluate_first(closure)
             while self.ascend():
                 self._evaluate(closure)
-            self._following_layouts(self._descend)
+            self._retry_on_layout_change(self._descend)
         except BaseException:
             self._restore()
             raise
@@ -240,7 +238,7 @@ class EigenfilterOptimizer(StepMachine):
 
     @through_owner
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters: to None, or to 0 in the tensors that are there."""
+        """Set the gradients of all parameters to None, or to 0 in place."""
         super().zero_grad(set_to_none)
         self._used.forget()
         if self._step_state.check is not None:
@@ -250,10 +248,10 @@ class EigenfilterOptimizer(StepMachine):
     @_disable_dynamo
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to x, bit for bit, from anywhere; the step under way is forgotten.
+        """Restore x bit for bit and cancel the current step.
 
-        Parameters that have been updated already (`release_gradients`) stay so. Gradients of the
-        points on the way do not count as gradients at x.
+        Parameters that `release_gradients` has updated already keep their update. Gradients taken
+        at perturbed points do not count as gradients at x.
 
         Raises:
             RuntimeError: it is called by the closure that `step` is evaluating.
@@ -270,15 +268,15 @@ class EigenfilterOptimizer(StepMachine):
         """Clip the descent gradient to a total norm, in place, as torch.nn.utils.clip_grad_norm_.
 
         Args:
-            max_norm: the largest norm, over all parameters of all groups.
-            grad_scaler: the scaler whose scale the gradients carry; it unscales them first.
+            max_norm: largest norm over all parameters of all groups.
+            grad_scaler: scaler whose scale the gradients carry; it unscales them first.
 
         Returns:
             The total norm before clipping, a 0-dim float64 tensor.
 
         Raises:
             RuntimeError: the next gradient is an ascent's, which the methods take unclipped; or
-                gradients are released.
+                `release_gradients` is set.
         """
         if self.release_gradients:
             raise RuntimeError(
@@ -293,18 +291,18 @@ class EigenfilterOptimizer(StepMachine):
             )
         if grad_scaler is not None:
             grad_scaler.unscale_(self)
-            self._step_state.unscaled = grad_scaler.is_enabled()
+            self._step_state.is_unscaled = grad_scaler.is_enabled()
         return self._clip(max_norm)
 
     @torch.no_grad()
     def _clip(self, max_norm: float) -> Tensor:
-        """Clip to a norm in float64: a narrower one may be infinite where all gradients are not."""
-        found = conforming(self._gradients())
-        norms = total_norms(found)
-        for part, _ in found:
-            shorter = (max_norm / (norms[part.device] + 1e-6)).clamp(max=1.0)
-            given = [_distributed.local(cast(Tensor, p.grad)) for p in part.params]
-            torch._foreach_mul_(given, shorter)
+        """Clip to a norm in float64, because a narrower one may overflow for finite gradients."""
+        gradients = conform_if_needed(self._gradients())
+        norms = total_norms(gradients)
+        for bucket, _ in gradients:
+            factor = (max_norm / (norms[bucket.device] + 1e-6)).clamp(max=1.0)
+            local_grads = [_distributed.local(cast(Tensor, p.grad)) for p in bucket.params]
+            torch._foreach_mul_(local_grads, factor)
         return next(iter(norms.values()), torch.zeros((), dtype=torch.float64))
 
     # Copying.
@@ -317,5 +315,5 @@ class EigenfilterOptimizer(StepMachine):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_step_state" not in vars(self):  # a copy; a load keeps backups and counts
+        if "_step_state" not in vars(self):  # a copy; a loaded optimizer keeps its own
             self._start()

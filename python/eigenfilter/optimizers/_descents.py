@@ -1,4 +1,4 @@
-"""Descents: what happens at x with the gradient that was taken elsewhere."""
+"""Descents: the updates at x with the gradient that was taken at a perturbed point."""
 
 from __future__ import annotations
 
@@ -9,67 +9,69 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
+from eigenfilter.optimizers._amp import AmpState
 from eigenfilter.optimizers._ascents import Run
-from eigenfilter.optimizers._guard import Guard
-from eigenfilter.optimizers._parts import Part, Piece
+from eigenfilter.optimizers._buckets import BucketSlice, ParamBucket
 from eigenfilter.optimizers._step_counts import StepCounts
 
 MOMENTUM = "momentum_buffer"
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
-SEED = "rounding_seed"  # of a group that rounds stochastically: counts its kernel calls
+SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
 SEEDS = 2**24
-SPREAD = 0x9E3779B1  # odd: groups and shards begin far from each other
+SPREAD = 0x9E3779B1  # odd: the seeds of groups and shards start far from each other
 
 
-def rounding_seed(part: Part) -> Tensor | None:
-    """A seed of its own for each call, counted on the device; None rounds to nearest.
+def rounding_seed(bucket: ParamBucket) -> Tensor | None:
+    """A different seed for each call, counted on the device; None rounds to nearest.
 
-    All ranks count alike what they hold in common, so that it stays the same.
+    All ranks use the same seeds for replicated parameters, which therefore stay equal.
     """
-    group, dtype = part.group, part.params[0].dtype
+    group, dtype = bucket.group, bucket.params[0].dtype
     if not group["stochastic_rounding"] or dtype not in (torch.bfloat16, torch.float16):
         return None
     seed = group.get(SEED)
     if seed is None:
-        start = (part.number * 1024 + _distributed.shard_number(part.params[0])) * SPREAD % SEEDS
+        start = (
+            (bucket.number * 1024 + _distributed.shard_number(bucket.params[0])) * SPREAD % SEEDS
+        )
         seed = torch.tensor(float(start), dtype=torch.float32)
-    group[SEED] = seed = seed.to(part.device)
+    group[SEED] = seed = seed.to(bucket.device)
     return cast(Tensor, seed.add_(1).remainder_(SEEDS))
 
 
 class Descent:
-    """The update of the parameters; one kernel call takes those that have the same past.
+    """The update of the parameters; one kernel call updates those with equal state signatures.
 
     Attributes:
-        keys: what it keeps in a parameter's state, under torch's names.
+        keys: keys of its tensors in a parameter's state, under torch's names.
     """
 
     keys: tuple[str, ...] = ()
 
-    def past(self, state: dict[str, Any]) -> Hashable:
-        """What parameters must have in common to be updated by one call."""
+    def state_signature(self, state: dict[str, Any]) -> Hashable:
+        """A value that is equal for parameters that one kernel call may update."""
         raise NotImplementedError
 
-    def prime(self, part: Part) -> None:
-        """Make the state of a part's parameters, as it is before their first step."""
+    def initialize_state(self, bucket: ParamBucket) -> None:
+        """Create the state of a bucket's parameters, as it is before their first step."""
 
-    def starts(self, piece: Piece) -> bool:
-        """Whether the update of a piece makes state: its gradients must be sound before."""
+    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+        """Whether the update of a slice creates state, so that its gradients are checked first."""
         return False
 
     def begin(self) -> None:
-        """Begin a step, before its first piece."""
+        """Begin a step, before its first slice."""
 
-    def edited(self) -> bool:
-        """Whether somebody else has edited in place what must be read again then."""
+    def has_edits(self) -> bool:
+        """Whether other code has edited state in place that must then be read again."""
         return False
 
-    def unify(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Bring a state that was loaded to the form in which it is kept here."""
+    def normalize_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Convert a loaded state to the form that this class uses."""
 
-    def step(self, run: Run, piece: Piece, guard: Guard) -> None:
-        """Update a piece, from its backups if it has moved."""
+    def step(self, run: Run, bucket_slice: BucketSlice, amp: AmpState) -> None:
+        """Update a slice, from its backups if it is perturbed."""
         raise NotImplementedError
 
 
@@ -78,103 +80,105 @@ class SGDDescent(Descent):
 
     keys = (MOMENTUM,)
 
-    def past(self, state: dict[str, Any]) -> Hashable:
+    def state_signature(self, state: dict[str, Any]) -> Hashable:
         return state.get(MOMENTUM) is not None
 
-    def prime(self, part: Part) -> None:
-        if part.group["momentum"] != 0:
-            part.buffers(MOMENTUM)
+    def initialize_state(self, bucket: ParamBucket) -> None:
+        if bucket.group["momentum"] != 0:
+            bucket.buffers(MOMENTUM)
 
-    def starts(self, piece: Piece) -> bool:
-        return not piece.past and piece.part.group["momentum"] != 0
+    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+        return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
 
-    def step(self, run: Run, piece: Piece, guard: Guard) -> None:
-        part, group = piece.part, piece.part.group
+    def step(self, run: Run, bucket_slice: BucketSlice, amp: AmpState) -> None:
+        bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
         momenta, dampening, undo = None, 0.0, False
         if group["momentum"] != 0:
-            momenta = part.buffers(MOMENTUM)
-            if piece.past:
+            momenta = bucket.buffers(MOMENTUM)
+            if bucket_slice.state_signature:
                 dampening = group["dampening"]
-            elif group["dampening"] != 0:  # the first step is undamped; if skipped, it is to come
-                undo = guard.skips(part.device)
+            elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
+                undo = amp.is_skipped(bucket.device)
         run(
-            part.kernels.descend,
-            piece,
+            bucket.kernels.descend,
+            bucket_slice,
             momenta,
-            part.backups() if piece.moved else None,
+            bucket.backups() if bucket_slice.is_perturbed else None,
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=dampening,
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
-            rounding_seed=rounding_seed(part),
+            rounding_seed=rounding_seed(bucket),
         )
         if undo:
-            part.drop(MOMENTUM)
+            bucket.drop(MOMENTUM)
 
 
 class AdamWDescent(Descent):
-    """AdamW, in one call for the parameters that have taken equally many steps."""
+    """AdamW; one call updates parameters that have taken the same number of steps."""
 
     keys = (EXP_AVG, EXP_AVG_SQ, STEP)
 
     def __init__(self) -> None:
         self._counts = StepCounts()
 
-    def past(self, state: dict[str, Any]) -> Hashable:
+    def state_signature(self, state: dict[str, Any]) -> Hashable:
         return self._counts.key(state[STEP]) if STEP in state else None
 
-    def edited(self) -> bool:
-        return self._counts.edited()
+    def has_edits(self) -> bool:
+        return self._counts.has_edits()
 
-    def unify(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        counted = [(p, s) for p, s in state.items() if STEP in s]
-        counts = self._counts.read([s[STEP] for _, s in counted], [p.device for p, _ in counted])
-        for (_, s), count in zip(counted, counts, strict=True):
+    def normalize_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        entries = [(p, s) for p, s in state.items() if STEP in s]
+        counts = self._counts.read([s[STEP] for _, s in entries], [p.device for p, _ in entries])
+        for (_, s), count in zip(entries, counts, strict=True):
             s[STEP] = count
 
-    def starts(self, piece: Piece) -> bool:
-        return piece.past is None
+    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+        return bucket_slice.state_signature is None
 
     def begin(self) -> None:
         self._counts.new_step()
 
-    def prime(self, part: Part) -> None:
-        part.buffers(EXP_AVG)
-        part.buffers(EXP_AVG_SQ)
-        state = part.store.state
-        self._start([p for p in part.params if STEP not in state[p]], part)
+    def initialize_state(self, bucket: ParamBucket) -> None:
+        bucket.buffers(EXP_AVG)
+        bucket.buffers(EXP_AVG_SQ)
+        state = bucket.store.state
+        self._start([p for p in bucket.params if STEP not in state[p]], bucket)
 
-    def step(self, run: Run, piece: Piece, guard: Guard) -> None:
-        part, group = piece.part, piece.part.group
-        state = part.store.state
-        if piece.past is None:
-            self._start(part.params, part)
-        if part.counted is None:
-            part.counted = self._counts.together([state[p][STEP] for p in part.params])
+    def step(self, run: Run, bucket_slice: BucketSlice, amp: AmpState) -> None:
+        bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
+        state = bucket.store.state
+        if bucket_slice.state_signature is None:
+            self._start(bucket.params, bucket)
+        if bucket.count_group is None:
+            bucket.count_group = self._counts.count_group([state[p][STEP] for p in bucket.params])
         beta1, beta2 = group["betas"]
         run(
-            part.kernels.descend_adamw,
-            piece,
-            part.buffers(EXP_AVG),
-            part.buffers(EXP_AVG_SQ),
-            part.backups() if piece.moved else None,
+            bucket.kernels.descend_adamw,
+            bucket_slice,
+            bucket.buffers(EXP_AVG),
+            bucket.buffers(EXP_AVG_SQ),
+            bucket.backups() if bucket_slice.is_perturbed else None,
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            step=part.counted.counts[0] + 1,
+            step=bucket.count_group.counts[0] + 1,
             maximize=group["maximize"],
-            rounding_seed=rounding_seed(part),
+            rounding_seed=rounding_seed(bucket),
         )
-        if self._counts.advance(part.counted, guard.flag(part.device)):
-            part.store.changed()
+        if self._counts.advance(bucket.count_group, amp.flag(bucket.device)):
+            bucket.store.mark_changed()
 
-    def _start(self, params: Sequence[Tensor], part: Part) -> None:
-        """Give parameters their first counts."""
+    def _start(self, params: Sequence[Tensor], bucket: ParamBucket) -> None:
+        """Create the step counts of parameters that have none."""
         if params:
-            for p, count in zip(params, self._counts.start(len(params), part.device), strict=True):
-                part.store.state[p][STEP] = count
-            part.store.changed()
+            for p, count in zip(
+                params, self._counts.start(len(params), bucket.device), strict=True
+            ):
+                bucket.store.state[p][STEP] = count
+            bucket.store.mark_changed()

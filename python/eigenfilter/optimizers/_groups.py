@@ -1,4 +1,4 @@
-"""Groups and state of an optimizer: checked when given, refused mid-step, saved and loaded."""
+"""Groups and state of an optimizer: checks, saving and loading; refused during a step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from eigenfilter import kernels
+from eigenfilter.optimizers._buckets import refuse_overlap
 from eigenfilter.optimizers._hyperparameters import DTYPES, check_hyperparameters
 from eigenfilter.optimizers._options import refuse_modes
-from eigenfilter.optimizers._parts import refuse_overlap
 from eigenfilter.optimizers._step_state import through_owner
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """torch's optimizer, whose groups and state are left alone while the parameters are moved."""
+    """torch's optimizer, whose groups and state cannot change while parameters are perturbed."""
 
     backend: str | None
     _constructed = False
@@ -27,31 +27,31 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     @property
     def perturbed(self) -> bool:
-        """Whether the parameters are away from x."""
+        """Whether the parameters are perturbed."""
         raise NotImplementedError
 
     @through_owner
     def state_dict(self) -> dict[str, Any]:
-        """State and hyperparameters in the form of the torch optimizer; backups are never in it.
+        """State and hyperparameters in the torch optimizer's form, without backups.
 
         Raises:
-            RuntimeError: the parameters are away from x, as the model's own state_dict would be.
+            RuntimeError: the parameters are perturbed, as the model's own state_dict would be.
         """
         self._refuse_perturbed("state_dict()")
         return super().state_dict()
 
     @through_owner
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict`, this class's or that of the torch optimizer, returned.
+        """Load a state_dict of this class or of the torch optimizer.
 
-        What its groups lack, as SGD's lack rho, keeps its value.
+        A hyperparameter that its groups lack, such as rho in torch's, keeps its value.
 
         Raises:
-            RuntimeError: the parameters are away from x.
+            RuntimeError: the parameters are perturbed.
             ValueError: the groups do not match.
         """
         self._refuse_perturbed("load_state_dict()")
-        state_dict = filled(self, state_dict)
+        state_dict = fill_missing_keys(self, state_dict)
         for group in state_dict.get("param_groups", ()):
             refuse_modes(group)
         super().load_state_dict(state_dict)
@@ -63,7 +63,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a parameter is sparse, complex or of an unsupported dtype.
             ValueError: a hyperparameter is out of its range.
-            RuntimeError: the parameters are away from x.
+            RuntimeError: the parameters are perturbed.
         """
         self._refuse_perturbed("add_param_group()")
         super().add_param_group(param_group)
@@ -94,16 +94,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _refuse_perturbed(self, what: str) -> None:
         if self.perturbed:
             raise RuntimeError(
-                f"{what} while the parameters are away from x: first end the step with step(), or "
+                f"{what} while the parameters are perturbed: first end the step with step(), or "
                 "go back with restore()"
             )
 
 
-def filled(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state to load whose groups have all that the optimizer's present ones have."""
-    groups = state_dict.get("param_groups", ())  # an optimizer around another has its own form
+def fill_missing_keys(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """Add to the groups of a state_dict the hyperparameters that only the optimizer's have."""
+    groups = state_dict.get("param_groups", ())  # a wrapper may have a form of its own
     if len(groups) != len(optimizer.param_groups):
         return state_dict
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    joined = [mine | given for mine, given in zip(own, groups, strict=True)]
+    joined = [present | loaded for present, loaded in zip(own, groups, strict=True)]
     return state_dict | {"param_groups": joined}

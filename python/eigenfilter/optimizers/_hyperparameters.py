@@ -1,4 +1,4 @@
-"""What the groups' hyperparameters may be."""
+"""The ranges of the groups' hyperparameters."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The parameters' dtypes."""
 
 OWN_RHO = "ascent_rho"
-"""Where groups hold the radius of an ascent whose base optimizer has a `rho` of its own."""
+"""Key of the ascent's radius in groups whose base optimizer has a `rho` of its own."""
 
 _NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "eps", "rho", OWN_RHO)
 CHECKED = (*_NOT_NEGATIVE, "dampening", "betas", "nesterov", "amsgrad", "differentiable")
-"""The hyperparameters that groups are checked for."""
+"""The hyperparameters that are checked in every group."""
 
 
 def rho_key(group: Mapping[str, Any]) -> str:
-    """Where a group holds the radius of its ascent."""
+    """The key of the ascent's radius in a group."""
     return OWN_RHO if OWN_RHO in group else "rho"
 
 
@@ -33,7 +33,7 @@ def rho_of(group: Mapping[str, Any]) -> float | Tensor:
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Check the hyperparameters of a group. Tensors on a GPU are not read: that would wait for it.
+    """Check the hyperparameters of a group, except tensors on a GPU, which a check would wait for.
 
     Raises:
         TypeError: one is neither a number nor a float32 or float64 tensor.
@@ -61,7 +61,7 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
 
 
 def _number(name: str, value: Any) -> float | None:
-    """The value of a hyperparameter, or None where it cannot be read without waiting."""
+    """The value of a hyperparameter, or None if reading it would wait for a device."""
     if type(value) is float:
         return value
     if isinstance(value, Tensor):
@@ -84,7 +84,7 @@ def _number(name: str, value: Any) -> float | None:
 def check_scalars(group: dict[str, Any], device: torch.device) -> None:
     """Raise TypeError or ValueError for a hyperparameter that kernels on `device` cannot take.
 
-    Kernels say so themselves; asked before the first of several, nothing is half done.
+    The kernels check this too. Checking before the first of several calls keeps a step atomic.
     """
     named = [(name, group.get(name)) for name in (*_NOT_NEGATIVE, "dampening")]
     named += [("betas", beta) for beta in group.get("betas", ())]
@@ -106,5 +106,5 @@ def is_zero(value: float | Tensor) -> bool:
 
 
 def lr_is_zero(lr: float | Tensor) -> bool:
-    """Whether lr is 0; a tensor on a device counts as not 0, because to look would wait for it."""
+    """Whether lr is 0; a tensor on a device counts as not 0, because reading it would wait."""
     return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0

@@ -1,4 +1,4 @@
-"""The machinery of a step: ascents, the descent and the way back to x, on parts of parameters."""
+"""The internals of a step on parameter buckets: ascents, descent, restoration."""
 
 from __future__ import annotations
 
@@ -19,10 +19,18 @@ from eigenfilter.optimizers._accumulation import (
     check_closure,
     zero_gradients,
 )
+from eigenfilter.optimizers._amp import AmpState
 from eigenfilter.optimizers._ascents import Ascent
+from eigenfilter.optimizers._buckets import (
+    BucketSlice,
+    BufferStore,
+    Gradients,
+    ParamBucket,
+    ParamBuckets,
+    conform_if_needed,
+)
 from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import GroupedOptimizer
-from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._hyperparameters import (
     CHECKED,
     check_scalars,
@@ -30,12 +38,11 @@ from eigenfilter.optimizers._hyperparameters import (
     lr_is_zero,
     rho_of,
 )
-from eigenfilter.optimizers._parts import Gradients, Part, Parts, Piece, Store, conforming
 from eigenfilter.optimizers._randomness import Randomness
 from eigenfilter.optimizers._release import UNSCALED, GradientRelease
 from eigenfilter.optimizers._shards import (
-    Parent,
-    lies_elsewhere,
+    ParentOptimizer,
+    are_on_other_ranks,
     refuse_ascent,
     refuse_local_scaler,
     refuse_scaled_descent,
@@ -46,7 +53,7 @@ _T = TypeVar("_T")
 
 
 class StepMachine(GroupedOptimizer):
-    """What `EigenfilterOptimizer` steps with. Its public methods are the protocol around it."""
+    """The internals of `EigenfilterOptimizer`, which adds the public protocol."""
 
     skip_nonfinite: bool
     release_gradients: bool
@@ -55,25 +62,28 @@ class StepMachine(GroupedOptimizer):
     _descent: Descent
 
     def _start(self) -> None:
-        """Set up what lives as long as this object and is never saved."""
+        """Set up the attributes that are never saved."""
         self._step_state = StepState(self)
         self._used = UsedGradients()
-        self._good: dict[int, list[Any]] = {}  # values of groups that have been checked
-        self._guard = Guard()
-        self._parent = Parent(self)
-        self._release = GradientRelease(self._descend_alone)
-        self._parts = Parts(Store(self.backend, self._descent.keys))
+        self._checked_values: dict[
+            int, list[Any]
+        ] = {}  # by id of a group, the values that passed the check
+        self._amp = AmpState()
+        self._parent = ParentOptimizer(self)
+        self._release = GradientRelease(self._descend_parameter)
+        self._buckets = ParamBuckets(BufferStore(self.backend, self._descent.keys))
 
     @property
     @through_owner
     def phase(self) -> str:
-        """What the next gradient is for: "ascent" or "descent"."""
+        """The use of the next gradient: "ascent" or "descent"."""
         step = self._step_state
-        return "ascent" if step.ascended < self._ascents_wanted() and not step.plain else "descent"
+        ascends = step.ascents_taken < self._ascents_wanted() and not step.skips_ascents
+        return "ascent" if ascends else "descent"
 
     @property
     def perturbed(self) -> bool:
-        """Whether the parameters are away from x."""
+        """Whether the parameters are perturbed."""
         return bool(self._step_state.perturbed)
 
     def evaluation(self) -> AbstractContextManager[None]:
@@ -84,109 +94,115 @@ class StepMachine(GroupedOptimizer):
 
     def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
         step = self._step_state
-        gradients = self._gradients()
+        all_gradients = self._gradients()
         self._refuse_ascent()
-        found = [(part, g) for part, g in gradients if _ascends(part)]
-        # Without a gradient here, it goes along with ranks that may have one.
-        elsewhere = not found and self._is_awaited(grad_scaler)
-        if step.ascended == 0:
-            if not gradients and not elsewhere:
+        gradients = [(bucket, g) for bucket, g in all_gradients if _ascends(bucket)]
+        # Other ranks may have gradients: a rank without one still joins their collectives.
+        joins_others = not gradients and self._other_ranks_wait(grad_scaler)
+        if step.ascents_taken == 0:
+            if not all_gradients and not joins_others:
                 return False
-            if not step.by_closure:
+            if not step.has_closure:
                 self._used.refuse()
-            self._guard.begin()
-        if self._parts.are_flat:
+            self._amp.begin()
+        if self._buckets.are_flat:
             refuse_local_scaler(grad_scaler)
-        self._guard.take_scale(grad_scaler, self._parts.devices, step.ascended > 0)
-        if not found and not elsewhere and step.ascended == 0:  # nothing ascends: the descent's
-            step.plain = True
+        self._amp.adopt_scale(grad_scaler, self._buckets.devices, step.ascents_taken > 0)
+        if not gradients and not joins_others and step.ascents_taken == 0:
+            # No parameter in a group with a radius has a gradient.
+            step.skips_ascents = True
             return False
-        if self.skip_nonfinite or self._guard.scaled:
-            self._guard.look(conforming(found), self._parts.devices)
+        if self.skip_nonfinite or self._amp.is_scaled:
+            self._amp.check_finite(conform_if_needed(gradients), self._buckets.devices)
         self._warn_of_other_randomness()
-        whole = found
-        if self._ascent.takes_zeros and step.ascended == 0:
-            whole = self._parts.filled(found, _ascends)
-        found = self._ascent.prepare(step.ascended, found, whole, self._guard)
+        padded = gradients
+        if self._ascent.needs_zero_gradients and step.ascents_taken == 0:
+            padded = self._buckets.pad_with_zeros(gradients, _ascends)
+        gradients = self._ascent.prepare(step.ascents_taken, gradients, padded, self._amp)
         _perturbation.enter(self)
         try:
-            if step.ascended > 0 and self._ascent.from_x(step.ascended):
-                self._restore_parts(
-                    step.perturbed, {id(p) for part, _ in found for p in part.params}
+            if step.ascents_taken > 0 and self._ascent.starts_from_x(step.ascents_taken):
+                self._restore_buckets(
+                    step.perturbed, {id(p) for bucket, _ in gradients for p in bucket.params}
                 )
-            for piece in self._pieces(found, past=False):
-                part = piece.part
-                if not piece.moved:
-                    part.backups().filled = False  # until the kernel has: see restore
-                    step.perturbed.append(part)
+            for bucket_slice in self._slices(gradients, by_state=False):
+                bucket = bucket_slice.bucket
+                if not bucket_slice.is_perturbed:
+                    bucket.backups().filled = False  # until the kernel has written them
+                    step.perturbed.append(bucket)
                     step.perturbed_ids = None
-                self._ascent.move(self._run, step.ascended, piece)
-                part.backups().filled = True
+                self._ascent.perturb(self._run, step.ascents_taken, bucket_slice)
+                bucket.backups().filled = True
         except BaseException:
             self._restore()
             raise
-        self._touched([part for part, _ in found])
+        self._mark_written([bucket for bucket, _ in gradients])
         self._clear_gradients()
-        step.ascended += 1
-        if self._ascent.replays(step.ascended) and not step.replayed:
-            step.between = Randomness(self._devices())
+        step.ascents_taken += 1
+        if self._ascent.replays(step.ascents_taken) and not step.has_replayed:
+            step.replay_check = Randomness(self._devices())
         return True
 
     @torch.no_grad()
     def _restore(self) -> None:
-        moved = [part for part in self._step_state.perturbed if part.backups().filled]
-        self._restore_parts(moved, self._release.updated)
+        buckets = [bucket for bucket in self._step_state.perturbed if bucket.backups().filled]
+        self._restore_buckets(buckets, self._release.updated_ids)
         self._end()
 
-    # What ascents and descents use.
+    # Helpers of ascents and descents.
 
-    def _run(self, kernel: Callable[..., None], piece: Piece, *args: Any, **kw: Any) -> None:
-        """Call a kernel on a piece, its gradients copied to the parameters' layout if need be."""
-        part = piece.part
-        kw |= self._guard.scalars(part.device)
+    def _run(
+        self, kernel: Callable[..., None], bucket_slice: BucketSlice, *args: Any, **kw: Any
+    ) -> None:
+        """Call a kernel on a slice; copy gradients whose layout is not the parameters'."""
+        bucket = bucket_slice.bucket
+        kw |= self._amp.scalars(bucket.device)
         try:
-            kernel(part.tensors, piece.grads, *args, **kw)
+            kernel(bucket.tensors, bucket_slice.grads, *args, **kw)
         except (_core.LayoutError, TypeError):
-            kernel(part.tensors, part.conform(piece.grads), *args, **kw)
-        self._step_state.written = True
+            kernel(bucket.tensors, bucket.conform(bucket_slice.grads), *args, **kw)
+        self._step_state.has_written = True
 
-    def _pieces(self, found: Gradients, *, past: bool) -> list[Piece]:
-        """Parts split by what differs: are they perturbed and, where asked for, their past."""
-        pieces = []
+    def _slices(self, gradients: Gradients, *, by_state: bool) -> list[BucketSlice]:
+        """Split buckets by perturbation and, with `by_state`, by state signature."""
+        slices = []
         perturbed = self._step_state.perturbed
-        for part, grads in found:
-            pasts = part.pasts(self._descent.past) if past else [None]
-            whole = not perturbed or part in perturbed
-            if whole and len(pasts) == 1:
-                pieces.append(Piece(part, grads, bool(perturbed), pasts[0]))
+        for bucket, grads in gradients:
+            signatures = (
+                bucket.state_signatures(self._descent.state_signature) if by_state else [None]
+            )
+            is_uniform = not perturbed or bucket in perturbed
+            if is_uniform and len(signatures) == 1:
+                slices.append(BucketSlice(bucket, grads, bool(perturbed), signatures[0]))
                 continue
-            away = self._away()
-            pasts = pasts * (len(part.params) // len(pasts))
-            keys = [(id(p) in away, at) for p, at in zip(part.params, pasts, strict=True)]
-            for (is_away, at), (some, given) in part.split(grads, keys).items():
-                pieces.append(Piece(some, given, is_away, at))
-        return pieces
+            perturbed_ids = self._perturbed_ids()
+            signatures = signatures * (len(bucket.params) // len(signatures))
+            pairs = zip(bucket.params, signatures, strict=True)
+            keys = [(id(p) in perturbed_ids, signature) for p, signature in pairs]
+            for (is_perturbed, signature), (subset, some) in bucket.split(grads, keys).items():
+                slices.append(BucketSlice(subset, some, is_perturbed, signature))
+        return slices
 
-    def _away(self) -> set[int]:
+    def _perturbed_ids(self) -> set[int]:
         """Ids of the parameters that are perturbed."""
         step = self._step_state
         if step.perturbed_ids is None:
-            step.perturbed_ids = {id(p) for part in step.perturbed for p in part.params}
+            step.perturbed_ids = {id(p) for bucket in step.perturbed for p in bucket.params}
         return step.perturbed_ids
 
-    def _following_layouts(self, act: Callable[[], _T]) -> _T:
-        """Act; once more with parts built again if the parameters' layouts are no longer theirs.
+    def _retry_on_layout_change(self, act: Callable[[], _T]) -> _T:
+        """Call `act`; on a LayoutError rebuild the buckets and call it once more.
 
         `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
-        notice before they write; only what has written nothing is tried again.
+        notice before they write, and only a call that has written nothing is repeated.
         """
-        self._step_state.written = False
+        self._step_state.has_written = False
         try:
             return act()
         except _core.LayoutError:
-            if self._step_state.written or self.perturbed:
+            if self._step_state.has_written or self.perturbed:
                 raise
-            self._build_parts()
+            self._build_buckets()
             return act()
 
     # The descent.
@@ -194,86 +210,89 @@ class StepMachine(GroupedOptimizer):
     @torch.no_grad()
     def _descend(self) -> None:
         step = self._step_state
-        self._parts.settle()  # what was released
-        found = self._gradients()
-        if self.phase == "ascent" and found:
-            if self._primes(found):
+        self._buckets.snapshot_state()  # state that released gradients have created
+        gradients = self._gradients()
+        if self.phase == "ascent" and gradients:
+            if self._only_initializes_state(gradients):
                 return
             self._require_ascents()
         if self.release_gradients and "found_inf" in vars(self):
             raise RuntimeError(UNSCALED)
-        if found and self.release_gradients:
+        if gradients and self.release_gradients:
             self._release.warn_of_whole()
-        if not found and not self._release.updated and not self._is_awaited():
-            self._restore()  # a skipped batch: as torch, do nothing
+        if not gradients and not self._release.updated_ids and not self._other_ranks_wait():
+            self._restore()  # a skipped batch: do nothing, as torch
             return
-        if step.ascended == 0:
-            self._guard.begin()
-        if self._parts.are_flat:
+        if step.ascents_taken == 0:
+            self._amp.begin()
+        if self._buckets.are_flat:
             refuse_scaled_descent(self)
-        self._guard.take_over(
+        self._amp.adopt_scaler_state(
             self,
-            self._parts.devices,
-            ascended=step.ascended > 0,
-            unscaled=step.unscaled,
-            shared=self._parts.are_shards,
+            self._buckets.devices,
+            has_ascended=step.ascents_taken > 0,
+            is_unscaled=step.is_unscaled,
+            is_sharded=self._buckets.are_shards,
         )
         self._descent.begin()
-        self._update(found)
-        self._touched([part for part, _ in found])
-        self._guard.count()
-        self._used.mark([p for part, _ in found for p in (part.params[0], part.params[-1])])
-        self._restore_all_but(found)
+        self._update(gradients)
+        self._mark_written([bucket for bucket, _ in gradients])
+        self._amp.count_skipped()
+        self._used.mark(
+            [p for bucket, _ in gradients for p in (bucket.params[0], bucket.params[-1])]
+        )
+        self._restore_others(gradients)
 
-    def _update(self, found: Gradients) -> None:
-        """Update what has a gradient; any error comes before the first kernel writes."""
-        pieces = self._pieces(found, past=True)
-        if self.skip_nonfinite or len(pieces) > 1 or any(map(self._descent.starts, pieces)):
-            for piece in pieces:
-                check_scalars(piece.part.group, piece.part.device)
-                piece.grads = piece.part.conforming(piece.grads)
-        if self.skip_nonfinite:  # without a gradient here too: the other ranks wait for this one
-            grads = [(piece.part, piece.grads) for piece in pieces]
-            self._guard.look(grads, self._parts.devices)
-        for piece in pieces:
-            self._descent.step(self._run, piece, self._guard)
+    def _update(self, gradients: Gradients) -> None:
+        """Update the parameters that have a gradient; errors come before the first write."""
+        slices = self._slices(gradients, by_state=True)
+        if self.skip_nonfinite or len(slices) > 1 or any(map(self._descent.creates_state, slices)):
+            for bucket_slice in slices:
+                check_scalars(bucket_slice.bucket.group, bucket_slice.bucket.device)
+                bucket_slice.grads = bucket_slice.bucket.conform_if_needed(bucket_slice.grads)
+        if self.skip_nonfinite:  # also without a gradient, because the other ranks wait
+            grads = [(bucket_slice.bucket, bucket_slice.grads) for bucket_slice in slices]
+            self._amp.check_finite(grads, self._buckets.devices)
+        for bucket_slice in slices:
+            self._descent.step(self._run, bucket_slice, self._amp)
 
     @torch.no_grad()
-    def _descend_alone(self, p: Tensor) -> None:
-        """Take the descent of one parameter, within the backward pass that made its gradient."""
+    def _descend_parameter(self, p: Tensor) -> None:
+        """Update one parameter within the backward pass that computed its gradient."""
 
         def act() -> None:
-            if not self._release.updated:
-                self._make_parts_current()
-                if self._step_state.ascended == 0:
-                    self._guard.begin()
-            part = self._parts.alone(p)
-            [past] = part.pasts(self._descent.past)
-            piece = Piece(part, [cast(Tensor, p.grad)], id(p) in self._away(), past)
-            if self._descent.starts(piece):
-                piece.grads = part.conforming(piece.grads)
-            self._descent.step(self._run, piece, self._guard)
-            self._touched([part])
+            if not self._release.updated_ids:
+                self._update_buckets()
+                if self._step_state.ascents_taken == 0:
+                    self._amp.begin()
+            bucket = self._buckets.single(p)
+            [signature] = bucket.state_signatures(self._descent.state_signature)
+            is_perturbed = id(p) in self._perturbed_ids()
+            bucket_slice = BucketSlice(bucket, [cast(Tensor, p.grad)], is_perturbed, signature)
+            if self._descent.creates_state(bucket_slice):
+                bucket_slice.grads = bucket.conform_if_needed(bucket_slice.grads)
+            self._descent.step(self._run, bucket_slice, self._amp)
+            self._mark_written([bucket])
 
-        self._following_layouts(act)
+        self._retry_on_layout_change(act)
 
     def _gradients(self) -> Gradients:
-        """The parts of the parameters that have a gradient, with those."""
-        self._make_parts_current()
-        return self._parts.with_gradients()
+        """The buckets of the parameters that have a gradient, with their gradients."""
+        self._update_buckets()
+        return self._buckets.with_gradients()
 
-    def _make_parts_current(self) -> None:
+    def _update_buckets(self) -> None:
         groups, state = self.param_groups, self.state
-        if not self._parts.are_current(groups, state) or self._descent.edited():
+        if not self._buckets.are_current(groups, state) or self._descent.has_edits():
             if self.perturbed:
                 raise RuntimeError(
                     "param_groups or state were changed between an ascent and its step: change "
                     "them after step() or restore()"
                 )
-            self._build_parts()
+            self._build_buckets()
 
-    def _build_parts(self) -> None:
-        self._parts.build(self.param_groups, self.state, self._descent.unify)
+    def _build_buckets(self) -> None:
+        self._buckets.build(self.param_groups, self.state, self._descent.normalize_state)
 
     def _params(self, *, ascending: bool = False) -> list[Tensor]:
         groups = (g for g in self.param_groups if not ascending or not is_zero(rho_of(g)))
@@ -282,47 +301,47 @@ class StepMachine(GroupedOptimizer):
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self._params()}
 
-    def _touched(self, parts: list[Part]) -> None:
-        """Tell autograd and FSDP that the parameters of `parts` have changed."""
-        for part in parts:
-            increment_version(part.params)
-        if any(part.is_distributed for part in parts):
+    def _mark_written(self, buckets: list[ParamBucket]) -> None:
+        """Tell autograd and FSDP that the parameters of `buckets` have changed."""
+        for bucket in buckets:
+            increment_version(bucket.params)
+        if any(bucket.is_distributed for bucket in buckets):
             _distributed.reshard()
-        if self._parts.are_flat:
-            _distributed.reshard_flat(self._parts.flat_handles)
+        if self._buckets.are_flat:
+            _distributed.reshard_flat(self._buckets.flat_handles)
 
-    def _restore_all_but(self, stepped: Gradients) -> None:
-        """Go back to x where no descent was taken, and end the step."""
-        done = {id(part) for part, _ in stepped}
+    def _restore_others(self, stepped: Gradients) -> None:
+        """Restore the parameters that took no descent, and end the step."""
+        done = {id(bucket) for bucket, _ in stepped}
         perturbed = self._step_state.perturbed
-        if not all(id(part) in done for part in perturbed):
-            ids = {id(p) for part, _ in stepped for p in part.params}
-            self._restore_parts(perturbed, ids | self._release.updated)
+        if not all(id(bucket) in done for bucket in perturbed):
+            ids = {id(p) for bucket, _ in stepped for p in bucket.params}
+            self._restore_buckets(perturbed, ids | self._release.updated_ids)
         self._end()
 
-    def _restore_parts(self, parts: list[Part], updated: set[int]) -> None:
-        """Go back to x with all parameters of `parts` but those whose ids are `updated`."""
-        if updated:
-            left = [
-                (part, [i for i, p in enumerate(part.params) if id(p) not in updated])
-                for part in parts
+    def _restore_buckets(self, buckets: list[ParamBucket], updated_ids: set[int]) -> None:
+        """Restore the parameters of `buckets`, except those with ids in `updated_ids`."""
+        if updated_ids:
+            remaining = [
+                (bucket, [i for i, p in enumerate(bucket.params) if id(p) not in updated_ids])
+                for bucket in buckets
             ]
-            parts = [part.subpart(indices) for part, indices in left if indices]
-        for part in parts:
-            part.restore()
-        self._touched(parts)
+            buckets = [bucket.subset(indices) for bucket, indices in remaining if indices]
+        for bucket in buckets:
+            bucket.restore()
+        self._mark_written(buckets)
 
     def _end(self) -> None:
         self._step_state.reset()
-        self._parts.settle()
-        self._release.updated.clear()
+        self._buckets.snapshot_state()
+        self._release.updated_ids.clear()
         self._ascent.forget()
         _perturbation.leave(self)
 
     def _evaluate_first(self, closure: Callable[[], Any]) -> Any:
-        """Call a closure whose gradients must be its own, not added to what was there before."""
+        """Call a closure, which must not add its gradients to earlier ones."""
         check = None
-        if self._used.untouched():
+        if self._used.are_unchanged():
             self._clear_gradients()
         else:
             check = check_closure(self._params())
@@ -364,42 +383,46 @@ class StepMachine(GroupedOptimizer):
             self._step_state.evaluating = False
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss = loss.detach()
-        self._ascent.note(loss)
+        self._ascent.record_loss(loss)
         return loss
 
     def _warn_of_other_randomness(self) -> None:
-        """Warn if the second side of a finite difference drew random numbers of its own."""
+        """Warn if the second evaluation of a finite difference drew other random numbers."""
         step = self._step_state
-        if step.between is not None and not step.replayed and step.between.has_changed():
+        if (
+            step.replay_check is not None
+            and not step.has_replayed
+            and step.replay_check.has_changed()
+        ):
             warnings.warn(
                 "the two sides of a finite difference saw different random numbers (dropout, "
                 "augmentation): call the closure inside `with opt.evaluation():`",
                 stacklevel=_callers.stacklevel(),
             )
-        step.between = None
+        step.replay_check = None
 
-    # When a step is due.
+    # Conditions of a step.
 
     def _ascents_wanted(self) -> int:
         if all(is_zero(rho_of(g)) for g in self.param_groups):
             return 0
         return self._ascent.count
 
-    def _is_awaited(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
-        """Whether other ranks, which may have gradients, wait for this one, which has none."""
-        looks = self.skip_nonfinite or (grad_scaler is not None and grad_scaler.is_enabled())
-        if looks and _distributed.is_parallel():
+    def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Whether other ranks, which may have gradients, wait for this one without a gradient."""
+        checks = self.skip_nonfinite or (grad_scaler is not None and grad_scaler.is_enabled())
+        if checks and _distributed.is_parallel():
             return True
-        return lies_elsewhere(self._params())
+        return are_on_other_ranks(self._params())
 
     def _refuse_ascent(self) -> None:
-        """Raise RuntimeError where this rank's gradients are not enough to ascend by."""
-        flat = self._params() if self._parts.are_flat else []
-        refuse_ascent(self, self._parent, flat, self._ascent.takes_norm)
+        """Raise RuntimeError where an ascent needs more than the gradients of this rank."""
+        flat = self._params() if self._buckets.are_flat else []
+        refuse_ascent(self, self._parent, flat, self._ascent.needs_norm)
 
     def _require_ascents(self) -> None:
         self._refuse_ascent()
-        wanted, taken = self._ascents_wanted(), self._step_state.ascended
+        wanted, taken = self._ascents_wanted(), self._step_state.ascents_taken
         raise RuntimeError(
             f"step() needs {wanted} ascents before it, and {taken} were taken. Pass a closure to "
             "step() that calls opt.zero_grad() and backward(), or write `while opt.ascend(): "
@@ -407,33 +430,34 @@ class StepMachine(GroupedOptimizer):
             "cannot be changed (a framework's) can train only with rho=0.0 in every group"
         )
 
-    def _primes(self, found: Gradients) -> bool:
-        """Whether this is the step by which distributed checkpointing makes the state exist.
+    def _only_initializes_state(self, gradients: Gradients) -> bool:
+        """Whether this is the step with which distributed checkpointing creates the state.
 
-        Every lr is 0 then, and every gradient. The state is made, as zeros.
+        Every lr and every gradient is 0 then. The state is created as zeros.
         """
         if self.perturbed or not all(lr_is_zero(g.get("lr", 1.0)) for g in self.param_groups):
             return False
-        if any_nonzero([g for _, grads in found for g in grads]):
+        if any_nonzero([g for _, grads in gradients for g in grads]):
             return False
-        self._prime(found)
+        self._initialize_state(gradients)
         return True
 
-    def _prime(self, found: Gradients) -> None:
-        for part, _ in found:
-            self._descent.prime(part)
-        self._parts.settle()
+    def _initialize_state(self, gradients: Gradients) -> None:
+        for bucket, _ in gradients:
+            self._descent.initialize_state(bucket)
+        self._buckets.snapshot_state()
 
     def _check_groups(self) -> None:
         """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""
         for group in self.param_groups:
             values = [group.get(name) for name in CHECKED]
-            good = self._good.get(id(group))
-            if good is None or not all(map(operator.is_, values, good)):
+            checked = self._checked_values.get(id(group))
+            if checked is None or not all(map(operator.is_, values, checked)):
                 self._check_hyperparameters(group)
-                if not any(isinstance(v, (Tensor, list)) for v in values):  # which change in place
-                    self._good[id(group)] = values
+                # Tensors and lists may change in place.
+                if not any(isinstance(v, (Tensor, list)) for v in values):
+                    self._checked_values[id(group)] = values
 
 
-def _ascends(part: Part) -> bool:
-    return not is_zero(rho_of(part.group))
+def _ascends(bucket: ParamBucket) -> bool:
+    return not is_zero(rho_of(bucket.group))

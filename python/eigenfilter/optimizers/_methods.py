@@ -1,4 +1,4 @@
-"""The ascents by name, for optimizers that take any of them."""
+"""The ascents by name, for the optimizers that have a `method` argument."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ METHODS: Mapping[str, Callable[..., Ascent]] = {
 
 
 def ascent_of(method: str, **options: Any) -> Ascent:
-    """The ascent of a method; raises ValueError or TypeError with what there is."""
+    """The ascent of a method.
+
+    Raises:
+        ValueError: the method is unknown.
+        TypeError: the method has no such option.
+    """
     make = METHODS.get(method)
     if make is None:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Arguments of torch's optimizers that a fused step takes, or refuses with a reason."""
+"""Arguments of torch's optimizers that a fused step accepts or refuses."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class Options(TypedDict, total=False):
     """Further keyword arguments of every optimizer.
 
     Attributes:
-        set_to_none: whether an ascent, when it clears the gradients, sets them to None, as
-            `zero_grad` does; with False it keeps the tensors and fills them with 0, for programs
-            whose gradients are views of one buffer.
-        fused, foreach: taken and ignored, every step is fused.
-        capturable: taken and ignored, steps can be captured in CUDA graphs as they are.
-        differentiable, amsgrad: only False.
+        set_to_none: whether an ascent sets the gradients to None, as `zero_grad` does. With False
+            it keeps the tensors and fills them with 0, for programs whose gradients are views of
+            one buffer.
+        fused, foreach: accepted and ignored, because every step is fused.
+        capturable: accepted and ignored, because CUDA graphs can capture every step.
+        differentiable, amsgrad: only False is accepted.
     """
 
     set_to_none: bool
@@ -36,11 +36,11 @@ _KNOWN = tuple(Options.__annotations__)
 
 
 def check_options(options: Mapping[str, Any], owner: str) -> bool:
-    """Check further arguments of a constructor; the value of `set_to_none`.
+    """Check further arguments of a constructor and return the value of `set_to_none`.
 
     Raises:
-        TypeError: an argument that no optimizer has, or one that is not a bool.
-        ValueError: an argument that asks for what a fused step does not do.
+        TypeError: no optimizer has the argument, or it is not a bool.
+        ValueError: the argument asks for a mode that a fused step does not have.
     """
     for name, value in options.items():
         if name not in _KNOWN:
@@ -53,13 +53,13 @@ def check_options(options: Mapping[str, Any], owner: str) -> bool:
 
 
 def refuse_modes(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a group, or arguments, that ask for what a fused step does not do."""
+    """Raise ValueError for options that ask for a mode that a fused step does not have."""
     for name, message in _REFUSED.items():
         if group.get(name):
             raise ValueError(message)
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those that every optimizer has, and the rest."""
+    """Split into the options that every optimizer has, and the others."""
     own = {name: value for name, value in options.items() if name in _KNOWN}
     return own, {name: value for name, value in options.items() if name not in _KNOWN}

@@ -1,4 +1,4 @@
-"""Gradients that are released: each is applied and dropped as soon as backward has made it."""
+"""Released gradients: each is applied and freed as soon as backward has computed it."""
 
 from __future__ import annotations
 
@@ -20,42 +20,41 @@ UNSCALED = (
 
 
 class GradientRelease:
-    """Takes the descent parameter by parameter, by hooks, while `during_backward`.
+    """Updates parameter by parameter, in hooks, inside the context `during_backward`.
 
-    `descend`, a method, takes the descent of one parameter. Its object is not kept alive.
-
-    A parameter's hook comes after all its uses have been differentiated. What is computed anew in
-    backward (activation checkpointing) from a detached parameter sees the update.
+    `descend` is a method that updates one parameter; its object is not kept alive. The hook of a
+    parameter runs after all its uses have been differentiated. A segment that backward recomputes
+    (activation checkpointing) from a detached parameter sees the update.
 
     Attributes:
-        updated: ids of the parameters that have taken this step's descent.
+        updated_ids: ids of the parameters that this step has updated.
     """
 
     def __init__(self, descend: Callable[[Tensor], None]) -> None:
-        self.updated: set[int] = set()
+        self.updated_ids: set[int] = set()
         self._descend = weakref.WeakMethod(descend)
         self._inside = False
         self._lock = threading.Lock()  # backward has a thread for each GPU
-        self._warned = False
+        self._has_warned = False
 
     @contextmanager
     def during_backward(self, params: list[Tensor]) -> Iterator[None]:
-        """Where the gradients of `params` are released.
+        """A context in which the gradients of `params` are released.
 
         Raises:
-            RuntimeError: gradients are reduced over ranks, so not whole when backward has them.
+            RuntimeError: ranks reduce the gradients, which are partial while backward runs.
         """
         if self._inside:
             yield
             return
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if several or any(map(_distributed.is_dtensor, params)):
+        is_parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if is_parallel or any(map(_distributed.is_dtensor, params)):
             raise RuntimeError(
                 "release_gradients=True applies gradients before DDP, FSDP2 or tensor parallelism "
                 "reduce them: leave it False in a distributed job"
             )
         hooks = [
-            p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
             for p in params
             if p.requires_grad
         ]
@@ -69,20 +68,20 @@ class GradientRelease:
 
     def warn_of_whole(self) -> None:
         """Warn, once, that a step had gradients and none was released."""
-        if not self._warned and not self.updated:
-            self._warned = True
+        if not self._has_warned and not self.updated_ids:
+            self._has_warned = True
             warnings.warn(
                 "release_gradients=True released nothing in this step: use step(closure), or call "
                 "the closure inside `with opt.evaluation():`",
                 stacklevel=5,
             )
 
-    def _arrived(self, p: Tensor) -> None:
+    def _on_gradient(self, p: Tensor) -> None:
         descend = self._descend()
         if descend is None:
             return
         with self._lock:
-            if id(p) in self.updated:
+            if id(p) in self.updated_ids:
                 raise RuntimeError(
                     "a second gradient arrived for a parameter that release_gradients=True has "
                     "updated: end each step with step(), and call backward() once in an "
@@ -90,5 +89,5 @@ class GradientRelease:
                     "`with opt.evaluation():`"
                 )
             descend(p)
-            self.updated.add(id(p))
+            self.updated_ids.add(id(p))
             p.grad = None

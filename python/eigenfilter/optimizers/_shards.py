@@ -1,4 +1,4 @@
-"""Shards that nothing marks as such: an optimizer that holds one sees a part of the model alone."""
+"""Optimizers that hold an unmarked shard of the model: which steps they must refuse."""
 
 from __future__ import annotations
 
@@ -19,49 +19,55 @@ FLAT_NORM = (
 )
 
 
-class Parent:
-    """The optimizer, if any, in one of whose methods another one is constructed.
+class ParentOptimizer:
+    """The optimizer, if any, whose method constructs another optimizer.
 
-    ZeroRedundancyOptimizer, and whatever works as it does, constructs on each rank an optimizer of
-    the rank's parameters. Such an optimizer can descend: each parameter is updated on one rank and
-    sent to the others. It cannot ascend, because each rank would perturb other parameters.
+    ZeroRedundancyOptimizer and its like construct an optimizer of the rank's parameters on each
+    rank. Such an optimizer can descend: one rank updates a parameter and sends it to the others.
+    It cannot ascend, because each rank would perturb other parameters.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         parent = _constructing(optimizer)
         self._parent = None if parent is None else weakref.ref(parent)
-        self._seen: tuple[list[int], bool] | None = None  # a part of the parent's, is it all ranks'
+        # Indices in the parent's parameters, and whether all ranks hold the same ones.
+        self._rank_check: tuple[list[int], bool] | None = None
 
-    def of_more_than(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
-        """The parent, if it has parameters on other ranks that `optimizer` has not; else None."""
+    def spanning_ranks(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+        """The parent if it has parameters on other ranks that `optimizer` lacks; else None."""
         parent = None if self._parent is None else self._parent()
         if parent is None or not _distributed.is_parallel():
             return None
         if getattr(parent, "world_size", 1) != 1:
             return parent
         of_parent = _ids(parent)
-        held = set(of_parent).intersection(_ids(optimizer))
-        if len(held) == len(of_parent):
+        own_ids = set(of_parent).intersection(_ids(optimizer))
+        if len(own_ids) == len(of_parent):
             return None
-        # A part of the parent's. In an optimizer made of several it is the same on every rank.
-        which = [i for i, key in enumerate(of_parent) if key in held]
-        if self._seen is None or self._seen[0] != which:
-            self._seen = which, _distributed.is_alike(which, optimizer.param_groups[0]["params"][0])
-        return None if self._seen[1] else parent
+        # `optimizer` holds some of the parent's parameters. In a parent that chains optimizers they
+        # are the same on every rank.
+        which = [i for i, key in enumerate(of_parent) if key in own_ids]
+        if self._rank_check is None or self._rank_check[0] != which:
+            like = optimizer.param_groups[0]["params"][0]
+            self._rank_check = which, _distributed.is_same_on_all_ranks(which, like)
+        return None if self._rank_check[1] else parent
 
 
 def refuse_ascent(
-    optimizer: torch.optim.Optimizer, parent: Parent, params: Sequence[Tensor], takes_norm: bool
+    optimizer: torch.optim.Optimizer,
+    parent: ParentOptimizer,
+    params: Sequence[Tensor],
+    needs_norm: bool,
 ) -> None:
-    """Raise RuntimeError where an ascent by this rank's gradients would not be the method's.
+    """Raise RuntimeError if an ascent with this rank's gradients would not be the method's.
 
     Args:
-        optimizer: it would ascend.
-        parent: where it was constructed.
+        optimizer: the optimizer that would ascend.
+        parent: the optimizer that constructed it.
         params: those of its parameters that may be flat shards.
-        takes_norm: whether it takes a norm of all gradients.
+        needs_norm: whether it divides by a norm of all gradients.
     """
-    outer = parent.of_more_than(optimizer)
+    outer = parent.spanning_ranks(optimizer)
     if outer is not None:
         name, own = type(outer).__name__, type(optimizer).__name__
         raise RuntimeError(
@@ -69,15 +75,15 @@ def refuse_ascent(
             "while every other rank perturbs its own: put the ascent around it, as in "
             f"SharpnessAware({name}(params, optimizer_class=torch.optim.SGD, ...), method, rho)"
         )
-    if takes_norm and _distributed.flat_handles(params):
+    if needs_norm and _distributed.flat_handles(params):
         raise RuntimeError(FLAT_NORM)
 
 
 def refuse_clipping(
-    optimizer: torch.optim.Optimizer, parent: Parent, params: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer, parent: ParentOptimizer, params: Sequence[Tensor]
 ) -> None:
-    """Raise RuntimeError where the norm of this rank's gradients is not that of the whole."""
-    outer = parent.of_more_than(optimizer)
+    """Raise RuntimeError if the norm of this rank's gradients is not the total norm."""
+    outer = parent.spanning_ranks(optimizer)
     if outer is not None:
         raise RuntimeError(
             f"{type(optimizer).__name__} inside {type(outer).__name__} has the parameters of one "
@@ -93,7 +99,7 @@ def refuse_clipping(
 
 
 def refuse_local_scaler(scaler: torch.amp.GradScaler | None) -> None:
-    """Raise RuntimeError for a scaler that looks at this rank's flat shards only."""
+    """Raise RuntimeError for a scaler that checks only this rank's flat shards."""
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     if scaler is not None and scaler.is_enabled() and not isinstance(scaler, ShardedGradScaler):
@@ -105,7 +111,7 @@ def refuse_local_scaler(scaler: torch.amp.GradScaler | None) -> None:
 
 
 def refuse_scaled_descent(optimizer: torch.optim.Optimizer) -> None:
-    """Raise RuntimeError if a scaler has looked at this rank's flat shards without the others."""
+    """Raise RuntimeError if a scaler has checked only this rank's flat shards."""
     if isinstance(vars(optimizer).get("grad_scale"), Tensor):
         raise RuntimeError(
             "scaler.step(opt) looks at this rank's shard only, so that ranks would come to "
@@ -114,8 +120,8 @@ def refuse_scaled_descent(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def lies_elsewhere(params: Sequence[Tensor]) -> bool:
-    """Whether other ranks hold all elements of some parameters: no gradient is missing here."""
+def are_on_other_ranks(params: Sequence[Tensor]) -> bool:
+    """Whether other ranks hold all elements of the parameters, so that no gradient is missing."""
     trained = [p for p in params if p.requires_grad]
     return len(trained) > 0 and all(
         p.numel() == 0 and _distributed.is_flattened(p) for p in trained
@@ -123,12 +129,12 @@ def lies_elsewhere(params: Sequence[Tensor]) -> bool:
 
 
 def _ids(optimizer: torch.optim.Optimizer) -> list[int]:
-    groups = getattr(optimizer, "param_groups", ())  # none yet while it is being constructed
+    groups = getattr(optimizer, "param_groups", ())  # missing during its construction
     return [id(p) for group in groups for p in group["params"]]
 
 
 def _constructing(own: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
-    """The optimizer, other than `own`, whose method has led to this call."""
+    """The optimizer, other than `own`, with a method on the call stack."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""The state of the step under way, shared by an optimizer and every wrapper that borrows it."""
+"""The state of the current step, shared by an optimizer and its wrappers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
 
 from eigenfilter.optimizers._accumulation import ClosureCheck
-from eigenfilter.optimizers._parts import Part
+from eigenfilter.optimizers._buckets import ParamBucket
 from eigenfilter.optimizers._randomness import Randomness
 
 if TYPE_CHECKING:
@@ -19,53 +19,53 @@ _R = TypeVar("_R")
 
 
 class StepState:
-    """What changes while a step is under way. It lives as long as its optimizer, and is not saved.
+    """The state of the current step. It lives as long as its optimizer and is never saved.
 
-    Frameworks subclass an optimizer and copy its `__dict__`, or forward what they lack to it. Such
-    a wrapper then has this same object, never a copy of its numbers, and acts through `owner`.
+    Some frameworks subclass an optimizer and copy its `__dict__`, others forward attributes to it.
+    Such a wrapper shares this object and acts through `owner`.
 
     Attributes:
-        owner: a weak reference to the optimizer that was constructed.
-        ascended: ascents taken in the step under way.
-        plain: whether the step under way takes no ascent, because nothing with a radius has a
+        owner: weak reference to the optimizer that was constructed.
+        ascents_taken: number of ascents taken in this step.
+        skips_ascents: whether this step takes no ascent, because no parameter with a radius has a
             gradient.
-        by_closure: whether `step` takes the whole step, with a closure.
-        written: whether the present call has changed a parameter.
-        perturbed: the parts that are perturbed, none twice.
-        perturbed_ids: ids of their parameters, once asked for.
-        randomness: the generators before an evaluation that is replayed.
-        between: the generators after an ascent whose evaluation should be a replay.
-        replayed: whether it was.
-        check: of the closure that is running, where one is needed.
+        has_closure: whether `step` takes the whole step, with a closure.
+        has_written: whether the present call has changed a parameter.
+        perturbed: the perturbed buckets, each once.
+        perturbed_ids: ids of their parameters; None until they are needed.
+        randomness: generator states before an evaluation that is replayed.
+        replay_check: generator states after an ascent whose evaluation should be a replay.
+        has_replayed: whether that evaluation was a replay.
+        check: check of the closure that is running, if it needs one.
         evaluating: whether a closure that `step` calls is running.
-        unscaled: whether `clip_grad_norm_` had a scaler unscale the descent's gradient.
+        is_unscaled: whether `clip_grad_norm_` had a scaler unscale the descent's gradient.
     """
 
     def __init__(self, owner: StepMachine) -> None:
         self.owner = weakref.ref(owner)
-        self.perturbed: list[Part] = []
+        self.perturbed: list[ParamBucket] = []
         self.check: ClosureCheck | None = None
         self.evaluating = False
         self.reset()
 
     def reset(self) -> None:
-        """No step is under way."""
-        self.ascended = 0
-        self.plain = False
-        self.by_closure = False
-        self.written = False
+        """Reset to the state between two steps."""
+        self.ascents_taken = 0
+        self.skips_ascents = False
+        self.has_closure = False
+        self.has_written = False
         self.perturbed = []
         self.perturbed_ids: set[int] | None = None
         self.randomness: Randomness | None = None
-        self.between: Randomness | None = None
-        self.replayed = False
-        self.unscaled = False
+        self.replay_check: Randomness | None = None
+        self.has_replayed = False
+        self.is_unscaled = False
 
 
 def through_owner(
     method: Callable[Concatenate[Any, _P], _R],
 ) -> Callable[Concatenate[Any, _P], _R]:
-    """Have a wrapper that inherits `method` call it on the optimizer it wraps."""
+    """Make a wrapper that inherits `method` call it on the optimizer that it wraps."""
 
     def call(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         return method(owner_of(self), *args, **kwargs)
@@ -74,6 +74,6 @@ def through_owner(
 
 
 def owner_of(optimizer: Any) -> Any:
-    """The optimizer whose step state `optimizer` has; itself, unless it wraps that one."""
+    """The optimizer that owns the step state of `optimizer`, which may be a wrapper of it."""
     owner = optimizer._step_state.owner()
     return optimizer if owner is None else owner

@@ -14,43 +14,60 @@ from eigenfilter.optimizers._options import split_options
 
 
 class AdamW(EigenfilterOptimizer):
-    r"""AdamW with its gradient taken where an ascent leads; plain AdamW at rho = 0, the default.
+    r"""AdamW with its gradient taken after an ascent; plain AdamW at rho = 0, the default.
 
         g = grad f at the point that `method` ascends to from x
         m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2
         x <- (1 - lr wd) x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    with t the number of the step. The whole update is one kernel over all tensors of a device,
-    dtype and group. The state is torch.optim.AdamW's.
+    with t the number of the step. One kernel call updates all tensors of a group that share a
+    device and a dtype. The state is torch.optim.AdamW's.
+
+    Memory: two moments, and one backup of the parameters if there is an ascent.
 
     Args:
-        params: parameters, named parameters, or groups of them.
-        lr: learning rate, >= 0; a number or a 0-dim tensor.
-        betas: (beta1, beta2), each in [0, 1).
-        eps: >= 0.
-        weight_decay: wd, >= 0; decoupled.
+        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
+        lr: learning rate, at least 0; a number or a 0-dim tensor.
+        betas: decay rates (beta1, beta2) of the two moments, each in [0, 1).
+        eps: term that keeps the quotient finite, at least 0.
+        weight_decay: coefficient wd of the decoupled weight decay, at least 0.
+        amsgrad: only False, which stands here for torch's signature.
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
-        rho: of the ascent, >= 0; see the optimizer of that method. It lives in param_groups.
-        maximize: ascend f.
-        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
-            or down at random, right on average, so that small updates are not lost.
-        skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
-        release_gradients: apply and drop each of the descent's gradients while backward runs, so
-            that they never exist all at once. Takes step(closure), or the closure inside
-            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
-        backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
-        options: further arguments of the method's ascent: `adaptive` ("sam"), `ascent`
-            ("two_step_usam"), `hvp` and `fd_step` ("hessian_usam"). `set_to_none=False` keeps the
-            gradient tensors when an ascent clears them, and fills them with 0. Torch's `fused`,
-            `foreach`, `capturable` change nothing; `differentiable` and `amsgrad` must be False.
+        rho: radius of that method's ascent, at least 0; see the optimizer of the method. It
+            lives in param_groups, as lr does.
+        maximize: whether to maximize f instead of minimizing it.
+        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
+            down at random, without bias, so that small updates are not lost on average.
+        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
+            state unchanged. `opt.skipped` counts these steps.
+        release_gradients: whether each gradient of the descent is applied and freed while backward
+            runs, so that they never exist all at once. It needs step(closure), or the closure
+            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
+            and several ranks.
+        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
+            device; see `eigenfilter.kernels`.
+        options: further arguments of the method: `adaptive` ("sam"), `ascent` ("two_step_usam"),
+            `hvp` and `fd_step` ("hessian_usam"). `set_to_none=False` keeps the gradient tensors
+            when an ascent clears them, and fills them with 0. torch's `fused`, `foreach`
+            and `capturable` are accepted and change nothing; `differentiable` must be False.
 
     Raises:
-        TypeError: sparse, complex or otherwise unsupported parameters; an unknown option.
-        ValueError: a hyperparameter out of its range; an unknown method.
+        TypeError: a parameter is sparse, complex or of an unsupported dtype; an option is unknown.
+        ValueError: a hyperparameter is out of its range; the method is
+            unknown.
 
     Example:
-        >>> opt = eigenfilter.AdamW(model.parameters(), lr=1e-3, method="sam", rho=0.05)
-        >>> loss = opt.step(closure)
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> opt = eigenfilter.AdamW([x], lr=0.1, method="sam", rho=0.05)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = x.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> opt.step(closure)
+        tensor(5.)
+        >>> x.data
+        tensor([ 0.8990, -1.8980])
 
     Source: I. Loshchilov and F. Hutter, 2019, arXiv 1711.05101.
     """

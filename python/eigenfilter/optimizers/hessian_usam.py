@@ -1,4 +1,4 @@
-"""USAM along a Hessian-vector product."""
+"""Hessian USAM: an ascent along a Hessian-vector product."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _callers, _core, _distributed
+from eigenfilter.optimizers._amp import AmpState
 from eigenfilter.optimizers._ascents import TINY, Ascent, Run, total_norms
 from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers._buckets import BucketSlice, Gradients, ParamBucket, conform_if_needed
 from eigenfilter.optimizers._descents import SGDDescent
-from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._hyperparameters import rho_of
 from eigenfilter.optimizers._options import Options
-from eigenfilter.optimizers._parts import Gradients, Part, Piece, conforming
 from eigenfilter.optimizers.sgd import sgd_defaults
 
 WITHOUT_GRAPH = (
@@ -29,85 +29,91 @@ WITHOUT_GRAPH = (
 _SLICE = 2**16  # elements that are multiplied in float64 at a time
 
 
-class DifferenceAscent(Ascent):
-    """H g from two gradients: out along g by a small step, then from x by rho H g.
+class FiniteDifferenceAscent(Ascent):
+    """H g from two gradients: a small step along g first, then rho H g from x.
 
     The step is eps = c (1 + ||x||) / ||g||, with c the square root of the parameters' machine
     precision (the coarsest, if they differ): it balances the rounding of the gradients against the
     curvature's change along the way (J. Nocedal and S. Wright, 2006, section 8.1).
 
-    Along the small step the loss rises by eps / 2 (||g||^2 + g . g_eps), but for terms in eps^3. A
-    rise of another size says that the two sides are not those of one function.
+    Along the small step the loss rises by eps / 2 (||g||^2 + g . g_eps) + O(eps^3). A rise of
+    another size shows that the two gradients do not belong to one function.
     """
 
     method = "hessian_usam"
     count = 2
-    takes_norm = True
-    takes_zeros = True
+    needs_norm = True
+    needs_zero_gradients = True
 
-    _JUDGED = 10  # steps at the beginning: reading a loss waits for its device
-    _FACTOR = 10.0  # of that rise: far less than what another batch makes of it
+    _CHECKED_STEPS = 10  # steps at the beginning: reading a loss waits for its device
+    _FACTOR = 10.0  # times that rise is allowed: another batch changes the loss far more
     _ROUNDING = 2e-3  # of the loss: its own error under bfloat16 autocast
 
     def __init__(self, relative_step: float | None) -> None:
         if relative_step is not None and not relative_step > 0:
             raise ValueError(f"fd_step must be positive, and is {relative_step}")
         self.relative_step = relative_step
-        self._judged = 0
+        self._steps_checked = 0
         self.forget()
 
     def forget(self) -> None:
         self._eps: dict[torch.device, Tensor | float] = {}
         self._norms: dict[torch.device, Tensor] = {}
         self._losses: list[float | Tensor] = []  # of both sides; none in the explicit form
-        self._first: dict[Part, Sequence[Tensor]] = {}  # the gradients at x
+        self._first_gradients: dict[ParamBucket, Sequence[Tensor]] = {}  # the gradients at x
 
-    def prepare(self, index: int, found: Gradients, whole: Gradients, guard: Guard) -> Gradients:
+    def prepare(
+        self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
+    ) -> Gradients:
         if index > 0:
-            found = conforming(self._beside_first(found))
-            for part, grads in found:
-                self._match_dtypes(part, grads)
+            gradients = conform_if_needed(self._pair_with_first(gradients))
+            for bucket, grads in gradients:
+                self._match_dtypes(bucket, grads)
             if len(self._losses) == self.count:
-                self._judge(found)
-            return found
-        whole = conforming(whole)
-        lengths = total_norms([(part, part.tensors) for part, _ in whole])
-        self._norms = total_norms(whole)
+                self._check_plausibility(gradients)
+            return gradients
+        padded = conform_if_needed(padded)
+        lengths = total_norms([(bucket, bucket.tensors) for bucket, _ in padded])
+        self._norms = total_norms(padded)
         for device, norm in self._norms.items():
-            step = self._relative_step(whole) * (1 + lengths[device])
-            self._eps[device] = step / (guard.unscaled(norm, device) + TINY)
-        found = conforming(found)
-        for part, grads in found:  # a later backward pass may overwrite them: copy
-            kept = part.first_gradients(grads)
-            torch._foreach_copy_(list(kept), [_distributed.local(g) for g in grads])
-            self._first[part] = kept
-        return found
+            step = self._relative_step(padded) * (1 + lengths[device])
+            self._eps[device] = step / (amp.unscale(norm, device) + TINY)
+        gradients = conform_if_needed(gradients)
+        for bucket, grads in gradients:  # a later backward pass may overwrite them: copy
+            first = bucket.first_gradients(grads)
+            torch._foreach_copy_(list(first), [_distributed.local(g) for g in grads])
+            self._first_gradients[bucket] = first
+        return gradients
 
-    def _beside_first(self, found: Gradients) -> Gradients:
-        """Gradients on the second side for the parts of the first; none on a side is zero there."""
-        if list(self._first) == [part for part, _ in found]:
-            return found
-        given = {id(p): g for part, grads in found for p, g in zip(part.params, grads, strict=True)}
-        whole = [
-            (part, part.with_zeros([given.pop(id(p), None) for p in part.params], kept))
-            for part, kept in self._first.items()
+    def _pair_with_first(self, gradients: Gradients) -> Gradients:
+        """Gradients at the second point for the buckets of the first; a missing one counts as 0."""
+        if list(self._first_gradients) == [bucket for bucket, _ in gradients]:
+            return gradients
+        by_id = {
+            id(p): g
+            for bucket, grads in gradients
+            for p, g in zip(bucket.params, grads, strict=True)
+        }
+        padded = [
+            (bucket, bucket.with_zeros([by_id.pop(id(p), None) for p in bucket.params], first))
+            for bucket, first in self._first_gradients.items()
         ]
-        for part, grads in found:  # what has a gradient here only
-            new = [i for i, p in enumerate(part.params) if id(p) in given]
+        for bucket, grads in gradients:  # parameters whose only gradient is the second
+            new = [i for i, p in enumerate(bucket.params) if id(p) in by_id]
             if new:
-                some = part.subpart(new)
+                some = bucket.subset(new)
                 here = some.conform([grads[i] for i in new])
-                kept = some.first_gradients(here)
-                torch._foreach_zero_(list(kept))
-                self._first[some] = kept
-                whole.append((some, here))
-        return whole
+                first = some.first_gradients(here)
+                torch._foreach_zero_(list(first))
+                self._first_gradients[some] = first
+                padded.append((some, here))
+        return padded
 
-    def _match_dtypes(self, part: Part, grads: list[Tensor]) -> None:
-        """Raise RuntimeError where gradients of a parameter differ in dtype, unless one is zero."""
-        if [g.dtype for g in grads] == part.first_dtypes:
+    def _match_dtypes(self, bucket: ParamBucket, grads: list[Tensor]) -> None:
+        """Raise RuntimeError if two gradients differ in dtype and the first one is not 0."""
+        if [g.dtype for g in grads] == bucket.first_dtypes:
             return
-        first = list(self._first[part])
+        first = list(self._first_gradients[bucket])
         for i, (a, b) in enumerate(zip(first, grads, strict=True)):
             if a.dtype != b.dtype:
                 if bool(a.any()):
@@ -116,38 +122,45 @@ class DifferenceAscent(Ascent):
                         "some have another on the second: leave grad_dtype as it is during a step"
                     )
                 first[i] = torch.zeros_like(a, dtype=b.dtype)
-        self._first[part] = first
+        self._first_gradients[bucket] = first
 
-    def move(self, run: Run, index: int, piece: Piece) -> None:
-        part = piece.part
-        eps, rho = self._eps[part.device], rho_of(part.group)
+    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+        bucket = bucket_slice.bucket
+        eps, rho = self._eps[bucket.device], rho_of(bucket.group)
         if index == 0:
-            run(part.kernels.ascend, piece, part.backups(), eps)
+            run(bucket.kernels.ascend, bucket_slice, bucket.backups(), eps)
             return
-        if not piece.moved:
-            part.save()
-        run(part.kernels.ascend_hvp, piece, self._first[part], part.backups(), rho, eps)
+        if not bucket_slice.is_perturbed:
+            bucket.save()
+        run(
+            bucket.kernels.ascend_hvp,
+            bucket_slice,
+            self._first_gradients[bucket],
+            bucket.backups(),
+            rho,
+            eps,
+        )
 
-    def note(self, loss: Any) -> None:
-        due = self._judged < self._JUDGED and len(self._losses) < self.count
+    def record_loss(self, loss: Any) -> None:
+        due = self._steps_checked < self._CHECKED_STEPS and len(self._losses) < self.count
         if due and (isinstance(loss, float) or (type(loss) is Tensor and loss.numel() == 1)):
             self._losses.append(loss)
 
-    def _judge(self, found: Gradients) -> None:
-        """Warn, in the first steps, if the losses of both sides do not go with their gradients.
+    def _check_plausibility(self, gradients: Gradients) -> None:
+        """Warn, in the first steps, if the two losses contradict the two gradients.
 
-        Not of sharded parameters: a rank's own loss decides nothing that all must do together.
+        Sharded parameters are left out: one rank's loss must not decide what all ranks do.
         """
-        if any(part.is_distributed for part, _ in found):
+        if any(bucket.is_distributed for bucket, _ in gradients):
             return
-        self._judged += 1
+        self._steps_checked += 1
         first, second = (float(loss) for loss in self._losses)
         eps, norm = (float(next(iter(each.values()))) for each in (self._eps, self._norms))
-        along, other = eps / 2 * norm * norm, eps / 2 * _dot(self._first, found)
+        along, other = eps / 2 * norm * norm, eps / 2 * _dot(self._first_gradients, gradients)
         rise, expected = second - first, along + other
         allowed = self._FACTOR * (along + abs(other)) + self._ROUNDING * abs(first)
         if abs(rise - expected) > allowed:
-            self._judged = self._JUDGED  # once is enough
+            self._steps_checked = self._CHECKED_STEPS  # once is enough
             warnings.warn(
                 f"an implausible finite difference: by its gradients the loss should have risen "
                 f"from {first:.6g} by {expected:.2g}, and rose by {rise:.2g}. Both calls of the "
@@ -159,32 +172,35 @@ class DifferenceAscent(Ascent):
     def replays(self, index: int) -> bool | None:
         return (False, True, None)[index]
 
-    def _relative_step(self, found: Gradients) -> float:
+    def _relative_step(self, gradients: Gradients) -> float:
         if self.relative_step is not None:
             return self.relative_step
-        coarsest = max(torch.finfo(part.params[0].dtype).eps for part, _ in found)
+        coarsest = max(torch.finfo(bucket.params[0].dtype).eps for bucket, _ in gradients)
         return float(coarsest**0.5)
 
 
-class ProductAscent(Ascent):
+class AutogradAscent(Ascent):
     """H g by a second backward pass through the graph of the gradient."""
 
     method = "hessian_usam"
     count = 1
-    takes_zeros = True
+    needs_zero_gradients = True
 
     def __init__(self) -> None:
-        self._differentiable = False  # whether a graph was looked through
+        self._differentiable = False  # whether a graph was searched for nodes without a derivative
         self.forget()
 
     def forget(self) -> None:
         self._scales: dict[torch.device, Tensor | float] = {}
 
-    def prepare(self, index: int, found: Gradients, whole: Gradients, guard: Guard) -> Gradients:
-        for part, _ in whole:  # an error comes before the graph is used up: the step can be retried
-            _core.check(("params", "backups"), (part.tensors, part.backups()), (True, True))
-        params = [p for part, _ in whole for p in part.params]
-        outputs = [g for _, given in whole for g in given if g.requires_grad]
+    def prepare(
+        self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
+    ) -> Gradients:
+        # Errors come before backward frees the graph, so that the step can be repeated.
+        for bucket, _ in padded:
+            _core.check(("params", "backups"), (bucket.tensors, bucket.backups()), (True, True))
+        params = [p for bucket, _ in padded for p in bucket.params]
+        outputs = [g for _, grads in padded for g in grads if g.requires_grad]
         if not outputs:
             raise RuntimeError(
                 f"{WITHOUT_GRAPH} (with a loss that is linear in every parameter there is nothing "
@@ -203,42 +219,42 @@ class ProductAscent(Ascent):
                 "torch.utils.checkpoint where the model uses it; where it has an operation without "
                 'a second derivative, or is sharded by FSDP2, use hvp="finite_difference"'
             ) from error
-        moving, rest = [], iter(products)
-        for part, given in whole:
-            own = [next(rest) for _ in given]
-            some = [i for i, h in enumerate(own) if h is not None]  # the others' H g is 0
+        directions, rest = [], iter(products)
+        for bucket, grads in padded:
+            own = [next(rest) for _ in grads]
+            some = [i for i, h in enumerate(own) if h is not None]  # H g is 0 for the others
             if some:
-                moving.append((part.subpart(some), [own[i] for i in some]))
-        # The products carry the square of the loss scale; the kernel takes one away.
-        self._scales = {part.device: guard.unscaled(1.0, part.device) for part, _ in moving}
-        return moving
+                directions.append((bucket.subset(some), [own[i] for i in some]))
+        # The products carry the square of the loss scale; the kernel divides by it once.
+        self._scales = {bucket.device: amp.unscale(1.0, bucket.device) for bucket, _ in directions}
+        return directions
 
-    def move(self, run: Run, index: int, piece: Piece) -> None:
-        part = piece.part
+    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+        bucket = bucket_slice.bucket
         run(
-            part.kernels.ascend,
-            piece,
-            part.backups(),
-            rho_of(part.group) * self._scales[part.device],
+            bucket.kernels.ascend,
+            bucket_slice,
+            bucket.backups(),
+            rho_of(bucket.group) * self._scales[bucket.device],
         )
 
     def needs_graph(self, index: int) -> bool:
         return index == 0
 
     @contextmanager
-    def watch(self, index: int, params: Sequence[Tensor]) -> Iterator[None]:
-        """Refuse a gradient of which a part has no graph: that part of H g would be 0.
+    def evaluation_context(self, index: int, params: Sequence[Tensor]) -> Iterator[None]:
+        """Refuse a gradient that has no graph in part: that part of H g would silently be 0.
 
-        A backward pass inside another, as reentrant checkpointing has, makes none.
+        A backward pass inside another one, as in reentrant checkpointing, makes no graph.
         """
         without = False
 
-        def arrive(_: Tensor) -> None:
+        def before_accumulation(_: Tensor) -> None:
             nonlocal without
             without |= not torch.is_grad_enabled()
 
         hooks = [
-            p.register_hook(arrive)  # type: ignore[no-untyped-call]
+            p.register_hook(before_accumulation)  # type: ignore[no-untyped-call]
             for p in params
             if p.requires_grad
         ]
@@ -252,29 +268,29 @@ class ProductAscent(Ascent):
 
 
 def _refuse_once_differentiable(outputs: list[Tensor]) -> None:
-    """Raise RuntimeError if a graph has a node that refuses to be differentiated.
+    """Raise RuntimeError if a graph has a node that cannot be differentiated.
 
-    torch.autograd.grad passes by such nodes without a word where no input lies behind them: that
-    part of H g would be 0. Looked for once an optimizer, since it takes a walk through the graph.
+    torch.autograd.grad ignores such a node silently if no input lies behind it, and that part of
+    H g would be 0. An optimizer searches once, because it takes a walk through the graph.
     """
-    seen: set[Any] = set()
+    visited: set[Any] = set()
     ahead = [g.grad_fn for g in outputs]
     while ahead:
         node = ahead.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if node.name() == "torch::autograd::Error":
             raise RuntimeError("a function in the graph can be differentiated once only")
         ahead.extend(following for following, _ in node.next_functions)
 
 
-def _dot(first: Mapping[Part, Sequence[Tensor]], found: Gradients) -> float:
-    """The dot product of gradients with those kept of the first side; waits for their devices."""
+def _dot(first: Mapping[ParamBucket, Sequence[Tensor]], gradients: Gradients) -> float:
+    """The dot product of the two points' gradients; waits for their devices."""
     total = 0.0
-    for part, grads in found:
-        product = torch.zeros((), dtype=torch.float64, device=part.device)
-        for one, other in zip(list(first[part]), grads, strict=True):
+    for bucket, grads in gradients:
+        product = torch.zeros((), dtype=torch.float64, device=bucket.device)
+        for one, other in zip(list(first[bucket]), grads, strict=True):
             a, b = one.flatten(), other.flatten()
             for begin in range(0, len(a), _SLICE):
                 some = slice(begin, begin + _SLICE)
@@ -291,54 +307,64 @@ class HessianUSAM(EigenfilterOptimizer):
         m <- momentum m + (1 - dampening) d        (first step: m <- d)
         x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
 
-    Where it converges, every eigenvalue lambda of the Hessian satisfies, with q = lambda (1 + rho
-    lambda^2) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with Nesterov 0 <= lr q <=
-    (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else but for a term of order wd). At
-    wd = 0 no negative eigenvalue passes.
+    Where the method converges, every eigenvalue lambda of the Hessian satisfies, with q = lambda
+    (1 + rho lambda^2) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with Nesterov 0 <=
+    lr q <= (2 + 2 momentum) / (1 + 2 momentum). This is exact for wd = 0, and holds to first order
+    in wd otherwise. At wd = 0 the filter admits no negative eigenvalue.
 
-    `hvp="finite_difference"` takes three gradients: h = (grad f(x + eps g) - g) / eps with g = grad
-    f(x) and eps = fd_step (1 + ||x||) / ||g||. Both gradients must see the same batch and the same
-    random numbers, unclipped: `step(closure)` replays torch's generators, in the explicit form
-    `with opt.evaluation():` around the closure does; a second evaluation that draws random numbers
-    without it warns. In its first ten calls `step(closure)` also warns where the loss does not
-    change from one side to the other as the gradients say. It works where double backward does not:
-    fused attention, FSDP2, compiled models. It keeps one more gradient.
+    `hvp="finite_difference"` takes three gradients a step: h = (grad f(x + eps g) - g) / eps with
+    g = grad f(x) and eps = fd_step (1 + ||x||) / ||g||. Both gradients must come from the same
+    batch and the same random numbers: see docs/optimizers.md, "Finite differences". It works where
+    double backward does not (fused attention, FSDP2, compiled models). `hvp="autograd"` takes two
+    gradients and one product; the closure calls `loss.backward(create_graph=opt.needs_graph)`.
 
-    `hvp="autograd"` takes two gradients and one product. The closure has to call
-    `loss.backward(create_graph=opt.needs_graph)`.
+    Memory: one backup of the parameters, and one gradient more with "finite_difference".
 
     Args:
-        params: parameters, named parameters, or groups of them.
-        lr: learning rate, >= 0; a number or a 0-dim tensor.
-        momentum: >= 0; convergence needs < 1.
-        dampening: of the gradient in the momentum.
-        weight_decay: wd, >= 0; enters after the ascent.
-        nesterov: Nesterov's momentum; needs momentum > 0 and dampening 0.
-        rho: of the ascent, >= 0. Groups with the float 0.0 take none.
-        hvp: "finite_difference" or "autograd".
-        fd_step: relative length of the finite difference; by default the square root of the
-            parameters' machine precision. Gradients that are less exact, as under bfloat16
-            autocast, want more, about 0.01, and drown in their rounding late in training all the
-            same: docs/optimizers.md has the errors measured.
-        maximize: ascend f.
-        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
-            or down at random, right on average, so that small updates are not lost.
-        skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
-        release_gradients: apply and drop each of the descent's gradients while backward runs, so
-            that they never exist all at once. Takes step(closure), or the closure inside
-            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
-        backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
+        lr: learning rate, at least 0; a number or a 0-dim tensor.
+        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
+            which it does not converge.
+        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
+        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
+        rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
+            with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
+        hvp: how to take the Hessian-vector product: "finite_difference" or "autograd".
+        fd_step: relative length of the finite difference, greater than 0. None stands for the
+            square root of the parameters' machine precision. Gradients that are less exact, as
+            under bfloat16 autocast, need about 0.01; docs/optimizers.md has the errors measured.
+        maximize: whether to maximize f instead of minimizing it.
+        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
+            down at random, without bias, so that small updates are not lost on average.
+        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
+            state unchanged. `opt.skipped` counts these steps.
+        release_gradients: whether each gradient of the descent is applied and freed while backward
+            runs, so that they never exist all at once. It needs step(closure), or the closure
+            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
+            and several ranks.
+        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
+            device; see `eigenfilter.kernels`.
         options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
-            `differentiable` and `amsgrad` must be False.
+            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
+            nothing; `differentiable` and `amsgrad` must be False.
 
     Raises:
-        TypeError: sparse, complex or otherwise unsupported parameters.
-        ValueError: a hyperparameter out of its range.
+        TypeError: a parameter is sparse, complex or of an unsupported dtype.
+        ValueError: a hyperparameter is out of its range.
 
     Example:
-        >>> opt = eigenfilter.HessianUSAM(model.parameters(), lr=0.1, momentum=0.9, rho=0.01)
-        >>> loss = opt.step(closure)
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> opt = eigenfilter.HessianUSAM([x], lr=0.1, momentum=0.9, rho=0.05)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = x.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> opt.step(closure)
+        tensor(5.)
+        >>> x.data
+        tensor([ 0.7600, -1.5200])
 
     Source: arXiv 2510.09034; its exact form is our reading.
     """
@@ -381,12 +407,12 @@ class HessianUSAM(EigenfilterOptimizer):
 
 def hessian_usam_ascent(
     *, hvp: str = "finite_difference", fd_step: float | None = None
-) -> DifferenceAscent | ProductAscent:
-    """The ascent for a way to take the product."""
+) -> FiniteDifferenceAscent | AutogradAscent:
+    """The ascent that takes the product in the way `hvp` names."""
     if hvp == "finite_difference":
-        return DifferenceAscent(fd_step)
+        return FiniteDifferenceAscent(fd_step)
     if hvp != "autograd":
         raise ValueError(f'hvp must be "finite_difference" or "autograd", and is {hvp!r}')
     if fd_step is not None:
         raise ValueError('fd_step belongs to hvp="finite_difference"')
-    return ProductAscent()
+    return AutogradAscent()

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation, normalised, and its adaptive form."""
+"""Sharpness-aware minimization (SAM) and its adaptive form (ASAM)."""
 
 from __future__ import annotations
 
@@ -8,43 +8,45 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from eigenfilter.optimizers._ascents import TINY, Ascent, Run, signed, total_norms
+from eigenfilter.optimizers._amp import AmpState
+from eigenfilter.optimizers._ascents import TINY, Ascent, Run, signed_rho, total_norms
 from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers._buckets import BucketSlice, Gradients, conform_if_needed
 from eigenfilter.optimizers._descents import SGDDescent
-from eigenfilter.optimizers._guard import Guard
 from eigenfilter.optimizers._options import Options
-from eigenfilter.optimizers._parts import Gradients, Piece, conforming
 from eigenfilter.optimizers.sgd import sgd_defaults
 
 
 class SAMAscent(Ascent):
-    """One ascent of length rho along the normalised gradient; adaptive: scaled by x^2."""
+    """One ascent of length rho along the normalized gradient, scaled by x^2 if adaptive."""
 
     method = "sam"
     count = 1
-    takes_norm = True
+    needs_norm = True
 
     def __init__(self, *, adaptive: bool = False) -> None:
         self.adaptive = adaptive
         self._norms: dict[torch.device, Tensor | float] = {}
 
-    def prepare(self, index: int, found: Gradients, whole: Gradients, guard: Guard) -> Gradients:
-        found = conforming(found)
-        norms = total_norms(found, weights=self.adaptive)
-        self._norms = {device: guard.unscaled(norm, device) for device, norm in norms.items()}
-        return found
+    def prepare(
+        self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
+    ) -> Gradients:
+        gradients = conform_if_needed(gradients)
+        norms = total_norms(gradients, weights=self.adaptive)
+        self._norms = {device: amp.unscale(norm, device) for device, norm in norms.items()}
+        return gradients
 
     def forget(self) -> None:
         self._norms = {}
 
-    def move(self, run: Run, index: int, piece: Piece) -> None:
-        part = piece.part
-        alpha = signed(part.group) / (self._norms[part.device] + TINY)
-        run(part.kernels.ascend, piece, part.backups(), alpha, adaptive=self.adaptive)
+    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+        bucket = bucket_slice.bucket
+        alpha = signed_rho(bucket.group) / (self._norms[bucket.device] + TINY)
+        run(bucket.kernels.ascend, bucket_slice, bucket.backups(), alpha, adaptive=self.adaptive)
 
 
 class SAM(EigenfilterOptimizer):
-    r"""Sharpness-aware minimisation: SGD's update with the gradient taken at x + rho g / ||g||.
+    r"""Sharpness-aware minimization: SGD's update with the gradient taken at x + rho g / ||g||.
 
         g = grad f(x);  y = x + rho g / ||g||      (x - rho g / ||g|| with `maximize`)
         ASAM:           y = x + rho x^2 g / ||x g||
@@ -52,41 +54,57 @@ class SAM(EigenfilterOptimizer):
         m <- momentum m + (1 - dampening) d        (first step: m <- d)
         x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
 
-    The norm is that of the whole gradient of all groups that ascend, over all ranks that hold a
-    shard of it; 1e-12 is added to it, so that a gradient of 0 moves nothing. It stays on the
-    device. Two gradients a step.
+    The norm is taken over the gradients of all groups that ascend, on all ranks that hold a shard
+    of them. It stays on the device, and 1e-12 is added to it, so that a zero gradient perturbs
+    nothing. A step takes two gradients.
 
-    d is not differentiable where grad f = 0: SAM has no filter of its own. With the gradient's norm
-    G held fixed it is USAM with radius rho / G.
+    SAM has no filter of its own, because d is not differentiable where grad f = 0. With a constant
+    gradient norm G it is USAM with radius rho / G.
+
+    Memory: one backup of the parameters.
 
     Args:
-        params: parameters, named parameters, or groups of them.
-        lr: learning rate, >= 0; a number or a 0-dim tensor.
-        momentum: >= 0; convergence needs < 1.
-        dampening: of the gradient in the momentum.
-        weight_decay: wd, >= 0; enters after the ascent.
-        nesterov: Nesterov's momentum; needs momentum > 0 and dampening 0.
-        rho: length of the ascent, >= 0. Groups with the float 0.0 take none.
-        adaptive: ASAM, whose ascent does not depend on the parameters' scales.
-        maximize: ascend f.
-        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
-            or down at random, right on average, so that small updates are not lost.
-        skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
-        release_gradients: apply and drop each of the descent's gradients while backward runs, so
-            that they never exist all at once. Takes step(closure), or the closure inside
-            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
-        backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
+        lr: learning rate, at least 0; a number or a 0-dim tensor.
+        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
+            which it does not converge.
+        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
+        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
+        rho: length of the ascent, at least 0. It lives in param_groups, as lr does. A group
+            with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
+        adaptive: whether to take ASAM's ascent, which does not depend on the parameters' scales.
+        maximize: whether to maximize f instead of minimizing it.
+        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
+            down at random, without bias, so that small updates are not lost on average.
+        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
+            state unchanged. `opt.skipped` counts these steps.
+        release_gradients: whether each gradient of the descent is applied and freed while backward
+            runs, so that they never exist all at once. It needs step(closure), or the closure
+            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
+            and several ranks.
+        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
+            device; see `eigenfilter.kernels`.
         options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
-            `differentiable` and `amsgrad` must be False.
+            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
+            nothing; `differentiable` and `amsgrad` must be False.
 
     Raises:
-        TypeError: sparse, complex or otherwise unsupported parameters.
-        ValueError: a hyperparameter out of its range.
+        TypeError: a parameter is sparse, complex or of an unsupported dtype.
+        ValueError: a hyperparameter is out of its range.
 
     Example:
-        >>> opt = eigenfilter.SAM(model.parameters(), lr=0.1, momentum=0.9, rho=0.05)
-        >>> loss = opt.step(closure)
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> opt = eigenfilter.SAM([x], lr=0.1, momentum=0.9, rho=0.5)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = x.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> opt.step(closure)
+        tensor(5.)
+        >>> x.data
+        tensor([ 0.7553, -1.5106])
 
     Source: P. Foret et al., 2021, arXiv 2010.01412; ASAM: J. Kwon et al., 2021, arXiv 2102.11600,
     with eta = 0.
@@ -128,6 +146,6 @@ class SAM(EigenfilterOptimizer):
 
     @property
     def adaptive(self) -> bool:
-        """Whether it is ASAM."""
+        """Whether the ascent is ASAM's."""
         assert isinstance(self._ascent, SAMAscent)
         return self._ascent.adaptive

@@ -22,39 +22,53 @@ class SGD(EigenfilterOptimizer):
         m <- momentum m + (1 - dampening) d        (first step: m <- d)
         x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
 
-    and x <- x - lr d where momentum is 0. One gradient a step. Where it converges, every eigenvalue
-    lambda of the Hessian satisfies 0 <= lr (1 - dampening) (lambda + wd) <= 2 (1 + momentum), and
-    with Nesterov 0 <= lr (lambda + wd) <= (2 + 2 momentum) / (1 + 2 momentum): see
-    `eigenfilter.filters`.
+    and x <- x - lr d where momentum is 0. A step takes one gradient. Where the method converges,
+    every eigenvalue lambda of the Hessian satisfies 0 <= lr (1 - dampening) (lambda + wd) <=
+    2 (1 + momentum), and with Nesterov 0 <= lr (lambda + wd) <= (2 + 2 momentum) / (1 + 2
+    momentum): see `eigenfilter.filters`.
 
-    The whole update is one kernel over all tensors of a device, dtype and group.
+    One kernel call updates all tensors of a group that share a device and a dtype. Memory: one
+    buffer like the parameters if momentum > 0.
 
     Args:
-        params: parameters, named parameters, or groups of them.
-        lr: learning rate, >= 0; a number or a 0-dim tensor.
-        momentum: >= 0; convergence needs < 1.
-        dampening: of the gradient in the momentum.
-        weight_decay: wd, >= 0.
-        nesterov: Nesterov's momentum; needs momentum > 0 and dampening 0.
-        maximize: ascend f.
-        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
-            or down at random, right on average, so that small updates are not lost.
-        skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
-        release_gradients: apply and drop each of the descent's gradients while backward runs, so
-            that they never exist all at once. Takes step(closure), or the closure inside
-            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
-        backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
+        lr: learning rate, at least 0; a number or a 0-dim tensor.
+        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
+            which it does not converge.
+        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        weight_decay: coefficient wd of the L2 penalty, at least 0.
+        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
+        maximize: whether to maximize f instead of minimizing it.
+        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
+            down at random, without bias, so that small updates are not lost on average.
+        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
+            state unchanged. `opt.skipped` counts these steps.
+        release_gradients: whether each gradient of the descent is applied and freed while backward
+            runs, so that they never exist all at once. It needs step(closure), or the closure
+            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
+            and several ranks.
+        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
+            device; see `eigenfilter.kernels`.
         options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
-            `differentiable` and `amsgrad` must be False.
+            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
+            nothing; `differentiable` and `amsgrad` must be False.
 
     Raises:
-        TypeError: sparse, complex or otherwise unsupported parameters.
-        ValueError: a hyperparameter out of its range.
+        TypeError: a parameter is sparse, complex or of an unsupported dtype.
+        ValueError: a hyperparameter is out of its range.
 
     Example:
-        >>> opt = eigenfilter.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        >>> loss = opt.step(closure)
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> opt = eigenfilter.SGD([x], lr=0.1, momentum=0.9)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = x.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> opt.step(closure)
+        tensor(5.)
+        >>> x.data
+        tensor([ 0.8000, -1.6000])
 
     Source: B. Polyak, 1964; Y. Nesterov, 1983; the filters: arXiv 2510.09034.
     """
@@ -100,7 +114,7 @@ def sgd_defaults(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> dict[str, Any]:
-    """SGD's hyperparameters as groups hold them."""
+    """SGD's hyperparameters as the groups hold them."""
     return {
         "lr": lr,
         "momentum": momentum,

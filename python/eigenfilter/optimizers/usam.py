@@ -1,4 +1,4 @@
-"""Unnormalised sharpness-aware minimisation."""
+"""Unnormalized sharpness-aware minimization (USAM)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from eigenfilter.optimizers._ascents import Ascent, Run, signed
+from eigenfilter.optimizers._ascents import Ascent, Run, signed_rho
 from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers._buckets import BucketSlice
 from eigenfilter.optimizers._descents import SGDDescent
 from eigenfilter.optimizers._options import Options
-from eigenfilter.optimizers._parts import Piece
 from eigenfilter.optimizers.sgd import sgd_defaults
 
 
@@ -21,57 +21,70 @@ class USAMAscent(Ascent):
     method = "usam"
     count = 1
 
-    def move(self, run: Run, index: int, piece: Piece) -> None:
-        part = piece.part
-        run(part.kernels.ascend, piece, part.backups(), signed(part.group))
+    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+        bucket = bucket_slice.bucket
+        run(bucket.kernels.ascend, bucket_slice, bucket.backups(), signed_rho(bucket.group))
 
 
 class USAM(EigenfilterOptimizer):
-    r"""Unnormalised SAM: SGD's update with the gradient taken at x + rho grad f(x).
+    r"""Unnormalized SAM: SGD's update with the gradient taken at x + rho grad f(x).
 
         y = x + rho grad f(x)                      (x - rho grad f(x) with `maximize`)
         d = grad f(y) + wd x
         m <- momentum m + (1 - dampening) d        (first step: m <- d)
         x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
 
-    Two gradients a step. Where it converges, every eigenvalue lambda of the Hessian satisfies, with
-    q = lambda (1 + rho lambda) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with
-    Nesterov 0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum) (exactly for wd = 0, else but for
-    a term of order wd): the larger rho, the flatter the minima. Eigenvalues below -1/rho can
-    pass too. See `eigenfilter.filters`.
+    A step takes two gradients. Where the method converges, every eigenvalue lambda of the Hessian
+    satisfies, with q = lambda (1 + rho lambda) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum),
+    and with Nesterov 0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum). This is exact for wd = 0,
+    and holds to first order in wd otherwise. A larger rho leaves flatter minima. The filter also
+    admits some eigenvalues below -1/rho: see `eigenfilter.filters`.
 
-    The ascent is one kernel, which saves x and moves it; the descent is one, which restores x bit
-    for bit and applies the update. Parameters keep their storage. Memory: one backup of the
-    parameters.
+    One kernel saves and perturbs x, another restores it bit for bit and applies the update.
+
+    Memory: one backup of the parameters.
 
     Args:
-        params: parameters, named parameters, or groups of them.
-        lr: learning rate, >= 0; a number or a 0-dim tensor.
-        momentum: >= 0; convergence needs < 1.
-        dampening: of the gradient in the momentum.
-        weight_decay: wd, >= 0; enters after the ascent.
-        nesterov: Nesterov's momentum; needs momentum > 0 and dampening 0.
-        rho: the ascent's step, >= 0; it lives in param_groups as lr does. Groups with the float 0.0
-            take no ascent, and where all have it a step costs one gradient.
-        maximize: ascend f.
-        stochastic_rounding: round what is written to bfloat16 and float16 parameters and state up
-            or down at random, right on average, so that small updates are not lost.
-        skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
-        release_gradients: apply and drop each of the descent's gradients while backward runs, so
-            that they never exist all at once. Takes step(closure), or the closure inside
-            `with opt.evaluation():`, and no GradScaler, clipping, skip_nonfinite or several ranks.
-        backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
+        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
+        lr: learning rate, at least 0; a number or a 0-dim tensor.
+        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
+            which it does not converge.
+        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
+        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
+        rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
+            with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
+        maximize: whether to maximize f instead of minimizing it.
+        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
+            down at random, without bias, so that small updates are not lost on average.
+        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
+            state unchanged. `opt.skipped` counts these steps.
+        release_gradients: whether each gradient of the descent is applied and freed while backward
+            runs, so that they never exist all at once. It needs step(closure), or the closure
+            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
+            and several ranks.
+        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
+            device; see `eigenfilter.kernels`.
         options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. Torch's `fused`, `foreach`, `capturable` change nothing;
-            `differentiable` and `amsgrad` must be False.
+            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
+            nothing; `differentiable` and `amsgrad` must be False.
 
     Raises:
-        TypeError: sparse, complex or otherwise unsupported parameters.
-        ValueError: a hyperparameter out of its range.
+        TypeError: a parameter is sparse, complex or of an unsupported dtype.
+        ValueError: a hyperparameter is out of its range.
 
     Example:
-        >>> opt = eigenfilter.USAM(model.parameters(), lr=0.1, momentum=0.9, rho=0.05)
-        >>> loss = opt.step(closure)
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> opt = eigenfilter.USAM([x], lr=0.1, momentum=0.9, rho=0.05)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = x.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> opt.step(closure)
+        tensor(5.)
+        >>> x.data
+        tensor([ 0.7800, -1.5600])
 
     Source: M. Andriushchenko and N. Flammarion, 2022, arXiv 2206.06232; filter: arXiv 2510.09034.
     """

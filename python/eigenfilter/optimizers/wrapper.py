@@ -11,55 +11,64 @@ from torch import Tensor
 
 from eigenfilter import _distributed
 from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers._buckets import Gradients, conform_if_needed
 from eigenfilter.optimizers._descents import Descent
-from eigenfilter.optimizers._groups import filled
+from eigenfilter.optimizers._groups import fill_missing_keys
 from eigenfilter.optimizers._hyperparameters import OWN_RHO, check_hyperparameters
 from eigenfilter.optimizers._methods import ascent_of
 from eigenfilter.optimizers._options import split_options
-from eigenfilter.optimizers._parts import Gradients, conforming
 from eigenfilter.optimizers._step_state import through_owner
 
 _SHARED = ("state", "defaults")
-_FORWARDED = ("train", "eval")  # of schedule-free optimizers
-# Where optimizers around others hold them.
+_FORWARDED = ("train", "eval")  # methods of schedule-free optimizers
+# Attributes in which wrappers hold the optimizer that they wrap.
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "optim")
 
 
 class SharpnessAware(EigenfilterOptimizer):
-    r"""The update of any torch optimizer, with its gradient taken where an ascent leads.
+    r"""The update of any torch optimizer, with its gradient taken after an ascent.
 
-        y = where `method` ascends to from x
+        y = the point that `method` reaches from x
         x <- the base optimizer's step from x with the gradient grad f(y)
 
-    The ascent is fused, the descent the base's own. `param_groups` and `state` are the base's:
-    schedulers may be given either optimizer, and `state_dict()` is the base's (its groups hold rho
-    too, which another optimizer ignores). Where the base has a hyperparameter `rho` of its own, as
-    Adadelta has, the ascent's is `ascent_rho` in the groups. `train()` and `eval()` are forwarded
-    to a base that has them.
+    The ascent is fused; the base takes its own step. `param_groups`, `state` and `state_dict()` are
+    the base's, so schedulers may be given either optimizer. The groups also hold rho, under the
+    name `ascent_rho` where the base has a hyperparameter `rho` of its own, as Adadelta has.
 
-    Under a GradScaler, or with `skip_nonfinite`, a base without fused=True costs one
-    synchronisation a step: it cannot be told on the device to skip.
+    Memory: one backup of the parameters, beside the base's state.
 
     Args:
-        base_optimizer: steps at x; its groups get `rho`, where they have none.
+        base_optimizer: optimizer that steps at x. Its groups get `rho` where they have none.
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
-        rho: of the ascent, >= 0; see the optimizer of that method. It lives in param_groups; a
-            group that has one already keeps it.
-        skip_nonfinite: leave parameters and state as they were where a gradient is not finite.
-        backend: None, "native", "triton" or "reference": see `eigenfilter.kernels`.
-        options: further arguments of the method's ascent: `adaptive` ("sam"), `ascent`
-            ("two_step_usam"), `hvp` and `fd_step` ("hessian_usam"). `set_to_none=False` keeps the
-            gradient tensors when an ascent clears them, and fills them with 0.
+        rho: radius of the ascent, at least 0; see the optimizer of the method. It lives in
+            param_groups; a group that has one already keeps it.
+        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
+            state unchanged. `opt.skipped` counts these steps.
+        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
+            device; see `eigenfilter.kernels`.
+        options: further arguments of the method: `adaptive` ("sam"), `ascent` ("two_step_usam"),
+            `hvp` and `fd_step` ("hessian_usam"). `set_to_none=False` keeps the gradient tensors
+            when an ascent clears them, and fills them with 0.
 
     Raises:
-        TypeError: `base_optimizer` is none; unsupported parameters; an unknown option.
-        ValueError: rho out of its range; an unknown method; a base that needs a closure, as LBFGS,
-            or that takes ascents itself.
+        TypeError: `base_optimizer` is no optimizer, a parameter is unsupported, or an option is
+            unknown.
+        ValueError: rho is out of its range, the method is unknown, or the base needs a closure, as
+            LBFGS does, or takes ascents itself.
 
     Example:
-        >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        >>> base = torch.optim.AdamW([x], lr=0.1)
         >>> opt = eigenfilter.SharpnessAware(base, method="sam", rho=0.05)
-        >>> loss = opt.step(closure)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = x.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> opt.step(closure)
+        tensor(5.)
+        >>> x.data
+        tensor([ 0.8990, -1.8980])
 
     Source: P. Foret et al., 2021, arXiv 2010.01412; the methods' own.
     """
@@ -96,7 +105,7 @@ class SharpnessAware(EigenfilterOptimizer):
         )
         for group in base_optimizer.param_groups:
             group.setdefault(self._rho_key, rho)
-        for name in ("param_groups", *_SHARED):  # from now on the base's
+        for name in ("param_groups", *_SHARED):  # __getattr__ returns the base's from now on
             del vars(self)[name]
         self._rho = rho
         self._rhos: list[float | Tensor] = []
@@ -115,8 +124,9 @@ class SharpnessAware(EigenfilterOptimizer):
         getattr(self.base_optimizer, mode)()
 
     def _groups_with_rho(self) -> list[dict[str, Any]]:
-        """The base's groups. One that was loaded or added without rho gets the one it had before,
-        or that of the constructor.
+        """The base's groups, each with rho.
+
+        A group that was loaded or added without rho gets its earlier one, or the constructor's.
         """
         groups: list[dict[str, Any]] = self.base_optimizer.param_groups
         key, rhos = self._rho_key, self._rhos
@@ -128,27 +138,27 @@ class SharpnessAware(EigenfilterOptimizer):
 
     @property
     def method(self) -> str:
-        """How it ascends."""
+        """The method of the ascent."""
         return self._ascent.method
 
     @property
     def ascent(self) -> str:
-        """Of "two_step_usam": "sequential" or "anchored"."""
+        """The form of "two_step_usam": "sequential" or "anchored"."""
         ascent: str = self._ascent.ascent  # type: ignore[attr-defined]
         return ascent
 
     @property
     def adaptive(self) -> bool:
-        """Of "sam": whether it is ASAM."""
+        """Whether the ascent of "sam" is ASAM's."""
         adaptive: bool = self._ascent.adaptive  # type: ignore[attr-defined]
         return adaptive
 
     @through_owner
     def state_dict(self) -> dict[str, Any]:
-        """The base's.
+        """The base's state_dict.
 
         Raises:
-            RuntimeError: the parameters are away from x, as the model's own state_dict would be.
+            RuntimeError: the parameters are perturbed, as the model's own state_dict would be.
         """
         self._refuse_perturbed("state_dict()")
         for before in self._optimizer_state_dict_pre_hooks.values():
@@ -162,12 +172,12 @@ class SharpnessAware(EigenfilterOptimizer):
 
     @through_owner
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict`, this class's or the base's, returned.
+        """Load a state_dict of this class or of the base.
 
-        Groups without rho keep theirs.
+        Groups that hold no rho in it keep their own.
 
         Raises:
-            RuntimeError: the parameters are away from x.
+            RuntimeError: the parameters are perturbed.
             ValueError: the groups do not match.
         """
         self._refuse_perturbed("load_state_dict()")
@@ -176,7 +186,7 @@ class SharpnessAware(EigenfilterOptimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._groups_with_rho()
-        self.base_optimizer.load_state_dict(filled(self.base_optimizer, state_dict))
+        self.base_optimizer.load_state_dict(fill_missing_keys(self.base_optimizer, state_dict))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -186,7 +196,7 @@ class SharpnessAware(EigenfilterOptimizer):
         Raises:
             TypeError: a parameter is sparse, complex or of an unsupported dtype.
             ValueError: rho is out of its range.
-            RuntimeError: the parameters are away from x.
+            RuntimeError: the parameters are perturbed.
         """
         if "param_groups" in vars(self):  # under construction
             super().add_param_group(param_group)
@@ -211,45 +221,46 @@ class SharpnessAware(EigenfilterOptimizer):
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         checked = {self._rho_key: group[self._rho_key]}
-        if (
-            self.defaults.get("lr") is not None and "lr" in group
-        ):  # the others are the base's affair
+        if self.defaults.get("lr") is not None and "lr" in group:
+            # The base checks its other hyperparameters itself.
             checked["lr"] = group["lr"]
         check_hyperparameters(checked)
 
-    def _prime(self, found: Gradients) -> None:
+    def _initialize_state(self, gradients: Gradients) -> None:
         self.base_optimizer.step()
 
-    def _update(self, found: Gradients) -> None:
+    def _update(self, gradients: Gradients) -> None:
         if self.skip_nonfinite:
-            self._guard.look(conforming(found), self._parts.devices)
+            self._amp.check_finite(conform_if_needed(gradients), self._buckets.devices)
         perturbed, self._step_state.perturbed = self._step_state.perturbed, []
-        for part in perturbed:
-            part.restore()
-        self._touched(perturbed)
-        self._step_state.written = True
-        self._end()  # at x again, whatever the base does
-        if not found:
+        for bucket in perturbed:
+            bucket.restore()
+        self._mark_written(perturbed)
+        self._step_state.has_written = True
+        self._end()  # x is restored, whatever the base does
+        if not gradients:
             return
         base = self.base_optimizer
-        flags = [f for f in (self._guard.flag(part.device) for part, _ in found) if f is not None]
+        flags = [
+            f for f in (self._amp.flag(bucket.device) for bucket, _ in gradients) if f is not None
+        ]
         if flags and getattr(base, "_step_supports_amp_scaling", False):
-            scale = self._guard.scalars(flags[0].device)["grad_scale"]
+            scale = self._amp.scalars(flags[0].device)["grad_scale"]
             vars(base).update(grad_scale=scale, found_inf=(flags[0] != 0).float())
             try:
                 base.step()
             finally:
                 del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
         elif not flags or not flags[0]:
-            for part, grads in found:
-                scale = self._guard.scalars(part.device)["grad_scale"]
+            for bucket, grads in gradients:
+                scale = self._amp.scalars(bucket.device)["grad_scale"]
                 if scale is not None:
                     torch._foreach_div_([_distributed.local(g) for g in grads], scale)
             base.step()
 
 
 def _refuse_base(base: torch.optim.Optimizer) -> None:
-    """Raise ValueError for a base that cannot take the descent of a gradient it is given."""
+    """Raise ValueError for a base whose step() cannot apply a given gradient."""
     for each in _layers(base):
         name = type(each).__name__
         closure = inspect.signature(each.step).parameters.get("closure")
@@ -268,9 +279,9 @@ def _refuse_base(base: torch.optim.Optimizer) -> None:
 
 
 def _layers(base: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """An optimizer, and those that it wraps."""
-    found = [base]
-    for each in found:
+    """An optimizer and those that it wraps."""
+    layers = [base]
+    for each in layers:
         inner = [vars(each).get(name) for name in _INNER]
-        found += [o for o in inner if isinstance(o, torch.optim.Optimizer) and o not in found]
-    return found
+        layers += [o for o in inner if isinstance(o, torch.optim.Optimizer) and o not in layers]
+    return layers

@@ -1,4 +1,4 @@
-"""Loss scales and non-finite gradients: what a step carries on the device besides gradients."""
+"""Loss scales and non-finite gradients: the state that a step keeps on the device."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.optimizers._parts import Part
+from eigenfilter.optimizers._buckets import ParamBucket
 
 
-class Guard:
-    """The loss scale and the flag "some gradient of this step was not finite", on every device.
+class AmpState:
+    """The loss scale and the flag for a non-finite gradient of this step, on every device.
 
-    Flags are one-element float32 tensors that kernels read where they are; nothing here waits for a
-    device but `skipped` and `skips`. All ranks share a flag, so that all skip a step or none does.
+    Flags are one-element float32 tensors that kernels read on their device. Only `skipped` and
+    `is_skipped` wait for a device. The ranks share their flags, so that all of them skip a step or
+    none does.
     """
 
     def __init__(self) -> None:
@@ -25,22 +26,25 @@ class Guard:
         self._skipped: dict[torch.device, Tensor] = {}
 
     @property
-    def scaled(self) -> bool:
-        """Whether the present gradients carry a scale."""
+    def is_scaled(self) -> bool:
+        """Whether the present gradients carry a loss scale."""
         return self._scaled
 
     def begin(self) -> None:
-        """Begin a step: no scale, no flag."""
+        """Begin a step without a scale and without a flag."""
         self._scaled = False
         self._scales.clear()
         self._flags.clear()
 
-    def take_scale(
-        self, scaler: torch.amp.GradScaler | None, devices: Iterable[torch.device], ascended: bool
+    def adopt_scale(
+        self,
+        scaler: torch.amp.GradScaler | None,
+        devices: Iterable[torch.device],
+        has_ascended: bool,
     ) -> None:
-        """Take an ascent's scale from its scaler, without a synchronisation."""
+        """Read an ascent's scale from its scaler, without a synchronization."""
         scaled = scaler is not None and scaler.is_enabled()
-        self._require_agreement(scaled, ascended)
+        self._require_agreement(scaled, has_ascended)
         self._scaled = scaled
         self._scales.clear()
         if scaler is not None and scaled:
@@ -48,28 +52,28 @@ class Guard:
                 one = torch.ones((), dtype=torch.float32, device=device)
                 self._scales[device] = scaler.scale(one).detach()
 
-    def take_over(
+    def adopt_scaler_state(
         self,
         optimizer: torch.optim.Optimizer,
         devices: Iterable[torch.device],
         *,
-        ascended: bool,
-        unscaled: bool,
-        shared: bool,
+        has_ascended: bool,
+        is_unscaled: bool,
+        is_sharded: bool,
     ) -> None:
-        """Take the descent's scale and flag, which `scaler.step` sets on the optimizer.
+        """Read the descent's scale and flag, which `scaler.step` sets on the optimizer.
 
         Args:
-            optimizer: where they are.
-            devices: those of its parameters.
-            ascended: whether the step has taken ascents.
-            unscaled: whether the gradients have been unscaled already.
-            shared: whether each rank's scaler has looked at its own shards only.
+            optimizer: the optimizer that has them as attributes.
+            devices: the devices of its parameters.
+            has_ascended: whether the step has taken ascents.
+            is_unscaled: whether the gradients have been unscaled already.
+            is_sharded: whether each rank's scaler has checked its own shards only.
         """
-        self._require_agreement("found_inf" in vars(optimizer), ascended)
+        self._require_agreement("found_inf" in vars(optimizer), has_ascended)
         self._scales.clear()
         scale = vars(optimizer).get("grad_scale")
-        if scale is not None and unscaled:
+        if scale is not None and is_unscaled:
             raise RuntimeError(
                 "clip_grad_norm_ has unscaled the gradients for one optimizer, and the scaler "
                 "steps with a wrapper of it: call scaler.unscale_(wrapper) instead, and clip with "
@@ -81,46 +85,48 @@ class Guard:
                 self._scales[device] = scale.to(device, torch.float32)
             if isinstance(flag, Tensor):
                 self._make_flag(device).add_(flag.to(device, torch.float32).reshape(()))
-        if isinstance(flag, Tensor) and shared:
-            self._share()
+        if isinstance(flag, Tensor) and is_sharded:
+            self._share_flags()
 
-    def _require_agreement(self, scaled: bool, ascended: bool) -> None:
-        if ascended and scaled != self.scaled:
+    def _require_agreement(self, scaled: bool, has_ascended: bool) -> None:
+        if has_ascended and scaled != self.is_scaled:
             raise RuntimeError(
                 "the ascents and the step must agree on the scaler: pass grad_scaler= to every "
                 "ascend() and end the step with grad_scaler.step(opt), or use none"
             )
 
-    def look(self, found: list[tuple[Part, list[Tensor]]], devices: Iterable[torch.device]) -> None:
-        """Flag the step if a gradient is not finite, here or on another rank.
+    def check_finite(
+        self, gradients: list[tuple[ParamBucket, list[Tensor]]], devices: Iterable[torch.device]
+    ) -> None:
+        """Flag the step if a gradient is not finite, on this rank or on another one.
 
-        Every rank has to call this, one without a gradient too. `devices` are those of its
+        Every rank has to call this, even one without a gradient. `devices` are the devices of its
         parameters, at least one.
         """
         for device in devices:
             self._make_flag(device)
-        for part, grads in found:
-            part.kernels.flag_nonfinite(grads, self._make_flag(part.device))
-        self._share()
+        for bucket, grads in gradients:
+            bucket.kernels.flag_nonfinite(grads, self._make_flag(bucket.device))
+        self._share_flags()
 
     def scalars(self, device: torch.device) -> dict[str, Tensor | None]:
         """The kernels' `grad_scale` and `found_inf` on a device."""
         return {"grad_scale": self._scales.get(device), "found_inf": self._flags.get(device)}
 
     def flag(self, device: torch.device) -> Tensor | None:
-        """The flag on a device, or None if nothing looks."""
+        """The flag on a device, or None if no gradient is checked in this step."""
         return self._flags.get(device)
 
-    def unscaled(self, value: Tensor | float, device: torch.device) -> Tensor | float:
+    def unscale(self, value: Tensor | float, device: torch.device) -> Tensor | float:
         """A value on a device, divided by the scale that the present gradients carry."""
         scale = self._scales.get(device)
         return value if scale is None else value / scale.double()
 
-    def skips(self, device: torch.device) -> bool:
+    def is_skipped(self, device: torch.device) -> bool:
         """Whether the step is skipped; waits for the device if there is a flag."""
         return device in self._flags and bool(self._flags[device])
 
-    def count(self) -> None:
+    def count_skipped(self) -> None:
         """Count the step if it was skipped."""
         for device, flag in self._flags.items():
             if device not in self._skipped:
@@ -128,7 +134,7 @@ class Guard:
             self._skipped[device].add_(flag != 0)
 
     def skipped(self) -> int:
-        """How many steps were skipped."""
+        """The number of skipped steps."""
         return max((int(n) for n in self._skipped.values()), default=0)
 
     def _make_flag(self, device: torch.device) -> Tensor:
@@ -136,12 +142,12 @@ class Guard:
             self._flags[device] = torch.zeros((), dtype=torch.float32, device=device)
         return self._flags[device]
 
-    def _share(self) -> None:
+    def _share_flags(self) -> None:
         """Give all devices and ranks the largest of their flags."""
         flags = list(self._flags.values())
         for other in flags[1:]:
             flags[0].add_(other.to(flags[0].device))
-        _distributed.any_rank(flags[0])
+        _distributed.max_over_ranks(flags[0])
         for other in flags[1:]:
             other.copy_(flags[0])
 
@@ -161,11 +167,11 @@ def refuse_unscaled(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScal
         )
 
 
-HANDED_OVER = ("grad_scale", "found_inf")
-"""What a GradScaler sets on the optimizer that it is given, for the time of a step."""
+SCALER_ATTRIBUTES = ("grad_scale", "found_inf")
+"""The attributes that a GradScaler sets on its optimizer during a step."""
 
 
-def drop_handed_over(optimizer: torch.optim.Optimizer) -> None:
-    """Drop what a GradScaler set on the optimizer: it does so only after a step that works."""
-    for name in HANDED_OVER:
+def drop_scaler_attributes(optimizer: torch.optim.Optimizer) -> None:
+    """Delete a GradScaler's attributes, which it deletes itself only after a successful step."""
+    for name in SCALER_ATTRIBUTES:
         vars(optimizer).pop(name, None)
