@@ -16,6 +16,8 @@ INSTALLED := .venv/.installed
 TEST_TOOLS := .venv/.test-tools
 DEV_TOOLS := .venv/.dev-tools
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
+# An editable installation knows the modules that were there: a folder is newer where one is new.
+FOLDERS := $(shell find python -type d -not -name __pycache__)
 
 .PHONY: install demo test emulated test-emulated test-interpreted test-triton-launch races mutants \
 	lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
@@ -29,11 +31,12 @@ $(VENV):
 	@$(PIP) install --upgrade pip
 	@touch $@
 
-$(INSTALLED): $(VENV) pyproject.toml CMakeLists.txt $(CSRC)
+$(INSTALLED): $(VENV) pyproject.toml CMakeLists.txt $(CSRC) $(FOLDERS)
 	@echo "Installing torch and building eigenfilter: about two minutes"
 	@$(PIP) install --editable ".[demo]" \
 		-C cmake.define.EIGENFILTER_CUDA=$(EIGENFILTER_CUDA) \
 		-C cmake.define.EIGENFILTER_WERROR=$(EIGENFILTER_WERROR)
+	@$(BIN)/python -m compileall -q python  # whose folders are then there
 	@touch $@
 
 $(TEST_TOOLS): $(INSTALLED)
