@@ -232,6 +232,10 @@ def init_distributed() -> Iterator[Processes]:
     if not is_distributed():
         yield SINGLE_PROCESS
         return
+    # DistributedDataParallel imports it. If that happens while a group exists, the threads of the
+    # group outlive it.
+    import torch._dynamo
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     try:
