@@ -39,9 +39,12 @@ def freeze_running_stats(model: nn.Module, *, parameters: bool = False) -> Itera
         RuntimeError: a lazy module has not seen a batch yet, so there is nothing to preserve.
 
     Example:
-        >>> while opt.ascend():
-        ...     with eigenfilter.freeze_running_stats(model):
-        ...         closure()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        >>> before = model[1].running_mean.clone()
+        >>> with eigenfilter.freeze_running_stats(model):  # as around the closure after an ascent
+        ...     loss = model(torch.rand(4, 2)).sum()
+        >>> torch.equal(model[1].running_mean, before)
+        True
     """
     registered = [(module, dict(module._buffers)) for module in model.modules()]
     tensors = [t for _, buffers in registered for t in buffers.values() if t is not None]

@@ -52,10 +52,15 @@ class RhoSchedule:
         ValueError: an unknown kind, or an argument that is missing or out of its range.
 
     Example:
-        >>> schedule = RhoSchedule(opt, "late", total_steps=10_000, start=0.8)
-        >>> for inputs, targets in loader:
-        ...     opt.step(closure)
+        >>> opt = eigenfilter.USAM([torch.nn.Parameter(torch.ones(2))], lr=0.1, rho=0.05)
+        >>> schedule = RhoSchedule(opt, "late", total_steps=10, start=0.8)
+        >>> for step in range(10):  # each after opt.step(closure)
         ...     schedule.step()
+        ...     if step in (0, 6, 7):
+        ...         print(step, opt.param_groups[0]["rho"])
+        0 0.0
+        6 0.0
+        7 0.05
     """
 
     def __init__(

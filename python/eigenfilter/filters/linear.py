@@ -37,11 +37,12 @@ class Linear(Filter):
     Source: x+ = D x - alpha g(x) is the general form of arXiv 2510.09034. That D and B are the same
     for every parameter is our reading.
 
-    >>> Linear(0.98, lr=0.1).intervals()  # gradient descent with decoupled weight decay
+    >>> decayed = Linear(0.98, lr=0.1)  # gradient descent with decoupled weight decay
+    >>> [(round(low, 9), round(high, 9)) for low, high in decayed.intervals()]
     [(-0.2, 19.8)]
     >>> beta = 0.5
     >>> heavy_ball = Linear([[1 + beta, -beta], [1, 0]], lr=0.1)
-    >>> [(round(low, 9), round(high, 9)) for low, high in heavy_ball.intervals()]
+    >>> [(round(low, 9) + 0.0, round(high, 9)) for low, high in heavy_ball.intervals()]
     [(0.0, 30.0)]
     """
 
