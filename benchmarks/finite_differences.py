@@ -1,7 +1,7 @@
 """How far a Hessian-vector product by finite differences is from the exact one.
 
 Gives ||h - H g|| / ||H g|| for h as HessianUSAM takes it, by network, precision and relative step
-`fd_step` (eps ||g|| = fd_step (1 + ||x||)), at initialisation and after some training. H g is by
+`fd_step` (eps ||g|| = fd_step (1 + ||x||)), at initialization and after some training. H g is by
 double backward in float64. The data are scikit-learn's digits.
 """
 

@@ -1,4 +1,4 @@
-"""The common recipe for sharpness-aware minimisation around any torch optimizer.
+"""The common recipe for sharpness-aware minimization around any torch optimizer.
 
 A loop over the parameters that clones each, adds its perturbation, later puts the clone back, and
 hands over to the base optimizer: the pattern that is widely copied into training code, for every

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation with torch's multi-tensor functions, as well as it can be written.
+"""Sharpness-aware minimization with torch's multi-tensor functions, as well as it can be written.
 
 Backups are allocated once, every operation goes over all tensors, nothing waits for the device, and
 the base optimizer is fused.

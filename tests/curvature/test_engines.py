@@ -124,13 +124,13 @@ def _notes(error: BaseException) -> list[str]:
 def test_a_missing_forward_derivative_is_named() -> None:
     """Distances have a second derivative only by double backward."""
     model, x, target = make()
-    centres = torch.randn(3, 3, dtype=torch.float64)
+    centers = torch.randn(3, 3, dtype=torch.float64)
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
-        return torch.cdist(output, centres, p=3.0).square().mean()
+        return torch.cdist(output, centers, p=3.0).square().mean()
 
     def written_out(output: Tensor, target: Tensor) -> Tensor:
-        return (output[:, None] - centres).abs().pow(3).sum(2).pow(2 / 3).mean()
+        return (output[:, None] - centers).abs().pow(3).sum(2).pow(2 / 3).mean()
 
     v = torch.randn(39, dtype=torch.float64)
     op = HessianOperator(model, loss_fn, (x, target), engine="forward_over_reverse")
