@@ -16,8 +16,10 @@ INSTALLED := .venv/.installed
 TEST_TOOLS := .venv/.test-tools
 DEV_TOOLS := .venv/.dev-tools
 CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
-# An editable installation knows the modules that were there: a folder is newer where one is new.
-FOLDERS := $(shell find python -type d -not -name __pycache__)
+# An editable installation knows the modules that were there: their list is newer where one is new.
+MODULES := .venv/.modules
+list_modules = find python -name '*.py' | LC_ALL=C sort
+$(shell test ! -e $(MODULES) || $(list_modules) | cmp -s - $(MODULES) || $(list_modules) > $(MODULES))
 
 .PHONY: install demo test emulated test-emulated test-interpreted test-triton-launch races mutants \
 	lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
@@ -31,12 +33,14 @@ $(VENV):
 	@$(PIP) install --upgrade pip
 	@touch $@
 
-$(INSTALLED): $(VENV) pyproject.toml CMakeLists.txt $(CSRC) $(FOLDERS)
+$(MODULES): | $(VENV)
+	@$(list_modules) > $@
+
+$(INSTALLED): $(VENV) pyproject.toml CMakeLists.txt $(CSRC) $(MODULES)
 	@echo "Installing torch and building eigenfilter: about two minutes"
 	@$(PIP) install --editable ".[demo]" \
 		-C cmake.define.EIGENFILTER_CUDA=$(EIGENFILTER_CUDA) \
 		-C cmake.define.EIGENFILTER_WERROR=$(EIGENFILTER_WERROR)
-	@$(BIN)/python -m compileall -q python  # whose folders are then there
 	@touch $@
 
 $(TEST_TOOLS): $(INSTALLED)
@@ -135,11 +139,11 @@ reproduction: $(DEV_TOOLS)
 	done
 
 # The documentation, into build/site; without a network. A warning is an error.
-docs: $(INSTALLED)
+docs: $(DEV_TOOLS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The same at http://127.0.0.1:8000, built again when a page changes.
-docs-serve: $(INSTALLED)
+docs-serve: $(DEV_TOOLS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --watch python
 
 # Brings its own installation where the system's python has torch; see the script. STAGES="build smoke"

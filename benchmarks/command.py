@@ -8,6 +8,7 @@ busy machine is enough to miss one.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from benchmarks.curvature import run as curvature
 from benchmarks.curvature.datasets import FOLDER
 from eigenfilter import kernels
 from eigenfilter.experiments import networks
+from eigenfilter.experiments.cli import OneLineParser
 from eigenfilter.experiments.cli_arguments import add_data_dir, whole
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.locks import folder_lock
@@ -174,8 +176,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add_out(of_page)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure what is asked for; return the exit code."""
+def main(arguments: Sequence[str]) -> int:
+    """Measure what is asked for; return the exit code.
+
+    Raises:
+        UserError: it cannot be measured.
+    """
+    parser = OneLineParser(
+        prog="eigenfilter bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    configure(parser)
+    args = parser.parse_args(arguments)
     with ExitStack() as held:
         args.enter = held.enter_context
         code: int = args.run_table(args)

@@ -20,8 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EXTENSION = Path("build/host/_core.so")
-"""Where `make bench-host` puts it, from the root of the repository."""
+EXTENSION = Path(__file__).resolve().parents[1] / "build" / "host" / "_core.so"
+"""Where `make bench-host` puts it."""
 
 COUNTERS = ("eigenfilter_launches", "eigenfilter_argument_bytes")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import host, native_stub
+from benchmarks.environment import own_process
 from eigenfilter.experiments.cli import main
 
 CALLS = {"ascend", "descend", "descend_adamw", "norm", "SGD.step", "AdamW.step"}
@@ -94,7 +95,7 @@ kernels.ascend(x, g, b, 0.5)
 assert native_stub.counts()[0] == before[0] + 1
 assert all((t == 2).all() for t in x + b)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env=own_process())
 
 
 def test_the_installed_extension_is_not_taken_for_it() -> None:

@@ -57,12 +57,79 @@ def test_padding_by_the_function_is_that_of_the_module(engine: str) -> None:
     assert not own[3:6].any()
 
 
-def test_a_finite_difference_would_perturb_the_padding() -> None:
-    with pytest.raises(RuntimeError, match=r"use nn\.Embedding\(padding_idx=\.\.\.\), whose row"):
-        operator(Words(padded), engine="finite_difference").matvec(torch.ones(23).double())
+def by_weight_of_a_module(x: Tensor, words: nn.Embedding) -> Tensor:
+    return F.embedding(x, words.weight, words.padding_idx)
+
+
+def negative(x: Tensor, table: Tensor) -> Tensor:
+    return F.embedding(x, table, padding_idx=-4)
+
+
+@pytest.mark.parametrize("look_up", [padded, negative])
+def test_finite_differences_hold_the_padding(look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
+    found = columns(operator(Words(look_up), engine="finite_difference"))
+    exact = columns(operator(Words(look_up), engine="per_pass_graph"))
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
+    assert not found[3:6].any()
+
+
+def test_finite_differences_hold_the_padding_of_a_module() -> None:
     module = operator(Module(), engine="finite_difference")
     exact = operator(Module(), engine="per_pass_graph")
     torch.testing.assert_close(columns(module), columns(exact), rtol=0, atol=1e-7)
+
+
+def test_finite_differences_hold_the_padding_that_a_function_reads_of_a_module() -> None:
+    """Whose own forward pass, and so its hooks, never run."""
+
+    class Reads(Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(by_weight_of_a_module(x, self.words).mean(1).tanh())  # type: ignore[no-any-return]
+
+    found, exact = (
+        columns(operator(Reads(), engine=e)) for e in ("finite_difference", "per_pass_graph")
+    )
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
+
+
+def test_a_row_of_padding_that_is_read_otherwise_is_perturbed() -> None:
+    """As by an output layer with the same weight."""
+
+    class Tied(Words):
+        def forward(self, x: Tensor) -> Tensor:
+            return padded(x, self.table).mean(1).tanh() @ self.table.T
+
+    found, exact = (
+        columns(operator(Tied(padded), engine=e)) for e in ("finite_difference", "per_pass_graph")
+    )
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
+    assert exact[3:6].any()
+
+
+@pytest.mark.parametrize("engine", ["finite_difference", "per_pass_graph"])
+def test_padding_does_not_matter_to_other_parameters(engine: str) -> None:
+    model = Words(padded)
+    op = operator(model, engine=engine, params=list(model.head.parameters()))
+    whole = columns(operator(Words(padded), engine="per_pass_graph"))
+    torch.testing.assert_close(columns(op), whole[15:, 15:], rtol=0, atol=1e-7)
+
+
+def test_a_parametrized_module_holds_its_padding() -> None:
+    def build() -> nn.Module:
+        model = Module()
+        torch.nn.utils.parametrizations.weight_norm(model.words)
+        return model
+
+    found, exact = (
+        columns(operator(build(), engine=e)) for e in ("finite_difference", "per_pass_graph")
+    )
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
+
+
+def test_a_weight_that_is_computed_is_refused() -> None:
+    model = Words(lambda x, table: padded(x, 2 * table))
+    with pytest.raises(RuntimeError, match=r"use nn\.Embedding\(padding_idx=\.\.\.\), whose row"):
+        operator(model, engine="finite_difference").matvec(torch.ones(23).double())
 
 
 def renormalized(x: Tensor, table: Tensor) -> Tensor:

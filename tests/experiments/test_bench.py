@@ -37,12 +37,34 @@ def test_without_a_checkout_it_says_where_they_are(
         assert error == f"eigenfilter bench: error: {bench.ELSEWHERE}\n"
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "csrc"])
 def test_a_folder_of_that_name_is_no_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another project's benchmarks are not imported."""
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "c" / "bench.py"))
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / folder).mkdir(exist_ok=True)
     (tmp_path / "benchmarks" / "command.py").write_text("raise RuntimeError('imported')")
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "--list"]) == 2
+
+
+def test_another_package_of_that_name_does_no_harm(tmp_path: Path) -> None:
+    """In the current folder, which comes first in sys.path."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    for arguments in (["--version"], ["bench", "--list"]):
+        command = [sys.executable, "-m", "eigenfilter", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_other_commands_do_not_import_them() -> None:
+    """They are many."""
+    code = (
+        "import sys; from eigenfilter.experiments.cli import build_parser; build_parser(); "
+        "print(any(name.startswith('benchmarks') for name in sys.modules))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""The seam: a backend that is asked for works or raises, an automatic choice is logged once."""
+"""Backend selection: a name works or raises, and an automatic choice is logged once."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
 
 from eigenfilter.experiments.errors import UserError
 
 HELP = "verify and time the library beside its peers; measure memory; draw the results"
+MARK = Path("csrc", "include", "eigenfilter")  # of a checkout, and of no other project
 ELSEWHERE = (
     "the benchmarks come with the sources, not with the package: run this in a checkout of "
     "eigenfilter, or there `python -m benchmarks`"
@@ -21,14 +21,9 @@ ELSEWHERE = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that the benchmarks take, where they are."""
-    command = _command()
-    if command is None:
-        parser.prefix_chars = ""  # whatever is asked for, --help too, `run` says where they are
-        parser.add_argument("arguments", nargs="*")
-        return
-    parser.description = command.__doc__
-    command.configure(parser)
+    """Take whatever follows: the benchmarks read it once they are wanted."""
+    parser.prefix_chars = ""  # so that --help is theirs, too
+    parser.add_argument("arguments", nargs="*")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,18 +32,18 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: they are not here.
     """
-    command = _command()
-    if command is None:
+    root = _checkout()
+    if root is None:
         raise UserError(ELSEWHERE)
-    code: int = command.run(args)
+    sys.path.insert(0, str(root))
+    command = importlib.import_module("benchmarks.command")
+    code: int = command.main(args.arguments)
     return code
 
 
-def _command() -> ModuleType | None:
-    """The benchmarks' command, of the checkout that this module or the current folder is in."""
+def _checkout() -> Path | None:
+    """The checkout that this module is in, or the one whose root is the current folder."""
     for root in (Path(__file__).parents[3], Path.cwd()):
-        if (root / "benchmarks" / "command.py").exists() and (root / "csrc").exists():
-            if str(root) not in sys.path:
-                sys.path.append(str(root))
-            return importlib.import_module("benchmarks.command")
+        if (root / "benchmarks" / "command.py").exists() and (root / MARK).exists():
+            return root
     return None

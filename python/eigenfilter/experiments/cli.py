@@ -42,7 +42,7 @@ _COMMANDS: Mapping[str, ModuleType] = {
 }
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """A parser that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -52,7 +52,7 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
-    parser = _OneLineParser(prog="eigenfilter", description="Optimizers as eigenvalue filters.")
+    parser = OneLineParser(prog="eigenfilter", description="Optimizers as eigenvalue filters.")
     parser.add_argument("--version", action="version", version=__version__)
     add_commands(parser, "command", _COMMANDS)
     return parser

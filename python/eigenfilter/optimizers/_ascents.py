@@ -124,6 +124,6 @@ def combined_norm(norms: Sequence[Tensor]) -> Tensor:
     """The norm of tensors that have these norms, safe where their squares overflow float64."""
     if len(norms) == 1 and norms[0].numel() == 1:
         return norms[0].reshape(())
-    count_group = torch.cat([n.reshape(-1) for n in norms])
-    scale = power_of_two(count_group.amax())
-    return (count_group / scale).square().sum().sqrt() * scale
+    terms = torch.cat([n.reshape(-1) for n in norms])
+    scale = power_of_two(terms.amax())
+    return (terms / scale).square().sum().sqrt() * scale

@@ -407,7 +407,7 @@ def _conform(grad: Tensor, param: Tensor) -> Tensor:
         raise ValueError(
             f"a gradient has shape {tuple(local.shape)} on this rank, and its parameter "
             f"{tuple(like.shape)}: both must be placed alike (under FullyShardedDataParallel, "
-            "gradients that no_sync() has tensor are whole: ascend and step by synchronized ones)"
+            "gradients that no_sync() has left are whole: ascend and step by synchronized ones)"
         )
     dtype = gradient_dtype(like.dtype, local.dtype)
     if _fits(local, like, dtype):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from eigenfilter.curvature.engines.derivative_graphs import gradient
 from eigenfilter.curvature.engines.vector_by_vector import VectorByVector, WeightedBatch
-from eigenfilter.curvature.loss.autograd_graph import nodes
+from eigenfilter.curvature.loss.autograd_graph import nodes, nodes_below
 from eigenfilter.curvature.loss.batch_sources import BatchSource, UnusableModelError
 from eigenfilter.curvature.loss.first_derivatives import Products
 from eigenfilter.curvature.loss.objective import Evaluation, Objective
@@ -47,6 +50,7 @@ class FiniteDifference(VectorByVector):
         self.error: float | None = None
         self._moving = [p.data for p in params]
         self._since = _EVERY
+        self._holds_padding = False  # whether a parameter is an embedding's weight with padding
         eps = torch.finfo(params[0].dtype).eps
         if objective.autocast is not None:
             eps = max(eps, torch.finfo(objective.autocast).eps)
@@ -106,7 +110,8 @@ class FiniteDifference(VectorByVector):
         try:
             torch._foreach_add_(self._moving, v, alpha=t)
             self._announce()
-            with self._constants():
+            held = _HeldPadding(self._moving, backup) if self._holds_padding else nullcontext()
+            with self._constants(), held:
                 if batch.pullback is not None:
                     return [self._objective.value(batch.index, batch.data, exact=False).value]
                 here = self._objective.evaluate(batch.index, batch.data, exact=False)
@@ -120,18 +125,20 @@ class FiniteDifference(VectorByVector):
 
     def _first(self, index: int, batch: Any, here: Evaluation, *, leading: bool) -> None:
         super()._first(index, batch, here, leading=leading)
-        modules = [m for m in self._objective.tree.modules() if isinstance(m, nn.Embedding)]
-        module_padding = {(id(m.weight), m.padding_idx) for m in modules}
+        known = {id(p) for p in self._params}
         for node in nodes([here.value]):
-            if not node.name().startswith("EmbeddingBackward"):
+            is_embedding = node.name().startswith("EmbeddingBackward")
+            if not is_embedding or node._saved_padding_idx >= _NO_PADDING:
                 continue
-            weight = getattr(node.next_functions[0][0], "variable", None)
-            index = node._saved_padding_idx  # of none the largest of its type
-            if index < _NO_PADDING and (id(weight), index) not in module_padding:
+            weight = node.next_functions[0][0]
+            if id(getattr(weight, "variable", None)) in known:
+                self._holds_padding = True
+            elif not self._padding and _leads_to(weight, known):
                 raise UnusableModelError(
                     "F.embedding(padding_idx=...) gives no gradient to a row that the loss depends "
-                    "on, and a finite difference would perturb it: use "
-                    "nn.Embedding(padding_idx=...), whose row is held fixed, or an exact engine"
+                    "on, and a finite difference would perturb it, for its weight is computed from "
+                    "parameters: use nn.Embedding(padding_idx=...), whose row is held fixed, or an "
+                    "exact engine"
                 )
 
     def _announce(self) -> None:
@@ -140,3 +147,43 @@ class FiniteDifference(VectorByVector):
     def _norms(self, v: Tensor) -> Tensor:
         """Return the norms of v [n] or of the columns of v [n, b]."""
         return norms(v)
+
+
+class _HeldPadding(TorchFunctionMode):
+    """Where `F.embedding(padding_idx=...)` reads its row of padding as it is at x.
+
+    torch gives that row no gradient, so it is a constant for a product. A row that is read
+    otherwise, as by an output layer with the same weight, is perturbed like any other.
+    """
+
+    def __init__(self, params: Sequence[Tensor], backup: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._at_x = {p.data_ptr(): old for p, old in zip(params, backup, strict=True)}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not F.embedding:
+            return output
+        indices, weight, padding = _embedding_arguments(*args, **(kwargs or {}))
+        at_x = self._at_x.get(weight.data_ptr())
+        if padding is None or at_x is None or at_x.shape != weight.shape:
+            return output
+        is_padding = (indices == padding % len(weight)).unsqueeze(-1)
+        return torch.where(is_padding, at_x[padding].to(output.dtype), output)
+
+
+def _embedding_arguments(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor, int | None]:
+    return input, weight, padding_idx
+
+
+def _leads_to(node: Any, ids: set[int]) -> bool:
+    """Whether the graph below a node begins at a tensor of these ids."""
+    return any(id(getattr(below, "variable", None)) in ids for below in nodes_below([node]))

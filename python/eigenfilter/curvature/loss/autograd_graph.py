@@ -13,7 +13,12 @@ _saved_names: dict[type, tuple[str, ...]] = {}  # node type -> its attributes of
 
 def nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
     """Yield the nodes of the graph behind `roots`, each once."""
-    stack, visited = [t.grad_fn for t in roots], set()
+    yield from nodes_below(t.grad_fn for t in roots)
+
+
+def nodes_below(starts: Iterable[Any]) -> Iterator[Any]:
+    """Yield these nodes, of which some may be None, and all behind them, each once."""
+    stack, visited = list(starts), set()
     while stack:
         node = stack.pop()
         if node is not None and node not in visited:

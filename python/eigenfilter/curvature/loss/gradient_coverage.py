@@ -126,8 +126,7 @@ def _check_still(
     if change(missing) <= noise:
         return
     culprits = [p for p in missing if change([p]) > noise] or list(missing)
-    names = [name.removeprefix("members.0.") for name in objective.names(culprits)]
-    names = [name.replace("members.1.", "loss_fn.", 1) for name in names]
+    names = objective.public_names(culprits)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise UnusableModelError(
         f"the loss depends on {', '.join(names[:_SHOWN])}{more}, and no gradient reaches it: used "

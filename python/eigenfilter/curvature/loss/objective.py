@@ -155,6 +155,11 @@ class Objective:
         names_by_id = {id(p): name for name, p in self.tree.named_parameters()}
         return [names_by_id[id(p)] for p in params]
 
+    def public_names(self, params: Iterable[Tensor]) -> list[str]:
+        """Return the names of parameters as the user knows them, for messages."""
+        names = (name.removeprefix("members.0.") for name in self.names(params))
+        return [name.replace("members.1.", "loss_fn.", 1) for name in names]
+
     def with_dtype(self, dtype: torch.dtype) -> Objective:
         """Return an objective of copies of the modules, whose floating tensors have `dtype`.
 
@@ -208,8 +213,8 @@ class Objective:
         new = key not in self.traits.checked_batches
         if new and versions != [p._version for p in self.watched]:
             pairs = zip(self.watched, versions, strict=True)
-            name = self.names(p for p, version in pairs if p._version != version)[0]
-            raise UnusableModelError(REWRITTEN.format(name.removeprefix("members.0.")))
+            name = self.public_names(p for p, version in pairs if p._version != version)[0]
+            raise UnusableModelError(REWRITTEN.format(name))
         if exact and self._meets_fused_ops([here.value]):
             here = self.plain(index, batch, exact=exact)
         if not self.traits.evaluated:

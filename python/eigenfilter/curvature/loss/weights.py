@@ -206,13 +206,14 @@ class Weights:
             return False
         if abs(share - 0.5) > tol:
             sizes = first.output.shape[dimension], here.output.shape[dimension]
+            of_batch = "batch[0].shape[1]" if dimension == 1 else "batch[1].numel()"
             raise ValueError(
                 f"the outputs of batch {index} and of one before have sizes {sizes[1]} and "
                 f"{sizes[0]} in dimension {dimension}. Their rows are counted as samples, but by "
                 f"its derivative loss_fn averages over dimension {dimension} too, as where samples "
-                "are in it ([time, samples, ...]) or tokens count: so pass weight=lambda batch: "
-                "float(batch[0].shape[1]), or whatever that size is of a batch; or, if rows "
-                f"are the samples, weight=lambda batch: float(len(batch[0])). {_REMEDY}"
+                "are in it ([time, samples, ...]) or tokens or pixels count: so pass weight=lambda "
+                f"batch: float({of_batch}), or whatever a batch averages over; or, if rows are the "
+                f"samples, weight=lambda batch: float(len(batch[0])). {_REMEDY}"
             )
         return True
 
