@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 # Before torch is imported: threads that wait by spinning slow every test down on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["EIGENFILTER_TRITON_BLOCKS"] = os.devnull  # the default, whatever was saved here
+
+# A shell lets what it runs in the background ignore Ctrl-C, and processes of the tests inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 

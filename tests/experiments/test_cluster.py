@@ -110,7 +110,7 @@ def test_the_others_are_as_they_would_be(sweep: Sweep) -> None:
 
 
 def test_all_runs_stop_and_resume(sweep: Sweep, tmp_path: Path) -> None:
-    """On the remaining node one run executes, and one waits for resources."""
+    """On the remaining node one run executes at a time; the other waits, or starts when it stops."""
     events: list[tuple[str, str]] = []
     chosen = {"long": LONG, "short": SHORT}
     records = execute(
@@ -121,9 +121,9 @@ def test_all_runs_stop_and_resume(sweep: Sweep, tmp_path: Path) -> None:
         observe=lambda name, kind, step, record: events.append((name, kind)),
     )
     assert {record["outcome"] for record in records.values()} == {"stopped"}
-    [began] = {name for name, kind in events if kind == "start"}
-    assert records[began]["step"] > 0
-    assert "step" not in records["short" if began == "long" else "long"]
+    began = {name for name, kind in events if kind == "start"}
+    assert any(records[name].get("step", 0) > 0 for name in began)
+    assert all("step" not in records[name] for name in chosen.keys() - began)
 
 
 def test_nothing_is_run_twice(sweep: Sweep) -> None:
