@@ -302,7 +302,7 @@ def main(arguments: Sequence[str], stages: Sequence[Stage] = STAGES) -> int:
 
 
 if __name__ == "__main__":
-    # Ctrl-C works, in the stages too, where a shell runs this in the background; SIGTERM is the same.
+    # In the background of a shell, Ctrl-C would be ignored, in the stages too. SIGTERM is the same.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -14,13 +14,13 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["EIGENFILTER_TRITON_BLOCKS"] = os.devnull  # the default, whatever was saved here
 
-# A shell lets what it runs in the background ignore Ctrl-C, and processes of the tests inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import torch
 
 import backends
 from cases import DTYPES
+
+# What a shell runs in the background ignores Ctrl-C, and so would the processes of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
 

@@ -110,7 +110,7 @@ def test_the_others_are_as_they_would_be(sweep: Sweep) -> None:
 
 
 def test_all_runs_stop_and_resume(sweep: Sweep, tmp_path: Path) -> None:
-    """On the remaining node one run executes at a time; the other waits, or starts when it stops."""
+    """On the remaining node one run executes, and one waits for it to end."""
     events: list[tuple[str, str]] = []
     chosen = {"long": LONG, "short": SHORT}
     records = execute(
