@@ -188,7 +188,7 @@ def certify(
             has n max_matvecs elements.
         seed: seed of the random start; None lets the operating system draw one. It is hashed, so
             that the seed that the model was created with does no harm.
-        basis_device: where the basis lies; "cpu" if the model's device has no room for it.
+        basis_device: where the basis lies; "cpu" if the memory of the model's device is short.
         options: further arguments of `HessianOperator`, except params.
 
     Returns:

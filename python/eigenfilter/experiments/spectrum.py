@@ -70,6 +70,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"{text} (default: %(default)s)",
         )
+    _add_measurement(parser)
+    add_device(parser)
+    add_out(parser, "out/spectrum", "spectrum.json and spectrum.png")
+
+
+def _add_measurement(parser: argparse.ArgumentParser) -> None:
+    """Add what is computed of which matrix, and how precisely."""
     parser.add_argument(
         "--matrix",
         choices=tuple(MATRICES),
@@ -109,8 +116,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="relative tolerance of the eigenvalues (default: %(default)s)",
     )
-    add_device(parser)
-    add_out(parser, "out/spectrum", "spectrum.json and spectrum.png")
 
 
 def run(args: argparse.Namespace) -> int:

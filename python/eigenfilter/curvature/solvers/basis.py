@@ -18,7 +18,7 @@ Floats: TypeAlias = NDArray[np.float64]
 
 
 class Basis:
-    """Rows [room, l] of orthonormal vectors q_i, in the operator's own dtype.
+    """Rows [capacity, l] of orthonormal vectors q_i, in the operator's own dtype.
 
     Everything that depends on how vectors are stored is here; `RoundedBasis` stores them narrower.
 

@@ -20,7 +20,7 @@ _RANDOM_SHARE = 0.1  # length of the random vector that is added to a start of t
 
 # How the rows of the basis are divided. All vectors are rows, so that each is contiguous.
 #
-#     0             num_locked                            size               end          room
+#     0             num_locked                            size               end      capacity
 #     |   locked    |                 Q                   |        P         |   unused    |
 #     |             |                                     |                  |             |
 #     | converged   | multiplied by H:                    | waiting to be    | len(basis)  |
@@ -168,15 +168,17 @@ class KrylovSchur:
         self._op = op
         self._max_basis = min(max_basis, n)
         self.block_size = block_size
-        room = min(max_basis + block_size, n)
+        capacity = min(max_basis + block_size, n)
         device = op.device if device is None else device
         dtype = op.dtype if dtype is None else dtype
         pinned = device.type == "cpu" and op.device.type == "cuda"
-        rows = torch.empty(room, self.ops.length, dtype=dtype, device=device, pin_memory=pinned)
+        rows = torch.empty(capacity, self.ops.length, dtype=dtype, device=device, pin_memory=pinned)
         kind = Basis if dtype == op.dtype else RoundedBasis
         self.basis = kind(self.ops, rows, op.dtype)  # (locked, Q, P)^T
         # Row j is c_j.
-        self._coefficients = torch.zeros(self._max_basis, room, dtype=torch.float64, device=device)
+        self._coefficients = torch.zeros(
+            self._max_basis, capacity, dtype=torch.float64, device=device
+        )
         self._extents = np.zeros(self._max_basis, dtype=np.intp)  # see `Basis.projection`
         self._locked_residuals = np.zeros(self._max_basis)  # ||E e_j||
         self._rounding_errors = self._coefficients.new_zeros(self._max_basis)  # ||F e_j||
