@@ -28,13 +28,13 @@ NATIVE = (
     "update",
     *("squares", "finish_norm", "nonfinite"),
     *("dots", "add_tiles", "subtract", "finish_norms"),
-    *("row_dots", "three_term", "gram", "mix_rows", "add_sums"),
+    *("row_dots", "lanczos_step", "gram", "mix_rows", "add_sums"),
 )
 TRITON = (
-    *("ascend", "ascend_again", "ascend_hvp", "descend", "descend_adamw"),
+    *("perturb", "perturb_again", "perturb_hvp", "sgd_step", "adamw_step"),
     *("sum_squares", "norm", "flag_nonfinite"),
     *("dots", "add_tiles", "subtract", "norms"),
-    *("row_dots", "three_term", "gram", "mix_rows", "add_sums"),
+    *("row_dots", "lanczos_step", "gram", "mix_rows", "add_sums"),
 )
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -144,7 +144,7 @@ def bench() -> list[Command]:
 
     memory = [*EIGENFILTER, "bench", "memory", "--device", "cuda", "--out", str(RESULTS)]
     return [
-        timed(*(f"*-{dtype}" for dtype in DTYPES), "three-term-*", "orthonormalise-*"),
+        timed(*(f"*-{dtype}" for dtype in DTYPES), "lanczos-step-*", "cholesky-qr-*"),
         timed("*-small", "sgd-small-warm", "*-large"),
         Command(memory),
     ]

@@ -201,9 +201,9 @@ def _calls(n: int, backends: Sequence[str]) -> dict[str, dict[str, Call]]:
     adamw = {**ADAMW, "step": 7}
     norm = {BASELINE: lambda: torch.nn.utils.get_total_norm(g, foreach=True)}
     return {
-        "ascend": kernel(kernels.ascend, x, g, b, alpha=0.1),
-        "descend": kernel(kernels.descend, x, g, m, b, **SGD),
-        "descend_adamw": kernel(kernels.descend_adamw, x, g, m, v, b, **adamw),
+        "perturb": kernel(kernels.perturb, x, g, b, alpha=0.1),
+        "sgd_step": kernel(kernels.sgd_step, x, g, m, b, **SGD),
+        "adamw_step": kernel(kernels.adamw_step, x, g, m, v, b, **adamw),
         "norm": kernel(kernels.norm, g) | norm,
         "SGD.step": steps(eigenfilter.SGD, torch.optim.SGD, SGD),
         "AdamW.step": steps(eigenfilter.AdamW, torch.optim.AdamW, ADAMW),

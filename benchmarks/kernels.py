@@ -45,7 +45,7 @@ def problem(device: torch.device, dtype: torch.dtype) -> Problem:
     return Problem([(6_250_000 if device.type == "cpu" else 25_000_000,)] * 4, device, dtype)
 
 
-def ascend(setting: Setting, dtype: torch.dtype) -> Contest:
+def perturb(setting: Setting, dtype: torch.dtype) -> Contest:
     """Save and move: reads x, g, writes x, b."""
     p = problem(setting.device, dtype)
     grads = p.tensors(1)
@@ -54,11 +54,11 @@ def ascend(setting: Setting, dtype: torch.dtype) -> Contest:
         x, b = p.tensors(0), p.tensors(2)
         return _contender(name, lambda: run(x, grads, b, alpha=ALPHA), [*x, *b])
 
-    ours = functools.partial(kernels.ascend, backend=setting.backend)
-    return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.ascend), 4)
+    ours = functools.partial(kernels.perturb, backend=setting.backend)
+    return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.perturb), 4)
 
 
-def ascend_again(setting: Setting, dtype: torch.dtype) -> Contest:
+def perturb_again(setting: Setting, dtype: torch.dtype) -> Contest:
     """Move once more: reads x, g, writes x."""
     p = problem(setting.device, dtype)
     grads = p.tensors(1)
@@ -67,12 +67,12 @@ def ascend_again(setting: Setting, dtype: torch.dtype) -> Contest:
         x = p.tensors(0)
         return _contender(name, lambda: run(x, grads, alpha=ALPHA), x)
 
-    ours = functools.partial(kernels.ascend_again, backend=setting.backend)
-    theirs = contender("foreach", torch_sgd.ascend_again)
+    ours = functools.partial(kernels.perturb_again, backend=setting.backend)
+    theirs = contender("foreach", torch_sgd.perturb_again)
     return _contest(p, contender("eigenfilter", ours), theirs, 3)
 
 
-def ascend_hvp(setting: Setting, dtype: torch.dtype) -> Contest:
+def perturb_hvp(setting: Setting, dtype: torch.dtype) -> Contest:
     """Move along a finite difference: reads b, g, g0, writes x."""
     p = problem(setting.device, dtype)
     read = [p.tensors(i) for i in (1, 2, 3)]
@@ -81,12 +81,12 @@ def ascend_hvp(setting: Setting, dtype: torch.dtype) -> Contest:
         x = p.tensors(0)
         return _contender(name, lambda: run(x, *read, alpha=ALPHA, eps=EPS), x)
 
-    ours = functools.partial(kernels.ascend_hvp, backend=setting.backend)
-    theirs = contender("foreach", torch_sgd.ascend_hvp)
+    ours = functools.partial(kernels.perturb_hvp, backend=setting.backend)
+    theirs = contender("foreach", torch_sgd.perturb_hvp)
     return _contest(p, contender("eigenfilter", ours), theirs, 4)
 
 
-def descend(setting: Setting, dtype: torch.dtype) -> Contest:
+def sgd_step(setting: Setting, dtype: torch.dtype) -> Contest:
     """Restore and step with momentum: reads b, g, m, writes x, m."""
     p = problem(setting.device, dtype)
     grads, backups = p.tensors(1), p.tensors(2)
@@ -96,11 +96,11 @@ def descend(setting: Setting, dtype: torch.dtype) -> Contest:
         step = functools.partial(run, x, grads, m, backups, lr=LR, momentum=MOMENTUM)
         return _contender(name, step, [*x, *m])
 
-    ours = functools.partial(kernels.descend, backend=setting.backend)
-    return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.descend), 5)
+    ours = functools.partial(kernels.sgd_step, backend=setting.backend)
+    return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.sgd_step), 5)
 
 
-def descend_adamw(setting: Setting, dtype: torch.dtype) -> Contest:
+def adamw_step(setting: Setting, dtype: torch.dtype) -> Contest:
     """AdamW's step: reads x, g, m, v, writes x, m, v."""
     p = problem(setting.device, dtype)
     grads = p.tensors(1)
@@ -109,8 +109,8 @@ def descend_adamw(setting: Setting, dtype: torch.dtype) -> Contest:
         x, m, v = p.tensors(0), p.tensors(2), [1 + t.square() for t in p.tensors(3)]
         return _contender(name, lambda: run(x, grads, m, v, step=10, **ADAMW), [*x, *m, *v])
 
-    ours = functools.partial(kernels.descend_adamw, backend=setting.backend)
-    theirs = contender("fused", torch_adamw.descend_adamw)
+    ours = functools.partial(kernels.adamw_step, backend=setting.backend)
+    theirs = contender("fused", torch_adamw.adamw_step)
     return _contest(p, contender("eigenfilter", ours), theirs, 7)
 
 
@@ -163,7 +163,7 @@ ROWS, COLUMNS = 60, 1_900_000
 
 
 def accesses_to_a_basis(device: torch.device, passes: int) -> int:
-    """How often `project_out` reads its basis.
+    """How often `orthogonalize` reads its basis.
 
     A pass takes inner products and then subtracts. On a CPU what is subtracted and the next pass's
     inner products are of the same stretch of the basis, which the cache still has; a GPU's two
@@ -172,7 +172,7 @@ def accesses_to_a_basis(device: torch.device, passes: int) -> int:
     return passes + 1 if device.type == "cpu" else 2 * passes
 
 
-def project_out(setting: Setting, dtype: torch.dtype) -> Contest:
+def orthogonalize(setting: Setting, dtype: torch.dtype) -> Contest:
     """Two passes of Gram-Schmidt against 60 vectors: torch has them in float32, we in `dtype`."""
     shape, device = (ROWS, COLUMNS), setting.device
     random = torch.Generator(device).manual_seed(0)
@@ -194,7 +194,7 @@ def project_out(setting: Setting, dtype: torch.dtype) -> Contest:
         torch.linalg.vector_norm(w)
 
     ours = contender(
-        "eigenfilter", lambda w: kernels.project_out(w, basis, backend=setting.backend)
+        "eigenfilter", lambda w: kernels.orthogonalize(w, basis, backend=setting.backend)
     )
     moved = accesses_to_a_basis(device, passes=2) * ROWS * COLUMNS * dtype.itemsize
     yardstick = copy(ROWS * COLUMNS, dtype, device, moved)
@@ -222,11 +222,11 @@ def _contest(
 KERNELS = {
     build.__name__: build
     for build in (
-        ascend,
-        ascend_again,
-        ascend_hvp,
-        descend,
-        descend_adamw,
+        perturb,
+        perturb_again,
+        perturb_hvp,
+        sgd_step,
+        adamw_step,
         norm,
         flag_nonfinite,
     )
@@ -243,9 +243,9 @@ BENCHMARKS = tuple(
     for dtype in TOLERANCES
 ) + tuple(
     Benchmark(
-        f"project-out-{str(dtype).removeprefix('torch.')}",
-        f"kernel `project_out`, two passes against {ROWS} vectors in {dtype}, 1.9 million elements",
-        functools.partial(project_out, dtype=dtype),
+        f"orthogonalize-{str(dtype).removeprefix('torch.')}",
+        f"kernel `orthogonalize`, two passes against {ROWS} vectors, 1.9 million elements, {dtype}",
+        functools.partial(orthogonalize, dtype=dtype),
         {"cpu": (Goal("torch", 3.0),), "cuda": (Goal("torch", 3.0),)},
     )
     for dtype in (torch.float32, torch.float16)

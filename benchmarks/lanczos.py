@@ -35,7 +35,7 @@ def unit_vectors(setting: Setting, rows: int, seed: int) -> Tensor:
     return unit
 
 
-def three_term(setting: Setting, rows: int) -> Contest:
+def lanczos_step(setting: Setting, rows: int) -> Contest:
     """A step of Lanczos' recurrence from given products: alpha, the next vector, its length.
 
     We read 2 vectors, then 3, and write one, which is normalised but for a factor that the next
@@ -63,7 +63,7 @@ def three_term(setting: Setting, rows: int) -> Contest:
         alpha, squares = kernels.row_dots(q, product, backend=setting.backend)
         size = (squares - alpha**2 - beta**2).sqrt()
         factors = torch.stack([torch.ones_like(size), -alpha, -beta]) / size
-        squares, _ = kernels.three_term(u, q, product, factors, backend=setting.backend)
+        squares, _ = kernels.lanczos_step(u, q, product, factors, backend=setting.backend)
         return [alpha, size * squares.sqrt()]
 
     def theirs(w: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -85,7 +85,7 @@ def three_term(setting: Setting, rows: int) -> Contest:
     )
 
 
-def orthonormalise(setting: Setting, rows: int) -> Contest:
+def cholesky_qr(setting: Setting, rows: int) -> Contest:
     """A block of vectors: two passes that read twice and write once; torch's QR, and its own
     Cholesky-QR in float32, twice, which fails where the block's condition is beyond a thousand."""
     start = unit_vectors(setting, rows, 0)
@@ -104,7 +104,7 @@ def orthonormalise(setting: Setting, rows: int) -> Contest:
             lower = torch.linalg.cholesky(v @ v.T)
             v.copy_(torch.linalg.solve_triangular(lower, v, upper=False))
 
-    ours = functools.partial(kernels.orthonormalise, backend=setting.backend)
+    ours = functools.partial(kernels.cholesky_qr, backend=setting.backend)
     peers = (contender("torch-qr", householder), contender("torch-cholesky", cholesky))
     moved = 6 * start.nbytes
     yardstick = copy(start.numel(), start.dtype, setting.device, moved)
@@ -118,6 +118,6 @@ BENCHMARKS = tuple(
         functools.partial(build, rows=rows),
         {"cpu": (Goal(against, 3.0),), "cuda": (Goal(against, 3.0),)},
     )
-    for build, against in ((three_term, "torch"), (orthonormalise, "torch-qr"))
+    for build, against in ((lanczos_step, "torch"), (cholesky_qr, "torch-qr"))
     for rows in (4, 8)
 )

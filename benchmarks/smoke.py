@@ -103,7 +103,7 @@ def _call(kernel: Callable[..., Any], *options: Mapping[str, Any], last: Any = (
     return lambda lists, backend: kernel(*lists, *last, **merged, backend=backend)
 
 
-def _descend(kernel: Callable[..., Any], roles: Sequence[int | None], *options: Any) -> Any:
+def _sgd_step(kernel: Callable[..., Any], roles: Sequence[int | None], *options: Any) -> Any:
     """A descent that is given some of its optional lists: the number of each, or None."""
     merged = {name: value for each in options for name, value in each.items()}
     return lambda lists, backend: kernel(
@@ -128,17 +128,17 @@ def _flags(lists: Lists, backend: str) -> Tensor:
     return flags
 
 
-def _project_out(lists: Lists, backend: str) -> tuple[Tensor, ...]:
+def _orthogonalize(lists: Lists, backend: str) -> tuple[Tensor, ...]:
     """Against rows of lengths near 1: a power of 2 scales them alike on every device."""
     [[basis], [wide]] = lists
     w, scale = wide[0].clone(), 2.0 ** -round(math.log2(basis.shape[1]) / 2)
-    return (w, *kernels.project_out(w, basis * scale, backend=backend))
+    return (w, *kernels.orthogonalize(w, basis * scale, backend=backend))
 
 
-def _three_term(lists: Lists, backend: str) -> Tensor:
+def _lanczos_step(lists: Lists, backend: str) -> Tensor:
     [[u], [q], [w]] = lists
     factors = torch.tensor([0.7, -0.4, 1.3], dtype=torch.float64, device=u.device)
-    return kernels.three_term(u, q, w, factors.repeat(ROWS, 1).T.contiguous(), backend=backend)
+    return kernels.lanczos_step(u, q, w, factors.repeat(ROWS, 1).T.contiguous(), backend=backend)
 
 
 def _mix_rows(lists: Lists, backend: str) -> None:
@@ -152,34 +152,34 @@ def _on_rows(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 TASKS = (
-    Task("ascend", 3, _call(kernels.ascend, last=(0.137,))),
-    Task("ascend, adaptive", 3, _call(kernels.ascend, {"adaptive": True}, last=(0.137,))),
-    Task("ascend, wide gradients", 3, _call(kernels.ascend, last=(0.137,)), wide=1),
-    Task("ascend_again", 2, _call(kernels.ascend_again, last=(0.137,))),
+    Task("perturb", 3, _call(kernels.perturb, last=(0.137,))),
+    Task("perturb, adaptive", 3, _call(kernels.perturb, {"adaptive": True}, last=(0.137,))),
+    Task("perturb, wide gradients", 3, _call(kernels.perturb, last=(0.137,)), wide=1),
+    Task("perturb_again", 2, _call(kernels.perturb_again, last=(0.137,))),
     Task(
-        "ascend_again, backups",
+        "perturb_again, backups",
         3,
-        lambda lists, backend: kernels.ascend_again(
+        lambda lists, backend: kernels.perturb_again(
             lists[0], lists[1], 0.137, lists[2], backend=backend
         ),
     ),
-    Task("ascend_hvp", 4, _call(kernels.ascend_hvp, last=(0.137, 0.019))),
-    Task("descend", 2, _descend(kernels.descend, (0, 1, None, None), SGD)),
-    Task("descend, momentum", 3, _descend(kernels.descend, (0, 1, 2, None), MOMENTUM)),
-    Task("descend, backups", 3, _descend(kernels.descend, (0, 1, None, 2), SGD)),
-    Task("descend, Nesterov, backups", 4, _call(kernels.descend, NESTEROV)),
-    Task("descend, stochastic", 4, _call(kernels.descend, MOMENTUM, SEED)),
-    Task("descend, wide gradients", 4, _call(kernels.descend, MOMENTUM), wide=1),
-    Task("descend_adamw", 4, _descend(kernels.descend_adamw, (0, 1, 2, 3, None), ADAMW)),
-    Task("descend_adamw, backups", 5, _call(kernels.descend_adamw, ADAMW)),
-    Task("descend_adamw, stochastic", 5, _call(kernels.descend_adamw, ADAMW, SEED)),
-    Task("descend_adamw, wide gradients", 5, _call(kernels.descend_adamw, ADAMW), wide=1),
+    Task("perturb_hvp", 4, _call(kernels.perturb_hvp, last=(0.137, 0.019))),
+    Task("sgd_step", 2, _sgd_step(kernels.sgd_step, (0, 1, None, None), SGD)),
+    Task("sgd_step, momentum", 3, _sgd_step(kernels.sgd_step, (0, 1, 2, None), MOMENTUM)),
+    Task("sgd_step, backups", 3, _sgd_step(kernels.sgd_step, (0, 1, None, 2), SGD)),
+    Task("sgd_step, Nesterov, backups", 4, _call(kernels.sgd_step, NESTEROV)),
+    Task("sgd_step, stochastic", 4, _call(kernels.sgd_step, MOMENTUM, SEED)),
+    Task("sgd_step, wide gradients", 4, _call(kernels.sgd_step, MOMENTUM), wide=1),
+    Task("adamw_step", 4, _sgd_step(kernels.adamw_step, (0, 1, 2, 3, None), ADAMW)),
+    Task("adamw_step, backups", 5, _call(kernels.adamw_step, ADAMW)),
+    Task("adamw_step, stochastic", 5, _call(kernels.adamw_step, ADAMW, SEED)),
+    Task("adamw_step, wide gradients", 5, _call(kernels.adamw_step, ADAMW), wide=1),
     Task("norm", 1, _norm),
     Task("norm, weighted", 2, _weighted_norm),
     Task("flag_nonfinite", 1, _flags),
-    Task("project_out", 2, _project_out, as_rows=True, wide=1),
+    Task("orthogonalize", 2, _orthogonalize, as_rows=True, wide=1),
     Task("row_dots", 2, _on_rows(kernels.row_dots), dtypes=VECTORS, as_rows=True),
-    Task("three_term", 3, _three_term, dtypes=VECTORS, as_rows=True),
+    Task("lanczos_step", 3, _lanczos_step, dtypes=VECTORS, as_rows=True),
     Task("gram", 1, _on_rows(kernels.gram), dtypes=VECTORS, as_rows=True),
     Task("mix_rows", 1, _mix_rows, dtypes=VECTORS, as_rows=True),
 )

@@ -28,7 +28,7 @@ from eigenfilter.kernels import (
     triton_device,
     triton_kernels,
     triton_lanczos,
-    triton_project,
+    triton_orthogonalize,
 )
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -144,7 +144,7 @@ def _forget(kernels: Sequence[JITFunction[Any]]) -> None:
 
 
 def _kernels() -> list[JITFunction[Any]]:
-    modules = (triton_device, triton_lanczos, triton_project)
+    modules = (triton_device, triton_lanczos, triton_orthogonalize)
     return [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
 
 
@@ -164,7 +164,7 @@ def installed(launched: Callable[[Launch], None] | None = None) -> Iterator[Stub
             f"triton {triton.__version__} was not tried with the stub driver: see whether its "
             "tests pass, and add it to VERSIONS in benchmarks/triton_stub.py"
         )
-    if not isinstance(triton_device.ascend_kernel, JITFunction):
+    if not isinstance(triton_device.perturb_kernel, JITFunction):
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET")
     kernels, before = _kernels(), driver._active
     stub = StubDriver(launched)

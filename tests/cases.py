@@ -72,7 +72,7 @@ class KernelBackend:
 
 @dataclass(frozen=True)
 class Descent:
-    """The lists and options of a call of `descend`."""
+    """The lists and options of a call of `sgd_step`."""
 
     momentum: str  # "none", "heavy" or "nesterov"
     backups: bool
@@ -80,7 +80,7 @@ class Descent:
     maximize: bool
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `kernels.descend`."""
+        """Keyword arguments of `kernels.sgd_step`."""
         with_momentum = self.momentum != "none"
         return {
             "lr": LR,
@@ -106,7 +106,7 @@ DESCENTS = [
 
 @dataclass(frozen=True)
 class AdamWDescent:
-    """The lists and options of a call of `descend_adamw`."""
+    """The lists and options of a call of `adamw_step`."""
 
     backups: bool
     decay: bool
@@ -114,7 +114,7 @@ class AdamWDescent:
     step: int
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `kernels.descend_adamw`."""
+        """Keyword arguments of `kernels.adamw_step`."""
         return {
             "lr": LR,
             "beta1": BETA1,
@@ -281,54 +281,54 @@ _ADAMW = ("params", "grads", "exp_avgs", "exp_avg_sqs", "backups")
 
 # Every kernel that updates, with and without what is optional.
 UPDATES = [
-    Update("ascend", _ASCENT, ("params", "backups"), {"alpha": ALPHA}),
+    Update("perturb", _ASCENT, ("params", "backups"), {"alpha": ALPHA}),
     Update(
-        "ascend", _ASCENT, ("params", "backups"), {"alpha": ALPHA, "adaptive": True}, "adaptive"
+        "perturb", _ASCENT, ("params", "backups"), {"alpha": ALPHA, "adaptive": True}, "adaptive"
     ),
-    Update("ascend_again", _ASCENT[:2], ("params",), {"alpha": ALPHA}),
-    Update("ascend_again", _ASCENT, ("params",), {"alpha": ALPHA}, "backups"),
+    Update("perturb_again", _ASCENT[:2], ("params",), {"alpha": ALPHA}),
+    Update("perturb_again", _ASCENT, ("params",), {"alpha": ALPHA}, "backups"),
     Update(
-        "ascend_hvp",
+        "perturb_hvp",
         ("params", "grads", "base_grads", "backups"),
         ("params",),
         {"alpha": ALPHA, "eps": DISPLACEMENT},
     ),
     Update(
-        "descend",
+        "sgd_step",
         ("params", "grads", "backups"),
         ("params",),
         {"lr": LR, "weight_decay": WEIGHT_DECAY},  # momentum and nesterov need momenta
         "backups",
     ),
     Update(
-        "descend",
+        "sgd_step",
         _DESCENT,
         ("params", "momenta"),
         Descent("nesterov", True, True, True).options() | {"dampening": DAMPENING},
         "nesterov-backups",
     ),
     Update(
-        "descend",
+        "sgd_step",
         _DESCENT,
         ("params", "momenta"),
         Descent("heavy", True, True, False).options() | {"rounding_seed": SEED},
         "stochastic",
     ),
     Update(
-        "descend_adamw",
+        "adamw_step",
         _ADAMW,
         ("params", "exp_avgs", "exp_avg_sqs"),
         AdamWDescent(True, True, False, 9).options() | {"rounding_seed": SEED},
         "stochastic",
     ),
     Update(
-        "descend_adamw",
+        "adamw_step",
         _ADAMW[:4],
         ("params", "exp_avgs", "exp_avg_sqs"),
         AdamWDescent(False, True, False, 1).options(),
     ),
     Update(
-        "descend_adamw",
+        "adamw_step",
         _ADAMW,
         ("params", "exp_avgs", "exp_avg_sqs"),
         AdamWDescent(True, True, True, 9).options(),

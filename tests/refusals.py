@@ -130,7 +130,7 @@ SCALARS: dict[str, object] = {
     "infinite tensor": torch.tensor(float("inf"), dtype=torch.float64),
 }
 # Computed from gradients: as a tensor they may be no number.
-COMPUTED = {"ascend": {"alpha"}, "ascend_again": {"alpha"}, "ascend_hvp": {"alpha", "eps"}}
+COMPUTED = {"perturb": {"alpha"}, "perturb_again": {"alpha"}, "perturb_hvp": {"alpha", "eps"}}
 # Outside of the range that a hyperparameter is documented with.
 OUTSIDE: dict[str, tuple[float, ...]] = {
     "beta1": (-0.1, 1.0),
@@ -169,8 +169,8 @@ def _update(update: Any) -> Kernel:
         flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
         return {**lists, **update.options, **flags}
 
-    optional = {"ascend_again": {"backups"}, "descend": {"backups", "momenta"}}
-    optional["descend_adamw"] = {"backups"}
+    optional = {"perturb_again": {"backups"}, "sgd_step": {"backups", "momenta"}}
+    optional["adamw_step"] = {"backups"}
     absent = frozenset(optional.get(update.kernel, set()) | {"rounding_seed"} | _FLAGS)
     return Kernel(update.kernel, make, frozenset(update.writes), absent)
 
@@ -200,12 +200,12 @@ KERNELS = {
         lambda: {"tensors": [torch.rand(SHAPE)] * COUNT, "found_inf": torch.zeros(1)},
         frozenset({"found_inf"}),
     ),
-    "project_out": Kernel(
-        "project_out", lambda: _vectors("w", "basis") | {"passes": 2}, frozenset({"w"})
+    "orthogonalize": Kernel(
+        "orthogonalize", lambda: _vectors("w", "basis") | {"passes": 2}, frozenset({"w"})
     ),
     "row_dots": Kernel("row_dots", lambda: _vectors("q", "w"), frozenset()),
-    "three_term": Kernel(
-        "three_term",
+    "lanczos_step": Kernel(
+        "lanczos_step",
         lambda: _vectors("u", "q", "w") | {"factors": torch.rand(3, 3).double()},
         frozenset({"u"}),
     ),
@@ -215,8 +215,8 @@ KERNELS = {
         lambda: _vectors("vectors") | {"factors": torch.rand(3, 3).double()},
         frozenset({"vectors"}),
     ),
-    "orthonormalise": Kernel(
-        "orthonormalise",
+    "cholesky_qr": Kernel(
+        "cholesky_qr",
         lambda: {"vectors": torch.rand(3, 40).double() * 100, "total": lambda t: t},
         frozenset({"vectors"}),
         frozenset({"total"}),

@@ -41,14 +41,14 @@ def fashion(samples: int, folder: Path) -> Batch:
 def _idx(raw: Path, samples: int) -> Batch:
     images = _bytes(raw / "train-images-idx3-ubyte", 16, 784 * samples).reshape(samples, 784)
     labels = _bytes(raw / "train-labels-idx1-ubyte", 8, samples)
-    return _standardised(images), torch.from_numpy(labels.astype(np.int64))
+    return _standardized(images), torch.from_numpy(labels.astype(np.int64))
 
 
 def cifar10(samples: int, folder: Path) -> Batch:
     """CIFAR-10's first training images [n, 3, 32, 32]."""
     file = folder / "cifar-10-batches-bin" / "data_batch_1.bin"
     records = _bytes(file, 0, (CIFAR + 1) * samples).reshape(samples, CIFAR + 1)
-    images = _standardised(records[:, 1:]).view(samples, 3, 32, 32)
+    images = _standardized(records[:, 1:]).view(samples, 3, 32, 32)
     return images, torch.from_numpy(records[:, 0].astype(np.int64))
 
 
@@ -67,6 +67,6 @@ def _bytes(file: Path, start: int, count: int) -> np.ndarray:
     return np.fromfile(file, np.uint8, count, offset=start)
 
 
-def _standardised(images: np.ndarray) -> Tensor:
+def _standardized(images: np.ndarray) -> Tensor:
     x = torch.from_numpy(images.astype(np.float32))
     return (x - x.mean()) / x.std()

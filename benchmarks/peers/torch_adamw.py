@@ -27,7 +27,7 @@ def foreach(params: Sequence[Parameter], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, **settings(lr), foreach=True)
 
 
-def descend_adamw(
+def adamw_step(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],

@@ -27,7 +27,7 @@ def foreach(params: Sequence[Parameter], lr: float) -> torch.optim.SGD:
     return torch.optim.SGD(params, **settings(lr), foreach=True)
 
 
-def ascend(
+def perturb(
     params: list[Tensor], grads: list[Tensor], backups: list[Tensor], *, alpha: float
 ) -> None:
     """b <- x; x <- x + alpha g."""
@@ -35,12 +35,12 @@ def ascend(
     torch._foreach_add_(params, grads, alpha=alpha)
 
 
-def ascend_again(params: list[Tensor], grads: list[Tensor], *, alpha: float) -> None:
+def perturb_again(params: list[Tensor], grads: list[Tensor], *, alpha: float) -> None:
     """x <- x + alpha g."""
     torch._foreach_add_(params, grads, alpha=alpha)
 
 
-def ascend_hvp(
+def perturb_hvp(
     params: list[Tensor],
     grads: list[Tensor],
     base_grads: list[Tensor],
@@ -56,7 +56,7 @@ def ascend_hvp(
     torch._foreach_add_(params, backups)
 
 
-def descend(
+def sgd_step(
     params: list[Tensor],
     grads: list[Tensor],
     momenta: list[Tensor],

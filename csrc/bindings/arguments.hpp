@@ -40,14 +40,14 @@ namespace detail {
 template <class Result, class... Handles, std::size_t... I>
 void define(py::module_& module, const char* name, Result (*function)(Handles...),
             std::index_sequence<I...>) {
-    module.def(name, [name, function](const py::args& given, const py::kwargs& named) -> Result {
+    module.def(name, [name, function](const py::args& args, const py::kwargs& named) -> Result {
         constexpr std::size_t count = sizeof...(I);
-        if (given.size() != count || !named.empty())
+        if (args.size() != count || !named.empty())
             fail(PyExc_TypeError, std::string(name) + " takes " + std::to_string(count) +
                                       " arguments, all by position, and was given " +
-                                      std::to_string(given.size()) + " by position and " +
+                                      std::to_string(args.size()) + " by position and " +
                                       std::to_string(named.size()) + " by name");
-        return function(py::handle(PyTuple_GET_ITEM(given.ptr(), I))...);
+        return function(py::handle(PyTuple_GET_ITEM(args.ptr(), I))...);
     });
 }
 }  // namespace detail

@@ -9,9 +9,9 @@ namespace eigenfilter {
 namespace {
 
 py::list isas() {
-    const cpu::Loops* found[3];
+    const cpu::Loops* tables[3];
     py::list names;
-    for (int i = 0, count = cpu::available(found); i < count; ++i) names.append(found[i]->isa);
+    for (int i = 0, count = cpu::available(tables); i < count; ++i) names.append(tables[i]->isa);
     return names;
 }
 

@@ -16,10 +16,10 @@ Tensors tensors(const Operands& o, void* const* g = nullptr, void* const* b = nu
 }
 
 // The loss scale; where the flag stops the update it may be anything.
-Scalar scale_of(Operands& o, py::handle grad_scale, const float* found = nullptr) {
+Scalar scale_of(Operands& o, py::handle grad_scale, const float* flag = nullptr) {
     static const Range any{[](double) { return true; }, ""};
     if (grad_scale.is_none()) return Scalar{1.0};
-    const bool stopped = found != nullptr && o.on_cpu() && *found != 0;
+    const bool stopped = flag != nullptr && o.on_cpu() && *flag != 0;
     return o.scalar("grad_scale", grad_scale, stopped ? any : kPositive);
 }
 
@@ -77,45 +77,45 @@ bool run(const Operands& o, int threads, OnCPU on_cpu, OnCUDA on_cuda) {
     return true;
 }
 
-py::object ascend(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-                  py::handle adaptive_given, py::handle grad_scale, py::handle found_inf,
-                  py::handle num_threads) {
+py::object perturb(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
+                   py::handle adaptive_given, py::handle grad_scale, py::handle found_inf,
+                   py::handle num_threads) {
     const bool adaptive = truth("adaptive", adaptive_given);
     const int threads = threads_of(num_threads);
     Operands o{
         {"params", params, true}, {"grads", grads, false, false, true}, {"backups", backups, true}};
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
-    const float* found = o.flag("found_inf", found_inf);
-    const AscendScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
-                                  scale_of(o, grad_scale, found), adaptive};
+    const float* flag = o.flag("found_inf", found_inf);
+    const PerturbScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
+                                   scale_of(o, grad_scale, flag), adaptive};
     const bool ran = run(
         o, threads,
-        [&] { cpu::ascend(t, {s.alpha.value, s.grad_scale.value, adaptive}, found, threads); },
-        [&](int device, void* stream) { cuda::ascend(t, s, found, device, stream); });
+        [&] { cpu::perturb(t, {s.alpha.value, s.grad_scale.value, adaptive}, flag, threads); },
+        [&](int device, void* stream) { cuda::perturb(t, s, flag, device, stream); });
     if (TensorList* const list = tensor_list(backups); ran && list != nullptr) list->filled = true;
     return outcome(ran, o);
 }
 
-py::object ascend_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-                        py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
+py::object perturb_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
+                         py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
                {"grads", grads, false, false, true},
                {"backups", backups, false, true}};
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
-    const float* found = o.flag("found_inf", found_inf);
-    const AscendScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
-                                  scale_of(o, grad_scale, found), false};
+    const float* flag = o.flag("found_inf", found_inf);
+    const PerturbScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
+                                   scale_of(o, grad_scale, flag), false};
     const bool ran = run(
         o, threads,
-        [&] { cpu::ascend_again(t, {s.alpha.value, s.grad_scale.value, false}, found, threads); },
-        [&](int device, void* stream) { cuda::ascend_again(t, s, found, device, stream); });
+        [&] { cpu::perturb_again(t, {s.alpha.value, s.grad_scale.value, false}, flag, threads); },
+        [&](int device, void* stream) { cuda::perturb_again(t, s, flag, device, stream); });
     return outcome(ran, o);
 }
 
-py::object ascend_hvp(py::handle params, py::handle grads, py::handle base_grads,
-                      py::handle backups, py::handle alpha, py::handle eps, py::handle grad_scale,
-                      py::handle found_inf, py::handle num_threads) {
+py::object perturb_hvp(py::handle params, py::handle grads, py::handle base_grads,
+                       py::handle backups, py::handle alpha, py::handle eps, py::handle grad_scale,
+                       py::handle found_inf, py::handle num_threads) {
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
                {"grads", grads, false, false, true},
@@ -123,23 +123,23 @@ py::object ascend_hvp(py::handle params, py::handle grads, py::handle base_grads
                {"backups", backups, false}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
     t.g0 = o.pointers(2);
-    const float* found = o.flag("found_inf", found_inf);
+    const float* flag = o.flag("found_inf", found_inf);
     const HvpScalars<Scalar> s{o.scalar("alpha", alpha, kComputed), o.scalar("eps", eps, kNotZero),
-                               scale_of(o, grad_scale, found)};
+                               scale_of(o, grad_scale, flag)};
     const bool ran = run(
         o, threads,
         [&] {
-            cpu::ascend_hvp(t, {s.alpha.value, s.eps.value, s.grad_scale.value}, found, threads);
+            cpu::perturb_hvp(t, {s.alpha.value, s.eps.value, s.grad_scale.value}, flag, threads);
         },
-        [&](int device, void* stream) { cuda::ascend_hvp(t, s, found, device, stream); });
+        [&](int device, void* stream) { cuda::perturb_hvp(t, s, flag, device, stream); });
     return outcome(ran, o);
 }
 
-py::object descend(py::handle params, py::handle grads, py::handle momenta, py::handle backups,
-                   py::handle lr, py::handle momentum, py::handle dampening,
-                   py::handle weight_decay, py::handle nesterov_given, py::handle maximize_given,
-                   py::handle rounding_seed, py::handle grad_scale, py::handle found_inf,
-                   py::handle num_threads) {
+py::object sgd_step(py::handle params, py::handle grads, py::handle momenta, py::handle backups,
+                    py::handle lr, py::handle momentum, py::handle dampening,
+                    py::handle weight_decay, py::handle nesterov_given, py::handle maximize_given,
+                    py::handle rounding_seed, py::handle grad_scale, py::handle found_inf,
+                    py::handle num_threads) {
     const bool nesterov = truth("nesterov", nesterov_given);
     const bool maximize = truth("maximize", maximize_given);
     const int threads = threads_of(num_threads);
@@ -149,35 +149,34 @@ py::object descend(py::handle params, py::handle grads, py::handle momenta, py::
                {"backups", backups, false, true}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
     t.m = o.pointers(2);
-    const float* found = o.flag("found_inf", found_inf);
-    const DescendScalars<Scalar> s{o.scalar("lr", lr, kFinite),
-                                   o.scalar("momentum", momentum, kFinite),
-                                   o.scalar("dampening", dampening, kFinite),
-                                   o.scalar("weight_decay", weight_decay, kFinite),
-                                   scale_of(o, grad_scale, found),
-                                   seed_of(o, rounding_seed),
-                                   nesterov,
-                                   maximize,
-                                   is_stochastic(o, rounding_seed)};
+    const float* flag = o.flag("found_inf", found_inf);
+    const SgdScalars<Scalar> s{o.scalar("lr", lr, kFinite),
+                               o.scalar("momentum", momentum, kFinite),
+                               o.scalar("dampening", dampening, kFinite),
+                               o.scalar("weight_decay", weight_decay, kFinite),
+                               scale_of(o, grad_scale, flag),
+                               seed_of(o, rounding_seed),
+                               nesterov,
+                               maximize,
+                               is_stochastic(o, rounding_seed)};
     const bool ran = run(
         o, threads,
         [&] {
-            cpu::descend(
+            cpu::sgd_step(
                 t,
                 {s.lr.value, s.momentum.value, s.dampening.value, s.weight_decay.value,
                  s.grad_scale.value, s.rounding_seed.value, nesterov, maximize, s.stochastic},
-                found, threads);
+                flag, threads);
         },
-        [&](int device, void* stream) { cuda::descend(t, s, found, device, stream); });
+        [&](int device, void* stream) { cuda::sgd_step(t, s, flag, device, stream); });
     return outcome(ran, o);
 }
 
-py::object descend_adamw(py::handle params, py::handle grads, py::handle exp_avgs,
-                         py::handle exp_avg_sqs, py::handle backups, py::handle lr,
-                         py::handle beta1, py::handle beta2, py::handle eps,
-                         py::handle weight_decay, py::handle step, py::handle maximize_given,
-                         py::handle rounding_seed, py::handle grad_scale, py::handle found_inf,
-                         py::handle num_threads) {
+py::object adamw_step(py::handle params, py::handle grads, py::handle exp_avgs,
+                      py::handle exp_avg_sqs, py::handle backups, py::handle lr, py::handle beta1,
+                      py::handle beta2, py::handle eps, py::handle weight_decay, py::handle step,
+                      py::handle maximize_given, py::handle rounding_seed, py::handle grad_scale,
+                      py::handle found_inf, py::handle num_threads) {
     const bool maximize = truth("maximize", maximize_given);
     const int threads = threads_of(num_threads);
     Operands o{{"params", params, true},
@@ -188,27 +187,27 @@ py::object descend_adamw(py::handle params, py::handle grads, py::handle exp_avg
     Tensors t = tensors(o, o.pointers(1), o.pointers(4));
     t.m = o.pointers(2);
     t.v = o.pointers(3);
-    const float* found = o.flag("found_inf", found_inf);
+    const float* flag = o.flag("found_inf", found_inf);
     const AdamWScalars<Scalar> s{o.scalar("lr", lr, kFinite),
                                  o.scalar("beta1", beta1, kFraction),
                                  o.scalar("beta2", beta2, kFraction),
                                  o.scalar("eps", eps, kNotNegative),
                                  o.scalar("weight_decay", weight_decay, kFinite),
                                  o.scalar("step", step, kCount),
-                                 scale_of(o, grad_scale, found),
+                                 scale_of(o, grad_scale, flag),
                                  seed_of(o, rounding_seed),
                                  maximize,
                                  is_stochastic(o, rounding_seed)};
     const bool ran = run(
         o, threads,
         [&] {
-            cpu::descend_adamw(
+            cpu::adamw_step(
                 t,
                 {s.lr.value, s.beta1.value, s.beta2.value, s.eps.value, s.weight_decay.value,
                  s.step.value, s.grad_scale.value, s.rounding_seed.value, maximize, s.stochastic},
-                found, threads);
+                flag, threads);
         },
-        [&](int device, void* stream) { cuda::descend_adamw(t, s, found, device, stream); });
+        [&](int device, void* stream) { cuda::adamw_step(t, s, flag, device, stream); });
     return outcome(ran, o);
 }
 
@@ -257,14 +256,14 @@ py::object flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_
     const int threads = threads_of(num_threads);
     Operands o = reduced(list);
     const Tensors t = reduction(o, false);
-    float* found = o.flag("found_inf", found_inf, true);
-    if (found == nullptr) throw py::type_error("found_inf must be a tensor");
+    float* flag = o.flag("found_inf", found_inf, true);
+    if (flag == nullptr) throw py::type_error("found_inf must be a tensor");
     const bool ran = run(
         o, threads,
         [&] {
-            if (cpu::has_nonfinite(t, threads)) *found = 1;
+            if (cpu::has_nonfinite(t, threads)) *flag = 1;
         },
-        [&](int device, void* stream) { cuda::flag_nonfinite(t, found, device, stream); });
+        [&](int device, void* stream) { cuda::flag_nonfinite(t, flag, device, stream); });
     return outcome(ran, o);
 }
 
@@ -279,9 +278,9 @@ void require_one(const Operands& o) {
 }
 
 // Vectors and a basis are lists of one, so that they are read and checked as all tensors are.
-void project_out(py::handle vectors, py::handle basis, py::handle count_given,
-                 py::handle rows_given, py::handle coefficients, py::handle norms,
-                 py::handle workspace, py::handle passes_given, py::handle num_threads) {
+void orthogonalize(py::handle vectors, py::handle basis, py::handle count_given,
+                   py::handle rows_given, py::handle coefficients, py::handle norms,
+                   py::handle workspace, py::handle passes_given, py::handle num_threads) {
     const int threads = threads_of(num_threads);
     const std::int64_t count = whole("count", count_given, 1, INT64_MAX);
     const std::int64_t rows = whole("rows", rows_given, 0, INT64_MAX);
@@ -309,10 +308,10 @@ void project_out(py::handle vectors, py::handle basis, py::handle count_given,
                        passes};
     q.require_unchanged();
     run(
-        w, threads, [&] { cpu::project_out(p, threads); },
+        w, threads, [&] { cpu::orthogonalize(p, threads); },
         [&](int device, void* stream) {
             const std::int64_t size = cuda::project_workspace(rows, columns, count);
-            cuda::project_out(p, doubles(w, "workspace", workspace, size, true), device, stream);
+            cuda::orthogonalize(p, doubles(w, "workspace", workspace, size, true), device, stream);
         });
 }
 
@@ -352,8 +351,9 @@ void row_dots(py::handle q, py::handle w, py::handle rows_given, py::handle sums
         });
 }
 
-void three_term(py::handle u, py::handle q, py::handle w, py::handle rows_given, py::handle factors,
-                py::handle sums, py::handle workspace, py::handle num_threads) {
+void lanczos_step(py::handle u, py::handle q, py::handle w, py::handle rows_given,
+                  py::handle factors, py::handle sums, py::handle workspace,
+                  py::handle num_threads) {
     const int threads = threads_of(num_threads);
     const std::int64_t rows = whole("rows", rows_given, 1, kMostVectors);
     Operands o{{"u", u, true}, {"q", q, false}, {"w", w, false}};
@@ -366,9 +366,9 @@ void three_term(py::handle u, py::handle q, py::handle w, py::handle rows_given,
                        doubles(o, "factors", factors, 3 * rows, false),
                        doubles(o, "sums", sums, 2 * rows, true)};
     run(
-        o, threads, [&] { cpu::three_term(r, threads); },
+        o, threads, [&] { cpu::lanczos_step(r, threads); },
         [&](int device, void* stream) {
-            cuda::three_term(r, workspace_of(o, workspace, 2 * rows, r.columns), device, stream);
+            cuda::lanczos_step(r, workspace_of(o, workspace, 2 * rows, r.columns), device, stream);
         });
 }
 
@@ -473,19 +473,19 @@ void register_kernels(py::module_& module) {
     module.attr("cuda_device_type") = kCudaDeviceType;
     define(module, "require_cuda", &require_cuda);
     define(module, "check", &check);
-    define(module, "ascend", &ascend);
-    define(module, "ascend_again", &ascend_again);
-    define(module, "ascend_hvp", &ascend_hvp);
-    define(module, "descend", &descend);
-    define(module, "descend_adamw", &descend_adamw);
+    define(module, "perturb", &perturb);
+    define(module, "perturb_again", &perturb_again);
+    define(module, "perturb_hvp", &perturb_hvp);
+    define(module, "sgd_step", &sgd_step);
+    define(module, "adamw_step", &adamw_step);
     define(module, "norm", &norm);
     define(module, "norm_workspace", &norm_workspace);
     define(module, "flag_nonfinite", &flag_nonfinite);
-    define(module, "project_out", &project_out);
+    define(module, "orthogonalize", &orthogonalize);
     define(module, "project_workspace", &project_workspace);
     define(module, "sums_workspace", &sums_workspace);
     define(module, "row_dots", &row_dots);
-    define(module, "three_term", &three_term);
+    define(module, "lanczos_step", &lanczos_step);
     define(module, "gram", &gram);
     define(module, "mix_rows", &mix_rows);
 }

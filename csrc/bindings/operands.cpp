@@ -89,9 +89,9 @@ bool is_dense(const dlpack::Tensor& t) {
 // The first of `count` roles that holds gradients, whose dtypes others follow; or nullptr.
 const Role* first_gradients(const Role* roles, size_t count) {
     const auto* const end = roles + count;
-    const auto* const found =
+    const auto* const place =
         std::find_if(roles, end, [](const Role& role) { return role.gradients; });
-    return found != end ? found : nullptr;
+    return place != end ? place : nullptr;
 }
 
 bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
@@ -111,10 +111,10 @@ TensorList::TensorList(py::handle tensors, bool hold, bool trust)
     if (trust) known_ = std::make_shared<std::vector<void*>>(size(), nullptr);
     if (!hold) return;
     Reader reader;
-    std::vector<py::object> kept;
+    std::vector<py::object> held;
     for (size_t i = 0; i < size(); ++i) {
         PyObject* object = PyTuple_GET_ITEM(tensors_.ptr(), i);
-        reader.read(object, [&] { return at("tensors", i); }, kept);
+        reader.read(object, [&] { return at("tensors", i); }, held);
         dlpack::Managed* managed = nullptr;
         // What goes by a local shard is not held; the next error is its, and is of no interest.
         if (reader.api()->managed_tensor_from_py_object(object, &managed) == 0)
@@ -138,7 +138,7 @@ TensorList* tensor_list(py::handle object) {
     if (!py::isinstance<TensorList>(object)) return nullptr;
     auto* const instance = reinterpret_cast<py::detail::instance*>(object.ptr());
     if (!instance->get_value_and_holder().holder_constructed())
-        fail(PyExc_TypeError, "a TensorList was never initialised: make it by TensorList(tensors)");
+        fail(PyExc_TypeError, "a TensorList was never initialized: make it by TensorList(tensors)");
     return object.cast<TensorList*>();
 }
 
@@ -151,24 +151,24 @@ TensorList& self_of(py::handle object) {
 }
 
 // The list that a method was called for, with `count` arguments in all.
-TensorList& self_of(const py::args& given, std::size_t count) {
-    if (given.size() != count)
+TensorList& self_of(const py::args& args, std::size_t count) {
+    if (args.size() != count)
         fail(PyExc_TypeError, "a method of TensorList takes " + std::to_string(count - 1) +
                                   " arguments, and was given another number");
-    return self_of(py::object(given[0]));
+    return self_of(py::object(args[0]));
 }
 
 // TensorList(tensors, *, hold=False, trust=False), whatever it is given: see `define`.
-std::unique_ptr<TensorList> make_tensor_list(const py::args& given, const py::kwargs& named) {
+std::unique_ptr<TensorList> make_tensor_list(const py::args& args, const py::kwargs& named) {
     const auto chosen = [&](const char* name) {
         return named.contains(name) && truth(name, py::object(named[name]));
     };
     const std::size_t known = std::size_t{named.contains("hold")} + named.contains("trust");
-    if (given.size() != 1 || named.size() != known)
+    if (args.size() != 1 || named.size() != known)
         fail(PyExc_TypeError,
              "a TensorList is made by TensorList(tensors, hold=False, trust=False)");
     const bool hold = chosen("hold"), trust = chosen("trust");
-    const py::object tensors = given[0];
+    const py::object tensors = args[0];
     if (!PySequence_Check(tensors.ptr()) && !PyIter_Check(tensors.ptr()) &&
         !py::hasattr(tensors, "__iter__"))
         fail(PyExc_TypeError, "tensors must be a list of tensors, not " + type_name(tensors));
@@ -187,9 +187,9 @@ void register_operands(py::module_& module) {
             [](py::handle self, py::handle value) {
                 self_of(self).filled = truth("filled", value);
             })
-        .def("__len__", [](const py::args& given) { return self_of(given, 1).size(); })
+        .def("__len__", [](const py::args& args) { return self_of(args, 1).size(); })
         .def("__getitem__",
-             [](const py::args& given) { return self_of(given, 2).get(py::object(given[1])); });
+             [](const py::args& args) { return self_of(args, 2).get(py::object(args[1])); });
 }
 
 Operands::Operands(std::initializer_list<Role> roles) : Operands(roles.begin(), roles.size()) {}

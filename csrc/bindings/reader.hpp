@@ -69,7 +69,7 @@ class Reader {
     // `what` names the tensor in messages; a local shard that is read in place of the object is
     // kept in `kept`. Memory at `*known` was found sound before; it becomes what is sound now.
     template <class Name>
-    dlpack::Tensor read(PyObject* object, const Name& what, std::vector<py::object>& kept,
+    dlpack::Tensor read(PyObject* object, const Name& what, std::vector<py::object>& held,
                         bool written = false, void** known = nullptr) {
         dlpack::Tensor t;
         py::object local;
@@ -93,7 +93,7 @@ class Reader {
         }
         t.data = static_cast<char*>(t.data) + t.byte_offset;
         source_ = object;
-        if (local) kept.push_back(std::move(local));
+        if (local) held.push_back(std::move(local));
         if (known != nullptr && t.data != nullptr && t.data == *known) return t;
         if (is_negated_.ask(object))
             fail(PyExc_TypeError, what() + " is lazily negated: pass .resolve_neg() of it");

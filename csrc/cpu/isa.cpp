@@ -6,15 +6,15 @@
 
 namespace eigenfilter::cpu {
 
-int available(const Loops** found) {
+int available(const Loops** tables) {
     int count = 0;
-    found[count++] = &loops_baseline;
+    tables[count++] = &loops_baseline;
 #ifdef EIGENFILTER_X86
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
-        found[count++] = &loops_avx2;
+        tables[count++] = &loops_avx2;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-            found[count++] = &loops_avx512;
+            tables[count++] = &loops_avx512;
         }
     }
 #endif
@@ -23,8 +23,8 @@ int available(const Loops** found) {
 
 static std::atomic<const Loops*>& chosen() {
     static std::atomic<const Loops*> table{[] {
-        const Loops* found[3];
-        return found[available(found) - 1];
+        const Loops* tables[3];
+        return tables[available(tables) - 1];
     }()};
     return table;
 }
@@ -32,10 +32,10 @@ static std::atomic<const Loops*>& chosen() {
 const Loops& loops() { return *chosen().load(std::memory_order_relaxed); }
 
 bool set_isa(const char* name) {
-    const Loops* found[3];
-    for (int i = available(found) - 1; i >= 0; --i) {
-        if (std::strcmp(found[i]->isa, name) == 0) {
-            chosen().store(found[i], std::memory_order_relaxed);
+    const Loops* tables[3];
+    for (int i = available(tables) - 1; i >= 0; --i) {
+        if (std::strcmp(tables[i]->isa, name) == 0) {
+            chosen().store(tables[i], std::memory_order_relaxed);
             return true;
         }
     }

@@ -58,15 +58,15 @@ void row_dots(const Recurrence& r, int threads) {
     });
 }
 
-void three_term(const Recurrence& r, int threads) {
+void lanczos_step(const Recurrence& r, int threads) {
     const Loops& table = loops();
     auto* u = static_cast<char*>(r.u);
     const auto* q = static_cast<const char*>(r.q);
     const auto* w = static_cast<const char*>(r.w);
     sum_rows(r, 4, threads, [&](std::int64_t row, std::int64_t first, std::int64_t n, double* out) {
         const std::int64_t at = (row * r.columns + first) * size_of(r.dtype);
-        const ThreeTerm rule(r.factors, r.rows, row);
-        table.three_term(r.dtype, rule, u + at, q + at, w + at, n, out);
+        const LanczosStep rule(r.factors, r.rows, row);
+        table.lanczos_step(r.dtype, rule, u + at, q + at, w + at, n, out);
     });
 }
 

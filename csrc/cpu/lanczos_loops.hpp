@@ -3,7 +3,7 @@
 #pragma once
 
 #include "eigenfilter/rules.hpp"
-#include "project_loops.hpp"
+#include "orthogonalize_loops.hpp"
 
 namespace eigenfilter::cpu {
 namespace {
@@ -36,7 +36,8 @@ void row_dots(const T* q, const T* w, std::int64_t n, double* out) {
 }
 
 template <class T>
-void three_term(const ThreeTerm& rule, T* u, const T* q, const T* w, std::int64_t n, double* out) {
+void lanczos_step(const LanczosStep& rule, T* u, const T* q, const T* w, std::int64_t n,
+                  double* out) {
     Sums squares = {}, dots = {};
     by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int part) {
         const auto present = to_doubles(io.read(q + i));
@@ -52,7 +53,7 @@ void three_term(const ThreeTerm& rule, T* u, const T* q, const T* w, std::int64_
     out[1] = sum_of(dots);
 }
 
-// A tile of a few rows in double: n columns, of room for kMixed. Rows lie a cache line more apart,
+// A tile of a few rows in double: n columns of at most kMixed. Rows lie a cache line more apart,
 // or else all would compete for the same lines of a cache.
 constexpr std::int64_t kWideStride = kMixed + 8;
 struct Wide {
@@ -74,14 +75,14 @@ template <class T>
 void gram(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t n, double* out) {
     using Double = Native<double>;
     const Wide wide(rows, stride, count, n);
-    double found[kMostRows];
+    double sums[kMostRows];
     for (std::int64_t r = 0; r < count; ++r) {
         std::int64_t s = 0;
         for (; s <= r && s + kRowsAtOnce <= count; s += kRowsAtOnce)
-            dots_of<double, Double, kRowsAtOnce>(wide.at[s], kWideStride, wide.at[r], n, found + s);
+            dots_of<double, Double, kRowsAtOnce>(wide.at[s], kWideStride, wide.at[r], n, sums + s);
         for (; s <= r; ++s)
-            dots_of<double, Double, 1>(wide.at[s], kWideStride, wide.at[r], n, found + s);
-        for (s = 0; s <= r; ++s) out[r * count + s] += found[s];
+            dots_of<double, Double, 1>(wide.at[s], kWideStride, wide.at[r], n, sums + s);
+        for (s = 0; s <= r; ++s) out[r * count + s] += sums[s];
     }
 }
 

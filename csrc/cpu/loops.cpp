@@ -1,7 +1,7 @@
 // The inner loops, compiled once for each instruction set (EIGENFILTER_ISA names it).
 #include "loops.hpp"
 
-#include "project_loops.hpp"
+#include "orthogonalize_loops.hpp"
 #include "simd.hpp"
 // Their templates see the functions of vectors, declared before.
 #include "eigenfilter/rounding.hpp"
@@ -37,11 +37,11 @@ EIGENFILTER_INLINE void walk(std::int64_t n, const typename Storage::Bits* strea
 }
 
 template <class Storage, class Gradient>
-void ascend(const AscendScalars<double>& s, typename Storage::Bits* x,
-            const typename Storage::Bits* from, const typename Gradient::Bits* g,
-            typename Storage::Bits* b, std::int64_t n, bool stream) {
+void perturb(const PerturbScalars<double>& s, typename Storage::Bits* x,
+             const typename Storage::Bits* from, const typename Gradient::Bits* g,
+             typename Storage::Bits* b, std::int64_t n, bool stream) {
     constexpr int L = kLanes<Storage>;
-    const Ascend<typename Storage::Arithmetic> rule(s);
+    const Perturb<typename Storage::Arithmetic> rule(s);
     const auto moved = [=](auto origin, auto gradient) {
         return Storage::template narrow<L>(
             rule(Storage::template widen<L>(origin), Gradient::template widen<L>(gradient)));
@@ -60,11 +60,11 @@ void ascend(const AscendScalars<double>& s, typename Storage::Bits* x,
 }
 
 template <class Storage, class Gradient>
-void ascend_hvp(const HvpScalars<double>& s, typename Storage::Bits* x,
-                const typename Gradient::Bits* g, const typename Gradient::Bits* g0,
-                const typename Storage::Bits* b, std::int64_t n, bool stream) {
+void perturb_hvp(const HvpScalars<double>& s, typename Storage::Bits* x,
+                 const typename Gradient::Bits* g, const typename Gradient::Bits* g0,
+                 const typename Storage::Bits* b, std::int64_t n, bool stream) {
     constexpr int L = kLanes<Storage>;
-    const AscendHvp<typename Storage::Arithmetic> rule(s);
+    const PerturbHvp<typename Storage::Arithmetic> rule(s);
     walk<Storage>(n, stream ? x : nullptr, [=](auto io, std::int64_t i) {
         const auto origin = Storage::template widen<L>(io.read(b + i));
         const auto gradient = Gradient::template widen<L>(io.read(g + i));
@@ -83,12 +83,12 @@ EIGENFILTER_INLINE auto rounded(const Rounding& rounding, V v, Output output, st
 }
 
 template <class Storage, class Gradient, class Rounding>
-void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
-             const typename Gradient::Bits* g, typename Storage::Bits* m,
-             const typename Storage::Bits* b, std::int64_t n, bool stream,
-             const Rounding& rounding) {
+void sgd_step(const SgdScalars<double>& s, typename Storage::Bits* x,
+              const typename Gradient::Bits* g, typename Storage::Bits* m,
+              const typename Storage::Bits* b, std::int64_t n, bool stream,
+              const Rounding& rounding) {
     constexpr int L = kLanes<Storage>;
-    const Descend<typename Storage::Arithmetic> rule(s);
+    const SgdStep<typename Storage::Arithmetic> rule(s);
     const auto* from = b != nullptr ? b : x;
     const auto* streamed = stream && b != nullptr ? x : nullptr;
     if (m == nullptr) {
@@ -111,12 +111,12 @@ void descend(const DescendScalars<double>& s, typename Storage::Bits* x,
 }
 
 template <class Storage, class Gradient, class Rounding>
-void descend_adamw(const AdamWScalars<double>& s, typename Storage::Bits* x,
-                   const typename Gradient::Bits* g, typename Storage::Bits* m,
-                   typename Storage::Bits* v, const typename Storage::Bits* b, std::int64_t n,
-                   bool stream, const Rounding& rounding) {
+void adamw_step(const AdamWScalars<double>& s, typename Storage::Bits* x,
+                const typename Gradient::Bits* g, typename Storage::Bits* m,
+                typename Storage::Bits* v, const typename Storage::Bits* b, std::int64_t n,
+                bool stream, const Rounding& rounding) {
     constexpr int L = kLanes<Storage>;
-    const DescendAdamW<typename Storage::Arithmetic> rule(s);
+    const AdamWStep<typename Storage::Arithmetic> rule(s);
     const auto* from = b != nullptr ? b : x;
     walk<Storage>(n, stream && b != nullptr ? x : nullptr, [=](auto io, std::int64_t i) {
         const auto origin = Storage::template widen<L>(io.read(from + i));
@@ -206,36 +206,35 @@ auto* bits(Storage, const void* p) {
     return static_cast<const typename Storage::Bits*>(p);
 }
 
-void ascend_any(DTypes dtypes, const AscendScalars<double>& s, void* x, const void* from,
-                const void* g, void* b, std::int64_t n, bool stream) {
+void perturb_any(DTypes dtypes, const PerturbScalars<double>& s, void* x, const void* from,
+                 const void* g, void* b, std::int64_t n, bool stream) {
     by_param_and_grad(dtypes, [&](auto t, auto of_g) {
-        ascend<decltype(t), decltype(of_g)>(s, bits(t, x), bits(t, from), bits(of_g, g), bits(t, b),
-                                            n, stream);
+        perturb<decltype(t), decltype(of_g)>(s, bits(t, x), bits(t, from), bits(of_g, g),
+                                             bits(t, b), n, stream);
     });
 }
 
-void ascend_hvp_any(DTypes dtypes, const HvpScalars<double>& s, void* x, const void* g,
-                    const void* g0, const void* b, std::int64_t n, bool stream) {
+void perturb_hvp_any(DTypes dtypes, const HvpScalars<double>& s, void* x, const void* g,
+                     const void* g0, const void* b, std::int64_t n, bool stream) {
     by_param_and_grad(dtypes, [&](auto t, auto of_g) {
-        ascend_hvp<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(of_g, g0),
-                                                bits(t, b), n, stream);
+        perturb_hvp<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(of_g, g0),
+                                                 bits(t, b), n, stream);
     });
 }
 
-void descend_any(DTypes dtypes, const DescendScalars<double>& s, void* x, const void* g, void* m,
-                 const void* b, std::int64_t n, bool stream, const Place& place) {
+void sgd_step_any(DTypes dtypes, const SgdScalars<double>& s, void* x, const void* g, void* m,
+                  const void* b, std::int64_t n, bool stream, const Place& place) {
     by_rounding(dtypes, s, place, [&](auto t, auto of_g, const auto& rounding) {
-        descend<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(t, m), bits(t, b),
-                                             n, stream, rounding);
+        sgd_step<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(t, m), bits(t, b),
+                                              n, stream, rounding);
     });
 }
 
-void descend_adamw_any(DTypes dtypes, const AdamWScalars<double>& s, void* x, const void* g,
-                       void* m, void* v, const void* b, std::int64_t n, bool stream,
-                       const Place& place) {
+void adamw_step_any(DTypes dtypes, const AdamWScalars<double>& s, void* x, const void* g, void* m,
+                    void* v, const void* b, std::int64_t n, bool stream, const Place& place) {
     by_rounding(dtypes, s, place, [&](auto t, auto of_g, const auto& rounding) {
-        descend_adamw<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(t, m),
-                                                   bits(t, v), bits(t, b), n, stream, rounding);
+        adamw_step<decltype(t), decltype(of_g)>(s, bits(t, x), bits(of_g, g), bits(t, m),
+                                                bits(t, v), bits(t, b), n, stream, rounding);
     });
 }
 
@@ -281,12 +280,12 @@ void row_dots_any(DType dtype, const void* q, const void* w, std::int64_t n, dou
     });
 }
 
-void three_term_any(DType dtype, const ThreeTerm& rule, void* u, const void* q, const void* w,
-                    std::int64_t n, double* out) {
+void lanczos_step_any(DType dtype, const LanczosStep& rule, void* u, const void* q, const void* w,
+                      std::int64_t n, double* out) {
     by_vector(dtype, [&](auto t) {
         using T = decltype(t);
-        three_term(rule, static_cast<T*>(u), static_cast<const T*>(q), static_cast<const T*>(w), n,
-                   out);
+        lanczos_step(rule, static_cast<T*>(u), static_cast<const T*>(q), static_cast<const T*>(w),
+                     n, out);
     });
 }
 
@@ -316,16 +315,16 @@ bool has_nonfinite_any(DType dtype, const void* p, std::int64_t n) {
 
 extern const Loops EIGENFILTER_TABLE(EIGENFILTER_ISA) = {
     EIGENFILTER_NAME(EIGENFILTER_ISA),
-    ascend_any,
-    ascend_hvp_any,
-    descend_any,
-    descend_adamw_any,
+    perturb_any,
+    perturb_hvp_any,
+    sgd_step_any,
+    adamw_step_any,
     sum_squares_any,
     has_nonfinite_any,
     dots_any,
     subtract_any,
     row_dots_any,
-    three_term_any,
+    lanczos_step_any,
     gram_any,
     mix_rows_any,
 };

@@ -4,12 +4,12 @@
 #include "eigenfilter/contract.hpp"
 
 namespace eigenfilter {
-struct ThreeTerm;
+struct LanczosStep;
 }
 
 namespace eigenfilter::cpu {
 
-// Columns that project_out works on at once, whole groups: those of 60 float rows fit a
+// Columns that orthogonalize works on at once, whole groups: those of 60 float rows fit a
 // second-level cache.
 constexpr std::int64_t kColumns = 2048;
 // Columns of a few rows that are in double at once: those of 8 take half a first-level cache.
@@ -25,14 +25,14 @@ struct DTypes {
 struct Loops {
     const char* isa;
     // x <- from + ...; `from` may be x; b, where given, gets what `from` held.
-    void (*ascend)(DTypes, const AscendScalars<double>&, void* x, const void* from, const void* g,
-                   void* b, std::int64_t n, bool stream);
-    void (*ascend_hvp)(DTypes, const HvpScalars<double>&, void* x, const void* g, const void* g0,
-                       const void* b, std::int64_t n, bool stream);
-    void (*descend)(DTypes, const DescendScalars<double>&, void* x, const void* g, void* m,
-                    const void* b, std::int64_t n, bool stream, const Place& place);
-    void (*descend_adamw)(DTypes, const AdamWScalars<double>&, void* x, const void* g, void* m,
-                          void* v, const void* b, std::int64_t n, bool stream, const Place& place);
+    void (*perturb)(DTypes, const PerturbScalars<double>&, void* x, const void* from, const void* g,
+                    void* b, std::int64_t n, bool stream);
+    void (*perturb_hvp)(DTypes, const HvpScalars<double>&, void* x, const void* g, const void* g0,
+                        const void* b, std::int64_t n, bool stream);
+    void (*sgd_step)(DTypes, const SgdScalars<double>&, void* x, const void* g, void* m,
+                     const void* b, std::int64_t n, bool stream, const Place& place);
+    void (*adamw_step)(DTypes, const AdamWScalars<double>&, void* x, const void* g, void* m,
+                       void* v, const void* b, std::int64_t n, bool stream, const Place& place);
     // Of a gradient, or of one times a parameter. The order of summation is the same for every
     // instruction set; `weights` may be nullptr.
     double (*sum_squares)(DTypes, const void* t, const void* weights, std::int64_t n);
@@ -47,8 +47,8 @@ struct Loops {
     // out[2] <- q . w, w . w
     void (*row_dots)(DType, const void* q, const void* w, std::int64_t n, double* out);
     // u <- a combination of w, q and u; out[2] <- u . u, u . q
-    void (*three_term)(DType, const ThreeTerm&, void* u, const void* q, const void* w,
-                       std::int64_t n, double* out);
+    void (*lanczos_step)(DType, const LanczosStep&, void* u, const void* q, const void* w,
+                         std::int64_t n, double* out);
     // Of n <= kMixed columns of `count` rows: their inner products are added to the lower triangle
     // of out [count, count].
     void (*gram)(DType, const void* rows, std::int64_t stride, std::int64_t count, std::int64_t n,
@@ -66,8 +66,8 @@ extern const Loops loops_avx512;
 
 // The table in use: the best this CPU has, unless set_isa chose another.
 const Loops& loops();
-// Fills `found` (room for 3) with the tables this CPU can run, lowest first; returns how many.
-int available(const Loops** found);
+// Fills `tables` (capacity: 3) with the tables this CPU can run, lowest first; returns how many.
+int available(const Loops** tables);
 bool set_isa(const char* name);
 
 }  // namespace eigenfilter::cpu

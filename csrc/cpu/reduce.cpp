@@ -82,7 +82,7 @@ double norm(const Tensors& t, int threads) {
 
 bool has_nonfinite(const Tensors& t, int threads) {
     const Loops& table = loops();
-    std::atomic<bool> found{false};
+    std::atomic<bool> nonfinite{false};
     for_each_range(
         t.numel, t.n, size_of(t.dtype), kChunk, threads,
         [&](std::size_t i, std::int64_t first, std::int64_t count) {
@@ -90,12 +90,12 @@ bool has_nonfinite(const Tensors& t, int threads) {
             const int size = size_of(dtype);
             const char* data = static_cast<const char*>(t.x[i]);
             for (std::int64_t end = first + count; first < end; first += kChunk) {
-                if (found.load(std::memory_order_relaxed)) return;
+                if (nonfinite.load(std::memory_order_relaxed)) return;
                 if (table.has_nonfinite(dtype, data + first * size, std::min(kChunk, end - first)))
-                    found.store(true, std::memory_order_relaxed);
+                    nonfinite.store(true, std::memory_order_relaxed);
             }
         });
-    return found.load();
+    return nonfinite.load();
 }
 
 }  // namespace eigenfilter::cpu

@@ -294,9 +294,9 @@ struct Partial {
     }
     EIGENFILTER_INLINE void write_only(typename Storage::Bits* p, V v) const { write(p, v); }
     EIGENFILTER_INLINE V inside(V v) const {
-        V kept{};
-        std::memcpy(&kept, &v, count * sizeof(typename Storage::Bits));
-        return kept;
+        V first{};
+        std::memcpy(&first, &v, count * sizeof(typename Storage::Bits));
+        return first;
     }
 };
 

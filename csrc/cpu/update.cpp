@@ -71,53 +71,54 @@ void update(const Tensors& t, int lists, int threads, Body body) {
 
 }  // namespace
 
-void ascend(const Tensors& t, const AscendScalars<double>& s, const float* found_inf, int threads) {
+void perturb(const Tensors& t, const PerturbScalars<double>& s, const float* found_inf,
+             int threads) {
     if (found_inf != nullptr && *found_inf != 0) return copy(t, t.b, t.x, threads);
     const Loops& table = loops();
     update(t, 3, threads, [&](const Range& r) {
-        table.ascend(r.dtypes(), s, r.at(t.x), r.at(t.x), r.grad(t.g), r.at(t.b), r.count,
-                     r.stream);
+        table.perturb(r.dtypes(), s, r.at(t.x), r.at(t.x), r.grad(t.g), r.at(t.b), r.count,
+                      r.stream);
     });
 }
 
-void ascend_again(const Tensors& t, const AscendScalars<double>& s, const float* found_inf,
-                  int threads) {
+void perturb_again(const Tensors& t, const PerturbScalars<double>& s, const float* found_inf,
+                   int threads) {
     if (found_inf != nullptr && *found_inf != 0) return;
     const Loops& table = loops();
     void* const* from = t.b != nullptr ? t.b : t.x;
     update(t, 2 + (t.b != nullptr), threads, [&](const Range& r) {
-        table.ascend(r.dtypes(), s, r.at(t.x), r.at(from), r.grad(t.g), nullptr, r.count, r.stream);
+        table.perturb(r.dtypes(), s, r.at(t.x), r.at(from), r.grad(t.g), nullptr, r.count,
+                      r.stream);
     });
 }
 
-void ascend_hvp(const Tensors& t, const HvpScalars<double>& s, const float* found_inf,
-                int threads) {
+void perturb_hvp(const Tensors& t, const HvpScalars<double>& s, const float* found_inf,
+                 int threads) {
     if (found_inf != nullptr && *found_inf != 0) return;
     const Loops& table = loops();
     update(t, 4, threads, [&](const Range& r) {
-        table.ascend_hvp(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.grad(t.g0), r.at(t.b), r.count,
-                         r.stream);
+        table.perturb_hvp(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.grad(t.g0), r.at(t.b), r.count,
+                          r.stream);
     });
 }
 
-void descend(const Tensors& t, const DescendScalars<double>& s, const float* found_inf,
-             int threads) {
+void sgd_step(const Tensors& t, const SgdScalars<double>& s, const float* found_inf, int threads) {
     if (found_inf != nullptr && *found_inf != 0) return restore(t, threads);
     const Loops& table = loops();
     const int lists = 2 + (t.m != nullptr) + (t.b != nullptr);
     update(t, lists, threads, [&](const Range& r) {
-        table.descend(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.at(t.m), r.at(t.b), r.count,
-                      r.stream, r.place());
+        table.sgd_step(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.at(t.m), r.at(t.b), r.count,
+                       r.stream, r.place());
     });
 }
 
-void descend_adamw(const Tensors& t, const AdamWScalars<double>& s, const float* found_inf,
-                   int threads) {
+void adamw_step(const Tensors& t, const AdamWScalars<double>& s, const float* found_inf,
+                int threads) {
     if (found_inf != nullptr && *found_inf != 0) return restore(t, threads);
     const Loops& table = loops();
     update(t, 4 + (t.b != nullptr), threads, [&](const Range& r) {
-        table.descend_adamw(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.at(t.m), r.at(t.v), r.at(t.b),
-                            r.count, r.stream, r.place());
+        table.adamw_step(r.dtypes(), s, r.at(t.x), r.grad(t.g), r.at(t.m), r.at(t.v), r.at(t.b),
+                         r.count, r.stream, r.place());
     });
 }
 

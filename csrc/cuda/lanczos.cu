@@ -66,13 +66,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
 
 template <class Group, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    three_term_kernel(Recurrence r, double* sums) {
+    lanczos_step_kernel(Recurrence r, double* sums) {
     const Tile tile(r.columns);
     const std::int64_t start = blockIdx.y * r.columns + tile.first;
     T* u = static_cast<T*>(r.u) + start;
     const T* q = static_cast<const T*>(r.q) + start;
     const T* w = static_cast<const T*>(r.w) + start;
-    const ThreeTerm rule(r.factors, r.rows, blockIdx.y);
+    const LanczosStep rule(r.factors, r.rows, blockIdx.y);
     double squares = 0, dots = 0;
     along<Group::kSize>(tile, [&](int j) {
         const Group present = Group::load(q + j), product = Group::load(w + j);
@@ -136,15 +136,15 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Rows v, double* sums) {
     __shared__ Wide wide;
     constexpr int kTeam = 32, kTeams = kThreads / kTeam;
     constexpr int kPairs = (kMostRows * (kMostRows + 1) / 2 + kTeams - 1) / kTeams;
-    __shared__ double found[kPairs * kTeams];
+    __shared__ double totals[kPairs * kTeams];
     const Tile tile(v.columns);
     const int rows = static_cast<int>(v.rows), pairs = rows * (rows + 1) / 2;
     const int lane = static_cast<int>(threadIdx.x) % kTeam;
-    for (int p = static_cast<int>(threadIdx.x); p < pairs; p += kThreads) found[p] = 0;
-    for (int done = 0; done < tile.columns; done += kMixed) {
+    for (int p = static_cast<int>(threadIdx.x); p < pairs; p += kThreads) totals[p] = 0;
+    for (int start = 0; start < tile.columns; start += kMixed) {
         __syncthreads();
-        wide.read<Group>(static_cast<const T*>(v.vectors) + tile.first + done, v.columns, rows,
-                         min(kMixed, tile.columns - done));
+        wide.read<Group>(static_cast<const T*>(v.vectors) + tile.first + start, v.columns, rows,
+                         min(kMixed, tile.columns - start));
         __syncthreads();
         for (int p = static_cast<int>(threadIdx.x) / kTeam; p < pairs; p += kTeams) {
             int i = static_cast<int>((sqrtf(8.0f * p + 1.0f) - 1.0f) * 0.5f);
@@ -156,13 +156,13 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Rows v, double* sums) {
 #pragma unroll
             for (int width = kTeam / 2; width > 0; width /= 2)
                 sum += __shfl_down_sync(0xffffffffu, sum, width);
-            if (lane == 0) found[p] += sum;
+            if (lane == 0) totals[p] += sum;
         }
     }
     __syncthreads();
     for (int at = static_cast<int>(threadIdx.x); at < rows * rows; at += kThreads) {
         const int i = max(at / rows, at % rows), j = min(at / rows, at % rows);
-        sums[static_cast<std::int64_t>(at) * gridDim.x + blockIdx.x] = found[i * (i + 1) / 2 + j];
+        sums[static_cast<std::int64_t>(at) * gridDim.x + blockIdx.x] = totals[i * (i + 1) / 2 + j];
     }
 }
 
@@ -242,17 +242,17 @@ void row_dots(const Recurrence& r, double* workspace, int device, Stream stream)
     add_sums(workspace, 2 * r.rows, r.columns, r.sums, queue, "launching row_dots");
 }
 
-void three_term(const Recurrence& r, double* workspace, int device, Stream stream) {
+void lanczos_step(const Recurrence& r, double* workspace, int device, Stream stream) {
     const DeviceGuard guard(device);
     const auto queue = static_cast<cudaStream_t>(stream);
     by_access(
         r.dtype, r.columns,
         [&](auto group, auto t) {
-            three_term_kernel<decltype(group), decltype(t)>
+            lanczos_step_kernel<decltype(group), decltype(t)>
                 <<<grid_of(r), kThreads, 0, queue>>>(r, workspace);
         },
         r.u, r.q, r.w);
-    add_sums(workspace, 2 * r.rows, r.columns, r.sums, queue, "launching three_term");
+    add_sums(workspace, 2 * r.rows, r.columns, r.sums, queue, "launching lanczos_step");
 }
 
 void gram(const Rows& v, double* out, double* workspace, int device, Stream stream) {

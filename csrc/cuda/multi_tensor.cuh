@@ -252,16 +252,16 @@ struct Chunk {
             }
             return;
         }
-        int done = 0;
+        int packed = 0;
         if (aligned) {
-            done = count / kPack * kPack;
-            for (int i = static_cast<int>(threadIdx.x) * kPack; i < done; i += kThreads * kPack) {
+            packed = count / kPack * kPack;
+            for (int i = static_cast<int>(threadIdx.x) * kPack; i < packed; i += kThreads * kPack) {
                 Body<Pack<Storage>> body;
                 body.read(p, i);
                 body.write(p, i, rule);
             }
         }
-        for (int i = done + static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+        for (int i = packed + static_cast<int>(threadIdx.x); i < count; i += kThreads) {
             Body<Element<Storage>> body;
             body.read(p, i);
             body.write(p, i, rule);

@@ -47,11 +47,11 @@ struct Nonfinite {
             group = Group::load(p[0] + i);
         }
         template <class Pointers>
-        __device__ __forceinline__ void write(const Pointers&, int, bool* found) {
+        __device__ __forceinline__ void write(const Pointers&, int, bool* nonfinite) {
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j) {
                 const auto value = Storage::widen(group.v[j]);
-                *found |= !(value - value == 0);
+                *nonfinite |= !(value - value == 0);
             }
         }
     };
@@ -170,9 +170,9 @@ template <class Storage, class Pieces>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     nonfinite_kernel(const __grid_constant__ Pieces batch, float* found_inf) {
     const Chunk<Storage, 1> chunk(batch);
-    bool found = false;
-    chunk.template each<Nonfinite<Storage>::template Body>(&found);
-    if (found) *found_inf = 1;  // every writer writes the same
+    bool nonfinite = false;
+    chunk.template each<Nonfinite<Storage>::template Body>(&nonfinite);
+    if (nonfinite) *found_inf = 1;  // every writer writes the same
 }
 
 template <int Lists>

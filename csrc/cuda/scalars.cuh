@@ -10,13 +10,13 @@ template <class... Scalars>
 bool any_on_device(const Scalars&... s) {
     return ((s.device != nullptr) || ...);
 }
-inline bool on_device(const AscendScalars<Scalar>& s) {
+inline bool on_device(const PerturbScalars<Scalar>& s) {
     return any_on_device(s.alpha, s.grad_scale);
 }
 inline bool on_device(const HvpScalars<Scalar>& s) {
     return any_on_device(s.alpha, s.eps, s.grad_scale);
 }
-inline bool on_device(const DescendScalars<Scalar>& s) {
+inline bool on_device(const SgdScalars<Scalar>& s) {
     return any_on_device(s.lr, s.momentum, s.dampening, s.weight_decay, s.grad_scale,
                          s.rounding_seed);
 }
@@ -33,13 +33,13 @@ __host__ __device__ __forceinline__ double value(const Scalar& s) {
 #endif
     return s.value;
 }
-__host__ __device__ __forceinline__ AscendScalars<double> value(const AscendScalars<Scalar>& s) {
+__host__ __device__ __forceinline__ PerturbScalars<double> value(const PerturbScalars<Scalar>& s) {
     return {value(s.alpha), value(s.grad_scale), s.adaptive};
 }
 __host__ __device__ __forceinline__ HvpScalars<double> value(const HvpScalars<Scalar>& s) {
     return {value(s.alpha), value(s.eps), value(s.grad_scale)};
 }
-__host__ __device__ __forceinline__ DescendScalars<double> value(const DescendScalars<Scalar>& s) {
+__host__ __device__ __forceinline__ SgdScalars<double> value(const SgdScalars<Scalar>& s) {
     return {value(s.lr),         value(s.momentum),      value(s.dampening), value(s.weight_decay),
             value(s.grad_scale), value(s.rounding_seed), s.nesterov,         s.maximize,
             s.stochastic};
@@ -61,10 +61,10 @@ class DeferredRule {
 
     __device__ __forceinline__ Rule get() const {
         if (!deferred_) return rule_;
-        __shared__ alignas(Rule) unsigned char room[sizeof(Rule)];
-        if (threadIdx.x == 0) *reinterpret_cast<Rule*>(room) = Rule(value(scalars_));
+        __shared__ alignas(Rule) unsigned char bytes[sizeof(Rule)];
+        if (threadIdx.x == 0) *reinterpret_cast<Rule*>(bytes) = Rule(value(scalars_));
         __syncthreads();
-        return *reinterpret_cast<Rule*>(room);
+        return *reinterpret_cast<Rule*>(bytes);
     }
 
  private:

@@ -14,15 +14,17 @@ void require() {
         "use backend=\"triton\"");
 }
 
-void ascend(const Tensors&, const AscendScalars<Scalar>&, const float*, int, Stream) { require(); }
-void ascend_again(const Tensors&, const AscendScalars<Scalar>&, const float*, int, Stream) {
+void perturb(const Tensors&, const PerturbScalars<Scalar>&, const float*, int, Stream) {
     require();
 }
-void ascend_hvp(const Tensors&, const HvpScalars<Scalar>&, const float*, int, Stream) { require(); }
-void descend(const Tensors&, const DescendScalars<Scalar>&, const float*, int, Stream) {
+void perturb_again(const Tensors&, const PerturbScalars<Scalar>&, const float*, int, Stream) {
     require();
 }
-void descend_adamw(const Tensors&, const AdamWScalars<Scalar>&, const float*, int, Stream) {
+void perturb_hvp(const Tensors&, const HvpScalars<Scalar>&, const float*, int, Stream) {
+    require();
+}
+void sgd_step(const Tensors&, const SgdScalars<Scalar>&, const float*, int, Stream) { require(); }
+void adamw_step(const Tensors&, const AdamWScalars<Scalar>&, const float*, int, Stream) {
     require();
 }
 std::int64_t norm_workspace(const Tensors&) {
@@ -35,13 +37,13 @@ std::int64_t project_workspace(std::int64_t, std::int64_t, std::int64_t) {
     require();
     return 0;
 }
-void project_out(const Projection&, double*, int, Stream) { require(); }
+void orthogonalize(const Projection&, double*, int, Stream) { require(); }
 std::int64_t sums_workspace(std::int64_t, std::int64_t) {
     require();
     return 0;
 }
 void row_dots(const Recurrence&, double*, int, Stream) { require(); }
-void three_term(const Recurrence&, double*, int, Stream) { require(); }
+void lanczos_step(const Recurrence&, double*, int, Stream) { require(); }
 void gram(const Rows&, double*, double*, int, Stream) { require(); }
 void mix_rows(const Rows&, const double*, int, Stream) { require(); }
 

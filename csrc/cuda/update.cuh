@@ -16,7 +16,7 @@ bool __device__ __forceinline__ is_set(const float* flag) { return flag != nullp
 
 // What an update does with b: x is kept there first, also where found_inf is set; x starts from it;
 // x starts from it, and is put back to it where found_inf is set.
-enum class Backup { none, kept, origin, restored };
+enum class Backup { none, saved, origin, restored };
 
 // A rule whose results are rounded stochastically.
 template <class Rule>
@@ -83,7 +83,7 @@ struct Step {
 
         template <class Pointers, class Writer>
         __device__ __forceinline__ void write(const Pointers& p, int i, const Writer& writer) {
-            if constexpr (B == Backup::kept) from.store(p[kLast] + i);
+            if constexpr (B == Backup::saved) from.store(p[kLast] + i);
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j)
                 move(writer, i, j, std::make_integer_sequence<int, kGradients>{},
@@ -137,10 +137,10 @@ __global__ void __launch_bounds__(kThreads, Step::kBlocks)
                   const float* found_inf) {
     const typename Step::Lists chunk(batch);
     if (!is_set(found_inf)) {
-        const auto known = rule.get();
+        const auto ready = rule.get();
         chunk.template each<Step::template Body, Step::kInFlight>(
-            Writer{known, Step::rounding(known, chunk.place)});
-    } else if constexpr (Step::kBackup == Backup::kept)
+            Writer{ready, Step::rounding(ready, chunk.place)});
+    } else if constexpr (Step::kBackup == Backup::saved)
         chunk.template each<Copying<Step::kLast, 0>::template Body>(0);
     else if constexpr (Step::kBackup == Backup::restored)
         chunk.template each<Copying<0, Step::kLast>::template Body>(0);

@@ -37,7 +37,7 @@ class TensorList(Sequence[Tensor]):
         """
 
     filled: bool
-    """Whether the compiled `ascend` has filled these tensors as its backups."""
+    """Whether the compiled `perturb` has filled these tensors as its backups."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Tensor: ...  # type: ignore[override]
@@ -78,7 +78,7 @@ def check(
 # nothing else, and those of lists return what they have read: it is the check step of the backends
 # that are written in Python.
 
-def ascend(
+def perturb(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
@@ -88,7 +88,7 @@ def ascend(
     found_inf: Tensor | None,
     num_threads: int,
 ) -> Table | None: ...
-def ascend_again(
+def perturb_again(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     backups: Sequence[Tensor] | None,
@@ -97,7 +97,7 @@ def ascend_again(
     found_inf: Tensor | None,
     num_threads: int,
 ) -> Table | None: ...
-def ascend_hvp(
+def perturb_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     base_grads: Sequence[Tensor],
@@ -108,7 +108,7 @@ def ascend_hvp(
     found_inf: Tensor | None,
     num_threads: int,
 ) -> Table | None: ...
-def descend(
+def sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor] | None,
@@ -124,7 +124,7 @@ def descend(
     found_inf: Tensor | None,
     num_threads: int,
 ) -> Table | None: ...
-def descend_adamw(
+def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -150,7 +150,7 @@ def norm(
     workspace: Tensor | None,
     num_threads: int,
 ) -> Table | None: ...
-def project_out(
+def orthogonalize(
     vectors: Sequence[Tensor],
     basis: Sequence[Tensor],
     count: int,
@@ -171,7 +171,7 @@ def row_dots(
     workspace: Tensor | None,
     num_threads: int,
 ) -> None: ...
-def three_term(
+def lanczos_step(
     u: Sequence[Tensor],
     q: Sequence[Tensor],
     w: Sequence[Tensor],

@@ -81,7 +81,7 @@ def test_registry_holds_every_row_of_the_design() -> None:
     steps = {"usam-resnet18", "usam-small", "usam-large", "sgd-small", "sgd-large"}
     kernels = {
         f"{kernel}-{dtype}"
-        for kernel in ("ascend", "descend", "norm", "flag_nonfinite")
+        for kernel in ("perturb", "sgd_step", "norm", "flag_nonfinite")
         for dtype in ("float32", "float64", "bfloat16", "float16")
     }
     assert set(registry.BENCHMARKS) >= steps | kernels

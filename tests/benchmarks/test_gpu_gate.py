@@ -342,7 +342,7 @@ def test_the_kernels_are_timed_before_the_optimizers() -> None:
         patterns = [words[i + 1] for i, word in enumerate(words) if word == "--only"]
         return {benchmark.name for benchmark in registry.select(patterns)}
 
-    assert {"ascend-float32", "norm-bfloat16", "project-out-float16", "three-term-8"} <= names(
+    assert {"perturb-float32", "norm-bfloat16", "orthogonalize-float16", "lanczos-step-8"} <= names(
         first
     )
     assert {"sgd-small", "sgd-small-warm", "usam-large"} <= names(second)

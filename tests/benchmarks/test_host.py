@@ -15,7 +15,7 @@ from benchmarks import host, native_stub
 from benchmarks.environment import own_process
 from eigenfilter.experiments.cli import main
 
-CALLS = {"ascend", "descend", "descend_adamw", "norm", "SGD.step", "AdamW.step"}
+CALLS = {"perturb", "sgd_step", "adamw_step", "norm", "SGD.step", "AdamW.step"}
 EXTENSION = Path(__file__).parents[2] / native_stub.EXTENSION
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing is compiled")
@@ -91,7 +91,7 @@ from benchmarks import native_stub
 assert native_stub.is_loaded()
 x, g, b = ([torch.full((n,), 2.0) for n in (3, 5)] for _ in range(3))
 before = native_stub.counts()
-kernels.ascend(x, g, b, 0.5)
+kernels.perturb(x, g, b, 0.5)
 assert native_stub.counts()[0] == before[0] + 1
 assert all((t == 2).all() for t in x + b)
 """

@@ -32,7 +32,7 @@ def test_every_choice_works_and_the_best_is_used_from_then_on(tmp_path: Path) ->
     }
     for task in ("measure", "use"):
         subprocess.run([sys.executable, __file__, task], check=True, env=environment)
-    file.write_text('{"cpu": {"ascend": {"torch.float32": {"bytes": 1000, "warps": 4}}}}')
+    file.write_text('{"cpu": {"perturb": {"torch.float32": {"bytes": 1000, "warps": 4}}}}')
     check_error(
         environment, f"{file} holds no sizes of blocks: delete it (bytes must be a power of 2"
     )
@@ -94,24 +94,24 @@ def measure() -> None:
     overlapping = Spread.of([0.84, 0.85, 0.97])
     assert triton_blocks.best({usual: slower, other: overlapping}) == usual
 
-    found = {("ascend", "torch.float32"): {usual: slower, other: faster}}
+    found = {("perturb", "torch.float32"): {usual: slower, other: faster}}
     found["norm", "torch.float32"] = {usual: faster, other: slower}
     triton_blocks.write(file(), {}, torch.device("meta"), found)
     triton_blocks.write(file(), read(file()), cpu, found)
-    assert read(file()) == {name: {"ascend": {"torch.float32": other}} for name in ("meta", "cpu")}
+    assert read(file()) == {name: {"perturb": {"torch.float32": other}} for name in ("meta", "cpu")}
 
 
 def use() -> None:
-    """Ascend with what was written down, descend with the default."""
+    """Perturb with what was written down, step with the default."""
     from eigenfilter import kernels
     from eigenfilter.kernels import triton_tables
 
     cut, blocks = triton_tables.cut, []
     triton_tables.cut = lambda *args: blocks.append(args[-1]) or cut(*args)
     x, g, b = ([torch.ones(5000)] for _ in range(3))
-    kernels.ascend(x, g, b, alpha=1.0, backend="triton")
+    kernels.perturb(x, g, b, alpha=1.0, backend="triton")
     assert bool((x[0] == 2).all())
-    kernels.descend(x, g, None, b, lr=0.5, backend="triton")
+    kernels.sgd_step(x, g, None, b, lr=0.5, backend="triton")
     assert bool((x[0] == 0.5).all())
     assert blocks == [8192 // 4, Blocks().elements(torch.float32)]
 

@@ -44,7 +44,7 @@ enum class State { ready, at_barrier, at_shuffle, done };
 
 struct Stack {
     ucontext_t context;
-    jmp_buf left;
+    jmp_buf context;
     bool is_new = false;  // whether nothing ran on it yet
 };
 
@@ -74,8 +74,8 @@ struct Machine {
     std::mt19937 random{seed()};
 
     static unsigned seed() {
-        const char* const given = std::getenv("EIGENFILTER_EMULATOR_SEED");
-        return given != nullptr ? static_cast<unsigned>(std::atoi(given)) : 1;
+        const char* const seed = std::getenv("EIGENFILTER_EMULATOR_SEED");
+        return seed != nullptr ? static_cast<unsigned>(std::atoi(seed)) : 1;
     }
 };
 
@@ -92,9 +92,9 @@ void switch_stacks(Stack& from, Stack& to) {
 #if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
     swapcontext(&from.context, &to.context);
 #else
-    if (_setjmp(from.left) != 0) return;
+    if (_setjmp(from.context) != 0) return;
     if (std::exchange(to.is_new, false)) setcontext(&to.context);
-    _longjmp(to.left, 1);
+    _longjmp(to.context, 1);
 #endif
 }
 
@@ -259,9 +259,9 @@ std::uint64_t shuffle_down(std::uint64_t bits, int distance, At at) {
     m.fibers[self].bits = bits;
     wait(State::at_shuffle, at);
     const bool within = self % kWarp + distance < kWarp;
-    const std::uint64_t found = within ? m.fibers[self + distance].bits : bits;
+    const std::uint64_t value = within ? m.fibers[self + distance].bits : bits;
     wait(State::at_shuffle, at);  // all have read before one shows anything else
-    return found;
+    return value;
 }
 
 void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment) {

@@ -38,12 +38,12 @@ TABLE = HERE / "MUTANTS.md"
 
 # The tests of a source; a header's are all of them.
 TESTS = {
-    "ascend.cu": ["test_ascend.py", "test_ascend_again.py", "test_ascend_hvp.py"],
-    "descend.cu": ["test_descend.py", "test_stochastic_rounding.py"],
-    "descend_adamw.cu": ["test_descend_adamw.py"],
+    "perturb.cu": ["test_perturb.py", "test_perturb_again.py", "test_perturb_hvp.py"],
+    "sgd_step.cu": ["test_sgd_step.py", "test_stochastic_rounding.py"],
+    "adamw_step.cu": ["test_adamw_step.py"],
     "reduce.cu": ["test_norm.py", "test_flag_nonfinite.py"],
-    "project.cu": ["test_project_out.py"],
-    "lanczos.cu": ["test_three_term.py", "test_orthonormalise.py"],
+    "orthogonalize.cu": ["test_orthogonalize.py"],
+    "lanczos.cu": ["test_lanczos_step.py", "test_cholesky_qr.py"],
 }
 GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]
 # What is quick goes first, and for all mutants.

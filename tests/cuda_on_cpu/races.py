@@ -34,11 +34,11 @@ def updates(dtype: torch.dtype) -> None:
     """With hyperparameters that the device reads, from which each block makes its rule."""
     flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.zeros(1)}
     x, g, b, m, v = lists(5, dtype)
-    kernels.ascend(x, g, b, on_device(0.1), **flags)
-    kernels.ascend_again(x, g, on_device(0.1), b)
-    kernels.ascend_hvp(x, g, m, b, on_device(0.1), 0.01)
-    kernels.descend(x, g, m, b, lr=on_device(0.1), momentum=0.9, **flags)
-    kernels.descend_adamw(
+    kernels.perturb(x, g, b, on_device(0.1), **flags)
+    kernels.perturb_again(x, g, on_device(0.1), b)
+    kernels.perturb_hvp(x, g, m, b, on_device(0.1), 0.01)
+    kernels.sgd_step(x, g, m, b, lr=on_device(0.1), momentum=0.9, **flags)
+    kernels.adamw_step(
         x, g, m, v, b, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=on_device(3)
     )
 
@@ -56,16 +56,16 @@ def reductions(dtype: torch.dtype) -> None:
 def wide_gradients() -> None:
     """A step of parameters whose gradients are of the next wider dtype."""
     [x, b], [g] = lists(2, torch.bfloat16), lists(1, torch.float32)
-    kernels.ascend(x, g, b, 0.1)
-    kernels.descend(x, g, None, b, lr=0.1, rounding_seed=on_device(3))
+    kernels.perturb(x, g, b, 0.1)
+    kernels.sgd_step(x, g, None, b, lr=0.1, rounding_seed=on_device(3))
 
 
 def rows(dtype: torch.dtype, columns: int) -> None:
     u, q, w = torch.rand(3, ROWS, columns, dtype=dtype)
-    kernels.project_out(w[:2], q / columns**0.5)
-    kernels.project_out(w[0], (q / columns**0.5).bfloat16())
+    kernels.orthogonalize(w[:2], q / columns**0.5)
+    kernels.orthogonalize(w[0], (q / columns**0.5).bfloat16())
     kernels.row_dots(q, w)
-    kernels.three_term(u, q, w, torch.rand(3, ROWS, dtype=torch.float64))
+    kernels.lanczos_step(u, q, w, torch.rand(3, ROWS, dtype=torch.float64))
     kernels.gram(u)
     kernels.mix_rows(u, torch.rand(ROWS, ROWS, dtype=torch.float64))
 

@@ -30,7 +30,7 @@ target_compile_options(loops PRIVATE ${options} -Wno-psabi)
 
 set(bindings module operands kernels parameters isa arguments)
 list(TRANSFORM bindings PREPEND ${csrc}/bindings/)
-set(cpu isa update reduce project lanczos parallel)
+set(cpu isa update reduce orthogonalize lanczos parallel)
 list(TRANSFORM cpu PREPEND ${csrc}/cpu/)
 set(rest ${bindings} ${cpu})
 list(TRANSFORM rest APPEND .cpp)

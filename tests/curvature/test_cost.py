@@ -18,14 +18,14 @@ def test_passes_over_the_basis(
 ) -> None:
     """Flops of Gram-Schmidt, counted call by call; the rest are restarts and the result."""
     spent = 0
-    project_out = kernels.project_out
+    orthogonalize = kernels.orthogonalize
 
     def counting(w: Tensor, basis: Tensor, *, passes: int = 2) -> tuple[Tensor, Tensor]:
         nonlocal spent
         spent += 4 * passes * basis.numel()
-        return project_out(w, basis, passes=passes)
+        return orthogonalize(w, basis, passes=passes)
 
-    monkeypatch.setattr(kernels, "project_out", counting)
+    monkeypatch.setattr(kernels, "orthogonalize", counting)
     n = 2**19 if max_basis is None else 400
     d = torch.linspace(0, 1, n)
     d[:12] = decaying(n)[:12].abs()

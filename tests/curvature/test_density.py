@@ -161,7 +161,7 @@ def test_probes_are_kept_apart_from_what_is_deflated() -> None:
     known = top.vectors.T.contiguous()
     q = torch.randn(3, 200, dtype=torch.float64)
     ops = VectorOps(op)
-    ops.project_out(q, known)
+    ops.orthogonalize(q, known)
     run = BatchedLanczos(ops, q / q.norm(dim=1, keepdim=True), known)
     for _ in range(30):
         run.step(op.matmat(run.q.T).T.contiguous())

@@ -61,13 +61,15 @@ def vectors(count: int, length: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 300_000])
 @pytest.mark.parametrize("count", [1, 3])
-def test_slices_project_out_as_the_kernel_does(length: int, count: int, dtype: torch.dtype) -> None:
+def test_slices_orthogonalize_as_the_kernel_does(
+    length: int, count: int, dtype: torch.dtype
+) -> None:
     basis = torch.linalg.qr(vectors(5, length, torch.float64).T).Q.T.contiguous()
     for stored in {dtype, torch.float16}:
         q, w = basis.to(stored), vectors(count, length, dtype)
         expected = w.clone().double()
-        wanted, norms = kernels.project_out(expected, q)
-        c, left = ops(length, dtype).project_out(w, q)
+        wanted, norms = kernels.orthogonalize(expected, q)
+        c, left = ops(length, dtype).orthogonalize(w, q)
         # Sums in pieces err by a few roundings of a piece, whatever their number.
         unit = 4 * torch.finfo(dtype).eps * max(float(wanted.norm()), 1.0)
         torch.testing.assert_close(c, wanted, rtol=0, atol=unit)
@@ -90,7 +92,7 @@ def test_slices_take_few_operations_whatever_their_length() -> None:
     for length in (20_000, 200_000):
         q, w = vectors(5, length, torch.float32), vectors(1, length, torch.float32)
         with Calls() as calls:
-            ops(length, torch.float32).project_out(w, q)
+            ops(length, torch.float32).orthogonalize(w, q)
         spent.append(calls.count)
     assert spent[0] == spent[1]
 

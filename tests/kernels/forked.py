@@ -48,12 +48,12 @@ def sums(backend: str) -> list[Tensor]:
     results.append(kernels.norm([t, u], weights=[u, t], backend=backend))
     kernels.flag_nonfinite([t, u.log()], result, backend=backend)
     basis = q / LENGTH**0.5
-    results += [result, *kernels.project_out(w, basis, backend=backend)]
+    results += [result, *kernels.orthogonalize(w, basis, backend=backend)]
     results.append(kernels.row_dots(q, w, backend=backend))
-    results.append(kernels.three_term(v, q, w, factors, backend=backend))
+    results.append(kernels.lanczos_step(v, q, w, factors, backend=backend))
     results.append(kernels.gram(v, backend=backend))
     kernels.mix_rows(v, square, backend=backend)
-    results.append(kernels.orthonormalise(v, backend=backend))
+    results.append(kernels.cholesky_qr(v, backend=backend))
     return [*results, w, v]
 
 

@@ -162,24 +162,24 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "set_isa": lambda: [_core.isa()],
     "require_cuda": list,
     "check": lambda: [["a", "b"], [tensors(), tensors()], [True, False]],
-    "ascend": lambda: [tensors(), tensors(), tensors(), 0.1, False, *FLAGS, 2],
-    "ascend_again": lambda: [tensors(), tensors(), tensors(), 0.1, *FLAGS, 2],
-    "ascend_hvp": lambda: [tensors(), tensors(), tensors(), tensors(), 0.1, 0.2, *FLAGS, 2],
-    "descend": lambda: [*(tensors() for _ in range(4)), *LR, False, False, 7, *FLAGS, 2],
-    "descend_adamw": lambda: [
+    "perturb": lambda: [tensors(), tensors(), tensors(), 0.1, False, *FLAGS, 2],
+    "perturb_again": lambda: [tensors(), tensors(), tensors(), 0.1, *FLAGS, 2],
+    "perturb_hvp": lambda: [tensors(), tensors(), tensors(), tensors(), 0.1, 0.2, *FLAGS, 2],
+    "sgd_step": lambda: [*(tensors() for _ in range(4)), *LR, False, False, 7, *FLAGS, 2],
+    "adamw_step": lambda: [
         *(tensors() for _ in range(5)),
         *(0.1, 0.9, 0.99, 1e-8, 0.0, 1, False, None, *FLAGS, 2),
     ],
     "norm": lambda: [tensors(), tensors(), torch.zeros(()), None, None, 2],
     "norm_workspace": lambda: [tensors()],
     "flag_nonfinite": lambda: [tensors(), torch.zeros(1), 2],
-    "project_out": lambda: [
+    "orthogonalize": lambda: [
         *([tensor()], [tensor()], 4, 4, doubles(4, 4), doubles(4), None, 2, 2),
     ],
     "project_workspace": lambda: [4, 6, 4],
     "sums_workspace": lambda: [8, 6],
     "row_dots": lambda: [[tensor()], [tensor()], 4, doubles(2, 4), None, 2],
-    "three_term": lambda: [
+    "lanczos_step": lambda: [
         *([tensor()], [tensor()], [tensor()], 4, doubles(3, 4), doubles(2, 4), None, 2),
     ],
     "gram": lambda: [[tensor()], 4, doubles(4, 4), None, 2],

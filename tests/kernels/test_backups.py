@@ -35,7 +35,7 @@ def test_the_backup_has_every_bit(
     x = any_bits(dtype).to(backend.device)
     before, g, b = x.clone(), torch.ones_like(x), torch.zeros_like(x)
     flag = None if flag_value is None else torch.tensor(flag_value, device=backend.device)
-    kernels.ascend([x], [g], [b], 0.1, found_inf=flag, backend=backend.name)
+    kernels.perturb([x], [g], [b], 0.1, found_inf=flag, backend=backend.name)
     assert same_bits(b, before)
     assert same_bits(x, before) == bool(flag_value)
 
@@ -44,12 +44,12 @@ def test_the_backup_has_every_bit(
 def test_a_stopped_update_has_every_bit(
     backend: KernelBackend, dtype: torch.dtype, update: Update
 ) -> None:
-    """Descents restore the parameters, ascend saves them, and nothing else is written."""
+    """Descents restore the parameters, perturb saves them, and nothing else is written."""
     lists = [[any_bits(dtype).to(backend.device)] for _ in update.lists]
     expected = {role: t.clone() for role, (t,) in zip(update.lists, lists, strict=True)}
-    if update.kernel == "ascend":
+    if update.kernel == "perturb":
         expected["backups"] = expected["params"]
-    elif update.kernel.startswith("descend"):
+    elif update.kernel in ("sgd_step", "adamw_step"):
         expected["params"] = expected[update.starts_from]
     update(lists, found_inf=torch.ones((), device=backend.device), backend=backend.name)
     for role, (t,) in zip(update.lists, lists, strict=True):
@@ -61,5 +61,5 @@ def test_a_stopped_descent_without_backups_leaves_every_bit(
 ) -> None:
     x = any_bits(dtype).to(backend.device)
     before, stop = x.clone(), torch.ones((), device=backend.device)
-    kernels.descend([x], [torch.ones_like(x)], lr=0.1, found_inf=stop, backend=backend.name)
+    kernels.sgd_step([x], [torch.ones_like(x)], lr=0.1, found_inf=stop, backend=backend.name)
     assert same_bits(x, before)

@@ -37,7 +37,7 @@ def test_a_list_that_was_never_made_is_refused() -> None:
         lambda: kernels.norm(listed),
         lambda: _core.check(("params",), (listed,), (True,)),
     ):
-        with pytest.raises(TypeError, match="was never initialised"):
+        with pytest.raises(TypeError, match="was never initialized"):
             act()
 
 
@@ -85,24 +85,24 @@ def test_another_thread_may_empty_a_list_that_is_read() -> None:
 def test_a_tensor_negated_where_it_is_is_noticed(hold: bool) -> None:
     x, g = torch.ones(4), torch.ones(4)
     listed = _core.TensorList([g], hold=hold)
-    kernels.descend([x], listed, lr=0.25)
+    kernels.sgd_step([x], listed, lr=0.25)
     g.data = torch._neg_view(g.data)
     assert g.tolist() == [-1.0] * 4
     with pytest.raises(TypeError, match=r"^grads\[0\] is lazily negated: pass \.resolve_neg\(\)"):
-        kernels.descend([x], listed, lr=0.25)
+        kernels.sgd_step([x], listed, lr=0.25)
     assert x.tolist() == [0.75] * 4
 
 
 def test_inference_tensors_are_changed_in_inference_mode_alone() -> None:
     with torch.inference_mode():
         x, g = torch.ones(4), torch.ones(4)
-        kernels.descend([x], [g], lr=0.25)
+        kernels.sgd_step([x], [g], lr=0.25)
     assert x.tolist() == [0.75] * 4
     y = torch.ones(4)
-    kernels.descend([y], [g], lr=0.25)  # what is only read may be one
+    kernels.sgd_step([y], [g], lr=0.25)  # what is only read may be one
     for lists in (([x], [torch.ones(4), x]),):
         with pytest.raises(RuntimeError, match=r"params\[\d\] was made in inference mode"):
-            kernels.descend(lists[-1], [g] * len(lists[-1]), lr=0.25)
+            kernels.sgd_step(lists[-1], [g] * len(lists[-1]), lr=0.25)
     assert x.tolist() == [0.75] * 4
 
 
@@ -111,16 +111,16 @@ def test_what_inference_mode_allowed_is_not_trusted_outside_of_it() -> None:
         x, g = torch.ones(4), torch.ones(4)
         listed = _core.TensorList([x], hold=True, trust=True)
         kernels.norm(listed)
-        kernels.descend(listed, [g], lr=0.25)
+        kernels.sgd_step(listed, [g], lr=0.25)
     with pytest.raises(RuntimeError, match=r"params\[0\] was made in inference mode"):
-        kernels.descend(listed, [g], lr=0.25)
+        kernels.sgd_step(listed, [g], lr=0.25)
     assert x.tolist() == [0.75] * 4
 
 
 def test_lazy_clones_are_written_apart() -> None:
     x = torch.ones(4)
     clone = torch._lazy_clone(x)
-    kernels.descend([clone], [torch.ones(4)], lr=0.25)
+    kernels.sgd_step([clone], [torch.ones(4)], lr=0.25)
     assert clone.tolist() == [0.75] * 4
     assert x.tolist() == [1.0] * 4
 
@@ -128,9 +128,9 @@ def test_lazy_clones_are_written_apart() -> None:
 def test_empty_vectors_and_tensors() -> None:
     empty = torch.zeros(3, 0)
     assert kernels.gram(empty).tolist() == [[0.0] * 3] * 3
-    assert kernels.orthonormalise(empty.clone()).shape == (3, 3)
+    assert kernels.cholesky_qr(empty.clone()).shape == (3, 3)
     assert kernels.norm([empty]).item() == 0
-    kernels.descend([empty], [empty], lr=0.1)
+    kernels.sgd_step([empty], [empty], lr=0.1)
 
 
 @pytest.mark.parametrize("count", [0, -1, 2**62, 10**30])
@@ -138,7 +138,7 @@ def test_counts_that_divide_nothing(count: int) -> None:
     w, q = torch.ones(4, 6), torch.ones(4, 6)
     c, n = torch.zeros(4, 4).double(), torch.zeros(4).double()
     with pytest.raises(ValueError, match=r"must be|times"):
-        _core.project_out([w], [q], count, 4, c, n, None, 1, 1)
+        _core.orthogonalize([w], [q], count, 4, c, n, None, 1, 1)
     with pytest.raises(ValueError, match="rows must be a whole number"):
         _core.gram([w], count, c, None, 1)
     assert (w == 1).all()

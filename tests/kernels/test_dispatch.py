@@ -41,12 +41,12 @@ def test_triton_on_a_cpu_needs_its_interpreter() -> None:
     pytest.importorskip("triton")
     x, g, b = torch.zeros(3, 4)
     with pytest.raises(RuntimeError, match=r"needs a GPU, or TRITON_INTERPRET=1"):
-        kernels.ascend([x], [g], [b], 0.1, backend="triton")
+        kernels.perturb([x], [g], [b], 0.1, backend="triton")
 
 
 def test_every_backend_has_every_kernel() -> None:
-    # orthonormalise is made of others
-    names = set(kernels.__all__) - {"BACKENDS", "Backend", "select", "orthonormalise"}
+    # cholesky_qr is made of others
+    names = set(kernels.__all__) - {"BACKENDS", "Backend", "select", "cholesky_qr"}
     assert names >= {update.kernel for update in UPDATES} | {"norm", "flag_nonfinite"}
     for backend in (kernels.select("cpu", name) for name in ("native", "reference")):
         for name in names:
@@ -58,7 +58,7 @@ def test_an_unknown_backend_is_told_the_known_ones() -> None:
     message = "unknown backend 'cuda': choose one of native, triton, reference, or None"
     x = torch.ones(3)
     with pytest.raises(ValueError, match=message):
-        kernels.ascend([x], [x], [x], 0.1, backend="cuda")
+        kernels.perturb([x], [x], [x], 0.1, backend="cuda")
     with pytest.raises(ValueError, match=message):
         kernels.norm([x], backend="cuda")
 
@@ -207,7 +207,7 @@ class NoTriton:
 @pytest.mark.parametrize("backend_name", [None, "native", "reference"])
 def test_no_tensors(backend_name: str | None) -> None:
     with pytest.raises(ValueError, match="no tensors: pass at least one"):
-        kernels.ascend([], [], [], 0.1, backend=backend_name)
+        kernels.perturb([], [], [], 0.1, backend=backend_name)
     with pytest.raises(ValueError, match="no tensors: pass at least one"):
         kernels.norm([], backend=backend_name)
 

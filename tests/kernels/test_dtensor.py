@@ -62,7 +62,7 @@ def test_gradients_that_are_wider(mesh: DeviceMesh, placement: object) -> None:
         sharded = [distribute_tensor(t.clone(), mesh, [placement]) for t in plain]
         for x, g, m in (plain, sharded):
             scale = torch.tensor(1e5)
-            kernels.descend([x], [g], [m], lr=0.3, momentum=0.8, grad_scale=scale)
+            kernels.sgd_step([x], [g], [m], lr=0.3, momentum=0.8, grad_scale=scale)
         assert plain[0].isfinite().all()
         assert all(same_bits(t.to_local(), e) for t, e in zip(sharded, plain, strict=True))
         norm = kernels.norm([sharded[1]], weights=[sharded[0]])
@@ -71,7 +71,7 @@ def test_gradients_that_are_wider(mesh: DeviceMesh, placement: object) -> None:
 
 def test_dtensors_and_plain_tensors_in_one_list(mesh: DeviceMesh) -> None:
     params = [torch.ones(4), distribute_tensor(torch.ones(4), mesh, [Shard(0)]), torch.ones(4)]
-    kernels.descend(params, [torch.ones(4)] * 3, lr=0.5)
+    kernels.sgd_step(params, [torch.ones(4)] * 3, lr=0.5)
     for p in params:
         local = p.to_local() if isinstance(p, DTensor) else p
         assert torch.equal(local, torch.full((4,), 0.5))
@@ -92,4 +92,4 @@ def test_a_shard_further_on_in_its_memory(mesh: DeviceMesh, first: int) -> None:
 def test_errors_name_the_dtensor(mesh: DeviceMesh) -> None:
     x = distribute_tensor(torch.ones(4, dtype=torch.int64), mesh, [Shard(0)])
     with pytest.raises(TypeError, match=r"params\[0\] is int64"):
-        kernels.descend([x], [torch.ones(4)], lr=0.5)
+        kernels.sgd_step([x], [torch.ones(4)], lr=0.5)

@@ -230,9 +230,9 @@ def test_no_list_at_all(role: str) -> None:
 
 
 MAY_BE_NONE = {
-    "ascend_again": {"backups"},
-    "descend": {"momenta", "backups"},
-    "descend_adamw": {"backups"},
+    "perturb_again": {"backups"},
+    "sgd_step": {"momenta", "backups"},
+    "adamw_step": {"backups"},
 }
 
 
@@ -321,13 +321,13 @@ def test_neighbors_do_not_overlap() -> None:
     params = [memory[24:].view(SHAPE), memory[:24].view(SHAPE)]
     before = memory.clone()
     g = torch.ones(SHAPE)
-    kernels.descend(params, [g, g], lr=0.5)  # what is only read may be shared
+    kernels.sgd_step(params, [g, g], lr=0.5)  # what is only read may be shared
     torch.testing.assert_close(memory, before - 0.5)
 
 
 def test_empty_tensors_may_share_memory() -> None:
     empty, x = torch.zeros(0), torch.ones(3)
-    kernels.descend([empty, x, empty], [empty, torch.ones(3), empty], lr=0.25)
+    kernels.sgd_step([empty, x, empty], [empty, torch.ones(3), empty], lr=0.25)
     assert torch.equal(x, torch.full((3,), 0.75))
 
 

@@ -84,7 +84,7 @@ def test_by_a_number(which: int, free: Callable[[Tensor], Free]) -> None:
     inputs = lists(3)
     name = ("params", "grads", "backups")[which]
     with pytest.raises(RuntimeError, match=CHANGED.format(rf"{name}\[1\]")):
-        kernels.ascend(*inputs, Number(free(inputs[which][1])), backend="native")  # type: ignore[arg-type]
+        kernels.perturb(*inputs, Number(free(inputs[which][1])), backend="native")  # type: ignore[arg-type]
     assert torch.equal(inputs[0][0], torch.ones(1000))
 
 
@@ -94,7 +94,7 @@ def test_by_a_number_after_a_flag_and_a_scalar() -> None:
     for victim, name in ((flag, "found_inf"), (scale, "lr")):
         options = {"lr": scale, "weight_decay": Number(shrink(victim)), "found_inf": flag}
         with pytest.raises(RuntimeError, match=CHANGED.format(name)):
-            kernels.descend(params, grads, backend="native", **options)  # type: ignore[arg-type]
+            kernels.sgd_step(params, grads, backend="native", **options)  # type: ignore[arg-type]
         victim.untyped_storage().resize_(4)
         victim.fill_(0 if victim is flag else 1)
     assert torch.equal(params[0], torch.ones(1000))
@@ -105,7 +105,7 @@ def test_by_a_gradient(make: Callable[[Tensor, Free], object]) -> None:
     params, grads, backups = lists(3)
     grads[1] = make(grads[1], shrink(params[0]))  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match=CHANGED.format(r"params\[0\]")):
-        _core.ascend(params, grads, backups, 0.1, False, None, None, 1)
+        _core.perturb(params, grads, backups, 0.1, False, None, None, 1)
 
 
 def test_a_scalar_that_frees_itself() -> None:
@@ -114,7 +114,7 @@ def test_a_scalar_that_frees_itself() -> None:
     lr = asked(lr, lambda: None)
     lr.free = shrink(lr.as_subclass(Tensor))
     with pytest.raises(RuntimeError, match=CHANGED.format("lr")):
-        kernels.descend(params, grads, lr=lr, backend="native")
+        kernels.sgd_step(params, grads, lr=lr, backend="native")
     assert torch.equal(params[0], torch.ones(1000))
 
 
@@ -125,7 +125,7 @@ def test_by_the_basis_of_a_projection() -> None:
         basis = asked(q, shrink(victim)) if bad == "basis" else q
         result = asked(norms, shrink(victim)) if bad == "norms" else norms
         with pytest.raises(RuntimeError, match=CHANGED.format(rf"{name}\[0\]")):
-            _core.project_out([w], [basis], 1, 2, sums, result, None, 1, 1)
+            _core.orthogonalize([w], [basis], 1, 2, sums, result, None, 1, 1)
         victim.untyped_storage().resize_(victim.numel() * 4)
         victim.fill_(1)
 
@@ -141,8 +141,8 @@ def test_by_the_size_of_what_a_norm_is_written_to() -> None:
 def test_what_changes_nothing_is_read() -> None:
     params, grads, backups = lists(3)
     grads[1] = asked(grads[1], lambda: None)
-    kernels.ascend(params, grads, backups, Number(lambda: None), backend="native")  # type: ignore[arg-type]
-    kernels.descend(params, grads, lr=np.float32(0.5), backend="native")  # type: ignore[arg-type]
+    kernels.perturb(params, grads, backups, Number(lambda: None), backend="native")  # type: ignore[arg-type]
+    kernels.sgd_step(params, grads, lr=np.float32(0.5), backend="native")  # type: ignore[arg-type]
     expected = torch.tensor(1.0) + 0.1 - 0.5
     for p in params:
         torch.testing.assert_close(p, expected.expand(1000))

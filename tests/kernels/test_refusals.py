@@ -40,7 +40,7 @@ def test_parameters_that_require_grad_are_no_reason_to_refuse() -> None:
     for backend in ("native", "reference"):
         x = torch.ones(4, requires_grad=True)
         g, b = torch.ones(4, requires_grad=True), torch.zeros(4)
-        kernels.select("cpu", backend).ascend([x], [g], [b], 0.5)
+        kernels.select("cpu", backend).perturb([x], [g], [b], 0.5)
         assert x.tolist() == [1.5] * 4
         assert not b.requires_grad
         norm = kernels.norm([x], backend=backend)

@@ -54,20 +54,20 @@ def test_updates_are_the_references_bit_for_bit(
 
 @pytest.mark.parametrize("rounding_seed", [None, 0, SEED])
 @pytest.mark.parametrize("case", DESCENTS, ids=str)
-def test_descend_is_the_reference_bit_for_bit(
+def test_sgd_step_is_the_reference_bit_for_bit(
     fast_backend: KernelBackend, dtype: torch.dtype, case: Descent, rounding_seed: int | None
 ) -> None:
     lists = ["params", "grads"]
     lists += ["momenta"] if case.momentum != "none" else []
     lists += ["backups"] if case.backups else []
     options = case.options() | {"rounding_seed": rounding_seed}
-    agrees(Update("descend", tuple(lists), (), options), fast_backend, dtype)
+    agrees(Update("sgd_step", tuple(lists), (), options), fast_backend, dtype)
 
 
 @pytest.mark.parametrize("rounding_seed", [None, SEED])
 @pytest.mark.parametrize("step", [2, 3, 100, 4097])
 @pytest.mark.parametrize("case", ADAMW_DESCENTS[4:], ids=str)
-def test_descend_adamw_is_the_reference_bit_for_bit(
+def test_adamw_step_is_the_reference_bit_for_bit(
     fast_backend: KernelBackend,
     dtype: torch.dtype,
     case: AdamWDescent,
@@ -90,7 +90,7 @@ def test_ascents_are_the_references_bit_for_bit(
 
 def ascended(x: Tensor, g: Tensor, alpha: float, backend: KernelBackend) -> Tensor:
     x, g = x.to(backend.device), g.to(backend.device)
-    kernels.ascend([x], [g], [torch.empty_like(x)], alpha, backend=backend.name)
+    kernels.perturb([x], [g], [torch.empty_like(x)], alpha, backend=backend.name)
     return x.cpu()
 
 
@@ -138,7 +138,7 @@ def test_a_step_of_length_zero_returns_every_number(
 ) -> None:
     x = every_pattern(narrow).to(backend.device)
     before, g = x.clone(), torch.ones_like(x)
-    kernels.descend([x], [g], lr=0.0, backend=backend.name)
+    kernels.sgd_step([x], [g], lr=0.0, backend=backend.name)
     saved = ~before.isnan()
     assert torch.equal(bits(x[saved]), bits(before[saved]))
     assert x[~saved].isnan().all()
@@ -149,5 +149,5 @@ def test_products_are_rounded_before_they_are_added(backend: KernelBackend) -> N
     for dtype, e in ((torch.float32, 2.0**-13), (torch.float64, 2.0**-28)):
         x = torch.full((67,), -1 - 2 * e, dtype=dtype, device=backend.device)
         g = torch.full_like(x, 1 + e)
-        kernels.ascend([x], [g], [torch.empty_like(x)], 1 + e, backend=backend.name)
+        kernels.perturb([x], [g], [torch.empty_like(x)], 1 + e, backend=backend.name)
         assert (x == 0).all()

@@ -43,7 +43,7 @@ def ascended(backend: KernelBackend, dtype: torch.dtype, alpha: Any, **flags: An
     torch.manual_seed(9)
     arena = Arena(dtype, 3, SIZES, backend.device)
     arena.fill(0, 1)
-    kernels.ascend(*arena.lists, alpha, **flags, backend=backend.name)
+    kernels.perturb(*arena.lists, alpha, **flags, backend=backend.name)
     return arena.values(0)
 
 

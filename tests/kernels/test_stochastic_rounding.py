@@ -27,7 +27,7 @@ narrow_dtypes = pytest.mark.parametrize("narrow", NARROW, ids=str)
 
 def descended(x: Tensor, g: Tensor, seed: Any, lr: float = 1.0, **options: Any) -> Tensor:
     x = x.clone()
-    kernels.descend([x], [g], lr=lr, rounding_seed=seed, **options)
+    kernels.sgd_step([x], [g], lr=lr, rounding_seed=seed, **options)
     return x
 
 
@@ -92,7 +92,7 @@ def test_wide_dtypes_are_not_rounded(backend: KernelBackend, T: torch.dtype) -> 
 def test_found_inf_restores_x_and_keeps_m(backend: KernelBackend, narrow: torch.dtype) -> None:
     x, g, m, b = (nonzero((1000,), narrow).to(backend.device) for _ in range(4))
     saved = m.clone()
-    kernels.descend(
+    kernels.sgd_step(
         [x],
         [g],
         [m],
@@ -152,7 +152,7 @@ def ups(seed: int, narrow: torch.dtype) -> tuple[Tensor, ...]:
     x, m, g = (
         [torch.full((n,), value, dtype=narrow) for _ in range(2)] for value in (3.0, 2.0, ulp / 2)
     )
-    kernels.descend(x, g, m, lr=1.0, momentum=0.5, rounding_seed=seed)  # 1 + ulp / 2; 2 - ulp / 2
+    kernels.sgd_step(x, g, m, lr=1.0, momentum=0.5, rounding_seed=seed)  # 1 + ulp / 2; 2 - ulp / 2
     return tuple(torch.where(t > t.min(), 1.0, -1.0) for t in (x[0], x[1], m[0], m[1]))
 
 
@@ -175,7 +175,7 @@ def test_second_moments_have_bits_of_their_own(narrow: torch.dtype) -> None:
     d = torch.full((2**16,), 1 + 5 * torch.finfo(narrow).eps, dtype=narrow)
     x, m, v = (torch.zeros_like(d) for _ in range(3))
     options = {"lr": 1e-3, "beta1": 0.7, "beta2": 0.7, "step": 3, "rounding_seed": SEED}
-    kernels.descend_adamw([x], [d], [m], [v], **options)
+    kernels.adamw_step([x], [d], [m], [v], **options)
     output = [torch.where(t == t.max(), 1.0, 0.0) for t in (x, m, v)]
     assert all(0.1 < t.mean().item() < 0.9 for t in output)
     correlation = torch.corrcoef(torch.stack(output)) - torch.eye(3)
@@ -196,7 +196,7 @@ def test_bits_depend_on_where_an_element_is_and_on_nothing_else(
         memory = torch.zeros(n + shift, dtype=narrow, device=backend.device)
         x.append(memory[shift:].copy_(values))
         g.append(grads)
-        kernels.descend(x, g, lr=0.01, rounding_seed=SEED, backend=backend.name)
+        kernels.sgd_step(x, g, lr=0.01, rounding_seed=SEED, backend=backend.name)
         return x[-1].clone()
 
     expected = third(0, 0, 0)
@@ -213,7 +213,7 @@ def test_elements_are_numbered_as_they_lie_in_memory(
     flat, grads = (nonzero((210,), narrow).to(backend.device) for _ in range(2))
     expected = descended(flat, grads, SEED, 0.01, backend=backend.name)
     x = flat.clone()
-    kernels.descend(
+    kernels.sgd_step(
         [x.view(2, 3, 5, 7).permute(0, 3, 1, 2)],
         [grads.view(2, 3, 5, 7).permute(0, 3, 1, 2)],
         lr=0.01,
@@ -241,9 +241,9 @@ def test_a_seed_out_of_range_is_refused(backend_name: str, seed: Any) -> None:
     lists = [[torch.ones(4, dtype=torch.bfloat16)] for _ in range(4)]
     message = r"^rounding_seed must be a whole number from 0 to 2\*\*24 - 1, and is "
     with pytest.raises(ValueError, match=message):
-        kernels.descend(*lists[:3], lr=0.1, rounding_seed=seed, backend=backend_name)
+        kernels.sgd_step(*lists[:3], lr=0.1, rounding_seed=seed, backend=backend_name)
     with pytest.raises(ValueError, match=message):
-        kernels.descend_adamw(*lists, lr=0.1, step=1, rounding_seed=seed, backend=backend_name)
+        kernels.adamw_step(*lists, lr=0.1, step=1, rounding_seed=seed, backend=backend_name)
     assert all((t == 1).all() for (t,) in lists)
 
 
@@ -259,9 +259,9 @@ def test_small_steps_arrive(narrow: torch.dtype) -> None:
     steps = int(3 / lr)
     stalled, x = (torch.ones(n, dtype=narrow) for _ in range(2))
     for seed in range(steps):
-        kernels.descend([x], [x.clone()], lr=lr, rounding_seed=seed)
+        kernels.sgd_step([x], [x.clone()], lr=lr, rounding_seed=seed)
     for _ in range(3):
-        kernels.descend([stalled], [stalled.clone()], lr=lr)
+        kernels.sgd_step([stalled], [stalled.clone()], lr=lr)
     assert (stalled == 1).all()
     error = math.sqrt(3 * eps * math.exp(-6) / n)
     assert abs(x.double().mean().item() - (1 - lr) ** steps) < SIGMAS * error

@@ -40,12 +40,12 @@ def test_norms_are_a_lists() -> None:
     assert weighted.item() == kernels.norm(saved, weights=weights).item()
 
 
-def test_only_ascend_fills_backups() -> None:
+def test_only_perturb_fills_backups() -> None:
     for update in UPDATES:
         lists = [_core.TensorList(t) for t in update.arena(torch.float32, SIZES).lists]
         update(lists)
         filled = [role for role, t in zip(update.lists, lists, strict=True) if t.filled]
-        assert filled == (["backups"] if update.kernel == "ascend" else [])
+        assert filled == (["backups"] if update.kernel == "perturb" else [])
 
 
 def test_it_is_a_sequence() -> None:
@@ -70,11 +70,11 @@ def test_it_does_not_follow_the_list_it_was_made_from() -> None:
 def test_new_memory_behind_a_tensor_is_found() -> None:
     params, grads = [torch.nn.Parameter(t) for t in tensors(1)], tensors(2)
     listed = _core.TensorList(params)
-    kernels.descend(listed, grads, lr=0.1)
+    kernels.sgd_step(listed, grads, lr=0.1)
     old, new = params[1].data, torch.ones(64)
     before = old.clone()
     params[1].data = new
-    kernels.descend(listed, grads, lr=0.1)
+    kernels.sgd_step(listed, grads, lr=0.1)
     assert torch.equal(old, before)
     torch.testing.assert_close(new, 1 - 0.1 * grads[1])
 
@@ -92,24 +92,24 @@ def test_new_memory_is_checked_as_the_old_was(change: str) -> None:
     make, message = CHANGES[change]
     params, grads = [torch.nn.Parameter(t) for t in tensors(1)], tensors(2)
     listed = _core.TensorList(params)
-    kernels.descend(listed, grads, lr=0.1)
+    kernels.sgd_step(listed, grads, lr=0.1)
     before = params[0].detach().clone()
     params[1].data = make(params[1])
     with pytest.raises((ValueError, TypeError), match=message):
-        kernels.descend(listed, grads, lr=0.1)
+        kernels.sgd_step(listed, grads, lr=0.1)
     assert torch.equal(params[0], before)
 
 
 def test_memory_that_was_freed_is_noticed() -> None:
     params, grads = tensors(1), tensors(2)
     listed = _core.TensorList(params)
-    kernels.descend(listed, grads, lr=0.1)
+    kernels.sgd_step(listed, grads, lr=0.1)
     params[2].untyped_storage().resize_(0)
     with pytest.raises(TypeError, match=r"params\[2\] has no memory of its own"):
-        kernels.descend(listed, grads, lr=0.1)
+        kernels.sgd_step(listed, grads, lr=0.1)
 
 
 def test_no_tensor_in_it_is_named_at_its_use() -> None:
     listed = _core.TensorList([torch.ones(3), None])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"params\[1\] cannot be used: NoneType is not a tensor"):
-        kernels.descend(listed, [torch.ones(3)] * 2, lr=0.1)
+        kernels.sgd_step(listed, [torch.ones(3)] * 2, lr=0.1)

@@ -31,31 +31,31 @@ FLAG = torch.zeros(())
 
 # Calls of every kernel: how many lists, and what is done with them.
 CALLS: dict[str, tuple[int, Callable[..., Any]]] = {
-    "ascend": (3, lambda p, g, b: kernels.ascend(p, g, b, 0.1, adaptive=True)),
-    "ascend_again": (2, lambda p, g: kernels.ascend_again(p, g, 0.1)),
-    "ascend_again from": (3, lambda p, g, b: kernels.ascend_again(p, g, 0.1, b)),
-    "ascend_hvp": (4, lambda p, g, g0, b: kernels.ascend_hvp(p, g, g0, b, 0.1, eps=1e-2)),
-    "descend": (2, lambda p, g: kernels.descend(p, g, lr=0.1, weight_decay=0.01)),
-    "descend momentum": (
+    "perturb": (3, lambda p, g, b: kernels.perturb(p, g, b, 0.1, adaptive=True)),
+    "perturb_again": (2, lambda p, g: kernels.perturb_again(p, g, 0.1)),
+    "perturb_again from": (3, lambda p, g, b: kernels.perturb_again(p, g, 0.1, b)),
+    "perturb_hvp": (4, lambda p, g, g0, b: kernels.perturb_hvp(p, g, g0, b, 0.1, eps=1e-2)),
+    "sgd_step": (2, lambda p, g: kernels.sgd_step(p, g, lr=0.1, weight_decay=0.01)),
+    "sgd_step momentum": (
         4,
-        lambda p, g, m, b: kernels.descend(
+        lambda p, g, m, b: kernels.sgd_step(
             p, g, m, b, lr=scalar(0.1), momentum=0.9, nesterov=True, grad_scale=torch.ones(())
         ),
     ),
-    "descend_adamw": (
+    "adamw_step": (
         4,
-        lambda p, g, m, v: kernels.descend_adamw(p, g, m, v, lr=0.1, step=3, found_inf=FLAG),
+        lambda p, g, m, v: kernels.adamw_step(p, g, m, v, lr=0.1, step=3, found_inf=FLAG),
     ),
     "norm": (1, lambda t: kernels.norm(t)),
     "norm weights": (2, lambda t, w: kernels.norm(t, weights=w, out=torch.empty(()))),
-    "project_out": (
+    "orthogonalize": (
         2,
-        lambda w, g: kernels.project_out(w[0].double(), torch.eye(5)[:2] + g[0]),
+        lambda w, g: kernels.orthogonalize(w[0].double(), torch.eye(5)[:2] + g[0]),
     ),
     "row_dots": (2, lambda q, w: kernels.row_dots(q[1], w[1])),
-    "three_term": (
+    "lanczos_step": (
         3,
-        lambda u, q, w: kernels.three_term(u[1], q[1], w[1], torch.ones(3, 3).double()),
+        lambda u, q, w: kernels.lanczos_step(u[1], q[1], w[1], torch.ones(3, 3).double()),
     ),
     "gram": (1, lambda v: kernels.gram(v[1])),
     "mix_rows": (1, lambda v: kernels.mix_rows(v[1], torch.ones(3, 3).double())),
@@ -91,7 +91,7 @@ def test_errors_are_those_of_the_kernels() -> None:
     [params, grads] = lists(2)
 
     def work(params: list[Tensor], grads: list[Tensor]) -> None:
-        kernels.ascend_again(params, grads, 0.1)
+        kernels.perturb_again(params, grads, 0.1)
 
     compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="grads"):
@@ -101,12 +101,12 @@ def test_errors_are_those_of_the_kernels() -> None:
 @NO_GRAPHS
 def test_a_compiled_call_takes_what_the_call_takes() -> None:
     [params, grads] = lists(2)
-    by_position = torch.compile(lambda p, g: kernels.descend(p, g, None, None, 0.1))
+    by_position = torch.compile(lambda p, g: kernels.sgd_step(p, g, None, None, 0.1))
     with pytest.raises(Exception, match="positional"):
         by_position(params, grads)
     whole = torch.tensor(1)
     with pytest.raises(TypeError, match="lr"):
-        torch.compile(lambda p, g: kernels.descend(p, g, lr=whole), backend="eager")(params, grads)
+        torch.compile(lambda p, g: kernels.sgd_step(p, g, lr=whole), backend="eager")(params, grads)
 
 
 def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
@@ -115,28 +115,28 @@ def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
     tail = {"grad_scale": scalar(2.0).float(), "found_inf": FLAG.clone(), "backend": None}
     half = scalar(0.5)
     return {
-        "ascend": ([p, g, a, half], {"adaptive": False} | tail),
-        "ascend_again": ([p, g, half, []], tail),
-        "ascend_hvp": ([p, g, a, b, half, half], tail),
-        "descend": (
+        "perturb": ([p, g, a, half], {"adaptive": False} | tail),
+        "perturb_again": ([p, g, half, []], tail),
+        "perturb_hvp": ([p, g, a, b, half, half], tail),
+        "sgd_step": (
             [p, g, a, []],
             dict.fromkeys(("lr", "momentum", "dampening", "weight_decay"), half)
             | {"nesterov": False, "maximize": False, "rounding_seed": None}
             | tail,
         ),
-        "descend_adamw": (
+        "adamw_step": (
             [p, g, a, b, []],
             dict.fromkeys(("lr", "beta1", "beta2", "eps", "weight_decay"), half)
             | {"step": scalar(2.0), "maximize": False, "rounding_seed": scalar(7.0)}
             | tail,
         ),
         "norm": ([p, torch.empty(())], {"weights": g, "grad_scale": None, "backend": None}),
-        "project_out": (
+        "orthogonalize": (
             [p[0], torch.eye(5)[:2], torch.empty(2).double(), scalar(0.0), 1, None],
             {},
         ),
         "row_dots": ([p[1], g[1], torch.empty(2, 3).double(), None], {}),
-        "three_term": (
+        "lanczos_step": (
             [p[1], g[1], a[1], torch.ones(3, 3).double(), torch.empty(2, 3).double(), None],
             {},
         ),
@@ -152,7 +152,7 @@ def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
     [
         name
         for name in kernels.__all__
-        if name not in ("BACKENDS", "Backend", "orthonormalise", "select")
+        if name not in ("BACKENDS", "Backend", "cholesky_qr", "select")
     ],
 )
 def test_opcheck(name: str) -> None:

@@ -32,33 +32,39 @@ WIDE = {"bfloat16": "float32", "float16": "float32", "float32": "float64"}
 
 # How many lists each kernel reads and writes.
 LISTS = {
-    "ascend": (2, 2),
-    "ascend_scaled": (2, 2),
-    "ascend_adaptive": (2, 2),
-    "ascend_again": (2, 1),
-    "ascend_again_scaled": (2, 1),
-    "ascend_hvp": (3, 1),
-    "ascend_hvp_scaled": (3, 1),
-    "descend": (2, 1),
-    "descend_scaled": (3, 2),
-    "descend_adamw": (4, 3),
-    "descend_adamw_scaled": (4, 3),
+    "perturb": (2, 2),
+    "perturb_scaled": (2, 2),
+    "perturb_adaptive": (2, 2),
+    "perturb_again": (2, 1),
+    "perturb_again_scaled": (2, 1),
+    "perturb_hvp": (3, 1),
+    "perturb_hvp_scaled": (3, 1),
+    "sgd_step": (2, 1),
+    "sgd_step_scaled": (3, 2),
+    "adamw_step": (4, 3),
+    "adamw_step_scaled": (4, 3),
     "sum_squares": (1, 0),
     "sum_squares_weighted": (2, 0),
     "flag_nonfinite": (1, 0),
 }
 # Of the narrow dtypes alone.
 STOCHASTIC = {
-    "descend_stochastic": (3, 2),
-    "descend_adamw_stochastic": (4, 3),
-    "descend_adamw_stochastic_scaled": (4, 3),
+    "sgd_step_stochastic": (3, 2),
+    "adamw_step_stochastic": (4, 3),
+    "adamw_step_stochastic_scaled": (4, 3),
 }
 # Over rows of vectors, whose lengths are multiples of 16 here; of the wide dtypes alone.
-LANCZOS = {"row_dots": (2, 0), "three_term": (3, 1), "gram": (2, 0), "mix_rows": (1, 1)}
+LANCZOS = {"row_dots": (2, 0), "lanczos_step": (3, 1), "gram": (2, 0), "mix_rows": (1, 1)}
 VECTORS = ("u", "q", "w", "vectors")
 ROWS_OF_16 = (*VECTORS, "columns")
 # The expansion of a division has fused multiply-adds of its own; these kernels divide nothing.
-WITHOUT_DIVISION = ("ascend", "ascend_adaptive", "ascend_again", "descend", "descend_stochastic")
+WITHOUT_DIVISION = (
+    "perturb",
+    "perturb_adaptive",
+    "perturb_again",
+    "sgd_step",
+    "sgd_step_stochastic",
+)
 
 
 def lists_of(dtype: str) -> dict[str, tuple[int, int]]:
@@ -68,16 +74,16 @@ def lists_of(dtype: str) -> dict[str, tuple[int, int]]:
 # With wide gradients: how many lists of parameters' dtype each kernel reads, of gradients' dtype,
 # and how many it writes.
 WIDE_LISTS = {
-    "ascend": (1, 1, 2),
-    "ascend_again_scaled": (1, 1, 1),
-    "ascend_hvp_scaled": (1, 2, 1),
-    "descend_scaled": (2, 1, 2),
-    "descend_adamw_scaled": (3, 1, 3),
+    "perturb": (1, 1, 2),
+    "perturb_again_scaled": (1, 1, 1),
+    "perturb_hvp_scaled": (1, 2, 1),
+    "sgd_step_scaled": (2, 1, 2),
+    "adamw_step_scaled": (3, 1, 3),
     "sum_squares_weighted": (1, 1, 0),
 }
 WIDE_STOCHASTIC = {
-    "descend_stochastic": (2, 1, 2),
-    "descend_adamw_stochastic_scaled": (3, 1, 3),
+    "sgd_step_stochastic": (2, 1, 2),
+    "adamw_step_stochastic_scaled": (3, 1, 3),
 }
 EVERY_WIDE = [
     (kernel, dtype)
@@ -172,7 +178,7 @@ def test_quotients_and_roots_are_rounded_to_nearest(
     target: str, compiled: Path, dtype: str
 ) -> None:
     if target == "gfx942":
-        assembly = (compiled / f"descend_adamw.{dtype}.amdgcn").read_text()
+        assembly = (compiled / f"adamw_step.{dtype}.amdgcn").read_text()
         # A reciprocal is the beginning of a division, which ends in a fix-up; a root in float32 is
         # compared with its neighbors, that below first.
         assert count("v_div_fixup", assembly) == count("v_rcp", assembly) > 0
@@ -183,7 +189,7 @@ def test_quotients_and_roots_are_rounded_to_nearest(
         assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()
         assert not re.search(r"(div|rcp|r?sqrt)\.(approx|full)|\.ftz", assembly)
     real = "f64" if dtype == "float64" else "f32"
-    assembly = (compiled / f"descend_adamw.{dtype}.ptx").read_text()
+    assembly = (compiled / f"adamw_step.{dtype}.ptx").read_text()
     assert f"div.rn.{real}" in assembly
     assert f"sqrt.rn.{real}" in assembly
 
@@ -287,26 +293,26 @@ def configurations(
     nesterov, nearest = {"MOMENTA": True, "NESTEROV": True}, {"STOCHASTIC": False}
     unscaled = {} if "float64" in (dtype, grad) else {"exponents": None}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
-        "ascend": on_host(device_code.ascend_kernel, ADAPTIVE=False),
-        "ascend_scaled": (device_code.ascend_kernel, {"ADAPTIVE": True}),
-        "ascend_adaptive": on_host(device_code.ascend_kernel, ADAPTIVE=True),
-        "ascend_again": on_host(device_code.ascend_again_kernel),
-        "ascend_again_scaled": (device_code.ascend_again_kernel, {}),
-        "ascend_hvp": on_host(device_code.ascend_hvp_kernel),
-        "ascend_hvp_scaled": (device_code.ascend_hvp_kernel, {}),
-        "descend": on_host(device_code.descend_kernel, MOMENTA=False, NESTEROV=False, **nearest),
-        "descend_scaled": (device_code.descend_kernel, nesterov | nearest),
-        "descend_adamw": on_host(device_code.descend_adamw_kernel, **nearest),
-        "descend_adamw_scaled": (device_code.descend_adamw_kernel, nearest),
+        "perturb": on_host(device_code.perturb_kernel, ADAPTIVE=False),
+        "perturb_scaled": (device_code.perturb_kernel, {"ADAPTIVE": True}),
+        "perturb_adaptive": on_host(device_code.perturb_kernel, ADAPTIVE=True),
+        "perturb_again": on_host(device_code.perturb_again_kernel),
+        "perturb_again_scaled": (device_code.perturb_again_kernel, {}),
+        "perturb_hvp": on_host(device_code.perturb_hvp_kernel),
+        "perturb_hvp_scaled": (device_code.perturb_hvp_kernel, {}),
+        "sgd_step": on_host(device_code.sgd_step_kernel, MOMENTA=False, NESTEROV=False, **nearest),
+        "sgd_step_scaled": (device_code.sgd_step_kernel, nesterov | nearest),
+        "adamw_step": on_host(device_code.adamw_step_kernel, **nearest),
+        "adamw_step_scaled": (device_code.adamw_step_kernel, nearest),
         "sum_squares": (device_code.sum_squares_kernel, {"WEIGHTS": False} | unscaled),
         "sum_squares_weighted": (device_code.sum_squares_kernel, {"WEIGHTS": True} | unscaled),
         "flag_nonfinite": (device_code.flag_nonfinite_kernel, {}),
     }
     if dtype in NARROW:
-        sgd, adamw = device_code.descend_kernel, device_code.descend_adamw_kernel
-        kernels["descend_stochastic"] = on_host(sgd, **nesterov, STOCHASTIC=True)
-        kernels["descend_adamw_stochastic"] = on_host(adamw, STOCHASTIC=True)
-        kernels["descend_adamw_stochastic_scaled"] = (adamw, {"STOCHASTIC": True})
+        sgd, adamw = device_code.sgd_step_kernel, device_code.adamw_step_kernel
+        kernels["sgd_step_stochastic"] = on_host(sgd, **nesterov, STOCHASTIC=True)
+        kernels["adamw_step_stochastic"] = on_host(adamw, STOCHASTIC=True)
+        kernels["adamw_step_stochastic_scaled"] = (adamw, {"STOCHASTIC": True})
     output = {
         name: (kernel, shared | chosen, options(Blocks()))
         for name, (kernel, chosen) in kernels.items()

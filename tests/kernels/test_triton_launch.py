@@ -21,7 +21,7 @@ from benchmarks import triton_stub
 from benchmarks.triton_stub import Launch, StubDriver
 from cases import DTYPES, SCALE, UPDATES, Arena, Update, nonzero, places
 from eigenfilter import kernels
-from eigenfilter.kernels import triton_device, triton_lanczos, triton_project
+from eigenfilter.kernels import triton_device, triton_lanczos, triton_orthogonalize
 from launches import check_arguments, check_tables
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing is compiled")
@@ -163,11 +163,11 @@ def test_no_number_is_compiled_in(recorder: Recorder, update: Update) -> None:
 
 def test_backups_and_what_is_true_are_no_variants(recorder: Recorder) -> None:
     x, g, b = ([nonzero((5000,), torch.float32)] for _ in range(3))
-    recorder(lambda: kernels.ascend_again(x, g, 0.1, b, backend="triton"))
-    recorder.warm(lambda: kernels.ascend_again(x, g, 0.1, backend="triton"))
+    recorder(lambda: kernels.perturb_again(x, g, 0.1, b, backend="triton"))
+    recorder.warm(lambda: kernels.perturb_again(x, g, 0.1, backend="triton"))
     for nesterov in (False, True):
         options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "backend": "triton"}
-        step = functools.partial(kernels.descend, x, g, b, **options)
+        step = functools.partial(kernels.sgd_step, x, g, b, **options)
         recorder(functools.partial(step, nesterov=nesterov))
         recorder.warm(functools.partial(step, nesterov=np.bool_(nesterov)))
 
@@ -219,15 +219,15 @@ def rows_of(shape: Sequence[int], dtype: torch.dtype, shift: int) -> Tensor:
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize(("vector", "of_basis"), ROWS, ids=str)
-def test_project_out(
+def test_orthogonalize(
     recorder: Recorder, vector: torch.dtype, of_basis: torch.dtype, columns: int, shift: int
 ) -> None:
     w, basis = rows_of((3, columns), vector, shift), rows_of((5, columns), of_basis, shift)
-    launches = recorder(lambda: kernels.project_out(w, basis, passes=2, backend="triton"))
+    launches = recorder(lambda: kernels.orthogonalize(w, basis, passes=2, backend="triton"))
     dots, add, subtract = "dots_kernel", "add_tiles_kernel", "subtract_kernel"
     names = [launch.kernel for launch in launches]
     assert names == [dots, add, subtract] * 2 + ["norms_kernel"]
-    tiles = -(-columns // triton_project.TILE)
+    tiles = -(-columns // triton_orthogonalize.TILE)
     grids = {dots: (tiles, 3, 1), add: (15, 1, 1), subtract: (tiles, 3, 1)}
     for launch in launches[:-1]:
         assert launch.grid == grids[launch.kernel]
@@ -239,7 +239,7 @@ def test_project_out(
     assert launches[0]["sums"].numel() == 3 * 5 * tiles
     assert launches[2]["squares"].numel() == 3 * tiles
     assert launches[-1].grid == (3, 1, 1)
-    recorder.warm(lambda: kernels.project_out(w, basis, passes=2, backend="triton"))
+    recorder.warm(lambda: kernels.orthogonalize(w, basis, passes=2, backend="triton"))
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -250,7 +250,7 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
     factors, square = nonzero((3, 4), torch.float64), nonzero((4, 4), torch.float64)
     calls: dict[str, tuple[Callable[[], object], int, int]] = {
         "row_dots": (lambda: kernels.row_dots(q, w, backend="triton"), 4, 8),
-        "three_term": (lambda: kernels.three_term(u, q, w, factors, backend="triton"), 4, 8),
+        "lanczos_step": (lambda: kernels.lanczos_step(u, q, w, factors, backend="triton"), 4, 8),
         "gram": (lambda: kernels.gram(u, backend="triton"), 1, 16),
     }
     tiles = -(-columns // triton_lanczos.TILE)
@@ -274,11 +274,11 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
 
 def test_the_driver_is_put_back(recorder: Recorder) -> None:
     """And what was compiled for the stub is forgotten: another driver's launches would be lost."""
-    cache = triton_device.ascend_kernel.device_caches
+    cache = triton_device.perturb_kernel.device_caches
     x, g, b = ([nonzero((50,), torch.float32)] for _ in range(3))
     with triton_stub.installed() as inner:
         assert triton.runtime.driver.active is inner
-        kernels.ascend(x, g, b, 0.1, backend="triton")
+        kernels.perturb(x, g, b, 0.1, backend="triton")
         assert (inner.variants, len(cache)) == (1, 1)
     assert triton.runtime.driver.active is recorder.driver
     assert len(cache) == 0

@@ -17,7 +17,7 @@ SIZES = np.array([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 0, CHUNK, CHUNK + 1, 3 * CH
 
 
 def updated(x: list[torch.Tensor], g: list[torch.Tensor]) -> triton_tables.Tables:
-    return tables("ascend", x[0], _core.check(["params", "grads"], [x, g], [True, False]))
+    return tables("perturb", x[0], _core.check(["params", "grads"], [x, g], [True, False]))
 
 
 def test_chunks_cover_every_tensor_once() -> None:

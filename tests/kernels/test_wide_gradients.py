@@ -131,78 +131,78 @@ def lists_of(count: int, dtype: torch.dtype, wide: torch.dtype, big: float) -> l
 LR, WD, BETA = 0.137, 0.073, 0.87
 
 
-def ascend(lists: Sequence[Tensor], big: float, backend_name: str) -> tuple[Tensor, Exact, Exact]:
+def perturb(lists: Sequence[Tensor], big: float, backend_name: str) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
     before = exact(x)
-    kernels.ascend([x], [g], [b], LR / big, backend=backend_name)
+    kernels.perturb([x], [g], [b], LR / big, backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, before + move, np.abs(before) + np.abs(move)
 
 
-def ascend_adaptive(
+def perturb_adaptive(
     lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
     before = exact(x)
-    kernels.ascend([x], [g], [b], LR / big, adaptive=True, backend=backend_name)
+    kernels.perturb([x], [g], [b], LR / big, adaptive=True, backend=backend_name)
     move = np.longdouble(LR / big) * before**2 * exact(g)
     return x, before + move, np.abs(before) + np.abs(move)
 
 
-def ascend_again(
+def perturb_again(
     lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
-    kernels.ascend_again([x], [g], LR / big, [b], backend=backend_name)
+    kernels.perturb_again([x], [g], LR / big, [b], backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
-def ascend_again_on(
+def perturb_again_on(
     lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, _ = lists
     before = exact(x)
-    kernels.ascend_again([x], [g], LR / big, backend=backend_name)
+    kernels.perturb_again([x], [g], LR / big, backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, before + move, np.abs(before) + np.abs(move)
 
 
-def ascend_hvp(
+def perturb_hvp(
     lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
     base = -0.7 * g
-    kernels.ascend_hvp([x], [g], [base], [b], LR / big, 0.5, backend=backend_name)
+    kernels.perturb_hvp([x], [g], [base], [b], LR / big, 0.5, backend=backend_name)
     move = np.longdouble(LR / big) * 2 * (exact(g) - exact(base))
     return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
-def descend(lists: Sequence[Tensor], big: float, backend_name: str) -> tuple[Tensor, Exact, Exact]:
+def sgd_step(lists: Sequence[Tensor], big: float, backend_name: str) -> tuple[Tensor, Exact, Exact]:
     x, g, _ = lists
     before = exact(x)
-    kernels.descend([x], [g], lr=LR / big, weight_decay=WD * big, backend=backend_name)
+    kernels.sgd_step([x], [g], lr=LR / big, weight_decay=WD * big, backend=backend_name)
     terms = [np.longdouble(LR / big) * t for t in (exact(g), np.longdouble(WD * big) * before)]
     return x, before - sum(terms), sum(map(np.abs, terms)) + np.abs(before)
 
 
-def descend_maximize(
+def sgd_step_maximize(
     lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
-    kernels.descend([x], [g], None, [b], lr=LR / big, maximize=True, backend=backend_name)
+    kernels.sgd_step([x], [g], None, [b], lr=LR / big, maximize=True, backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
-def descend_adamw(
+def adamw_step(
     lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     """Its state overflows, but not before x is computed with it."""
     x, g, b = lists
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     options: Any = {"lr": LR, "beta1": 0.9, "beta2": 0.99, "eps": big / 8, "weight_decay": WD}
-    kernels.descend_adamw([x], [g], [m], [v], [b], **options, step=1, backend=backend_name)
+    kernels.adamw_step([x], [g], [m], [v], [b], **options, step=1, backend=backend_name)
     size = np.abs(exact(g))
     move = LR * exact(g) / (size + np.longdouble(big / 8))
     saved = (1 - np.longdouble(LR) * np.longdouble(WD)) * exact(b)
@@ -210,14 +210,14 @@ def descend_adamw(
 
 
 STEPS: list[Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]]] = [
-    ascend,
-    ascend_adaptive,
-    ascend_again,
-    ascend_again_on,
-    ascend_hvp,
-    descend,
-    descend_maximize,
-    descend_adamw,
+    perturb,
+    perturb_adaptive,
+    perturb_again,
+    perturb_again_on,
+    perturb_hvp,
+    sgd_step,
+    sgd_step_maximize,
+    adamw_step,
 ]
 
 
@@ -247,7 +247,7 @@ def test_momentum_is_rounded_once(
     scale = torch.tensor(min(big, 2.0**100), device=backend.device)
     d = exact(g) / np.longdouble(scale.item()) + WD * exact(b)
     new = BETA * exact(m) + d
-    kernels.descend(
+    kernels.sgd_step(
         [x],
         [g],
         [m],
@@ -273,7 +273,7 @@ def test_stochastic_rounding_is_right_on_average(
     x = torch.ones(n, dtype=dtype, device=backend.device)
     step = 0.3 * torch.finfo(dtype).eps * (1 + 2.0**-13)
     g = torch.full((n,), -step, dtype=wide, device=backend.device)
-    kernels.descend([x], [g], lr=1.0, rounding_seed=77, backend=backend.name)
+    kernels.sgd_step([x], [g], lr=1.0, rounding_seed=77, backend=backend.name)
     up = (x > 1).double().mean().item()
     assert up == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / n) ** 0.5)
 
@@ -385,7 +385,7 @@ def test_gradients_of_both_points_are_of_one_dtype(
     x, g, b = (torch.ones(5, dtype=dtype) for _ in range(3))
     for grads, base in (([g.to(wide)], [g]), ([g], [g.to(wide)])):
         with pytest.raises(_core.LayoutError, match=r"^base_grads\[0\] is .* and grads\[0\] is"):
-            kernels.ascend_hvp([x], grads, base, [b], 0.1, 0.1, backend=backend_name)
+            kernels.perturb_hvp([x], grads, base, [b], 0.1, 0.1, backend=backend_name)
     assert (x == 1).all()
 
 
@@ -398,9 +398,9 @@ def test_a_wide_gradient_may_not_reach_into_its_parameter(
     g = memory[:8]
     x = memory.view(dtype)[8:16]  # half-way through the gradient
     with pytest.raises(ValueError, match="share memory"):
-        kernels.descend([x], [g], lr=0.1)
+        kernels.sgd_step([x], [g], lr=0.1)
     after = memory.view(dtype)[16:24]
-    kernels.descend([after], [g], lr=0.1)
+    kernels.sgd_step([after], [g], lr=0.1)
 
 
 def test_the_dtype_in_which_gradients_are_read() -> None:

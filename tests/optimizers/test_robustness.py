@@ -110,8 +110,8 @@ def test_hyperparameters_of_numpy() -> None:
 def test_kernels_bump_versions(backend_name: str) -> None:
     x, g, b, m = (torch.ones(3) for _ in range(4))
     before = [t._version for t in (x, g, b, m)]
-    kernels.ascend([x], [g], [b], 0.1, backend=backend_name)
-    kernels.descend([x], [g], [m], [b], lr=0.1, momentum=0.9, backend=backend_name)
+    kernels.perturb([x], [g], [b], 0.1, backend=backend_name)
+    kernels.sgd_step([x], [g], [m], [b], lr=0.1, momentum=0.9, backend=backend_name)
     grown = [t._version > v for t, v in zip((x, g, b, m), before, strict=True)]
     assert grown == [True, False, True, True]
 
@@ -120,7 +120,7 @@ def test_kernels_bump_versions(backend_name: str) -> None:
 def test_momentum_needs_buffers(arguments: dict[str, object]) -> None:
     x = torch.ones(3)
     with pytest.raises(ValueError, match="need momenta"):
-        kernels.descend([x], [torch.ones(3)], lr=0.1, **arguments)
+        kernels.sgd_step([x], [torch.ones(3)], lr=0.1, **arguments)
     assert x.tolist() == [1.0] * 3
 
 

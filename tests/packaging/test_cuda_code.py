@@ -14,13 +14,13 @@ pytestmark = pytest.mark.skipif(not _core.cuda_compiled, reason="built without C
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 NARROW = ("BFloat16", "Float16")
 DTYPES = ("NativeIfE", "NativeIdE", *NARROW)
-UPDATES = {"Ascend": 3, "AscendHvp": 1, "Descend": 4, "DescendAdamW": 2}  # by their rules
+UPDATES = {"Perturb": 3, "PerturbHvp": 1, "SgdStep": 4, "AdamWStep": 2}  # by their rules
 KERNELS = {**UPDATES, "squares_kernel": 2, "nonfinite_kernel": 1}  # and in how many forms
-SEEDED = {"Descend", "DescendAdamW"}  # which also round stochastically to narrow dtypes
+SEEDED = {"SgdStep", "AdamWStep"}  # which also round stochastically to narrow dtypes
 # Where gradients are wider than parameters, which are read from backups: in fewer forms.
-WIDE = {"Ascend": 2, "AscendHvp": 1, "Descend": 2, "DescendAdamW": 1, "squares_kernel": 1}
+WIDE = {"Perturb": 2, "PerturbHvp": 1, "SgdStep": 2, "AdamWStep": 1, "squares_kernel": 1}
 WIDE_DTYPES = ("FloatInDouble", *NARROW)
-DIVIDES = {"DescendAdamW"}  # each element, for which the compiler's own code fuses
+DIVIDES = {"AdamWStep"}  # each element, for which the compiler's own code fuses
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -145,7 +145,7 @@ def test_a_basis_is_read_16_bytes_at_a_time_where_its_rows_allow_it(instructions
 
 
 # Those whose second packs the compiler loads a little later: rule, dtype, loads a pack, wide.
-LATER = {("Descend", "BFloat16", 3, False), ("DescendAdamW", "FloatInDouble", 5, True)}
+LATER = {("SgdStep", "BFloat16", 3, False), ("AdamWStep", "FloatInDouble", 5, True)}
 
 
 @pytest.mark.parametrize("kernel", UPDATES)
@@ -173,7 +173,7 @@ def test_a_pack_of_every_list_is_loaded_before_the_first_is_used(code, kernel):
         ("dots_kernel", 4),
         ("subtract_kernel", 4),
         ("row_dots_kernel", 4),
-        ("three_term_kernel", 3),
+        ("lanczos_step_kernel", 3),
         ("gram_kernel", 4),
         ("mix_rows_kernel", 4),
     ],
@@ -208,7 +208,7 @@ def test_loads_are_counted_up_to_the_first_use():
     ("kernel", "reads", "writes"),
     [
         ("row_dots_kernel", 2, 0),
-        ("three_term_kernel", 3, 1),
+        ("lanczos_step_kernel", 3, 1),
         ("gram_kernel", 1, 0),
         ("mix_rows_kernel", 1, 1),
     ],
@@ -226,7 +226,7 @@ def test_vectors_are_accessed_16_bytes_at_a_time_where_their_rows_allow_it(
 
 
 def test_parameters_are_not_read_where_they_start_from_backups(instructions):
-    for name, counts in of(instructions, "AscendHvp").items():
+    for name, counts in of(instructions, "PerturbHvp").items():
         # A wide gradient takes two accesses where a parameter takes one.
         lists = 5 if dtypes_of(name)[1] else 3
         assert wide(counts, "LDG") == lists * wide(counts, "STG"), name

@@ -37,7 +37,7 @@ struct Tensors {
     void* const* x;             // [n] parameters, written; the tensors of a reduction
     void* const* g;             // [n] gradients, read; the weights of a norm
     const DType* wide;          // [n] dtypes of g and g0, of x in a reduction; nullptr: `dtype`
-    void* const* b;             // [n] backups: written by ascend, read by all others
+    void* const* b;             // [n] backups: written by perturb, read by all others
     void* const* m = nullptr;   // [n] momentum buffers or first moments, written
     void* const* v = nullptr;   // [n] second moments, written
     void* const* g0 = nullptr;  // [n] gradients at x, read
@@ -47,7 +47,7 @@ struct Tensors {
 
 // Hyperparameters as numbers, and (one template over both) as what a call is given.
 template <class Real>
-struct AscendScalars {
+struct PerturbScalars {
     Real alpha, grad_scale;
     bool adaptive;
 };
@@ -58,7 +58,7 @@ struct HvpScalars {
 };
 
 template <class Real>
-struct DescendScalars {
+struct SgdScalars {
     Real lr, momentum, dampening, weight_decay, grad_scale, rounding_seed;
     bool nesterov, maximize;
     bool stochastic;  // for bf16 and f16: results are rounded by random bits of the seed
@@ -68,7 +68,7 @@ template <class Real>
 struct AdamWScalars {
     Real lr, beta1, beta2, eps, weight_decay, step, grad_scale, rounding_seed;
     bool maximize;
-    bool stochastic;  // as in descend
+    bool stochastic;  // as in sgd_step
 };
 
 // w <- w - sum_i (q_i . w) q_i for the rows q_i of a basis, `passes` times over, for each of some
@@ -105,21 +105,20 @@ constexpr std::int64_t kMostRows = 32;
 // found_inf: address of one float, or nullptr; where it is not zero, ascents leave x where it is
 // and descents put it back to b; m and v keep their values.
 namespace cpu {
-void ascend(const Tensors&, const AscendScalars<double>&, const float* found_inf, int threads);
-void ascend_again(const Tensors&, const AscendScalars<double>&, const float* found_inf,
-                  int threads);
-void ascend_hvp(const Tensors&, const HvpScalars<double>&, const float* found_inf, int threads);
-void descend(const Tensors&, const DescendScalars<double>&, const float* found_inf, int threads);
-void descend_adamw(const Tensors&, const AdamWScalars<double>&, const float* found_inf,
+void perturb(const Tensors&, const PerturbScalars<double>&, const float* found_inf, int threads);
+void perturb_again(const Tensors&, const PerturbScalars<double>&, const float* found_inf,
                    int threads);
+void perturb_hvp(const Tensors&, const HvpScalars<double>&, const float* found_inf, int threads);
+void sgd_step(const Tensors&, const SgdScalars<double>&, const float* found_inf, int threads);
+void adamw_step(const Tensors&, const AdamWScalars<double>&, const float* found_inf, int threads);
 // Euclidean norm of x, or of g x where g is given, summed in double in an order fixed by the sizes.
 double norm(const Tensors&, int threads);
 bool has_nonfinite(const Tensors&, int threads);
-void project_out(const Projection&, int threads);
+void orthogonalize(const Projection&, int threads);
 // sums <- (q_i . w_i, w_i . w_i)
 void row_dots(const Recurrence&, int threads);
 // u_i <- f_0i w_i + f_1i q_i + f_2i u_i,  sums <- (u_i . u_i, u_i . q_i)
-void three_term(const Recurrence&, int threads);
+void lanczos_step(const Recurrence&, int threads);
 // out [rows, rows] <- the vectors' inner products.
 void gram(const Rows&, double* out, int threads);
 // v_i <- sum_{j <= i} factors_ij v_j for factors [rows, rows], all at once.
@@ -132,29 +131,29 @@ namespace cuda {
 bool compiled();
 void require();
 using Stream = void*;
-void ascend(const Tensors&, const AscendScalars<Scalar>&, const float* found_inf, int device,
-            Stream stream);
-void ascend_again(const Tensors&, const AscendScalars<Scalar>&, const float* found_inf, int device,
-                  Stream stream);
-void ascend_hvp(const Tensors&, const HvpScalars<Scalar>&, const float* found_inf, int device,
-                Stream stream);
-void descend(const Tensors&, const DescendScalars<Scalar>&, const float* found_inf, int device,
+void perturb(const Tensors&, const PerturbScalars<Scalar>&, const float* found_inf, int device,
              Stream stream);
-void descend_adamw(const Tensors&, const AdamWScalars<Scalar>&, const float* found_inf, int device,
-                   Stream stream);
+void perturb_again(const Tensors&, const PerturbScalars<Scalar>&, const float* found_inf,
+                   int device, Stream stream);
+void perturb_hvp(const Tensors&, const HvpScalars<Scalar>&, const float* found_inf, int device,
+                 Stream stream);
+void sgd_step(const Tensors&, const SgdScalars<Scalar>&, const float* found_inf, int device,
+              Stream stream);
+void adamw_step(const Tensors&, const AdamWScalars<Scalar>&, const float* found_inf, int device,
+                Stream stream);
 // Doubles that `norm` needs as workspace.
 std::int64_t norm_workspace(const Tensors&);
 // out <- norm / grad_scale, a float or a double.
 void norm(const Tensors&, const Scalar& grad_scale, void* out, bool out_is_double,
           double* workspace, int device, Stream stream);
 void flag_nonfinite(const Tensors&, float* found_inf, int device, Stream stream);
-// Doubles that `project_out` needs as workspace.
+// Doubles that `orthogonalize` needs as workspace.
 std::int64_t project_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count);
-void project_out(const Projection&, double* workspace, int device, Stream stream);
+void orthogonalize(const Projection&, double* workspace, int device, Stream stream);
 // Doubles that the following need as workspace for so many sums over all columns.
 std::int64_t sums_workspace(std::int64_t sums, std::int64_t columns);
 void row_dots(const Recurrence&, double* workspace, int device, Stream stream);
-void three_term(const Recurrence&, double* workspace, int device, Stream stream);
+void lanczos_step(const Recurrence&, double* workspace, int device, Stream stream);
 void gram(const Rows&, double* out, double* workspace, int device, Stream stream);
 void mix_rows(const Rows&, const double* factors, int device, Stream stream);
 }  // namespace cuda

@@ -29,7 +29,7 @@ EIGENFILTER_RULE U mix(U word, std::uint32_t key) {
     return word ^ word >> 16;
 }
 
-// v as one of its two neighbours in a narrow dtype: the farther from zero with a probability of the
+// v as one of its two neighbors in a narrow dtype: the farther from zero with a probability of the
 // distance from the nearer, in units of their spacing. To add random bits to those that are cut off
 // is to carry with that probability. What the dtype holds stays; what is beyond its largest number
 // is left to rounding to nearest, as are infinities and NaN.

@@ -16,7 +16,7 @@
 
 namespace eigenfilter {
 
-// base^exponent for a whole exponent >= 0, by squaring: the same roundings in every room.
+// base^exponent for a whole exponent >= 0, by squaring: the same roundings in every backend.
 EIGENFILTER_RULE double power(double base, double exponent) {
     double result = 1;
     for (auto n = static_cast<std::int64_t>(exponent); n > 0; n /= 2) {
@@ -31,11 +31,11 @@ EIGENFILTER_RULE double square_root(double v) { return sqrt(v); }
 
 // x <- from + alpha g / grad_scale; adaptive: x <- from + alpha from^2 g / grad_scale
 template <class T>
-struct Ascend {
+struct Perturb {
     T step;
     bool adaptive;
 
-    EIGENFILTER_RULE explicit Ascend(const AscendScalars<double>& s)
+    EIGENFILTER_RULE explicit Perturb(const PerturbScalars<double>& s)
         : step(static_cast<T>(s.alpha * (1 / s.grad_scale))), adaptive(s.adaptive) {}
 
     template <class V>
@@ -46,10 +46,10 @@ struct Ascend {
 
 // x <- from + alpha h, h = (g - g0) / (eps grad_scale)
 template <class T>
-struct AscendHvp {
+struct PerturbHvp {
     T step;
 
-    EIGENFILTER_RULE explicit AscendHvp(const HvpScalars<double>& s)
+    EIGENFILTER_RULE explicit PerturbHvp(const HvpScalars<double>& s)
         : step(static_cast<T>(s.alpha * (1 / s.grad_scale) / s.eps)) {}
 
     template <class V>
@@ -61,11 +61,11 @@ struct AscendHvp {
 // d = +-g / grad_scale + wd x;  m <- beta m + (1 - dampening) d;  x <- x - lr m
 // (Nesterov: x - lr (d + beta m); without momentum: x - lr d)
 template <class T>
-struct Descend {
+struct SgdStep {
     T scale, decay, beta, keep, lr;
     bool nesterov;
 
-    EIGENFILTER_RULE explicit Descend(const DescendScalars<double>& s)
+    EIGENFILTER_RULE explicit SgdStep(const SgdScalars<double>& s)
         : scale(static_cast<T>((s.maximize ? -1 : 1) / s.grad_scale)),
           decay(static_cast<T>(s.weight_decay)),
           beta(static_cast<T>(s.momentum)),
@@ -95,10 +95,10 @@ struct Descend {
 // d = +-g / grad_scale;  m <- beta1 m + (1 - beta1) d;  v <- beta2 v + (1 - beta2) d^2
 // x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
 template <class T>
-struct DescendAdamW {
+struct AdamWStep {
     T scale, beta1, keep1, beta2, keep2, decay, size, root, eps;
 
-    EIGENFILTER_RULE explicit DescendAdamW(const AdamWScalars<double>& s)
+    EIGENFILTER_RULE explicit AdamWStep(const AdamWScalars<double>& s)
         : scale(static_cast<T>((s.maximize ? -1 : 1) / s.grad_scale)),
           beta1(static_cast<T>(s.beta1)),
           keep1(static_cast<T>(1 - s.beta1)),
@@ -119,11 +119,11 @@ struct DescendAdamW {
 };
 
 // u <- f_w w + f_q q + f_u u, in double whatever the vectors' type
-struct ThreeTerm {
+struct LanczosStep {
     double of_w, of_q, of_u;
 
     // factors: [3, rows]
-    EIGENFILTER_RULE ThreeTerm(const double* factors, std::int64_t rows, std::int64_t row)
+    EIGENFILTER_RULE LanczosStep(const double* factors, std::int64_t rows, std::int64_t row)
         : of_w(factors[row]), of_q(factors[rows + row]), of_u(factors[2 * rows + row]) {}
 
     template <class V>

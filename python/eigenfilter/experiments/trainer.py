@@ -124,7 +124,7 @@ class Trainer:
         return self._rho is not None
 
     def advance(self) -> None:
-        """Take the next step: load a batch, ascend, descend, and update the schedules."""
+        """Take the next step: load a batch, perturb, step, and update the schedules."""
         epoch, index = divmod(self.step, self.steps_per_epoch)
         images, labels = self._batches.batch(epoch, index)
         optimizer = self.optimizer

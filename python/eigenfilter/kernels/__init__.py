@@ -14,7 +14,7 @@ Scalars are floats or 0-dim float32/float64 tensors, which are read on their dev
 synchronization. `grad_scale` (the loss scale to divide gradients by) and `found_inf` (not zero:
 leave everything unchanged) are the one-element float32 tensors that `torch.amp.GradScaler` sets.
 
-Results are rounded to nearest, ties to even. With a `rounding_seed`, `descend` and `descend_adamw`
+Results are rounded to nearest, ties to even. With a `rounding_seed`, `sgd_step` and `adamw_step`
 round what they write to bfloat16 and float16 *stochastically*: of the neighbors a < b of a float32
 value y
 
@@ -51,39 +51,39 @@ from eigenfilter.kernels import dispatch, forks
 from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 from eigenfilter.kernels.dispatch import BACKENDS, Backend, select
 from eigenfilter.kernels.lanczos import (
+    cholesky_qr,
     gram,
+    lanczos_step,
     mix_rows,
-    orthonormalise,
-    project_out,
+    orthogonalize,
     row_dots,
-    three_term,
 )
 from eigenfilter.kernels.torch_library import operator
 
 __all__ = [
     "BACKENDS",
     "Backend",
-    "ascend",
-    "ascend_again",
-    "ascend_hvp",
-    "descend",
-    "descend_adamw",
+    "adamw_step",
+    "cholesky_qr",
     "flag_nonfinite",
     "gram",
+    "lanczos_step",
     "mix_rows",
     "norm",
-    "orthonormalise",
-    "project_out",
+    "orthogonalize",
+    "perturb",
+    "perturb_again",
+    "perturb_hvp",
     "row_dots",
     "select",
-    "three_term",
+    "sgd_step",
 ]
 
 forks.watch()
 
 
 @operator(mutates=("params", "backups"))
-def ascend(
+def perturb(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
@@ -118,7 +118,7 @@ def ascend(
     Source: arXiv 2510.09034, USAM; arXiv 2102.11600, ASAM; the backup is ours.
     """
     with torch.no_grad():
-        dispatch.of("params", params, backend).ascend(
+        dispatch.of("params", params, backend).perturb(
             params,
             grads,
             backups,
@@ -131,7 +131,7 @@ def ascend(
 
 
 @operator(mutates=("params",))
-def ascend_again(
+def perturb_again(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     alpha: Scalar,
@@ -155,19 +155,19 @@ def ascend_again(
         backend: see `eigenfilter.kernels`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `ascend`.
+        TypeError, ValueError, RuntimeError: as `perturb`.
 
     Source: the second ascent of two-step USAM, sequential or anchored.
     """
     with torch.no_grad():
-        dispatch.of("params", params, backend).ascend_again(
+        dispatch.of("params", params, backend).perturb_again(
             params, grads, alpha, backups, grad_scale=grad_scale, found_inf=found_inf
         )
     increment_version(params)
 
 
 @operator(mutates=("params",))
-def ascend_hvp(
+def perturb_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     base_grads: Sequence[Tensor],
@@ -197,12 +197,12 @@ def ascend_hvp(
         backend: see `eigenfilter.kernels`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `ascend`.
+        TypeError, ValueError, RuntimeError: as `perturb`.
 
     Source: the Hessian correction of Hessian USAM.
     """
     with torch.no_grad():
-        dispatch.of("params", params, backend).ascend_hvp(
+        dispatch.of("params", params, backend).perturb_hvp(
             params,
             grads,
             base_grads,
@@ -216,7 +216,7 @@ def ascend_hvp(
 
 
 @operator(mutates=("params", "momenta"))
-def descend(
+def sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor] | None = None,
@@ -261,7 +261,7 @@ def descend(
         backend: see `eigenfilter.kernels`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `ascend`; ValueError also for momentum or nesterov
+        TypeError, ValueError, RuntimeError: as `perturb`; ValueError also for momentum or nesterov
             without momenta, and for a seed out of range.
 
     Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
@@ -270,7 +270,7 @@ def descend(
     if momenta is None and not is_plain:
         raise ValueError("momentum and nesterov need momenta: pass buffers, zeros at first")
     with torch.no_grad():
-        dispatch.of("params", params, backend).descend(
+        dispatch.of("params", params, backend).sgd_step(
             params,
             grads,
             momenta,
@@ -289,7 +289,7 @@ def descend(
 
 
 @operator(mutates=("params", "exp_avgs", "exp_avg_sqs"))
-def descend_adamw(
+def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -335,12 +335,12 @@ def descend_adamw(
         backend: see `eigenfilter.kernels`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `ascend`; ValueError also for a seed out of range.
+        TypeError, ValueError, RuntimeError: as `perturb`; ValueError also for a seed out of range.
 
     Source: I. Loshchilov and F. Hutter, 2019, arXiv 1711.05101, in torch.optim.AdamW's convention.
     """
     with torch.no_grad():
-        dispatch.of("params", params, backend).descend_adamw(
+        dispatch.of("params", params, backend).adamw_step(
             params,
             grads,
             exp_avgs,
@@ -390,7 +390,7 @@ def norm(
         0-dim tensor, float32 (float64 where a tensor is float64), on the tensors' device.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `ascend`.
+        TypeError, ValueError, RuntimeError: as `perturb`.
     """
     if out is None:
         t = dispatch.first("tensors", tensors)
@@ -431,7 +431,7 @@ def flag_nonfinite(
         backend: see `eigenfilter.kernels`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `ascend`.
+        TypeError, ValueError, RuntimeError: as `perturb`.
     """
     dispatch.of("tensors", tensors, backend).flag_nonfinite(tensors, found_inf)
     increment_version([found_inf])

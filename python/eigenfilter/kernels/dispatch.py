@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 class Backend(Protocol):
     """The kernels of a backend, with the arguments of `eigenfilter.kernels`."""
 
-    def ascend(
+    def perturb(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
@@ -35,9 +35,9 @@ class Backend(Protocol):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Save and perturb; see `eigenfilter.kernels.ascend`."""
+        """Save and perturb; see `eigenfilter.kernels.perturb`."""
 
-    def ascend_again(
+    def perturb_again(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
@@ -47,9 +47,9 @@ class Backend(Protocol):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Perturb once more; see `eigenfilter.kernels.ascend_again`."""
+        """Perturb once more; see `eigenfilter.kernels.perturb_again`."""
 
-    def ascend_hvp(
+    def perturb_hvp(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
@@ -61,9 +61,9 @@ class Backend(Protocol):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Perturb along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
+        """Perturb along a Hessian-vector product; see `eigenfilter.kernels.perturb_hvp`."""
 
-    def descend(
+    def sgd_step(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
@@ -80,9 +80,9 @@ class Backend(Protocol):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Restore and step; see `eigenfilter.kernels.descend`."""
+        """Restore and step; see `eigenfilter.kernels.sgd_step`."""
 
-    def descend_adamw(
+    def adamw_step(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
@@ -101,7 +101,7 @@ class Backend(Protocol):
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
+        """Restore and take AdamW's step; see `eigenfilter.kernels.adamw_step`."""
 
     def norm(
         self,
@@ -113,16 +113,16 @@ class Backend(Protocol):
     ) -> None:
         """Euclidean norm; see `eigenfilter.kernels.norm`."""
 
-    def project_out(
+    def orthogonalize(
         self, w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
     ) -> None:
-        """Orthogonalize against a basis; see `eigenfilter.kernels.project_out`."""
+        """Orthogonalize against a basis; see `eigenfilter.kernels.orthogonalize`."""
 
     def row_dots(self, q: Tensor, w: Tensor, sums: Tensor) -> None:
         """Inner products; see `eigenfilter.kernels.row_dots`."""
 
-    def three_term(self, u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
-        """A step of recurrences; see `eigenfilter.kernels.three_term`."""
+    def lanczos_step(self, u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
+        """A step of recurrences; see `eigenfilter.kernels.lanczos_step`."""
 
     def gram(self, vectors: Tensor, out: Tensor) -> None:
         """Inner products of all pairs; see `eigenfilter.kernels.gram`."""

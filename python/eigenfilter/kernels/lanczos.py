@@ -17,14 +17,14 @@ from eigenfilter.kernels.torch_library import operator
 
 _MOST_VECTORS = 65_535  # bound of a GPU's grid
 _MOST_PASSES = 100  # two are enough
-MOST_ROWS = 32  # vectors in `gram` and `mix_rows`, hence in `orthonormalise`
-# Passes of `orthonormalise`, and the new part of a vector, in eps of its length, below which the
+MOST_ROWS = 32  # vectors in `gram` and `mix_rows`, hence in `cholesky_qr`
+# Passes of `cholesky_qr`, and the new part of a vector, in eps of its length, below which the
 # vector counts as dependent. float64 needs more, because its arithmetic is no wider than its data.
 _PASSES = {torch.float32: 2, torch.float64: 3}
 _OWN = {torch.float32: 0.5, torch.float64: 4.0}
 
 
-def project_out(
+def orthogonalize(
     w: Tensor, basis: Tensor, *, passes: int = 2, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Orthogonalize vectors in place against a basis: block Gram-Schmidt.
@@ -75,12 +75,12 @@ def project_out(
     norms = torch.zeros(shape, dtype=torch.float64, device=w.device)
     if w.numel() == 0:
         return coefficients, norms
-    _project_out(w, basis, coefficients, norms, passes, backend)
+    _orthogonalize(w, basis, coefficients, norms, passes, backend)
     return coefficients, norms
 
 
 @operator(mutates=("w", "coefficients", "norms"))
-def _project_out(
+def _orthogonalize(
     w: Tensor,
     basis: Tensor,
     coefficients: Tensor,
@@ -93,7 +93,7 @@ def _project_out(
     if _overlap(w, basis):
         raise ValueError("w shares memory with basis, which would change as it is read: clone it")
     with torch.no_grad():
-        dispatch.of("w", [w], backend).project_out(w, basis, coefficients, norms, passes=passes)
+        dispatch.of("w", [w], backend).orthogonalize(w, basis, coefficients, norms, passes=passes)
     increment_version([w])
 
 
@@ -113,7 +113,7 @@ def row_dots(q: Tensor, w: Tensor, *, backend: str | None = None) -> Tensor:
         s [2, b], float64, on their device.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `project_out`.
+        TypeError, ValueError, RuntimeError: as `orthogonalize`.
     """
     _require_rows(q=q, w=w)
     sums = torch.zeros(2, len(q), dtype=torch.float64, device=q.device)
@@ -128,7 +128,7 @@ def _row_dots(q: Tensor, w: Tensor, sums: Tensor, backend: str | None) -> None:
     dispatch.of("q", [q], backend).row_dots(q, w, sums)
 
 
-def three_term(
+def lanczos_step(
     u: Tensor, q: Tensor, w: Tensor, factors: Tensor, *, backend: str | None = None
 ) -> Tensor:
     """Take one step of many Lanczos recurrences, in one pass.
@@ -149,7 +149,7 @@ def three_term(
         s [2, b], float64, on their device.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `project_out`; ValueError also where u overlaps.
+        TypeError, ValueError, RuntimeError: as `orthogonalize`; ValueError also where u overlaps.
 
     Source: C. Lanczos, 1950; order of the subtractions: C. Paige, 1972, doi 10.1093/imamat/10.3.373
     """
@@ -157,17 +157,17 @@ def three_term(
     _require_factors(factors, (3, len(u)), u)
     sums = torch.zeros(2, len(u), dtype=torch.float64, device=u.device)
     if u.numel():
-        _three_term(u, q, w, factors, sums, backend)
+        _lanczos_step(u, q, w, factors, sums, backend)
     return sums
 
 
 @operator(mutates=("u", "sums"))
-def _three_term(
+def _lanczos_step(
     u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor, backend: str | None
 ) -> None:
     _core.check(("u", "q", "w"), ([u], [q], [w]), (True, False, False))
     with torch.no_grad():
-        dispatch.of("u", [u], backend).three_term(u, q, w, factors, sums)
+        dispatch.of("u", [u], backend).lanczos_step(u, q, w, factors, sums)
     increment_version([u])
 
 
@@ -187,7 +187,8 @@ def gram(vectors: Tensor, *, backend: str | None = None) -> Tensor:
         G [b, b], float64, on their device.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `project_out`; ValueError also for too many vectors.
+        TypeError, ValueError, RuntimeError: as `orthogonalize`; ValueError also for too many
+            vectors.
     """
     _require_rows(vectors=vectors, most=MOST_ROWS)
     out = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
@@ -233,7 +234,7 @@ def _mix_rows(vectors: Tensor, factors: Tensor, backend: str | None) -> None:
 
 
 @torch.no_grad()
-def orthonormalise(
+def cholesky_qr(
     vectors: Tensor,
     *,
     total: Callable[[Tensor], Tensor] | None = None,

@@ -11,7 +11,7 @@ from eigenfilter import _core
 from eigenfilter.kernels.conventions import Scalar
 
 
-def ascend(
+def perturb(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
@@ -21,12 +21,12 @@ def ascend(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Save and perturb; see `eigenfilter.kernels.ascend`."""
+    """Save and perturb; see `eigenfilter.kernels.perturb`."""
     threads = torch.get_num_threads()
-    _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, threads)
+    _core.perturb(params, grads, backups, alpha, adaptive, grad_scale, found_inf, threads)
 
 
-def ascend_again(
+def perturb_again(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     alpha: Scalar,
@@ -35,12 +35,12 @@ def ascend_again(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Perturb once more; see `eigenfilter.kernels.ascend_again`."""
+    """Perturb once more; see `eigenfilter.kernels.perturb_again`."""
     threads = torch.get_num_threads()
-    _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, threads)
+    _core.perturb_again(params, grads, backups, alpha, grad_scale, found_inf, threads)
 
 
-def ascend_hvp(
+def perturb_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     base_grads: Sequence[Tensor],
@@ -51,8 +51,8 @@ def ascend_hvp(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Perturb along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
-    _core.ascend_hvp(
+    """Perturb along a Hessian-vector product; see `eigenfilter.kernels.perturb_hvp`."""
+    _core.perturb_hvp(
         params,
         grads,
         base_grads,
@@ -65,7 +65,7 @@ def ascend_hvp(
     )
 
 
-def descend(
+def sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor] | None,
@@ -81,8 +81,8 @@ def descend(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Restore and step; see `eigenfilter.kernels.descend`."""
-    _core.descend(
+    """Restore and step; see `eigenfilter.kernels.sgd_step`."""
+    _core.sgd_step(
         params,
         grads,
         momenta,
@@ -100,7 +100,7 @@ def descend(
     )
 
 
-def descend_adamw(
+def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -118,8 +118,8 @@ def descend_adamw(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
-    _core.descend_adamw(
+    """Restore and take AdamW's step; see `eigenfilter.kernels.adamw_step`."""
+    _core.adamw_step(
         params,
         grads,
         exp_avgs,
@@ -155,16 +155,16 @@ def norm(
     _core.norm(tensors, weights, out, grad_scale, workspace, torch.get_num_threads())
 
 
-def project_out(
+def orthogonalize(
     w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
 ) -> None:
-    """Orthogonalize against a basis; see `eigenfilter.kernels.project_out`."""
+    """Orthogonalize against a basis; see `eigenfilter.kernels.orthogonalize`."""
     count = w.shape[0] if w.ndim == 2 else 1
     workspace = None
     if w.device.type == _core.cuda_device_type:
         size = _core.project_workspace(len(basis), basis.shape[1], count)
         workspace = torch.empty(size, dtype=torch.float64, device=w.device)
-    _core.project_out(
+    _core.orthogonalize(
         [w],
         [basis],
         count,
@@ -183,10 +183,10 @@ def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
     _core.row_dots([q], [w], len(q), sums, workspace, torch.get_num_threads())
 
 
-def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
-    """A step of recurrences; see `eigenfilter.kernels.three_term`."""
+def lanczos_step(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
+    """A step of recurrences; see `eigenfilter.kernels.lanczos_step`."""
     workspace = _workspace(u, sums.numel())
-    _core.three_term([u], [q], [w], len(u), factors, sums, workspace, torch.get_num_threads())
+    _core.lanczos_step([u], [q], [w], len(u), factors, sums, workspace, torch.get_num_threads())
 
 
 def gram(vectors: Tensor, out: Tensor) -> None:

@@ -25,7 +25,7 @@ _CHECK = 0  # threads: the compiled kernel then checks its arguments and compute
 
 
 @torch.no_grad()
-def ascend(
+def perturb(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
@@ -36,7 +36,7 @@ def ascend(
     found_inf: Tensor | None = None,
 ) -> None:
     """b <- x; x <- x + alpha S g (adaptive: x^2 g), or x unchanged where found_inf is not zero."""
-    _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
+    _core.perturb(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
     for p, grad, b in zip(params, grads, backups, strict=True):
         T = arithmetic_dtype(p.dtype, grad.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p)).to(T)
@@ -46,7 +46,7 @@ def ascend(
 
 
 @torch.no_grad()
-def ascend_again(
+def perturb_again(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     alpha: Scalar,
@@ -56,7 +56,7 @@ def ascend_again(
     found_inf: Tensor | None = None,
 ) -> None:
     """x <- x + alpha S g, or b + alpha S g; x unchanged where found_inf is not zero."""
-    _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
+    _core.perturb_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
     for p, g, b in zip(params, grads, params if backups is None else backups, strict=True):
         T = arithmetic_dtype(p.dtype, g.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p)).to(T)
@@ -64,7 +64,7 @@ def ascend_again(
 
 
 @torch.no_grad()
-def ascend_hvp(
+def perturb_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     base_grads: Sequence[Tensor],
@@ -77,7 +77,7 @@ def ascend_hvp(
 ) -> None:
     """x <- b + alpha h with h = S (g - g0) / eps; x unchanged where found_inf is not zero."""
     lists = (params, grads, base_grads, backups)
-    _core.ascend_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
+    _core.perturb_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
     for p, g, g0, b in zip(params, grads, base_grads, backups, strict=True):
         T = arithmetic_dtype(p.dtype, g.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p) / _real(eps, p)).to(T)
@@ -85,7 +85,7 @@ def ascend_hvp(
 
 
 @torch.no_grad()
-def descend(
+def sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor] | None,
@@ -104,7 +104,7 @@ def descend(
     """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m)."""
     lists, scalars = (params, grads, momenta, backups), (lr, momentum, dampening, weight_decay)
     flags = (rounding_seed, grad_scale, found_inf)
-    _core.descend(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
+    _core.sgd_step(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         T = arithmetic_dtype(p.dtype, g.dtype)
         if backups is not None:
@@ -127,7 +127,7 @@ def descend(
 
 
 @torch.no_grad()
-def descend_adamw(
+def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -151,7 +151,7 @@ def descend_adamw(
     """
     lists, scalars = (params, grads, exp_avgs, exp_avg_sqs, backups), (lr, beta1, beta2, eps)
     flags = (rounding_seed, grad_scale, found_inf)
-    _core.descend_adamw(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
+    _core.adamw_step(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         T = arithmetic_dtype(p.dtype, g.dtype)
         if backups is not None:
@@ -201,12 +201,12 @@ def _root_of_squares(values: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def project_out(
+def orthogonalize(
     w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
 ) -> None:
     """w <- w - Q^T (Q w), `passes` times, in float64; rounded to w's dtype after each."""
     count = 1 if w.ndim == 1 else len(w)
-    _core.project_out([w], [basis], count, len(basis), coefficients, norms, None, passes, _CHECK)
+    _core.orthogonalize([w], [basis], count, len(basis), coefficients, norms, None, passes, _CHECK)
     Q = basis.double()
     coefficients.zero_()
     for _ in range(passes):
@@ -225,9 +225,9 @@ def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
 
 
 @torch.no_grad()
-def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
+def lanczos_step(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
     """u_i <- f_0i w_i + f_1i q_i + f_2i u_i in float64, rounded once; s <- u_i . u_i, u_i . q_i."""
-    _core.three_term([u], [q], [w], len(u), factors, sums, None, _CHECK)
+    _core.lanczos_step([u], [q], [w], len(u), factors, sums, None, _CHECK)
     f = factors[:, :, None]
     u.copy_(f[0] * w.double() + f[1] * q.double() + f[2] * u.double())
     sums[0] = u.double().square().sum(1)

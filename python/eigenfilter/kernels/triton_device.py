@@ -126,7 +126,7 @@ def _for_each_block(block: tl.constexpr, at, rule, length, wide, BLOCK: tl.const
 
 
 @triton.jit
-def _ascend_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _perturb_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, b_at = at
     step, stop, ADAPTIVE = rule
     p = _load(x_at, start, length, BLOCK, WIDE)
@@ -139,7 +139,7 @@ def _ascend_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit(do_not_specialize=["n"])
-def ascend_kernel(
+def perturb_kernel(
     pointers,
     chunks,
     n,
@@ -160,11 +160,11 @@ def ascend_kernel(
     b_at = _address(pointers, tensor + 2 * n, first, DTYPE)
     step = (_real(alpha, alpha_at) * _inverse(grad_scale)).to(REAL)
     rule = (step, _is_set(found_inf), ADAPTIVE)
-    _for_each_block(_ascend_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
+    _for_each_block(_perturb_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
 
 
 @triton.jit
-def _ascend_again_block(at, step, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _perturb_again_block(at, step, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, from_at = at
     p = _load(from_at, start, length, BLOCK, WIDE)
     g = _load(g_at, start, length, BLOCK, WIDE).to(step.dtype)
@@ -172,7 +172,7 @@ def _ascend_again_block(at, step, start, length, BLOCK: tl.constexpr, WIDE: tl.c
 
 
 @triton.jit(do_not_specialize=["n", "origin"])
-def ascend_again_kernel(
+def perturb_again_kernel(
     pointers,
     chunks,
     n,
@@ -194,11 +194,11 @@ def ascend_again_kernel(
     step = (_real(alpha, alpha_at) * _inverse(grad_scale)).to(REAL)
     # If x stays unchanged, nothing has to be read at all.
     if not _is_set(found_inf):
-        _for_each_block(_ascend_again_block, (x_at, g_at, from_at), step, length, wide, BLOCK)
+        _for_each_block(_perturb_again_block, (x_at, g_at, from_at), step, length, wide, BLOCK)
 
 
 @triton.jit
-def _ascend_hvp_block(at, step, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _perturb_hvp_block(at, step, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, g0_at, b_at = at
     b = _load(b_at, start, length, BLOCK, WIDE)
     g = _load(g_at, start, length, BLOCK, WIDE).to(step.dtype)
@@ -207,7 +207,7 @@ def _ascend_hvp_block(at, step, start, length, BLOCK: tl.constexpr, WIDE: tl.con
 
 
 @triton.jit(do_not_specialize=["n"])
-def ascend_hvp_kernel(
+def perturb_hvp_kernel(
     pointers,
     chunks,
     n,
@@ -230,11 +230,11 @@ def ascend_hvp_kernel(
     b_at = _address(pointers, tensor + 3 * n, first, DTYPE)
     step = (_real(alpha, alpha_at) * _inverse(grad_scale) / _real(eps, eps_at)).to(REAL)
     if not _is_set(found_inf):
-        _for_each_block(_ascend_hvp_block, (x_at, g_at, g0_at, b_at), step, length, wide, BLOCK)
+        _for_each_block(_perturb_hvp_block, (x_at, g_at, g0_at, b_at), step, length, wide, BLOCK)
 
 
 @triton.jit
-def _descend_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _sgd_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, from_at = at
     S, alpha, beta, keep, wd, stop, noise, MOMENTA, NESTEROV = rule
     p = _load(from_at, start, length, BLOCK, WIDE)
@@ -254,7 +254,7 @@ def _descend_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.conste
 
 
 @triton.jit(do_not_specialize=["n", "origin"])
-def descend_kernel(
+def sgd_step_kernel(
     pointers,
     chunks,
     n,
@@ -300,11 +300,11 @@ def descend_kernel(
         MOMENTA,
         NESTEROV,
     )
-    _for_each_block(_descend_block, (x_at, g_at, m_at, from_at), rule, length, wide, BLOCK)
+    _for_each_block(_sgd_step_block, (x_at, g_at, m_at, from_at), rule, length, wide, BLOCK)
 
 
 @triton.jit
-def _descend_adamw_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _adamw_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, v_at, from_at = at
     S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop, noise = rule
     p = _load(from_at, start, length, BLOCK, WIDE)
@@ -323,7 +323,7 @@ def _descend_adamw_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.
 
 
 @triton.jit(do_not_specialize=["n", "origin"])
-def descend_adamw_kernel(
+def adamw_step_kernel(
     pointers,
     chunks,
     n,
@@ -381,9 +381,7 @@ def descend_adamw_kernel(
         _is_set(found_inf),
         noise_of(seed, tensor, first) if STOCHASTIC else None,
     )
-    _for_each_block(
-        _descend_adamw_block, (x_at, g_at, m_at, v_at, from_at), rule, length, wide, BLOCK
-    )
+    _for_each_block(_adamw_step_block, (x_at, g_at, m_at, v_at, from_at), rule, length, wide, BLOCK)
 
 
 @triton.jit

@@ -17,12 +17,12 @@ from torch import Tensor
 from eigenfilter import _core
 from eigenfilter.kernels import triton_device as device_code
 from eigenfilter.kernels import triton_lanczos as lanczos_code
-from eigenfilter.kernels import triton_project as project_code
+from eigenfilter.kernels import triton_orthogonalize as orthogonalize_code
 from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 from eigenfilter.kernels.triton_blocks import Blocks
 from eigenfilter.kernels.triton_tables import Tables, tables
 
-_INTERPRETED = not isinstance(device_code.ascend_kernel, triton.JITFunction)
+_INTERPRETED = not isinstance(device_code.perturb_kernel, triton.JITFunction)
 
 _CHECK = 0  # threads: the compiled kernel then checks its arguments and computes nothing
 
@@ -34,7 +34,7 @@ _TYPES = {
 }
 
 
-def ascend(
+def perturb(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
@@ -44,13 +44,13 @@ def ascend(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Save and perturb; see `eigenfilter.kernels.ascend`."""
-    read = _core.ascend(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
+    """Save and perturb; see `eigenfilter.kernels.perturb`."""
+    read = _core.perturb(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
     x = params[0]
     with _on_device(x.device):
-        work = tables("ascend", x, read)
+        work = tables("perturb", x, read)
         _launch(
-            device_code.ascend_kernel,
+            device_code.perturb_kernel,
             x.dtype,
             work,
             *_scalars(x.device, alpha=alpha),
@@ -59,7 +59,7 @@ def ascend(
         )
 
 
-def ascend_again(
+def perturb_again(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     alpha: Scalar,
@@ -68,13 +68,13 @@ def ascend_again(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Perturb once more; see `eigenfilter.kernels.ascend_again`."""
-    read = _core.ascend_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
+    """Perturb once more; see `eigenfilter.kernels.perturb_again`."""
+    read = _core.perturb_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
     x = params[0]
     with _on_device(x.device):
-        work = tables("ascend_again", x, read)
+        work = tables("perturb_again", x, read)
         _launch(
-            device_code.ascend_again_kernel,
+            device_code.perturb_again_kernel,
             x.dtype,
             work,
             0 if backups is None else 2,
@@ -83,7 +83,7 @@ def ascend_again(
         )
 
 
-def ascend_hvp(
+def perturb_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     base_grads: Sequence[Tensor],
@@ -94,14 +94,14 @@ def ascend_hvp(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Perturb along a Hessian-vector product; see `eigenfilter.kernels.ascend_hvp`."""
+    """Perturb along a Hessian-vector product; see `eigenfilter.kernels.perturb_hvp`."""
     lists = (params, grads, base_grads, backups)
-    read = _core.ascend_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
+    read = _core.perturb_hvp(*lists, alpha, eps, grad_scale, found_inf, _CHECK)
     x = params[0]
     with _on_device(x.device):
-        work = tables("ascend_hvp", x, read)
+        work = tables("perturb_hvp", x, read)
         _launch(
-            device_code.ascend_hvp_kernel,
+            device_code.perturb_hvp_kernel,
             x.dtype,
             work,
             *_scalars(x.device, alpha=alpha, eps=eps),
@@ -109,7 +109,7 @@ def ascend_hvp(
         )
 
 
-def descend(
+def sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor] | None,
@@ -125,16 +125,16 @@ def descend(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Restore and step; see `eigenfilter.kernels.descend`."""
+    """Restore and step; see `eigenfilter.kernels.sgd_step`."""
     lists, scalars = (params, grads, momenta, backups), (lr, momentum, dampening, weight_decay)
     flags = (rounding_seed, grad_scale, found_inf)
-    read = _core.descend(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
+    read = _core.sgd_step(*lists, *scalars, nesterov, maximize, *flags, _CHECK)
     x = params[0]
     has_momenta = momenta is not None
     with _on_device(x.device):
-        work = tables("descend", x, read)
+        work = tables("sgd_step", x, read)
         _launch(
-            device_code.descend_kernel,
+            device_code.sgd_step_kernel,
             x.dtype,
             work,
             0 if backups is None else 2 + has_momenta,
@@ -154,7 +154,7 @@ def descend(
         )
 
 
-def descend_adamw(
+def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -172,15 +172,15 @@ def descend_adamw(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Restore and take AdamW's step; see `eigenfilter.kernels.descend_adamw`."""
+    """Restore and take AdamW's step; see `eigenfilter.kernels.adamw_step`."""
     lists, scalars = (params, grads, exp_avgs, exp_avg_sqs, backups), (lr, beta1, beta2, eps)
     flags = (rounding_seed, grad_scale, found_inf)
-    read = _core.descend_adamw(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
+    read = _core.adamw_step(*lists, *scalars, weight_decay, step, maximize, *flags, _CHECK)
     x = params[0]
     with _on_device(x.device):
-        work = tables("descend_adamw", x, read)
+        work = tables("adamw_step", x, read)
         _launch(
-            device_code.descend_adamw_kernel,
+            device_code.adamw_step_kernel,
             x.dtype,
             work,
             0 if backups is None else 4,
@@ -237,15 +237,15 @@ def norm(
         )
 
 
-def project_out(
+def orthogonalize(
     w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
 ) -> None:
-    """Orthogonalize against a basis; see `eigenfilter.kernels.project_out`."""
+    """Orthogonalize against a basis; see `eigenfilter.kernels.orthogonalize`."""
     rows, columns = basis.shape
     count = w.shape[0] if w.ndim == 2 else 1
-    _core.project_out([w], [basis], count, rows, coefficients, norms, None, passes, _CHECK)
-    tiles = triton.cdiv(columns, project_code.TILE)
-    constants = {"TILE": project_code.TILE, **project_code.OPTIONS}
+    _core.orthogonalize([w], [basis], count, rows, coefficients, norms, None, passes, _CHECK)
+    tiles = triton.cdiv(columns, orthogonalize_code.TILE)
+    constants = {"TILE": orthogonalize_code.TILE, **orthogonalize_code.OPTIONS}
     with _on_device(w.device):
         sums = w.new_empty(count * rows * tiles, dtype=torch.float64)
         squares = w.new_empty(count * tiles, dtype=torch.float64)
@@ -253,14 +253,14 @@ def project_out(
         grid = (tiles, count)
         for i in range(passes):
             if rows:
-                project_code.dots_kernel[grid](w, basis, sums, rows, columns, **constants)
-                project_code.add_tiles_kernel[(count * rows,)](
+                orthogonalize_code.dots_kernel[grid](w, basis, sums, rows, columns, **constants)
+                orthogonalize_code.add_tiles_kernel[(count * rows,)](
                     sums, tiles, factors, coefficients, FIRST=i == 0, **constants
                 )
-            project_code.subtract_kernel[grid](
+            orthogonalize_code.subtract_kernel[grid](
                 w, basis, factors, squares, rows, columns, **constants
             )
-        project_code.norms_kernel[(count,)](squares, tiles, norms, **constants)
+        orthogonalize_code.norms_kernel[(count,)](squares, tiles, norms, **constants)
 
 
 def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
@@ -269,11 +269,11 @@ def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
     _over_columns(lanczos_code.row_dots_kernel, len(q), q.shape[1], (q, w), sums)
 
 
-def three_term(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
-    """A step of recurrences; see `eigenfilter.kernels.three_term`."""
-    _core.three_term([u], [q], [w], len(u), factors, sums, None, _CHECK)
+def lanczos_step(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
+    """A step of recurrences; see `eigenfilter.kernels.lanczos_step`."""
+    _core.lanczos_step([u], [q], [w], len(u), factors, sums, None, _CHECK)
     _over_columns(
-        lanczos_code.three_term_kernel, len(u), u.shape[1], (u, q, w, factors), sums, len(u)
+        lanczos_code.lanczos_step_kernel, len(u), u.shape[1], (u, q, w, factors), sums, len(u)
     )
 
 

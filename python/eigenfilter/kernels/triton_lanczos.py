@@ -40,7 +40,7 @@ def row_dots_kernel(q, w, sums, columns, TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def three_term_kernel(u, q, w, factors, sums, rows, columns, TILE: tl.constexpr):
+def lanczos_step_kernel(u, q, w, factors, sums, rows, columns, TILE: tl.constexpr):
     """u <- f_0 w + f_1 q + f_2 u, sums[:, row, tile] <- u . u and u . q over the tile's columns."""
     at, inside = _columns(columns, TILE)
     vector = tl.program_id(1)

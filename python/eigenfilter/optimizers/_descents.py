@@ -100,7 +100,7 @@ class SGDDescent(Descent):
             elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
                 undo = amp.is_skipped(bucket.device)
         run(
-            bucket.kernels.descend,
+            bucket.kernels.sgd_step,
             bucket_slice,
             momenta,
             bucket.backups() if bucket_slice.is_perturbed else None,
@@ -157,7 +157,7 @@ class AdamWDescent(Descent):
             bucket.count_group = self._counts.count_group([state[p][STEP] for p in bucket.params])
         beta1, beta2 = group["betas"]
         run(
-            bucket.kernels.descend_adamw,
+            bucket.kernels.adamw_step,
             bucket_slice,
             bucket.buffers(EXP_AVG),
             bucket.buffers(EXP_AVG_SQ),

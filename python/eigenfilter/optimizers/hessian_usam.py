@@ -129,12 +129,12 @@ class FiniteDifferenceAscent(Ascent):
         bucket = bucket_slice.bucket
         eps, rho = self._eps[bucket.device], rho_of(bucket.group)
         if index == 0:
-            run(bucket.kernels.ascend, bucket_slice, bucket.backups(), eps)
+            run(bucket.kernels.perturb, bucket_slice, bucket.backups(), eps)
             return
         if not bucket_slice.is_perturbed:
             bucket.save()
         run(
-            bucket.kernels.ascend_hvp,
+            bucket.kernels.perturb_hvp,
             bucket_slice,
             self._first_gradients[bucket],
             bucket.backups(),
@@ -233,7 +233,7 @@ class AutogradAscent(Ascent):
     def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
         run(
-            bucket.kernels.ascend,
+            bucket.kernels.perturb,
             bucket_slice,
             bucket.backups(),
             rho_of(bucket.group) * self._scales[bucket.device],

@@ -42,7 +42,7 @@ class SAMAscent(Ascent):
     def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
         alpha = signed_rho(bucket.group) / (self._norms[bucket.device] + TINY)
-        run(bucket.kernels.ascend, bucket_slice, bucket.backups(), alpha, adaptive=self.adaptive)
+        run(bucket.kernels.perturb, bucket_slice, bucket.backups(), alpha, adaptive=self.adaptive)
 
 
 class SAM(EigenfilterOptimizer):

@@ -33,10 +33,10 @@ class TwoStepUSAMAscent(Ascent):
         bucket = bucket_slice.bucket
         alpha = signed_rho(bucket.group)
         if not bucket_slice.is_perturbed:
-            run(bucket.kernels.ascend, bucket_slice, bucket.backups(), alpha)
+            run(bucket.kernels.perturb, bucket_slice, bucket.backups(), alpha)
         else:
             origin = bucket.backups() if self.ascent == "anchored" else None
-            run(bucket.kernels.ascend_again, bucket_slice, alpha, origin)
+            run(bucket.kernels.perturb_again, bucket_slice, alpha, origin)
 
 
 class TwoStepUSAM(EigenfilterOptimizer):

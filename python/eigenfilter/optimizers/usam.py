@@ -23,7 +23,7 @@ class USAMAscent(Ascent):
 
     def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
-        run(bucket.kernels.ascend, bucket_slice, bucket.backups(), signed_rho(bucket.group))
+        run(bucket.kernels.perturb, bucket_slice, bucket.backups(), signed_rho(bucket.group))
 
 
 class USAM(EigenfilterOptimizer):

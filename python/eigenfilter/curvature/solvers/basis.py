@@ -51,9 +51,9 @@ class Basis:
         """
         return None
 
-    def project_out(self, w: Tensor, first: int, end: int, passes: int) -> tuple[Tensor, Tensor]:
-        """Orthogonalize w against the rows [first, end), as `VectorOps.project_out`."""
-        return self._ops.project_out(w, self.rows[first:end], passes=passes)
+    def orthogonalize(self, w: Tensor, first: int, end: int, passes: int) -> tuple[Tensor, Tensor]:
+        """Orthogonalize w against the rows [first, end), as `VectorOps.orthogonalize`."""
+        return self._ops.orthogonalize(w, self.rows[first:end], passes=passes)
 
     def move_rows(self, first: int, end: int, to: int) -> None:
         """Copy the rows [first, end) to the rows from `to` on; the ranges may overlap."""
@@ -176,8 +176,8 @@ class RoundedBasis(Basis):
         self._gram = np.zeros((len(rows), len(rows)))
         self._gram_rows = 0  # how many leading rows and columns of it are valid
 
-    def project_out(self, w: Tensor, first: int, end: int, passes: int) -> tuple[Tensor, Tensor]:
-        return super().project_out(w, first, end, passes + 1)
+    def orthogonalize(self, w: Tensor, first: int, end: int, passes: int) -> tuple[Tensor, Tensor]:
+        return super().orthogonalize(w, first, end, passes + 1)
 
     def read(self, first: int, count: int, device: torch.device) -> Tensor:
         return super().read(first, count, device).to(self._dtype)

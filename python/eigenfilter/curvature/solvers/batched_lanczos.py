@@ -63,11 +63,11 @@ class BatchedLanczos:
         remainder = squares - alpha**2 - self._beta**2
         expected = torch.maximum(remainder, _LEAST * squares).sqrt()
         factors = torch.stack([scale, -alpha * scale, -self._beta * self._inverse_before])
-        sums = kernels.three_term(u, q, w, factors * _reciprocal(expected))
+        sums = kernels.lanczos_step(u, q, w, factors * _reciprocal(expected))
         squares, dots = self._ops.total(sums)
         length = squares.sqrt()
         if len(self._deflation):
-            length = self._ops.project_out(u, self._deflation, passes=1)[1]
+            length = self._ops.orthogonalize(u, self._deflation, passes=1)[1]
         self.q, self._before = u, q
         self._inverse, self._inverse_before = _reciprocal(length), scale
         self._overlap = dots * scale * self._inverse

@@ -50,12 +50,12 @@ def eigsh_cost(
     A rounded basis takes one pass more for each product, and for its Gram matrix 2 l j flops and
     another reading; a restart takes twice the flops.
 
-    Each `project_out` takes one sum over processes for each pass and one for the norm. That makes 4
-    sums for each product, or 3 where both passes go over all columns; 3 for the first start and 7
+    Each `orthogonalize` takes one sum over processes for each pass and one for the norm. That makes
+    4 sums for each product, or 3 where both passes go over all columns; 3 for the first start and 7
     for a start orthogonal to locked pairs, one for the scale and one for the result. The count is
     exact for one check for repeated eigenvalues that finds none, from random starts. A rounded
-    basis takes one sum more for each `project_out`, one for the error of a row, at most one for the
-    Gram matrix of each product, and two for each restart.
+    basis takes one sum more for each `orthogonalize`, one for the error of a row, at most one for
+    the Gram matrix of each product, and two for each restart.
 
     Args:
         n: dimension of the operator, >= 1.

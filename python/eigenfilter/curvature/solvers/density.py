@@ -184,7 +184,7 @@ def spectral_density(
         return SpectralDensity(nothing, nothing, values, n, 0)
     q = (normals if len(deflation) else signs)(op, probes, ops.generator(seed, op.device))
     if len(deflation):  # projections of normal vectors are normal, so directions are unbiased
-        ops.project_out(q, deflation)
+        ops.orthogonalize(q, deflation)
     q /= ops.dot(q, q).sqrt()[:, None]
     recurrence = BatchedLanczos(ops, q, deflation)
     scale = PowerOfTwoScale(ops)

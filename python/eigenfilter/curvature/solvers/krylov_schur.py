@@ -252,7 +252,7 @@ class KrylovSchur:
             length = self.ops.norm(row)
             for _ in range(3 if first + i else 1):
                 row /= length
-                _, length = self.basis.project_out(row, 0, first + i, passes=1)
+                _, length = self.basis.orthogonalize(row, 0, first + i, passes=1)
             row /= length
             self.basis.store(first + i, row)
             self.end += 1
@@ -291,8 +291,8 @@ class KrylovSchur:
         row = self._coefficients[j]
         row.zero_()
         if origin:
-            row[origin:new], _ = self.basis.project_out(direction, origin, new, passes=1)
-        rest, length = self.basis.project_out(direction, 0, new, passes=1 if origin else 2)
+            row[origin:new], _ = self.basis.orthogonalize(direction, origin, new, passes=1)
+        rest, length = self.basis.orthogonalize(direction, 0, new, passes=1 if origin else 2)
         row[:new] += rest  # the sum over both passes
         self._extents[j] = new
         if spans_all:

@@ -71,7 +71,7 @@ def trace(op: SymmetricOperator, matvecs: int = 60, *, seed: int = 0) -> Estimat
             check_finite(exact)
             return Estimate(scale.up(exact).cpu(), torch.zeros((), dtype=torch.float64), 1)
         probes = signs(op, third, random)
-        ops.project_out(probes, basis)
+        ops.orthogonalize(probes, basis)
         del basis
         rest = ops.dot(probes, scale.down(op.matmat(probes.T)).T)
     check_finite(exact, rest)

@@ -89,14 +89,14 @@ class VectorOps:
         with full_precision(rows.device):
             return self.total((rows @ rows.T).double())
 
-    def project_out(self, w: Tensor, basis: Tensor, *, passes: int = 2) -> tuple[Tensor, Tensor]:
+    def orthogonalize(self, w: Tensor, basis: Tensor, *, passes: int = 2) -> tuple[Tensor, Tensor]:
         """Subtract from w [l] or [p, l], in place, its part in the span of orthonormal rows [m, l].
 
-        Returns coefficients and norms as `kernels.project_out`, which does the work where there are
-        no slices. With slices, coefficients are summed over processes before they are used.
+        Returns coefficients and norms as `kernels.orthogonalize`, which does the work where there
+        are no slices. With slices, coefficients are summed over processes before they are used.
         """
         if self._slices is None:
-            return kernels.project_out(w, basis, passes=passes)
+            return kernels.orthogonalize(w, basis, passes=passes)
         W = w if w.ndim == 2 else w[None]
         coefficients = torch.zeros(len(W), len(basis), dtype=torch.float64, device=w.device)
         parts = [slice(None)] if basis.dtype == w.dtype else list(self.parts(w.device))
@@ -124,10 +124,10 @@ class VectorOps:
             while True:
                 if start:
                     lengths = self.dot(panel, panel).sqrt()
-                    _, left = self.project_out(panel, basis[:start])
+                    _, left = self.orthogonalize(panel, basis[:start])
                     rounding = torch.finfo(panel.dtype).eps * lengths
                     panel.masked_fill_((left <= rounding)[:, None], 0.0)
-                own = kernels.orthonormalise(panel, total=self.total).diagonal()
+                own = kernels.cholesky_qr(panel, total=self.total).diagonal()
                 missing = (own == 0).nonzero().flatten().tolist()
                 if not missing:
                     break

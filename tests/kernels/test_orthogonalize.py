@@ -1,4 +1,4 @@
-"""project_out against float64, and the same to the bit whatever runs it."""
+"""orthogonalize against float64, and the same to the bit whatever runs it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check(
             if vector == torch.float64:
                 terms = w.abs() + total.abs() @ basis.double().abs()
                 allowed = (4 + passes * rows / 2 * terms) * eps
-            c, norms = kernels.project_out(w, basis, passes=passes, backend=backend.name)
+            c, norms = kernels.orthogonalize(w, basis, passes=passes, backend=backend.name)
             scale = eps * size**0.5
             torch.testing.assert_close(c, total, rtol=0, atol=4 * scale)
             assert ((w.double() - expected).abs() <= allowed).all()
@@ -83,7 +83,7 @@ def test_what_is_left_is_orthogonal_after_two_passes(backend: KernelBackend) -> 
     left = []
     for passes in (1, 2):
         w = inside.clone()
-        _, norm = kernels.project_out(w, basis, passes=passes, backend=backend.name)
+        _, norm = kernels.orthogonalize(w, basis, passes=passes, backend=backend.name)
         left.append(float((basis @ w).abs().max() / norm))
     assert left[1] < 1e-14 < left[0]
 
@@ -91,7 +91,7 @@ def test_what_is_left_is_orthogonal_after_two_passes(backend: KernelBackend) -> 
 def test_no_rows(backend: KernelBackend) -> None:
     w = vectors((100,), torch.float32, backend.device)
     before = w.clone()
-    c, norm = kernels.project_out(w, w.new_empty(0, 100), backend=backend.name)
+    c, norm = kernels.orthogonalize(w, w.new_empty(0, 100), backend=backend.name)
     assert c.shape == (0,)
     assert same_bits(w, before)
     torch.testing.assert_close(norm, torch.linalg.vector_norm(w.double()))
@@ -101,7 +101,7 @@ def test_no_rows(backend: KernelBackend) -> None:
 def test_nothing_to_project(backend: KernelBackend, shape: tuple[int, ...]) -> None:
     w = torch.empty(shape, device=backend.device)
     basis = torch.empty(2, shape[-1], device=backend.device)
-    c, norms = kernels.project_out(w, basis, backend=backend.name)
+    c, norms = kernels.orthogonalize(w, basis, backend=backend.name)
     assert c.shape == (*shape[:-1], 2)
     assert norms.shape == shape[:-1]
     assert not c.any()
@@ -112,9 +112,9 @@ def test_memory_that_is_shared_is_refused(backend: KernelBackend) -> None:
     rows = orthonormal(6, 100, torch.float32, backend.device)
     before = rows.clone()
     with pytest.raises(ValueError, match="shares memory"):
-        kernels.project_out(rows[4:6], rows, backend=backend.name)
+        kernels.orthogonalize(rows[4:6], rows, backend=backend.name)
     assert same_bits(rows, before)
-    kernels.project_out(rows[5], rows[:5], backend=backend.name)  # side by side
+    kernels.orthogonalize(rows[5], rows[:5], backend=backend.name)  # side by side
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=str)
@@ -129,7 +129,7 @@ def test_the_same_bits_from_every_instruction_set_and_number_of_threads(
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             w = vectors((2, basis.shape[1]), vector)
-            result.append([w, *kernels.project_out(w, basis)])
+            result.append([w, *kernels.orthogonalize(w, basis)])
     for other in result[1:]:
         assert all(map(same_bits, other, result[0]))
 
@@ -138,7 +138,7 @@ def test_nonfinite_values_come_through(backend: KernelBackend) -> None:
     basis = orthonormal(3, 100, torch.float32, backend.device)
     w = vectors((100,), torch.float32, backend.device)
     w[50] = torch.nan
-    c, norm = kernels.project_out(w, basis, backend=backend.name)
+    c, norm = kernels.orthogonalize(w, basis, backend=backend.name)
     assert c.isnan().all()
     assert norm.isnan()
 
@@ -146,7 +146,9 @@ def test_nonfinite_values_come_through(backend: KernelBackend) -> None:
 def test_version_counters_are_bumped(backend: KernelBackend) -> None:
     w = vectors((100,), torch.float32, backend.device)
     before = w._version
-    kernels.project_out(w, orthonormal(2, 100, torch.float32, backend.device), backend=backend.name)
+    kernels.orthogonalize(
+        w, orthonormal(2, 100, torch.float32, backend.device), backend=backend.name
+    )
     assert w._version > before
 
 
@@ -169,7 +171,7 @@ def test_version_counters_are_bumped(backend: KernelBackend) -> None:
 def test_bad_operands_are_refused(w: Tensor, basis: Tensor, options: dict, message: str) -> None:
     before = w.clone()
     with pytest.raises((ValueError, TypeError), match=message):
-        kernels.project_out(w, basis, **options)
+        kernels.orthogonalize(w, basis, **options)
     assert same_bits(w, before)
 
 

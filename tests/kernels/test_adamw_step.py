@@ -1,4 +1,4 @@
-"""descend_adamw against exact arithmetic and torch.optim.AdamW.
+"""adamw_step against exact arithmetic and torch.optim.AdamW.
 
 x <- b; d = +-g / grad_scale; m <- beta1 m + (1 - beta1) d; v <- beta2 v + (1 - beta2) d^2;
 x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
@@ -31,7 +31,7 @@ def arena_for(case: AdamWDescent, backend: KernelBackend, dtype: torch.dtype) ->
 
 def call(case: AdamWDescent, arena: Arena, backend: KernelBackend, **flags: Tensor) -> None:
     params, grads, exp_avgs, exp_avg_sqs, backups = arena.lists
-    kernels.descend_adamw(
+    kernels.adamw_step(
         params,
         grads,
         exp_avgs,
@@ -78,7 +78,7 @@ def assert_stepped(case: AdamWDescent, arena: Arena, before: list[Tensor], scale
 
 @pytest.mark.parametrize("scale", [None, SCALE])
 @pytest.mark.parametrize("case", ADAMW_DESCENTS, ids=str)
-def test_descend_adamw(
+def test_adamw_step(
     backend: KernelBackend, dtype: torch.dtype, case: AdamWDescent, scale: float | None
 ) -> None:
     arena = arena_for(case, backend, dtype)
@@ -110,7 +110,7 @@ def test_what_never_had_a_gradient_only_decays(backend: KernelBackend, dtype: to
     """0 / (0 + eps), with an eps that float16 cannot hold."""
     x = torch.full((33,), 2.0, dtype=dtype, device=backend.device)
     g, m, v = (torch.zeros_like(x) for _ in range(3))
-    kernels.descend_adamw(
+    kernels.adamw_step(
         [x], [g], [m], [v], lr=0.5, eps=1e-30, weight_decay=0.5, step=3, backend=backend.name
     )
     assert torch.equal(x, torch.full_like(x, 1.5))
@@ -136,7 +136,7 @@ def test_roots_and_quotients_are_rounded_once(backend: KernelBackend, T: torch.d
     x, g = (torch.zeros(m.size, dtype=T, device=backend.device) for _ in range(2))
     first, second = (torch.from_numpy(t.copy()).to(backend.device) for t in (m, v))
     options = {"lr": 1.0, "beta1": 0.5, "beta2": 0.5, "eps": 2.0**-70, "weight_decay": 0.0}
-    kernels.descend_adamw([x], [g], [first], [second], **options, step=5000, backend=backend.name)
+    kernels.adamw_step([x], [g], [first], [second], **options, step=5000, backend=backend.name)
     finite = np.isfinite(quotient)
     assert finite.sum() > 3000
     assert same_bits(x.cpu()[finite], torch.from_numpy(quotient[finite]))
@@ -161,7 +161,7 @@ class Run:
         for g in grads:
             self.taken += 1
             lists = [self.x], [g], [self.m], [self.v]
-            kernels.descend_adamw(*lists, **self.options, step=self.taken, backend=backend.name)
+            kernels.adamw_step(*lists, **self.options, step=self.taken, backend=backend.name)
 
     def torchs(self, grads: list[Tensor]) -> None:
         """A new optimizer each time, which loads the state."""

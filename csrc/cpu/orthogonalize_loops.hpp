@@ -1,4 +1,4 @@
-// The inner loops of project_out, for one block of columns; part of loops.cpp.
+// The inner loops of orthogonalize, for one block of columns; part of loops.cpp.
 #pragma once
 
 #include "eigenfilter/contract.hpp"
@@ -102,12 +102,12 @@ template <class Storage, class Vector>
 void dots(const typename Storage::Bits* q, std::int64_t stride, std::int64_t rows, const Vector* w,
           std::int64_t n, double* out) {
     using C = Product<Storage, Vector>;
-    alignas(64) C room[kColumns];
-    for (std::int64_t j = 0; j < n; ++j) room[j] = w[j];
+    alignas(64) C widened[kColumns];
+    for (std::int64_t j = 0; j < n; ++j) widened[j] = w[j];
     std::int64_t i = 0;
     for (; i + kRowsAtOnce <= rows; i += kRowsAtOnce)
-        dots_of<C, Storage, kRowsAtOnce>(q + i * stride, stride, room, n, out + i);
-    for (; i < rows; ++i) dots_of<C, Storage, 1>(q + i * stride, stride, room, n, out + i);
+        dots_of<C, Storage, kRowsAtOnce>(q + i * stride, stride, widened, n, out + i);
+    for (; i < rows; ++i) dots_of<C, Storage, 1>(q + i * stride, stride, widened, n, out + i);
 }
 
 // wide -= sum of the rows, each times its factor; both end with a whole group.
@@ -120,10 +120,10 @@ EIGENFILTER_INLINE void subtract_rows(const typename Storage::Bits* q, std::int6
     for (std::int64_t j = 0; j < n; j += L) {
         auto sum = factor[0] * read_row<C, Storage>(q + j);
         for (int r = 1; r < Rows; ++r) sum += factor[r] * read_row<C, Storage>(q + r * stride + j);
-        Doubles left[L / kDoubles];
-        std::memcpy(left, wide + j, sizeof left);
-        add_lanes<-1>(left, sum);
-        std::memcpy(wide + j, left, sizeof left);
+        Doubles rest[L / kDoubles];
+        std::memcpy(rest, wide + j, sizeof rest);
+        add_lanes<-1>(rest, sum);
+        std::memcpy(wide + j, rest, sizeof rest);
     }
 }
 

@@ -1,4 +1,4 @@
-"""Triton device code of project_out: a program has a tile of columns of one vector.
+"""Triton device code of orthogonalize: a program has a tile of columns of one vector.
 
 Every tile stores its sums apart, and they are added in one fixed order.
 """

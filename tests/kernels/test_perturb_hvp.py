@@ -1,4 +1,4 @@
-"""ascend_hvp against exact arithmetic: x <- b + alpha (g - g0) / (eps grad_scale)."""
+"""perturb_hvp against exact arithmetic: x <- b + alpha (g - g0) / (eps grad_scale)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(
     arena = Arena(dtype, 4, device=backend.device)
     arena.fill(G, G0, B)
     before = [arena.values(i) for i in (X, G, G0, B)]
-    kernels.ascend_hvp(
+    kernels.perturb_hvp(
         *arena.lists,
         ALPHA,
         DISPLACEMENT,
@@ -49,7 +49,7 @@ def tensor(value: float | None, backend: KernelBackend) -> Tensor | None:
 
 
 @pytest.mark.parametrize("scale", [None, SCALE])
-def test_ascend_hvp(backend: KernelBackend, dtype: torch.dtype, scale: float | None) -> None:
+def test_perturb_hvp(backend: KernelBackend, dtype: torch.dtype, scale: float | None) -> None:
     run(backend, dtype, scale, None)
 
 
@@ -69,7 +69,7 @@ def test_neighboring_gradients_are_subtracted_before_anything_rounds(
     assert not torch.equal(g, g0)
     x, zero = torch.full_like(g, torch.nan), torch.zeros_like(g)
     x, b, g, g0 = (t.to(backend.device) for t in (x, zero, g, g0))
-    kernels.ascend_hvp([x], [g], [g0], [b], ALPHA, DISPLACEMENT, backend=backend.name)
+    kernels.perturb_hvp([x], [g], [g0], [b], ALPHA, DISPLACEMENT, backend=backend.name)
     assert_near(x, *expected(zero, g, g0, 1.0))
 
 
@@ -77,7 +77,7 @@ def test_a_list_may_be_both_gradients(backend: KernelBackend, dtype: torch.dtype
     arena = Arena(dtype, 3, device=backend.device)
     arena.fill(1, 2)
     x, g, b = arena.lists
-    kernels.ascend_hvp(x, g, g, b, ALPHA, DISPLACEMENT, backend=backend.name)
+    kernels.perturb_hvp(x, g, g, b, ALPHA, DISPLACEMENT, backend=backend.name)
     assert same_bits(arena.values(0), arena.values(2))
 
 
@@ -88,5 +88,5 @@ def test_of_a_quadratic_it_is_the_product_with_the_hessian(backend: KernelBacken
     g0 = hessian @ b
     g = hessian @ (b + DISPLACEMENT * g0)
     x = torch.full_like(b, torch.nan)
-    kernels.ascend_hvp([x], [g], [g0], [b], ALPHA, DISPLACEMENT, backend=backend.name)
+    kernels.perturb_hvp([x], [g], [g0], [b], ALPHA, DISPLACEMENT, backend=backend.name)
     torch.testing.assert_close(x, b + ALPHA * hessian @ g0, rtol=1e-12, atol=1e-12)

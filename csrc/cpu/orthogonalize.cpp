@@ -1,5 +1,5 @@
-// project_out on the CPU: sweeps over blocks of columns, the last of one pass and the first of the
-// next in one.
+// orthogonalize on the CPU: sweeps over blocks of columns, the last of one pass and the first of
+// the next in one.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -9,7 +9,7 @@
 
 namespace eigenfilter::cpu {
 
-void project_out(const Projection& p, int threads) {
+void orthogonalize(const Projection& p, int threads) {
     const Loops& table = loops();
     const std::int64_t blocks = (p.columns + kColumns - 1) / kColumns;
     const std::int64_t bytes =

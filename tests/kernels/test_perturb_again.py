@@ -1,4 +1,4 @@
-"""ascend_again against exact arithmetic: x <- x + alpha g / grad_scale, or from backups b."""
+"""perturb_again against exact arithmetic: x <- x + alpha g / grad_scale, or from backups b."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(
     arena.fill(G, B if anchored else X)
     before = [arena.values(i) for i in (X, G, B)]
     x, g, b = arena.lists
-    kernels.ascend_again(
+    kernels.perturb_again(
         x,
         g,
         ALPHA,
@@ -54,7 +54,7 @@ def tensor(value: float | None, backend: KernelBackend) -> Tensor | None:
 
 @anchors
 @pytest.mark.parametrize("scale", [None, SCALE])
-def test_ascend_again(
+def test_perturb_again(
     backend: KernelBackend, dtype: torch.dtype, anchored: bool, scale: float | None
 ) -> None:
     run(backend, dtype, anchored, scale, None)
@@ -69,18 +69,18 @@ def test_found_inf_leaves_x_where_it_is(
 
 
 @anchors
-def test_it_moves_as_ascend_does(
+def test_it_perturbs_as_perturb_does(
     backend: KernelBackend, dtype: torch.dtype, anchored: bool
 ) -> None:
     """To the bit: over the first ascent's result, which is not read, or from where it began."""
     arena = Arena(dtype, 3, device=backend.device)
     arena.fill(X, G)
     x, g, b = arena.lists
-    kernels.ascend(x, g, b, ALPHA, backend=backend.name)
+    kernels.perturb(x, g, b, ALPHA, backend=backend.name)
     expected = arena.values(X)
     if anchored:
         arena.memory[X].fill_(torch.nan)
     else:
         torch._foreach_copy_(x, b)
-    kernels.ascend_again(x, g, ALPHA, b if anchored else None, backend=backend.name)
+    kernels.perturb_again(x, g, ALPHA, b if anchored else None, backend=backend.name)
     assert same_bits(arena.values(X), expected)

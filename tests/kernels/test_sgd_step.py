@@ -1,4 +1,4 @@
-"""descend against exact arithmetic, with every combination of lists and options.
+"""sgd_step against exact arithmetic, with every combination of lists and options.
 
 x <- b; d = +-g / grad_scale + wd x; m <- beta m + (1 - dampening) d; x <- x - lr m (or d + beta m).
 """
@@ -28,7 +28,7 @@ def arena_for(case: Descent, backend: KernelBackend, dtype: torch.dtype) -> Aren
 
 def call(case: Descent, arena: Arena, backend: KernelBackend, **flags: Tensor) -> None:
     params, grads, momenta, backups = arena.lists
-    kernels.descend(
+    kernels.sgd_step(
         params,
         grads,
         momenta if case.momentum != "none" else None,
@@ -65,7 +65,7 @@ def expected(
 
 @pytest.mark.parametrize("scale", [None, SCALE])
 @pytest.mark.parametrize("case", DESCENTS, ids=str)
-def test_descend(
+def test_sgd_step(
     backend: KernelBackend, dtype: torch.dtype, case: Descent, scale: float | None
 ) -> None:
     arena = arena_for(case, backend, dtype)
@@ -98,5 +98,5 @@ def test_found_inf_restores_x_and_keeps_m(
 
 def test_no_decay_is_no_multiplication_by_zero(backend: KernelBackend, dtype: torch.dtype) -> None:
     x = torch.full((33,), torch.inf, dtype=dtype, device=backend.device)
-    kernels.descend([x], [torch.ones_like(x)], lr=0.3, backend=backend.name)
+    kernels.sgd_step([x], [torch.ones_like(x)], lr=0.3, backend=backend.name)
     assert x.isposinf().all()

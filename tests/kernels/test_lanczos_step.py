@@ -1,4 +1,4 @@
-"""row_dots and three_term against float64, and the same to the bit whatever runs them."""
+"""row_dots and lanczos_step against float64, and the same to the bit whatever runs them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> 
     for target in (u, torch.empty_like(q)):
         target.copy_(rows(count, size, dtype, backend.device, seed=3))
         expected = target.clone()
-        kernels.three_term(expected, q, w, f, backend="reference")
-        squares, dots = kernels.three_term(target, q, w, f, backend=backend.name)
+        kernels.lanczos_step(expected, q, w, f, backend="reference")
+        squares, dots = kernels.lanczos_step(target, q, w, f, backend=backend.name)
         assert same_bits(target, expected)
         close_sums(squares, target, target)
         close_sums(dots, target, q)
@@ -72,7 +72,7 @@ def test_the_combination_is_rounded_once() -> None:
     exact = (
         f[0, :, None] * w.double() + f[1, :, None] * q.double() + f[2, :, None] * u.double()
     ).float()
-    kernels.three_term(u, q, w, f)
+    kernels.lanczos_step(u, q, w, f)
     assert same_bits(u, exact)
 
 
@@ -87,7 +87,7 @@ def test_the_same_bits_from_every_instruction_set_and_number_of_threads(dtype: t
             torch.set_num_threads(threads)
             u = rows(3, 300_001, dtype, seed=3)
             sums = kernels.row_dots(q, w)
-            result.append([sums, kernels.three_term(u, q, w, factors(3)), u])
+            result.append([sums, kernels.lanczos_step(u, q, w, factors(3)), u])
     for other in result[1:]:
         assert all(map(same_bits, other, result[0]))
 
@@ -98,7 +98,7 @@ def test_nothing_to_do(backend: KernelBackend, shape: tuple[int, int]) -> None:
     f = torch.ones(3, shape[0], dtype=torch.float64, device=backend.device)
     for sums in (
         kernels.row_dots(empty, empty, backend=backend.name),
-        kernels.three_term(empty.clone(), empty, empty, f, backend=backend.name),
+        kernels.lanczos_step(empty.clone(), empty, empty, f, backend=backend.name),
     ):
         assert sums.shape == (2, shape[0])
         assert not sums.any()
@@ -110,7 +110,7 @@ def test_nonfinite_values_come_through_in_their_row(backend: KernelBackend) -> N
     sums = kernels.row_dots(q, w, backend=backend.name)
     assert sums[1].isinf().tolist() == [False, True, False]
     f = torch.ones(3, 3, dtype=torch.float64, device=backend.device)
-    sums = kernels.three_term(u, q, w, f, backend=backend.name)
+    sums = kernels.lanczos_step(u, q, w, f, backend=backend.name)
     assert sums[0].isinf().tolist() == [False, True, False]
 
 
@@ -125,8 +125,8 @@ def test_infinities_in_a_tail_stay_infinities(
         f = factors(2, backend.device).abs()
         (u[1:, -1:], q[1:, -1:], w[1:, -1:], f[:, 1:])[infinite].fill_(torch.inf)
         expected = u.clone()
-        wanted = kernels.three_term(expected, q, w, f, backend="reference")
-        result = kernels.three_term(u, q, w, f, backend=backend.name)
+        wanted = kernels.lanczos_step(expected, q, w, f, backend="reference")
+        result = kernels.lanczos_step(u, q, w, f, backend=backend.name)
         assert same_bits(u, expected)
         assert result.isinf().tolist() == [[False, True]] * 2
         torch.testing.assert_close(result, wanted, rtol=1e-12, atol=0)
@@ -135,7 +135,7 @@ def test_infinities_in_a_tail_stay_infinities(
 def test_version_counters_are_bumped(backend: KernelBackend) -> None:
     u, q, w = (rows(2, 100, torch.float32, backend.device, seed) for seed in (1, 2, 3))
     before = u._version, q._version, w._version
-    kernels.three_term(u, q, w, factors(2, backend.device), backend=backend.name)
+    kernels.lanczos_step(u, q, w, factors(2, backend.device), backend=backend.name)
     assert u._version > before[0]
     assert (q._version, w._version) == before[1:]
 
@@ -159,7 +159,7 @@ GOOD = torch.zeros(2, 5)
 def test_bad_operands_are_refused(u: Tensor, q: Tensor, f: Tensor, message: str) -> None:
     before = u.clone()
     with pytest.raises((ValueError, TypeError), match=message):
-        kernels.three_term(u, q, torch.zeros(2, 5), f)
+        kernels.lanczos_step(u, q, torch.zeros(2, 5), f)
     assert torch.equal(u, before)
 
 

@@ -3,13 +3,13 @@
 
 namespace eigenfilter::cuda {
 
-void descend_adamw(const Tensors& given, const AdamWScalars<Scalar>& s, const float* found_inf,
-                   int device, Stream stream) {
-    const Tensors t = from_backups(given);
+void adamw_step(const Tensors& lists, const AdamWScalars<Scalar>& s, const float* found_inf,
+                int device, Stream stream) {
+    const Tensors t = from_backups(lists);
     by_flag(t.b != nullptr, [&](auto has_b) {
         by_flag(s.stochastic, [&](auto seeded) {
             constexpr Backup b = has_b ? Backup::restored : Backup::none;
-            update<DescendAdamW, 3, 2, b, seeded>(t, s, found_inf, device, stream);
+            update<AdamWStep, 3, 2, b, seeded>(t, s, found_inf, device, stream);
         });
     });
 }

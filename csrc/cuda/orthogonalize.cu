@@ -1,5 +1,5 @@
-// project_out on the GPU. A block of threads has a tile of columns; the sums of all tiles lie apart
-// and are added in one order.
+// orthogonalize on the GPU. A block of threads has a tile of columns; the sums of all tiles lie
+// apart and are added in one order.
 #include "tiles.cuh"
 
 namespace eigenfilter::cuda {
@@ -66,10 +66,10 @@ struct Whole {
 
 // left <- left - c q
 template <class Storage, class Group>
-__device__ __forceinline__ void subtract(double (&left)[Group::kSize], const Group& q, double c) {
+__device__ __forceinline__ void subtract(double (&rest)[Group::kSize], const Group& q, double c) {
 #pragma unroll
     for (int k = 0; k < Group::kSize; ++k)
-        left[k] -= c * static_cast<double>(Storage::widen(q.v[k]));
+        rest[k] -= c * static_cast<double>(Storage::widen(q.v[k]));
 }
 
 // w_v <- w_v - sum_i c[v][i] q_i in the tile's columns, squares[v][tile] <- the sum of their
@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kThreads, Group::kSize == 8 ? kBlocksAnSm - 1 
 #pragma unroll 1
     for (int j = threadIdx.x * Group::kSize; j < tile.columns; j += kThreads * Group::kSize) {
         const auto* q = static_cast<const typename Storage::Bits*>(p.basis) + tile.first + j;
-        double left[Group::kSize];
+        double rest[Group::kSize];
 #pragma unroll
-        for (int k = 0; k < Group::kSize; ++k) left[k] = w[j + k];
+        for (int k = 0; k < Group::kSize; ++k) rest[k] = w[j + k];
         // Rows are loaded so many ahead of their use: a row's registers are loaded anew as soon as
         // it has been used.
         const double* factor = own;
@@ -101,21 +101,21 @@ __global__ void __launch_bounds__(kThreads, Group::kSize == 8 ? kBlocksAnSm - 1 
             for (; rows >= 2 * kRowsInFlight; rows -= kRowsInFlight, factor += kRowsInFlight) {
 #pragma unroll
                 for (int a = 0; a < kRowsInFlight; ++a, q += p.columns) {
-                    subtract<Storage>(left, groups[a].get(), factor[a]);
+                    subtract<Storage>(rest, groups[a].get(), factor[a]);
                     groups[a] = Whole<Group>::load(q);
                 }
             }
 #pragma unroll
             for (int a = 0; a < kRowsInFlight; ++a)
-                subtract<Storage>(left, groups[a].get(), factor[a]);
+                subtract<Storage>(rest, groups[a].get(), factor[a]);
             rows -= kRowsInFlight;
             factor += kRowsInFlight;
         }
 #pragma unroll 1
-        for (; rows > 0; --rows, q += p.columns) subtract<Storage>(left, Group::load(q), *factor++);
+        for (; rows > 0; --rows, q += p.columns) subtract<Storage>(rest, Group::load(q), *factor++);
 #pragma unroll
         for (int k = 0; k < Group::kSize; ++k) {
-            const auto rounded = static_cast<Vector>(left[k]);
+            const auto rounded = static_cast<Vector>(rest[k]);
             w[j + k] = rounded;
             sum += static_cast<double>(rounded) * static_cast<double>(rounded);
         }
@@ -148,7 +148,7 @@ void launch(const Projection& p, double* workspace, cudaStream_t queue) {
     }
     finish_norms_kernel<<<static_cast<unsigned>(p.count), kThreads, 0, queue>>>(squares, tiles,
                                                                                 p.norms);
-    check(cudaGetLastError(), "launching project_out");
+    check(cudaGetLastError(), "launching orthogonalize");
 }
 
 }  // namespace
@@ -157,7 +157,7 @@ std::int64_t project_workspace(std::int64_t rows, std::int64_t columns, std::int
     return count * (rows + (rows + 1) * tiles_of(columns));
 }
 
-void project_out(const Projection& p, double* workspace, int device, Stream stream) {
+void orthogonalize(const Projection& p, double* workspace, int device, Stream stream) {
     const DeviceGuard guard(device);
     const auto queue = static_cast<cudaStream_t>(stream);
     by_dtype(p.basis_dtype, [&](auto storage) {

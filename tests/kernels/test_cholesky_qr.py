@@ -92,7 +92,7 @@ def test_any_condition(backend: KernelBackend, dtype: torch.dtype, condition: fl
     """No worse than torch's QR, up to a few roundings; and lower triangular."""
     before = conditioned(condition, 8, 3000, dtype).to(backend.device)
     v = before.clone()
-    lower = kernels.orthonormalise(v, backend=backend.name)
+    lower = kernels.cholesky_qr(v, backend=backend.name)
     q = torch.linalg.qr(before.T).Q.T
     eps = torch.finfo(dtype).eps
     assert deviation(v, 8) <= deviation(q, 8) + ROUNDINGS * eps
@@ -104,7 +104,7 @@ def test_any_condition(backend: KernelBackend, dtype: torch.dtype, condition: fl
 def test_float64_at_a_condition_that_its_gram_matrix_does_not_see(backend: KernelBackend) -> None:
     before = conditioned(1e12, 8, 3000, torch.float64).to(backend.device)
     v = before.clone()
-    kernels.orthonormalise(v, backend=backend.name)
+    kernels.cholesky_qr(v, backend=backend.name)
     assert deviation(v, 8) < 1e-14
 
 
@@ -115,7 +115,7 @@ def test_rows_that_depend_on_others_become_zero(backend: KernelBackend, dtype: t
     before[4] = before[1]  # to the bit
     before[6] = 0.5 * before[0] - 4 * before[3]  # but for rounding, which may count as its own
     v = before.clone()
-    lower = kernels.orthonormalise(v, backend=backend.name)
+    lower = kernels.cholesky_qr(v, backend=backend.name)
     assert not v[[2, 4]].any()
     assert not lower.diagonal()[[2, 4]].any()
     eps = torch.finfo(dtype).eps
@@ -126,18 +126,18 @@ def test_rows_that_depend_on_others_become_zero(backend: KernelBackend, dtype: t
 
 def test_all_zero_and_nothing(backend: KernelBackend) -> None:
     v = torch.zeros(3, 100, device=backend.device)
-    assert not kernels.orthonormalise(v, backend=backend.name).any()
+    assert not kernels.cholesky_qr(v, backend=backend.name).any()
     assert not v.any()
     for shape in ((0, 100), (3, 0)):
         empty = torch.empty(shape, device=backend.device)
-        assert kernels.orthonormalise(empty, backend=backend.name).shape == (shape[0], shape[0])
+        assert kernels.cholesky_qr(empty, backend=backend.name).shape == (shape[0], shape[0])
 
 
 def test_lengths_do_not_matter(backend: KernelBackend) -> None:
     """Rows of very different lengths lose nothing to each other."""
     v = rows(4, 1000, torch.float32, backend.device)
     v *= torch.tensor([1e-15, 1e15, 1.0, 1e-20], device=backend.device)[:, None]
-    kernels.orthonormalise(v, backend=backend.name)
+    kernels.cholesky_qr(v, backend=backend.name)
     assert deviation(v, 4) < 1e-6
 
 
@@ -148,8 +148,8 @@ def test_lengths_of_which_squares_are_no_numbers(backend: KernelBackend, power: 
     v[3] = v[0] - v[1]
     sizes = torch.ldexp(torch.ones(4).to(v), torch.tensor([power, power // 2, power, power]).to(v))
     scaled = (sizes[:, None] * v).contiguous()
-    expected = kernels.orthonormalise(v, backend=backend.name)
-    result = kernels.orthonormalise(scaled, backend=backend.name)
+    expected = kernels.cholesky_qr(v, backend=backend.name)
+    result = kernels.cholesky_qr(scaled, backend=backend.name)
     assert result[3, 3] == 0
     assert same_bits(scaled, v)
     assert same_bits(result, sizes[:, None] * expected)
@@ -159,8 +159,8 @@ def test_slices_are_added_up(backend: KernelBackend) -> None:
     """Where another process holds as much again, all inner products are twice as large."""
     v = conditioned(1e4, 5, 2000, torch.float32).to(backend.device)
     alone = v.clone()
-    expected = kernels.orthonormalise(alone, backend=backend.name)
-    lower = kernels.orthonormalise(v, total=lambda g: 2 * g, backend=backend.name)
+    expected = kernels.cholesky_qr(alone, backend=backend.name)
+    lower = kernels.cholesky_qr(v, total=lambda g: 2 * g, backend=backend.name)
     torch.testing.assert_close(lower, 2**0.5 * expected, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(v, alone / 2**0.5, rtol=1e-3, atol=1e-6)
 
@@ -168,7 +168,7 @@ def test_slices_are_added_up(backend: KernelBackend) -> None:
 def test_nonfinite_values_come_through(backend: KernelBackend) -> None:
     v = rows(3, 100, torch.float32, backend.device)
     v[1, 50] = torch.nan
-    lower = kernels.orthonormalise(v, backend=backend.name)
+    lower = kernels.cholesky_qr(v, backend=backend.name)
     assert lower.isnan().any()
     assert v[1].isnan().any()
 
@@ -188,7 +188,7 @@ def test_bad_operands_are_refused(v: Tensor, f: Tensor, message: str) -> None:
         kernels.mix_rows(v, f)
     if "factors" not in message:
         with pytest.raises((ValueError, TypeError), match=message):
-            kernels.orthonormalise(v)
+            kernels.cholesky_qr(v)
 
 
 def test_triton_under_the_interpreter() -> None:

@@ -1,4 +1,4 @@
-"""ascend against exact arithmetic: b <- x, x <- x + alpha g / grad_scale (adaptive: x^2 g)."""
+"""perturb against exact arithmetic: b <- x, x <- x + alpha g / grad_scale (adaptive: x^2 g)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(
     arena = Arena(dtype, 3, device=backend.device)
     arena.fill(X, G)
     x, g = arena.values(X), arena.values(G)
-    kernels.ascend(
+    kernels.perturb(
         *arena.lists,
         ALPHA,
         adaptive=adaptive,
@@ -50,7 +50,7 @@ def tensor(value: float | None, backend: KernelBackend) -> Tensor | None:
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
 @pytest.mark.parametrize("scale", [None, SCALE])
-def test_ascend(
+def test_perturb(
     backend: KernelBackend, dtype: torch.dtype, scale: float | None, adaptive: bool
 ) -> None:
     run(backend, dtype, scale, None, adaptive)
@@ -72,7 +72,7 @@ def test_the_ascent_of_a_scaled_gradient_does_not_overflow_on_its_way(
     x = torch.zeros(33, dtype=dtype, device=backend.device)
     g = torch.full_like(x, largest)
     scale = torch.tensor(1024.0, device=backend.device)
-    kernels.ascend([x], [g], [torch.empty_like(x)], 4.0, grad_scale=scale, backend=backend.name)
+    kernels.perturb([x], [g], [torch.empty_like(x)], 4.0, grad_scale=scale, backend=backend.name)
     assert torch.equal(x, torch.full_like(x, largest / 256))
 
 
@@ -82,7 +82,7 @@ def test_where_a_parameter_is_zero_an_adaptive_ascent_leaves_it(
     x = torch.zeros(33, dtype=dtype, device=backend.device)
     x[::2] = 2.0
     expected = torch.where(x == 0, x, 2 - 4 * 0.25)
-    kernels.ascend(
+    kernels.perturb(
         [x], [torch.ones_like(x)], [torch.empty_like(x)], -0.25, adaptive=True, backend=backend.name
     )
     assert torch.equal(x, expected)
