@@ -44,7 +44,7 @@ enum class State { ready, at_barrier, at_shuffle, done };
 
 struct Stack {
     ucontext_t context;
-    jmp_buf context;
+    jmp_buf registers;
     bool is_new = false;  // whether nothing ran on it yet
 };
 
@@ -92,9 +92,9 @@ void switch_stacks(Stack& from, Stack& to) {
 #if defined(EMULATOR_ASAN) || defined(EMULATOR_TSAN)
     swapcontext(&from.context, &to.context);
 #else
-    if (_setjmp(from.context) != 0) return;
+    if (_setjmp(from.registers) != 0) return;
     if (std::exchange(to.is_new, false)) setcontext(&to.context);
-    _longjmp(to.context, 1);
+    _longjmp(to.registers, 1);
 #endif
 }
 
