@@ -18,14 +18,16 @@
 #include "device_memory.hpp"
 #include "sanitizers.hpp"
 
+// Called by forking.py.
+extern "C" __attribute__((visibility("default"))) void choose_mutant(int number) {
+    emulator::chosen_mutant = number;
+}
+
 namespace emulator {
 
 Index thread_index, block_index, grid_size;
 
-const int chosen_mutant = [] {
-    const char* number = std::getenv("EIGENFILTER_MUTANT");
-    return number == nullptr ? -1 : std::atoi(number);
-}();
+int chosen_mutant = -1;
 
 namespace {
 

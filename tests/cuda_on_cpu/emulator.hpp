@@ -75,7 +75,7 @@ auto configured(At at, dim3 grid, dim3 block, std::size_t shared, void* /* strea
 }
 
 // Whether the process runs the change of the sources with this number: see mutants.py.
-extern const int chosen_mutant;
+extern int chosen_mutant;
 inline bool mutant(int number) { return number == chosen_mutant; }
 
 // The error of the last launch; 0 after that.

@@ -3,14 +3,15 @@
 One at a time, every barrier is taken out of the sources, every condition of an `if` is made always
 true and always false, each side of an `&&` and of a `min` is left out, every loop over elements
 runs once too often or not at all. The emulator's build holds all of these changes, and a process
-runs one of them, which EIGENFILTER_MUTANT names. It has to fail: in the tests or, where these pass,
-under the thread sanitizer, which runs every kernel on a few blocks (first, where a barrier is
-missing), or, in a second round, in the tests under the address sanitizer, which take five times as
-long. A mutant that survives is code that no test needs: a comment at the line that says "not needed
-for ..." says why it is there.
+runs one of them. It has to fail: in the tests; or, in a second round, in the source's own tests
+under the address sanitizer, which take five times as long; or, in a third one, under the thread
+sanitizer, which runs the kernels on a few blocks, and comes first where a barrier is missing. A
+mutant that survives is code that no test needs: a comment at the line that says "not needed for
+..." says why it is there.
 
-The table goes to tests/cuda_on_cpu/MUTANTS.md. It takes about an hour on two cores, and goes on
-where it was stopped.
+Python, torch and the collection of tests are loaded once for each source: every mutant runs in a
+fork (forking.py). The table goes to tests/cuda_on_cpu/MUTANTS.md. It takes about FIXME minutes on
+two cores, and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forking
 from mutations import BARRIER, Mutant, mutants_of, with_mutants
 
 HERE = Path(__file__).parent
@@ -36,7 +42,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 WORK = ROOT / "build" / "mutants"
 TABLE = HERE / "MUTANTS.md"
 
-# The tests of a source; a header's are all of them.
+# The tests of a source, and the part of races.py that runs it; a header's are all of them.
 TESTS = {
     "perturb.cu": ["test_perturb.py", "test_perturb_again.py", "test_perturb_hvp.py"],
     "sgd_step.cu": ["test_sgd_step.py", "test_stochastic_rounding.py"],
@@ -46,10 +52,20 @@ TESTS = {
     "lanczos.cu": ["test_lanczos_step.py", "test_cholesky_qr.py"],
 }
 GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]
-# What is quick goes first, and for all mutants.
-ROUNDS = (("none", "thread"), ("address",))
-# A test, and a run of many, that takes longer hangs.
-TEST_SECONDS, SECONDS = 180, 1800
+RACES = {
+    "perturb.cu": ["updates"],
+    "sgd_step.cu": ["updates"],
+    "adamw_step.cu": ["updates"],
+    "update.cuh": ["updates"],
+    "reduce.cu": ["reductions"],
+    "multi_tensor.cuh": ["updates", "reductions"],
+    "scalars.cuh": ["updates", "reductions"],
+    "orthogonalize.cu": ["rows"],
+    "lanczos.cu": ["rows"],
+    "tiles.cuh": ["rows"],
+}
+ROUNDS = ("none", "address", "thread")  # what is quick goes first, and for all mutants
+TEST_SECONDS = 180  # a test that takes longer hangs
 
 
 def build(mutants: Sequence[Mutant]) -> None:
@@ -60,7 +76,7 @@ def build(mutants: Sequence[Mutant]) -> None:
     for path in SOURCES.glob("*.cu*"):
         here = {n: m for n, m in enumerate(mutants) if m.file == path.name}
         (sources / path.name).write_text(with_mutants(path.read_text(), here))
-    for sanitizer in itertools.chain(*ROUNDS):
+    for sanitizer in ROUNDS:
         _run(
             "cmake", "-G", "Ninja", "-S", HERE, "-B", WORK / sanitizer,
             f"-DSANITIZER={sanitizer}", f"-DCUDA_SOURCES={sources}",
@@ -70,41 +86,68 @@ def build(mutants: Sequence[Mutant]) -> None:
         _run("ninja", "-C", WORK / sanitizer)
 
 
-def caught(mutant: Mutant | None, number: int, sanitizers: Sequence[str]) -> str:
-    """What notices a mutant, or fails of the sources as they are; "" if nothing does."""
-    is_barrier = mutant is not None and mutant.what == BARRIER
-    for sanitizer in reversed(sanitizers) if is_barrier else sanitizers:
-        failure = _failure(sanitizer, mutant.file if mutant else "", number)
-        if failure:
-            return failure
-    return ""
+class Server:
+    """A process that has loaded the tests of a source, and runs them for one mutant at a time."""
 
-
-def _failure(sanitizer: str, file: str, number: int) -> str:
-    """The first failure of the tests of a source, or ""."""
-    try:
-        done = subprocess.run(
-            [HERE / "run.sh", sanitizer, *_tests(sanitizer, file)],
+    def __init__(self, sanitizer: str, file: str) -> None:
+        self._name = f"{file} ({sanitizer})"
+        answers, written = os.pipe()
+        self._folder = tempfile.TemporaryDirectory()
+        self._output = Path(self._folder.name, "output.txt")
+        self._process = subprocess.Popen(
+            [HERE / "run.sh", sanitizer, *_arguments(sanitizer, file)],
             env=os.environ
             | {"EIGENFILTER_EMULATED": str(WORK / sanitizer / "_core.so")}
-            | {"EIGENFILTER_MUTANT": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            | {"PYTHONPATH": str(HERE), "ANSWERS": str(written)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[written],
             text=True,
-            timeout=SECONDS,
         )
-    except subprocess.TimeoutExpired:
-        return f"a test that takes more than {SECONDS} s"
-    return _reason(done.stdout) if done.returncode != 0 else ""
+        os.close(written)
+        self._answers = os.fdopen(answers)
+
+    def failure(self, number: int) -> str:
+        """Return the first failure with a mutant, or ""."""
+        assert self._process.stdin is not None
+        print(number, self._output, file=self._process.stdin, flush=True)
+        status = self._answers.readline()
+        if not status:
+            sys.exit(f"the process that loads the tests of {self._name} has ended: see its error")
+        if int(status) == -signal.SIGALRM:
+            return f"a run that takes more than {forking.SECONDS} s"
+        return _reason(self._output.read_text()) if int(status) else ""
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._answers.close()
+        self._folder.cleanup()
 
 
-def _tests(sanitizer: str, file: str) -> list[str]:
+def try_mutants(
+    mutants: Sequence[tuple[int, Mutant]], sanitizer: str, file: str
+) -> Iterator[tuple[Mutant, str]]:
+    """Yield the mutants of a source, each with what notices it; "" if nothing does."""
+    server = Server(sanitizer, file)
+    try:
+        if failure := server.failure(-1):
+            sys.exit(f"the sources as they are fail ({sanitizer}, {file}): {failure}")
+        for number, mutant in mutants:
+            yield mutant, server.failure(number)
+    finally:
+        server.close()
+
+
+def _arguments(sanitizer: str, file: str) -> list[str]:
     if sanitizer == "thread":
-        return [str(HERE / "races.py")]
+        return [str(HERE / "races.py"), *RACES.get(file, [])]
     names = TESTS.get(file) or [name for names in TESTS.values() for name in names]
-    files = [str(ROOT / "tests" / "kernels" / name) for name in [*names, *GENERAL]]
+    names = names if sanitizer == "address" else [*names, *GENERAL]
+    files = [str(ROOT / "tests" / "kernels" / name) for name in names]
     # The emulator and the sanitizers write to the process's own stderr as it ends.
-    options = ["-x", "-q", "--capture=sys", "-p", "no:cacheprovider"]
+    options = ["-x", "-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "forking"]
     options += [
         "-o",
         f"faulthandler_timeout={TEST_SECONDS}",
@@ -211,6 +254,31 @@ def _explanation(mutant: Mutant) -> str:
     return f"nothing: {found[0]}" if found else ""
 
 
+def _try_all(
+    survivors: Sequence[Mutant],
+    mutants: Sequence[Mutant],
+    record: Record,
+    sanitizer: str,
+    jobs: int,
+) -> None:
+    """Try the survivors, source by source, some sources at a time; record and print."""
+    count, lock = itertools.count(1), threading.Lock()
+
+    def try_source(file: str) -> None:
+        pairs = [(mutants.index(m), m) for m in survivors if m.file == file]
+        for mutant, by in try_mutants(pairs, sanitizer, file):
+            with lock:
+                record[mutant] = by
+                where = f"{next(count)}/{len(survivors)} {mutant.file}:{mutant.line}"
+                said = by or _explanation(mutant) or "SURVIVES"
+                print(f"{where} {mutant.what}: {said}", flush=True)
+                TABLE.write_text(table(mutants, record))
+
+    sizes = Counter(m.file for m in survivors)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(try_source, (file for file, _ in sizes.most_common())))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="of csrc/cuda (default: all)")
@@ -231,23 +299,9 @@ def main() -> int:
     untried = [m for m in chosen if not record[m]]
     print(f"{len(untried)} of {len(chosen)} mutants are to be tried. The build...", flush=True)
     build(mutants)
-    for sanitizers in ROUNDS:
-        survivors = [m for m in untried if not record[m]]
-        tried: list[Mutant | None] = [None, *survivors]
-        numbers = [-1, *map(mutants.index, survivors)]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            found = pool.map(caught, tried, numbers, itertools.repeat(sanitizers))
-            for count, (mutant, by) in enumerate(zip(tried, found, strict=True)):
-                if mutant is None and by:
-                    pool.shutdown(cancel_futures=True)
-                    sys.exit(f"the sources as they are fail: {by}")
-                if mutant is None:
-                    continue
-                record[mutant] = by
-                where = f"{count}/{len(survivors)} {mutant.file}:{mutant.line}"
-                said = by or _explanation(mutant) or "SURVIVES"
-                print(f"{where} {mutant.what}: {said}", flush=True)
-                TABLE.write_text(table(mutants, record))
+    _try_all([m for m in untried if m.what == BARRIER], mutants, record, "thread", args.jobs)
+    for sanitizer in ROUNDS:
+        _try_all([m for m in untried if not record[m]], mutants, record, sanitizer, args.jobs)
     return 1 if any(not (record[m] or _explanation(m)) for m in chosen) else 0
 
 

@@ -1,0 +1,67 @@
+"""One run for each mutant, in a process forked after the slow start: see mutants.py.
+
+A pytest plugin (`-p forking`) that runs the collected tests, and what races.py runs. It reads lines
+"NUMBER FILE" from the standard input: the mutant, and where the output goes. It answers each with
+the exit status of the run: 0 if nothing failed, negative if a signal ended it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+import _pytest.main
+import pytest
+
+SECONDS = 1800  # a run that takes longer hangs
+
+
+def serve(run: Callable[[], int]) -> None:
+    """Run the function in a child process for each line of the standard input."""
+    with os.fdopen(int(os.environ["ANSWERS"]), "w") as answers:
+        _serve(run, answers)
+
+
+def _serve(run: Callable[[], int], answers: TextIO) -> None:
+    assert sys.__stdin__ is not None  # pytest replaces sys.stdin
+    for line in sys.__stdin__:
+        number, output = line.split()
+        child = os.fork()
+        if child == 0:
+            _redirect(output)
+            signal.alarm(SECONDS)
+            core = sys.modules["eigenfilter._core"].__file__
+            ctypes.CDLL(core).choose_mutant(int(number))
+            status = run()
+            sys.stdout.flush()
+            os._exit(status)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+def _redirect(output: str) -> None:
+    """Send the standard output and error of this process to a file."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool:
+    def run() -> int:
+        with contextlib.suppress(session.Failed):
+            _pytest.main.pytest_runtestloop(session)
+        return int(session.testsfailed > 0)
+
+    serve(run)
+    return True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        print(f"\nFAILED {report.nodeid}", file=sys.__stdout__, flush=True)
