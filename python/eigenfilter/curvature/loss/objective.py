@@ -34,6 +34,7 @@ from eigenfilter.curvature.loss.contexts import (
     replay_random_numbers,
     spared_buffers,
 )
+from eigenfilter.curvature.loss.embeddings import beyond_max_norm, smooth_embeddings
 from eigenfilter.curvature.loss.gradient_coverage import check_gradient_coverage
 from eigenfilter.curvature.loss.weights import Weights, check_values, logging_failures
 
@@ -47,12 +48,6 @@ REWRITTEN = (
     "use nn.Embedding(max_norm=...), whose rows an operator leaves unchanged; or write to "
     "parameters outside of the forward pass"
 )
-
-_EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
-
-# Settings of embeddings while f is evaluated: dense gradients, like vectors; no rows rewritten in
-# the forward pass; and the derivative itself, not divided by the frequency of an index.
-_PLAIN: dict[str, Any] = {"sparse": False, "max_norm": None, "scale_grad_by_freq": False}
 
 Outer = Callable[[Tensor], Tensor]
 
@@ -391,7 +386,8 @@ class Objective:
         """
         train = self._train if train is None else train
         with ExitStack() as stack:
-            stack.enter_context(self._modes(train))
+            stack.enter_context(self._mode(train))
+            stack.enter_context(smooth_embeddings(self.tree))
             stack.enter_context(differentiable_kernels(replacements))
             if train:
                 stack.enter_context(spared_buffers(self.tree))
@@ -421,46 +417,19 @@ class Objective:
         return self._parameter.device
 
     @contextmanager
-    def _modes(self, train: bool) -> Iterator[None]:
+    def _mode(self, train: bool) -> Iterator[None]:
+        """Set the mode of all modules, and restore that of each."""
         modes = [(module, module.training) for module in self.tree.modules()]
-        own = [
-            (m, name, getattr(m, name))
-            for m in _embeddings(self.tree)
-            for name in _PLAIN
-            if getattr(m, name) != _PLAIN[name]
-        ]
         try:
             self.tree.train(train)
-            for embedding, name, _ in own:
-                setattr(embedding, name, _PLAIN[name])
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            for embedding, name, value in own:
-                setattr(embedding, name, value)
 
-    def longer(self) -> list[str]:
+    def beyond_max_norm(self) -> list[str]:
         """Return the embeddings with rows longer than max_norm, which f would scale."""
-        return [
-            name.removeprefix("members.0.")
-            for name, module in self.tree.named_modules()
-            if isinstance(module, _EMBEDDINGS) and _exceeds(module)
-        ]
-
-
-def _embeddings(tree: nn.Module) -> list[nn.Module]:
-    return [m for m in tree.modules() if isinstance(m, _EMBEDDINGS)]
-
-
-def _exceeds(module: nn.Embedding | nn.EmbeddingBag) -> bool:
-    """Whether a row is longer than max_norm, beyond the rounding of a norm."""
-    if module.max_norm is None:
-        return False
-    weight = _distributed.local(module.weight.detach())
-    lengths = torch.linalg.vector_norm(weight, module.norm_type, dim=1)
-    most = module.max_norm * (1 + weight.shape[1] * torch.finfo(weight.dtype).eps)
-    return bool((lengths > most).any())
+        return [name.removeprefix("members.0.") for name in beyond_max_norm(self.tree)]
 
 
 def _eps(autocast: torch.dtype | None, of: Tensor) -> float:

@@ -328,7 +328,7 @@ class CurvatureOperator(SymmetricMatrix):
                 raise RuntimeError(_CHANGED)
         self._cached = None  # frees the old graphs before new ones are built
         self._check_own(RuntimeError)
-        if self._anywhere(bool(longer := self._objective.longer())):
+        if self._anywhere(bool(longer := self._objective.beyond_max_norm())):
             raise RuntimeError(_LONGER.format(", ".join(longer)))
         self._source.forget()
         f = self._objective if self._dtype is None else self._objective.with_dtype(self._dtype)
