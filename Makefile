@@ -1,7 +1,7 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | test-emulated | test-interpreted | test-triton-launch | races | mutants | lint |
-#        bench | bench-host | bench-curvature | bench-page | reproduction | docs | docs-serve |
-#        gpu-gate | clean
+#   make demo | test | test-all | test-emulated | test-interpreted | test-triton-launch | races |
+#        mutants | lint | bench | bench-host | bench-curvature | bench-page | reproduction | docs |
+#        docs-serve | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -21,8 +21,8 @@ MODULES := .venv/.modules
 list_modules = find python -name '*.py' | LC_ALL=C sort
 $(shell test ! -e $(MODULES) || $(list_modules) | cmp -s - $(MODULES) || $(list_modules) > $(MODULES))
 
-.PHONY: install demo test emulated test-emulated test-interpreted test-triton-launch races mutants \
-	lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
+.PHONY: install demo test test-all emulated test-emulated test-interpreted test-triton-launch \
+	races mutants lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
 	docs-serve gpu-gate clean
 
 install: $(DEV_TOOLS)
@@ -56,8 +56,14 @@ $(DEV_TOOLS): $(TEST_TOOLS)
 demo: $(INSTALLED)
 	@$(BIN)/eigenfilter demo --out out/demo
 
+# What a change has to pass at once: minutes on two processors. `make test-all` runs the rest, too.
+# A file's tests stay in one process, whose fixtures they share; the slowest are printed.
+PYTEST := -m pytest --numprocesses logical --dist loadfile --durations 10
 test: $(TEST_TOOLS)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+test-all: test
+	$(BIN)/python $(PYTEST) -m slow
 
 # The CUDA kernels, run on the CPU by an emulator. SANITIZER=address and =thread take longer.
 SANITIZER ?= none
@@ -70,7 +76,7 @@ emulated: $(DEV_TOOLS)
 	$(BIN)/ninja -C $(EMULATED)
 
 test-emulated: emulated
-	tests/cuda_on_cpu/run.sh $(SANITIZER) -m pytest $(EMULATED_TESTS)
+	tests/cuda_on_cpu/run.sh $(SANITIZER) $(PYTEST) $(EMULATED_TESTS)
 
 races:
 	$(MAKE) emulated SANITIZER=thread
@@ -81,7 +87,7 @@ mutants: $(DEV_TOOLS)
 
 # The Triton kernels, run on the CPU by Triton's interpreter.
 test-interpreted: $(DEV_TOOLS)
-	EIGENFILTER_TEST_BACKEND=interpreted $(BIN)/python -m pytest tests/kernels
+	EIGENFILTER_TEST_BACKEND=interpreted $(BIN)/python $(PYTEST) tests/kernels
 
 # Every launch of the Triton kernels, up to the launch itself, by another Triton than .venv has.
 TRITON ?= 3.6.0
@@ -92,7 +98,7 @@ $(OTHER_TRITON)/.installed: $(VENV)
 
 test-triton-launch: $(DEV_TOOLS) $(OTHER_TRITON)/.installed
 	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) EIGENFILTER_TEST_TRITON=$(TRITON) \
-		$(BIN)/python -m pytest tests/kernels/test_triton_launch.py
+		$(BIN)/python $(PYTEST) tests/kernels/test_triton_launch.py
 
 lint: $(DEV_TOOLS)
 	$(BIN)/ruff check

@@ -12,7 +12,7 @@ from eigenfilter.curvature import eigsh
 spectra = st.lists(st.integers(-6, 6), min_size=1, max_size=24)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(spectra, st.data())
 def test_any_spectrum(integers: list[int], data: st.DataObject) -> None:
     """Small spectra with many repeated eigenvalues, every end, any k, any block size."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eigenfilter import filters
@@ -49,7 +49,6 @@ def agree(block: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> None:
 CASES = (st.integers(0, 1000), st.sampled_from([-0.3, 0.1]))
 
 
-@settings(deadline=None)
 @given(st.lists(momenta(), min_size=N, max_size=N), *CASES)
 def test_heavy_ball_and_nesterov_compose(
     groups: list[filters.HeavyBall], seed: int, least: float
@@ -67,7 +66,6 @@ def test_heavy_ball_and_nesterov_compose(
     agree(np.vstack([x, m]), matrix, matrix)
 
 
-@settings(deadline=None)
 @given(st.lists(adamws(), min_size=N, max_size=N), *CASES)
 def test_adamw_composes(groups: list[filters.AdamW], seed: int, least: float) -> None:
     """Its decay is on the upper side larger by (1 + beta1) / (1 - beta1); see docs/theory.md."""

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
 
@@ -173,7 +173,6 @@ def test_the_recurrence_converges_inside_and_diverges_outside(flt: Filter) -> No
     assert (growth[len(inside) :] > 7.0).all()
 
 
-@settings(deadline=None)
 @given(
     st.one_of(heavy_balls(), usams(), sams(), cubics()),
     st.lists(st.floats(-4.0, 4.0), min_size=1, max_size=8),

@@ -56,6 +56,8 @@ def test_a_getter_may_shrink_the_list_it_is_in() -> None:
 
 
 def test_another_thread_may_empty_a_list_that_is_read() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns often, where this one asks torch
     ended = threading.Event()
     lists: list[list[Tensor]] = [[]]
     result: list[float] = []
@@ -77,6 +79,7 @@ def test_another_thread_may_empty_a_list_that_is_read() -> None:
     finally:
         ended.set()
         thread.join()
+        sys.setswitchinterval(interval)
     assert all(0 < norm <= 40.1 for norm in result)
     assert messages <= {"no tensors: pass at least one", "tensors is empty"}
 
