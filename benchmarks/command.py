@@ -1,8 +1,8 @@
 """Measure the library beside what people use now, on this machine.
 
-Without a TABLE it times: every benchmark is verified first, then timed in turns with its peers. The
-exit code is 1 if a verification fails, and 2 on bad input. A missed goal is reported but is no
-error, since a busy machine is enough to miss one.
+Without a TABLE it times the benchmarks: each one is verified first, then timed in turns with its
+peers. The exit code is 1 if a verification fails, and 2 on bad input. A missed goal is reported but
+is no error, since a busy machine is enough to miss one.
 """
 
 from __future__ import annotations
@@ -218,12 +218,13 @@ def _configure_smoke(tables: Any) -> None:
     )
     _add_device(parser)
     _add_only(parser, f"a backend, from {', '.join(kernels.BACKENDS)}; may be repeated")
+    sizes = ", ".join(map(str, smoke.SIZES))
     parser.add_argument(
         "--size",
         type=whole(1),
         action="append",
         metavar="N",
-        help=f"elements of a tensor; may be repeated (default: {smoke.SIZES})",
+        help=f"elements of a tensor; may be repeated (default: {sizes})",
     )
     _add_out(parser)
 
@@ -237,7 +238,7 @@ def _configure_page(tables: Any) -> None:
         nargs="+",
         type=Path,
         metavar="RESULTS.json",
-        help="files that the other tables wrote",
+        help="JSON files that eigenfilter bench wrote",
     )
     _add_out(parser)
 

@@ -53,8 +53,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 def _triton_blocks(device: torch.device) -> str:
     """Where the block sizes of the Triton kernels come from."""
     file = triton_blocks.file()
-    saved = triton_blocks.name_of(device) in triton_blocks.read(file)
-    return f"those of {file}" if saved else "the default"
+    has_choices = triton_blocks.name_of(device) in triton_blocks.read(file)
+    return f"those of {file}" if has_choices else "the default"
 
 
 def load() -> float:

@@ -2,7 +2,7 @@
 
     make gpu-gate                              all stages, in this order
     make gpu-gate STAGES="build smoke"         some of them
-    python3 -m benchmarks.gpu_gate --list      what they are
+    python3 -m benchmarks.gpu_gate --list      list the stages
 
 A stage that has passed is skipped, unless --again is there or the sources or the GPU have changed.
 If a stage fails, the next one still runs. The exit code is 1 if any stage failed or was left out
@@ -123,7 +123,7 @@ def run_command(command: Command, seconds: float, log: TextIO) -> tuple[int, str
     except OSError as error:
         _print(log, f"cannot be started: {error}")
         return 127, ""
-    stopped = threading.Event()
+    timeout = threading.Event()
     killer = threading.Timer(GRACE, _signal, (process, signal.SIGKILL))
 
     def interrupt() -> None:
@@ -132,7 +132,7 @@ def run_command(command: Command, seconds: float, log: TextIO) -> tuple[int, str
             killer.start()
 
     def stop() -> None:
-        stopped.set()
+        timeout.set()
         interrupt()
 
     timer = threading.Timer(seconds, stop)
@@ -154,7 +154,7 @@ def run_command(command: Command, seconds: float, log: TextIO) -> tuple[int, str
         killer.cancel()
         assert process.stdout is not None
         process.stdout.close()
-    if stopped.is_set():
+    if timeout.is_set():
         _print(log, f"stopped after {seconds:.0f} s")
         return STOPPED, ""
     return process.returncode, next(iter(refusals), "")

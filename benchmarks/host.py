@@ -1,4 +1,4 @@
-"""The host's time for a kernel launch: calls run up to the launch, which is left out.
+"""What a kernel launch costs the host: calls are timed up to the launch, which is left out.
 
 This runs on a machine without a GPU. It times all that the host does before it passes a kernel to
 the driver: it reads and checks arguments, fills batches or looks up tables, selects kernels and

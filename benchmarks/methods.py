@@ -30,7 +30,7 @@ class Method:
     """An optimizer of the library and its peers.
 
     Attributes:
-        make: factories the library's optimizer from parameters and a backend.
+        make: makes the library's optimizer from parameters and a backend.
         ascents: how many gradients a step needs besides the last one.
         accesses: how often a step has to read or write every element.
         name: name of the method of ascent, as the peers take it; "" for none.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, host
+from benchmarks import figures, host, report
 from benchmarks.comparison import TOLERANCES
 from benchmarks.curvature import tables as curvature
 from benchmarks.figures import Bar, Panel, Scale
@@ -123,10 +123,10 @@ def _all_timings(data: Mapping[str, Any], file: Path, folder: Path) -> list[str]
 
 def _timings(rows: Rows, device: str, backend: str, source: str, folder: Path) -> list[str]:
     """The sections of one device and backend."""
-    timed = {name: row for name, row in rows.items() if row["timing"] is not None}
+    timed_rows = {name: row for name, row in rows.items() if row["timing"] is not None}
     lines = [f"## Timings: {device}, {backend} kernels", "", source, ""]
     for section in SECTIONS:
-        panels = {t: p for t, p in section.panels(timed, device).items() if p}
+        panels = {t: p for t, p in section.panels(timed_rows, device).items() if p}
         if not panels:
             continue
         path = Path("figures") / f"benchmarks-{device}-{backend}-{section.name}.png"
@@ -308,17 +308,17 @@ def _goals(rows: Rows) -> list[str]:
 
 def _source(data: Mapping[str, Any], file: Path) -> str:
     e = data["environment"]
-    where = f"{e.get('gpu', e['cpu'])}, {e['threads']} threads, {e['isa']}"
+    where = f"{e.get('gpu', e['cpu'])}, {report.count(e['threads'], 'thread')}, {e['isa']}"
     origin = f"{data['date']}, revision {e['revision']}, {where}, torch {e['torch']}."
-    stopped = "" if data.get("complete", True) else " The run was stopped before its end."
-    return f"`{file.name}`: {origin}{stopped}"
+    note = "" if data.get("complete", True) else " The run was stopped before its end."
+    return f"`{file.name}`: {origin}{note}"
 
 
-def _ratios(row: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Bar]:
+def _ratios(row: Mapping[str, Any], is_included: Callable[[str], bool]) -> dict[str, Bar]:
     return {
         c["against"]: _bar(c["ratio"], goal=c["goal"])
         for c in row["timing"]["comparisons"]
-        if wanted(c["against"])
+        if is_included(c["against"])
     }
 
 

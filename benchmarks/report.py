@@ -124,9 +124,14 @@ class ResultFiles:
         return self._stem.with_name(self._stem.name + suffix)
 
 
-def incomplete(count: int, total: int, units: str) -> list[str]:
+def count(number: int, noun: str) -> str:
+    """A number with its noun: "1 round", "3 rounds"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def incomplete(progress: int, total: int, units: str) -> list[str]:
     """The lines that say how far a run has come; none if it is complete."""
-    return [] if count == total else ["", f"Incomplete: {count} of {total} {units} so far."]
+    return [] if progress == total else ["", f"Incomplete: {progress} of {total} {units} so far."]
 
 
 def write(

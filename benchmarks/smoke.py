@@ -330,11 +330,11 @@ def _results(
     row = -(-(end + MARGIN) // MARGIN) * MARGIN  # all tensors of a list have the same alignment
     memories, lists = [], []
     for i in range(call.lists):
-        own = torch.promote_types(dtype, torch.float32) if call.wide == i else dtype
-        if call.wide == i and own == dtype and not call.as_rows:
-            own = torch.float64
-        memories.append(torch.full((n, row), torch.nan, dtype=own, device=device))
-        memories[-1][:, begin:end].copy_(_values((n, numel), own, i))
+        list_dtype = torch.promote_types(dtype, torch.float32) if call.wide == i else dtype
+        if call.wide == i and list_dtype == dtype and not call.as_rows:
+            list_dtype = torch.float64
+        memories.append(torch.full((n, row), torch.nan, dtype=list_dtype, device=device))
+        memories[-1][:, begin:end].copy_(_values((n, numel), list_dtype, i))
         lists.append([memory[begin:end].view(shape) for memory in memories[-1]])
     output = call.run(lists, backend)
     for memory in memories:

@@ -45,7 +45,7 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
         ValueError: the file for the best choices holds something else.
         UserError: a file cannot be written.
     """
-    saved = triton_blocks.read(triton_blocks.file()) if save else {}
+    choices = triton_blocks.read(triton_blocks.file()) if save else {}
     where = environment.describe(device)
     rows = [
         "| kernel | dtype | block, bytes | warps | of copy |",
@@ -76,7 +76,7 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
         )
     files.print_paths()
     if save:
-        write(triton_blocks.file(), saved, device, bandwidths)
+        write(triton_blocks.file(), choices, device, bandwidths)
 
 
 def measure(
@@ -119,17 +119,17 @@ def best(spreads: Mapping[Blocks, Spread]) -> Blocks:
 
 
 def write(
-    path: Path, saved: triton_blocks.Saved, device: torch.device, bandwidths: Bandwidths
+    path: Path, choices: triton_blocks.Saved, device: torch.device, bandwidths: Bandwidths
 ) -> None:
     """Write a file with the choices saved before, and those better than the default for a device.
 
     Raises:
         UserError: the file cannot be written.
     """
-    by_kernel = saved[triton_blocks.name_of(device)] = {}
+    by_kernel = choices[triton_blocks.name_of(device)] = {}
     for (kernel, dtype), spreads in bandwidths.items():
         if (choice := best(spreads)) != Blocks():
             by_kernel.setdefault(kernel, {})[dtype] = choice
     output_folder(path.parent)
-    replace_text(path, json.dumps(saved, default=asdict, indent=1) + "\n")
+    replace_text(path, json.dumps(choices, default=asdict, indent=1) + "\n")
     print(f"wrote {path}")

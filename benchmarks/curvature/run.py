@@ -47,11 +47,11 @@ def select(patterns: Sequence[str]) -> list[str]:
     return [name for name in names() if any(fnmatch.fnmatch(name, p) for p in patterns)]
 
 
-def run(chosen: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
+def run(selection: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
     """Measure, print each table at once, and write the results at the end.
 
     Args:
-        chosen: names of problems, and of the tracking.
+        selection: names of problems, and of the tracking.
         data: the folder of the data.
         rounds: rounds of timing.
         folder: the folder for the results.
@@ -65,7 +65,7 @@ def run(chosen: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
 
     with single_thread():
         where = environment.describe(torch.device("cpu"))
-        for name in chosen:
+        for name in selection:
             try:
                 if name == TRACKING:
                     tracks = tracking.measure(RECIPES[tracking.PROBLEM], data)
@@ -79,5 +79,5 @@ def run(chosen: Sequence[str], data: Path, rounds: int, folder: Path) -> None:
                 results["absent"].append(f"{name}: {missing}")
                 show([f"{name}: {missing}", ""])
     title = ["# Eigenpairs of Hessians", "", tables.LEGEND]
-    kind = "cpu-curvature-large" if tables.all_large(chosen) else "cpu-curvature"
+    kind = "cpu-curvature-large" if tables.all_large(selection) else "cpu-curvature"
     report.write(folder, kind, where, [*title, *text], results)

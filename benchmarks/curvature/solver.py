@@ -72,9 +72,9 @@ def arpack(operator: Any, **options: Any) -> Solution:
         products += 1
         return operator.matvec(x)
 
-    counting = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
+    counter = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
     start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(operator.dtype)
-    values, _ = eigsh(counting, K, v0=start, **options)
+    values, _ = eigsh(counter, K, v0=start, **options)
     return Solution(torch.from_numpy(values), products)
 
 
@@ -84,11 +84,11 @@ def count_calls(owner: Any, name: str) -> Iterator[list[int]]:
     calls = [0]
     function = getattr(owner, name)
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
+    def counter(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         return function(*args, **kwargs)
 
-    setattr(owner, name, counting)
+    setattr(owner, name, counter)
     try:
         yield calls
     finally:

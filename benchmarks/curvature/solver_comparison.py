@@ -140,8 +140,8 @@ def exact_values(problem: HessianProblem, *, large: bool = False) -> tuple[Tenso
         result = eigsh(op, K, tol=1e-10)
     if not result.converged.all():
         raise RuntimeError(
-            f"the exact eigenvalues did not converge in {result.matvecs} products: make the "
-            "problem easier, with fewer samples or more steps of training"
+            f"the exact eigenvalues did not converge in {result.matvecs} products: change the "
+            "recipe of the problem in benchmarks/curvature/problems.py"
         )
     if large:
         return result.values, None
@@ -265,7 +265,7 @@ def _time_limit(candidates: Sequence[_Candidate]) -> float:
 def _contender_result(
     c: _Candidate, timings: dict[str, list[Timing]], kind: str
 ) -> ContenderResult:
-    all_seconds = {name: [t.seconds for t in own] for name, own in timings.items()}
+    all_seconds = {name: [t.seconds for t in values] for name, values in timings.items()}
     seconds = all_seconds[c.solver.name]
     library_names = (library_solvers.DEFAULTS.name, library_solvers.WITHOUT_CHECK.name)
     return ContenderResult(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks import report
 from benchmarks.curvature.library_solvers import DEFAULTS, WITHOUT_CHECK
 from benchmarks.curvature.problems import RECIPES
 from benchmarks.curvature.solver_comparison import ACCURACY, LIMIT, MAX_OVERHEAD
@@ -21,7 +22,7 @@ contender's time over ours, with and without our check for repeated eigenvalues,
 not have. It is in parentheses if the contender did not reach {ACCURACY:g}. A goal holds for both
 ratios. A large problem is solved once by each contender, in that process. A contender is stopped
 once it takes more than {LIMIT} times as long as ours without the check. Its times and ratios are
-then marked with a >, since they only count until it was stopped.
+then lower bounds, marked with a >.
 """
 COLUMNS = (
     "contender",
@@ -49,8 +50,8 @@ def table(row: Json) -> list[str]:
     lines = [
         f"### {row['name']}: {row['summary']}",
         "",
-        f"{row['parameters']:,} parameters; U = {1e3 * unit:.3g} ms; {row['rounds']} rounds; "
-        f"exact values {_gap(row['gap'])}.",
+        f"{row['parameters']:,} parameters; U = {1e3 * unit:.3g} ms; "
+        f"{report.count(row['rounds'], 'round')}; exact values {_gap(row['gap'])}.",
         "",
         *_head(COLUMNS),
     ]

@@ -65,8 +65,8 @@ def test_an_incomplete_run_has_written_its_results(
         raise ending
 
     first = doubling(lambda t: t.mul_(2))
-    stopped = dataclasses.replace(first, name="stopped", build=stop)
-    monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": first, "stopped": stopped})
+    second = dataclasses.replace(first, name="stopped", build=stop)
+    monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": first, "stopped": second})
     with pytest.raises(ending):
         main(["bench", "--repeat", "3", "--out", str(tmp_path)])
     (file,), (text,) = tmp_path.glob("*-cpu.json"), tmp_path.glob("*-cpu.md")

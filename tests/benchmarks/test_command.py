@@ -33,7 +33,7 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["--only", "no-such"], "no benchmark 'no-such' (see eigenfilter bench --list)"),
         (["--only", "sgd-small", "memory"], "--only does not go with memory"),
@@ -50,24 +50,24 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "cpu", "finite-differences"], "--device does not go with finite-differences"),
     ],
 )
-def test_bad_input(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *argv]) == 2
-    assert capsys.readouterr().err == f"eigenfilter bench: error: {says}\n"
+    assert capsys.readouterr().err == f"eigenfilter bench: error: {message}\n"
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["--repeat", "0"], "--repeat: must be a whole number from 1"),
         (["memory", "--elements", "7"], "--elements: must be a whole number from 8"),
         (["no-such"], "invalid choice: 'no-such'"),
     ],
 )
-def test_bad_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *argv])
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 

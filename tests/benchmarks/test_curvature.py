@@ -137,10 +137,10 @@ def test_a_run_writes_its_results_and_the_page_shows_them(
 def test_missing_data_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--only", "mlp-mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path)]
     assert main(["bench", "curvature", *argv]) == 0
-    says = f"mlp-mnist: train-images-idx3-ubyte is not in {tmp_path / 'MNIST' / 'raw'}"
-    assert says in capsys.readouterr().out
+    message = f"mlp-mnist: train-images-idx3-ubyte is not in {tmp_path / 'MNIST' / 'raw'}"
+    assert message in capsys.readouterr().out
     (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["absent"][0].startswith(says)
+    assert json.loads(file.read_text())["absent"][0].startswith(message)
 
 
 def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def stage(name: str, *codes: str, seconds: int = 60, **options: object) -> Stage
     return Stage(name, f"what {name} does", seconds, lambda: commands, False, **options)
 
 
-def counting(name: str, file: Path, *, then: str = "pass", **options: object) -> Stage:
+def appending(name: str, file: Path, *, then: str = "pass", **options: object) -> Stage:
     """A stage that appends its name to a file each time it runs."""
     return stage(name, f"open({str(file)!r}, 'a').write({name!r}); {then}", **options)
 
@@ -52,14 +52,14 @@ def result(folders: Path, name: str) -> dict:
 
 def test_stages_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["build", "smoke", "tests", "bench", "sanitize", "profile", "tune"]
-    with pytest.raises(SystemExit) as ended:
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["build", "smoke", "tests", "bench", "sanitize", "profile", "tune"]
+    with pytest.raises(SystemExit) as exit_info:
         main(["--help"])
-    assert ended.value.code == 0
-    with pytest.raises(SystemExit) as ended:
+    assert exit_info.value.code == 0
+    with pytest.raises(SystemExit) as exit_info:
         main(["smok"])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "no stage 'smok': choose from build, smoke" in capsys.readouterr().err
 
 
@@ -71,7 +71,7 @@ def test_every_stage_takes_less_than_ten_minutes() -> None:
 def test_stages_are_chosen_by_name_and_keep_their_order(
     tmp_path: Path, names: list[str], expected: str
 ) -> None:
-    stages = [counting(name, tmp_path / "ran") for name in "abc"]
+    stages = [appending(name, tmp_path / "ran") for name in "abc"]
     assert main(names, stages) == 0
     assert (tmp_path / "ran").read_text() == expected
 
@@ -107,9 +107,9 @@ def test_stages_that_passed_run_again_only_with_again(
 ) -> None:
     ran, output = tmp_path / "ran", tmp_path / "output"
     stages = [
-        counting("a", ran),
-        counting("b", ran, then="raise SystemExit(1)"),
-        counting("c", ran, has_outputs=output.exists),
+        appending("a", ran),
+        appending("b", ran, then="raise SystemExit(1)"),
+        appending("c", ran, has_outputs=output.exists),
     ]
     output.touch()
 
@@ -239,18 +239,18 @@ subprocess.run([sys.executable, "-c", {inner!r}])
 
 def test_the_gate_needs_nothing_but_the_standard_library() -> None:
     """A python without torch and eigenfilter runs it: -S hides both."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-S", "-m", "benchmarks.gpu_gate", "--list"],
         cwd=gpu_stages.ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("build ")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("build ")
     file = gpu_stages.ROOT / "benchmarks" / "gpu_gate.py"
-    done = subprocess.run([sys.executable, "-S", file], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "python3 -m benchmarks.gpu_gate" in done.stderr
+    process = subprocess.run([sys.executable, "-S", file], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert "python3 -m benchmarks.gpu_gate" in process.stderr
 
 
 def test_the_tools_check_all_of_our_kernels() -> None:
@@ -268,7 +268,7 @@ def test_stages_beyond_the_time_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = [
-        counting("a", tmp_path / "ran", then="import time; time.sleep(1)"),
+        appending("a", tmp_path / "ran", then="import time; time.sleep(1)"),
         stage("b", "pass"),
     ]
     assert main(["--within", "0.5"], stages) == 1
@@ -297,8 +297,8 @@ def test_results_are_delivered_as_one_archive(
     out.mkdir()
     monkeypatch.setenv("OUT", str(out))
     (folders / "2020-cuda.json").write_text("old")
-    written = folders / "2026-cuda.json"
-    bench = stage("bench", f"open({str(written)!r}, 'w').write('new')")
+    new_result = folders / "2026-cuda.json"
+    bench = stage("bench", f"open({str(new_result)!r}, 'w').write('new')")
     os.utime(folders / "2020-cuda.json", (0, 0))
     assert main([], [bench]) == 0
     with tarfile.open(out / "gpu-gate.tar.gz") as archive:
@@ -322,8 +322,8 @@ def test_the_command_line_accepts_the_commands_of_the_stages(
 ) -> None:
     """Only the GPU is missing: the options are right, and the benchmarks exist."""
     monkeypatch.setattr(gpu_stages, "tool", lambda name: f"/opt/{name}")
-    [chosen] = [stage for stage in gpu_stages.STAGES if stage.name == name]
-    commands = chosen.commands()
+    [gpu_stage] = [stage for stage in gpu_stages.STAGES if stage.name == name]
+    commands = gpu_stage.commands()
     assert commands
     for command in commands:
         assert not isinstance(command, str)

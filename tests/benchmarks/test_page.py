@@ -145,20 +145,20 @@ def test_launches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ("{", "cannot read"),
         ("{}", "holds no timings, memory, curvature or costs of launches"),
     ],
 )
 def test_other_files_are_refused(
-    content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "other.json"
     file.write_text(content)
     assert main(["bench", "page", str(file), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 

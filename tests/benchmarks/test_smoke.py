@@ -43,7 +43,7 @@ def test_every_kernel_agrees_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("kernel", "wrong", "says"),
+    ("kernel", "wrong", "message"),
     [
         ("norm", "value", "off, relative to its largest number"),
         ("perturb", "bit", "list 0 differs from the reference in 1 of "),
@@ -57,7 +57,7 @@ def test_disagreeing_cases_are_named(
     capsys: pytest.CaptureFixture[str],
     kernel: str,
     wrong: str,
-    says: str,
+    message: str,
 ) -> None:
     right = getattr(native, kernel)
 
@@ -83,7 +83,7 @@ def test_disagreeing_cases_are_named(
     assert {case["kernel"] for case in failures} == {kernel}
     assert {case["backend"] for case in failures} == {"native"}
     assert len(failures) == 2 * len(smoke.DTYPES) * len(smoke.SHIFTS)  # one tensor, and many
-    assert all(says in case["problem"] for case in failures)
+    assert all(message in case["problem"] for case in failures)
     assert f"- {kernel}, native, float32, 1 x 70 elements, 0 off: " in capsys.readouterr().out
 
 

@@ -62,7 +62,7 @@ def test_an_interrupted_run_has_written_its_results(
     assert "Incomplete: 2 of " in text.read_text()
 
 
-def assert_error(environment: dict[str, str], says: str) -> None:
+def assert_error(environment: dict[str, str], message: str) -> None:
     process = subprocess.run(
         [sys.executable, __file__, "use"],
         check=False,
@@ -71,7 +71,7 @@ def assert_error(environment: dict[str, str], says: str) -> None:
         text=True,
     )
     assert process.returncode == 1
-    assert says in process.stderr
+    assert message in process.stderr
 
 
 def measure() -> None:
