@@ -26,7 +26,7 @@ class CommonSAM(torch.optim.Optimizer):
     Args:
         params: the parameters.
         method: "usam", "sam", "asam", "two_step_usam" or "hessian_usam" (finite differences).
-        rho: the radius of the ascents.
+        rho: the method's rho, as for the library's optimizers.
         base: class of the base optimizer.
         settings: options of the base optimizer.
     """

@@ -21,7 +21,7 @@ class ForeachSAM:
     Args:
         params: the parameters.
         method: see `CommonSAM`.
-        rho: the radius of the ascents.
+        rho: the method's rho, as for the library's optimizers.
         base: the base optimizer.
     """
 

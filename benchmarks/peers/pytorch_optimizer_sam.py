@@ -25,7 +25,7 @@ class PytorchOptimizerSAM:
     Args:
         params: the parameters.
         method: "sam" or "asam".
-        rho: the radius of the ascent.
+        rho: the method's rho, as for the library's optimizers.
         base: class of the base optimizer.
         settings: options of the base optimizer.
     """
