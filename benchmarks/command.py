@@ -1,14 +1,14 @@
 """Measure the library beside what people use now, on this machine.
 
-Without a TABLE it times: every benchmark is verified first, then timed in turns with its peers.
-Exit code 1 if a check is red, 2 on bad input. A goal that is missed is reported, and no error: a
-busy machine is enough to miss one.
+Without a TABLE it times the benchmarks: each one is verified first, then timed in turns with its
+peers. The exit code is 1 if a verification fails, and 2 on bad input. A missed goal is reported but
+is no error, since a busy machine is enough to miss one.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from benchmarks import (
     native_stub,
     page,
     registry,
+    runner,
     scale,
     smoke,
-    timings,
     triton_blocks,
 )
 from benchmarks.curvature import run as curvature
-from benchmarks.curvature.datasets import FOLDER
+from benchmarks.curvature.problem_data import FOLDER
 from eigenfilter import kernels
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.cli import OneLineParser
@@ -39,148 +39,215 @@ from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.locks import folder_lock
 
 OUT = Path("out/bench")
+AS_TIME_ALLOWS = "as many as a few seconds allow"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command and of its tables."""
+    parser.set_defaults(table=None, run_table=_timings)
     _add_only(parser, "a benchmark, or a pattern such as 'usam-*'; may be repeated", None)
-    _add_repeat(parser, "by time", None)
-    parser.add_argument("--list", action="store_true", default=None, help="list the benchmarks")
+    _add_repeat(parser, AS_TIME_ALLOWS, None)
+    parser.add_argument(
+        "--list", action="store_true", default=None, help="list the benchmarks and exit"
+    )
     _add_device(parser, None)
     _add_out(parser, None)
-    tables = parser.add_subparsers(metavar="TABLE", title="instead of timings")
+    tables = parser.add_subparsers(metavar="TABLE", title="tables, instead of timings")
+    _configure_memory(tables)
+    _configure_finite_differences(tables)
+    _configure_host(tables)
+    _configure_triton_blocks(tables)
+    _configure_curvature(tables)
+    _configure_monitor(tables)
+    _configure_loop(tables)
+    _configure_scale(tables)
+    _configure_smoke(tables)
+    _configure_page(tables)
 
-    def table(name: str, summary: str, description: str | None, run: Any) -> Any:
-        added = tables.add_parser(
-            name,
-            help=summary,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        added.set_defaults(table=name, run_table=run)
-        return added
 
-    parser.set_defaults(table=None, run_table=_timings)
-    of_memory = table("memory", "peak memory of a training step", memory.__doc__, _memory)
-    of_memory.add_argument(
+def _add_table(
+    tables: Any,
+    name: str,
+    summary: str,
+    description: str | None,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    """Add a table, which `run` measures or writes."""
+    parser: argparse.ArgumentParser = tables.add_parser(
+        name,
+        help=summary,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(table=name, run_table=run)
+    return parser
+
+
+def _configure_memory(tables: Any) -> None:
+    parser = _add_table(
+        tables, "memory", "the peak memory of a training step", memory.__doc__, _memory
+    )
+    parser.add_argument(
         "--elements",
         type=whole(memory.TENSORS),
         default=memory.ELEMENTS,
         metavar="N",
         help="parameters of the model (default: %(default)s)",
     )
-    _add_device(of_memory)
-    _add_out(of_memory)
-    of_differences = table(
+    _add_device(parser)
+    _add_out(parser)
+
+
+def _configure_finite_differences(tables: Any) -> None:
+    parser = _add_table(
+        tables,
         "finite-differences",
         "the error of Hessian-vector products by finite differences, on the CPU",
         finite_differences.__doc__,
         _finite_differences,
     )
-    _add_out(of_differences)
-    of_host = table(
-        "host", "what a launch costs the host, on a machine without a GPU", host.__doc__, _host
+    _add_out(parser)
+
+
+def _configure_host(tables: Any) -> None:
+    parser = _add_table(
+        tables,
+        "host",
+        "what a launch costs the host, on a machine without a GPU",
+        host.__doc__,
+        _host,
     )
-    _add_only(of_host, f"a backend, of {', '.join(host.BACKENDS)}; may be repeated")
-    of_host.add_argument(
+    _add_only(parser, f"a backend, from {', '.join(host.BACKENDS)}; may be repeated")
+    parser.add_argument(
         "--extension",
         type=Path,
         default=native_stub.EXTENSION,
         metavar="FILE",
-        help="with the native launches, which make bench-host builds (default: %(default)s)",
+        help="the extension without launches, which make bench-host builds (default: %(default)s)",
     )
-    _add_repeat(of_host, "by time")
-    _add_out(of_host)
-    of_blocks = table(
+    _add_repeat(parser, AS_TIME_ALLOWS)
+    _add_out(parser)
+
+
+def _configure_triton_blocks(tables: Any) -> None:
+    parser = _add_table(
+        tables,
         "triton-blocks",
-        "which sizes of blocks serve the Triton kernels best, on a GPU",
+        "the best block sizes for the Triton kernels, on a GPU",
         triton_blocks.__doc__,
         _triton_blocks,
     )
-    _add_device(of_blocks)
-    of_blocks.add_argument(
-        "--save", action="store_true", help="let later processes on such a device use the best"
+    _add_device(parser)
+    parser.add_argument(
+        "--save", action="store_true", help="save the best choices for later processes"
     )
-    _add_out(of_blocks)
-    of_curvature = table(
+    _add_out(parser)
+
+
+def _configure_curvature(tables: Any) -> None:
+    parser = _add_table(
+        tables,
         "curvature",
         "the largest eigenpairs of Hessians, on the CPU",
         curvature.__doc__,
         _curvature,
     )
-    _add_only(of_curvature, f"of {', '.join(curvature.names())}, or a pattern; may be repeated")
-    _add_repeat(of_curvature, str(curvature.ROUNDS))
-    of_curvature.add_argument(
+    names = ", ".join(curvature.names())
+    _add_only(parser, f"a problem, from {names}, or a pattern; may be repeated")
+    _add_repeat(parser, str(curvature.ROUNDS))
+    parser.add_argument(
         "--data-dir",
         type=Path,
         default=FOLDER,
         metavar="DIR",
         help="folder of the data (default: EIGENFILTER_DATA, or a folder in ~/.cache)",
     )
-    _add_out(of_curvature)
-    of_monitor = table(
-        "monitor",
-        "what SharpnessMonitor costs a training, on the CPU",
-        monitor.__doc__,
-        _monitor,
+    _add_out(parser)
+
+
+def _configure_monitor(tables: Any) -> None:
+    parser = _add_table(
+        tables, "monitor", "what SharpnessMonitor costs, on the CPU", monitor.__doc__, _monitor
     )
-    _add_only(of_monitor, f"of {', '.join(monitor.TASKS)}, or a pattern; may be repeated")
-    _add_repeat(of_monitor, str(monitor.ROUNDS))
-    _add_out(of_monitor)
-    of_loop = table(
-        "loop", "images a second in training, beside torch.optim.SGD", loop.__doc__, _loop
+    names = ", ".join(monitor.TRAININGS)
+    _add_only(parser, f"a network, from {names}, or a pattern; may be repeated")
+    _add_repeat(parser, str(monitor.ROUNDS))
+    _add_out(parser)
+
+
+def _configure_loop(tables: Any) -> None:
+    parser = _add_table(
+        tables, "loop", "images a second in training, beside torch.optim.SGD", loop.__doc__, _loop
     )
-    of_loop.add_argument(
+    parser.add_argument(
         "--model",
         default=loop.MODEL,
         metavar="NAME",
         help=f"{networks.HELP} (default: %(default)s)",
     )
-    of_loop.add_argument(
+    parser.add_argument(
         "--batch-size",
         type=whole(1),
         default=loop.BATCH,
         metavar="N",
-        help="(default: %(default)s)",
+        help="samples of a batch (default: %(default)s)",
     )
-    add_data_dir(of_loop)
-    _add_device(of_loop)
-    _add_repeat(of_loop, str(loop.ROUNDS))
-    _add_out(of_loop)
-    of_scale = table(
-        "scale", "the memory and time of eigsh by the dimension", scale.__doc__, _scale
+    add_data_dir(parser)
+    _add_device(parser)
+    _add_repeat(parser, str(loop.ROUNDS))
+    _add_out(parser)
+
+
+def _configure_scale(tables: Any) -> None:
+    parser = _add_table(
+        tables, "scale", "the memory and time of eigsh by dimension", scale.__doc__, _scale
     )
-    of_scale.add_argument(
+    parser.add_argument(
         "--largest",
         type=whole(scale.SIZES[0]),
         default=scale.SIZES[-1],
         metavar="N",
         help="the largest dimension; 1e8 takes 6 GB (default: %(default)s)",
     )
-    _add_out(of_scale)
-    of_smoke = table("smoke", "every kernel once, against the reference", smoke.__doc__, _smoke)
-    _add_device(of_smoke)
-    _add_only(of_smoke, f"a backend, of {', '.join(kernels.BACKENDS)}; may be repeated")
-    of_smoke.add_argument(
+    _add_out(parser)
+
+
+def _configure_smoke(tables: Any) -> None:
+    parser = _add_table(
+        tables, "smoke", "every kernel once, against the reference", smoke.__doc__, _smoke
+    )
+    _add_device(parser)
+    _add_only(parser, f"a backend, from {', '.join(kernels.BACKENDS)}; may be repeated")
+    sizes = ", ".join(map(str, smoke.SIZES))
+    parser.add_argument(
         "--size",
         type=whole(1),
         action="append",
         metavar="N",
-        help=f"elements of a tensor; may be repeated (default: {smoke.SIZES})",
+        help=f"elements of a tensor; may be repeated (default: {sizes})",
     )
-    _add_out(of_smoke)
-    of_page = table("page", "figures and a page from results", page.__doc__, _page)
-    of_page.add_argument(
-        "files", nargs="+", type=Path, metavar="RESULTS.json", help="what the others wrote"
+    _add_out(parser)
+
+
+def _configure_page(tables: Any) -> None:
+    parser = _add_table(
+        tables, "page", "a page with figures, from result files", page.__doc__, _page
     )
-    _add_out(of_page)
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS.json",
+        help="JSON files that eigenfilter bench wrote",
+    )
+    _add_out(parser)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure what is asked for; return the exit code.
+    """Measure what the arguments name; return the exit code.
 
     Raises:
-        UserError: it cannot be measured.
+        UserError: it cannot be measured; the message says why.
     """
     parser = OneLineParser(
         prog="eigenfilter bench",
@@ -189,8 +256,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     configure(parser)
     args = parser.parse_args(arguments)
-    with ExitStack() as held:
-        args.enter = held.enter_context
+    with ExitStack() as contexts:
+        args.enter_context = contexts.enter_context
         code: int = args.run_table(args)
     return code
 
@@ -205,7 +272,7 @@ def _timings(args: argparse.Namespace) -> int:
             print(f"{benchmark.name:24} {benchmark.summary}")
         return 0
     device = _device(args)
-    return 0 if timings.run(benchmarks, device, args.repeat, _folder(args)) else 1
+    return 0 if runner.run(benchmarks, device, args.repeat, _folder(args)) else 1
 
 
 def _memory(args: argparse.Namespace) -> int:
@@ -306,10 +373,10 @@ def _smoke(args: argparse.Namespace) -> int:
     only = args.only or []
     for name in only:
         if name not in smoke.backends(device):
-            served = ", ".join(smoke.backends(device))
-            raise UserError(f"no backend {name!r} serves {device}: choose one of {served}")
-    failed = smoke.run(device, only, args.size or smoke.SIZES, _folder(args))
-    return 1 if failed else 0
+            choices = ", ".join(smoke.backends(device))
+            raise UserError(f"no backend {name!r} serves {device}: choose one of {choices}")
+    failures = smoke.run(device, only, args.size or smoke.SIZES, _folder(args))
+    return 1 if failures else 0
 
 
 def _page(args: argparse.Namespace) -> int:
@@ -322,38 +389,39 @@ def _page(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_only(
-    parser: argparse.ArgumentParser, words: str, default: Any = argparse.SUPPRESS
-) -> None:
-    parser.add_argument("--only", action="append", metavar="NAME", help=words, default=default)
+def _add_only(parser: argparse.ArgumentParser, text: str, default: Any = argparse.SUPPRESS) -> None:
+    parser.add_argument("--only", action="append", metavar="NAME", help=text, default=default)
 
 
 def _add_repeat(
-    parser: argparse.ArgumentParser, usual: str, default: Any = argparse.SUPPRESS
+    parser: argparse.ArgumentParser, default_rounds: str, default: Any = argparse.SUPPRESS
 ) -> None:
     parser.add_argument(
         "--repeat",
         type=whole(1),
         metavar="N",
-        help=f"rounds of timing (default: {usual})",
+        help=f"rounds of timing (default: {default_rounds})",
         default=default,
     )
 
 
 def _add_device(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=default, help="where (default: cpu)"
+        "--device",
+        choices=("cpu", "cuda"),
+        default=default,
+        help="the device to run on (default: cpu)",
     )
 
 
 def _add_out(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
-    """A table leaves the value alone that was given before its name."""
+    """Add --out; in a table, without a default that would override a value before its name."""
     parser.add_argument(
         "--out",
         type=Path,
         default=default,
         metavar="DIR",
-        help=f"folder for what is written (default: {OUT})",
+        help=f"folder for the results (default: {OUT})",
     )
 
 
@@ -366,8 +434,8 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    """The folder that is written into, which is this command's alone until it ends."""
-    folder: Path = args.enter(folder_lock(args.out or OUT, "benchmark"))
+    """The folder for the results, locked for this command until it ends."""
+    folder: Path = args.enter_context(folder_lock(args.out or OUT, "benchmark"))
     return folder
 
 

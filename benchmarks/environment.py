@@ -1,4 +1,4 @@
-"""What figures depend on: versions, compiler, processor, load."""
+"""What measurements depend on: versions, compiler, processor, load."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from eigenfilter import _core
 from eigenfilter.kernels import triton_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
-"""Of the checkout."""
+"""The root of the checkout."""
 
 
-def own_process() -> dict[str, str]:
-    """The environment of a process that runs a module of the benchmarks, in whatever folder."""
+def subprocess_environment() -> dict[str, str]:
+    """Environment variables for a process that runs a module of the benchmarks, in any folder."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Return the environment of a run, as it stands at its beginning."""
-    found: dict[str, Any] = {
+    """Return the environment of a run, as it is at the beginning of the run."""
+    description: dict[str, Any] = {
         "eigenfilter": eigenfilter.__version__,
         "revision": _revision(),
         "torch": torch.__version__,
@@ -41,42 +41,45 @@ def describe(device: torch.device) -> dict[str, Any]:
         "load": load(),
     }
     if device.type == "cuda":
-        found |= {
+        description |= {
             "gpu": torch.cuda.get_device_name(device),
             "cuda": torch.version.cuda,
             "cuda_architectures": _core.cuda_architectures,
             "triton_blocks": _triton_blocks(device),
         }
-    return found
+    return description
 
 
 def _triton_blocks(device: torch.device) -> str:
-    """Whose sizes of blocks the Triton kernels have."""
+    """Where the block sizes of the Triton kernels come from."""
     file = triton_blocks.file()
-    saved = triton_blocks.name_of(device) in triton_blocks.read(file)
-    return f"those of {file}" if saved else "the default"
+    has_choices = triton_blocks.name_of(device) in triton_blocks.read(file)
+    return f"those of {file}" if has_choices else "the default"
 
 
 def load() -> float:
-    """Return how many processes have wanted a core over the last minute."""
+    """Return the load average: how many processes wanted a core over the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
-class Neighbours:
-    """How many cores others keep busy from now on: half of one spoils what several threads do."""
+class MachineLoad:
+    """The load that other processes put on the machine from now on.
+
+    Half a core is enough to distort the time of work on several threads.
+    """
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
-        self._others = _others_seconds()
+        self._start = time.perf_counter()
+        self._other_seconds = _other_cpu_seconds()
 
-    def cores(self) -> float:
-        """Return the mean number of cores; NaN where the system does not tell."""
-        elapsed = time.perf_counter() - self._began
-        return round(max(_others_seconds() - self._others, 0.0) / elapsed, 2)
+    def busy_cores(self) -> float:
+        """Return the mean number of cores that others kept busy; NaN if the system hides it."""
+        elapsed = time.perf_counter() - self._start
+        return round(max(_other_cpu_seconds() - self._other_seconds, 0.0) / elapsed, 2)
 
 
-def _others_seconds() -> float:
-    """Processor time of everybody else since the system started, stolen time included."""
+def _other_cpu_seconds() -> float:
+    """Processor time of all other processes since the system started, stolen time included."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     except OSError:
@@ -96,15 +99,15 @@ def _revision() -> str:
 
 
 def _compiler() -> str:
-    """The compiler of the core, which leaves its name in what it compiles."""
-    found = re.search(
+    """The compiler of the extension, which leaves its name in the compiled file."""
+    match = re.search(
         rb"GCC: \([^)]*\) [\d.]+|clang version [\d.]+", Path(_core.__file__).read_bytes()
     )
-    return found.group().decode() if found else "unknown"
+    return match.group().decode() if match else "unknown"
 
 
 def _cpu() -> str:
-    """The processor's name and, where it has them, its family and model."""
+    """The processor's name, with family and model if the system reports them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Grouped bars, drawn alike for every measurement."""
+"""Grouped bar charts, in one style for all measurements."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa3377", "#e69f00", "#56b4e9", "#555555", "#bbbb44")
-ACROSS = 3  # panels in a row
-BAR, TITLE, GAP = 0.16, 0.9, 0.6  # inches a bar, a panel's title and axis, bars between groups
+PANELS_PER_ROW = 3
+BAR = 0.16  # inches
+TITLE = 0.9  # inches for a panel's title and axis
+GAP = 0.6  # between groups, in bars
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A value with its quartiles where it has any, and the goal it was to reach."""
+    """A value, its quartiles if there are any, and the goal for it if there is one."""
 
     value: float
     low: float | None = None
@@ -23,7 +25,7 @@ class Bar:
 
 
 Panel = Mapping[str, Mapping[str, Bar]]
-"""Bars by group (a label on the axis), then by series (a colour)."""
+"""Bars by group (a label on the axis), then by series (a color)."""
 
 Scale = Literal["ratio", "fraction", "amount"]
 
@@ -32,11 +34,11 @@ def draw(panels: Mapping[str, Panel], path: Path, *, label: str, scale: Scale) -
     """Write a PNG of horizontal bars.
 
     Args:
-        panels: by title; together they have no more series than there are COLORS.
-        path: of the PNG.
-        label: what a bar's length is.
-        scale: "ratio": logarithmic, bars begin at 1; "fraction": from 0, with a line at 1;
-            "amount": from 0.
+        panels: the panels by title. Together they have at most as many series as COLORS.
+        path: path of the PNG.
+        label: what the length of a bar means.
+        scale: "ratio" is logarithmic, and bars begin at 1. "fraction" begins at 0 and has a line
+            at 1. "amount" begins at 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,7 +49,7 @@ def draw(panels: Mapping[str, Panel], path: Path, *, label: str, scale: Scale) -
         dict.fromkeys(s for panel in panels.values() for bars in panel.values() for s in bars)
     )
     colors = {name: COLORS[i] for i, name in enumerate(series)}
-    across = min(ACROSS, len(panels))
+    across = min(PANELS_PER_ROW, len(panels))
     down = -(-len(panels) // across)
     tallest = max(_height(panel) for panel in panels.values())
     figure = Figure(
@@ -64,7 +66,7 @@ def draw(panels: Mapping[str, Panel], path: Path, *, label: str, scale: Scale) -
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
             axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else "")
             low, high = axes.get_xlim()
-            if high < 2 * low:  # no decade in sight
+            if high < 2 * low:  # the axis may be without a tick at a power of ten
                 axes.xaxis.set_major_locator(MaxNLocator(5))
                 axes.xaxis.set_minor_locator(NullLocator())
         if scale != "amount":

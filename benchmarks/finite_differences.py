@@ -1,8 +1,8 @@
-"""How far a Hessian-vector product by finite differences is from the exact one.
+"""The relative error of Hessian-vector products by finite differences.
 
-Gives ||h - H g|| / ||H g|| for h as HessianUSAM takes it, by network, precision and relative step
-`fd_step` (eps ||g|| = fd_step (1 + ||x||)), at initialization and after some training. H g is by
-double backward in float64. The data are scikit-learn's digits.
+Prints ||h - H g|| / ||H g||, where h is the difference that HessianUSAM uses, by network, precision
+and relative step `fd_step` (eps ||g|| = fd_step (1 + ||x||)), at initialization and after some
+training. H g is computed by double backward in float64. The data are scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def loss_of(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy; the loss itself is in the parameters' precision also under autocast."""
+    """Mean cross-entropy, in the parameters' precision even under autocast."""
     return nn.functional.cross_entropy(model(inputs).to(inputs.dtype), labels)
 
 
@@ -73,13 +73,13 @@ def exact_product(model: nn.Module) -> Tensor:
 
 
 def difference(model: nn.Module, precision: str, fd_step: float) -> Tensor:
-    """h, read off from where HessianUSAM takes its last gradient: x + h."""
+    """h, from the point x + rho h at which HessianUSAM takes its last gradient."""
     dtype, context = PRECISIONS[precision]
     model = copy.deepcopy(model).to(dtype)
     params = list(model.parameters())
     start = [p.detach().clone() for p in params]
     inputs, labels = data()
-    rho = 1.0  # large, that x + rho h keeps the digits of h
+    rho = 1.0  # large, so that x + rho h keeps the digits of h
     opt = ef.HessianUSAM(params, lr=0.0, rho=rho, fd_step=fd_step)
     for _ in range(2):
         opt.zero_grad()
@@ -87,22 +87,22 @@ def difference(model: nn.Module, precision: str, fd_step: float) -> Tensor:
             loss = loss_of(model, inputs.to(dtype), labels)
         torch.autograd.backward(loss)
         opt.ascend()
-    moved = zip(params, start, strict=True)
-    h = torch.cat([(p.detach() - x).double().flatten() / rho for p, x in moved])
+    pairs = zip(params, start, strict=True)
+    h = torch.cat([(p.detach() - x).double().flatten() / rho for p, x in pairs])
     opt.restore()
     return h
 
 
 def run(folder: Path) -> None:
     """Measure every network, print the table, write the results."""
-    found = environment.describe(torch.device("cpu"))
+    where = environment.describe(torch.device("cpu"))
     steps = " | ".join(f"{c:g}" for c in STEPS)
     rows = [
         f"| network | point | precision | {steps} |",
         "| --- | --- | --- |" + " --- |" * len(STEPS),
     ]
     print("\n".join(rows))
-    measured = []
+    results = []
     for name, make in NETWORKS.items():
         torch.manual_seed(0)
         model = make().double()
@@ -113,7 +113,7 @@ def run(folder: Path) -> None:
                     float((difference(model, precision, c) - product).norm() / product.norm())
                     for c in STEPS
                 ]
-                measured.append(
+                results.append(
                     {"network": name, "point": point, "precision": precision, "errors": errors}
                 )
                 cells = " | ".join(f"{e:.1e}" for e in errors)
@@ -121,12 +121,12 @@ def run(folder: Path) -> None:
                 print(rows[-1], flush=True)
             train(model)
     title = "# Hessian-vector products by finite differences: relative error, by fd_step"
-    data = {"fd_steps": STEPS, "finite_differences": measured}
-    report.write(folder, "cpu-finite-differences", found, [title, "", *rows], data)
+    data = {"fd_steps": STEPS, "finite_differences": results}
+    report.write(folder, "cpu-finite-differences", where, [title, "", *rows], data)
 
 
 def train(model: nn.Module) -> None:
-    """TRAINING steps of heavy ball."""
+    """Take TRAINING steps of SGD with momentum."""
     opt = ef.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(TRAINING):
         opt.zero_grad()

@@ -2,19 +2,20 @@
 
     make gpu-gate                              all stages, in this order
     make gpu-gate STAGES="build smoke"         some of them
-    python3 -m benchmarks.gpu_gate --list      what they are
+    python3 -m benchmarks.gpu_gate --list      list the stages
 
-A stage that passed is not run again unless --again is given, or the sources or the GPU are others.
-A stage that fails does not keep the next from running; the exit code is 1 if any failed or was left
-out for want of time (--within), else 0. Each stage writes NAME.json (date, GPU, versions, exit
-statuses) and NAME.log into benchmarks/results/gpu-gate; with --out FOLDER, or where the variable
-OUT names a folder, they are copied there as one archive after every stage. What runs when a stage's
-time is over, or when this is told to end (Ctrl-C, SIGTERM), is interrupted and given a while to
-write down what it has, which is then copied too.
+A stage that has passed is skipped, unless --again is there or the sources or the GPU have changed.
+If a stage fails, the next one still runs. The exit code is 1 if any stage failed or was left out
+for lack of time (--within), else 0. Each stage writes NAME.json (date, GPU, versions, exit
+statuses) and NAME.log into benchmarks/results/gpu-gate. With --out FOLDER, or if the variable OUT
+names a folder, they are copied there as one archive after every stage. A program that is still
+running when its stage's time is over, or when the gate is interrupted (Ctrl-C, SIGTERM), is
+interrupted too. It then has some seconds to write its results, which are copied as well.
 
-Uses the python that runs this if it has torch (it then also needs triton, pytest, pybind11 and
-scikit-build-core; the installation goes to build/gpu-gate and leaves the python as it is), else the
-.venv that `make install` makes. Needs nothing but the standard library itself: it builds the rest.
+If the python that runs the gate has torch, it is used for everything. It then also needs triton,
+pytest, pybind11 and scikit-build-core. The installation goes to build/gpu-gate, and the python
+itself stays as it is. Otherwise the gate uses the .venv that `make install` makes. The gate needs
+only the standard library: it builds the rest.
 """
 
 from __future__ import annotations
@@ -46,21 +47,21 @@ from .gpu_stages import STAGES, Command, Stage
 SOURCES = ("CMakeLists.txt", "pyproject.toml", "csrc", "python", "benchmarks", "tests")
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pybind11", "scikit-build-core", "ninja", "cmake")
 
-GRACE = 20  # seconds to write down what there is, for a program that is told to stop
-STOPPED, INTERRUPTED = 124, 130  # exit statuses, as a shell has them
+GRACE = 20  # seconds for an interrupted program to write its results
+STOPPED, INTERRUPTED = 124, 130  # exit statuses, the same as in a shell
 
 
 def last_line(*argv: str) -> str:
-    """The last line that a program prints, or why it cannot be asked."""
+    """Return the last line that a program prints, or why it cannot be run."""
     try:
-        found = subprocess.run(argv, capture_output=True, text=True, timeout=60).stdout
+        output = subprocess.run(argv, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"unknown: {error}"
-    return (found.strip().splitlines() or ["unknown"])[-1]
+    return (output.strip().splitlines() or ["unknown"])[-1]
 
 
 def machine() -> dict[str, Any]:
-    """The GPU, and the versions that results depend on."""
+    """Return the GPU, and the versions that results depend on."""
 
     def version(package: str) -> str:
         try:
@@ -78,31 +79,36 @@ def machine() -> dict[str, Any]:
 
 
 def fingerprint() -> str:
-    """A number that changes with any source."""
-    found = hashlib.sha256()
+    """Return a hash of all sources."""
+    digest = hashlib.sha256()
     for name in SOURCES:
         top = gpu_stages.ROOT / name
         files = [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file())
         for path in files:
             if path.suffix in (".py", ".pyi", ".cpp", ".hpp", ".cu", ".cuh", ".txt", ".toml"):
-                found.update(
+                digest.update(
                     str(path.relative_to(gpu_stages.ROOT)).encode() + b"\0" + path.read_bytes()
                 )
-    return found.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def run_command(command: Command, seconds: float, log: TextIO) -> tuple[int, str]:
-    """Run a program, its output to the log and on.
+    """Run a program; print its output and write it to the log.
+
+    Args:
+        command: the program.
+        seconds: the time after which it is stopped.
+        log: the log.
 
     Returns:
-        Its exit status, STOPPED or INTERRUPTED if it is made to end; and which of REFUSALS it said,
-        or "".
+        Its exit status, or STOPPED or INTERRUPTED if it did not end by itself. And which of
+        REFUSALS it printed, or "".
     """
     path = os.pathsep.join(filter(None, [str(gpu_stages.SITE), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **command.environment}
     if gpu_stages.HAS_TORCH:
         environment["PYTHONPATH"] = path
-    _say(log, f"$ {' '.join(command.argv)}")
+    _print(log, f"$ {' '.join(command.argv)}")
     try:
         process = subprocess.Popen(
             command.argv,
@@ -115,18 +121,18 @@ def run_command(command: Command, seconds: float, log: TextIO) -> tuple[int, str
             start_new_session=True,
         )
     except OSError as error:
-        _say(log, f"cannot be started: {error}")
+        _print(log, f"cannot be started: {error}")
         return 127, ""
-    stopped = threading.Event()
+    timeout = threading.Event()
     killer = threading.Timer(GRACE, _signal, (process, signal.SIGKILL))
 
     def interrupt() -> None:
         _signal(process, signal.SIGINT)
-        with contextlib.suppress(RuntimeError):  # the other reason to interrupt came first
+        with contextlib.suppress(RuntimeError):  # an earlier interrupt has started it
             killer.start()
 
     def stop() -> None:
-        stopped.set()
+        timeout.set()
         interrupt()
 
     timer = threading.Timer(seconds, stop)
@@ -136,7 +142,7 @@ def run_command(command: Command, seconds: float, log: TextIO) -> tuple[int, str
         try:
             _follow(process, log, refusals)
         except KeyboardInterrupt:
-            _say(log, "interrupted")
+            _print(log, "interrupted")
             interrupt()
             _follow(process, log, refusals)
             return INTERRUPTED, ""
@@ -148,97 +154,106 @@ def run_command(command: Command, seconds: float, log: TextIO) -> tuple[int, str
         killer.cancel()
         assert process.stdout is not None
         process.stdout.close()
-    if stopped.is_set():
-        _say(log, f"stopped after {seconds:.0f} s")
+    if timeout.is_set():
+        _print(log, f"stopped after {seconds:.0f} s")
         return STOPPED, ""
     return process.returncode, next(iter(refusals), "")
 
 
 def _follow(process: subprocess.Popen[str], log: TextIO, refusals: list[str]) -> None:
-    """Pass on what a program says, until it ends."""
+    """Print and log a program's output until it ends; add the refusals in it to the list."""
     assert process.stdout is not None
     for line in process.stdout:
-        _say(log, line.rstrip("\n"))
-        refusals += [said for said in gpu_stages.REFUSALS if said in line]
+        _print(log, line.rstrip("\n"))
+        refusals += [refusal for refusal in gpu_stages.REFUSALS if refusal in line]
     process.wait()
 
 
 def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """Signal a program and its children, as Ctrl-C does: profilers do not pass signals on."""
+    """Signal a program and its children, as Ctrl-C does; profilers do not forward signals."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 def run_stage(stage: Stage, seconds: float, source: str) -> str:
-    """Run a stage within some seconds, write its results, return how it ended."""
-    began, date = time.monotonic(), datetime.datetime.now(datetime.UTC)
-    ended: list[dict[str, Any]] = []
-    failures: list[str] = []  # what each command that failed said of the machine, or ""
+    """Run a stage and write its results.
+
+    Args:
+        stage: the stage.
+        seconds: the time after which it is stopped.
+        source: the sources' fingerprint.
+
+    Returns:
+        The status: "passed", "failed", "interrupted" or "unavailable".
+    """
+    start, date = time.monotonic(), datetime.datetime.now(datetime.UTC)
+    exits: list[dict[str, Any]] = []
+    failures: list[str] = []  # for each command that failed: the refusal in its output, or ""
     status, reason = "passed", ""
-    log_path = gpu_stages.OWN / f"{stage.name}.log"
+    log_path = gpu_stages.GATE_RESULTS / f"{stage.name}.log"
     with log_path.open("w") as log:
         commands = stage.commands()
         if isinstance(commands, str):
             status, reason, commands = "unavailable", commands, []
-            _say(log, reason)
+            _print(log, reason)
         elif stage.needs_gpu:
             commands = [Command([gpu_stages.PYTHON, "-c", gpu_stages.CHECK]), *commands]
         for i, command in enumerate(commands):
-            left = seconds - (time.monotonic() - began)
-            if left <= 0:
-                _say(log, f"no time is left for {' '.join(command.argv)}")
+            remaining = seconds - (time.monotonic() - start)
+            if remaining <= 0:
+                _print(log, f"no time is left for {' '.join(command.argv)}")
                 code, refusal = STOPPED, ""
             else:
-                code, refusal = run_command(command, left, log)
-            ended.append({"argv": list(command.argv), "exit": code})
+                code, refusal = run_command(command, remaining, log)
+            exits.append({"argv": list(command.argv), "exit": code})
             if code != 0:
                 failures.append(refusal)
             if code == INTERRUPTED or (code != 0 and i == 0 and stage.needs_gpu):
-                break  # nothing else is to run, or can pass
+                break  # an interrupt ends the stage; without a working build nothing can pass
     if failures:
         status = "failed"
-    if ended and ended[-1]["exit"] == INTERRUPTED:
+    if exits and exits[-1]["exit"] == INTERRUPTED:
         status = "interrupted"
-    elif failures and stage.by_tool and all(failures):
+    elif failures and stage.uses_tool and all(failures):
         status = "unavailable"
-        reason = f"the machine does not let the tool at the GPU: {failures[0]}"
-    found = {
+        reason = f"the machine does not let the tool use the GPU: {failures[0]}"
+    result = {
         "stage": stage.name,
         "status": status,
         "reason": reason,
         "date": date.isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - began, 1),
-        "commands": ended,
+        "seconds": round(time.monotonic() - start, 1),
+        "commands": exits,
         "sources": source,
         "machine": machine(),
     }
-    (gpu_stages.OWN / f"{stage.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (gpu_stages.GATE_RESULTS / f"{stage.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     return status
 
 
-def passed_before(stage: Stage, source: str) -> bool:
-    """Whether the stage passed with these sources on such a GPU, and what it made is there."""
+def has_passed(stage: Stage, source: str) -> bool:
+    """Whether the stage passed with these sources on such a GPU, and its outputs are there."""
     try:
-        found = json.loads((gpu_stages.OWN / f"{stage.name}.json").read_text())
-        before = found["sources"], found["machine"]["gpu"], found["status"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or cut short
+        result = json.loads((gpu_stages.GATE_RESULTS / f"{stage.name}.json").read_text())
+        previous = result["sources"], result["machine"]["gpu"], result["status"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # no file, or part of one
         return False
-    return before == (source, machine()["gpu"], "passed") and stage.is_there()
+    return previous == (source, machine()["gpu"], "passed") and stage.has_outputs()
 
 
-def deliver(out: str | None, began: float) -> None:
-    """Copy the results to a folder: one archive, however many files there are."""
+def deliver(out: str | None, start: float) -> None:
+    """Copy the results since a time to a folder, as one archive; do nothing without a folder."""
     if not out:
         return
     Path(out).mkdir(parents=True, exist_ok=True)
     with tarfile.open(Path(out) / "gpu-gate.tar.gz", "w:gz") as archive:
-        archive.add(gpu_stages.OWN, "gpu-gate")
+        archive.add(gpu_stages.GATE_RESULTS, "gpu-gate")
         for path in sorted(gpu_stages.RESULTS.glob("*-cuda*")):
-            if path.stat().st_mtime >= began:
+            if path.stat().st_mtime >= start:
                 archive.add(path, path.name)
 
 
-def _say(log: TextIO, line: str) -> None:
+def _print(log: TextIO, line: str) -> None:
     print(line, flush=True)
     print(line, file=log, flush=True)
 
@@ -249,51 +264,58 @@ def parse(arguments: Sequence[str], stages: Sequence[Stage]) -> argparse.Namespa
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [stage.name for stage in stages]
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(names)}")
-    parser.add_argument("--again", action="store_true", help="run also what has passed")
-    parser.add_argument("--list", action="store_true", help="list the stages")
+    parser.add_argument(
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help=f"stages to run, from {', '.join(names)} (default: all)",
+    )
+    parser.add_argument("--again", action="store_true", help="also run stages that have passed")
+    parser.add_argument("--list", action="store_true", help="list the stages and exit")
     parser.add_argument(
         "--out",
         metavar="FOLDER",
         default=os.environ.get("OUT"),
-        help="copy the results there (default: the variable OUT)",
+        help="copy the results to this folder (default: the variable OUT)",
     )
     parser.add_argument(
         "--within",
         type=float,
         metavar="SECONDS",
-        help="begin no stage after so long, and stop the one that runs then",
+        help="after this time, stop the stage that is running and start no other",
     )
     args = parser.parse_args(arguments)
     for name in args.stages:
         if name not in names:
-            parser.error(f"no stage {name!r}: choose of {', '.join(names)}")
+            parser.error(f"no stage {name!r}: choose from {', '.join(names)}")
     return args
 
 
 def main(arguments: Sequence[str], stages: Sequence[Stage] = STAGES) -> int:
-    """Run the stages that are asked for, in their order; return the exit code."""
+    """Run the stages that the arguments name, in the order of the gate; return the exit code."""
     args = parse(arguments, stages)
     if args.list:
         for stage in stages:
             print(f"{stage.name:10} {stage.summary} (at most {stage.seconds} s)")
         return 0
-    began, on_clock = time.monotonic(), time.time()
-    gpu_stages.OWN.mkdir(parents=True, exist_ok=True)
+    start, start_on_clock = time.monotonic(), time.time()
+    gpu_stages.GATE_RESULTS.mkdir(parents=True, exist_ok=True)
     endings: dict[str, str] = {}
     for stage in stages:
         if args.stages and stage.name not in args.stages:
             continue
         source = fingerprint()
-        left = float("inf") if args.within is None else args.within - (time.monotonic() - began)
-        if not args.again and passed_before(stage, source):
+        remaining = float("inf")
+        if args.within is not None:
+            remaining = args.within - (time.monotonic() - start)
+        if not args.again and has_passed(stage, source):
             endings[stage.name] = "passed before"
-        elif left <= 0:
-            endings[stage.name] = "left out for want of time"
+        elif remaining <= 0:
+            endings[stage.name] = "left out for lack of time"
         else:
             print(f"== {stage.name}: {stage.summary}", flush=True)
-            endings[stage.name] = run_stage(stage, min(stage.seconds, left), source)
-            deliver(args.out, on_clock)
+            endings[stage.name] = run_stage(stage, min(stage.seconds, remaining), source)
+            deliver(args.out, start_on_clock)
             if endings[stage.name] == "interrupted":
                 break
     print("\n".join(f"{name:10} {ending}" for name, ending in endings.items()))
@@ -302,7 +324,7 @@ def main(arguments: Sequence[str], stages: Sequence[Stage] = STAGES) -> int:
 
 
 if __name__ == "__main__":
-    # In the background of a shell, Ctrl-C would be ignored, in the stages too. SIGTERM is the same.
+    # A shell's background jobs ignore Ctrl-C, and so would the stages. SIGTERM is treated alike.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
-"""What `gpu_gate` runs: a stage is some commands, made when it begins.
+"""The stages of `gpu_gate`: a stage is a list of commands, made when it begins.
 
-Needs nothing but the standard library, as it also builds the rest.
+This module needs only the standard library, as it also builds the rest.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu-gate"
 RESULTS = ROOT / "benchmarks" / "results"
-OWN = RESULTS / "gpu-gate"
+GATE_RESULTS = RESULTS / "gpu-gate"
 
-# What NVIDIA's tools say on machines that do not let them at the GPU.
+# What NVIDIA's tools print on machines that do not let them use the GPU.
 REFUSALS = ("Device not supported", "LibraryNotLoaded", "ERR_NVGPUCTRPERM")
 
 # The kernels, without the "_kernel" at the end of their names.
@@ -49,7 +49,7 @@ from eigenfilter.kernels import dispatch
 if not torch.cuda.is_available():
     raise SystemExit("torch sees no CUDA device")
 if not _core.cuda_compiled:
-    raise SystemExit("this build is without CUDA kernels: run the stage build")
+    raise SystemExit("this build has no CUDA kernels: run the stage build")
 device = torch.device("cuda", torch.cuda.current_device())
 if reason := dispatch.missing_code(device):
     raise SystemExit(f"this build has no code for the GPU: {reason}")
@@ -60,7 +60,7 @@ print(f"eigenfilter {eigenfilter.__version__} from {eigenfilter.__path__[0]}, "
 
 @dataclass(frozen=True)
 class Command:
-    """A program of a stage, and what its environment has beside this one's."""
+    """A program with its arguments, and additions to its environment."""
 
     argv: Sequence[str]
     environment: dict[str, str] = field(default_factory=dict)
@@ -68,16 +68,18 @@ class Command:
 
 @dataclass(frozen=True)
 class Stage:
-    """Some commands, which all run, whichever fail.
+    """A list of commands; all of them run, even if some fail.
 
     Attributes:
-        name: as it is asked for.
+        name: the name on the command line.
         summary: what it does, in one line.
-        seconds: after which it is stopped; with what follows, all take less than ten minutes.
-        commands: made when the stage begins; a string says why the machine cannot run it.
-        needs_gpu: whether it is preceded by a check that the build and the GPU are there.
-        is_there: whether what it made still is; a stage that passed is run again if not.
-        by_tool: whether it runs a tool of NVIDIA's that some machines do not let at the GPU.
+        seconds: the time after which it is stopped. With the time for writing results it is less
+            than ten minutes.
+        commands: makes the commands when the stage begins. A string says why the machine cannot run
+            the stage.
+        needs_gpu: whether a check for the build and the GPU runs before the commands.
+        has_outputs: whether the stage's outputs are still there; without them it runs again.
+        uses_tool: whether it runs a tool of NVIDIA's that some machines do not let use the GPU.
     """
 
     name: str
@@ -85,12 +87,12 @@ class Stage:
     seconds: int
     commands: Callable[[], list[Command] | str]
     needs_gpu: bool = True
-    is_there: Callable[[], bool] = lambda: True
-    by_tool: bool = False
+    has_outputs: Callable[[], bool] = lambda: True
+    uses_tool: bool = False
 
 
 def build() -> list[Command]:
-    """Compile for the H100 and H200 alone, all sources side by side."""
+    """Compile for the H100 and H200 only, with one process for each core."""
     defines = {"EIGENFILTER_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": "90-real"}
     options = ["-Cbuild-dir=build/gpu-gate-objects"]
     options += [f"-Ccmake.define.{name}={value}" for name, value in defines.items()]
@@ -106,18 +108,20 @@ def build() -> list[Command]:
 
 
 def is_built() -> bool:
-    """Whether an installation is there; the check before each stage says if it is no good."""
+    """Whether an installation is there; the check before each stage says if it does not work."""
     return any(SITE.glob("eigenfilter/_core*.so")) if HAS_TORCH else Path(PYTHON).exists()
 
 
 def smoke() -> list[Command]:
     """Every kernel on every backend, against the reference."""
-    return [Command([*EIGENFILTER, "bench", "smoke", "--device", "cuda", "--out", str(OWN)])]
+    return [
+        Command([*EIGENFILTER, "bench", "smoke", "--device", "cuda", "--out", str(GATE_RESULTS)])
+    ]
 
 
 def tests() -> list[Command]:
-    """The tests marked gpu: in 8 processes and stopped after 120 s each, where plugins allow it."""
-    options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={OWN / 'tests.xml'}"]
+    """The tests marked gpu: in 8 processes, each test at most 120 s, if the plugins are there."""
+    options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={GATE_RESULTS / 'tests.xml'}"]
     if has("xdist"):
         options += ["-n", "8"]
     else:
@@ -129,7 +133,7 @@ def tests() -> list[Command]:
             "pytest-timeout is not installed: a test that hangs ends the stage; its stack is shown"
         )
         options += ["-o", "faulthandler_timeout=120"]
-    if has("pytest_benchmark"):  # warns that it is of no use beside xdist, and warnings are errors
+    if has("pytest_benchmark"):  # it warns about xdist, and warnings are errors
         options += ["-p", "no:benchmark"]
     return [Command([PYTHON, "-m", "pytest", "tests", *options])]
 
@@ -137,42 +141,45 @@ def tests() -> list[Command]:
 def bench() -> list[Command]:
     """The kernels first, then the optimizers on the smallest and the largest tensors."""
 
-    def timed(*patterns: str) -> Command:
+    def timings(*patterns: str) -> Command:
         only = [word for pattern in patterns for word in ("--only", pattern)]
         common = ["--device", "cuda", "--repeat", "30", "--out", str(RESULTS)]
         return Command([*EIGENFILTER, "bench", *only, *common])
 
     memory = [*EIGENFILTER, "bench", "memory", "--device", "cuda", "--out", str(RESULTS)]
     return [
-        timed(*(f"*-{dtype}" for dtype in DTYPES), "lanczos-step-*", "cholesky-qr-*"),
-        timed("*-small", "sgd-small-warm", "*-large"),
+        timings(*(f"*-{dtype}" for dtype in DTYPES), "lanczos-step-*", "cholesky-qr-*"),
+        timings("*-small", "sgd-small-warm", "*-large"),
         Command(memory),
     ]
 
 
 def sanitize() -> list[Command] | str:
-    """Few small tensors: every access of our kernels is looked at, each allocation by itself."""
+    """Check every memory access of our kernels, on a few small tensors."""
     sanitizer = tool("compute-sanitizer")
     if sanitizer is None:
         return "compute-sanitizer is not on this machine"
     sweep = [*EIGENFILTER, "bench", "smoke", "--device", "cuda", "--size", "1", "--size", "4097"]
-    by_itself = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # Launches that match any filter are checked, those of torch's kernels are not: kns is a part of
-    # the mangled name, which has the namespace, and kne all of it, which Triton does not mangle.
+    # Without the cache each tensor is an allocation of its own, so that no overrun is missed.
+    no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # The sanitizer checks only launches that match a filter, which torch's kernels do not. kns
+    # matches a part of the mangled name, where our namespace is. kne matches the whole name; Triton
+    # does not mangle names.
     filters = {
         "native": ["--kernel-name", "kns=eigenfilter"],
         "triton": [word for name in TRITON for word in ("--kernel-name", f"kne={name}_kernel")],
     }
 
-    def under(name: str, backend: str) -> Command:
-        checked = [sanitizer, "--tool", name, "--error-exitcode", "3", *filters[backend]]
-        return Command([*checked, *sweep, "--only", backend, "--out", str(OWN / name)], by_itself)
+    def check(name: str, backend: str) -> Command:
+        options = ["--tool", name, "--error-exitcode", "3", *filters[backend]]
+        out = ["--out", str(GATE_RESULTS / name)]
+        return Command([sanitizer, *options, *sweep, "--only", backend, *out], no_cache)
 
-    return [under("memcheck", "native"), under("racecheck", "native"), under("memcheck", "triton")]
+    return [check("memcheck", "native"), check("racecheck", "native"), check("memcheck", "triton")]
 
 
 def profile() -> list[Command] | str:
-    """How busy the memory is, and how often banks of shared memory conflict."""
+    """Measure how busy the memory is, and count bank conflicts of shared memory."""
     profiler = tool("ncu")
     if profiler is None:
         return "ncu (Nsight Compute) is not on this machine"
@@ -183,20 +190,20 @@ def profile() -> list[Command] | str:
         "launch__registers_per_thread",
         "sm__warps_active.avg.pct_of_peak_sustained_active",
     )
-    # The name that is matched is the function's alone, without namespace and template arguments
-    # (--kernel-name-base is "function" by default); only launches that match are counted.
+    # The filter matches the function's name without namespace and template arguments
+    # (--kernel-name-base is "function" by default). Only launches that match are counted.
     ours = "|".join(sorted({*NATIVE, *TRITON}))
     options = ["--csv", "--clock-control", "none", "--metrics", ",".join(metrics)]
     options += ["--kernel-name", f"regex:^({ours})_kernel$", "--launch-count", "500"]
-    options += ["--log-file", "stdout"]  # the table, and why it cannot be: both are in the log
-    timed = [*EIGENFILTER, "bench", "--device", "cuda", "--repeat", "1", "--out", str(OWN / "ncu")]
+    options += ["--log-file", "stdout"]  # so that our log has the table, or the reason for none
+    timings = [*EIGENFILTER, "bench", "--device", "cuda", "--repeat", "1"]
     only = [word for dtype in ("float32", "bfloat16") for word in ("--only", f"*-{dtype}")]
-    return [Command([profiler, *options, *timed, *only])]
+    return [Command([profiler, *options, *timings, "--out", str(GATE_RESULTS / "ncu"), *only])]
 
 
 def tune() -> list[Command]:
-    """Which sizes of Triton's blocks are the fastest; what is saved is a file of the results."""
-    sizes = {"EIGENFILTER_TRITON_BLOCKS": str(OWN / "triton-blocks.json")}
+    """Find the fastest block sizes for Triton, and save them in a file among the results."""
+    sizes = {"EIGENFILTER_TRITON_BLOCKS": str(GATE_RESULTS / "triton-blocks.json")}
     table = [*EIGENFILTER, "bench", "triton-blocks", "--device", "cuda", "--save"]
     return [Command([*table, "--out", str(RESULTS)], sizes)]
 
@@ -206,26 +213,26 @@ STAGES = (
     Stage("smoke", "every kernel on every backend, against the reference", 420, smoke),
     Stage("tests", "the tests marked gpu", 480, tests),
     Stage("bench", "time the kernels, then the optimizers", 500, bench),
-    Stage("sanitize", "compute-sanitizer: memcheck and racecheck", 480, sanitize, by_tool=True),
+    Stage("sanitize", "compute-sanitizer: memcheck and racecheck", 480, sanitize, uses_tool=True),
     Stage(
         "profile",
         "ncu: DRAM throughput and bank conflicts of the kernels",
         480,
         profile,
-        by_tool=True,
+        uses_tool=True,
     ),
-    Stage("tune", "time the sizes of Triton's blocks", 500, tune),
+    Stage("tune", "time Triton's block sizes", 500, tune),
 )
 
 
 def tool(name: str) -> str | None:
-    """Where a tool of NVIDIA's is: on the PATH, or where CUDA and Nsight put it."""
+    """Return the path of a tool of NVIDIA's, in PATH or the folders of CUDA and Nsight, or None."""
     folders = sorted(glob.glob("/usr/local/cuda*/bin") + glob.glob("/opt/nvidia/nsight-compute/*"))
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 def has(module: str) -> bool:
-    """Whether the python that runs the tests has a module."""
+    """Whether the python that runs the stages has a module."""
     if HAS_TORCH:
         return importlib.util.find_spec(module) is not None
     return subprocess.run([PYTHON, "-c", f"import {module}"], capture_output=True).returncode == 0

@@ -1,14 +1,14 @@
-"""What a launch costs the host: calls up to their launches, which are left out.
+"""What a kernel launch costs the host: calls are timed up to the launch, which is left out.
 
-Runs on a machine without a GPU. Arguments are read and checked, batches filled or tables looked up,
-kernels found, arguments copied: all that the host does before it hands a kernel to the driver,
-which takes some microseconds more for every launch. Native launches end in `native_stub`, Triton's
-in `triton_stub`.
+This runs on a machine without a GPU. It times all that the host does before it passes a kernel to
+the driver: it reads and checks arguments, fills batches or looks up tables, selects kernels and
+copies arguments. The driver takes some microseconds more for every launch. Native launches end in
+`native_stub`, Triton's in `triton_stub`.
 
-Beside whole steps stand torch.optim's, foreach and fused, and beside the norm torch's own, with the
-bodies of torch's operators left out: their Python alone. On a GPU each of these operators also
-reads the lists and fills the arguments of its launches, so that torch's figures are bounds from
-below, and the ratios bounds in torch's favor.
+Whole steps are compared with torch.optim's, foreach and fused, and the norm with torch's own. The
+bodies of torch's operators are left out, so only their Python is timed. On a GPU each of these
+operators also reads the lists and fills the arguments of its launches. So torch's times are lower
+bounds, and the ratios favor torch.
 """
 
 from __future__ import annotations
@@ -25,44 +25,48 @@ from torch import Tensor
 
 import eigenfilter
 from benchmarks import environment, native_stub, report
-from benchmarks.contest import Contender, Phase, nothing
-from benchmarks.timing import Lap, Spread, clock, interleave
+from benchmarks.comparison import Contender, Phase, do_nothing
+from benchmarks.timing import Spread, Timing, clock, interleave
 from eigenfilter import kernels
 
 BACKENDS = ("native", "triton")
-COUNTS = (4, 2000)  # tensors
-SIZE = 256
+COUNTS = (4, 2000)  # numbers of tensors
+SIZE = 256  # elements of a tensor
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 ADAMW: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01}
 BASELINE = "torch foreach"
 COLUMNS = ("call", "tensors", "by", "us", "launches", "KiB of arguments", f"{BASELINE} / this")
 HEADER = (f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}")
-LEGEND = f"""Microseconds of the host until a call has returned, medians with quartiles in brackets,
+LEGEND = f"""Microseconds of the host until a call has returned: medians with quartiles in brackets,
 timed in turns on a machine without a GPU. No kernel runs. *native* does all that the compiled
-extension does for tensors on a GPU, and copies the arguments of its launches, as a driver has to;
-the driver's further work for each launch is left out. *triton* does all that Triton does up to its
-launcher. Tensors have {SIZE} float32 elements each; none has moved since the last call.
+extension does for tensors on a GPU, and copies the arguments of its launches, as a driver has to.
+The driver's further work for each launch is left out. *triton* does all that Triton does up to its
+launcher. Each tensor has {SIZE} float32 elements and the same address as in the call before.
 
-`SGD.step` and `AdamW.step` are whole steps, of this library and of torch.optim; `norm` has
-torch.nn.utils.get_total_norm beside it. Of torch's operators on lists the bodies are left out, so
-that what is timed is their callers' Python alone: on a GPU each of them also reads the lists, fills
-arguments and launches. Torch's times are bounds from below, and the ratios are in its favor.
+`SGD.step` and `AdamW.step` are whole steps, of this library and of torch.optim. `norm` is compared
+with torch.nn.utils.get_total_norm. The bodies of torch's operators on lists are left out, so only
+the Python of their callers is timed. On a GPU each of them also reads the lists, fills arguments
+and launches. So torch's times are lower bounds, and the ratios favor torch.
 """
 
 Call = Callable[[], object]
 Counter = Callable[[], tuple[int, int]]
-"""Returns the launches so far, and the bytes of their arguments."""
+"""Returns the number of launches so far, and the bytes of their arguments."""
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one call took.
+class CallCost:
+    """The host's time for one call.
 
     Attributes:
-        call, tensors, by: which call, of how many tensors, done by whom.
+        call: the function or method.
+        tensors: how many tensors it gets.
+        by: the backend, or torch's implementation.
         us: microseconds.
-        launches, argument_bytes: of the call; None where they are left out.
-        ratio: the time of torch's foreach path over this, round by round; None where it has none.
+        launches: launches of the call; None if they are not counted.
+        argument_bytes: bytes of the launches' arguments; None if they are not counted.
+        ratio: the time of torch's foreach implementation over this one, round by round; None if
+            torch has none.
     """
 
     call: str
@@ -75,7 +79,7 @@ class Cost:
 
 
 def row(cost: Mapping[str, Any]) -> str:
-    """The line of the table for a `Cost` as the JSON file has it."""
+    """The table's row for a `CallCost` that was read from JSON."""
 
     def spread(values: Mapping[str, float] | None, digits: str) -> str:
         if values is None:
@@ -103,13 +107,13 @@ def _native() -> Iterator[Counter]:
 
 @contextlib.contextmanager
 def _triton() -> Iterator[Counter]:
-    from benchmarks import triton_stub  # which needs triton
+    from benchmarks import triton_stub  # needs triton
 
     with triton_stub.installed() as driver:
         yield lambda: (driver.launches, 0)
 
 
-# Contexts in which a backend's launches are left out.
+# By backend: a context that leaves out its launches, and counts them.
 STUBS: Mapping[str, Callable[[], contextlib.AbstractContextManager[Counter]]] = {
     "native": _native,
     "triton": _triton,
@@ -120,83 +124,95 @@ def run(backends: Sequence[str], repeat: int | None, folder: Path) -> None:
     """Measure every call, print the table, write the results.
 
     Args:
-        backends: of BACKENDS; "native" needs a process that has loaded `native_stub`.
+        backends: names from BACKENDS; "native" needs a process that has loaded `native_stub`.
         repeat: rounds of timing, or None for as many as a few seconds allow.
-        folder: where the results go.
+        folder: the folder for the results.
     """
-    found = environment.describe(torch.device("cpu"))
-    neighbours = environment.Neighbours()
+    where = environment.describe(torch.device("cpu"))
+    machine_load = environment.MachineLoad()
     print("\n".join(HEADER), flush=True)
     costs: list[dict[str, Any]] = []
     for n in COUNTS:
         with contextlib.ExitStack() as stubs:
             counters = {name: stubs.enter_context(STUBS[name]()) for name in backends}
-            calls = _calls(n, backends)  # with torch's own operators, for torch's first steps
-            stubs.enter_context(mock.patch.multiple(torch, **_operators()))
-            stubs.enter_context(mock.patch.object(torch.linalg, "vector_norm", _first))
-            for call, ways in calls.items():
-                own = [asdict(cost) for cost in _measure(call, n, ways, counters, repeat)]
-                costs += own
-                print("\n".join(map(row, own)), flush=True)
-    busy = neighbours.cores()
+            calls = _calls(n, backends)  # before the patches: torch's first steps are real ones
+            stubs.enter_context(mock.patch.multiple(torch, **_list_operator_stubs()))
+            stubs.enter_context(
+                mock.patch.object(torch.linalg, "vector_norm", _return_first_argument)
+            )
+            for call, implementations in calls.items():
+                rows = [
+                    asdict(cost) for cost in _measure(call, n, implementations, counters, repeat)
+                ]
+                costs += rows
+                print("\n".join(map(row, rows)), flush=True)
+    busy = machine_load.busy_cores()
     text = ["# What a launch costs the host", "", LEGEND, "", *HEADER, *map(row, costs)]
-    text += ["", f"Meanwhile others kept {busy} cores busy."]
-    report.write(folder, "cpu-host", found, text, {"host": costs, "neighbours": busy})
+    text += ["", f"Other processes kept {busy} cores busy meanwhile."]
+    report.write(folder, "cpu-host", where, text, {"host": costs, "busy_cores": busy})
 
 
 def _measure(
     call: str,
     n: int,
-    ways: Mapping[str, Call],
+    implementations: Mapping[str, Call],
     counters: Mapping[str, Counter],
     repeat: int | None,
-) -> list[Cost]:
-    """Time the ways to do a call in turns."""
-    contenders = [Contender(by, (Phase(nothing, do),), list) for by, do in ways.items()]
+) -> list[CallCost]:
+    """Time the implementations of a call in turns."""
+    contenders = [
+        Contender(by, (Phase(do_nothing, run_call),), list)
+        for by, run_call in implementations.items()
+    ]
     timer = clock("wall", torch.device("cpu"))
-    laps = interleave(contenders, timer, repeat=repeat, budget=3.0)
+    timings = interleave(contenders, timer, repeat=repeat, budget=3.0)
     costs = []
-    for by, do in ways.items():
-        launches, size = _count(do, counters[by]) if by in counters else (None, None)
-        us = Spread.of([1e6 * lap.seconds for lap in laps[by]])
-        costs.append(Cost(call, n, by, us, launches, size, _ratio(laps, by)))
+    for by, run_call in implementations.items():
+        launches, size = _count(run_call, counters[by]) if by in counters else (None, None)
+        us = Spread.of([1e6 * timing.seconds for timing in timings[by]])
+        costs.append(CallCost(call, n, by, us, launches, size, _ratio(timings, by)))
     return costs
 
 
-def _count(do: Call, counter: Counter) -> tuple[int, int | None]:
-    """The launches of a call, and the bytes of their arguments where the counter knows them."""
+def _count(run_call: Call, counter: Counter) -> tuple[int, int | None]:
+    """The launches of a call, and the bytes of their arguments if the counter knows them."""
+    launches_before, size_before = counter()
+    run_call()
     launches, size = counter()
-    do()
-    after, size_after = counter()
-    return after - launches, size_after - size or None
+    return launches - launches_before, size - size_before or None
 
 
-def _ratio(laps: Mapping[str, Sequence[Lap]], by: str) -> Spread | None:
-    if by == BASELINE or BASELINE not in laps:
+def _ratio(timings: Mapping[str, Sequence[Timing]], by: str) -> Spread | None:
+    if by == BASELINE or BASELINE not in timings:
         return None
-    pairs = zip(laps[BASELINE], laps[by], strict=True)
+    pairs = zip(timings[BASELINE], timings[by], strict=True)
     return Spread.of([theirs.seconds / ours.seconds for theirs, ours in pairs])
 
 
 def _calls(n: int, backends: Sequence[str]) -> dict[str, dict[str, Call]]:
-    """By call: what does it, by who does."""
+    """By call, then by backend or torch's implementation: a function that makes the call."""
     x, g, m, v, b = ([torch.rand(SIZE) for _ in range(n)] for _ in range(5))
 
-    def kernel(of: Callable[..., object], *lists: list[Tensor], **options: Any) -> dict[str, Call]:
-        def by(backend: str) -> Call:
-            return lambda: of(*lists, **options, backend=backend)
+    def kernel(
+        function: Callable[..., object], *lists: list[Tensor], **options: Any
+    ) -> dict[str, Call]:
+        def on(backend: str) -> Call:
+            return lambda: function(*lists, **options, backend=backend)
 
-        return {backend: by(backend) for backend in backends}
+        return {backend: on(backend) for backend in backends}
 
-    def steps(ours: Any, torchs: Any, options: dict[str, Any]) -> dict[str, Call]:
-        own = {backend: ours(_parameters(n), **options, backend=backend) for backend in backends}
+    def steps(library_class: Any, torch_class: Any, options: dict[str, Any]) -> dict[str, Call]:
+        library = {
+            backend: library_class(_parameters(n), **options, backend=backend)
+            for backend in backends
+        }
         peers = {
-            f"torch {kind}": torchs(_parameters(n), **options, **{kind: True})
+            f"torch {kind}": torch_class(_parameters(n), **options, **{kind: True})
             for kind in ("foreach", "fused")
         }
         for peer in peers.values():
             peer.step()
-        return {by: optimizer.step for by, optimizer in (own | peers).items()}
+        return {by: optimizer.step for by, optimizer in (library | peers).items()}
 
     adamw = {**ADAMW, "step": 7}
     norm = {BASELINE: lambda: torch.nn.utils.get_total_norm(g, foreach=True)}
@@ -217,12 +233,12 @@ def _parameters(n: int) -> list[Tensor]:
     return parameters
 
 
-def _first(given: Any, *args: object, **kwargs: object) -> Any:
-    """What stands for an operator, in place or not: it returns what it is given first."""
-    return given
+def _return_first_argument(first: Any, *args: object, **kwargs: object) -> Any:
+    """A stub for an operator, in place or not: return the first argument."""
+    return first
 
 
-def _operators() -> dict[str, Any]:
-    """By name: what stands for torch's operators on lists."""
-    lists = [name for name in dir(torch) if name.startswith(("_foreach_", "_fused_"))]
-    return dict.fromkeys([*lists, "stack"], _first)
+def _list_operator_stubs() -> dict[str, Any]:
+    """A stub for each of torch's operators on lists, by name."""
+    names = [name for name in dir(torch) if name.startswith(("_foreach_", "_fused_"))]
+    return dict.fromkeys([*names, "stack"], _return_first_argument)

@@ -1,4 +1,4 @@
-"""Single kernels on a few large tensors, against the bandwidth of a copy and torch's functions."""
+"""Single kernels on a few large tensors, beside torch's functions and the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.contest import (
+from benchmarks.comparison import (
     TOLERANCES,
     Benchmark,
+    Comparison,
     Contender,
-    Contest,
     Goal,
     Phase,
     Setting,
     Tolerance,
-    copy,
-    nothing,
+    copy_reference,
+    do_nothing,
 )
 from benchmarks.peers import torch_adamw, torch_sgd
-from benchmarks.shapes import Problem
+from benchmarks.shapes import TensorProblem
 from eigenfilter import kernels
 
 ALPHA, EPS, LR, MOMENTUM = 0.05, 0.5, 0.1, 0.9
 ADAMW = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-2}
 
-# torch's norm is this far from the exact one, ours a rounding: torch sums in the tensors' dtype.
+# The library's norm is a rounding away from the exact one. torch sums in the tensors' dtype.
 NORM_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
     torch.float64: Tolerance(rtol=1e-12, atol=0.0),
     torch.float32: Tolerance(rtol=3e-4, atol=0.0),
@@ -37,16 +37,16 @@ NORM_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
 
 
 # Sums of 1.9 million products in float32, whose order differs, of vectors of norm 1 and 1,400.
-PROJECTED = Tolerance(rtol=1e-5, atol=1e-5)
+ORTHOGONALIZE_TOLERANCE = Tolerance(rtol=1e-5, atol=1e-5)
 
 
-def problem(device: torch.device, dtype: torch.dtype) -> Problem:
-    """Four tensors: 25 million elements together, 100 million on a GPU."""
-    return Problem([(6_250_000 if device.type == "cpu" else 25_000_000,)] * 4, device, dtype)
+def problem(device: torch.device, dtype: torch.dtype) -> TensorProblem:
+    """Four tensors, which have 25 million elements together, and 100 million on a GPU."""
+    return TensorProblem([(6_250_000 if device.type == "cpu" else 25_000_000,)] * 4, device, dtype)
 
 
-def perturb(setting: Setting, dtype: torch.dtype) -> Contest:
-    """Save and move: reads x, g, writes x, b."""
+def perturb(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Back up and perturb: reads x, g; writes x, b."""
     p = problem(setting.device, dtype)
     grads = p.tensors(1)
 
@@ -55,11 +55,13 @@ def perturb(setting: Setting, dtype: torch.dtype) -> Contest:
         return _contender(name, lambda: run(x, grads, b, alpha=ALPHA), [*x, *b])
 
     ours = functools.partial(kernels.perturb, backend=setting.backend)
-    return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.perturb), 4)
+    return _comparison(
+        p, contender("eigenfilter", ours), contender("foreach", torch_sgd.perturb), 4
+    )
 
 
-def perturb_again(setting: Setting, dtype: torch.dtype) -> Contest:
-    """Move once more: reads x, g, writes x."""
+def perturb_again(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Perturb again: reads x, g; writes x."""
     p = problem(setting.device, dtype)
     grads = p.tensors(1)
 
@@ -69,25 +71,25 @@ def perturb_again(setting: Setting, dtype: torch.dtype) -> Contest:
 
     ours = functools.partial(kernels.perturb_again, backend=setting.backend)
     theirs = contender("foreach", torch_sgd.perturb_again)
-    return _contest(p, contender("eigenfilter", ours), theirs, 3)
+    return _comparison(p, contender("eigenfilter", ours), theirs, 3)
 
 
-def perturb_hvp(setting: Setting, dtype: torch.dtype) -> Contest:
-    """Move along a finite difference: reads b, g, g0, writes x."""
+def perturb_hvp(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Perturb along a finite difference: reads b, g, g0; writes x."""
     p = problem(setting.device, dtype)
-    read = [p.tensors(i) for i in (1, 2, 3)]
+    inputs = [p.tensors(i) for i in (1, 2, 3)]
 
     def contender(name: str, run: Callable[..., object]) -> Contender:
         x = p.tensors(0)
-        return _contender(name, lambda: run(x, *read, alpha=ALPHA, eps=EPS), x)
+        return _contender(name, lambda: run(x, *inputs, alpha=ALPHA, eps=EPS), x)
 
     ours = functools.partial(kernels.perturb_hvp, backend=setting.backend)
     theirs = contender("foreach", torch_sgd.perturb_hvp)
-    return _contest(p, contender("eigenfilter", ours), theirs, 4)
+    return _comparison(p, contender("eigenfilter", ours), theirs, 4)
 
 
-def sgd_step(setting: Setting, dtype: torch.dtype) -> Contest:
-    """Restore and step with momentum: reads b, g, m, writes x, m."""
+def sgd_step(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Restore and step with momentum: reads b, g, m; writes x, m."""
     p = problem(setting.device, dtype)
     grads, backups = p.tensors(1), p.tensors(2)
 
@@ -97,11 +99,13 @@ def sgd_step(setting: Setting, dtype: torch.dtype) -> Contest:
         return _contender(name, step, [*x, *m])
 
     ours = functools.partial(kernels.sgd_step, backend=setting.backend)
-    return _contest(p, contender("eigenfilter", ours), contender("foreach", torch_sgd.sgd_step), 5)
+    return _comparison(
+        p, contender("eigenfilter", ours), contender("foreach", torch_sgd.sgd_step), 5
+    )
 
 
-def adamw_step(setting: Setting, dtype: torch.dtype) -> Contest:
-    """AdamW's step: reads x, g, m, v, writes x, m, v."""
+def adamw_step(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """AdamW's step: reads x, g, m, v; writes x, m, v."""
     p = problem(setting.device, dtype)
     grads = p.tensors(1)
 
@@ -111,16 +115,16 @@ def adamw_step(setting: Setting, dtype: torch.dtype) -> Contest:
 
     ours = functools.partial(kernels.adamw_step, backend=setting.backend)
     theirs = contender("fused", torch_adamw.adamw_step)
-    return _contest(p, contender("eigenfilter", ours), theirs, 7)
+    return _comparison(p, contender("eigenfilter", ours), theirs, 7)
 
 
-def norm(setting: Setting, dtype: torch.dtype) -> Contest:
-    """Euclidean norm of all elements: reads them."""
+def norm(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Euclidean norm of all elements: reads each once."""
     p = problem(setting.device, dtype)
     tensors = p.tensors(1)
     ours = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=p.device)
     theirs = ours.clone()
-    return _contest(
+    return _comparison(
         p,
         _contender(
             "eigenfilter",
@@ -135,10 +139,10 @@ def norm(setting: Setting, dtype: torch.dtype) -> Contest:
     )
 
 
-def flag_nonfinite(setting: Setting, dtype: torch.dtype) -> Contest:
-    """The non-finite flag, the last element of all being infinite: reads all.
+def flag_nonfinite(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Flag for non-finite elements: reads all of them, since only the last one is infinite.
 
-    GradScaler's check also writes: it unscales, here by one.
+    GradScaler's check also writes, as it unscales, here by one.
     """
     p = problem(setting.device, dtype)
     tensors = p.tensors(1)
@@ -147,7 +151,7 @@ def flag_nonfinite(setting: Setting, dtype: torch.dtype) -> Contest:
     ours = torch.zeros(1, device=p.device)
     theirs, one = torch.zeros(1, device=p.device), torch.ones(1, device=p.device)
     check = functools.partial(torch._amp_foreach_non_finite_check_and_unscale_, copies, theirs, one)
-    return _contest(
+    return _comparison(
         p,
         _contender(
             "eigenfilter",
@@ -165,20 +169,22 @@ ROWS, COLUMNS = 60, 1_900_000
 def accesses_to_a_basis(device: torch.device, passes: int) -> int:
     """How often `orthogonalize` reads its basis.
 
-    A pass takes inner products and then subtracts. On a CPU what is subtracted and the next pass's
-    inner products are of the same stretch of the basis, which the cache still has; a GPU's two
-    kernels read all of it each.
+    A pass takes inner products and then subtracts. On a CPU the subtraction and the next pass's
+    inner products share a stretch of the basis while it is in the cache. On a GPU they are two
+    kernels, and each reads all of it.
     """
     return passes + 1 if device.type == "cpu" else 2 * passes
 
 
-def orthogonalize(setting: Setting, dtype: torch.dtype) -> Contest:
-    """Two passes of Gram-Schmidt against 60 vectors: torch has them in float32, we in `dtype`."""
+def orthogonalize(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Two passes of Gram-Schmidt against 60 vectors, in `dtype` for the library.
+
+    torch's contender has the vectors in float32.
+    """
     shape, device = (ROWS, COLUMNS), setting.device
     random = torch.Generator(device).manual_seed(0)
-    basis = (
-        torch.randn(shape, generator=random, device=device) / COLUMNS**0.5
-    )  # all but orthonormal
+    # The rows of the basis are nearly orthonormal.
+    basis = torch.randn(shape, generator=random, device=device) / COLUMNS**0.5
     start = torch.randn(COLUMNS, generator=random, device=device)
     basis = basis.to(dtype)
     wide = basis.float()
@@ -196,27 +202,26 @@ def orthogonalize(setting: Setting, dtype: torch.dtype) -> Contest:
     ours = contender(
         "eigenfilter", lambda w: kernels.orthogonalize(w, basis, backend=setting.backend)
     )
-    moved = accesses_to_a_basis(device, passes=2) * ROWS * COLUMNS * dtype.itemsize
-    yardstick = copy(ROWS * COLUMNS, dtype, device, moved)
-    return Contest(
-        ours, (contender("torch", two_passes),), (yardstick,), PROJECTED, moved, "device"
-    )
+    traffic = accesses_to_a_basis(device, passes=2) * ROWS * COLUMNS * dtype.itemsize
+    reference = copy_reference(ROWS * COLUMNS, dtype, device, traffic)
+    peers = (contender("torch", two_passes),)
+    return Comparison(ours, peers, (reference,), ORTHOGONALIZE_TOLERANCE, traffic, "device")
 
 
 def _contender(name: str, run: Callable[[], object], result: list[Tensor]) -> Contender:
-    return Contender(name, (Phase(nothing, run),), lambda: result)
+    return Contender(name, (Phase(do_nothing, run),), lambda: result)
 
 
-def _contest(
-    p: Problem,
+def _comparison(
+    p: TensorProblem,
     library: Contender,
     peer: Contender,
     accesses: int,
     tolerances: Mapping[torch.dtype, Tolerance] = TOLERANCES,
-) -> Contest:
-    moved = p.moved(accesses)
-    yardstick = copy(p.elements, p.dtype, p.device, moved)
-    return Contest(library, (peer,), (yardstick,), tolerances[p.dtype], moved, "device")
+) -> Comparison:
+    traffic = p.traffic(accesses)
+    reference = copy_reference(p.elements, p.dtype, p.device, traffic)
+    return Comparison(library, (peer,), (reference,), tolerances[p.dtype], traffic, "device")
 
 
 KERNELS = {

@@ -1,8 +1,8 @@
 """Images a second in training: a step of USAM beside two gradients and one update by torch's SGD.
 
-Both go through the loop of `eigenfilter train` on CIFAR-10: the same batches, cropped and flipped
-on the device, losses and accuracies kept, the learning rate scheduled. The other computes both
-gradients at the same point and updates with torch.optim.SGD(fused=True).
+Both run the training loop of `eigenfilter train` on CIFAR-10, with the same batches, cropped and
+flipped on the device. Both record losses and accuracies, and schedule the learning rate. The second
+computes both gradients at the same point and updates with torch.optim.SGD(fused=True).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks import environment, report
-from benchmarks.contest import Contender, Phase, nothing
+from benchmarks.comparison import Contender, Phase, do_nothing
 from benchmarks.timing import Spread, clock, interleave
 from eigenfilter.experiments import datasets
 from eigenfilter.experiments.config import Config
@@ -25,11 +25,11 @@ from eigenfilter.experiments.trainer import Trainer
 MODEL, BATCH = "wrn-16-2", 32
 ROUNDS = 9
 GOALS = {"cpu": 1.08, "cuda": 1.03}
-OURS, OTHER = "USAM", "two gradients, torch SGD"
+LIBRARY, TORCH = "USAM", "two gradients, torch SGD"
 
 
 class TwoGradients(Trainer):
-    """The loop with torch's optimizer: as many gradients as USAM takes, and one update."""
+    """The loop with torch's optimizer: as many gradients as USAM needs, and one update."""
 
     def advance(self) -> None:
         """Take the next step."""
@@ -58,11 +58,19 @@ def run(
 ) -> None:
     """Time both in turns, print the table, write the results.
 
+    Args:
+        model: name of a network for CIFAR-10.
+        batch: samples of a batch.
+        data: the folder with CIFAR-10; None for the usual one.
+        device: the device to train on.
+        rounds: rounds of timing.
+        folder: the folder for the results.
+
     Raises:
         UserError: the data are not there.
-        ValueError: no such model.
+        ValueError: no model has that name.
     """
-    found = environment.describe(device)
+    where = environment.describe(device)
     config = Config(
         dataset="cifar10",
         model=model,
@@ -75,26 +83,29 @@ def run(
         deterministic=False,
     )
     images = datasets.load("cifar10", data)
-    trainers = {OURS: Trainer(config, images, device), OTHER: TwoGradients(config, images, device)}
-    laps = interleave(
-        [Contender(name, (Phase(nothing, _step(t)),), list) for name, t in trainers.items()],
+    trainers = {
+        LIBRARY: Trainer(config, images, device),
+        TORCH: TwoGradients(config, images, device),
+    }
+    timings = interleave(
+        [Contender(name, (Phase(do_nothing, _step(t)),), list) for name, t in trainers.items()],
         clock("wall", device),
         repeat=rounds,
     )
-    seconds = {name: [lap.seconds for lap in laps[name]] for name in trainers}
-    cost = Spread.of([a / b for a, b in zip(seconds[OURS], seconds[OTHER], strict=True)])
-    speeds = {name: Spread.of([batch / s for s in taken]) for name, taken in seconds.items()}
+    seconds = {name: [timing.seconds for timing in timings[name]] for name in trainers}
+    cost = Spread.of([a / b for a, b in zip(seconds[LIBRARY], seconds[TORCH], strict=True)])
+    speeds = {name: Spread.of([batch / s for s in times]) for name, times in seconds.items()}
     goal = GOALS[device.type]
     lines = ["| loop | images a second |", "| --- | --- |"]
     lines += [f"| {n} | {s.median:.4g} [{s.low:.4g}, {s.high:.4g}] |" for n, s in speeds.items()]
-    met = "met" if cost.median <= goal else "missed"
+    verdict = "met" if cost.median <= goal else "missed"
     lines += [
         "",
         f"{model}, batch of {batch}: USAM's step takes {cost.median:.3f} "
-        f"[{cost.low:.3f}, {cost.high:.3f}] times as long; at most {goal} is the goal, {met}.",
+        f"[{cost.low:.3f}, {cost.high:.3f}] times as long. The goal, at most {goal}, is {verdict}.",
     ]
     print("\n".join(lines))
-    data_of = {
+    results = {
         "loop": {
             "model": model,
             "batch": batch,
@@ -103,11 +114,11 @@ def run(
         }
     }
     title = "# Images a second in training on CIFAR-10"
-    report.write(folder, f"{device.type}-loop", found, [title, "", *lines], data_of)
+    report.write(folder, f"{device.type}-loop", where, [title, "", *lines], results)
 
 
 def _step(trainer: Trainer) -> Callable[[], object]:
-    """A step; losses are dropped now and then, as the log drops them."""
+    """A step of training; every 50 steps it collects the losses, as the training log does."""
 
     def step() -> None:
         trainer.advance()

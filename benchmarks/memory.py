@@ -1,9 +1,9 @@
-"""Peak memory of a training step, in bytes a parameter, measured.
+"""The peak memory of a training step, in bytes a parameter.
 
-Every optimizer steps in a process of its own on float32 parameters whose gradients are new tensors
-at every backward pass and need no activations. Peak is what the process (CPU: resident memory, with
-Linux' high-water mark) or torch's allocator (GPU) held at most, less what it held before there were
-any parameters. Parameters take 4 bytes, so 16 is four copies of them.
+Every optimizer steps in a process of its own, on float32 parameters. Their gradients are new
+tensors at every backward pass and need no activations. The peak is the most memory that the process
+(on a CPU: Linux' high-water mark of resident memory) or torch's allocator (on a GPU) held, less
+what it held before it made the parameters. A parameter takes 4 bytes, so 16 is four copies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 import eigenfilter as ef
 from benchmarks import environment, report
-from benchmarks.environment import own_process
+from benchmarks.environment import subprocess_environment
 from benchmarks.peers.common_sam import CommonSAM
 
 SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
@@ -50,8 +50,8 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter]], Any]] = {
 }
 
 
-class Gradient(torch.autograd.Function):
-    """0 x, with a gradient that is a new tensor and nothing else."""
+class ConstantGradient(torch.autograd.Function):
+    """A loss of 0 whose gradient is a new constant tensor; it stores no activations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -63,27 +63,27 @@ class Gradient(torch.autograd.Function):
         return torch.full_like(ctx.like, 0.5)
 
 
-class Peak:
+class PeakMemory:
     """The most memory in use since `restart`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def now(self) -> int:
-        """Bytes in use."""
+        """Bytes in use now."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return self._status("VmRSS")
 
     def restart(self) -> None:
-        """Forget higher marks."""
+        """Start again from the memory in use now."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             Path("/proc/self/clear_refs").write_text("5")
 
     def most(self) -> int:
-        """Bytes in use at most since then."""
+        """The most bytes in use since `restart`."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return self._status("VmHWM")
@@ -96,10 +96,10 @@ class Peak:
 
 
 def measure(name: str, elements: int, device: torch.device) -> float:
-    """Peak bytes a parameter of one optimizer, in this process."""
-    peak = Peak(device)
-    warm = [Parameter(torch.ones(10, device=device))]
-    _train(OPTIMIZERS[name](warm), warm)  # what the libraries allocate once
+    """Return the peak bytes a parameter of one optimizer, measured in this process."""
+    peak = PeakMemory(device)
+    few = [Parameter(torch.ones(10, device=device))]
+    _train(OPTIMIZERS[name](few), few)  # now the libraries have allocated what they keep
     before = peak.now()
     params = [Parameter(torch.ones(elements // TENSORS, device=device)) for _ in range(TENSORS)]
     opt = OPTIMIZERS[name](params)
@@ -112,7 +112,7 @@ def _train(opt: Any, params: list[Parameter]) -> None:
     def closure() -> Tensor:
         for p in params:
             p.grad = None
-        loss = torch.stack([Gradient.apply(p) for p in params]).sum()
+        loss = torch.stack([ConstantGradient.apply(p) for p in params]).sum()
         torch.autograd.backward(loss)
         return loss
 
@@ -121,37 +121,37 @@ def _train(opt: Any, params: list[Parameter]) -> None:
             closure()
             opt.ascend()
             closure()
-            opt.descend()
+            opt.restore_and_step()
         else:
             opt.step(closure)
 
 
-def measure_apart(name: str, elements: int, device: str = "cpu") -> float:
-    """`measure` in a process of its own, whose freed memory goes back to the system at once."""
-    done = subprocess.run(
+def measure_in_new_process(name: str, elements: int, device: str = "cpu") -> float:
+    """Run `measure` in a new process, whose freed memory goes back to the system at once."""
+    process = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", name, str(elements), device],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=own_process() | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        env=subprocess_environment() | {"MALLOC_MMAP_THRESHOLD_": "65536"},
     )
-    return float(done.stdout)
+    return float(process.stdout)
 
 
 def run(elements: int, device: torch.device, folder: Path) -> None:
     """Measure every optimizer, print the table, write the results."""
-    found = environment.describe(device)
+    where = environment.describe(device)
     rows = ["| optimizer | bytes a parameter |", "| --- | --- |"]
     print("\n".join(rows))
-    measured = {}
+    peaks = {}
     for name in OPTIMIZERS:
-        measured[name] = measure_apart(name, elements, str(device))
-        rows.append(f"| {name} | {measured[name]:.1f} |")
+        peaks[name] = measure_in_new_process(name, elements, str(device))
+        rows.append(f"| {name} | {peaks[name]:.1f} |")
         print(rows[-1], flush=True)
     title = f"# Peak memory of a training step of {elements:,} parameters"
-    data = {"device": device.type, "elements": elements, "memory": measured}
-    report.write(folder, f"{device.type}-memory", found, [title, "", *rows], data)
+    data = {"device": device.type, "elements": elements, "memory": peaks}
+    report.write(folder, f"{device.type}-memory", where, [title, "", *rows], data)
 
 
-if __name__ == "__main__":  # the process of `measure_apart`
+if __name__ == "__main__":  # in the process that `measure_in_new_process` starts
     print(measure(sys.argv[1], int(sys.argv[2]), torch.device(sys.argv[3])))

@@ -1,4 +1,4 @@
-"""The optimizers of the library, and who takes the same steps."""
+"""The optimizers of the library, and the peers that take the same steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn import Parameter
 
 import eigenfilter
-from benchmarks.contest import Setting
+from benchmarks.comparison import Setting
 from benchmarks.peers import pytorch_optimizer_sam, torch_adamw, torch_sgd
 from benchmarks.peers.common_sam import CommonSAM
 from benchmarks.peers.foreach_sam import ForeachSAM
@@ -19,22 +19,22 @@ from eigenfilter.optimizers import EigenfilterOptimizer
 
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05
 
-HEAVY_BALL = {"lr": LR, "momentum": MOMENTUM}
+SGD_OPTIONS = {"lr": LR, "momentum": MOMENTUM}
 
-Make = Callable[[list[Parameter]], Any]
-"""An optimizer of parameters; `moves` says how it steps."""
+OptimizerFactory = Callable[[list[Parameter]], Any]
+"""Makes an optimizer from parameters; `Method.actions` says how it steps."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer of the library and what it is compared with.
+    """An optimizer of the library and its peers.
 
     Attributes:
-        make: the library's, from parameters and a backend.
-        ascents: gradients it takes beside the last.
-        accesses: reads and writes of every element that a step has to do.
-        name: of its ascents; "" for none.
-        base: settings of the peers' base, and its implementations.
+        make: makes the library's optimizer from parameters and a backend.
+        ascents: how many gradients a step needs besides the last one.
+        accesses: how often a step has to read or write every element.
+        name: name of the method of ascent, as the peers take it; "" for none.
+        base: the peers' module with the base optimizer: its settings and implementations.
     """
 
     make: Callable[[list[Parameter], str], EigenfilterOptimizer]
@@ -43,42 +43,45 @@ class Method:
     name: str = ""
     base: Any = torch_sgd
 
-    def contenders(self, setting: Setting) -> tuple[dict[str, Make], tuple[str, ...]]:
-        """Who takes these steps, the library first; and a line for each who is missing."""
+    def contenders(self, setting: Setting) -> tuple[dict[str, OptimizerFactory], tuple[str, ...]]:
+        """The contenders, the library first, and one line for each that is absent."""
         base, name = self.base, self.name
-        makes: dict[str, Make] = {"eigenfilter": lambda p: self.make(p, setting.backend)}
+        factories: dict[str, OptimizerFactory] = {
+            "eigenfilter": lambda p: self.make(p, setting.backend)
+        }
         if not name:
-            makes["torch fused"] = lambda p: base.fused(p, LR)
-            makes["torch foreach"] = lambda p: base.foreach(p, LR)
-            return makes, ()
+            factories["torch fused"] = lambda p: base.fused(p, LR)
+            factories["torch foreach"] = lambda p: base.foreach(p, LR)
+            return factories, ()
         around = {"method": name, "rho": RHO, "base": base.CLASS, **base.settings(LR)}
-        makes["common SAM"] = lambda p: CommonSAM(p, **around)
-        makes["foreach SAM"] = lambda p: ForeachSAM(p, name, RHO, base.fused(p, LR))
+        factories["common SAM"] = lambda p: CommonSAM(p, **around)
+        factories["foreach SAM"] = lambda p: ForeachSAM(p, name, RHO, base.fused(p, LR))
         if name not in pytorch_optimizer_sam.METHODS:
-            return makes, ()
-        if not pytorch_optimizer_sam.installed():
-            return makes, (pytorch_optimizer_sam.MISSING,)
-        makes[pytorch_optimizer_sam.NAME] = lambda p: PytorchOptimizerSAM(p, **around)
-        return makes, ()
+            return factories, ()
+        if not pytorch_optimizer_sam.is_installed():
+            return factories, (pytorch_optimizer_sam.MISSING,)
+        factories[pytorch_optimizer_sam.NAME] = lambda p: PytorchOptimizerSAM(p, **around)
+        return factories, ()
 
-    def moves(self, opt: Any) -> list[Callable[[], object]]:
-        """What an optimizer does with each gradient of a step."""
-        descend = opt.descend if hasattr(opt, "base_optimizer") else opt.step
-        return [*[opt.ascend] * self.ascents, descend] if self.name else [descend]
+    def actions(self, opt: Any) -> list[Callable[[], object]]:
+        """The calls of an optimizer in one step, one for each gradient."""
+        last = opt.restore_and_step if hasattr(opt, "base_optimizer") else opt.step
+        return [*[opt.ascend] * self.ascents, last] if self.name else [last]
 
 
 def _sgd_with(cls: Callable[..., EigenfilterOptimizer], **options: Any) -> Any:
-    return lambda params, backend: cls(params, **HEAVY_BALL, backend=backend, **options)
+    return lambda params, backend: cls(params, **SGD_OPTIONS, backend=backend, **options)
 
 
 def _adamw(params: list[Parameter], backend: str, rho: float = 0.0) -> EigenfilterOptimizer:
     return eigenfilter.AdamW(params, lr=LR, rho=rho, backend=backend)
 
 
-# Accesses. Descent: heavy ball reads x, g, m and writes x, m; AdamW reads x, g, m, v and writes x,
-# m, v; from a backup they read that in place of x. Ascent: reads x, g and writes x, b. SAM's norm
-# reads g, ASAM's x too; a second ascent reads x, g and writes x; a finite difference has norms of x
-# and g, copies g, moves, and then reads b, g, g0 and writes x.
+# Accesses. Descent: SGD with momentum reads x, g, m and writes x, m. AdamW reads x, g, m, v and
+# writes x, m, v. After an ascent they read the backup b in place of x. Ascent: it reads x, g and
+# writes x, b. SAM's norm reads g; ASAM's reads x too. A second ascent reads x, g and writes x. A
+# finite difference takes the norms of x and g, copies g, perturbs x, and then reads b, g, g0 and
+# writes x.
 METHODS: Mapping[str, Method] = {
     "sgd": Method(_sgd_with(eigenfilter.SGD), 0, 5),
     "usam": Method(_sgd_with(eigenfilter.USAM, rho=RHO), 1, 9, "usam"),

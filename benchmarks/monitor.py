@@ -1,10 +1,10 @@
-"""What SharpnessMonitor costs: time of its checks over time of the training between them.
+"""What SharpnessMonitor costs: the time of its checks over that of the training between them.
 
-Each network trains by USAM on minibatches, while monitors check the sharpness on a fixed probe,
-every so many steps, as precisely as by default and less so. The first check, which has no vector to
-start from, counts too. Data are scikit-learn's digits, random tokens for the GPT. Whatever the
-interval, a check costs about the same, so many steps; the last column is the interval with which
-that is 5% of the training.
+Each network trains with USAM on minibatches. Monitors check the sharpness on a fixed probe at a
+fixed interval of steps, one at the default tolerance and one at a looser tolerance. The first check
+counts too, although it has no vector to start from. The data are scikit-learn's digits; the GPT's
+are random tokens. A check costs about the same number of steps whatever the interval. The last
+column is the interval at which the checks take 5% of the training's time.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from benchmarks import environment, finite_differences, report
-from benchmarks.curvature.problems import Unfused
+from benchmarks.curvature.problems import UnfusedAttention
 from benchmarks.networks import LENGTH, VOCABULARY
 from benchmarks.networks import NETWORKS as LARGER
 from benchmarks.timing import Spread
 from eigenfilter.monitor import SharpnessCheck
 
-TOLERANCES = (5e-4, 1e-2)  # the default, and what tells a sharpness from an edge 5% away
-CHECKS = 2  # a run, at least
-STEPS = 200  # a run, at least
+TOLERANCES = (5e-4, 1e-2)  # the default, and enough to tell a sharpness from an edge 5% away
+CHECKS = 2  # in a run, at least
+STEPS = 200  # in a run, at least
 ROUNDS = 3
-GOAL = 0.05  # of the training's time, at one of the intervals
+GOAL = 0.05  # share of the training's time, at one of the intervals
 
 
 @dataclass(frozen=True)
-class Task:
+class MonitoredTraining:
     """A network, the batches it trains on and the probe.
 
     Attributes:
-        build: the network.
-        data: inputs and labels, of which the first `probe` are the probe.
-        batch: samples a step.
+        build: makes the network.
+        data: returns inputs and labels; the first `probe` samples are the probe.
+        batch: samples of a step.
         probe: samples of the probe.
-        lr: of USAM.
-        every: the intervals.
+        lr: the learning rate of USAM.
+        every: the intervals between checks, in steps.
     """
 
     build: Callable[[], nn.Module]
@@ -56,8 +56,18 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one network, interval and tolerance; shares of the training's time, products a check."""
+class MonitorCost:
+    """The cost for one network, interval and tolerance.
+
+    Attributes:
+        network: name of the network.
+        every: steps between checks.
+        tol: tolerance of the checks.
+        share: time of the checks over time of the training, run by run.
+        step_ms: milliseconds of a training step.
+        check_ms: milliseconds of a check.
+        matvecs: Hessian-vector products of a check.
+    """
 
     network: str
     every: int
@@ -68,8 +78,8 @@ class Cost:
     matvecs: float
 
     @property
-    def enough(self) -> int:
-        """The interval with which checks take GOAL of the training's time."""
+    def interval_for_goal(self) -> int:
+        """The interval at which the checks take the share GOAL of the training's time."""
         return math.ceil(self.check_ms / self.step_ms / GOAL)
 
 
@@ -83,23 +93,27 @@ def _tokens() -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
-TASKS = {
-    "tanh MLP": Task(finite_differences.NETWORKS["tanh MLP"], _digits, 64, 256, 0.1),
-    "GELU conv": Task(finite_differences.NETWORKS["GELU conv"], _digits, 64, 256, 0.05),
-    "GPT": Task(lambda: Unfused(LARGER["gpt"].make()), _tokens, 8, 8, 0.05, (100, 400)),
+TRAININGS = {
+    "tanh MLP": MonitoredTraining(finite_differences.NETWORKS["tanh MLP"], _digits, 64, 256, 0.1),
+    "GELU conv": MonitoredTraining(
+        finite_differences.NETWORKS["GELU conv"], _digits, 64, 256, 0.05
+    ),
+    "GPT": MonitoredTraining(
+        lambda: UnfusedAttention(LARGER["gpt"].make()), _tokens, 8, 8, 0.05, (100, 400)
+    ),
 }
 
 
-def measure(name: str, every: int, rounds: int) -> list[Cost]:
-    """Train and check, `rounds` times anew; one result for each tolerance."""
-    runs = [_train(TASKS[name], every, seed) for seed in range(rounds)]
+def measure(name: str, every: int, rounds: int) -> list[MonitorCost]:
+    """Train and check in `rounds` separate runs; return one result for each tolerance."""
+    runs = [_train(TRAININGS[name], every, seed) for seed in range(rounds)]
     steps = sum(run.steps for run in runs)
     training = sum(run.seconds for run in runs)
     costs = []
     for i, tol in enumerate(TOLERANCES):
         checks = [check for run in runs for check in run.checks[i]]
         costs.append(
-            Cost(
+            MonitorCost(
                 name,
                 every,
                 tol,
@@ -113,25 +127,31 @@ def measure(name: str, every: int, rounds: int) -> list[Cost]:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Seconds and steps of a training without its checks, and these, for each tolerance."""
+class MonitorRun:
+    """A training run.
+
+    Attributes:
+        seconds: the time of the training, without the checks.
+        steps: how many steps it took.
+        checks: for each tolerance, the checks.
+    """
 
     seconds: float
     steps: int
     checks: list[list[SharpnessCheck]]
 
 
-def _train(task: Task, every: int, seed: int) -> Run:
+def _train(config: MonitoredTraining, every: int, seed: int) -> MonitorRun:
     steps = max(STEPS, CHECKS * every) // every * every
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = task.build()
-        inputs, labels = task.data()
-        order = torch.randint(len(inputs), (steps, task.batch))
-    opt = ef.USAM(model.parameters(), lr=task.lr, momentum=0.9, rho=0.02)
-    probe = inputs[: task.probe], labels[: task.probe]
+        model = config.build()
+        inputs, labels = config.data()
+        order = torch.randint(len(inputs), (steps, config.batch))
+    opt = ef.USAM(model.parameters(), lr=config.lr, momentum=0.9, rho=0.02)
+    probe = inputs[: config.probe], labels[: config.probe]
     monitors = []
-    for tol in TOLERANCES:  # with an operator each: what one keeps would save the other time
+    for tol in TOLERANCES:  # with an operator each: one's cached graphs would save the other time
         op = ef.curvature.HessianOperator(model, nn.functional.cross_entropy, probe)
         monitors.append(ef.SharpnessMonitor(op, opt, every, tol=tol))
     training = 0.0
@@ -144,12 +164,12 @@ def _train(task: Task, every: int, seed: int) -> Run:
             torch.autograd.backward(loss)
             return loss
 
-        began = time.perf_counter()
+        start = time.perf_counter()
         opt.step(closure)
-        training += time.perf_counter() - began
+        training += time.perf_counter() - start
         for monitor in monitors:
             monitor.step()
-    return Run(training, steps, [monitor.history for monitor in monitors])
+    return MonitorRun(training, steps, [monitor.history for monitor in monitors])
 
 
 def select(patterns: list[str]) -> list[str]:
@@ -159,39 +179,39 @@ def select(patterns: list[str]) -> list[str]:
         ValueError: a pattern matches nothing.
     """
     for pattern in patterns:
-        if not fnmatch.filter(TASKS, pattern):
-            raise ValueError(f"no network {pattern!r}: choose from {', '.join(TASKS)}")
-    return [n for n in TASKS if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]
+        if not fnmatch.filter(TRAININGS, pattern):
+            raise ValueError(f"no network {pattern!r}: choose from {', '.join(TRAININGS)}")
+    return [n for n in TRAININGS if not patterns or any(fnmatch.fnmatch(n, p) for p in patterns)]
 
 
 def run(names: list[str], rounds: int, folder: Path) -> None:
     """Measure networks at every interval, print the table, write the results."""
-    found = environment.describe(torch.device("cpu"))
+    where = environment.describe(torch.device("cpu"))
     columns = (
         *("network", "every", "tol", "share of training", "step, ms", "check, ms", "products"),
         f"{GOAL:.0%} at every",
     )
     rows = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     print("\n".join(rows))
-    costs: list[Cost] = []
+    costs: list[MonitorCost] = []
     for name in names:
-        for every in TASKS[name].every:
+        for every in TRAININGS[name].every:
             for cost in measure(name, every, rounds):
                 costs.append(cost)
                 low, median, high = (100 * s for s in asdict(cost.share).values())
                 rows.append(
                     f"| {name} | {every} | {cost.tol:g} | {median:.2g}% [{low:.2g}, {high:.2g}] | "
                     f"{cost.step_ms:.3g} | {cost.check_ms:.3g} | {cost.matvecs:.2g} | "
-                    f"{cost.enough} |"
+                    f"{cost.interval_for_goal} |"
                 )
                 print(rows[-1], flush=True)
-    met = [name for name in names if _least(costs, name) <= GOAL]
+    good = [name for name in names if _smallest_share(costs, name) <= GOAL]
     title = "# The cost of SharpnessMonitor"
-    goal = f"Below {GOAL:.0%} at one of the intervals: {', '.join(met) or 'none'} of {len(names)}."
+    goal = f"At most {GOAL:.0%} at one interval: {', '.join(good) or 'none'} of {len(names)}."
     print(goal)
     data = {"goal": GOAL, "monitor": [asdict(cost) for cost in costs]}
-    report.write(folder, "cpu-monitor", found, [title, "", *rows, "", goal], data)
+    report.write(folder, "cpu-monitor", where, [title, "", *rows, "", goal], data)
 
 
-def _least(costs: list[Cost], name: str) -> float:
+def _smallest_share(costs: list[MonitorCost], name: str) -> float:
     return min(cost.share.median for cost in costs if cost.network == name)

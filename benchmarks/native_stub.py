@@ -1,13 +1,13 @@
 """The compiled extension with CUDA launches that run nothing, for machines without a GPU.
 
-All that comes before a launch is the host code of csrc, compiled as for the installed extension:
-arguments are read and checked, batches filled, kernels chosen, arguments copied, as a driver has
-to. Tensors stay on the CPU and are taken for a GPU's. `make bench-host` builds the extension.
+All that comes before a launch is the host code of csrc, compiled as for the installed extension: it
+reads and checks arguments, fills batches, selects kernels, and copies arguments as a driver has to.
+Tensors stay on the CPU; the code treats them as a GPU's. `make bench-host` builds the extension.
 
     python -P benchmarks/native_stub.py EXTENSION COMMAND...
 
-runs a command of eigenfilter with the extension in the place of the installed one. It is a program
-of its own, because a process has one extension: the one that is loaded first.
+runs a command of eigenfilter with this extension in place of the installed one. It has to be a
+program of its own, because a process keeps the first extension that it loads.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 EXTENSION = Path(__file__).resolve().parents[1] / "build" / "host" / "_core.so"
-"""Where `make bench-host` puts it."""
+"""The file that `make bench-host` writes."""
 
 COUNTERS = ("eigenfilter_launches", "eigenfilter_argument_bytes")
 
 
 def is_loaded() -> bool:
-    """Whether it is this process's extension."""
+    """Whether this process has loaded the extension without launches."""
     from eigenfilter import _core
 
     return hasattr(ctypes.CDLL(_core.__file__), COUNTERS[0])
 
 
 def counts() -> tuple[int, int]:
-    """The launches of this process so far, and the bytes of their arguments."""
+    """The number of launches of this process so far, and the bytes of their arguments."""
     from eigenfilter import _core
 
     library = ctypes.CDLL(_core.__file__)
@@ -44,14 +44,14 @@ def counts() -> tuple[int, int]:
 
 
 def run(extension: Path, command: Sequence[str]) -> int:
-    """Run a command of eigenfilter with the extension, and return its exit code."""
+    """Run a command of eigenfilter with an extension in a new process; return its exit code."""
     program = [sys.executable, "-P", __file__, str(extension), *command]
     return subprocess.run(program).returncode
 
 
 def load(extension: Path | str) -> None:
-    """Make an extension eigenfilter's own, which must not have been imported before."""
-    import torch  # noqa: F401  (first: the core then shares torch's OpenMP pool)
+    """Load an extension as `eigenfilter._core`; eigenfilter must not have been imported yet."""
+    import torch  # noqa: F401  (first: the extension then shares torch's OpenMP pool)
 
     name = "eigenfilter._core"
     loader = importlib.machinery.ExtensionFileLoader(name, str(extension))

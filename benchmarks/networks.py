@@ -15,7 +15,7 @@ VOCABULARY, LENGTH, TEXTS = 512, 64, 8
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: a 1x1 convolution where the width changes."""
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution if the width changes."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [n, channels, h, w] to [n, width, h / stride, w / stride]."""
+        """Map images [n, channels, h, w] to [n, width, h / stride, w / stride]."""
         return F.relu(self.body(x) + self.shortcut(x))
 
 
 def resnet(widths: Sequence[int], stride: int = 1) -> nn.Module:
-    """ResNet for 32x32 images: a residual block from each width to the next, batch norm, ReLU."""
+    """ResNet for 32x32 images, with a residual block from each width to the next."""
     return nn.Sequential(
         nn.Conv2d(3, widths[0], 3, stride, 1, bias=False),
         nn.BatchNorm2d(widths[0]),
@@ -59,7 +59,7 @@ def resnet8() -> nn.Module:
 
 
 def resnet18() -> nn.Module:
-    """Eight blocks, most of width 512, at half the resolution; 23,785,802 parameters."""
+    """A ResNet-18 of 8 blocks, most of width 512, at half the resolution; 23,785,802 parameters."""
     return resnet((64, 64, 128, 256, *5 * [512]), stride=2)
 
 
@@ -76,13 +76,13 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, length, width] to the same."""
+        """Map [n, length, width] to the same shape."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(seen.transpose(1, 2).flatten(-2))
-        transformed: Tensor = self.mlp(self.norm2(x))
-        return x + transformed
+        values = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(values.transpose(1, 2).flatten(-2))
+        change: Tensor = self.mlp(self.norm2(x))
+        return x + change
 
 
 class GPT(nn.Module):
@@ -97,7 +97,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [n, length] to logits [n, vocabulary, length]."""
+        """Map tokens [n, length] to logits [n, vocabulary, length]."""
         x: Tensor = self.tokens(tokens) + self.positions.weight
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits.transpose(1, 2)
@@ -105,14 +105,14 @@ class GPT(nn.Module):
 
 @dataclass(frozen=True)
 class Network:
-    """What is trained, and on what: `loss(model(inputs), labels)` is cross-entropy."""
+    """A network and its batch; the loss is the cross-entropy of `model(inputs)` and `labels`."""
 
     summary: str
     make: Callable[[], nn.Module]
     data: Callable[[], tuple[Tensor, Tensor]]
 
     def build(self, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
-        """A new model, equal every time, with inputs and labels."""
+        """Return a new model with inputs and labels, the same at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.make().to(device)

@@ -1,4 +1,4 @@
-"""Whole steps of the optimizers, the gradients given: neither model nor backward pass is timed."""
+"""Whole steps of the optimizers from ready gradients: no model and no backward pass is timed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from benchmarks import shapes
-from benchmarks.contest import (
+from benchmarks.comparison import (
     TOLERANCES,
     Benchmark,
+    Comparison,
     Contender,
-    Contest,
     Goal,
     Phase,
     Setting,
-    copy,
+    copy_reference,
 )
-from benchmarks.methods import METHODS, Make, Method
+from benchmarks.methods import METHODS, Method, OptimizerFactory
 from benchmarks.peers.common_sam import FD_STEP
-from benchmarks.shapes import Problem, Shape, give
+from benchmarks.shapes import Shape, TensorProblem, set_gradients
 
 MODELS: Mapping[str, tuple[str, Callable[[torch.device], list[Shape]]]] = {
     "resnet18": ("ResNet-18's 62 tensors", lambda device: shapes.resnet18()),
@@ -34,59 +34,61 @@ MODELS: Mapping[str, tuple[str, Callable[[torch.device], list[Shape]]]] = {
 }
 
 
-def step(method: Method, problem: Problem, setting: Setting, *, times: int = 1) -> Contest:
-    """A step: ascents clear their gradients, the descent leaves its own where they are.
+def step(method: Method, problem: TensorProblem, setting: Setting, *, times: int = 1) -> Comparison:
+    """A step of a method: ascents clear their gradients, the descent does not.
 
-    With `times` > 1, so many in a row on the same gradients (only without ascents).
+    With `times` > 1, it is so many steps in a row on the same gradients. Such a method has no
+    ascents.
     """
     gradients = [problem.tensors(1 + i) for i in range(method.ascents + 1)]
-    if method.name == "hessian_usam":  # the two sides of a finite difference are nearly equal
+    if method.name == "hessian_usam":  # the two gradients of a finite difference are nearly equal
         torch._foreach_mul_(gradients[1], FD_STEP)
         torch._foreach_add_(gradients[1], gradients[0])
 
-    def contender(name: str, make: Make) -> Contender:
+    def contender(name: str, make: OptimizerFactory) -> Contender:
         params = problem.parameters()
         opt = make(params)
-        *ascents, descend = method.moves(opt)
+        *ascents, descent = method.actions(opt)
 
-        def last() -> None:
+        def repeat_descent() -> None:
             for _ in range(times):
-                descend()
+                descent()
 
-        holder = opt.base_optimizer if hasattr(opt, "base_optimizer") else opt
-        return _contender(name, params, gradients, [*ascents, last], holder)
+        state_owner = opt.base_optimizer if hasattr(opt, "base_optimizer") else opt
+        return _contender(name, params, gradients, [*ascents, repeat_descent], state_owner)
 
-    makes, absent = method.contenders(setting)
-    library, *peers = (contender(name, make) for name, make in makes.items())
-    moved = problem.moved(method.accesses * times)
-    yardstick = copy(problem.elements, problem.dtype, problem.device, moved)
+    factories, absent = method.contenders(setting)
+    library, *peers = (contender(name, make) for name, make in factories.items())
+    traffic = problem.traffic(method.accesses * times)
+    reference = copy_reference(problem.elements, problem.dtype, problem.device, traffic)
     tolerance = TOLERANCES[problem.dtype]
-    return Contest(library, tuple(peers), (yardstick,), tolerance, moved, absent=absent)
+    return Comparison(library, tuple(peers), (reference,), tolerance, traffic, absent=absent)
 
 
 def _contender(
     name: str,
     params: list[Parameter],
     gradients: Sequence[list[Tensor]],
-    moves: Sequence[Callable[[], object]],
-    holder: torch.optim.Optimizer,
+    actions: Sequence[Callable[[], object]],
+    state_owner: torch.optim.Optimizer,
 ) -> Contender:
-    """A contender that gets new gradients before each of its moves."""
+    """A contender that gets new gradients before each of its actions."""
     phases = tuple(
-        Phase(functools.partial(give, params, given), move)
-        for given, move in zip(gradients, moves, strict=True)
+        Phase(functools.partial(set_gradients, params, tensors), action)
+        for tensors, action in zip(gradients, actions, strict=True)
     )
 
     def result() -> list[Tensor]:
-        """Every point of one more step, then parameters and buffers."""
+        """The parameters after each action of one more step, then the optimizer's buffers."""
         points = []
         for phase in phases:
             phase.prepare()
             phase.run()
             points += [p.detach().clone() for p in params]
-        buffers = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-        kept = [holder.state[p][key] for p in params for key in buffers if key in holder.state[p]]
-        return [*points, *kept]
+        keys = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+        state = state_owner.state
+        buffers = [state[p][key] for p in params for key in keys if key in state[p]]
+        return [*points, *buffers]
 
     return Contender(name, phases, result)
 
@@ -113,7 +115,7 @@ def _benchmark(method: str, model: str) -> Benchmark:
     return Benchmark(
         f"{method}-{model}",
         f"{method} step, {summary}",
-        lambda s: step(METHODS[method], Problem(shapes_on(s.device), s.device), s),
+        lambda s: step(METHODS[method], TensorProblem(shapes_on(s.device), s.device), s),
         _goals(method, model),
     )
 
@@ -123,14 +125,14 @@ BENCHMARKS = (
         _benchmark(method, model)
         for model in MODELS
         for method in METHODS
-        # Of so many elements torch's norm, which sets the peers' eps, is off by 5e-4: they and the
-        # library, which is right to a rounding, do not agree.
+        # torch's norm of so many elements is off by 5e-4, and it sets the peers' eps. The library's
+        # norm is right to a rounding, so the results would not agree.
         if (method, model) != ("hessian-usam", "large")
     ),
     Benchmark(
         "sgd-small-warm",
         "ten sgd steps in a row on the same gradients, 2,000 tensors of 256",
-        lambda s: step(METHODS["sgd"], Problem(shapes.small(), s.device), s, times=10),
+        lambda s: step(METHODS["sgd"], TensorProblem(shapes.small(), s.device), s, times=10),
         {"cpu": (Goal("torch fused", 6.0),), "cuda": (Goal("torch fused", 2.0),)},
     ),
 )

@@ -1,6 +1,6 @@
-"""The page of results: figures and words from the files that `eigenfilter bench` wrote.
+"""The page of results: a Markdown page with figures, from files that `eigenfilter bench` wrote.
 
-Writes benchmarks.md and figures/*.png. The files may be of timings, of memory, of curvature and of
+Writes benchmarks.md and figures/*.png. The files may hold timings, memory, curvature and costs of
 launches, from any devices.
 """
 
@@ -12,37 +12,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, host
-from benchmarks.contest import TOLERANCES
-from benchmarks.curvature import report as curvature
+from benchmarks import figures, host, report
+from benchmarks.comparison import TOLERANCES
+from benchmarks.curvature import tables as curvature
 from benchmarks.figures import Bar, Panel, Scale
+from benchmarks.former_names import with_current_names
 from benchmarks.kernels import KERNELS
-from benchmarks.measure import MOST_NEIGHBOURS
+from benchmarks.measure import MAX_BUSY_CORES
 from benchmarks.methods import METHODS
 from benchmarks.networks import NETWORKS
 from benchmarks.optimizers import MODELS
-from benchmarks.training import PASSES, ROWS
+from benchmarks.training import GRADIENTS, METHODS_BY_NETWORK
 from benchmarks.verify import REPETITIONS
 
 Rows = Mapping[str, Mapping[str, Any]]
-"""Results by name, as the JSON has them, of one device and backend."""
+"""Results of one device and backend, as they are in the JSON, by name."""
 
 INTRODUCTION = f"""# Benchmarks
 
-Written by `eigenfilter bench page` from the files named below; `eigenfilter bench` measures anew.
+`eigenfilter bench page` writes this page from the files named below. `eigenfilter bench` measures
+again.
 
 - Every row is verified before it is timed: after {REPETITIONS} repetitions from the same start,
-  the library and its peers agree on parameters and state, to the tolerance in the files. What does
-  not agree is not timed.
+  the library and its peers agree on parameters and state, to the tolerance in the files. A row
+  whose results do not agree is not timed.
 - They are then timed in turns, A B C, B C A, in one process. A ratio is the other's time over ours,
   round by round: above 1 we are faster. Bars are medians, whiskers quartiles, black marks goals.
-- A goal is not judged where other processes kept more than {MOST_NEIGHBOURS} cores busy meanwhile.
+- A goal is not judged if other processes kept more than {MAX_BUSY_CORES} cores busy meanwhile.
 """
 
-PEERS = """The peers: *common SAM* is the recipe that is widely copied into training code (clone,
-add, put back, torch's optimizer); *foreach SAM* is the same with torch's multi-tensor functions and
-fused optimizer, as well as it can be written; *pytorch_optimizer* is the package's SAM; *torch
-fused* and *torch foreach* are torch.optim's own.
+PEERS = """The peers: *common SAM* is the recipe that is widely copied into training code: clone the
+parameters, add the perturbation, restore the clone, call torch's optimizer. *foreach SAM* is the
+same with torch's multi-tensor functions and fused optimizer, written to be as fast as possible.
+*pytorch_optimizer* is the SAM of that package. *torch fused* and *torch foreach* are torch.optim's
+own.
 """
 
 
@@ -50,28 +53,20 @@ def write(files: Sequence[Path], folder: Path) -> None:
     """Write the page and its figures.
 
     Raises:
-        ValueError: a file is not what `eigenfilter bench` writes for one of these.
+        ValueError: a file is not a result of `eigenfilter bench` that the page can show.
     """
     (folder / "figures").mkdir(exist_ok=True)
     lines = [INTRODUCTION, PEERS]
     for file in files:
-        found = _read(file)
-        if "memory" in found:
-            lines += _memory(found, file, folder)
-            continue
-        if "curvature" in found:
-            lines += _curvature(found, file)
-            continue
-        if "host" in found:
-            lines += _launches(found, file)
-            continue
-        for device, backend in dict.fromkeys((r["device"], r["backend"]) for r in found["results"]):
-            rows = {
-                r["name"]: r
-                for r in found["results"]
-                if (r["device"], r["backend"]) == (device, backend)
-            }
-            lines += _timings(rows, device, backend, found, file, folder)
+        data = _read(file)
+        if "memory" in data:
+            lines += _memory(data, file, folder)
+        elif "curvature" in data:
+            lines += _curvature(data, file)
+        elif "host" in data:
+            lines += _launches(data, file)
+        else:
+            lines += _all_timings(data, file, folder)
     page = folder / "benchmarks.md"
     page.write_text("\n".join(lines).rstrip() + "\n")
     print(f"wrote {page}")
@@ -79,43 +74,64 @@ def write(files: Sequence[Path], folder: Path) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        data = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     kinds = {"results", "memory", "curvature", "host"}
-    if not isinstance(found, dict) or not kinds & found.keys():
-        raise ValueError(f"{file} holds no timings, memory, curvature or costs of launches")
-    return found
+    if not isinstance(data, dict) or not kinds & data.keys():
+        raise ValueError(
+            f"{file} holds no timings, memory, curvature or costs of launches: name a JSON file "
+            "that eigenfilter bench wrote"
+        )
+    current: dict[str, Any] = with_current_names(data)
+    return current
 
 
 @dataclass(frozen=True)
 class Section:
-    """A figure of timings; `panels` are taken from the rows of one device, whose type it is told.
+    """A section of the page with a figure of timings.
 
-    The other attributes are those of `figures.draw`.
+    Attributes:
+        name: the last part of the figure's file name.
+        title: the heading.
+        text: the paragraph above the figure.
+        panels: makes the panels from the rows of a device and the type of the device.
+        label: what the length of a bar means; see `figures.draw`.
+        scale: the axis; see `figures.draw`.
     """
 
     name: str
     title: str
-    words: str
+    text: str
     panels: Callable[[Rows, str], dict[str, Panel]]
     label: str
     scale: Scale
 
 
-def _timings(
-    rows: Rows, device: str, backend: str, found: Mapping[str, Any], file: Path, folder: Path
-) -> list[str]:
+def _all_timings(data: Mapping[str, Any], file: Path, folder: Path) -> list[str]:
+    """The sections of a file of timings."""
+    lines = []
+    for device, backend in dict.fromkeys((r["device"], r["backend"]) for r in data["results"]):
+        rows = {
+            r["name"]: r
+            for r in data["results"]
+            if (r["device"], r["backend"]) == (device, backend)
+        }
+        lines += _timings(rows, device, backend, _source(data, file), folder)
+    return lines
+
+
+def _timings(rows: Rows, device: str, backend: str, source: str, folder: Path) -> list[str]:
     """The sections of one device and backend."""
-    timed = {name: row for name, row in rows.items() if row["timing"] is not None}
-    lines = [f"## Timings: {device}, {backend} kernels", "", _source(found, file), ""]
+    timed_rows = {name: row for name, row in rows.items() if row["timing"] is not None}
+    lines = [f"## Timings: {device}, {backend} kernels", "", source, ""]
     for section in SECTIONS:
-        panels = {t: p for t, p in section.panels(timed, device).items() if p}
+        panels = {t: p for t, p in section.panels(timed_rows, device).items() if p}
         if not panels:
             continue
         path = Path("figures") / f"benchmarks-{device}-{backend}-{section.name}.png"
         figures.draw(panels, folder / path, label=section.label, scale=section.scale)
-        lines += [f"### {section.title}", "", section.words, "", f"![{section.title}]({path})", ""]
+        lines += [f"### {section.title}", "", section.text, "", f"![{section.title}]({path})", ""]
     return [*lines, *_goals(rows)]
 
 
@@ -137,7 +153,7 @@ def _training(rows: Rows, device: str) -> dict[str, Panel]:
             for method in methods
             if f"train-{network}-{method}" in rows
         }
-        for network, methods in ROWS.items()
+        for network, methods in METHODS_BY_NETWORK.items()
     }
 
 
@@ -164,16 +180,16 @@ def _bandwidth(rows: Rows, device: str) -> dict[str, Panel]:
 
 def _host(rows: Rows, device: str) -> dict[str, Panel]:
     key = "seconds" if device == "cpu" else "host"
-    found: dict[str, dict[str, Bar]] = {}
+    panel: dict[str, dict[str, Bar]] = {}
     for method in METHODS:
         if f"{method}-small" not in rows:
             continue
         timing = rows[f"{method}-small"]["timing"]
         times = {c["against"]: c[key] for c in timing["comparisons"] if c["against"] != "copy"}
-        found[method] = {
+        panel[method] = {
             name: _bar(spread, 1e3) for name, spread in {"ours": timing[key], **times}.items()
         }
-    return {MODELS["small"][0]: found}
+    return {MODELS["small"][0]: panel}
 
 
 SECTIONS = (
@@ -188,8 +204,8 @@ SECTIONS = (
     Section(
         "training",
         "Training",
-        f"Forward, backward and step. *{PASSES}* is no peer: it takes as many\n"
-        "gradients, all at one point, and does one update.",
+        f"Forward, backward and step. *{GRADIENTS}* is no peer: it takes as many\n"
+        "gradients, all at one point, and one update.",
         _training,
         "the other's time over ours",
         "ratio",
@@ -197,8 +213,9 @@ SECTIONS = (
     Section(
         "bandwidth",
         "Bandwidth",
-        "The bytes that the work has to move, by our time, over the bandwidth of a copy beside\n"
-        "it. Above 1: a copy reads what it is about to overwrite, or the caches help.",
+        "The bytes that the work has to move, over our time, relative to the bandwidth of a copy\n"
+        "timed beside it. It can be above 1, because a copy also reads the memory that it\n"
+        "overwrites, and because caches help.",
         _bandwidth,
         "our bandwidth over a copy's",
         "fraction",
@@ -206,8 +223,8 @@ SECTIONS = (
     Section(
         "host",
         "What a step costs the host",
-        "Until the calls have returned, without waiting for the device. A CPU does the work\n"
-        "within the calls: there it is the whole time, nearly all of it overhead.",
+        "The time until the calls have returned, without waiting for the device. A CPU does the\n"
+        "work within the calls, so there it is the whole time, nearly all of it overhead.",
         _host,
         "milliseconds",
         "amount",
@@ -215,61 +232,61 @@ SECTIONS = (
 )
 
 
-def _memory(found: Mapping[str, Any], file: Path, folder: Path) -> list[str]:
+def _memory(data: Mapping[str, Any], file: Path, folder: Path) -> list[str]:
     """The section of a table of memory."""
-    title = f"Memory: {found['device']}"
-    path = Path("figures") / f"benchmarks-{found['device']}-memory.png"
-    panel = {name: {"peak": Bar(size)} for name, size in found["memory"].items()}
-    summary = f"{found['elements']:,} float32 parameters, no activations"
+    title = f"Memory: {data['device']}"
+    path = Path("figures") / f"benchmarks-{data['device']}-memory.png"
+    panel = {name: {"peak": Bar(size)} for name, size in data["memory"].items()}
+    summary = f"{data['elements']:,} float32 parameters, no activations"
     figures.draw({summary: panel}, folder / path, label="peak bytes a parameter", scale="amount")
     return [
         f"## {title}",
         "",
-        _source(found, file),
+        _source(data, file),
         "",
-        "Peak of a training step, in a process of its own: parameters, state, backup, gradient.",
+        "The peak of a training step in a process of its own: parameters, state, backup, gradient.",
         "",
         f"![{title}]({path})",
         "",
     ]
 
 
-def _curvature(found: Mapping[str, Any], file: Path) -> list[str]:
+def _curvature(data: Mapping[str, Any], file: Path) -> list[str]:
     """The section of eigenpairs of Hessians."""
     title, legend = "## Curvature: cpu", curvature.LEGEND
-    if curvature.large([row["name"] for row in found["curvature"]]):
+    if curvature.all_large([row["name"] for row in data["curvature"]]):
         title, legend = "## Curvature of large networks: cpu", "Columns as above.\n"
-    lines = [title, "", _source(found, file), "", legend]
-    for row in found["curvature"]:
+    lines = [title, "", _source(data, file), "", legend]
+    for row in data["curvature"]:
         lines += curvature.table(row)
-    if found["tracking"]:
-        lines += curvature.tracks(found["tracking"])
-    return [*lines, *(f"- {line}" for line in found["absent"])]
+    if data["tracking"]:
+        lines += curvature.tracking_table(data["tracking"])
+    return [*lines, *(f"- {line}" for line in data["absent"])]
 
 
-def _launches(found: Mapping[str, Any], file: Path) -> list[str]:
+def _launches(data: Mapping[str, Any], file: Path) -> list[str]:
     """The section of launches."""
     title = "## What a launch costs the host"
-    rows = map(host.row, found["host"])
-    busy = f"Meanwhile others kept {found['neighbours']} cores busy."
-    source = f"{_source(found, file)} {busy}"
+    rows = map(host.row, data["host"])
+    busy = f"Other processes kept {data['busy_cores']} cores busy meanwhile."
+    source = f"{_source(data, file)} {busy}"
     return [title, "", source, "", host.LEGEND, *host.HEADER, *rows, ""]
 
 
 def _goals(rows: Rows) -> list[str]:
-    """What was missed and what was not judged; what was red; who was absent."""
+    """The goals that were missed or not judged, then failed verifications and absent peers."""
     verdicts: dict[str, list[str]] = {"met": [], "missed": [], "not judged": []}
     remarks = []
     for name, row in rows.items():
         remarks += [f"- `{name}`: {line}" for line in row.get("absent", ())]
         if row["timing"] is None:
-            remarks.append(f"- `{name}`: RED, not timed")
+            remarks.append(f"- `{name}`: FAILED, not timed")
             continue
         for c in row["timing"]["comparisons"]:
             if c["goal"] is None:
                 continue
             verdict = "met" if c["ratio"]["median"] >= c["goal"] else "missed"
-            if row["timing"]["neighbours"] > MOST_NEIGHBOURS:
+            if row["timing"]["busy_cores"] > MAX_BUSY_CORES:
                 verdict = "not judged"
             low, median, high = (c["ratio"][q] for q in ("low", "median", "high"))
             verdicts[verdict].append(
@@ -279,7 +296,7 @@ def _goals(rows: Rows) -> list[str]:
     lines = [
         "### Goals",
         "",
-        ", ".join(f"{len(found)} {verdict}" for verdict, found in verdicts.items()) + ".",
+        ", ".join(f"{len(goals)} {verdict}" for verdict, goals in verdicts.items()) + ".",
         "",
     ]
     for verdict in ("missed", "not judged"):
@@ -289,19 +306,19 @@ def _goals(rows: Rows) -> list[str]:
     return [*lines, *remarks, ""] if remarks else lines
 
 
-def _source(found: Mapping[str, Any], file: Path) -> str:
-    e = found["environment"]
-    where = f"{e.get('gpu', e['cpu'])}, {e['threads']} threads, {e['isa']}"
-    known = f"{found['date']}, revision {e['revision']}, {where}, torch {e['torch']}."
-    stopped = "" if found.get("complete", True) else " The run was stopped before its end."
-    return f"`{file.name}`: {known}{stopped}"
+def _source(data: Mapping[str, Any], file: Path) -> str:
+    e = data["environment"]
+    where = f"{e.get('gpu', e['cpu'])}, {report.count(e['threads'], 'thread')}, {e['isa']}"
+    origin = f"{data['date']}, revision {e['revision']}, {where}, torch {e['torch']}."
+    note = "" if data.get("complete", True) else " The run was stopped before its end."
+    return f"`{file.name}`: {origin}{note}"
 
 
-def _ratios(row: Mapping[str, Any], wanted: Callable[[str], bool]) -> dict[str, Bar]:
+def _ratios(row: Mapping[str, Any], is_included: Callable[[str], bool]) -> dict[str, Bar]:
     return {
         c["against"]: _bar(c["ratio"], goal=c["goal"])
         for c in row["timing"]["comparisons"]
-        if wanted(c["against"])
+        if is_included(c["against"])
     }
 
 

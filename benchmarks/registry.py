@@ -1,4 +1,4 @@
-"""All benchmarks by name, and the settings each of them runs in."""
+"""All benchmarks by name, and the settings in which they run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import importlib.util
 
 import torch
 
-from benchmarks import kernels, lanczos, optimizers, training
-from benchmarks.contest import Benchmark, Setting
+from benchmarks import kernels, lanczos_kernels, optimizers, training
+from benchmarks.comparison import Benchmark, Setting
 from eigenfilter import _core
 from eigenfilter.kernels import dispatch
 
@@ -18,7 +18,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         *optimizers.BENCHMARKS,
         *training.BENCHMARKS,
         *kernels.BENCHMARKS,
-        *lanczos.BENCHMARKS,
+        *lanczos_kernels.BENCHMARKS,
     )
 }
 
@@ -40,7 +40,7 @@ def select(patterns: list[str]) -> list[Benchmark]:
 
 
 def settings(device: torch.device) -> list[Setting]:
-    """Return the settings for a device: one for each compiled or compiling backend it has."""
+    """Return the settings for a device: one for each backend with kernels for it."""
     if device.type == "cpu":
         return [Setting(device, "native")]
     backends = ["native"] if _core.cuda_compiled and dispatch.missing_code(device) is None else []

@@ -1,4 +1,4 @@
-"""Results as lines on the terminal, as a Markdown table and as JSON."""
+"""Results as lines on the terminal, as a Markdown table and as a JSON file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Comparison, Result, Timing
+from benchmarks.measure import BenchmarkResult, RelativeTiming, TimingSummary
 from benchmarks.timing import Spread
 from eigenfilter.experiments.files import replace_text
 
@@ -29,31 +29,35 @@ HEADER = (f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}")
 LEGEND = (
     "Medians, with quartiles in brackets. `ratio` is the other's time over ours, round by round: "
     "above 1 we are faster. The row against `copy` is the fraction of a copy's bandwidth that we "
-    "reach, counting the bytes the work has to move. `host` is the time until the calls had "
-    "returned, without waiting for the device; a CPU does the work within the calls, so that there "
-    "it is the whole time."
+    "reach, counting the bytes that the work has to move. `host` is the time until the calls have "
+    "returned, without waiting for the device. A CPU does the work within the calls, so there "
+    "`host` is the whole time."
 )
 
 
-def lines(result: Result) -> list[str]:
+def lines(result: BenchmarkResult) -> list[str]:
     """Return a result's rows of the Markdown table.
 
-    One without figures if its check is red, and one for each peer that is absent.
+    There is one row for each peer and reference, or one in all if the verification failed, and then
+    one for each absent peer.
     """
     head = f"| {result.name} | {result.backend}"
     absent = [f"{head} | {line}{' |' * (len(COLUMNS) - 2)}" for line in result.absent]
     if result.timing is None:
-        found = ", ".join(f"{e:.3g} x tolerance from {p}" for p, e in result.verdict.red.items())
-        return [f"{head} | RED, not timed: {found}{' |' * (len(COLUMNS) - 2)}", *absent]
+        errors = ", ".join(
+            f"{error:.3g} x tolerance from {peer}"
+            for peer, error in result.verdict.failures.items()
+        )
+        return [f"{head} | FAILED, not timed: {errors}{' |' * (len(COLUMNS) - 2)}", *absent]
     timing = result.timing
     ours = f"{milliseconds(timing.seconds)} | {1e3 * timing.host.median:.3g}"
-    moved = "" if timing.bandwidth is None else f"{timing.bandwidth / 1e9:.1f}"
-    figures = [
+    speed = "" if timing.bandwidth is None else f"{timing.bandwidth / 1e9:.1f}"
+    rows = [
         f"{head} | {ours} | {c.against} | {milliseconds(c.seconds)} | "
-        f"{1e3 * c.host.median:.3g} | {ratio(c)} | {goal(c, timing)} | {moved} | {timing.rounds} |"
+        f"{1e3 * c.host.median:.3g} | {ratio(c)} | {goal(c, timing)} | {speed} | {timing.rounds} |"
         for c in timing.comparisons
     ]
-    return figures + absent
+    return rows + absent
 
 
 def milliseconds(spread: Spread) -> str:
@@ -62,32 +66,33 @@ def milliseconds(spread: Spread) -> str:
     return f"{median:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def ratio(comparison: Comparison) -> str:
+def ratio(comparison: RelativeTiming) -> str:
     """A ratio with its quartiles."""
     spread = comparison.ratio
     return f"{spread.median:.2f} [{spread.low:.2f}, {spread.high:.2f}]"
 
 
-def goal(comparison: Comparison, timing: Timing) -> str:
-    """A goal, and whether it was met."""
+def goal(comparison: RelativeTiming, timing: TimingSummary) -> str:
+    """A goal and the verdict on it; empty if there is no goal."""
     if comparison.goal is None:
         return ""
-    if timing.disturbed:
-        verdict = f"not judged: others used {timing.neighbours} cores"
+    if timing.is_disturbed:
+        verdict = f"not judged: other processes kept {timing.busy_cores} cores busy"
     else:
         verdict = "met" if comparison.reached else "missed"
     return f"{comparison.goal:.2f} {verdict}"
 
 
-class Files:
-    """The dated files of a run, Markdown and JSON, each in one piece.
+class ResultFiles:
+    """The dated files of a run, Markdown and JSON, each replaced as a whole.
 
-    They may be saved again as results come: what a run has measured is then there, however it ends.
+    They may be saved again as results come in. Then they have all that a run has measured, however
+    it ends.
 
     Args:
-        folder: where to.
-        name: what follows the date in the files' names.
-        environment: of the run.
+        folder: the folder for the files.
+        name: the part of the files' names after the date.
+        environment: the environment of the run, from `environment.describe`.
     """
 
     def __init__(self, folder: Path, name: str, environment: Mapping[str, Any]) -> None:
@@ -97,21 +102,21 @@ class Files:
         self._environment = environment
 
     def save(self, text: Sequence[str], data: Mapping[str, Any]) -> None:
-        """Write both files, in the place of those before.
+        """Write both files, in place of earlier ones.
 
         Args:
-            text: lines of the Markdown file; date and environment come after the first.
-            data: of the JSON file, beside date and environment.
+            text: lines of the Markdown file. The date and the environment follow the first line.
+            data: contents of the JSON file, besides the date and the environment.
         """
-        known = {"date": self._date, **self._environment}
+        header = {"date": self._date, **self._environment}
         title, *rest = text
-        found = {"date": self._date, "environment": self._environment, **data}
-        lines = [title, "", *(f"- {key}: {value}" for key, value in known.items()), *rest]
-        replace_text(self._path(".json"), json.dumps(found, indent=1) + "\n")
+        contents = {"date": self._date, "environment": self._environment, **data}
+        lines = [title, "", *(f"- {key}: {value}" for key, value in header.items()), *rest]
+        replace_text(self._path(".json"), json.dumps(contents, indent=1) + "\n")
         replace_text(self._path(".md"), "\n".join(lines) + "\n")
 
-    def name(self) -> None:
-        """Print where the files are."""
+    def print_paths(self) -> None:
+        """Print the paths of the files."""
         for suffix in (".json", ".md"):
             print(f"wrote {self._path(suffix)}")
 
@@ -119,9 +124,14 @@ class Files:
         return self._stem.with_name(self._stem.name + suffix)
 
 
-def incomplete(done: int, of: int, what: str) -> list[str]:
-    """The lines that say how far a run has come; none for one that is complete."""
-    return [] if done == of else ["", f"Incomplete: {done} of {of} {what} so far."]
+def count(number: int, noun: str) -> str:
+    """A number with its noun: "1 round", "3 rounds"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def incomplete(progress: int, total: int, units: str) -> list[str]:
+    """The lines that say how far a run has come; none if it is complete."""
+    return [] if progress == total else ["", f"Incomplete: {progress} of {total} {units} so far."]
 
 
 def write(
@@ -131,7 +141,7 @@ def write(
     text: Sequence[str],
     data: Mapping[str, Any],
 ) -> None:
-    """Write the dated files of a run that is over, and say where they are: see `Files`."""
-    files = Files(folder, name, environment)
+    """Write the dated files of a run that has ended and print their paths: see `ResultFiles`."""
+    files = ResultFiles(folder, name, environment)
     files.save(text, data)
-    files.name()
+    files.print_paths()

@@ -1,10 +1,10 @@
-"""What `eigsh` takes by the dimension, beside what `eigsh_cost` foretells.
+"""The memory and time of `eigsh` by dimension, beside what `eigsh_cost` predicts.
 
-The operator is a diagonal matrix in float32 with two eigenvalues beyond the rest: products take
-next to nothing, and the solver is all there is. Every dimension runs in a process of its own, on
-one thread. Memory is the process's high-water mark less what it held before (below some MB it uses
-again what was freed). Seconds are the processor's, without the products; the bandwidth that they
-stand for is put beside that of a copy.
+The operator is a diagonal matrix in float32 with two eigenvalues beyond the rest. Its products take
+almost no time, so nearly all of it is the solver's. Every dimension runs in a process of its own,
+on one thread. Memory is the process's high-water mark less what it held before; below a few MB the
+solver reuses memory that is already there. Seconds are the processor's, without the products. The
+bandwidth is the predicted traffic over these seconds, and it is compared with a copy's.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment, report
-from benchmarks.environment import own_process
-from benchmarks.memory import Peak
+from benchmarks.environment import subprocess_environment
+from benchmarks.memory import PeakMemory
 from eigenfilter.curvature import eigsh, eigsh_cost
 
 SIZES = (10**4, 10**5, 10**6, 10**7, 10**8)
 K = 2
 BASIS = 10
-VALUES = (3.0, 2.0)  # the rest lies in [0, 1]
+VALUES = (3.0, 2.0)  # the other eigenvalues lie in [0, 1]
 COLUMNS = (
     "n",
     "products",
-    "MB foretold",
+    "MB predicted",
     "MB",
-    "flops foretold",
-    "GB foretold",
+    "flops predicted",
+    "GB predicted",
     "seconds",
     "GB/s",
     "of a copy",
@@ -42,7 +42,7 @@ COLUMNS = (
 
 
 class Diagonal:
-    """A diagonal matrix that knows how long its products take."""
+    """A diagonal matrix that records the time of its products in `seconds`."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -54,40 +54,43 @@ class Diagonal:
 
     def matvec(self, v: Tensor) -> Tensor:
         start = time.process_time()
-        found = self._d * v
+        product = self._d * v
         self.seconds += time.process_time() - start
-        return found
+        return product
 
     def matmat(self, V: Tensor) -> Tensor:
         return self._d[:, None] * V
 
 
 def measure(n: int) -> dict[str, Any]:
-    """Solve, in this process."""
+    """Solve in this process; return the table's figures for dimension `n`."""
     torch.set_num_threads(1)
-    peak = Peak(torch.device("cpu"))
-    eigsh(Diagonal(1000), K, max_basis=BASIS)  # what the libraries allocate once
+    peak = PeakMemory(torch.device("cpu"))
+    eigsh(Diagonal(1000), K, max_basis=BASIS)  # now the libraries have allocated what they keep
     before = peak.now()
     op = Diagonal(n)
-    given = peak.now() - before
+    operator_memory = peak.now() - before
     peak.restart()
     start = time.process_time()
-    found = eigsh(op, K, max_basis=BASIS)
+    result = eigsh(op, K, max_basis=BASIS)
     seconds = time.process_time() - start - op.seconds
-    memory = peak.most() - before - given
-    if not torch.allclose(found.values, torch.tensor(VALUES), rtol=1e-4):
-        raise RuntimeError(f"wrong values {found.values.tolist()} for {VALUES}")
+    memory = peak.most() - before - operator_memory
+    if not torch.allclose(result.values, torch.tensor(VALUES), rtol=1e-4):
+        raise RuntimeError(
+            f"eigsh returned {result.values.tolist()} for the eigenvalues {list(VALUES)}: do not "
+            "use these measurements, and run the tests of eigsh"
+        )
     cost = eigsh_cost(
         n,
         K,
-        products=found.matvecs,
-        multiplicity_products=found.multiplicity_matvecs,
+        products=result.matvecs,
+        multiplicity_products=result.multiplicity_matvecs,
         max_basis=BASIS,
     )
     return {
         "n": n,
-        "products": found.matvecs,
-        "foretold": cost.memory,
+        "products": result.matvecs,
+        "predicted_memory": cost.memory,
         "memory": memory,
         "flops": cost.flops,
         "traffic": cost.traffic,
@@ -96,17 +99,17 @@ def measure(n: int) -> dict[str, Any]:
     }
 
 
-def measure_apart(n: int) -> dict[str, Any]:
-    """`measure` in a process of its own, whose freed memory goes back to the system at once."""
-    done = subprocess.run(
+def measure_in_new_process(n: int) -> dict[str, Any]:
+    """Run `measure` in a new process, whose freed memory goes back to the system at once."""
+    process = subprocess.run(
         [sys.executable, "-m", "benchmarks.scale", str(n)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        env=own_process() | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        env=subprocess_environment() | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
     )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    row: dict[str, Any] = json.loads(process.stdout)
+    return row
 
 
 def run(largest: int, folder: Path) -> None:
@@ -114,23 +117,23 @@ def run(largest: int, folder: Path) -> None:
     where = environment.describe(torch.device("cpu")) | {"threads": 1}
     rows = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     print("\n".join(rows))
-    measured = []
+    results = []
     for n in (n for n in SIZES if n <= largest):
-        measured.append(measure_apart(n))
-        rows.append(line(measured[-1]))
+        results.append(measure_in_new_process(n))
+        rows.append(line(results[-1]))
         print(rows[-1], flush=True)
-    title = f"# eigsh by the dimension: k = {K}, a basis of {BASIS}, one thread"
-    data = {"k": K, "basis": BASIS, "scale": measured}
+    title = f"# eigsh by dimension: k = {K}, a basis of {BASIS}, one thread"
+    data = {"k": K, "basis": BASIS, "scale": results}
     report.write(folder, "cpu-scale", where, [title, "", *rows], data)
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a row of the table."""
     rate = row["traffic"] / row["seconds"]
     cells = [
         f"{row['n']:.0e}",
         row["products"],
-        f"{row['foretold'] / 1e6:.4g}",
+        f"{row['predicted_memory'] / 1e6:.4g}",
         f"{row['memory'] / 1e6:.4g}",
         f"{row['flops']:.2g}",
         f"{row['traffic'] / 1e9:.3g}",
@@ -142,7 +145,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def _copy_bandwidth(n: int) -> float:
-    """Bytes a second that torch's copy reads and writes, best of three."""
+    """Bytes a second that torch's copy reads and writes, the best of three."""
     source = torch.ones(n)
     target = torch.empty_like(source)
     times = []
@@ -153,5 +156,5 @@ def _copy_bandwidth(n: int) -> float:
     return 2 * source.nbytes / min(times)
 
 
-if __name__ == "__main__":  # the process of `measure_apart`
+if __name__ == "__main__":  # in the process that `measure_in_new_process` starts
     print(json.dumps(measure(int(sys.argv[1]))))

@@ -1,4 +1,4 @@
-"""The shapes that benchmarks run on, and tensors of them."""
+"""The shapes of the tensors that benchmarks run on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def resnet50() -> list[Shape]:
             if channels != out:
                 shapes += [(out, channels, 1, 1), (out,), (out,)]
             channels = out
-    # In a model the shortcut comes with its stage's first block; the order is of no account here.
+    # In a model the shortcut is part of its stage's first block. The order does not matter here.
     return [*shapes, (1000, channels), (1000,)]
 
 
@@ -70,18 +70,18 @@ def _transformer_block(d: int) -> list[Shape]:
 
 
 def small() -> list[Shape]:
-    """2,000 tensors of 256: as good as no arithmetic, all overhead."""
+    """2,000 tensors of 256 elements: hardly any arithmetic, all overhead."""
     return [(256,)] * 2000
 
 
 def large(device: torch.device) -> list[Shape]:
-    """Four tensors that no cache holds: 50 million elements together, 100 million on a GPU."""
+    """Four tensors too large for caches: 50 million elements together, 100 million on a GPU."""
     return [(12_500_000 if device.type == "cpu" else 25_000_000,)] * 4
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Parameters and gradients of given shapes: standard normal, the same for every contender."""
+class TensorProblem:
+    """Parameters and gradients of some shapes: standard normal, the same for every contender."""
 
     shapes: Sequence[Shape]
     device: torch.device
@@ -89,15 +89,15 @@ class Problem:
 
     @property
     def elements(self) -> int:
-        """Elements of all tensors together."""
+        """The number of elements of all tensors together."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def moved(self, accesses: int) -> int:
-        """Bytes moved where every element is read or written `accesses` times."""
+    def traffic(self, accesses: int) -> int:
+        """The bytes that are read and written if every element is accessed `accesses` times."""
         return self.elements * self.dtype.itemsize * accesses
 
     def tensors(self, seed: int) -> list[Tensor]:
-        """New tensors; equal ones for equal seeds."""
+        """Make new tensors; equal seeds give equal values."""
         random = torch.Generator(self.device).manual_seed(seed)
         return [
             torch.randn(shape, generator=random, device=self.device).to(self.dtype)
@@ -105,11 +105,11 @@ class Problem:
         ]
 
     def parameters(self, seed: int = 0) -> list[Parameter]:
-        """New parameters; equal ones for equal seeds."""
+        """Make new parameters; equal seeds give equal values."""
         return [Parameter(t) for t in self.tensors(seed)]
 
 
-def give(params: Sequence[Parameter], gradients: Sequence[Tensor]) -> None:
-    """Set every parameter's gradient to a copy of its own, as a backward pass would."""
+def set_gradients(params: Sequence[Parameter], gradients: Sequence[Tensor]) -> None:
+    """Set each parameter's gradient to a new copy of a tensor, as a backward pass would."""
     for p, gradient in zip(params, gradients, strict=True):
         p.grad = gradient.clone()

@@ -1,4 +1,4 @@
-"""Time contenders in turns: A B C, B C A, C A B, ..., so that what disturbs one disturbs all."""
+"""Time contenders in turns: A B C, B C A, C A B, ..., so that a disturbance affects all of them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.contest import Contender
+from benchmarks.comparison import Contender
 
 
-class Lap(NamedTuple):
-    """Seconds that something took.
+class Timing(NamedTuple):
+    """The time that a call took.
 
     Attributes:
-        seconds: all told, or of the device alone, as the clock has it.
-        host: until the calls returned, whatever the device still had to do. A CPU does the work
-            within the calls, so that there it is the whole time.
+        seconds: the whole time, or the device's alone; the clock says which.
+        host: seconds until the call returned, without waiting for the device. A CPU does the work
+            within the call, so there it is the whole time.
     """
 
     seconds: float
     host: float
 
 
-Clock = Callable[[Callable[[], object]], Lap]
-"""Runs something and returns what it took."""
+Clock = Callable[[Callable[[], object]], Timing]
+"""Calls a function and returns the time that it took."""
 
 WARM_UP = 3
-LEAST, MOST = 15, 200  # rounds, within which the budget decides
+MIN_ROUNDS, MAX_ROUNDS = 15, 200  # between them, the budget decides
 FLUSH_BYTES = 1 << 30
 
 
@@ -55,9 +55,9 @@ class Spread:
 def clock(kind: Literal["wall", "device"], device: torch.device) -> Clock:
     """Return a clock for work on a device.
 
-    "wall" waits for the device before and after. "device" is the time between two events on its
-    stream; work queued before them, which also empties its caches, gives the host a head start, so
-    that the device never waits for the host. On a CPU the two are one.
+    "wall" waits for the device before and after the call. "device" takes the time between two
+    events on the device's stream. Before them it queues work that empties the caches and gives the
+    host a head start, so that the device never waits for the host. On a CPU the two are the same.
     """
     if device.type == "cpu":
         return _wall(lambda: None)
@@ -72,51 +72,53 @@ def interleave(
     *,
     repeat: int | None = None,
     budget: float = 5.0,
-) -> dict[str, list[Lap]]:
-    """Return every repetition's lap, by contender; the i-th of all belong to one round.
+) -> dict[str, list[Timing]]:
+    """Return the timings of every repetition, by contender; the i-th ones belong to one round.
 
     Args:
-        contenders: what to time, after a few rounds of warm-up.
-        clock: see `clock`.
-        repeat: rounds; None for as many as the budget allows, within limits.
-        budget: seconds, preparations included.
+        contenders: the contenders to time, after a few rounds of warm-up.
+        clock: the clock; see the function `clock`.
+        repeat: rounds; None for as many as the budget allows, from MIN_ROUNDS to MAX_ROUNDS.
+        budget: seconds for all rounds, preparations included.
     """
     with _without_gc():
-        began = time.perf_counter()
+        start = time.perf_counter()
         for contender in contenders:
             for _ in range(WARM_UP):
-                _once(contender, clock)
-        a_round = (time.perf_counter() - began) / WARM_UP
-        rounds = repeat or min(max(int(budget / a_round), LEAST), MOST)
-        return turns(contenders, clock, rounds)
+                _time_once(contender, clock)
+        round_seconds = (time.perf_counter() - start) / WARM_UP
+        rounds = repeat or min(max(int(budget / round_seconds), MIN_ROUNDS), MAX_ROUNDS)
+        return time_in_turns(contenders, clock, rounds)
 
 
-def turns(contenders: Sequence[Contender], clock: Clock, rounds: int) -> dict[str, list[Lap]]:
-    """Return what `interleave` does, without warm-up."""
-    laps: dict[str, list[Lap]] = {contender.name: [] for contender in contenders}
+def time_in_turns(
+    contenders: Sequence[Contender], clock: Clock, rounds: int
+) -> dict[str, list[Timing]]:
+    """Time all contenders in every round, beginning with another one each time; no warm-up."""
+    timings: dict[str, list[Timing]] = {contender.name: [] for contender in contenders}
     for i in range(rounds):
         first = i % len(contenders)
         for contender in (*contenders[first:], *contenders[:first]):
-            laps[contender.name].append(_once(contender, clock))
-    return laps
+            timings[contender.name].append(_time_once(contender, clock))
+    return timings
 
 
-def _once(contender: Contender, clock: Clock) -> Lap:
-    laps = []
+def _time_once(contender: Contender, clock: Clock) -> Timing:
+    timings = []
     for phase in contender.phases:
         phase.prepare()
-        laps.append(clock(phase.run))
-    return Lap(sum(lap.seconds for lap in laps), sum(lap.host for lap in laps))
+        timings.append(clock(phase.run))
+    return Timing(sum(timing.seconds for timing in timings), sum(timing.host for timing in timings))
 
 
 def _wall(synchronize: Callable[[], None]) -> Clock:
-    def measure(run: Callable[[], object]) -> Lap:
+    def measure(run: Callable[[], object]) -> Timing:
         synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         run()
-        returned = time.perf_counter()
+        host_end = time.perf_counter()
         synchronize()
-        return Lap(time.perf_counter() - began, returned - began)
+        return Timing(time.perf_counter() - start, host_end - start)
 
     return measure
 
@@ -125,16 +127,16 @@ def _device(device: torch.device) -> Clock:
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     event = functools.partial(torch.cuda.Event, enable_timing=True)
 
-    def measure(run: Callable[[], object]) -> Lap:
-        began, ended = event(), event()
+    def measure(run: Callable[[], object]) -> Timing:
+        start, end = event(), event()
         flush.zero_()
-        began.record()
-        called = time.perf_counter()
+        start.record()
+        host_start = time.perf_counter()
         run()
-        returned = time.perf_counter()
-        ended.record()
-        ended.synchronize()
-        return Lap(float(began.elapsed_time(ended)) / 1e3, returned - called)
+        host_end = time.perf_counter()
+        end.record()
+        end.synchronize()
+        return Timing(float(start.elapsed_time(end)) / 1e3, host_end - host_start)
 
     return measure
 

@@ -1,4 +1,4 @@
-"""Whole training steps: forward, backward and the optimizer, in one loop for all."""
+"""Whole training steps: forward, backward and the optimizer, in one loop for all contenders."""
 
 from __future__ import annotations
 
@@ -8,86 +8,87 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contest import (
+from benchmarks.comparison import (
     Benchmark,
+    Comparison,
     Contender,
-    Contest,
     Goal,
     Phase,
+    Reference,
     Setting,
     Tolerance,
-    Yardstick,
-    nothing,
+    do_nothing,
 )
-from benchmarks.methods import LR, METHODS, Make, Method
+from benchmarks.methods import LR, METHODS, Method, OptimizerFactory
 from benchmarks.networks import NETWORKS, Network
 
-# Losses and weights may differ by this much, absolutely and relatively. The GPT is smooth: the
-# roundings of three steps stay roundings. ResNet's ReLUs have kinks, and an activation that falls
-# on the other side of one changes the gradient by more than a rounding. So does AdamW, whatever the
-# network: it divides by its gradient's size, and of an element that is all rounding, the sign is
-# luck. A ReLU network's finite differences are so much luck that they have no row.
+# Losses and weights may differ by this much, absolutely and relatively. The GPT is smooth, so the
+# roundings of three steps stay roundings. ResNet's ReLUs have kinks: an activation on the other
+# side of a kink changes the gradient by more than a rounding. AdamW does so with any network, as it
+# divides each element of the gradient by its size: an element that is nothing but rounding gets a
+# random sign. Finite differences of a ReLU network depend on rounding so much that they have no
+# row.
 SMOOTH, KINKED = 1e-5, 1e-3
 
-PASSES = "gradients + torch fused"
-OVERHEAD = {"cpu": 1.08, "cuda": 1.03}  # a USAM step, over its two gradients and one update of SGD
+GRADIENTS = "gradients + torch fused"
+OVERHEAD = {"cpu": 1.08, "cuda": 1.03}  # of a USAM step over its two gradients and an SGD update
 
-Moves = Callable[[Any], list[Callable[[], object]]]
-"""What an optimizer does with each gradient of a step."""
+Actions = Callable[[Any], list[Callable[[], object]]]
+"""Returns the calls of an optimizer in one step, one for each gradient."""
 
-ROWS = {
+METHODS_BY_NETWORK = {
     "resnet": ("sgd", "usam", "sam", "two-step-usam", "adamw"),
     "gpt": ("sgd", "usam", "sam", "two-step-usam", "hessian-usam", "adamw"),
 }
 
 
 def tolerance(method: str, network: str) -> Tolerance:
-    """How closely contenders agree, by name of method and network."""
+    """How closely contenders must agree, by name of method and network."""
     size = SMOOTH if network == "gpt" and method != "adamw" else KINKED
     return Tolerance(rtol=size, atol=size)
 
 
-def train(method: Method, network: Network, setting: Setting, tolerance: Tolerance) -> Contest:
-    """Steps on one batch; results are the losses of a step and all that the model holds after it.
+def train(method: Method, network: Network, setting: Setting, tolerance: Tolerance) -> Comparison:
+    """Steps on one batch; the results are the losses of a step and the model's state after it.
 
-    Beside those who take the same steps, the gradients alone are timed: as many as the method
-    needs, all at the same point, and one update by torch's fused optimizer.
+    A reference is timed beside the peers: as many gradients as the method needs, all at the same
+    point, and one update by torch's fused optimizer.
     """
 
-    def contender(name: str, make: Make, moves: Moves) -> Contender:
+    def contender(name: str, make: OptimizerFactory, actions: Actions) -> Contender:
         model, inputs, labels = network.build(setting.device)
-        each = moves(make(list(model.parameters())))
+        calls = actions(make(list(model.parameters())))
         losses: list[Tensor] = []
 
         def step() -> None:
             losses.clear()
-            for move in each:
+            for call in calls:
                 model.zero_grad()
                 loss = nn.functional.cross_entropy(model(inputs), labels)
                 torch.autograd.backward(loss)
                 losses.append(loss.detach())
-                move()
+                call()
 
         def result() -> list[Tensor]:
             return [*losses, *model.state_dict().values()]
 
-        return Contender(name, (Phase(nothing, step),), result)
+        return Contender(name, (Phase(do_nothing, step),), result)
 
-    makes, absent = method.contenders(setting)
-    library, *peers = (contender(name, make, method.moves) for name, make in makes.items())
+    factories, absent = method.contenders(setting)
+    library, *peers = (contender(name, make, method.actions) for name, make in factories.items())
     gradients = contender(
-        PASSES,
+        GRADIENTS,
         lambda params: method.base.fused(params, LR),
-        lambda opt: [*[nothing] * method.ascents, opt.step],
+        lambda opt: [*[do_nothing] * method.ascents, opt.step],
     )
-    yardsticks = (Yardstick(gradients),) if method.ascents else ()
-    return Contest(library, tuple(peers), yardsticks, tolerance, absent=absent)
+    references = (Reference(gradients),) if method.ascents else ()
+    return Comparison(library, tuple(peers), references, tolerance, absent=absent)
 
 
 def _benchmark(method: str, network: str) -> Benchmark:
     goals = {
-        device: (Goal(PASSES, 1 / most) if method == "usam" else Goal("torch fused", 1.0),)
-        for device, most in OVERHEAD.items()
+        device: (Goal(GRADIENTS, 1 / limit) if method == "usam" else Goal("torch fused", 1.0),)
+        for device, limit in OVERHEAD.items()
         if method in ("usam", "sgd", "adamw")
     }
     return Benchmark(
@@ -99,5 +100,7 @@ def _benchmark(method: str, network: str) -> Benchmark:
 
 
 BENCHMARKS = tuple(
-    _benchmark(method, network) for network, methods in ROWS.items() for method in methods
+    _benchmark(method, network)
+    for network, methods in METHODS_BY_NETWORK.items()
+    for method in methods
 )

@@ -1,10 +1,10 @@
 """A driver for Triton that launches nothing, for machines without a GPU.
 
-All that comes before a launch is Triton's own, for an H100: arguments are bound and specialized,
-kernels are compiled down to machine code by ptxas, and cached. Tensors stay on the CPU, whose
-addresses are as good as a GPU's where nothing is read.
+All that comes before a launch is Triton's own, for an H100: Triton binds and specializes arguments,
+compiles kernels to machine code with ptxas, and caches them. Tensors stay on the CPU. As no kernel
+reads them, their addresses are as good as a GPU's.
 
-Serves Triton 3.6 to 3.8, which call a driver alike.
+It works with Triton 3.6 to 3.8, which call a driver in the same way.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ VERSIONS = ((3, 6), (3, 7), (3, 8))
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch was given.
+    """A launch of a kernel.
 
     Attributes:
         kernel: name of the function.
-        grid: programs in every dimension.
-        source: what was compiled; it knows names, signature, constants and attributes.
-        args: of the function, in order, constants among them.
-        ptx: the assembly, from which the machine code was made.
+        grid: numbers of programs in every dimension.
+        source: Triton's source of the kernel, with names, signature, constants and attributes.
+        args: arguments of the function in order, constants among them.
+        ptx: file of the assembly from which the machine code was made.
     """
 
     kernel: str
@@ -54,30 +54,30 @@ class Launch:
     ptx: Path
 
     def __getitem__(self, name: str) -> Any:
-        """An argument by its name."""
+        """Return an argument by its name."""
         return self.args[self.source.fn.arg_names.index(name)]
 
 
 class StubDriver:
-    """What Triton asks of a driver.
+    """The methods that Triton calls of a driver.
 
     Args:
-        launched: called with every launch, or None.
+        on_launch: called with every launch, or None.
     """
 
-    def __init__(self, launched: Callable[[Launch], None] | None) -> None:
+    def __init__(self, on_launch: Callable[[Launch], None] | None) -> None:
         self.launches = 0
-        self._launched = launched
+        self._on_launch = on_launch
         self._assembly: list[Path] = []
         self.utils = self
         self.launcher_cls = self._launcher
 
     @property
     def variants(self) -> int:
-        """How many kernels were loaded: one for each specialization."""
+        """The number of kernels that Triton loaded, one for each specialization."""
         return len(self._assembly)
 
-    # Of the device.
+    # The device.
 
     @staticmethod
     def is_active() -> bool:
@@ -95,7 +95,7 @@ class StubDriver:
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
-    # What Triton calls utils.
+    # The functions that Triton calls utils.
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
@@ -103,12 +103,14 @@ class StubDriver:
     def load_binary(
         self, name: str, binary: bytes, *rest: object
     ) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills, largest number of threads.
+        """Return the module, the function, its registers, its spills, and the most threads.
 
-        The function is the number of its assembly.
+        The function is the index of its assembly.
         """
         if not binary.startswith(b"\x7fELF"):
-            raise RuntimeError(f"{name} was not compiled to machine code")
+            raise RuntimeError(
+                f"Triton did not compile {name} to machine code: check that its ptxas works"
+            )
         return 1, len(self._assembly) - 1, 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
@@ -124,21 +126,21 @@ class StubDriver:
         def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
             # Metadata, its lazy form and two hooks come before the arguments.
             self.launches += 1
-            if self._launched is not None:
+            if self._on_launch is not None:
                 args = rest[4:]
                 name = source.fn.__name__
-                self._launched(Launch(name, (x, y, z), source, args, self._assembly[function]))
+                self._on_launch(Launch(name, (x, y, z), source, args, self._assembly[function]))
 
         return launch
 
 
 def _allow(device: object) -> contextlib.AbstractContextManager[None]:
-    """Take any device for one that serves."""
+    """Accept any device."""
     return contextlib.nullcontext()
 
 
 def _forget(kernels: Sequence[JITFunction[Any]]) -> None:
-    """Drop what was compiled: it is one driver's."""
+    """Drop the compiled kernels, which belong to one driver."""
     for kernel in kernels:
         kernel.device_caches.clear()
 
@@ -149,14 +151,14 @@ def _kernels() -> list[JITFunction[Any]]:
 
 
 @contextlib.contextmanager
-def installed(launched: Callable[[Launch], None] | None = None) -> Iterator[StubDriver]:
-    """A context in which the Triton kernels are launched by a `StubDriver`, for CPU tensors.
+def installed(on_launch: Callable[[Launch], None] | None = None) -> Iterator[StubDriver]:
+    """A context in which a `StubDriver` launches the Triton kernels, for CPU tensors.
 
     Args:
-        launched: called with every launch.
+        on_launch: called with every launch, or None.
 
     Raises:
-        RuntimeError: this Triton was not tried, or interprets.
+        RuntimeError: this version of Triton was not tried, or Triton interprets kernels.
     """
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     if version not in VERSIONS:
@@ -167,7 +169,7 @@ def installed(launched: Callable[[Launch], None] | None = None) -> Iterator[Stub
     if not isinstance(triton_device.perturb_kernel, JITFunction):
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET")
     kernels, before = _kernels(), driver._active
-    stub = StubDriver(launched)
+    stub = StubDriver(on_launch)
     _forget(kernels)
     driver.set_active(stub)
     knobs.runtime.kernel_load_start_hook.add(stub.keep_assembly)

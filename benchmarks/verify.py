@@ -1,4 +1,4 @@
-"""Do the contenders of a contest agree? Asked before anything is timed."""
+"""Check that the contenders of a comparison agree, before anything is timed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from benchmarks.contest import Contest, Tolerance
+from benchmarks.comparison import Comparison, Tolerance
 
 REPETITIONS = 3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far the library is from its peers.
+    """How far the library's results are from its peers'.
 
     Attributes:
-        errors: by peer, the largest |a - b| / (atol + rtol |b|) of any element; NaN where a result
-            is NaN, inf where the results do not even have the same shapes.
+        errors: by peer, the largest |a - b| / (atol + rtol |b|) of any element. It is NaN if a
+            result is NaN, and inf if the results have different shapes.
         tolerance: rtol and atol.
     """
 
@@ -26,22 +26,24 @@ class Verdict:
     tolerance: Tolerance
 
     @property
-    def red(self) -> dict[str, float]:
-        """The errors that are too large; NaN is."""
+    def failures(self) -> dict[str, float]:
+        """The errors that are too large, NaN among them, by peer."""
         return {peer: error for peer, error in self.errors.items() if not error <= 1}
 
 
-def verify(contest: Contest) -> Verdict:
-    """Let every contender repeat the work from the same start, and compare what came of it."""
-    for contender in (contest.library, *contest.peers):
+def verify(comparison: Comparison) -> Verdict:
+    """Let every contender repeat the work from the same start, and compare the results."""
+    for contender in (comparison.library, *comparison.peers):
         contender.repeat(REPETITIONS)
-    ours = contest.library.result()
-    errors = {peer.name: distance(ours, peer.result(), contest.tolerance) for peer in contest.peers}
-    return Verdict(errors, contest.tolerance)
+    ours = comparison.library.result()
+    errors = {
+        peer.name: distance(ours, peer.result(), comparison.tolerance) for peer in comparison.peers
+    }
+    return Verdict(errors, comparison.tolerance)
 
 
 def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: Tolerance) -> float:
-    """Return the largest difference in units of the tolerance, as `Verdict.errors` has it."""
+    """Return the largest difference in units of the tolerance; see `Verdict.errors`."""
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         return float("inf")
     worst = 0.0

@@ -1,4 +1,4 @@
-"""The Hessians whose eigenpairs are sought: networks after a short training on real data."""
+"""Problems: the Hessians of networks after a short training on real data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.curvature import datasets
-from benchmarks.curvature.datasets import Batch
+from benchmarks.curvature import problem_data
+from benchmarks.curvature.problem_data import Batch
 from benchmarks.networks import GPT, resnet18
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The mean of a loss over some data; `data` is one batch, or a loader of several."""
+class HessianProblem:
+    """The Hessian of a model's mean loss over some data: one batch, or a loader of several."""
 
     model: nn.Module
     loss_fn: nn.Module
@@ -29,21 +29,21 @@ class Problem:
 
     @property
     def params(self) -> list[nn.Parameter]:
-        """Those of the model."""
+        """The model's parameters."""
         return list(self.model.parameters())
 
     @property
     def batches(self) -> list[Batch]:
-        """The data in memory."""
+        """The data as a list of batches in memory."""
         return [self.data] if isinstance(self.data, tuple) else [(x, y) for x, y in self.data]
 
-    def double(self) -> Problem:
-        """The same in float64."""
+    def double(self) -> HessianProblem:
+        """The same problem in float64."""
         batches = [(x.double() if x.is_floating_point() else x, y) for x, y in self.batches]
-        return Problem(copy.deepcopy(self.model).double(), self.loss_fn, batches)
+        return HessianProblem(copy.deepcopy(self.model).double(), self.loss_fn, batches)
 
     def gradients(self) -> list[tuple[Tensor, ...]]:
-        """First derivatives of each batch's share, with their graphs."""
+        """The gradient of each batch's share of the loss, with its graph."""
         samples = sum(len(x) for x, _ in self.batches)
         return [
             torch.autograd.grad(
@@ -53,48 +53,51 @@ class Problem:
         ]
 
 
-def product(problem: Problem, gradients: Sequence[Sequence[Tensor]], keep: bool) -> list[Tensor]:
-    """Return H 1 in pieces, from first derivatives whose graphs are kept or freed."""
+def product(
+    problem: HessianProblem, gradients: Sequence[Sequence[Tensor]], keep_graph: bool
+) -> list[Tensor]:
+    """Return H 1, one tensor for each parameter, from gradients with their graphs."""
     ones = [torch.ones_like(p) for p in problem.params]
     total = [torch.zeros_like(p) for p in problem.params]
     for grads in gradients:
         for t, h in zip(
             total,
-            torch.autograd.grad(grads, problem.params, ones, retain_graph=keep),
+            torch.autograd.grad(grads, problem.params, ones, retain_graph=keep_graph),
             strict=True,
         ):
             t += h
     return total
 
 
-class Unfused(nn.Module):
-    """A network whose attention can be differentiated twice."""
+class UnfusedAttention(nn.Module):
+    """A network with unfused attention, which autograd can differentiate twice."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the network."""
+        """Return the network's output."""
         with sdpa_kernel(SDPBackend.MATH):
             y: Tensor = self.network(x)
         return y
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a problem comes about.
+class ProblemRecipe:
+    """How to make a problem.
 
     Attributes:
-        summary: what it is.
-        make: the network.
-        read: the data, of so many samples, from a folder.
-        samples: how many.
-        steps: of training, all data at once.
-        lr: of those steps, with heavy ball.
+        summary: the network and the data, in one line.
+        make: makes the network.
+        read: reads so many samples of the data from a folder.
+        samples: the number of samples.
+        steps: steps of training, each on all data.
+        lr: learning rate of these steps; their momentum is 0.9.
         batch: the size of a loader's batches; None for one batch.
-        vectors: whether only those contenders take part whose vectors' cost is the question.
-        large: whether every contender solves it once only, within a limit of time.
+        vectors: whether the cost of the solver's own vector arithmetic is in question. Then only
+            solvers with `joins_vectors` take part.
+        large: whether every contender solves it only once, within a limit of time.
     """
 
     summary: str
@@ -109,16 +112,16 @@ class Recipe:
 
     @property
     def kind(self) -> str:
-        """Whose goals hold: "vectors", "loader" or "batch"."""
+        """The kind of problem, which decides the goals: "vectors", "loader" or "batch"."""
         if self.vectors:
             return "vectors"
         return "batch" if self.batch is None else "loader"
 
-    def build(self, folder: Path) -> Problem:
-        """Train the network, equally every time, and leave it in evaluation mode.
+    def build(self, folder: Path) -> HessianProblem:
+        """Train the network, the same at every call, and leave it in evaluation mode.
 
         Raises:
-            Missing: the data are not in the folder.
+            MissingRequirement: the data are not in the folder.
         """
         inputs, labels = self.read(self.samples, folder)
         loss_fn = nn.CrossEntropyLoss()
@@ -127,17 +130,17 @@ class Recipe:
             model = self.make()
         opt = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9)
         for _ in range(self.steps):
-            step(opt, Problem(model, loss_fn, (inputs, labels)))
+            train_step(opt, HessianProblem(model, loss_fn, (inputs, labels)))
         opt.zero_grad()
-        model.eval()  # as PyHessian has it, whatever it is given
+        model.eval()  # PyHessian changes to this mode, whatever the model's mode was
         if self.batch is None:
-            return Problem(model, loss_fn, (inputs, labels))
+            return HessianProblem(model, loss_fn, (inputs, labels))
         loader = DataLoader(TensorDataset(inputs, labels), batch_size=self.batch)
-        return Problem(model, loss_fn, loader)
+        return HessianProblem(model, loss_fn, loader)
 
 
-def step(opt: torch.optim.Optimizer, problem: Problem) -> None:
-    """Train on the first batch."""
+def train_step(opt: torch.optim.Optimizer, problem: HessianProblem) -> None:
+    """Take one training step on the first batch."""
     x, y = problem.batches[0]
     opt.zero_grad()
     torch.autograd.backward(problem.loss_fn(problem.model(x), y))
@@ -159,49 +162,51 @@ def _conv() -> nn.Module:
 
 
 def _gpt() -> nn.Module:
-    return Unfused(GPT(width=64, layers=2))
+    return UnfusedAttention(GPT(width=64, layers=2))
 
 
-RECIPES: Mapping[str, Recipe] = {
-    "mlp-digits": Recipe(
-        "MLP 64-64-10, 400 digits", lambda: _mlp(64, 64, 10), datasets.digits, 400
+RECIPES: Mapping[str, ProblemRecipe] = {
+    "mlp-digits": ProblemRecipe(
+        "MLP 64-64-10, 400 digits", lambda: _mlp(64, 64, 10), problem_data.digits, 400
     ),
-    "mlp-mnist": Recipe(
+    "mlp-mnist": ProblemRecipe(
         "MLP 784-128-64-10, 512 images of MNIST",
         lambda: _mlp(784, 128, 64, 10),
-        datasets.mnist,
+        problem_data.mnist,
         512,
     ),
-    "mlp-fashion": Recipe(
+    "mlp-fashion": ProblemRecipe(
         "MLP 784-128-64-10, 512 images of Fashion-MNIST",
         lambda: _mlp(784, 128, 64, 10),
-        datasets.fashion,
+        problem_data.fashion,
         512,
     ),
-    "conv-cifar10": Recipe(
-        "three convolutions, 128 images of CIFAR-10", _conv, datasets.cifar10, 128, lr=0.02
+    "conv-cifar10": ProblemRecipe(
+        "three convolutions, 128 images of CIFAR-10", _conv, problem_data.cifar10, 128, lr=0.02
     ),
-    "gpt-text": Recipe("2-layer GPT, 4 x 64 characters of English", _gpt, datasets.text, 4, lr=0.1),
-    "mlp-mnist-loader": Recipe(
+    "gpt-text": ProblemRecipe(
+        "2-layer GPT, 4 x 64 characters of English", _gpt, problem_data.text, 4, lr=0.1
+    ),
+    "mlp-mnist-loader": ProblemRecipe(
         "MLP 784-128-64-10, a loader of 4 x 128 images of MNIST",
         lambda: _mlp(784, 128, 64, 10),
-        datasets.mnist,
+        problem_data.mnist,
         512,
         batch=128,
     ),
-    "wide-cifar10": Recipe(
+    "wide-cifar10": ProblemRecipe(
         "MLP 3072-4096-2816-10, 32 images of CIFAR-10",
         lambda: _mlp(3072, 4096, 2816, 10),
-        datasets.cifar10,
+        problem_data.cifar10,
         32,
         steps=5,
         vectors=True,
         large=True,
     ),
-    "resnet-cifar10": Recipe(
+    "resnet-cifar10": ProblemRecipe(
         "ResNet-18 of 24M parameters, 8 images of CIFAR-10",
         resnet18,
-        datasets.cifar10,
+        problem_data.cifar10,
         8,
         steps=20,
         lr=0.02,

@@ -1,4 +1,4 @@
-"""What a contender is: a way to the largest eigenvalues, in settings from loose to tight."""
+"""Contenders: solvers for the largest eigenvalues, with settings from loose to tight."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.curvature.datasets import Missing
-from benchmarks.curvature.problems import Problem
+from benchmarks.curvature.problem_data import MissingRequirement
+from benchmarks.curvature.problems import HessianProblem
 
-K = 10
+K = 10  # eigenvalues
 
 
 @dataclass(frozen=True)
-class Found:
-    """Eigenvalues [K], and the products they took."""
+class Solution:
+    """Eigenvalues [K], and how many Hessian-vector products they took."""
 
     values: Tensor
     products: int
 
 
-Solve = Callable[[Problem], Found]
-"""From nothing: what is built for the products is part of the work."""
+Solve = Callable[[HessianProblem], Solution]
+"""Solves a problem from scratch: building operators and graphs is part of the work."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,34 @@ class Solver:
     """A contender.
 
     Attributes:
-        name: as it is reported.
-        settings: by their names, cheapest first; the first that is accurate enough is timed.
-        package: that it needs.
-        goal: how many times as long as ours it is to take, at least.
-        special: other goals, by the kind of problem; see `Recipe.kind`.
-        vectors: whether it takes part where the cost of vectors is the question.
+        name: the name in reports.
+        settings: solves by the name of their setting, the cheapest first. The first setting that is
+            accurate enough is timed.
+        package: the package that it needs, or None.
+        goal: the goal for its time over the library's, or None.
+        goals_by_kind: other goals for some kinds of problem; see `ProblemRecipe.kind`.
+        joins_vectors: whether it also takes part in problems of the kind "vectors".
     """
 
     name: str
     settings: Mapping[str, Solve]
     package: str | None = None
     goal: float | None = None
-    special: Mapping[str, float] = field(default_factory=dict)
-    vectors: bool = False
+    goals_by_kind: Mapping[str, float] = field(default_factory=dict)
+    joins_vectors: bool = False
 
-    def check(self) -> None:
-        """Raise Missing unless the package is installed."""
+    def check_installed(self) -> None:
+        """Check that the package is there.
+
+        Raises:
+            MissingRequirement: the package is not installed.
+        """
         if self.package is not None and importlib.util.find_spec(self.package) is None:
-            raise Missing(f"{self.package} is not installed: pip install --group bench")
+            raise MissingRequirement(f"{self.package} is not installed: pip install --group bench")
 
 
-def arpack(operator: Any, **options: Any) -> Found:
-    """SciPy's eigsh over a `LinearOperator`."""
+def arpack(operator: Any, **options: Any) -> Solution:
+    """SciPy's `eigsh` over a `LinearOperator`, with its products counted."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     products = 0
@@ -67,24 +72,24 @@ def arpack(operator: Any, **options: Any) -> Found:
         products += 1
         return operator.matvec(x)
 
-    counting = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
+    counter = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
     start = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(operator.dtype)
-    values, _ = eigsh(counting, K, v0=start, **options)
-    return Found(torch.from_numpy(values), products)
+    values, _ = eigsh(counter, K, v0=start, **options)
+    return Solution(torch.from_numpy(values), products)
 
 
 @contextmanager
-def counted(owner: Any, name: str) -> Iterator[list[int]]:
-    """Count the calls of an attribute of a module, class or object."""
+def count_calls(owner: Any, name: str) -> Iterator[list[int]]:
+    """Count the calls of a function of a module, class or object, in a list of one number."""
     calls = [0]
-    called = getattr(owner, name)
+    function = getattr(owner, name)
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
+    def counter(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
-        return called(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    setattr(owner, name, counting)
+    setattr(owner, name, counter)
     try:
         yield calls
     finally:
-        setattr(owner, name, called)
+        setattr(owner, name, function)

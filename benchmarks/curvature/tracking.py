@@ -1,4 +1,4 @@
-"""Following the largest eigenvalue of a model while it trains, each time from the last result."""
+"""Tracking of the largest eigenvalue of a model while it trains, from the previous eigenvector."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.curvature.problems import Problem, Recipe, step
+from benchmarks.curvature.problems import HessianProblem, ProblemRecipe, train_step
 from eigenfilter.curvature import EigenResult, HessianOperator, eigsh
 
-TRACKED = "mlp-mnist"  # the problem whose model is followed
-CHECKS, STEPS, LR = 12, 5, 0.01
+PROBLEM = "mlp-mnist"
+CHECKS = 12
+STEPS = 5  # steps of training between checks
+LR = 0.01
 TOL = 1e-3
-MOST_PRODUCTS = 3
+MAX_PRODUCTS = 3  # the goal for the median check with a warm start
 
 WAYS: Mapping[str, tuple[bool, dict[str, Any]]] = {
     "cold": (False, {"check_multiplicity": False}),
     "warm": (True, {"check_multiplicity": False}),
     "warm, defaults": (True, {}),
 }
-"""Whether a check starts from the one before, and the options of `eigsh`."""
+"""By name: whether a check starts from the previous one's vector, and the options of `eigsh`."""
 
 
 @dataclass(frozen=True)
-class Track:
-    """Figures of the checks after the first.
+class TrackingResult:
+    """The checks after the first one.
 
     Attributes:
-        way: of WAYS.
-        products: a check, the median and the most.
+        way: a name from WAYS.
+        products: Hessian-vector products of a check, the median.
+        most: the most products of a check.
         error: the worst relative error against float64.
         moved: the median relative change of the eigenvalue from check to check.
     """
@@ -45,17 +48,17 @@ class Track:
     moved: float
 
 
-def measure(recipe: Recipe, folder: Path) -> list[Track]:
-    """Follow a problem's model through CHECKS checks, STEPS steps of training apart.
+def measure(recipe: ProblemRecipe, folder: Path) -> list[TrackingResult]:
+    """Track a problem's model in CHECKS checks, with STEPS steps of training between them.
 
     Raises:
-        Missing: its data are not in the folder.
+        MissingRequirement: its data are not in the folder.
     """
     start = recipe.build(folder)
-    return [_follow(copy.deepcopy(start), way) for way in WAYS]
+    return [_track(copy.deepcopy(start), way) for way in WAYS]
 
 
-def _follow(problem: Problem, way: str) -> Track:
+def _track(problem: HessianProblem, way: str) -> TrackingResult:
     warm, options = WAYS[way]
     op = HessianOperator(problem.model, problem.loss_fn, problem.data)
     opt = torch.optim.SGD(problem.params, lr=LR)
@@ -69,13 +72,13 @@ def _follow(problem: Problem, way: str) -> Track:
         values.append(float(exact.values[0]))
         errors.append(abs(float(last.values[0]) / values[-1] - 1))
         for _ in range(STEPS):
-            step(opt, problem)
+            train_step(opt, problem)
         opt.zero_grad()
-    moved = np.abs(np.diff(values)) / np.abs(values[:-1])
-    return Track(
+    changes = np.abs(np.diff(values)) / np.abs(values[:-1])
+    return TrackingResult(
         way,
         float(np.median(products[1:])),
         max(products[1:]),
         max(errors[1:]),
-        float(np.median(moved)),
+        float(np.median(changes)),
     )

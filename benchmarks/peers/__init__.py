@@ -1,1 +1,1 @@
-"""What the library is compared with."""
+"""The implementations that the library is compared with."""

@@ -1,8 +1,8 @@
 """The common recipe for sharpness-aware minimization around any torch optimizer.
 
-A loop over the parameters that clones each, adds its perturbation, later puts the clone back, and
-hands over to the base optimizer: the pattern that is widely copied into training code, for every
-method of the library.
+A loop over the parameters clones each one and adds its perturbation. A second loop restores the
+clone, and then the base optimizer steps. This pattern is widely copied into training code; here it
+serves every method of the library.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ FD_STEP = 2.0**-11.5  # square root of float32's machine precision
 
 
 class CommonSAM(torch.optim.Optimizer):
-    """A method's ascents as the common recipe writes them.
+    """The ascents of a method, written as in the common recipe.
 
-    `ascend` is called with each gradient but the last, `descend` with that.
+    Call `ascend` after each gradient except the last, and `restore_and_step` after the last.
 
     Args:
-        params: parameters.
+        params: the parameters.
         method: "usam", "sam", "asam", "two_step_usam" or "hessian_usam" (finite differences).
-        rho: of the ascents.
+        rho: the method's rho, as for the library's optimizers.
         base: class of the base optimizer.
-        settings: the base's.
+        settings: options of the base optimizer.
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class CommonSAM(torch.optim.Optimizer):
         self.base_optimizer = base(self.param_groups, **settings)
         self.param_groups = self.base_optimizer.param_groups
         self.method, self.rho = method, rho
-        self._taken = 0
+        self._ascents = 0
         self._eps: Tensor | float = 1.0
 
     @torch.no_grad()
     def ascend(self) -> None:
-        """Move the parameters, clear the gradients."""
+        """Perturb the parameters and clear the gradients."""
         scale = self._scale()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
-                if self._taken == 0:
+                if self._ascents == 0:
                     state["old_p"] = p.data.clone()
                     if self.method == "hessian_usam":
                         state["old_grad"] = p.grad.clone()
@@ -70,23 +70,23 @@ class CommonSAM(torch.optim.Optimizer):
                 else:
                     hessian_times_grad = (p.grad - state["old_grad"]) / self._eps
                     p.data = state["old_p"] + self.rho * hessian_times_grad
-        self._taken += 1
+        self._ascents += 1
         self.zero_grad()
 
     @torch.no_grad()
-    def descend(self) -> None:
-        """Put the parameters back and step."""
+    def restore_and_step(self) -> None:
+        """Restore the parameters and step the base optimizer."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 p.data = self.state[p]["old_p"]
         self.base_optimizer.step()
-        self._taken = 0
+        self._ascents = 0
 
     def _scale(self) -> Tensor | float:
-        """Length of the first move over that of the gradient."""
-        if self._taken > 0 or self.method in ("usam", "two_step_usam"):
+        """The length of the first perturbation over that of its direction."""
+        if self._ascents > 0 or self.method in ("usam", "two_step_usam"):
             return self.rho
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]

@@ -1,7 +1,7 @@
-"""Sharpness-aware minimization with torch's multi-tensor functions, as well as it can be written.
+"""Sharpness-aware minimization with torch's multi-tensor functions, written to be fast.
 
-Backups are allocated once, every operation goes over all tensors, nothing waits for the device, and
-the base optimizer is fused.
+Backups are allocated once, every operation takes all tensors at once, nothing waits for the device,
+and the base optimizer is fused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from benchmarks.peers.common_sam import FD_STEP, TINY
 
 
 class ForeachSAM:
-    """A method's ascents in torch._foreach functions; see `CommonSAM` for the arguments."""
+    """The ascents of a method in torch._foreach functions.
+
+    Args:
+        params: the parameters.
+        method: see `CommonSAM`.
+        rho: the method's rho, as for the library's optimizers.
+        base: the base optimizer.
+    """
 
     def __init__(
         self, params: Sequence[Parameter], method: str, rho: float, base: torch.optim.Optimizer
@@ -26,36 +33,36 @@ class ForeachSAM:
         self.owners = params
         self.method, self.rho = method, rho
         self.backups = [torch.empty_like(p) for p in self.params]
-        self.first: list[Tensor] = []
-        self._taken = 0
+        self.first_grads: list[Tensor] = []
+        self._ascents = 0
         self._eps: Tensor | float = 1.0
 
     @torch.no_grad()
     def ascend(self) -> None:
-        """Move the parameters, clear the gradients."""
+        """Perturb the parameters and clear the gradients."""
         grads = [p.grad for p in self.owners if p.grad is not None]
-        if self._taken == 0:
+        if self._ascents == 0:
             torch._foreach_copy_(self.backups, self.params)
-            self._first_move(grads)
+            self._first_ascent(grads)
         elif self.method == "two_step_usam":
             torch._foreach_add_(self.params, grads, alpha=self.rho)
         else:
-            torch._foreach_sub_(grads, self.first)
+            torch._foreach_sub_(grads, self.first_grads)
             torch._foreach_mul_(grads, self.rho / self._eps)
             torch._foreach_copy_(self.params, self.backups)
             torch._foreach_add_(self.params, grads)
-        self._taken += 1
+        self._ascents += 1
         for p in self.owners:
             p.grad = None
 
     @torch.no_grad()
-    def descend(self) -> None:
-        """Put the parameters back and step."""
+    def restore_and_step(self) -> None:
+        """Restore the parameters and step the base optimizer."""
         torch._foreach_copy_(self.params, self.backups)
         self.base_optimizer.step()
-        self._taken = 0
+        self._ascents = 0
 
-    def _first_move(self, grads: list[Tensor]) -> None:
+    def _first_ascent(self, grads: list[Tensor]) -> None:
         if self.method in ("usam", "two_step_usam"):
             torch._foreach_add_(self.params, grads, alpha=self.rho)
             return
@@ -64,7 +71,7 @@ class ForeachSAM:
         norm = torch.nn.utils.get_total_norm(grads)
         scale = self.rho / (norm + TINY)
         if self.method == "hessian_usam":
-            self.first = grads
+            self.first_grads = grads
             length = torch.nn.utils.get_total_norm(self.params)
             self._eps = scale = FD_STEP * (1 + length) / (norm + TINY)
             torch._foreach_add_(self.params, torch._foreach_mul(grads, scale))

@@ -1,4 +1,4 @@
-"""SAM and ASAM of the package pytorch-optimizer, as they are by default: around a base's class."""
+"""SAM and ASAM of the package pytorch-optimizer, with their defaults, around a base optimizer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ MISSING = f"{NAME} is not installed: pip install --group bench"
 METHODS = ("sam", "asam")
 
 
-def installed() -> bool:
-    """Whether the package, which is optional, is there."""
+def is_installed() -> bool:
+    """Whether the package is there; it is optional."""
     return importlib.util.find_spec(NAME) is not None
 
 
 class PytorchOptimizerSAM:
-    """Its two steps under the names of the other peers; see `CommonSAM` for the arguments."""
+    """The two steps of the package's SAM under the names that the other peers use.
+
+    Args:
+        params: the parameters.
+        method: "sam" or "asam".
+        rho: the method's rho, as for the library's optimizers.
+        base: class of the base optimizer.
+        settings: options of the base optimizer.
+    """
 
     def __init__(
         self,
@@ -36,9 +44,9 @@ class PytorchOptimizerSAM:
         self.base_optimizer: torch.optim.Optimizer = self._sam.base_optimizer
 
     def ascend(self) -> None:
-        """Move the parameters, clear the gradients."""
+        """Perturb the parameters and clear the gradients."""
         self._sam.first_step(zero_grad=True)
 
-    def descend(self) -> None:
-        """Put the parameters back and step."""
+    def restore_and_step(self) -> None:
+        """Restore the parameters and step the base optimizer."""
         self._sam.second_step()

@@ -13,17 +13,17 @@ CLASS = torch.optim.AdamW
 
 
 def settings(lr: float) -> dict[str, Any]:
-    """Those of the contests."""
+    """The options that all benchmarks use."""
     return {"lr": lr}
 
 
 def fused(params: Sequence[Parameter], lr: float) -> torch.optim.AdamW:
-    """One fused kernel over all tensors."""
+    """AdamW with one fused kernel over all tensors."""
     return torch.optim.AdamW(params, **settings(lr), fused=True)
 
 
 def foreach(params: Sequence[Parameter], lr: float) -> torch.optim.AdamW:
-    """One multi-tensor call an operation."""
+    """AdamW with one multi-tensor call for each operation."""
     return torch.optim.AdamW(params, **settings(lr), foreach=True)
 
 
@@ -40,7 +40,7 @@ def adamw_step(
     weight_decay: float,
     step: int,
 ) -> None:
-    """The fused kernel alone."""
+    """Call the fused kernel alone."""
     torch._fused_adamw_(
         params,
         grads,

@@ -13,17 +13,17 @@ CLASS = torch.optim.SGD
 
 
 def settings(lr: float) -> dict[str, Any]:
-    """Those of the contests."""
+    """The options that all benchmarks use."""
     return {"lr": lr, "momentum": 0.9}
 
 
 def fused(params: Sequence[Parameter], lr: float) -> torch.optim.SGD:
-    """One fused kernel over all tensors."""
+    """SGD with one fused kernel over all tensors."""
     return torch.optim.SGD(params, **settings(lr), fused=True)
 
 
 def foreach(params: Sequence[Parameter], lr: float) -> torch.optim.SGD:
-    """One multi-tensor call an operation."""
+    """SGD with one multi-tensor call for each operation."""
     return torch.optim.SGD(params, **settings(lr), foreach=True)
 
 

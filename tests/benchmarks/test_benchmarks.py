@@ -1,4 +1,4 @@
-"""The benchmarks: complete, silent where a check is red, and able to write their results."""
+"""The benchmarks: all of them are there, wrong results are not timed, and results are written."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import registry, report, shapes, training
-from benchmarks.contest import (
+from benchmarks.comparison import (
     TOLERANCES,
     Benchmark,
+    Comparison,
     Contender,
-    Contest,
     Goal,
     Phase,
-    copy,
-    nothing,
+    copy_reference,
+    do_nothing,
 )
 from benchmarks.timing import Spread
 from benchmarks.verify import distance
@@ -30,17 +30,17 @@ TOLERANCE = TOLERANCES[torch.float32]
 
 
 def doubling(peer: Callable[[Tensor], object]) -> Benchmark:
-    """A benchmark whose library doubles a tensor, and whose peer does what it is given."""
+    """A benchmark whose library doubles a tensor, and whose peer runs a function on one."""
 
     def contender(name: str, work: Callable[[Tensor], object]) -> Contender:
         t = torch.ones(8)
-        return Contender(name, (Phase(nothing, lambda: work(t)),), lambda: [t])
+        return Contender(name, (Phase(do_nothing, lambda: work(t)),), lambda: [t])
 
-    def build(setting: object) -> Contest:
-        yardstick = copy(8, torch.float32, torch.device("cpu"), moved=64)
+    def build(setting: object) -> Comparison:
+        reference = copy_reference(8, torch.float32, torch.device("cpu"), traffic=64)
         library = contender("eigenfilter", lambda t: t.mul_(2))
         peers = (contender("peer", peer),)
-        return Contest(library, peers, (yardstick,), TOLERANCE, 64, absent=("other: not there",))
+        return Comparison(library, peers, (reference,), TOLERANCE, 64, absent=("other: not there",))
 
     return Benchmark("doubling", "doubles", build, {"cpu": (Goal("peer", 1e-9),)})
 
@@ -51,33 +51,33 @@ def run_doubling(
     monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": doubling(peer)})
     code = main(["bench", "--repeat", "3", "--out", str(folder)])
     (file,) = folder.glob("*.json")
-    found = json.loads(file.read_text())
-    assert found["complete"]
-    (result,) = found["results"]
+    data = json.loads(file.read_text())
+    assert data["complete"]
+    (result,) = data["results"]
     return code, result
 
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
-def test_what_was_timed_before_the_end_is_in_the_files(
+def test_an_incomplete_run_has_written_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
 ) -> None:
-    def stop(setting: object) -> Contest:
+    def stop(setting: object) -> Comparison:
         raise ending
 
     first = doubling(lambda t: t.mul_(2))
-    stopped = dataclasses.replace(first, name="stopped", build=stop)
-    monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": first, "stopped": stopped})
+    second = dataclasses.replace(first, name="stopped", build=stop)
+    monkeypatch.setattr(registry, "BENCHMARKS", {"doubling": first, "stopped": second})
     with pytest.raises(ending):
         main(["bench", "--repeat", "3", "--out", str(tmp_path)])
     (file,), (text,) = tmp_path.glob("*-cpu.json"), tmp_path.glob("*-cpu.md")
-    found = json.loads(file.read_text())
-    assert not found["complete"]
-    assert [result["name"] for result in found["results"]] == ["doubling"]
+    data = json.loads(file.read_text())
+    assert not data["complete"]
+    assert [result["name"] for result in data["results"]] == ["doubling"]
     assert "Incomplete: 1 of 2 timings so far." in text.read_text().splitlines()
     assert "| doubling | native |" in text.read_text()
 
 
-def test_registry_holds_every_row_of_the_design() -> None:
+def test_registry_has_the_main_benchmarks_and_their_goals() -> None:
     steps = {"usam-resnet18", "usam-small", "usam-large", "sgd-small", "sgd-large"}
     kernels = {
         f"{kernel}-{dtype}"
@@ -88,8 +88,8 @@ def test_registry_holds_every_row_of_the_design() -> None:
     goals = {
         (name, device, goal.against): goal.ratio
         for name, benchmark in registry.BENCHMARKS.items()
-        for device, given in benchmark.goals.items()
-        for goal in given
+        for device, device_goals in benchmark.goals.items()
+        for goal in device_goals
     }
     assert goals[("usam-resnet18", "cpu", "common SAM")] == 3
     assert goals[("usam-small", "cpu", "common SAM")] == 25
@@ -97,9 +97,9 @@ def test_registry_holds_every_row_of_the_design() -> None:
     assert goals[("sgd-small", "cpu", "torch fused")] == 6
     assert goals[("sgd-large", "cpu", "torch fused")] == 1
     for network in ("resnet", "gpt"):
-        most = {"cpu": 1.08, "cuda": 1.03}
-        for device, overhead in most.items():
-            goal = goals[(f"train-{network}-usam", device, training.PASSES)]
+        limits = {"cpu": 1.08, "cuda": 1.03}
+        for device, overhead in limits.items():
+            goal = goals[(f"train-{network}-usam", device, training.GRADIENTS)]
             assert goal == pytest.approx(1 / overhead)
     assert goals[("usam-small", "cuda", "common SAM")] == 15
     assert goals[("sgd-small", "cuda", "torch fused")] == 2
@@ -107,7 +107,7 @@ def test_registry_holds_every_row_of_the_design() -> None:
 
 
 def test_resnet18_has_its_parameters() -> None:
-    problem = shapes.Problem(shapes.resnet18(), torch.device("cpu"))
+    problem = shapes.TensorProblem(shapes.resnet18(), torch.device("cpu"))
     assert len(problem.shapes) == 62
     assert problem.elements == 11_689_512
 
@@ -122,7 +122,7 @@ def test_resnet18_has_its_parameters() -> None:
     ],
     ids=["inaccurate", "nan", "other shape", "idle"],
 )
-def test_a_wrong_result_is_red_and_not_timed(
+def test_a_wrong_result_is_not_timed(
     wrong: Callable[[Tensor], object],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -133,11 +133,11 @@ def test_a_wrong_result_is_red_and_not_timed(
     assert result["timing"] is None
     row = next(line for line in capsys.readouterr().out.splitlines() if "doubling" in line)
     assert row.count("|") == len(report.COLUMNS) + 1
-    assert "RED, not timed" in row
+    assert "FAILED, not timed" in row
     assert "[" not in row
 
 
-def test_who_is_absent_has_a_row(
+def test_an_absent_peer_has_a_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, result = run_doubling(monkeypatch, tmp_path, lambda t: t.mul_(2))
@@ -164,18 +164,18 @@ def test_one_row_runs_and_writes_its_results(tmp_path: Path) -> None:
     argv = ["bench", "--only", "sgd-small", "--repeat", "2", "--out", str(tmp_path)]
     assert main(argv) == 0
     (data,), (table,) = tmp_path.glob("*-cpu.json"), tmp_path.glob("*-cpu.md")
-    found = json.loads(data.read_text())
+    results = json.loads(data.read_text())
     assert {"torch", "eigenfilter", "python", "compiler", "isa", "cpu", "threads", "load"} <= set(
-        found["environment"]
+        results["environment"]
     )
-    (result,) = found["results"]
+    (result,) = results["results"]
     assert result["name"] == "sgd-small"
     assert set(result["verdict"]["errors"]) == {"torch fused", "torch foreach"}
     assert max(result["verdict"]["errors"].values()) <= 1
     assert table.read_text().count("| sgd-small |") == 3
 
 
-def test_distance_is_in_tolerances() -> None:
+def test_distance_is_in_units_of_the_tolerance() -> None:
     a = [torch.tensor([1.0, 2.0])]
     b = [torch.tensor([1.0, 2.0 + 3 * (TOLERANCE.atol + TOLERANCE.rtol * 2)])]
     assert distance(a, b, TOLERANCE) == pytest.approx(3, rel=1e-2)

@@ -1,4 +1,4 @@
-"""`eigenfilter bench`: its tables, and one clear line with exit code 2 on bad input."""
+"""`eigenfilter bench`: its tables, and one clear line and exit code 2 on bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["--only", "no-such"], "no benchmark 'no-such' (see eigenfilter bench --list)"),
         (["--only", "sgd-small", "memory"], "--only does not go with memory"),
@@ -50,28 +50,28 @@ def test_patterns_select(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "cpu", "finite-differences"], "--device does not go with finite-differences"),
     ],
 )
-def test_bad_input(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *argv]) == 2
-    assert capsys.readouterr().err == f"eigenfilter bench: error: {says}\n"
+    assert capsys.readouterr().err == f"eigenfilter bench: error: {message}\n"
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["--repeat", "0"], "--repeat: must be a whole number from 1"),
         (["memory", "--elements", "7"], "--elements: must be a whole number from 8"),
         (["no-such"], "invalid choice: 'no-such'"),
     ],
 )
-def test_bad_arguments(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *argv])
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 
-def test_a_device_that_is_not_there(
+def test_missing_device(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -83,14 +83,16 @@ def test_a_device_that_is_not_there(
 def test_memory_writes_its_results(
     before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "measure_apart", lambda name, elements, device: elements / 2)
+    monkeypatch.setattr(
+        memory, "measure_in_new_process", lambda name, elements, device: elements / 2
+    )
     out = ["--out", str(tmp_path)]
     argv = [*out, "memory"] if before else ["memory", *out]
     assert main(["bench", *argv, "--elements", "24"]) == 0
     (data,), (table,) = tmp_path.glob("*-cpu-memory.json"), tmp_path.glob("*-cpu-memory.md")
-    found = json.loads(data.read_text())
-    assert found["memory"] == dict.fromkeys(memory.OPTIMIZERS, 12.0)
-    assert found["elements"] == 24
+    results = json.loads(data.read_text())
+    assert results["memory"] == dict.fromkeys(memory.OPTIMIZERS, 12.0)
+    assert results["elements"] == 24
     assert "| USAM | 12.0 |" in table.read_text().splitlines()
 
 
@@ -103,23 +105,23 @@ def test_finite_differences_write_their_results(
     monkeypatch.setattr(finite_differences, "TRAINING", 1)
     assert main(["bench", "finite-differences", "--out", str(tmp_path)]) == 0
     (data,) = tmp_path.glob("*-cpu-finite-differences.json")
-    found = json.loads(data.read_text())
-    best = {(m["point"], m["precision"]): min(m["errors"]) for m in found["finite_differences"]}
+    results = json.loads(data.read_text())
+    best = {(m["point"], m["precision"]): min(m["errors"]) for m in results["finite_differences"]}
     assert len(best) == 6
     assert best[("initial", "float64")] < 1e-4
     assert best[("initial", "float32")] < 1e-2
 
 
 def test_the_monitors_cost_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = dataclasses.replace(monitor.TASKS["tanh MLP"], every=(5, 10))
-    monkeypatch.setattr(monitor, "TASKS", {"tanh MLP": task})
+    config = dataclasses.replace(monitor.TRAININGS["tanh MLP"], every=(5, 10))
+    monkeypatch.setattr(monitor, "TRAININGS", {"tanh MLP": config})
     monkeypatch.setattr(monitor, "STEPS", 20)
     assert main(["bench", "monitor", "--repeat", "2", "--out", str(tmp_path)]) == 0
     (data,) = tmp_path.glob("*-cpu-monitor.json")
-    found = json.loads(data.read_text())["monitor"]
-    asked = [(every, tol) for every in (5, 10) for tol in monitor.TOLERANCES]
-    assert [(cost["every"], cost["tol"]) for cost in found] == asked
-    for cost in found:
+    costs = json.loads(data.read_text())["monitor"]
+    expected = [(every, tol) for every in (5, 10) for tol in monitor.TOLERANCES]
+    assert [(cost["every"], cost["tol"]) for cost in costs] == expected
+    for cost in costs:
         share = cost["share"]
         assert 0 < share["low"] <= share["median"] <= share["high"]
         assert cost["check_ms"] > 0

@@ -1,4 +1,4 @@
-"""Those who are timed take the same steps; where one would not, its row is red."""
+"""Contenders take the same steps, and the verification fails if one does not."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from benchmarks import training
-from benchmarks.contest import Setting
+from benchmarks.comparison import Setting
 from benchmarks.methods import LR, METHODS, MOMENTUM, RHO, Method
 from benchmarks.networks import NETWORKS
 from benchmarks.optimizers import step
 from benchmarks.peers import pytorch_optimizer_sam
-from benchmarks.shapes import Problem
+from benchmarks.shapes import TensorProblem
 from benchmarks.verify import verify
 from eigenfilter import USAM
 
 CPU = Setting(torch.device("cpu"), "native")
-PROBLEM = Problem([(7,), (3, 5), ()], CPU.device)
+PROBLEM = TensorProblem([(7,), (3, 5), ()], CPU.device)
 
 
-def off_by_a_tenth() -> Method:
-    """USAM beside peers whose rho is another."""
+def usam_with_larger_rho() -> Method:
+    """USAM with a rho that is not its peers'."""
 
     def make(params: list[torch.nn.Parameter], backend: str) -> USAM:
         return USAM(params, lr=LR, momentum=MOMENTUM, rho=1.1 * RHO, backend=backend)
@@ -32,14 +32,17 @@ def off_by_a_tenth() -> Method:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_all_take_the_same_steps(method: str) -> None:
+def test_all_contenders_take_the_same_steps(method: str) -> None:
     verdict = verify(step(METHODS[method], PROBLEM, CPU))
     assert len(verdict.errors) >= 2
-    assert not verdict.red
+    assert not verdict.failures
 
 
-def test_another_rho_is_red() -> None:
-    assert set(verify(step(off_by_a_tenth(), PROBLEM, CPU)).red) == {"common SAM", "foreach SAM"}
+def test_another_rho_fails() -> None:
+    assert set(verify(step(usam_with_larger_rho(), PROBLEM, CPU)).failures) == {
+        "common SAM",
+        "foreach SAM",
+    }
 
 
 @pytest.mark.skipif(
@@ -47,30 +50,30 @@ def test_another_rho_is_red() -> None:
 )
 @pytest.mark.parametrize("method", ["sam", "asam"])
 def test_pytorch_optimizer_takes_part(method: str) -> None:
-    contest = step(METHODS[method], PROBLEM, CPU)
-    assert "pytorch_optimizer" in verify(contest).errors
-    assert contest.absent == ()
+    comparison = step(METHODS[method], PROBLEM, CPU)
+    assert "pytorch_optimizer" in verify(comparison).errors
+    assert comparison.absent == ()
 
 
 @pytest.mark.parametrize("method", ["sam", "asam"])
-def test_a_missing_peer_says_so(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pytorch_optimizer_sam, "installed", lambda: False)
-    contest = step(METHODS[method], PROBLEM, CPU)
-    assert [peer.name for peer in contest.peers] == ["common SAM", "foreach SAM"]
-    (line,) = contest.absent
+def test_a_missing_peer_has_a_line(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytorch_optimizer_sam, "is_installed", lambda: False)
+    comparison = step(METHODS[method], PROBLEM, CPU)
+    assert [peer.name for peer in comparison.peers] == ["common SAM", "foreach SAM"]
+    (line,) = comparison.absent
     assert line == "pytorch_optimizer is not installed: pip install --group bench"
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_training_is_alike_and_another_rho_is_red(network: str) -> None:
+def test_training_steps_agree_and_another_rho_fails(network: str) -> None:
     tolerance = training.tolerance("usam", network)
     right = verify(training.train(METHODS["usam"], NETWORKS[network], CPU, tolerance))
-    assert not right.red
-    wrong = verify(training.train(off_by_a_tenth(), NETWORKS[network], CPU, tolerance))
-    assert set(wrong.red) == {"common SAM", "foreach SAM"}
+    assert not right.failures
+    wrong = verify(training.train(usam_with_larger_rho(), NETWORKS[network], CPU, tolerance))
+    assert set(wrong.failures) == {"common SAM", "foreach SAM"}
 
 
-def test_gradients_alone_are_as_many_as_the_method_needs() -> None:
+def test_the_reference_takes_as_many_gradients_as_the_method() -> None:
     calls = []
     network = NETWORKS["gpt"]
 
@@ -83,11 +86,11 @@ def test_gradients_alone_are_as_many_as_the_method_needs() -> None:
         return torch.randn(2, 4), torch.tensor([0, 2])
 
     network = dataclasses.replace(network, make=make, data=data)
-    contest = training.train(
+    comparison = training.train(
         METHODS["two-step-usam"], network, CPU, training.tolerance("two-step-usam", "gpt")
     )
-    (gradients,) = contest.yardsticks
-    for contender in (contest.library, gradients.contender):
+    (gradients,) = comparison.references
+    for contender in (comparison.library, gradients.contender):
         calls.clear()
         contender.repeat(1)
         assert len(calls) == 3

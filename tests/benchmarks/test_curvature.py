@@ -1,4 +1,4 @@
-"""`eigenfilter bench curvature`: right values before any time, and a word on whoever is missing."""
+"""`eigenfilter bench curvature`: values are checked before times, and absent ones are named."""
 
 from __future__ import annotations
 
@@ -14,35 +14,42 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.curvature import contest, datasets, report, run, tracking
-from benchmarks.curvature.datasets import Missing
+from benchmarks.curvature import (
+    library_solvers,
+    problem_data,
+    run,
+    solver_comparison,
+    tables,
+    tracking,
+)
 from benchmarks.curvature.peers.pyhessian import SOLVERS as PYHESSIAN
-from benchmarks.curvature.problems import Problem, Recipe, product
-from benchmarks.curvature.solver import Found, Solver, counted
+from benchmarks.curvature.problem_data import MissingRequirement
+from benchmarks.curvature.problems import HessianProblem, ProblemRecipe, product
+from benchmarks.curvature.solver import Solution, Solver, count_calls
 from eigenfilter.experiments.cli import main
 
-TINY = Recipe(
+TINY = ProblemRecipe(
     "MLP 64-8-10",
     lambda: nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10)),
-    datasets.digits,
+    problem_data.digits,
     40,
     steps=30,
     lr=0.1,
 )
 
 
-def slow(problem: Problem) -> Found:
-    """As ours, after a minute on all but the process's first, small problem."""
+def slow(problem: HessianProblem) -> Solution:
+    """Solve like the library, but only after a minute if the problem is TINY."""
     while len(problem.batches[0][0]) == TINY.samples and time.process_time() < 60:
         pass
-    return contest.ours.solve(problem)
+    return library_solvers.solve(problem)
 
 
-def tiny(batch: int | None) -> Problem:
+def tiny(batch: int | None) -> HessianProblem:
     return dataclasses.replace(TINY, batch=batch).build(Path())
 
 
-def hessian(problem: Problem) -> torch.Tensor:
+def hessian(problem: HessianProblem) -> torch.Tensor:
     """The Hessian in float64, entry by entry."""
     double = problem.double()
     x, y = (torch.cat(part) for part in zip(*double.batches, strict=True))
@@ -59,53 +66,53 @@ def hessian(problem: Problem) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch", [None, 16], ids=["batch", "uneven loader"])
-def test_reference_and_products_are_of_the_hessian(batch: int | None) -> None:
+def test_exact_values_and_products_are_of_the_hessian(batch: int | None) -> None:
     problem = tiny(batch)
     dense = hessian(problem)
-    values, gap = contest.reference(problem)
+    values, gap = solver_comparison.exact_values(problem)
     exact = torch.linalg.eigvalsh(dense).flip(0)[: len(values)]
     assert torch.allclose(values, exact, rtol=1e-8)
     assert gap < 1e-8
-    found = product(problem, problem.gradients(), keep=False)
+    row_sums = product(problem, problem.gradients(), keep_graph=False)
     assert torch.allclose(
-        torch.cat([h.flatten() for h in found]).double(), dense.sum(1), rtol=1e-3, atol=1e-4
+        torch.cat([h.flatten() for h in row_sums]).double(), dense.sum(1), rtol=1e-3, atol=1e-4
     )
 
 
 @pytest.mark.parametrize("batch", [None, 20], ids=["batch", "loader"])
-@pytest.mark.parametrize("solver", contest.SOLVERS, ids=lambda s: s.name)
-def test_every_contender_finds_the_largest(solver: Solver, batch: int | None) -> None:
+@pytest.mark.parametrize("solver", solver_comparison.SOLVERS, ids=lambda s: s.name)
+def test_every_contender_finds_the_largest_eigenvalue(solver: Solver, batch: int | None) -> None:
     try:
-        solver.check()
-    except Missing as missing:
+        solver.check_installed()
+    except MissingRequirement as missing:
         pytest.skip(str(missing))
     problem = tiny(batch)
-    exact, _ = contest.reference(problem)
+    exact, _ = solver_comparison.exact_values(problem)
     *_, solve = solver.settings.values()
-    found = solve(problem)
-    assert float(found.values.max()) == pytest.approx(float(exact[0]), rel=2e-2)
-    assert found.products >= len(exact)
+    solution = solve(problem)
+    assert float(solution.values.max()) == pytest.approx(float(exact[0]), rel=2e-2)
+    assert solution.products >= len(exact)
     assert all(p.grad is None for p in problem.params)
 
 
-def test_a_run_writes_its_results_and_the_page_has_them(
+def test_a_run_writes_its_results_and_the_page_shows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (run, report):
+    for module in (run, tables):
         monkeypatch.setattr(module, "RECIPES", {"tiny": TINY})
-    monkeypatch.setattr(tracking, "TRACKED", "tiny")
-    monkeypatch.setattr(report, "TRACKED", "tiny")
+    for module in (tracking, tables):
+        monkeypatch.setattr(module, "PROBLEM", "tiny")
     monkeypatch.setattr(tracking, "CHECKS", 3)
     monkeypatch.setitem(sys.modules, "pyhessian", None)
-    mine = (contest.ours.OURS, contest.ours.ALONE, contest.ours.SCIPY)
-    monkeypatch.setattr(contest, "SOLVERS", (*mine, *PYHESSIAN))
+    solvers = (library_solvers.DEFAULTS, library_solvers.WITHOUT_CHECK, library_solvers.SCIPY)
+    monkeypatch.setattr(solver_comparison, "SOLVERS", (*solvers, *PYHESSIAN))
     threads = torch.get_num_threads()
     assert main(["bench", "--repeat", "1", "curvature", "--out", str(tmp_path)]) == 0
     assert torch.get_num_threads() == threads
     (file,) = tmp_path.glob("*-cpu-curvature.json")
-    found = json.loads(file.read_text())
-    assert found["environment"]["threads"] == 1
-    (row,) = found["curvature"]
+    results = json.loads(file.read_text())
+    assert results["environment"]["threads"] == 1
+    (row,) = results["curvature"]
     assert row["name"] == "tiny"
     assert row["parameters"] == 610
     assert row["absent"] == [
@@ -115,10 +122,11 @@ def test_a_run_writes_its_results_and_the_page_has_them(
     entries = {entry["solver"]: entry for entry in row["entries"]}
     assert entries["eigenfilter"]["reached"]
     assert entries["eigenfilter"]["ratios"]["eigenfilter"]["median"] == 1
-    assert entries["eigenfilter"]["products"] > entries["eigenfilter, no copies"]["products"]
+    without_check = entries[library_solvers.WITHOUT_CHECK.name]
+    assert entries["eigenfilter"]["products"] > without_check["products"]
     assert all(0 < entry["memory"] < 100e6 for entry in entries.values())
-    assert [track["way"] for track in found["tracking"]] == list(tracking.WAYS)
-    assert all(track["error"] < tracking.TOL for track in found["tracking"])
+    assert [track["way"] for track in results["tracking"]] == list(tracking.WAYS)
+    assert all(track["error"] < tracking.TOL for track in results["tracking"])
     assert main(["bench", "page", str(file), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "benchmarks.md").read_text()
     assert "### tiny: MLP 64-8-10" in page
@@ -129,22 +137,22 @@ def test_a_run_writes_its_results_and_the_page_has_them(
 def test_missing_data_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--only", "mlp-mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path)]
     assert main(["bench", "curvature", *argv]) == 0
-    says = f"mlp-mnist: train-images-idx3-ubyte is not in {tmp_path / 'MNIST' / 'raw'}"
-    assert says in capsys.readouterr().out
+    message = f"mlp-mnist: train-images-idx3-ubyte is not in {tmp_path / 'MNIST' / 'raw'}"
+    assert message in capsys.readouterr().out
     (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["absent"][0].startswith(says)
+    assert json.loads(file.read_text())["absent"][0].startswith(message)
 
 
 def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "curvature", "--only", "no-such"]) == 2
-    assert "no problem 'no-such'; there are mlp-digits, " in capsys.readouterr().err
+    assert "no problem 'no-such': choose from mlp-digits, " in capsys.readouterr().err
 
 
 def test_files_are_read(tmp_path: Path) -> None:
     cifar = tmp_path / "cifar-10-batches-bin"
     cifar.mkdir()
     pixels = np.arange(2 * 784).astype(np.uint8)
-    for name, read in (("MNIST", datasets.mnist), ("FashionMNIST", datasets.fashion)):
+    for name, read in (("MNIST", problem_data.mnist), ("FashionMNIST", problem_data.fashion)):
         raw = tmp_path / name / "raw"
         raw.mkdir(parents=True)
         (raw / "train-images-idx3-ubyte").write_bytes(bytes(16) + pixels.tobytes())
@@ -155,20 +163,23 @@ def test_files_are_read(tmp_path: Path) -> None:
         assert images[0, :256].diff().std() < 1e-5
     records = np.arange(2 * 3073).astype(np.uint8).reshape(2, 3073)
     (cifar / "data_batch_1.bin").write_bytes(records.tobytes())
-    images, labels = datasets.cifar10(2, tmp_path)
+    images, labels = problem_data.cifar10(2, tmp_path)
     assert images.shape == (2, 3, 32, 32)
     assert labels.tolist() == [0, 1]
     assert images.std() == pytest.approx(1.0)
 
 
-def test_text_is_followed_by_what_follows() -> None:
-    x, y = datasets.text(3, Path())
+def test_text_labels_are_the_next_characters() -> None:
+    x, y = problem_data.text(3, Path())
     assert torch.equal(x[:, 1:], y[:, :-1])
 
 
 def test_a_ratio_counts_only_where_the_accuracy_was_reached() -> None:
     spread = {"low": 3.9, "median": 4.0, "high": 4.1}
-    ratios = {contest.ours.OURS.name: spread, contest.ours.ALONE.name: {**spread, "median": 6.0}}
+    ratios = {
+        library_solvers.DEFAULTS.name: spread,
+        library_solvers.WITHOUT_CHECK.name: {**spread, "median": 6.0},
+    }
     entry = {
         "solver": "peer",
         "setting": "defaults",
@@ -194,13 +205,13 @@ def test_a_ratio_counts_only_where_the_accuracy_was_reached() -> None:
     }
 
     def line(**changes: object) -> str:
-        table = report.table({**row, "entries": [{**entry, **changes}]})
+        table = tables.table({**row, "entries": [{**entry, **changes}]})
         return next(line for line in table if line.startswith("| peer |"))
 
     assert "| (4.00 [3.90, 4.10]) |" in line()
     assert line().endswith("| 5 not judged |")
     assert line(reached=True).endswith(
-        "| 4.00 [3.90, 4.10] | 6.00 [3.90, 4.10] | 5 met without copies |"
+        "| 4.00 [3.90, 4.10] | 6.00 [3.90, 4.10] | 5 met without the check |"
     )
     assert line(reached=True, goal=4.0).endswith("| 4 met |")
     assert line(reached=True, goal=7.0).endswith("| 7 missed |")
@@ -210,45 +221,46 @@ def test_a_ratio_counts_only_where_the_accuracy_was_reached() -> None:
     assert line(**stopped).endswith(f"{end} 5 not judged |")
 
 
-def test_whoever_takes_too_long_on_a_large_problem_is_stopped(
+def test_a_slow_contender_on_a_large_problem_is_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # there it finds `slow`
-    ours = contest.ours
-    peer = Solver("peer", {"loose": ours.solve, "tight": slow}, goal=2.0)
-    monkeypatch.setattr(contest, "SOLVERS", (ours.OURS, ours.ALONE, peer))
-    monkeypatch.setattr(contest, "ACCURACY", -1.0)  # nobody is accurate enough
-    monkeypatch.setattr(contest, "LIMIT", 100)  # as long as ours, even on a busy machine
-    row = contest.measure("tiny", dataclasses.replace(TINY, large=True), Path(), 3)
-    mine, alone, last = row.entries
+    peer = Solver("peer", {"loose": library_solvers.solve, "tight": slow}, goal=2.0)
+    solvers = (library_solvers.DEFAULTS, library_solvers.WITHOUT_CHECK, peer)
+    monkeypatch.setattr(solver_comparison, "SOLVERS", solvers)
+    monkeypatch.setattr(solver_comparison, "ACCURACY", -1.0)  # no contender is accurate enough
+    monkeypatch.setattr(solver_comparison, "LIMIT", 100)  # enough for ours on a busy machine
+    row = solver_comparison.measure("tiny", dataclasses.replace(TINY, large=True), Path(), 3)
+    defaults, without_check, last = row.entries
     assert (row.rounds, row.gap) == (1, None)
-    assert mine.products is not None
-    assert mine.memory is not None
-    assert 0 < mine.memory < 100e6
+    assert defaults.products is not None
+    assert defaults.memory is not None
+    assert 0 < defaults.memory < 100e6
     assert (last.setting, last.stopped, last.products, last.memory) == ("tight", True, None, None)
-    assert last.ratios[alone.solver].median == pytest.approx(contest.LIMIT)
+    assert last.ratios[without_check.solver].median == pytest.approx(solver_comparison.LIMIT)
 
 
-def test_large_problems_want_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_problems_run_only_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = dataclasses.replace(TINY, large=True)
-    for module in (run, report):
+    for module in (run, tables):
         monkeypatch.setattr(module, "RECIPES", {"tiny": TINY, "huge": large})
     assert run.select([]) == ["tiny", run.TRACKING]
     assert run.select(["h*", "tiny"]) == ["tiny", "huge"]
 
-    monkeypatch.setattr(contest, "SOLVERS", (contest.ours.OURS, contest.ours.ALONE))
+    solvers = (library_solvers.DEFAULTS, library_solvers.WITHOUT_CHECK)
+    monkeypatch.setattr(solver_comparison, "SOLVERS", solvers)
     assert main(["bench", "curvature", "--only", "huge", "--out", str(tmp_path)]) == 0
     [file] = tmp_path.glob("*-cpu-curvature-large.json")
     assert main(["bench", "page", str(file), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "benchmarks.md").read_text()
     assert "## Curvature of large networks: cpu" in page
-    assert report.LEGEND not in page
+    assert tables.LEGEND not in page
     assert "### huge: MLP 64-8-10" in page
 
 
-def test_calls_are_counted_while_they_are_wanted() -> None:
+def test_calls_are_counted_within_the_context() -> None:
     owner = SimpleNamespace(double=lambda x: 2 * x)
-    with counted(owner, "double") as calls:
+    with count_calls(owner, "double") as calls:
         assert owner.double(3) == 6
     assert owner.double(4) == 8
     assert calls == [1]

@@ -1,4 +1,4 @@
-"""The GPU gate's own logic: which stages run, and what becomes of one that fails."""
+"""The GPU gate's own logic: which stages run, and what happens if one fails."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from eigenfilter.experiments import cli
 
 @pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Results and installation of a test's own, and a machine that is quickly described."""
+    """Folders of the test's own for results and installation, and a fixed machine."""
     monkeypatch.setattr(gpu_stages, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu_stages, "OWN", tmp_path / "gpu-gate")
+    monkeypatch.setattr(gpu_stages, "GATE_RESULTS", tmp_path / "gpu-gate")
     monkeypatch.setattr(gpu_stages, "SITE", tmp_path / "site")
     monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "a GPU"})
     monkeypatch.delenv("OUT", raising=False)
@@ -40,43 +40,43 @@ def stage(name: str, *codes: str, seconds: int = 60, **options: object) -> Stage
     return Stage(name, f"what {name} does", seconds, lambda: commands, False, **options)
 
 
-def counting(name: str, file: Path, *, then: str = "pass", **options: object) -> Stage:
-    """A stage that leaves a letter in a file each time it is run."""
+def appending(name: str, file: Path, *, then: str = "pass", **options: object) -> Stage:
+    """A stage that appends its name to a file each time it runs."""
     return stage(name, f"open({str(file)!r}, 'a').write({name!r}); {then}", **options)
 
 
 def result(folders: Path, name: str) -> dict:
-    found: dict = json.loads((folders / "gpu-gate" / f"{name}.json").read_text())
-    return found
+    data: dict = json.loads((folders / "gpu-gate" / f"{name}.json").read_text())
+    return data
 
 
 def test_stages_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["build", "smoke", "tests", "bench", "sanitize", "profile", "tune"]
-    with pytest.raises(SystemExit) as ended:
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["build", "smoke", "tests", "bench", "sanitize", "profile", "tune"]
+    with pytest.raises(SystemExit) as exit_info:
         main(["--help"])
-    assert ended.value.code == 0
-    with pytest.raises(SystemExit) as ended:
+    assert exit_info.value.code == 0
+    with pytest.raises(SystemExit) as exit_info:
         main(["smok"])
-    assert ended.value.code == 2
-    assert "no stage 'smok': choose of build, smoke" in capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert "no stage 'smok': choose from build, smoke" in capsys.readouterr().err
 
 
-def test_every_stage_fits_a_call() -> None:
+def test_every_stage_takes_less_than_ten_minutes() -> None:
     assert all(stage.seconds + gpu_gate.GRACE < 600 for stage in gpu_stages.STAGES)
 
 
-@pytest.mark.parametrize(("asked", "ran"), [([], "abc"), (["c", "a"], "ac"), (["b"], "b")])
+@pytest.mark.parametrize(("names", "expected"), [([], "abc"), (["c", "a"], "ac"), (["b"], "b")])
 def test_stages_are_chosen_by_name_and_keep_their_order(
-    tmp_path: Path, asked: list[str], ran: str
+    tmp_path: Path, names: list[str], expected: str
 ) -> None:
-    stages = [counting(name, tmp_path / "ran") for name in "abc"]
-    assert main(asked, stages) == 0
-    assert (tmp_path / "ran").read_text() == ran
+    stages = [appending(name, tmp_path / "ran") for name in "abc"]
+    assert main(names, stages) == 0
+    assert (tmp_path / "ran").read_text() == expected
 
 
-def test_a_stage_that_fails_does_not_keep_the_next_from_running(
+def test_the_next_stage_runs_after_a_failure(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = [
@@ -102,16 +102,16 @@ def test_a_stage_that_fails_does_not_keep_the_next_from_running(
     ]
 
 
-def test_what_has_passed_is_not_run_again_unless_asked(
+def test_stages_that_passed_run_again_only_with_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran, there = tmp_path / "ran", tmp_path / "made"
+    ran, output = tmp_path / "ran", tmp_path / "output"
     stages = [
-        counting("a", ran),
-        counting("b", ran, then="raise SystemExit(1)"),
-        counting("c", ran, is_there=there.exists),
+        appending("a", ran),
+        appending("b", ran, then="raise SystemExit(1)"),
+        appending("c", ran, has_outputs=output.exists),
     ]
-    there.touch()
+    output.touch()
 
     def runs(*arguments: str) -> str:
         ran.write_text("")
@@ -119,11 +119,11 @@ def test_what_has_passed_is_not_run_again_unless_asked(
         return ran.read_text()
 
     assert runs() == "abc"
-    assert runs() == "b"  # which failed
+    assert runs() == "b"  # it failed
     assert runs("--again", "a") == "a"
-    there.unlink()
-    assert runs() == "bc"  # what it made is gone
-    there.touch()
+    output.unlink()
+    assert runs() == "bc"  # c's output is gone
+    output.touch()
     monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "another GPU"})
     assert runs("a") == "a"
     monkeypatch.setattr(gpu_gate, "fingerprint", lambda: "other sources")
@@ -131,7 +131,9 @@ def test_what_has_passed_is_not_run_again_unless_asked(
     assert runs("a") == ""
 
 
-def test_a_fingerprint_is_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_depends_on_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
     kernel = tmp_path / "csrc" / "cuda" / "a.cu"
@@ -143,21 +145,21 @@ def test_a_fingerprint_is_of_the_sources(tmp_path: Path, monkeypatch: pytest.Mon
     assert gpu_gate.fingerprint() != before
 
 
-def test_a_stage_is_stopped_and_may_write_down_what_it_has(folders: Path) -> None:
+def test_a_stopped_stage_may_write_its_results(folders: Path) -> None:
     code = (
         "import time\nprint('began', flush=True)\n"
-        "try: time.sleep(60)\nexcept KeyboardInterrupt: print('wrote down')"
+        "try: time.sleep(60)\nexcept KeyboardInterrupt: print('wrote results')"
     )
     assert main([], [stage("slow", code, seconds=2), stage("next", "pass")]) == 1
     assert result(folders, "slow")["commands"][0]["exit"] == 124
     assert result(folders, "slow")["seconds"] < 30
     log = (folders / "gpu-gate" / "slow.log").read_text()
-    assert "wrote down" in log
+    assert "wrote results" in log
     assert "stopped after 2 s" in log
     assert result(folders, "next")["status"] == "passed"
 
 
-def test_a_program_that_does_not_stop_is_killed(
+def test_a_program_that_ignores_the_interrupt_is_killed(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_gate, "GRACE", 1)
@@ -168,10 +170,10 @@ def test_a_program_that_does_not_stop_is_killed(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_gate_that_is_told_to_end_delivers_what_there_is(
+def test_an_interrupted_gate_delivers_its_results(
     folders: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """What is interrupted may write, as a benchmark does; nothing else is begun."""
+    """The interrupted program may write its results, as a benchmark does; no other one starts."""
     measures = f"""
 import time
 try:
@@ -186,7 +188,7 @@ from unittest import mock
 sys.path.insert(0, {str(gpu_stages.ROOT)!r})
 from benchmarks import gpu_stages
 gpu_stages.RESULTS = pathlib.Path({str(folders)!r})
-gpu_stages.OWN = gpu_stages.RESULTS / "gpu-gate"
+gpu_stages.GATE_RESULTS = gpu_stages.RESULTS / "gpu-gate"
 commands = [gpu_stages.Command([sys.executable, "-c", {measures!r}]) for _ in range(2)]
 gpu_stages.STAGES = tuple(
     gpu_stages.Stage(name, "", 50, lambda: commands, False) for name in ("first", "second")
@@ -198,17 +200,17 @@ runpy.run_module("benchmarks.gpu_gate", run_name="__main__")
         [sys.executable, "-c", gate],
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # which a shell would not let ignore SIGINT
+        start_new_session=True,  # in a shell's background group it would ignore SIGINT
     )
     assert process.stdout is not None
-    said = []
+    lines = []
     with process.stdout:
         for line in process.stdout:
-            said.append(line.rstrip())
-            if said[-1] == "measures":
+            lines.append(line.rstrip())
+            if lines[-1] == "measures":
                 process.send_signal(number)
     assert process.wait() == 1
-    assert said[-1] == "first      interrupted"
+    assert lines[-1] == "first      interrupted"
     assert result(folders, "first")["status"] == "interrupted"
     assert [c["exit"] for c in result(folders, "first")["commands"]] == [gpu_gate.INTERRUPTED]
     with tarfile.open(tmp_path / "out" / "gpu-gate.tar.gz") as archive:
@@ -216,7 +218,7 @@ runpy.run_module("benchmarks.gpu_gate", run_name="__main__")
     assert names == {"gpu-gate", "gpu-gate/first.json", "gpu-gate/first.log", "2026-cuda.json"}
 
 
-def test_the_interrupt_reaches_what_a_tool_runs(folders: Path, tmp_path: Path) -> None:
+def test_the_interrupt_reaches_the_programs_that_a_tool_runs(folders: Path, tmp_path: Path) -> None:
     inner = f"""
 import time
 try:
@@ -227,7 +229,7 @@ except KeyboardInterrupt:
 """
     tool = f"""
 import signal, subprocess, sys
-signal.signal(signal.SIGINT, lambda *_: None)  # as a tool that does not pass it on
+signal.signal(signal.SIGINT, lambda *_: None)  # like a tool that does not forward it
 subprocess.run([sys.executable, "-c", {inner!r}])
 """
     assert main([], [stage("profile", tool, seconds=3)]) == 1
@@ -236,22 +238,22 @@ subprocess.run([sys.executable, "-c", {inner!r}])
 
 
 def test_the_gate_needs_nothing_but_the_standard_library() -> None:
-    """As it is run by a python that has neither torch nor eigenfilter: -S leaves out both."""
-    done = subprocess.run(
+    """A python without torch and eigenfilter runs it: -S hides both."""
+    process = subprocess.run(
         [sys.executable, "-S", "-m", "benchmarks.gpu_gate", "--list"],
         cwd=gpu_stages.ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("build ")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("build ")
     file = gpu_stages.ROOT / "benchmarks" / "gpu_gate.py"
-    done = subprocess.run([sys.executable, "-S", file], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "python3 -m benchmarks.gpu_gate" in done.stderr
+    process = subprocess.run([sys.executable, "-S", file], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert "python3 -m benchmarks.gpu_gate" in process.stderr
 
 
-def test_the_kernels_that_tools_are_shown_are_all_of_ours() -> None:
+def test_the_tools_check_all_of_our_kernels() -> None:
     sources = gpu_stages.ROOT / "csrc" / "cuda"
     text = "".join(path.read_text() for path in sources.iterdir())
     native = re.findall(r"__global__ void[^{]*?\b(\w+)_kernel\(", text)
@@ -262,26 +264,24 @@ def test_the_kernels_that_tools_are_shown_are_all_of_ours() -> None:
     assert sorted(triton) == sorted(gpu_stages.TRITON)
 
 
-def test_what_does_not_fit_the_time_is_left_out(
+def test_stages_beyond_the_time_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = [
-        counting("a", tmp_path / "ran", then="import time; time.sleep(1)"),
+        appending("a", tmp_path / "ran", then="import time; time.sleep(1)"),
         stage("b", "pass"),
     ]
     assert main(["--within", "0.5"], stages) == 1
-    assert "b          left out for want of time" in capsys.readouterr().out
+    assert "b          left out for lack of time" in capsys.readouterr().out
     assert main([], stages) == 0
 
 
 @pytest.mark.parametrize("refusal", gpu_stages.REFUSALS)
-def test_a_tool_that_the_machine_lacks_or_refuses_is_no_failure(
-    folders: Path, refusal: str
-) -> None:
+def test_a_missing_or_refused_tool_is_no_failure(folders: Path, refusal: str) -> None:
     refused = f"print('Error: {refusal}'); raise SystemExit(3)"
     stages = [
-        Stage("none", "", 9, lambda: "the tool is not on this machine", False, by_tool=True),
-        stage("refused", refused, by_tool=True),
+        Stage("none", "", 9, lambda: "the tool is not on this machine", False, uses_tool=True),
+        stage("refused", refused, uses_tool=True),
     ]
     assert main([], stages) == 0
     assert result(folders, "none")["status"] == "unavailable"
@@ -297,8 +297,8 @@ def test_results_are_delivered_as_one_archive(
     out.mkdir()
     monkeypatch.setenv("OUT", str(out))
     (folders / "2020-cuda.json").write_text("old")
-    written = folders / "2026-cuda.json"
-    bench = stage("bench", f"open({str(written)!r}, 'w').write('new')")
+    new_result = folders / "2026-cuda.json"
+    bench = stage("bench", f"open({str(new_result)!r}, 'w').write('new')")
     os.utime(folders / "2020-cuda.json", (0, 0))
     assert main([], [bench]) == 0
     with tarfile.open(out / "gpu-gate.tar.gz") as archive:
@@ -306,24 +306,24 @@ def test_results_are_delivered_as_one_archive(
     assert names == {"gpu-gate", "gpu-gate/bench.json", "gpu-gate/bench.log", "2026-cuda.json"}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_without_a_gpu_a_stage_ends_with_its_check(folders: Path) -> None:
-    needing = Stage("needing", "", 120, lambda: [python("print('went on')")])
-    assert main([], [needing]) == 1
-    assert len(result(folders, "needing")["commands"]) == 1
-    log = (folders / "gpu-gate" / "needing.log").read_text()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_a_stage_ends_after_its_check(folders: Path) -> None:
+    gpu_stage = Stage("gpu_stage", "", 120, lambda: [python("print('went on')")])
+    assert main([], [gpu_stage]) == 1
+    assert len(result(folders, "gpu_stage")["commands"]) == 1
+    log = (folders / "gpu-gate" / "gpu_stage.log").read_text()
     assert "torch sees no CUDA device" in log
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("name", ["smoke", "bench", "sanitize", "profile", "tune"])
-def test_what_the_stages_ask_of_the_command_line_is_understood(
+def test_the_command_line_accepts_the_commands_of_the_stages(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All but the GPU: the benchmarks that are named exist, and options are as they are given."""
+    """Only the GPU is missing: the options are right, and the benchmarks exist."""
     monkeypatch.setattr(gpu_stages, "tool", lambda name: f"/opt/{name}")
-    [chosen] = [stage for stage in gpu_stages.STAGES if stage.name == name]
-    commands = chosen.commands()
+    [gpu_stage] = [stage for stage in gpu_stages.STAGES if stage.name == name]
+    commands = gpu_stage.commands()
     assert commands
     for command in commands:
         assert not isinstance(command, str)
@@ -365,19 +365,19 @@ def test_the_build_is_for_one_chip_and_uses_all_cores(
 
 
 @pytest.mark.parametrize("plugins", [set(), {"xdist", "pytest_timeout", "pytest_benchmark"}])
-def test_the_tests_say_what_they_do_without(
+def test_the_stage_reports_missing_plugins(
     plugins: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_stages, "has", plugins.__contains__)
     [command] = gpu_stages.tests()
     words = " ".join(command.argv)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert "--junitxml=" in words
     assert "-x" not in command.argv
     if plugins:
         assert "-n 8 --timeout=120 -p no:benchmark" in words
-        assert not said
+        assert not output
     else:
         assert "faulthandler_timeout=120" in words
-        assert "pytest-xdist is not installed: the tests run in one process" in said
-        assert "pytest-timeout is not installed" in said
+        assert "pytest-xdist is not installed: the tests run in one process" in output
+        assert "pytest-timeout is not installed" in output

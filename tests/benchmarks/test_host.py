@@ -1,4 +1,4 @@
-"""`eigenfilter bench host`: its table, and that nothing runs while it measures."""
+"""`eigenfilter bench host`: its table, and that no kernel runs while it measures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import host, native_stub
-from benchmarks.environment import own_process
+from benchmarks.environment import subprocess_environment
 from eigenfilter.experiments.cli import main
 
 CALLS = {"perturb", "sgd_step", "adamw_step", "norm", "SGD.step", "AdamW.step"}
@@ -24,7 +24,7 @@ needs_extension = pytest.mark.skipif(
 )
 
 
-def written(folder: Path) -> list[dict]:
+def read_costs(folder: Path) -> list[dict]:
     (file,) = folder.glob("*-cpu-host.json")
     costs: list[dict] = json.loads(file.read_text())["host"]
     return costs
@@ -41,7 +41,7 @@ def test_every_call_is_measured(
     after = torch._foreach_add_, torch._fused_sgd_, torch.stack, torch.linalg.vector_norm
     assert after == before
     assert "| `SGD.step` | 3 | torch foreach |" in capsys.readouterr().out
-    costs = written(out)
+    costs = read_costs(out)
     ways = {(c["call"], c["by"]) for c in costs}
     assert {call for call, by in ways if by == "triton"} == CALLS
     assert {call for call, by in ways if by == "torch foreach"} == {
@@ -65,7 +65,7 @@ def test_native_launches_are_counted_and_run_nothing(tmp_path: Path) -> None:
     assert main([*command, "--extension", str(EXTENSION)]) == 0
     launches = {
         (c["call"], c["tensors"]): (c["launches"], c["argument_bytes"])
-        for c in written(tmp_path)
+        for c in read_costs(tmp_path)
         if c["by"] == "native"
     }
     assert {call for call, _ in launches} == CALLS
@@ -81,7 +81,7 @@ def test_native_launches_are_counted_and_run_nothing(tmp_path: Path) -> None:
 
 @needs_extension
 def test_no_kernel_runs() -> None:
-    """Its launches are counted, and the tensors stay as they are."""
+    """The launches are counted, and the tensors do not change."""
     code = f"""
 import runpy
 runpy.run_path({native_stub.__file__!r})["load"]({str(EXTENSION)!r})
@@ -95,8 +95,8 @@ kernels.perturb(x, g, b, 0.5)
 assert native_stub.counts()[0] == before[0] + 1
 assert all((t == 2).all() for t in x + b)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env=own_process())
+    subprocess.run([sys.executable, "-c", code], check=True, env=subprocess_environment())
 
 
-def test_the_installed_extension_is_not_taken_for_it() -> None:
+def test_the_installed_extension_is_not_the_stub() -> None:
     assert not native_stub.is_loaded()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks.memory import measure_apart
+from benchmarks.memory import measure_in_new_process
 
 MOST = {
     "SGD": 12,
@@ -24,5 +24,5 @@ MOST = {
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' high-water mark")
 @pytest.mark.parametrize("name", MOST)
 def test_peak_bytes_a_parameter(name: str) -> None:
-    found = measure_apart(name, 1 << 24)
-    assert MOST[name] - 0.5 < found < MOST[name] + 0.5
+    peak = measure_in_new_process(name, 1 << 24)
+    assert MOST[name] - 0.5 < peak < MOST[name] + 0.5

@@ -1,4 +1,4 @@
-"""Memory of eigsh is what is foretold; measured as `eigenfilter bench scale` does."""
+"""The memory of eigsh is as predicted, measured as `eigenfilter bench scale` does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks import scale
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' high-water mark")
 def test_memory() -> None:
-    row = scale.measure_apart(3_000_000)
-    assert row["memory"] == pytest.approx(row["foretold"], rel=0.05)
+    row = scale.measure_in_new_process(3_000_000)
+    assert row["memory"] == pytest.approx(row["predicted_memory"], rel=0.05)
     assert row["traffic"] > row["memory"]
     assert scale.line(row).count("|") == len(scale.COLUMNS) + 1

@@ -1,1 +1,1 @@
-"""Who else finds eigenvalues of a Hessian. Each module has its SOLVERS."""
+"""Other packages that compute eigenvalues of a Hessian; each module has its SOLVERS."""

@@ -1,4 +1,4 @@
-"""ARPACK over the operators of the package curvlinops-for-pytorch."""
+"""ARPACK over the operators of the package curvlinops-for-pytorch (imported as curvlinops)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.curvature.problems import Problem
-from benchmarks.curvature.solver import Found, Solver, arpack
+from benchmarks.curvature.problems import HessianProblem
+from benchmarks.curvature.solver import Solution, Solver, arpack
 
 
-def solve(problem: Problem, dtype: Any = None, **options: Any) -> Found:
-    """SciPy's eigsh over a new operator, whose vectors are of float64 unless told otherwise."""
+def solve(problem: HessianProblem, dtype: Any = None, **options: Any) -> Solution:
+    """Run SciPy's `eigsh` over a new operator.
+
+    Args:
+        problem: the problem.
+        dtype: dtype of the vectors; None for the operator's default, float64.
+        options: options of SciPy's `eigsh`.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
         from curvlinops import HessianLinearOperator

@@ -1,22 +1,22 @@
-"""Lanczos with a given number of steps, of the package hessian-eigenthings."""
+"""Lanczos with a fixed number of steps, from the package hessian-eigenthings."""
 
 from __future__ import annotations
 
 import functools
 
-from benchmarks.curvature.problems import Problem
-from benchmarks.curvature.solver import Found, K, Solver
+from benchmarks.curvature.problems import HessianProblem
+from benchmarks.curvature.solver import K, Solution, Solver
 
 STEPS = range(20, 64, 4)
 
 
-def solve(problem: Problem, steps: int | None = None) -> Found:
-    """`lanczos` over a new operator, orthogonal against all earlier vectors."""
+def solve(problem: HessianProblem, steps: int | None = None) -> Solution:
+    """Run `lanczos` over a new operator, with full reorthogonalization."""
     from hessian_eigenthings import HessianOperator, lanczos, supervised_loss
 
     op = HessianOperator(problem.model, problem.batches, supervised_loss(problem.loss_fn))
-    found = lanczos(op, k=K, max_iter=steps, which="LA", seed=0, reorthogonalize=True)
-    return Found(found.eigenvalues, found.iterations)
+    result = lanczos(op, k=K, max_iter=steps, which="LA", seed=0, reorthogonalize=True)
+    return Solution(result.eigenvalues, result.iterations)
 
 
 SOLVERS = (

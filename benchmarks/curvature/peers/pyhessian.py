@@ -1,4 +1,4 @@
-"""The power iteration with deflation of the package PyHessian."""
+"""Power iteration with deflation, from the package PyHessian."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 
 import torch
 
-from benchmarks.curvature.problems import Problem
-from benchmarks.curvature.solver import Found, K, Solver, counted
+from benchmarks.curvature.problems import HessianProblem
+from benchmarks.curvature.solver import K, Solution, Solver, count_calls
 
 TIGHTER = (1e-5, 1e-6, 1e-7)
 
 
-def solve(problem: Problem, **options: Any) -> Found:
-    """`eigenvalues` of a new `hessian`, which keeps the graph of a single batch."""
+def solve(problem: HessianProblem, **options: Any) -> Solution:
+    """Run `eigenvalues` of a new `hessian`, which caches the graph of a single batch."""
     module = importlib.import_module("pyhessian.hessian")
     single = isinstance(problem.data, tuple)
-    given = {"data" if single else "dataloader": problem.data}
+    data = {"data" if single else "dataloader": problem.data}
     owner, name = (
         (module, "hessian_vector_product") if single else (module.hessian, "dataloader_hv_product")
     )
     with (
         torch.random.fork_rng(devices=[]),
         warnings.catch_warnings(),
-        counted(owner, name) as products,
+        count_calls(owner, name) as products,
     ):
         torch.manual_seed(0)
         warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
-        hessian = module.hessian(problem.model, problem.loss_fn, **given, cuda=False)
+        hessian = module.hessian(problem.model, problem.loss_fn, **data, cuda=False)
         values, _ = hessian.eigenvalues(top_n=K, **options)
     problem.model.zero_grad()
-    return Found(torch.tensor(values), products[0])
+    return Solution(torch.tensor(values), products[0])
 
 
 SOLVERS = (

@@ -1,4 +1,4 @@
-"""Real data, read from files as their authors publish them, unpacked."""
+"""Real data, read from unpacked files in their authors' formats."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from benchmarks.networks import LENGTH
 from eigenfilter.experiments import full_batch_data
 
 FOLDER = Path(os.environ.get("EIGENFILTER_DATA", Path.home() / ".cache" / "eigenfilter" / "data"))
-CIFAR = 3072  # bytes an image, after one of its label
+CIFAR_BYTES = 3072  # bytes of an image; one byte with its label comes before them
 
 Batch = tuple[Tensor, Tensor]
 
 
-class Missing(Exception):
-    """Data or a package is not there: one line says which."""
+class MissingRequirement(Exception):
+    """Data or a package is missing; the message says which, in one line."""
 
 
 def digits(samples: int, folder: Path) -> Batch:
-    """Scikit-learn's digits [n, 64]; no file is needed."""
+    """Scikit-learn's digits [n, 64], which need no file."""
     split = full_batch_data.digits(samples)
     return split.inputs.float(), split.labels
 
 
 def mnist(samples: int, folder: Path) -> Batch:
-    """MNIST's first training images [n, 784]."""
+    """The first training images of MNIST [n, 784]."""
     return _idx(folder / "MNIST" / "raw", samples)
 
 
 def fashion(samples: int, folder: Path) -> Batch:
-    """Fashion-MNIST's first training images [n, 784]."""
+    """The first training images of Fashion-MNIST [n, 784]."""
     return _idx(folder / "FashionMNIST" / "raw", samples)
 
 
@@ -45,15 +45,15 @@ def _idx(raw: Path, samples: int) -> Batch:
 
 
 def cifar10(samples: int, folder: Path) -> Batch:
-    """CIFAR-10's first training images [n, 3, 32, 32]."""
+    """The first training images of CIFAR_BYTES-10 [n, 3, 32, 32]."""
     file = folder / "cifar-10-batches-bin" / "data_batch_1.bin"
-    records = _bytes(file, 0, (CIFAR + 1) * samples).reshape(samples, CIFAR + 1)
+    records = _bytes(file, 0, (CIFAR_BYTES + 1) * samples).reshape(samples, CIFAR_BYTES + 1)
     images = _standardized(records[:, 1:]).view(samples, 3, 32, 32)
     return images, torch.from_numpy(records[:, 0].astype(np.int64))
 
 
 def text(samples: int, folder: Path) -> Batch:
-    """Characters [n, LENGTH] of Python's own manual, with those that follow; no file is needed."""
+    """Characters [n, LENGTH] of Python's manual, and the next character of each; needs no file."""
     from pydoc_data.topics import topics
 
     characters = "".join(topics.values())[: samples * (LENGTH + 1)].encode("ascii", "replace")
@@ -63,7 +63,9 @@ def text(samples: int, folder: Path) -> Batch:
 
 def _bytes(file: Path, start: int, count: int) -> np.ndarray:
     if not file.exists():
-        raise Missing(f"{file.name} is not in {file.parent}: set EIGENFILTER_DATA or --data-dir")
+        raise MissingRequirement(
+            f"{file.name} is not in {file.parent}: set EIGENFILTER_DATA or --data-dir"
+        )
     return np.fromfile(file, np.uint8, count, offset=start)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of Lanczos' iterations over a few long vectors, against torch's ways to the same."""
+"""The kernels of the Lanczos iteration on a few long vectors, beside torch's functions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.contest import (
+from benchmarks.comparison import (
     Benchmark,
+    Comparison,
     Contender,
-    Contest,
     Goal,
     Phase,
     Setting,
     Tolerance,
-    copy,
+    copy_reference,
 )
 from eigenfilter import kernels
 
@@ -28,18 +28,19 @@ TOLERANCE = Tolerance(rtol=1e-4, atol=1e-7)
 
 
 def unit_vectors(setting: Setting, rows: int, seed: int) -> Tensor:
-    """Vectors of length one, all but orthogonal."""
+    """Vectors of length one, nearly orthogonal to each other."""
     random = torch.Generator(setting.device).manual_seed(seed)
-    made = torch.randn(rows, COLUMNS, generator=random, device=setting.device)
-    unit: Tensor = made / made.norm(dim=1, keepdim=True)
+    vectors = torch.randn(rows, COLUMNS, generator=random, device=setting.device)
+    unit: Tensor = vectors / vectors.norm(dim=1, keepdim=True)
     return unit
 
 
-def lanczos_step(setting: Setting, rows: int) -> Contest:
-    """A step of Lanczos' recurrence from given products: alpha, the next vector, its length.
+def lanczos_step(setting: Setting, rows: int) -> Comparison:
+    """A step of the Lanczos recurrence after the product: alpha, the next vector, its length.
 
-    We read 2 vectors, then 3, and write one, which is normalised but for a factor that the next
-    step takes into account. Of torch's, one sums in float64, as we do, one in float32.
+    The library reads 2 vectors, then 3, and writes one. That one is normalized except for a factor
+    that the next step takes into account. One of torch's contenders sums in float64, as the library
+    does, the other in float32.
     """
     q, before, rest = (unit_vectors(setting, rows, seed) for seed in range(3))
     before -= (before.double() * q).sum(1, keepdim=True).float() * q
@@ -78,16 +79,18 @@ def lanczos_step(setting: Setting, rows: int) -> Contest:
         contender("torch", product, functools.partial(theirs, dtype=torch.float64)),
         contender("torch-float32", product, functools.partial(theirs, dtype=torch.float32)),
     )
-    moved = 6 * product.nbytes
-    yardstick = copy(product.numel(), product.dtype, setting.device, moved)
-    return Contest(
-        contender("eigenfilter", before, ours), peers, (yardstick,), TOLERANCE, moved, "device"
-    )
+    traffic = 6 * product.nbytes
+    reference = copy_reference(product.numel(), product.dtype, setting.device, traffic)
+    library = contender("eigenfilter", before, ours)
+    return Comparison(library, peers, (reference,), TOLERANCE, traffic, "device")
 
 
-def cholesky_qr(setting: Setting, rows: int) -> Contest:
-    """A block of vectors: two passes that read twice and write once; torch's QR, and its own
-    Cholesky-QR in float32, twice, which fails where the block's condition is beyond a thousand."""
+def cholesky_qr(setting: Setting, rows: int) -> Comparison:
+    """Orthonormalize a block of vectors, in two passes that read it twice and write it once.
+
+    torch's contenders are its QR, and two passes of Cholesky-QR in float32. The latter fails if the
+    condition number of the block is above a thousand.
+    """
     start = unit_vectors(setting, rows, 0)
 
     def contender(name: str, run: Callable[[Tensor], object]) -> Contender:
@@ -106,9 +109,10 @@ def cholesky_qr(setting: Setting, rows: int) -> Contest:
 
     ours = functools.partial(kernels.cholesky_qr, backend=setting.backend)
     peers = (contender("torch-qr", householder), contender("torch-cholesky", cholesky))
-    moved = 6 * start.nbytes
-    yardstick = copy(start.numel(), start.dtype, setting.device, moved)
-    return Contest(contender("eigenfilter", ours), peers, (yardstick,), TOLERANCE, moved, "device")
+    traffic = 6 * start.nbytes
+    reference = copy_reference(start.numel(), start.dtype, setting.device, traffic)
+    library = contender("eigenfilter", ours)
+    return Comparison(library, peers, (reference,), TOLERANCE, traffic, "device")
 
 
 BENCHMARKS = tuple(
