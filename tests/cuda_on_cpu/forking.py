@@ -17,6 +17,7 @@ from typing import TextIO
 
 import _pytest.main
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 SECONDS = 1800  # a run that takes longer hangs
 
@@ -54,6 +55,7 @@ def _redirect(output: str) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool:
     def run() -> int:
+        os.dup2(2, session.config.stash[fault_handler_stderr_fd_key])
         with contextlib.suppress(session.Failed):
             _pytest.main.pytest_runtestloop(session)
         return int(session.testsfailed > 0)

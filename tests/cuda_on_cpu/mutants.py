@@ -22,7 +22,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,23 +41,41 @@ SOURCES = ROOT / "csrc" / "cuda"
 WORK = ROOT / "build" / "mutants"
 TABLE = HERE / "MUTANTS.md"
 
-# The tests of a source, and the part of races.py that runs it; a header's are all of them.
-TESTS = {
+# The tests of a source, and the part of races.py that runs it; a header's are those of all sources
+# that include it.
+UPDATES = {
     "perturb.cu": ["test_perturb.py", "test_perturb_again.py", "test_perturb_hvp.py"],
     "sgd_step.cu": ["test_sgd_step.py", "test_stochastic_rounding.py"],
     "adamw_step.cu": ["test_adamw_step.py"],
-    "reduce.cu": ["test_norm.py", "test_flag_nonfinite.py"],
+}
+REDUCTIONS = {"reduce.cu": ["test_norm.py", "test_flag_nonfinite.py"]}
+VECTORS = {
     "orthogonalize.cu": ["test_orthogonalize.py"],
     "lanczos.cu": ["test_lanczos_step.py", "test_cholesky_qr.py"],
 }
-GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]
+HEADERS = {
+    "update.cuh": UPDATES,
+    "scalars.cuh": UPDATES | REDUCTIONS,
+    "multi_tensor.cuh": UPDATES | REDUCTIONS | VECTORS,
+    "block_sum.cuh": REDUCTIONS | VECTORS,
+    "tiles.cuh": VECTORS,
+}
+TESTS = (
+    {
+        file: [name for names in sources.values() for name in names]
+        for file, sources in HEADERS.items()
+    }
+    | UPDATES
+    | REDUCTIONS
+    | VECTORS
+)
+GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]  # not of vectors
 RACES = {
     "perturb.cu": ["updates"],
     "sgd_step.cu": ["updates"],
     "adamw_step.cu": ["updates"],
     "update.cuh": ["updates"],
     "reduce.cu": ["reductions"],
-    "multi_tensor.cuh": ["updates", "reductions"],
     "scalars.cuh": ["updates", "reductions"],
     "orthogonalize.cu": ["rows"],
     "lanczos.cu": ["rows"],
@@ -71,11 +88,16 @@ TEST_SECONDS = 180  # a test that takes longer hangs
 def build(mutants: Sequence[Mutant]) -> None:
     """Build the extension with every mutant in it, once for each sanitizer."""
     sources = WORK / "cuda"
-    shutil.rmtree(sources, ignore_errors=True)
-    sources.mkdir(parents=True)
-    for path in SOURCES.glob("*.cu*"):
-        here = {n: m for n, m in enumerate(mutants) if m.file == path.name}
-        (sources / path.name).write_text(with_mutants(path.read_text(), here))
+    sources.mkdir(parents=True, exist_ok=True)
+    texts = {path.name: path.read_text() for path in SOURCES.glob("*.cu*")}
+    for path in sources.iterdir():
+        if path.name not in texts:
+            path.unlink()
+    for name, source in texts.items():
+        here = {n: m for n, m in enumerate(mutants) if m.file == name}
+        text, path = with_mutants(source, here), sources / name
+        if not path.exists() or path.read_text() != text:  # what is the same is not built again
+            path.write_text(text)
     for sanitizer in ROUNDS:
         _run(
             "cmake", "-G", "Ninja", "-S", HERE, "-B", WORK / sanitizer,
@@ -143,8 +165,9 @@ def try_mutants(
 def _arguments(sanitizer: str, file: str) -> list[str]:
     if sanitizer == "thread":
         return [str(HERE / "races.py"), *RACES.get(file, [])]
-    names = TESTS.get(file) or [name for names in TESTS.values() for name in names]
-    names = names if sanitizer == "address" else [*names, *GENERAL]
+    names = TESTS[file]
+    if sanitizer != "address" and file not in VECTORS and file != "tiles.cuh":
+        names = [*names, *GENERAL]
     files = [str(ROOT / "tests" / "kernels" / name) for name in names]
     # The emulator and the sanitizers write to the process's own stderr as it ends.
     options = ["-x", "-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "forking"]
