@@ -211,7 +211,7 @@ class Arena:
         """All elements of list `i`, a copy."""
         return torch.cat(self.lists[i])
 
-    def check_margins(self) -> None:
+    def assert_margins_untouched(self) -> None:
         """Fail if anything was written outside of the tensors."""
         for i, (memory, inside) in enumerate(zip(self.memory, self._inside, strict=True)):
             assert (memory.isnan() | inside).all(), f"written outside of list {i}"

@@ -27,7 +27,7 @@ IN_PTX = {"i32": ("u32", "b32"), "i64": ("u64", "b64"), "fp64": ("f64", "b64")}
 SCRATCH = 2  # pointers that Triton gives every kernel after its own
 
 
-def check_arguments(launch: Launch) -> None:
+def assert_arguments_fit(launch: Launch) -> None:
     """Fail unless the arguments fit the signature, and the code was compiled for them."""
     source = launch.source
     assert list(source.signature) == source.fn.arg_names
@@ -65,7 +65,7 @@ def parameters(ptx: Path, kernel: str) -> list[str]:
     return re.findall(r"\.param \.(\w+)", entry[1])
 
 
-def check_tables(
+def assert_tables_cover(
     launches: Sequence[Launch], lists: Sequence[Sequence[Tensor]], gradients: Sequence[Tensor]
 ) -> None:
     """Fail unless the programs of a call's launches have every element of its tensors once.

@@ -1,6 +1,6 @@
 """Every public kernel, every argument, every way to make it bad: a table made from a few lists.
 
-`refused` fails unless a call raises one clear error and leaves every tensor as it was, to the bit.
+`assert_refused` fails unless a call raises one clear error and leaves every bit of every tensor.
 """
 
 from __future__ import annotations
@@ -326,8 +326,10 @@ def snapshot(arguments: Mapping[str, Any]) -> list[tuple[Tensor, bytes, int]]:
     return [(t, t.numpy().tobytes(), t._version) for t in tensors]
 
 
-def refused(kernel: Kernel, backend: str, name: str, arguments: dict[str, Any], bad: object) -> str:
-    """Return the message of the error that a bad call raises; fail if it is none, or unclear."""
+def assert_refused(
+    kernel: Kernel, backend: str, name: str, arguments: dict[str, Any], bad: object
+) -> str:
+    """Fail unless a bad call raises a clear error and writes nothing; return its message."""
     before = snapshot(arguments)
     try:
         kernel(**{"backend": backend, **arguments, name: bad})

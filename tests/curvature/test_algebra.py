@@ -23,18 +23,18 @@ def test_matrix_notation(kind: type[CurvatureOperator], engine: str) -> None:
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
     v, V = torch.randn(39, dtype=torch.float64), torch.randn(39, 3, dtype=torch.float64)
 
-    def same(result: Tensor, right: Tensor) -> None:
+    def assert_agrees(result: Tensor, right: Tensor) -> None:
         torch.testing.assert_close(result, right, rtol=0, atol=1e-6)
 
-    same(op @ v, expected @ v)
-    same(v @ op, v @ expected)
-    same(op @ V, expected @ V)
-    same(V.T @ op, V.T @ expected)
-    same(V.T @ (op @ V), V.T @ expected @ V)
-    same(V.T @ op.T @ V, V.T @ expected @ V)
+    assert_agrees(op @ v, expected @ v)
+    assert_agrees(v @ op, v @ expected)
+    assert_agrees(op @ V, expected @ V)
+    assert_agrees(V.T @ op, V.T @ expected)
+    assert_agrees(V.T @ (op @ V), V.T @ expected @ V)
+    assert_agrees(V.T @ op.T @ V, V.T @ expected @ V)
     assert op.T is op
     dense = op.to_dense()
-    same(dense, expected)
+    assert_agrees(dense, expected)
     assert torch.equal(dense, dense.T)
 
 

@@ -16,8 +16,8 @@ from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperato
 from eigenfilter.curvature.engines import NAMES
 
 
-def compare(op: CurvatureOperator, expected: Tensor) -> None:
-    """Compare all products with a matrix."""
+def assert_products(op: CurvatureOperator, expected: Tensor) -> None:
+    """Fail unless the products with all unit vectors are the columns of the matrix."""
     result = columns(op)
     atol = 1e-7 if op.engine == "finite_difference" else 1e-11  # of "auto", what it took
     scale = float(expected.abs().max())
@@ -38,7 +38,7 @@ def test_hooks_of_parameters_have_no_effect(
     exact = torch.autograd.grad(F.cross_entropy(model(x), target), params)
     handles = [p.register_hook(hook) for p in params]
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
-    compare(op, expected)
+    assert_products(op, expected)
     if isinstance(op, HessianOperator):
         flat = torch.cat([g.flatten() for g in exact])
         torch.testing.assert_close(op.gradient(), flat, rtol=0, atol=1e-13)
@@ -67,7 +67,7 @@ def test_hooks_where_gradients_come_by_backward_alone() -> None:
     for p in inner.parameters():
         p.register_hook(seen.append)
     op = HessianOperator(Again(), nn.CrossEntropyLoss(), (x, target), engine="finite_difference")
-    compare(op, expected)
+    assert_products(op, expected)
     op.gradient()
     assert not seen
 
@@ -100,7 +100,7 @@ def test_hooks_run_in_derivatives_inside_f(engine: str) -> None:
     point = torch.cat([w.detach().flatten(), b.detach()])
     expected = torch.autograd.functional.hessian(f, point)
     w.register_hook(lambda g: 2 * g)
-    compare(HessianOperator(model, F.cross_entropy, (x, target), engine=engine), expected)
+    assert_products(HessianOperator(model, F.cross_entropy, (x, target), engine=engine), expected)
 
 
 class Penalized(nn.Module):
@@ -183,7 +183,7 @@ def test_f_may_depend_on_requires_grad(
     else:
         J = jacobian(losses, point)
         expected = J.T @ J / len(x)
-    compare(op, expected)
+    assert_products(op, expected)
 
 
 class Bag(nn.Module):
@@ -224,7 +224,7 @@ def test_embeddings_with_options(
     expected = dense(plain, ids, target)
     op = HessianOperator(model, nn.CrossEntropyLoss(), (ids, target), engine=engine)
     try:
-        compare(op, expected)
+        assert_products(op, expected)
     except RuntimeError as error:  # torch's embedding bags lack the derivatives
         able = words is nn.Embedding or engine in ("finite_difference", "auto")
         if able or "engine='finite_difference'" not in error.__notes__[0]:
@@ -328,4 +328,4 @@ def test_a_parameter_without_use_in_a_batch(engine: str) -> None:
     data = [(x.abs(), target), (-x.abs(), target)]
     expected = sum(dense(model, *batch) for batch in data) / 2
     assert isinstance(expected, Tensor)
-    compare(HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine), expected)
+    assert_products(HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine), expected)

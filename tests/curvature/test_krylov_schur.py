@@ -33,8 +33,8 @@ def tensors(ritz: Ritz) -> RitzTensors:
     return RitzTensors(*map(torch.from_numpy, ritz))
 
 
-def check_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
-    """Check that columns are orthonormal, and that H Q S - Q S Theta lies along P, as B says."""
+def assert_krylov_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
+    """Fail unless the basis is orthonormal and H Q S - Q S Theta = P B, the Krylov identity."""
     ritz = tensors(of)
     scale = 40 * torch.finfo(op.dtype).eps
     basis = run.basis.rows[: run.end].double()
@@ -55,13 +55,13 @@ def test_the_decomposition_holds_through_steps_and_restarts(dtype: torch.dtype, 
     run = grown(op, 8, 8 * width, width)
     for _ in range(4):
         ritz = run.solve()
-        check_identity(op, run, ritz)
+        assert_krylov_identity(op, run, ritz)
         assert (run.size, run.end) == (8 * width, 9 * width)
         assert run.full
         kept = np.array([0, 2, 5, len(ritz.values) - 1])
         run.restart(ritz, kept)
         after = run.solve()
-        check_identity(op, run, after)
+        assert_krylov_identity(op, run, after)
         np.testing.assert_allclose(after.values, ritz.values[kept], atol=1e-7)
         np.testing.assert_allclose(after.residuals, ritz.residuals[kept], atol=1e-7)
         while not run.full:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvature.dense import check, operator, wanted
+from curvature.dense import assert_eigenpairs, operator, wanted
 from curvature.networks import Partial, columns, make
 from eigenfilter.curvature import HessianOperator, eigsh, spectral_density, trace
 
@@ -28,7 +28,7 @@ def test_an_eigenvalue_is_reported_once(which: str) -> None:
     assert (torch.linalg.eigvalsh(t, UPLO="U") > 99.9).sum() >= 9
     op.count = 0
     result = eigsh(op, 9, which)
-    check(op, result, wanted(spectrum, 9, which), 1e-4)
+    assert_eigenpairs(op, result, wanted(spectrum, 9, which), 1e-4)
     assert (result.values > 99.9).sum() == 1
 
 
@@ -42,7 +42,7 @@ def test_twenty_steps_are_not_called_converged() -> None:
     assert wrong.max() > 0.1
     assert not early.converged[1:].any()
     op.count = 0
-    check(op, eigsh(op, 10, max_matvecs=1000), expected, 1e-4)
+    assert_eigenpairs(op, eigsh(op, 10, max_matvecs=1000), expected, 1e-4)
 
 
 @pytest.mark.parametrize("pool", [True, False])

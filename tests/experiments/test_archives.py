@@ -63,7 +63,7 @@ def test_damaged_versions_of_modules(tmp_path: Path) -> None:
     state = nn.Linear(2, 3).state_dict()
     state._metadata = {"": 7}  # type: ignore[attr-defined]
     torch.save(state, tmp_path / "x.pt")
-    check_refused(tmp_path / "x.pt")
+    assert_refused(tmp_path / "x.pt")
 
 
 def test_the_format_before_archives(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def archive(path: Path, change: Callable[[str, bytes], bytes | None], **options:
 def test_a_hostile_pickle(what: str, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     archive(path, lambda name, raw: PICKLES[what] if name.endswith("data.pkl") else raw)
-    check_refused(path)
+    assert_refused(path)
 
 
 @pytest.mark.parametrize("pickled", [tensor(), typed(b"ctorch\nfloat32\n")])
@@ -177,7 +177,7 @@ CHANGES: dict[str, Callable[[str, bytes], bytes | None]] = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_archive(what: str, tmp_path: Path) -> None:
     archive(tmp_path / "x.pt", CHANGES[what])
-    check_refused(tmp_path / "x.pt")
+    assert_refused(tmp_path / "x.pt")
 
 
 def test_what_unpacks_to_more(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_unpacks_to_more(tmp_path: Path) -> None:
         lambda name, raw: more if name.endswith("/data/0") else raw,
         compression=zipfile.ZIP_DEFLATED,
     )
-    check_refused(path)
+    assert_refused(path)
 
 
 def test_files_that_lie_over_each_other(tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ def test_files_that_lie_over_each_other(tmp_path: Path) -> None:
                 setattr(copy, name, getattr(last, name))
             written.filelist.append(copy)
             written.NameToInfo[copy.filename] = copy
-    check_refused(path)
+    assert_refused(path)
 
 
-def check_refused(path: Path, most: int = 40 * 2**20) -> None:
+def assert_refused(path: Path, most: int = 40 * 2**20) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(UserError) as error:

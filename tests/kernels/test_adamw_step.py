@@ -41,7 +41,7 @@ def call(case: AdamWDescent, arena: Arena, backend: KernelBackend, **flags: Tens
         **flags,
         backend=backend.name,
     )
-    arena.check_margins()
+    arena.assert_margins_untouched()
 
 
 def expected(

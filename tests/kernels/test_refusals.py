@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eigenfilter import kernels
-from refusals import KERNELS, refused, spoilt
+from refusals import KERNELS, assert_refused, spoilt
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -20,7 +20,7 @@ def test_bad_arguments_are_refused(name: str, host_backend: str) -> None:
     wrong = []
     for argument, what, arguments, bad in spoilt(kernel):
         try:
-            refused(kernel, host_backend, argument, arguments, bad)
+            assert_refused(kernel, host_backend, argument, arguments, bad)
         except Exception as error:  # all of them are to be seen
             wrong.append(f"{argument}, {what}: {type(error).__name__}: {str(error)[:150]}")
     assert not wrong, "\n".join(wrong)
@@ -32,7 +32,7 @@ def test_all_backends_refuse_in_the_same_words(name: str, host_backend: str) -> 
     for argument, _, arguments, bad in spoilt(kernel):
         if argument != "backend":
             backends = (host_backend, "reference")
-            words = {refused(kernel, b, argument, arguments, bad) for b in backends}
+            words = {assert_refused(kernel, b, argument, arguments, bad) for b in backends}
             assert len(words) == 1, words
 
 

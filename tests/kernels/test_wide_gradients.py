@@ -62,9 +62,9 @@ class Operands:
     def values(self) -> list[Tensor]:
         return [t for tensors in self.lists for t in tensors]
 
-    def check_margins(self) -> None:
+    def assert_margins_untouched(self) -> None:
         for arena in self.arenas:
-            arena.check_margins()
+            arena.assert_margins_untouched()
 
 
 @mixtures
@@ -88,7 +88,7 @@ def test_updates_are_the_references_bit_for_bit(
         operands = Operands(update, dtype, wide, mixed, device)
         scale = torch.tensor(SCALE, device=device)
         update(operands.lists, grad_scale=scale, found_inf=flag, backend=backend_name)
-        operands.check_margins()
+        operands.assert_margins_untouched()
         results.append(operands.values())
     assert all(map(same_bits, *results))
 
