@@ -1,6 +1,7 @@
 """AdamW is torch.optim.AdamW, with its gradient taken where an ascent leads.
 
-That it steps, skips, saves and copies as every optimizer does is in `test_conformance.py`.
+That it steps, skips, saves and copies as every optimizer does is tested in `test_conformance.py`
+and `test_conformance_state.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """SharpnessAware: whose groups and state are whose, scalers, bases that fail.
 
-That it steps, skips, saves and copies as every optimizer does is in `test_conformance.py`.
+That it steps, skips, saves and copies as every optimizer does is tested in `test_conformance.py`
+and `test_conformance_state.py`.
 """
 
 from __future__ import annotations
