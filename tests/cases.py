@@ -23,6 +23,13 @@ from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# A parameter's dtype, a wider one of its gradients, and a power of two that only the latter holds.
+WIDER = {
+    "float16-float32": (torch.float16, torch.float32, 2.0**17),
+    "bfloat16-float32": (torch.bfloat16, torch.float32, 2.0**60),
+    "float32-float64": (torch.float32, torch.float64, 2.0**130),
+}
+
 # Below, at and above the SIMD widths (2 to 16 elements and blocks of them), a thread's least share
 # (64 KiB) and the chunk of a sum (16 Ki elements).
 SIZES = (0, 1, 3, 15, 16, 17, 63, 64, 65, 1000, 16383, 16385, 70001)

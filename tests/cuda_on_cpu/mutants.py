@@ -45,7 +45,7 @@ TESTS = {
     "orthogonalize.cu": ["test_orthogonalize.py"],
     "lanczos.cu": ["test_lanczos_step.py", "test_cholesky_qr.py"],
 }
-GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]
+GENERAL = ["test_wide_gradients.py", "test_wide_norms.py", "test_scalars.py", "test_rounding.py"]
 # What is quick goes first, and for all mutants.
 ROUNDS = (("none", "thread"), ("address",))
 # A test, and a run of many, that takes longer hangs.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import eigenfilter as ef
-from optimizers.problems import METHODS, SHAPES, closure_of, parameters, snapshot
+from optimizers.problems import METHODS, SHAPES, closure_of, parameters
 
 MATRICES = ((4, 5), (3, 2), (1, 7), (6, 4))
 
@@ -156,9 +156,3 @@ def train(opt: Any, params: Sequence[Tensor], steps: int = 3, **problem: Any) ->
 
 def clones(params: Sequence[Tensor]) -> list[nn.Parameter]:
     return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def state_of(opt: Any, params: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of all tensors of the state."""
-    entries = [opt.state.get(p, {}) for p in params]
-    return snapshot([entry[name] for entry in entries for name in sorted(entry)])

@@ -223,6 +223,12 @@ def snapshot(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().clone() for t in tensors]
 
 
+def state_of(opt: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors in the state of these parameters, sorted by name."""
+    entries = [sorted(opt.state.get(p, {}).items()) for p in params]
+    return snapshot([v for entry in entries for _, v in entry if isinstance(v, Tensor)])
+
+
 def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest difference of any elements; the problem's are of size 1."""
     pairs = zip(actual, expected, strict=True)

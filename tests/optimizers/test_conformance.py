@@ -10,17 +10,8 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from cases import DTYPES, same_bits
-from optimizers.conformance_table import (
-    ANY_SHAPE,
-    ASCENDING,
-    OPTIMIZERS,
-    Row,
-    clones,
-    each,
-    state_of,
-    train,
-)
-from optimizers.problems import closure_of, distance, loss_of, parameters, snapshot
+from optimizers.conformance_table import ANY_SHAPE, ASCENDING, OPTIMIZERS, Row, clones, each, train
+from optimizers.problems import closure_of, distance, loss_of, parameters, snapshot, state_of
 
 
 def quadratic(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:

@@ -15,17 +15,8 @@ from torch.amp import GradScaler
 
 from cases import same_bits
 from eigenfilter import _perturbation
-from optimizers.conformance_table import (
-    ASCENDING,
-    OPTIMIZERS,
-    Row,
-    clones,
-    each,
-    each_call,
-    state_of,
-    train,
-)
-from optimizers.problems import backward, closure_of, distance, loss_of, snapshot
+from optimizers.conformance_table import ASCENDING, OPTIMIZERS, Row, clones, each, each_call, train
+from optimizers.problems import backward, closure_of, distance, loss_of, snapshot, state_of
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
