@@ -273,7 +273,7 @@ class Update:
         sizes: Sequence[int | Place] | None = None,
         device: str = "cpu",
     ) -> Arena:
-        """Its lists with values: NaN where they must not be read, second moments positive."""
+        """The update's lists with values: NaN in what it must not read, positive second moments."""
         arena = Arena(dtype, len(self.lists), sizes, device)
         only_written = {"params", "backups"} - {self.starts_from}
         arena.fill(*(i for i, role in enumerate(self.lists) if role not in only_written))

@@ -34,7 +34,7 @@ class Wrapper(Tensor):
 
 
 class Stranger:
-    """An object of another library that has borrowed what a tensor is known by."""
+    """An object of another library that has the attributes by which a tensor is recognized."""
 
     __dlpack_c_exchange_api__ = Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
     is_neg = Tensor.is_neg
@@ -263,7 +263,7 @@ def _of_tensor(kernel: Kernel, name: str, t: Tensor) -> Iterator[tuple[str, obje
 
 
 def _overlaps(kernel: Kernel, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:
-    """Every argument in the memory of another, where one of both is written."""
+    """Bad calls in which an argument shares memory with another one that is written."""
     for name, value in arguments.items():
         for other in kernel.written - {name}:
             theirs = arguments[other]
@@ -279,8 +279,8 @@ def _overlaps(kernel: Kernel, arguments: Mapping[str, Any]) -> Iterator[tuple[st
                 yield name, f"shares {other}", theirs.view(-1)[0]
 
 
-def spoilt(kernel: Kernel) -> Iterator[tuple[str, str, dict[str, Any], object]]:
-    """All bad calls of a kernel: the argument, what is bad, all arguments as they should be, it."""
+def bad_calls(kernel: Kernel) -> Iterator[tuple[str, str, dict[str, Any], object]]:
+    """All bad calls: the argument's name, what is wrong, the sound arguments, the bad value."""
     for name, sound in kernel.make().items():
         arguments = kernel.make()
         if isinstance(sound, list):

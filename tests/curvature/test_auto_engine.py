@@ -230,12 +230,12 @@ def test_the_next_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, LOGGER):
         result = op.matvec(v)
     assert op.engine == "finite_difference"
-    told = [(r.levelno, r.getMessage()) for r in caplog.records if r.name == LOGGER]
+    messages = [(r.levelno, r.getMessage()) for r in caplog.records if r.name == LOGGER]
     passed = ["cached_graph", "per_pass_graph", "forward_over_reverse", "microbatched"]
-    assert [text.split("'")[1] for _, text in told] == passed
-    assert all("NotImplementedError" in text for _, text in told)
-    assert told[-1][0] == logging.WARNING
-    assert "'finite_difference', whose products are not exact" in told[-1][1]
+    assert [text.split("'")[1] for _, text in messages] == passed
+    assert all("NotImplementedError" in text for _, text in messages)
+    assert messages[-1][0] == logging.WARNING
+    assert "'finite_difference', whose products are not exact" in messages[-1][1]
     caplog.clear()
     again = op.matvec(v)
     assert not [r for r in caplog.records if r.name == LOGGER]

@@ -63,13 +63,13 @@ def test_hooks_where_gradients_come_by_backward_alone() -> None:
         def forward(self, x: Tensor) -> Any:
             return checkpoint(self.inner, x.clone().requires_grad_(), use_reentrant=True)
 
-    seen: list[Tensor] = []
+    hook_calls: list[Tensor] = []
     for p in inner.parameters():
-        p.register_hook(seen.append)
+        p.register_hook(hook_calls.append)
     op = HessianOperator(Again(), nn.CrossEntropyLoss(), (x, target), engine="finite_difference")
     assert_products(op, expected)
     op.gradient()
-    assert not seen
+    assert not hook_calls
 
 
 class Inner(nn.Module):
@@ -148,12 +148,12 @@ def test_f_may_depend_on_requires_grad(
 ) -> None:
     """An evaluation without a graph has the same value."""
     torch.manual_seed(0)
-    made = model().double()
+    network = model().double()
     if model is not Adapted:
-        made.linear.bias.requires_grad_(False)
+        network.linear.bias.requires_grad_(False)
     x, target = torch.randn(16, 3, dtype=torch.float64), torch.randint(3, (16,))
     budget = {"memory_budget": 4_000} if engine == "microbatched" else {}
-    op = kind(made, nn.CrossEntropyLoss(), (x, target), engine=engine, **budget)
+    op = kind(network, nn.CrossEntropyLoss(), (x, target), engine=engine, **budget)
     if model is Adapted and engine == "microbatched":  # the inner step couples samples
         with pytest.raises(ValueError, match="samples are coupled"):
             op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
@@ -167,7 +167,7 @@ def test_f_may_depend_on_requires_grad(
         if model is Adapted:
             slope = (1 - torch.tanh(x @ w.T) ** 2).T @ x
             return x @ (w - 0.1 * slope).T + parts[1]
-        return (x @ w.T + made.linear.bias.detach()) * (1 + w.square().sum())
+        return (x @ w.T + network.linear.bias.detach()) * (1 + w.square().sum())
 
     def losses(flat: Tensor) -> Tensor:
         return F.cross_entropy(output(flat), target, reduction="none")
@@ -289,10 +289,10 @@ class Detaching(nn.Module):
 
 
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
-@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("two_batches", [False, True])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_a_gradient_that_some_batches_lack(
-    kind: type[CurvatureOperator], listed: bool, engine: str
+    kind: type[CurvatureOperator], two_batches: bool, engine: str
 ) -> None:
     """In the second batch, or in rows that a check of part of the batch does not cover."""
     x, target = torch.randn(32, 3, dtype=torch.float64), torch.randint(3, (32,))
@@ -303,7 +303,7 @@ def test_a_gradient_that_some_batches_lack(
     op = kind(
         model,
         nn.CrossEntropyLoss(),
-        halves if listed else (x, target),
+        halves if two_batches else (x, target),
         engine=engine,
         **options,
     )

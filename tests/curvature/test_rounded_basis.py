@@ -110,7 +110,7 @@ def test_restarts_beside_locked_pairs(
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.randn(n, generator=generator, dtype=torch.float64).round()
     op = operator(spectrum, torch.float32)
-    room = min(n, k + 2 * block_size + 2)
+    max_basis = min(n, k + 2 * block_size + 2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* the rounding of the basis keeps", RuntimeWarning)
         result = eigsh(
@@ -119,7 +119,7 @@ def test_restarts_beside_locked_pairs(
             which,
             block_size=block_size,
             basis_dtype=torch.float16,
-            max_basis=room,
+            max_basis=max_basis,
             max_matvecs=2000,
             seed=seed,
         )
@@ -159,12 +159,12 @@ def assert_rayleigh_ritz(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> Non
     vectors = run.vectors(ritz, np.arange(run.num_locked, run.size)).double()
     theta = torch.from_numpy(ritz.values)
     locked = run.basis.rows[: run.num_locked].double().T
-    left = op.matrix.double() @ vectors - vectors * theta
-    left -= locked @ torch.linalg.lstsq(locked, left).solution if run.num_locked else 0
+    residual = op.matrix.double() @ vectors - vectors * theta
+    residual -= locked @ torch.linalg.lstsq(locked, residual).solution if run.num_locked else 0
     bound = ritz.residuals + run.rounding_residuals(ritz, np.arange(run.num_locked, run.size))
-    assert (left.norm(dim=0).numpy() <= bound + 1e-4).all()
+    assert (residual.norm(dim=0).numpy() <= bound + 1e-4).all()
     assert (
-        left.norm(dim=0).numpy() >= ritz.residuals - ritz.residual_slack - 4 * ROUNDING * 31
+        residual.norm(dim=0).numpy() >= ritz.residuals - ritz.residual_slack - 4 * ROUNDING * 31
     ).all()
 
 

@@ -141,7 +141,7 @@ def test_subnormal_products_are_known_to_their_rounding(exponent: int) -> None:
 @pytest.mark.parametrize("size", [1e-320, 1e-200, 1e-40, 1e40, 1e200, 1e307])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_size_of_a_start_does_not_matter(size: float, dtype: torch.dtype) -> None:
-    """Nor does its dtype: a float64 start for a float32 operator."""
+    """Its dtype does not matter either: the start is float64 and the operator float32."""
     d = decaying(120).to(dtype)
     start = torch.rand(120, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     start = (start * 2**20).round() / 2**20
@@ -245,7 +245,7 @@ def test_a_point_that_is_no_equilibrium_is_none_at_any_scale(exponent: int) -> N
 
 @pytest.mark.parametrize("exponent", [-900, -600, 400])
 def test_finite_differences_tell_their_error_at_any_scale(exponent: int) -> None:
-    """For products and for the vectors passed."""
+    """The loss or the vector is scaled; the error of the product is the same."""
 
     def of(e: int) -> HessianOperator:
         torch.manual_seed(0)
@@ -259,12 +259,12 @@ def test_finite_differences_tell_their_error_at_any_scale(exponent: int) -> None
         return HessianOperator(model, loss, data, engine="finite_difference")
 
     v = torch.ones(of(0).shape[0], dtype=torch.float64)
-    reference, scaled, given = of(0), of(exponent), of(0)
+    reference, scaled, unscaled = of(0), of(exponent), of(0)
     expected = reference.matvec(v)
     assert reference.error is not None
     torch.testing.assert_close(times(scaled.matvec(v), -exponent), expected, rtol=1e-9, atol=1e-9)
     assert scaled.error == pytest.approx(reference.error, rel=0.5)
-    result = given.matvec(times(v, exponent))
+    result = unscaled.matvec(times(v, exponent))
     torch.testing.assert_close(times(result, -exponent), expected, rtol=1e-6, atol=1e-6)
 
 

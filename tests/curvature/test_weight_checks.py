@@ -70,14 +70,14 @@ def test_a_loss_that_the_model_returns_is_checked_by_halves() -> None:
         return loss
 
     for model, batches in padded():
-        given = {"forward": forward, "engine": "per_pass_graph"}
-        op = HessianOperator(model, loss_fn, batches, weight=tokens, **given)
+        options = {"forward": forward, "engine": "per_pass_graph"}
+        op = HessianOperator(model, loss_fn, batches, weight=tokens, **options)
         x, y = (torch.cat([batch[key].flatten() for batch in batches]) for key in ("x", "y"))
         torch.testing.assert_close(columns(op), dense(model, x, y), rtol=0, atol=1e-12)
-        wrong = HessianOperator(model, loss_fn, batches, weight=lambda b: len(b["x"]), **given)
+        wrong = HessianOperator(model, loss_fn, batches, weight=lambda b: len(b["x"]), **options)
         with pytest.raises(ValueError, match=r"is not their weighted mean.*weight="):
             columns(wrong)
-        plain = HessianOperator(model, loss_fn, batches, weight=lambda batch: 1.0, **given)
+        plain = HessianOperator(model, loss_fn, batches, weight=lambda batch: 1.0, **options)
         assert columns(plain).isfinite().all()
 
 
@@ -186,9 +186,9 @@ def test_a_batch_that_cannot_be_checked_is_logged_once(caplog: Any) -> None:
 
     batches = [(a, Graph(b)) for a, b in split(x, target, 20, 14, 6)]
     columns(HessianOperator(model, lambda z, g: weighted(z, g.y), batches))
-    said = [one for one in caplog.records if "cannot be checked" in one.getMessage()]
-    assert len(said) == 1
-    assert said[0].levelname == "WARNING"
+    records = [one for one in caplog.records if "cannot be checked" in one.getMessage()]
+    assert len(records) == 1
+    assert records[0].levelname == "WARNING"
 
 
 @pytest.mark.parametrize("classes", [False, True])
@@ -225,9 +225,9 @@ def test_a_loss_with_an_inconclusive_derivative_is_checked_by_halves(classes: bo
 
     def f(flat: Tensor) -> Tensor:
         parts = flat.split([s.numel() for s in shapes])
-        given = {k: p.view(s) for k, p, s in zip(params, parts, shapes, strict=True)}
+        tensors = {k: p.view(s) for k, p, s in zip(params, parts, shapes, strict=True)}
         a = x.detach().clone().requires_grad_()
-        return loss_fn(functional_call(model.eval(), given, (a,)), (a, w))
+        return loss_fn(functional_call(model.eval(), tensors, (a,)), (a, w))
 
     at_x = torch.cat([p.detach().flatten() for p in params.values()])
     whole = torch.autograd.functional.hessian(f, at_x)
@@ -263,16 +263,16 @@ def test_a_fisher_with_ignored_samples_names_the_losses_a_sample(caplog: Any) ->
     )
     result = columns(op)
     assert "reduction='none'" in caplog.text
-    kept = target != -100
+    valid = target != -100
 
     def losses(flat: Tensor) -> Tensor:
         parts = flat.split([p.numel() for p in model.parameters()])
-        given = {
+        tensors = {
             name: part.view_as(p)
             for (name, p), part in zip(model.named_parameters(), parts, strict=True)
         }
-        z = functional_call(model.eval(), given, (x[kept],))
-        return F.cross_entropy(z, target[kept], reduction="none")
+        z = functional_call(model.eval(), tensors, (x[valid],))
+        return F.cross_entropy(z, target[valid], reduction="none")
 
     at_x = torch.cat([p.detach().flatten() for p in model.parameters()])
     J = torch.autograd.functional.jacobian(losses, at_x)
@@ -295,8 +295,8 @@ def test_outputs_that_differ_in_two_other_dimensions_are_logged(caplog: Any) -> 
     op = HessianOperator(model, F.mse_loss, batches, engine="per_pass_graph")
     parts = [dense(model, *batch, loss_fn=F.mse_loss) for batch in batches]
     torch.testing.assert_close(columns(op), sum(parts) / 2, rtol=0, atol=1e-12)
-    said = [one for one in caplog.records if "counted as samples" in one.getMessage()]
-    assert len(said) == 1
+    records = [one for one in caplog.records if "counted as samples" in one.getMessage()]
+    assert len(records) == 1
     caplog.clear()
     right = HessianOperator(model, F.mse_loss, batches, weight=lambda b: b[1][..., 0].numel())
     expected = (56 * parts[0] + 60 * parts[1]) / 116

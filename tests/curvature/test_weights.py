@@ -122,7 +122,7 @@ def test_one_batch_too_large_for_its_graph_is_not_split_by_wrong_weights() -> No
 def test_batches_of_weight_zero_are_left_out(
     kind: type[CurvatureOperator], engine: str, first: bool
 ) -> None:
-    """Their loss is NaN."""
+    """The loss of such a batch is NaN."""
     model, x, target = make()
     target[:12] = -100
     batches = split(x, target, 12, 20, 8)
@@ -139,7 +139,7 @@ def test_batches_of_weight_zero_are_left_out(
 
 
 def test_a_constant_loss_on_an_empty_batch_is_left_out() -> None:
-    """As in training code that avoids NaN."""
+    """Training code avoids NaN with such a constant."""
 
     def loss_fn(z: Tensor, t: Tensor) -> Tensor:
         chosen = t != -100
@@ -148,8 +148,8 @@ def test_a_constant_loss_on_an_empty_batch_is_left_out() -> None:
     model, x, target = make()
     target[20:32] = -100
     op = HessianOperator(model, loss_fn, split(x, target, 20, 12, 8), weight=valid)
-    kept = target != -100
-    torch.testing.assert_close(columns(op), dense(model, x[kept], target[kept]))
+    valid_rows = target != -100
+    torch.testing.assert_close(columns(op), dense(model, x[valid_rows], target[valid_rows]))
 
 
 def test_batches_of_weight_zero_alone_raise() -> None:
@@ -198,23 +198,23 @@ RIGHT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["mlp", "partial", "conv_norm"])
 @pytest.mark.parametrize("case", RIGHT)
 def test_right_weights_do_not_raise(case: str, name: str, mode: str) -> None:
-    """Also with dropout and batch statistics, which couple samples."""
-    chosen = dict(RIGHT[case])
+    """Nor do they with dropout and batch statistics, which couple samples."""
+    options = dict(RIGHT[case])
     model, x, target = make(name)
-    if chosen.pop("alike", False):
+    if options.pop("alike", False):
         target = torch.arange(40) % 20 % 3
-    batches = split(x, target, *chosen.pop("sizes", (20, 14, 6)))
-    loss_fn, weight = chosen.pop("loss_fn"), chosen.get("weight", lambda b: float(len(b[0])))
+    batches = split(x, target, *options.pop("sizes", (20, 14, 6)))
+    loss_fn, weight = options.pop("loss_fn"), options.get("weight", lambda b: float(len(b[0])))
     for kind in MEANS:
-        op = kind(model, loss_fn, batches, mode=mode, **chosen)
+        op = kind(model, loss_fn, batches, mode=mode, **options)
         if mode == "train":
             assert op.matvec(torch.ones(op.shape[0], dtype=op.dtype)).isfinite().all()
             continue
         matrix = dense if kind is HessianOperator else dense_ggn
         result = [matrix(model, *batch, loss_fn=loss_fn) for batch in batches]
-        weights = [1.0 if chosen.get("reduction") else float(weight(b)) for b in batches]
+        weights = [1.0 if options.get("reduction") else float(weight(b)) for b in batches]
         whole = sum(w * m for w, m in zip(weights, result, strict=True))
-        whole = whole / (1.0 if chosen.get("reduction") else sum(weights))
+        whole = whole / (1.0 if options.get("reduction") else sum(weights))
         torch.testing.assert_close(columns(op), whole, rtol=0, atol=1e-11)
 
 

@@ -145,11 +145,11 @@ def archive(path: Path, change: Callable[[str, bytes], bytes | None], **options:
     """Write the archive of eight elements as torch.save does, with files changed or left out."""
     buffer = io.BytesIO()
     torch.save(torch.arange(8.0), buffer)
-    with zipfile.ZipFile(buffer) as contents, zipfile.ZipFile(path, "w", **options) as written:
+    with zipfile.ZipFile(buffer) as contents, zipfile.ZipFile(path, "w", **options) as copy:
         for name in contents.namelist():
             content = change(name, contents.read(name))
             if content is not None:
-                written.writestr(name, content)
+                copy.writestr(name, content)
 
 
 @pytest.mark.parametrize("what", PICKLES)
@@ -194,16 +194,16 @@ def test_what_unpacks_to_more(tmp_path: Path) -> None:
 def test_files_that_lie_over_each_other(tmp_path: Path) -> None:
     """All entries of the directory point to the same part of the file."""
     path = tmp_path / "x.pt"
-    with zipfile.ZipFile(path, "w") as written:
-        written.writestr("a/data.pkl", pickle.dumps(1, protocol=2))
-        written.writestr("a/data/0", bytes(2**20))
-        last = written.infolist()[-1]
+    with zipfile.ZipFile(path, "w") as archive_file:
+        archive_file.writestr("a/data.pkl", pickle.dumps(1, protocol=2))
+        archive_file.writestr("a/data/0", bytes(2**20))
+        last = archive_file.infolist()[-1]
         for i in range(1, 100):
             copy = zipfile.ZipInfo(f"a/data/{i}")
             for name in ("header_offset", "CRC", "file_size", "compress_size"):
                 setattr(copy, name, getattr(last, name))
-            written.filelist.append(copy)
-            written.NameToInfo[copy.filename] = copy
+            archive_file.filelist.append(copy)
+            archive_file.NameToInfo[copy.filename] = copy
     assert_refused(path)
 
 

@@ -63,19 +63,19 @@ def damage(path: Path) -> list[bytes]:
 
 def assert_damage_refused(path: Path, use: Callable[[], Any]) -> None:
     """Fail unless damaged versions of a file are rejected, each with one line that names it."""
-    before, refused = path.read_bytes(), list[str]()
+    before, messages = path.read_bytes(), list[str]()
     try:
         for text in damage(path):
             path.write_bytes(text)
             try:
                 use()
             except UserError as error:
-                refused.append(str(error))
+                messages.append(str(error))
     finally:
         path.write_bytes(before)
     use()
-    assert len(refused) > len(GARBLED)
-    for text in refused:
+    assert len(messages) > len(GARBLED)
+    for text in messages:
         assert str(path) in text
         assert "remove " in text
         assert "\n" not in text

@@ -98,16 +98,16 @@ def dense(run: Path, samples: int = 0) -> Tensor:
     loaded = load_trained(run, torch.device("cpu"), samples=samples)
     inputs = torch.cat([x for x, _ in loaded.data])
     labels = torch.cat([y for _, y in loaded.data])
-    named = dict(loaded.model.named_parameters())
-    shapes = [p.shape for p in named.values()]
+    parameters = dict(loaded.model.named_parameters())
+    shapes = [p.shape for p in parameters.values()]
 
     def loss(flat: Tensor) -> Tensor:
         parts = flat.split([shape.numel() for shape in shapes])
-        tree = {n: p.view(s) for n, p, s in zip(named, parts, shapes, strict=True)}
+        tree = {n: p.view(s) for n, p, s in zip(parameters, parts, shapes, strict=True)}
         output = torch.func.functional_call(loaded.model, tree, inputs)
         return nn.functional.cross_entropy(output, labels)
 
-    flat = torch.cat([p.detach().flatten() for p in named.values()])
+    flat = torch.cat([p.detach().flatten() for p in parameters.values()])
     return torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat)).flip(0)
 
 

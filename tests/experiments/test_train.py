@@ -295,7 +295,7 @@ def test_a_full_disk(size: int, tmp_path: Path) -> None:
     assert lines(tmp_path / "whole") == lines(tmp_path)
 
 
-def test_no_room_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_disk_space_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with file_size_limit(0):
         assert main(["train", "--out", str(tmp_path)]) == 2
     output = capsys.readouterr().err

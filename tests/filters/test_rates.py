@@ -54,7 +54,7 @@ CASES = (st.integers(0, 1000), st.sampled_from([-0.3, 0.1]))
 def test_heavy_ball_and_nesterov_compose(
     groups: list[filters.HeavyBall], seed: int, least: float
 ) -> None:
-    """Each coordinate is a group of its own; written from torch's update, on (x, m)."""
+    """Each coordinate is a group of its own; the block on (x, m) follows torch's update."""
     d = hessian(seed, least) + np.diag([f.weight_decay for f in groups])
     tau = np.array([f.dampening if f.momentum else 0.0 for f in groups])
     beta, nesterov = np.diag([f.momentum for f in groups]), np.diag([f.nesterov for f in groups])

@@ -28,13 +28,13 @@ METHODS = (ef.SGD, ef.SAM, ef.USAM, ef.TwoStepUSAM, ef.HessianUSAM, ef.AdamW)
 
 def updates(backend: str) -> list[Tensor]:
     """What every update writes."""
-    written = []
+    values = []
     for update in UPDATES:
         torch.manual_seed(3)
         arena = update.arena(torch.float32, (LENGTH,))
         update(arena.lists, backend=backend)
-        written += [arena.values(update.lists.index(role)) for role in update.writes]
-    return written
+        values += [arena.values(update.lists.index(role)) for role in update.writes]
+    return values
 
 
 def sums(backend: str) -> list[Tensor]:
@@ -87,11 +87,11 @@ def assert_parents_results(expected: dict[str, list[Tensor]]) -> None:
     assert _core.is_serial()
     assert torch.get_num_threads() == 1
     for name, tensors in everything().items():
-        for result, known in zip(tensors, expected[name], strict=True):
+        for result, reference in zip(tensors, expected[name], strict=True):
             if name.endswith("native"):
-                assert same_bits(result, known), name
+                assert same_bits(result, reference), name
             else:
-                torch.testing.assert_close(result, known)
+                torch.testing.assert_close(result, reference)
 
 
 def assert_succeeds_in_fork(act: Callable[[], object]) -> None:

@@ -198,14 +198,14 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
 
 def functions() -> dict[str, Callable[..., object]]:
     """Every function that `_core` has, by name."""
-    listed = _core.TensorList
+    tensor_list = _core.TensorList
     result: dict[str, Any] = {
         name: value for name, value in vars(_core).items() if callable(value) and name[0] != "_"
     }
     for name in ("__len__", "__getitem__"):
-        result[f"TensorList.{name}"] = vars(listed)[name]
+        result[f"TensorList.{name}"] = vars(tensor_list)[name]
     for name in ("__get__", "__set__"):
-        result[f"TensorList.filled.{name}"] = getattr(vars(listed)["filled"], name)
+        result[f"TensorList.filled.{name}"] = getattr(vars(tensor_list)["filled"], name)
     del result["LayoutError"]
     return result
 
@@ -238,11 +238,11 @@ def assert_survives_bad_arguments(
         arguments[position] = HOSTILE[bad]()
         assert_clear_error(name, function, arguments, f"{bad} at {position}")
     for _ in range(PAIRS if count > 1 else 0):
-        arguments, chosen = make(), {}
+        arguments, choices = make(), {}
         for position in rng.sample(range(count), 2):
-            chosen[position] = rng.randrange(len(HOSTILE))
-            arguments[position] = HOSTILE[chosen[position]]()
-        assert_clear_error(name, function, arguments, str(chosen))
+            choices[position] = rng.randrange(len(HOSTILE))
+            arguments[position] = HOSTILE[choices[position]]()
+        assert_clear_error(name, function, arguments, str(choices))
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ ROLES = ("params", "grads", "base_grads", "momenta", "exp_avgs", "exp_avg_sqs", 
 
 
 class Call:
-    """Lists of two tensors for every role, to be spoilt at one place and found unchanged."""
+    """Lists of two tensors for every role, to be spoiled in one place and found unchanged."""
 
     def __init__(self) -> None:
         self.lists: dict[str, list[Tensor]] = {
@@ -166,11 +166,11 @@ class Call:
             if t.dtype == torch.float32 and not t.is_neg() and t.untyped_storage().nbytes() > 0
         ]
         assert len(sound) >= 12
-        concerned = [u for u in UPDATES if set(among) <= set(u.lists)]
+        updates = [u for u in UPDATES if set(among) <= set(u.lists)]
         if written:
-            concerned = [u for u in concerned if set(among) & set(u.writes)]
-        assert concerned
-        for update in concerned:
+            updates = [u for u in updates if set(among) & set(u.writes)]
+        assert updates
+        for update in updates:
             with pytest.raises(error, match=match):
                 update([self.lists[role] for role in update.lists], backend=backend)
         for t, before in sound:
@@ -248,14 +248,14 @@ def assert_missing_lists_refused() -> None:
 def test_a_list_that_is_missing_is_refused() -> None:
     """In a process of its own: reading what is not there would end this one."""
     here = Path(__file__).parent
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", "import test_errors; test_errors.assert_missing_lists_refused()"],
         env=dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (here, here.parent)))),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert done.returncode == 0, f"{done.returncode}: {done.stdout}"
+    assert process.returncode == 0, f"{process.returncode}: {process.stdout}"
 
 
 OVERLAPS = {

@@ -13,14 +13,14 @@ FORKED = Path(__file__).with_name("forked.py")
 
 
 def assert_script_succeeds(what: str, **environment: str) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(FORKED), what],
         env=dict(os.environ, PYTHONPATH=str(FORKED.parent.parent), **environment),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert done.returncode == 0, done.stdout
+    assert process.returncode == 0, process.stdout
 
 
 def test_kernels_and_optimizers_work_after_a_fork() -> None:

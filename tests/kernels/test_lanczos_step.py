@@ -68,7 +68,7 @@ def test_against_float64(backend: KernelBackend, dtype: torch.dtype, size: int) 
 
 
 def test_the_combination_is_rounded_once() -> None:
-    """To the nearest of float32, where each product and sum in float32 would err by more."""
+    """The result is the nearest float32; products and sums in float32 would err by more."""
     q, w, u = (rows(4, 3000, torch.float32, seed=s) for s in (1, 2, 3))
     f = factors(4)
     exact = (
@@ -121,17 +121,17 @@ def test_nonfinite_values_come_through_in_their_row(backend: KernelBackend) -> N
 def test_infinities_in_a_tail_stay_infinities(
     backend: KernelBackend, dtype: torch.dtype, size: int
 ) -> None:
-    """Of a vector or of a factor: what lies beyond the last column has no part in the sums."""
+    """A vector or a factor is infinite; what lies beyond the last column is not added."""
     for infinite in range(4):
         u, q, w = (rows(2, size, dtype, backend.device, seed).abs() for seed in (1, 2, 3))
         f = factors(2, backend.device).abs()
         (u[1:, -1:], q[1:, -1:], w[1:, -1:], f[:, 1:])[infinite].fill_(torch.inf)
         expected = u.clone()
-        wanted = kernels.lanczos_step(expected, q, w, f, backend="reference")
+        reference = kernels.lanczos_step(expected, q, w, f, backend="reference")
         result = kernels.lanczos_step(u, q, w, f, backend=backend.name)
         assert same_bits(u, expected)
         assert result.isinf().tolist() == [[False, True]] * 2
-        torch.testing.assert_close(result, wanted, rtol=1e-12, atol=0)
+        torch.testing.assert_close(result, reference, rtol=1e-12, atol=0)
 
 
 def test_version_counters_are_bumped(backend: KernelBackend) -> None:

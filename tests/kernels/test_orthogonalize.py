@@ -77,15 +77,15 @@ def test_against_float64(
 
 
 def test_what_is_left_is_orthogonal_after_two_passes(backend: KernelBackend) -> None:
-    """Of a vector that lies all but in the span: one pass leaves roundings of its length."""
+    """The vector lies almost in the span, and one pass leaves roundings of its length."""
     basis = orthonormal(40, 3000, torch.float64, backend.device)
     inside = basis.sum(0) + 1e-9 * vectors((3000,), torch.float64, backend.device)
-    left = []
+    overlaps = []
     for passes in (1, 2):
         w = inside.clone()
         _, norm = kernels.orthogonalize(w, basis, passes=passes, backend=backend.name)
-        left.append(float((basis @ w).abs().max() / norm))
-    assert left[1] < 1e-14 < left[0]
+        overlaps.append(float((basis @ w).abs().max() / norm))
+    assert overlaps[1] < 1e-14 < overlaps[0]
 
 
 def test_no_rows(backend: KernelBackend) -> None:

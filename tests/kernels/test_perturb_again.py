@@ -72,7 +72,7 @@ def test_found_inf_leaves_x_where_it_is(
 def test_it_perturbs_as_perturb_does(
     backend: KernelBackend, dtype: torch.dtype, anchored: bool
 ) -> None:
-    """To the bit: over the first ascent's result, which is not read, or from where it began."""
+    """The bits agree: from backups, whatever x is by then, or from x where the ascent began."""
     arena = Arena(dtype, 3, device=backend.device)
     arena.fill(X, G)
     x, g, b = arena.lists

@@ -63,7 +63,7 @@ def test_found_inf_leaves_x_where_it_is(
 def test_neighboring_gradients_are_subtracted_before_anything_rounds(
     backend: KernelBackend, dtype: torch.dtype
 ) -> None:
-    """From 0, so that their difference, here a unit in the last place, is all there is of x."""
+    """x starts at 0, so that it becomes their difference, a unit in the last place."""
     g0 = nonzero((1000,), dtype)
     g = (g0.double() * (1 + torch.finfo(dtype).eps)).to(dtype)
     assert not torch.equal(g, g0)

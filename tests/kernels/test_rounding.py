@@ -92,7 +92,7 @@ def test_ascents_are_the_references_bit_for_bit(
     assert_agrees_with_reference(update, fast_backend, dtype, alpha=alpha)
 
 
-def ascended(x: Tensor, g: Tensor, alpha: float, backend: KernelBackend) -> Tensor:
+def perturb(x: Tensor, g: Tensor, alpha: float, backend: KernelBackend) -> Tensor:
     x, g = x.to(backend.device), g.to(backend.device)
     kernels.perturb([x], [g], [torch.empty_like(x)], alpha, backend=backend.name)
     return x.cpu()
@@ -121,7 +121,7 @@ def test_every_number_with_every_kind_of_rounding(
     """Ties and near ties at every number; at the largest they decide between it and infinity."""
     x = every_pattern(narrow)
     g = spacing(x)
-    assert_rounded(ascended(x.clone(), g, ulps, backend), x.float() + ulps * g.float())
+    assert_rounded(perturb(x.clone(), g, ulps, backend), x.float() + ulps * g.float())
 
 
 @pytest.mark.parametrize("factor", FACTORS)
@@ -129,11 +129,11 @@ def test_every_number_with_every_kind_of_rounding(
 def test_every_number_times_a_factor(
     backend: KernelBackend, narrow: torch.dtype, factor: float
 ) -> None:
-    """From 0, so that the product is what is rounded: to subnormals, to infinity."""
+    """x starts at 0, so that the product alone is rounded: to subnormals, to infinity."""
     g = every_pattern(narrow)
     zero = torch.zeros_like(g)
     wide = zero.float() + torch.tensor(factor, dtype=torch.float32) * g.float()
-    assert_rounded(ascended(zero.clone(), g, factor, backend), wide)
+    assert_rounded(perturb(zero.clone(), g, factor, backend), wide)
 
 
 @pytest.mark.parametrize("narrow", NARROW)

@@ -39,7 +39,7 @@ def updated(
     return torch.cat([arena.values(update.lists.index(role)) for role in update.writes])
 
 
-def ascended(backend: KernelBackend, dtype: torch.dtype, alpha: Any, **flags: Any) -> Tensor:
+def perturb(backend: KernelBackend, dtype: torch.dtype, alpha: Any, **flags: Any) -> Tensor:
     torch.manual_seed(9)
     arena = Arena(dtype, 3, SIZES, backend.device)
     arena.fill(0, 1)
@@ -75,7 +75,7 @@ def test_float32_tensors_equal_floats_of_their_value(
 
 
 def test_whole_numbers_are_numbers(backend: KernelBackend, dtype: torch.dtype) -> None:
-    assert same_bits(ascended(backend, dtype, 2), ascended(backend, dtype, 2.0))
+    assert same_bits(perturb(backend, dtype, 2), perturb(backend, dtype, 2.0))
     adamw = UPDATES[-1]
     assert type(adamw.options["step"]) is int
     assert same_bits(updated(adamw, backend, dtype, lambda n: n), updated(adamw, backend, dtype))
@@ -84,8 +84,8 @@ def test_whole_numbers_are_numbers(backend: KernelBackend, dtype: torch.dtype) -
 def test_parameters_that_require_grad_are_read_as_scalars(backend: KernelBackend) -> None:
     learned = torch.tensor(ALPHA, dtype=torch.float64, requires_grad=True, device=backend.device)
     with torch.no_grad():
-        result = ascended(backend, torch.float32, learned)
-    assert same_bits(result, ascended(backend, torch.float32, ALPHA))
+        result = perturb(backend, torch.float32, learned)
+    assert same_bits(result, perturb(backend, torch.float32, ALPHA))
 
 
 @pytest.mark.gpu

@@ -50,7 +50,7 @@ class Recorder:
         return list(self.launches)
 
     def warm(self, call: Callable[[], object]) -> list[Launch]:
-        """The same for a call that must find everything compiled."""
+        """Run a call that must find everything compiled, and return its launches."""
         before = self.driver.variants
         launches = self(call)
         assert self.driver.variants == before, "compiled again"
@@ -273,7 +273,7 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
 
 
 def test_the_driver_is_put_back(recorder: Recorder) -> None:
-    """And what was compiled for the stub is forgotten: another driver's launches would be lost."""
+    """What was compiled for the stub is forgotten, or another driver would not launch."""
     cache = triton_device.perturb_kernel.device_caches
     x, g, b = ([nonzero((50,), torch.float32)] for _ in range(3))
     with triton_stub.installed() as inner:

@@ -91,7 +91,7 @@ def test_updates_are_the_references_bit_for_bit(
 def test_what_both_dtypes_hold_gives_the_same_step(
     backend: KernelBackend, update: Update, dtype: torch.dtype, wide: torch.dtype, big: float
 ) -> None:
-    """Where the arithmetic is that of the parameters' own gradients, too."""
+    """Bit for bit if gradients of both dtypes are computed with in the same dtype."""
     results = []
     for convert in (False, True):
         torch.manual_seed(5)
@@ -111,7 +111,7 @@ def test_what_both_dtypes_hold_gives_the_same_step(
 
 
 def lists_of(count: int, dtype: torch.dtype, wide: torch.dtype, big: float) -> list[Tensor]:
-    """x of size 1, a gradient of size `big`, and as many states of size 1 as are wanted."""
+    """x of size 1, a gradient of size `big`, and `count` - 2 states of size 1."""
     n = 1003
     values = torch.linspace(0.5, 2.0, n, dtype=torch.float64)
     signs = torch.ones(n).index_fill(0, torch.arange(0, n, 3), -1)
@@ -198,8 +198,8 @@ def adamw_step(
     kernels.adamw_step([x], [g], [m], [v], [b], **options, step=1, backend=backend_name)
     size = np.abs(exact(g))
     move = LR * exact(g) / (size + np.longdouble(big / 8))
-    saved = (1 - np.longdouble(LR) * np.longdouble(WD)) * exact(b)
-    return x, saved - move, np.abs(saved) + np.abs(move)
+    decayed = (1 - np.longdouble(LR) * np.longdouble(WD)) * exact(b)
+    return x, decayed - move, np.abs(decayed) + np.abs(move)
 
 
 STEPS: list[Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]]] = [
@@ -261,7 +261,7 @@ def test_momentum_is_rounded_once(
 def test_stochastic_rounding_is_right_on_average(
     backend: KernelBackend, dtype: torch.dtype, wide: torch.dtype
 ) -> None:
-    """A step that the gradient's own rounding, to nearest, would lose or double."""
+    """The step would be lost or doubled if the gradient were rounded to nearest first."""
     n = 2**16
     x = torch.ones(n, dtype=dtype, device=backend.device)
     step = 0.3 * torch.finfo(dtype).eps * (1 + 2.0**-13)
@@ -316,15 +316,15 @@ def test_a_wide_gradient_may_not_reach_into_its_parameter(
 
 
 def test_the_dtype_in_which_gradients_are_read() -> None:
-    """The parameter's if it holds all their numbers, else the next wider one if that does."""
+    """The parameter's dtype if it holds all their numbers, else the next wider one."""
     half, brain, single, double = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    read = {
+    expected_dtypes = {
         half: {half: half, brain: single, single: single, torch.float8_e5m2: half},
         brain: {half: single, brain: brain, single: single, torch.float8_e4m3fn: brain},
         single: {half: single, brain: single, single: single, double: double},
         double: {half: double, brain: double, single: double, double: double},
     }
-    for param, by_grad in read.items():
+    for param, by_grad in expected_dtypes.items():
         for grad, expected in by_grad.items():
             assert gradient_dtype(param, grad) == expected
     for param in (half, brain):

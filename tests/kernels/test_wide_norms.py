@@ -92,7 +92,7 @@ def test_only_what_is_not_finite_is_flagged(
     assert flag_value == 0
     for i in range(3):
         for bad in (torch.inf, torch.nan):
-            spoilt = [t.clone() for t in tensors]
-            spoilt[i][66] = bad
-            kernels.flag_nonfinite(spoilt, flag_value.zero_(), backend=backend.name)
+            spoiled = [t.clone() for t in tensors]
+            spoiled[i][66] = bad
+            kernels.flag_nonfinite(spoiled, flag_value.zero_(), backend=backend.name)
             assert flag_value == 1

@@ -68,10 +68,12 @@ def test_two_micro_batches_of_a_linear_model() -> None:
     assert distance(list(model.parameters()), expected) < 1e-15
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("from_last_step", [False, True], ids=["new", "used"])
 @pytest.mark.parametrize("how", CLEARING)
 @pytest.mark.parametrize("name", ["usam", "anchored", "product"])
-def test_a_closure_that_clears_may_find_any_gradient(name: str, how: str, used: bool) -> None:
+def test_a_closure_that_clears_may_find_any_gradient(
+    name: str, how: str, from_last_step: bool
+) -> None:
     params = parameters()
     opt, exact = METHODS[name].make(params, lr=0.1), Exact(params, {"lr": 0.1}, RHO, name)
     add = adding(opt, params)
@@ -81,7 +83,7 @@ def test_a_closure_that_clears_may_find_any_gradient(name: str, how: str, used: 
         return add()
 
     for _ in range(3):
-        if not used:
+        if not from_last_step:
             (3.0 * loss_of(params)).backward()
         opt.step(closure)
         exact.step()

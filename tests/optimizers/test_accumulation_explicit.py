@@ -58,7 +58,7 @@ def test_gradients_that_are_overwritten_in_the_explicit_form() -> None:
     assert distance(params, exact.x) < 1e-14
 
 
-def test_the_gradient_of_a_point_that_was_given_up_is_not_that_at_x() -> None:
+def test_a_gradient_from_an_abandoned_ascent_is_not_one_at_x() -> None:
     params = parameters()
     opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
     closure = closure_of(opt, params)

@@ -183,12 +183,12 @@ def test_empty_tensors_change_nothing(row: Row) -> None:
     params, others = row.parameters(), row.parameters()
     full = [p for p in others if p.numel()]
     assert len(full) < len(params)
-    train(row.make(params), params, loss_of=quadratic_but_for_empty)
-    train(row.make(full), full, loss_of=quadratic_but_for_empty)
+    train(row.make(params), params, loss_of=quadratic_plus_empty_sums)
+    train(row.make(full), full, loss_of=quadratic_plus_empty_sums)
     assert all(map(same_bits, params, others))
 
 
-def quadratic_but_for_empty(params: Sequence[Tensor], sign: float) -> Tensor:
+def quadratic_plus_empty_sums(params: Sequence[Tensor], sign: float) -> Tensor:
     return quadratic([p for p in params if p.numel()], sign) + sum(
         p.sum() for p in params if not p.numel()
     )
@@ -223,20 +223,20 @@ def test_layouts_of_any_order_of_dimensions(row: Row) -> None:
 
 
 @each(OPTIMIZERS)
-def test_a_gradient_of_zero_moves_nothing(dtype: torch.dtype, row: Row) -> None:
+def test_a_gradient_of_zero_changes_no_parameter(dtype: torch.dtype, row: Row) -> None:
     params = row.parameters(dtype)
     opt = row.make(params, weight_decay=0.0)
     before = snapshot(params)
-    visited = 0
+    calls = 0
 
     def flat(params: Sequence[Tensor], sign: float) -> Tensor:
-        nonlocal visited
-        visited += 1
+        nonlocal calls
+        calls += 1
         assert all(map(same_bits, params, before))
         return sum((p * p * 0.0).sum() for p in params)
 
     train(opt, params, 2, loss_of=flat)
-    assert visited == 2 * row.calls
+    assert calls == 2 * row.calls
     assert all(map(same_bits, params, before))
     assert all(t.isfinite().all() for t in state_of(opt, params))
 
@@ -256,7 +256,7 @@ def test_parameters_keep_their_storage(row: Row) -> None:
 
 
 @each(OPTIMIZERS)
-def test_maximizing_minus_f_minimises_f(row: Row) -> None:
+def test_maximizing_minus_f_minimizes_f(row: Row) -> None:
     """Bit for bit, except a finite difference, which is then taken on the other side of x."""
     if "maximize" not in row.make_torch([nn.Parameter(torch.ones(2, 2))]).defaults:
         pytest.skip("this optimizer of torch has no maximize")

@@ -30,17 +30,17 @@ def test_a_gradient_that_is_not_finite_is_skipped(row: Row, failing: int, bad: f
     opt, other = row.make(params, skip_nonfinite=True), row.make(plain)
     points: list[list[Tensor]] = []
 
-    def spoilt(params: Sequence[Tensor], sign: float) -> Tensor:
+    def spoiled_loss(params: Sequence[Tensor], sign: float) -> Tensor:
         points.append(snapshot(params))
         loss = loss_of(params, sign)
         if len(points) - 1 == row.calls + failing:
             loss = loss + bad * params[-1].flatten()[5]
         return loss
 
-    train(opt, params, 1, loss_of=spoilt)
+    train(opt, params, 1, loss_of=spoiled_loss)
     before, state = snapshot(params), state_of(opt, params)
     assert opt.skipped == 0
-    train(opt, params, 1, loss_of=spoilt)
+    train(opt, params, 1, loss_of=spoiled_loss)
     assert len(points) == 2 * row.calls
     assert opt.skipped == 1
     for point in points[row.calls + failing :]:
@@ -48,7 +48,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(row: Row, failing: int, bad: f
     assert not opt.perturbed
     assert all(map(same_bits, params, before))
     assert all(map(same_bits, state_of(opt, params), state))
-    train(opt, params, 1, loss_of=spoilt)
+    train(opt, params, 1, loss_of=spoiled_loss)
     train(other, plain, 2)
     assert opt.skipped == 1
     assert all(map(same_bits, params, plain))
@@ -150,15 +150,15 @@ def test_saved_and_loaded_mid_run_through_a_file(dtype: torch.dtype, row: Row) -
 
 
 @each(ASCENDING)
-def test_no_state_dict_while_the_parameters_are_away(row: Row) -> None:
+def test_no_state_dict_while_the_parameters_are_perturbed(row: Row) -> None:
     params = row.parameters()
     opt = row.make(params)
     closure = closure_of(opt, params)
-    saved = opt.state_dict()
+    state_dict = opt.state_dict()
     closure()
     while opt.ascend():
         updated = snapshot(params)
-        for refused in (opt.state_dict, lambda: opt.load_state_dict(saved)):
+        for refused in (opt.state_dict, lambda: opt.load_state_dict(state_dict)):
             with pytest.raises(RuntimeError, match="while the parameters are perturbed"):
                 refused()
         assert all(map(same_bits, params, updated))
@@ -174,10 +174,10 @@ def test_torchs_optimizer_goes_on_from_its_state(row: Row) -> None:
     train(opt, params)
     theirs = clones(params)
     other = row.make_torch(theirs, lr=7.0, weight_decay=0.5)
-    saved = opt.state_dict()
-    steps = [id(entry["step"]) for entry in saved["state"].values() if "step" in entry]
+    state_dict = opt.state_dict()
+    steps = [id(entry["step"]) for entry in state_dict["state"].values() if "step" in entry]
     assert len(set(steps)) == len(steps)  # torch adds 1 to each
-    other.load_state_dict(copy.deepcopy(saved))
+    other.load_state_dict(copy.deepcopy(state_dict))
     for group in opt.param_groups:
         group["rho"] = 0.0
     train(opt, params)

@@ -54,7 +54,7 @@ MID_STEP: dict[str, Callable[[ef.USAM], object]] = {
 
 
 @pytest.mark.parametrize("name", MID_STEP)
-def test_refused_while_the_parameters_are_away(name: str) -> None:
+def test_refused_while_the_parameters_are_perturbed(name: str) -> None:
     opt, params = usam()
     closure_of(opt, params)()
     opt.ascend()

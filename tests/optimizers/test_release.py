@@ -36,7 +36,7 @@ MAKE: dict[str, Callable[..., Any]] = {
 }
 
 
-def released(params: list[Tensor], **kw: Any) -> ef.USAM:
+def releasing(params: list[Tensor], **kw: Any) -> ef.USAM:
     return ef.USAM(params, **HEAVY, rho=RHO, release_gradients=True, **kw)
 
 
@@ -76,7 +76,7 @@ def test_the_explicit_form_is_the_same() -> None:
     runs = []
     for explicit in (False, True):
         params = parameters()
-        opt = released(params)
+        opt = releasing(params)
         closure = closure_of(opt, params)
         for _ in range(4):
             if explicit:
@@ -139,19 +139,19 @@ def test_a_tied_weight_is_updated_once_with_the_whole_gradient() -> None:
 
 def test_a_parameter_without_a_gradient_is_restored() -> None:
     params = parameters()
-    opt = released(params)
+    opt = releasing(params)
     before = snapshot(params)
-    used = list(params)
+    inputs = list(params)
 
     def closure() -> Tensor:
         opt.zero_grad()
-        loss = loss_of([p if p is q else p.detach() for p, q in zip(params, used, strict=True)])
+        loss = loss_of([p if p is q else p.detach() for p, q in zip(params, inputs, strict=True)])
         loss.backward()
         return loss
 
     closure()
     assert opt.ascend()
-    used[3] = params[0]
+    inputs[3] = params[0]
     with opt.evaluation():
         closure()
     assert not same_bits(params[3], before[3])
@@ -164,7 +164,7 @@ def test_a_parameter_without_a_gradient_is_restored() -> None:
 def test_groups_and_frozen_parameters_may_come_later() -> None:
     params = parameters()
     params[0].requires_grad_(False)
-    opt = released(params[:4])
+    opt = releasing(params[:4])
     closure = closure_of(opt, params)
     opt.step(closure)
     opt.add_param_group({"params": params[4:], "lr": 0.01})
@@ -180,7 +180,7 @@ def test_groups_and_frozen_parameters_may_come_later() -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_releases_its_own(how: str) -> None:
     params = parameters()
-    opt = released(params)
+    opt = releasing(params)
     opt.step(closure_of(opt, params))
     if how == "deepcopy":
         other, others = copy.deepcopy((opt, params))
@@ -221,7 +221,7 @@ def test_after_a_change_of_dtype_it_goes_on() -> None:
 
 def test_lr_0_steps_nowhere_and_ends_the_step() -> None:
     params = parameters()
-    opt = released(params)
+    opt = releasing(params)
     for group in opt.param_groups:
         group["lr"] = 0.0
     before = snapshot(params)
@@ -239,7 +239,7 @@ def test_lr_0_steps_nowhere_and_ends_the_step() -> None:
 
 def test_skip_nonfinite_is_refused() -> None:
     with pytest.raises(ValueError, match="choose one"):
-        released(parameters(), skip_nonfinite=True)
+        releasing(parameters(), skip_nonfinite=True)
 
 
 def test_clipping_is_refused() -> None:
@@ -253,7 +253,7 @@ def test_a_scaler_is_refused() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     params = parameters(torch.float32)
     before = snapshot(params)
-    opt = released(params)
+    opt = releasing(params)
     scaler.scale(loss_of(params)).backward()
     with pytest.raises(RuntimeError, match="GradScaler"):
         opt.ascend(grad_scaler=scaler)

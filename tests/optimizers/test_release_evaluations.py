@@ -16,13 +16,13 @@ from optimizers.problems import SETTINGS, backward, closure_of, loss_of, paramet
 HEAVY = SETTINGS["heavy ball"]
 
 
-def released(params: list[Tensor], **kw: Any) -> ef.USAM:
+def releasing(params: list[Tensor], **kw: Any) -> ef.USAM:
     return ef.USAM(params, **HEAVY, rho=RHO, release_gradients=True, **kw)
 
 
 def test_what_backward_makes_elsewhere_is_left_alone() -> None:
     params = parameters()
-    opt = released(params)
+    opt = releasing(params)
     opt.step(closure_of(opt, params))
     before = snapshot(params)
     loss_of(params).backward()
@@ -97,7 +97,7 @@ def test_an_evaluation_within_an_evaluation() -> None:
 
 def test_hooks_are_there_while_they_are_needed() -> None:
     params = parameters()
-    opt = released(params)
+    opt = releasing(params)
     opt.step(closure_of(opt, params))
     assert not any(p._post_accumulate_grad_hooks for p in params)
 
@@ -145,7 +145,7 @@ class Fails(torch.autograd.Function):
         return g
 
 
-def test_a_backward_that_fails_leaves_no_parameter_away_from_x() -> None:
+def test_a_backward_that_fails_leaves_no_parameter_perturbed() -> None:
     torch.manual_seed(0)
     first, last = nn.Linear(3, 3), nn.Linear(3, 3)
     params = [*first.parameters(), *last.parameters()]

@@ -279,17 +279,19 @@ class MomentumEncoder(nn.Module):
 def test_parameters_that_are_not_trained_are_kept_on_request(replaced: bool) -> None:
     torch.manual_seed(3)
     model, data = MomentumEncoder(replaced=replaced), batch()
-    saved = [(p, p.detach().clone()) for p in model.key.parameters()]
+    originals = [(p, p.detach().clone()) for p in model.key.parameters()]
     with ef.freeze_running_stats(model, parameters=True):
         frozen = model(data)
-        assert not any(torch.equal(p, before) for p, before in saved)
+        assert not any(torch.equal(p, before) for p, before in originals)
     frozen.sum().backward()
     now = list(model.key.parameters())
-    assert all(p is q and torch.equal(p, before) for q, (p, before) in zip(now, saved, strict=True))
+    assert all(
+        p is q and torch.equal(p, before) for q, (p, before) in zip(now, originals, strict=True)
+    )
     assert torch.equal(model(data), frozen)
     with ef.freeze_running_stats(model):
         model(data)
-    assert not any(torch.equal(p, before) for p, before in saved)
+    assert not any(torch.equal(p, before) for p, before in originals)
 
 
 def test_in_evaluation_mode_nothing_changes() -> None:

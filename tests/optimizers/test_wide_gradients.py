@@ -249,7 +249,7 @@ def test_a_refused_first_step_leaves_no_state(setting: str) -> None:
     options = options | ({"rho": 0.0} if "rho" in options else {})
     options = options | ({"release_gradients": True} if "released" in setting else {})
     results = []
-    for refused in (False, True):
+    for after_refusal in (False, True):
         p = nn.Parameter(torch.linspace(-1, 1, 50, dtype=torch.float16))
         opt = make([p], **options)
 
@@ -259,7 +259,7 @@ def test_a_refused_first_step_leaves_no_state(setting: str) -> None:
             loss.backward()
             return loss
 
-        if refused:
+        if after_refusal:
             p.grad_dtype = torch.float64
             with pytest.raises(TypeError, match="set the parameter's grad_dtype"):
                 opt.step(closure)

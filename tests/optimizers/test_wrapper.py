@@ -100,11 +100,11 @@ def test_groups_state_and_defaults_are_the_bases_objects() -> None:
     opt.step(closure_of(opt, params))
     assert opt.state is base.state
     assert len(base.state) == len(params)
-    saved = {"state": dict(base.state), "param_groups": base.param_groups}
+    before = {"state": dict(base.state), "param_groups": base.param_groups}
     opt.load_state_dict(base.state_dict())
     assert opt.state is base.state
     assert opt.param_groups is base.param_groups
-    assert saved["param_groups"] is not base.param_groups  # torch makes new ones
+    assert before["param_groups"] is not base.param_groups  # torch makes new ones
 
 
 def test_there_is_no_other_attribute_of_the_base() -> None:
@@ -157,12 +157,12 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert len(base.param_groups) == 1
 
 
-@pytest.mark.parametrize("given", [None, "AdamW", torch.optim.SGD, nn.Linear(2, 2)])
-def test_not_an_optimizer(given: Any) -> None:
+@pytest.mark.parametrize("base", [None, "AdamW", torch.optim.SGD, nn.Linear(2, 2)])
+def test_not_an_optimizer(base: Any) -> None:
     with pytest.raises(
         TypeError, match=r"SharpnessAware wraps an optimizer, as in .* and was given"
     ):
-        ef.SharpnessAware(given)
+        ef.SharpnessAware(base)
 
 
 def test_arguments_that_are_refused_leave_the_base_alone() -> None:
@@ -181,13 +181,13 @@ def test_step_hooks_of_both_run_once_a_step() -> None:
     params = parameters()
     base = torch.optim.SGD(params, lr=0.1)
     opt = ef.SharpnessAware(base, "two_step_usam")
-    visited: list[str] = []
-    opt.register_step_pre_hook(lambda *_: visited.append("wrapper"))
-    base.register_step_pre_hook(lambda *_: visited.append("base"))
-    base.register_step_post_hook(lambda *_: visited.append("base done"))
-    opt.register_step_post_hook(lambda *_: visited.append("done"))
+    events: list[str] = []
+    opt.register_step_pre_hook(lambda *_: events.append("wrapper"))
+    base.register_step_pre_hook(lambda *_: events.append("base"))
+    base.register_step_post_hook(lambda *_: events.append("base done"))
+    opt.register_step_post_hook(lambda *_: events.append("done"))
     opt.step(closure_of(opt, params))
-    assert visited == ["wrapper", "base", "base done", "done"]
+    assert events == ["wrapper", "base", "base done", "done"]
 
 
 def test_distributed_checkpointing_primes_it() -> None:
@@ -197,8 +197,8 @@ def test_distributed_checkpointing_primes_it() -> None:
     model = nn.Linear(3, 2)
     before = snapshot(list(model.parameters()))
     opt = ef.SharpnessAware(torch.optim.AdamW(model.parameters(), lr=0.1), rho=0.3)
-    saved = get_optimizer_state_dict(model, opt)
-    assert saved["state"].keys() == {"weight", "bias"}
+    state_dict = get_optimizer_state_dict(model, opt)
+    assert state_dict["state"].keys() == {"weight", "bias"}
     assert all(map(same_bits, list(model.parameters()), before))
     assert (opt.param_groups[0]["lr"], opt.param_groups[0]["rho"]) == (0.1, 0.3)
 

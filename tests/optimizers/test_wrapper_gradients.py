@@ -78,11 +78,11 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(base: Any, where: str) 
         if overflows:
             params[-1].grad[5] = torch.inf
 
-    def step(spoilt: str) -> None:
-        evaluate(spoilt == "ascent")
+    def step(where_bad: str) -> None:
+        evaluate(where_bad == "ascent")
         while opt.ascend(grad_scaler=scaler):
-            assert spoilt != "ascent" or all(map(same_bits, params, before))
-            evaluate(spoilt == "ascent" or (spoilt == opt.phase))
+            assert where_bad != "ascent" or all(map(same_bits, params, before))
+            evaluate(where_bad == "ascent" or (where_bad == opt.phase))
         scaler.step(opt)
         scaler.update()
 
@@ -133,18 +133,18 @@ def test_the_first_step_may_be_the_one_that_is_skipped(name: str) -> None:
     opt = ef.SharpnessAware(base(params), "usam", RHO, skip_nonfinite=True)
     other = ef.SharpnessAware(base(plain), "usam", RHO)
     before = snapshot(params)
-    for spoilt in (True, False, False):
+    for is_bad in (True, False, False):
         calls = closure_of(opt, params)
 
-        def closure(calls: Any = calls, spoilt: bool = spoilt) -> Tensor:
+        def closure(calls: Any = calls, is_bad: bool = is_bad) -> Tensor:
             loss = calls()
-            if spoilt:
+            if is_bad:
                 params[3].grad[1, 2] = torch.nan
             return loss
 
         opt.step(closure)
         assert opt.skipped == 1
-        if spoilt:
+        if is_bad:
             assert all(map(same_bits, params, before))
         else:
             other.step(closure_of(other, plain))
@@ -167,7 +167,7 @@ def test_clipping_after_the_ascents() -> None:
     assert torch.cat(moves).norm().item() == pytest.approx(0.25, rel=1e-5)
 
 
-def test_what_the_scaler_hands_over_is_taken_back_from_a_base_that_raises() -> None:
+def test_scaler_attributes_are_removed_from_a_base_that_raises() -> None:
     params = parameters(torch.float32)
     base = torch.optim.AdamW(params, **ADAMW, fused=True)
     opt = ef.SharpnessAware(base, rho=0.0)
