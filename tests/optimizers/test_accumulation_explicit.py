@@ -78,7 +78,7 @@ def test_a_gradient_from_an_abandoned_ascent_is_not_one_at_x() -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_closure_that_does_nothing_ends_an_explicit_step(name: str) -> None:
-    """As Lightning's manual optimization always passes one."""
+    """Lightning's manual optimization always passes such a closure."""
     params, others = parameters(), parameters()
     opt, other = MAKERS[name](params), MAKERS[name](others)
     calls = []
@@ -110,7 +110,7 @@ def test_a_closure_that_evaluates_ends_an_explicit_step() -> None:
 
 
 def test_a_closure_that_adds_the_last_micro_batch_ends_an_explicit_step() -> None:
-    """At one point sums of gradients are what they are in torch."""
+    """Gradients at one point may be accumulated, as in torch."""
     params = parameters()
     opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
     for _ in range(2):

@@ -15,13 +15,13 @@ from optimizers.problems import closure_of, distance, loss_of, parameters, snaps
 
 
 def quadratic(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
-    """Curvature from 1 to 4."""
+    """A quadratic with curvature from 1 to 4."""
     scales = torch.linspace(1.0, 4.0, len(params)).tolist()
     return sign * sum(0.5 * c * (p * p).sum() for c, p in zip(scales, params, strict=True))
 
 
 def rosenbrock(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
-    """A hundredth of it."""
+    """Rosenbrock's function, divided by 100."""
     a, b = params[0].flatten()
     return sign * (0.01 * (1 - a) ** 2 + (b - a * a) ** 2)
 
@@ -257,7 +257,7 @@ def test_parameters_keep_their_storage(row: Row) -> None:
 
 @each(OPTIMIZERS)
 def test_maximizing_minus_f_minimizes_f(row: Row) -> None:
-    """Bit for bit, except a finite difference, which is then taken on the other side of x."""
+    """Runs agree bit for bit; finite differences agree less, being taken on the other side."""
     if "maximize" not in row.make_torch([nn.Parameter(torch.ones(2, 2))]).defaults:
         pytest.skip("this optimizer of torch has no maximize")
     params, others = row.parameters(), row.parameters()
@@ -269,7 +269,7 @@ def test_maximizing_minus_f_minimizes_f(row: Row) -> None:
 
 @each(OPTIMIZERS)
 def test_schedulers_set_lr(row: Row) -> None:
-    """Given the wrapper or the base that it wraps."""
+    """A scheduler may hold the wrapper or the base that it wraps."""
     by_hand = row.parameters()
     manual = row.make(by_hand)
     lrs = [manual.param_groups[0]["lr"] * 0.5**epoch for epoch in range(4)]

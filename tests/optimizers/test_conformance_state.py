@@ -22,9 +22,9 @@ from optimizers.problems import backward, closure_of, distance, loss_of, snapsho
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @each_call
 def test_a_gradient_that_is_not_finite_is_skipped(row: Row, failing: int, bad: float) -> None:
-    """In whichever call: parameters and state stay bit for bit, and the next step goes on.
+    """In any call: parameters and state stay bit for bit, and training goes on with the next step.
 
-    From there on no ascent moves, so that a loss scale that was too high shows again.
+    Later ascents of that step perturb nothing, so that their gradients overflow again.
     """
     params, plain = row.parameters(), row.parameters()
     opt, other = row.make(params, skip_nonfinite=True), row.make(plain)
@@ -188,7 +188,7 @@ def test_torchs_optimizer_goes_on_from_its_state(row: Row) -> None:
 
 @each(OPTIMIZERS)
 def test_it_goes_on_from_torchs_state(row: Row) -> None:
-    """What torch's groups lack, rho, keeps its value."""
+    """rho, which torch's groups lack, keeps its value."""
     theirs = row.parameters()
     other = row.make_torch(theirs)
     train(other, theirs)

@@ -20,7 +20,7 @@ Give = Callable[[list], None]
 
 
 def bucket_views(params: list) -> None:
-    """As DDP gives them: views of one stretch of memory, off any alignment."""
+    """Make gradients as DDP does: views of one buffer, without any alignment."""
     flat = torch.empty(sum(p.numel() for p in params) + 3, dtype=params[0].dtype)
     start = 1
     for p in params:

@@ -1,4 +1,4 @@
-"""What is called at the wrong time says what to do instead, and changes nothing."""
+"""Calls at the wrong time raise an error that says what to do instead, and change nothing."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def releasing(params: list[Tensor], **kw: Any) -> ef.USAM:
 
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "sgd"])
 def test_rho_may_change_from_step_to_step(name: str) -> None:
-    """Backups of an earlier step are none of a later one's, which takes no ascent."""
+    """A later step that takes no ascent does not use an earlier step's backups."""
     runs = []
     for release in (False, True):
         params = parameters()

@@ -116,7 +116,7 @@ def test_without_the_option_a_bad_gradient_goes_into_the_parameters() -> None:
 
 
 def test_a_flag_does_not_outlive_its_step() -> None:
-    """Nor one that was given up between the two."""
+    """It does not outlive a step that was abandoned either."""
     params = parameters()
     opt = optimizer(params)
     closure = Spoiler(opt, params, torch.nan, {0})

@@ -106,7 +106,7 @@ def test_two_sides_that_draw_differently_warn(inside: tuple[int, ...]) -> None:
     ],
 )
 def test_without_a_difference_every_call_draws_new_numbers(make: Any, calls: int) -> None:
-    """And nothing warns, with the context or without."""
+    """There is no warning either, with the context or without it."""
     params = parameters()
     opt = make(params)
     closure, masks = noisy(opt, params)
@@ -132,7 +132,7 @@ def test_without_randomness_nothing_warns() -> None:
 
 
 def test_random_numbers_drawn_outside_the_context_are_of_no_account() -> None:
-    """A loader's, say, at any time."""
+    """A loader may draw numbers at any time."""
     params = parameters()
     opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
     closure, masks = noisy(opt, params)

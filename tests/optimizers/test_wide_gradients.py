@@ -116,7 +116,7 @@ def test_backends_agree(
 def test_each_parameter_steps_as_it_does_alone(
     dtype: torch.dtype, wide: torch.dtype, big: float
 ) -> None:
-    """Wide gradients or not: they share a call and nothing else."""
+    """Parameters with wide gradients and with others share a call and nothing else."""
     for setting in ("heavy ball", "nesterov", "maximize", "adamw"):
         make, options = SETTINGS[setting]
         params = widened(dtype, wide, mixed=True)
@@ -226,7 +226,7 @@ def test_what_neither_dtype_holds_is_read_as_float32(
 def test_float64_gradients_of_narrow_parameters_are_refused(
     dtype: torch.dtype, backend_name: str
 ) -> None:
-    """Before anything is written, whichever parameter has one."""
+    """The error comes before anything is written, whichever parameter has such a gradient."""
     for name, (make, options) in SETTINGS.items():
         params = parameters(dtype, SHAPES)
         params[3].grad_dtype = torch.float64
@@ -244,7 +244,7 @@ def test_float64_gradients_of_narrow_parameters_are_refused(
 
 @pytest.mark.parametrize("setting", ["heavy ball", "adamw", "sgd released"])
 def test_a_refused_first_step_leaves_no_state(setting: str) -> None:
-    """The next one is then the first, which dampening, and AdamW's bias correction, tell."""
+    """The next step is the first one for dampening and for AdamW's bias correction."""
     make, options = SETTINGS[setting.replace("sgd released", "heavy ball")]
     options = options | ({"rho": 0.0} if "rho" in options else {})
     options = options | ({"release_gradients": True} if "released" in setting else {})

@@ -29,7 +29,7 @@ from optimizers.problems import (
 
 
 class Plain(torch.optim.Optimizer):
-    """A third party's: hyperparameters of its own, none of SGD's but lr."""
+    """An optimizer of a third party: of SGD's hyperparameters it has only lr."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
@@ -63,7 +63,7 @@ def test_around_sgd_it_is_the_methods_optimizer(method: str, settings: dict[str,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_around_an_optimizer_that_knows_lr_alone(method: str) -> None:
-    """No `maximize` in its groups, for one."""
+    """Its groups have no `maximize`, for example."""
     m = METHODS[method]
     params = parameters()
     opt = ef.SharpnessAware(Plain(params, lr=0.1), m.name, RHO, **m.options)

@@ -66,7 +66,7 @@ def test_gradients_of_any_form(form: str, skip_nonfinite: bool) -> None:
 def test_an_overflow_skips_the_step_and_lowers_the_scale(base: Any, where: str) -> None:
     """Every other step is the unscaled run's, bit for bit.
 
-    The ascent that overflows does not move, so the gradients after it overflow too.
+    An ascent that overflows perturbs nothing, so that the gradients after it overflow too.
     """
     params, plain = parameters(torch.float32), parameters(torch.float32)
     opt, other = (ef.SharpnessAware(base(p), "two_step_usam", RHO) for p in (params, plain))
@@ -127,7 +127,7 @@ def test_unscaling_the_descents_gradient(base: Any, by: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in BASES if name != "SGD, fused"])
 def test_the_first_step_may_be_the_one_that_is_skipped(name: str) -> None:
-    """Not around torch's fused SGD, which then goes on from momentum that it never wrote."""
+    """torch's fused SGD is left out: it would go on from momentum that it never wrote."""
     base = BASES[name]
     params, plain = parameters(torch.float32), parameters(torch.float32)
     opt = ef.SharpnessAware(base(params), "usam", RHO, skip_nonfinite=True)
