@@ -23,6 +23,13 @@ from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# A parameter's dtype, a wider one of its gradients, and a power of two that only the latter holds.
+WIDER = {
+    "float16-float32": (torch.float16, torch.float32, 2.0**17),
+    "bfloat16-float32": (torch.bfloat16, torch.float32, 2.0**60),
+    "float32-float64": (torch.float32, torch.float64, 2.0**130),
+}
+
 # Below, at and above the SIMD widths (2 to 16 elements and blocks of them), a thread's least share
 # (64 KiB) and the chunk of a sum (16 Ki elements).
 SIZES = (0, 1, 3, 15, 16, 17, 63, 64, 65, 1000, 16383, 16385, 70001)
@@ -211,7 +218,7 @@ class Arena:
         """All elements of list `i`, a copy."""
         return torch.cat(self.lists[i])
 
-    def check_margins(self) -> None:
+    def assert_margins_untouched(self) -> None:
         """Fail if anything was written outside of the tensors."""
         for i, (memory, inside) in enumerate(zip(self.memory, self._inside, strict=True)):
             assert (memory.isnan() | inside).all(), f"written outside of list {i}"
@@ -266,7 +273,7 @@ class Update:
         sizes: Sequence[int | Place] | None = None,
         device: str = "cpu",
     ) -> Arena:
-        """Its lists with values: NaN where they must not be read, second moments positive."""
+        """The update's lists with values: NaN in what it must not read, positive second moments."""
         arena = Arena(dtype, len(self.lists), sizes, device)
         only_written = {"params", "backups"} - {self.starts_from}
         arena.fill(*(i for i, role in enumerate(self.lists) if role not in only_written))

@@ -27,7 +27,7 @@ IN_PTX = {"i32": ("u32", "b32"), "i64": ("u64", "b64"), "fp64": ("f64", "b64")}
 SCRATCH = 2  # pointers that Triton gives every kernel after its own
 
 
-def check_arguments(launch: Launch) -> None:
+def assert_arguments_fit(launch: Launch) -> None:
     """Fail unless the arguments fit the signature, and the code was compiled for them."""
     source = launch.source
     assert list(source.signature) == source.fn.arg_names
@@ -59,13 +59,13 @@ def check_arguments(launch: Launch) -> None:
 
 
 def parameters(ptx: Path, kernel: str) -> list[str]:
-    """The types of a kernel's parameters; tools are shown it by its name, which is not mangled."""
+    """The types of a kernel's parameters in its PTX, where its name is not mangled."""
     entry = re.search(rf"\.visible \.entry {kernel}\((.*?)\)", ptx.read_text(), re.DOTALL)
     assert entry is not None
     return re.findall(r"\.param \.(\w+)", entry[1])
 
 
-def check_tables(
+def assert_tables_cover(
     launches: Sequence[Launch], lists: Sequence[Sequence[Tensor]], gradients: Sequence[Tensor]
 ) -> None:
     """Fail unless the programs of a call's launches have every element of its tensors once.
@@ -80,19 +80,19 @@ def check_tables(
         assert pointers.tolist() == [[t.data_ptr() for t in tensors] for tensors in lists]
         assert launch["n"] == len(lists[0])
         assert launch.grid == (chunks.shape[1], 1, 1)
-    covered: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(gradients))}
+    ranges: dict[int, list[tuple[int, int]]] = {i: [] for i in range(len(gradients))}
     for launch in launches:
         block = Blocks().elements(dtype_of(launch["DTYPE"]))
         assert launch["BLOCK"] == block
         for i, first, length, wide in launch["chunks"].T.tolist():
-            covered[i].append((first, length))
+            ranges[i].append((first, length))
             assert 0 < length <= BLOCKS_IN_CHUNK * block
             assert gradients[i].dtype == dtype_of(launch["GRAD"])
             starts = [t[i].data_ptr() + first * t[i].element_size() for t in lists]
             aligned = all(t[i].data_ptr() % 16 == 0 for t in lists)
             assert wide == (length // block * block if aligned else 0)
             assert not wide or all(start % 16 == 0 for start in starts)
-    for i, parts in covered.items():
+    for i, parts in ranges.items():
         ends = [first + length for first, length in sorted(parts)]
         assert [first for first, _ in sorted(parts)] == [0, *ends][: len(parts)]
         assert (ends or [0])[-1] == gradients[i].numel()

@@ -1,6 +1,6 @@
 """Every public kernel, every argument, every way to make it bad: a table made from a few lists.
 
-`refused` fails unless a call raises one clear error and leaves every tensor as it was, to the bit.
+`assert_refused` fails unless a call raises one clear error and leaves every bit of every tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Wrapper(Tensor):
 
 
 class Stranger:
-    """An object of another library that has borrowed what a tensor is known by."""
+    """An object of another library that has the attributes by which a tensor is recognized."""
 
     __dlpack_c_exchange_api__ = Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
     is_neg = Tensor.is_neg
@@ -263,7 +263,7 @@ def _of_tensor(kernel: Kernel, name: str, t: Tensor) -> Iterator[tuple[str, obje
 
 
 def _overlaps(kernel: Kernel, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:
-    """Every argument in the memory of another, where one of both is written."""
+    """Bad calls in which an argument shares memory with another one that is written."""
     for name, value in arguments.items():
         for other in kernel.written - {name}:
             theirs = arguments[other]
@@ -279,8 +279,8 @@ def _overlaps(kernel: Kernel, arguments: Mapping[str, Any]) -> Iterator[tuple[st
                 yield name, f"shares {other}", theirs.view(-1)[0]
 
 
-def spoilt(kernel: Kernel) -> Iterator[tuple[str, str, dict[str, Any], object]]:
-    """All bad calls of a kernel: the argument, what is bad, all arguments as they should be, it."""
+def bad_calls(kernel: Kernel) -> Iterator[tuple[str, str, dict[str, Any], object]]:
+    """All bad calls: the argument's name, what is wrong, the sound arguments, the bad value."""
     for name, sound in kernel.make().items():
         arguments = kernel.make()
         if isinstance(sound, list):
@@ -326,8 +326,10 @@ def snapshot(arguments: Mapping[str, Any]) -> list[tuple[Tensor, bytes, int]]:
     return [(t, t.numpy().tobytes(), t._version) for t in tensors]
 
 
-def refused(kernel: Kernel, backend: str, name: str, arguments: dict[str, Any], bad: object) -> str:
-    """Return the message of the error that a bad call raises; fail if it is none, or unclear."""
+def assert_refused(
+    kernel: Kernel, backend: str, name: str, arguments: dict[str, Any], bad: object
+) -> str:
+    """Fail unless a bad call raises a clear error and writes nothing; return its message."""
     before = snapshot(arguments)
     try:
         kernel(**{"backend": backend, **arguments, name: bad})

@@ -17,7 +17,7 @@ OPTIMIZERS = ("SGD", "USAM", "SAM", "TwoStepUSAM", "HessianUSAM", "AdamW", "Shar
 
 
 def modules() -> Iterator[str]:
-    """The names of all modules but those of the command line, which need more than the library."""
+    """The names of all modules except those of the command line, which need more packages."""
     for module in pkgutil.walk_packages(ef.__path__, "eigenfilter."):
         name = module.name
         if "experiments" not in name and "triton" not in name and not name.endswith("__main__"):
@@ -35,7 +35,7 @@ def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_has_an_example(name: str) -> None:
-    """Of five lines at least."""
+    """An example has at least five lines."""
     docstring = inspect.getdoc(getattr(ef, name))
     assert docstring is not None
     assert docstring.count(">>> ") >= 5

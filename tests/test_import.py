@@ -26,7 +26,7 @@ print(json.dumps([m for m in ("torch", "numpy", "eigenfilter._core") if m in sys
     ],
 )
 def test_parts_come_when_they_are_used(code: str, expected: list[str]) -> None:
-    """In a process of its own, which has imported nothing else."""
+    """The program runs in its own process, which has imported nothing else."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED.format(code=code)], capture_output=True, text=True, check=True
     )
@@ -34,25 +34,25 @@ def test_parts_come_when_they_are_used(code: str, expected: list[str]) -> None:
 
 
 def test_torch_comes_before_the_core() -> None:
-    """So that the core shares torch's OpenMP pool."""
+    """The core shares torch's OpenMP pool only if torch is imported first."""
     code = "import sys, eigenfilter.kernels; m = list(sys.modules); print(m.index('torch') < "
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code + "m.index('eigenfilter._core'))"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout == "True\n"
+    assert process.stdout == "True\n"
 
 
 @pytest.mark.parametrize("name", [*ef.__all__, "__version__"])
 def test_every_name_is_there(name: str) -> None:
-    """And is listed."""
+    """Every public name can be imported, and dir() lists it."""
     assert getattr(ef, name) is not None
     assert name in dir(ef)
 
 
 def test_other_names_are_errors() -> None:
-    """As of any module."""
+    """An unknown attribute raises AttributeError, as of any module."""
     with pytest.raises(AttributeError, match="module 'eigenfilter' has no attribute 'Adam'"):
         _ = ef.Adam

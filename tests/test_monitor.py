@@ -295,7 +295,7 @@ def _named(module: nn.Module) -> dict[str, nn.Parameter]:
 
 @pytest.mark.parametrize("kind", [ef.SGD, ef.USAM, torch.optim.SGD, torch.optim.RMSprop])
 @pytest.mark.parametrize(
-    ("chosen", "message"),
+    ("params_of", "message"),
     [
         (
             lambda model: [nn.Parameter(torch.ones(2))],
@@ -320,9 +320,9 @@ def _named(module: nn.Module) -> dict[str, nn.Parameter]:
         ),
     ],
 )
-def test_other_parameters_raise_at_construction(kind: Any, chosen: Any, message: str) -> None:
+def test_other_parameters_raise_at_construction(kind: Any, params_of: Any, message: str) -> None:
     task = Trained()
-    opt = kind(chosen(task.model), lr=0.1)
+    opt = kind(params_of(task.model), lr=0.1)
     with pytest.raises(ValueError, match=message):
         ef.SharpnessMonitor(task.op, opt)
 

@@ -1,4 +1,4 @@
-"""AdamW, through its preconditioner."""
+"""The certificate of AdamW, whose matrix is preconditioned."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_adamw_by_its_preconditioned_matrix(cls: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "words", "taken"),
+    ("method", "words", "jacobian_of"),
     [
         ("usam", "(H + H R H)", lambda H: H + 0.03 * H @ H),
         (
@@ -46,7 +46,7 @@ def test_adamw_by_its_preconditioned_matrix(cls: Any) -> None:
         ("hessian_usam", "(H + H R H R H)", lambda H: H + 0.03 * H @ H @ H),
     ],
 )
-def test_adamw_after_an_ascent(method: str, words: str, taken: Any) -> None:
+def test_adamw_after_an_ascent(method: str, words: str, jacobian_of: Any) -> None:
     task = Network()
     opt = ef.AdamW(
         task.model.parameters(), lr=1e-2, betas=(0.8, 0.95), eps=1e-4, method=method, rho=0.03
@@ -58,7 +58,7 @@ def test_adamw_after_an_ascent(method: str, words: str, taken: Any) -> None:
     state = [opt.state[p] for p in task.model.parameters()]
     corrected = [s["exp_avg_sq"].flatten() / (1 - 0.95 ** float(s["step"])) for s in state]
     P = torch.cat(corrected).sqrt() + 1e-4
-    J = taken(H) / P.sqrt() / P.sqrt()[:, None]
+    J = jacobian_of(H) / P.sqrt() / P.sqrt()[:, None]
     assert result.sharpness == pytest.approx(torch.linalg.eigvalsh(J)[-1].item(), rel=1e-6)
 
 

@@ -17,11 +17,11 @@ def test_a_point_that_is_no_equilibrium() -> None:
     result = certify(task, SGD(task.parameters()))
     assert result.verdict == "not an equilibrium"
     with torch.no_grad():
-        away = task.H @ task(None)
+        gradient = task.H @ task(None)
         x = torch.cat(list(task.x))
-    assert result.gradient_norm == pytest.approx(float(away.norm()))
-    assert result.direction_norm == pytest.approx(float(away.norm()))
-    assert result.distance == pytest.approx(float(away.norm() / (5 * x.norm())), rel=1e-2)
+    assert result.gradient_norm == pytest.approx(float(gradient.norm()))
+    assert result.direction_norm == pytest.approx(float(gradient.norm()))
+    assert result.distance == pytest.approx(float(gradient.norm() / (5 * x.norm())), rel=1e-2)
     assert result.distance <= float(task(None).detach().norm() / x.norm()) * 1.01
     loose = certify(task, SGD(task.parameters()), equilibrium_tol=1.0)
     assert loose.verdict == "inside"

@@ -1,4 +1,4 @@
-"""SAM, whose edge moves with the gradient's norm."""
+"""The certificate of SAM, whose edge depends on the norm of the gradient."""
 
 from __future__ import annotations
 

@@ -39,12 +39,12 @@ def flags(isa: str) -> list[str]:
 @pytest.fixture(scope="module", params=ISAS)
 def loops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     isa = request.param
-    built = tmp_path_factory.mktemp(isa) / f"{isa}.o"
+    output = tmp_path_factory.mktemp(isa) / f"{isa}.o"
     command = ["g++", "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags(isa)]
     command += ["-DEIGENFILTER_X86", f"-DEIGENFILTER_ISA={isa}", "-Wno-psabi"]
-    command += [f"-I{ROOT}/csrc/include", "-c", f"{ROOT}/csrc/cpu/loops.cpp", "-o", str(built)]
+    command += [f"-I{ROOT}/csrc/include", "-c", f"{ROOT}/csrc/cpu/loops.cpp", "-o", str(output)]
     subprocess.run(command, check=True)
-    return built
+    return output
 
 
 def tool(*command: str | Path) -> str:

@@ -48,7 +48,7 @@ UPDATES = {
     "sgd_step.cu": ["test_sgd_step.py", "test_stochastic_rounding.py"],
     "adamw_step.cu": ["test_adamw_step.py"],
 }
-REDUCTIONS = {"reduce.cu": ["test_norm.py", "test_flag_nonfinite.py"]}
+REDUCTIONS = {"reduce.cu": ["test_norm.py", "test_wide_norms.py", "test_flag_nonfinite.py"]}
 VECTORS = {
     "orthogonalize.cu": ["test_orthogonalize.py"],
     "lanczos.cu": ["test_lanczos_step.py", "test_cholesky_qr.py"],

@@ -89,8 +89,8 @@ def decaying(n: int) -> Tensor:
     return torch.cat([large, torch.linspace(-0.5, 1.5, n - len(large))])
 
 
-def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float) -> None:
-    """Check values, vectors and evidence of a result that claims to have converged."""
+def assert_eigenpairs(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float) -> None:
+    """Fail unless all pairs converged, are the expected ones, and their error bounds hold."""
     rounding = 40 * torch.finfo(op.dtype).eps * float(torch.linalg.matrix_norm(op.matrix, 2))
     matrix, vectors = op.matrix.double(), result.vectors.double()
     values, residuals = result.values.double(), result.residuals.double()

@@ -23,18 +23,18 @@ def test_matrix_notation(kind: type[CurvatureOperator], engine: str) -> None:
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
     v, V = torch.randn(39, dtype=torch.float64), torch.randn(39, 3, dtype=torch.float64)
 
-    def same(result: Tensor, right: Tensor) -> None:
+    def assert_agrees(result: Tensor, right: Tensor) -> None:
         torch.testing.assert_close(result, right, rtol=0, atol=1e-6)
 
-    same(op @ v, expected @ v)
-    same(v @ op, v @ expected)
-    same(op @ V, expected @ V)
-    same(V.T @ op, V.T @ expected)
-    same(V.T @ (op @ V), V.T @ expected @ V)
-    same(V.T @ op.T @ V, V.T @ expected @ V)
+    assert_agrees(op @ v, expected @ v)
+    assert_agrees(v @ op, v @ expected)
+    assert_agrees(op @ V, expected @ V)
+    assert_agrees(V.T @ op, V.T @ expected)
+    assert_agrees(V.T @ (op @ V), V.T @ expected @ V)
+    assert_agrees(V.T @ op.T @ V, V.T @ expected @ V)
     assert op.T is op
     dense = op.to_dense()
-    same(dense, expected)
+    assert_agrees(dense, expected)
     assert torch.equal(dense, dense.T)
 
 
@@ -153,14 +153,14 @@ def test_mixed_dtypes_and_other_layouts() -> None:
             return x
 
     _, x, target = make()
-    given = Cast()
+    network = Cast()
 
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return model(batch["x"]), batch["y"]
 
     data = {"x": x.float(), "y": target}
-    op = HessianOperator(given, nn.CrossEntropyLoss(), data, forward=forward, dtype=torch.float64)
-    twin = copy.deepcopy(given).double()
+    op = HessianOperator(network, nn.CrossEntropyLoss(), data, forward=forward, dtype=torch.float64)
+    twin = copy.deepcopy(network).double()
     expected = OPERATORS[HessianOperator](twin, x.float().double(), target)
     torch.testing.assert_close(op.to_dense(), expected, rtol=0, atol=1e-12)
 
@@ -192,7 +192,7 @@ def test_a_loss_that_holds_the_model_itself_raises() -> None:
     torch.testing.assert_close(op.to_dense(), expected, rtol=0, atol=1e-12)
 
 
-def refused() -> list[tuple[dict[str, Any], str]]:
+def half_precision_cases() -> list[tuple[dict[str, Any], str]]:
     complex_ = nn.Linear(5, 3, dtype=torch.complex64)
     return [
         ({}, r"too coarse.*dtype=torch\.float32"),
@@ -202,9 +202,9 @@ def refused() -> list[tuple[dict[str, Any], str]]:
     ]
 
 
-@pytest.mark.parametrize(("changed", "message"), refused())
+@pytest.mark.parametrize(("changed", "message"), half_precision_cases())
 def test_half_precision_raises_with_a_remedy(changed: dict[str, Any], message: str) -> None:
     model, x, target = make(dtype=torch.bfloat16)
-    given = {"model": model, "loss_fn": nn.CrossEntropyLoss(), "data": (x, target), **changed}
+    arguments = {"model": model, "loss_fn": nn.CrossEntropyLoss(), "data": (x, target), **changed}
     with pytest.raises(ValueError, match=message):
-        HessianOperator(**given)
+        HessianOperator(**arguments)

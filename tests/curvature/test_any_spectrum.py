@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvature.dense import check, operator, wanted
+from curvature.dense import assert_eigenpairs, operator, wanted
 from eigenfilter.curvature import eigsh
 
 spectra = st.lists(st.integers(-6, 6), min_size=1, max_size=24)
@@ -26,4 +26,4 @@ def test_any_spectrum(integers: list[int], data: st.DataObject) -> None:
     if which == "LM":  # -2 and 2 may stand for each other
         torch.testing.assert_close(result.values.abs(), expected.abs(), rtol=1e-4, atol=1e-9)
     else:
-        check(op, result, expected, 1e-4)
+        assert_eigenpairs(op, result, expected, 1e-4)

@@ -125,7 +125,7 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
         given.body = given.get_submodule("body.inside")
     expected = in_math(kind, given, x, target, mode=mode)
     model.train(mode == "eval")
-    refused = []
+    refusals = []
     for engine in [*NAMES, "auto"]:
         op = kind(model, nn.CrossEntropyLoss(), (x, target), mode=mode, engine=engine)
         atol = float(expected.abs().max()) * (1e-6 if engine == "finite_difference" else 1e-11)
@@ -136,13 +136,13 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
                 [str(error), *getattr(error, "__notes__", [])]
             ):
                 raise
-            refused.append(engine)
+            refusals.append(engine)
             continue
         torch.testing.assert_close(result, expected, rtol=0, atol=atol)
         assert op.engine in (engine, "cached_graph", "vmap")
     masks = mode == "train" and ("encoder" in name or name == "padded")
-    assert set(refused) <= {"forward_over_reverse"}
-    assert bool(refused) == (masks or (recomputed and kind is HessianOperator))
+    assert set(refusals) <= {"forward_over_reverse"}
+    assert bool(refusals) == (masks or (recomputed and kind is HessianOperator))
 
 
 @pytest.mark.parametrize("engine", ["auto", "per_pass_graph", "forward_over_reverse"])
@@ -170,15 +170,15 @@ def test_the_settings_of_the_caller_come_back() -> None:
         ]
 
     before = settings()
-    seen = []
+    settings_inside = []
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
-        seen.append(settings())
+        settings_inside.append(settings())
         return nn.functional.cross_entropy(output, target)
 
     columns(HessianOperator(model, loss_fn, (x, target)))
     assert settings() == before
-    assert any(inside != before for inside in seen)
+    assert any(inside != before for inside in settings_inside)
 
 
 @pytest.mark.parametrize("engine", [n for n in [*NAMES, "auto"] if n != "microbatched"])

@@ -88,7 +88,7 @@ def test_derivatives_inside_the_model(
         x = x[:1].expand(len(x), -1).contiguous()  # the same in every piece
     expected = _dense(kind, model, x, target)
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
-    _right_or_named(op, expected, engine)
+    assert_right_or_refused(op, expected, engine)
 
 
 def _dense(
@@ -121,7 +121,8 @@ def _dense(
     return G.T @ G / len(G)
 
 
-def _right_or_named(op: CurvatureOperator, expected: Tensor, engine: str) -> None:
+def assert_right_or_refused(op: CurvatureOperator, expected: Tensor, engine: str) -> None:
+    """Fail unless the matrix is right; forward_over_reverse may raise and name another engine."""
     try:
         result = columns(op)
     except RuntimeError as error:
@@ -148,7 +149,7 @@ def test_derivatives_inside_the_loss(kind: type[CurvatureOperator], engine: str)
         expected = OPERATORS[kind](model, x, target)
     else:
         expected = _dense(kind, model.eval(), x, target, loss_fn)
-    _right_or_named(op, expected, engine)
+    assert_right_or_refused(op, expected, engine)
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "gru", "lstm", "rnn"])
@@ -176,10 +177,10 @@ def test_forward_mode_and_losses_of_constants(
     x, target = torch.randn(6, 5).double(), torch.rand(6, 3).double()
     expected = OPERATORS[kind](model, x, target, loss_fn=loss_fn)
     forward = kind(model, loss_fn, (x, target), engine="forward_over_reverse")
-    _right_or_named(forward, expected, "forward_over_reverse")
+    assert_right_or_refused(forward, expected, "forward_over_reverse")
     if isinstance(loss_fn, nn.MSELoss):
         assert columns(forward).any()
-    _right_or_named(kind(model, loss_fn, (x, target)), expected, "auto")
+    assert_right_or_refused(kind(model, loss_fn, (x, target)), expected, "auto")
 
 
 def test_forward_mode_does_not_miss_a_parameter_from_elsewhere() -> None:
@@ -229,12 +230,12 @@ def test_the_next_engine_and_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, LOGGER):
         result = op.matvec(v)
     assert op.engine == "finite_difference"
-    told = [(r.levelno, r.getMessage()) for r in caplog.records if r.name == LOGGER]
+    messages = [(r.levelno, r.getMessage()) for r in caplog.records if r.name == LOGGER]
     passed = ["cached_graph", "per_pass_graph", "forward_over_reverse", "microbatched"]
-    assert [text.split("'")[1] for _, text in told] == passed
-    assert all("NotImplementedError" in text for _, text in told)
-    assert told[-1][0] == logging.WARNING
-    assert "'finite_difference', whose products are not exact" in told[-1][1]
+    assert [text.split("'")[1] for _, text in messages] == passed
+    assert all("NotImplementedError" in text for _, text in messages)
+    assert messages[-1][0] == logging.WARNING
+    assert "'finite_difference', whose products are not exact" in messages[-1][1]
     caplog.clear()
     again = op.matvec(v)
     assert not [r for r in caplog.records if r.name == LOGGER]

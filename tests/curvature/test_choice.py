@@ -22,11 +22,11 @@ LOGGER = "eigenfilter.curvature.engines.choice"
 
 def pretend(monkeypatch: pytest.MonkeyPatch, times: list[float]) -> None:
     """Make the trials take these seconds: one vector, build, batched, forward."""
-    given = iter(times)
+    durations = iter(times)
 
     def seconds(run: Callable[[], object], device: torch.device) -> float:
         run()
-        return next(given)
+        return next(durations)
 
     monkeypatch.setattr(choice, "_seconds", seconds)
 
@@ -72,13 +72,13 @@ def test_a_graph_beyond_the_budget_is_never_built(
     kind: type[CurvatureOperator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x, target = make()
-    given = {"model": model, "loss_fn": nn.CrossEntropyLoss(), "data": (x, target)}
+    arguments = {"model": model, "loss_fn": nn.CrossEntropyLoss(), "data": (x, target)}
     v = torch.ones(39, dtype=torch.float64)
-    expected = kind(**given).matvec(v)
-    split = kind(**given, memory_budget=9_000)
+    expected = kind(**arguments).matvec(v)
+    split = kind(**arguments, memory_budget=9_000)
     torch.testing.assert_close(split.matvec(v), expected, rtol=0, atol=1e-13)
     assert split.engine == "microbatched"
-    coupled = kind(**given, memory_budget=9_000, mode="train")
+    coupled = kind(**arguments, memory_budget=9_000, mode="train")
     assert coupled.matvec(v).abs().max() > 1e-3
     assert coupled.engine == "forward_over_reverse"
 
@@ -122,14 +122,14 @@ def test_models_that_vmap_does_not_support_use_another_engine(
     with caplog.at_level(logging.INFO, LOGGER):
         result = columns(op)
     assert op.engine == "cached_graph"
-    asked = HessianOperator(
+    with_vmap = HessianOperator(
         model,
         lambda z, t: nn.functional.cross_entropy(Choosing.apply(z), t),
         (x, target),
         engine="vmap",
     )
     with pytest.raises(RuntimeError, match="Batching rule not implemented") as raised:
-        columns(asked)
+        columns(with_vmap)
     assert "engine='cached_graph'" in raised.value.__notes__[0]
     (record,) = caplog.records
     assert "vmap refused: " in record.getMessage()

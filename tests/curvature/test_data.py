@@ -71,7 +71,7 @@ def test_a_loader_with_a_small_last_batch(kind: type[CurvatureOperator], engine:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_shuffled_loader_is_replayed(engine: str) -> None:
-    """Also with drop_last, where the order matters; the global generator is restored."""
+    """Each pass has the same order, also with drop_last; the global generator is restored."""
     model, x, target = make()
     data = DataLoader(TensorDataset(x, target), batch_size=9, shuffle=True, drop_last=True)
     op = HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine, memory_budget=20_000)
@@ -85,11 +85,11 @@ def test_a_shuffled_loader_is_replayed(engine: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        kept = torch.cat([batch[0] for batch in data])
+        samples = torch.cat([batch[0] for batch in data])
         torch.manual_seed(0)
         labels = torch.cat([batch[1] for batch in data])
-    assert len(kept) == 36
-    torch.testing.assert_close(result, dense(model, kept, labels), rtol=0, atol=1e-13)
+    assert len(samples) == 36
+    torch.testing.assert_close(result, dense(model, samples, labels), rtol=0, atol=1e-13)
 
 
 def test_another_seed_is_another_order() -> None:
@@ -223,11 +223,11 @@ def test_data_in_other_forms_raise_with_a_remedy() -> None:
         with pytest.raises(ValueError, match=r"got a batch of type tuple of \d.*forward="):
             HessianOperator(model, loss, data)
     with torch.inference_mode():
-        made = x.clone()
-    for batch in ((made, target), (x, {"y": made})):
+        inference_tensor = x.clone()
+    for batch in ((inference_tensor, target), (x, {"y": inference_tensor})):
         with pytest.raises(ValueError, match=r"inference_mode.*clone\(\)"):
             HessianOperator(model, loss, batch)
-    op = HessianOperator(model, loss, (made.clone(), target))
+    op = HessianOperator(model, loss, (inference_tensor.clone(), target))
     torch.testing.assert_close(columns(op), dense(model, x, target), rtol=0, atol=1e-12)
 
 

@@ -158,25 +158,25 @@ def test_probes_are_kept_apart_from_what_is_deflated() -> None:
     values = hessian_like(200)
     op = operator(values)
     top = curvature.eigsh(op, 5, tol=1e-10)
-    known = top.vectors.T.contiguous()
+    deflated = top.vectors.T.contiguous()
     q = torch.randn(3, 200, dtype=torch.float64)
     ops = VectorOps(op)
-    ops.orthogonalize(q, known)
-    run = BatchedLanczos(ops, q / q.norm(dim=1, keepdim=True), known)
+    ops.orthogonalize(q, deflated)
+    run = BatchedLanczos(ops, q / q.norm(dim=1, keepdim=True), deflated)
     for _ in range(30):
         run.step(op.matmat(run.q.T).T.contiguous())
-        assert (run.q @ known.T).abs().max() < 1e-13
+        assert (run.q @ deflated.T).abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("rows", [3, 70])
 def test_an_orthonormal_basis_of_rows_that_depend_on_each_other(rows: int) -> None:
-    made = torch.randn(rows, 100, dtype=torch.float64)
-    made[1] = 0
-    made[rows - 1] = made[0]
+    vectors = torch.randn(rows, 100, dtype=torch.float64)
+    vectors[1] = 0
+    vectors[rows - 1] = vectors[0]
     ops = VectorOps(DenseOperator(torch.eye(100, dtype=torch.float64)))
-    basis = ops.orthonormal(made, torch.Generator().manual_seed(0))
+    basis = ops.orthonormal(vectors, torch.Generator().manual_seed(0))
     assert (basis @ basis.T - torch.eye(rows)).abs().max() < 1e-13
-    assert (made - made @ basis.T @ basis).abs().max() < 1e-12
+    assert (vectors - vectors @ basis.T @ basis).abs().max() < 1e-12
 
 
 def test_a_zero_operator() -> None:
@@ -276,7 +276,7 @@ def test_operators_in_half_precision_raise(estimate: object) -> None:
 
 
 def test_the_error_of_the_diagonal_is_right_beside_large_elements() -> None:
-    """The mean square minus the squared mean would lose it to rounding."""
+    """As the mean square minus the squared mean the error would be lost in rounding."""
     matrix = torch.full((3, 3), 1e-3, dtype=torch.float64)
     matrix += torch.diag(torch.full((3,), 1e6, dtype=torch.float64))
     result = curvature.diagonal(DenseOperator(matrix), 1000)

@@ -149,8 +149,8 @@ def test_a_loss_without_a_graph_raises() -> None:
         op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("used", ["linearly", "through sign", "not at all"])
-def test_a_linear_loss_has_no_curvature(used: str) -> None:
+@pytest.mark.parametrize("dependence", ["linearly", "through sign", "not at all"])
+def test_a_linear_loss_has_no_curvature(dependence: str) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,9 +158,9 @@ def test_a_linear_loss_has_no_curvature(used: str) -> None:
             self.other = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
         def forward(self, x: Tensor) -> Tensor:
-            if used == "not at all":
+            if dependence == "not at all":
                 return self.other.square()
-            weight = torch.sign(self.weight) if used == "through sign" else self.weight
+            weight = torch.sign(self.weight) if dependence == "through sign" else self.weight
             return (x * weight).sum() + self.other
 
     model = Flat()

@@ -71,16 +71,16 @@ def test_null_vectors_do_not_warn() -> None:
 @pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("calls", [2, 3])
 def test_the_model_is_restored(kind: type[CurvatureOperator], calls: int) -> None:
-    """Bit for bit, also when interrupted on either side of x."""
+    """The parameters come back bit for bit, also after an interrupt on either side of x."""
     model, x, target = make("partial")
     state = copy.deepcopy(model.state_dict())
     versions = [p._version for p in model.parameters()]
-    left = 1000
+    calls_left = 1000
 
     def forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        nonlocal left
-        left -= 1
-        if not left:
+        nonlocal calls_left
+        calls_left -= 1
+        if not calls_left:
             raise KeyError("interrupted")
         return model(batch[0]), batch[1]
 
@@ -91,7 +91,7 @@ def test_the_model_is_restored(kind: type[CurvatureOperator], calls: int) -> Non
     v = torch.randn(op.shape[0], dtype=torch.float64)
     before = other.matvec(v)
     op.matvec(v)
-    left = calls - (kind is HessianOperator)
+    calls_left = calls - (kind is HessianOperator)
     with pytest.raises(KeyError, match="interrupted"):
         op.matvec(v)
     for key, value in model.state_dict().items():

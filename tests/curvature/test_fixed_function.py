@@ -16,8 +16,8 @@ from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperato
 from eigenfilter.curvature.engines import NAMES
 
 
-def compare(op: CurvatureOperator, expected: Tensor) -> None:
-    """Compare all products with a matrix."""
+def assert_products(op: CurvatureOperator, expected: Tensor) -> None:
+    """Fail unless the products with all unit vectors are the columns of the matrix."""
     result = columns(op)
     atol = 1e-7 if op.engine == "finite_difference" else 1e-11  # of "auto", what it took
     scale = float(expected.abs().max())
@@ -38,7 +38,7 @@ def test_hooks_of_parameters_have_no_effect(
     exact = torch.autograd.grad(F.cross_entropy(model(x), target), params)
     handles = [p.register_hook(hook) for p in params]
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
-    compare(op, expected)
+    assert_products(op, expected)
     if isinstance(op, HessianOperator):
         flat = torch.cat([g.flatten() for g in exact])
         torch.testing.assert_close(op.gradient(), flat, rtol=0, atol=1e-13)
@@ -63,13 +63,13 @@ def test_hooks_where_gradients_come_by_backward_alone() -> None:
         def forward(self, x: Tensor) -> Any:
             return checkpoint(self.inner, x.clone().requires_grad_(), use_reentrant=True)
 
-    seen: list[Tensor] = []
+    hook_calls: list[Tensor] = []
     for p in inner.parameters():
-        p.register_hook(seen.append)
+        p.register_hook(hook_calls.append)
     op = HessianOperator(Again(), nn.CrossEntropyLoss(), (x, target), engine="finite_difference")
-    compare(op, expected)
+    assert_products(op, expected)
     op.gradient()
-    assert not seen
+    assert not hook_calls
 
 
 class Inner(nn.Module):
@@ -100,7 +100,7 @@ def test_hooks_run_in_derivatives_inside_f(engine: str) -> None:
     point = torch.cat([w.detach().flatten(), b.detach()])
     expected = torch.autograd.functional.hessian(f, point)
     w.register_hook(lambda g: 2 * g)
-    compare(HessianOperator(model, F.cross_entropy, (x, target), engine=engine), expected)
+    assert_products(HessianOperator(model, F.cross_entropy, (x, target), engine=engine), expected)
 
 
 class Penalized(nn.Module):
@@ -148,12 +148,12 @@ def test_f_may_depend_on_requires_grad(
 ) -> None:
     """An evaluation without a graph has the same value."""
     torch.manual_seed(0)
-    made = model().double()
+    network = model().double()
     if model is not Adapted:
-        made.linear.bias.requires_grad_(False)
+        network.linear.bias.requires_grad_(False)
     x, target = torch.randn(16, 3, dtype=torch.float64), torch.randint(3, (16,))
     budget = {"memory_budget": 4_000} if engine == "microbatched" else {}
-    op = kind(made, nn.CrossEntropyLoss(), (x, target), engine=engine, **budget)
+    op = kind(network, nn.CrossEntropyLoss(), (x, target), engine=engine, **budget)
     if model is Adapted and engine == "microbatched":  # the inner step couples samples
         with pytest.raises(ValueError, match="samples are coupled"):
             op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
@@ -167,7 +167,7 @@ def test_f_may_depend_on_requires_grad(
         if model is Adapted:
             slope = (1 - torch.tanh(x @ w.T) ** 2).T @ x
             return x @ (w - 0.1 * slope).T + parts[1]
-        return (x @ w.T + made.linear.bias.detach()) * (1 + w.square().sum())
+        return (x @ w.T + network.linear.bias.detach()) * (1 + w.square().sum())
 
     def losses(flat: Tensor) -> Tensor:
         return F.cross_entropy(output(flat), target, reduction="none")
@@ -183,7 +183,7 @@ def test_f_may_depend_on_requires_grad(
     else:
         J = jacobian(losses, point)
         expected = J.T @ J / len(x)
-    compare(op, expected)
+    assert_products(op, expected)
 
 
 class Bag(nn.Module):
@@ -224,7 +224,7 @@ def test_embeddings_with_options(
     expected = dense(plain, ids, target)
     op = HessianOperator(model, nn.CrossEntropyLoss(), (ids, target), engine=engine)
     try:
-        compare(op, expected)
+        assert_products(op, expected)
     except RuntimeError as error:  # torch's embedding bags lack the derivatives
         able = words is nn.Embedding or engine in ("finite_difference", "auto")
         if able or "engine='finite_difference'" not in error.__notes__[0]:
@@ -289,10 +289,10 @@ class Detaching(nn.Module):
 
 
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
-@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("two_batches", [False, True])
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_a_gradient_that_some_batches_lack(
-    kind: type[CurvatureOperator], listed: bool, engine: str
+    kind: type[CurvatureOperator], two_batches: bool, engine: str
 ) -> None:
     """In the second batch, or in rows that a check of part of the batch does not cover."""
     x, target = torch.randn(32, 3, dtype=torch.float64), torch.randint(3, (32,))
@@ -303,7 +303,7 @@ def test_a_gradient_that_some_batches_lack(
     op = kind(
         model,
         nn.CrossEntropyLoss(),
-        halves if listed else (x, target),
+        halves if two_batches else (x, target),
         engine=engine,
         **options,
     )
@@ -328,4 +328,4 @@ def test_a_parameter_without_use_in_a_batch(engine: str) -> None:
     data = [(x.abs(), target), (-x.abs(), target)]
     expected = sum(dense(model, *batch) for batch in data) / 2
     assert isinstance(expected, Tensor)
-    compare(HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine), expected)
+    assert_products(HessianOperator(model, nn.CrossEntropyLoss(), data, engine=engine), expected)

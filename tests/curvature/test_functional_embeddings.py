@@ -30,7 +30,7 @@ class Words(nn.Module):
 
 
 class Module(nn.Module):
-    """The same with the module."""
+    """The same model with torch's embedding module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_finite_differences_hold_the_padding_of_a_module() -> None:
 
 
 def test_finite_differences_hold_the_padding_that_a_function_reads_of_a_module() -> None:
-    """Whose own forward pass, and so its hooks, never run."""
+    """The module's own forward pass, and so its hooks, never run."""
 
     class Reads(Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def test_finite_differences_hold_the_padding_that_a_function_reads_of_a_module()
 
 
 def test_a_row_of_padding_that_is_read_otherwise_is_perturbed() -> None:
-    """As by an output layer with the same weight."""
+    """An output layer with the same weight reads it."""
 
     class Tied(Words):
         def forward(self, x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def test_gradients_by_backward_alone(
     model, (_, x, target) = Reentrant(plainly).double(), make()
     expected = OPERATORS[kind](model, x, target, mode=mode)
     model.again = again
-    held = model.last.weight.grad = torch.ones_like(model.last.weight)
+    gradient = model.last.weight.grad = torch.ones_like(model.last.weight)
     state = copy.deepcopy(model.state_dict())
     for engine in [*NAMES, "auto"]:
         op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine, mode=mode)
@@ -171,8 +171,8 @@ def test_gradients_by_backward_alone(
             torch.testing.assert_close(columns(op), expected, rtol=0, atol=1e-7)
         assert op.engine == "finite_difference"
         assert "backward() alone" in caplog.text
-    assert model.last.weight.grad is held
-    assert torch.equal(held, torch.ones_like(held))
+    assert model.last.weight.grad is gradient
+    assert torch.equal(gradient, torch.ones_like(gradient))
     assert all(p.grad is None for p in model.parameters() if p is not model.last.weight)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 

@@ -13,7 +13,7 @@ from curvature.dense import DTYPES, DenseOperator, decaying, operator
 from eigenfilter.curvature.solvers.krylov_schur import KrylovSchur, Ritz
 
 
-def grown(op: DenseOperator, steps: int, rows: int, width: int) -> KrylovSchur:
+def build_run(op: DenseOperator, steps: int, rows: int, width: int) -> KrylovSchur:
     run = KrylovSchur(op, rows, width, seed=3)
     run.start()
     for _ in range(steps):
@@ -33,37 +33,37 @@ def tensors(ritz: Ritz) -> RitzTensors:
     return RitzTensors(*map(torch.from_numpy, ritz))
 
 
-def check_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
-    """Check that columns are orthonormal, and that H Q S - Q S Theta lies along P, as B says."""
+def assert_krylov_identity(op: DenseOperator, run: KrylovSchur, of: Ritz) -> None:
+    """Fail unless the basis is orthonormal and H Q S - Q S Theta = P B, the Krylov identity."""
     ritz = tensors(of)
     scale = 40 * torch.finfo(op.dtype).eps
     basis = run.basis.rows[: run.end].double()
     assert (basis @ basis.T - torch.eye(run.end)).abs().max() < scale
     q, p = basis[run.num_locked : run.size].T, basis[run.size :].T
     pairs = q @ ritz.vectors
-    left = op.matrix.double() @ pairs - pairs * ritz.values
+    residual = op.matrix.double() @ pairs - pairs * ritz.values
     norm = 31
-    assert (left - p @ (p.T @ left)).norm(dim=0).max() < norm * scale
-    torch.testing.assert_close(left.norm(dim=0), ritz.residuals, rtol=1e-5, atol=norm * scale)
-    assert left.norm() > 0.1
+    assert (residual - p @ (p.T @ residual)).norm(dim=0).max() < norm * scale
+    torch.testing.assert_close(residual.norm(dim=0), ritz.residuals, rtol=1e-5, atol=norm * scale)
+    assert residual.norm() > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_the_decomposition_holds_through_steps_and_restarts(dtype: torch.dtype, width: int) -> None:
     op = operator(decaying(200), dtype)
-    run = grown(op, 8, 8 * width, width)
+    run = build_run(op, 8, 8 * width, width)
     for _ in range(4):
         ritz = run.solve()
-        check_identity(op, run, ritz)
+        assert_krylov_identity(op, run, ritz)
         assert (run.size, run.end) == (8 * width, 9 * width)
         assert run.full
-        kept = np.array([0, 2, 5, len(ritz.values) - 1])
-        run.restart(ritz, kept)
+        indices = np.array([0, 2, 5, len(ritz.values) - 1])
+        run.restart(ritz, indices)
         after = run.solve()
-        check_identity(op, run, after)
-        np.testing.assert_allclose(after.values, ritz.values[kept], atol=1e-7)
-        np.testing.assert_allclose(after.residuals, ritz.residuals[kept], atol=1e-7)
+        assert_krylov_identity(op, run, after)
+        np.testing.assert_allclose(after.values, ritz.values[indices], atol=1e-7)
+        np.testing.assert_allclose(after.residuals, ritz.residuals[indices], atol=1e-7)
         while not run.full:
             run.step(width)
         while run.size < 8 * width:
@@ -73,7 +73,7 @@ def test_the_decomposition_holds_through_steps_and_restarts(dtype: torch.dtype, 
 
 def test_t_is_tridiagonal_before_a_restart_and_banded_for_blocks() -> None:
     for width in (1, 3):
-        run = grown(operator(decaying(200)), 6, 40, width)
+        run = build_run(operator(decaying(200)), 6, 40, width)
         ritz = tensors(run.solve())
         t = ritz.vectors * ritz.values @ ritz.vectors.T
         assert (t - t.tril(width).triu(-width)).abs().max() < 1e-12
@@ -82,7 +82,7 @@ def test_t_is_tridiagonal_before_a_restart_and_banded_for_blocks() -> None:
 
 def test_locked_vectors_take_no_part_until_unlocked() -> None:
     op = operator(decaying(200))
-    run = grown(op, 12, 30, 1)
+    run = build_run(op, 12, 30, 1)
     ritz = run.solve()
     kept = np.array([9, 2])
     expected = run.vectors(ritz, kept)
@@ -112,7 +112,7 @@ def test_locked_vectors_take_no_part_until_unlocked() -> None:
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_basis_ends_with_an_invariant_subspace(width: int) -> None:
-    run = grown(operator(torch.tensor([5.0] * 3 + [1.0] * 20)), 3, 30, width)
+    run = build_run(operator(torch.tensor([5.0] * 3 + [1.0] * 20)), 3, 30, width)
     ritz = run.solve()
     assert run.products == 3 * width
     if width == 2:  # only one of the two that wait is rounding

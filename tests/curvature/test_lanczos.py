@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature.dense import DTYPES, DenseOperator, check, decaying, operator, wanted
+from curvature.dense import DTYPES, DenseOperator, assert_eigenpairs, decaying, operator, wanted
 from eigenfilter.curvature import eigsh
 
 
@@ -23,7 +23,7 @@ def test_agrees_with_the_spectrum_and_stops_by_itself(
     spectrum = decaying(300)
     op = operator(spectrum, dtype)
     result = eigsh(op, k, which, tol=1e-3, criterion=criterion, max_basis=160)
-    check(op, result, wanted(spectrum, k, which), 1e-3)
+    assert_eigenpairs(op, result, wanted(spectrum, k, which), 1e-3)
     assert result.matvecs - result.multiplicity_matvecs < 150
     assert result.reason == f"{k} pairs converged"
     vectors = result.vectors.double()
@@ -44,7 +44,7 @@ def test_restarts(max_basis: int | None, k: int, which: str) -> None:
     spectrum = torch.cat([outside, -0.8 * outside, torch.linspace(-1, 1, 400, dtype=torch.float64)])
     op = operator(spectrum)
     result = eigsh(op, k, which, max_basis=max_basis, max_matvecs=2000)
-    check(op, result, wanted(spectrum, k, which), 1e-4)
+    assert_eigenpairs(op, result, wanted(spectrum, k, which), 1e-4)
     assert result.matvecs - result.multiplicity_matvecs > (max_basis or 20)
 
 
@@ -53,7 +53,7 @@ def test_agrees_with_lapack_on_a_random_matrix_at_a_tight_tolerance() -> None:
     op = DenseOperator(normal + normal.T)
     expected = torch.linalg.eigvalsh(op.matrix)
     result = eigsh(op, 7, "BE", tol=1e-11, max_matvecs=1000)
-    check(op, result, wanted(expected, 7, "BE"), 1e-11)
+    assert_eigenpairs(op, result, wanted(expected, 7, "BE"), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +83,7 @@ def test_multiplicity_rank_deficiency_and_small_n(
     dtype: torch.dtype, spectrum: list[float], k: int, which: str
 ) -> None:
     op = operator(torch.tensor(spectrum), dtype)
-    check(op, eigsh(op, k, which), wanted(torch.tensor(spectrum), k, which), 1e-4)
+    assert_eigenpairs(op, eigsh(op, k, which), wanted(torch.tensor(spectrum), k, which), 1e-4)
 
 
 @pytest.mark.parametrize("seed", [0, 5, 7, 9])
@@ -91,7 +91,7 @@ def test_a_basis_of_the_whole_space_has_converged_at_any_tolerance(seed: int) ->
     """It has converged, although rounding forbids the tolerance."""
     spectrum = 0.5 ** torch.arange(60)
     op = operator(spectrum, torch.float32, seed)
-    check(op, eigsh(op, 60, tol=1e-12), wanted(spectrum, 60, "LA"), 1e-12)
+    assert_eigenpairs(op, eigsh(op, 60, tol=1e-12), wanted(spectrum, 60, "LA"), 1e-12)
 
 
 def test_a_cluster_is_resolved() -> None:
@@ -99,7 +99,7 @@ def test_a_cluster_is_resolved() -> None:
         [2.0 - 1e-5 * torch.arange(5, dtype=torch.float64), torch.linspace(0, 1, 145)]
     )
     op = operator(spectrum)
-    check(op, eigsh(op, 6, tol=1e-9), wanted(spectrum, 6, "LA"), 1e-9)
+    assert_eigenpairs(op, eigsh(op, 6, tol=1e-9), wanted(spectrum, 6, "LA"), 1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +109,7 @@ def test_repeated_eigenvalues_that_one_sequence_cannot_see(dtype: torch.dtype, s
     spectrum = torch.cat([torch.tensor([10.0, 10, 9, 8, 8, 7, 6]), small])
     op = operator(spectrum, dtype)
     result = eigsh(op, 7, seed=seed)
-    check(op, result, wanted(spectrum, 7, "LA"), 1e-4)
+    assert_eigenpairs(op, result, wanted(spectrum, 7, "LA"), 1e-4)
     assert 0 < result.multiplicity_matvecs <= 20
     blind = eigsh(op, 4, seed=seed, check_multiplicity=False)
     assert blind.multiplicity_matvecs == 0
@@ -124,7 +124,7 @@ def test_repeated_eigenvalues_at_either_end(which: str, distance: float) -> None
     ends = torch.tensor([7.0, 7 + distance, 5, -6, -6 - distance, -6, -4], dtype=torch.float64)
     spectrum = torch.cat([ends, torch.linspace(-1, 1, 200, dtype=torch.float64)])
     op = operator(spectrum)
-    check(op, eigsh(op, 6, which), wanted(spectrum, 6, which), 1e-4)
+    assert_eigenpairs(op, eigsh(op, 6, which), wanted(spectrum, 6, which), 1e-4)
 
 
 def test_the_check_for_repeated_eigenvalues_does_not_change_the_pairs() -> None:
@@ -140,9 +140,9 @@ def test_a_start_in_an_invariant_subspace_does_not_hide_the_rest() -> None:
     spectrum = decaying(120)
     op = operator(spectrum)
     lowest = torch.linalg.eigh(op.matrix).eigenvectors[:, 0]
-    check(op, eigsh(op, 1, v0=lowest), wanted(spectrum, 1, "LA"), 1e-4)
+    assert_eigenpairs(op, eigsh(op, 1, v0=lowest), wanted(spectrum, 1, "LA"), 1e-4)
     op.count = 0
-    check(op, eigsh(op, 6, v0=lowest), wanted(spectrum, 6, "LA"), 1e-4)
+    assert_eigenpairs(op, eigsh(op, 6, v0=lowest), wanted(spectrum, 6, "LA"), 1e-4)
 
 
 def test_a_warm_start_takes_fewer_products() -> None:
@@ -156,7 +156,7 @@ def test_a_warm_start_takes_fewer_products() -> None:
         cold = eigsh(op, k, check_multiplicity=False).matvecs
         op.count = 0
         warm = eigsh(op, k, v0=start, check_multiplicity=False)
-        check(op, warm, expected[:k], 1e-4)
+        assert_eigenpairs(op, warm, expected[:k], 1e-4)
         assert warm.matvecs <= 0.8 * cold
 
 
@@ -238,7 +238,7 @@ def test_holds_the_operator_fixed_while_it_works() -> None:
             return super().matvec(v)
 
     op = Watched(operator(decaying(60)).matrix)
-    check(op, eigsh(op, 3), wanted(decaying(60), 3, "LA"), 1e-4)
+    assert_eigenpairs(op, eigsh(op, 3), wanted(decaying(60), 3, "LA"), 1e-4)
     assert not op.held
 
 
@@ -302,7 +302,7 @@ def test_half_precision_raises() -> None:
 
 def test_one_is_a_block_size() -> None:
     op = operator(decaying(40))
-    check(op, eigsh(op, 2, block_size=1), wanted(decaying(40), 2, "LA"), 1e-4)
+    assert_eigenpairs(op, eigsh(op, 2, block_size=1), wanted(decaying(40), 2, "LA"), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -317,7 +317,7 @@ def test_blocks_agree_with_the_spectrum(dtype: torch.dtype, which: str, block_si
     spectrum[1::2] *= -0.9
     op = OnlyBlocks(operator(spectrum, dtype).matrix)
     result = eigsh(op, 6, which, block_size=block_size)
-    check(op, result, wanted(spectrum, 6, which), 1e-4)
+    assert_eigenpairs(op, result, wanted(spectrum, 6, which), 1e-4)
     assert result.matvecs % block_size == 0
 
 
@@ -327,7 +327,7 @@ def test_a_block_finds_multiplicities_up_to_its_size() -> None:
     for block_size, looks in ((4, False), (2, True), (1, True)):
         op.count = 0
         result = eigsh(op, 7, block_size=block_size, check_multiplicity=looks)
-        check(op, result, wanted(spectrum, 7, "LA"), 1e-4)
+        assert_eigenpairs(op, result, wanted(spectrum, 7, "LA"), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_blocks_exhaust_invariant_subspaces(spectrum: list[float], k: int) -> No
     for block_size in (2, 4):
         op = operator(torch.tensor(spectrum))
         result = eigsh(op, k, block_size=block_size)
-        check(op, result, wanted(torch.tensor(spectrum), k, "LA"), 1e-4)
+        assert_eigenpairs(op, result, wanted(torch.tensor(spectrum), k, "LA"), 1e-4)
 
 
 def test_a_block_starts_from_a_block() -> None:

@@ -119,7 +119,7 @@ def test_the_bound_goes_on_through_restarts(width: int) -> None:
     # Almost none of u in the start: Lanczos' iteration takes long to see it.
     rows -= 0.999999999 * torch.outer(rows @ u, u)
     rows /= rows.norm(dim=1, keepdim=True)
-    held = float((rows @ u).norm())
+    overlap = float((rows @ u).norm())
     unseen = MissProbability(300, (None, 1.4), 1)
     for _ in range(3):
         while not run.full:
@@ -129,7 +129,7 @@ def test_the_bound_goes_on_through_restarts(width: int) -> None:
         unseen.record_restart(ritz, run.starting_columns, run.rounding)
         run.restart(ritz, np.array([0, *range(len(ritz.values) - 4, len(ritz.values))]))
         volume = math.exp(unseen._logs[1])
-        assert held**width <= volume * 1.001
+        assert overlap**width <= volume * 1.001
     assert volume < 1e-3
 
 

@@ -54,16 +54,18 @@ SURROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("built", SURROUNDINGS)
-@pytest.mark.parametrize("used", SURROUNDINGS)
-def test_results_carry_no_graph_and_the_call_site_does_not_matter(built: str, used: str) -> None:
+@pytest.mark.parametrize("around_fixed", SURROUNDINGS)
+@pytest.mark.parametrize("around_product", SURROUNDINGS)
+def test_results_carry_no_graph_and_the_call_site_does_not_matter(
+    around_fixed: str, around_product: str
+) -> None:
     model, x, target = make(dtype=torch.float32)
     v = torch.randn(39, requires_grad=True)
     expected = dense(model, x, target) @ v.detach()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target))
-    with SURROUNDINGS[built](), op.fixed():
+    with SURROUNDINGS[around_fixed](), op.fixed():
         pass
-    with SURROUNDINGS[used]():
+    with SURROUNDINGS[around_product]():
         result = op.matvec(v)
     assert not result.requires_grad
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)

@@ -142,10 +142,10 @@ def test_modes_are_put_back_after_an_error(mode: str, training: bool) -> None:
 def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
     """Products in bfloat16 agree with float32 to its 8 bits; vectors stay float32."""
     model, x, target = make(dtype=torch.float32)
-    seen: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
-        seen.append(output.dtype)
+        dtypes.append(output.dtype)
         return nn.functional.cross_entropy(output, target)
 
     op = kind(model, loss_fn, (x, target), engine=engine, autocast=torch.bfloat16)
@@ -153,7 +153,7 @@ def test_autocast(kind: type[CurvatureOperator], engine: str) -> None:
     exact = OPERATORS[kind](model.double(), x.double(), target)
     model.float()
     error = (result.double() - exact).norm() / exact.norm()
-    assert set(seen) == {torch.bfloat16}
+    assert set(dtypes) == {torch.bfloat16}
     assert result.dtype == torch.float32
     assert 1e-4 < error < 4 * 2.0**-8
 

@@ -216,14 +216,14 @@ def test_blocks_of_any_layout(engine: str, layout: str) -> None:
     model, x, target = make()
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine=engine)
     V = torch.randn(39, 3, dtype=torch.float64)
-    given = {
+    block = {
         "rows": V,
         "columns": V.T.contiguous().T,
         "strided": torch.stack([V, V], 2)[..., 1],
     }[layout]
-    kept = given.clone()
-    assert_close(op.matmat(given), dense(model, x, target) @ V, engine)
-    assert torch.equal(given, kept)
+    before = block.clone()
+    assert_close(op.matmat(block), dense(model, x, target) @ V, engine)
+    assert torch.equal(block, before)
 
 
 def test_scipy_asks_for_blocks() -> None:

@@ -19,8 +19,10 @@ ROUNDING = 2.0**-11  # of a number in float16, relative, at most
 VALUES = 1e-6  # what rounding may change of a value, relative to ||H||
 
 
-def check(op: DenseOperator, result: EigenResult, expected: Tensor, tol: float = 1e-4) -> None:
-    """Check values, vectors and evidence, with products in float64."""
+def assert_eigenpairs(
+    op: DenseOperator, result: EigenResult, expected: Tensor, tol: float = 1e-4
+) -> None:
+    """Fail unless the pairs are those of the matrix in float64, within their error bounds."""
     matrix, vectors = op.matrix.double(), result.vectors.double()
     values, residuals = result.values.double(), result.residuals.double()
     norm = float(torch.linalg.matrix_norm(matrix, 2))
@@ -49,7 +51,7 @@ def test_values_agree_with_a_float32_basis(which: str, block_size: int) -> None:
     spectrum[1::2] *= -0.9
     op = operator(spectrum, torch.float32)
     plain, rounded = both(op, k=6, which=which, block_size=block_size)
-    check(op, rounded, wanted(spectrum, 6, which))
+    assert_eigenpairs(op, rounded, wanted(spectrum, 6, which))
     torch.testing.assert_close(rounded.values, plain.values, rtol=VALUES, atol=0)
     assert abs(rounded.matvecs - plain.matvecs) <= 0.05 * plain.matvecs
     apart = rounded.vectors - plain.vectors @ (plain.vectors.T @ rounded.vectors)
@@ -66,7 +68,7 @@ def test_restarts_lose_no_accuracy(k: int, which: str, max_basis: int, seed: int
     spectrum = torch.cat([outside, -0.8 * outside, torch.linspace(-1, 1, 400, dtype=torch.float64)])
     op = operator(spectrum, torch.float32)
     plain, rounded = both(op, k=k, which=which, max_basis=max_basis, max_matvecs=900, seed=seed)
-    check(op, rounded, wanted(spectrum, k, which))
+    assert_eigenpairs(op, rounded, wanted(spectrum, k, which))
     assert rounded.matvecs > 2 * max_basis
     torch.testing.assert_close(rounded.values, plain.values, rtol=2 * VALUES, atol=0)
     assert abs(rounded.matvecs - plain.matvecs) <= 0.05 * plain.matvecs
@@ -90,7 +92,7 @@ def test_restarts_lose_no_accuracy(k: int, which: str, max_basis: int, seed: int
 def test_repeated_eigenvalues_and_clusters(spectrum: list[float], k: int, block_size: int) -> None:
     op = operator(torch.tensor(spectrum), torch.float32)
     result = eigsh(op, k, block_size=block_size, basis_dtype=torch.float16)
-    check(op, result, wanted(torch.tensor(spectrum), k, "LA"))
+    assert_eigenpairs(op, result, wanted(torch.tensor(spectrum), k, "LA"))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_restarts_beside_locked_pairs(
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.randn(n, generator=generator, dtype=torch.float64).round()
     op = operator(spectrum, torch.float32)
-    room = min(n, k + 2 * block_size + 2)
+    max_basis = min(n, k + 2 * block_size + 2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* the rounding of the basis keeps", RuntimeWarning)
         result = eigsh(
@@ -117,7 +119,7 @@ def test_restarts_beside_locked_pairs(
             which,
             block_size=block_size,
             basis_dtype=torch.float16,
-            max_basis=room,
+            max_basis=max_basis,
             max_matvecs=2000,
             seed=seed,
         )
@@ -135,7 +137,7 @@ def test_vectors_of_a_few_large_elements() -> None:
     op = DenseOperator(matrix.float())
     expected = torch.linalg.eigvalsh(op.matrix.double()).flip(0)[:8]
     plain, rounded = both(op, k=8, max_basis=14)
-    check(op, rounded, expected)
+    assert_eigenpairs(op, rounded, expected)
     torch.testing.assert_close(rounded.values, plain.values, rtol=VALUES, atol=0)
 
 
@@ -147,8 +149,8 @@ def test_a_warm_start_takes_fewer_products() -> None:
     torch.testing.assert_close(again.values, before.values, rtol=1e-4, atol=0)
 
 
-def projected(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> None:
-    """Ritz values are those of H on the span of the stored vectors, after any operation."""
+def assert_rayleigh_ritz(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> None:
+    """Fail unless the Ritz values are those of H on the span of the stored vectors."""
     rows = run.basis.rows[run.num_locked : run.size].double()
     gram, among = rows @ rows.T, rows @ op.matrix.double() @ rows.T
     values = torch.linalg.eigvals(torch.linalg.solve(gram, among)).real.sort().values
@@ -157,12 +159,12 @@ def projected(run: KrylovSchur, op: DenseOperator, ritz: Ritz) -> None:
     vectors = run.vectors(ritz, np.arange(run.num_locked, run.size)).double()
     theta = torch.from_numpy(ritz.values)
     locked = run.basis.rows[: run.num_locked].double().T
-    left = op.matrix.double() @ vectors - vectors * theta
-    left -= locked @ torch.linalg.lstsq(locked, left).solution if run.num_locked else 0
+    residual = op.matrix.double() @ vectors - vectors * theta
+    residual -= locked @ torch.linalg.lstsq(locked, residual).solution if run.num_locked else 0
     bound = ritz.residuals + run.rounding_residuals(ritz, np.arange(run.num_locked, run.size))
-    assert (left.norm(dim=0).numpy() <= bound + 1e-4).all()
+    assert (residual.norm(dim=0).numpy() <= bound + 1e-4).all()
     assert (
-        left.norm(dim=0).numpy() >= ritz.residuals - ritz.residual_slack - 4 * ROUNDING * 31
+        residual.norm(dim=0).numpy() >= ritz.residuals - ritz.residual_slack - 4 * ROUNDING * 31
     ).all()
 
 
@@ -175,9 +177,9 @@ def test_t_is_the_projection_onto_the_stored_vectors(width: int) -> None:
         while not run.full:
             run.step(width)
         ritz = run.solve()
-        projected(run, op, ritz)
+        assert_rayleigh_ritz(run, op, ritz)
         run.restart(ritz, np.array([0, 2, len(ritz.values) - 2, len(ritz.values) - 1]))
-        projected(run, op, run.solve())
+        assert_rayleigh_ritz(run, op, run.solve())
     ritz = run.solve()
     residuals = ritz.residuals[:3]
     run.lock(ritz, np.array([3, 0, 2]))
@@ -185,12 +187,12 @@ def test_t_is_the_projection_onto_the_stored_vectors(width: int) -> None:
     while not run.full:
         run.step(width)
     ritz = run.solve()
-    projected(run, op, ritz)
+    assert_rayleigh_ritz(run, op, ritz)
     run.restart(ritz, np.array([0, 3, 4]))
     run.step(width)
-    projected(run, op, run.solve())
+    assert_rayleigh_ritz(run, op, run.solve())
     run.unlock(residuals)
-    projected(run, op, run.solve())
+    assert_rayleigh_ritz(run, op, run.solve())
 
 
 class Largest(TorchDispatchMode):

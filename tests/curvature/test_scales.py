@@ -61,10 +61,10 @@ def deep(dtype: torch.dtype, exponent: int) -> bool:
     return exponent < (-800 if dtype == torch.float64 else -50)
 
 
-def same(
+def assert_scaled(
     result: Tensor, reference: Tensor, exponent: int, dtype: torch.dtype | None = None
 ) -> None:
-    """Check equality, up to the rounding of subnormal numbers."""
+    """Fail unless `result` is 2^exponent `reference`, up to the rounding of subnormal numbers."""
     expected = times(reference, exponent)
     info = torch.finfo(dtype or result.dtype)
     off = (result - expected).abs()
@@ -99,7 +99,7 @@ def test_eigsh(dtype: torch.dtype, exponent: int, options: dict[str, Any]) -> No
         assert torch.equal(result.vectors, reference.vectors)
     assert torch.equal(result.converged, reference.converged)
     for name in ("values", "residuals", "errors"):
-        same(getattr(result, name), getattr(reference, name), exponent)
+        assert_scaled(getattr(result, name), getattr(reference, name), exponent)
 
 
 @pytest.mark.parametrize("exponent", EXPONENTS[torch.float32])
@@ -107,8 +107,8 @@ def test_a_basis_in_half_precision(exponent: int) -> None:
     plain, scaled = pair(torch.float32, exponent)
     reference, result = (eigsh(op, 5, basis_dtype=torch.float16) for op in (plain, scaled))
     assert result.matvecs == reference.matvecs
-    same(result.values, reference.values, exponent)
-    same(result.residuals, reference.residuals, exponent)
+    assert_scaled(result.values, reference.values, exponent)
+    assert_scaled(result.residuals, reference.residuals, exponent)
 
 
 @pytest.mark.parametrize(("dtype", "exponent"), EVERY)
@@ -118,7 +118,7 @@ def test_slices(dtype: torch.dtype, exponent: int) -> None:
         eigsh(Counting(times(d, e), OneSlice(150)), 4, which="BE") for e in (0, exponent)
     )
     assert result.matvecs == reference.matvecs
-    same(result.values, reference.values, exponent)
+    assert_scaled(result.values, reference.values, exponent)
 
 
 @pytest.mark.parametrize("largest", [1e-170, 1e-300, 1e155, 1e300])
@@ -141,7 +141,7 @@ def test_subnormal_products_are_known_to_their_rounding(exponent: int) -> None:
 @pytest.mark.parametrize("size", [1e-320, 1e-200, 1e-40, 1e40, 1e200, 1e307])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_size_of_a_start_does_not_matter(size: float, dtype: torch.dtype) -> None:
-    """Nor does its dtype: a float64 start for a float32 operator."""
+    """Its dtype does not matter either: the start is float64 and the operator float32."""
     d = decaying(120).to(dtype)
     start = torch.rand(120, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     start = (start * 2**20).round() / 2**20
@@ -159,14 +159,14 @@ def test_spectrum_bounds(dtype: torch.dtype, exponent: int) -> None:
     plain, scaled = pair(dtype, exponent)
     reference, result = (spectrum_bounds(op, max_matvecs=30, seed=1) for op in (plain, scaled))
     if not deep(dtype, exponent):
-        same(result.values, reference.values, exponent)
-        same(result.residuals, reference.residuals, exponent)
+        assert_scaled(result.values, reference.values, exponent)
+        assert_scaled(result.residuals, reference.residuals, exponent)
     for a, b in ((result.top, reference.top), (result.bottom, reference.bottom)):
         for name in ("value", "residual", "margin"):
             one, other = (torch.tensor(getattr(x, name), dtype=torch.float64) for x in (a, b))
             assert abs(times(one, -exponent) - other) <= 1e-5 * 31
             if not deep(dtype, exponent):
-                same(one, other, exponent)
+                assert_scaled(one, other, exponent)
     assert result.exhausted == reference.exhausted
 
 
@@ -175,9 +175,9 @@ def test_spectral_density(dtype: torch.dtype, exponent: int) -> None:
     plain, scaled = pair(dtype, exponent)
     reference, result = (spectral_density(op, 3, 20, seed=2) for op in (plain, scaled))
     assert torch.equal(result.weights, reference.weights)
-    same(result.nodes, reference.nodes, exponent)
-    same(result.trace.value, reference.trace.value, exponent)
-    same(result.trace.standard_error, reference.trace.standard_error, exponent)
+    assert_scaled(result.nodes, reference.nodes, exponent)
+    assert_scaled(result.trace.value, reference.trace.value, exponent)
+    assert_scaled(result.trace.standard_error, reference.trace.standard_error, exponent)
     grid = torch.linspace(-20, 35, 30, dtype=torch.float64)
     density = result(times(grid, exponent))
     torch.testing.assert_close(times(density, exponent), reference(grid))
@@ -188,8 +188,8 @@ def test_spectral_density(dtype: torch.dtype, exponent: int) -> None:
 def test_trace(dtype: torch.dtype, exponent: int, matvecs: int) -> None:
     d = operator(decaying(150), dtype).matrix
     reference, result = (trace(DenseOperator(times(d, e)), matvecs, seed=3) for e in (0, exponent))
-    same(result.value, reference.value, exponent)
-    same(result.standard_error, reference.standard_error, exponent)
+    assert_scaled(result.value, reference.value, exponent)
+    assert_scaled(result.standard_error, reference.standard_error, exponent)
     assert (reference.standard_error > 0) == (matvecs == 30)
 
 
@@ -197,7 +197,7 @@ def test_trace(dtype: torch.dtype, exponent: int, matvecs: int) -> None:
 def test_diagonal(dtype: torch.dtype, exponent: int) -> None:
     d = operator(decaying(150), dtype).matrix
     reference, result = (diagonal(DenseOperator(times(d, e)), 9, seed=3) for e in (0, exponent))
-    same(result.value, reference.value, exponent)
+    assert_scaled(result.value, reference.value, exponent)
     torch.testing.assert_close(
         times(result.standard_error, -exponent), reference.standard_error, rtol=1e-12, atol=0
     )
@@ -245,7 +245,7 @@ def test_a_point_that_is_no_equilibrium_is_none_at_any_scale(exponent: int) -> N
 
 @pytest.mark.parametrize("exponent", [-900, -600, 400])
 def test_finite_differences_tell_their_error_at_any_scale(exponent: int) -> None:
-    """For products and for the vectors passed."""
+    """The loss or the vector is scaled; the error of the product is the same."""
 
     def of(e: int) -> HessianOperator:
         torch.manual_seed(0)
@@ -259,12 +259,12 @@ def test_finite_differences_tell_their_error_at_any_scale(exponent: int) -> None
         return HessianOperator(model, loss, data, engine="finite_difference")
 
     v = torch.ones(of(0).shape[0], dtype=torch.float64)
-    reference, scaled, given = of(0), of(exponent), of(0)
+    reference, scaled, unscaled = of(0), of(exponent), of(0)
     expected = reference.matvec(v)
     assert reference.error is not None
     torch.testing.assert_close(times(scaled.matvec(v), -exponent), expected, rtol=1e-9, atol=1e-9)
     assert scaled.error == pytest.approx(reference.error, rel=0.5)
-    result = given.matvec(times(v, exponent))
+    result = unscaled.matvec(times(v, exponent))
     torch.testing.assert_close(times(result, -exponent), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -272,8 +272,8 @@ def test_finite_differences_tell_their_error_at_any_scale(exponent: int) -> None
 def test_norms(dtype: torch.dtype) -> None:
     v = torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=dtype)
     for exponent in EXPONENTS[dtype]:
-        same(norms(times(v, exponent)), torch.tensor([5.0, 0.0], dtype=dtype), exponent)
-        same(norms(times(v[:, 0], exponent)), torch.tensor(5.0, dtype=dtype), exponent)
+        assert_scaled(norms(times(v, exponent)), torch.tensor([5.0, 0.0], dtype=dtype), exponent)
+        assert_scaled(norms(times(v[:, 0], exponent)), torch.tensor(5.0, dtype=dtype), exponent)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e20), (torch.float64, 1e155)])

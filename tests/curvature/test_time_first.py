@@ -50,7 +50,7 @@ def last_step(z: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(z[-1], target)
 
 
-def named(z: Tensor, target: dict[str, Any]) -> Tensor:
+def labeled_tokens(z: Tensor, target: dict[str, Any]) -> Tensor:
     return tokens(z, target["labels"]) * target["scale"]
 
 
@@ -63,11 +63,11 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[int], Any]]] = {
     "mse": (F.mse_loss, lambda n: torch.randn(TIME, n, 2, dtype=torch.float64)),
     "tokens": (tokens, lambda n: torch.randint(2, (TIME, n))),
     "last step": (last_step, lambda n: torch.randint(2, (n,))),
-    "named": (named, lambda n: {"labels": torch.randint(2, (TIME, n)), "scale": 0.5}),
+    "named": (labeled_tokens, lambda n: {"labels": torch.randint(2, (TIME, n)), "scale": 0.5}),
 }
 
 
-def cut(target: Any, part: slice) -> Any:
+def select_samples(target: Any, part: slice) -> Any:
     if isinstance(target, dict):
         return {**target, "labels": target["labels"][:, part]}
     return target[part] if target.ndim == 1 else target[:, part]
@@ -80,7 +80,7 @@ def problem(model: str, loss: str) -> tuple[nn.Module, Any, Any, list[Any]]:
     loss_fn, make = LOSSES[loss]
     x, target = torch.randn(TIME, SAMPLES, WIDTH, dtype=torch.float64), make(SAMPLES)
     parts = [slice(0, 7), slice(7, None)]
-    return net, loss_fn, (x, target), [(x[:, part], cut(target, part)) for part in parts]
+    return net, loss_fn, (x, target), [(x[:, part], select_samples(target, part)) for part in parts]
 
 
 def dense(net: nn.Module, x: Tensor, target: Any, *, loss_fn: Any) -> Tensor:
@@ -113,7 +113,8 @@ def test_the_ggn_refuses_them_too() -> None:
 def test_even_batches_of_time_first_are_right(loss: str) -> None:
     net, loss_fn, whole, _ = problem("LSTM", loss)
     batches = [
-        (whole[0][:, part], cut(whole[1], part)) for part in (slice(0, 3), slice(3, 6), slice(6, 9))
+        (whole[0][:, part], select_samples(whole[1], part))
+        for part in (slice(0, 3), slice(3, 6), slice(6, 9))
     ]
     op = HessianOperator(net, loss_fn, batches, engine="per_pass_graph")
     expected = dense(net, *whole, loss_fn=loss_fn)

@@ -68,13 +68,13 @@ def test_slices_orthogonalize_as_the_kernel_does(
     for stored in {dtype, torch.float16}:
         q, w = basis.to(stored), vectors(count, length, dtype)
         expected = w.clone().double()
-        wanted, norms = kernels.orthogonalize(expected, q)
-        c, left = ops(length, dtype).orthogonalize(w, q)
+        coefficients, norms = kernels.orthogonalize(expected, q)
+        c, norms_of_slices = ops(length, dtype).orthogonalize(w, q)
         # Sums in pieces err by a few roundings of a piece, whatever their number.
-        unit = 4 * torch.finfo(dtype).eps * max(float(wanted.norm()), 1.0)
-        torch.testing.assert_close(c, wanted, rtol=0, atol=unit)
+        unit = 4 * torch.finfo(dtype).eps * max(float(coefficients.norm()), 1.0)
+        torch.testing.assert_close(c, coefficients, rtol=0, atol=unit)
         torch.testing.assert_close(w.double(), expected, rtol=0, atol=unit)
-        torch.testing.assert_close(left, norms, rtol=0, atol=unit)
+        torch.testing.assert_close(norms_of_slices, norms, rtol=0, atol=unit)
 
 
 class Calls(TorchDispatchMode):

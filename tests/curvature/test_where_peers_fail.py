@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from curvature.dense import check, operator, wanted
+from curvature.dense import assert_eigenpairs, operator, wanted
 from curvature.networks import Partial, columns, make
 from eigenfilter.curvature import HessianOperator, eigsh, spectral_density, trace
 
@@ -28,7 +28,7 @@ def test_an_eigenvalue_is_reported_once(which: str) -> None:
     assert (torch.linalg.eigvalsh(t, UPLO="U") > 99.9).sum() >= 9
     op.count = 0
     result = eigsh(op, 9, which)
-    check(op, result, wanted(spectrum, 9, which), 1e-4)
+    assert_eigenpairs(op, result, wanted(spectrum, 9, which), 1e-4)
     assert (result.values > 99.9).sum() == 1
 
 
@@ -42,7 +42,7 @@ def test_twenty_steps_are_not_called_converged() -> None:
     assert wrong.max() > 0.1
     assert not early.converged[1:].any()
     op.count = 0
-    check(op, eigsh(op, 10, max_matvecs=1000), expected, 1e-4)
+    assert_eigenpairs(op, eigsh(op, 10, max_matvecs=1000), expected, 1e-4)
 
 
 @pytest.mark.parametrize("pool", [True, False])
@@ -53,13 +53,13 @@ def test_finite_differences_say_when_they_are_nonsense(pool: bool) -> None:
     x, target = torch.randn(300, 5), torch.randint(3, (300,))
     op = HessianOperator(model, nn.CrossEntropyLoss(), (x, target), engine="finite_difference")
     v = torch.randn(op.shape[0])
-    with pytest.warns(RuntimeWarning, match=r"off by about \d+%.*ReLU, max-pooling") as caught:
+    with pytest.warns(RuntimeWarning, match=r"off by about \d+%.*ReLU, max-pooling") as records:
         result = op.matvec(v)
     exact = HessianOperator(model, nn.CrossEntropyLoss(), (x, target)).matvec(v)
     assert (result - exact).norm() > 0.3 * exact.norm()
     assert op.error is not None
     assert op.error > 0.1
-    assert caught[0].filename == __file__
+    assert records[0].filename == __file__
 
 
 def regression() -> tuple[nn.Module, Tensor, Tensor, Tensor]:
@@ -97,7 +97,7 @@ def test_a_loader_is_averaged_not_summed(batch_size: int) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_the_model_is_left_in_its_mode(mode: str, training: bool) -> None:
-    """Also where submodules differ, as with layers frozen in evaluation mode."""
+    """Each submodule keeps its own mode, such as a layer frozen in evaluation mode."""
     model, x, target = make("partial")
     assert isinstance(model, Partial)
     model.train(training)

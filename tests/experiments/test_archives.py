@@ -63,7 +63,7 @@ def test_damaged_versions_of_modules(tmp_path: Path) -> None:
     state = nn.Linear(2, 3).state_dict()
     state._metadata = {"": 7}  # type: ignore[attr-defined]
     torch.save(state, tmp_path / "x.pt")
-    check_refused(tmp_path / "x.pt")
+    assert_refused(tmp_path / "x.pt")
 
 
 def test_the_format_before_archives(tmp_path: Path) -> None:
@@ -145,18 +145,18 @@ def archive(path: Path, change: Callable[[str, bytes], bytes | None], **options:
     """Write the archive of eight elements as torch.save does, with files changed or left out."""
     buffer = io.BytesIO()
     torch.save(torch.arange(8.0), buffer)
-    with zipfile.ZipFile(buffer) as contents, zipfile.ZipFile(path, "w", **options) as written:
+    with zipfile.ZipFile(buffer) as contents, zipfile.ZipFile(path, "w", **options) as copy:
         for name in contents.namelist():
             content = change(name, contents.read(name))
             if content is not None:
-                written.writestr(name, content)
+                copy.writestr(name, content)
 
 
 @pytest.mark.parametrize("what", PICKLES)
 def test_a_hostile_pickle(what: str, tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     archive(path, lambda name, raw: PICKLES[what] if name.endswith("data.pkl") else raw)
-    check_refused(path)
+    assert_refused(path)
 
 
 @pytest.mark.parametrize("pickled", [tensor(), typed(b"ctorch\nfloat32\n")])
@@ -177,7 +177,7 @@ CHANGES: dict[str, Callable[[str, bytes], bytes | None]] = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_changed_archive(what: str, tmp_path: Path) -> None:
     archive(tmp_path / "x.pt", CHANGES[what])
-    check_refused(tmp_path / "x.pt")
+    assert_refused(tmp_path / "x.pt")
 
 
 def test_what_unpacks_to_more(tmp_path: Path) -> None:
@@ -188,26 +188,26 @@ def test_what_unpacks_to_more(tmp_path: Path) -> None:
         lambda name, raw: more if name.endswith("/data/0") else raw,
         compression=zipfile.ZIP_DEFLATED,
     )
-    check_refused(path)
+    assert_refused(path)
 
 
 def test_files_that_lie_over_each_other(tmp_path: Path) -> None:
     """All entries of the directory point to the same part of the file."""
     path = tmp_path / "x.pt"
-    with zipfile.ZipFile(path, "w") as written:
-        written.writestr("a/data.pkl", pickle.dumps(1, protocol=2))
-        written.writestr("a/data/0", bytes(2**20))
-        last = written.infolist()[-1]
+    with zipfile.ZipFile(path, "w") as archive_file:
+        archive_file.writestr("a/data.pkl", pickle.dumps(1, protocol=2))
+        archive_file.writestr("a/data/0", bytes(2**20))
+        last = archive_file.infolist()[-1]
         for i in range(1, 100):
             copy = zipfile.ZipInfo(f"a/data/{i}")
             for name in ("header_offset", "CRC", "file_size", "compress_size"):
                 setattr(copy, name, getattr(last, name))
-            written.filelist.append(copy)
-            written.NameToInfo[copy.filename] = copy
-    check_refused(path)
+            archive_file.filelist.append(copy)
+            archive_file.NameToInfo[copy.filename] = copy
+    assert_refused(path)
 
 
-def check_refused(path: Path, most: int = 40 * 2**20) -> None:
+def assert_refused(path: Path, most: int = 40 * 2**20) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(UserError) as error:

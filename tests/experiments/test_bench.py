@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("command", [["benchmarks"], ["eigenfilter", "bench"]])
 def test_both_ways_run_the_same(command: list[str]) -> None:
-    """From the root of a checkout."""
-    done = subprocess.run(
+    """Both commands run in the root of a checkout."""
+    process = subprocess.run(
         [sys.executable, "-m", *command, "--list"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "usam-small" in done.stdout
+    assert "usam-small" in process.stdout
 
 
 def test_without_a_checkout_it_says_where_they_are(
@@ -60,7 +60,7 @@ def test_another_package_of_that_name_does_no_harm(tmp_path: Path) -> None:
 
 
 def test_other_commands_do_not_import_them() -> None:
-    """They are many."""
+    """Importing all benchmarks would take long."""
     code = (
         "import sys; from eigenfilter.experiments.cli import build_parser; build_parser(); "
         "print(any(name.startswith('benchmarks') for name in sys.modules))"

@@ -88,12 +88,12 @@ def test_an_error_is_one_line_whatever_was_given(
 
 def test_names_that_are_no_text_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An example is "wrote ..." for a folder whose name has bytes of another encoding."""
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, "utf-8"))
     with pytest.raises(SystemExit):
         main(["--version"])
     print("wrote \udcff", flush=True)
-    assert written.getvalue().endswith(b"wrote \\udcff\n")
+    assert buffer.getvalue().endswith(b"wrote \\udcff\n")
 
 
 @pytest.mark.parametrize("module", ["sklearn", "matplotlib", "tqdm"])
@@ -121,7 +121,7 @@ def test_a_broken_extra_is_not_a_missing_one(
         require("half_installed")
 
 
-def test_torchrun_is_for_training(
+def test_torchrun_runs_only_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

@@ -112,18 +112,18 @@ def test_the_others_are_as_they_would_be(sweep: Sweep) -> None:
 def test_all_runs_stop_and_resume(sweep: Sweep, tmp_path: Path) -> None:
     """On the remaining node one run executes, and one waits for it to end."""
     events: list[tuple[str, str]] = []
-    chosen = {"long": LONG, "short": SHORT}
+    configs = {"long": LONG, "short": SHORT}
     records = execute(
-        chosen,
+        configs,
         tmp_path,
         ray=sweep.nodes.address,
         stop=lambda: bool(events),
         observe=lambda name, kind, step, record: events.append((name, kind)),
     )
     assert {record["outcome"] for record in records.values()} == {"stopped"}
-    began = {name for name, kind in events if kind == "start"}
-    assert any(records[name].get("step", 0) > 0 for name in began)
-    assert all("step" not in records[name] for name in chosen.keys() - began)
+    started = {name for name, kind in events if kind == "start"}
+    assert any(records[name].get("step", 0) > 0 for name in started)
+    assert all("step" not in records[name] for name in configs.keys() - started)
 
 
 def test_nothing_is_run_twice(sweep: Sweep) -> None:

@@ -125,7 +125,7 @@ def test_bad_files(text: str, says: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_merge_keys_that_are_few_are_taken(tmp_path: Path) -> None:
+def test_merge_keys_that_are_few_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("base: &b {lr: 0.1}\nrun:\n  <<: *b\n  epochs: 2\n")
     content = configs.read(tmp_path / "c.yaml")
     assert content == {"base": {"lr": 0.1}, "run": {"lr": 0.1, "epochs": 2}}

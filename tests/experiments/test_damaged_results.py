@@ -61,21 +61,21 @@ def damage(path: Path) -> list[bytes]:
     return texts
 
 
-def check(path: Path, use: Callable[[], Any]) -> None:
-    """Use each damaged version of a file; some must be rejected, each with one line."""
-    before, refused = path.read_bytes(), list[str]()
+def assert_damage_refused(path: Path, use: Callable[[], Any]) -> None:
+    """Fail unless damaged versions of a file are rejected, each with one line that names it."""
+    before, messages = path.read_bytes(), list[str]()
     try:
         for text in damage(path):
             path.write_bytes(text)
             try:
                 use()
             except UserError as error:
-                refused.append(str(error))
+                messages.append(str(error))
     finally:
         path.write_bytes(before)
     use()
-    assert len(refused) > len(GARBLED)
-    for text in refused:
+    assert len(messages) > len(GARBLED)
+    for text in messages:
         assert str(path) in text
         assert "remove " in text
         assert "\n" not in text
@@ -97,7 +97,7 @@ def test_results_of_a_run(out: Path) -> None:
                 raise
             raise UserError(f"{out / 'results.json'}: remove it") from error
 
-    check(out / "results.json", use_held)
+    assert_damage_refused(out / "results.json", use_held)
 
 
 @pytest.mark.parametrize("text", GARBLED)
@@ -124,7 +124,7 @@ def test_a_spectrum(out: Path) -> None:
         if contents is not None and "error" not in contents:
             spectra_figure._density(contents)(torch.linspace(0.0, 1.0, 5))
 
-    check(out / "spectrum.json", use)
+    assert_damage_refused(out / "spectrum.json", use)
 
 
 def test_a_plan(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_plan(tmp_path: Path) -> None:
         assert len(EXPERIMENTS[contents.experiment].runs(contents.scale, contents.seeds[0])) > 1
         assert asdict(contents)["rates"] in (rates, None)
 
-    check(path, use)
+    assert_damage_refused(path, use)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "spent.json"])

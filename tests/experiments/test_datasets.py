@@ -137,34 +137,38 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["cut", "empty", "page", "folder"])
 def test_a_damaged_file_of_mnist(how: str, tmp_path: Path) -> None:
     folders.mnist(tmp_path)
-    check_named("mnist", tmp_path, tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte", how)
+    assert_damage_named(
+        "mnist", tmp_path, tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte", how
+    )
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "flipped", "page"])
 def test_a_damaged_compressed_file(how: str, tmp_path: Path) -> None:
     folders.mnist(tmp_path, packed=True)
-    check_named("mnist", tmp_path, tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz", how)
+    assert_damage_named(
+        "mnist", tmp_path, tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte.gz", how
+    )
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "page", "evil", "other", "folder"])
 def test_a_damaged_batch_of_cifar(how: str, tmp_path: Path) -> None:
     folders.cifar(tmp_path, 10, "python")
-    check_named("cifar10", tmp_path, tmp_path / "cifar-10-batches-py" / "data_batch_3", how)
+    assert_damage_named("cifar10", tmp_path, tmp_path / "cifar-10-batches-py" / "data_batch_3", how)
 
 
 @pytest.mark.parametrize("how", ["cut", "empty"])
 def test_a_damaged_binary_file_of_cifar(how: str, tmp_path: Path) -> None:
     folders.cifar(tmp_path, 100, "binary")
-    check_named("cifar100", tmp_path, tmp_path / "cifar-100-binary" / "test.bin", how)
+    assert_damage_named("cifar100", tmp_path, tmp_path / "cifar-100-binary" / "test.bin", how)
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "flipped", "page"])
 def test_a_damaged_archive_of_cifar(how: str, tmp_path: Path) -> None:
     folders.cifar(tmp_path, 10, "archive")
-    check_named("cifar10", tmp_path, tmp_path / "cifar-10-python.tar.gz", how)
+    assert_damage_named("cifar10", tmp_path, tmp_path / "cifar-10-python.tar.gz", how)
 
 
-def check_named(name: str, root: Path, path: Path, how: str) -> None:
+def assert_damage_named(name: str, root: Path, path: Path, how: str) -> None:
     damage(path, how)
     with pytest.raises(UserError) as error:
         datasets.load(name, root)
@@ -290,7 +294,7 @@ def test_a_hostile_pickle(what: str, tmp_path: Path) -> None:
     folders.cifar(tmp_path, 10, "python")
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(HOSTILE[what])
-    check_refused("cifar10", tmp_path, path)
+    assert_refused("cifar10", tmp_path, path)
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
@@ -313,7 +317,7 @@ def test_a_file_that_unpacks_to_more(size: int, tmp_path: Path) -> None:
         file.write(head)
         for _ in range(0, size, 2**20):
             file.write(bytes(2**20))
-    check_refused("mnist", tmp_path, path, most=120 * 2**20)
+    assert_refused("mnist", tmp_path, path, most=120 * 2**20)
 
 
 @pytest.mark.parametrize("sizes", [(60_000, 28, 28), (2**32 - 1, 2**32 - 1, 0), (2**32 - 1,) * 3])
@@ -321,7 +325,7 @@ def test_a_head_that_lies(sizes: tuple[int, ...], tmp_path: Path) -> None:
     folders.mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     path.write_bytes(bytes([0, 0, 8, 3]) + np.array(sizes, ">u4").tobytes())
-    check_refused("mnist", tmp_path, path, most=60 * 2**20)
+    assert_refused("mnist", tmp_path, path, most=60 * 2**20)
 
 
 def test_a_file_with_holes(tmp_path: Path) -> None:
@@ -329,11 +333,11 @@ def test_a_file_with_holes(tmp_path: Path) -> None:
     folders.mnist(tmp_path / "m")
     path = tmp_path / "m" / "MNIST" / "raw" / "train-images-idx3-ubyte"
     os.truncate(path, 2**42)
-    check_refused("mnist", tmp_path / "m", path, most=120 * 2**20)
+    assert_refused("mnist", tmp_path / "m", path, most=120 * 2**20)
     folders.cifar(tmp_path / "c", 10, "binary")
     path = tmp_path / "c" / "cifar-10-batches-bin" / "data_batch_1.bin"
     os.truncate(path, 2**42)
-    check_refused("cifar10", tmp_path / "c", path, most=120 * 2**20)
+    assert_refused("cifar10", tmp_path / "c", path, most=120 * 2**20)
 
 
 ENTRIES = {
@@ -354,7 +358,7 @@ def test_a_hostile_archive(what: str, tmp_path: Path) -> None:
     for name, value in ENTRIES[what].items():
         setattr(info, name, value)
     path.write_bytes(gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1024)))
-    check_refused("cifar10", tmp_path, path)
+    assert_refused("cifar10", tmp_path, path)
 
 
 @pytest.mark.parametrize(
@@ -367,10 +371,10 @@ def test_an_invalid_size(size: bytes, tmp_path: Path) -> None:
     head[148:156] = b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
     path.write_bytes(gzip.compress(bytes(head) + bytes(1024)))
-    check_refused("cifar10", tmp_path, path)
+    assert_refused("cifar10", tmp_path, path)
 
 
-def check_refused(name: str, root: Path, path: Path, most: int = MOST) -> None:
+def assert_refused(name: str, root: Path, path: Path, most: int = MOST) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(UserError) as error:

@@ -31,7 +31,7 @@ def demo(folder: Path, *options: str) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def check_consistency(results: dict) -> None:
+def assert_consistent(results: dict) -> None:
     assert [run["method"] for run in results["runs"]] == list(EDGES)
     for run in results["runs"]:
         last = run["history"][-1]
@@ -46,7 +46,7 @@ def check_consistency(results: dict) -> None:
 def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "folder"
     results = demo(folder, "--steps", "60", "--seed", "3")
-    check_consistency(results)
+    assert_consistent(results)
     assert results["seed"] == 3
     starts = [run["history"][0] for run in results["runs"]]
     assert all(start["sharpness"] == pytest.approx(starts[0]["sharpness"]) for start in starts)
@@ -64,7 +64,7 @@ def test_a_short_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
     results = demo(tmp_path, "--budget", "1e-9")
-    check_consistency(results)
+    assert_consistent(results)
     for run in results["runs"]:
         assert run["step"] == 0
         assert run["outcome"] == "not at its edge: time spent"
@@ -155,7 +155,7 @@ def test_the_network_depends_on_its_seed_alone() -> None:
 @pytest.mark.slow
 def test_every_method_ends_at_its_edge(tmp_path: Path) -> None:
     results = demo(tmp_path)
-    check_consistency(results)
+    assert_consistent(results)
     for run in results["runs"]:
         assert run["outcome"] == "at its edge"
         assert run["ratio"] == pytest.approx(1.0, abs=0.15)

@@ -106,11 +106,11 @@ def test_cutout_sets_a_square_to_the_mean(data: ImageDataset) -> None:
     images, _ = batches(data, size=40, cutout=3).batch(0, 0)
     whole = 0
     for image, before in zip(images, plain, strict=True):
-        cut = image != before
-        assert torch.all(image[cut] == 0)
-        assert torch.equal(cut[0], cut[1])
-        rows, columns = cut[0].any(1).nonzero().flatten(), cut[0].any(0).nonzero().flatten()
-        assert cut[0].sum() == len(rows) * len(columns)  # a rectangle, which the border may cut
+        mask = image != before
+        assert torch.all(image[mask] == 0)
+        assert torch.equal(mask[0], mask[1])
+        rows, columns = mask[0].any(1).nonzero().flatten(), mask[0].any(0).nonzero().flatten()
+        assert mask[0].sum() == len(rows) * len(columns)  # a rectangle, which the border may cut
         assert int(rows[-1] - rows[0] + 1) == len(rows) in (2, 3)
         assert int(columns[-1] - columns[0] + 1) == len(columns) in (2, 3)
         whole += len(rows) == len(columns) == 3

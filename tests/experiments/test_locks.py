@@ -73,13 +73,13 @@ def test_a_killed_process_is_not_waited_for(
     lock_holder: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    left = out / ".checkpoint.pt.01234567.new"
-    left.write_text("half")
+    leftover = out / ".checkpoint.pt.01234567.new"
+    leftover.write_text("half")
     lock_holder.send_signal(signal.SIGKILL)
     lock_holder.wait()
     assert (out / LOCK).exists()
     with folder_lock(out, "demo"):
-        assert not left.exists()
+        assert not leftover.exists()
         assert json.loads((out / LOCK).read_text())["process"] == os.getpid()
     assert list(out.iterdir()) == []
 

@@ -117,11 +117,11 @@ def test_the_order_is_stated_from_the_numbers(out: Path) -> None:
         and check["flatter"] == "USAM (rho 0.1)"
         and "0.1" in check["at"]
     ]
-    held = sum(
+    count_held = sum(
         sharpness["sgd", 0.9, None, seed] > sharpness["usam", 0.9, 0.1, seed] for seed in (3, 4)
     )
-    assert (check["held"], check["seeds"]) == (held, 2)
-    assert check["verdict"] == {2: "as claimed", 1: "not in every seed", 0: "reversed"}[held]
+    assert (check["held"], check["seeds"]) == (count_held, 2)
+    assert check["verdict"] == {2: "as claimed", 1: "not in every seed", 0: "reversed"}[count_held]
     assert check["verdict"] in check["sentence"]
     # SGD > USAM at the best and two radii, USAM > two-step and > Hessian at the best and one.
     assert len(report["checks"]) == 2 * (3 + 2 + 2)
@@ -328,7 +328,7 @@ def test_the_page_in_a_browser(out: Path, tmp_path: Path) -> None:
     }  # the names of formats, which nothing is fetched from
     acted = tmp_path / "acted.html"
     acted.write_text(page.replace("</body>", f"<script>{ACT}</script></body>"))
-    shown = subprocess.run(
+    document = subprocess.run(
         [
             BROWSER,
             "--headless",
@@ -345,21 +345,24 @@ def test_the_page_in_a_browser(out: Path, tmp_path: Path) -> None:
         timeout=300,
         check=True,
     ).stdout
-    seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', shown).group(1)))
-    whole, button, wheel, dragged = (seen[k] for k in ("whole", "button", "wheel", "dragged"))
-    assert seen["drawn"] > 500
-    assert seen["curves"] > 100
+    measurements = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', document).group(1)))
+    whole, button, wheel, dragged = (
+        measurements[k] for k in ("whole", "button", "wheel", "dragged")
+    )
+    assert measurements["drawn"] > 500
+    assert measurements["curves"] > 100
     assert button[2:] == pytest.approx([0.8 * whole[2], 0.8 * whole[3]])
     assert button[0] == pytest.approx(0.1 * whole[2])
     shrunk = math.exp(-0.6)
-    assert (seen["scrolls"], seen["scrolled"]) == (True, whole)  # the page, without Ctrl
+    # Without Ctrl the wheel scrolls the page.
+    assert (measurements["scrolls"], measurements["scrolled"]) == (True, whole)
     assert wheel[2:] == pytest.approx([shrunk * whole[2], shrunk * whole[3]])
-    under = [(1 - shrunk) * u * n for u, n in zip(seen["at"], whole[2:], strict=True)]
+    under = [(1 - shrunk) * u * n for u, n in zip(measurements["at"], whole[2:], strict=True)]
     assert wheel[:2] == pytest.approx(under)  # what is under the pointer stays there
-    assert dragged[0] == pytest.approx(wheel[0] + 30 * wheel[2] / seen["drawn"])
+    assert dragged[0] == pytest.approx(wheel[0] + 30 * wheel[2] / measurements["drawn"])
     assert dragged[1:] == pytest.approx(wheel[1:])
-    assert seen["reset"] == whole
-    assert seen["fetched"] == []
-    assert seen["blocked"]
+    assert measurements["reset"] == whole
+    assert measurements["fetched"] == []
+    assert measurements["blocked"]
     for row in ("hessian_usam-momentum0", "Limits", "two-step USAM"):
-        assert row in shown
+        assert row in document

@@ -25,11 +25,11 @@ def test_a_budget_is_stated_in_every_output(
     titles: list[str] = []
     save = spectra_figure.save_png
 
-    def saved(drawn, path: Path) -> None:
-        titles.append(drawn.get_suptitle())
-        save(drawn, path)
+    def record_title(figure, path: Path) -> None:
+        titles.append(figure.get_suptitle())
+        save(figure, path)
 
-    monkeypatch.setattr(spectra_figure, "save_png", saved)
+    monkeypatch.setattr(spectra_figure, "save_png", record_title)
     assert reproduce(tmp_path, "--budget", "10", name="fashion") == 0
     report = results(tmp_path)
     statement = report["statement"]

@@ -98,16 +98,16 @@ def dense(run: Path, samples: int = 0) -> Tensor:
     loaded = load_trained(run, torch.device("cpu"), samples=samples)
     inputs = torch.cat([x for x, _ in loaded.data])
     labels = torch.cat([y for _, y in loaded.data])
-    named = dict(loaded.model.named_parameters())
-    shapes = [p.shape for p in named.values()]
+    parameters = dict(loaded.model.named_parameters())
+    shapes = [p.shape for p in parameters.values()]
 
     def loss(flat: Tensor) -> Tensor:
         parts = flat.split([shape.numel() for shape in shapes])
-        tree = {n: p.view(s) for n, p, s in zip(named, parts, shapes, strict=True)}
+        tree = {n: p.view(s) for n, p, s in zip(parameters, parts, shapes, strict=True)}
         output = torch.func.functional_call(loaded.model, tree, inputs)
         return nn.functional.cross_entropy(output, labels)
 
-    flat = torch.cat([p.detach().flatten() for p in named.values()])
+    flat = torch.cat([p.detach().flatten() for p in parameters.values()])
     return torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat)).flip(0)
 
 
@@ -173,7 +173,7 @@ def test_other_matrices_are_positive(matrix: str, run: Path, tmp_path: Path) -> 
     assert report["values"][0] > -1e-10
 
 
-def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_command_fails(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spectrum", *argv]) == 2
     error = capsys.readouterr().err
     assert says in error
@@ -202,7 +202,7 @@ def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) 
 def test_bad_input(
     argv: list[str], says: str, user: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_error([word.format(user) for word in argv], says, capsys)
+    assert_command_fails([word.format(user) for word in argv], says, capsys)
 
 
 def test_weights_that_do_not_fit(
@@ -210,16 +210,16 @@ def test_weights_that_do_not_fit(
 ) -> None:
     torch.save({"y": torch.zeros(6)}, tmp_path / "w.pt")
     argv = [str(tmp_path / "w.pt"), "--model", f"{user}:make", "--data", f"{user}:data"]
-    check_error(argv, "does not fit", capsys)
+    assert_command_fails(argv, "does not fit", capsys)
 
 
 def test_more_pairs_than_there_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_error([str(run), "--pairs", "9999", "--out", str(run)], "k must", capsys)
+    assert_command_fails([str(run), "--pairs", "9999", "--out", str(run)], "k must", capsys)
 
 
 def test_products_that_are_not_finite(user: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [f"--{what}={user}:{what}" for what in ("model", "loss")]
-    check_error([*argv, f"--data={user}:damaged", "--pairs", "2"], "finite", capsys)
+    assert_command_fails([*argv, f"--data={user}:damaged", "--pairs", "2"], "finite", capsys)
 
 
 def test_devices() -> None:

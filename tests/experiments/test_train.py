@@ -295,7 +295,7 @@ def test_a_full_disk(size: int, tmp_path: Path) -> None:
     assert lines(tmp_path / "whole") == lines(tmp_path)
 
 
-def test_no_room_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_disk_space_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with file_size_limit(0):
         assert main(["train", "--out", str(tmp_path)]) == 2
     output = capsys.readouterr().err
@@ -321,7 +321,7 @@ def test_memory_that_does_not_suffice(
         runs.run(Config(**SMALL | {"checkpoint_every": 4}), tmp_path)
 
 
-def check_error(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_command_fails(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *argv]) == 2
     error = capsys.readouterr().err
     assert says in error
@@ -352,18 +352,20 @@ def test_bad_input(
     yaml: str, flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.yaml").write_text(yaml)
-    check_error([str(tmp_path / "c.yaml"), "--out", str(tmp_path / "o"), *flags], says, capsys)
+    assert_command_fails(
+        [str(tmp_path / "c.yaml"), "--out", str(tmp_path / "o"), *flags], says, capsys
+    )
 
 
 def test_a_folder_that_holds_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs.run(Config(**SMALL), tmp_path, stop=stop_after(2))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     out = ["--out", str(tmp_path)]
-    check_error(out, "contains a run; continue it with --resume", capsys)
-    check_error([*out, "--resume", "--lr", "0.3"], "a run with lr 0.05, not 0.3", capsys)
+    assert_command_fails(out, "contains a run; continue it with --resume", capsys)
+    assert_command_fails([*out, "--resume", "--lr", "0.3"], "a run with lr 0.05, not 0.3", capsys)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     (tmp_path / "checkpoint.pt").write_bytes(before[:3000])
-    check_error([*out, "--resume"], "is damaged", capsys)
+    assert_command_fails([*out, "--resume"], "is damaged", capsys)
 
 
 def test_resuming_where_there_is_nothing_starts(tmp_path: Path) -> None:
@@ -390,4 +392,6 @@ def test_a_missing_extra_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    check_error(["--out", str(tmp_path)], f"{module} is not installed: pip install", capsys)
+    assert_command_fails(
+        ["--out", str(tmp_path)], f"{module} is not installed: pip install", capsys
+    )

@@ -22,7 +22,7 @@ METHODS: dict[str, Callable[..., filters.Filter]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 @given(
-    wanted=st.floats(-3, 5).map(lambda e: 10.0**e),
+    target=st.floats(-3, 5).map(lambda e: 10.0**e),
     momentum=st.one_of(st.just(0.0), st.floats(0.1, 0.95)),
     dampening=st.floats(0.0, 0.9),
     decay=st.floats(0.0, 0.5),
@@ -32,7 +32,7 @@ METHODS: dict[str, Callable[..., filters.Filter]] = {
 )
 def test_the_edge_is_where_it_was_wanted(
     name: str,
-    wanted: float,
+    target: float,
     momentum: float,
     dampening: float,
     decay: float,
@@ -44,22 +44,22 @@ def test_the_edge_is_where_it_was_wanted(
     rest = {
         "momentum": momentum,
         "dampening": 0.0 if nesterov else dampening,
-        "weight_decay": decay * wanted,
+        "weight_decay": decay * target,
         "nesterov": nesterov,
     }
     extra = {"ascent": ascent} if name == "two_step_usam" else {}
     norm = {"grad_norm": 0.3} if name == "sam" else {}
-    highest = design("sgd", wanted, **rest)
+    highest = design("sgd", target, **rest)
     lr = share * highest
-    rho = design(name, wanted, lr=lr, **rest, **extra, **norm)
+    rho = design(name, target, lr=lr, **rest, **extra, **norm)
     assert rho > 0
     result = METHODS[name](lr, rho=rho, **rest, **extra).max_eigenvalue()
-    assert result == pytest.approx(wanted, rel=1e-9)
-    assert design(name, wanted, rho=rho, **rest, **extra, **norm) == pytest.approx(lr, rel=1e-9)
+    assert result == pytest.approx(target, rel=1e-9)
+    assert design(name, target, rho=rho, **rest, **extra, **norm) == pytest.approx(lr, rel=1e-9)
     with pytest.raises(ValueError, match="take lr <=") as refused:
-        design(name, wanted, lr=1.01 * highest, **rest, **extra, **norm)
+        design(name, target, lr=1.01 * highest, **rest, **extra, **norm)
     allowed = float(re.search(r"take lr <= (\S+),", str(refused.value))[1])
-    design(name, wanted, lr=allowed * (1 - 1e-12), **rest, **extra, **norm)
+    design(name, target, lr=allowed * (1 - 1e-12), **rest, **extra, **norm)
 
 
 def test_sgd() -> None:

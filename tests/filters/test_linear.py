@@ -61,7 +61,7 @@ def test_the_radius_is_at_most_1_inside_and_above_it_outside(
     ],
 )
 def test_states_that_stay_as_they_are(D: object, admitted: list, refused: list) -> None:
-    """Roots on the unit circle that are no function of lambda."""
+    """Some roots lie on the unit circle whatever lambda is."""
     flt = Linear(D, 0.5)
     assert flt.admits(admitted).all()
     assert not flt.admits(refused).any()
@@ -69,7 +69,7 @@ def test_states_that_stay_as_they_are(D: object, admitted: list, refused: list) 
     assert (flt.spectral_radius(refused) > 1 + 1e-9).all()
 
 
-def test_what_was_given_may_change_afterwards() -> None:
+def test_inputs_may_change_afterwards() -> None:
     D = np.array([[0.9]])
     flt = Linear(D, 0.2)
     D[:] = 5.0
@@ -83,7 +83,7 @@ def test_a_number_is_gradient_descent_with_decoupled_decay() -> None:
 
 
 def test_what_never_contracts_admits_nothing() -> None:
-    """A second state that grows by itself."""
+    """A second state grows by itself, whatever lambda is."""
     assert Linear([[0.5, 0.0], [0.0, 2.0]], 0.1).intervals() == []
     assert Linear([[0.5, 0.0], [0.0, 2.0]], 0.1).max_eigenvalue() == -math.inf
 

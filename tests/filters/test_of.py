@@ -23,7 +23,7 @@ GROUP = {
 
 
 def optimizer(method: object, *groups: dict[str, object]) -> SimpleNamespace:
-    """What eigenfilter's optimizers look like from here: a method on the class, and groups."""
+    """A stand-in for an optimizer of eigenfilter: a class with a method, and groups."""
     return type("Stated", (SimpleNamespace,), {"method": method})(param_groups=list(groups))
 
 

@@ -38,8 +38,8 @@ def hessian(seed: int, least: float) -> np.ndarray:
     return (q * (least + 4.0 * rng.random(N))) @ q.T
 
 
-def agree(block: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> None:
-    """The filter 0 <= lower, upper <= 2 says what the spectral radius of the block says."""
+def assert_filter_agrees(block: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> None:
+    """Fail unless "0 <= lower and upper <= 2" says whether the spectral radius is below 1."""
     radius = np.abs(np.linalg.eigvals(block)).max()
     inside = np.linalg.eigvalsh(lower)[0] >= 0.0 and np.linalg.eigvalsh(upper)[-1] <= 2.0
     if abs(radius - 1.0) > 1e-6:
@@ -53,7 +53,7 @@ CASES = (st.integers(0, 1000), st.sampled_from([-0.3, 0.1]))
 def test_heavy_ball_and_nesterov_compose(
     groups: list[filters.HeavyBall], seed: int, least: float
 ) -> None:
-    """Each coordinate is a group of its own; written from torch's update, on (x, m)."""
+    """Each coordinate is a group of its own; the block on (x, m) follows torch's update."""
     d = hessian(seed, least) + np.diag([f.weight_decay for f in groups])
     tau = np.array([f.dampening if f.momentum else 0.0 for f in groups])
     beta, nesterov = np.diag([f.momentum for f in groups]), np.diag([f.nesterov for f in groups])
@@ -63,7 +63,7 @@ def test_heavy_ball_and_nesterov_compose(
     x = np.hstack([one, zero]) - np.diag([f.lr for f in groups]) @ taken
     root = np.sqrt([f.rate for f in groups])
     matrix = root[:, None] * d * root
-    agree(np.vstack([x, m]), matrix, matrix)
+    assert_filter_agrees(np.vstack([x, m]), matrix, matrix)
 
 
 @given(st.lists(adamws(), min_size=N, max_size=N), *CASES)
@@ -78,7 +78,7 @@ def test_adamw_composes(groups: list[filters.AdamW], seed: int, least: float) ->
     root = np.sqrt([f.rate for f in groups] / P)
     lower = root[:, None] * (H + np.diag(P * decay)) * root
     upper = root[:, None] * H * root + np.diag(lr * decay)
-    agree(np.vstack([x, m]), upper, lower)
+    assert_filter_agrees(np.vstack([x, m]), upper, lower)
 
 
 @pytest.mark.parametrize(

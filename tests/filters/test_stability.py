@@ -94,7 +94,7 @@ def cubics(draw: st.DrawFn) -> Filter:
 
 
 def astride(flt: Filter, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues just inside and just outside of every edge."""
+    """Eigenvalues just inside and just outside every edge."""
     intervals = flt.intervals()
     gaps = [right[0] - left[1] for left, right in pairwise(intervals)]
     step = fraction * min([high - low for low, high in intervals] + gaps)
@@ -145,8 +145,8 @@ def steps_of(flt: Filter, lam: np.ndarray) -> Generator[State, np.ndarray | floa
     def gradient(x: np.ndarray) -> np.ndarray:
         return sign * lam * x
 
-    def ascended(x: np.ndarray) -> np.ndarray:
-        """Where the gradient is taken."""
+    def perturb(x: np.ndarray) -> np.ndarray:
+        """The point where the gradient is taken."""
         if isinstance(flt, HessianUSAM):
             return x + rho * lam * sign * gradient(x)
         y = x + rho * gradient(x)
@@ -157,7 +157,7 @@ def steps_of(flt: Filter, lam: np.ndarray) -> Generator[State, np.ndarray | floa
     x = np.ones_like(lam)
     m: np.ndarray | None = None
     while True:
-        d = gradient(ascended(x)) + flt.weight_decay * x
+        d = gradient(perturb(x)) + flt.weight_decay * x
         first = m is None or flt.momentum == 0.0
         m = d if first else flt.momentum * m + (1.0 - flt.dampening) * d
         x = x - flt.lr * (d + flt.momentum * m if flt.nesterov else m)
@@ -178,7 +178,7 @@ def test_the_recurrence_converges_inside_and_diverges_outside(flt: Filter) -> No
     st.lists(st.floats(-4.0, 4.0), min_size=1, max_size=8),
 )
 def test_admits_agrees_with_the_recurrence_anywhere(flt: Filter, units: list[float]) -> None:
-    """What shrinks or grows in 300 steps; between the two they do not decide."""
+    """The recurrence decides only if its state clearly shrinks or grows in 300 steps."""
     lam = anywhere(flt, units)
     growth = log_growth(flt, lam, 300)
     decided = np.abs(growth) > 5.0

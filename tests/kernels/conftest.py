@@ -18,14 +18,14 @@ if _core.cuda_compiled:
 
 def backend_params(*, reference: bool) -> list[object]:
     """The backends as parameters; without the reference where others are compared to it."""
-    chosen = [*CPU_BACKENDS, KernelBackend("reference"), *GPU_BACKENDS]
+    choice = [*CPU_BACKENDS, KernelBackend("reference"), *GPU_BACKENDS]
     if backends.EMULATED:
-        chosen = [KernelBackend("native")]
+        choice = [KernelBackend("native")]
     elif backends.INTERPRETED:
-        chosen = [KernelBackend("triton")]
+        choice = [KernelBackend("triton")]
     return [
         pytest.param(backend, id=str(backend), marks=[pytest.mark.gpu] * (backend.device == "cuda"))
-        for backend in chosen
+        for backend in choice
         if reference or backend.name != "reference"
     ]
 

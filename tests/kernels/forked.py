@@ -28,13 +28,13 @@ METHODS = (ef.SGD, ef.SAM, ef.USAM, ef.TwoStepUSAM, ef.HessianUSAM, ef.AdamW)
 
 def updates(backend: str) -> list[Tensor]:
     """What every update writes."""
-    written = []
+    values = []
     for update in UPDATES:
         torch.manual_seed(3)
         arena = update.arena(torch.float32, (LENGTH,))
         update(arena.lists, backend=backend)
-        written += [arena.values(update.lists.index(role)) for role in update.writes]
-    return written
+        values += [arena.values(update.lists.index(role)) for role in update.writes]
+    return values
 
 
 def sums(backend: str) -> list[Tensor]:
@@ -82,20 +82,20 @@ def everything() -> dict[str, list[Tensor]]:
     return result
 
 
-def compare(expected: dict[str, list[Tensor]]) -> None:
-    """Fail unless all results equal the parent's, those of compiled kernels to the bit."""
+def assert_parents_results(expected: dict[str, list[Tensor]]) -> None:
+    """Fail unless all results equal the parent's, and those of compiled kernels bit for bit."""
     assert _core.is_serial()
     assert torch.get_num_threads() == 1
     for name, tensors in everything().items():
-        for result, known in zip(tensors, expected[name], strict=True):
+        for result, reference in zip(tensors, expected[name], strict=True):
             if name.endswith("native"):
-                assert same_bits(result, known), name
+                assert same_bits(result, reference), name
             else:
-                torch.testing.assert_close(result, known)
+                torch.testing.assert_close(result, reference)
 
 
-def in_fork(act: Callable[[], object]) -> None:
-    """Act in a child; fail if it fails, or does not end."""
+def assert_succeeds_in_fork(act: Callable[[], object]) -> None:
+    """Call `act` in a forked child; fail if it raises or does not end."""
     child = os.fork()
     if child == 0:
         signal.alarm(SECONDS)
@@ -133,8 +133,10 @@ def main() -> None:
     torch.set_num_threads(2)
     expected = everything()
     assert not _core.is_serial()
-    in_fork(lambda: compare(expected))
-    in_fork(lambda: in_fork(lambda: compare(expected)))
+    assert_succeeds_in_fork(lambda: assert_parents_results(expected))
+    assert_succeeds_in_fork(
+        lambda: assert_succeeds_in_fork(lambda: assert_parents_results(expected))
+    )
     norms = [kernels.norm([torch.full((2 * LENGTH,), value)]).item() for value in (1.0, 2.0)]
     loader = DataLoader(Norms(), num_workers=1, multiprocessing_context="fork")
     assert [t.item() for t in loader] == norms
@@ -148,7 +150,9 @@ def main() -> None:
 def alone() -> None:
     """A process without other threads forks: the child may use as many as it wants."""
     tasks = len(os.listdir("/proc/self/task"))
-    in_fork(lambda: sys.exit("serial") if _core.is_serial() != (tasks > 1) else None)
+    assert_succeeds_in_fork(
+        lambda: sys.exit("serial") if _core.is_serial() != (tasks > 1) else None
+    )
 
 
 if __name__ == "__main__":

@@ -198,19 +198,21 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
 
 def functions() -> dict[str, Callable[..., object]]:
     """Every function that `_core` has, by name."""
-    listed = _core.TensorList
+    tensor_list = _core.TensorList
     result: dict[str, Any] = {
         name: value for name, value in vars(_core).items() if callable(value) and name[0] != "_"
     }
     for name in ("__len__", "__getitem__"):
-        result[f"TensorList.{name}"] = vars(listed)[name]
+        result[f"TensorList.{name}"] = vars(tensor_list)[name]
     for name in ("__get__", "__set__"):
-        result[f"TensorList.filled.{name}"] = getattr(vars(listed)["filled"], name)
+        result[f"TensorList.filled.{name}"] = getattr(vars(tensor_list)["filled"], name)
     del result["LayoutError"]
     return result
 
 
-def attempt(name: str, function: Callable[..., object], arguments: list[Any], what: str) -> None:
+def assert_clear_error(
+    name: str, function: Callable[..., object], arguments: list[Any], what: str
+) -> None:
     print(f"{name} with {what}", flush=True)
     message = ""
     try:
@@ -221,24 +223,26 @@ def attempt(name: str, function: Callable[..., object], arguments: list[Any], wh
     assert "Invoked with" not in message, message
 
 
-def fuzz(name: str, function: Callable[..., object], rng: random.Random) -> None:
+def assert_survives_bad_arguments(
+    name: str, function: Callable[..., object], rng: random.Random
+) -> None:
     make = CALLS[name]
     count = len(make())
-    attempt(name, function, make(), "sound arguments")
+    assert_clear_error(name, function, make(), "sound arguments")
     for bad in range(len(HOSTILE)):
-        attempt(name, function, [*make(), HOSTILE[bad]()], f"one more, {bad}")
+        assert_clear_error(name, function, [*make(), HOSTILE[bad]()], f"one more, {bad}")
     for missing in range(count):
-        attempt(name, function, make()[:missing], f"{missing} arguments")
+        assert_clear_error(name, function, make()[:missing], f"{missing} arguments")
     for position, bad in itertools.product(range(count), range(len(HOSTILE))):
         arguments = make()
         arguments[position] = HOSTILE[bad]()
-        attempt(name, function, arguments, f"{bad} at {position}")
+        assert_clear_error(name, function, arguments, f"{bad} at {position}")
     for _ in range(PAIRS if count > 1 else 0):
-        arguments, chosen = make(), {}
+        arguments, choices = make(), {}
         for position in rng.sample(range(count), 2):
-            chosen[position] = rng.randrange(len(HOSTILE))
-            arguments[position] = HOSTILE[chosen[position]]()
-        attempt(name, function, arguments, str(chosen))
+            choices[position] = rng.randrange(len(HOSTILE))
+            arguments[position] = HOSTILE[choices[position]]()
+        assert_clear_error(name, function, arguments, str(choices))
 
 
 def main() -> None:
@@ -247,7 +251,7 @@ def main() -> None:
     assert result.keys() == CALLS.keys(), result.keys() ^ CALLS.keys()
     rng = random.Random(11)
     for name, function in result.items():
-        fuzz(name, function, rng)
+        assert_survives_bad_arguments(name, function, rng)
     same = _core.same_entries(*changing_entries())
     assert not same
     print("all ended", len(sys.argv))

@@ -41,7 +41,7 @@ def call(case: AdamWDescent, arena: Arena, backend: KernelBackend, **flags: Tens
         **flags,
         backend=backend.name,
     )
-    arena.check_margins()
+    arena.assert_margins_untouched()
 
 
 def expected(
@@ -58,9 +58,9 @@ def expected(
     m = beta1 * m + (1 - beta1) * d
     v = beta2 * v + (1 - beta2) * d**2
     rate = lr / (1 - beta1**case.step) / (np.sqrt(v / (1 - beta2**case.step)) + eps)
-    saved = (1 - lr * decay) * x
+    decayed = (1 - lr * decay) * x
     return {
-        X: (saved - rate * m, np.abs(saved) + rate * terms_m),
+        X: (decayed - rate * m, np.abs(decayed) + rate * terms_m),
         M: (m, terms_m),
         V: (v, v),
     }
@@ -164,7 +164,7 @@ class Run:
             kernels.adamw_step(*lists, **self.options, step=self.taken, backend=backend.name)
 
     def torchs(self, grads: list[Tensor]) -> None:
-        """A new optimizer each time, which loads the state."""
+        """Take a step with a new optimizer of torch that loads the state."""
         o = self.options
         opt = torch.optim.AdamW(
             [self.x],
@@ -189,7 +189,7 @@ class Run:
 @pytest.mark.parametrize("T", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
 def test_runs_are_torchs(backend: KernelBackend, T: torch.dtype, maximize: bool) -> None:
-    """Also where one goes on from the other's state."""
+    """Runs agree also where one optimizer continues from the other's state."""
     steps, allowed = 6, ADAMW_AGAINST_TORCH[T]
     start = nonzero((1000,), T).to(backend.device)
     grads = [nonzero((1000,), T).to(backend.device) for _ in range(steps)]

@@ -35,7 +35,9 @@ def conditioned(condition: float, count: int, size: int, dtype: torch.dtype) -> 
     return ((v * values) @ u.T).to(dtype).contiguous()
 
 
-def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> None:
+def assert_gram_and_mix_rows(
+    backend: KernelBackend, dtype: torch.dtype, count: int, size: int
+) -> None:
     v = rows(count, size, dtype, backend.device)
     result = kernels.gram(v, backend=backend.name)
     for products, row in zip(result, v.double(), strict=True):
@@ -67,7 +69,7 @@ def loss(before: Tensor, lower: Tensor, v: Tensor) -> float:
 @pytest.mark.parametrize("size", SIZES)
 def test_against_float64(backend: KernelBackend, dtype: torch.dtype, size: int) -> None:
     for count in COUNTS:
-        check(backend, dtype, count, size)
+        assert_gram_and_mix_rows(backend, dtype, count, size)
 
 
 @pytest.mark.parametrize("dtype", VECTORS, ids=str)
@@ -200,5 +202,5 @@ def test_triton_under_the_interpreter() -> None:
 if __name__ == "__main__":
     for dtype in VECTORS:
         for size in (1, 100, 1024, 2500):
-            check(KernelBackend("triton"), dtype, 5, size)
+            assert_gram_and_mix_rows(KernelBackend("triton"), dtype, 5, size)
         test_rows_that_depend_on_others_become_zero(KernelBackend("triton"), dtype)

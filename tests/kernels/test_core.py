@@ -17,25 +17,25 @@ FUZZED = Path(__file__).with_name("fuzzed.py")
 
 
 def test_no_argument_ends_the_process() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", str(FUZZED)],
         env={"PYTHONPATH": str(FUZZED.parent.parent), "OMP_NUM_THREADS": "2"},
         text=True,
         capture_output=True,
     )
-    last = done.stdout.strip().splitlines()[-1:]
-    assert done.returncode == 0, f"{done.returncode}: {last}\n{done.stderr}"
+    last = process.stdout.strip().splitlines()[-1:]
+    assert process.returncode == 0, f"{process.returncode}: {last}\n{process.stderr}"
     assert last == ["all ended 1"]
 
 
 def test_a_list_that_was_never_made_is_refused() -> None:
-    listed = _core.TensorList.__new__(_core.TensorList)  # type: ignore[call-arg]
+    tensor_list = _core.TensorList.__new__(_core.TensorList)  # type: ignore[call-arg]
     for act in (
-        lambda: len(listed),
-        lambda: listed[0],
-        lambda: listed.filled,
-        lambda: kernels.norm(listed),
-        lambda: _core.check(("params",), (listed,), (True,)),
+        lambda: len(tensor_list),
+        lambda: tensor_list[0],
+        lambda: tensor_list.filled,
+        lambda: kernels.norm(tensor_list),
+        lambda: _core.check(("params",), (tensor_list,), (True,)),
     ):
         with pytest.raises(TypeError, match="was never initialized"):
             act()
@@ -87,12 +87,12 @@ def test_another_thread_may_empty_a_list_that_is_read() -> None:
 @pytest.mark.parametrize("hold", [False, True])
 def test_a_tensor_negated_where_it_is_is_noticed(hold: bool) -> None:
     x, g = torch.ones(4), torch.ones(4)
-    listed = _core.TensorList([g], hold=hold)
-    kernels.sgd_step([x], listed, lr=0.25)
+    tensor_list = _core.TensorList([g], hold=hold)
+    kernels.sgd_step([x], tensor_list, lr=0.25)
     g.data = torch._neg_view(g.data)
     assert g.tolist() == [-1.0] * 4
     with pytest.raises(TypeError, match=r"^grads\[0\] is lazily negated: pass \.resolve_neg\(\)"):
-        kernels.sgd_step([x], listed, lr=0.25)
+        kernels.sgd_step([x], tensor_list, lr=0.25)
     assert x.tolist() == [0.75] * 4
 
 
@@ -112,11 +112,11 @@ def test_inference_tensors_are_changed_in_inference_mode_alone() -> None:
 def test_what_inference_mode_allowed_is_not_trusted_outside_of_it() -> None:
     with torch.inference_mode():
         x, g = torch.ones(4), torch.ones(4)
-        listed = _core.TensorList([x], hold=True, trust=True)
-        kernels.norm(listed)
-        kernels.sgd_step(listed, [g], lr=0.25)
+        tensor_list = _core.TensorList([x], hold=True, trust=True)
+        kernels.norm(tensor_list)
+        kernels.sgd_step(tensor_list, [g], lr=0.25)
     with pytest.raises(RuntimeError, match=r"params\[0\] was made in inference mode"):
-        kernels.sgd_step(listed, [g], lr=0.25)
+        kernels.sgd_step(tensor_list, [g], lr=0.25)
     assert x.tolist() == [0.75] * 4
 
 

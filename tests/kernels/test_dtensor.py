@@ -1,4 +1,4 @@
-"""DTensors go by their local shards."""
+"""Kernels update the local shards of DTensors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_dtensors_and_plain_tensors_in_one_list(mesh: DeviceMesh) -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_shard_further_on_in_its_memory(mesh: DeviceMesh, first: int) -> None:
-    """FSDP2 cuts gradients out of one buffer; a DTensor's own address is then next to nothing."""
+    """FSDP2 cuts gradients out of one buffer, so that a shard begins within its storage."""
     buffer = torch.randn(40)
     parts = [buffer[20:25], buffer[:4].view(2, 2)]
     parts = parts[first:] + parts[:first]

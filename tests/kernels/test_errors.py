@@ -138,14 +138,14 @@ ROLES = ("params", "grads", "base_grads", "momenta", "exp_avgs", "exp_avg_sqs", 
 
 
 class Call:
-    """Lists of two tensors for every role, to be spoilt at one place and found unchanged."""
+    """Lists of two tensors for every role, to be spoiled in one place and found unchanged."""
 
     def __init__(self) -> None:
         self.lists: dict[str, list[Tensor]] = {
             role: [torch.randn(SHAPE) for _ in range(2)] for role in ROLES
         }
 
-    def refused(
+    def assert_refused(
         self,
         error: type[Exception],
         match: str,
@@ -166,11 +166,11 @@ class Call:
             if t.dtype == torch.float32 and not t.is_neg() and t.untyped_storage().nbytes() > 0
         ]
         assert len(sound) >= 12
-        concerned = [u for u in UPDATES if set(among) <= set(u.lists)]
+        updates = [u for u in UPDATES if set(among) <= set(u.lists)]
         if written:
-            concerned = [u for u in concerned if set(among) & set(u.writes)]
-        assert concerned
-        for update in concerned:
+            updates = [u for u in updates if set(among) & set(u.writes)]
+        assert updates
+        for update in updates:
             with pytest.raises(error, match=match):
                 update([self.lists[role] for role in update.lists], backend=backend)
         for t, before in sound:
@@ -183,7 +183,7 @@ def test_no_usable_tensor(what: str, role: str) -> None:
     make, error, message = ANYWHERE[what]
     call = Call()
     call.lists[role][1] = make()  # type: ignore[call-overload]
-    call.refused(error, rf"(?s)^{role}\[1\] {message}", among=[role])
+    call.assert_refused(error, rf"(?s)^{role}\[1\] {message}", among=[role])
 
 
 @pytest.mark.parametrize("role", ROLES[1:])
@@ -192,7 +192,7 @@ def test_unlike_its_parameter(what: str, role: str) -> None:
     call = Call()
     call.lists[role][1] = UNLIKE_PARAMS[what]()  # type: ignore[call-overload]
     fix = rf"pass torch\.empty_like\(params\[1\]\)\.copy_\({role}\[1\]\)"
-    call.refused(
+    call.assert_refused(
         LayoutError,
         rf"^{role}\[1\] has shape .* and strides .*, params\[1\] has shape .*: {fix}",
         among=[role],
@@ -203,7 +203,7 @@ def test_unlike_its_parameter(what: str, role: str) -> None:
 def test_parameters_that_are_not_dense(what: str) -> None:
     call = Call()
     call.lists["params"][1] = UNLIKE_PARAMS[what]()  # type: ignore[call-overload]
-    call.refused(ValueError, r"^params\[1\] is not dense \(.*\): pass \.contiguous\(\)")
+    call.assert_refused(ValueError, r"^params\[1\] is not dense \(.*\): pass \.contiguous\(\)")
 
 
 @pytest.mark.parametrize("change", [list.pop, lambda tensors: tensors.append(torch.ones(SHAPE))])
@@ -212,7 +212,7 @@ def test_lists_of_unequal_length(role: str, change: Callable) -> None:
     call = Call()
     change(call.lists[role])
     count = len(call.lists[role])
-    call.refused(
+    call.assert_refused(
         ValueError,
         rf"^{role} has {count} tensors and params has 2: pass lists of equal length",
         among=[role],
@@ -236,7 +236,7 @@ MAY_BE_NONE = {
 }
 
 
-def call_without_lists() -> None:
+def assert_missing_lists_refused() -> None:
     for update in UPDATES:
         for role in set(update.lists[1:]) - MAY_BE_NONE.get(update.kernel, set()):
             lists = [None if r == role else [torch.ones(SHAPE)] for r in update.lists]
@@ -248,14 +248,14 @@ def call_without_lists() -> None:
 def test_a_list_that_is_missing_is_refused() -> None:
     """In a process of its own: reading what is not there would end this one."""
     here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_errors; test_errors.call_without_lists()"],
+    process = subprocess.run(
+        [sys.executable, "-c", "import test_errors; test_errors.assert_missing_lists_refused()"],
         env=dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (here, here.parent)))),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert done.returncode == 0, f"{done.returncode}: {done.stdout}"
+    assert process.returncode == 0, f"{process.returncode}: {process.stdout}"
 
 
 OVERLAPS = {
@@ -287,7 +287,7 @@ def test_memory_that_is_written_is_shared(name: str) -> None:
     call.lists[role][i] = call.lists[other][j].view(SHAPE)
     both = rf"{role}\[{i}\] and {other}\[{j}\]|{other}\[{j}\] and {role}\[{i}\]"
     message = rf"^({both}) share memory, .* is written: clone one of them"
-    call.refused(ValueError, message, among=[role, other], written=True)
+    call.assert_refused(ValueError, message, among=[role, other], written=True)
 
 
 MAY_BE_SHARED = {
@@ -313,7 +313,7 @@ def test_partial_overlap(distance: int) -> None:
     call = Call()
     memory = torch.randn(24 + distance)
     call.lists["params"] = [memory[:24].view(SHAPE), memory[distance:].view(SHAPE)]
-    call.refused(ValueError, r"params\[[01]\] and params\[[01]\] share memory")
+    call.assert_refused(ValueError, r"params\[[01]\] and params\[[01]\] share memory")
 
 
 def test_neighbors_do_not_overlap() -> None:
@@ -335,7 +335,7 @@ def test_empty_tensors_may_share_memory() -> None:
 def test_mixed_devices() -> None:
     call = Call()
     call.lists["grads"][1] = call.lists["grads"][1].cuda()
-    call.refused(
+    call.assert_refused(
         ValueError,
         r"^grads\[1\] is on cuda:0 and params\[0\] on cpu: group tensors by device",
     )
@@ -392,4 +392,4 @@ def test_the_reference_refuses_what_the_others_refuse(what: str) -> None:
     spoil, error = SPOILT[what]
     call = Call()
     spoil(call.lists)
-    call.refused(error, "grads|params", backend="reference", among=["grads"])
+    call.assert_refused(error, "grads|params", backend="reference", among=["grads"])

@@ -48,4 +48,4 @@ def test_the_margins_are_not_looked_at(backend: KernelBackend, dtype: torch.dtyp
     arena = Arena(dtype, 1, device=backend.device, shifts=[3])
     arena.fill(0)
     assert flagged(arena, backend) == 0
-    arena.check_margins()
+    arena.assert_margins_untouched()

@@ -39,7 +39,7 @@ class Asked(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def asked(like: Tensor, free: Free) -> Asked:
+def make_asked(like: Tensor, free: Free) -> Asked:
     t = like.clone().as_subclass(Asked)
     t.free = free
     return t
@@ -100,7 +100,9 @@ def test_by_a_number_after_a_flag_and_a_scalar() -> None:
     assert torch.equal(params[0], torch.ones(1000))
 
 
-@pytest.mark.parametrize("make", [asked, lambda t, free: Sharded(free)], ids=["asked", "shard"])
+@pytest.mark.parametrize(
+    "make", [make_asked, lambda t, free: Sharded(free)], ids=["asked", "shard"]
+)
 def test_by_a_gradient(make: Callable[[Tensor, Free], object]) -> None:
     params, grads, backups = lists(3)
     grads[1] = make(grads[1], shrink(params[0]))  # type: ignore[call-overload]
@@ -111,7 +113,7 @@ def test_by_a_gradient(make: Callable[[Tensor, Free], object]) -> None:
 def test_a_scalar_that_frees_itself() -> None:
     params, grads = lists(2)
     lr = torch.ones(())
-    lr = asked(lr, lambda: None)
+    lr = make_asked(lr, lambda: None)
     lr.free = shrink(lr.as_subclass(Tensor))
     with pytest.raises(RuntimeError, match=CHANGED.format("lr")):
         kernels.sgd_step(params, grads, lr=lr, backend="native")
@@ -122,8 +124,8 @@ def test_by_the_basis_of_a_projection() -> None:
     w, q = torch.ones(1000), torch.ones(2, 1000)
     sums, norms = torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for victim, name, bad in ((w, "w", "basis"), (q, "basis", "norms")):
-        basis = asked(q, shrink(victim)) if bad == "basis" else q
-        result = asked(norms, shrink(victim)) if bad == "norms" else norms
+        basis = make_asked(q, shrink(victim)) if bad == "basis" else q
+        result = make_asked(norms, shrink(victim)) if bad == "norms" else norms
         with pytest.raises(RuntimeError, match=CHANGED.format(rf"{name}\[0\]")):
             _core.orthogonalize([w], [basis], 1, 2, sums, result, None, 1, 1)
         victim.untyped_storage().resize_(victim.numel() * 4)
@@ -140,7 +142,7 @@ def test_by_the_size_of_what_a_norm_is_written_to() -> None:
 
 def test_what_changes_nothing_is_read() -> None:
     params, grads, backups = lists(3)
-    grads[1] = asked(grads[1], lambda: None)
+    grads[1] = make_asked(grads[1], lambda: None)
     kernels.perturb(params, grads, backups, Number(lambda: None), backend="native")  # type: ignore[arg-type]
     kernels.sgd_step(params, grads, lr=np.float32(0.5), backend="native")  # type: ignore[arg-type]
     expected = torch.tensor(1.0) + 0.1 - 0.5

@@ -12,21 +12,23 @@ import pytest
 FORKED = Path(__file__).with_name("forked.py")
 
 
-def run(what: str, **environment: str) -> None:
-    done = subprocess.run(
+def assert_script_succeeds(what: str, **environment: str) -> None:
+    process = subprocess.run(
         [sys.executable, str(FORKED), what],
         env=dict(os.environ, PYTHONPATH=str(FORKED.parent.parent), **environment),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert done.returncode == 0, done.stdout
+    assert process.returncode == 0, process.stdout
 
 
 def test_kernels_and_optimizers_work_after_a_fork() -> None:
-    run("main")
+    assert_script_succeeds("main")
 
 
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_only_a_fork_of_threads_is_serial(threads: str) -> None:
-    run("alone", OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads, MKL_NUM_THREADS=threads)
+    assert_script_succeeds(
+        "alone", OMP_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads, MKL_NUM_THREADS=threads
+    )

@@ -30,18 +30,20 @@ def factors(count: int, device: str = "cpu") -> Tensor:
     return rows(3, count, torch.float64, device, seed=7).contiguous()
 
 
-def close_sums(result: Tensor, a: Tensor, b: Tensor) -> None:
-    """Sums of products of float64 err by a few of their roundings."""
+def assert_sums_near(result: Tensor, a: Tensor, b: Tensor) -> None:
+    """Fail unless sums of products in float64 are right within a few roundings of their terms."""
     terms = (a.double() * b.double()).abs().sum(1)
     error = (result - (a.double() * b.double()).sum(1)).abs()
     assert (error <= 32 * torch.finfo(torch.float64).eps * terms).all()
 
 
-def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> None:
+def assert_row_dots_and_lanczos_step(
+    backend: KernelBackend, dtype: torch.dtype, count: int, size: int
+) -> None:
     q, w = (rows(count, size, dtype, backend.device, seed) for seed in (1, 2))
     dots, squares = kernels.row_dots(q, w, backend=backend.name)
-    close_sums(dots, q, w)
-    close_sums(squares, w, w)
+    assert_sums_near(dots, q, w)
+    assert_sums_near(squares, w, w)
     # In memory whose surroundings must stay, and where rows are not aligned.
     f = factors(count, backend.device)
     memory = torch.full((count * size + 2 * MARGIN,), torch.nan, dtype=dtype, device=backend.device)
@@ -52,8 +54,8 @@ def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> 
         kernels.lanczos_step(expected, q, w, f, backend="reference")
         squares, dots = kernels.lanczos_step(target, q, w, f, backend=backend.name)
         assert same_bits(target, expected)
-        close_sums(squares, target, target)
-        close_sums(dots, target, q)
+        assert_sums_near(squares, target, target)
+        assert_sums_near(dots, target, q)
     assert memory[:MARGIN].isnan().all()
     assert memory[-MARGIN:].isnan().all()
 
@@ -62,11 +64,11 @@ def check(backend: KernelBackend, dtype: torch.dtype, count: int, size: int) -> 
 @pytest.mark.parametrize("size", SIZES)
 def test_against_float64(backend: KernelBackend, dtype: torch.dtype, size: int) -> None:
     for count in COUNTS:
-        check(backend, dtype, count, size)
+        assert_row_dots_and_lanczos_step(backend, dtype, count, size)
 
 
 def test_the_combination_is_rounded_once() -> None:
-    """To the nearest of float32, where each product and sum in float32 would err by more."""
+    """The result is the nearest float32; products and sums in float32 would err by more."""
     q, w, u = (rows(4, 3000, torch.float32, seed=s) for s in (1, 2, 3))
     f = factors(4)
     exact = (
@@ -119,17 +121,17 @@ def test_nonfinite_values_come_through_in_their_row(backend: KernelBackend) -> N
 def test_infinities_in_a_tail_stay_infinities(
     backend: KernelBackend, dtype: torch.dtype, size: int
 ) -> None:
-    """Of a vector or of a factor: what lies beyond the last column has no part in the sums."""
+    """A vector or a factor is infinite; what lies beyond the last column is not added."""
     for infinite in range(4):
         u, q, w = (rows(2, size, dtype, backend.device, seed).abs() for seed in (1, 2, 3))
         f = factors(2, backend.device).abs()
         (u[1:, -1:], q[1:, -1:], w[1:, -1:], f[:, 1:])[infinite].fill_(torch.inf)
         expected = u.clone()
-        wanted = kernels.lanczos_step(expected, q, w, f, backend="reference")
+        reference = kernels.lanczos_step(expected, q, w, f, backend="reference")
         result = kernels.lanczos_step(u, q, w, f, backend=backend.name)
         assert same_bits(u, expected)
         assert result.isinf().tolist() == [[False, True]] * 2
-        torch.testing.assert_close(result, wanted, rtol=1e-12, atol=0)
+        torch.testing.assert_close(result, reference, rtol=1e-12, atol=0)
 
 
 def test_version_counters_are_bumped(backend: KernelBackend) -> None:
@@ -172,4 +174,4 @@ def test_triton_under_the_interpreter() -> None:
 if __name__ == "__main__":
     for dtype in VECTORS:
         for size in (1, 100, 1024, 2500):
-            check(KernelBackend("triton"), dtype, 3, size)
+            assert_row_dots_and_lanczos_step(KernelBackend("triton"), dtype, 3, size)

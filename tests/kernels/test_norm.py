@@ -95,7 +95,7 @@ def test_the_same_bits_from_run_to_run_on_a_gpu(
 def test_alignment_does_not_change_the_sum(
     fast_backend: KernelBackend, dtype: torch.dtype, weighted: bool
 ) -> None:
-    """In float64, whatever the dtype: a narrower result would hide another order."""
+    """The result is float64 for every dtype: a narrower one would hide another order."""
     for _ in range(3):
         aligned = [t.clone() for t in tensors(dtype, fast_backend.device)]
         factors = [t.clone() for t in tensors(dtype, fast_backend.device)]
@@ -236,7 +236,7 @@ def test_tensors_of_all_sizes_together(
 @overflows
 @pytest.mark.parametrize("size", [1e-156, 1e-157, 1e-158, 1e-162, 1e-170, 1e154, 1e160])
 def test_long_sums_of_squares_beyond_float64(backend: KernelBackend, size: float) -> None:
-    """Where squares have few digits left, or none, and rounding errors could add up."""
+    """Squares have few digits left, or none, and rounding errors could add up."""
     t = size * (1 + torch.rand(100_000, dtype=torch.float64))
     output = kernels.norm([t.to(backend.device)], backend=backend.name)
     assert output.item() == pytest.approx(math.hypot(*t.tolist()), rel=2e-15, abs=0)

@@ -42,10 +42,10 @@ def exact(w: Tensor, basis: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor
     return w, total, torch.linalg.vector_norm(w, dim=-1)
 
 
-def check(
+def assert_orthogonalizes(
     backend: KernelBackend, dtype: torch.dtype, vector: torch.dtype, rows: int, size: int
 ) -> None:
-    """A few roundings are allowed, relative to w, whose elements are of size 1.
+    """Fail unless w is right within a few roundings; its elements are of size 1.
 
     In float64 no wider type is left to subtract in: each row that is taken off, in each pass,
     rounds by half a unit of what the element consists of.
@@ -73,19 +73,19 @@ def test_against_float64(
     backend: KernelBackend, dtype: torch.dtype, vector: torch.dtype, size: int
 ) -> None:
     for rows in (1, 3, 4, 9):
-        check(backend, dtype, vector, rows, size)
+        assert_orthogonalizes(backend, dtype, vector, rows, size)
 
 
 def test_what_is_left_is_orthogonal_after_two_passes(backend: KernelBackend) -> None:
-    """Of a vector that lies all but in the span: one pass leaves roundings of its length."""
+    """The vector lies almost in the span, and one pass leaves roundings of its length."""
     basis = orthonormal(40, 3000, torch.float64, backend.device)
     inside = basis.sum(0) + 1e-9 * vectors((3000,), torch.float64, backend.device)
-    left = []
+    overlaps = []
     for passes in (1, 2):
         w = inside.clone()
         _, norm = kernels.orthogonalize(w, basis, passes=passes, backend=backend.name)
-        left.append(float((basis @ w).abs().max() / norm))
-    assert left[1] < 1e-14 < left[0]
+        overlaps.append(float((basis @ w).abs().max() / norm))
+    assert overlaps[1] < 1e-14 < overlaps[0]
 
 
 def test_no_rows(backend: KernelBackend) -> None:
@@ -184,6 +184,6 @@ def test_triton_under_the_interpreter() -> None:
 if __name__ == "__main__":
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for size in (1, 100, 1024, 2500):
-            check(KernelBackend("triton"), dtype, torch.float32, 3, size)
-    check(KernelBackend("triton"), torch.float64, torch.float64, 9, 3000)
+            assert_orthogonalizes(KernelBackend("triton"), dtype, torch.float32, 3, size)
+    assert_orthogonalizes(KernelBackend("triton"), torch.float64, torch.float64, 9, 3000)
     test_no_rows(KernelBackend("triton"))

@@ -14,7 +14,7 @@ from tolerances import assert_near, exact
 X, G, B = range(3)
 
 
-def run(
+def assert_perturbs(
     backend: KernelBackend,
     dtype: torch.dtype,
     scale: float | None,
@@ -32,7 +32,7 @@ def run(
         found_inf=tensor(flag, backend),
         backend=backend.name,
     )
-    arena.check_margins()
+    arena.assert_margins_untouched()
     assert same_bits(arena.values(B), x)
     assert same_bits(arena.values(G), g)
     if flag:
@@ -53,7 +53,7 @@ def tensor(value: float | None, backend: KernelBackend) -> Tensor | None:
 def test_perturb(
     backend: KernelBackend, dtype: torch.dtype, scale: float | None, adaptive: bool
 ) -> None:
-    run(backend, dtype, scale, None, adaptive)
+    assert_perturbs(backend, dtype, scale, None, adaptive)
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
@@ -61,7 +61,7 @@ def test_perturb(
 def test_found_inf_keeps_x_and_still_saves_it(
     backend: KernelBackend, dtype: torch.dtype, flag: float, adaptive: bool
 ) -> None:
-    run(backend, dtype, SCALE, flag, adaptive)
+    assert_perturbs(backend, dtype, SCALE, flag, adaptive)
 
 
 def test_the_ascent_of_a_scaled_gradient_does_not_overflow_on_its_way(

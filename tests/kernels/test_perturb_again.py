@@ -16,14 +16,14 @@ X, G, B = range(3)
 anchors = pytest.mark.parametrize("anchored", [False, True], ids=["from x", "from b"])
 
 
-def run(
+def assert_perturbs_again(
     backend: KernelBackend,
     dtype: torch.dtype,
     anchored: bool,
     scale: float | None,
     flag: float | None,
 ) -> None:
-    """With backups x is NaN, as it must not be read."""
+    """Fail unless x is perturbed as it should be; with backups it must not be read, and is NaN."""
     arena = Arena(dtype, 3, device=backend.device)
     arena.fill(G, B if anchored else X)
     before = [arena.values(i) for i in (X, G, B)]
@@ -37,7 +37,7 @@ def run(
         found_inf=tensor(flag, backend),
         backend=backend.name,
     )
-    arena.check_margins()
+    arena.assert_margins_untouched()
     assert same_bits(arena.values(G), before[G])
     assert same_bits(arena.values(B), before[B])
     if flag:
@@ -57,7 +57,7 @@ def tensor(value: float | None, backend: KernelBackend) -> Tensor | None:
 def test_perturb_again(
     backend: KernelBackend, dtype: torch.dtype, anchored: bool, scale: float | None
 ) -> None:
-    run(backend, dtype, anchored, scale, None)
+    assert_perturbs_again(backend, dtype, anchored, scale, None)
 
 
 @anchors
@@ -65,14 +65,14 @@ def test_perturb_again(
 def test_found_inf_leaves_x_where_it_is(
     backend: KernelBackend, dtype: torch.dtype, anchored: bool, flag: float
 ) -> None:
-    run(backend, dtype, anchored, SCALE, flag)
+    assert_perturbs_again(backend, dtype, anchored, SCALE, flag)
 
 
 @anchors
 def test_it_perturbs_as_perturb_does(
     backend: KernelBackend, dtype: torch.dtype, anchored: bool
 ) -> None:
-    """To the bit: over the first ascent's result, which is not read, or from where it began."""
+    """The bits agree: from backups, whatever x is by then, or from x where the ascent began."""
     arena = Arena(dtype, 3, device=backend.device)
     arena.fill(X, G)
     x, g, b = arena.lists

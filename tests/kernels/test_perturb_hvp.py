@@ -21,10 +21,10 @@ def expected(b: Tensor, g: Tensor, g0: Tensor, scale: float) -> tuple[Exact, Exa
     return exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
-def run(
+def assert_perturbs_along_product(
     backend: KernelBackend, dtype: torch.dtype, scale: float | None, flag: float | None
 ) -> None:
-    """x is NaN, as it must not be read."""
+    """Fail unless x is perturbed as it should be; it must not be read, and is NaN before."""
     arena = Arena(dtype, 4, device=backend.device)
     arena.fill(G, G0, B)
     before = [arena.values(i) for i in (X, G, G0, B)]
@@ -36,7 +36,7 @@ def run(
         found_inf=tensor(flag, backend),
         backend=backend.name,
     )
-    arena.check_margins()
+    arena.assert_margins_untouched()
     assert all(same_bits(arena.values(i), before[i]) for i in (G, G0, B))
     if flag:
         assert same_bits(arena.values(X), before[X])
@@ -50,20 +50,20 @@ def tensor(value: float | None, backend: KernelBackend) -> Tensor | None:
 
 @pytest.mark.parametrize("scale", [None, SCALE])
 def test_perturb_hvp(backend: KernelBackend, dtype: torch.dtype, scale: float | None) -> None:
-    run(backend, dtype, scale, None)
+    assert_perturbs_along_product(backend, dtype, scale, None)
 
 
 @pytest.mark.parametrize("flag", [0.0, 1.0, 2.0])
 def test_found_inf_leaves_x_where_it_is(
     backend: KernelBackend, dtype: torch.dtype, flag: float
 ) -> None:
-    run(backend, dtype, SCALE, flag)
+    assert_perturbs_along_product(backend, dtype, SCALE, flag)
 
 
 def test_neighboring_gradients_are_subtracted_before_anything_rounds(
     backend: KernelBackend, dtype: torch.dtype
 ) -> None:
-    """From 0, so that their difference, here a unit in the last place, is all there is of x."""
+    """x starts at 0, so that it becomes their difference, a unit in the last place."""
     g0 = nonzero((1000,), dtype)
     g = (g0.double() * (1 + torch.finfo(dtype).eps)).to(dtype)
     assert not torch.equal(g, g0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eigenfilter import kernels
-from refusals import KERNELS, refused, spoilt
+from refusals import KERNELS, assert_refused, bad_calls
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -18,9 +18,9 @@ def test_sound_arguments_are_accepted(name: str, host_backend: str) -> None:
 def test_bad_arguments_are_refused(name: str, host_backend: str) -> None:
     kernel = KERNELS[name]
     wrong = []
-    for argument, what, arguments, bad in spoilt(kernel):
+    for argument, what, arguments, bad in bad_calls(kernel):
         try:
-            refused(kernel, host_backend, argument, arguments, bad)
+            assert_refused(kernel, host_backend, argument, arguments, bad)
         except Exception as error:  # all of them are to be seen
             wrong.append(f"{argument}, {what}: {type(error).__name__}: {str(error)[:150]}")
     assert not wrong, "\n".join(wrong)
@@ -29,10 +29,10 @@ def test_bad_arguments_are_refused(name: str, host_backend: str) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_all_backends_refuse_in_the_same_words(name: str, host_backend: str) -> None:
     kernel = KERNELS[name]
-    for argument, _, arguments, bad in spoilt(kernel):
+    for argument, _, arguments, bad in bad_calls(kernel):
         if argument != "backend":
             backends = (host_backend, "reference")
-            words = {refused(kernel, b, argument, arguments, bad) for b in backends}
+            words = {assert_refused(kernel, b, argument, arguments, bad) for b in backends}
             assert len(words) == 1, words
 
 

@@ -32,7 +32,9 @@ ULPS = (0.5, -0.5, 0.25, 0.75, 1.5, 2.5, 0.5 + 2.0**-20, 0.5 - 2.0**-20, -0.5 - 
 FACTORS = (1.0, -1.0, 0.5, 1.2345e-3, 0.7071, 2.0**-11, 3.0001e4)
 
 
-def agrees(update: Update, backend: KernelBackend, dtype: torch.dtype, **options: Any) -> None:
+def assert_agrees_with_reference(
+    update: Update, backend: KernelBackend, dtype: torch.dtype, **options: Any
+) -> None:
     """Fail unless the backend's result equals the reference's in every bit of all lists."""
     results = []
     for name in (backend.name, "reference"):
@@ -40,7 +42,7 @@ def agrees(update: Update, backend: KernelBackend, dtype: torch.dtype, **options
         arena = update.arena(dtype, places(dtype, few=True), backend.device)
         scale = torch.tensor(SCALE, device=backend.device)
         update(arena.lists, **options, grad_scale=scale, backend=name)
-        arena.check_margins()
+        arena.assert_margins_untouched()
         results.append([arena.values(i) for i in range(len(update.lists))])
     assert all(map(same_bits, *results))
 
@@ -49,7 +51,7 @@ def agrees(update: Update, backend: KernelBackend, dtype: torch.dtype, **options
 def test_updates_are_the_references_bit_for_bit(
     fast_backend: KernelBackend, dtype: torch.dtype, update: Update
 ) -> None:
-    agrees(update, fast_backend, dtype)
+    assert_agrees_with_reference(update, fast_backend, dtype)
 
 
 @pytest.mark.parametrize("rounding_seed", [None, 0, SEED])
@@ -61,7 +63,7 @@ def test_sgd_step_is_the_reference_bit_for_bit(
     lists += ["momenta"] if case.momentum != "none" else []
     lists += ["backups"] if case.backups else []
     options = case.options() | {"rounding_seed": rounding_seed}
-    agrees(Update("sgd_step", tuple(lists), (), options), fast_backend, dtype)
+    assert_agrees_with_reference(Update("sgd_step", tuple(lists), (), options), fast_backend, dtype)
 
 
 @pytest.mark.parametrize("rounding_seed", [None, SEED])
@@ -76,7 +78,9 @@ def test_adamw_step_is_the_reference_bit_for_bit(
 ) -> None:
     """Betas near 1: how their powers round shows in float64, 1 - beta^step being small."""
     options = case.options() | {"beta1": 0.9951, "beta2": 0.99973, "step": step}
-    agrees(UPDATES[-1], fast_backend, dtype, **options, rounding_seed=rounding_seed)
+    assert_agrees_with_reference(
+        UPDATES[-1], fast_backend, dtype, **options, rounding_seed=rounding_seed
+    )
 
 
 @pytest.mark.parametrize("alpha", [ALPHA, 0.05, 1 / 3])
@@ -85,10 +89,10 @@ def test_ascents_are_the_references_bit_for_bit(
     fast_backend: KernelBackend, dtype: torch.dtype, update: Update, alpha: float
 ) -> None:
     """Several alphas: alpha (1 / scale) and alpha / scale often round alike."""
-    agrees(update, fast_backend, dtype, alpha=alpha)
+    assert_agrees_with_reference(update, fast_backend, dtype, alpha=alpha)
 
 
-def ascended(x: Tensor, g: Tensor, alpha: float, backend: KernelBackend) -> Tensor:
+def perturb(x: Tensor, g: Tensor, alpha: float, backend: KernelBackend) -> Tensor:
     x, g = x.to(backend.device), g.to(backend.device)
     kernels.perturb([x], [g], [torch.empty_like(x)], alpha, backend=backend.name)
     return x.cpu()
@@ -117,7 +121,7 @@ def test_every_number_with_every_kind_of_rounding(
     """Ties and near ties at every number; at the largest they decide between it and infinity."""
     x = every_pattern(narrow)
     g = spacing(x)
-    assert_rounded(ascended(x.clone(), g, ulps, backend), x.float() + ulps * g.float())
+    assert_rounded(perturb(x.clone(), g, ulps, backend), x.float() + ulps * g.float())
 
 
 @pytest.mark.parametrize("factor", FACTORS)
@@ -125,11 +129,11 @@ def test_every_number_with_every_kind_of_rounding(
 def test_every_number_times_a_factor(
     backend: KernelBackend, narrow: torch.dtype, factor: float
 ) -> None:
-    """From 0, so that the product is what is rounded: to subnormals, to infinity."""
+    """x starts at 0, so that the product alone is rounded: to subnormals, to infinity."""
     g = every_pattern(narrow)
     zero = torch.zeros_like(g)
     wide = zero.float() + torch.tensor(factor, dtype=torch.float32) * g.float()
-    assert_rounded(ascended(zero.clone(), g, factor, backend), wide)
+    assert_rounded(perturb(zero.clone(), g, factor, backend), wide)
 
 
 @pytest.mark.parametrize("narrow", NARROW)

@@ -39,7 +39,7 @@ def updated(
     return torch.cat([arena.values(update.lists.index(role)) for role in update.writes])
 
 
-def ascended(backend: KernelBackend, dtype: torch.dtype, alpha: Any, **flags: Any) -> Tensor:
+def perturb(backend: KernelBackend, dtype: torch.dtype, alpha: Any, **flags: Any) -> Tensor:
     torch.manual_seed(9)
     arena = Arena(dtype, 3, SIZES, backend.device)
     arena.fill(0, 1)
@@ -75,7 +75,7 @@ def test_float32_tensors_equal_floats_of_their_value(
 
 
 def test_whole_numbers_are_numbers(backend: KernelBackend, dtype: torch.dtype) -> None:
-    assert same_bits(ascended(backend, dtype, 2), ascended(backend, dtype, 2.0))
+    assert same_bits(perturb(backend, dtype, 2), perturb(backend, dtype, 2.0))
     adamw = UPDATES[-1]
     assert type(adamw.options["step"]) is int
     assert same_bits(updated(adamw, backend, dtype, lambda n: n), updated(adamw, backend, dtype))
@@ -84,8 +84,8 @@ def test_whole_numbers_are_numbers(backend: KernelBackend, dtype: torch.dtype) -
 def test_parameters_that_require_grad_are_read_as_scalars(backend: KernelBackend) -> None:
     learned = torch.tensor(ALPHA, dtype=torch.float64, requires_grad=True, device=backend.device)
     with torch.no_grad():
-        result = ascended(backend, torch.float32, learned)
-    assert same_bits(result, ascended(backend, torch.float32, ALPHA))
+        result = perturb(backend, torch.float32, learned)
+    assert same_bits(result, perturb(backend, torch.float32, ALPHA))
 
 
 @pytest.mark.gpu
@@ -133,7 +133,7 @@ BAD = {
 }
 
 
-def refused(update: Update, error: type[Exception], match: str, **options: Any) -> None:
+def assert_refused(update: Update, error: type[Exception], match: str, **options: Any) -> None:
     """Fail unless the update is refused and leaves everything."""
     lists = [[torch.ones(4)] for _ in update.lists]
     with pytest.raises(error, match=match):
@@ -146,7 +146,7 @@ def refused(update: Update, error: type[Exception], match: str, **options: Any) 
 def test_a_hyperparameter_of_another_kind_is_named(which: str, bad: str) -> None:
     update, name = HYPERPARAMETERS[which]
     message = rf"{name} must be a number or a one-element float32 or"
-    refused(update, TypeError, message, **{name: BAD[bad]})
+    assert_refused(update, TypeError, message, **{name: BAD[bad]})
 
 
 @pytest.mark.parametrize("bad", ["0.1", None, [0.1]], ids=repr)
@@ -157,7 +157,7 @@ def test_a_hyperparameter_of_another_type_is_named(which: str, bad: object) -> N
         pytest.skip("None is a choice")
     kind = "None" if bad is None else f"a {type(bad).__name__}"
     message = rf"{name} must be a number or a one-element tensor, and is {kind}$"
-    refused(update, TypeError, message, **{name: bad})
+    assert_refused(update, TypeError, message, **{name: bad})
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_hyperparameter_of_another_type_is_named(which: str, bad: object) -> N
 )
 def test_found_inf_of_another_kind(flag: Tensor) -> None:
     for update in UPDATES:
-        refused(update, (ValueError, TypeError), "found_inf", found_inf=flag)
+        assert_refused(update, (ValueError, TypeError), "found_inf", found_inf=flag)
     with pytest.raises((ValueError, TypeError), match="found_inf"):
         kernels.flag_nonfinite([torch.ones(4)], flag)
 

@@ -1,4 +1,4 @@
-"""Tensors of any shape: nothing at all, dimensions in any order."""
+"""Tensors of any shape: without elements, and with dimensions in any order."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ SIGMAS = 5  # one in 1.7 million of normally distributed values exceeds it
 narrow_dtypes = pytest.mark.parametrize("narrow", NARROW, ids=str)
 
 
-def descended(x: Tensor, g: Tensor, seed: Any, lr: float = 1.0, **options: Any) -> Tensor:
+def sgd_step(x: Tensor, g: Tensor, seed: Any, lr: float = 1.0, **options: Any) -> Tensor:
     x = x.clone()
     kernels.sgd_step([x], [g], lr=lr, rounding_seed=seed, **options)
     return x
@@ -55,7 +55,7 @@ def test_every_number_goes_to_a_neighbor(
     g = spacing(x)
     y = x.float() + part * g.float()
     there, grads = x.to(backend.device), g.to(backend.device)
-    perturbed = descended(there, grads, SEED, -part, backend=backend.name).cpu()
+    perturbed = sgd_step(there, grads, SEED, -part, backend=backend.name).cpu()
     largest = torch.finfo(narrow).max
     inside, beyond = y.abs() <= largest, y.abs() > largest
     low, high = (n[inside].float() for n in neighbors(y, narrow))
@@ -75,7 +75,7 @@ def test_a_step_of_length_zero_returns_every_number(
     backend: KernelBackend, narrow: torch.dtype
 ) -> None:
     x = every_pattern(narrow).to(backend.device)
-    perturbed = descended(x, torch.ones_like(x), SEED, 0.0, backend=backend.name)
+    perturbed = sgd_step(x, torch.ones_like(x), SEED, 0.0, backend=backend.name)
     saved = ~x.isnan()
     assert same_bits(perturbed[saved], x[saved])
     assert perturbed[~saved].isnan().all()
@@ -84,8 +84,8 @@ def test_a_step_of_length_zero_returns_every_number(
 @pytest.mark.parametrize("T", WIDE, ids=str)
 def test_wide_dtypes_are_not_rounded(backend: KernelBackend, T: torch.dtype) -> None:
     x, g = (nonzero((1000,), T).to(backend.device) for _ in range(2))
-    perturbed = descended(x, g, SEED, 0.3, backend=backend.name)
-    assert same_bits(perturbed, descended(x, g, None, 0.3, backend=backend.name))
+    perturbed = sgd_step(x, g, SEED, 0.3, backend=backend.name)
+    assert same_bits(perturbed, sgd_step(x, g, None, 0.3, backend=backend.name))
 
 
 @narrow_dtypes
@@ -120,7 +120,7 @@ STARTS = {
 @pytest.mark.parametrize("start", STARTS)
 @narrow_dtypes
 def test_the_mean_is_exact(narrow: torch.dtype, start: str, part: float) -> None:
-    """And of small parts, rounding to nearest loses all."""
+    """Rounding to nearest would lose small steps altogether."""
     origin, step = STARTS[start][narrow]
     n, calls = 4096, 512
     x = torch.full((n,), origin, dtype=narrow)
@@ -128,7 +128,7 @@ def test_the_mean_is_exact(narrow: torch.dtype, start: str, part: float) -> None
     y = (x[0].float() + np.float32(part) * g[0].float()).double().item()
     total = torch.zeros(n, dtype=torch.float64)
     for seed in range(calls):
-        perturbed = descended(x, g, seed, -part)
+        perturbed = sgd_step(x, g, seed, -part)
         assert ((perturbed == x) | (perturbed == x + g)).all()
         total += (perturbed.double() - origin) / step
     exact = (y - origin) / step
@@ -140,7 +140,7 @@ def test_the_mean_is_exact(narrow: torch.dtype, start: str, part: float) -> None
         deviation, rel=SIGMAS * math.sqrt((2 + 1 / (exact * calls)) / n)
     )
     if part < 0.5:
-        lost = abs((descended(x, g, None, -part)[0].double().item() - y) / step)
+        lost = abs((sgd_step(x, g, None, -part)[0].double().item() - y) / step)
         assert lost > SIGMAS * error
 
 
@@ -186,7 +186,7 @@ def test_second_moments_have_bits_of_their_own(narrow: torch.dtype) -> None:
 def test_bits_depend_on_where_an_element_is_and_on_nothing_else(
     backend: KernelBackend, narrow: torch.dtype
 ) -> None:
-    """Not on alignment, nor on the sizes of other tensors; on the tensor's number in its list."""
+    """They depend on the tensor's index in its list, not on alignment or other tensors."""
     n = 777
     values, grads = (nonzero((n,), narrow).to(backend.device) for _ in range(2))
 
@@ -211,7 +211,7 @@ def test_elements_are_numbered_as_they_lie_in_memory(
     backend: KernelBackend, narrow: torch.dtype
 ) -> None:
     flat, grads = (nonzero((210,), narrow).to(backend.device) for _ in range(2))
-    expected = descended(flat, grads, SEED, 0.01, backend=backend.name)
+    expected = sgd_step(flat, grads, SEED, 0.01, backend=backend.name)
     x = flat.clone()
     kernels.sgd_step(
         [x.view(2, 3, 5, 7).permute(0, 3, 1, 2)],

@@ -33,11 +33,11 @@ def test_results_are_a_lists(update: Update) -> None:
 
 
 def test_norms_are_a_lists() -> None:
-    saved, weights = tensors(1), tensors(2)
-    listed = [_core.TensorList(t) for t in (saved, weights)]
-    assert kernels.norm(listed[0]).item() == kernels.norm(saved).item()
-    weighted = kernels.norm(listed[0], weights=listed[1])
-    assert weighted.item() == kernels.norm(saved, weights=weights).item()
+    grads, weights = tensors(1), tensors(2)
+    tensor_lists = [_core.TensorList(t) for t in (grads, weights)]
+    assert kernels.norm(tensor_lists[0]).item() == kernels.norm(grads).item()
+    weighted = kernels.norm(tensor_lists[0], weights=tensor_lists[1])
+    assert weighted.item() == kernels.norm(grads, weights=weights).item()
 
 
 def test_only_perturb_fills_backups() -> None:
@@ -49,32 +49,32 @@ def test_only_perturb_fills_backups() -> None:
 
 
 def test_it_is_a_sequence() -> None:
-    saved = tensors(1)
-    listed = _core.TensorList(t for t in saved)
-    assert len(listed) == 3
-    assert [id(t) for t in listed] == [id(t) for t in saved]
-    assert listed[-1] is saved[-1]
-    assert listed[-3] is saved[0]
+    members = tensors(1)
+    tensor_list = _core.TensorList(t for t in members)
+    assert len(tensor_list) == 3
+    assert [id(t) for t in tensor_list] == [id(t) for t in members]
+    assert tensor_list[-1] is members[-1]
+    assert tensor_list[-3] is members[0]
     for i in (3, -4):
         with pytest.raises(IndexError, match="no such tensor"):
-            listed[i]
+            tensor_list[i]
 
 
 def test_it_does_not_follow_the_list_it_was_made_from() -> None:
-    saved = tensors(1)
-    listed = _core.TensorList(saved)
-    saved.pop()
-    assert len(listed) == 3
+    members = tensors(1)
+    tensor_list = _core.TensorList(members)
+    members.pop()
+    assert len(tensor_list) == 3
 
 
 def test_new_memory_behind_a_tensor_is_found() -> None:
     params, grads = [torch.nn.Parameter(t) for t in tensors(1)], tensors(2)
-    listed = _core.TensorList(params)
-    kernels.sgd_step(listed, grads, lr=0.1)
+    tensor_list = _core.TensorList(params)
+    kernels.sgd_step(tensor_list, grads, lr=0.1)
     old, new = params[1].data, torch.ones(64)
     before = old.clone()
     params[1].data = new
-    kernels.sgd_step(listed, grads, lr=0.1)
+    kernels.sgd_step(tensor_list, grads, lr=0.1)
     assert torch.equal(old, before)
     torch.testing.assert_close(new, 1 - 0.1 * grads[1])
 
@@ -91,22 +91,22 @@ CHANGES = {
 def test_new_memory_is_checked_as_the_old_was(change: str) -> None:
     make, message = CHANGES[change]
     params, grads = [torch.nn.Parameter(t) for t in tensors(1)], tensors(2)
-    listed = _core.TensorList(params)
-    kernels.sgd_step(listed, grads, lr=0.1)
+    tensor_list = _core.TensorList(params)
+    kernels.sgd_step(tensor_list, grads, lr=0.1)
     before = params[0].detach().clone()
     params[1].data = make(params[1])
     with pytest.raises((ValueError, TypeError), match=message):
-        kernels.sgd_step(listed, grads, lr=0.1)
+        kernels.sgd_step(tensor_list, grads, lr=0.1)
     assert torch.equal(params[0], before)
 
 
 def test_memory_that_was_freed_is_noticed() -> None:
     params, grads = tensors(1), tensors(2)
-    listed = _core.TensorList(params)
-    kernels.sgd_step(listed, grads, lr=0.1)
+    tensor_list = _core.TensorList(params)
+    kernels.sgd_step(tensor_list, grads, lr=0.1)
     params[2].untyped_storage().resize_(0)
     with pytest.raises(TypeError, match=r"params\[2\] has no memory of its own"):
-        kernels.sgd_step(listed, grads, lr=0.1)
+        kernels.sgd_step(tensor_list, grads, lr=0.1)
 
 
 def test_no_tensor_in_it_is_named_at_its_use() -> None:

@@ -44,16 +44,16 @@ def arena_of(shape: str, dtype: torch.dtype) -> Arena:
 def results(arena: Arena, threads: int) -> list[Tensor]:
     """What every update writes, each from the arena's values, which stay."""
     torch.set_num_threads(threads)
-    written = []
+    outputs = []
     for update in UPDATES:
         before = {role: arena.memory[ROLES.index(role)].clone() for role in update.writes}
         update([arena.lists[ROLES.index(role)] for role in update.lists])
         for role, old in before.items():
             memory = arena.memory[ROLES.index(role)]
-            written.append(memory.clone())
+            outputs.append(memory.clone())
             memory.copy_(old)
-            assert not same_bits(written[-1], old)
-    return written
+            assert not same_bits(outputs[-1], old)
+    return outputs
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_compiled_call_takes_what_the_call_takes() -> None:
 
 
 def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
-    """What the operator takes."""
+    """The arguments of the operator."""
     p, g, a, b = lists(4)
     tail = {"grad_scale": scalar(2.0).float(), "found_inf": FLAG.clone(), "backend": None}
     half = scalar(0.5)

@@ -22,7 +22,7 @@ from benchmarks.triton_stub import Launch, StubDriver
 from cases import DTYPES, SCALE, UPDATES, Arena, Update, nonzero, places
 from eigenfilter import kernels
 from eigenfilter.kernels import triton_device, triton_lanczos, triton_orthogonalize
-from launches import check_arguments, check_tables
+from launches import assert_arguments_fit, assert_tables_cover
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing is compiled")
 
@@ -46,11 +46,11 @@ class Recorder:
         self.launches.clear()
         call()
         for launch in self.launches:
-            check_arguments(launch)
+            assert_arguments_fit(launch)
         return list(self.launches)
 
     def warm(self, call: Callable[[], object]) -> list[Launch]:
-        """The same for a call that must find everything compiled."""
+        """Run a call that must find everything compiled, and return its launches."""
         before = self.driver.variants
         launches = self(call)
         assert self.driver.variants == before, "compiled again"
@@ -105,7 +105,7 @@ def test_updates(
 
     (launch,) = recorder(call)
     assert launch.kernel == f"{update.kernel}_kernel"
-    check_tables([launch], arena.lists, arena.lists[update.lists.index("grads")])
+    assert_tables_cover([launch], arena.lists, arena.lists[update.lists.index("grads")])
     for name, value in inputs.items():
         if name in ("grad_scale", "found_inf"):
             assert launch[name].data_ptr() == value.data_ptr()
@@ -144,7 +144,7 @@ def test_updates_by_wide_gradients_among_others(
             ]
     launches = recorder(lambda: update(lists, backend="triton"))
     assert len(launches) == 2
-    check_tables(launches, lists, lists[update.lists.index("grads")])
+    assert_tables_cover(launches, lists, lists[update.lists.index("grads")])
     recorder.warm(lambda: update(lists, backend="triton"))
 
 
@@ -187,7 +187,7 @@ def test_reductions(recorder: Recorder, dtype: torch.dtype, weighted: bool, mixe
 
     *sums, last = recorder(norm)
     assert len(sums) == len({t.dtype for t in tensors})
-    check_tables(sums, [tensors] if weights is None else [weights, tensors], tensors)
+    assert_tables_cover(sums, [tensors] if weights is None else [weights, tensors], tensors)
     at = last["sums"].data_ptr()
     has_doubles = any(t.dtype == torch.float64 for t in tensors)
     exponent_at = last["exponents"].data_ptr() if has_doubles else None
@@ -206,7 +206,7 @@ def test_reductions(recorder: Recorder, dtype: torch.dtype, weighted: bool, mixe
     recorder.warm(norm)
     result = torch.zeros(1)
     flags = recorder(lambda: kernels.flag_nonfinite(tensors, result, backend="triton"))
-    check_tables(flags, [tensors], tensors)
+    assert_tables_cover(flags, [tensors], tensors)
     assert all(launch["found_inf"] is result for launch in flags)
 
 
@@ -273,7 +273,7 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
 
 
 def test_the_driver_is_put_back(recorder: Recorder) -> None:
-    """And what was compiled for the stub is forgotten: another driver's launches would be lost."""
+    """What was compiled for the stub is forgotten, or another driver would not launch."""
     cache = triton_device.perturb_kernel.device_caches
     x, g, b = ([nonzero((50,), torch.float32)] for _ in range(3))
     with triton_stub.installed() as inner:

@@ -73,7 +73,7 @@ def test_tables_are_used_again() -> None:
     assert again.chunks[torch.float32] is first.chunks[torch.float32]
 
 
-def test_moved_tensors_get_a_new_table_of_pointers_alone() -> None:
+def test_tensors_at_new_addresses_get_a_new_table_of_pointers_alone() -> None:
     a, b, c = torch.zeros(3, 8)
     first = of(a, b)
     perturbed = of(a, c)
@@ -104,15 +104,15 @@ def test_tensors_of_several_dtypes_are_cut_apart_and_keep_their_numbers() -> Non
 
 
 def test_the_tables_last_used_are_kept() -> None:
-    saved = torch.zeros(3)
-    table = of(saved).pointers
+    tensor = torch.zeros(3)
+    table = of(tensor).pointers
     for _ in range(100):
         of(torch.zeros(3))
-        assert of(saved).pointers is table
+        assert of(tensor).pointers is table
     others = [torch.zeros(3) for _ in range(100)]
     for other in others:
         of(other)
-    assert of(saved).pointers is not table
+    assert of(tensor).pointers is not table
     assert len(triton_tables._recent._entries) <= 32
 
 

@@ -14,7 +14,7 @@ from eigenfilter import kernels
 def test_updates_bump_the_versions_of_what_they_write(
     backend: KernelBackend, update: Update, flag_value: float | None
 ) -> None:
-    """Also where a flag stops them, which the host does not know."""
+    """Versions grow also where a flag on the device stops the update."""
     flag = None if flag_value is None else torch.tensor(flag_value, device=backend.device)
     lists = [[torch.ones(3, device=backend.device) for _ in range(2)] for _ in update.lists]
     update(lists, found_inf=flag, backend=backend.name)

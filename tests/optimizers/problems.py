@@ -76,14 +76,14 @@ def parameters(
     dtype: torch.dtype = torch.float64, shapes: Sequence[tuple[int, ...]] = SHAPES
 ) -> list[torch.nn.Parameter]:
     """The same parameters at each call."""
-    created = []
+    params = []
     for i, shape in enumerate(shapes):
         values = torch.linspace(-1.0, 2.0, torch.Size(shape).numel() or 1, dtype=torch.float64)
         t = (values + 0.1 * i)[: torch.Size(shape).numel()].reshape(shape).to(dtype)
         if len(shape) == 4:
             t = t.to(memory_format=torch.channels_last)
-        created.append(torch.nn.Parameter(t))
-    return created
+        params.append(torch.nn.Parameter(t))
+    return params
 
 
 def loss_of(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
@@ -221,6 +221,12 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 def snapshot(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the values."""
     return [t.detach().clone() for t in tensors]
+
+
+def state_of(opt: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors in the state of these parameters, sorted by name."""
+    entries = [sorted(opt.state.get(p, {}).items()) for p in params]
+    return snapshot([v for entry in entries for _, v in entry if isinstance(v, Tensor)])
 
 
 def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -11,45 +11,12 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from cases import RHO, same_bits
-from optimizers.problems import (
-    METHODS,
-    Exact,
-    backward,
-    closure_of,
-    distance,
-    loss_of,
-    parameters,
-    snapshot,
-)
+from optimizers.accumulation import CLEARING, MAKERS, adding, none
+from optimizers.problems import METHODS, Exact, closure_of, distance, loss_of, parameters, snapshot
 
 NOT_CLEARED = "gradients that were there before the closure are still part of those it left"
+
 LEFT = "the closure left the gradients that were there before it as they are"
-
-
-def adamw(params: Any) -> Any:
-    return ef.AdamW(params, lr=0.1, rho=RHO)
-
-
-def wrapped(params: Any) -> Any:
-    return ef.SharpnessAware(torch.optim.SGD(params, lr=0.1), "two_step_usam", RHO)
-
-
-MAKERS: dict[str, Callable[[Any], Any]] = {
-    **{name: (lambda params, m=m: m.make(params, lr=0.1)) for name, m in METHODS.items()},
-    "adamw": adamw,
-    "wrapper": wrapped,
-}
-
-
-def adding(opt: Any, params: list[nn.Parameter]) -> Callable[[], Tensor]:
-    """A closure that adds its gradient to what is there."""
-
-    def closure() -> Tensor:
-        loss = loss_of(params)
-        backward(opt, loss)
-        return loss
-
-    return closure
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -101,30 +68,12 @@ def test_two_micro_batches_of_a_linear_model() -> None:
     assert distance(list(model.parameters()), expected) < 1e-15
 
 
-def none(params: list[nn.Parameter]) -> None:
-    for p in params:
-        p.grad = None
-
-
-def in_place(params: list[nn.Parameter]) -> None:
-    for p in params:
-        if p.grad is not None:
-            p.grad.zero_()
-
-
-def through_data(params: list[nn.Parameter]) -> None:
-    for p in params:
-        if p.grad is not None:
-            p.grad.data.zero_()
-
-
-CLEARING = {"None": none, "in place": in_place, "through .data": through_data}
-
-
-@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+@pytest.mark.parametrize("from_last_step", [False, True], ids=["new", "used"])
 @pytest.mark.parametrize("how", CLEARING)
 @pytest.mark.parametrize("name", ["usam", "anchored", "product"])
-def test_a_closure_that_clears_may_find_any_gradient(name: str, how: str, used: bool) -> None:
+def test_a_closure_that_clears_may_find_any_gradient(
+    name: str, how: str, from_last_step: bool
+) -> None:
     params = parameters()
     opt, exact = METHODS[name].make(params, lr=0.1), Exact(params, {"lr": 0.1}, RHO, name)
     add = adding(opt, params)
@@ -134,7 +83,7 @@ def test_a_closure_that_clears_may_find_any_gradient(name: str, how: str, used: 
         return add()
 
     for _ in range(3):
-        if not used:
+        if not from_last_step:
             (3.0 * loss_of(params)).backward()
         opt.step(closure)
         exact.step()
@@ -260,121 +209,6 @@ def test_a_closure_that_raises_leaves_no_hook_and_no_mark() -> None:
     assert distance(params, exact.x) < 1e-15
 
 
-# The explicit form.
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_ascending_twice_with_the_same_gradient(name: str) -> None:
-    """The gradient that the last step used is not the one at the present point."""
-    params = parameters()
-    opt = MAKERS[name](params)
-    opt.step(closure_of(opt, params))
-    before = snapshot(params)
-    with pytest.raises(RuntimeError, match="those that the last step used: clear them"):
-        opt.ascend()
-    assert all(map(same_bits, params, before))
-    assert not opt.perturbed
-
-
-@pytest.mark.parametrize("how", CLEARING)
-def test_the_explicit_form_clears_as_it_likes(how: str) -> None:
-    params = parameters()
-    opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
-    add = adding(opt, params)
-    for _ in range(3):
-        CLEARING[how](params)
-        add()
-        while opt.ascend():
-            add()
-        opt.step()
-        exact.step()
-    assert distance(params, exact.x) < 1e-14
-
-
-def test_gradients_that_are_overwritten_in_the_explicit_form() -> None:
-    params = parameters()
-    opt, exact = ef.USAM(params, lr=0.1, rho=RHO, set_to_none=False), Exact(params, {"lr": 0.1})
-    for p in params:
-        p.grad = torch.zeros_like(p)
-
-    def overwrite() -> None:
-        for p, g in zip(params, torch.autograd.grad(loss_of(params), params), strict=True):
-            p.grad.copy_(g)
-
-    for _ in range(3):
-        overwrite()
-        while opt.ascend():
-            overwrite()
-        opt.step()
-        exact.step()
-    assert distance(params, exact.x) < 1e-14
-
-
-def test_the_gradient_of_a_point_that_was_given_up_is_not_that_at_x() -> None:
-    params = parameters()
-    opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
-    closure = closure_of(opt, params)
-    closure()
-    opt.ascend()
-    closure()
-    opt.restore()
-    with pytest.raises(RuntimeError, match="those that the last step used"):
-        opt.ascend()
-    opt.step(adding(opt, params))
-    exact.step()
-    assert distance(params, exact.x) < 1e-14
-
-
-# Closures that end a step.
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_a_closure_that_does_nothing_ends_an_explicit_step(name: str) -> None:
-    """As Lightning's manual optimization always passes one."""
-    params, others = parameters(), parameters()
-    opt, other = MAKERS[name](params), MAKERS[name](others)
-    calls = []
-    for _ in range(3):
-        for each, own in ((opt, params), (other, others)):
-            closure = closure_of(each, own)
-            with each.evaluation():
-                closure()
-            while each.ascend():
-                with each.evaluation():
-                    closure()
-            each.step(lambda: calls.append(1)) if each is opt else each.step()
-    assert len(calls) == 3
-    assert all(map(same_bits, params, others))
-    assert not opt.perturbed
-
-
-def test_a_closure_that_evaluates_ends_an_explicit_step() -> None:
-    params = parameters()
-    opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
-    closure = closure_of(opt, params)
-    for _ in range(3):
-        closure()
-        opt.ascend()
-        opt.step(closure)
-        exact.step()
-    assert closure.calls == 6
-    assert distance(params, exact.x) < 1e-14
-
-
-def test_a_closure_that_adds_the_last_micro_batch_ends_an_explicit_step() -> None:
-    """At one point sums of gradients are what they are in torch."""
-    params = parameters()
-    opt, exact = ef.USAM(params, lr=0.1, rho=RHO), Exact(params, {"lr": 0.1})
-    for _ in range(2):
-        opt.zero_grad()
-        loss_of(params).backward()
-        opt.ascend()
-        (0.25 * loss_of(params)).backward()
-        opt.step(lambda: (0.75 * loss_of(params)).backward())
-        exact.step()
-    assert distance(params, exact.x) < 1e-14
-
-
 # Closures that look odd and are right.
 
 
@@ -411,19 +245,3 @@ def test_closures_that_replace_the_gradients(closure: Callable[..., Tensor]) -> 
         opt.step(lambda: closure(opt, params))
         exact.step()
     assert distance(params, exact.x) < 1e-14
-
-
-def test_groups_without_a_radius_alone_have_gradients() -> None:
-    """A step that is not taken leaves nothing behind for the next."""
-    params = parameters()
-    groups = [{"params": params[:3]}, {"params": params[3:], "rho": 0.0}]
-    opt = ef.USAM(groups, lr=0.1, rho=RHO)
-    loss_of(params).backward()
-    for p in params[:3]:
-        p.grad = None
-    assert opt.ascend() is False
-    assert opt.phase == "descent"
-    opt.clip_grad_norm_(1e9)
-    closure_of(opt, params)()
-    assert opt.ascend() is True
-    opt.restore()

@@ -1,6 +1,7 @@
 """AdamW is torch.optim.AdamW, with its gradient taken where an ascent leads.
 
-That it steps, skips, saves and copies as every optimizer does is in `test_conformance.py`.
+That it steps, skips, saves and copies as every optimizer does is tested in `test_conformance.py`
+and `test_conformance_state.py`.
 """
 
 from __future__ import annotations
@@ -157,11 +158,11 @@ def test_a_saved_state_does_not_go_on_counting() -> None:
     params = parameters()
     opt = ef.AdamW(params, **DECAY)
     train(opt, params, 2)
-    saved = opt.state_dict()
+    state_dict = opt.state_dict()
     train(opt, params, 3)
-    opt.load_state_dict(saved)
+    opt.load_state_dict(state_dict)
     train(opt, params, 3)
-    assert {float(entry["step"]) for entry in saved["state"].values()} == {2.0}
+    assert {float(entry["step"]) for entry in state_dict["state"].values()} == {2.0}
 
 
 def test_a_state_whose_steps_are_numbers_or_of_another_shape() -> None:
@@ -200,7 +201,7 @@ def test_a_first_step_that_is_skipped_is_not_counted(dtype: torch.dtype, rho: fl
     )
     start = snapshot(params)
     for _ in range(2):
-        opt.step(spoilt(closure_of(opt, params), params))
+        opt.step(spoiling_closure(closure_of(opt, params), params))
         assert all(map(same_bits, params, start))
         assert steps_of(opt, params) == [0.0] * 6
         assert not any(opt.state[p]["exp_avg"].any() for p in params)
@@ -212,7 +213,7 @@ def test_a_first_step_that_is_skipped_is_not_counted(dtype: torch.dtype, rho: fl
     assert all(map(same_bits, params, plain))
 
 
-def spoilt(closure: Any, params: Sequence[Tensor]) -> Any:
+def spoiling_closure(closure: Any, params: Sequence[Tensor]) -> Any:
     def spoiling() -> Tensor:
         loss = closure()
         params[3].grad[1, 2] = torch.nan
@@ -296,7 +297,7 @@ def test_values_out_of_range(message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lr", "betas", "eps"])
-def test_a_tensor_no_kernel_takes_is_found_before_the_first_group_steps(name: str) -> None:
+def test_a_tensor_that_no_kernel_accepts_is_refused_before_the_first_group_steps(name: str) -> None:
     params = parameters()
     opt = ef.AdamW([{"params": params[:3]}, {"params": params[3:]}], **DECAY)
     whole = torch.tensor(1)

@@ -175,11 +175,11 @@ def test_a_group_added_to_a_base_with_a_rho_of_its_own() -> None:
 
 def test_a_plain_checkpoint_of_adadelta_keeps_the_ascent() -> None:
     params = parameters()
-    saved = torch.optim.Adadelta(params, lr=0.5, rho=0.8).state_dict()
+    state_dict = torch.optim.Adadelta(params, lr=0.5, rho=0.8).state_dict()
     base = torch.optim.Adadelta(params, lr=0.5, rho=0.9)
     opt = ef.SharpnessAware(base, rho=0.2)
     for load in (opt.load_state_dict, base.load_state_dict):
-        load(saved)
+        load(state_dict)
         assert [(g["rho"], g["ascent_rho"]) for g in opt.param_groups] == [(0.8, 0.2)]
 
 
@@ -262,19 +262,21 @@ def test_train_and_eval_are_forwarded() -> None:
 def test_hooks_of_the_wrapper_run() -> None:
     params = parameters()
     opt = ef.SharpnessAware(torch.optim.SGD(params, lr=0.1, momentum=0.8))
-    visited: list[str] = []
+    events: list[str] = []
 
     def note(what: str, result: Any = None) -> Any:
         def hook(*args: Any) -> Any:
-            visited.append(what)
+            events.append(what)
             return result(*args) if callable(result) else result
 
         return hook
 
     opt.register_state_dict_pre_hook(note("before saving"))
-    opt.register_state_dict_post_hook(note("after saving", lambda _, saved: saved | {"more": 1}))
-    saved = opt.state_dict()
-    assert saved["more"] == 1
+    opt.register_state_dict_post_hook(
+        note("after saving", lambda _, state_dict: state_dict | {"more": 1})
+    )
+    state_dict = opt.state_dict()
+    assert state_dict["more"] == 1
 
     def changed(_: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         groups = [group | {"lr": 0.05} for group in inputs["param_groups"]]
@@ -282,9 +284,9 @@ def test_hooks_of_the_wrapper_run() -> None:
 
     opt.register_load_state_dict_pre_hook(note("before loading", changed))
     opt.register_load_state_dict_post_hook(note("after loading"))
-    opt.load_state_dict(saved)
+    opt.load_state_dict(state_dict)
     assert opt.param_groups[0]["lr"] == 0.05
-    assert visited == ["before saving", "after saving", "before loading", "after loading"]
+    assert events == ["before saving", "after saving", "before loading", "after loading"]
 
 
 def test_a_copied_base_has_one_radius() -> None:

@@ -1,179 +1,27 @@
-"""One table of optimizers, one suite: what every one of them does, however it ascends and descends.
-
-Rows are float64 unless a test says otherwise. "torch Muon" takes matrices only: its problem has no
-others, and tests about tensors of other kinds skip it.
-"""
+"""What a step of every optimizer computes, whatever its ascent and descent are."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 
 import eigenfilter as ef
 from cases import DTYPES, same_bits
-from eigenfilter import _perturbation
-from optimizers.problems import (
-    METHODS,
-    SHAPES,
-    backward,
-    closure_of,
-    distance,
-    loss_of,
-    parameters,
-    snapshot,
-)
-
-MATRICES = ((4, 5), (3, 2), (1, 7), (6, 4))
-
-SGD = {"lr": 0.1, "momentum": 0.8, "dampening": 0.2, "weight_decay": 0.03}
-ADAMW = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.03}
-MUON = {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.03}
-
-Make = Callable[..., Any]
-"""Makes an optimizer of parameters or groups, and of changes to its hyperparameters."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """An optimizer.
-
-    Attributes:
-        make: of the optimizer.
-        still: of the one that it is at rho = 0, bit for bit.
-        torchs: of the optimizer of torch that understands its state.
-        calls: gradients a step.
-        rho: its radius.
-        difference: whether it takes finite differences.
-        normalized: whether it takes a norm, whose order of summation follows the layout.
-        shapes: of its parameters.
-    """
-
-    make: Make
-    still: Make
-    torchs: Make
-    calls: int
-    rho: float = 0.0
-    difference: bool = False
-    normalized: bool = False
-    shapes: Sequence[tuple[int, ...]] = SHAPES
-
-    def parameters(self, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-        return parameters(dtype, self.shapes)
-
-    @property
-    def rounding(self) -> float:
-        """Largest distance of two short runs in float64 that differ by the order of sums."""
-        return 1e-7 if self.difference else 1e-14
-
-
-def maker(make: Make, settings: Mapping[str, Any]) -> Make:
-    return lambda params, **changes: make(params, **{**settings, **changes})
-
-
-def without_rho(make: Make) -> Make:
-    """The optimizers that take no ascent have no use for rho."""
-    return lambda params, rho=0.0, **changes: make(params, **changes)
-
-
-def row(make: Make, still: Make, torchs: Make, method: str = "", **fields: Any) -> Row:
-    if not method:
-        return Row(make, still, torchs, 1, **fields)
-    m = METHODS[method]
-    return Row(make, still, torchs, m.calls, m.rho, method == "difference", m.normalized, **fields)
-
-
-def with_sgd(method: str = "") -> Row:
-    plain, torchs = without_rho(maker(ef.SGD, SGD)), maker(torch.optim.SGD, SGD)
-    make = maker(METHODS[method].make, SGD) if method else plain
-    return row(make, plain, torchs, method)
-
-
-def with_adamw(method: str = "") -> Row:
-    plain, torchs = without_rho(maker(ef.AdamW, ADAMW)), maker(torch.optim.AdamW, ADAMW)
-    if not method:
-        return row(plain, plain, torchs)
-    m = METHODS[method]
-    options = {"method": m.name, "rho": m.rho, **m.options}
-    return row(maker(ef.AdamW, ADAMW | options), plain, torchs, method)
-
-
-def wrapped(base: Make, settings: Mapping[str, Any], method: str, **fields: Any) -> Row:
-    m = METHODS[method]
-    torchs = maker(base, settings)
-
-    def make(
-        params: Any, *, rho: float = m.rho, skip_nonfinite: bool = False, **changes: Any
-    ) -> ef.SharpnessAware:
-        inner = torchs(params, **changes)
-        return ef.SharpnessAware(inner, m.name, rho, skip_nonfinite=skip_nonfinite, **m.options)
-
-    return row(make, torchs, torchs, method, **fields)
-
-
-OPTIMIZERS = {
-    "SGD": with_sgd(),
-    **{f"SGD {method}": with_sgd(method) for method in METHODS},
-    "AdamW": with_adamw(),
-    **{f"AdamW {method}": with_adamw(method) for method in METHODS},
-    "torch SGD": wrapped(torch.optim.SGD, SGD, "asam"),
-    "torch AdamW": wrapped(torch.optim.AdamW, ADAMW | {"foreach": False}, "anchored"),
-    "torch fused AdamW": wrapped(torch.optim.AdamW, ADAMW | {"fused": True}, "difference"),
-    "torch fused SGD": wrapped(torch.optim.SGD, SGD | {"fused": True}, "product"),
-}
-if hasattr(torch.optim, "Muon"):  # of torch 2.9
-    OPTIMIZERS["torch Muon"] = wrapped(torch.optim.Muon, MUON, "sam", shapes=MATRICES)
-
-ANY_SHAPE = {name: row for name, row in OPTIMIZERS.items() if row.shapes is SHAPES}
-ASCENDING = {name: row for name, row in OPTIMIZERS.items() if row.calls > 1}
-
-
-def each(rows: Mapping[str, Row]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("row", rows.values(), ids=rows)
-
-
-each_call = pytest.mark.parametrize(
-    ("row", "failing"),
-    [
-        pytest.param(r, i, id=f"{name}-{i}")
-        for name, r in OPTIMIZERS.items()
-        for i in range(r.calls)
-    ],
-)
-
-
-def train(opt: Any, params: Sequence[Tensor], steps: int = 3, **problem: Any) -> None:
-    closure = closure_of(opt, params, **problem)
-    for _ in range(steps):
-        opt.step(closure)
-
-
-def twins(params: Sequence[Tensor]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().clone()) for p in params]
-
-
-def state_of(opt: Any, params: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of all that the state holds."""
-    entries = [opt.state.get(p, {}) for p in params]
-    return snapshot([entry[name] for entry in entries for name in sorted(entry)])
+from optimizers.conformance_table import ANY_SHAPE, ASCENDING, OPTIMIZERS, Row, clones, each, train
+from optimizers.problems import closure_of, distance, loss_of, parameters, snapshot, state_of
 
 
 def quadratic(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
-    """Curvature from 1 to 4."""
+    """A quadratic with curvature from 1 to 4."""
     scales = torch.linspace(1.0, 4.0, len(params)).tolist()
     return sign * sum(0.5 * c * (p * p).sum() for c, p in zip(scales, params, strict=True))
 
 
 def rosenbrock(params: Sequence[Tensor], sign: float = 1.0) -> Tensor:
-    """A hundredth of it."""
+    """Rosenbrock's function, divided by 100."""
     a, b = params[0].flatten()
     return sign * (0.01 * (1 - a) ** 2 + (b - a * a) ** 2)
 
@@ -221,7 +69,7 @@ def test_tied_weights_step_once(row: Row) -> None:
     data = torch.randn(8, 4, dtype=torch.float64)
     first, second = (nn.Linear(4, 4, bias=False).double() for _ in range(2))
     second.weight = first.weight
-    model, single = nn.Sequential(first, second), twins([first.weight])
+    model, single = nn.Sequential(first, second), clones([first.weight])
     opt, other = row.make(model.parameters()), row.make(single)
     assert [len(group["params"]) for group in opt.param_groups] == [1]
     train(opt, [first.weight], loss_of=lambda *_: model(data).square().mean())
@@ -242,7 +90,8 @@ def test_frozen_and_unused_parameters_are_as_if_not_there(row: Row) -> None:
     opt, other = row.make([*frozen, *params, *unused]), row.make(alone)
     train(opt, params)
     train(other, alone)
-    if row.difference:  # what is unused counts in the length of x, by which the step is taken
+    if row.finite_difference:
+        # Its displacement is relative to |x|, in which unused parameters count.
         assert distance(params, alone) < row.rounding
     else:
         assert all(map(same_bits, params, alone))
@@ -320,7 +169,7 @@ def test_a_group_without_an_ascent_stays_where_it_is(row: Row) -> None:
 @each(ASCENDING)
 def test_rho_zero_everywhere_is_the_optimizer_without_an_ascent(row: Row) -> None:
     params, plain = row.parameters(), row.parameters()
-    opt, other = row.make(params, rho=0.0), row.still(plain)
+    opt, other = row.make(params, rho=0.0), row.make_plain(plain)
     closure = closure_of(opt, params)
     for _ in range(3):
         opt.step(closure)
@@ -334,12 +183,12 @@ def test_empty_tensors_change_nothing(row: Row) -> None:
     params, others = row.parameters(), row.parameters()
     full = [p for p in others if p.numel()]
     assert len(full) < len(params)
-    train(row.make(params), params, loss_of=quadratic_but_for_empty)
-    train(row.make(full), full, loss_of=quadratic_but_for_empty)
+    train(row.make(params), params, loss_of=quadratic_plus_empty_sums)
+    train(row.make(full), full, loss_of=quadratic_plus_empty_sums)
     assert all(map(same_bits, params, others))
 
 
-def quadratic_but_for_empty(params: Sequence[Tensor], sign: float) -> Tensor:
+def quadratic_plus_empty_sums(params: Sequence[Tensor], sign: float) -> Tensor:
     return quadratic([p for p in params if p.numel()], sign) + sum(
         p.sum() for p in params if not p.numel()
     )
@@ -373,82 +222,23 @@ def test_layouts_of_any_order_of_dimensions(row: Row) -> None:
     assert [p.stride() for p in strided] == strides
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@each_call
-def test_a_gradient_that_is_not_finite_is_skipped(row: Row, failing: int, bad: float) -> None:
-    """In whichever call: parameters and state stay bit for bit, and the next step goes on.
-
-    From there on no ascent moves, so that a loss scale that was too high shows again.
-    """
-    params, plain = row.parameters(), row.parameters()
-    opt, other = row.make(params, skip_nonfinite=True), row.make(plain)
-    points: list[list[Tensor]] = []
-
-    def spoilt(params: Sequence[Tensor], sign: float) -> Tensor:
-        points.append(snapshot(params))
-        loss = loss_of(params, sign)
-        if len(points) - 1 == row.calls + failing:
-            loss = loss + bad * params[-1].flatten()[5]
-        return loss
-
-    train(opt, params, 1, loss_of=spoilt)
-    before, state = snapshot(params), state_of(opt, params)
-    assert opt.skipped == 0
-    train(opt, params, 1, loss_of=spoilt)
-    assert len(points) == 2 * row.calls
-    assert opt.skipped == 1
-    for point in points[row.calls + failing :]:
-        assert all(map(same_bits, point, points[row.calls + failing]))
-    assert not opt.perturbed
-    assert all(map(same_bits, params, before))
-    assert all(map(same_bits, state_of(opt, params), state))
-    train(opt, params, 1, loss_of=spoilt)
-    train(other, plain, 2)
-    assert opt.skipped == 1
-    assert all(map(same_bits, params, plain))
-
-
 @each(OPTIMIZERS)
-def test_a_gradient_of_zero_moves_nothing(dtype: torch.dtype, row: Row) -> None:
+def test_a_gradient_of_zero_changes_no_parameter(dtype: torch.dtype, row: Row) -> None:
     params = row.parameters(dtype)
     opt = row.make(params, weight_decay=0.0)
     before = snapshot(params)
-    visited = 0
+    calls = 0
 
     def flat(params: Sequence[Tensor], sign: float) -> Tensor:
-        nonlocal visited
-        visited += 1
+        nonlocal calls
+        calls += 1
         assert all(map(same_bits, params, before))
         return sum((p * p * 0.0).sum() for p in params)
 
     train(opt, params, 2, loss_of=flat)
-    assert visited == 2 * row.calls
+    assert calls == 2 * row.calls
     assert all(map(same_bits, params, before))
     assert all(t.isfinite().all() for t in state_of(opt, params))
-
-
-@each_call
-def test_after_an_error_in_any_call_all_is_as_before(row: Row, failing: int) -> None:
-    params, undisturbed = row.parameters(), row.parameters()
-    opt, other = row.make(params), row.make(undisturbed)
-    closure = closure_of(opt, params)
-    opt.step(closure)
-    before, state = snapshot(params), state_of(opt, params)
-
-    def interrupted() -> Tensor:
-        if closure.calls == row.calls + failing:
-            raise KeyboardInterrupt
-        return closure()
-
-    with pytest.raises(KeyboardInterrupt):
-        opt.step(interrupted)
-    assert all(map(same_bits, params, before))
-    assert all(map(same_bits, state_of(opt, params), state))
-    assert not opt.perturbed
-    assert _perturbation.holder(params) is None
-    train(opt, params)
-    train(other, undisturbed, 4)
-    assert all(map(same_bits, params, undisturbed))
 
 
 @each(OPTIMIZERS)
@@ -465,92 +255,21 @@ def test_parameters_keep_their_storage(row: Row) -> None:
     assert [(p.data_ptr(), p.stride()) for p in params] == places
 
 
-CONVERSIONS: dict[str, Callable[[nn.Module], object]] = {
-    "double": lambda model: model.to(torch.float64),
-    "bfloat16": lambda model: model.to(torch.bfloat16),
-    "half of it": lambda model: model[1].to(torch.float64),
-    "channels last": lambda model: model.to(memory_format=torch.channels_last),
-}
-
-
-@pytest.mark.parametrize("how", CONVERSIONS)
-@each({name: row for name, row in OPTIMIZERS.items() if not name.startswith("torch")})
-def test_a_model_converted_between_steps(row: Row, how: str) -> None:
-    """Parameters keep their identity and change their memory; steps go on in the new one.
-
-    torch's optimizers keep the state's old dtype, or refuse.
-    """
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Linear(4, 3))
-    params = list(model.parameters())
-    opt = row.make(params)
-
-    def loss(params: Sequence[Tensor], sign: float) -> Tensor:
-        return sum(loss_of(pair).double() for pair in (params[:2], params[2:]))
-
-    train(opt, params, 1, loss_of=loss)
-    CONVERSIONS[how](model)
-    kinds = [(p.dtype, p.stride()) for p in params]
-    converted = twins(params)
-    fresh = row.make(converted)
-    fresh.load_state_dict(copy.deepcopy(opt.state_dict()))
-    train(opt, params, 2, loss_of=loss)
-    train(fresh, converted, 2, loss_of=loss)
-    assert [(p.dtype, p.stride()) for p in params] == kinds
-    assert all(map(same_bits, params, converted))
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
-}
-
-
-@pytest.mark.parametrize("how", COPIES)
 @each(OPTIMIZERS)
-def test_copies_go_on_alike_and_apart(row: Row, how: str) -> None:
-    params = row.parameters()
-    opt = row.make(params)
-    train(opt, params)
-    copied, theirs = COPIES[how]((opt, params))
-    assert type(copied) is type(opt)
-    before = snapshot(theirs)
-    train(opt, params)
-    assert all(map(same_bits, theirs, before))
-    train(copied, theirs)
-    assert all(map(same_bits, params, theirs))
-
-
-@each(OPTIMIZERS)
-def test_saved_and_loaded_mid_run_through_a_file(dtype: torch.dtype, row: Row) -> None:
-    params = row.parameters(dtype)
-    opt = row.make(params)
-    train(opt, params)
-    file = io.BytesIO()
-    torch.save(opt.state_dict(), file)
-    file.seek(0)
-    fresh = twins(params)
-    other = row.make(fresh, lr=7.0, rho=0.9, weight_decay=0.5)
-    other.load_state_dict(torch.load(file))
-    train(opt, params)
-    train(other, fresh)
-    assert all(map(same_bits, fresh, params))
-
-
-@each(OPTIMIZERS)
-def test_maximizing_minus_f_minimises_f(row: Row) -> None:
-    """Bit for bit, except a finite difference, which is then taken on the other side of x."""
-    if "maximize" not in row.torchs([nn.Parameter(torch.ones(2, 2))]).defaults:
+def test_maximizing_minus_f_minimizes_f(row: Row) -> None:
+    """Runs agree bit for bit; finite differences agree less, being taken on the other side."""
+    if "maximize" not in row.make_torch([nn.Parameter(torch.ones(2, 2))]).defaults:
         pytest.skip("this optimizer of torch has no maximize")
     params, others = row.parameters(), row.parameters()
     train(row.make(params, maximize=True), params, sign=-1.0)
     train(row.make(others), others)
-    assert distance(params, others) <= (row.rounding if row.difference else 0.0)
+    assert distance(params, others) <= (row.rounding if row.finite_difference else 0.0)
     assert distance(params, row.parameters()) > 0.1
 
 
 @each(OPTIMIZERS)
 def test_schedulers_set_lr(row: Row) -> None:
-    """Given the wrapper or the base that it wraps."""
+    """A scheduler may hold the wrapper or the base that it wraps."""
     by_hand = row.parameters()
     manual = row.make(by_hand)
     lrs = [manual.param_groups[0]["lr"] * 0.5**epoch for epoch in range(4)]
@@ -567,80 +286,3 @@ def test_schedulers_set_lr(row: Row) -> None:
             train(opt, params, 1)
             schedule.step()
         assert all(map(same_bits, params, by_hand))
-
-
-@each(ASCENDING)
-def test_no_state_dict_while_the_parameters_are_away(row: Row) -> None:
-    params = row.parameters()
-    opt = row.make(params)
-    closure = closure_of(opt, params)
-    saved = opt.state_dict()
-    closure()
-    while opt.ascend():
-        updated = snapshot(params)
-        for refused in (opt.state_dict, lambda: opt.load_state_dict(saved)):
-            with pytest.raises(RuntimeError, match="while the parameters are perturbed"):
-                refused()
-        assert all(map(same_bits, params, updated))
-        closure()
-    opt.step()
-    opt.state_dict()
-
-
-@each(OPTIMIZERS)
-def test_torchs_optimizer_goes_on_from_its_state(row: Row) -> None:
-    params = row.parameters()
-    opt = row.make(params)
-    train(opt, params)
-    theirs = twins(params)
-    other = row.torchs(theirs, lr=7.0, weight_decay=0.5)
-    saved = opt.state_dict()
-    steps = [id(entry["step"]) for entry in saved["state"].values() if "step" in entry]
-    assert len(set(steps)) == len(steps)  # torch adds 1 to each
-    other.load_state_dict(copy.deepcopy(saved))
-    for group in opt.param_groups:
-        group["rho"] = 0.0
-    train(opt, params)
-    train(other, theirs)
-    assert distance(params, theirs) < 1e-14
-    assert distance(params, row.parameters()) > 0.1
-
-
-@each(OPTIMIZERS)
-def test_it_goes_on_from_torchs_state(row: Row) -> None:
-    """What torch's groups lack, rho, keeps its value."""
-    theirs = row.parameters()
-    other = row.torchs(theirs)
-    train(other, theirs)
-    params = twins(theirs)
-    opt = row.make(params, lr=7.0, weight_decay=0.5, rho=0.9)
-    opt.load_state_dict(copy.deepcopy(other.state_dict()))
-    assert row.calls == 1 or opt.param_groups[0]["rho"] == 0.9
-    assert opt.param_groups[0]["lr"] == other.param_groups[0]["lr"]
-    for group in opt.param_groups:
-        group["rho"] = 0.0
-    train(opt, params)
-    train(other, theirs)
-    assert distance(params, theirs) < 1e-14
-
-
-@each(OPTIMIZERS)
-def test_a_scale_that_is_a_power_of_two_changes_no_bit(dtype: torch.dtype, row: Row) -> None:
-    plain, params = row.parameters(dtype), row.parameters(dtype)
-    reference, opt = row.make(plain), row.make(params)
-    scaler = GradScaler("cpu", init_scale=16.0, growth_interval=2)
-    for _ in range(4):
-        evaluate(opt, params, scaler)
-        while opt.ascend(grad_scaler=scaler):
-            evaluate(opt, params, scaler)
-        scaler.step(opt)
-        scaler.update()
-    train(reference, plain, 4)
-    assert scaler.get_scale() == 64.0
-    assert opt.skipped == 0
-    assert all(map(same_bits, params, plain))
-
-
-def evaluate(opt: Any, params: Sequence[Tensor], scaler: GradScaler) -> None:
-    opt.zero_grad()
-    backward(opt, scaler.scale(loss_of(params)))

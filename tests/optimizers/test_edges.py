@@ -49,7 +49,7 @@ def astride(intervals: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarra
     return np.concatenate([lows + step, highs - step]), np.concatenate([lows - step, highs + step])
 
 
-def trained(make: Callable, eigenvalues: np.ndarray) -> Tensor:
+def final_sizes(make: Callable, eigenvalues: np.ndarray) -> Tensor:
     """Sizes, after all steps, of parameters that started at 1."""
     params = [torch.nn.Parameter(torch.ones((), dtype=torch.float64)) for _ in eigenvalues]
     opt = make(params)
@@ -74,7 +74,7 @@ def test_convergence_inside_and_divergence_outside(name: str) -> None:
     intervals = [(low, high) for low, high in flt.intervals() if low < high]  # some are points
     assert len(intervals) == (2 if name.startswith("usam") else 1)
     inside, outside = astride(intervals)
-    sizes = trained(make, np.concatenate([inside, outside]))
+    sizes = final_sizes(make, np.concatenate([inside, outside]))
     assert sizes[: len(inside)].max() < 1e-2
     assert sizes[len(inside) :].min() > 1e2
 
@@ -83,7 +83,7 @@ def test_usam_settles_at_saddles_that_gradient_descent_leaves() -> None:
     """The negative branch: eigenvalues just below -1 / rho."""
     rho = 0.1
     saddle = np.array([-1 / rho - 1.0, -1 / rho + 1.0])
-    sizes = trained(OPTIMIZERS["usam"], saddle)
+    sizes = final_sizes(OPTIMIZERS["usam"], saddle)
     assert sizes[0] < 1e-9
     assert sizes[1] > 1e9
-    assert (trained(OPTIMIZERS["gradient descent"], saddle) > 1e9).all()
+    assert (final_sizes(OPTIMIZERS["gradient descent"], saddle) > 1e9).all()

@@ -39,7 +39,9 @@ def gradients(params: Sequence[torch.nn.Parameter]) -> list[Tensor]:
     return [p.grad.clone() for p in params if p.grad is not None]
 
 
-def check_moves(params: Sequence[torch.nn.Parameter], value: float, moves: list[Tensor]) -> None:
+def assert_displaced(
+    params: Sequence[torch.nn.Parameter], value: float, moves: list[Tensor]
+) -> None:
     for p, move in zip(params, moves, strict=True):
         assert move.abs().max() > 1e-4 * abs(value)
         torch.testing.assert_close(p.detach(), value + move, rtol=1e-13, atol=0.0)
@@ -75,7 +77,7 @@ def test_a_finite_difference_has_its_step(backend_name: str, value: float, size:
     opt = ef.HessianUSAM(groups(params), lr=0.1, rho=0.01, fd_step=0.25, backend=backend_name)
     opt.ascend()
     factor = 0.25 * ((1 + before) / length(grads))
-    check_moves(params, value, [factor * g for g in grads])
+    assert_displaced(params, value, [factor * g for g in grads])
 
 
 @backends

@@ -20,7 +20,7 @@ Give = Callable[[list], None]
 
 
 def bucket_views(params: list) -> None:
-    """As DDP gives them: views of one stretch of memory, off any alignment."""
+    """Make gradients as DDP does: views of one buffer, without any alignment."""
     flat = torch.empty(sum(p.numel() for p in params) + 3, dtype=params[0].dtype)
     start = 1
     for p in params:
@@ -195,7 +195,7 @@ def test_a_gradient_that_aliases_its_parameter_is_refused() -> None:
     assert not opt.perturbed
 
 
-def test_a_bad_gradient_in_the_last_group_is_found_before_the_first_steps() -> None:
+def test_a_bad_gradient_in_the_last_group_is_refused_before_the_first_steps() -> None:
     first = torch.nn.Parameter(torch.ones(4))
     table = torch.nn.Embedding(5, 3, sparse=True)
     opt = ef.SGD([{"params": [first]}, {"params": table.parameters()}], lr=0.1)
@@ -205,7 +205,7 @@ def test_a_bad_gradient_in_the_last_group_is_found_before_the_first_steps() -> N
     assert torch.equal(first.detach(), torch.ones(4))
 
 
-def test_a_bad_gradient_beside_one_of_another_past_is_found_before_either_steps() -> None:
+def test_a_bad_gradient_beside_one_with_other_state_is_refused_before_either_steps() -> None:
     """One parameter has momentum, the other gets its first gradient: two calls of the kernel."""
     first = torch.nn.Parameter(torch.ones(4))
     table = torch.nn.Embedding(5, 3, sparse=True)

@@ -89,14 +89,12 @@ def test_parameters_that_enter_linearly_stay_in_the_ascent(hvp: str, rounding: f
     closure()
     while opt.ascend():
         closure()
-    ascended = 1 + RHO * 6 * 3
+    factor = 1 + RHO * 6 * 3
     assert torch.equal(linear, torch.ones_like(linear))
-    assert distance([curved], [torch.full_like(curved, ascended)]) <= rounding
+    assert distance([curved], [torch.full_like(curved, factor)]) <= rounding
     opt.step()
     assert torch.equal(linear, torch.full_like(linear, 1 - 0.1 * 0.25))
-    assert (
-        distance([curved], [torch.full_like(curved, 1 - 0.1 * 3 * ascended**2)]) < 1e-14 + rounding
-    )
+    assert distance([curved], [torch.full_like(curved, 1 - 0.1 * 3 * factor**2)]) < 1e-14 + rounding
 
 
 # What it asks for.
@@ -290,14 +288,14 @@ def test_nothing_of_a_step_is_kept_when_it_has_ended(hvp: str) -> None:
     opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp=hvp)
     closure = closure_of(opt, params)
 
-    def saved() -> list[object]:
+    def containers() -> list[object]:
         return [value for value in vars(opt._ascent).values() if isinstance(value, (dict, list))]
 
     closure()
     opt.ascend()
-    assert any(saved())
+    assert any(containers())
     opt.restore()
-    assert not any(saved())
+    assert not any(containers())
     opt.step(closure)
-    assert saved()
-    assert not any(saved())
+    assert containers()
+    assert not any(containers())

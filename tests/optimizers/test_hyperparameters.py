@@ -77,12 +77,12 @@ def test_a_schedule_of_momentum_by_onecycle() -> None:
         opt = make(p, lr=0.01, momentum=0.9)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10)
         closure = closure_of(opt, p)
-        visited = []
+        values = []
         for _ in range(8):
             opt.step(closure)
             schedule.step()
-            visited.append((opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]))
-        results.append(visited)
+            values.append((opt.param_groups[0]["lr"], opt.param_groups[0]["momentum"]))
+        results.append(values)
     assert results[0] == results[1]
     assert len(set(results[0])) == 8
     assert distance(params, twins) < 1e-14
@@ -282,7 +282,7 @@ def test_a_hyperparameter_of_another_kind_names_itself_when_it_is_used() -> None
     assert not opt.perturbed
 
 
-def test_a_tensor_that_kernels_cannot_take_is_found_before_the_first_group_steps() -> None:
+def test_a_tensor_that_kernels_cannot_accept_is_refused_before_the_first_group_steps() -> None:
     params = parameters()
     opt = ef.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9)
     opt.param_groups[-1]["lr"] = torch.tensor(1)

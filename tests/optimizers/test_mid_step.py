@@ -94,7 +94,7 @@ def test_a_use_of_perturbed_weights_warns_once(
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_between_steps_nothing_is_said(name: str, use: str) -> None:
+def test_between_steps_there_is_no_warning(name: str, use: str) -> None:
     model = network()
     opt = OPTIMIZERS[name](model)
     act, _ = USES[use]
@@ -165,10 +165,10 @@ def test_a_wrapper_and_an_optimizer_of_other_weights_may_step() -> None:
 
 def test_what_is_returned_is_what_was_asked_for(in_mid_step: tuple[Any, nn.Module]) -> None:
     _, model = in_mid_step
-    saved: dict[str, Any] = {}
+    state_dict: dict[str, Any] = {}
     with pytest.warns(UserWarning, match=r"state_dict\(\) reads perturbed weights"):
-        model.state_dict(destination=saved, prefix="net.", keep_vars=True)
-    assert saved["net.0.weight"] is model[0].weight
+        model.state_dict(destination=state_dict, prefix="net.", keep_vars=True)
+    assert state_dict["net.0.weight"] is model[0].weight
 
 
 def test_without_an_ascent_torch_is_left_alone() -> None:

@@ -93,15 +93,15 @@ def test_anchored_by_hand() -> None:
     """a^2 + b^2 at (1, 2), b without a gradient in the second call: the third point has b = 2."""
     a, b = (torch.nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (1.0, 2.0))
     opt = ef.TwoStepUSAM([a, b], lr=0.1, rho=0.1, ascent="anchored")
-    visited: list[float] = []
+    points: list[float] = []
 
     def closure() -> None:
         opt.zero_grad()
-        visited.append(b.item())
-        (a * a + (b * b if len(visited) != 2 else 0.0)).backward()
+        points.append(b.item())
+        (a * a + (b * b if len(points) != 2 else 0.0)).backward()
 
     opt.step(closure)
-    torch.testing.assert_close(torch.tensor(visited), torch.tensor([2.0, 2.4, 2.0]))
+    torch.testing.assert_close(torch.tensor(points), torch.tensor([2.0, 2.4, 2.0]))
     torch.testing.assert_close(b.detach(), torch.tensor(1.6, dtype=torch.float64))
 
 

@@ -1,4 +1,4 @@
-"""What is called at the wrong time says what to do instead, and changes nothing."""
+"""Calls at the wrong time raise an error that says what to do instead, and change nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MID_STEP: dict[str, Callable[[ef.USAM], object]] = {
 
 
 @pytest.mark.parametrize("name", MID_STEP)
-def test_refused_while_the_parameters_are_away(name: str) -> None:
+def test_refused_while_the_parameters_are_perturbed(name: str) -> None:
     opt, params = usam()
     closure_of(opt, params)()
     opt.ascend()

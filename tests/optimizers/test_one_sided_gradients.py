@@ -37,7 +37,7 @@ def wrapper(params: Any, method: str, **settings: Any) -> Any:
     return ef.SharpnessAware(base, m.name, RHO, **m.options, **settings)
 
 
-def stepped(
+def take_steps(
     make: Callable[..., Any],
     method: str,
     present: Sequence[Sequence[int]],
@@ -82,7 +82,7 @@ def test_no_gradient_is_bitwise_a_gradient_of_zero(
     present = SCHEDULES[schedule][: METHODS[method].calls]
     for settings in ({}, {"skip_nonfinite": True}):
         twins = [
-            stepped(make, method, present, explicit=explicit, grouped=grouped, **settings)
+            take_steps(make, method, present, explicit=explicit, grouped=grouped, **settings)
             for explicit in (False, True)
         ]
         assert all(map(same_bits, *twins))

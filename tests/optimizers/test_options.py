@@ -76,7 +76,7 @@ def test_arguments_of_torch_of_the_wrong_kind() -> None:
 
 
 def test_amsgrad_by_its_place() -> None:
-    """torch.optim.AdamW takes it there."""
+    """torch.optim.AdamW has the argument in the same place."""
     ef.AdamW(parameters(), 1e-3, (0.9, 0.99), 1e-8, 1e-2, False)
     with pytest.raises(ValueError, match="amsgrad=True is not supported"):
         ef.AdamW(parameters(), 1e-3, (0.9, 0.99), 1e-8, 1e-2, True)

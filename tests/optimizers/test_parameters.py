@@ -241,7 +241,7 @@ def test_parameters_that_are_not_dense_are_refused(make: Callable[[], Tensor]) -
     assert len(opt.param_groups) == 1
 
 
-def test_parameters_on_meta_may_be_given_and_materialised_later() -> None:
+def test_parameters_on_meta_may_be_passed_and_materialized_later() -> None:
     model = torch.nn.Linear(3, 2, device="meta")
     opt = ef.USAM(model.parameters(), lr=0.1, rho=RHO)
     torch.utils.swap_tensors(model.weight, torch.nn.Parameter(torch.ones(2, 3)))

@@ -34,14 +34,14 @@ def test_the_closure_sees_the_phase_it_is_called_for() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=0.1, rho=RHO)
     closure = closure_of(opt, params)
-    visited = []
+    phases = []
 
     def observed() -> Tensor:
-        visited.append((opt.phase, opt.perturbed))
+        phases.append((opt.phase, opt.perturbed))
         return closure()
 
     opt.step(observed)
-    assert visited == [("ascent", False), ("descent", True)]
+    assert phases == [("ascent", False), ("descent", True)]
 
 
 def test_the_loss_is_the_first_calls_detached() -> None:
@@ -151,14 +151,14 @@ def test_gradients_accumulate_over_micro_batches_in_each_phase() -> None:
 def test_step_hooks_run_once_a_step() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=0.1, rho=RHO)
-    visited: list[str] = []
-    opt.register_step_pre_hook(lambda *_: visited.append("before"))
-    opt.register_step_post_hook(lambda *_: visited.append("after"))
+    events: list[str] = []
+    opt.register_step_pre_hook(lambda *_: events.append("before"))
+    opt.register_step_post_hook(lambda *_: events.append("after"))
     closure = closure_of(opt, params)
     opt.step(closure)
-    assert visited == ["before", "after"]
+    assert events == ["before", "after"]
     closure()
     opt.ascend()
     closure()
     opt.step()
-    assert visited == ["before", "after"] * 2
+    assert events == ["before", "after"] * 2

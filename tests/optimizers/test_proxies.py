@@ -111,15 +111,15 @@ def test_hyperparameters_and_state_loaded_into_either(wrap: Callable[[Any], Any]
     for each, own in ((proxy, params), (other, others)):
         each.step(closure_of(each, own))
     for each in (raw, other):
-        saved = each.state_dict()
-        saved["param_groups"][0] |= {"lr": 0.03, "rho": 0.2}
-        each.load_state_dict(saved)
+        state_dict = each.state_dict()
+        state_dict["param_groups"][0] |= {"lr": 0.03, "rho": 0.2}
+        each.load_state_dict(state_dict)
     for each, own in ((proxy, params), (other, others)):
         each.step(closure_of(each, own))
-    saved = proxy.state_dict()
-    assert saved["param_groups"][0]["lr"] == 0.03
+    state_dict = proxy.state_dict()
+    assert state_dict["param_groups"][0]["lr"] == 0.03
     assert all(map(same_bits, params, others))
-    proxy.load_state_dict(saved)
+    proxy.load_state_dict(state_dict)
     for each, own in ((raw, params), (other, others)):
         each.step(closure_of(each, own))
     assert all(map(same_bits, params, others))

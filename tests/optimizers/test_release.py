@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,11 +16,11 @@ from cases import RHO, same_bits
 from optimizers.problems import (
     METHODS,
     SETTINGS,
-    backward,
     closure_of,
     loss_of,
     parameters,
     snapshot,
+    state_of,
 )
 
 HEAVY = SETTINGS["heavy ball"]
@@ -37,17 +36,13 @@ MAKE: dict[str, Callable[..., Any]] = {
 }
 
 
-def released(params: list[Tensor], **kw: Any) -> ef.USAM:
+def releasing(params: list[Tensor], **kw: Any) -> ef.USAM:
     return ef.USAM(params, **HEAVY, rho=RHO, release_gradients=True, **kw)
-
-
-def buffers(opt: torch.optim.Optimizer, params: list[Tensor]) -> list[Tensor]:
-    return [t for p in params for _, t in sorted(opt.state[p].items())]
 
 
 @pytest.mark.parametrize("name", [name for name in MAKE if name != "sgd"])
 def test_rho_may_change_from_step_to_step(name: str) -> None:
-    """Backups of an earlier step are none of a later one's, which takes no ascent."""
+    """A later step that takes no ascent does not use an earlier step's backups."""
     runs = []
     for release in (False, True):
         params = parameters()
@@ -57,7 +52,7 @@ def test_rho_may_change_from_step_to_step(name: str) -> None:
         for factor in (1, 0, 0, 1, 0):
             opt.param_groups[0]["rho"] = factor * rho
             opt.step(closure)
-        runs.append([*params, *buffers(opt, params)])
+        runs.append([*params, *state_of(opt, params)])
     assert all(map(same_bits, *runs))
 
 
@@ -70,7 +65,7 @@ def test_the_steps_are_those_of_whole_gradients(dtype: torch.dtype, name: str) -
         opt = MAKE[name](groups, release_gradients=release)
         closure = closure_of(opt, params)
         losses = [opt.step(closure) for _ in range(6)]
-        runs.append([*losses, *params, *buffers(opt, params)])
+        runs.append([*losses, *params, *state_of(opt, params)])
         assert all((p.grad is None) == release for p in params)
     whole, each = runs
     assert len(whole) == len(each)
@@ -81,7 +76,7 @@ def test_the_explicit_form_is_the_same() -> None:
     runs = []
     for explicit in (False, True):
         params = parameters()
-        opt = released(params)
+        opt = releasing(params)
         closure = closure_of(opt, params)
         for _ in range(4):
             if explicit:
@@ -144,19 +139,19 @@ def test_a_tied_weight_is_updated_once_with_the_whole_gradient() -> None:
 
 def test_a_parameter_without_a_gradient_is_restored() -> None:
     params = parameters()
-    opt = released(params)
+    opt = releasing(params)
     before = snapshot(params)
-    used = list(params)
+    inputs = list(params)
 
     def closure() -> Tensor:
         opt.zero_grad()
-        loss = loss_of([p if p is q else p.detach() for p, q in zip(params, used, strict=True)])
+        loss = loss_of([p if p is q else p.detach() for p, q in zip(params, inputs, strict=True)])
         loss.backward()
         return loss
 
     closure()
     assert opt.ascend()
-    used[3] = params[0]
+    inputs[3] = params[0]
     with opt.evaluation():
         closure()
     assert not same_bits(params[3], before[3])
@@ -166,158 +161,10 @@ def test_a_parameter_without_a_gradient_is_restored() -> None:
     assert not same_bits(params[5], before[5])
 
 
-def test_what_backward_makes_elsewhere_is_left_alone() -> None:
-    params = parameters()
-    opt = released(params)
-    opt.step(closure_of(opt, params))
-    before = snapshot(params)
-    loss_of(params).backward()
-    assert all(map(same_bits, params, before))
-    assert all(p.grad is not None for p in params)
-
-
-def test_gradients_outside_an_evaluation_are_taken_whole_with_a_warning() -> None:
-    params, others = parameters(), parameters()
-    opt, other = ef.SGD(params, **HEAVY, release_gradients=True), ef.SGD(others, **HEAVY)
-    for warns in (True, False):  # once
-        for some in (params, others):
-            loss_of(some).backward()
-        with pytest.warns(UserWarning, match="inside `with") if warns else nullcontext():
-            opt.step()
-        other.step()
-        opt.zero_grad()
-        other.zero_grad()
-    assert all(map(same_bits, params, others))
-
-
-def test_gradients_that_are_left_are_taken_whole() -> None:
-    """One parameter has a gradient only from an earlier micro-batch."""
-    runs = []
-    for release in (False, True):
-        params = parameters()
-        opt = ef.SGD(params, **HEAVY, release_gradients=release)
-        for _ in range(3):
-            params[3].square().sum().backward()
-            with opt.evaluation():
-                (params[0] ** 2 + params[1].sum()).backward()
-            opt.step()
-            opt.zero_grad()
-        runs.append(snapshot(params))
-    assert all(map(same_bits, *runs))
-
-
-def test_only_a_group_that_takes_no_ascent_has_gradients() -> None:
-    runs = []
-    for release in (False, True):
-        params = parameters()
-        groups = [{"params": params[:2]}, {"params": params[2:], "rho": 0.0}]
-        opt = ef.USAM(groups, **HEAVY, rho=RHO, release_gradients=release)
-
-        def closure(opt: ef.USAM = opt, params: list = params) -> Tensor:
-            opt.zero_grad()
-            loss = params[3].square().sum()
-            loss.backward()
-            return loss
-
-        with pytest.warns(UserWarning, match="nothing") if release else nullcontext():
-            opt.step(closure)
-        runs.append(snapshot(params))
-    assert all(map(same_bits, *runs))
-
-
-def test_an_evaluation_within_an_evaluation() -> None:
-    params, others = parameters(), parameters()
-    opt = ef.SGD(params, **HEAVY, release_gradients=True)
-
-    def closure() -> Tensor:
-        with opt.evaluation():
-            loss = loss_of(params)
-        loss.backward()
-        return loss
-
-    opt.step(closure)
-    other = ef.SGD(others, **HEAVY)
-    other.step(closure_of(other, others))
-    assert all(map(same_bits, params, others))
-
-
-def test_hooks_are_there_while_they_are_needed() -> None:
-    params = parameters()
-    opt = released(params)
-    opt.step(closure_of(opt, params))
-    assert not any(p._post_accumulate_grad_hooks for p in params)
-
-
-def test_earlier_gradients_are_accumulated_outside_the_evaluation() -> None:
-    runs = []
-    for release in (False, True):
-        params = parameters()
-        opt = ef.SGD(params, **HEAVY, release_gradients=release)
-        for _ in range(3):
-            loss_of(params).backward()
-            with opt.evaluation():
-                (2 * loss_of(params)).backward()
-            opt.step()
-            opt.zero_grad()
-        runs.append(snapshot(params))
-    assert all(map(same_bits, *runs))
-
-
-def test_a_second_backward_in_one_evaluation_is_refused() -> None:
-    params = parameters()
-    opt = ef.SGD(params, **HEAVY, release_gradients=True)
-    with opt.evaluation():
-        loss_of(params).backward()
-        after = snapshot(params)
-        with pytest.raises(RuntimeError, match="second gradient"):
-            loss_of(params).backward()
-    assert all(map(same_bits, params, after))
-
-
-class Fails(torch.autograd.Function):
-    """The identity, whose backward raises in the second call."""
-
-    calls = 0
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        Fails.calls += 1
-        if Fails.calls == 2:
-            raise ArithmeticError("backward")
-        return g
-
-
-def test_a_backward_that_fails_leaves_no_parameter_away_from_x() -> None:
-    torch.manual_seed(0)
-    first, last = nn.Linear(3, 3), nn.Linear(3, 3)
-    params = [*first.parameters(), *last.parameters()]
-    opt = ef.USAM(params, lr=0.1, rho=0.1, release_gradients=True)
-    before = snapshot(params)
-    Fails.calls = 0
-
-    def closure() -> Tensor:
-        opt.zero_grad()
-        loss = last(Fails.apply(first(torch.ones(2, 3)))).square().sum()
-        loss.backward()
-        return loss
-
-    with pytest.raises(ArithmeticError):
-        opt.step(closure)
-    assert not opt.perturbed
-    assert all(map(same_bits, first.parameters(), before[:2]))  # never reached: at x
-    assert not any(map(same_bits, last.parameters(), before[2:]))  # updated, and stay so
-    Fails.calls = 10
-    opt.step(closure)
-
-
 def test_groups_and_frozen_parameters_may_come_later() -> None:
     params = parameters()
     params[0].requires_grad_(False)
-    opt = released(params[:4])
+    opt = releasing(params[:4])
     closure = closure_of(opt, params)
     opt.step(closure)
     opt.add_param_group({"params": params[4:], "lr": 0.01})
@@ -333,7 +180,7 @@ def test_groups_and_frozen_parameters_may_come_later() -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_releases_its_own(how: str) -> None:
     params = parameters()
-    opt = released(params)
+    opt = releasing(params)
     opt.step(closure_of(opt, params))
     if how == "deepcopy":
         other, others = copy.deepcopy((opt, params))
@@ -368,13 +215,13 @@ def test_after_a_change_of_dtype_it_goes_on() -> None:
         opt.step(closure)
         opt.step(closure)
         params = list(model.parameters())
-        runs.append([*params, *buffers(opt, params)])
+        runs.append([*params, *state_of(opt, params)])
     assert all(map(same_bits, *runs))
 
 
 def test_lr_0_steps_nowhere_and_ends_the_step() -> None:
     params = parameters()
-    opt = released(params)
+    opt = releasing(params)
     for group in opt.param_groups:
         group["lr"] = 0.0
     before = snapshot(params)
@@ -392,7 +239,7 @@ def test_lr_0_steps_nowhere_and_ends_the_step() -> None:
 
 def test_skip_nonfinite_is_refused() -> None:
     with pytest.raises(ValueError, match="choose one"):
-        released(parameters(), skip_nonfinite=True)
+        releasing(parameters(), skip_nonfinite=True)
 
 
 def test_clipping_is_refused() -> None:
@@ -406,7 +253,7 @@ def test_a_scaler_is_refused() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     params = parameters(torch.float32)
     before = snapshot(params)
-    opt = released(params)
+    opt = releasing(params)
     scaler.scale(loss_of(params)).backward()
     with pytest.raises(RuntimeError, match="GradScaler"):
         opt.ascend(grad_scaler=scaler)
@@ -415,14 +262,3 @@ def test_a_scaler_is_refused() -> None:
     with pytest.raises(RuntimeError, match="release_gradients"):
         scaler.step(opt)
     assert all(map(same_bits, params, before))
-
-
-def test_a_graph_for_products_is_no_descent() -> None:
-    """The ascent's gradient of exact products stays, graph and all, until it has been used."""
-    params = parameters()
-    opt = ef.HessianUSAM(params, lr=0.1, rho=0.01, hvp="autograd", release_gradients=True)
-    with opt.evaluation():
-        backward(opt, loss_of(params))
-    assert all(p.grad is not None for p in params)
-    assert opt.ascend()
-    opt.restore()

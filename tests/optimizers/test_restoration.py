@@ -128,7 +128,7 @@ def test_an_error_in_the_second_group_restores_the_first() -> None:
     assert all(map(same_bits, [first, table.weight], before))
 
 
-def test_others_can_ask_whether_parameters_are_away_from_x() -> None:
+def test_others_can_ask_whether_parameters_are_perturbed() -> None:
     params, other = parameters(), parameters()
     opt = usam(params)
     closure_of(opt, params)()

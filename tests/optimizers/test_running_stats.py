@@ -142,7 +142,7 @@ def buffers(model: nn.Module) -> Buffers:
     return {name: (t, t.detach().clone()) for name, t in model.named_buffers()}
 
 
-def assert_kept(model: nn.Module, before: Buffers) -> None:
+def assert_unchanged(model: nn.Module, before: Buffers) -> None:
     now = dict(model.named_buffers())
     assert now.keys() == before.keys()
     for name, (t, value) in before.items():
@@ -171,7 +171,7 @@ def test_buffers_stay_and_outputs_do_not_change(name: str, primed: bool) -> None
     with ef.freeze_running_stats(model):
         frozen = model(data * 3)
         assert changes(model, before)
-    assert_kept(model, before)
+    assert_unchanged(model, before)
     assert torch.equal(frozen, other(data * 3))
     assert torch.equal(model(data * 3), frozen)
     assert changes(model, before)
@@ -190,15 +190,15 @@ def test_an_error_and_nesting(name: str) -> None:
 
     with pytest.raises(KeyError):
         fail()
-    assert_kept(model, before)
+    assert_unchanged(model, before)
     with ef.freeze_running_stats(model):
         model(data * 2)
         inner = buffers(model)
         with ef.freeze_running_stats(model):
             model(data * 3)
-        assert_kept(model, inner)
+        assert_unchanged(model, inner)
         model(data)
-    assert_kept(model, before)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("name", sorted(LAYERS.keys() - {"spectral norm by hooks"}))
@@ -279,17 +279,19 @@ class MomentumEncoder(nn.Module):
 def test_parameters_that_are_not_trained_are_kept_on_request(replaced: bool) -> None:
     torch.manual_seed(3)
     model, data = MomentumEncoder(replaced=replaced), batch()
-    saved = [(p, p.detach().clone()) for p in model.key.parameters()]
+    originals = [(p, p.detach().clone()) for p in model.key.parameters()]
     with ef.freeze_running_stats(model, parameters=True):
         frozen = model(data)
-        assert not any(torch.equal(p, before) for p, before in saved)
+        assert not any(torch.equal(p, before) for p, before in originals)
     frozen.sum().backward()
     now = list(model.key.parameters())
-    assert all(p is q and torch.equal(p, before) for q, (p, before) in zip(now, saved, strict=True))
+    assert all(
+        p is q and torch.equal(p, before) for q, (p, before) in zip(now, originals, strict=True)
+    )
     assert torch.equal(model(data), frozen)
     with ef.freeze_running_stats(model):
         model(data)
-    assert not any(torch.equal(p, before) for p, before in saved)
+    assert not any(torch.equal(p, before) for p, before in originals)
 
 
 def test_in_evaluation_mode_nothing_changes() -> None:
@@ -309,7 +311,7 @@ def test_a_buffer_that_two_modules_share() -> None:
     before = buffers(model)
     with ef.freeze_running_stats(model):
         model(batch())
-    assert_kept(model, before)
+    assert_unchanged(model, before)
     assert model[1].running_mean is model[0].running_mean
 
 
@@ -320,10 +322,10 @@ def test_called_through_functional_call_and_a_compiler() -> None:
     before = buffers(model)
     with ef.freeze_running_stats(model):
         torch.func.functional_call(model, own, (data,))
-    assert_kept(model, before)
+    assert_unchanged(model, before)
     with ef.freeze_running_stats(compiled):
         compiled(data)
-    assert_kept(model, before)
+    assert_unchanged(model, before)
 
 
 def test_layers_that_track_nothing_stay_so() -> None:
@@ -345,7 +347,7 @@ def test_a_lazy_layer_without_statistics_is_refused() -> None:
     before = buffers(model)
     with ef.freeze_running_stats(model):
         model(batch())
-    assert_kept(model, before)
+    assert_unchanged(model, before)
 
 
 def test_the_former_name() -> None:

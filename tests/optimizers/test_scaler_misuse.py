@@ -37,7 +37,7 @@ def test_a_step_without_the_scaler_of_its_ascents() -> None:
         opt.step()
 
 
-def test_a_closure_handed_to_the_scaler() -> None:
+def test_a_closure_passed_to_the_scaler() -> None:
     _, opt, scaler, closure = problem()
     closure(True)
     with pytest.raises(RuntimeError, match="cannot step with a closure"):

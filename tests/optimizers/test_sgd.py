@@ -38,13 +38,13 @@ def test_hundreds_of_steps(dtype: torch.dtype, settings: dict[str, Any]) -> None
         train(opt, ours, sign, steps)
         train(reference, theirs, sign, steps)
         assert distance(ours, theirs) <= RUNS[dtype]
-        saved, other = (copy.deepcopy(o.state_dict()) for o in (opt, reference))
+        state_dict, other = (copy.deepcopy(o.state_dict()) for o in (opt, reference))
         opt, reference = (
             ef.SGD(groups(ours), lr=7.0),
             torch.optim.SGD(groups(theirs), lr=7.0),
         )
         opt.load_state_dict(other)
-        reference.load_state_dict(saved)
+        reference.load_state_dict(state_dict)
     assert distance(ours, start) > 0.3
 
 

@@ -19,12 +19,12 @@ class Spoiler:
 
     def __init__(self, opt: torch.optim.Optimizer, params: list, bad: float, calls: set[int]):
         self.closure = closure_of(opt, params)
-        self.params, self.bad, self.spoilt = params, bad, calls
+        self.params, self.bad, self.bad_calls = params, bad, calls
         self.calls = 0
 
     def __call__(self) -> Tensor:
         loss = self.closure()
-        if self.calls in self.spoilt:
+        if self.calls in self.bad_calls:
             self.params[3].grad[1, 2] = self.bad
         self.calls += 1
         return loss
@@ -47,14 +47,14 @@ def test_a_skipped_step_leaves_every_bit(dtype: torch.dtype, bad: float, call: i
     opt = optimizer(params)
     closure = Spoiler(opt, params, bad, {call})
     opt.step(closure)
-    before, saved = snapshot(params), momenta(opt, params)
+    before, momenta_before = snapshot(params), momenta(opt, params)
     assert opt.skipped == 0
     loss = opt.step(closure)
     assert loss.isfinite()
     assert opt.skipped == 1
     assert not opt.perturbed
     assert all(map(same_bits, params, before))
-    assert all(map(same_bits, momenta(opt, params), saved))
+    assert all(map(same_bits, momenta(opt, params), momenta_before))
     opt.step(closure)
     assert opt.skipped == 1
     assert distance(params, before) > 1e-3
@@ -80,13 +80,13 @@ def test_the_first_step_is_undamped_even_if_one_before_it_was_skipped(
     calls: set[int], dampening: float
 ) -> None:
     results = []
-    for spoilt in (calls, set()):
+    for bad_calls in (calls, set()):
         params = parameters()
         opt = optimizer(params, dampening=dampening)
-        closure = Spoiler(opt, params, torch.inf, spoilt)
-        for _ in range(4 if spoilt else 3):
+        closure = Spoiler(opt, params, torch.inf, bad_calls)
+        for _ in range(4 if bad_calls else 3):
             opt.step(closure)
-        assert opt.skipped == bool(spoilt)
+        assert opt.skipped == bool(bad_calls)
         results.append((params, momenta(opt, params)))
     (x, m), (expected_x, expected_m) = results
     assert all(map(same_bits, x, expected_x))
@@ -95,13 +95,13 @@ def test_the_first_step_is_undamped_even_if_one_before_it_was_skipped(
 
 def test_sgd_skips_too() -> None:
     results = []
-    for spoilt in ({0, 2}, set()):
+    for bad_calls in ({0, 2}, set()):
         params = parameters()
         opt = ef.SGD(params, **HEAVY, skip_nonfinite=True)
-        closure = Spoiler(opt, params, torch.nan, spoilt)
-        for _ in range(3 + len(spoilt)):
+        closure = Spoiler(opt, params, torch.nan, bad_calls)
+        for _ in range(3 + len(bad_calls)):
             opt.step(closure)
-        assert opt.skipped == len(spoilt)
+        assert opt.skipped == len(bad_calls)
         results.append(params)
     assert all(map(same_bits, *results))
 
@@ -116,7 +116,7 @@ def test_without_the_option_a_bad_gradient_goes_into_the_parameters() -> None:
 
 
 def test_a_flag_does_not_outlive_its_step() -> None:
-    """Nor one that was given up between the two."""
+    """It does not outlive a step that was abandoned either."""
     params = parameters()
     opt = optimizer(params)
     closure = Spoiler(opt, params, torch.nan, {0})
@@ -129,7 +129,7 @@ def test_a_flag_does_not_outlive_its_step() -> None:
     assert distance(params, before) > 1e-3
 
 
-def test_a_step_of_one_gradient_forgets_the_flag_of_a_step_given_up() -> None:
+def test_a_step_of_one_gradient_forgets_the_flag_of_an_abandoned_step() -> None:
     """The same where the next step takes no ascent that would begin it."""
     params = parameters()
     opt = optimizer(params)
@@ -148,7 +148,7 @@ def test_a_step_of_one_gradient_forgets_the_flag_of_a_step_given_up() -> None:
 def test_a_bad_gradient_where_there_is_no_ascent_counts_at_the_descent() -> None:
     params = parameters()
     opt = optimizer(params)
-    opt.param_groups[1]["rho"] = 0.0  # its parameter is the one that is spoilt
+    opt.param_groups[1]["rho"] = 0.0  # its parameter is the one that is bad
     before = snapshot(params)
     opt.step(Spoiler(opt, params, torch.nan, {1}))
     assert opt.skipped == 1
@@ -170,11 +170,11 @@ def test_gradients_of_another_dtype_are_looked_at() -> None:
     p = torch.nn.Parameter(torch.ones(5))
     p.grad_dtype = torch.bfloat16
     opt = ef.USAM([p], lr=0.1, rho=RHO, skip_nonfinite=True)
-    for spoilt in (True, False):
+    for is_bad in (True, False):
         for phase in ("ascent", "descent"):
             p.grad = torch.ones(5, dtype=torch.bfloat16)
-            if spoilt and phase == "descent":
+            if is_bad and phase == "descent":
                 p.grad[2] = torch.nan
             opt.ascend() if phase == "ascent" else opt.step()
         assert opt.skipped == 1
-        assert torch.equal(p.detach(), torch.ones(5)) == spoilt
+        assert torch.equal(p.detach(), torch.ones(5)) == is_bad

@@ -19,7 +19,7 @@ from optimizers.problems import SETTINGS, closure_of, distance, parameters, snap
 HEAVY = SETTINGS["heavy ball"]
 
 
-def trained(steps: int = 3, **options: Any) -> tuple[ef.USAM, list, Callable[[], Tensor]]:
+def train(steps: int = 3, **options: Any) -> tuple[ef.USAM, list, Callable[[], Tensor]]:
     params = parameters()
     opt = ef.USAM(params, **HEAVY | {"rho": RHO} | options)
     closure = closure_of(opt, params)
@@ -29,7 +29,7 @@ def trained(steps: int = 3, **options: Any) -> tuple[ef.USAM, list, Callable[[],
 
 
 def test_saved_and_loaded_mid_run_through_a_file() -> None:
-    opt, params, closure = trained()
+    opt, params, closure = train()
     file = io.BytesIO()
     torch.save({"state": opt.state_dict(), "params": snapshot(params)}, file)
     file.seek(0)
@@ -45,34 +45,34 @@ def test_saved_and_loaded_mid_run_through_a_file() -> None:
 
 
 def test_loading_goes_back() -> None:
-    opt, params, closure = trained()
-    saved, before = copy.deepcopy(opt.state_dict()), snapshot(params)
+    opt, params, closure = train()
+    state_dict, before = copy.deepcopy(opt.state_dict()), snapshot(params)
     opt.step(closure)
     after = snapshot(params)
     with torch.no_grad():
         for p, b in zip(params, before, strict=True):
             p.copy_(b)
-    opt.load_state_dict(saved)
+    opt.load_state_dict(state_dict)
     opt.step(closure)
     assert all(map(same_bits, params, after))
 
 
 def test_groups_that_do_not_match_are_refused() -> None:
-    opt, params, _ = trained()
+    opt, params, _ = train()
     two = ef.USAM([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
     with pytest.raises(ValueError, match="different number of parameter groups"):
         two.load_state_dict(opt.state_dict())
 
 
 def test_the_state_holds_nothing_but_momentum() -> None:
-    opt, params, _ = trained()
+    opt, params, _ = train()
     assert all(set(opt.state[p]) == {"momentum_buffer"} for p in params)
-    without, _, _ = trained(momentum=0.0, dampening=0.0)
+    without, _, _ = train(momentum=0.0, dampening=0.0)
     assert without.state_dict()["state"] == {}
 
 
-def test_cleared_state_starts_anew() -> None:
-    opt, params, closure = trained()
+def test_cleared_state_starts_again() -> None:
+    opt, params, closure = train()
     opt.state.clear()
     twins = [nn.Parameter(p.detach().clone()) for p in params]
     other = ef.USAM(twins, **HEAVY, rho=RHO)
@@ -84,9 +84,9 @@ def test_cleared_state_starts_anew() -> None:
 
 
 @pytest.mark.parametrize("how", ["deleted", "emptied", "none"])
-def test_one_entry_cleared_starts_anew_alone(how: str) -> None:
+def test_one_cleared_entry_starts_again_alone(how: str) -> None:
     """Its first step is undamped; the others' momentum goes on."""
-    opt, params, _ = trained()
+    opt, params, _ = train()
     cleared, retained = params[3], params[4]
     momentum = opt.state[retained]["momentum_buffer"].clone()
     if how == "deleted":
@@ -107,7 +107,7 @@ def test_one_entry_cleared_starts_anew_alone(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["replaced", "in place", "new entry"])
 def test_momentum_that_the_user_sets_is_used(how: str) -> None:
-    opt, params, _ = trained()
+    opt, params, _ = train()
     p = params[3]
     inputs = torch.full_like(p, 2.0)
     if how == "replaced":
@@ -125,11 +125,11 @@ def test_momentum_that_the_user_sets_is_used(how: str) -> None:
     torch.testing.assert_close(p.detach(), before - HEAVY["lr"] * expected)
 
 
-def test_momentum_given_in_another_layout_is_brought_to_the_parameters() -> None:
-    opt, params, closure = trained()
+def test_momentum_loaded_in_another_layout_takes_that_of_the_parameters() -> None:
+    opt, params, closure = train()
     p = params[4]
     p_momentum = opt.state[p]["momentum_buffer"]
-    expected, _, evaluate = trained()
+    expected, _, evaluate = train()
     expected.step(evaluate)
     opt.state[p]["momentum_buffer"] = p_momentum.contiguous()
     assert opt.state[p]["momentum_buffer"].stride() != p.stride()
@@ -145,7 +145,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_go_on_alike_and_apart(how: str) -> None:
-    opt, params, closure = trained(skip_nonfinite=True, backend="reference")
+    opt, params, closure = train(skip_nonfinite=True, backend="reference")
     twin, twins = COPIES[how]((opt, params))
     assert twin.param_groups[0]["params"][0] is twins[0]
     assert (twin.skip_nonfinite, twin.backend) == (True, "reference")
@@ -162,7 +162,7 @@ def test_copies_go_on_alike_and_apart(how: str) -> None:
 
 
 def test_a_new_group_joins_between_steps() -> None:
-    opt, params, _ = trained()
+    opt, params, _ = train()
     more = [nn.Parameter(torch.ones(3, dtype=torch.float64))]
     opt.add_param_group({"params": more, "lr": 0.5, "rho": 0.0})
     before = snapshot(params)
@@ -179,7 +179,7 @@ def test_a_new_group_joins_between_steps() -> None:
 
 
 def test_a_group_whose_list_is_replaced_or_edited() -> None:
-    opt, params, closure = trained()
+    opt, params, closure = train()
     before = snapshot(params)
     opt.param_groups[0]["params"] = [p for p in params if p is not params[3]]
     opt.step(closure)

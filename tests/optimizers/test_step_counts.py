@@ -220,7 +220,7 @@ def test_a_count_that_is_held_stays_the_count() -> None:
     assert distance(params, plain) < 1e-13
 
 
-def test_one_tensor_given_to_two_parameters_is_parted() -> None:
+def test_one_tensor_shared_by_two_parameters_is_split() -> None:
     params = parameters()
     opt = ef.AdamW(params, **DECAY)
     train(opt, params, 2)

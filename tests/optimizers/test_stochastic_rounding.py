@@ -79,7 +79,7 @@ def test_it_changes_nothing_in_full_precision(name: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_every_optimizer_takes_it_and_draws_anew_in_every_step(name: str) -> None:
+def test_every_optimizer_draws_new_numbers_in_every_step(name: str) -> None:
     params = parameters(torch.bfloat16)
     opt = MAKE[name](params, stochastic_rounding=True)
     closure = closure_of(opt, params)
@@ -106,12 +106,12 @@ def test_a_run_that_is_saved_and_loaded_goes_on_to_the_bit() -> None:
     opt = MAKE["usam"](params, stochastic_rounding=True)
     for _ in range(3):
         opt.step(closure_of(opt, params))
-    saved = copy.deepcopy(opt.state_dict())
+    state_dict = copy.deepcopy(opt.state_dict())
     others = parameters(torch.bfloat16)
     for p, q in zip(others, params, strict=True):
         p.data.copy_(q)
     other = MAKE["usam"](others, stochastic_rounding=True)
-    other.load_state_dict(saved)
+    other.load_state_dict(state_dict)
     for _ in range(3):
         opt.step(closure_of(opt, params))
         other.step(closure_of(other, others))

@@ -23,14 +23,14 @@ def test_addresses_strides_and_momenta_stay(make, dtype: torch.dtype) -> None:
     closure = closure_of(opt, params)
     places = [(p.data_ptr(), p.stride(), p.dtype) for p in params]
     opt.step(closure)
-    saved = [opt.state[p]["momentum_buffer"] for p in params]
-    for p, m in zip(params, saved, strict=True):
+    momenta = [opt.state[p]["momentum_buffer"] for p in params]
+    for p, m in zip(params, momenta, strict=True):
         assert (m.dtype, m.shape, m.stride()) == (p.dtype, p.shape, p.stride())
         assert not m.requires_grad
     for _ in range(3):
         opt.step(closure)
     assert [(p.data_ptr(), p.stride(), p.dtype) for p in params] == places
-    assert all(opt.state[p]["momentum_buffer"] is m for p, m in zip(params, saved, strict=True))
+    assert all(opt.state[p]["momentum_buffer"] is m for p, m in zip(params, momenta, strict=True))
     assert all(p.is_leaf and p.requires_grad for p in params)
 
 
@@ -55,7 +55,7 @@ def test_a_graph_from_before_the_step_refuses_to_run(make) -> None:
         stale.backward()
 
 
-def test_a_graph_from_x_refuses_to_run_at_the_moved_point() -> None:
+def test_a_graph_from_x_refuses_to_run_at_the_perturbed_point() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=0.1, rho=RHO)
     closure_of(opt, params)()
@@ -92,7 +92,7 @@ def test_a_step_makes_no_tensors_but_in_its_first_time() -> None:
     params = parameters()
     opt = ef.USAM(params, lr=0.1, momentum=0.9, rho=RHO, skip_nonfinite=True)
     closure = closure_of(opt, params)
-    created = []
+    constructors = []
     for _ in range(3):
         closure()
         with Allocations() as ascent:
@@ -100,7 +100,7 @@ def test_a_step_makes_no_tensors_but_in_its_first_time() -> None:
         closure()
         with Allocations() as descent:
             opt.step()
-        created.append((ascent.created, descent.created))
-    assert any("empty" in name for name in created[0][0])  # backups
-    assert any("zeros" in name or "empty" in name for name in created[0][1])  # momentum
-    assert created[1:] == [([], [])] * 2
+        constructors.append((ascent.created, descent.created))
+    assert any("empty" in name for name in constructors[0][0])  # backups
+    assert any("zeros" in name or "empty" in name for name in constructors[0][1])  # momentum
+    assert constructors[1:] == [([], [])] * 2

@@ -31,7 +31,7 @@ def noisy(
 
     def closure() -> Tensor:
         opt.zero_grad()
-        mask = drawn() if inputs is None else inputs[len(masks)]
+        mask = draw_mask() if inputs is None else inputs[len(masks)]
         masks.append(mask)
         loss = loss_of(params) + 0.1 * (mask * params[-1] ** 2).sum()
         backward(opt, loss)
@@ -40,7 +40,7 @@ def noisy(
     return closure, masks
 
 
-def drawn() -> Tensor:
+def draw_mask() -> Tensor:
     return functional.dropout(torch.ones(1000, dtype=torch.float64), 0.5)
 
 
@@ -64,7 +64,7 @@ def test_both_sides_of_a_difference_draw_the_same(form: str) -> None:
         opt.step(closure) if form == "closure" else explicit_step(opt, closure)
     after = torch.get_rng_state()
     torch.manual_seed(3)
-    expected = [drawn() for _ in range(6)]
+    expected = [draw_mask() for _ in range(6)]
     assert torch.equal(torch.get_rng_state(), after)
     sides = [expected[i] for i in (0, 0, 1, 2, 2, 3, 4, 4, 5)]
     assert all(map(torch.equal, masks, sides))
@@ -105,8 +105,8 @@ def test_two_sides_that_draw_differently_warn(inside: tuple[int, ...]) -> None:
         (lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=RHO), 3),
     ],
 )
-def test_without_a_difference_every_call_draws_anew(make: Any, calls: int) -> None:
-    """And nothing warns, with the context or without."""
+def test_without_a_difference_every_call_draws_new_numbers(make: Any, calls: int) -> None:
+    """There is no warning either, with the context or without it."""
     params = parameters()
     opt = make(params)
     closure, masks = noisy(opt, params)
@@ -132,7 +132,7 @@ def test_without_randomness_nothing_warns() -> None:
 
 
 def test_random_numbers_drawn_outside_the_context_are_of_no_account() -> None:
-    """A loader's, say, at any time."""
+    """A loader may draw numbers at any time."""
     params = parameters()
     opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
     closure, masks = noisy(opt, params)
@@ -140,7 +140,7 @@ def test_random_numbers_drawn_outside_the_context_are_of_no_account() -> None:
         with opt.evaluation():
             closure()
         for _ in range(draws):
-            drawn()
+            draw_mask()
         opt.ascend()
     assert torch.equal(*masks)
     closure()
@@ -148,7 +148,7 @@ def test_random_numbers_drawn_outside_the_context_are_of_no_account() -> None:
 
 
 @pytest.mark.parametrize("context", [True, False])
-def test_a_step_given_up_is_neither_replayed_nor_warned_of(context: bool) -> None:
+def test_an_abandoned_step_is_neither_replayed_nor_warned_about(context: bool) -> None:
     params = parameters()
     opt = ef.HessianUSAM(params, lr=0.1, rho=RHO)
     closure, masks = noisy(opt, params)
@@ -242,7 +242,7 @@ def test_autocast_does_not_warn() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "text", torch.ones(2), (torch.ones(()),)])
-def test_what_is_no_number_is_neither_judged_nor_kept(value: object) -> None:
+def test_losses_that_are_no_numbers_are_neither_compared_nor_stored(value: object) -> None:
     task = Regression()
 
     def closure() -> object:

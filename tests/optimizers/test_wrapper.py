@@ -1,18 +1,17 @@
-"""SharpnessAware: whose groups and state are whose, scalers, bases that fail.
+"""SharpnessAware: what it shares with its base, its arguments, and bases that fail.
 
-That it steps, skips, saves and copies as every optimizer does is in `test_conformance.py`.
+That it steps, skips, saves and copies as every optimizer does is tested in `test_conformance.py`
+and `test_conformance_state.py`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.amp import GradScaler
+from torch import nn
 
 import eigenfilter as ef
 from cases import RHO, same_bits
@@ -21,31 +20,16 @@ from optimizers.problems import (
     METHODS,
     SETTINGS,
     Exact,
-    backward,
     closure_of,
     distance,
-    loss_of,
     parameters,
     sign_of,
     snapshot,
 )
 
-ADAMW = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.03}
-
-# Bases that are told on the device to skip, and bases that are not.
-BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "AdamW": lambda params: torch.optim.AdamW(params, **ADAMW, foreach=False),
-    "AdamW, foreach": lambda params: torch.optim.AdamW(params, **ADAMW, foreach=True),
-    "AdamW, fused": lambda params: torch.optim.AdamW(params, **ADAMW, fused=True),
-    "SGD, fused": lambda params: torch.optim.SGD(params, **SETTINGS["heavy ball"], fused=True),
-    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.02, momentum=0.7),
-    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
-}
-bases = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-
 
 class Plain(torch.optim.Optimizer):
-    """A third party's: hyperparameters of its own, none of SGD's but lr."""
+    """An optimizer of a third party: of SGD's hyperparameters it has only lr."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
@@ -59,11 +43,6 @@ class Plain(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(p.grad, alpha=group["lr"])
-
-
-def state_of(opt: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[Tensor]:
-    entries = [opt.state[p] for p in params]
-    return snapshot([v for e in entries for v in e.values() if isinstance(v, Tensor)])
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -84,7 +63,7 @@ def test_around_sgd_it_is_the_methods_optimizer(method: str, settings: dict[str,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_around_an_optimizer_that_knows_lr_alone(method: str) -> None:
-    """No `maximize` in its groups, for one."""
+    """Its groups have no `maximize`, for example."""
     m = METHODS[method]
     params = parameters()
     opt = ef.SharpnessAware(Plain(params, lr=0.1), m.name, RHO, **m.options)
@@ -121,11 +100,11 @@ def test_groups_state_and_defaults_are_the_bases_objects() -> None:
     opt.step(closure_of(opt, params))
     assert opt.state is base.state
     assert len(base.state) == len(params)
-    saved = {"state": dict(base.state), "param_groups": base.param_groups}
+    before = {"state": dict(base.state), "param_groups": base.param_groups}
     opt.load_state_dict(base.state_dict())
     assert opt.state is base.state
     assert opt.param_groups is base.param_groups
-    assert saved["param_groups"] is not base.param_groups  # torch makes new ones
+    assert before["param_groups"] is not base.param_groups  # torch makes new ones
 
 
 def test_there_is_no_other_attribute_of_the_base() -> None:
@@ -178,12 +157,12 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert len(base.param_groups) == 1
 
 
-@pytest.mark.parametrize("given", [None, "AdamW", torch.optim.SGD, nn.Linear(2, 2)])
-def test_not_an_optimizer(given: Any) -> None:
+@pytest.mark.parametrize("base", [None, "AdamW", torch.optim.SGD, nn.Linear(2, 2)])
+def test_not_an_optimizer(base: Any) -> None:
     with pytest.raises(
         TypeError, match=r"SharpnessAware wraps an optimizer, as in .* and was given"
     ):
-        ef.SharpnessAware(given)
+        ef.SharpnessAware(base)
 
 
 def test_arguments_that_are_refused_leave_the_base_alone() -> None:
@@ -202,13 +181,13 @@ def test_step_hooks_of_both_run_once_a_step() -> None:
     params = parameters()
     base = torch.optim.SGD(params, lr=0.1)
     opt = ef.SharpnessAware(base, "two_step_usam")
-    visited: list[str] = []
-    opt.register_step_pre_hook(lambda *_: visited.append("wrapper"))
-    base.register_step_pre_hook(lambda *_: visited.append("base"))
-    base.register_step_post_hook(lambda *_: visited.append("base done"))
-    opt.register_step_post_hook(lambda *_: visited.append("done"))
+    events: list[str] = []
+    opt.register_step_pre_hook(lambda *_: events.append("wrapper"))
+    base.register_step_pre_hook(lambda *_: events.append("base"))
+    base.register_step_post_hook(lambda *_: events.append("base done"))
+    opt.register_step_post_hook(lambda *_: events.append("done"))
     opt.step(closure_of(opt, params))
-    assert visited == ["wrapper", "base", "base done", "done"]
+    assert events == ["wrapper", "base", "base done", "done"]
 
 
 def test_distributed_checkpointing_primes_it() -> None:
@@ -218,143 +197,10 @@ def test_distributed_checkpointing_primes_it() -> None:
     model = nn.Linear(3, 2)
     before = snapshot(list(model.parameters()))
     opt = ef.SharpnessAware(torch.optim.AdamW(model.parameters(), lr=0.1), rho=0.3)
-    saved = get_optimizer_state_dict(model, opt)
-    assert saved["state"].keys() == {"weight", "bias"}
+    state_dict = get_optimizer_state_dict(model, opt)
+    assert state_dict["state"].keys() == {"weight", "bias"}
     assert all(map(same_bits, list(model.parameters()), before))
     assert (opt.param_groups[0]["lr"], opt.param_groups[0]["rho"]) == (0.1, 0.3)
-
-
-# Gradients.
-
-
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "other strides": lambda g: g.t().contiguous().t(),
-    "expanded": lambda g: g[:1, :1].expand(g.shape),
-    "lazily negated": lambda g: torch._neg_view(-g),
-}
-
-
-@pytest.mark.parametrize("skip_nonfinite", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_of_any_form(form: str, skip_nonfinite: bool) -> None:
-    """Steps are those of the same values laid out as the parameter is, within torch's rounding."""
-    p, q = (nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for _ in range(2))
-    opt, other = (
-        ef.SharpnessAware(torch.optim.SGD([x], lr=0.1), rho=RHO, skip_nonfinite=skip_nonfinite)
-        for x in (p, q)
-    )
-    for take in ("ascend", "step"):
-        for x, o, give in ((p, opt, FORMS[form]), (q, other, lambda g: FORMS[form](g).clone())):
-            x.grad = give((x * 1.3 - 0.7).detach())
-            getattr(o, take)()
-    assert distance([p], [q]) < 2e-7
-    assert opt.skipped == 0
-
-
-@pytest.mark.parametrize("where", ["ascent", "descent"])
-@bases
-def test_an_overflow_skips_the_step_and_lowers_the_scale(base: Any, where: str) -> None:
-    """Every other step is the unscaled run's, bit for bit.
-
-    The ascent that overflows does not move, so the gradients after it overflow too.
-    """
-    params, plain = parameters(torch.float32), parameters(torch.float32)
-    opt, other = (ef.SharpnessAware(base(p), "two_step_usam", RHO) for p in (params, plain))
-    scaler = GradScaler("cpu", init_scale=1024.0)
-
-    def evaluate(overflows: bool) -> None:
-        opt.zero_grad()
-        backward(opt, scaler.scale(loss_of(params)))
-        if overflows:
-            params[-1].grad[5] = torch.inf
-
-    def step(spoilt: str) -> None:
-        evaluate(spoilt == "ascent")
-        while opt.ascend(grad_scaler=scaler):
-            assert spoilt != "ascent" or all(map(same_bits, params, before))
-            evaluate(spoilt == "ascent" or (spoilt == opt.phase))
-        scaler.step(opt)
-        scaler.update()
-
-    for _ in range(2):
-        step("nothing")
-    before, state = snapshot(params), state_of(opt, params)
-    step(where)
-    assert (opt.skipped, scaler.get_scale()) == (1, 512.0)
-    assert all(map(same_bits, params, before))
-    assert all(map(same_bits, state_of(opt, params), state))
-    assert not opt.perturbed
-    step("nothing")
-    assert (opt.skipped, scaler.get_scale()) == (1, 512.0)
-    for name in ("grad_scale", "found_inf"):
-        assert not hasattr(opt, name)
-        assert not hasattr(opt.base_optimizer, name)
-    for _ in range(3):
-        other.step(closure_of(other, plain))
-    assert all(map(same_bits, params, plain))
-
-
-@pytest.mark.parametrize("by", ["unscale_", "clip_grad_norm_"])
-@bases
-def test_unscaling_the_descents_gradient(base: Any, by: str) -> None:
-    params, plain = parameters(torch.float32), parameters(torch.float32)
-    opt, other = (ef.SharpnessAware(base(p), "usam", RHO) for p in (params, plain))
-    scaler = GradScaler("cpu", init_scale=1024.0)
-    for _ in range(3):
-        opt.zero_grad()
-        scaler.scale(loss_of(params)).backward()
-        opt.ascend(grad_scaler=scaler)
-        scaler.scale(loss_of(params)).backward()
-        if by == "unscale_":
-            scaler.unscale_(opt)
-        else:
-            opt.clip_grad_norm_(1e9, grad_scaler=scaler)
-        scaler.step(opt)
-        scaler.update()
-        other.step(closure_of(other, plain))
-    assert all(map(same_bits, params, plain))
-
-
-@pytest.mark.parametrize("name", [name for name in BASES if name != "SGD, fused"])
-def test_the_first_step_may_be_the_one_that_is_skipped(name: str) -> None:
-    """Not around torch's fused SGD, which then goes on from momentum that it never wrote."""
-    base = BASES[name]
-    params, plain = parameters(torch.float32), parameters(torch.float32)
-    opt = ef.SharpnessAware(base(params), "usam", RHO, skip_nonfinite=True)
-    other = ef.SharpnessAware(base(plain), "usam", RHO)
-    before = snapshot(params)
-    for spoilt in (True, False, False):
-        calls = closure_of(opt, params)
-
-        def closure(calls: Any = calls, spoilt: bool = spoilt) -> Tensor:
-            loss = calls()
-            if spoilt:
-                params[3].grad[1, 2] = torch.nan
-            return loss
-
-        opt.step(closure)
-        assert opt.skipped == 1
-        if spoilt:
-            assert all(map(same_bits, params, before))
-        else:
-            other.step(closure_of(other, plain))
-            assert all(map(same_bits, params, plain))
-
-
-def test_clipping_after_the_ascents() -> None:
-    params = parameters()
-    opt = ef.SharpnessAware(torch.optim.SGD(params, lr=1.0), "sam", rho=2.0)
-    closure = closure_of(opt, params)
-    before = snapshot(params)
-    closure()
-    with pytest.raises(RuntimeError, match="clips the descent gradient"):
-        opt.clip_grad_norm_(0.25)
-    opt.ascend()
-    closure()
-    assert opt.clip_grad_norm_(0.25) > 1
-    opt.step()
-    moves = [(p.detach() - x).flatten() for p, x in zip(params, before, strict=True)]
-    assert torch.cat(moves).norm().item() == pytest.approx(0.25, rel=1e-5)
 
 
 # Bases that fail.
@@ -387,20 +233,6 @@ def test_a_base_that_raises_leaves_x(form: str) -> None:
     opt.step(closure)
     exact.step()
     assert distance(params, exact.x) < 1e-14
-
-
-def test_what_the_scaler_hands_over_is_taken_back_from_a_base_that_raises() -> None:
-    params = parameters(torch.float32)
-    base = torch.optim.AdamW(params, **ADAMW, fused=True)
-    opt = ef.SharpnessAware(base, rho=0.0)
-    scaler = GradScaler("cpu", init_scale=64.0)
-    base.register_step_pre_hook(lambda *_: 1 / 0)
-    scaler.scale(loss_of(params)).backward()
-    with pytest.raises(ZeroDivisionError):
-        scaler.step(opt)
-    for name in ("grad_scale", "found_inf"):
-        assert not hasattr(opt, name)
-        assert not hasattr(base, name)
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -117,12 +117,12 @@ def wide(counts: Counter, access: str) -> int:
 def test_every_kernel_is_there_in_every_dtype(instructions, kernel):
     names = of(instructions, kernel)
     for seeded, dtypes in (False, DTYPES), (True, NARROW if kernel in SEEDED else ()):
-        found = Counter(dtypes_of(name) for name in names if ("Seeded" in name) == seeded)
+        counts = Counter(dtypes_of(name) for name in names if ("Seeded" in name) == seeded)
         wide = [d for d in WIDE_DTYPES if not seeded or d in dtypes] if kernel in WIDE else []
         # Once more for few tensors, but for updates whose code is long.
         plain, long = 1 + (kernel not in UPDATES or not seeded), 1 + (kernel not in UPDATES)
         expected = {(dtype, False): plain * KERNELS[kernel] for dtype in dtypes}
-        assert found == expected | {(dtype, True): long * WIDE[kernel] for dtype in wide}
+        assert counts == expected | {(dtype, True): long * WIDE[kernel] for dtype in wide}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -182,11 +182,11 @@ def test_loads_are_in_flight_together(request, code, kernel, least):
     """Where there are 16-byte ones. For sm_100 the compiler takes those of gram one by one."""
     if (request.node.callspec.params["code"], kernel) == ("sm_100", "gram_kernel"):
         least = 1
-    found = {
+    counts = {
         name: in_flight(own) for name, own in of(code, kernel).items() if "7ElementI" not in name
     }
-    assert found
-    assert {name: count for name, count in found.items() if count < least} == {}
+    assert counts
+    assert {name: count for name, count in counts.items() if count < least} == {}
 
 
 def test_loads_are_counted_up_to_the_first_use():

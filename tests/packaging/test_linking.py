@@ -20,11 +20,11 @@ needs_binutils = pytest.mark.skipif(shutil.which("readelf") is None, reason="nee
 
 def run(program: str) -> str:
     """Run a program in a process of its own and return what it prints."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @linux

@@ -37,12 +37,12 @@ def page(path: str) -> Any:
 
 
 def test_a_formula_becomes_mathml(hooks: ModuleType) -> None:
-    drawn = hooks.on_page_content(
+    output = hooks.on_page_content(
         r'<span class="arithmatex">\(\lambda &lt; 2\)</span>', page("theory.md")
     )
-    assert drawn.startswith('<span class="formula"><math')
-    assert "<mo>&#x0003C;</mo>" in drawn
-    assert "\\" not in drawn
+    assert output.startswith('<span class="formula"><math')
+    assert "<mo>&#x0003C;</mo>" in output
+    assert "\\" not in output
 
 
 def test_an_unknown_command_is_refused(hooks: ModuleType) -> None:

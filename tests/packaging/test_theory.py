@@ -21,14 +21,14 @@ TESTS = [name for name in NAMES if name.startswith("tests/")]
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_that_the_page_names_exists(name: str) -> None:
     words = name.split(".")
-    for cut in range(len(words), 0, -1):
+    for length in range(len(words), 0, -1):
         try:
-            found = import_module(".".join(words[:cut]))
+            target = import_module(".".join(words[:length]))
         except ModuleNotFoundError:
             continue
-        for word in words[cut:]:
-            found = getattr(found, word)
-        assert callable(found)
+        for word in words[length:]:
+            target = getattr(target, word)
+        assert callable(target)
         return
     raise AssertionError(f"{name}: no such module")
 
@@ -46,13 +46,13 @@ SYMBOLS = {"\\lambda": "lambda_", "^": "**"}
 def evaluate(formula: str, **symbols: float) -> float:
     """The value of a formula of numbers, symbols, + - / ^ and parentheses, as LaTeX has it."""
     tokens = re.findall(r"\\?[A-Za-z]+(?:_\d)?|\d+|[-+/^()]", formula)
-    written = ""
+    expression = ""
     for before, token in zip(["", *tokens], tokens, strict=False):
         factor = token[0] in "(\\" or token.isalnum()
         if factor and before and before not in "+-/^(":
-            written += "*"
-        written += SYMBOLS.get(token, token.lstrip("\\"))
-    return float(eval(written, {"__builtins__": {}}, symbols))
+            expression += "*"
+        expression += SYMBOLS.get(token, token.lstrip("\\"))
+    return float(eval(expression, {"__builtins__": {}}, symbols))
 
 
 def row(start: str) -> str:
