@@ -23,6 +23,11 @@ from cases import DTYPES
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
+if HAS_HYPOTHESIS:
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+    settings.load_profile("untimed")
 
 
 def pytest_report_header() -> list[str]:
