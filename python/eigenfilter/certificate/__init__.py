@@ -229,7 +229,8 @@ def certify(
     with op.fixed():
         step = direction(op, optimizer)
         try:
-            if ascent_of(optimizer).method == "sam" and grad_norm is None:
+            theory = ascent_of(optimizer).theory
+            if grad_norm is None and theory is not None and theory.needs("grad_norm"):
                 grad_norm = _sam_norm(optimizer, step)
             linear = linearized(op, optimizer, grad_norm=grad_norm)
             sides = judge(linear, tolerances, probe)

@@ -28,6 +28,22 @@ class Direction:
     ascent_norm: float
 
 
+@dataclass(frozen=True)
+class _Landscape:
+    """The function of an operator, see `optimizers._ascents.Landscape`."""
+
+    op: HessianOperator
+
+    def gradient(self, x: Tensor) -> Tensor:
+        return self.op.gradient(x)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.op.matvec(v)
+
+    def norm(self, v: Tensor) -> float:
+        return float(norms(v.double()))
+
+
 @torch.no_grad()
 def direction(op: HessianOperator, optimizer: torch.optim.Optimizer) -> Direction:
     """Return the direction of an optimizer at the parameters of `op`, which do not change.
@@ -46,36 +62,10 @@ def direction(op: HessianOperator, optimizer: torch.optim.Optimizer) -> Directio
         decay = decay / preconditioner(optimizer, op.params).to(op.dtype).square()
     g = op.gradient()
     ascending = g * (rho != 0)
-    d = _descent_gradient(op, optimizer, x, g, rho, sign) if bool(rho.any()) else g
+    d = g
+    if bool(rho.any()):
+        d = op.gradient(ascent_of(optimizer).end(_Landscape(op), x, g, rho, sign))
     vector = sign * d + decay * x
     if not vector.isfinite().all():
         raise FloatingPointError("the gradient is not finite: is the loss, at these parameters?")
     return Direction(vector, *(float(norms(t.double())) for t in (g, ascending)))
-
-
-def _descent_gradient(
-    op: HessianOperator,
-    optimizer: torch.optim.Optimizer,
-    x: Tensor,
-    g: Tensor,
-    rho: Tensor,
-    sign: Tensor,
-) -> Tensor:
-    """Return d(x), the gradient at the point to which the ascents lead."""
-    ascent = ascent_of(optimizer)
-    up = sign * rho
-    match ascent.method:
-        case "usam":
-            return op.gradient(x + up * g)
-        case "sam":
-            weights = x if getattr(ascent, "adaptive", False) else torch.ones_like(x)
-            norm = float(norms((weights * g * (rho != 0)).double()))
-            return op.gradient(x + up * weights.square() * g / norm) if norm else g
-        case "two_step_usam":
-            y = x + up * g
-            origin = x if getattr(ascent, "ascent", "") == "anchored" else y
-            return op.gradient(origin + up * op.gradient(y))
-        case "hessian_usam":
-            ascending = (rho != 0).to(g.dtype)
-            return op.gradient(x + rho * (ascending * op.matvec(ascending * g)))
-    raise TypeError(f"no direction is known for an ascent of {ascent.method}")

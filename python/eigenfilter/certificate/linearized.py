@@ -211,28 +211,24 @@ def _ascents(
     radii = {float(g.get("rho", 0.0)) for g in groups} - {0.0}
     if not radii:
         return 0.0, (1.0, 0.0)
-    method, power, length = ascent_of(optimizer), 1.0, 1.0
-    match method.method:
-        case "usam":
-            ascent = (1.0, 0.0)
-        case "sam":
-            if getattr(method, "adaptive", False):
-                raise NoFilter("no filter is known after an ascent of ASAM")
-            if not grad_norm:
-                raise NoFilter("SAM's edge moves with the gradient norm: pass grad_norm")
-            ascent, length = (1.0, 0.0), grad_norm
-        case "two_step_usam":
-            ascent = (1.0, 1.0) if getattr(method, "ascent", "") == "anchored" else (2.0, 1.0)
-        case "hessian_usam":
-            if len(radii) > 1:
-                raise NoFilter(
-                    "the groups of Hessian USAM differ in rho: no symmetric matrix has their "
-                    "stability"
-                )
-            ascent, power = (0.0, 1.0), 0.5
-        case other:
-            raise NoFilter(f"no filter is known after an ascent of {other}")
-    return spread(op, [(g, (float(g["rho"]) / length) ** power) for g in groups]), ascent
+    ascent = ascent_of(optimizer)
+    theory, options = ascent.theory, ascent.filter_options
+    if theory is None:
+        raise NoFilter(f"no filter is known after an ascent of {type(optimizer).__name__}")
+    if theory.needs("grad_norm"):
+        if not grad_norm:
+            raise NoFilter("SAM's edge moves with the gradient norm: pass grad_norm")
+        options = options | {"grad_norm": grad_norm}
+    members = {rho: theory(1.0, rho=rho, **options) for rho in {0.0, *radii}}
+    a, b, power = members[0.0].terms
+    if power == 1:
+        return spread(op, [(g, members[float(g["rho"])].radius) for g in groups]), (a, b)
+    if len(radii) > 1:
+        raise NoFilter(
+            f"the groups of {theory.title} differ in rho: no symmetric matrix has their stability"
+        )
+    # H + a r H^3 is H + a H R H R H with R = r^1/2.
+    return spread(op, [(g, members[float(g["rho"])].radius ** 0.5) for g in groups]), (0.0, a)
 
 
 def _jacobian(operator: PreconditionedOperator, ascent: tuple[float, float], rest: str = "") -> str:

@@ -23,15 +23,12 @@ from eigenfilter.experiments.cli_arguments import whole
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.experiments.imports import call_imported
+from eigenfilter.optimizers._methods import OPTIMIZERS
 
 HELP = "is a trained model inside its optimizer's filter?"
 
 METHODS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": ef.SGD,
-    "usam": ef.USAM,
-    "sam": ef.SAM,
-    "two-step-usam": ef.TwoStepUSAM,
-    "hessian-usam": ef.HessianUSAM,
+    name.replace("_", "-"): cls for name, cls in OPTIMIZERS.items()
 }
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "rho")
 _OPTIONS = (

@@ -14,11 +14,13 @@ from typing import Any
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.files import replace_text
+from eigenfilter.filters import TwoStepUSAM
+from eigenfilter.optimizers import _methods
 from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 
 DATASETS = ("digits", "mnist", "fashion", "cifar10", "cifar100")
-OPTIMIZERS = ("sgd", "usam", "sam", "asam", "two_step_usam", "hessian_usam", "adamw")
-METHODS = ("none", "usam", "sam", "asam", "two_step_usam", "hessian_usam")
+OPTIMIZERS = ("sgd", *_methods.NAMES, "adamw")
+METHODS = ("none", *_methods.NAMES)
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("float32", "bfloat16", "float64")
 LOSSES = ("cross_entropy", "square")
@@ -156,7 +158,7 @@ class Config:
     )
     ascent: str = _option(
         "sequential",
-        _one_of(("sequential", "anchored")),
+        _one_of(TwoStepUSAM.forms),
         "sequential or anchored second ascent of two_step_usam",
     )
     hvp: str = _option(

@@ -14,9 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import eigenfilter as ef
 from eigenfilter.experiments import losses
+from eigenfilter.experiments.config import NAMES as CONFIG_NAMES
 from eigenfilter.experiments.config import TORCH, Config
 from eigenfilter.optimizers import EigenfilterOptimizer
+from eigenfilter.optimizers._ascents import Ascent
 from eigenfilter.optimizers._hyperparameters import rho_key
+from eigenfilter.optimizers._methods import METHODS, OPTIMIZERS, method_and_options
 from eigenfilter.schedulers import RhoSchedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -67,16 +70,20 @@ def build_optimizer(config: Config, params: Iterable[nn.Parameter]) -> Eigenfilt
         "weight_decay": config.weight_decay,
         "nesterov": config.nesterov,
     }
-    if name == "sgd":
-        return ef.SGD(params, **common)
-    classes: dict[str, Callable[..., EigenfilterOptimizer]] = {
-        "usam": ef.USAM,
-        "sam": ef.SAM,
-        "asam": ef.SAM,
-        "two_step_usam": ef.TwoStepUSAM,
-        "hessian_usam": ef.HessianUSAM,
-    }
-    return classes[name](params, **common, rho=config.rho, **_method_options(config, name))
+    method, _ = method_and_options(name)
+    own = {} if method == "sgd" else {"rho": config.rho} | _method_options(config, name)
+    return OPTIMIZERS[method](params, **common, **own)
+
+
+def build_ascent(config: Config) -> Ascent:
+    """Return the ascents of the configured method, perhaps none.
+
+    Raises:
+        ValueError: options do not go together.
+    """
+    name = config.optimizer if config.method == "none" else config.method
+    method, _ = method_and_options(name)
+    return METHODS[method](**_method_options(config, name)) if method in METHODS else Ascent()
 
 
 def _method_and_options(config: Config) -> tuple[str, dict[str, Any]]:
@@ -84,19 +91,18 @@ def _method_and_options(config: Config) -> tuple[str, dict[str, Any]]:
 
     Without a method this is USAM, whose rho the caller sets to 0.
     """
-    name = "usam" if config.method == "none" else config.method
-    return "sam" if name == "asam" else name, _method_options(config, name)
+    name = ef.USAM.method if config.method == "none" else config.method
+    return method_and_options(name)[0], _method_options(config, name)
 
 
-def _method_options(config: Config, method: str) -> dict[str, Any]:
-    if method == "asam":
-        return {"adaptive": True}
-    if method == "two_step_usam":
-        return {"ascent": config.ascent}
-    if method == "hessian_usam":
-        step = {"fd_step": config.fd_step} if config.fd_step else {}
-        return {"hvp": config.hvp} | step
-    return {}
+def _method_options(config: Config, name: str) -> dict[str, Any]:
+    """Return the options of a method that the configuration has; 0 stands for no `fd_step`."""
+    method, options = method_and_options(name)
+    accepted = inspect.signature(METHODS[method]).parameters
+    values = {key: getattr(config, key) for key in accepted if key in CONFIG_NAMES}
+    if not values.get("fd_step", True):
+        del values["fd_step"]
+    return {**values, **options}
 
 
 def _wrap_torch_optimizer(config: Config, params: Iterable[nn.Parameter]) -> EigenfilterOptimizer:

@@ -12,11 +12,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from eigenfilter import filters
 from eigenfilter.experiments.errors import UserError, require
 from eigenfilter.experiments.files import output_folder, replace
-from eigenfilter.filters import Filter, PolynomialFilter
+from eigenfilter.filters import AscentFilter, Filter, PolynomialFilter
 
 FORMATS = (".png", ".svg", ".pdf")
 HELP = "which eigenvalues do the methods admit?"
@@ -77,25 +78,31 @@ FilterRow = tuple[str, Filter, int]
 
 def table(args: argparse.Namespace) -> list[FilterRow]:
     """Return the name, the filter and the gradients per step of each method."""
-    rest = (args.lr, args.momentum, args.dampening, args.weight_decay)
-    rho, nesterov = args.rho, args.nesterov
-    base = "Nesterov" if nesterov else "heavy ball" if args.momentum else "gradient descent"
-    hessian_rho = rho if args.hessian_rho is None else args.hessian_rho
+    common = (args.lr, args.momentum, args.dampening, args.weight_decay)
+    base = "Nesterov" if args.nesterov else "heavy ball" if args.momentum else "gradient descent"
     rows: list[FilterRow] = [
-        (base, (filters.Nesterov if nesterov else filters.HeavyBall)(*rest), 1),
-        ("USAM", filters.USAM(*rest, rho=rho, nesterov=nesterov), 2),
+        (base, (filters.Nesterov if args.nesterov else filters.HeavyBall)(*common), 1)
     ]
-    if args.grad_norm is not None:
-        sam = filters.SAM(*rest, rho=rho, nesterov=nesterov, grad_norm=args.grad_norm)
-        rows.append((f"SAM at gradient norm {args.grad_norm:g}", sam, 2))
-    for ascent in ("sequential", "anchored"):
-        two = filters.TwoStepUSAM(*rest, rho=rho, ascent=ascent, nesterov=nesterov)
-        rows.append((f"two-step USAM, {ascent}", two, 3))
-    hessian = filters.HessianUSAM(*rest, rho=hessian_rho, nesterov=nesterov)
-    rows.append(("Hessian USAM", hessian, 3))
+    for theory in filters.ASCENTS.values():
+        own = args.hessian_rho if theory is filters.HessianUSAM else None
+        rho = args.rho if own is None else own
+        for name, options in _forms(theory, args.grad_norm):
+            flt = theory(*common, rho=rho, nesterov=args.nesterov, **options)
+            rows.append((name, flt, theory.gradients))
     if args.beta1 is not None:
         rows.append(("AdamW", filters.AdamW(args.lr, args.beta1, args.weight_decay), 1))
     return rows
+
+
+def _forms(theory: type[AscentFilter], grad_norm: float | None) -> list[tuple[str, dict[str, Any]]]:
+    """Return the forms of a method that are shown: their names, and the filter's options."""
+    if theory.needs("grad_norm"):
+        name = f"{theory.title} at gradient norm {grad_norm:g}" if grad_norm is not None else ""
+        return [(name, {"grad_norm": grad_norm})] if name else []
+    forms: list[tuple[str, dict[str, Any]]] = [
+        (f"{theory.title}, {form}", {"ascent": form}) for form in theory.forms
+    ]
+    return forms or [(theory.title, {})]
 
 
 def lines(rows: Sequence[FilterRow]) -> list[str]:

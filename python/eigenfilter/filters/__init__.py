@@ -16,21 +16,25 @@ from __future__ import annotations
 from eigenfilter.filters.adamw import AdamW
 from eigenfilter.filters.designs import design
 from eigenfilter.filters.linear import Linear
+from eigenfilter.filters.live import of
 from eigenfilter.filters.methods import (
+    ASCENTS,
     SAM,
     USAM,
+    AscentFilter,
     HeavyBall,
     HessianUSAM,
     Nesterov,
     TwoStepUSAM,
-    of,
 )
 from eigenfilter.filters.stability import Filter, PolynomialFilter
 
 __all__ = [
+    "ASCENTS",
     "SAM",
     "USAM",
     "AdamW",
+    "AscentFilter",
     "Filter",
     "HeavyBall",
     "HessianUSAM",

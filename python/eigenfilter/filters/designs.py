@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from typing import Any
 
-from eigenfilter.filters.methods import SAM, USAM, HeavyBall, HessianUSAM, Nesterov, TwoStepUSAM
+from eigenfilter.filters.methods import ASCENTS, AscentFilter, HeavyBall, Nesterov
 from eigenfilter.filters.stability import PolynomialFilter, real_roots
 
-# Coefficients of p(lambda) / lambda in s = rho lambda^power, lowest power first, and the power.
-_IN_RHO: Mapping[tuple[str, str], tuple[tuple[float, ...], int]] = {
-    ("usam", ""): ((1.0, 1.0), 1),
-    ("sam", ""): ((1.0, 1.0), 1),
-    ("two_step_usam", "sequential"): ((1.0, 2.0, 1.0), 1),
-    ("two_step_usam", "anchored"): ((1.0, 1.0, 1.0), 1),
-    ("hessian_usam", ""): ((1.0, 1.0), 2),
-}
-METHODS = ("sgd", "usam", "sam", "two_step_usam", "hessian_usam")
+METHODS = ("sgd", *ASCENTS)
 
 
 def design(
@@ -61,27 +53,23 @@ def design(
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if not 0 < max_eigenvalue < math.inf:
         raise ValueError(f"max_eigenvalue must be positive and finite, got {max_eigenvalue}")
-    if ascent is not None and method != "two_step_usam":
-        raise ValueError(f"ascent is an argument of two_step_usam, not of {method}")
-    if grad_norm is not None and method != "sam":
-        raise ValueError(f"grad_norm is an argument of sam, not of {method}")
-    ascent = "sequential" if ascent is None else ascent
-    rest = (momentum, dampening, weight_decay)
+    theory = ASCENTS.get(method)
+    own = {"ascent": ascent, "grad_norm": grad_norm}
+    options: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    for name in options:
+        if theory is None or not theory.needs(name):
+            owner = next(each for each, cls in ASCENTS.items() if cls.needs(name))
+            raise ValueError(f"{name} is an argument of {owner}, not of {method}")
+    if theory is not None and theory.needs("grad_norm") and grad_norm is None:
+        raise ValueError("SAM's edge moves with the gradient's norm: give grad_norm")
 
     def build(lr: float, rho: float) -> PolynomialFilter:
-        if method == "sgd":
-            return (Nesterov if nesterov else HeavyBall)(lr, *rest)
-        if method == "usam":
-            return USAM(lr, *rest, rho=rho, nesterov=nesterov)
-        if method == "sam":
-            if grad_norm is None:
-                raise ValueError("SAM's edge moves with the gradient's norm: give grad_norm")
-            return SAM(lr, *rest, rho=rho, nesterov=nesterov, grad_norm=grad_norm)
-        if method == "two_step_usam":
-            return TwoStepUSAM(lr, *rest, rho=rho, nesterov=nesterov, ascent=ascent)
-        return HessianUSAM(lr, *rest, rho=rho, nesterov=nesterov)
+        rest = (lr, momentum, dampening, weight_decay)
+        if theory is None:
+            return (Nesterov if nesterov else HeavyBall)(*rest)
+        return theory(*rest, rho=rho, nesterov=nesterov, **options)
 
-    if method == "sgd":
+    if theory is None:
         if lr is not None or rho is not None:
             raise ValueError("sgd has no rho: give neither lr nor rho to get the lr")
         rho = 0.0
@@ -106,7 +94,8 @@ def design(
             f"lr = {lr:g} alone puts the edge below {max_eigenvalue:g}: take lr <= {highest}, "
             "and a rho to it"
         )
-    poly, power = _IN_RHO[method, ascent if method == "two_step_usam" else ""]
-    root = max(real_roots((poly[0] - ratio, *poly[1:])), default=0.0)
-    radius = max(root, 0.0) / max_eigenvalue**power
-    return radius * (grad_norm or 1.0) if method == "sam" else radius
+    unit = build(1.0, 1.0)
+    assert isinstance(unit, AscentFilter)
+    a, b, power = unit.terms
+    root = max(real_roots((1.0 - ratio, a, b) if b else (1.0 - ratio, a)), default=0.0)
+    return max(root, 0.0) / max_eigenvalue**power / unit.radius

@@ -1,19 +1,19 @@
-"""One class for each method, and the filters of a live optimizer.
+"""One class for each method, which carries the method's theory.
 
-A method defines its polynomial p; `PolynomialFilter` derives the rest.
+A method with ascents states its name, its gradients a step, and p by the terms of `Ascents`; the
+filter, the design of rho, the certificate and the command line follow from these.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import ClassVar, NamedTuple
 
-from eigenfilter.filters.adamw import AdamW
-from eigenfilter.filters.stability import Filter, PolynomialFilter, check_field
+from eigenfilter.filters.stability import PolynomialFilter, check_field
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,76 @@ class Nesterov(HeavyBall):
     nesterov: bool = field(default=True, init=False, repr=False)
 
 
+class Terms(NamedTuple):
+    """p of a method with ascents: p(lambda) = lambda (1 + a s + b s^2) with s = r lambda^power.
+
+    The radius r is rho, or rho / G for a method that normalizes the gradient, whose norm is G.
+    """
+
+    a: float
+    b: float = 0.0
+    power: int = 1
+
+
 @dataclass(frozen=True)
-class USAM(PolynomialFilter):
+class AscentFilter(PolynomialFilter):
+    """The filter of a method that takes ascents before the gradient of its descent.
+
+    With rho = 0 it is heavy ball's (Nesterov's with `nesterov`).
+
+    Args:
+        rho: step size of the ascents, at least 0. The others are those of `PolynomialFilter`.
+        nesterov: whether the momentum is Nesterov's instead of heavy ball.
+
+    Attributes:
+        method: name of the method.
+        title: name of the method in text.
+        gradients: number of gradients a step, of which a Hessian-vector product counts as one.
+        forms: values of the argument `ascent`, if the method has several forms.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    method: ClassVar[str]
+    title: ClassVar[str]
+    gradients: ClassVar[int]
+    forms: ClassVar[tuple[str, ...]] = ()
+
+    _: KW_ONLY
+    rho: float
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "rho", 0.0, math.inf)
+
+    @classmethod
+    def needs(cls, name: str) -> bool:
+        """Whether the filter has an argument of this name, such as "grad_norm" or "ascent"."""
+        return any(f.name == name for f in fields(cls))
+
+    @property
+    @abstractmethod
+    def terms(self) -> Terms:
+        """The terms of p."""
+
+    @property
+    def radius(self) -> float:
+        """The radius r."""
+        return self.rho
+
+    @property
+    def ascending_coefficients(self) -> tuple[float, ...]:
+        a, b, power = self.terms
+        coefficients = [0.0, 1.0, *[0.0] * (power - 1), a * self.radius]
+        if b:
+            coefficients += [*[0.0] * (power - 1), b * self.radius * self.radius]
+        return tuple(coefficients)
+
+
+@dataclass(frozen=True)
+class USAM(AscentFilter):
     """Unnormalized SAM: d(x) = grad f(x + rho grad f(x)), p(lambda) = lambda (1 + rho lambda).
 
     Since p is a parabola, the admitted set has two intervals at weight decay 0: one from 0 to the
@@ -70,21 +138,17 @@ class USAM(PolynomialFilter):
     [(-27.321, -20.0), (0.0, 7.321)]
     """
 
-    _: KW_ONLY
-    rho: float
-    nesterov: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_field(self, "rho", 0.0, math.inf)
+    method = "usam"
+    title = "USAM"
+    gradients = 2
 
     @property
-    def ascending_coefficients(self) -> tuple[float, ...]:
-        return (0.0, 1.0, self.rho)
+    def terms(self) -> Terms:
+        return Terms(1.0)
 
 
 @dataclass(frozen=True)
-class TwoStepUSAM(PolynomialFilter):
+class TwoStepUSAM(AscentFilter):
     """Two-step USAM, with two ascents before the gradient.
 
     "sequential": p(lambda) = lambda (1 + rho lambda)^2, "anchored": p(lambda) = lambda (1 + rho
@@ -105,25 +169,26 @@ class TwoStepUSAM(PolynomialFilter):
     12.71
     """
 
+    method = "two_step_usam"
+    title = "two-step USAM"
+    gradients = 3
+    forms = ("sequential", "anchored")
+
     _: KW_ONLY
-    rho: float
     ascent: str = "sequential"
-    nesterov: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self, "rho", 0.0, math.inf)
-        if self.ascent not in ("sequential", "anchored"):
+        if self.ascent not in self.forms:
             raise ValueError(f'ascent must be "sequential" or "anchored", got {self.ascent!r}')
 
     @property
-    def ascending_coefficients(self) -> tuple[float, ...]:
-        middle = 2.0 if self.ascent == "sequential" else 1.0
-        return (0.0, 1.0, middle * self.rho, self.rho * self.rho)
+    def terms(self) -> Terms:
+        return Terms(2.0 if self.ascent == "sequential" else 1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class HessianUSAM(PolynomialFilter):
+class HessianUSAM(AscentFilter):
     """Hessian USAM: d(x) = grad f(x + rho H grad f(x)), p(lambda) = lambda (1 + rho lambda^2).
 
     p is odd and increasing: at weight decay 0 the admitted set is one interval from 0 to the edge,
@@ -142,17 +207,13 @@ class HessianUSAM(PolynomialFilter):
     13.16
     """
 
-    _: KW_ONLY
-    rho: float
-    nesterov: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_field(self, "rho", 0.0, math.inf)
+    method = "hessian_usam"
+    title = "Hessian USAM"
+    gradients = 3
 
     @property
-    def ascending_coefficients(self) -> tuple[float, ...]:
-        return (0.0, 1.0, 0.0, self.rho)
+    def terms(self) -> Terms:
+        return Terms(1.0, power=2)
 
 
 @dataclass(frozen=True)
@@ -175,6 +236,9 @@ class SAM(USAM):
     True
     """
 
+    method = "sam"
+    title = "SAM"
+
     _: KW_ONLY
     grad_norm: float
 
@@ -183,122 +247,11 @@ class SAM(USAM):
         check_field(self, "grad_norm", sys.float_info.min, math.inf)
 
     @property
-    def ascending_coefficients(self) -> tuple[float, ...]:
-        return (0.0, 1.0, self.rho / self.grad_norm)
+    def radius(self) -> float:
+        return self.rho / self.grad_norm
 
 
-class _Optimizer(Protocol):
-    @property
-    def param_groups(self) -> list[dict[str, Any]]: ...
-
-
-def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
-    """The filters of a live optimizer at its present hyperparameters, one per param group.
-
-    Each is the filter of its group trained alone. If several groups differ, the filter of the whole
-    model composes them and is not their union. A group with rho = 0 is heavy ball or Nesterov. The
-    filter of a group with `maximize` is in eigenvalues of f, which are those of -f negated.
-
-    Args:
-        opt: an optimizer of eigenfilter, torch.optim.SGD, AdamW, or Adam without decay, or
-            `SharpnessAware` around one of torch's. AdamW's filters concern the preconditioned
-            Hessian, with its ascent if it takes one: see `AdamW`.
-        grad_norm: gradient norm for which SAM's edge is computed, greater than 0; see `SAM`.
-
-    Raises:
-        TypeError: the optimizer has no known filter, as ASAM, or is SAM without grad_norm.
-        ValueError: a group holds a value outside its range.
-    """
-    method = _method(opt)
-    if method == "adamw":
-        return [_adamw(group) for group in opt.param_groups]
-    if method == "sam":
-        return _sam(opt, grad_norm)
-    build = _BUILDERS.get(method)
-    if build is None:
-        known = ", ".join(map(repr, sorted(_BUILDERS)))
-        inner = type(getattr(opt, "base_optimizer", None))
-        around = "" if inner is type(None) else f" around {inner.__name__}"
-        raise TypeError(
-            f"no filter is known for {type(opt).__name__}{around}; supported are torch.optim's "
-            "SGD, AdamW and Adam without decay, SharpnessAware around these, and eigenfilter's "
-            f"optimizers with method 'sam', {known}"
-        )
-    return [build(group, opt) for group in opt.param_groups]
-
-
-def _method(opt: _Optimizer) -> str:
-    """Name of the method, or "" if unknown.
-
-    The class states it. A `SharpnessAware` around torch's SGD has the name of its ascent.
-    """
-    for cls in type(opt).__mro__:
-        known = _BY_CLASS.get((cls.__module__, cls.__name__))
-        if known == "wrapper":
-            base = _method(opt.base_optimizer)  # type: ignore[attr-defined]
-            ascent: str = opt.method  # type: ignore[attr-defined]
-            return {"sgd": ascent, "adamw": "adamw"}.get(base, "")
-        if known is not None:
-            return known
-    method = getattr(type(opt), "method", "")
-    return method if method == "sam" or method in _BUILDERS else ""
-
-
-def _adamw(group: Mapping[str, Any]) -> Filter:
-    if group.get("amsgrad"):
-        raise TypeError("no filter is known for AMSGrad, whose preconditioner differs")
-    if float(group["weight_decay"]) != 0.0 and not group.get("decoupled_weight_decay", True):
-        raise TypeError("no filter is known for Adam whose gradient has the decay: use AdamW")
-    names = ("lr", "weight_decay", "maximize")
-    return AdamW(beta1=group["betas"][0], **{name: group[name] for name in names})
-
-
-def _sam(opt: _Optimizer, grad_norm: float | None) -> list[Filter]:
-    if getattr(opt, "adaptive", False):
-        raise TypeError("no filter is known for ASAM, whose ascent is scaled by the parameters")
-    if grad_norm is None:
-        raise TypeError(
-            "SAM has no filter without a gradient norm, with which its edge moves: give grad_norm, "
-            "or use filters.SAM(lr, ..., rho=rho, grad_norm=norm)"
-        )
-    build = _ascending(partial(SAM, grad_norm=grad_norm))
-    return [build(group, opt) for group in opt.param_groups]
-
-
-def _common(group: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("lr", "momentum", "dampening", "weight_decay", "maximize")
-    return {name: group[name] for name in names}
-
-
-def _sgd(group: Mapping[str, Any], opt: _Optimizer) -> Filter:
-    return Nesterov(**_common(group)) if group["nesterov"] else HeavyBall(**_common(group))
-
-
-def _ascending(
-    build: Callable[..., Filter], *attributes: str
-) -> Callable[[Mapping[str, Any], _Optimizer], Filter]:
-    """A function that builds the filter of a method with rho from a group and its optimizer."""
-
-    def build_one(group: Mapping[str, Any], opt: _Optimizer) -> Filter:
-        if float(group["rho"]) == 0.0:
-            return _sgd(group, opt)
-        more = {name: getattr(opt, name) for name in attributes}
-        return build(**_common(group), rho=group["rho"], nesterov=group["nesterov"], **more)
-
-    return build_one
-
-
-_BY_CLASS: Mapping[tuple[str, str], str] = {
-    ("torch.optim.sgd", "SGD"): "sgd",
-    ("torch.optim.adam", "Adam"): "adamw",
-    ("torch.optim.adamw", "AdamW"): "adamw",
-    ("eigenfilter.optimizers.adamw", "AdamW"): "adamw",
-    ("eigenfilter.optimizers.wrapper", "SharpnessAware"): "wrapper",
+ASCENTS: Mapping[str, type[AscentFilter]] = {
+    cls.method: cls for cls in (USAM, SAM, TwoStepUSAM, HessianUSAM)
 }
-
-_BUILDERS: Mapping[str, Callable[[Mapping[str, Any], _Optimizer], Filter]] = {
-    "sgd": _sgd,
-    "usam": _ascending(USAM),
-    "two_step_usam": _ascending(TwoStepUSAM, "ascent"),
-    "hessian_usam": _ascending(HessianUSAM),
-}
+"""The methods that take ascents, by name."""

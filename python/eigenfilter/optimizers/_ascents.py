@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
+from eigenfilter.filters import ASCENTS, AscentFilter
 from eigenfilter.kernels.conventions import power_of_two
 from eigenfilter.optimizers._amp import AmpState
 from eigenfilter.optimizers._buckets import BucketSlice, Gradients, ParamBucket
@@ -21,6 +22,19 @@ Run = Callable[..., None]
 
 TINY = 1e-12
 """Added to a norm that divides, as the common implementations of SAM do: 0 / 0 is then 0."""
+
+
+class Landscape(Protocol):
+    """f over all data, near the present parameters."""
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Return grad f(x) [n] for x [n]."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Return H v [n] at the present parameters for v [n]."""
+
+    def norm(self, v: Tensor) -> float:
+        """Return the length of v [n]."""
 
 
 class Ascent:
@@ -39,6 +53,28 @@ class Ascent:
     count = 0
     needs_norm = False
     needs_zero_gradients = False
+
+    @property
+    def theory(self) -> type[AscentFilter] | None:
+        """The class of the method's filter; None where none is known, or there is no ascent."""
+        return ASCENTS.get(self.method)
+
+    @property
+    def filter_options(self) -> dict[str, Any]:
+        """The arguments of the filter that the ascents decide."""
+        return {}
+
+    def end(self, f: Landscape, x: Tensor, g: Tensor, rho: Tensor, sign: Tensor) -> Tensor:
+        """Return the point [n] to which the ascents lead, where the gradient is taken.
+
+        Args:
+            f: the function.
+            x: parameters [n].
+            g: grad f(x) [n].
+            rho: radius of each parameter [n].
+            sign: -1 where f is maximized, else 1 [n].
+        """
+        return x
 
     def prepare(
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState

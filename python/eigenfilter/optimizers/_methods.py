@@ -1,4 +1,4 @@
-"""The ascents by name, for the optimizers that have a `method` argument."""
+"""The methods by name: their ascents, and the optimizers whose update is SGD's."""
 
 from __future__ import annotations
 
@@ -6,17 +6,38 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from eigenfilter.optimizers._ascents import Ascent
-from eigenfilter.optimizers.hessian_usam import hessian_usam_ascent
-from eigenfilter.optimizers.sam import SAMAscent
-from eigenfilter.optimizers.two_step_usam import TwoStepUSAMAscent
-from eigenfilter.optimizers.usam import USAMAscent
+from eigenfilter.optimizers._base import EigenfilterOptimizer
+from eigenfilter.optimizers.hessian_usam import HessianUSAM, hessian_usam_ascent
+from eigenfilter.optimizers.sam import SAM, SAMAscent
+from eigenfilter.optimizers.sgd import SGD
+from eigenfilter.optimizers.two_step_usam import TwoStepUSAM, TwoStepUSAMAscent
+from eigenfilter.optimizers.usam import USAM, USAMAscent
 
 METHODS: Mapping[str, Callable[..., Ascent]] = {
-    "usam": USAMAscent,
-    "sam": SAMAscent,
-    "two_step_usam": TwoStepUSAMAscent,
-    "hessian_usam": hessian_usam_ascent,
+    USAM.method: USAMAscent,
+    SAM.method: SAMAscent,
+    TwoStepUSAM.method: TwoStepUSAMAscent,
+    HessianUSAM.method: hessian_usam_ascent,
 }
+
+OPTIMIZERS: Mapping[str, Callable[..., EigenfilterOptimizer]] = {
+    cls.method: cls for cls in (SGD, USAM, SAM, TwoStepUSAM, HessianUSAM)
+}
+
+VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {"asam": (SAM.method, {"adaptive": True})}
+"""Names that stand for a method with options."""
+
+NAMES = tuple(
+    name
+    for method in METHODS
+    for name in (method, *(each for each, (of, _) in VARIANTS.items() if of == method))
+)
+"""The methods, each followed by its variants."""
+
+
+def method_and_options(name: str) -> tuple[str, Mapping[str, Any]]:
+    """The method and the options that one of `NAMES` stands for."""
+    return VARIANTS.get(name, (name, {}))
 
 
 def ascent_of(method: str, **options: Any) -> Ascent:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eigenfilter import _callers, _core, _distributed
 from eigenfilter.optimizers._amp import AmpState
-from eigenfilter.optimizers._ascents import TINY, Ascent, Run, total_norms
+from eigenfilter.optimizers._ascents import TINY, Ascent, Landscape, Run, total_norms
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._buckets import BucketSlice, Gradients, ParamBucket, conform_if_needed
 from eigenfilter.optimizers._descents import SGDDescent
@@ -29,7 +29,18 @@ WITHOUT_GRAPH = (
 _SLICE = 2**16  # elements that are multiplied in float64 at a time
 
 
-class FiniteDifferenceAscent(Ascent):
+class HessianUSAMAscent(Ascent):
+    """An ascent along rho H g, by either way to the product."""
+
+    method = "hessian_usam"
+    needs_zero_gradients = True
+
+    def end(self, f: Landscape, x: Tensor, g: Tensor, rho: Tensor, sign: Tensor) -> Tensor:
+        ascending = (rho != 0).to(g.dtype)
+        return x + rho * (ascending * f.matvec(ascending * g))
+
+
+class FiniteDifferenceAscent(HessianUSAMAscent):
     """H g from two gradients: a small step along g first, then rho H g from x.
 
     The step is eps = c (1 + ||x||) / ||g||, with c the square root of the parameters' machine
@@ -40,10 +51,8 @@ class FiniteDifferenceAscent(Ascent):
     another size shows that the two gradients do not belong to one function.
     """
 
-    method = "hessian_usam"
     count = 2
     needs_norm = True
-    needs_zero_gradients = True
 
     _CHECKED_STEPS = 10  # steps at the beginning: reading a loss waits for its device
     _FACTOR = 10.0  # times that rise is allowed: another batch changes the loss far more
@@ -180,12 +189,10 @@ class FiniteDifferenceAscent(Ascent):
         return float(coarsest**0.5)
 
 
-class AutogradAscent(Ascent):
+class AutogradAscent(HessianUSAMAscent):
     """H g by a second backward pass through the graph of the gradient."""
 
-    method = "hessian_usam"
     count = 1
-    needs_zero_gradients = True
 
     def __init__(self) -> None:
         self._differentiable = False  # whether a graph was searched for nodes without a derivative
@@ -408,7 +415,7 @@ class HessianUSAM(EigenfilterOptimizer):
 
 def hessian_usam_ascent(
     *, hvp: str = "finite_difference", fd_step: float | None = None
-) -> FiniteDifferenceAscent | AutogradAscent:
+) -> HessianUSAMAscent:
     """The ascent that takes the product in the way `hvp` names."""
     if hvp == "finite_difference":
         return FiniteDifferenceAscent(fd_step)

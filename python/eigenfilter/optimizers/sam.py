@@ -8,8 +8,16 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from eigenfilter.filters import AscentFilter
 from eigenfilter.optimizers._amp import AmpState
-from eigenfilter.optimizers._ascents import TINY, Ascent, Run, signed_rho, total_norms
+from eigenfilter.optimizers._ascents import (
+    TINY,
+    Ascent,
+    Landscape,
+    Run,
+    signed_rho,
+    total_norms,
+)
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._buckets import BucketSlice, Gradients, conform_if_needed
 from eigenfilter.optimizers._descents import SGDDescent
@@ -27,6 +35,15 @@ class SAMAscent(Ascent):
     def __init__(self, *, adaptive: bool = False) -> None:
         self.adaptive = adaptive
         self._norms: dict[torch.device, Tensor | float] = {}
+
+    @property
+    def theory(self) -> type[AscentFilter] | None:
+        return None if self.adaptive else super().theory
+
+    def end(self, f: Landscape, x: Tensor, g: Tensor, rho: Tensor, sign: Tensor) -> Tensor:
+        weights = x if self.adaptive else torch.ones_like(x)
+        norm = f.norm(weights * g * (rho != 0))
+        return x + sign * rho * weights.square() * g / norm if norm else x
 
     def prepare(
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState

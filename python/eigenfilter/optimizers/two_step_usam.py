@@ -7,7 +7,8 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from eigenfilter.optimizers._ascents import Ascent, Run, signed_rho
+from eigenfilter.filters import TwoStepUSAM as TwoStep
+from eigenfilter.optimizers._ascents import Ascent, Landscape, Run, signed_rho
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._buckets import BucketSlice
 from eigenfilter.optimizers._descents import SGDDescent
@@ -22,9 +23,17 @@ class TwoStepUSAMAscent(Ascent):
     count = 2
 
     def __init__(self, *, ascent: str = "sequential") -> None:
-        if ascent not in ("sequential", "anchored"):
+        if ascent not in TwoStep.forms:
             raise ValueError(f'ascent must be "sequential" or "anchored", and is {ascent!r}')
         self.ascent = ascent
+
+    @property
+    def filter_options(self) -> dict[str, Any]:
+        return {"ascent": self.ascent}
+
+    def end(self, f: Landscape, x: Tensor, g: Tensor, rho: Tensor, sign: Tensor) -> Tensor:
+        y = x + sign * rho * g
+        return (x if self.ascent == "anchored" else y) + sign * rho * f.gradient(y)
 
     def starts_from_x(self, index: int) -> bool:
         return self.ascent == "anchored"

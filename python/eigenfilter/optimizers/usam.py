@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from eigenfilter.optimizers._ascents import Ascent, Run, signed_rho
+from eigenfilter.optimizers._ascents import Ascent, Landscape, Run, signed_rho
 from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers._buckets import BucketSlice
 from eigenfilter.optimizers._descents import SGDDescent
@@ -20,6 +20,9 @@ class USAMAscent(Ascent):
 
     method = "usam"
     count = 1
+
+    def end(self, f: Landscape, x: Tensor, g: Tensor, rho: Tensor, sign: Tensor) -> Tensor:
+        return x + sign * rho * g
 
     def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
