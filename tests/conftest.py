@@ -85,7 +85,8 @@ def run_distributed() -> Iterator[RunDistributed]:
     A call with the same function and arguments is not run again: it returns a copy of the results,
     or fails as before, so several tests may look at one scenario. Processes are started once for
     each n and are replaced after a failure. Before each call they reset what torch has once for
-    each process: the seed, one thread, the default dtype. Warnings are errors.
+    each process: the seed, one thread, the default dtype. Warnings are errors, unless `fn` filters
+    them: its filters end with it.
     """
     pools = ProcessPools()
     yield pools.run
