@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ RunDistributed = Callable[..., list[Any]]
 
 START_LIMIT = 180.0  # seconds until the processes have imported torch and formed their group
 CALL_LIMIT = 120.0  # seconds for one call, in which the slowest takes two
+END_LIMIT = 30.0  # seconds for the processes to end in
 GRACE = 3.0  # seconds for the other processes to report too once one of them has failed
 
 
@@ -72,8 +73,8 @@ class Function(NamedTuple):
 class ProcessPools:
     """One pool for each number of processes, and the results of all calls so far."""
 
-    def __init__(self, limit: float = CALL_LIMIT) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
+        self.limit = CALL_LIMIT
         self._pools: dict[int, Pool] = {}
         self._results: dict[Any, list[bytes] | str] = {}
 
@@ -89,11 +90,11 @@ class ProcessPools:
 
     def _call(self, fn: Callable[..., Any], n: int, args: tuple[Any, ...]) -> list[bytes] | str:
         """Return what each process returned, pickled, or the failure in words."""
-        message = pickle.dumps((Function.of(fn), args))
+        message = pickle.dumps((self.limit, Function.of(fn), args))
         try:
             if n not in self._pools:
-                self._pools[n] = Pool(n, self._limit)
-            return self._pools[n].call(message)
+                self._pools[n] = Pool(n)
+            return self._pools[n].call(message, self.limit)
         except ProcessFailure as failure:
             self._discard(n)
             return f"{fn.__qualname__}{args} of {fn.__module__}: {failure}"
@@ -124,16 +125,15 @@ class ProcessFailure(Exception):
 class Pool:
     """Processes that share a process group."""
 
-    def __init__(self, n: int, limit: float) -> None:
-        self._limit = limit
+    def __init__(self, n: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="run_distributed_")
         self._processes = []
         self._connections: list[Connection] = []
         context = multiprocessing.get_context("spawn")
         for rank in range(n):
             ours, theirs = context.Pipe()
-            place = rank, n, self._folder.name
-            process = context.Process(target=serve, args=(*place, limit, theirs), daemon=True)
+            args = rank, n, self._folder.name, theirs
+            process = context.Process(target=serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -144,10 +144,10 @@ class Pool:
             self.kill()
             raise
 
-    def call(self, message: bytes) -> list[bytes]:
+    def call(self, message: bytes, limit: float) -> list[bytes]:
         """Return the replies of all processes, by rank; a ProcessFailure says which failed."""
         self._send(message)
-        return self._replies(self._limit)
+        return self._replies(limit)
 
     def _send(self, message: bytes) -> None:
         for connection in self._connections:
@@ -196,7 +196,7 @@ class Pool:
         """End the processes; return their exit codes, None for one that had to be killed."""
         self._send(b"")
         for process in self._processes:
-            process.join(START_LIMIT)
+            process.join(END_LIMIT)
         codes = [process.exitcode for process in self._processes]
         self.kill()
         return codes
@@ -210,7 +210,7 @@ class Pool:
         self._folder.cleanup()
 
 
-def serve(rank: int, n: int, folder: str, limit: float, connection: Connection) -> NoReturn:
+def serve(rank: int, n: int, folder: str, connection: Connection) -> NoReturn:
     """Call functions in one of the processes until the message is empty, or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # upon Ctrl-C the parent ends this process
     with Path(folder, f"{rank}.log").open("w") as log:
@@ -218,25 +218,26 @@ def serve(rank: int, n: int, folder: str, limit: float, connection: Connection) 
         store = dist.FileStore(str(Path(folder, "store")), n)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
         connection.send_bytes(pickle.dumps((True, b"")))
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, ConnectionError):
             while message := connection.recv_bytes():
-                faulthandler.dump_traceback_later(limit, file=log)
-                connection.send_bytes(pickle.dumps(reply(message, rank)))
-                faulthandler.cancel_dump_traceback_later()
+                connection.send_bytes(pickle.dumps(reply(message, rank, log)))
         leave()
 
 
-def reply(message: bytes, rank: int) -> tuple[bool, bytes | str]:
+def reply(message: bytes, rank: int, log: IO[str]) -> tuple[bool, bytes | str]:
     """Call the function of a message; return whether it succeeded, and its result or traceback."""
     try:
-        function, args = pickle.loads(message)
+        limit, function, args = pickle.loads(message)
+        faulthandler.dump_traceback_later(limit, file=log)
         fn = function.load()
         with fresh_state():
             result = fn(rank, *args)
             dist.barrier()  # a collective that another rank does not take part in fails here
         return True, pickle.dumps(result)
-    except Exception:
+    except BaseException:  # to which pytest's own failures belong
         return False, traceback.format_exc()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextlib.contextmanager
