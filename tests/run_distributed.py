@@ -31,7 +31,7 @@ import torch.distributed as dist
 RunDistributed = Callable[..., list[Any]]
 
 START_LIMIT = 180.0  # seconds until the processes have imported torch and formed their group
-CALL_LIMIT = 120.0  # seconds for one call, in which the slowest takes two
+CALL_LIMIT = 120.0  # seconds for one call
 END_LIMIT = 30.0  # seconds for the processes to end in
 GRACE = 3.0  # seconds for the other processes to report too once one of them has failed
 
