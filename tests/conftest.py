@@ -18,6 +18,7 @@ import torch
 
 import backends
 from cases import DTYPES
+from run_distributed import ProcessPools, RunDistributed
 
 # What a shell runs in the background ignores Ctrl-C, and so would the processes of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,6 +76,26 @@ def _select_those_of_the_backend(config: pytest.Config, items: list[pytest.Item]
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(20)
+
+
+@pytest.fixture(scope="session")
+def run_distributed() -> Iterator[RunDistributed]:
+    """Call a function in several processes that share a Gloo process group.
+
+    `results = run_distributed(fn, n, *args)` calls `fn(rank, *args)` in each of n processes and
+    returns the n results. `fn` stands at the top level of a test's module; its results, and its
+    arguments, which must be hashable, can be pickled. If it raises in a process, or a process ends
+    or takes too long, the test fails with the ranks and tracebacks.
+
+    A call with the same function and arguments is not run again: it returns a copy of the results,
+    or fails as before, so several tests may look at one scenario. Processes are started once for
+    each n and are replaced after a failure. Before each call they reset what torch has once for
+    each process: the seed, one thread, the default dtype. Warnings are errors, unless `fn` filters
+    them: its filters end with it.
+    """
+    pools = ProcessPools()
+    yield pools.run
+    pools.close()
 
 
 @pytest.fixture

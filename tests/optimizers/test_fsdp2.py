@@ -1,0 +1,228 @@
+"""FSDP2 (`fully_shard`) in two processes is the single process's run, and both skip together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import eigenfilter as ef
+from optimizers.distributed_problem import (
+    OPTIMIZERS,
+    SETTINGS,
+    STEPS,
+    WORLD,
+    batch,
+    descent_norm_alone,
+    error_message,
+    evaluation,
+    full,
+    network,
+    share,
+    train,
+    train_alone,
+)
+from run_distributed import RunDistributed
+
+pytestmark = pytest.mark.distributed
+
+
+def sharded(**options: Any) -> nn.Sequential:
+    """The network under FSDP2: a group for each layer, one for the whole."""
+    model = network()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def train_shards(rank: int) -> list[Tensor]:
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    params = train(opt, model, share(rank))
+    assert all(s["momentum_buffer"].placements for s in opt.state.values())
+    return params
+
+
+def go_forward_before_the_move(rank: int) -> list[Tensor]:
+    """A forward pass alone, between the gradient and the ascent, leaves parameters gathered."""
+    model = sharded(reshard_after_forward=False)
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    inputs, _ = batch(share(rank))
+    for _ in range(STEPS):
+        closure()
+        model(inputs)
+        while opt.ascend():
+            closure()
+        model(inputs)
+        opt.step()
+    return full(model.parameters())
+
+
+def load_a_checkpoint(rank: int) -> list[Tensor]:
+    """Saved and loaded by torch.distributed.checkpoint into a new optimizer, half way."""
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    for _ in range(STEPS // 2):
+        opt.step(closure)
+    opt.zero_grad()
+    saved = checkpoint.get_optimizer_state_dict(model, opt)
+    other = ef.USAM(model.parameters(), **SETTINGS | {"lr": 7.0})
+    checkpoint.set_optimizer_state_dict(model, other, saved)
+    closure = evaluation(other, model, share(rank))
+    for _ in range(STEPS - STEPS // 2):
+        other.step(closure)
+    return full(model.parameters())
+
+
+@pytest.mark.parametrize("scenario", [train_shards, go_forward_before_the_move, load_a_checkpoint])
+def test_the_single_processs_run(run_distributed: RunDistributed, scenario: Any) -> None:
+    first, second = run_distributed(scenario, 2)
+    torch.testing.assert_close(first, train_alone(), rtol=1e-12, atol=1e-12)
+    assert all(map(torch.equal, first, second))
+
+
+def train_gathered(rank: int, name: str) -> list[Tensor]:
+    """Backward leaves parameters gathered: after each of several ascents these are stale."""
+    model = sharded()
+    model.set_reshard_after_backward(False)
+    return train(OPTIMIZERS[name](model.parameters()), model, share(rank))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_single_processs_run_of_every_method(
+    run_distributed: RunDistributed, name: str
+) -> None:
+    first, second = run_distributed(train_gathered, 2, name)
+    rounding = 1e-7 if name == "difference" else 1e-12
+    expected = train_alone(OPTIMIZERS[name])
+    torch.testing.assert_close(first, expected, rtol=rounding, atol=rounding)
+    assert all(map(torch.equal, first, second))
+
+
+def test_rho_matters_in_that_run() -> None:
+    """By far more than what is tolerated: a gradient at the old point would show."""
+    others = train_alone(lambda params: ef.USAM(params, **SETTINGS | {"rho": 0.0}))
+    pairs = zip(train_alone(), others, strict=True)
+    assert min((a - b).abs().max() for a, b in pairs) > 1e-4
+
+
+def release_gradients(rank: int) -> str:
+    """Step with gradients that would be applied before they are reduced."""
+    model = sharded()
+    before = full(model.parameters())
+    opt = ef.SGD(model.parameters(), lr=0.1, release_gradients=True)
+    message = error_message(lambda: opt.step(evaluation(opt, model, share(rank))))
+    assert all(map(torch.equal, full(model.parameters()), before))
+    return message
+
+
+def test_released_gradients_are_refused_before_they_are_reduced(
+    run_distributed: RunDistributed,
+) -> None:
+    for message in run_distributed(release_gradients, 2):
+        assert "leave it False in a distributed job" in message
+
+
+def skip_by_one_shard(rank: int) -> dict[str, Any]:
+    """The element that is not finite lies in one process's shard: all skip."""
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
+    closure = evaluation(opt, model, share(rank))
+    before, counts, unchanged = full(model.parameters()), [], []
+    for spoilt in ("ascent", "descent", "neither"):
+        for phase in ("ascent", "descent"):
+            closure()
+            if phase == spoilt and rank == 0:
+                next(model.parameters()).grad.to_local()[1, 1] = torch.inf
+            opt.ascend() if phase == "ascent" else opt.step()
+        counts.append(opt.skipped)
+        unchanged.append(all(map(torch.equal, full(model.parameters()), before)))
+    return {"skipped": counts, "unchanged": unchanged, "params": full(model.parameters())}
+
+
+def test_all_skip_together(run_distributed: RunDistributed) -> None:
+    first, second = run_distributed(skip_by_one_shard, 2)
+    assert first["skipped"] == second["skipped"] == [1, 2, 2]
+    assert first["unchanged"] == second["unchanged"] == [True, True, False]
+    assert all(map(torch.equal, first["params"], second["params"]))
+
+
+def scale_losses(rank: int) -> dict[str, Any]:
+    """scaler.step looks at the local shard; what it finds has to stop every process."""
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    inputs, targets = batch(share(rank))
+    before, unchanged = full(model.parameters()), []
+    for spoilt in (True, False):
+        for phase in ("ascent", "descent"):
+            opt.zero_grad()
+            scaler.scale((model(inputs) - targets).square().mean()).backward()
+            if phase == "descent" and spoilt and rank == 0:
+                next(model.parameters()).grad.to_local()[1, 1] = torch.nan
+            opt.ascend(grad_scaler=scaler) if phase == "ascent" else scaler.step(opt)
+        scaler.update()
+        unchanged.append(all(map(torch.equal, full(model.parameters()), before)))
+    return {
+        "skipped": opt.skipped,
+        "unchanged": unchanged,
+        "scale": scaler.get_scale(),
+        "params": full(model.parameters()),
+    }
+
+
+def test_a_scaler_stops_every_process(run_distributed: RunDistributed) -> None:
+    first, second = run_distributed(scale_losses, 2)
+    assert first["skipped"] == second["skipped"] == 1
+    assert first["unchanged"] == second["unchanged"] == [True, False]
+    assert first["scale"] == second["scale"] == 32.0
+    assert all(map(torch.equal, first["params"], second["params"]))
+
+
+def restore(rank: int) -> bool:
+    """x and its loss are restored bit for bit: no copy of the perturbed point stays."""
+    model = sharded()
+    model.set_reshard_after_backward(False)
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    before = full(model.parameters())
+    loss = closure().item()
+    opt.ascend()
+    moved = closure().item()
+    opt.restore()
+    again = closure().item()
+    same = all(map(torch.equal, full(model.parameters()), before))
+    return same and loss == again and loss != moved
+
+
+def test_shards_are_restored(run_distributed: RunDistributed) -> None:
+    assert run_distributed(restore, 2) == [True, True]
+
+
+def clip(rank: int) -> dict[str, Any]:
+    """The norm is that of the whole gradient, not of a shard."""
+    model = sharded()
+    opt = ef.USAM(model.parameters(), **SETTINGS)
+    closure = evaluation(opt, model, share(rank))
+    closure()
+    opt.ascend()
+    closure()
+    total = opt.clip_grad_norm_(0.125)
+    (total,) = full([total])
+    grads = torch.cat([g.flatten() for g in full([p.grad for p in model.parameters()])])
+    return {"total": total.item(), "clipped": grads.norm().item()}
+
+
+def test_clipping_sees_the_whole_gradient(run_distributed: RunDistributed) -> None:
+    for result in run_distributed(clip, 2):
+        assert result["total"] == pytest.approx(descent_norm_alone(), rel=1e-10)
+        assert result["clipped"] == pytest.approx(0.125, rel=1e-4)
