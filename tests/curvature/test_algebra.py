@@ -13,6 +13,7 @@ from curvature.networks import OPERATORS, columns, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
 from eigenfilter.curvature.engines import NAMES
 from eigenfilter.curvature.operators import algebra
+from marks import rest_slow
 
 
 @pytest.mark.parametrize("engine", ["auto", "cached_graph", "finite_difference"])
@@ -88,7 +89,7 @@ def test_a_model_that_changes_between_columns() -> None:
         ("conv", torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("engine", [*NAMES, "auto"])
+@pytest.mark.parametrize("engine", rest_slow(["auto", *NAMES]))
 def test_a_model_in_half_precision(engine: str, half: torch.dtype, name: str) -> None:
     """Check against a float32 or float64 model with the same parameters and data."""
     model, x, target = make(name, torch.float32)

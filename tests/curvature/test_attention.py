@@ -20,6 +20,7 @@ from curvature.networks import OPERATORS, columns
 from curvature.networks import make as samples
 from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator
 from eigenfilter.curvature.engines import NAMES
+from marks import rest_slow
 
 LOGGER = "eigenfilter.curvature.loss.objective"
 SEQUENCES, LENGTH, WIDTH = 4, 5, 4
@@ -114,8 +115,8 @@ def in_math(kind: type[CurvatureOperator], *given: Any, mode: str = "eval") -> T
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("name", BODIES)
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("name", rest_slow(BODIES, 2))
+@pytest.mark.parametrize("kind", rest_slow(OPERATORS, 2))
 def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> None:
     """An engine is right or raises: forward mode does not repeat every dropout mask."""
     model, x, target = make(name)
@@ -249,7 +250,7 @@ def test_a_language_model(mode: str, reentrant: bool | None) -> None:
 
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
 @pytest.mark.parametrize("kind", OPERATORS)
-@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("dim", rest_slow([0, 1, None]))
 def test_weight_normalization(dim: int | None, kind: type[CurvatureOperator], engine: str) -> None:
     """The second derivative of torch's kernel is wrong: it is not even symmetric."""
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from curvature.networks import OPERATORS, columns, dense, make
 from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator
 from eigenfilter.curvature.engines import NAMES
+from marks import rest_slow
 
 LOGGER = "eigenfilter.curvature.engines.automatic"
 
@@ -153,7 +154,7 @@ def test_derivatives_inside_the_loss(kind: type[CurvatureOperator], engine: str)
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp", "gru", "lstm", "rnn"])
-@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.HuberLoss(), nn.SoftMarginLoss()])
+@pytest.mark.parametrize("loss_fn", rest_slow([nn.MSELoss(), nn.HuberLoss(), nn.SoftMarginLoss()]))
 @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
 def test_forward_mode_and_losses_of_constants(
     kind: type[CurvatureOperator], loss_fn: nn.Module, name: str

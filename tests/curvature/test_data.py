@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from curvature.networks import OPERATORS, columns, dense, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator, eigsh
 from eigenfilter.curvature.engines import NAMES
+from marks import rest_slow
 
 ENGINES = ["cached_graph", "per_pass_graph", "microbatched"]
 
@@ -43,7 +44,7 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 @pytest.mark.parametrize("engine", [*NAMES, "auto"])
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("kind", rest_slow(OPERATORS))
 def test_a_loader_with_a_small_last_batch(kind: type[CurvatureOperator], engine: str) -> None:
     """1,900 and 100 samples: the mean of the two batches' matrices would be far off."""
     first = 1900 if kind is HessianOperator else 95  # the others' dense matrices take long

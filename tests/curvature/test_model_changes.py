@@ -22,6 +22,7 @@ from eigenfilter.curvature import (
     eigsh,
 )
 from eigenfilter.curvature.engines import NAMES
+from marks import rest_slow
 
 
 def test_the_model_does_not_change() -> None:
@@ -158,7 +159,7 @@ def test_follows_the_model(change: Callable[[nn.Module, Tensor], None]) -> None:
 
 
 @pytest.mark.parametrize("engine", NAMES)
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("kind", rest_slow(OPERATORS))
 def test_every_engine_follows(kind: type[CurvatureOperator], engine: str) -> None:
     model, x, target = make("partial")
     op = kind(model, nn.CrossEntropyLoss(), (x, target), engine=engine)

@@ -12,13 +12,14 @@ from torch.nn.utils.parametrizations import spectral_norm
 from curvature.networks import OPERATORS, Partial, columns, dense, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator
 from eigenfilter.curvature.engines import NAMES
+from marks import rest_slow
 
 WHOLE = [name for name in NAMES if name != "microbatched"]
 
 
 @pytest.mark.parametrize("engine", [*WHOLE, "auto"])
 @pytest.mark.parametrize("name", ["conv_norm", "partial"])
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("kind", rest_slow(OPERATORS))
 def test_training_mode(kind: type[CurvatureOperator], name: str, engine: str) -> None:
     """Batch statistics are differentiated through, and dropout masks stay the same."""
     model, x, target = make(name)

@@ -18,6 +18,7 @@ from eigenfilter.curvature import (
     eigsh,
 )
 from eigenfilter.curvature.engines import NAMES
+from marks import rest_slow
 
 # Relative to the largest element. A difference with the step 6e-6 (1 + ||x||) leaves the square of
 # that times the third derivative's share, and the rounding of gradients over it.
@@ -37,7 +38,7 @@ def assert_close(result: Tensor, expected: Tensor, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", NAMES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", rest_slow(MODELS, 2))
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_blocks_and_vectors(kind: type[CurvatureOperator], name: str, engine: str) -> None:
     model, x, target = make(name)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from curvature.networks import OPERATORS, columns, make
 from eigenfilter.curvature import CurvatureOperator, HessianOperator
 from eigenfilter.curvature.engines.memory import graph_bytes
+from marks import rest_slow
 
 ENGINES = ["cached_graph", "per_pass_graph", "vmap", "finite_difference", "auto"]
 
@@ -34,7 +35,7 @@ class Recomputing(nn.Module):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("kind", rest_slow(OPERATORS))
 def test_products(kind: type[CurvatureOperator], mode: str, engine: str) -> None:
     """The model is in the other mode; dropout and batch normalization distinguish the two."""
     model, x, target = make("partial")

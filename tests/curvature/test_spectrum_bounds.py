@@ -49,6 +49,7 @@ def uniform(n: int) -> Tensor:
     return torch.linspace(-1, 1, n, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spectrum", "n", "k", "least"),
     [(spike, 60, 1, 0.6), (chebyshev, 60, 6, 0.0), (chebyshev, 100, 8, 0.0), (uniform, 40, 4, 0)],

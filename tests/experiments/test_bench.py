@@ -50,6 +50,7 @@ def test_a_folder_of_that_name_is_no_checkout(
     assert main(["bench", "--list"]) == 2
 
 
+@pytest.mark.slow
 def test_another_package_of_that_name_does_no_harm(tmp_path: Path) -> None:
     """In the current folder, which comes first in sys.path."""
     (tmp_path / "benchmarks").mkdir()

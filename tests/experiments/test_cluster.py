@@ -22,7 +22,7 @@ from eigenfilter.experiments.sweep.folders import folder_of
 from experiments.test_execution import DIVERGES, SHORT, at_work
 from experiments.test_train import SMALL, assert_same, lines, trainer_state
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 # Long, because what happens is heard of half a second later.
 LONG = Config(

@@ -124,6 +124,7 @@ def mutate(raw: bytes, draw: random.Random) -> bytes:
     return draw.choice(new)
 
 
+@pytest.mark.slow
 def test_mutated_bytes(stopped_run: StoppedRun, tmp_path: Path) -> None:
     """Half of the mutations are in the directory of the archive."""
     raw = (stopped_run.folder / "checkpoint.pt").read_bytes()
@@ -202,6 +203,7 @@ def changes(state: Any) -> Iterator[tuple[str, Any]]:
             )
 
 
+@pytest.mark.slow
 def test_changed_structures(stopped_run: StoppedRun, tmp_path: Path) -> None:
     """The test tries every twelfth change, and every deletion."""
     state = archives.read(stopped_run.folder / "checkpoint.pt")

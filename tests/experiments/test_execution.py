@@ -291,6 +291,7 @@ def eventually(question: Callable[[], bool]) -> bool:
     return question()
 
 
+@pytest.mark.slow
 def test_a_process_ends_when_who_started_it_is_killed(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "endless")
     with subprocess.Popen([sys.executable, "-c", ENDLESS.format(out=str(tmp_path))]) as started:

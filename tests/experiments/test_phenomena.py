@@ -25,6 +25,7 @@ from eigenfilter.experiments.phenomena.common import (
 )
 from eigenfilter.experiments.phenomena.sharpening import methods
 from experiments import folders
+from marks import rest_slow
 
 EDGE = 9.0  # gradient flow starts at a sharpness of 6 and passes 15
 
@@ -43,7 +44,7 @@ def make_setting(
     return PhenomenonSetting(load(*names), names, edge, 0, steps, deadline, folder)
 
 
-@pytest.mark.parametrize("method", methods(EDGE), ids=lambda method: method.name)
+@pytest.mark.parametrize("method", rest_slow(methods(EDGE)), ids=lambda method: method.name)
 def test_the_sharpness_rises_to_the_edge_and_stays(method, tmp_path: Path) -> None:
     run = train(make_setting(tmp_path, "tanh", "square", EDGE, 600), method)
     assert all(check.edge == pytest.approx(EDGE, rel=1e-9) for check in run.history)

@@ -30,7 +30,7 @@ from eigenfilter.experiments.processes import Processes, init_distributed
 from eigenfilter.experiments.trainer import Trainer
 from experiments.test_train import assert_same, lines, stop_after, trainer_state
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 MAIN = "of0"  # the folder of the process that leads
 WORLD = 3

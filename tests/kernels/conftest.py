@@ -24,10 +24,16 @@ def backend_params(*, reference: bool) -> list[object]:
     elif backends.INTERPRETED:
         choice = [KernelBackend("triton")]
     return [
-        pytest.param(backend, id=str(backend), marks=[pytest.mark.gpu] * (backend.device == "cuda"))
+        pytest.param(backend, id=str(backend), marks=_marks(backend))
         for backend in choice
         if reference or backend.name != "reference"
     ]
+
+
+def _marks(backend: KernelBackend) -> list[pytest.MarkDecorator]:
+    """The instruction sets that this machine does not choose are for `make test-all`."""
+    marks = [pytest.mark.gpu] if backend.device == "cuda" else []
+    return [*marks, pytest.mark.slow] if backend.isa not in ("", _core.isa()) else marks
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ def assert_script_succeeds(what: str, **environment: str) -> None:
     assert process.returncode == 0, process.stdout
 
 
+@pytest.mark.slow
 def test_kernels_and_optimizers_work_after_a_fork() -> None:
     assert_script_succeeds("main")
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from marks import rest_slow
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -93,7 +95,7 @@ EVERY_WIDE = [
 EVERY = [(kernel, dtype) for dtype in DTYPES for kernel in lists_of(dtype)]
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=rest_slow(sorted(TARGETS, key=lambda name: name != "sm_90")))
 def target(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
