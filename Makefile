@@ -58,7 +58,7 @@ demo: $(INSTALLED)
 
 # What a change has to pass at once: minutes on two processors. `make test-all` runs the rest, too.
 # A file's tests stay in one process, whose fixtures they share; the slowest are printed.
-PYTEST := -m pytest --numprocesses logical --dist loadfile --durations 10
+PYTEST := -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --durations 10
 test: $(TEST_TOOLS)
 	$(BIN)/python $(PYTEST) -m "not slow"
 
@@ -76,7 +76,7 @@ emulated: $(DEV_TOOLS)
 	$(BIN)/ninja -C $(EMULATED)
 
 test-emulated: emulated
-	tests/cuda_on_cpu/run.sh $(SANITIZER) $(PYTEST) $(EMULATED_TESTS)
+	tests/cuda_on_cpu/run.sh $(SANITIZER) $(PYTEST) --capture=sys $(EMULATED_TESTS)
 
 races:
 	$(MAKE) emulated SANITIZER=thread
@@ -98,7 +98,7 @@ $(OTHER_TRITON)/.installed: $(VENV)
 
 test-triton-launch: $(DEV_TOOLS) $(OTHER_TRITON)/.installed
 	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) EIGENFILTER_TEST_TRITON=$(TRITON) \
-		$(BIN)/python $(PYTEST) tests/kernels/test_triton_launch.py
+		$(BIN)/python -m pytest tests/kernels/test_triton_launch.py
 
 lint: $(DEV_TOOLS)
 	$(BIN)/ruff check

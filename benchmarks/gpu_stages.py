@@ -123,7 +123,7 @@ def tests() -> list[Command]:
     """The tests marked gpu: in 8 processes, each test at most 120 s, if the plugins are there."""
     options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={GATE_RESULTS / 'tests.xml'}"]
     if has("xdist"):
-        options += ["-n", "8"]
+        options += ["-n", "8", "--dist", "loadfile"]
     else:
         print("pytest-xdist is not installed: the tests run in one process")
     if has("pytest_timeout"):

@@ -83,8 +83,8 @@ def run_distributed() -> Iterator[RunDistributed]:
     """Call a function in several processes that share a Gloo process group.
 
     `results = run_distributed(fn, n, *args)` calls `fn(rank, *args)` in each of n processes and
-    returns the n results. `fn` stands at the top level of a test's module; its results, and its
-    arguments, which must be hashable, can be pickled. If it raises in a process, or a process ends
+    returns the n results. `fn` stands at the top level of a test's module; its results and its
+    arguments can be pickled. If it raises in a process, or a process ends
     or takes too long, the test fails with the ranks and tracebacks.
 
     A call with the same function and arguments is not run again: it returns a copy of the results,

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 
-def rest_slow(values: Iterable[Any], essential: int = 1) -> list[Any]:
-    """Return parameters of which `make test` runs the first ones, and `make test-all` the others.
+def rest_slow(values: Iterable[Any], *essential: Any) -> list[Any]:
+    """Return parameters of which `make test` runs some, and `make test-all` the others.
 
     Args:
         values: values of one parameter.
-        essential: how many of them `make test` runs.
+        essential: those that `make test` runs; by default the first value.
     """
-    marks = pytest.mark.slow
-    return [v if i < essential else pytest.param(v, marks=marks) for i, v in enumerate(values)]
+    every = list(values)
+    chosen = essential or every[:1]
+    assert all(value in every for value in chosen), f"{chosen} are not all among {every}"
+    slow = pytest.mark.slow
+    return [v if v in chosen else pytest.param(v, marks=slow) for v in every]

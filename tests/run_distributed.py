@@ -20,6 +20,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
@@ -80,7 +81,7 @@ class ProcessPools:
 
     def run(self, fn: Callable[..., Any], n: int, *args: Any) -> list[Any]:
         """See the fixture `run_distributed`."""
-        key = fn, n, args
+        key = fn, n, pickle.dumps(args)  # by equality 1 would stand for True
         if key not in self._results:
             self._results[key] = self._call(fn, n, args)
         results = self._results[key]
@@ -216,7 +217,9 @@ def serve(rank: int, n: int, folder: str, connection: Connection) -> NoReturn:
     with Path(folder, f"{rank}.log").open("w") as log:
         faulthandler.enable(log)
         store = dist.FileStore(str(Path(folder, "store")), n)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
+        # If the parent is killed, a collective that waits for a process that has ended fails.
+        patience = timedelta(seconds=2 * CALL_LIMIT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=patience)
         connection.send_bytes(pickle.dumps((True, b"")))
         with contextlib.suppress(EOFError, ConnectionError):
             while message := connection.recv_bytes():
@@ -242,7 +245,7 @@ def reply(message: bytes, rank: int, log: IO[str]) -> tuple[bool, bytes | str]:
 
 @contextlib.contextmanager
 def fresh_state() -> Iterator[None]:
-    """Let a call see nothing of those before it: the state of torch that is one per process."""
+    """Reset the seed, the number of threads, the default dtype, grad mode and warnings filters."""
     torch.manual_seed(20)  # as in the process of pytest
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import run_distributed as run_distributed_module
 from run_distributed import ProcessPools, RunDistributed
 
 pytestmark = pytest.mark.distributed
@@ -126,6 +127,35 @@ def test_an_error_in_one_process(pools: ProcessPools) -> None:
 def test_a_process_that_ends(pools: ProcessPools) -> None:
     message = failure(pools, end_in_one)
     assert "in rank 0 of 2: the process ended with exit code -9" in message
+
+
+def leave_with_an_error(rank: int) -> None:
+    atexit_code = 3 if rank == 1 else 0
+    run_distributed_module.leave = lambda: os._exit(atexit_code)
+
+
+def test_a_process_that_does_not_end_cleanly_is_reported() -> None:
+    pools = ProcessPools()
+    pools.run(leave_with_an_error, 2)
+    with pytest.raises(RuntimeError, match=r"exit codes \[0, 3\]"):
+        pools.close()
+
+
+def return_a_lock(rank: int) -> object:
+    return threading.Lock()
+
+
+def test_a_result_that_cannot_be_sent(pools: ProcessPools) -> None:
+    assert "cannot pickle" in failure(pools, return_a_lock)
+
+
+def test_equal_arguments_of_other_types_are_other_calls(run_distributed: RunDistributed) -> None:
+    assert run_distributed(type_of, 2, 1) == ["int", "int"]
+    assert run_distributed(type_of, 2, True) == ["bool", "bool"]
+
+
+def type_of(rank: int, value: object) -> str:
+    return type(value).__name__
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def tracking_table(tracks: Sequence[Json]) -> list[str]:
 
 
 def _gap(gap: float | None) -> str:
-    return "by one solver alone" if gap is None else f"{gap:.0e} from ARPACK's"
+    return "of one solver, not compared" if gap is None else f"agree with ARPACK's to {gap:.0e}"
 
 
 def _solution_cells(entry: Json) -> list[str]:

@@ -64,7 +64,7 @@ struct Whole {
     }
 };
 
-// left <- left - c q
+// rest <- rest - c q
 template <class Storage, class Group>
 __device__ __forceinline__ void subtract(double (&rest)[Group::kSize], const Group& q, double c) {
 #pragma unroll
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, Group::kSize == 8 ? kBlocksAnSm - 1 
         double rest[Group::kSize];
 #pragma unroll
         for (int k = 0; k < Group::kSize; ++k) rest[k] = w[j + k];
-        // Rows are loaded so many ahead of their use: a row's registers are loaded anew as soon as
+        // Rows are loaded so many ahead of their use: a row's registers are loaded again as soon as
         // it has been used.
         const double* factor = own;
         int rows = static_cast<int>(p.rows);

@@ -66,3 +66,12 @@ def test_adamw_without_its_state_raises() -> None:
     task = Network()
     with pytest.raises(ValueError, match="load its state"):
         task.certify(ef.AdamW(task.model.parameters()))
+
+
+def test_asam_within_adamw_has_no_filter() -> None:
+    task = Network()
+    opt = ef.AdamW(task.model.parameters(), lr=0.01, rho=0.05, method="sam", adaptive=True)
+    task.step(opt, 3)
+    result = task.certify(opt, equilibrium_tol=1e9)
+    assert result.verdict == "undecided"
+    assert "no filter is known after an ascent of ASAM" in result.needed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 
@@ -69,3 +71,17 @@ def test_adamws_direction_vanishes_where_it_stays() -> None:
     P = (v / scale).sqrt() + 0.1
     g = task.op.gradient()
     assert torch.allclose(result, g + 0.2 * P * before)
+
+
+class OwnSAM(torch.optim.SGD):
+    """Ascents that nobody has described: its groups have a rho."""
+
+    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+        super().__init__(params, lr=0.1)
+        self.param_groups[0]["rho"] = 0.05
+
+
+def test_unknown_ascents_are_refused() -> None:
+    task = Quadratic(spectrum(0.1, 5))
+    with pytest.raises(TypeError, match="no direction is known for an ascent"):
+        certify(task, OwnSAM(task.parameters()))

@@ -1,7 +1,7 @@
 // A GPU made of fibers: launches, threads and blocks, barriers, shuffles, shared and device memory.
 //
 // A launch runs its blocks one after another, in an order that is shuffled. The threads of a block
-// are fibers, which run in an order that is shuffled anew at every barrier. Whatever a GPU would
+// are fibers, which run in an order that is shuffled again at every barrier. Whatever a GPU would
 // not survive, or would answer with numbers that differ from run to run, ends the process with the
 // block, the thread and the line.
 #pragma once

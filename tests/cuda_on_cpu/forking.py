@@ -22,20 +22,20 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key
 SECONDS = 1800  # a run that takes longer hangs
 
 
-def serve(run: Callable[[], int]) -> None:
-    """Run the function in a child process for each line of the standard input."""
+def serve(run: Callable[[], int], limit: int = SECONDS) -> None:
+    """Run the function, for `limit` seconds at most, in a child for each line of the input."""
     with os.fdopen(int(os.environ["ANSWERS"]), "w") as answers:
-        _serve(run, answers)
+        _serve(run, answers, limit)
 
 
-def _serve(run: Callable[[], int], answers: TextIO) -> None:
+def _serve(run: Callable[[], int], answers: TextIO, limit: int) -> None:
     assert sys.__stdin__ is not None  # pytest replaces sys.stdin
     for line in sys.__stdin__:
         number, output = line.split()
         child = os.fork()
         if child == 0:
             _redirect(output)
-            signal.alarm(SECONDS)
+            signal.alarm(limit)
             core = sys.modules["eigenfilter._core"].__file__
             ctypes.CDLL(core).choose_mutant(int(number))
             status = run()

@@ -29,7 +29,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import forking
@@ -40,6 +40,7 @@ ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 WORK = ROOT / "build" / "mutants"
 TABLE = HERE / "MUTANTS.md"
+CODE = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".cmake")
 
 # The tests of a source, and the part of races.py that runs it; a header's are those of all sources
 # that include it.
@@ -69,7 +70,9 @@ TESTS = (
     | REDUCTIONS
     | VECTORS
 )
-GENERAL = ["test_wide_gradients.py", "test_scalars.py", "test_rounding.py"]  # not of vectors
+# Of all updates and reductions; the first two also under the address sanitizer.
+GENERAL = ["test_wide_gradients.py", "test_many_tensors.py"]
+GENERAL += ["test_scalars.py", "test_rounding.py", "test_backups.py"]
 RACES = {
     "perturb.cu": ["updates"],
     "sgd_step.cu": ["updates"],
@@ -133,12 +136,18 @@ class Server:
         """Return the first failure with a mutant, or ""."""
         assert self._process.stdin is not None
         print(number, self._output, file=self._process.stdin, flush=True)
-        status = self._answers.readline()
-        if not status:
-            sys.exit(f"the process that loads the tests of {self._name} has ended: see its error")
-        if int(status) == -signal.SIGALRM:
+        answer = self._answers.readline()
+        if not answer:
+            raise RuntimeError(f"the process with the tests of {self._name} has ended")
+        status = int(answer)
+        if status == -signal.SIGALRM:
             return f"a run that takes more than {forking.SECONDS} s"
-        return _reason(self._output.read_text()) if int(status) else ""
+        output = self._output.read_text()
+        reason = _reason(output)
+        if status == -signal.SIGKILL or (status != 0 and not reason):
+            # Out of memory, a full disk: that is not the mutant's doing.
+            raise RuntimeError(f"{self._name} ended with {status} for no known reason: {output}")
+        return reason if status != 0 else ""
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -155,7 +164,7 @@ def try_mutants(
     server = Server(sanitizer, file)
     try:
         if failure := server.failure(-1):
-            sys.exit(f"the sources as they are fail ({sanitizer}, {file}): {failure}")
+            raise RuntimeError(f"the sources as they are fail ({sanitizer}, {file}): {failure}")
         for number, mutant in mutants:
             yield mutant, server.failure(number)
     finally:
@@ -166,8 +175,8 @@ def _arguments(sanitizer: str, file: str) -> list[str]:
     if sanitizer == "thread":
         return [str(HERE / "races.py"), *RACES.get(file, [])]
     names = TESTS[file]
-    if sanitizer != "address" and file not in VECTORS and file != "tiles.cuh":
-        names = [*names, *GENERAL]
+    if file not in VECTORS and file != "tiles.cuh":
+        names = [*names, *(GENERAL[:2] if sanitizer == "address" else GENERAL)]
     files = [str(ROOT / "tests" / "kernels" / name) for name in names]
     # The emulator and the sanitizers write to the process's own stderr as it ends.
     options = ["-x", "-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "forking"]
@@ -181,7 +190,7 @@ def _arguments(sanitizer: str, file: str) -> list[str]:
 
 
 def _reason(said: str) -> str:
-    """What of an output says why it failed."""
+    """What of an output says why it failed, or ""."""
     for pattern, reason in (
         (r"emulator: \S+?(\w+\.\w+:\d+): ([^\n]*)", r"emulator: \2, \1"),
         (r"emulator: (an access outside device memory|the host touched device memory)", r"\1"),
@@ -195,7 +204,7 @@ def _reason(said: str) -> str:
         found = re.search(pattern, said)
         if found:
             return found.expand(reason)
-    return "ended: " + said.strip().splitlines()[-1][:100] if said.strip() else "ended"
+    return ""
 
 
 def _run(*command: object) -> None:
@@ -237,11 +246,11 @@ class Record:
 def _hash_of_code(file: str) -> str:
     """Of a source with all headers (of a header, of all sources), and of what they run on.
 
-    Comments may come, and tests, which are the better for it.
+    Comments may change, and so may tests: after a change that weakens them, delete the record.
     """
     found = hashlib.sha256()
     for folder in (SOURCES, ROOT / "csrc" / "include", HERE):
-        for path in sorted(folder.rglob("*.[ch]*")):
+        for path in sorted(each for each in folder.rglob("*") if each.suffix in CODE):
             if path.suffix != ".cu" or path.name == file or not file.endswith(".cu"):
                 code = re.sub(r"//[^\n]*", "", path.read_text())
                 found.update(" ".join(code.split()).encode())
@@ -285,11 +294,13 @@ def _try_all(
     jobs: int,
 ) -> None:
     """Try the survivors, source by source, some sources at a time; record and print."""
-    count, lock = itertools.count(1), threading.Lock()
+    count, lock, failed = itertools.count(1), threading.Lock(), threading.Event()
 
     def try_source(file: str) -> None:
         pairs = [(mutants.index(m), m) for m in survivors if m.file == file]
         for mutant, by in try_mutants(pairs, sanitizer, file):
+            if failed.is_set():
+                return
             with lock:
                 record[mutant] = by
                 where = f"{next(count)}/{len(survivors)} {mutant.file}:{mutant.line}"
@@ -299,7 +310,13 @@ def _try_all(
 
     sizes = Counter(m.file for m in survivors)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(try_source, (file for file, _ in sizes.most_common())))
+        futures = [pool.submit(try_source, file) for file, _ in sizes.most_common()]
+        for future in as_completed(futures):
+            if error := future.exception():
+                failed.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                print(f"{error}\nWaiting for what runs to end.", flush=True)
+                raise error
 
 
 def main() -> int:

@@ -92,7 +92,7 @@ if __name__ == "__main__":
     assert backends.EMULATED, "run.sh runs this"
     parts = sys.argv[1:] or ["updates", "reductions", "rows"]
     if "ANSWERS" in os.environ:  # for mutants.py
-        forking.serve(lambda: run(parts))
+        forking.serve(lambda: run(parts), limit=900)
     else:
         run(parts)
         print("no race")

@@ -89,7 +89,7 @@ def test_a_model_that_changes_between_columns() -> None:
         ("conv", torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("engine", rest_slow(["auto", *NAMES]))
+@pytest.mark.parametrize("engine", rest_slow([*NAMES, "auto"], "auto", "cached_graph"))
 def test_a_model_in_half_precision(engine: str, half: torch.dtype, name: str) -> None:
     """Check against a float32 or float64 model with the same parameters and data."""
     model, x, target = make(name, torch.float32)

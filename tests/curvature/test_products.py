@@ -38,7 +38,7 @@ def assert_close(result: Tensor, expected: Tensor, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", NAMES)
-@pytest.mark.parametrize("name", rest_slow(MODELS, 2))
+@pytest.mark.parametrize("name", rest_slow(MODELS, "mlp", "partial"))
 @pytest.mark.parametrize("kind", OPERATORS)
 def test_blocks_and_vectors(kind: type[CurvatureOperator], name: str, engine: str) -> None:
     model, x, target = make(name)

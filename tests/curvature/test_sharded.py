@@ -181,7 +181,7 @@ def products(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def products_of_gathered(rank: int) -> tuple[Tensor, Tensor]:
-    """Forward passes gather parameters, and these copies are stale after a move."""
+    """Forward passes gather parameters, and these copies are stale after an ascent."""
     model = sharded(reshard_after_forward=False)
     model.set_reshard_after_backward(False)
     model(samples()[0])
@@ -286,7 +286,7 @@ def products_around_a_change(rank: int) -> tuple[Tensor, Tensor, bool]:
     return before, after, all(bool((p.grad.to_local() == 1).all()) for p in op.params)
 
 
-def test_a_change_in_one_process_raises_in_all(
+def test_a_change_in_one_process_is_seen_by_all(
     run_distributed: RunDistributed, size: int, exact: Tensor
 ) -> None:
     results = run_distributed(products_around_a_change, size)

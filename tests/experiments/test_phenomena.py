@@ -28,6 +28,7 @@ from experiments import folders
 from marks import rest_slow
 
 EDGE = 9.0  # gradient flow starts at a sharpness of 6 and passes 15
+METHODS = {method.name: method for method in methods(EDGE)}
 
 
 def reproduce(name: str, folder: Path, *options: str) -> dict:
@@ -44,9 +45,9 @@ def make_setting(
     return PhenomenonSetting(load(*names), names, edge, 0, steps, deadline, folder)
 
 
-@pytest.mark.parametrize("method", rest_slow(methods(EDGE)), ids=lambda method: method.name)
-def test_the_sharpness_rises_to_the_edge_and_stays(method, tmp_path: Path) -> None:
-    run = train(make_setting(tmp_path, "tanh", "square", EDGE, 600), method)
+@pytest.mark.parametrize("name", rest_slow(METHODS, "USAM"))
+def test_the_sharpness_rises_to_the_edge_and_stays(name: str, tmp_path: Path) -> None:
+    run = train(make_setting(tmp_path, "tanh", "square", EDGE, 600), METHODS[name])
     assert all(check.edge == pytest.approx(EDGE, rel=1e-9) for check in run.history)
     assert run.history[0].ratio < 0.85
     settled = settled_ratio(run.history)

@@ -313,7 +313,6 @@ def output_lines(job: subprocess.Popen[str]) -> list[str]:
     return [line for line in (out + errors).splitlines() if "eigenfilter train" in line]
 
 
-@pytest.mark.slow
 def test_ctrl_c(tmp_path: Path) -> None:
     job = torchrun(2, "-m", "eigenfilter", "train", "--epochs=1000000", "--out", str(tmp_path))
     log = tmp_path / "log.jsonl"
@@ -333,7 +332,6 @@ def test_ctrl_c(tmp_path: Path) -> None:
     assert alone["step"] == step + 1
 
 
-@pytest.mark.slow
 def test_all_fail_and_one_reports_it(tmp_path: Path) -> None:
     job = torchrun(2, "-m", "eigenfilter", "train", "--batch-size=33", "--out", str(tmp_path))
     [line] = output_lines(job)
@@ -357,7 +355,6 @@ def train_until(end: str, folder: Path) -> int:
     return main(["train", *flags, "--checkpoint-every=4", "--out", str(folder)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "says"),
     [

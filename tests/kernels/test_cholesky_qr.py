@@ -115,7 +115,7 @@ def test_rows_that_depend_on_others_become_zero(backend: KernelBackend, dtype: t
     before = rows(8, 3000, dtype, backend.device)
     before[2] = 0
     before[4] = before[1]  # to the bit
-    before[6] = 0.5 * before[0] - 4 * before[3]  # but for rounding, which may count as its own
+    before[6] = 0.5 * before[0] - 4 * before[3]  # except for rounding, which may count as its own
     v = before.clone()
     lower = kernels.cholesky_qr(v, backend=backend.name)
     assert not v[[2, 4]].any()

@@ -95,7 +95,7 @@ EVERY_WIDE = [
 EVERY = [(kernel, dtype) for dtype in DTYPES for kernel in lists_of(dtype)]
 
 
-@pytest.fixture(scope="module", params=rest_slow(sorted(TARGETS, key=lambda name: name != "sm_90")))
+@pytest.fixture(scope="module", params=rest_slow(TARGETS, "sm_90"))
 def target(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

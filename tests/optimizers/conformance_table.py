@@ -39,7 +39,6 @@ class Row:
         calls: how many gradients a step takes.
         rho: the radius of its ascent.
         finite_difference: whether it takes finite differences of gradients.
-        normalized: whether it takes a norm, whose order of summation follows the layout.
         shapes: the shapes of its parameters.
     """
 
@@ -49,7 +48,6 @@ class Row:
     calls: int
     rho: float = 0.0
     finite_difference: bool = False
-    normalized: bool = False
     shapes: Sequence[tuple[int, ...]] = SHAPES
 
     def parameters(self, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
@@ -78,10 +76,9 @@ def row(make: Make, make_plain: Make, make_torch: Make, method: str = "", **fiel
         make,
         make_plain,
         make_torch,
-        m.calls,
-        m.rho,
-        method == "difference",
-        m.normalized,
+        calls=m.calls,
+        rho=m.rho,
+        finite_difference=method == "difference",
         **fields,
     )
 

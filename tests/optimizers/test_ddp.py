@@ -91,15 +91,15 @@ def skip_a_local_ascent(rank: int) -> dict[str, Any]:
     if rank == 1:
         next(model.parameters()).grad[2, 3] = torch.nan
     opt.ascend()
-    moved = not all(map(torch.equal, full(model.parameters()), before))
+    perturbed = not all(map(torch.equal, full(model.parameters()), before))
     closure()
     opt.step()
-    return {"moved": moved, "skipped": opt.skipped, "params": full(model.parameters())}
+    return {"perturbed": perturbed, "skipped": opt.skipped, "params": full(model.parameters())}
 
 
 def test_all_skip_together(run_distributed: RunDistributed) -> None:
     start = [p.detach() for p in network().parameters()]
     for result in run_distributed(skip_a_local_ascent, 2):
-        assert not result["moved"]
+        assert not result["perturbed"]
         assert result["skipped"] == 1
         assert all(map(torch.equal, result["params"], start))

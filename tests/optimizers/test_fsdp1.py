@@ -80,7 +80,7 @@ def test_several_flat_parameters(run_distributed: RunDistributed, original: bool
         assert_flat(result, train_alone(OPTIMIZERS["sequential"]))
 
 
-def go_forward_before_the_move(rank: int, original: bool, strategy: ShardingStrategy) -> Tensor:
+def run_forward_before_the_ascent(rank: int, original: bool, strategy: ShardingStrategy) -> Tensor:
     """A forward pass alone leaves parameters gathered: after an ascent these copies are stale."""
     model = network()
     model[0] = flattened(original, model[0], sharding_strategy=strategy)
@@ -107,7 +107,7 @@ def test_flat_parameters_that_were_left_gathered(
     """Elements of all parameters, in whatever order the flat ones hold them."""
     expected = torch.cat([p.flatten() for p in train_alone()]).sort().values
     sharding = ShardingStrategy[strategy]
-    for result in run_distributed(go_forward_before_the_move, 2, original, sharding):
+    for result in run_distributed(run_forward_before_the_ascent, 2, original, sharding):
         actual = result[result != 0].sort().values  # without padding
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -121,10 +121,10 @@ def restore(rank: int, original: bool) -> bool:
     opt.ascend()
     inputs, targets = batch(share(rank))
     with torch.no_grad():
-        moved = (model(inputs) - targets).square().mean().item()
+        perturbed = (model(inputs) - targets).square().mean().item()
     opt.restore()
     again = closure().item()
-    return torch.equal(gathered(model), before) and loss == again != moved
+    return torch.equal(gathered(model), before) and loss == again != perturbed
 
 
 @with_original_or_flat_parameters

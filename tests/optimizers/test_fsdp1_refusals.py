@@ -44,10 +44,10 @@ def skip_by_one_shard(rank: int, original: bool) -> list[tuple[int, bool]]:
     opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
     closure = evaluation(opt, model, share(rank))
     before, results = gathered(model), []
-    for spoilt in ("ascent", "descent", "neither"):
+    for spoiled in ("ascent", "descent", "neither"):
         for phase in ("ascent", "descent"):
             closure()
-            if phase == spoilt and rank == 0:
+            if phase == spoiled and rank == 0:
                 spoil(model)
             opt.ascend() if phase == "ascent" else opt.step()
         results.append((opt.skipped, torch.equal(gathered(model), before)))
@@ -65,14 +65,14 @@ def scale_losses(rank: int, original: bool) -> tuple[int, float, Tensor]:
     model, scaler = flattened(original), ShardedGradScaler("cpu", init_scale=64.0)
     opt = ef.USAM(model.parameters(), **SETTINGS)
     inputs, targets = batch(share(rank))
-    for spoilt in (True, False):
+    for spoiled in (True, False):
         for phase in ("ascent", "descent"):
             opt.zero_grad()
             scaler.scale((model(inputs) - targets).square().mean()).backward()
             if phase == "ascent":
                 opt.ascend(grad_scaler=scaler)
                 continue
-            if spoilt and rank == 0:
+            if spoiled and rank == 0:
                 spoil(model)
             scaler.unscale_(opt)
             scaler.step(opt)

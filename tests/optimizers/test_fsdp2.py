@@ -50,7 +50,7 @@ def train_shards(rank: int) -> list[Tensor]:
     return params
 
 
-def go_forward_before_the_move(rank: int) -> list[Tensor]:
+def run_forward_before_the_ascent(rank: int) -> list[Tensor]:
     """A forward pass alone, between the gradient and the ascent, leaves parameters gathered."""
     model = sharded(reshard_after_forward=False)
     opt = ef.USAM(model.parameters(), **SETTINGS)
@@ -83,7 +83,9 @@ def load_a_checkpoint(rank: int) -> list[Tensor]:
     return full(model.parameters())
 
 
-@pytest.mark.parametrize("scenario", [train_shards, go_forward_before_the_move, load_a_checkpoint])
+@pytest.mark.parametrize(
+    "scenario", [train_shards, run_forward_before_the_ascent, load_a_checkpoint]
+)
 def test_the_single_processs_run(run_distributed: RunDistributed, scenario: Any) -> None:
     first, second = run_distributed(scenario, 2)
     torch.testing.assert_close(first, train_alone(), rtol=1e-12, atol=1e-12)
@@ -138,10 +140,10 @@ def skip_by_one_shard(rank: int) -> dict[str, Any]:
     opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
     closure = evaluation(opt, model, share(rank))
     before, counts, unchanged = full(model.parameters()), [], []
-    for spoilt in ("ascent", "descent", "neither"):
+    for spoiled in ("ascent", "descent", "neither"):
         for phase in ("ascent", "descent"):
             closure()
-            if phase == spoilt and rank == 0:
+            if phase == spoiled and rank == 0:
                 next(model.parameters()).grad.to_local()[1, 1] = torch.inf
             opt.ascend() if phase == "ascent" else opt.step()
         counts.append(opt.skipped)
@@ -163,11 +165,11 @@ def scale_losses(rank: int) -> dict[str, Any]:
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     inputs, targets = batch(share(rank))
     before, unchanged = full(model.parameters()), []
-    for spoilt in (True, False):
+    for spoiled in (True, False):
         for phase in ("ascent", "descent"):
             opt.zero_grad()
             scaler.scale((model(inputs) - targets).square().mean()).backward()
-            if phase == "descent" and spoilt and rank == 0:
+            if phase == "descent" and spoiled and rank == 0:
                 next(model.parameters()).grad.to_local()[1, 1] = torch.nan
             opt.ascend(grad_scaler=scaler) if phase == "ascent" else scaler.step(opt)
         scaler.update()
@@ -197,11 +199,11 @@ def restore(rank: int) -> bool:
     before = full(model.parameters())
     loss = closure().item()
     opt.ascend()
-    moved = closure().item()
+    perturbed = closure().item()
     opt.restore()
     again = closure().item()
     same = all(map(torch.equal, full(model.parameters()), before))
-    return same and loss == again and loss != moved
+    return same and loss == again and loss != perturbed
 
 
 def test_shards_are_restored(run_distributed: RunDistributed) -> None:

@@ -58,7 +58,7 @@ def test_restore_brings_back_every_bit(dtype: torch.dtype) -> None:
     assert opt.phase == "ascent"
 
 
-def test_restore_without_a_move_changes_nothing() -> None:
+def test_restore_without_an_ascent_changes_nothing() -> None:
     params = parameters()
     before = snapshot(params)
     opt = usam(params)

@@ -111,7 +111,7 @@ DESCENDING: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def descend(rank: int, name: str) -> list[Tensor]:
+def take_steps(rank: int, name: str) -> list[Tensor]:
     """Train by an optimizer that does not ascend, inside."""
     make, settings = DESCENDING[name]
     model = DistributedDataParallel(network())
@@ -123,7 +123,7 @@ def descend(rank: int, name: str) -> list[Tensor]:
 def test_a_descent_on_one_ranks_parameters_is_right(
     run_distributed: RunDistributed, name: str
 ) -> None:
-    first, second = run_distributed(descend, 2, name)
+    first, second = run_distributed(take_steps, 2, name)
     if name == "adamw":
         expected = train_alone(lambda params: torch.optim.AdamW(params, lr=0.05, eps=0.02))
     else:
@@ -144,7 +144,7 @@ def test_an_ascent_around_one_that_ascends_is_refused(run_distributed: RunDistri
         assert "wrap an optimizer that takes none" in message
 
 
-def descend_without_parameters(rank: int) -> list[Tensor]:
+def step_without_parameters(rank: int) -> list[Tensor]:
     """One parameter, so that one rank has none; with a flag that all share."""
     model = DistributedDataParallel(single())
     opt = ZeroRedundancyOptimizer(model.parameters(), ef.SGD, **PLAIN, skip_nonfinite=True)
@@ -162,7 +162,7 @@ def test_a_rank_without_parameters_takes_part(run_distributed: RunDistributed) -
         opt.zero_grad()
         single_loss(model, INPUTS).backward()
         opt.step()
-    for result in run_distributed(descend_without_parameters, 2):
+    for result in run_distributed(step_without_parameters, 2):
         torch.testing.assert_close(result, [model.weight.detach()], rtol=1e-12, atol=1e-12)
 
 

@@ -75,8 +75,8 @@ def instructions(code: dict[str, Code]) -> dict[str, Counter]:
 def in_flight(code: Code) -> int:
     """How many 16-byte loads are under way at once: none is used before the last of them.
 
-    Counted along the code as it lies, anew at the head of a loop and behind a jump that is always
-    taken.
+    Counted along the code as it lies, from 0 again at the head of a loop and behind a jump that is
+    always taken.
     """
     heads = {
         int(target, 16)
@@ -119,7 +119,7 @@ def test_every_kernel_is_there_in_every_dtype(instructions, kernel):
     for seeded, dtypes in (False, DTYPES), (True, NARROW if kernel in SEEDED else ()):
         counts = Counter(dtypes_of(name) for name in names if ("Seeded" in name) == seeded)
         wide = [d for d in WIDE_DTYPES if not seeded or d in dtypes] if kernel in WIDE else []
-        # Once more for few tensors, but for updates whose code is long.
+        # Once more for few tensors, except updates whose code is long.
         plain, long = 1 + (kernel not in UPDATES or not seeded), 1 + (kernel not in UPDATES)
         expected = {(dtype, False): plain * KERNELS[kernel] for dtype in dtypes}
         assert counts == expected | {(dtype, True): long * WIDE[kernel] for dtype in wide}

@@ -230,7 +230,7 @@ def certify(
         step = direction(op, optimizer)
         try:
             theory = ascent_of(optimizer).theory
-            if grad_norm is None and theory is not None and theory.needs("grad_norm"):
+            if grad_norm is None and theory is not None and theory.takes("grad_norm"):
                 grad_norm = _sam_norm(optimizer, step)
             linear = linearized(op, optimizer, grad_norm=grad_norm)
             sides = judge(linear, tolerances, probe)

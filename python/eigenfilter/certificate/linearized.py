@@ -214,8 +214,8 @@ def _ascents(
     ascent = ascent_of(optimizer)
     theory, options = ascent.theory, ascent.filter_options
     if theory is None:
-        raise NoFilter(f"no filter is known after an ascent of {type(optimizer).__name__}")
-    if theory.needs("grad_norm"):
+        raise NoFilter(f"no filter is known after an ascent of {ascent.title}")
+    if theory.takes("grad_norm"):
         if not grad_norm:
             raise NoFilter("SAM's edge moves with the gradient norm: pass grad_norm")
         options = options | {"grad_norm": grad_norm}

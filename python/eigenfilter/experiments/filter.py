@@ -84,8 +84,8 @@ def table(args: argparse.Namespace) -> list[FilterRow]:
         (base, (filters.Nesterov if args.nesterov else filters.HeavyBall)(*common), 1)
     ]
     for theory in filters.ASCENTS.values():
-        own = args.hessian_rho if theory is filters.HessianUSAM else None
-        rho = args.rho if own is None else own
+        is_hessian = theory is filters.HessianUSAM and args.hessian_rho is not None
+        rho = args.hessian_rho if is_hessian else args.rho
         for name, options in _forms(theory, args.grad_norm):
             flt = theory(*common, rho=rho, nesterov=args.nesterov, **options)
             rows.append((name, flt, theory.gradients))
@@ -96,9 +96,10 @@ def table(args: argparse.Namespace) -> list[FilterRow]:
 
 def _forms(theory: type[AscentFilter], grad_norm: float | None) -> list[tuple[str, dict[str, Any]]]:
     """Return the forms of a method that are shown: their names, and the filter's options."""
-    if theory.needs("grad_norm"):
-        name = f"{theory.title} at gradient norm {grad_norm:g}" if grad_norm is not None else ""
-        return [(name, {"grad_norm": grad_norm})] if name else []
+    if theory.takes("grad_norm"):
+        if grad_norm is None:
+            return []
+        return [(f"{theory.title} at gradient norm {grad_norm:g}", {"grad_norm": grad_norm})]
     forms: list[tuple[str, dict[str, Any]]] = [
         (f"{theory.title}, {form}", {"ascent": form}) for form in theory.forms
     ]

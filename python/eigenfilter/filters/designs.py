@@ -57,10 +57,10 @@ def design(
     own = {"ascent": ascent, "grad_norm": grad_norm}
     options: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     for name in options:
-        if theory is None or not theory.needs(name):
-            owner = next(each for each, cls in ASCENTS.items() if cls.needs(name))
+        if theory is None or not theory.takes(name):
+            owner = next(each for each, cls in ASCENTS.items() if cls.takes(name))
             raise ValueError(f"{name} is an argument of {owner}, not of {method}")
-    if theory is not None and theory.needs("grad_norm") and grad_norm is None:
+    if theory is not None and theory.takes("grad_norm") and grad_norm is None:
         raise ValueError("SAM's edge moves with the gradient's norm: give grad_norm")
 
     def build(lr: float, rho: float) -> PolynomialFilter:

@@ -78,7 +78,7 @@ def _options(
     """Return the arguments of a filter that are the optimizer's, not its groups'."""
     if getattr(opt, "adaptive", False):
         raise TypeError("no filter is known for ASAM, whose ascent is scaled by the parameters")
-    if not theory.needs("grad_norm"):
+    if not theory.takes("grad_norm"):
         return {"ascent": opt.ascent} if theory.forms else {}  # type: ignore[attr-defined]
     if grad_norm is None:
         raise TypeError(

@@ -1,6 +1,6 @@
 """One class for each method, which carries the method's theory.
 
-A method with ascents states its name, its gradients a step, and p by the terms of `Ascents`; the
+A method with ascents states its name, its gradients a step, and p by its `Terms`; the
 filter, the design of rho, the certificate and the command line follow from these.
 """
 
@@ -93,7 +93,7 @@ class AscentFilter(PolynomialFilter):
         check_field(self, "rho", 0.0, math.inf)
 
     @classmethod
-    def needs(cls, name: str) -> bool:
+    def takes(cls, name: str) -> bool:
         """Whether the filter has an argument of this name, such as "grad_norm" or "ascent"."""
         return any(f.name == name for f in fields(cls))
 

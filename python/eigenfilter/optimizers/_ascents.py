@@ -55,6 +55,11 @@ class Ascent:
     needs_zero_gradients = False
 
     @property
+    def title(self) -> str:
+        """The method's name in text."""
+        return self.method if self.theory is None else self.theory.title
+
+    @property
     def theory(self) -> type[AscentFilter] | None:
         """The class of the method's filter; None where none is known, or there is no ascent."""
         return ASCENTS.get(self.method)
@@ -73,8 +78,11 @@ class Ascent:
             g: grad f(x) [n].
             rho: radius of each parameter [n].
             sign: -1 where f is maximized, else 1 [n].
+
+        Raises:
+            TypeError: it is not known.
         """
-        return x
+        raise TypeError(f"no direction is known for an ascent of {self.title}")
 
     def prepare(
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState

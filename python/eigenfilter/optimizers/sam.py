@@ -37,6 +37,10 @@ class SAMAscent(Ascent):
         self._norms: dict[torch.device, Tensor | float] = {}
 
     @property
+    def title(self) -> str:
+        return "ASAM" if self.adaptive else super().title
+
+    @property
     def theory(self) -> type[AscentFilter] | None:
         return None if self.adaptive else super().theory
 

@@ -19,7 +19,7 @@ _SETTINGS: dict[str, Any] = {"sparse": False, "max_norm": None, "scale_grad_by_f
 
 
 @contextmanager
-def smooth_embeddings(tree: nn.Module) -> Iterator[None]:
+def smooth(tree: nn.Module) -> Iterator[None]:
     """A context in which embeddings have the settings above."""
     own = [
         (module, name, getattr(module, name))

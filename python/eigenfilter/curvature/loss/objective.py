@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from eigenfilter import _distributed
+from eigenfilter.curvature.loss import embeddings
 from eigenfilter.curvature.loss.autograd_graph import nodes, reachable_leaves
 from eigenfilter.curvature.loss.batch_sources import BatchWeightError, UnusableModelError
 from eigenfilter.curvature.loss.batch_trees import (
@@ -34,7 +35,6 @@ from eigenfilter.curvature.loss.contexts import (
     replay_random_numbers,
     spared_buffers,
 )
-from eigenfilter.curvature.loss.embeddings import beyond_max_norm, smooth_embeddings
 from eigenfilter.curvature.loss.gradient_coverage import check_gradient_coverage
 from eigenfilter.curvature.loss.weights import Weights, check_values, logging_failures
 
@@ -387,7 +387,7 @@ class Objective:
         train = self._train if train is None else train
         with ExitStack() as stack:
             stack.enter_context(self._mode(train))
-            stack.enter_context(smooth_embeddings(self.tree))
+            stack.enter_context(embeddings.smooth(self.tree))
             stack.enter_context(differentiable_kernels(replacements))
             if train:
                 stack.enter_context(spared_buffers(self.tree))
@@ -429,7 +429,7 @@ class Objective:
 
     def beyond_max_norm(self) -> list[str]:
         """Return the embeddings with rows longer than max_norm, which f would scale."""
-        return [name.removeprefix("members.0.") for name in beyond_max_norm(self.tree)]
+        return [name.removeprefix("members.0.") for name in embeddings.beyond_max_norm(self.tree)]
 
 
 def _eps(autocast: torch.dtype | None, of: Tensor) -> float:
