@@ -79,6 +79,7 @@ def test_exact_values_and_products_are_of_the_hessian(batch: int | None) -> None
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [None, 20], ids=["batch", "loader"])
 @pytest.mark.parametrize("solver", solver_comparison.SOLVERS, ids=lambda s: s.name)
 def test_every_contender_finds_the_largest_eigenvalue(solver: Solver, batch: int | None) -> None:
@@ -95,6 +96,7 @@ def test_every_contender_finds_the_largest_eigenvalue(solver: Solver, batch: int
     assert all(p.grad is None for p in problem.params)
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_results_and_the_page_shows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +223,7 @@ def test_a_ratio_counts_only_where_the_accuracy_was_reached() -> None:
     assert line(**stopped).endswith(f"{end} 5 not judged |")
 
 
+@pytest.mark.slow
 def test_a_slow_contender_on_a_large_problem_is_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -240,6 +243,7 @@ def test_a_slow_contender_on_a_large_problem_is_stopped(
     assert last.ratios[without_check.solver].median == pytest.approx(solver_comparison.LIMIT)
 
 
+@pytest.mark.slow
 def test_large_problems_run_only_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = dataclasses.replace(TINY, large=True)
     for module in (run, tables):

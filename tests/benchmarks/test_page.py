@@ -171,6 +171,7 @@ def test_figures_need_matplotlib(
     assert "matplotlib is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_committed_results_can_be_drawn(tmp_path: Path) -> None:
     folder = Path(__file__).parents[2] / "benchmarks" / "results"
     elsewhere = ("loop", "monitor", "scale")  # in docs/training.md and docs/curvature.md

@@ -30,6 +30,7 @@ def sweep(folder: Path, *sizes: int) -> tuple[int, list[dict]]:
     return code, cases
 
 
+@pytest.mark.slow
 def test_every_kernel_agrees_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, cases = sweep(tmp_path, 1, 70)
     assert code == 0, capsys.readouterr().out

@@ -51,6 +51,7 @@ def tool(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_the_table_of_loops_is_all_that_others_see(loops: Path) -> None:
     symbols = [line.split()[-2:] for line in tool("nm", "-C", loops).splitlines()]
     kinds = {kind for kind, _ in symbols}

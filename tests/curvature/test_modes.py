@@ -58,7 +58,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("engine", [*WHOLE, "auto"])
-@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("kind", rest_slow(OPERATORS))
 def test_buffers_are_left_as_they_were(kind: type[CurvatureOperator], engine: str) -> None:
     """Each forward pass starts from the same buffers, whatever writes to them."""
     linear = nn.Linear(8, 4)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvature.networks import columns
 from curvature.networks import dense as dense_of
 from eigenfilter.curvature import GGNOperator, HessianOperator
+from marks import rest_slow
 
 TIME, SAMPLES, WIDTH = 6, 9, 4
 
@@ -88,7 +89,7 @@ def dense(net: nn.Module, x: Tensor, target: Any, *, loss_fn: Any) -> Tensor:
         return dense_of(net, x, target, loss_fn=loss_fn)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", rest_slow(LOSSES))
 @pytest.mark.parametrize("model", MODELS)
 def test_uneven_batches_of_time_first_raise_without_a_weight(model: str, loss: str) -> None:
     net, loss_fn, whole, batches = problem(model, loss)
@@ -109,7 +110,7 @@ def test_the_ggn_refuses_them_too() -> None:
         op.matvec(torch.ones(op.shape[0], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", rest_slow(LOSSES))
 def test_even_batches_of_time_first_are_right(loss: str) -> None:
     net, loss_fn, whole, _ = problem("LSTM", loss)
     batches = [

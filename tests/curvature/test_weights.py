@@ -15,6 +15,7 @@ from curvature.losses import of_classes, split, summed, weighted
 from curvature.networks import columns, dense, dense_ggn, make
 from eigenfilter.curvature import CurvatureOperator, GGNOperator, HessianOperator, eigsh
 from eigenfilter.curvature.engines import NAMES
+from marks import rest_slow
 
 MEANS: list[type[CurvatureOperator]] = [HessianOperator, GGNOperator]
 
@@ -195,7 +196,7 @@ RIGHT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-@pytest.mark.parametrize("name", ["mlp", "partial", "conv_norm"])
+@pytest.mark.parametrize("name", rest_slow(["mlp", "partial", "conv_norm"], "partial"))
 @pytest.mark.parametrize("case", RIGHT)
 def test_right_weights_do_not_raise(case: str, name: str, mode: str) -> None:
     """Nor do they with dropout and batch statistics, which couple samples."""

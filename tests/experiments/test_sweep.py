@@ -286,6 +286,7 @@ seeds: 2
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

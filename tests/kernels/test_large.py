@@ -81,6 +81,7 @@ def cut(flat: list[Tensor]) -> Iterator[list[Tensor]]:
         yield tensors + small
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", _core.isas())
 @pytest.mark.parametrize("update", PAST_THE_CACHES, ids=str)
 def test_past_the_caches_and_within_them(

@@ -24,7 +24,10 @@ from eigenfilter import kernels
 from eigenfilter.kernels import triton_device, triton_lanczos, triton_orthogonalize
 from launches import assert_arguments_fit, assert_tables_cover
 
-pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing is compiled")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing is compiled"),
+]
 
 WIDE = {
     torch.bfloat16: torch.float32,
