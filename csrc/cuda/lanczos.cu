@@ -9,7 +9,7 @@ namespace {
 // Calls body(j) for the columns of a row's tile, Size at a time, some of them under way at once.
 template <int Size, class Body>
 __device__ __forceinline__ void along(const Tile& tile, Body body) {
-    if (tile.columns == kTile) {
+    if (tile.columns == kTile) {  // not needed for the result: loads of a whole tile overlap
 #pragma unroll 2
         for (int a = 0; a < kTile / (kThreads * Size); ++a)
             body((a * kThreads + static_cast<int>(threadIdx.x)) * Size);
@@ -111,6 +111,7 @@ struct Wide {
     __device__ __forceinline__ void read(const T* first, std::int64_t stride, int rows, int n) {
         constexpr int kGroups = kMixed / Group::kSize, kAhead = 4;
         static_assert(kThreads % kGroups == 0);  // then all of them are in the same columns
+        // The bound of i is not needed for the result, which the tests of row guard; it saves work.
         for (int i = static_cast<int>(threadIdx.x); i < rows * kGroups; i += kAhead * kThreads) {
             Group groups[kAhead] = {};
 #pragma unroll
@@ -141,14 +142,16 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Rows v, double* sums) {
     const int rows = static_cast<int>(v.rows), pairs = rows * (rows + 1) / 2;
     const int lane = static_cast<int>(threadIdx.x) % kTeam;
     for (int p = static_cast<int>(threadIdx.x); p < pairs; p += kThreads) totals[p] = 0;
+    // One turn more is not needed for the result: it would add zeros.
     for (int start = 0; start < tile.columns; start += kMixed) {
         __syncthreads();
+        // A minimum is not needed for the result: no more than kMixed columns are read.
         wide.read<Group>(static_cast<const T*>(v.vectors) + tile.first + start, v.columns, rows,
                          min(kMixed, tile.columns - start));
         __syncthreads();
         for (int p = static_cast<int>(threadIdx.x) / kTeam; p < pairs; p += kTeams) {
             int i = static_cast<int>((sqrtf(8.0f * p + 1.0f) - 1.0f) * 0.5f);
-            if ((i + 1) * (i + 2) / 2 <= p) ++i;
+            if ((i + 1) * (i + 2) / 2 <= p) ++i;  // not needed for a correctly rounded root
             const int j = p - i * (i + 1) / 2;
             double sum = 0;
 #pragma unroll
@@ -174,6 +177,7 @@ __global__ void __launch_bounds__(kThreads) mix_rows_kernel(Rows v, const double
     constexpr int kGroups = kMixed / Group::kSize;
     const int rows = static_cast<int>(v.rows);
     const std::int64_t start = static_cast<std::int64_t>(blockIdx.x) * kMixed;
+    // The minimum is not needed for the result, but for the conversion to int.
     const int n = static_cast<int>(min(static_cast<std::int64_t>(kMixed), v.columns - start));
     T* first = static_cast<T*>(v.vectors) + start;
     wide.read<Group>(first, v.columns, rows, n);
@@ -201,7 +205,7 @@ template <class Call, class... Pointers>
 void by_access(DType dtype, std::int64_t columns, Call call, Pointers... p) {
     const auto with = [&](auto t) {
         using Storage = Native<decltype(t)>;
-        if (rows_are_aligned<Storage>(columns, p...))
+        if (rows_are_aligned<Storage>(columns, p...))  // not needed for the result: wide accesses
             call(Pack<Storage>{}, t);
         else
             call(Element<Storage>{}, t);

@@ -60,7 +60,7 @@ using FewTensors = Batch<Roles, kFewArgumentBytes>;
 template <int Roles, class Call>
 void by_count(const Batch<Roles>& batch, Call call) {
     using Few = FewTensors<Roles>;
-    if (batch.n > Few::kMost) {
+    if (batch.n > Few::kMost) {  // always: not needed for the result, a small argument is faster
         call(batch);
         return;
     }
@@ -241,7 +241,7 @@ struct Chunk {
     template <template <class> class Body, int InFlight = 2, class Rule>
     __device__ __forceinline__ void each(const Rule& rule) const {
         constexpr int kPack = Pack<Storage>::kSize;
-        if (aligned && count == kSize) {
+        if (aligned && count == kSize) {  // not needed for the result: loads overlap
 #pragma unroll 1
             for (int first = 0; first < kAccesses; first += InFlight) {
                 Body<Pack<Storage>> body[InFlight];
@@ -253,7 +253,7 @@ struct Chunk {
             return;
         }
         int packed = 0;
-        if (aligned) {
+        if (aligned) {  // not needed for the result: wide accesses
             packed = count / kPack * kPack;
             for (int i = static_cast<int>(threadIdx.x) * kPack; i < packed; i += kThreads * kPack) {
                 Body<Pack<Storage>> body;
@@ -276,7 +276,7 @@ struct Chunk {
 };
 
 inline void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
+    if (error != cudaSuccess)  // not needed for a device that works
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
@@ -286,6 +286,7 @@ class DeviceGuard {
     explicit DeviceGuard(int device) {
         check(cudaGetDevice(&before_), "cudaGetDevice");
         changed_ = before_ != device;
+        // Not to ask first is as good: the question is not needed for the result.
         if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
     }
     ~DeviceGuard() {
@@ -333,6 +334,7 @@ void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
     };
     for (std::size_t i = 0; i < t.n; ++i) {
         const Types own = types_of(i);
+        // That tensors share a launch is not needed for the result.
         if (own.storage != types.storage || own.other != types.other) flush();
         types = own;
         std::int64_t first = 0;
@@ -340,7 +342,7 @@ void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
             const auto numel = std::min<std::int64_t>(t.numel[i] - first, kMostElements);
             const auto chunks = static_cast<int>(chunks_of(types.storage, numel));
             const bool full = batch.n == Batch<Roles>::kMost || chunks > INT32_MAX - blocks;
-            if (full || first > 0) flush();
+            if (full || first > 0) flush();  // to share one is not needed for the result
             if (batch.n == 0)
                 batch.place = {static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(first)};
             for (int r = 0; r < Roles; ++r) {

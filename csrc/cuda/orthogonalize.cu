@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, Group::kSize == 8 ? kBlocksAnSm - 1 
         // it has been used.
         const double* factor = own;
         int rows = static_cast<int>(p.rows);
-        if (rows >= kRowsInFlight) {
+        if (rows >= kRowsInFlight) {  // not needed for the result: loads overlap
             Whole<Group> groups[kRowsInFlight];
 #pragma unroll
             for (int a = 0; a < kRowsInFlight; ++a, q += p.columns)
@@ -164,7 +164,7 @@ void orthogonalize(const Projection& p, double* workspace, int device, Stream st
         using Storage = decltype(storage);
         const auto with = [&](auto vector) {
             using Vector = decltype(vector);
-            if (rows_are_aligned<Storage>(p.columns, p.basis))
+            if (rows_are_aligned<Storage>(p.columns, p.basis))  // not needed for the result
                 launch<Pack<Storage>, Storage, Vector>(p, workspace, queue);
             else
                 launch<Element<Storage>, Storage, Vector>(p, workspace, queue);

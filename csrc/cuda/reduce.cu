@@ -90,7 +90,8 @@ constexpr double kLeastSum = 0x1p-700, kGreatestSum = 0x1p700;
 template <template <class> class Body, class Storage, int Roles, class Weight, int Weights>
 __device__ __forceinline__ int bring_into_range(const Chunk<Storage, Roles, Weight, Weights>& chunk,
                                                 double* sum) {
-    if (!(*sum < kLeastSum || *sum > kGreatestSum)) return 0;  // NaN stays
+    // Not to return here is right too: this is not needed for the result, but for speed. NaN stays.
+    if (!(*sum < kLeastSum || *sum > kGreatestSum)) return 0;
     const auto each = [&](const auto& take) {
 #pragma unroll 1
         for (int i = static_cast<int>(threadIdx.x); i < chunk.count; i += kThreads) {
@@ -102,6 +103,7 @@ __device__ __forceinline__ int bring_into_range(const Chunk<Storage, Roles, Weig
     double largest = 0;
     each([&](double value) { largest = fmax(largest, fabs(value)); });
     largest = block_max<kThreads>(largest);
+    // This is not needed for the result, which is 0 or infinite with any scale; it saves a pass.
     if (largest == 0 || largest > DBL_MAX) return 0;
     const int exponent = exponent_of(largest);
     const double scale = power_of_two(-exponent);
@@ -206,6 +208,7 @@ std::int64_t chunks_in(const Tensors& t) {
 
 bool has_doubles(const Tensors& t) {
     for (std::size_t i = 0; i < t.n; ++i)
+        // The test is not needed for the result: it saves half of the workspace.
         if (t.gradient(i) == DType::f64) return true;
     return false;
 }

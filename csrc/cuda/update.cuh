@@ -14,8 +14,8 @@ namespace {
 
 bool __device__ __forceinline__ is_set(const float* flag) { return flag != nullptr && *flag != 0; }
 
-// What an update does with b: x is saved there first, also where found_inf is set; x starts from it;
-// x starts from it, and is put back to it where found_inf is set.
+// What an update does with b: x is saved there first, also where found_inf is set; x starts from
+// it; x starts from it, and is put back to it where found_inf is set.
 enum class Backup { none, saved, origin, restored };
 
 // A rule whose results are rounded stochastically.

@@ -40,7 +40,8 @@ constexpr std::size_t kStackBytes = (sanitizers::kThreads ? 16 : 64) << 10;
 constexpr int kInvalidConfiguration = 9;
 
 int last_error = 0;
-int current_device = 1;  // not the tensors', so that every call has to change it
+constexpr int kCallersDevice = 1;  // not the tensors', so that every call has to change it
+int current_device = kCallersDevice;
 
 enum class State { ready, at_barrier, at_shuffle, done };
 
@@ -319,7 +320,12 @@ const char* text_of(int error) {
     return error == kInvalidConfiguration ? "invalid configuration argument" : "no error";
 }
 
-int device() { return current_device; }
+int device() {
+    // A call asks for it as it begins.
+    if (current_device != kCallersDevice)
+        fail("the call before left its device current", {"a call", 0});
+    return current_device;
+}
 void set_device(int device) { current_device = device; }
 
 }  // namespace emulator

@@ -341,7 +341,11 @@ def main() -> int:
     build(mutants)
     _try_all([m for m in untried if m.what == BARRIER], mutants, record, "thread", args.jobs)
     for sanitizer in ROUNDS:
-        _try_all([m for m in untried if not record[m]], mutants, record, sanitizer, args.jobs)
+        # What is explained is tried by the tests alone.
+        survivors = [m for m in untried if not record[m]]
+        if sanitizer != ROUNDS[0]:
+            survivors = [m for m in survivors if not _explanation(m)]
+        _try_all(survivors, mutants, record, sanitizer, args.jobs)
     return 1 if any(not (record[m] or _explanation(m)) for m in chosen) else 0
 
 
