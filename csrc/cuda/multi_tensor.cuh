@@ -346,12 +346,14 @@ void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
             if (batch.n == 0)
                 batch.place = {static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(first)};
             for (int r = 0; r < Roles; ++r) {
+                // The size is not needed for a tensor's first elements, which lie at its address.
                 const int size = size_of(r >= 1 && r <= others ? types.other : types.storage);
                 batch.pointers[r][batch.n] = static_cast<char*>(roles[r][i]) + first * size;
             }
             batch.numel[batch.n] = static_cast<int>(numel);
             blocks += chunks;
             batch.last_chunk[batch.n++] = blocks;
+            // Another round is not needed for tensors that an emulator could take through a test.
         } while ((first += kMostElements) < t.numel[i]);
     }
     flush();
