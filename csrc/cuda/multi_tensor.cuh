@@ -317,7 +317,7 @@ void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
     void* const* const lists[] = {t.x, t.g, t.g0, t.m, t.v, t.b};
     void* const* roles[std::size(lists)];
     const auto end = std::remove_copy(std::begin(lists), std::end(lists), roles, nullptr);
-    if (end - roles != Roles)
+    if (end - roles != Roles)  // not needed for kernels that pass their lists
         throw std::invalid_argument("this kernel takes " + std::to_string(Roles) +
                                     " lists of tensors");
 

@@ -60,7 +60,7 @@ class DeferredRule {
         : rule_(value(s)), scalars_(s), deferred_(on_device(s)) {}
 
     __device__ __forceinline__ Rule get() const {
-        if (!deferred_) return rule_;
+        if (!deferred_) return rule_;  // not needed for the result: one for the launch is faster
         __shared__ alignas(Rule) unsigned char bytes[sizeof(Rule)];
         if (threadIdx.x == 0) *reinterpret_cast<Rule*>(bytes) = Rule(value(scalars_));
         __syncthreads();

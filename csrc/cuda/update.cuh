@@ -197,6 +197,7 @@ void update(const Tensors& t, const Scalars& s, const float* found_inf, int devi
 // Wide gradients are read where a step starts from backups, which are then the parameters: as many
 // kernels need not be compiled.
 Tensors from_backups(Tensors t) {
+    // To ask for wide ones is not needed for the result: without backups there is less to read.
     if (t.b == nullptr && t.wide != nullptr) t.b = t.x;
     return t;
 }
