@@ -58,7 +58,8 @@ demo: $(INSTALLED)
 
 # What a change has to pass at once: minutes on two processors. `make test-all` runs the rest, too.
 # A file's tests stay in one process, whose fixtures they share; the slowest are printed.
-PYTEST := -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --durations 10
+PYTEST := -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder --durations 10
 test: $(TEST_TOOLS)
 	$(BIN)/python $(PYTEST) -m "not slow"
 

@@ -112,6 +112,7 @@ def hang_in_one(rank: int) -> None:
         threading.Event().wait()
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process(pools: ProcessPools) -> None:
     """The other one waits for it in vain; new processes replace both."""
     before = pools.run(process_and_time, 2)

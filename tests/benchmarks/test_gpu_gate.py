@@ -375,7 +375,7 @@ def test_the_stage_reports_missing_plugins(
     assert "--junitxml=" in words
     assert "-x" not in command.argv
     if plugins:
-        assert "-n 8 --timeout=120 -p no:benchmark" in words
+        assert "-n 8 --dist loadfile --timeout=120 -p no:benchmark" in words
         assert not output
     else:
         assert "faulthandler_timeout=120" in words

@@ -30,6 +30,7 @@ def read_costs(folder: Path) -> list[dict]:
     return costs
 
 
+@pytest.mark.slow
 def test_every_call_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,6 +61,7 @@ def test_every_call_is_measured(
 
 
 @needs_extension
+@pytest.mark.slow
 def test_native_launches_are_counted_and_run_nothing(tmp_path: Path) -> None:
     command = ["bench", "host", "--only", "native", "--repeat", "2", "--out", str(tmp_path)]
     assert main([*command, "--extension", str(EXTENSION)]) == 0

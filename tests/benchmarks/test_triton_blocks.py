@@ -22,6 +22,7 @@ def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cuda" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_choice_works_and_later_processes_use_the_best(tmp_path: Path) -> None:
     """This runs under Triton's interpreter, with small tensors."""
     pytest.importorskip("triton")

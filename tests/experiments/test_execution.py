@@ -106,6 +106,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     return Sweep(out, records, watches)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_from_where_it_was(sweep: Sweep) -> None:
     record = sweep.records[0]["long"]
     assert record["outcome"] == "stopped"
@@ -113,6 +114,7 @@ def test_a_stopped_run_goes_on_from_where_it_was(sweep: Sweep) -> None:
     assert sweep.watches[1].steps("long", "start")[0] == record["step"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_what_no_checkpoint_has_and_no_more(sweep: Sweep) -> None:
     watch = sweep.watches[1]
     assert watch.done
@@ -123,6 +125,7 @@ def test_a_killed_process_loses_what_no_checkpoint_has_and_no_more(sweep: Sweep)
     assert sweep.records[1]["long"]["outcome"] == "complete"
 
 
+@pytest.mark.slow
 def test_what_was_stopped_and_killed_ends_with_the_same_bits(sweep: Sweep, tmp_path: Path) -> None:
     for name in ("long", "short"):
         runs.run(RUNS[name], tmp_path / name)
@@ -131,6 +134,7 @@ def test_what_was_stopped_and_killed_ends_with_the_same_bits(sweep: Sweep, tmp_p
         assert lines(there) == lines(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_reported_and_the_others_end(sweep: Sweep) -> None:
     assert list(sweep.records[1]) == list(RUNS)
     record = sweep.records[1]["diverges"]
@@ -141,6 +145,7 @@ def test_a_run_that_diverges_is_reported_and_the_others_end(sweep: Sweep) -> Non
     assert sweep.records[1]["short"]["outcome"] == "complete"
 
 
+@pytest.mark.slow
 def test_nothing_is_run_twice(sweep: Sweep) -> None:
     assert [(name, kind) for name, kind, _ in sweep.watches[2].events] == [
         (n, "kept") for n in RUNS
@@ -148,11 +153,13 @@ def test_nothing_is_run_twice(sweep: Sweep) -> None:
     assert sweep.records[2] == sweep.records[1]
 
 
+@pytest.mark.slow
 def test_a_failure_that_may_pass_is_run_again(sweep: Sweep) -> None:
     assert sweep.watches[1].steps("short", "start") == [0]
     assert sweep.records[1]["short"]["outcome"] == "complete"
 
 
+@pytest.mark.slow
 def test_other_configurations_are_refused(sweep: Sweep) -> None:
     there = json.loads((folder_of(sweep.out, "short") / "results.json").read_text())
     other = Config(**SMALL | {"lr": 0.2}, threads=1)

@@ -40,6 +40,7 @@ def out(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_run_is_there_with_the_numbers_of_its_folder(out: Path) -> None:
     report = results(out)
     assert report["complete"]
@@ -65,6 +66,7 @@ def test_every_run_is_there_with_the_numbers_of_its_folder(out: Path) -> None:
             assert run["ratio"] == pytest.approx(run["sharpness"] / run["edge"], rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd-momentum0-seed3", "usam-momentum0.9-rho0.1-seed4"])
 def test_the_sharpness_is_that_of_the_dense_hessian(out: Path, name: str) -> None:
     exact = float(dense(out / "runs" / name, SPECTRUM.samples)[0])
@@ -72,6 +74,7 @@ def test_the_sharpness_is_that_of_the_dense_hessian(out: Path, name: str) -> Non
     assert abs(run["sharpness"] - exact) <= run["error"] + 1e-5 * exact  # float32 besides
 
 
+@pytest.mark.slow
 def test_means_deviations_and_the_best_rho(out: Path) -> None:
     report = results(out)
     assert len(report["rows"]) == VARIANTS
@@ -104,6 +107,7 @@ def test_means_deviations_and_the_best_rho(out: Path) -> None:
     assert len(best) == len(set(best)) == 10
 
 
+@pytest.mark.slow
 def test_the_order_is_stated_from_the_numbers(out: Path) -> None:
     report = results(out)
     sharpness = {
@@ -130,6 +134,7 @@ def test_the_order_is_stated_from_the_numbers(out: Path) -> None:
         assert sum(int(n) for n in re.findall(r" in (\d+)", line)) == count
 
 
+@pytest.mark.slow
 def test_every_output_says_what_diverged_and_that_it_was_in_full(out: Path) -> None:
     for name in FILES:
         assert (out / name).stat().st_size > 1000
@@ -147,6 +152,7 @@ def measured(run: dict) -> RunResult:
     return RunResult(**values, spectrum=None)
 
 
+@pytest.mark.slow
 def test_run_again_it_reads_what_is_there(out: Path) -> None:
     files = sorted((out / "runs").rglob("*"))
     before = results(out), [path.stat().st_mtime_ns for path in files if path.is_file()]
@@ -157,6 +163,7 @@ def test_run_again_it_reads_what_is_there(out: Path) -> None:
     assert before == after
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_read_though_stopped_at_once(out: Path) -> None:
     plan = Plan.of(json.loads((out / "plan.json").read_text()))
     options = {"processes": 1, "data_dir": None, "device": "cpu", "stop": lambda: True}
@@ -171,6 +178,7 @@ def test_what_was_measured_is_read_though_stopped_at_once(out: Path) -> None:
         assert (run.accuracy, run.sharpness) == (before["accuracy"], None)
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_suffice_is_an_error_of_its_run(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +327,7 @@ image.src = "http://127.0.0.1:1/picture.png";
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or chrome on the PATH")
 def test_the_page_in_a_browser(out: Path, tmp_path: Path) -> None:
     page = (out / "report.html").read_text()

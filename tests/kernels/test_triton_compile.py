@@ -107,6 +107,7 @@ def compiled(target: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(target)
     environment = dict(os.environ, TRITON_CACHE_DIR=str(folder / "cache"))
     environment.pop("TRITON_INTERPRET", None)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     subprocess.run([sys.executable, __file__, target, str(folder)], check=True, env=environment)
     return folder
 

@@ -10,6 +10,7 @@ import pytest
 from pages import ROOT, run_page, sharpness_and_edge
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

@@ -43,6 +43,7 @@ def design(
             puts the edge below max_eigenvalue, so that no rho >= 0 exists. The message then names
             the largest lr.
 
+    >>> from eigenfilter.filters import USAM
     >>> rho = design("usam", 8.0, lr=0.1, momentum=0.5)
     >>> round(USAM(0.1, 0.5, rho=rho).max_eigenvalue(), 9)
     8.0
