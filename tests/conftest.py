@@ -12,6 +12,9 @@ import pytest
 
 # Before torch is imported: threads that wait by spinning slow every test down on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Processes of pytest-xdist share the processors.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 os.environ["EIGENFILTER_TRITON_BLOCKS"] = os.devnull  # the default, whatever was saved here
 
 import torch

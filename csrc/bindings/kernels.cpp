@@ -310,7 +310,7 @@ void orthogonalize(py::handle vectors, py::handle basis, py::handle count_given,
     run(
         w, threads, [&] { cpu::orthogonalize(p, threads); },
         [&](int device, void* stream) {
-            const std::int64_t size = cuda::project_workspace(rows, columns, count);
+            const std::int64_t size = cuda::orthogonalize_workspace(rows, columns, count);
             cuda::orthogonalize(p, doubles(w, "workspace", workspace, size, true), device, stream);
         });
 }
@@ -439,12 +439,12 @@ py::tuple check(py::handle names, py::handle lists, py::handle written) {
 }
 
 // Sizes of workspaces, for what a call may be given.
-std::int64_t project_workspace(py::handle rows, py::handle columns, py::handle count) {
+std::int64_t orthogonalize_workspace(py::handle rows, py::handle columns, py::handle count) {
     const std::int64_t m = whole("rows", rows, 0, INT64_MAX / 2);
     const std::int64_t n = whole("columns", columns, 0, INT64_MAX / 2);
     const std::int64_t b = whole("count", count, 0, INT64_MAX / 2);
     product(product(m + 1, n + 2), b);
-    return cuda::project_workspace(m, n, b);
+    return cuda::orthogonalize_workspace(m, n, b);
 }
 
 std::int64_t sums_workspace(py::handle sums, py::handle columns) {
@@ -482,7 +482,7 @@ void register_kernels(py::module_& module) {
     define(module, "norm_workspace", &norm_workspace);
     define(module, "flag_nonfinite", &flag_nonfinite);
     define(module, "orthogonalize", &orthogonalize);
-    define(module, "project_workspace", &project_workspace);
+    define(module, "orthogonalize_workspace", &orthogonalize_workspace);
     define(module, "sums_workspace", &sums_workspace);
     define(module, "row_dots", &row_dots);
     define(module, "lanczos_step", &lanczos_step);

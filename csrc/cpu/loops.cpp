@@ -42,7 +42,7 @@ void perturb(const PerturbScalars<double>& s, typename Storage::Bits* x,
              typename Storage::Bits* b, std::int64_t n, bool stream) {
     constexpr int L = kLanes<Storage>;
     const Perturb<typename Storage::Arithmetic> rule(s);
-    const auto moved = [=](auto origin, auto gradient) {
+    const auto perturbed = [=](auto origin, auto gradient) {
         return Storage::template narrow<L>(
             rule(Storage::template widen<L>(origin), Gradient::template widen<L>(gradient)));
     };
@@ -50,11 +50,11 @@ void perturb(const PerturbScalars<double>& s, typename Storage::Bits* x,
         walk<Storage>(n, stream ? b : nullptr, [=](auto io, std::int64_t i) {
             const auto origin = io.read(from + i), gradient = io.read(g + i);
             io.write_only(b + i, origin);
-            io.write(x + i, moved(origin, gradient));
+            io.write(x + i, perturbed(origin, gradient));
         });
     } else {
         walk<Storage>(n, stream && from != x ? x : nullptr, [=](auto io, std::int64_t i) {
-            io.write_only(x + i, moved(io.read(from + i), io.read(g + i)));
+            io.write_only(x + i, perturbed(io.read(from + i), io.read(g + i)));
         });
     }
 }
@@ -95,17 +95,17 @@ void sgd_step(const SgdScalars<double>& s, typename Storage::Bits* x,
         walk<Storage>(n, streamed, [=](auto io, std::int64_t i) {
             const auto origin = Storage::template widen<L>(io.read(from + i));
             const auto gradient = Gradient::template widen<L>(io.read(g + i));
-            const auto moved = rule(origin, gradient);
-            io.write_only(x + i, rounded<Storage>(rounding, moved, Output::x, i));
+            const auto updated = rule(origin, gradient);
+            io.write_only(x + i, rounded<Storage>(rounding, updated, Output::x, i));
         });
     } else {
         walk<Storage>(n, streamed, [=](auto io, std::int64_t i) {
             const auto origin = Storage::template widen<L>(io.read(from + i));
             const auto gradient = Gradient::template widen<L>(io.read(g + i));
             auto momentum = Storage::template widen<L>(io.read(m + i));
-            const auto moved = rule(origin, gradient, momentum);
+            const auto updated = rule(origin, gradient, momentum);
             io.write(m + i, rounded<Storage>(rounding, momentum, Output::m, i));
-            io.write_only(x + i, rounded<Storage>(rounding, moved, Output::x, i));
+            io.write_only(x + i, rounded<Storage>(rounding, updated, Output::x, i));
         });
     }
 }
@@ -123,10 +123,10 @@ void adamw_step(const AdamWScalars<double>& s, typename Storage::Bits* x,
         const auto gradient = Gradient::template widen<L>(io.read(g + i));
         auto first = Storage::template widen<L>(io.read(m + i));
         auto second = Storage::template widen<L>(io.read(v + i));
-        const auto moved = rule(origin, gradient, first, second);
+        const auto updated = rule(origin, gradient, first, second);
         io.write(m + i, rounded<Storage>(rounding, first, Output::m, i));
         io.write(v + i, rounded<Storage>(rounding, second, Output::v, i));
-        io.write_only(x + i, rounded<Storage>(rounding, moved, Output::x, i));
+        io.write_only(x + i, rounded<Storage>(rounding, updated, Output::x, i));
     });
 }
 

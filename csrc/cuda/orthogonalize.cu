@@ -153,7 +153,7 @@ void launch(const Projection& p, double* workspace, cudaStream_t queue) {
 
 }  // namespace
 
-std::int64_t project_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count) {
+std::int64_t orthogonalize_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count) {
     return count * (rows + (rows + 1) * tiles_of(columns));
 }
 

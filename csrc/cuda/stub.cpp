@@ -33,7 +33,7 @@ std::int64_t norm_workspace(const Tensors&) {
 }
 void norm(const Tensors&, const Scalar&, void*, bool, double*, int, Stream) { require(); }
 void flag_nonfinite(const Tensors&, float*, int, Stream) { require(); }
-std::int64_t project_workspace(std::int64_t, std::int64_t, std::int64_t) {
+std::int64_t orthogonalize_workspace(std::int64_t, std::int64_t, std::int64_t) {
     require();
     return 0;
 }

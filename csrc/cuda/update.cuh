@@ -86,8 +86,8 @@ struct Step {
             if constexpr (B == Backup::saved) from.store(p[kLast] + i);
 #pragma unroll
             for (int j = 0; j < Group::kSize; ++j)
-                move(writer, i, j, std::make_integer_sequence<int, kGradients>{},
-                     std::make_integer_sequence<int, States>{});
+                update_element(writer, i, j, std::make_integer_sequence<int, kGradients>{},
+                               std::make_integer_sequence<int, States>{});
 #pragma unroll
             for (int k = 0; k < States; ++k) states[k].store(p[kStates + k] + i);
             from.store(p[0] + i);
@@ -97,9 +97,9 @@ struct Step {
         static constexpr int kStates = 1 + kGradients;  // the first one's role
 
         template <class Writer, int... G, int... S>
-        __device__ __forceinline__ void move(const Writer& writer, int i, int j,
-                                             std::integer_sequence<int, G...>,
-                                             std::integer_sequence<int, S...>) {
+        __device__ __forceinline__ void update_element(const Writer& writer, int i, int j,
+                                                       std::integer_sequence<int, G...>,
+                                                       std::integer_sequence<int, S...>) {
             const auto rounded = [&](Real v, Output output) {
                 return Storage::narrow(
                     writer.rounding.template round<Storage>(v, output, std::uint32_t(i + j)));

@@ -176,7 +176,7 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "orthogonalize": lambda: [
         *([tensor()], [tensor()], 4, 4, doubles(4, 4), doubles(4), None, 2, 2),
     ],
-    "project_workspace": lambda: [4, 6, 4],
+    "orthogonalize_workspace": lambda: [4, 6, 4],
     "sums_workspace": lambda: [8, 6],
     "row_dots": lambda: [[tensor()], [tensor()], 4, doubles(2, 4), None, 2],
     "lanczos_step": lambda: [

@@ -148,7 +148,7 @@ void norm(const Tensors&, const Scalar& grad_scale, void* out, bool out_is_doubl
           double* workspace, int device, Stream stream);
 void flag_nonfinite(const Tensors&, float* found_inf, int device, Stream stream);
 // Doubles that `orthogonalize` needs as workspace.
-std::int64_t project_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count);
+std::int64_t orthogonalize_workspace(std::int64_t rows, std::int64_t columns, std::int64_t count);
 void orthogonalize(const Projection&, double* workspace, int device, Stream stream);
 // Doubles that the following need as workspace for so many sums over all columns.
 std::int64_t sums_workspace(std::int64_t sums, std::int64_t columns);

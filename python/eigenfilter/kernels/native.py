@@ -162,7 +162,7 @@ def orthogonalize(
     count = w.shape[0] if w.ndim == 2 else 1
     workspace = None
     if w.device.type == _core.cuda_device_type:
-        size = _core.project_workspace(len(basis), basis.shape[1], count)
+        size = _core.orthogonalize_workspace(len(basis), basis.shape[1], count)
         workspace = torch.empty(size, dtype=torch.float64, device=w.device)
     _core.orthogonalize(
         [w],
