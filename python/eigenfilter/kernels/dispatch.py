@@ -198,12 +198,14 @@ def first(name: str, tensors: Sequence[Tensor]) -> Tensor:
         raise TypeError("the kernels take lists of tensors: pass [tensor]")
     if not isinstance(tensors, (list, tuple, _core.TensorList)):
         raise TypeError(f"{name} must be a list or tuple of tensors")
-    if len(tensors) == 0:
-        raise ValueError("no tensors: pass at least one")
-    if not isinstance(tensors[0], Tensor):
-        kind = type(tensors[0]).__name__
+    try:
+        tensor = tensors[0]
+    except IndexError:  # it was empty, or another thread has emptied it
+        raise ValueError("no tensors: pass at least one") from None
+    if not isinstance(tensor, Tensor):
+        kind = type(tensor).__name__
         raise TypeError(f"{name}[0] cannot be used: {kind} is not a tensor of torch")
-    return tensors[0]
+    return tensor
 
 
 def _unknown(backend: object) -> str:
