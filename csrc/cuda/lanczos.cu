@@ -145,9 +145,8 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(Rows v, double* sums) {
     // One turn more is not needed for the result: it would add zeros.
     for (int start = 0; start < tile.columns; start += kMixed) {
         __syncthreads();
-        // A minimum is not needed for the result: no more than kMixed columns are read.
         wide.read<Group>(static_cast<const T*>(v.vectors) + tile.first + start, v.columns, rows,
-                         min(kMixed, tile.columns - start));
+                         min(kMixed, tile.columns - start));  // min is not needed for the result
         __syncthreads();
         for (int p = static_cast<int>(threadIdx.x) / kTeam; p < pairs; p += kTeams) {
             int i = static_cast<int>((sqrtf(8.0f * p + 1.0f) - 1.0f) * 0.5f);

@@ -290,7 +290,7 @@ class DeviceGuard {
         if (changed_) check(cudaSetDevice(device), "cudaSetDevice");
     }
     ~DeviceGuard() {
-        if (changed_) cudaSetDevice(before_);
+        if (changed_) cudaSetDevice(before_);  // asking first is not needed for the result
     }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;

@@ -193,6 +193,7 @@ def _reason(said: str) -> str:
     """What of an output says why it failed, or ""."""
     for pattern, reason in (
         (r"emulator: \S+?(\w+\.\w+:\d+): ([^\n]*)", r"emulator: \2, \1"),
+        (r"emulator: a call:0: ([^\n]*)", r"emulator: \1"),
         (r"emulator: (an access outside device memory|the host touched device memory)", r"\1"),
         (r"ThreadSanitizer: ([\w -]+?) \(", r"thread sanitizer: \1"),
         (r"AddressSanitizer: ([\w-]+)", r"address sanitizer: \1"),
@@ -279,10 +280,13 @@ def table(mutants: Sequence[Mutant], record: Record) -> str:
 
 
 def _explanation(mutant: Mutant) -> str:
-    """What a comment at the line, or right above it, says a line is there for."""
+    """What a comment at the line, or lines of comment right above it, say that it is there for."""
     lines = (SOURCES / mutant.file).read_text().splitlines()
-    near = " ".join(lines[max(mutant.line - 4, 0) : mutant.line])
-    found = re.search(r"not needed for [^.;]*", near.replace(" // ", " "))
+    first = mutant.line - 1
+    while lines[first - 1].lstrip().startswith("//"):
+        first -= 1
+    near = " ".join(lines[first : mutant.line])
+    found = re.search(r"not needed for [^.;]*", re.sub(r"\s+//", "", near))
     return f"nothing: {found[0]}" if found else ""
 
 
@@ -335,8 +339,8 @@ def main() -> int:
         print(f"{len(chosen)} mutants")
         return 0
     record = Record(mutants)
-    # One that survived is tried again: there may be a test for it by now.
-    untried = [m for m in chosen if not record[m]]
+    # One that survived is tried again, unless it is explained: there may be a test for it by now.
+    untried = [m for m in chosen if record[m] is None or not (record[m] or _explanation(m))]
     print(f"{len(untried)} of {len(chosen)} mutants are to be tried. The build...", flush=True)
     build(mutants)
     _try_all([m for m in untried if m.what == BARRIER], mutants, record, "thread", args.jobs)
