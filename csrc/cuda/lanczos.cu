@@ -122,6 +122,8 @@ struct Wide {
 #pragma unroll
             for (int a = 0; a < kAhead; ++a) {
                 const int row = (i + a * kThreads) / kGroups, j = i % kGroups * Group::kSize;
+                // This is not needed for the result: other rows would become zero, and none lies
+                // beyond the array, which whole turns fill.
                 if (row >= rows) continue;
 #pragma unroll
                 for (int k = 0; k < Group::kSize; ++k) at[row][j + k] = groups[a].v[k];

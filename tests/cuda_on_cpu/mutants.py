@@ -10,7 +10,7 @@ mutant that survives is code that no test needs: a comment at the line that says
 ..." says why it is there.
 
 Python, torch and the collection of tests are loaded once for each source: every mutant runs in a
-fork (forking.py). The table goes to tests/cuda_on_cpu/MUTANTS.md. It takes about FIXME minutes on
+fork (forking.py). The table goes to tests/cuda_on_cpu/MUTANTS.md. It takes most of an hour on
 two cores, and goes on where it was stopped.
 """
 
