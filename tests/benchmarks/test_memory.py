@@ -21,6 +21,7 @@ MOST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' high-water mark")
 @pytest.mark.parametrize("name", MOST)
 def test_peak_bytes_a_parameter(name: str) -> None:
