@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TextIO
 
@@ -30,6 +31,7 @@ def serve(run: Callable[[], int], limit: int = SECONDS) -> None:
 
 def _serve(run: Callable[[], int], answers: TextIO, limit: int) -> None:
     assert sys.__stdin__ is not None  # pytest replaces sys.stdin
+    assert sys.__stdout__ is not None
     for line in sys.__stdin__:
         number, output = line.split()
         child = os.fork()
@@ -38,8 +40,12 @@ def _serve(run: Callable[[], int], answers: TextIO, limit: int) -> None:
             signal.alarm(limit)
             core = sys.modules["eigenfilter._core"].__file__
             ctypes.CDLL(core).choose_mutant(int(number))
-            status = run()
-            sys.stdout.flush()
+            status = 1
+            try:
+                status = run()
+            except BaseException:  # of any kind: this process must not serve
+                traceback.print_exc(file=sys.__stdout__)
+            sys.__stdout__.flush()
             os._exit(status)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), file=answers, flush=True)

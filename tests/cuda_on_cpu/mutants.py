@@ -201,6 +201,7 @@ def _reason(said: str) -> str:
         (r"Timeout \(\S+\)!", f"a test that takes more than {TEST_SECONDS} s"),
         (r"FAILED \S+?(test_\w+)\.py::(\w+)", r"\1: \2"),
         (r"ERROR ([^\n]{,80})", r"\1"),
+        (r"\n(\w+Error: [^\n]{,80})", r"\1"),
     ):
         found = re.search(pattern, said)
         if found:

@@ -154,3 +154,12 @@ def assert_flat(actual: Tensor, expected: Iterable[Tensor]) -> None:
     """A gathered flat parameter, whose end is padding, holds the expected parameters."""
     whole = torch.cat([p.detach().flatten() for p in expected])
     torch.testing.assert_close(actual[: len(whole)], whole, rtol=1e-12, atol=1e-12)
+
+
+def step_with_released_gradients(model: nn.Module, rank: int) -> str:
+    """Return the refusal of gradients that would be applied before they are reduced."""
+    before = full(model.parameters())
+    opt = ef.SGD(model.parameters(), lr=0.1, release_gradients=True)
+    message = error_message(lambda: opt.step(evaluation(opt, model, share(rank))))
+    assert all(map(torch.equal, full(model.parameters()), before))
+    return message

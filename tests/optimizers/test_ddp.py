@@ -14,11 +14,11 @@ from optimizers.distributed_problem import (
     OPTIMIZERS,
     SETTINGS,
     STEPS,
-    error_message,
     evaluation,
     full,
     network,
     share,
+    step_with_released_gradients,
     train,
     train_alone,
 )
@@ -64,13 +64,7 @@ def test_ascents_without_synchronization_keep_processes_together(
 
 
 def release_gradients(rank: int) -> str:
-    """Step with gradients that would be applied before they are reduced."""
-    model = DistributedDataParallel(network())
-    before = full(model.parameters())
-    opt = ef.SGD(model.parameters(), lr=0.1, release_gradients=True)
-    message = error_message(lambda: opt.step(evaluation(opt, model, share(rank))))
-    assert all(map(torch.equal, full(model.parameters()), before))
-    return message
+    return step_with_released_gradients(DistributedDataParallel(network()), rank)
 
 
 def test_released_gradients_are_refused_before_they_are_reduced(

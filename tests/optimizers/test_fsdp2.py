@@ -19,11 +19,11 @@ from optimizers.distributed_problem import (
     WORLD,
     batch,
     descent_norm_alone,
-    error_message,
     evaluation,
     full,
     network,
     share,
+    step_with_released_gradients,
     train,
     train_alone,
 )
@@ -118,13 +118,7 @@ def test_rho_matters_in_that_run() -> None:
 
 
 def release_gradients(rank: int) -> str:
-    """Step with gradients that would be applied before they are reduced."""
-    model = sharded()
-    before = full(model.parameters())
-    opt = ef.SGD(model.parameters(), lr=0.1, release_gradients=True)
-    message = error_message(lambda: opt.step(evaluation(opt, model, share(rank))))
-    assert all(map(torch.equal, full(model.parameters()), before))
-    return message
+    return step_with_released_gradients(sharded(), rank)
 
 
 def test_released_gradients_are_refused_before_they_are_reduced(
