@@ -14,7 +14,7 @@ import torch
 
 import eigenfilter
 from eigenfilter import _core
-from eigenfilter.kernels import triton_blocks
+from eigenfilter.kernels.triton import blocks as triton_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 """The root of the checkout."""

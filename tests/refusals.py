@@ -130,7 +130,7 @@ SCALARS: dict[str, object] = {
     "infinite tensor": torch.tensor(float("inf"), dtype=torch.float64),
 }
 # Computed from gradients: as a tensor they may be no number.
-COMPUTED = {"perturb": {"alpha"}, "perturb_again": {"alpha"}, "perturb_hvp": {"alpha", "eps"}}
+COMPUTED = {"perturb": {"alpha"}, "perturb_hvp": {"alpha", "eps"}}
 # Outside of the range that a hyperparameter is documented with.
 OUTSIDE: dict[str, tuple[float, ...]] = {
     "beta1": (-0.1, 1.0),
@@ -169,8 +169,8 @@ def _update(update: Any) -> Kernel:
         flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
         return {**lists, **update.options, **flags}
 
-    optional = {"perturb_again": {"backups"}, "sgd_step": {"backups", "momenta"}}
-    optional["adamw_step"] = {"backups"}
+    optional = {"sgd_step": {"backups", "momenta"}, "adamw_step": {"backups"}}
+    optional["perturb"] = set() if update.options.get("save", True) else {"backups"}
     absent = frozenset(optional.get(update.kernel, set()) | {"rounding_seed"} | _FLAGS)
     return Kernel(update.kernel, make, frozenset(update.writes), absent)
 

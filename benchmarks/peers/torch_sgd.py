@@ -35,7 +35,7 @@ def perturb(
     torch._foreach_add_(params, grads, alpha=alpha)
 
 
-def perturb_again(params: list[Tensor], grads: list[Tensor], *, alpha: float) -> None:
+def perturb_unsaved(params: list[Tensor], grads: list[Tensor], *, alpha: float) -> None:
     """x <- x + alpha g."""
     torch._foreach_add_(params, grads, alpha=alpha)
 

@@ -14,7 +14,7 @@ from benchmarks import triton_blocks
 from benchmarks.environment import subprocess_environment
 from benchmarks.timing import Spread
 from eigenfilter.experiments.cli import main
-from eigenfilter.kernels.triton_blocks import Blocks
+from eigenfilter.kernels.triton.blocks import Blocks
 
 
 def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,7 @@ def measure() -> None:
     """Time all choices; then save choices as if other times had been measured."""
     from benchmarks import kernels
     from benchmarks.shapes import TensorProblem
-    from eigenfilter.kernels.triton_blocks import file, read
+    from eigenfilter.kernels.triton.blocks import file, read
 
     kernels.problem = lambda device, dtype: TensorProblem([(3000,)] * 2, device, dtype)
     cpu = torch.device("cpu")
@@ -105,7 +105,7 @@ def measure() -> None:
 def use() -> None:
     """Perturb with the saved choice, and step with the default."""
     from eigenfilter import kernels
-    from eigenfilter.kernels import triton_tables
+    from eigenfilter.kernels.triton import tables as triton_tables
 
     cut, blocks = triton_tables.cut, []
     triton_tables.cut = lambda *args: blocks.append(args[-1]) or cut(*args)

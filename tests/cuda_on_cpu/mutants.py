@@ -45,7 +45,7 @@ CODE = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".cmake")
 # The tests of a source, and the part of races.py that runs it; a header's are those of all sources
 # that include it.
 UPDATES = {
-    "perturb.cu": ["test_perturb.py", "test_perturb_again.py", "test_perturb_hvp.py"],
+    "perturb.cu": ["test_perturb.py", "test_perturb_unsaved.py", "test_perturb_hvp.py"],
     "sgd_step.cu": ["test_sgd_step.py", "test_stochastic_rounding.py"],
     "adamw_step.cu": ["test_adamw_step.py"],
 }

@@ -38,7 +38,7 @@ def updates(dtype: torch.dtype) -> None:
     flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.zeros(1)}
     x, g, b, m, v = lists(5, dtype)
     kernels.perturb(x, g, b, on_device(0.1), **flags)
-    kernels.perturb_again(x, g, on_device(0.1), b)
+    kernels.perturb(x, g, b, on_device(0.1), save=False)
     kernels.perturb_hvp(x, g, m, b, on_device(0.1), 0.01)
     kernels.sgd_step(x, g, m, b, lr=on_device(0.1), momentum=0.9, **flags)
     kernels.adamw_step(

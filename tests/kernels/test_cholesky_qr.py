@@ -193,6 +193,7 @@ def test_bad_operands_are_refused(v: Tensor, f: Tensor, message: str) -> None:
             kernels.cholesky_qr(v)
 
 
+@pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))

@@ -165,6 +165,7 @@ def test_bad_operands_are_refused(u: Tensor, q: Tensor, f: Tensor, message: str)
     assert torch.equal(u, before)
 
 
+@pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))

@@ -111,7 +111,7 @@ def test_nothing_to_project(backend: KernelBackend, shape: tuple[int, ...]) -> N
 def test_memory_that_is_shared_is_refused(backend: KernelBackend) -> None:
     rows = orthonormal(6, 100, torch.float32, backend.device)
     before = rows.clone()
-    with pytest.raises(ValueError, match="shares memory"):
+    with pytest.raises(ValueError, match=r"shares? memory"):
         kernels.orthogonalize(rows[4:6], rows, backend=backend.name)
     assert same_bits(rows, before)
     kernels.orthogonalize(rows[5], rows[:5], backend=backend.name)  # side by side
@@ -175,6 +175,7 @@ def test_bad_operands_are_refused(w: Tensor, basis: Tensor, options: dict, messa
     assert same_bits(w, before)
 
 
+@pytest.mark.slow
 def test_triton_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))

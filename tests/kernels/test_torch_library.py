@@ -32,8 +32,8 @@ FLAG = torch.zeros(())
 # Calls of every kernel: how many lists, and what is done with them.
 CALLS: dict[str, tuple[int, Callable[..., Any]]] = {
     "perturb": (3, lambda p, g, b: kernels.perturb(p, g, b, 0.1, adaptive=True)),
-    "perturb_again": (2, lambda p, g: kernels.perturb_again(p, g, 0.1)),
-    "perturb_again from": (3, lambda p, g, b: kernels.perturb_again(p, g, 0.1, b)),
+    "perturb unsaved": (2, lambda p, g: kernels.perturb(p, g, None, 0.1, save=False)),
+    "perturb backups": (3, lambda p, g, b: kernels.perturb(p, g, b, 0.1, save=False)),
     "perturb_hvp": (4, lambda p, g, g0, b: kernels.perturb_hvp(p, g, g0, b, 0.1, eps=1e-2)),
     "sgd_step": (2, lambda p, g: kernels.sgd_step(p, g, lr=0.1, weight_decay=0.01)),
     "sgd_step momentum": (
@@ -91,7 +91,7 @@ def test_errors_are_those_of_the_kernels() -> None:
     [params, grads] = lists(2)
 
     def work(params: list[Tensor], grads: list[Tensor]) -> None:
-        kernels.perturb_again(params, grads, 0.1)
+        kernels.perturb(params, grads, None, 0.1, save=False)
 
     compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="grads"):
@@ -115,8 +115,7 @@ def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
     tail = {"grad_scale": scalar(2.0).float(), "found_inf": FLAG.clone(), "backend": None}
     half = scalar(0.5)
     return {
-        "perturb": ([p, g, a, half], {"adaptive": False} | tail),
-        "perturb_again": ([p, g, half, []], tail),
+        "perturb": ([p, g, a, half], {"save": True, "adaptive": False} | tail),
         "perturb_hvp": ([p, g, a, b, half, half], tail),
         "sgd_step": (
             [p, g, a, []],

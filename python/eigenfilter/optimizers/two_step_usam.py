@@ -45,7 +45,7 @@ class TwoStepUSAMAscent(Ascent):
             run(bucket.kernels.perturb, bucket_slice, bucket.backups(), alpha)
         else:
             origin = bucket.backups() if self.ascent == "anchored" else None
-            run(bucket.kernels.perturb_again, bucket_slice, alpha, origin)
+            run(bucket.kernels.perturb, bucket_slice, origin, alpha, save=False)
 
 
 class TwoStepUSAM(EigenfilterOptimizer):

@@ -22,17 +22,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eigenfilter.kernels.triton_blocks import Blocks, blocks_for
-
-if TYPE_CHECKING:
-    from eigenfilter._core import Table
+from eigenfilter.kernels.conventions import Table
+from eigenfilter.kernels.triton.blocks import Blocks, blocks_for
 
 # A chunk of four blocks makes the tables small beside the tensors, and still cuts a model of
 # 25M float32 parameters into several waves of a large GPU.
@@ -67,21 +65,20 @@ class Tables:
         return sum(chunks.shape[1] for chunks in self.chunks.values())
 
 
-def tables(kernel: str, like: Tensor, read: Table | None) -> Tables:
+def tables(kernel: str, like: Tensor, table: Table) -> Tables:
     """Return the tables of the lists of one call.
 
     Args:
         kernel: name of the kernel, which decides the sizes of the blocks.
         like: a tensor of the first list, for its dtype and device, which must be the current one.
             The tables are for the current stream.
-        read: the data that the check of the call's arguments returned.
+        table: the data that the check of the call's arguments returned.
     """
-    assert read is not None
     blocks = blocks_for(kernel, like.dtype, like.device)
     return _calls.get(
-        (*read, like.dtype, blocks),
+        (*table, like.dtype, blocks),
         like.device,
-        lambda: _make(*read, like.dtype, like.device, blocks),
+        lambda: _make(*table, like.dtype, like.device, blocks),
     )
 
 

@@ -1,4 +1,4 @@
-"""Triton device code of orthogonalize: a program has a tile of columns of one vector.
+"""`kernels.orthogonalize` in Triton: a program has a tile of columns of one vector.
 
 Every tile stores its sums apart, and they are added in one fixed order.
 """
@@ -7,11 +7,14 @@ Every tile stores its sums apart, and they are added in one fixed order.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import torch
 import triton
 import triton.language as tl
 
-TILE = 1024  # columns
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+from eigenfilter.kernels.triton.launch import on_device
+from eigenfilter.kernels.triton.rows import OPTIONS, TILE
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,3 +76,25 @@ def norms_kernel(squares, tiles, norms, TILE: tl.constexpr):
         lanes = start + tl.arange(0, TILE)
         total += tl.load(squares + vector * tiles + lanes, mask=lanes < tiles, other=0.0)
     tl.store(norms + vector, tl.sqrt(tl.sum(total, axis=0)))
+
+
+def run(_table: None, call: SimpleNamespace) -> None:
+    """Launch the kernels: see `eigenfilter.kernels.orthogonalize`."""
+    w, basis, coefficients = call.w, call.basis, call.coefficients
+    rows, columns = basis.shape
+    count = len(w) if w.ndim == 2 else 1
+    tiles = triton.cdiv(columns, TILE)
+    constants = {"TILE": TILE, **OPTIONS}
+    with on_device(w.device):
+        sums = w.new_empty(count * rows * tiles, dtype=torch.float64)
+        squares = w.new_empty(count * tiles, dtype=torch.float64)
+        factors = torch.empty_like(coefficients)
+        grid = (tiles, count)
+        for i in range(call.passes):
+            if rows:
+                dots_kernel[grid](w, basis, sums, rows, columns, **constants)
+                add_tiles_kernel[(count * rows,)](
+                    sums, tiles, factors, coefficients, FIRST=i == 0, **constants
+                )
+            subtract_kernel[grid](w, basis, factors, squares, rows, columns, **constants)
+        norms_kernel[(count,)](squares, tiles, call.norms, **constants)

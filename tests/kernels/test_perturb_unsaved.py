@@ -1,4 +1,4 @@
-"""perturb_again against exact arithmetic: x <- x + alpha g / grad_scale, or from backups b."""
+"""perturb without saving against exact arithmetic: x <- x + alpha g / grad_scale, or from b."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ X, G, B = range(3)
 anchors = pytest.mark.parametrize("anchored", [False, True], ids=["from x", "from b"])
 
 
-def assert_perturbs_again(
+def assert_perturbed(
     backend: KernelBackend,
     dtype: torch.dtype,
     anchored: bool,
@@ -28,11 +28,12 @@ def assert_perturbs_again(
     arena.fill(G, B if anchored else X)
     before = [arena.values(i) for i in (X, G, B)]
     x, g, b = arena.lists
-    kernels.perturb_again(
+    kernels.perturb(
         x,
         g,
-        ALPHA,
         b if anchored else None,
+        ALPHA,
+        save=False,
         grad_scale=tensor(scale, backend),
         found_inf=tensor(flag, backend),
         backend=backend.name,
@@ -54,10 +55,10 @@ def tensor(value: float | None, backend: KernelBackend) -> Tensor | None:
 
 @anchors
 @pytest.mark.parametrize("scale", [None, SCALE])
-def test_perturb_again(
+def test_perturb_unsaved(
     backend: KernelBackend, dtype: torch.dtype, anchored: bool, scale: float | None
 ) -> None:
-    assert_perturbs_again(backend, dtype, anchored, scale, None)
+    assert_perturbed(backend, dtype, anchored, scale, None)
 
 
 @anchors
@@ -65,22 +66,24 @@ def test_perturb_again(
 def test_found_inf_leaves_x_where_it_is(
     backend: KernelBackend, dtype: torch.dtype, anchored: bool, flag: float
 ) -> None:
-    assert_perturbs_again(backend, dtype, anchored, SCALE, flag)
+    assert_perturbed(backend, dtype, anchored, SCALE, flag)
 
 
 @anchors
-def test_it_perturbs_as_perturb_does(
-    backend: KernelBackend, dtype: torch.dtype, anchored: bool
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_it_perturbs_as_after_saving(
+    backend: KernelBackend, dtype: torch.dtype, anchored: bool, adaptive: bool
 ) -> None:
     """The bits agree: from backups, whatever x is by then, or from x where the ascent began."""
     arena = Arena(dtype, 3, device=backend.device)
     arena.fill(X, G)
     x, g, b = arena.lists
-    kernels.perturb(x, g, b, ALPHA, backend=backend.name)
+    kernels.perturb(x, g, b, ALPHA, adaptive=adaptive, backend=backend.name)
     expected = arena.values(X)
     if anchored:
         arena.memory[X].fill_(torch.nan)
     else:
         torch._foreach_copy_(x, b)
-    kernels.perturb_again(x, g, ALPHA, b if anchored else None, backend=backend.name)
+    origin = b if anchored else None
+    kernels.perturb(x, g, origin, ALPHA, save=False, adaptive=adaptive, backend=backend.name)
     assert same_bits(arena.values(X), expected)

@@ -1,27 +1,18 @@
 """The kernels of Lanczos iterations, on vectors that are the rows of one tensor.
 
-`eigenfilter.kernels` exports these functions and documents `backend` and `torch.compile`.
+Each public function allocates what its operation returns. The operation's body is the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from eigenfilter import _core
-from eigenfilter.kernels import dispatch
-from eigenfilter.kernels.torch_library import operator
+from eigenfilter.kernels._op import op
 
 _MOST_VECTORS = 65_535  # bound of a GPU's grid
 _MOST_PASSES = 100  # two are enough
 MOST_ROWS = 32  # vectors in `gram` and `mix_rows`, hence in `cholesky_qr`
-# Passes of `cholesky_qr`, and the new part of a vector, in eps of its length, below which the
-# vector counts as dependent. float64 needs more, because its arithmetic is no wider than its data.
-_PASSES = {torch.float32: 2, torch.float64: 3}
-_OWN = {torch.float32: 0.5, torch.float64: 4.0}
 
 
 def orthogonalize(
@@ -79,22 +70,23 @@ def orthogonalize(
     return coefficients, norms
 
 
-@operator(mutates=("w", "coefficients", "norms"))
+@op(writes=("w", "coefficients", "norms"))
 def _orthogonalize(
     w: Tensor,
     basis: Tensor,
     coefficients: Tensor,
     norms: Tensor,
     passes: int,
-    backend: str | None,
+    backend: str | None = None,
 ) -> None:
-    _core.check(("w",), ([w],), (True,))
-    _core.check(("basis",), ([basis],), (False,))
-    if _overlap(w, basis):
-        raise ValueError("w shares memory with basis, which would change as it is read: clone it")
-    with torch.no_grad():
-        dispatch.of("w", [w], backend).orthogonalize(w, basis, coefficients, norms, passes=passes)
-    increment_version([w])
+    """w <- w - Q^T (Q w), `passes` times, in float64; rounded to w's dtype after each."""
+    Q = basis.double()
+    coefficients.zero_()
+    for _ in range(passes):
+        c = w.double() @ Q.T
+        coefficients += c
+        w.copy_(w.double() - c @ Q)
+    norms.copy_(torch.linalg.vector_norm(w.double(), dim=-1))
 
 
 def row_dots(q: Tensor, w: Tensor, *, backend: str | None = None) -> Tensor:
@@ -115,17 +107,18 @@ def row_dots(q: Tensor, w: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError, ValueError, RuntimeError: as `orthogonalize`.
     """
-    _require_rows(q=q, w=w)
+    require_rows(q=q, w=w)
     sums = torch.zeros(2, len(q), dtype=torch.float64, device=q.device)
     if q.numel():
         _row_dots(q, w, sums, backend)
     return sums
 
 
-@operator(mutates=("sums",))
-def _row_dots(q: Tensor, w: Tensor, sums: Tensor, backend: str | None) -> None:
-    _core.check(("q", "w"), ([q], [w]), (False, False))
-    dispatch.of("q", [q], backend).row_dots(q, w, sums)
+@op(writes=("sums",))
+def _row_dots(q: Tensor, w: Tensor, sums: Tensor, backend: str | None = None) -> None:
+    """s_0 <- q_i . w_i, s_1 <- w_i . w_i, in float64."""
+    sums[0] = (q.double() * w.double()).sum(1)
+    sums[1] = w.double().square().sum(1)
 
 
 def lanczos_step(
@@ -153,7 +146,7 @@ def lanczos_step(
 
     Source: C. Lanczos, 1950; order of the subtractions: C. Paige, 1972, doi 10.1093/imamat/10.3.373
     """
-    _require_rows(u=u, q=q, w=w)
+    require_rows(u=u, q=q, w=w)
     _require_factors(factors, (3, len(u)), u)
     sums = torch.zeros(2, len(u), dtype=torch.float64, device=u.device)
     if u.numel():
@@ -161,14 +154,15 @@ def lanczos_step(
     return sums
 
 
-@operator(mutates=("u", "sums"))
+@op(writes=("u", "sums"))
 def _lanczos_step(
-    u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor, backend: str | None
+    u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor, backend: str | None = None
 ) -> None:
-    _core.check(("u", "q", "w"), ([u], [q], [w]), (True, False, False))
-    with torch.no_grad():
-        dispatch.of("u", [u], backend).lanczos_step(u, q, w, factors, sums)
-    increment_version([u])
+    """u_i <- f_0i w_i + f_1i q_i + f_2i u_i in float64, rounded once; s <- u_i . u_i, u_i . q_i."""
+    f = factors[:, :, None]
+    u.copy_(f[0] * w.double() + f[1] * q.double() + f[2] * u.double())
+    sums[0] = u.double().square().sum(1)
+    sums[1] = (u.double() * q.double()).sum(1)
 
 
 def gram(vectors: Tensor, *, backend: str | None = None) -> Tensor:
@@ -190,17 +184,18 @@ def gram(vectors: Tensor, *, backend: str | None = None) -> Tensor:
         TypeError, ValueError, RuntimeError: as `orthogonalize`; ValueError also for too many
             vectors.
     """
-    _require_rows(vectors=vectors, most=MOST_ROWS)
+    require_rows(vectors=vectors, most=MOST_ROWS)
     out = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
     if vectors.numel():
         _gram(vectors, out, backend)
     return out
 
 
-@operator(mutates=("out",))
-def _gram(vectors: Tensor, out: Tensor, backend: str | None) -> None:
-    _core.check(("vectors",), ([vectors],), (False,))
-    dispatch.of("vectors", [vectors], backend).gram(vectors, out)
+@op(writes=("out",))
+def _gram(vectors: Tensor, out: Tensor, backend: str | None = None) -> None:
+    """G <- V V^T, in float64, symmetric to the bit."""
+    lower = (vectors.double() @ vectors.double().T).tril()
+    out.copy_(lower + lower.tril(-1).T)
 
 
 def mix_rows(vectors: Tensor, factors: Tensor, *, backend: str | None = None) -> None:
@@ -219,131 +214,23 @@ def mix_rows(vectors: Tensor, factors: Tensor, *, backend: str | None = None) ->
     Raises:
         TypeError, ValueError, RuntimeError: as `gram`.
     """
-    _require_rows(vectors=vectors, most=MOST_ROWS)
+    require_rows(vectors=vectors, most=MOST_ROWS)
     _require_factors(factors, (len(vectors), len(vectors)), vectors)
     if vectors.numel():
         _mix_rows(vectors, factors, backend)
 
 
-@operator(mutates=("vectors",))
-def _mix_rows(vectors: Tensor, factors: Tensor, backend: str | None) -> None:
-    _core.check(("vectors",), ([vectors],), (True,))
-    with torch.no_grad():
-        dispatch.of("vectors", [vectors], backend).mix_rows(vectors, factors)
-    increment_version([vectors])
+@op(writes=("vectors",))
+def _mix_rows(vectors: Tensor, factors: Tensor, backend: str | None = None) -> None:
+    """V <- tril(F) V in float64, rounded once; summed in the order of the columns of F."""
+    V, F = vectors.double(), factors.tril()
+    result = torch.zeros_like(V)
+    for j in range(len(V)):
+        result[j:] += F[j:, j, None] * V[j]
+    vectors.copy_(result)
 
 
-@torch.no_grad()
-def cholesky_qr(
-    vectors: Tensor,
-    *,
-    total: Callable[[Tensor], Tensor] | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Orthonormalize a few vectors in place by repeated Cholesky QR.
-
-        V V^T = L L^T,    V <- L^-1 V        (twice; three times for float64)
-
-    A vector that is zero, or depends on earlier ones up to rounding (half an eps of its length in
-    float32, four in float64), becomes zero, as does L_ii. The others become orthonormal to a few
-    roundings for every condition number of the block: a pivot below the rounding error is raised
-    above it, and the next pass then resolves the new part of that vector. Each pass reads the
-    vectors twice and writes them once. float64 vectors are first divided by powers of two, because
-    their squares may overflow. Nothing waits for the device.
-
-    Args:
-        vectors: V [b, n], float32 or float64, contiguous, overwritten; b <= 32.
-        total: function that returns the sum of a float64 tensor over all processes, if each of
-            them holds a slice of the vectors.
-        backend: see `eigenfilter.kernels`.
-
-    Returns:
-        L [b, b], lower triangular, float64: the former V is L times the new one. Its diagonal has
-        the length of each vector's new part.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `gram`.
-
-    Source: T. Fukaya, R. Kannan, Y. Nakatsukasa, Y. Yamamoto, Y. Yanagisawa, 2020,
-    doi 10.1137/18M1218212, section 3, with raised pivots in place of the shift.
-    """
-    _require_rows(vectors=vectors, most=MOST_ROWS)
-    if total is not None and not callable(total):
-        raise TypeError(f"total must be a function, not {type(total).__name__}")
-    if not torch.compiler.is_compiling():  # errors come before the first write
-        _core.check(("vectors",), ([vectors],), (True,))
-        dispatch.of("vectors", [vectors], backend)
-    eps = torch.finfo(vectors.dtype).eps
-    b = len(vectors)
-    # The smallest pivot above the rounding error.
-    least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)
-    sizes = _sizes(vectors, total) if vectors.dtype == torch.float64 else None
-    if sizes is not None:
-        vectors /= sizes[:, None]
-    result = torch.eye(b, dtype=torch.float64, device=vectors.device)
-    threshold = result.new_full((b,), -1.0)  # new parts below it are dropped
-    for i in range(_PASSES[vectors.dtype]):
-        g = gram(vectors, backend=backend)
-        g = g if total is None else _summed(total, g)
-        lengths = g.diagonal().sqrt()
-        own = result.diagonal() * lengths
-        scale = 1 / lengths.masked_fill(lengths == 0, 1.0)
-        lower = _factor(g * scale[:, None] * scale, least, own, threshold)
-        inverse = torch.linalg.solve_triangular(lower, scale.diag(), upper=False)
-        result = result @ (lengths[:, None] * lower)
-        if i == 0:
-            threshold = _OWN[vectors.dtype] * eps * lengths
-        else:
-            dropped = result.diagonal() <= threshold
-            inverse.masked_fill_(dropped[:, None], 0.0)
-            result.masked_fill_(dropped, 0.0)
-        mix_rows(vectors, inverse.contiguous(), backend=backend)
-    return result if sizes is None else sizes[:, None] * result
-
-
-def _sizes(vectors: Tensor, total: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Return powers of two [b], float64, close to the largest elements of vectors [b, l].
-
-    They lie in [2^-1000, 2^1000]. Squares of the quotients and their sums are finite.
-    """
-    sizes = vectors.new_zeros(len(vectors))
-    if vectors.numel():
-        sizes = torch.linalg.vector_norm(vectors, torch.inf, dim=1).clamp_max(2.0**1000)
-    exponents = (sizes if total is None else _summed(total, sizes)).frexp().exponent
-    return torch.ldexp(torch.ones_like(sizes), exponents.clamp(-1000, 1000).to(sizes))
-
-
-def _summed(total: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    result = total(t)
-    if not isinstance(result, Tensor) or (result.shape, result.dtype, result.device) != (
-        t.shape,
-        t.dtype,
-        t.device,
-    ):
-        raise TypeError("total must return a tensor like what it is given: their sum")
-    return result
-
-
-def _factor(g: Tensor, least: float, own: Tensor, threshold: Tensor) -> Tensor:
-    """Return L [b, b] of g = L L^T, with pivots below `least` raised to it.
-
-    Such a vector eliminates nothing from the later ones. Neither does a vector that is dropped,
-    because its new part, `own` times the root of the pivot, is at most `threshold`.
-    """
-    lower = torch.zeros_like(g)
-    left = g.clone()
-    for j in range(len(g)):
-        pivot = left[j, j].clone()
-        root = pivot.clamp_min(least).sqrt()
-        column = left[j + 1 :, j] / root
-        column.masked_fill_((pivot < least) | (own[j] * root <= threshold[j]), 0.0)
-        lower[j, j] = root
-        lower[j + 1 :, j] = column
-        left[j + 1 :, j + 1 :] -= torch.outer(column, column)
-    return lower
-
-
-def _require_rows(*, most: int = _MOST_VECTORS, **tensors: Tensor) -> None:
+def require_rows(*, most: int = _MOST_VECTORS, **tensors: Tensor) -> None:
     """Raise unless the tensors are contiguous [b, n], all of one shape, dtype and device."""
     _require_strided(**tensors)
     [(first, model), *_] = tensors.items()
@@ -387,9 +274,3 @@ def _require_factors(factors: Tensor, shape: tuple[int, int], vectors: Tensor) -
             f"factors must be {list(shape)}, float64, on {vectors.device}, contiguous: got "
             f"{list(factors.shape)}, {factors.dtype}, on {factors.device}"
         )
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory of two contiguous tensors overlaps."""
-    first, second = a.data_ptr(), b.data_ptr()
-    return first < second + b.nbytes and second < first + a.nbytes

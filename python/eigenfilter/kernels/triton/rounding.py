@@ -1,4 +1,4 @@
-"""Stochastic rounding for the Triton kernels, with the same bits as `reference`.
+"""Stochastic rounding for the Triton kernels, with the same bits as `arithmetic`.
 
 `noise` determines the random bits of a program's chunk: a key, made from the seed and the index of
 the tensor, and the index of the chunk's first element. None stands for rounding to nearest.
@@ -33,7 +33,7 @@ def noise_of(seed, tensor, first):
 
 @triton.jit
 def _dither(value, random, HALF: tl.constexpr):
-    """A float32 value as one of its two neighbors in float16 (HALF) or bfloat16: `reference`'s."""
+    """A float32 value as one of its two neighbors in float16 (HALF) or bfloat16: `arithmetic`'s."""
     CUT: tl.constexpr = 0x1FFF if HALF else 0xFFFF
     LARGEST: tl.constexpr = 0x477FE000 if HALF else 0x7F7F0000
     bits = value.to(tl.uint32, bitcast=True)
