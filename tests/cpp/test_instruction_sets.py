@@ -60,7 +60,6 @@ def test_the_table_of_loops_is_all_that_others_see(loops: Path) -> None:
     assert shared == [f"eigenfilter::cpu::loops_{loops.stem}"]
 
 
-@pytest.mark.slow
 def test_nothing_is_called_that_another_object_could_bring(loops: Path) -> None:
     wanted = {line.split()[-1] for line in tool("nm", "-u", loops).splitlines()}
     libc = {"memcpy", "memset", "memmove", "strcmp", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
