@@ -88,9 +88,9 @@ def _arguments(
         elif name == "grad_scale":
             yield scale_of(call.grad_scale, device)
         elif name == "found_inf":
-            yield single("found_inf", call.found_inf, torch.float32, device)
+            yield call.found_inf
         else:
-            yield from _scalar(name, getattr(call, name), device)
+            yield from _scalar(getattr(call, name), device)
 
 
 def launch_chunks(
@@ -130,21 +130,13 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     return contextlib.nullcontext() if _INTERPRETED else torch.cuda.device(device)
 
 
-def _scalar(name: str, value: Scalar | None, device: torch.device) -> tuple[float, Tensor | None]:
+def _scalar(value: Scalar | None, device: torch.device) -> tuple[float, Tensor | None]:
     """Return a hyperparameter as two arguments: its value, and its tensor if on the device."""
     if value is None:
         return 0.0, None
-    if not isinstance(value, Tensor):
-        return float(value), None
-    if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be a number or a one-element float32 or float64 tensor")
-    if value.device == device:
+    if isinstance(value, Tensor) and value.device == device:
         return 0.0, value
-    if value.device.type == "cpu":
-        return value.item(), None
-    raise ValueError(
-        f"{name} is on {value.device} and the tensors on {device}: move it there or to the CPU"
-    )
+    return float(value), None
 
 
 def is_stochastic(call: SimpleNamespace) -> bool:
@@ -158,12 +150,3 @@ def scale_of(grad_scale: Scalar | None, device: torch.device) -> Tensor | None:
         return None
     dtype = grad_scale.dtype if isinstance(grad_scale, Tensor) else torch.float64
     return torch.as_tensor(grad_scale, dtype=dtype, device=device)
-
-
-def single(
-    name: str, value: Tensor | None, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """Return `value`; raise unless it is None or one element of this dtype on this device."""
-    if value is not None and (value.numel() != 1 or value.dtype != dtype or value.device != device):
-        raise ValueError(f"{name} must be a {dtype} tensor of one element on {device}")
-    return value

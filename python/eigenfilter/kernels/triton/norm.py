@@ -19,7 +19,7 @@ from eigenfilter.kernels.triton.device import (
     load,
     square_root,
 )
-from eigenfilter.kernels.triton.launch import launch_chunks, on_device, scale_of, single
+from eigenfilter.kernels.triton.launch import launch_chunks, on_device, scale_of
 from eigenfilter.kernels.triton.tables import tables
 
 # One program adds the sums of all others, so it gets many warps.
@@ -151,12 +151,9 @@ def norm_kernel(sums, exponents, count, out, grad_scale, BLOCK: tl.constexpr):
 
 def run(table: Table, call: SimpleNamespace) -> None:
     """Launch the kernels: see `eigenfilter.kernels.norm`."""
-    out = call.out
     like = (call.tensors if call.weights is None else call.weights)[0]
     with on_device(like.device):
         work = tables("norm", like, table)
-        double = torch.float64 in (out.dtype, *work.chunks)
-        single("out", out, torch.float64 if double else torch.float32, like.device)
         scale = scale_of(call.grad_scale, like.device)
         sums = torch.empty(work.programs, dtype=torch.float64, device=like.device)
         wide = torch.float64 in work.chunks
@@ -168,5 +165,5 @@ def run(table: Table, call: SimpleNamespace) -> None:
             launch_chunks(sum_squares_kernel, like.dtype, work, grad, at, weighted)
             done += chunks.shape[1]
         norm_kernel[(1,)](
-            sums, exponents, work.programs, out, scale, BLOCK=NORM_BLOCK, **NORM_OPTIONS
+            sums, exponents, work.programs, call.out, scale, BLOCK=NORM_BLOCK, **NORM_OPTIONS
         )

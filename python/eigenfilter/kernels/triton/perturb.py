@@ -33,9 +33,11 @@ def _perturb_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.conste
     x = p.to(step.dtype)
     if ADAPTIVE:
         g = x * x * g
+    after = (x + step * g).to(p.dtype)
     if SAVE:
         store(b_at, p, start, length, BLOCK, WIDE)
-    store(x_at, unless(stop, p, x + step * g), start, length, BLOCK, WIDE)
+        after = unless(stop, p, after)
+    store(x_at, after, start, length, BLOCK, WIDE)
 
 
 @triton.jit(do_not_specialize=["n", "origin"])
