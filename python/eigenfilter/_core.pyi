@@ -81,18 +81,10 @@ def check(
 def perturb(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    alpha: Scalar,
-    adaptive: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    num_threads: int,
-) -> Table | None: ...
-def perturb_again(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
     backups: Sequence[Tensor] | None,
     alpha: Scalar,
+    save: bool,
+    adaptive: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     num_threads: int,
@@ -144,50 +136,20 @@ def adamw_step(
 ) -> Table | None: ...
 def norm(
     tensors: Sequence[Tensor],
-    weights: Sequence[Tensor] | None,
     out: Tensor,
+    weights: Sequence[Tensor] | None,
     grad_scale: Tensor | None,
-    workspace: Tensor | None,
     num_threads: int,
 ) -> Table | None: ...
 def orthogonalize(
-    vectors: Sequence[Tensor],
-    basis: Sequence[Tensor],
-    count: int,
-    rows: int,
-    coefficients: Tensor,
-    norms: Tensor,
-    workspace: Tensor | None,
-    passes: int,
-    num_threads: int,
+    w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, passes: int, num_threads: int
 ) -> None: ...
-def orthogonalize_workspace(rows: int, columns: int, count: int) -> int: ...
-def sums_workspace(sums: int, columns: int) -> int: ...
-def row_dots(
-    q: Sequence[Tensor],
-    w: Sequence[Tensor],
-    rows: int,
-    sums: Tensor,
-    workspace: Tensor | None,
-    num_threads: int,
-) -> None: ...
+def row_dots(q: Tensor, w: Tensor, sums: Tensor, num_threads: int) -> None: ...
 def lanczos_step(
-    u: Sequence[Tensor],
-    q: Sequence[Tensor],
-    w: Sequence[Tensor],
-    rows: int,
-    factors: Tensor,
-    sums: Tensor,
-    workspace: Tensor | None,
-    num_threads: int,
+    u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor, num_threads: int
 ) -> None: ...
-def gram(
-    vectors: Sequence[Tensor], rows: int, out: Tensor, workspace: Tensor | None, num_threads: int
-) -> None: ...
-def mix_rows(vectors: Sequence[Tensor], rows: int, factors: Tensor, num_threads: int) -> None: ...
-def norm_workspace(tensors: Sequence[Tensor]) -> int:
-    """Elements of the float64 workspace that `norm` needs on a GPU for these tensors."""
-
+def gram(vectors: Tensor, out: Tensor, num_threads: int) -> None: ...
+def mix_rows(vectors: Tensor, factors: Tensor, num_threads: int) -> None: ...
 def flag_nonfinite(
     tensors: Sequence[Tensor], found_inf: Tensor, num_threads: int
 ) -> Table | None: ...

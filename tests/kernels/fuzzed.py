@@ -162,28 +162,20 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "set_isa": lambda: [_core.isa()],
     "require_cuda": list,
     "check": lambda: [["a", "b"], [tensors(), tensors()], [True, False]],
-    "perturb": lambda: [tensors(), tensors(), tensors(), 0.1, False, *FLAGS, 2],
-    "perturb_again": lambda: [tensors(), tensors(), tensors(), 0.1, *FLAGS, 2],
+    "perturb": lambda: [tensors(), tensors(), tensors(), 0.1, True, False, *FLAGS, 2],
     "perturb_hvp": lambda: [tensors(), tensors(), tensors(), tensors(), 0.1, 0.2, *FLAGS, 2],
     "sgd_step": lambda: [*(tensors() for _ in range(4)), *LR, False, False, 7, *FLAGS, 2],
     "adamw_step": lambda: [
         *(tensors() for _ in range(5)),
         *(0.1, 0.9, 0.99, 1e-8, 0.0, 1, False, None, *FLAGS, 2),
     ],
-    "norm": lambda: [tensors(), tensors(), torch.zeros(()), None, None, 2],
-    "norm_workspace": lambda: [tensors()],
+    "norm": lambda: [tensors(), torch.zeros(()), tensors(), None, 2],
     "flag_nonfinite": lambda: [tensors(), torch.zeros(1), 2],
-    "orthogonalize": lambda: [
-        *([tensor()], [tensor()], 4, 4, doubles(4, 4), doubles(4), None, 2, 2),
-    ],
-    "orthogonalize_workspace": lambda: [4, 6, 4],
-    "sums_workspace": lambda: [8, 6],
-    "row_dots": lambda: [[tensor()], [tensor()], 4, doubles(2, 4), None, 2],
-    "lanczos_step": lambda: [
-        *([tensor()], [tensor()], [tensor()], 4, doubles(3, 4), doubles(2, 4), None, 2),
-    ],
-    "gram": lambda: [[tensor()], 4, doubles(4, 4), None, 2],
-    "mix_rows": lambda: [[tensor()], 4, doubles(4, 4), 2],
+    "orthogonalize": lambda: [tensor(), tensor(), doubles(4, 4), doubles(4), 2, 2],
+    "row_dots": lambda: [tensor(), tensor(), doubles(2, 4), 2],
+    "lanczos_step": lambda: [tensor(), tensor(), tensor(), doubles(3, 4), doubles(2, 4), 2],
+    "gram": lambda: [tensor(), doubles(4, 4), 2],
+    "mix_rows": lambda: [tensor(), doubles(4, 4), 2],
     "gradients": lambda: [tensors()],
     "clear_gradients": lambda: [tensors()],
     "same_objects": lambda: [tensors(), tensors()],
@@ -231,6 +223,7 @@ def assert_survives_bad_arguments(
     assert_clear_error(name, function, make(), "sound arguments")
     for bad in range(len(HOSTILE)):
         assert_clear_error(name, function, [*make(), HOSTILE[bad]()], f"one more, {bad}")
+    assert_clear_error(name, lambda *a: function(*a, wrong=a), make(), "a wrong name")
     for missing in range(count):
         assert_clear_error(name, function, make()[:missing], f"{missing} arguments")
     for position, bad in itertools.product(range(count), range(len(HOSTILE))):

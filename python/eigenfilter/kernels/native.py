@@ -23,7 +23,7 @@ def perturb(
 ) -> None:
     """Save and perturb; see `eigenfilter.kernels.perturb`."""
     threads = torch.get_num_threads()
-    _core.perturb(params, grads, backups, alpha, adaptive, grad_scale, found_inf, threads)
+    _core.perturb(params, grads, backups, alpha, True, adaptive, grad_scale, found_inf, threads)
 
 
 def perturb_again(
@@ -37,7 +37,7 @@ def perturb_again(
 ) -> None:
     """Perturb once more; see `eigenfilter.kernels.perturb_again`."""
     threads = torch.get_num_threads()
-    _core.perturb_again(params, grads, backups, alpha, grad_scale, found_inf, threads)
+    _core.perturb(params, grads, backups, alpha, False, False, grad_scale, found_inf, threads)
 
 
 def perturb_hvp(
@@ -147,65 +147,34 @@ def norm(
     grad_scale: Tensor | None = None,
 ) -> None:
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
-    workspace = None
-    device = tensors[0].device
-    if device.type == _core.cuda_device_type:
-        size = _core.norm_workspace(tensors)
-        workspace = torch.empty(size, dtype=torch.float64, device=device)
-    _core.norm(tensors, weights, out, grad_scale, workspace, torch.get_num_threads())
+    _core.norm(tensors, out, weights, grad_scale, torch.get_num_threads())
 
 
 def orthogonalize(
     w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
 ) -> None:
     """Orthogonalize against a basis; see `eigenfilter.kernels.orthogonalize`."""
-    count = w.shape[0] if w.ndim == 2 else 1
-    workspace = None
-    if w.device.type == _core.cuda_device_type:
-        size = _core.orthogonalize_workspace(len(basis), basis.shape[1], count)
-        workspace = torch.empty(size, dtype=torch.float64, device=w.device)
-    _core.orthogonalize(
-        [w],
-        [basis],
-        count,
-        len(basis),
-        coefficients,
-        norms,
-        workspace,
-        passes,
-        torch.get_num_threads(),
-    )
+    _core.orthogonalize(w, basis, coefficients, norms, passes, torch.get_num_threads())
 
 
 def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
     """Inner products; see `eigenfilter.kernels.row_dots`."""
-    workspace = _workspace(q, sums.numel())
-    _core.row_dots([q], [w], len(q), sums, workspace, torch.get_num_threads())
+    _core.row_dots(q, w, sums, torch.get_num_threads())
 
 
 def lanczos_step(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
     """A step of recurrences; see `eigenfilter.kernels.lanczos_step`."""
-    workspace = _workspace(u, sums.numel())
-    _core.lanczos_step([u], [q], [w], len(u), factors, sums, workspace, torch.get_num_threads())
+    _core.lanczos_step(u, q, w, factors, sums, torch.get_num_threads())
 
 
 def gram(vectors: Tensor, out: Tensor) -> None:
     """Inner products of all pairs; see `eigenfilter.kernels.gram`."""
-    workspace = _workspace(vectors, out.numel())
-    _core.gram([vectors], len(vectors), out, workspace, torch.get_num_threads())
+    _core.gram(vectors, out, torch.get_num_threads())
 
 
 def mix_rows(vectors: Tensor, factors: Tensor) -> None:
     """Triangular combinations; see `eigenfilter.kernels.mix_rows`."""
-    _core.mix_rows([vectors], len(vectors), factors, torch.get_num_threads())
-
-
-def _workspace(vectors: Tensor, sums: int) -> Tensor | None:
-    """Return memory for partial sums of the vectors, which a GPU needs."""
-    if vectors.device.type != _core.cuda_device_type:
-        return None
-    size = _core.sums_workspace(sums, vectors.shape[1])
-    return torch.empty(size, dtype=torch.float64, device=vectors.device)
+    _core.mix_rows(vectors, factors, torch.get_num_threads())
 
 
 def flag_nonfinite(tensors: Sequence[Tensor], found_inf: Tensor) -> None:

@@ -36,7 +36,7 @@ def perturb(
     found_inf: Tensor | None = None,
 ) -> None:
     """b <- x; x <- x + alpha S g (adaptive: x^2 g), or x unchanged where found_inf is not zero."""
-    _core.perturb(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
+    _core.perturb(params, grads, backups, alpha, True, adaptive, grad_scale, found_inf, _CHECK)
     for p, grad, b in zip(params, grads, backups, strict=True):
         T = arithmetic_dtype(p.dtype, grad.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p)).to(T)
@@ -56,7 +56,7 @@ def perturb_again(
     found_inf: Tensor | None = None,
 ) -> None:
     """x <- x + alpha S g, or b + alpha S g; x unchanged where found_inf is not zero."""
-    _core.perturb_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
+    _core.perturb(params, grads, backups, alpha, False, False, grad_scale, found_inf, _CHECK)
     for p, g, b in zip(params, grads, params if backups is None else backups, strict=True):
         T = arithmetic_dtype(p.dtype, g.dtype)
         step = (_real(alpha, p) * _inverse(grad_scale, p)).to(T)
@@ -179,7 +179,7 @@ def norm(
     grad_scale: Tensor | None = None,
 ) -> None:
     """out <- S sqrt(sum of (w t)^2 over all elements of all tensors), summed in float64."""
-    _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
+    _core.norm(tensors, out, weights, grad_scale, _CHECK)
     values = [t.double() for t in tensors]
     if weights is not None:
         values = [w.double() * v for w, v in zip(weights, values, strict=True)]
@@ -205,8 +205,7 @@ def orthogonalize(
     w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
 ) -> None:
     """w <- w - Q^T (Q w), `passes` times, in float64; rounded to w's dtype after each."""
-    count = 1 if w.ndim == 1 else len(w)
-    _core.orthogonalize([w], [basis], count, len(basis), coefficients, norms, None, passes, _CHECK)
+    _core.orthogonalize(w, basis, coefficients, norms, passes, _CHECK)
     Q = basis.double()
     coefficients.zero_()
     for _ in range(passes):
@@ -219,7 +218,7 @@ def orthogonalize(
 @torch.no_grad()
 def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
     """s_0 <- q_i . w_i, s_1 <- w_i . w_i, in float64."""
-    _core.row_dots([q], [w], len(q), sums, None, _CHECK)
+    _core.row_dots(q, w, sums, _CHECK)
     sums[0] = (q.double() * w.double()).sum(1)
     sums[1] = w.double().square().sum(1)
 
@@ -227,7 +226,7 @@ def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
 @torch.no_grad()
 def lanczos_step(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
     """u_i <- f_0i w_i + f_1i q_i + f_2i u_i in float64, rounded once; s <- u_i . u_i, u_i . q_i."""
-    _core.lanczos_step([u], [q], [w], len(u), factors, sums, None, _CHECK)
+    _core.lanczos_step(u, q, w, factors, sums, _CHECK)
     f = factors[:, :, None]
     u.copy_(f[0] * w.double() + f[1] * q.double() + f[2] * u.double())
     sums[0] = u.double().square().sum(1)
@@ -237,7 +236,7 @@ def lanczos_step(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor)
 @torch.no_grad()
 def gram(vectors: Tensor, out: Tensor) -> None:
     """G <- V V^T, in float64, symmetric to the bit."""
-    _core.gram([vectors], len(vectors), out, None, _CHECK)
+    _core.gram(vectors, out, _CHECK)
     lower = (vectors.double() @ vectors.double().T).tril()
     out.copy_(lower + lower.tril(-1).T)
 
@@ -245,7 +244,7 @@ def gram(vectors: Tensor, out: Tensor) -> None:
 @torch.no_grad()
 def mix_rows(vectors: Tensor, factors: Tensor) -> None:
     """V <- tril(F) V in float64, rounded once; summed in the order of the columns of F."""
-    _core.mix_rows([vectors], len(vectors), factors, _CHECK)
+    _core.mix_rows(vectors, factors, _CHECK)
     V, F = vectors.double(), factors.tril()
     result = torch.zeros_like(V)
     for j in range(len(V)):

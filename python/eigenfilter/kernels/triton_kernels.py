@@ -45,7 +45,9 @@ def perturb(
     found_inf: Tensor | None = None,
 ) -> None:
     """Save and perturb; see `eigenfilter.kernels.perturb`."""
-    read = _core.perturb(params, grads, backups, alpha, adaptive, grad_scale, found_inf, _CHECK)
+    read = _core.perturb(
+        params, grads, backups, alpha, True, adaptive, grad_scale, found_inf, _CHECK
+    )
     x = params[0]
     with _on_device(x.device):
         work = tables("perturb", x, read)
@@ -69,7 +71,7 @@ def perturb_again(
     found_inf: Tensor | None = None,
 ) -> None:
     """Perturb once more; see `eigenfilter.kernels.perturb_again`."""
-    read = _core.perturb_again(params, grads, backups, alpha, grad_scale, found_inf, _CHECK)
+    read = _core.perturb(params, grads, backups, alpha, False, False, grad_scale, found_inf, _CHECK)
     x = params[0]
     with _on_device(x.device):
         work = tables("perturb_again", x, read)
@@ -208,7 +210,7 @@ def norm(
     grad_scale: Tensor | None = None,
 ) -> None:
     """Euclidean norm; see `eigenfilter.kernels.norm`."""
-    read = _core.norm(tensors, weights, out, grad_scale, None, _CHECK)
+    read = _core.norm(tensors, out, weights, grad_scale, _CHECK)
     t = tensors[0]
     like = t if weights is None else weights[0]
     with _on_device(t.device):
@@ -243,7 +245,7 @@ def orthogonalize(
     """Orthogonalize against a basis; see `eigenfilter.kernels.orthogonalize`."""
     rows, columns = basis.shape
     count = w.shape[0] if w.ndim == 2 else 1
-    _core.orthogonalize([w], [basis], count, rows, coefficients, norms, None, passes, _CHECK)
+    _core.orthogonalize(w, basis, coefficients, norms, passes, _CHECK)
     tiles = triton.cdiv(columns, orthogonalize_code.TILE)
     constants = {"TILE": orthogonalize_code.TILE, **orthogonalize_code.OPTIONS}
     with _on_device(w.device):
@@ -265,13 +267,13 @@ def orthogonalize(
 
 def row_dots(q: Tensor, w: Tensor, sums: Tensor) -> None:
     """Inner products; see `eigenfilter.kernels.row_dots`."""
-    _core.row_dots([q], [w], len(q), sums, None, _CHECK)
+    _core.row_dots(q, w, sums, _CHECK)
     _over_columns(lanczos_code.row_dots_kernel, len(q), q.shape[1], (q, w), sums)
 
 
 def lanczos_step(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
     """A step of recurrences; see `eigenfilter.kernels.lanczos_step`."""
-    _core.lanczos_step([u], [q], [w], len(u), factors, sums, None, _CHECK)
+    _core.lanczos_step(u, q, w, factors, sums, _CHECK)
     _over_columns(
         lanczos_code.lanczos_step_kernel, len(u), u.shape[1], (u, q, w, factors), sums, len(u)
     )
@@ -279,13 +281,13 @@ def lanczos_step(u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor)
 
 def gram(vectors: Tensor, out: Tensor) -> None:
     """Inner products of all pairs; see `eigenfilter.kernels.gram`."""
-    _core.gram([vectors], len(vectors), out, None, _CHECK)
+    _core.gram(vectors, out, _CHECK)
     _over_columns(lanczos_code.gram_kernel, 1, vectors.shape[1], (vectors,), out, len(vectors))
 
 
 def mix_rows(vectors: Tensor, factors: Tensor) -> None:
     """Triangular combinations; see `eigenfilter.kernels.mix_rows`."""
-    _core.mix_rows([vectors], len(vectors), factors, _CHECK)
+    _core.mix_rows(vectors, factors, _CHECK)
     rows, columns = vectors.shape
     constants = {"TILE": lanczos_code.TILE, **lanczos_code.OPTIONS}
     grid = (triton.cdiv(columns, lanczos_code.TILE),)
