@@ -1,6 +1,10 @@
 #include "arguments.hpp"
 
 #include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <sstream>
+#include <vector>
 
 #include "operands.hpp"
 
@@ -64,6 +68,59 @@ py::tuple items_of(const char* name, py::handle list, const char* of) {
         fail(PyExc_TypeError, std::string(name) + " must be a list or tuple" + of);
     if (items == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::tuple>(items);
+}
+
+namespace {
+
+std::vector<std::string> words_of(const char* text) {
+    std::istringstream words(text);
+    return {std::istream_iterator<std::string>(words), {}};
+}
+
+std::string joined(const std::vector<std::string>& words) {
+    std::string text;
+    for (const std::string& word : words) text += (text.empty() ? "" : ", ") + word;
+    return text;
+}
+
+[[noreturn]] void refuse(const char* function, const char* parameters, const std::string& reason) {
+    fail(PyExc_TypeError,
+         std::string(function) + "(" + joined(words_of(parameters)) + ") was " + reason);
+}
+
+// Where a name stands among the words of a text, or -1.
+int position_of(PyObject* name, const char* words) {
+    for (int position = 0; *words != '\0'; ++position) {
+        const std::size_t size = std::strcspn(words, " ");
+        if (PyUnicode_GET_LENGTH(name) == static_cast<Py_ssize_t>(size) &&
+            PyUnicode_CompareWithASCIIString(name, std::string(words, size).c_str()) == 0)
+            return position;
+        words += size + (words[size] == ' ');
+    }
+    return -1;
+}
+
+}  // namespace
+
+void arrange(const char* function, const char* parameters, const py::args& args,
+             const py::kwargs& named, py::handle* arranged, std::size_t count) {
+    if (args.size() > count)
+        refuse(function, parameters, "given " + std::to_string(args.size()) + " arguments");
+    for (std::size_t i = 0; i < args.size(); ++i) arranged[i] = PyTuple_GET_ITEM(args.ptr(), i);
+    for (const auto& [name, value] : named) {
+        const int position = position_of(name.ptr(), parameters);
+        if (position < 0) refuse(function, parameters, "given an argument of another name");
+        if (arranged[position])
+            refuse(function, parameters, "given " + words_of(parameters)[position] + " twice");
+        arranged[position] = value;
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+        if (!arranged[i]) refuse(function, parameters, "not given " + words_of(parameters)[i]);
+    }
+}
+
+std::string documented(const char* function, const char* parameters, const char* text) {
+    return std::string(function) + "(" + joined(words_of(parameters)) + ")\n--\n\n" + text;
 }
 
 }  // namespace eigenfilter

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -35,28 +36,38 @@ std::int64_t product(std::int64_t a, std::int64_t b);
 // meanwhile, or another thread, changes the list.
 py::tuple items_of(const char* name, py::handle list, const char* of = " of tensors");
 
+// The arguments of a call in the order of a function's parameters, whose names are the words of one
+// text, or TypeError; a wrong call is described without showing what it was given.
+void arrange(const char* function, const char* parameters, const py::args& args,
+             const py::kwargs& named, py::handle* arranged, std::size_t count);
+
+// The docstring of a function, with its signature in the form that inspect.signature reads.
+std::string documented(const char* function, const char* parameters, const char* text);
+
 namespace detail {
 
 template <class Result, class... Handles, std::size_t... I>
-void define(py::module_& module, const char* name, Result (*function)(Handles...),
-            std::index_sequence<I...>) {
-    module.def(name, [name, function](const py::args& args, const py::kwargs& named) -> Result {
-        constexpr std::size_t count = sizeof...(I);
-        if (args.size() != count || !named.empty())
-            fail(PyExc_TypeError, std::string(name) + " takes " + std::to_string(count) +
-                                      " arguments, all by position, and was given " +
-                                      std::to_string(args.size()) + " by position and " +
-                                      std::to_string(named.size()) + " by name");
-        return function(py::handle(PyTuple_GET_ITEM(args.ptr(), I))...);
-    });
+void define(py::module_& module, const char* name, const char* parameters, const char* text,
+            Result (*function)(Handles...), std::index_sequence<I...>) {
+    const std::string doc = documented(name, parameters, text);
+    const auto call = [=](const py::args& args, const py::kwargs& named) -> Result {
+        std::array<py::handle, sizeof...(I)> arranged;
+        arrange(name, parameters, args, named, arranged.data(), arranged.size());
+        return function(arranged[I]...);
+    };
+    py::options options;
+    options.disable_function_signatures();
+    module.def(name, call, doc.c_str());
 }
+
 }  // namespace detail
 
-// Registers a function of handles, with an error of our own for a wrong number of arguments:
-// pybind11's shows them all.
+// Registers a function of handles, which are passed by position or by name, with an error of our
+// own for a wrong call: pybind11's shows all arguments.
 template <class Result, class... Handles>
-void define(py::module_& module, const char* name, Result (*function)(Handles...)) {
-    detail::define(module, name, function, std::index_sequence_for<Handles...>{});
+void define(py::module_& module, const char* name, const char* parameters, const char* text,
+            Result (*function)(Handles...)) {
+    detail::define(module, name, parameters, text, function, std::index_sequence_for<Handles...>{});
 }
 
 }  // namespace eigenfilter

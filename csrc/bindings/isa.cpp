@@ -33,10 +33,16 @@ std::string isa() { return cpu::loops().isa; }
 }  // namespace
 
 void register_isa(py::module_& module) {
-    define(module, "is_serial", &is_serial);
-    define(module, "isa", &isa);
-    define(module, "isas", &isas);
-    define(module, "set_isa", &set_isa);
+    define(
+        module, "is_serial", "",
+        "Whether the CPU kernels use one thread: this process was forked from one that had more.",
+        &is_serial);
+    define(module, "isa", "",
+           "The instruction set of the CPU kernels: \"baseline\", \"avx2\" or \"avx512\".", &isa);
+    define(module, "isas", "",
+           "All instruction sets of this build that this CPU has, lowest first.", &isas);
+    define(module, "set_isa", "name",
+           "Run the CPU kernels with one of `isas()`; for tests and benchmarks.", &set_isa);
 }
 
 }  // namespace eigenfilter

@@ -78,38 +78,29 @@ bool run(const Operands& o, int threads, OnCPU on_cpu, OnCUDA on_cuda) {
 }
 
 py::object perturb(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-                   py::handle adaptive_given, py::handle grad_scale, py::handle found_inf,
-                   py::handle num_threads) {
+                   py::handle save_given, py::handle adaptive_given, py::handle grad_scale,
+                   py::handle found_inf, py::handle num_threads) {
+    const bool save = truth("save", save_given);
     const bool adaptive = truth("adaptive", adaptive_given);
     const int threads = threads_of(num_threads);
-    Operands o{
-        {"params", params, true}, {"grads", grads, false, false, true}, {"backups", backups, true}};
+    if (save && backups.is_none())
+        throw py::value_error(
+            "save=True needs backups: pass tensors like the parameters, or save=False");
+    Operands o{{"params", params, kWritten},
+               {"grads", grads, kGradients},
+               {"backups", backups, save ? kWritten : kOptional}};
     const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
     const float* flag = o.flag("found_inf", found_inf);
     const PerturbScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
-                                   scale_of(o, grad_scale, flag), adaptive};
+                                   scale_of(o, grad_scale, flag), adaptive, save};
     const bool ran = run(
         o, threads,
-        [&] { cpu::perturb(t, {s.alpha.value, s.grad_scale.value, adaptive}, flag, threads); },
+        [&] {
+            cpu::perturb(t, {s.alpha.value, s.grad_scale.value, adaptive, save}, flag, threads);
+        },
         [&](int device, void* stream) { cuda::perturb(t, s, flag, device, stream); });
-    if (TensorList* const list = tensor_list(backups); ran && list != nullptr) list->filled = true;
-    return outcome(ran, o);
-}
-
-py::object perturb_again(py::handle params, py::handle grads, py::handle backups, py::handle alpha,
-                         py::handle grad_scale, py::handle found_inf, py::handle num_threads) {
-    const int threads = threads_of(num_threads);
-    Operands o{{"params", params, true},
-               {"grads", grads, false, false, true},
-               {"backups", backups, false, true}};
-    const Tensors t = tensors(o, o.pointers(1), o.pointers(2));
-    const float* flag = o.flag("found_inf", found_inf);
-    const PerturbScalars<Scalar> s{o.scalar("alpha", alpha, kComputed),
-                                   scale_of(o, grad_scale, flag), false};
-    const bool ran = run(
-        o, threads,
-        [&] { cpu::perturb_again(t, {s.alpha.value, s.grad_scale.value, false}, flag, threads); },
-        [&](int device, void* stream) { cuda::perturb_again(t, s, flag, device, stream); });
+    TensorList* const list = save ? tensor_list(backups) : nullptr;
+    if (ran && list != nullptr) list->filled = true;
     return outcome(ran, o);
 }
 
@@ -117,10 +108,10 @@ py::object perturb_hvp(py::handle params, py::handle grads, py::handle base_grad
                        py::handle backups, py::handle alpha, py::handle eps, py::handle grad_scale,
                        py::handle found_inf, py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    Operands o{{"params", params, true},
-               {"grads", grads, false, false, true},
-               {"base_grads", base_grads, false, false, true},
-               {"backups", backups, false}};
+    Operands o{{"params", params, kWritten},
+               {"grads", grads, kGradients},
+               {"base_grads", base_grads, kGradients},
+               {"backups", backups, kRead}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
     t.g0 = o.pointers(2);
     const float* flag = o.flag("found_inf", found_inf);
@@ -143,10 +134,10 @@ py::object sgd_step(py::handle params, py::handle grads, py::handle momenta, py:
     const bool nesterov = truth("nesterov", nesterov_given);
     const bool maximize = truth("maximize", maximize_given);
     const int threads = threads_of(num_threads);
-    Operands o{{"params", params, true},
-               {"grads", grads, false, false, true},
-               {"momenta", momenta, true, true},
-               {"backups", backups, false, true}};
+    Operands o{{"params", params, kWritten},
+               {"grads", grads, kGradients},
+               {"momenta", momenta, kWritten | kOptional},
+               {"backups", backups, kOptional}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(3));
     t.m = o.pointers(2);
     const float* flag = o.flag("found_inf", found_inf);
@@ -159,6 +150,8 @@ py::object sgd_step(py::handle params, py::handle grads, py::handle momenta, py:
                                nesterov,
                                maximize,
                                is_stochastic(o, rounding_seed)};
+    if (momenta.is_none() && (nesterov || is_tensor(momentum) || s.momentum.value != 0))
+        throw py::value_error("momentum and nesterov need momenta: pass buffers, zeros at first");
     const bool ran = run(
         o, threads,
         [&] {
@@ -179,11 +172,11 @@ py::object adamw_step(py::handle params, py::handle grads, py::handle exp_avgs,
                       py::handle found_inf, py::handle num_threads) {
     const bool maximize = truth("maximize", maximize_given);
     const int threads = threads_of(num_threads);
-    Operands o{{"params", params, true},
-               {"grads", grads, false, false, true},
-               {"exp_avgs", exp_avgs, true},
-               {"exp_avg_sqs", exp_avg_sqs, true},
-               {"backups", backups, false, true}};
+    Operands o{{"params", params, kWritten},
+               {"grads", grads, kGradients},
+               {"exp_avgs", exp_avgs, kWritten},
+               {"exp_avg_sqs", exp_avg_sqs, kWritten},
+               {"backups", backups, kOptional}};
     Tensors t = tensors(o, o.pointers(1), o.pointers(4));
     t.m = o.pointers(2);
     t.v = o.pointers(3);
@@ -213,9 +206,9 @@ py::object adamw_step(py::handle params, py::handle grads, py::handle exp_avgs,
 
 // The tensors of a reduction, and the weights if there are any, whose dtype they may exceed.
 Operands reduced(py::handle list, py::handle weights = py::none()) {
-    const Role tensors{"tensors", list, false, false, true};
+    const Role tensors{"tensors", list, kGradients};
     if (weights.is_none()) return Operands{tensors};
-    return Operands{{"weights", weights, false}, tensors};
+    return Operands{{"weights", weights, kRead}, tensors};
 }
 
 Tensors reduction(const Operands& o, bool weighted) {
@@ -224,32 +217,27 @@ Tensors reduction(const Operands& o, bool weighted) {
     return t;
 }
 
-py::object norm(py::handle list, py::handle weights, py::handle out, py::handle grad_scale,
-                py::handle workspace, py::handle num_threads) {
+py::object norm(py::handle list, py::handle out, py::handle weights, py::handle grad_scale,
+                py::handle num_threads) {
     const int threads = threads_of(num_threads);
     bool is_double = py::getattr(out, "itemsize", py::int_(4)).equal(py::int_(8));
     Operands o = reduced(list, weights);
     const Tensors t = reduction(o, !weights.is_none());
     const Scalar scale = scale_of(o, grad_scale);
     for (std::size_t i = 0; i < t.n; ++i) is_double |= t.gradient(i) == DType::f64;
-    void* result = o.single("out", out, 1, is_double ? 64 : 32, true);
+    void* result = o.single("out", out, {1}, is_double ? 64 : 32, true);
     double value = 0;
     const bool ran = run(
         o, threads, [&] { value = cpu::norm(t, threads) * (1 / scale.value); },
         [&](int device, void* stream) {
-            const std::int64_t size = cuda::norm_workspace(t);
-            auto* sums = static_cast<double*>(o.single("workspace", workspace, size, 64, true));
-            cuda::norm(t, scale, result, is_double, sums, device, stream);
+            double* const workspace = o.workspace(cuda::norm_workspace(t));
+            cuda::norm(t, scale, result, is_double, workspace, device, stream);
         });
     if (ran && o.on_cpu() && is_double)
         *static_cast<double*>(result) = value;
     else if (ran && o.on_cpu())
         *static_cast<float*>(result) = static_cast<float>(value);
     return outcome(ran, o);
-}
-
-std::int64_t norm_workspace(py::handle list) {
-    return cuda::norm_workspace(reduction(reduced(list), false));
 }
 
 py::object flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_threads) {
@@ -267,35 +255,39 @@ py::object flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_
     return outcome(ran, o);
 }
 
-double* doubles(Operands& o, const char* name, py::handle tensor, std::int64_t numel,
+double* doubles(Operands& o, const char* name, py::handle tensor, const Shape& shape,
                 bool written) {
-    return static_cast<double*>(o.single(name, tensor, numel, 64, written));
+    return static_cast<double*>(o.single(name, tensor, shape, 64, written));
 }
 
-void require_one(const Operands& o) {
-    if (o.size() != 1 || !o.contiguous())
-        throw py::value_error("pass lists of one contiguous tensor, whose rows are vectors");
+void require_at_most(std::int64_t most, const char* name, std::int64_t vectors) {
+    if (vectors > most)
+        fail(PyExc_ValueError, std::string(name) + " must be of at most " + std::to_string(most) +
+                                   " vectors, not " + std::to_string(vectors));
 }
 
-// Vectors and a basis are lists of one, so that they are read and checked as all tensors are.
-void orthogonalize(py::handle vectors, py::handle basis, py::handle count_given,
-                   py::handle rows_given, py::handle coefficients, py::handle norms,
-                   py::handle workspace, py::handle passes_given, py::handle num_threads) {
+// w [n] or [b, n], basis [m, n], coefficients [m] or [b, m], norms [] or [b]. They have dtypes and
+// shapes of their own, and so are read apart.
+void orthogonalize(py::handle w_given, py::handle basis, py::handle coefficients, py::handle norms,
+                   py::handle passes_given, py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    const std::int64_t count = whole("count", count_given, 1, INT64_MAX);
-    const std::int64_t rows = whole("rows", rows_given, 0, INT64_MAX);
     const auto passes = static_cast<int>(whole("passes", passes_given, 1, kMostPasses));
-    Operands w{{"w", vectors, true}};
-    Operands q{{"basis", basis, false}};
-    require_one(w);
-    require_one(q);
-    if (w.dtype() != DType::f32 && w.dtype() != DType::f64)
-        throw py::type_error("w must be float32 or float64");
-    const std::int64_t columns = w.numel()[0] / count;
-    if (columns * count != w.numel()[0] || q.numel()[0] != product(rows, columns) ||
-        q.device().type != w.device().type || q.device().id != w.device().id)
-        throw py::value_error("basis must be [m, n] for w [n] or [b, n], on the same device");
+    Operands w{{"w", w_given, kWritten | kOneTensor}};
+    Operands q{{"basis", basis, kOneTensor}};
+    const Shape of_w = w.shape(), of_q = q.shape();
+    if (of_q.size() != 2 || of_w.empty() || of_w.size() > 2 || of_w.back() != of_q[1])
+        fail(PyExc_ValueError, "basis must be [m, n] and w [n] or [b, n]: got " + describe(of_q) +
+                                   " and " + describe(of_w));
+    w.require_vectors();
+    q.require_contiguous();
+    if (q.device().type != w.device().type || q.device().id != w.device().id)
+        throw py::value_error("w and basis are on different devices: move one of them");
+    const std::int64_t count = of_w.size() == 2 ? of_w[0] : 1, rows = of_q[0], columns = of_q[1];
+    require_at_most(kMostVectors, "w", count);
     w.keep_apart("basis", q.pointers(0)[0], q.numel()[0] * size_of(q.dtype()), false);
+    const Shape of_each(of_w.begin(), of_w.end() - 1);
+    Shape of_coefficients = of_each;
+    of_coefficients.push_back(rows);
     const Projection p{q.dtype(),
                        w.dtype(),
                        rows,
@@ -303,100 +295,102 @@ void orthogonalize(py::handle vectors, py::handle basis, py::handle count_given,
                        count,
                        q.pointers(0)[0],
                        w.pointers(0)[0],
-                       doubles(w, "coefficients", coefficients, product(count, rows), true),
-                       doubles(w, "norms", norms, count, true),
+                       doubles(w, "coefficients", coefficients, of_coefficients, true),
+                       doubles(w, "norms", norms, of_each, true),
                        passes};
     q.require_unchanged();
+    if (count * columns == 0) return;
     run(
         w, threads, [&] { cpu::orthogonalize(p, threads); },
         [&](int device, void* stream) {
             const std::int64_t size = cuda::orthogonalize_workspace(rows, columns, count);
-            cuda::orthogonalize(p, doubles(w, "workspace", workspace, size, true), device, stream);
+            cuda::orthogonalize(p, w.workspace(size), device, stream);
         });
 }
 
-// Rows of vectors, as many columns each as the elements make.
-std::int64_t columns_of(const Operands& o, std::int64_t rows) {
-    require_one(o);
-    if (o.dtype() != DType::f32 && o.dtype() != DType::f64)
-        throw py::type_error("vectors must be float32 or float64");
-    if (o.numel()[0] % rows != 0)
-        throw py::value_error(
-            "vectors must be rows of equal length: " + std::to_string(o.numel()[0]) +
-            " elements are no " + std::to_string(rows) + " rows");
-    return o.numel()[0] / rows;
+// The shape [b, n] of vectors, of which there may be `most`.
+Shape shape_of_vectors(const Operands& o, const char* name, std::int64_t most) {
+    if (o.shape().size() != 2)
+        fail(PyExc_ValueError,
+             std::string(name) + " must be [b, n]: its shape is " + describe(o.shape()));
+    o.require_vectors();
+    require_at_most(most, name, o.shape()[0]);
+    return o.shape();
 }
 
-double* workspace_of(Operands& o, py::handle workspace, std::int64_t sums, std::int64_t columns) {
-    return doubles(o, "workspace", workspace, cuda::sums_workspace(sums, columns), true);
+// Runs a kernel over vectors [b, n]; where they have no elements it has nothing to do.
+template <class OnCPU, class OnCUDA>
+void run_over(Operands& o, std::int64_t sums, int threads, OnCPU on_cpu, OnCUDA on_cuda) {
+    const Shape shape = o.shape();
+    if (shape[0] * shape[1] == 0) return;
+    run(o, threads, on_cpu, [&](int device, void* stream) {
+        double* const workspace =
+            sums > 0 ? o.workspace(cuda::sums_workspace(sums, shape[1])) : nullptr;
+        on_cuda(workspace, device, stream);
+    });
 }
 
-void row_dots(py::handle q, py::handle w, py::handle rows_given, py::handle sums,
-              py::handle workspace, py::handle num_threads) {
+// q, w [b, n]; sums [2, b]
+void row_dots(py::handle q, py::handle w, py::handle sums, py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    const std::int64_t rows = whole("rows", rows_given, 1, kMostVectors);
-    Operands o{{"q", q, false}, {"w", w, false}};
-    const Recurrence r{o.dtype(),
-                       rows,
-                       columns_of(o, rows),
-                       nullptr,
-                       o.pointers(0)[0],
-                       o.pointers(1)[0],
-                       nullptr,
-                       doubles(o, "sums", sums, 2 * rows, true)};
-    run(
-        o, threads, [&] { cpu::row_dots(r, threads); },
-        [&](int device, void* stream) {
-            cuda::row_dots(r, workspace_of(o, workspace, 2 * rows, r.columns), device, stream);
+    Operands o{{"q", q, kOneTensor}, {"w", w, kOneTensor}};
+    const Shape shape = shape_of_vectors(o, "q", kMostVectors);
+    const Recurrence r{o.dtype(),        shape[0],
+                       shape[1],         nullptr,
+                       o.pointers(0)[0], o.pointers(1)[0],
+                       nullptr,          doubles(o, "sums", sums, {2, shape[0]}, true)};
+    run_over(
+        o, 2 * r.rows, threads, [&] { cpu::row_dots(r, threads); },
+        [&](double* workspace, int device, void* stream) {
+            cuda::row_dots(r, workspace, device, stream);
         });
 }
 
-void lanczos_step(py::handle u, py::handle q, py::handle w, py::handle rows_given,
-                  py::handle factors, py::handle sums, py::handle workspace,
+// u, q, w [b, n]; factors [3, b]; sums [2, b]
+void lanczos_step(py::handle u, py::handle q, py::handle w, py::handle factors, py::handle sums,
                   py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    const std::int64_t rows = whole("rows", rows_given, 1, kMostVectors);
-    Operands o{{"u", u, true}, {"q", q, false}, {"w", w, false}};
+    Operands o{{"u", u, kWritten | kOneTensor}, {"q", q, kOneTensor}, {"w", w, kOneTensor}};
+    const Shape shape = shape_of_vectors(o, "u", kMostVectors);
     const Recurrence r{o.dtype(),
-                       rows,
-                       columns_of(o, rows),
+                       shape[0],
+                       shape[1],
                        o.pointers(0)[0],
                        o.pointers(1)[0],
                        o.pointers(2)[0],
-                       doubles(o, "factors", factors, 3 * rows, false),
-                       doubles(o, "sums", sums, 2 * rows, true)};
-    run(
-        o, threads, [&] { cpu::lanczos_step(r, threads); },
-        [&](int device, void* stream) {
-            cuda::lanczos_step(r, workspace_of(o, workspace, 2 * rows, r.columns), device, stream);
+                       doubles(o, "factors", factors, {3, shape[0]}, false),
+                       doubles(o, "sums", sums, {2, shape[0]}, true)};
+    run_over(
+        o, 2 * r.rows, threads, [&] { cpu::lanczos_step(r, threads); },
+        [&](double* workspace, int device, void* stream) {
+            cuda::lanczos_step(r, workspace, device, stream);
         });
 }
 
-void gram(py::handle vectors, py::handle rows_given, py::handle out, py::handle workspace,
-          py::handle num_threads) {
+// vectors [b, n]; out [b, b]
+void gram(py::handle vectors, py::handle out, py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    const std::int64_t rows = whole("rows", rows_given, 1, kMostRows);
-    Operands o{{"vectors", vectors, false}};
-    const Rows v{o.dtype(), rows, columns_of(o, rows), o.pointers(0)[0]};
-    double* products = doubles(o, "out", out, rows * rows, true);
-    run(
-        o, threads, [&] { cpu::gram(v, products, threads); },
-        [&](int device, void* stream) {
-            cuda::gram(v, products, workspace_of(o, workspace, rows * rows, v.columns), device,
-                       stream);
+    Operands o{{"vectors", vectors, kOneTensor}};
+    const Shape shape = shape_of_vectors(o, "vectors", kMostRows);
+    const Rows v{o.dtype(), shape[0], shape[1], o.pointers(0)[0]};
+    double* products = doubles(o, "out", out, {v.rows, v.rows}, true);
+    run_over(
+        o, v.rows * v.rows, threads, [&] { cpu::gram(v, products, threads); },
+        [&](double* workspace, int device, void* stream) {
+            cuda::gram(v, products, workspace, device, stream);
         });
 }
 
-void mix_rows(py::handle vectors, py::handle rows_given, py::handle factors,
-              py::handle num_threads) {
+// vectors [b, n]; factors [b, b]
+void mix_rows(py::handle vectors, py::handle factors, py::handle num_threads) {
     const int threads = threads_of(num_threads);
-    const std::int64_t rows = whole("rows", rows_given, 1, kMostRows);
-    Operands o{{"vectors", vectors, true}};
-    const Rows v{o.dtype(), rows, columns_of(o, rows), o.pointers(0)[0]};
-    const double* lower = doubles(o, "factors", factors, rows * rows, false);
-    run(
-        o, threads, [&] { cpu::mix_rows(v, lower, threads); },
-        [&](int device, void* stream) { cuda::mix_rows(v, lower, device, stream); });
+    Operands o{{"vectors", vectors, kWritten | kOneTensor}};
+    const Shape shape = shape_of_vectors(o, "vectors", kMostRows);
+    const Rows v{o.dtype(), shape[0], shape[1], o.pointers(0)[0]};
+    const double* lower = doubles(o, "factors", factors, {v.rows, v.rows}, false);
+    run_over(
+        o, 0, threads, [&] { cpu::mix_rows(v, lower, threads); },
+        [&](double*, int device, void* stream) { cuda::mix_rows(v, lower, device, stream); });
 }
 
 // What names a list of gradients in Python.
@@ -422,8 +416,10 @@ class NamedRoles {
                 PyErr_Clear();
                 throw py::type_error("names must be strings");
             }
-            roles_[r] = {text, py::object(lists_[r]), truth("written", py::object(written_[r])),
-                         r > 0, names_gradients(text)};
+            const bool written = truth("written", py::object(written_[r]));
+            roles_[r] = {text, py::object(lists_[r]),
+                         (written ? kWritten : kRead) | (r > 0 ? kOptional : kRead) |
+                             (names_gradients(text) ? kGradients : kRead)};
         }
     }
     std::size_t size() const { return names_.size(); }
@@ -436,22 +432,6 @@ class NamedRoles {
 
 py::tuple check(py::handle names, py::handle lists, py::handle written) {
     return table_of(NamedRoles(names, lists, written).read());
-}
-
-// Sizes of workspaces, for what a call may be given.
-std::int64_t orthogonalize_workspace(py::handle rows, py::handle columns, py::handle count) {
-    const std::int64_t m = whole("rows", rows, 0, INT64_MAX / 2);
-    const std::int64_t n = whole("columns", columns, 0, INT64_MAX / 2);
-    const std::int64_t b = whole("count", count, 0, INT64_MAX / 2);
-    product(product(m + 1, n + 2), b);
-    return cuda::orthogonalize_workspace(m, n, b);
-}
-
-std::int64_t sums_workspace(py::handle sums, py::handle columns) {
-    const std::int64_t s = whole("sums", sums, 0, INT64_MAX / 2);
-    const std::int64_t n = whole("columns", columns, 0, INT64_MAX / 2);
-    product(s, n + 1);
-    return cuda::sums_workspace(s, n);
 }
 
 void require_cuda() { cuda::require(); }
@@ -471,23 +451,70 @@ void register_kernels(py::module_& module) {
     module.attr("cuda_compiled") = cuda::compiled();
     module.attr("cuda_architectures") = cuda_architectures();
     module.attr("cuda_device_type") = kCudaDeviceType;
-    define(module, "require_cuda", &require_cuda);
-    define(module, "check", &check);
-    define(module, "perturb", &perturb);
-    define(module, "perturb_again", &perturb_again);
-    define(module, "perturb_hvp", &perturb_hvp);
-    define(module, "sgd_step", &sgd_step);
-    define(module, "adamw_step", &adamw_step);
-    define(module, "norm", &norm);
-    define(module, "norm_workspace", &norm_workspace);
-    define(module, "flag_nonfinite", &flag_nonfinite);
-    define(module, "orthogonalize", &orthogonalize);
-    define(module, "orthogonalize_workspace", &orthogonalize_workspace);
-    define(module, "sums_workspace", &sums_workspace);
-    define(module, "row_dots", &row_dots);
-    define(module, "lanczos_step", &lanczos_step);
-    define(module, "gram", &gram);
-    define(module, "mix_rows", &mix_rows);
+    define(module, "require_cuda", "",
+           "Raise RuntimeError, with what to do, unless the CUDA kernels were compiled.",
+           &require_cuda);
+    define(
+        module, "check", "names lists written",
+        "Raise what the kernels raise for lists that do not go together; None is an absent list.",
+        &check);
+    // With num_threads 0 a kernel checks its arguments and does nothing else; those of lists return
+    // what they have read.
+    define(
+        module, "perturb",
+        "params grads backups alpha save adaptive grad_scale found_inf num_threads",
+        "Perturb parameters along their gradients, from their values or from backups.\n\n"
+        "    save:  b <- x,  x <- x + alpha g / grad_scale\n"
+        "    else:  x <- b + alpha g / grad_scale, or x + alpha g / grad_scale without backups\n\n"
+        "With `adaptive`, g is multiplied by the square of what x starts from. Where found_inf is "
+        "set, x stays, and save still saves it.",
+        &perturb);
+    define(module, "perturb_hvp",
+           "params grads base_grads backups alpha eps grad_scale found_inf num_threads",
+           "Perturb the backups along a Hessian-vector product by finite differences.\n\n"
+           "    x <- b + alpha (g - g0) / (eps grad_scale)",
+           &perturb_hvp);
+    define(module, "sgd_step",
+           "params grads momenta backups lr momentum dampening weight_decay nesterov maximize "
+           "rounding_seed grad_scale found_inf num_threads",
+           "Restore the parameters from backups, if there are any, and take one step of SGD.\n\n"
+           "    d = g / grad_scale + wd x,  m <- momentum m + (1 - dampening) d,  x <- x - lr m",
+           &sgd_step);
+    define(
+        module, "adamw_step",
+        "params grads exp_avgs exp_avg_sqs backups lr beta1 beta2 eps weight_decay step maximize "
+        "rounding_seed grad_scale found_inf num_threads",
+        "Restore the parameters from backups, if there are any, and take one step of AdamW.\n\n"
+        "    d = g / grad_scale,  m <- beta1 m + (1 - beta1) d,  v <- beta2 v + (1 - beta2) d^2\n"
+        "    x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)",
+        &adamw_step);
+    define(module, "norm", "tensors out weights grad_scale num_threads",
+           "Euclidean norm of all elements of all tensors, or of their products with weights.\n\n"
+           "    out <- sqrt(sum_i sum_j (w_i[j] t_i[j])^2) / grad_scale",
+           &norm);
+    define(module, "flag_nonfinite", "tensors found_inf num_threads",
+           "Set a flag where any element is infinite or NaN.\n\n"
+           "    found_inf <- 1 if some t_i[j] is not finite, else unchanged",
+           &flag_nonfinite);
+    // Of vectors without elements the following write nothing: results are to be zero before.
+    define(module, "orthogonalize", "w basis coefficients norms passes num_threads",
+           "Orthogonalize vectors w in place against a basis Q, `passes` times.\n\n"
+           "    c <- c + Q w,  w <- w - Q^T (Q w);  norms <- ||w||",
+           &orthogonalize);
+    define(module, "row_dots", "q w sums num_threads",
+           "Inner products of vectors, and squared norms of the second ones.\n\n"
+           "    s_0i <- q_i . w_i,  s_1i <- w_i . w_i",
+           &row_dots);
+    define(module, "lanczos_step", "u q w factors sums num_threads",
+           "Take one step of many Lanczos recurrences.\n\n"
+           "    u_i <- f_0i w_i + f_1i q_i + f_2i u_i,  s_0i <- u_i . u_i,  s_1i <- u_i . q_i",
+           &lanczos_step);
+    define(module, "gram", "vectors out num_threads",
+           "Gram matrix of a few vectors.\n\n    G_ij <- v_i . v_j", &gram);
+    define(module, "mix_rows", "vectors factors num_threads",
+           "Multiply a few vectors by a lower triangular matrix in place.\n\n"
+           "    v_i <- sum_{j <= i} F_ij v_j",
+           &mix_rows);
 }
 
 }  // namespace eigenfilter

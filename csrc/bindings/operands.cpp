@@ -15,10 +15,6 @@ using std::size_t;
 
 PyObject* layout_error = nullptr;
 
-std::string at(const char* name, size_t i) {
-    return std::string(name) + "[" + std::to_string(i) + "]";
-}
-
 std::string describe(const dlpack::DataType& t) {
     if (t.code == dlpack::kBfloat) return "bfloat" + std::to_string(t.bits);
     if (t.code == dlpack::kFloat) return "float" + std::to_string(t.bits);
@@ -34,14 +30,15 @@ std::string describe(const dlpack::Device& d) {
     return name + (d.type == dlpack::kCPU ? std::string() : ":" + std::to_string(d.id));
 }
 
-std::string describe(const int64_t* values, int n) {
-    std::string text = "(";
-    for (int i = 0; i < n; ++i) text += (i > 0 ? ", " : "") + std::to_string(values[i]);
-    return text + ")";
+std::string joined(const int64_t* values, size_t n) {
+    std::string text;
+    for (size_t i = 0; i < n; ++i) text += (i > 0 ? ", " : "") + std::to_string(values[i]);
+    return text;
 }
 
 std::string describe_layout(const dlpack::Tensor& t) {
-    return "shape " + describe(t.shape, t.ndim) + " and strides " + describe(t.strides, t.ndim);
+    return "shape (" + joined(t.shape, t.ndim) + ") and strides (" + joined(t.strides, t.ndim) +
+           ")";
 }
 
 bool dtype_of(const dlpack::DataType& t, DType& out) {
@@ -90,7 +87,7 @@ bool is_dense(const dlpack::Tensor& t) {
 const Role* first_gradients(const Role* roles, size_t count) {
     const auto* const end = roles + count;
     const auto* const place =
-        std::find_if(roles, end, [](const Role& role) { return role.gradients; });
+        std::find_if(roles, end, [](const Role& role) { return role.gradients(); });
     return place != end ? place : nullptr;
 }
 
@@ -105,6 +102,8 @@ bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
 
 }  // namespace
 
+std::string describe(const Shape& shape) { return "[" + joined(shape.data(), shape.size()) + "]"; }
+
 TensorList::TensorList(py::handle tensors, bool hold, bool trust)
     : tensors_(py::reinterpret_steal<py::tuple>(PySequence_Tuple(tensors.ptr()))) {
     if (!tensors_) throw py::error_already_set();
@@ -114,7 +113,7 @@ TensorList::TensorList(py::handle tensors, bool hold, bool trust)
     std::vector<py::object> held;
     for (size_t i = 0; i < size(); ++i) {
         PyObject* object = PyTuple_GET_ITEM(tensors_.ptr(), i);
-        reader.read(object, [&] { return at("tensors", i); }, held);
+        reader.read(object, [&] { return "tensors[" + std::to_string(i) + "]"; }, held);
         dlpack::Managed* managed = nullptr;
         // What goes by a local shard is not held; the next error is its, and is of no interest.
         if (reader.api()->managed_tensor_from_py_object(object, &managed) == 0)
@@ -151,10 +150,10 @@ TensorList& self_of(py::handle object) {
 }
 
 // The list that a method was called for, with `count` arguments in all.
-TensorList& self_of(const py::args& args, std::size_t count) {
-    if (args.size() != count)
+TensorList& self_of(const py::args& args, const py::kwargs& named, std::size_t count) {
+    if (args.size() != count || !named.empty())
         fail(PyExc_TypeError, "a method of TensorList takes " + std::to_string(count - 1) +
-                                  " arguments, and was given another number");
+                                  " arguments by position, and was given others");
     return self_of(py::object(args[0]));
 }
 
@@ -187,9 +186,11 @@ void register_operands(py::module_& module) {
             [](py::handle self, py::handle value) {
                 self_of(self).filled = truth("filled", value);
             })
-        .def("__len__", [](const py::args& args) { return self_of(args, 1).size(); })
-        .def("__getitem__",
-             [](const py::args& args) { return self_of(args, 2).get(py::object(args[1])); });
+        .def("__len__", [](const py::args& args,
+                           const py::kwargs& named) { return self_of(args, named, 1).size(); })
+        .def("__getitem__", [](const py::args& args, const py::kwargs& named) {
+            return self_of(args, named, 2).get(py::object(args[1]));
+        });
 }
 
 Operands::Operands(std::initializer_list<Role> roles) : Operands(roles.begin(), roles.size()) {}
@@ -198,13 +199,14 @@ Operands::Operands(const Role* roles, size_t count_of_roles)
     : roles_(roles, roles + count_of_roles), asked_others_(Reader::asked_others) {
     std::vector<dlpack::Tensor> first;
     for (size_t r = 0; r < count_of_roles; ++r) {
-        if (!roles[r].list.is_none() || !roles[r].optional) read_role(roles, r, first);
+        if (!roles[r].list.is_none() || !roles[r].optional()) read_role(roles, r, first);
     }
     require_unchanged();
     check_overlap(roles, count_of_roles);
 }
 
 py::tuple Operands::items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known) {
+    if (role.traits & kOneTensor) return py::make_tuple(role.list);
     const TensorList* const list = tensor_list(role.list);
     if (list == nullptr) return items_of(role.name, role.list);
     known = list->known();
@@ -212,40 +214,41 @@ py::tuple Operands::items_of_role(const Role& role, std::shared_ptr<std::vector<
 }
 
 void Operands::read_role(const Role* roles, size_t r, std::vector<dlpack::Tensor>& first) {
-    const char* const role = roles[r].name;
+    const Role& role = roles[r];
     std::shared_ptr<std::vector<void*>> known_memory;
-    const py::tuple items = items_of_role(roles[r], known_memory);
+    const py::tuple items = items_of_role(role, known_memory);
     const size_t n = items.size();
     items_[r] = items;
     if (r == 0) {
-        if (n == 0) fail(PyExc_ValueError, std::string(role) + " is empty");
+        if (n == 0) fail(PyExc_ValueError, std::string(role.name) + " is empty");
         first.reserve(n);
         numel_.resize(n);
     } else if (n != size()) {
-        fail(PyExc_ValueError, std::string(role) + " has " + std::to_string(n) + " tensors and " +
-                                   roles[0].name + " has " + std::to_string(size()) +
-                                   ": pass lists of equal length");
+        fail(PyExc_ValueError, std::string(role.name) + " has " + std::to_string(n) +
+                                   " tensors and " + roles[0].name + " has " +
+                                   std::to_string(size()) + ": pass lists of equal length");
     }
     data_[r].reserve(n);
     Reader reader;
     for (size_t i = 0; i < n; ++i) {
-        const auto name = [&] { return at(role, i); };
+        const auto name = [&] { return role.at(i); };
         void** const known = known_memory ? known_memory->data() + i : nullptr;
         const dlpack::Tensor t =
-            reader.read(PyTuple_GET_ITEM(items.ptr(), i), name, kept_, roles[r].written, known);
+            reader.read(PyTuple_GET_ITEM(items.ptr(), i), name, kept_, role.written(), known);
         if (reader.source() != PyTuple_GET_ITEM(items.ptr(), i))
             shards_.push_back({r, i, reader.source()});
         check_type(t, name, roles, r, i);
         if (r == 0) {
+            if (i == 0) shape_.assign(t.shape, t.shape + t.ndim);
             const bool ordered = is_contiguous(t);
-            contiguous_ &= ordered;
+            is_contiguous_ &= ordered;
             if (!ordered && !is_dense(t))
                 fail(PyExc_ValueError, name() + " is not dense (" + describe_layout(t) +
                                            "): pass .contiguous() of it");
             first.push_back(t);
             numel_[i] = count(t);
         } else if (!same_layout(t, first[i])) {
-            const std::string model = at(roles[0].name, i);
+            const std::string model = roles[0].at(i);
             fail(layout_error, name() + " has " + describe_layout(t) + ", " + model + " has " +
                                    describe_layout(first[i]) + ": pass torch.empty_like(" + model +
                                    ").copy_(" + name() + ")");
@@ -267,15 +270,14 @@ void Operands::check_type(const dlpack::Tensor& t, const Name& name, const Role*
         device_ = t.device;
     }
     if (t.device.type != device_.type || t.device.id != device_.id)
-        fail(PyExc_ValueError, name() + " is on " + describe(t.device) + " and " +
-                                   at(roles[0].name, 0) + " on " + describe(device_) +
-                                   ": group tensors by device");
+        fail(PyExc_ValueError, name() + " is on " + describe(t.device) + " and " + roles[0].at(0) +
+                                   " on " + describe(device_) + ": group tensors by device");
     if (!takes(dtype, roles, r, i)) {
         const Role* const model = first_gradients(roles, r);
-        fail(layout_error, name() + " is " + describe(t.dtype) + " and " +
-                               (model != nullptr && roles[r].gradients ? at(model->name, i)
-                                                                       : at(roles[0].name, 0)) +
-                               " is not: group tensors by dtype, or convert it with .to()");
+        fail(layout_error,
+             name() + " is " + describe(t.dtype) + " and " +
+                 (model != nullptr && roles[r].gradients() ? model->at(i) : roles[0].at(0)) +
+                 " is not: group tensors by dtype, or convert it with .to()");
     }
     if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
         fail(PyExc_ValueError, name() + " is not aligned to its element size: clone it");
@@ -283,7 +285,7 @@ void Operands::check_type(const dlpack::Tensor& t, const Name& name, const Role*
 
 bool Operands::takes(DType dtype, const Role* roles, size_t r, size_t i) {
     if (dtype == expected(roles[r], i)) return true;
-    if (!roles[r].gradients || first_gradients(roles, r) != nullptr) return false;
+    if (!roles[r].gradients() || first_gradients(roles, r) != nullptr) return false;
     if (r > 0 && dtype != wider(dtype_)) return false;
     if (wide_.empty()) wide_.assign(size(), dtype_);
     wide_[i] = dtype;
@@ -299,7 +301,7 @@ void Operands::check_overlap(const Role* roles, size_t count_of_roles) const {
     all.reserve(size() * count_of_roles);
     bool any_written = false;
     for (std::uint32_t r = 0; r < count_of_roles; ++r) {
-        any_written |= roles[r].written;
+        any_written |= roles[r].written();
         for (std::uint32_t i = 0; i < data_[r].size(); ++i) {
             if (numel_[i] > 0) all.push_back({reinterpret_cast<std::uintptr_t>(data_[r][i]), i, r});
         }
@@ -312,10 +314,10 @@ void Operands::check_overlap(const Role* roles, size_t count_of_roles) const {
         return s.begin + static_cast<std::uintptr_t>(numel_[s.tensor]) *
                              size_of(expected(roles[s.role], s.tensor));
     };
-    const auto name = [&](const Stretch& s) { return at(roles[s.role].name, s.tensor); };
+    const auto name = [&](const Stretch& s) { return roles[s.role].at(s.tensor); };
     const Stretch *furthest = nullptr, *furthest_written = nullptr;
     for (const Stretch& s : all) {
-        const bool written = roles[s.role].written;
+        const bool written = roles[s.role].written();
         const Stretch* other = written ? furthest : furthest_written;
         if (other != nullptr && end(*other) > s.begin)
             fail(PyExc_ValueError, name(s) + " and " + name(*other) +
@@ -355,7 +357,7 @@ void Operands::require_unchanged() {
             PyObject* source = PyTuple_GET_ITEM(items_[r].ptr(), i);
             if (shard != shards_.end() && shard->role == r && shard->index == i)
                 source = (shard++)->source;
-            require_same(at(roles_[r].name, i), source, data_[r][i]);
+            require_same(roles_[r].at(i), source, data_[r][i]);
         }
     }
     for (const Single& s : singles_) {
@@ -378,12 +380,12 @@ void Operands::keep_apart(const char* name, const void* memory, int64_t bytes, b
                                    "of them");
     };
     for (size_t r = 0; r < roles_.size(); ++r) {
-        if (!single.written && !roles_[r].written) continue;
+        if (!single.written && !roles_[r].written()) continue;
         for (size_t i = 0; i < data_[r].size(); ++i) {
             const auto begin = reinterpret_cast<std::uintptr_t>(data_[r][i]);
             if (share(begin, begin + static_cast<std::uintptr_t>(numel_[i]) *
                                          size_of(expected(roles_[r], i))))
-                refuse(at(roles_[r].name, i));
+                refuse(roles_[r].at(i));
         }
     }
     for (const Single& other : singles_) {
@@ -434,9 +436,13 @@ double number_of(const char* name, py::handle value) {
 
 }  // namespace
 
+bool is_tensor(py::handle value) {
+    return py::hasattr(py::type::of(value), "__dlpack_c_exchange_api__");
+}
+
 Scalar Operands::scalar(const char* name, py::handle value, const Range& range) {
     Scalar s;
-    if (!py::hasattr(py::type::of(value), "__dlpack_c_exchange_api__")) {
+    if (!is_tensor(value)) {
         s.value = number_of(name, value);
         require(name, s.value, range);
         require_unchanged();
@@ -471,25 +477,47 @@ Scalar Operands::scalar(const char* name, py::handle value, const Range& range) 
 
 float* Operands::flag(const char* name, py::handle value, bool written) {
     if (value.is_none()) return nullptr;
-    return static_cast<float*>(single(name, value, 1, 32, written));
+    return static_cast<float*>(single(name, value, {1}, 32, written));
 }
 
-void* Operands::single(const char* name, py::handle value, int64_t numel, int bits, bool written) {
+void* Operands::single(const char* name, py::handle value, const Shape& shape, int bits,
+                       bool written) {
     const auto named = [&] { return std::string(name); };
     Reader reader;
     const dlpack::Tensor t = reader.read(value.ptr(), named, kept_, written);
     kept_.push_back(py::reinterpret_borrow<py::object>(value));
-    if (count(t) != numel || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits ||
-        t.dtype.lanes != 1 || !is_contiguous(t) || t.device.type != device_.type ||
-        t.device.id != device_.id || reinterpret_cast<std::uintptr_t>(t.data) % (bits / 8) != 0)
+    const bool is_one = shape == Shape{1};
+    if ((is_one ? count(t) != 1 : Shape(t.shape, t.shape + t.ndim) != shape) ||
+        t.dtype.code != dlpack::kFloat || t.dtype.bits != bits || t.dtype.lanes != 1 ||
+        !is_contiguous(t) || t.device.type != device_.type || t.device.id != device_.id ||
+        reinterpret_cast<std::uintptr_t>(t.data) % (bits / 8) != 0)
         fail(PyExc_ValueError,
-             std::string(name) +
-                 (numel == 1 ? " must be a dense float" : " must be a contiguous float") +
-                 std::to_string(bits) + " tensor of " + std::to_string(numel) + " elements on " +
-                 describe(device_));
-    keep_apart(name, t.data, numel * (bits / 8), written, reader.source());
+             named() + (is_one ? " must be a dense float" : " must be a contiguous float") +
+                 std::to_string(bits) + " tensor of " +
+                 (is_one ? "1 element" : "shape " + describe(shape)) + " on " + describe(device_));
+    keep_apart(name, t.data, count(t) * (bits / 8), written, reader.source());
     require_unchanged();
     return t.data;
+}
+
+double* Operands::workspace(std::int64_t size) {
+    const auto torch = py::module_::import("torch");
+    const py::object device = py::object(items_[0][0]).attr("device");
+    const py::object memory = torch.attr("empty")(size, py::arg("dtype") = torch.attr("float64"),
+                                                  py::arg("device") = device);
+    return static_cast<double*>(single("workspace", memory, {size}, 64, true));
+}
+
+void Operands::require_contiguous() const {
+    if (!is_contiguous_)
+        fail(PyExc_ValueError, roles_[0].at(0) + " must be contiguous: pass .contiguous() of it");
+}
+
+void Operands::require_vectors() const {
+    require_contiguous();
+    if (dtype_ != DType::f32 && dtype_ != DType::f64)
+        fail(PyExc_TypeError, roles_[0].at(0) + " must be float32 or float64, not " +
+                                  (dtype_ == DType::bf16 ? "bfloat16" : "float16"));
 }
 
 }  // namespace eigenfilter

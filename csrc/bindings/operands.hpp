@@ -48,19 +48,35 @@ class TensorList {
 // one whose __init__ has not run.
 TensorList* tensor_list(py::handle object);
 
+// Whether an argument is a tensor, by its type.
+bool is_tensor(py::handle value);
+
 // Registers TensorList and LayoutError with the module.
 void register_operands(py::module_& module);
 
-// One list of a call: its name in messages, the list (None: absent), whether the kernel writes it,
-// whether it may be absent, and whether it holds gradients, each of which may have the next wider
-// dtype than the lists'. Where gradients come first, as in a reduction, each has its own.
+// What a role is: the kernel writes it; it may be absent, which None says; it holds gradients, each
+// of which may have the next wider dtype than the lists' (where gradients come first, as in a
+// reduction, each has its own); it is one tensor and no list.
+enum Traits : unsigned { kRead = 0, kWritten = 1, kOptional = 2, kGradients = 4, kOneTensor = 8 };
+
+// One list of a call, or one tensor, with its name in messages.
 struct Role {
     const char* name;
     py::handle list;
-    bool written;
-    bool optional = false;
-    bool gradients = false;
+    unsigned traits;
+
+    bool written() const { return traits & kWritten; }
+    bool optional() const { return traits & kOptional; }
+    bool gradients() const { return traits & kGradients; }
+    // The i-th tensor's name.
+    std::string at(std::size_t i) const {
+        return traits & kOneTensor ? name : std::string(name) + "[" + std::to_string(i) + "]";
+    }
 };
+
+// Sizes of a tensor's dimensions.
+using Shape = std::vector<std::int64_t>;
+std::string describe(const Shape& shape);
 
 // What a hyperparameter must be; one on a GPU is not read.
 struct Range {
@@ -86,8 +102,12 @@ class Operands {
     dlpack::Device device() const { return device_; }
     bool on_cpu() const { return device_.type == dlpack::kCPU; }
     const std::vector<std::int64_t>& numel() const { return numel_; }
-    // Whether the elements of all tensors lie in the order of their dimensions.
-    bool contiguous() const { return contiguous_; }
+    // Of the first role's first tensor.
+    const Shape& shape() const { return shape_; }
+    // Throws unless that lies in the order of its dimensions, and of vectors unless it is float32
+    // or float64.
+    void require_contiguous() const;
+    void require_vectors() const;
     // Dtypes of the gradients, or nullptr where all are the lists'.
     const DType* wide() const { return wide_.empty() ? nullptr : wide_.data(); }
     // Data pointers of the role's list, or nullptr where it is absent.
@@ -101,8 +121,12 @@ class Operands {
     Scalar scalar(const char* name, py::handle value, const Range& range);
     // One float32 on this device, or nullptr for None.
     float* flag(const char* name, py::handle value, bool written = false);
-    // A contiguous tensor of this device, with `numel` elements of `bits` float bits.
-    void* single(const char* name, py::handle value, std::int64_t numel, int bits, bool written);
+    // A contiguous tensor of this device of `bits` float bits, of one shape; of {1}, or of any
+    // other that has one element.
+    void* single(const char* name, py::handle value, const Shape& shape, int bits, bool written);
+    // Uninitialized memory on this device for so many doubles, until the call has ended: torch's
+    // allocator gives it, in the order of the current stream.
+    double* workspace(std::int64_t size);
     // Throws RuntimeError where Python code that ran while the arguments were read, of a subclass
     // or of a number of someone else, has freed or replaced memory that was read before.
     void require_unchanged();
@@ -133,14 +157,15 @@ class Operands {
     // Whether the i-th tensor of a role may have a dtype; notes that of a wide gradient.
     bool takes(DType dtype, const Role* roles, std::size_t r, std::size_t i);
     DType expected(const Role& role, std::size_t i) const {
-        return role.gradients && !wide_.empty() ? wide_[i] : dtype_;
+        return role.gradients() && !wide_.empty() ? wide_[i] : dtype_;
     }
     void check_overlap(const Role* roles, std::size_t count) const;
 
     Borrowing borrowing_;
     DType dtype_{};
     dlpack::Device device_{};
-    bool contiguous_ = true;
+    Shape shape_;
+    bool is_contiguous_ = true;
     const dlpack::ExchangeApi* api_ = nullptr;
     std::vector<std::int64_t> numel_;
     std::vector<DType> wide_;

@@ -118,10 +118,16 @@ bool same_entries(py::handle state, py::handle entries, py::handle keys, py::han
 }  // namespace
 
 void register_parameters(py::module_& module) {
-    define(module, "gradients", &gradients);
-    define(module, "clear_gradients", &clear_gradients);
-    define(module, "same_objects", &same_objects);
-    define(module, "same_entries", &same_entries);
+    define(module, "gradients", "params",
+           "The parameters' gradients (`p.grad`), and how many of them are None.", &gradients);
+    define(module, "clear_gradients", "params", "Set `p.grad = None` on every parameter.",
+           &clear_gradients);
+    define(module, "same_objects", "a b",
+           "Whether two lists hold the same objects in the same order.", &same_objects);
+    define(module, "same_entries", "state entries keys values",
+           "Whether the values of `state` but the empty ones are `entries`, and hold `values` at "
+           "`keys`.\n\n`values` has an item for every entry and key, None where there is none.",
+           &same_entries);
 }
 
 }  // namespace eigenfilter

@@ -73,22 +73,15 @@ void update(const Tensors& t, int lists, int threads, Body body) {
 
 void perturb(const Tensors& t, const PerturbScalars<double>& s, const float* found_inf,
              int threads) {
-    if (found_inf != nullptr && *found_inf != 0) return copy(t, t.b, t.x, threads);
+    if (found_inf != nullptr && *found_inf != 0) {
+        if (s.save) copy(t, t.b, t.x, threads);
+        return;
+    }
     const Loops& table = loops();
-    update(t, 3, threads, [&](const Range& r) {
-        table.perturb(r.dtypes(), s, r.at(t.x), r.at(t.x), r.grad(t.g), r.at(t.b), r.count,
-                      r.stream);
-    });
-}
-
-void perturb_again(const Tensors& t, const PerturbScalars<double>& s, const float* found_inf,
-                   int threads) {
-    if (found_inf != nullptr && *found_inf != 0) return;
-    const Loops& table = loops();
-    void* const* from = t.b != nullptr ? t.b : t.x;
+    void* const* from = t.b != nullptr && !s.save ? t.b : t.x;
     update(t, 2 + (t.b != nullptr), threads, [&](const Range& r) {
-        table.perturb(r.dtypes(), s, r.at(t.x), r.at(from), r.grad(t.g), nullptr, r.count,
-                      r.stream);
+        table.perturb(r.dtypes(), s, r.at(t.x), r.at(from), r.grad(t.g),
+                      s.save ? r.at(t.b) : nullptr, r.count, r.stream);
     });
 }
 

@@ -7,13 +7,12 @@ bool compiled() { return true; }
 
 void require() {}
 
-void perturb(const Tensors& t, const PerturbScalars<Scalar>& s, const float* found_inf, int device,
-             Stream stream) {
-    update<Perturb, 1, 0, Backup::saved>(t, s, found_inf, device, stream);
-}
-
-void perturb_again(const Tensors& lists, const PerturbScalars<Scalar>& s, const float* found_inf,
-                   int device, Stream stream) {
+void perturb(const Tensors& lists, const PerturbScalars<Scalar>& s, const float* found_inf,
+             int device, Stream stream) {
+    if (s.save) {
+        update<Perturb, 1, 0, Backup::saved>(lists, s, found_inf, device, stream);
+        return;
+    }
     const Tensors t = from_backups(lists);
     by_flag(t.b != nullptr, [&](auto has_b) {
         constexpr Backup b = has_b ? Backup::origin : Backup::none;

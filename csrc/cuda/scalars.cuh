@@ -34,7 +34,7 @@ __host__ __device__ __forceinline__ double value(const Scalar& s) {
     return s.value;
 }
 __host__ __device__ __forceinline__ PerturbScalars<double> value(const PerturbScalars<Scalar>& s) {
-    return {value(s.alpha), value(s.grad_scale), s.adaptive};
+    return {value(s.alpha), value(s.grad_scale), s.adaptive, s.save};
 }
 __host__ __device__ __forceinline__ HvpScalars<double> value(const HvpScalars<Scalar>& s) {
     return {value(s.alpha), value(s.eps), value(s.grad_scale)};

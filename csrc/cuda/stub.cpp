@@ -17,9 +17,6 @@ void require() {
 void perturb(const Tensors&, const PerturbScalars<Scalar>&, const float*, int, Stream) {
     require();
 }
-void perturb_again(const Tensors&, const PerturbScalars<Scalar>&, const float*, int, Stream) {
-    require();
-}
 void perturb_hvp(const Tensors&, const HvpScalars<Scalar>&, const float*, int, Stream) {
     require();
 }

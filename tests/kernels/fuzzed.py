@@ -171,13 +171,9 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     ],
     "norm": lambda: [tensors(), torch.zeros(()), tensors(), None, 2],
     "flag_nonfinite": lambda: [tensors(), torch.zeros(1), 2],
-    "orthogonalize": lambda: [
-        *(tensor(), tensor(), doubles(4, 4), doubles(4), 2, 2),
-    ],
+    "orthogonalize": lambda: [tensor(), tensor(), doubles(4, 4), doubles(4), 2, 2],
     "row_dots": lambda: [tensor(), tensor(), doubles(2, 4), 2],
-    "lanczos_step": lambda: [
-        *(tensor(), tensor(), tensor(), doubles(3, 4), doubles(2, 4), 2),
-    ],
+    "lanczos_step": lambda: [tensor(), tensor(), tensor(), doubles(3, 4), doubles(2, 4), 2],
     "gram": lambda: [tensor(), doubles(4, 4), 2],
     "mix_rows": lambda: [tensor(), doubles(4, 4), 2],
     "gradients": lambda: [tensors()],
@@ -227,6 +223,7 @@ def assert_survives_bad_arguments(
     assert_clear_error(name, function, make(), "sound arguments")
     for bad in range(len(HOSTILE)):
         assert_clear_error(name, function, [*make(), HOSTILE[bad]()], f"one more, {bad}")
+    assert_clear_error(name, lambda *a: function(*a, wrong=a), make(), "a wrong name")
     for missing in range(count):
         assert_clear_error(name, function, make()[:missing], f"{missing} arguments")
     for position, bad in itertools.product(range(count), range(len(HOSTILE))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -136,12 +137,96 @@ def test_empty_vectors_and_tensors() -> None:
     kernels.sgd_step([empty], [empty], lr=0.1)
 
 
-@pytest.mark.parametrize("count", [0, -1, 2**62, 10**30])
-def test_counts_that_divide_nothing(count: int) -> None:
-    w, q = torch.ones(4, 6), torch.ones(4, 6)
-    c, n = torch.zeros(4, 4).double(), torch.zeros(4).double()
-    with pytest.raises(ValueError, match=r"must be|times"):
-        _core.orthogonalize([w], [q], count, 4, c, n, None, 1, 1)
-    with pytest.raises(ValueError, match="rows must be a whole number"):
-        _core.gram([w], count, c, None, 1)
-    assert (w == 1).all()
+VECTORS = {
+    "orthogonalize": ("w", lambda w, wide: (w, torch.ones(3, 6), wide(3), wide(), 1, 1)),
+    "row_dots": ("q", lambda q, wide: (q, torch.ones_like(q), wide(2, 4), 1)),
+    "lanczos_step": (
+        "u",
+        lambda u, wide: (u, torch.ones_like(u), torch.ones_like(u), wide(3, 4), wide(2, 4), 1),
+    ),
+    "gram": ("vectors", lambda v, wide: (v, wide(4, 4), 1)),
+    "mix_rows": ("vectors", lambda v, wide: (v, wide(4, 4), 1)),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_of_another_shape_are_refused(name: str) -> None:
+    """And so are results of other shapes, which the kernels would write beyond."""
+    role, arguments = VECTORS[name]
+
+    def wide(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+    def short(*shape: int) -> Tensor:
+        return torch.zeros([*shape[:-1], shape[-1] - 1] if shape else [2], dtype=torch.float64)
+
+    call = getattr(_core, name)
+    for bad, error, message in (
+        (torch.ones(4, 6, 1), ValueError, rf"^{role} must be \[b, n\]|^basis must be \[m, n\]"),
+        (torch.ones(6, 4).T, ValueError, rf"^{role} must be contiguous|^basis must be \[m, n\]"),
+        (torch.ones(6, 6).T, ValueError, rf"^{role} must be contiguous: pass \.contiguous\(\)"),
+        (torch.ones(4, 6).half(), TypeError, rf"^{role} must be float32 or float64, not float16"),
+        (torch.ones(65_536, 6), ValueError, rf"^{role} must be of at most \d+ vectors"),
+    ):
+        with pytest.raises(error, match=message):
+            call(*arguments(bad, wide))
+    good = torch.ones(6) if name == "orthogonalize" else torch.ones(4, 6)
+    with pytest.raises(ValueError, match=r"must be a contiguous float64 tensor of shape \[.*\] on"):
+        call(*arguments(good, short))
+    assert (good == 1).all()
+    call(*arguments(good, wide))
+
+
+def test_a_wrong_call_names_the_arguments_and_shows_none() -> None:
+    x, g = [torch.full((2,), 7.5)], [torch.ones(2)]
+    named = {"alpha": 0.5, "save": False, "adaptive": False, "grad_scale": None, "found_inf": None}
+    wrong = (
+        ((x, g), named, "not given backups"),
+        ((x, g, None), {**named, "num_threads": 1, "rho": 1}, "given an argument of another name"),
+        ((x, g, None), {**named, "num_threads": 1, "grads": g}, "given grads twice"),
+        ((x, g, None, *named.values(), 1, 1), {}, "given 10 arguments"),
+    )
+    for args, kwargs, reason in wrong:
+        with pytest.raises(TypeError) as error:
+            _core.perturb(*args, **kwargs)
+        assert str(error.value) == (
+            "perturb(params, grads, backups, alpha, save, adaptive, grad_scale, found_inf, "
+            f"num_threads) was {reason}"
+        )
+    _core.perturb(x, backups=None, grads=g, num_threads=1, **named)
+    assert x[0].tolist() == [8.0, 8.0]
+
+
+def test_functions_have_a_signature_and_say_what_they_do() -> None:
+    parameters = [*inspect.signature(kernels.sgd_step).parameters]
+    assert [*inspect.signature(_core.sgd_step).parameters] == [*parameters[:-1], "num_threads"]
+    functions = {name: of for name, of in vars(_core).items() if inspect.isbuiltin(of)}
+    assert len(functions) > 15
+    for name, function in functions.items():
+        assert function.__doc__, name
+        inspect.signature(function)
+
+
+def test_saving_needs_backups_and_momentum_momenta() -> None:
+    x, g = [torch.ones(2)], [torch.ones(2)]
+    with pytest.raises(ValueError, match=r"^save=True needs backups: pass tensors like the param"):
+        _core.perturb(x, g, None, 0.1, True, False, None, None, 1)
+    rest = (0.0, 0.0, 0.1, False, False, None, None, None, 1)
+    for momentum, nesterov in ((0.9, False), (0.0, True), (torch.zeros(()), False)):
+        with pytest.raises(ValueError, match=r"^momentum and nesterov need momenta: pass buffers"):
+            _core.sgd_step(x, g, None, None, 0.1, momentum, 0.0, 0.0, nesterov, *rest[4:])
+    assert x[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("has_backups", [False, True])
+def test_perturbing_without_saving(adaptive: bool, has_backups: bool) -> None:
+    x, g = [torch.tensor([2.0, 3.0])], [torch.tensor([1.0, -1.0])]
+    b = [torch.tensor([4.0, 5.0])]
+    origin = b[0] if has_backups else x[0].clone()
+    expected = origin + 0.5 * (origin * origin * g[0] if adaptive else g[0])
+    backups = _core.TensorList(b) if has_backups else None
+    _core.perturb(x, g, backups, 0.5, False, adaptive, None, None, 1)
+    assert torch.equal(x[0], expected)
+    assert b[0].tolist() == [4.0, 5.0]
+    assert backups is None or not backups.filled

@@ -70,8 +70,11 @@ def test_an_unknown_backend_is_told_the_known_ones() -> None:
 
 
 def test_an_unknown_device() -> None:
-    with pytest.raises(ValueError, match=r"no kernels for device 'meta': .*backend=.reference"):
-        kernels.norm([torch.ones(3, device="meta")])
+    with pytest.raises(ValueError, match=r"no kernels for device 'mps': .*backend=.reference"):
+        kernels.select("mps")
+    for backend in (None, *kernels.BACKENDS):
+        with pytest.raises(ValueError, match=r"meta device have no data: .*to_empty"):
+            kernels.norm([torch.ones(3, device="meta")], backend=backend)
 
 
 def test_a_tensor_in_place_of_a_list() -> None:

@@ -242,7 +242,11 @@ def assert_missing_lists_refused() -> None:
             str(update), MAY_BE_NONE.get(update.kernel, set())
         ):
             lists = [None if r == role else [torch.ones(SHAPE)] for r in update.lists]
-            with pytest.raises(TypeError, match=f"^{role} must be a list or tuple of tensors"):
+            error: type[Exception] = TypeError
+            message = f"^{role} must be a list or tuple of tensors"
+            if (update.kernel, role) == ("perturb", "backups"):
+                error, message = ValueError, "^save=True needs backups: pass tensors like the"
+            with pytest.raises(error, match=message):
                 update(lists)  # type: ignore[arg-type]
             assert all((t == 1).all() for tensors in lists if tensors is not None for t in tensors)
 

@@ -122,11 +122,11 @@ def test_a_scalar_that_frees_itself() -> None:
 
 def test_by_the_basis_of_a_projection() -> None:
     w, q = torch.ones(1000), torch.ones(2, 1000)
-    sums, norms = torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    sums, norms = torch.zeros(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for victim, name, bad in ((w, "w", "basis"), (q, "basis", "norms")):
         basis = make_asked(q, shrink(victim)) if bad == "basis" else q
         result = make_asked(norms, shrink(victim)) if bad == "norms" else norms
-        with pytest.raises(RuntimeError, match=CHANGED.format(rf"{name}\[0\]")):
+        with pytest.raises(RuntimeError, match=CHANGED.format(name)):
             _core.orthogonalize(w, basis, sums, result, 1, 1)
         victim.untyped_storage().resize_(victim.numel() * 4)
         victim.fill_(1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from eigenfilter import kernels
+from eigenfilter import _core, kernels
 from eigenfilter.kernels import _op
 from eigenfilter.kernels import triton as triton_modules
 from eigenfilter.kernels._op import OPERATIONS
@@ -35,6 +36,14 @@ def test_triton_has_a_module_for_each_operation() -> None:
         module = importlib.import_module(f"{triton_modules.__name__}.{name}")
         assert hasattr(module, "run") == (name in OPERATIONS), name
     assert names > set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_compiled_function_has_the_declared_arguments(name: str) -> None:
+    compiled = getattr(_core, name)
+    expected = [*OPERATIONS[name].arguments, "num_threads"]
+    assert list(inspect.signature(compiled).parameters) == expected
+    assert "<-" in compiled.__doc__ or "=" in compiled.__doc__  # a formula
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -190,7 +190,7 @@ def test_found_inf_of_another_kind(flag: Tensor) -> None:
 )
 def test_out_of_another_kind(out: Tensor) -> None:
     size = 64 if out.dtype == torch.int64 else 32
-    message = f"out must be a dense float{size} tensor of 1 elements on cpu"
+    message = f"out must be a dense float{size} tensor of 1 element on cpu"
     with pytest.raises(ValueError, match=message):
         kernels.norm([torch.ones(3)], out=out)
     assert (out == 0).all()
@@ -199,7 +199,7 @@ def test_out_of_another_kind(out: Tensor) -> None:
 def test_a_norm_of_float64_needs_as_much() -> None:
     for tensors in ([torch.ones(3).double()], [torch.ones(3), torch.ones(3).double()]):
         out = torch.zeros(())
-        with pytest.raises(ValueError, match="out must be a dense float64 tensor of 1 elements"):
+        with pytest.raises(ValueError, match="out must be a dense float64 tensor of 1 element"):
             kernels.norm(tensors, out=out)
         assert out == 0
 

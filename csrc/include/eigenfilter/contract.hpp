@@ -37,7 +37,7 @@ struct Tensors {
     void* const* x;             // [n] parameters, written; the tensors of a reduction
     void* const* g;             // [n] gradients, read; the weights of a norm
     const DType* wide;          // [n] dtypes of g and g0, of x in a reduction; nullptr: `dtype`
-    void* const* b;             // [n] backups: written by perturb, read by all others
+    void* const* b;             // [n] backups: written by perturb with save, else read
     void* const* m = nullptr;   // [n] momentum buffers or first moments, written
     void* const* v = nullptr;   // [n] second moments, written
     void* const* g0 = nullptr;  // [n] gradients at x, read
@@ -50,6 +50,7 @@ template <class Real>
 struct PerturbScalars {
     Real alpha, grad_scale;
     bool adaptive;
+    bool save;  // b <- x first
 };
 
 template <class Real>
@@ -106,8 +107,6 @@ constexpr std::int64_t kMostRows = 32;
 // and descents put it back to b; m and v keep their values.
 namespace cpu {
 void perturb(const Tensors&, const PerturbScalars<double>&, const float* found_inf, int threads);
-void perturb_again(const Tensors&, const PerturbScalars<double>&, const float* found_inf,
-                   int threads);
 void perturb_hvp(const Tensors&, const HvpScalars<double>&, const float* found_inf, int threads);
 void sgd_step(const Tensors&, const SgdScalars<double>&, const float* found_inf, int threads);
 void adamw_step(const Tensors&, const AdamWScalars<double>&, const float* found_inf, int threads);
@@ -133,8 +132,6 @@ void require();
 using Stream = void*;
 void perturb(const Tensors&, const PerturbScalars<Scalar>&, const float* found_inf, int device,
              Stream stream);
-void perturb_again(const Tensors&, const PerturbScalars<Scalar>&, const float* found_inf,
-                   int device, Stream stream);
 void perturb_hvp(const Tensors&, const HvpScalars<Scalar>&, const float* found_inf, int device,
                  Stream stream);
 void sgd_step(const Tensors&, const SgdScalars<Scalar>&, const float* found_inf, int device,

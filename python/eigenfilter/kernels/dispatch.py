@@ -26,6 +26,11 @@ def choose(device: torch.device, backend: str | None = None) -> str:
     """
     if backend is not None and not isinstance(backend, str):
         raise ValueError(_unknown(backend))
+    if device.type == "meta":
+        raise ValueError(
+            "tensors on the meta device have no data: move the model with .to_empty(device=...) "
+            "to cpu or cuda, and initialize it"
+        )
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return _choose(device, backend)
