@@ -258,8 +258,8 @@ def test_the_tools_check_all_of_our_kernels() -> None:
     text = "".join(path.read_text() for path in sources.iterdir())
     native = re.findall(r"__global__ void[^{]*?\b(\w+)_kernel\(", text)
     assert sorted(native) == sorted(gpu_stages.NATIVE)
-    folder = gpu_stages.ROOT / "python" / "eigenfilter" / "kernels"
-    text = "".join(path.read_text() for path in folder.glob("triton_*.py"))
+    folder = gpu_stages.ROOT / "python" / "eigenfilter" / "kernels" / "triton"
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
     triton = re.findall(r"@triton\.jit[^\n]*\ndef (\w+)_kernel\(", text)
     assert sorted(triton) == sorted(gpu_stages.TRITON)
 

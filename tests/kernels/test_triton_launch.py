@@ -117,7 +117,13 @@ def test_updates(
             assert launch[f"{name}_at"].data_ptr() == value.data_ptr()
         else:
             assert (launch[name], launch[f"{name}_at"]) == (value, None)
-    if "origin" in launch.source.fn.arg_names:
+    if "SAVE" in launch.source.fn.arg_names:
+        assert launch["SAVE"] == update.options.get("save", True)
+        assert launch["ADAPTIVE"] == update.options.get("adaptive", False)
+        assert (
+            update.lists[launch["origin"]] == update.lists[-1 if "backups" in update.lists else 0]
+        )
+    elif "origin" in launch.source.fn.arg_names:
         assert update.lists[launch["origin"]] == update.starts_from
     if "MOMENTA" in launch.source.fn.arg_names:
         assert launch["MOMENTA"] == ("momenta" in update.lists)

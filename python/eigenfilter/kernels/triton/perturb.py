@@ -64,11 +64,10 @@ def perturb_kernel(
     b_at = address(pointers, tensor + origin * n, first, DTYPE)
     step = (real(alpha, alpha_at) * inverse(grad_scale)).to(REAL)
     stop = is_set(found_inf)
+    rule = (step, stop, SAVE, ADAPTIVE)
     if SAVE:
-        rule = (step, stop, SAVE, ADAPTIVE)
         for_each_block(_perturb_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
     elif not stop:  # else x stays unchanged, and nothing has to be read at all
-        rule = (step, None, SAVE, ADAPTIVE)
         for_each_block(_perturb_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
 
 
