@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec
 
@@ -89,17 +89,51 @@ class Operation(Generic[_P]):
         self._parameters = dict(inspect.signature(reference).parameters)
         self.arguments = tuple(name for name in self._parameters if name != "backend")
         self.annotations = {name: self._parameters[name].annotation for name in self.arguments}
+        self._takes_lists = self.annotations[self.arguments[0]] != "Tensor"
+        place = self.arguments.index
+        self._writes = [(place(n), None if f is None else place(f)) for n, f in writes.items()]
+        self._implementations: dict[str, Callable[..., None]] = {}
 
     def on(self, backend: str) -> Callable[..., None]:
         """Return the operation on one backend, with the declared arguments except `backend`.
 
         It leaves version counters and autograd to its caller.
         """
-        return self._by_position(self.arguments, self.implementation(backend))
+        if backend == "native":
+            core = getattr(_core, self.name)
+            call = "core({arguments}, threads())"
+            return self._bound(call, core=core, threads=torch.get_num_threads)
+        return self._bound("run({arguments})", run=self._implementation(backend))
 
-    @functools.cache  # noqa: B019  operations live as long as the process
-    def implementation(self, backend: str) -> Callable[..., None]:
-        """Return the function of one backend, which takes all arguments by position."""
+    def function(self) -> Callable[_P, None]:
+        """Return the public function: it chooses the backend and counts versions.
+
+        In code that torch compiles, its calls become the operator torch.ops.eigenfilter.<name>.
+        """
+        run_now = self._bound("run(backend, {arguments})", run=self._run)
+        run_compiled = self._register(run_now)
+
+        @functools.wraps(self.reference)
+        def kernel(*args: _P.args, **kw: _P.kwargs) -> None:
+            if torch.compiler.is_compiling():
+                run_compiled(*args, **kw)
+            else:
+                run_now(*args, **kw)
+
+        return kernel
+
+    def _run(self, backend: str | None, *values: Any) -> None:
+        tensor = dispatch.first(self.arguments[0], values[0]) if self._takes_lists else values[0]
+        self._implementation(dispatch.choose(tensor.device, backend))(*values)
+        increment_version(self._written(values))
+
+    def _implementation(self, backend: str) -> Callable[..., None]:
+        """The function of one backend, which takes all arguments by position."""
+        if backend not in self._implementations:
+            self._implementations[backend] = self._implement(backend)
+        return self._implementations[backend]
+
+    def _implement(self, backend: str) -> Callable[..., None]:
         core = getattr(_core, self.name)
         if backend == "native":
             threads = torch.get_num_threads
@@ -117,68 +151,45 @@ class Operation(Generic[_P]):
 
         return check_and_run
 
-    def function(self) -> Callable[_P, None]:
-        """Return the public function: it chooses the backend and counts versions.
-
-        In code that torch compiles, its calls become the operator torch.ops.eigenfilter.<name>.
-        """
-        run_now = self._by_position((*self.arguments, "backend"), self._run)
-        run_compiled = self._register(run_now)
-
-        @functools.wraps(self.reference)
-        def kernel(*args: _P.args, **kw: _P.kwargs) -> None:
-            if torch.compiler.is_compiling():
-                run_compiled(*args, **kw)
-            else:
-                run_now(*args, **kw)
-
-        return kernel
-
-    def _run(self, *values: Any) -> None:
-        *arguments, backend = values
-        tensor = arguments[0]
-        if self.annotations[self.arguments[0]] != "Tensor":
-            tensor = dispatch.first(self.arguments[0], tensor)
-        with torch.no_grad():
-            self.implementation(dispatch.choose(tensor.device, backend))(*arguments)
-        increment_version(list(self._written(self._named(arguments))))
-
     def _named(self, values: Sequence[Any]) -> dict[str, Any]:
         """The values of all arguments by their names."""
         return dict(zip(self.arguments, values, strict=True))
 
-    def _written(self, named: dict[str, Any]) -> Iterator[Tensor]:
+    def _written(self, values: Sequence[Any]) -> list[Tensor]:
         """The tensors that a call has written."""
-        for name, flag in self.writes.items():
-            value = named[name]
-            if value is None or (flag is not None and not named[flag]):
-                continue
+        written: list[Tensor] = []
+        for place, flag in self._writes:
+            value = values[place]
             if isinstance(value, Tensor):
-                yield value
-            else:
-                yield from value
+                written.append(value)
+            elif value is not None and (flag is None or values[flag]):
+                written += value
+        return written
 
-    def _by_position(
-        self, names: tuple[str, ...], call: Callable[..., None]
-    ) -> Callable[..., None]:
-        """Return a function with the declared parameters that passes them to `call` by position.
+    def _bound(self, call: str, **functions: Callable[..., Any]) -> Callable[..., None]:
+        """Return a function with the declared parameters whose body is a call of `functions`.
 
         It is made as the standard library makes a dataclass' __init__: Python then binds names and
         defaults itself, and its errors are those of a function with this signature.
+
+        Args:
+            call: the call, "{arguments}" standing for the arguments except `backend`. The function
+                has the parameter `backend` if the call has it.
+            functions: what the call calls, by its names there.
         """
-        namespace: dict[str, Any] = {"call": call}
-        parts = []
-        for name in names:
+        namespace: dict[str, Any] = dict(functions)
+        parameters = []
+        for name in (*self.arguments, *(["backend"] if "backend" in call else [])):
             parameter = self._parameters[name]
-            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
-                parts.append("*")
+            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parameters:
+                parameters.append("*")
             if parameter.default is parameter.empty:
-                parts.append(name)
+                parameters.append(name)
             else:
                 namespace[f"default_{name}"] = parameter.default
-                parts.append(f"{name}=default_{name}")
-        source = f"def {self.name}({', '.join(parts)}):\n    call({', '.join(names)})"
-        exec(source, namespace)
+                parameters.append(f"{name}=default_{name}")
+        body = call.format(arguments=", ".join(self.arguments))
+        exec(f"def {self.name}({', '.join(parameters)}):\n    {body}", namespace)
         function: Callable[..., None] = namespace[self.name]
         return function
 

@@ -26,12 +26,7 @@ def choose(device: torch.device, backend: str | None = None) -> str:
     """
     if backend is not None and not isinstance(backend, str):
         raise ValueError(_unknown(backend))
-    if device.type == "meta":
-        raise ValueError(
-            "tensors on the meta device have no data: move the model with .to_empty(device=...) "
-            "to cpu or cuda, and initialize it"
-        )
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+    if device.index is None and device.type == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return _choose(device, backend)
 
@@ -39,6 +34,11 @@ def choose(device: torch.device, backend: str | None = None) -> str:
 @functools.cache
 def _choose(device: torch.device, backend: str | None) -> str:
     """Choose once for each device, because the devices of a machine may differ."""
+    if device.type == "meta":
+        raise ValueError(
+            "tensors on the meta device have no data: move the model with .to_empty(device=...) "
+            "to cpu or cuda, and initialize it"
+        )
     if backend is None:
         return _choose(device, _automatic(device))
     if backend not in BACKENDS:

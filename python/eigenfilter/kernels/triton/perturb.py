@@ -67,8 +67,9 @@ def perturb_kernel(
     rule = (step, stop, SAVE, ADAPTIVE)
     if SAVE:
         for_each_block(_perturb_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
-    elif not stop:  # else x stays unchanged, and nothing has to be read at all
-        for_each_block(_perturb_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
+    else:
+        if not stop:  # else x stays unchanged, and nothing has to be read at all
+            for_each_block(_perturb_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
 
 
 def run(table: Table, call: SimpleNamespace) -> None:
