@@ -1,4 +1,4 @@
-"""README.md and docs: what runs, what leads somewhere, and what must not be missing."""
+"""The README and the docs: examples run, links and names lead somewhere, nothing is missing."""
 
 from __future__ import annotations
 
