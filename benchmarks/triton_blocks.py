@@ -27,7 +27,6 @@ from eigenfilter.kernels import triton_blocks
 from eigenfilter.kernels.triton_blocks import Blocks
 
 CHOICES = tuple(itertools.starmap(Blocks, itertools.product((2048, 4096, 8192, 16384), (2, 4, 8))))
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Bandwidths = dict[tuple[str, str], dict[Blocks, Spread]]
 """Bandwidths over a copy's, by kernel and dtype, then by choice."""
@@ -55,7 +54,7 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
     files = report.ResultFiles(folder, f"{device.type}-triton-blocks", where)
     bandwidths: Bandwidths = {}
     data = []
-    pairs = list(itertools.product(KERNELS, DTYPES))
+    pairs = list(itertools.product(KERNELS, triton_blocks.DTYPES))
     for name, dtype in pairs:
         spreads = bandwidths[name, str(dtype)] = measure(name, dtype, device)
         best_choice = best(spreads)
