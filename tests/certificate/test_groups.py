@@ -109,7 +109,7 @@ def scaled_to(target: float, largest: Callable[[float], float]) -> float:
     return low
 
 
-def settle(task: Quadratic, J: Tensor, W: Tensor) -> None:
+def place_at_equilibrium(task: Quadratic, J: Tensor, W: Tensor) -> None:
     """Set x to the equilibrium, (J + W) x = J 1."""
     rest = torch.linalg.solve(J + W, J.sum(1))
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_several_groups_by_their_matrix_and_by_simulation(name: str, ratio: floa
 
     task = Quadratic(scaled_to(2 * ratio, largest) * H, PIECES)
     opt = case.optimizer(task)
-    settle(task, case.jacobian(task.H, case.rho), case.decay.diag())
+    place_at_equilibrium(task, case.jacobian(task.H, case.rho), case.decay.diag())
     result = certify(task, opt)
     assert result.sharpness == pytest.approx(2 * ratio, rel=1e-6)
     assert result.edge == 2.0
@@ -181,7 +181,7 @@ def at_equilibrium(case: Case, task: Quadratic, P: Tensor) -> Any:
     """Return AdamW at its equilibrium, with a P that further steps hardly change."""
     opt = case.optimizer(task)
     decay = case.vector(lambda g: g.get("weight_decay", 0.01))
-    settle(task, case.jacobian(task.H, case.rho), (P * decay).diag())
+    place_at_equilibrium(task, case.jacobian(task.H, case.rho), (P * decay).diag())
     m = -P * decay * torch.cat([p.detach() for p in task.x])  # the gradient at the equilibrium
     pieces = zip(opt.param_groups, m.split(PIECES), P.split(PIECES), strict=True)
     for group, gradient, part in pieces:
