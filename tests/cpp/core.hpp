@@ -6,3 +6,9 @@
 //
 #include "eigenfilter/rounding.hpp"
 #include "eigenfilter/rules.hpp"
+
+// The hyperparameters of the rules, whose fields the tests set by name.
+using PerturbOptions = eigenfilter::PerturbScalars<double>;
+using PerturbHvpOptions = eigenfilter::HvpScalars<double>;
+using SgdStepOptions = eigenfilter::SgdScalars<double>;
+using AdamWStepOptions = eigenfilter::AdamWScalars<double>;

@@ -15,7 +15,7 @@ using eigenfilter::Output;
 using eigenfilter::Place;
 using eigenfilter::Stochastic;
 
-constexpr int kLanes = 2 * kDoubles;
+constexpr int kFloats = 2 * kDoubles;
 
 template <class Storage>
 float dithered(float value, std::uint32_t random) {
@@ -151,9 +151,9 @@ TEST_CASE_TEMPLATE("a vector is rounded as its numbers are", S, BFloat16, Float1
     const Stochastic rounding(123, Place{4, 0xfff0});
     for (const Output output : {Output::x, Output::m, Output::v}) {
         const std::vector<float> in_lanes =
-            in_vectors<float, kLanes>(values, [&, next = start](auto v) mutable {
-                Vec<std::uint32_t, kLanes> index;
-                for (int lane = 0; lane < kLanes; ++lane) index[lane] = next++;
+            in_vectors<float, kFloats>(values, [&, next = start](auto v) mutable {
+                Vec<std::uint32_t, kFloats> index;
+                for (int lane = 0; lane < kFloats; ++lane) index[lane] = next++;
                 return rounding.round<S>(v, output, index);
             });
         Failures failures;
@@ -175,8 +175,8 @@ TEST_CASE_TEMPLATE("the result is a neighbor, and narrowing keeps it", S, BFloat
     const std::vector<std::uint32_t> words = random_words(static_cast<int>(values.size()), 10);
     for (std::size_t i = 0; i < values.size(); ++i)
         results.push_back(dithered<S>(values[i], words[i]));
-    const std::vector<std::uint16_t> narrow = in_vectors<std::uint16_t, kLanes>(
-        results, [](auto v) { return S::template narrow<kLanes>(v); });
+    const std::vector<std::uint16_t> narrow = in_vectors<std::uint16_t, kFloats>(
+        results, [](auto v) { return S::template narrow<kFloats>(v); });
     Failures not_kept, not_next;
     for (std::size_t i = 0; i < values.size(); ++i) {
         const double value = values[i], result = results[i];

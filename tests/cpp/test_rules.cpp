@@ -93,13 +93,13 @@ void check(Rule rule, ExactRule exact_rule, double roundings) {
     CHECK_NONE(errors);
 }
 
-std::vector<SgdScalars<double>> sgd_options() {
-    std::vector<SgdScalars<double>> all;
+std::vector<SgdStepOptions> sgd_options() {
+    std::vector<SgdStepOptions> all;
     for (const auto& [momentum, dampening, decay, nesterov] :
          {std::tuple(0.9, 0.0, 0.0, false), std::tuple(0.9, 0.3, 0.02, false),
           std::tuple(0.6, 0.0, 0.3, true), std::tuple(0.0, 0.0, 0.01, false)}) {
         for (const bool maximize : {false, true}) {
-            SgdScalars<double> s{};
+            SgdStepOptions s{};
             s.lr = 0.07;
             s.momentum = momentum;
             s.dampening = dampening;
@@ -143,7 +143,7 @@ TEST_CASE("powers err by half an ulp for each factor at most") {
 
 TEST_CASE_TEMPLATE("perturb", T, float, double) {
     for (const bool adaptive : {false, true}) {
-        PerturbScalars<double> s{};
+        PerturbOptions s{};
         s.alpha = -0.3;
         s.grad_scale = 7;
         s.adaptive = adaptive;
@@ -157,7 +157,7 @@ TEST_CASE_TEMPLATE("perturb", T, float, double) {
 }
 
 TEST_CASE_TEMPLATE("perturb_hvp", T, float, double) {
-    HvpScalars<double> s{};
+    PerturbHvpOptions s{};
     s.alpha = 0.3;
     s.eps = 0.013;
     s.grad_scale = 7;
@@ -170,7 +170,7 @@ TEST_CASE_TEMPLATE("perturb_hvp", T, float, double) {
 }
 
 TEST_CASE_TEMPLATE("sgd_step", T, float, double) {
-    for (const SgdScalars<double>& s : sgd_options()) {
+    for (const SgdStepOptions& s : sgd_options()) {
         CAPTURE(s.momentum);
         CAPTURE(s.maximize);
         const auto exact = [&](Exact& x, Exact g, Exact& m, bool has_momentum) {
@@ -188,7 +188,7 @@ TEST_CASE_TEMPLATE("sgd_step", T, float, double) {
 }
 
 TEST_CASE_TEMPLATE("without weight decay, momentum does not see the parameters", T, float, double) {
-    SgdScalars<double> s{};
+    SgdStepOptions s{};
     s.lr = 0.1;
     s.momentum = 0.5;
     s.grad_scale = 1;
@@ -204,7 +204,7 @@ TEST_CASE_TEMPLATE("adamw_step", T, float, double) {
         for (const bool maximize : {false, true}) {
             CAPTURE(step);
             CAPTURE(maximize);
-            AdamWScalars<double> s{};
+            AdamWStepOptions s{};
             s.lr = 0.02;
             s.beta1 = 0.8;
             s.beta2 = 0.95;

@@ -72,7 +72,8 @@ T element(int i) {
 }
 
 template <class Storage>
-constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(typename Storage::Arithmetic));
+constexpr int kLanesOfUpdates =
+    kRegisterBytes / static_cast<int>(sizeof(typename Storage::Arithmetic));
 
 template <class Storage, int L, class Bits>
 void check_reads() {
@@ -159,16 +160,16 @@ TEST_CASE("vectors are as wide as the registers of the instruction set") {
 }
 
 TEST_CASE_TEMPLATE("a block or a tail reads its own elements alone", Storage, STORAGES) {
-    check_reads<Storage, kLanes<Storage>, typename Storage::Bits>();
+    check_reads<Storage, kLanesOfUpdates<Storage>, typename Storage::Bits>();
     check_reads<Storage, kDoubles, typename Storage::Bits>();
-    check_reads<Storage, kLanes<Storage>, typename Storage::Arithmetic>();
+    check_reads<Storage, kLanesOfUpdates<Storage>, typename Storage::Arithmetic>();
 }
 
 TEST_CASE_TEMPLATE("a block or a tail writes its own elements alone", Storage, STORAGES) {
     const auto write = [](auto io, auto* p, auto v) { io.write(p, v); };
     const auto write_only = [](auto io, auto* p, auto v) { io.write_only(p, v); };
-    check_writes<Storage, kLanes<Storage>>(write);
-    check_writes<Storage, kLanes<Storage>>(write_only);
+    check_writes<Storage, kLanesOfUpdates<Storage>>(write);
+    check_writes<Storage, kLanesOfUpdates<Storage>>(write_only);
     check_writes<Storage, kDoubles>(write);
 }
 
