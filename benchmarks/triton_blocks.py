@@ -22,13 +22,11 @@ from benchmarks import environment, report
 from benchmarks.comparison import Contender, Phase, Setting
 from benchmarks.kernels import KERNELS
 from benchmarks.timing import Spread, clock, interleave
-from eigenfilter import kernels
 from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.kernels.triton import blocks as triton_blocks
 from eigenfilter.kernels.triton.blocks import Blocks
 
 CHOICES = tuple(itertools.starmap(Blocks, itertools.product((2048, 4096, 8192, 16384), (2, 4, 8))))
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Bandwidths = dict[tuple[str, str], dict[Blocks, Spread]]
 """Bandwidths over a copy's, by kernel and dtype, then by choice."""
@@ -56,8 +54,7 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
     files = report.ResultFiles(folder, f"{device.type}-triton-blocks", where)
     bandwidths: Bandwidths = {}
     data = []
-    operations = [name for name in KERNELS if hasattr(kernels, name)]  # others are their variants
-    pairs = list(itertools.product(operations, DTYPES))
+    pairs = list(itertools.product(triton_blocks.KERNELS, triton_blocks.DTYPES))
     for name, dtype in pairs:
         spreads = bandwidths[name, str(dtype)] = measure(name, dtype, device)
         best_choice = best(spreads)

@@ -1,4 +1,4 @@
-"""The GPU gate's own logic: which stages run, and what happens if one fails."""
+"""The logic of the GPU gate: which stages run, and what happens if one fails."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ def test_stages_that_passed_run_again_only_with_again(
         return ran.read_text()
 
     assert runs() == "abc"
-    assert runs() == "b"  # it failed
+    assert runs() == "b"  # the only stage that failed
     assert runs("--again", "a") == "a"
     output.unlink()
-    assert runs() == "bc"  # c's output is gone
+    assert runs() == "bc"  # the output of c was deleted
     output.touch()
     monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "another GPU"})
     assert runs("a") == "a"

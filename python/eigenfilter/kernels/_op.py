@@ -79,6 +79,7 @@ class Operation(Generic[_P]):
         annotations: their types, as the declaration writes them.
         writes: names of the arguments that it writes to; for each the flag that decides it, or
             None if it always does.
+        takes_lists: whether it works on lists of tensors, not on the rows of single ones.
         reference: the declared function.
     """
 
@@ -89,7 +90,7 @@ class Operation(Generic[_P]):
         self._parameters = dict(inspect.signature(reference).parameters)
         self.arguments = tuple(name for name in self._parameters if name != "backend")
         self.annotations = {name: self._parameters[name].annotation for name in self.arguments}
-        self._takes_lists = self.annotations[self.arguments[0]] != "Tensor"
+        self.takes_lists = self.annotations[self.arguments[0]] != "Tensor"
         place = self.arguments.index
         self._writes = [(place(n), None if f is None else place(f)) for n, f in writes.items()]
         self._implementations: dict[str, Callable[..., None]] = {}
@@ -123,7 +124,7 @@ class Operation(Generic[_P]):
         return kernel
 
     def _run(self, backend: str | None, *values: Any) -> None:
-        tensor = dispatch.first(self.arguments[0], values[0]) if self._takes_lists else values[0]
+        tensor = dispatch.first(self.arguments[0], values[0]) if self.takes_lists else values[0]
         self._implementation(dispatch.choose(tensor.device, backend))(*values)
         increment_version(self._written(values))
 

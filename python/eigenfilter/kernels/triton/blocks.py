@@ -20,6 +20,17 @@ import torch
 
 VARIABLE = "EIGENFILTER_TRITON_BLOCKS"
 
+# The kernels over lists of tensors, which work in blocks, and the dtypes of their lists.
+KERNELS = (
+    "perturb",
+    "perturb_hvp",
+    "sgd_step",
+    "adamw_step",
+    "norm",
+    "flag_nonfinite",
+)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 _logger = logging.getLogger(__name__)
 
 
@@ -67,12 +78,13 @@ def read(path: Path) -> Saved:
     """Return the saved sizes; none if there is no file, or an empty one.
 
     Raises:
-        ValueError: the file holds something else or cannot be read.
+        ValueError: the file holds something else, names kernels or dtypes that there are not, or
+            cannot be read.
     """
     if not path.exists():
         return {}
     try:
-        return {
+        saved = {
             device: {
                 kernel: {dtype: Blocks(**sizes) for dtype, sizes in by_dtype.items()}
                 for kernel, by_dtype in by_kernel.items()
@@ -81,6 +93,23 @@ def read(path: Path) -> Saved:
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no sizes of blocks: delete it ({error})") from error
+    if unknown := sorted(_unknown_names(saved)):
+        raise ValueError(
+            f"{path} has block sizes for {', '.join(unknown)}, which no Triton kernel has. "
+            "Delete these entries, or the file, and save the sizes again with eigenfilter bench "
+            "triton-blocks --device cuda --save"
+        )
+    return saved
+
+
+def _unknown_names(saved: Saved) -> set[str]:
+    """Return the names of kernels and dtypes that no kernel would look for."""
+    unknown = set()
+    for by_kernel in saved.values():
+        unknown |= by_kernel.keys() - set(KERNELS)
+        for by_dtype in by_kernel.values():
+            unknown |= by_dtype.keys() - set(map(str, DTYPES))
+    return unknown
 
 
 def name_of(device: torch.device) -> str:
@@ -112,6 +141,7 @@ _forced: list[Blocks] = []
 
 @functools.cache
 def _usual(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
+    assert kernel in KERNELS, f"KERNELS lacks {kernel}: its saved sizes would be refused"
     return _saved(name_of(device)).get(kernel, {}).get(str(dtype), Blocks())
 
 
