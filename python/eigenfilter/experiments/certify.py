@@ -23,7 +23,7 @@ from eigenfilter.experiments.cli_arguments import whole
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.experiments.imports import call_imported
-from eigenfilter.optimizers._methods import OPTIMIZERS
+from eigenfilter.optimizers.registry import OPTIMIZERS
 
 HELP = "is a trained model inside its optimizer's filter?"
 

@@ -15,12 +15,12 @@ from eigenfilter.experiments import networks
 from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.filters import TwoStepUSAM
-from eigenfilter.optimizers import _methods
+from eigenfilter.optimizers import registry
 from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 
 DATASETS = ("digits", "mnist", "fashion", "cifar10", "cifar100")
-OPTIMIZERS = ("sgd", *_methods.NAMES, "adamw")
-METHODS = ("none", *_methods.NAMES)
+OPTIMIZERS = ("sgd", *registry.NAMES, "adamw")
+METHODS = ("none", *registry.NAMES)
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("float32", "bfloat16", "float64")
 LOSSES = ("cross_entropy", "square")

@@ -17,9 +17,9 @@ from eigenfilter.experiments import losses
 from eigenfilter.experiments.config import NAMES as CONFIG_NAMES
 from eigenfilter.experiments.config import TORCH, Config
 from eigenfilter.optimizers import EigenfilterOptimizer
-from eigenfilter.optimizers._ascents import Ascent
-from eigenfilter.optimizers._hyperparameters import rho_key
-from eigenfilter.optimizers._methods import METHODS, OPTIMIZERS, method_and_options
+from eigenfilter.optimizers.hyperparameters import rho_key
+from eigenfilter.optimizers.perturbation import Perturbation
+from eigenfilter.optimizers.registry import METHODS, OPTIMIZERS, method_and_options
 from eigenfilter.schedulers import RhoSchedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -75,7 +75,7 @@ def build_optimizer(config: Config, params: Iterable[nn.Parameter]) -> Eigenfilt
     return OPTIMIZERS[method](params, **common, **own)
 
 
-def build_ascent(config: Config) -> Ascent:
+def build_ascent(config: Config) -> Perturbation:
     """Return the ascents of the configured method, perhaps none.
 
     Raises:
@@ -83,7 +83,7 @@ def build_ascent(config: Config) -> Ascent:
     """
     name = config.optimizer if config.method == "none" else config.method
     method, _ = method_and_options(name)
-    return METHODS[method](**_method_options(config, name)) if method in METHODS else Ascent()
+    return METHODS[method](**_method_options(config, name)) if method in METHODS else Perturbation()
 
 
 def _method_and_options(config: Config) -> tuple[str, dict[str, Any]]:

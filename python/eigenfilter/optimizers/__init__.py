@@ -1,8 +1,8 @@
 """Drop-in optimizers whose updates are fused kernels over all tensors at once."""
 
 from eigenfilter._running_stats import freeze_batch_norm, freeze_running_stats
-from eigenfilter.optimizers._base import EigenfilterOptimizer
 from eigenfilter.optimizers.adamw import AdamW
+from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.hessian_usam import HessianUSAM
 from eigenfilter.optimizers.sam import SAM
 from eigenfilter.optimizers.sgd import SGD

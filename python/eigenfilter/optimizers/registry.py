@@ -1,23 +1,23 @@
-"""The methods by name: their ascents, and the optimizers whose update is SGD's."""
+"""The methods by name: their perturbations, and the optimizers whose update is SGD's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from eigenfilter.optimizers._ascents import Ascent
-from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers.hessian_usam import HessianUSAM, hessian_usam_ascent
-from eigenfilter.optimizers.sam import SAM, SAMAscent
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.hessian_usam import HessianUSAM, hessian_usam_perturbation
+from eigenfilter.optimizers.perturbation import Perturbation
+from eigenfilter.optimizers.sam import SAM, SAMPerturbation
 from eigenfilter.optimizers.sgd import SGD
-from eigenfilter.optimizers.two_step_usam import TwoStepUSAM, TwoStepUSAMAscent
-from eigenfilter.optimizers.usam import USAM, USAMAscent
+from eigenfilter.optimizers.two_step_usam import TwoStepUSAM, TwoStepUSAMPerturbation
+from eigenfilter.optimizers.usam import USAM, USAMPerturbation
 
-METHODS: Mapping[str, Callable[..., Ascent]] = {
-    USAM.method: USAMAscent,
-    SAM.method: SAMAscent,
-    TwoStepUSAM.method: TwoStepUSAMAscent,
-    HessianUSAM.method: hessian_usam_ascent,
+METHODS: Mapping[str, Callable[..., Perturbation]] = {
+    USAM.method: USAMPerturbation,
+    SAM.method: SAMPerturbation,
+    TwoStepUSAM.method: TwoStepUSAMPerturbation,
+    HessianUSAM.method: hessian_usam_perturbation,
 }
 
 OPTIMIZERS: Mapping[str, Callable[..., EigenfilterOptimizer]] = {
@@ -40,7 +40,7 @@ def method_and_options(name: str) -> tuple[str, Mapping[str, Any]]:
     return VARIANTS.get(name, (name, {}))
 
 
-def ascent_of(method: str, **options: Any) -> Ascent:
+def perturbation_of(method: str, **options: Any) -> Perturbation:
     """The ascent of a method.
 
     Raises:
