@@ -10,8 +10,8 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import ClassVar, NamedTuple
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 from eigenfilter.filters.stability import PolynomialFilter, check_field
 
@@ -27,6 +27,13 @@ class HeavyBall(PolynomialFilter):
     >>> HeavyBall(lr=0.1, momentum=0.5).max_eigenvalue()
     30.0
     """
+
+    method = "sgd"
+    title = "SGD"
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
+        return (Nesterov if group["nesterov"] else HeavyBall)(**common(group))
 
     @property
     def ascending_coefficients(self) -> tuple[float, ...]:
@@ -46,6 +53,12 @@ class Nesterov(HeavyBall):
     """
 
     nesterov: bool = field(default=True, init=False, repr=False)
+
+
+def common(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group that every filter of SGD's update has."""
+    names = ("lr", "momentum", "dampening", "weight_decay", "maximize")
+    return {name: group[name] for name in names}
 
 
 class Terms(NamedTuple):
@@ -70,18 +83,12 @@ class AscentFilter(PolynomialFilter):
         nesterov: whether the momentum is Nesterov's instead of heavy ball.
 
     Attributes:
-        method: name of the method.
-        title: name of the method in text.
-        gradients: number of gradients a step, of which a Hessian-vector product counts as one.
         forms: values of the argument `ascent`, if the method has several forms.
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    method: ClassVar[str]
-    title: ClassVar[str]
-    gradients: ClassVar[int]
     forms: ClassVar[tuple[str, ...]] = ()
 
     _: KW_ONLY
@@ -93,9 +100,11 @@ class AscentFilter(PolynomialFilter):
         check_field(self, "rho", 0.0, math.inf)
 
     @classmethod
-    def takes(cls, name: str) -> bool:
-        """Whether the filter has an argument of this name, such as "grad_norm" or "ascent"."""
-        return any(f.name == name for f in fields(cls))
+    def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
+        if float(group["rho"]) == 0.0:
+            return HeavyBall.of_group(group)
+        own = {"rho": group["rho"], "nesterov": group["nesterov"]}
+        return cls(**common(group), **own, **options)
 
     @property
     @abstractmethod
@@ -255,3 +264,6 @@ ASCENTS: Mapping[str, type[AscentFilter]] = {
     cls.method: cls for cls in (USAM, SAM, TwoStepUSAM, HessianUSAM)
 }
 """The methods that take ascents, by name."""
+
+METHODS: Mapping[str, type[PolynomialFilter]] = {HeavyBall.method: HeavyBall, **ASCENTS}
+"""All methods with SGD's update, by name."""

@@ -17,6 +17,7 @@ from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import BucketSlice, Gradients, ParamBucket, conform_if_needed
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
+from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
 
 WITHOUT_GRAPH = (
@@ -52,6 +53,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
 
     count = 2
     needs_norm = True
+    accesses = 12  # norms of x and g, a copy of g, USAM's; then reads b, g, g0, and writes x
 
     _CHECKED_STEPS = 10  # steps at the beginning: reading a loss waits for its device
     _FACTOR = 10.0  # times that rise is allowed: another batch changes the loss far more
@@ -191,6 +193,7 @@ class AutogradPerturbation(HessianUSAMPerturbation):
     """H g by a second backward pass through the graph of the gradient."""
 
     count = 1
+    accesses = 4  # USAM's, along the product that autograd has taken
 
     def __init__(self) -> None:
         self._differentiable = False  # whether a graph was searched for nodes without a derivative
@@ -304,6 +307,20 @@ def _dot(first: Mapping[ParamBucket, Sequence[Tensor]], gradients: Gradients) ->
     return total
 
 
+def hessian_usam_perturbation(
+    *, hvp: str = "finite_difference", fd_step: float | None = None
+) -> HessianUSAMPerturbation:
+    """The ascent that takes the product in the way `hvp` names."""
+    if hvp == "finite_difference":
+        return FiniteDifferencePerturbation(fd_step)
+    if hvp != "autograd":
+        raise ValueError(f'hvp must be "finite_difference" or "autograd", and is {hvp!r}')
+    if fd_step is not None:
+        raise ValueError('fd_step belongs to hvp="finite_difference"')
+    return AutogradPerturbation()
+
+
+@register("hessian_usam", hessian_usam_perturbation)
 class HessianUSAM(EigenfilterOptimizer):
     r"""Hessian USAM: SGD's update with the gradient taken at x + rho H(x) grad f(x).
 
@@ -326,20 +343,15 @@ class HessianUSAM(EigenfilterOptimizer):
     Memory: one backup of the parameters, and one gradient more with "finite_difference".
 
     Args:
-        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
-        lr: learning rate, at least 0; a number or a 0-dim tensor.
-        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
-            which it does not converge.
-        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
         rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         hvp: how to take the Hessian-vector product: "finite_difference" or "autograd".
         fd_step: relative length of the finite difference, greater than 0. None stands for the
             square root of the parameters' machine precision. Gradients that are less exact, as
             under bfloat16 autocast, need about 0.01; docs/optimizers.md has the errors measured.
-        options: keyword arguments of `Options`.
+        options: the keyword arguments of `Options`.
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype.
@@ -383,16 +395,3 @@ class HessianUSAM(EigenfilterOptimizer):
         super().__init__(
             params, group, hessian_usam_perturbation(hvp=hvp, fd_step=fd_step), SGDUpdate(), options
         )
-
-
-def hessian_usam_perturbation(
-    *, hvp: str = "finite_difference", fd_step: float | None = None
-) -> HessianUSAMPerturbation:
-    """The ascent that takes the product in the way `hvp` names."""
-    if hvp == "finite_difference":
-        return FiniteDifferencePerturbation(fd_step)
-    if hvp != "autograd":
-        raise ValueError(f'hvp must be "finite_difference" or "autograd", and is {hvp!r}')
-    if fd_step is not None:
-        raise ValueError('fd_step belongs to hvp="finite_difference"')
-    return AutogradPerturbation()

@@ -79,7 +79,7 @@ def show_options(init: Callable[_P, None]) -> Callable[_P, None]:
     *named, rest = signature.parameters.values()
     kind, types = inspect.Parameter.KEYWORD_ONLY, Options.__annotations__
     shown = [
-        inspect.Parameter(name, kind, default=default, annotation=types[name])
+        inspect.Parameter(name, kind, default=default, annotation=types[name].__forward_arg__)
         for name, default in _DEFAULTS.items()
     ]
     vars(init)["__signature__"] = signature.replace(parameters=[*named, *shown, rest])

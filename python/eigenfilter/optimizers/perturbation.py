@@ -39,12 +39,15 @@ class Perturbation:
         count: number of ascents in a step.
         needs_norm: whether an ascent divides by a norm over all gradients or parameters.
         needs_zero_gradients: whether a parameter whose gradient is zero affects the first ascent.
+        accesses: how often the ascents of a step read or write every element of a list of tensors;
+            benchmarks derive bandwidths from it.
     """
 
     method = "sgd"
     count = 0
     needs_norm = False
     needs_zero_gradients = False
+    accesses = 0
 
     @property
     def title(self) -> str:

@@ -15,6 +15,7 @@ from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import BucketSlice, Gradients, conform_if_needed
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
+from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
 
 
@@ -27,6 +28,7 @@ class SAMPerturbation(Perturbation):
 
     def __init__(self, *, adaptive: bool = False) -> None:
         self.adaptive = adaptive
+        self.accesses = 6 if adaptive else 5  # USAM's; its norm reads g, and ASAM's x too
         self._norms: dict[torch.device, Tensor | float] = {}
 
     @property
@@ -59,6 +61,7 @@ class SAMPerturbation(Perturbation):
         bucket_slice.launch(bucket.kernels.perturb, bucket.backups(), alpha, adaptive=self.adaptive)
 
 
+@register("sam", SAMPerturbation, asam={"adaptive": True})
 class SAM(EigenfilterOptimizer):
     r"""Sharpness-aware minimization: SGD's update with the gradient taken at x + rho g / ||g||.
 
@@ -78,17 +81,12 @@ class SAM(EigenfilterOptimizer):
     Memory: one backup of the parameters.
 
     Args:
-        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
-        lr: learning rate, at least 0; a number or a 0-dim tensor.
-        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
-            which it does not converge.
-        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
         rho: length of the ascent, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         adaptive: whether to take ASAM's ascent, which does not depend on the parameters' scales.
-        options: keyword arguments of `Options`.
+        options: the keyword arguments of `Options`.
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype.

@@ -10,9 +10,11 @@ from torch import Tensor
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import Perturbation
+from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
 
 
+@register("sgd")
 class SGD(EigenfilterOptimizer):
     r"""Gradient descent, heavy ball and Nesterov's method, in torch.optim.SGD's convention.
 
@@ -38,7 +40,7 @@ class SGD(EigenfilterOptimizer):
         dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
         weight_decay: coefficient wd of the L2 penalty, at least 0.
         nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
-        options: keyword arguments of `Options`.
+        options: the keyword arguments of `Options`.
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype.

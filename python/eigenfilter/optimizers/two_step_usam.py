@@ -12,6 +12,7 @@ from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import BucketSlice
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import Landscape, Perturbation
+from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
 
 
@@ -20,6 +21,7 @@ class TwoStepUSAMPerturbation(Perturbation):
 
     method = "two_step_usam"
     count = 2
+    accesses = 7  # USAM's; then reads x, g, and writes x
 
     def __init__(self, *, ascent: str = "sequential") -> None:
         if ascent not in TwoStep.forms:
@@ -47,6 +49,7 @@ class TwoStepUSAMPerturbation(Perturbation):
             bucket_slice.launch(bucket.kernels.perturb_again, alpha, origin)
 
 
+@register("two_step_usam", TwoStepUSAMPerturbation)
 class TwoStepUSAM(EigenfilterOptimizer):
     r"""Two-step USAM: SGD's update with the gradient taken after two ascents.
 
@@ -67,18 +70,13 @@ class TwoStepUSAM(EigenfilterOptimizer):
     Memory: one backup of the parameters.
 
     Args:
-        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
-        lr: learning rate, at least 0; a number or a 0-dim tensor.
-        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
-            which it does not converge.
-        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the last
             ascent.
-        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
         rho: step size of both ascents, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         ascent: where the second ascent starts: at y ("sequential") or at x ("anchored").
-        options: keyword arguments of `Options`.
+        options: the keyword arguments of `Options`.
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype.

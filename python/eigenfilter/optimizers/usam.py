@@ -11,6 +11,7 @@ from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import BucketSlice
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import Landscape, Perturbation
+from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
 
 
@@ -19,6 +20,7 @@ class USAMPerturbation(Perturbation):
 
     method = "usam"
     count = 1
+    accesses = 4  # reads x, g; writes x and its backup
 
     def end(self, f: Landscape, x: Tensor, g: Tensor, rho: Tensor, sign: Tensor) -> Tensor:
         return x + sign * rho * g
@@ -28,6 +30,7 @@ class USAMPerturbation(Perturbation):
         bucket_slice.launch(bucket.kernels.perturb, bucket.backups(), bucket.signed_rho)
 
 
+@register("usam", USAMPerturbation)
 class USAM(EigenfilterOptimizer):
     r"""Unnormalized SAM: SGD's update with the gradient taken at x + rho grad f(x).
 
@@ -47,16 +50,11 @@ class USAM(EigenfilterOptimizer):
     Memory: one backup of the parameters.
 
     Args:
-        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
-        lr: learning rate, at least 0; a number or a 0-dim tensor.
-        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
-            which it does not converge.
-        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
         rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
-        options: keyword arguments of `Options`.
+        options: the keyword arguments of `Options`.
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype.
