@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import eigenfilter as ef
 from cases import RHO
+from eigenfilter.optimizers.registry import OPTIMIZERS
 
 SHAPES = ((), (3,), (0,), (4, 5), (2, 3, 2, 2), (1000,))
 
@@ -44,8 +44,7 @@ class Method:
     """A way to ascend.
 
     Attributes:
-        sgd: the optimizer that descends as SGD does.
-        name: what AdamW and SharpnessAware call it.
+        name: the registered method.
         calls: gradients a step.
         point: the descent's point of the exact optimizer, from it, x and the gradient at x.
         options: its own arguments, here and there.
@@ -53,7 +52,6 @@ class Method:
         normalized: whether it takes a norm, which every backend sums in its own order.
     """
 
-    sgd: Callable[..., Any]
     name: str
     calls: int
     point: Callable[[Exact, Points, Points], Points]
@@ -63,7 +61,7 @@ class Method:
 
     def make(self, params: Any, **settings: Any) -> Any:
         """The optimizer with SGD's descent."""
-        return self.sgd(params, **{"rho": self.rho} | settings, **self.options)
+        return OPTIMIZERS[self.name](params, **{"rho": self.rho} | settings, **self.options)
 
 
 def _sam(exact: Exact, x: Points, g: Points) -> Points:
@@ -89,13 +87,13 @@ def _hessian(exact: Exact, x: Points, g: Points) -> Points:
 
 
 METHODS = {
-    "usam": Method(ef.USAM, "usam", 2, lambda exact, x, g: exact.perturb(x, g)),
-    "sam": Method(ef.SAM, "sam", 2, _sam, rho=2.0, normalized=True),
-    "asam": Method(ef.SAM, "sam", 2, _asam, {"adaptive": True}, rho=2.0, normalized=True),
-    "sequential": Method(ef.TwoStepUSAM, "two_step_usam", 3, _sequential),
-    "anchored": Method(ef.TwoStepUSAM, "two_step_usam", 3, _anchored, {"ascent": "anchored"}),
-    "difference": Method(ef.HessianUSAM, "hessian_usam", 3, _hessian, normalized=True),
-    "product": Method(ef.HessianUSAM, "hessian_usam", 2, _hessian, {"hvp": "autograd"}),
+    "usam": Method("usam", 2, lambda exact, x, g: exact.perturb(x, g)),
+    "sam": Method("sam", 2, _sam, rho=2.0, normalized=True),
+    "asam": Method("sam", 2, _asam, {"adaptive": True}, rho=2.0, normalized=True),
+    "sequential": Method("two_step_usam", 3, _sequential),
+    "anchored": Method("two_step_usam", 3, _anchored, {"ascent": "anchored"}),
+    "difference": Method("hessian_usam", 3, _hessian, normalized=True),
+    "product": Method("hessian_usam", 2, _hessian, {"hvp": "autograd"}),
 }
 
 
