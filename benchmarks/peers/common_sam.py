@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+METHODS = ("usam", "sam", "asam", "two_step_usam", "hessian_usam")
 TINY = 1e-12
 FD_STEP = 2.0**-11.5  # square root of float32's machine precision
 
@@ -25,7 +26,7 @@ class CommonSAM(torch.optim.Optimizer):
 
     Args:
         params: the parameters.
-        method: "usam", "sam", "asam", "two_step_usam" or "hessian_usam" (finite differences).
+        method: one of `METHODS`; "hessian_usam" takes finite differences.
         rho: the method's rho, as for the library's optimizers.
         base: class of the base optimizer.
         settings: options of the base optimizer.

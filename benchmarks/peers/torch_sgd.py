@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 CLASS = torch.optim.SGD
+ACCESSES = 5  # with momentum it reads x, g, m and writes x, m
 
 
 def settings(lr: float) -> dict[str, Any]:

@@ -194,9 +194,11 @@ def log_growth(flt: Filter, lam: np.ndarray, steps: int) -> np.ndarray:
     state, total = next(recurrence), np.zeros_like(lam)
     for step in range(2 * steps):
         size = np.hypot(*state)
-        size[size == 0.0] = 1.0  # the state is zero, and stays so
+        arrived = size == 0.0
+        size[arrived] = 1.0  # the state is zero, and stays so
         if step >= steps:
             total += np.log(size)
+            total[arrived] = -np.inf
         state = recurrence.send(1.0 / size)
     return total
 

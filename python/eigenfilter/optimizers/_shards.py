@@ -120,8 +120,15 @@ def refuse_scaled_descent(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def are_on_other_ranks(params: Sequence[Tensor]) -> bool:
-    """Whether other ranks hold all elements of the parameters, so that no gradient is missing."""
+def other_ranks_wait(checks: bool, params: Sequence[Tensor]) -> bool:
+    """Whether other ranks, which may have gradients, wait for this one without a gradient.
+
+    Args:
+        checks: whether all ranks share a flag for gradients that are not finite.
+        params: the parameters. If other ranks hold all their elements, no gradient is missing.
+    """
+    if checks and _distributed.is_parallel():
+        return True
     trained = [p for p in params if p.requires_grad]
     return len(trained) > 0 and all(
         p.numel() == 0 and _distributed.is_flattened(p) for p in trained

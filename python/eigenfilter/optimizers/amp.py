@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.optimizers._buckets import ParamBucket
+
+if TYPE_CHECKING:
+    from eigenfilter.optimizers.buckets import Gradients, ParamBuckets
 
 
 class AmpState:
@@ -55,20 +58,17 @@ class AmpState:
     def adopt_scaler_state(
         self,
         optimizer: torch.optim.Optimizer,
-        devices: Iterable[torch.device],
-        *,
+        buckets: ParamBuckets,
         has_ascended: bool,
         is_unscaled: bool,
-        is_sharded: bool,
     ) -> None:
         """Read the descent's scale and flag, which `scaler.step` sets on the optimizer.
 
         Args:
             optimizer: the optimizer that has them as attributes.
-            devices: the devices of its parameters.
+            buckets: its buckets. If they are shards, each rank's scaler has checked its own only.
             has_ascended: whether the step has taken ascents.
             is_unscaled: whether the gradients have been unscaled already.
-            is_sharded: whether each rank's scaler has checked its own shards only.
         """
         self._require_agreement("found_inf" in vars(optimizer), has_ascended)
         self._scales.clear()
@@ -80,12 +80,12 @@ class AmpState:
                 "torch.nn.utils.clip_grad_norm_"
             )
         flag = vars(optimizer).get("found_inf")
-        for device in devices:
+        for device in buckets.devices:
             if isinstance(scale, Tensor):
                 self._scales[device] = scale.to(device, torch.float32)
             if isinstance(flag, Tensor):
                 self._make_flag(device).add_(flag.to(device, torch.float32).reshape(()))
-        if isinstance(flag, Tensor) and is_sharded:
+        if isinstance(flag, Tensor) and buckets.are_shards:
             self._share_flags()
 
     def _require_agreement(self, scaled: bool, has_ascended: bool) -> None:
@@ -95,9 +95,7 @@ class AmpState:
                 "ascend() and end the step with grad_scaler.step(opt), or use none"
             )
 
-    def check_finite(
-        self, gradients: list[tuple[ParamBucket, list[Tensor]]], devices: Iterable[torch.device]
-    ) -> None:
+    def check_finite(self, gradients: Gradients, devices: Iterable[torch.device]) -> None:
         """Flag the step if a gradient is not finite, on this rank or on another one.
 
         Every rank has to call this, even one without a gradient. `devices` are the devices of its
@@ -171,7 +169,21 @@ SCALER_ATTRIBUTES = ("grad_scale", "found_inf")
 """The attributes that a GradScaler sets on its optimizer during a step."""
 
 
+def copy_scaler_attributes(wrapper: torch.optim.Optimizer, owner: torch.optim.Optimizer) -> None:
+    """Copy a GradScaler's attributes from the wrapper that it was given."""
+    vars(owner).update({k: v for k, v in vars(wrapper).items() if k in SCALER_ATTRIBUTES})
+
+
 def drop_scaler_attributes(optimizer: torch.optim.Optimizer) -> None:
     """Delete a GradScaler's attributes, which it deletes itself only after a successful step."""
     for name in SCALER_ATTRIBUTES:
         vars(optimizer).pop(name, None)
+
+
+def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Raise RuntimeError if a GradScaler steps with a closure."""
+    if "found_inf" in vars(optimizer):
+        raise RuntimeError(
+            "a GradScaler cannot step with a closure: take the step in its explicit form, "
+            "ascend(grad_scaler=scaler) and scaler.step(opt)"
+        )

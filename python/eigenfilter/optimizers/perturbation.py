@@ -1,24 +1,16 @@
-"""Ascents: how a method perturbs x before the gradient of the descent is taken."""
+"""Perturbations: how a method leaves x before the gradient of the descent is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from eigenfilter import _distributed
 from eigenfilter.filters import ASCENTS, AscentFilter
-from eigenfilter.kernels.conventions import power_of_two
-from eigenfilter.optimizers._amp import AmpState
-from eigenfilter.optimizers._buckets import BucketSlice, Gradients, ParamBucket
-from eigenfilter.optimizers._hyperparameters import rho_of
-from eigenfilter.optimizers._shards import FLAT_NORM
-
-Run = Callable[..., None]
-"""Calls a kernel on a bucket slice: (kernel, bucket_slice, further arguments)."""
+from eigenfilter.optimizers.amp import AmpState
+from eigenfilter.optimizers.buckets import BucketSlice, Gradients
 
 TINY = 1e-12
 """Added to a norm that divides, as the common implementations of SAM do: 0 / 0 is then 0."""
@@ -37,7 +29,7 @@ class Landscape(Protocol):
         """Return the length of v [n]."""
 
 
-class Ascent:
+class Perturbation:
     """The ascents of a method; this base class has none, as plain gradient descent.
 
     One object serves one optimizer and keeps no tensor from one step to the next.
@@ -47,12 +39,15 @@ class Ascent:
         count: number of ascents in a step.
         needs_norm: whether an ascent divides by a norm over all gradients or parameters.
         needs_zero_gradients: whether a parameter whose gradient is zero affects the first ascent.
+        accesses: how often the ascents of a step read or write every element of a list of tensors;
+            benchmarks derive bandwidths from it.
     """
 
     method = "sgd"
     count = 0
     needs_norm = False
     needs_zero_gradients = False
+    accesses = 0
 
     @property
     def title(self) -> str:
@@ -98,7 +93,7 @@ class Ascent:
         """
         return gradients
 
-    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+    def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         """Perturb a bucket slice. If it is not perturbed yet, this call also saves its backups."""
         raise AssertionError(f"{self.method} has no ascent")
 
@@ -128,46 +123,3 @@ class Ascent:
         None where a method does not control random numbers.
         """
         return None
-
-
-def signed_rho(group: dict[str, Any]) -> float | Tensor:
-    """The step size of an ascent: rho, or -rho with `maximize`."""
-    rho = rho_of(group)
-    return -rho if group.get("maximize") else rho
-
-
-def total_norms(
-    lists: Sequence[tuple[ParamBucket, Sequence[Tensor]]], *, weights: bool = False
-) -> dict[torch.device, Tensor]:
-    """Euclidean norm over all tensors of all buckets, as a 0-dim float64 tensor on each device.
-
-    Args:
-        lists: buckets, each with tensors like its parameters.
-        weights: whether the tensors are multiplied by the parameters first, elementwise.
-    """
-    if any(bucket.is_flat for bucket, _ in lists):
-        raise RuntimeError(FLAT_NORM)
-    norms: dict[torch.device, list[Tensor]] = {bucket.device: [] for bucket, _ in lists}
-    for bucket, tensors in lists:
-        for placement, indices in bucket.placements:
-            is_only = len(bucket.placements) == 1
-            # float64, because the norm of float32 gradients may overflow float32.
-            norm = torch.empty((), dtype=torch.float64, device=bucket.device)
-            factors = bucket.tensors if is_only else [bucket.tensors[i] for i in indices]
-            bucket.kernels.norm(
-                tensors if is_only else [tensors[i] for i in indices],
-                norm,
-                weights=factors if weights else None,
-            )
-            norms[bucket.device].append(_distributed.gather_from_shards(norm, placement))
-    sums = {device: combined_norm(terms) for device, terms in norms.items()}
-    return {device: combined_norm([s.to(device) for s in sums.values()]) for device in sums}
-
-
-def combined_norm(norms: Sequence[Tensor]) -> Tensor:
-    """The norm of tensors that have these norms, safe where their squares overflow float64."""
-    if len(norms) == 1 and norms[0].numel() == 1:
-        return norms[0].reshape(())
-    terms = torch.cat([n.reshape(-1) for n in norms])
-    scale = power_of_two(terms.amax())
-    return (terms / scale).square().sum().sqrt() * scale

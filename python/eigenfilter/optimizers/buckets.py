@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
+from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from eigenfilter import _core, _distributed, kernels
-from eigenfilter.kernels.conventions import gradient_dtype
+from eigenfilter.optimizers._buffers import BufferStore, conform
 from eigenfilter.optimizers._step_counts import CountGroup
+from eigenfilter.optimizers.amp import AmpState
+from eigenfilter.optimizers.hyperparameters import check_scalars, is_zero, rho_key
+
+if TYPE_CHECKING:
+    from eigenfilter.optimizers.updates import Update
 
 _Key = TypeVar("_Key", bound=Hashable)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class _HasBuckets(Protocol):
+    _buckets: ParamBuckets
+
+
+_Self = TypeVar("_Self", bound=_HasBuckets)
 
 
 class ParamBucket:
@@ -39,12 +56,29 @@ class ParamBucket:
         self.is_distributed = any(placement is not None for placement, _ in self.placements)
         self.is_flat = any(id(p) in store.flat for p in params)
         self.store = store
+        self._rho_key = rho_key(group)
         self.count_group: CountGroup | None = None  # of AdamW
         self._lists: dict[str, _core.TensorList] = {}  # backups and buffers by name
         self.first_dtypes: list[torch.dtype] = []  # of the list that first_gradients() returned
         # The store's epoch in which the common signature of all parameters was computed, and it.
         self._state_signature: tuple[int, Hashable] = (-1, None)
         self._subsets: dict[tuple[int, ...], ParamBucket] = {}
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the parameters have a radius other than the number 0."""
+        return not is_zero(self.rho)
+
+    @property
+    def rho(self) -> float | Tensor:
+        """The radius of the group's ascent."""
+        rho: float | Tensor = self.group.get(self._rho_key, 0.0)
+        return rho
+
+    @property
+    def signed_rho(self) -> float | Tensor:
+        """The step size of an ascent: rho, or -rho with `maximize`."""
+        return -self.rho if self.group.get("maximize") else self.rho
 
     def subset(self, indices: Sequence[int]) -> ParamBucket:
         """The bucket of the parameters at `indices`; this bucket itself for all of them."""
@@ -143,12 +177,8 @@ class ParamBucket:
         ]
 
     def conform(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients with their parameters' strides and placements; others are copied.
-
-        A copy has the parameter's dtype or, if that does not hold every value of the gradient's
-        dtype, the next wider one, which the kernels read too.
-        """
-        return [_conform(g, p) for g, p in zip(grads, self.params, strict=True)]
+        """Gradients with their parameters' strides and placements; others are copied."""
+        return [conform(g, p) for g, p in zip(grads, self.params, strict=True)]
 
     def conform_if_needed(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients as they are if the kernels accept them; else all of them conformed."""
@@ -174,100 +204,108 @@ class BucketSlice:
         bucket: the parameters.
         grads: a gradient for each parameter.
         is_perturbed: whether the parameters are perturbed.
-        state_signature: common `Descent.state_signature` of their state.
+        state_signature: common `Update.state_signature` of their state.
+        amp: the loss scale and the flags of the step.
+        owner: the buckets of the optimizer.
     """
 
     bucket: ParamBucket
     grads: list[Tensor]
     is_perturbed: bool
-    state_signature: Hashable = None
+    state_signature: Hashable
+    amp: AmpState
+    owner: ParamBuckets
 
+    def check(self) -> None:
+        """Check hyperparameters, and conform gradients, before the first of several calls."""
+        check_scalars(self.bucket.group, self.bucket.device)
+        self.grads = self.bucket.conform_if_needed(self.grads)
 
-class BufferStore:
-    """Tensors of one optimizer that outlive its buckets: auxiliary ones, and the state's buffers.
+    def launch(self, kernel: Callable[..., None], *args: Any, **options: Any) -> None:
+        """Call a kernel on the slice; copy gradients whose layout is not the parameters'.
 
-    Args:
-        backend: backend of the kernels.
-        keys: keys of the buffers in a parameter's state.
-    """
-
-    def __init__(self, backend: str | None, keys: tuple[str, ...]) -> None:
-        self.backend = backend
-        self.keys = keys
-        self.state: dict[Tensor, dict[str, Any]] = {}
-        self.epoch = 0  # counts changes of the state's buffers
-        self.flat: set[int] = set()  # ids of the parameters that FSDP1 holds in flat shards
-        self._auxiliary: dict[tuple[str, Tensor], Tensor] = {}
-        self._entries: list[dict[str, Any]] = []
-        self._values: list[Any] = []
-        self._is_snapshot_current = True  # no step has changed the state since the snapshot
-
-    def auxiliary(self, name: str, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor like a parameter's local memory that never enters the state_dict."""
-        local = _distributed.local(p)
-        dtype = dtype or local.dtype
-        tensor = self._auxiliary.get((name, p))
-        if tensor is None or tensor.shape != local.shape or not _fits(tensor, local, dtype):
-            tensor = torch.empty_like(local, dtype=dtype, requires_grad=False)
-            self._auxiliary[name, p] = tensor
-        return tensor
-
-    def buffer(self, key: str, p: Tensor) -> Tensor:
-        """The buffer of a parameter, created as zeros or converted to its dtype and strides."""
-        state = self.state[p]
-        buffer: Tensor | None = state.get(key)
-        if buffer is None:
-            buffer = torch.zeros_like(p, requires_grad=False)
-        elif not _distributed.is_dtensor(p) and not _fits(buffer, p, p.dtype):
-            buffer = torch.empty_like(p, requires_grad=False).copy_(buffer)
-        state[key] = buffer
-        return buffer
-
-    def snapshot_state(self) -> None:
-        """Record which state dictionaries and buffers exist now."""
-        self._entries = [s for s in self.state.values() if s]
-        self._values = [s.get(key) for s in self._entries for key in self.keys]
-        self.epoch += 1
-        self._is_snapshot_current = True
-
-    def mark_changed(self) -> None:
-        """Record that a step has changed the state; its end takes a new snapshot."""
-        self.epoch += 1
-        self._is_snapshot_current = False
-
-    def snapshot_if_changed(self) -> None:
-        """Take a snapshot if a step has changed the state."""
-        if not self._is_snapshot_current:
-            self.snapshot_state()
-
-    def matches_snapshot(self) -> bool:
-        """Whether nothing in the state was replaced, cleared or loaded since the snapshot."""
-        return not self.keys or (
-            self._is_snapshot_current
-            and _core.same_entries(self.state, self._entries, self.keys, self._values)
-        )
+        Args:
+            kernel: one of `bucket.kernels` that takes parameters and gradients first.
+            args, options: its further arguments, except the loss scale and the flag.
+        """
+        bucket = self.bucket
+        options |= self.amp.scalars(bucket.device)
+        try:
+            kernel(bucket.tensors, self.grads, *args, **options)
+        except (_core.LayoutError, TypeError):
+            kernel(bucket.tensors, bucket.conform(self.grads), *args, **options)
+        self.owner.has_written = True
 
 
 class ParamBuckets:
-    """All buckets of one optimizer, built again when its groups or its state change."""
+    """All buckets of one optimizer, built again when its groups, state or parameters change.
 
-    def __init__(self, store: BufferStore) -> None:
-        self._store = store
+    Args:
+        update: the update, which knows the state.
+        amp: the loss scale and the flags of its steps.
+        backend: backend of the kernels.
+
+    Attributes:
+        devices: the devices of the parameters, at least one.
+        flat_handles: of the flat parameters that FSDP1 has sharded.
+        are_flat: whether some parameters are shards of these.
+        are_shards: whether some are shards, flat or DTensors.
+        perturbed: the perturbed buckets, each once.
+        has_written: whether a kernel has written since a `retried` method began.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        amp: AmpState,
+        backend: str | None,
+    ) -> None:
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._update = update
+        self._amp = amp
+        self._store = BufferStore(backend, update.keys)
         self._buckets: list[ParamBucket] = []
-        self.devices: set[torch.device] = set()
-        self.are_flat = False  # whether some are shards of flat parameters of FSDP1
-        self.flat_handles: list[Any] = []  # of these flat parameters
-        self.are_shards = False  # whether some are shards, flat or DTensors
         self._single_buckets: dict[int, ParamBucket] = {}
         self._group_of: dict[int, tuple[dict[str, Any], int]] = {}
-        self._groups: list[
-            tuple[list[Tensor], list[Tensor]]
-        ] = []  # the list of each group, and a copy of it
+        # The list of parameters of each group, and a copy of it.
+        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.devices: set[torch.device] = set()
+        self.flat_handles: list[Any] = []
+        self.are_flat = self.are_shards = self.has_written = False
+        self.perturbed: list[ParamBucket] = []
+        self._perturbed_ids: set[int] | None = None
 
-    def are_current(self, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
-        """Whether the buckets were built from these groups, parameters and state."""
+    # Layout.
+
+    def refresh(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Build the buckets again if groups, parameters or state have changed.
+
+        Args:
+            optimizer: the one that has them; None for that of the last call. It is not kept alive.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+        """
+        if optimizer is not None:
+            self._optimizer = weakref.ref(optimizer)
+        if not self._are_current() or self._update.has_edits():
+            if self.perturbed:
+                raise RuntimeError(
+                    "param_groups or state were changed between an ascent and its step: change "
+                    "them after step() or restore()"
+                )
+            self.build()
+
+    def _owner(self) -> torch.optim.Optimizer:
+        owner = None if self._optimizer is None else self._optimizer()
+        assert owner is not None
+        return owner
+
+    def _are_current(self) -> bool:
+        """Whether the buckets were built from the present groups, parameters and state."""
+        groups = self._owner().param_groups
         return (
-            self._store.state is state
+            self._store.state is self._owner().state
             and len(self._groups) == len(groups)
             and all(
                 group["params"] is params and _core.same_objects(params, copy)
@@ -277,21 +315,11 @@ class ParamBuckets:
             and self._store.matches_snapshot()
         )
 
-    def build(
-        self,
-        groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        normalize_state: Callable[[dict[Tensor, Any]], None],
-    ) -> None:
-        """Build one bucket for each group, device and dtype.
-
-        Args:
-            groups, state: groups and state of the optimizer.
-            normalize_state: converts a loaded state to the form that the descent uses.
-        """
+    def build(self) -> None:
+        """Build one bucket for each group, device and dtype."""
+        groups, self._store.state = self._owner().param_groups, self._owner().state
         self._groups = [(g["params"], list(g["params"])) for g in groups]
-        self._store.state = state
-        normalize_state(state)
+        self._update.normalize_state(self._store.state)
         self._store.snapshot_state()
         self._buckets = []
         self._single_buckets.clear()
@@ -317,15 +345,11 @@ class ParamBuckets:
         """Record the changes of a step that ends."""
         self._store.snapshot_if_changed()
 
-    def single(self, p: Tensor) -> ParamBucket:
-        """The bucket of one parameter alone."""
-        if id(p) not in self._single_buckets:
-            group, number = self._group_of[id(p)]
-            self._single_buckets[id(p)] = ParamBucket(group, number, [p], self._store)
-        return self._single_buckets[id(p)]
+    # Gradients, and the arguments of kernel calls.
 
-    def with_gradients(self) -> Gradients:
-        """Buckets of the parameters that have a gradient, with their gradients."""
+    def with_gradients(self, optimizer: torch.optim.Optimizer) -> Gradients:
+        """Refreshed buckets of the parameters that have a gradient, with their gradients."""
+        self.refresh(optimizer)
         gradients = []
         for bucket in self._buckets:
             grads, missing = _core.gradients(bucket.params)
@@ -343,11 +367,9 @@ class ParamBuckets:
             gradients.append((bucket, grads))
         return cast(Gradients, gradients)
 
-    def pad_with_zeros(
-        self, gradients: Gradients, ascends: Callable[[ParamBucket], bool]
-    ) -> Gradients:
+    def pad_with_zeros(self, gradients: Gradients) -> Gradients:
         """Add zero gradients for the other parameters that require one and ascend."""
-        buckets = [bucket for bucket in self._buckets if ascends(bucket)]
+        buckets = [bucket for bucket in self._buckets if bucket.ascends]
         if buckets == [bucket for bucket, _ in gradients]:
             return gradients
         by_id = {
@@ -364,6 +386,108 @@ class ParamBuckets:
                     (bucket, bucket.with_zeros([by_id.get(id(p)) for p in bucket.params]))
                 )
         return padded
+
+    def slices(self, gradients: Gradients, *, by_state: bool) -> list[BucketSlice]:
+        """Split buckets by perturbation and, with `by_state`, by state signature."""
+        slices = []
+        for bucket, grads in gradients:
+            signatures = (
+                bucket.state_signatures(self._update.state_signature) if by_state else [None]
+            )
+            is_uniform = not self.perturbed or bucket in self.perturbed
+            if is_uniform and len(signatures) == 1:
+                slices.append(self._slice(bucket, grads, bool(self.perturbed), signatures[0]))
+                continue
+            perturbed_ids = self.perturbed_ids()
+            signatures = signatures * (len(bucket.params) // len(signatures))
+            pairs = zip(bucket.params, signatures, strict=True)
+            keys = [(id(p) in perturbed_ids, signature) for p, signature in pairs]
+            for key, (subset, some) in bucket.split(grads, keys).items():
+                slices.append(self._slice(subset, some, *key))
+        return slices
+
+    def single(self, p: Tensor) -> BucketSlice:
+        """The slice of one parameter alone, which has a gradient."""
+        if id(p) not in self._single_buckets:
+            group, number = self._group_of[id(p)]
+            self._single_buckets[id(p)] = ParamBucket(group, number, [p], self._store)
+        bucket = self._single_buckets[id(p)]
+        [signature] = bucket.state_signatures(self._update.state_signature)
+        is_perturbed = id(p) in self.perturbed_ids()
+        return self._slice(bucket, [cast(Tensor, p.grad)], is_perturbed, signature)
+
+    def _slice(
+        self, bucket: ParamBucket, grads: list[Tensor], is_perturbed: bool, signature: Hashable
+    ) -> BucketSlice:
+        return BucketSlice(bucket, grads, is_perturbed, signature, self._amp, self)
+
+    # Perturbation.
+
+    def perturbed_ids(self) -> set[int]:
+        """Ids of the parameters that are perturbed."""
+        if self._perturbed_ids is None:
+            self._perturbed_ids = {id(p) for bucket in self.perturbed for p in bucket.params}
+        return self._perturbed_ids
+
+    def mark_perturbed(self, bucket: ParamBucket) -> None:
+        """Record that a kernel is about to save and to perturb the parameters of a bucket."""
+        bucket.backups().filled = False  # until the kernel has written them
+        self.perturbed.append(bucket)
+        self._perturbed_ids = None
+
+    def forget_perturbed(self) -> list[ParamBucket]:
+        """Record that no parameter is perturbed any more; return the buckets that were."""
+        buckets, self.perturbed, self._perturbed_ids = self.perturbed, [], None
+        return buckets
+
+    def restore(
+        self,
+        but: Sequence[tuple[ParamBucket, object]] = (),
+        but_ids: set[int] | frozenset[int] = frozenset(),
+    ) -> None:
+        """Restore the perturbed parameters, except those of buckets and with ids to leave out."""
+        done = {id(bucket) for bucket, _ in but}
+        buckets = [b for b in self.perturbed if id(b) not in done and b.backups().filled]
+        if buckets and (but or but_ids):
+            ids = but_ids.union(id(p) for bucket, _ in but for p in bucket.params)
+            remaining = [
+                (bucket, [i for i, p in enumerate(bucket.params) if id(p) not in ids])
+                for bucket in buckets
+            ]
+            buckets = [bucket.subset(indices) for bucket, indices in remaining if indices]
+        for bucket in buckets:
+            bucket.restore()
+        self.mark_written(buckets)
+
+    def mark_written(self, buckets: Sequence[ParamBucket]) -> None:
+        """Tell autograd and FSDP that the parameters of `buckets` have changed."""
+        for bucket in buckets:
+            increment_version(bucket.params)
+        if any(bucket.is_distributed for bucket in buckets):
+            _distributed.reshard()
+        if self.are_flat:
+            _distributed.reshard_flat(self.flat_handles)
+
+
+def retried(method: Callable[Concatenate[_Self, _P], _T]) -> Callable[Concatenate[_Self, _P], _T]:
+    """Make a method build its object's buckets again on a LayoutError, and run once more.
+
+    `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
+    notice before they write, and only a call that has written nothing is repeated.
+    """
+
+    @functools.wraps(method)
+    def call(self: _Self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        self._buckets.has_written = False
+        try:
+            return method(self, *args, **kwargs)
+        except _core.LayoutError:
+            if self._buckets.has_written or self._buckets.perturbed:
+                raise
+            self._buckets.build()
+            return method(self, *args, **kwargs)
+
+    return cast(Callable[Concatenate[_Self, _P], _T], call)
 
 
 Gradients: TypeAlias = list[tuple[ParamBucket, list[Tensor]]]
@@ -391,34 +515,3 @@ def refuse_overlap(groups: Sequence[Mapping[str, Any]]) -> None:
 
 def _kind(p: Tensor) -> tuple[torch.device, torch.dtype]:
     return p.device, p.dtype
-
-
-def _conform(grad: Tensor, param: Tensor) -> Tensor:
-    if grad.layout != torch.strided:
-        raise TypeError(
-            f"a gradient of shape {tuple(grad.shape)} is sparse ({grad.layout}): use sparse=False "
-            "in the module that makes it, or convert it with .to_dense()"
-        )
-    local, like = (
-        _distributed.wait_for_collective(_distributed.local(grad)),
-        _distributed.local(param),
-    )
-    if local.shape != like.shape:
-        raise ValueError(
-            f"a gradient has shape {tuple(local.shape)} on this rank, and its parameter "
-            f"{tuple(like.shape)}: both must be placed alike (under FullyShardedDataParallel, "
-            "gradients that no_sync() has left are whole: ascend and step by synchronized ones)"
-        )
-    dtype = gradient_dtype(like.dtype, local.dtype)
-    if _fits(local, like, dtype):
-        return local
-    return torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(local)
-
-
-def _fits(t: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        t.dtype == dtype
-        and t.device == like.device
-        and t.stride() == like.stride()
-        and not t.is_neg()
-    )

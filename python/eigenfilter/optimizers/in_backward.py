@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eigenfilter import _distributed
-
-UNSCALED = (
-    "release_gradients=True applies each gradient before a GradScaler has looked at all of them: "
-    "leave it False, or train in bfloat16 without a scaler"
-)
+from eigenfilter import _callers, _distributed
+from eigenfilter.optimizers.buckets import ParamBuckets, retried
+from eigenfilter.optimizers.updates import Update
 
 
 class GradientRelease:
     """Updates parameter by parameter, in hooks, inside the context `during_backward`.
 
-    `descend` is a method that updates one parameter; its object is not kept alive. The hook of a
-    parameter runs after all its uses have been differentiated. A segment that backward recomputes
-    (activation checkpointing) from a detached parameter sees the update.
+    The hook of a parameter runs after all its uses have been differentiated. A segment that
+    backward recomputes (activation checkpointing) from a detached parameter sees the update.
+
+    Args:
+        buckets: the buckets of the optimizer.
+        update: its update.
 
     Attributes:
         updated_ids: ids of the parameters that this step has updated.
     """
 
-    def __init__(self, descend: Callable[[Tensor], None]) -> None:
+    def __init__(self, buckets: ParamBuckets, update: Update) -> None:
         self.updated_ids: set[int] = set()
-        self._descend = weakref.WeakMethod(descend)
+        self._buckets = buckets
+        self._update = update
         self._inside = False
         self._lock = threading.Lock()  # backward has a thread for each GPU
         self._has_warned = False
@@ -66,20 +67,19 @@ class GradientRelease:
             for hook in hooks:
                 hook.remove()
 
-    def warn_of_whole(self) -> None:
-        """Warn, once, that a step had gradients and none was released."""
-        if not self._has_warned and not self.updated_ids:
+    def check_descent(self, optimizer: torch.optim.Optimizer, has_gradients: bool) -> None:
+        """Refuse a GradScaler's step; warn, once, that a step's gradients were not released."""
+        if "found_inf" in vars(optimizer):
+            raise RuntimeError(_UNSCALED)
+        if has_gradients and not self._has_warned and not self.updated_ids:
             self._has_warned = True
             warnings.warn(
                 "release_gradients=True released nothing in this step: use step(closure), or call "
                 "the closure inside `with opt.evaluation():`",
-                stacklevel=5,
+                stacklevel=_callers.stacklevel(),
             )
 
     def _on_gradient(self, p: Tensor) -> None:
-        descend = self._descend()
-        if descend is None:
-            return
         with self._lock:
             if id(p) in self.updated_ids:
                 raise RuntimeError(
@@ -88,6 +88,30 @@ class GradientRelease:
                     "evaluation; gradients to accumulate come before it, outside "
                     "`with opt.evaluation():`"
                 )
-            descend(p)
+            self._apply(p)
             self.updated_ids.add(id(p))
             p.grad = None
+
+    @retried
+    @torch.no_grad()
+    def _apply(self, p: Tensor) -> None:
+        """Update one parameter within the backward pass that has computed its gradient."""
+        if not self.updated_ids:
+            self._buckets.refresh()
+        bucket_slice = self._buckets.single(p)
+        if self._update.creates_state(bucket_slice):
+            bucket_slice.check()
+        self._update.step(bucket_slice)
+        self._buckets.mark_written([bucket_slice.bucket])
+
+
+_UNSCALED = (
+    "release_gradients=True applies each gradient before a GradScaler has looked at all of them: "
+    "leave it False, or train in bfloat16 without a scaler"
+)
+
+
+def refuse_scaler(scaler: torch.amp.GradScaler | None) -> None:
+    """Raise RuntimeError for a scaler, which needs all gradients before the first update."""
+    if scaler is not None and scaler.is_enabled():
+        raise RuntimeError(_UNSCALED)

@@ -1,4 +1,4 @@
-"""Descents: the updates at x with the gradient that was taken at a perturbed point."""
+"""Updates: what changes x, with the gradient that was taken at a perturbed point."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.optimizers._amp import AmpState
-from eigenfilter.optimizers._ascents import Run
-from eigenfilter.optimizers._buckets import BucketSlice, ParamBucket
 from eigenfilter.optimizers._step_counts import StepCounts
+from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket
 
 MOMENTUM = "momentum_buffer"
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
@@ -40,14 +38,16 @@ def rounding_seed(bucket: ParamBucket) -> Tensor | None:
     return cast(Tensor, seed.add_(1).remainder_(SEEDS))
 
 
-class Descent:
+class Update:
     """The update of the parameters; one kernel call updates those with equal state signatures.
 
     Attributes:
         keys: keys of its tensors in a parameter's state, under torch's names.
+        group_options: the options that its groups hold, see `Options`.
     """
 
     keys: tuple[str, ...] = ()
+    group_options: tuple[str, ...] = ()
 
     def state_signature(self, state: dict[str, Any]) -> Hashable:
         """A value that is equal for parameters that one kernel call may update."""
@@ -70,15 +70,16 @@ class Descent:
     def normalize_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Convert a loaded state to the form that this class uses."""
 
-    def step(self, run: Run, bucket_slice: BucketSlice, amp: AmpState) -> None:
+    def step(self, bucket_slice: BucketSlice) -> None:
         """Update a slice, from its backups if it is perturbed."""
         raise NotImplementedError
 
 
-class SGDDescent(Descent):
+class SGDUpdate(Update):
     """Gradient descent, heavy ball, Nesterov."""
 
     keys = (MOMENTUM,)
+    group_options = ("maximize", "stochastic_rounding")
 
     def state_signature(self, state: dict[str, Any]) -> Hashable:
         return state.get(MOMENTUM) is not None
@@ -90,7 +91,7 @@ class SGDDescent(Descent):
     def creates_state(self, bucket_slice: BucketSlice) -> bool:
         return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
 
-    def step(self, run: Run, bucket_slice: BucketSlice, amp: AmpState) -> None:
+    def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
         momenta, dampening, undo = None, 0.0, False
         if group["momentum"] != 0:
@@ -98,10 +99,9 @@ class SGDDescent(Descent):
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
             elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
-                undo = amp.is_skipped(bucket.device)
-        run(
+                undo = bucket_slice.amp.is_skipped(bucket.device)
+        bucket_slice.launch(
             bucket.kernels.sgd_step,
-            bucket_slice,
             momenta,
             bucket.backups() if bucket_slice.is_perturbed else None,
             lr=group["lr"],
@@ -116,10 +116,11 @@ class SGDDescent(Descent):
             bucket.drop(MOMENTUM)
 
 
-class AdamWDescent(Descent):
+class AdamWUpdate(Update):
     """AdamW; one call updates parameters that have taken the same number of steps."""
 
     keys = (EXP_AVG, EXP_AVG_SQ, STEP)
+    group_options = ("maximize", "stochastic_rounding")
 
     def __init__(self) -> None:
         self._counts = StepCounts()
@@ -148,7 +149,7 @@ class AdamWDescent(Descent):
         state = bucket.store.state
         self._start([p for p in bucket.params if STEP not in state[p]], bucket)
 
-    def step(self, run: Run, bucket_slice: BucketSlice, amp: AmpState) -> None:
+    def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
         state = bucket.store.state
         if bucket_slice.state_signature is None:
@@ -156,9 +157,8 @@ class AdamWDescent(Descent):
         if bucket.count_group is None:
             bucket.count_group = self._counts.count_group([state[p][STEP] for p in bucket.params])
         beta1, beta2 = group["betas"]
-        run(
+        bucket_slice.launch(
             bucket.kernels.adamw_step,
-            bucket_slice,
             bucket.buffers(EXP_AVG),
             bucket.buffers(EXP_AVG_SQ),
             bucket.backups() if bucket_slice.is_perturbed else None,
@@ -171,7 +171,7 @@ class AdamWDescent(Descent):
             maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),
         )
-        if self._counts.advance(bucket.count_group, amp.flag(bucket.device)):
+        if self._counts.advance(bucket.count_group, bucket_slice.amp.flag(bucket.device)):
             bucket.store.mark_changed()
 
     def _start(self, params: Sequence[Tensor], bucket: ParamBucket) -> None:
