@@ -15,7 +15,7 @@ VENV := .venv/.made
 INSTALLED := .venv/.installed
 TEST_TOOLS := .venv/.test-tools
 DEV_TOOLS := .venv/.dev-tools
-CSRC := $(wildcard csrc/*/*.* csrc/include/eigenfilter/*.hpp)
+CSRC := $(wildcard csrc/*/*.*)
 CPP_TESTS := $(wildcard tests/cpp/*.?pp)
 # An editable installation knows the modules that were there: their list is newer where one is new.
 MODULES := .venv/.modules

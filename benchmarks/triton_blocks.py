@@ -54,7 +54,7 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
     files = report.ResultFiles(folder, f"{device.type}-triton-blocks", where)
     bandwidths: Bandwidths = {}
     data = []
-    pairs = list(itertools.product(triton_blocks.KERNELS, triton_blocks.DTYPES))
+    pairs = list(itertools.product(triton_blocks.kernels(), triton_blocks.DTYPES))
     for name, dtype in pairs:
         spreads = bandwidths[name, str(dtype)] = measure(name, dtype, device)
         best_choice = best(spreads)

@@ -6,8 +6,6 @@
 #include <sstream>
 #include <vector>
 
-#include "operands.hpp"
-
 namespace eigenfilter {
 namespace {
 
@@ -47,14 +45,6 @@ bool truth(const char* name, py::handle value) {
 
 int threads_of(py::handle value) {
     return static_cast<int>(std::min(whole("num_threads", value, 0, INT64_MAX), kMostThreads));
-}
-
-std::int64_t product(std::int64_t a, std::int64_t b) {
-    std::int64_t result = 0;
-    if (__builtin_mul_overflow(a, b, &result) || result > (INT64_MAX >> 4))
-        fail(PyExc_ValueError, std::to_string(a) + " times " + std::to_string(b) +
-                                   " are more elements than a tensor can have");
-    return result;
 }
 
 py::tuple items_of(const char* name, py::handle list, const char* of) {

@@ -29,9 +29,6 @@ bool truth(const char* name, py::handle value);
 // How many threads a kernel may use; 0 asks to check the arguments and to run nothing.
 int threads_of(py::handle value);
 
-// a * b, both at least 0, or ValueError where no tensor has so many elements.
-std::int64_t product(std::int64_t a, std::int64_t b);
-
 // The items of a list or tuple as a tuple of its own: it keeps them while Python code that runs
 // meanwhile, or another thread, changes the list.
 py::tuple items_of(const char* name, py::handle list, const char* of = " of tensors");
@@ -44,30 +41,33 @@ void arrange(const char* function, const char* parameters, const py::args& args,
 // The docstring of a function, with its signature in the form that inspect.signature reads.
 std::string documented(const char* function, const char* parameters, const char* text);
 
-namespace detail {
-
-template <class Result, class... Handles, std::size_t... I>
-void define(py::module_& module, const char* name, const char* parameters, const char* text,
-            Result (*function)(Handles...), std::index_sequence<I...>) {
-    const std::string doc = documented(name, parameters, text);
-    const auto call = [=](const py::args& args, const py::kwargs& named) -> Result {
-        std::array<py::handle, sizeof...(I)> arranged;
-        arrange(name, parameters, args, named, arranged.data(), arranged.size());
-        return function(arranged[I]...);
-    };
+// Registers a function of Count arguments, which it is given in the order of its parameters. They
+// are passed by position or by name, with an error of our own for a wrong call: pybind11's shows
+// them all.
+template <std::size_t Count, class Function>
+void define_call(py::module_& module, const char* name, const std::string& parameters,
+                 const char* text, Function function) {
     py::options options;
-    options.disable_function_signatures();
-    module.def(name, call, doc.c_str());
+    options.disable_function_signatures();  // the docstring has one
+    const auto call = [=](const py::args& args, const py::kwargs& named) {
+        std::array<py::handle, Count> arranged;
+        arrange(name, parameters.c_str(), args, named, arranged.data(), Count);
+        return function(arranged.data());
+    };
+    module.def(name, call, documented(name, parameters.c_str(), text).c_str());
 }
 
-}  // namespace detail
+template <class Result, class... Handles, std::size_t... I>
+auto of_array(Result (*function)(Handles...), std::index_sequence<I...>) {
+    return [=](const py::handle* arguments) { return function(py::handle(arguments[I])...); };
+}
 
-// Registers a function of handles, which are passed by position or by name, with an error of our
-// own for a wrong call: pybind11's shows all arguments.
+// The same for a function of handles.
 template <class Result, class... Handles>
 void define(py::module_& module, const char* name, const char* parameters, const char* text,
             Result (*function)(Handles...)) {
-    detail::define(module, name, parameters, text, function, std::index_sequence_for<Handles...>{});
+    define_call<sizeof...(Handles)>(module, name, parameters, text,
+                                    of_array(function, std::index_sequence_for<Handles...>{}));
 }
 
 }  // namespace eigenfilter

@@ -1,7 +1,6 @@
 // How the CPU kernels run: with which instruction set, and whether with one thread.
-#include "isa.hpp"
+#include "../cpu/isa.hpp"
 
-#include "../cpu/loops.hpp"
 #include "../cpu/parallel.hpp"
 #include "arguments.hpp"
 

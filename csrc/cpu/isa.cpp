@@ -1,8 +1,8 @@
 // Chooses the instruction set at run time.
+#include "isa.hpp"
+
 #include <atomic>
 #include <cstring>
-
-#include "loops.hpp"
 
 namespace eigenfilter::cpu {
 

@@ -3,7 +3,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "loops.hpp"
+#include "isa.hpp"
 #include "parallel.hpp"
 
 namespace eigenfilter::cpu {

@@ -1,6 +1,12 @@
 // SIMD vectors of the instruction set this file is compiled for, and the storage types they widen
 // from and narrow to. Everything has internal linkage: a symbol shared between objects of different
 // instruction sets could bring AVX-512 code to a CPU without it.
+//
+// These are the compiler's own vectors, and not Google Highway's, for two reasons. The rules are
+// stated once for numbers, on a GPU, and for vectors, with operators that both have, such as
+// `beta * m` for a number beta, or a condition between vectors; Highway's vectors lack these, and a
+// layer that adds them would be as long as this file. And no Python package brings Highway's
+// headers to where a wheel is built.
 #pragma once
 
 #include <cmath>
@@ -12,21 +18,27 @@
 #include <immintrin.h>
 #endif
 
-#include "eigenfilter/contract.hpp"
+#include "core/tensors.hpp"
 
 namespace {
 
 #define EIGENFILTER_INLINE inline __attribute__((always_inline))
 
+// The bytes of a register, and an intrinsic of whole registers by its name.
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
+#define EIGENFILTER_INTRINSIC(name) _mm512_##name
 #elif defined(__AVX2__)
 constexpr int kRegisterBytes = 32;
+#define EIGENFILTER_INTRINSIC(name) _mm256_##name
 #else
 constexpr int kRegisterBytes = 16;
+#define EIGENFILTER_INTRINSIC(name) _mm_##name
 #endif
 
 constexpr int kDoubles = kRegisterBytes / static_cast<int>(sizeof(double));
+template <class Storage>
+constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(typename Storage::Arithmetic));
 
 template <class T, int L>
 struct VecOf {
@@ -51,22 +63,14 @@ EIGENFILTER_INLINE void store(void* p, V v) {
 template <class V>
 EIGENFILTER_INLINE void stream(void* p, V v) {
 #if defined(__x86_64__)
-    if constexpr (sizeof(V) == 16) {
-        _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
-        return;
-    }
+    if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
 #if defined(__AVX2__)
-    if constexpr (sizeof(V) == 32) {
-        _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
-        return;
-    }
+    if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
 #endif
 #if defined(__AVX512F__)
-    if constexpr (sizeof(V) == 64) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
-        return;
-    }
-#endif
+    if constexpr (sizeof(V) == 64)
+        return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
 #endif
     store(p, v);
 }
@@ -80,10 +84,8 @@ EIGENFILTER_INLINE void end_of_streaming() {
 // Half a register of floats, or a whole one of doubles, as doubles.
 EIGENFILTER_INLINE Vec<double, kDoubles> to_doubles(Vec<double, kDoubles> v) { return v; }
 EIGENFILTER_INLINE Vec<double, kDoubles> to_doubles(Vec<float, kDoubles> v) {
-#if defined(__AVX512F__)
-    return (Vec<double, kDoubles>)_mm512_cvtps_pd((__m256)v);
-#elif defined(__AVX2__)
-    return (Vec<double, kDoubles>)_mm256_cvtps_pd((__m128)v);
+#if defined(__AVX2__)
+    return EIGENFILTER_INTRINSIC(cvtps_pd)(v);
 #else
     return __builtin_convertvector(v, Vec<double, kDoubles>);
 #endif
@@ -92,50 +94,15 @@ EIGENFILTER_INLINE Vec<double, kDoubles> to_doubles(Vec<float, kDoubles> v) {
 // Doubles in the type of a vector's elements.
 template <class T>
 EIGENFILTER_INLINE Vec<T, kDoubles> from_doubles(Vec<double, kDoubles> v) {
-    if constexpr (std::is_same_v<T, double>) return v;
-#if defined(__AVX512F__)
-    else
-        return (Vec<T, kDoubles>)_mm512_cvtpd_ps((__m512d)v);
-#elif defined(__AVX2__)
-    else
-        return (Vec<T, kDoubles>)_mm256_cvtpd_ps((__m256d)v);
+    if constexpr (std::is_same_v<T, double>) {
+        return v;
+    } else {
+#if defined(__AVX2__)
+        return EIGENFILTER_INTRINSIC(cvtpd_ps)(v);
 #else
-    else
         return __builtin_convertvector(v, Vec<T, kDoubles>);
 #endif
-}
-
-// IEEE square roots of each lane.
-template <class V>
-EIGENFILTER_INLINE V square_root_of(V v) {
-    using T = std::decay_t<decltype(v[0])>;
-#if defined(__x86_64__)
-    constexpr bool is_float = sizeof(T) == 4;
-    if constexpr (sizeof(V) == 16) {
-        if constexpr (is_float)
-            return (V)_mm_sqrt_ps((__m128)v);
-        else
-            return (V)_mm_sqrt_pd((__m128d)v);
     }
-#if defined(__AVX2__)
-    if constexpr (sizeof(V) == 32) {
-        if constexpr (is_float)
-            return (V)_mm256_sqrt_ps((__m256)v);
-        else
-            return (V)_mm256_sqrt_pd((__m256d)v);
-    }
-#endif
-#if defined(__AVX512F__)
-    if constexpr (sizeof(V) == 64) {
-        if constexpr (is_float)
-            return (V)_mm512_sqrt_ps((__m512)v);
-        else
-            return (V)_mm512_sqrt_pd((__m512d)v);
-    }
-#endif
-#endif
-    for (int i = 0; i < static_cast<int>(sizeof(V) / sizeof(T)); ++i) v[i] = std::sqrt(v[i]);
-    return v;
 }
 
 EIGENFILTER_INLINE float half_to_float(std::uint16_t h) {
@@ -305,13 +272,20 @@ struct Partial {
 namespace eigenfilter {
 
 using Floats = Vec<float, kRegisterBytes / 4>;
+using Doubles = Vec<double, kDoubles>;
 using Words = Vec<std::uint32_t, kRegisterBytes / 4>;
 
-// Found by the update rules, beside their own for numbers.
-EIGENFILTER_INLINE Floats square_root(Floats v) { return square_root_of(v); }
-EIGENFILTER_INLINE Vec<double, kRegisterBytes / 8> square_root(Vec<double, kRegisterBytes / 8> v) {
-    return square_root_of(v);
+// Found by the update rules, beside their own for numbers: IEEE square roots of each lane.
+#if defined(__x86_64__)
+EIGENFILTER_INLINE Floats square_root(Floats v) { return EIGENFILTER_INTRINSIC(sqrt_ps)(v); }
+EIGENFILTER_INLINE Doubles square_root(Doubles v) { return EIGENFILTER_INTRINSIC(sqrt_pd)(v); }
+#else
+template <class V>
+EIGENFILTER_INLINE V square_root(V v) {
+    for (int i = 0; i < static_cast<int>(sizeof v / sizeof v[0]); ++i) v[i] = std::sqrt(v[i]);
+    return v;
 }
+#endif
 
 // Of numbers below 2^31: conversions of signed integers are one instruction everywhere.
 using Integers = Vec<std::int32_t, kRegisterBytes / 4>;

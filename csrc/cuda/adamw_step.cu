@@ -3,7 +3,7 @@
 
 namespace eigenfilter::cuda {
 
-void adamw_step(const Tensors& lists, const AdamWScalars<Scalar>& s, const float* found_inf,
+void adamw_step(const Tensors& lists, const AdamWStepScalars<Scalar>& s, const float* found_inf,
                 int device, Stream stream) {
     const Tensors t = from_backups(lists);
     by_flag(t.b != nullptr, [&](auto has_b) {

@@ -1,6 +1,6 @@
 // Kernels over the vectors of Lanczos' iterations on the GPU: a block of threads has a tile of
 // columns, of one row or of a few.
-#include "eigenfilter/rules.hpp"
+#include "core/rules.hpp"
 #include "tiles.cuh"
 
 namespace eigenfilter::cuda {

@@ -12,7 +12,7 @@
 #include <string>
 #include <type_traits>
 
-#include "eigenfilter/contract.hpp"
+#include "core/ops.hpp"
 
 namespace eigenfilter::cuda {
 

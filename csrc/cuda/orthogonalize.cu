@@ -10,7 +10,8 @@ constexpr int kWarps = kThreads / kWarp;
 
 // sums[v][i][tile] <- q_i . w_v over the tile's columns. A warp has a row at a time.
 template <class Group, class Storage, class Vector>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm) dots_kernel(Projection p, double* sums) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+    dots_kernel(Orthogonalization p, double* sums) {
     __shared__ double wide[kTile];
     const Tile tile(p.columns);
     const auto* w = static_cast<const Vector*>(p.vectors) + blockIdx.y * p.columns + tile.first;
@@ -77,7 +78,7 @@ __device__ __forceinline__ void subtract(double (&rest)[Group::kSize], const Gro
 // loaded rows fill 80 registers.
 template <class Group, class Storage, class Vector>
 __global__ void __launch_bounds__(kThreads, Group::kSize == 8 ? kBlocksAnSm - 1 : kBlocksAnSm)
-    subtract_kernel(Projection p, const double* c, double* squares) {
+    subtract_kernel(Orthogonalization p, const double* c, double* squares) {
     const Tile tile(p.columns);
     auto* w = static_cast<Vector*>(p.vectors) + blockIdx.y * p.columns + tile.first;
     const double* own = c + blockIdx.y * p.rows;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Group, class Storage, class Vector>
-void launch(const Projection& p, double* workspace, cudaStream_t queue) {
+void launch(const Orthogonalization& p, double* workspace, cudaStream_t queue) {
     const std::int64_t tiles = tiles_of(p.columns);
     const std::int64_t dots = p.count * p.rows;
     double* pass = workspace;
@@ -157,7 +158,7 @@ std::int64_t orthogonalize_workspace(std::int64_t rows, std::int64_t columns, st
     return count * (rows + (rows + 1) * tiles_of(columns));
 }
 
-void orthogonalize(const Projection& p, double* workspace, int device, Stream stream) {
+void orthogonalize(const Orthogonalization& p, double* workspace, int device, Stream stream) {
     const DeviceGuard guard(device);
     const auto queue = static_cast<cudaStream_t>(stream);
     by_dtype(p.basis_dtype, [&](auto storage) {

@@ -20,8 +20,8 @@ void perturb(const Tensors& lists, const PerturbScalars<Scalar>& s, const float*
     });
 }
 
-void perturb_hvp(const Tensors& t, const HvpScalars<Scalar>& s, const float* found_inf, int device,
-                 Stream stream) {
+void perturb_hvp(const Tensors& t, const PerturbHvpScalars<Scalar>& s, const float* found_inf,
+                 int device, Stream stream) {
     update<PerturbHvp, 2, 0, Backup::origin>(t, s, found_inf, device, stream);
 }
 

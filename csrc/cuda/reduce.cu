@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kFinalThreads)
     if (threadIdx.x == 0) {
         double norm = sqrt(sum);
         if constexpr (Scaled) norm *= power_of_two(static_cast<int>(largest));
-        norm *= 1 / value(grad_scale);
+        norm *= 1 / ValueOf{}(grad_scale);
         if (out_is_double)
             *static_cast<double*>(out) = norm;
         else

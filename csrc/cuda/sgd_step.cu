@@ -3,8 +3,8 @@
 
 namespace eigenfilter::cuda {
 
-void sgd_step(const Tensors& lists, const SgdScalars<Scalar>& s, const float* found_inf, int device,
-              Stream stream) {
+void sgd_step(const Tensors& lists, const SgdStepScalars<Scalar>& s, const float* found_inf,
+              int device, Stream stream) {
     const Tensors t = from_backups(lists);
     by_flag(t.m != nullptr, [&](auto has_m) {
         by_flag(t.b != nullptr, [&](auto has_b) {

@@ -1,7 +1,9 @@
 // The CUDA entry points of a build without CUDA: each says why it cannot run and what to do.
 #include <stdexcept>
 
-#include "eigenfilter/contract.hpp"
+#include "core/ops.hpp"
+
+#pragma GCC diagnostic ignored "-Wunused-parameter"
 
 namespace eigenfilter::cuda {
 
@@ -14,34 +16,16 @@ void require() {
         "use backend=\"triton\"");
 }
 
-void perturb(const Tensors&, const PerturbScalars<Scalar>&, const float*, int, Stream) {
-    require();
-}
-void perturb_hvp(const Tensors&, const HvpScalars<Scalar>&, const float*, int, Stream) {
-    require();
-}
-void sgd_step(const Tensors&, const SgdScalars<Scalar>&, const float*, int, Stream) { require(); }
-void adamw_step(const Tensors&, const AdamWScalars<Scalar>&, const float*, int, Stream) {
-    require();
-}
-std::int64_t norm_workspace(const Tensors&) {
-    require();
-    return 0;
-}
-void norm(const Tensors&, const Scalar&, void*, bool, double*, int, Stream) { require(); }
-void flag_nonfinite(const Tensors&, float*, int, Stream) { require(); }
-std::int64_t orthogonalize_workspace(std::int64_t, std::int64_t, std::int64_t) {
-    require();
-    return 0;
-}
-void orthogonalize(const Projection&, double*, int, Stream) { require(); }
-std::int64_t sums_workspace(std::int64_t, std::int64_t) {
-    require();
-    return 0;
-}
-void row_dots(const Recurrence&, double*, int, Stream) { require(); }
-void lanczos_step(const Recurrence&, double*, int, Stream) { require(); }
-void gram(const Rows&, double*, double*, int, Stream) { require(); }
-void mix_rows(const Rows&, const double*, int, Stream) { require(); }
+#define STUB(Result, name, parameters) \
+    Result name parameters {           \
+        require();                     \
+        return Result();               \
+    }
+#define STUB_UPDATE(name, Scalars)                                                        \
+    STUB(void, name,                                                                      \
+         (const Tensors& t, const Scalars<Scalar>& s, const float* found_inf, int device, \
+          Stream stream))
+EIGENFILTER_UPDATES(STUB_UPDATE)
+EIGENFILTER_CUDA_KERNELS(STUB)
 
 }  // namespace eigenfilter::cuda

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "eigenfilter/rounding.hpp"
+#include "core/rounding.hpp"
 #include "multi_tensor.cuh"
 #include "scalars.cuh"
 
@@ -13,10 +13,6 @@ namespace eigenfilter::cuda {
 namespace {
 
 bool __device__ __forceinline__ is_set(const float* flag) { return flag != nullptr && *flag != 0; }
-
-// What an update does with b: x is saved there first, also where found_inf is set; x starts from
-// it; x starts from it, and is put back to it where found_inf is set.
-enum class Backup { none, saved, origin, restored };
 
 // A rule whose results are rounded stochastically.
 template <class Rule>

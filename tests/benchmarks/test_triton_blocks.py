@@ -15,8 +15,8 @@ from benchmarks.environment import subprocess_environment
 from benchmarks.timing import Spread
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.errors import UserError
-from eigenfilter.kernels._op import OPERATIONS
-from eigenfilter.kernels.triton.blocks import KERNELS, VARIABLE, Blocks, read
+from eigenfilter.kernels.triton.blocks import VARIABLE, Blocks, read
+from eigenfilter.kernels.triton.blocks import kernels as block_kernels
 
 
 def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,8 +25,7 @@ def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sizes_are_saved_for_the_kernels_that_read_them() -> None:
-    assert set(KERNELS) == {name for name, of in OPERATIONS.items() if of.takes_lists}
-    assert set(KERNELS) <= set(kernels.KERNELS)
+    assert set(block_kernels()) <= set(kernels.KERNELS)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +118,7 @@ def measure() -> None:
 
     kernels.problem = lambda device, dtype: TensorProblem([(3000,)] * 2, device, dtype)
     cpu = torch.device("cpu")
-    for name in KERNELS:
+    for name in block_kernels():
         spreads = triton_blocks.measure(name, torch.float32, cpu, repeat=1)
         assert len(spreads) == 12
         assert all(spread.median > 0 for spread in spreads.values())

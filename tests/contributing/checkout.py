@@ -4,6 +4,7 @@ A block of code in the section begins with a comment that says where it belongs:
 
     # path/of/a/file.py: a new file
     # path/of/a/file.py: at the end
+    # path/of/a/file.py: above the beginning of a line
     # path/of/a/file.py: below the beginning of a line
 """
 
@@ -17,11 +18,13 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pybind11
+
 from eigenfilter import _core
 from pages import ROOT
 
-_COPIED = ("python", "tests", "benchmarks", "docs", "pyproject.toml")
-_LEFT_OUT = ("__pycache__", "results", "figures", "cuda_on_cpu", "contributing", "_core*.so")
+_COPIED = ("python", "csrc", "tests", "benchmarks", "docs", "pyproject.toml", "CMakeLists.txt")
+_LEFT_OUT = ("__pycache__", "results", "figures", "contributing", "_core*.so")
 
 # An editable installation finds the package before any folder in sys.path; the copy goes first.
 _START = """
@@ -50,7 +53,7 @@ class Checkout:
         touched = []
         for block in blocks_of_section(section):
             comment, code = block.split("\n", 1)
-            path, place = re.fullmatch(r"(?:#|<!--) (\S+): (.*?)(?: -->)?", comment).groups()
+            path, place = re.fullmatch(r"(?:#|//|<!--) (\S+): (.*?)(?: -->)?", comment).groups()
             self._write(self.folder / path, place, code)
             touched.append(path)
         return touched
@@ -62,18 +65,32 @@ class Checkout:
         elif place == "at the end":
             file.write_text(f"{file.read_text().rstrip()}\n\n\n{code}")
         else:
-            start = place.removeprefix("below ")
+            side, start = place.split(" ", 1)
             lines = file.read_text().splitlines(keepends=True)
             (at,) = (i for i, line in enumerate(lines) if line.startswith(start))
-            file.write_text("".join([*lines[: at + 1], code, *lines[at + 1 :]]))
+            at += {"above": 0, "below": 1}[side]
+            file.write_text("".join([*lines[:at], code, *lines[at:]]))
 
-    def python(self, *arguments: str) -> str:
+    def build(self, source: str, build: str, *options: str) -> Path:
+        """Build the extension of a folder with a CMakeLists.txt; return the folder of the build."""
+        definitions = [f"-DPython_EXECUTABLE={sys.executable}"]
+        definitions.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+        self.run("cmake", "-G", "Ninja", "-S", source, "-B", build, *definitions, *options)
+        self.run("ninja", "-C", build, "_core")
+        return self.folder / build
+
+    def python(self, *arguments: str, **environment: str) -> str:
         """Run Python in the copy and return what it prints; an error shows all of it."""
-        folders = [self.folder, self.folder / "python"]
+        return self.run(sys.executable, *arguments, **environment)
+
+    def run(self, *command: str, **environment: str) -> str:
+        """Run a program in the copy and return what it prints; an error shows all of it."""
+        folders = os.pathsep.join(map(str, [self.folder, self.folder / "python"]))
+        tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         ran = subprocess.run(
-            [sys.executable, *arguments],
+            command,
             cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
+            env=os.environ | {"PYTHONPATH": folders, "PATH": tools} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -81,9 +98,10 @@ class Checkout:
         assert ran.returncode == 0, ran.stdout
         return ran.stdout
 
-    def pytest(self, *arguments: str) -> int:
+    def pytest(self, *arguments: str, **environment: str) -> int:
         """Run tests of the copy, which must pass; return how many did."""
-        printed = self.python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+        options = ("-q", "-p", "no:cacheprovider")
+        printed = self.python("-m", "pytest", *options, *arguments, **environment)
         return int(re.search(r"(\d+) passed", printed)[1])
 
 

@@ -4,11 +4,11 @@
 
 #include "simd.hpp"
 //
-#include "eigenfilter/rounding.hpp"
-#include "eigenfilter/rules.hpp"
+#include "core/rounding.hpp"
+#include "core/rules.hpp"
 
 // The hyperparameters of the rules, whose fields the tests set by name.
 using PerturbOptions = eigenfilter::PerturbScalars<double>;
-using PerturbHvpOptions = eigenfilter::HvpScalars<double>;
-using SgdStepOptions = eigenfilter::SgdScalars<double>;
-using AdamWStepOptions = eigenfilter::AdamWScalars<double>;
+using PerturbHvpOptions = eigenfilter::PerturbHvpScalars<double>;
+using SgdStepOptions = eigenfilter::SgdStepScalars<double>;
+using AdamWStepOptions = eigenfilter::AdamWStepScalars<double>;

@@ -43,7 +43,7 @@ def loops(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     output = tmp_path_factory.mktemp(isa) / f"{isa}.o"
     command = ["g++", "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags(isa)]
     command += ["-DEIGENFILTER_X86", f"-DEIGENFILTER_ISA={isa}", "-Wno-psabi"]
-    command += [f"-I{ROOT}/csrc/include", "-c", f"{ROOT}/csrc/cpu/loops.cpp", "-o", str(output)]
+    command += [f"-I{ROOT}/csrc", "-c", f"{ROOT}/csrc/cpu/loops.cpp", "-o", str(output)]
     subprocess.run(command, check=True)
     return output
 

@@ -252,7 +252,7 @@ def _hash_of_code(file: str) -> str:
     a test.
     """
     digest = hashlib.sha256()
-    for folder in (SOURCES, ROOT / "csrc" / "include", HERE):
+    for folder in (SOURCES, ROOT / "csrc" / "core", HERE):
         for path in sorted(each for each in folder.rglob("*") if each.suffix in CODE):
             if path.suffix != ".cu" or path.name == file or not file.endswith(".cu"):
                 code = re.sub(r"//[^\n]*", "", path.read_text())

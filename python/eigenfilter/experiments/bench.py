@@ -13,7 +13,7 @@ from pathlib import Path
 from eigenfilter.experiments.errors import UserError
 
 HELP = "verify and time the library beside its peers; measure memory; draw the results"
-MARK = Path("csrc", "include", "eigenfilter")  # of a checkout, and of no other project
+MARK = Path("csrc", "core")  # of a checkout, and of no other project
 ELSEWHERE = (
     "the benchmarks come with the sources, not with the package: run this in a checkout of "
     "eigenfilter, or there `python -m benchmarks`"

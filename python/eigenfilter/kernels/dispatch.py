@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import re
 from collections.abc import Sequence
@@ -144,7 +145,7 @@ def _unserved(device_type: str) -> str:
 def _require_triton(device: torch.device) -> None:
     """Raise RuntimeError unless Triton is installed, and runs on this type of device."""
     try:
-        from eigenfilter.kernels.triton import launch
+        launch = importlib.import_module("eigenfilter.kernels.triton.launch")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

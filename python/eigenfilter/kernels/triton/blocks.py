@@ -18,17 +18,10 @@ from pathlib import Path
 
 import torch
 
+from eigenfilter.kernels._op import OPERATIONS
+
 VARIABLE = "EIGENFILTER_TRITON_BLOCKS"
 
-# The kernels over lists of tensors, which work in blocks, and the dtypes of their lists.
-KERNELS = (
-    "perturb",
-    "perturb_hvp",
-    "sgd_step",
-    "adamw_step",
-    "norm",
-    "flag_nonfinite",
-)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _logger = logging.getLogger(__name__)
@@ -102,11 +95,16 @@ def read(path: Path) -> Saved:
     return saved
 
 
+def kernels() -> list[str]:
+    """The names of the kernels that work in blocks: the operations on lists of tensors."""
+    return [name for name, operation in OPERATIONS.items() if operation.takes_lists]
+
+
 def _unknown_names(saved: Saved) -> set[str]:
     """Return the names of kernels and dtypes that no kernel would look for."""
     unknown = set()
     for by_kernel in saved.values():
-        unknown |= by_kernel.keys() - set(KERNELS)
+        unknown |= by_kernel.keys() - set(kernels())
         for by_dtype in by_kernel.values():
             unknown |= by_dtype.keys() - set(map(str, DTYPES))
     return unknown
@@ -141,7 +139,6 @@ _forced: list[Blocks] = []
 
 @functools.cache
 def _usual(kernel: str, dtype: torch.dtype, device: torch.device) -> Blocks:
-    assert kernel in KERNELS, f"KERNELS lacks {kernel}: its saved sizes would be refused"
     return _saved(name_of(device)).get(kernel, {}).get(str(dtype), Blocks())
 
 

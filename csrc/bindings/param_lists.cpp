@@ -1,11 +1,83 @@
 // What an optimizer does for every parameter and is slow in Python: `.grad`, and whether its lists
-// are still the ones it knows.
-#include "parameters.hpp"
+// are still the ones it knows; and lists that are read faster than Python's.
+#include "param_lists.hpp"
 
-#include "arguments.hpp"
+#include <string>
+#include <utility>
+
+#include "reader.hpp"
 
 namespace eigenfilter {
+
+TensorList::TensorList(py::handle tensors, bool hold, bool trust)
+    : tensors_(py::reinterpret_steal<py::tuple>(PySequence_Tuple(tensors.ptr()))) {
+    if (!tensors_) throw py::error_already_set();
+    if (trust) known_ = std::make_shared<std::vector<void*>>(size(), nullptr);
+    if (!hold) return;
+    Reader reader;
+    std::vector<py::object> held;
+    for (std::size_t i = 0; i < size(); ++i) {
+        PyObject* object = PyTuple_GET_ITEM(tensors_.ptr(), i);
+        reader.read(object, {"tensors", static_cast<Py_ssize_t>(i)}, held);
+        dlpack::Managed* managed = nullptr;
+        // What goes by a local shard is not held; the next error is its, and is of no interest.
+        if (reader.api()->managed_tensor_from_py_object(object, &managed) == 0)
+            held_.emplace_back(managed);
+        else
+            PyErr_Clear();
+    }
+}
+
+py::object TensorList::get(py::handle index) const {
+    if (!PyIndex_Check(index.ptr()))
+        fail(PyExc_TypeError, "a TensorList is indexed by a whole number, not " + type_name(index));
+    const Py_ssize_t i = PyNumber_AsSsize_t(index.ptr(), PyExc_IndexError);
+    if (i == -1 && PyErr_Occurred()) throw py::error_already_set();
+    const auto n = static_cast<Py_ssize_t>(size());
+    if (i < -n || i >= n) throw py::index_error("no such tensor in this list");
+    return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(tensors_.ptr(), i < 0 ? i + n : i));
+}
+
+TensorList* tensor_list(py::handle object) {
+    if (!py::isinstance<TensorList>(object)) return nullptr;
+    auto* const instance = reinterpret_cast<py::detail::instance*>(object.ptr());
+    if (!instance->get_value_and_holder().holder_constructed())
+        fail(PyExc_TypeError, "a TensorList was never initialized: make it by TensorList(tensors)");
+    return object.cast<TensorList*>();
+}
+
 namespace {
+
+TensorList& self_of(py::handle object) {
+    TensorList* const self = tensor_list(object);
+    if (self == nullptr) fail(PyExc_TypeError, type_name(object) + " is not a TensorList");
+    return *self;
+}
+
+// The list that a method was called for, with `count` arguments in all.
+TensorList& self_of(const py::args& args, const py::kwargs& named, std::size_t count) {
+    if (args.size() != count || !named.empty())
+        fail(PyExc_TypeError, "a method of TensorList takes " + std::to_string(count - 1) +
+                                  " arguments by position, and was given others");
+    return self_of(py::object(args[0]));
+}
+
+// TensorList(tensors, *, hold=False, trust=False), whatever it is given: see `define`.
+std::unique_ptr<TensorList> make_tensor_list(const py::args& args, const py::kwargs& named) {
+    const auto chosen = [&](const char* name) {
+        return named.contains(name) && truth(name, py::object(named[name]));
+    };
+    const std::size_t known = std::size_t{named.contains("hold")} + named.contains("trust");
+    if (args.size() != 1 || named.size() != known)
+        fail(PyExc_TypeError,
+             "a TensorList is made by TensorList(tensors, hold=False, trust=False)");
+    const bool hold = chosen("hold"), trust = chosen("trust");
+    const py::object tensors = args[0];
+    if (!PySequence_Check(tensors.ptr()) && !PyIter_Check(tensors.ptr()) &&
+        !py::hasattr(tensors, "__iter__"))
+        fail(PyExc_TypeError, "tensors must be a list of tensors, not " + type_name(tensors));
+    return std::make_unique<TensorList>(tensors, hold, trust);
+}
 
 // `.grad` of one parameter after another: the descriptor is looked up once a type, not once a
 // tensor.
@@ -117,7 +189,19 @@ bool same_entries(py::handle state, py::handle entries, py::handle keys, py::han
 
 }  // namespace
 
-void register_parameters(py::module_& module) {
+void register_param_lists(py::module_& module) {
+    py::class_<TensorList>(module, "TensorList")
+        .def(py::init(&make_tensor_list))
+        .def_property(
+            "filled", [](py::handle self) { return self_of(self).filled; },
+            [](py::handle self, py::handle value) {
+                self_of(self).filled = truth("filled", value);
+            })
+        .def("__len__", [](const py::args& args,
+                           const py::kwargs& named) { return self_of(args, named, 1).size(); })
+        .def("__getitem__", [](const py::args& args, const py::kwargs& named) {
+            return self_of(args, named, 2).get(py::object(args[1]));
+        });
     define(module, "gradients", "params",
            "The parameters' gradients (`p.grad`), and how many of them are None.", &gradients);
     define(module, "clear_gradients", "params", "Set `p.grad = None` on every parameter.",

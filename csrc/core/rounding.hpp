@@ -3,7 +3,7 @@
 // integers of 32 bits. Storage names the dtype that V is narrowed to afterwards, to nearest.
 #pragma once
 
-#include "eigenfilter/rules.hpp"
+#include "core/rules.hpp"
 
 namespace eigenfilter {
 

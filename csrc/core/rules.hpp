@@ -6,13 +6,7 @@
 
 #include <cmath>
 
-#include "eigenfilter/contract.hpp"
-
-#ifdef __CUDACC__
-#define EIGENFILTER_RULE __host__ __device__ __forceinline__
-#else
-#define EIGENFILTER_RULE inline __attribute__((always_inline))
-#endif
+#include "core/ops.hpp"
 
 namespace eigenfilter {
 
@@ -49,7 +43,7 @@ template <class T>
 struct PerturbHvp {
     T step;
 
-    EIGENFILTER_RULE explicit PerturbHvp(const HvpScalars<double>& s)
+    EIGENFILTER_RULE explicit PerturbHvp(const PerturbHvpScalars<double>& s)
         : step(static_cast<T>(s.alpha * (1 / s.grad_scale) / s.eps)) {}
 
     template <class V>
@@ -65,7 +59,7 @@ struct SgdStep {
     T scale, decay, beta, keep, lr;
     bool nesterov;
 
-    EIGENFILTER_RULE explicit SgdStep(const SgdScalars<double>& s)
+    EIGENFILTER_RULE explicit SgdStep(const SgdStepScalars<double>& s)
         : scale(static_cast<T>((s.maximize ? -1 : 1) / s.grad_scale)),
           decay(static_cast<T>(s.weight_decay)),
           beta(static_cast<T>(s.momentum)),
@@ -98,7 +92,7 @@ template <class T>
 struct AdamWStep {
     T scale, beta1, keep1, beta2, keep2, decay, size, root, eps;
 
-    EIGENFILTER_RULE explicit AdamWStep(const AdamWScalars<double>& s)
+    EIGENFILTER_RULE explicit AdamWStep(const AdamWStepScalars<double>& s)
         : scale(static_cast<T>((s.maximize ? -1 : 1) / s.grad_scale)),
           beta1(static_cast<T>(s.beta1)),
           keep1(static_cast<T>(1 - s.beta1)),

@@ -1,19 +1,14 @@
-// The inner loops of orthogonalize, for one block of columns; part of loops.cpp.
+// The inner loops of the kernels over vectors, for one block of columns; part of loops.cpp.
 #pragma once
 
-#include "eigenfilter/contract.hpp"
-#include "simd.hpp"
+#include "reduce_loops.hpp"
 
 namespace eigenfilter::cpu {
 namespace {
 
-// Products of floats are summed as floats within groups of columns and as doubles beyond. Column j
-// of a group is added to sum j % 16: one order for every instruction set.
+// Products of floats are summed as floats within groups of columns and as doubles beyond.
 constexpr int kGroup = 64;
-constexpr int kSums = 16;
 constexpr int kRowsAtOnce = kRegisterBytes / 16;  // as many as there are registers for their sums
-
-using Doubles = Vec<double, kDoubles>;
 
 template <class C>
 constexpr int kLanesOf = kRegisterBytes / static_cast<int>(sizeof(C));
@@ -35,16 +30,6 @@ EIGENFILTER_INLINE auto read_row(const typename Storage::Bits* p) {
         return to_doubles(v);
     else
         return v;
-}
-
-// The sum of kSums sums, pairwise.
-EIGENFILTER_INLINE double sum_of(const Doubles* sums) {
-    double flat[kSums];
-    std::memcpy(flat, sums, sizeof flat);
-    for (int width = kSums / 2; width > 0; width /= 2) {
-        for (int k = 0; k < width; ++k) flat[k] += flat[k + width];
-    }
-    return flat[0];
 }
 
 // Adds to doubles, or takes from them, the lanes of a register in order.
@@ -152,6 +137,98 @@ void subtract(const typename Storage::Bits* q, std::int64_t stride, std::int64_t
         subtract_some<C, Storage, kRows>(q + i * stride, stride, c + i, wide, n);
     for (; i < rows; ++i) subtract_some<C, Storage, 1>(q + i * stride, stride, c + i, wide, n);
     for (std::int64_t j = 0; j < n; ++j) w[j] = static_cast<Vector>(wide[j]);
+}
+
+template <class T>
+void row_dots(const T* q, const T* w, std::int64_t n, double* out) {
+    Sums dots = {}, squares = {};
+    by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int part) {
+        const auto product = to_doubles(io.read(w + i));
+        dots[part] += to_doubles(io.read(q + i)) * product;
+        squares[part] += product * product;
+    });
+    out[0] = sum_of(dots);
+    out[1] = sum_of(squares);
+}
+
+template <class T>
+void lanczos_step(const LanczosStep& rule, T* u, const T* q, const T* w, std::int64_t n,
+                  double* out) {
+    Sums squares = {}, dots = {};
+    by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int part) {
+        const auto present = to_doubles(io.read(q + i));
+        const auto next =
+            from_doubles<T>(rule(to_doubles(io.read(w + i)), present, to_doubles(io.read(u + i))));
+        io.write(u + i, next);
+        // Columns that are not there may have become NaN: infinity times zero.
+        const auto rounded = to_doubles(io.inside(next));
+        squares[part] += rounded * rounded;
+        dots[part] += rounded * present;
+    });
+    out[0] = sum_of(squares);
+    out[1] = sum_of(dots);
+}
+
+// A tile of a few rows in double: n columns of at most kMixed. Rows lie a cache line more apart,
+// or else all would compete for the same lines of a cache.
+constexpr std::int64_t kWideStride = kMixed + 8;
+struct Wide {
+    alignas(64) double at[kMostRows][kWideStride];
+
+    template <class T>
+    EIGENFILTER_INLINE Wide(const T* rows, std::int64_t stride, std::int64_t count,
+                            std::int64_t n) {
+        for (std::int64_t r = 0; r < count; ++r) {
+            by_parts<Native<T>>(n, [&](auto io, std::int64_t i, int) {
+                store(at[r] + i, to_doubles(io.read(rows + r * stride + i)));
+            });
+        }
+    }
+};
+
+// Adds to the lower triangle of out [count, count]; some more products, of rows at once, are left.
+template <class T>
+void gram(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t n, double* out) {
+    using Double = Native<double>;
+    const Wide wide(rows, stride, count, n);
+    double sums[kMostRows];
+    for (std::int64_t r = 0; r < count; ++r) {
+        std::int64_t s = 0;
+        for (; s <= r && s + kRowsAtOnce <= count; s += kRowsAtOnce)
+            dots_of<double, Double, kRowsAtOnce>(wide.at[s], kWideStride, wide.at[r], n, sums + s);
+        for (; s <= r; ++s)
+            dots_of<double, Double, 1>(wide.at[s], kWideStride, wide.at[r], n, sums + s);
+        for (s = 0; s <= r; ++s) out[r * count + s] += sums[s];
+    }
+}
+
+// Parts vectors of row r, from column i on, from the rows up to it.
+template <int Parts, class T, class IO>
+EIGENFILTER_INLINE void mix_row(const Wide& wide, const double* factors, std::int64_t r, T* to,
+                                std::int64_t i, IO io) {
+    Doubles sums[Parts] = {};
+    for (std::int64_t s = 0; s <= r; ++s) {
+        for (int part = 0; part < Parts; ++part)
+            sums[part] += factors[s] * load<Doubles>(wide.at[s] + i + part * kDoubles);
+    }
+    for (int part = 0; part < Parts; ++part)
+        io.write(to + i + part * kDoubles, from_doubles<T>(sums[part]));
+}
+
+template <class T>
+void mix_rows(const double* factors, T* rows, std::int64_t stride, std::int64_t count,
+              std::int64_t n) {
+    constexpr int L = kDoubles, kParts = 4;
+    const Wide wide(rows, stride, count, n);
+    for (std::int64_t r = 0; r < count; ++r) {
+        const double* own = factors + r * count;
+        T* to = rows + r * stride;
+        std::int64_t i = 0;
+        for (; i + kParts * L <= n; i += kParts * L)
+            mix_row<kParts>(wide, own, r, to, i, Whole<Native<T>, L>{});
+        for (; i < n; i += L)
+            mix_row<1>(wide, own, r, to, i, Partial<Native<T>, L>{n - i < L ? n - i : L});
+    }
 }
 
 }  // namespace

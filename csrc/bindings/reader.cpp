@@ -1,0 +1,166 @@
+#include "reader.hpp"
+
+#include <utility>
+
+namespace eigenfilter {
+namespace {
+
+// No storage reaches this far, and memory seldom lies before: only there is a tensor asked.
+constexpr std::uintptr_t kFarthest = std::uintptr_t{1} << 40;
+
+const PyTypeObject* torch_type(const char* module, const char* name) {
+    py::object type = py::module_::import(module).attr(name);
+    return reinterpret_cast<PyTypeObject*>(type.release().ptr());
+}
+
+// Whether a type is torch's own, whose methods are no Python code.
+bool is_plain(const PyTypeObject* type) {
+    static const auto* const tensor = torch_type("torch", "Tensor");
+    static const auto* const parameter = torch_type("torch.nn", "Parameter");
+    return type == tensor || type == parameter;
+}
+
+struct MethodNames {
+    PyObject* neg = PyUnicode_InternFromString("is_neg");
+    PyObject* inference = PyUnicode_InternFromString("is_inference");
+};
+const MethodNames& method_names() {
+    static const MethodNames interned;
+    return interned;
+}
+
+bool is_inference_mode() {
+    return py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>();
+}
+
+// Takes the Python error that is set; torch's go on with frames.
+std::string first_line_of_error() {
+    const std::string text = py::str(py::error_already_set().value());
+    return text.substr(0, text.find('\n'));
+}
+
+// Whether a tensor has no memory: its address is then the bytes between the beginning of its
+// storage and itself, of a view that begins further on as of a whole.
+bool is_hollow(PyObject* object, const dlpack::Tensor& t) {
+    const auto address = reinterpret_cast<std::uintptr_t>(t.data);
+    if (address >= kFarthest || count(t) == 0) return false;
+    const auto offset =
+        py::handle(object).attr("storage_offset")().cast<std::uintptr_t>() * t.dtype.bits / 8;
+    return address == offset;
+}
+
+// A DTensor's local shard, which the DTensor keeps alive; null for what has none.
+py::object shard_of(PyObject* object) {
+    static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
+    ++Reader::asked_others;
+    PyObject* shard = PyObject_GetAttr(object, attribute);
+    if (shard == nullptr) PyErr_Clear();
+    return py::reinterpret_steal<py::object>(shard);
+}
+
+}  // namespace
+
+std::int64_t count(const dlpack::Tensor& t) {
+    std::int64_t n = 1;
+    for (int i = 0; i < t.ndim; ++i) n *= t.shape[i];
+    return n;
+}
+
+Reader::Reader() : is_negated_(method_names().neg), is_inference_(method_names().inference) {}
+
+bool Question::ask(PyObject* object) {
+    if (Py_TYPE(object) != type_) find(Py_TYPE(object));
+    const auto answer = py::reinterpret_steal<py::object>(
+        function_ != nullptr ? function_(object, nullptr)
+                             : PyObject_CallOneArg(method_.ptr(), object));
+    if (!answer) throw py::error_already_set();
+    return answer.ptr() == Py_True;
+}
+
+void Question::find(PyTypeObject* type) {
+    method_ = py::reinterpret_steal<py::object>(
+        PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
+    if (!method_) fail(PyExc_TypeError, std::string(type->tp_name) + " is not a tensor of torch");
+    type_ = type;
+    function_ = nullptr;
+    if (!Py_IS_TYPE(method_.ptr(), &PyMethodDescr_Type)) return;
+    const auto* descriptor = reinterpret_cast<PyMethodDescrObject*>(method_.ptr());
+    // Another class may have borrowed the method: only its own kind may be passed to it.
+    if (descriptor->d_method->ml_flags == METH_NOARGS &&
+        PyType_IsSubtype(type, descriptor->d_common.d_type))
+        function_ = descriptor->d_method->ml_meth;
+}
+
+dlpack::Tensor Reader::read(PyObject* object, const Name& name, std::vector<py::object>& held,
+                            bool written, void** known) {
+    dlpack::Tensor t;
+    py::object local;
+    if (Py_TYPE(object) == sharded_type_ && (local = shard_of(object))) object = local.ptr();
+    const bool is_borrowed = borrow(object, t);
+    if (!is_borrowed || is_hollow(object, t)) t = read_shard(object, local, is_borrowed, name);
+    t.data = static_cast<char*>(t.data) + t.byte_offset;
+    source_ = object;
+    if (local) held.push_back(std::move(local));
+    if (known != nullptr && t.data != nullptr && t.data == *known) return t;
+    if (is_negated_.ask(object))
+        fail(PyExc_TypeError, name() + " is lazily negated: pass .resolve_neg() of it");
+    const bool is_asked = written || known != nullptr;
+    const bool is_inference = is_asked && is_inference_.ask(object);
+    if (written && is_inference && !is_inference_mode())
+        fail(PyExc_RuntimeError,
+             name() +
+                 " was made in inference mode, and can only be changed there: pass .clone() of "
+                 "it, or call this within torch.inference_mode()");
+    if (known != nullptr) *known = is_inference ? nullptr : t.data;  // it depends on the mode
+    return t;
+}
+
+dlpack::Tensor Reader::read_shard(PyObject*& object, py::object& shard, bool is_borrowed,
+                                  const Name& name) {
+    const std::string reason = is_borrowed ? "" : first_line_of_error();
+    PyTypeObject* const type = Py_TYPE(object);
+    dlpack::Tensor t;
+    shard = shard_of(object);
+    if (!shard || !borrow(shard.ptr(), t) || is_hollow(shard.ptr(), t)) {
+        PyErr_Clear();
+        fail(PyExc_TypeError,
+             is_borrowed ? name() +
+                               " has no memory of its own (a fake, wrapped or freed tensor): pass "
+                               "the tensor that holds the data"
+                         : name() + " cannot be used: " + reason +
+                               "; pass strided tensors with memory of their own");
+    }
+    sharded_type_ = type;
+    object = shard.ptr();
+    return t;
+}
+
+bool Reader::borrow(PyObject* object, dlpack::Tensor& out) {
+    if (Py_TYPE(object) != type_ && !find_api(Py_TYPE(object))) return false;
+    if (is_other_) ++asked_others;
+    return api_->tensor_from_py_object(object, &out) == 0;
+}
+
+bool Reader::find_api(PyTypeObject* type) {
+    static PyObject* const attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+    const auto capsule = py::reinterpret_steal<py::object>(
+        PyObject_GetAttr(reinterpret_cast<PyObject*>(type), attribute));
+    if (!capsule) {
+        PyErr_Format(PyExc_TypeError, "%s is not a tensor of torch >= 2.11", type->tp_name);
+        return false;
+    }
+    auto* header = static_cast<dlpack::ExchangeHeader*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    while (header != nullptr && header->major != 1) header = header->previous;
+    if (header == nullptr) {
+        PyErr_Clear();
+        PyErr_SetString(PyExc_TypeError, "its DLPack exchange API is not of version 1");
+        return false;
+    }
+    api_ = exchange_api(reinterpret_cast<const dlpack::ExchangeApi*>(header));
+    type_ = type;
+    is_other_ = !is_plain(type);
+    return true;
+}
+
+}  // namespace eigenfilter

@@ -1,0 +1,379 @@
+#include "tensor_args.hpp"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "param_lists.hpp"
+#include "reader.hpp"
+
+namespace eigenfilter {
+namespace {
+
+using std::int64_t;
+using std::size_t;
+
+PyObject* layout_error = nullptr;
+
+std::string describe(const dlpack::DataType& t) {
+    if (t.code == dlpack::kBfloat) return "bfloat" + std::to_string(t.bits);
+    if (t.code == dlpack::kFloat) return "float" + std::to_string(t.bits);
+    static const char* kinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+    return (t.code < 7 ? kinds[t.code] : "low-precision float") + std::to_string(t.bits);
+}
+
+std::string describe(const dlpack::Device& d) {
+    const char* name = d.type == dlpack::kCPU    ? "cpu"
+                       : d.type == dlpack::kCUDA ? "cuda"
+                       : d.type == dlpack::kROCM ? "rocm"
+                                                 : "device type ";
+    return name + (d.type == dlpack::kCPU ? std::string() : ":" + std::to_string(d.id));
+}
+
+std::string joined(const int64_t* values, size_t n) {
+    std::string text;
+    for (size_t i = 0; i < n; ++i) text += (i > 0 ? ", " : "") + std::to_string(values[i]);
+    return text;
+}
+
+std::string describe_layout(const dlpack::Tensor& t) {
+    return "shape (" + joined(t.shape, t.ndim) + ") and strides (" + joined(t.strides, t.ndim) +
+           ")";
+}
+
+bool dtype_of(const dlpack::DataType& t, DType& out) {
+    if (t.lanes != 1) return false;
+    if (t.code == dlpack::kFloat && t.bits == 32)
+        out = DType::f32;
+    else if (t.code == dlpack::kFloat && t.bits == 64)
+        out = DType::f64;
+    else if (t.code == dlpack::kFloat && t.bits == 16)
+        out = DType::f16;
+    else if (t.code == dlpack::kBfloat && t.bits == 16)
+        out = DType::bf16;
+    else
+        return false;
+    return true;
+}
+
+// Whether the elements fill one stretch of memory, in the order of the dimensions.
+bool is_contiguous(const dlpack::Tensor& t) {
+    int64_t expected = 1;
+    for (int d = t.ndim - 1; d >= 0; --d) {
+        if (t.shape[d] == 1) continue;
+        if (t.strides[d] != expected) return count(t) == 0;
+        expected *= t.shape[d];
+    }
+    return true;
+}
+
+// The same, in some order of the dimensions.
+bool is_dense(const dlpack::Tensor& t) {
+    std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+    for (int i = 0; i < t.ndim; ++i) {
+        if (t.shape[i] == 0) return true;
+        if (t.shape[i] != 1) dims.emplace_back(t.strides[i], t.shape[i]);
+    }
+    std::sort(dims.begin(), dims.end());
+    int64_t expected = 1;
+    for (const auto& [stride, size] : dims) {
+        if (stride != expected) return false;
+        expected *= size;
+    }
+    return true;
+}
+
+bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+    if (a.ndim != b.ndim) return false;
+    for (int i = 0; i < a.ndim; ++i) {
+        if (a.shape[i] != b.shape[i]) return false;
+        if (a.shape[i] > 1 && a.strides[i] != b.strides[i]) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+std::string describe(const Shape& shape) { return "[" + joined(shape.data(), shape.size()) + "]"; }
+
+void register_tensor_args(py::module_& module) {
+    layout_error = PyErr_NewException("eigenfilter._core.LayoutError", PyExc_ValueError, nullptr);
+    module.attr("LayoutError") = py::handle(layout_error);
+}
+
+TensorArgs::TensorArgs(std::vector<Role> roles)
+    : roles_(std::move(roles)), asked_others_(Reader::asked_others) {
+    std::vector<dlpack::Tensor> first;
+    for (size_t r = 0; r < roles_.size(); ++r) {
+        if (!roles_[r].list.is_none() || !roles_[r].has(kOptional)) read_role(r, first);
+    }
+    require_unchanged();
+}
+
+py::tuple TensorArgs::items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known) {
+    if (role.has(kOneTensor)) return py::make_tuple(role.list);
+    const TensorList* const list = tensor_list(role.list);
+    if (list == nullptr) return items_of(role.name, role.list);
+    known = list->known();
+    return list->tensors();
+}
+
+void TensorArgs::read_role(size_t r, std::vector<dlpack::Tensor>& first) {
+    const Role& role = roles_[r];
+    std::shared_ptr<std::vector<void*>> known_memory;
+    const py::tuple items = items_[r] = items_of_role(role, known_memory);
+    const size_t n = items.size();
+    if (r == 0) {
+        if (n == 0) fail(PyExc_ValueError, std::string(role.name) + " is empty");
+        first.reserve(n);
+        numel_.resize(n);
+    } else if (n != size()) {
+        fail(PyExc_ValueError, std::string(role.name) + " has " + std::to_string(n) +
+                                   " tensors and " + roles_[0].name + " has " +
+                                   std::to_string(size()) + ": pass lists of equal length");
+    }
+    data_[r].reserve(n);
+    Reader reader;
+    for (size_t i = 0; i < n; ++i) {
+        const Name name = role.at(i);
+        PyObject* const item = PyTuple_GET_ITEM(items.ptr(), i);
+        void** const known = known_memory ? known_memory->data() + i : nullptr;
+        const dlpack::Tensor t = reader.read(item, name, kept_, role.has(kWritten), known);
+        if (reader.source() != item) shards_.push_back({r, i, reader.source()});
+        check_type(t, name, r, i);
+        if (r == 0) {
+            check_first(t, name);
+            first.push_back(t);
+            numel_[i] = count(t);
+        } else if (!same_layout(t, first[i])) {
+            const std::string model = roles_[0].at(i)();
+            fail(layout_error, name() + " has " + describe_layout(t) + ", " + model + " has " +
+                                   describe_layout(first[i]) + ": pass torch.empty_like(" + model +
+                                   ").copy_(" + name() + ")");
+        }
+        data_[r].push_back(t.data);
+    }
+    api_ = reader.api();
+}
+
+void TensorArgs::check_first(const dlpack::Tensor& t, const Name& name) {
+    if (data_[0].empty()) shape_.assign(t.shape, t.shape + t.ndim);
+    const bool ordered = is_contiguous(t);
+    is_contiguous_ &= ordered;
+    if (!ordered && !is_dense(t))
+        fail(PyExc_ValueError,
+             name() + " is not dense (" + describe_layout(t) + "): pass .contiguous() of it");
+}
+
+void TensorArgs::check_type(const dlpack::Tensor& t, const Name& name, size_t r, size_t i) {
+    DType dtype;
+    if (!dtype_of(t.dtype, dtype))
+        fail(PyExc_TypeError, name() + " is " + describe(t.dtype) +
+                                  ": supported are float32, float64, bfloat16, float16");
+    if (r == 0 && i == 0) {
+        dtype_ = dtype;
+        device_ = t.device;
+    }
+    if (!is_here(t.device))
+        fail(PyExc_ValueError, name() + " is on " + describe(t.device) + " and " +
+                                   roles_[0].at(0)() + " on " + describe(device_) +
+                                   ": group tensors by device");
+    if (!takes(dtype, r, i)) {
+        const Role* const model = roles_[r].has(kGradients) ? first_gradients(r) : nullptr;
+        fail(layout_error, name() + " is " + describe(t.dtype) + " and " +
+                               (model != nullptr ? model->at(i) : roles_[0].at(0))() +
+                               " is not: group tensors by dtype, or convert it with .to()");
+    }
+    if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
+        fail(PyExc_ValueError, name() + " is not aligned to its element size: clone it");
+}
+
+const Role* TensorArgs::first_gradients(size_t count) const {
+    const auto* const end = roles_.data() + count;
+    const auto* const first =
+        std::find_if(roles_.data(), end, [](const Role& role) { return role.has(kGradients); });
+    return first != end ? first : nullptr;
+}
+
+bool TensorArgs::takes(DType dtype, size_t r, size_t i) {
+    if (dtype == expected(roles_[r], i)) return true;
+    if (!roles_[r].has(kGradients) || first_gradients(r) != nullptr) return false;
+    if (r > 0 && dtype != wider(dtype_)) return false;
+    if (wide_.empty()) wide_.assign(size(), dtype_);
+    wide_[i] = dtype;
+    return true;
+}
+
+void TensorArgs::require_contiguous() const {
+    if (!is_contiguous_)
+        fail(PyExc_ValueError, roles_[0].at(0)() + " must be contiguous: pass .contiguous() of it");
+}
+
+void TensorArgs::require_vectors() const {
+    require_contiguous();
+    if (dtype_ != DType::f32 && dtype_ != DType::f64)
+        fail(PyExc_TypeError, roles_[0].at(0)() + " must be float32 or float64, not " +
+                                  (dtype_ == DType::bf16 ? "bfloat16" : "float16"));
+}
+
+Scalar TensorArgs::scalar(const char* name, py::handle value, Range range) {
+    Scalar s;
+    if (!is_tensor(value)) {
+        s.value = number_of(name, value);
+        require_in_range(name, s.value, range);
+        require_unchanged();
+        return s;
+    }
+    Reader reader;
+    const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_);
+    kept_.push_back(py::reinterpret_borrow<py::object>(value));
+    DType dtype;
+    if (count(t) != 1 || !dtype_of(t.dtype, dtype) || size_of(dtype) < 4)
+        fail(PyExc_TypeError,
+             std::string(name) + " must be a number or a one-element float32 or float64 tensor");
+    if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
+        fail(PyExc_ValueError, std::string(name) + " is not aligned to its element size: clone it");
+    add(name, t.data, size_of(dtype), false, reader.source());
+    require_unchanged();
+    if (t.device.type == dlpack::kCPU) {
+        s.value = dtype == DType::f64 ? *static_cast<const double*>(t.data)
+                                      : *static_cast<const float*>(t.data);
+        const bool is_computed = range == Range::computed || range == Range::computed_not_zero;
+        if (!is_computed) require_in_range(name, s.value, range);
+        return s;
+    }
+    if (!is_here(t.device))
+        fail(PyExc_ValueError, std::string(name) + " is on " + describe(t.device) +
+                                   " and the tensors on " + describe(device_) +
+                                   ": move it there or to the CPU");
+    s.device = t.data;
+    s.device_is_double = dtype == DType::f64;
+    return s;
+}
+
+float* TensorArgs::flag(const char* name, py::handle value, bool written) {
+    if (value.is_none()) return nullptr;
+    return static_cast<float*>(single(name, value, {1}, 32, written));
+}
+
+void* TensorArgs::single(const char* name, py::handle value, const Shape& shape, int bits,
+                         bool written) {
+    Reader reader;
+    const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_, written);
+    kept_.push_back(py::reinterpret_borrow<py::object>(value));
+    const bool is_one = shape == Shape{1};
+    const bool fits = is_one ? count(t) == 1 : Shape(t.shape, t.shape + t.ndim) == shape;
+    if (!fits || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits || t.dtype.lanes != 1 ||
+        !is_contiguous(t) || !is_here(t.device) ||
+        reinterpret_cast<std::uintptr_t>(t.data) % (bits / 8) != 0)
+        fail(PyExc_ValueError,
+             std::string(name) +
+                 (is_one ? " must be a dense float" : " must be a contiguous float") +
+                 std::to_string(bits) + " tensor of " +
+                 (is_one ? "1 element" : "shape " + describe(shape)) + " on " + describe(device_));
+    add(name, t.data, count(t) * (bits / 8), written, reader.source());
+    require_unchanged();
+    return t.data;
+}
+
+double* TensorArgs::workspace(std::int64_t size) {
+    const auto torch = py::module_::import("torch");
+    const py::object memory =
+        torch.attr("empty")(size, py::arg("dtype") = torch.attr("float64"),
+                            py::arg("device") = py::object(items_[0][0]).attr("device"));
+    return static_cast<double*>(single("workspace", memory, {size}, 64, true));
+}
+
+void TensorArgs::add(const char* name, const void* memory, int64_t bytes, bool written,
+                     PyObject* source) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(memory);
+    singles_.push_back({name, begin, begin + static_cast<std::uintptr_t>(bytes), written, source});
+}
+
+void TensorArgs::require_unchanged() {
+    const std::uint64_t asked_others = Reader::asked_others;
+    if (asked_others == asked_others_) return;
+    const auto require_same = [&](const Name& name, PyObject* source, std::uintptr_t memory) {
+        dlpack::Tensor t;
+        if (api_->tensor_from_py_object(source, &t) != 0)
+            PyErr_Clear();
+        else if (reinterpret_cast<std::uintptr_t>(t.data) + t.byte_offset == memory)
+            return;
+        fail(PyExc_RuntimeError,
+             name() +
+                 " changed while the arguments were read, by code of a number's or tensor's "
+                 "class: pass plain numbers and tensors");
+    };
+    auto shard = shards_.begin();
+    for (size_t r = 0; r < roles_.size(); ++r) {
+        for (size_t i = 0; i < data_[r].size(); ++i) {
+            PyObject* source = PyTuple_GET_ITEM(items_[r].ptr(), i);
+            if (shard != shards_.end() && shard->role == r && shard->index == i)
+                source = (shard++)->source;
+            require_same(roles_[r].at(i), source, reinterpret_cast<std::uintptr_t>(data_[r][i]));
+        }
+    }
+    for (const Single& s : singles_) {
+        if (s.source != nullptr) require_same({s.name}, s.source, s.begin);
+    }
+    asked_others_ = asked_others;
+}
+
+void TensorArgs::require_apart() const {
+    struct Stretch {
+        std::uintptr_t begin, end;
+        std::uint32_t role, index;  // of singles: the number of roles, and which of them
+        bool written;
+    };
+    std::vector<Stretch> all;
+    all.reserve(size() * roles_.size() + singles_.size());
+    bool any_written = false;
+    const auto put = [&](std::uintptr_t begin, std::uintptr_t end, size_t role, size_t index,
+                         bool written) {
+        any_written |= written;
+        if (begin < end)
+            all.push_back({begin, end, static_cast<std::uint32_t>(role),
+                           static_cast<std::uint32_t>(index), written});
+    };
+    for (size_t r = 0; r < roles_.size(); ++r) {
+        for (size_t i = 0; i < data_[r].size(); ++i) {
+            const auto begin = reinterpret_cast<std::uintptr_t>(data_[r][i]);
+            const auto bytes =
+                static_cast<std::uintptr_t>(numel_[i]) * size_of(expected(roles_[r], i));
+            put(begin, begin + bytes, r, i, roles_[r].has(kWritten));
+        }
+    }
+    for (size_t k = 0; k < singles_.size(); ++k)
+        put(singles_[k].begin, singles_[k].end, roles_.size(), k, singles_[k].written);
+    if (!any_written) return;
+    std::sort(all.begin(), all.end(),
+              [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+    // Of the stretches so far, the one that reaches furthest, among all and among the written.
+    const Stretch *furthest = nullptr, *furthest_written = nullptr;
+    for (const Stretch& s : all) {
+        const Stretch* other = s.written ? furthest : furthest_written;
+        if (other != nullptr && other->end > s.begin) {
+            const auto name = [&](const Stretch& of) {
+                return of.role < roles_.size() ? roles_[of.role].at(of.index)()
+                                               : singles_[of.index].name;
+            };
+            const auto& [first, second] = std::minmax(
+                s, *other, [](const Stretch& a, const Stretch& b) { return a.role > b.role; });
+            fail(PyExc_ValueError, name(first) + " and " + name(second) +
+                                       " share memory, and at least one of them is written: "
+                                       "clone one of them");
+        }
+        if (furthest == nullptr || s.end > furthest->end) furthest = &s;
+        if (s.written && (furthest_written == nullptr || s.end > furthest_written->end))
+            furthest_written = &s;
+    }
+}
+
+void* TensorArgs::stream() const {
+    void* stream = nullptr;
+    if (api_->current_work_stream(device_.type, device_.id, &stream) != 0)
+        throw py::error_already_set();
+    return stream;
+}
+
+}  // namespace eigenfilter
