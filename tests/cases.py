@@ -262,6 +262,11 @@ class Update:
         return [name for name, value in self.options.items() if not isinstance(value, bool | None)]
 
     @property
+    def restores(self) -> bool:
+        """Whether a stopped update restores x from backups: steps do, perturbations do not."""
+        return "backups" in self.lists and not self.kernel.startswith("perturb")
+
+    @property
     def starts_from(self) -> str:
         """The list that is read for x, the other being only written or absent."""
         reads_backups = "backups" in self.lists and "backups" not in self.writes

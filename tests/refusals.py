@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import UPDATES
 from eigenfilter import kernels
+from eigenfilter.kernels._op import OPERATIONS
 
 SHAPE = (4, 6)
 COUNT = 2  # tensors in a list
@@ -169,13 +170,11 @@ def _update(update: Any) -> Kernel:
         flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
         return {**lists, **update.options, **flags}
 
-    optional = {"sgd_step": {"backups", "momenta"}, "adamw_step": {"backups"}}
-    optional["perturb"] = set() if update.options.get("save", True) else {"backups"}
-    absent = frozenset(optional.get(update.kernel, set()) | {"rounding_seed"} | _FLAGS)
-    return Kernel(update.kernel, make, frozenset(update.writes), absent)
-
-
-_FLAGS = frozenset({"grad_scale", "found_inf"})
+    annotations = OPERATIONS[update.kernel].annotations
+    optional = {name for name, annotation in annotations.items() if annotation.endswith("None")}
+    if "backups" in update.writes:
+        optional.remove("backups")
+    return Kernel(update.kernel, make, frozenset(update.writes), frozenset(optional))
 
 
 def _vectors(*names: str, count: int = 3) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_a_stopped_update_has_every_bit(
     expected = {role: t.clone() for role, (t,) in zip(update.lists, lists, strict=True)}
     if "backups" in update.writes:
         expected["backups"] = expected["params"]
-    elif update.kernel in ("sgd_step", "adamw_step"):
+    elif update.restores:
         expected["params"] = expected[update.starts_from]
     update(lists, found_inf=torch.ones((), device=backend.device), backend=backend.name)
     for role, (t,) in zip(update.lists, lists, strict=True):
