@@ -5,9 +5,6 @@
 namespace eigenfilter {
 namespace {
 
-// No storage reaches this far, and memory seldom lies before: only there is a tensor asked.
-constexpr std::uintptr_t kFarthest = std::uintptr_t{1} << 40;
-
 const PyTypeObject* torch_type(const char* module, const char* name) {
     py::object type = py::module_::import(module).attr(name);
     return reinterpret_cast<PyTypeObject*>(type.release().ptr());
@@ -29,33 +26,10 @@ const MethodNames& method_names() {
     return interned;
 }
 
-bool is_inference_mode() {
-    return py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>();
-}
-
 // Takes the Python error that is set; torch's go on with frames.
 std::string first_line_of_error() {
     const std::string text = py::str(py::error_already_set().value());
     return text.substr(0, text.find('\n'));
-}
-
-// Whether a tensor has no memory: its address is then the bytes between the beginning of its
-// storage and itself, of a view that begins further on as of a whole.
-bool is_hollow(PyObject* object, const dlpack::Tensor& t) {
-    const auto address = reinterpret_cast<std::uintptr_t>(t.data);
-    if (address >= kFarthest || count(t) == 0) return false;
-    const auto offset =
-        py::handle(object).attr("storage_offset")().cast<std::uintptr_t>() * t.dtype.bits / 8;
-    return address == offset;
-}
-
-// A DTensor's local shard, which the DTensor keeps alive; null for what has none.
-py::object shard_of(PyObject* object) {
-    static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
-    ++Reader::asked_others;
-    PyObject* shard = PyObject_GetAttr(object, attribute);
-    if (shard == nullptr) PyErr_Clear();
-    return py::reinterpret_steal<py::object>(shard);
 }
 
 }  // namespace
@@ -91,28 +65,36 @@ void Question::find(PyTypeObject* type) {
         function_ = descriptor->d_method->ml_meth;
 }
 
-dlpack::Tensor Reader::read(PyObject* object, const Name& name, std::vector<py::object>& held,
-                            bool written, void** known) {
-    dlpack::Tensor t;
-    py::object local;
-    if (Py_TYPE(object) == sharded_type_ && (local = shard_of(object))) object = local.ptr();
-    const bool is_borrowed = borrow(object, t);
-    if (!is_borrowed || is_hollow(object, t)) t = read_shard(object, local, is_borrowed, name);
-    t.data = static_cast<char*>(t.data) + t.byte_offset;
-    source_ = object;
-    if (local) held.push_back(std::move(local));
-    if (known != nullptr && t.data != nullptr && t.data == *known) return t;
+void Reader::require_usable(PyObject* object, const Name& name, bool written, void** known,
+                            void* data) {
     if (is_negated_.ask(object))
         fail(PyExc_TypeError, name() + " is lazily negated: pass .resolve_neg() of it");
     const bool is_asked = written || known != nullptr;
     const bool is_inference = is_asked && is_inference_.ask(object);
-    if (written && is_inference && !is_inference_mode())
+    if (written && is_inference &&
+        !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
         fail(PyExc_RuntimeError,
              name() +
                  " was made in inference mode, and can only be changed there: pass .clone() of "
                  "it, or call this within torch.inference_mode()");
-    if (known != nullptr) *known = is_inference ? nullptr : t.data;  // it depends on the mode
-    return t;
+    if (known != nullptr) *known = is_inference ? nullptr : data;  // it depends on the mode
+}
+
+// Whether a tensor has no memory: its address is then the bytes between the beginning of its
+// storage and itself, of a view that begins further on as of a whole.
+bool Reader::is_hollow(PyObject* object, const dlpack::Tensor& t) {
+    if (count(t) == 0) return false;
+    const auto offset =
+        py::handle(object).attr("storage_offset")().cast<std::uintptr_t>() * t.dtype.bits / 8;
+    return reinterpret_cast<std::uintptr_t>(t.data) == offset;
+}
+
+py::object Reader::shard_of(PyObject* object) {
+    static PyObject* const attribute = PyUnicode_InternFromString("_local_tensor");
+    ++asked_others;
+    PyObject* shard = PyObject_GetAttr(object, attribute);
+    if (shard == nullptr) PyErr_Clear();
+    return py::reinterpret_steal<py::object>(shard);
 }
 
 dlpack::Tensor Reader::read_shard(PyObject*& object, py::object& shard, bool is_borrowed,
@@ -121,7 +103,7 @@ dlpack::Tensor Reader::read_shard(PyObject*& object, py::object& shard, bool is_
     PyTypeObject* const type = Py_TYPE(object);
     dlpack::Tensor t;
     shard = shard_of(object);
-    if (!shard || !borrow(shard.ptr(), t) || is_hollow(shard.ptr(), t)) {
+    if (!shard || !borrow(shard.ptr(), t) || (may_be_hollow(t) && is_hollow(shard.ptr(), t))) {
         PyErr_Clear();
         fail(PyExc_TypeError,
              is_borrowed ? name() +
@@ -133,12 +115,6 @@ dlpack::Tensor Reader::read_shard(PyObject*& object, py::object& shard, bool is_
     sharded_type_ = type;
     object = shard.ptr();
     return t;
-}
-
-bool Reader::borrow(PyObject* object, dlpack::Tensor& out) {
-    if (Py_TYPE(object) != type_ && !find_api(Py_TYPE(object))) return false;
-    if (is_other_) ++asked_others;
-    return api_->tensor_from_py_object(object, &out) == 0;
 }
 
 bool Reader::find_api(PyTypeObject* type) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arguments.hpp"
@@ -53,15 +54,41 @@ class Reader {
     // A local shard that is read in place of the object is kept in `held`. Memory at `*known` was
     // found sound before; it becomes what is sound now.
     dlpack::Tensor read(PyObject* object, const Name& name, std::vector<py::object>& held,
-                        bool written = false, void** known = nullptr);
+                        bool written = false, void** known = nullptr) {
+        dlpack::Tensor t;
+        py::object shard;
+        if (Py_TYPE(object) == sharded_type_ && (shard = shard_of(object))) object = shard.ptr();
+        const bool is_borrowed = borrow(object, t);
+        if (!is_borrowed || (may_be_hollow(t) && is_hollow(object, t)))
+            t = read_shard(object, shard, is_borrowed, name);
+        t.data = static_cast<char*>(t.data) + t.byte_offset;
+        source_ = object;
+        if (shard) held.push_back(std::move(shard));
+        const bool is_known = known != nullptr && t.data != nullptr && t.data == *known;
+        if (!is_known) require_usable(object, name, written, known, t.data);
+        return t;
+    }
 
     const dlpack::ExchangeApi* api() const { return api_; }
     // Whose memory was read last: the object that was given, or its local shard.
     PyObject* source() const { return source_; }
 
  private:
-    bool borrow(PyObject* object, dlpack::Tensor& out);
+    bool borrow(PyObject* object, dlpack::Tensor& out) {
+        if (Py_TYPE(object) != type_ && !find_api(Py_TYPE(object))) return false;
+        if (is_other_) ++asked_others;
+        return api_->tensor_from_py_object(object, &out) == 0;
+    }
     bool find_api(PyTypeObject* type);
+    // No storage reaches as far as this, and memory seldom lies before: only there is a tensor
+    // asked whether it has memory.
+    static bool may_be_hollow(const dlpack::Tensor& t) {
+        return reinterpret_cast<std::uintptr_t>(t.data) < std::uintptr_t{1} << 40;
+    }
+    static bool is_hollow(PyObject* object, const dlpack::Tensor& t);
+    // A DTensor's local shard, which the DTensor keeps alive; null for what has none.
+    static py::object shard_of(PyObject* object);
+    void require_usable(PyObject* object, const Name& name, bool written, void** known, void* data);
     // The memory of an object's local shard; that of the object itself is missing.
     dlpack::Tensor read_shard(PyObject*& object, py::object& shard, bool is_borrowed,
                               const Name& name);

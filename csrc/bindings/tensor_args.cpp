@@ -321,50 +321,53 @@ void TensorArgs::require_unchanged() {
 
 void TensorArgs::require_apart() const {
     struct Stretch {
-        std::uintptr_t begin, end;
+        Stretch(std::uintptr_t begin, std::uint32_t role, std::uint32_t index)
+            : begin(begin), role(role), index(index) {}
+        std::uintptr_t begin;
         std::uint32_t role, index;  // of singles: the number of roles, and which of them
-        bool written;
+    };
+    const auto singles = static_cast<std::uint32_t>(roles_.size());
+    const auto end = [&](const Stretch& s) {
+        if (s.role == singles) return singles_[s.index].end;
+        return s.begin + static_cast<std::uintptr_t>(numel_[s.index]) *
+                             size_of(expected(roles_[s.role], s.index));
+    };
+    const auto written = [&](const Stretch& s) {
+        return s.role == singles ? singles_[s.index].written : roles_[s.role].has(kWritten);
+    };
+    const auto name = [&](const Stretch& s) {
+        return s.role == singles ? singles_[s.index].name : roles_[s.role].at(s.index)();
     };
     std::vector<Stretch> all;
     all.reserve(size() * roles_.size() + singles_.size());
-    bool any_written = false;
-    const auto put = [&](std::uintptr_t begin, std::uintptr_t end, size_t role, size_t index,
-                         bool written) {
-        any_written |= written;
-        if (begin < end)
-            all.push_back({begin, end, static_cast<std::uint32_t>(role),
-                           static_cast<std::uint32_t>(index), written});
-    };
-    for (size_t r = 0; r < roles_.size(); ++r) {
-        for (size_t i = 0; i < data_[r].size(); ++i) {
-            const auto begin = reinterpret_cast<std::uintptr_t>(data_[r][i]);
-            const auto bytes =
-                static_cast<std::uintptr_t>(numel_[i]) * size_of(expected(roles_[r], i));
-            put(begin, begin + bytes, r, i, roles_[r].has(kWritten));
+    for (std::uint32_t r = 0; r < singles; ++r) {
+        for (std::uint32_t i = 0; i < data_[r].size(); ++i) {
+            if (numel_[i] > 0)
+                all.emplace_back(reinterpret_cast<std::uintptr_t>(data_[r][i]), r, i);
         }
     }
-    for (size_t k = 0; k < singles_.size(); ++k)
-        put(singles_[k].begin, singles_[k].end, roles_.size(), k, singles_[k].written);
-    if (!any_written) return;
+    for (std::uint32_t k = 0; k < singles_.size(); ++k) {
+        if (singles_[k].begin < singles_[k].end) all.emplace_back(singles_[k].begin, singles, k);
+    }
+    if (std::none_of(roles_.begin(), roles_.end(), [](auto& r) { return r.has(kWritten); }) &&
+        std::none_of(singles_.begin(), singles_.end(), [](auto& s) { return s.written; }))
+        return;
     std::sort(all.begin(), all.end(),
               [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
     // Of the stretches so far, the one that reaches furthest, among all and among the written.
     const Stretch *furthest = nullptr, *furthest_written = nullptr;
     for (const Stretch& s : all) {
-        const Stretch* other = s.written ? furthest : furthest_written;
-        if (other != nullptr && other->end > s.begin) {
-            const auto name = [&](const Stretch& of) {
-                return of.role < roles_.size() ? roles_[of.role].at(of.index)()
-                                               : singles_[of.index].name;
-            };
-            const auto& [first, second] = std::minmax(
-                s, *other, [](const Stretch& a, const Stretch& b) { return a.role > b.role; });
-            fail(PyExc_ValueError, name(first) + " and " + name(second) +
+        const bool is_written = written(s);
+        const Stretch* other = is_written ? furthest : furthest_written;
+        if (other != nullptr && end(*other) > s.begin) {
+            const bool is_first = s.role >= other->role;
+            fail(PyExc_ValueError, name(is_first ? s : *other) + " and " +
+                                       name(is_first ? *other : s) +
                                        " share memory, and at least one of them is written: "
                                        "clone one of them");
         }
-        if (furthest == nullptr || s.end > furthest->end) furthest = &s;
-        if (s.written && (furthest_written == nullptr || s.end > furthest_written->end))
+        if (furthest == nullptr || end(s) > end(*furthest)) furthest = &s;
+        if (is_written && (furthest_written == nullptr || end(s) > end(*furthest_written)))
             furthest_written = &s;
     }
 }
