@@ -11,6 +11,7 @@ from torch import Tensor
 from eigenfilter import _distributed
 
 if TYPE_CHECKING:
+    from eigenfilter.optimizers._step_state import StepState
     from eigenfilter.optimizers.buckets import Gradients, ParamBuckets
 
 
@@ -59,21 +60,16 @@ class AmpState:
         self,
         optimizer: torch.optim.Optimizer,
         buckets: ParamBuckets,
-        has_ascended: bool,
-        is_unscaled: bool,
+        step: StepState,
     ) -> None:
         """Read the descent's scale and flag, which `scaler.step` sets on the optimizer.
 
-        Args:
-            optimizer: the optimizer that has them as attributes.
-            buckets: its buckets. If they are shards, each rank's scaler has checked its own only.
-            has_ascended: whether the step has taken ascents.
-            is_unscaled: whether the gradients have been unscaled already.
+        If the buckets are shards, each rank's scaler has checked its own only.
         """
-        self._require_agreement("found_inf" in vars(optimizer), has_ascended)
+        self._require_agreement("found_inf" in vars(optimizer), step.ascents_taken > 0)
         self._scales.clear()
         scale = vars(optimizer).get("grad_scale")
-        if scale is not None and is_unscaled:
+        if scale is not None and step.is_unscaled:
             raise RuntimeError(
                 "clip_grad_norm_ has unscaled the gradients for one optimizer, and the scaler "
                 "steps with a wrapper of it: call scaler.unscale_(wrapper) instead, and clip with "

@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,15 +24,7 @@ if TYPE_CHECKING:
     from eigenfilter.optimizers.updates import Update
 
 _Key = TypeVar("_Key", bound=Hashable)
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-
-class _HasBuckets(Protocol):
-    _buckets: ParamBuckets
-
-
-_Self = TypeVar("_Self", bound=_HasBuckets)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class ParamBucket:
@@ -288,13 +280,14 @@ class ParamBuckets:
         """
         if optimizer is not None:
             self._optimizer = weakref.ref(optimizer)
-        if not self._are_current() or self._update.has_edits():
-            if self.perturbed:
-                raise RuntimeError(
-                    "param_groups or state were changed between an ascent and its step: change "
-                    "them after step() or restore()"
-                )
-            self.build()
+        if self._are_current() and not self._update.has_edits():
+            return
+        if self.perturbed:
+            raise RuntimeError(
+                "param_groups or state were changed between an ascent and its step: change them "
+                "after step() or restore()"
+            )
+        self.build()
 
     def _owner(self) -> torch.optim.Optimizer:
         owner = None if self._optimizer is None else self._optimizer()
@@ -372,19 +365,14 @@ class ParamBuckets:
         buckets = [bucket for bucket in self._buckets if bucket.ascends]
         if buckets == [bucket for bucket, _ in gradients]:
             return gradients
-        by_id = {
-            id(p): g
-            for bucket, grads in gradients
-            for p, g in zip(bucket.params, grads, strict=True)
-        }
+        by_id = gradients_by_id(gradients)
         padded = []
         for bucket in buckets:
             some = [i for i, p in enumerate(bucket.params) if p.requires_grad or id(p) in by_id]
             if some:
                 bucket = bucket.subset(some)
-                padded.append(
-                    (bucket, bucket.with_zeros([by_id.get(id(p)) for p in bucket.params]))
-                )
+                grads = [by_id.get(id(p)) for p in bucket.params]
+                padded.append((bucket, bucket.with_zeros(grads)))
         return padded
 
     def slices(self, gradients: Gradients, *, by_state: bool) -> list[BucketSlice]:
@@ -469,29 +457,36 @@ class ParamBuckets:
             _distributed.reshard_flat(self.flat_handles)
 
 
-def retried(method: Callable[Concatenate[_Self, _P], _T]) -> Callable[Concatenate[_Self, _P], _T]:
-    """Make a method build its object's buckets again on a LayoutError, and run once more.
+def retried(method: _Method) -> _Method:
+    """Make a method build the buckets of its object again on a LayoutError, and run once more.
 
     `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
     notice before they write, and only a call that has written nothing is repeated.
     """
 
     @functools.wraps(method)
-    def call(self: _Self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        self._buckets.has_written = False
+    def call(self: Any, *args: Any) -> Any:
+        buckets: ParamBuckets = self._buckets
+        buckets.has_written = False
         try:
-            return method(self, *args, **kwargs)
+            return method(self, *args)
         except _core.LayoutError:
-            if self._buckets.has_written or self._buckets.perturbed:
+            if buckets.has_written or buckets.perturbed:
                 raise
-            self._buckets.build()
-            return method(self, *args, **kwargs)
+            buckets.build()
+            return method(self, *args)
 
-    return cast(Callable[Concatenate[_Self, _P], _T], call)
+    return cast(_Method, call)
 
 
 Gradients: TypeAlias = list[tuple[ParamBucket, list[Tensor]]]
 """Buckets, each with a gradient for each of its parameters."""
+
+
+def gradients_by_id(gradients: Gradients) -> dict[int, Tensor]:
+    """The gradients by the ids of their parameters."""
+    pairs = (pair for bucket, grads in gradients for pair in zip(bucket.params, grads, strict=True))
+    return {id(p): g for p, g in pairs}
 
 
 def conform_if_needed(gradients: Gradients) -> Gradients:

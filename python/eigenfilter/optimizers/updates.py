@@ -15,6 +15,9 @@ from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket
 MOMENTUM = "momentum_buffer"
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
+_SGD_SCALARS = ("lr", "momentum", "weight_decay", "nesterov", "maximize")
+_ADAMW_SCALARS = ("lr", "eps", "weight_decay", "maximize")
+
 SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
 SEEDS = 2**24
 SPREAD = 0x9E3779B1  # odd: the seeds of groups and shards start far from each other
@@ -30,10 +33,8 @@ def rounding_seed(bucket: ParamBucket) -> Tensor | None:
         return None
     seed = group.get(SEED)
     if seed is None:
-        start = (
-            (bucket.number * 1024 + _distributed.shard_number(bucket.params[0])) * SPREAD % SEEDS
-        )
-        seed = torch.tensor(float(start), dtype=torch.float32)
+        start = bucket.number * 1024 + _distributed.shard_number(bucket.params[0])
+        seed = torch.tensor(float(start * SPREAD % SEEDS), dtype=torch.float32)
     group[SEED] = seed = seed.to(bucket.device)
     return cast(Tensor, seed.add_(1).remainder_(SEEDS))
 
@@ -104,13 +105,9 @@ class SGDUpdate(Update):
             bucket.kernels.sgd_step,
             momenta,
             bucket.backups() if bucket_slice.is_perturbed else None,
-            lr=group["lr"],
-            momentum=group["momentum"],
             dampening=dampening,
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),
+            **{name: group[name] for name in _SGD_SCALARS},
         )
         if undo:
             bucket.drop(MOMENTUM)
@@ -162,14 +159,11 @@ class AdamWUpdate(Update):
             bucket.buffers(EXP_AVG),
             bucket.buffers(EXP_AVG_SQ),
             bucket.backups() if bucket_slice.is_perturbed else None,
-            lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
             step=bucket.count_group.counts[0] + 1,
-            maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),
+            **{name: group[name] for name in _ADAMW_SCALARS},
         )
         if self._counts.advance(bucket.count_group, bucket_slice.amp.flag(bucket.device)):
             bucket.store.mark_changed()
@@ -177,8 +171,7 @@ class AdamWUpdate(Update):
     def _start(self, params: Sequence[Tensor], bucket: ParamBucket) -> None:
         """Create the step counts of parameters that have none."""
         if params:
-            for p, count in zip(
-                params, self._counts.start(len(params), bucket.device), strict=True
-            ):
+            counts = self._counts.start(len(params), bucket.device)
+            for p, count in zip(params, counts, strict=True):
                 bucket.store.state[p][STEP] = count
             bucket.store.mark_changed()
