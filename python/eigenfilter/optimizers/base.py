@@ -13,9 +13,9 @@ from torch._compile import _disable_dynamo  # does not import the compiler, as t
 from eigenfilter import _perturbation
 from eigenfilter.optimizers import _shards, amp
 from eigenfilter.optimizers._groups import GroupedOptimizer
+from eigenfilter.optimizers._layout import retried
 from eigenfilter.optimizers._step_state import owner_of, through_owner
-from eigenfilter.optimizers.buckets import Gradients, conform_if_needed, retried
-from eigenfilter.optimizers.in_backward import refuse_scaler
+from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
 
 
 class EigenfilterOptimizer(GroupedOptimizer):
@@ -96,7 +96,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if self.phase == "descent":
             return False
         if self.release_gradients:
-            refuse_scaler(grad_scaler)
+            self._release.refuse_scaler(grad_scaler)
         amp.refuse_unscaled(self, grad_scaler)
         self._check_groups()
         return self._ascend(grad_scaler)
@@ -210,7 +210,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 self._used.refuse()
             self._amp.begin()
         _shards.refuse_local_scaler(grad_scaler, buckets.are_flat)
-        self._amp.adopt_scale(grad_scaler, buckets.devices, step.ascents_taken > 0)
+        self._amp.adopt_scale(grad_scaler, buckets.devices, step)
         if not gradients and not joins_others and step.ascents_taken == 0:
             step.skips_ascents = True  # no parameter in a group with a radius has a gradient
             return False
