@@ -15,9 +15,6 @@ from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket
 MOMENTUM = "momentum_buffer"
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
-_SGD_SCALARS = ("lr", "momentum", "weight_decay", "nesterov", "maximize")
-_ADAMW_SCALARS = ("lr", "eps", "weight_decay", "maximize")
-
 SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
 SEEDS = 2**24
 SPREAD = 0x9E3779B1  # odd: the seeds of groups and shards start far from each other
@@ -105,9 +102,13 @@ class SGDUpdate(Update):
             bucket.kernels.sgd_step,
             momenta,
             bucket.backups() if bucket_slice.is_perturbed else None,
+            lr=group["lr"],
+            momentum=group["momentum"],
             dampening=dampening,
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),
-            **{name: group[name] for name in _SGD_SCALARS},
         )
         if undo:
             bucket.drop(MOMENTUM)
@@ -159,11 +160,14 @@ class AdamWUpdate(Update):
             bucket.buffers(EXP_AVG),
             bucket.buffers(EXP_AVG_SQ),
             bucket.backups() if bucket_slice.is_perturbed else None,
+            lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
             step=bucket.count_group.counts[0] + 1,
+            maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),
-            **{name: group[name] for name in _ADAMW_SCALARS},
         )
         if self._counts.advance(bucket.count_group, bucket_slice.amp.flag(bucket.device)):
             bucket.store.mark_changed()
