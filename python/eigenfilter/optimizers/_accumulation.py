@@ -110,10 +110,9 @@ class ClosureCheck:
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         self._params = params
-        self._meets: dict[
-            int, bool
-        ] = {}  # by id: whether a pending addition meets an older gradient
-        self._mixed: dict[int, bool] = {}  # by id: whether the first addition met an older gradient
+        # By id: whether a pending addition meets an older gradient, and whether the first one did.
+        self._meets: dict[int, bool] = {}
+        self._mixed: dict[int, bool] = {}
         for g in grads:
             setattr(g, _PRIOR_VERSION, _version(g))
         self._hooks = [hook for p in params if p.requires_grad for hook in self._watch(p)]
@@ -121,9 +120,8 @@ class ClosureCheck:
     def _watch(self, p: Tensor) -> tuple[Any, Any]:
         key = id(p)
 
-        def before_accumulation(
-            _: Tensor,
-        ) -> None:  # torch.autograd.grad calls it too, and adds nothing
+        def before_accumulation(_: Tensor) -> None:
+            # torch.autograd.grad calls it too, and adds nothing.
             if key not in self._mixed:
                 g = p.grad
                 self._meets[key] = g is not None and hasattr(g, _PRIOR_VERSION) and any_nonzero([g])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eigenfilter import _core, kernels
 from eigenfilter.optimizers._accumulation import UsedGradients, any_nonzero, zero_gradients
+from eigenfilter.optimizers._layout import ParamBuckets, refuse_overlap
 from eigenfilter.optimizers._norms import clip
 from eigenfilter.optimizers._shards import (
     ParentOptimizer,
@@ -20,7 +21,7 @@ from eigenfilter.optimizers._shards import (
 )
 from eigenfilter.optimizers._step_state import StepState, through_owner
 from eigenfilter.optimizers.amp import AmpState
-from eigenfilter.optimizers.buckets import Gradients, ParamBuckets, refuse_overlap
+from eigenfilter.optimizers.buckets import Gradients
 from eigenfilter.optimizers.hyperparameters import (
     CHECKED,
     DTYPES,

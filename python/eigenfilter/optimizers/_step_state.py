@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class StepState:
@@ -70,15 +69,14 @@ class StepState:
         )
 
 
-def through_owner(
-    method: Callable[Concatenate[Any, _P], _R],
-) -> Callable[Concatenate[Any, _P], _R]:
+def through_owner(method: _Method) -> _Method:
     """Make a wrapper that inherits `method` call it on the optimizer that it wraps."""
 
-    def call(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(owner_of(self), *args, **kwargs)
 
-    return cast(Callable[Concatenate[Any, _P], _R], functools.wraps(method)(call))
+    return cast(_Method, call)
 
 
 def owner_of(optimizer: Any) -> Any:

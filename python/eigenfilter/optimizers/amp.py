@@ -11,7 +11,9 @@ from torch import Tensor
 from eigenfilter import _distributed
 
 if TYPE_CHECKING:
-    from eigenfilter.optimizers.buckets import Gradients, ParamBuckets
+    from eigenfilter.optimizers._layout import ParamBuckets
+    from eigenfilter.optimizers._step_state import StepState
+    from eigenfilter.optimizers.buckets import Gradients
 
 
 class AmpState:
@@ -40,14 +42,11 @@ class AmpState:
         self._flags.clear()
 
     def adopt_scale(
-        self,
-        scaler: torch.amp.GradScaler | None,
-        devices: Iterable[torch.device],
-        has_ascended: bool,
+        self, scaler: torch.amp.GradScaler | None, devices: Iterable[torch.device], step: StepState
     ) -> None:
         """Read an ascent's scale from its scaler, without a synchronization."""
         scaled = scaler is not None and scaler.is_enabled()
-        self._require_agreement(scaled, has_ascended)
+        self._require_agreement(scaled, step)
         self._scaled = scaled
         self._scales.clear()
         if scaler is not None and scaled:
@@ -56,24 +55,16 @@ class AmpState:
                 self._scales[device] = scaler.scale(one).detach()
 
     def adopt_scaler_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        buckets: ParamBuckets,
-        has_ascended: bool,
-        is_unscaled: bool,
+        self, optimizer: torch.optim.Optimizer, buckets: ParamBuckets, step: StepState
     ) -> None:
         """Read the descent's scale and flag, which `scaler.step` sets on the optimizer.
 
-        Args:
-            optimizer: the optimizer that has them as attributes.
-            buckets: its buckets. If they are shards, each rank's scaler has checked its own only.
-            has_ascended: whether the step has taken ascents.
-            is_unscaled: whether the gradients have been unscaled already.
+        If the buckets are shards, each rank's scaler has checked its own only.
         """
-        self._require_agreement("found_inf" in vars(optimizer), has_ascended)
+        self._require_agreement("found_inf" in vars(optimizer), step)
         self._scales.clear()
         scale = vars(optimizer).get("grad_scale")
-        if scale is not None and is_unscaled:
+        if scale is not None and step.is_unscaled:
             raise RuntimeError(
                 "clip_grad_norm_ has unscaled the gradients for one optimizer, and the scaler "
                 "steps with a wrapper of it: call scaler.unscale_(wrapper) instead, and clip with "
@@ -88,8 +79,8 @@ class AmpState:
         if isinstance(flag, Tensor) and buckets.are_shards:
             self._share_flags()
 
-    def _require_agreement(self, scaled: bool, has_ascended: bool) -> None:
-        if has_ascended and scaled != self.is_scaled:
+    def _require_agreement(self, scaled: bool, step: StepState) -> None:
+        if step.ascents_taken > 0 and scaled != self.is_scaled:
             raise RuntimeError(
                 "the ascents and the step must agree on the scaler: pass grad_scaler= to every "
                 "ascend() and end the step with grad_scaler.step(opt), or use none"

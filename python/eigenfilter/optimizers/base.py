@@ -13,9 +13,9 @@ from torch._compile import _disable_dynamo  # does not import the compiler, as t
 from eigenfilter import _perturbation
 from eigenfilter.optimizers import _shards, amp
 from eigenfilter.optimizers._groups import GroupedOptimizer
+from eigenfilter.optimizers._layout import retried
 from eigenfilter.optimizers._step_state import owner_of, through_owner
-from eigenfilter.optimizers.buckets import Gradients, conform_if_needed, retried
-from eigenfilter.optimizers.in_backward import refuse_scaler
+from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
 
 
 class EigenfilterOptimizer(GroupedOptimizer):
@@ -36,8 +36,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         options: see `Options`.
     """
 
-    # A GradScaler then sets grad_scale and found_inf on the optimizer, and leaves the gradients
-    # scaled.
+    # A GradScaler leaves the gradients scaled, and sets grad_scale and found_inf on the optimizer.
     _step_supports_amp_scaling = True
 
     @property
@@ -50,8 +49,6 @@ class EigenfilterOptimizer(GroupedOptimizer):
         """
         taken = self._step_state.ascents_taken
         return self.phase == "ascent" and self.perturbation.needs_graph(taken)
-
-    # Stepping.
 
     @through_owner
     @contextmanager
@@ -99,7 +96,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if self.phase == "descent":
             return False
         if self.release_gradients:
-            refuse_scaler(grad_scaler)
+            self._release.refuse_scaler(grad_scaler)
         amp.refuse_unscaled(self, grad_scaler)
         self._check_groups()
         return self._ascend(grad_scaler)
@@ -174,8 +171,6 @@ class EigenfilterOptimizer(GroupedOptimizer):
             self._used.mark(self._params())
         self._restore()
 
-    # Evaluations.
-
     def _evaluate(self, closure: Callable[[], Any]) -> Any:
         self._step_state.evaluating = True
         try:
@@ -183,8 +178,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 loss = closure()
         finally:
             self._step_state.evaluating = False
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            loss = loss.detach()
+        loss = loss.detach() if isinstance(loss, Tensor) and loss.requires_grad else loss
         self.perturbation.record_loss(loss)
         return loss
 
@@ -215,9 +209,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
             if not step.has_closure:
                 self._used.refuse()
             self._amp.begin()
-        if buckets.are_flat:
-            _shards.refuse_local_scaler(grad_scaler)
-        self._amp.adopt_scale(grad_scaler, buckets.devices, step.ascents_taken > 0)
+        _shards.refuse_local_scaler(grad_scaler, buckets.are_flat)
+        self._amp.adopt_scale(grad_scaler, buckets.devices, step)
         if not gradients and not joins_others and step.ascents_taken == 0:
             step.skips_ascents = True  # no parameter in a group with a radius has a gradient
             return False
@@ -269,7 +262,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     @retried
     @torch.no_grad()
     def _descend(self) -> None:
-        step, buckets = self._step_state, self._buckets
+        step, buckets, release = self._step_state, self._buckets, self._release
         buckets.snapshot_state()  # state that released gradients have created
         gradients = buckets.with_gradients(self)
         if self.phase == "ascent" and gradients:
@@ -278,22 +271,20 @@ class EigenfilterOptimizer(GroupedOptimizer):
             self._refuse_ascent()
             step.refuse_missing_ascents(self._ascents_wanted())
         if self.release_gradients:
-            self._release.check_descent(self, bool(gradients))
-        if not gradients and not self._release.updated_ids and not self._other_ranks_wait():
+            release.check_descent(self, bool(gradients))
+        if not gradients and not release.updated_ids and not self._other_ranks_wait():
             self._restore()  # a skipped batch: do nothing, as torch
             return
         if step.ascents_taken == 0:
             self._amp.begin()
-        if buckets.are_flat:
-            _shards.refuse_scaled_descent(self)
-        has_ascended = step.ascents_taken > 0
-        self._amp.adopt_scaler_state(self, buckets, has_ascended, step.is_unscaled)
+        _shards.refuse_scaled_descent(self, buckets.are_flat)
+        self._amp.adopt_scaler_state(self, buckets, step)
         self._update.begin()
         self._apply(gradients)
         buckets.mark_written([bucket for bucket, _ in gradients])
         self._amp.count_skipped()
         self._used.mark([p for b, _ in gradients for p in (b.params[0], b.params[-1])])
-        buckets.restore(gradients, self._release.updated_ids)
+        buckets.restore(gradients, release.updated_ids)
         self._end()
 
     def _apply(self, gradients: Gradients) -> None:

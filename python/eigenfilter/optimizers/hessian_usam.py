@@ -14,7 +14,13 @@ from eigenfilter import _callers, _core, _distributed
 from eigenfilter.optimizers._norms import total_norms
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.base import EigenfilterOptimizer
-from eigenfilter.optimizers.buckets import BucketSlice, Gradients, ParamBucket, conform_if_needed
+from eigenfilter.optimizers.buckets import (
+    BucketSlice,
+    Gradients,
+    ParamBucket,
+    conform_if_needed,
+    gradients_by_id,
+)
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
 from eigenfilter.optimizers.registry import register
@@ -99,11 +105,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
         """Gradients at the second point for the buckets of the first; a missing one counts as 0."""
         if list(self._first_gradients) == [bucket for bucket, _ in gradients]:
             return gradients
-        by_id = {
-            id(p): g
-            for bucket, grads in gradients
-            for p, g in zip(bucket.params, grads, strict=True)
-        }
+        by_id: dict[int, Tensor] = gradients_by_id(gradients)
         padded = [
             (bucket, bucket.with_zeros([by_id.pop(id(p), None) for p in bucket.params], first))
             for bucket, first in self._first_gradients.items()
@@ -340,7 +342,8 @@ class HessianUSAM(EigenfilterOptimizer):
     double backward does not (fused attention, FSDP2, compiled models). `hvp="autograd"` takes two
     gradients and one product; the closure calls `loss.backward(create_graph=opt.needs_graph)`.
 
-    Memory: one backup of the parameters, and one gradient more with "finite_difference".
+    Memory: one backup of the parameters, and one gradient more with "finite_difference". The errors
+    are those of `SGD`.
 
     Args:
         params, lr, momentum, dampening, nesterov: those of `SGD`.
@@ -352,10 +355,6 @@ class HessianUSAM(EigenfilterOptimizer):
             square root of the parameters' machine precision. Gradients that are less exact, as
             under bfloat16 autocast, need about 0.01; docs/optimizers.md has the errors measured.
         options: the keyword arguments of `Options`.
-
-    Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype.
-        ValueError: a hyperparameter is out of its range.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))

@@ -160,25 +160,28 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
         TypeError: one is neither a number nor a float32 or float64 tensor.
         ValueError: one is out of its range, or a tensor of more than one element.
     """
-    for name in _NOT_NEGATIVE:
-        if name in group:
-            value = _number(name, group[name])
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0 and finite, and is {value}")
-    if "dampening" in group:
-        value = _number("dampening", group["dampening"])
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"dampening must be finite, and is {value}")
     if "betas" in group:
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise TypeError(f"betas must be a pair of numbers, and is {betas!r}")
-        for beta in betas:
-            value = _number("betas", beta)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"betas must be at least 0 and below 1, and one is {value}")
+    for name, given in _scalars(group):
+        value = _number(name, given)
+        if value is None:
+            continue
+        if name in _NOT_NEGATIVE and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, and is {value}")
+        if name == "dampening" and not math.isfinite(value):
+            raise ValueError(f"dampening must be finite, and is {value}")
+        if name == "betas" and not 0 <= value < 1:
+            raise ValueError(f"betas must be at least 0 and below 1, and one is {value}")
     if group.get("nesterov") and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs momentum > 0 and dampening 0")
+
+
+def _scalars(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The names and the values of a group's hyperparameters that are numbers."""
+    named = [(name, group[name]) for name in (*_NOT_NEGATIVE, "dampening") if name in group]
+    return named + [("betas", beta) for beta in group.get("betas", ())]
 
 
 def _number(name: str, value: Any) -> float | None:
@@ -207,9 +210,7 @@ def check_scalars(group: dict[str, Any], device: torch.device) -> None:
 
     The kernels check this too. Checking before the first of several calls keeps a step atomic.
     """
-    named = [(name, group.get(name)) for name in (*_NOT_NEGATIVE, "dampening")]
-    named += [("betas", beta) for beta in group.get("betas", ())]
-    for name, value in named:
+    for name, value in _scalars(group):
         if not isinstance(value, Tensor):
             continue
         if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):

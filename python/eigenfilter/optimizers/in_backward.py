@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eigenfilter import _callers, _distributed
-from eigenfilter.optimizers.buckets import ParamBuckets, retried
+from eigenfilter.optimizers._layout import ParamBuckets, retried
 from eigenfilter.optimizers.updates import Update
 
 
@@ -67,6 +67,11 @@ class GradientRelease:
             for hook in hooks:
                 hook.remove()
 
+    def refuse_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Raise RuntimeError for a scaler, which needs all gradients before the first update."""
+        if scaler is not None and scaler.is_enabled():
+            raise RuntimeError(_UNSCALED)
+
     def check_descent(self, optimizer: torch.optim.Optimizer, has_gradients: bool) -> None:
         """Refuse a GradScaler's step; warn, once, that a step's gradients were not released."""
         if "found_inf" in vars(optimizer):
@@ -109,9 +114,3 @@ _UNSCALED = (
     "release_gradients=True applies each gradient before a GradScaler has looked at all of them: "
     "leave it False, or train in bfloat16 without a scaler"
 )
-
-
-def refuse_scaler(scaler: torch.amp.GradScaler | None) -> None:
-    """Raise RuntimeError for a scaler, which needs all gradients before the first update."""
-    if scaler is not None and scaler.is_enabled():
-        raise RuntimeError(_UNSCALED)

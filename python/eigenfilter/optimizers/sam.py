@@ -78,7 +78,7 @@ class SAM(EigenfilterOptimizer):
     SAM has no filter of its own, because d is not differentiable where grad f = 0. With a constant
     gradient norm G it is USAM with radius rho / G.
 
-    Memory: one backup of the parameters.
+    Memory: one backup of the parameters. The errors are those of `SGD`.
 
     Args:
         params, lr, momentum, dampening, nesterov: those of `SGD`.
@@ -87,10 +87,6 @@ class SAM(EigenfilterOptimizer):
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         adaptive: whether to take ASAM's ascent, which does not depend on the parameters' scales.
         options: the keyword arguments of `Options`.
-
-    Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype.
-        ValueError: a hyperparameter is out of its range.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))

@@ -67,7 +67,7 @@ class TwoStepUSAM(EigenfilterOptimizer):
     first order in wd otherwise. At wd = 0 the filter admits no negative eigenvalue, except exactly
     -1 / rho in the sequential form.
 
-    Memory: one backup of the parameters.
+    Memory: one backup of the parameters. The errors are those of `SGD`.
 
     Args:
         params, lr, momentum, dampening, nesterov: those of `SGD`.
@@ -77,10 +77,6 @@ class TwoStepUSAM(EigenfilterOptimizer):
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         ascent: where the second ascent starts: at y ("sequential") or at x ("anchored").
         options: the keyword arguments of `Options`.
-
-    Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype.
-        ValueError: a hyperparameter is out of its range.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))

@@ -30,10 +30,8 @@ def rounding_seed(bucket: ParamBucket) -> Tensor | None:
         return None
     seed = group.get(SEED)
     if seed is None:
-        start = (
-            (bucket.number * 1024 + _distributed.shard_number(bucket.params[0])) * SPREAD % SEEDS
-        )
-        seed = torch.tensor(float(start), dtype=torch.float32)
+        start = bucket.number * 1024 + _distributed.shard_number(bucket.params[0])
+        seed = torch.tensor(float(start * SPREAD % SEEDS), dtype=torch.float32)
     group[SEED] = seed = seed.to(bucket.device)
     return cast(Tensor, seed.add_(1).remainder_(SEEDS))
 
@@ -177,8 +175,7 @@ class AdamWUpdate(Update):
     def _start(self, params: Sequence[Tensor], bucket: ParamBucket) -> None:
         """Create the step counts of parameters that have none."""
         if params:
-            for p, count in zip(
-                params, self._counts.start(len(params), bucket.device), strict=True
-            ):
+            counts = self._counts.start(len(params), bucket.device)
+            for p, count in zip(params, counts, strict=True):
                 bucket.store.state[p][STEP] = count
             bucket.store.mark_changed()

@@ -47,7 +47,7 @@ class USAM(EigenfilterOptimizer):
 
     One kernel saves and perturbs x, another restores it bit for bit and applies the update.
 
-    Memory: one backup of the parameters.
+    Memory: one backup of the parameters. The errors are those of `SGD`.
 
     Args:
         params, lr, momentum, dampening, nesterov: those of `SGD`.
@@ -55,10 +55,6 @@ class USAM(EigenfilterOptimizer):
         rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         options: the keyword arguments of `Options`.
-
-    Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype.
-        ValueError: a hyperparameter is out of its range.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))

@@ -225,7 +225,7 @@ class SharpnessAware(EigenfilterOptimizer):
         if self.skip_nonfinite:
             self._amp.check_finite(conform_if_needed(gradients), self._buckets.devices)
         self._buckets.restore()
-        self._buckets.has_written = True
+        self._buckets.store.has_written = True
         self._end()  # x is restored, whatever the base does
         if not gradients:
             return
