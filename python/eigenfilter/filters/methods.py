@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from eigenfilter.filters.stability import PolynomialFilter, check_field
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from eigenfilter.filters.stability import PolynomialFilter, check_field, radius_of
 
 
 def common(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,18 +109,47 @@ def register(cls: _Filter) -> _Filter:
 @register
 @dataclass(frozen=True)
 class HeavyBall(PolynomialFilter):
-    """Gradient descent and heavy ball: d(x) = grad f(x), p(lambda) = lambda.
+    """Gradient descent and heavy ball, also with extrapolated momentum: p(lambda) = lambda.
 
-    Admits the single interval -wd <= lambda <= 2 (1 + momentum) / (lr (1 - dampening)) - wd, with
-    the dampening only where momentum > 0. Exact for every weight decay wd. Arguments and errors
-    are those of `PolynomialFilter`. Source: arXiv 2510.09034.
+    Without extrapolation it admits the single interval -wd <= lambda <= 2 (1 + momentum) / (lr (1 -
+    dampening)) - wd, with the dampening only where momentum > 0. With extrapolation e the gradient
+    is taken at y = x - e m, m being the momentum buffer. The determinant of an eigenvalue's block
+    is momentum - e q, where q = (1 - dampening) (lambda + wd), so that Jury's conditions are
+
+        0 <= q,    (lr + 2 e) q <= 2 (1 + momentum),    -1 <= momentum - e q <= 1
+
+    For e > 0 the second decides, and one gradient a step puts the edge anywhere below heavy ball's.
+    e = lr momentum has Nesterov's edge. For e < 0, which looks back along m, the edge may be (1 -
+    momentum) / -e, which complex multipliers cross. Exact for every weight decay wd.
+
+    Args:
+        extrapolation: distance e that the gradient's point lies ahead, in units of the buffer. If
+            it is not 0, momentum > 0. The others are those of `PolynomialFilter`.
+
+    Raises:
+        ValueError: a value is outside its range.
+
+    Source: arXiv 2510.09034; the extrapolated form: M. Becker et al., 2024, arXiv 2401.12033, is
+    this with m normalized; the edge is ours.
 
     >>> HeavyBall(lr=0.1, momentum=0.5).max_eigenvalue()
     30.0
+    >>> round(HeavyBall(lr=0.1, momentum=0.5, extrapolation=0.1).max_eigenvalue(), 9)
+    10.0
     """
 
     method = "sgd"
     title = "SGD"
+
+    extrapolation: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "extrapolation", -math.inf, math.inf)
+        if self.extrapolation != 0.0 and (self.momentum == 0.0 or self.nesterov):
+            raise ValueError(
+                "extrapolation follows the buffer of heavy ball: set momentum > 0, and no nesterov"
+            )
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
@@ -126,6 +158,34 @@ class HeavyBall(PolynomialFilter):
     @property
     def ascending_coefficients(self) -> tuple[float, ...]:
         return (0.0, 1.0)
+
+    @property
+    def _gain(self) -> float:
+        return super()._gain if self.extrapolation == 0.0 else 1.0 - self.dampening
+
+    @property
+    def _edge(self) -> float:
+        e, beta = self.extrapolation, self.momentum
+        if e == 0.0:
+            return super()._edge
+        reach = self.lr + 2.0 * e
+        real = 2.0 * (1.0 + beta) / reach if reach > 0.0 else math.inf
+        return min(real, (1.0 - beta) / -e) if e < 0.0 else real
+
+    def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
+        """See `PolynomialFilter.spectral_radius`; with extrapolation e the block acts on (x, s m)."""
+        e, beta = self.extrapolation, self.momentum
+        if e == 0.0:
+            return super().spectral_radius(lam)
+        with np.errstate(over="ignore", invalid="ignore"):
+            q = (1.0 - self.dampening) * (self.p(lam) + self.weight_decay)
+        scale = max(self.lr, abs(e))
+        block = np.empty((*q.shape, 2, 2))
+        block[..., 1, 0] = scale * q  # m <- beta m + q y, for y = x - e m
+        block[..., 1, 1] = beta - e * q
+        block[..., 0, 0] = 1.0 - self.lr * q  # x <- x - lr m, with the new m
+        block[..., 0, 1] = -self.lr / scale * (beta - e * q)
+        return radius_of(block)
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,6 @@ class PolynomialFilter(Filter):
         """
         with np.errstate(over="ignore", invalid="ignore"):
             step = self.lr * (self.p(lam) + self.weight_decay)  # lr d, for x = 1
-        if not np.isfinite(step).all():
-            raise ValueError("spectral_radius needs finite eigenvalues, and no overflowing step")
         beta = self.momentum
         gain = step * (1.0 - self.dampening) if beta > 0.0 else step  # the addition to lr m
         block = np.empty((*step.shape, 2, 2))
@@ -224,7 +222,18 @@ class PolynomialFilter(Filter):
         else:  # x <- x - lr m, with the new m
             block[..., 0, 0] = 1.0 - gain
             block[..., 0, 1] = -beta
-        return np.asarray(np.abs(np.linalg.eigvals(block)).max(axis=-1), np.float64)
+        return radius_of(block)
+
+
+def radius_of(block: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spectral radii of matrices [..., s, s].
+
+    Raises:
+        ValueError: an entry is not finite.
+    """
+    if not np.isfinite(block).all():
+        raise ValueError("spectral_radius needs finite eigenvalues, and no overflowing step")
+    return np.asarray(np.abs(np.linalg.eigvals(block)).max(axis=-1), np.float64)
 
 
 def preimage(coefficients: Sequence[float], low: float, high: float) -> list[Interval]:
