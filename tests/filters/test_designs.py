@@ -69,6 +69,26 @@ def test_sgd() -> None:
     assert flt.max_eigenvalue() == pytest.approx(25)
 
 
+@given(
+    target=st.floats(-3, 5).map(lambda e: 10.0**e),
+    momentum=st.floats(0.05, 0.99),
+    dampening=st.floats(0.0, 0.9),
+    decay=st.floats(0.0, 0.5),
+    share=st.floats(0.01, 0.99),
+)
+def test_the_extrapolation_of_sgd(
+    target: float, momentum: float, dampening: float, decay: float, share: float
+) -> None:
+    rest = {"momentum": momentum, "dampening": dampening, "weight_decay": decay * target}
+    highest = design("sgd", target, **rest)
+    e = design("sgd", target, lr=share * highest, **rest)
+    assert e > 0
+    flt = filters.HeavyBall(share * highest, **rest, extrapolation=e)
+    assert flt.max_eigenvalue() == pytest.approx(target, rel=1e-9)
+    with pytest.raises(ValueError, match=r"take lr <= .* and an extrapolation to it"):
+        design("sgd", target, lr=1.01 * highest, **rest)
+
+
 @pytest.mark.parametrize(
     ("method", "edge", "options", "match"),
     [
@@ -76,7 +96,9 @@ def test_sgd() -> None:
         ("usam", -1.0, {"lr": 0.1}, "max_eigenvalue"),
         ("usam", 1.0, {}, "one of the two"),
         ("usam", 1.0, {"lr": 0.1, "rho": 0.1}, "one of the two"),
-        ("sgd", 1.0, {"lr": 0.1}, "no rho"),
+        ("sgd", 1.0, {"rho": 0.1}, "no rho"),
+        ("sgd", 1.0, {"lr": 0.1}, "set momentum > 0"),
+        ("sgd", 1.0, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, "no nesterov"),
         ("usam", 1.0, {"lr": 0.0}, "lr must be positive"),
         ("usam", 1.0, {"rho": -1.0}, "rho"),
         ("usam", 1.0, {"lr": 0.1, "momentum": 1.0}, "momentum"),

@@ -22,6 +22,10 @@ FILTERS = [
     HeavyBall(0.3, 0.9, weight_decay=0.05),
     HeavyBall(0.1, 0.6, 0.3, 0.2),
     HeavyBall(0.1, 0.6, 0.3, 0.2, maximize=True),
+    HeavyBall(0.1, 0.9, extrapolation=0.05),
+    HeavyBall(0.1, 0.6, 0.3, 0.2, extrapolation=1.0, maximize=True),
+    HeavyBall(0.1, 0.2, 0.2, 0.1, extrapolation=-0.03),
+    HeavyBall(0.1, 0.1, extrapolation=-0.2),
     Nesterov(0.05, 0.9),
     Nesterov(0.4, 0.5, weight_decay=0.1, maximize=True),
     USAM(0.2, rho=0.05),
@@ -54,8 +58,10 @@ def heavy_balls(draw: st.DrawFn) -> Filter:
     decay = draw(st.floats(0.0, 3.0)) / lr
     if draw(st.booleans()):
         return Nesterov(lr, draw(st.floats(0.01, 0.99)), 0.0, decay, maximize=draw(st.booleans()))
-    dampening = draw(st.floats(0.0, 0.95))
-    return HeavyBall(lr, draw(MOMENTUM), dampening, decay, maximize=draw(st.booleans()))
+    momentum, dampening, e = draw(MOMENTUM), draw(st.floats(0.0, 0.95)), 0.0
+    if momentum > 0.0 and draw(st.booleans()):
+        e = lr * draw(powers(-3, 2)) * draw(st.sampled_from([1.0, -1.0]))
+    return HeavyBall(lr, momentum, dampening, decay, e, maximize=draw(st.booleans()))
 
 
 @st.composite
@@ -155,10 +161,11 @@ def steps_of(flt: Filter, lam: np.ndarray) -> Generator[State, np.ndarray | floa
             return (y if flt.ascent == "sequential" else x) + rho * gradient(y)
         return y
 
-    x = np.ones_like(lam)
+    x, ahead = np.ones_like(lam), getattr(flt, "extrapolation", 0.0)
     m: np.ndarray | None = None
     while True:
-        d = gradient(perturb(x)) + flt.weight_decay * x
+        y = x if m is None else x - ahead * m
+        d = gradient(perturb(y)) + flt.weight_decay * y
         first = m is None or flt.momentum == 0.0
         m = d if first else flt.momentum * m + (1.0 - flt.dampening) * d
         x = x - flt.lr * (d + flt.momentum * m if flt.nesterov else m)
@@ -235,6 +242,19 @@ def test_known_values() -> None:
     assert above == pytest.approx((0.0, 7.3205080757))
 
 
+def test_known_edges_of_extrapolated_momentum() -> None:
+    assert HeavyBall(0.05, 0.9, extrapolation=0.165).max_eigenvalue() == pytest.approx(10.0)
+    assert HeavyBall(0.05, 0.9, extrapolation=0.0575).max_eigenvalue() == pytest.approx(23.03, 1e-3)
+    behind = HeavyBall(0.05, 0.9, extrapolation=-0.01)
+    assert behind.max_eigenvalue() == pytest.approx(10.0)
+    multipliers = np.linalg.eigvals([[1 - 0.05 * 10, -0.05 * (0.9 + 0.1)], [10, 0.9 + 0.1]])
+    assert np.abs(multipliers.imag).min() > 0.1  # a pair leaves the unit circle
+    beta, lr = 0.7, 0.3
+    assert HeavyBall(lr, beta, extrapolation=lr * beta).intervals() == [
+        pytest.approx(interval) for interval in Nesterov(lr, beta).intervals()
+    ]
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_usam_without_rho_is_heavy_ball(nesterov: bool) -> None:
     plain = Nesterov if nesterov else HeavyBall
@@ -294,6 +314,9 @@ def test_shapes_and_nan() -> None:
         (lambda: Nesterov(0.1, 0.0), "momentum > 0 and dampening = 0"),
         (lambda: Nesterov(0.1, 0.9, 0.1), "or use heavy ball"),
         (lambda: USAM(0.1, rho=0.1, nesterov=True), "momentum > 0"),
+        (lambda: HeavyBall(0.1, extrapolation=0.1), "set momentum > 0, and no nesterov"),
+        (lambda: Nesterov(0.1, 0.9, extrapolation=0.1), "set momentum > 0, and no nesterov"),
+        (lambda: HeavyBall(0.1, 0.9, extrapolation=math.nan), "extrapolation must lie in"),
     ],
 )
 def test_values_out_of_range(make, match: str) -> None:

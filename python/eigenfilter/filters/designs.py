@@ -1,4 +1,4 @@
-"""Design: the rho or the lr that puts the edge at a given eigenvalue."""
+"""Design: the rho, the extrapolation or the lr that puts the edge at a given eigenvalue."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ def design(
     """Return the rho or the lr with which the filter of a method ends at a given eigenvalue.
 
     Given lr, rho solves lr (1 - dampening) (p_rho(max_eigenvalue) + wd) = the edge of the momentum
-    (see `PolynomialFilter`); given rho, the same equation is solved for lr.
+    (see `PolynomialFilter`); given rho, the same equation is solved for lr. For "sgd" the result is
+    the lr; or, given lr, the extrapolation e of `HeavyBall`, with which one gradient a step is
+    enough: (lr + 2 e) (1 - dampening) (max_eigenvalue + wd) = 2 (1 + momentum).
 
     Args:
-        method: "sgd" (for lr only), "usam", "sam", "two_step_usam" or "hessian_usam".
+        method: "sgd", "usam", "sam", "two_step_usam" or "hessian_usam".
         max_eigenvalue: upper edge of the admitted set, greater than 0.
-        lr: learning rate, greater than 0, to get rho; or None.
+        lr: learning rate, greater than 0, to get rho or the extrapolation; or None.
         rho: radius of the ascent, at least 0, to get lr; or None.
         momentum, dampening, weight_decay, nesterov: arguments of the filter.
         ascent: form of "two_step_usam": "sequential", the default, or "anchored".
@@ -38,14 +40,16 @@ def design(
 
     Raises:
         ValueError: a value is out of its range, not exactly one of lr and rho is given, or lr alone
-            puts the edge below max_eigenvalue, so that no rho >= 0 exists. The message then names
-            the largest lr.
+            puts the edge below max_eigenvalue, so that no rho or extrapolation of at least 0
+            exists. The message then names the largest lr.
 
     >>> from eigenfilter.filters import USAM
     >>> rho = design("usam", 8.0, lr=0.1, momentum=0.5)
     >>> round(USAM(0.1, 0.5, rho=rho).max_eigenvalue(), 9)
     8.0
     >>> design("sgd", 30.0, momentum=0.5)
+    0.1
+    >>> design("sgd", 10.0, lr=0.1, momentum=0.5)
     0.1
     """
     if method not in METHODS:
@@ -69,9 +73,12 @@ def design(
         return theory(*rest, rho=rho, nesterov=nesterov, **options)
 
     if not theory.takes("rho"):
-        if lr is not None or rho is not None:
-            raise ValueError(f"{method} has no rho: give neither lr nor rho to get the lr")
-        rho = 0.0
+        if rho is not None:
+            raise ValueError(
+                f"{method} has no rho: leave it out to get the lr, or give lr to get the "
+                "extrapolation"
+            )
+        rho = 0.0 if lr is None else None
     if (lr is None) == (rho is None):
         raise ValueError("give lr to get rho, or rho to get lr: one of the two")
     straight = build(1.0, 0.0)
@@ -91,8 +98,15 @@ def design(
         highest = edge / (float(straight.p(max_eigenvalue)) + weight_decay)
         raise ValueError(
             f"lr = {lr:g} alone puts the edge below {max_eigenvalue:g}: take lr <= {highest}, "
-            "and a rho to it"
+            f"and {'a rho' if theory.takes('rho') else 'an extrapolation'} to it"
         )
+    if not theory.takes("rho"):
+        if momentum == 0.0 or nesterov:
+            raise ValueError(
+                "extrapolation follows the buffer of heavy ball: set momentum > 0, and no nesterov"
+            )
+        slope = (1.0 - dampening) * (max_eigenvalue + weight_decay)
+        return max((1.0 + momentum) / slope - 0.5 * lr, 0.0)
     unit = build(1.0, 1.0)
     assert isinstance(unit, AscentFilter)
     a, b, power = unit.terms

@@ -153,7 +153,9 @@ class HeavyBall(PolynomialFilter):
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
-        return (Nesterov if group["nesterov"] else HeavyBall)(**common(group))
+        if group["nesterov"]:
+            return Nesterov(**common(group))
+        return HeavyBall(**common(group), extrapolation=group.get("extrapolation", 0.0))
 
     @property
     def ascending_coefficients(self) -> tuple[float, ...]:
@@ -173,7 +175,7 @@ class HeavyBall(PolynomialFilter):
         return min(real, (1.0 - beta) / -e) if e < 0.0 else real
 
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
-        """See `PolynomialFilter.spectral_radius`; with extrapolation e the block acts on (x, s m)."""
+        """See `PolynomialFilter`; with extrapolation the block acts on (x, a multiple of m)."""
         e, beta = self.extrapolation, self.momentum
         if e == 0.0:
             return super().spectral_radius(lam)
