@@ -82,7 +82,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._replay = Replay()
         self._parent = ParentOptimizer(self)
         self._buckets = ParamBuckets(self._update, self._amp, self.backend)
-        self._release = GradientRelease(self._buckets, self._update)
+        self._release = GradientRelease(self._buckets, self._update, self._amp)
 
     @property
     def perturbed(self) -> bool:

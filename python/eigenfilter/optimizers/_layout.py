@@ -45,12 +45,7 @@ class ParamBuckets:
         store: the backups, and the buffers of the state.
     """
 
-    def __init__(
-        self,
-        update: Update,
-        amp: AmpState,
-        backend: str | None,
-    ) -> None:
+    def __init__(self, update: Update, amp: AmpState, backend: str | None) -> None:
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._update = update
         self._amp = amp

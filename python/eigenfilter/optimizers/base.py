@@ -65,8 +65,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             with self.perturbation.evaluation_context(index, params):
                 yield
         elif self.release_gradients:
-            self._buckets.refresh(self)
-            with self._release.during_backward(self._params()):
+            with self._release.during_backward(self):
                 yield
         else:
             yield
