@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec
 
@@ -97,8 +97,6 @@ class Operation(Generic[_P]):
         self.annotations = {name: self._parameters[name].annotation for name in self.arguments}
         self._refuse_mistakes()
         self.takes_lists = self.annotations[self.arguments[0]] != "Tensor"
-        place = self.arguments.index
-        self._writes = [(place(n), None if f is None else place(f)) for n, f in writes.items()]
         self._implementations: dict[str, Callable[..., None]] = {}
 
     def _refuse_mistakes(self) -> None:
@@ -127,9 +125,9 @@ class Operation(Generic[_P]):
         body = [
             "_run = _choose({first}, backend)",
             "_run({arguments}, _threads())",
-            "_count_versions(({arguments},))",
+            f"_increment_version([{self._written()}])",
         ]
-        run_now = self._bound(body, choose=self._choose, count_versions=self._count_versions)
+        run_now = self._bound(body, choose=self._choose, increment_version=increment_version)
         run_compiled = self._register(run_now)
 
         @functools.wraps(self.reference)
@@ -174,18 +172,15 @@ class Operation(Generic[_P]):
         with torch.no_grad():
             self.reference(**vars(call))
 
-    def _count_versions(self, values: Sequence[Any]) -> None:
-        """Let autograd know what a call has written."""
-        written: list[Tensor] = []
-        for place, flag in self._writes:
-            value = values[place]
-            if value is None or (flag is not None and not values[flag]):
-                continue
-            if isinstance(value, Tensor):
-                written.append(value)
-            else:
-                written += value
-        increment_version(written)
+    def _written(self) -> str:
+        """The source of the elements of a list: the tensors that a call has written."""
+        elements = []
+        for name, flag in self.writes.items():
+            each = (
+                f"({name} or ())" if self.annotations[name].startswith("Sequence") else f"[{name}]"
+            )
+            elements.append(f"*{each}" if flag is None else f"*({each} if {flag} else ())")
+        return ", ".join(elements)
 
     def _bound(self, body: list[str], **functions: Callable[..., Any]) -> Callable[..., None]:
         """Return a function with the declared parameters.
