@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eigenfilter import _callers, _distributed
-from eigenfilter.optimizers._layout import ParamBuckets, retried
+from eigenfilter.optimizers._layout import ParamBuckets, retry_on_layout_change
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.updates import Update
 
@@ -104,7 +104,7 @@ class GradientRelease:
             self.updated_ids.add(id(p))
             p.grad = None
 
-    @retried
+    @retry_on_layout_change
     @torch.no_grad()
     def _apply(self, p: Tensor) -> None:
         """Update one parameter within the backward pass that has computed its gradient."""
