@@ -1,6 +1,7 @@
 // The operations as Python sees them: read the arguments, then run where the tensors are.
 #include <algorithm>
 #include <iterator>
+#include <string_view>
 
 #include "arguments.hpp"
 #include "param_lists.hpp"
@@ -65,20 +66,20 @@ py::object outcome(bool ran, const TensorArgs& args) {
     return table_of(args);
 }
 
-// The argument of some name among those of an update.
+// Where an argument stands among those of an update.
 template <class Scalars>
-py::handle argument(const char* name, const py::handle* given) {
-    const auto& all = Scalars::kArguments;
-    const auto* const place = std::find_if(
-        all, std::end(all), [=](const auto& a) { return std::strcmp(a.name, name) == 0; });
-    return given[place - all];
+constexpr std::size_t position_of(std::string_view name) {
+    std::size_t i = 0;
+    while (Scalars::kArguments[i].name != name) ++i;
+    return i;
 }
 
 void require_momenta(const SgdStepScalars<Scalar>& s, const py::handle* given) {
     using Scalars = SgdStepScalars<Scalar>;
-    if (!argument<Scalars>("momenta", given).is_none()) return;
-    const bool is_zero = s.momentum.value == 0 && !is_tensor(argument<Scalars>("momentum", given));
-    if (s.nesterov || !is_zero)
+    constexpr auto momenta = position_of<Scalars>("momenta");
+    constexpr auto momentum = position_of<Scalars>("momentum");
+    if (!given[momenta].is_none()) return;
+    if (s.nesterov || s.momentum.value != 0 || is_tensor(given[momentum]))
         throw py::value_error("momentum and nesterov need momenta: pass buffers, zeros at first");
 }
 
@@ -99,13 +100,14 @@ py::object update(const py::handle* given,
     }
     if constexpr (kListsWith<Scalars, kSaved> != 0) {
         saves = s.save;
-        if (saves && argument<Scalars>("backups", given).is_none())
+        if (saves && given[position_of<Scalars>("backups")].is_none())
             throw py::value_error(
                 "save=True needs backups: pass tensors like the parameters, or save=False");
     }
     const int threads = threads_of(given[count + 2]);
 
     std::vector<Role> roles;
+    roles.reserve(TensorArgs::kMaxRoles);
     for (std::size_t i = 0; i < count; ++i) {
         unsigned traits = arguments[i].traits;
         if (traits & kSaved) traits = saves ? kWritten : kOptional;
@@ -127,7 +129,7 @@ py::object update(const py::handle* given,
     s.grad_scale = scale_of(args, grad_scale, flag);
     if constexpr (kMayRound<Scalars>)  // none rounds to nearest; and wide dtypes are not rounded
         s.stochastic =
-            !argument<Scalars>("rounding_seed", given).is_none() && size_of(t.dtype) == 2;
+            !given[position_of<Scalars>("rounding_seed")].is_none() && size_of(t.dtype) == 2;
     if constexpr (std::is_same_v<Scalars, SgdStepScalars<Scalar>>) require_momenta(s, given);
 
     const bool ran = run(
@@ -135,7 +137,7 @@ py::object update(const py::handle* given,
         [&] { on_cpu(t, read(s, [](const Scalar& each) { return each.value; }), flag, threads); },
         [&](int device, void* stream) { on_cuda(t, s, flag, device, stream); });
     if (ran && saves) {
-        TensorList* const list = tensor_list(argument<Scalars>("backups", given));
+        TensorList* const list = tensor_list(given[position_of<Scalars>("backups")]);
         if (list != nullptr) list->filled = true;
     }
     return outcome(ran, args);
