@@ -1,7 +1,7 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
-#   make demo | test | test-all | test-emulated | test-interpreted | test-triton-launch | races |
-#        mutants | lint | bench | bench-host | bench-curvature | bench-page | reproduction | docs |
-#        docs-serve | gpu-gate | clean
+#   make demo | test | test-all | test-cpp | test-emulated | test-interpreted | test-triton-launch |
+#        races | mutants | lint | bench | bench-host | bench-curvature | bench-page | reproduction |
+#        docs | docs-serve | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -16,12 +16,13 @@ INSTALLED := .venv/.installed
 TEST_TOOLS := .venv/.test-tools
 DEV_TOOLS := .venv/.dev-tools
 CSRC := $(wildcard csrc/*/*.*)
+CPP_TESTS := $(wildcard tests/cpp/*.?pp)
 # An editable installation knows the modules that were there: their list is newer where one is new.
 MODULES := .venv/.modules
 list_modules = find python -name '*.py' | LC_ALL=C sort
 $(shell test ! -e $(MODULES) || $(list_modules) | cmp -s - $(MODULES) || $(list_modules) > $(MODULES))
 
-.PHONY: install demo test test-all emulated test-emulated test-interpreted test-triton-launch \
+.PHONY: install demo test test-all test-cpp emulated test-emulated test-interpreted test-triton-launch \
 	races mutants lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
 	docs-serve gpu-gate clean
 
@@ -66,6 +67,17 @@ test: $(TEST_TOOLS)
 test-all: test
 	$(BIN)/python $(PYTEST) -m slow
 
+# The C++ unit tests, once for each instruction set. They need doctest: apt-get install doctest-dev.
+CPP := build/cpp
+test-cpp: $(DEV_TOOLS)
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake -G Ninja -S . -B $(CPP) \
+		-DEIGENFILTER_CPP_TESTS=ON -DEIGENFILTER_CUDA=OFF \
+		-DEIGENFILTER_WERROR=$(EIGENFILTER_WERROR) \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		-Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/ninja -C $(CPP) cpp_tests
+	PATH=$(CURDIR)/$(BIN):$$PATH ctest --test-dir $(CPP) --output-on-failure
+
 # The CUDA kernels, run on the CPU by an emulator. SANITIZER=address and =thread take longer.
 SANITIZER ?= none
 EMULATED_TESTS ?= tests/kernels tests/optimizers
@@ -104,7 +116,7 @@ test-triton-launch: $(DEV_TOOLS) $(OTHER_TRITON)/.installed
 lint: $(DEV_TOOLS)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(CPP_TESTS)
 	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports

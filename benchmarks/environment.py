@@ -14,7 +14,8 @@ import torch
 
 import eigenfilter
 from eigenfilter import _core
-from eigenfilter.kernels import triton_blocks
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.kernels.triton import blocks as triton_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 """The root of the checkout."""
@@ -51,9 +52,16 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _triton_blocks(device: torch.device) -> str:
-    """Where the block sizes of the Triton kernels come from."""
+    """Return where the block sizes of the Triton kernels come from.
+
+    Raises:
+        UserError: the file of saved sizes is damaged or out of date.
+    """
     file = triton_blocks.file()
-    has_choices = triton_blocks.name_of(device) in triton_blocks.read(file)
+    try:
+        has_choices = triton_blocks.name_of(device) in triton_blocks.read(file)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return f"those of {file}" if has_choices else "the default"
 
 

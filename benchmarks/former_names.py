@@ -11,7 +11,8 @@ from typing import Any
 CURRENT_NAMES: Mapping[str, str] = {
     # Kernels, in the rows of `bench host` and, followed by a dtype or a number, of `bench`.
     "ascend": "perturb",
-    "ascend_again": "perturb_again",
+    "ascend_again": "perturb_unsaved",
+    "perturb_again": "perturb_unsaved",
     "ascend_hvp": "perturb_hvp",
     "descend": "sgd_step",
     "descend_adamw": "adamw_step",

@@ -31,7 +31,7 @@ NATIVE = (
     *("row_dots", "lanczos_step", "gram", "mix_rows", "add_sums"),
 )
 TRITON = (
-    *("perturb", "perturb_again", "perturb_hvp", "sgd_step", "adamw_step"),
+    *("perturb", "perturb_hvp", "sgd_step", "adamw_step"),
     *("sum_squares", "norm", "flag_nonfinite"),
     *("dots", "add_tiles", "subtract", "norms"),
     *("row_dots", "lanczos_step", "gram", "mix_rows", "add_sums"),

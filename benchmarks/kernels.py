@@ -60,8 +60,8 @@ def perturb(setting: Setting, dtype: torch.dtype) -> Comparison:
     )
 
 
-def perturb_again(setting: Setting, dtype: torch.dtype) -> Comparison:
-    """Perturb again: reads x, g; writes x."""
+def perturb_unsaved(setting: Setting, dtype: torch.dtype) -> Comparison:
+    """Perturb without saving: reads x, g; writes x."""
     p = problem(setting.device, dtype)
     grads = p.tensors(1)
 
@@ -69,8 +69,8 @@ def perturb_again(setting: Setting, dtype: torch.dtype) -> Comparison:
         x = p.tensors(0)
         return _contender(name, lambda: run(x, grads, alpha=ALPHA), x)
 
-    ours = functools.partial(kernels.perturb_again, backend=setting.backend)
-    theirs = contender("foreach", torch_sgd.perturb_again)
+    ours = functools.partial(kernels.perturb, backups=None, save=False, backend=setting.backend)
+    theirs = contender("foreach", torch_sgd.perturb_unsaved)
     return _comparison(p, contender("eigenfilter", ours), theirs, 3)
 
 
@@ -228,7 +228,7 @@ KERNELS = {
     build.__name__: build
     for build in (
         perturb,
-        perturb_again,
+        perturb_unsaved,
         perturb_hvp,
         sgd_step,
         adamw_step,

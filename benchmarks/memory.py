@@ -8,6 +8,7 @@ what it held before it made the parameters. A parameter takes 4 bytes, so 16 is 
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,23 +23,35 @@ import eigenfilter as ef
 from benchmarks import environment, report
 from benchmarks.environment import subprocess_environment
 from benchmarks.peers.common_sam import CommonSAM
+from eigenfilter import filters
+from eigenfilter.optimizers import registry
 
 SGD: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
 TENSORS = 8
 ELEMENTS = 1 << 26
 STEPS = 3
 
-OPTIMIZERS: dict[str, Callable[[list[Parameter]], Any]] = {
+Make = Callable[[list[Parameter]], Any]
+
+
+def _library() -> dict[str, Make]:
+    """The library's optimizers by class, and their variants by options too."""
+    makes: dict[str, Make] = {}
+    for name in (*filters.METHODS, *registry.VARIANTS):
+        method, options = registry.method_and_options(name)
+        cls: Any = registry.OPTIMIZERS[method]
+        rho = {"rho": 0.05} if method in registry.METHODS else {}
+        label = ", ".join([cls.__name__, *options])
+        makes[label] = functools.partial(cls, **SGD, **rho, **options)
+    return makes
+
+
+OPTIMIZERS: dict[str, Make] = {
     "torch SGD, fused": lambda p: torch.optim.SGD(p, **SGD, fused=True),
     "torch SGD, foreach": lambda p: torch.optim.SGD(p, **SGD, foreach=True),
-    "SGD": lambda p: ef.SGD(p, **SGD),
+    **_library(),
     "SGD, gradients released": lambda p: ef.SGD(p, **SGD, release_gradients=True),
-    "USAM": lambda p: ef.USAM(p, **SGD, rho=0.05),
     "USAM, gradients released": lambda p: ef.USAM(p, **SGD, rho=0.05, release_gradients=True),
-    "SAM": lambda p: ef.SAM(p, **SGD, rho=0.05),
-    "SAM, adaptive": lambda p: ef.SAM(p, **SGD, rho=0.05, adaptive=True),
-    "TwoStepUSAM": lambda p: ef.TwoStepUSAM(p, **SGD, rho=0.05),
-    "HessianUSAM": lambda p: ef.HessianUSAM(p, **SGD, rho=0.05),
     "common SAM recipe": lambda p: CommonSAM(p, "sam", 0.05, torch.optim.SGD, **SGD),
     "SharpnessAware(torch SGD, fused)": lambda p: ef.SharpnessAware(
         torch.optim.SGD(p, **SGD, fused=True), "sam"

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.nn import Parameter
 
-import eigenfilter
 from benchmarks.comparison import Setting
-from benchmarks.peers import pytorch_optimizer_sam, torch_adamw, torch_sgd
+from benchmarks.peers import common_sam, pytorch_optimizer_sam, torch_adamw, torch_sgd
 from benchmarks.peers.common_sam import CommonSAM
 from benchmarks.peers.foreach_sam import ForeachSAM
 from benchmarks.peers.pytorch_optimizer_sam import PytorchOptimizerSAM
-from eigenfilter.optimizers import EigenfilterOptimizer
+from eigenfilter import filters
+from eigenfilter.optimizers import EigenfilterOptimizer, registry
+from eigenfilter.optimizers.perturbation import Perturbation
 
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05
 
-SGD_OPTIONS = {"lr": LR, "momentum": MOMENTUM}
+SGD_OPTIONS: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM}
 
 OptimizerFactory = Callable[[list[Parameter]], Any]
 """Makes an optimizer from parameters; `Method.actions` says how it steps."""
@@ -31,17 +32,34 @@ class Method:
 
     Attributes:
         make: makes the library's optimizer from parameters and a backend.
-        ascents: how many gradients a step needs besides the last one.
-        accesses: how often a step has to read or write every element.
-        name: name of the method of ascent, as the peers take it; "" for none.
         base: the peers' module with the base optimizer: its settings and implementations.
+        name: name of the method of ascent, as the peers take it; "" for none.
+        perturbation: the ascents of the method.
     """
 
     make: Callable[[list[Parameter], str], EigenfilterOptimizer]
-    ascents: int
-    accesses: int
+    base: Any
     name: str = ""
-    base: Any = torch_sgd
+    perturbation: Perturbation = field(default_factory=Perturbation)
+
+    @property
+    def ascents(self) -> int:
+        """How many gradients a step needs besides the last one."""
+        return self.perturbation.count
+
+    @property
+    def accesses(self) -> int:
+        """How often a step has to read or write every element.
+
+        After an ascent, the descent reads the backup in place of x.
+        """
+        own: int = self.base.ACCESSES
+        return own + self.perturbation.accesses
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether a step takes a finite difference of gradients, which are nearly equal."""
+        return self.ascents > 1 and self.perturbation.replays(1) is True
 
     def contenders(self, setting: Setting) -> tuple[dict[str, OptimizerFactory], tuple[str, ...]]:
         """The contenders, the library first, and one line for each that is absent."""
@@ -54,8 +72,9 @@ class Method:
             factories["torch foreach"] = lambda p: base.foreach(p, LR)
             return factories, ()
         around = {"method": name, "rho": RHO, "base": base.CLASS, **base.settings(LR)}
-        factories["common SAM"] = lambda p: CommonSAM(p, **around)
-        factories["foreach SAM"] = lambda p: ForeachSAM(p, name, RHO, base.fused(p, LR))
+        if name in common_sam.METHODS:
+            factories["common SAM"] = lambda p: CommonSAM(p, **around)
+            factories["foreach SAM"] = lambda p: ForeachSAM(p, name, RHO, base.fused(p, LR))
         if name not in pytorch_optimizer_sam.METHODS:
             return factories, ()
         if not pytorch_optimizer_sam.is_installed():
@@ -69,26 +88,40 @@ class Method:
         return [*[opt.ascend] * self.ascents, last] if self.name else [last]
 
 
-def _sgd_with(cls: Callable[..., EigenfilterOptimizer], **options: Any) -> Any:
-    return lambda params, backend: cls(params, **SGD_OPTIONS, backend=backend, **options)
+_BASES = {"adamw": torch_adamw}
+"""The peers' base optimizer for each update of the library that is not SGD's."""
 
 
-def _adamw(params: list[Parameter], backend: str, rho: float = 0.0) -> EigenfilterOptimizer:
-    return eigenfilter.AdamW(params, lr=LR, rho=rho, backend=backend)
+def _methods() -> Iterator[tuple[str, Method]]:
+    """Every method with SGD's update, then every other update, alone and with the first method."""
+
+    def with_method(name: str) -> Method:
+        method, options = registry.method_and_options(name)
+        make = functools.partial(_make, registry.OPTIMIZERS[method], **SGD_OPTIONS)
+        if method not in registry.METHODS:
+            return Method(make, torch_sgd)
+        make = functools.partial(make, rho=RHO, **options)
+        return Method(make, torch_sgd, name, registry.perturbation_of(method, **options))
+
+    plain = [name for name in filters.METHODS if name not in registry.METHODS]
+    ascending = registry.names()
+    for name in (*plain, *ascending):
+        yield name.replace("_", "-"), with_method(name)
+    first = ascending[0]
+    for name, cls in registry.UPDATES.items():
+        make = functools.partial(_make, cls, lr=LR)
+        yield name, Method(make, _BASES[name])
+        ascends = functools.partial(make, method=first, rho=RHO)
+        yield (
+            f"{name}-{first}",
+            Method(ascends, _BASES[name], first, registry.perturbation_of(first)),
+        )
 
 
-# Accesses. Descent: SGD with momentum reads x, g, m and writes x, m. AdamW reads x, g, m, v and
-# writes x, m, v. After an ascent they read the backup b in place of x. Ascent: it reads x, g and
-# writes x, b. SAM's norm reads g; ASAM's reads x too. A second ascent reads x, g and writes x. A
-# finite difference takes the norms of x and g, copies g, perturbs x, and then reads b, g, g0 and
-# writes x.
-METHODS: Mapping[str, Method] = {
-    "sgd": Method(_sgd_with(eigenfilter.SGD), 0, 5),
-    "usam": Method(_sgd_with(eigenfilter.USAM, rho=RHO), 1, 9, "usam"),
-    "sam": Method(_sgd_with(eigenfilter.SAM, rho=RHO), 1, 10, "sam"),
-    "asam": Method(_sgd_with(eigenfilter.SAM, rho=RHO, adaptive=True), 1, 11, "asam"),
-    "two-step-usam": Method(_sgd_with(eigenfilter.TwoStepUSAM, rho=RHO), 2, 12, "two_step_usam"),
-    "hessian-usam": Method(_sgd_with(eigenfilter.HessianUSAM, rho=RHO), 2, 17, "hessian_usam"),
-    "adamw": Method(_adamw, 0, 7, base=torch_adamw),
-    "adamw-usam": Method(functools.partial(_adamw, rho=RHO), 1, 11, "usam", torch_adamw),
-}
+def _make(
+    cls: Callable[..., EigenfilterOptimizer], params: list[Parameter], backend: str, **options: Any
+) -> EigenfilterOptimizer:
+    return cls(params, backend=backend, **options)
+
+
+METHODS: Mapping[str, Method] = dict(_methods())

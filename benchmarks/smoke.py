@@ -97,6 +97,7 @@ ADAMW: Mapping[str, Any] = {
     "weight_decay": 0.073,
     "step": 9,
 }
+UNSAVED = {"save": False}
 SEED = {"rounding_seed": 11_184_811}
 VECTORS = (torch.float32, torch.float64)
 
@@ -159,14 +160,8 @@ KERNEL_CALLS = (
     KernelCall("perturb", 3, _call(kernels.perturb, last=(0.137,))),
     KernelCall("perturb, adaptive", 3, _call(kernels.perturb, {"adaptive": True}, last=(0.137,))),
     KernelCall("perturb, wide gradients", 3, _call(kernels.perturb, last=(0.137,)), wide=1),
-    KernelCall("perturb_again", 2, _call(kernels.perturb_again, last=(0.137,))),
-    KernelCall(
-        "perturb_again, backups",
-        3,
-        lambda lists, backend: kernels.perturb_again(
-            lists[0], lists[1], 0.137, lists[2], backend=backend
-        ),
-    ),
+    KernelCall("perturb, unsaved", 2, _call(kernels.perturb, UNSAVED, last=(None, 0.137))),
+    KernelCall("perturb, unsaved, backups", 3, _call(kernels.perturb, UNSAVED, last=(0.137,))),
     KernelCall("perturb_hvp", 4, _call(kernels.perturb_hvp, last=(0.137, 0.019))),
     KernelCall("sgd_step", 2, _call_without(kernels.sgd_step, (0, 1, None, None), SGD)),
     KernelCall("sgd_step, momentum", 3, _call_without(kernels.sgd_step, (0, 1, 2, None), MOMENTUM)),

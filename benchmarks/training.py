@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from benchmarks.comparison import (
 )
 from benchmarks.methods import LR, METHODS, Method, OptimizerFactory
 from benchmarks.networks import NETWORKS, Network
+from benchmarks.peers import torch_sgd
+from eigenfilter import filters
+from eigenfilter.optimizers import registry
 
 # Losses and weights may differ by this much, absolutely and relatively. The GPT is smooth, so the
 # roundings of three steps stay roundings. ResNet's ReLUs have kinks: an activation on the other
@@ -36,15 +39,23 @@ OVERHEAD = {"cpu": 1.08, "cuda": 1.03}  # of a USAM step over its two gradients 
 Actions = Callable[[Any], list[Callable[[], object]]]
 """Returns the calls of an optimizer in one step, one for each gradient."""
 
+_NAMES = [name.replace("_", "-") for name in (*filters.METHODS, *registry.UPDATES)]
 METHODS_BY_NETWORK = {
-    "resnet": ("sgd", "usam", "sam", "two-step-usam", "adamw"),
-    "gpt": ("sgd", "usam", "sam", "two-step-usam", "hessian-usam", "adamw"),
+    "resnet": [name for name in _NAMES if not METHODS[name].is_difference],
+    "gpt": _NAMES,
 }
+
+GOALS: Mapping[str, Callable[[float], Goal]] = {
+    "usam": lambda limit: Goal(GRADIENTS, 1 / limit),
+    "sgd": lambda limit: Goal("torch fused", 1.0),
+    "adamw": lambda limit: Goal("torch fused", 1.0),
+}
+"""The goals of some methods, with the largest overhead of an ascent."""
 
 
 def tolerance(method: str, network: str) -> Tolerance:
     """How closely contenders must agree, by name of method and network."""
-    size = SMOOTH if network == "gpt" and method != "adamw" else KINKED
+    size = SMOOTH if network == "gpt" and METHODS[method].base is torch_sgd else KINKED
     return Tolerance(rtol=size, atol=size)
 
 
@@ -87,9 +98,7 @@ def train(method: Method, network: Network, setting: Setting, tolerance: Toleran
 
 def _benchmark(method: str, network: str) -> Benchmark:
     goals = {
-        device: (Goal(GRADIENTS, 1 / limit) if method == "usam" else Goal("torch fused", 1.0),)
-        for device, limit in OVERHEAD.items()
-        if method in ("usam", "sgd", "adamw")
+        device: (GOALS[method](limit),) for device, limit in OVERHEAD.items() if method in GOALS
     }
     return Benchmark(
         f"train-{network}-{method}",

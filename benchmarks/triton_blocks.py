@@ -5,7 +5,7 @@
 Prints the bandwidth of each kernel for each choice, as a fraction of a copy's. The fastest choice
 replaces the default if its lower quartile is above the default's upper quartile. With --save the
 best choices are saved for this kind of device, and later processes use them; see
-`eigenfilter.kernels.triton_blocks`.
+`eigenfilter.kernels.triton.blocks`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from benchmarks.comparison import Contender, Phase, Setting
 from benchmarks.kernels import KERNELS
 from benchmarks.timing import Spread, clock, interleave
 from eigenfilter.experiments.files import output_folder, replace_text
-from eigenfilter.kernels import triton_blocks
-from eigenfilter.kernels.triton_blocks import Blocks
+from eigenfilter.kernels.triton import blocks as triton_blocks
+from eigenfilter.kernels.triton.blocks import Blocks
 
 CHOICES = tuple(itertools.starmap(Blocks, itertools.product((2048, 4096, 8192, 16384), (2, 4, 8))))
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Bandwidths = dict[tuple[str, str], dict[Blocks, Spread]]
 """Bandwidths over a copy's, by kernel and dtype, then by choice."""
@@ -55,7 +54,7 @@ def run(device: torch.device, folder: Path, save: bool) -> None:
     files = report.ResultFiles(folder, f"{device.type}-triton-blocks", where)
     bandwidths: Bandwidths = {}
     data = []
-    pairs = list(itertools.product(KERNELS, DTYPES))
+    pairs = list(itertools.product(triton_blocks.kernels(), triton_blocks.DTYPES))
     for name, dtype in pairs:
         spreads = bandwidths[name, str(dtype)] = measure(name, dtype, device)
         best_choice = best(spreads)

@@ -10,6 +10,8 @@ It works with Triton 3.6 to 3.8, which call a driver in the same way.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from eigenfilter.kernels import (
-    dispatch,
-    triton_device,
-    triton_kernels,
-    triton_lanczos,
-    triton_orthogonalize,
-)
+from eigenfilter.kernels import dispatch
+from eigenfilter.kernels import triton as modules
+from eigenfilter.kernels.triton import device, launch
 
 TARGET = GPUTarget("cuda", 90, 32)
 VERSIONS = ((3, 6), (3, 7), (3, 8))
@@ -134,9 +132,8 @@ class StubDriver:
         return launch
 
 
-def _allow(device: object) -> contextlib.AbstractContextManager[None]:
+def _allow(device_type: str) -> None:
     """Accept any device."""
-    return contextlib.nullcontext()
 
 
 def _forget(kernels: Sequence[JITFunction[Any]]) -> None:
@@ -146,8 +143,9 @@ def _forget(kernels: Sequence[JITFunction[Any]]) -> None:
 
 
 def _kernels() -> list[JITFunction[Any]]:
-    modules = (triton_device, triton_lanczos, triton_orthogonalize)
-    return [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
+    names = [module.name for module in pkgutil.iter_modules(modules.__path__)]
+    loaded = [importlib.import_module(f"{modules.__name__}.{name}") for name in names]
+    return [f for module in loaded for f in vars(module).values() if isinstance(f, JITFunction)]
 
 
 @contextlib.contextmanager
@@ -166,7 +164,7 @@ def installed(on_launch: Callable[[Launch], None] | None = None) -> Iterator[Stu
             f"triton {triton.__version__} was not tried with the stub driver: see whether its "
             "tests pass, and add it to VERSIONS in benchmarks/triton_stub.py"
         )
-    if not isinstance(triton_device.perturb_kernel, JITFunction):
+    if not isinstance(device.chunk, JITFunction):
         raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET")
     kernels, before = _kernels(), driver._active
     stub = StubDriver(on_launch)
@@ -175,12 +173,12 @@ def installed(on_launch: Callable[[Launch], None] | None = None) -> Iterator[Stu
     knobs.runtime.kernel_load_start_hook.add(stub.keep_assembly)
     try:
         with (
-            mock.patch.object(triton_kernels, "require", _allow),
-            mock.patch.object(triton_kernels, "_on_device", _allow),
+            mock.patch.object(launch, "require", _allow),
+            mock.patch.object(launch, "_INTERPRETED", True),  # no device becomes the current one
         ):
             yield stub
     finally:
         _forget(kernels)
-        dispatch._select.cache_clear()
+        dispatch._choose.cache_clear()
         knobs.runtime.kernel_load_start_hook.remove(stub.keep_assembly)
         driver.set_active(before)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import backends
 from eigenfilter import kernels
-from eigenfilter.kernels.triton_blocks import Blocks
-from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
+from eigenfilter.kernels.triton.blocks import Blocks
+from eigenfilter.kernels.triton.tables import BLOCKS_IN_CHUNK
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -259,7 +259,12 @@ class Update:
     @property
     def hyperparameters(self) -> list[str]:
         """Options that are numbers."""
-        return [name for name, value in self.options.items() if not isinstance(value, bool)]
+        return [name for name, value in self.options.items() if not isinstance(value, bool | None)]
+
+    @property
+    def restores(self) -> bool:
+        """Whether a stopped update restores x from backups: steps do, perturbations do not."""
+        return "backups" in self.lists and not self.kernel.startswith("perturb")
 
     @property
     def starts_from(self) -> str:
@@ -292,8 +297,14 @@ UPDATES = [
     Update(
         "perturb", _ASCENT, ("params", "backups"), {"alpha": ALPHA, "adaptive": True}, "adaptive"
     ),
-    Update("perturb_again", _ASCENT[:2], ("params",), {"alpha": ALPHA}),
-    Update("perturb_again", _ASCENT, ("params",), {"alpha": ALPHA}, "backups"),
+    Update(
+        "perturb",
+        _ASCENT[:2],
+        ("params",),
+        {"alpha": ALPHA, "save": False, "backups": None},
+        "unsaved",
+    ),
+    Update("perturb", _ASCENT, ("params",), {"alpha": ALPHA, "save": False}, "unsaved-backups"),
     Update(
         "perturb_hvp",
         ("params", "grads", "base_grads", "backups"),

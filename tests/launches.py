@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.triton_stub import Launch
-from eigenfilter.kernels.triton_blocks import Blocks
-from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK
+from eigenfilter.kernels.triton.blocks import Blocks
+from eigenfilter.kernels.triton.tables import BLOCKS_IN_CHUNK
 
 POINTEES = {
     "*fp64": torch.float64,

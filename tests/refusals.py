@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import UPDATES
 from eigenfilter import kernels
+from eigenfilter.kernels._op import OPERATIONS
 
 SHAPE = (4, 6)
 COUNT = 2  # tensors in a list
@@ -130,7 +131,7 @@ SCALARS: dict[str, object] = {
     "infinite tensor": torch.tensor(float("inf"), dtype=torch.float64),
 }
 # Computed from gradients: as a tensor they may be no number.
-COMPUTED = {"perturb": {"alpha"}, "perturb_again": {"alpha"}, "perturb_hvp": {"alpha", "eps"}}
+COMPUTED = {"perturb": {"alpha"}, "perturb_hvp": {"alpha", "eps"}}
 # Outside of the range that a hyperparameter is documented with.
 OUTSIDE: dict[str, tuple[float, ...]] = {
     "beta1": (-0.1, 1.0),
@@ -169,13 +170,11 @@ def _update(update: Any) -> Kernel:
         flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}
         return {**lists, **update.options, **flags}
 
-    optional = {"perturb_again": {"backups"}, "sgd_step": {"backups", "momenta"}}
-    optional["adamw_step"] = {"backups"}
-    absent = frozenset(optional.get(update.kernel, set()) | {"rounding_seed"} | _FLAGS)
-    return Kernel(update.kernel, make, frozenset(update.writes), absent)
-
-
-_FLAGS = frozenset({"grad_scale", "found_inf"})
+    annotations = OPERATIONS[update.kernel].annotations
+    optional = {name for name, annotation in annotations.items() if annotation.endswith("None")}
+    if "backups" in update.writes:
+        optional.remove("backups")
+    return Kernel(update.kernel, make, frozenset(update.writes), frozenset(optional))
 
 
 def _vectors(*names: str, count: int = 3) -> dict[str, Any]:

@@ -7,7 +7,8 @@ serves every method of the library.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,32 @@ TINY = 1e-12
 FD_STEP = 2.0**-11.5  # square root of float32's machine precision
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The ascents of a method, in what sets them apart from USAM's one along the gradient.
+
+    Attributes:
+        normalized: whether the length of the first is rho.
+        adaptive: whether the first is scaled by the parameters.
+        again: whether a second one follows along the gradient.
+        difference: whether the first is a finite difference, and a second along H g follows.
+    """
+
+    normalized: bool = False
+    adaptive: bool = False
+    again: bool = False
+    difference: bool = False
+
+
+METHODS: Mapping[str, Recipe] = {
+    "usam": Recipe(),
+    "sam": Recipe(normalized=True),
+    "asam": Recipe(normalized=True, adaptive=True),
+    "two_step_usam": Recipe(again=True),
+    "hessian_usam": Recipe(difference=True),
+}
+
+
 class CommonSAM(torch.optim.Optimizer):
     """The ascents of a method, written as in the common recipe.
 
@@ -25,7 +52,7 @@ class CommonSAM(torch.optim.Optimizer):
 
     Args:
         params: the parameters.
-        method: "usam", "sam", "asam", "two_step_usam" or "hessian_usam" (finite differences).
+        method: one of `METHODS`.
         rho: the method's rho, as for the library's optimizers.
         base: class of the base optimizer.
         settings: options of the base optimizer.
@@ -42,7 +69,7 @@ class CommonSAM(torch.optim.Optimizer):
         super().__init__(params, {"rho": rho, **settings})
         self.base_optimizer = base(self.param_groups, **settings)
         self.param_groups = self.base_optimizer.param_groups
-        self.method, self.rho = method, rho
+        self.recipe, self.rho = METHODS[method], rho
         self._ascents = 0
         self._eps: Tensor | float = 1.0
 
@@ -57,14 +84,14 @@ class CommonSAM(torch.optim.Optimizer):
                 state = self.state[p]
                 if self._ascents == 0:
                     state["old_p"] = p.data.clone()
-                    if self.method == "hessian_usam":
+                    if self.recipe.difference:
                         state["old_grad"] = p.grad.clone()
                     direction = p.grad
-                    if self.method == "asam":
+                    if self.recipe.adaptive:
                         direction = torch.pow(p, 2) * p.grad
                     e_w = scale * direction
                     p.add_(e_w)
-                elif self.method == "two_step_usam":
+                elif self.recipe.again:
                     e_w = self.rho * p.grad
                     p.add_(e_w)
                 else:
@@ -86,14 +113,14 @@ class CommonSAM(torch.optim.Optimizer):
 
     def _scale(self) -> Tensor | float:
         """The length of the first perturbation over that of its direction."""
-        if self._ascents > 0 or self.method in ("usam", "two_step_usam"):
+        if self._ascents > 0 or not (self.recipe.normalized or self.recipe.difference):
             return self.rho
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
-        if self.method == "asam":
+        if self.recipe.adaptive:
             grads = [torch.abs(p) * g for p, g in zip(params, grads, strict=True)]
         norm = _norm(grads)
-        if self.method in ("sam", "asam"):
+        if self.recipe.normalized:
             return self.rho / (norm + TINY)
         self._eps = FD_STEP * (1 + _norm([p.data for p in params])) / (norm + TINY)
         return self._eps

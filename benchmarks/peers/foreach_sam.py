@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from benchmarks.peers.common_sam import FD_STEP, TINY
+from benchmarks.peers.common_sam import FD_STEP, METHODS, TINY
 
 
 class ForeachSAM:
@@ -31,7 +31,7 @@ class ForeachSAM:
         self.base_optimizer = base
         self.params: list[Tensor] = [p.detach() for p in params]
         self.owners = params
-        self.method, self.rho = method, rho
+        self.recipe, self.rho = METHODS[method], rho
         self.backups = [torch.empty_like(p) for p in self.params]
         self.first_grads: list[Tensor] = []
         self._ascents = 0
@@ -44,7 +44,7 @@ class ForeachSAM:
         if self._ascents == 0:
             torch._foreach_copy_(self.backups, self.params)
             self._first_ascent(grads)
-        elif self.method == "two_step_usam":
+        elif self.recipe.again:
             torch._foreach_add_(self.params, grads, alpha=self.rho)
         else:
             torch._foreach_sub_(grads, self.first_grads)
@@ -63,20 +63,20 @@ class ForeachSAM:
         self._ascents = 0
 
     def _first_ascent(self, grads: list[Tensor]) -> None:
-        if self.method in ("usam", "two_step_usam"):
+        if not (self.recipe.normalized or self.recipe.difference):
             torch._foreach_add_(self.params, grads, alpha=self.rho)
             return
-        if self.method == "asam":
+        if self.recipe.adaptive:
             grads = list(torch._foreach_mul(grads, self.params))
         norm = torch.nn.utils.get_total_norm(grads)
         scale = self.rho / (norm + TINY)
-        if self.method == "hessian_usam":
+        if self.recipe.difference:
             self.first_grads = grads
             length = torch.nn.utils.get_total_norm(self.params)
             self._eps = scale = FD_STEP * (1 + length) / (norm + TINY)
             torch._foreach_add_(self.params, torch._foreach_mul(grads, scale))
             return
         torch._foreach_mul_(grads, scale)
-        if self.method == "asam":
+        if self.recipe.adaptive:
             torch._foreach_mul_(grads, self.params)
         torch._foreach_add_(self.params, grads)

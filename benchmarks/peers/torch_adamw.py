@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 CLASS = torch.optim.AdamW
+ACCESSES = 7  # it reads x, g, m, v and writes x, m, v
 
 
 def settings(lr: float) -> dict[str, Any]:

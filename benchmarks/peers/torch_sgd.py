@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 CLASS = torch.optim.SGD
+ACCESSES = 5  # with momentum it reads x, g, m and writes x, m
 
 
 def settings(lr: float) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def perturb(
     torch._foreach_add_(params, grads, alpha=alpha)
 
 
-def perturb_again(params: list[Tensor], grads: list[Tensor], *, alpha: float) -> None:
+def perturb_unsaved(params: list[Tensor], grads: list[Tensor], *, alpha: float) -> None:
     """x <- x + alpha g."""
     torch._foreach_add_(params, grads, alpha=alpha)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eigenfilter.kernels.conventions import Scalar
+from eigenfilter.kernels.conventions import Table
 
 cuda_compiled: bool
 """Whether the CUDA kernels were compiled into this build."""
@@ -61,12 +61,6 @@ def is_serial() -> bool:
 def require_cuda() -> None:
     """Raise RuntimeError, with what to do, unless the CUDA kernels were compiled."""
 
-Table = tuple[bytes, bytes, bytes]
-"""What a check has read: data pointers, int64 [present lists, n], and element counts, int64 [n].
-
-Last the numbers of the gradients' dtypes, uint8 [n], or nothing where all are the lists'.
-"""
-
 def check(
     names: Sequence[str],
     lists: Sequence[Sequence[Tensor] | None],
@@ -74,85 +68,8 @@ def check(
 ) -> Table:
     """Raise what the kernels raise for lists that do not go together; None is an absent list."""
 
-# The kernels check all arguments before anything is written. Called with `num_threads` 0 they do
-# nothing else, and those of lists return what they have read: it is the check step of the backends
-# that are written in Python.
+# The functions of the kernels, one an operation, are called by `eigenfilter.kernels._op` alone.
 
-def perturb(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    backups: Sequence[Tensor] | None,
-    alpha: Scalar,
-    save: bool,
-    adaptive: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    num_threads: int,
-) -> Table | None: ...
-def perturb_hvp(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    base_grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
-    alpha: Scalar,
-    eps: Scalar,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    num_threads: int,
-) -> Table | None: ...
-def sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor] | None,
-    backups: Sequence[Tensor] | None,
-    lr: Scalar,
-    momentum: Scalar,
-    dampening: Scalar,
-    weight_decay: Scalar,
-    nesterov: bool,
-    maximize: bool,
-    rounding_seed: Scalar | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    num_threads: int,
-) -> Table | None: ...
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    backups: Sequence[Tensor] | None,
-    lr: Scalar,
-    beta1: Scalar,
-    beta2: Scalar,
-    eps: Scalar,
-    weight_decay: Scalar,
-    step: Scalar,
-    maximize: bool,
-    rounding_seed: Scalar | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    num_threads: int,
-) -> Table | None: ...
-def norm(
-    tensors: Sequence[Tensor],
-    out: Tensor,
-    weights: Sequence[Tensor] | None,
-    grad_scale: Tensor | None,
-    num_threads: int,
-) -> Table | None: ...
-def orthogonalize(
-    w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, passes: int, num_threads: int
-) -> None: ...
-def row_dots(q: Tensor, w: Tensor, sums: Tensor, num_threads: int) -> None: ...
-def lanczos_step(
-    u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor, num_threads: int
-) -> None: ...
-def gram(vectors: Tensor, out: Tensor, num_threads: int) -> None: ...
-def mix_rows(vectors: Tensor, factors: Tensor, num_threads: int) -> None: ...
-def flag_nonfinite(
-    tensors: Sequence[Tensor], found_inf: Tensor, num_threads: int
-) -> Table | None: ...
 def gradients(params: list[Tensor]) -> tuple[list[Tensor | None], int]:
     """The parameters' gradients (`p.grad`), and how many of them are None."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenfilter.optimizers._hyperparameters import rho_key
+from eigenfilter.optimizers.hyperparameters import rho_key
 
 KINDS = ("constant", "linear", "cosine", "step", "late", "every")
 

@@ -227,12 +227,14 @@ def test_a_ratio_counts_only_where_the_accuracy_was_reached() -> None:
 def test_a_slow_contender_on_a_large_problem_is_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # there it finds `slow`
+    # The subprocess imports `slow` from there.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     peer = Solver("peer", {"loose": library_solvers.solve, "tight": slow}, goal=2.0)
     solvers = (library_solvers.DEFAULTS, library_solvers.WITHOUT_CHECK, peer)
     monkeypatch.setattr(solver_comparison, "SOLVERS", solvers)
     monkeypatch.setattr(solver_comparison, "ACCURACY", -1.0)  # no contender is accurate enough
-    monkeypatch.setattr(solver_comparison, "LIMIT", 100)  # enough for ours on a busy machine
+    # The library's own solver takes less, even on a busy machine.
+    monkeypatch.setattr(solver_comparison, "LIMIT", 100)
     row = solver_comparison.measure("tiny", dataclasses.replace(TINY, large=True), Path(), 3)
     defaults, without_check, last = row.entries
     assert (row.rounds, row.gap) == (1, None)

@@ -1,4 +1,4 @@
-"""The GPU gate's own logic: which stages run, and what happens if one fails."""
+"""The logic of the GPU gate: which stages run, and what happens if one fails."""
 
 from __future__ import annotations
 
@@ -119,10 +119,10 @@ def test_stages_that_passed_run_again_only_with_again(
         return ran.read_text()
 
     assert runs() == "abc"
-    assert runs() == "b"  # it failed
+    assert runs() == "b"  # the only stage that failed
     assert runs("--again", "a") == "a"
     output.unlink()
-    assert runs() == "bc"  # c's output is gone
+    assert runs() == "bc"  # the output of c was deleted
     output.touch()
     monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "another GPU"})
     assert runs("a") == "a"
@@ -258,8 +258,8 @@ def test_the_tools_check_all_of_our_kernels() -> None:
     text = "".join(path.read_text() for path in sources.iterdir())
     native = re.findall(r"__global__ void[^{]*?\b(\w+)_kernel\(", text)
     assert sorted(native) == sorted(gpu_stages.NATIVE)
-    folder = gpu_stages.ROOT / "python" / "eigenfilter" / "kernels"
-    text = "".join(path.read_text() for path in folder.glob("triton_*.py"))
+    folder = gpu_stages.ROOT / "python" / "eigenfilter" / "kernels" / "triton"
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
     triton = re.findall(r"@triton\.jit[^\n]*\ndef (\w+)_kernel\(", text)
     assert sorted(triton) == sorted(gpu_stages.TRITON)
 

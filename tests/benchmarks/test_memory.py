@@ -1,6 +1,7 @@
 """No method holds more than parameters, momentum, one gradient and a backup; Hessian USAM one more.
 
-Measured as `eigenfilter bench memory` does, each in a process of its own; float32, 4 bytes a copy.
+Each is measured in a process of its own, as `eigenfilter bench memory` does, in float32: a copy of
+the parameters takes 4 bytes a parameter.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_disagreeing_cases_are_named(
     failures = [case for case in cases if case["problem"]]
     assert {case["kernel"] for case in failures} == {kernel}
     assert {case["backend"] for case in failures} == {"native"}
-    assert len(failures) == 2 * len(smoke.DTYPES) * len(smoke.SHIFTS)  # one tensor, and many
+    assert len(failures) == 2 * len(smoke.DTYPES) * len(smoke.SHIFTS)  # one tensor, and a long list
     assert all(message in case["problem"] for case in failures)
     assert f"- {kernel}, native, float32, 1 x 70 elements, 0 off: " in capsys.readouterr().out
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import triton_blocks
+from benchmarks import environment, kernels, triton_blocks
 from benchmarks.environment import subprocess_environment
 from benchmarks.timing import Spread
 from eigenfilter.experiments.cli import main
-from eigenfilter.kernels.triton_blocks import Blocks
+from eigenfilter.experiments.errors import UserError
+from eigenfilter.kernels.triton.blocks import VARIABLE, Blocks, read
+from eigenfilter.kernels.triton.blocks import kernels as block_kernels
 
 
 def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,23 +24,57 @@ def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cuda" in capsys.readouterr().err
 
 
+def test_sizes_are_saved_for_the_kernels_that_read_them() -> None:
+    assert set(block_kernels()) <= set(kernels.KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "unknown"),
+    [
+        ("descend", "torch.float32", "descend"),
+        ("sgd_step", "float32", "float32"),
+        ("ascend", "float32", "ascend, float32"),
+    ],
+)
+def test_saved_sizes_that_no_kernel_would_read_are_refused(
+    kernel: str, dtype: str, unknown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"bytes": 8192, "warps": 2}
+    file = tmp_path / "blocks.json"
+    saved = {"cpu": {"norm": {"torch.float64": sizes}}, "a GPU": {kernel: {dtype: sizes}}}
+    file.write_text(json.dumps(saved))
+    message = (
+        rf"blocks.json has block sizes for {unknown}, which .* Delete these entries, or the file"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(file)
+    monkeypatch.setenv(VARIABLE, str(file))
+    with pytest.raises(UserError, match=message):
+        environment._triton_blocks(torch.device("cpu"))
+    del saved["a GPU"]
+    file.write_text(json.dumps(saved))
+    assert read(file) == {"cpu": {"norm": {"torch.float64": Blocks(8192, 2)}}}
+
+
 @pytest.mark.slow
 def test_every_choice_works_and_later_processes_use_the_best(tmp_path: Path) -> None:
     """This runs under Triton's interpreter, with small tensors."""
     pytest.importorskip("triton")
     file = tmp_path / "cache" / "blocks.json"
-    environment = subprocess_environment() | {
+    variables = subprocess_environment() | {
         "TRITON_INTERPRET": "1",
         "EIGENFILTER_TRITON_BLOCKS": str(file),
     }
     for task in ("measure", "use"):
-        subprocess.run([sys.executable, __file__, task], check=True, env=environment)
+        subprocess.run([sys.executable, __file__, task], check=True, env=variables)
     file.write_text('{"cpu": {"perturb": {"torch.float32": {"bytes": 1000, "warps": 4}}}}')
     assert_error(
-        environment, f"{file} holds no sizes of blocks: delete it (bytes must be a power of 2"
+        variables, f"{file} holds no sizes of blocks: delete it (bytes must be a power of 2"
     )
+    file.write_text('{"meta": {"ascend": {"torch.float32": {"bytes": 8192, "warps": 4}}}}')
+    assert_error(variables, f"{file} has block sizes for ascend, which")
     file.unlink()
-    assert_error(environment, f"names {file}, and there is no such file")
+    assert_error(variables, f"names {file}, and there is no such file")
 
 
 def test_an_interrupted_run_has_written_its_results(
@@ -63,11 +99,11 @@ def test_an_interrupted_run_has_written_its_results(
     assert "Incomplete: 2 of " in text.read_text()
 
 
-def assert_error(environment: dict[str, str], message: str) -> None:
+def assert_error(variables: dict[str, str], message: str) -> None:
     process = subprocess.run(
         [sys.executable, __file__, "use"],
         check=False,
-        env=environment,
+        env=variables,
         capture_output=True,
         text=True,
     )
@@ -77,13 +113,12 @@ def assert_error(environment: dict[str, str], message: str) -> None:
 
 def measure() -> None:
     """Time all choices; then save choices as if other times had been measured."""
-    from benchmarks import kernels
     from benchmarks.shapes import TensorProblem
-    from eigenfilter.kernels.triton_blocks import file, read
+    from eigenfilter.kernels.triton.blocks import file
 
     kernels.problem = lambda device, dtype: TensorProblem([(3000,)] * 2, device, dtype)
     cpu = torch.device("cpu")
-    for name in kernels.KERNELS:
+    for name in block_kernels():
         spreads = triton_blocks.measure(name, torch.float32, cpu, repeat=1)
         assert len(spreads) == 12
         assert all(spread.median > 0 for spread in spreads.values())
@@ -105,7 +140,7 @@ def measure() -> None:
 def use() -> None:
     """Perturb with the saved choice, and step with the default."""
     from eigenfilter import kernels
-    from eigenfilter.kernels import triton_tables
+    from eigenfilter.kernels.triton import tables as triton_tables
 
     cut, blocks = triton_tables.cut, []
     triton_tables.cut = lambda *args: blocks.append(args[-1]) or cut(*args)

@@ -15,7 +15,7 @@ from certificate.tasks import certify, spectrum
 from quadratics import Quadratic
 
 PIECES = [6, 5]
-LONG = 1e13  # steps of AdamW after which moments need no correction, even at 1 - 1e-11
+LONG = 1e13  # after so many steps AdamW's moments need no correction, even for beta2 = 1 - 1e-11
 
 
 def coupled() -> Tensor:
@@ -27,7 +27,7 @@ def coupled() -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer of two groups, and the Jacobian of the gradient that it takes."""
+    """An optimizer of two groups, and the Jacobian of the gradient that it uses."""
 
     build: Callable[..., Any]
     groups: list[dict[str, Any]]
@@ -63,8 +63,8 @@ def anchored(H: Tensor, R: Tensor) -> Tensor:
 
 
 def hessian(H: Tensor, R: Tensor) -> Tensor:
-    moving = (R != 0).to(H)  # what does not ascend is left out of both products
-    return H + H @ R @ H @ moving @ H
+    ascends = (R != 0).to(H)  # groups without an ascent are left out of both products
+    return H + H @ R @ H @ ascends @ H
 
 
 def rate(group: dict[str, Any]) -> float:
@@ -109,7 +109,7 @@ def scaled_to(target: float, largest: Callable[[float], float]) -> float:
     return low
 
 
-def settle(task: Quadratic, J: Tensor, W: Tensor) -> None:
+def place_at_equilibrium(task: Quadratic, J: Tensor, W: Tensor) -> None:
     """Set x to the equilibrium, (J + W) x = J 1."""
     rest = torch.linalg.solve(J + W, J.sum(1))
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_several_groups_by_their_matrix_and_by_simulation(name: str, ratio: floa
 
     task = Quadratic(scaled_to(2 * ratio, largest) * H, PIECES)
     opt = case.optimizer(task)
-    settle(task, case.jacobian(task.H, case.rho), case.decay.diag())
+    place_at_equilibrium(task, case.jacobian(task.H, case.rho), case.decay.diag())
     result = certify(task, opt)
     assert result.sharpness == pytest.approx(2 * ratio, rel=1e-6)
     assert result.edge == 2.0
@@ -177,12 +177,12 @@ def preconditioner() -> Tensor:
     return 0.5 + torch.rand(sum(PIECES), dtype=torch.float64)
 
 
-def arrived(case: Case, task: Quadratic, P: Tensor) -> Any:
-    """AdamW at its equilibrium with this P, which the steps that follow hardly change."""
+def at_equilibrium(case: Case, task: Quadratic, P: Tensor) -> Any:
+    """Return AdamW at its equilibrium, with a P that further steps hardly change."""
     opt = case.optimizer(task)
     decay = case.vector(lambda g: g.get("weight_decay", 0.01))
-    settle(task, case.jacobian(task.H, case.rho), (P * decay).diag())
-    m = -P * decay * torch.cat([p.detach() for p in task.x])  # the gradient there
+    place_at_equilibrium(task, case.jacobian(task.H, case.rho), (P * decay).diag())
+    m = -P * decay * torch.cat([p.detach() for p in task.x])  # the gradient at the equilibrium
     pieces = zip(opt.param_groups, m.split(PIECES), P.split(PIECES), strict=True)
     for group, gradient, part in pieces:
         group |= {"betas": (group["betas"][0], 1 - 1e-11), "eps": 0.0}
@@ -211,18 +211,18 @@ def test_adamws_groups_at_the_upper_edge(name: str, ratio: float) -> None:
         return torch.linalg.eigvalsh(step)[-1].item()
 
     task = Quadratic(scaled_to(2 * ratio, largest) * H, PIECES)
-    opt = arrived(case, task, P)
+    opt = at_equilibrium(case, task, P)
     result = certify(task, opt)
     assert result.sharpness == pytest.approx(2 * ratio, rel=1e-6)
     assert result.edge == 2.0
     assert result.verdict == ("inside" if ratio < 1 else "outside")
-    # For longer what has grown is found in v, and brings x back.
+    # In more steps than these, v would grow with x and bring it back.
     assert (growth(task, opt, 80) < 1.0) == (ratio < 1)
 
 
 @pytest.mark.parametrize("least", [-0.008, 0.008], ids=["outside", "inside"])
 def test_adamws_groups_at_the_saddle_side(least: float) -> None:
-    """Weight decay that just holds a negative curvature or does not, by J + P W, for any beta1."""
+    """Weight decay just outweighs a negative curvature, or just fails to, by J + P W."""
     first, second = {"betas": (0.3, 0.9), "lr": 0.1}, {"betas": (0.8, 0.99), "lr": 0.3}
     H, P = coupled() - 0.5 * torch.eye(sum(PIECES), dtype=torch.float64), preconditioner()
     rates = torch.tensor([0.1 * 0.7 / 1.3] * 6 + [0.3 * 0.2 / 1.8] * 5, dtype=torch.float64)
@@ -235,7 +235,7 @@ def test_adamws_groups_at_the_saddle_side(least: float) -> None:
     decay = scaled_to(least, smallest)
     groups = [first | {"weight_decay": decay}, second | {"weight_decay": 3 * decay}]
     task = Quadratic(H, PIECES)
-    opt = arrived(Case(ef.AdamW, groups, {}), task, P)
+    opt = at_equilibrium(Case(ef.AdamW, groups, {}), task, P)
     result = certify(task, opt, saddle_tol=0.0)
     assert result.bottom.value == pytest.approx(least, rel=1e-6)
     assert result.upper is not None

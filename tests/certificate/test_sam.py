@@ -18,8 +18,10 @@ def test_sams_edge_is_that_of_the_gradient_there() -> None:
     flt = filters.SAM(0.2, rho=0.1, grad_norm=result.gradient_norm)
     assert result.edge == pytest.approx(flt.max_eigenvalue())
     assert any("moves with it" in note for note in result.notes)
-    given = certify(task, opt, equilibrium_tol=1e9, grad_norm=3.0)
-    assert given.edge == pytest.approx(filters.SAM(0.2, rho=0.1, grad_norm=3.0).max_eigenvalue())
+    with_norm = certify(task, opt, equilibrium_tol=1e9, grad_norm=3.0)
+    assert with_norm.edge == pytest.approx(
+        filters.SAM(0.2, rho=0.1, grad_norm=3.0).max_eigenvalue()
+    )
 
 
 def test_sam_at_a_gradient_of_zero_is_undecided() -> None:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 ISAS = ("baseline", "avx2", "avx512")
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         shutil.which("g++") is None or shutil.which("objdump") is None,
         reason="needs g++ and binutils",
@@ -51,7 +52,6 @@ def tool(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.slow
 def test_the_table_of_loops_is_all_that_others_see(loops: Path) -> None:
     symbols = [line.split()[-2:] for line in tool("nm", "-C", loops).splitlines()]
     kinds = {kind for kind, _ in symbols}
@@ -60,7 +60,6 @@ def test_the_table_of_loops_is_all_that_others_see(loops: Path) -> None:
     assert shared == [f"eigenfilter::cpu::loops_{loops.stem}"]
 
 
-@pytest.mark.slow
 def test_nothing_is_called_that_another_object_could_bring(loops: Path) -> None:
     wanted = {line.split()[-1] for line in tool("nm", "-u", loops).splitlines()}
     libc = {"memcpy", "memset", "memmove", "strcmp", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}

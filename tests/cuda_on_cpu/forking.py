@@ -1,8 +1,9 @@
 """One run for each mutant, in a process forked after the slow start: see mutants.py.
 
-A pytest plugin (`-p forking`) that runs the collected tests, and what races.py runs. It reads lines
-"NUMBER FILE" from the standard input: the mutant, and where the output goes. It answers each with
-the exit status of the run: 0 if nothing failed, negative if a signal ended it.
+This pytest plugin (`-p forking`) runs the collected tests for each mutant; races.py uses it, too.
+It reads lines "NUMBER FILE" from the standard input: the number of the mutant, and the file for the
+output. It answers each with the exit status of the run: 0 if nothing failed, and a negative number
+if a signal ended it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import _pytest.main
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
-SECONDS = 1800  # a run that takes longer hangs
+SECONDS = 1800  # a run that takes longer has failed
 
 
 def serve(run: Callable[[], int], limit: int = SECONDS) -> None:
@@ -43,7 +44,7 @@ def _serve(run: Callable[[], int], answers: TextIO, limit: int) -> None:
             status = 1
             try:
                 status = run()
-            except BaseException:  # of any kind: this process must not serve
+            except BaseException:  # whatever happens, the child must not go on to serve
                 traceback.print_exc(file=sys.__stdout__)
             sys.__stdout__.flush()
             os._exit(status)

@@ -1,17 +1,16 @@
-"""Whether the tests notice when a CUDA kernel is wrong: `python tests/cuda_on_cpu/mutants.py`.
+"""Mutation tests of the CUDA kernels: `python tests/cuda_on_cpu/mutants.py`.
 
-One at a time, every barrier is taken out of the sources, every condition of an `if` is made always
-true and always false, each side of an `&&` and of a `min` is left out, every loop over elements
-runs once too often or not at all. The emulator's build holds all of these changes, and a process
-runs one of them. It has to fail: in the tests; or, in a second round, in the source's own tests
-under the address sanitizer, which take five times as long; or, in a third one, under the thread
-sanitizer, which runs the kernels on a few blocks, and comes first where a barrier is missing. A
-mutant that survives is code that no test needs: a comment at the line that says "not needed for
-..." says why it is there.
+A mutant is one change that makes a kernel wrong: a barrier is removed, the condition of an `if` is
+always true or always false, one side of an `&&` or of a `min` is left out, or a loop over elements
+runs once too often or not at all. The emulator's build holds all mutants, and a process runs one of
+them. Something has to fail, in one of three rounds: the tests; the source's own tests under the
+address sanitizer, which take five times as long; the kernels on a few blocks under the thread
+sanitizer, which comes first if the mutant lacks a barrier. If a mutant survives, no test needs the
+code that it changes: then a comment "not needed for ..." at that line has to explain the code.
 
-Python, torch and the collection of tests are loaded once for each source: every mutant runs in a
-fork (forking.py). The table goes to tests/cuda_on_cpu/MUTANTS.md. It takes most of an hour on
-two cores, and goes on where it was stopped.
+Python, torch and the collection of tests are loaded once for each source, and every mutant runs in
+a fork (forking.py). The results are written to tests/cuda_on_cpu/MUTANTS.md. A full run takes most
+of an hour on two cores, and a run that was stopped continues where it ended.
 """
 
 from __future__ import annotations
@@ -42,10 +41,9 @@ WORK = ROOT / "build" / "mutants"
 TABLE = HERE / "MUTANTS.md"
 CODE = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".cmake")
 
-# The tests of a source, and the part of races.py that runs it; a header's are those of all sources
-# that include it.
+# The tests of each source. Those of a header are the tests of all sources that include it.
 UPDATES = {
-    "perturb.cu": ["test_perturb.py", "test_perturb_again.py", "test_perturb_hvp.py"],
+    "perturb.cu": ["test_perturb.py", "test_perturb_unsaved.py", "test_perturb_hvp.py"],
     "sgd_step.cu": ["test_sgd_step.py", "test_stochastic_rounding.py"],
     "adamw_step.cu": ["test_adamw_step.py"],
 }
@@ -70,9 +68,10 @@ TESTS = (
     | REDUCTIONS
     | VECTORS
 )
-# Of all updates and reductions; the first two also under the address sanitizer.
+# These tests run all updates and reductions. The address sanitizer runs the first two alone.
 GENERAL = ["test_wide_gradients.py", "test_many_tensors.py"]
 GENERAL += ["test_scalars.py", "test_rounding.py", "test_backups.py"]
+# The part of races.py that runs a source.
 RACES = {
     "perturb.cu": ["updates"],
     "sgd_step.cu": ["updates"],
@@ -84,8 +83,8 @@ RACES = {
     "lanczos.cu": ["rows"],
     "tiles.cuh": ["rows"],
 }
-ROUNDS = ("none", "address", "thread")  # what is quick goes first, and for all mutants
-TEST_SECONDS = 180  # a test that takes longer hangs
+ROUNDS = ("none", "address", "thread")  # the quick round is the first, and takes all mutants
+TEST_SECONDS = 180  # a test that takes longer has failed
 
 
 def build(mutants: Sequence[Mutant]) -> None:
@@ -99,7 +98,7 @@ def build(mutants: Sequence[Mutant]) -> None:
     for name, source in texts.items():
         here = {n: m for n, m in enumerate(mutants) if m.file == name}
         text, path = with_mutants(source, here), sources / name
-        if not path.exists() or path.read_text() != text:  # what is the same is not built again
+        if not path.exists() or path.read_text() != text:  # ninja builds newer files again
             path.write_text(text)
     for sanitizer in ROUNDS:
         _run(
@@ -116,20 +115,20 @@ class Server:
 
     def __init__(self, sanitizer: str, file: str) -> None:
         self._name = f"{file} ({sanitizer})"
-        answers, written = os.pipe()
+        answers, write_end = os.pipe()
         self._folder = tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name, "output.txt")
         self._process = subprocess.Popen(
             [HERE / "run.sh", sanitizer, *_arguments(sanitizer, file)],
             env=os.environ
             | {"EIGENFILTER_EMULATED": str(WORK / sanitizer / "_core.so")}
-            | {"PYTHONPATH": str(HERE), "ANSWERS": str(written)},
+            | {"PYTHONPATH": str(HERE), "ANSWERS": str(write_end)},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            pass_fds=[written],
+            pass_fds=[write_end],
             text=True,
         )
-        os.close(written)
+        os.close(write_end)
         self._answers = os.fdopen(answers)
 
     def failure(self, number: int) -> str:
@@ -145,7 +144,7 @@ class Server:
         output = self._output.read_text()
         reason = _reason(output)
         if status == -signal.SIGKILL or (status != 0 and not reason):
-            # Out of memory, a full disk: that is not the mutant's doing.
+            # The machine is the cause, and not the mutant: it is out of memory, or a disk is full.
             raise RuntimeError(f"{self._name} ended with {status} for no known reason: {output}")
         return reason if status != 0 else ""
 
@@ -178,7 +177,8 @@ def _arguments(sanitizer: str, file: str) -> list[str]:
     if file not in VECTORS and file != "tiles.cuh":
         names = [*names, *(GENERAL[:2] if sanitizer == "address" else GENERAL)]
     files = [str(ROOT / "tests" / "kernels" / name) for name in names]
-    # The emulator and the sanitizers write to the process's own stderr as it ends.
+    # The emulator and the sanitizers end the process with a message on its own stderr, which pytest
+    # must not have replaced.
     options = ["-x", "-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "forking"]
     options += [
         "-o",
@@ -189,8 +189,8 @@ def _arguments(sanitizer: str, file: str) -> list[str]:
     return ["-m", "pytest", *options, *files]
 
 
-def _reason(said: str) -> str:
-    """What of an output says why it failed, or ""."""
+def _reason(output: str) -> str:
+    """Return the part of an output that says why a run failed, or ""."""
     for pattern, reason in (
         (r"emulator: \S+?(\w+\.\w+:\d+): ([^\n]*)", r"emulator: \2, \1"),
         (r"emulator: a call:0: ([^\n]*)", r"emulator: \1"),
@@ -203,16 +203,16 @@ def _reason(said: str) -> str:
         (r"ERROR ([^\n]{,80})", r"\1"),
         (r"\n(\w+Error: [^\n]{,80})", r"\1"),
     ):
-        found = re.search(pattern, said)
-        if found:
-            return found.expand(reason)
+        match = re.search(pattern, output)
+        if match:
+            return match.expand(reason)
     return ""
 
 
 def _run(*command: object) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
+    process = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if process.returncode != 0:
+        sys.exit(process.stdout[-4000:] + process.stderr[-4000:])
 
 
 def _output(*command: str) -> str:
@@ -220,7 +220,7 @@ def _output(*command: str) -> str:
 
 
 class Record:
-    """What caught each mutant, kept from run to run for as long as its code does not change."""
+    """What noticed each mutant, in a file that holds as long as the mutant's code does."""
 
     def __init__(self, mutants: Sequence[Mutant]) -> None:
         WORK.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ class Record:
         if self._file.exists():
             self._known = json.loads(self._file.read_text())
         hashes = {file: _hash_of_code(file) for file in {m.file for m in mutants}}
-        # Lines may move, where a comment comes.
+        # The key has no line number, which a new comment would change.
         keys = [f"{hashes[m.file]} {m.file} {m.what} -> {m.text}" for m in mutants]
         self._keys = {
             mutant: f"{key} {keys[:i].count(key)}"
@@ -237,7 +237,7 @@ class Record:
         }
 
     def __getitem__(self, mutant: Mutant) -> str | None:
-        """What `caught` returned last time; None if that was with other code, or never."""
+        """What noticed a mutant, "" if nothing did; None if this code was not tried."""
         return self._known.get(self._keys[mutant])
 
     def __setitem__(self, mutant: Mutant, by: str) -> None:
@@ -246,21 +246,22 @@ class Record:
 
 
 def _hash_of_code(file: str) -> str:
-    """Of a source with all headers (of a header, of all sources), and of what they run on.
+    """Hash a source with all headers, and a header with all sources; the emulator counts, too.
 
-    Comments may change, and so may tests: after a change that weakens them, delete the record.
+    Comments do not count, and neither do the tests. Delete the record after a change that weakens
+    a test.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for folder in (SOURCES, ROOT / "csrc" / "core", HERE):
         for path in sorted(each for each in folder.rglob("*") if each.suffix in CODE):
             if path.suffix != ".cu" or path.name == file or not file.endswith(".cu"):
                 code = re.sub(r"//[^\n]*", "", path.read_text())
-                found.update(" ".join(code.split()).encode())
-    return found.hexdigest()
+                digest.update(" ".join(code.split()).encode())
+    return digest.hexdigest()
 
 
 def table(mutants: Sequence[Mutant], record: Record) -> str:
-    """What caught each mutant that was tried, in Markdown."""
+    """What noticed each mutant that was tried, as a table in Markdown."""
     rows = []
     for mutant in mutants:
         by = record[mutant]
@@ -281,14 +282,14 @@ def table(mutants: Sequence[Mutant], record: Record) -> str:
 
 
 def _explanation(mutant: Mutant) -> str:
-    """What a comment at the line, or lines of comment right above it, say that it is there for."""
+    """The reason for a mutant's code that a comment at its line, or right above it, gives."""
     lines = (SOURCES / mutant.file).read_text().splitlines()
     first = mutant.line - 1
     while lines[first - 1].lstrip().startswith("//"):
         first -= 1
     near = " ".join(lines[first : mutant.line])
-    found = re.search(r"not needed for [^.;]*", re.sub(r"\s+//", "", near))
-    return f"nothing: {found[0]}" if found else ""
+    match = re.search(r"not needed for [^.;]*", re.sub(r"\s+//", "", near))
+    return f"nothing: {match[0]}" if match else ""
 
 
 def _try_all(
@@ -298,7 +299,7 @@ def _try_all(
     sanitizer: str,
     jobs: int,
 ) -> None:
-    """Try the survivors, source by source, some sources at a time; record and print."""
+    """Try the survivors of the rounds before, `jobs` sources at a time; record and print."""
     count, lock, failed = itertools.count(1), threading.Lock(), threading.Event()
 
     def try_source(file: str) -> None:
@@ -309,8 +310,8 @@ def _try_all(
             with lock:
                 record[mutant] = by
                 where = f"{next(count)}/{len(survivors)} {mutant.file}:{mutant.line}"
-                said = by or _explanation(mutant) or "SURVIVES"
-                print(f"{where} {mutant.what}: {said}", flush=True)
+                result = by or _explanation(mutant) or "SURVIVES"
+                print(f"{where} {mutant.what}: {result}", flush=True)
                 TABLE.write_text(table(mutants, record))
 
     sizes = Counter(m.file for m in survivors)
@@ -320,16 +321,16 @@ def _try_all(
             if error := future.exception():
                 failed.set()
                 pool.shutdown(wait=False, cancel_futures=True)
-                print(f"{error}\nWaiting for what runs to end.", flush=True)
+                print(f"{error}\nWaiting for the runs in progress to end.", flush=True)
                 raise error
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", help="of csrc/cuda (default: all)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="mutants that say so")
+    parser.add_argument("files", nargs="*", help="files of csrc/cuda (default: all)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only changes with this text")
     parser.add_argument("--list", action="store_true", help="list the mutants")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="tried at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="sources at a time")
     args = parser.parse_args()
     files = sorted(path.name for path in SOURCES.glob("*.cu*"))
     mutants = [m for file in files for m in mutants_of(file, (SOURCES / file).read_text())]
@@ -340,13 +341,13 @@ def main() -> int:
         print(f"{len(chosen)} mutants")
         return 0
     record = Record(mutants)
-    # One that survived is tried again, unless it is explained: there may be a test for it by now.
+    # A survivor without an explanation is tried again, as there may be a test for it by now.
     untried = [m for m in chosen if record[m] is None or not (record[m] or _explanation(m))]
-    print(f"{len(untried)} of {len(chosen)} mutants are to be tried. The build...", flush=True)
+    print(f"{len(untried)} of {len(chosen)} mutants are to be tried. Building them...", flush=True)
     build(mutants)
     _try_all([m for m in untried if m.what == BARRIER], mutants, record, "thread", args.jobs)
     for sanitizer in ROUNDS:
-        # What is explained is tried by the tests alone.
+        # Only the tests try a mutant that has an explanation.
         survivors = [m for m in untried if not record[m]]
         if sanitizer != ROUNDS[0]:
             survivors = [m for m in survivors if not _explanation(m)]

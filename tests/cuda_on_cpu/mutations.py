@@ -1,4 +1,4 @@
-"""Changes of the CUDA sources that their tests have to notice, and one source that has them all."""
+"""Mutants: changes of the CUDA sources that the tests have to notice, all in one build."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-# Loops up to these are unrolled: they are neither bounds nor tails.
+# A loop up to one of these constants is unrolled: it can neither miss a tail nor exceed a bound.
 CONSTANTS = ("Group::kSize", "kAccesses", "Roles", "InFlight", "States", "kGradients")
 BARRIER = "without the barrier"
 
@@ -16,10 +16,10 @@ class Mutant:
     """A change of a source.
 
     Attributes:
-        file, line: where.
-        what: the change, as the table says it.
-        begin, end: the characters that are replaced.
-        text: what stands there then.
+        file, line: the place of the change.
+        what: the change, in the words of the table.
+        begin, end: the range of characters that `text` replaces.
+        text: the replacement.
     """
 
     file: str
@@ -31,7 +31,7 @@ class Mutant:
 
 
 def mutants_of(file: str, source: str) -> Iterator[Mutant]:
-    """Every mutant of a source."""
+    """Yield every mutant of a source."""
     code = re.sub(r"//[^\n]*|\"[^\"\n]*\"", lambda m: " " * len(m[0]), source)
 
     def mutant(begin: int, end: int, text: str, what: str) -> Mutant:
@@ -64,7 +64,7 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
             yield mutant(begin, until, text, f"loop while {condition}: once more")
     for m in re.finditer(r" && (?!\.\.\.)", code):
         if "static constexpr" in code[code.rindex("\n", 0, m.start()) : m.start()]:
-            continue  # a choice of registers, which changes no result
+            continue  # this chooses a number of registers, and changes no result
         begin, end = _side(code, m.start(), -1), _side(code, m.end() - 1, 1)
         left, right = source[begin : m.start()].strip(), source[m.end() : end].strip()
         what = " ".join(f"{left} && {right}".split())
@@ -73,7 +73,7 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
 
 
 def _side(code: str, at: int, step: int) -> int:
-    """Where the operand ends that reaches from an `&&` to the left (-1) or to the right (1)."""
+    """Return the end of the operand to the left (-1) or to the right (1) of an `&&`."""
     depth = 0
     while True:
         at += step
@@ -88,7 +88,7 @@ def _side(code: str, at: int, step: int) -> int:
 
 
 def _closing(code: str, opening: int) -> int:
-    """Where the parenthesis closes that opens there."""
+    """Return the position of the parenthesis that closes the one at `opening`."""
     depth = 0
     for i in range(opening, len(code)):
         depth += (code[i] == "(") - (code[i] == ")")
@@ -98,7 +98,7 @@ def _closing(code: str, opening: int) -> int:
 
 
 def _arguments(code: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Stretches between commas that are in no further parentheses."""
+    """Yield the ranges between commas, except those within further parentheses."""
     depth, first = 0, begin
     for i in range(begin, end):
         depth += (code[i] in "([{<") - (code[i] in ")]}>")
@@ -110,34 +110,34 @@ def _arguments(code: str, begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 def _condition_of_loop(code: str, begin: int, end: int) -> tuple[int, int]:
     if ";" not in code[begin:end]:
-        return begin, end  # while
+        return begin, end  # the loop is a `while`
     first = code.index(";", begin) + 1
     return first, code.index(";", first)
 
 
 def with_mutants(source: str, mutants: Mapping[int, Mutant]) -> str:
-    """A source that runs as the mutant does whose number it is given, and otherwise as it is.
+    """Return a source that holds all mutants, one of which the emulator chooses by its number.
 
     A condition becomes `(emulator::mutant(7) ? (false) : emulator::mutant(8) ? (true) :
-    (condition))`. No line moves.
+    (condition))`. Every line keeps its number.
     """
     return _switched(source, 0, len(source), mutants)
 
 
 def _switched(source: str, begin: int, end: int, mutants: Mapping[int, Mutant]) -> str:
-    """The same of a stretch of the source, for the mutants that lie in it."""
-    text, done = "", begin
-    # Whatever holds another stretch comes before it.
-    stretches = sorted({(m.begin, m.end) for m in mutants.values()}, key=lambda s: (s[0], -s[1]))
-    for first, last in stretches:
-        if first < done:
-            continue  # in the stretch before
+    """Return one range of the source with the mutants in it."""
+    text, position = "", begin
+    # A range comes before the ranges within it, which the recursion takes.
+    ranges = sorted({(m.begin, m.end) for m in mutants.values()}, key=lambda r: (r[0], -r[1]))
+    for first, last in ranges:
+        if first < position:
+            continue
         here = {n: m for n, m in mutants.items() if (m.begin, m.end) == (first, last)}
         within = {n: m for n, m in mutants.items() if first <= m.begin and m.end <= last}
         inner = _switched(source, first, last, {n: within[n] for n in within.keys() - here.keys()})
-        text += source[done:first] + _choice(here, inner)
-        done = last
-    return text + source[done:end]
+        text += source[position:first] + _choice(here, inner)
+        position = last
+    return text + source[position:end]
 
 
 def _choice(mutants: Mapping[int, Mutant], text: str) -> str:

@@ -1,7 +1,7 @@
-"""Every kernel once, on a few blocks, for the thread sanitizer: `run.sh thread races.py`.
+"""Run every kernel once, on a few blocks, under the thread sanitizer: `run.sh thread races.py`.
 
-A block takes a tenth of a second there. A race ends the process; what the kernels compute is
-checked by the tests. Arguments choose a part: `updates`, `reductions`, `rows`.
+A block takes a tenth of a second there. A race ends the process. The results do not matter here:
+the tests check them. Arguments choose a part: `updates`, `reductions`, `rows`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 import backends
 from eigenfilter import kernels
 
-SIZES = (1, 4097, 5000)  # two blocks, the last of them not full
-COLUMNS = 2500  # two tiles of rows that start where memory is aligned; one more, and they do not
-ROWS = 9  # more pairs of rows than a block has warps
+SIZES = (1, 4097, 5000)  # the largest tensor takes two blocks, the second of them in part
+COLUMNS = 2500  # two tiles; every row starts at an aligned address, unlike with one more column
+ROWS = 9  # there are more pairs of rows than a block has warps
 
 
 def lists(count: int, dtype: torch.dtype) -> list[list[Tensor]]:
@@ -34,11 +34,11 @@ def on_device(value: float) -> Tensor:
 
 
 def updates(dtype: torch.dtype) -> None:
-    """With hyperparameters that the device reads, from which each block makes its rule."""
+    """Run all updates with hyperparameters that the device reads: each block makes its rule."""
     flags = {"grad_scale": torch.tensor(2.0), "found_inf": torch.zeros(1)}
     x, g, b, m, v = lists(5, dtype)
     kernels.perturb(x, g, b, on_device(0.1), **flags)
-    kernels.perturb_again(x, g, on_device(0.1), b)
+    kernels.perturb(x, g, b, on_device(0.1), save=False)
     kernels.perturb_hvp(x, g, m, b, on_device(0.1), 0.01)
     kernels.sgd_step(x, g, m, b, lr=on_device(0.1), momentum=0.9, **flags)
     kernels.adamw_step(
@@ -51,13 +51,13 @@ def reductions(dtype: torch.dtype) -> None:
     kernels.norm(x)
     kernels.norm(x, weights=weights, grad_scale=torch.tensor(2.0))
     if dtype == torch.float64:
-        kernels.norm([t * 1e200 for t in x])  # whose squares are taken again, scaled
+        kernels.norm([t * 1e200 for t in x])  # squares overflow and are taken again
     x[-1][-1] = torch.inf
     kernels.flag_nonfinite(x, torch.zeros(1))
 
 
 def wide_gradients() -> None:
-    """A step of parameters whose gradients are of the next wider dtype."""
+    """Step parameters whose gradients are of the next wider dtype."""
     [x, b], [g] = lists(2, torch.bfloat16), lists(1, torch.float32)
     kernels.perturb(x, g, b, 0.1)
     kernels.sgd_step(x, g, None, b, lr=0.1, rounding_seed=on_device(3))
@@ -91,7 +91,7 @@ def run(parts: Sequence[str]) -> int:
 if __name__ == "__main__":
     assert backends.EMULATED, "run.sh runs this"
     parts = sys.argv[1:] or ["updates", "reductions", "rows"]
-    if "ANSWERS" in os.environ:  # for mutants.py
+    if "ANSWERS" in os.environ:  # mutants.py started this process
         forking.serve(lambda: run(parts), limit=900)
     else:
         run(parts)

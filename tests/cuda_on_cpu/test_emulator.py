@@ -1,4 +1,4 @@
-"""The emulator ends a process where a GPU would go wrong, and says where it was."""
+"""The emulator ends a process at an error that a GPU could hide, and names its place."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ pytestmark = [
 ]
 
 
-def line_of(marked: str) -> int:
-    """The number of the line that ends with a comment."""
-    [line] = [i for i, text in enumerate(SOURCE.splitlines(), 1) if text.endswith(f"// {marked}")]
+def line_of(comment: str) -> int:
+    """Return the number of the line that ends with this comment."""
+    [line] = [i for i, text in enumerate(SOURCE.splitlines(), 1) if text.endswith(f"// {comment}")]
     return line
 
 
@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def built(folder: Path, sanitizer: str) -> Path:
-    """The faulty kernels, as a program."""
+def build(folder: Path, sanitizer: str) -> Path:
+    """Compile the faulty kernels to a program."""
     source = folder / "faulty.cpp"
     source.write_text(translate(SOURCE, "faulty.cu"))
     program = folder / sanitizer
@@ -61,7 +61,7 @@ def built(folder: Path, sanitizer: str) -> Path:
 
 
 def run(folder: Path, name: str, sanitizer: str = "none") -> subprocess.CompletedProcess[str]:
-    command = [str(built(folder, sanitizer)), name]
+    command = [str(build(folder, sanitizer)), name]
     if sanitizer == "thread":
         command = ["setarch", "-R", *command]
     leaks = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
@@ -70,17 +70,17 @@ def run(folder: Path, name: str, sanitizer: str = "none") -> subprocess.Complete
 
 @pytest.mark.parametrize("sanitizer", ["none", "address", "thread"])
 def test_a_sound_kernel_runs(sanitizer: str, folder: Path) -> None:
-    done = run(folder, "sound", sanitizer)
-    assert (done.returncode, done.stdout) == (0, "no error\n"), done.stderr
+    process = run(folder, "sound", sanitizer)
+    assert (process.returncode, process.stdout) == (0, "no error\n"), process.stderr
 
 
 def test_an_impossible_launch_is_an_error_as_on_a_gpu(folder: Path) -> None:
-    done = run(folder, "too_many_threads")
-    assert (done.returncode, done.stdout) == (0, "invalid configuration argument\n")
+    process = run(folder, "too_many_threads")
+    assert (process.returncode, process.stdout) == (0, "invalid configuration argument\n")
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "says"),
+    ("name", "line", "message"),
     [
         ("left_barrier", "left", "a barrier that not all threads reach: some have left"),
         ("other_barrier", "one|other", "a barrier that not all threads reach: some are at another"),
@@ -89,17 +89,19 @@ def test_an_impossible_launch_is_an_error_as_on_a_gpu(folder: Path) -> None:
         ("misaligned", "misaligned", "misaligned address"),
     ],
 )
-def test_the_block_the_thread_and_the_line(name: str, line: str, says: str, folder: Path) -> None:
-    said = run(folder, name)
-    assert said.returncode != 0
-    assert says in said.stderr
-    assert re.search(r"in block \(0, 0\), thread \d+", said.stderr)
+def test_the_block_the_thread_and_the_line(
+    name: str, line: str, message: str, folder: Path
+) -> None:
+    process = run(folder, name)
+    assert process.returncode != 0
+    assert message in process.stderr
+    assert re.search(r"in block \(0, 0\), thread \d+", process.stderr)
     numbers = {line_of(each) for each in line.split("|")}
-    assert any(re.search(rf"faulty\.cu:{number}\b", said.stderr) for number in numbers)
+    assert any(re.search(rf"faulty\.cu:{number}\b", process.stderr) for number in numbers)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("beyond_device", r"an access outside device memory.*\n.*in block \(0, 0\), thread \d+"),
         ("beside", r"faulty\.cu:\d+: the kernel wrote beside its tensors"),
@@ -107,17 +109,17 @@ def test_the_block_the_thread_and_the_line(name: str, line: str, says: str, fold
         ("wrong_device", r"faulty\.cu:\d+: a launch on another device than the tensors'"),
     ],
 )
-def test_device_memory(name: str, says: str, folder: Path) -> None:
-    said = run(folder, name)
-    assert said.returncode != 0
-    assert re.search(says, said.stderr)
+def test_device_memory(name: str, message: str, folder: Path) -> None:
+    process = run(folder, name)
+    assert process.returncode != 0
+    assert re.search(message, process.stderr)
 
 
 def test_the_address_sanitizer_sees_a_stray_access(folder: Path) -> None:
-    said = run(folder, "beside", "address")
-    assert said.returncode != 0
-    assert "AddressSanitizer: use-after-poison" in said.stderr
-    assert "in block (0, 0), thread 63" in said.stderr
+    process = run(folder, "beside", "address")
+    assert process.returncode != 0
+    assert "AddressSanitizer: use-after-poison" in process.stderr
+    assert "in block (0, 0), thread 63" in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -126,10 +128,10 @@ def test_the_address_sanitizer_sees_a_stray_access(folder: Path) -> None:
 def test_the_thread_sanitizer_sees_races_of_threads_and_of_blocks(
     name: str, line: str, folder: Path
 ) -> None:
-    said = run(folder, name, "thread")
-    assert said.returncode != 0
-    assert "ThreadSanitizer: data race" in said.stderr
-    assert f"faulty.cu:{line_of(line)}" in said.stderr
+    process = run(folder, name, "thread")
+    assert process.returncode != 0
+    assert "ThreadSanitizer: data race" in process.stderr
+    assert f"faulty.cu:{line_of(line)}" in process.stderr
 
 
 def test_no_line_moves() -> None:

@@ -1,6 +1,7 @@
 """Translate CUDA C++ to C++ for the emulator: `translate.py IN OUT`.
 
-Only what is no C++ is changed, and no line moves: messages name the lines of the CUDA source.
+Only the parts that are no C++ are changed, and every line keeps its number: messages name the lines
+of the CUDA source.
 
     kernel<T><<<grid, block, shared, stream>>>(...)   a call of emulator::configured
     __shared__ double sums[256];                      a reference to the block's own memory
@@ -24,7 +25,7 @@ def translate(source: str, name: str) -> str:
     """Return the translation of a source, whose lines keep their numbers.
 
     Raises:
-        ValueError: something of CUDA is left that the emulator does not know.
+        ValueError: the source uses a part of CUDA that the emulator does not know.
     """
     text = "".join(_launches(source))
     text = SHARED.sub(_shared, text)
@@ -44,18 +45,18 @@ def translate(source: str, name: str) -> str:
 
 def _launches(source: str) -> list[str]:
     """Cut a source at its launches, and put calls in their place."""
-    parts, done = [], 0
+    parts, position = [], 0
     for launch in re.finditer(r"<<<(.*?)>>>", source, re.DOTALL):
         begin = _kernel_before(source, launch.start())
         kernel = source[begin : launch.start()]
         call = f"emulator::configured({AT}, {launch[1]}, [](auto&... a) {{ {kernel}(a...); }})"
-        parts += [source[done:begin], call]
-        done = launch.end()
-    return [*parts, source[done:]]
+        parts += [source[position:begin], call]
+        position = launch.end()
+    return [*parts, source[position:]]
 
 
 def _kernel_before(source: str, end: int) -> int:
-    """Where the name and the template arguments begin that stand before a launch."""
+    """Return where the kernel's name begins, before its template arguments and the launch."""
     begin = len(source[:end].rstrip())
     if source[begin - 1] == ">":
         depth = 1
@@ -79,7 +80,7 @@ def _shared(match: re.Match[str]) -> str:
 
 
 def _same_lines(replacement: str):  # type: ignore[no-untyped-def]
-    """A replacement that has as many lines as what it replaces."""
+    """Return a replacement that adds lines until there are as many as before."""
     return lambda match: match.expand(replacement) + "\n" * match[0].count("\n")
 
 

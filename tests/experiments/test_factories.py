@@ -72,7 +72,7 @@ def test_optimizers(name: str, kind: type, more: dict[str, Any]) -> None:
     if name == "sgd":
         del expected["rho"]
     assert {key: group[key] for key in expected} == expected
-    assert (name == "asam") == getattr(optimizer._ascent, "adaptive", False)
+    assert (name == "asam") == getattr(optimizer.perturbation, "adaptive", False)
     if name == "two_step_usam":
         assert optimizer.ascent == "anchored"
 
@@ -92,7 +92,7 @@ def test_any_ascent_with_any_base(name: str, method: str) -> None:
         assert type(factories.base_of(optimizer)).__name__ == name.removeprefix("torch.optim.")
         assert group["momentum"] == 0.6
     if method not in ("none", "asam"):
-        assert optimizer._ascent.method == method
+        assert optimizer.perturbation.method == method
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "Nope", "lr_scheduler", "Optimizer"])

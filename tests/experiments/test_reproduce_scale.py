@@ -99,6 +99,7 @@ def test_a_budget_that_suffices_for_nothing_says_what_would(
     assert not (tmp_path / "plan.json").exists()
 
 
+@pytest.mark.slow
 def test_the_rates_are_those_of_steps_and_products(tiny) -> None:
     data = datasets.load("digits")
     device = torch.device("cpu")

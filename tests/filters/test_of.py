@@ -1,4 +1,4 @@
-"""`of` reads live optimizers: the real torch.optim.SGD, and ours by what they state."""
+"""`of` reads live optimizers: torch.optim.SGD, and those of eigenfilter by their method."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def test_heavy_ball_and_nesterov_compose(
     beta, nesterov = np.diag([f.momentum for f in groups]), np.diag([f.nesterov for f in groups])
     zero, one = np.zeros((N, N)), np.eye(N)
     m = np.hstack([(1.0 - tau)[:, None] * d, beta])
-    taken = nesterov @ (np.hstack([d, zero]) + beta @ m) + (one - nesterov) @ m
-    x = np.hstack([one, zero]) - np.diag([f.lr for f in groups]) @ taken
+    update = nesterov @ (np.hstack([d, zero]) + beta @ m) + (one - nesterov) @ m
+    x = np.hstack([one, zero]) - np.diag([f.lr for f in groups]) @ update
     root = np.sqrt([f.rate for f in groups])
     matrix = root[:, None] * d * root
     assert_filter_agrees(np.vstack([x, m]), matrix, matrix)

@@ -60,7 +60,7 @@ def heavy_balls(draw: st.DrawFn) -> Filter:
 
 @st.composite
 def usams(draw: st.DrawFn) -> Filter:
-    """From nearly straight to nearly all curvature; weight decay short of and past the meeting."""
+    """Draw p from nearly linear to nearly quadratic, with one interval or with two of them."""
     lr, nesterov = draw(powers(-6, 3)), draw(st.booleans())
     rho = lr * draw(powers(-6, 5))
     decay = draw(st.one_of(st.just(0.0), st.floats(0.01, 0.9), st.floats(1.1, 1.4))) / (4.0 * rho)
@@ -72,7 +72,7 @@ def usams(draw: st.DrawFn) -> Filter:
 
 @st.composite
 def sams(draw: st.DrawFn) -> Filter:
-    """USAM's filters at some gradient norm."""
+    """Draw SAM's filters: USAM's at some gradient norm."""
     flt, norm = draw(usams()), draw(powers(-4, 4))
     rest = {"rho": flt.rho * norm, "nesterov": flt.nesterov, "maximize": flt.maximize}
     return SAM(flt.lr, flt.momentum, flt.dampening, flt.weight_decay, grad_norm=norm, **rest)
@@ -80,7 +80,7 @@ def sams(draw: st.DrawFn) -> Filter:
 
 @st.composite
 def cubics(draw: st.DrawFn) -> Filter:
-    """From nearly straight to nearly all cubic; weight decay as large as the turning points."""
+    """Draw p from nearly linear to nearly cubic; decay may exceed the values at turning points."""
     lr, nesterov = draw(powers(-6, 3)), draw(st.booleans())
     momentum = draw(st.floats(0.01, 0.99) if nesterov else MOMENTUM)
     dampening = 0.0 if nesterov else draw(st.floats(0.0, 0.95))
@@ -94,7 +94,7 @@ def cubics(draw: st.DrawFn) -> Filter:
 
 
 def astride(flt: Filter, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues just inside and just outside every edge."""
+    """Return eigenvalues just inside and just outside every edge."""
     intervals = flt.intervals()
     gaps = [right[0] - left[1] for left, right in pairwise(intervals)]
     step = fraction * min([high - low for low, high in intervals] + gaps)
@@ -109,7 +109,7 @@ def test_each_edge_is_where_the_spectral_radius_crosses_one(flt: Filter) -> None
     assume(intervals)
     q_edge = flt.p(flt.max_eigenvalue()) + flt.weight_decay
     bottom = flt.weight_decay - 1.0 / (4.0 * flt.rho) if isinstance(flt, USAM) else 0.0
-    assume(q_edge > 1.1 * bottom)  # else the set is a sliver around the vertex of the parabola
+    assume(q_edge > 1.1 * bottom)  # otherwise the interval is tiny, around the parabola's vertex
     inside, outside = astride(flt, 0.01)
     assert (flt.spectral_radius(inside) < 1.0 - 1e-11).all()
     assert (flt.spectral_radius(outside) > 1.0 + 1e-11).all()
@@ -118,7 +118,7 @@ def test_each_edge_is_where_the_spectral_radius_crosses_one(flt: Filter) -> None
 
 
 def anywhere(flt: Filter, units: list[float]) -> np.ndarray:
-    """Eigenvalues in units of the largest edge."""
+    """Return eigenvalues that are given in units of the largest edge."""
     ends = [abs(end) for interval in flt.intervals() for end in interval]
     return np.array(units) * max([*ends, 1.0 / flt.lr])
 
@@ -135,9 +135,10 @@ def test_admits_agrees_with_the_spectral_radius_anywhere(flt: Filter, units: lis
 
 
 def steps_of(flt: Filter, lam: np.ndarray) -> Generator[State, np.ndarray | float, None]:
-    """x and lr m after each step on lam x^2 / 2 from x = 1, from the method's definition.
+    """Yield x and lr m after each step on lam x^2 / 2 from x = 1, by the method's definition.
 
-    Both are multiplied by what is sent, which a linear recurrence does not notice.
+    The caller sends a factor for both after each step, which keeps them from overflowing: the
+    recurrence is linear.
     """
     rho, sign = getattr(flt, "rho", 0.0), -1.0 if flt.maximize else 1.0
     rho /= getattr(flt, "grad_norm", 1.0)
@@ -146,7 +147,7 @@ def steps_of(flt: Filter, lam: np.ndarray) -> Generator[State, np.ndarray | floa
         return sign * lam * x
 
     def perturb(x: np.ndarray) -> np.ndarray:
-        """The point where the gradient is taken."""
+        """Return the point where the gradient is taken."""
         if isinstance(flt, HessianUSAM):
             return x + rho * lam * sign * gradient(x)
         y = x + rho * gradient(x)
@@ -188,14 +189,16 @@ def test_admits_agrees_with_the_recurrence_anywhere(flt: Filter, units: list[flo
 
 
 def log_growth(flt: Filter, lam: np.ndarray, steps: int) -> np.ndarray:
-    """log of |(x, lr m)| after twice as many steps over that after `steps`."""
+    """Return by how much log |(x, lr m)| grows from step `steps` to step `2 * steps`."""
     recurrence = steps_of(flt, lam)
     state, total = next(recurrence), np.zeros_like(lam)
     for step in range(2 * steps):
         size = np.hypot(*state)
-        size[size == 0.0] = 1.0  # it has arrived
+        arrived = size == 0.0
+        size[arrived] = 1.0  # the state is zero, and stays so
         if step >= steps:
             total += np.log(size)
+            total[arrived] = -np.inf
         state = recurrence.send(1.0 / size)
     return total
 

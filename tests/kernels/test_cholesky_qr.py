@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -191,16 +186,3 @@ def test_bad_operands_are_refused(v: Tensor, f: Tensor, message: str) -> None:
     if "factors" not in message:
         with pytest.raises((ValueError, TypeError), match=message):
             kernels.cholesky_qr(v)
-
-
-def test_triton_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))
-    subprocess.run([sys.executable, __file__], check=True, env=environment)
-
-
-if __name__ == "__main__":
-    for dtype in VECTORS:
-        for size in (1, 100, 1024, 2500):
-            assert_gram_and_mix_rows(KernelBackend("triton"), dtype, 5, size)
-        test_rows_that_depend_on_others_become_zero(KernelBackend("triton"), dtype)

@@ -10,29 +10,29 @@ import sys
 import pytest
 import torch
 
-from cases import UPDATES
 from eigenfilter import _core, kernels
-from eigenfilter.kernels import dispatch, native, reference
+from eigenfilter.kernels import dispatch
+from eigenfilter.kernels._op import OPERATIONS
 
 needs_no_cuda = pytest.mark.skipif(_core.cuda_compiled, reason="built with CUDA kernels")
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice() -> None:
-    dispatch._select.cache_clear()
+    dispatch._choose.cache_clear()
 
 
 def test_the_cpu_is_served_by_native(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="eigenfilter"):
-        assert all(kernels.select("cpu") is native for _ in range(3))
+        assert all(kernels.select("cpu").name == "native" for _ in range(3))
     assert [r.getMessage() for r in caplog.records] == ["kernels on cpu: native"]
 
 
 def test_an_explicit_choice_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="eigenfilter"):
-        assert kernels.select("cpu", "native") is native
-        assert kernels.select("cpu", "reference") is reference
-        assert kernels.select("mps", "reference") is reference
+        assert kernels.select("cpu", "native").name == "native"
+        assert kernels.select("cpu", "reference").name == "reference"
+        assert kernels.select("mps", "reference").name == "reference"
     assert caplog.records == []
 
 
@@ -47,11 +47,17 @@ def test_triton_on_a_cpu_needs_its_interpreter() -> None:
 def test_every_backend_has_every_kernel() -> None:
     # cholesky_qr is made of others
     names = set(kernels.__all__) - {"BACKENDS", "Backend", "select", "cholesky_qr"}
-    assert names >= {update.kernel for update in UPDATES} | {"norm", "flag_nonfinite"}
+    assert names == set(OPERATIONS)
     for backend in (kernels.select("cpu", name) for name in ("native", "reference")):
-        for name in names:
-            promised = inspect.signature(getattr(kernels.Backend, name)).parameters
-            assert list(inspect.signature(getattr(backend, name)).parameters) == list(promised)[1:]
+        for name, operation in OPERATIONS.items():
+            declared = inspect.signature(operation.reference).parameters.values()
+            expected = [p for p in declared if p.name != "backend"]
+            parameters = inspect.signature(getattr(backend, name)).parameters.values()
+            assert [(p.name, p.kind, p.default) for p in parameters] == [
+                (p.name, p.kind, p.default) for p in expected
+            ]
+    with pytest.raises(AttributeError, match="no operation 'sgd'"):
+        kernels.select("cpu").sgd  # noqa: B018
 
 
 def test_an_unknown_backend_is_told_the_known_ones() -> None:
@@ -64,8 +70,11 @@ def test_an_unknown_backend_is_told_the_known_ones() -> None:
 
 
 def test_an_unknown_device() -> None:
-    with pytest.raises(ValueError, match=r"no kernels for device 'meta': .*backend=.reference"):
-        kernels.norm([torch.ones(3, device="meta")])
+    with pytest.raises(ValueError, match=r"no kernels for device 'mps': .*backend=.reference"):
+        kernels.select("mps")
+    for backend in (None, *kernels.BACKENDS):
+        with pytest.raises(ValueError, match=r"meta device have no data: .*to_empty"):
+            kernels.norm([torch.ones(3, device="meta")], backend=backend)
 
 
 def test_a_tensor_in_place_of_a_list() -> None:
@@ -92,8 +101,8 @@ def test_without_cuda_kernels_native_says_how_to_get_them() -> None:
 
 @pytest.mark.skipif(not _core.cuda_compiled, reason="built without CUDA kernels")
 def test_with_cuda_kernels_native_serves_both_devices() -> None:
-    assert kernels.select("cuda", "native") is native
-    assert kernels.select("cpu", "native") is native
+    assert kernels.select("cuda", "native").name == "native"
+    assert kernels.select("cpu", "native").name == "native"
     _core.require_cuda()
 
 
@@ -156,8 +165,8 @@ def test_each_gpu_is_served_by_what_has_code_for_it(caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO, logger="eigenfilter"):
         for _ in range(2):
             assert kernels.select(old) is kernels.select(old, "triton")
-            assert kernels.select(new) is native
-            assert kernels.select("cuda") is native
+            assert kernels.select(new).name == "native"
+            assert kernels.select("cuda").name == "native"
     assert [r.getMessage() for r in caplog.records] == [
         "kernels on cuda:0: triton (it has compute capability 7.5, and the CUDA kernels were "
         "compiled for 80-real, 90-real, 100-real, 100-virtual)",
@@ -173,7 +182,7 @@ def test_native_is_refused_where_it_has_no_code() -> None:
     )
     with pytest.raises(RuntimeError, match=message):
         kernels.select("cuda:0", "native")
-    assert kernels.select("cuda:1", "native") is native
+    assert kernels.select("cuda:1", "native").name == "native"
 
 
 def test_the_build_names_what_it_was_compiled_for() -> None:
@@ -185,8 +194,10 @@ def test_the_build_names_what_it_was_compiled_for() -> None:
 
 
 def test_without_triton_the_backend_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "eigenfilter.kernels.triton_kernels", raising=False)
-    monkeypatch.delattr(kernels, "triton_kernels", raising=False)
+    ours = "eigenfilter.kernels.triton"
+    for name in [m for m in sys.modules if m == ours or m.startswith(f"{ours}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(kernels, "triton", raising=False)
     for name in [m for m in sys.modules if m == "triton" or m.startswith("triton.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [NoTriton(), *sys.meta_path])

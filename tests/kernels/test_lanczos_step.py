@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -163,15 +158,3 @@ def test_bad_operands_are_refused(u: Tensor, q: Tensor, f: Tensor, message: str)
     with pytest.raises((ValueError, TypeError), match=message):
         kernels.lanczos_step(u, q, torch.zeros(2, 5), f)
     assert torch.equal(u, before)
-
-
-def test_triton_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))
-    subprocess.run([sys.executable, __file__], check=True, env=environment)
-
-
-if __name__ == "__main__":
-    for dtype in VECTORS:
-        for size in (1, 100, 1024, 2500):
-            assert_row_dots_and_lanczos_step(KernelBackend("triton"), dtype, 3, size)

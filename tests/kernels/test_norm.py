@@ -115,9 +115,9 @@ def test_more_chunks_than_are_added_at_once(
 ) -> None:
     """Triton's last program takes as many as its block has; a smaller block stands for many."""
     if fast_backend.name == "triton":
-        from eigenfilter.kernels import triton_device
+        from eigenfilter.kernels.triton import norm
 
-        monkeypatch.setattr(triton_device, "NORM_BLOCK", 4)
+        monkeypatch.setattr(norm, "NORM_BLOCK", 4)
     t = torch.randn(9 * 4096, device=fast_backend.device)
     result = kernels.norm([t], backend=fast_backend.name)
     assert result.item() == pytest.approx(exact_norm([t], None), rel=NORM[torch.float32])

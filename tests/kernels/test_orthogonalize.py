@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -111,7 +106,7 @@ def test_nothing_to_project(backend: KernelBackend, shape: tuple[int, ...]) -> N
 def test_memory_that_is_shared_is_refused(backend: KernelBackend) -> None:
     rows = orthonormal(6, 100, torch.float32, backend.device)
     before = rows.clone()
-    with pytest.raises(ValueError, match="shares memory"):
+    with pytest.raises(ValueError, match=r"shares? memory"):
         kernels.orthogonalize(rows[4:6], rows, backend=backend.name)
     assert same_bits(rows, before)
     kernels.orthogonalize(rows[5], rows[:5], backend=backend.name)  # side by side
@@ -173,17 +168,3 @@ def test_bad_operands_are_refused(w: Tensor, basis: Tensor, options: dict, messa
     with pytest.raises((ValueError, TypeError), match=message):
         kernels.orthogonalize(w, basis, **options)
     assert same_bits(w, before)
-
-
-def test_triton_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = dict(os.environ, TRITON_INTERPRET="1", PYTHONPATH=str(Path(__file__).parents[1]))
-    subprocess.run([sys.executable, __file__], check=True, env=environment)
-
-
-if __name__ == "__main__":
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for size in (1, 100, 1024, 2500):
-            assert_orthogonalizes(KernelBackend("triton"), dtype, torch.float32, 3, size)
-    assert_orthogonalizes(KernelBackend("triton"), torch.float64, torch.float64, 9, 3000)
-    test_no_rows(KernelBackend("triton"))

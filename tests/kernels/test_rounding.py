@@ -84,7 +84,7 @@ def test_adamw_step_is_the_reference_bit_for_bit(
 
 
 @pytest.mark.parametrize("alpha", [ALPHA, 0.05, 1 / 3])
-@pytest.mark.parametrize("update", UPDATES[:5], ids=str)
+@pytest.mark.parametrize("update", [u for u in UPDATES if "alpha" in u.options], ids=str)
 def test_ascents_are_the_references_bit_for_bit(
     fast_backend: KernelBackend, dtype: torch.dtype, update: Update, alpha: float
 ) -> None:

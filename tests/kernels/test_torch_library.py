@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cases import same_bits
 from eigenfilter import kernels
+from eigenfilter.kernels._op import OPERATIONS
 
 SHAPES = ((5,), (3, 4), ())
 
@@ -32,8 +33,8 @@ FLAG = torch.zeros(())
 # Calls of every kernel: how many lists, and what is done with them.
 CALLS: dict[str, tuple[int, Callable[..., Any]]] = {
     "perturb": (3, lambda p, g, b: kernels.perturb(p, g, b, 0.1, adaptive=True)),
-    "perturb_again": (2, lambda p, g: kernels.perturb_again(p, g, 0.1)),
-    "perturb_again from": (3, lambda p, g, b: kernels.perturb_again(p, g, 0.1, b)),
+    "perturb unsaved": (2, lambda p, g: kernels.perturb(p, g, None, 0.1, save=False)),
+    "perturb backups": (3, lambda p, g, b: kernels.perturb(p, g, b, 0.1, save=False)),
     "perturb_hvp": (4, lambda p, g, g0, b: kernels.perturb_hvp(p, g, g0, b, 0.1, eps=1e-2)),
     "sgd_step": (2, lambda p, g: kernels.sgd_step(p, g, lr=0.1, weight_decay=0.01)),
     "sgd_step momentum": (
@@ -91,7 +92,7 @@ def test_errors_are_those_of_the_kernels() -> None:
     [params, grads] = lists(2)
 
     def work(params: list[Tensor], grads: list[Tensor]) -> None:
-        kernels.perturb_again(params, grads, 0.1)
+        kernels.perturb(params, grads, None, 0.1, save=False)
 
     compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="grads"):
@@ -109,52 +110,46 @@ def test_a_compiled_call_takes_what_the_call_takes() -> None:
         torch.compile(lambda p, g: kernels.sgd_step(p, g, lr=whole), backend="eager")(params, grads)
 
 
-def arguments(name: str) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of the operator."""
-    p, g, a, b = lists(4)
-    tail = {"grad_scale": scalar(2.0).float(), "found_inf": FLAG.clone(), "backend": None}
-    half = scalar(0.5)
+def arguments(name: str) -> dict[str, Any]:
+    """Arguments for the operator of an operation on lists: all it writes, no backups to read."""
+    supply, operation = iter(lists(4)), OPERATIONS[name]
+    given: dict[str, Any] = {"step": scalar(2.0), "rounding_seed": scalar(7.0)}
+    given |= {"grad_scale": scalar(2.0).float(), "found_inf": FLAG.clone(), "out": torch.empty(())}
+    for argument, of in operation.annotations.items():
+        if of.startswith("Sequence"):
+            is_absent = of.endswith("None") and argument not in operation.writes
+            given[argument] = [] if is_absent else next(supply)
+        elif of == "bool":
+            given[argument] = argument == "save"
+        else:
+            given.setdefault(argument, scalar(0.5))
+    return {argument: given[argument] for argument in operation.arguments}
+
+
+def row_arguments(name: str) -> tuple[Any, ...]:
+    """Arguments for the operator of an operation on rows of vectors."""
+    u, q, w, _ = (tensors[1] for tensors in lists(4))
+    sums, square = torch.empty(2, 3).double(), torch.ones(3, 3).double()
     return {
-        "perturb": ([p, g, a, half], {"adaptive": False} | tail),
-        "perturb_again": ([p, g, half, []], tail),
-        "perturb_hvp": ([p, g, a, b, half, half], tail),
-        "sgd_step": (
-            [p, g, a, []],
-            dict.fromkeys(("lr", "momentum", "dampening", "weight_decay"), half)
-            | {"nesterov": False, "maximize": False, "rounding_seed": None}
-            | tail,
-        ),
-        "adamw_step": (
-            [p, g, a, b, []],
-            dict.fromkeys(("lr", "beta1", "beta2", "eps", "weight_decay"), half)
-            | {"step": scalar(2.0), "maximize": False, "rounding_seed": scalar(7.0)}
-            | tail,
-        ),
-        "norm": ([p, torch.empty(())], {"weights": g, "grad_scale": None, "backend": None}),
         "orthogonalize": (
-            [p[0], torch.eye(5)[:2], torch.empty(2).double(), scalar(0.0), 1, None],
-            {},
+            lists(1)[0][0],
+            torch.eye(5)[:2],
+            torch.empty(2).double(),
+            scalar(0.0),
+            1,
         ),
-        "row_dots": ([p[1], g[1], torch.empty(2, 3).double(), None], {}),
-        "lanczos_step": (
-            [p[1], g[1], a[1], torch.ones(3, 3).double(), torch.empty(2, 3).double(), None],
-            {},
-        ),
-        "gram": ([p[1], torch.empty(3, 3).double(), None], {}),
-        "mix_rows": ([p[1], torch.ones(3, 3).double(), None], {}),
-        "flag_nonfinite": ([p, FLAG.clone()], {"backend": "reference"}),
+        "row_dots": (q, w, sums),
+        "lanczos_step": (u, q, w, square, sums),
+        "gram": (u, torch.empty(3, 3).double()),
+        "mix_rows": (u, square),
     }[name]
 
 
 @NO_GRAPHS
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        for name in kernels.__all__
-        if name not in ("BACKENDS", "Backend", "cholesky_qr", "select")
-    ],
-)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_opcheck(name: str) -> None:
-    args, kw = arguments(name)
-    torch.library.opcheck(getattr(torch.ops.eigenfilter, name).default, args, kw)
+    operator = getattr(torch.ops.eigenfilter, name).default
+    if OPERATIONS[name].takes_lists:
+        torch.library.opcheck(operator, (), arguments(name) | {"backend": "reference"})
+    else:
+        torch.library.opcheck(operator, (*row_arguments(name), None))

@@ -7,6 +7,7 @@ not to interpret, whatever the environment of the tests says.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import re
 import subprocess
@@ -37,8 +38,8 @@ LISTS = {
     "perturb": (2, 2),
     "perturb_scaled": (2, 2),
     "perturb_adaptive": (2, 2),
-    "perturb_again": (2, 1),
-    "perturb_again_scaled": (2, 1),
+    "perturb_unsaved": (2, 1),
+    "perturb_unsaved_scaled": (2, 1),
     "perturb_hvp": (3, 1),
     "perturb_hvp_scaled": (3, 1),
     "sgd_step": (2, 1),
@@ -63,7 +64,7 @@ ROWS_OF_16 = (*VECTORS, "columns")
 WITHOUT_DIVISION = (
     "perturb",
     "perturb_adaptive",
-    "perturb_again",
+    "perturb_unsaved",
     "sgd_step",
     "sgd_step_stochastic",
 )
@@ -77,7 +78,7 @@ def lists_of(dtype: str) -> dict[str, tuple[int, int]]:
 # and how many it writes.
 WIDE_LISTS = {
     "perturb": (1, 1, 2),
-    "perturb_again_scaled": (1, 1, 1),
+    "perturb_unsaved_scaled": (1, 1, 1),
     "perturb_hvp_scaled": (1, 2, 1),
     "sgd_step_scaled": (2, 1, 2),
     "adamw_step_scaled": (3, 1, 3),
@@ -288,31 +289,40 @@ def configurations(
     """Return kernels with their compile-time constants and options, by name."""
     import torch
 
-    from eigenfilter.kernels import triton_device as device_code
-    from eigenfilter.kernels.triton_blocks import Blocks
-    from eigenfilter.kernels.triton_kernels import constants, options
+    from eigenfilter.kernels.triton.adamw_step import adamw_step_kernel as adamw
+    from eigenfilter.kernels.triton.blocks import Blocks
+    from eigenfilter.kernels.triton.flag_nonfinite import flag_nonfinite_kernel
+    from eigenfilter.kernels.triton.launch import constants, options
+    from eigenfilter.kernels.triton.norm import (
+        NORM_BLOCK,
+        NORM_OPTIONS,
+        norm_kernel,
+        sum_squares_kernel,
+    )
+    from eigenfilter.kernels.triton.perturb import perturb_kernel
+    from eigenfilter.kernels.triton.perturb_hvp import perturb_hvp_kernel
+    from eigenfilter.kernels.triton.sgd_step import sgd_step_kernel as sgd
 
     shared = constants(getattr(torch, dtype), Blocks(), getattr(torch, grad or dtype))
     nesterov, nearest = {"MOMENTA": True, "NESTEROV": True}, {"STOCHASTIC": False}
     unscaled = {} if "float64" in (dtype, grad) else {"exponents": None}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
-        "perturb": on_host(device_code.perturb_kernel, ADAPTIVE=False),
-        "perturb_scaled": (device_code.perturb_kernel, {"ADAPTIVE": True}),
-        "perturb_adaptive": on_host(device_code.perturb_kernel, ADAPTIVE=True),
-        "perturb_again": on_host(device_code.perturb_again_kernel),
-        "perturb_again_scaled": (device_code.perturb_again_kernel, {}),
-        "perturb_hvp": on_host(device_code.perturb_hvp_kernel),
-        "perturb_hvp_scaled": (device_code.perturb_hvp_kernel, {}),
-        "sgd_step": on_host(device_code.sgd_step_kernel, MOMENTA=False, NESTEROV=False, **nearest),
-        "sgd_step_scaled": (device_code.sgd_step_kernel, nesterov | nearest),
-        "adamw_step": on_host(device_code.adamw_step_kernel, **nearest),
-        "adamw_step_scaled": (device_code.adamw_step_kernel, nearest),
-        "sum_squares": (device_code.sum_squares_kernel, {"WEIGHTS": False} | unscaled),
-        "sum_squares_weighted": (device_code.sum_squares_kernel, {"WEIGHTS": True} | unscaled),
-        "flag_nonfinite": (device_code.flag_nonfinite_kernel, {}),
+        "perturb": on_host(perturb_kernel, SAVE=True, ADAPTIVE=False),
+        "perturb_scaled": (perturb_kernel, {"SAVE": True, "ADAPTIVE": True}),
+        "perturb_adaptive": on_host(perturb_kernel, SAVE=True, ADAPTIVE=True),
+        "perturb_unsaved": on_host(perturb_kernel, SAVE=False, ADAPTIVE=False),
+        "perturb_unsaved_scaled": (perturb_kernel, {"SAVE": False, "ADAPTIVE": False}),
+        "perturb_hvp": on_host(perturb_hvp_kernel),
+        "perturb_hvp_scaled": (perturb_hvp_kernel, {}),
+        "sgd_step": on_host(sgd, MOMENTA=False, NESTEROV=False, **nearest),
+        "sgd_step_scaled": (sgd, nesterov | nearest),
+        "adamw_step": on_host(adamw, **nearest),
+        "adamw_step_scaled": (adamw, nearest),
+        "sum_squares": (sum_squares_kernel, {"WEIGHTS": False} | unscaled),
+        "sum_squares_weighted": (sum_squares_kernel, {"WEIGHTS": True} | unscaled),
+        "flag_nonfinite": (flag_nonfinite_kernel, {}),
     }
     if dtype in NARROW:
-        sgd, adamw = device_code.sgd_step_kernel, device_code.adamw_step_kernel
         kernels["sgd_step_stochastic"] = on_host(sgd, **nesterov, STOCHASTIC=True)
         kernels["adamw_step_stochastic"] = on_host(adamw, STOCHASTIC=True)
         kernels["adamw_step_stochastic_scaled"] = (adamw, {"STOCHASTIC": True})
@@ -320,18 +330,22 @@ def configurations(
         name: (kernel, shared | chosen, options(Blocks()))
         for name, (kernel, chosen) in kernels.items()
     }
-    block = {"BLOCK": device_code.NORM_BLOCK} | unscaled
-    return output | {"norm": (device_code.norm_kernel, block, device_code.NORM_OPTIONS)}
+    block = {"BLOCK": NORM_BLOCK} | unscaled
+    return output | {"norm": (norm_kernel, block, NORM_OPTIONS)}
 
 
 def over_rows(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return the kernels over rows of vectors, as `configurations` does."""
-    from eigenfilter.kernels import triton_lanczos as code
+    from eigenfilter.kernels import triton as package
+    from eigenfilter.kernels.triton import rows
 
     if dtype in NARROW:
         return {}
-    tile = {"TILE": code.TILE}
-    return {name: (getattr(code, f"{name}_kernel"), tile, code.OPTIONS) for name in LANCZOS}
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in LANCZOS}
+    return {
+        name: (getattr(module, f"{name}_kernel"), {"TILE": rows.TILE}, rows.OPTIONS)
+        for name, module in modules.items()
+    }
 
 
 def on_host(kernel: Any, **chosen: bool) -> tuple[Any, dict[str, Any]]:

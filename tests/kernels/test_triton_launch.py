@@ -21,7 +21,8 @@ from benchmarks import triton_stub
 from benchmarks.triton_stub import Launch, StubDriver
 from cases import DTYPES, SCALE, UPDATES, Arena, Update, nonzero, places
 from eigenfilter import kernels
-from eigenfilter.kernels import triton_device, triton_lanczos, triton_orthogonalize
+from eigenfilter.kernels.triton import rows
+from eigenfilter.kernels.triton.perturb import perturb_kernel
 from launches import assert_arguments_fit, assert_tables_cover
 
 pytestmark = [
@@ -116,7 +117,13 @@ def test_updates(
             assert launch[f"{name}_at"].data_ptr() == value.data_ptr()
         else:
             assert (launch[name], launch[f"{name}_at"]) == (value, None)
-    if "origin" in launch.source.fn.arg_names:
+    if "SAVE" in launch.source.fn.arg_names:
+        assert launch["SAVE"] == update.options.get("save", True)
+        assert launch["ADAPTIVE"] == update.options.get("adaptive", False)
+        assert (
+            update.lists[launch["origin"]] == update.lists[-1 if "backups" in update.lists else 0]
+        )
+    elif "origin" in launch.source.fn.arg_names:
         assert update.lists[launch["origin"]] == update.starts_from
     if "MOMENTA" in launch.source.fn.arg_names:
         assert launch["MOMENTA"] == ("momenta" in update.lists)
@@ -166,8 +173,9 @@ def test_no_number_is_compiled_in(recorder: Recorder, update: Update) -> None:
 
 def test_backups_and_what_is_true_are_no_variants(recorder: Recorder) -> None:
     x, g, b = ([nonzero((5000,), torch.float32)] for _ in range(3))
-    recorder(lambda: kernels.perturb_again(x, g, 0.1, b, backend="triton"))
-    recorder.warm(lambda: kernels.perturb_again(x, g, 0.1, backend="triton"))
+    unsaved: dict[str, Any] = {"alpha": 0.1, "save": False, "backend": "triton"}
+    recorder(lambda: kernels.perturb(x, g, b, **unsaved))
+    recorder.warm(lambda: kernels.perturb(x, g, None, **unsaved))
     for nesterov in (False, True):
         options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "backend": "triton"}
         step = functools.partial(kernels.sgd_step, x, g, b, **options)
@@ -230,7 +238,7 @@ def test_orthogonalize(
     dots, add, subtract = "dots_kernel", "add_tiles_kernel", "subtract_kernel"
     names = [launch.kernel for launch in launches]
     assert names == [dots, add, subtract] * 2 + ["norms_kernel"]
-    tiles = -(-columns // triton_orthogonalize.TILE)
+    tiles = -(-columns // rows.TILE)
     grids = {dots: (tiles, 3, 1), add: (15, 1, 1), subtract: (tiles, 3, 1)}
     for launch in launches[:-1]:
         assert launch.grid == grids[launch.kernel]
@@ -256,7 +264,7 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
         "lanczos_step": (lambda: kernels.lanczos_step(u, q, w, factors, backend="triton"), 4, 8),
         "gram": (lambda: kernels.gram(u, backend="triton"), 1, 16),
     }
-    tiles = -(-columns // triton_lanczos.TILE)
+    tiles = -(-columns // rows.TILE)
     inputs = {"u": u, "q": q, "w": w, "vectors": u, "factors": factors}
     for name, (call, programs, sums) in calls.items():
         launch, add = recorder(call)
@@ -277,7 +285,7 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
 
 def test_the_driver_is_put_back(recorder: Recorder) -> None:
     """What was compiled for the stub is forgotten, or another driver would not launch."""
-    cache = triton_device.perturb_kernel.device_caches
+    cache = perturb_kernel.device_caches
     x, g, b = ([nonzero((50,), torch.float32)] for _ in range(3))
     with triton_stub.installed() as inner:
         assert triton.runtime.driver.active is inner

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from eigenfilter import _core
-from eigenfilter.kernels import triton_tables
-from eigenfilter.kernels.triton_blocks import Blocks
-from eigenfilter.kernels.triton_tables import BLOCKS_IN_CHUNK, cut, tables
+from eigenfilter.kernels.triton import tables as triton_tables
+from eigenfilter.kernels.triton.blocks import Blocks
+from eigenfilter.kernels.triton.tables import BLOCKS_IN_CHUNK, cut, tables
 
 BLOCK = 512
 CHUNK = BLOCKS_IN_CHUNK * BLOCK

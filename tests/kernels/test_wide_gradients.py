@@ -142,21 +142,21 @@ def perturb_adaptive(
     return x, before + move, np.abs(before) + np.abs(move)
 
 
-def perturb_again(
+def perturb_backups(
     lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, b = lists
-    kernels.perturb_again([x], [g], LR / big, [b], backend=backend_name)
+    kernels.perturb([x], [g], [b], LR / big, save=False, backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, exact(b) + move, np.abs(exact(b)) + np.abs(move)
 
 
-def perturb_again_on(
+def perturb_unsaved(
     lists: Sequence[Tensor], big: float, backend_name: str
 ) -> tuple[Tensor, Exact, Exact]:
     x, g, _ = lists
     before = exact(x)
-    kernels.perturb_again([x], [g], LR / big, backend=backend_name)
+    kernels.perturb([x], [g], None, LR / big, save=False, backend=backend_name)
     move = np.longdouble(LR / big) * exact(g)
     return x, before + move, np.abs(before) + np.abs(move)
 
@@ -205,8 +205,8 @@ def adamw_step(
 STEPS: list[Callable[[Sequence[Tensor], float, str], tuple[Tensor, Exact, Exact]]] = [
     perturb,
     perturb_adaptive,
-    perturb_again,
-    perturb_again_on,
+    perturb_backups,
+    perturb_unsaved,
     perturb_hvp,
     sgd_step,
     sgd_step_maximize,

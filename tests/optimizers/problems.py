@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import eigenfilter as ef
 from cases import RHO
+from eigenfilter.optimizers.registry import OPTIMIZERS
 
 SHAPES = ((), (3,), (0,), (4, 5), (2, 3, 2, 2), (1000,))
 
@@ -36,39 +36,64 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+Points = Sequence[Tensor]
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to ascend.
 
     Attributes:
-        sgd: the optimizer that descends as SGD does.
-        name: what AdamW and SharpnessAware call it.
+        name: the registered method.
         calls: gradients a step.
+        point: the descent's point of the exact optimizer, from it, x and the gradient at x.
         options: its own arguments, here and there.
         rho: large enough that a run in bfloat16 shows it.
         normalized: whether it takes a norm, which every backend sums in its own order.
     """
 
-    sgd: Callable[..., Any]
     name: str
     calls: int
+    point: Callable[[Exact, Points, Points], Points]
     options: Mapping[str, Any] = field(default_factory=dict)
     rho: float = RHO
     normalized: bool = False
 
     def make(self, params: Any, **settings: Any) -> Any:
         """The optimizer with SGD's descent."""
-        return self.sgd(params, **{"rho": self.rho} | settings, **self.options)
+        return OPTIMIZERS[self.name](params, **{"rho": self.rho} | settings, **self.options)
+
+
+def _sam(exact: Exact, x: Points, g: Points) -> Points:
+    return exact.perturb(x, [a / _norm(g) for a in g])
+
+
+def _asam(exact: Exact, x: Points, g: Points) -> Points:
+    weighted = [b * a for b, a in zip(x, g, strict=True)]
+    return exact.perturb(x, [b * a / _norm(weighted) for b, a in zip(x, weighted, strict=True)])
+
+
+def _sequential(exact: Exact, x: Points, g: Points) -> Points:
+    y = exact.perturb(x, g)
+    return exact.perturb(y, exact.gradient(y))
+
+
+def _anchored(exact: Exact, x: Points, g: Points) -> Points:
+    return exact.perturb(x, exact.gradient(exact.perturb(x, g)))
+
+
+def _hessian(exact: Exact, x: Points, g: Points) -> Points:
+    return exact.perturb(x, exact.product(x, g))
 
 
 METHODS = {
-    "usam": Method(ef.USAM, "usam", 2),
-    "sam": Method(ef.SAM, "sam", 2, rho=2.0, normalized=True),
-    "asam": Method(ef.SAM, "sam", 2, {"adaptive": True}, rho=2.0, normalized=True),
-    "sequential": Method(ef.TwoStepUSAM, "two_step_usam", 3),
-    "anchored": Method(ef.TwoStepUSAM, "two_step_usam", 3, {"ascent": "anchored"}),
-    "difference": Method(ef.HessianUSAM, "hessian_usam", 3, normalized=True),
-    "product": Method(ef.HessianUSAM, "hessian_usam", 2, {"hvp": "autograd"}),
+    "usam": Method("usam", 2, lambda exact, x, g: exact.perturb(x, g)),
+    "sam": Method("sam", 2, _sam, rho=2.0, normalized=True),
+    "asam": Method("sam", 2, _asam, {"adaptive": True}, rho=2.0, normalized=True),
+    "sequential": Method("two_step_usam", 3, _sequential),
+    "anchored": Method("two_step_usam", 3, _anchored, {"ascent": "anchored"}),
+    "difference": Method("hessian_usam", 3, _hessian, normalized=True),
+    "product": Method("hessian_usam", 2, _hessian, {"hvp": "autograd"}),
 }
 
 
@@ -177,30 +202,15 @@ class Exact:
         slope = torch.stack([(g * v).sum() for g, v in zip(grads, vectors, strict=True)]).sum()
         return list(torch.autograd.grad(slope, points))
 
-    def perturb(self, points: Sequence[Tensor], along: Sequence[Tensor]) -> list[Tensor]:
+    def perturb(self, points: Points, along: Points) -> Points:
         """Points, each perturbed by its rho."""
         return [y + rho * g for y, rho, g in zip(points, self.rho, along, strict=True)]
 
-    def descent_point(self) -> list[Tensor]:
+    def descent_point(self) -> Points:
         """The point at which the descent's gradient is taken."""
         x = self.x
         g = [a * (rho > 0) for a, rho in zip(self.gradient(x), self.rho, strict=True)]
-        if self.method == "sam":
-            return self.perturb(x, [a / _norm(g) for a in g])
-        if self.method == "asam":
-            weighted = [b * a for b, a in zip(x, g, strict=True)]
-            return self.perturb(
-                x, [b * a / _norm(weighted) for b, a in zip(x, weighted, strict=True)]
-            )
-        if self.method in ("difference", "product"):
-            return self.perturb(x, self.product(x, g))
-        y = self.perturb(x, g)
-        if self.method == "sequential":
-            return self.perturb(y, self.gradient(y))
-        if self.method == "anchored":
-            return self.perturb(x, self.gradient(y))
-        assert self.method == "usam"
-        return y
+        return METHODS[self.method].point(self, x, g)
 
     def step(self) -> None:
         """Take one step."""

@@ -289,7 +289,9 @@ def test_nothing_of_a_step_is_kept_when_it_has_ended(hvp: str) -> None:
     closure = closure_of(opt, params)
 
     def containers() -> list[object]:
-        return [value for value in vars(opt._ascent).values() if isinstance(value, (dict, list))]
+        return [
+            value for value in vars(opt.perturbation).values() if isinstance(value, (dict, list))
+        ]
 
     closure()
     opt.ascend()

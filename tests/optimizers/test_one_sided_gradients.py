@@ -260,7 +260,7 @@ def test_what_never_has_a_gradient_takes_no_memory() -> None:
     assert distance(params, plain) < 1e-6  # eps differs, and with it the gradients' rounding
     assert frozen.tolist() == [1.0] * 7
     assert unused.tolist() == [-0.5] * 5
-    saved = {p for _, p in opt._buckets._store._auxiliary}
+    saved = {p for _, p in opt._buckets.store._auxiliary}
     assert saved == set(params)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import eigenfilter as ef
 from cases import RHO, same_bits
+from eigenfilter.optimizers import Options
 from optimizers.problems import (
     METHODS,
     Exact,
@@ -212,3 +214,23 @@ def test_betas_are_checked_at_every_step(betas: Any) -> None:
         opt.step()
     with pytest.raises((TypeError, ValueError), match="betas must be"):
         ef.AdamW(parameters(), betas=betas)
+
+
+@pytest.mark.parametrize("cls", [ef.SGD, ef.USAM, ef.SAM, ef.TwoStepUSAM, ef.HessianUSAM])
+def test_signatures_show_the_options(cls: Any) -> None:
+    """help() shows the signature, and `Options` describes what is in it."""
+    shown = inspect.signature(cls).parameters
+    positional = [name for name, p in shown.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["params", "lr", "momentum", "dampening", "weight_decay", "nesterov"]
+    assert shown["backend"].default is None
+    assert shown["maximize"].default is False
+    assert shown["options"].kind is inspect.Parameter.VAR_KEYWORD
+    for name in Options.__annotations__:
+        assert name in shown or f"`{name}`" in (Options.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", ["maximize", "stochastic_rounding"])
+def test_groups_may_have_options_of_their_own(name: str) -> None:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} | own for own in ({}, {name: True})]
+    opt = ef.USAM(groups, lr=0.1)
+    assert [group[name] for group in opt.param_groups] == [False, True]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eigenfilter.filters import ASCENTS
-from eigenfilter.optimizers._methods import METHODS, OPTIMIZERS, VARIANTS
+from eigenfilter.optimizers.registry import METHODS, OPTIMIZERS, VARIANTS
 
 
 def test_every_method_has_all_three() -> None:

@@ -18,13 +18,13 @@ def usam(*values: float, **arguments: object) -> tuple[list[Tensor], eigenfilter
 
 def test_an_interrupt_right_after_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     (x,), opt = usam(1.0)
-    perturb = opt._ascent.perturb
+    perturb = opt.perturbation.perturb
 
-    def interrupted(run: object, index: int, bucket_slice: object) -> None:
-        perturb(run, index, bucket_slice)
+    def interrupted(index: int, bucket_slice: object) -> None:
+        perturb(index, bucket_slice)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt._ascent, "perturb", interrupted)
+    monkeypatch.setattr(opt.perturbation, "perturb", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.ascend()
     assert x.tolist() == [1.0, 1.0, 1.0]
@@ -40,10 +40,10 @@ def test_an_interrupt_right_before_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     x.grad = torch.full_like(x, 2.0)
     now = x.detach().clone()
 
-    def interrupted(run: object, index: int, bucket_slice: object) -> None:
+    def interrupted(index: int, bucket_slice: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(opt._ascent, "perturb", interrupted)
+    monkeypatch.setattr(opt.perturbation, "perturb", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opt.ascend()
     assert torch.equal(x, now)

@@ -238,6 +238,6 @@ def test_released_gradients_keep_counts_together() -> None:
     for each, own in ((opt, params), (other, plain)):
         for _ in range(3):
             each.step(closure_of(each, own))
-    assert len(opt._descent._counts._blocks) == 1
+    assert len(opt._update._counts._blocks) == 1
     assert steps_of(opt, params) == [3.0] * 6
     assert distance(params, plain) == 0.0

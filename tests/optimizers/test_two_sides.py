@@ -247,7 +247,7 @@ def test_losses_that_are_no_numbers_are_neither_compared_nor_stored(value: objec
 
     def closure() -> object:
         task.closure(fresh=True)
-        assert not task.opt._ascent._losses
+        assert not task.opt.perturbation._losses
         return value
 
     for _ in range(3):

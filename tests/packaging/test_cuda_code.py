@@ -14,13 +14,13 @@ pytestmark = pytest.mark.skipif(not _core.cuda_compiled, reason="built without C
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 NARROW = ("BFloat16", "Float16")
 DTYPES = ("NativeIfE", "NativeIdE", *NARROW)
-UPDATES = {"Perturb": 3, "PerturbHvp": 1, "SgdStep": 4, "AdamWStep": 2}  # by their rules
-KERNELS = {**UPDATES, "squares_kernel": 2, "nonfinite_kernel": 1}  # and in how many forms
-SEEDED = {"SgdStep", "AdamWStep"}  # which also round stochastically to narrow dtypes
-# Where gradients are wider than parameters, which are read from backups: in fewer forms.
+UPDATES = {"Perturb": 3, "PerturbHvp": 1, "SgdStep": 4, "AdamWStep": 2}  # instances of each rule
+KERNELS = {**UPDATES, "squares_kernel": 2, "nonfinite_kernel": 1}  # instances by dtype
+SEEDED = {"SgdStep", "AdamWStep"}  # these also round stochastically to narrow dtypes
+# Instances for gradients wider than the parameters, which are then read from backups.
 WIDE = {"Perturb": 2, "PerturbHvp": 1, "SgdStep": 2, "AdamWStep": 1, "squares_kernel": 1}
 WIDE_DTYPES = ("FloatInDouble", *NARROW)
-DIVIDES = {"AdamWStep"}  # each element, for which the compiler's own code fuses
+DIVIDES = {"AdamWStep"}  # the compiler's own code for a division fuses
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -31,19 +31,19 @@ def cuobjdump(*arguments: str) -> str:
 
 
 def dtypes_of(name: str) -> tuple[str, bool]:
-    """A kernel's dtype, and whether its gradients are wider."""
-    found = {d for d in (*DTYPES, "FloatInDouble") if re.search(rf"\d{d}", storages_of(name))}
-    narrow = found - {"NativeIfE", "NativeIdE"}
-    return (narrow or found).pop(), len(found) > 1
+    """Return a kernel's dtype, and whether its gradients are wider."""
+    storages = {d for d in (*DTYPES, "FloatInDouble") if re.search(rf"\d{d}", storages_of(name))}
+    narrow = storages - {"NativeIfE", "NativeIdE"}
+    return (narrow or storages).pop(), len(storages) > 1
 
 
 def storages_of(name: str) -> str:
-    """The part of a kernel's name that tells its storage types: its rule has a type of its own."""
+    """Return the part of a kernel's name before its rule, which has an arithmetic type."""
     return name.partition("DeferredRule")[0]
 
 
 def operation(instruction: str) -> str:
-    """The instruction's name; a multiply-add of the zero register only moves a value."""
+    """Return the instruction's name; a multiply-add with the zero register only moves a value."""
     name = instruction.split()[0]
     moves = name.startswith(("FFMA", "HFMA2")) and "RZ" in instruction
     return "MOV" if moves else name
@@ -56,14 +56,14 @@ Code = list[tuple[int, str]]
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def code(request) -> dict[str, Code]:
     """The machine code by function."""
-    found: dict[str, Code] = {}
+    functions: dict[str, Code] = {}
     for line in cuobjdump("-sass", "-arch", request.param).splitlines():
         if match := re.search(r"Function : (\S+)", line):
-            own = found.setdefault(match[1], [])
+            own = functions.setdefault(match[1], [])
         elif match := re.search(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][^;]*)", line):
             is_jump = match[3].startswith(("BRA", "EXIT"))
             own.append((int(match[1], 16), ("?" if match[2] and is_jump else "") + match[3]))
-    return found
+    return functions
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,10 @@ def instructions(code: dict[str, Code]) -> dict[str, Counter]:
 
 
 def in_flight(code: Code) -> int:
-    """How many 16-byte loads are under way at once: none is used before the last of them.
+    """Return how many 16-byte loads follow each other before the first of them is used.
 
-    Counted along the code as it lies, from 0 again at the head of a loop and behind a jump that is
-    always taken.
+    The count goes along the code in memory, and starts from 0 at the head of a loop and behind an
+    unconditional jump.
     """
     heads = {
         int(target, 16)
@@ -85,22 +85,22 @@ def in_flight(code: Code) -> int:
         for target in re.findall(r"0x[0-9a-f]+", text)
         if int(target, 16) <= address
     }
-    most, loaded = 0, set()
+    most, unused = 0, set()
     for address, text in code:
         used = {int(register) for register in re.findall(r"\bR(\d+)", text)}
         leaves = re.match(r"(BRA|EXIT)\S*\s*(0x|`|$)", text)
-        if address in heads or used & loaded or leaves:
-            loaded = set()
+        if address in heads or used & unused or leaves:
+            unused = set()
         if text.startswith("LDG") and ".128" in text:
             first = int(re.search(r"\bR(\d+)", text)[1])
-            loaded |= set(range(first, first + 4))
-            most = max(most, len(loaded) // 4)
+            unused |= set(range(first, first + 4))
+            most = max(most, len(unused) // 4)
     return most
 
 
 @pytest.fixture(scope="module")
 def ptx() -> dict[str, str]:
-    """The code that later chips get, by function: divisions and roots are one instruction here."""
+    """The code for later chips, by function; a division or a root is one instruction in it."""
     _, *functions = cuobjdump("-ptx").split(".entry ")
     return {text[: text.index("(")]: text for text in functions}
 
@@ -119,7 +119,7 @@ def test_every_kernel_is_there_in_every_dtype(instructions, kernel):
     for seeded, dtypes in (False, DTYPES), (True, NARROW if kernel in SEEDED else ()):
         counts = Counter(dtypes_of(name) for name in names if ("Seeded" in name) == seeded)
         wide = [d for d in WIDE_DTYPES if not seeded or d in dtypes] if kernel in WIDE else []
-        # Once more for few tensors, except updates whose code is long.
+        # There is a second instance for few tensors, except for updates whose code is long.
         plain, long = 1 + (kernel not in UPDATES or not seeded), 1 + (kernel not in UPDATES)
         expected = {(dtype, False): plain * KERNELS[kernel] for dtype in dtypes}
         assert counts == expected | {(dtype, True): long * WIDE[kernel] for dtype in wide}
@@ -135,7 +135,7 @@ def test_main_body_accesses_16_bytes(instructions, kernel):
 
 @pytest.mark.parametrize("kernel", ["dots_kernel", "subtract_kernel"])
 def test_a_basis_is_read_16_bytes_at_a_time_where_its_rows_allow_it(instructions, kernel):
-    """Several of them under way at once, in every dtype and for both types of vector."""
+    """Several reads are under way at once, in every dtype and for both types of vector."""
     by_pack = {True: 0, False: 0}
     for name, counts in of(instructions, kernel).items():
         packed = "4PackI" in name
@@ -144,13 +144,13 @@ def test_a_basis_is_read_16_bytes_at_a_time_where_its_rows_allow_it(instructions
     assert by_pack == {True: 8, False: 8}
 
 
-# Those whose second packs the compiler loads a little later: rule, dtype, loads a pack, wide.
+# For these the compiler loads the second pack a little later: rule, dtype, loads a pack, wide.
 LATER = {("SgdStep", "BFloat16", 3, False), ("AdamWStep", "FloatInDouble", 5, True)}
 
 
 @pytest.mark.parametrize("kernel", UPDATES)
 def test_a_pack_of_every_list_is_loaded_before_the_first_is_used(code, kernel):
-    """And a second one with it, but where registers are short: see `Step` in update.cuh."""
+    """A second pack is loaded with it, unless registers are short: see `Step` in update.cuh."""
     shape = r"Li(\d)ELi(\d)ELNS\w*?_6BackupE\dELb(\d)E"
     for name, own in of(code, kernel).items():
         inputs, states, is_seeded = map(int, re.search(shape, name).groups())
@@ -179,7 +179,7 @@ def test_a_pack_of_every_list_is_loaded_before_the_first_is_used(code, kernel):
     ],
 )
 def test_loads_are_in_flight_together(request, code, kernel, least):
-    """Where there are 16-byte ones. For sm_100 the compiler takes those of gram one by one."""
+    """This holds for 16-byte loads; the compiler uses those of gram one by one on sm_100."""
     if (request.node.callspec.params["code"], kernel) == ("sm_100", "gram_kernel"):
         least = 1
     counts = {
@@ -233,14 +233,14 @@ def test_parameters_are_not_read_where_they_start_from_backups(instructions):
 
 
 def test_no_multiply_add_is_fused(ptx):
-    """Nor may the assembler fuse any: it leaves alone what says how it rounds."""
+    """The assembler may not fuse any either: every operation here states its rounding."""
     assert len(ptx) > sum(KERNELS.values()) * len(DTYPES)
     for name, text in ptx.items():
         assert not re.search(r"\b(fma|mad)\.(rn\.)?f\d|\b(mul|add|sub)\.f\d", text), name
 
 
 def test_machine_code_fuses_nothing(instructions):
-    """In float32; in double the compiler's own division needs fused steps."""
+    """In float32, in rules without a division: the compiler's own code for one is fused."""
     for kernel in UPDATES.keys() - DIVIDES:
         for name, counts in of(instructions, kernel).items():
             assert not any(op.startswith(("FFMA", "HFMA2")) for op in counts), name
@@ -253,9 +253,9 @@ def test_nothing_touches_local_memory(instructions):
 
 
 def test_2000_tensors_take_three_launches(ptx):
-    """A tensor takes a pointer in each list, of which there are at most five, and 8 bytes.
+    """A tensor takes 8 bytes and a pointer in each of at most five lists.
 
-    Up to 70 go in a launch whose arguments are as long as they could be before CUDA 12.1.
+    A launch for few tensors takes up to 70, in the 4,096 bytes of arguments that every GPU allows.
     """
     forms = Counter()
     for kernel in UPDATES:

@@ -1,4 +1,4 @@
-"""What the documentation's hooks draw, link and refuse, without building the site."""
+"""The hooks of the documentation draw formulas, link names and refuse bad pages."""
 
 from __future__ import annotations
 

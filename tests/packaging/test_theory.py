@@ -44,7 +44,7 @@ SYMBOLS = {"\\lambda": "lambda_", "^": "**"}
 
 
 def evaluate(formula: str, **symbols: float) -> float:
-    """The value of a formula of numbers, symbols, + - / ^ and parentheses, as LaTeX has it."""
+    """Return the value of a LaTeX formula of numbers, symbols, + - / ^ and parentheses."""
     tokens = re.findall(r"\\?[A-Za-z]+(?:_\d)?|\d+|[-+/^()]", formula)
     expression = ""
     for before, token in zip(["", *tokens], tokens, strict=False):
@@ -56,9 +56,9 @@ def evaluate(formula: str, **symbols: float) -> float:
 
 
 def row(start: str) -> str:
-    """The row of a table whose first cell this is."""
-    (found,) = re.findall(rf"^\| {re.escape(start)} \|.*$", PAGE.read_text(), re.MULTILINE)
-    return str(found)
+    """Return the row of a table that starts with this cell."""
+    [line] = re.findall(rf"^\| {re.escape(start)} \|.*$", PAGE.read_text(), re.MULTILINE)
+    return str(line)
 
 
 SGD = {"lr": 0.3, "momentum": 0.7}

@@ -1,4 +1,4 @@
-"""docs/tutorial.md runs as it stands, and comes to what it says."""
+"""The code of docs/tutorial.md runs as it stands, with the results that the page describes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pages import ROOT, run_page, sharpness_and_edge
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    printed = run_page(ROOT / "docs" / "tutorial.md", tmp_path)
-    pairs = sharpness_and_edge(printed)
+    output = run_page(ROOT / "docs" / "tutorial.md", tmp_path)
+    pairs = sharpness_and_edge(output)
     assert len(pairs) == 2
     for sharpness, edge in pairs:
         assert sharpness == pytest.approx(edge, rel=0.1)
-    assert re.findall(r"^verdict +(.*)$", printed, re.MULTILINE) == [
+    assert re.findall(r"^verdict +(.*)$", output, re.MULTILINE) == [
         "not an equilibrium",
         "inside",
     ]

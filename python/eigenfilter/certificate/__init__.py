@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eigenfilter import filters
 from eigenfilter.certificate.equilibrium import Direction, direction
-from eigenfilter.certificate.linearized import Linearized, NoFilter, ascent_of, linearized
+from eigenfilter.certificate.linearized import Linearized, NoFilter, linearized, perturbation_of
 from eigenfilter.certificate.sides import Side, Tolerances
 from eigenfilter.certificate.verdict import SideVerdict, SpectrumProbe, judge
 from eigenfilter.curvature import HessianOperator, SpectrumBound, SpectrumBounds
@@ -229,7 +229,7 @@ def certify(
     with op.fixed():
         step = direction(op, optimizer)
         try:
-            theory = ascent_of(optimizer).theory
+            theory = perturbation_of(optimizer).theory
             if grad_norm is None and theory is not None and theory.takes("grad_norm"):
                 grad_norm = _sam_norm(optimizer, step)
             linear = linearized(op, optimizer, grad_norm=grad_norm)

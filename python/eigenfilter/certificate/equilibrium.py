@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenfilter.certificate.linearized import ascent_of, preconditioner, spread
+from eigenfilter.certificate.linearized import perturbation_of, preconditioner, spread
 from eigenfilter.curvature.norms import norms
 from eigenfilter.curvature.operators.hessian import HessianOperator
 
@@ -30,7 +30,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class _Landscape:
-    """The function of an operator, see `optimizers._ascents.Landscape`."""
+    """The function of an operator, see `optimizers.perturbation.Landscape`."""
 
     op: HessianOperator
 
@@ -64,7 +64,7 @@ def direction(op: HessianOperator, optimizer: torch.optim.Optimizer) -> Directio
     ascending = g * (rho != 0)
     d = g
     if bool(rho.any()):
-        d = op.gradient(ascent_of(optimizer).end(_Landscape(op), x, g, rho, sign))
+        d = op.gradient(perturbation_of(optimizer).end(_Landscape(op), x, g, rho, sign))
     vector = sign * d + decay * x
     if not vector.isfinite().all():
         raise FloatingPointError("the gradient is not finite: is the loss, at these parameters?")

@@ -14,7 +14,7 @@ from eigenfilter.curvature.operators.base import CurvatureOperator
 from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import SAM, AdamW, Filter, HeavyBall, PolynomialFilter
-from eigenfilter.optimizers._ascents import Ascent
+from eigenfilter.optimizers.perturbation import Perturbation
 
 Group = Mapping[str, Any]
 
@@ -211,7 +211,7 @@ def _ascents(
     radii = {float(g.get("rho", 0.0)) for g in groups} - {0.0}
     if not radii:
         return 0.0, (1.0, 0.0)
-    ascent = ascent_of(optimizer)
+    ascent = perturbation_of(optimizer)
     theory, options = ascent.theory, ascent.filter_options
     if theory is None:
         raise NoFilter(f"no filter is known after an ascent of {ascent.title}")
@@ -270,10 +270,10 @@ def spread(op: CurvatureOperator, values: Iterable[tuple[Group, float]]) -> Tens
     return torch.cat([torch.full((n,), x, dtype=op.dtype, device=op.device) for n, x in sizes])
 
 
-def ascent_of(optimizer: torch.optim.Optimizer) -> Ascent:
+def perturbation_of(optimizer: torch.optim.Optimizer) -> Perturbation:
     """Return how an optimizer ascends before its gradient; torch's own do not."""
-    ascent: Ascent = getattr(optimizer, "_ascent", None) or Ascent()
-    return ascent
+    perturbation: Perturbation = getattr(optimizer, "perturbation", None) or Perturbation()
+    return perturbation
 
 
 def _notes(flts: Sequence[Filter]) -> tuple[str, ...]:

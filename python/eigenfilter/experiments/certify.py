@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 import eigenfilter as ef
+from eigenfilter import filters
 from eigenfilter.experiments.cli_arguments import whole
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.files import output_folder, replace_text
 from eigenfilter.experiments.imports import call_imported
-from eigenfilter.optimizers._methods import OPTIMIZERS
+from eigenfilter.optimizers.registry import OPTIMIZERS
 
 HELP = "is a trained model inside its optimizer's filter?"
 
 METHODS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    name.replace("_", "-"): cls for name, cls in OPTIMIZERS.items()
+    name.replace("_", "-"): OPTIMIZERS[name] for name in filters.METHODS
 }
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "rho")
 _OPTIONS = (
@@ -117,7 +118,7 @@ def _optimizer(args: argparse.Namespace, model: Any, returned: list[Any]) -> Any
     if "lr" not in flags:
         raise UserError(f"{args.model} returns no optimizer; give --lr, and --method")
     method = flags.pop("method", "sgd")
-    if method == "sgd" and "rho" in flags:
+    if "rho" in flags and method.replace("-", "_") not in filters.ASCENTS:
         raise UserError("--rho needs a --method that ascends, such as usam")
     return METHODS[method](model.parameters(), **flags)
 

@@ -15,12 +15,14 @@ from eigenfilter.experiments import networks
 from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.files import replace_text
 from eigenfilter.filters import TwoStepUSAM
-from eigenfilter.optimizers import _methods
+from eigenfilter.optimizers import registry
 from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 
 DATASETS = ("digits", "mnist", "fashion", "cifar10", "cifar100")
-OPTIMIZERS = ("sgd", *_methods.NAMES, "adamw")
-METHODS = ("none", *_methods.NAMES)
+_PLAIN = tuple(name for name in registry.OPTIMIZERS if name not in registry.METHODS)
+OPTIMIZERS = (*_PLAIN, *registry.names(), *registry.UPDATES)
+METHODS = ("none", *registry.names())
+_UPDATES = ", ".join(registry.UPDATES)
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("float32", "bfloat16", "float64")
 LOSSES = ("cross_entropy", "square")
@@ -145,7 +147,9 @@ class Config:
 
     optimizer: str = _option("usam", _optimizer, f"one of {', '.join(OPTIMIZERS)}, or {TORCH}NAME")
     method: str = _option(
-        "none", _one_of(METHODS), f"ascent of adamw and {TORCH}NAME: {', '.join(METHODS)}"
+        "none",
+        _one_of(METHODS),
+        f"ascent of {_UPDATES} and {TORCH}NAME: {', '.join(METHODS)}",
     )
     lr: float = _option(0.1, _number(0), "learning rate that lr_schedule multiplies")
     momentum: float = _option(0.9, _number(0, 1, below=True), "momentum of the SGD update")
@@ -231,10 +235,10 @@ class Config:
             object.__setattr__(self, field.name, value)
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError("label_smoothing applies only to loss cross_entropy")
-        if self.method != "none" and self.optimizer in OPTIMIZERS and self.optimizer != "adamw":
+        if self.method != "none" and self.optimizer in (*_PLAIN, *registry.names()):
             raise ValueError(
-                f"method applies only to adamw and torch's optimizers; {self.optimizer} is itself "
-                "a method, leave it out"
+                f"method applies only to {_UPDATES} and torch's optimizers; {self.optimizer} is "
+                "itself a method, leave it out"
             )
         if self.ascent_part != 1 and not self.ascends:
             raise ValueError(
@@ -257,8 +261,7 @@ class Config:
     @property
     def ascends(self) -> bool:
         """Whether the optimizer takes ascents, so that rho has a meaning."""
-        plain = self.optimizer in ("sgd", "adamw") or self.optimizer.startswith(TORCH)
-        return self.method != "none" or not plain
+        return self.method != "none" or self.optimizer in registry.names()
 
     def as_dict(self) -> dict[str, Any]:
         """Return all names and values."""

@@ -17,9 +17,9 @@ from eigenfilter.experiments import losses
 from eigenfilter.experiments.config import NAMES as CONFIG_NAMES
 from eigenfilter.experiments.config import TORCH, Config
 from eigenfilter.optimizers import EigenfilterOptimizer
-from eigenfilter.optimizers._ascents import Ascent
-from eigenfilter.optimizers._hyperparameters import rho_key
-from eigenfilter.optimizers._methods import METHODS, OPTIMIZERS, method_and_options
+from eigenfilter.optimizers.hyperparameters import rho_key
+from eigenfilter.optimizers.perturbation import Perturbation
+from eigenfilter.optimizers.registry import METHODS, OPTIMIZERS, UPDATES, method_and_options
 from eigenfilter.schedulers import RhoSchedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -53,29 +53,16 @@ def build_optimizer(config: Config, params: Iterable[nn.Parameter]) -> Eigenfilt
     name = config.optimizer
     if name.startswith(TORCH):
         return _wrap_torch_optimizer(config, params)
-    if name == "adamw":
-        method, options = _method_and_options(config)
-        return ef.AdamW(
-            params,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            method=method,
-            rho=0.0 if config.method == "none" else config.rho,
-            **options,
-        )
-    common: dict[str, Any] = {
-        "lr": config.lr,
-        "momentum": config.momentum,
-        "weight_decay": config.weight_decay,
-        "nesterov": config.nesterov,
-    }
-    method, _ = method_and_options(name)
-    own = {} if method == "sgd" else {"rho": config.rho} | _method_options(config, name)
-    return OPTIMIZERS[method](params, **common, **own)
+    if name in UPDATES:
+        make, own = UPDATES[name], _ascent_arguments(config)
+    else:
+        method, _ = method_and_options(name)
+        make = OPTIMIZERS[method]
+        own = {"rho": config.rho} | _method_options(config, name) if method in METHODS else {}
+    return make(params, **_hyperparameters(config, make), **own)
 
 
-def build_ascent(config: Config) -> Ascent:
+def build_ascent(config: Config) -> Perturbation:
     """Return the ascents of the configured method, perhaps none.
 
     Raises:
@@ -83,16 +70,31 @@ def build_ascent(config: Config) -> Ascent:
     """
     name = config.optimizer if config.method == "none" else config.method
     method, _ = method_and_options(name)
-    return METHODS[method](**_method_options(config, name)) if method in METHODS else Ascent()
+    return METHODS[method](**_method_options(config, name)) if method in METHODS else Perturbation()
 
 
-def _method_and_options(config: Config) -> tuple[str, dict[str, Any]]:
-    """Return the method and its options for an optimizer that supports every method.
+def _ascent_arguments(config: Config) -> dict[str, Any]:
+    """Return method, rho and options for an optimizer that supports every method.
 
-    Without a method this is USAM, whose rho the caller sets to 0.
+    Without a method this is USAM with rho = 0, which takes no ascent.
     """
-    name = ef.USAM.method if config.method == "none" else config.method
-    return method_and_options(name)[0], _method_options(config, name)
+    ascends = config.method != "none"
+    name = config.method if ascends else ef.USAM.method
+    rho = config.rho if ascends else 0.0
+    return {"method": method_and_options(name)[0], "rho": rho} | _method_options(config, name)
+
+
+def _hyperparameters(config: Config, make: Callable[..., Any]) -> dict[str, Any]:
+    """Return the hyperparameters of the update that a constructor takes."""
+    accepted = inspect.signature(make).parameters
+    values = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "betas": (config.beta1, config.beta2),
+    }
+    return {name: value for name, value in values.items() if name in accepted}
 
 
 def _method_options(config: Config, name: str) -> dict[str, Any]:
@@ -110,18 +112,8 @@ def _wrap_torch_optimizer(config: Config, params: Iterable[nn.Parameter]) -> Eig
     make = getattr(torch.optim, name, None)
     if not isinstance(make, type) or name in _UNSUPPORTED:
         raise ValueError(f"optimizer: {TORCH}{name} is not an optimizer that train supports")
-    accepted = inspect.signature(make).parameters
-    hyperparameters = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "momentum": config.momentum,
-        "nesterov": config.nesterov,
-        "betas": (config.beta1, config.beta2),
-    }
-    base = make(params, **{k: value for k, value in hyperparameters.items() if k in accepted})
-    method, options = _method_and_options(config)
-    rho = 0.0 if config.method == "none" else config.rho
-    return ef.SharpnessAware(base, method=method, rho=rho, **options)
+    base = make(params, **_hyperparameters(config, make))
+    return ef.SharpnessAware(base, **_ascent_arguments(config))
 
 
 def lr_schedule(config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch: int) -> LambdaLR:

@@ -8,6 +8,7 @@ to first order in the weight decay for the other methods.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -84,10 +85,10 @@ def table(args: argparse.Namespace) -> list[FilterRow]:
         (base, (filters.Nesterov if args.nesterov else filters.HeavyBall)(*common), 1)
     ]
     for theory in filters.ASCENTS.values():
-        is_hessian = theory is filters.HessianUSAM and args.hessian_rho is not None
-        rho = args.hessian_rho if is_hessian else args.rho
         for name, options in _forms(theory, args.grad_norm):
-            flt = theory(*common, rho=rho, nesterov=args.nesterov, **options)
+            flt = theory(*common, rho=args.rho, nesterov=args.nesterov, **options)
+            if flt.terms.power > 1 and args.hessian_rho is not None:
+                flt = dataclasses.replace(flt, rho=args.hessian_rho)
             rows.append((name, flt, theory.gradients))
     if args.beta1 is not None:
         rows.append(("AdamW", filters.AdamW(args.lr, args.beta1, args.weight_decay), 1))

@@ -20,7 +20,7 @@ from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.image_batches import Augmentation, Batches, Normalizer, in_order
 from eigenfilter.experiments.networks import build
 from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
-from eigenfilter.optimizers._hyperparameters import rho_key
+from eigenfilter.optimizers.hyperparameters import rho_key
 
 
 class Diverged(UserError):

@@ -14,7 +14,7 @@ from eigenfilter.experiments.config import Config, check_plain
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import read_json
 from eigenfilter.experiments.schema import HasEntries, ListOf, Nullable, SchemaError, validate
-from eigenfilter.optimizers._hyperparameters import rho_key
+from eigenfilter.optimizers.hyperparameters import rho_key
 
 if TYPE_CHECKING:
     from eigenfilter.experiments.trainer import Trainer

@@ -19,6 +19,7 @@ from eigenfilter.filters.linear import Linear
 from eigenfilter.filters.live import of
 from eigenfilter.filters.methods import (
     ASCENTS,
+    METHODS,
     SAM,
     USAM,
     AscentFilter,
@@ -31,6 +32,7 @@ from eigenfilter.filters.stability import Filter, PolynomialFilter
 
 __all__ = [
     "ASCENTS",
+    "METHODS",
     "SAM",
     "USAM",
     "AdamW",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,6 +62,16 @@ class AdamW(Filter):
                 f"lr * weight_decay must be at most 2, got {self.lr * self.weight_decay}: decay "
                 "alone diverges"
             )
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], **options: Any) -> AdamW:
+        """The filter of a group of a live optimizer."""
+        if group.get("amsgrad"):
+            raise TypeError("no filter is known for AMSGrad, whose preconditioner differs")
+        if float(group["weight_decay"]) != 0.0 and not group.get("decoupled_weight_decay", True):
+            raise TypeError("no filter is known for Adam whose gradient has the decay: use AdamW")
+        names = ("lr", "weight_decay", "maximize")
+        return cls(beta1=group["betas"][0], **{name: group[name] for name in names})
 
     def intervals(self) -> list[Interval]:
         """The admitted eigenvalues: one closed interval."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from eigenfilter.filters.methods import ASCENTS, AscentFilter, HeavyBall, Nesterov
+from eigenfilter.filters.methods import ASCENTS, METHODS, AscentFilter, HeavyBall, Nesterov
 from eigenfilter.filters.stability import PolynomialFilter, real_roots
-
-METHODS = ("sgd", *ASCENTS)
 
 
 def design(
@@ -54,25 +52,25 @@ def design(
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if not 0 < max_eigenvalue < math.inf:
         raise ValueError(f"max_eigenvalue must be positive and finite, got {max_eigenvalue}")
-    theory = ASCENTS.get(method)
+    theory = METHODS[method]
     own = {"ascent": ascent, "grad_norm": grad_norm}
     options: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     for name in options:
-        if theory is None or not theory.takes(name):
+        if not theory.takes(name):
             owner = next(each for each, cls in ASCENTS.items() if cls.takes(name))
             raise ValueError(f"{name} is an argument of {owner}, not of {method}")
-    if theory is not None and theory.takes("grad_norm") and grad_norm is None:
+    if theory.takes("grad_norm") and grad_norm is None:
         raise ValueError("SAM's edge moves with the gradient's norm: give grad_norm")
 
     def build(lr: float, rho: float) -> PolynomialFilter:
         rest = (lr, momentum, dampening, weight_decay)
-        if theory is None:
+        if not issubclass(theory, AscentFilter):
             return (Nesterov if nesterov else HeavyBall)(*rest)
         return theory(*rest, rho=rho, nesterov=nesterov, **options)
 
-    if theory is None:
+    if not theory.takes("rho"):
         if lr is not None or rho is not None:
-            raise ValueError("sgd has no rho: give neither lr nor rho to get the lr")
+            raise ValueError(f"{method} has no rho: give neither lr nor rho to get the lr")
         rho = 0.0
     if (lr is None) == (rho is None):
         raise ValueError("give lr to get rho, or rho to get lr: one of the two")

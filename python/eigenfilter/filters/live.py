@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from eigenfilter.filters.adamw import AdamW
-from eigenfilter.filters.methods import ASCENTS, AscentFilter, HeavyBall, Nesterov
-from eigenfilter.filters.stability import Filter
+from eigenfilter.filters.methods import ASCENTS, METHODS, AscentFilter, HeavyBall
+from eigenfilter.filters.stability import Filter, PolynomialFilter
 
 
 class _Optimizer(Protocol):
@@ -32,44 +32,33 @@ def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
         TypeError: the optimizer has no known filter, as ASAM, or is SAM without grad_norm.
         ValueError: a group holds a value outside its range.
     """
-    method = _method(opt)
-    if method == "adamw":
-        return [_adamw(group) for group in opt.param_groups]
-    if method == "sgd":
-        return [_sgd(group) for group in opt.param_groups]
-    theory = ASCENTS.get(method)
+    theory = _theory(opt)
     if theory is None:
         inner = type(getattr(opt, "base_optimizer", None))
         around = "" if inner is type(None) else f" around {inner.__name__}"
         raise TypeError(
             f"no filter is known for {type(opt).__name__}{around}; supported are torch.optim's "
             "SGD, AdamW and Adam without decay, SharpnessAware around these, and eigenfilter's "
-            f"optimizers with method {', '.join(map(repr, ('sgd', *ASCENTS)))}"
+            f"optimizers with method {', '.join(map(repr, METHODS))}"
         )
-    options = _options(theory, opt, grad_norm)
-    return [
-        _sgd(group)
-        if float(group["rho"]) == 0.0
-        else theory(**_common(group), rho=group["rho"], nesterov=group["nesterov"], **options)
-        for group in opt.param_groups
-    ]
+    options = _options(theory, opt, grad_norm) if issubclass(theory, AscentFilter) else {}
+    return [theory.of_group(group, **options) for group in opt.param_groups]
 
 
-def _method(opt: _Optimizer) -> str:
-    """Name of the method, or "" if unknown.
+def _theory(opt: _Optimizer) -> type[AdamW | PolynomialFilter] | None:
+    """The class of the filters, or None if unknown.
 
-    The class states it. A `SharpnessAware` around torch's SGD has the name of its ascent.
+    The optimizer's class states it. `SharpnessAware` around torch's SGD has that of its ascent.
     """
     for cls in type(opt).__mro__:
-        known = _BY_CLASS.get((cls.__module__, cls.__name__))
-        if known == "wrapper":
-            base = _method(opt.base_optimizer)  # type: ignore[attr-defined]
+        name = cls.__module__, cls.__name__
+        if name == _WRAPPER:
+            base = _theory(opt.base_optimizer)  # type: ignore[attr-defined]
             ascent: str = opt.method  # type: ignore[attr-defined]
-            return {"sgd": ascent, "adamw": "adamw"}.get(base, "")
-        if known is not None:
-            return known
-    method: str = getattr(type(opt), "method", "")
-    return method if method == "sgd" or method in ASCENTS else ""
+            return ASCENTS.get(ascent) if base is HeavyBall else base if base is AdamW else None
+        if name in _BY_CLASS:
+            return _BY_CLASS[name]
+    return METHODS.get(getattr(type(opt), "method", ""))
 
 
 def _options(
@@ -88,28 +77,10 @@ def _options(
     return {"grad_norm": grad_norm}
 
 
-def _adamw(group: Mapping[str, Any]) -> Filter:
-    if group.get("amsgrad"):
-        raise TypeError("no filter is known for AMSGrad, whose preconditioner differs")
-    if float(group["weight_decay"]) != 0.0 and not group.get("decoupled_weight_decay", True):
-        raise TypeError("no filter is known for Adam whose gradient has the decay: use AdamW")
-    names = ("lr", "weight_decay", "maximize")
-    return AdamW(beta1=group["betas"][0], **{name: group[name] for name in names})
-
-
-def _sgd(group: Mapping[str, Any]) -> Filter:
-    return Nesterov(**_common(group)) if group["nesterov"] else HeavyBall(**_common(group))
-
-
-def _common(group: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("lr", "momentum", "dampening", "weight_decay", "maximize")
-    return {name: group[name] for name in names}
-
-
-_BY_CLASS: Mapping[tuple[str, str], str] = {
-    ("torch.optim.sgd", "SGD"): "sgd",
-    ("torch.optim.adam", "Adam"): "adamw",
-    ("torch.optim.adamw", "AdamW"): "adamw",
-    ("eigenfilter.optimizers.adamw", "AdamW"): "adamw",
-    ("eigenfilter.optimizers.wrapper", "SharpnessAware"): "wrapper",
+_WRAPPER = ("eigenfilter.optimizers.wrapper", "SharpnessAware")
+_BY_CLASS: Mapping[tuple[str, str], type[AdamW | PolynomialFilter]] = {
+    ("torch.optim.sgd", "SGD"): HeavyBall,
+    ("torch.optim.adam", "Adam"): AdamW,
+    ("torch.optim.adamw", "AdamW"): AdamW,
+    ("eigenfilter.optimizers.adamw", "AdamW"): AdamW,
 }

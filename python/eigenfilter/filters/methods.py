@@ -10,42 +10,16 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import ClassVar, NamedTuple
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from eigenfilter.filters.stability import PolynomialFilter, check_field
 
 
-@dataclass(frozen=True)
-class HeavyBall(PolynomialFilter):
-    """Gradient descent and heavy ball: d(x) = grad f(x), p(lambda) = lambda.
-
-    Admits the single interval -wd <= lambda <= 2 (1 + momentum) / (lr (1 - dampening)) - wd, with
-    the dampening only where momentum > 0. Exact for every weight decay wd. Arguments and errors
-    are those of `PolynomialFilter`. Source: arXiv 2510.09034.
-
-    >>> HeavyBall(lr=0.1, momentum=0.5).max_eigenvalue()
-    30.0
-    """
-
-    @property
-    def ascending_coefficients(self) -> tuple[float, ...]:
-        return (0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Nesterov(HeavyBall):
-    """Nesterov momentum in torch's form: x <- x - lr (d + momentum m), p(lambda) = lambda.
-
-    Admits -wd <= lambda <= (2 + 2 momentum) / (lr (1 + 2 momentum)) - wd. Exact for every weight
-    decay wd. Needs momentum > 0 and dampening = 0, as torch does; otherwise arguments and errors
-    are those of `PolynomialFilter`. Source: arXiv 2510.09034.
-
-    >>> Nesterov(lr=0.1, momentum=0.5).max_eigenvalue()
-    15.0
-    """
-
-    nesterov: bool = field(default=True, init=False, repr=False)
+def common(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group that every filter of SGD's update has."""
+    names = ("lr", "momentum", "dampening", "weight_decay", "maximize")
+    return {name: group[name] for name in names}
 
 
 class Terms(NamedTuple):
@@ -70,18 +44,12 @@ class AscentFilter(PolynomialFilter):
         nesterov: whether the momentum is Nesterov's instead of heavy ball.
 
     Attributes:
-        method: name of the method.
-        title: name of the method in text.
-        gradients: number of gradients a step, of which a Hessian-vector product counts as one.
         forms: values of the argument `ascent`, if the method has several forms.
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    method: ClassVar[str]
-    title: ClassVar[str]
-    gradients: ClassVar[int]
     forms: ClassVar[tuple[str, ...]] = ()
 
     _: KW_ONLY
@@ -93,9 +61,11 @@ class AscentFilter(PolynomialFilter):
         check_field(self, "rho", 0.0, math.inf)
 
     @classmethod
-    def takes(cls, name: str) -> bool:
-        """Whether the filter has an argument of this name, such as "grad_norm" or "ascent"."""
-        return any(f.name == name for f in fields(cls))
+    def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
+        if float(group["rho"]) == 0.0:
+            return HeavyBall.of_group(group)
+        own = {"rho": group["rho"], "nesterov": group["nesterov"]}
+        return cls(**common(group), **own, **options)
 
     @property
     @abstractmethod
@@ -116,6 +86,64 @@ class AscentFilter(PolynomialFilter):
         return tuple(coefficients)
 
 
+METHODS: dict[str, type[PolynomialFilter]] = {}
+"""All methods with SGD's update, by name."""
+
+ASCENTS: dict[str, type[AscentFilter]] = {}
+"""The methods that take ascents, by name."""
+
+_Filter = TypeVar("_Filter", bound="type[PolynomialFilter]")
+
+
+def register(cls: _Filter) -> _Filter:
+    """Register the decorated class as the filter of its method."""
+    METHODS[cls.method] = cls
+    if issubclass(cls, AscentFilter):
+        ASCENTS[cls.method] = cls
+    return cls
+
+
+@register
+@dataclass(frozen=True)
+class HeavyBall(PolynomialFilter):
+    """Gradient descent and heavy ball: d(x) = grad f(x), p(lambda) = lambda.
+
+    Admits the single interval -wd <= lambda <= 2 (1 + momentum) / (lr (1 - dampening)) - wd, with
+    the dampening only where momentum > 0. Exact for every weight decay wd. Arguments and errors
+    are those of `PolynomialFilter`. Source: arXiv 2510.09034.
+
+    >>> HeavyBall(lr=0.1, momentum=0.5).max_eigenvalue()
+    30.0
+    """
+
+    method = "sgd"
+    title = "SGD"
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
+        return (Nesterov if group["nesterov"] else HeavyBall)(**common(group))
+
+    @property
+    def ascending_coefficients(self) -> tuple[float, ...]:
+        return (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Nesterov(HeavyBall):
+    """Nesterov momentum in torch's form: x <- x - lr (d + momentum m), p(lambda) = lambda.
+
+    Admits -wd <= lambda <= (2 + 2 momentum) / (lr (1 + 2 momentum)) - wd. Exact for every weight
+    decay wd. Needs momentum > 0 and dampening = 0, as torch does; otherwise arguments and errors
+    are those of `PolynomialFilter`. Source: arXiv 2510.09034.
+
+    >>> Nesterov(lr=0.1, momentum=0.5).max_eigenvalue()
+    15.0
+    """
+
+    nesterov: bool = field(default=True, init=False, repr=False)
+
+
+@register
 @dataclass(frozen=True)
 class USAM(AscentFilter):
     """Unnormalized SAM: d(x) = grad f(x + rho grad f(x)), p(lambda) = lambda (1 + rho lambda).
@@ -147,6 +175,43 @@ class USAM(AscentFilter):
         return Terms(1.0)
 
 
+@register
+@dataclass(frozen=True)
+class SAM(USAM):
+    """Normalized SAM where the gradient's norm is G: p(lambda) = lambda (1 + rho lambda / G).
+
+    d(x) = grad f(x + rho g / ||g||) is not differentiable at an equilibrium: SAM has no filter.
+    With a constant G it is USAM with radius rho / G, and its edge changes with G. The statement
+    holds for the present G, and is not one about a limit. Source: our reading.
+
+    Args:
+        rho: length of the ascent, at least 0. The others are those of `PolynomialFilter`.
+        grad_norm: gradient norm G, greater than 0.
+        nesterov: whether the momentum is Nesterov's instead of heavy ball.
+
+    Raises:
+        ValueError: a value is outside its range.
+
+    >>> SAM(0.2, rho=0.1, grad_norm=2.0).intervals() == USAM(0.2, rho=0.05).intervals()
+    True
+    """
+
+    method = "sam"
+    title = "SAM"
+
+    _: KW_ONLY
+    grad_norm: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "grad_norm", sys.float_info.min, math.inf)
+
+    @property
+    def radius(self) -> float:
+        return self.rho / self.grad_norm
+
+
+@register
 @dataclass(frozen=True)
 class TwoStepUSAM(AscentFilter):
     """Two-step USAM, with two ascents before the gradient.
@@ -187,6 +252,7 @@ class TwoStepUSAM(AscentFilter):
         return Terms(2.0 if self.ascent == "sequential" else 1.0, 1.0)
 
 
+@register
 @dataclass(frozen=True)
 class HessianUSAM(AscentFilter):
     """Hessian USAM: d(x) = grad f(x + rho H grad f(x)), p(lambda) = lambda (1 + rho lambda^2).
@@ -214,44 +280,3 @@ class HessianUSAM(AscentFilter):
     @property
     def terms(self) -> Terms:
         return Terms(1.0, power=2)
-
-
-@dataclass(frozen=True)
-class SAM(USAM):
-    """Normalized SAM where the gradient's norm is G: p(lambda) = lambda (1 + rho lambda / G).
-
-    d(x) = grad f(x + rho g / ||g||) is not differentiable at an equilibrium: SAM has no filter.
-    With a constant G it is USAM with radius rho / G, and its edge changes with G. The statement
-    holds for the present G, and is not one about a limit. Source: our reading.
-
-    Args:
-        rho: length of the ascent, at least 0. The others are those of `PolynomialFilter`.
-        grad_norm: gradient norm G, greater than 0.
-        nesterov: whether the momentum is Nesterov's instead of heavy ball.
-
-    Raises:
-        ValueError: a value is outside its range.
-
-    >>> SAM(0.2, rho=0.1, grad_norm=2.0).intervals() == USAM(0.2, rho=0.05).intervals()
-    True
-    """
-
-    method = "sam"
-    title = "SAM"
-
-    _: KW_ONLY
-    grad_norm: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_field(self, "grad_norm", sys.float_info.min, math.inf)
-
-    @property
-    def radius(self) -> float:
-        return self.rho / self.grad_norm
-
-
-ASCENTS: Mapping[str, type[AscentFilter]] = {
-    cls.method: cls for cls in (USAM, SAM, TwoStepUSAM, HessianUSAM)
-}
-"""The methods that take ascents, by name."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -102,9 +102,18 @@ class PolynomialFilter(Filter):
 
     Numbers may be 0-dim tensors.
 
+    Attributes:
+        method: name of the method.
+        title: name of the method in text.
+        gradients: number of gradients a step, of which a Hessian-vector product counts as one.
+
     Raises:
         ValueError: a value is outside its range.
     """
+
+    method: ClassVar[str]
+    title: ClassVar[str]
+    gradients: ClassVar[int] = 1
 
     lr: float
     momentum: float = 0.0
@@ -124,6 +133,16 @@ class PolynomialFilter(Filter):
                 "Nesterov needs momentum > 0 and dampening = 0, got "
                 f"momentum={self.momentum}, dampening={self.dampening}: set both, or use heavy ball"
             )
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        """Whether the filter has an argument of this name, such as "grad_norm" or "ascent"."""
+        return any(f.name == name for f in fields(cls))
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
+        """The filter of a group of a live optimizer; `options` are the optimizer's own."""
+        raise NotImplementedError
 
     @property
     @abstractmethod

@@ -9,6 +9,13 @@ from torch import Tensor
 
 Scalar = float | Tensor
 
+Table = tuple[bytes, bytes, bytes]
+"""What a check of arguments has read, for the backends that are written in Python.
+
+These are data pointers, int64 [present lists, n], and element counts, int64 [n]; last the numbers
+of the gradients' dtypes, uint8 [n], or nothing where all are the lists'.
+"""
+
 
 def arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Return the dtype in which tensors of `dtypes` are computed with."""

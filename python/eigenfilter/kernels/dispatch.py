@@ -3,188 +3,55 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import re
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from eigenfilter import _core
-from eigenfilter.kernels import native
-from eigenfilter.kernels.conventions import Scalar
 
 BACKENDS = ("native", "triton", "reference")
 
 _logger = logging.getLogger(__name__)
 
 
-class Backend(Protocol):
-    """The kernels of a backend, with the arguments of `eigenfilter.kernels`."""
-
-    def perturb(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        backups: Sequence[Tensor],
-        alpha: Scalar,
-        *,
-        adaptive: bool = False,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Save and perturb; see `eigenfilter.kernels.perturb`."""
-
-    def perturb_again(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        alpha: Scalar,
-        backups: Sequence[Tensor] | None,
-        *,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Perturb once more; see `eigenfilter.kernels.perturb_again`."""
-
-    def perturb_hvp(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        base_grads: Sequence[Tensor],
-        backups: Sequence[Tensor],
-        alpha: Scalar,
-        eps: Scalar,
-        *,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Perturb along a Hessian-vector product; see `eigenfilter.kernels.perturb_hvp`."""
-
-    def sgd_step(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        momenta: Sequence[Tensor] | None,
-        backups: Sequence[Tensor] | None,
-        *,
-        lr: Scalar,
-        momentum: Scalar = 0.0,
-        dampening: Scalar = 0.0,
-        weight_decay: Scalar = 0.0,
-        nesterov: bool = False,
-        maximize: bool = False,
-        rounding_seed: Scalar | None = None,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Restore and step; see `eigenfilter.kernels.sgd_step`."""
-
-    def adamw_step(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        backups: Sequence[Tensor] | None,
-        *,
-        lr: Scalar,
-        beta1: Scalar,
-        beta2: Scalar,
-        eps: Scalar,
-        weight_decay: Scalar,
-        step: Scalar,
-        maximize: bool = False,
-        rounding_seed: Scalar | None = None,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Restore and take AdamW's step; see `eigenfilter.kernels.adamw_step`."""
-
-    def norm(
-        self,
-        tensors: Sequence[Tensor],
-        out: Tensor,
-        *,
-        weights: Sequence[Tensor] | None = None,
-        grad_scale: Tensor | None = None,
-    ) -> None:
-        """Euclidean norm; see `eigenfilter.kernels.norm`."""
-
-    def orthogonalize(
-        self, w: Tensor, basis: Tensor, coefficients: Tensor, norms: Tensor, *, passes: int
-    ) -> None:
-        """Orthogonalize against a basis; see `eigenfilter.kernels.orthogonalize`."""
-
-    def row_dots(self, q: Tensor, w: Tensor, sums: Tensor) -> None:
-        """Inner products; see `eigenfilter.kernels.row_dots`."""
-
-    def lanczos_step(self, u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor) -> None:
-        """A step of recurrences; see `eigenfilter.kernels.lanczos_step`."""
-
-    def gram(self, vectors: Tensor, out: Tensor) -> None:
-        """Inner products of all pairs; see `eigenfilter.kernels.gram`."""
-
-    def mix_rows(self, vectors: Tensor, factors: Tensor) -> None:
-        """Triangular combinations; see `eigenfilter.kernels.mix_rows`."""
-
-    def flag_nonfinite(self, tensors: Sequence[Tensor], found_inf: Tensor) -> None:
-        """Flag inf and NaN; see `eigenfilter.kernels.flag_nonfinite`."""
-
-
-def select(device: torch.device | str, backend: str | None = None) -> Backend:
-    """Return the implementation for a device.
-
-    Args:
-        device: device of type "cpu" or "cuda" (torch's name for ROCm too). "cuda" without a number
-            stands for the current GPU.
-        backend: name of a backend, which works or raises. None selects native on the CPU, and on a
-            GPU native if its kernels were compiled for such a GPU, else Triton. The selection is
-            logged once.
+def choose(device: torch.device, backend: str | None = None) -> str:
+    """Return the name of the backend that serves a device: see `eigenfilter.kernels.select`.
 
     Raises:
         ValueError: the backend is unknown, or no backend serves the device.
         RuntimeError: the backend is not available, or not for this device.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(_unknown(backend))
+    if device.index is None and device.type == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    return _select(device, backend)
+    return _choose(device, backend)
 
 
 @functools.cache
-def _select(device: torch.device, backend: str | None) -> Backend:
+def _choose(device: torch.device, backend: str | None) -> str:
     """Choose once for each device, because the devices of a machine may differ."""
+    if device.type == "meta":
+        raise ValueError(
+            "tensors on the meta device have no data: move the model with .to_empty(device=...) "
+            "to cpu or cuda, and initialize it"
+        )
     if backend is None:
-        return _select(device, _automatic(device))
-    if backend == "reference":
-        from eigenfilter.kernels import reference
-
-        return cast(Backend, reference)
+        return _choose(device, _automatic(device))
+    if backend not in BACKENDS:
+        raise ValueError(_unknown(backend))
     if backend == "native":
         if device.type == "cuda":
             _require_native(device)
         elif device.type != "cpu":
             raise ValueError(_unserved(device.type))
-        return cast(Backend, native)
-    if backend == "triton":
-        triton_kernels = _triton()
-        triton_kernels.require(device.type)
-        return cast(Backend, triton_kernels)
-    raise ValueError(_unknown(backend))
-
-
-def of(name: str, tensors: Sequence[Tensor], backend: str | None) -> Backend:
-    """Return the implementation that serves the device of `tensors`, which messages call `name`.
-
-    Raises:
-        TypeError, ValueError: as `first`; ValueError also for an unknown backend.
-    """
-    if backend is not None and not isinstance(backend, str):
-        raise ValueError(_unknown(backend))
-    return _select(first(name, tensors).device, backend)
+    elif backend == "triton":
+        _require_triton(device)
+    return backend
 
 
 def first(name: str, tensors: Sequence[Tensor]) -> Tensor:
@@ -275,13 +142,14 @@ def _unserved(device_type: str) -> str:
     )
 
 
-def _triton() -> ModuleType:
+def _require_triton(device: torch.device) -> None:
+    """Raise RuntimeError unless Triton is installed, and runs on this type of device."""
     try:
-        from eigenfilter.kernels import triton_kernels
+        launch = importlib.import_module("eigenfilter.kernels.triton.launch")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         raise RuntimeError(
             'backend "triton" needs the triton package: pip install triton'
         ) from error
-    return triton_kernels
+    launch.require(device.type)

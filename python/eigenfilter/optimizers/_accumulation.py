@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class UsedGradients:
 
     def __init__(self) -> None:
         self._probes: list[Tensor] = []
+        self._check: ClosureCheck | None = None  # of the closure that is running
 
     def mark(self, params: Sequence[Tensor]) -> None:
         """Mark the gradients of these parameters as used."""
@@ -52,6 +54,27 @@ class UsedGradients:
     def forget(self) -> None:
         """Drop the marks: the gradients have been cleared, and the next ones are new."""
         self._probes = []
+        if self._check is not None:
+            self._check.forget()
+
+    @contextmanager
+    def checking(self, params: list[Tensor]) -> Iterator[None]:
+        """A context for a closure, which must not add its gradients to earlier ones.
+
+        Raises:
+            RuntimeError: it has added to them, or has kept them.
+        """
+        check = self._check = check_closure(params)
+        try:
+            yield
+        except BaseException:
+            if check is not None:
+                check.end()
+            raise
+        finally:
+            self._check = None
+        if check is not None:
+            check.refuse()
 
     def are_unchanged(self) -> bool:
         """Whether used gradients have been neither cleared nor written since."""
@@ -87,10 +110,9 @@ class ClosureCheck:
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         self._params = params
-        self._meets: dict[
-            int, bool
-        ] = {}  # by id: whether a pending addition meets an older gradient
-        self._mixed: dict[int, bool] = {}  # by id: whether the first addition met an older gradient
+        # By id: whether a pending addition meets an older gradient, and whether the first one did.
+        self._meets: dict[int, bool] = {}
+        self._mixed: dict[int, bool] = {}
         for g in grads:
             setattr(g, _PRIOR_VERSION, _version(g))
         self._hooks = [hook for p in params if p.requires_grad for hook in self._watch(p)]
@@ -98,9 +120,8 @@ class ClosureCheck:
     def _watch(self, p: Tensor) -> tuple[Any, Any]:
         key = id(p)
 
-        def before_accumulation(
-            _: Tensor,
-        ) -> None:  # torch.autograd.grad calls it too, and adds nothing
+        def before_accumulation(_: Tensor) -> None:
+            # torch.autograd.grad calls it too, and adds nothing.
             if key not in self._mixed:
                 g = p.grad
                 self._meets[key] = g is not None and hasattr(g, _PRIOR_VERSION) and any_nonzero([g])

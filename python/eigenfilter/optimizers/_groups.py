@@ -1,34 +1,235 @@
-"""Groups and state of an optimizer: checks, saving and loading; refused during a step."""
+"""An optimizer between its steps: groups, gradients and state; refused while it is perturbed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from eigenfilter import kernels
-from eigenfilter.optimizers._buckets import refuse_overlap
-from eigenfilter.optimizers._hyperparameters import DTYPES, check_hyperparameters
-from eigenfilter.optimizers._options import refuse_modes
-from eigenfilter.optimizers._step_state import through_owner
+from eigenfilter import _core, kernels
+from eigenfilter.optimizers._accumulation import UsedGradients, any_nonzero, zero_gradients
+from eigenfilter.optimizers._layout import ParamBuckets, refuse_overlap
+from eigenfilter.optimizers._norms import clip
+from eigenfilter.optimizers._shards import (
+    ParentOptimizer,
+    other_ranks_wait,
+    refuse_ascent,
+    refuse_clipping,
+)
+from eigenfilter.optimizers._step_state import StepState, through_owner
+from eigenfilter.optimizers.amp import AmpState
+from eigenfilter.optimizers.buckets import Gradients
+from eigenfilter.optimizers.hyperparameters import (
+    CHECKED,
+    DTYPES,
+    check_hyperparameters,
+    complete_options,
+    is_zero,
+    lr_is_zero,
+    refuse_modes,
+    rho_of,
+)
+from eigenfilter.optimizers.in_backward import GradientRelease
+from eigenfilter.optimizers.perturbation import Perturbation
+from eigenfilter.optimizers.randomness import Replay
+from eigenfilter.optimizers.updates import Update
 
 
 class GroupedOptimizer(torch.optim.Optimizer):
-    """torch's optimizer, whose groups and state cannot change while parameters are perturbed."""
+    """torch's optimizer, whose groups and state cannot change while parameters are perturbed.
 
+    Attributes:
+        perturbation: the method's ascents.
+    """
+
+    perturbation: Perturbation
     backend: str | None
+    skip_nonfinite: bool
+    release_gradients: bool
+    set_to_none: bool
+    _update: Update
     _constructed = False
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        perturbation: Perturbation,
+        update: Update,
+        options: Mapping[str, Any],
+    ) -> None:
+        values = complete_options(options, type(self).__name__)
+        defaults = defaults | {name: values.pop(name) for name in update.group_options}
+        vars(self).update({name: values[name] for name in _OWN_OPTIONS})
+        self.perturbation = perturbation
+        self._update = update
+        self._start()
         super().__init__(params, defaults)
         refuse_overlap(self.param_groups)
         self._constructed = True
+        if self._ascents_wanted() > 0:
+            refuse_ascent(self, self._parent, self._params(), self.perturbation.needs_norm)
+
+    def _start(self) -> None:
+        """Make the parts of a step, which are never saved."""
+        self._checked_values: dict[int, list[Any]] = {}  # by id of a group: those that passed
+        self._step_state = StepState(self)
+        self._used = UsedGradients()
+        self._amp = AmpState()
+        self._replay = Replay()
+        self._parent = ParentOptimizer(self)
+        self._buckets = ParamBuckets(self._update, self._amp, self.backend)
+        self._release = GradientRelease(self._buckets, self._update)
 
     @property
     def perturbed(self) -> bool:
         """Whether the parameters are perturbed."""
-        raise NotImplementedError
+        return bool(self._buckets.perturbed)
+
+    def _perturbed_ids(self) -> set[int]:
+        return self._buckets.perturbed_ids()
+
+    def _refuse_perturbed(self, what: str) -> None:
+        if self.perturbed:
+            raise RuntimeError(
+                f"{what} while the parameters are perturbed: first end the step with step(), or "
+                "go back with restore()"
+            )
+
+    # Groups.
+
+    @through_owner
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its hyperparameters are checked as the constructor's are.
+
+        Raises:
+            TypeError: a parameter is sparse, complex or of an unsupported dtype.
+            ValueError: a hyperparameter is out of its range.
+            RuntimeError: the parameters are perturbed.
+        """
+        self._refuse_perturbed("add_param_group()")
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _ascents_wanted(self) -> int:
+        if all(is_zero(rho_of(group)) for group in self.param_groups):
+            return 0
+        return self.perturbation.count
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_hyperparameters(group)
+        for device in {p.device for p in group["params"] if p.device.type != "meta"}:
+            kernels.select(device, self.backend)
+        for i, p in enumerate(group["params"]):
+            if p.layout != torch.strided or p.dtype not in DTYPES:
+                raise TypeError(
+                    f"parameter {i} of the group is {p.dtype}, {p.layout}: the optimizers take "
+                    "dense float32, float64, bfloat16 and float16 parameters; give the others to "
+                    "an optimizer of their own"
+                )
+        if self._constructed:
+            refuse_overlap(self.param_groups)
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        check_hyperparameters(group)
+        refuse_modes(group)
+
+    def _check_groups(self) -> None:
+        """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""
+        for group in self.param_groups:
+            values = [group.get(name) for name in CHECKED]
+            checked = self._checked_values.get(id(group))
+            if checked is None or not all(map(operator.is_, values, checked)):
+                self._check_hyperparameters(group)
+                # Tensors and lists may change in place.
+                if not any(isinstance(v, (Tensor, list)) for v in values):
+                    self._checked_values[id(group)] = values
+
+    # Gradients.
+
+    @through_owner
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set the gradients of all parameters to None, or to 0 in place."""
+        super().zero_grad(set_to_none)
+        self._used.forget()
+
+    def _clear_gradients(self) -> None:
+        self._used.forget()
+        for group in self.param_groups:
+            if self.set_to_none:
+                _core.clear_gradients(group["params"])
+            else:
+                zero_gradients(group["params"])
+
+    @through_owner
+    def clip_grad_norm_(
+        self, max_norm: float, grad_scaler: torch.amp.GradScaler | None = None
+    ) -> Tensor:
+        """Clip the descent gradient to a total norm, in place, as torch.nn.utils.clip_grad_norm_.
+
+        Args:
+            max_norm: largest norm over all parameters of all groups.
+            grad_scaler: scaler whose scale the gradients carry; it unscales them first.
+
+        Returns:
+            The total norm before clipping, a 0-dim float64 tensor.
+
+        Raises:
+            RuntimeError: the next gradient is an ascent's, which the methods take unclipped; or
+                `release_gradients` is set.
+        """
+        if self.release_gradients:
+            raise RuntimeError(
+                "release_gradients=True applies each gradient before the total norm is known: "
+                "leave it False to clip"
+            )
+        refuse_clipping(self, self._parent, self._params())
+        if self.phase == "ascent":
+            raise RuntimeError(
+                "clip_grad_norm_ clips the descent gradient: call it after the ascents, just "
+                "before step()"
+            )
+        if grad_scaler is not None:
+            grad_scaler.unscale_(self)
+            self._step_state.is_unscaled = grad_scaler.is_enabled()
+        return clip(self._buckets.with_gradients(self), max_norm)
+
+    @property
+    def skipped(self) -> int:
+        """The number of steps skipped for a gradient that was not finite (synchronizes)."""
+        return self._amp.skipped()
+
+    @property
+    @through_owner
+    def phase(self) -> str:
+        """The use of the next gradient: "ascent" or "descent"."""
+        step = self._step_state
+        ascends = step.ascents_taken < self._ascents_wanted() and not step.skips_ascents
+        return "ascent" if ascends else "descent"
+
+    # Other processes.
+
+    def _refuse_ascent(self) -> None:
+        """Raise RuntimeError where an ascent needs more than the gradients of this rank."""
+        flat = self._params() if self._buckets.are_flat else []
+        refuse_ascent(self, self._parent, flat, self.perturbation.needs_norm)
+
+    def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Whether other ranks, which may have gradients, wait for this one without a gradient."""
+        checks = self.skip_nonfinite or (grad_scaler is not None and grad_scaler.is_enabled())
+        return other_ranks_wait(checks, self._params())
+
+    # State.
 
     @through_owner
     def state_dict(self) -> dict[str, Any]:
@@ -56,47 +257,36 @@ class GroupedOptimizer(torch.optim.Optimizer):
             refuse_modes(group)
         super().load_state_dict(state_dict)
 
-    @through_owner
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its hyperparameters are checked as the constructor's are.
+    def _only_initializes_state(self, gradients: Gradients) -> bool:
+        """Whether this is the step with which distributed checkpointing creates the state.
 
-        Raises:
-            TypeError: a parameter is sparse, complex or of an unsupported dtype.
-            ValueError: a hyperparameter is out of its range.
-            RuntimeError: the parameters are perturbed.
+        Every lr and every gradient is 0 then. The state is created as zeros.
         """
-        self._refuse_perturbed("add_param_group()")
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except BaseException:
-            self.param_groups.pop()
-            raise
+        if self.perturbed or not all(lr_is_zero(g.get("lr", 1.0)) for g in self.param_groups):
+            return False
+        if any_nonzero([g for _, grads in gradients for g in grads]):
+            return False
+        self._initialize_state(gradients)
+        return True
 
-    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        check_hyperparameters(group)
-        refuse_modes(group)
+    def _initialize_state(self, gradients: Gradients) -> None:
+        for bucket, _ in gradients:
+            self._update.initialize_state(bucket)
+        self._buckets.snapshot_state()
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_hyperparameters(group)
-        for device in {p.device for p in group["params"] if p.device.type != "meta"}:
-            kernels.select(device, self.backend)
-        for i, p in enumerate(group["params"]):
-            if p.layout != torch.strided or p.dtype not in DTYPES:
-                raise TypeError(
-                    f"parameter {i} of the group is {p.dtype}, {p.layout}: the optimizers take "
-                    "dense float32, float64, bfloat16 and float16 parameters; give the others to "
-                    "an optimizer of their own"
-                )
-        if self._constructed:
-            refuse_overlap(self.param_groups)
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_perturbed("copying or pickling")
+        names = (*_OWN_OPTIONS, "perturbation", "_update")
+        return super().__getstate__() | {name: vars(self)[name] for name in names}
 
-    def _refuse_perturbed(self, what: str) -> None:
-        if self.perturbed:
-            raise RuntimeError(
-                f"{what} while the parameters are perturbed: first end the step with step(), or "
-                "go back with restore()"
-            )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_step_state" not in vars(self):  # a copy; a loaded optimizer keeps its own
+            self._start()
+
+
+_OWN_OPTIONS = ("skip_nonfinite", "release_gradients", "set_to_none", "backend")
+"""The options that the optimizer itself holds, and not its groups."""
 
 
 def fill_missing_keys(

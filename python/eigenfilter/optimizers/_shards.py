@@ -98,11 +98,13 @@ def refuse_clipping(
         )
 
 
-def refuse_local_scaler(scaler: torch.amp.GradScaler | None) -> None:
+def refuse_local_scaler(scaler: torch.amp.GradScaler | None, are_flat: bool) -> None:
     """Raise RuntimeError for a scaler that checks only this rank's flat shards."""
+    if not are_flat or scaler is None or not scaler.is_enabled():
+        return
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-    if scaler is not None and scaler.is_enabled() and not isinstance(scaler, ShardedGradScaler):
+    if not isinstance(scaler, ShardedGradScaler):
         raise RuntimeError(
             f"{type(scaler).__name__} looks at this rank's shard only, so that ranks would come to "
             "different scales: under FullyShardedDataParallel (FSDP1) use "
@@ -110,9 +112,9 @@ def refuse_local_scaler(scaler: torch.amp.GradScaler | None) -> None:
         )
 
 
-def refuse_scaled_descent(optimizer: torch.optim.Optimizer) -> None:
+def refuse_scaled_descent(optimizer: torch.optim.Optimizer, are_flat: bool) -> None:
     """Raise RuntimeError if a scaler has checked only this rank's flat shards."""
-    if isinstance(vars(optimizer).get("grad_scale"), Tensor):
+    if are_flat and isinstance(vars(optimizer).get("grad_scale"), Tensor):
         raise RuntimeError(
             "scaler.step(opt) looks at this rank's shard only, so that ranks would come to "
             "different scales: under FullyShardedDataParallel (FSDP1) call scaler.unscale_(opt) of "
@@ -120,8 +122,15 @@ def refuse_scaled_descent(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def are_on_other_ranks(params: Sequence[Tensor]) -> bool:
-    """Whether other ranks hold all elements of the parameters, so that no gradient is missing."""
+def other_ranks_wait(checks: bool, params: Sequence[Tensor]) -> bool:
+    """Whether other ranks, which may have gradients, wait for this one without a gradient.
+
+    Args:
+        checks: whether all ranks share a flag for gradients that are not finite.
+        params: the parameters. If other ranks hold all their elements, no gradient is missing.
+    """
+    if checks and _distributed.is_parallel():
+        return True
     trained = [p for p in params if p.requires_grad]
     return len(trained) > 0 and all(
         p.numel() == 0 and _distributed.is_flattened(p) for p in trained

@@ -5,17 +5,11 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from eigenfilter.optimizers._accumulation import ClosureCheck
-from eigenfilter.optimizers._buckets import ParamBucket
-from eigenfilter.optimizers._randomness import Randomness
+import torch
 
-if TYPE_CHECKING:
-    from eigenfilter.optimizers._machine import StepMachine
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class StepState:
@@ -26,25 +20,16 @@ class StepState:
 
     Attributes:
         owner: weak reference to the optimizer that was constructed.
+        evaluating: whether a closure that `step` calls is running.
         ascents_taken: number of ascents taken in this step.
         skips_ascents: whether this step takes no ascent, because no parameter with a radius has a
             gradient.
         has_closure: whether `step` takes the whole step, with a closure.
-        has_written: whether the present call has changed a parameter.
-        perturbed: the perturbed buckets, each once.
-        perturbed_ids: ids of their parameters; None until they are needed.
-        randomness: generator states before an evaluation that is replayed.
-        replay_check: generator states after an ascent whose evaluation should be a replay.
-        has_replayed: whether that evaluation was a replay.
-        check: check of the closure that is running, if it needs one.
-        evaluating: whether a closure that `step` calls is running.
         is_unscaled: whether `clip_grad_norm_` had a scaler unscale the descent's gradient.
     """
 
-    def __init__(self, owner: StepMachine) -> None:
+    def __init__(self, owner: torch.optim.Optimizer) -> None:
         self.owner = weakref.ref(owner)
-        self.perturbed: list[ParamBucket] = []
-        self.check: ClosureCheck | None = None
         self.evaluating = False
         self.reset()
 
@@ -53,24 +38,45 @@ class StepState:
         self.ascents_taken = 0
         self.skips_ascents = False
         self.has_closure = False
-        self.has_written = False
-        self.perturbed = []
-        self.perturbed_ids: set[int] | None = None
-        self.randomness: Randomness | None = None
-        self.replay_check: Randomness | None = None
-        self.has_replayed = False
         self.is_unscaled = False
 
+    def refuse_within_closure(self, what: str) -> None:
+        """Raise RuntimeError if a closure that `step` calls is running."""
+        if self.evaluating:
+            raise RuntimeError(
+                f"{what} was called by the closure that step(closure) is evaluating: a closure "
+                "calls opt.zero_grad() and backward() and returns the loss, and the step is taken "
+                "around it"
+            )
 
-def through_owner(
-    method: Callable[Concatenate[Any, _P], _R],
-) -> Callable[Concatenate[Any, _P], _R]:
+    def refuse_begun(self) -> None:
+        """Raise RuntimeError if an explicit step has taken ascents, and has some left."""
+        if self.ascents_taken > 0:
+            raise RuntimeError(
+                "step(closure) takes a whole step, and one is under way that has ascents left: go "
+                "on with `while opt.ascend(): closure()` and end it with step(), or go back to x "
+                "with restore()"
+            )
+
+    def refuse_missing_ascents(self, wanted: int) -> None:
+        """Raise RuntimeError for a descent before all ascents were taken."""
+        raise RuntimeError(
+            f"step() needs {wanted} ascents before it, and {self.ascents_taken} were taken. Pass a "
+            "closure to step() that calls opt.zero_grad() and backward(), or write `while "
+            "opt.ascend(): closure()` before step(). A training loop that calls step() without a "
+            "closure and cannot be changed (a framework's) can train only with rho=0.0 in every "
+            "group"
+        )
+
+
+def through_owner(method: _Method) -> _Method:
     """Make a wrapper that inherits `method` call it on the optimizer that it wraps."""
 
-    def call(self: Any, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(owner_of(self), *args, **kwargs)
 
-    return cast(Callable[Concatenate[Any, _P], _R], functools.wraps(method)(call))
+    return cast(_Method, call)
 
 
 def owner_of(optimizer: Any) -> Any:

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers._descents import STEP, AdamWDescent
-from eigenfilter.optimizers._methods import ascent_of
-from eigenfilter.optimizers._options import split_options
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.hyperparameters import split_options
+from eigenfilter.optimizers.registry import perturbation_of, register_update
+from eigenfilter.optimizers.updates import STEP, AdamWUpdate
 
 
+@register_update("adamw")
 class AdamW(EigenfilterOptimizer):
     r"""AdamW with its gradient taken after an ascent; plain AdamW at rho = 0, the default.
 
@@ -35,21 +36,9 @@ class AdamW(EigenfilterOptimizer):
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
         rho: radius of that method's ascent, at least 0; see the optimizer of the method. It
             lives in param_groups, as lr does.
-        maximize: whether to maximize f instead of minimizing it.
-        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
-            down at random, without bias, so that small updates are not lost on average.
-        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
-            state unchanged. `opt.skipped` counts these steps.
-        release_gradients: whether each gradient of the descent is applied and freed while backward
-            runs, so that they never exist all at once. It needs step(closure), or the closure
-            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
-            and several ranks.
-        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
-            device; see `eigenfilter.kernels`.
+        maximize, stochastic_rounding, skip_nonfinite, release_gradients, backend: see `Options`.
         options: further arguments of the method: `adaptive` ("sam"), `ascent` ("two_step_usam"),
-            `hvp` and `fd_step` ("hessian_usam"). `set_to_none=False` keeps the gradient tensors
-            when an ascent clears them, and fills them with 0. torch's `fused`, `foreach`
-            and `capturable` are accepted and change nothing; `differentiable` must be False.
+            `hvp` and `fd_step` ("hessian_usam"); and the other ones of `Options`.
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype; an option is unknown.
@@ -90,26 +79,12 @@ class AdamW(EigenfilterOptimizer):
         backend: str | None = None,
         **options: Any,
     ) -> None:
-        torchs, options = split_options(options | {"amsgrad": amsgrad})
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "stochastic_rounding": stochastic_rounding,
-            "rho": rho,
-        }
-        super().__init__(
-            params,
-            defaults,
-            ascent_of(method, **options),
-            AdamWDescent(),
-            skip_nonfinite=skip_nonfinite,
-            release_gradients=release_gradients,
-            backend=backend,
-            options=torchs,
-        )
+        shared, own = split_options(options | {"amsgrad": amsgrad})
+        shared |= {"maximize": maximize, "stochastic_rounding": stochastic_rounding}
+        shared |= {"skip_nonfinite": skip_nonfinite, "release_gradients": release_gradients}
+        group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rho": rho}
+        perturbation = perturbation_of(method, **own)
+        super().__init__(params, group, perturbation, AdamWUpdate(), shared | {"backend": backend})
 
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()

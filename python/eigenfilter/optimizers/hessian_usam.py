@@ -11,14 +11,20 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _callers, _core, _distributed
-from eigenfilter.optimizers._amp import AmpState
-from eigenfilter.optimizers._ascents import TINY, Ascent, Landscape, Run, total_norms
-from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers._buckets import BucketSlice, Gradients, ParamBucket, conform_if_needed
-from eigenfilter.optimizers._descents import SGDDescent
-from eigenfilter.optimizers._hyperparameters import rho_of
-from eigenfilter.optimizers._options import Options
-from eigenfilter.optimizers.sgd import sgd_defaults
+from eigenfilter.optimizers._norms import total_norms
+from eigenfilter.optimizers.amp import AmpState
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.buckets import (
+    BucketSlice,
+    Gradients,
+    ParamBucket,
+    conform_if_needed,
+    gradients_by_id,
+)
+from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
+from eigenfilter.optimizers.registry import register
+from eigenfilter.optimizers.updates import SGDUpdate
 
 WITHOUT_GRAPH = (
     'hvp="autograd" differentiates the gradient, and it came without a graph: call '
@@ -29,7 +35,7 @@ WITHOUT_GRAPH = (
 _SLICE = 2**16  # elements that are multiplied in float64 at a time
 
 
-class HessianUSAMAscent(Ascent):
+class HessianUSAMPerturbation(Perturbation):
     """An ascent along rho H g, by either way to the product."""
 
     method = "hessian_usam"
@@ -40,7 +46,7 @@ class HessianUSAMAscent(Ascent):
         return x + rho * (ascending * f.matvec(ascending * g))
 
 
-class FiniteDifferenceAscent(HessianUSAMAscent):
+class FiniteDifferencePerturbation(HessianUSAMPerturbation):
     """H g from two gradients: a small step along g first, then rho H g from x.
 
     The step is eps = c (1 + ||x||) / ||g||, with c the square root of the parameters' machine
@@ -53,6 +59,7 @@ class FiniteDifferenceAscent(HessianUSAMAscent):
 
     count = 2
     needs_norm = True
+    accesses = 12  # norms of x and g, a copy of g, USAM's; then reads b, g, g0, and writes x
 
     _CHECKED_STEPS = 10  # steps at the beginning: reading a loss waits for its device
     _FACTOR = 10.0  # times that rise is allowed: another batch changes the loss far more
@@ -98,11 +105,7 @@ class FiniteDifferenceAscent(HessianUSAMAscent):
         """Gradients at the second point for the buckets of the first; a missing one counts as 0."""
         if list(self._first_gradients) == [bucket for bucket, _ in gradients]:
             return gradients
-        by_id = {
-            id(p): g
-            for bucket, grads in gradients
-            for p, g in zip(bucket.params, grads, strict=True)
-        }
+        by_id: dict[int, Tensor] = gradients_by_id(gradients)
         padded = [
             (bucket, bucket.with_zeros([by_id.pop(id(p), None) for p in bucket.params], first))
             for bucket, first in self._first_gradients.items()
@@ -134,17 +137,16 @@ class FiniteDifferenceAscent(HessianUSAMAscent):
                 first[i] = torch.zeros_like(a, dtype=b.dtype)
         self._first_gradients[bucket] = first
 
-    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+    def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
-        eps, rho = self._eps[bucket.device], rho_of(bucket.group)
+        eps, rho = self._eps[bucket.device], bucket.rho
         if index == 0:
-            run(bucket.kernels.perturb, bucket_slice, bucket.backups(), eps)
+            bucket_slice.launch(bucket.kernels.perturb, bucket.backups(), eps)
             return
         if not bucket_slice.is_perturbed:
             bucket.save()
-        run(
+        bucket_slice.launch(
             bucket.kernels.perturb_hvp,
-            bucket_slice,
             self._first_gradients[bucket],
             bucket.backups(),
             rho,
@@ -189,10 +191,11 @@ class FiniteDifferenceAscent(HessianUSAMAscent):
         return float(coarsest**0.5)
 
 
-class AutogradAscent(HessianUSAMAscent):
+class AutogradPerturbation(HessianUSAMPerturbation):
     """H g by a second backward pass through the graph of the gradient."""
 
     count = 1
+    accesses = 4  # USAM's, along the product that autograd has taken
 
     def __init__(self) -> None:
         self._differentiable = False  # whether a graph was searched for nodes without a derivative
@@ -237,13 +240,12 @@ class AutogradAscent(HessianUSAMAscent):
         self._scales = {bucket.device: amp.unscale(1.0, bucket.device) for bucket, _ in directions}
         return directions
 
-    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+    def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
-        run(
+        bucket_slice.launch(
             bucket.kernels.perturb,
-            bucket_slice,
             bucket.backups(),
-            rho_of(bucket.group) * self._scales[bucket.device],
+            bucket.rho * self._scales[bucket.device],
         )
 
     def needs_graph(self, index: int) -> bool:
@@ -307,6 +309,20 @@ def _dot(first: Mapping[ParamBucket, Sequence[Tensor]], gradients: Gradients) ->
     return total
 
 
+def hessian_usam_perturbation(
+    *, hvp: str = "finite_difference", fd_step: float | None = None
+) -> HessianUSAMPerturbation:
+    """The ascent that takes the product in the way `hvp` names."""
+    if hvp == "finite_difference":
+        return FiniteDifferencePerturbation(fd_step)
+    if hvp != "autograd":
+        raise ValueError(f'hvp must be "finite_difference" or "autograd", and is {hvp!r}')
+    if fd_step is not None:
+        raise ValueError('fd_step belongs to hvp="finite_difference"')
+    return AutogradPerturbation()
+
+
+@register("hessian_usam", hessian_usam_perturbation)
 class HessianUSAM(EigenfilterOptimizer):
     r"""Hessian USAM: SGD's update with the gradient taken at x + rho H(x) grad f(x).
 
@@ -326,40 +342,19 @@ class HessianUSAM(EigenfilterOptimizer):
     double backward does not (fused attention, FSDP2, compiled models). `hvp="autograd"` takes two
     gradients and one product; the closure calls `loss.backward(create_graph=opt.needs_graph)`.
 
-    Memory: one backup of the parameters, and one gradient more with "finite_difference".
+    Memory: one backup of the parameters, and one gradient more with "finite_difference". The errors
+    are those of `SGD`.
 
     Args:
-        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
-        lr: learning rate, at least 0; a number or a 0-dim tensor.
-        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
-            which it does not converge.
-        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
         rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         hvp: how to take the Hessian-vector product: "finite_difference" or "autograd".
         fd_step: relative length of the finite difference, greater than 0. None stands for the
             square root of the parameters' machine precision. Gradients that are less exact, as
             under bfloat16 autocast, need about 0.01; docs/optimizers.md has the errors measured.
-        maximize: whether to maximize f instead of minimizing it.
-        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
-            down at random, without bias, so that small updates are not lost on average.
-        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
-            state unchanged. `opt.skipped` counts these steps.
-        release_gradients: whether each gradient of the descent is applied and freed while backward
-            runs, so that they never exist all at once. It needs step(closure), or the closure
-            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
-            and several ranks.
-        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
-            device; see `eigenfilter.kernels`.
-        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
-            nothing; `differentiable` and `amsgrad` must be False.
-
-    Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype.
-        ValueError: a hyperparameter is out of its range.
+        options: the keyword arguments of `Options`.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -379,6 +374,7 @@ class HessianUSAM(EigenfilterOptimizer):
 
     method = "hessian_usam"
 
+    @show_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -391,36 +387,10 @@ class HessianUSAM(EigenfilterOptimizer):
         rho: float | Tensor = 0.01,
         hvp: str = "finite_difference",
         fd_step: float | None = None,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        skip_nonfinite: bool = False,
-        release_gradients: bool = False,
-        backend: str | None = None,
         **options: Unpack[Options],
     ) -> None:
+        group = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+        group |= {"weight_decay": weight_decay, "rho": rho}
         super().__init__(
-            params,
-            sgd_defaults(
-                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
-            )
-            | {"rho": rho},
-            hessian_usam_ascent(hvp=hvp, fd_step=fd_step),
-            SGDDescent(),
-            skip_nonfinite=skip_nonfinite,
-            release_gradients=release_gradients,
-            backend=backend,
-            options=options,
+            params, group, hessian_usam_perturbation(hvp=hvp, fd_step=fd_step), SGDUpdate(), options
         )
-
-
-def hessian_usam_ascent(
-    *, hvp: str = "finite_difference", fd_step: float | None = None
-) -> HessianUSAMAscent:
-    """The ascent that takes the product in the way `hvp` names."""
-    if hvp == "finite_difference":
-        return FiniteDifferenceAscent(fd_step)
-    if hvp != "autograd":
-        raise ValueError(f'hvp must be "finite_difference" or "autograd", and is {hvp!r}')
-    if fd_step is not None:
-        raise ValueError('fd_step belongs to hvp="finite_difference"')
-    return AutogradAscent()

@@ -9,23 +9,17 @@ import torch
 from torch import Tensor
 
 from eigenfilter.filters import AscentFilter
-from eigenfilter.optimizers._amp import AmpState
-from eigenfilter.optimizers._ascents import (
-    TINY,
-    Ascent,
-    Landscape,
-    Run,
-    signed_rho,
-    total_norms,
-)
-from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers._buckets import BucketSlice, Gradients, conform_if_needed
-from eigenfilter.optimizers._descents import SGDDescent
-from eigenfilter.optimizers._options import Options
-from eigenfilter.optimizers.sgd import sgd_defaults
+from eigenfilter.optimizers._norms import total_norms
+from eigenfilter.optimizers.amp import AmpState
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.buckets import BucketSlice, Gradients, conform_if_needed
+from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
+from eigenfilter.optimizers.registry import register
+from eigenfilter.optimizers.updates import SGDUpdate
 
 
-class SAMAscent(Ascent):
+class SAMPerturbation(Perturbation):
     """One ascent of length rho along the normalized gradient, scaled by x^2 if adaptive."""
 
     method = "sam"
@@ -34,6 +28,7 @@ class SAMAscent(Ascent):
 
     def __init__(self, *, adaptive: bool = False) -> None:
         self.adaptive = adaptive
+        self.accesses = 6 if adaptive else 5  # USAM's; its norm reads g, and ASAM's x too
         self._norms: dict[torch.device, Tensor | float] = {}
 
     @property
@@ -60,12 +55,13 @@ class SAMAscent(Ascent):
     def forget(self) -> None:
         self._norms = {}
 
-    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+    def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
-        alpha = signed_rho(bucket.group) / (self._norms[bucket.device] + TINY)
-        run(bucket.kernels.perturb, bucket_slice, bucket.backups(), alpha, adaptive=self.adaptive)
+        alpha = bucket.signed_rho / (self._norms[bucket.device] + TINY)
+        bucket_slice.launch(bucket.kernels.perturb, bucket.backups(), alpha, adaptive=self.adaptive)
 
 
+@register("sam", SAMPerturbation, asam={"adaptive": True})
 class SAM(EigenfilterOptimizer):
     r"""Sharpness-aware minimization: SGD's update with the gradient taken at x + rho g / ||g||.
 
@@ -82,37 +78,15 @@ class SAM(EigenfilterOptimizer):
     SAM has no filter of its own, because d is not differentiable where grad f = 0. With a constant
     gradient norm G it is USAM with radius rho / G.
 
-    Memory: one backup of the parameters.
+    Memory: one backup of the parameters. The errors are those of `SGD`.
 
     Args:
-        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
-        lr: learning rate, at least 0; a number or a 0-dim tensor.
-        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
-            which it does not converge.
-        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
         rho: length of the ascent, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         adaptive: whether to take ASAM's ascent, which does not depend on the parameters' scales.
-        maximize: whether to maximize f instead of minimizing it.
-        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
-            down at random, without bias, so that small updates are not lost on average.
-        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
-            state unchanged. `opt.skipped` counts these steps.
-        release_gradients: whether each gradient of the descent is applied and freed while backward
-            runs, so that they never exist all at once. It needs step(closure), or the closure
-            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
-            and several ranks.
-        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
-            device; see `eigenfilter.kernels`.
-        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
-            nothing; `differentiable` and `amsgrad` must be False.
-
-    Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype.
-        ValueError: a hyperparameter is out of its range.
+        options: the keyword arguments of `Options`.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -133,6 +107,7 @@ class SAM(EigenfilterOptimizer):
 
     method = "sam"
 
+    @show_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -144,29 +119,14 @@ class SAM(EigenfilterOptimizer):
         *,
         rho: float | Tensor = 0.05,
         adaptive: bool = False,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        skip_nonfinite: bool = False,
-        release_gradients: bool = False,
-        backend: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            sgd_defaults(
-                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
-            )
-            | {"rho": rho},
-            SAMAscent(adaptive=adaptive),
-            SGDDescent(),
-            skip_nonfinite=skip_nonfinite,
-            release_gradients=release_gradients,
-            backend=backend,
-            options=options,
-        )
+        group = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+        group |= {"weight_decay": weight_decay, "rho": rho}
+        super().__init__(params, group, SAMPerturbation(adaptive=adaptive), SGDUpdate(), options)
 
     @property
     def adaptive(self) -> bool:
         """Whether the ascent is ASAM's."""
-        assert isinstance(self._ascent, SAMAscent)
-        return self._ascent.adaptive
+        assert isinstance(self.perturbation, SAMPerturbation)
+        return self.perturbation.adaptive

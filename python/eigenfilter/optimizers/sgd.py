@@ -7,12 +7,14 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from eigenfilter.optimizers._ascents import Ascent
-from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers._descents import SGDDescent
-from eigenfilter.optimizers._options import Options
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.perturbation import Perturbation
+from eigenfilter.optimizers.registry import register
+from eigenfilter.optimizers.updates import SGDUpdate
 
 
+@register("sgd")
 class SGD(EigenfilterOptimizer):
     r"""Gradient descent, heavy ball and Nesterov's method, in torch.optim.SGD's convention.
 
@@ -38,20 +40,7 @@ class SGD(EigenfilterOptimizer):
         dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
         weight_decay: coefficient wd of the L2 penalty, at least 0.
         nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
-        maximize: whether to maximize f instead of minimizing it.
-        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
-            down at random, without bias, so that small updates are not lost on average.
-        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
-            state unchanged. `opt.skipped` counts these steps.
-        release_gradients: whether each gradient of the descent is applied and freed while backward
-            runs, so that they never exist all at once. It needs step(closure), or the closure
-            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
-            and several ranks.
-        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
-            device; see `eigenfilter.kernels`.
-        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
-            nothing; `differentiable` and `amsgrad` must be False.
+        options: the keyword arguments of `Options`.
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype.
@@ -75,6 +64,7 @@ class SGD(EigenfilterOptimizer):
 
     method = "sgd"
 
+    @show_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -83,44 +73,8 @@ class SGD(EigenfilterOptimizer):
         dampening: float = 0,
         weight_decay: float | Tensor = 0,
         nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        skip_nonfinite: bool = False,
-        release_gradients: bool = False,
-        backend: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            sgd_defaults(
-                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
-            ),
-            Ascent(),
-            SGDDescent(),
-            skip_nonfinite=skip_nonfinite,
-            release_gradients=release_gradients,
-            backend=backend,
-            options=options,
-        )
-
-
-def sgd_defaults(
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float | Tensor,
-    nesterov: bool,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> dict[str, Any]:
-    """SGD's hyperparameters as the groups hold them."""
-    return {
-        "lr": lr,
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": weight_decay,
-        "nesterov": nesterov,
-        "maximize": maximize,
-        "stochastic_rounding": stochastic_rounding,
-    }
+        group = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+        group |= {"weight_decay": weight_decay}
+        super().__init__(params, group, Perturbation(), SGDUpdate(), options)

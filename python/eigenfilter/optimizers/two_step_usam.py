@@ -8,19 +8,20 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from eigenfilter.filters import TwoStepUSAM as TwoStep
-from eigenfilter.optimizers._ascents import Ascent, Landscape, Run, signed_rho
-from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers._buckets import BucketSlice
-from eigenfilter.optimizers._descents import SGDDescent
-from eigenfilter.optimizers._options import Options
-from eigenfilter.optimizers.sgd import sgd_defaults
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.buckets import BucketSlice
+from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.perturbation import Landscape, Perturbation
+from eigenfilter.optimizers.registry import register
+from eigenfilter.optimizers.updates import SGDUpdate
 
 
-class TwoStepUSAMAscent(Ascent):
+class TwoStepUSAMPerturbation(Perturbation):
     """Two ascents: the second starts at the first one's end ("sequential") or at x ("anchored")."""
 
     method = "two_step_usam"
     count = 2
+    accesses = 7  # USAM's; then reads x, g, and writes x
 
     def __init__(self, *, ascent: str = "sequential") -> None:
         if ascent not in TwoStep.forms:
@@ -38,16 +39,17 @@ class TwoStepUSAMAscent(Ascent):
     def starts_from_x(self, index: int) -> bool:
         return self.ascent == "anchored"
 
-    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+    def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
-        alpha = signed_rho(bucket.group)
+        alpha = bucket.signed_rho
         if not bucket_slice.is_perturbed:
-            run(bucket.kernels.perturb, bucket_slice, bucket.backups(), alpha)
+            bucket_slice.launch(bucket.kernels.perturb, bucket.backups(), alpha)
         else:
             origin = bucket.backups() if self.ascent == "anchored" else None
-            run(bucket.kernels.perturb_again, bucket_slice, alpha, origin)
+            bucket_slice.launch(bucket.kernels.perturb, origin, alpha, save=False)
 
 
+@register("two_step_usam", TwoStepUSAMPerturbation)
 class TwoStepUSAM(EigenfilterOptimizer):
     r"""Two-step USAM: SGD's update with the gradient taken after two ascents.
 
@@ -65,38 +67,16 @@ class TwoStepUSAM(EigenfilterOptimizer):
     first order in wd otherwise. At wd = 0 the filter admits no negative eigenvalue, except exactly
     -1 / rho in the sequential form.
 
-    Memory: one backup of the parameters.
+    Memory: one backup of the parameters. The errors are those of `SGD`.
 
     Args:
-        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
-        lr: learning rate, at least 0; a number or a 0-dim tensor.
-        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
-            which it does not converge.
-        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the last
             ascent.
-        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
         rho: step size of both ascents, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
         ascent: where the second ascent starts: at y ("sequential") or at x ("anchored").
-        maximize: whether to maximize f instead of minimizing it.
-        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
-            down at random, without bias, so that small updates are not lost on average.
-        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
-            state unchanged. `opt.skipped` counts these steps.
-        release_gradients: whether each gradient of the descent is applied and freed while backward
-            runs, so that they never exist all at once. It needs step(closure), or the closure
-            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
-            and several ranks.
-        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
-            device; see `eigenfilter.kernels`.
-        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
-            nothing; `differentiable` and `amsgrad` must be False.
-
-    Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype.
-        ValueError: a hyperparameter is out of its range.
+        options: the keyword arguments of `Options`.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -116,6 +96,7 @@ class TwoStepUSAM(EigenfilterOptimizer):
 
     method = "two_step_usam"
 
+    @show_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -127,29 +108,15 @@ class TwoStepUSAM(EigenfilterOptimizer):
         *,
         rho: float | Tensor = 0.05,
         ascent: str = "sequential",
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        skip_nonfinite: bool = False,
-        release_gradients: bool = False,
-        backend: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            sgd_defaults(
-                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
-            )
-            | {"rho": rho},
-            TwoStepUSAMAscent(ascent=ascent),
-            SGDDescent(),
-            skip_nonfinite=skip_nonfinite,
-            release_gradients=release_gradients,
-            backend=backend,
-            options=options,
-        )
+        group = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+        group |= {"weight_decay": weight_decay, "rho": rho}
+        perturbation = TwoStepUSAMPerturbation(ascent=ascent)
+        super().__init__(params, group, perturbation, SGDUpdate(), options)
 
     @property
     def ascent(self) -> str:
         """Where the second ascent starts: "sequential" or "anchored"."""
-        assert isinstance(self._ascent, TwoStepUSAMAscent)
-        return self._ascent.ascent
+        assert isinstance(self.perturbation, TwoStepUSAMPerturbation)
+        return self.perturbation.ascent

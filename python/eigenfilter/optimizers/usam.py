@@ -7,28 +7,30 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from eigenfilter.optimizers._ascents import Ascent, Landscape, Run, signed_rho
-from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers._buckets import BucketSlice
-from eigenfilter.optimizers._descents import SGDDescent
-from eigenfilter.optimizers._options import Options
-from eigenfilter.optimizers.sgd import sgd_defaults
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.buckets import BucketSlice
+from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.perturbation import Landscape, Perturbation
+from eigenfilter.optimizers.registry import register
+from eigenfilter.optimizers.updates import SGDUpdate
 
 
-class USAMAscent(Ascent):
+class USAMPerturbation(Perturbation):
     """One ascent along rho times the gradient."""
 
     method = "usam"
     count = 1
+    accesses = 4  # reads x, g; writes x and its backup
 
     def end(self, f: Landscape, x: Tensor, g: Tensor, rho: Tensor, sign: Tensor) -> Tensor:
         return x + sign * rho * g
 
-    def perturb(self, run: Run, index: int, bucket_slice: BucketSlice) -> None:
+    def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
-        run(bucket.kernels.perturb, bucket_slice, bucket.backups(), signed_rho(bucket.group))
+        bucket_slice.launch(bucket.kernels.perturb, bucket.backups(), bucket.signed_rho)
 
 
+@register("usam", USAMPerturbation)
 class USAM(EigenfilterOptimizer):
     r"""Unnormalized SAM: SGD's update with the gradient taken at x + rho grad f(x).
 
@@ -45,36 +47,14 @@ class USAM(EigenfilterOptimizer):
 
     One kernel saves and perturbs x, another restores it bit for bit and applies the update.
 
-    Memory: one backup of the parameters.
+    Memory: one backup of the parameters. The errors are those of `SGD`.
 
     Args:
-        params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
-        lr: learning rate, at least 0; a number or a 0-dim tensor.
-        momentum: decay rate of the momentum buffer, in [0, 1). The step accepts 1 and more, with
-            which it does not converge.
-        dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
+        params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
         rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
             with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
-        maximize: whether to maximize f instead of minimizing it.
-        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
-            down at random, without bias, so that small updates are not lost on average.
-        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
-            state unchanged. `opt.skipped` counts these steps.
-        release_gradients: whether each gradient of the descent is applied and freed while backward
-            runs, so that they never exist all at once. It needs step(closure), or the closure
-            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
-            and several ranks.
-        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
-            device; see `eigenfilter.kernels`.
-        options: `set_to_none=False` keeps the gradient tensors when an ascent clears them, and
-            fills them with 0. torch's `fused`, `foreach` and `capturable` are accepted and change
-            nothing; `differentiable` and `amsgrad` must be False.
-
-    Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype.
-        ValueError: a hyperparameter is out of its range.
+        options: the keyword arguments of `Options`.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -94,6 +74,7 @@ class USAM(EigenfilterOptimizer):
 
     method = "usam"
 
+    @show_options
     def __init__(
         self,
         params: Iterable[Any],
@@ -104,23 +85,8 @@ class USAM(EigenfilterOptimizer):
         nesterov: bool = False,
         *,
         rho: float | Tensor = 0.05,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        skip_nonfinite: bool = False,
-        release_gradients: bool = False,
-        backend: str | None = None,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            params,
-            sgd_defaults(
-                lr, momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding
-            )
-            | {"rho": rho},
-            USAMAscent(),
-            SGDDescent(),
-            skip_nonfinite=skip_nonfinite,
-            release_gradients=release_gradients,
-            backend=backend,
-            options=options,
-        )
+        group = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+        group |= {"weight_decay": weight_decay, "rho": rho}
+        super().__init__(params, group, USAMPerturbation(), SGDUpdate(), options)

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
-from eigenfilter.optimizers._base import EigenfilterOptimizer
-from eigenfilter.optimizers._buckets import Gradients, conform_if_needed
-from eigenfilter.optimizers._descents import Descent
 from eigenfilter.optimizers._groups import fill_missing_keys
-from eigenfilter.optimizers._hyperparameters import OWN_RHO, check_hyperparameters
-from eigenfilter.optimizers._methods import ascent_of
-from eigenfilter.optimizers._options import split_options
 from eigenfilter.optimizers._step_state import through_owner
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
+from eigenfilter.optimizers.hyperparameters import (
+    OWN_RHO,
+    check_hyperparameters,
+    split_options,
+)
+from eigenfilter.optimizers.registry import perturbation_of
+from eigenfilter.optimizers.updates import Update
 
 _SHARED = ("state", "defaults")
 _FORWARDED = ("train", "eval")  # methods of schedule-free optimizers
@@ -42,13 +45,9 @@ class SharpnessAware(EigenfilterOptimizer):
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
         rho: radius of the ascent, at least 0; see the optimizer of the method. It lives in
             param_groups; a group that has one already keeps it.
-        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
-            state unchanged. `opt.skipped` counts these steps.
-        backend: backend of the kernels: "native", "triton", "reference", or None to choose by
-            device; see `eigenfilter.kernels`.
+        skip_nonfinite, backend: see `Options`.
         options: further arguments of the method: `adaptive` ("sam"), `ascent` ("two_step_usam"),
-            `hvp` and `fd_step` ("hessian_usam"). `set_to_none=False` keeps the gradient tensors
-            when an ascent clears them, and fills them with 0.
+            `hvp` and `fd_step` ("hessian_usam"); and `set_to_none` of `Options`.
 
     Raises:
         TypeError: `base_optimizer` is no optimizer, a parameter is unsupported, or an option is
@@ -90,19 +89,12 @@ class SharpnessAware(EigenfilterOptimizer):
             )
         _refuse_base(base_optimizer)
         self.base_optimizer = base_optimizer
-        shared, options = split_options(options)
-        ascent = ascent_of(method, **options)
+        shared, own = split_options(options)
+        shared |= {"skip_nonfinite": skip_nonfinite, "backend": backend}
+        perturbation = perturbation_of(method, **own)
         self._rho_key = OWN_RHO if "rho" in base_optimizer.defaults else "rho"
         groups = [{self._rho_key: rho} | group for group in base_optimizer.param_groups]
-        super().__init__(
-            groups,
-            {},
-            ascent,
-            Descent(),
-            skip_nonfinite=skip_nonfinite,
-            backend=backend,
-            options=shared,
-        )
+        super().__init__(groups, {}, perturbation, Update(), shared)
         for group in base_optimizer.param_groups:
             group.setdefault(self._rho_key, rho)
         for name in ("param_groups", *_SHARED):  # __getattr__ returns the base's from now on
@@ -139,18 +131,18 @@ class SharpnessAware(EigenfilterOptimizer):
     @property
     def method(self) -> str:
         """The method of the ascent."""
-        return self._ascent.method
+        return self.perturbation.method
 
     @property
     def ascent(self) -> str:
         """The form of "two_step_usam": "sequential" or "anchored"."""
-        ascent: str = self._ascent.ascent  # type: ignore[attr-defined]
+        ascent: str = self.perturbation.ascent  # type: ignore[attr-defined]
         return ascent
 
     @property
     def adaptive(self) -> bool:
         """Whether the ascent of "sam" is ASAM's."""
-        adaptive: bool = self._ascent.adaptive  # type: ignore[attr-defined]
+        adaptive: bool = self.perturbation.adaptive  # type: ignore[attr-defined]
         return adaptive
 
     @through_owner
@@ -229,14 +221,11 @@ class SharpnessAware(EigenfilterOptimizer):
     def _initialize_state(self, gradients: Gradients) -> None:
         self.base_optimizer.step()
 
-    def _update(self, gradients: Gradients) -> None:
+    def _apply(self, gradients: Gradients) -> None:
         if self.skip_nonfinite:
             self._amp.check_finite(conform_if_needed(gradients), self._buckets.devices)
-        perturbed, self._step_state.perturbed = self._step_state.perturbed, []
-        for bucket in perturbed:
-            bucket.restore()
-        self._mark_written(perturbed)
-        self._step_state.has_written = True
+        self._buckets.restore()
+        self._buckets.store.has_written = True
         self._end()  # x is restored, whatever the base does
         if not gradients:
             return
@@ -270,7 +259,7 @@ def _refuse_base(base: torch.optim.Optimizer) -> None:
                 "would leave the gradient of the ascent unused: wrap an optimizer that steps "
                 "without a closure, as SGD or AdamW"
             )
-        ascends = isinstance(each, EigenfilterOptimizer) and each._ascent.count > 0
+        ascends = isinstance(each, EigenfilterOptimizer) and each.perturbation.count > 0
         if ascends or callable(getattr(each, "first_step", None)):
             raise ValueError(
                 f"{name} takes ascents itself: use it alone (set its own rho), or wrap an "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eigenfilter import kernels
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.kernels.lanczos import MOST_ROWS
+from eigenfilter.kernels.vectors import MOST_ROWS
 
 _PIECE = 1 << 12  # elements that are summed in the vectors' dtype before sums go on in float64
 _CHUNK = 1 << 16  # columns that are multiplied in float64 at a time

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from eigenfilter import filters
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.schema import Nullable, validate
-from eigenfilter.filters import ASCENTS
 
-_ASCENTS = ("sam", "usam", "two_step_usam", "hessian_usam")
-METHODS = {"sgd": "SGD"} | {name: ASCENTS[name].title for name in _ASCENTS}
-GRADIENTS = {"sgd": 1} | {name: ASCENTS[name].gradients for name in _ASCENTS}  # per step
+_PAPERS = ("sgd", "sam", "usam", "two_step_usam", "hessian_usam")
+METHODS = {name: filters.METHODS[name].title for name in _PAPERS}
+GRADIENTS = {name: filters.METHODS[name].gradients for name in _PAPERS}  # per step
 
 CLAIMS = (("sgd", "usam"), ("usam", "two_step_usam"), ("usam", "hessian_usam"))
 """Pairs of methods of which, according to the paper, the first ends at a sharper point."""
@@ -167,7 +167,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "channels_last": True,
         },
         lr={0.0: 0.5, 0.9: 0.1},
-        rhos=dict.fromkeys(_ASCENTS, (0.001,)),
+        rhos=dict.fromkeys(_PAPERS[1:], (0.001,)),
         full=ExperimentScale(seeds=3, epochs=60, model="wrn-16-8", samples=50_000),
         narrower=("wrn-16-4", "wrn-16-2", "wrn-16-1", "wrn-10-1"),
         least=500,

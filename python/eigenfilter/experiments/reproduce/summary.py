@@ -9,6 +9,7 @@ from typing import Any
 
 from eigenfilter.experiments.reproduce.plan import CLAIMS, METHODS, Plan
 from eigenfilter.experiments.runs import Record
+from eigenfilter.filters import ASCENTS
 
 SELECTION = (
     "The best rho of a method is the one with the highest mean accuracy on the test set, as in the "
@@ -80,7 +81,7 @@ class RunResult:
             name=name,
             method=method,
             momentum=config["momentum"],
-            rho=None if method == "sgd" else config["rho"],
+            rho=config["rho"] if method in ASCENTS else None,
             seed=config["seed"],
             outcome=outcome,
             note=note,

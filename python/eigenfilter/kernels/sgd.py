@@ -1,0 +1,87 @@
+"""The step of SGD: gradient descent, heavy ball, Nesterov.
+
+The body is the reference. x: parameter; g: gradient; b: backup of x; m: momentum buffer; beta:
+momentum; tau: dampening; wd: weight decay; S = 1 / grad_scale; T: dtype of the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from eigenfilter.kernels._op import op
+from eigenfilter.kernels.arithmetic import M, X, dithered, inverse, real, write
+from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
+
+
+@op(writes=("params", "momenta"))
+def sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None = None,
+    backups: Sequence[Tensor] | None = None,
+    *,
+    lr: Scalar,
+    momentum: Scalar = 0.0,
+    dampening: Scalar = 0.0,
+    weight_decay: Scalar = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    rounding_seed: Scalar | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Restore the parameters and take one step of SGD from there.
+
+        x <- b                                (where backups are given)
+        d = g / grad_scale + wd x             (-g with maximize)
+        m <- momentum m + (1 - dampening) d
+        x <- x - lr m                         (Nesterov: x - lr (d + momentum m))
+
+    Without `momenta` the step is x <- x - lr d. Momentum buffers start as zeros; torch's first step
+    (m <- d) is then the call with dampening 0.
+
+    Args:
+        params: n tensors, overwritten. With backups their present values are not read.
+        grads: n tensors g, read.
+        momenta: n tensors m, updated, or None for no momentum.
+        backups: n tensors b, read, or None: the step starts from params.
+        lr: learning rate.
+        momentum: decay rate of the momentum buffers, in [0, 1).
+        dampening: share of the gradient that stays out of the buffers, in [0, 1].
+        weight_decay: coefficient wd of the L2 penalty, at least 0.
+        nesterov: whether to add the gradient to the new momentum once more.
+        maximize: whether to maximize the objective.
+        rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
+            stochastically, None to nearest: see `eigenfilter.kernels`. Not checked on a GPU.
+        grad_scale: loss scale that the gradients carry, or None for 1.
+        found_inf: flag; if it is not zero, x is restored and m stays.
+        backend: see `eigenfilter.kernels`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `perturb`; ValueError also for momentum or nesterov
+            without momenta, and for a seed out of range.
+
+    Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
+    """
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        T = arithmetic_dtype(p.dtype, g.dtype)
+        if backups is not None:
+            p.copy_(backups[i])
+        x = p.to(T)
+        S = inverse(grad_scale, p)
+        d = (-S if maximize else S).to(T) * g.to(T)
+        wd = real(weight_decay, p).to(T)
+        if wd != 0:
+            d = d + wd * x
+        u = d
+        if momenta is not None:
+            beta = real(momentum, p).to(T)
+            keep = (1 - real(dampening, p)).to(T)
+            m = beta * momenta[i].to(T) + keep * d
+            u = d + beta * m if nesterov else m
+            write(momenta[i], dithered(m, momenta[i], rounding_seed, i, M), found_inf)
+        x = x - real(lr, p).to(T) * u
+        write(p, dithered(x, p, rounding_seed, i, X), found_inf)

@@ -1,0 +1,121 @@
+"""`kernels.adamw_step` in Triton."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import triton
+import triton.language as tl
+
+from eigenfilter.kernels.conventions import Table
+from eigenfilter.kernels.triton.device import (
+    address,
+    chunk,
+    divide,
+    for_each_block,
+    inverse,
+    is_set,
+    load,
+    power,
+    real,
+    square_root,
+    store,
+    unless,
+)
+from eigenfilter.kernels.triton.launch import is_stochastic, launch
+from eigenfilter.kernels.triton.rounding import M, V, X, noise_of, rounded
+
+
+@triton.jit
+def _adamw_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    x_at, g_at, m_at, v_at, from_at = at
+    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop, noise = rule
+    p = load(from_at, start, length, BLOCK, WIDE)
+    old_m = load(m_at, start, length, BLOCK, WIDE)
+    old_v = load(v_at, start, length, BLOCK, WIDE)
+    d = S * load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
+    m = beta1 * old_m.to(S.dtype) + keep1 * d
+    v = beta2 * old_v.to(S.dtype) + keep2 * (d * d)
+    x = decay * p.to(S.dtype) - divide(size * m, square_root(v) * root + eps)
+    m = rounded(m, noise, M, old_m, start, BLOCK)
+    v = rounded(v, noise, V, old_v, start, BLOCK)
+    x = rounded(x, noise, X, p, start, BLOCK)
+    store(m_at, unless(stop, old_m, m), start, length, BLOCK, WIDE)
+    store(v_at, unless(stop, old_v, v), start, length, BLOCK, WIDE)
+    store(x_at, unless(stop, p, x), start, length, BLOCK, WIDE)
+
+
+@triton.jit(do_not_specialize=["n", "origin"])
+def adamw_step_kernel(
+    pointers,
+    chunks,
+    n,
+    origin,
+    sign: tl.float64,
+    lr: tl.float64,
+    lr_at,
+    beta1: tl.float64,
+    beta1_at,
+    beta2: tl.float64,
+    beta2_at,
+    eps: tl.float64,
+    eps_at,
+    weight_decay: tl.float64,
+    weight_decay_at,
+    step: tl.float64,
+    step_at,
+    rounding_seed: tl.float64,
+    rounding_seed_at,
+    grad_scale,
+    found_inf,
+    STOCHASTIC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
+    REAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x <- b; d = +-S g; m <- beta1 m + (1 - beta1) d; v <- beta2 v + (1 - beta2) d^2;
+
+    x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
+    """
+    tensor, first, length, wide = chunk(chunks)
+    x_at = address(pointers, tensor, first, DTYPE)
+    g_at = address(pointers, tensor + n, first, GRAD)
+    m_at = address(pointers, tensor + 2 * n, first, DTYPE)
+    v_at = address(pointers, tensor + 3 * n, first, DTYPE)
+    from_at = address(pointers, tensor + origin * n, first, DTYPE)
+    S = sign * inverse(grad_scale)
+    alpha, t = real(lr, lr_at), real(step, step_at)
+    b1, b2 = real(beta1, beta1_at), real(beta2, beta2_at)
+    decay = 1.0 - alpha * real(weight_decay, weight_decay_at)
+    size = alpha / (1.0 - power(b1, t))
+    root = 1.0 / square_root(1.0 - power(b2, t))
+    seed = real(rounding_seed, rounding_seed_at)
+    rule = (
+        S.to(REAL),
+        b1.to(REAL),
+        (1.0 - b1).to(REAL),
+        b2.to(REAL),
+        (1.0 - b2).to(REAL),
+        decay.to(REAL),
+        size.to(REAL),
+        root.to(REAL),
+        real(eps, eps_at).to(REAL),
+        is_set(found_inf),
+        noise_of(seed, tensor, first) if STOCHASTIC else None,
+    )
+    for_each_block(_adamw_step_block, (x_at, g_at, m_at, v_at, from_at), rule, length, wide, BLOCK)
+
+
+def run(table: Table, call: SimpleNamespace) -> None:
+    """Launch the kernel: see `eigenfilter.kernels.adamw_step`."""
+    launch(
+        adamw_step_kernel,
+        table,
+        call,
+        origin=0 if call.backups is None else 4,
+        sign=-1.0 if call.maximize else 1.0,
+        STOCHASTIC=is_stochastic(call),
+    )

@@ -1,0 +1,110 @@
+"""`kernels.sgd_step` in Triton."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import triton
+import triton.language as tl
+
+from eigenfilter.kernels.conventions import Table
+from eigenfilter.kernels.triton.device import (
+    address,
+    chunk,
+    for_each_block,
+    inverse,
+    is_set,
+    load,
+    real,
+    store,
+    unless,
+)
+from eigenfilter.kernels.triton.launch import is_stochastic, launch
+from eigenfilter.kernels.triton.rounding import M, X, noise_of, rounded
+
+
+@triton.jit
+def _sgd_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    x_at, g_at, m_at, from_at = at
+    S, alpha, beta, keep, wd, stop, noise, MOMENTA, NESTEROV = rule
+    p = load(from_at, start, length, BLOCK, WIDE)
+    x = p.to(S.dtype)
+    d = S * load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
+    if wd != 0:
+        d = d + wd * x
+    u = d
+    if MOMENTA:
+        old = load(m_at, start, length, BLOCK, WIDE)
+        m = beta * old.to(S.dtype) + keep * d
+        u = d + beta * m if NESTEROV else m
+        m = rounded(m, noise, M, old, start, BLOCK)
+        store(m_at, unless(stop, old, m), start, length, BLOCK, WIDE)
+    x = rounded(x - alpha * u, noise, X, p, start, BLOCK)
+    store(x_at, unless(stop, p, x), start, length, BLOCK, WIDE)
+
+
+@triton.jit(do_not_specialize=["n", "origin"])
+def sgd_step_kernel(
+    pointers,
+    chunks,
+    n,
+    origin,
+    sign: tl.float64,
+    lr: tl.float64,
+    lr_at,
+    momentum: tl.float64,
+    momentum_at,
+    dampening: tl.float64,
+    dampening_at,
+    weight_decay: tl.float64,
+    weight_decay_at,
+    rounding_seed: tl.float64,
+    rounding_seed_at,
+    grad_scale,
+    found_inf,
+    STOCHASTIC: tl.constexpr,
+    MOMENTA: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
+    REAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m)."""
+    tensor, first, length, wide = chunk(chunks)
+    x_at = address(pointers, tensor, first, DTYPE)
+    g_at = address(pointers, tensor + n, first, GRAD)
+    m_at = address(pointers, tensor + 2 * n, first, DTYPE) if MOMENTA else x_at
+    from_at = address(pointers, tensor + origin * n, first, DTYPE)
+    S = sign * inverse(grad_scale)
+    keep = 1.0 - real(dampening, dampening_at)
+    seed = real(rounding_seed, rounding_seed_at)
+    rule = (
+        S.to(REAL),
+        real(lr, lr_at).to(REAL),
+        real(momentum, momentum_at).to(REAL),
+        keep.to(REAL),
+        real(weight_decay, weight_decay_at).to(REAL),
+        is_set(found_inf),
+        noise_of(seed, tensor, first) if STOCHASTIC else None,
+        MOMENTA,
+        NESTEROV,
+    )
+    for_each_block(_sgd_step_block, (x_at, g_at, m_at, from_at), rule, length, wide, BLOCK)
+
+
+def run(table: Table, call: SimpleNamespace) -> None:
+    """Launch the kernel: see `eigenfilter.kernels.sgd_step`."""
+    has_momenta = call.momenta is not None
+    launch(
+        sgd_step_kernel,
+        table,
+        call,
+        origin=0 if call.backups is None else 2 + has_momenta,
+        sign=-1.0 if call.maximize else 1.0,
+        STOCHASTIC=is_stochastic(call),
+        MOMENTA=has_momenta,
+        NESTEROV=call.nesterov,
+    )

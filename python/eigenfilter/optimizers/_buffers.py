@@ -1,0 +1,112 @@
+"""Tensors beside the parameters: gradients like them, backups, and the state's buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenfilter import _core, _distributed
+from eigenfilter.kernels.conventions import gradient_dtype
+
+
+class BufferStore:
+    """The auxiliary tensors and the state's buffers of one optimizer.
+
+    Args:
+        backend: backend of the kernels.
+        keys: keys of the buffers in a parameter's state.
+    """
+
+    def __init__(self, backend: str | None, keys: tuple[str, ...]) -> None:
+        self.backend = backend
+        self.keys = keys
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        self.has_written = False  # whether a kernel has written since a `retried` method began
+        self.epoch = 0  # counts changes of the state's buffers
+        self.flat: set[int] = set()  # ids of the parameters that FSDP1 holds in flat shards
+        self._auxiliary: dict[tuple[str, Tensor], Tensor] = {}
+        self._entries: list[dict[str, Any]] = []
+        self._values: list[Any] = []
+        self._is_snapshot_current = True  # no step has changed the state since the snapshot
+
+    def auxiliary(self, name: str, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor like a parameter's local memory that never enters the state_dict."""
+        local = _distributed.local(p)
+        dtype = dtype or local.dtype
+        tensor = self._auxiliary.get((name, p))
+        if tensor is None or tensor.shape != local.shape or not fits(tensor, local, dtype):
+            tensor = torch.empty_like(local, dtype=dtype, requires_grad=False)
+            self._auxiliary[name, p] = tensor
+        return tensor
+
+    def buffer(self, key: str, p: Tensor) -> Tensor:
+        """The buffer of a parameter, created as zeros or converted to its dtype and strides."""
+        state = self.state[p]
+        buffer: Tensor | None = state.get(key)
+        if buffer is None:
+            buffer = torch.zeros_like(p, requires_grad=False)
+        elif not _distributed.is_dtensor(p) and not fits(buffer, p, p.dtype):
+            buffer = torch.empty_like(p, requires_grad=False).copy_(buffer)
+        state[key] = buffer
+        return buffer
+
+    def snapshot_state(self) -> None:
+        """Record which state dictionaries and buffers exist now."""
+        self._entries = [s for s in self.state.values() if s]
+        self._values = [s.get(key) for s in self._entries for key in self.keys]
+        self.epoch += 1
+        self._is_snapshot_current = True
+
+    def mark_changed(self) -> None:
+        """Record that a step has changed the state; its end takes a new snapshot."""
+        self.epoch += 1
+        self._is_snapshot_current = False
+
+    def snapshot_if_changed(self) -> None:
+        """Take a snapshot if a step has changed the state."""
+        if not self._is_snapshot_current:
+            self.snapshot_state()
+
+    def matches_snapshot(self) -> bool:
+        """Whether nothing in the state was replaced, cleared or loaded since the snapshot."""
+        return not self.keys or (
+            self._is_snapshot_current
+            and _core.same_entries(self.state, self._entries, self.keys, self._values)
+        )
+
+
+def conform(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient with the strides and the placement of its parameter, copied if need be.
+
+    A copy has the parameter's dtype or, if that does not hold every value of the gradient's dtype,
+    the next wider one, which the kernels read too.
+    """
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"a gradient of shape {tuple(grad.shape)} is sparse ({grad.layout}): use sparse=False "
+            "in the module that makes it, or convert it with .to_dense()"
+        )
+    like = _distributed.local(param)
+    local = _distributed.wait_for_collective(_distributed.local(grad))
+    if local.shape != like.shape:
+        raise ValueError(
+            f"a gradient has shape {tuple(local.shape)} on this rank, and its parameter "
+            f"{tuple(like.shape)}: both must be placed alike (under FullyShardedDataParallel, "
+            "gradients that no_sync() has left are whole: ascend and step by synchronized ones)"
+        )
+    dtype = gradient_dtype(like.dtype, local.dtype)
+    if fits(local, like, dtype):
+        return local
+    return torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(local)
+
+
+def fits(t: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor has this dtype, and the device and the strides of `like`."""
+    return (
+        t.dtype == dtype
+        and t.device == like.device
+        and t.stride() == like.stride()
+        and not t.is_neg()
+    )

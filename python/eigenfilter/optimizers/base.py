@@ -1,0 +1,300 @@
+"""The step protocol of every optimizer: ascents, descent, restoration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # does not import the compiler, as torch.compiler does
+
+from eigenfilter import _perturbation
+from eigenfilter.optimizers import _shards, amp
+from eigenfilter.optimizers._groups import GroupedOptimizer
+from eigenfilter.optimizers._layout import retried
+from eigenfilter.optimizers._step_state import owner_of, through_owner
+from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
+
+
+class EigenfilterOptimizer(GroupedOptimizer):
+    """Base of the optimizers: an update at x whose gradient is taken at a perturbed point.
+
+        closure()
+        while opt.ascend():     # perturbs the parameters to where the next gradient is needed
+            closure()
+        opt.step()              # restores x exactly and applies the update
+
+    or, with torch's contract, `loss = opt.step(closure)`. See docs/optimizers.md.
+
+    Args:
+        params: parameters, named parameters or groups, as for torch.optim.Optimizer.
+        defaults: default hyperparameters of the groups.
+        perturbation: perturbs the parameters before the descent.
+        update: updates the parameters at x.
+        options: see `Options`.
+    """
+
+    # A GradScaler leaves the gradients scaled, and sets grad_scale and found_inf on the optimizer.
+    _step_supports_amp_scaling = True
+
+    @property
+    @through_owner
+    def needs_graph(self) -> bool:
+        """Whether the next gradient must be differentiable itself.
+
+        It is meant for `loss.backward(create_graph=opt.needs_graph)`, and is False unless a method
+        takes exact Hessian-vector products.
+        """
+        taken = self._step_state.ascents_taken
+        return self.phase == "ascent" and self.perturbation.needs_graph(taken)
+
+    @through_owner
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A context for every call of the closure in the explicit form.
+
+        Both evaluations of a finite difference draw the same random numbers from torch in it.
+        `release_gradients` releases the gradients of the descent in this context alone.
+        """
+        index = self._step_state.ascents_taken
+        if self.phase == "ascent":
+            params = self._params()
+            self._replay.begin_evaluation(self.perturbation.replays(index), params)
+            with self.perturbation.evaluation_context(index, params):
+                yield
+        elif self.release_gradients:
+            self._buckets.refresh(self)
+            with self._release.during_backward(self._params()):
+                yield
+        else:
+            yield
+
+    @through_owner
+    @_disable_dynamo
+    @torch.no_grad()
+    def ascend(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
+        """Perturb the parameters to where the next gradient is needed, and clear the gradients.
+
+        A parameter without a gradient counts as one whose gradient is zero.
+
+        Args:
+            grad_scaler: scaler whose scale the present gradients carry.
+
+        Returns:
+            True after an ascent. False, with nothing changed, if the next gradient is the
+            descent's, or if no parameter has a gradient; `step()` then does nothing, as in torch.
+
+        Raises:
+            RuntimeError: the gradients are those that the last step used, `grad_scaler.unscale_`
+                was called, or gradients are released and there is a scaler.
+            TypeError, ValueError: a hyperparameter of a group is invalid.
+        """
+        self._step_state.refuse_within_closure("ascend()")
+        self._step_state.skips_ascents = False
+        if self.phase == "descent":
+            return False
+        if self.release_gradients:
+            self._release.refuse_scaler(grad_scaler)
+        amp.refuse_unscaled(self, grad_scaler)
+        self._check_groups()
+        return self._ascend(grad_scaler)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Any]) -> Any: ...
+    @_disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a whole step with a closure, or the descent that ends a step without one.
+
+        If no parameter has a gradient, nothing is done, as in torch.
+
+        Args:
+            closure: function that clears the gradients, computes the loss, calls backward and
+                returns the loss. It is called as often as the method needs. After the ascents of
+                an explicit step it is called once, and may do nothing.
+
+        Returns:
+            The loss of the first call, detached from its graph; None without a closure.
+
+        Raises:
+            RuntimeError: ascents are missing before a step without a closure; the closure does not
+                clear earlier gradients; or an explicit step has ascents left.
+            TypeError, ValueError: a hyperparameter of a group is invalid.
+        """
+        owner = owner_of(self)
+        if owner is not self:  # a scaler has set its attributes on the wrapper that it was given
+            amp.copy_scaler_attributes(self, owner)
+        try:
+            return owner._step(closure)
+        except BaseException:  # a scaler deletes them only after success
+            amp.drop_scaler_attributes(self)
+            raise
+        finally:
+            if owner is not self:
+                amp.drop_scaler_attributes(owner)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        self._step_state.refuse_within_closure("step()")
+        self._check_groups()
+        if closure is None:
+            return self._descend()
+        amp.refuse_closure(self)
+        if self.phase == "ascent":
+            self._step_state.refuse_begun()
+        try:
+            loss = self._evaluate_first(closure)
+            while self.ascend():
+                self._evaluate(closure)
+            self._descend()
+        except BaseException:
+            self._restore()
+            raise
+        return loss
+
+    @through_owner
+    @_disable_dynamo
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore x bit for bit and cancel the current step.
+
+        Parameters that `release_gradients` has updated already keep their update. Gradients taken
+        at perturbed points do not count as gradients at x.
+
+        Raises:
+            RuntimeError: it is called by the closure that `step` is evaluating.
+        """
+        self._step_state.refuse_within_closure("restore()")
+        if self.perturbed:
+            self._used.mark(self._params())
+        self._restore()
+
+    def _evaluate(self, closure: Callable[[], Any]) -> Any:
+        self._step_state.evaluating = True
+        try:
+            with torch.enable_grad(), self.evaluation():
+                loss = closure()
+        finally:
+            self._step_state.evaluating = False
+        loss = loss.detach() if isinstance(loss, Tensor) and loss.requires_grad else loss
+        self.perturbation.record_loss(loss)
+        return loss
+
+    def _evaluate_first(self, closure: Callable[[], Any]) -> Any:
+        """Evaluate; for an ascent, refuse a closure that adds its gradients to earlier ones."""
+        if self.phase == "descent":  # no ascents, or all of an explicit step's are taken
+            return self._evaluate(closure)
+        self._step_state.has_closure = True
+        if self._used.are_unchanged():
+            self._clear_gradients()
+            return self._evaluate(closure)
+        with self._used.checking(self._params()):
+            return self._evaluate(closure)
+
+    # Ascents.
+
+    @retried
+    def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
+        step, buckets = self._step_state, self._buckets
+        all_gradients = buckets.with_gradients(self)
+        self._refuse_ascent()
+        gradients = [(bucket, g) for bucket, g in all_gradients if bucket.ascends]
+        # Other ranks may have gradients: a rank without one still joins their collectives.
+        joins_others = not gradients and self._other_ranks_wait(grad_scaler)
+        if step.ascents_taken == 0:
+            if not all_gradients and not joins_others:
+                return False
+            if not step.has_closure:
+                self._used.refuse()
+            self._amp.begin()
+        _shards.refuse_local_scaler(grad_scaler, buckets.are_flat)
+        self._amp.adopt_scale(grad_scaler, buckets.devices, step)
+        if not gradients and not joins_others and step.ascents_taken == 0:
+            step.skips_ascents = True  # no parameter in a group with a radius has a gradient
+            return False
+        if self.skip_nonfinite or self._amp.is_scaled:
+            self._amp.check_finite(conform_if_needed(gradients), buckets.devices)
+        self._replay.warn_of_others()
+        self._perturb(gradients, step.ascents_taken)
+        self._clear_gradients()
+        step.ascents_taken += 1
+        if self.perturbation.replays(step.ascents_taken):
+            self._replay.end_ascent(self._params())
+        return True
+
+    def _perturb(self, gradients: Gradients, index: int) -> None:
+        perturbation, buckets = self.perturbation, self._buckets
+        pads = perturbation.needs_zero_gradients and index == 0
+        padded = buckets.pad_with_zeros(gradients) if pads else gradients
+        gradients = perturbation.prepare(index, gradients, padded, self._amp)
+        _perturbation.enter(self)
+        try:
+            if index > 0 and perturbation.starts_from_x(index):
+                buckets.restore(but=gradients)
+            for bucket_slice in buckets.slices(gradients, by_state=False):
+                if not bucket_slice.is_perturbed:
+                    buckets.mark_perturbed(bucket_slice.bucket)
+                perturbation.perturb(index, bucket_slice)
+                bucket_slice.bucket.backups().filled = True
+        except BaseException:
+            self._restore()
+            raise
+        buckets.mark_written([bucket for bucket, _ in gradients])
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        self._buckets.restore(but_ids=self._release.updated_ids)
+        self._end()
+
+    def _end(self) -> None:
+        self._step_state.reset()
+        self._replay.forget()
+        self._buckets.forget_perturbed()
+        self._buckets.snapshot_state()
+        self._release.updated_ids.clear()
+        self.perturbation.forget()
+        _perturbation.leave(self)
+
+    # The descent.
+
+    @retried
+    @torch.no_grad()
+    def _descend(self) -> None:
+        step, buckets, release = self._step_state, self._buckets, self._release
+        buckets.snapshot_state()  # state that released gradients have created
+        gradients = buckets.with_gradients(self)
+        if self.phase == "ascent" and gradients:
+            if self._only_initializes_state(gradients):
+                return
+            self._refuse_ascent()
+            step.refuse_missing_ascents(self._ascents_wanted())
+        if self.release_gradients:
+            release.check_descent(self, bool(gradients))
+        if not gradients and not release.updated_ids and not self._other_ranks_wait():
+            self._restore()  # a skipped batch: do nothing, as torch
+            return
+        if step.ascents_taken == 0:
+            self._amp.begin()
+        _shards.refuse_scaled_descent(self, buckets.are_flat)
+        self._amp.adopt_scaler_state(self, buckets, step)
+        self._update.begin()
+        self._apply(gradients)
+        buckets.mark_written([bucket for bucket, _ in gradients])
+        self._amp.count_skipped()
+        self._used.mark([p for b, _ in gradients for p in (b.params[0], b.params[-1])])
+        buckets.restore(gradients, release.updated_ids)
+        self._end()
+
+    def _apply(self, gradients: Gradients) -> None:
+        """Update the parameters that have a gradient; errors come before the first write."""
+        slices = self._buckets.slices(gradients, by_state=True)
+        creates_state = any(map(self._update.creates_state, slices))
+        if self.skip_nonfinite or creates_state or len(slices) > 1:
+            for bucket_slice in slices:
+                bucket_slice.check()
+        if self.skip_nonfinite:  # also without a gradient, because the other ranks wait
+            self._amp.check_finite([(s.bucket, s.grads) for s in slices], self._buckets.devices)
+        for bucket_slice in slices:
+            self._update.step(bucket_slice)

@@ -1,0 +1,232 @@
+"""The arguments of the optimizers: options that all of them share, and ranges of numbers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypedDict
+
+import torch
+from torch import Tensor
+
+from eigenfilter import kernels
+
+_P = ParamSpec("_P")
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that the optimizers share.
+
+    The others are accepted for torch's sake. `fused`, `foreach` and `capturable` change nothing,
+    because every step is fused, and CUDA graphs can capture it; `differentiable` and `amsgrad` must
+    be False.
+
+    Attributes:
+        maximize: whether to maximize f instead of minimizing it. The default is False.
+        stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
+            down at random, without bias, so that small updates are not lost on average. The
+            default is False.
+        skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
+            state unchanged; `opt.skipped` counts these steps. The check takes one more pass over
+            the gradient. In a distributed job all ranks of the default process group share the
+            flag, and must step together. The default is False.
+        release_gradients: whether each gradient of the descent is applied and freed while backward
+            runs, so that they never exist all at once. It needs step(closure), or the closure
+            inside `with opt.evaluation():`, and excludes a GradScaler, clipping, skip_nonfinite
+            and several ranks. The default is False.
+        backend: backend of the kernels: "native", "triton", "reference", or None, the default, to
+            choose by device; see `eigenfilter.kernels`.
+        set_to_none: whether an ascent sets the gradients to None, as `zero_grad` does. That is the
+            default; False keeps the tensors and fills them with 0, for programs whose gradients
+            are views of one buffer.
+    """
+
+    maximize: bool
+    stochastic_rounding: bool
+    skip_nonfinite: bool
+    release_gradients: bool
+    backend: str | None
+    set_to_none: bool
+    fused: bool | None
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    amsgrad: bool
+
+
+_DEFAULTS = Options(
+    maximize=False,
+    stochastic_rounding=False,
+    skip_nonfinite=False,
+    release_gradients=False,
+    backend=None,
+    set_to_none=True,
+)
+_TORCHS = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
+_REFUSED = {
+    "amsgrad": "amsgrad=True is not supported: use torch.optim.AdamW(amsgrad=True), inside "
+    "eigenfilter.SharpnessAware for an ascent",
+    "differentiable": "differentiable=True is not supported, a fused step has no derivative: use "
+    "the torch optimizer to differentiate through a step",
+}
+
+
+def show_options(init: Callable[_P, None]) -> Callable[_P, None]:
+    """Let help() and inspect.signature() show what `**options: Unpack[Options]` stands for."""
+    signature = inspect.signature(init)
+    *named, rest = signature.parameters.values()
+    kind, types = inspect.Parameter.KEYWORD_ONLY, Options.__annotations__
+    shown = [
+        inspect.Parameter(name, kind, default=default, annotation=types[name].__forward_arg__)
+        for name, default in _DEFAULTS.items()
+    ]
+    vars(init)["__signature__"] = signature.replace(parameters=[*named, *shown, rest])
+    return init
+
+
+def complete_options(options: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Check the options of a constructor, and add the defaults of those that were not given.
+
+    Raises:
+        TypeError: no optimizer has the argument, or it is not a bool.
+        ValueError: two options exclude each other, the backend is unknown, or torch's argument
+            asks for a mode that a fused step does not have.
+    """
+    for name, value in options.items():
+        if name not in Options.__annotations__:
+            raise TypeError(f"{owner} got an unexpected keyword argument {name!r}")
+        is_flag = name in ("set_to_none", *_TORCHS)
+        unset = value is None and name in ("fused", "foreach")
+        if is_flag and not isinstance(value, bool) and not unset:
+            raise TypeError(f"{name} must be True or False, and is {value!r}")
+    refuse_modes(options)
+    values: dict[str, Any] = {**_DEFAULTS, **options}
+    if values["release_gradients"] and values["skip_nonfinite"]:
+        raise ValueError(
+            "release_gradients applies each gradient before the next is made, and skip_nonfinite "
+            "needs all of them first: choose one"
+        )
+    if values["release_gradients"] and not values["set_to_none"]:
+        raise ValueError(
+            "release_gradients drops each gradient, and set_to_none=False keeps them: choose one"
+        )
+    if values["backend"] not in (None, *kernels.BACKENDS):
+        raise ValueError(f"unknown backend {values['backend']!r}: choose one of {kernels.BACKENDS}")
+    return values
+
+
+def refuse_modes(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that ask for a mode that a fused step does not have."""
+    for name, message in _REFUSED.items():
+        if group.get(name):
+            raise ValueError(message)
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split further arguments into torch's and `set_to_none`, and those of a method."""
+    known = ("set_to_none", *_TORCHS)
+    own = {name: value for name, value in options.items() if name in known}
+    return own, {name: value for name, value in options.items() if name not in known}
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""The parameters' dtypes."""
+
+OWN_RHO = "ascent_rho"
+"""Key of the ascent's radius in groups whose base optimizer has a `rho` of its own."""
+
+_NOT_NEGATIVE = ("lr", "momentum", "weight_decay", "eps", "rho", OWN_RHO)
+CHECKED = (*_NOT_NEGATIVE, "dampening", "betas", "nesterov", "amsgrad", "differentiable")
+"""The hyperparameters that are checked in every group."""
+
+
+def rho_key(group: Mapping[str, Any]) -> str:
+    """The key of the ascent's radius in a group."""
+    return OWN_RHO if OWN_RHO in group else "rho"
+
+
+def rho_of(group: Mapping[str, Any]) -> float | Tensor:
+    """The radius of a group's ascent; 0 where it has none."""
+    rho: float | Tensor = group.get(rho_key(group), 0.0)
+    return rho
+
+
+def check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Check the hyperparameters of a group, except tensors on a GPU, which a check would wait for.
+
+    Raises:
+        TypeError: one is neither a number nor a float32 or float64 tensor.
+        ValueError: one is out of its range, or a tensor of more than one element.
+    """
+    if "betas" in group:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be a pair of numbers, and is {betas!r}")
+    for name, given in _scalars(group):
+        value = _number(name, given)
+        if value is None:
+            continue
+        if name in _NOT_NEGATIVE and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, and is {value}")
+        if name == "dampening" and not math.isfinite(value):
+            raise ValueError(f"dampening must be finite, and is {value}")
+        if name == "betas" and not 0 <= value < 1:
+            raise ValueError(f"betas must be at least 0 and below 1, and one is {value}")
+    if group.get("nesterov") and (group["momentum"] == 0 or group["dampening"] != 0):
+        raise ValueError("nesterov needs momentum > 0 and dampening 0")
+
+
+def _scalars(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The names and the values of a group's hyperparameters that are numbers."""
+    named = [(name, group[name]) for name in (*_NOT_NEGATIVE, "dampening") if name in group]
+    return named + [("betas", beta) for beta in group.get("betas", ())]
+
+
+def _number(name: str, value: Any) -> float | None:
+    """The value of a hyperparameter, or None if reading it would wait for a device."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be a number or a one-element tensor")
+        if value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{name} must be a number or a one-element float32 or float64 tensor, and is a "
+                f"tensor of {value.dtype}"
+            )
+        return value.item() if value.device.type == "cpu" else None
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number or a one-element tensor, and is {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, and is beyond every float") from None
+
+
+def check_scalars(group: dict[str, Any], device: torch.device) -> None:
+    """Raise TypeError or ValueError for a hyperparameter that kernels on `device` cannot take.
+
+    The kernels check this too. Checking before the first of several calls keeps a step atomic.
+    """
+    for name, value in _scalars(group):
+        if not isinstance(value, Tensor):
+            continue
+        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} must be a number or a one-element float32 or float64 tensor")
+        if value.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"{name} is on {value.device} and its parameters are on {device}: move it there or "
+                "to the CPU"
+            )
+
+
+def is_zero(value: float | Tensor) -> bool:
+    """Whether a number is 0; a tensor never counts as 0."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def lr_is_zero(lr: float | Tensor) -> bool:
+    """Whether lr is 0; a tensor on a device counts as not 0, because reading it would wait."""
+    return (not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0

@@ -1,0 +1,181 @@
+"""Updates: what changes x, with the gradient that was taken at a perturbed point."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from eigenfilter import _distributed
+from eigenfilter.optimizers._step_counts import StepCounts
+from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket
+
+MOMENTUM = "momentum_buffer"
+EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
+
+SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
+SEEDS = 2**24
+SPREAD = 0x9E3779B1  # odd: the seeds of groups and shards start far from each other
+
+
+def rounding_seed(bucket: ParamBucket) -> Tensor | None:
+    """A different seed for each call, counted on the device; None rounds to nearest.
+
+    All ranks use the same seeds for replicated parameters, which therefore stay equal.
+    """
+    group, dtype = bucket.group, bucket.params[0].dtype
+    if not group["stochastic_rounding"] or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    seed = group.get(SEED)
+    if seed is None:
+        start = bucket.number * 1024 + _distributed.shard_number(bucket.params[0])
+        seed = torch.tensor(float(start * SPREAD % SEEDS), dtype=torch.float32)
+    group[SEED] = seed = seed.to(bucket.device)
+    return cast(Tensor, seed.add_(1).remainder_(SEEDS))
+
+
+class Update:
+    """The update of the parameters; one kernel call updates those with equal state signatures.
+
+    Attributes:
+        keys: keys of its tensors in a parameter's state, under torch's names.
+        group_options: the options that its groups hold, see `Options`.
+    """
+
+    keys: tuple[str, ...] = ()
+    group_options: tuple[str, ...] = ()
+
+    def state_signature(self, state: dict[str, Any]) -> Hashable:
+        """A value that is equal for parameters that one kernel call may update."""
+        raise NotImplementedError
+
+    def initialize_state(self, bucket: ParamBucket) -> None:
+        """Create the state of a bucket's parameters, as it is before their first step."""
+
+    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+        """Whether the update of a slice creates state, so that its gradients are checked first."""
+        return False
+
+    def begin(self) -> None:
+        """Begin a step, before its first slice."""
+
+    def has_edits(self) -> bool:
+        """Whether other code has edited state in place that must then be read again."""
+        return False
+
+    def normalize_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Convert a loaded state to the form that this class uses."""
+
+    def step(self, bucket_slice: BucketSlice) -> None:
+        """Update a slice, from its backups if it is perturbed."""
+        raise NotImplementedError
+
+
+class SGDUpdate(Update):
+    """Gradient descent, heavy ball, Nesterov."""
+
+    keys = (MOMENTUM,)
+    group_options = ("maximize", "stochastic_rounding")
+
+    def state_signature(self, state: dict[str, Any]) -> Hashable:
+        return state.get(MOMENTUM) is not None
+
+    def initialize_state(self, bucket: ParamBucket) -> None:
+        if bucket.group["momentum"] != 0:
+            bucket.buffers(MOMENTUM)
+
+    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+        return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
+
+    def step(self, bucket_slice: BucketSlice) -> None:
+        bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
+        momenta, dampening, undo = None, 0.0, False
+        if group["momentum"] != 0:
+            momenta = bucket.buffers(MOMENTUM)
+            if bucket_slice.state_signature:
+                dampening = group["dampening"]
+            elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
+                undo = bucket_slice.amp.is_skipped(bucket.device)
+        bucket_slice.launch(
+            bucket.kernels.sgd_step,
+            momenta,
+            bucket.backups() if bucket_slice.is_perturbed else None,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=dampening,
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            rounding_seed=rounding_seed(bucket),
+        )
+        if undo:
+            bucket.drop(MOMENTUM)
+
+
+class AdamWUpdate(Update):
+    """AdamW; one call updates parameters that have taken the same number of steps."""
+
+    keys = (EXP_AVG, EXP_AVG_SQ, STEP)
+    group_options = ("maximize", "stochastic_rounding")
+
+    def __init__(self) -> None:
+        self._counts = StepCounts()
+
+    def state_signature(self, state: dict[str, Any]) -> Hashable:
+        return self._counts.key(state[STEP]) if STEP in state else None
+
+    def has_edits(self) -> bool:
+        return self._counts.has_edits()
+
+    def normalize_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        entries = [(p, s) for p, s in state.items() if STEP in s]
+        counts = self._counts.read([s[STEP] for _, s in entries], [p.device for p, _ in entries])
+        for (_, s), count in zip(entries, counts, strict=True):
+            s[STEP] = count
+
+    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+        return bucket_slice.state_signature is None
+
+    def begin(self) -> None:
+        self._counts.new_step()
+
+    def initialize_state(self, bucket: ParamBucket) -> None:
+        bucket.buffers(EXP_AVG)
+        bucket.buffers(EXP_AVG_SQ)
+        state = bucket.store.state
+        self._start([p for p in bucket.params if STEP not in state[p]], bucket)
+
+    def step(self, bucket_slice: BucketSlice) -> None:
+        bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
+        state = bucket.store.state
+        if bucket_slice.state_signature is None:
+            self._start(bucket.params, bucket)
+        if bucket.count_group is None:
+            bucket.count_group = self._counts.count_group([state[p][STEP] for p in bucket.params])
+        beta1, beta2 = group["betas"]
+        bucket_slice.launch(
+            bucket.kernels.adamw_step,
+            bucket.buffers(EXP_AVG),
+            bucket.buffers(EXP_AVG_SQ),
+            bucket.backups() if bucket_slice.is_perturbed else None,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=bucket.count_group.counts[0] + 1,
+            maximize=group["maximize"],
+            rounding_seed=rounding_seed(bucket),
+        )
+        if self._counts.advance(bucket.count_group, bucket_slice.amp.flag(bucket.device)):
+            bucket.store.mark_changed()
+
+    def _start(self, params: Sequence[Tensor], bucket: ParamBucket) -> None:
+        """Create the step counts of parameters that have none."""
+        if params:
+            counts = self._counts.start(len(params), bucket.device)
+            for p, count in zip(params, counts, strict=True):
+                bucket.store.state[p][STEP] = count
+            bucket.store.mark_changed()
