@@ -73,11 +73,16 @@ struct PerturbScalars {
     template <class T>
     using Rule = Perturb<T>;
     static constexpr Backup kBackup = Backup::origin;
+    // clang-format off
     static constexpr Argument<PerturbScalars, Real> kArguments[] = {
-        {"params", &Tensors::x, kWritten}, {"grads", &Tensors::g, kGradients},
-        {"backups", &Tensors::b, kSaved},  {"alpha", &PerturbScalars::alpha, Range::computed},
-        {"save", &PerturbScalars::save},   {"adaptive", &PerturbScalars::adaptive},
+        {"params", &Tensors::x, kWritten},
+        {"grads", &Tensors::g, kGradients},
+        {"backups", &Tensors::b, kSaved},
+        {"alpha", &PerturbScalars::alpha, Range::computed},
+        {"save", &PerturbScalars::save},
+        {"adaptive", &PerturbScalars::adaptive},
     };
+    // clang-format on
     static constexpr const char* kDoc =
         R"(Perturb the parameters along their gradients, from their values or from backups.
 
@@ -259,7 +264,7 @@ EIGENFILTER_RULE Scalars<double> read(const Scalars<Scalar>& from, const ValueOf
     return read(from, value_of, std::make_index_sequence<kArgumentCount<Scalars<double>>>{});
 }
 
-// found_inf is the address of one float, or nullptr: where it is not zero an update is not taken.
+// found_inf [1] may be nullptr; where it is not zero an update is not taken.
 namespace cpu {
 #define DECLARE_UPDATE(name, Scalars) \
     void name(const Tensors&, const Scalars<double>&, const float* found_inf, int threads);
@@ -279,9 +284,9 @@ void gram(const Rows&, double* out, int threads);
 void mix_rows(const Rows&, const double* factors, int threads);
 }  // namespace cpu
 
-// The same on a GPU, asynchronously on a stream; found_inf, out and the workspace, of so many
-// doubles as the function says that is named after it, are device addresses. Without CUDA in the
-// build all but `compiled` throw std::runtime_error.
+// The same on a GPU, asynchronously on a stream. found_inf [1], out ([1]; gram's is [rows, rows]),
+// factors and the workspace, of so many doubles as the function says that is named after it, are
+// device addresses. Without CUDA in the build all but `compiled` throw std::runtime_error.
 namespace cuda {
 using Stream = void*;
 bool compiled();
