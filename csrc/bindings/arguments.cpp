@@ -97,6 +97,7 @@ void arrange(const char* function, const char* parameters, const py::args& args,
     if (args.size() > count)
         refuse(function, parameters, "given " + std::to_string(args.size()) + " arguments");
     for (std::size_t i = 0; i < args.size(); ++i) arranged[i] = PyTuple_GET_ITEM(args.ptr(), i);
+    if (named.empty() && args.size() == count) return;
     for (const auto& [name, value] : named) {
         const int position = position_of(name.ptr(), parameters);
         if (position < 0) refuse(function, parameters, "given an argument of another name");

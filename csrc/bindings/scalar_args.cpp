@@ -63,6 +63,7 @@ double number_of(const char* name, py::handle value) {
 }
 
 bool is_tensor(py::handle value) {
+    if (PyFloat_CheckExact(value.ptr()) || PyLong_CheckExact(value.ptr())) return false;
     return py::hasattr(py::type::of(value), "__dlpack_c_exchange_api__");
 }
 

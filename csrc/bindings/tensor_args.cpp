@@ -338,20 +338,30 @@ void TensorArgs::require_apart() const {
     const auto name = [&](const Stretch& s) {
         return s.role == singles ? singles_[s.index].name : roles_[s.role].at(s.index)();
     };
+    // If no list is written, most lie outside of what is: between `low` and `high`.
+    std::uintptr_t low = 0, high = UINTPTR_MAX;
+    if (std::none_of(roles_.begin(), roles_.end(), [](auto& r) { return r.has(kWritten); })) {
+        std::swap(low, high);
+        for (const Single& s : singles_) {
+            if (!s.written) continue;
+            low = std::min(low, s.begin);
+            high = std::max(high, s.end);
+        }
+    }
     std::vector<Stretch> all;
     all.reserve(size() * roles_.size() + singles_.size());
+    const auto put = [&](std::uintptr_t begin, std::uint32_t role, std::uint32_t index) {
+        const auto& s = all.emplace_back(begin, role, index);
+        if (begin >= high || (low > 0 && end(s) <= low)) all.pop_back();
+    };
     for (std::uint32_t r = 0; r < singles; ++r) {
         for (std::uint32_t i = 0; i < data_[r].size(); ++i) {
-            if (numel_[i] > 0)
-                all.emplace_back(reinterpret_cast<std::uintptr_t>(data_[r][i]), r, i);
+            if (numel_[i] > 0) put(reinterpret_cast<std::uintptr_t>(data_[r][i]), r, i);
         }
     }
     for (std::uint32_t k = 0; k < singles_.size(); ++k) {
-        if (singles_[k].begin < singles_[k].end) all.emplace_back(singles_[k].begin, singles, k);
+        if (singles_[k].begin < singles_[k].end) put(singles_[k].begin, singles, k);
     }
-    if (std::none_of(roles_.begin(), roles_.end(), [](auto& r) { return r.has(kWritten); }) &&
-        std::none_of(singles_.begin(), singles_.end(), [](auto& s) { return s.written; }))
-        return;
     std::sort(all.begin(), all.end(),
               [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
     // Of the stretches so far, the one that reaches furthest, among all and among the written.
