@@ -22,6 +22,7 @@ from eigenfilter.optimizers.hyperparameters import (
     DTYPES,
     check_hyperparameters,
     complete_options,
+    explain_options,
     is_zero,
     lr_is_zero,
     refuse_modes,
@@ -47,6 +48,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
     set_to_none: bool
     _update: Update
     _constructed = False
+
+    def __init_subclass__(cls, **kw: Any) -> None:
+        super().__init_subclass__(**kw)
+        cls.__doc__ = explain_options(cls.__doc__)
 
     def __init__(
         self,
