@@ -193,7 +193,7 @@ py::object norm(py::handle list, py::handle out, py::handle weights, py::handle 
     const Tensors t = reduction(args, !weights.is_none());
     const Scalar scale = scale_of(args, grad_scale);
     for (std::size_t i = 0; i < t.n; ++i) is_double |= t.gradient(i) == DType::f64;
-    void* const result = args.single("out", out, {1}, is_double ? 64 : 32, true);
+    void* const result = args.single("out", out, is_double ? 64 : 32, true);
     const bool ran = run(
         args, threads,
         [&] {
@@ -227,7 +227,7 @@ py::object flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_
 
 double* doubles(TensorArgs& args, const char* name, py::handle tensor, const Shape& shape,
                 bool written) {
-    return static_cast<double*>(args.single(name, tensor, shape, 64, written));
+    return static_cast<double*>(args.single(name, tensor, 64, written, &shape));
 }
 
 void require_at_most(std::int64_t most, const char* name, std::int64_t vectors) {

@@ -157,7 +157,7 @@ void TensorArgs::read_role(size_t r, std::vector<dlpack::Tensor>& first) {
 }
 
 void TensorArgs::check_first(const dlpack::Tensor& t, const Name& name) {
-    if (data_[0].empty()) shape_.assign(t.shape, t.shape + t.ndim);
+    if (roles_[0].has(kOneTensor)) shape_.assign(t.shape, t.shape + t.ndim);
     const bool ordered = is_contiguous(t);
     is_contiguous_ &= ordered;
     if (!ordered && !is_dense(t))
@@ -253,24 +253,23 @@ Scalar TensorArgs::scalar(const char* name, py::handle value, Range range) {
 
 float* TensorArgs::flag(const char* name, py::handle value, bool written) {
     if (value.is_none()) return nullptr;
-    return static_cast<float*>(single(name, value, {1}, 32, written));
+    return static_cast<float*>(single(name, value, 32, written));
 }
 
-void* TensorArgs::single(const char* name, py::handle value, const Shape& shape, int bits,
-                         bool written) {
+void* TensorArgs::single(const char* name, py::handle value, int bits, bool written,
+                         const Shape* shape) {
     Reader reader;
     const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_, written);
     kept_.push_back(py::reinterpret_borrow<py::object>(value));
-    const bool is_one = shape == Shape{1};
-    const bool fits = is_one ? count(t) == 1 : Shape(t.shape, t.shape + t.ndim) == shape;
+    const bool fits = shape != nullptr ? Shape(t.shape, t.shape + t.ndim) == *shape : count(t) == 1;
     if (!fits || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits || t.dtype.lanes != 1 ||
         !is_contiguous(t) || !is_here(t.device) ||
         reinterpret_cast<std::uintptr_t>(t.data) % (bits / 8) != 0)
-        fail(PyExc_ValueError,
-             std::string(name) +
-                 (is_one ? " must be a dense float" : " must be a contiguous float") +
-                 std::to_string(bits) + " tensor of " +
-                 (is_one ? "1 element" : "shape " + describe(shape)) + " on " + describe(device_));
+        fail(PyExc_ValueError, std::string(name) + " must be a " +
+                                   (shape != nullptr ? "contiguous" : "dense") + " float" +
+                                   std::to_string(bits) + " tensor of " +
+                                   (shape != nullptr ? "shape " + describe(*shape) : "1 element") +
+                                   " on " + describe(device_));
     add(name, t.data, count(t) * (bits / 8), written, reader.source());
     require_unchanged();
     return t.data;
@@ -281,7 +280,8 @@ double* TensorArgs::workspace(std::int64_t size) {
     const py::object memory =
         torch.attr("empty")(size, py::arg("dtype") = torch.attr("float64"),
                             py::arg("device") = py::object(items_[0][0]).attr("device"));
-    return static_cast<double*>(single("workspace", memory, {size}, 64, true));
+    const Shape shape{size};
+    return static_cast<double*>(single("workspace", memory, 64, true, &shape));
 }
 
 void TensorArgs::add(const char* name, const void* memory, int64_t bytes, bool written,
