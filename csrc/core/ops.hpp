@@ -214,6 +214,35 @@ constexpr bool kMayBeAbsent = count_arguments<Scalars>([](const auto& a) {
                                   return a.list == List && (a.traits & (kOptional | kSaved)) != 0;
                               }) > 0;
 
+// Whether an update has its lists as the loops and the kernels read them: x first, which is
+// written; gradients g, then g0, never absent; states m, then v, present or absent together;
+// backups b.
+template <class Scalars>
+constexpr bool kIsWellFormed = [] {
+    constexpr void* const* Tensors::* gradients[] = {&Tensors::g, &Tensors::g0, nullptr};
+    constexpr void* const* Tensors::* states[] = {&Tensors::m, &Tensors::v, nullptr};
+    int grads = 0, kept = 0, optional = 0;
+    bool holds =
+        Scalars::kArguments[0].list == &Tensors::x && Scalars::kArguments[0].traits == kWritten;
+    for (std::size_t i = 1; i < kArgumentCount<Scalars>; ++i) {
+        const auto& a = Scalars::kArguments[i];
+        if (a.list == nullptr || a.list == &Tensors::b) continue;
+        if (a.traits == kGradients) {
+            holds &= a.list == gradients[grads];
+            grads += grads < 2;
+        } else {
+            holds &= (a.traits & kState) == kState && a.list == states[kept];
+            kept += kept < 2;
+            optional += (a.traits & kOptional) != 0;
+        }
+    }
+    return holds && grads > 0 && (optional == 0 || optional == kept);
+}();
+#define CHECK_UPDATE(name, Scalars) \
+    static_assert(kIsWellFormed<Scalars<double>>, #name " has lists in another order");
+EIGENFILTER_UPDATES(CHECK_UPDATE)
+#undef CHECK_UPDATE
+
 // Whether the results of an update may be rounded stochastically.
 template <class Scalars>
 constexpr bool kMayRound =
