@@ -276,10 +276,18 @@ void* TensorArgs::single(const char* name, py::handle value, int bits, bool writ
 }
 
 double* TensorArgs::workspace(std::int64_t size) {
-    const auto torch = py::module_::import("torch");
-    const py::object memory =
-        torch.attr("empty")(size, py::arg("dtype") = torch.attr("float64"),
-                            py::arg("device") = py::object(items_[0][0]).attr("device"));
+    struct Torch {
+        py::object empty = py::module_::import("torch").attr("empty");
+        py::object float64 = py::module_::import("torch").attr("float64");
+        py::tuple names = py::make_tuple("dtype", "device");
+    };
+    static const Torch* const torch = new Torch;  // never freed: Python may have ended before
+    const py::int_ length(size);
+    const py::object device = items_[0][0].attr("device");
+    PyObject* const arguments[] = {length.ptr(), torch->float64.ptr(), device.ptr()};
+    const auto memory = py::reinterpret_steal<py::object>(
+        PyObject_Vectorcall(torch->empty.ptr(), arguments, 1, torch->names.ptr()));
+    if (!memory) throw py::error_already_set();
     const Shape shape{size};
     return static_cast<double*>(single("workspace", memory, 64, true, &shape));
 }
