@@ -117,17 +117,6 @@ def test_clipping_is_refused_in_both_ascents() -> None:
     opt.step()
 
 
-def test_a_missing_second_gradient_is_refused() -> None:
-    x = torch.nn.Parameter(torch.ones(3))
-    opt = ef.HessianUSAM([x], lr=0.1, rho=0.1)
-    x.square().sum().backward()
-    assert opt.ascend()
-    with pytest.raises(RuntimeError, match="needs a second gradient, and no parameter has one"):
-        opt.ascend()
-    opt.restore()
-    assert torch.equal(x, torch.ones(3))
-
-
 def test_the_graph_is_asked_for_once_a_step_and_dropped() -> None:
     params = parameters()
     opt = ef.HessianUSAM(params, lr=0.1, rho=RHO, hvp="autograd")

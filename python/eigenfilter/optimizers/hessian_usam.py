@@ -82,11 +82,6 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
     ) -> Gradients:
         if index > 0:
-            if not gradients and self._first_gradients and not _distributed.is_parallel():
-                raise RuntimeError(
-                    "a finite difference needs a second gradient, and no parameter has one: call "
-                    "the closure, with backward(), before every opt.ascend()"
-                )
             gradients = conform_if_needed(self._pair_with_first(gradients))
             for bucket, grads in gradients:
                 self._match_dtypes(bucket, grads)
