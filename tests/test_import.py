@@ -1,8 +1,11 @@
 """What `import eigenfilter` brings, and when."""
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +59,25 @@ def test_other_names_are_errors() -> None:
     """An unknown attribute raises AttributeError, as of any module."""
     with pytest.raises(AttributeError, match="module 'eigenfilter' has no attribute 'Adam'"):
         _ = ef.Adam
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """The names that a file of the package imports, in full."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_a_module_with_an_underscore_is_imported_in_its_package_alone() -> None:
+    root = Path(ef.__file__).parent
+    outside = []
+    for file in root.rglob("*.py"):
+        module = ".".join(("eigenfilter", *file.relative_to(root).with_suffix("").parts))
+        for name in imports_of(file):
+            package, _, private = name.partition("._")
+            inside = f"{module}.".startswith(f"{package}.")
+            if name.startswith("eigenfilter.") and private and not inside:
+                outside.append((module, name))
+    assert not outside

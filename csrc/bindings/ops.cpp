@@ -1,6 +1,7 @@
 // The operations as Python sees them: read the arguments, then run where the tensors are.
 #include <algorithm>
 #include <iterator>
+#include <string_view>
 
 #include "arguments.hpp"
 #include "param_lists.hpp"
@@ -65,20 +66,56 @@ py::object outcome(bool ran, const TensorArgs& args) {
     return table_of(args);
 }
 
-// The argument of some name among those of an update.
+// Where an argument stands among those of an update.
 template <class Scalars>
-py::handle argument(const char* name, const py::handle* given) {
-    const auto& all = Scalars::kArguments;
-    const auto* const place = std::find_if(
-        all, std::end(all), [=](const auto& a) { return std::strcmp(a.name, name) == 0; });
-    return given[place - all];
+constexpr std::size_t position_of(std::string_view name) {
+    std::size_t i = 0;
+    while (Scalars::kArguments[i].name != name) ++i;
+    return i;
+}
+
+// Whether an update saves the parameters, which needs tensors to save them to.
+template <class Scalars>
+bool saves(const Scalars& s, const py::handle* given) {
+    if constexpr (kListsWith<Scalars, kSaved> != 0) {
+        if (s.save && given[position_of<Scalars>("backups")].is_none())
+            throw py::value_error(
+                "save=True needs backups: pass tensors like the parameters, or save=False");
+        return s.save;
+    }
+    return false;
+}
+
+template <class Scalars>
+std::vector<Role> roles_of(const py::handle* given, bool is_saving) {
+    static_assert(count_arguments<Scalars>([](const auto& a) { return a.list != nullptr; }) <=
+                  static_cast<int>(TensorArgs::kMaxRoles));
+    std::vector<Role> roles;
+    roles.reserve(TensorArgs::kMaxRoles);
+    for (const auto& a : Scalars::kArguments) {
+        const unsigned saved = is_saving ? kWritten : kOptional;
+        const unsigned traits = a.traits & kSaved ? saved : a.traits;
+        if (a.list != nullptr) roles.push_back({a.name, *given, traits});
+        ++given;
+    }
+    return roles;
+}
+
+template <class Scalars>
+void read_numbers(Scalars& s, TensorArgs& args, const py::handle* given) {
+    for (const auto& a : Scalars::kArguments) {
+        const bool is_no_seed = a.range == Range::seed && given->is_none();
+        if (a.number != nullptr && !is_no_seed) s.*a.number = args.scalar(a.name, *given, a.range);
+        ++given;
+    }
 }
 
 void require_momenta(const SgdStepScalars<Scalar>& s, const py::handle* given) {
     using Scalars = SgdStepScalars<Scalar>;
-    if (!argument<Scalars>("momenta", given).is_none()) return;
-    const bool is_zero = s.momentum.value == 0 && !is_tensor(argument<Scalars>("momentum", given));
-    if (s.nesterov || !is_zero)
+    constexpr auto momenta = position_of<Scalars>("momenta");
+    constexpr auto momentum = position_of<Scalars>("momentum");
+    if (!given[momenta].is_none()) return;
+    if (s.nesterov || s.momentum.value != 0 || is_tensor(given[momentum]))
         throw py::value_error("momentum and nesterov need momenta: pass buffers, zeros at first");
 }
 
@@ -89,53 +126,36 @@ py::object update(const py::handle* given,
                   void (*on_cuda)(const Tensors&, const Of<Scalar>&, const float*, int,
                                   cuda::Stream)) {
     using Scalars = Of<Scalar>;
-    const auto& arguments = Scalars::kArguments;
-    constexpr std::size_t count = std::size(Scalars::kArguments);
+    constexpr std::size_t count = kArgumentCount<Scalars>;
     const py::handle grad_scale = given[count], found_inf = given[count + 1];
     Scalars s{};
-    bool saves = false;
     for (std::size_t i = 0; i < count; ++i) {
-        if (arguments[i].flag != nullptr) s.*arguments[i].flag = truth(arguments[i].name, given[i]);
+        const auto& a = Scalars::kArguments[i];
+        if (a.flag != nullptr) s.*a.flag = truth(a.name, given[i]);
     }
-    if constexpr (kListsWith<Scalars, kSaved> != 0) {
-        saves = s.save;
-        if (saves && argument<Scalars>("backups", given).is_none())
-            throw py::value_error(
-                "save=True needs backups: pass tensors like the parameters, or save=False");
-    }
+    const bool is_saving = saves(s, given);
     const int threads = threads_of(given[count + 2]);
 
-    std::vector<Role> roles;
-    for (std::size_t i = 0; i < count; ++i) {
-        unsigned traits = arguments[i].traits;
-        if (traits & kSaved) traits = saves ? kWritten : kOptional;
-        if (arguments[i].list != nullptr) roles.push_back({arguments[i].name, given[i], traits});
-    }
-    TensorArgs args(std::move(roles));
+    TensorArgs args(roles_of<Scalars>(given, is_saving));
     Tensors t = args.tensors();
     std::size_t role = 0;
-    for (const auto& a : arguments) {
+    for (const auto& a : Scalars::kArguments) {
         if (a.list != nullptr) t.*a.list = args.pointers(role++);
     }
     const float* const flag = args.flag("found_inf", found_inf);
-    for (std::size_t i = 0; i < count; ++i) {
-        const auto& a = arguments[i];
-        const bool is_no_seed = a.range == Range::seed && given[i].is_none();
-        if (a.number != nullptr && !is_no_seed)
-            s.*a.number = args.scalar(a.name, given[i], a.range);
-    }
+    read_numbers(s, args, given);
     s.grad_scale = scale_of(args, grad_scale, flag);
-    if constexpr (kMayRound<Scalars>)  // none rounds to nearest; and wide dtypes are not rounded
+    if constexpr (kMayRound<Scalars>)  // no seed rounds to nearest; wide dtypes are not rounded
         s.stochastic =
-            !argument<Scalars>("rounding_seed", given).is_none() && size_of(t.dtype) == 2;
+            size_of(t.dtype) == 2 && !given[position_of<Scalars>("rounding_seed")].is_none();
     if constexpr (std::is_same_v<Scalars, SgdStepScalars<Scalar>>) require_momenta(s, given);
 
+    const auto value_of = [](const Scalar& each) { return each.value; };
     const bool ran = run(
-        args, threads,
-        [&] { on_cpu(t, read(s, [](const Scalar& each) { return each.value; }), flag, threads); },
+        args, threads, [&] { on_cpu(t, read(s, value_of), flag, threads); },
         [&](int device, void* stream) { on_cuda(t, s, flag, device, stream); });
-    if (ran && saves) {
-        TensorList* const list = tensor_list(argument<Scalars>("backups", given));
+    if (ran && is_saving) {
+        TensorList* const list = tensor_list(given[position_of<Scalars>("backups")]);
         if (list != nullptr) list->filled = true;
     }
     return outcome(ran, args);
@@ -146,7 +166,7 @@ void define_update(py::module_& module, const char* name, OnCPU* on_cpu, OnCUDA*
     std::string parameters;
     for (const auto& a : Of<Scalar>::kArguments) parameters += std::string(a.name) + " ";
     parameters += "grad_scale found_inf num_threads";
-    define_call<std::size(Of<Scalar>::kArguments) + 3>(
+    define_call<kArgumentCount<Of<Scalar>> + 3>(
         module, name, parameters, Of<Scalar>::kDoc,
         [=](const py::handle* given) { return update<Of>(given, on_cpu, on_cuda); });
 }
@@ -173,7 +193,7 @@ py::object norm(py::handle list, py::handle out, py::handle weights, py::handle 
     const Tensors t = reduction(args, !weights.is_none());
     const Scalar scale = scale_of(args, grad_scale);
     for (std::size_t i = 0; i < t.n; ++i) is_double |= t.gradient(i) == DType::f64;
-    void* const result = args.single("out", out, {1}, is_double ? 64 : 32, true);
+    void* const result = args.single("out", out, is_double ? 64 : 32, true);
     const bool ran = run(
         args, threads,
         [&] {
@@ -207,7 +227,7 @@ py::object flag_nonfinite(py::handle list, py::handle found_inf, py::handle num_
 
 double* doubles(TensorArgs& args, const char* name, py::handle tensor, const Shape& shape,
                 bool written) {
-    return static_cast<double*>(args.single(name, tensor, shape, 64, written));
+    return static_cast<double*>(args.single(name, tensor, 64, written, &shape));
 }
 
 void require_at_most(std::int64_t most, const char* name, std::int64_t vectors) {

@@ -55,10 +55,10 @@ TensorList& self_of(py::handle object) {
 }
 
 // The list that a method was called for, with `count` arguments in all.
-TensorList& self_of(const py::args& args, const py::kwargs& named, std::size_t count) {
-    if (args.size() != count || !named.empty())
+TensorList& self_of(const py::args& args, std::size_t count) {
+    if (args.size() != count)
         fail(PyExc_TypeError, "a method of TensorList takes " + std::to_string(count - 1) +
-                                  " arguments by position, and was given others");
+                                  " arguments, and was given another number");
     return self_of(py::object(args[0]));
 }
 
@@ -197,11 +197,10 @@ void register_param_lists(py::module_& module) {
             [](py::handle self, py::handle value) {
                 self_of(self).filled = truth("filled", value);
             })
-        .def("__len__", [](const py::args& args,
-                           const py::kwargs& named) { return self_of(args, named, 1).size(); })
-        .def("__getitem__", [](const py::args& args, const py::kwargs& named) {
-            return self_of(args, named, 2).get(py::object(args[1]));
-        });
+        .def("__len__", [](const py::args& args) { return self_of(args, 1).size(); })
+        .def("__iter__", [](const py::args& args) { return py::iter(self_of(args, 1).tensors()); })
+        .def("__getitem__",
+             [](const py::args& args) { return self_of(args, 2).get(py::object(args[1])); });
     define(module, "gradients", "params",
            "The parameters' gradients (`p.grad`), and how many of them are None.", &gradients);
     define(module, "clear_gradients", "params", "Set `p.grad = None` on every parameter.",

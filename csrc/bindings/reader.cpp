@@ -42,15 +42,6 @@ std::int64_t count(const dlpack::Tensor& t) {
 
 Reader::Reader() : is_negated_(method_names().neg), is_inference_(method_names().inference) {}
 
-bool Question::ask(PyObject* object) {
-    if (Py_TYPE(object) != type_) find(Py_TYPE(object));
-    const auto answer = py::reinterpret_steal<py::object>(
-        function_ != nullptr ? function_(object, nullptr)
-                             : PyObject_CallOneArg(method_.ptr(), object));
-    if (!answer) throw py::error_already_set();
-    return answer.ptr() == Py_True;
-}
-
 void Question::find(PyTypeObject* type) {
     method_ = py::reinterpret_steal<py::object>(
         PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_));
@@ -65,12 +56,9 @@ void Question::find(PyTypeObject* type) {
         function_ = descriptor->d_method->ml_meth;
 }
 
-void Reader::require_usable(PyObject* object, const Name& name, bool written, void** known,
-                            void* data) {
-    if (is_negated_.ask(object))
-        fail(PyExc_TypeError, name() + " is lazily negated: pass .resolve_neg() of it");
-    const bool is_asked = written || known != nullptr;
-    const bool is_inference = is_asked && is_inference_.ask(object);
+void Reader::check_inference(PyObject* object, const Name& name, bool written, void** known,
+                             void* data) {
+    const bool is_inference = is_inference_.ask(object);
     if (written && is_inference &&
         !py::module_::import("torch").attr("is_inference_mode_enabled")().cast<bool>())
         fail(PyExc_RuntimeError,

@@ -31,7 +31,14 @@ struct Name {
 class Question {
  public:
     explicit Question(PyObject* method_name) : name_(method_name) {}
-    bool ask(PyObject* object);
+    bool ask(PyObject* object) {
+        if (Py_TYPE(object) != type_) find(Py_TYPE(object));
+        const auto answer = py::reinterpret_steal<py::object>(
+            function_ != nullptr ? function_(object, nullptr)
+                                 : PyObject_CallOneArg(method_.ptr(), object));
+        if (!answer) throw py::error_already_set();
+        return answer.ptr() == Py_True;
+    }
 
  private:
     void find(PyTypeObject* type);
@@ -64,8 +71,10 @@ class Reader {
         t.data = static_cast<char*>(t.data) + t.byte_offset;
         source_ = object;
         if (shard) held.push_back(std::move(shard));
-        const bool is_known = known != nullptr && t.data != nullptr && t.data == *known;
-        if (!is_known) require_usable(object, name, written, known, t.data);
+        if (known != nullptr && t.data != nullptr && t.data == *known) return t;
+        if (is_negated_.ask(object))
+            fail(PyExc_TypeError, name() + " is lazily negated: pass .resolve_neg() of it");
+        if (written || known != nullptr) check_inference(object, name, written, known, t.data);
         return t;
     }
 
@@ -88,7 +97,8 @@ class Reader {
     static bool is_hollow(PyObject* object, const dlpack::Tensor& t);
     // A DTensor's local shard, which the DTensor keeps alive; null for what has none.
     static py::object shard_of(PyObject* object);
-    void require_usable(PyObject* object, const Name& name, bool written, void** known, void* data);
+    void check_inference(PyObject* object, const Name& name, bool written, void** known,
+                         void* data);
     // The memory of an object's local shard; that of the object itself is missing.
     dlpack::Tensor read_shard(PyObject*& object, py::object& shard, bool is_borrowed,
                               const Name& name);

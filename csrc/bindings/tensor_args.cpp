@@ -157,7 +157,7 @@ void TensorArgs::read_role(size_t r, std::vector<dlpack::Tensor>& first) {
 }
 
 void TensorArgs::check_first(const dlpack::Tensor& t, const Name& name) {
-    if (data_[0].empty()) shape_.assign(t.shape, t.shape + t.ndim);
+    if (roles_[0].has(kOneTensor)) shape_.assign(t.shape, t.shape + t.ndim);
     const bool ordered = is_contiguous(t);
     is_contiguous_ &= ordered;
     if (!ordered && !is_dense(t))
@@ -253,35 +253,43 @@ Scalar TensorArgs::scalar(const char* name, py::handle value, Range range) {
 
 float* TensorArgs::flag(const char* name, py::handle value, bool written) {
     if (value.is_none()) return nullptr;
-    return static_cast<float*>(single(name, value, {1}, 32, written));
+    return static_cast<float*>(single(name, value, 32, written));
 }
 
-void* TensorArgs::single(const char* name, py::handle value, const Shape& shape, int bits,
-                         bool written) {
+void* TensorArgs::single(const char* name, py::handle value, int bits, bool written,
+                         const Shape* shape) {
     Reader reader;
     const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_, written);
     kept_.push_back(py::reinterpret_borrow<py::object>(value));
-    const bool is_one = shape == Shape{1};
-    const bool fits = is_one ? count(t) == 1 : Shape(t.shape, t.shape + t.ndim) == shape;
+    const bool fits = shape != nullptr ? Shape(t.shape, t.shape + t.ndim) == *shape : count(t) == 1;
     if (!fits || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits || t.dtype.lanes != 1 ||
         !is_contiguous(t) || !is_here(t.device) ||
         reinterpret_cast<std::uintptr_t>(t.data) % (bits / 8) != 0)
-        fail(PyExc_ValueError,
-             std::string(name) +
-                 (is_one ? " must be a dense float" : " must be a contiguous float") +
-                 std::to_string(bits) + " tensor of " +
-                 (is_one ? "1 element" : "shape " + describe(shape)) + " on " + describe(device_));
+        fail(PyExc_ValueError, std::string(name) + " must be a " +
+                                   (shape != nullptr ? "contiguous" : "dense") + " float" +
+                                   std::to_string(bits) + " tensor of " +
+                                   (shape != nullptr ? "shape " + describe(*shape) : "1 element") +
+                                   " on " + describe(device_));
     add(name, t.data, count(t) * (bits / 8), written, reader.source());
     require_unchanged();
     return t.data;
 }
 
 double* TensorArgs::workspace(std::int64_t size) {
-    const auto torch = py::module_::import("torch");
-    const py::object memory =
-        torch.attr("empty")(size, py::arg("dtype") = torch.attr("float64"),
-                            py::arg("device") = py::object(items_[0][0]).attr("device"));
-    return static_cast<double*>(single("workspace", memory, {size}, 64, true));
+    struct Torch {
+        py::object empty = py::module_::import("torch").attr("empty");
+        py::object float64 = py::module_::import("torch").attr("float64");
+        py::tuple names = py::make_tuple("dtype", "device");
+    };
+    static const Torch* const torch = new Torch;  // never freed: Python may have ended before
+    const py::int_ length(size);
+    const py::object device = items_[0][0].attr("device");
+    PyObject* const arguments[] = {length.ptr(), torch->float64.ptr(), device.ptr()};
+    const auto memory = py::reinterpret_steal<py::object>(
+        PyObject_Vectorcall(torch->empty.ptr(), arguments, 1, torch->names.ptr()));
+    if (!memory) throw py::error_already_set();
+    const Shape shape{size};
+    return static_cast<double*>(single("workspace", memory, 64, true, &shape));
 }
 
 void TensorArgs::add(const char* name, const void* memory, int64_t bytes, bool written,
@@ -338,20 +346,30 @@ void TensorArgs::require_apart() const {
     const auto name = [&](const Stretch& s) {
         return s.role == singles ? singles_[s.index].name : roles_[s.role].at(s.index)();
     };
+    // If no list is written, most lie outside of what is: between `low` and `high`.
+    std::uintptr_t low = 0, high = UINTPTR_MAX;
+    if (std::none_of(roles_.begin(), roles_.end(), [](auto& r) { return r.has(kWritten); })) {
+        std::swap(low, high);
+        for (const Single& s : singles_) {
+            if (!s.written) continue;
+            low = std::min(low, s.begin);
+            high = std::max(high, s.end);
+        }
+    }
     std::vector<Stretch> all;
     all.reserve(size() * roles_.size() + singles_.size());
+    const auto put = [&](std::uintptr_t begin, std::uint32_t role, std::uint32_t index) {
+        const auto& s = all.emplace_back(begin, role, index);
+        if (begin >= high || (low > 0 && end(s) <= low)) all.pop_back();
+    };
     for (std::uint32_t r = 0; r < singles; ++r) {
         for (std::uint32_t i = 0; i < data_[r].size(); ++i) {
-            if (numel_[i] > 0)
-                all.emplace_back(reinterpret_cast<std::uintptr_t>(data_[r][i]), r, i);
+            if (numel_[i] > 0) put(reinterpret_cast<std::uintptr_t>(data_[r][i]), r, i);
         }
     }
     for (std::uint32_t k = 0; k < singles_.size(); ++k) {
-        if (singles_[k].begin < singles_[k].end) all.emplace_back(singles_[k].begin, singles, k);
+        if (singles_[k].begin < singles_[k].end) put(singles_[k].begin, singles, k);
     }
-    if (std::none_of(roles_.begin(), roles_.end(), [](auto& r) { return r.has(kWritten); }) &&
-        std::none_of(singles_.begin(), singles_.end(), [](auto& s) { return s.written; }))
-        return;
     std::sort(all.begin(), all.end(),
               [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
     // Of the stretches so far, the one that reaches furthest, among all and among the written.

@@ -58,10 +58,10 @@ class TensorArgs {
     }
     // What a kernel is given, with no lists yet.
     Tensors tensors() const { return {dtype_, size(), numel_.data(), wide()}; }
-    // The shape of the first role's first tensor.
+    // The shape of the first role's tensor, where that is no list.
     const Shape& shape() const { return shape_; }
-    // Throws unless that lies in the order of its dimensions, and of vectors unless it is float32
-    // or float64.
+    // Throws unless it lies in the order of its dimensions, and of vectors unless it is float32 or
+    // float64.
     void require_contiguous() const;
     void require_vectors() const;
 
@@ -69,9 +69,9 @@ class TensorArgs {
     Scalar scalar(const char* name, py::handle value, Range range);
     // One float32 on this device, or nullptr for None.
     float* flag(const char* name, py::handle value, bool written = false);
-    // A contiguous tensor of this device of `bits` float bits, of one shape; of {1}, or of any
-    // other that has one element.
-    void* single(const char* name, py::handle value, const Shape& shape, int bits, bool written);
+    // A contiguous tensor of this device of `bits` float bits and of a shape, or of one element.
+    void* single(const char* name, py::handle value, int bits, bool written,
+                 const Shape* shape = nullptr);
     // Uninitialized memory on this device for so many doubles, until the call has ended: torch's
     // allocator gives it, in the order of the current stream.
     double* workspace(std::int64_t size);

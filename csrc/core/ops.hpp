@@ -73,11 +73,16 @@ struct PerturbScalars {
     template <class T>
     using Rule = Perturb<T>;
     static constexpr Backup kBackup = Backup::origin;
+    // clang-format off
     static constexpr Argument<PerturbScalars, Real> kArguments[] = {
-        {"params", &Tensors::x, kWritten}, {"grads", &Tensors::g, kGradients},
-        {"backups", &Tensors::b, kSaved},  {"alpha", &PerturbScalars::alpha, Range::computed},
-        {"save", &PerturbScalars::save},   {"adaptive", &PerturbScalars::adaptive},
+        {"params", &Tensors::x, kWritten},
+        {"grads", &Tensors::g, kGradients},
+        {"backups", &Tensors::b, kSaved},
+        {"alpha", &PerturbScalars::alpha, Range::computed},
+        {"save", &PerturbScalars::save},
+        {"adaptive", &PerturbScalars::adaptive},
     };
+    // clang-format on
     static constexpr const char* kDoc =
         R"(Perturb the parameters along their gradients, from their values or from backups.
 
@@ -187,22 +192,61 @@ Where found_inf is not zero x is restored, m and v stay.)";
     UPDATE(sgd_step, SgdStepScalars)       \
     UPDATE(adamw_step, AdamWStepScalars)
 
+template <class Scalars>
+constexpr std::size_t kArgumentCount = sizeof Scalars::kArguments / sizeof *Scalars::kArguments;
+
+template <class Scalars, class Holds>
+constexpr int count_arguments(Holds holds) {
+    int count = 0;
+    for (std::size_t i = 0; i < kArgumentCount<Scalars>; ++i)
+        count += holds(Scalars::kArguments[i]);
+    return count;
+}
+
 // How many lists of an update have some traits.
 template <class Scalars, unsigned Wanted>
-constexpr int kListsWith = [] {
-    int count = 0;
-    for (const auto& a : Scalars::kArguments)
-        count += a.list != nullptr && (a.traits & Wanted) == Wanted;
-    return count;
+constexpr int kListsWith = count_arguments<Scalars>(
+    [](const auto& a) { return a.list != nullptr && (a.traits & Wanted) == Wanted; });
+
+// Whether a list of Tensors may be absent in an update that has it otherwise.
+template <class Scalars, void* const* Tensors::* List>
+constexpr bool kMayBeAbsent = count_arguments<Scalars>([](const auto& a) {
+                                  return a.list == List && (a.traits & (kOptional | kSaved)) != 0;
+                              }) > 0;
+
+// Whether an update has its lists as the loops and the kernels read them: x first, which is
+// written; gradients g, then g0, never absent; states m, then v, present or absent together;
+// backups b.
+template <class Scalars>
+constexpr bool kIsWellFormed = [] {
+    constexpr void* const* Tensors::* gradients[] = {&Tensors::g, &Tensors::g0, nullptr};
+    constexpr void* const* Tensors::* states[] = {&Tensors::m, &Tensors::v, nullptr};
+    int grads = 0, kept = 0, optional = 0;
+    bool holds =
+        Scalars::kArguments[0].list == &Tensors::x && Scalars::kArguments[0].traits == kWritten;
+    for (std::size_t i = 1; i < kArgumentCount<Scalars>; ++i) {
+        const auto& a = Scalars::kArguments[i];
+        if (a.list == nullptr || a.list == &Tensors::b) continue;
+        if (a.traits == kGradients) {
+            holds &= a.list == gradients[grads];
+            grads += grads < 2;
+        } else {
+            holds &= (a.traits & kState) == kState && a.list == states[kept];
+            kept += kept < 2;
+            optional += (a.traits & kOptional) != 0;
+        }
+    }
+    return holds && grads > 0 && (optional == 0 || optional == kept);
 }();
+#define CHECK_UPDATE(name, Scalars) \
+    static_assert(kIsWellFormed<Scalars<double>>, #name " has lists in another order");
+EIGENFILTER_UPDATES(CHECK_UPDATE)
+#undef CHECK_UPDATE
 
 // Whether the results of an update may be rounded stochastically.
 template <class Scalars>
-constexpr bool kMayRound = [] {
-    bool has_seed = false;
-    for (const auto& a : Scalars::kArguments) has_seed |= a.range == Range::seed;
-    return has_seed;
-}();
+constexpr bool kMayRound =
+    count_arguments<Scalars>([](const auto& a) { return a.range == Range::seed; }) > 0;
 
 // What a call does with its backups.
 template <class Scalars>
@@ -246,11 +290,10 @@ EIGENFILTER_RULE Scalars<double> read(const Scalars<Scalar>& from, const ValueOf
 }
 template <template <class> class Scalars, class ValueOf>
 EIGENFILTER_RULE Scalars<double> read(const Scalars<Scalar>& from, const ValueOf& value_of) {
-    constexpr auto count = sizeof Scalars<double>::kArguments / sizeof *Scalars<double>::kArguments;
-    return read(from, value_of, std::make_index_sequence<count>{});
+    return read(from, value_of, std::make_index_sequence<kArgumentCount<Scalars<double>>>{});
 }
 
-// found_inf is the address of one float, or nullptr: where it is not zero an update is not taken.
+// found_inf [1] may be nullptr; where it is not zero an update is not taken.
 namespace cpu {
 #define DECLARE_UPDATE(name, Scalars) \
     void name(const Tensors&, const Scalars<double>&, const float* found_inf, int threads);
@@ -270,9 +313,9 @@ void gram(const Rows&, double* out, int threads);
 void mix_rows(const Rows&, const double* factors, int threads);
 }  // namespace cpu
 
-// The same on a GPU, asynchronously on a stream; found_inf, out and the workspace, of so many
-// doubles as the function says that is named after it, are device addresses. Without CUDA in the
-// build all but `compiled` throw std::runtime_error.
+// The same on a GPU, asynchronously on a stream. found_inf [1], out ([1]; gram's is [rows, rows]),
+// factors and the workspace, of so many doubles as the function says that is named after it, are
+// device addresses. Without CUDA in the build all but `compiled` throw std::runtime_error.
 namespace cuda {
 using Stream = void*;
 bool compiled();

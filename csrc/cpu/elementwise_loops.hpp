@@ -79,7 +79,7 @@ void update_of(const Stretch& r, const Scalars& s) {
         const typename Scalars::template Rule<typename Storage::Arithmetic> rule(s);
         constexpr std::make_integer_sequence<int, kListsWith<Scalars, kGradients>> grads;
         constexpr std::make_integer_sequence<int, kListsWith<Scalars, kState>> states;
-        if constexpr (kListsWith<Scalars, kState | kOptional> != 0) {
+        if constexpr (kMayBeAbsent<Scalars, &Tensors::m>) {
             constexpr std::integer_sequence<int> none;
             if (r.t.m == nullptr)
                 return update<Storage, Gradient, false>(r, rule, rounding, grads, none);

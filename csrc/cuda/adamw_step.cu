@@ -3,15 +3,6 @@
 
 namespace eigenfilter::cuda {
 
-void adamw_step(const Tensors& lists, const AdamWStepScalars<Scalar>& s, const float* found_inf,
-                int device, Stream stream) {
-    const Tensors t = from_backups(lists);
-    by_flag(t.b != nullptr, [&](auto has_b) {
-        by_flag(s.stochastic, [&](auto seeded) {
-            constexpr Backup b = has_b ? Backup::restored : Backup::none;
-            update<AdamWStep, 3, 2, b, seeded>(t, s, found_inf, device, stream);
-        });
-    });
-}
+EIGENFILTER_CUDA_UPDATE(adamw_step, AdamWStepScalars)
 
 }  // namespace eigenfilter::cuda

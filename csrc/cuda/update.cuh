@@ -1,5 +1,5 @@
-// Ascents and descents on the GPU: one kernel, and a Step that says which lists an update has. Each
-// source that includes this compiles the forms it calls for, so that they compile side by side.
+// Every update on the GPU: one kernel, and a Step that says which lists an update has. There is a
+// source for each rule that includes this, so that their forms compile side by side.
 #pragma once
 
 #include <type_traits>
@@ -198,14 +198,54 @@ Tensors from_backups(Tensors t) {
     return t;
 }
 
-// Calls `call` with the flag as a constant.
-template <class Call>
+// Calls `call` with the flag as a constant, which is true unless it may be false.
+template <bool MayBeTrue, bool MayBeFalse, class Call>
 void by_flag(bool flag, Call call) {
-    if (flag)
-        call(std::true_type{});
+    if constexpr (MayBeTrue) {
+        if (flag || !MayBeFalse) return call(std::true_type{});
+    }
+    if constexpr (MayBeFalse) call(std::false_type{});
+}
+
+template <class Scalars>
+bool is_stochastic(const Scalars& s) {
+    if constexpr (kMayRound<Scalars>)
+        return s.stochastic;
     else
-        call(std::false_type{});
+        return false;
+}
+
+// An update in the form of its call. Of each form that the update has, a kernel is compiled.
+template <template <class> class Of>
+void update_of(const Tensors& lists, const Of<Scalar>& s, const float* found_inf, int device,
+               Stream stream) {
+    using Scalars = Of<Scalar>;
+    constexpr int kGrads = kListsWith<Scalars, kGradients>, kStates = kListsWith<Scalars, kState>;
+    if constexpr (kListsWith<Scalars, kSaved> != 0) {
+        if (s.save)
+            return update<Scalars::template Rule, kGrads + kStates, kStates, Backup::saved>(
+                lists, s, found_inf, device, stream);
+    }
+    const Tensors t = from_backups(lists);
+    by_flag<true, kMayBeAbsent<Scalars, &Tensors::b>>(t.b != nullptr, [&](auto has_b) {
+        by_flag<true, kMayBeAbsent<Scalars, &Tensors::m>>(t.m != nullptr, [&](auto has_m) {
+            by_flag<kMayRound<Scalars>, true>(is_stochastic(s), [&](auto is_seeded) {
+                constexpr Backup b = has_b ? Scalars::kBackup : Backup::none;
+                constexpr int states = has_m ? kStates : 0;
+                update<Scalars::template Rule, kGrads + states, states, b, is_seeded>(
+                    t, s, found_inf, device, stream);
+            });
+        });
+    });
 }
 
 }  // namespace
+
+// The entry point of an update.
+#define EIGENFILTER_CUDA_UPDATE(name, Scalars)                                                \
+    void name(const Tensors& t, const Scalars<Scalar>& s, const float* found_inf, int device, \
+              Stream stream) {                                                                \
+        update_of(t, s, found_inf, device, stream);                                           \
+    }
+
 }  // namespace eigenfilter::cuda

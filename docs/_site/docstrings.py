@@ -8,6 +8,8 @@ from typing import Any
 
 import griffe
 
+from eigenfilter.optimizers.hyperparameters import explain_options
+
 # Examples below a title of one example, or below none.
 TITLE = re.compile(r"^Example:$", re.MULTILINE)
 UNTITLED = re.compile(r"^>>> (?:.+\n?)+", re.MULTILINE)
@@ -22,7 +24,8 @@ class Sections(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            text = TITLE.sub("Examples:", obj.docstring.value)
+            text = explain_options(obj.docstring.value) or ""  # as help() shows it
+            text = TITLE.sub("Examples:", text)
             text = UNTITLED.sub(_titled, text)
             text = SHARED.sub(_apart, text)
             obj.docstring.value = GREATER.sub(r"\1\>", text)

@@ -76,7 +76,7 @@ class Checkout:
         definitions = [f"-DPython_EXECUTABLE={sys.executable}"]
         definitions.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
         self.run("cmake", "-G", "Ninja", "-S", source, "-B", build, *definitions, *options)
-        self.run("ninja", "-C", build, "_core")
+        self.run("ninja", "-C", build)
         return self.folder / build
 
     def python(self, *arguments: str, **environment: str) -> str:

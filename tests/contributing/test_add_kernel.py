@@ -31,6 +31,8 @@ def test_five_steps_add_a_kernel(tmp_path: Path) -> None:
     shutil.copy(extension, tmp_path / "python/eigenfilter")
     assert checkout.pytest(*TESTS) > 100
     checkout.pytest("tests/kernels/test_operations.py", "tests/kernels/test_dispatch.py")
+    checkout.build("tests/cuda_on_cpu", "build/emulated/none", "-DSANITIZER=none")
+    assert checkout.pytest(*TESTS, EIGENFILTER_TEST_BACKEND="emulated") > 20
     pytest.importorskip("triton")
     interpreted = {"EIGENFILTER_TEST_BACKEND": "interpreted", "TRITON_INTERPRET": "1"}
     assert checkout.pytest(*TESTS, **interpreted) > 20

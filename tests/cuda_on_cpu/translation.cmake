@@ -28,7 +28,7 @@ target_include_directories(loops PRIVATE ${csrc})
 target_compile_definitions(loops PRIVATE EIGENFILTER_ISA=baseline)
 target_compile_options(loops PRIVATE ${options} -Wno-psabi)
 
-set(bindings module ops isa param_lists tensor_args scalar_args arguments reader)
+set(bindings module ops isa param_lists tensor_args arguments reader)
 list(TRANSFORM bindings PREPEND ${csrc}/bindings/)
 set(cpu isa elementwise reduce vectors parallel)
 list(TRANSFORM cpu PREPEND ${csrc}/cpu/)

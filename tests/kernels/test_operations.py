@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,52 @@ def test_the_compiled_function_has_the_declared_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_operator_has_the_declared_arguments(name: str) -> None:
-    operation = OPERATIONS[name]
-    schema = getattr(torch.ops.eigenfilter, name).default._schema
-    assert [argument.name for argument in schema.arguments] == [*operation.arguments, "backend"]
-    for argument in schema.arguments:
-        assert argument.is_write == (argument.name in operation.writes), argument.name
+    operation, packet = OPERATIONS[name], getattr(torch.ops.eigenfilter, name)
+    assert set(packet.overloads()) == {"default"} | {
+        f"unless_{flag}" for flag in operation.writes.values() if flag is not None
+    }
+    for overload in packet.overloads():
+        schema = getattr(packet, overload)._schema
+        assert [a.name for a in schema.arguments] == [*operation.arguments, "backend"]
+        for argument in schema.arguments:
+            flag = operation.writes.get(argument.name, "never")
+            writes = flag != "never" and f"unless_{flag}" != overload
+            assert argument.is_write == writes, (overload, argument.name)
+
+
+def declared(**annotations: str) -> Callable[..., None]:
+    def toy() -> None:
+        """A declaration that does not get as far as the core."""
+
+    vars(toy)["__signature__"] = inspect.Signature(
+        [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=annotation)
+            for name, annotation in annotations.items()
+        ]
+    )
+    return toy
+
+
+@pytest.mark.parametrize(
+    ("annotations", "writes", "message"),
+    [
+        ({"params": "Sequence[Tensor]"}, (), "toy needs the argument backend"),
+        ({"lr": "float", "backend": "str | None"}, (), "toy: lr is 'float', which is none of"),
+        ({"w": "Tensor", "backend": "str | None"}, ("v",), "toy has no argument 'v'"),
+    ],
+)
+def test_mistakes_in_a_declaration(
+    annotations: dict[str, str], writes: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        _op.op(writes=writes)(declared(**annotations))
+    assert "toy" not in OPERATIONS
+
+
+def test_a_backend_has_the_operations_and_a_known_name() -> None:
+    assert set(OPERATIONS) <= set(dir(kernels.select("cpu")))
+    with pytest.raises(ValueError, match="unknown backend 'cuda': choose one of native, triton"):
+        kernels.Backend("cuda")
 
 
 def test_a_call_is_bound_as_the_declaration_says() -> None:

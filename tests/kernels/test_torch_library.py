@@ -146,6 +146,27 @@ def row_arguments(name: str) -> tuple[Any, ...]:
 
 
 @NO_GRAPHS
+@pytest.mark.parametrize("save", [True, False])
+def test_a_compiled_call_counts_the_versions_of_what_it_writes(save: bool) -> None:
+    x, g, b = ([torch.ones(3)] for _ in range(3))
+    compiled = torch.compile(
+        lambda x, g, b: kernels.perturb(x, g, b, 0.1, save=save),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    compiled(x, g, b)
+    assert (x[0]._version > 0, g[0]._version, b[0]._version > 0) == (True, 0, save)
+
+
+def test_a_compiled_call_refuses_an_empty_list() -> None:
+    compiled = torch.compile(
+        lambda x, g: kernels.perturb(x, g, [], 0.1, save=False), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match="backups has no tensors: pass at least one, or None"):
+        compiled([torch.ones(3)], [torch.ones(3)])
+
+
+@NO_GRAPHS
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_opcheck(name: str) -> None:
     operator = getattr(torch.ops.eigenfilter, name).default

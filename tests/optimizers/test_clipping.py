@@ -128,3 +128,15 @@ def test_float64_gradients_whose_squares_overflow(dtypes: list[torch.dtype], siz
     for p in params:
         expected = torch.full_like(p.grad, size / total)
         torch.testing.assert_close(p.grad, expected, rtol=1e-12, atol=0.0)
+
+
+def test_gradients_with_strides_of_their_own() -> None:
+    """Of any layout and dtype that a step accepts; they are clipped in place."""
+    params = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(5))]
+    opt = ef.SGD(params, lr=0.1)
+    params[0].grad = torch.arange(12.0).reshape(4, 3).t()
+    params[1].grad = torch.ones(10)[::2]
+    expected = torch.cat([p.grad.flatten() for p in params]).norm()
+    assert float(opt.clip_grad_norm_(1.0)) == pytest.approx(float(expected))
+    total = torch.cat([p.grad.flatten() for p in params]).norm()
+    assert float(total) == pytest.approx(1.0, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -234,3 +235,11 @@ def test_groups_may_have_options_of_their_own(name: str) -> None:
     groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} | own for own in ({}, {name: True})]
     opt = ef.USAM(groups, lr=0.1)
     assert [group[name] for group in opt.param_groups] == [False, True]
+
+
+@pytest.mark.parametrize("make", [ef.SGD, ef.USAM, ef.SAM, ef.TwoStepUSAM, ef.HessianUSAM])
+def test_help_explains_every_option(make: type) -> None:
+    text = inspect.getdoc(make) or ""
+    for name in Options.__annotations__:
+        assert re.search(rf"^    (\w+, )*{name}(, \w+)*: \w", text, re.MULTILINE), name
+    assert "options: the keyword" not in text

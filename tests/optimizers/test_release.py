@@ -262,3 +262,30 @@ def test_a_scaler_is_refused() -> None:
     with pytest.raises(RuntimeError, match="release_gradients"):
         scaler.step(opt)
     assert all(map(same_bits, params, before))
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_loss_scale_of_earlier_steps_does_not_reach_released_gradients(explicit: bool) -> None:
+    runs = []
+    for scale in (1.0, 64.0):
+        params = [nn.Parameter(torch.ones(3))]
+        opt = ef.SGD(params, lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(params[0].square().sum()).backward()
+        scaler.step(opt)
+        opt.zero_grad()
+        opt.release_gradients = True
+
+        def closure(opt: ef.SGD = opt, params: list[nn.Parameter] = params) -> Tensor:
+            loss = params[0].square().sum()
+            loss.backward()
+            return loss
+
+        if explicit:
+            with opt.evaluation():
+                closure()
+            opt.step()
+        else:
+            opt.step(closure)
+        runs.append(params)
+    assert all(map(same_bits, *runs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,27 @@ def test_unscaling_an_ascents_gradient_is_refused() -> None:
         opt.ascend(grad_scaler=scaler)
     assert all(map(same_bits, params, before))
     assert not opt.perturbed
+
+
+def test_unscaling_through_a_wrapper_is_refused() -> None:
+    """The scaler then knows the wrapper, which shares the optimizer's step."""
+    params = parameters()
+    opt = ef.USAM(params, lr=0.1, rho=RHO)
+    wrapper = copying(opt)
+    scaler = GradScaler("cpu", init_scale=1024.0)
+    scaled(opt, params, scaler, 1.0)()
+    scaler.unscale_(wrapper)
+    before = snapshot(params)
+    with pytest.raises(RuntimeError, match="called for an ascent's gradient"):
+        wrapper.ascend(grad_scaler=scaler)
+    assert all(map(same_bits, params, before))
+
+
+def copying(opt: Any) -> Any:
+    """A wrapper that begins with the optimizer's `__dict__` and inherits its methods."""
+    wrapper = object.__new__(type("Copying", (type(opt),), {}))
+    wrapper.__dict__ = dict(opt.__dict__)
+    return wrapper
 
 
 @pytest.mark.parametrize("by", ["unscale_", "clip_grad_norm_"])

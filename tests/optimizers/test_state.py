@@ -234,6 +234,54 @@ def test_a_model_converted_between_steps(how: str, make: type) -> None:
     assert closure().item() < 0.9 * first
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=0.5, ascent="anchored"),
+        lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=0.5),
+        lambda p: ef.HessianUSAM(p, lr=0.1, rho=0.1),
+    ],
+    ids=["anchored", "sequential", "hessian"],
+)
+def test_a_model_converted_within_a_step_is_refused_and_restored(make) -> None:
+    """Its gradient at the perturbed point must not be taken for one at x."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 2, 2, bias=False)
+    opt, data = make(conv.parameters()), torch.randn(3, 2, 5, 5)
+    before, calls = conv.weight.detach().clone(), []
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = conv(data).square().sum()
+        loss.backward()
+        calls.append(loss)
+        if len(calls) == 2:
+            conv.to(memory_format=torch.channels_last)
+        return loss
+
+    with pytest.raises(Exception, match="strides"):
+        opt.step(closure)
+    assert len(calls) <= 3  # the sequential form reads its backups in the descent alone
+    assert torch.equal(conv.weight, before)
+    assert not opt.perturbed
+
+
+def test_a_group_that_is_replaced_takes_effect_whole() -> None:
+    x = nn.Parameter(torch.ones(3))
+    opt = ef.USAM([x], lr=0.1, rho=0.1)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = x.square().sum() / 2
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    opt.param_groups[0] = dict(opt.param_groups[0], lr=1.0, rho=0.0)
+    opt.step(closure)
+    assert torch.equal(x, torch.zeros(3))
+
+
 def test_gradients_of_one_model_after_its_conversion_are_exact() -> None:
     """Momentum goes on in the new dtype."""
     params = parameters(torch.float32)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec
 
@@ -32,6 +32,7 @@ from torch.autograd.graph import increment_version
 
 from eigenfilter import _core
 from eigenfilter.kernels import dispatch
+from eigenfilter.kernels.conventions import Table
 
 _P = ParamSpec("_P")
 
@@ -81,6 +82,10 @@ class Operation(Generic[_P]):
             None if it always does.
         takes_lists: whether it works on lists of tensors, not on the rows of single ones.
         reference: the declared function.
+
+    Raises:
+        TypeError: the declaration has no `backend`, an annotation that there is no schema for, or
+            names arguments in `writes` that it does not have.
     """
 
     def __init__(self, reference: Callable[_P, None], writes: Mapping[str, str | None]) -> None:
@@ -90,28 +95,39 @@ class Operation(Generic[_P]):
         self._parameters = dict(inspect.signature(reference).parameters)
         self.arguments = tuple(name for name in self._parameters if name != "backend")
         self.annotations = {name: self._parameters[name].annotation for name in self.arguments}
+        self._refuse_mistakes()
         self.takes_lists = self.annotations[self.arguments[0]] != "Tensor"
-        place = self.arguments.index
-        self._writes = [(place(n), None if f is None else place(f)) for n, f in writes.items()]
         self._implementations: dict[str, Callable[..., None]] = {}
+
+    def _refuse_mistakes(self) -> None:
+        if "backend" not in self._parameters:
+            raise TypeError(f"{self.name} needs the argument backend: str | None = None")
+        for name, annotation in self.annotations.items():
+            if annotation not in _TYPES:
+                known = ", ".join(_TYPES)
+                raise TypeError(f"{self.name}: {name} is {annotation!r}, which is none of {known}")
+        for name in (*self.writes, *(flag for flag in self.writes.values() if flag is not None)):
+            if name not in self.arguments:
+                raise TypeError(f"{self.name} has no argument {name!r} that it could write to")
 
     def on(self, backend: str) -> Callable[..., None]:
         """Return the operation on one backend, with the declared arguments except `backend`.
 
         It leaves version counters and autograd to its caller.
         """
-        if backend == "native":
-            core = getattr(_core, self.name)
-            call = "core({arguments}, threads())"
-            return self._bound(call, core=core, threads=torch.get_num_threads)
-        return self._bound("run({arguments})", run=self._implementation(backend))
+        return self._bound(["_run({arguments}, _threads())"], run=self._implementation(backend))
 
     def function(self) -> Callable[_P, None]:
         """Return the public function: it chooses the backend and counts versions.
 
         In code that torch compiles, its calls become the operator torch.ops.eigenfilter.<name>.
         """
-        run_now = self._bound("run(backend, {arguments})", run=self._run)
+        body = [
+            "_run = _choose({first}, backend)",
+            "_run({arguments}, _threads())",
+            f"_increment_version([{self._written()}])",
+        ]
+        run_now = self._bound(body, choose=self._choose, increment_version=increment_version)
         run_compiled = self._register(run_now)
 
         @functools.wraps(self.reference)
@@ -123,79 +139,85 @@ class Operation(Generic[_P]):
 
         return kernel
 
-    def _run(self, backend: str | None, *values: Any) -> None:
-        tensor = dispatch.first(self.arguments[0], values[0]) if self.takes_lists else values[0]
-        self._implementation(dispatch.choose(tensor.device, backend))(*values)
-        increment_version(self._written(values))
+    def _choose(self, first: Any, backend: str | None) -> Callable[..., None]:
+        """The function of the backend that serves a call, of which this is the first argument."""
+        tensor = dispatch.first(self.arguments[0], first) if self.takes_lists else first
+        return self._implementation(dispatch.choose(tensor.device, backend))
 
     def _implementation(self, backend: str) -> Callable[..., None]:
-        """The function of one backend, which takes all arguments by position."""
+        """The function of one backend; it takes all arguments, and threads, by position."""
         if backend not in self._implementations:
             self._implementations[backend] = self._implement(backend)
         return self._implementations[backend]
 
     def _implement(self, backend: str) -> Callable[..., None]:
-        core = getattr(_core, self.name)
+        core: Callable[..., Any] = getattr(_core, self.name)
         if backend == "native":
-            threads = torch.get_num_threads
-            return lambda *values: core(*values, threads())
+            return core
         if backend == "triton":
             run = importlib.import_module(f"eigenfilter.kernels.triton.{self.name}").run
-            return lambda *values: run(
-                core(*values, _CHECK), SimpleNamespace(**self._named(values))
-            )
+        elif backend == "reference":
+            run = self._run_reference
+        else:
+            raise ValueError(dispatch.unknown(backend))
 
         def check_and_run(*values: Any) -> None:
-            core(*values, _CHECK)
-            with torch.no_grad():
-                self.reference(**self._named(values))
+            *arguments, _threads = values
+            table = core(*arguments, _CHECK)
+            run(table, SimpleNamespace(**dict(zip(self.arguments, arguments, strict=True))))
 
         return check_and_run
 
-    def _named(self, values: Sequence[Any]) -> dict[str, Any]:
-        """The values of all arguments by their names."""
-        return dict(zip(self.arguments, values, strict=True))
+    def _run_reference(self, table: Table, call: SimpleNamespace) -> None:
+        with torch.no_grad():
+            self.reference(**vars(call))
 
-    def _written(self, values: Sequence[Any]) -> list[Tensor]:
-        """The tensors that a call has written."""
-        written: list[Tensor] = []
-        for place, flag in self._writes:
-            value = values[place]
-            if isinstance(value, Tensor):
-                written.append(value)
-            elif value is not None and (flag is None or values[flag]):
-                written += value
-        return written
+    def _written(self) -> str:
+        """The source of the elements of a list: the tensors that a call has written."""
+        elements = []
+        for name, flag in self.writes.items():
+            each = (
+                f"({name} or ())" if self.annotations[name].startswith("Sequence") else f"[{name}]"
+            )
+            elements.append(f"*{each}" if flag is None else f"*({each} if {flag} else ())")
+        return ", ".join(elements)
 
-    def _bound(self, call: str, **functions: Callable[..., Any]) -> Callable[..., None]:
-        """Return a function with the declared parameters whose body is a call of `functions`.
+    def _bound(self, body: list[str], **functions: Callable[..., Any]) -> Callable[..., None]:
+        """Return a function with the declared parameters.
 
         It is made as the standard library makes a dataclass' __init__: Python then binds names and
         defaults itself, and its errors are those of a function with this signature.
 
         Args:
-            call: the call, "{arguments}" standing for the arguments except `backend`. The function
-                has the parameter `backend` if the call has it.
-            functions: what the call calls, by its names there.
+            body: its lines; "{arguments}" stands for the arguments except `backend`, "{first}" for
+                the first of them. The function has the parameter `backend` if the body needs it.
+            functions: what the body calls, under these names with an underscore before them.
         """
-        namespace: dict[str, Any] = dict(functions)
+        namespace: dict[str, Any] = {f"_{name}": value for name, value in functions.items()}
+        namespace["_threads"] = torch.get_num_threads
         parameters = []
-        for name in (*self.arguments, *(["backend"] if "backend" in call else [])):
+        takes_backend = any("backend" in line for line in body)
+        for name in (*self.arguments, *(["backend"] if takes_backend else [])):
             parameter = self._parameters[name]
             if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parameters:
                 parameters.append("*")
             if parameter.default is parameter.empty:
                 parameters.append(name)
             else:
-                namespace[f"default_{name}"] = parameter.default
-                parameters.append(f"{name}=default_{name}")
-        body = call.format(arguments=", ".join(self.arguments))
-        exec(f"def {self.name}({', '.join(parameters)}):\n    {body}", namespace)
+                namespace[f"_default_{name}"] = parameter.default
+                parameters.append(f"{name}=_default_{name}")
+        lines = [f"def {self.name}({', '.join(parameters)}):", *body]
+        names = {"arguments": ", ".join(self.arguments), "first": self.arguments[0]}
+        exec("\n    ".join(lines).format(**names), namespace)
         function: Callable[..., None] = namespace[self.name]
         return function
 
     def _register(self, run_now: Callable[..., None]) -> Callable[..., None]:
-        """Register the operator of compiled code; return the function that calls it."""
+        """Register the operator of compiled code; return the function that calls it.
+
+        An operation that does not write to an argument unless a flag is true has an overload,
+        `unless_<flag>`, whose schema says so.
+        """
         types = {name: parameter.annotation for name, parameter in self._parameters.items()}
         defaults = {
             name: parameter.default
@@ -216,14 +238,14 @@ class Operation(Generic[_P]):
                     named[argument] = float(value)
             run_now(**named)
 
-        def shape(*args: Any, **kw: Any) -> None:
-            """Nothing is returned: only the arguments change, and not in shape."""
-
-        schema = ", ".join(f"{self._schema_type(arg, of)} {arg}" for arg, of in types.items())
-        torch.library.define(f"eigenfilter::{name}", f"({schema}) -> ()")
-        torch.library.impl(f"eigenfilter::{name}", "CompositeExplicitAutograd", run)
-        torch.library.register_fake(f"eigenfilter::{name}", shape)
-        operator = getattr(torch.ops.eigenfilter, name)
+        always = self._define("default", self.writes, run)
+        flags = {flag for flag in self.writes.values() if flag is not None}
+        unless = {
+            flag: self._define(
+                f"unless_{flag}", [n for n, f in self.writes.items() if f != flag], run
+            )
+            for flag in flags
+        }
 
         def run_compiled(*args: Any, **kw: Any) -> None:
             if len(args) > len(positional):
@@ -232,18 +254,38 @@ class Operation(Generic[_P]):
             for argument in scalars:
                 named[argument] = _tensor(named[argument])
             for argument in lists:
+                if named[argument] is not None and not named[argument]:
+                    raise ValueError(f"{argument} has no tensors: pass at least one, or None")
                 named[argument] = list(named[argument] or ())
+            operator = always
+            for flag, overload in unless.items():
+                if not named[flag]:
+                    operator = overload
             operator(**named)
 
         return run_compiled
 
-    def _schema_type(self, argument: str, annotation: str) -> str:
-        """The type of an argument, marked if the operation may write to it."""
-        of = _TYPES[annotation]
-        if argument not in self.writes:
-            return of
-        letter = chr(ord("a") + list(self.writes).index(argument))
-        return of.replace("Tensor", f"Tensor({letter}!)", 1)
+    def _define(
+        self, overload: str, writes: Collection[str], run: Callable[..., None]
+    ) -> Callable[..., None]:
+        """Define one overload of the operator, which writes to these arguments."""
+        name = f"eigenfilter::{self.name}" + ("" if overload == "default" else f".{overload}")
+        arguments: list[str] = []
+        for argument, parameter in self._parameters.items():
+            of = _TYPES[parameter.annotation]
+            if argument in writes:
+                of = of.replace("Tensor", f"Tensor({chr(ord('a') + len(arguments))}!)", 1)
+            arguments.append(f"{of} {argument}")
+        schema = ", ".join(arguments)
+
+        def shape(*args: Any, **kw: Any) -> None:
+            """Nothing is returned: only the arguments change, and not in shape."""
+
+        torch.library.define(name, f"({schema}) -> ()")
+        torch.library.impl(name, "CompositeExplicitAutograd", run)
+        torch.library.register_fake(name, shape)
+        operator: Callable[..., None] = getattr(getattr(torch.ops.eigenfilter, self.name), overload)
+        return operator
 
 
 OPERATIONS: dict[str, Operation[...]] = {}
@@ -275,10 +317,18 @@ class Backend:
 
     Attributes:
         name: one of "native", "triton" and "reference".
+
+    Raises:
+        ValueError: the name is another one.
     """
 
     def __init__(self, name: str) -> None:
+        if name not in dispatch.BACKENDS:
+            raise ValueError(dispatch.unknown(name))
         self.name = name
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *OPERATIONS]
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name not in OPERATIONS:

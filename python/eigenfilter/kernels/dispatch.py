@@ -26,7 +26,7 @@ def choose(device: torch.device, backend: str | None = None) -> str:
         RuntimeError: the backend is not available, or not for this device.
     """
     if backend is not None and not isinstance(backend, str):
-        raise ValueError(_unknown(backend))
+        raise ValueError(unknown(backend))
     if device.index is None and device.type == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return _choose(device, backend)
@@ -43,7 +43,7 @@ def _choose(device: torch.device, backend: str | None) -> str:
     if backend is None:
         return _choose(device, _automatic(device))
     if backend not in BACKENDS:
-        raise ValueError(_unknown(backend))
+        raise ValueError(unknown(backend))
     if backend == "native":
         if device.type == "cuda":
             _require_native(device)
@@ -75,7 +75,8 @@ def first(name: str, tensors: Sequence[Tensor]) -> Tensor:
     return tensor
 
 
-def _unknown(backend: object) -> str:
+def unknown(backend: object) -> str:
+    """Return the message for a backend that there is not."""
     return f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}, or None"
 
 

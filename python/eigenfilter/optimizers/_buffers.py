@@ -23,7 +23,7 @@ class BufferStore:
         self.backend = backend
         self.keys = keys
         self.state: dict[Tensor, dict[str, Any]] = {}
-        self.has_written = False  # whether a kernel has written since a `retried` method began
+        self.has_written = False  # whether a kernel has written, see `retry_on_layout_change`
         self.epoch = 0  # counts changes of the state's buffers
         self.flat: set[int] = set()  # ids of the parameters that FSDP1 holds in flat shards
         self._auxiliary: dict[tuple[str, Tensor], Tensor] = {}

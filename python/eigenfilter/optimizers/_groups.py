@@ -13,12 +13,7 @@ from eigenfilter import _core, kernels
 from eigenfilter.optimizers._accumulation import UsedGradients, any_nonzero, zero_gradients
 from eigenfilter.optimizers._layout import ParamBuckets, refuse_overlap
 from eigenfilter.optimizers._norms import clip
-from eigenfilter.optimizers._shards import (
-    ParentOptimizer,
-    other_ranks_wait,
-    refuse_ascent,
-    refuse_clipping,
-)
+from eigenfilter.optimizers._shards import ParentOptimizer, other_ranks_wait
 from eigenfilter.optimizers._step_state import StepState, through_owner
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.buckets import Gradients
@@ -27,6 +22,7 @@ from eigenfilter.optimizers.hyperparameters import (
     DTYPES,
     check_hyperparameters,
     complete_options,
+    explain_options,
     is_zero,
     lr_is_zero,
     refuse_modes,
@@ -53,6 +49,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
     _update: Update
     _constructed = False
 
+    def __init_subclass__(cls, **kw: Any) -> None:
+        super().__init_subclass__(**kw)
+        cls.__doc__ = explain_options(cls.__doc__)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -62,7 +62,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         options: Mapping[str, Any],
     ) -> None:
         values = complete_options(options, type(self).__name__)
-        defaults = defaults | {name: values.pop(name) for name in update.group_options}
+        defaults = defaults | {name: values[name] for name in update.group_options}
         vars(self).update({name: values[name] for name in _OWN_OPTIONS})
         self.perturbation = perturbation
         self._update = update
@@ -71,7 +71,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         refuse_overlap(self.param_groups)
         self._constructed = True
         if self._ascents_wanted() > 0:
-            refuse_ascent(self, self._parent, self._params(), self.perturbation.needs_norm)
+            self._parent.refuse_ascent(self, self._params(), perturbation.needs_norm)
 
     def _start(self) -> None:
         """Make the parts of a step, which are never saved."""
@@ -82,7 +82,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._replay = Replay()
         self._parent = ParentOptimizer(self)
         self._buckets = ParamBuckets(self._update, self._amp, self.backend)
-        self._release = GradientRelease(self._buckets, self._update)
+        self._release = GradientRelease(self._buckets, self._update, self._amp)
 
     @property
     def perturbed(self) -> bool:
@@ -193,7 +193,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 "release_gradients=True applies each gradient before the total norm is known: "
                 "leave it False to clip"
             )
-        refuse_clipping(self, self._parent, self._params())
+        self._parent.refuse_clipping(self, self._params())
         if self.phase == "ascent":
             raise RuntimeError(
                 "clip_grad_norm_ clips the descent gradient: call it after the ascents, just "
@@ -222,7 +222,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _refuse_ascent(self) -> None:
         """Raise RuntimeError where an ascent needs more than the gradients of this rank."""
         flat = self._params() if self._buckets.are_flat else []
-        refuse_ascent(self, self._parent, flat, self.perturbation.needs_norm)
+        self._parent.refuse_ascent(self, flat, self.perturbation.needs_norm)
 
     def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether other ranks, which may have gradients, wait for this one without a gradient."""

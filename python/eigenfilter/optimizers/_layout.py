@@ -45,12 +45,7 @@ class ParamBuckets:
         store: the backups, and the buffers of the state.
     """
 
-    def __init__(
-        self,
-        update: Update,
-        amp: AmpState,
-        backend: str | None,
-    ) -> None:
+    def __init__(self, update: Update, amp: AmpState, backend: str | None) -> None:
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._update = update
         self._amp = amp
@@ -58,8 +53,8 @@ class ParamBuckets:
         self._buckets: list[ParamBucket] = []
         self._single_buckets: dict[int, ParamBucket] = {}
         self._group_of: dict[int, tuple[dict[str, Any], int]] = {}
-        # The list of parameters of each group, and a copy of it.
-        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
+        # Each group, its list of parameters, and a copy of the list.
+        self._groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         self.devices: set[torch.device] = set()
         self.flat_handles: list[Any] = []
         self.are_flat = self.are_shards = False
@@ -100,8 +95,8 @@ class ParamBuckets:
             self.store.state is self._owner().state
             and len(self._groups) == len(groups)
             and all(
-                group["params"] is params and _core.same_objects(params, copy)
-                for group, (params, copy) in zip(groups, self._groups, strict=True)
+                group is known and group["params"] is params and _core.same_objects(params, copy)
+                for group, (known, params, copy) in zip(groups, self._groups, strict=True)
             )
             and all(bucket.kind == kind_of(bucket.params[0]) for bucket in self._buckets)
             and self.store.matches_snapshot()
@@ -110,7 +105,7 @@ class ParamBuckets:
     def build(self) -> None:
         """Build one bucket for each group, device and dtype."""
         groups, self.store.state = self._owner().param_groups, self._owner().state
-        self._groups = [(g["params"], list(g["params"])) for g in groups]
+        self._groups = [(g, g["params"], list(g["params"])) for g in groups]
         self._update.normalize_state(self.store.state)
         self.store.snapshot_state()
         self._buckets = []
@@ -256,21 +251,22 @@ class ParamBuckets:
             _distributed.reshard_flat(self.flat_handles)
 
 
-def retried(method: _Method) -> _Method:
+def retry_on_layout_change(method: _Method) -> _Method:
     """Make a method build the buckets of its object again on a LayoutError, and run once more.
 
     `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
-    notice before they write, and only a call that has written nothing is repeated.
+    notice before they write. Only a call that begins at x and has written nothing is repeated.
     """
 
     @functools.wraps(method)
     def call(self: Any, *args: Any) -> Any:
         buckets: ParamBuckets = self._buckets
         buckets.store.has_written = False
+        began_perturbed = bool(buckets.perturbed)  # an error restores x before it gets here
         try:
             return method(self, *args)
         except _core.LayoutError:
-            if buckets.store.has_written or buckets.perturbed:
+            if began_perturbed or buckets.store.has_written or buckets.perturbed:
                 raise
             buckets.build()
             return method(self, *args)

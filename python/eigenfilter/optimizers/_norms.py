@@ -11,7 +11,7 @@ from torch import Tensor
 from eigenfilter import _distributed
 from eigenfilter.kernels.conventions import power_of_two
 from eigenfilter.optimizers._shards import FLAT_NORM
-from eigenfilter.optimizers.buckets import Gradients, ParamBucket
+from eigenfilter.optimizers.buckets import Gradients, ParamBucket, conform_if_needed
 
 
 def total_norms(
@@ -54,7 +54,7 @@ def combined_norm(norms: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def clip(gradients: Gradients, max_norm: float) -> Tensor:
     """Clip to a norm in float64, because a narrower one may overflow; return the norm before."""
-    norms = total_norms(gradients)
+    norms = total_norms(conform_if_needed(gradients))
     for bucket, _ in gradients:
         factor = (max_norm / (norms[bucket.device] + 1e-6)).clamp(max=1.0)
         local_grads = [_distributed.local(cast(Tensor, p.grad)) for p in bucket.params]

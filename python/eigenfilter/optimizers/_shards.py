@@ -52,50 +52,39 @@ class ParentOptimizer:
             self._rank_check = which, _distributed.is_same_on_all_ranks(which, like)
         return None if self._rank_check[1] else parent
 
+    def refuse_ascent(
+        self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], needs_norm: bool
+    ) -> None:
+        """Raise RuntimeError if an ascent with this rank's gradients would not be the method's.
 
-def refuse_ascent(
-    optimizer: torch.optim.Optimizer,
-    parent: ParentOptimizer,
-    params: Sequence[Tensor],
-    needs_norm: bool,
-) -> None:
-    """Raise RuntimeError if an ascent with this rank's gradients would not be the method's.
+        `params` are those that may be flat shards, over which no norm is taken (`needs_norm`).
+        """
+        outer = self.spanning_ranks(optimizer)
+        if outer is not None:
+            name, own = type(outer).__name__, type(optimizer).__name__
+            raise RuntimeError(
+                f"{own} inside {name} has the parameters of one rank, and would perturb those "
+                "alone while every other rank perturbs its own: put the ascent around it, as in "
+                f"SharpnessAware({name}(params, optimizer_class=torch.optim.SGD, ...), method, rho)"
+            )
+        if needs_norm and _distributed.flat_handles(params):
+            raise RuntimeError(FLAT_NORM)
 
-    Args:
-        optimizer: the optimizer that would ascend.
-        parent: the optimizer that constructed it.
-        params: those of its parameters that may be flat shards.
-        needs_norm: whether it divides by a norm of all gradients.
-    """
-    outer = parent.spanning_ranks(optimizer)
-    if outer is not None:
-        name, own = type(outer).__name__, type(optimizer).__name__
-        raise RuntimeError(
-            f"{own} inside {name} has the parameters of one rank, and would perturb those alone "
-            "while every other rank perturbs its own: put the ascent around it, as in "
-            f"SharpnessAware({name}(params, optimizer_class=torch.optim.SGD, ...), method, rho)"
-        )
-    if needs_norm and _distributed.flat_handles(params):
-        raise RuntimeError(FLAT_NORM)
-
-
-def refuse_clipping(
-    optimizer: torch.optim.Optimizer, parent: ParentOptimizer, params: Sequence[Tensor]
-) -> None:
-    """Raise RuntimeError if the norm of this rank's gradients is not the total norm."""
-    outer = parent.spanning_ranks(optimizer)
-    if outer is not None:
-        raise RuntimeError(
-            f"{type(optimizer).__name__} inside {type(outer).__name__} has the parameters of one "
-            "rank, whose norm is not that of the whole gradient: call "
-            "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)"
-        )
-    if _distributed.flat_handles(params):
-        raise RuntimeError(
-            "FullyShardedDataParallel (FSDP1) gives each rank a flat shard, whose norm is not that "
-            "of the whole gradient: call model.clip_grad_norm_(max_norm), FSDP1's own, after the "
-            "last ascent and, with a scaler, after scaler.unscale_(opt)"
-        )
+    def refuse_clipping(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
+        """Raise RuntimeError if the norm of this rank's gradients is not the total norm."""
+        outer = self.spanning_ranks(optimizer)
+        if outer is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} inside {type(outer).__name__} has the parameters of "
+                "one rank, whose norm is not that of the whole gradient: call "
+                "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)"
+            )
+        if _distributed.flat_handles(params):
+            raise RuntimeError(
+                "FullyShardedDataParallel (FSDP1) gives each rank a flat shard, whose norm is not "
+                "that of the whole gradient: call model.clip_grad_norm_(max_norm), FSDP1's own, "
+                "after the last ascent and, with a scaler, after scaler.unscale_(opt)"
+            )
 
 
 def refuse_local_scaler(scaler: torch.amp.GradScaler | None, are_flat: bool) -> None:

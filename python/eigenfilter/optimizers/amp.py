@@ -141,14 +141,21 @@ class AmpState:
             other.copy_(flags[0])
 
 
-def refuse_unscaled(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """Raise if `scaler.unscale_(optimizer)` was called for an ascent's gradient.
+def refuse_unscaled(
+    optimizers: Iterable[torch.optim.Optimizer], scaler: torch.amp.GradScaler | None
+) -> None:
+    """Raise if `scaler.unscale_` was called for an ascent's gradient.
 
     The scaler would then take the descent's gradient, which is still scaled, for unscaled.
+
+    Args:
+        optimizers: an optimizer and its wrapper: the scaler knows the one that it was given.
+        scaler: the scaler, or None.
     """
     if scaler is None or not scaler.is_enabled():
         return
-    if scaler._per_optimizer_states[id(optimizer)]["stage"].name == "UNSCALED":
+    states = scaler._per_optimizer_states
+    if any(states[id(optimizer)]["stage"].name == "UNSCALED" for optimizer in optimizers):
         raise RuntimeError(
             "grad_scaler.unscale_() was called for an ascent's gradient, which ascend() unscales "
             "itself: call unscale_(), or opt.clip_grad_norm_(max_norm, scaler), only after the "

@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo  # does not import the compiler, as t
 from eigenfilter import _perturbation
 from eigenfilter.optimizers import _shards, amp
 from eigenfilter.optimizers._groups import GroupedOptimizer
-from eigenfilter.optimizers._layout import retried
+from eigenfilter.optimizers._layout import retry_on_layout_change
 from eigenfilter.optimizers._step_state import owner_of, through_owner
 from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
 
@@ -65,13 +65,11 @@ class EigenfilterOptimizer(GroupedOptimizer):
             with self.perturbation.evaluation_context(index, params):
                 yield
         elif self.release_gradients:
-            self._buckets.refresh(self)
-            with self._release.during_backward(self._params()):
+            with self._release.during_backward(self):
                 yield
         else:
             yield
 
-    @through_owner
     @_disable_dynamo
     @torch.no_grad()
     def ascend(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
@@ -91,13 +89,16 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 was called, or gradients are released and there is a scaler.
             TypeError, ValueError: a hyperparameter of a group is invalid.
         """
+        return bool(owner_of(self)._begin_ascent(grad_scaler, self))
+
+    def _begin_ascent(self, grad_scaler: torch.amp.GradScaler | None, caller: Any) -> bool:
         self._step_state.refuse_within_closure("ascend()")
         self._step_state.skips_ascents = False
         if self.phase == "descent":
             return False
         if self.release_gradients:
             self._release.refuse_scaler(grad_scaler)
-        amp.refuse_unscaled(self, grad_scaler)
+        amp.refuse_unscaled((self, caller), grad_scaler)
         self._check_groups()
         return self._ascend(grad_scaler)
 
@@ -195,7 +196,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     # Ascents.
 
-    @retried
+    @retry_on_layout_change
     def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
         step, buckets = self._step_state, self._buckets
         all_gradients = buckets.with_gradients(self)
@@ -259,7 +260,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     # The descent.
 
-    @retried
+    @retry_on_layout_change
     @torch.no_grad()
     def _descend(self) -> None:
         step, buckets, release = self._step_state, self._buckets, self._release
@@ -290,8 +291,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _apply(self, gradients: Gradients) -> None:
         """Update the parameters that have a gradient; errors come before the first write."""
         slices = self._buckets.slices(gradients, by_state=True)
-        creates_state = any(map(self._update.creates_state, slices))
-        if self.skip_nonfinite or creates_state or len(slices) > 1:
+        if self.skip_nonfinite or len(slices) > 1 or any(map(self._update.creates_state, slices)):
             for bucket_slice in slices:
                 bucket_slice.check()
         if self.skip_nonfinite:  # also without a gradient, because the other ranks wait

@@ -73,6 +73,18 @@ _REFUSED = {
 }
 
 
+_OPTIONS_LINE = "    options: the keyword arguments of `Options`.\n"
+
+
+def explain_options(docstring: str | None) -> str | None:
+    """Put the documentation of `Options` in the place of the line that refers to it."""
+    if docstring is None or _OPTIONS_LINE.strip() not in docstring:
+        return docstring
+    _, entries = inspect.cleandoc(Options.__doc__ or "").split("Attributes:\n")
+    rest = f"    {', '.join(_TORCHS)}: see `Options`.\n"
+    return inspect.cleandoc(docstring).replace(_OPTIONS_LINE, f"{entries}\n{rest}")
+
+
 def show_options(init: Callable[_P, None]) -> Callable[_P, None]:
     """Let help() and inspect.signature() show what `**options: Unpack[Options]` stands for."""
     signature = inspect.signature(init)

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eigenfilter import _callers, _distributed
-from eigenfilter.optimizers._layout import ParamBuckets, retried
+from eigenfilter.optimizers._layout import ParamBuckets, retry_on_layout_change
+from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.updates import Update
 
 
@@ -25,22 +26,24 @@ class GradientRelease:
     Args:
         buckets: the buckets of the optimizer.
         update: its update.
+        amp: the loss scale and the flags of its steps, of which these steps have none.
 
     Attributes:
         updated_ids: ids of the parameters that this step has updated.
     """
 
-    def __init__(self, buckets: ParamBuckets, update: Update) -> None:
+    def __init__(self, buckets: ParamBuckets, update: Update, amp: AmpState) -> None:
         self.updated_ids: set[int] = set()
         self._buckets = buckets
         self._update = update
+        self._amp = amp
         self._inside = False
         self._lock = threading.Lock()  # backward has a thread for each GPU
         self._has_warned = False
 
     @contextmanager
-    def during_backward(self, params: list[Tensor]) -> Iterator[None]:
-        """A context in which the gradients of `params` are released.
+    def during_backward(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """A context in which the gradients of the optimizer's parameters are released.
 
         Raises:
             RuntimeError: ranks reduce the gradients, which are partial while backward runs.
@@ -48,14 +51,18 @@ class GradientRelease:
         if self._inside:
             yield
             return
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         is_parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if is_parallel or any(map(_distributed.is_dtensor, params)):
             raise RuntimeError(
                 "release_gradients=True applies gradients before DDP, FSDP2 or tensor parallelism "
                 "reduce them: leave it False in a distributed job"
             )
+        self._buckets.refresh(optimizer)
+        if not self._buckets.perturbed:  # an ascent has begun the step
+            self._amp.begin()
         hooks = [
-            p.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(self._on_gradient)
             for p in params
             if p.requires_grad
         ]
@@ -97,7 +104,7 @@ class GradientRelease:
             self.updated_ids.add(id(p))
             p.grad = None
 
-    @retried
+    @retry_on_layout_change
     @torch.no_grad()
     def _apply(self, p: Tensor) -> None:
         """Update one parameter within the backward pass that has computed its gradient."""
