@@ -57,7 +57,7 @@ $(DEV_TOOLS): $(TEST_TOOLS)
 demo: $(INSTALLED)
 	@$(BIN)/eigenfilter demo --out out/demo
 
-# The essential tests: 5 to 7 minutes on two processors. `make test-all` runs the slow ones, too.
+# The essential tests: about five minutes on two processors. `make test-all` runs the slow ones, too.
 # A file's tests stay in one process, whose fixtures they share; the slowest are printed.
 PYTEST := -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile \
 	--no-loadscope-reorder --durations 10

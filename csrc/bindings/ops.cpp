@@ -76,9 +76,9 @@ constexpr std::size_t position_of(std::string_view name) {
 
 // Whether an update saves the parameters, which needs tensors to save them to.
 template <class Scalars>
-bool saves(const Scalars& s, const py::handle* given) {
+bool saves(const Scalars& s, const py::handle* values) {
     if constexpr (kListsWith<Scalars, kSaved> != 0) {
-        if (s.save && given[position_of<Scalars>("backups")].is_none())
+        if (s.save && values[position_of<Scalars>("backups")].is_none())
             throw py::value_error(
                 "save=True needs backups: pass tensors like the parameters, or save=False");
         return s.save;
@@ -87,7 +87,7 @@ bool saves(const Scalars& s, const py::handle* given) {
 }
 
 template <class Scalars>
-std::vector<Role> roles_of(const py::handle* given, bool is_saving) {
+std::vector<Role> roles_of(const py::handle* values, bool is_saving) {
     static_assert(count_arguments<Scalars>([](const auto& a) { return a.list != nullptr; }) <=
                   static_cast<int>(TensorArgs::kMaxRoles));
     std::vector<Role> roles;
@@ -95,67 +95,67 @@ std::vector<Role> roles_of(const py::handle* given, bool is_saving) {
     for (const auto& a : Scalars::kArguments) {
         const unsigned saved = is_saving ? kWritten : kOptional;
         const unsigned traits = a.traits & kSaved ? saved : a.traits;
-        if (a.list != nullptr) roles.push_back({a.name, *given, traits});
-        ++given;
+        if (a.list != nullptr) roles.push_back({a.name, *values, traits});
+        ++values;
     }
     return roles;
 }
 
 template <class Scalars>
-void read_numbers(Scalars& s, TensorArgs& args, const py::handle* given) {
+void read_numbers(Scalars& s, TensorArgs& args, const py::handle* values) {
     for (const auto& a : Scalars::kArguments) {
-        const bool is_no_seed = a.range == Range::seed && given->is_none();
-        if (a.number != nullptr && !is_no_seed) s.*a.number = args.scalar(a.name, *given, a.range);
-        ++given;
+        const bool is_no_seed = a.range == Range::seed && values->is_none();
+        if (a.number != nullptr && !is_no_seed) s.*a.number = args.scalar(a.name, *values, a.range);
+        ++values;
     }
 }
 
-void require_momenta(const SgdStepScalars<Scalar>& s, const py::handle* given) {
+void require_momenta(const SgdStepScalars<Scalar>& s, const py::handle* values) {
     using Scalars = SgdStepScalars<Scalar>;
     constexpr auto momenta = position_of<Scalars>("momenta");
     constexpr auto momentum = position_of<Scalars>("momentum");
-    if (!given[momenta].is_none()) return;
-    if (s.nesterov || s.momentum.value != 0 || is_tensor(given[momentum]))
+    if (!values[momenta].is_none()) return;
+    if (s.nesterov || s.momentum.value != 0 || is_tensor(values[momentum]))
         throw py::value_error("momentum and nesterov need momenta: pass buffers, zeros at first");
 }
 
-// An update, as ops.hpp describes it: `given` are its arguments.
+// An update, as ops.hpp describes it: `values` are its arguments.
 template <template <class> class Of>
-py::object update(const py::handle* given,
+py::object update(const py::handle* values,
                   void (*on_cpu)(const Tensors&, const Of<double>&, const float*, int),
                   void (*on_cuda)(const Tensors&, const Of<Scalar>&, const float*, int,
                                   cuda::Stream)) {
     using Scalars = Of<Scalar>;
     constexpr std::size_t count = kArgumentCount<Scalars>;
-    const py::handle grad_scale = given[count], found_inf = given[count + 1];
+    const py::handle grad_scale = values[count], found_inf = values[count + 1];
     Scalars s{};
     for (std::size_t i = 0; i < count; ++i) {
         const auto& a = Scalars::kArguments[i];
-        if (a.flag != nullptr) s.*a.flag = truth(a.name, given[i]);
+        if (a.flag != nullptr) s.*a.flag = truth(a.name, values[i]);
     }
-    const bool is_saving = saves(s, given);
-    const int threads = threads_of(given[count + 2]);
+    const bool is_saving = saves(s, values);
+    const int threads = threads_of(values[count + 2]);
 
-    TensorArgs args(roles_of<Scalars>(given, is_saving));
+    TensorArgs args(roles_of<Scalars>(values, is_saving));
     Tensors t = args.tensors();
     std::size_t role = 0;
     for (const auto& a : Scalars::kArguments) {
         if (a.list != nullptr) t.*a.list = args.pointers(role++);
     }
     const float* const flag = args.flag("found_inf", found_inf);
-    read_numbers(s, args, given);
+    read_numbers(s, args, values);
     s.grad_scale = scale_of(args, grad_scale, flag);
     if constexpr (kMayRound<Scalars>)  // no seed rounds to nearest; wide dtypes are not rounded
         s.stochastic =
-            size_of(t.dtype) == 2 && !given[position_of<Scalars>("rounding_seed")].is_none();
-    if constexpr (std::is_same_v<Scalars, SgdStepScalars<Scalar>>) require_momenta(s, given);
+            size_of(t.dtype) == 2 && !values[position_of<Scalars>("rounding_seed")].is_none();
+    if constexpr (std::is_same_v<Scalars, SgdStepScalars<Scalar>>) require_momenta(s, values);
 
     const auto value_of = [](const Scalar& each) { return each.value; };
     const bool ran = run(
         args, threads, [&] { on_cpu(t, read(s, value_of), flag, threads); },
         [&](int device, void* stream) { on_cuda(t, s, flag, device, stream); });
     if (ran && is_saving) {
-        TensorList* const list = tensor_list(given[position_of<Scalars>("backups")]);
+        TensorList* const list = tensor_list(values[position_of<Scalars>("backups")]);
         if (list != nullptr) list->filled = true;
     }
     return outcome(ran, args);
@@ -168,7 +168,7 @@ void define_update(py::module_& module, const char* name, OnCPU* on_cpu, OnCUDA*
     parameters += "grad_scale found_inf num_threads";
     define_call<kArgumentCount<Of<Scalar>> + 3>(
         module, name, parameters, Of<Scalar>::kDoc,
-        [=](const py::handle* given) { return update<Of>(given, on_cpu, on_cuda); });
+        [=](const py::handle* values) { return update<Of>(values, on_cpu, on_cuda); });
 }
 
 // The tensors of a reduction, and the weights if there are any, whose dtype they may exceed.

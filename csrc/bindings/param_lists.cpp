@@ -107,12 +107,12 @@ class Grad {
     void find(PyObject* param) {
         if (Py_TYPE(param) == type_) return;
         type_ = Py_TYPE(param);
-        const auto found = py::reinterpret_steal<py::object>(
+        const auto attribute = py::reinterpret_steal<py::object>(
             PyObject_GetAttr(reinterpret_cast<PyObject*>(type_), name()));
         PyErr_Clear();
         slot_ = nullptr;
-        if (!found || !Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type)) return;
-        const auto* descriptor = reinterpret_cast<PyGetSetDescrObject*>(found.ptr());
+        if (!attribute || !Py_IS_TYPE(attribute.ptr(), &PyGetSetDescr_Type)) return;
+        const auto* descriptor = reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr());
         // Another class may have borrowed the getter: only its own kind may be passed to it.
         if (PyType_IsSubtype(type_, descriptor->d_common.d_type)) slot_ = descriptor->d_getset;
     }

@@ -104,12 +104,12 @@ def make(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, torch.randint(3, (SEQUENCES,))
 
 
-def in_math(kind: type[CurvatureOperator], *given: Any, mode: str = "eval") -> Tensor:
+def in_math(kind: type[CurvatureOperator], *arguments: Any, mode: str = "eval") -> Tensor:
     """Return the matrix built densely, under the math backend and without the fast path."""
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            return OPERATORS[kind](*given, mode=mode)
+            return OPERATORS[kind](*arguments, mode=mode)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
 
@@ -121,10 +121,10 @@ def test_every_engine(kind: type[CurvatureOperator], name: str, mode: str) -> No
     """An engine is right or raises: forward mode does not repeat every dropout mask."""
     model, x, target = make(name)
     recomputed = isinstance(model.get_submodule("body"), Recomputed)
-    given = copy.deepcopy(model)
+    original = copy.deepcopy(model)
     if recomputed:
-        given.body = given.get_submodule("body.inside")
-    expected = in_math(kind, given, x, target, mode=mode)
+        original.body = original.get_submodule("body.inside")
+    expected = in_math(kind, original, x, target, mode=mode)
     model.train(mode == "eval")
     refusals = []
     for engine in [*NAMES, "auto"]:

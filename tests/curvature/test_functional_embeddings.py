@@ -67,10 +67,10 @@ def negative(x: Tensor, table: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("look_up", [padded, negative])
 def test_finite_differences_hold_the_padding(look_up: Callable[[Tensor, Tensor], Tensor]) -> None:
-    found = columns(operator(Words(look_up), engine="finite_difference"))
+    product = columns(operator(Words(look_up), engine="finite_difference"))
     exact = columns(operator(Words(look_up), engine="per_pass_graph"))
-    torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
-    assert not found[3:6].any()
+    torch.testing.assert_close(product, exact, rtol=0, atol=1e-7)
+    assert not product[3:6].any()
 
 
 def test_finite_differences_hold_the_padding_of_a_module() -> None:
@@ -86,10 +86,10 @@ def test_finite_differences_hold_the_padding_that_a_function_reads_of_a_module()
         def forward(self, x: Tensor) -> Tensor:
             return self.head(by_weight_of_a_module(x, self.words).mean(1).tanh())  # type: ignore[no-any-return]
 
-    found, exact = (
+    product, exact = (
         columns(operator(Reads(), engine=e)) for e in ("finite_difference", "per_pass_graph")
     )
-    torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
+    torch.testing.assert_close(product, exact, rtol=0, atol=1e-7)
 
 
 def test_a_row_of_padding_that_is_read_otherwise_is_perturbed() -> None:
@@ -99,10 +99,10 @@ def test_a_row_of_padding_that_is_read_otherwise_is_perturbed() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return padded(x, self.table).mean(1).tanh() @ self.table.T
 
-    found, exact = (
+    product, exact = (
         columns(operator(Tied(padded), engine=e)) for e in ("finite_difference", "per_pass_graph")
     )
-    torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
+    torch.testing.assert_close(product, exact, rtol=0, atol=1e-7)
     assert exact[3:6].any()
 
 
@@ -120,10 +120,10 @@ def test_a_parametrized_module_holds_its_padding() -> None:
         torch.nn.utils.parametrizations.weight_norm(model.words)
         return model
 
-    found, exact = (
+    product, exact = (
         columns(operator(build(), engine=e)) for e in ("finite_difference", "per_pass_graph")
     )
-    torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
+    torch.testing.assert_close(product, exact, rtol=0, atol=1e-7)
 
 
 def test_a_weight_that_is_computed_is_refused() -> None:

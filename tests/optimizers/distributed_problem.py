@@ -144,7 +144,7 @@ def flattened(
     )
 
 
-def gathered(model: FullyShardedDataParallel) -> Tensor:
+def full_weight(model: FullyShardedDataParallel) -> Tensor:
     """All elements of the parameters; those that are flat may end with padding."""
     with FullyShardedDataParallel.summon_full_params(model):
         return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -24,7 +24,7 @@ from optimizers.distributed_problem import (
     batch,
     evaluation,
     flattened,
-    gathered,
+    full_weight,
     network,
     share,
     single,
@@ -51,7 +51,7 @@ ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
 def train_elementwise(rank: int, name: str, original: bool) -> Tensor:
     model = flattened(original)
     train(ELEMENTWISE[name](model.parameters()), model, share(rank))
-    return gathered(model)
+    return full_weight(model)
 
 
 @with_original_or_flat_parameters
@@ -71,7 +71,7 @@ def train_nested(rank: int, original: bool) -> Tensor:
         model[i] = flattened(original, model[i])
     whole = flattened(original, model)
     train(ELEMENTWISE["sequential"](whole.parameters()), whole, share(rank))
-    return gathered(whole)
+    return full_weight(whole)
 
 
 @with_original_or_flat_parameters
@@ -96,7 +96,7 @@ def run_forward_before_the_ascent(rank: int, original: bool, strategy: ShardingS
         with torch.no_grad():
             whole(inputs)
         opt.step()
-    return gathered(whole)
+    return full_weight(whole)
 
 
 @with_original_or_flat_parameters
@@ -117,14 +117,14 @@ def restore(rank: int, original: bool) -> bool:
     model = flattened(original)
     opt = ef.USAM(model.parameters(), **SETTINGS)
     closure = evaluation(opt, model, share(rank))
-    before, loss = gathered(model), closure().item()
+    before, loss = full_weight(model), closure().item()
     opt.ascend()
     inputs, targets = batch(share(rank))
     with torch.no_grad():
         perturbed = (model(inputs) - targets).square().mean().item()
     opt.restore()
     again = closure().item()
-    return torch.equal(gathered(model), before) and loss == again != perturbed
+    return torch.equal(full_weight(model), before) and loss == again != perturbed
 
 
 @with_original_or_flat_parameters
@@ -152,7 +152,7 @@ def train_whole(rank: int, original: bool) -> tuple[Tensor, Tensor]:
     warnings.filterwarnings("ignore", "The `NO_SHARD` sharding strategy is deprecated")
     model = flattened(original, sharding_strategy=ShardingStrategy.NO_SHARD)
     norms = train_and_clip(model, share(rank))
-    return gathered(model), norms
+    return full_weight(model), norms
 
 
 @with_original_or_flat_parameters
@@ -172,7 +172,7 @@ def train_in_groups_of_one(rank: int, original: bool) -> Tensor:
     own = [dist.new_group([r]) for r in range(WORLD)][rank]
     model = flattened(original, process_group=own)
     train(ef.SAM(model.parameters(), **SETTINGS), model, slice(None))
-    return gathered(model)
+    return full_weight(model)
 
 
 @with_original_or_flat_parameters
@@ -202,7 +202,7 @@ def train_without_elements(rank: int, original: bool) -> Tensor:
     """One rank has nothing of the parameter, nor of its gradient; with a flag that all share."""
     model = flattened(original, single())
     train_single(model, INPUTS[rank : rank + 1])
-    return gathered(model)
+    return full_weight(model)
 
 
 @with_original_or_flat_parameters
@@ -226,7 +226,7 @@ def train_groups(rank: int, first: float, others: float) -> Tensor:
     model = flattened(True)
     opt = ef.USAM(groups(model, first, others), **PLAIN, skip_nonfinite=True)
     train(opt, model, share(rank))
-    return gathered(model)
+    return full_weight(model)
 
 
 @pytest.mark.parametrize(("first", "others"), [(0.15, 0.0), (0.0, 0.15)])

@@ -22,7 +22,7 @@ from optimizers.distributed_problem import (
     error_message,
     evaluation,
     flattened,
-    gathered,
+    full_weight,
     network,
     share,
 )
@@ -43,14 +43,14 @@ def skip_by_one_shard(rank: int, original: bool) -> list[tuple[int, bool]]:
     model = flattened(original)
     opt = ef.USAM(model.parameters(), **SETTINGS, skip_nonfinite=True)
     closure = evaluation(opt, model, share(rank))
-    before, results = gathered(model), []
+    before, results = full_weight(model), []
     for spoiled in ("ascent", "descent", "neither"):
         for phase in ("ascent", "descent"):
             closure()
             if phase == spoiled and rank == 0:
                 spoil(model)
             opt.ascend() if phase == "ascent" else opt.step()
-        results.append((opt.skipped, torch.equal(gathered(model), before)))
+        results.append((opt.skipped, torch.equal(full_weight(model), before)))
     return results
 
 
@@ -77,7 +77,7 @@ def scale_losses(rank: int, original: bool) -> tuple[int, float, Tensor]:
             scaler.unscale_(opt)
             scaler.step(opt)
         scaler.update()
-    return opt.skipped, scaler.get_scale(), gathered(model)
+    return opt.skipped, scaler.get_scale(), full_weight(model)
 
 
 @with_original_or_flat_parameters
@@ -95,7 +95,7 @@ def scale_losses_of_one_shard(rank: int, kind: type[torch.amp.GradScaler]) -> st
     inputs, targets = batch(share(rank))
     model, scaler = flattened(True), kind("cpu", init_scale=64.0)
     opt = ef.USAM(model.parameters(), **SETTINGS)
-    before = gathered(model)
+    before = full_weight(model)
 
     def backward() -> None:
         opt.zero_grad()
@@ -107,7 +107,7 @@ def scale_losses_of_one_shard(rank: int, kind: type[torch.amp.GradScaler]) -> st
         backward()
         message = error_message(functools.partial(scaler.step, opt))
         opt.restore()
-    assert torch.equal(gathered(model), before)
+    assert torch.equal(full_weight(model), before)
     return message
 
 
@@ -139,10 +139,10 @@ def take_norms(rank: int, original: bool) -> dict[str, str]:
     messages["wrapper"] = error_message(functools.partial(ef.SharpnessAware, base, "sam"))
     opt = ef.SAM(model.parameters(), **SETTINGS | {"rho": 0.0})
     opt.param_groups[0]["rho"] = 0.1
-    before = gathered(model)
+    before = full_weight(model)
     closure = evaluation(opt, model, share(rank))
     messages["later"] = error_message(functools.partial(opt.step, closure))
-    assert torch.equal(gathered(model), before)
+    assert torch.equal(full_weight(model), before)
     return messages
 
 

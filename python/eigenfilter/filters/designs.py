@@ -49,7 +49,7 @@ def design(
     8.0
     >>> design("sgd", 30.0, momentum=0.5)
     0.1
-    >>> design("sgd", 10.0, lr=0.1, momentum=0.5)
+    >>> round(design("sgd", 10.0, lr=0.1, momentum=0.5), 9)
     0.1
     """
     if method not in METHODS:
