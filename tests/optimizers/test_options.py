@@ -74,6 +74,9 @@ def test_arguments_of_torch_that_are_refused(make: Callable[..., Any], name: str
 def test_arguments_of_torch_of_the_wrong_kind() -> None:
     with pytest.raises(TypeError, match="fused must be True or False, and is 'yes'"):
         ef.SGD(parameters(), lr=0.1, fused="yes")
+    for name in ("maximize", "stochastic_rounding", "skip_nonfinite", "release_gradients"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, and is 'no'"):
+            ef.SGD(parameters(), lr=0.1, **{name: "no"})
     with pytest.raises(TypeError, match="has no option fuse"):
         ef.AdamW(parameters(), fuse=True)
 

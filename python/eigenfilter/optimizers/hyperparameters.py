@@ -109,9 +109,9 @@ def complete_options(options: Mapping[str, Any], owner: str) -> dict[str, Any]:
     for name, value in options.items():
         if name not in Options.__annotations__:
             raise TypeError(f"{owner} got an unexpected keyword argument {name!r}")
-        is_flag = name in ("set_to_none", *_TORCHS)
-        unset = value is None and name in ("fused", "foreach")
-        if is_flag and not isinstance(value, bool) and not unset:
+        if name == "backend" or (value is None and name in ("fused", "foreach")):
+            continue
+        if isinstance(value, Tensor) or value not in (0, 1):
             raise TypeError(f"{name} must be True or False, and is {value!r}")
     refuse_modes(options)
     values: dict[str, Any] = {**_DEFAULTS, **options}
