@@ -224,14 +224,14 @@ class ParamBuckets:
 
     def restore(
         self,
-        but: Sequence[tuple[ParamBucket, object]] = (),
-        but_ids: set[int] | frozenset[int] = frozenset(),
+        without: Sequence[tuple[ParamBucket, object]] = (),
+        except_ids: set[int] | frozenset[int] = frozenset(),
     ) -> None:
         """Restore the perturbed parameters, except those of buckets and with ids to leave out."""
-        done = {id(bucket) for bucket, _ in but}
+        done = {id(bucket) for bucket, _ in without}
         buckets = [b for b in self.perturbed if id(b) not in done and b.backups().filled]
-        if buckets and (but or but_ids):
-            ids = but_ids.union(id(p) for bucket, _ in but for p in bucket.params)
+        if buckets and (without or except_ids):
+            ids = except_ids.union(id(p) for bucket, _ in without for p in bucket.params)
             remaining = [
                 (bucket, [i for i, p in enumerate(bucket.params) if id(p) not in ids])
                 for bucket in buckets

@@ -233,7 +233,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         _perturbation.enter(self)
         try:
             if index > 0 and perturbation.starts_from_x(index):
-                buckets.restore(but=gradients)
+                buckets.restore(without=gradients)
             for bucket_slice in buckets.slices(gradients, by_state=False):
                 if not bucket_slice.is_perturbed:
                     buckets.mark_perturbed(bucket_slice.bucket)
@@ -246,7 +246,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     @torch.no_grad()
     def _restore(self) -> None:
-        self._buckets.restore(but_ids=self._release.updated_ids)
+        self._buckets.restore(except_ids=self._release.updated_ids)
         self._end()
 
     def _end(self) -> None:

@@ -30,6 +30,7 @@ def real(value, at):
 
 @triton.jit
 def inverse(grad_scale):
+    """S = 1 / grad_scale in float64; 1 without a scale."""
     return 1.0 / real(1.0, grad_scale)
 
 
@@ -38,11 +39,13 @@ def inverse(grad_scale):
 
 @triton.jit
 def divide(a, b):
+    """The correctly rounded quotient."""
     return tl.div_rn(a, b) if b.dtype == tl.float32 else a / b
 
 
 @triton.jit
 def square_root(t):
+    """The correctly rounded square root."""
     return tl.sqrt_rn(t) if t.dtype == tl.float32 else tl.sqrt(t)
 
 
@@ -60,6 +63,7 @@ def power(base, exponent):
 
 @triton.jit
 def is_set(found_inf):
+    """Whether the flag is there and not zero."""
     return tl.full((), 0, tl.int1) if found_inf is None else tl.load(found_inf) != 0
 
 
@@ -87,6 +91,7 @@ def address(pointers, index, first, DTYPE: tl.constexpr):
 
 @triton.jit
 def load(at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """A block from element `start` on: 16 bytes at a time if WIDE, else what is before `length`."""
     lanes = tl.arange(0, BLOCK)
     if WIDE:
         block = tl.load(tl.multiple_of(at + start, 16) + lanes)
@@ -97,6 +102,7 @@ def load(at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def store(at, value, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Store a block as `load` reads it."""
     lanes = tl.arange(0, BLOCK)
     if WIDE:
         tl.store(tl.multiple_of(at + start, 16) + lanes, value)
