@@ -1,0 +1,112 @@
+"""The micro-batches of a step, which methods with ascents evaluate again at other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from eigenfilter._running_stats import freeze_running_stats
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.randomness import Randomness
+
+# Where the wrappers of frameworks keep the optimizer that they wrap.
+_INNER = ("optimizer", "_optimizer")
+
+
+def optimizer_of(optimizer: Any) -> EigenfilterOptimizer | None:
+    """The optimizer of this library in the wrappers of a framework; None if it is another's."""
+    while optimizer is not None:
+        if isinstance(optimizer, EigenfilterOptimizer):
+            return optimizer
+        inner = (vars(optimizer).get(name) for name in _INNER)
+        optimizer = next((o for o in inner if isinstance(o, torch.optim.Optimizer)), None)
+    return None
+
+
+class Window:
+    """The micro-batches whose gradients a framework accumulates for one step.
+
+    A framework evaluates each micro-batch once, and then forgets it. A method with ascents needs
+    the gradient of the whole window at other weights too, so the window keeps a function for each
+    micro-batch that evaluates it again:
+
+        with window.recording(evaluate_again):      # for each micro-batch
+            ...                                     # the framework's own forward and backward
+        window.take_ascents(grad_scaler)            # leaves the descent's gradient
+        ...                                         # clipping
+        opt.step()
+
+    Running statistics stay those of x. A method whose evaluations must see the same random numbers
+    (finite differences) gets them for each micro-batch. A step without ascents keeps nothing.
+
+    Args:
+        model: model whose running statistics are preserved at perturbed weights.
+        optimizer: optimizer of this library.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: EigenfilterOptimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self._evaluations: list[tuple[Callable[[], Any], Randomness | None]] = []
+
+    def __len__(self) -> int:
+        """The number of micro-batches that were recorded since the last step."""
+        return len(self._evaluations)
+
+    @contextmanager
+    def recording(self, evaluate: Callable[[], Any]) -> Iterator[None]:
+        """A context for the first evaluation of a micro-batch, at x.
+
+        Args:
+            evaluate: function that computes the loss of the micro-batch and calls backward with
+                the same factors (of accumulation, of a loss scaler) as the first evaluation, and
+                logs nothing. It must not clear gradients.
+        """
+        with self.optimizer.evaluation():
+            if self.optimizer.phase == "ascent":
+                replays = self.optimizer.perturbation.replays(0) is False
+                self._evaluations.append((evaluate, self._randomness() if replays else None))
+            yield
+
+    def take_ascents(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
+        """Take all ascents of the step; the gradients of the descent are left in `.grad`.
+
+        If an evaluation fails, x is restored, and the window is empty.
+
+        Args:
+            grad_scaler: scaler whose scale the gradients carry.
+        """
+        opt = self.optimizer
+        try:
+            while opt.ascend(grad_scaler):
+                with freeze_running_stats(self.model):
+                    self._evaluate()
+        except BaseException:
+            if opt.perturbed:
+                opt.restore()
+            raise
+        finally:
+            self.clear()
+
+    def clear(self) -> None:
+        """Forget the micro-batches, as when the framework skips the step."""
+        self._evaluations.clear()
+
+    def _evaluate(self) -> None:
+        opt = self.optimizer
+        replays = opt.perturbation.replays(opt._step_state.ascents_taken)
+        after = self._randomness() if replays else None
+        with torch.enable_grad(), opt.evaluation():
+            for evaluate, randomness in self._evaluations:
+                if replays and randomness is not None:
+                    randomness.replay()
+                evaluate()
+        if after is not None:  # as if nothing had been replayed
+            after.replay()
+
+    def _randomness(self) -> Randomness:
+        return Randomness(p for group in self.optimizer.param_groups for p in group["params"])

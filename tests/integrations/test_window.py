@@ -1,0 +1,123 @@
+"""A window of micro-batches against one closure that evaluates all of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigenfilter as ef
+from eigenfilter.integrations._window import Window, optimizer_of
+
+METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": functools.partial(ef.SGD, momentum=0.9),
+    "usam": functools.partial(ef.USAM, momentum=0.9, rho=0.1),
+    "usam with rho 0": functools.partial(ef.USAM, momentum=0.9, rho=0.0),
+    "sam": functools.partial(ef.SAM, rho=0.1),
+    "two_step_usam": functools.partial(ef.TwoStepUSAM, rho=0.1),
+    "hessian_usam": functools.partial(ef.HessianUSAM, rho=0.1, fd_step=1e-5),
+    "adamw": functools.partial(ef.AdamW, method="sam", rho=0.1),
+}
+MICRO_BATCHES = 3
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 2)
+    return nn.Sequential(*layers).double()
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1]) / MICRO_BATCHES
+
+
+def batches_of_step(step: int) -> list[tuple[Tensor, Tensor]]:
+    gen = torch.Generator().manual_seed(step)
+    shapes = ((6, 4), (6, 2))
+    draw = functools.partial(torch.randn, generator=gen, dtype=torch.float64)
+    return [(draw(shapes[0]), draw(shapes[1])) for _ in range(MICRO_BATCHES)]
+
+
+def by_closure(model: nn.Module, opt: torch.optim.Optimizer, steps: int) -> None:
+    for step in range(steps):
+
+        def closure(step: int = step) -> Tensor:
+            opt.zero_grad()
+            with ef.freeze_running_stats(model) if opt.perturbed else nullcontext():
+                losses = [loss_of(model, batch) for batch in batches_of_step(step)]
+                for loss in losses:
+                    loss.backward()
+            return torch.stack(losses).sum()
+
+        opt.step(closure)
+
+
+def by_window(model: nn.Module, opt: torch.optim.Optimizer, steps: int) -> None:
+    window = Window(model, opt)
+    for step in range(steps):
+        opt.zero_grad()
+        for batch in batches_of_step(step):
+
+            def evaluate(batch: tuple[Tensor, Tensor] = batch) -> None:
+                loss_of(model, batch).backward()
+
+            with window.recording(evaluate):
+                evaluate()
+        window.take_ascents()
+        assert len(window) == 0
+        opt.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_window_is_one_closure(model: nn.Module, method: str) -> None:
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    ends = []
+    for train in (by_closure, by_window):
+        model.load_state_dict(start)
+        torch.manual_seed(1)
+        train(model, METHODS[method](model.parameters(), lr=0.1), 4)
+        ends.append(({n: t.clone() for n, t in model.state_dict().items()}, torch.rand(1)))
+    assert not torch.equal(ends[0][0]["0.weight"], start["0.weight"])
+    for name, t in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], t, rtol=0, atol=0)
+    if method != "hessian_usam":  # where a window leaves the generator as if nothing was replayed
+        assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_a_step_without_ascents_keeps_no_micro_batch(model: nn.Module) -> None:
+    window = Window(model, ef.USAM(model.parameters(), lr=0.1, rho=0.0))
+    with window.recording(lambda: None):
+        pass
+    assert len(window) == 0
+
+
+def test_a_failed_evaluation_restores_the_weights(model: nn.Module) -> None:
+    opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1)
+    window = Window(model, opt)
+    before = [p.detach().clone() for p in model.parameters()]
+    batch = batches_of_step(0)[0]
+
+    def fail() -> None:
+        raise ZeroDivisionError("a batch that fails")
+
+    with window.recording(fail):
+        loss_of(model, batch).backward()
+    with pytest.raises(ZeroDivisionError, match="a batch that fails"):
+        window.take_ascents()
+    assert not opt.perturbed
+    assert len(window) == 0
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_the_optimizer_in_wrappers(model: nn.Module) -> None:
+    opt = ef.USAM(model.parameters(), lr=0.1)
+    wrapper = torch.optim.SGD(model.parameters())
+    assert optimizer_of(opt) is opt
+    assert optimizer_of(wrapper) is None
+    wrapper.optimizer = opt  # as Accelerate's
+    assert optimizer_of(wrapper) is opt
