@@ -57,6 +57,7 @@ BETA1 = 0.83
 BETA2 = 0.973
 EPS = 0.037  # large enough that where it is added shows
 STEPS = (1, 9, 12345)
+EXTRAPOLATION = 0.6
 SEED = 11_184_811  # fills the 24 bits of a seed
 SCALE = 3.3  # no power of two: dividing by it rounds, and multiplying by 1 / it rounds otherwise
 
@@ -81,7 +82,7 @@ class KernelBackend:
 class Descent:
     """The lists and options of a call of `sgd_step`."""
 
-    momentum: str  # "none", "heavy" or "nesterov"
+    momentum: str  # "none", "heavy", "nesterov" or "ahead": heavy ball with an extrapolation
     backups: bool
     decay: bool
     maximize: bool
@@ -89,10 +90,11 @@ class Descent:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `kernels.sgd_step`."""
         with_momentum = self.momentum != "none"
-        return {
+        ahead = {"extrapolation": EXTRAPOLATION} if self.momentum == "ahead" else {}
+        return ahead | {
             "lr": LR,
             "momentum": MOMENTUM if with_momentum else 0.0,
-            "dampening": DAMPENING if self.momentum == "heavy" else 0.0,
+            "dampening": DAMPENING if self.momentum in ("heavy", "ahead") else 0.0,
             "weight_decay": WEIGHT_DECAY if self.decay else 0.0,
             "nesterov": self.momentum == "nesterov",
             "maximize": self.maximize,
@@ -106,7 +108,7 @@ class Descent:
 DESCENTS = [
     Descent(*choice)
     for choice in itertools.product(
-        ("none", "heavy", "nesterov"), (False, True), (False, True), (False, True)
+        ("none", "heavy", "nesterov", "ahead"), (False, True), (False, True), (False, True)
     )
 ]
 
@@ -324,6 +326,13 @@ UPDATES = [
         ("params", "momenta"),
         Descent("nesterov", True, True, True).options() | {"dampening": DAMPENING},
         "nesterov-backups",
+    ),
+    Update(
+        "sgd_step",
+        _DESCENT[:3],
+        ("params", "momenta"),
+        Descent("ahead", False, True, False).options(),
+        "ahead",
     ),
     Update(
         "sgd_step",

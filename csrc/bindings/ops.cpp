@@ -115,8 +115,13 @@ void require_momenta(const SgdStepScalars<Scalar>& s, const py::handle* values) 
     constexpr auto momenta = position_of<Scalars>("momenta");
     constexpr auto momentum = position_of<Scalars>("momentum");
     if (!values[momenta].is_none()) return;
-    if (s.nesterov || s.momentum.value != 0 || is_tensor(values[momentum]))
-        throw py::value_error("momentum and nesterov need momenta: pass buffers, zeros at first");
+    constexpr auto extrapolation = position_of<Scalars>("extrapolation");
+    const auto is_wanted = [&](const Scalar& s, std::size_t position) {
+        return s.value != 0 || is_tensor(values[position]);
+    };
+    if (s.nesterov || is_wanted(s.momentum, momentum) || is_wanted(s.extrapolation, extrapolation))
+        throw py::value_error(
+            "momentum, nesterov and extrapolation need momenta: pass buffers, zeros at first");
 }
 
 // An update, as ops.hpp describes it: `values` are its arguments.

@@ -122,7 +122,7 @@ template <class>
 struct SgdStep;
 template <class Real>
 struct SgdStepScalars {
-    Real lr, momentum, dampening, weight_decay, grad_scale, rounding_seed;
+    Real lr, momentum, dampening, weight_decay, extrapolation, grad_scale, rounding_seed;
     bool nesterov, maximize;
     bool stochastic;  // whether there is a seed, and results are bf16 or f16
 
@@ -138,6 +138,7 @@ struct SgdStepScalars {
         {"momentum", &SgdStepScalars::momentum, Range::finite},
         {"dampening", &SgdStepScalars::dampening, Range::finite},
         {"weight_decay", &SgdStepScalars::weight_decay, Range::finite},
+        {"extrapolation", &SgdStepScalars::extrapolation, Range::finite},
         {"nesterov", &SgdStepScalars::nesterov},
         {"maximize", &SgdStepScalars::maximize},
         {"rounding_seed", &SgdStepScalars::rounding_seed, Range::seed},
@@ -147,6 +148,7 @@ struct SgdStepScalars {
 
     d = g / grad_scale + wd x,  m <- momentum m + (1 - dampening) d
     x <- x - lr m               (Nesterov: x - lr (d + momentum m); without momenta: x - lr d)
+    x <- x - e (m - m before)   (with an extrapolation e)
 
 Where found_inf is not zero x is restored and m stays.)";
 };

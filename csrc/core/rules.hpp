@@ -23,9 +23,17 @@ EIGENFILTER_RULE double power(double base, double exponent) {
 EIGENFILTER_RULE float square_root(float v) { return sqrtf(v); }
 EIGENFILTER_RULE double square_root(double v) { return sqrt(v); }
 
+// What every rule has: what it does to x last, given its states before and after as they are stored.
+struct Rule {
+    template <class V>
+    EIGENFILTER_RULE V finish(V x, const V*, const V*) const {
+        return x;
+    }
+};
+
 // x <- from + alpha g / grad_scale; adaptive: x <- from + alpha from^2 g / grad_scale
 template <class T>
-struct Perturb {
+struct Perturb : Rule {
     T step;
     bool adaptive;
 
@@ -40,7 +48,7 @@ struct Perturb {
 
 // x <- from + alpha h, h = (g - g0) / (eps grad_scale)
 template <class T>
-struct PerturbHvp {
+struct PerturbHvp : Rule {
     T step;
 
     EIGENFILTER_RULE explicit PerturbHvp(const PerturbHvpScalars<double>& s)
@@ -53,10 +61,10 @@ struct PerturbHvp {
 };
 
 // d = +-g / grad_scale + wd x;  m <- beta m + (1 - dampening) d;  x <- x - lr m
-// (Nesterov: x - lr (d + beta m); without momentum: x - lr d)
+// (Nesterov: x - lr (d + beta m); without momentum: x - lr d), and last x <- x - e (m - m before)
 template <class T>
-struct SgdStep {
-    T scale, decay, beta, keep, lr;
+struct SgdStep : Rule {
+    T scale, decay, beta, keep, lr, extrapolation;
     bool nesterov;
 
     EIGENFILTER_RULE explicit SgdStep(const SgdStepScalars<double>& s)
@@ -65,6 +73,7 @@ struct SgdStep {
           beta(static_cast<T>(s.momentum)),
           keep(static_cast<T>(1 - s.dampening)),
           lr(static_cast<T>(s.lr)),
+          extrapolation(static_cast<T>(s.extrapolation)),
           nesterov(s.nesterov) {}
 
     template <class V>
@@ -84,12 +93,17 @@ struct SgdStep {
         m = beta * m + keep * d;
         return x - lr * (nesterov ? d + beta * m : m);
     }
+
+    template <class V>
+    EIGENFILTER_RULE V finish(V x, const V* before, const V* m) const {
+        return extrapolation == 0 ? x : x - extrapolation * (*m - *before);
+    }
 };
 
 // d = +-g / grad_scale;  m <- beta1 m + (1 - beta1) d;  v <- beta2 v + (1 - beta2) d^2
 // x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
 template <class T>
-struct AdamWStep {
+struct AdamWStep : Rule {
     T scale, beta1, keep1, beta2, keep2, decay, size, root, eps;
 
     EIGENFILTER_RULE explicit AdamWStep(const AdamWStepScalars<double>& s)

@@ -53,13 +53,19 @@ void update(const Stretch& r, const Rule& rule, const Rounding& rounding,
     Bits* const states[] = {r.at<Bits>(r.t.m), r.at<Bits>(r.t.v)};
     const Bits* const streamed = !r.streams || b == nullptr ? nullptr : Saves ? b : x;
     walk<Storage>(r.count, streamed, [=](auto io, std::int64_t i) {
+        using V = Vec<typename Storage::Arithmetic, L>;
         const auto origin = io.read(from + i);
-        [[maybe_unused]] Vec<typename Storage::Arithmetic, L> state[] = {
-            Storage::template widen<L>(io.read(states[S] + i))..., {}};
-        const auto updated =
-            rule(Storage::template widen<L>(origin),
-                 Gradient::template widen<L>(io.read(grads[G] + i))..., state[S]...);
-        (io.write(states[S] + i, rounded<Storage>(rounding, state[S], Output(S + 1), i)), ...);
+        const V before[] = {Storage::template widen<L>(io.read(states[S] + i))..., {}};
+        [[maybe_unused]] V state[] = {before[S]..., {}};
+        V updated = rule(Storage::template widen<L>(origin),
+                         Gradient::template widen<L>(io.read(grads[G] + i))..., state[S]...);
+        if constexpr (sizeof...(S) > 0) {
+            const decltype(origin) stored[] = {
+                rounded<Storage>(rounding, state[S], Output(S + 1), i)...};
+            (io.write(states[S] + i, stored[S]), ...);
+            const V after[] = {Storage::template widen<L>(stored[S])...};
+            updated = rule.finish(updated, before, after);
+        }
         const auto result = rounded<Storage>(rounding, updated, Output::x, i);
         if constexpr (Saves) {
             io.write_only(b + i, origin);

@@ -51,7 +51,10 @@ struct Step {
     // them too.
     static constexpr bool kFull = Inputs > 2 || IsSeeded || kWide;
     static constexpr int kInFlight = kFull && sizeof(Real) == 4 ? 1 : 2;
-    static constexpr int kFewer = IsSeeded + (kWide && Inputs > 2);
+    // Conversions from and to float16 fill them where x, g and m are all read.
+    static constexpr bool kConverts =
+        std::is_same_v<Storage, Float16> && States == 1 && B == Backup::none && !IsSeeded;
+    static constexpr int kFewer = IsSeeded + (kWide && Inputs > 2) + kConverts;
     static constexpr int kBlocks = kFull && sizeof(Real) == 8 ? 2 : kBlocksAnSm - kFewer;
 
     template <class Rule>
@@ -101,11 +104,16 @@ struct Step {
                     writer.rounding.template round<Storage>(v, output, std::uint32_t(i + j)));
             };
             [[maybe_unused]] Real wide[] = {Storage::widen(states[S].v[j])..., Real{}};
-            from.v[j] = rounded(writer.rule(Storage::widen(from.v[j]),
-                                            Real{Gradient::widen(grads[G].v[j])}..., wide[S]...),
-                                Output::x);
-#pragma unroll
-            for (int k = 0; k < States; ++k) states[k].v[j] = rounded(wide[k], Output(k + 1));
+            Real x = writer.rule(Storage::widen(from.v[j]),
+                                 Real{Gradient::widen(grads[G].v[j])}..., wide[S]...);
+            if constexpr (States > 0) {
+                const typename Storage::Bits stored[] = {rounded(wide[S], Output(S + 1))...};
+                const Real before[] = {Storage::widen(states[S].v[j])...};
+                const Real after[] = {Storage::widen(stored[S])...};
+                x = writer.rule.finish(x, before, after);
+                ((states[S].v[j] = stored[S]), ...);
+            }
+            from.v[j] = rounded(x, Output::x);
         }
     };
 };

@@ -1,6 +1,7 @@
 """sgd_step against exact arithmetic, with every combination of lists and options.
 
 x <- b; d = +-g / grad_scale + wd x; m <- beta m + (1 - dampening) d; x <- x - lr m (or d + beta m).
+With an extrapolation e last x <- x - e (m - m before).
 """
 
 from __future__ import annotations
@@ -40,26 +41,33 @@ def call(case: Descent, arena: Arena, backend: KernelBackend, **flags: Tensor) -
     arena.assert_margins_untouched()
 
 
-def rule(x: Exact, g: Exact, m: Exact, S: float, options: dict[str, Any]) -> tuple[Exact, Exact]:
-    """The new x and m, from terms; with all terms positive, the sum of their sizes."""
+def rule(
+    x: Exact, g: Exact, m: Exact, S: float, options: dict[str, Any], stored: Exact
+) -> tuple[Exact, Exact]:
+    """The new x and m, from terms; with all terms positive, the sum of their sizes.
+
+    An extrapolation starts from the new m as it is `stored`.
+    """
     beta, lr = np.longdouble(options["momentum"]), np.longdouble(options["lr"])
     d = S * g + np.longdouble(options["weight_decay"]) * x
     if beta == 0:
         return x - lr * d, m
-    m = beta * m + (1 - np.longdouble(options["dampening"])) * d
-    return x - lr * (d + beta * m if options["nesterov"] else m), m
+    before, m = m, beta * m + (1 - np.longdouble(options["dampening"])) * d
+    x = x - lr * (d + beta * m if options["nesterov"] else m)
+    e = np.longdouble(options.get("extrapolation", 0.0))
+    return x - e * stored + abs(e) * before, m
 
 
 def expected(
-    case: Descent, before: list[Tensor], scale: float
+    case: Descent, before: list[Tensor], stored: Tensor, scale: float
 ) -> tuple[tuple[Exact, Exact], tuple[Exact, Exact]]:
-    """(x, sizes of its terms) and (m, sizes of its terms) after the call."""
+    """(x, sizes of its terms) and (m, sizes of its terms) after the call that stored an m."""
     options = case.options()
     x, g, m = exact(before[B if case.backups else X]), exact(before[G]), exact(before[M])
     S = np.longdouble(1) / np.longdouble(np.float32(scale))
-    new_x, new_m = rule(x, g, m, -S if case.maximize else S, options)
-    sizes = options | {"lr": -options["lr"]}
-    terms_x, terms_m = rule(np.abs(x), np.abs(g), np.abs(m), S, sizes)
+    new_x, new_m = rule(x, g, m, -S if case.maximize else S, options, exact(stored))
+    sizes = options | {"lr": -options["lr"], "extrapolation": -options.get("extrapolation", 0.0)}
+    terms_x, terms_m = rule(np.abs(x), np.abs(g), np.abs(m), S, sizes, np.abs(exact(stored)))
     return (new_x, terms_x), (new_m, terms_m)
 
 
@@ -72,7 +80,7 @@ def test_sgd_step(
     before = [arena.values(i) for i in (X, G, M, B)]
     flags = {} if scale is None else {"grad_scale": torch.tensor(scale, device=backend.device)}
     call(case, arena, backend, **flags)
-    x, m = expected(case, before, scale or 1.0)
+    x, m = expected(case, before, arena.values(M), scale or 1.0)
     assert_near(arena.values(X), *x)
     assert_near(arena.values(M), *m)
     assert same_bits(arena.values(G), before[G])
@@ -92,7 +100,7 @@ def test_found_inf_restores_x_and_keeps_m(
     if flag:
         assert same_bits(arena.values(M), before[M])
     else:
-        x, _ = expected(case, before, 1.0)
+        x, _ = expected(case, before, arena.values(M), 1.0)
         assert_near(arena.values(X), *x)
 
 

@@ -44,6 +44,7 @@ LISTS = {
     "perturb_hvp_scaled": (3, 1),
     "sgd_step": (2, 1),
     "sgd_step_scaled": (3, 2),
+    "sgd_step_ahead": (3, 2),
     "adamw_step": (4, 3),
     "adamw_step_scaled": (4, 3),
     "sum_squares": (1, 0),
@@ -66,6 +67,7 @@ WITHOUT_DIVISION = (
     "perturb_adaptive",
     "perturb_unsaved",
     "sgd_step",
+    "sgd_step_ahead",
     "sgd_step_stochastic",
 )
 
@@ -304,7 +306,9 @@ def configurations(
     from eigenfilter.kernels.triton.sgd_step import sgd_step_kernel as sgd
 
     shared = constants(getattr(torch, dtype), Blocks(), getattr(torch, grad or dtype))
-    nesterov, nearest = {"MOMENTA": True, "NESTEROV": True}, {"STOCHASTIC": False}
+    nesterov = {"MOMENTA": True, "NESTEROV": True, "AHEAD": False}
+    ahead = {"MOMENTA": True, "NESTEROV": False, "AHEAD": True}
+    nearest = {"STOCHASTIC": False}
     unscaled = {} if "float64" in (dtype, grad) else {"exponents": None}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "perturb": on_host(perturb_kernel, SAVE=True, ADAPTIVE=False),
@@ -314,8 +318,9 @@ def configurations(
         "perturb_unsaved_scaled": (perturb_kernel, {"SAVE": False, "ADAPTIVE": False}),
         "perturb_hvp": on_host(perturb_hvp_kernel),
         "perturb_hvp_scaled": (perturb_hvp_kernel, {}),
-        "sgd_step": on_host(sgd, MOMENTA=False, NESTEROV=False, **nearest),
+        "sgd_step": on_host(sgd, MOMENTA=False, NESTEROV=False, AHEAD=False, **nearest),
         "sgd_step_scaled": (sgd, nesterov | nearest),
+        "sgd_step_ahead": on_host(sgd, **ahead, **nearest),
         "adamw_step": on_host(adamw, **nearest),
         "adamw_step_scaled": (adamw, nearest),
         "sum_squares": (sum_squares_kernel, {"WEIGHTS": False} | unscaled),

@@ -128,6 +128,7 @@ def test_updates(
     if "MOMENTA" in launch.source.fn.arg_names:
         assert launch["MOMENTA"] == ("momenta" in update.lists)
         assert launch["NESTEROV"] == update.options.get("nesterov", False)
+        assert launch["AHEAD"] == ("extrapolation" in update.options)
     if "sign" in launch.source.fn.arg_names:
         assert launch["sign"] == (-1.0 if update.options.get("maximize") else 1.0)
     if "STOCHASTIC" in launch.source.fn.arg_names:
@@ -165,6 +166,7 @@ def test_no_number_is_compiled_in(recorder: Recorder, update: Update) -> None:
     recorder(lambda: update(lists, backend="triton"))
     for n, value in ((1, 0.0), (2, 0.5), (16, 1.0)):
         bounded = {"beta1", "beta2", "eps", "step", "rounding_seed", "momentum", "dampening"}
+        bounded.add("extrapolation")  # with 0 it is a shorter kernel
         options = {name: value for name in update.hyperparameters if name not in bounded}
         options |= {name: 1 for name in update.hyperparameters if name == "step"}
         fewer = [t[-n:] for t in lists]

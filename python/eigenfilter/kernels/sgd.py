@@ -1,7 +1,8 @@
 """The step of SGD: gradient descent, heavy ball, Nesterov.
 
 The body is the reference. x: parameter; g: gradient; b: backup of x; m: momentum buffer; beta:
-momentum; tau: dampening; wd: weight decay; S = 1 / grad_scale; T: dtype of the arithmetic.
+momentum; tau: dampening; wd: weight decay; e: extrapolation; S = 1 / grad_scale; T: dtype of the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def sgd_step(
     momentum: Scalar = 0.0,
     dampening: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
+    extrapolation: Scalar = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
     rounding_seed: Scalar | None = None,
@@ -39,6 +41,11 @@ def sgd_step(
         d = g / grad_scale + wd x             (-g with maximize)
         m <- momentum m + (1 - dampening) d
         x <- x - lr m                         (Nesterov: x - lr (d + momentum m))
+        x <- x - e (m - m before)             (with an extrapolation e)
+
+    Parameters that hold y = x - e m, where x is the iterate, thus hold the next y afterwards: the
+    gradient is taken there, at heavy ball's price. The last line uses m as it is stored, so that
+    x = y + e m can be had back.
 
     Without `momenta` the step is x <- x - lr d. Momentum buffers start as zeros; torch's first step
     (m <- d) is then the call with dampening 0.
@@ -52,6 +59,7 @@ def sgd_step(
         momentum: decay rate of the momentum buffers, in [0, 1).
         dampening: share of the gradient that stays out of the buffers, in [0, 1].
         weight_decay: coefficient wd of the L2 penalty, at least 0.
+        extrapolation: how far e along -m the parameters lie ahead of the iterate.
         nesterov: whether to add the gradient to the new momentum once more.
         maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
@@ -61,8 +69,8 @@ def sgd_step(
         backend: see `eigenfilter.kernels`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `perturb`; ValueError also for momentum or nesterov
-            without momenta, and for a seed out of range.
+        TypeError, ValueError, RuntimeError: as `perturb`; ValueError also for momentum, nesterov
+            or extrapolation without momenta, and for a seed out of range.
 
     Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
     """
@@ -77,11 +85,18 @@ def sgd_step(
         if wd != 0:
             d = d + wd * x
         u = d
+        ahead = None
         if momenta is not None:
             beta = real(momentum, p).to(T)
             keep = (1 - real(dampening, p)).to(T)
             m = beta * momenta[i].to(T) + keep * d
             u = d + beta * m if nesterov else m
-            write(momenta[i], dithered(m, momenta[i], rounding_seed, i, M), found_inf)
+            m = dithered(m, momenta[i], rounding_seed, i, M).to(p.dtype)
+            e = real(extrapolation, p).to(T)
+            if e != 0:
+                ahead = e * (m.to(T) - momenta[i].to(T))
+            write(momenta[i], m, found_inf)
         x = x - real(lr, p).to(T) * u
+        if ahead is not None:
+            x = x - ahead
         write(p, dithered(x, p, rounding_seed, i, X), found_inf)

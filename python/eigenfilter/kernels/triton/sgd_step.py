@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from eigenfilter.kernels.conventions import Table
 from eigenfilter.kernels.triton.device import (
@@ -28,20 +29,25 @@ from eigenfilter.kernels.triton.rounding import M, X, noise_of, rounded
 @triton.jit
 def _sgd_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, from_at = at
-    S, alpha, beta, keep, wd, stop, noise, MOMENTA, NESTEROV = rule
+    S, alpha, beta, keep, wd, e, stop, noise, MOMENTA, NESTEROV, AHEAD = rule
     p = load(from_at, start, length, BLOCK, WIDE)
     x = p.to(S.dtype)
     d = S * load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
     if wd != 0:
         d = d + wd * x
-    u = d
     if MOMENTA:
         old = load(m_at, start, length, BLOCK, WIDE)
         m = beta * old.to(S.dtype) + keep * d
         u = d + beta * m if NESTEROV else m
-        m = rounded(m, noise, M, old, start, BLOCK)
+        m = rounded(m, noise, M, old, start, BLOCK).to(old.dtype)
         store(m_at, unless(stop, old, m), start, length, BLOCK, WIDE)
-    x = rounded(x - alpha * u, noise, X, p, start, BLOCK)
+        x = x - alpha * u
+        if AHEAD:  # noqa: SIM102 (one condition is not decided at compile time)
+            if e != 0:
+                x = x - e * (m.to(S.dtype) - old.to(S.dtype))
+    else:
+        x = x - alpha * d
+    x = rounded(x, noise, X, p, start, BLOCK)
     store(x_at, unless(stop, p, x), start, length, BLOCK, WIDE)
 
 
@@ -60,6 +66,8 @@ def sgd_step_kernel(
     dampening_at,
     weight_decay: tl.float64,
     weight_decay_at,
+    extrapolation: tl.float64,
+    extrapolation_at,
     rounding_seed: tl.float64,
     rounding_seed_at,
     grad_scale,
@@ -67,12 +75,16 @@ def sgd_step_kernel(
     STOCHASTIC: tl.constexpr,
     MOMENTA: tl.constexpr,
     NESTEROV: tl.constexpr,
+    AHEAD: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m)."""
+    """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m).
+
+    With an extrapolation e last x <- x - e (m - m before).
+    """
     tensor, first, length, wide = chunk(chunks)
     x_at = address(pointers, tensor, first, DTYPE)
     g_at = address(pointers, tensor + n, first, GRAD)
@@ -87,10 +99,12 @@ def sgd_step_kernel(
         real(momentum, momentum_at).to(REAL),
         keep.to(REAL),
         real(weight_decay, weight_decay_at).to(REAL),
+        real(extrapolation, extrapolation_at).to(REAL),
         is_set(found_inf),
         noise_of(seed, tensor, first) if STOCHASTIC else None,
         MOMENTA,
         NESTEROV,
+        AHEAD,
     )
     for_each_block(_sgd_step_block, (x_at, g_at, m_at, from_at), rule, length, wide, BLOCK)
 
@@ -107,4 +121,5 @@ def run(table: Table, call: SimpleNamespace) -> None:
         STOCHASTIC=is_stochastic(call),
         MOMENTA=has_momenta,
         NESTEROV=call.nesterov,
+        AHEAD=isinstance(call.extrapolation, Tensor) or call.extrapolation != 0,
     )
