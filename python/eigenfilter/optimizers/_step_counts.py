@@ -157,7 +157,7 @@ class _Block:
         """Whether other code has changed the values."""
         if self.values.device.type == "cpu":
             return not torch.equal(self.values, self.mirror)
-        return self.values._version != self.version
+        return bool(self.values._version != self.version)
 
     def part(self, indices: list[int]) -> tuple[_Block, Tensor, Tensor]:
         """The block, a range of both rows around the indices, and 1 at these and 0 elsewhere."""

@@ -18,7 +18,6 @@ from eigenfilter.optimizers.buckets import (
     BucketSlice,
     Gradients,
     ParamBucket,
-    conform_if_needed,
     gradients_by_id,
 )
 from eigenfilter.optimizers.hyperparameters import Options, show_options
@@ -82,19 +81,17 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
     ) -> Gradients:
         if index > 0:
-            gradients = conform_if_needed(self._pair_with_first(gradients))
+            gradients = self._pair_with_first(gradients)
             for bucket, grads in gradients:
                 self._match_dtypes(bucket, grads)
             if len(self._losses) == self.count:
                 self._check_plausibility(gradients)
             return gradients
-        padded = conform_if_needed(padded)
         lengths = total_norms([(bucket, bucket.tensors) for bucket, _ in padded])
         self._norms = total_norms(padded)
         for device, norm in self._norms.items():
             step = self._relative_step(padded) * (1 + lengths[device])
             self._eps[device] = step / (amp.unscale(norm, device) + TINY)
-        gradients = conform_if_needed(gradients)
         for bucket, grads in gradients:  # a later backward pass may overwrite them: copy
             first = bucket.first_gradients(grads)
             torch._foreach_copy_(list(first), [_distributed.local(g) for g in grads])
@@ -114,7 +111,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
             new = [i for i, p in enumerate(bucket.params) if id(p) in by_id]
             if new:
                 some = bucket.subset(new)
-                here = some.conform([grads[i] for i in new])
+                here = [grads[i] for i in new]
                 first = some.first_gradients(here)
                 torch._foreach_zero_(list(first))
                 self._first_gradients[some] = first
@@ -123,8 +120,6 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
 
     def _match_dtypes(self, bucket: ParamBucket, grads: list[Tensor]) -> None:
         """Raise RuntimeError if two gradients differ in dtype and the first one is not 0."""
-        if [g.dtype for g in grads] == bucket.first_dtypes:
-            return
         first = list(self._first_gradients[bucket])
         for i, (a, b) in enumerate(zip(first, grads, strict=True)):
             if a.dtype != b.dtype:
@@ -135,7 +130,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
                         "some have another on the second: leave grad_dtype as it is during a step"
                     )
                 first[i] = torch.zeros_like(a, dtype=b.dtype)
-        self._first_gradients[bucket] = first
+                self._first_gradients[bucket] = first
 
     def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eigenfilter import _callers, _distributed
-from eigenfilter.optimizers._layout import ParamBuckets, retry_on_layout_change
+from eigenfilter.optimizers.buckets import ParamBuckets, retry_on_layout_change
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.updates import Update
 

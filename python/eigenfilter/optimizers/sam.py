@@ -12,7 +12,7 @@ from eigenfilter.filters import AscentFilter
 from eigenfilter.optimizers._norms import total_norms
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.base import EigenfilterOptimizer
-from eigenfilter.optimizers.buckets import BucketSlice, Gradients, conform_if_needed
+from eigenfilter.optimizers.buckets import BucketSlice, Gradients
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
 from eigenfilter.optimizers.registry import register
@@ -47,7 +47,6 @@ class SAMPerturbation(Perturbation):
     def prepare(
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
     ) -> Gradients:
-        gradients = conform_if_needed(gradients)
         norms = total_norms(gradients, weights=self.adaptive)
         self._norms = {device: amp.unscale(norm, device) for device, norm in norms.items()}
         return gradients

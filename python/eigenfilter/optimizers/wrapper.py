@@ -156,11 +156,8 @@ class SharpnessAware(EigenfilterOptimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         self._groups_with_rho()
-        saved: dict[str, Any] = self.base_optimizer.state_dict()
-        for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, saved)
-            saved = saved if changed is None else changed
-        return saved
+        saved = self.base_optimizer.state_dict()
+        return self._through_hooks(self._optimizer_state_dict_post_hooks, saved)
 
     @through_owner
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,36 +170,26 @@ class SharpnessAware(EigenfilterOptimizer):
             ValueError: the groups do not match.
         """
         self._refuse_perturbed("load_state_dict()")
-        state_dict = state_dict.copy()  # as torch does, for hooks that change it
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+        given = state_dict.copy()  # as torch does, for hooks that change it
+        given = self._through_hooks(self._optimizer_load_state_dict_pre_hooks, given)
         self._groups_with_rho()
-        self.base_optimizer.load_state_dict(fill_missing_keys(self.base_optimizer, state_dict))
+        self.base_optimizer.load_state_dict(fill_missing_keys(self.base_optimizer, given))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base.
+    def _through_hooks(self, hooks: dict[int, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """A state_dict as hooks leave it, which change it or return another one."""
+        for hook in hooks.values():
+            changed = hook(self, saved)
+            saved = saved if changed is None else changed
+        return saved
 
-        Raises:
-            TypeError: a parameter is sparse, complex or of an unsupported dtype.
-            ValueError: rho is out of its range.
-            RuntimeError: the parameters are perturbed.
-        """
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         if "param_groups" in vars(self):  # under construction
-            super().add_param_group(param_group)
-            return
-        if self._rho_key in param_group:
-            check_hyperparameters({self._rho_key: param_group[self._rho_key]})
-        self._refuse_perturbed("add_param_group()")
-        groups = self._groups_with_rho()
-        self.base_optimizer.add_param_group(param_group)
-        try:
-            self._check_group(self._groups_with_rho()[-1])
-        except BaseException:
-            groups.pop()
-            raise
+            super()._add_group(param_group)
+        else:
+            self._groups_with_rho()
+            self.base_optimizer.add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
