@@ -98,18 +98,18 @@ def _methods() -> Iterator[tuple[str, Method]]:
     def with_method(name: str) -> Method:
         method, options = registry.method_and_options(name)
         make = functools.partial(_make, registry.OPTIMIZERS[method], **SGD_OPTIONS)
-        if method not in registry.METHODS:
+        if method not in registry.PERTURBATIONS:
             return Method(make, torch_sgd)
         make = functools.partial(make, rho=RHO, **options)
         return Method(make, torch_sgd, name, registry.perturbation_of(method, **options))
 
-    plain = [name for name in filters.METHODS if name not in registry.METHODS]
+    plain = [name for name in filters.METHODS if name not in registry.PERTURBATIONS]
     ascending = registry.names()
     for name in (*plain, *ascending):
         yield name.replace("_", "-"), with_method(name)
     first = ascending[0]
-    for name, cls in registry.UPDATES.items():
-        make = functools.partial(_make, cls, lr=LR)
+    for name in registry.updates():
+        make = functools.partial(_make, registry.OPTIMIZERS[name], lr=LR)
         yield name, Method(make, _BASES[name])
         ascends = functools.partial(make, method=first, rho=RHO)
         yield (

@@ -19,10 +19,10 @@ from eigenfilter.optimizers import registry
 from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 
 DATASETS = ("digits", "mnist", "fashion", "cifar10", "cifar100")
-_PLAIN = tuple(name for name in registry.OPTIMIZERS if name not in registry.METHODS)
-OPTIMIZERS = (*_PLAIN, *registry.names(), *registry.UPDATES)
+_UPDATES = registry.updates()
+_PLAIN = tuple(n for n in registry.OPTIMIZERS if n not in (*registry.PERTURBATIONS, *_UPDATES))
+OPTIMIZERS = (*_PLAIN, *registry.names(), *_UPDATES)
 METHODS = ("none", *registry.names())
-_UPDATES = ", ".join(registry.UPDATES)
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("float32", "bfloat16", "float64")
 LOSSES = ("cross_entropy", "square")
@@ -149,7 +149,7 @@ class Config:
     method: str = _option(
         "none",
         _one_of(METHODS),
-        f"ascent of {_UPDATES} and {TORCH}NAME: {', '.join(METHODS)}",
+        f"ascent of {', '.join(_UPDATES)} and {TORCH}NAME: {', '.join(METHODS)}",
     )
     lr: float = _option(0.1, _number(0), "learning rate that lr_schedule multiplies")
     momentum: float = _option(0.9, _number(0, 1, below=True), "momentum of the SGD update")
@@ -237,7 +237,7 @@ class Config:
             raise ValueError("label_smoothing applies only to loss cross_entropy")
         if self.method != "none" and self.optimizer in (*_PLAIN, *registry.names()):
             raise ValueError(
-                f"method applies only to {_UPDATES} and torch's optimizers; {self.optimizer} is "
+                f"method applies only to {', '.join(_UPDATES)} and torch's optimizers; {self.optimizer} is "
                 "itself a method, leave it out"
             )
         if self.ascent_part != 1 and not self.ascends:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eigenfilter import _callers, _distributed
-from eigenfilter.optimizers.buckets import ParamBuckets, retry_on_layout_change
 from eigenfilter.optimizers.amp import AmpState
+from eigenfilter.optimizers.buckets import ParamBuckets, retry_on_layout_change
 from eigenfilter.optimizers.updates import Update
 
 
