@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eigenfilter import filters
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.filters import TwoStepUSAM
 from eigenfilter.optimizers import registry
 from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 
 DATASETS = ("digits", "mnist", "fashion", "cifar10", "cifar100")
-_UPDATES = registry.updates()
-_PLAIN = tuple(n for n in registry.OPTIMIZERS if n not in (*registry.PERTURBATIONS, *_UPDATES))
-OPTIMIZERS = (*_PLAIN, *registry.names(), *_UPDATES)
+_PLAIN = tuple(name for name in filters.METHODS if name not in registry.PERTURBATIONS)
+OPTIMIZERS = (*_PLAIN, *registry.names(), *registry.updates())
+_UPDATES = ", ".join(registry.updates())
 METHODS = ("none", *registry.names())
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("float32", "bfloat16", "float64")
@@ -149,7 +149,7 @@ class Config:
     method: str = _option(
         "none",
         _one_of(METHODS),
-        f"ascent of {', '.join(_UPDATES)} and {TORCH}NAME: {', '.join(METHODS)}",
+        f"ascent of {_UPDATES} and {TORCH}NAME: {', '.join(METHODS)}",
     )
     lr: float = _option(0.1, _number(0), "learning rate that lr_schedule multiplies")
     momentum: float = _option(0.9, _number(0, 1, below=True), "momentum of the SGD update")
@@ -162,7 +162,7 @@ class Config:
     )
     ascent: str = _option(
         "sequential",
-        _one_of(TwoStepUSAM.forms),
+        _one_of(filters.TwoStepUSAM.forms),
         "sequential or anchored second ascent of two_step_usam",
     )
     hvp: str = _option(
@@ -237,7 +237,7 @@ class Config:
             raise ValueError("label_smoothing applies only to loss cross_entropy")
         if self.method != "none" and self.optimizer in (*_PLAIN, *registry.names()):
             raise ValueError(
-                f"method applies only to {', '.join(_UPDATES)} and torch's optimizers; {self.optimizer} is "
+                f"method applies only to {_UPDATES} and torch's optimizers; {self.optimizer} is "
                 "itself a method, leave it out"
             )
         if self.ascent_part != 1 and not self.ascends:

@@ -322,14 +322,10 @@ class HessianUSAM(EigenfilterOptimizer):
     r"""Hessian USAM: SGD's update with the gradient taken at x + rho H(x) grad f(x).
 
         h = H(x) grad f(x)
-        d = grad f(x + rho h) + wd x               (also with `maximize`: h keeps its sign)
-        m <- momentum m + (1 - dampening) d        (first step: m <- d)
-        x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
+        d = grad f(x + rho h) + wd x               (then as in `SGD`)
 
-    Where the method converges, every eigenvalue lambda of the Hessian satisfies, with q = lambda
-    (1 + rho lambda^2) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with Nesterov 0 <=
-    lr q <= (2 + 2 momentum) / (1 + 2 momentum). This is exact for wd = 0, and holds to first order
-    in wd otherwise. At wd = 0 the filter admits no negative eigenvalue.
+    The sign of rho h is the same with `maximize`. In the filter, p(lambda) = lambda (1 + rho
+    lambda^2) takes the place of lambda. At wd = 0 it admits no negative eigenvalue.
 
     `hvp="finite_difference"` takes three gradients a step: h = (grad f(x + eps g) - g) / eps with
     g = grad f(x) and eps = fd_step (1 + ||x||) / ||g||. Both gradients must come from the same
@@ -343,8 +339,7 @@ class HessianUSAM(EigenfilterOptimizer):
     Args:
         params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
-            with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
+        rho: step size of the ascent, at least 0, in param_groups; the float 0.0 takes none.
         hvp: how to take the Hessian-vector product: "finite_difference" or "autograd".
         fd_step: relative length of the finite difference, greater than 0. None stands for the
             square root of the parameters' machine precision. Gradients that are less exact, as
