@@ -16,6 +16,7 @@ from benchmarks.peers.foreach_sam import ForeachSAM
 from benchmarks.peers.pytorch_optimizer_sam import PytorchOptimizerSAM
 from eigenfilter import filters
 from eigenfilter.optimizers import EigenfilterOptimizer, registry
+from eigenfilter.optimizers.hessian_usam import FiniteDifferencePerturbation
 from eigenfilter.optimizers.perturbation import Perturbation
 
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05
@@ -59,7 +60,7 @@ class Method:
     @property
     def is_difference(self) -> bool:
         """Whether a step takes a finite difference of gradients, which are nearly equal."""
-        return self.ascents > 1 and self.perturbation.replays(1) is True
+        return isinstance(self.perturbation, FiniteDifferencePerturbation)
 
     def contenders(self, setting: Setting) -> tuple[dict[str, OptimizerFactory], tuple[str, ...]]:
         """The contenders, the library first, and one line for each that is absent."""

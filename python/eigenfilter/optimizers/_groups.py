@@ -28,7 +28,6 @@ from eigenfilter.optimizers.hyperparameters import (
 )
 from eigenfilter.optimizers.in_backward import GradientRelease
 from eigenfilter.optimizers.perturbation import Perturbation
-from eigenfilter.optimizers.randomness import Replay
 from eigenfilter.optimizers.updates import Update
 
 
@@ -57,7 +56,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._step_state = StepState(self)
         self._used = UsedGradients()
         self._amp = AmpState()
-        self._replay = Replay()
         self._parent = ParentOptimizer(self)
         self._buckets = ParamBuckets(self._update, self._amp, self.backend)
         self._release = GradientRelease(self._buckets, self._update, self._amp)

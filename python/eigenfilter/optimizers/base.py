@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -70,16 +70,13 @@ class EigenfilterOptimizer(GroupedOptimizer):
         Both evaluations of a finite difference draw the same random numbers from torch in it.
         `release_gradients` releases the gradients of the descent in this context alone.
         """
-        index = self._step_state.ascents_taken
+        context: AbstractContextManager[None] = nullcontext()
         if self.phase == "ascent":
-            params = self._params()
-            self._replay.begin_evaluation(self.perturbation.replays(index), params)
-            with self.perturbation.evaluation_context(index, params):
-                yield
+            index = self._step_state.ascents_taken
+            context = self.perturbation.evaluation_context(index, self._params())
         elif self.release_gradients:
-            with self._release.during_backward(self):
-                yield
-        else:
+            context = self._release.during_backward(self)
+        with context:
             yield
 
     @_disable_dynamo
@@ -229,12 +226,9 @@ class EigenfilterOptimizer(GroupedOptimizer):
             return False
         if self.skip_nonfinite or self._amp.is_scaled:
             self._amp.check_finite(conform_if_needed(gradients), buckets.devices)
-        self._replay.warn_of_others()
         self._perturb(gradients, step.ascents_taken)
         self._clear_gradients()
         step.ascents_taken += 1
-        if self.perturbation.replays(step.ascents_taken):
-            self._replay.end_ascent(self._params())
         return True
 
     def _perturb(self, gradients: Gradients, index: int) -> None:
@@ -265,7 +259,6 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _end(self) -> None:
         self._step_state.reset()
-        self._replay.forget()
         self._buckets.forget_perturbed()
         self._buckets.store.snapshot_if_changed()
         self._release.updated_ids.clear()

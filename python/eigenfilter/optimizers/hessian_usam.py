@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Unpack
 
 import torch
@@ -22,6 +22,7 @@ from eigenfilter.optimizers.buckets import (
 )
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
+from eigenfilter.optimizers.randomness import Replay
 from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
 
@@ -76,11 +77,13 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
         self._norms: dict[torch.device, Tensor] = {}
         self._losses: list[float | Tensor] = []  # of both sides; none in the explicit form
         self._first_gradients: dict[ParamBucket, Sequence[Tensor]] = {}  # the gradients at x
+        self._replay = Replay()
 
     def prepare(
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
     ) -> Gradients:
         if index > 0:
+            self._replay.warn_of_others()
             gradients = self._pair_with_first(gradients)
             for bucket, grads in gradients:
                 self._match_dtypes(bucket, grads)
@@ -96,6 +99,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
             first = bucket.first_gradients(grads)
             torch._foreach_copy_(list(first), [_distributed.local(g) for g in grads])
             self._first_gradients[bucket] = first
+        self._replay.end_ascent([p for bucket, _ in padded for p in bucket.params])
         return gradients
 
     def _pair_with_first(self, gradients: Gradients) -> Gradients:
@@ -176,8 +180,11 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
                 stacklevel=_callers.stacklevel(),
             )
 
-    def replays(self, index: int) -> bool | None:
-        return (False, True, None)[index]
+    def evaluation_context(
+        self, index: int, params: Sequence[Tensor]
+    ) -> AbstractContextManager[None]:
+        self._replay.begin_evaluation(index, params)
+        return nullcontext()
 
     def _relative_step(self, gradients: Gradients) -> float:
         if self.relative_step is not None:
