@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -154,6 +156,23 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """
         taken = self._step_state.ascents_taken
         return self.phase == "ascent" and self.perturbation.needs_graph(taken)
+
+    @through_owner
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A context for every call of the closure in the explicit form.
+
+        Both evaluations of a finite difference draw the same random numbers from torch in it.
+        `release_gradients` releases the gradients of the descent in this context alone.
+        """
+        context: AbstractContextManager[None] = nullcontext()
+        if self.phase == "ascent":
+            index = self._step_state.ascents_taken
+            context = self.perturbation.evaluation_context(index, self._params())
+        elif self.release_gradients:
+            context = self._release.during_backward(self)
+        with context:
+            yield
 
     @through_owner
     def zero_grad(self, set_to_none: bool = True) -> None:

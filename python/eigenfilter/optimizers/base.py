@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -61,23 +60,6 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._constructed = True
         if self._ascents_wanted() > 0:
             self._parent.refuse_ascent(self, self._params(), perturbation.needs_norm)
-
-    @through_owner
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """A context for every call of the closure in the explicit form.
-
-        Both evaluations of a finite difference draw the same random numbers from torch in it.
-        `release_gradients` releases the gradients of the descent in this context alone.
-        """
-        context: AbstractContextManager[None] = nullcontext()
-        if self.phase == "ascent":
-            index = self._step_state.ascents_taken
-            context = self.perturbation.evaluation_context(index, self._params())
-        elif self.release_gradients:
-            context = self._release.during_backward(self)
-        with context:
-            yield
 
     @_disable_dynamo
     @torch.no_grad()
@@ -259,8 +241,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _end(self) -> None:
         self._step_state.reset()
-        self._buckets.forget_perturbed()
-        self._buckets.store.snapshot_if_changed()
+        self._buckets.end_step()
         self._release.updated_ids.clear()
         self.perturbation.forget()
         _perturbation.leave(self)

@@ -415,9 +415,10 @@ class ParamBuckets:
         self.perturbed.append(bucket)
         self._perturbed_ids = None
 
-    def forget_perturbed(self) -> None:
-        """Record that no parameter is perturbed any more."""
+    def end_step(self) -> None:
+        """Record that no parameter is perturbed any more, and what the step has changed."""
         self.perturbed, self._perturbed_ids = [], None
+        self.store.snapshot_if_changed()
 
     def restore(self, without: Gradients | None = None, except_ids: set[int] | None = None) -> None:
         """Restore the perturbed parameters, except those of buckets and with ids to leave out."""

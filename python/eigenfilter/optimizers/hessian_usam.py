@@ -144,13 +144,8 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
             return
         if not bucket_slice.is_perturbed:
             bucket.save()
-        bucket_slice.launch(
-            bucket.kernels.perturb_hvp,
-            self._first_gradients[bucket],
-            bucket.backups(),
-            rho,
-            eps,
-        )
+        first = self._first_gradients[bucket]
+        bucket_slice.launch(bucket.kernels.perturb_hvp, first, bucket.backups(), rho, eps)
 
     def record_loss(self, loss: Any) -> None:
         due = self._steps_checked < self._CHECKED_STEPS and len(self._losses) < self.count
@@ -244,11 +239,8 @@ class AutogradPerturbation(HessianUSAMPerturbation):
 
     def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
-        bucket_slice.launch(
-            bucket.kernels.perturb,
-            bucket.backups(),
-            bucket.rho * self._scales[bucket.device],
-        )
+        alpha = bucket.rho * self._scales[bucket.device]
+        bucket_slice.launch(bucket.kernels.perturb, bucket.backups(), alpha)
 
     def needs_graph(self, index: int) -> bool:
         return index == 0
@@ -265,11 +257,8 @@ class AutogradPerturbation(HessianUSAMPerturbation):
             nonlocal without
             without |= not torch.is_grad_enabled()
 
-        hooks = [
-            p.register_hook(before_accumulation)  # type: ignore[no-untyped-call]
-            for p in params
-            if p.requires_grad
-        ]
+        trained = [p for p in params if p.requires_grad]
+        hooks = [p.register_hook(before_accumulation) for p in trained]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -303,10 +292,9 @@ def _dot(first: Mapping[ParamBucket, Sequence[Tensor]], gradients: Gradients) ->
     for bucket, grads in gradients:
         product = torch.zeros((), dtype=torch.float64, device=bucket.device)
         for one, other in zip(list(first[bucket]), grads, strict=True):
-            a, b = one.flatten(), other.flatten()
-            for begin in range(0, len(a), _SLICE):
-                some = slice(begin, begin + _SLICE)
-                product += (a[some].double() * b[some].double()).sum()
+            slices = (torch.split(t.flatten(), _SLICE) for t in (one, other))
+            for a, b in zip(*slices, strict=True):
+                product += (a.double() * b.double()).sum()
         total += product.item()
     return total
 
@@ -356,13 +344,10 @@ class HessianUSAM(EigenfilterOptimizer):
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
         >>> opt = eigenfilter.HessianUSAM([x], lr=0.1, momentum=0.9, rho=0.05)
-        >>> def closure():
-        ...     opt.zero_grad()
-        ...     loss = x.square().sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> opt.step(closure)
-        tensor(5.)
+        >>> x.square().sum().backward()
+        >>> while opt.ascend():
+        ...     x.square().sum().backward()
+        >>> opt.step()
         >>> x.data
         tensor([ 0.7600, -1.5200])
 

@@ -85,13 +85,10 @@ class SAM(EigenfilterOptimizer):
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
         >>> opt = eigenfilter.SAM([x], lr=0.1, momentum=0.9, rho=0.5)
-        >>> def closure():
-        ...     opt.zero_grad()
-        ...     loss = x.square().sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> opt.step(closure)
-        tensor(5.)
+        >>> x.square().sum().backward()
+        >>> while opt.ascend():
+        ...     x.square().sum().backward()
+        >>> opt.step()
         >>> x.data
         tensor([ 0.7553, -1.5106])
 
