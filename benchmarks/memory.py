@@ -40,7 +40,7 @@ def _library() -> dict[str, Make]:
     for name in (*filters.METHODS, *registry.VARIANTS):
         method, options = registry.method_and_options(name)
         cls: Any = registry.OPTIMIZERS[method]
-        rho = {"rho": 0.05} if method in registry.METHODS else {}
+        rho = {"rho": 0.05} if method in registry.PERTURBATIONS else {}
         label = ", ".join([cls.__name__, *options])
         makes[label] = functools.partial(cls, **SGD, **rho, **options)
     return makes

@@ -16,6 +16,7 @@ from benchmarks.peers.foreach_sam import ForeachSAM
 from benchmarks.peers.pytorch_optimizer_sam import PytorchOptimizerSAM
 from eigenfilter import filters
 from eigenfilter.optimizers import EigenfilterOptimizer, registry
+from eigenfilter.optimizers.hessian_usam import FiniteDifferencePerturbation
 from eigenfilter.optimizers.perturbation import Perturbation
 
 LR, MOMENTUM, RHO = 0.01, 0.9, 0.05
@@ -59,7 +60,7 @@ class Method:
     @property
     def is_difference(self) -> bool:
         """Whether a step takes a finite difference of gradients, which are nearly equal."""
-        return self.ascents > 1 and self.perturbation.replays(1) is True
+        return isinstance(self.perturbation, FiniteDifferencePerturbation)
 
     def contenders(self, setting: Setting) -> tuple[dict[str, OptimizerFactory], tuple[str, ...]]:
         """The contenders, the library first, and one line for each that is absent."""
@@ -98,18 +99,18 @@ def _methods() -> Iterator[tuple[str, Method]]:
     def with_method(name: str) -> Method:
         method, options = registry.method_and_options(name)
         make = functools.partial(_make, registry.OPTIMIZERS[method], **SGD_OPTIONS)
-        if method not in registry.METHODS:
+        if method not in registry.PERTURBATIONS:
             return Method(make, torch_sgd)
         make = functools.partial(make, rho=RHO, **options)
         return Method(make, torch_sgd, name, registry.perturbation_of(method, **options))
 
-    plain = [name for name in filters.METHODS if name not in registry.METHODS]
+    plain = [name for name in filters.METHODS if name not in registry.PERTURBATIONS]
     ascending = registry.names()
     for name in (*plain, *ascending):
         yield name.replace("_", "-"), with_method(name)
     first = ascending[0]
-    for name, cls in registry.UPDATES.items():
-        make = functools.partial(_make, cls, lr=LR)
+    for name in registry.updates():
+        make = functools.partial(_make, registry.OPTIMIZERS[name], lr=LR)
         yield name, Method(make, _BASES[name])
         ascends = functools.partial(make, method=first, rho=RHO)
         yield (

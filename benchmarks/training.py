@@ -39,7 +39,7 @@ OVERHEAD = {"cpu": 1.08, "cuda": 1.03}  # of a USAM step over its two gradients 
 Actions = Callable[[Any], list[Callable[[], object]]]
 """Returns the calls of an optimizer in one step, one for each gradient."""
 
-_NAMES = [name.replace("_", "-") for name in (*filters.METHODS, *registry.UPDATES)]
+_NAMES = [name.replace("_", "-") for name in (*filters.METHODS, *registry.updates())]
 METHODS_BY_NETWORK = {
     "resnet": [name for name in _NAMES if not METHODS[name].is_difference],
     "gpt": _NAMES,

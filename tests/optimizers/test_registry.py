@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from eigenfilter import filters
 from eigenfilter.filters import ASCENTS
-from eigenfilter.optimizers.registry import METHODS, OPTIMIZERS, VARIANTS
+from eigenfilter.optimizers import registry
+from eigenfilter.optimizers.registry import OPTIMIZERS, PERTURBATIONS, VARIANTS
 
 
 def test_every_method_has_all_three() -> None:
-    assert set(METHODS) == set(ASCENTS) == set(OPTIMIZERS) - {"sgd"}
-    assert {method for method, _ in VARIANTS.values()} <= set(METHODS)
+    assert set(PERTURBATIONS) == set(ASCENTS) == set(OPTIMIZERS) - {"sgd", "adamw"}
+    assert {method for method, _ in VARIANTS.values()} <= set(PERTURBATIONS)
+    assert registry.updates() == ("adamw",)
+
+
+@pytest.mark.parametrize("names", [("usam", {}), ("adamw", {}), ("asam", {}), ("new", {"sam": {}})])
+def test_a_name_is_registered_once(names: tuple[str, dict[str, Any]]) -> None:
+    before = dict(OPTIMIZERS), dict(PERTURBATIONS), dict(VARIANTS)
+    with pytest.raises(ValueError, match="is registered already: choose another one"):
+        registry.register(names[0], PERTURBATIONS["usam"], **names[1])
+    assert before == (OPTIMIZERS, PERTURBATIONS, VARIANTS)
+    with pytest.raises(ValueError, match="the name 'usam' is registered already"):
+        filters.methods.register(filters.USAM)
 
 
 @pytest.mark.parametrize("name", ASCENTS)
 def test_the_names_agree(name: str) -> None:
     optimizer = OPTIMIZERS[name]([nn.Parameter(torch.ones(2))], lr=0.1)
-    ascent = METHODS[name]()
+    ascent = PERTURBATIONS[name]()
     assert ascent.method == optimizer.method == name
     assert ascent.theory is ASCENTS[name]
     assert ascent.title == ASCENTS[name].title

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eigenfilter import filters
 from eigenfilter.experiments import networks
 from eigenfilter.experiments.errors import quoted
 from eigenfilter.experiments.files import replace_text
-from eigenfilter.filters import TwoStepUSAM
 from eigenfilter.optimizers import registry
 from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 
 DATASETS = ("digits", "mnist", "fashion", "cifar10", "cifar100")
-_PLAIN = tuple(name for name in registry.OPTIMIZERS if name not in registry.METHODS)
-OPTIMIZERS = (*_PLAIN, *registry.names(), *registry.UPDATES)
+_PLAIN = tuple(name for name in filters.METHODS if name not in registry.PERTURBATIONS)
+OPTIMIZERS = (*_PLAIN, *registry.names(), *registry.updates())
+_UPDATES = ", ".join(registry.updates())
 METHODS = ("none", *registry.names())
-_UPDATES = ", ".join(registry.UPDATES)
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("float32", "bfloat16", "float64")
 LOSSES = ("cross_entropy", "square")
@@ -162,7 +162,7 @@ class Config:
     )
     ascent: str = _option(
         "sequential",
-        _one_of(TwoStepUSAM.forms),
+        _one_of(filters.TwoStepUSAM.forms),
         "sequential or anchored second ascent of two_step_usam",
     )
     hvp: str = _option(

@@ -16,10 +16,10 @@ import eigenfilter as ef
 from eigenfilter.experiments import losses
 from eigenfilter.experiments.config import NAMES as CONFIG_NAMES
 from eigenfilter.experiments.config import TORCH, Config
-from eigenfilter.optimizers import EigenfilterOptimizer
+from eigenfilter.optimizers import EigenfilterOptimizer, registry
 from eigenfilter.optimizers.hyperparameters import rho_key
 from eigenfilter.optimizers.perturbation import Perturbation
-from eigenfilter.optimizers.registry import METHODS, OPTIMIZERS, UPDATES, method_and_options
+from eigenfilter.optimizers.registry import OPTIMIZERS, PERTURBATIONS, method_and_options
 from eigenfilter.schedulers import RhoSchedule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -53,16 +53,16 @@ def build_optimizer(config: Config, params: Iterable[nn.Parameter]) -> Eigenfilt
     name = config.optimizer
     if name.startswith(TORCH):
         return _wrap_torch_optimizer(config, params)
-    if name in UPDATES:
-        make, own = UPDATES[name], _ascent_arguments(config)
-    else:
-        method, _ = method_and_options(name)
-        make = OPTIMIZERS[method]
-        own = {"rho": config.rho} | _method_options(config, name) if method in METHODS else {}
+    method, _ = method_and_options(name)
+    make, own = OPTIMIZERS[method], {}
+    if method in registry.updates():
+        own = _ascent_arguments(config)
+    elif method in PERTURBATIONS:
+        own = {"rho": config.rho} | _method_options(config, name)
     return make(params, **_hyperparameters(config, make), **own)
 
 
-def build_ascent(config: Config) -> Perturbation:
+def build_perturbation(config: Config) -> Perturbation:
     """Return the ascents of the configured method, perhaps none.
 
     Raises:
@@ -70,7 +70,9 @@ def build_ascent(config: Config) -> Perturbation:
     """
     name = config.optimizer if config.method == "none" else config.method
     method, _ = method_and_options(name)
-    return METHODS[method](**_method_options(config, name)) if method in METHODS else Perturbation()
+    if method not in PERTURBATIONS:
+        return Perturbation()
+    return PERTURBATIONS[method](**_method_options(config, name))
 
 
 def _ascent_arguments(config: Config) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def _hyperparameters(config: Config, make: Callable[..., Any]) -> dict[str, Any]
 def _method_options(config: Config, name: str) -> dict[str, Any]:
     """Return the options of a method that the configuration has; 0 stands for no `fd_step`."""
     method, options = method_and_options(name)
-    accepted = inspect.signature(METHODS[method]).parameters
+    accepted = inspect.signature(PERTURBATIONS[method]).parameters
     values = {key: getattr(config, key) for key in accepted if key in CONFIG_NAMES}
     if not values.get("fd_step", True):
         del values["fd_step"]

@@ -370,7 +370,7 @@ def _check_config(config: Config, data: ImageDataset, processes: int) -> None:
             raise ValueError(f"{name} must be at most the images' side, {side}")
     if config.sharpness_every and config.sharpness_samples < processes:
         raise ValueError(f"sharpness_samples must be at least 1 for each of {processes} processes")
-    if processes > 1 and factories.build_ascent(config).needs_graph(0):
+    if processes > 1 and factories.build_perturbation(config).needs_graph(0):
         raise ValueError(
             "hvp autograd works in a single process only; set hvp to finite_difference"
         )

@@ -99,7 +99,13 @@ _Filter = TypeVar("_Filter", bound="type[PolynomialFilter]")
 
 
 def register(cls: _Filter) -> _Filter:
-    """Register the decorated class as the filter of its method."""
+    """Register the decorated class as the filter of its method.
+
+    Raises:
+        ValueError: a filter of that name is registered already.
+    """
+    if cls.method in METHODS:
+        raise ValueError(f"the name {cls.method!r} is registered already: choose another one")
     METHODS[cls.method] = cls
     if issubclass(cls, AscentFilter):
         ASCENTS[cls.method] = cls

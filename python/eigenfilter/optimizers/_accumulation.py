@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,15 +36,15 @@ ALREADY_USED = (
 
 
 class UsedGradients:
-    """Detects that the gradients are still those of the last descent, and were not cleared.
+    """Detects gradients that the last descent has used, or that a closure adds its own to.
 
     A program that clears its gradients clears all of them, so checking the first and the last
-    suffices. The mark is an attribute of the gradient itself and keeps no memory alive.
+    suffices for used ones. Marks are attributes of the gradients and keep no memory alive.
     """
 
     def __init__(self) -> None:
         self._probes: list[Tensor] = []
-        self._check: ClosureCheck | None = None  # of the closure that is running
+        self._check: _ClosureCheck | None = None  # of the closure that is running
 
     def mark(self, params: Sequence[Tensor]) -> None:
         """Mark the gradients of these parameters as used."""
@@ -64,75 +65,73 @@ class UsedGradients:
         Raises:
             RuntimeError: it has added to them, or has kept them.
         """
-        check = self._check = check_closure(params)
+        grads, _ = _core.gradients(params)
+        prior = [p for p, g in zip(params, grads, strict=True) if g is not None]
+        if not any_nonzero([g for g in grads if g is not None]):
+            yield
+            return
+        check = self._check = _ClosureCheck(prior)
         try:
             yield
         except BaseException:
-            if check is not None:
-                check.end()
+            check.end()
             raise
         finally:
             self._check = None
-        if check is not None:
-            check.refuse()
+        mixed, kept = check.end()
+        if kept and not mixed and not check.mixed:
+            raise RuntimeError(NOT_COMPUTED)
+        if mixed or kept:
+            raise RuntimeError(NOT_CLEARED)
 
     def are_unchanged(self) -> bool:
         """Whether used gradients have been neither cleared nor written since."""
         grads = self._grads()
-        return bool(grads) and all(map(_is_unchanged, grads))
+        return bool(grads) and all(_is_marked(g, _USED_VERSION) for g in grads)
 
     def refuse(self) -> None:
         """Raise RuntimeError if an ascent would use a gradient a second time."""
-        if any(map(_is_unchanged, self._grads())):
+        if any(_is_marked(g, _USED_VERSION) for g in self._grads()):
             raise RuntimeError(ALREADY_USED)
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._probes if p.grad is not None]
 
 
-def _is_unchanged(g: Tensor) -> bool:
-    used: int | None = getattr(g, _USED_VERSION, None)
-    return used is not None and used == _version(g)
-
-
-def _version(g: Tensor) -> int:
-    """The version of a gradient's local shard, to which FSDP2 adds; 0 for inference tensors."""
-    local = _distributed.local(g)
-    return 0 if local.is_inference() else local._version
-
-
-class ClosureCheck:
+class _ClosureCheck:
     """Detects that a closure did not clear the gradients that existed before it.
 
     Hooks check each parameter's gradient just before backward first adds to it, and record the
     result just after. They cost time, and are used only if there are gradients that no step used.
     """
 
-    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
         # By id: whether a pending addition meets an older gradient, and whether the first one did.
         self._meets: dict[int, bool] = {}
-        self._mixed: dict[int, bool] = {}
-        for g in grads:
-            setattr(g, _PRIOR_VERSION, _version(g))
-        self._hooks = [hook for p in params if p.requires_grad for hook in self._watch(p)]
+        self.mixed: dict[int, bool] = {}
+        self._hooks: list[Any] = []
+        for p in params:
+            setattr(p.grad, _PRIOR_VERSION, _version(cast(Tensor, p.grad)))
+            if p.requires_grad:
+                before = functools.partial(self._before_accumulation, p)
+                self._hooks.append(p.register_hook(before))  # type: ignore[no-untyped-call]
+                self._hooks.append(p.register_post_accumulate_grad_hook(self._after_accumulation))  # type: ignore[no-untyped-call]
 
-    def _watch(self, p: Tensor) -> tuple[Any, Any]:
-        key = id(p)
+    def _before_accumulation(self, p: Tensor, _: Tensor) -> None:
+        if id(p) not in self.mixed:  # torch.autograd.grad gets here too, and adds nothing
+            g = p.grad
+            self._meets[id(p)] = g is not None and hasattr(g, _PRIOR_VERSION) and any_nonzero([g])
 
-        def before_accumulation(_: Tensor) -> None:
-            # torch.autograd.grad calls it too, and adds nothing.
-            if key not in self._mixed:
-                g = p.grad
-                self._meets[key] = g is not None and hasattr(g, _PRIOR_VERSION) and any_nonzero([g])
+    def _after_accumulation(self, p: Tensor) -> None:
+        self.mixed.setdefault(id(p), self._meets.get(id(p), False))
 
-        def after_accumulation(_: Tensor) -> None:
-            self._mixed.setdefault(key, self._meets.get(key, False))
-
-        return (
-            p.register_hook(before_accumulation),  # type: ignore[no-untyped-call]
-            p.register_post_accumulate_grad_hook(after_accumulation),  # type: ignore[no-untyped-call]
-        )
+    def forget(self) -> None:
+        """Record that all gradients have just been cleared in place."""
+        self._meets.clear()
+        self.mixed.clear()
+        for _, g in self._prior():
+            delattr(g, _PRIOR_VERSION)
 
     def end(self) -> tuple[bool, bool]:
         """End the check.
@@ -145,44 +144,29 @@ class ClosureCheck:
         """
         for hook in self._hooks:
             hook.remove()
-        changed: list[Tensor] = []
-        same: list[Tensor] = []
-        for p in self._params:
-            g = p.grad
-            if g is None or not hasattr(g, _PRIOR_VERSION):
-                continue
-            before = getattr(g, _PRIOR_VERSION)
+        rest = [g for p, g in self._prior() if id(p) not in self.mixed]
+        same = [g for g in rest if _is_marked(g, _PRIOR_VERSION)]
+        changed = [g for g in rest if not _is_marked(g, _PRIOR_VERSION)]
+        for _, g in self._prior():
             delattr(g, _PRIOR_VERSION)
-            if id(p) not in self._mixed:
-                (same if _version(g) == before else changed).append(g)
-        return any(self._mixed.values()) or any_nonzero(changed), any_nonzero(same)
+        return any(self.mixed.values()) or any_nonzero(changed), any_nonzero(same)
 
-    def forget(self) -> None:
-        """Record that all gradients have just been cleared in place."""
-        self._meets.clear()
-        self._mixed.clear()
-        for p in self._params:
-            if p.grad is not None and hasattr(p.grad, _PRIOR_VERSION):
-                delattr(p.grad, _PRIOR_VERSION)
-
-    def refuse(self) -> None:
-        """End the check; raise RuntimeError if older gradients were mixed with new ones or kept."""
-        mixed, left = self.end()
-        if left and not mixed and not self._mixed:
-            raise RuntimeError(NOT_COMPUTED)
-        if mixed or left:
-            raise RuntimeError(NOT_CLEARED)
+    def _prior(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that still have their older gradients, and these."""
+        pairs = [(p, p.grad) for p in self._params if p.grad is not None]
+        return [(p, g) for p, g in pairs if hasattr(g, _PRIOR_VERSION)]
 
 
-def check_closure(params: list[Tensor]) -> ClosureCheck | None:
-    """A check for the closure that is called next; None if all gradients are None or 0."""
-    grads, missing = _core.gradients(params)
-    if missing == len(grads):
-        return None
-    some = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
-    if not any_nonzero([g for _, g in some]):
-        return None
-    return ClosureCheck([p for p, _ in some], [g for _, g in some])
+def _is_marked(g: Tensor, name: str) -> bool:
+    """Whether the version of a gradient is the one with which it was marked."""
+    version: int | None = getattr(g, name, None)
+    return version is not None and version == _version(g)
+
+
+def _version(g: Tensor) -> int:
+    """The version of a gradient's local shard, to which FSDP2 adds; 0 for inference tensors."""
+    local = _distributed.local(g)
+    return 0 if local.is_inference() else local._version
 
 
 def any_nonzero(grads: Sequence[Tensor]) -> bool:

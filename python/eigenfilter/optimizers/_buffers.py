@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
+from torch.nn.parameter import is_lazy
 
 from eigenfilter import _core, _distributed
 from eigenfilter.kernels.conventions import gradient_dtype
@@ -36,20 +39,19 @@ class BufferStore:
         local = _distributed.local(p)
         dtype = dtype or local.dtype
         tensor = self._auxiliary.get((name, p))
-        if tensor is None or tensor.shape != local.shape or not fits(tensor, local, dtype):
+        if tensor is None or tensor.shape != local.shape or not _fits(tensor, local, dtype):
             tensor = torch.empty_like(local, dtype=dtype, requires_grad=False)
             self._auxiliary[name, p] = tensor
         return tensor
 
     def buffer(self, key: str, p: Tensor) -> Tensor:
         """The buffer of a parameter, created as zeros or converted to its dtype and strides."""
-        state = self.state[p]
-        buffer: Tensor | None = state.get(key)
+        buffer: Tensor | None = self.state[p].get(key)
         if buffer is None:
             buffer = torch.zeros_like(p, requires_grad=False)
-        elif not _distributed.is_dtensor(p) and not fits(buffer, p, p.dtype):
+        elif not _distributed.is_dtensor(p) and not _fits(buffer, p, p.dtype):
             buffer = torch.empty_like(p, requires_grad=False).copy_(buffer)
-        state[key] = buffer
+        self.state[p][key] = buffer
         return buffer
 
     def snapshot_state(self) -> None:
@@ -97,16 +99,31 @@ def conform(grad: Tensor, param: Tensor) -> Tensor:
             "gradients that no_sync() has left are whole: ascend and step by synchronized ones)"
         )
     dtype = gradient_dtype(like.dtype, local.dtype)
-    if fits(local, like, dtype):
+    if _fits(local, like, dtype):
         return local
     return torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(local)
 
 
-def fits(t: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
+def _fits(t: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor has this dtype, and the device and the strides of `like`."""
-    return (
-        t.dtype == dtype
-        and t.device == like.device
-        and t.stride() == like.stride()
-        and not t.is_neg()
-    )
+    alike = t.dtype == dtype and t.device == like.device and t.stride() == like.stride()
+    return alike and not t.is_neg()
+
+
+def kind_of(p: Tensor) -> tuple[torch.device, torch.dtype]:
+    """What the parameters of a bucket share."""
+    return p.device, p.dtype
+
+
+def refuse_overlap(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise for parameters that are not dense or share memory, which a step would write twice.
+
+    Parameters without memory (on the meta device, fake, lazy) are not checked yet.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for group in groups:
+        for p in group["params"]:
+            if p.device.type != "meta" and not isinstance(p, FakeTensor) and not is_lazy(p):
+                by_kind.setdefault(kind_of(p), []).append(p)
+    for params in by_kind.values():
+        _core.check(("params",), (params,), (True,))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,17 +12,16 @@ from torch import Tensor
 
 from eigenfilter import _core, kernels
 from eigenfilter.optimizers._accumulation import UsedGradients, any_nonzero, zero_gradients
-from eigenfilter.optimizers._layout import ParamBuckets, refuse_overlap
+from eigenfilter.optimizers._buffers import refuse_overlap
 from eigenfilter.optimizers._norms import clip
 from eigenfilter.optimizers._shards import ParentOptimizer, other_ranks_wait
 from eigenfilter.optimizers._step_state import StepState, through_owner
-from eigenfilter.optimizers.amp import AmpState
-from eigenfilter.optimizers.buckets import Gradients
+from eigenfilter.optimizers.amp import AmpState, is_enabled
+from eigenfilter.optimizers.buckets import Gradients, ParamBuckets
 from eigenfilter.optimizers.hyperparameters import (
     CHECKED,
     DTYPES,
     check_hyperparameters,
-    complete_options,
     explain_options,
     is_zero,
     lr_is_zero,
@@ -30,7 +30,6 @@ from eigenfilter.optimizers.hyperparameters import (
 )
 from eigenfilter.optimizers.in_backward import GradientRelease
 from eigenfilter.optimizers.perturbation import Perturbation
-from eigenfilter.optimizers.randomness import Replay
 from eigenfilter.optimizers.updates import Update
 
 
@@ -53,33 +52,12 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super().__init_subclass__(**kw)
         cls.__doc__ = explain_options(cls.__doc__)
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        defaults: dict[str, Any],
-        perturbation: Perturbation,
-        update: Update,
-        options: Mapping[str, Any],
-    ) -> None:
-        values = complete_options(options, type(self).__name__)
-        defaults = defaults | {name: values[name] for name in update.group_options}
-        vars(self).update({name: values[name] for name in _OWN_OPTIONS})
-        self.perturbation = perturbation
-        self._update = update
-        self._start()
-        super().__init__(params, defaults)
-        refuse_overlap(self.param_groups)
-        self._constructed = True
-        if self._ascents_wanted() > 0:
-            self._parent.refuse_ascent(self, self._params(), perturbation.needs_norm)
-
     def _start(self) -> None:
         """Make the parts of a step, which are never saved."""
         self._checked_values: dict[int, list[Any]] = {}  # by id of a group: those that passed
         self._step_state = StepState(self)
         self._used = UsedGradients()
         self._amp = AmpState()
-        self._replay = Replay()
         self._parent = ParentOptimizer(self)
         self._buckets = ParamBuckets(self._update, self._amp, self.backend)
         self._release = GradientRelease(self._buckets, self._update, self._amp)
@@ -111,12 +89,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
             RuntimeError: the parameters are perturbed.
         """
         self._refuse_perturbed("add_param_group()")
-        super().add_param_group(param_group)
+        self._add_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
         except BaseException:
             self.param_groups.pop()
             raise
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -155,7 +136,43 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 if not any(isinstance(v, (Tensor, list)) for v in values):
                     self._checked_values[id(group)] = values
 
-    # Gradients.
+    # The next gradient.
+
+    @property
+    @through_owner
+    def phase(self) -> str:
+        """The use of the next gradient: "ascent" or "descent"."""
+        step = self._step_state
+        ascends = step.ascents_taken < self._ascents_wanted() and not step.skips_ascents
+        return "ascent" if ascends else "descent"
+
+    @property
+    @through_owner
+    def needs_graph(self) -> bool:
+        """Whether the next gradient must be differentiable itself.
+
+        It is meant for `loss.backward(create_graph=opt.needs_graph)`, and is False unless a method
+        takes exact Hessian-vector products.
+        """
+        taken = self._step_state.ascents_taken
+        return self.phase == "ascent" and self.perturbation.needs_graph(taken)
+
+    @through_owner
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A context for every call of the closure in the explicit form.
+
+        Both evaluations of a finite difference draw the same random numbers from torch in it.
+        `release_gradients` releases the gradients of the descent in this context alone.
+        """
+        context: AbstractContextManager[None] = nullcontext()
+        if self.phase == "ascent":
+            index = self._step_state.ascents_taken
+            context = self.perturbation.evaluation_context(index, self._params())
+        elif self.release_gradients:
+            context = self._release.during_backward(self)
+        with context:
+            yield
 
     @through_owner
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -209,16 +226,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """The number of steps skipped for a gradient that was not finite (synchronizes)."""
         return self._amp.skipped()
 
-    @property
-    @through_owner
-    def phase(self) -> str:
-        """The use of the next gradient: "ascent" or "descent"."""
-        step = self._step_state
-        ascends = step.ascents_taken < self._ascents_wanted() and not step.skips_ascents
-        return "ascent" if ascends else "descent"
-
-    # Other processes.
-
     def _refuse_ascent(self) -> None:
         """Raise RuntimeError where an ascent needs more than the gradients of this rank."""
         flat = self._params() if self._buckets.are_flat else []
@@ -226,7 +233,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether other ranks, which may have gradients, wait for this one without a gradient."""
-        checks = self.skip_nonfinite or (grad_scaler is not None and grad_scaler.is_enabled())
+        checks = self.skip_nonfinite or is_enabled(grad_scaler)
         return other_ranks_wait(checks, self._params())
 
     # State.
@@ -272,11 +279,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _initialize_state(self, gradients: Gradients) -> None:
         for bucket, _ in gradients:
             self._update.initialize_state(bucket)
-        self._buckets.snapshot_state()
+        self._buckets.store.snapshot_if_changed()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("copying or pickling")
-        names = (*_OWN_OPTIONS, "perturbation", "_update")
+        names = (*OWN_OPTIONS, "perturbation", "_update")
         return super().__getstate__() | {name: vars(self)[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -285,7 +292,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self._start()
 
 
-_OWN_OPTIONS = ("skip_nonfinite", "release_gradients", "set_to_none", "backend")
+OWN_OPTIONS = ("skip_nonfinite", "release_gradients", "set_to_none", "backend")
 """The options that the optimizer itself holds, and not its groups."""
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _distributed
+from eigenfilter.optimizers.amp import is_enabled
 
 FLAT_NORM = (
     "this method divides by a norm over the whole model, and FullyShardedDataParallel (FSDP1) "
@@ -89,7 +90,7 @@ class ParentOptimizer:
 
 def refuse_local_scaler(scaler: torch.amp.GradScaler | None, are_flat: bool) -> None:
     """Raise RuntimeError for a scaler that checks only this rank's flat shards."""
-    if not are_flat or scaler is None or not scaler.is_enabled():
+    if not are_flat or not is_enabled(scaler):
         return
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 

@@ -22,8 +22,7 @@ class StepState:
         owner: weak reference to the optimizer that was constructed.
         evaluating: whether a closure that `step` calls is running.
         ascents_taken: number of ascents taken in this step.
-        skips_ascents: whether this step takes no ascent, because no parameter with a radius has a
-            gradient.
+        skips_ascents: whether no parameter with a radius has a gradient, so that none is taken.
         has_closure: whether `step` takes the whole step, with a closure.
         is_unscaled: whether `clip_grad_norm_` had a scaler unscale the descent's gradient.
     """

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.hyperparameters import split_options
-from eigenfilter.optimizers.registry import perturbation_of, register_update
+from eigenfilter.optimizers.registry import perturbation_of, register
 from eigenfilter.optimizers.updates import STEP, AdamWUpdate
 
 
-@register_update("adamw")
+@register("adamw")
 class AdamW(EigenfilterOptimizer):
     r"""AdamW with its gradient taken after an ascent; plain AdamW at rho = 0, the default.
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from eigenfilter import _distributed
 
 if TYPE_CHECKING:
-    from eigenfilter.optimizers._layout import ParamBuckets
     from eigenfilter.optimizers._step_state import StepState
     from eigenfilter.optimizers.buckets import Gradients
 
@@ -22,22 +21,20 @@ class AmpState:
     Flags are one-element float32 tensors that kernels read on their device. Only `skipped` and
     `is_skipped` wait for a device. The ranks share their flags, so that all of them skip a step or
     none does.
+
+    Attributes:
+        is_scaled: whether the present gradients carry a loss scale.
     """
 
     def __init__(self) -> None:
-        self._scaled = False
+        self.is_scaled = False
         self._scales: dict[torch.device, Tensor] = {}
         self._flags: dict[torch.device, Tensor] = {}
         self._skipped: dict[torch.device, Tensor] = {}
 
-    @property
-    def is_scaled(self) -> bool:
-        """Whether the present gradients carry a loss scale."""
-        return self._scaled
-
     def begin(self) -> None:
         """Begin a step without a scale and without a flag."""
-        self._scaled = False
+        self.is_scaled = False
         self._scales.clear()
         self._flags.clear()
 
@@ -45,42 +42,46 @@ class AmpState:
         self, scaler: torch.amp.GradScaler | None, devices: Iterable[torch.device], step: StepState
     ) -> None:
         """Read an ascent's scale from its scaler, without a synchronization."""
-        scaled = scaler is not None and scaler.is_enabled()
-        self._require_agreement(scaled, step)
-        self._scaled = scaled
+        is_scaled = is_enabled(scaler)
+        self._require_agreement(is_scaled, step)
+        self.is_scaled = is_scaled
         self._scales.clear()
-        if scaler is not None and scaled:
+        if scaler is not None and is_scaled:
             for device in devices:
                 one = torch.ones((), dtype=torch.float32, device=device)
                 self._scales[device] = scaler.scale(one).detach()
 
     def adopt_scaler_state(
-        self, optimizer: torch.optim.Optimizer, buckets: ParamBuckets, step: StepState
+        self,
+        optimizer: torch.optim.Optimizer,
+        devices: Iterable[torch.device],
+        step: StepState,
+        *,
+        are_shards: bool,
     ) -> None:
         """Read the descent's scale and flag, which `scaler.step` sets on the optimizer.
 
-        If the buckets are shards, each rank's scaler has checked its own only.
+        If the parameters are shards, each rank's scaler has checked its own only.
         """
         self._require_agreement("found_inf" in vars(optimizer), step)
         self._scales.clear()
-        scale = vars(optimizer).get("grad_scale")
+        scale, flag = (vars(optimizer).get(name) for name in SCALER_ATTRIBUTES)
         if scale is not None and step.is_unscaled:
             raise RuntimeError(
                 "clip_grad_norm_ has unscaled the gradients for one optimizer, and the scaler "
                 "steps with a wrapper of it: call scaler.unscale_(wrapper) instead, and clip with "
                 "torch.nn.utils.clip_grad_norm_"
             )
-        flag = vars(optimizer).get("found_inf")
-        for device in buckets.devices:
+        for device in devices:
             if isinstance(scale, Tensor):
                 self._scales[device] = scale.to(device, torch.float32)
             if isinstance(flag, Tensor):
                 self._make_flag(device).add_(flag.to(device, torch.float32).reshape(()))
-        if isinstance(flag, Tensor) and buckets.are_shards:
+        if isinstance(flag, Tensor) and are_shards:
             self._share_flags()
 
-    def _require_agreement(self, scaled: bool, step: StepState) -> None:
-        if step.ascents_taken > 0 and scaled != self.is_scaled:
+    def _require_agreement(self, is_scaled: bool, step: StepState) -> None:
+        if step.ascents_taken > 0 and is_scaled != self.is_scaled:
             raise RuntimeError(
                 "the ascents and the step must agree on the scaler: pass grad_scaler= to every "
                 "ascend() and end the step with grad_scaler.step(opt), or use none"
@@ -141,6 +142,11 @@ class AmpState:
             other.copy_(flags[0])
 
 
+def is_enabled(scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether there is a scaler that scales."""
+    return scaler is not None and scaler.is_enabled()
+
+
 def refuse_unscaled(
     optimizers: Iterable[torch.optim.Optimizer], scaler: torch.amp.GradScaler | None
 ) -> None:
@@ -154,8 +160,8 @@ def refuse_unscaled(
     """
     if scaler is None or not scaler.is_enabled():
         return
-    states = scaler._per_optimizer_states
-    if any(states[id(optimizer)]["stage"].name == "UNSCALED" for optimizer in optimizers):
+    stages = [scaler._per_optimizer_states[id(optimizer)]["stage"] for optimizer in optimizers]
+    if any(stage.name == "UNSCALED" for stage in stages):
         raise RuntimeError(
             "grad_scaler.unscale_() was called for an ascent's gradient, which ascend() unscales "
             "itself: call unscale_(), or opt.clip_grad_norm_(max_norm, scaler), only after the "

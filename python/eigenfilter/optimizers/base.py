@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -12,10 +11,13 @@ from torch._compile import _disable_dynamo  # does not import the compiler, as t
 
 from eigenfilter import _perturbation
 from eigenfilter.optimizers import _shards, amp
-from eigenfilter.optimizers._groups import GroupedOptimizer
-from eigenfilter.optimizers._layout import retry_on_layout_change
+from eigenfilter.optimizers._buffers import refuse_overlap
+from eigenfilter.optimizers._groups import OWN_OPTIONS, GroupedOptimizer
 from eigenfilter.optimizers._step_state import owner_of, through_owner
-from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
+from eigenfilter.optimizers.buckets import Gradients, conform_if_needed, retry_on_layout_change
+from eigenfilter.optimizers.hyperparameters import complete_options
+from eigenfilter.optimizers.perturbation import Perturbation
+from eigenfilter.optimizers.updates import Update
 
 
 class EigenfilterOptimizer(GroupedOptimizer):
@@ -39,36 +41,25 @@ class EigenfilterOptimizer(GroupedOptimizer):
     # A GradScaler leaves the gradients scaled, and sets grad_scale and found_inf on the optimizer.
     _step_supports_amp_scaling = True
 
-    @property
-    @through_owner
-    def needs_graph(self) -> bool:
-        """Whether the next gradient must be differentiable itself.
-
-        It is meant for `loss.backward(create_graph=opt.needs_graph)`, and is False unless a method
-        takes exact Hessian-vector products.
-        """
-        taken = self._step_state.ascents_taken
-        return self.phase == "ascent" and self.perturbation.needs_graph(taken)
-
-    @through_owner
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """A context for every call of the closure in the explicit form.
-
-        Both evaluations of a finite difference draw the same random numbers from torch in it.
-        `release_gradients` releases the gradients of the descent in this context alone.
-        """
-        index = self._step_state.ascents_taken
-        if self.phase == "ascent":
-            params = self._params()
-            self._replay.begin_evaluation(self.perturbation.replays(index), params)
-            with self.perturbation.evaluation_context(index, params):
-                yield
-        elif self.release_gradients:
-            with self._release.during_backward(self):
-                yield
-        else:
-            yield
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        perturbation: Perturbation,
+        update: Update,
+        options: Mapping[str, Any],
+    ) -> None:
+        values = complete_options(options, type(self).__name__)
+        defaults = defaults | {name: values[name] for name in update.group_options}
+        vars(self).update({name: values[name] for name in OWN_OPTIONS})
+        self.perturbation = perturbation
+        self._update = update
+        self._start()
+        super().__init__(params, defaults)
+        refuse_overlap(self.param_groups)
+        self._constructed = True
+        if self._ascents_wanted() > 0:
+            self._parent.refuse_ascent(self, self._params(), perturbation.needs_norm)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -217,17 +208,16 @@ class EigenfilterOptimizer(GroupedOptimizer):
             return False
         if self.skip_nonfinite or self._amp.is_scaled:
             self._amp.check_finite(conform_if_needed(gradients), buckets.devices)
-        self._replay.warn_of_others()
         self._perturb(gradients, step.ascents_taken)
         self._clear_gradients()
         step.ascents_taken += 1
-        if self.perturbation.replays(step.ascents_taken):
-            self._replay.end_ascent(self._params())
         return True
 
     def _perturb(self, gradients: Gradients, index: int) -> None:
         perturbation, buckets = self.perturbation, self._buckets
         pads = perturbation.needs_zero_gradients and index == 0
+        if perturbation.needs_norm:
+            gradients = conform_if_needed(gradients)
         padded = buckets.pad_with_zeros(gradients) if pads else gradients
         gradients = perturbation.prepare(index, gradients, padded, self._amp)
         _perturbation.enter(self)
@@ -251,9 +241,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     def _end(self) -> None:
         self._step_state.reset()
-        self._replay.forget()
-        self._buckets.forget_perturbed()
-        self._buckets.snapshot_state()
+        self._buckets.end_step()
         self._release.updated_ids.clear()
         self.perturbation.forget()
         _perturbation.leave(self)
@@ -264,7 +252,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     @torch.no_grad()
     def _descend(self) -> None:
         step, buckets, release = self._step_state, self._buckets, self._release
-        buckets.snapshot_state()  # state that released gradients have created
+        buckets.store.snapshot_if_changed()  # state that released gradients have created
         gradients = buckets.with_gradients(self)
         if self.phase == "ascent" and gradients:
             if self._only_initializes_state(gradients):
@@ -279,7 +267,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if step.ascents_taken == 0:
             self._amp.begin()
         _shards.refuse_scaled_descent(self, buckets.are_flat)
-        self._amp.adopt_scaler_state(self, buckets, step)
+        self._amp.adopt_scaler_state(self, buckets.devices, step, are_shards=buckets.are_shards)
         self._update.begin()
         self._apply(gradients)
         buckets.mark_written([bucket for bucket, _ in gradients])

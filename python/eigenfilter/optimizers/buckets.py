@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from eigenfilter import _core, _distributed, kernels
-from eigenfilter.optimizers._buffers import BufferStore, conform
+from eigenfilter.optimizers._buffers import BufferStore, conform, kind_of, refuse_overlap
 from eigenfilter.optimizers._step_counts import CountGroup
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.hyperparameters import check_scalars, is_zero, rho_key
 
+if TYPE_CHECKING:
+    from eigenfilter.optimizers.updates import Update
+
 _Key = TypeVar("_Key", bound=Hashable)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class ParamBucket:
@@ -39,10 +46,9 @@ class ParamBucket:
         self.is_distributed = any(placement is not None for placement, _ in self.placements)
         self.is_flat = any(id(p) in store.flat for p in params)
         self.store = store
-        self._rho_key = rho_key(group)
         self.count_group: CountGroup | None = None  # of AdamW
+        self._rho_key = rho_key(group)
         self._lists: dict[str, _core.TensorList] = {}  # backups and buffers by name
-        self.first_dtypes: list[torch.dtype] = []  # of the list that first_gradients() returned
         # The store's epoch in which the common signature of all parameters was computed, and it.
         self._state_signature: tuple[int, Hashable] = (-1, None)
         self._subsets: dict[tuple[int, ...], ParamBucket] = {}
@@ -63,6 +69,8 @@ class ParamBucket:
         """The step size of an ascent: rho, or -rho with `maximize`."""
         return -self.rho if self.group.get("maximize") else self.rho
 
+    # Parts.
+
     def subset(self, indices: Sequence[int]) -> ParamBucket:
         """The bucket of the parameters at `indices`; this bucket itself for all of them."""
         if len(indices) == len(self.params):
@@ -73,10 +81,8 @@ class ParamBucket:
                 self._subsets.clear()
             bucket = ParamBucket(self.group, self.number, [self.params[i] for i in key], self.store)
             for name in set(self._lists).intersection(self.store.keys):
-                tensors = self._lists[name]
-                bucket._lists[name] = _core.TensorList(
-                    [tensors[i] for i in key], hold=True, trust=True
-                )
+                tensors = [self._lists[name][i] for i in key]
+                bucket._lists[name] = _core.TensorList(tensors, hold=True, trust=True)
             self._subsets[key] = bucket
         return self._subsets[key]
 
@@ -89,20 +95,19 @@ class ParamBucket:
             indices.setdefault(key, []).append(i)
         return {key: (self.subset(some), [grads[i] for i in some]) for key, some in indices.items()}
 
+    # Backups and state.
+
     def backups(self) -> _core.TensorList:
         """The backups of the parameters, allocated at the first call."""
         return self._list("backup", self.store.auxiliary)
 
     def first_gradients(self, grads: Sequence[Tensor]) -> _core.TensorList:
         """Memory for the gradients at x in the dtypes of `grads`, allocated at the first call."""
-        dtypes = [g.dtype for g in grads]
-        if dtypes != self.first_dtypes:
-            self._lists.pop("first gradient", None)
-            self.first_dtypes = dtypes
+        name, dtypes = "first gradient", [g.dtype for g in grads]
+        if name in self._lists and [g.dtype for g in self._lists[name]] != dtypes:
+            del self._lists[name]
         rest = iter(dtypes)
-        return self._list(
-            "first gradient", lambda name, p: self.store.auxiliary(name, p, next(rest))
-        )
+        return self._list(name, lambda name, p: self.store.auxiliary(name, p, next(rest)))
 
     def buffers(self, key: str) -> _core.TensorList:
         """The state's buffers at `key`; missing ones are created as zeros."""
@@ -110,6 +115,13 @@ class ParamBucket:
             self._list(key, self.store.buffer)
             self.store.mark_changed()
         return self._lists[key]
+
+    def _list(self, name: str, make: Callable[[str, Tensor], Tensor]) -> _core.TensorList:
+        if name not in self._lists:
+            with torch.inference_mode(False):  # steps outside of inference mode write to them too
+                tensors = [make(name, p) for p in self.params]
+            self._lists[name] = _core.TensorList(tensors, hold=True, trust=True)
+        return self._lists[name]
 
     def drop(self, key: str) -> None:
         """Delete the buffers, because the step that created them was skipped."""
@@ -131,14 +143,16 @@ class ParamBucket:
 
     def save(self) -> None:
         """Copy x to the backups, as the kernel of a first ascent does."""
-        torch._foreach_copy_(
-            list(self.backups()), [_distributed.local(p).detach() for p in self.params]
-        )
+        torch._foreach_copy_(list(self.backups()), self._locals())
 
     def restore(self) -> None:
         """Copy the backups to the parameters."""
-        locals_ = [_distributed.local(p) for p in self.params]
-        torch._foreach_copy_(locals_, list(self.backups()))
+        torch._foreach_copy_(self._locals(), list(self.backups()))
+
+    def _locals(self) -> list[Tensor]:
+        return [_distributed.local(p).detach() for p in self.params]
+
+    # Gradients.
 
     def with_zeros(
         self, grads: Sequence[Tensor | None], like: Sequence[Tensor] | None = None
@@ -147,16 +161,14 @@ class ParamBucket:
 
         They have the dtypes of `like`, or of the parameters if it is None.
         """
-        locals_ = [_distributed.local(p).detach() for p in self.params]
-        dtypes = [t.dtype for t in (locals_ if like is None else like)]
-        rows = list(zip(grads, locals_, dtypes, strict=True))
+        params = self._locals()
+        rows = list(zip(grads, params, params if like is None else like, strict=True))
         most = max((p.numel() for g, p, _ in rows if g is None), default=0)
-        missing_dtypes = {dtype for g, _, dtype in rows if g is None}
-        zeros = {
-            dtype: torch.zeros(most, dtype=dtype, device=self.device) for dtype in missing_dtypes
-        }
+        widest = max((t.dtype for _, _, t in rows), key=lambda dtype: dtype.itemsize)
+        zeros = torch.zeros(most, dtype=widest, device=self.device)
         return [
-            zeros[dtype].as_strided(p.shape, p.stride()) if g is None else g for g, p, dtype in rows
+            zeros.view(t.dtype).as_strided(p.shape, p.stride()) if g is None else g
+            for g, p, t in rows
         ]
 
     def conform(self, grads: Sequence[Tensor]) -> list[Tensor]:
@@ -171,12 +183,20 @@ class ParamBucket:
             return self.conform(grads)
         return grads
 
-    def _list(self, name: str, make: Callable[[str, Tensor], Tensor]) -> _core.TensorList:
-        if name not in self._lists:
-            with torch.inference_mode(False):  # steps outside of inference mode write to them too
-                tensors = [make(name, p) for p in self.params]
-            self._lists[name] = _core.TensorList(tensors, hold=True, trust=True)
-        return self._lists[name]
+
+Gradients: TypeAlias = list[tuple[ParamBucket, list[Tensor]]]
+"""Buckets, each with a gradient for each of its parameters."""
+
+
+def gradients_by_id(gradients: Gradients) -> dict[int, Tensor]:
+    """The gradients by the ids of their parameters."""
+    pairs = (pair for bucket, grads in gradients for pair in zip(bucket.params, grads, strict=True))
+    return {id(p): g for p, g in pairs}
+
+
+def conform_if_needed(gradients: Gradients) -> Gradients:
+    """Apply `ParamBucket.conform_if_needed` to every bucket."""
+    return [(bucket, bucket.conform_if_needed(grads)) for bucket, grads in gradients]
 
 
 @dataclass(slots=True)
@@ -186,16 +206,16 @@ class BucketSlice:
     Attributes:
         bucket: the parameters.
         grads: a gradient for each parameter.
+        amp: the loss scale and the flags of the step.
         is_perturbed: whether the parameters are perturbed.
         state_signature: common `Update.state_signature` of their state.
-        amp: the loss scale and the flags of the step.
     """
 
     bucket: ParamBucket
     grads: list[Tensor]
+    amp: AmpState
     is_perturbed: bool
     state_signature: Hashable
-    amp: AmpState
 
     def check(self) -> None:
         """Check hyperparameters, and conform gradients, before the first of several calls."""
@@ -218,21 +238,228 @@ class BucketSlice:
         bucket.store.has_written = True
 
 
-Gradients: TypeAlias = list[tuple[ParamBucket, list[Tensor]]]
-"""Buckets, each with a gradient for each of its parameters."""
+class ParamBuckets:
+    """All buckets of one optimizer, built again when its groups, state or parameters change.
+
+    Args:
+        update: the update, which knows the state.
+        amp: the loss scale and the flags of its steps.
+        backend: backend of the kernels.
+
+    Attributes:
+        devices: the devices of the parameters, at least one.
+        flat_handles: of the flat parameters that FSDP1 has sharded.
+        are_flat: whether some parameters are shards of these.
+        are_shards: whether some are shards, flat or DTensors.
+        perturbed: the perturbed buckets, each once.
+        store: the backups, and the buffers of the state.
+    """
+
+    def __init__(self, update: Update, amp: AmpState, backend: str | None) -> None:
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._update = update
+        self._amp = amp
+        self.store = BufferStore(backend, update.keys)
+        self._buckets: list[ParamBucket] = []
+        self._single_buckets: dict[int, ParamBucket] = {}  # of one parameter each, by its id
+        # Each group, its list of parameters, and a copy of the list.
+        self._groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
+        self.devices: set[torch.device] = set()
+        self.flat_handles: list[Any] = []
+        self.are_flat = self.are_shards = False
+        self.perturbed: list[ParamBucket] = []
+        self._perturbed_ids: set[int] | None = None
+
+    # Layout.
+
+    def refresh(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Build the buckets again if groups, parameters or state have changed.
+
+        Args:
+            optimizer: the one that has them; None for that of the last call. It is not kept alive.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+        """
+        if optimizer is not None:
+            self._optimizer = weakref.ref(optimizer)
+        if self._are_current() and not self._update.has_edits():
+            return
+        if self.perturbed:
+            raise RuntimeError(
+                "param_groups or state were changed between an ascent and its step: change them "
+                "after step() or restore()"
+            )
+        self.build()
+
+    def _owner(self) -> torch.optim.Optimizer:
+        owner = None if self._optimizer is None else self._optimizer()
+        assert owner is not None
+        return owner
+
+    def _are_current(self) -> bool:
+        """Whether the buckets were built from the present groups, parameters and state."""
+        groups = self._owner().param_groups
+        return (
+            self.store.state is self._owner().state
+            and len(self._groups) == len(groups)
+            and all(
+                group is known and group["params"] is params and _core.same_objects(params, copy)
+                for group, (known, params, copy) in zip(groups, self._groups, strict=True)
+            )
+            and all(bucket.kind == kind_of(bucket.params[0]) for bucket in self._buckets)
+            and self.store.matches_snapshot()
+        )
+
+    def build(self) -> None:
+        """Build one bucket for each group, device and dtype."""
+        groups, self.store.state = self._owner().param_groups, self._owner().state
+        self._groups = [(g, g["params"], list(g["params"])) for g in groups]
+        self._update.normalize_state(self.store.state)
+        self.store.snapshot_state()
+        self._buckets = []
+        self._single_buckets = {}
+        refuse_overlap(groups)
+        self.flat_handles = _distributed.flat_handles([p for g in groups for p in g["params"]])
+        self.store.flat = {
+            id(p) for h in self.flat_handles for p in _distributed.params_of_flat(h.flat_param)
+        }
+        for number, group in enumerate(groups):
+            by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for p in group["params"]:
+                by_kind.setdefault(kind_of(p), []).append(p)
+            self._buckets += [ParamBucket(group, number, p, self.store) for p in by_kind.values()]
+        self.devices = {bucket.device for bucket in self._buckets} or {_distributed.device()}
+        self.are_flat = any(bucket.is_flat for bucket in self._buckets)
+        self.are_shards = self.are_flat or any(bucket.is_distributed for bucket in self._buckets)
+
+    # Gradients, and the arguments of kernel calls.
+
+    def with_gradients(self, optimizer: torch.optim.Optimizer) -> Gradients:
+        """Refreshed buckets of the parameters that have a gradient, with their gradients."""
+        self.refresh(optimizer)
+        gradients = []
+        for bucket in self._buckets:
+            grads, missing = _core.gradients(bucket.params)
+            if missing == len(grads):
+                continue
+            if missing:
+                indices = [i for i, g in enumerate(grads) if g is not None]
+                bucket, grads = bucket.subset(indices), [grads[i] for i in indices]
+            some = cast("list[Tensor]", grads)
+            # A Partial gradient has the local layout of a parameter that every rank has whole.
+            if bucket.is_distributed or _distributed.has_dtensor(some):
+                some = list(map(_distributed.redistribute_like, some, bucket.params))
+            gradients.append((bucket, some))
+        return gradients
+
+    def pad_with_zeros(self, gradients: Gradients) -> Gradients:
+        """Add zero gradients for the other parameters that require one and ascend."""
+        buckets = [bucket for bucket in self._buckets if bucket.ascends]
+        if buckets == [bucket for bucket, _ in gradients]:
+            return gradients
+        by_id = gradients_by_id(gradients)
+        padded = []
+        for bucket in buckets:
+            some = [i for i, p in enumerate(bucket.params) if p.requires_grad or id(p) in by_id]
+            if some:
+                bucket = bucket.subset(some)
+                padded.append(
+                    (bucket, bucket.with_zeros([by_id.get(id(p)) for p in bucket.params]))
+                )
+        return padded
+
+    def slices(self, gradients: Gradients, *, by_state: bool) -> list[BucketSlice]:
+        """Split buckets by perturbation and, with `by_state`, by state signature."""
+        slices = []
+        signature_of = self._update.state_signature
+        for bucket, grads in gradients:
+            signatures = bucket.state_signatures(signature_of) if by_state else [None]
+            is_uniform = not self.perturbed or bucket in self.perturbed
+            if is_uniform and len(signatures) == 1:
+                is_perturbed = bool(self.perturbed)
+                slices.append(BucketSlice(bucket, grads, self._amp, is_perturbed, signatures[0]))
+                continue
+            perturbed_ids = self.perturbed_ids()
+            signatures = signatures * (len(bucket.params) // len(signatures))
+            pairs = zip(bucket.params, signatures, strict=True)
+            keys = [(id(p) in perturbed_ids, signature) for p, signature in pairs]
+            for key, (subset, some) in bucket.split(grads, keys).items():
+                slices.append(BucketSlice(subset, some, self._amp, *key))
+        return slices
+
+    def single(self, p: Tensor) -> BucketSlice:
+        """The slice of one parameter alone, which has a gradient."""
+        if not self._single_buckets:
+            for each in self._buckets:
+                singles = [
+                    ParamBucket(each.group, each.number, [p], self.store) for p in each.params
+                ]
+                self._single_buckets |= {id(one.params[0]): one for one in singles}
+        bucket = self._single_buckets[id(p)]
+        [signature] = bucket.state_signatures(self._update.state_signature)
+        is_perturbed = id(p) in self.perturbed_ids()
+        return BucketSlice(bucket, [cast(Tensor, p.grad)], self._amp, is_perturbed, signature)
+
+    # Perturbation.
+
+    def perturbed_ids(self) -> set[int]:
+        """Ids of the parameters that are perturbed."""
+        if self._perturbed_ids is None:
+            self._perturbed_ids = {id(p) for bucket in self.perturbed for p in bucket.params}
+        return self._perturbed_ids
+
+    def mark_perturbed(self, bucket: ParamBucket) -> None:
+        """Record that a kernel is about to save and to perturb the parameters of a bucket."""
+        bucket.backups().filled = False  # until the kernel has written them
+        self.perturbed.append(bucket)
+        self._perturbed_ids = None
+
+    def end_step(self) -> None:
+        """Record that no parameter is perturbed any more, and what the step has changed."""
+        self.perturbed, self._perturbed_ids = [], None
+        self.store.snapshot_if_changed()
+
+    def restore(self, without: Gradients | None = None, except_ids: set[int] | None = None) -> None:
+        """Restore the perturbed parameters, except those of buckets and with ids to leave out."""
+        done = [bucket for bucket, _ in without or ()]
+        buckets = [b for b in self.perturbed if b not in done and b.backups().filled]
+        if buckets and (done or except_ids):
+            ids = {id(p) for bucket in done for p in bucket.params} | (except_ids or set())
+            rest = [[i for i, p in enumerate(b.params) if id(p) not in ids] for b in buckets]
+            buckets = [b.subset(some) for b, some in zip(buckets, rest, strict=True) if some]
+        for bucket in buckets:
+            bucket.restore()
+        self.mark_written(buckets)
+
+    def mark_written(self, buckets: Sequence[ParamBucket]) -> None:
+        """Tell autograd and FSDP that the parameters of `buckets` have changed."""
+        for bucket in buckets:
+            increment_version(bucket.params)
+        if any(bucket.is_distributed for bucket in buckets):
+            _distributed.reshard()
+        if self.are_flat:
+            _distributed.reshard_flat(self.flat_handles)
 
 
-def gradients_by_id(gradients: Gradients) -> dict[int, Tensor]:
-    """The gradients by the ids of their parameters."""
-    pairs = (pair for bucket, grads in gradients for pair in zip(bucket.params, grads, strict=True))
-    return {id(p): g for p, g in pairs}
+def retry_on_layout_change(method: _Method) -> _Method:
+    """Make a method build the buckets of its object again on a LayoutError, and run once more.
 
+    `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
+    notice before they write. Only a call that begins at x and has written nothing is repeated.
+    """
 
-def conform_if_needed(gradients: Gradients) -> Gradients:
-    """Apply `ParamBucket.conform_if_needed` to every bucket."""
-    return [(bucket, bucket.conform_if_needed(grads)) for bucket, grads in gradients]
+    @functools.wraps(method)
+    def call(self: Any, *args: Any) -> Any:
+        buckets: ParamBuckets = self._buckets
+        buckets.store.has_written = False
+        began_perturbed = bool(buckets.perturbed)  # an error restores x before it gets here
+        try:
+            return method(self, *args)
+        except _core.LayoutError:
+            if began_perturbed or buckets.store.has_written or buckets.perturbed:
+                raise
+            buckets.build()
+            return method(self, *args)
 
-
-def kind_of(p: Tensor) -> tuple[torch.device, torch.dtype]:
-    """What the parameters of a bucket share."""
-    return p.device, p.dtype
+    return cast(_Method, call)

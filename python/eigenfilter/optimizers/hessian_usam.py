@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Unpack
 
 import torch
@@ -18,11 +18,11 @@ from eigenfilter.optimizers.buckets import (
     BucketSlice,
     Gradients,
     ParamBucket,
-    conform_if_needed,
     gradients_by_id,
 )
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
+from eigenfilter.optimizers.randomness import Replay
 from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
 
@@ -77,28 +77,29 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
         self._norms: dict[torch.device, Tensor] = {}
         self._losses: list[float | Tensor] = []  # of both sides; none in the explicit form
         self._first_gradients: dict[ParamBucket, Sequence[Tensor]] = {}  # the gradients at x
+        self._replay = Replay()
 
     def prepare(
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
     ) -> Gradients:
         if index > 0:
-            gradients = conform_if_needed(self._pair_with_first(gradients))
+            self._replay.warn_of_others()
+            gradients = self._pair_with_first(gradients)
             for bucket, grads in gradients:
                 self._match_dtypes(bucket, grads)
             if len(self._losses) == self.count:
                 self._check_plausibility(gradients)
             return gradients
-        padded = conform_if_needed(padded)
         lengths = total_norms([(bucket, bucket.tensors) for bucket, _ in padded])
         self._norms = total_norms(padded)
         for device, norm in self._norms.items():
             step = self._relative_step(padded) * (1 + lengths[device])
             self._eps[device] = step / (amp.unscale(norm, device) + TINY)
-        gradients = conform_if_needed(gradients)
         for bucket, grads in gradients:  # a later backward pass may overwrite them: copy
             first = bucket.first_gradients(grads)
             torch._foreach_copy_(list(first), [_distributed.local(g) for g in grads])
             self._first_gradients[bucket] = first
+        self._replay.end_ascent([p for bucket, _ in padded for p in bucket.params])
         return gradients
 
     def _pair_with_first(self, gradients: Gradients) -> Gradients:
@@ -114,7 +115,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
             new = [i for i, p in enumerate(bucket.params) if id(p) in by_id]
             if new:
                 some = bucket.subset(new)
-                here = some.conform([grads[i] for i in new])
+                here = [grads[i] for i in new]
                 first = some.first_gradients(here)
                 torch._foreach_zero_(list(first))
                 self._first_gradients[some] = first
@@ -123,8 +124,6 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
 
     def _match_dtypes(self, bucket: ParamBucket, grads: list[Tensor]) -> None:
         """Raise RuntimeError if two gradients differ in dtype and the first one is not 0."""
-        if [g.dtype for g in grads] == bucket.first_dtypes:
-            return
         first = list(self._first_gradients[bucket])
         for i, (a, b) in enumerate(zip(first, grads, strict=True)):
             if a.dtype != b.dtype:
@@ -135,7 +134,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
                         "some have another on the second: leave grad_dtype as it is during a step"
                     )
                 first[i] = torch.zeros_like(a, dtype=b.dtype)
-        self._first_gradients[bucket] = first
+                self._first_gradients[bucket] = first
 
     def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
@@ -145,13 +144,8 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
             return
         if not bucket_slice.is_perturbed:
             bucket.save()
-        bucket_slice.launch(
-            bucket.kernels.perturb_hvp,
-            self._first_gradients[bucket],
-            bucket.backups(),
-            rho,
-            eps,
-        )
+        first = self._first_gradients[bucket]
+        bucket_slice.launch(bucket.kernels.perturb_hvp, first, bucket.backups(), rho, eps)
 
     def record_loss(self, loss: Any) -> None:
         due = self._steps_checked < self._CHECKED_STEPS and len(self._losses) < self.count
@@ -181,8 +175,11 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
                 stacklevel=_callers.stacklevel(),
             )
 
-    def replays(self, index: int) -> bool | None:
-        return (False, True, None)[index]
+    def evaluation_context(
+        self, index: int, params: Sequence[Tensor]
+    ) -> AbstractContextManager[None]:
+        self._replay.begin_evaluation(index, params)
+        return nullcontext()
 
     def _relative_step(self, gradients: Gradients) -> float:
         if self.relative_step is not None:
@@ -242,11 +239,8 @@ class AutogradPerturbation(HessianUSAMPerturbation):
 
     def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
-        bucket_slice.launch(
-            bucket.kernels.perturb,
-            bucket.backups(),
-            bucket.rho * self._scales[bucket.device],
-        )
+        alpha = bucket.rho * self._scales[bucket.device]
+        bucket_slice.launch(bucket.kernels.perturb, bucket.backups(), alpha)
 
     def needs_graph(self, index: int) -> bool:
         return index == 0
@@ -263,11 +257,8 @@ class AutogradPerturbation(HessianUSAMPerturbation):
             nonlocal without
             without |= not torch.is_grad_enabled()
 
-        hooks = [
-            p.register_hook(before_accumulation)  # type: ignore[no-untyped-call]
-            for p in params
-            if p.requires_grad
-        ]
+        trained = [p for p in params if p.requires_grad]
+        hooks = [p.register_hook(before_accumulation) for p in trained]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -301,10 +292,9 @@ def _dot(first: Mapping[ParamBucket, Sequence[Tensor]], gradients: Gradients) ->
     for bucket, grads in gradients:
         product = torch.zeros((), dtype=torch.float64, device=bucket.device)
         for one, other in zip(list(first[bucket]), grads, strict=True):
-            a, b = one.flatten(), other.flatten()
-            for begin in range(0, len(a), _SLICE):
-                some = slice(begin, begin + _SLICE)
-                product += (a[some].double() * b[some].double()).sum()
+            slices = (torch.split(t.flatten(), _SLICE) for t in (one, other))
+            for a, b in zip(*slices, strict=True):
+                product += (a.double() * b.double()).sum()
         total += product.item()
     return total
 
@@ -327,14 +317,10 @@ class HessianUSAM(EigenfilterOptimizer):
     r"""Hessian USAM: SGD's update with the gradient taken at x + rho H(x) grad f(x).
 
         h = H(x) grad f(x)
-        d = grad f(x + rho h) + wd x               (also with `maximize`: h keeps its sign)
-        m <- momentum m + (1 - dampening) d        (first step: m <- d)
-        x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
+        d = grad f(x + rho h) + wd x               (then as in `SGD`)
 
-    Where the method converges, every eigenvalue lambda of the Hessian satisfies, with q = lambda
-    (1 + rho lambda^2) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with Nesterov 0 <=
-    lr q <= (2 + 2 momentum) / (1 + 2 momentum). This is exact for wd = 0, and holds to first order
-    in wd otherwise. At wd = 0 the filter admits no negative eigenvalue.
+    The sign of rho h is the same with `maximize`. In the filter, p(lambda) = lambda (1 + rho
+    lambda^2) takes the place of lambda. At wd = 0 it admits no negative eigenvalue.
 
     `hvp="finite_difference"` takes three gradients a step: h = (grad f(x + eps g) - g) / eps with
     g = grad f(x) and eps = fd_step (1 + ||x||) / ||g||. Both gradients must come from the same
@@ -348,8 +334,7 @@ class HessianUSAM(EigenfilterOptimizer):
     Args:
         params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
-            with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
+        rho: step size of the ascent, at least 0, in param_groups; the float 0.0 takes none.
         hvp: how to take the Hessian-vector product: "finite_difference" or "autograd".
         fd_step: relative length of the finite difference, greater than 0. None stands for the
             square root of the parameters' machine precision. Gradients that are less exact, as
@@ -359,13 +344,10 @@ class HessianUSAM(EigenfilterOptimizer):
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
         >>> opt = eigenfilter.HessianUSAM([x], lr=0.1, momentum=0.9, rho=0.05)
-        >>> def closure():
-        ...     opt.zero_grad()
-        ...     loss = x.square().sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> opt.step(closure)
-        tensor(5.)
+        >>> x.square().sum().backward()
+        >>> while opt.ascend():
+        ...     x.square().sum().backward()
+        >>> opt.step()
         >>> x.data
         tensor([ 0.7600, -1.5200])
 

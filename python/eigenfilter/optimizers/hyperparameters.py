@@ -64,15 +64,13 @@ _DEFAULTS = Options(
     backend=None,
     set_to_none=True,
 )
-_TORCHS = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
+_FOR_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
 _REFUSED = {
     "amsgrad": "amsgrad=True is not supported: use torch.optim.AdamW(amsgrad=True), inside "
     "eigenfilter.SharpnessAware for an ascent",
     "differentiable": "differentiable=True is not supported, a fused step has no derivative: use "
     "the torch optimizer to differentiate through a step",
 }
-
-
 _OPTIONS_LINE = "    options: the keyword arguments of `Options`.\n"
 
 
@@ -81,7 +79,7 @@ def explain_options(docstring: str | None) -> str | None:
     if docstring is None or _OPTIONS_LINE.strip() not in docstring:
         return docstring
     _, entries = inspect.cleandoc(Options.__doc__ or "").split("Attributes:\n")
-    rest = f"    {', '.join(_TORCHS)}: see `Options`.\n"
+    rest = f"    {', '.join(_FOR_TORCH)}: see `Options`.\n"
     return inspect.cleandoc(docstring).replace(_OPTIONS_LINE, f"{entries}\n{rest}")
 
 
@@ -138,7 +136,7 @@ def refuse_modes(group: Mapping[str, Any]) -> None:
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split further arguments into torch's and `set_to_none`, and those of a method."""
-    known = ("set_to_none", *_TORCHS)
+    known = ("set_to_none", *_FOR_TORCH)
     own = {name: value for name, value in options.items() if name in known}
     return own, {name: value for name, value in options.items() if name not in known}
 
@@ -201,13 +199,7 @@ def _number(name: str, value: Any) -> float | None:
     if type(value) is float:
         return value
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a one-element tensor")
-        if value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{name} must be a number or a one-element float32 or float64 tensor, and is a "
-                f"tensor of {value.dtype}"
-            )
+        _check_tensor(name, value)
         return value.item() if value.device.type == "cpu" else None
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number or a one-element tensor, and is {value!r}")
@@ -217,21 +209,29 @@ def _number(name: str, value: Any) -> float | None:
         raise ValueError(f"{name} must be finite, and is beyond every float") from None
 
 
+def _check_tensor(name: str, value: Tensor) -> None:
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a one-element tensor")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be a number or a one-element float32 or float64 tensor, and is a "
+            f"tensor of {value.dtype}"
+        )
+
+
 def check_scalars(group: dict[str, Any], device: torch.device) -> None:
     """Raise TypeError or ValueError for a hyperparameter that kernels on `device` cannot take.
 
     The kernels check this too. Checking before the first of several calls keeps a step atomic.
     """
     for name, value in _scalars(group):
-        if not isinstance(value, Tensor):
-            continue
-        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be a number or a one-element float32 or float64 tensor")
-        if value.device not in (device, torch.device("cpu")):
-            raise ValueError(
-                f"{name} is on {value.device} and its parameters are on {device}: move it there or "
-                "to the CPU"
-            )
+        if isinstance(value, Tensor):
+            _check_tensor(name, value)
+            if value.device not in (device, torch.device("cpu")):
+                raise ValueError(
+                    f"{name} is on {value.device} and its parameters are on {device}: move it "
+                    "there or to the CPU"
+                )
 
 
 def is_zero(value: float | Tensor) -> bool:

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from eigenfilter import _callers, _distributed
-from eigenfilter.optimizers._layout import ParamBuckets, retry_on_layout_change
-from eigenfilter.optimizers.amp import AmpState
+from eigenfilter.optimizers.amp import AmpState, is_enabled
+from eigenfilter.optimizers.buckets import ParamBuckets, retry_on_layout_change
 from eigenfilter.optimizers.updates import Update
 
 
@@ -52,8 +51,7 @@ class GradientRelease:
             yield
             return
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        is_parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if is_parallel or any(map(_distributed.is_dtensor, params)):
+        if _distributed.is_parallel() or any(map(_distributed.is_dtensor, params)):
             raise RuntimeError(
                 "release_gradients=True applies gradients before DDP, FSDP2 or tensor parallelism "
                 "reduce them: leave it False in a distributed job"
@@ -61,11 +59,8 @@ class GradientRelease:
         self._buckets.refresh(optimizer)
         if not self._buckets.perturbed:  # an ascent has begun the step
             self._amp.begin()
-        hooks = [
-            p.register_post_accumulate_grad_hook(self._on_gradient)
-            for p in params
-            if p.requires_grad
-        ]
+        trained = [p for p in params if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in trained]
         self._inside = True
         try:
             yield
@@ -76,7 +71,7 @@ class GradientRelease:
 
     def refuse_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Raise RuntimeError for a scaler, which needs all gradients before the first update."""
-        if scaler is not None and scaler.is_enabled():
+        if is_enabled(scaler):
             raise RuntimeError(_UNSCALED)
 
     def check_descent(self, optimizer: torch.optim.Optimizer, has_gradients: bool) -> None:

@@ -116,10 +116,3 @@ class Perturbation:
     ) -> AbstractContextManager[None]:
         """A context for the evaluation whose gradient ascent `index` uses."""
         return nullcontext()
-
-    def replays(self, index: int) -> bool | None:
-        """Whether evaluation `index` replays the random numbers of the one before it.
-
-        None where a method does not control random numbers.
-        """
-        return None

@@ -37,35 +37,26 @@ class Replay:
     """Gives both evaluations of a finite difference the same random numbers, or warns."""
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what belongs to the step that has ended."""
         self._before: Randomness | None = None  # the first evaluation
         self._after_ascent: Randomness | None = None  # whose evaluation should be a replay
         self._has_replayed = False
 
-    def begin_evaluation(self, replays: bool | None, params: Iterable[Tensor]) -> None:
-        """Replay the random numbers of the evaluation before, or record those of this one.
-
-        Args:
-            replays: `Perturbation.replays` of the evaluation.
-            params: the parameters.
-        """
-        if replays and self._before is not None:
+    def begin_evaluation(self, index: int, params: Iterable[Tensor]) -> None:
+        """Record the random numbers of the first evaluation, and replay them in the second."""
+        if index == 0:
+            self._before = Randomness(params)
+        elif self._before is not None:
             self._before.replay()
             self._has_replayed = True
-        elif replays is False:
-            self._before = Randomness(params)
 
     def end_ascent(self, params: Iterable[Tensor]) -> None:
-        """Record the generators after an ascent whose evaluation should be a replay."""
+        """Record the generators after the ascent between the two evaluations."""
         if not self._has_replayed:
             self._after_ascent = Randomness(params)
 
     def warn_of_others(self) -> None:
-        """Warn if the second evaluation of a finite difference drew other random numbers."""
-        check, self._after_ascent = self._after_ascent, None
+        """Warn if the second evaluation drew other random numbers."""
+        check = self._after_ascent
         if check is not None and not self._has_replayed and check.has_changed():
             warnings.warn(
                 "the two sides of a finite difference saw different random numbers (dropout, "

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from eigenfilter.filters import ASCENTS
+from eigenfilter.filters import ASCENTS, METHODS
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.perturbation import Perturbation
 
 OPTIMIZERS: dict[str, Callable[..., EigenfilterOptimizer]] = {}
-"""The optimizers whose update is SGD's, by method."""
+"""The optimizers: those whose update is SGD's by method, and `updates()`."""
 
-UPDATES: dict[str, Callable[..., EigenfilterOptimizer]] = {}
-"""The optimizers with another update, which take a method as an argument, by name."""
-
-METHODS: dict[str, Callable[..., Perturbation]] = {}
+PERTURBATIONS: dict[str, Callable[..., Perturbation]] = {}
 """What makes the perturbation of a method from its options, for the methods that ascend."""
 
 VARIANTS: dict[str, tuple[str, Mapping[str, Any]]] = {}
@@ -29,32 +26,29 @@ _Optimizer = TypeVar("_Optimizer", bound=Callable[..., EigenfilterOptimizer])
 
 
 def register(
-    method: str, perturbation: Callable[..., Perturbation] | None = None, **variants: Any
+    name: str, perturbation: Callable[..., Perturbation] | None = None, **variants: Any
 ) -> Callable[[_Optimizer], _Optimizer]:
-    """Register the decorated class, whose update is SGD's, as the optimizer of a method.
+    """Register the decorated class as the optimizer of a method, or as one of `updates()`.
 
     Args:
-        method: name of the method.
+        name: name of the method; the update is SGD's. An optimizer with another update has a name
+            that no filter has, and takes `method=` and `rho=`.
         perturbation: makes its perturbation from its options, which are keywords; None if the
             method takes no ascent.
         variants: options of the method by the names that stand for them.
+
+    Raises:
+        ValueError: a name is registered already.
     """
+    for each in (name, *variants):
+        if each in OPTIMIZERS or each in VARIANTS:
+            raise ValueError(f"the name {each!r} is registered already: choose another one")
 
     def decorate(optimizer: _Optimizer) -> _Optimizer:
-        OPTIMIZERS[method] = optimizer
+        OPTIMIZERS[name] = optimizer
         if perturbation is not None:
-            METHODS[method] = perturbation
-        VARIANTS.update({name: (method, options) for name, options in variants.items()})
-        return optimizer
-
-    return decorate
-
-
-def register_update(name: str) -> Callable[[_Optimizer], _Optimizer]:
-    """Register the decorated class, which takes `method=` and `rho=`, under its name."""
-
-    def decorate(optimizer: _Optimizer) -> _Optimizer:
-        UPDATES[name] = optimizer
+            PERTURBATIONS[name] = perturbation
+        VARIANTS.update({variant: (name, options) for variant, options in variants.items()})
         return optimizer
 
     return decorate
@@ -69,6 +63,11 @@ def names() -> tuple[str, ...]:
     )
 
 
+def updates() -> tuple[str, ...]:
+    """The optimizers with another update than SGD's, which take a method as an argument."""
+    return tuple(name for name in OPTIMIZERS if name not in METHODS)
+
+
 def method_and_options(name: str) -> tuple[str, Mapping[str, Any]]:
     """The method and the options that one of `names()` stands for."""
     return VARIANTS.get(name, (name, {}))
@@ -81,7 +80,7 @@ def perturbation_of(method: str, **options: Any) -> Perturbation:
         ValueError: the method is unknown.
         TypeError: the method has no such option.
     """
-    make = METHODS.get(method)
+    make = PERTURBATIONS.get(method)
     if make is None:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(ASCENTS)}")
     try:

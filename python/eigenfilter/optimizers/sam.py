@@ -12,7 +12,7 @@ from eigenfilter.filters import AscentFilter
 from eigenfilter.optimizers._norms import total_norms
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.base import EigenfilterOptimizer
-from eigenfilter.optimizers.buckets import BucketSlice, Gradients, conform_if_needed
+from eigenfilter.optimizers.buckets import BucketSlice, Gradients
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
 from eigenfilter.optimizers.registry import register
@@ -47,7 +47,6 @@ class SAMPerturbation(Perturbation):
     def prepare(
         self, index: int, gradients: Gradients, padded: Gradients, amp: AmpState
     ) -> Gradients:
-        gradients = conform_if_needed(gradients)
         norms = total_norms(gradients, weights=self.adaptive)
         self._norms = {device: amp.unscale(norm, device) for device, norm in norms.items()}
         return gradients
@@ -67,37 +66,29 @@ class SAM(EigenfilterOptimizer):
 
         g = grad f(x);  y = x + rho g / ||g||      (x - rho g / ||g|| with `maximize`)
         ASAM:           y = x + rho x^2 g / ||x g||
-        d = grad f(y) + wd x
-        m <- momentum m + (1 - dampening) d        (first step: m <- d)
-        x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
+        d = grad f(y) + wd x                       (then as in `SGD`)
 
     The norm is taken over the gradients of all groups that ascend, on all ranks that hold a shard
     of them. It stays on the device, and 1e-12 is added to it, so that a zero gradient perturbs
-    nothing. A step takes two gradients.
-
-    SAM has no filter of its own, because d is not differentiable where grad f = 0. With a constant
-    gradient norm G it is USAM with radius rho / G.
+    nothing. A step takes two gradients. SAM has no filter of its own, because d is not
+    differentiable where grad f = 0; with a constant gradient norm G it is USAM of radius rho / G.
 
     Memory: one backup of the parameters. The errors are those of `SGD`.
 
     Args:
         params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        rho: length of the ascent, at least 0. It lives in param_groups, as lr does. A group
-            with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
+        rho: length of the ascent, at least 0, in param_groups; the float 0.0 takes none.
         adaptive: whether to take ASAM's ascent, which does not depend on the parameters' scales.
         options: the keyword arguments of `Options`.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
         >>> opt = eigenfilter.SAM([x], lr=0.1, momentum=0.9, rho=0.5)
-        >>> def closure():
-        ...     opt.zero_grad()
-        ...     loss = x.square().sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> opt.step(closure)
-        tensor(5.)
+        >>> x.square().sum().backward()
+        >>> while opt.ascend():
+        ...     x.square().sum().backward()
+        >>> opt.step()
         >>> x.data
         tensor([ 0.7553, -1.5106])
 

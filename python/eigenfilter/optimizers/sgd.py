@@ -27,7 +27,8 @@ class SGD(EigenfilterOptimizer):
     and x <- x - lr d where momentum is 0. A step takes one gradient. Where the method converges,
     every eigenvalue lambda of the Hessian satisfies 0 <= lr (1 - dampening) (lambda + wd) <=
     2 (1 + momentum), and with Nesterov 0 <= lr (lambda + wd) <= (2 + 2 momentum) / (1 + 2
-    momentum): see `eigenfilter.filters`.
+    momentum). For a method that ascends, p(lambda) stands for lambda, which is exact for wd = 0,
+    and holds to first order in wd otherwise: see `eigenfilter.filters`.
 
     One kernel call updates all tensors of a group that share a device and a dtype. Memory: one
     buffer like the parameters if momentum > 0.

@@ -55,17 +55,12 @@ class TwoStepUSAM(EigenfilterOptimizer):
 
         y = x + rho grad f(x)
         z = y + rho grad f(y)                      ("sequential"; "anchored": x + rho grad f(y))
-        d = grad f(z) + wd x
-        m <- momentum m + (1 - dampening) d        (first step: m <- d)
-        x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
+        d = grad f(z) + wd x                       (then as in `SGD`)
 
-    A step takes three gradients. With `maximize`, -rho takes the place of rho in both ascents.
-    Where the method converges, every eigenvalue lambda of the Hessian satisfies, with q =
-    p(lambda) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum), and with Nesterov 0 <= lr q <=
-    (2 + 2 momentum) / (1 + 2 momentum), where p = lambda (1 + rho lambda)^2 ("sequential") or
-    lambda (1 + rho lambda + rho^2 lambda^2) ("anchored"). This is exact for wd = 0, and holds to
-    first order in wd otherwise. At wd = 0 the filter admits no negative eigenvalue, except exactly
-    -1 / rho in the sequential form.
+    A step takes three gradients. With `maximize`, -rho takes the place of rho in both ascents. In
+    the filter, p(lambda) = lambda (1 + rho lambda)^2 ("sequential") or lambda (1 + rho lambda +
+    rho^2 lambda^2) ("anchored") takes the place of lambda. At wd = 0 it admits no negative
+    eigenvalue, except exactly -1 / rho in the sequential form: see `eigenfilter.filters`.
 
     Memory: one backup of the parameters. The errors are those of `SGD`.
 
@@ -73,21 +68,17 @@ class TwoStepUSAM(EigenfilterOptimizer):
         params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the last
             ascent.
-        rho: step size of both ascents, at least 0. It lives in param_groups, as lr does. A group
-            with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
+        rho: step size of both ascents, at least 0, in param_groups; the float 0.0 takes none.
         ascent: where the second ascent starts: at y ("sequential") or at x ("anchored").
         options: the keyword arguments of `Options`.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
         >>> opt = eigenfilter.TwoStepUSAM([x], lr=0.1, momentum=0.9, rho=0.05)
-        >>> def closure():
-        ...     opt.zero_grad()
-        ...     loss = x.square().sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> opt.step(closure)
-        tensor(5.)
+        >>> x.square().sum().backward()
+        >>> while opt.ascend():
+        ...     x.square().sum().backward()
+        >>> opt.step()
         >>> x.data
         tensor([ 0.7580, -1.5160])
 

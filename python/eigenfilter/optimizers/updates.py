@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
@@ -144,16 +144,17 @@ class AdamWUpdate(Update):
     def initialize_state(self, bucket: ParamBucket) -> None:
         bucket.buffers(EXP_AVG)
         bucket.buffers(EXP_AVG_SQ)
-        state = bucket.store.state
-        self._start([p for p in bucket.params if STEP not in state[p]], bucket)
+        self._start_counts(bucket)
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
-        state = bucket.store.state
         if bucket_slice.state_signature is None:
-            self._start(bucket.params, bucket)
-        if bucket.count_group is None:
-            bucket.count_group = self._counts.count_group([state[p][STEP] for p in bucket.params])
+            self._start_counts(bucket)
+        if bucket.count_group is None or bucket.count_group.size != len(bucket.params):
+            counts = [bucket.store.state[p][STEP] for p in bucket.params]
+            bucket.count_group, is_new = self._counts.group(counts)
+            if is_new:
+                bucket.store.mark_changed()
         beta1, beta2 = group["betas"]
         bucket_slice.launch(
             bucket.kernels.adamw_step,
@@ -169,13 +170,14 @@ class AdamWUpdate(Update):
             maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),
         )
-        if self._counts.advance(bucket.count_group, bucket_slice.amp.flag(bucket.device)):
-            bucket.store.mark_changed()
+        self._counts.advance(bucket.count_group, bucket_slice.amp.flag(bucket.device))
 
-    def _start(self, params: Sequence[Tensor], bucket: ParamBucket) -> None:
-        """Create the step counts of parameters that have none."""
+    def _start_counts(self, bucket: ParamBucket) -> None:
+        """Create the step counts of the parameters that have none."""
+        state = bucket.store.state
+        params = [p for p in bucket.params if STEP not in state[p]]
         if params:
             counts = self._counts.start(len(params), bucket.device)
             for p, count in zip(params, counts, strict=True):
-                bucket.store.state[p][STEP] = count
+                state[p][STEP] = count
             bucket.store.mark_changed()

@@ -35,25 +35,18 @@ class USAM(EigenfilterOptimizer):
     r"""Unnormalized SAM: SGD's update with the gradient taken at x + rho grad f(x).
 
         y = x + rho grad f(x)                      (x - rho grad f(x) with `maximize`)
-        d = grad f(y) + wd x
-        m <- momentum m + (1 - dampening) d        (first step: m <- d)
-        x <- x - lr m                              (Nesterov: x - lr (d + momentum m))
+        d = grad f(y) + wd x                       (then as in `SGD`)
 
-    A step takes two gradients. Where the method converges, every eigenvalue lambda of the Hessian
-    satisfies, with q = lambda (1 + rho lambda) + wd, 0 <= lr (1 - dampening) q <= 2 (1 + momentum),
-    and with Nesterov 0 <= lr q <= (2 + 2 momentum) / (1 + 2 momentum). This is exact for wd = 0,
-    and holds to first order in wd otherwise. A larger rho leaves flatter minima. The filter also
-    admits some eigenvalues below -1/rho: see `eigenfilter.filters`.
-
-    One kernel saves and perturbs x, another restores it bit for bit and applies the update.
+    A step takes two gradients. In the filter, p(lambda) = lambda (1 + rho lambda) takes the place
+    of lambda, so that a larger rho leaves flatter minima. It also admits some eigenvalues below
+    -1 / rho: see `eigenfilter.filters.USAM`.
 
     Memory: one backup of the parameters. The errors are those of `SGD`.
 
     Args:
         params, lr, momentum, dampening, nesterov: those of `SGD`.
         weight_decay: coefficient wd of the L2 penalty at x, at least 0. It enters after the ascent.
-        rho: step size of the ascent, at least 0. It lives in param_groups, as lr does. A group
-            with the float 0.0 takes no ascent; if all groups have it, a step costs one gradient.
+        rho: step size of the ascent, at least 0, in param_groups; the float 0.0 takes none.
         options: the keyword arguments of `Options`.
 
     Example:

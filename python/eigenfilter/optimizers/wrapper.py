@@ -12,18 +12,16 @@ from torch import Tensor
 from eigenfilter import _distributed
 from eigenfilter.optimizers._groups import fill_missing_keys
 from eigenfilter.optimizers._step_state import through_owner
+from eigenfilter.optimizers.amp import drop_scaler_attributes
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
-from eigenfilter.optimizers.hyperparameters import (
-    OWN_RHO,
-    check_hyperparameters,
-    split_options,
-)
+from eigenfilter.optimizers.hyperparameters import OWN_RHO, check_hyperparameters, split_options
 from eigenfilter.optimizers.registry import perturbation_of
 from eigenfilter.optimizers.updates import Update
 
 _SHARED = ("state", "defaults")
 _FORWARDED = ("train", "eval")  # methods of schedule-free optimizers
+_OF_METHOD = ("adaptive", "ascent")  # options of "sam" and "two_step_usam"
 # Attributes in which wrappers hold the optimizer that they wrap.
 _INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "optim")
 
@@ -109,6 +107,8 @@ class SharpnessAware(EigenfilterOptimizer):
             return getattr(self.base_optimizer, name)
         if name in _FORWARDED and hasattr(self.base_optimizer, name):
             return functools.partial(self._switch, name)
+        if name in _OF_METHOD and hasattr(self.perturbation, name):
+            return getattr(self.perturbation, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _switch(self, mode: str) -> None:
@@ -133,18 +133,6 @@ class SharpnessAware(EigenfilterOptimizer):
         """The method of the ascent."""
         return self.perturbation.method
 
-    @property
-    def ascent(self) -> str:
-        """The form of "two_step_usam": "sequential" or "anchored"."""
-        ascent: str = self.perturbation.ascent  # type: ignore[attr-defined]
-        return ascent
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether the ascent of "sam" is ASAM's."""
-        adaptive: bool = self.perturbation.adaptive  # type: ignore[attr-defined]
-        return adaptive
-
     @through_owner
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict.
@@ -156,11 +144,8 @@ class SharpnessAware(EigenfilterOptimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         self._groups_with_rho()
-        saved: dict[str, Any] = self.base_optimizer.state_dict()
-        for after in self._optimizer_state_dict_post_hooks.values():
-            changed = after(self, saved)
-            saved = saved if changed is None else changed
-        return saved
+        saved = self.base_optimizer.state_dict()
+        return self._through_hooks(self._optimizer_state_dict_post_hooks, saved)
 
     @through_owner
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -173,36 +158,26 @@ class SharpnessAware(EigenfilterOptimizer):
             ValueError: the groups do not match.
         """
         self._refuse_perturbed("load_state_dict()")
-        state_dict = state_dict.copy()  # as torch does, for hooks that change it
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = before(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+        given = state_dict.copy()  # as torch does, for hooks that change it
+        given = self._through_hooks(self._optimizer_load_state_dict_pre_hooks, given)
         self._groups_with_rho()
-        self.base_optimizer.load_state_dict(fill_missing_keys(self.base_optimizer, state_dict))
+        self.base_optimizer.load_state_dict(fill_missing_keys(self.base_optimizer, given))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base.
+    def _through_hooks(self, hooks: dict[int, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """A state_dict as hooks leave it, which change it or return another one."""
+        for hook in hooks.values():
+            changed = hook(self, saved)
+            saved = saved if changed is None else changed
+        return saved
 
-        Raises:
-            TypeError: a parameter is sparse, complex or of an unsupported dtype.
-            ValueError: rho is out of its range.
-            RuntimeError: the parameters are perturbed.
-        """
+    def _add_group(self, param_group: dict[str, Any]) -> None:
         if "param_groups" in vars(self):  # under construction
-            super().add_param_group(param_group)
-            return
-        if self._rho_key in param_group:
-            check_hyperparameters({self._rho_key: param_group[self._rho_key]})
-        self._refuse_perturbed("add_param_group()")
-        groups = self._groups_with_rho()
-        self.base_optimizer.add_param_group(param_group)
-        try:
-            self._check_group(self._groups_with_rho()[-1])
-        except BaseException:
-            groups.pop()
-            raise
+            super()._add_group(param_group)
+        else:
+            self._groups_with_rho()
+            self.base_optimizer.add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -230,17 +205,15 @@ class SharpnessAware(EigenfilterOptimizer):
         if not gradients:
             return
         base = self.base_optimizer
-        flags = [
-            f for f in (self._amp.flag(bucket.device) for bucket, _ in gradients) if f is not None
-        ]
-        if flags and getattr(base, "_step_supports_amp_scaling", False):
-            scale = self._amp.scalars(flags[0].device)["grad_scale"]
-            vars(base).update(grad_scale=scale, found_inf=(flags[0] != 0).float())
+        flag = self._amp.flag(gradients[0][0].device)  # on all devices the same
+        if flag is not None and getattr(base, "_step_supports_amp_scaling", False):
+            scale = self._amp.scalars(flag.device)["grad_scale"]
+            vars(base).update(grad_scale=scale, found_inf=(flag != 0).float())
             try:
                 base.step()
             finally:
-                del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
-        elif not flags or not flags[0]:
+                drop_scaler_attributes(base)
+        elif flag is None or not flag:
             for bucket, grads in gradients:
                 scale = self._amp.scalars(bucket.device)["grad_scale"]
                 if scale is not None:
