@@ -68,7 +68,7 @@ class Window:
         """
         with self.optimizer.evaluation():
             if self.optimizer.phase == "ascent":
-                replays = self.optimizer.perturbation.replays(0) is False
+                replays = self.optimizer.perturbation.repeats_random_numbers
                 self._evaluations.append((evaluate, self._randomness() if replays else None))
             yield
 
@@ -98,7 +98,8 @@ class Window:
 
     def _evaluate(self) -> None:
         opt = self.optimizer
-        replays = opt.perturbation.replays(opt._step_state.ascents_taken)
+        repeats = opt.perturbation.repeats_random_numbers
+        replays = repeats and opt._step_state.ascents_taken == 1
         after = self._randomness() if replays else None
         with torch.enable_grad(), opt.evaluation():
             for evaluate, randomness in self._evaluations:

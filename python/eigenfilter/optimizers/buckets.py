@@ -388,6 +388,16 @@ class ParamBuckets:
                 slices.append(BucketSlice(subset, some, self._amp, *key))
         return slices
 
+    def by_state(self) -> list[tuple[ParamBucket, Hashable]]:
+        """All buckets, split by state signature, with it."""
+        split = []
+        for bucket in self._buckets:
+            signatures = bucket.state_signatures(self._update.state_signature)
+            signatures = signatures * (len(bucket.params) // len(signatures))
+            parts = bucket.split(bucket.params, signatures)
+            split += [(subset, signature) for signature, (subset, _) in parts.items()]
+        return split
+
     def single(self, p: Tensor) -> BucketSlice:
         """The slice of one parameter alone, which has a gradient."""
         if not self._single_buckets:

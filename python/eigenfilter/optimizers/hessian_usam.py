@@ -59,6 +59,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
 
     count = 2
     needs_norm = True
+    repeats_random_numbers = True
     accesses = 12  # norms of x and g, a copy of g, USAM's; then reads b, g, g0, and writes x
 
     _CHECKED_STEPS = 10  # steps at the beginning: reading a loss waits for its device

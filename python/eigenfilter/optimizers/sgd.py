@@ -1,17 +1,23 @@
-"""Stochastic gradient descent with heavy-ball or Nesterov momentum."""
+"""Stochastic gradient descent with heavy-ball, Nesterov or extrapolated momentum."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
+import torch
 from torch import Tensor
 
+from eigenfilter.filters import design
+from eigenfilter.optimizers._step_state import through_owner
 from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.buckets import retry_on_layout_change
 from eigenfilter.optimizers.hyperparameters import Options, show_options
 from eigenfilter.optimizers.perturbation import Perturbation
 from eigenfilter.optimizers.registry import register
-from eigenfilter.optimizers.updates import SGDUpdate
+from eigenfilter.optimizers.updates import EXTRAPOLATION, SGDUpdate
+
+_HOLDS_X = "holds_x"  # in a group after eval(), until train()
 
 
 @register("sgd")
@@ -30,6 +36,13 @@ class SGD(EigenfilterOptimizer):
     momentum). For a method that ascends, p(lambda) stands for lambda, which is exact for wd = 0,
     and holds to first order in wd otherwise: see `eigenfilter.filters`.
 
+    With an extrapolation e the gradient and the decay are taken at y = x - e m. Between steps the
+    parameters hold y, so that a step costs what heavy ball's costs: one gradient, no closure, no
+    further memory. For e >= 0 then 0 <= (lr + 2 e) (1 - dampening) (lambda + wd) <= 2 (1 +
+    momentum), which puts the edge anywhere below heavy ball's; e = lr momentum has Nesterov's. For
+    e < 0 see `eigenfilter.filters.HeavyBall`. Evaluate and save x: call `eval()` before, and
+    `train()` to go on.
+
     One kernel call updates all tensors of a group that share a device and a dtype. Memory: one
     buffer like the parameters if momentum > 0.
 
@@ -41,6 +54,11 @@ class SGD(EigenfilterOptimizer):
         dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
         weight_decay: coefficient wd of the L2 penalty, at least 0.
         nesterov: whether to use Nesterov's momentum, which needs momentum > 0 and dampening 0.
+        extrapolation: how far e along -m the gradient is taken; a number, by default 0. It needs
+            momentum > 0 and no nesterov. It lives in param_groups, and a change of it takes effect
+            with the next gradient.
+        max_eigenvalue: the edge that is wanted, in place of `extrapolation`: each group gets the e
+            that puts its edge there at its present lr.
         options: the keyword arguments of `Options`.
 
     Raises:
@@ -74,8 +92,71 @@ class SGD(EigenfilterOptimizer):
         dampening: float = 0,
         weight_decay: float | Tensor = 0,
         nesterov: bool = False,
+        *,
+        extrapolation: float | None = None,
+        max_eigenvalue: float | None = None,
         **options: Unpack[Options],
     ) -> None:
+        if None not in (extrapolation, max_eigenvalue):
+            raise ValueError("extrapolation and max_eigenvalue set the same: give one of them")
         group = {"lr": lr, "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-        group |= {"weight_decay": weight_decay}
+        group |= {"weight_decay": weight_decay, EXTRAPOLATION: extrapolation or 0.0}
         super().__init__(params, group, Perturbation(), SGDUpdate(), options)
+        if max_eigenvalue is not None:
+            for each in self.param_groups:
+                each[EXTRAPOLATION] = design(
+                    "sgd",
+                    max_eigenvalue,
+                    lr=float(each["lr"]),
+                    momentum=float(each["momentum"]),
+                    dampening=float(each["dampening"]),
+                    weight_decay=float(each["weight_decay"]),
+                    nesterov=each["nesterov"],
+                )
+
+    @through_owner
+    def eval(self) -> None:
+        """Put x = y + e m into the parameters, to evaluate or to save them.
+
+        The sum is rounded to the parameters' dtype, and so is y when `train()` goes back to it.
+        Without extrapolation x is there already.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+        """
+        self._extrapolate(False)
+
+    @through_owner
+    def train(self) -> None:
+        """Put y = x - e m into the parameters again, to train on.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+        """
+        self._extrapolate(True)
+
+    @retry_on_layout_change
+    @torch.no_grad()
+    def _extrapolate(self, is_training: bool) -> None:
+        self._refuse_perturbed("train()" if is_training else "eval()")
+        self._buckets.refresh(self)
+        update = cast(SGDUpdate, self._update)
+        for bucket, present in self._buckets.by_state():
+            if present is not None:
+                wanted = bucket.group[EXTRAPOLATION] if is_training else 0.0
+                update.extrapolate(bucket, cast(float, present), wanted)
+                self._buckets.mark_written([bucket])
+        for group in self.param_groups:
+            if is_training or group[EXTRAPOLATION] == 0:
+                group.pop(_HOLDS_X, None)
+            else:
+                group[_HOLDS_X] = True
+        self._buckets.store.snapshot_if_changed()
+
+    def _check_groups(self) -> None:
+        super()._check_groups()
+        if any(_HOLDS_X in group for group in self.param_groups):
+            raise RuntimeError(
+                "the parameters hold x, since eval(), and a step needs the gradient at the "
+                "extrapolated point: call opt.train() before the forward pass"
+            )

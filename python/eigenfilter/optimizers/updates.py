@@ -13,6 +13,7 @@ from eigenfilter.optimizers._step_counts import StepCounts
 from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket
 
 MOMENTUM = "momentum_buffer"
+EXTRAPOLATION = "extrapolation"  # of a group, and that which a parameter holds
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
 SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
@@ -74,27 +75,51 @@ class Update:
 
 
 class SGDUpdate(Update):
-    """Gradient descent, heavy ball, Nesterov."""
+    """Gradient descent, heavy ball, Nesterov, extrapolated momentum.
+
+    A parameter that holds y = x - e m instead of x has e in its state.
+    """
 
     keys = (MOMENTUM,)
     group_options = ("maximize", "stochastic_rounding")
 
     def state_signature(self, state: dict[str, Any]) -> Hashable:
-        return state.get(MOMENTUM) is not None
+        return None if state.get(MOMENTUM) is None else state.get(EXTRAPOLATION, 0.0)
 
     def initialize_state(self, bucket: ParamBucket) -> None:
         if bucket.group["momentum"] != 0:
             bucket.buffers(MOMENTUM)
 
     def creates_state(self, bucket_slice: BucketSlice) -> bool:
-        return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
+        return bucket_slice.state_signature is None and bucket_slice.bucket.group["momentum"] != 0
+
+    def extrapolate(self, bucket: ParamBucket, present: float, wanted: float) -> None:
+        """Change y = x - e m of parameters with a momentum buffer from one e to another."""
+        if present == wanted:
+            return
+        momenta = bucket.buffers(MOMENTUM)
+        bucket.kernels.perturb(bucket.tensors, momenta, None, present - wanted, save=False)
+        self._record(bucket, wanted)
+
+    def _record(self, bucket: ParamBucket, extrapolation: float) -> None:
+        """Record in the state which y the parameters hold."""
+        for p in bucket.params:
+            if extrapolation != 0:
+                bucket.store.state[p][EXTRAPOLATION] = extrapolation
+            else:
+                bucket.store.state[p].pop(EXTRAPOLATION, None)
+        bucket.store.mark_changed()
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
+        present = cast("float | None", bucket_slice.state_signature)
+        extrapolation = group.get(EXTRAPOLATION, 0.0)
+        if present is not None:
+            self.extrapolate(bucket, present, extrapolation)
         momenta, dampening, undo = None, 0.0, False
         if group["momentum"] != 0:
             momenta = bucket.buffers(MOMENTUM)
-            if bucket_slice.state_signature:
+            if present is not None:
                 dampening = group["dampening"]
             elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
                 undo = bucket_slice.amp.is_skipped(bucket.device)
@@ -106,12 +131,15 @@ class SGDUpdate(Update):
             momentum=group["momentum"],
             dampening=dampening,
             weight_decay=group["weight_decay"],
+            extrapolation=extrapolation,
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),
         )
         if undo:
             bucket.drop(MOMENTUM)
+        elif present is None and extrapolation != 0:
+            self._record(bucket, extrapolation)
 
 
 class AdamWUpdate(Update):
