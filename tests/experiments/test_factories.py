@@ -56,6 +56,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.2, "momentum": 0.6, "weight_decay": 0.01, "r
     ("name", "kind", "more"),
     [
         ("sgd", ef.SGD, {"nesterov": True}),
+        ("sgd", ef.SGD, {"extrapolation": 0.02}),
         ("usam", ef.USAM, {}),
         ("sam", ef.SAM, {}),
         ("asam", ef.SAM, {}),
@@ -68,7 +69,7 @@ def test_optimizers(name: str, kind: type, more: dict[str, Any]) -> None:
     optimizer = factories.build_optimizer(Config(optimizer=name, **SETTINGS, **more), parameters())
     assert type(optimizer) is kind
     [group] = optimizer.param_groups
-    expected = SETTINGS | {"nesterov": name == "sgd"}
+    expected = SETTINGS | {"nesterov": False} | (more if name == "sgd" else {})
     if name == "sgd":
         del expected["rho"]
     assert {key: group[key] for key in expected} == expected

@@ -131,6 +131,24 @@ def test_ascents_may_take_a_part_of_the_batch() -> None:
     assert trainer.drain() == {"loss": first, "accuracy": accuracy}
 
 
+def test_an_extrapolated_network_is_evaluated_at_x() -> None:
+    options: dict[str, Any] = {"optimizer": "sgd", "extrapolation": 0.5, "lr": 0.01}
+    trainer, plain = steps(4, **options), steps(0, optimizer="sgd")
+    state = trainer.optimizer.state
+    with torch.no_grad():
+        pairs = zip(plain.model.parameters(), trainer.model.parameters(), strict=True)
+        for x, y in pairs:
+            x.copy_(y + 0.5 * state[y]["momentum_buffer"])
+    measured = plain.evaluate()
+    assert trainer.evaluate() == measured
+    plain.model.load_state_dict(trainer.model.state_dict())
+    assert plain.evaluate() != measured
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.evaluate()
+    for p, q in zip(before, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-6, atol=1e-7)
+
+
 STATES: dict[str, dict[str, Any]] = {
     **{model: {"model": model} for model in ("cnn-2", "wrn-10-1", "vit-32")},
     **{name: {"optimizer": name} for name in ("sgd", "asam", "two_step_usam", "hessian_usam")},
@@ -139,6 +157,7 @@ STATES: dict[str, dict[str, Any]] = {
         for name in ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "NAdam", "Rprop", "SGD")
     },
     "no momentum": {"optimizer": "sgd", "momentum": 0.0},
+    "extrapolation": {"optimizer": "sgd", "extrapolation": 0.05},
     "schedules": {"lr_schedule": "cosine", "warmup": 1, "rho_schedule": "every", "rho_every": 2},
 }
 

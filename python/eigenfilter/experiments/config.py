@@ -154,6 +154,9 @@ class Config:
     lr: float = _option(0.1, _number(0), "learning rate that lr_schedule multiplies")
     momentum: float = _option(0.9, _number(0, 1, below=True), "momentum of the SGD update")
     nesterov: bool = _option(False, _boolean, "use Nesterov momentum instead of heavy ball")
+    extrapolation: float = _option(
+        0.0, _number(0), "sgd: distance along the momentum at which the gradient is taken"
+    )
     weight_decay: float = _option(0.0, _number(0), "weight decay of all parameters")
     rho: float = _option(0.05, _number(0), "radius of the ascents, which rho_schedule multiplies")
     beta1: float = _option(0.9, _number(0, 1, below=True), "adamw: decay rate of the first moment")
@@ -239,6 +242,11 @@ class Config:
             raise ValueError(
                 f"method applies only to {_UPDATES} and torch's optimizers; {self.optimizer} is "
                 "itself a method, leave it out"
+            )
+        if self.extrapolation and self.optimizer != "sgd":
+            raise ValueError(
+                f"extrapolation applies only to sgd, and the optimizer is {self.optimizer}; leave "
+                "it out, or choose optimizer: sgd"
             )
         if self.ascent_part != 1 and not self.ascends:
             raise ValueError(

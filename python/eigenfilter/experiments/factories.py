@@ -94,6 +94,7 @@ def _hyperparameters(config: Config, make: Callable[..., Any]) -> dict[str, Any]
         "weight_decay": config.weight_decay,
         "momentum": config.momentum,
         "nesterov": config.nesterov,
+        "extrapolation": config.extrapolation,
         "betas": (config.beta1, config.beta2),
     }
     return {name: value for name, value in values.items() if name in accepted}

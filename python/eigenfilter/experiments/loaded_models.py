@@ -72,6 +72,7 @@ def load_trained(
         raise UserError(
             f"{path} was trained on other data; give the folder of its data with --data-dir"
         )
+    getattr(trainer.optimizer, "eval", lambda: None)()  # extrapolated momentum: back to x
     images, labels = trainer.examples(samples or len(trainer.data.images))
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))  # type: ignore[no-untyped-call]
     source = {

@@ -183,7 +183,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         data, part = self.data, self._processes.sample_slice
-        self.model.eval()
+        self._switch_to("eval")
         try:
             for images, labels in in_order(
                 data.test_images[part], data.test_labels[part], self._normalizer, self.device
@@ -193,10 +193,15 @@ class Trainer:
                     loss += len(labels) * self.loss_fn(scores, labels)
                 correct += (scores.argmax(dim=1) == labels).sum()
         finally:
-            self.model.train()
+            self._switch_to("train")
         loss, correct = map(self._processes.all_reduce, (loss, correct))
         n = len(data.test_labels)
         return {"loss": float(loss) / n, "accuracy": float(correct) / n}
+
+    def _switch_to(self, mode: str) -> None:
+        """Switch the model to "train" or "eval", and an optimizer whose weights differ in them."""
+        getattr(self.model, mode)()
+        getattr(self.optimizer, mode, lambda: None)()
 
     def examples(self, samples: int) -> tuple[Tensor, Tensor]:
         """Return the first training images, normalized but not augmented, and their labels."""
