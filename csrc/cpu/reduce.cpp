@@ -52,9 +52,7 @@ double scaled_norm(const Tensors& t, const std::vector<std::int64_t>& chunks_bef
     return std::ldexp(std::sqrt(sum), exponent);
 }
 
-}  // namespace
-
-double norm(const Tensors& t, int threads) {
+double norm_of(const Tensors& t, int threads) {
     const Loops& table = loops();
     std::vector<std::int64_t> chunks_before(t.n + 1, 0);
     for (std::size_t i = 0; i < t.n; ++i)
@@ -80,7 +78,17 @@ double norm(const Tensors& t, int threads) {
     return std::sqrt(sum);
 }
 
-bool has_nonfinite(const Tensors& t, int threads) {
+}  // namespace
+
+void norm(const Tensors& t, const Reduction& r, int threads) {
+    const double value = norm_of(t, threads) * (1 / r.grad_scale.value);
+    if (r.out_is_double)
+        *static_cast<double*>(r.out) = value;
+    else
+        *static_cast<float*>(r.out) = static_cast<float>(value);
+}
+
+void flag_nonfinite(const Tensors& t, float* found_inf, int threads) {
     const Loops& table = loops();
     std::atomic<bool> nonfinite{false};
     for_each_range(
@@ -95,7 +103,7 @@ bool has_nonfinite(const Tensors& t, int threads) {
                     nonfinite.store(true, std::memory_order_relaxed);
             }
         });
-    return nonfinite.load();
+    if (nonfinite.load()) *found_inf = 1;
 }
 
 }  // namespace eigenfilter::cpu

@@ -17,7 +17,6 @@ def test_five_steps_add_a_kernel(tmp_path: Path) -> None:
     checkout = Checkout(tmp_path)
     touched = checkout.follow("How to add a kernel")
     assert list(dict.fromkeys(touched)) == [
-        "csrc/core/ops.hpp",
         "csrc/core/rules.hpp",
         "csrc/cuda/cubed_step.cu",
         "python/eigenfilter/kernels/cubed.py",

@@ -76,19 +76,23 @@ def declared(**annotations: str) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    ("annotations", "writes", "message"),
+    ("annotations", "message"),
     [
-        ({"params": "Sequence[Tensor]"}, (), "toy needs the argument backend"),
-        ({"lr": "float", "backend": "str | None"}, (), "toy: lr is 'float', which is none of"),
-        ({"w": "Tensor", "backend": "str | None"}, ("v",), "toy has no argument 'v'"),
+        ({"params": "Sequence[Tensor]"}, "toy needs the argument backend"),
+        ({"lr": "float", "backend": "str | None"}, "toy: lr is 'float', which is none of"),
+        ({"w": "Tensor", "backend": "str | None"}, r"toy takes \('w',\), and in the core \(\)"),
     ],
 )
-def test_mistakes_in_a_declaration(
-    annotations: dict[str, str], writes: tuple[str, ...], message: str
-) -> None:
+def test_mistakes_in_a_declaration(annotations: dict[str, str], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        _op.op(writes=writes)(declared(**annotations))
+        _op.op(declared(**annotations))
     assert "toy" not in OPERATIONS
+
+
+def test_every_operation_of_the_core_is_declared() -> None:
+    assert set(_core.operations) == set(OPERATIONS)
+    for name, writes in _core.operations.items():
+        assert set(writes.values()) <= {"", "always", *writes}, name
 
 
 def test_a_backend_has_the_operations_and_a_known_name() -> None:
