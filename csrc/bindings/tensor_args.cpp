@@ -74,24 +74,7 @@ bool is_contiguous(const dlpack::Tensor& t) {
     return true;
 }
 
-void require_contiguous(const dlpack::Tensor& t, const Name& name) {
-    if (!is_contiguous(t))
-        fail(PyExc_ValueError, name() + " must be contiguous: pass .contiguous() of it");
-}
-
-void require_vectors(const dlpack::Tensor& t, const Name& name) {
-    if (size_of(require_dtype(t, name)) < 4)
-        fail(PyExc_TypeError, name() + " must be float32 or float64, not " + describe(t.dtype));
-    require_contiguous(t, name);
-}
-
-[[noreturn]] void fail_shared(const std::string& name, const std::string& other) {
-    fail(PyExc_ValueError, name + " and " + other +
-                               " share memory, and at least one of them is written: clone one of "
-                               "them");
-}
-
-// Whether they do in some order of the dimensions.
+// The same, in some order of the dimensions.
 bool is_dense(const dlpack::Tensor& t) {
     std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
     for (int i = 0; i < t.ndim; ++i) {
@@ -105,6 +88,17 @@ bool is_dense(const dlpack::Tensor& t) {
         expected *= size;
     }
     return true;
+}
+
+void require_contiguous(const dlpack::Tensor& t, const Name& name) {
+    if (!is_contiguous(t))
+        fail(PyExc_ValueError, name() + " must be contiguous: pass .contiguous() of it");
+}
+
+void require_vectors(const dlpack::Tensor& t, const Name& name) {
+    if (size_of(require_dtype(t, name)) < 4)
+        fail(PyExc_TypeError, name() + " must be float32 or float64, not " + describe(t.dtype));
+    require_contiguous(t, name);
 }
 
 bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
@@ -225,6 +219,14 @@ bool TensorArgs::takes(DType dtype, size_t r, size_t i) {
     return true;
 }
 
+dlpack::Tensor TensorArgs::read_one(const char* name, PyObject*& object, bool written) {
+    Reader reader;
+    const dlpack::Tensor t = reader.read(object, {name}, kept_, written);
+    kept_.push_back(py::reinterpret_borrow<py::object>(object));
+    object = reader.source();
+    return t;
+}
+
 Scalar TensorArgs::scalar(const char* name, py::handle value, Range range) {
     Scalar s;
     if (!is_tensor(value)) {
@@ -233,15 +235,14 @@ Scalar TensorArgs::scalar(const char* name, py::handle value, Range range) {
         require_unchanged();
         return s;
     }
-    Reader reader;
-    const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_);
-    kept_.push_back(py::reinterpret_borrow<py::object>(value));
+    PyObject* source = value.ptr();
+    const dlpack::Tensor t = read_one(name, source);
     DType dtype;
     if (count(t) != 1 || !dtype_of(t.dtype, dtype) || size_of(dtype) < 4)
         fail(PyExc_TypeError,
              std::string(name) + " must be a number or a one-element float32 or float64 tensor");
     require_aligned(t, {name});
-    add(name, t.data, size_of(dtype), false, reader.source());
+    add(name, t.data, size_of(dtype), false, source);
     require_unchanged();
     if (t.device.type == dlpack::kCPU) {
         s.value = dtype == DType::f64 ? *static_cast<const double*>(t.data)
@@ -267,9 +268,8 @@ float* TensorArgs::flag(const char* name, py::handle value, unsigned traits) {
 
 dlpack::Tensor TensorArgs::single_tensor(const char* name, py::handle value, int bits, bool written,
                                          const Shape* shape) {
-    Reader reader;
-    const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_, written);
-    kept_.push_back(py::reinterpret_borrow<py::object>(value));
+    PyObject* source = value.ptr();
+    const dlpack::Tensor t = read_one(name, source, written);
     if (bits == kAnyBits) bits = t.dtype.bits == 64 ? 64 : 32;
     const bool fits = shape != nullptr ? Shape(t.shape, t.shape + t.ndim) == *shape : count(t) == 1;
     if (!fits || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits || t.dtype.lanes != 1 ||
@@ -280,7 +280,7 @@ dlpack::Tensor TensorArgs::single_tensor(const char* name, py::handle value, int
                                    std::to_string(bits) + " tensor of " +
                                    (shape != nullptr ? "shape " + describe(*shape) : "1 element") +
                                    " on " + describe(device_));
-    add(name, t.data, count(t) * (bits / 8), written, reader.source());
+    add(name, t.data, count(t) * (bits / 8), written, source);
     require_unchanged();
     return t;
 }
@@ -294,9 +294,8 @@ void* TensorArgs::result(const char* name, py::handle value, bool& is_double) {
 }
 
 void* TensorArgs::basis(const char* name, py::handle value, int64_t& rows, DType& dtype) {
-    Reader reader;
-    const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_);
-    kept_.push_back(py::reinterpret_borrow<py::object>(value));
+    PyObject* source = value.ptr();
+    const dlpack::Tensor t = read_one(name, source);
     dtype = require_dtype(t, {name});
     const Shape shape(t.shape, t.shape + t.ndim);
     const std::string text = name, first = roles_[0].name;
@@ -308,7 +307,7 @@ void* TensorArgs::basis(const char* name, py::handle value, int64_t& rows, DType
     if (!is_here(t.device))
         fail(PyExc_ValueError,
              first + " and " + text + " are on different devices: move one of them");
-    add(name, t.data, count(t) * size_of(dtype), false, reader.source());
+    add(name, t.data, count(t) * size_of(dtype), false, source);
     require_unchanged();
     rows = shape[0];
     return t.data;
@@ -366,23 +365,6 @@ void TensorArgs::require_unchanged() {
     asked_others_ = asked_others;
 }
 
-// Where no list is written nothing need be sorted.
-void TensorArgs::require_singles_apart() const {
-    for (const Single& s : singles_) {
-        if (!s.written) continue;
-        for (size_t r = 0; r < roles_.size(); ++r) {
-            for (size_t i = 0; i < data_[r].size(); ++i) {
-                const std::uintptr_t begin = begin_of(r, i);
-                if (begin < s.end && s.meets(begin, end_of(r, i)))
-                    fail_shared(s.name, roles_[r].at(i)());
-            }
-        }
-        for (const Single& other : singles_) {
-            if (&other != &s && s.meets(other.begin, other.end)) fail_shared(s.name, other.name);
-        }
-    }
-}
-
 void TensorArgs::require_apart() const {
     struct Stretch {
         Stretch(std::uintptr_t begin, std::uint32_t role, std::uint32_t index)
@@ -393,7 +375,8 @@ void TensorArgs::require_apart() const {
     const auto singles = static_cast<std::uint32_t>(roles_.size());
     const auto end = [&](const Stretch& s) {
         if (s.role == singles) return singles_[s.index].end;
-        return end_of(s.role, s.index);
+        return s.begin + static_cast<std::uintptr_t>(numel_[s.index]) *
+                             size_of(expected(roles_[s.role], s.index));
     };
     const auto written = [&](const Stretch& s) {
         return s.role == singles ? singles_[s.index].written : roles_[s.role].has(kWritten);
@@ -401,17 +384,29 @@ void TensorArgs::require_apart() const {
     const auto name = [&](const Stretch& s) {
         return s.role == singles ? singles_[s.index].name : roles_[s.role].at(s.index)();
     };
-    if (std::none_of(roles_.begin(), roles_.end(), [](auto& r) { return r.has(kWritten); }))
-        return require_singles_apart();
+    // If no list is written, most lie outside of what is: between `low` and `high`.
+    std::uintptr_t low = 0, high = UINTPTR_MAX;
+    if (std::none_of(roles_.begin(), roles_.end(), [](auto& r) { return r.has(kWritten); })) {
+        std::swap(low, high);
+        for (const Single& s : singles_) {
+            if (!s.written) continue;
+            low = std::min(low, s.begin);
+            high = std::max(high, s.end);
+        }
+    }
     std::vector<Stretch> all;
     all.reserve(size() * roles_.size() + singles_.size());
+    const auto put = [&](std::uintptr_t begin, std::uint32_t role, std::uint32_t index) {
+        const auto& s = all.emplace_back(begin, role, index);
+        if (begin >= high || (low > 0 && end(s) <= low)) all.pop_back();
+    };
     for (std::uint32_t r = 0; r < singles; ++r) {
         for (std::uint32_t i = 0; i < data_[r].size(); ++i) {
-            if (numel_[i] > 0) all.emplace_back(begin_of(r, i), r, i);
+            if (numel_[i] > 0) put(reinterpret_cast<std::uintptr_t>(data_[r][i]), r, i);
         }
     }
     for (std::uint32_t k = 0; k < singles_.size(); ++k) {
-        if (singles_[k].begin < singles_[k].end) all.emplace_back(singles_[k].begin, singles, k);
+        if (singles_[k].begin < singles_[k].end) put(singles_[k].begin, singles, k);
     }
     std::sort(all.begin(), all.end(),
               [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
@@ -422,7 +417,10 @@ void TensorArgs::require_apart() const {
         const Stretch* other = is_written ? furthest : furthest_written;
         if (other != nullptr && end(*other) > s.begin) {
             const bool is_first = s.role >= other->role;
-            fail_shared(name(is_first ? s : *other), name(is_first ? *other : s));
+            fail(PyExc_ValueError, name(is_first ? s : *other) + " and " +
+                                       name(is_first ? *other : s) +
+                                       " share memory, and at least one of them is written: "
+                                       "clone one of them");
         }
         if (furthest == nullptr || end(s) > end(*furthest)) furthest = &s;
         if (is_written && (furthest_written == nullptr || end(s) > end(*furthest_written)))

@@ -104,9 +104,6 @@ class TensorArgs {
         std::uintptr_t begin, end;
         bool written;
         PyObject* source;
-        bool meets(std::uintptr_t from, std::uintptr_t to) const {
-            return from < to && from < end && begin < to;
-        }
     };
     // The memory of a list's tensor that was read from its local shard.
     struct Shard {
@@ -117,17 +114,10 @@ class TensorArgs {
     py::tuple items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known);
     void check_first(const dlpack::Tensor& t, const Name& name);
     void check_type(const dlpack::Tensor& t, const Name& name, std::size_t r, std::size_t i);
+    // A tensor that is in no list; `object` becomes the one whose memory it is.
+    dlpack::Tensor read_one(const char* name, PyObject*& object, bool written = false);
     dlpack::Tensor single_tensor(const char* name, py::handle value, int bits, bool written,
                                  const Shape* shape);
-    void require_singles_apart() const;
-    // Where the memory of a role's i-th tensor begins and ends.
-    std::uintptr_t begin_of(std::size_t r, std::size_t i) const {
-        return reinterpret_cast<std::uintptr_t>(data_[r][i]);
-    }
-    std::uintptr_t end_of(std::size_t r, std::size_t i) const {
-        return begin_of(r, i) +
-               static_cast<std::uintptr_t>(numel_[i]) * size_of(expected(roles_[r], i));
-    }
     // The first of `count` roles that holds gradients, whose dtypes others follow; or nullptr.
     const Role* first_gradients(std::size_t count) const;
     // Whether the i-th tensor of a role may have a dtype; notes that of a wide gradient.

@@ -97,6 +97,7 @@ def test_every_operation_of_the_core_is_declared() -> None:
 
 def test_a_backend_has_the_operations_and_a_known_name() -> None:
     assert set(OPERATIONS) <= set(dir(kernels.select("cpu")))
+    assert kernels.Backend.gram is OPERATIONS["gram"].reference
     with pytest.raises(ValueError, match="unknown backend 'cuda': choose one of native, triton"):
         kernels.Backend("cuda")
 
@@ -109,4 +110,6 @@ def test_a_call_is_bound_as_the_declaration_says() -> None:
         kernels.perturb(x, g, b, 0.1, rho=0.1)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="takes 4 positional arguments but 5"):
         kernels.perturb(x, g, b, 0.1, True)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rho'"):
+        kernels.select("cpu").perturb(x, g, b, 0.1, rho=0.1)  # type: ignore[call-arg]
     assert (x[0] == 1).all()

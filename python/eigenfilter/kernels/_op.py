@@ -303,52 +303,22 @@ def table() -> str:
     return "\n".join(rows)
 
 
-class Backend:
-    """The operations on one backend, as functions with the arguments of `eigenfilter.kernels`.
+class OnBackend(Generic[_P]):
+    """An operation as an attribute of a backend: the function on it, with the declared arguments.
 
-    They leave version counters and autograd to their caller, and take no `backend`.
-
-    Attributes:
-        name: one of "native", "triton" and "reference".
-
-    Raises:
-        ValueError: the name is another one.
+    It leaves version counters and autograd to its caller. A `backend` that it is passed is refused.
+    Of the class itself the attribute is the reference.
     """
 
-    def __init__(self, name: str) -> None:
-        if name not in dispatch.BACKENDS:
-            raise ValueError(dispatch.unknown(name))
-        self.name = name
+    def __init__(self, function: Callable[_P, None]) -> None:
+        self._operation = OPERATIONS[function.__name__.lstrip("_")]
 
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *OPERATIONS]
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name not in OPERATIONS:
-            raise AttributeError(f"the kernels have no operation {name!r}")
-        function = OPERATIONS[name].on(self.name)
-        setattr(self, name, function)
+    def __get__(self, backend: Any, owner: type) -> Callable[_P, None]:
+        if backend is None:
+            return self._operation.reference
+        function = self._operation.on(backend.name)
+        setattr(backend, self._operation.name, function)
         return function
-
-
-def select(device: torch.device | str, backend: str | None = None) -> Backend:
-    """Return the operations on the backend that serves a device.
-
-    Args:
-        device: device of type "cpu" or "cuda" (torch's name for ROCm too). "cuda" without a number
-            stands for the current GPU.
-        backend: name of a backend, which works or raises. None selects native on the CPU, and on a
-            GPU native if its kernels were compiled for such a GPU, else Triton. The selection is
-            logged once.
-
-    Raises:
-        ValueError: the backend is unknown, or no backend serves the device.
-        RuntimeError: the backend is not available, or not for this device.
-    """
-    return _BACKENDS[dispatch.choose(torch.device(device), backend)]
-
-
-_BACKENDS = {name: Backend(name) for name in dispatch.BACKENDS}
 
 
 def _is_host_number(value: Tensor) -> bool:
