@@ -18,6 +18,7 @@ from torch import Tensor
 
 import backends
 from eigenfilter import kernels
+from eigenfilter.kernels._op import OPERATIONS
 from eigenfilter.kernels.triton.blocks import Blocks
 from eigenfilter.kernels.triton.tables import BLOCKS_IN_CHUNK
 
@@ -361,6 +362,35 @@ UPDATES = [
         AdamWDescent(True, True, True, 9).options(),
         "backups",
     ),
+]
+
+_NUMBERS = {
+    "alpha": ALPHA,
+    "beta1": BETA1,
+    "beta2": BETA2,
+    "dampening": DAMPENING,
+    "eps": EPS,
+    "lr": LR,
+    "momentum": MOMENTUM,
+    "step": STEPS[1],
+    "weight_decay": WEIGHT_DECAY,
+}
+
+
+def _all_of(kernel: str) -> Update:
+    """An update with all its lists, and numbers by their names."""
+    operation = OPERATIONS[kernel]
+    lists = tuple(a for a, of in operation.annotations.items() if of.startswith("Sequence"))
+    writes = tuple(name for name in lists if name in operation.writes)
+    numbers = {a: _NUMBERS[a] for a, of in operation.annotations.items() if of == "Scalar"}
+    return Update(kernel, lists, writes, numbers)
+
+
+# A kernel that has no row needs none, if it has no variants.
+UPDATES[:0] = [
+    _all_of(name)
+    for name, operation in OPERATIONS.items()
+    if operation.arguments[0] == "params" and name not in {u.kernel for u in UPDATES}
 ]
 
 

@@ -134,7 +134,7 @@ Requirement requirement_of(Range range) {
             return {[](double v) { return v >= 0 && v < 1; }, "at least 0 and less than 1"};
         case Range::not_negative:
             return {[](double v) { return v >= 0 && std::isfinite(v); }, "at least 0 and finite"};
-        case Range::positive:
+        case Range::scale:
             return {[](double v) { return v > 0 && std::isfinite(v); }, "positive and finite"};
         case Range::count:
             return {[](double v) { return v >= 1 && v <= 0x1p53 && v == std::floor(v); },

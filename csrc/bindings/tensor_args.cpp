@@ -14,6 +14,7 @@ using std::int64_t;
 using std::size_t;
 
 PyObject* layout_error = nullptr;
+constexpr int kAnyBits = 0;  // 64, or else 32
 
 std::string describe(const dlpack::DataType& t) {
     if (t.code == dlpack::kBfloat) return "bfloat" + std::to_string(t.bits);
@@ -41,19 +42,25 @@ std::string describe_layout(const dlpack::Tensor& t) {
            ")";
 }
 
+// Whether the kernels have a dtype, and which.
 bool dtype_of(const dlpack::DataType& t, DType& out) {
-    if (t.lanes != 1) return false;
-    if (t.code == dlpack::kFloat && t.bits == 32)
-        out = DType::f32;
-    else if (t.code == dlpack::kFloat && t.bits == 64)
-        out = DType::f64;
-    else if (t.code == dlpack::kFloat && t.bits == 16)
-        out = DType::f16;
-    else if (t.code == dlpack::kBfloat && t.bits == 16)
-        out = DType::bf16;
-    else
-        return false;
-    return true;
+    const bool is_float = t.code == dlpack::kFloat, is_half = t.bits == 16;
+    out = is_half ? is_float ? DType::f16 : DType::bf16 : t.bits == 64 ? DType::f64 : DType::f32;
+    return t.lanes == 1 && (is_float || (t.code == dlpack::kBfloat && is_half)) &&
+           t.bits == 8 * size_of(out);
+}
+
+DType require_dtype(const dlpack::Tensor& t, const Name& name) {
+    DType dtype;
+    if (!dtype_of(t.dtype, dtype))
+        fail(PyExc_TypeError, name() + " is " + describe(t.dtype) +
+                                  ": supported are float32, float64, bfloat16, float16");
+    return dtype;
+}
+
+void require_aligned(const dlpack::Tensor& t, const Name& name) {
+    if (reinterpret_cast<std::uintptr_t>(t.data) % (t.dtype.bits / 8) != 0)
+        fail(PyExc_ValueError, name() + " is not aligned to its element size: clone it");
 }
 
 // Whether the elements fill one stretch of memory, in the order of the dimensions.
@@ -81,6 +88,17 @@ bool is_dense(const dlpack::Tensor& t) {
         expected *= size;
     }
     return true;
+}
+
+void require_contiguous(const dlpack::Tensor& t, const Name& name) {
+    if (!is_contiguous(t))
+        fail(PyExc_ValueError, name() + " must be contiguous: pass .contiguous() of it");
+}
+
+void require_vectors(const dlpack::Tensor& t, const Name& name) {
+    if (size_of(require_dtype(t, name)) < 4)
+        fail(PyExc_TypeError, name() + " must be float32 or float64, not " + describe(t.dtype));
+    require_contiguous(t, name);
 }
 
 bool same_layout(const dlpack::Tensor& a, const dlpack::Tensor& b) {
@@ -140,6 +158,7 @@ void TensorArgs::read_role(size_t r, std::vector<dlpack::Tensor>& first) {
         void** const known = known_memory ? known_memory->data() + i : nullptr;
         const dlpack::Tensor t = reader.read(item, name, kept_, role.has(kWritten), known);
         if (reader.source() != item) shards_.push_back({r, i, reader.source()});
+        if (role.has(kOneTensor)) require_vectors(t, name);
         check_type(t, name, r, i);
         if (r == 0) {
             check_first(t, name);
@@ -148,8 +167,10 @@ void TensorArgs::read_role(size_t r, std::vector<dlpack::Tensor>& first) {
         } else if (!same_layout(t, first[i])) {
             const std::string model = roles_[0].at(i)();
             fail(layout_error, name() + " has " + describe_layout(t) + ", " + model + " has " +
-                                   describe_layout(first[i]) + ": pass torch.empty_like(" + model +
-                                   ").copy_(" + name() + ")");
+                                   describe_layout(first[i]) +
+                                   (role.has(kOneTensor) ? ": pass vectors of one shape"
+                                                         : ": pass torch.empty_like(" + model +
+                                                               ").copy_(" + name() + ")"));
         }
         data_[r].push_back(t.data);
     }
@@ -158,18 +179,13 @@ void TensorArgs::read_role(size_t r, std::vector<dlpack::Tensor>& first) {
 
 void TensorArgs::check_first(const dlpack::Tensor& t, const Name& name) {
     if (roles_[0].has(kOneTensor)) shape_.assign(t.shape, t.shape + t.ndim);
-    const bool ordered = is_contiguous(t);
-    is_contiguous_ &= ordered;
-    if (!ordered && !is_dense(t))
+    if (!is_contiguous(t) && !is_dense(t))
         fail(PyExc_ValueError,
              name() + " is not dense (" + describe_layout(t) + "): pass .contiguous() of it");
 }
 
 void TensorArgs::check_type(const dlpack::Tensor& t, const Name& name, size_t r, size_t i) {
-    DType dtype;
-    if (!dtype_of(t.dtype, dtype))
-        fail(PyExc_TypeError, name() + " is " + describe(t.dtype) +
-                                  ": supported are float32, float64, bfloat16, float16");
+    const DType dtype = require_dtype(t, name);
     if (r == 0 && i == 0) {
         dtype_ = dtype;
         device_ = t.device;
@@ -184,8 +200,7 @@ void TensorArgs::check_type(const dlpack::Tensor& t, const Name& name, size_t r,
                                (model != nullptr ? model->at(i) : roles_[0].at(0))() +
                                " is not: group tensors by dtype, or convert it with .to()");
     }
-    if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
-        fail(PyExc_ValueError, name() + " is not aligned to its element size: clone it");
+    require_aligned(t, name);
 }
 
 const Role* TensorArgs::first_gradients(size_t count) const {
@@ -204,16 +219,12 @@ bool TensorArgs::takes(DType dtype, size_t r, size_t i) {
     return true;
 }
 
-void TensorArgs::require_contiguous() const {
-    if (!is_contiguous_)
-        fail(PyExc_ValueError, roles_[0].at(0)() + " must be contiguous: pass .contiguous() of it");
-}
-
-void TensorArgs::require_vectors() const {
-    require_contiguous();
-    if (dtype_ != DType::f32 && dtype_ != DType::f64)
-        fail(PyExc_TypeError, roles_[0].at(0)() + " must be float32 or float64, not " +
-                                  (dtype_ == DType::bf16 ? "bfloat16" : "float16"));
+dlpack::Tensor TensorArgs::read_one(const char* name, PyObject*& object, bool written) {
+    Reader reader;
+    const dlpack::Tensor t = reader.read(object, {name}, kept_, written);
+    kept_.push_back(py::reinterpret_borrow<py::object>(object));
+    object = reader.source();
+    return t;
 }
 
 Scalar TensorArgs::scalar(const char* name, py::handle value, Range range) {
@@ -224,16 +235,14 @@ Scalar TensorArgs::scalar(const char* name, py::handle value, Range range) {
         require_unchanged();
         return s;
     }
-    Reader reader;
-    const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_);
-    kept_.push_back(py::reinterpret_borrow<py::object>(value));
+    PyObject* source = value.ptr();
+    const dlpack::Tensor t = read_one(name, source);
     DType dtype;
     if (count(t) != 1 || !dtype_of(t.dtype, dtype) || size_of(dtype) < 4)
         fail(PyExc_TypeError,
              std::string(name) + " must be a number or a one-element float32 or float64 tensor");
-    if (reinterpret_cast<std::uintptr_t>(t.data) % size_of(dtype) != 0)
-        fail(PyExc_ValueError, std::string(name) + " is not aligned to its element size: clone it");
-    add(name, t.data, size_of(dtype), false, reader.source());
+    require_aligned(t, {name});
+    add(name, t.data, size_of(dtype), false, source);
     require_unchanged();
     if (t.device.type == dlpack::kCPU) {
         s.value = dtype == DType::f64 ? *static_cast<const double*>(t.data)
@@ -251,16 +260,17 @@ Scalar TensorArgs::scalar(const char* name, py::handle value, Range range) {
     return s;
 }
 
-float* TensorArgs::flag(const char* name, py::handle value, bool written) {
-    if (value.is_none()) return nullptr;
-    return static_cast<float*>(single(name, value, 32, written));
+float* TensorArgs::flag(const char* name, py::handle value, unsigned traits) {
+    if (value.is_none() && (traits & kOptional) != 0) return nullptr;
+    if (value.is_none()) fail(PyExc_TypeError, std::string(name) + " must be a tensor");
+    return static_cast<float*>(single(name, value, 32, (traits & kWritten) != 0));
 }
 
-void* TensorArgs::single(const char* name, py::handle value, int bits, bool written,
-                         const Shape* shape) {
-    Reader reader;
-    const dlpack::Tensor t = reader.read(value.ptr(), {name}, kept_, written);
-    kept_.push_back(py::reinterpret_borrow<py::object>(value));
+dlpack::Tensor TensorArgs::single_tensor(const char* name, py::handle value, int bits, bool written,
+                                         const Shape* shape) {
+    PyObject* source = value.ptr();
+    const dlpack::Tensor t = read_one(name, source, written);
+    if (bits == kAnyBits) bits = t.dtype.bits == 64 ? 64 : 32;
     const bool fits = shape != nullptr ? Shape(t.shape, t.shape + t.ndim) == *shape : count(t) == 1;
     if (!fits || t.dtype.code != dlpack::kFloat || t.dtype.bits != bits || t.dtype.lanes != 1 ||
         !is_contiguous(t) || !is_here(t.device) ||
@@ -270,8 +280,36 @@ void* TensorArgs::single(const char* name, py::handle value, int bits, bool writ
                                    std::to_string(bits) + " tensor of " +
                                    (shape != nullptr ? "shape " + describe(*shape) : "1 element") +
                                    " on " + describe(device_));
-    add(name, t.data, count(t) * (bits / 8), written, reader.source());
+    add(name, t.data, count(t) * (bits / 8), written, source);
     require_unchanged();
+    return t;
+}
+
+void* TensorArgs::result(const char* name, py::handle value, bool& is_double) {
+    const bool has_doubles =
+        dtype_ == DType::f64 || std::count(wide_.begin(), wide_.end(), DType::f64) > 0;
+    const dlpack::Tensor t = single_tensor(name, value, has_doubles ? 64 : kAnyBits, true, nullptr);
+    is_double = t.dtype.bits == 64;
+    return t.data;
+}
+
+void* TensorArgs::basis(const char* name, py::handle value, int64_t& rows, DType& dtype) {
+    PyObject* source = value.ptr();
+    const dlpack::Tensor t = read_one(name, source);
+    dtype = require_dtype(t, {name});
+    const Shape shape(t.shape, t.shape + t.ndim);
+    const std::string text = name, first = roles_[0].name;
+    if (shape.size() != 2 || shape[1] != shape_.back())
+        fail(PyExc_ValueError, text + " must be [m, n] and " + first + " [n] or [b, n]: got " +
+                                   describe(shape) + " and " + describe(shape_));
+    require_contiguous(t, {name});
+    require_aligned(t, {name});
+    if (!is_here(t.device))
+        fail(PyExc_ValueError,
+             first + " and " + text + " are on different devices: move one of them");
+    add(name, t.data, count(t) * size_of(dtype), false, source);
+    require_unchanged();
+    rows = shape[0];
     return t.data;
 }
 

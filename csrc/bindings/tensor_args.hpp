@@ -13,7 +13,8 @@
 
 namespace eigenfilter {
 
-// One list of a call, or one tensor, with its name in messages; None: it is absent.
+// One list of a call, or one tensor of vectors (float32 or float64, contiguous), with its name in
+// messages; None: it is absent.
 struct Role {
     const char* name;
     py::handle list;
@@ -52,26 +53,34 @@ class TensorArgs {
     const std::vector<std::int64_t>& numel() const { return numel_; }
     // Dtypes of the gradients, or nullptr where all are the lists'.
     const DType* wide() const { return wide_.empty() ? nullptr : wide_.data(); }
-    // Data pointers of the role's list, or nullptr where it is absent.
+    // Data pointers of a role's list, or nullptr where it is absent; of a role by its own name,
+    // too.
     void* const* pointers(std::size_t role) const {
         return data_[role].empty() ? nullptr : data_[role].data();
+    }
+    void* const* pointers(const char* name) const {
+        std::size_t role = 0;
+        while (roles_[role].name != name) ++role;
+        return pointers(role);
     }
     // What a kernel is given, with no lists yet.
     Tensors tensors() const { return {dtype_, size(), numel_.data(), wide()}; }
     // The shape of the first role's tensor, where that is no list.
     const Shape& shape() const { return shape_; }
-    // Throws unless it lies in the order of its dimensions, and of vectors unless it is float32 or
-    // float64.
-    void require_contiguous() const;
-    void require_vectors() const;
 
     // A hyperparameter: a number, or a 0-dim float32/float64 tensor here or on the CPU.
     Scalar scalar(const char* name, py::handle value, Range range);
-    // One float32 on this device, or nullptr for None.
-    float* flag(const char* name, py::handle value, bool written = false);
+    // One float32 on this device, or nullptr for None where it is optional.
+    float* flag(const char* name, py::handle value, unsigned traits);
     // A contiguous tensor of this device of `bits` float bits and of a shape, or of one element.
     void* single(const char* name, py::handle value, int bits, bool written,
-                 const Shape* shape = nullptr);
+                 const Shape* shape = nullptr) {
+        return single_tensor(name, value, bits, written, shape).data;
+    }
+    // One float32 or float64 to be written, which is as wide as the widest tensor, or wider.
+    void* result(const char* name, py::handle value, bool& is_double);
+    // Contiguous [rows, n] with the n of the first tensor, of any dtype of the kernels.
+    void* basis(const char* name, py::handle value, std::int64_t& rows, DType& dtype);
     // Uninitialized memory on this device for so many doubles, until the call has ended: torch's
     // allocator gives it, in the order of the current stream.
     double* workspace(std::int64_t size);
@@ -105,6 +114,10 @@ class TensorArgs {
     py::tuple items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known);
     void check_first(const dlpack::Tensor& t, const Name& name);
     void check_type(const dlpack::Tensor& t, const Name& name, std::size_t r, std::size_t i);
+    // A tensor that is in no list; `object` becomes the one whose memory it is.
+    dlpack::Tensor read_one(const char* name, PyObject*& object, bool written = false);
+    dlpack::Tensor single_tensor(const char* name, py::handle value, int bits, bool written,
+                                 const Shape* shape);
     // The first of `count` roles that holds gradients, whose dtypes others follow; or nullptr.
     const Role* first_gradients(std::size_t count) const;
     // Whether the i-th tensor of a role may have a dtype; notes that of a wide gradient.
@@ -120,7 +133,6 @@ class TensorArgs {
     DType dtype_{};
     dlpack::Device device_{};
     Shape shape_;
-    bool is_contiguous_ = true;
     const dlpack::ExchangeApi* api_ = nullptr;
     std::vector<std::int64_t> numel_;
     std::vector<DType> wide_;

@@ -1,14 +1,22 @@
-// The arithmetic of every update, stated once: the CPU loops call it on SIMD vectors, the CUDA
-// kernels on floats. T is the arithmetic's type, float or double; V is T or a vector of T.
-// Coefficients are formed in double and rounded once to T; no multiply-add is fused (compiler
-// flag).
+// The updates, each stated once: what it takes, and its arithmetic. What the CPU and CUDA offer,
+// the stub of a build without CUDA, the CPU's table of loops, and the bindings with their arguments
+// and docstrings follow from here.
+//
+// The CPU loops call the arithmetic on SIMD vectors, the CUDA kernels on floats. T is its type,
+// float or double; V is T or a vector of T. Coefficients are formed in double and rounded once to
+// T; no multiply-add is fused (compiler flag).
 #pragma once
 
 #include <cmath>
+#include <utility>
 
-#include "core/ops.hpp"
+#include "core/argument.hpp"
 
 namespace eigenfilter {
+
+// What an update does with backups b. None: there are none. Saved: b <- x first, even where
+// found_inf is set. Origin: x starts from b. Restored: the same, and x <- b where found_inf is set.
+enum class Backup { none, saved, origin, restored };
 
 // base^exponent for a whole exponent >= 0, by squaring: the same roundings in every backend.
 EIGENFILTER_RULE double power(double base, double exponent) {
@@ -23,7 +31,13 @@ EIGENFILTER_RULE double power(double base, double exponent) {
 EIGENFILTER_RULE float square_root(float v) { return sqrtf(v); }
 EIGENFILTER_RULE double square_root(double v) { return sqrt(v); }
 
-// What every rule has: what it does to x last, given its states before and after as they are stored.
+// An update is described by the struct of its scalars, which are doubles for the CPU and Scalars
+// for a GPU. Results of one with a rounding_seed may be rounded stochastically. Its rule is made
+// from the scalars as doubles, and takes what the update starts from, then gradients, then states,
+// which it changes.
+
+// What every rule has: what it does to x last, given its states before and after as they are
+// stored.
 struct Rule {
     template <class V>
     EIGENFILTER_RULE V finish(V x, const V*, const V*) const {
@@ -31,7 +45,37 @@ struct Rule {
     }
 };
 
-// x <- from + alpha g / grad_scale; adaptive: x <- from + alpha from^2 g / grad_scale
+template <class>
+struct Perturb;
+template <class Real>
+struct PerturbScalars {
+    Real alpha, grad_scale;
+    bool adaptive, save;
+
+    using Call = PerturbScalars;
+    template <class T>
+    using Rule = Perturb<T>;
+    static constexpr Backup kBackup = Backup::origin;
+    static constexpr Argument<Call, Real> kArguments[] = {
+        {"params", &Tensors::x, kWritten},
+        {"grads", &Tensors::g, kGradients},
+        {"backups", &Tensors::b, kSaved},
+        {"alpha", &Call::alpha, Range::computed},
+        {"save", &Call::save, &Tensors::b},
+        {"adaptive", &Call::adaptive},
+        {"grad_scale", &Call::grad_scale, Range::scale},
+        {"found_inf", kOptional},
+    };
+    static constexpr const char* kDoc =
+        R"(Perturb the parameters along their gradients, from their values or from backups.
+
+    save:  b <- x,  x <- x + alpha g / grad_scale
+    else:  x <- b + alpha g / grad_scale, without backups x + alpha g / grad_scale
+
+With `adaptive`, g is multiplied by the square of what x starts from. Where found_inf is not zero
+x stays, and is still saved.)";
+};
+
 template <class T>
 struct Perturb : Rule {
     T step;
@@ -46,7 +90,34 @@ struct Perturb : Rule {
     }
 };
 
-// x <- from + alpha h, h = (g - g0) / (eps grad_scale)
+template <class>
+struct PerturbHvp;
+template <class Real>
+struct PerturbHvpScalars {
+    Real alpha, eps, grad_scale;
+
+    using Call = PerturbHvpScalars;
+    template <class T>
+    using Rule = PerturbHvp<T>;
+    static constexpr Backup kBackup = Backup::origin;
+    static constexpr Argument<Call, Real> kArguments[] = {
+        {"params", &Tensors::x, kWritten},
+        {"grads", &Tensors::g, kGradients},
+        {"base_grads", &Tensors::g0, kGradients},
+        {"backups", &Tensors::b, kRead},
+        {"alpha", &Call::alpha, Range::computed},
+        {"eps", &Call::eps, Range::computed_not_zero},
+        {"grad_scale", &Call::grad_scale, Range::scale},
+        {"found_inf", kOptional},
+    };
+    static constexpr const char* kDoc =
+        R"(Perturb the backups along a Hessian-vector product by finite differences.
+
+    x <- b + alpha (g - g0) / (eps grad_scale)
+
+Where found_inf is not zero x stays.)";
+};
+
 template <class T>
 struct PerturbHvp : Rule {
     T step;
@@ -60,8 +131,44 @@ struct PerturbHvp : Rule {
     }
 };
 
-// d = +-g / grad_scale + wd x;  m <- beta m + (1 - dampening) d;  x <- x - lr m
-// (Nesterov: x - lr (d + beta m); without momentum: x - lr d), and last x <- x - e (m - m before)
+template <class>
+struct SgdStep;
+template <class Real>
+struct SgdStepScalars {
+    Real lr, momentum, dampening, weight_decay, extrapolation, grad_scale, rounding_seed;
+    bool nesterov, maximize;
+    bool stochastic;  // whether there is a seed, and results are bf16 or f16
+
+    using Call = SgdStepScalars;
+    template <class T>
+    using Rule = SgdStep<T>;
+    static constexpr Backup kBackup = Backup::restored;
+    static constexpr Argument<Call, Real> kArguments[] = {
+        {"params", &Tensors::x, kWritten},
+        {"grads", &Tensors::g, kGradients},
+        {"momenta", &Tensors::m, kState | kOptional},
+        {"backups", &Tensors::b, kOptional},
+        {"lr", &Call::lr, Range::finite},
+        {"momentum", &Call::momentum, Range::finite, &Tensors::m},
+        {"dampening", &Call::dampening, Range::finite},
+        {"weight_decay", &Call::weight_decay, Range::finite},
+        {"extrapolation", &Call::extrapolation, Range::finite, &Tensors::m},
+        {"nesterov", &Call::nesterov, &Tensors::m},
+        {"maximize", &Call::maximize},
+        {"rounding_seed", &Call::rounding_seed, Range::seed},
+        {"grad_scale", &Call::grad_scale, Range::scale},
+        {"found_inf", kOptional},
+    };
+    static constexpr const char* kDoc =
+        R"(Restore the parameters from backups, if there are any, and take a step of SGD.
+
+    d = g / grad_scale + wd x,  m <- momentum m + (1 - dampening) d
+    x <- x - lr m               (Nesterov: x - lr (d + momentum m); without momenta: x - lr d)
+    x <- x - e (m - m before)   (with an extrapolation e)
+
+Where found_inf is not zero x is restored and m stays.)";
+};
+
 template <class T>
 struct SgdStep : Rule {
     T scale, decay, beta, keep, lr, extrapolation;
@@ -100,8 +207,44 @@ struct SgdStep : Rule {
     }
 };
 
-// d = +-g / grad_scale;  m <- beta1 m + (1 - beta1) d;  v <- beta2 v + (1 - beta2) d^2
-// x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+template <class>
+struct AdamWStep;
+template <class Real>
+struct AdamWStepScalars {
+    Real lr, beta1, beta2, eps, weight_decay, step, grad_scale, rounding_seed;
+    bool maximize;
+    bool stochastic;  // as in SgdStepScalars
+
+    using Call = AdamWStepScalars;
+    template <class T>
+    using Rule = AdamWStep<T>;
+    static constexpr Backup kBackup = Backup::restored;
+    static constexpr Argument<Call, Real> kArguments[] = {
+        {"params", &Tensors::x, kWritten},
+        {"grads", &Tensors::g, kGradients},
+        {"exp_avgs", &Tensors::m, kState},
+        {"exp_avg_sqs", &Tensors::v, kState},
+        {"backups", &Tensors::b, kOptional},
+        {"lr", &Call::lr, Range::finite},
+        {"beta1", &Call::beta1, Range::fraction},
+        {"beta2", &Call::beta2, Range::fraction},
+        {"eps", &Call::eps, Range::not_negative},
+        {"weight_decay", &Call::weight_decay, Range::finite},
+        {"step", &Call::step, Range::count},
+        {"maximize", &Call::maximize},
+        {"rounding_seed", &Call::rounding_seed, Range::seed},
+        {"grad_scale", &Call::grad_scale, Range::scale},
+        {"found_inf", kOptional},
+    };
+    static constexpr const char* kDoc =
+        R"(Restore the parameters from backups, if there are any, and take a step of AdamW.
+
+    d = g / grad_scale,  m <- beta1 m + (1 - beta1) d,  v <- beta2 v + (1 - beta2) d^2
+    x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+
+Where found_inf is not zero x is restored, m and v stay.)";
+};
+
 template <class T>
 struct AdamWStep : Rule {
     T scale, beta1, keep1, beta2, keep2, decay, size, root, eps;
@@ -125,6 +268,91 @@ struct AdamWStep : Rule {
         return decay * x - size * m / (square_root(v) * root + eps);
     }
 };
+
+#define EIGENFILTER_UPDATES(UPDATE)        \
+    UPDATE(perturb, PerturbScalars)        \
+    UPDATE(perturb_hvp, PerturbHvpScalars) \
+    UPDATE(sgd_step, SgdStepScalars)       \
+    UPDATE(adamw_step, AdamWStepScalars)
+
+// How many lists of an update have some traits.
+template <class Scalars, unsigned Wanted>
+constexpr int kListsWith = count_arguments<Scalars>(
+    [](const auto& a) { return a.list != nullptr && (a.traits & Wanted) == Wanted; });
+
+// Whether a list of Tensors may be absent in an update that has it otherwise.
+template <class Scalars, void* const* Tensors::* List>
+constexpr bool kMayBeAbsent = count_arguments<Scalars>([](const auto& a) {
+                                  return a.list == List && (a.traits & (kOptional | kSaved)) != 0;
+                              }) > 0;
+
+// Whether an update has its lists as the loops and the kernels read them: x first, which is
+// written; gradients g, then g0, never absent; states m, then v, present or absent together;
+// backups b.
+template <class Scalars>
+constexpr bool kIsWellFormed = [] {
+    constexpr void* const* Tensors::* gradients[] = {&Tensors::g, &Tensors::g0, nullptr};
+    constexpr void* const* Tensors::* states[] = {&Tensors::m, &Tensors::v, nullptr};
+    int grads = 0, kept = 0, optional = 0;
+    bool holds =
+        Scalars::kArguments[0].list == &Tensors::x && Scalars::kArguments[0].traits == kWritten;
+    for (std::size_t i = 1; i < kArgumentCount<Scalars>; ++i) {
+        const auto& a = Scalars::kArguments[i];
+        if (a.list == nullptr || a.list == &Tensors::b) continue;
+        if (a.traits == kGradients) {
+            holds &= a.list == gradients[grads];
+            grads += grads < 2;
+        } else {
+            holds &= (a.traits & kState) == kState && a.list == states[kept];
+            kept += kept < 2;
+            optional += (a.traits & kOptional) != 0;
+        }
+    }
+    return holds && grads > 0 && (optional == 0 || optional == kept);
+}();
+#define CHECK_UPDATE(name, Scalars) \
+    static_assert(kIsWellFormed<Scalars<double>>, #name " has lists in another order");
+EIGENFILTER_UPDATES(CHECK_UPDATE)
+#undef CHECK_UPDATE
+
+// Whether the results of an update may be rounded stochastically.
+template <class Scalars>
+constexpr bool kMayRound =
+    count_arguments<Scalars>([](const auto& a) { return a.range == Range::seed; }) > 0;
+
+// What a call does with its backups.
+template <class Scalars>
+EIGENFILTER_RULE Backup backup_of(const Tensors& t, const Scalars& s) {
+    if (t.b == nullptr) return Backup::none;
+    if constexpr (kListsWith<Scalars, kSaved> != 0) {
+        if (s.save) return Backup::saved;
+    }
+    return Scalars::kBackup;
+}
+
+// The I-th argument of an update, where it is a number, read by value_of, or a flag.
+template <std::size_t I, template <class> class Scalars, class ValueOf>
+EIGENFILTER_RULE void read_argument(Scalars<double>& to, const Scalars<Scalar>& from,
+                                    const ValueOf& value_of) {
+    constexpr auto target = Scalars<double>::kArguments[I];
+    constexpr auto source = Scalars<Scalar>::kArguments[I];
+    if constexpr (target.number != nullptr) to.*target.number = value_of(from.*source.number);
+    if constexpr (target.flag != nullptr) to.*target.flag = from.*source.flag;
+}
+
+// Scalars as numbers.
+template <template <class> class Scalars, class ValueOf, std::size_t... I>
+EIGENFILTER_RULE Scalars<double> read(const Scalars<Scalar>& from, const ValueOf& value_of,
+                                      std::index_sequence<I...>) {
+    Scalars<double> to;
+    (read_argument<I>(to, from, value_of), ...);
+    if constexpr (kMayRound<Scalars<double>>) to.stochastic = from.stochastic;
+    return to;
+}
+template <template <class> class Scalars, class ValueOf>
+EIGENFILTER_RULE Scalars<double> read(const Scalars<Scalar>& from, const ValueOf& value_of) {
+    return read(from, value_of, std::make_index_sequence<kArgumentCount<Scalars<double>>>{});
+}
 
 // u <- f_w w + f_q q + f_u u, in double whatever the vectors' type
 struct LanczosStep {

@@ -58,7 +58,7 @@ struct Tensors {
 struct Orthogonalization {
     DType basis_dtype, vector_dtype;  // the vectors': f32 or f64
     std::int64_t rows, columns, count;
-    const void* basis;     // [rows, columns]
+    void* basis;           // [rows, columns], read
     void* vectors;         // [count, columns], overwritten
     double* coefficients;  // [count, rows], written: the sums over the passes of q_i . w_v
     double* norms;         // [count], written: of what is left
@@ -69,18 +69,19 @@ struct Orthogonalization {
 struct Recurrence {
     DType dtype;  // f32 or f64
     std::int64_t rows, columns;
-    void* u = nullptr;                // [rows, columns] the vectors before q, overwritten
-    const void* q = nullptr;          // [rows, columns] the present vectors
-    const void* w = nullptr;          // [rows, columns] their products
-    const double* factors = nullptr;  // [3, rows], of w, q and u
-    double* sums = nullptr;           // [2, rows], written
+    void* u;          // [rows, columns] the vectors before q, overwritten
+    void* q;          // [rows, columns] the present vectors, read
+    void* w;          // [rows, columns] their products, read
+    double* factors;  // [3, rows], of w, q and u, read
+    double* sums;     // [2, rows], written
 };
 
-// A few vectors as the rows of one matrix.
+// A few vectors as the rows of one matrix, and one of doubles that belongs to them.
 struct Rows {
     DType dtype;  // f32 or f64
     std::int64_t rows, columns;
-    void* vectors;  // [rows, columns]
+    void* vectors;   // [rows, columns]
+    double* matrix;  // [rows, rows]: their products, written, or factors, read
 };
 constexpr std::int64_t kMostRows = 32;
 

@@ -1,11 +1,10 @@
 // From dtypes to the types of loops; part of loops.cpp.
 #pragma once
 
-#include "isa.hpp"
 #include "simd.hpp"
-// Their templates see the functions of vectors, declared before.
+// The templates of rules see the functions of vectors, declared before.
 #include "core/rounding.hpp"
-#include "core/rules.hpp"
+#include "isa.hpp"
 
 namespace eigenfilter::cpu {
 namespace {

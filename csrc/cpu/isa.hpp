@@ -3,10 +3,6 @@
 
 #include "core/ops.hpp"
 
-namespace eigenfilter {
-struct LanczosStep;
-}
-
 namespace eigenfilter::cpu {
 
 // Columns that orthogonalize works on at once, whole groups: those of 60 float rows fit a

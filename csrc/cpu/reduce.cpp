@@ -14,6 +14,21 @@ constexpr std::int64_t kChunk = 16 * 1024;
 
 namespace {
 
+// Calls body(i, first, n) for the chunks of all tensors.
+template <class Body>
+void for_each_chunk(const Tensors& t, int threads, Body body) {
+    for_each_range(t.numel, t.n, size_of(t.dtype), kChunk, threads,
+                   [&](std::size_t i, std::int64_t first, std::int64_t count) {
+                       for (const std::int64_t end = first + count; first < end; first += kChunk)
+                           body(i, first, std::min(kChunk, end - first));
+                   });
+}
+
+// Where a chunk of a list's i-th tensor begins, or nullptr where the list is absent.
+const void* at(void* const* list, std::size_t i, std::int64_t first, DType dtype) {
+    return list != nullptr ? static_cast<const char*>(list[i]) + first * size_of(dtype) : nullptr;
+}
+
 // A sum of squares from here on has lost nothing that counts to squares below the normal numbers.
 constexpr double kLeastSum = 0x1p-700;
 
@@ -52,50 +67,43 @@ double scaled_norm(const Tensors& t, const std::vector<std::int64_t>& chunks_bef
     return std::ldexp(std::sqrt(sum), exponent);
 }
 
-}  // namespace
-
-double norm(const Tensors& t, int threads) {
+double norm_of(const Tensors& t, int threads) {
     const Loops& table = loops();
     std::vector<std::int64_t> chunks_before(t.n + 1, 0);
     for (std::size_t i = 0; i < t.n; ++i)
         chunks_before[i + 1] = chunks_before[i] + (t.numel[i] + kChunk - 1) / kChunk;
     std::vector<double> sums(chunks_before[t.n], 0.0);
-    for_each_range(t.numel, t.n, size_of(t.dtype), kChunk, threads,
-                   [&](std::size_t i, std::int64_t first, std::int64_t count) {
-                       const DType dtype = t.gradient(i);
-                       const DTypes dtypes{t.g != nullptr ? t.dtype : dtype, dtype};
-                       const int size = size_of(dtype), size_of_weight = size_of(dtypes.param);
-                       const auto* data = static_cast<const char*>(t.x[i]);
-                       const auto* weights =
-                           t.g != nullptr ? static_cast<const char*>(t.g[i]) : nullptr;
-                       for (std::int64_t end = first + count; first < end; first += kChunk) {
-                           sums[chunks_before[i] + first / kChunk] = table.sum_squares(
-                               dtypes, data + first * size,
-                               weights != nullptr ? weights + first * size_of_weight : nullptr,
-                               std::min(kChunk, end - first));
-                       }
-                   });
+    for_each_chunk(t, threads, [&](std::size_t i, std::int64_t first, std::int64_t n) {
+        const DType dtype = t.gradient(i);
+        const DTypes dtypes{t.g != nullptr ? t.dtype : dtype, dtype};
+        sums[chunks_before[i] + first / kChunk] =
+            table.sum_squares(dtypes, at(t.x, i, first, dtype), at(t.g, i, first, dtypes.param), n);
+    });
     const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
     if (sum < kLeastSum || sum > DBL_MAX) return scaled_norm(t, chunks_before, sums);
     return std::sqrt(sum);
 }
 
-bool has_nonfinite(const Tensors& t, int threads) {
+}  // namespace
+
+void norm(const Tensors& t, const Reduction& r, int threads) {
+    const double value = norm_of(t, threads) * (1 / r.grad_scale.value);
+    if (r.out_is_double)
+        *static_cast<double*>(r.out) = value;
+    else
+        *static_cast<float*>(r.out) = static_cast<float>(value);
+}
+
+void flag_nonfinite(const Tensors& t, float* found_inf, int threads) {
     const Loops& table = loops();
     std::atomic<bool> nonfinite{false};
-    for_each_range(
-        t.numel, t.n, size_of(t.dtype), kChunk, threads,
-        [&](std::size_t i, std::int64_t first, std::int64_t count) {
-            const DType dtype = t.gradient(i);
-            const int size = size_of(dtype);
-            const char* data = static_cast<const char*>(t.x[i]);
-            for (std::int64_t end = first + count; first < end; first += kChunk) {
-                if (nonfinite.load(std::memory_order_relaxed)) return;
-                if (table.has_nonfinite(dtype, data + first * size, std::min(kChunk, end - first)))
-                    nonfinite.store(true, std::memory_order_relaxed);
-            }
-        });
-    return nonfinite.load();
+    for_each_chunk(t, threads, [&](std::size_t i, std::int64_t first, std::int64_t n) {
+        const DType dtype = t.gradient(i);
+        if (!nonfinite.load(std::memory_order_relaxed) &&
+            table.has_nonfinite(dtype, at(t.x, i, first, dtype), n))
+            nonfinite.store(true, std::memory_order_relaxed);
+    });
+    if (nonfinite.load()) *found_inf = 1;
 }
 
 }  // namespace eigenfilter::cpu

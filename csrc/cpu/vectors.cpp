@@ -4,7 +4,6 @@
 #include <cmath>
 #include <vector>
 
-#include "core/rules.hpp"
 #include "isa.hpp"
 #include "parallel.hpp"
 
@@ -120,7 +119,8 @@ void lanczos_step(const Recurrence& r, int threads) {
     });
 }
 
-void gram(const Rows& v, double* out, int threads) {
+void gram(const Rows& v, int threads) {
+    double* const out = v.matrix;
     const Loops& table = loops();
     constexpr std::int64_t size = 16 * kMixed;
     const std::int64_t products = v.rows * v.rows;
@@ -139,11 +139,11 @@ void gram(const Rows& v, double* out, int threads) {
     }
 }
 
-void mix_rows(const Rows& v, const double* factors, int threads) {
+void mix_rows(const Rows& v, int threads) {
     const Loops& table = loops();
     auto* rows = static_cast<char*>(v.vectors);
     for_each_block(v, kMixed, 2, threads, [&](std::int64_t, std::int64_t first, std::int64_t last) {
-        table.mix_rows(v.dtype, factors, rows + first * size_of(v.dtype), v.columns, v.rows,
+        table.mix_rows(v.dtype, v.matrix, rows + first * size_of(v.dtype), v.columns, v.rows,
                        last - first);
     });
 }

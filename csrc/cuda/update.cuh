@@ -104,8 +104,8 @@ struct Step {
                     writer.rounding.template round<Storage>(v, output, std::uint32_t(i + j)));
             };
             [[maybe_unused]] Real wide[] = {Storage::widen(states[S].v[j])..., Real{}};
-            Real x = writer.rule(Storage::widen(from.v[j]),
-                                 Real{Gradient::widen(grads[G].v[j])}..., wide[S]...);
+            Real x = writer.rule(Storage::widen(from.v[j]), Real{Gradient::widen(grads[G].v[j])}...,
+                                 wide[S]...);
             if constexpr (States > 0) {
                 const typename Storage::Bits stored[] = {rounded(wide[S], Output(S + 1))...};
                 const Real before[] = {Storage::widen(states[S].v[j])...};

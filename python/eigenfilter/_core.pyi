@@ -16,6 +16,18 @@ cuda_architectures: tuple[str, ...]
 cuda_device_type: str
 """The type of the devices that the CUDA kernels serve, as torch calls it."""
 
+most_rows: int
+"""How many vectors `gram` and `mix_rows` take at most."""
+
+most_vectors: int
+"""How many vectors the other kernels over vectors take at most."""
+
+operations: dict[str, dict[str, str]]
+"""The arguments of each operation, in order.
+
+For each, when it is written to: "always", where the flag of a name is true, or "" for never.
+"""
+
 class TensorList(Sequence[Tensor]):
     """A list of tensors that is passed again and again: they stay the same objects."""
 

@@ -100,15 +100,17 @@ void check(Rule rule, ExactRule exact_rule, Roundings roundings) {
 
 std::vector<SgdStepOptions> sgd_options() {
     std::vector<SgdStepOptions> all;
-    for (const auto& [momentum, dampening, decay, nesterov] :
-         {std::tuple(0.9, 0.0, 0.0, false), std::tuple(0.9, 0.3, 0.02, false),
-          std::tuple(0.6, 0.0, 0.3, true), std::tuple(0.0, 0.0, 0.01, false)}) {
+    for (const auto& [momentum, dampening, decay, nesterov, extrapolation] :
+         {std::tuple(0.9, 0.0, 0.0, false, 0.0), std::tuple(0.9, 0.3, 0.02, false, 0.0),
+          std::tuple(0.6, 0.0, 0.3, true, 0.0), std::tuple(0.0, 0.0, 0.01, false, 0.0),
+          std::tuple(0.9, 0.3, 0.02, false, 0.7), std::tuple(0.9, 0.0, 0.0, false, -0.05)}) {
         for (const bool maximize : {false, true}) {
             SgdStepOptions s{};
             s.lr = 0.07;
             s.momentum = momentum;
             s.dampening = dampening;
             s.weight_decay = decay;
+            s.extrapolation = extrapolation;
             s.grad_scale = maximize ? 1.0 : 3.0;
             s.nesterov = nesterov;
             s.maximize = maximize;
@@ -180,13 +182,22 @@ TEST_CASE_TEMPLATE("sgd_step", T, float, double) {
         CAPTURE(s.maximize);
         const auto exact = [&](Exact& x, Exact g, Exact& m, bool has_momentum) {
             const Exact d = direction(s.grad_scale, s.maximize, g) + Exact(s.weight_decay) * x;
+            const Exact before = m;
             if (has_momentum) m = Exact(s.momentum) * m + Exact(1 - Exact(s.dampening).value) * d;
             const Exact along = !has_momentum ? d : s.nesterov ? d + Exact(s.momentum) * m : m;
             x = x - Exact(s.lr) * along;
+            if (s.extrapolation != 0) x = x - Exact(s.extrapolation) * (m - before);
         };
         const SgdStep<T> rule(s);
-        check<T>([rule](auto& x, auto g, auto& m, auto&) { x = rule(x, g, m); },
-                 [&](Exact& x, Exact g, Exact& m, Exact&) { exact(x, g, m, true); }, {12, 6});
+        check<T>(
+            [rule](auto& x, auto g, auto& m, auto&) {
+                const auto before = m;
+                x = rule(x, g, m);
+                x = rule.finish(x, &before, &m);
+            },
+            [&](Exact& x, Exact g, Exact& m, Exact&) { exact(x, g, m, true); },
+            {s.extrapolation != 0 ? 16.0 : 12.0, 6});
+        if (s.extrapolation != 0) continue;  // needs momenta
         check<T>([rule](auto& x, auto g, auto&, auto&) { x = rule(x, g); },
                  [&](Exact& x, Exact g, Exact& m, Exact&) { exact(x, g, m, false); }, {6});
     }

@@ -177,7 +177,7 @@ def test_nonfinite_values_come_through(backend: KernelBackend) -> None:
         (torch.zeros(5), torch.zeros(1, 1).double(), r"must be \[b, n\]"),
         (torch.zeros(5, 2).T, torch.zeros(2, 2).double(), "must be contiguous"),
         (torch.zeros(2, 5).half(), torch.zeros(2, 2).double(), "float32 or float64"),
-        (torch.zeros(2, 5), torch.zeros(2, 2), r"factors must be \[2, 2\]"),
+        (torch.zeros(2, 5), torch.zeros(2, 2), r"factors must be .* \[2, 2\]"),
     ],
 )
 def test_bad_operands_are_refused(v: Tensor, f: Tensor, message: str) -> None:

@@ -76,23 +76,28 @@ def declared(**annotations: str) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    ("annotations", "writes", "message"),
+    ("annotations", "message"),
     [
-        ({"params": "Sequence[Tensor]"}, (), "toy needs the argument backend"),
-        ({"lr": "float", "backend": "str | None"}, (), "toy: lr is 'float', which is none of"),
-        ({"w": "Tensor", "backend": "str | None"}, ("v",), "toy has no argument 'v'"),
+        ({"params": "Sequence[Tensor]"}, "toy needs the argument backend"),
+        ({"lr": "float", "backend": "str | None"}, "toy: lr is 'float', which is none of"),
+        ({"w": "Tensor", "backend": "str | None"}, r"toy takes \('w',\), and in the core \(\)"),
     ],
 )
-def test_mistakes_in_a_declaration(
-    annotations: dict[str, str], writes: tuple[str, ...], message: str
-) -> None:
+def test_mistakes_in_a_declaration(annotations: dict[str, str], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        _op.op(writes=writes)(declared(**annotations))
+        _op.op(declared(**annotations))
     assert "toy" not in OPERATIONS
+
+
+def test_every_operation_of_the_core_is_declared() -> None:
+    assert set(_core.operations) == set(OPERATIONS)
+    for name, writes in _core.operations.items():
+        assert set(writes.values()) <= {"", "always", *writes}, name
 
 
 def test_a_backend_has_the_operations_and_a_known_name() -> None:
     assert set(OPERATIONS) <= set(dir(kernels.select("cpu")))
+    assert kernels.Backend.gram is OPERATIONS["gram"].reference
     with pytest.raises(ValueError, match="unknown backend 'cuda': choose one of native, triton"):
         kernels.Backend("cuda")
 
@@ -105,4 +110,6 @@ def test_a_call_is_bound_as_the_declaration_says() -> None:
         kernels.perturb(x, g, b, 0.1, rho=0.1)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="takes 4 positional arguments but 5"):
         kernels.perturb(x, g, b, 0.1, True)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rho'"):
+        kernels.select("cpu").perturb(x, g, b, 0.1, rho=0.1)  # type: ignore[call-arg]
     assert (x[0] == 1).all()

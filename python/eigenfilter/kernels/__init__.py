@@ -40,8 +40,10 @@ use one thread in the child, because the threads of the pool do not survive a fo
 
 from __future__ import annotations
 
-from eigenfilter.kernels import forks
-from eigenfilter.kernels._op import Backend, select
+import torch
+
+from eigenfilter.kernels import dispatch, forks, reductions, vectors
+from eigenfilter.kernels._op import OnBackend
 from eigenfilter.kernels.adamw import adamw_step
 from eigenfilter.kernels.cholesky import cholesky_qr
 from eigenfilter.kernels.dispatch import BACKENDS
@@ -67,5 +69,56 @@ __all__ = [
     "select",
     "sgd_step",
 ]
+
+
+class Backend:
+    """The operations on one backend, as functions with the arguments of `eigenfilter.kernels`.
+
+    They leave version counters and autograd to their caller, and take no `backend`. What their
+    results are written to is allocated by the caller, too.
+
+    Attributes:
+        name: one of "native", "triton" and "reference".
+
+    Raises:
+        ValueError: the name is another one.
+    """
+
+    adamw_step = OnBackend(adamw_step)
+    flag_nonfinite = OnBackend(flag_nonfinite)
+    gram = OnBackend(vectors._gram)
+    lanczos_step = OnBackend(vectors._lanczos_step)
+    mix_rows = OnBackend(vectors._mix_rows)
+    norm = OnBackend(reductions._norm)
+    orthogonalize = OnBackend(vectors._orthogonalize)
+    perturb = OnBackend(perturb)
+    perturb_hvp = OnBackend(perturb_hvp)
+    row_dots = OnBackend(vectors._row_dots)
+    sgd_step = OnBackend(sgd_step)
+
+    def __init__(self, name: str) -> None:
+        if name not in BACKENDS:
+            raise ValueError(dispatch.unknown(name))
+        self.name = name
+
+
+def select(device: torch.device | str, backend: str | None = None) -> Backend:
+    """Return the operations on the backend that serves a device.
+
+    Args:
+        device: device of type "cpu" or "cuda" (torch's name for ROCm too). "cuda" without a number
+            stands for the current GPU.
+        backend: name of a backend, which works or raises. None selects native on the CPU, and on a
+            GPU native if its kernels were compiled for such a GPU, else Triton. The selection is
+            logged once.
+
+    Raises:
+        ValueError: the backend is unknown, or no backend serves the device.
+        RuntimeError: the backend is not available, or not for this device.
+    """
+    return _BACKENDS[dispatch.choose(torch.device(device), backend)]
+
+
+_BACKENDS = {name: Backend(name) for name in BACKENDS}
 
 forks.watch()

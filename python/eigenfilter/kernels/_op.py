@@ -1,20 +1,23 @@
 """Operations: a kernel is declared once, as a function, and the rest follows from that.
 
-    @op(writes=("params",))
+    @op
     def perturb_hvp(params, grads, base_grads, backups, alpha, eps, *, ..., backend=None):
         \"\"\"The docstring that users read.\"\"\"
         ...  # the reference: the same arithmetic in plain PyTorch
 
-From the declaration follow the choice of the backend, the checks, version counters, the operator
-`torch.ops.eigenfilter.<name>` for compiled code, and a row of the table in docs/api/kernels.md.
-Each backend has one function of an operation, which takes all arguments, in this order:
+The core states which arguments an operation has, in which order, and which of them it writes to
+(`_core.operations`, from csrc/core): the declaration must have the same. From both follow the
+choice of the backend, the checks, version counters, the operator `torch.ops.eigenfilter.<name>` for
+compiled code, and a row of the table in docs/api/kernels.md. Each backend has one function of an
+operation, which takes all arguments, in this order:
 
     native       _core.<name>(*arguments, num_threads)
     triton       eigenfilter.kernels.triton.<name>.run(table, call), the arguments as attributes
     reference    the body of the declaration, the arguments by name
 
 The compiled function checks all arguments before anything is written. With `num_threads` 0 it does
-nothing else, and returns a table of what it has read: it is the check of the other backends, too.
+nothing else, and returns a table of what it has read, or None where there is nothing to do: it is
+the check of the other backends, too.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec
 
@@ -52,23 +55,11 @@ _TYPES = {
 }
 
 
-def op(
-    *, writes: tuple[str, ...], writes_if: Mapping[str, str] | None = None
-) -> Callable[[Callable[_P, None]], Callable[_P, None]]:
-    """Declare an operation by its reference.
-
-    Args:
-        writes: names of the arguments that the operation always writes to, if they are there.
-        writes_if: names of the arguments that it writes to only where a flag is true, and the
-            flag's name for each.
-    """
-
-    def declare(reference: Callable[_P, None]) -> Callable[_P, None]:
-        operation = Operation(reference, dict.fromkeys(writes) | dict(writes_if or {}))
-        OPERATIONS[operation.name] = operation
-        return operation.function()
-
-    return declare
+def op(reference: Callable[_P, None]) -> Callable[_P, None]:
+    """Declare an operation by its reference."""
+    operation = Operation(reference)
+    OPERATIONS[operation.name] = operation
+    return operation.function()
 
 
 class Operation(Generic[_P]):
@@ -79,23 +70,24 @@ class Operation(Generic[_P]):
         arguments: names of all arguments except `backend`, in order.
         annotations: their types, as the declaration writes them.
         writes: names of the arguments that it writes to; for each the flag that decides it, or
-            None if it always does.
+            None if it always does. The core states them.
         takes_lists: whether it works on lists of tensors, not on the rows of single ones.
         reference: the declared function.
 
     Raises:
         TypeError: the declaration has no `backend`, an annotation that there is no schema for, or
-            names arguments in `writes` that it does not have.
+            other arguments than the core's function.
     """
 
-    def __init__(self, reference: Callable[_P, None], writes: Mapping[str, str | None]) -> None:
+    def __init__(self, reference: Callable[_P, None]) -> None:
         self.name = reference.__name__.lstrip("_")
-        self.writes = writes
         self.reference: Callable[..., None] = reference
         self._parameters = dict(inspect.signature(reference).parameters)
         self.arguments = tuple(name for name in self._parameters if name != "backend")
         self.annotations = {name: self._parameters[name].annotation for name in self.arguments}
         self._refuse_mistakes()
+        stated = _core.operations[self.name].items()
+        self.writes = {name: None if when == "always" else when for name, when in stated if when}
         self.takes_lists = self.annotations[self.arguments[0]] != "Tensor"
         self._implementations: dict[str, Callable[..., None]] = {}
 
@@ -106,9 +98,9 @@ class Operation(Generic[_P]):
             if annotation not in _TYPES:
                 known = ", ".join(_TYPES)
                 raise TypeError(f"{self.name}: {name} is {annotation!r}, which is none of {known}")
-        for name in (*self.writes, *(flag for flag in self.writes.values() if flag is not None)):
-            if name not in self.arguments:
-                raise TypeError(f"{self.name} has no argument {name!r} that it could write to")
+        stated = tuple(_core.operations.get(self.name, ()))
+        if self.arguments != stated:
+            raise TypeError(f"{self.name} takes {self.arguments}, and in the core {stated}")
 
     def on(self, backend: str) -> Callable[..., None]:
         """Return the operation on one backend, with the declared arguments except `backend`.
@@ -116,6 +108,11 @@ class Operation(Generic[_P]):
         It leaves version counters and autograd to its caller.
         """
         return self._bound(["_run({arguments}, _threads())"], run=self._implementation(backend))
+
+    def check(self, *arguments: Any) -> Table | None:
+        """Raise what the operation raises for these arguments; return what was read of them."""
+        table: Table | None = getattr(_core, self.name)(*arguments, _CHECK)
+        return table
 
     def function(self) -> Callable[_P, None]:
         """Return the public function: it chooses the backend and counts versions.
@@ -127,32 +124,34 @@ class Operation(Generic[_P]):
             "_run({arguments}, _threads())",
             f"_increment_version([{self._written()}])",
         ]
-        run_now = self._bound(body, choose=self._choose, increment_version=increment_version)
-        run_compiled = self._register(run_now)
-
-        @functools.wraps(self.reference)
-        def kernel(*args: _P.args, **kw: _P.kwargs) -> None:
-            if torch.compiler.is_compiling():
-                run_compiled(*args, **kw)
-            else:
-                run_now(*args, **kw)
-
-        return kernel
+        called: dict[str, Callable[..., Any]] = {
+            "choose": self._choose,
+            "increment_version": increment_version,
+        }
+        kernel = self._bound(
+            ["if _is_compiling(): return _compiled({arguments}, backend)", *body],
+            is_compiling=torch.compiler.is_compiling,
+            compiled=self._register(self._bound(body, **called)),
+            **called,
+        )
+        return functools.wraps(self.reference)(kernel)
 
     def _choose(self, first: Any, backend: str | None) -> Callable[..., None]:
         """The function of the backend that serves a call, of which this is the first argument."""
-        tensor = dispatch.first(self.arguments[0], first) if self.takes_lists else first
+        find = dispatch.first if self.takes_lists else dispatch.tensor
+        tensor = find(self.arguments[0], first)
         return self._implementation(dispatch.choose(tensor.device, backend))
 
     def _implementation(self, backend: str) -> Callable[..., None]:
         """The function of one backend; it takes all arguments, and threads, by position."""
-        if backend not in self._implementations:
-            self._implementations[backend] = self._implement(backend)
-        return self._implementations[backend]
+        made = self._implementations.get(backend)
+        if made is None:
+            made = self._implementations[backend] = self._implement(backend)
+        return made
 
     def _implement(self, backend: str) -> Callable[..., None]:
-        core: Callable[..., Any] = getattr(_core, self.name)
         if backend == "native":
+            core: Callable[..., None] = getattr(_core, self.name)
             return core
         if backend == "triton":
             run = importlib.import_module(f"eigenfilter.kernels.triton.{self.name}").run
@@ -163,8 +162,9 @@ class Operation(Generic[_P]):
 
         def check_and_run(*values: Any) -> None:
             *arguments, _threads = values
-            table = core(*arguments, _CHECK)
-            run(table, SimpleNamespace(**dict(zip(self.arguments, arguments, strict=True))))
+            table = self.check(*arguments)
+            if table is not None:
+                run(table, SimpleNamespace(**dict(zip(self.arguments, arguments, strict=True))))
 
         return check_and_run
 
@@ -215,19 +215,14 @@ class Operation(Generic[_P]):
     def _register(self, run_now: Callable[..., None]) -> Callable[..., None]:
         """Register the operator of compiled code; return the function that calls it.
 
+        That function takes all declared arguments by position.
+
         An operation that does not write to an argument unless a flag is true has an overload,
         `unless_<flag>`, whose schema says so.
         """
         types = {name: parameter.annotation for name, parameter in self._parameters.items()}
-        defaults = {
-            name: parameter.default
-            for name, parameter in self._parameters.items()
-            if parameter.default is not parameter.empty
-        }
-        positional = [n for n, p in self._parameters.items() if p.kind is not p.KEYWORD_ONLY]
         lists = {name for name, of in types.items() if of == "Sequence[Tensor] | None"}
         scalars = {name for name, of in types.items() if of.startswith("Scalar")}
-        name = self.name
 
         def run(*args: Any, **kw: Any) -> None:
             named = dict(zip(types, args, strict=False)) | kw
@@ -247,10 +242,8 @@ class Operation(Generic[_P]):
             for flag in flags
         }
 
-        def run_compiled(*args: Any, **kw: Any) -> None:
-            if len(args) > len(positional):
-                raise TypeError(f"{name}() takes {len(positional)} positional arguments")
-            named = defaults | dict(zip(positional, args, strict=False)) | kw
+        def run_compiled(*values: Any) -> None:
+            named = dict(zip(types, values, strict=True))
             for argument in scalars:
                 named[argument] = _tensor(named[argument])
             for argument in lists:
@@ -310,52 +303,22 @@ def table() -> str:
     return "\n".join(rows)
 
 
-class Backend:
-    """The operations on one backend, as functions with the arguments of `eigenfilter.kernels`.
+class OnBackend(Generic[_P]):
+    """An operation as an attribute of a backend: the function on it, with the declared arguments.
 
-    They leave version counters and autograd to their caller, and take no `backend`.
-
-    Attributes:
-        name: one of "native", "triton" and "reference".
-
-    Raises:
-        ValueError: the name is another one.
+    It leaves version counters and autograd to its caller. A `backend` that it is passed is refused.
+    Of the class itself the attribute is the reference.
     """
 
-    def __init__(self, name: str) -> None:
-        if name not in dispatch.BACKENDS:
-            raise ValueError(dispatch.unknown(name))
-        self.name = name
+    def __init__(self, function: Callable[_P, None]) -> None:
+        self._operation = OPERATIONS[function.__name__.lstrip("_")]
 
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *OPERATIONS]
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        if name not in OPERATIONS:
-            raise AttributeError(f"the kernels have no operation {name!r}")
-        function = OPERATIONS[name].on(self.name)
-        setattr(self, name, function)
+    def __get__(self, backend: Any, owner: type) -> Callable[_P, None]:
+        if backend is None:
+            return self._operation.reference
+        function = self._operation.on(backend.name)
+        setattr(backend, self._operation.name, function)
         return function
-
-
-def select(device: torch.device | str, backend: str | None = None) -> Backend:
-    """Return the operations on the backend that serves a device.
-
-    Args:
-        device: device of type "cpu" or "cuda" (torch's name for ROCm too). "cuda" without a number
-            stands for the current GPU.
-        backend: name of a backend, which works or raises. None selects native on the CPU, and on a
-            GPU native if its kernels were compiled for such a GPU, else Triton. The selection is
-            logged once.
-
-    Raises:
-        ValueError: the backend is unknown, or no backend serves the device.
-        RuntimeError: the backend is not available, or not for this device.
-    """
-    return _BACKENDS[dispatch.choose(torch.device(device), backend)]
-
-
-_BACKENDS = {name: Backend(name) for name in dispatch.BACKENDS}
 
 
 def _is_host_number(value: Tensor) -> bool:

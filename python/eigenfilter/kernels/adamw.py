@@ -25,7 +25,7 @@ from eigenfilter.kernels.arithmetic import (
 from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 
 
-@op(writes=("params", "exp_avgs", "exp_avg_sqs"))
+@op
 def adamw_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

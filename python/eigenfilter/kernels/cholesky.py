@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from eigenfilter import _core
 from eigenfilter.kernels import dispatch
-from eigenfilter.kernels.vectors import MOST_ROWS, gram, mix_rows, require_rows
+from eigenfilter.kernels._op import OPERATIONS
+from eigenfilter.kernels.vectors import MOST_ROWS, count, gram, mix_rows
 
 # Passes of `cholesky_qr`, and the new part of a vector, in eps of its length, below which the
 # vector counts as dependent. float64 needs more, because its arithmetic is no wider than its data.
@@ -51,20 +51,21 @@ def cholesky_qr(
     Source: T. Fukaya, R. Kannan, Y. Nakatsukasa, Y. Yamamoto, Y. Yanagisawa, 2020,
     doi 10.1137/18M1218212, section 3, with raised pivots in place of the shift.
     """
-    require_rows(vectors=vectors, most=MOST_ROWS)
+    b = count("vectors", vectors, MOST_ROWS)
+    result = torch.eye(b, dtype=torch.float64, device=vectors.device)
+    if vectors.dtype not in _PASSES:
+        raise TypeError(f"vectors must be float32 or float64, not {vectors.dtype}")
     if total is not None and not callable(total):
         raise TypeError(f"total must be a function, not {type(total).__name__}")
     if not torch.compiler.is_compiling():  # errors come before the first write
-        _core.check(("vectors",), ([vectors],), (True,))
         dispatch.choose(vectors.device, backend)
+        OPERATIONS["mix_rows"].check(vectors, result)
     eps = torch.finfo(vectors.dtype).eps
-    b = len(vectors)
     # The smallest pivot above the rounding error.
     least = max(8 * b * torch.finfo(torch.float64).eps, eps**2)
     sizes = _sizes(vectors, total) if vectors.dtype == torch.float64 else None
     if sizes is not None:
         vectors /= sizes[:, None]
-    result = torch.eye(b, dtype=torch.float64, device=vectors.device)
     threshold = result.new_full((b,), -1.0)  # new parts below it are dropped
     for i in range(_PASSES[vectors.dtype]):
         g = gram(vectors, backend=backend)

@@ -15,6 +15,7 @@ from eigenfilter import _core
 
 BACKENDS = ("native", "triton", "reference")
 
+_ANY_GPU = torch.device("cuda")  # to compare with it is faster than to ask a device for its type
 _logger = logging.getLogger(__name__)
 
 
@@ -27,7 +28,7 @@ def choose(device: torch.device, backend: str | None = None) -> str:
     """
     if backend is not None and not isinstance(backend, str):
         raise ValueError(unknown(backend))
-    if device.index is None and device.type == "cuda" and torch.cuda.is_available():
+    if device == _ANY_GPU and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return _choose(device, backend)
 
@@ -61,18 +62,25 @@ def first(name: str, tensors: Sequence[Tensor]) -> Tensor:
         TypeError: `tensors` is not a list of tensors.
         ValueError: the list is empty.
     """
-    if isinstance(tensors, Tensor):
-        raise TypeError("the kernels take lists of tensors: pass [tensor]")
     if not isinstance(tensors, (list, tuple, _core.TensorList)):
+        if isinstance(tensors, Tensor):
+            raise TypeError("the kernels take lists of tensors: pass [tensor]")
         raise TypeError(f"{name} must be a list or tuple of tensors")
     try:
-        tensor = tensors[0]
+        item = tensors[0]
     except IndexError:  # it was empty, or another thread has emptied it
         raise ValueError("no tensors: pass at least one") from None
-    if not isinstance(tensor, Tensor):
-        kind = type(tensor).__name__
+    if not isinstance(item, Tensor):
+        kind = type(item).__name__
         raise TypeError(f"{name}[0] cannot be used: {kind} is not a tensor of torch")
-    return tensor
+    return item
+
+
+def tensor(name: str, value: Tensor) -> Tensor:
+    """Return an argument that must be a tensor, or raise TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    return value
 
 
 def unknown(backend: object) -> str:

@@ -15,7 +15,7 @@ from eigenfilter.kernels.arithmetic import inverse, real, write
 from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 
 
-@op(writes=("params",), writes_if={"backups": "save"})
+@op
 def perturb(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -66,7 +66,7 @@ def perturb(
         write(p, x + step * (x * x * g if adaptive else g), found_inf)
 
 
-@op(writes=("params",))
+@op
 def perturb_hvp(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -55,7 +55,7 @@ def norm(
     return out
 
 
-@op(writes=("out",))
+@op
 def _norm(
     tensors: Sequence[Tensor],
     out: Tensor,
@@ -85,7 +85,7 @@ def _root_of_squares(values: Sequence[Tensor], device: torch.device) -> Tensor:
     return total.sqrt()
 
 
-@op(writes=("found_inf",))
+@op
 def flag_nonfinite(
     tensors: Sequence[Tensor], found_inf: Tensor, *, backend: str | None = None
 ) -> None:

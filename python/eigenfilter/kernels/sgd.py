@@ -16,7 +16,7 @@ from eigenfilter.kernels.arithmetic import M, X, dithered, inverse, real, write
 from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 
 
-@op(writes=("params", "momenta"))
+@op
 def sgd_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

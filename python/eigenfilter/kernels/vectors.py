@@ -1,6 +1,7 @@
 """The kernels of Lanczos iterations, on vectors that are the rows of one tensor.
 
 Each public function allocates what its operation returns. The operation's body is the reference.
+What the vectors must be is checked where the operation is called.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eigenfilter import _core
+from eigenfilter.kernels import dispatch
 from eigenfilter.kernels._op import op
 
-_MOST_VECTORS = 65_535  # bound of a GPU's grid
-_MOST_PASSES = 100  # two are enough
-MOST_ROWS = 32  # vectors in `gram` and `mix_rows`, hence in `cholesky_qr`
+MOST_ROWS = _core.most_rows  # vectors in `gram` and `mix_rows`, hence in `cholesky_qr`
 
 
 def orthogonalize(
@@ -44,33 +45,13 @@ def orthogonalize(
 
     Source: L. Giraud, J. Langou, M. Rozloznik, 2005: twice is enough.
     """
-    _require_strided(w=w, basis=basis)
-    if basis.ndim != 2 or w.ndim not in (1, 2) or w.shape[-1] != basis.shape[1]:
-        raise ValueError(
-            f"basis must be [m, n] and w [n] or [b, n]: got {list(basis.shape)} and {list(w.shape)}"
-        )
-    if not (w.is_contiguous() and basis.is_contiguous()):
-        raise ValueError("w and basis must be contiguous: pass .contiguous() of them")
-    if w.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"w must be float32 or float64, not {w.dtype}")
-    if w.ndim == 2 and len(w) > _MOST_VECTORS:
-        raise ValueError(f"w must be of at most {_MOST_VECTORS} vectors, not {len(w)}")
-    if basis.device != w.device:
-        raise ValueError(f"w is on {w.device} and basis on {basis.device}: move one of them")
-    if not isinstance(passes, int):
-        raise TypeError(f"passes must be a whole number, not {type(passes).__name__}")
-    if not 1 <= passes <= _MOST_PASSES:
-        raise ValueError(f"passes must be at least 1 and at most {_MOST_PASSES}, not {passes}")
-    shape = w.shape[:-1]
-    coefficients = torch.zeros((*shape, len(basis)), dtype=torch.float64, device=w.device)
-    norms = torch.zeros(shape, dtype=torch.float64, device=w.device)
-    if w.numel() == 0:
-        return coefficients, norms
+    shape, m = dispatch.tensor("w", w).shape[:-1], dispatch.tensor("basis", basis).shape[:1]
+    coefficients, norms = _doubles(w, *shape, *m), _doubles(w, *shape)
     _orthogonalize(w, basis, coefficients, norms, passes, backend)
     return coefficients, norms
 
 
-@op(writes=("w", "coefficients", "norms"))
+@op
 def _orthogonalize(
     w: Tensor,
     basis: Tensor,
@@ -107,14 +88,12 @@ def row_dots(q: Tensor, w: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError, ValueError, RuntimeError: as `orthogonalize`.
     """
-    require_rows(q=q, w=w)
-    sums = torch.zeros(2, len(q), dtype=torch.float64, device=q.device)
-    if q.numel():
-        _row_dots(q, w, sums, backend)
+    sums = _doubles(q, 2, count("q", q))
+    _row_dots(q, w, sums, backend)
     return sums
 
 
-@op(writes=("sums",))
+@op
 def _row_dots(q: Tensor, w: Tensor, sums: Tensor, backend: str | None = None) -> None:
     """s_0 <- q_i . w_i, s_1 <- w_i . w_i, in float64."""
     sums[0] = (q.double() * w.double()).sum(1)
@@ -146,15 +125,12 @@ def lanczos_step(
 
     Source: C. Lanczos, 1950; order of the subtractions: C. Paige, 1972, doi 10.1093/imamat/10.3.373
     """
-    require_rows(u=u, q=q, w=w)
-    _require_factors(factors, (3, len(u)), u)
-    sums = torch.zeros(2, len(u), dtype=torch.float64, device=u.device)
-    if u.numel():
-        _lanczos_step(u, q, w, factors, sums, backend)
+    sums = _doubles(u, 2, count("u", u))
+    _lanczos_step(u, q, w, factors, sums, backend)
     return sums
 
 
-@op(writes=("u", "sums"))
+@op
 def _lanczos_step(
     u: Tensor, q: Tensor, w: Tensor, factors: Tensor, sums: Tensor, backend: str | None = None
 ) -> None:
@@ -184,14 +160,13 @@ def gram(vectors: Tensor, *, backend: str | None = None) -> Tensor:
         TypeError, ValueError, RuntimeError: as `orthogonalize`; ValueError also for too many
             vectors.
     """
-    require_rows(vectors=vectors, most=MOST_ROWS)
-    out = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors.device)
-    if vectors.numel():
-        _gram(vectors, out, backend)
+    b = count("vectors", vectors, MOST_ROWS)
+    out = _doubles(vectors, b, b)
+    _gram(vectors, out, backend)
     return out
 
 
-@op(writes=("out",))
+@op
 def _gram(vectors: Tensor, out: Tensor, backend: str | None = None) -> None:
     """G <- V V^T, in float64, symmetric to the bit."""
     lower = (vectors.double() @ vectors.double().T).tril()
@@ -214,13 +189,10 @@ def mix_rows(vectors: Tensor, factors: Tensor, *, backend: str | None = None) ->
     Raises:
         TypeError, ValueError, RuntimeError: as `gram`.
     """
-    require_rows(vectors=vectors, most=MOST_ROWS)
-    _require_factors(factors, (len(vectors), len(vectors)), vectors)
-    if vectors.numel():
-        _mix_rows(vectors, factors, backend)
+    _mix_rows(vectors, factors, backend)
 
 
-@op(writes=("vectors",))
+@op
 def _mix_rows(vectors: Tensor, factors: Tensor, backend: str | None = None) -> None:
     """V <- tril(F) V in float64, rounded once; summed in the order of the columns of F."""
     V, F = vectors.double(), factors.tril()
@@ -230,47 +202,19 @@ def _mix_rows(vectors: Tensor, factors: Tensor, backend: str | None = None) -> N
     vectors.copy_(result)
 
 
-def require_rows(*, most: int = _MOST_VECTORS, **tensors: Tensor) -> None:
-    """Raise unless the tensors are contiguous [b, n], all of one shape, dtype and device."""
-    _require_strided(**tensors)
-    [(first, model), *_] = tensors.items()
-    for name, t in tensors.items():
-        if t.ndim != 2 or t.shape != model.shape:
-            raise ValueError(
-                f"{' and '.join(tensors)} must be [b, n], all of one shape: {name} is "
-                f"{list(t.shape)}"
-            )
-        if not t.is_contiguous():
-            raise ValueError(f"{name} must be contiguous: pass .contiguous() of it")
-        if t.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} must be float32 or float64, not {t.dtype}")
-        if t.dtype != model.dtype or t.device != model.device:
-            raise ValueError(
-                f"{name} is {t.dtype} on {t.device}, {first} {model.dtype} on {model.device}: "
-                "convert one of them"
-            )
-    if len(model) > most:
-        raise ValueError(f"{first} must be of at most {most} vectors, not {len(model)}")
+def count(name: str, vectors: Tensor, most: int = _core.most_vectors) -> int:
+    """Return how many vectors there are, so that no more is allocated for them than may be used.
+
+    Raises:
+        TypeError: `vectors` is not a tensor.
+        ValueError: there are too many.
+    """
+    shape = dispatch.tensor(name, vectors).shape
+    b = shape[0] if shape else 1
+    if b > most:
+        raise ValueError(f"{name} must be of at most {most} vectors, not {b}")
+    return b
 
 
-def _require_strided(**tensors: Tensor) -> None:
-    """Raise TypeError for anything except strided tensors."""
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(t).__name__}")
-        if t.layout != torch.strided:
-            raise TypeError(f"{name} must be strided, not {t.layout}: pass .to_dense() of it")
-
-
-def _require_factors(factors: Tensor, shape: tuple[int, int], vectors: Tensor) -> None:
-    _require_strided(factors=factors)
-    if (
-        factors.shape != shape
-        or factors.dtype != torch.float64
-        or factors.device != vectors.device
-        or not factors.is_contiguous()
-    ):
-        raise ValueError(
-            f"factors must be {list(shape)}, float64, on {vectors.device}, contiguous: got "
-            f"{list(factors.shape)}, {factors.dtype}, on {factors.device}"
-        )
+def _doubles(like: Tensor, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)
