@@ -114,28 +114,6 @@ def test_a_schedule_of_rho_by_hand_down_to_none() -> None:
     assert closure.calls == 2 + 2 + 1 + 2
 
 
-def test_rho_zero_is_sgd_at_the_price_of_sgd() -> None:
-    params, _, calls = run(rho=0.0)
-    plain = parameters()
-    opt = ef.SGD(plain, **HEAVY)
-    closure = closure_of(opt, plain)
-    for _ in range(4):
-        opt.step(closure)
-    assert all(map(same_bits, params, plain))
-    assert calls == closure.calls == 4
-
-
-def test_rho_zero_in_the_explicit_form() -> None:
-    params = parameters()
-    opt = ef.USAM(params, lr=0.1, rho=0.0)
-    assert opt.phase == "descent"
-    closure = closure_of(opt, params)
-    closure()
-    assert opt.ascend() is False
-    opt.step()
-    assert distance(params, parameters()) > 1e-2
-
-
 def test_a_tensor_never_counts_as_zero() -> None:
     params, _, calls = run(rho=torch.tensor(0.0))
     expected, _, _ = run(rho=0.0)
