@@ -102,10 +102,11 @@ def test_the_reference_backend_gives_the_same_bits(
     assert all(map(same_bits, *results))
 
 
-def test_named_parameters() -> None:
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_named_parameters(name: str) -> None:
     model = torch.nn.Linear(3, 2)
-    opt = ef.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
-    reference = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    opt = getattr(ef, name)(model.named_parameters(), lr=0.1)
+    reference = getattr(torch.optim, name)(model.named_parameters(), lr=0.1)
     names = [g["param_names"] for g in opt.state_dict()["param_groups"]]
     assert names == [g["param_names"] for g in reference.state_dict()["param_groups"]]
     assert names == [["weight", "bias"]]
