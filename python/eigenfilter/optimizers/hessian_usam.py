@@ -20,7 +20,7 @@ from eigenfilter.optimizers.buckets import (
     ParamBucket,
     gradients_by_id,
 )
-from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.hyperparameters import Options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
 from eigenfilter.optimizers.randomness import Replay
 from eigenfilter.optimizers.registry import register
@@ -356,7 +356,6 @@ class HessianUSAM(EigenfilterOptimizer):
 
     method = "hessian_usam"
 
-    @show_options
     def __init__(
         self,
         params: Iterable[Any],

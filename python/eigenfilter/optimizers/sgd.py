@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from eigenfilter.optimizers.base import EigenfilterOptimizer
-from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.hyperparameters import Options
 from eigenfilter.optimizers.perturbation import Perturbation
 from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
@@ -65,7 +65,6 @@ class SGD(EigenfilterOptimizer):
 
     method = "sgd"
 
-    @show_options
     def __init__(
         self,
         params: Iterable[Any],
