@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from eigenfilter.optimizers.updates import Update
 
 _Key = TypeVar("_Key", bound=Hashable)
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class ParamBucket:
@@ -440,26 +438,3 @@ class ParamBuckets:
             _distributed.reshard()
         if self.are_flat:
             _distributed.reshard_flat(self.flat_handles)
-
-
-def retry_on_layout_change(method: _Method) -> _Method:
-    """Make a method build the buckets of its object again on a LayoutError, and run once more.
-
-    `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
-    notice before they write. Only a call that begins at x and has written nothing is repeated.
-    """
-
-    @functools.wraps(method)
-    def call(self: Any, *args: Any) -> Any:
-        buckets: ParamBuckets = self._buckets
-        buckets.store.has_written = False
-        began_perturbed = bool(buckets.perturbed)  # an error restores x before it gets here
-        try:
-            return method(self, *args)
-        except _core.LayoutError:
-            if began_perturbed or buckets.store.has_written or buckets.perturbed:
-                raise
-            buckets.build()
-            return method(self, *args)
-
-    return cast(_Method, call)
