@@ -45,6 +45,7 @@ class ParamBucket:
         self.is_flat = any(id(p) in store.flat for p in params)
         self.store = store
         self.count_group: CountGroup | None = None  # of AdamW
+        self.first_dtypes: list[torch.dtype] = []  # of the list that first_gradients() returned
         self._rho_key = rho_key(group)
         self._lists: dict[str, _core.TensorList] = {}  # backups and buffers by name
         # The store's epoch in which the common signature of all parameters was computed, and it.
@@ -101,11 +102,14 @@ class ParamBucket:
 
     def first_gradients(self, grads: Sequence[Tensor]) -> _core.TensorList:
         """Memory for the gradients at x in the dtypes of `grads`, allocated at the first call."""
-        name, dtypes = "first gradient", [g.dtype for g in grads]
-        if name in self._lists and [g.dtype for g in self._lists[name]] != dtypes:
-            del self._lists[name]
+        dtypes = [g.dtype for g in grads]
+        if dtypes != self.first_dtypes:
+            self._lists.pop("first gradient", None)
+            self.first_dtypes = dtypes
         rest = iter(dtypes)
-        return self._list(name, lambda name, p: self.store.auxiliary(name, p, next(rest)))
+        return self._list(
+            "first gradient", lambda name, p: self.store.auxiliary(name, p, next(rest))
+        )
 
     def buffers(self, key: str) -> _core.TensorList:
         """The state's buffers at `key`; missing ones are created as zeros."""

@@ -124,6 +124,8 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
 
     def _match_dtypes(self, bucket: ParamBucket, grads: list[Tensor]) -> None:
         """Raise RuntimeError if two gradients differ in dtype and the first one is not 0."""
+        if [g.dtype for g in grads] == bucket.first_dtypes:
+            return
         first = list(self._first_gradients[bucket])
         for i, (a, b) in enumerate(zip(first, grads, strict=True)):
             if a.dtype != b.dtype:
@@ -134,7 +136,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
                         "some have another on the second: leave grad_dtype as it is during a step"
                     )
                 first[i] = torch.zeros_like(a, dtype=b.dtype)
-                self._first_gradients[bucket] = first
+        self._first_gradients[bucket] = first
 
     def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
