@@ -12,7 +12,7 @@ def test_the_files_that_rho_passes_exist() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
     section = page.split("### From rho to the arithmetic", 1)[1].split("\n## ", 1)[0]
     files = re.findall(r"^\d+\. `([^`]+)`", section, re.MULTILINE)
-    assert len(files) == 10
+    assert len(files) == 8
     for name in files:
         folders = (ROOT, ROOT / "python/eigenfilter")
         assert any((folder / name).is_file() for folder in folders), name

@@ -58,10 +58,17 @@ def test_the_first_loss_is_returned_detached(row: Row) -> None:
     expected = loss_of(params).item()
     opt = row.make(params)
     closure = closure_of(opt, params)
-    loss = opt.step(closure)
-    assert loss.item() == expected
-    assert not loss.requires_grad
-    assert closure.calls == row.calls
+    losses: list[Tensor] = []
+
+    def observed() -> Tensor:
+        losses.append(closure())
+        return losses[-1]
+
+    loss = opt.step(observed)
+    assert loss.item() == losses[0].item() == expected
+    assert (losses[0].requires_grad, loss.requires_grad) == (True, False)
+    assert len({each.item() for each in losses}) == closure.calls == row.calls
+    assert (opt.phase, opt.perturbed) == ("ascent" if row.calls > 1 else "descent", False)
 
 
 @each(OPTIMIZERS)
@@ -96,7 +103,7 @@ def test_frozen_and_unused_parameters_are_as_if_not_there(row: Row) -> None:
     else:
         assert all(map(same_bits, params, alone))
     assert all(map(same_bits, [*frozen, *unused], [*row.parameters()[:2], *row.parameters()[1:]]))
-    assert not any(opt.state.get(p) for p in [*frozen, *unused])
+    assert not any(p in opt.state for p in [*frozen, *unused])
 
 
 @each(OPTIMIZERS)
@@ -171,9 +178,14 @@ def test_rho_zero_everywhere_is_the_optimizer_without_an_ascent(row: Row) -> Non
     params, plain = row.parameters(), row.parameters()
     opt, other = row.make(params, rho=0.0), row.make_plain(plain)
     closure = closure_of(opt, params)
-    for _ in range(3):
+    assert (opt.phase, opt.needs_graph) == ("descent", False)
+    closure()
+    assert opt.ascend() is False
+    opt.step()
+    for _ in range(2):
         opt.step(closure)
     train(other, plain)
+    assert distance(params, row.parameters()) > 1e-2
     assert closure.calls == 3
     assert all(map(same_bits, params, plain))
 

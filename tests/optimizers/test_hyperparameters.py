@@ -114,28 +114,6 @@ def test_a_schedule_of_rho_by_hand_down_to_none() -> None:
     assert closure.calls == 2 + 2 + 1 + 2
 
 
-def test_rho_zero_is_sgd_at_the_price_of_sgd() -> None:
-    params, _, calls = run(rho=0.0)
-    plain = parameters()
-    opt = ef.SGD(plain, **HEAVY)
-    closure = closure_of(opt, plain)
-    for _ in range(4):
-        opt.step(closure)
-    assert all(map(same_bits, params, plain))
-    assert calls == closure.calls == 4
-
-
-def test_rho_zero_in_the_explicit_form() -> None:
-    params = parameters()
-    opt = ef.USAM(params, lr=0.1, rho=0.0)
-    assert opt.phase == "descent"
-    closure = closure_of(opt, params)
-    closure()
-    assert opt.ascend() is False
-    opt.step()
-    assert distance(params, parameters()) > 1e-2
-
-
 def test_a_tensor_never_counts_as_zero() -> None:
     params, _, calls = run(rho=torch.tensor(0.0))
     expected, _, _ = run(rho=0.0)
@@ -233,7 +211,15 @@ def test_distributed_checkpointing_primes_it(make: type, kind: str) -> None:
     assert opt.param_groups[0]["lr"] == lr
 
 
-BAD: dict[str, dict[str, Any]] = {
+BAD_OF_ADAMW: dict[str, dict[str, Any]] = {
+    "lr must be at least 0 and finite, and is -1": {"lr": -1},
+    "eps must be at least 0 and finite, and is -1": {"eps": -1},
+    "weight_decay must be at least 0 and finite, and is nan": {"weight_decay": float("nan")},
+    "rho must be at least 0 and finite, and is inf": {"rho": float("inf")},
+    "betas must be at least 0 and below 1, and one is 1": {"betas": (1, 0.9)},
+    "betas must be at least 0 and below 1, and one is -1": {"betas": (0.9, -1)},
+}
+BAD_OF_USAM: dict[str, dict[str, Any]] = {
     "lr must be at least 0 and finite, and is -0.1": {"lr": -0.1},
     "lr must be at least 0 and finite, and is nan": {"lr": float("nan")},
     "lr must be at least 0 and finite, and is inf": {"lr": float("inf")},
@@ -247,13 +233,17 @@ BAD: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_values_out_of_range(message: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "message", "bad"),
+    [(ef.AdamW, *item) for item in BAD_OF_ADAMW.items()]
+    + [(ef.USAM, *item) for item in BAD_OF_USAM.items()],
+)
+def test_values_out_of_range(make: Any, message: str, bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
-        ef.USAM(parameters(), **BAD[message])
-    opt = ef.USAM(parameters()[:2], lr=0.1)
+        make(parameters(), **bad)
+    opt = make(parameters()[:2], lr=0.1, rho=0.05)
     with pytest.raises(ValueError, match=message):
-        opt.add_param_group({"params": parameters()[2:], **BAD[message]})
+        opt.add_param_group({"params": parameters()[2:], **bad})
     assert len(opt.param_groups) == 1
     opt.add_param_group({"params": parameters()[2:]})
     assert opt.param_groups[1]["rho"] == 0.05
@@ -282,13 +272,20 @@ def test_a_hyperparameter_of_another_kind_names_itself_when_it_is_used() -> None
     assert not opt.perturbed
 
 
-def test_a_tensor_that_kernels_cannot_accept_is_refused_before_the_first_group_steps() -> None:
+@pytest.mark.parametrize(
+    ("make", "name"), [(ef.SGD, "lr"), (ef.AdamW, "lr"), (ef.AdamW, "betas"), (ef.AdamW, "eps")]
+)
+def test_a_tensor_that_kernels_cannot_accept_is_refused_before_the_first_group_steps(
+    make: Any, name: str
+) -> None:
     params = parameters()
-    opt = ef.SGD([{"params": [p]} for p in params], lr=0.1, momentum=0.9)
-    opt.param_groups[-1]["lr"] = torch.tensor(1)
+    opt = make([{"params": [p]} for p in params], lr=0.1)
+    whole = torch.tensor(1)
+    opt.param_groups[-1][name] = (whole, 0.9) if name == "betas" else whole
     before = snapshot(params)
     for p in params:
         p.grad = torch.ones_like(p)
-    with pytest.raises(TypeError, match="lr must be a number or a one-element float32 or float64"):
+    message = f"{name} must be a number or a one-element float32 or float64"
+    with pytest.raises(TypeError, match=message):
         opt.step()
     assert all(map(same_bits, params, before))

@@ -177,19 +177,6 @@ def test_the_reference_backend_gives_the_same_bits(
         assert all(map(same_bits, *results))
 
 
-@methods
-def test_without_an_ascent_a_step_is_sgds_and_takes_one_gradient(method: str) -> None:
-    params, plain = parameters(), parameters()
-    opt, sgd = METHODS[method].make(params, **HEAVY, rho=0.0), ef.SGD(plain, **HEAVY)
-    closure = closure_of(opt, params)
-    assert (opt.phase, opt.needs_graph) == ("descent", False)
-    for _ in range(4):
-        opt.step(closure)
-        sgd.step(closure_of(sgd, plain))
-    assert closure.calls == 4
-    assert all(map(same_bits, params, plain))
-
-
 @pytest.mark.parametrize("method", ["sequential", "anchored"])
 def test_a_gradient_that_appears_in_the_second_ascent(method: str) -> None:
     """Its parameter is perturbed for the first time then."""

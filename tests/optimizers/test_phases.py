@@ -44,24 +44,6 @@ def test_the_closure_sees_the_phase_it_is_called_for() -> None:
     assert phases == [("ascent", False), ("descent", True)]
 
 
-def test_the_loss_is_the_first_calls_detached() -> None:
-    params = parameters()
-    opt = ef.USAM(params, lr=0.1, rho=RHO)
-    closure = closure_of(opt, params)
-    losses = []
-
-    def observed() -> Tensor:
-        losses.append(closure())
-        return losses[-1]
-
-    result = opt.step(observed)
-    assert len(losses) == 2
-    assert losses[0].item() != losses[1].item()
-    assert result.item() == losses[0].item()
-    assert losses[0].requires_grad
-    assert not result.requires_grad
-
-
 @pytest.mark.parametrize("value", [0.25, None, (1, 2), torch.tensor(3.0)], ids=repr)
 def test_whatever_the_closure_returns_is_returned(value: object) -> None:
     params = parameters()

@@ -139,6 +139,18 @@ def test_a_first_step_in_inference_mode_leaves_state_for_steps_outside_of_it() -
     assert x.tolist() == [-0.25] * 3
 
 
+def test_a_first_step_of_adamw_in_inference_mode() -> None:
+    x, y = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt, other = (eigenfilter.AdamW([p], lr=0.1) for p in (x, y))
+    for inside in (True, False):
+        x.grad, y.grad = torch.ones(3), torch.ones(3)
+        with torch.inference_mode(inside):
+            opt.step()
+        other.step()
+    assert opt.state[x]["step"] == other.state[y]["step"] == 2
+    assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("backend_name", ["native", "reference"])
 def test_a_parameter_made_in_inference_mode_is_refused_outside_of_it(backend_name: str) -> None:
     with torch.inference_mode():

@@ -25,7 +25,13 @@ from optimizers.problems import (
 Evaluate = Callable[[], Tensor]
 
 
-def scaled(opt: torch.optim.Optimizer, params: list, scaler: GradScaler, sign: float) -> Evaluate:
+def scaled(
+    opt: torch.optim.Optimizer,
+    params: list,
+    scaler: GradScaler,
+    sign: float,
+    loss_of: Any = loss_of,
+) -> Evaluate:
     """Gradients that carry the scaler's scale."""
 
     def evaluate() -> Tensor:
@@ -188,3 +194,59 @@ def test_unscaling_the_descents_gradient(by: str) -> None:
         scaler.update()
         reference.step(closure)
     assert all(map(same_bits, params, plain))
+
+
+# A scaler that takes part in half of a step.
+
+
+@pytest.mark.parametrize("half", ["ascent", "descent"])
+def test_a_scaler_in_half_of_a_step_is_refused(half: str) -> None:
+    opt, scaler, _, evaluate = small_problem(ef.USAM)
+    evaluate()
+    assert opt.ascend(grad_scaler=scaler if half == "ascent" else None)
+    evaluate()
+    with pytest.raises(RuntimeError, match="must agree on the scaler"):
+        opt.step() if half == "ascent" else scaler.step(opt)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_one_of_two_ascents_without_the_scaler(first: bool) -> None:
+    opt, scaler, [x], evaluate = small_problem(ef.TwoStepUSAM)
+    before = x.detach().clone()
+    evaluate()
+    assert opt.ascend(grad_scaler=scaler if first else None)
+    evaluate()
+    there = x.detach().clone()
+    with pytest.raises(RuntimeError, match="must agree on the scaler"):
+        opt.ascend(grad_scaler=None if first else scaler)
+    assert torch.equal(x.detach(), there)
+    opt.restore()
+    assert torch.equal(x.detach(), before)
+
+
+def test_a_closure_passed_to_the_scaler() -> None:
+    opt, scaler, params, evaluate = small_problem(ef.USAM)
+    evaluate()
+    with pytest.raises(RuntimeError, match="cannot step with a closure"):
+        scaler.step(opt, closure_of(opt, params, loss_of=square))
+
+
+def test_a_refused_step_leaves_no_scale_behind() -> None:
+    opt, scaler, params, evaluate = small_problem(ef.USAM)
+    evaluate()
+    with pytest.raises(RuntimeError, match="ascents before it"):
+        scaler.step(opt)
+    before = params[0].detach().clone()
+    opt.step(closure_of(opt, params, loss_of=square))
+    perturbed = before * (1 - 0.1 * 2 * (1 + 0.05 * 2))
+    torch.testing.assert_close(params[0].detach(), perturbed)
+
+
+def square(params: list, sign: float) -> Tensor:
+    return sign * (params[0] ** 2).sum()
+
+
+def small_problem(make: Any) -> tuple[Any, GradScaler, list, Evaluate]:
+    params = [torch.nn.Parameter(torch.tensor([1.0, -2.0]))]
+    opt, scaler = make(params, lr=0.1, rho=0.05), GradScaler("cpu", init_scale=1024.0)
+    return opt, scaler, params, scaled(opt, params, scaler, 1.0, square)

@@ -103,24 +103,11 @@ def test_the_reference_backend_gives_the_same_bits(
     assert all(map(same_bits, *results))
 
 
-def test_one_closure_call_a_step_and_its_loss() -> None:
-    params = parameters()
-    opt = ef.SGD(params, lr=0.1)
-    closure = closure_of(opt, params)
-    first = closure().item()
-    loss = opt.step(closure)
-    assert closure.calls == 2
-    assert loss.item() == first
-    assert not loss.requires_grad
-    assert opt.phase == "descent"
-    assert not opt.ascend()
-    assert not opt.perturbed
-
-
-def test_named_parameters() -> None:
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_named_parameters(name: str) -> None:
     model = torch.nn.Linear(3, 2)
-    opt = ef.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
-    reference = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    opt = getattr(ef, name)(model.named_parameters(), lr=0.1)
+    reference = getattr(torch.optim, name)(model.named_parameters(), lr=0.1)
     names = [g["param_names"] for g in opt.state_dict()["param_groups"]]
     assert names == [g["param_names"] for g in reference.state_dict()["param_groups"]]
     assert names == [["weight", "bias"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -26,22 +25,6 @@ def train(steps: int = 3, **options: Any) -> tuple[ef.USAM, list, Callable[[], T
     for _ in range(steps):
         opt.step(closure)
     return opt, params, closure
-
-
-def test_saved_and_loaded_mid_run_through_a_file() -> None:
-    opt, params, closure = train()
-    file = io.BytesIO()
-    torch.save({"state": opt.state_dict(), "params": snapshot(params)}, file)
-    file.seek(0)
-    saved = torch.load(file)
-    fresh = [nn.Parameter(p) for p in saved["params"]]
-    other = ef.USAM(fresh, lr=7.0)
-    other.load_state_dict(saved["state"])
-    evaluate = closure_of(other, fresh)
-    for _ in range(3):
-        opt.step(closure)
-        other.step(evaluate)
-    assert all(map(same_bits, fresh, params))
 
 
 def test_loading_goes_back() -> None:

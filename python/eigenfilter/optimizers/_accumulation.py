@@ -65,12 +65,11 @@ class UsedGradients:
         Raises:
             RuntimeError: it has added to them, or has kept them.
         """
-        grads, _ = _core.gradients(params)
-        prior = [p for p, g in zip(params, grads, strict=True) if g is not None]
-        if not any_nonzero([g for g in grads if g is not None]):
+        grads, missing = _core.gradients(params)
+        if missing == len(grads) or not any_nonzero([g for g in grads if g is not None]):
             yield
             return
-        check = self._check = _ClosureCheck(prior)
+        check = self._check = _ClosureCheck([p for p in params if p.grad is not None])
         try:
             yield
         except BaseException:

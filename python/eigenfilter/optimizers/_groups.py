@@ -27,6 +27,7 @@ from eigenfilter.optimizers.hyperparameters import (
     lr_is_zero,
     refuse_modes,
     rho_of,
+    show_options,
 )
 from eigenfilter.optimizers.in_backward import GradientRelease
 from eigenfilter.optimizers.perturbation import Perturbation
@@ -51,6 +52,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def __init_subclass__(cls, **kw: Any) -> None:
         super().__init_subclass__(**kw)
         cls.__doc__ = explain_options(cls.__doc__)
+        if "__init__" in vars(cls):
+            show_options(cls.__init__)
 
     def _start(self) -> None:
         """Make the parts of a step, which are never saved."""

@@ -1,4 +1,4 @@
-"""The state of the current step, shared by an optimizer and its wrappers."""
+"""The state of the current step, and decorators of the methods that take part in it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
+
+from eigenfilter import _core
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -66,6 +68,29 @@ class StepState:
             "closure and cannot be changed (a framework's) can train only with rho=0.0 in every "
             "group"
         )
+
+
+def retry_on_layout_change(method: _Method) -> _Method:
+    """Make a method build the buckets of its object again on a LayoutError, and run once more.
+
+    `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
+    notice before they write. Only a call that begins at x and has written nothing is repeated.
+    """
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any) -> Any:
+        buckets = self._buckets
+        buckets.store.has_written = False
+        began_perturbed = bool(buckets.perturbed)  # an error restores x before it gets here
+        try:
+            return method(self, *args)
+        except _core.LayoutError:
+            if began_perturbed or buckets.store.has_written or buckets.perturbed:
+                raise
+            buckets.build()
+            return method(self, *args)
+
+    return cast(_Method, call)
 
 
 def through_owner(method: _Method) -> _Method:

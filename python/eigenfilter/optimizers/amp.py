@@ -65,7 +65,7 @@ class AmpState:
         """
         self._require_agreement("found_inf" in vars(optimizer), step)
         self._scales.clear()
-        scale, flag = (vars(optimizer).get(name) for name in SCALER_ATTRIBUTES)
+        scale, flag = vars(optimizer).get("grad_scale"), vars(optimizer).get("found_inf")
         if scale is not None and step.is_unscaled:
             raise RuntimeError(
                 "clip_grad_norm_ has unscaled the gradients for one optimizer, and the scaler "

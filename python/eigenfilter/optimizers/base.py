@@ -13,8 +13,8 @@ from eigenfilter import _perturbation
 from eigenfilter.optimizers import _shards, amp
 from eigenfilter.optimizers._buffers import refuse_overlap
 from eigenfilter.optimizers._groups import OWN_OPTIONS, GroupedOptimizer
-from eigenfilter.optimizers._step_state import owner_of, through_owner
-from eigenfilter.optimizers.buckets import Gradients, conform_if_needed, retry_on_layout_change
+from eigenfilter.optimizers._step_state import owner_of, retry_on_layout_change, through_owner
+from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
 from eigenfilter.optimizers.hyperparameters import complete_options
 from eigenfilter.optimizers.perturbation import Perturbation
 from eigenfilter.optimizers.updates import Update

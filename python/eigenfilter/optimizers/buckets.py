@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from eigenfilter.optimizers.updates import Update
 
 _Key = TypeVar("_Key", bound=Hashable)
-_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class ParamBucket:
@@ -47,6 +45,7 @@ class ParamBucket:
         self.is_flat = any(id(p) in store.flat for p in params)
         self.store = store
         self.count_group: CountGroup | None = None  # of AdamW
+        self.first_dtypes: list[torch.dtype] = []  # of the list that first_gradients() returned
         self._rho_key = rho_key(group)
         self._lists: dict[str, _core.TensorList] = {}  # backups and buffers by name
         # The store's epoch in which the common signature of all parameters was computed, and it.
@@ -103,11 +102,14 @@ class ParamBucket:
 
     def first_gradients(self, grads: Sequence[Tensor]) -> _core.TensorList:
         """Memory for the gradients at x in the dtypes of `grads`, allocated at the first call."""
-        name, dtypes = "first gradient", [g.dtype for g in grads]
-        if name in self._lists and [g.dtype for g in self._lists[name]] != dtypes:
-            del self._lists[name]
+        dtypes = [g.dtype for g in grads]
+        if dtypes != self.first_dtypes:
+            self._lists.pop("first gradient", None)
+            self.first_dtypes = dtypes
         rest = iter(dtypes)
-        return self._list(name, lambda name, p: self.store.auxiliary(name, p, next(rest)))
+        return self._list(
+            "first gradient", lambda name, p: self.store.auxiliary(name, p, next(rest))
+        )
 
     def buffers(self, key: str) -> _core.TensorList:
         """The state's buffers at `key`; missing ones are created as zeros."""
@@ -450,26 +452,3 @@ class ParamBuckets:
             _distributed.reshard()
         if self.are_flat:
             _distributed.reshard_flat(self.flat_handles)
-
-
-def retry_on_layout_change(method: _Method) -> _Method:
-    """Make a method build the buckets of its object again on a LayoutError, and run once more.
-
-    `model.to(dtype)` and `model.to(memory_format=...)` change parameters in place. The kernels
-    notice before they write. Only a call that begins at x and has written nothing is repeated.
-    """
-
-    @functools.wraps(method)
-    def call(self: Any, *args: Any) -> Any:
-        buckets: ParamBuckets = self._buckets
-        buckets.store.has_written = False
-        began_perturbed = bool(buckets.perturbed)  # an error restores x before it gets here
-        try:
-            return method(self, *args)
-        except _core.LayoutError:
-            if began_perturbed or buckets.store.has_written or buckets.perturbed:
-                raise
-            buckets.build()
-            return method(self, *args)
-
-    return cast(_Method, call)

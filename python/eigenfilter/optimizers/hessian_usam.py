@@ -20,7 +20,7 @@ from eigenfilter.optimizers.buckets import (
     ParamBucket,
     gradients_by_id,
 )
-from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.hyperparameters import Options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
 from eigenfilter.optimizers.randomness import Replay
 from eigenfilter.optimizers.registry import register
@@ -125,6 +125,8 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
 
     def _match_dtypes(self, bucket: ParamBucket, grads: list[Tensor]) -> None:
         """Raise RuntimeError if two gradients differ in dtype and the first one is not 0."""
+        if [g.dtype for g in grads] == bucket.first_dtypes:
+            return
         first = list(self._first_gradients[bucket])
         for i, (a, b) in enumerate(zip(first, grads, strict=True)):
             if a.dtype != b.dtype:
@@ -135,7 +137,7 @@ class FiniteDifferencePerturbation(HessianUSAMPerturbation):
                         "some have another on the second: leave grad_dtype as it is during a step"
                     )
                 first[i] = torch.zeros_like(a, dtype=b.dtype)
-                self._first_gradients[bucket] = first
+        self._first_gradients[bucket] = first
 
     def perturb(self, index: int, bucket_slice: BucketSlice) -> None:
         bucket = bucket_slice.bucket
@@ -357,7 +359,6 @@ class HessianUSAM(EigenfilterOptimizer):
 
     method = "hessian_usam"
 
-    @show_options
     def __init__(
         self,
         params: Iterable[Any],

@@ -6,14 +6,12 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from eigenfilter import kernels
-
-_P = ParamSpec("_P")
 
 
 class Options(TypedDict, total=False):
@@ -83,17 +81,18 @@ def explain_options(docstring: str | None) -> str | None:
     return inspect.cleandoc(docstring).replace(_OPTIONS_LINE, f"{entries}\n{rest}")
 
 
-def show_options(init: Callable[_P, None]) -> Callable[_P, None]:
+def show_options(init: Callable[..., None]) -> None:
     """Let help() and inspect.signature() show what `**options: Unpack[Options]` stands for."""
     signature = inspect.signature(init)
     *named, rest = signature.parameters.values()
+    if rest.annotation not in ("Unpack[Options]", Unpack[Options]):
+        return
     kind, types = inspect.Parameter.KEYWORD_ONLY, Options.__annotations__
     shown = [
         inspect.Parameter(name, kind, default=default, annotation=types[name].__forward_arg__)
         for name, default in _DEFAULTS.items()
     ]
     vars(init)["__signature__"] = signature.replace(parameters=[*named, *shown, rest])
-    return init
 
 
 def complete_options(options: Mapping[str, Any], owner: str) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from eigenfilter import _callers, _distributed
+from eigenfilter.optimizers._step_state import retry_on_layout_change
 from eigenfilter.optimizers.amp import AmpState, is_enabled
-from eigenfilter.optimizers.buckets import ParamBuckets, retry_on_layout_change
+from eigenfilter.optimizers.buckets import ParamBuckets
 from eigenfilter.optimizers.updates import Update
 
 

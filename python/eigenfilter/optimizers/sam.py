@@ -13,7 +13,7 @@ from eigenfilter.optimizers._norms import total_norms
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import BucketSlice, Gradients
-from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.hyperparameters import Options
 from eigenfilter.optimizers.perturbation import TINY, Landscape, Perturbation
 from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
@@ -98,7 +98,6 @@ class SAM(EigenfilterOptimizer):
 
     method = "sam"
 
-    @show_options
     def __init__(
         self,
         params: Iterable[Any],

@@ -12,7 +12,7 @@ from eigenfilter.filters import design
 from eigenfilter.optimizers._step_state import through_owner
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import retry_on_layout_change
-from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.hyperparameters import Options
 from eigenfilter.optimizers.perturbation import Perturbation
 from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import EXTRAPOLATION, SGDUpdate
@@ -83,7 +83,6 @@ class SGD(EigenfilterOptimizer):
 
     method = "sgd"
 
-    @show_options
     def __init__(
         self,
         params: Iterable[Any],

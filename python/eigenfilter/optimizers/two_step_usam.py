@@ -10,7 +10,7 @@ from torch import Tensor
 from eigenfilter.filters import TwoStepUSAM as TwoStep
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import BucketSlice
-from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.hyperparameters import Options
 from eigenfilter.optimizers.perturbation import Landscape, Perturbation
 from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
@@ -87,7 +87,6 @@ class TwoStepUSAM(EigenfilterOptimizer):
 
     method = "two_step_usam"
 
-    @show_options
     def __init__(
         self,
         params: Iterable[Any],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import BucketSlice
-from eigenfilter.optimizers.hyperparameters import Options, show_options
+from eigenfilter.optimizers.hyperparameters import Options
 from eigenfilter.optimizers.perturbation import Landscape, Perturbation
 from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import SGDUpdate
@@ -67,7 +67,6 @@ class USAM(EigenfilterOptimizer):
 
     method = "usam"
 
-    @show_options
     def __init__(
         self,
         params: Iterable[Any],
