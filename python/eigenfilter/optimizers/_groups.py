@@ -228,7 +228,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether other ranks, which may have gradients, wait for this one without a gradient."""
         checks = self.skip_nonfinite or (grad_scaler is not None and grad_scaler.is_enabled())
-        return other_ranks_wait(checks, self._params())
+        return other_ranks_wait(checks or self._step_state.ascents_are_local, self._params())
 
     # State.
 

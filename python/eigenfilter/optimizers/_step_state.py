@@ -21,6 +21,8 @@ class StepState:
     Attributes:
         owner: weak reference to the optimizer that was constructed.
         evaluating: whether a closure that `step` calls is running.
+        ascents_are_local: whether the gradients of ascents are those of this rank; see
+            `ascent_sync`.
         ascents_taken: number of ascents taken in this step.
         skips_ascents: whether this step takes no ascent, because no parameter with a radius has a
             gradient.
@@ -31,6 +33,7 @@ class StepState:
     def __init__(self, owner: torch.optim.Optimizer) -> None:
         self.owner = weakref.ref(owner)
         self.evaluating = False
+        self.ascents_are_local = False
         self.reset()
 
     def reset(self) -> None:
