@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import eigenfilter as ef
+from eigenfilter.optimizers.hyperparameters import rho_of
 from eigenfilter.schedulers import KINDS, RhoScheduler
 
 
@@ -229,6 +230,15 @@ def test_rho_of_an_unchanged_lr_is_the_initial_rho_itself() -> None:
     RhoScheduler(opt, "lr")
     take_step(opt)
     assert [g["rho"] for g in opt.param_groups] == [0.07, 3 * 0.07]
+
+
+def test_rho_follows_lr_without_reading_tensors_and_in_place() -> None:
+    """Meta tensors have no values, so reading one, which would wait for a GPU, is an error."""
+    rho = torch.tensor(0.05, device="meta")
+    group = {"lr": torch.tensor(0.1, device="meta"), "rho": rho, "initial_rho": rho.clone()}
+    group["rho_base_lr"] = group["lr"].clone()
+    assert rho_of(group) is rho
+    assert rho._version == 1
 
 
 def test_rho_follows_an_lr_that_was_changed_by_hand() -> None:
