@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -162,6 +163,7 @@ def refuse(rank: int) -> dict[str, str]:
 
     flat = network()
     fully_shard(flat, mesh=init_device_mesh("cpu", (WORLD,)))
+    copied = replicate(network(), mesh=init_device_mesh("cpu", (WORLD,)))
     divided = hybrid()
     divided[0].set_gradient_divide_factor(2.0)
     static = DistributedDataParallel(network(), static_graph=True)
@@ -175,6 +177,7 @@ def refuse(rank: int) -> dict[str, str]:
         "unwrapped": message(network()),
         "FSDP1": message(flattened(True)),
         "FSDP2": message(flat),
+        "replicate": message(copied),
         "divided": message(divided),
         "static graph": error_message(lambda: static(batch(quarter(rank))[0])),
         "perturbed": message(perturbed, other),
@@ -186,6 +189,7 @@ REFUSALS = {
     "unwrapped": "pass the wrapped model",
     "FSDP1": "offers no local gradients of its shards",
     "FSDP2": "needs replicas of the model",
+    "replicate": "replicate() of FSDP2 averages",
     "divided": "leave it out, and scale the loss",
     "static graph": "take one forward and backward pass, and opt.zero_grad(), before ascent_sync",
     "perturbed": "first end the step with step()",

@@ -79,7 +79,9 @@ def network() -> nn.Sequential:
 
 def wrap(wrapper: str) -> nn.Module:
     model = network()
-    if wrapper == "DDP":
+    if wrapper == "DDP, buffers":
+        model.append(nn.BatchNorm1d(8, affine=False))
+    if wrapper.startswith("DDP"):
         return DistributedDataParallel(model)
     if wrapper.startswith("FSDP2"):
         mesh = init_device_mesh("cpu", (WORLD,))
@@ -139,3 +141,12 @@ def test_a_flag_is_one_number(run_distributed: RunDistributed) -> None:
     plain = run_distributed(count, WORLD, "DDP", "USAM", True)[0]
     for counted in run_distributed(count, WORLD, "DDP", "USAM", True, flagged):
         assert counted["allreduce_"] - plain["allreduce_"] == 2 * 4
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_buffers_are_broadcast_once_in_a_step_with_local_ascents(
+    run_distributed: RunDistributed, local: bool
+) -> None:
+    each = 2 * 8 * 4 + 8  # mean and variance, and the number of batches
+    for counted in run_distributed(count, WORLD, "DDP, buffers", "TwoStepUSAM", local):
+        assert counted["broadcast_"] == (1 if local else 3) * each

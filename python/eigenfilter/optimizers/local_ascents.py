@@ -225,6 +225,11 @@ def _is_replicated(group: Any) -> bool:
         )
     if isinstance(info, HSDPMeshInfo):
         return True
-    if isinstance(info, FSDPMeshInfo) and info.shard_mesh_size == 1:
-        return False
-    raise ValueError(NOT_REPLICATED)
+    if not isinstance(info, FSDPMeshInfo):
+        raise ValueError(
+            "replicate() of FSDP2 averages the gradients of this model, and cannot leave them "
+            "local: use DistributedDataParallel"
+        )
+    if info.shard_mesh_size > 1:
+        raise ValueError(NOT_REPLICATED)
+    return False
