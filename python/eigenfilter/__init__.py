@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         HessianUSAM,
         SharpnessAware,
         TwoStepUSAM,
+        ascent_sync,
         freeze_batch_norm,
         freeze_running_stats,
     )
@@ -48,6 +49,7 @@ __all__ = [
     "SharpnessAware",
     "SharpnessMonitor",
     "TwoStepUSAM",
+    "ascent_sync",
     "certificate",
     "certify",
     "curvature",
@@ -72,6 +74,7 @@ _MODULE_OF = {
     "HessianUSAM": "optimizers",
     "SharpnessAware": "optimizers",
     "TwoStepUSAM": "optimizers",
+    "ascent_sync": "optimizers",
     "freeze_batch_norm": "optimizers",
     "freeze_running_stats": "optimizers",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
+import weakref
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -161,19 +162,33 @@ def is_fsdp(module: nn.Module) -> bool:
     return any(isinstance(m, fsdp_module) for m in module.modules())
 
 
+def fsdp_groups(module: nn.Module) -> list[Any]:
+    """FSDP2's groups of parameters that `module` itself, and no submodule, has."""
+    if not isinstance(module, _class_of(FSDP, "FSDPModule")):
+        return []
+    state = cast("FSDPModule", module)._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # newer: several
+    groups = [state._fsdp_param_group] if groups is None else groups
+    return [group for group in groups if group is not None]  # None: it has no parameters
+
+
+with_local_ascents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The modules whose gradients are not synchronized while an optimizer is to ascend."""
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether `module` is wrapped by FSDP1."""
+    return isinstance(module, _class_of(FSDP, "FullyShardedDataParallel"))
+
+
 def averages(module: nn.Module) -> bool:
     """Whether FSDP2, at its defaults, leaves the mean of all processes' gradients."""
-    fsdp_module = _class_of(FSDP, "FSDPModule")
-    for m in module.modules():
-        if isinstance(m, fsdp_module):
-            state = cast("FSDPModule", m)._get_fsdp_state()
-            groups = getattr(state, "_fsdp_param_groups", None)  # newer: several
-            for group in [state._fsdp_param_group] if groups is None else groups:
-                if group is None:  # of a module without parameters of its own
-                    continue
-                synchronized = group.reduce_grads and group.all_reduce_grads
-                if not synchronized or group.gradient_divide_factor is not None:
-                    return False
+    if any(m in with_local_ascents for m in module.modules()):
+        return False
+    for group in (group for m in module.modules() for group in fsdp_groups(m)):
+        synchronized = group.reduce_grads and group.all_reduce_grads
+        if not synchronized or group.gradient_divide_factor is not None:
+            return False
     return True
 
 

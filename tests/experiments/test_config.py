@@ -66,6 +66,7 @@ def test_every_option_is_plain_data_and_has_help() -> None:
         ({"model": "resnet"}, "model must be mlp"),
         ({"label_smoothing": 0.1, "loss": "square"}, "label_smoothing applies only to loss"),
         ({"method": "sam", "optimizer": "sgd"}, "method applies only to adamw"),
+        ({"ascent_sync": False, "optimizer": "sgd"}, "ascent_sync applies only to ascents"),
         ({"lr": [[1]]}, "lr must be a number of at least 0, not a list"),
         ({"model": "x" * 10**6}, "not '" + "x" * 76 + r"\.\.\.$"),
         ({"dataset": "x" * 10**6}, "not '" + "x" * 76 + r"\.\.\.$"),

@@ -131,6 +131,14 @@ def test_the_current_stream_is_used() -> None:
     assert distance(params, exact.x) <= 4 * RUNS[torch.float32]
 
 
+def following_lr(params: list, backend: str | None) -> ef.USAM:
+    """rho is proportional to an lr on the device, which changes between replays."""
+    lr = torch.full((), 0.05, device="cuda")
+    opt = ef.USAM(params, **HEAVY | {"lr": lr}, rho=RHO, backend=backend)
+    ef.schedulers.RhoScheduler(opt, "lr")
+    return opt
+
+
 CAPTURED = {
     "sgd": lambda params, backend: ef.SGD(params, **HEAVY, backend=backend),
     "usam": lambda params, backend: ef.USAM(params, **HEAVY, rho=RHO, backend=backend),
@@ -139,6 +147,7 @@ CAPTURED = {
     "adamw": lambda params, backend: ef.AdamW(
         params, lr=torch.full((), 0.05, device="cuda"), rho=RHO, backend=backend
     ),
+    "rho follows lr": following_lr,
 }
 
 

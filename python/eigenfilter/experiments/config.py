@@ -181,6 +181,11 @@ class Config:
     ascent_part: float = _option(
         1.0, _number(0, 1, above=True), "fraction of the batch that the ascents use"
     )
+    ascent_sync: bool = _option(
+        True,
+        _boolean,
+        "average the gradients of ascents over processes; false takes each process's own",
+    )
     clip: float = _option(
         0.0, _number(0), "clip the gradient of the descent to this norm; 0 disables clipping"
     )
@@ -248,11 +253,12 @@ class Config:
                 f"extrapolation applies only to sgd, and the optimizer is {self.optimizer}; leave "
                 "it out, or choose optimizer: sgd"
             )
-        if self.ascent_part != 1 and not self.ascends:
-            raise ValueError(
-                f"ascent_part applies only to ascents, and {self.optimizer} takes none; leave it "
-                "out, or choose another optimizer or method"
-            )
+        for name in ("ascent_part", "ascent_sync"):
+            if getattr(self, name) != 1 and not self.ascends:
+                raise ValueError(
+                    f"{name} applies only to ascents, and {self.optimizer} takes none; leave it "
+                    "out, or choose another optimizer or method"
+                )
 
     @classmethod
     def of(cls, values: Mapping[Any, Any]) -> Config:

@@ -97,6 +97,8 @@ class Trainer:
         self._network = processes.wrap_model(self.model, self.examples(1)[0])
         self.loss_fn = factories.build_loss(config)
         self.optimizer = factories.build_optimizer(config, self.model.parameters())
+        if not config.ascent_sync:
+            ef.ascent_sync(self._network, self.optimizer, enabled=False)
         self.batch_size = self._batches.size
         self.steps_per_epoch = self._batches.count
         self.total_steps = config.epochs * self.steps_per_epoch

@@ -8,6 +8,7 @@ from eigenfilter.optimizers.adamw import AdamW
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.hessian_usam import HessianUSAM
 from eigenfilter.optimizers.hyperparameters import Options
+from eigenfilter.optimizers.local_ascents import ascent_sync
 from eigenfilter.optimizers.sam import SAM
 from eigenfilter.optimizers.sgd import SGD
 from eigenfilter.optimizers.two_step_usam import TwoStepUSAM
@@ -24,6 +25,7 @@ __all__ = [
     "Options",
     "SharpnessAware",
     "TwoStepUSAM",
+    "ascent_sync",
     "freeze_batch_norm",
     "freeze_running_stats",
 ]

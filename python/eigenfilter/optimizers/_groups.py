@@ -131,6 +131,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _check_groups(self) -> None:
         """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""
         for group in self.param_groups:
+            rho_of(group)  # sets one that is bound to lr
             values = [group.get(name) for name in CHECKED]
             checked = self._checked_values.get(id(group))
             if checked is None or not all(map(operator.is_, values, checked)):
@@ -237,7 +238,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether other ranks, which may have gradients, wait for this one without a gradient."""
         checks = self.skip_nonfinite or is_enabled(grad_scaler)
-        return other_ranks_wait(checks, self._params())
+        return other_ranks_wait(checks or self._step_state.ascents_are_local, self._params())
 
     # State.
 

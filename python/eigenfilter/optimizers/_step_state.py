@@ -23,6 +23,8 @@ class StepState:
     Attributes:
         owner: weak reference to the optimizer that was constructed.
         evaluating: whether a closure that `step` calls is running.
+        ascents_are_local: whether the gradients of ascents are those of this rank; see
+            `ascent_sync`.
         ascents_taken: number of ascents taken in this step.
         skips_ascents: whether no parameter with a radius has a gradient, so that none is taken.
         has_closure: whether `step` takes the whole step, with a closure.
@@ -32,6 +34,7 @@ class StepState:
     def __init__(self, owner: torch.optim.Optimizer) -> None:
         self.owner = weakref.ref(owner)
         self.evaluating = False
+        self.ascents_are_local = False
         self.reset()
 
     def reset(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ class GradientRelease:
         """A context in which the gradients of the optimizer's parameters are released.
 
         Raises:
-            RuntimeError: ranks reduce the gradients, which are partial while backward runs.
+            RuntimeError: ranks reduce the gradients, which are partial while backward runs; or
+                compiled autograd computes them all at once.
         """
         if self._inside:
             yield
@@ -56,6 +58,13 @@ class GradientRelease:
             raise RuntimeError(
                 "release_gradients=True applies gradients before DDP, FSDP2 or tensor parallelism "
                 "reduce them: leave it False in a distributed job"
+            )
+        compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+        if getattr(compiled, "compiled_autograd_enabled", False):
+            raise RuntimeError(
+                "release_gradients=True frees each gradient before the next is made, and compiled "
+                "autograd computes all of them in one graph: leave it False, or leave compiled "
+                "autograd off"
             )
         self._buckets.refresh(optimizer)
         if not self._buckets.perturbed:  # an ascent has begun the step

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from eigenfilter.filters import design
-from eigenfilter.optimizers._step_state import through_owner
+from eigenfilter.optimizers._step_state import retry_on_layout_change, through_owner
 from eigenfilter.optimizers.base import EigenfilterOptimizer
-from eigenfilter.optimizers.buckets import retry_on_layout_change
 from eigenfilter.optimizers.hyperparameters import Options
 from eigenfilter.optimizers.perturbation import Perturbation
 from eigenfilter.optimizers.registry import register

@@ -49,7 +49,8 @@ class ShardedDifference(FiniteDifference):
         if not _distributed.averages(self._objective.tree):
             raise RuntimeError(
                 "FSDP2 must leave mean gradients: set_requires_gradient_sync(True) and "
-                "set_requires_all_reduce(True), and no set_gradient_divide_factor"
+                "set_requires_all_reduce(True), no set_gradient_divide_factor, and "
+                "ascent_sync(model, opt, enabled=True)"
             )
         sums = Sums(V, self._params)
         block = split(V.T, self._params)
