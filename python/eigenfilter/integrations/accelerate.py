@@ -23,6 +23,7 @@ __all__ = ["SharpnessAwareBackward", "optimizer_of"]
 
 _Result = TypeVar("_Result")
 
+_REPORTS = "_eigenfilter_reports_skipped_steps"
 _ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
 
@@ -66,6 +67,8 @@ class AcceleratedWindow(_window.Window):
         super().__init__(model, optimizer_of(optimizer))
         self.accelerator = accelerator
         _refuse(accelerator, self.optimizer)
+        if accelerator.scaler is not None:
+            _report_skipped_steps(optimizer, self.optimizer)
 
     @property
     def keeps(self) -> bool:
@@ -181,6 +184,25 @@ class SharpnessAwareBackward:
         return window.evaluate(
             functools.partial(evaluate, args, kwargs), lambda: evaluate(*copy_of(kept))
         )
+
+
+def _report_skipped_steps(prepared: Any, opt: EigenfilterOptimizer) -> None:
+    """Let Accelerate know of skipped steps, in which schedules of lr must not advance.
+
+    It takes a step for skipped if the scaler does not call `opt.step()`. The scaler always calls
+    it, because the optimizers look for a non-finite gradient themselves, in the ascents too.
+    """
+    if vars(prepared).get(_REPORTS):
+        return
+    counted = opt.skipped
+
+    def report(*_: Any) -> None:
+        nonlocal counted
+        before, counted = counted, opt.skipped
+        prepared._accelerate_step_called = counted == before
+
+    opt.register_step_post_hook(report)
+    vars(prepared)[_REPORTS] = True
 
 
 def _refuse(accelerator: Accelerator, opt: EigenfilterOptimizer) -> None:
