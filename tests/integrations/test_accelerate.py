@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import eigenfilter as ef
-from eigenfilter.schedulers import RhoSchedule
+from eigenfilter.schedulers import RhoScheduler
 from integrations.by_hand import sam_steps
 from run_distributed import RunDistributed
 
@@ -275,7 +275,7 @@ def test_a_saved_state_resumes_exactly(tmp_path: Path) -> None:
         accelerator = make_accelerator(2)
         model = Awkward()
         opt = ef.USAM(model.parameters(), **Sam)
-        schedule = RhoSchedule(opt, "linear", total_steps=5, end=0.2)
+        schedule = RhoScheduler(opt, "linear", total_steps=5, end=0.2)
         model, opt, loader = accelerator.prepare(model, opt, DataLoader(data(), batch_size=3))
         accelerator.register_for_checkpointing(schedule)
         return accelerator, model, opt, loader, schedule
@@ -348,21 +348,19 @@ def test_a_wrapper_takes_a_prepared_optimizer() -> None:
             while opt.ascend():
                 closure()
             opt.step()
-    sam_steps(
-        list(twin.parameters()), losses_by_hand(twin, 1, epochs=1), **Sam, normalized=True
-    )
+    sam_steps(list(twin.parameters()), losses_by_hand(twin, 1, epochs=1), **Sam, normalized=True)
     assert_same(model, twin)
 
 
 def test_a_wrapper_refuses_a_prepared_optimizer_that_scales_or_accumulates() -> None:
     model = network()
     prepared = make_accelerator(2).prepare(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="only where an accumulation ends.*before Accelerate"):
+    with pytest.raises(ValueError, match=r"only where an accumulation ends.*before Accelerate"):
         ef.SharpnessAware(prepared)
     reset_state()
     scaling = with_scaler(make_accelerator(), 2.0)
     prepared = scaling.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="through a GradScaler.*before Accelerate"):
+    with pytest.raises(ValueError, match=r"through a GradScaler.*before Accelerate"):
         ef.SharpnessAware(prepared)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from eigenfilter.integrations.transformers import (  # noqa: E402
-    RhoScheduleCallback,
+    RhoSchedulerCallback,
     SharpnessAwareMixin,
     SharpnessAwareTrainer,
 )
@@ -287,3 +286,482 @@ def test_an_optimizer_of_your_own(tmp_path: Path) -> None:
     losses = [functools.partial(loss_of, twin, window) for window in windows(1) * 2]
     sam_steps(params_of(twin), losses, lr=LR, rho=RHO, momentum=MOMENTUM)
     assert_same(model, twin)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("max_norm", [0.0, MAX_NORM])
+def test_a_loss_scale_changes_nothing(tmp_path: Path, accumulation: int, max_norm: float) -> None:
+    model = NoNorm()
+    twin = copy.deepcopy(model)
+    options = {"max_grad_norm": max_norm, "accumulation": accumulation, "weight_decay": 0.0}
+    trainer = trainer_of(tmp_path, model, SAM, **options)
+    with_scaler(trainer.accelerator, 2.0**12)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() > 2.0**12
+    losses, norms = sam_steps(
+        params_of(twin),
+        [functools.partial(loss_of, twin, window) for window in windows(accumulation) * 2],
+        lr=LR,
+        rho=RHO,
+        momentum=MOMENTUM,
+        max_norm=max_norm,
+        normalized=True,
+    )
+    assert_same(model, twin)
+    assert logged(trainer, "loss") == pytest.approx(losses, rel=1e-6)
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-9)
+
+
+class Overflowing(SharpnessAwareTrainer):
+    """A trainer in whose third step the gradients of the descent overflow."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.state.global_step == 2 and self.optimizer.optimizer.perturbed:
+            return loss * float("inf")
+        return loss
+
+
+def test_a_step_that_overflows_is_skipped(tmp_path: Path) -> None:
+    model = NoNorm()
+    twin = copy.deepcopy(model)
+    options = {"lr_scheduler_type": "linear", "weight_decay": 0.0, "max_steps": 6}
+    trainer = trainer_of(tmp_path, model, cls=Overflowing, **options)
+    with_scaler(trainer.accelerator, 2.0**12)
+    trainer.train()
+    kept = [window for i, window in enumerate(windows(1)[:6]) if i != 2]
+    sam_steps(
+        params_of(twin),
+        [functools.partial(loss_of, twin, window) for window in kept],
+        lr=lambda step: LR * (1 - step / 6),  # the schedule does not advance in a skipped step
+        rho=RHO,
+        momentum=MOMENTUM,
+    )
+    assert_same(model, twin)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    model = NoNorm().float()
+    twin = copy.deepcopy(model)
+    options = {"bf16": True, "accumulation": 4, "weight_decay": 0.0}
+    trainer = trainer_of(tmp_path, model, SAM, **options)
+    trainer.train()
+
+    class Cast(nn.Module):
+        """As Accelerate does it: each forward pass in a context of its own."""
+
+        def forward(self, **inputs: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return twin(**inputs)
+
+    loss = functools.partial(loss_of, Cast())
+
+    opt = ef.SAM(twin.parameters(), lr=LR, momentum=MOMENTUM, rho=RHO)
+    values = by_closure(twin, opt, [functools.partial(loss, window) for window in windows(4) * 2])
+    assert_same(model, twin, rtol=1e-5, atol=1e-6)
+    assert logged(trainer, "loss") == pytest.approx(values, rel=1e-5)
+
+
+# What a step must leave alone.
+
+
+class Watching(TrainerCallback):  # type: ignore[misc]
+    """Records what callbacks see."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.weights: list[Tensor] = []
+        self.norms: list[float] = []
+
+    def on_substep_end(self, *_: Any, **kwargs: Any) -> None:
+        self.events.append("substep_end")
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **kwargs: Any) -> None:
+        self.events.append("pre_optimizer_step")
+        grads = [p.grad for p in model.parameters()]
+        self.norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+    def on_optimizer_step(self, *_: Any, model: Any, **kwargs: Any) -> None:
+        self.events.append("optimizer_step")
+        self.weights.append(model.head.weight.detach().clone())
+
+    def on_evaluate(self, *_: Any, model: Any, **kwargs: Any) -> None:
+        assert torch.equal(model.head.weight, self.weights[-1])
+
+    def on_save(self, *_: Any, model: Any, **kwargs: Any) -> None:
+        assert torch.equal(model.head.weight, self.weights[-1])
+
+
+def test_callbacks_evaluations_and_checkpoints_see_x(tmp_path: Path) -> None:
+    model = NoNorm()
+    twin = copy.deepcopy(model)
+    watching = Watching()
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": SAMPLES}
+    trainer = trainer_of(
+        tmp_path,
+        model,
+        (ef.USAM, {"rho": RHO}),
+        accumulation=4,
+        weight_decay=0.0,
+        max_grad_norm=0.1,
+        callbacks=[watching],
+        options={"eval_dataset": samples()},
+        num_train_epochs=1,
+        **saving,
+        **evaluating,
+    )
+    trainer.train()
+    window = ["substep_end"] * 3 + ["pre_optimizer_step", "optimizer_step"]
+    assert watching.events == window * 2 + window[1:]
+    assert watching.norms == pytest.approx([0.1] * 3, rel=1e-4)  # clipped
+    everything = [batch_of(samples())]
+    evaluations = []
+    for step, losses in enumerate(windows(4)):
+        loss = functools.partial(loss_of, twin, losses)
+        sam_steps(params_of(twin), [loss], lr=LR, rho=RHO, max_norm=0.1)
+        torch.testing.assert_close(watching.weights[step], twin.head.weight)
+        evaluations.append(loss_of(twin, everything).item())
+    assert logged(trainer, "eval_loss") == pytest.approx(evaluations, rel=1e-6)
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert saved["param_groups"][0]["rho"] == RHO
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert torch.equal(weights["head.weight"], watching.weights[1])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_checkpoint_resumes_exactly(tmp_path: Path, dropout: float) -> None:
+    """In the middle of an epoch, with dropout, batch norm, momentum and a schedule of rho."""
+
+    def run(**options: Any) -> Any:
+        trainer = trainer_of(
+            tmp_path,
+            Language(dropout),
+            accumulation=2,
+            callbacks=[RhoSchedulerCallback("linear", end=0.1)],
+            save_strategy="steps",
+            save_steps=4,
+            train_sampling_strategy="random",
+            lr_scheduler_type="cosine",
+        )
+        trainer.train(**options)
+        return trainer
+
+    whole = run()
+    resumed = run(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert whole.state.global_step == resumed.state.global_step == 12
+    assert_same(resumed.model, whole.model, rtol=0, atol=0)
+    groups = [t.optimizer.param_groups[0]["rho"] for t in (whole, resumed)]
+    assert groups[0] == groups[1] == pytest.approx(0.1 * RHO)
+
+
+def test_a_schedule_of_rho(tmp_path: Path) -> None:
+    model = NoNorm()
+    twin = copy.deepcopy(model)
+    callbacks = [RhoSchedulerCallback("late", start=0.5)]
+    trainer_of(tmp_path, model, callbacks=callbacks, accumulation=4, weight_decay=0.0).train()
+    losses = [functools.partial(loss_of, twin, window) for window in windows(4) * 2]
+    rho: Callable[[int], float] = lambda step: RHO * (step >= 3)  # noqa: E731
+    sam_steps(params_of(twin), losses, lr=LR, rho=rho, momentum=MOMENTUM)
+    assert_same(model, twin)
+
+
+class Stateful(Trainer):  # type: ignore[misc]
+    """A trainer that counts, logs, and changes its batches as it goes, like those of TRL."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._step = 0
+        self._metrics: dict[str, list[float]] = {"loss": []}
+        self.my_counts = {"tokens": 0}
+        self.prepared: list[Tensor] = []
+        super().__init__(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        inputs = super()._prepare_inputs(inputs)
+        self.prepared.append(inputs["input_ids"].clone())
+        return inputs
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs.pop("unused")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step += 1
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")
+        inputs["input_ids"].add_(1).remainder_(VOCABULARY)  # in place
+        inputs["labels"] = labels
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self._metrics["loss"].append(loss.item())
+        self.my_counts["tokens"] += inputs["input_ids"].numel()
+        return loss
+
+
+class AwareStateful(SharpnessAwareMixin, Stateful):
+    kept_attributes = (*SharpnessAwareMixin.kept_attributes, "my_counts")
+
+
+def test_a_trainer_that_counts_and_changes_its_batches(tmp_path: Path) -> None:
+    model = NoNorm()
+    twin = copy.deepcopy(model)
+    data = [row | {"unused": torch.zeros(1)} for row in samples()]
+    two = ef.TwoStepUSAM, {"rho": RHO, "momentum": MOMENTUM}
+    options = {"accumulation": 4, "weight_decay": 0.0, "remove_unused_columns": False}
+    trainer = trainer_of(tmp_path, model, two, cls=AwareStateful, data=data, **options)
+    trainer.train()
+    rows = [row | {"input_ids": (row["input_ids"] + 1) % VOCABULARY} for row in samples()]
+    opt = ef.TwoStepUSAM(twin.parameters(), lr=LR, momentum=MOMENTUM, rho=RHO)
+    losses = [functools.partial(loss_of, twin, window) for window in windows(4, rows) * 2]
+    values = by_closure(twin, opt, losses)
+    assert_same(model, twin)
+    assert trainer._step == len(trainer.prepared) == 22
+    assert len(trainer._metrics["loss"]) == 22
+    assert sum(trainer._metrics["loss"]) == pytest.approx(sum(values))
+    assert trainer.my_counts["tokens"] == 2 * SAMPLES * LENGTH
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Seven batches an epoch, of unknown number."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(samples(14))
+
+
+def test_micro_batches_left_over_by_a_stream_join_the_next_step(tmp_path: Path) -> None:
+    """As in the Trainer, which adds their gradients to those of the next epoch's first window."""
+    model = NoNorm()
+    twin = copy.deepcopy(model)
+    trainer_of(tmp_path, model, data=Stream(), accumulation=4, max_steps=3, weight_decay=0).train()
+    first, rest = windows(4, samples(14))
+    step = functools.partial(loss_of, twin)
+    losses = [
+        functools.partial(step, first),
+        lambda: step(rest) + step(first),
+        lambda: step(rest) + step(first),
+    ]
+    sam_steps(params_of(twin), losses, lr=LR, rho=RHO, momentum=MOMENTUM)
+    assert_same(model, twin)
+
+
+def test_a_failed_step_leaves_x(tmp_path: Path) -> None:
+    class Failing(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = NoNorm()
+    before = copy.deepcopy(model)
+    trainer = trainer_of(tmp_path, model, callbacks=[Failing()], accumulation=4)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert_same(model, before, rtol=0, atol=0)
+    trainer.remove_callback(Failing)
+    trainer.train()  # begins again, without micro-batches of the step that failed
+    twin = NoNorm()
+    trainer_of(tmp_path, twin, accumulation=4).train()
+    assert_same(model, twin, rtol=0, atol=0)
+
+
+def test_a_checkpoint_on_a_signal_holds_x(tmp_path: Path) -> None:
+    class Signal(TrainerCallback):  # type: ignore[misc]
+        """SIGTERM arrives while the third step is under way."""
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                manager.is_checkpoint_requested = True
+
+    whole, model = NoNorm(), NoNorm()
+    trainer_of(tmp_path / "whole", whole, accumulation=2).train()
+    options = {"accumulation": 2, "enable_jit_checkpoint": True, "callbacks": [Signal()]}
+    trainer = trainer_of(tmp_path / "cut", model, **options)
+    callbacks = trainer.callback_handler.callbacks
+    manager = next(c for c in callbacks if hasattr(c, "jit_manager")).jit_manager
+    trainer.train()
+    assert trainer.state.global_step == 3
+    resumed = trainer_of(tmp_path / "cut", NoNorm(), accumulation=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(resumed.model, whole, rtol=0, atol=0)
+
+
+# Models of Transformers.
+
+
+def gpt2(dropout: float = 0.0) -> Any:
+    torch.manual_seed(8)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config).double()
+
+
+def gpt2_loss(model: Any, window: list[dict[str, Tensor]], smoothing: float = 0.0) -> Tensor:
+    """The smoothed cross-entropy of each next token, over the number of the window's labels.
+
+    The Trainer counts the first label too, for models without a `loss_type`.
+    """
+    items = sum((batch["labels"] != -100).sum() for batch in window)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in window:
+        log_p = model(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+        counts = batch["labels"][:, 1:] != -100
+        target = batch["labels"][:, 1:].clamp(min=0)
+        own = -log_p.gather(-1, target[..., None])[..., 0]
+        total = total + ((1 - smoothing) * own - smoothing * log_p.mean(-1))[counts].sum()
+    return total / items
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_label_smoothing(tmp_path: Path, smoothing: float) -> None:
+    model = gpt2()
+    twin = copy.deepcopy(model)
+    options = {"accumulation": 4, "weight_decay": 0.0, "label_smoothing_factor": smoothing}
+    trainer_of(tmp_path, model, SAM, **options).train()
+    losses = [functools.partial(gpt2_loss, twin, window, smoothing) for window in windows(4) * 2]
+    sam_steps(params_of(twin), losses, lr=LR, rho=RHO, momentum=MOMENTUM, normalized=True)
+    assert_same(model, twin, rtol=1e-6, atol=1e-7)  # the model's own loss is a float32
+
+
+SAME: dict[str, dict[str, Any]] = {
+    "gradient checkpointing": {"activation_checkpointing": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "no prefetched tokens": {"average_tokens_across_devices": False},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("name", SAME)
+def test_what_changes_no_result(tmp_path: Path, name: str) -> None:
+    plain, model = gpt2(), gpt2()
+    for each, options in ((plain, {}), (model, SAME[name])):
+        trainer_of(tmp_path, each, SAM, accumulation=4, **options).train()
+    assert_same(model, plain, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # by PEFT
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora(tmp_path: Path, checkpointing: bool) -> None:
+    """The ascents, the norms and the updates are those of the adapters alone."""
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(9)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn"], fan_in_fan_out=True)
+        model = peft.get_peft_model(gpt2(), config).double()
+        for name, p in model.named_parameters():
+            if "lora_B" in name:  # zero at the start: then the gradient of A is zero too
+                nn.init.normal_(p, std=0.5)
+        return model
+
+    model, twin = adapted(), adapted()
+    options = {"max_grad_norm": 0.05, "activation_checkpointing": checkpointing}
+    trainer = trainer_of(tmp_path, model, SAM, accumulation=4, weight_decay=0.0, **options)
+    trainer.train()
+    losses = [functools.partial(gpt2_loss, twin, window) for window in windows(4) * 2]
+    _, norms = sam_steps(
+        params_of(twin),
+        losses,
+        lr=LR,
+        rho=RHO,
+        momentum=MOMENTUM,
+        max_norm=0.05,
+        normalized=True,
+    )
+    assert len(params_of(model)) == 4
+    assert_same(model, twin, rtol=1e-6, atol=1e-7)
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-6)
+    assert not torch.equal(params_of(model)[0], params_of(adapted())[0])
+
+
+def test_a_mixin_of_another_trainer(tmp_path: Path) -> None:
+    class Seq2Seq(SharpnessAwareMixin, transformers.Seq2SeqTrainer):  # type: ignore[misc]
+        pass
+
+    model = NoNorm()
+    twin = copy.deepcopy(model)
+    options = arguments(tmp_path, 4, weight_decay=0.0).to_dict()
+    args = transformers.Seq2SeqTrainingArguments(**options)
+    opt = ef.USAM(model.parameters(), lr=LR, momentum=MOMENTUM, rho=RHO)
+    Seq2Seq(model=model, args=args, train_dataset=samples(), optimizers=(opt, None)).train()
+    losses = [functools.partial(loss_of, twin, window) for window in windows(4) * 2]
+    sam_steps(params_of(twin), losses, lr=LR, rho=RHO, momentum=MOMENTUM)
+    assert_same(model, twin)
+
+
+# Several processes.
+
+
+def train_on(folder: Path, model: nn.Module, batch_size: int, accumulation: int) -> Any:
+    options = {"per_device_train_batch_size": batch_size, "max_grad_norm": MAX_NORM}
+    data = samples(24)
+    trainer = trainer_of(folder, model, SAM, data=data, accumulation=accumulation, **options)
+    trainer.train()
+    return trainer
+
+
+def train_on_a_rank(rank: int, folder: Path, accumulation: int) -> dict[str, Tensor]:
+    with launched(rank, 2):
+        model = NoNorm()
+        trainer = train_on(folder, model, 2, accumulation)
+        assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+        return dict(model.state_dict())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_two_processes_are_one(
+    tmp_path: Path, run_distributed: RunDistributed, accumulation: int
+) -> None:
+    model = NoNorm()
+    train_on(tmp_path, model, 4, accumulation)
+    for state in run_distributed(train_on_a_rank, 2, tmp_path, accumulation):
+        for name, t in model.state_dict().items():
+            torch.testing.assert_close(state[name], t, rtol=1e-9, atol=1e-11)
+
+
+# What is refused.
+
+
+def test_the_stock_trainer_names_this_one(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"transformers\.SharpnessAwareTrainer"):
+        trainer_of(tmp_path, NoNorm(), cls=Trainer).train()
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no ascents": (None, {}, "which takes no ascents"),
+    "optim in backward": (None, {"optim": "adalomo", "optim_args": "rho=0.1"}, "while backward"),
+    "no number": (None, {"optim_args": "rho=large"}, "is no number"),
+    "method": (None, {"optim_args": "method=asam"}, "unknown method"),
+    "autograd": ((ef.HessianUSAM, {"hvp": "autograd"}), {}, "create_graph=True"),
+    "release": ((ef.USAM, {"release_gradients": True}), {}, "release_gradients=True applies"),
+    "two ascents": (USAM, {"optim_args": "rho=0.1"}, "takes ascents itself"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_right_is_refused(tmp_path: Path, name: str) -> None:
+    optimizer, options, message = REFUSED[name]
+    with pytest.raises((TypeError, ValueError), match=message):
+        trainer_of(tmp_path, NoNorm(), optimizer, **options).train()
+
+
+def test_an_evaluation_in_mid_step_is_refused(tmp_path: Path) -> None:
+    class Early(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+            trainer.evaluate(samples())
+
+    trainer = trainer_of(tmp_path, NoNorm(), callbacks=[Early()])
+    with pytest.raises(RuntimeError, match="in the middle of a step"):
+        trainer.train()

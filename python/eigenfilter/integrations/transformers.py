@@ -17,12 +17,12 @@ from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations.accelerate import AcceleratedWindow, optimizer_of
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.wrapper import SharpnessAware
-from eigenfilter.schedulers import RhoSchedule
+from eigenfilter.schedulers import RhoScheduler
 
 with imports_of("transformers"):
     from transformers import Trainer, TrainerCallback
 
-__all__ = ["RhoScheduleCallback", "SharpnessAwareMixin", "SharpnessAwareTrainer"]
+__all__ = ["RhoSchedulerCallback", "SharpnessAwareMixin", "SharpnessAwareTrainer"]
 
 
 def _flag(text: str) -> bool:
@@ -104,7 +104,8 @@ class SharpnessAwareMixin:
             if ascent:
                 self.optimizer = SharpnessAware(self.optimizer, **ascent)
         _check(self.optimizer)
-        return self.optimizer  # type: ignore[no-any-return]
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
 
     def training_step(
         self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
@@ -119,7 +120,8 @@ class SharpnessAwareMixin:
         window: AcceleratedWindow = self._window
         step = super().training_step  # type: ignore[misc]
         if not window.keeps:
-            return window.evaluate(lambda: step(model, inputs, *args, **kwargs), lambda: None)
+            first: Callable[[], Any] = lambda: step(model, inputs, *args, **kwargs)  # noqa: E731
+            return window.evaluate(first, lambda: None)
         later = copy_of(inputs, tensors=False)
         prepared = _PreparedInputs()
         accumulation = self.current_gradient_accumulation_steps
@@ -181,38 +183,38 @@ class SharpnessAwareMixin:
 class SharpnessAwareTrainer(SharpnessAwareMixin, Trainer):  # type: ignore[misc]
     """Transformers' `Trainer` with the ascents of sharpness-aware methods: `SharpnessAwareMixin`.
 
-        trainer = SharpnessAwareTrainer(
-            model=model,
-            args=TrainingArguments("out", learning_rate=0.1),
-            train_dataset=dataset,
-            optimizer_cls_and_kwargs=(eigenfilter.USAM, {"momentum": 0.9, "rho": 0.05}),
-        )
-        trainer.train()
+    trainer = SharpnessAwareTrainer(
+        model=model,
+        args=TrainingArguments("out", learning_rate=0.1),
+        train_dataset=dataset,
+        optimizer_cls_and_kwargs=(eigenfilter.USAM, {"momentum": 0.9, "rho": 0.05}),
+    )
+    trainer.train()
     """
 
 
-class RhoScheduleCallback(TrainerCallback):  # type: ignore[misc]
-    """Sets rho by a `RhoSchedule` whose steps are the Trainer's, also after it resumes.
+class RhoSchedulerCallback(TrainerCallback):  # type: ignore[misc]
+    """Sets rho by a `RhoScheduler` whose steps are the Trainer's, also after it resumes.
 
     Args:
-        kind, options: arguments of `RhoSchedule`. Without `total_steps` the schedule has the
-            training's, as in `RhoScheduleCallback("late", start=0.8)`.
+        kind, options: arguments of `RhoScheduler`. Without `total_steps` it has the training's, as
+            in `RhoSchedulerCallback("late", start=0.8)`.
     """
 
     def __init__(self, kind: Any, **options: Any) -> None:
-        self._make = functools.partial(RhoSchedule, kind=kind, **options)
+        self._kind = kind
         self._options = options
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the schedule, at the step at which the training begins."""
-        total = self._options.get("total_steps") or state.max_steps
-        self._schedule = self._make(optimizer_of(kwargs["optimizer"]), total_steps=total)
-        for _ in range(state.global_step):
-            self._schedule.step()
+        """Make the scheduler, at the step at which the training begins."""
+        options = {"total_steps": state.max_steps} | self._options
+        self._scheduler = RhoScheduler(kwargs["optimizer"], self._kind, **options)
+        if state.global_step > 0:
+            self._scheduler.load_state_dict({"last_epoch": state.global_step})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the rho of the next step."""
-        self._schedule.step()
+        self._scheduler.step()
 
 
 class _PreparedInputs:
@@ -268,7 +270,9 @@ def _split(optim_args: str | None) -> tuple[dict[str, Any], str | None]:
     items = [item for item in (optim_args or "").replace(" ", "").split(",") if item]
     pairs = [item.partition("=") for item in items]
     ascent = {name: value for name, _, value in pairs if name in _ASCENT_ARGS}
-    others = ",".join(item for item, pair in zip(items, pairs, strict=True) if pair[0] not in ascent)
+    others = ",".join(
+        item for item, pair in zip(items, pairs, strict=True) if pair[0] not in ascent
+    )
     try:
         read = {name: _ASCENT_ARGS[name](value) for name, value in ascent.items()}
     except ValueError as error:
@@ -277,9 +281,10 @@ def _split(optim_args: str | None) -> tuple[dict[str, Any], str | None]:
 
 
 def _refuse_in_backward(trainer: Any) -> None:
-    if any(name in str(trainer.args.optim) for name in _IN_BACKWARD):
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if trainer.optimizer_cls_and_kwargs is None and any(name in optim for name in _IN_BACKWARD):
         raise ValueError(
-            f"optim={str(trainer.args.optim)!r} steps while backward runs, before an ascent could "
+            f"optim={optim!r} steps while backward runs, before an ascent could "
             'be taken: choose another, as optim="adamw_torch"'
         )
 
