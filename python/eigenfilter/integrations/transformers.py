@@ -93,23 +93,23 @@ class SharpnessAwareMixin:
                 another loop.
         """
         self._end_window()
-        if self.optimizer is not None:
-            super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        create = functools.partial(super().create_optimizer, *args, **kwargs)  # type: ignore[misc]
+        is_given = self.optimizer is not None
+        if is_given:
+            create()
         else:
             ascent, others = _split(self.args.optim_args)
             _refuse_in_backward(self)
             _complete_lr(self)
             with _optim_args(self.args, others):
-                super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+                create()
             if ascent:
                 self.optimizer = SharpnessAware(self.optimizer, **ascent)
         _check(self.optimizer)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
-    def training_step(
-        self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def training_step(self: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate a micro-batch; after the last one of a step, take the ascents.
 
         Returns:
