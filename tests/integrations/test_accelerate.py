@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import eigenfilter as ef
 from eigenfilter.schedulers import RhoScheduler
 from integrations.by_hand import sam_steps
+from pages import ROOT, run_page
 from run_distributed import RunDistributed
 
 accelerate = pytest.importorskip("accelerate")
@@ -458,3 +459,8 @@ def test_two_processes_are_one(accumulation: int, run_distributed: RunDistribute
     for state in ranks:
         for name, t in twin.state_dict().items():
             torch.testing.assert_close(state[name], t, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_page_runs(tmp_path: Path) -> None:
+    assert "loss " in run_page(ROOT / "docs" / "integrations" / "accelerate.md", tmp_path)

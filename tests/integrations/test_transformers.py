@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from integrations.by_hand import sam_steps
+from pages import ROOT, run_page
 from run_distributed import RunDistributed
 
 pytest.importorskip("accelerate")
@@ -641,6 +642,7 @@ SAME: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize("name", SAME)
 def test_what_changes_no_result(tmp_path: Path, name: str) -> None:
@@ -698,6 +700,43 @@ def test_a_mixin_of_another_trainer(tmp_path: Path) -> None:
     losses = [functools.partial(loss_of, twin, window) for window in windows(4) * 2]
     sam_steps(params_of(twin), losses, lr=LR, rho=RHO, momentum=MOMENTUM)
     assert_same(model, twin)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of TRL and datasets
+def test_the_trainer_of_trl(tmp_path: Path) -> None:
+    """Its weights, and what it counts and logs in its own attributes, are those of one closure."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+
+    class SFT(SharpnessAwareMixin, trl.SFTTrainer):  # type: ignore[misc]
+        pass
+
+    words = Tokenizer(models.WordLevel({f"{i}": i for i in range(VOCABULARY)}, unk_token="0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="0", pad_token="1"
+    )
+    rows = [row | {"labels": row["input_ids"]} for row in samples(16)]
+    options = {"activation_checkpointing": False, "bf16": False, "max_length": LENGTH}
+    options |= arguments(tmp_path, 4, weight_decay=0.0).to_dict()
+    known = trl.SFTConfig.__dataclass_fields__
+    model = gpt2()
+    twin = copy.deepcopy(model)
+    trainer = SFT(
+        model=model,
+        args=trl.SFTConfig(**{name: v for name, v in options.items() if name in known}),
+        train_dataset=Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows]),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=USAM,
+    )
+    trainer.train()
+    losses = [functools.partial(gpt2_loss, twin, window) for window in windows(4, rows) * 2]
+    opt = ef.USAM(twin.parameters(), lr=LR, momentum=MOMENTUM, rho=RHO)
+    values = by_closure(twin, opt, losses)
+    assert_same(model, twin, rtol=1e-6, atol=1e-6)
+    assert logged(trainer, "loss") == pytest.approx(values, rel=1e-6)
+    assert logged(trainer, "num_tokens") == [8 * LENGTH * step for step in (1, 2, 3, 4)]
 
 
 # Several processes.
@@ -765,3 +804,8 @@ def test_an_evaluation_in_mid_step_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, NoNorm(), callbacks=[Early()])
     with pytest.raises(RuntimeError, match="in the middle of a step"):
         trainer.train()
+
+
+@pytest.mark.slow
+def test_the_page_runs(tmp_path: Path) -> None:
+    assert "loss " in run_page(ROOT / "docs" / "integrations" / "transformers.md", tmp_path)
