@@ -289,6 +289,34 @@ def test_an_optimizer_of_your_own(tmp_path: Path) -> None:
     assert_same(model, twin)
 
 
+class Modes(torch.optim.SGD):
+    """As schedule-free optimizers, which the Trainer switches before every evaluation."""
+
+    calls: list[str]
+
+    def train(self) -> None:
+        self.calls.append("train")
+
+    def eval(self) -> None:
+        self.calls.append("eval")
+
+
+def test_a_base_with_modes(tmp_path: Path) -> None:
+    model = NoNorm()
+    twin = copy.deepcopy(model)
+    base = Modes(model.parameters(), lr=LR)
+    base.calls = []
+    opt = ef.SharpnessAware(base, "two_step_usam", rho=RHO)
+    options = {"optimizers": (opt, None), "eval_dataset": samples(2)}
+    trainer = trainer_of(tmp_path, model, None, options=options, accumulation=4, max_steps=2)
+    trainer.train()
+    trainer.evaluate()
+    assert base.calls == ["train"] * 8 + ["eval"]
+    other = ef.TwoStepUSAM(twin.parameters(), lr=LR, rho=RHO)
+    by_closure(twin, other, [functools.partial(loss_of, twin, w) for w in windows(4)[:2]])
+    assert_same(model, twin)
+
+
 # Precision.
 
 
