@@ -46,7 +46,7 @@ def test_curvature_under_torchrun() -> None:
 def test_lora_with_sam_ends_flatter() -> None:
     for package in ("transformers", "accelerate", "peft"):
         pytest.importorskip(package)
-    tiny = "--first-steps 30 --steps 15 --samples 32 --rho 0.3".split()
+    tiny = ["--first-steps", "30", "--steps", "15", "--samples", "32", "--rho", "0.3"]
     script = str(EXAMPLES / "transformers_lora.py")
     process = subprocess.run(
         [sys.executable, script, *tiny], check=True, capture_output=True, text=True

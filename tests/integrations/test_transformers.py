@@ -561,13 +561,32 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         return iter(samples(14))
 
 
-def test_micro_batches_left_over_by_a_stream_join_the_next_step(tmp_path: Path) -> None:
+class Mean(NoNorm):
+    """A model whose loss is the mean over a micro-batch, which the Trainer divides."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return super().forward(input_ids, labels)
+
+
+def mean_of(model: nn.Module, window: list[dict[str, Tensor]]) -> Tensor:
+    return torch.stack([model(**batch)["loss"] for batch in window]).mean()
+
+
+STREAMED: dict[str, tuple[type[nn.Module], Callable[..., Tensor]]] = {
+    "items": (NoNorm, loss_of),
+    "means": (Mean, mean_of),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_micro_batches_left_over_by_a_stream_join_the_next_step(tmp_path: Path, kind: str) -> None:
     """As in the Trainer, which adds their gradients to those of the next epoch's first window."""
-    model = NoNorm()
+    make, loss = STREAMED[kind]
+    model = make()
     twin = copy.deepcopy(model)
     trainer_of(tmp_path, model, data=Stream(), accumulation=4, max_steps=3, weight_decay=0).train()
     first, rest = windows(4, samples(14))
-    step = functools.partial(loss_of, twin)
+    step = functools.partial(loss, twin)
     losses = [
         functools.partial(step, first),
         lambda: step(rest) + step(first),
@@ -592,6 +611,30 @@ def test_a_failed_step_leaves_x(tmp_path: Path) -> None:
     trainer.train()  # begins again, without micro-batches of the step that failed
     twin = NoNorm()
     trainer_of(tmp_path, twin, accumulation=4).train()
+    assert_same(model, twin, rtol=0, atol=0)
+
+
+def test_a_smaller_batch_is_tried_from_x(tmp_path: Path) -> None:
+    """auto_find_batch_size begins again after the memory ran out in the middle of a step."""
+
+    class Exhausted(TrainerCallback):  # type: ignore[misc]
+        failed = False
+
+        def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory.")
+
+    model, twin = NoNorm(), NoNorm()
+    options = {"accumulation": 4, "max_steps": 3}
+    callback = Exhausted()
+    trainer = trainer_of(
+        tmp_path, model, callbacks=[callback], auto_find_batch_size=True, **options
+    )
+    trainer.train()
+    assert callback.failed
+    assert trainer.state.train_batch_size == 1
+    trainer_of(tmp_path, twin, per_device_train_batch_size=1, **options).train()
     assert_same(model, twin, rtol=0, atol=0)
 
 
