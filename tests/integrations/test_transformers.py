@@ -527,6 +527,7 @@ class Stateful(Trainer):  # type: ignore[misc]
         inputs["labels"] = labels
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self._metrics["loss"].append(loss.item())
+        self.log({"mine": loss.item()})
         self.my_counts["tokens"] += inputs["input_ids"].numel()
         return loss
 
@@ -550,6 +551,7 @@ def test_a_trainer_that_counts_and_changes_its_batches(tmp_path: Path) -> None:
     assert_same(model, twin)
     assert trainer._step == len(trainer.prepared) == 22
     assert len(trainer._metrics["loss"]) == 22
+    assert logged(trainer, "mine") == trainer._metrics["loss"]
     assert sum(trainer._metrics["loss"]) == pytest.approx(sum(values))
     assert trainer.my_counts["tokens"] == 2 * SAMPLES * LENGTH
 

@@ -66,7 +66,7 @@ class AcceleratedWindow(_window.Window):
     ) -> None:
         super().__init__(model, optimizer_of(optimizer))
         self.accelerator = accelerator
-        _refuse(accelerator, self.optimizer)
+        refuse(accelerator, self.optimizer)
         if accelerator.scaler is not None:
             _report_skipped_steps(optimizer, self.optimizer)
 
@@ -205,8 +205,13 @@ def _report_skipped_steps(prepared: Any, opt: EigenfilterOptimizer) -> None:
     vars(prepared)[_REPORTS] = True
 
 
-def _refuse(accelerator: Accelerator, opt: EigenfilterOptimizer) -> None:
-    """Raise for what no loop of Accelerate can make right."""
+def refuse(accelerator: Accelerator, opt: EigenfilterOptimizer) -> None:
+    """Raise for what no loop of Accelerate can make right.
+
+    Raises:
+        RuntimeError: the engine of DeepSpeed, Megatron-LM or XLA steps for the accelerator.
+        ValueError: the optimizer has `release_gradients`.
+    """
     if accelerator.distributed_type in _ENGINES:
         raise RuntimeError(
             f"{accelerator.distributed_type.value} reduces gradients and steps in its own engine, "

@@ -14,7 +14,7 @@ from torch import nn
 from eigenfilter.integrations import _window
 from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations.accelerate import AcceleratedWindow, optimizer_of
+from eigenfilter.integrations.accelerate import AcceleratedWindow, optimizer_of, refuse
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.wrapper import SharpnessAware
 from eigenfilter.schedulers import RhoScheduler
@@ -83,6 +83,7 @@ class SharpnessAwareMixin:
 
     _window: AcceleratedWindow | None = None
     _prepared: _PreparedInputs | None = None
+    _evaluates_again = False
 
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer that the arguments ask for, and make it sharpness-aware.
@@ -91,21 +92,21 @@ class SharpnessAwareMixin:
             TypeError: neither argument brings an optimizer of eigenfilter.
             ValueError: the optimizer steps while backward runs, or one of its options needs
                 another loop.
+            RuntimeError: an engine steps for the Trainer, such as DeepSpeed's.
         """
         self._end_window()
         create = functools.partial(super().create_optimizer, *args, **kwargs)  # type: ignore[misc]
-        is_given = self.optimizer is not None
-        if is_given:
-            create()
-        else:
-            ascent, others = _split(self.args.optim_args)
+        ascent: dict[str, Any] = {}
+        others: str | None = self.args.optim_args
+        if self.optimizer is None:
+            ascent, others = _split(others)
             _refuse_in_backward(self)
             _complete_lr(self)
-            with _optim_args(self.args, others):
-                create()
-            if ascent:
-                self.optimizer = SharpnessAware(self.optimizer, **ascent)
-        _check(self.optimizer)
+        with _optim_args(self.args, others):
+            create()
+        if ascent:
+            self.optimizer = SharpnessAware(self.optimizer, **ascent)
+        _check(self)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
@@ -134,7 +135,8 @@ class SharpnessAwareMixin:
             kept = {n: vars(self)[n] for n in self.kept_attributes if n in vars(self)}
             shown = {name: copy.deepcopy(value) for name, value in kept.items()}
             shown["current_gradient_accumulation_steps"] = accumulation
-            with _attributes(self, _prepared=prepared.again(), **shown):
+            shown |= {"_prepared": prepared.again(), "_evaluates_again": True}
+            with _attributes(self, **shown):
                 step(model, copy_of(later, tensors=False), *args, **kwargs)
 
         return window.evaluate(evaluate, evaluate_again)
@@ -142,6 +144,11 @@ class SharpnessAwareMixin:
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepare = functools.partial(super()._prepare_inputs, inputs)  # type: ignore[misc]
         return prepare() if self._prepared is None else self._prepared.get(prepare)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does; what `compute_loss` logs, only at x."""
+        if not self._evaluates_again:
+            super().log(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; an exception leaves the model at x."""
@@ -298,14 +305,16 @@ def _complete_lr(trainer: Any) -> None:
         trainer.optimizer_cls_and_kwargs = cls, {"lr": trainer.args.learning_rate, **kwargs}
 
 
-def _check(optimizer: torch.optim.Optimizer) -> None:
-    opt = _window.optimizer_of(optimizer)
+def _check(trainer: Any) -> None:
+    opt = _window.optimizer_of(trainer.optimizer)
     if opt is None:
+        name = type(trainer.optimizer).__name__
         raise TypeError(
-            f"a sharpness-aware trainer was given {type(optimizer).__name__}, which takes no "
-            "ascents: pass optimizer_cls_and_kwargs=(eigenfilter.USAM, {'rho': 0.05}), or "
+            f"a sharpness-aware trainer was given {name}, which takes no ascents: pass "
+            " optimizer_cls_and_kwargs=(eigenfilter.USAM, {'rho': 0.05}), or "
             "TrainingArguments(optim_args='method=sam,rho=0.05')"
         )
+    refuse(trainer.accelerator, opt)
     if opt.perturbation.needs_graph(0):
         raise ValueError(
             'hvp="autograd" needs backward(create_graph=True), and the Trainer calls backward() '
