@@ -42,6 +42,21 @@ def test_curvature_under_torchrun() -> None:
         assert eigenvalues == pytest.approx(values, abs=2e-3)
 
 
+@pytest.mark.slow
+def test_lora_with_sam_ends_flatter() -> None:
+    for package in ("transformers", "accelerate", "peft"):
+        pytest.importorskip(package)
+    tiny = ["--first-steps", "30", "--steps", "15", "--samples", "32", "--rho", "0.3"]
+    script = str(EXAMPLES / "transformers_lora.py")
+    process = subprocess.run(
+        [sys.executable, script, *tiny], check=True, capture_output=True, text=True
+    )
+    runs = re.findall(r"^AdamW.*: loss (\d\.\d+), sharpness (\d+\.\d+)$", process.stdout, re.M)
+    (loss, sharpness), (loss_of_sam, sharpness_of_sam) = [tuple(map(float, run)) for run in runs]
+    assert loss_of_sam == pytest.approx(loss, abs=0.1)
+    assert 0 < sharpness_of_sam < 0.8 * sharpness
+
+
 def row(sharpness: float, gradients: float, **options: Any) -> dict[str, Any]:
     """Return a row of a sweep over four seeds; the standard error of the sharpness is 0.1."""
     usual = {"optimizer": "usam", "rho_schedule": "constant", "rho_start": 0.5, "rho_every": 1}

@@ -252,9 +252,15 @@ def test_train_and_eval_are_forwarded() -> None:
     assert base.mode == "train"
     closure_of(opt, params)()
     opt.ascend()
-    for name in ("train", "eval"):
-        with pytest.raises(RuntimeError, match=rf"{name}\(\) while the parameters are"):
-            getattr(opt, name)()
+    opt.train()  # as a framework does before every evaluation; the mode is this one already
+    with pytest.raises(RuntimeError, match=r"eval\(\) while the parameters are"):
+        opt.eval()
+    fresh = ef.SharpnessAware(Modes(params, lr=0.1))
+    closure_of(fresh, params)()
+    opt.restore()
+    fresh.ascend()
+    with pytest.raises(RuntimeError, match=r"train\(\) while the parameters are"):
+        fresh.train()
     plain = ef.SharpnessAware(torch.optim.SGD(parameters(), lr=0.1))
     assert not hasattr(plain, "train")
     assert not hasattr(plain, "eval")

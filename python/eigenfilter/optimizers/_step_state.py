@@ -67,9 +67,10 @@ class StepState:
         raise RuntimeError(
             f"step() needs {wanted} ascents before it, and {self.ascents_taken} were taken. Pass a "
             "closure to step() that calls opt.zero_grad() and backward(), or write `while "
-            "opt.ascend(): closure()` before step(). A training loop that calls step() without a "
-            "closure and cannot be changed (a framework's) can train only with rho=0.0 in every "
-            "group"
+            "opt.ascend(): closure()` before step(). In the training loop of a framework, which "
+            "calls step() without a closure, use its module of eigenfilter.integrations "
+            "(transformers.SharpnessAwareTrainer, accelerate.SharpnessAwareBackward and others), "
+            "or rho=0.0 in every group"
         )
 
 

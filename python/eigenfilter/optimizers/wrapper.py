@@ -51,7 +51,8 @@ class SharpnessAware(EigenfilterOptimizer):
         TypeError: `base_optimizer` is no optimizer, a parameter is unsupported, or an option is
             unknown.
         ValueError: rho is out of its range, the method is unknown, or the base needs a closure, as
-            LBFGS does, or takes ascents itself.
+            LBFGS does, takes ascents itself, or is one that Accelerate prepared with a GradScaler
+            or for accumulation: prepare this optimizer instead.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -100,6 +101,8 @@ class SharpnessAware(EigenfilterOptimizer):
         self._rho = rho
         self._rhos: list[float | Tensor] = []
 
+    _mode: str | None = None  # the last one that was chosen here
+
     def __getattr__(self, name: str) -> Any:
         if name == "param_groups":
             return self._groups_with_rho()
@@ -112,8 +115,11 @@ class SharpnessAware(EigenfilterOptimizer):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _switch(self, mode: str) -> None:
+        if self.perturbed and mode == self._mode:
+            return  # frameworks call train() before every evaluation
         self._refuse_perturbed(f"{mode}()")
         getattr(self.base_optimizer, mode)()
+        self._mode = mode
 
     def _groups_with_rho(self) -> list[dict[str, Any]]:
         """The base's groups, each with rho.
@@ -232,12 +238,28 @@ def _refuse_base(base: torch.optim.Optimizer) -> None:
                 "would leave the gradient of the ascent unused: wrap an optimizer that steps "
                 "without a closure, as SGD or AdamW"
             )
+        _refuse_prepared(each)
         ascends = isinstance(each, EigenfilterOptimizer) and each.perturbation.count > 0
         if ascends or callable(getattr(each, "first_step", None)):
             raise ValueError(
                 f"{name} takes ascents itself: use it alone (set its own rho), or wrap an "
                 "optimizer that takes none, as SGD"
             )
+
+
+def _refuse_prepared(base: torch.optim.Optimizer) -> None:
+    """Raise ValueError for an optimizer of Accelerate that scales or skips steps itself."""
+    accumulation = vars(base).get("gradient_state")
+    if accumulation is None or "scaler" not in vars(base):
+        return
+    scales = vars(base)["scaler"] is not None
+    if scales or accumulation.num_steps > 1:
+        when = "through a GradScaler" if scales else "only where an accumulation ends"
+        raise ValueError(
+            f"{type(base).__name__} steps {when}, which the ascents around it would not follow: "
+            "wrap the optimizer before Accelerate prepares it, "
+            "accelerator.prepare(SharpnessAware(optimizer))"
+        )
 
 
 def _layers(base: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

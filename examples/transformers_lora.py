@@ -1,0 +1,158 @@
+"""A small language model, fine-tuned by LoRA with AdamW and with AdamW that takes SAM's ascents.
+
+    python examples/transformers_lora.py
+    python examples/transformers_lora.py --method usam --rho 2.0
+
+Nothing is downloaded. The text is Python's language reference, which comes with Python itself for
+`help()` (pydoc_data.topics); the model is a GPT-2 of 2 layers that predicts characters. It is first
+trained on the pages about the language, with Transformers' Trainer. Then adapters are fine-tuned on
+the page about the debugger, twice from the same start. The end is the sharpness of both runs: the
+largest eigenvalue of the Hessian of the fine-tuning loss, in the parameters of the adapters.
+
+Needs transformers, accelerate and peft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from pydoc_data.topics import topics
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+import eigenfilter as ef
+from eigenfilter import curvature
+from eigenfilter.integrations.transformers import SharpnessAwareTrainer
+
+FINE_TUNED = "debugger"  # the page about pdb
+LENGTH = 64  # characters in a sequence
+VOCABULARY = 128  # ASCII
+
+
+def sequences(text: str) -> list[dict[str, Tensor]]:
+    """The sequences of a text, one after another; its labels are the text itself."""
+    codes = torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8).long()
+    rows = codes[: len(codes) // LENGTH * LENGTH].view(-1, LENGTH)
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def make_model() -> Any:
+    """A GPT-2 of two layers, with the weights of its initialization."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        loss_type="ForCausalLM",
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def add_adapters(model: Any, rank: int, seed: int) -> Any:
+    """The model with adapters, which alone are trained."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True
+    )
+    return peft.get_peft_model(copy.deepcopy(model), config)
+
+
+def train(
+    trainer_class: Any, model: Any, data: Any, options: argparse.Namespace, lr: float, **more: Any
+) -> float:
+    """Train; return the loss of the last tenth of the steps."""
+    steps = more.pop("max_steps")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder,
+            max_steps=steps,
+            learning_rate=lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            max_grad_norm=1.0,
+            logging_steps=max(1, steps // 10),
+            save_strategy="no",
+            report_to="none",
+            seed=options.seed,
+        )
+        trainer = trainer_class(model=model, args=arguments, train_dataset=data, **more)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return float(losses[-1])
+
+
+def next_characters(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model predicts for each character but the first, and the characters."""
+    return model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
+
+
+def sharpness(model: Any, data: list[dict[str, Tensor]], samples: int) -> float:
+    """The largest eigenvalue of the Hessian in the adapters, over the first samples."""
+    rows = torch.stack([row["input_ids"] for row in data[:samples]])
+    operator = curvature.HessianOperator(
+        model,
+        nn.CrossEntropyLoss(),
+        list(rows.split(32)),
+        params=[p for p in model.parameters() if p.requires_grad],
+        forward=next_characters,
+    )
+    return float(curvature.eigsh(operator, k=1, tol=1e-2).values[0])
+
+
+def main() -> None:
+    """Train, fine-tune twice, and print what both runs have come to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--method", default="sam", help="ascent of the second run: sam, usam, ... (%(default)s)")
+    add("--rho", type=float, default=0.1, help="its radius (%(default)s)")
+    add("--rank", type=int, default=4, help="rank of the adapters (%(default)s)")
+    add("--steps", type=int, default=100, help="steps of each fine-tuning (%(default)s)")
+    add("--first-steps", type=int, default=300, help="steps before it (%(default)s)")
+    add("--samples", type=int, default=128, help="sequences for the sharpness (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of everything (%(default)s)")
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    model = make_model()
+    pages = [text for name, text in sorted(topics.items()) if name != FINE_TUNED]
+    print(f"Training on {len(pages)} pages about Python", flush=True)
+    first = sequences("".join(pages))
+    train(transformers.Trainer, model, first, options, 3e-3, max_steps=options.first_steps)
+
+    data = sequences(topics[FINE_TUNED])
+    methods = {
+        "AdamW": {"rho": 0.0},
+        f"AdamW, {options.method}": {"method": options.method, "rho": options.rho},
+    }
+    results = []
+    for name, arguments in methods.items():
+        print(f"Fine-tuning on the page about pdb: {name}", flush=True)
+        adapted = add_adapters(model, options.rank, options.seed)
+        loss = train(
+            SharpnessAwareTrainer,
+            adapted,
+            data,
+            options,
+            3e-3,
+            max_steps=options.steps,
+            optimizer_cls_and_kwargs=(ef.AdamW, arguments),
+        )
+        results.append((name, loss, sharpness(adapted.eval(), data, options.samples)))
+    for name, loss, value in results:
+        print(f"{name}: loss {loss:.3f}, sharpness {value:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Accelerate: sharpness-aware steps in the loops of `accelerator.accumulate(model)`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from eigenfilter.integrations import _window
+from eigenfilter.integrations._batches import copy_of
+from eigenfilter.integrations._extras import imports_of
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+
+with imports_of("accelerate"):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+__all__ = ["SharpnessAwareBackward", "optimizer_of"]
+
+_Result = TypeVar("_Result")
+
+_REPORTS = "_eigenfilter_reports_skipped_steps"
+_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+
+
+def optimizer_of(prepared: torch.optim.Optimizer) -> EigenfilterOptimizer:
+    """The optimizer of this library in one that `accelerator.prepare` returned.
+
+    Accelerate's wrapper has neither `ascend`, `restore` nor `phase`; this optimizer has them, and
+    shares its step with the wrapper:
+
+        opt = optimizer_of(optimizer)
+        closure()
+        while opt.ascend(accelerator.scaler):
+            closure()
+        optimizer.step()
+
+    Raises:
+        TypeError: it is another library's.
+    """
+    opt = _window.optimizer_of(prepared)
+    if opt is None:
+        raise TypeError(
+            f"{type(prepared).__name__} holds no optimizer of eigenfilter: prepare one, as in "
+            "accelerator.prepare(eigenfilter.USAM(model.parameters(), lr=0.1, rho=0.05)), or wrap "
+            "yours first, accelerator.prepare(eigenfilter.SharpnessAware(optimizer, rho=0.05))"
+        )
+    return opt
+
+
+class AcceleratedWindow(_window.Window):
+    """The micro-batches of a step whose last backward pass synchronizes the gradients.
+
+    Args:
+        accelerator: accelerator that says when gradients are synchronized, and scales losses.
+        model: model that it prepared.
+        optimizer: optimizer that it prepared.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(model, optimizer_of(optimizer))
+        self.accelerator = accelerator
+        refuse(accelerator, self.optimizer)
+        if accelerator.scaler is not None:
+            _report_skipped_steps(optimizer, self.optimizer)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the micro-batches of this step are evaluated again."""
+        return self.optimizer.phase == "ascent"
+
+    def evaluate(
+        self, evaluate: Callable[[], _Result], evaluate_again: Callable[[], object]
+    ) -> _Result:
+        """Evaluate a micro-batch at x. After the last one of a step, take the ascents.
+
+        Args:
+            evaluate: function that computes the loss and calls backward.
+            evaluate_again: function that does the same at other weights.
+
+        Returns:
+            What `evaluate` returns.
+
+        Raises:
+            RuntimeError: the ascents of this step are taken already.
+        """
+        if self.optimizer.perturbed:
+            raise RuntimeError(
+                "the ascents of this step are taken, and another micro-batch was evaluated before "
+                "optimizer.step(): evaluate each micro-batch once, with the sum of its losses, "
+                "and inside accelerator.accumulate(model)"
+            )
+        accelerator = self.accelerator
+        synchronizes = accelerator.sync_gradients
+        each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+
+        def again() -> None:
+            with nullcontext() if synchronizes or each else accelerator.no_sync(self.model):
+                evaluate_again()
+
+        with self.recording(again):
+            result = evaluate()
+        if synchronizes:
+            self.take_ascents(accelerator.scaler)
+        return result
+
+
+class SharpnessAwareBackward:
+    """Takes the place of `accelerator.backward(loss)` for the optimizers of this library.
+
+    Each call evaluates a micro-batch, as `accelerator.backward(loss_fn(*batch))` would. The last
+    one of an accumulation then takes the ascents, for which it evaluates all micro-batches again,
+    and leaves the gradient of the descent: what comes after it, `accelerator.clip_grad_norm_` and
+    `optimizer.step()`, stays as it is.
+
+        backward = SharpnessAwareBackward(accelerator, model, optimizer)
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = backward(loss_fn, batch)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    Running statistics stay those of x. Losses keep Accelerate's factors (1 / the number of
+    accumulation steps, the scale of fp16) at all weights. The batches of a step are copied and
+    kept until its end.
+
+    Args:
+        accelerator: accelerator that prepared the others.
+        model: model that `accelerator.prepare` returned.
+        optimizer: optimizer that `accelerator.prepare` returned, with one of this library inside.
+
+    Raises:
+        TypeError: the optimizer is another library's.
+        RuntimeError: the engine of DeepSpeed, Megatron-LM or XLA steps for the accelerator.
+        ValueError: the optimizer has `release_gradients`.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.window = AcceleratedWindow(accelerator, model, optimizer)
+
+    def __call__(self, loss_fn: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Evaluate a micro-batch; after the last one of a step, take the ascents.
+
+        Args:
+            loss_fn: function that returns the loss of the arguments. It is called again later,
+                when variables of the loop have other values: it must take the batch as arguments.
+            args, kwargs: arguments of `loss_fn`.
+
+        Returns:
+            The loss at x, detached.
+
+        Raises:
+            TypeError: `loss_fn` returns no tensor, or takes no argument in an accumulation.
+            RuntimeError: the ascents of this step are taken already.
+        """
+        accelerator, window = self.window.accelerator, self.window
+        accumulates = accelerator.gradient_accumulation_steps > 1
+        if accumulates and not (args or kwargs or isinstance(loss_fn, functools.partial)):
+            raise TypeError(
+                "a function without arguments would compute the loss of the last micro-batch "
+                "when the earlier ones are evaluated again: pass the batch as an argument, "
+                "backward(loss_fn, batch)"
+            )
+        kept = copy_of((args, kwargs)) if window.keeps else None
+
+        def evaluate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            loss = loss_fn(*args, **kwargs)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"{loss_fn} must return the loss, and returned {type(loss)}")
+            graph = {"create_graph": True} if window.optimizer.needs_graph else {}
+            accelerator.backward(loss, **graph)
+            return loss.detach()
+
+        return window.evaluate(
+            functools.partial(evaluate, args, kwargs), lambda: evaluate(*copy_of(kept))
+        )
+
+
+def _report_skipped_steps(prepared: Any, opt: EigenfilterOptimizer) -> None:
+    """Let Accelerate know of skipped steps, in which schedules of lr must not advance.
+
+    It takes a step for skipped if the scaler does not call `opt.step()`. The scaler always calls
+    it, because the optimizers look for a non-finite gradient themselves, in the ascents too.
+    """
+    if vars(prepared).get(_REPORTS):
+        return
+    counted = opt.skipped
+
+    def report(*_: Any) -> None:
+        nonlocal counted
+        before, counted = counted, opt.skipped
+        prepared._accelerate_step_called = counted == before
+
+    opt.register_step_post_hook(report)
+    vars(prepared)[_REPORTS] = True
+
+
+def refuse(accelerator: Accelerator, opt: EigenfilterOptimizer) -> None:
+    """Raise for what no loop of Accelerate can make right.
+
+    Raises:
+        RuntimeError: the engine of DeepSpeed, Megatron-LM or XLA steps for the accelerator.
+        ValueError: the optimizer has `release_gradients`.
+    """
+    if accelerator.distributed_type in _ENGINES:
+        raise RuntimeError(
+            f"{accelerator.distributed_type.value} reduces gradients and steps in its own engine, "
+            "which takes no ascents: train with DDP or FSDP"
+        )
+    if opt.release_gradients:
+        raise ValueError(
+            "release_gradients=True applies each gradient before the micro-batches are summed "
+            "and clipped: leave it False"
+        )
