@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -106,7 +107,8 @@ def by_hand(
             def evaluate(passes: int, window: Any = window, n: int = accumulation) -> list[Tensor]:
                 values = []
                 frozen = ef.freeze_running_stats(module) if passes else nullcontext()
-                with opt.evaluation(), frozen:
+                with opt.evaluation(), frozen, warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
                     for i, batch in window:
                         if passes == 0 or (finite_difference and passes == 1):
                             torch.manual_seed(i)

@@ -7,6 +7,7 @@ optimizers that they wrap have `ascend()`.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -166,9 +167,11 @@ class SharpnessAwareCallback(Callback):
         **kwargs: Any,
     ) -> Any:
         """The backward pass of the strategy, with a graph where the method needs one."""
-        if self._window_of(trainer.lightning_module, optimizer).optimizer.needs_graph:
-            kwargs["create_graph"] = True
-        return backward(loss, optimizer, *args, **kwargs)
+        if not self._window_of(trainer.lightning_module, optimizer).optimizer.needs_graph:
+            return backward(loss, optimizer, *args, **kwargs)
+        with warnings.catch_warnings():  # of a reference cycle, which the ascent breaks
+            warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
+            return backward(loss, optimizer, *args, create_graph=True, **kwargs)
 
     def _step(
         self,

@@ -58,7 +58,8 @@ class GradientRelease:
                 "release_gradients=True applies gradients before DDP, FSDP2 or tensor parallelism "
                 "reduce them: leave it False in a distributed job"
             )
-        self._buckets.refresh(optimizer)
+        if not self.updated_ids:
+            self._buckets.refresh(optimizer)
         if not self._buckets.perturbed:  # an ascent has begun the step
             self._amp.begin()
         hooks = [
