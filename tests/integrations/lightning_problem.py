@@ -92,6 +92,8 @@ def by_hand(
     clip: Callable[[list[nn.Parameter]], Any] = lambda params: None,
     epoch: Sequence[Batch] | None = None,
     after_step: Callable[[], Any] = lambda: None,
+    scaler: torch.amp.GradScaler | None = None,
+    context: Callable[[], Any] = nullcontext,
 ) -> list[float]:
     """Train with the accumulation of each epoch; return the loss of every micro-batch at x.
 
@@ -101,6 +103,7 @@ def by_hand(
     params = list(module.parameters())
     finite_difference = bool(opt.perturbation.replays(1))
     losses = []
+    scaler = torch.amp.GradScaler("cpu", enabled=False) if scaler is None else scaler
     for accumulation in accumulations:
         for window in windows(batches() if epoch is None else epoch, accumulation):
 
@@ -112,18 +115,22 @@ def by_hand(
                     for i, batch in window:
                         if passes == 0 or (finite_difference and passes == 1):
                             torch.manual_seed(i)
-                        values.append(module.loss(batch))
-                        (values[-1] / n).backward(create_graph=opt.needs_graph)
+                        with context():
+                            values.append(module.loss(batch))
+                        loss = scaler.scale(values[-1] / n)
+                        loss.backward(create_graph=opt.needs_graph)
                 return values
 
             opt.zero_grad()
             losses += [float(loss.detach()) for loss in evaluate(0)]
             passes = 0
-            while opt.ascend():
+            while opt.ascend(scaler):
                 passes += 1
                 evaluate(passes)
+            scaler.unscale_(opt)
             clip(params)
-            opt.step()
+            scaler.step(opt)
+            scaler.update()
             after_step()
     return losses
 
