@@ -84,9 +84,10 @@ class SharpnessAwareCallback(Callback):
         backward, step = trainer.strategy.backward, precision.optimizer_step
         self._override(trainer.strategy, "backward", partial(self._backward, trainer, backward))
         self._override(precision, "optimizer_step", partial(self._step, trainer, step))
-        # Mixed precision refuses to clip for an optimizer that can unscale; `_step` has unscaled.
-        clip_gradients = partial(Precision.clip_gradients, precision)
-        self._override(precision, "clip_gradients", clip_gradients)
+        if type(precision).clip_gradients.__qualname__ == "MixedPrecision.clip_gradients":
+            # It refuses to clip for an optimizer that can unscale itself; `_step` has unscaled.
+            clip_gradients = partial(Precision.clip_gradients, precision)
+            self._override(precision, "clip_gradients", clip_gradients)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be right."""
