@@ -1,4 +1,4 @@
-"""Schedules of rho: their formulas, what a step with rho = 0 costs, and saving."""
+"""Schedulers of rho: their formulas, what a step with rho = 0 costs, and saving."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import pytest
 import torch
 
 import eigenfilter as ef
-from eigenfilter.schedulers import KINDS, RhoSchedule
+from eigenfilter.schedulers import KINDS, RhoScheduler
 
 
 def optimizer(rho: float | torch.Tensor = 0.2) -> ef.USAM:
     return ef.USAM([torch.nn.Parameter(torch.tensor([1.0, 2.0]))], lr=0.1, rho=rho)
 
 
-def rhos(schedule: RhoSchedule, steps: int) -> list[float]:
+def rhos(scheduler: RhoScheduler, steps: int) -> list[float]:
     """rho at the steps from 0 on."""
     result = []
     for _ in range(steps):
-        result.append(float(schedule.get_last_rho()[0]))
-        schedule.step()
+        result.append(float(scheduler.get_last_rho()[0]))
+        scheduler.optimizer.step()  # without gradients, which does nothing
+        scheduler.step()
     return result
 
 
@@ -47,8 +48,8 @@ def rhos(schedule: RhoSchedule, steps: int) -> list[float]:
 def test_kinds(kind: Any, options: dict[str, Any], expected: list[float], tensor: bool) -> None:
     rho = torch.tensor(0.2, dtype=torch.float64) if tensor else 0.2
     opt = optimizer(rho)
-    schedule = RhoSchedule(opt, kind, **options)
-    assert rhos(schedule, 6) == pytest.approx(expected, abs=1e-15)
+    scheduler = RhoScheduler(opt, kind, **options)
+    assert rhos(scheduler, 6) == pytest.approx(expected, abs=1e-15)
     assert (opt.param_groups[0]["rho"] is rho) == tensor
 
 
@@ -56,7 +57,7 @@ def test_kinds(kind: Any, options: dict[str, Any], expected: list[float], tensor
 def test_a_step_with_rho_0_costs_one_gradient(kind: str) -> None:
     opt = optimizer()
     (p,) = opt.param_groups[0]["params"]
-    schedule = RhoSchedule(opt, kind, total_steps=6, start=0.5, every=2)
+    scheduler = RhoScheduler(opt, kind, total_steps=6, start=0.5, every=2)
     calls = []
 
     def closure() -> torch.Tensor:
@@ -69,14 +70,14 @@ def test_a_step_with_rho_0_costs_one_gradient(kind: str) -> None:
     for _ in range(6):
         calls.append(0)
         opt.step(closure)
-        schedule.step()
+        scheduler.step()
     assert calls == ([1, 1, 1, 2, 2, 2] if kind == "late" else [2, 1, 2, 1, 2, 1])
 
 
 def test_groups_keep_their_ratio_and_lr_is_left_alone() -> None:
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     opt = ef.USAM([{"params": params[:1], "rho": 0.4}, {"params": params[1:]}], lr=0.3, rho=0.1)
-    schedule = RhoSchedule(opt, "linear", total_steps=2)
+    scheduler = RhoScheduler(opt, "linear", total_steps=2)
     lr = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5)
     for p in params:
         p.grad = torch.ones_like(p)
@@ -84,7 +85,7 @@ def test_groups_keep_their_ratio_and_lr_is_left_alone() -> None:
         for p in params:
             p.grad = torch.ones_like(p)
     opt.step()
-    schedule.step()
+    scheduler.step()
     lr.step()
     assert [g["rho"] for g in opt.param_groups] == pytest.approx([0.2, 0.05])
     assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.15, 0.15])
@@ -92,13 +93,13 @@ def test_groups_keep_their_ratio_and_lr_is_left_alone() -> None:
 
 def test_saved_and_loaded_mid_run() -> None:
     first = optimizer()
-    schedule = RhoSchedule(first, "linear", total_steps=10)
-    rhos(schedule, 4)
+    scheduler = RhoScheduler(first, "linear", total_steps=10)
+    rhos(scheduler, 4)
     second = optimizer(rho=7.0)
     second.load_state_dict(first.state_dict())
-    other = RhoSchedule(second, "linear", total_steps=10)
-    other.load_state_dict(schedule.state_dict())
-    assert rhos(other, 5) == rhos(schedule, 5)
+    other = RhoScheduler(second, "linear", total_steps=10)
+    other.load_state_dict(scheduler.state_dict())
+    assert rhos(other, 5) == rhos(scheduler, 5)
 
 
 OPTIONS: dict[str, Any] = {
@@ -117,42 +118,42 @@ def halves(t: int) -> float:
 @pytest.mark.parametrize("kind", [*KINDS, halves])
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda schedule: pickle.loads(pickle.dumps(schedule))]
+    "copied", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))]
 )
 def test_a_copy_goes_on_alone(kind: Any, tensor: bool, copied: Any) -> None:
-    schedule = RhoSchedule(optimizer(torch.tensor(0.2) if tensor else 0.2), kind, **OPTIONS)
-    rhos(schedule, 2)
-    other = copied(schedule)
-    before = float(schedule.get_last_rho()[0])
+    scheduler = RhoScheduler(optimizer(torch.tensor(0.2) if tensor else 0.2), kind, **OPTIONS)
+    rhos(scheduler, 2)
+    other = copied(scheduler)
+    before = float(scheduler.get_last_rho()[0])
     ahead = rhos(other, 6)
-    assert float(schedule.get_last_rho()[0]) == before
-    assert rhos(schedule, 6) == ahead
-    assert other.optimizer is not schedule.optimizer
+    assert float(scheduler.get_last_rho()[0]) == before
+    assert rhos(scheduler, 6) == ahead
+    assert other.optimizer is not scheduler.optimizer
 
 
 @pytest.mark.parametrize("kind", [*KINDS, halves])
 def test_saved_and_loaded_from_every_kind(kind: Any) -> None:
-    schedule, other = (RhoSchedule(optimizer(), kind, **OPTIONS) for _ in range(2))
-    rhos(schedule, 3)
-    other.load_state_dict(pickle.loads(pickle.dumps(schedule.state_dict())))
-    assert rhos(other, 6) == rhos(schedule, 6)
+    scheduler, other = (RhoScheduler(optimizer(), kind, **OPTIONS) for _ in range(2))
+    rhos(scheduler, 3)
+    other.load_state_dict(pickle.loads(pickle.dumps(scheduler.state_dict())))
+    assert rhos(other, 6) == rhos(scheduler, 6)
 
 
 def test_a_function_without_a_name_is_copied_and_not_pickled() -> None:
-    schedule = RhoSchedule(optimizer(), lambda t: 1 / (t + 1))
-    assert rhos(copy.deepcopy(schedule), 3) == pytest.approx([0.2, 0.1, 0.2 / 3])
+    scheduler = RhoScheduler(optimizer(), lambda t: 1 / (t + 1))
+    assert rhos(copy.deepcopy(scheduler), 3) == pytest.approx([0.2, 0.1, 0.2 / 3])
     with pytest.raises((pickle.PicklingError, AttributeError), match=r"Can't pickle .*lambda"):
-        pickle.dumps(schedule)
+        pickle.dumps(scheduler)
 
 
 def test_not_between_an_ascent_and_its_step() -> None:
     opt = optimizer()
-    schedule = RhoSchedule(opt, "every", every=2)
+    scheduler = RhoScheduler(opt, "every", every=2)
     (p,) = opt.param_groups[0]["params"]
     p.grad = torch.ones_like(p)
     opt.ascend()
-    with pytest.raises(RuntimeError, match=r"call schedule.step\(\) after opt.step\(\)"):
-        schedule.step()
+    with pytest.raises(RuntimeError, match=r"call scheduler.step\(\) after opt.step\(\)"):
+        scheduler.step()
     opt.restore()
 
 
@@ -170,10 +171,315 @@ def test_not_between_an_ascent_and_its_step() -> None:
 )
 def test_bad_arguments(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RhoSchedule(optimizer(), kind, **options)
+        RhoScheduler(optimizer(), kind, **options)
 
 
 def test_an_optimizer_without_rho() -> None:
     opt = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(TypeError, match="SGD has groups without rho"):
-        RhoSchedule(opt)
+        RhoScheduler(opt)
+
+
+# rho = c lr.
+
+
+def pair(lr: Any = 0.1, rho: Any = 0.05) -> ef.USAM:
+    params = [torch.nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": 2 * lr, "rho": 3 * rho}]
+    return ef.USAM(groups, lr=lr, rho=rho)
+
+
+def take_step(opt: Any) -> list[float]:
+    """Take a step; return the radius that each parameter's ascent had."""
+    params = [p for group in opt.param_groups for p in group["params"]]
+    x = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    radii = [0.0] * len(params)
+    while opt.ascend():
+        radii = [float((p.detach() - a)[0]) for p, a in zip(params, x, strict=True)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+    opt.step()
+    return radii
+
+
+@pytest.mark.parametrize("first", ["lr", "rho"])
+@pytest.mark.parametrize("kind", ["numbers", "tensors", "tensor lr", "tensor rho"])
+def test_rho_follows_lr_whichever_scheduler_is_first(first: str, kind: str) -> None:
+    lr = torch.tensor(0.1, dtype=torch.float64) if kind in ("tensors", "tensor lr") else 0.1
+    rho = torch.tensor(0.05, dtype=torch.float64) if kind in ("tensors", "tensor rho") else 0.05
+    opt = pair(lr, rho)
+    make = [
+        lambda: torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=6),
+        lambda: RhoScheduler(opt, "lr"),
+    ]
+    schedulers = [f() for f in (make if first == "lr" else make[::-1])]
+    for t in range(6):
+        factor = (1 + math.cos(math.pi * t / 6)) / 2
+        assert take_step(opt) == pytest.approx([0.05 * factor, 0.15 * factor], rel=1e-5)
+        for scheduler in schedulers:
+            scheduler.step()
+        rho_scheduler = schedulers[first == "lr"]
+        assert rho_scheduler.get_last_lr() == [g["lr"] for g in opt.param_groups]
+
+
+def test_rho_of_an_unchanged_lr_is_the_initial_rho_itself() -> None:
+    opt = pair(lr=0.3, rho=0.07)
+    RhoScheduler(opt, "lr")
+    take_step(opt)
+    assert [g["rho"] for g in opt.param_groups] == [0.07, 3 * 0.07]
+
+
+def test_rho_follows_an_lr_that_was_changed_by_hand() -> None:
+    opt = pair()
+    RhoScheduler(opt, "lr")
+    opt.param_groups[1]["lr"] = 0.05
+    assert take_step(opt) == pytest.approx([0.05, 0.0375], rel=1e-5)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    assert opt.phase == "descent"  # a step with rho = 0 takes no ascent
+    assert take_step(opt) == [0.0, 0.0]
+    opt.param_groups[1]["lr"] = 0.2  # the first group still has none
+    assert opt.phase == "ascent"
+    assert take_step(opt) == pytest.approx([0.0, 0.15], rel=1e-5)
+
+
+def test_rho_follows_lr_through_a_warmup_that_began_before() -> None:
+    opt = pair()
+    warmup = torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.25, total_iters=3)
+    scheduler = RhoScheduler(opt, "lr")
+    radii = []
+    for _ in range(4):
+        radii.append(take_step(opt)[0])
+        warmup.step()
+        scheduler.step()
+    assert radii == pytest.approx([0.0125, 0.025, 0.0375, 0.05], rel=1e-5)
+
+
+def test_rho_follows_the_lr_of_a_group_that_is_added_later() -> None:
+    opt = pair()
+    scheduler = RhoScheduler(opt, "lr")
+    take_step(opt)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.4, "rho": 0.2})
+    scheduler.step()
+    opt.param_groups[2]["lr"] = 0.1
+    assert take_step(opt) == pytest.approx([0.05, 0.15, 0.05], rel=1e-5)
+
+
+@pytest.mark.parametrize("through", ["wrapper", "base"])
+def test_ascent_rho_follows_lr_and_the_bases_rho_stays(through: str) -> None:
+    base = torch.optim.Adadelta([torch.nn.Parameter(torch.ones(2))], lr=0.5, rho=0.9)
+    opt = ef.SharpnessAware(base, rho=0.2)
+    RhoScheduler(opt if through == "wrapper" else base, "lr")
+    base.param_groups[0]["lr"] = 0.25
+    assert take_step(opt) == pytest.approx([0.1], rel=1e-5)
+    assert base.param_groups[0]["rho"] == 0.9
+
+
+@pytest.mark.parametrize("order", ["optimizer first", "scheduler first"])
+@pytest.mark.parametrize("kind", ["lr", "cosine"])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_resumed_run_has_the_same_bits(kind: str, order: str, tensor: bool) -> None:
+    def start() -> tuple[ef.USAM, list[Any]]:
+        opt = pair(rho=torch.tensor(0.05) if tensor else 0.05)
+        lr = torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.7)
+        return opt, [lr, RhoScheduler(opt, kind, total_steps=9)]
+
+    def go_on(opt: ef.USAM, schedulers: list[Any]) -> list[list[float]]:
+        radii = []
+        for _ in range(3):
+            radii.append(take_step(opt))
+            for scheduler in schedulers:
+                scheduler.step()
+        return radii
+
+    opt, schedulers = start()
+    go_on(opt, schedulers)
+    saved = [pickle.loads(pickle.dumps(each.state_dict())) for each in (opt, *schedulers)]
+    weights = [p.detach().clone() for g in opt.param_groups for p in g["params"]]
+    other, others = start()
+    for p, weight in zip(
+        (p for g in other.param_groups for p in g["params"]), weights, strict=True
+    ):
+        p.data.copy_(weight)
+    pairs = list(zip((other, *others), saved, strict=True))
+    for each, state in pairs if order == "optimizer first" else pairs[::-1]:
+        each.load_state_dict(state)
+    assert [g["rho"] for g in other.param_groups] == [g["rho"] for g in opt.param_groups]
+    assert go_on(other, others) == go_on(opt, schedulers)
+
+
+def test_another_kind_ends_the_bond() -> None:
+    opt = pair()
+    RhoScheduler(opt, "lr")
+    RhoScheduler(opt, "constant")
+    opt.param_groups[0]["lr"] = 0.01
+    assert take_step(opt) == pytest.approx([0.05, 0.15], rel=1e-5)
+    assert not any("rho_base_lr" in group for group in opt.param_groups)
+
+
+def test_an_initial_lr_of_0_has_no_ratio() -> None:
+    opt = pair(lr=0.0)
+    with pytest.raises(ValueError, match="an initial lr of 0 leaves c in rho = c lr undefined"):
+        RhoScheduler(opt, "lr")
+    assert "rho_base_lr" not in opt.param_groups[0]
+    assert take_step(opt) == pytest.approx([0.05, 0.15], rel=1e-5)
+
+
+# With torch's schedulers.
+
+
+def test_it_is_a_scheduler_of_torch() -> None:
+    opt = pair(lr=torch.tensor(0.1))
+    scheduler = RhoScheduler(opt, "linear", total_steps=4)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    assert (scheduler.last_epoch, scheduler._step_count) == (0, 1)
+    take_step(opt)
+    scheduler.step()
+    assert (scheduler.last_epoch, scheduler._step_count) == (1, 2)
+    opt.param_groups[0]["lr"].fill_(0.02)
+    for values in (scheduler.get_last_lr(), scheduler.get_lr()):
+        assert values == [torch.tensor(0.02), torch.tensor(0.2)]
+        values[0].fill_(7.0)
+    assert opt.param_groups[0]["lr"] == torch.tensor(0.02)
+    assert scheduler.state_dict() == {"last_epoch": 1, "_step_count": 2}
+
+
+def test_torch_warns_of_a_scheduler_that_steps_first() -> None:
+    """And of nothing else: every other test would raise, because warnings are errors."""
+    scheduler = RhoScheduler(pair(), "linear", total_steps=4)
+    with pytest.warns(UserWarning, match=r"`lr_scheduler.step\(\)` before `optimizer.step\(\)`"):
+        scheduler.step()
+
+
+def test_the_deprecated_epoch() -> None:
+    opt = pair()
+    scheduler = RhoScheduler(opt, "linear", total_steps=4)
+    opt.step()
+    with pytest.warns(UserWarning, match="epoch parameter"):
+        scheduler.step(3)
+    assert scheduler.get_last_rho() == pytest.approx([0.0125, 0.0375])
+
+
+def test_one_after_the_other() -> None:
+    """`SequentialLR` begins each scheduler at its milestone."""
+    opt = pair()
+    parts = [
+        RhoScheduler(opt, "every", every=2),
+        RhoScheduler(opt, "linear", total_steps=2),
+        RhoScheduler(opt, "lr"),
+    ]
+    sequence = torch.optim.lr_scheduler.SequentialLR(opt, parts, milestones=[3, 5])
+    lr = torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.5, total_iters=6)
+    radii, lrs = [], []
+    for _ in range(7):
+        radii.append(take_step(opt)[0])
+        lrs.append(opt.param_groups[0]["lr"])
+        lr.step()
+        sequence.step()
+    assert lrs == pytest.approx([0.05 + 0.05 * t / 6 for t in range(7)])
+    expected = [0.05, 0.0, 0.05, 0.05, 0.025, lrs[5] / 2, lrs[6] / 2]
+    assert radii == pytest.approx(expected, rel=1e-5)
+    assert sequence.get_last_lr() == pytest.approx([0.1, 0.2])
+
+
+def test_after_a_warmup_of_lr_in_one_sequence() -> None:
+    opt = pair()
+    warmup = torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.5, total_iters=2)
+    parts = [warmup, RhoScheduler(opt, "step", every=1, gamma=0.5)]
+    sequence = torch.optim.lr_scheduler.SequentialLR(opt, parts, milestones=[3])
+    seen = []
+    for _ in range(6):
+        radius = take_step(opt)[0]
+        seen.append((opt.param_groups[0]["lr"], radius))
+        sequence.step()
+    lrs, radii = zip(*seen, strict=True)
+    assert lrs == pytest.approx((0.05, 0.075, 0.1, 0.1, 0.1, 0.1))
+    assert radii == pytest.approx((0.05, 0.05, 0.05, 0.05, 0.025, 0.0125), rel=1e-5)
+
+
+@pytest.mark.parametrize("first", ["lr", "rho"])
+def test_chained_with_a_scheduler_of_lr(first: str) -> None:
+    opt = pair()
+    schedulers: list[Any] = [
+        torch.optim.lr_scheduler.ExponentialLR(opt, gamma=0.5),
+        RhoScheduler(opt, "linear", total_steps=4),
+    ]
+    chained = torch.optim.lr_scheduler.ChainedScheduler(
+        schedulers if first == "lr" else schedulers[::-1]
+    )
+    for t in range(3):
+        assert take_step(opt)[0] == pytest.approx(0.05 * (1 - t / 4), rel=1e-5)
+        assert chained.get_last_lr() == pytest.approx([0.1 * 0.5**t, 0.2 * 0.5**t])
+        chained.step()
+    saved = pickle.loads(pickle.dumps(chained.state_dict()))
+    take_step(opt)
+    chained.step()
+    chained.load_state_dict(saved)
+    assert [s.last_epoch for s in schedulers] == [3, 3]
+    assert opt.param_groups[0]["rho"] == pytest.approx(0.0125)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_wrapped_step_is_the_optimizers(explicit: bool) -> None:
+    """Schedulers replace `opt.step`; the steps stay the same, bit for bit."""
+
+    def weights(scheduled: bool) -> list[torch.Tensor]:
+        p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        opt = ef.SharpnessAware(torch.optim.Adam([p], lr=0.1), "sam", rho=0.1)
+        if scheduled:
+            RhoScheduler(opt, "constant")
+            torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0)
+
+        def closure() -> torch.Tensor:
+            opt.zero_grad()
+            loss = (p**4).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if explicit:
+                closure()
+                while opt.ascend():
+                    closure()
+                opt.step()
+            else:
+                opt.step(closure)
+        return [p.detach()]
+
+    assert torch.equal(weights(True)[0], weights(False)[0])
+
+
+def test_resumed_by_its_constructor() -> None:
+    opt = pair()
+    scheduler = RhoScheduler(opt, "linear", total_steps=10)
+    rhos(scheduler, 4)
+    other = pair()
+    other.load_state_dict(opt.state_dict())
+    resumed = RhoScheduler(other, "linear", total_steps=10, last_epoch=3)
+    assert resumed.last_epoch == 4
+    assert resumed.get_last_rho() == scheduler.get_last_rho()
+    with pytest.raises(KeyError, match="'initial_rho' is not in param_groups"):
+        RhoScheduler(pair(), "linear", total_steps=10, last_epoch=3)
+
+
+@pytest.mark.parametrize("state", [{}, {"last_epoch": -1}, {"last_epoch": "3"}, {"step": 4}])
+def test_a_state_of_something_else(state: dict[str, Any]) -> None:
+    opt = pair()
+    scheduler = RhoScheduler(opt, "linear", total_steps=4)
+    rhos(scheduler, 2)
+    with pytest.raises(ValueError, match="has a last_epoch of at least 0"):
+        scheduler.load_state_dict(state)
+    assert scheduler.last_epoch == 2
+
+
+def test_a_bad_factor_leaves_the_step_and_rho() -> None:
+    opt = pair()
+    scheduler = RhoScheduler(opt, lambda t: 1.0 if t < 2 else math.nan)
+    rhos(scheduler, 1)
+    opt.step()
+    with pytest.raises(ValueError, match="at 2 it is nan"):
+        scheduler.step()
+    assert scheduler.last_epoch == 1
+    assert scheduler.get_last_rho() == pytest.approx([0.05, 0.15])

@@ -128,6 +128,9 @@ def test_rho_schedules() -> None:
     assert rates(late, 4, "rho") == [0.0] * 6 + [0.3] * 2
     every = Config(rho=0.3, rho_schedule="every", rho_every=3, epochs=2)
     assert rates(every, 3, "rho") == [0.3, 0.0, 0.0] * 2
+    follows = Config(lr=0.5, rho=0.3, rho_schedule="lr", lr_end=0.1, warmup=1, epochs=2)
+    expected = [0.6 * lr for lr in rates(follows, 4, "lr")]
+    assert rates(follows, 4, "rho") == pytest.approx(expected)
 
 
 def test_a_warm_up_that_is_too_long() -> None:

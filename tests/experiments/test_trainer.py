@@ -140,6 +140,13 @@ STATES: dict[str, dict[str, Any]] = {
     },
     "no momentum": {"optimizer": "sgd", "momentum": 0.0},
     "schedules": {"lr_schedule": "cosine", "warmup": 1, "rho_schedule": "every", "rho_every": 2},
+    "rho follows lr": {"lr_schedule": "cosine", "warmup": 1, "rho_schedule": "lr"},
+    "ascent_rho follows lr": {
+        "optimizer": "torch.optim.Adadelta",
+        "method": "sam",
+        "lr": 0.5,
+        "rho_schedule": "lr",
+    },
 }
 
 

@@ -148,17 +148,18 @@ def test_adadelta() -> None:
 
 
 @pytest.mark.parametrize("through", ["wrapper", "base"])
-def test_schedules_leave_the_bases_rho_alone(through: str) -> None:
+def test_schedulers_leave_the_bases_rho_alone(through: str) -> None:
     base = torch.optim.Adadelta(parameters(), lr=0.5, rho=0.9)
     opt = ef.SharpnessAware(base, rho=0.2)
-    schedule = ef.schedulers.RhoSchedule(
+    scheduler = ef.schedulers.RhoScheduler(
         opt if through == "wrapper" else base, "linear", total_steps=4
     )
     for _ in range(2):
-        schedule.step()
+        scheduler.optimizer.step()
+        scheduler.step()
     assert opt.param_groups[0]["rho"] == 0.9
     assert opt.param_groups[0]["ascent_rho"] == pytest.approx(0.1)
-    assert schedule.get_last_rho() == [pytest.approx(0.1)]
+    assert scheduler.get_last_rho() == [pytest.approx(0.1)]
 
 
 def test_a_group_added_to_a_base_with_a_rho_of_its_own() -> None:

@@ -20,7 +20,7 @@ from eigenfilter.optimizers import EigenfilterOptimizer
 from eigenfilter.optimizers.hyperparameters import rho_key
 from eigenfilter.optimizers.perturbation import Perturbation
 from eigenfilter.optimizers.registry import METHODS, OPTIMIZERS, UPDATES, method_and_options
-from eigenfilter.schedulers import RhoSchedule
+from eigenfilter.schedulers import RhoScheduler
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -164,11 +164,15 @@ def lr_schedule(config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch
 
 def rho_schedule(
     config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch: int
-) -> RhoSchedule | None:
-    """Return the schedule of rho, or None if the optimizer has no rho."""
+) -> RhoScheduler | None:
+    """Return the scheduler of rho, or None if the optimizer has no rho.
+
+    Raises:
+        ValueError: rho follows an lr of 0.
+    """
     if any(rho_key(group) not in group for group in optimizer.param_groups):
         return None
-    return RhoSchedule(
+    return RhoScheduler(
         optimizer,
         config.rho_schedule,
         total_steps=config.epochs * steps_per_epoch,

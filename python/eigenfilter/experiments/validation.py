@@ -96,7 +96,7 @@ def check_trainer(state: Any, trainer: Trainer) -> None:
         "gradients": float,
         "optimizer": _optimizer(config, trainer.model, step, trainer.steps_per_epoch),
         "lr_schedule": {"last_epoch": step},
-        "rho_schedule": {"step": step} if trainer.rho_is_scheduled else None,
+        "rho_schedule": _rho_schedule(step) if trainer.rho_is_scheduled else None,
         "losses": ListOf(float),
         "accuracies": [float] * len(state["losses"]),
         "random": dict,
@@ -163,17 +163,25 @@ def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> d
         p.grad = torch.zeros_like(p)
     optimizer = factories.build_optimizer(config, params)
     lr = factories.lr_schedule(config, optimizer, per_epoch)
-    rho = factories.rho_schedule(config, optimizer, per_epoch)
-    for group in optimizer.param_groups:
-        if rho_key(group) in group:
-            group[rho_key(group)] = 0.0  # so that the step takes no ascent
+    ascending = [group for group in optimizer.param_groups if rho_key(group) in group]
+    radii = [group[rho_key(group)] for group in ascending]
+    for group in ascending:
+        group[rho_key(group)] = 0.0  # so that the step takes no ascent
     if step:
         optimizer.step()
+    for group, radius in zip(ascending, radii, strict=True):
+        group[rho_key(group)] = radius
+    rho = factories.rho_schedule(config, optimizer, per_epoch)
     for group, factor in zip(factories.base_of(optimizer).param_groups, lr.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(step)
     if rho is not None:
-        rho.load_state_dict({"step": step})
+        rho.load_state_dict(_rho_schedule(step))
     return optimizer.state_dict()
+
+
+def _rho_schedule(step: int) -> dict[str, int]:
+    """Return the expected state of the scheduler of rho after a number of steps."""
+    return {"last_epoch": step, "_step_count": step + 1}
 
 
 def _check_no_shared_memory(state: Any) -> None:

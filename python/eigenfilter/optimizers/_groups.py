@@ -147,6 +147,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _check_groups(self) -> None:
         """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""
         for group in self.param_groups:
+            rho_of(group)  # sets one that is bound to lr
             values = [group.get(name) for name in CHECKED]
             checked = self._checked_values.get(id(group))
             if checked is None or not all(map(operator.is_, values, checked)):

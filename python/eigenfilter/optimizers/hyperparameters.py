@@ -159,10 +159,40 @@ def rho_key(group: Mapping[str, Any]) -> str:
     return OWN_RHO if OWN_RHO in group else "rho"
 
 
-def rho_of(group: Mapping[str, Any]) -> float | Tensor:
-    """The radius of a group's ascent; 0 where it has none."""
-    rho: float | Tensor = group.get(rho_key(group), 0.0)
+def initial_rho_key(group: Mapping[str, Any]) -> str:
+    """The key of the radius that a scheduler multiplies."""
+    return f"initial_{rho_key(group)}"
+
+
+_BASE_LRS = {"rho": "rho_base_lr", OWN_RHO: f"{OWN_RHO}_base_lr"}
+
+
+def base_lr_key(group: Mapping[str, Any]) -> str:
+    """The key of the lr to which the initial radius belongs, where a scheduler binds it to lr."""
+    return _BASE_LRS[rho_key(group)]
+
+
+def rho_of(group: dict[str, Any]) -> float | Tensor:
+    """The radius of a group's ascent; 0 where it has none.
+
+    Where a scheduler has bound it to lr, it is first set to initial rho * lr / base lr.
+    """
+    key = rho_key(group)
+    if _BASE_LRS[key] in group:
+        value = group[f"initial_{key}"] * (group["lr"] / group[_BASE_LRS[key]])
+        if not isinstance(group[key], Tensor):
+            group[key] = value
+        elif isinstance(value, Tensor):  # in place, because a CUDA graph may read it
+            group[key].copy_(value)
+        else:
+            group[key].fill_(value)
+    rho: float | Tensor = group.get(key, 0.0)
     return rho
+
+
+def copy_of_value(value: float | Tensor) -> float | Tensor:
+    """A number, or a copy of a tensor that is changed in place."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from eigenfilter.experiments.phenomena.common import (
 )
 from eigenfilter.experiments.phenomena.common import configure as configure_training
 from eigenfilter.filters import design
-from eigenfilter.schedulers import RhoSchedule
+from eigenfilter.schedulers import RhoScheduler
 
 HELP = "switching SGD to USAM late lowers the sharpness"
 TITLE = "A late switch to USAM"
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
 
 def switched(setting: PhenomenonSetting, method: MethodSpec) -> FullBatchRun:
     """Train with USAM, whose rho is 0 until the switch."""
-    schedules: list[RhoSchedule] = []
+    schedules: list[RhoScheduler] = []
 
     def prepare(training: FullBatchTraining) -> None:
         schedules.append(
-            RhoSchedule(training.optimizer, "late", total_steps=setting.steps, start=START)
+            RhoScheduler(training.optimizer, "late", total_steps=setting.steps, start=START)
         )
 
     return train(setting, method, at_start=prepare, after_step=lambda _: schedules[0].step())
