@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import eigenfilter as ef
+from pages import ROOT, run_page
 
 pytest.importorskip("lightning.pytorch")
 
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from eigenfilter.integrations.lightning import SharpnessAwareCallback
 from integrations.lightning_problem import (
     Problem,
     batches,
@@ -150,3 +154,18 @@ def test_validation_in_the_middle_of_a_window() -> None:
     trainer.fit(module, loader(), loader())
     assert {2, 5} <= set(seen)  # in the first window, and in the second
     assert distance(module, modules[0]) == 0.0
+
+
+@pytest.mark.slow
+def test_the_page(tmp_path: Path) -> None:
+    printed = run_page(ROOT / "docs" / "integrations" / "lightning.md", tmp_path)
+    steps = re.findall(r"^steps (\d+)$", printed, re.MULTILINE)
+    assert steps == ["12", "10"]
+
+
+def test_without_the_callback() -> None:
+    """Lightning's own loop is refused with accumulation, instead of training something else."""
+    trainer = trainer_of(accumulate_grad_batches=4)
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SharpnessAwareCallback)]
+    with pytest.raises(RuntimeError, match="as in gradient accumulation"):
+        trainer.fit(Problem(usam), loader())

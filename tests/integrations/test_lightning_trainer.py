@@ -337,12 +337,10 @@ def test_checkpoints_hold_x_and_training_goes_on_exactly(tmp_path: Path) -> None
     class Scheduled(Problem):
         def configure_optimizers(self) -> Any:
             opt = usam(self.parameters())
-            schedule = ef.schedulers.RhoSchedule(opt, "linear", total_steps=12)
-            self.rhos = schedule.get_last_rho
-            return [opt], [{"scheduler": schedule, "interval": "step"}]
-
-        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-            scheduler.step()
+            rho = ef.schedulers.RhoScheduler(opt, "linear", total_steps=12)
+            lr = torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5)
+            self.rhos = rho.get_last_rho
+            return [opt], [{"scheduler": rho, "interval": "step"}, lr]
 
     whole, first, second = (Scheduled(usam) for _ in range(3))
     fit(whole, max_epochs=4)
