@@ -66,7 +66,8 @@ class GradientRelease:
                 "autograd computes all of them in one graph: leave it False, or leave compiled "
                 "autograd off"
             )
-        self._buckets.refresh(optimizer)
+        if not self.updated_ids:
+            self._buckets.refresh(optimizer)
         if not self._buckets.perturbed:  # an ascent has begun the step
             self._amp.begin()
         trained = [p for p in params if p.requires_grad]

@@ -1,0 +1,336 @@
+"""Sharpness-aware training in Lightning, with one callback. See docs/integrations/lightning.md.
+
+Manual optimization and Fabric need nothing from here: their loops belong to the user, and the
+optimizers that they wrap have `ascend()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from eigenfilter.integrations._extras import imports_of
+from eigenfilter.integrations._window import Window, optimizer_of
+
+with imports_of("lightning"):
+    if TYPE_CHECKING or find_spec("lightning") or not find_spec("pytorch_lightning"):
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+        from lightning.pytorch import Callback, LightningModule, Trainer
+        from lightning.pytorch.plugins.precision import Precision
+    else:
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
+        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning.plugins.precision import Precision
+    from lightning_utilities.core.apply_func import apply_to_collection
+    from torchmetrics import Metric
+
+__all__ = ["SharpnessAwareCallback"]
+
+
+class SharpnessAwareCallback(Callback):
+    """Automatic optimization with the optimizers of this library.
+
+        trainer = Trainer(callbacks=[SharpnessAwareCallback()], ...)
+
+    Without it Lightning passes a closure that evaluates one micro-batch, logs again and clips
+    again whenever a method needs another gradient. With it
+
+    - every gradient is that of all micro-batches of a step: `accumulate_grad_batches`,
+      `GradientAccumulationScheduler`, the incomplete window at the end of an epoch. Each process
+      reduces gradients once in every pass;
+    - `gradient_clip_val`, `configure_gradient_clipping` and `on_before_optimizer_step` get the
+      gradient of the descent, once a step, unscaled under "16-mixed" too;
+    - running statistics, torchmetrics and what `self.log` logs are those of the first pass, at x;
+    - `trainer.global_step` counts steps, and validation, checkpoints and averages of weights see x.
+
+    `training_step`, `backward`, `on_before_backward` and `on_after_backward` are called in every
+    pass, as often as the method needs gradients: `self.optimizers().perturbed` tells whether the
+    weights are perturbed. A step keeps its batches until it ends.
+
+    The callback has no state, and changes nothing in manual optimization: see the page.
+
+    Raises:
+        MisconfigurationException: the optimizer is not one of this library, the strategy steps in
+            an engine of its own (DeepSpeed), gradients are released and would be clipped, or
+            `training_step` takes an iterator (`dataloader_iter`).
+        RuntimeError: `training_step` writes to a tensor of its batch, which it gets again.
+
+    Example:
+        >>> from eigenfilter.integrations.lightning import SharpnessAwareCallback
+        >>> trainer = lightning.pytorch.Trainer(  # doctest: +SKIP
+        ...     callbacks=[SharpnessAwareCallback()], accumulate_grad_batches=4
+        ... )
+    """
+
+    def __init__(self) -> None:
+        self._window: Window | None = None
+        self._overridden: list[tuple[Any, str]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take part in every step of `trainer.fit`, until it ends."""
+        self._remove()
+        if stage != "fit" or not pl_module.automatic_optimization:
+            return
+        loop, precision = trainer.fit_loop.epoch_loop.automatic_optimization, _precision_of(trainer)
+        self._override(loop, "_make_closure", partial(self._closure, trainer, loop._make_closure))
+        backward, step = trainer.strategy.backward, precision.optimizer_step
+        self._override(trainer.strategy, "backward", partial(self._backward, trainer, backward))
+        self._override(precision, "optimizer_step", partial(self._step, trainer, step))
+        if type(precision).clip_gradients.__qualname__ == "MixedPrecision.clip_gradients":
+            # It refuses to clip for an optimizer that can unscale itself; `_step` has unscaled.
+            clip_gradients = partial(Precision.clip_gradients, precision)
+            self._override(precision, "clip_gradients", clip_gradients)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot be right."""
+        if not pl_module.automatic_optimization:
+            return
+        strategy = trainer.strategy
+        if strategy.handles_gradient_accumulation:
+            raise MisconfigurationException(
+                f"SharpnessAwareCallback evaluates a step's batches again before it is taken, and "
+                f"{type(strategy).__name__} takes steps in an engine of its own: use another "
+                "strategy (DDP, ModelParallelStrategy), or remove the callback and train with "
+                "rho=0.0"
+            )
+        window = self._window_of(pl_module, strategy.optimizers[0])
+        if trainer.gradient_clip_val and window.optimizer.release_gradients:
+            raise MisconfigurationException(
+                "release_gradients=True applies each gradient before gradient_clip_val could clip "
+                "it: leave one of the two out"
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the trainer as it was before `setup`."""
+        self._remove()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the trainer as it was before `setup`."""
+        self._remove()
+
+    def _override(self, instance: Any, name: str, method: Callable[..., Any]) -> None:
+        setattr(instance, name, method)
+        self._overridden.append((instance, name))
+
+    def _remove(self) -> None:
+        self._window = None
+        while self._overridden:
+            delattr(*self._overridden.pop())
+
+    def _window_of(self, module: LightningModule, optimizer: Any) -> Window:
+        opt = optimizer_of(optimizer)
+        if opt is None:
+            name = type(optimizer).__name__
+            raise MisconfigurationException(
+                "SharpnessAwareCallback trains with the optimizers of eigenfilter, and "
+                f"configure_optimizers returned {name}: wrap it, as in "
+                f'eigenfilter.SharpnessAware({name}(...), "usam", rho=0.05), or remove the callback'
+            )
+        if self._window is None or self._window.optimizer is not opt:
+            self._window = Window(module, opt)
+        return self._window
+
+    def _closure(
+        self,
+        trainer: Trainer,
+        make_closure: Callable[..., Any],
+        kwargs: OrderedDict[str, Any],
+        optimizer: Any,
+        batch_idx: int,
+    ) -> Any:
+        """Lightning's closure of a micro-batch, recorded in the window."""
+        closure = make_closure(kwargs, optimizer, batch_idx)
+        window = self._window_of(trainer.lightning_module, optimizer)
+        if closure._zero_grad_fn is not None:  # the first micro-batch of a step
+            window.clear()
+        if closure._backward_fn is None:
+            return closure
+        return _Recorded(closure, window, _MicroBatch(trainer, window, kwargs, closure))
+
+    def _backward(
+        self,
+        trainer: Trainer,
+        backward: Callable[..., Any],
+        loss: Tensor,
+        optimizer: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The backward pass of the strategy, with a graph where the method needs one."""
+        if not self._window_of(trainer.lightning_module, optimizer).optimizer.needs_graph:
+            return backward(loss, optimizer, *args, **kwargs)
+        with warnings.catch_warnings():  # of a reference cycle, which the ascent breaks
+            warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
+            return backward(loss, optimizer, *args, create_graph=True, **kwargs)
+
+    def _step(
+        self,
+        trainer: Trainer,
+        optimizer_step: Callable[..., Any],
+        optimizer: Any,
+        model: LightningModule,
+        closure: Callable[[], Any],
+        **kwargs: Any,
+    ) -> Any:
+        """The step of the precision plugin, with the ascents before its hooks and its clipping."""
+        window, scaler = self._window_of(model, optimizer), _scaler_of(trainer)
+        loss = closure()
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if epoch_loop.automatic_optimization._skip_backward:
+            return loss  # a pass for running statistics (StochasticWeightAveraging) has no gradient
+        steps = loss is not None or scaler is None  # with a scaler Lightning skips the step
+        try:
+            if steps and len(window) > 0:
+                with _unlogged(epoch_loop), _preserved_metrics(model):
+                    window.take_ascents(scaler)
+            if steps and scaler is not None:
+                scaler.unscale_(optimizer)
+            return optimizer_step(optimizer, model=model, closure=lambda: loss, **kwargs)
+        finally:
+            window.clear()
+            if window.optimizer.perturbed:  # the step was skipped, or a hook has failed
+                window.optimizer.restore()
+
+
+class _Recorded:
+    """A closure of Lightning, whose evaluation the window records."""
+
+    def __init__(self, closure: Any, window: Window, evaluate: Callable[[], None]) -> None:
+        self._closure = closure
+        self._window = window
+        self._evaluate = evaluate
+
+    def __call__(self) -> Tensor | None:
+        with self._window.recording(self._evaluate):
+            loss: Tensor | None = self._closure()
+        return loss
+
+    def consume_result(self) -> Any:
+        """What the evaluation returned."""
+        return self._closure.consume_result()
+
+
+class _MicroBatch:
+    """Evaluates a micro-batch again, as Lightning did.
+
+    `training_step` gets other containers in each evaluation, which it may change, with the same
+    tensors.
+    """
+
+    def __init__(
+        self, trainer: Trainer, window: Window, kwargs: OrderedDict[str, Any], closure: Any
+    ) -> None:
+        if "batch" not in kwargs and window.optimizer.phase == "ascent":
+            raise MisconfigurationException(
+                "training_step takes dataloader_iter, whose batches cannot be evaluated again: "
+                "take batch and batch_idx, or train with rho=0.0"
+            )
+        self._trainer = trainer
+        self._window = window
+        self._index = len(window)
+        self._backward = closure._backward_fn
+        self._kwargs = _copied(kwargs)
+        self._versions = [(t, t._version) for t in _tensors(self._kwargs)]
+
+    def __call__(self) -> None:
+        if any(t._version != version for t, version in self._versions):
+            raise RuntimeError(
+                "training_step has written to a tensor of its batch, which it gets again at other "
+                "weights: let it write to a copy, as in x = x.clone()"
+            )
+        with self._reduction():
+            loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
+            loss = loop._training_step(_copied(self._kwargs)).closure_loss
+            if loss is not None:
+                self._backward(loss)
+
+    def _reduction(self) -> AbstractContextManager[None]:
+        """A context in which processes reduce gradients after the last micro-batch alone."""
+        is_last = self._index + 1 == len(self._window)
+        block = getattr(self._trainer.strategy, "block_backward_sync", nullcontext)
+        context: AbstractContextManager[None] = nullcontext() if is_last else block()
+        return context
+
+
+class _NoResults(dict[str, Any]):
+    """In place of Lightning's results: drops what is logged."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@contextmanager
+def _unlogged(epoch_loop: Any) -> Iterator[None]:
+    """A context in which `log` of modules and callbacks has no effect."""
+    results, epoch_loop._results = epoch_loop._results, _NoResults()
+    try:
+        yield
+    finally:
+        epoch_loop._results = results
+
+
+@contextmanager
+def _preserved_metrics(module: nn.Module) -> Iterator[None]:
+    """A context at whose end the module's torchmetrics are as they were."""
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else copy.copy(value)
+
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    names = [{*metric._defaults} for metric in metrics]
+    saved = [
+        {name: copied(v) if name in states else v for name, v in vars(metric).items()}
+        for metric, states in zip(metrics, names, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for metric, values in zip(metrics, saved, strict=True):
+            vars(metric).update(values)
+
+
+@runtime_checkable
+class _Transferable(Protocol):
+    """What Lightning moves to a device: tensors and batches of a class of their own."""
+
+    def to(self, device: Any) -> Any: ...
+
+
+def _copied(kwargs: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
+    """The same tensors in other containers."""
+
+    def each(t: Any) -> Any:
+        return t if isinstance(t, Tensor) else copy.copy(t)
+
+    same: OrderedDict[str, Any] = apply_to_collection(kwargs, _Transferable, each)
+    return same
+
+
+def _tensors(kwargs: OrderedDict[str, Any]) -> list[Tensor]:
+    """The tensors that have a version counter."""
+    found: list[Tensor] = []
+    apply_to_collection(kwargs, Tensor, found.append)
+    return [t for t in found if not t.is_inference()]
+
+
+def _precision_of(trainer: Trainer) -> Any:
+    return trainer.strategy.precision_plugin
+
+
+def _scaler_of(trainer: Trainer) -> Any:
+    """The enabled GradScaler of the precision plugin, or None."""
+    scaler = getattr(_precision_of(trainer), "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
