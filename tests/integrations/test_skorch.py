@@ -115,13 +115,15 @@ def test_callbacks_see_one_gradient_a_step() -> None:
 def test_without_the_mixin_statistics_and_clipping_differ() -> None:
     """What the mixin is for: skorch's own closure changes both."""
     model, _ = by_hand(1, 0.05)
-    settings = dict(batch_size=SIZE, max_epochs=EPOCHS, train_split=None, verbose=0)
     net = NeuralNetRegressor(
         Module,
         optimizer=ef.USAM,
+        batch_size=SIZE,
+        max_epochs=EPOCHS,
+        train_split=None,
+        verbose=0,
         iterator_train__shuffle=False,
         callbacks=[GradientNormClipping(0.05)],
-        **settings,
         **OPTIMIZER,
     )
     net.initialize()
