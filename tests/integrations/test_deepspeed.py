@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from by_hand import PlainUSAM
 from pages import ROOT, blocks_of
+from plain_usam import PlainUSAM
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import eigenfilter as ef
-from by_hand import (
+from pages import ROOT, run_page
+from plain_usam import (
     LR,
     MOMENTUM,
     RHO,
@@ -23,7 +24,6 @@ from by_hand import (
     make_batches,
     make_model,
 )
-from pages import ROOT, run_page
 
 pytest.importorskip("fastai")
 with warnings.catch_warnings():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import eigenfilter as ef
-from by_hand import LR, RHO, USAM, PlainUSAM, assert_same, make_batches, make_model
 from pages import ROOT, run_page
+from plain_usam import LR, RHO, USAM, PlainUSAM, assert_same, make_batches, make_model
 
 pytest.importorskip("ignite")
 import ignite.engine

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from by_hand import PlainUSAM
 from pages import ROOT, run_page
+from plain_usam import PlainUSAM
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import eigenfilter as ef
-from by_hand import LR, USAM, Batch, PlainUSAM, assert_same, make_batches, make_model
 from pages import ROOT, run_page
+from plain_usam import LR, USAM, Batch, PlainUSAM, assert_same, make_batches, make_model
 
 pytest.importorskip("skorch")
 from sklearn.base import clone

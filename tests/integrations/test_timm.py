@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import eigenfilter as ef
-from by_hand import LR, MOMENTUM, RHO, USAM, PlainUSAM, assert_same, make_batches, make_model
 from pages import ROOT, run_page
+from plain_usam import LR, MOMENTUM, RHO, USAM, PlainUSAM, assert_same, make_batches, make_model
 from run_distributed import RunDistributed
 
 pytest.importorskip("timm")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from by_hand import USAM, Batch, PlainUSAM, assert_same, make_batches, make_model
 from pages import ROOT, blocks_of
+from plain_usam import USAM, Batch, PlainUSAM, assert_same, make_batches, make_model
 
 NEEDED = ("torchtitan", "torchdata", "datasets", "tyro", "spmd_types")
 if not all(map(importlib.util.find_spec, NEEDED)):

@@ -67,16 +67,22 @@ class Window:
         Args:
             evaluate: function that computes the loss of the micro-batch and calls backward with
                 the same factors (of accumulation, of a loss scaler) as the first evaluation, and
-                logs nothing. It must not clear gradients.
+                logs nothing. It must not clear gradients. A micro-batch whose first evaluation
+                fails is forgotten.
             batch: what the function reads, in containers; a tensor in it that is written before
                 its second evaluation is refused.
         """
+        count = len(self)
         with self.optimizer.evaluation():
             if self.optimizer.phase == "ascent":
                 replays = self.optimizer.perturbation.replays(0) is False
                 again = _as_now(self.model, evaluate, batch)
                 self._evaluations.append((again, self._randomness() if replays else None))
-            yield
+            try:
+                yield
+            except BaseException:
+                del self._evaluations[count:]
+                raise
 
     def take_ascents(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         """Take all ascents of the step; the gradients of the descent are left in `.grad`.
