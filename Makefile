@@ -1,7 +1,7 @@
 # Self-contained: the first target run on a fresh clone makes .venv and installs the project there.
 #   make demo | test | test-all | test-cpp | test-emulated | test-interpreted | test-triton-launch |
-#        races | mutants | lint | bench | bench-host | bench-curvature | bench-page | reproduction |
-#        docs | docs-serve | gpu-gate | clean
+#        test-newest | races | mutants | lint | bench | bench-host | bench-curvature | bench-page |
+#        reproduction | docs | docs-serve | gpu-gate | clean
 # EIGENFILTER_CUDA=AUTO|ON|OFF and EIGENFILTER_WERROR=ON|OFF reach the build.
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ list_modules = find python -name '*.py' | LC_ALL=C sort
 $(shell test ! -e $(MODULES) || $(list_modules) | cmp -s - $(MODULES) || $(list_modules) > $(MODULES))
 
 .PHONY: install demo test test-all test-cpp emulated test-emulated test-interpreted test-triton-launch \
-	races mutants lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
+	test-newest races mutants lint bench host-extension bench-host bench-curvature bench-page reproduction docs \
 	docs-serve gpu-gate clean
 
 install: $(DEV_TOOLS)
@@ -112,6 +112,17 @@ $(OTHER_TRITON)/.installed: $(VENV)
 test-triton-launch: $(DEV_TOOLS) $(OTHER_TRITON)/.installed
 	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) EIGENFILTER_TEST_TRITON=$(TRITON) \
 		$(BIN)/python -m pytest tests/kernels/test_triton_launch.py
+
+# The integrations with the newest versions of all their frameworks, in an environment of their own.
+NEWEST := build/newest
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--group newest ".[demo]" \
+		-C build-dir=$(NEWEST)/{wheel_tag} -C cmake.define.EIGENFILTER_CUDA=OFF
+	$(NEWEST)/bin/python -m pip list
+	$(NEWEST)/bin/python $(PYTEST) tests/integrations
 
 lint: $(DEV_TOOLS)
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -28,7 +29,9 @@ def modules() -> Iterator[str]:
 def test_examples_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """All examples of a module, with torch and eigenfilter at hand."""
     if name.startswith("eigenfilter.integrations."):  # each needs its framework
-        pytest.importorskip(name, exc_type=ModuleNotFoundError)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what frameworks warn when they are imported
+            pytest.importorskip(name, exc_type=ModuleNotFoundError)
     module = importlib.import_module(name)
     names = {"torch": torch, "eigenfilter": ef, "ef": ef}
     failed, _ = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from eigenfilter._running_stats import freeze_running_stats
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.randomness import Randomness
 
 # Where the wrappers of frameworks keep the optimizer that they wrap.
-_INNER = ("optimizer", "_optimizer")
+_INNER = ("optimizer", "_optimizer", "_base_optimizer", "opt")
 
 
 def optimizer_of(optimizer: Any) -> EigenfilterOptimizer | None:
@@ -58,20 +59,25 @@ class Window:
         return len(self._evaluations)
 
     @contextmanager
-    def recording(self, evaluate: Callable[[], Any]) -> Iterator[None]:
+    def recording(self, evaluate: Callable[[], Any], batch: Any = None) -> Iterator[None]:
         """A context for the first evaluation of a micro-batch, at x.
+
+        Under DDP an evaluation is repeated with or without synchronization, as the first one.
 
         Args:
             evaluate: function that computes the loss of the micro-batch and calls backward with
                 the same factors (of accumulation, of a loss scaler) as the first evaluation, and
                 logs nothing. It must not clear gradients. A micro-batch whose first evaluation
                 fails is forgotten.
+            batch: what the function reads, in containers; a tensor in it that is written before
+                its second evaluation is refused.
         """
         count = len(self)
         with self.optimizer.evaluation():
             if self.optimizer.phase == "ascent":
                 replays = self.optimizer.perturbation.repeats_random_numbers
-                self._evaluations.append((evaluate, self._randomness() if replays else None))
+                again = _as_now(self.model, evaluate, batch)
+                self._evaluations.append((again, self._randomness() if replays else None))
             try:
                 yield
             except BaseException:
@@ -117,3 +123,23 @@ class Window:
 
     def _randomness(self) -> Randomness:
         return Randomness(p for group in self.optimizer.param_groups for p in group["params"])
+
+
+def _as_now(model: nn.Module, evaluate: Callable[[], Any], batch: Any) -> Callable[[], Any]:
+    """An evaluation on the same values, and with DDP's synchronization, as they are now."""
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and not t.is_inference()]
+    versions = [t._version for t in tensors]
+    ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    is_synchronized = ddp is not None and ddp.require_backward_grad_sync
+
+    def again() -> None:
+        if versions != [t._version for t in tensors]:
+            raise RuntimeError(
+                "A tensor of the batch was written in place after the step had first evaluated it, "
+                "and a method with ascents evaluates it again: let the model, the loss and the "
+                "training loop leave their batch as it is, or work on a clone of it"
+            )
+        with nullcontext() if ddp is None or is_synchronized else ddp.no_sync():
+            evaluate()
+
+    return again

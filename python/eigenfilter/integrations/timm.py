@@ -1,0 +1,236 @@
+"""timm: its optimizer factory, and its loss scaler. See docs/integrations/timm.md."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eigenfilter.integrations._extras import imports_of
+from eigenfilter.integrations._window import Window, optimizer_of
+from eigenfilter.optimizers import registry
+
+with imports_of("timm"):
+    from timm.optim import OptimInfo
+    from timm.optim._optim_factory import default_registry
+    from timm.utils import NativeScaler, dispatch_clip_grad
+
+
+def register() -> tuple[str, ...]:
+    """Register the optimizers of this library with `timm.optim.create_optimizer_v2`.
+
+    The names are those of the methods without underscores, because timm reads only what follows
+    the last underscore of a name ("two_step_usam" would be "usam"). `SGD` and `AdamW` are "efsgd"
+    and "efadamw". All arguments of an optimizer can be given:
+
+        timm.optim.create_optimizer_v2(model, opt="usam", lr=0.1, weight_decay=1e-4, rho=0.05)
+
+    As for its own optimizers, timm sets a momentum of 0.9 unless another is given.
+
+    Returns:
+        The names that were registered.
+
+    Raises:
+        RuntimeError: timm has another optimizer of one of these names.
+    """
+    infos = list(_infos())
+    for info in infos:
+        known = default_registry._optimizers.get(info.name)
+        if known is not None and known != info:
+            raise RuntimeError(
+                f"timm has another optimizer that is named {info.name!r}: construct ours itself, "
+                f"on timm.optim.param_groups_weight_decay(model, weight_decay)"
+            )
+        if known is None:
+            default_registry.register(info)
+    return tuple(info.name for info in infos)
+
+
+def _infos() -> Iterator[OptimInfo]:
+    for method, optimizer in registry.OPTIMIZERS.items():
+        yield _info(method, optimizer, {})
+    for name, (method, options) in registry.VARIANTS.items():
+        yield _info(name, registry.OPTIMIZERS[method], dict(options))
+    for name, optimizer in registry.UPDATES.items():
+        yield _info(name, optimizer, {})
+
+
+def _info(name: str, optimizer: Callable[..., Any], defaults: dict[str, Any]) -> OptimInfo:
+    arguments = inspect.signature(optimizer).parameters
+    summary = (inspect.getdoc(optimizer) or "").partition("\n")[0]
+    return OptimInfo(
+        name=("ef" if name in ("sgd", "adamw") else "") + name.replace("_", ""),
+        opt_class=optimizer,
+        description=f"eigenfilter: {summary}",
+        has_eps="eps" in arguments,
+        has_momentum="momentum" in arguments,
+        has_betas="betas" in arguments,
+        defaults=defaults or None,
+    )
+
+
+class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
+    """timm's `NativeScaler` for methods with ascents.
+
+    It is called with the function that computes the loss in the place of the loss, because the
+    loss of every micro-batch of a step is needed at perturbed weights too:
+
+        loss_scaler = SharpnessAwareScaler(model, device="cuda")
+        loss = loss_scaler(forward, optimizer, clip_grad=1.0, parameters=model.parameters(),
+                           need_update=need_update)
+
+    The gradient of the descent alone is clipped, running statistics stay those of x, and after an
+    update the model is at x, where `ModelEmaV3` sees it. An optimizer of another library steps as
+    with timm's scaler.
+
+    Args:
+        model: model whose running statistics are preserved, as DDP has wrapped it.
+        device: type of the device of the loss.
+        enabled: whether to scale the loss, for float16. False also replaces the branch of a
+            training loop without a scaler.
+    """
+
+    def __init__(self, model: nn.Module, device: str = "cuda", enabled: bool = True) -> None:
+        self.model = model
+        self._scaler = torch.amp.GradScaler(device=device, enabled=enabled)
+        self._windows: dict[int, Window] = {}
+
+    def __call__(
+        self,
+        forward: Callable[[], Tensor],
+        optimizer: torch.optim.Optimizer,
+        clip_grad: float | None = None,
+        clip_mode: str = "norm",
+        parameters: Iterable[Tensor] | None = None,
+        create_graph: bool = False,
+        need_update: bool = True,
+    ) -> Tensor:
+        """Evaluate a micro-batch, and update the weights after the last one of a step.
+
+        Args:
+            forward: function without arguments that computes the loss of the micro-batch, divided
+                by the number of micro-batches. A variable that the training loop assigns again is
+                an argument with a default: `def forward(input=input, target=target)`.
+            optimizer, clip_grad, clip_mode, parameters, create_graph, need_update: those of
+                `NativeScaler`.
+
+        Returns:
+            The loss of the micro-batch at x, detached.
+
+        Raises:
+            TypeError: `forward` is the loss itself.
+            RuntimeError: a variable that `forward` reads was assigned, or a tensor that it reads
+                was written, after its first call of this step.
+            ValueError: `clip_grad` was given without `parameters`.
+        """
+        if not callable(forward):
+            raise TypeError(
+                "SharpnessAwareScaler takes the function that computes the loss, and was given "
+                f"{type(forward).__name__}: loss = loss_scaler(forward, optimizer, ...)"
+            )
+        if clip_grad is not None and parameters is None:
+            raise ValueError("clip_grad needs the parameters whose gradients are clipped")
+        inner = optimizer_of(optimizer)
+
+        def evaluate() -> Tensor:
+            loss = forward()
+            graph = create_graph or (inner is not None and inner.needs_graph)
+            torch.autograd.backward(self._scaler.scale(loss), create_graph=graph)
+            return loss.detach()
+
+        if inner is None:
+            loss = evaluate()
+        else:
+            window = self._windows.setdefault(id(inner), Window(self.model, inner))
+            variables = _Variables(forward)
+
+            def again() -> None:
+                variables.refuse_changes()
+                evaluate()
+
+            with window.recording(again, variables.values):
+                loss = evaluate()
+            if need_update:
+                window.take_ascents(self._scaler)
+        if need_update:
+            self._update(optimizer, clip_grad, clip_mode, parameters)
+        return loss
+
+    def _update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip_grad: float | None,
+        clip_mode: str,
+        parameters: Iterable[Tensor] | None,
+    ) -> None:
+        if clip_grad is not None:
+            self._scaler.unscale_(optimizer)
+            dispatch_clip_grad(parameters, clip_grad, mode=clip_mode)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+
+class _Variables:
+    """The variables that a function reads from around it, which may be assigned again.
+
+    Attributes:
+        values: their values by their names, and those of the function's own arguments.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.values = _read(function)
+
+    def refuse_changes(self) -> None:
+        """Raise RuntimeError if the function would read other values than at first."""
+        now = _read(self._function)
+        for name, value in self.values.items():
+            if now.get(name) is not value and not _are_equal_numbers(now.get(name), value):
+                raise RuntimeError(
+                    f"the function that computes the loss reads the variable {name!r}, which was "
+                    "assigned again before the step was over, so that its micro-batch is lost: "
+                    f"make it an argument with a default, def forward({name}={name})"
+                )
+
+
+def _are_equal_numbers(a: Any, b: Any) -> bool:
+    return isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b
+
+
+def _read(function: Any, seen: frozenset[Any] = frozenset()) -> dict[str, Any]:
+    """What a function reads from around it, and the functions of its module that it calls."""
+    if isinstance(function, functools.partial):
+        given = {f"argument {i}": value for i, value in enumerate(function.args)}
+        return given | function.keywords | _read(function.func, seen)
+    function = getattr(function, "__func__", function)
+    if not isinstance(function, FunctionType) or function in seen:
+        return {}
+    found = dict(_nonlocals(function))
+    space = function.__globals__
+    found |= {name: space[name] for name in _globals(function.__code__) if name in space}
+    for value in list(found.values()):
+        if getattr(value, "__globals__", None) is space:
+            found = _read(value, seen | {function}) | found
+    arguments = inspect.signature(function).parameters.values()
+    return found | {a.name: a.default for a in arguments if a.default is not a.empty}
+
+
+def _nonlocals(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+
+
+@functools.lru_cache(maxsize=128)
+def _globals(code: CodeType) -> frozenset[str]:
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    inside = (c for c in code.co_consts if isinstance(c, CodeType))
+    return frozenset(names.union(*map(_globals, inside)))

@@ -1,0 +1,290 @@
+"""ignite's trainer against USAM in plain torch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eigenfilter as ef
+from pages import ROOT, run_page
+from plain_usam import LR, RHO, USAM, PlainUSAM, assert_same, make_batches, make_model
+
+pytest.importorskip("ignite")
+import ignite.engine
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, EMAHandler, create_lr_scheduler_with_warmup
+from ignite.handlers.param_scheduler import PiecewiseLinear
+
+from eigenfilter.integrations.ignite import create_supervised_trainer
+
+MSE = nn.functional.mse_loss
+EPOCHS = 2
+
+
+def by_hand(
+    accumulation: int, max_norm: float | None = None, batches: int = 10
+) -> tuple[nn.Module, list[float]]:
+    """As many whole windows as all epochs together have."""
+    model = make_model()
+    plain = PlainUSAM(model, max_norm)
+    torch.manual_seed(1)
+    loader = make_batches(batches) * EPOCHS
+    losses = []
+    for start in range(0, len(loader) - accumulation + 1, accumulation):
+        losses += plain.step(loader[start : start + accumulation])
+    return model, losses
+
+
+def run(model: nn.Module, opt: torch.optim.Optimizer, batches: int = 10, **kwargs: Any) -> Engine:
+    trainer = create_supervised_trainer(model, opt, MSE, device="cpu", **kwargs)
+    torch.manual_seed(1)
+    trainer.run(make_batches(batches), max_epochs=EPOCHS)
+    return trainer
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_is_usam(accumulation: int, max_norm: float | None, deterministic: bool) -> None:
+    model, losses = make_model(), []
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model,
+        opt,
+        MSE,
+        device="cpu",
+        deterministic=deterministic,
+        gradient_accumulation_steps=accumulation,
+        max_norm=max_norm,
+    )
+    fired = []
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda e: fired.append(opt.perturbed))
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def record(engine: Engine) -> None:
+        fired.append(opt.perturbed)
+        losses.append(engine.state.output)
+
+    @trainer.on(Events.STARTED)
+    def seed(engine: Engine) -> None:
+        torch.manual_seed(1)
+
+    if deterministic:  # which seeds each epoch itself: without dropout
+        model[3].p = 0.0
+    trainer.run(make_batches(10), max_epochs=EPOCHS)
+    other = make_model()
+    if deterministic:
+        other[3].p = 0.0
+    plain = PlainUSAM(other, max_norm)
+    torch.manual_seed(1)
+    loader, expected = make_batches(10) * EPOCHS, []
+    for start in range(0, len(loader), accumulation):
+        expected += plain.step(loader[start : start + accumulation])
+    assert_same(model, other)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+    assert fired == [False] * 2 * 10 * EPOCHS  # once an iteration, at x
+
+
+def test_a_window_goes_on_in_the_next_epoch_and_an_incomplete_one_is_dropped() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = run(model, opt, batches=7, gradient_accumulation_steps=4)  # 4, 3 + 1, 4, and 2 left
+    other, _ = by_hand(4, batches=7)
+    weights = [name for name, _ in model.named_parameters()]
+    for name in weights:
+        expected = other.state_dict()[name]
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=0, atol=1e-6)
+    # Another run of the same trainer begins with a whole window.
+    plain_batches = make_batches(4)
+    trainer.state.max_epochs = None
+    trainer.run(plain_batches, max_epochs=1)
+    assert not opt.perturbed
+
+
+def test_an_evaluation_in_the_middle_of_a_window_changes_nothing() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model, opt, MSE, device="cpu", gradient_accumulation_steps=4
+    )
+    evaluator = ignite.engine.create_supervised_evaluator(model, device="cpu")
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED(every=3), lambda e: evaluator.run(make_batches(2))
+    )
+    trainer.add_event_handler(Events.STARTED, lambda e: torch.manual_seed(1))
+    trainer.run(make_batches(10), max_epochs=EPOCHS)
+    assert_same(model, by_hand(4)[0])
+
+
+def test_ema_sees_x() -> None:
+    model, other = make_model(), make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(model, opt, MSE, device="cpu")
+    handler = EMAHandler(model, momentum=0.3)
+    handler.attach(trainer)
+    trainer.add_event_handler(Events.STARTED, lambda e: torch.manual_seed(1))
+    trainer.run(make_batches(10), max_epochs=1)
+    averages = [p.detach().clone() for p in other.parameters()]
+    plain = PlainUSAM(other)
+    torch.manual_seed(1)
+    for batch in make_batches(10):
+        plain.step([batch])
+        averages = [a.lerp(p, 0.3) for a, p in zip(averages, other.parameters(), strict=True)]
+    torch.testing.assert_close(list(handler.ema_model.parameters()), averages, rtol=0, atol=1e-6)
+
+
+def test_parameter_schedulers_set_rho() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(model, opt, MSE, device="cpu")
+    schedule = PiecewiseLinear(opt, "rho", milestones_values=[(0, 0.0), (5, RHO)])
+    trainer.add_event_handler(Events.ITERATION_STARTED, schedule)
+    warmup = create_lr_scheduler_with_warmup(
+        torch.optim.lr_scheduler.ConstantLR(opt, factor=1.0), 0.01, 3
+    )
+    trainer.add_event_handler(Events.ITERATION_STARTED, warmup)
+    rhos = []
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda e: rhos.append(opt.param_groups[0]["rho"])
+    )
+    trainer.run(make_batches(6), max_epochs=1)
+    torch.testing.assert_close(rhos, [0.0, *(RHO * i / 5 for i in range(1, 6))])
+
+
+def test_a_run_goes_on_from_a_checkpoint() -> None:
+    model = make_model()
+    model[3].p = 0.0
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model, opt, MSE, device="cpu", gradient_accumulation_steps=2
+    )
+    trainer.run(make_batches(10), max_epochs=1)
+    parts = {"model": model, "optimizer": opt, "trainer": trainer}
+    saved = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
+    again = make_model(seed=3)
+    again[3].p = 0.0
+    other = ef.USAM(again.parameters(), **USAM)
+    resumed = create_supervised_trainer(
+        again, other, MSE, device="cpu", gradient_accumulation_steps=2
+    )
+    Checkpoint.load_objects({"model": again, "optimizer": other, "trainer": resumed}, saved)
+    resumed.run(make_batches(10), max_epochs=2)
+    trainer.run(make_batches(10), max_epochs=2)
+    assert_same(again, model)
+
+
+def test_outputs_and_transforms() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    seen = []
+
+    def transform(x: Tensor, y: Tensor, y_pred: Tensor, loss: Tensor) -> Tensor:
+        seen.append((y_pred, loss, opt.perturbed))
+        return loss
+
+    trainer = run(
+        model,
+        opt,
+        batches=4,
+        output_transform=transform,
+        model_transform=lambda output: 2 * output,
+        model_fn=lambda model, x: model(x) + 1,
+        gradient_accumulation_steps=2,
+    )
+    y_pred, loss, _ = seen[-1]
+    torch.testing.assert_close(MSE(y_pred, make_batches(4)[-1][1]), loss)
+    assert trainer.state.output is loss
+    assert not any(perturbed for *_, perturbed in seen)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_a_loss_scale_changes_nothing(max_norm: float | None) -> None:
+    """Autocast rounds to bfloat16, on a window and with a scale alike."""
+    models = []
+    for scaler in (False, torch.amp.GradScaler("cpu")):
+        model = make_model().float()
+        opt = ef.USAM(model.parameters(), **USAM)
+        options = {"amp_mode": "amp", "scaler": scaler, "gradient_accumulation_steps": 2}
+
+        def loss_fn(y_pred: Tensor, y: Tensor) -> Tensor:
+            return MSE(y_pred.float(), y.float())
+
+        def prepare(batch: Any, device: Any, non_blocking: bool) -> Any:
+            return tuple(t.float() for t in batch)
+
+        trainer = create_supervised_trainer(
+            model, opt, loss_fn, "cpu", prepare_batch=prepare, max_norm=max_norm, **options
+        )
+        torch.manual_seed(1)
+        trainer.run(make_batches(4), max_epochs=1)
+        assert opt.skipped == 0
+        models.append(model.double())
+    assert_same(*models)
+
+
+def test_a_step_that_overflows_is_skipped() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model,
+        opt,
+        lambda y_pred, y: MSE(y_pred.double(), y) * float("inf"),
+        "cpu",
+        amp_mode="amp",
+        scaler=True,
+        prepare_batch=lambda batch, **_: (batch[0], batch[1]),
+        model_fn=lambda model, x: model.float()(x.float()),
+    )
+    model.float()
+    before = [p.detach().clone() for p in model.parameters()]
+    scale = trainer.state.scaler.get_scale()
+    trainer.run(make_batches(2), max_epochs=1)
+    assert opt.skipped == 2
+    assert all(map(torch.equal, before, model.parameters()))
+    assert trainer.state.scaler.get_scale() == scale / 4
+
+
+def test_an_optimizer_of_torch_steps_as_with_ignites_trainer() -> None:
+    models = make_model(), make_model()
+    factories = create_supervised_trainer, ignite.engine.create_supervised_trainer
+    for model, factory in zip(models, factories, strict=True):
+        opt = torch.optim.SGD(model.parameters(), lr=LR)
+        trainer = factory(model, opt, MSE, device="cpu", gradient_accumulation_steps=4)
+        trainer.add_event_handler(Events.STARTED, lambda e: torch.manual_seed(1))
+        trainer.run(make_batches(8), max_epochs=2)
+    assert_same(*models)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"amp_mode": "apex"}, "amp_mode is 'apex'"),
+        ({"scaler": True}, "a scaler needs amp_mode"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], message: str) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        create_supervised_trainer(model, ef.USAM(model.parameters()), MSE, "cpu", **options)
+
+
+def test_a_batch_that_was_written_is_refused() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model, opt, lambda y_pred, y: MSE(y_pred, y.mul_(2)), device="cpu"
+    )
+    with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
+        trainer.run(make_batches(1), max_epochs=1)
+    assert not opt.perturbed
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    assert "epoch 3, accuracy" in run_page(ROOT / "docs/integrations/ignite.md", tmp_path)

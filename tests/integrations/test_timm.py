@@ -1,0 +1,326 @@
+"""timm's factory and its loss scaler against USAM in plain torch."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import eigenfilter as ef
+from pages import ROOT, run_page
+from plain_usam import LR, MOMENTUM, RHO, USAM, PlainUSAM, assert_same, make_batches, make_model
+from run_distributed import RunDistributed
+
+pytest.importorskip("timm")
+import timm.optim
+import timm.utils
+from timm.optim import create_optimizer_v2
+
+from eigenfilter.integrations import timm as integration
+from eigenfilter.integrations.timm import SharpnessAwareScaler, register
+
+NAMES = register()
+
+
+def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.mse_loss(model(x), y)
+
+
+def train(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    scaler: timm.utils.NativeScaler,
+    accumulation: int = 1,
+    clip_grad: float | None = None,
+    batches: int = 10,
+    after: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """The loop of timm's train.py: the last window has the batches that are left."""
+    model.train()
+    opt.zero_grad()
+    losses = []
+    loader = make_batches(batches)
+    last = batches % accumulation or accumulation
+    for index, (x, y) in enumerate(loader):
+        count = last if index >= batches - last else accumulation
+        need_update = index == batches - 1 or (index + 1) % accumulation == 0
+
+        def forward(x: Tensor = x, y: Tensor = y, count: int = count) -> Tensor:
+            return criterion(model, x, y) / count
+
+        loss = scaler(
+            forward,
+            opt,
+            clip_grad=clip_grad,
+            parameters=model.parameters(),
+            need_update=need_update,
+        )
+        losses.append(float(loss) * count)
+        if need_update:
+            after()
+            opt.zero_grad()
+    return losses
+
+
+def windows(accumulation: int, batches: int = 10) -> list[list[tuple[Tensor, Tensor]]]:
+    loader = make_batches(batches)
+    return [loader[i : i + accumulation] for i in range(0, batches, accumulation)]
+
+
+def no_scaling(model: nn.Module) -> SharpnessAwareScaler:
+    return SharpnessAwareScaler(model, device="cpu", enabled=False)
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.05])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_run_is_usam(accumulation: int, clip_grad: float | None, enabled: bool) -> None:
+    model, other = make_model(), make_model()
+    ema, other_ema = (timm.utils.ModelEmaV3(m, decay=0.7) for m in (model, other))
+    opt = create_optimizer_v2(model, opt="usam", **USAM, filter_bias_and_bn=False)
+    scaler = SharpnessAwareScaler(model, device="cpu", enabled=enabled)
+    torch.manual_seed(1)
+    losses = train(model, opt, scaler, accumulation, clip_grad, after=lambda: ema.update(model))
+
+    plain = PlainUSAM(other, clip_grad)
+    torch.manual_seed(1)
+    expected = []
+    for window in windows(accumulation):
+        expected += plain.step(window)
+        other_ema.update(other)
+    assert_same(model, other)
+    assert_same(ema.module, other_ema.module)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+
+
+def test_the_names() -> None:
+    assert register() == NAMES  # which changes nothing the second time
+    assert {"usam", "sam", "asam", "twostepusam", "hessianusam", "efsgd", "efadamw"} <= set(NAMES)
+    assert set(NAMES) <= set(timm.optim.list_optimizers())
+    assert timm.optim.get_optimizer_class("sgd", bind_defaults=False) is torch.optim.SGD
+
+
+def test_registering_twice_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        register()
+    assert not caplog.records
+
+
+def test_a_name_of_timms_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dict(integration.default_registry._optimizers)
+    known["usam"] = known["sgd"]
+    monkeypatch.setattr(integration.default_registry, "_optimizers", known)
+    with pytest.raises(RuntimeError, match="another optimizer that is named 'usam'"):
+        register()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_by_its_name(name: str) -> None:
+    model = make_model()
+    opt = create_optimizer_v2(model, opt=name, lr=0.1, weight_decay=0.05, foreach=True, eps=1e-3)
+    assert isinstance(opt, tuple({*ef.optimizers.registry.OPTIMIZERS.values(), ef.AdamW}))
+    decays = {group["weight_decay"]: len(group["params"]) for group in opt.param_groups}
+    assert decays == {0.0: 4, 0.05: 2}  # biases and batch norm apart
+    if isinstance(opt, ef.AdamW):
+        assert opt.param_groups[0]["eps"] == 1e-3
+    else:
+        assert opt.param_groups[0]["momentum"] == 0.9
+    if name == "asam":
+        assert opt.adaptive
+    before = copy.deepcopy(model.state_dict())
+    train(model, opt, no_scaling(model), batches=2)
+    assert not torch.equal(before["0.weight"], model.state_dict()["0.weight"])
+
+
+def test_layer_decay_scales_the_learning_rates() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=3)
+    opt = create_optimizer_v2(model, opt="usam", lr=0.1, layer_decay=0.5, rho=RHO)
+    scales = {group["lr_scale"] for group in opt.param_groups}
+    assert len(scales) > 2
+    for group in opt.param_groups:  # as timm's schedulers do
+        group["lr"] = 0.1 * group["lr_scale"]
+    images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
+    scaler = no_scaling(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def forward() -> Tensor:
+        return nn.functional.cross_entropy(model(images), targets)
+
+    first = [g.clone() for g in torch.autograd.grad(forward(), list(model.parameters()))]
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), first, strict=True):
+            p += RHO * g
+    second = torch.autograd.grad(forward(), list(model.parameters()))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(before[name])
+    scaler(forward, opt)
+    scale_of = {id(p): g["lr_scale"] for g in opt.param_groups for p in g["params"]}
+    for (name, p), g in zip(model.named_parameters(), second, strict=True):
+        expected = before[name] - 0.1 * scale_of[id(p)] * g
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_an_optimizer_of_timm_steps_as_with_its_own_scaler() -> None:
+    model, other = make_model(), make_model()
+    torch.manual_seed(1)
+    train(model, create_optimizer_v2(model, opt="sgd", lr=LR), no_scaling(model), 4, 0.05)
+    torch.manual_seed(1)
+    opt = create_optimizer_v2(other, opt="sgd", lr=LR)
+    theirs = timm.utils.NativeScaler(device="cpu")
+
+    def call(forward: Callable[[], Tensor], *args: object, **kwargs: object) -> Tensor:
+        loss = forward()
+        theirs(loss, *args, **kwargs)
+        return loss.detach()
+
+    train(other, opt, call, 4, 0.05)
+    assert_same(model, other)
+
+
+def test_lookahead_around_usam() -> None:
+    model, other = make_model(), make_model()
+    opt = create_optimizer_v2(model, opt="lookahead_usam", **USAM, filter_bias_and_bn=False)
+    torch.manual_seed(1)
+    train(model, opt, no_scaling(model), batches=5)  # it looks back every 6th step
+    plain = PlainUSAM(other)
+    torch.manual_seed(1)
+    for window in windows(1, 5):
+        plain.step(window)
+    assert_same(model, other)
+
+
+def test_a_step_that_overflows_is_skipped() -> None:
+    model = make_model()
+    opt = create_optimizer_v2(model, opt="usam", **USAM)
+    scaler = SharpnessAwareScaler(model, device="cpu")
+    before = [p.detach().clone() for p in model.parameters()]
+    scale = scaler.state_dict()["scale"]
+    scaler(lambda: criterion(model, *make_batches(1)[0]) * float("inf"), opt)
+    assert not opt.perturbed
+    assert opt.skipped == 1
+    assert all(map(torch.equal, before, model.parameters()))
+    assert scaler.state_dict()["scale"] == scale / 2
+
+
+def test_a_run_goes_on_from_a_checkpoint() -> None:
+    models = [make_model(), make_model()]
+    for model, parts in zip(models, ([10], [6, 4]), strict=True):
+        saved = None
+        start = 0
+        torch.manual_seed(1)
+        for part in parts:
+            opt = create_optimizer_v2(model, opt="usam", **USAM)
+            scaler = SharpnessAwareScaler(model, device="cpu")
+            if saved is not None:
+                opt.load_state_dict(saved["optimizer"])
+                scaler.load_state_dict(saved["amp_scaler"])
+            for x, y in make_batches(10)[start : start + part]:
+                scaler(partial(criterion, model, x, y), opt)
+                opt.zero_grad()
+            saved = {"optimizer": opt.state_dict(), "amp_scaler": scaler.state_dict()}
+            start += part
+    assert_same(*models)
+
+
+def test_a_loss_in_the_place_of_its_function_is_refused() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR)
+    with pytest.raises(TypeError, match="takes the function that computes the loss"):
+        no_scaling(model)(criterion(model, *make_batches(1)[0]), opt)
+    with pytest.raises(ValueError, match="clip_grad needs the parameters"):
+        no_scaling(model)(lambda: criterion(model, *make_batches(1)[0]), opt, clip_grad=1.0)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_variable_that_is_assigned_again_is_refused(nested: bool) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO, momentum=MOMENTUM)
+    scaler = no_scaling(model)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def accumulate() -> None:
+        for index, (x, y) in enumerate(make_batches(2)):
+
+            def inner() -> Tensor:
+                return criterion(model, x, y)  # noqa: B023
+
+            forward = (lambda: inner()) if nested else inner
+            scaler(forward, opt, need_update=index == 1)
+
+    with pytest.raises(RuntimeError, match=r"reads the variable '(x|y|inner)'"):
+        accumulate()
+    assert not opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_batch_that_was_written_is_refused() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO)
+    x, y = make_batches(1)[0]
+
+    def forward() -> Tensor:
+        return criterion(model, x.mul_(2), y)
+
+    with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
+        no_scaling(model)(forward, opt)
+
+
+def train_on_rank(rank: int, accumulation: int) -> tuple[list[Tensor], int]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    reductions = Counting()
+    ddp.register_comm_hook(reductions, count_reductions)
+    opt = ef.USAM(model.parameters(), **USAM)
+    scaler = no_scaling(ddp)
+    for index, (x, y) in enumerate(make_batches(16)[rank::2]):
+
+        def forward(x: Tensor = x, y: Tensor = y) -> Tensor:
+            return criterion(ddp, x, y) / accumulation
+
+        need_update = (index + 1) % accumulation == 0
+        with nullcontext() if need_update else ddp.no_sync():
+            scaler(forward, opt, 0.05, parameters=ddp.parameters(), need_update=need_update)
+        if need_update:
+            opt.zero_grad()
+    return [p.detach() for p in model.parameters()], reductions.count
+
+
+class Counting:
+    """Counts the reductions of gradients over the ranks."""
+
+    count = 0
+
+
+def count_reductions(state: Counting, bucket):  # whose annotations DDP would want evaluated
+    state.count += 1
+    return allreduce_hook(None, bucket)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_two_processes(run_distributed: RunDistributed, accumulation: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    plain = PlainUSAM(model, 0.05)
+    for window in windows(2 * accumulation, 16):
+        plain.step(window)
+    for weights, reductions in run_distributed(train_on_rank, 2, accumulation):
+        torch.testing.assert_close(weights, list(model.parameters()), rtol=0, atol=1e-6)
+        assert reductions == 2 * 8 // accumulation  # two gradients a step, of one bucket each
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    assert "4 steps, loss" in run_page(ROOT / "docs/integrations/timm.md", tmp_path)
