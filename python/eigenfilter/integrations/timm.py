@@ -57,8 +57,6 @@ def _infos() -> Iterator[OptimInfo]:
         yield _info(method, optimizer, {})
     for name, (method, options) in registry.VARIANTS.items():
         yield _info(name, registry.OPTIMIZERS[method], dict(options))
-    for name, optimizer in registry.UPDATES.items():
-        yield _info(name, optimizer, {})
 
 
 def _info(name: str, optimizer: Callable[..., Any], defaults: dict[str, Any]) -> OptimInfo:
