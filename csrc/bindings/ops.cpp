@@ -12,7 +12,9 @@ namespace {
 
 constexpr std::int64_t kMostPasses = 100;  // twice is enough
 
-// Calls each(argument, value) for the arguments of an operation, which are constants to `each`.
+// Calls each(argument, value) for the arguments of an operation, which are constants to what is
+// INLINED.
+#define INLINED __attribute__((always_inline))
 template <class Op, class Each, std::size_t... I>
 void for_each_argument(const py::handle* values, const Each& each, std::index_sequence<I...>) {
     (each(Op::kArguments[I], values[I]), ...);
@@ -26,7 +28,7 @@ void for_each_argument(const py::handle* values, const Each& each) {
 template <class Op, class A>
 void require_needed(const A& argument, const py::handle* values, const char* given,
                     const char* otherwise) {
-    for_each_argument<Op>(values, [&](const auto& a, py::handle value) {
+    for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
         if (a.list == argument.needs && value.is_none())
             fail(PyExc_ValueError, std::string(argument.name) + given + " needs " + a.name +
                                        ": pass tensors like the parameters, or " + argument.name +
@@ -36,7 +38,7 @@ void require_needed(const A& argument, const py::handle* values, const char* giv
 
 template <class Op>
 void read_flags(typename Op::Call& s, const py::handle* values) {
-    for_each_argument<Op>(values, [&](const auto& a, py::handle value) {
+    for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
         if (a.whole != nullptr) s.*a.whole = static_cast<int>(whole(a.name, value, 1, kMostPasses));
         if (a.flag != nullptr) s.*a.flag = truth(a.name, value);
         if (a.flag != nullptr && a.needs != nullptr && s.*a.flag)
@@ -47,10 +49,11 @@ void read_flags(typename Op::Call& s, const py::handle* values) {
 // Whether a call writes to a list that is written only where a flag needs it.
 template <class Op, class A>
 bool is_saved(const typename Op::Call& s, const A& list) {
-    bool saved = false;
-    for (const auto& a : Op::kArguments)
-        saved |= a.flag != nullptr && a.needs == list.list && s.*a.flag;
-    return (list.traits & kSaved) != 0 && saved;
+    if ((list.traits & kSaved) == 0) return false;
+    for (const auto& a : Op::kArguments) {
+        if (a.flag != nullptr && a.needs == list.list && s.*a.flag) return true;
+    }
+    return false;
 }
 
 // The lists or vectors; what is no gradient comes first, because gradients may be wider.
@@ -58,11 +61,12 @@ template <class Op>
 std::vector<Role> roles_of(const typename Op::Call& s, const py::handle* values) {
     std::vector<Role> roles;
     roles.reserve(TensorArgs::kMaxRoles);
-    for_each_argument<Op>(values, [&](const auto& a, py::handle value) {
+    for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
         if (a.list == nullptr && (a.vectors == nullptr || (a.traits & kBasis) != 0)) return;
         const unsigned saved = is_saved<Op>(s, a) ? kWritten : kOptional;
         roles.push_back({a.name, value, (a.traits & kSaved) != 0 ? saved : a.traits});
     });
+    if constexpr ((Op::kArguments[0].traits & kGradients) == 0) return roles;
     const auto model = std::find_if(roles.begin(), roles.end(), [](const Role& role) {
         return !role.has(kGradients) && !(role.has(kOptional) && role.list.is_none());
     });
@@ -86,7 +90,7 @@ void take_vectors(typename Op::Call& s, const TensorArgs& args, const py::handle
     if (s.*first.rows > Op::kMost)
         fail(PyExc_ValueError, name + " must be of at most " + std::to_string(Op::kMost) +
                                    " vectors, not " + std::to_string(s.*first.rows));
-    for_each_argument<Op>(values, [&](const auto& a, py::handle) {
+    for_each_argument<Op>(values, [&](const auto& a, py::handle) INLINED {
         if (a.vectors != nullptr && (a.traits & kBasis) == 0)
             s.*a.vectors = args.pointers(a.name)[0];
     });
@@ -125,7 +129,7 @@ void read_number(typename Op::Call& s, const A& a, const py::handle* values, py:
 template <class Op>
 void read_others(typename Op::Call& s, const py::handle* values, const float* found_inf,
                  TensorArgs& args) {
-    for_each_argument<Op>(values, [&](const auto& a, py::handle value) {
+    for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
         if (a.number != nullptr) read_number<Op>(s, a, values, value, found_inf, args);
         if (a.result != nullptr) s.*a.result = args.result(a.name, value, s.*a.result_is_double);
         if ((a.traits & kBasis) != 0)
@@ -172,15 +176,13 @@ py::object call(const py::handle* values, const OnCPU& on_cpu, const OnCUDA& on_
     TensorArgs args(roles_of<Op>(s, values));
     Tensors t = args.tensors();
     float* found_inf = nullptr;
-    for_each_argument<Op>(values, [&](const auto& a, py::handle value) {
+    for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
         if (a.list != nullptr) t.*a.list = args.pointers(a.name);
         if (a.is_found_inf) found_inf = args.flag(a.name, value, a.traits);
     });
     if constexpr (Op::kArguments[0].vectors != nullptr) take_vectors<Op>(s, args, values);
     read_others<Op>(s, values, found_inf, args);
-    if constexpr (Op::kArguments[0].vectors != nullptr) {
-        if (args.numel()[0] == 0) return py::none();
-    }
+    if (Op::kArguments[0].vectors != nullptr && args.numel()[0] == 0) return py::none();
     args.require_apart();
     if (threads == 0) return table_of(args);
     require_served(args);
@@ -191,7 +193,7 @@ py::object call(const py::handle* values, const OnCPU& on_cpu, const OnCUDA& on_
         const auto workspace = [&](std::int64_t size) { return args.workspace(size); };
         on_cuda(t, s, found_inf, workspace, args.device().id, args.stream());
     }
-    for_each_argument<Op>(values, [&](const auto& a, py::handle value) {
+    for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
         TensorList* const list = is_saved<Op>(s, a) ? tensor_list(value) : nullptr;
         if (list != nullptr) list->filled = true;
     });
@@ -219,11 +221,7 @@ void define_op(py::module_& module, py::dict& operations, const char* name, cons
         [=](const py::handle* values) { return call<Op>(values, on_cpu, on_cuda); });
 }
 
-// What names a list of gradients in Python.
-bool names_gradients(const std::string& name) {
-    return name == "grads" || name == "base_grads" || name == "tensors";
-}
-
+// The check of lists by their names, some of which are those of gradients.
 py::tuple check(py::handle names_given, py::handle lists_given, py::handle written_given) {
     const py::tuple names = items_of("names", names_given, "");
     const py::tuple lists = items_of("lists", lists_given, "");
@@ -240,7 +238,9 @@ py::tuple check(py::handle names_given, py::handle lists_given, py::handle writt
             PyErr_Clear();
             throw py::type_error("names must be strings");
         }
-        unsigned traits = names_gradients(text) ? kGradients : kRead;
+        const std::string list = text;
+        const bool are_gradients = list == "grads" || list == "base_grads" || list == "tensors";
+        unsigned traits = are_gradients ? kGradients : kRead;
         if (truth("written", PyTuple_GET_ITEM(written.ptr(), r))) traits |= kWritten;
         if (r > 0) traits |= kOptional;
         roles.push_back({text, PyTuple_GET_ITEM(lists.ptr(), r), traits});
