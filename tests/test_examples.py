@@ -92,3 +92,44 @@ def test_flat_for_less(tmp_path: Path) -> None:
         ["| USAM", "2.000", "3.00 ± 0.10", "100 ± 0"],
     ]
     assert (tmp_path / "flat_for_less.png").stat().st_size > 0
+
+
+def run_lightning(*arguments: str) -> dict[str, tuple[float, float]]:
+    """Run the example; return the sharpness and the accuracy that each run prints."""
+    pytest.importorskip("lightning.pytorch")
+    pytest.importorskip("sklearn")
+    script = str(EXAMPLES / "lightning_cifar10.py")
+    printed = subprocess.run(
+        [sys.executable, "-W", "ignore", script, "--quiet", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    pattern = r"^(\w+): sharpness ([\d.]+), test accuracy ([\d.]+)$"
+    matches = re.findall(pattern, printed, re.MULTILINE)
+    return {name: (float(sharpness), float(accuracy)) for name, sharpness, accuracy in matches}
+
+
+@pytest.mark.slow
+def test_lightning_on_digits() -> None:
+    results = run_lightning("--dataset", "digits", "--accumulate", "2")
+    assert list(results) == ["SGD", "USAM"]
+    assert results["USAM"][0] < 0.9 * results["SGD"][0]
+    assert min(accuracy for _, accuracy in results.values()) > 0.95
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_lightning_on_cifar10() -> None:
+    small = "--images", "256", "--epochs", "1", "--width", "8", "--curvature-images", "64"
+    results = run_lightning(*small, "--clip", "1.0", "--precision", "bf16-mixed")
+    assert results["SGD"] != results["USAM"]
+    assert min(sharpness for sharpness, _ in results.values()) > 0
+
+
+@pytest.mark.slow
+def test_lightning_explains_itself() -> None:
+    pytest.importorskip("lightning.pytorch")
+    script = EXAMPLES / "lightning_cifar10.py"
+    done = subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
+    assert b"--accumulate" in done.stdout

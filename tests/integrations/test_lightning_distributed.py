@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,83 @@ def test_fsdp2(
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
         assert found_loss == pytest.approx(loss)
+
+
+def go_on(rank: int, kind: str, folder: str) -> list[list[Tensor]]:
+    """The weights of a whole run, and of one that goes on from a checkpoint."""
+    ends = []
+    for first, last, source in ((4, None, None), (2, "half", None), (4, None, "half")):
+        module: Net = Sharded("usam") if kind == "fsdp2" else Net("usam")
+        trainer = trainer_of(
+            strategy=DDPStrategy(cluster_environment=Environment())
+            if kind == "ddp"
+            else model_parallel(ModelParallelStrategy),
+            devices=2,
+            precision="32-true",
+            accumulate_grad_batches=2,
+            use_distributed_sampler=False,
+            max_epochs=first,
+        )
+        path = None if source is None else f"{folder}/{source}"
+        with quietly():
+            trainer.fit(module, loader(rank, 2), ckpt_path=path)
+            if last is not None:
+                trainer.save_checkpoint(f"{folder}/{last}")
+        ends.append(weights(module))
+    return [ends[0], ends[2]]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_run_goes_on_exactly(run_distributed: RunDistributed, kind: str, tmp_path: Path) -> None:
+    for whole, resumed in run_distributed(go_on, 2, kind, str(tmp_path)):
+        assert all(map(torch.equal, whole, resumed))
+
+
+def batch_norm(rank: int, callback: bool) -> tuple[Tensor, int]:
+    """Train a DDP module with batch norm; return its running mean."""
+    module = Net("usam")
+    module.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).double()
+    torch.manual_seed(3)
+    for p in module.parameters():
+        nn.init.normal_(p)
+    if callback:
+        trainer = trainer_of(
+            strategy=DDPStrategy(cluster_environment=Environment()),
+            devices=2,
+            precision="32-true",
+            accumulate_grad_batches=2,
+            use_distributed_sampler=False,
+        )
+        with quietly():
+            trainer.fit(module, loader(rank, 2))
+    else:
+        ddp = nn.parallel.DistributedDataParallel(module.net)
+        opt = module.configure_optimizers()
+        batches = list(loader(rank, 2))
+        for start in (0, 2, 4) * 2:
+            opt.zero_grad()
+
+            def evaluate(start: int = start) -> None:
+                window = batches[start : start + 2]
+                for n, (inputs, targets) in enumerate(window, 1):
+                    with ddp.no_sync() if n < len(window) else nullcontext():
+                        (nn.functional.mse_loss(ddp(inputs), targets) / 2).backward()
+
+            evaluate()
+            while opt.ascend():
+                with ef.freeze_running_stats(module):
+                    evaluate()
+            opt.step()
+    return module.net[1].running_mean, int(module.net[1].num_batches_tracked)
+
+
+def test_running_statistics_of_each_rank(run_distributed: RunDistributed) -> None:
+    """DDP sends those of rank 0 before each forward pass, in the passes after an ascent too."""
+    found = run_distributed(batch_norm, 2, True)
+    expected = run_distributed(batch_norm, 2, False)
+    assert [count for _, count in found] == [10, 10]
+    for (a, _), (b, _) in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 def with_fabric(rank: int, kind: str, method: str, accumulation: int, clips: bool) -> list[Tensor]:

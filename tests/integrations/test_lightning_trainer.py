@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.tuner import Tuner
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
 from eigenfilter.integrations.lightning import SharpnessAwareCallback
@@ -355,6 +356,24 @@ def test_checkpoints_hold_x_and_training_goes_on_exactly(tmp_path: Path) -> None
     trainer_of(checkpoints[1], max_epochs=4, **options).fit(second, loader(), ckpt_path=path)
     assert distance(second, whole) == 0.0
     assert whole.rhos() == second.rhos() == [0.0]
+
+
+def test_lightnings_search_for_a_learning_rate(tmp_path: Path) -> None:
+    """It trains with other callbacks and loops, and then restores everything."""
+
+    class Searched(Problem):
+        def configure_optimizers(self) -> Any:
+            return ef.USAM(self.parameters(), lr=self.lr, momentum=0.9, rho=0.1)
+
+    module, other = Searched(usam), Searched(usam)
+    module.lr = other.lr = 0.1
+    trainer = trainer_of(accumulate_grad_batches=4, default_root_dir=tmp_path)
+    found = Tuner(trainer).lr_find(module, loader(), num_training=8, update_attr=False)
+    assert len(found.results["loss"]) >= 8
+    trainer.fit(module, loader())
+    other.double()
+    by_hand(other, [4, 4])
+    assert distance(module, other) < 1e-12
 
 
 # What is refused.

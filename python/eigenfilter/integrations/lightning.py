@@ -35,7 +35,7 @@ with imports_of("lightning"):
 __all__ = ["SharpnessAwareCallback"]
 
 
-class SharpnessAwareCallback(Callback):
+class SharpnessAwareCallback(Callback):  # type: ignore[misc]
     """Automatic optimization with the optimizers of this library.
 
         trainer = Trainer(callbacks=[SharpnessAwareCallback()], ...)
@@ -62,12 +62,6 @@ class SharpnessAwareCallback(Callback):
             an engine of its own (DeepSpeed), gradients are released and would be clipped, or
             `training_step` takes an iterator (`dataloader_iter`).
         RuntimeError: `training_step` writes to a tensor of its batch, which it gets again.
-
-    Example:
-        >>> from eigenfilter.integrations.lightning import SharpnessAwareCallback
-        >>> trainer = lightning.pytorch.Trainer(  # doctest: +SKIP
-        ...     callbacks=[SharpnessAwareCallback()], accumulate_grad_batches=4
-        ... )
     """
 
     def __init__(self) -> None:
