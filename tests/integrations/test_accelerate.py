@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +23,26 @@ from run_distributed import RunDistributed
 accelerate = pytest.importorskip("accelerate")
 
 from accelerate import Accelerator  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 
 from eigenfilter.integrations.accelerate import (  # noqa: E402
     SharpnessAwareBackward,
     optimizer_of,
 )
+from integrations.accelerate_state import (  # noqa: E402
+    fresh_state,
+    launched,
+    reset_state,
+    with_scaler,
+)
+
+__all__ = ["fresh_state"]
 
 BATCHES = 7  # of 3 samples: not a multiple of 4
 LR, MOMENTUM, RHO = 0.3, 0.8, 0.2
 MAX_NORM = 2.4  # clips some of the steps
 Sam = {"lr": LR, "momentum": MOMENTUM, "rho": RHO}
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    """Accelerate shares its state among all accelerators of a process."""
-    reset_state()
-    yield
-    reset_state()
-
-
-def reset_state() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def network() -> nn.Module:
@@ -217,31 +210,31 @@ def test_a_batch_may_be_changed_by_its_loss() -> None:
     assert_same(model, twin)
 
 
-def with_scaler(accelerator: Any, scale: float) -> Any:
-    """An accelerator whose mixed precision is fp16's, which Accelerate refuses on the CPU."""
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
-    accelerator.native_amp = True
-    accelerator.state._mixed_precision = "fp16"
-    return accelerator
+def wrapped_sam(params: Any, lr: float, momentum: float, rho: float) -> Any:
+    return ef.SharpnessAware(torch.optim.SGD(params, lr=lr, momentum=momentum), "sam", rho)
 
 
+@pytest.mark.parametrize("make", [ef.SAM, wrapped_sam], ids=["fused", "wrapped"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("max_norm", [0.0, MAX_NORM])
-def test_a_loss_scale_changes_nothing(accumulation: int, max_norm: float) -> None:
+def test_a_loss_scale_changes_nothing(
+    accumulation: int, max_norm: float, make: Callable[..., Any]
+) -> None:
     model = network()
     twin = copy.deepcopy(model)
     accelerator = with_scaler(make_accelerator(accumulation), 2.0**12)
-    train(accelerator, model, ef.SAM(model.parameters(), **Sam), max_norm=max_norm)
+    train(accelerator, model, make(model.parameters(), **Sam), max_norm=max_norm)
     assert accelerator.scaler.get_scale() > 2.0**12
     losses = losses_by_hand(twin, accumulation)
     sam_steps(list(twin.parameters()), losses, **Sam, max_norm=max_norm, normalized=True)
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("make", [ef.SAM, wrapped_sam], ids=["fused", "wrapped"])
 @pytest.mark.parametrize("where", ["ascent", "descent"])
-def test_a_step_that_overflows_is_skipped(where: str) -> None:
+def test_a_step_that_overflows_is_skipped(where: str, make: Callable[..., Any]) -> None:
     model = network()
-    opt = ef.USAM(model.parameters(), **Sam)
+    opt = make(model.parameters(), **Sam)
     accelerator = make_accelerator()
     model = accelerator.prepare(model)
     prepared = with_scaler(accelerator, 2.0**12).prepare(opt)
@@ -399,23 +392,6 @@ def test_a_plain_loop_names_the_integration() -> None:
     accelerator.backward(loss_of(model, windows(1)[0][0]))
     with pytest.raises(RuntimeError, match=r"accelerate\.SharpnessAwareBackward"):
         opt.step()
-
-
-@contextmanager
-def launched(rank: int, processes: int) -> Iterator[None]:
-    """The environment that `accelerate launch` makes for a process."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-    names = {name: str(value) for name, value in ranks.items()}
-    names |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": str(processes)}
-    before = dict(os.environ)
-    os.environ.update(names)
-    reset_state()
-    try:
-        yield
-    finally:
-        reset_state()
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def train_on_a_rank(rank: int, accumulation: int) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from eigenfilter.integrations.transformers import (  # noqa: E402
     SharpnessAwareMixin,
     SharpnessAwareTrainer,
 )
-from integrations.test_accelerate import fresh_state, launched, with_scaler  # noqa: E402
+from integrations.accelerate_state import fresh_state, launched, with_scaler  # noqa: E402
 
 __all__ = ["fresh_state"]
 
@@ -831,6 +831,7 @@ def train_on_a_rank(rank: int, folder: Path, accumulation: int) -> dict[str, Ten
         return dict(model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_two_processes_are_one(

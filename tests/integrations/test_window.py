@@ -114,6 +114,15 @@ def test_a_failed_evaluation_restores_the_weights(model: nn.Module) -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_a_micro_batch_whose_first_evaluation_fails_is_forgotten(model: nn.Module) -> None:
+    window = Window(model, ef.USAM(model.parameters(), lr=0.1, rho=0.1))
+    with window.recording(lambda: None):
+        pass
+    with pytest.raises(ZeroDivisionError), window.recording(lambda: None):
+        raise ZeroDivisionError("a batch that fails")
+    assert len(window) == 1
+
+
 def test_the_optimizer_in_wrappers(model: nn.Module) -> None:
     opt = ef.USAM(model.parameters(), lr=0.1)
     wrapper = torch.optim.SGD(model.parameters())

@@ -6,7 +6,6 @@ import copy
 from collections.abc import MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -21,7 +20,8 @@ def copy_of(batch: Any, *, tensors: bool = True) -> Any:
         tensors: whether tensors are copied too.
     """
     if isinstance(batch, Tensor):
-        return _copy_of_tensor(batch) if tensors else batch
+        # One that requires grad is a parameter, or computed from some: its gradient goes there.
+        return batch if batch.requires_grad or not tensors else batch.clone()
     if isinstance(batch, MutableMapping):
         copied = copy.copy(batch)
         for key, value in batch.items():
@@ -33,10 +33,3 @@ def copy_of(batch: Any, *, tensors: bool = True) -> Any:
         values = [copy_of(value, tensors=tensors) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
-
-
-def _copy_of_tensor(t: Tensor) -> Tensor:
-    if t.grad_fn is not None:  # part of a graph, to which its gradient goes
-        return t
-    with torch.no_grad():
-        return t.clone().requires_grad_(t.requires_grad)

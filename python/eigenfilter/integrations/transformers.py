@@ -311,7 +311,7 @@ def _check(trainer: Any) -> None:
         name = type(trainer.optimizer).__name__
         raise TypeError(
             f"a sharpness-aware trainer was given {name}, which takes no ascents: pass "
-            " optimizer_cls_and_kwargs=(eigenfilter.USAM, {'rho': 0.05}), or "
+            "optimizer_cls_and_kwargs=(eigenfilter.USAM, {'rho': 0.05}), or "
             "TrainingArguments(optim_args='method=sam,rho=0.05')"
         )
     refuse(trainer.accelerator, opt)
