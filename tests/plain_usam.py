@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import eigenfilter as ef
 
 LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.8, 0.01, 0.3
 USAM = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "rho": RHO}
@@ -84,6 +87,20 @@ class PlainUSAM:
             total = [t + g for t, g in zip(total, gradients, strict=True)]
             losses.append(loss.item())
         return losses, total
+
+
+class WithModes(ef.USAM):
+    """USAM that keeps the calls of `train` and `eval`, as schedule-free optimizers have them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.calls: list[str] = []
+
+    def train(self) -> None:
+        self.calls.append("train")
+
+    def eval(self) -> None:
+        self.calls.append("eval")
 
 
 def assert_same(model: nn.Module, other: nn.Module) -> None:

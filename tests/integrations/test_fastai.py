@@ -20,6 +20,7 @@ from plain_usam import (
     WEIGHT_DECAY,
     Batch,
     PlainUSAM,
+    WithModes,
     assert_same,
     make_batches,
     make_model,
@@ -271,6 +272,12 @@ def test_one_cycle_and_a_schedule_of_rho() -> None:
     rhos, momenta = zip(*seen, strict=True)
     torch.testing.assert_close(list(rhos), [0.02 * i for i in range(COUNT)])
     assert max(momenta) == pytest.approx(0.95)
+
+
+def test_the_modes_of_a_schedule_free_optimizer() -> None:
+    learn = make_learner(without_dropout(), optimizer=WithModes)
+    fit(learn)
+    assert learn.opt.opt.calls == ["train", "eval"] * EPOCHS
 
 
 def test_a_run_goes_on_from_a_file(tmp_path: Path) -> None:

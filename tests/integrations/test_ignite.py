@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from pages import ROOT, run_page
-from plain_usam import LR, RHO, USAM, PlainUSAM, assert_same, make_batches, make_model
+from plain_usam import LR, RHO, USAM, PlainUSAM, WithModes, assert_same, make_batches, make_model
 
 pytest.importorskip("ignite")
 import ignite.engine
@@ -177,6 +177,17 @@ def test_a_run_goes_on_from_a_checkpoint() -> None:
     resumed.run(make_batches(10), max_epochs=2)
     trainer.run(make_batches(10), max_epochs=2)
     assert_same(again, model)
+
+
+def test_the_modes_of_a_schedule_free_optimizer() -> None:
+    model = make_model()
+    opt = WithModes(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(model, opt, MSE, device="cpu")
+    modes = []
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: modes.append(opt.calls[-1]))
+    trainer.run(make_batches(3), max_epochs=EPOCHS)
+    assert modes == ["eval"] * EPOCHS
+    assert opt.calls == ["train", "train", "train", "eval"] * EPOCHS
 
 
 def test_outputs_and_transforms() -> None:

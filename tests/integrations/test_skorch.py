@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import eigenfilter as ef
 from pages import ROOT, run_page
-from plain_usam import LR, USAM, Batch, PlainUSAM, assert_same, make_batches, make_model
+from plain_usam import LR, USAM, Batch, PlainUSAM, WithModes, assert_same, make_batches, make_model
 
 pytest.importorskip("skorch")
 from sklearn.base import clone
@@ -190,6 +190,12 @@ def test_scikit_learns_tools() -> None:
     x, y = data()
     search.fit(x.numpy(), y.numpy())
     assert len({round(score, 9) for score in search.cv_results_["mean_test_score"]}) == 4
+
+
+def test_the_modes_of_a_schedule_free_optimizer() -> None:
+    net = make_net(optimizer=WithModes, train_split=lambda dataset, y=None, **_: (dataset, dataset))
+    net.partial_fit(*data())
+    assert net.optimizer_.calls == ["train", "eval"] * EPOCHS
 
 
 def test_a_classifier() -> None:

@@ -28,6 +28,13 @@ def optimizer_of(optimizer: Any) -> EigenfilterOptimizer | None:
     return None
 
 
+def set_mode(optimizer: Any, mode: str) -> None:
+    """Call `train` or `eval` of an optimizer that has it, as schedule-free ones have."""
+    method = getattr(optimizer_of(optimizer) or optimizer, mode, None)
+    if method is not None:
+        method()
+
+
 class Window:
     """The micro-batches whose gradients a framework accumulates for one step.
 

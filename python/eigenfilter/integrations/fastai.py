@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._window import Window, optimizer_of
+from eigenfilter.integrations._window import Window, optimizer_of, set_mode
 from eigenfilter.optimizers.amp import drop_scaler_attributes
 
 with imports_of("fastai"):
@@ -74,6 +74,14 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         self._recording.close()  # of a fit that has failed
         self._window = None
         self.learn.opt.zero_grad()
+
+    def before_train(self) -> None:
+        """Bring a schedule-free base to where its gradients are taken."""
+        set_mode(self.learn.opt.opt, "train")
+
+    def after_train(self) -> None:
+        """Bring a schedule-free base to its weights."""
+        set_mode(self.learn.opt.opt, "eval")
 
     def before_batch(self) -> None:
         """Record the batch, whose evaluation begins."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._window import Window, optimizer_of
+from eigenfilter.integrations._window import Window, optimizer_of, set_mode
 
 with imports_of("ignite"):
-    from ignite.engine import DeterministicEngine, Engine
+    from ignite.engine import DeterministicEngine, Engine, Events
     from ignite.utils import convert_tensor
 
 
@@ -49,8 +49,9 @@ def create_supervised_trainer(
 
     Every iteration is one batch, and fires its events once. As in ignite, iterations are counted
     over all epochs, so a step whose batches an epoch does not complete goes on in the next one.
-    Running statistics stay those of x, and `engine.state.output` is that at x. An optimizer of
-    another library steps as with ignite's trainer.
+    Running statistics stay those of x, and `engine.state.output` is that at x. The methods `train`
+    and `eval` of a schedule-free base are called in each iteration and after each epoch. An
+    optimizer of another library steps as with ignite's trainer.
 
     Args:
         model, optimizer, loss_fn, device, non_blocking, prepare_batch, model_transform,
@@ -94,6 +95,7 @@ def create_supervised_trainer(
             if window is not None:
                 window.clear()  # batches of a run that ended within a step
         model.train()
+        set_mode(optimizer, "train")
         x, y = prepare_batch(batch, device=device, non_blocking=non_blocking)
 
         def evaluate() -> tuple[Any, Tensor]:
@@ -118,6 +120,7 @@ def create_supervised_trainer(
         return output_transform(x, y, y_pred, loss * gradient_accumulation_steps)
 
     engine = DeterministicEngine(update) if deterministic else Engine(update)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, set_mode, optimizer, "eval")
     if is_own_scaler:
         engine.state.scaler = grad_scaler
     return engine

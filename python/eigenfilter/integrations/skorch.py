@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._window import Window, optimizer_of
+from eigenfilter.integrations._window import Window, optimizer_of, set_mode
 
 with imports_of("skorch"):
     from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
@@ -63,9 +63,15 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
     def run_single_epoch(
         self, iterator: Any, training: bool, prefix: str, step_fn: Callable[..., Any], **fit: Any
     ) -> None:
-        if training and iterator is not None:
-            iterator = self._in_windows(iterator)
-        super().run_single_epoch(iterator, training, prefix, step_fn, **fit)
+        if not training or iterator is None:
+            super().run_single_epoch(iterator, training, prefix, step_fn, **fit)
+            return
+        optimizer = getattr(self, f"{self._optimizers[0]}_")
+        set_mode(optimizer, "train")
+        try:
+            super().run_single_epoch(self._in_windows(iterator), training, prefix, step_fn, **fit)
+        finally:
+            set_mode(optimizer, "eval")
 
     def train_step(self, batch: Any, **fit_params: Any) -> dict[str, Any]:
         """Evaluate a batch, and update the weights after the last one of a step."""
