@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import eigenfilter as ef
+from eigenfilter._distributed import fsdp_groups
 from optimizers.distributed_problem import (
     OPTIMIZERS,
     SETTINGS,
@@ -245,7 +246,7 @@ def unsharded_bytes(rank: int) -> dict[str, float]:
         model.set_requires_gradient_sync(sync)
         model(torch.ones(2, 16)).sum().backward()
         held = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
-        for group in model._get_fsdp_state()._fsdp_param_groups:
+        for group in fsdp_groups(model):
             for p in group.fsdp_params:
                 whole = p.unsharded_param.grad, p.unsharded_accumulated_grad
                 held += [g for g in whole if g is not None]
