@@ -180,6 +180,17 @@ def test_it_raises_rho_to_where_the_edge_is_lower(cls: Any) -> None:
     assert flt.max_eigenvalue() == pytest.approx(check.edge / 1.05)
 
 
+def test_it_raises_no_rho_that_follows_lr() -> None:
+    task = Trained()
+    opt = ef.USAM(task.model.parameters(), lr=4 / task.sharpness(), rho=0.01)
+    monitor = ef.SharpnessMonitor(task.op, opt, on_edge="raise_rho")
+    ef.schedulers.RhoScheduler(opt, "lr")
+    with pytest.raises(ValueError, match="computes from lr at every step"):
+        monitor.check()
+    with pytest.raises(ValueError, match="computes from lr at every step"):
+        ef.SharpnessMonitor(task.op, opt, on_edge="raise_rho")
+
+
 def test_it_calls_a_callable() -> None:
     seen = []
     monitor, _ = past_the_edge(seen.append)

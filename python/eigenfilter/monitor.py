@@ -147,7 +147,7 @@ class SharpnessMonitor:
         self._vector: Tensor | None = None
         if on_edge == "raise_rho":
             linear = self._linearized()
-            _check_rho(None if linear is None else linear.filter)
+            _check_rho(None if linear is None else linear.filter, optimizer)
 
     def step(self) -> SharpnessCheck | None:
         """Count a training step; after every `every`-th one, check and return the check."""
@@ -258,7 +258,7 @@ class SharpnessMonitor:
             for group in self._optimizer.param_groups:
                 group["lr"] = group["lr"] * factor
         elif self._on_edge == "raise_rho":
-            _check_rho(flt)  # groups may have come to differ
+            _check_rho(flt, self._optimizer)  # groups may have come to differ
             rho = _rho_for(flt, check.edge / _MARGIN)
             for group in self._optimizer.param_groups:
                 group["rho"] = rho
@@ -266,7 +266,12 @@ class SharpnessMonitor:
             self._on_edge(check)
 
 
-def _check_rho(flt: Filter | None) -> None:
+def _check_rho(flt: Filter | None, optimizer: torch.optim.Optimizer) -> None:
+    if any("rho_base_lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            "on_edge='raise_rho' sets rho, which RhoScheduler(optimizer, 'lr') computes from lr at "
+            "every step: use another kind of scheduler, or on_edge='lower_lr'"
+        )
     if not hasattr(flt, "rho"):
         raise ValueError(
             "on_edge='raise_rho' needs an optimizer whose filter has a rho, which is not 0: "

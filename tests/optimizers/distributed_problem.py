@@ -55,6 +55,18 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
 
 
+class Block(nn.Module):
+    """A module of a program, which the compiler compiles; it passes over torch's containers."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(x)
+        return output
+
+
 def batch(part: slice) -> tuple[Tensor, Tensor]:
     """Inputs and targets of a part of eight samples."""
     generator = torch.Generator().manual_seed(12)

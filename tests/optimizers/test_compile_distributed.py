@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +23,7 @@ from optimizers.distributed_problem import (
     OPTIMIZERS,
     SETTINGS,
     WORLD,
+    Block,
     evaluation,
     full,
     network,
@@ -42,29 +44,26 @@ def sharded(model: nn.Sequential) -> nn.Sequential:
     return model
 
 
-def compile_layers(model: nn.Sequential) -> nn.Sequential:
-    """As torchtitan compiles: every block in place, before it is sharded."""
-    for layer in model:
-        layer.compile(backend="aot_eager")
-    return model
-
-
-def compiled(how: str) -> Any:
+def compiled(how: str, counter: Any) -> Any:
     if how == "inside DDP":
-        return DistributedDataParallel(torch.compile(network(), backend="aot_eager"))
-    if how == "around DDP":
-        return torch.compile(DistributedDataParallel(network()), backend="aot_eager")
-    if how == "inductor, around DDP":
-        return torch.compile(DistributedDataParallel(network()))
-    return sharded(compile_layers(network()))
+        return DistributedDataParallel(torch.compile(Block(network()), backend=counter))
+    if how.endswith("around DDP"):
+        return torch.compile(DistributedDataParallel(Block(network())), backend=counter)
+    blocks = nn.Sequential(*map(Block, network()))
+    for block in blocks:  # in place, before it is sharded, as torchtitan does
+        block.compile(backend=counter)
+    return sharded(blocks)
 
 
 def train_compiled(rank: int, how: str, name: str) -> list[Tensor]:
     torch.compiler.reset()
     # The compiler itself reads the grad of tensors that are no leaves.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-    model = compiled(how)
-    return train(OPTIMIZERS[name](model.parameters()), model, share(rank))
+    counter = CompileCounterWithBackend("inductor" if how.startswith("inductor") else "aot_eager")
+    model = compiled(how, counter)
+    params = train(OPTIMIZERS[name](model.parameters()), model, share(rank))
+    assert counter.frame_count > 0
+    return params
 
 
 HOW = ["inside DDP", "around DDP", "blocks under FSDP2", "inductor, around DDP"]

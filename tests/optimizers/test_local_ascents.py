@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 import eigenfilter as ef
@@ -18,6 +19,7 @@ from optimizers.distributed_problem import (
     OPTIMIZERS,
     SETTINGS,
     STEPS,
+    Block,
     batch,
     evaluation,
     full,
@@ -341,14 +343,15 @@ def test_copies_synchronize(run_distributed: RunDistributed) -> None:
 
 def compile_replicas(rank: int, what: str) -> list[Tensor]:
     torch.compiler.reset()
-    net = network()
+    net, counter = Block(network()), CompileCounter()
     if what == "inside":
-        model: Any = DistributedDataParallel(torch.compile(net, backend="aot_eager"))
+        model: Any = DistributedDataParallel(torch.compile(net, backend=counter))
     else:
-        model = torch.compile(DistributedDataParallel(net), backend="aot_eager")
+        model = torch.compile(DistributedDataParallel(net), backend=counter)
     opt = ef.USAM(model.parameters(), **SETTINGS)
     ef.ascent_sync(model, opt, enabled=False)
     take_steps("closure", opt, evaluation(opt, model, share(rank)))
+    assert counter.frame_count > 0
     return full(net.parameters())
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import eigenfilter as ef
+from eigenfilter._distributed import fsdp_groups
 from optimizers.distributed_problem import (
     OPTIMIZERS,
     SETTINGS,
+    Block,
     batch,
     error_message,
     evaluation,
@@ -37,14 +41,17 @@ def quarter(rank: int) -> slice:
     return slice(2 * rank, 2 * rank + 2)
 
 
-def hybrid(**options: Any) -> nn.Sequential:
-    """The network under HSDP: two replicas of two shards, a group for each layer."""
-    model = network()
+def shard(model: nn.Sequential, **options: Any) -> nn.Sequential:
+    """Shard a model as HSDP does: two replicas of two shards, a group for each layer."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
+
+
+def hybrid(**options: Any) -> nn.Sequential:
+    return shard(network(), **options)
 
 
 def train_hybrid(rank: int, name: str, local: bool, form: str) -> list[Tensor]:
@@ -73,6 +80,25 @@ def test_replicas_of_shards(run_distributed: RunDistributed, name: str, local: b
 
 def test_the_explicit_form(run_distributed: RunDistributed) -> None:
     results = run_distributed(train_hybrid, WORLD, "sam", True, "explicit")
+    assert_alike(results, train_each_part("sam", HALVES), 1e-12)
+
+
+def train_compiled(rank: int) -> list[Tensor]:
+    torch.compiler.reset()
+    # The compiler itself reads the grad of tensors that are no leaves.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    model, counter = nn.Sequential(*map(Block, network())), CompileCounter()
+    for block in model:
+        block.compile(backend=counter)
+    opt = ef.SAM(shard(model).parameters(), **SETTINGS)
+    ef.ascent_sync(model, opt, enabled=False)
+    take_steps("closure", opt, evaluation(opt, model, quarter(rank)))
+    assert counter.frame_count > 0
+    return full(model.parameters())
+
+
+def test_compiled_blocks(run_distributed: RunDistributed) -> None:
+    results = run_distributed(train_compiled, WORLD)
     assert_alike(results, train_each_part("sam", HALVES), 1e-12)
 
 
@@ -245,7 +271,7 @@ def unsharded_bytes(rank: int) -> dict[str, float]:
         model.set_requires_gradient_sync(sync)
         model(torch.ones(2, 16)).sum().backward()
         held = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
-        for group in model._get_fsdp_state()._fsdp_param_groups:
+        for group in fsdp_groups(model):
             for p in group.fsdp_params:
                 whole = p.unsharded_param.grad, p.unsharded_accumulated_grad
                 held += [g for g in whole if g is not None]
