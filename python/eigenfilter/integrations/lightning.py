@@ -315,9 +315,9 @@ def _copied(kwargs: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
 
 def _tensors(kwargs: OrderedDict[str, Any]) -> list[Tensor]:
     """The tensors that have a version counter."""
-    found: list[Tensor] = []
-    apply_to_collection(kwargs, Tensor, found.append)
-    return [t for t in found if not t.is_inference()]
+    found: list[Any] = []
+    apply_to_collection(kwargs, _Transferable, found.append)
+    return [t for t in found if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _precision_of(trainer: Trainer) -> Any:
