@@ -664,17 +664,17 @@ def test_a_checkpoint_on_a_signal_holds_x(tmp_path: Path) -> None:
 # Models of Transformers.
 
 
-def gpt2(dropout: float = 0.0) -> Any:
+def gpt2(positions: int = LENGTH) -> Any:
     torch.manual_seed(8)
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
-        n_positions=LENGTH,
+        n_positions=positions,
         n_embd=8,
         n_layer=2,
         n_head=2,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -775,21 +775,27 @@ def test_a_mixin_of_another_trainer(tmp_path: Path) -> None:
     assert_same(model, twin)
 
 
+def tokenizer() -> Any:
+    """Words are numbers, separated by spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"{i}": i for i in range(VOCABULARY)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="0", pad_token="1"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of TRL and datasets
 def test_the_trainer_of_trl(tmp_path: Path) -> None:
     """Its weights, and what it counts and logs in its own attributes, are those of one closure."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
 
     class SFT(SharpnessAwareMixin, trl.SFTTrainer):  # type: ignore[misc]
         pass
 
-    words = Tokenizer(models.WordLevel({f"{i}": i for i in range(VOCABULARY)}, unk_token="0"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="0", pad_token="1"
-    )
     rows = [row | {"labels": row["input_ids"]} for row in samples(16)]
     options = {"activation_checkpointing": False, "bf16": False, "max_length": LENGTH}
     options |= arguments(tmp_path, 4, weight_decay=0.0).to_dict()
@@ -800,7 +806,7 @@ def test_the_trainer_of_trl(tmp_path: Path) -> None:
         model=model,
         args=trl.SFTConfig(**{name: v for name, v in options.items() if name in known}),
         train_dataset=Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in rows]),
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         optimizer_cls_and_kwargs=USAM,
     )
     trainer.train()
@@ -810,6 +816,58 @@ def test_the_trainer_of_trl(tmp_path: Path) -> None:
     assert_same(model, twin, rtol=1e-6, atol=1e-6)
     assert logged(trainer, "loss") == pytest.approx(values, rel=1e-6)
     assert logged(trainer, "num_tokens") == [8 * LENGTH * step for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of TRL and datasets
+def test_a_trainer_that_generates_its_batches(tmp_path: Path) -> None:
+    """With a radius of almost 0, GRPO generates, counts, logs and learns as with plain SGD."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    class Counting(trl.GRPOTrainer):  # type: ignore[misc]
+        generations = 0
+
+        def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+            self.generations += 1
+            return super()._generate_and_score_completions(*args, **kwargs)
+
+    class Aware(SharpnessAwareMixin, Counting):
+        pass
+
+    def run(cls: Any, make: Any) -> Any:
+        model = gpt2(positions=32)
+        trainer = cls(
+            model=model,
+            args=trl.GRPOConfig(
+                str(tmp_path),
+                per_device_train_batch_size=4,
+                num_generations=4,
+                gradient_accumulation_steps=2,
+                max_steps=3,
+                max_completion_length=6,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+                bf16=False,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": f"{2 + i} {3 + i}"} for i in range(8)]),
+            processing_class=tokenizer(),
+            reward_funcs=lambda completions, **_: [float(len({*c})) for c in completions],
+            optimizers=(make(model.parameters()), None),
+        )
+        trainer.train()
+        return trainer
+
+    plain = run(Counting, functools.partial(torch.optim.SGD, lr=LR))
+    aware = run(Aware, functools.partial(ef.USAM, lr=LR, rho=1e-12))
+    assert aware.generations == plain.generations == 3
+    assert aware._step == plain._step == 6
+    for name in ("loss", "reward", "entropy", "num_tokens"):
+        assert logged(aware, name) == pytest.approx(logged(plain, name), rel=1e-6)
+    assert_same(aware.model, plain.model, rtol=1e-6, atol=1e-7)
 
 
 # Several processes.
