@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("accelerate")
+
 from accelerate.state import AcceleratorState, GradientState
 
 

@@ -20,22 +20,18 @@ from integrations.by_hand import sam_steps
 from pages import ROOT, run_page
 from run_distributed import RunDistributed
 
-accelerate = pytest.importorskip("accelerate")
-
-from accelerate import Accelerator  # noqa: E402
-from accelerate.state import PartialState  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
-
-from eigenfilter.integrations.accelerate import (  # noqa: E402
-    SharpnessAwareBackward,
-    optimizer_of,
-)
-from integrations.accelerate_state import (  # noqa: E402
+from integrations.accelerate_state import (  # isort: skip: skips the tests without it
     fresh_state,
     launched,
     reset_state,
     with_scaler,
 )
+
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from eigenfilter.integrations.accelerate import SharpnessAwareBackward, optimizer_of
 
 __all__ = ["fresh_state"]
 
