@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eigenfilter import optimizers
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations._window import Window, optimizer_of
 from eigenfilter.optimizers import registry
+from eigenfilter.optimizers.base import EigenfilterOptimizer
 
 with imports_of("timm"):
     from timm.optim import OptimInfo
@@ -26,9 +28,9 @@ with imports_of("timm"):
 def register() -> tuple[str, ...]:
     """Register the optimizers of this library with `timm.optim.create_optimizer_v2`.
 
-    The names are those of the methods without underscores, because timm reads only what follows
-    the last underscore of a name ("two_step_usam" would be "usam"). `SGD` and `AdamW` are "efsgd"
-    and "efadamw". All arguments of an optimizer can be given:
+    The names are those of the classes in lower case, and "asam"; `SGD` and `AdamW` are "efsgd" and
+    "efadamw". (timm reads only what follows the last underscore of a name: "two_step_usam" would be
+    "usam".) All arguments of an optimizer can be given:
 
         timm.optim.create_optimizer_v2(model, opt="usam", lr=0.1, weight_decay=1e-4, rho=0.05)
 
@@ -54,19 +56,22 @@ def register() -> tuple[str, ...]:
 
 
 def _infos() -> Iterator[OptimInfo]:
-    for method, optimizer in registry.OPTIMIZERS.items():
-        yield _info(method, optimizer, {})
+    # The base has no method, and SharpnessAware takes another optimizer.
+    others = EigenfilterOptimizer, optimizers.SharpnessAware
+    for name in optimizers.__all__:
+        optimizer = getattr(optimizers, name)
+        is_class = isinstance(optimizer, type) and issubclass(optimizer, EigenfilterOptimizer)
+        if is_class and optimizer not in others:
+            yield _info(name.lower(), optimizer, {})
     for name, (method, options) in registry.VARIANTS.items():
         yield _info(name, registry.OPTIMIZERS[method], dict(options))
-    for name, optimizer in registry.UPDATES.items():
-        yield _info(name, optimizer, {})
 
 
 def _info(name: str, optimizer: Callable[..., Any], defaults: dict[str, Any]) -> OptimInfo:
     arguments = inspect.signature(optimizer).parameters
     summary = (inspect.getdoc(optimizer) or "").partition("\n")[0]
     return OptimInfo(
-        name=("ef" if name in ("sgd", "adamw") else "") + name.replace("_", ""),
+        name=f"ef{name}" if name in ("sgd", "adamw") else name.replace("_", ""),
         opt_class=optimizer,
         description=f"eigenfilter: {summary}",
         has_eps="eps" in arguments,
