@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import eigenfilter as ef
 from pages import ROOT, run_page
 from plain_usam import LR, RHO, USAM, PlainUSAM, WithModes, assert_same, make_batches, make_model
+from run_distributed import RunDistributed
 
 pytest.importorskip("ignite")
 import ignite.engine
@@ -295,6 +296,33 @@ def test_a_batch_that_was_written_is_refused() -> None:
     with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
         trainer.run(make_batches(1), max_epochs=1)
     assert not opt.perturbed
+
+
+def without_statistics() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+
+def train_on_rank(rank: int, accumulation: int) -> list[Tensor]:
+    model = without_statistics()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        ddp, opt, MSE, "cpu", gradient_accumulation_steps=accumulation, max_norm=0.05
+    )
+    trainer.run(make_batches(16)[rank::2], max_epochs=1)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_two_processes(run_distributed: RunDistributed, accumulation: int) -> None:
+    model = without_statistics()
+    plain = PlainUSAM(model, 0.05)
+    for start in range(0, 16, 2 * accumulation):
+        plain.step(make_batches(16)[start : start + 2 * accumulation])
+    for weights in run_distributed(train_on_rank, 2, accumulation):
+        torch.testing.assert_close(weights, list(model.parameters()), rtol=0, atol=1e-6)
 
 
 def test_the_page_runs(tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def create_supervised_trainer(
     and `eval` of a schedule-free base are called in each iteration and after each epoch. An
     optimizer of another library steps as with ignite's trainer.
 
+    The arguments that are not described here are ignite's. `model_fn`, `model_transform` and
+    `loss_fn` are called at perturbed weights too.
+
     Args:
-        model, optimizer, loss_fn, device, non_blocking, prepare_batch, model_transform,
-            output_transform, deterministic, gradient_accumulation_steps, model_fn: those of
-            ignite. `loss_fn`, `model_transform` and `model_fn` are called at perturbed weights too.
         amp_mode: "amp" for autocast on the device's type, or None.
         scaler: whether to scale the loss, or the GradScaler to use; with `amp_mode="amp"` only.
             If it is True, the engine's state has it as `scaler`.

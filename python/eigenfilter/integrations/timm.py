@@ -6,15 +6,18 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FunctionType
+from contextlib import suppress
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eigenfilter import optimizers
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations._window import Window, optimizer_of
 from eigenfilter.optimizers import registry
+from eigenfilter.optimizers.base import EigenfilterOptimizer
 
 with imports_of("timm"):
     from timm.optim import OptimInfo
@@ -25,9 +28,9 @@ with imports_of("timm"):
 def register() -> tuple[str, ...]:
     """Register the optimizers of this library with `timm.optim.create_optimizer_v2`.
 
-    The names are those of the methods without underscores, because timm reads only what follows
-    the last underscore of a name ("two_step_usam" would be "usam"). `SGD` and `AdamW` are "efsgd"
-    and "efadamw". All arguments of an optimizer can be given:
+    The names are those of the classes in lower case, and "asam"; `SGD` and `AdamW` are "efsgd" and
+    "efadamw". (timm reads only what follows the last underscore of a name: "two_step_usam" would be
+    "usam".) All arguments of an optimizer can be given:
 
         timm.optim.create_optimizer_v2(model, opt="usam", lr=0.1, weight_decay=1e-4, rho=0.05)
 
@@ -53,8 +56,13 @@ def register() -> tuple[str, ...]:
 
 
 def _infos() -> Iterator[OptimInfo]:
-    for method, optimizer in registry.OPTIMIZERS.items():
-        yield _info(method, optimizer, {})
+    # The base has no method, and SharpnessAware takes another optimizer.
+    others = EigenfilterOptimizer, optimizers.SharpnessAware
+    for name in optimizers.__all__:
+        optimizer = getattr(optimizers, name)
+        is_class = isinstance(optimizer, type) and issubclass(optimizer, EigenfilterOptimizer)
+        if is_class and optimizer not in others:
+            yield _info(name.lower(), optimizer, {})
     for name, (method, options) in registry.VARIANTS.items():
         yield _info(name, registry.OPTIMIZERS[method], dict(options))
 
@@ -63,7 +71,7 @@ def _info(name: str, optimizer: Callable[..., Any], defaults: dict[str, Any]) ->
     arguments = inspect.signature(optimizer).parameters
     summary = (inspect.getdoc(optimizer) or "").partition("\n")[0]
     return OptimInfo(
-        name=("ef" if name in ("sgd", "adamw") else "") + name.replace("_", ""),
+        name=f"ef{name}" if name in ("sgd", "adamw") else name.replace("_", ""),
         opt_class=optimizer,
         description=f"eigenfilter: {summary}",
         has_eps="eps" in arguments,
@@ -178,7 +186,7 @@ class _Variables:
     """The variables that a function reads from around it, which may be assigned again.
 
     Attributes:
-        values: their values by their names, and those of the function's own arguments.
+        values: their values, and those of the function's own arguments, by function and name.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -188,12 +196,12 @@ class _Variables:
     def refuse_changes(self) -> None:
         """Raise RuntimeError if the function would read other values than at first."""
         now = _read(self._function)
-        for name, value in self.values.items():
-            if now.get(name) is not value and not _are_equal_numbers(now.get(name), value):
+        for key, value in self.values.items():
+            if now.get(key) is not value and not _are_equal_numbers(now.get(key), value):
                 raise RuntimeError(
-                    f"the function that computes the loss reads the variable {name!r}, which was "
-                    "assigned again before the step was over, so that its micro-batch is lost: "
-                    f"make it an argument with a default, def forward({name}={name})"
+                    f"the function that computes the loss reads {key[1]!r}, which was assigned "
+                    "again before the step was over, so that its micro-batch is lost: make what it "
+                    "reads an argument with a default, as in def forward(input=input)"
                 )
 
 
@@ -201,34 +209,49 @@ def _are_equal_numbers(a: Any, b: Any) -> bool:
     return isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b
 
 
-def _read(function: Any, seen: frozenset[Any] = frozenset()) -> dict[str, Any]:
+def _read(function: Any, seen: frozenset[Any] = frozenset()) -> dict[tuple[str, str], Any]:
     """What a function reads from around it, and the functions of its module that it calls."""
     if isinstance(function, functools.partial):
-        given = {f"argument {i}": value for i, value in enumerate(function.args)}
-        return given | function.keywords | _read(function.func, seen)
+        given = dict(enumerate(function.args)) | function.keywords
+        values = {("partial", str(name)): value for name, value in given.items()}
+        return values | _read(function.func, seen)
+    owner = getattr(function, "__self__", None)
     function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType) or function in seen:
         return {}
-    found = dict(_nonlocals(function))
-    space = function.__globals__
-    found |= {name: space[name] for name in _globals(function.__code__) if name in space}
-    for value in list(found.values()):
-        if getattr(value, "__globals__", None) is space:
-            found = _read(value, seen | {function}) | found
+    found = {} if owner is None else {"self": owner}
+    found |= _nonlocals(function)
+    globals_read, attributes_read = _names(function.__code__)
+    found |= {n: function.__globals__[n] for n in globals_read if n in function.__globals__}
+    for name, value in list(found.items()):
+        if not isinstance(value, (type, FunctionType, ModuleType)):
+            attributes = getattr(value, "__dict__", {})
+            found |= {f"{name}.{a}": attributes[a] for a in attributes_read if a in attributes}
     arguments = inspect.signature(function).parameters.values()
-    return found | {a.name: a.default for a in arguments if a.default is not a.empty}
+    found |= {a.name: a.default for a in arguments if a.default is not a.empty}
+    result = {(function.__qualname__, name): value for name, value in found.items()}
+    for value in found.values():
+        if getattr(value, "__globals__", None) is function.__globals__:
+            result |= _read(value, seen | {function})
+    return result
 
 
-def _nonlocals(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _nonlocals(function: FunctionType) -> dict[str, Any]:
+    found = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
+        with suppress(ValueError):  # not assigned yet
+            found[name] = cell.cell_contents
+    return found
 
 
 @functools.lru_cache(maxsize=128)
-def _globals(code: CodeType) -> frozenset[str]:
-    names = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-    inside = (c for c in code.co_consts if isinstance(c, CodeType))
-    return frozenset(names.union(*map(_globals, inside)))
+def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The global names and the attributes that a function and those inside it read."""
+    inside = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
+    read = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+    names = {name for op, name in read if op == "LOAD_GLOBAL"}
+    attributes = {name for op, name in read if op in ("LOAD_ATTR", "LOAD_METHOD")}
+    return (
+        frozenset(names.union(*(names for names, _ in inside))),
+        frozenset(attributes.union(*(attributes for _, attributes in inside))),
+    )
