@@ -119,7 +119,7 @@ def test_kernels_bump_versions(backend_name: str) -> None:
 @pytest.mark.parametrize("arguments", [{"momentum": 0.9}, {"nesterov": True}])
 def test_momentum_needs_buffers(arguments: dict[str, object]) -> None:
     x = torch.ones(3)
-    with pytest.raises(ValueError, match="need momenta"):
+    with pytest.raises(ValueError, match="needs momenta"):
         kernels.sgd_step([x], [torch.ones(3)], lr=0.1, **arguments)
     assert x.tolist() == [1.0] * 3
 
