@@ -60,6 +60,7 @@ class Window:
         self.model = model
         self.optimizer = optimizer
         self._evaluations: list[tuple[Callable[[], Any], Randomness | None]] = []
+        self._dropped = 0  # micro-batches of this step that came while it had no ascent
 
     def __len__(self) -> int:
         """The number of micro-batches that were recorded since the last step."""
@@ -85,6 +86,8 @@ class Window:
                 replays = self.optimizer.perturbation.replays(0) is False
                 again = _as_now(self.model, evaluate, batch)
                 self._evaluations.append((again, self._randomness() if replays else None))
+            else:
+                self._dropped += 1
             try:
                 yield
             except BaseException:
@@ -98,9 +101,19 @@ class Window:
 
         Args:
             grad_scaler: scaler whose scale the gradients carry.
+
+        Raises:
+            RuntimeError: the method had no ascent when a micro-batch of this step was recorded, and
+                has one now.
         """
         opt = self.optimizer
         try:
+            if self._dropped and opt.phase == "ascent":
+                raise RuntimeError(
+                    f"rho was 0 for the first {self._dropped} micro-batches of a step, and is not "
+                    "now: they were not kept, so that the step cannot take its ascents. Change rho "
+                    "between steps, or begin its schedule above 0"
+                )
             while opt.ascend(grad_scaler):
                 with freeze_running_stats(self.model):
                     self._evaluate()
@@ -114,6 +127,7 @@ class Window:
     def clear(self) -> None:
         """Forget the micro-batches, as when the framework skips the step."""
         self._evaluations.clear()
+        self._dropped = 0
 
     def _evaluate(self) -> None:
         opt = self.optimizer
