@@ -54,11 +54,16 @@ class Window:
     Args:
         model: model whose running statistics are preserved at perturbed weights.
         optimizer: optimizer of this library.
+        keeps_all: whether micro-batches are kept that come while the step has no ascent, for
+            frameworks whose schedules set rho for every batch.
     """
 
-    def __init__(self, model: nn.Module, optimizer: EigenfilterOptimizer) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: EigenfilterOptimizer, keeps_all: bool = False
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.keeps_all = keeps_all
         self._evaluations: list[tuple[Callable[[], Any], Randomness | None]] = []
         self._dropped = 0  # micro-batches of this step that came while it had no ascent
 
@@ -82,7 +87,7 @@ class Window:
         """
         count = len(self)
         with self.optimizer.evaluation():
-            if self.optimizer.phase == "ascent":
+            if self.keeps_all or self.optimizer.phase == "ascent":
                 replays = self.optimizer.perturbation.replays(0) is False
                 again = _as_now(self.model, evaluate, batch)
                 self._evaluations.append((again, self._randomness() if replays else None))
