@@ -257,6 +257,20 @@ def test_a_canceled_batch_leaves_x(event: str) -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_schedule_of_rho_that_begins_at_0(accumulation: int) -> None:
+    """fastai sets it for every batch; a step takes that of its last one."""
+    model, other = without_dropout(), without_dropout()
+    schedule = ParamScheduler({"rho": SchedLin(0.0, 0.2)})
+    fit(make_learner(model, schedule, *callbacks(accumulation, None)), 1)
+    plain = PlainUSAM(other)
+    batches = make_batches(COUNT)
+    for start in range(0, COUNT, accumulation):
+        plain.rho = 0.2 * (start + accumulation - 1) / COUNT
+        plain.step(batches[start : start + accumulation])
+    assert_same(model, other)
+
+
 def test_one_cycle_and_a_schedule_of_rho() -> None:
     model = without_dropout()
     seen = []

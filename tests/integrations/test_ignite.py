@@ -139,6 +139,25 @@ def test_ema_sees_x() -> None:
     torch.testing.assert_close(list(handler.ema_model.parameters()), averages, rtol=0, atol=1e-6)
 
 
+def test_a_schedule_of_rho_that_begins_at_0() -> None:
+    """It is set in every iteration; a step takes that of its last one."""
+    model, other = make_model(), make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model, opt, MSE, device="cpu", gradient_accumulation_steps=2
+    )
+    schedule = PiecewiseLinear(opt, "rho", milestones_values=[(0, 0.0), (10, 0.2)])
+    trainer.add_event_handler(Events.ITERATION_STARTED, schedule)
+    trainer.add_event_handler(Events.STARTED, lambda e: torch.manual_seed(1))
+    trainer.run(make_batches(10), max_epochs=1)
+    plain = PlainUSAM(other)
+    torch.manual_seed(1)
+    for start in range(0, 10, 2):
+        plain.rho = 0.02 * (start + 1)
+        plain.step(make_batches(10)[start : start + 2])
+    assert_same(model, other)
+
+
 def test_parameter_schedulers_set_rho() -> None:
     model = make_model()
     opt = ef.USAM(model.parameters(), **USAM)

@@ -96,6 +96,31 @@ def test_a_step_without_ascents_keeps_no_micro_batch(model: nn.Module) -> None:
     assert len(window) == 0
 
 
+def test_an_ascent_that_begins_within_a_step_is_refused(model: nn.Module) -> None:
+    opt = ef.USAM(model.parameters(), lr=0.1, rho=0.0)
+    window = Window(model, opt)
+    before = [p.detach().clone() for p in model.parameters()]
+    for batch, rho in zip(batches_of_step(0), (0.0, 0.1, 0.1), strict=True):
+        opt.param_groups[0]["rho"] = rho
+        with window.recording(lambda: None):
+            loss_of(model, batch).backward()
+    with pytest.raises(RuntimeError, match="rho was 0 for the first 1 micro-batches of a step"):
+        window.take_ascents()
+    assert len(window) == 0
+    assert not opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+    # The next step, and one whose radius becomes 0 within it, are whole.
+    for radius in (0.1, 0.0):
+        opt.zero_grad()
+        for batch, rho in zip(batches_of_step(1), (0.1, 0.1, radius), strict=True):
+            opt.param_groups[0]["rho"] = rho
+            evaluate = functools.partial(lambda b: loss_of(model, b).backward(), batch)
+            with window.recording(evaluate):
+                evaluate()
+        window.take_ascents()
+        opt.step()
+
+
 def test_a_failed_evaluation_restores_the_weights(model: nn.Module) -> None:
     opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1)
     window = Window(model, opt)

@@ -54,12 +54,18 @@ class Window:
     Args:
         model: model whose running statistics are preserved at perturbed weights.
         optimizer: optimizer of this library.
+        keeps_all: whether micro-batches are kept that come while the step has no ascent, for
+            frameworks whose schedules set rho for every batch.
     """
 
-    def __init__(self, model: nn.Module, optimizer: EigenfilterOptimizer) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: EigenfilterOptimizer, keeps_all: bool = False
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.keeps_all = keeps_all
         self._evaluations: list[tuple[Callable[[], Any], Randomness | None]] = []
+        self._dropped = 0  # micro-batches of this step that came while it had no ascent
 
     def __len__(self) -> int:
         """The number of micro-batches that were recorded since the last step."""
@@ -81,10 +87,12 @@ class Window:
         """
         count = len(self)
         with self.optimizer.evaluation():
-            if self.optimizer.phase == "ascent":
+            if self.keeps_all or self.optimizer.phase == "ascent":
                 replays = self.optimizer.perturbation.repeats_random_numbers
                 again = _as_now(self.model, evaluate, batch)
                 self._evaluations.append((again, self._randomness() if replays else None))
+            else:
+                self._dropped += 1
             try:
                 yield
             except BaseException:
@@ -98,9 +106,19 @@ class Window:
 
         Args:
             grad_scaler: scaler whose scale the gradients carry.
+
+        Raises:
+            RuntimeError: the method had no ascent when a micro-batch of this step was recorded, and
+                has one now.
         """
         opt = self.optimizer
         try:
+            if self._dropped and opt.phase == "ascent":
+                raise RuntimeError(
+                    f"rho was 0 for the first {self._dropped} micro-batches of a step, and is not "
+                    "now: they were not kept, so that the step cannot take its ascents. Change rho "
+                    "between steps, or begin its schedule above 0"
+                )
             while opt.ascend(grad_scaler):
                 with freeze_running_stats(self.model):
                     self._evaluate()
@@ -114,6 +132,7 @@ class Window:
     def clear(self) -> None:
         """Forget the micro-batches, as when the framework skips the step."""
         self._evaluations.clear()
+        self._dropped = 0
 
     def _evaluate(self) -> None:
         opt = self.optimizer

@@ -89,7 +89,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         if self._window is None:
             inner = optimizer_of(learn.opt)
             assert inner is not None
-            self._window = Window(learn.model, inner)
+            self._window = Window(learn.model, inner, keeps_all=True)
         batch = learn.xb, learn.yb
         states = [(each, dict(vars(each))) for each in learn.cbs if each is not self]
 

@@ -86,7 +86,7 @@ def create_supervised_trainer(
         scaler = torch.amp.GradScaler(device_type, enabled=scaler)
     grad_scaler = scaler
     inner = optimizer_of(optimizer)
-    window = None if inner is None else Window(model, inner)
+    window = None if inner is None else Window(model, inner, keeps_all=True)
 
     def update(engine: Engine, batch: Sequence[Any]) -> Any:
         index = (engine.state.iteration - 1) % gradient_accumulation_steps
