@@ -134,14 +134,32 @@ def test_a_step_that_lightning_skips() -> None:
 
     class Skips(Problem):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return None if batch_idx == 3 else super().training_step(batch, batch_idx)
+            skips = batch_idx == 3 and self.current_epoch == 0
+            return None if skips else super().training_step(batch, batch_idx)
 
-    module = Skips(usam)
-    trainer = trainer_of(plugins=[fp16()], max_epochs=1, accumulate_grad_batches=4)
-    before = copy.deepcopy(module.net)
-    trainer.fit(module, DataLoader(torch.utils.data.Subset(dataset(), range(24)), 6))
-    assert all(map(torch.equal, module.parameters(), before.parameters()))
-    assert not trainer.optimizers[0].perturbed
+    module, other = Skips(usam), Problem(usam)
+    data = DataLoader(torch.utils.data.Subset(dataset(), range(24)), 6)
+    trainer_of(plugins=[fp16()], accumulate_grad_batches=4).fit(module, data)
+    for inputs, _ in batches(torch.float32)[:3]:  # which change running statistics
+        with half():
+            other.net(inputs)
+    epoch = batches(torch.float32)[:4]
+    by_hand(other, [4], epoch=epoch, scaler=fp16().scaler, context=half)
+    assert distance(module, other) == 0.0
+
+
+def test_a_hook_that_fails_restores_the_weights() -> None:
+    """With a scaler the hooks are called before the optimizer's own step."""
+
+    class Fails(Problem):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            assert optimizer.perturbed
+            raise ZeroDivisionError("a hook that fails")
+
+    module = Fails(usam)
+    with pytest.raises(ZeroDivisionError, match="a hook that fails"):
+        trainer_of(plugins=[fp16()]).fit(module, loader())
+    assert all(map(torch.equal, module.parameters(), Problem(usam).parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")

@@ -237,6 +237,23 @@ def test_a_step_of_ones_own_around_lightnings() -> None:
     assert distance(module, other) < 1e-12
 
 
+def test_closures_that_no_step_follows() -> None:
+    """An `optimizer_step` that steps at every second batch and only evaluates the others."""
+
+    class Alternates(Problem):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+            if batch_idx % 2 == 0:
+                closure()
+            else:
+                optimizer.step(closure=closure)
+
+    module, other = Alternates(usam, dropout=0.0), double(Problem(usam, dropout=0.0))
+    fit(module, accumulate_grad_batches=1)
+    by_hand(other, [1, 1], epoch=batches()[1::2])
+    for p, q in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
 def test_a_hook_that_fails_restores_the_weights() -> None:
     class Fails(Problem):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -315,13 +332,15 @@ def test_an_exponential_average_is_one_of_x() -> None:
     assert distance(module, average.module) < 1e-12  # Lightning leaves the average in the module
 
 
-def test_stochastic_weight_averaging_and_its_pass_for_batch_norm() -> None:
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_stochastic_weight_averaging_and_its_pass_for_batch_norm(rho: float) -> None:
     """Lightning's average has the weights at the start of its last epochs."""
-    module, other = (double(Problem(usam)) for _ in range(2))
+    make = functools.partial(usam, rho=rho)
+    module, other = (double(Problem(make)) for _ in range(2))
     swa = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=2, annealing_epochs=1)
     trainer = fit(module, swa, max_epochs=4)
     starts = []
-    opt = usam(other.parameters())
+    opt = make(other.parameters())
     other.configure_optimizers = lambda: opt  # type: ignore[method-assign]
     for _ in range(4):
         starts.append([p.detach().clone() for p in other.parameters()])
@@ -409,7 +428,8 @@ def test_batches_that_training_step_changes() -> None:
             assert batch[1].shape[-1] == 4
             return self.loss(batch[::-1])
 
-    module, other = Pops(usam), double(Problem(usam))
+    make = functools.partial(ef.TwoStepUSAM, lr=0.1, rho=0.1)  # which gets it three times
+    module, other = Pops(make), double(Problem(make))
     fit(module)
     by_hand(other, [4, 4])
     assert distance(module, other) < 1e-12
@@ -526,7 +546,7 @@ def test_stages_without_training() -> None:
     ("missing", "printed"),
     [
         (["lightning"], "pytorch_lightning"),
-        (["lightning", "pytorch_lightning"], "lightning needs lightning, which is not installed: "),
+        (["lightning", "pytorch_lightning"], 'not installed: pip install "eigenfilter[lightning]"'),
     ],
 )
 def test_where_lightning_is_not_installed(missing: list[str], printed: str) -> None:

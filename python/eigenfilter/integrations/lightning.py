@@ -145,7 +145,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         """Lightning's closure of a micro-batch, recorded in the window."""
         closure = make_closure(kwargs, optimizer, batch_idx)
         window = self._window_of(trainer.lightning_module, optimizer)
-        if closure._zero_grad_fn is not None:  # the first micro-batch of a step
+        if closure._zero_grad_fn is not None:  # the gradients before it are cleared
             window.clear()
         if closure._backward_fn is None:
             return closure
@@ -191,7 +191,6 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 scaler.unscale_(optimizer)
             return optimizer_step(optimizer, model=model, closure=lambda: loss, **kwargs)
         finally:
-            window.clear()
             if window.optimizer.perturbed:  # the step was skipped, or a hook has failed
                 window.optimizer.restore()
 
