@@ -101,7 +101,7 @@ def by_hand(
     """
     opt: Any = module.configure_optimizers()
     params = list(module.parameters())
-    finite_difference = bool(opt.perturbation.replays(1))
+    finite_difference = opt.perturbation.repeats_random_numbers
     losses = []
     scaler = torch.amp.GradScaler("cpu", enabled=False) if scaler is None else scaler
     for accumulation in accumulations:

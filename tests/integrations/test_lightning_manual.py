@@ -200,7 +200,7 @@ def fabric_loop(
             def evaluate(passes: int, window: Any = window) -> None:
                 with opt.evaluation():
                     for n, (i, (inputs, targets)) in enumerate(window, 1):
-                        if passes == 0 or (passes == 1 and opt.perturbation.replays(1)):
+                        if passes == 0 or (passes == 1 and opt.perturbation.repeats_random_numbers):
                             torch.manual_seed(i)
                         with fabric.no_backward_sync(model, enabled=n < len(window)):
                             loss = nn.functional.mse_loss(model(inputs), targets)

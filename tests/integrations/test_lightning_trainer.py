@@ -441,7 +441,7 @@ def test_batches_that_training_step_changes() -> None:
 
     module = Writes(usam)
     before = copy.deepcopy(module.state_dict())
-    message = "has written to a tensor of its batch.* let it write to a copy"
+    message = "tensor of the batch was written in place .* work on a clone of it"
     with pytest.raises(RuntimeError, match=message):
         fit(module)
     assert torch.equal(before["net.0.weight"].double(), module.net[0].weight)

@@ -198,13 +198,13 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
 class _Recorded:
     """A closure of Lightning, whose evaluation the window records."""
 
-    def __init__(self, closure: Any, window: Window, evaluate: Callable[[], None]) -> None:
+    def __init__(self, closure: Any, window: Window, evaluate: _MicroBatch) -> None:
         self._closure = closure
         self._window = window
         self._evaluate = evaluate
 
     def __call__(self) -> Tensor | None:
-        with self._window.recording(self._evaluate):
+        with self._window.recording(self._evaluate, self._evaluate.tensors()):
             loss: Tensor | None = self._closure()
         return loss
 
@@ -233,19 +233,19 @@ class _MicroBatch:
         self._index = len(window)
         self._backward = closure._backward_fn
         self._kwargs = _copied(kwargs)
-        self._versions = [(t, t._version) for t in _tensors(self._kwargs)]
 
     def __call__(self) -> None:
-        if any(t._version != version for t, version in self._versions):
-            raise RuntimeError(
-                "training_step has written to a tensor of its batch, which it gets again at other "
-                "weights: let it write to a copy, as in x = x.clone()"
-            )
         with self._reduction():
             loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
             loss = loop._training_step(_copied(self._kwargs)).closure_loss
             if loss is not None:
                 self._backward(loss)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the batch."""
+        found: list[Any] = []
+        apply_to_collection(self._kwargs, _Transferable, found.append)
+        return [t for t in found if isinstance(t, Tensor)]
 
     def _reduction(self) -> AbstractContextManager[None]:
         """A context in which processes reduce gradients after the last micro-batch alone."""
@@ -310,13 +310,6 @@ def _copied(kwargs: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
 
     same: OrderedDict[str, Any] = apply_to_collection(kwargs, _Transferable, each)
     return same
-
-
-def _tensors(kwargs: OrderedDict[str, Any]) -> list[Tensor]:
-    """The tensors that have a version counter."""
-    found: list[Any] = []
-    apply_to_collection(kwargs, _Transferable, found.append)
-    return [t for t in found if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _precision_of(trainer: Trainer) -> Any:
