@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import eigenfilter as ef
 from cases import same_bits
@@ -140,22 +141,28 @@ def test_lr_times_momentum_is_nesterov() -> None:
     assert distance(ours, [p.detach() for p in theirs]) < 1e-14
 
 
-def test_a_step_after_eval_is_refused() -> None:
+def test_a_step_after_eval_is_one_of_heavy_ball_and_leaves_y() -> None:
+    params = parameters()
+    opt, formula = ef.SGD(params, **HEAVY, extrapolation=E), Formula(params)
+    train(opt, params, 2)
+    for _ in range(2):
+        formula.step(**HEAVY, e=E)
+    opt.eval()
+    opt.eval()
+    assert distance(params, formula.x) < 1e-14
+    train(opt, params, 1)
+    formula.step(**HEAVY, e=0.0)
+    assert distance(params, formula.y(E)) < 1e-14
+
+
+def test_eval_within_a_closure_is_refused() -> None:
     params = parameters()
     opt = ef.SGD(params, **HEAVY, extrapolation=E)
     train(opt, params, 2)
-    opt.eval()
-    opt.eval()
     before = [p.detach().clone() for p in params]
-    with pytest.raises(RuntimeError, match=r"call opt.train\(\) before the forward pass"):
-        train(opt, params, 1)
+    with pytest.raises(RuntimeError, match=r"eval\(\) was called by the closure"):
+        opt.step(opt.eval)
     assert all(map(same_bits, before, params))
-    other = ef.SGD(params, **HEAVY, extrapolation=E)
-    other.load_state_dict(copy.deepcopy(opt.state_dict()))
-    with pytest.raises(RuntimeError, match=r"call opt.train\(\) before the forward pass"):
-        train(other, params, 1)
-    opt.train()
-    train(opt, params, 1)
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
@@ -207,11 +214,66 @@ def test_a_change_takes_effect_with_the_next_gradient() -> None:
         formula.step(**HEAVY, e=e)
         formula.step(**HEAVY, e=e)
     opt.param_groups[0].update(extrapolation=0.02)
-    old = [y.clone() for y in formula.y(E)]
     train(opt, params, 1)  # the gradient is still that at the old y
-    formula.m = [0.9 * m + gradient(y) for m, y in zip(formula.m, old, strict=True)]
-    formula.x = [x - LR * m for x, m in zip(formula.x, formula.m, strict=True)]
+    formula.step(**HEAVY, e=E)
     assert distance(params, formula.y(0.02)) < 1e-14
+
+
+def test_a_change_with_decay_skipping_and_a_parameter_without_a_gradient() -> None:
+    params = parameters()
+    opt = ef.SGD(params, **HEAVY, weight_decay=0.1, extrapolation=E, skip_nonfinite=True)
+    formulas = [Formula([p]) for p in params]
+    train(opt, params, 3)
+    for formula in formulas:
+        for _ in range(3):
+            formula.step(**HEAVY, e=E, weight_decay=0.1)
+    opt.param_groups[0]["extrapolation"] = 0.02
+    set_gradients(params)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = math.inf
+    before = [p.detach().clone() for p in params]
+    opt.step()
+    assert all(map(same_bits, before, params))
+    assert opt.param_groups[0]["extrapolated"] == E
+    set_gradients(params)
+    params[1].grad = None
+    opt.step()
+    for i, formula in enumerate(formulas):
+        if i != 1:
+            formula.step(**HEAVY, e=E, weight_decay=0.1)
+        assert distance([params[i]], formula.y(0.02)) < 1e-14
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    params = parameters()
+    opt = ef.SGD(params, **HEAVY, extrapolation=E)
+    train(opt, params, 2)
+    opt.param_groups[0]["extrapolation"] = 0.02
+    before = [p.detach().clone() for p in params]
+    set_gradients(params)
+    params[0].grad = torch.rand(4, 5, dtype=torch.float64).to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        opt.step()
+    assert all(map(same_bits, before, params))
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("saved_with", [0.0, 0.03, E])
+def test_distributed_checkpoints(evaluates: bool, saved_with: float) -> None:
+    models = [nn.Linear(3, 2).double() for _ in range(2)]
+    first, second = models
+    opt = ef.SGD(first.parameters(), **HEAVY, extrapolation=saved_with)
+    train(opt, list(first.parameters()), 3)
+    if evaluates:
+        opt.eval()
+    state, optimizer_state = copy.deepcopy(get_state_dict(first, opt))
+    other = ef.SGD(second.parameters(), **HEAVY, extrapolation=E)
+    set_state_dict(second, other, model_state_dict=state, optim_state_dict=optimizer_state)
+    opt.eval()
+    other.eval()
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)
+    assert other.param_groups[0]["extrapolation"] == saved_with
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
@@ -275,6 +337,41 @@ def test_another_layout_in_between() -> None:
     opt.train()
     train(opt, params, 2)
     assert params[0].is_contiguous() is False
+
+
+def test_an_ascent_around_it() -> None:
+    """USAM's gradient at y, and then the base's step: x is where the momentum buffer says."""
+    params = parameters()
+    base = ef.SGD(params, **HEAVY, extrapolation=E)
+    opt, formula = ef.SharpnessAware(base, "usam", rho=0.05), Formula(params)
+    for _ in range(3):
+        opt.step(lambda: set_gradients(params))
+        points = [y + 0.05 * gradient(y) for y in formula.y(E)]
+        formula.m = formula.m or [torch.zeros_like(x) for x in formula.x]
+        formula.m = [0.9 * m + gradient(z) for m, z in zip(formula.m, points, strict=True)]
+        formula.x = [x - LR * m for x, m in zip(formula.x, formula.m, strict=True)]
+        assert distance(params, formula.y(E)) < 1e-14
+    with pytest.raises(TypeError, match="no filter is known for an ascent from an extrapolated"):
+        ef.filters.of(opt)
+
+
+def test_the_wanted_edge_of_groups() -> None:
+    params = parameters()
+    opt = ef.SGD(params[:1], **HEAVY, max_eigenvalue=12.0)
+    opt.add_param_group({"params": params[1:2], "lr": 0.03})
+    opt.add_param_group({"params": params[2:], "max_eigenvalue": 9.0})
+    edges = [flt.max_eigenvalue() for flt in ef.filters.of(opt)]
+    assert edges == pytest.approx([12.0, 12.0, 9.0])
+    mixed = ef.SGD(
+        [{"params": params[:1], "extrapolation": 0.5}, {"params": params[1:]}],
+        **HEAVY,
+        max_eigenvalue=np.float64(12.0),
+    )
+    assert mixed.param_groups[0]["extrapolation"] == 0.5
+    assert type(mixed.param_groups[1]["extrapolation"]) is float
+    with pytest.raises(ValueError, match="give one of them"):
+        ef.SGD([{"params": params, "extrapolation": 0.5, "max_eigenvalue": 9.0}], **HEAVY)
+    assert not any("max_eigenvalue" in group for group in opt.param_groups + mixed.param_groups)
 
 
 def test_the_wanted_edge() -> None:

@@ -76,7 +76,7 @@ def test_the_state_has_the_same_form() -> None:
     assert len(mine["param_groups"]) == len(inputs["param_groups"])
     for group, other in zip(mine["param_groups"], inputs["param_groups"], strict=True):
         assert group.pop("stochastic_rounding") is False  # ours alone: torch keeps what it finds
-        assert group.pop("extrapolation") == 0.0
+        assert group.pop("extrapolation") == group.pop("extrapolated") == 0.0
         for name, value in group.items():
             assert other[name] == value
 

@@ -67,6 +67,8 @@ class AscentFilter(PolynomialFilter):
     def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
         if float(group["rho"]) == 0.0:
             return HeavyBall.of_group(group)
+        if group.get("extrapolation"):
+            raise TypeError("no filter is known for an ascent from an extrapolated point")
         own = {"rho": group["rho"], "nesterov": group["nesterov"]}
         return cls(**common(group), **own, **options)
 

@@ -127,6 +127,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         check_hyperparameters(group)
         refuse_modes(group)
+        self._check_extrapolation(group)
+
+    def _check_extrapolation(self, group: dict[str, Any]) -> None:
+        if group.get("extrapolation"):
+            raise ValueError("extrapolation is SGD's alone: leave it out, or use eigenfilter.SGD")
 
     def _check_groups(self) -> None:
         """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""

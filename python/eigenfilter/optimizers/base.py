@@ -270,6 +270,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._amp.adopt_scaler_state(self, buckets.devices, step, are_shards=buckets.are_shards)
         self._update.begin()
         self._apply(gradients)
+        self._update.end(buckets, self._amp)
         buckets.mark_written([bucket for bucket, _ in gradients])
         self._amp.count_skipped()
         self._used.mark([p for b, _ in gradients for p in (b.params[0], b.params[-1])])

@@ -390,6 +390,10 @@ class ParamBuckets:
                 slices.append(BucketSlice(subset, some, self._amp, *key))
         return slices
 
+    def groups(self) -> list[dict[str, Any]]:
+        """The groups of the buckets."""
+        return [group for group, _, _ in self._groups]
+
     def by_state(self) -> list[tuple[ParamBucket, Hashable]]:
         """All buckets, split by state signature, with it."""
         split = []

@@ -218,18 +218,6 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
             raise ValueError(f"betas must be at least 0 and below 1, and one is {value}")
     if group.get("nesterov") and (group["momentum"] == 0 or group["dampening"] != 0):
         raise ValueError("nesterov needs momentum > 0 and dampening 0")
-    extrapolation = group.get("extrapolation", 0.0)
-    if isinstance(extrapolation, bool) or not isinstance(extrapolation, numbers.Real):
-        raise TypeError(f"extrapolation must be a number, and is {extrapolation!r}")
-    if not math.isfinite(extrapolation):
-        raise ValueError(f"extrapolation must be finite, and is {extrapolation}")
-    if extrapolation != 0 and (rho_key(group) in group or "betas" in group):
-        raise ValueError("extrapolation is SGD's alone: leave it out, or use eigenfilter.SGD")
-    if extrapolation != 0 and (is_zero(group["momentum"]) or group["nesterov"]):
-        raise ValueError(
-            "extrapolation follows the momentum buffer of heavy ball: set momentum > 0, and no "
-            "nesterov"
-        )
 
 
 def _scalars(group: Mapping[str, Any]) -> list[tuple[str, Any]]:

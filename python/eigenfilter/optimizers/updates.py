@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from eigenfilter import _distributed
 from eigenfilter.optimizers._step_counts import StepCounts
-from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket
+from eigenfilter.optimizers.amp import AmpState
+from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket, ParamBuckets
 
 MOMENTUM = "momentum_buffer"
-EXTRAPOLATION = "extrapolation"  # of a group, and that which a parameter holds
+EXTRAPOLATION = "extrapolation"  # that a group should have
+EXTRAPOLATED = "extrapolated"  # that its parameters have
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
 SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
@@ -62,6 +64,9 @@ class Update:
     def begin(self) -> None:
         """Begin a step, before its first slice."""
 
+    def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
+        """End a step, after its last slice."""
+
     def has_edits(self) -> bool:
         """Whether other code has edited state in place that must then be read again."""
         return False
@@ -77,49 +82,54 @@ class Update:
 class SGDUpdate(Update):
     """Gradient descent, heavy ball, Nesterov, extrapolated momentum.
 
-    A parameter that holds y = x - e m instead of x has e in its state.
+    The parameters of a group hold y = x - e m, with the e that the group has as `extrapolated`.
     """
 
     keys = (MOMENTUM,)
     group_options = ("maximize", "stochastic_rounding")
 
     def state_signature(self, state: dict[str, Any]) -> Hashable:
-        return None if state.get(MOMENTUM) is None else state.get(EXTRAPOLATION, 0.0)
+        return state.get(MOMENTUM) is not None
 
     def initialize_state(self, bucket: ParamBucket) -> None:
         if bucket.group["momentum"] != 0:
             bucket.buffers(MOMENTUM)
 
     def creates_state(self, bucket_slice: BucketSlice) -> bool:
-        return bucket_slice.state_signature is None and bucket_slice.bucket.group["momentum"] != 0
+        return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
 
-    def extrapolate(self, bucket: ParamBucket, present: float, wanted: float) -> None:
-        """Change y = x - e m of parameters with a momentum buffer from one e to another."""
-        if present == wanted:
-            return
-        momenta = bucket.buffers(MOMENTUM)
-        bucket.kernels.perturb(bucket.tensors, momenta, None, present - wanted, save=False)
-        self._record(bucket, wanted)
+    def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
+        """Let a change of `extrapolation` take effect, after a step with the old one."""
+        changed = [
+            group
+            for group in buckets.groups()
+            if group.get(EXTRAPOLATION, 0.0) != group.get(EXTRAPOLATED, 0.0)
+        ]
+        if changed and not any(map(amp.is_skipped, buckets.devices)):
+            self.extrapolate(buckets, changed, [group[EXTRAPOLATION] for group in changed])
 
-    def _record(self, bucket: ParamBucket, extrapolation: float) -> None:
-        """Record in the state which y the parameters hold."""
-        for p in bucket.params:
-            if extrapolation != 0:
-                bucket.store.state[p][EXTRAPOLATION] = extrapolation
-            else:
-                bucket.store.state[p].pop(EXTRAPOLATION, None)
-        bucket.store.mark_changed()
+    def extrapolate(
+        self, buckets: ParamBuckets, groups: Sequence[dict[str, Any]], wanted: Sequence[float]
+    ) -> None:
+        """Change y = x - e m of groups from their present e to another."""
+        for bucket, has_momentum in buckets.by_state():
+            for group, e in zip(groups, wanted, strict=True):
+                if bucket.group is group and has_momentum and e != group[EXTRAPOLATED]:
+                    alpha = group[EXTRAPOLATED] - e
+                    momenta = bucket.buffers(MOMENTUM)
+                    bucket.kernels.perturb(bucket.tensors, momenta, None, alpha, save=False)
+                    buckets.store.has_written = True
+                    buckets.mark_written([bucket])
+        for group, e in zip(groups, wanted, strict=True):
+            group[EXTRAPOLATED] = e
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
-        present = cast("float | None", bucket_slice.state_signature)
-        extrapolation = group.get(EXTRAPOLATION, 0.0)
-        if present is not None:
-            self.extrapolate(bucket, present, extrapolation)
-        momenta, dampening, undo = None, 0.0, False
+        momenta, dampening, extrapolation, undo = None, 0.0, 0.0, False
         if group["momentum"] != 0:
             momenta = bucket.buffers(MOMENTUM)
-            if present is not None:
+            extrapolation = group.get(EXTRAPOLATED, 0.0)
+            if bucket_slice.state_signature:
                 dampening = group["dampening"]
             elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
                 undo = bucket_slice.amp.is_skipped(bucket.device)
@@ -138,8 +148,6 @@ class SGDUpdate(Update):
         )
         if undo:
             bucket.drop(MOMENTUM)
-        elif present is None and extrapolation != 0:
-            self._record(bucket, extrapolation)
 
 
 class AdamWUpdate(Update):
