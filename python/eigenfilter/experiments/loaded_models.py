@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import eigenfilter as ef
 from eigenfilter.curvature.loss.batch_trees import leaves
 from eigenfilter.experiments import archives, checkpoint, datasets, imports
 from eigenfilter.experiments.config import Config
@@ -72,7 +73,8 @@ def load_trained(
         raise UserError(
             f"{path} was trained on other data; give the folder of its data with --data-dir"
         )
-    getattr(trainer.optimizer, "eval", lambda: None)()  # extrapolated momentum: back to x
+    if isinstance(trainer.optimizer, ef.SGD):
+        trainer.optimizer.eval()  # from an extrapolated point back to x
     images, labels = trainer.examples(samples or len(trainer.data.images))
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))  # type: ignore[no-untyped-call]
     source = {

@@ -185,8 +185,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         correct = torch.zeros((), device=self.device, dtype=torch.int64)
         data, part = self.data, self._processes.sample_slice
-        self._switch_to("eval")
-        try:
+        with self._evaluation_mode():
             for images, labels in in_order(
                 data.test_images[part], data.test_labels[part], self._normalizer, self.device
             ):
@@ -194,16 +193,28 @@ class Trainer:
                     scores = self.model(images)
                     loss += len(labels) * self.loss_fn(scores, labels)
                 correct += (scores.argmax(dim=1) == labels).sum()
-        finally:
-            self._switch_to("train")
         loss, correct = map(self._processes.all_reduce, (loss, correct))
         n = len(data.test_labels)
         return {"loss": float(loss) / n, "accuracy": float(correct) / n}
 
-    def _switch_to(self, mode: str) -> None:
-        """Switch the model to "train" or "eval", and an optimizer whose weights differ in them."""
-        getattr(self.model, mode)()
-        getattr(self.optimizer, mode, lambda: None)()
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """A context in which the model is in evaluation mode, and at x if it is extrapolated.
+
+        On exit the weights are those of entry to the bit, which an evaluation must not change.
+        """
+        optimizer, kept = self.optimizer, list[Tensor]()
+        self.model.eval()
+        if isinstance(optimizer, ef.SGD) and self.config.extrapolation:
+            kept = [p.detach().clone() for p in self.model.parameters()]
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
+            if isinstance(optimizer, ef.SGD) and kept:
+                optimizer.train()
+                torch._foreach_copy_(list(self.model.parameters()), kept)
 
     def examples(self, samples: int) -> tuple[Tensor, Tensor]:
         """Return the first training images, normalized but not augmented, and their labels."""
