@@ -1,4 +1,4 @@
-"""An outer autocast keeps narrow copies of the weights, and must not keep those of another point."""
+"""An outer autocast keeps narrow copies of the weights, never those of another point."""
 
 from __future__ import annotations
 
