@@ -373,12 +373,45 @@ def test_misuse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         backward(lambda batch: loss_of(model, batch).item(), batch)
     accelerator.gradient_state._set_sync_gradients(True)
     backward(functools.partial(loss_of, model), batch)
-    with pytest.raises(RuntimeError, match="the ascents of this step are taken"):
+    with pytest.raises(RuntimeError, match=r"leave out a step, call cancel\(\)"):
         backward(functools.partial(loss_of, model), batch)
 
     monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(RuntimeError, match="DEEPSPEED reduces gradients"):
         SharpnessAwareBackward(accelerator, model, opt)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("method", ["two_step_usam", "wrapped", "no ascents"])
+@pytest.mark.parametrize("at", [3, 1], ids=["last micro-batch", "second micro-batch"])
+def test_a_step_that_the_loop_leaves_out(at: int, method: str, scaled: bool) -> None:
+    """As if its micro-batches, up to the one where it is left out, had never come."""
+
+    def run(model: nn.Module, cancels: bool) -> None:
+        accelerator = make_accelerator(4)
+        model = accelerator.prepare(model)
+        owner = with_scaler(accelerator, 2.0**10) if scaled else accelerator
+        opt = owner.prepare(METHODS[method](model.parameters()))
+        backward = SharpnessAwareBackward(accelerator, model, opt)
+        for step, window in enumerate(windows(4) * 2):
+            for i, batch in enumerate(window):
+                accelerator.gradient_state._set_sync_gradients(i == len(window) - 1)
+                left_out = step == 2 and i <= at
+                if left_out and not cancels:
+                    continue
+                backward(functools.partial(loss_of, model), batch)
+                if left_out and i == at:
+                    backward.cancel()
+                    continue
+                opt.step()
+                opt.zero_grad()
+            assert not optimizer_of(opt).perturbed
+
+    model = network()
+    twin = copy.deepcopy(model)
+    run(model, cancels=True)
+    run(twin, cancels=False)
+    assert_same(model, twin)
 
 
 def test_a_plain_loop_names_the_integration() -> None:

@@ -283,7 +283,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "optim in backward": (None, {"optim": "adalomo", "optim_args": "rho=0.1"}, "while backward"),
     "rho": (None, {"optim_args": "rho=large,method=sam"}, "has rho=large, which must be a number"),
     "fd_step": (None, {"optim_args": "fd_step="}, "has fd_step=, which must be a number"),
-    "adaptive": (None, {"optim_args": "adaptive=maybe"}, "adaptive=maybe, which must be true or false"),
+    "adaptive": (
+        None,
+        {"optim_args": "adaptive=maybe"},
+        "adaptive=maybe, which must be true or false",
+    ),
     "no flag": (None, {"optim_args": "adaptive=2"}, "adaptive=2, which must be true or false"),
     "method": (None, {"optim_args": "method=asam"}, "unknown method"),
     "autograd": ((ef.HessianUSAM, {"hvp": "autograd"}), {}, "create_graph=True"),

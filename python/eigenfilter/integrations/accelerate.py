@@ -94,7 +94,8 @@ class AcceleratedWindow(_window.Window):
             raise RuntimeError(
                 "the ascents of this step are taken, and another micro-batch was evaluated before "
                 "optimizer.step(): evaluate each micro-batch once, with the sum of its losses, "
-                "and inside accelerator.accumulate(model)"
+                "and inside accelerator.accumulate(model); to leave out a step, call cancel() of "
+                "SharpnessAwareBackward, or optimizer_of(optimizer).restore()"
             )
         accelerator = self.accelerator
         synchronizes = accelerator.sync_gradients
@@ -130,7 +131,8 @@ class SharpnessAwareBackward:
 
     Running statistics stay those of x. Losses keep Accelerate's factors (1 / the number of
     accumulation steps, the scale of fp16) at all weights. The batches of a step are copied and
-    kept until its end.
+    kept until its end. To leave out a step, call `backward.cancel()` in place of
+    `optimizer.step()`.
 
     Args:
         accelerator: accelerator that prepared the others.
@@ -184,6 +186,23 @@ class SharpnessAwareBackward:
         return window.evaluate(
             functools.partial(evaluate, args, kwargs), lambda: evaluate(*copy_of(kept))
         )
+
+    def cancel(self) -> None:
+        """Leave out the step: go back to x, and forget its gradients and micro-batches.
+
+            loss = backward(loss_fn, batch)
+            if not torch.isfinite(loss):
+                backward.cancel()
+                continue
+
+        In the middle of an accumulation, its later micro-batches make a step of their own. With
+        several processes, call it in all of them.
+        """
+        opt = self.window.optimizer
+        if opt.perturbed:
+            opt.restore()
+        self.window.clear()
+        opt.zero_grad()
 
 
 def _report_skipped_steps(prepared: Any, opt: EigenfilterOptimizer) -> None:
