@@ -18,6 +18,7 @@ import eigenfilter as ef
 from eigenfilter.schedulers import RhoScheduler
 from integrations.by_hand import sam_steps
 from pages import ROOT, run_page
+from plain_usam import MeanLoss
 from run_distributed import RunDistributed
 
 from integrations.accelerate_state import (  # isort: skip: skips the tests without it
@@ -175,6 +176,31 @@ def test_a_window_is_one_closure(method: str) -> None:
 
         opt.step(closure)
     assert_same(model, twin)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_buffers_of_a_loss_are_those_of_x(accumulation: int) -> None:
+    class Step(nn.Module):
+        """A model with its loss."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.criterion = model, MeanLoss()
+
+        def forward(self, batch: Any) -> Tensor:
+            return self.criterion(self.model(batch[0]), batch[1])
+
+    model = network()
+    accelerator = make_accelerator(accumulation)
+    opt = ef.TwoStepUSAM(model.parameters(), lr=LR, rho=RHO)
+    model, opt, loader = accelerator.prepare(model, opt, DataLoader(data(), batch_size=3))
+    backward, step, losses = SharpnessAwareBackward(accelerator, model, opt), Step(model), []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            losses.append(float(backward(step, batch)))
+            opt.step()
+            opt.zero_grad()
+    step.criterion.assert_saw(losses)
 
 
 def test_a_batch_may_be_changed_by_its_loss() -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from eigenfilter._running_stats import freeze_running_stats
 from eigenfilter.integrations import _window
 from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
@@ -129,10 +130,10 @@ class SharpnessAwareBackward:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    Running statistics stay those of x. Losses keep Accelerate's factors (1 / the number of
-    accumulation steps, the scale of fp16) at all weights. The batches of a step are copied and
-    kept until its end. To leave out a step, call `backward.cancel()` in place of
-    `optimizer.step()`.
+    Running statistics, and buffers of a `loss_fn` that is a module, stay those of x. Losses keep
+    Accelerate's factors (1 / the number of accumulation steps, the scale of fp16) at all weights.
+    The batches of a step are copied and kept until its end. To leave out a step, call
+    `backward.cancel()` in place of `optimizer.step()`.
 
     Args:
         accelerator: accelerator that prepared the others.
@@ -183,9 +184,11 @@ class SharpnessAwareBackward:
             accelerator.backward(loss, **graph)
             return loss.detach()
 
-        return window.evaluate(
-            functools.partial(evaluate, args, kwargs), lambda: evaluate(*copy_of(kept))
-        )
+        def evaluate_again() -> None:
+            with freeze_running_stats(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext():
+                evaluate(*copy_of(kept))
+
+        return window.evaluate(functools.partial(evaluate, args, kwargs), evaluate_again)
 
     def cancel(self) -> None:
         """Leave out the step: go back to x, and forget its gradients and micro-batches.
