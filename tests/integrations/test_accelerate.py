@@ -408,9 +408,10 @@ def test_misuse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("method", ["two_step_usam", "wrapped", "no ascents"])
 @pytest.mark.parametrize("at", [3, 1], ids=["last micro-batch", "second micro-batch"])
-def test_a_step_that_the_loop_leaves_out(at: int, method: str, scaled: bool) -> None:
+def test_a_step_that_the_loop_leaves_out(at: int, method: str, clips: bool, scaled: bool) -> None:
     """As if its micro-batches, up to the one where it is left out, had never come."""
 
     def run(model: nn.Module, cancels: bool) -> None:
@@ -427,8 +428,12 @@ def test_a_step_that_the_loop_leaves_out(at: int, method: str, scaled: bool) -> 
                     continue
                 backward(functools.partial(loss_of, model), batch)
                 if left_out and i == at:
+                    if clips and i == len(window) - 1:
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
                     backward.cancel()
                     continue
+                if clips and i == len(window) - 1:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 opt.step()
                 opt.zero_grad()
             assert not optimizer_of(opt).perturbed

@@ -14,6 +14,7 @@ from eigenfilter._running_stats import freeze_running_stats
 from eigenfilter.integrations import _window
 from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
+from eigenfilter.optimizers.amp import is_enabled
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 
 with imports_of("accelerate"):
@@ -201,11 +202,13 @@ class SharpnessAwareBackward:
         In the middle of an accumulation, its later micro-batches make a step of their own. With
         several processes, call it in all of them.
         """
-        opt = self.window.optimizer
+        opt, scaler = self.window.optimizer, self.window.accelerator.scaler
         if opt.perturbed:
             opt.restore()
         self.window.clear()
         opt.zero_grad()
+        if is_enabled(scaler) and scaler._per_optimizer_states[id(opt)]["found_inf_per_device"]:
+            scaler.update()  # it was asked to unscale, as by clip_grad_norm_, and takes no step
 
 
 def _report_skipped_steps(prepared: Any, opt: EigenfilterOptimizer) -> None:
