@@ -16,6 +16,7 @@ pytest.importorskip("lightning.pytorch")
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 
 from eigenfilter.integrations.lightning import SharpnessAwareCallback
 from integrations.lightning_problem import Problem, by_hand, distance, double, loader, trainer_of
@@ -161,6 +162,22 @@ def test_an_exception_leaves_and_saves_x(make: Any, tmp_path: Path) -> None:
     torch.testing.assert_close([p.data for p in params.values()], x, rtol=0, atol=1e-12)
     saved = torch.load(tmp_path / "saved", weights_only=False)["state_dict"]
     assert all(torch.equal(saved[name], p) for name, p in params.items())
+
+
+@OPTIMIZERS
+def test_a_search_for_a_learning_rate(make: Any, tmp_path: Path) -> None:
+    """Which Lightning does without the hooks of callbacks."""
+
+    class Searched(Problem):
+        lr = 0.1
+
+    module, other = Searched(make), double(Problem(make))
+    trainer = trainer_of(accumulate_grad_batches=4, default_root_dir=tmp_path)
+    found = Tuner(trainer).lr_find(module, loader(), num_training=8, update_attr=False)
+    assert len(found.results["loss"]) > 1
+    trainer.fit(module, loader())
+    points(other, make, epochs=2)
+    assert distance(module, other) < 1e-12
 
 
 def test_manual_optimization_keeps_its_modes() -> None:

@@ -108,17 +108,9 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 "it: leave one of the two out"
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring a schedule-free base to where its gradients are taken."""
-        self._set_mode(trainer, "train")
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring a schedule-free base to its weights."""
         self._set_mode(trainer, "eval")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring a schedule-free base back to where its gradients are taken."""
-        self._set_mode(trainer, "train")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring a schedule-free base to its weights."""
@@ -188,6 +180,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         batch_idx: int,
     ) -> Any:
         """Lightning's closure of a micro-batch, recorded in the window."""
+        self._set_mode(trainer, "train")  # before its forward pass, also in Lightning's tuners
         closure = make_closure(kwargs, optimizer, batch_idx)
         window = self._window_of(trainer.lightning_module, optimizer)
         if closure._zero_grad_fn is not None:  # the gradients before it are cleared
