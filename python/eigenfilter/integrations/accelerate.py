@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eigenfilter.integrations import _window
 from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
+from eigenfilter.integrations._variables import Variables
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 
 with imports_of("accelerate"):
@@ -161,7 +162,8 @@ class SharpnessAwareBackward:
 
         Raises:
             TypeError: `loss_fn` returns no tensor, or takes no argument in an accumulation.
-            RuntimeError: the ascents of this step are taken already.
+            RuntimeError: the ascents of this step are taken already, or in an accumulation a
+                variable that `loss_fn` reads was assigned after its first call.
         """
         accelerator, window = self.window.accelerator, self.window
         accumulates = accelerator.gradient_accumulation_steps > 1
@@ -172,6 +174,7 @@ class SharpnessAwareBackward:
                 "backward(loss_fn, batch)"
             )
         kept = copy_of((args, kwargs)) if window.keeps else None
+        variables = Variables(loss_fn) if window.keeps and accumulates else None
 
         def evaluate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             loss = loss_fn(*args, **kwargs)
@@ -181,9 +184,18 @@ class SharpnessAwareBackward:
             accelerator.backward(loss, **graph)
             return loss.detach()
 
-        return window.evaluate(
-            functools.partial(evaluate, args, kwargs), lambda: evaluate(*copy_of(kept))
-        )
+        def first() -> Tensor:
+            loss = evaluate(args, kwargs)
+            if variables is not None:
+                variables.forget_written()
+            return loss
+
+        def again() -> None:
+            if variables is not None:
+                variables.refuse_changes()
+            evaluate(*copy_of(kept))
+
+        return window.evaluate(first, again)
 
 
 def _report_skipped_steps(prepared: Any, opt: EigenfilterOptimizer) -> None:
