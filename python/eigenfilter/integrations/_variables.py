@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-_Key = tuple[str, str]  # a function, and what it reads: "x", "self.batch", "batch['x']"
+_Key = tuple[Any, ...]  # a function, what it reads ("x", "self.batch"), and the keys of an entry
 
 _WRITERS = {"append", "extend", "insert"}  # methods by which a function leaves something in a list
 
@@ -47,7 +46,8 @@ class Variables:
 
     def refuse_changes(self) -> None:
         """Raise RuntimeError if the function would read other values than at first."""
-        for _, name in self._changed():
+        for _, name, *keys in self._changed():
+            name += "".join(f"[{key!r}]" for key in keys)
             raise RuntimeError(
                 f"the function that computes the loss reads {name!r}, which was assigned "
                 "again before the step was over, so that its micro-batch is lost: make what it "
@@ -67,21 +67,24 @@ def _read(function: Any) -> dict[_Key, Any]:
     found: dict[_Key, tuple[Any, bool]] = {}
     _collect(function, found, set())
     return {
-        (where, name): leaf
-        for (where, variable), (value, is_written) in found.items()
-        for name, leaf in ([(variable, value)] if is_written else _leaves(variable, value, ()))
+        path: leaf
+        for variable, (value, is_written) in found.items()
+        for path, leaf in ([(variable, value)] if is_written else _leaves(variable, value, ()))
     }
 
 
-def _leaves(name: str, value: Any, above: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+def _leaves(path: _Key, value: Any, above: tuple[int, ...]) -> Iterator[tuple[_Key, Any]]:
     """What is in a container, and how much; a container that is in itself is a leaf."""
     if not isinstance(value, (dict, list, tuple)) or id(value) in above:
-        yield name, value
+        yield path, value
         return
-    yield name, len(value)
+    yield path, len(value)
     entries = value.items() if isinstance(value, dict) else enumerate(value)
     for key, entry in list(entries):
-        yield from _leaves(f"{name}[{key!r}]", entry, (*above, id(value)))
+        if isinstance(entry, (dict, list, tuple)):
+            yield from _leaves((*path, key), entry, (*above, id(value)))
+        else:
+            yield (*path, key), entry
 
 
 def _collect(
@@ -109,8 +112,7 @@ def _collect(
     around |= {n: function.__globals__[n] for n in names.globals if n in function.__globals__}
     attributes, methods = _attributes(around, names)
     called = [*around.values(), *attributes.values(), *methods]
-    arguments = inspect.signature(function).parameters.values()
-    defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+    defaults = _defaults(function)
     around = {n: v for n, v in around.items() if n not in names.stored}
     for name, value in (around | attributes | defaults).items():
         is_written = isinstance(value, list) and name.rpartition(".")[2] in names.written
@@ -141,11 +143,18 @@ def _attributes(around: dict[str, Any], names: _Names) -> tuple[dict[str, Any], 
 def _function_and_owner(function: Any) -> tuple[FunctionType | None, Any]:
     """The function in Python of a callable and its `self`; those of modules are not looked into."""
     if not isinstance(function, (FunctionType, MethodType, type, nn.Module)):
-        call = inspect.getattr_static(type(function), "__call__", None)
+        call = type(function).__call__
         return (call, function) if isinstance(call, FunctionType) else (None, None)
     owner = getattr(function, "__self__", None)
     function = getattr(function, "__func__", function)
     return (function, owner) if isinstance(function, FunctionType) else (None, None)
+
+
+def _defaults(function: FunctionType) -> dict[str, Any]:
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    values = function.__defaults__ or ()
+    given = zip(names[len(names) - len(values) :], values, strict=True)
+    return dict(given) | (function.__kwdefaults__ or {})
 
 
 def _nonlocals(function: FunctionType) -> dict[str, Any]:
