@@ -161,6 +161,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
                 loss = evaluate()
             variables.forget_written()
             if need_update:
+                del self._windows[id(inner)]  # which would keep the optimizer alive
                 window.take_ascents(self._scaler)
         if need_update:
             self._update(optimizer, clip_grad, clip_mode, parameters)
