@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -443,6 +445,56 @@ def test_a_step_that_the_loop_leaves_out(at: int, method: str, clips: bool, scal
     run(model, cancels=True)
     run(twin, cancels=False)
     assert_same(model, twin)
+
+
+@pytest.mark.parametrize("name", ["y", "holder.y", "state['y']"])
+def test_a_loss_function_that_reads_the_loop_is_refused(name: str) -> None:
+    model = network()
+    accelerator = make_accelerator(2)
+    model, opt = accelerator.prepare(model, ef.USAM(model.parameters(), lr=0.1, rho=0.1))
+    backward = SharpnessAwareBackward(accelerator, model, opt)
+    holder, state = types.SimpleNamespace(), {}
+    functions = {
+        "y": lambda x: loss_of(model, (x, y)),
+        "holder.y": lambda x: loss_of(model, (x, holder.y)),
+        "state['y']": lambda x: loss_of(model, (x, state["y"])),
+    }
+
+    def train() -> None:
+        nonlocal y
+        for x, y in windows(2)[0]:
+            state["y"] = holder.y = y
+            with accelerator.accumulate(model):
+                backward(functions[name], x)
+                opt.step()
+
+    y = None
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=f"reads {re.escape(repr(name))}, which was assigned"):
+        train()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_loss_function_that_writes_is_not_refused() -> None:
+    model = network()
+    accelerator = make_accelerator(2)
+    model, opt = accelerator.prepare(model, ef.USAM(model.parameters(), lr=0.1, rho=0.1))
+    backward = SharpnessAwareBackward(accelerator, model, opt)
+    calls, losses = 0, []
+
+    def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = loss_of(model, (x, y))
+        losses.append(loss.item())
+        return loss
+
+    for x, y in windows(2)[0]:
+        with accelerator.accumulate(model):
+            backward(loss_fn, x, y)
+            opt.step()
+            opt.zero_grad()
+    assert calls == len(losses) == 4
 
 
 def test_a_plain_loop_names_the_integration() -> None:

@@ -31,7 +31,7 @@ pytest.importorskip("fastai")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of fastai's imports
     import fastai.callback.fp16
-    from fastai.callback.core import Callback, CancelBatchException
+    from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException
     from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.mixup import MixUp
     from fastai.callback.rnn import ModelResetter
@@ -256,6 +256,98 @@ def test_a_canceled_batch_leaves_x(event: str) -> None:
     fit(learn, 1)
     assert not learn.opt.opt.perturbed
     assert all(map(torch.equal, before, model.parameters()))
+
+
+EVENTS = ["before_batch", "after_pred", "after_loss", "before_backward"]
+
+
+@pytest.mark.parametrize("order", [-5, 60])
+@pytest.mark.parametrize("event", [*EVENTS, "cancel_backward"])
+def test_a_canceled_batch_is_in_no_gradient(event: str, order: int) -> None:
+    """Neither in that at x nor in that at y, and the others of its step are."""
+
+    def cancel(self: Callback) -> None:
+        if self.training and self.iter == 1:
+            raise CancelBackwardException if event == "cancel_backward" else CancelBatchException
+
+    name = "before_backward" if event == "cancel_backward" else event
+    Cancel = type("Cancel", (Callback,), {name: cancel, "order": order})
+    model = without_dropout()
+    # Of 3 batches a step; fastai counts one whose backward is canceled, and none that it cancels.
+    cbs = [Cancel(), GradientAccumulation(3 * SIZE)]
+    fit(make_learner(model, *cbs, count=6 if event == "cancel_backward" else 4), 1)
+
+    other, batches = without_dropout(), make_batches(6)
+    plain = PlainUSAM(other)
+    if event == "cancel_backward":
+        plain.step([batches[0], batches[2]], 1 / 3)
+        plain.step(batches[3:6], 1 / 3)
+    else:
+        plain.step([batches[0], batches[2], batches[3]], 1 / 3)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_a_step_whose_backward_was_canceled_changes_nothing() -> None:
+    def before_backward(self: Callback) -> None:
+        raise CancelBackwardException
+
+    Cancel = type("Cancel", (Callback,), {"before_backward": before_backward})
+    model = without_dropout()
+    before = [p.detach().clone() for p in model.parameters()]
+    fit(make_learner(model, Cancel()), 1)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("order", [-5, 9, 60])
+@pytest.mark.parametrize("event", ["before_batch", "after_pred"])
+def test_what_callbacks_do_to_a_batch_is_done_at_all_weights(event: str, order: int) -> None:
+    def change(self: Callback) -> None:
+        if event == "before_batch":
+            self.learn.xb = tuple(torch.sin(x + self.iter) for x in self.xb)
+        else:
+            self.learn.pred = self.pred + self.iter
+
+    Change = type("Change", (Callback,), {event: change, "order": order, "run_valid": False})
+    model, other = without_dropout(), without_dropout()
+    fit(make_learner(model, Change(), GradientAccumulation(2 * SIZE), count=4), 1)
+
+    def loss_of(model: nn.Module, batch: Any) -> Tensor:
+        i, x, y = batch
+        pred = model(torch.sin(x + i)) if event == "before_batch" else model(x) + i
+        return nn.functional.mse_loss(pred, y)
+
+    plain = PlainUSAM(other, loss_of=loss_of)
+    batches = [(i, x, y) for i, (x, y) in enumerate(make_batches(4))]
+    plain.step(batches[:2])
+    plain.step(batches[2:])
+    assert_same(model, other)
+
+
+def test_a_fit_leaves_the_learner_as_it_was() -> None:
+    learn = make_learner(without_dropout())
+    before = set(vars(learn))
+    fit(learn, 1)
+    assert not {"_do_one_batch", "_backward"} & set(vars(learn)) - before
+
+
+def test_a_batch_that_is_canceled_at_y_leaves_no_gradient() -> None:
+    """The next step has its own gradients only."""
+    losses = []
+
+    def after_loss(self: Callback) -> None:
+        if self.training:
+            losses.append(self.learn.loss)
+            if len(losses) == 4:  # the second batch of the first step, at y
+                raise CancelBatchException
+
+    Cancel = type("Cancel", (Callback,), {"after_loss": after_loss, "order": 60})
+    model, other = without_dropout(), without_dropout()
+    fit(make_learner(model, Cancel(), GradientAccumulation(2 * SIZE), count=4), 1)
+    plain = PlainUSAM(other)
+    plain.step(make_batches(4)[2:])
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

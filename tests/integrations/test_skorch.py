@@ -221,6 +221,20 @@ def test_a_wrong_number_of_steps_is_refused(steps: float) -> None:
         make_net(accumulation_steps=steps)
 
 
+@pytest.mark.parametrize("steps", [0, -1, 1.5])
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_a_wrong_number_of_steps_is_refused_after_initialize(method: str, steps: float) -> None:
+    net = make_net(warm_start=True).set_params(accumulation_steps=steps)
+    before = [p.detach().clone() for p in net.module_.parameters()]
+    dataset = TensorDataset(*data())
+    with pytest.raises(ValueError, match="accumulation_steps is a positive integer"):
+        getattr(net, method)(dataset, None)
+    assert all(map(torch.equal, before, net.module_.parameters()))
+    net.set_params(accumulation_steps=2)
+    net.partial_fit(dataset, None)
+    assert not torch.equal(before[0], next(net.module_.parameters()))
+
+
 def test_several_optimizers_are_refused() -> None:
     class TwoOptimizers(SharpnessAwareMixin):
         def initialize_optimizer(self, triggered_directly: bool | None = None) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -281,10 +283,33 @@ def test_a_variable_that_is_assigned_again_is_refused(
     functions = forwards(model)
     scaler(next(functions), opt, need_update=False)
     last = next(functions)
-    with pytest.raises(RuntimeError, match=r"reads '(x|y|self.batch)', which was assigned again"):
+    with pytest.raises(
+        RuntimeError, match=r"reads '(x|y|self.batch.0.)', which was assigned again"
+    ):
         scaler(last, opt)
     assert not opt.perturbed
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_scaler_keeps_no_optimizer(fails: bool) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO)
+    scaler = no_scaling(model)
+    calls = []
+
+    def forward() -> Tensor:
+        calls.append(1)
+        if fails and len(calls) == 2:
+            raise ArithmeticError
+        return criterion(model, *make_batches(1)[0])
+
+    with pytest.raises(ArithmeticError) if fails else nullcontext():
+        scaler(forward, opt)
+    alive = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_batch_that_was_written_is_refused() -> None:

@@ -14,6 +14,7 @@ from eigenfilter._running_stats import freeze_running_stats
 from eigenfilter.integrations import _window
 from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
+from eigenfilter.integrations._variables import Variables
 from eigenfilter.optimizers.amp import is_enabled
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 
@@ -165,7 +166,8 @@ class SharpnessAwareBackward:
 
         Raises:
             TypeError: `loss_fn` returns no tensor, or takes no argument in an accumulation.
-            RuntimeError: the ascents of this step are taken already.
+            RuntimeError: the ascents of this step are taken already, or in an accumulation a
+                variable that `loss_fn` reads was assigned after its first call.
         """
         accelerator, window = self.window.accelerator, self.window
         accumulates = accelerator.gradient_accumulation_steps > 1
@@ -176,6 +178,7 @@ class SharpnessAwareBackward:
                 "backward(loss_fn, batch)"
             )
         kept = copy_of((args, kwargs)) if window.keeps else None
+        variables = Variables(loss_fn) if window.keeps and accumulates else None
 
         def evaluate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             loss = loss_fn(*args, **kwargs)
@@ -185,11 +188,19 @@ class SharpnessAwareBackward:
             accelerator.backward(loss, **graph)
             return loss.detach()
 
-        def evaluate_again() -> None:
+        def first() -> Tensor:
+            loss = evaluate(args, kwargs)
+            if variables is not None:
+                variables.forget_written()
+            return loss
+
+        def again() -> None:
+            if variables is not None:
+                variables.refuse_changes()
             with freeze_running_stats(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext():
                 evaluate(*copy_of(kept))
 
-        return window.evaluate(functools.partial(evaluate, args, kwargs), evaluate_again)
+        return window.evaluate(first, again)
 
     def cancel(self) -> None:
         """Leave out the step: go back to x, and forget its gradients and micro-batches.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from eigenfilter.integrations._window import Window, optimizer_of, set_mode
 from eigenfilter.optimizers.amp import drop_scaler_attributes
 
 with imports_of("fastai"):
-    from fastai.callback.core import Callback
+    from fastai.callback.core import Callback, CancelBackwardException
     from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
     from fastai.callback.rnn import ModelResetter
 
-_KEPT = ("xb", "yb", "pred", "loss", "loss_grad")  # the learner's, which an evaluation sets
+# Attributes of the learner: those that a batch comes with, and those that an evaluation sets.
+_OF_BATCH = ("xb", "yb", "iter", "train_iter", "pct_train")
+_KEPT = (*_OF_BATCH, "pred", "loss", "loss_grad")
 
 
 class SharpnessAwareCallback(Callback):  # type: ignore[misc]
@@ -74,7 +77,10 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 raise ValueError(f"{callback.__name__} {reason}")
         self._recording.close()  # of a fit that has failed
         self._window = None
-        self.learn.opt.zero_grad()
+        learn: Any = self.learn
+        learn.opt.zero_grad()
+        vars(learn).pop("_do_one_batch", None)
+        learn._do_one_batch = functools.partial(self._record, learn, learn._do_one_batch)
 
     def before_train(self) -> None:
         """Bring a schedule-free base to where its gradients are taken."""
@@ -84,9 +90,14 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         """Bring a schedule-free base to its weights."""
         set_mode(self.learn.opt.opt, "eval")
 
-    def before_batch(self) -> None:
-        """Record the batch, whose evaluation begins."""
-        learn = self.learn
+    def _record(self, learn: Any, do_one_batch: Callable[[], None]) -> None:
+        """Do what `Learner` does with a batch, and record it up to its gradient.
+
+        All callbacks have seen the batch by then.
+        """
+        if self.learn is not learn or not learn.training:  # it was removed after a failed fit
+            do_one_batch()
+            return
         if self._window is None:
             inner = optimizer_of(learn.opt)
             assert inner is not None
@@ -94,19 +105,34 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
             losses = learn.loss_func, getattr(learn.loss_func, "func", None)
             modules = [loss for loss in losses if isinstance(loss, nn.Module)]
             self._window = Window(learn.model, inner, keeps_all=True, modules=modules)
-        batch = learn.xb, learn.yb
+        batch = _attributes(learn, _OF_BATCH)
         states = [(each, dict(vars(each))) for each in learn.cbs if each is not self]
+        backward, patched = learn._backward, vars(learn).get("_backward")
 
         def evaluate() -> None:
-            learn.xb, learn.yb = batch
+            vars(learn).update(batch)
             with _states(states):
-                _evaluate(learn)
+                _evaluate(learn, backward)
 
-        self._recording.enter_context(self._window.recording(evaluate, batch))
+        def first_backward() -> None:
+            backward()
+            self._recording.close()
 
-    def after_backward(self) -> None:
-        """End the record."""
-        self._recording.close()
+        learn._backward = first_backward
+        try:
+            # A batch that is canceled before its gradient is there leaves by an exception.
+            with self._recording:
+                self._recording.enter_context(self._window.recording(evaluate, batch))
+                do_one_batch()
+        finally:
+            vars(learn).pop("_backward")
+            if patched is not None:
+                learn._backward = patched
+
+    def after_cancel_backward(self) -> None:
+        """Forget the batch, which adds nothing to the gradient."""
+        canceled = CancelBackwardException()
+        self._recording.__exit__(type(canceled), canceled, None)
 
     def before_step(self) -> None:
         """Take the ascents."""
@@ -115,12 +141,14 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         assert window is not None
         self._window = None
         scaler = getattr(learn, "scaler", None)
-        kept = {name: getattr(learn, name) for name in _KEPT}
+        kept = _attributes(learn, _KEPT)
         try:
             window.take_ascents(scaler)
+        except BaseException:
+            learn.opt.zero_grad()  # the next step must not begin with a gradient at y
+            raise
         finally:
-            for name, value in kept.items():
-                setattr(learn, name, value)
+            vars(learn).update(kept)
         if scaler is not None and scaler.is_enabled():
             # MixedPrecision unscales the gradient itself, skips the step if it overflows, and steps
             # without the scaler. To the optimizer this is a scaler that found nothing.
@@ -136,16 +164,21 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 inner.restore()
 
     def after_batch(self) -> None:
-        """Restore x and end the record, if the batch was canceled."""
-        self._recording.close()
+        """Restore x, if the batch was canceled."""
         self.after_step()
 
     def after_fit(self) -> None:
         """Forget the batches of an incomplete step."""
         self._window = None
+        learn: Any = self.learn
+        vars(learn).pop("_do_one_batch", None)
 
 
-def _evaluate(learn: Any) -> None:
+def _attributes(learn: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: vars(learn)[name] for name in names if name in vars(learn)}
+
+
+def _evaluate(learn: Any, backward: Callable[[], None]) -> None:
     """What `Learner` does with a batch, up to its gradient."""
     for each in learn.cbs:
         if isinstance(each, MixedPrecision):
@@ -155,8 +188,9 @@ def _evaluate(learn: Any) -> None:
     learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
     learn.loss = learn.loss_grad.clone()
     learn("after_loss")
-    learn("before_backward")
-    learn._backward()
+    with suppress(CancelBackwardException):
+        learn("before_backward")
+        backward()
 
 
 @contextmanager

@@ -43,10 +43,7 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
         self.accumulation_steps = accumulation_steps
 
     def initialize(self) -> Any:
-        if not isinstance(self.accumulation_steps, int) or self.accumulation_steps < 1:
-            raise ValueError(
-                f"accumulation_steps is a positive integer, and is {self.accumulation_steps!r}"
-            )
+        self._check_accumulation_steps()
         if hasattr(self, "accelerator"):
             raise TypeError(
                 "SharpnessAwareMixin calls backward itself, and so does AccelerateMixin: use a "
@@ -60,12 +57,19 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
             )
         return self
 
+    def _check_accumulation_steps(self) -> None:
+        if not isinstance(self.accumulation_steps, int) or self.accumulation_steps < 1:
+            raise ValueError(
+                f"accumulation_steps is a positive integer, and is {self.accumulation_steps!r}"
+            )
+
     def run_single_epoch(
         self, iterator: Any, training: bool, prefix: str, step_fn: Callable[..., Any], **fit: Any
     ) -> None:
         if not training or iterator is None:
             super().run_single_epoch(iterator, training, prefix, step_fn, **fit)
             return
+        self._check_accumulation_steps()  # set_params may have set it since
         optimizer = getattr(self, f"{self._optimizers[0]}_")
         set_mode(optimizer, "train")
         try:

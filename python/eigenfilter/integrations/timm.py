@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +11,7 @@ from torch import Tensor, nn
 
 from eigenfilter import optimizers
 from eigenfilter.integrations._extras import imports_of
+from eigenfilter.integrations._variables import Variables
 from eigenfilter.integrations._window import Window, optimizer_of
 from eigenfilter.optimizers import registry
 from eigenfilter.optimizers.base import EigenfilterOptimizer
@@ -154,7 +151,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
             loss = evaluate()
         else:
             window = self._windows.setdefault(id(inner), Window(self.model, inner))
-            variables = _Variables(forward)
+            variables = Variables(forward)
 
             def again() -> None:
                 variables.refuse_changes()
@@ -162,7 +159,9 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
 
             with window.recording(again, variables.values):
                 loss = evaluate()
+            variables.forget_written()
             if need_update:
+                del self._windows[id(inner)]  # which would keep the optimizer alive
                 window.take_ascents(self._scaler)
         if need_update:
             self._update(optimizer, clip_grad, clip_mode, parameters)
@@ -180,78 +179,3 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
             dispatch_clip_grad(parameters, clip_grad, mode=clip_mode)
         self._scaler.step(optimizer)
         self._scaler.update()
-
-
-class _Variables:
-    """The variables that a function reads from around it, which may be assigned again.
-
-    Attributes:
-        values: their values, and those of the function's own arguments, by function and name.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.values = _read(function)
-
-    def refuse_changes(self) -> None:
-        """Raise RuntimeError if the function would read other values than at first."""
-        now = _read(self._function)
-        for key, value in self.values.items():
-            if now.get(key) is not value and not _are_equal_numbers(now.get(key), value):
-                raise RuntimeError(
-                    f"the function that computes the loss reads {key[1]!r}, which was assigned "
-                    "again before the step was over, so that its micro-batch is lost: make what it "
-                    "reads an argument with a default, as in def forward(input=input)"
-                )
-
-
-def _are_equal_numbers(a: Any, b: Any) -> bool:
-    return isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b
-
-
-def _read(function: Any, seen: frozenset[Any] = frozenset()) -> dict[tuple[str, str], Any]:
-    """What a function reads from around it, and the functions of its module that it calls."""
-    if isinstance(function, functools.partial):
-        given = dict(enumerate(function.args)) | function.keywords
-        values = {("partial", str(name)): value for name, value in given.items()}
-        return values | _read(function.func, seen)
-    owner = getattr(function, "__self__", None)
-    function = getattr(function, "__func__", function)
-    if not isinstance(function, FunctionType) or function in seen:
-        return {}
-    found = {} if owner is None else {"self": owner}
-    found |= _nonlocals(function)
-    globals_read, attributes_read = _names(function.__code__)
-    found |= {n: function.__globals__[n] for n in globals_read if n in function.__globals__}
-    for name, value in list(found.items()):
-        if not isinstance(value, (type, FunctionType, ModuleType)):
-            attributes = getattr(value, "__dict__", {})
-            found |= {f"{name}.{a}": attributes[a] for a in attributes_read if a in attributes}
-    arguments = inspect.signature(function).parameters.values()
-    found |= {a.name: a.default for a in arguments if a.default is not a.empty}
-    result = {(function.__qualname__, name): value for name, value in found.items()}
-    for value in found.values():
-        if getattr(value, "__globals__", None) is function.__globals__:
-            result |= _read(value, seen | {function})
-    return result
-
-
-def _nonlocals(function: FunctionType) -> dict[str, Any]:
-    found = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with suppress(ValueError):  # not assigned yet
-            found[name] = cell.cell_contents
-    return found
-
-
-@functools.lru_cache(maxsize=128)
-def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The global names and the attributes that a function and those inside it read."""
-    inside = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
-    read = [(i.opname, i.argval) for i in dis.get_instructions(code)]
-    names = {name for op, name in read if op == "LOAD_GLOBAL"}
-    attributes = {name for op, name in read if op in ("LOAD_ATTR", "LOAD_METHOD")}
-    return (
-        frozenset(names.union(*(names for names, _ in inside))),
-        frozenset(attributes.union(*(attributes for _, attributes in inside))),
-    )
