@@ -139,6 +139,37 @@ def test_a_failed_evaluation_restores_the_weights(model: nn.Module) -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
+@pytest.mark.parametrize("method", ["usam", "two_step_usam", "hessian_usam", "usam with rho 0"])
+@pytest.mark.parametrize("has_optimizer", [False, True], ids=["untrained", "of another optimizer"])
+def test_other_parameters_have_the_gradient_of_the_last_evaluation(
+    model: nn.Module, method: str, has_optimizer: bool
+) -> None:
+    model[3].p = 0.0
+    opt = METHODS[method](model[0].parameters(), lr=0.1)
+    head = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    window = Window(model, opt)
+    for step in range(2):
+        opt.zero_grad()
+        head.zero_grad()
+        expected: list[Tensor] = []
+
+        def evaluate(batch: tuple[Tensor, Tensor], expected: list[Tensor] = expected) -> None:
+            expected += torch.autograd.grad(loss_of(model, batch), list(model[4].parameters()))
+            loss_of(model, batch).backward()
+
+        for batch in batches_of_step(step):
+            with window.recording(functools.partial(evaluate, batch)):
+                evaluate(batch)
+        window.take_ascents()
+        last = expected[-2 * MICRO_BATCHES :]
+        for i, p in enumerate(model[4].parameters()):
+            assert p.grad is not None
+            torch.testing.assert_close(p.grad, torch.stack(last[i::2]).sum(0))
+        opt.step()
+        if has_optimizer:
+            head.step()
+
+
 def test_a_micro_batch_whose_first_evaluation_fails_is_forgotten(model: nn.Module) -> None:
     window = Window(model, ef.USAM(model.parameters(), lr=0.1, rho=0.1))
     with window.recording(lambda: None):

@@ -48,7 +48,8 @@ class Window:
         ...                                         # clipping
         opt.step()
 
-    Running statistics stay those of x. A method whose evaluations must see the same random numbers
+    Running statistics stay those of x, and gradients of parameters that the optimizer does not have
+    are those of the last evaluation, as its own are. A method whose evaluations must see the same random numbers
     (finite differences) gets them for each micro-batch. A step without ascents keeps nothing.
 
     Args:
@@ -120,6 +121,7 @@ class Window:
                     "between steps, or begin its schedule above 0"
                 )
             while opt.ascend(grad_scaler):
+                self._clear_others()
                 with freeze_running_stats(self.model):
                     self._evaluate()
         except BaseException:
@@ -128,6 +130,17 @@ class Window:
             raise
         finally:
             self.clear()
+
+    def _clear_others(self) -> None:
+        """Clear the gradients of the model's other parameters, as `ascend` clears its own.
+
+        Each evaluation adds to them. Another optimizer may train them, and a framework may clip by
+        a norm that includes them.
+        """
+        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for p in self.model.parameters():
+            if id(p) not in own:
+                p.grad = None
 
     def clear(self) -> None:
         """Forget the micro-batches, as when the framework skips the step."""
