@@ -234,6 +234,31 @@ def test_a_run_goes_on_from_a_checkpoint() -> None:
     assert_same(*models)
 
 
+@pytest.mark.parametrize("start", [0.0, RHO], ids=["from rho 0", "from rho"])
+@pytest.mark.parametrize("clears", ["optimizer", "in place", "model"])
+def test_an_epoch_that_begins_with_cleared_gradients_begins_a_step(
+    clears: str, start: float
+) -> None:
+    models = make_model(), make_model()
+    for model in models:
+        opt = ef.USAM(model.parameters(), **USAM)
+        scaler = no_scaling(model)
+        torch.manual_seed(1)
+        for epoch in range(2):
+            if clears == "model":
+                model.zero_grad()
+            else:
+                opt.zero_grad(set_to_none=clears == "optimizer")
+            if epoch == 1 and model is models[1]:
+                scaler = no_scaling(model)  # which has no micro-batch
+            for index, (x, y) in enumerate(make_batches(3)):
+                opt.param_groups[0]["rho"] = start if epoch == 0 else RHO
+                scaler(partial(criterion, model, x, y), opt, need_update=index == 1)
+                if index == 1:
+                    opt.zero_grad()
+    assert_same(*models)
+
+
 def test_a_loss_in_the_place_of_its_function_is_refused() -> None:
     model = make_model()
     opt = ef.USAM(model.parameters(), lr=LR)

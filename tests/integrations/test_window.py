@@ -139,6 +139,43 @@ def test_a_failed_evaluation_restores_the_weights(model: nn.Module) -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
+CLEARS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
+    "optimizer": lambda model, opt: opt.zero_grad(),
+    "optimizer, in place": lambda model, opt: opt.zero_grad(set_to_none=False),
+    "model": lambda model, opt: model.zero_grad(),
+}
+
+
+@pytest.mark.parametrize("clear", CLEARS)
+@pytest.mark.parametrize("rho", [0.0, 0.1], ids=["from rho 0", "from rho 0.1"])
+def test_cleared_gradients_begin_a_step(model: nn.Module, clear: str, rho: float) -> None:
+    model[3].p = 0.0
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    ends = []
+    for has_leftover in (False, True):
+        model.load_state_dict(start)
+        opt = METHODS["usam"](model.parameters(), lr=0.1)
+        window = Window(model, opt)
+
+        def record(batch: tuple[Tensor, Tensor], window: Window = window) -> None:
+            evaluate = functools.partial(lambda b: loss_of(model, b).backward(), batch)
+            with window.recording(evaluate):
+                evaluate()
+
+        if has_leftover:
+            opt.param_groups[0]["rho"] = rho
+            record(batches_of_step(5)[0])
+            opt.param_groups[0]["rho"] = 0.1
+        CLEARS[clear](model, opt)
+        for batch in batches_of_step(0):
+            record(batch)
+        assert len(window) == MICRO_BATCHES
+        window.take_ascents()
+        opt.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["usam", "two_step_usam", "hessian_usam", "usam with rho 0"])
 @pytest.mark.parametrize("has_optimizer", [False, True], ids=["untrained", "of another optimizer"])
 def test_other_parameters_have_the_gradient_of_the_last_evaluation(
@@ -173,7 +210,7 @@ def test_other_parameters_have_the_gradient_of_the_last_evaluation(
 def test_a_micro_batch_whose_first_evaluation_fails_is_forgotten(model: nn.Module) -> None:
     window = Window(model, ef.USAM(model.parameters(), lr=0.1, rho=0.1))
     with window.recording(lambda: None):
-        pass
+        loss_of(model, batches_of_step(0)[0]).backward()
     with pytest.raises(ZeroDivisionError), window.recording(lambda: None):
         raise ZeroDivisionError("a batch that fails")
     assert len(window) == 1

@@ -49,8 +49,9 @@ class Window:
         opt.step()
 
     Running statistics stay those of x, and gradients of parameters that the optimizer does not have
-    are those of the last evaluation, as its own are. A method whose evaluations must see the same random numbers
-    (finite differences) gets them for each micro-batch. A step without ascents keeps nothing.
+    are those of the last evaluation, as its own are. A method whose evaluations must see the same
+    random numbers (finite differences) gets them for each micro-batch. A step without ascents keeps
+    nothing.
 
     Args:
         model: model whose running statistics are preserved at perturbed weights.
@@ -67,6 +68,7 @@ class Window:
         self.keeps_all = keeps_all
         self._evaluations: list[tuple[Callable[[], Any], Randomness | None]] = []
         self._dropped = 0  # micro-batches of this step that came while it had no ascent
+        self._clears = 0  # of the optimizer's gradients, when the last micro-batch was recorded
 
     def __len__(self) -> int:
         """The number of micro-batches that were recorded since the last step."""
@@ -76,7 +78,9 @@ class Window:
     def recording(self, evaluate: Callable[[], Any], batch: Any = None) -> Iterator[None]:
         """A context for the first evaluation of a micro-batch, at x.
 
-        Under DDP an evaluation is repeated with or without synchronization, as the first one.
+        Under DDP an evaluation is repeated with or without synchronization, as the first one. If
+        the gradients were cleared, earlier micro-batches are forgotten: they have no part in the
+        first gradient, as when an epoch begins with `zero_grad()` within a step.
 
         Args:
             evaluate: function that computes the loss of the micro-batch and calls backward with
@@ -86,6 +90,8 @@ class Window:
             batch: what the function reads, in containers; a tensor in it that is written before
                 its second evaluation is refused.
         """
+        if self._were_cleared():
+            self.clear()
         count = len(self)
         with self.optimizer.evaluation():
             if self.keeps_all or self.optimizer.phase == "ascent":
@@ -99,6 +105,9 @@ class Window:
             except BaseException:
                 del self._evaluations[count:]
                 raise
+            finally:
+                # A framework may clear between the forward and the backward pass of the first one.
+                self._clears = self.optimizer._step_state.clears
 
     def take_ascents(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         """Take all ascents of the step; the gradients of the descent are left in `.grad`.
@@ -146,6 +155,12 @@ class Window:
         """Forget the micro-batches, as when the framework skips the step."""
         self._evaluations.clear()
         self._dropped = 0
+
+    def _were_cleared(self) -> bool:
+        opt = self.optimizer
+        if len(self) + self._dropped == 0 or opt._step_state.clears != self._clears:
+            return True
+        return all(p.grad is None for group in opt.param_groups for p in group["params"])
 
     def _evaluate(self) -> None:
         opt = self.optimizer

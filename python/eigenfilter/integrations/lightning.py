@@ -205,6 +205,7 @@ class _Recorded:
 
     def __call__(self) -> Tensor | None:
         with self._window.recording(self._evaluate, self._evaluate.tensors()):
+            self._evaluate.position = len(self._window)
             loss: Tensor | None = self._closure()
         return loss
 
@@ -218,7 +219,12 @@ class _MicroBatch:
 
     `training_step` gets other containers in each evaluation, which it may change, with the same
     tensors.
+
+    Attributes:
+        position: its position in the step, from 1 on.
     """
+
+    position = 0
 
     def __init__(
         self, trainer: Trainer, window: Window, kwargs: OrderedDict[str, Any], closure: Any
@@ -230,7 +236,6 @@ class _MicroBatch:
             )
         self._trainer = trainer
         self._window = window
-        self._index = len(window)
         self._backward = closure._backward_fn
         self._kwargs = _copied(kwargs)
 
@@ -249,7 +254,7 @@ class _MicroBatch:
 
     def _reduction(self) -> AbstractContextManager[None]:
         """A context in which processes reduce gradients after the last micro-batch alone."""
-        is_last = self._index + 1 == len(self._window)
+        is_last = self.position == len(self._window)
         block = getattr(self._trainer.strategy, "block_backward_sync", nullcontext)
         context: AbstractContextManager[None] = nullcontext() if is_last else block()
         return context
