@@ -327,6 +327,14 @@ def test_exact_products_are_refused() -> None:
         fit(learn, 1)
 
 
+def test_released_gradients_are_refused() -> None:
+    learn = make_learner(
+        without_dropout(), optimizer=functools.partial(ef.USAM, release_gradients=True)
+    )
+    with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
+        fit(learn, 1)
+
+
 @pytest.mark.parametrize("name", ["ModelResetter", "NonNativeMixedPrecision"])
 def test_callbacks_that_are_refused(name: str) -> None:
     cls = ModelResetter if name == "ModelResetter" else fastai.callback.fp16.NonNativeMixedPrecision

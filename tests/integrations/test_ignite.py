@@ -306,6 +306,14 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
         create_supervised_trainer(model, ef.USAM(model.parameters()), MSE, "cpu", **options)
 
 
+@pytest.mark.parametrize("rho", [0.0, RHO])
+def test_released_gradients_are_refused(rho: float) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), rho=rho, release_gradients=True)
+    with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
+        create_supervised_trainer(model, opt, MSE, "cpu", max_norm=0.05)
+
+
 def test_a_batch_that_was_written_is_refused() -> None:
     model = make_model()
     opt = ef.USAM(model.parameters(), **USAM)

@@ -221,6 +221,11 @@ def test_a_wrong_number_of_steps_is_refused(steps: float) -> None:
         make_net(accumulation_steps=steps)
 
 
+def test_released_gradients_are_refused() -> None:
+    with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
+        make_net(optimizer__release_gradients=True)
+
+
 def test_several_optimizers_are_refused() -> None:
     class TwoOptimizers(SharpnessAwareMixin):
         def initialize_optimizer(self, triggered_directly: bool | None = None) -> Any:

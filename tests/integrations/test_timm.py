@@ -268,6 +268,15 @@ def test_a_loss_in_the_place_of_its_function_is_refused() -> None:
         no_scaling(model)(lambda: criterion(model, *make_batches(1)[0]), opt, clip_grad=1.0)
 
 
+def test_released_gradients_are_refused() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO, release_gradients=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
+        train(model, opt, no_scaling(model), clip_grad=0.05)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def reads_variables(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     for x, y in make_batches(2):
         yield lambda: criterion(model, x, y)  # noqa: B023

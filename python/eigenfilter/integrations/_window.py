@@ -35,6 +35,15 @@ def set_mode(optimizer: Any, mode: str) -> None:
         method()
 
 
+def refuse_released(optimizer: EigenfilterOptimizer) -> None:
+    """Raise ValueError if the optimizer has `release_gradients`."""
+    if optimizer.release_gradients:
+        raise ValueError(
+            "release_gradients=True applies each gradient before the micro-batches are summed "
+            "and clipped: leave it False"
+        )
+
+
 class Window:
     """The micro-batches whose gradients a framework accumulates for one step.
 
@@ -58,11 +67,15 @@ class Window:
         optimizer: optimizer of this library.
         keeps_all: whether micro-batches are kept that come while the step has no ascent, for
             frameworks whose schedules set rho for every batch.
+
+    Raises:
+        ValueError: the optimizer has `release_gradients`.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: EigenfilterOptimizer, keeps_all: bool = False
     ) -> None:
+        refuse_released(optimizer)
         self.model = model
         self.optimizer = optimizer
         self.keeps_all = keeps_all

@@ -217,8 +217,4 @@ def refuse(accelerator: Accelerator, opt: EigenfilterOptimizer) -> None:
             f"{accelerator.distributed_type.value} reduces gradients and steps in its own engine, "
             "which takes no ascents: train with DDP or FSDP"
         )
-    if opt.release_gradients:
-        raise ValueError(
-            "release_gradients=True applies each gradient before the micro-batches are summed "
-            "and clipped: leave it False"
-        )
+    _window.refuse_released(opt)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._window import Window, optimizer_of, set_mode
+from eigenfilter.integrations._window import Window, optimizer_of, refuse_released, set_mode
 from eigenfilter.optimizers.amp import drop_scaler_attributes
 
 with imports_of("fastai"):
@@ -56,6 +56,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 "SharpnessAwareCallback needs an optimizer of this library: "
                 "opt_func=partial(OptimWrapper, opt=eigenfilter.USAM), or another one"
             )
+        refuse_released(inner)
         if inner.needs_graph:
             raise ValueError(
                 "fastai calls backward without create_graph: construct the optimizer with "

@@ -67,8 +67,8 @@ def create_supervised_trainer(
         The engine.
 
     Raises:
-        ValueError: `amp_mode` is another one, there is a scaler without it, or
-            `gradient_accumulation_steps` is not positive.
+        ValueError: `amp_mode` is another one, there is a scaler without it,
+            `gradient_accumulation_steps` is not positive, or the optimizer has `release_gradients`.
     """
     if gradient_accumulation_steps <= 0:
         raise ValueError(

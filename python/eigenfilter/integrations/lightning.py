@@ -59,8 +59,9 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
 
     Raises:
         MisconfigurationException: the optimizer is not one of this library, the strategy steps in
-            an engine of its own (DeepSpeed), gradients are released and would be clipped, or
-            `training_step` takes an iterator (`dataloader_iter`).
+            an engine of its own (DeepSpeed), or `training_step` takes an iterator
+            (`dataloader_iter`).
+        ValueError: the optimizer has `release_gradients`.
         RuntimeError: `training_step` writes to a tensor of its batch, which it gets again.
     """
 
@@ -95,12 +96,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 "strategy (DDP, ModelParallelStrategy), or remove the callback and train with "
                 "rho=0.0"
             )
-        window = self._window_of(pl_module, strategy.optimizers[0])
-        if trainer.gradient_clip_val and window.optimizer.release_gradients:
-            raise MisconfigurationException(
-                "release_gradients=True applies each gradient before gradient_clip_val could clip "
-                "it: leave one of the two out"
-            )
+        self._window_of(pl_module, strategy.optimizers[0])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the trainer as it was before `setup`."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._window import Window, optimizer_of, set_mode
+from eigenfilter.integrations._window import Window, optimizer_of, refuse_released, set_mode
 
 with imports_of("skorch"):
     from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
@@ -34,7 +34,8 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
         args, kwargs: those of the net.
 
     Raises:
-        ValueError: `accumulation_steps` is not a positive integer.
+        ValueError: `accumulation_steps` is not a positive integer, or the optimizer has
+            `release_gradients`.
         TypeError: the net has several optimizers, or skorch's `AccelerateMixin`.
     """
 
@@ -58,6 +59,9 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
                 "SharpnessAwareMixin takes one optimizer, and the net has "
                 f"{', '.join(self._optimizers)}: make them groups of one (optimizer__param_groups)"
             )
+        inner = optimizer_of(getattr(self, f"{self._optimizers[0]}_"))
+        if inner is not None:
+            refuse_released(inner)
         return self
 
     def run_single_epoch(

@@ -133,7 +133,8 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
             TypeError: `forward` is the loss itself.
             RuntimeError: a variable that `forward` reads was assigned, or a tensor that it reads
                 was written, after its first call of this step.
-            ValueError: `clip_grad` was given without `parameters`.
+            ValueError: `clip_grad` was given without `parameters`, or the optimizer has
+                `release_gradients`.
         """
         if not callable(forward):
             raise TypeError(
