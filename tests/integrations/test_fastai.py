@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ pytest.importorskip("fastai")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of fastai's imports
     import fastai.callback.fp16
-    from fastai.callback.core import Callback, CancelBatchException
+    from fastai.callback.core import (
+        Callback,
+        CancelBatchException,
+        CancelEpochException,
+        CancelFitException,
+    )
     from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.mixup import MixUp
     from fastai.callback.rnn import ModelResetter
@@ -255,6 +261,34 @@ def test_a_canceled_batch_leaves_x(event: str) -> None:
     fit(learn, 1)
     assert not learn.opt.opt.perturbed
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException]
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_callback_that_fails_before_the_step_leaves_x(
+    error: type[BaseException], accumulation: int
+) -> None:
+    def fail(self: Callback) -> None:
+        assert self.opt.opt.perturbed
+        raise error("in the middle of a step")
+
+    Fails = type("Fails", (Callback,), {"before_step": fail, "order": 50})
+    model = without_dropout()
+    failing = Fails()
+    learn = make_learner(model, failing, *callbacks(accumulation, None))
+    before = [p.detach().clone() for p in model.parameters()]
+    is_canceled = error in (CancelFitException, CancelEpochException)
+    with nullcontext() if is_canceled else pytest.raises(error):
+        fit(learn, 1)
+    assert not learn.opt.opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+    # The learner goes on to train, and no method of it stays overridden.
+    learn.remove_cb(failing)
+    fit(learn, 1)
+    assert not torch.equal(before[0], model[0].weight)
+    assert "_do_grad_opt" not in vars(learn)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -314,6 +314,17 @@ def test_released_gradients_are_refused(rho: float) -> None:
         create_supervised_trainer(model, opt, MSE, "cpu", max_norm=0.05)
 
 
+def test_a_clipping_that_fails_leaves_x() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(model, opt, MSE, device="cpu", max_norm="large")
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        trainer.run(make_batches(1), max_epochs=1)
+    assert not opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_batch_that_was_written_is_refused() -> None:
     model = make_model()
     opt = ef.USAM(model.parameters(), **USAM)

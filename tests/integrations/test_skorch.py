@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,26 @@ def test_a_batch_that_was_written_is_refused() -> None:
     net = make_net(module=Writing)
     before = [p.detach().clone() for p in net.module_.parameters()]
     with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
+        net.partial_fit(*data())
+    assert not net.optimizer_.perturbed
+    assert all(map(torch.equal, before, net.module_.parameters()))
+
+
+class Failing(Callback):
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def on_grad_computed(self, net: Any, **kwargs: Any) -> None:
+        assert net.optimizer_.perturbed
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_callback_that_fails_before_the_step_leaves_x(error: type[BaseException]) -> None:
+    net = make_net(callbacks=[("failing", Failing(error))])
+    before = [p.detach().clone() for p in net.module_.parameters()]
+    swallows = error is KeyboardInterrupt  # as skorch does, to end a training early
+    with nullcontext() if swallows else pytest.raises(error):
         net.partial_fit(*data())
     assert not net.optimizer_.perturbed
     assert all(map(torch.equal, before, net.module_.parameters()))

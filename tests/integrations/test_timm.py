@@ -277,6 +277,20 @@ def test_released_gradients_are_refused() -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_clipping_that_fails_leaves_x(enabled: bool) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    scaler = SharpnessAwareScaler(model, device="cpu", enabled=enabled)
+    before = [p.detach().clone() for p in model.parameters()]
+    forward = partial(criterion, model, *make_batches(1)[0])
+    params = model.parameters()
+    with pytest.raises(AssertionError, match="Unknown clip mode"):
+        scaler(forward, opt, clip_grad=1.0, clip_mode="unknown", parameters=params)
+    assert not opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def reads_variables(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     for x, y in make_batches(2):
         yield lambda: criterion(model, x, y)  # noqa: B023

@@ -53,9 +53,9 @@ class Window:
 
         with window.recording(evaluate_again):      # for each micro-batch
             ...                                     # the framework's own forward and backward
-        window.take_ascents(grad_scaler)            # leaves the descent's gradient
-        ...                                         # clipping
-        opt.step()
+        with window.descent(grad_scaler):           # takes the ascents
+            ...                                     # clipping of the descent's gradient
+            opt.step()
 
     Running statistics stay those of x, and gradients of parameters that the optimizer does not have
     are those of the last evaluation, as its own are. A method whose evaluations must see the same
@@ -152,6 +152,20 @@ class Window:
             raise
         finally:
             self.clear()
+
+    @contextmanager
+    def descent(self, grad_scaler: torch.amp.GradScaler | None = None) -> Iterator[None]:
+        """Take all ascents of the step; a context for clipping and for the step itself.
+
+        If it is left without a step, by an exception too, x is restored. The argument and the
+        errors are those of `take_ascents`, which is for frameworks that clip and step elsewhere.
+        """
+        self.take_ascents(grad_scaler)
+        try:
+            yield
+        finally:
+            if self.optimizer.perturbed:
+                self.optimizer.restore()
 
     def _clear_others(self) -> None:
         """Clear the gradients of the model's other parameters, as `ascend` clears its own.

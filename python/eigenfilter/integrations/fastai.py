@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -73,7 +74,8 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
             if any(isinstance(each, callback) for each in self.learn.cbs):
                 raise ValueError(f"{callback.__name__} {reason}")
         self._recording.close()  # of a fit that has failed
-        self._window = None
+        self.after_fit()
+        self.learn._do_grad_opt = functools.partial(self._at_x_after, self.learn._do_grad_opt)
         self.learn.opt.zero_grad()
 
     def before_train(self) -> None:
@@ -133,13 +135,21 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 inner.restore()
 
     def after_batch(self) -> None:
-        """Restore x and end the record, if the batch was canceled."""
+        """End the record, if the batch was canceled."""
         self._recording.close()
-        self.after_step()
 
     def after_fit(self) -> None:
         """Forget the batches of an incomplete step."""
         self._window = None
+        learn: Any = self.learn
+        vars(learn).pop("_do_grad_opt", None)
+
+    def _at_x_after(self, do_grad_opt: Callable[[], None]) -> None:
+        """The learner's gradient and step, after which an exception too leaves the model at x."""
+        try:
+            do_grad_opt()
+        finally:
+            self.after_step()
 
 
 def _evaluate(learn: Any) -> None:

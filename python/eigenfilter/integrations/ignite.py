@@ -109,14 +109,13 @@ def create_supervised_trainer(
         with nullcontext() if window is None else window.recording(evaluate, (x, y)):
             y_pred, loss = evaluate()
         if index == gradient_accumulation_steps - 1:
-            if window is not None:
-                window.take_ascents(grad_scaler)
-            if max_norm is not None:
-                grad_scaler.unscale_(optimizer)
-                params = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(params, max_norm)
-            grad_scaler.step(optimizer)
-            grad_scaler.update()
+            with nullcontext() if window is None else window.descent(grad_scaler):
+                if max_norm is not None:
+                    grad_scaler.unscale_(optimizer)
+                    params = [p for group in optimizer.param_groups for p in group["params"]]
+                    nn.utils.clip_grad_norm_(params, max_norm)
+                grad_scaler.step(optimizer)
+                grad_scaler.update()
         return output_transform(x, y, y_pred, loss * gradient_accumulation_steps)
 
     engine = DeterministicEngine(update) if deterministic else Engine(update)

@@ -92,11 +92,10 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
             step = evaluate()
         if left == 1:
             self._window = None
-            if window is not None:
-                window.take_ascents()
-            params = TeeGenerator(self.get_all_learnable_params())
-            self.notify("on_grad_computed", named_parameters=params, batch=batch, training=True)
-            optimizer.step()
+            with nullcontext() if window is None else window.descent():
+                params = TeeGenerator(self.get_all_learnable_params())
+                self.notify("on_grad_computed", named_parameters=params, batch=batch, training=True)
+                optimizer.step()
         return step
 
     def _evaluate(

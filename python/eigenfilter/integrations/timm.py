@@ -6,7 +6,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -144,6 +144,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
         if clip_grad is not None and parameters is None:
             raise ValueError("clip_grad needs the parameters whose gradients are clipped")
         inner = optimizer_of(optimizer)
+        descent: AbstractContextManager[None] = nullcontext()
 
         def evaluate() -> Tensor:
             loss = forward()
@@ -163,10 +164,10 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
 
             with window.recording(again, variables.values):
                 loss = evaluate()
-            if need_update:
-                window.take_ascents(self._scaler)
+            descent = window.descent(self._scaler)
         if need_update:
-            self._update(optimizer, clip_grad, clip_mode, parameters)
+            with descent:
+                self._update(optimizer, clip_grad, clip_mode, parameters)
         return loss
 
     def _update(
