@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import eigenfilter as ef
-from eigenfilter.integrations._window import Window, optimizer_of
+from eigenfilter.integrations._window import Window
 
 METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": functools.partial(ef.SGD, momentum=0.9),
@@ -214,12 +214,3 @@ def test_a_micro_batch_whose_first_evaluation_fails_is_forgotten(model: nn.Modul
     with pytest.raises(ZeroDivisionError), window.recording(lambda: None):
         raise ZeroDivisionError("a batch that fails")
     assert len(window) == 1
-
-
-def test_the_optimizer_in_wrappers(model: nn.Module) -> None:
-    opt = ef.USAM(model.parameters(), lr=0.1)
-    wrapper = torch.optim.SGD(model.parameters())
-    assert optimizer_of(opt) is opt
-    assert optimizer_of(wrapper) is None
-    wrapper.optimizer = opt  # as Accelerate's
-    assert optimizer_of(wrapper) is opt

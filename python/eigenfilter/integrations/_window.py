@@ -11,21 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from eigenfilter._running_stats import freeze_running_stats
+from eigenfilter.optimizers._layers import optimizer_of
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.randomness import Randomness
 
-# Where the wrappers of frameworks keep the optimizer that they wrap.
-_INNER = ("optimizer", "_optimizer", "_base_optimizer", "opt")
-
-
-def optimizer_of(optimizer: Any) -> EigenfilterOptimizer | None:
-    """The optimizer of this library in the wrappers of a framework; None if it is another's."""
-    while optimizer is not None:
-        if isinstance(optimizer, EigenfilterOptimizer):
-            return optimizer
-        inner = (vars(optimizer).get(name) for name in _INNER)
-        optimizer = next((o for o in inner if isinstance(o, torch.optim.Optimizer)), None)
-    return None
+__all__ = ["Window", "optimizer_of", "refuse_released", "set_mode"]
 
 
 def set_mode(optimizer: Any, mode: str) -> None:
