@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -477,3 +478,52 @@ def test_a_part_that_another_optimizer_trains_has_the_gradient_of_the_descent() 
     descent = torch.autograd.grad(loss_of(twin, batch), list(twin[2].parameters()))
     torch.testing.assert_close([p.grad for p in model[2].parameters()], list(descent))
     optimizer_of(opt).restore()
+
+
+@dataclasses.dataclass
+class Pair:
+    x: Tensor
+    y: Tensor
+
+
+def replaces(model: nn.Module, batch: Any) -> Tensor:
+    batch.x = batch.x + 1
+    return loss_of(model, (batch.x, batch.y))
+
+
+def writes(model: nn.Module, batch: Any) -> Tensor:
+    return loss_of(model, (batch.x.add_(1), batch.y))
+
+
+@pytest.mark.parametrize("loss", [replaces, writes])
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_an_object_that_the_loss_changes(
+    loss: Callable[[nn.Module, Any], Tensor], is_partial: bool
+) -> None:
+    model, twin = network(), network()
+    accelerator = make_accelerator()
+    prepared, opt = accelerator.prepare(model, ef.SAM(model.parameters(), **Sam))
+    backward = SharpnessAwareBackward(accelerator, prepared, opt)
+    ((x, y),) = windows(1)[0]
+    batch = Pair(x.clone(), y)
+    with accelerator.accumulate(prepared):
+        args = (
+            (functools.partial(loss, prepared, batch),)
+            if is_partial
+            else (functools.partial(loss, prepared), batch)
+        )
+        backward(*args)
+        opt.step()
+    total = functools.partial(loss_of, twin, (x + 1, y))
+    sam_steps(list(twin.parameters()), [total], **Sam, max_norm=0.0, normalized=True)
+    assert_same(model, twin)
+
+
+def test_an_argument_that_is_computed_from_parameters_is_refused() -> None:
+    model = network()
+    accelerator = make_accelerator()
+    prepared, opt = accelerator.prepare(model, ef.SAM(model.parameters(), **Sam))
+    backward = SharpnessAwareBackward(accelerator, prepared, opt)
+    ((x, y),) = windows(1)[0]
+    with pytest.raises(RuntimeError, match="A tensor of the batch was computed from one that requ"):
+        backward(functools.partial(loss_of, prepared), (x + model[0].bias[:4], y))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,28 @@ def test_a_batch_that_was_written_is_refused() -> None:
     )
     with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
         trainer.run(make_batches(1), max_epochs=1)
+    assert not opt.perturbed
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_a_batch_whose_entry_changes_is_refused(kind: Any) -> None:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_model()
+
+        def forward(self, batch: Any) -> Tensor:
+            batch["x"] = batch["x"] + batch.pop("noise")
+            return self.net(batch["x"])
+
+    model = Takes()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model, opt, MSE, device="cpu", prepare_batch=lambda batch, **_: batch
+    )
+    x, y = make_batches(1)[0]
+    with pytest.raises(RuntimeError, match="An entry of the batch was replaced, added or removed"):
+        trainer.run([(kind(x=x, noise=torch.ones_like(x)), y)], max_epochs=1)
     assert not opt.perturbed
 
 

@@ -260,6 +260,20 @@ def test_a_batch_that_was_written_is_refused() -> None:
     assert all(map(torch.equal, before, net.module_.parameters()))
 
 
+def test_a_batch_whose_entry_was_replaced_is_refused() -> None:
+    class Replacing(SharpnessAwareRegressor):
+        def train_step_single(self, batch: Any, **fit_params: Any) -> Any:
+            batch[0]["x"] = batch[0]["x"] + 1
+            return super().train_step_single(batch, **fit_params)
+
+    net = Replacing(Module, optimizer=ef.USAM, train_split=None, verbose=0, **OPTIMIZER)
+    net.initialize()
+    x, y = data()
+    with pytest.raises(RuntimeError, match="An entry of the batch was replaced"):
+        net.partial_fit({"x": x}, y)
+    assert not net.optimizer_.perturbed
+
+
 class Failing(Callback):
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error

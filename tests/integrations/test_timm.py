@@ -347,6 +347,22 @@ def test_a_batch_that_was_written_is_refused() -> None:
         no_scaling(model)(forward, opt)
 
 
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_a_batch_whose_entry_was_replaced_is_refused(is_partial: bool) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO)
+    x, y = make_batches(1)[0]
+    batch = {"x": x}
+
+    def forward(batch: dict[str, Tensor] = batch) -> Tensor:
+        batch["x"] = batch["x"] + 1
+        return criterion(model, batch["x"], y)
+
+    with pytest.raises(RuntimeError, match="An entry of the batch was replaced"):
+        no_scaling(model)(partial(forward, batch) if is_partial else forward, opt)
+    assert not opt.perturbed
+
+
 def train_on_rank(rank: int, accumulation: int) -> tuple[list[Tensor], int]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()

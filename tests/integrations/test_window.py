@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections import UserDict
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -137,6 +139,60 @@ def test_a_failed_evaluation_restores_the_weights(model: nn.Module) -> None:
     assert not opt.perturbed
     assert len(window) == 0
     assert all(map(torch.equal, before, model.parameters()))
+
+
+class Holder:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def replace(batch: Any) -> None:
+    batch["x"] = batch["x"] + 1
+
+
+def take(batch: Any) -> None:
+    batch.pop("x")
+
+
+def replace_attribute(batch: Any) -> None:
+    batch.x = batch.x + 1
+
+
+X = torch.ones(2)
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
+    "entry of a dict": (lambda: {"x": X}, replace, "An entry of the batch"),
+    "entry of a UserDict": (lambda: UserDict(x=X), replace, "An entry of the batch"),
+    "entry taken": (lambda: {"x": X, "y": X}, take, "An entry of the batch"),
+    "attribute": (lambda: Holder(X), replace_attribute, "An entry of the batch"),
+    "in a UserDict": (lambda: UserDict(x=X.clone()), lambda b: b["x"].add_(1), "A tensor of the"),
+    "in an object": (lambda: Holder(X.clone()), lambda b: b.x.add_(1), "A tensor of the batch"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_batch_that_changes_is_refused(model: nn.Module, name: str) -> None:
+    make, change, message = CHANGES[name]
+    batch = make()
+    opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1)
+    window = Window(model, opt)
+    before = [p.detach().clone() for p in model.parameters()]
+    with window.recording(lambda: None, (batch, 3)):
+        loss_of(model, batches_of_step(0)[0]).backward()
+        change(batch)
+    with pytest.raises(RuntimeError, match=message):
+        window.take_ascents()
+    assert not opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_parameter_in_a_batch_may_be_perturbed(model: nn.Module) -> None:
+    opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1)
+    window = Window(model, opt)
+    evaluate = functools.partial(lambda b: loss_of(model, b).backward(), batches_of_step(0)[0])
+    with window.recording(evaluate, {"weight": model[0].weight}):
+        evaluate()
+    with window.descent():
+        opt.step()
 
 
 CLEARS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {

@@ -7,10 +7,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from eigenfilter._running_stats import freeze_running_stats
+from eigenfilter.integrations._batches import leaves
 from eigenfilter.optimizers._layers import optimizer_of
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.randomness import Randomness
@@ -90,8 +90,8 @@ class Window:
                 the same factors (of accumulation, of a loss scaler) as the first evaluation, and
                 logs nothing. It must not clear gradients. A micro-batch whose first evaluation
                 fails is forgotten.
-            batch: what the function reads, in containers; a tensor in it that is written before
-                its second evaluation is refused.
+            batch: what the function reads. If a tensor in it is written, or another one takes its
+                place, before its second evaluation, that is refused.
         """
         if self._were_cleared():
             self.clear()
@@ -198,13 +198,22 @@ class Window:
 
 def _as_now(model: nn.Module, evaluate: Callable[[], Any], batch: Any) -> Callable[[], Any]:
     """An evaluation on the same values, and with DDP's synchronization, as they are now."""
-    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and not t.is_inference()]
-    versions = [t._version for t in tensors]
+    tensors = list(leaves(batch))
+    # Ascents write to parameters, which a batch may hold.
+    counted = [t for t in tensors if not (t.is_inference() or (t.requires_grad and t.is_leaf))]
+    versions = [t._version for t in counted]
     ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
     is_synchronized = ddp is not None and ddp.require_backward_grad_sync
 
     def again() -> None:
-        if versions != [t._version for t in tensors]:
+        now = list(leaves(batch))
+        if len(now) != len(tensors) or any(a is not b for a, b in zip(now, tensors, strict=True)):
+            raise RuntimeError(
+                "An entry of the batch was replaced, added or removed after the step had first "
+                "evaluated it, and a method with ascents evaluates it again: let the model, the "
+                "loss and the training loop leave their batch as it is, or work on a copy of it"
+            )
+        if versions != [t._version for t in counted]:
             raise RuntimeError(
                 "A tensor of the batch was written in place after the step had first evaluated it, "
                 "and a method with ascents evaluates it again: let the model, the loss and the "

@@ -161,7 +161,8 @@ class SharpnessAwareBackward:
 
         Raises:
             TypeError: `loss_fn` returns no tensor, or takes no argument in an accumulation.
-            RuntimeError: the ascents of this step are taken already.
+            RuntimeError: the ascents of this step are taken already, or an argument was computed
+                from trained parameters.
         """
         accelerator, window = self.window.accelerator, self.window
         accumulates = accelerator.gradient_accumulation_steps > 1
@@ -171,9 +172,11 @@ class SharpnessAwareBackward:
                 "when the earlier ones are evaluated again: pass the batch as an argument, "
                 "backward(loss_fn, batch)"
             )
-        kept = copy_of((args, kwargs)) if window.keeps else None
+        kept = copy_of((loss_fn, args, kwargs)) if window.keeps else None
 
-        def evaluate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        def evaluate(
+            loss_fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Tensor:
             loss = loss_fn(*args, **kwargs)
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{loss_fn} must return the loss, and returned {type(loss)}")
@@ -182,7 +185,7 @@ class SharpnessAwareBackward:
             return loss.detach()
 
         return window.evaluate(
-            functools.partial(evaluate, args, kwargs), lambda: evaluate(*copy_of(kept))
+            functools.partial(evaluate, loss_fn, args, kwargs), lambda: evaluate(*copy_of(kept))
         )
 
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations._window import Window, optimizer_of
 
@@ -29,7 +30,6 @@ with imports_of("lightning"):
         from lightning_fabric.utilities.exceptions import MisconfigurationException
         from pytorch_lightning import Callback, LightningModule, Trainer
         from pytorch_lightning.plugins.precision import Precision
-    from lightning_utilities.core.apply_func import apply_to_collection
     from torchmetrics import Metric
 
 __all__ = ["SharpnessAwareCallback"]
@@ -200,7 +200,7 @@ class _Recorded:
         self._evaluate = evaluate
 
     def __call__(self) -> Tensor | None:
-        with self._window.recording(self._evaluate, self._evaluate.tensors()):
+        with self._window.recording(self._evaluate, self._evaluate.batch):
             self._evaluate.position = len(self._window)
             loss: Tensor | None = self._closure()
         return loss
@@ -217,6 +217,7 @@ class _MicroBatch:
     tensors.
 
     Attributes:
+        batch: arguments of `training_step`.
         position: its position in the step, from 1 on.
     """
 
@@ -233,20 +234,14 @@ class _MicroBatch:
         self._trainer = trainer
         self._window = window
         self._backward = closure._backward_fn
-        self._kwargs = _copied(kwargs)
+        self.batch = copy_of(kwargs, tensors=False)
 
     def __call__(self) -> None:
         with self._reduction():
             loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
-            loss = loop._training_step(_copied(self._kwargs)).closure_loss
+            loss = loop._training_step(copy_of(self.batch, tensors=False)).closure_loss
             if loss is not None:
                 self._backward(loss)
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors of the batch."""
-        found: list[Any] = []
-        apply_to_collection(self._kwargs, _Transferable, found.append)
-        return [t for t in found if isinstance(t, Tensor)]
 
     def _reduction(self) -> AbstractContextManager[None]:
         """A context in which processes reduce gradients after the last micro-batch alone."""
@@ -294,23 +289,6 @@ def _preserved_metrics(module: nn.Module) -> Iterator[None]:
     finally:
         for metric, values in zip(metrics, saved, strict=True):
             vars(metric).update(values)
-
-
-@runtime_checkable
-class _Transferable(Protocol):
-    """What Lightning moves to a device: tensors and batches of a class of their own."""
-
-    def to(self, device: Any) -> Any: ...
-
-
-def _copied(kwargs: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
-    """The same tensors in other containers."""
-
-    def each(t: Any) -> Any:
-        return t if isinstance(t, Tensor) else copy.copy(t)
-
-    same: OrderedDict[str, Any] = apply_to_collection(kwargs, _Transferable, each)
-    return same
 
 
 def _precision_of(trainer: Trainer) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from eigenfilter import optimizers
 from eigenfilter.integrations._extras import imports_of
@@ -162,7 +163,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
                 variables.refuse_changes()
                 evaluate()
 
-            with window.recording(again, variables.values):
+            with window.recording(again, variables.tensors):
                 loss = evaluate()
             descent = window.descent(self._scaler)
         if need_update:
@@ -189,11 +190,13 @@ class _Variables:
 
     Attributes:
         values: their values, and those of the function's own arguments, by function and name.
+        tensors: the tensors among them, and the arguments that the function was given.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self.values = _read(function)
+        self.tensors = tree_leaves(self.values), _given(function)
 
     def refuse_changes(self) -> None:
         """Raise RuntimeError if the function would read other values than at first."""
@@ -205,6 +208,13 @@ class _Variables:
                     "again before the step was over, so that its micro-batch is lost: make what it "
                     "reads an argument with a default, as in def forward(input=input)"
                 )
+
+
+def _given(function: Any) -> list[Any]:
+    """The arguments that a function has, without a call."""
+    if isinstance(function, functools.partial):
+        return [function.args, function.keywords, *_given(function.func)]
+    return [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
 
 
 def _are_equal_numbers(a: Any, b: Any) -> bool:
