@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import re
@@ -552,3 +553,93 @@ def test_two_processes_are_one(accumulation: int, run_distributed: RunDistribute
 @pytest.mark.slow
 def test_the_page_runs(tmp_path: Path) -> None:
     assert "loss " in run_page(ROOT / "docs" / "integrations" / "accelerate.md", tmp_path)
+
+
+@pytest.mark.parametrize("clears", ["in place", "model"])  # the prepared optimizer does neither
+def test_a_loop_that_clears_within_a_step_begins_another(clears: str) -> None:
+    models = network(), network()
+    start = network()
+    for has_first, model in zip((True, False), models, strict=True):
+        accelerator = make_accelerator(3)
+        prepared, opt = accelerator.prepare(model, ef.SAM(model.parameters(), **Sam))
+        backward = SharpnessAwareBackward(accelerator, prepared, opt)
+        for index, (batch,) in enumerate(windows(1)[:3]):
+            with accelerator.accumulate(prepared):
+                if index > 0 or has_first:
+                    backward(functools.partial(loss_of, prepared), batch)
+                if index == 0 and clears == "model":
+                    prepared.zero_grad()
+                elif index == 0:
+                    optimizer_of(opt).zero_grad(set_to_none=False)
+                opt.step()
+    assert_same(*models)
+    assert not torch.equal(models[0][0].weight, start[0].weight)
+
+
+def test_a_part_that_another_optimizer_trains_has_the_gradient_of_the_descent() -> None:
+    model = network()
+    twin = copy.deepcopy(model)
+    accelerator = make_accelerator()
+    opt = ef.USAM(model[0].parameters(), **Sam)
+    prepared, opt = accelerator.prepare(model, opt)
+    backward = SharpnessAwareBackward(accelerator, prepared, opt)
+    batch = windows(1)[0][0]
+    with accelerator.accumulate(prepared):
+        backward(functools.partial(loss_of, prepared), batch)
+    part = list(twin[0].parameters())
+    ascent = torch.autograd.grad(loss_of(twin, batch), part)
+    with torch.no_grad():
+        for p, g in zip(part, ascent, strict=True):
+            p += RHO * g
+    descent = torch.autograd.grad(loss_of(twin, batch), list(twin[2].parameters()))
+    torch.testing.assert_close([p.grad for p in model[2].parameters()], list(descent))
+    optimizer_of(opt).restore()
+
+
+@dataclasses.dataclass
+class Pair:
+    x: Tensor
+    y: Tensor
+
+
+def replaces(model: nn.Module, batch: Any) -> Tensor:
+    batch.x = batch.x + 1
+    return loss_of(model, (batch.x, batch.y))
+
+
+def writes(model: nn.Module, batch: Any) -> Tensor:
+    return loss_of(model, (batch.x.add_(1), batch.y))
+
+
+@pytest.mark.parametrize("loss", [replaces, writes])
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_an_object_that_the_loss_changes(
+    loss: Callable[[nn.Module, Any], Tensor], is_partial: bool
+) -> None:
+    model, twin = network(), network()
+    accelerator = make_accelerator()
+    prepared, opt = accelerator.prepare(model, ef.SAM(model.parameters(), **Sam))
+    backward = SharpnessAwareBackward(accelerator, prepared, opt)
+    ((x, y),) = windows(1)[0]
+    batch = Pair(x.clone(), y)
+    with accelerator.accumulate(prepared):
+        args = (
+            (functools.partial(loss, prepared, batch),)
+            if is_partial
+            else (functools.partial(loss, prepared), batch)
+        )
+        backward(*args)
+        opt.step()
+    total = functools.partial(loss_of, twin, (x + 1, y))
+    sam_steps(list(twin.parameters()), [total], **Sam, max_norm=0.0, normalized=True)
+    assert_same(model, twin)
+
+
+def test_an_argument_that_is_computed_from_parameters_is_refused() -> None:
+    model = network()
+    accelerator = make_accelerator()
+    prepared, opt = accelerator.prepare(model, ef.SAM(model.parameters(), **Sam))
+    backward = SharpnessAwareBackward(accelerator, prepared, opt)
+    ((x, y),) = windows(1)[0]
+    with pytest.raises(RuntimeError, match="A tensor of the batch was computed from one that requ"):
+        backward(functools.partial(loss_of, prepared), (x + model[0].bias[:4], y))

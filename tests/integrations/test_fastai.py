@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,13 @@ pytest.importorskip("fastai")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of fastai's imports
     import fastai.callback.fp16
-    from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException
+    from fastai.callback.core import (
+        Callback,
+        CancelBackwardException,
+        CancelBatchException,
+        CancelEpochException,
+        CancelFitException,
+    )
     from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.mixup import MixUp
     from fastai.callback.rnn import ModelResetter
@@ -350,6 +357,34 @@ def test_a_batch_that_is_canceled_at_y_leaves_no_gradient() -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError, KeyboardInterrupt, CancelFitException, CancelEpochException]
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_callback_that_fails_before_the_step_leaves_x(
+    error: type[BaseException], accumulation: int
+) -> None:
+    def fail(self: Callback) -> None:
+        assert self.opt.opt.perturbed
+        raise error("in the middle of a step")
+
+    Fails = type("Fails", (Callback,), {"before_step": fail, "order": 50})
+    model = without_dropout()
+    failing = Fails()
+    learn = make_learner(model, failing, *callbacks(accumulation, None))
+    before = [p.detach().clone() for p in model.parameters()]
+    is_canceled = error in (CancelFitException, CancelEpochException)
+    with nullcontext() if is_canceled else pytest.raises(error):
+        fit(learn, 1)
+    assert not learn.opt.opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+    # The learner goes on to train, and no method of it stays overridden.
+    learn.remove_cb(failing)
+    fit(learn, 1)
+    assert not torch.equal(before[0], model[0].weight)
+    assert "_do_grad_opt" not in vars(learn)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_schedule_of_rho_that_begins_at_0(accumulation: int) -> None:
     """fastai sets it for every batch; a step takes that of its last one."""
@@ -440,6 +475,14 @@ def test_exact_products_are_refused() -> None:
     optimizer = functools.partial(ef.HessianUSAM, hvp="autograd")
     learn = make_learner(without_dropout(), optimizer=optimizer)
     with pytest.raises(ValueError, match="without create_graph"):
+        fit(learn, 1)
+
+
+def test_released_gradients_are_refused() -> None:
+    learn = make_learner(
+        without_dropout(), optimizer=functools.partial(ef.USAM, release_gradients=True)
+    )
+    with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
         fit(learn, 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,25 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
         create_supervised_trainer(model, ef.USAM(model.parameters()), MSE, "cpu", **options)
 
 
+@pytest.mark.parametrize("rho", [0.0, RHO])
+def test_released_gradients_are_refused(rho: float) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), rho=rho, release_gradients=True)
+    with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
+        create_supervised_trainer(model, opt, MSE, "cpu", max_norm=0.05)
+
+
+def test_a_clipping_that_fails_leaves_x() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(model, opt, MSE, device="cpu", max_norm="large")
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        trainer.run(make_batches(1), max_epochs=1)
+    assert not opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_batch_that_was_written_is_refused() -> None:
     model = make_model()
     opt = ef.USAM(model.parameters(), **USAM)
@@ -371,6 +391,28 @@ def test_a_batch_that_was_written_is_refused() -> None:
     )
     with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
         trainer.run(make_batches(1), max_epochs=1)
+    assert not opt.perturbed
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_a_batch_whose_entry_changes_is_refused(kind: Any) -> None:
+    class Takes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_model()
+
+        def forward(self, batch: Any) -> Tensor:
+            batch["x"] = batch["x"] + batch.pop("noise")
+            return self.net(batch["x"])
+
+    model = Takes()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model, opt, MSE, device="cpu", prepare_batch=lambda batch, **_: batch
+    )
+    x, y = make_batches(1)[0]
+    with pytest.raises(RuntimeError, match="An entry of the batch was replaced, added or removed"):
+        trainer.run([(kind(x=x, noise=torch.ones_like(x)), y)], max_epochs=1)
     assert not opt.perturbed
 
 

@@ -6,7 +6,8 @@ import copy
 import functools
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,59 @@ def test_a_batch_of_a_class_of_its_own() -> None:
     assert distance(module, other) < 1e-12
 
 
+class Holder:
+    """A batch of a class without `to`."""
+
+    def __init__(self, x: Any, y: Tensor) -> None:
+        self.inputs, self.targets = x, y
+
+
+def replaces_an_attribute(batch: Holder) -> list[Tensor]:
+    batch.inputs = batch.inputs + 1
+    return [batch.inputs, batch.targets]
+
+
+def replaces_an_entry(batch: Pair) -> list[Tensor]:
+    batch.inputs["x"] = batch.inputs["x"] + 1
+    return [batch.inputs["x"], batch.targets]
+
+
+def writes_an_entry(batch: Any) -> list[Tensor]:
+    return [batch["x"].add_(1), batch["y"]]
+
+
+def writes_an_attribute(batch: Holder) -> list[Tensor]:
+    return [batch.inputs.add_(1), batch.targets]
+
+
+@pytest.mark.parametrize(
+    ("make_batch", "change"),
+    [
+        (Holder, replaces_an_attribute),
+        (lambda x, y: Pair({"x": x}, y), replaces_an_entry),
+        (lambda x, y: UserDict(x=x.clone(), y=y), writes_an_entry),
+        (lambda x, y: Holder(x.clone(), y), writes_an_attribute),
+    ],
+)
+def test_a_training_step_that_changes_an_object(
+    make_batch: Callable[..., Any], change: Callable[[Any], list[Tensor]]
+) -> None:
+    class Changes(Problem):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(change(batch))
+
+    module, other = Changes(usam).double(), double(Problem(usam))
+    trainer = trainer_of(accumulate_grad_batches=4, precision="32-true", max_epochs=1)
+    loader = DataLoader([make_batch(x, y) for x, y in batches()], batch_size=None)
+    if "writes" in change.__name__:
+        with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
+            trainer.fit(module, loader)
+        return
+    trainer.fit(module, loader)
+    by_hand(other, [4], epoch=[[x + 1, y] for x, y in batches()])
+    assert distance(module, other) < 1e-12
+
+
 def test_an_iterator_for_a_batch() -> None:
     class Iterates(Problem):
         def training_step(self, dataloader_iter: Any) -> Any:
@@ -487,14 +541,11 @@ def test_an_iterator_for_a_batch() -> None:
         fit(Iterates(usam))
 
 
-def test_released_gradients() -> None:
+def test_released_gradients_are_refused() -> None:
     make = functools.partial(usam, release_gradients=True)
-    module, other = Problem(make), double(Problem(usam))
-    fit(module, accumulate_grad_batches=1)
-    by_hand(other, [1, 1])
-    assert distance(module, other) < 1e-12
-    with pytest.raises(MisconfigurationException, match="leave one of the two out"):
-        fit(Problem(make), accumulate_grad_batches=1, gradient_clip_val=0.1)
+    for options in ({}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 2}):
+        with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
+            fit(Problem(make), **{"accumulate_grad_batches": 1, **options})
 
 
 def test_an_engine_that_steps_itself(monkeypatch: pytest.MonkeyPatch) -> None:

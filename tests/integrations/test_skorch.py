@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,11 @@ def test_a_wrong_number_of_steps_is_refused_after_initialize(method: str, steps:
     assert not torch.equal(before[0], next(net.module_.parameters()))
 
 
+def test_released_gradients_are_refused() -> None:
+    with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
+        make_net(optimizer__release_gradients=True)
+
+
 def test_several_optimizers_are_refused() -> None:
     class TwoOptimizers(SharpnessAwareMixin):
         def initialize_optimizer(self, triggered_directly: bool | None = None) -> Any:
@@ -263,6 +269,40 @@ def test_a_batch_that_was_written_is_refused() -> None:
     net = make_net(module=Writing)
     before = [p.detach().clone() for p in net.module_.parameters()]
     with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
+        net.partial_fit(*data())
+    assert not net.optimizer_.perturbed
+    assert all(map(torch.equal, before, net.module_.parameters()))
+
+
+def test_a_batch_whose_entry_was_replaced_is_refused() -> None:
+    class Replacing(SharpnessAwareRegressor):
+        def train_step_single(self, batch: Any, **fit_params: Any) -> Any:
+            batch[0]["x"] = batch[0]["x"] + 1
+            return super().train_step_single(batch, **fit_params)
+
+    net = Replacing(Module, optimizer=ef.USAM, train_split=None, verbose=0, **OPTIMIZER)
+    net.initialize()
+    x, y = data()
+    with pytest.raises(RuntimeError, match="An entry of the batch was replaced"):
+        net.partial_fit({"x": x}, y)
+    assert not net.optimizer_.perturbed
+
+
+class Failing(Callback):
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def on_grad_computed(self, net: Any, **kwargs: Any) -> None:
+        assert net.optimizer_.perturbed
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_callback_that_fails_before_the_step_leaves_x(error: type[BaseException]) -> None:
+    net = make_net(callbacks=[("failing", Failing(error))])
+    before = [p.detach().clone() for p in net.module_.parameters()]
+    swallows = error is KeyboardInterrupt  # as skorch does, to end a training early
+    with nullcontext() if swallows else pytest.raises(error):
         net.partial_fit(*data())
     assert not net.optimizer_.perturbed
     assert all(map(torch.equal, before, net.module_.parameters()))

@@ -236,6 +236,31 @@ def test_a_run_goes_on_from_a_checkpoint() -> None:
     assert_same(*models)
 
 
+@pytest.mark.parametrize("start", [0.0, RHO], ids=["from rho 0", "from rho"])
+@pytest.mark.parametrize("clears", ["optimizer", "in place", "model"])
+def test_an_epoch_that_begins_with_cleared_gradients_begins_a_step(
+    clears: str, start: float
+) -> None:
+    models = make_model(), make_model()
+    for model in models:
+        opt = ef.USAM(model.parameters(), **USAM)
+        scaler = no_scaling(model)
+        torch.manual_seed(1)
+        for epoch in range(2):
+            if clears == "model":
+                model.zero_grad()
+            else:
+                opt.zero_grad(set_to_none=clears == "optimizer")
+            if epoch == 1 and model is models[1]:
+                scaler = no_scaling(model)  # which has no micro-batch
+            for index, (x, y) in enumerate(make_batches(3)):
+                opt.param_groups[0]["rho"] = start if epoch == 0 else RHO
+                scaler(partial(criterion, model, x, y), opt, need_update=index == 1)
+                if index == 1:
+                    opt.zero_grad()
+    assert_same(*models)
+
+
 def test_a_loss_in_the_place_of_its_function_is_refused() -> None:
     model = make_model()
     opt = ef.USAM(model.parameters(), lr=LR)
@@ -243,6 +268,29 @@ def test_a_loss_in_the_place_of_its_function_is_refused() -> None:
         no_scaling(model)(criterion(model, *make_batches(1)[0]), opt)
     with pytest.raises(ValueError, match="clip_grad needs the parameters"):
         no_scaling(model)(lambda: criterion(model, *make_batches(1)[0]), opt, clip_grad=1.0)
+
+
+def test_released_gradients_are_refused() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO, release_gradients=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="release_gradients=True applies each gradient"):
+        train(model, opt, no_scaling(model), clip_grad=0.05)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_clipping_that_fails_leaves_x(enabled: bool) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), **USAM)
+    scaler = SharpnessAwareScaler(model, device="cpu", enabled=enabled)
+    before = [p.detach().clone() for p in model.parameters()]
+    forward = partial(criterion, model, *make_batches(1)[0])
+    params = model.parameters()
+    with pytest.raises(AssertionError, match="Unknown clip mode"):
+        scaler(forward, opt, clip_grad=1.0, clip_mode="unknown", parameters=params)
+    assert not opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def reads_variables(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
@@ -322,6 +370,22 @@ def test_a_batch_that_was_written_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="A tensor of the batch was written in place"):
         no_scaling(model)(forward, opt)
+
+
+@pytest.mark.parametrize("is_partial", [False, True])
+def test_a_batch_whose_entry_was_replaced_is_refused(is_partial: bool) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO)
+    x, y = make_batches(1)[0]
+    batch = {"x": x}
+
+    def forward(batch: dict[str, Tensor] = batch) -> Tensor:
+        batch["x"] = batch["x"] + 1
+        return criterion(model, batch["x"], y)
+
+    with pytest.raises(RuntimeError, match="An entry of the batch was replaced"):
+        no_scaling(model)(partial(forward, batch) if is_partial else forward, opt)
+    assert not opt.perturbed
 
 
 def train_on_rank(rank: int, accumulation: int) -> tuple[list[Tensor], int]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections import UserDict
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import eigenfilter as ef
-from eigenfilter.integrations._window import Window, optimizer_of
+from eigenfilter.integrations._window import Window
 
 METHODS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": functools.partial(ef.SGD, momentum=0.9),
@@ -139,19 +141,132 @@ def test_a_failed_evaluation_restores_the_weights(model: nn.Module) -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
+class Holder:
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def replace(batch: Any) -> None:
+    batch["x"] = batch["x"] + 1
+
+
+def take(batch: Any) -> None:
+    batch.pop("x")
+
+
+def replace_attribute(batch: Any) -> None:
+    batch.x = batch.x + 1
+
+
+X = torch.ones(2)
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
+    "entry of a dict": (lambda: {"x": X}, replace, "An entry of the batch"),
+    "entry of a UserDict": (lambda: UserDict(x=X), replace, "An entry of the batch"),
+    "entry taken": (lambda: {"x": X, "y": X}, take, "An entry of the batch"),
+    "attribute": (lambda: Holder(X), replace_attribute, "An entry of the batch"),
+    "in a UserDict": (lambda: UserDict(x=X.clone()), lambda b: b["x"].add_(1), "A tensor of the"),
+    "in an object": (lambda: Holder(X.clone()), lambda b: b.x.add_(1), "A tensor of the batch"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_batch_that_changes_is_refused(model: nn.Module, name: str) -> None:
+    make, change, message = CHANGES[name]
+    batch = make()
+    opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1)
+    window = Window(model, opt)
+    before = [p.detach().clone() for p in model.parameters()]
+    with window.recording(lambda: None, (batch, 3)):
+        loss_of(model, batches_of_step(0)[0]).backward()
+        change(batch)
+    with pytest.raises(RuntimeError, match=message):
+        window.take_ascents()
+    assert not opt.perturbed
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_parameter_in_a_batch_may_be_perturbed(model: nn.Module) -> None:
+    opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1)
+    window = Window(model, opt)
+    evaluate = functools.partial(lambda b: loss_of(model, b).backward(), batches_of_step(0)[0])
+    with window.recording(evaluate, {"weight": model[0].weight}):
+        evaluate()
+    with window.descent():
+        opt.step()
+
+
+CLEARS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], None]] = {
+    "optimizer": lambda model, opt: opt.zero_grad(),
+    "optimizer, in place": lambda model, opt: opt.zero_grad(set_to_none=False),
+    "model": lambda model, opt: model.zero_grad(),
+}
+
+
+@pytest.mark.parametrize("clear", CLEARS)
+@pytest.mark.parametrize("rho", [0.0, 0.1], ids=["from rho 0", "from rho 0.1"])
+def test_cleared_gradients_begin_a_step(model: nn.Module, clear: str, rho: float) -> None:
+    model[3].p = 0.0
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    ends = []
+    for has_leftover in (False, True):
+        model.load_state_dict(start)
+        opt = METHODS["usam"](model.parameters(), lr=0.1)
+        window = Window(model, opt)
+
+        def record(batch: tuple[Tensor, Tensor], window: Window = window) -> None:
+            evaluate = functools.partial(lambda b: loss_of(model, b).backward(), batch)
+            with window.recording(evaluate):
+                evaluate()
+
+        if has_leftover:
+            opt.param_groups[0]["rho"] = rho
+            record(batches_of_step(5)[0])
+            opt.param_groups[0]["rho"] = 0.1
+        CLEARS[clear](model, opt)
+        for batch in batches_of_step(0):
+            record(batch)
+        assert len(window) == MICRO_BATCHES
+        window.take_ascents()
+        opt.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["usam", "two_step_usam", "hessian_usam", "usam with rho 0"])
+@pytest.mark.parametrize("has_optimizer", [False, True], ids=["untrained", "of another optimizer"])
+def test_other_parameters_have_the_gradient_of_the_last_evaluation(
+    model: nn.Module, method: str, has_optimizer: bool
+) -> None:
+    model[3].p = 0.0
+    opt = METHODS[method](model[0].parameters(), lr=0.1)
+    head = torch.optim.SGD(model[4].parameters(), lr=0.1)
+    window = Window(model, opt)
+    for step in range(2):
+        opt.zero_grad()
+        head.zero_grad()
+        expected: list[Tensor] = []
+
+        def evaluate(batch: tuple[Tensor, Tensor], expected: list[Tensor] = expected) -> None:
+            expected += torch.autograd.grad(loss_of(model, batch), list(model[4].parameters()))
+            loss_of(model, batch).backward()
+
+        for batch in batches_of_step(step):
+            with window.recording(functools.partial(evaluate, batch)):
+                evaluate(batch)
+        window.take_ascents()
+        last = expected[-2 * MICRO_BATCHES :]
+        for i, p in enumerate(model[4].parameters()):
+            assert p.grad is not None
+            torch.testing.assert_close(p.grad, torch.stack(last[i::2]).sum(0))
+        opt.step()
+        if has_optimizer:
+            head.step()
+
+
 def test_a_micro_batch_whose_first_evaluation_fails_is_forgotten(model: nn.Module) -> None:
     window = Window(model, ef.USAM(model.parameters(), lr=0.1, rho=0.1))
     with window.recording(lambda: None):
-        pass
+        loss_of(model, batches_of_step(0)[0]).backward()
     with pytest.raises(ZeroDivisionError), window.recording(lambda: None):
         raise ZeroDivisionError("a batch that fails")
     assert len(window) == 1
-
-
-def test_the_optimizer_in_wrappers(model: nn.Module) -> None:
-    opt = ef.USAM(model.parameters(), lr=0.1)
-    wrapper = torch.optim.SGD(model.parameters())
-    assert optimizer_of(opt) is opt
-    assert optimizer_of(wrapper) is None
-    wrapper.optimizer = opt  # as Accelerate's
-    assert optimizer_of(wrapper) is opt

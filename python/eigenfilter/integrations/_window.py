@@ -7,25 +7,15 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from eigenfilter._running_stats import freeze_running_stats
+from eigenfilter.integrations._batches import leaves
+from eigenfilter.optimizers._layers import optimizer_of
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.randomness import Randomness
 
-# Where the wrappers of frameworks keep the optimizer that they wrap.
-_INNER = ("optimizer", "_optimizer", "_base_optimizer", "opt")
-
-
-def optimizer_of(optimizer: Any) -> EigenfilterOptimizer | None:
-    """The optimizer of this library in the wrappers of a framework; None if it is another's."""
-    while optimizer is not None:
-        if isinstance(optimizer, EigenfilterOptimizer):
-            return optimizer
-        inner = (vars(optimizer).get(name) for name in _INNER)
-        optimizer = next((o for o in inner if isinstance(o, torch.optim.Optimizer)), None)
-    return None
+__all__ = ["Window", "optimizer_of", "refuse_released", "set_mode"]
 
 
 def set_mode(optimizer: Any, mode: str) -> None:
@@ -33,6 +23,15 @@ def set_mode(optimizer: Any, mode: str) -> None:
     method = getattr(optimizer_of(optimizer) or optimizer, mode, None)
     if method is not None:
         method()
+
+
+def refuse_released(optimizer: EigenfilterOptimizer) -> None:
+    """Raise ValueError if the optimizer has `release_gradients`."""
+    if optimizer.release_gradients:
+        raise ValueError(
+            "release_gradients=True applies each gradient before the micro-batches are summed "
+            "and clipped: leave it False"
+        )
 
 
 class Window:
@@ -44,12 +43,14 @@ class Window:
 
         with window.recording(evaluate_again):      # for each micro-batch
             ...                                     # the framework's own forward and backward
-        window.take_ascents(grad_scaler)            # leaves the descent's gradient
-        ...                                         # clipping
-        opt.step()
+        with window.descent(grad_scaler):           # takes the ascents
+            ...                                     # clipping of the descent's gradient
+            opt.step()
 
-    Running statistics stay those of x. A method whose evaluations must see the same random numbers
-    (finite differences) gets them for each micro-batch. A step without ascents keeps nothing.
+    Running statistics stay those of x, and gradients of parameters that the optimizer does not have
+    are those of the last evaluation, as its own are. A method whose evaluations must see the same
+    random numbers (finite differences) gets them for each micro-batch. A step without ascents keeps
+    nothing.
 
     Args:
         model: model whose running statistics are preserved at perturbed weights.
@@ -57,6 +58,9 @@ class Window:
         keeps_all: whether micro-batches are kept that come while the step has no ascent, for
             frameworks whose schedules set rho for every batch.
         modules: modules outside the model whose buffers are preserved too, as those of a loss.
+
+    Raises:
+        ValueError: the optimizer has `release_gradients`.
     """
 
     def __init__(
@@ -66,12 +70,14 @@ class Window:
         keeps_all: bool = False,
         modules: Sequence[nn.Module] = (),
     ) -> None:
+        refuse_released(optimizer)
         self.model = model
         self._frozen = nn.ModuleList([model, *modules]) if modules else model
         self.optimizer = optimizer
         self.keeps_all = keeps_all
         self._evaluations: list[tuple[Callable[[], Any], Randomness | None]] = []
         self._dropped = 0  # micro-batches of this step that came while it had no ascent
+        self._clears = 0  # of the optimizer's gradients, when the last micro-batch was recorded
 
     def __len__(self) -> int:
         """The number of micro-batches that were recorded since the last step."""
@@ -81,16 +87,20 @@ class Window:
     def recording(self, evaluate: Callable[[], Any], batch: Any = None) -> Iterator[None]:
         """A context for the first evaluation of a micro-batch, at x.
 
-        Under DDP an evaluation is repeated with or without synchronization, as the first one.
+        Under DDP an evaluation is repeated with or without synchronization, as the first one. If
+        the gradients were cleared, earlier micro-batches are forgotten: they have no part in the
+        first gradient, as when an epoch begins with `zero_grad()` within a step.
 
         Args:
             evaluate: function that computes the loss of the micro-batch and calls backward with
                 the same factors (of accumulation, of a loss scaler) as the first evaluation, and
                 logs nothing. It must not clear gradients. A micro-batch whose first evaluation
                 fails is forgotten.
-            batch: what the function reads, in containers; a tensor in it that is written before
-                its second evaluation is refused.
+            batch: what the function reads. If a tensor in it is written, or another one takes its
+                place, before its second evaluation, that is refused.
         """
+        if self._were_cleared():
+            self.clear()
         count = len(self)
         with self.optimizer.evaluation():
             if self.keeps_all or self.optimizer.phase == "ascent":
@@ -104,6 +114,9 @@ class Window:
             except BaseException:
                 del self._evaluations[count:]
                 raise
+            finally:
+                # A framework may clear between the forward and the backward pass of the first one.
+                self._clears = self.optimizer._step_state.clears
 
     def take_ascents(self, grad_scaler: torch.amp.GradScaler | None = None) -> None:
         """Take all ascents of the step; the gradients of the descent are left in `.grad`.
@@ -126,6 +139,7 @@ class Window:
                     "between steps, or begin its schedule above 0"
                 )
             while opt.ascend(grad_scaler):
+                self._clear_others()
                 with freeze_running_stats(self._frozen):
                     self._evaluate()
         except BaseException:
@@ -135,10 +149,41 @@ class Window:
         finally:
             self.clear()
 
+    @contextmanager
+    def descent(self, grad_scaler: torch.amp.GradScaler | None = None) -> Iterator[None]:
+        """Take all ascents of the step; a context for clipping and for the step itself.
+
+        If it is left without a step, by an exception too, x is restored. The argument and the
+        errors are those of `take_ascents`, which is for frameworks that clip and step elsewhere.
+        """
+        self.take_ascents(grad_scaler)
+        try:
+            yield
+        finally:
+            if self.optimizer.perturbed:
+                self.optimizer.restore()
+
+    def _clear_others(self) -> None:
+        """Clear the gradients of the model's other parameters, as `ascend` clears its own.
+
+        Each evaluation adds to them. Another optimizer may train them, and a framework may clip by
+        a norm that includes them.
+        """
+        own = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for p in self.model.parameters():
+            if id(p) not in own:
+                p.grad = None
+
     def clear(self) -> None:
         """Forget the micro-batches, as when the framework skips the step."""
         self._evaluations.clear()
         self._dropped = 0
+
+    def _were_cleared(self) -> bool:
+        opt = self.optimizer
+        if len(self) + self._dropped == 0 or opt._step_state.clears != self._clears:
+            return True
+        return all(p.grad is None for group in opt.param_groups for p in group["params"])
 
     def _evaluate(self) -> None:
         opt = self.optimizer
@@ -159,13 +204,22 @@ class Window:
 
 def _as_now(model: nn.Module, evaluate: Callable[[], Any], batch: Any) -> Callable[[], Any]:
     """An evaluation on the same values, and with DDP's synchronization, as they are now."""
-    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and not t.is_inference()]
-    versions = [t._version for t in tensors]
+    tensors = list(leaves(batch))
+    # Ascents write to parameters, which a batch may hold.
+    counted = [t for t in tensors if not (t.is_inference() or (t.requires_grad and t.is_leaf))]
+    versions = [t._version for t in counted]
     ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
     is_synchronized = ddp is not None and ddp.require_backward_grad_sync
 
     def again() -> None:
-        if versions != [t._version for t in tensors]:
+        now = list(leaves(batch))
+        if len(now) != len(tensors) or any(a is not b for a, b in zip(now, tensors, strict=True)):
+            raise RuntimeError(
+                "An entry of the batch was replaced, added or removed after the step had first "
+                "evaluated it, and a method with ascents evaluates it again: let the model, the "
+                "loss and the training loop leave their batch as it is, or work on a copy of it"
+            )
+        if versions != [t._version for t in counted]:
             raise RuntimeError(
                 "A tensor of the batch was written in place after the step had first evaluated it, "
                 "and a method with ascents evaluates it again: let the model, the loss and the "

@@ -167,7 +167,8 @@ class SharpnessAwareBackward:
         Raises:
             TypeError: `loss_fn` returns no tensor, or takes no argument in an accumulation.
             RuntimeError: the ascents of this step are taken already, or in an accumulation a
-                variable that `loss_fn` reads was assigned after its first call.
+                variable that `loss_fn` reads was assigned after its first call, or
+                an argument was computed from trained parameters.
         """
         accelerator, window = self.window.accelerator, self.window
         accumulates = accelerator.gradient_accumulation_steps > 1
@@ -177,10 +178,12 @@ class SharpnessAwareBackward:
                 "when the earlier ones are evaluated again: pass the batch as an argument, "
                 "backward(loss_fn, batch)"
             )
-        kept = copy_of((args, kwargs)) if window.keeps else None
+        kept = copy_of((loss_fn, args, kwargs)) if window.keeps else None
         variables = Variables(loss_fn) if window.keeps and accumulates else None
 
-        def evaluate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        def evaluate(
+            loss_fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Tensor:
             loss = loss_fn(*args, **kwargs)
             if not isinstance(loss, Tensor):
                 raise TypeError(f"{loss_fn} must return the loss, and returned {type(loss)}")
@@ -189,7 +192,7 @@ class SharpnessAwareBackward:
             return loss.detach()
 
         def first() -> Tensor:
-            loss = evaluate(args, kwargs)
+            loss = evaluate(loss_fn, args, kwargs)
             if variables is not None:
                 variables.forget_written()
             return loss
@@ -253,8 +256,4 @@ def refuse(accelerator: Accelerator, opt: EigenfilterOptimizer) -> None:
             f"{accelerator.distributed_type.value} reduces gradients and steps in its own engine, "
             "which takes no ascents: train with DDP or FSDP"
         )
-    if opt.release_gradients:
-        raise ValueError(
-            "release_gradients=True applies each gradient before the micro-batches are summed "
-            "and clipped: leave it False"
-        )
+    _window.refuse_released(opt)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._window import Window, optimizer_of, set_mode
+from eigenfilter.integrations._window import Window, optimizer_of, refuse_released, set_mode
 from eigenfilter.optimizers.amp import drop_scaler_attributes
 
 with imports_of("fastai"):
@@ -60,6 +60,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 "SharpnessAwareCallback needs an optimizer of this library: "
                 "opt_func=partial(OptimWrapper, opt=eigenfilter.USAM), or another one"
             )
+        refuse_released(inner)
         if inner.needs_graph:
             raise ValueError(
                 "fastai calls backward without create_graph: construct the optimizer with "
@@ -128,6 +129,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
             vars(learn).pop("_backward")
             if patched is not None:
                 learn._backward = patched
+            self.after_step()  # x, also after an exception of any kind
 
     def after_cancel_backward(self) -> None:
         """Forget the batch, which adds nothing to the gradient."""

@@ -69,8 +69,8 @@ def create_supervised_trainer(
         The engine.
 
     Raises:
-        ValueError: `amp_mode` is another one, there is a scaler without it, or
-            `gradient_accumulation_steps` is not positive.
+        ValueError: `amp_mode` is another one, there is a scaler without it,
+            `gradient_accumulation_steps` is not positive, or the optimizer has `release_gradients`.
     """
     if gradient_accumulation_steps <= 0:
         raise ValueError(
@@ -112,14 +112,13 @@ def create_supervised_trainer(
         with nullcontext() if window is None else window.recording(evaluate, (x, y)):
             y_pred, loss = evaluate()
         if index == gradient_accumulation_steps - 1:
-            if window is not None:
-                window.take_ascents(grad_scaler)
-            if max_norm is not None:
-                grad_scaler.unscale_(optimizer)
-                params = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(params, max_norm)
-            grad_scaler.step(optimizer)
-            grad_scaler.update()
+            with nullcontext() if window is None else window.descent(grad_scaler):
+                if max_norm is not None:
+                    grad_scaler.unscale_(optimizer)
+                    params = [p for group in optimizer.param_groups for p in group["params"]]
+                    nn.utils.clip_grad_norm_(params, max_norm)
+                grad_scaler.step(optimizer)
+                grad_scaler.update()
         return output_transform(x, y, y_pred, loss * gradient_accumulation_steps)
 
     engine = DeterministicEngine(update) if deterministic else Engine(update)

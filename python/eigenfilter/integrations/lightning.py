@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations._window import Window, optimizer_of, set_mode
 
@@ -29,7 +30,6 @@ with imports_of("lightning"):
         from lightning_fabric.utilities.exceptions import MisconfigurationException
         from pytorch_lightning import Callback, LightningModule, Trainer
         from pytorch_lightning.plugins.precision import Precision
-    from lightning_utilities.core.apply_func import apply_to_collection
     from torchmetrics import Metric
 
 __all__ = ["SharpnessAwareCallback"]
@@ -61,8 +61,9 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
 
     Raises:
         MisconfigurationException: the optimizer is not one of this library, the strategy steps in
-            an engine of its own (DeepSpeed), gradients are released and would be clipped, or
-            `training_step` takes an iterator (`dataloader_iter`).
+            an engine of its own (DeepSpeed), or `training_step` takes an iterator
+            (`dataloader_iter`).
+        ValueError: the optimizer has `release_gradients`.
         RuntimeError: `training_step` writes to a tensor of its batch, which it gets again, or a
             checkpoint is saved while the weights are perturbed.
     """
@@ -101,12 +102,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 "strategy (DDP, ModelParallelStrategy), or remove the callback and train with "
                 "rho=0.0"
             )
-        window = self._window_of(pl_module, strategy.optimizers[0])
-        if trainer.gradient_clip_val and window.optimizer.release_gradients:
-            raise MisconfigurationException(
-                "release_gradients=True applies each gradient before gradient_clip_val could clip "
-                "it: leave one of the two out"
-            )
+        self._window_of(pl_module, strategy.optimizers[0])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring a schedule-free base to its weights."""
@@ -242,7 +238,8 @@ class _Recorded:
         self._evaluate = evaluate
 
     def __call__(self) -> Tensor | None:
-        with self._window.recording(self._evaluate, self._evaluate.tensors()):
+        with self._window.recording(self._evaluate, self._evaluate.batch):
+            self._evaluate.position = len(self._window)
             loss: Tensor | None = self._closure()
         return loss
 
@@ -256,7 +253,13 @@ class _MicroBatch:
 
     `training_step` gets other containers in each evaluation, which it may change, with the same
     tensors.
+
+    Attributes:
+        batch: arguments of `training_step`.
+        position: its position in the step, from 1 on.
     """
+
+    position = 0
 
     def __init__(
         self, trainer: Trainer, window: Window, kwargs: OrderedDict[str, Any], closure: Any
@@ -268,26 +271,19 @@ class _MicroBatch:
             )
         self._trainer = trainer
         self._window = window
-        self._index = len(window)
         self._backward = closure._backward_fn
-        self._kwargs = _copied(kwargs)
+        self.batch = copy_of(kwargs, tensors=False)
 
     def __call__(self) -> None:
         with self._reduction():
             loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
-            loss = loop._training_step(_copied(self._kwargs)).closure_loss
+            loss = loop._training_step(copy_of(self.batch, tensors=False)).closure_loss
             if loss is not None:
                 self._backward(loss)
 
-    def tensors(self) -> list[Tensor]:
-        """The tensors of the batch."""
-        found: list[Any] = []
-        apply_to_collection(self._kwargs, _Transferable, found.append)
-        return [t for t in found if isinstance(t, Tensor)]
-
     def _reduction(self) -> AbstractContextManager[None]:
         """A context in which processes reduce gradients after the last micro-batch alone."""
-        is_last = self._index + 1 == len(self._window)
+        is_last = self.position == len(self._window)
         block = getattr(self._trainer.strategy, "block_backward_sync", nullcontext)
         context: AbstractContextManager[None] = nullcontext() if is_last else block()
         return context
@@ -331,23 +327,6 @@ def _preserved_metrics(module: nn.Module) -> Iterator[None]:
     finally:
         for metric, values in zip(metrics, saved, strict=True):
             vars(metric).update(values)
-
-
-@runtime_checkable
-class _Transferable(Protocol):
-    """What Lightning moves to a device: tensors and batches of a class of their own."""
-
-    def to(self, device: Any) -> Any: ...
-
-
-def _copied(kwargs: OrderedDict[str, Any]) -> OrderedDict[str, Any]:
-    """The same tensors in other containers."""
-
-    def each(t: Any) -> Any:
-        return t if isinstance(t, Tensor) else copy.copy(t)
-
-    same: OrderedDict[str, Any] = apply_to_collection(kwargs, _Transferable, each)
-    return same
 
 
 def _precision_of(trainer: Trainer) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._window import Window, optimizer_of, set_mode
+from eigenfilter.integrations._window import Window, optimizer_of, refuse_released, set_mode
 
 with imports_of("skorch"):
     from skorch import NeuralNet, NeuralNetBinaryClassifier, NeuralNetClassifier, NeuralNetRegressor
@@ -34,7 +34,8 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
         args, kwargs: those of the net.
 
     Raises:
-        ValueError: `accumulation_steps` is not a positive integer.
+        ValueError: `accumulation_steps` is not a positive integer, or the optimizer has
+            `release_gradients`.
         TypeError: the net has several optimizers, or skorch's `AccelerateMixin`.
     """
 
@@ -55,6 +56,9 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
                 "SharpnessAwareMixin takes one optimizer, and the net has "
                 f"{', '.join(self._optimizers)}: make them groups of one (optimizer__param_groups)"
             )
+        inner = optimizer_of(getattr(self, f"{self._optimizers[0]}_"))
+        if inner is not None:
+            refuse_released(inner)
         return self
 
     def _check_accumulation_steps(self) -> None:
@@ -92,11 +96,10 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
             step = evaluate()
         if left == 1:
             self._window = None
-            if window is not None:
-                window.take_ascents()
-            params = TeeGenerator(self.get_all_learnable_params())
-            self.notify("on_grad_computed", named_parameters=params, batch=batch, training=True)
-            optimizer.step()
+            with nullcontext() if window is None else window.descent():
+                params = TeeGenerator(self.get_all_learnable_params())
+                self.notify("on_grad_computed", named_parameters=params, batch=batch, training=True)
+                optimizer.step()
         return step
 
     def _evaluate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -130,7 +131,8 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
             TypeError: `forward` is the loss itself.
             RuntimeError: a variable that `forward` reads was assigned, or a tensor that it reads
                 was written, after its first call of this step.
-            ValueError: `clip_grad` was given without `parameters`.
+            ValueError: `clip_grad` was given without `parameters`, or the optimizer has
+                `release_gradients`.
         """
         if not callable(forward):
             raise TypeError(
@@ -140,6 +142,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
         if clip_grad is not None and parameters is None:
             raise ValueError("clip_grad needs the parameters whose gradients are clipped")
         inner = optimizer_of(optimizer)
+        descent: AbstractContextManager[None] = nullcontext()
 
         def evaluate() -> Tensor:
             loss = forward()
@@ -157,14 +160,15 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
                 variables.refuse_changes()
                 evaluate()
 
-            with window.recording(again, variables.values):
+            with window.recording(again, variables.tensors):
                 loss = evaluate()
             variables.forget_written()
             if need_update:
                 del self._windows[id(inner)]  # which would keep the optimizer alive
-                window.take_ascents(self._scaler)
+            descent = window.descent(self._scaler)
         if need_update:
-            self._update(optimizer, clip_grad, clip_mode, parameters)
+            with descent:
+                self._update(optimizer, clip_grad, clip_mode, parameters)
         return loss
 
     def _update(

@@ -187,6 +187,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients of all parameters to None, or to 0 in place."""
         super().zero_grad(set_to_none)
+        self._step_state.clears += 1
         self._used.forget()
 
     def _clear_gradients(self) -> None:

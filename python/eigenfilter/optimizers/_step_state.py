@@ -28,6 +28,7 @@ class StepState:
         ascents_taken: number of ascents taken in this step.
         skips_ascents: whether no parameter with a radius has a gradient, so that none is taken.
         has_closure: whether `step` takes the whole step, with a closure.
+        clears: number of calls of `zero_grad`, over all steps.
         is_unscaled: whether `clip_grad_norm_` had a scaler unscale the descent's gradient.
     """
 
@@ -35,6 +36,7 @@ class StepState:
         self.owner = weakref.ref(owner)
         self.evaluating = False
         self.ascents_are_local = False
+        self.clears = 0
         self.reset()
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from eigenfilter import _distributed
+from eigenfilter.optimizers._layers import optimizer_of
 from eigenfilter.optimizers._step_state import owner_of
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 
@@ -168,16 +169,13 @@ def _within_replica(info: Any) -> Any:
 
 def _optimizer_in(opt: Any) -> EigenfilterOptimizer:
     """The optimizer of this library that `opt` is or wraps."""
-    seen: list[Any] = []
-    while opt is not None and not isinstance(opt, EigenfilterOptimizer) and opt not in seen:
-        seen.append(opt)
-        opt = getattr(opt, "optimizer", None)
-    if not isinstance(opt, EigenfilterOptimizer):
+    found = optimizer_of(opt)
+    if found is None:
         raise TypeError(
-            f"ascent_sync needs an optimizer that takes ascents, and {type(seen[0]).__name__} is "
+            f"ascent_sync needs an optimizer that takes ascents, and {type(opt).__name__} is "
             "none of eigenfilter: pass USAM, SAM, ..., or SharpnessAware around your optimizer"
         )
-    owner: EigenfilterOptimizer = owner_of(opt)
+    owner: EigenfilterOptimizer = owner_of(found)
     return owner
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eigenfilter import _distributed
 from eigenfilter.optimizers._groups import fill_missing_keys
+from eigenfilter.optimizers._layers import layers_of
 from eigenfilter.optimizers._step_state import through_owner
 from eigenfilter.optimizers.amp import drop_scaler_attributes
 from eigenfilter.optimizers.base import EigenfilterOptimizer
@@ -22,8 +23,6 @@ from eigenfilter.optimizers.updates import Update
 _SHARED = ("state", "defaults")
 _FORWARDED = ("train", "eval")  # methods of schedule-free optimizers
 _OF_METHOD = ("adaptive", "ascent")  # options of "sam" and "two_step_usam"
-# Attributes in which wrappers hold the optimizer that they wrap.
-_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "optim")
 
 
 class SharpnessAware(EigenfilterOptimizer):
@@ -229,7 +228,7 @@ class SharpnessAware(EigenfilterOptimizer):
 
 def _refuse_base(base: torch.optim.Optimizer) -> None:
     """Raise ValueError for a base whose step() cannot apply a given gradient."""
-    for each in _layers(base):
+    for each in layers_of(base):
         name = type(each).__name__
         closure = inspect.signature(each.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -260,12 +259,3 @@ def _refuse_prepared(base: torch.optim.Optimizer) -> None:
             "wrap the optimizer before Accelerate prepares it, "
             "accelerator.prepare(SharpnessAware(optimizer))"
         )
-
-
-def _layers(base: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """An optimizer and those that it wraps."""
-    layers = [base]
-    for each in layers:
-        inner = [vars(each).get(name) for name in _INNER]
-        layers += [o for o in inner if isinstance(o, torch.optim.Optimizer) and o not in layers]
-    return layers
