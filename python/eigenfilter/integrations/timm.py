@@ -157,7 +157,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
                 variables.refuse_changes()
                 evaluate()
 
-            with window.recording(again, variables.values):
+            with window.recording(again, variables.tensors):
                 loss = evaluate()
             variables.forget_written()
             if need_update:
