@@ -110,3 +110,27 @@ def assert_same(model: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(t, states[1][name], rtol=0, atol=1e-6)
     start = make_model().state_dict()
     assert any((start[name] - t).abs().max() > 1e-3 for name, t in states[0].items())
+
+
+class MeanLoss(nn.Module):
+    """A loss with a moving average of itself and the number of its calls in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, y_pred: Tensor, y: Tensor) -> Tensor:
+        loss = nn.functional.mse_loss(y_pred, y)
+        if torch.is_grad_enabled():
+            self.mean.lerp_(loss.detach().double(), 0.5)
+            self.calls += 1
+        return loss
+
+    def assert_saw(self, losses: Sequence[float]) -> None:
+        """Assert that the buffers are those of these losses."""
+        mean = 0.0
+        for loss in losses:
+            mean += 0.5 * (loss - mean)
+        assert self.calls == len(losses)
+        torch.testing.assert_close(float(self.mean), mean, rtol=0, atol=1e-6)

@@ -214,6 +214,7 @@ class Pool:
 def serve(rank: int, n: int, folder: str, connection: Connection) -> NoReturn:
     """Call functions in one of the processes until the message is empty, or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # upon Ctrl-C the parent ends this process
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; frameworks warn without it
     with Path(folder, f"{rank}.log").open("w") as log:
         faulthandler.enable(log)
         store = dist.FileStore(str(Path(folder, "store")), n)

@@ -1,6 +1,7 @@
 // The operations as Python sees them: one template reads the arguments that core states, checks
 // them, and runs where the tensors are.
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "arguments.hpp"
@@ -14,7 +15,7 @@ constexpr std::int64_t kMostPasses = 100;  // twice is enough
 
 // Calls each(argument, value) for the arguments of an operation, which are constants to what is
 // INLINED.
-#define INLINED __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // until the end of this namespace
 template <class Op, class Each, std::size_t... I>
 void for_each_argument(const py::handle* values, const Each& each, std::index_sequence<I...>) {
     (each(Op::kArguments[I], values[I]), ...);
@@ -221,6 +222,23 @@ void define_op(py::module_& module, py::dict& operations, const char* name, cons
         [=](const py::handle* values) { return call<Op>(values, on_cpu, on_cuda); });
 }
 
+template <class Op>
+bool has_gradients(const std::string& name) {
+    const auto& all = Op::kArguments;
+    return std::any_of(std::begin(all), std::end(all), [&](const auto& argument) {
+        return (argument.traits & kGradients) != 0 && name == argument.name;
+    });
+}
+
+// Whether an operation takes a list of gradients by this name.
+bool is_of_gradients(const std::string& name) {
+#define HAS(operation, Op, cpu_arguments, cuda_arguments) || has_gradients<Op>(name)
+#define UPDATE_HAS(operation, Scalars) || has_gradients<Scalars<Scalar>>(name)
+    return false EIGENFILTER_UPDATES(UPDATE_HAS) EIGENFILTER_OTHERS(HAS);
+#undef UPDATE_HAS
+#undef HAS
+}
+
 // The check of lists by their names, some of which are those of gradients.
 py::tuple check(py::handle names_given, py::handle lists_given, py::handle written_given) {
     const py::tuple names = items_of("names", names_given, "");
@@ -229,7 +247,8 @@ py::tuple check(py::handle names_given, py::handle lists_given, py::handle writt
     const std::size_t count = names.size();
     if (lists.size() != count || written.size() != count || count < 1 ||
         count > TensorArgs::kMaxRoles)
-        throw py::value_error("names, lists and written must have equal lengths, 1 to 5");
+        throw py::value_error("names, lists and written must have equal lengths, 1 to " +
+                              std::to_string(TensorArgs::kMaxRoles));
     std::vector<Role> roles;
     for (std::size_t r = 0; r < count; ++r) {
         PyObject* const name = PyTuple_GET_ITEM(names.ptr(), r);
@@ -238,9 +257,7 @@ py::tuple check(py::handle names_given, py::handle lists_given, py::handle writt
             PyErr_Clear();
             throw py::type_error("names must be strings");
         }
-        const std::string list = text;
-        const bool are_gradients = list == "grads" || list == "base_grads" || list == "tensors";
-        unsigned traits = are_gradients ? kGradients : kRead;
+        unsigned traits = is_of_gradients(text) ? kGradients : kRead;
         if (truth("written", PyTuple_GET_ITEM(written.ptr(), r))) traits |= kWritten;
         if (r > 0) traits |= kOptional;
         roles.push_back({text, PyTuple_GET_ITEM(lists.ptr(), r), traits});
@@ -263,8 +280,10 @@ py::tuple cuda_architectures() {
 
 double value_of(const Scalar& number) { return number.value; }
 
+#undef INLINED
 }  // namespace
 
+#pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-parameter"  // no call has all
 void register_ops(py::module_& module) {
     module.attr("cuda_compiled") = cuda::compiled();
@@ -294,6 +313,9 @@ void register_ops(py::module_& module) {
     EIGENFILTER_UPDATES(DEFINE_UPDATE)
     EIGENFILTER_OTHERS(DEFINE)
     module.attr("operations") = operations;
+#undef DEFINE_UPDATE
+#undef DEFINE
 }
+#pragma GCC diagnostic pop
 
 }  // namespace eigenfilter

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -53,15 +54,16 @@ class TensorArgs {
     const std::vector<std::int64_t>& numel() const { return numel_; }
     // Dtypes of the gradients, or nullptr where all are the lists'.
     const DType* wide() const { return wide_.empty() ? nullptr : wide_.data(); }
-    // Data pointers of a role's list, or nullptr where it is absent; of a role by its own name,
-    // too.
+    // Data pointers of a role's list, or nullptr where it is absent.
     void* const* pointers(std::size_t role) const {
         return data_[role].empty() ? nullptr : data_[role].data();
     }
+    // The same of the role that was constructed with this very pointer as its name.
     void* const* pointers(const char* name) const {
-        std::size_t role = 0;
-        while (roles_[role].name != name) ++role;
-        return pointers(role);
+        for (std::size_t role = 0; role < roles_.size(); ++role) {
+            if (roles_[role].name == name) return pointers(role);
+        }
+        throw std::logic_error(std::string("no list was read as ") + name);
     }
     // What a kernel is given, with no lists yet.
     Tensors tensors() const { return {dtype_, size(), numel_.data(), wide()}; }

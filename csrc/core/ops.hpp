@@ -1,5 +1,5 @@
-// The operations that are no updates, each stated once, and the entry points of all: what the CPU
-// and CUDA offer, the stub of a build without CUDA, and the bindings with their arguments and
+// States once each operation that is not an update, and declares the entry points of all. What the
+// CPU and CUDA offer, the stub of a build without CUDA, and the bindings with their arguments and
 // docstrings follow from here and from rules.hpp.
 #pragma once
 
@@ -7,14 +7,14 @@
 
 namespace eigenfilter {
 
-// What a reduction is called with beside its lists.
+// What a reduction is called with, besides its lists.
 struct Reduction {
     Scalar grad_scale;
     void* out;           // [1]
     bool out_is_double;  // or else it is a float
 };
 
-// found_inf [1] may be nullptr; where it is not zero an update is not taken.
+// found_inf [1] may be nullptr. Where it is not zero, no update is taken.
 namespace cpu {
 #define DECLARE_UPDATE(name, Scalars) \
     void name(const Tensors&, const Scalars<double>&, const float* found_inf, int threads);
@@ -29,9 +29,10 @@ void gram(const Rows&, int threads);
 void mix_rows(const Rows&, int threads);
 }  // namespace cpu
 
-// The same on a GPU, asynchronously on a stream. found_inf [1], out ([1]; gram's is [rows, rows]),
-// factors and the workspace, of so many doubles as the function says that is named after it, are
-// device addresses. Without CUDA in the build all but `compiled` throw std::runtime_error.
+// The same on a GPU, where each call runs asynchronously on a stream. found_inf [1], out (which is
+// [1], and gram's [rows, rows]), factors and the workspace are device addresses. The function
+// `<name>_workspace` returns how many doubles the workspace of a kernel holds. In a build without
+// CUDA all of these functions but `compiled` throw std::runtime_error.
 namespace cuda {
 using Stream = void*;
 bool compiled();
@@ -47,7 +48,7 @@ void require();
            (std::int64_t rows, std::int64_t columns, std::int64_t count))                          \
     KERNEL(void, orthogonalize,                                                                    \
            (const Orthogonalization& p, double* workspace, int device, Stream stream))             \
-    /* for so many sums over all columns */                                                        \
+    /* The workspace for a number of sums over all columns. */                                     \
     KERNEL(std::int64_t, sums_workspace, (std::int64_t sums, std::int64_t columns))                \
     KERNEL(void, row_dots, (const Recurrence& r, double* workspace, int device, Stream stream))    \
     KERNEL(void, lanczos_step,                                                                     \
@@ -65,7 +66,7 @@ EIGENFILTER_CUDA_KERNELS(DECLARE)
 #undef DECLARE_UPDATE
 }  // namespace cuda
 
-// What each takes, in Python's order; Call is the struct that it is read into.
+// Each operation lists its arguments in Python's order. Call is the struct that they are read into.
 struct Norm {
     using Call = Reduction;
     static constexpr Argument<Call> kArguments[] = {
@@ -91,8 +92,9 @@ struct FlagNonfinite {
     found_inf <- 1 if some t_i[j] is not finite, else unchanged)";
 };
 
-// Of vectors without elements the following write nothing: results are to be zero before.
-constexpr std::int64_t kMostVectors = 65535;  // of a GPU's grid
+// The operations below write nothing if their vectors have no elements. The caller therefore sets
+// the results to zero first.
+constexpr std::int64_t kMostVectors = 65535;  // the largest grid of a GPU in y
 
 struct Orthogonalize {
     using Call = Orthogonalization;
@@ -165,8 +167,8 @@ struct MixRows {
     v_i <- sum_{j <= i} F_ij v_j)";
 };
 
-// All but the updates, with their calls on the CPU and on a GPU, where workspace(n) is memory for n
-// doubles; t are the lists, s is Call.
+// Every operation that is not an update, with its calls on the CPU and on a GPU. In these calls t
+// holds the lists, s is the Call, and workspace(n) is memory for n doubles.
 #define EIGENFILTER_OTHERS(OP)                                                                     \
     OP(norm, Norm, (t, s, threads),                                                                \
        (t, s.grad_scale, s.out, s.out_is_double, workspace(cuda::norm_workspace(t)), device,       \

@@ -54,6 +54,8 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
             yield mutant(m.start(), end + 1, f"({text})", f"{whole}: {' '.join(text.split())}")
     for m in re.finditer(r"\b(?:for|while) \(", code):
         end = _closing(code, m.end() - 1)
+        if m[0] == "for (" and ";" not in code[m.end() : end]:
+            continue  # a range has no condition
         begin, until = _condition_of_loop(code, m.end(), end)
         condition = " ".join(source[begin:until].split())
         if condition.endswith(CONSTANTS):

@@ -20,6 +20,7 @@ import eigenfilter as ef
 from eigenfilter.schedulers import RhoScheduler
 from integrations.by_hand import sam_steps
 from pages import ROOT, run_page
+from plain_usam import MeanLoss
 from run_distributed import RunDistributed
 
 from integrations.accelerate_state import (  # isort: skip: skips the tests without it
@@ -177,6 +178,31 @@ def test_a_window_is_one_closure(method: str) -> None:
 
         opt.step(closure)
     assert_same(model, twin)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_buffers_of_a_loss_are_those_of_x(accumulation: int) -> None:
+    class Step(nn.Module):
+        """A model with its loss."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.criterion = model, MeanLoss()
+
+        def forward(self, batch: Any) -> Tensor:
+            return self.criterion(self.model(batch[0]), batch[1])
+
+    model = network()
+    accelerator = make_accelerator(accumulation)
+    opt = ef.TwoStepUSAM(model.parameters(), lr=LR, rho=RHO)
+    model, opt, loader = accelerator.prepare(model, opt, DataLoader(data(), batch_size=3))
+    backward, step, losses = SharpnessAwareBackward(accelerator, model, opt), Step(model), []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            losses.append(float(backward(step, batch)))
+            opt.step()
+            opt.zero_grad()
+    step.criterion.assert_saw(losses)
 
 
 def test_a_batch_may_be_changed_by_its_loss() -> None:
@@ -375,7 +401,7 @@ def test_misuse_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         backward(lambda batch: loss_of(model, batch).item(), batch)
     accelerator.gradient_state._set_sync_gradients(True)
     backward(functools.partial(loss_of, model), batch)
-    with pytest.raises(RuntimeError, match="the ascents of this step are taken"):
+    with pytest.raises(RuntimeError, match=r"leave out a step, call cancel\(\)"):
         backward(functools.partial(loss_of, model), batch)
 
     monkeypatch.setattr(accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
@@ -431,6 +457,44 @@ def test_a_loss_function_that_writes_is_not_refused() -> None:
             opt.step()
             opt.zero_grad()
     assert calls == len(losses) == 4
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("method", ["two_step_usam", "wrapped", "no ascents"])
+@pytest.mark.parametrize("at", [3, 1], ids=["last micro-batch", "second micro-batch"])
+def test_a_step_that_the_loop_leaves_out(at: int, method: str, clips: bool, scaled: bool) -> None:
+    """As if its micro-batches, up to the one where it is left out, had never come."""
+
+    def run(model: nn.Module, cancels: bool) -> None:
+        accelerator = make_accelerator(4)
+        model = accelerator.prepare(model)
+        owner = with_scaler(accelerator, 2.0**10) if scaled else accelerator
+        opt = owner.prepare(METHODS[method](model.parameters()))
+        backward = SharpnessAwareBackward(accelerator, model, opt)
+        for step, window in enumerate(windows(4) * 2):
+            for i, batch in enumerate(window):
+                accelerator.gradient_state._set_sync_gradients(i == len(window) - 1)
+                left_out = step == 2 and i <= at
+                if left_out and not cancels:
+                    continue
+                backward(functools.partial(loss_of, model), batch)
+                if left_out and i == at:
+                    if clips and i == len(window) - 1:
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    backward.cancel()
+                    continue
+                if clips and i == len(window) - 1:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                opt.step()
+                opt.zero_grad()
+            assert not optimizer_of(opt).perturbed
+
+    model = network()
+    twin = copy.deepcopy(model)
+    run(model, cancels=True)
+    run(twin, cancels=False)
+    assert_same(model, twin)
 
 
 def test_a_plain_loop_names_the_integration() -> None:

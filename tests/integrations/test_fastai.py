@@ -19,6 +19,7 @@ from plain_usam import (
     RHO,
     WEIGHT_DECAY,
     Batch,
+    MeanLoss,
     PlainUSAM,
     WithModes,
     assert_same,
@@ -39,7 +40,7 @@ with warnings.catch_warnings():
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
     from fastai.learner import Learner
-    from fastai.losses import CrossEntropyLossFlat
+    from fastai.losses import BaseLoss, CrossEntropyLossFlat
     from fastai.optimizer import OptimWrapper
 
     from eigenfilter.integrations.fastai import SharpnessAwareCallback
@@ -378,6 +379,29 @@ def test_one_cycle_and_a_schedule_of_rho() -> None:
     rhos, momenta = zip(*seen, strict=True)
     torch.testing.assert_close(list(rhos), [0.02 * i for i in range(COUNT)])
     assert max(momenta) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("wraps", [False, True])
+def test_buffers_of_a_loss_are_those_of_x(wraps: bool, accumulation: int) -> None:
+    """Of a module, and of a module in fastai's wrapper of losses."""
+
+    class Rounded(MeanLoss):
+        """Rounds as the reference does, for fastai's Recorder."""
+
+        def forward(self, y_pred: Tensor, y: Tensor) -> Tensor:
+            return super().forward(y_pred, y).float()
+
+    if wraps:
+        loss_func: Any = BaseLoss(Rounded, flatten=False)
+        counting = loss_func.func
+    else:
+        loss_func = counting = Rounded()
+    learn = make_learner(without_dropout(), *callbacks(accumulation, None), loss_func=loss_func)
+    fit(learn)
+    model, losses = by_hand(accumulation)
+    counting.assert_saw(losses)
+    assert_same(learn.model, model)
 
 
 def test_the_modes_of_a_schedule_free_optimizer() -> None:

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from pages import ROOT, run_page
-from plain_usam import LR, RHO, USAM, PlainUSAM, WithModes, assert_same, make_batches, make_model
+from plain_usam import (
+    LR,
+    RHO,
+    USAM,
+    MeanLoss,
+    PlainUSAM,
+    WithModes,
+    assert_same,
+    make_batches,
+    make_model,
+)
 from run_distributed import RunDistributed
 
 pytest.importorskip("ignite")
@@ -197,6 +207,53 @@ def test_a_run_goes_on_from_a_checkpoint() -> None:
     resumed.run(make_batches(10), max_epochs=2)
     trainer.run(make_batches(10), max_epochs=2)
     assert_same(again, model)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_buffers_of_a_loss_are_those_of_x(accumulation: int) -> None:
+    model, loss_fn = make_model(), MeanLoss()
+    opt = ef.USAM(model.parameters(), **USAM)
+    trainer = create_supervised_trainer(
+        model, opt, loss_fn, "cpu", gradient_accumulation_steps=accumulation
+    )
+    torch.manual_seed(1)
+    trainer.run(make_batches(10), max_epochs=EPOCHS)
+    other, losses = by_hand(accumulation)
+    loss_fn.assert_saw(losses)
+    assert_same(model, other)
+
+
+def test_buffers_of_transforms_are_those_of_x() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, *args: Any) -> Any:
+            self.calls += 1
+            return args[0](args[1]) if len(args) > 1 else args[0]
+
+    model, transform, model_fn = make_model(), Counts(), Counts()
+    opt = ef.USAM(model.parameters(), **USAM)
+    run(model, opt, model_transform=transform, model_fn=model_fn)
+    assert transform.calls == model_fn.calls == 10 * EPOCHS
+
+
+@pytest.mark.parametrize("amp_mode", [None, "amp"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_autocast_around_a_run(outer: bool, amp_mode: str | None) -> None:
+    model, seen = make_model().float(), []
+    model.register_forward_hook(lambda _, __, output: seen.append(output.dtype))
+    opt = ef.USAM(model.parameters(), **USAM)
+    batches = [(x.float(), y.float()) for x, y in make_batches(4)]
+    options = {"amp_mode": amp_mode, "gradient_accumulation_steps": 2}
+    trainer = create_supervised_trainer(
+        model, opt, lambda y_pred, y: MSE(y_pred.float(), y), "cpu", **options
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        trainer.run(batches, max_epochs=1)
+    is_cast = outer or amp_mode == "amp"
+    assert seen == [torch.bfloat16 if is_cast else torch.float32] * 8  # at x and at y
 
 
 def test_the_modes_of_a_schedule_free_optimizer() -> None:

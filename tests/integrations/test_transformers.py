@@ -281,7 +281,14 @@ def test_the_stock_trainer_names_this_one(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no ascents": (None, {}, "which takes no ascents"),
     "optim in backward": (None, {"optim": "adalomo", "optim_args": "rho=0.1"}, "while backward"),
-    "no number": (None, {"optim_args": "rho=large"}, "is no number"),
+    "rho": (None, {"optim_args": "rho=large,method=sam"}, "has rho=large, which must be a number"),
+    "fd_step": (None, {"optim_args": "fd_step="}, "has fd_step=, which must be a number"),
+    "adaptive": (
+        None,
+        {"optim_args": "adaptive=maybe"},
+        "adaptive=maybe, which must be true or false",
+    ),
+    "no flag": (None, {"optim_args": "adaptive=2"}, "adaptive=2, which must be true or false"),
     "method": (None, {"optim_args": "method=asam"}, "unknown method"),
     "autograd": ((ef.HessianUSAM, {"hvp": "autograd"}), {}, "create_graph=True"),
     "release": ((ef.USAM, {"release_gradients": True}), {}, "release_gradients=True applies"),
@@ -304,6 +311,31 @@ def test_an_evaluation_in_mid_step_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, NoNorm(), callbacks=[Early()])
     with pytest.raises(RuntimeError, match="in the middle of a step"):
         trainer.train()
+
+
+@pytest.mark.parametrize("hook", ["on_pre_optimizer_step", "on_optimizer_step"])
+@pytest.mark.parametrize("options", [{}, {"_internal_call": True}])
+def test_a_model_is_saved_at_x_alone(tmp_path: Path, hook: str, options: dict[str, bool]) -> None:
+    callback = TrainerCallback()
+    setattr(callback, hook, lambda *_, **__: trainer.save_model(str(tmp_path / "x"), **options))
+    trainer = trainer_of(tmp_path, NoNorm(), callbacks=[callback], max_steps=1)
+    if hook == "on_optimizer_step":
+        trainer.train()
+        assert list((tmp_path / "x").glob("*.safetensors"))
+        return
+    with pytest.raises(RuntimeError, match="a model saved in the middle of a step"):
+        trainer.train()
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "adaptive"),
+    [("true", True), ("Yes", True), ("1", True), ("False", False), ("no", False), ("0", False)],
+)
+def test_flags_in_optim_args(tmp_path: Path, text: str, adaptive: bool) -> None:
+    args = f"method=sam,rho=0.1,adaptive={text}"
+    trainer = trainer_of(tmp_path, NoNorm(), None, optim="sgd", optim_args=args)
+    assert trainer.create_optimizer().adaptive is adaptive
 
 
 @pytest.mark.slow

@@ -42,6 +42,23 @@ def test_a_list_that_was_never_made_is_refused() -> None:
             act()
 
 
+def test_checked_gradients_may_be_wider_than_the_other_lists() -> None:
+    x, wide = [torch.ones(2, dtype=torch.bfloat16)], [torch.ones(2)]
+    for name in ("grads", "base_grads"):
+        _core.check(("params", name), (x, wide), (True, False))
+    for name in ("momenta", "backups", "weights"):
+        with pytest.raises(
+            _core.LayoutError, match=rf"{name}\[0\] is float32 and params\[0\] is not"
+        ):
+            _core.check(("params", name), (x, wide), (True, False))
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_as_many_lists_are_checked_as_a_call_can_have(count: int) -> None:
+    with pytest.raises(ValueError, match="must have equal lengths, 1 to 5"):
+        _core.check(("params",) * count, ([torch.ones(1)],) * count, (False,) * count)
+
+
 def test_a_getter_may_shrink_the_list_it_is_in() -> None:
     class Shrinking(torch.nn.Parameter):
         @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import pytest
 import torch
@@ -220,17 +220,34 @@ def test_betas_are_checked_at_every_step(betas: Any) -> None:
         ef.AdamW(parameters(), betas=betas)
 
 
-@pytest.mark.parametrize("cls", [ef.SGD, ef.USAM, ef.SAM, ef.TwoStepUSAM, ef.HessianUSAM])
+@pytest.mark.parametrize("cls", MAKERS.values(), ids=MAKERS)
 def test_signatures_show_the_options(cls: Any) -> None:
     """help() shows the signature, and `Options` describes what is in it."""
     shown = inspect.signature(cls).parameters
     positional = [name for name, p in shown.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == ["params", "lr", "momentum", "dampening", "weight_decay", "nesterov"]
+    if cls is ef.AdamW:
+        assert positional == ["params", "lr", "betas", "eps", "weight_decay", "amsgrad"]
+    else:
+        assert positional == ["params", "lr", "momentum", "dampening", "weight_decay", "nesterov"]
     assert shown["backend"].default is None
     assert shown["maximize"].default is False
+    assert shown["set_to_none"].default is True
     assert shown["options"].kind is inspect.Parameter.VAR_KEYWORD
     for name in Options.__annotations__:
         assert name in shown or f"`{name}`" in (Options.__doc__ or "")
+
+
+def test_signatures_of_subclasses_show_the_options() -> None:
+    class Own(ef.SGD):
+        def __init__(
+            self, params: Any, *, maximize: bool = True, **options: Unpack[Options]
+        ) -> None:
+            super().__init__(params, lr=0.1, maximize=maximize, **options)
+
+    shown = inspect.signature(Own).parameters
+    assert list(shown)[:3] == ["params", "maximize", "stochastic_rounding"]
+    assert shown["maximize"].default is True
+    assert Own(parameters(), backend="reference").param_groups[0]["maximize"] is True
 
 
 @pytest.mark.parametrize("name", ["maximize", "stochastic_rounding"])
@@ -240,9 +257,9 @@ def test_groups_may_have_options_of_their_own(name: str) -> None:
     assert [group[name] for group in opt.param_groups] == [False, True]
 
 
-@pytest.mark.parametrize("make", [ef.SGD, ef.USAM, ef.SAM, ef.TwoStepUSAM, ef.HessianUSAM])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_help_explains_every_option(make: type) -> None:
     text = inspect.getdoc(make) or ""
-    for name in Options.__annotations__:
+    for name in (*Options.__annotations__, "amsgrad"):
         assert re.search(rf"^    (\w+, )*{name}(, \w+)*: \w", text, re.MULTILINE), name
     assert "options: the keyword" not in text

@@ -171,6 +171,9 @@ def test_arguments_that_are_refused_leave_the_base_alone() -> None:
         ef.SharpnessAware(base, "sgd")
     with pytest.raises(TypeError, match="method 'sam' has no option ascent"):
         ef.SharpnessAware(base, "sam", ascent="anchored")
+    for name in ("maximize", "fused", "amsgrad"):  # the base's
+        with pytest.raises(TypeError, match=f"method 'usam' has no option {name}"):
+            ef.SharpnessAware(base, **{name: True})
     with pytest.raises(ValueError, match="rho must be at least 0 and finite, and is -1"):
         ef.SharpnessAware(base, rho=-1)
     assert "rho" not in base.param_groups[0]

@@ -254,7 +254,8 @@ class Config:
                 "it out, or choose optimizer: sgd"
             )
         for name in ("ascent_part", "ascent_sync"):
-            if getattr(self, name) != 1 and not self.ascends:
+            is_given = getattr(self, name) != getattr(Config, name)  # the class has the defaults
+            if is_given and not self.ascends:
                 raise ValueError(
                     f"{name} applies only to ascents, and {self.optimizer} takes none; leave it "
                     "out, or choose another optimizer or method"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -56,12 +56,18 @@ class Window:
         optimizer: optimizer of this library.
         keeps_all: whether micro-batches are kept that come while the step has no ascent, for
             frameworks whose schedules set rho for every batch.
+        modules: modules outside the model whose buffers are preserved too, as those of a loss.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: EigenfilterOptimizer, keeps_all: bool = False
+        self,
+        model: nn.Module,
+        optimizer: EigenfilterOptimizer,
+        keeps_all: bool = False,
+        modules: Sequence[nn.Module] = (),
     ) -> None:
         self.model = model
+        self._frozen = nn.ModuleList([model, *modules]) if modules else model
         self.optimizer = optimizer
         self.keeps_all = keeps_all
         self._evaluations: list[tuple[Callable[[], Any], Randomness | None]] = []
@@ -120,7 +126,7 @@ class Window:
                     "between steps, or begin its schedule above 0"
                 )
             while opt.ascend(grad_scaler):
-                with freeze_running_stats(self.model):
+                with freeze_running_stats(self._frozen):
                     self._evaluate()
         except BaseException:
             if opt.perturbed:

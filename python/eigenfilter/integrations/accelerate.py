@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from eigenfilter._running_stats import freeze_running_stats
 from eigenfilter.integrations import _window
 from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations._variables import Variables
+from eigenfilter.optimizers.amp import is_enabled
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 
 with imports_of("accelerate"):
@@ -95,7 +97,8 @@ class AcceleratedWindow(_window.Window):
             raise RuntimeError(
                 "the ascents of this step are taken, and another micro-batch was evaluated before "
                 "optimizer.step(): evaluate each micro-batch once, with the sum of its losses, "
-                "and inside accelerator.accumulate(model)"
+                "and inside accelerator.accumulate(model); to leave out a step, call cancel() of "
+                "SharpnessAwareBackward, or optimizer_of(optimizer).restore()"
             )
         accelerator = self.accelerator
         synchronizes = accelerator.sync_gradients
@@ -129,9 +132,10 @@ class SharpnessAwareBackward:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    Running statistics stay those of x. Losses keep Accelerate's factors (1 / the number of
-    accumulation steps, the scale of fp16) at all weights. The batches of a step are copied and
-    kept until its end.
+    Running statistics, and buffers of a `loss_fn` that is a module, stay those of x. Losses keep
+    Accelerate's factors (1 / the number of accumulation steps, the scale of fp16) at all weights.
+    The batches of a step are copied and kept until its end. To leave out a step, call
+    `backward.cancel()` in place of `optimizer.step()`.
 
     Args:
         accelerator: accelerator that prepared the others.
@@ -193,9 +197,29 @@ class SharpnessAwareBackward:
         def again() -> None:
             if variables is not None:
                 variables.refuse_changes()
-            evaluate(*copy_of(kept))
+            with freeze_running_stats(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext():
+                evaluate(*copy_of(kept))
 
         return window.evaluate(first, again)
+
+    def cancel(self) -> None:
+        """Leave out the step: go back to x, and forget its gradients and micro-batches.
+
+            loss = backward(loss_fn, batch)
+            if not torch.isfinite(loss):
+                backward.cancel()
+                continue
+
+        In the middle of an accumulation, its later micro-batches make a step of their own. With
+        several processes, call it in all of them.
+        """
+        opt, scaler = self.window.optimizer, self.window.accelerator.scaler
+        if opt.perturbed:
+            opt.restore()
+        self.window.clear()
+        opt.zero_grad()
+        if is_enabled(scaler) and scaler._per_optimizer_states[id(opt)]["found_inf_per_device"]:
+            scaler.update()  # it was asked to unscale, as by clip_grad_norm_, and takes no step
 
 
 def _report_skipped_steps(prepared: Any, opt: EigenfilterOptimizer) -> None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
+from torch import nn
 
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations._window import Window, optimizer_of, set_mode
@@ -100,7 +101,10 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         if self._window is None:
             inner = optimizer_of(learn.opt)
             assert inner is not None
-            self._window = Window(learn.model, inner, keeps_all=True)
+            # fastai's own losses are no modules, and have one in `func`.
+            losses = learn.loss_func, getattr(learn.loss_func, "func", None)
+            modules = [loss for loss in losses if isinstance(loss, nn.Module)]
+            self._window = Window(learn.model, inner, keeps_all=True, modules=modules)
         batch = _attributes(learn, _OF_BATCH)
         states = [(each, dict(vars(each))) for each in learn.cbs if each is not self]
         backward, patched = learn._backward, vars(learn).get("_backward")

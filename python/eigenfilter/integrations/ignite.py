@@ -49,15 +49,17 @@ def create_supervised_trainer(
 
     Every iteration is one batch, and fires its events once. As in ignite, iterations are counted
     over all epochs, so a step whose batches an epoch does not complete goes on in the next one.
-    Running statistics stay those of x, and `engine.state.output` is that at x. The methods `train`
-    and `eval` of a schedule-free base are called in each iteration and after each epoch. An
-    optimizer of another library steps as with ignite's trainer.
+    Running statistics stay those of x, as do buffers of a `loss_fn` that is a module, and
+    `engine.state.output` is that at x. The methods `train` and `eval` of a schedule-free base are
+    called in each iteration and after each epoch. An optimizer of another library steps as with
+    ignite's trainer.
 
     The arguments that are not described here are ignite's. `model_fn`, `model_transform` and
     `loss_fn` are called at perturbed weights too.
 
     Args:
-        amp_mode: "amp" for autocast on the device's type, or None.
+        amp_mode: "amp" for autocast on the device's type, or None, which leaves autocast as it is
+            around the run.
         scaler: whether to scale the loss, or the GradScaler to use; with `amp_mode="amp"` only.
             If it is True, the engine's state has it as `scaler`.
         max_norm: largest norm of the descent's gradient; None does not clip. ignite has no such
@@ -86,7 +88,8 @@ def create_supervised_trainer(
         scaler = torch.amp.GradScaler(device_type, enabled=scaler)
     grad_scaler = scaler
     inner = optimizer_of(optimizer)
-    window = None if inner is None else Window(model, inner, keeps_all=True)
+    modules = [f for f in (loss_fn, model_transform, model_fn) if isinstance(f, nn.Module)]
+    window = None if inner is None else Window(model, inner, keeps_all=True, modules=modules)
 
     def update(engine: Engine, batch: Sequence[Any]) -> Any:
         index = (engine.state.iteration - 1) % gradient_accumulation_steps
@@ -99,7 +102,7 @@ def create_supervised_trainer(
         x, y = prepare_batch(batch, device=device, non_blocking=non_blocking)
 
         def evaluate() -> tuple[Any, Tensor]:
-            with torch.autocast(device_type, enabled=amp_mode is not None):
+            with nullcontext() if amp_mode is None else torch.autocast(device_type):
                 y_pred = model_transform(model_fn(model, x))
                 loss = loss_fn(y_pred, y) / gradient_accumulation_steps
             graph = inner is not None and inner.needs_graph

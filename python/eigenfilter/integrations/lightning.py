@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._window import Window, optimizer_of
+from eigenfilter.integrations._window import Window, optimizer_of, set_mode
 
 with imports_of("lightning"):
     if TYPE_CHECKING or find_spec("lightning") or not find_spec("pytorch_lightning"):
@@ -49,7 +49,9 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
     - `gradient_clip_val`, `configure_gradient_clipping` and `on_before_optimizer_step` get the
       gradient of the descent, once a step, unscaled under "16-mixed" too;
     - running statistics, torchmetrics and what `self.log` logs are those of the first pass, at x;
-    - `trainer.global_step` counts steps, and validation, checkpoints and averages of weights see x.
+    - `trainer.global_step` counts steps, and validation, checkpoints and averages of weights see x;
+    - `train` and `eval` of a schedule-free base, or of SGD with an extrapolation, are called around
+      training, validation and checkpoints.
 
     `training_step`, `backward`, `on_before_backward` and `on_after_backward` are called in every
     pass, as often as the method needs gradients: `self.optimizers().perturbed` tells whether the
@@ -61,12 +63,14 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         MisconfigurationException: the optimizer is not one of this library, the strategy steps in
             an engine of its own (DeepSpeed), gradients are released and would be clipped, or
             `training_step` takes an iterator (`dataloader_iter`).
-        RuntimeError: `training_step` writes to a tensor of its batch, which it gets again.
+        RuntimeError: `training_step` writes to a tensor of its batch, which it gets again, or a
+            checkpoint is saved while the weights are perturbed.
     """
 
     def __init__(self) -> None:
         self._window: Window | None = None
         self._overridden: list[tuple[Any, str]] = []
+        self._mode = "eval"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take part in every step of `trainer.fit`, until it ends."""
@@ -78,6 +82,8 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         backward, step = trainer.strategy.backward, precision.optimizer_step
         self._override(trainer.strategy, "backward", partial(self._backward, trainer, backward))
         self._override(precision, "optimizer_step", partial(self._step, trainer, step))
+        save = partial(self._save_checkpoint, trainer, trainer.save_checkpoint)
+        self._override(trainer, "save_checkpoint", save)
         if type(precision).clip_gradients.__qualname__ == "MixedPrecision.clip_gradients":
             # It refuses to clip for an optimizer that can unscale itself; `_step` has unscaled.
             clip_gradients = partial(Precision.clip_gradients, precision)
@@ -102,6 +108,14 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 "it: leave one of the two out"
             )
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring a schedule-free base to its weights."""
+        self._set_mode(trainer, "eval")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring a schedule-free base to its weights."""
+        self._set_mode(trainer, "eval")
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the trainer as it was before `setup`."""
         self._remove()
@@ -109,7 +123,8 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave the trainer as it was before `setup`."""
+        """Leave the trainer as it was before `setup`, and a schedule-free base at its weights."""
+        self._set_mode(trainer, "eval")
         self._remove()
 
     def _override(self, instance: Any, name: str, method: Callable[..., Any]) -> None:
@@ -120,6 +135,28 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         self._window = None
         while self._overridden:
             delattr(*self._overridden.pop())
+
+    def _set_mode(self, trainer: Trainer, mode: str) -> None:
+        if self._overridden:  # in a fit by automatic optimization
+            self._mode = mode
+            for optimizer in trainer.optimizers:
+                set_mode(optimizer, mode)
+
+    def _save_checkpoint(
+        self, trainer: Trainer, save: Callable[..., None], *args: Any, **kwargs: Any
+    ) -> None:
+        """The trainer's method, which writes the weights of a schedule-free base."""
+        if any(opt and opt.perturbed for opt in map(optimizer_of, trainer.optimizers)):
+            raise RuntimeError(
+                "a checkpoint in the middle of a step (on_before_optimizer_step) would hold "
+                "perturbed weights: save it in on_train_batch_end or later"
+            )
+        mode = self._mode
+        self._set_mode(trainer, "eval")
+        try:
+            save(*args, **kwargs)
+        finally:
+            self._set_mode(trainer, mode)
 
     def _window_of(self, module: LightningModule, optimizer: Any) -> Window:
         opt = optimizer_of(optimizer)
@@ -143,6 +180,7 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         batch_idx: int,
     ) -> Any:
         """Lightning's closure of a micro-batch, recorded in the window."""
+        self._set_mode(trainer, "train")  # before its forward pass, also in Lightning's tuners
         closure = make_closure(kwargs, optimizer, batch_idx)
         window = self._window_of(trainer.lightning_module, optimizer)
         if closure._zero_grad_fn is not None:  # the gradients before it are cleared

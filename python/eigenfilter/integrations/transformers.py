@@ -25,18 +25,24 @@ with imports_of("transformers"):
 __all__ = ["RhoSchedulerCallback", "SharpnessAwareMixin", "SharpnessAwareTrainer"]
 
 
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
 def _flag(text: str) -> bool:
-    return text.lower() in ("true", "1", "yes")
+    if text.lower() not in _FLAGS:
+        raise ValueError
+    return _FLAGS[text.lower()]
 
 
-# What `optim_args` may say of the ascents, and what reads it.
-_ASCENT_ARGS: dict[str, Callable[[str], Any]] = {
-    "method": str,
-    "rho": float,
-    "adaptive": _flag,
-    "ascent": str,
-    "hvp": str,
-    "fd_step": float,
+# What `optim_args` may say of the ascents, what reads it, and what it must be.
+_NUMBER, _TEXT = (float, "a number"), (str, "a name")
+_ASCENT_ARGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "method": _TEXT,
+    "rho": _NUMBER,
+    "adaptive": (_flag, "true or false"),
+    "ascent": _TEXT,
+    "hvp": _TEXT,
+    "fd_step": _NUMBER,
 }
 
 # Optimizers of Transformers that step while backward runs, before an ascent could be taken.
@@ -90,8 +96,8 @@ class SharpnessAwareMixin:
 
         Raises:
             TypeError: neither argument brings an optimizer of eigenfilter.
-            ValueError: the optimizer steps while backward runs, or one of its options needs
-                another loop.
+            ValueError: the optimizer steps while backward runs, one of its options needs another
+                loop, or a value in `optim_args` is none that its name can have.
             RuntimeError: an engine steps for the Trainer, such as DeepSpeed's.
         """
         self._end_window()
@@ -169,6 +175,19 @@ class SharpnessAwareMixin:
                 "perturbed weights: evaluate in on_optimizer_step or later"
             )
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as the Trainer does.
+
+        Raises:
+            RuntimeError: the model is perturbed, as in `on_pre_optimizer_step`.
+        """
+        if self._is_perturbed():
+            raise RuntimeError(
+                "a model saved in the middle of a step (on_pre_optimizer_step) would have "
+                "perturbed weights: save it in on_optimizer_step or later"
+            )
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
         if self._is_perturbed():  # on_pre_optimizer_step, where SIGTERM's checkpoint is taken
@@ -280,11 +299,15 @@ def _split(optim_args: str | None) -> tuple[dict[str, Any], str | None]:
     others = ",".join(
         item for item, pair in zip(items, pairs, strict=True) if pair[0] not in ascent
     )
+    return {name: _read(name, value) for name, value in ascent.items()}, others or None
+
+
+def _read(name: str, value: str) -> Any:
+    read, kind = _ASCENT_ARGS[name]
     try:
-        read = {name: _ASCENT_ARGS[name](value) for name, value in ascent.items()}
-    except ValueError as error:
-        raise ValueError(f"optim_args={optim_args!r} has a value that is no number") from error
-    return read, others or None
+        return read(value)
+    except ValueError:
+        raise ValueError(f"optim_args has {name}={value}, which must be {kind}") from None
 
 
 def _refuse_in_backward(trainer: Any) -> None:

@@ -7,7 +7,7 @@ from eigenfilter._running_stats import freeze_batch_norm, freeze_running_stats
 from eigenfilter.optimizers.adamw import AdamW
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.hessian_usam import HessianUSAM
-from eigenfilter.optimizers.hyperparameters import Options
+from eigenfilter.optimizers.hyperparameters import MethodOptions, Options
 from eigenfilter.optimizers.local_ascents import ascent_sync
 from eigenfilter.optimizers.sam import SAM
 from eigenfilter.optimizers.sgd import SGD
@@ -22,6 +22,7 @@ __all__ = [
     "AdamW",
     "EigenfilterOptimizer",
     "HessianUSAM",
+    "MethodOptions",
     "Options",
     "SharpnessAware",
     "TwoStepUSAM",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from eigenfilter.optimizers.base import EigenfilterOptimizer
-from eigenfilter.optimizers.hyperparameters import split_options
+from eigenfilter.optimizers.hyperparameters import MethodOptions, split_options
 from eigenfilter.optimizers.registry import perturbation_of, register
 from eigenfilter.optimizers.updates import STEP, AdamWUpdate
 
@@ -32,13 +32,13 @@ class AdamW(EigenfilterOptimizer):
         betas: decay rates (beta1, beta2) of the two moments, each in [0, 1).
         eps: term that keeps the quotient finite, at least 0.
         weight_decay: coefficient wd of the decoupled weight decay, at least 0.
-        amsgrad: only False, which stands here for torch's signature.
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
         rho: radius of that method's ascent, at least 0; see the optimizer of the method. It
             lives in param_groups, as lr does.
-        maximize, stochastic_rounding, skip_nonfinite, release_gradients, backend: see `Options`.
-        options: further arguments of the method: `adaptive` ("sam"), `ascent` ("two_step_usam"),
-            `hvp` and `fd_step` ("hessian_usam"); and the other ones of `Options`.
+        adaptive: option of the method "sam", see `SAM`.
+        ascent: option of the method "two_step_usam", see `TwoStepUSAM`.
+        hvp, fd_step: options of the method "hessian_usam", see `HessianUSAM`.
+        options: the keyword arguments of `Options`.
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype; an option is unknown.
@@ -72,19 +72,12 @@ class AdamW(EigenfilterOptimizer):
         *,
         method: str = "usam",
         rho: float | Tensor = 0.0,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        skip_nonfinite: bool = False,
-        release_gradients: bool = False,
-        backend: str | None = None,
-        **options: Any,
+        **options: Unpack[MethodOptions],
     ) -> None:
-        shared, own = split_options(options | {"amsgrad": amsgrad})
-        shared |= {"maximize": maximize, "stochastic_rounding": stochastic_rounding}
-        shared |= {"skip_nonfinite": skip_nonfinite, "release_gradients": release_gradients}
+        shared, own = split_options(options)
         group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rho": rho}
         perturbation = perturbation_of(method, **own)
-        super().__init__(params, group, perturbation, AdamWUpdate(), shared | {"backend": backend})
+        super().__init__(params, group, perturbation, AdamWUpdate(), shared | {"amsgrad": amsgrad})
 
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()

@@ -228,6 +228,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 if not bucket_slice.is_perturbed:
                     buckets.mark_perturbed(bucket_slice.bucket)
                 perturbation.perturb(index, bucket_slice)
+                # The compiled kernels have noted it in the call itself, so that no interrupt can
+                # come between; the other backends leave it to this line.
                 bucket_slice.bucket.backups().filled = True
         except BaseException:
             self._restore()

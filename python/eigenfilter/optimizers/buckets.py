@@ -452,6 +452,7 @@ class ParamBuckets:
         """Tell autograd and FSDP that the parameters of `buckets` have changed."""
         for bucket in buckets:
             increment_version(bucket.params)
+        torch.clear_autocast_cache()  # an outer autocast keeps copies of the parameters
         if any(bucket.is_distributed for bucket in buckets):
             _distributed.reshard()
         if self.are_flat:

@@ -51,7 +51,22 @@ class Options(TypedDict, total=False):
     foreach: bool | None
     capturable: bool
     differentiable: bool
-    amsgrad: bool
+
+
+class MethodOptions(Options, total=False):
+    """The keyword arguments of an optimizer whose ascent is an argument, `method`.
+
+    Attributes:
+        adaptive: see `SAM`.
+        ascent: see `TwoStepUSAM`.
+        hvp: see `HessianUSAM`.
+        fd_step: see `HessianUSAM`.
+    """
+
+    adaptive: bool
+    ascent: str
+    hvp: str
+    fd_step: float | None
 
 
 _DEFAULTS = Options(
@@ -63,6 +78,7 @@ _DEFAULTS = Options(
     set_to_none=True,
 )
 _FOR_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
+_KNOWN = frozenset((*Options.__annotations__, *_FOR_TORCH))  # AdamW names amsgrad itself
 _REFUSED = {
     "amsgrad": "amsgrad=True is not supported: use torch.optim.AdamW(amsgrad=True), inside "
     "eigenfilter.SharpnessAware for an ascent",
@@ -82,15 +98,20 @@ def explain_options(docstring: str | None) -> str | None:
 
 
 def show_options(init: Callable[..., None]) -> None:
-    """Let help() and inspect.signature() show what `**options: Unpack[Options]` stands for."""
+    """Let help() and inspect.signature() show what `**options: Unpack[Options]` stands for.
+
+    An option that the constructor names itself is shown as it stands there.
+    """
     signature = inspect.signature(init)
     *named, rest = signature.parameters.values()
-    if rest.annotation not in ("Unpack[Options]", Unpack[Options]):
+    unpacked = (Unpack[Options], Unpack[MethodOptions])
+    if rest.annotation not in ("Unpack[Options]", "Unpack[MethodOptions]", *unpacked):
         return
     kind, types = inspect.Parameter.KEYWORD_ONLY, Options.__annotations__
     shown = [
         inspect.Parameter(name, kind, default=default, annotation=types[name].__forward_arg__)
         for name, default in _DEFAULTS.items()
+        if name not in signature.parameters
     ]
     vars(init)["__signature__"] = signature.replace(parameters=[*named, *shown, rest])
 
@@ -104,7 +125,7 @@ def complete_options(options: Mapping[str, Any], owner: str) -> dict[str, Any]:
             asks for a mode that a fused step does not have.
     """
     for name, value in options.items():
-        if name not in Options.__annotations__:
+        if name not in _KNOWN:
             raise TypeError(f"{owner} got an unexpected keyword argument {name!r}")
         if name == "backend" or (value is None and name in ("fused", "foreach")):
             continue
@@ -134,10 +155,9 @@ def refuse_modes(group: Mapping[str, Any]) -> None:
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split further arguments into torch's and `set_to_none`, and those of a method."""
-    known = ("set_to_none", *_FOR_TORCH)
-    own = {name: value for name, value in options.items() if name in known}
-    return own, {name: value for name, value in options.items() if name not in known}
+    """Split `MethodOptions` into those that the optimizers share, and those of the method."""
+    shared = {name: value for name, value in options.items() if name in _KNOWN}
+    return shared, {name: value for name, value in options.items() if name not in _KNOWN}
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

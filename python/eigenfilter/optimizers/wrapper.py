@@ -15,7 +15,7 @@ from eigenfilter.optimizers._step_state import through_owner
 from eigenfilter.optimizers.amp import drop_scaler_attributes
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
-from eigenfilter.optimizers.hyperparameters import OWN_RHO, check_hyperparameters, split_options
+from eigenfilter.optimizers.hyperparameters import OWN_RHO, check_hyperparameters
 from eigenfilter.optimizers.registry import perturbation_of
 from eigenfilter.optimizers.updates import Update
 
@@ -43,9 +43,9 @@ class SharpnessAware(EigenfilterOptimizer):
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
         rho: radius of the ascent, at least 0; see the optimizer of the method. It lives in
             param_groups; a group that has one already keeps it.
-        skip_nonfinite, backend: see `Options`.
+        skip_nonfinite, set_to_none, backend: see `Options`. The base has its own other ones.
         options: further arguments of the method: `adaptive` ("sam"), `ascent` ("two_step_usam"),
-            `hvp` and `fd_step` ("hessian_usam"); and `set_to_none` of `Options`.
+            `hvp` and `fd_step` ("hessian_usam").
 
     Raises:
         TypeError: `base_optimizer` is no optimizer, a parameter is unsupported, or an option is
@@ -78,6 +78,7 @@ class SharpnessAware(EigenfilterOptimizer):
         rho: float | Tensor = 0.05,
         *,
         skip_nonfinite: bool = False,
+        set_to_none: bool = True,
         backend: str | None = None,
         **options: Any,
     ) -> None:
@@ -88,9 +89,8 @@ class SharpnessAware(EigenfilterOptimizer):
             )
         _refuse_base(base_optimizer)
         self.base_optimizer = base_optimizer
-        shared, own = split_options(options)
-        shared |= {"skip_nonfinite": skip_nonfinite, "backend": backend}
-        perturbation = perturbation_of(method, **own)
+        shared = {"skip_nonfinite": skip_nonfinite, "set_to_none": set_to_none, "backend": backend}
+        perturbation = perturbation_of(method, **options)
         self._rho_key = OWN_RHO if "rho" in base_optimizer.defaults else "rho"
         groups = [{self._rho_key: rho} | group for group in base_optimizer.param_groups]
         super().__init__(groups, {}, perturbation, Update(), shared)
