@@ -10,7 +10,7 @@ from itertools import pairwise
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 _Key = tuple[Any, ...]  # a function, what it reads ("x", "self.batch"), and the keys of an entry
 
@@ -33,11 +33,14 @@ class Variables:
     Attributes:
         values: the values of the variables around it, of the entries of those that are containers,
             and of its own arguments that have them, by function and name.
+        tensors: the tensors among them, and the arguments that the function was given.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self.values = _read(function)
+        tensors = [value for value in self.values.values() if isinstance(value, Tensor)]
+        self.tensors = tensors, _given(function)
 
     def forget_written(self) -> None:
         """Compare no more what the call since has changed."""
@@ -57,6 +60,13 @@ class Variables:
     def _changed(self) -> list[_Key]:
         now = _read(self._function)
         return [key for key, value in self.values.items() if not _is_same(now.get(key), value)]
+
+
+def _given(function: Any) -> list[Any]:
+    """The arguments that a function has, without a call."""
+    if isinstance(function, functools.partial):
+        return [function.args, function.keywords, *_given(function.func)]
+    return [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
 
 
 def _is_same(a: Any, b: Any) -> bool:
