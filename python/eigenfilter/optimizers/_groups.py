@@ -238,7 +238,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether other ranks, which may have gradients, wait for this one without a gradient."""
         checks = self.skip_nonfinite or is_enabled(grad_scaler)
-        return other_ranks_wait(checks or self._step_state.ascents_are_local, self._params())
+        return other_ranks_wait(checks or bool(self._step_state.with_local_ascents), self._params())
 
     # State.
 
