@@ -302,3 +302,34 @@ def test_a_synchronized_pass_ends_it(run_distributed: RunDistributed) -> None:
         assert LOCAL in unsynchronized
         assert message == ""
     assert all(map(torch.equal, first[2], second[2]))
+
+
+def one_replica(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """One process, or the shards of one replica: its gradient is never less than the whole."""
+    alone = [dist.new_group([i]) for i in range(dist.get_world_size())][rank]
+    model = DistributedDataParallel(network(), process_group=alone)
+    opt = usam(model.parameters())
+    ef.ascent_sync(model, ef.SAM(model.module[0].parameters()), enabled=False)
+    ef.ascent_sync(model, opt, enabled=False)
+    take_steps("closure", opt, evaluation(opt, model, half(rank)))
+    opt.zero_grad()
+    model(batch(half(rank))[0]).sum().backward()
+    opt.param_groups[0]["rho"] = 0.0
+    opt.step()  # along the gradient of its only replica
+    dist.barrier()
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replica", "shard"))
+    shards = network()
+    fully_shard(shards, mesh=mesh)
+    opt = usam(shards.parameters())
+    ef.ascent_sync(shards, opt, enabled=False)
+    take_steps("closure", opt, evaluation(opt, shards, half(rank)))
+    shards(batch(half(rank))[0]).sum().backward()
+    opt.param_groups[0]["rho"] = 0.0
+    opt.step()
+    return full(model.parameters()), full(shards.parameters())
+
+
+def test_a_single_replica_has_the_whole_gradient(run_distributed: RunDistributed) -> None:
+    first, second = run_distributed(one_replica, 2)
+    assert not any(map(torch.equal, first[0], second[0]))  # each trains alone
+    assert all(map(torch.equal, first[1], second[1]))

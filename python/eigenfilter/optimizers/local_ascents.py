@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
@@ -73,7 +74,7 @@ def ascent_sync(model: nn.Module, opt: torch.optim.Optimizer, enabled: bool = Fa
     owner = _optimizer_in(opt)
     owner._refuse_perturbed("ascent_sync()")
     if not enabled:
-        hooks = _replicated_targets(model)
+        hooks = [(t, hook) for t, hook in _replicated_targets(model) if _replicas(t) > 1]
         _refuse_other_parameters(owner, [target for target, _ in hooks])
         for target, hook in hooks:
             if target not in _hooks:
@@ -231,6 +232,13 @@ def _targets(model: nn.Module) -> list[Any]:
         is_replica = isinstance(module, DistributedDataParallel)
         targets += [module] if is_replica else _distributed.fsdp_groups(module)
     return list(dict.fromkeys(targets))  # modules that are sharded together share a group
+
+
+def _replicas(target: Any) -> int:
+    """The number of replicas over which gradients are averaged: with 1, they are never local."""
+    if isinstance(target, DistributedDataParallel):
+        return dist.get_world_size(target.process_group)
+    return int(target.mesh_info.replicate_mesh_size)
 
 
 def _refuse_other_parameters(optimizer: EigenfilterOptimizer, targets: Sequence[Any]) -> None:
