@@ -224,9 +224,12 @@ def shard_together(rank: int) -> list[Tensor]:
     fully_shard([model[0], model[2]], mesh=mesh)
     fully_shard(model, mesh=mesh)
     opt = usam(model.parameters())
-    for enabled in (False, True, False):
+    closure = evaluation(opt, model, quarter(rank))
+    for enabled in (False, False, True, False):
         ef.ascent_sync(model, opt, enabled=enabled)
-    take_steps("explicit", opt, evaluation(opt, model, quarter(rank)))
+        closure()  # leaves a gradient of the phase
+    opt.zero_grad()
+    take_steps("explicit", opt, closure)
     return full(model.parameters())
 
 

@@ -303,7 +303,7 @@ def _is_replicated(group: Any) -> bool:
             "set_gradient_divide_factor has FSDP2 divide gradients by a number of your own, which "
             "leaves the scale of a local gradient open: leave it out, and scale the loss"
         )
-    if isinstance(info, HSDPMeshInfo):
+    if isinstance(info, HSDPMeshInfo) or group in _hooks:  # which may have changed it
         return True
     if not isinstance(info, FSDPMeshInfo):
         raise ValueError(
