@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import eigenfilter as ef
-from eigenfilter.optimizers.hyperparameters import rho_of
+from eigenfilter.optimizers.hyperparameters import bind_rho, rho_of
 from eigenfilter.schedulers import KINDS, RhoScheduler
+from test_scheduler_frameworks import imported
 
 
 def optimizer(rho: float | torch.Tensor = 0.2) -> ef.USAM:
@@ -237,8 +238,11 @@ def test_rho_follows_lr_without_reading_tensors_and_in_place() -> None:
     rho = torch.tensor(0.05, device="meta")
     group = {"lr": torch.tensor(0.1, device="meta"), "rho": rho, "initial_rho": rho.clone()}
     group["rho_base_lr"] = group["lr"].clone()
+    bind_rho(group)
     assert rho_of(group) is rho
-    assert rho._version == 1
+    assert rho._version == 2
+    group["rho"] = 0.0  # by hand
+    assert rho_of(group) == 0.0
 
 
 def test_rho_follows_an_lr_that_was_changed_by_hand() -> None:
@@ -335,6 +339,199 @@ def test_an_initial_lr_of_0_has_no_ratio() -> None:
         RhoScheduler(opt, "lr")
     assert "rho_base_lr" not in opt.param_groups[0]
     assert take_step(opt) == pytest.approx([0.05, 0.15], rel=1e-5)
+
+
+# What reads rho between two steps, and what sets it.
+
+
+@pytest.mark.parametrize("make", ["usam", "adamw", "wrapper"])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_filters_read_the_rho_of_the_next_step(make: str, tensor: bool) -> None:
+    rho = torch.tensor(0.05, dtype=torch.float64) if tensor else 0.05
+    params = [torch.nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2)]
+    groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:], "lr": 0.2}]
+    opt: Any
+    if make == "wrapper":
+        opt = ef.SharpnessAware(torch.optim.SGD(groups, lr=0.1), rho=rho)
+    else:
+        opt = (ef.USAM if make == "usam" else ef.AdamW)(groups, lr=0.1, rho=rho)
+    scheduler = RhoScheduler(opt, "lr")
+    step_lr = torch.optim.lr_scheduler.StepLR(opt, 1, 0.1)
+    take_step(opt)
+    scheduler.step()
+    step_lr.step()
+    radii = [getattr(flt, "rho", 0.005) for flt in ef.filters.of(opt)]  # AdamW's has none
+    assert radii == pytest.approx([0.005, 0.005])
+    assert [float(g["rho"]) for g in opt.param_groups] == pytest.approx([0.005, 0.005])
+    if make != "adamw":
+        assert take_step(opt) == pytest.approx([0.005, 0.005], rel=1e-4)
+
+
+def test_monitor_and_certificate_see_the_rho_of_the_next_step() -> None:
+    """The edges are those of an optimizer with this lr and this rho."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    data = (torch.eye(2, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64))
+    loss_fn = torch.nn.functional.mse_loss
+    op = ef.curvature.HessianOperator(model, loss_fn, [data])
+
+    def monitored(opt: ef.USAM) -> float | None:
+        return ef.SharpnessMonitor(op, opt, on_edge=lambda check: None).check().edge
+
+    def certified(opt: ef.USAM) -> float | None:
+        return ef.certify(model, loss_fn, data, opt, seed=1).edge
+
+    opt = ef.USAM(model.parameters(), lr=0.4, rho=0.2)
+    scheduler = RhoScheduler(opt, "lr")
+    step_lr = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+    opt.step()
+    scheduler.step()
+    for edge in (monitored, certified):
+        step_lr.step()
+        lr = opt.param_groups[0]["lr"]
+        assert edge(opt) == edge(ef.USAM(model.parameters(), lr=lr, rho=lr / 2)) is not None
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value"),
+    [(False, 0.0), (False, 0.3), (True, 0.0), (True, 0.3), (True, "in place")],
+)
+def test_a_rho_that_is_set_by_hand_holds_until_the_scheduler_steps(
+    tensor: bool, value: Any
+) -> None:
+    opt = pair(rho=torch.tensor(0.05) if tensor else 0.05)
+    scheduler = RhoScheduler(opt, "lr")
+    take_step(opt)
+    if value == "in place":
+        opt.param_groups[1]["rho"].fill_(0.3)
+    else:
+        opt.param_groups[1]["rho"] = value
+    held = 0.3 if value == "in place" else value
+    for _ in range(2):
+        opt.param_groups[0]["lr"] /= 2
+        opt.param_groups[1]["lr"] /= 2
+        radii = take_step(opt)
+        assert radii[1] == pytest.approx(held, rel=1e-5)
+    assert radii[0] == pytest.approx(0.0125, rel=1e-5)
+    scheduler.step()
+    assert take_step(opt) == pytest.approx([0.0125, 0.0375], rel=1e-5)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_loaded_state_leaves_rho_to_the_hand(tensor: bool) -> None:
+    """Of a run in which rho followed lr, where there is no such scheduler."""
+    rho = torch.tensor(0.05) if tensor else 0.05
+    opt, other = pair(rho=rho), pair(rho=rho)
+    RhoScheduler(opt, "lr")
+    other.load_state_dict(pickle.loads(pickle.dumps(opt.state_dict())))
+    other.param_groups[0]["rho"] = 0.5
+    for _ in range(2):
+        assert take_step(other) == pytest.approx([0.5, 0.15], rel=1e-5)
+
+
+def test_rho_follows_again_after_an_lr_that_was_refused() -> None:
+    opt = pair()
+    RhoScheduler(opt, "lr")
+    opt.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr must be at least 0"):
+        take_step(opt)
+    opt.param_groups[0]["lr"] = 0.05
+    assert take_step(opt) == pytest.approx([0.025, 0.15], rel=1e-5)
+
+
+def other_initial_lr(opt: Any, kind: str) -> None:
+    if kind == "cyclic":
+        torch.optim.lr_scheduler.CyclicLR(opt, base_lr=0.001, max_lr=0.1, cycle_momentum=False)
+    else:
+        torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=9, cycle_momentum=False)
+
+
+@pytest.mark.parametrize("kind", ["cyclic", "one cycle"])
+@pytest.mark.parametrize("through", ["own", "groups", "wrapper", "base", "framework"])
+def test_an_initial_lr_that_is_not_the_optimizers(kind: str, through: str) -> None:
+    params = [torch.nn.Parameter(torch.tensor([1.0, 2.0]))]
+    base = torch.optim.SGD(params, lr=0.1)
+    opt: Any = {"own": optimizer, "groups": pair}.get(through, lambda: ef.SharpnessAware(base))()
+    given = base if through == "base" else opt
+    if through == "framework":
+        given = imported("accelerate").Accelerator(cpu=True).prepare(opt)
+    other_initial_lr(given, kind)
+    before = [dict(group) for group in opt.param_groups]
+    with pytest.raises(ValueError, match=r"a scheduler of lr has set initial_lr to 0\.0"):
+        RhoScheduler(given, "lr")
+    assert [dict(group) for group in opt.param_groups] == before
+    RhoScheduler(given, "constant")
+
+
+@pytest.mark.parametrize("kind", ["cyclic", "one cycle"])
+def test_before_a_scheduler_that_replaces_initial_lr(kind: str) -> None:
+    opt = optimizer(rho=0.05)
+    scheduler = RhoScheduler(opt, "lr")
+    other_initial_lr(opt, kind)
+    assert take_step(opt)[0] == pytest.approx(opt.param_groups[0]["lr"] / 2, rel=1e-4)
+    scheduler.step()
+    assert take_step(opt)[0] == pytest.approx(opt.param_groups[0]["lr"] / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda opt: torch.optim.lr_scheduler.LinearLR(opt, 0.1),
+        lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 0.5),
+        lambda opt: torch.optim.lr_scheduler.ConstantLR(opt, 0.25),
+        lambda opt: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, 3),
+        lambda opt: torch.optim.lr_scheduler.PolynomialLR(opt),
+        lambda opt: torch.optim.lr_scheduler.ReduceLROnPlateau(opt),
+        lambda opt: torch.optim.lr_scheduler.MultiStepLR(opt, [1, 2]),
+    ],
+)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_other_schedulers_keep_the_initial_lr(make: Any, tensor: bool) -> None:
+    opt = pair(lr=torch.tensor(0.1) if tensor else 0.1)
+    make(opt)
+    RhoScheduler(opt, "lr")
+    ratios = [
+        radius / float(g["lr"]) for radius, g in zip(take_step(opt), opt.param_groups, strict=True)
+    ]
+    assert ratios == pytest.approx([0.5, 0.75], rel=1e-4)
+
+
+def test_a_loaded_initial_lr_is_taken_as_it_is() -> None:
+    opt, other = pair(lr=0.3), pair(lr=0.1)
+    torch.optim.lr_scheduler.ConstantLR(opt, 0.5)
+    other.load_state_dict(opt.state_dict())
+    RhoScheduler(other, "lr")
+    assert take_step(other) == pytest.approx([0.025, 0.075], rel=1e-5)
+
+
+@pytest.mark.parametrize("through", ["base", "framework"])
+@pytest.mark.parametrize("kind", ["lr", "constant"])
+def test_not_in_mid_step_through_another_optimizer(through: str, kind: str) -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    base = torch.optim.SGD([p], lr=0.1)
+    opt = ef.SharpnessAware(base, rho=0.2)
+    given: Any = base
+    if through == "framework":
+        given = imported("accelerate").Accelerator(cpu=True).prepare(opt)
+    scheduler = RhoScheduler(given, kind)
+    p.grad = torch.ones_like(p)
+    opt.ascend()
+    for act in (scheduler.step, lambda: scheduler.load_state_dict({"last_epoch": 2})):
+        with pytest.raises(RuntimeError, match=r"call scheduler.step\(\) after opt.step\(\)"):
+            act()
+    with pytest.raises(RuntimeError, match="rho changes between steps"):
+        RhoScheduler(given, kind)
+    p.grad = torch.ones_like(p)
+    (opt if through == "base" else given).step()
+    scheduler.step()
+
+
+@pytest.mark.parametrize("start", [0.07, 0.14, 0.28, 0.29, 0.55, 0.57, 0.58, 0.0, 1.0])
+def test_late_begins_at_the_step_that_is_meant(start: float) -> None:
+    opt = optimizer()
+    scheduler = RhoScheduler(opt, "late", total_steps=100, start=start)
+    first = rhos(scheduler, 101).index(0.2)
+    assert first == round(100 * start)
 
 
 # With torch's schedulers.

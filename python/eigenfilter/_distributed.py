@@ -172,8 +172,8 @@ def fsdp_groups(module: nn.Module) -> list[Any]:
     return [group for group in groups if group is not None]  # None: it has no parameters
 
 
-with_local_ascents: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The modules whose gradients are not synchronized while an optimizer is to ascend."""
+with_local_ascents: weakref.WeakSet[Any] = weakref.WeakSet()
+"""DDP modules and groups of FSDP2 that do not average gradients while an optimizer ascends."""
 
 
 def is_fsdp1(module: nn.Module) -> bool:
@@ -187,6 +187,7 @@ def averages(module: nn.Module) -> bool:
         return False
     for group in (group for m in module.modules() for group in fsdp_groups(m)):
         synchronized = group.reduce_grads and group.all_reduce_grads
+        synchronized = synchronized and group not in with_local_ascents
         if not synchronized or group.gradient_divide_factor is not None:
             return False
     return True

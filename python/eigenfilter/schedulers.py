@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from eigenfilter import _perturbation
 from eigenfilter.optimizers.hyperparameters import (
     base_lr_key,
+    bind_rho,
     copy_of_value,
+    given_lr,
     initial_rho_key,
     rho_key,
     rho_of,
+    unbind_rho,
 )
 
 KINDS = ("constant", "linear", "cosine", "step", "late", "every", "lr")
@@ -34,7 +38,7 @@ class RhoScheduler(LRScheduler):
         "linear"    1 + (end - 1) t / T                          (end from T on)
         "cosine"    end + (1 - end) (1 + cos(pi t / T)) / 2      (end from T on)
         "step"      gamma^floor(t / every)
-        "late"      0 until start T, then 1
+        "late"      0 until start T, rounded up, then 1
         "every"     1 where t is a multiple of `every`, else 0
         "lr"        lr / initial lr, so that rho = c lr with c = initial rho / initial lr
 
@@ -42,7 +46,8 @@ class RhoScheduler(LRScheduler):
 
     With "lr" the optimizer computes rho from the present lr when a step begins, so rho is right
     whatever has changed lr, and in whichever order the schedulers step. Step the scheduler of lr
-    first if something reads `group["rho"]` between two steps.
+    first if something reads `group["rho"]` between two steps. As with the other kinds, a rho that
+    you set by hand holds until the scheduler steps (if it is a tensor on a device, replace it).
 
     It is a torch scheduler that leaves lr alone, and may be combined with others in any order. Of
     two that set rho, the last to step decides.
@@ -52,8 +57,9 @@ class RhoScheduler(LRScheduler):
 
     Args:
         optimizer: optimizer with lr and rho in its groups (`ascent_rho` if `SharpnessAware` wraps
-            one with a `rho` of its own). Their present rho is the initial one, which the groups
-            keep as `initial_rho` (`initial_ascent_rho`). Their initial lr is torch's `initial_lr`.
+            one with a `rho` of its own). Their initial rho is `initial_rho`
+            (`initial_ascent_rho`), where the groups keep one, and else their present rho, which
+            they then keep as that. Their initial lr is torch's `initial_lr`.
         kind: one of the names above, or a function from t >= 0 to a factor >= 0.
         total_steps: number of steps T, at least 1, for "linear", "cosine" and "late".
         end: last factor of "linear" and "cosine", at least 0.
@@ -66,8 +72,8 @@ class RhoScheduler(LRScheduler):
     Raises:
         TypeError: a group of the optimizer has no rho or no lr.
         KeyError: `last_epoch` is not -1, and a group has no initial rho or lr.
-        ValueError: an unknown kind, an argument that is missing or out of its range, or an initial
-            lr of 0 with "lr".
+        ValueError: an unknown kind, an argument that is missing or out of its range, or, with
+            "lr", an initial lr that is 0, or that a scheduler such as OneCycleLR has replaced.
 
     Example:
         >>> opt = eigenfilter.USAM([torch.nn.Parameter(torch.ones(2))], lr=0.1, rho=0.05)
@@ -106,6 +112,8 @@ class RhoScheduler(LRScheduler):
                     "last_epoch, load the optimizer's state first; to begin, leave last_epoch out"
                 )
         self._follows_lr = kind == "lr"
+        if self._follows_lr and last_epoch == -1 and hasattr(optimizer, "param_groups"):
+            _refuse_other_initial_lr(optimizer)
         self._factor = (
             kind if callable(kind) else _factor(kind, total_steps, end, every, gamma, start)
         )
@@ -162,7 +170,8 @@ class RhoScheduler(LRScheduler):
         self._step_count = max(self._step_count, 2)
 
     def _refuse_perturbed(self) -> None:
-        if getattr(self.optimizer, "perturbed", False):
+        # Also where it was given the base of a wrapper, or what a framework wraps around it.
+        if _perturbation.holder(p for g in self.optimizer.param_groups for p in g["params"]):
             raise RuntimeError(
                 "rho changes between steps, and one is under way: call scheduler.step() after "
                 "opt.step()"
@@ -191,7 +200,8 @@ class RhoScheduler(LRScheduler):
         for group, base in zip(groups, bases, strict=True):
             _initial(group)
             group[base_lr_key(group)] = copy_of_value(base)
-        self.get_last_rho()
+        for group in self.optimizer.param_groups:
+            bind_rho(group)
 
     def _multiply(self, t: int) -> None:
         try:
@@ -203,7 +213,7 @@ class RhoScheduler(LRScheduler):
         for group in self.optimizer.param_groups:
             # Groups that were added later or loaded start with their present rho.
             key, initial = rho_key(group), _initial(group)
-            group.pop(base_lr_key(group), None)
+            unbind_rho(group)
             if isinstance(group[key], Tensor):
                 group[key].copy_(factor * initial)
             else:
@@ -252,10 +262,25 @@ class _Named:
             case "step":
                 return float(self.gamma ** (t // self.every))
             case "late":
-                return float(t >= self.start * self.total_steps)
+                return float(t >= math.ceil(self.start * self.total_steps - 1e-9))
             case "every":
                 return float(t % self.every == 0)
         return 1.0
+
+
+def _refuse_other_initial_lr(optimizer: Any) -> None:
+    """Raise ValueError where a scheduler's `initial_lr` is not the lr that a group was given."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # of a framework's wrapper
+    for group in optimizer.param_groups:
+        first, initial = given_lr(inner, group), group.get("initial_lr")
+        if base_lr_key(group) in group or first is None or initial is None:
+            continue
+        if float(first) != float(initial):
+            raise ValueError(
+                f"a scheduler of lr has set initial_lr to {float(initial):g}, and rho belongs to "
+                f"the lr of {float(first):g} that the optimizer was given: construct "
+                'RhoScheduler(optimizer, "lr") before schedulers such as CyclicLR or OneCycleLR'
+            )
 
 
 def _initial(group: dict[str, Any]) -> float | Tensor:

@@ -42,7 +42,9 @@ def of(opt: _Optimizer, *, grad_norm: float | None = None) -> list[Filter]:
             f"optimizers with method {', '.join(map(repr, METHODS))}"
         )
     options = _options(theory, opt, grad_norm) if issubclass(theory, AscentFilter) else {}
-    return [theory.of_group(group, **options) for group in opt.param_groups]
+    refresh = getattr(opt, "current_groups", None)  # torch's optimizers have no rho
+    groups = opt.param_groups if refresh is None else refresh()
+    return [theory.of_group(group, **options) for group in groups]
 
 
 def _theory(opt: _Optimizer) -> type[AdamW | PolynomialFilter] | None:

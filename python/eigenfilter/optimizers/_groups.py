@@ -26,6 +26,7 @@ from eigenfilter.optimizers.hyperparameters import (
     is_zero,
     lr_is_zero,
     refuse_modes,
+    remember_lrs,
     rho_of,
     show_options,
 )
@@ -98,6 +99,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        remember_lrs(self)
+
+    def current_groups(self) -> list[dict[str, Any]]:
+        """The groups, each with the rho of its next ascent, also where rho follows lr."""
+        for group in self.param_groups:
+            rho_of(group)
+        return self.param_groups
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -135,8 +143,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _check_groups(self) -> None:
         """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""
-        for group in self.param_groups:
-            rho_of(group)  # sets one that is bound to lr
+        for group in self.current_groups():
             values = [group.get(name) for name in CHECKED]
             checked = self._checked_values.get(id(group))
             if checked is None or not all(map(operator.is_, values, checked)):
@@ -244,7 +251,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether other ranks, which may have gradients, wait for this one without a gradient."""
         checks = self.skip_nonfinite or is_enabled(grad_scaler)
-        return other_ranks_wait(checks or self._step_state.ascents_are_local, self._params())
+        return other_ranks_wait(checks or bool(self._step_state.with_local_ascents), self._params())
 
     # State.
 
@@ -273,6 +280,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for group in state_dict.get("param_groups", ()):
             refuse_modes(group)
         super().load_state_dict(state_dict)
+        remember_lrs(self)
 
     def _only_initializes_state(self, gradients: Gradients) -> bool:
         """Whether this is the step with which distributed checkpointing creates the state.

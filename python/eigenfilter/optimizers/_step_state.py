@@ -23,8 +23,8 @@ class StepState:
     Attributes:
         owner: weak reference to the optimizer that was constructed.
         evaluating: whether a closure that `step` calls is running.
-        ascents_are_local: whether the gradients of ascents are those of this rank; see
-            `ascent_sync`.
+        with_local_ascents: what leaves the gradients of ascents local; see `ascent_sync`.
+        with_local_gradients: which of these have left the last gradient local, for an ascent.
         ascents_taken: number of ascents taken in this step.
         skips_ascents: whether no parameter with a radius has a gradient, so that none is taken.
         has_closure: whether `step` takes the whole step, with a closure.
@@ -35,7 +35,8 @@ class StepState:
     def __init__(self, owner: torch.optim.Optimizer) -> None:
         self.owner = weakref.ref(owner)
         self.evaluating = False
-        self.ascents_are_local = False
+        self.with_local_ascents: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.with_local_gradients: weakref.WeakSet[Any] = weakref.WeakSet()
         self.clears = 0
         self.reset()
 
@@ -53,6 +54,16 @@ class StepState:
                 f"{what} was called by the closure that step(closure) is evaluating: a closure "
                 "calls opt.zero_grad() and backward() and returns the loss, and the step is taken "
                 "around it"
+            )
+
+    def refuse_local_gradients(self) -> None:
+        """Raise RuntimeError if the last gradient is local, which only an ascent may follow."""
+        if self.with_local_gradients:
+            raise RuntimeError(
+                "step() was to descend along the gradient of this process alone, which its forward "
+                "pass left local for an ascent (ascent_sync): rho has changed since. Change rho "
+                "before the forward pass; now call opt.zero_grad(), and take a forward and a "
+                "backward pass again"
             )
 
     def refuse_begun(self) -> None:

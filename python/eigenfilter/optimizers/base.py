@@ -210,6 +210,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
             self._amp.check_finite(conform_if_needed(gradients), buckets.devices)
         self._perturb(gradients, step.ascents_taken)
         self._clear_gradients()
+        step.with_local_gradients.clear()
         step.ascents_taken += 1
         return True
 
@@ -261,6 +262,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
                 return
             self._refuse_ascent()
             step.refuse_missing_ascents(self._ascents_wanted())
+        if gradients or release.updated_ids:
+            step.refuse_local_gradients()
         if self.release_gradients:
             release.check_descent(self, bool(gradients))
         if not gradients and not release.updated_ids and not self._other_ranks_wait():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict, Unpack
 
@@ -185,6 +186,7 @@ def initial_rho_key(group: Mapping[str, Any]) -> str:
 
 
 _BASE_LRS = {"rho": "rho_base_lr", OWN_RHO: f"{OWN_RHO}_base_lr"}
+_COMPUTED = {"rho": "rho_of_lr", OWN_RHO: f"{OWN_RHO}_of_lr"}
 
 
 def base_lr_key(group: Mapping[str, Any]) -> str:
@@ -192,22 +194,71 @@ def base_lr_key(group: Mapping[str, Any]) -> str:
     return _BASE_LRS[rho_key(group)]
 
 
+def bind_rho(group: dict[str, Any]) -> None:
+    """Have `rho_of` compute the radius of a group from its lr, from its initial one and base lr."""
+    key = rho_key(group)
+    value = group[f"initial_{key}"] * (group["lr"] / group[_BASE_LRS[key]])
+    if not isinstance(group[key], Tensor):
+        group[key] = value
+    elif isinstance(value, Tensor):  # in place, because a CUDA graph may read it
+        group[key].copy_(value)
+    else:
+        group[key].fill_(value)
+    group[_COMPUTED[key]] = _mark_of(group[key])
+
+
+def unbind_rho(group: dict[str, Any]) -> None:
+    """Leave the radius of a group as it is, whatever its lr."""
+    group.pop(_BASE_LRS[rho_key(group)], None)
+    group.pop(_COMPUTED[rho_key(group)], None)
+
+
 def rho_of(group: dict[str, Any]) -> float | Tensor:
     """The radius of a group's ascent; 0 where it has none.
 
-    Where a scheduler has bound it to lr, it is first set to initial rho * lr / base lr.
+    Where a scheduler has bound it to lr, it is first set to initial rho * lr / base lr. If it is no
+    longer what was computed last, someone else has set it, and it stays, until it is bound again.
     """
     key = rho_key(group)
-    if _BASE_LRS[key] in group:
-        value = group[f"initial_{key}"] * (group["lr"] / group[_BASE_LRS[key]])
-        if not isinstance(group[key], Tensor):
-            group[key] = value
-        elif isinstance(value, Tensor):  # in place, because a CUDA graph may read it
-            group[key].copy_(value)
+    if _COMPUTED[key] in group:
+        present, computed = _mark_of(group[key]), group[_COMPUTED[key]]
+        both_nan = present != present and computed != computed  # of an lr that will be refused
+        if present == computed or both_nan:
+            bind_rho(group)
         else:
-            group[key].fill_(value)
+            del group[_COMPUTED[key]]
     rho: float | Tensor = group.get(key, 0.0)
     return rho
+
+
+def _mark_of(rho: float | Tensor) -> float | str:
+    """What tells a radius from another; a tensor on a device is not read, which would wait."""
+    if not isinstance(rho, Tensor):
+        return rho
+    is_read = rho.device.type == "cpu" and rho.numel() == 1
+    return float(rho) if is_read else "a tensor that is not read"
+
+
+_Given = dict[int, tuple[dict[str, Any], "float | Tensor"]]
+_given_lrs: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Given] = weakref.WeakKeyDictionary()
+
+
+def remember_lrs(optimizer: torch.optim.Optimizer) -> None:
+    """Remember the lr that new groups were given, unless a scheduler may have changed it."""
+    known = _given_lrs.get(optimizer, {})
+    given: _Given = {}
+    for group in optimizer.param_groups:
+        if given_lr(optimizer, group) is not None:
+            given[id(group)] = known[id(group)]
+        elif "lr" in group and "initial_lr" not in group:
+            given[id(group)] = group, copy_of_value(group["lr"])
+    _given_lrs[optimizer] = given
+
+
+def given_lr(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float | Tensor | None:
+    """The lr that a group was given; None if unknown."""
+    known, lr = _given_lrs.get(optimizer, {}).get(id(group), (None, None))
+    return lr if known is group else None
 
 
 def copy_of_value(value: float | Tensor) -> float | Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from eigenfilter import _distributed
 from eigenfilter.optimizers._layers import optimizer_of
@@ -44,19 +45,22 @@ def ascent_sync(model: nn.Module, opt: torch.optim.Optimizer, enabled: bool = Fa
     groups, and the ascent's gradient is reduced within a group but not across them.
 
     It applies from the next forward pass on to both ways to step, and reads `opt.phase` at each
-    forward pass of the model; the backward pass has to follow in the same phase. Gradients that
-    are accumulated under `no_sync()` in the descent stay so. If only one process takes part,
-    nothing changes.
+    forward pass of the model; the backward pass has to follow in the same phase. A descent along a
+    local gradient, as where rho was set to 0 after the backward pass, is refused. If several
+    optimizers hold the same parameters, an ascent is local while all of them are to ascend.
+    Gradients that are accumulated under `no_sync()` in the descent stay so. If only one process
+    takes part, nothing changes.
 
     Args:
         model: the wrapped model, or a module that contains it.
-        opt: the optimizer of its parameters, or a framework's wrapper of it.
+        opt: the optimizer of all its trainable parameters, or a framework's wrapper of it.
         enabled: whether the gradients of the ascents are synchronized, as by default.
 
     Raises:
         TypeError: `opt` is no optimizer of this library, or `model` no module.
         ValueError: the model is not wrapped, or shards its parameters without replicas, or in a
-            way that offers no local gradient.
+            way that offers no local gradient, or has trainable parameters that are not in the
+            optimizer's groups. Nothing has changed then.
         RuntimeError: the parameters are perturbed.
 
     Example:
@@ -70,92 +74,132 @@ def ascent_sync(model: nn.Module, opt: torch.optim.Optimizer, enabled: bool = Fa
         raise TypeError(f"model must be a module, and is {type(model).__name__}")
     owner = _optimizer_in(opt)
     owner._refuse_perturbed("ascent_sync()")
-    for module in model.modules():
-        if module in _hooks:
-            _hooks.pop(module).remove(module)
-            _distributed.with_local_ascents.discard(module)
-    replicated = [] if enabled else _replicated_modules(model)
-    owner._step_state.ascents_are_local = len(replicated) > 0
-    for module, hook in replicated:
-        _hooks[module] = hook(module, owner)
-        _distributed.with_local_ascents.add(module)
+    if not enabled:
+        hooks = [(t, hook) for t, hook in _replicated_targets(model) if _replicas(t) > 1]
+        _refuse_other_parameters(owner, [target for target, _ in hooks])
+        for target, hook in hooks:
+            if target not in _hooks:
+                _hooks[target] = hook(target)
+            _hooks[target].add(target, owner)
+        return
+    for target in _targets(model):
+        if target in _hooks:
+            _hooks[target].discard(target, owner)
 
 
 class _Hook:
-    """Hooks around the forward pass of a module; in a copy of the module they do nothing."""
+    """Switches what averages gradients, at each of its forward passes, by the optimizers' phases.
 
-    _optimizer: Any = staticmethod(lambda: None)
+    It stays when all optimizers have left it, and does nothing then, nor in a copy of the model.
+    """
 
-    def __init__(self, module: nn.Module, optimizer: EigenfilterOptimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
-        self._handles: list[RemovableHandle] = [module.register_forward_pre_hook(self.before)]
+    _optimizers: Collection[Any] = ()
+
+    def __init__(self, target: Any) -> None:
+        self._optimizers = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    def remove(self, module: nn.Module) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def add(self, target: Any, optimizer: EigenfilterOptimizer) -> None:
+        cast("weakref.WeakSet[Any]", self._optimizers).add(optimizer)
+        optimizer._step_state.with_local_ascents.add(target)
+        _distributed.with_local_ascents.add(target)
 
-    @_disable_dynamo
-    def before(self, module: Any, inputs: Any) -> None:
-        optimizer = self._optimizer()
-        self.set_local(module, optimizer is not None and optimizer.phase == "ascent")
+    def discard(self, target: Any, optimizer: EigenfilterOptimizer) -> None:
+        cast("weakref.WeakSet[Any]", self._optimizers).discard(optimizer)
+        optimizer._step_state.with_local_ascents.discard(target)
+        if not self._optimizers:
+            _distributed.with_local_ascents.discard(target)
 
-    def set_local(self, module: Any, is_local: bool) -> None:
-        raise NotImplementedError
+    def _is_local(self) -> bool:
+        """Whether the next gradient is an ascent's, to every optimizer of these parameters."""
+        optimizers = list(self._optimizers)
+        return bool(optimizers) and all(o.phase == "ascent" for o in optimizers)
+
+    def _record(self, target: Any, is_local: bool) -> None:
+        """Tell the optimizers whether the gradient of this forward pass will be local."""
+        if not torch.is_grad_enabled():
+            return
+        for optimizer in list(self._optimizers):
+            targets = optimizer._step_state.with_local_gradients
+            targets.add(target) if is_local else targets.discard(target)
 
 
-_hooks: weakref.WeakKeyDictionary[nn.Module, _Hook] = weakref.WeakKeyDictionary()
-"""The hooks of every module whose ascents are local."""
+_hooks: weakref.WeakKeyDictionary[Any, _Hook] = weakref.WeakKeyDictionary()
+"""The hook of every target: a DistributedDataParallel, or a group of FSDP2's parameters."""
 
 
 class _LocalReplica(_Hook):
     """Runs the forward pass of DistributedDataParallel as `no_sync` does, for an ascent."""
 
-    def __init__(self, module: nn.Module, optimizer: EigenfilterOptimizer) -> None:
-        super().__init__(module, optimizer)
-        self._handles.append(module.register_forward_hook(self.after, always_call=True))
+    def __init__(self, target: Any) -> None:
+        super().__init__(target)
+        self._before: list[bool] = []  # a stack, because a forward pass may call the model again
+        target.register_forward_pre_hook(self.before)
+        target.register_forward_hook(self.after, always_call=True)
 
-    def set_local(self, module: Any, is_local: bool) -> None:
-        self._before = module.require_backward_grad_sync
-        if not is_local:
+    @_disable_dynamo
+    def before(self, module: Any, inputs: Any) -> None:
+        if not self._optimizers:
             return
-        if module.static_graph and not module._static_graph_delay_allreduce_enqueued:
-            raise RuntimeError(
-                "static_graph=True has DistributedDataParallel record its first backward pass, "
-                "which it synchronizes: take one forward and backward pass, and opt.zero_grad(), "
-                "before ascent_sync(model, opt, enabled=False)"
-            )
-        module.require_backward_grad_sync = False
+        is_local = self._is_local()
+        self._before.append(module.require_backward_grad_sync)
+        if is_local:
+            _refuse_static_graph(module)
+            module.require_backward_grad_sync = False
+        if is_local or module.require_backward_grad_sync:  # not where the caller has no_sync
+            self._record(module, is_local)
 
     @_disable_dynamo
     def after(self, module: Any, inputs: Any, output: Any) -> None:
-        if "_before" in vars(self):
-            module.require_backward_grad_sync = vars(self).pop("_before")
+        if vars(self).get("_before"):
+            module.require_backward_grad_sync = self._before.pop()
+
+
+def _refuse_static_graph(module: Any) -> None:
+    if module.static_graph and not module._static_graph_delay_allreduce_enqueued:
+        raise RuntimeError(
+            "static_graph=True has DistributedDataParallel record its first backward pass, "
+            "which it synchronizes: take one forward and backward pass, and opt.zero_grad(), "
+            "before ascent_sync(model, opt, enabled=False)"
+        )
 
 
 class _LocalShards(_Hook):
     """Has FSDP2 reduce gradients within each replica, and not across replicas, for an ascent.
 
     `set_requires_all_reduce(False)` would keep the reduced gradients in a buffer of FSDP2 instead
-    of the parameters' `grad`.
+    of the parameters' `grad`. A group's `pre_forward` runs before the module's own forward pass and
+    before all methods that `register_fsdp_forward_method` has registered.
     """
 
-    _infos: Sequence[Any] = ()
+    def __init__(self, target: Any) -> None:
+        super().__init__(target)
+        self._info = target.mesh_info
+        group, inner = target, target.pre_forward  # the hook itself must not keep the group alive
 
-    def __init__(self, module: nn.Module, optimizer: EigenfilterOptimizer) -> None:
-        super().__init__(module, optimizer)
-        self._infos = [group.mesh_info for group in _distributed.fsdp_groups(module)]
+        @functools.wraps(inner)
+        def pre_forward(*args: Any, **kwargs: Any) -> Any:
+            self.before(group)
+            return inner(*args, **kwargs)
 
-    def remove(self, module: nn.Module) -> None:
-        super().remove(module)
-        self.set_local(module, False)
+        target.pre_forward = pre_forward
 
-    def set_local(self, module: Any, is_local: bool) -> None:
-        groups = _distributed.fsdp_groups(module)
-        for group, info in zip(groups, self._infos, strict=True):
-            group.mesh_info = _within_replica(info) if is_local else info
+    @_disable_dynamo
+    def before(self, group: Any) -> None:
+        is_local = self._is_local()
+        self._switch(group, is_local)
+        if is_local or group.all_reduce_grads:
+            self._record(group, is_local)
+
+    def discard(self, target: Any, optimizer: EigenfilterOptimizer) -> None:
+        super().discard(target, optimizer)
+        if not self._optimizers:
+            self._switch(target, False)
+
+    def _switch(self, group: Any, is_local: bool) -> None:
+        group.mesh_info = _within_replica(self._info) if is_local else self._info
 
 
 def _within_replica(info: Any) -> Any:
@@ -179,9 +223,46 @@ def _optimizer_in(opt: Any) -> EigenfilterOptimizer:
     return owner
 
 
-def _replicated_modules(model: nn.Module) -> list[tuple[nn.Module, type[_Hook]]]:
-    """The modules in `model` that average gradients over replicas, each with its hooks."""
-    hooks: list[tuple[nn.Module, type[_Hook]]] = []
+def _targets(model: nn.Module) -> list[Any]:
+    """What may average gradients in `model`: each DistributedDataParallel, each group of FSDP2."""
+    targets: list[Any] = []
+    for module in model.modules():
+        is_replica = isinstance(module, DistributedDataParallel)
+        targets += [module] if is_replica else _distributed.fsdp_groups(module)
+    return list(dict.fromkeys(targets))  # modules that are sharded together share a group
+
+
+def _replicas(target: Any) -> int:
+    """The number of replicas over which gradients are averaged: with 1, they are never local."""
+    if isinstance(target, DistributedDataParallel):
+        return dist.get_world_size(target.process_group)
+    return int(target.mesh_info.replicate_mesh_size)
+
+
+def _refuse_other_parameters(optimizer: EigenfilterOptimizer, targets: Sequence[Any]) -> None:
+    """Raise ValueError if another optimizer, which may descend meanwhile, has to train some."""
+    own = set(map(id, optimizer._params()))
+    for target in targets:
+        if isinstance(target, DistributedDataParallel):
+            ignored = target.parameters_to_ignore
+            named = target.module.named_parameters()
+            params = [p for name, p in named if name not in ignored]
+        else:
+            params = [p.sharded_param for p in target.fsdp_params]
+        others = [p for p in params if p.requires_grad and id(p) not in own]
+        if others:
+            raise ValueError(
+                f"{len(others)} trainable parameters of the model are not in the optimizer's "
+                "groups: another optimizer would descend along gradients that this one's ascents "
+                "leave local. Give one optimizer all of them, in groups (rho=0.0 for those that "
+                "take no ascent), freeze them by requires_grad_(False), or pass only the wrapped "
+                "module that this optimizer trains"
+            )
+
+
+def _replicated_targets(model: nn.Module) -> list[tuple[Any, type[_Hook]]]:
+    """What averages gradients over replicas in `model`, each with its hook."""
+    hooks: dict[Any, type[_Hook]] = {}
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             if getattr(module, "_use_python_reducer", False):
@@ -190,10 +271,9 @@ def _replicated_modules(model: nn.Module) -> list[tuple[nn.Module, type[_Hook]]]
                     '(optimize_ddp="python_reducer"), outside of no_sync: leave '
                     "torch._dynamo.config.optimize_ddp at its default"
                 )
-            hooks.append((module, _LocalReplica))
+            hooks[module] = _LocalReplica
         elif groups := _distributed.fsdp_groups(module):
-            if any(map(_is_replicated, groups)):
-                hooks.append((module, _LocalShards))
+            hooks |= {group: _LocalShards for group in groups if _is_replicated(group)}
         elif _distributed.is_fsdp1(module):
             raise ValueError(
                 "FullyShardedDataParallel (FSDP1) offers no local gradients of its shards: use "
@@ -204,7 +284,7 @@ def _replicated_modules(model: nn.Module) -> list[tuple[nn.Module, type[_Hook]]]
             f"{type(model).__name__} contains no DistributedDataParallel and no FSDP2 module whose "
             "gradients could stay local: pass the wrapped model"
         )
-    return hooks
+    return list(hooks.items())
 
 
 def _is_replicated(group: Any) -> bool:
@@ -221,7 +301,7 @@ def _is_replicated(group: Any) -> bool:
             "set_gradient_divide_factor has FSDP2 divide gradients by a number of your own, which "
             "leaves the scale of a local gradient open: leave it out, and scale the loss"
         )
-    if isinstance(info, HSDPMeshInfo):
+    if isinstance(info, HSDPMeshInfo) or group in _hooks:  # which may have changed it
         return True
     if not isinstance(info, FSDPMeshInfo):
         raise ValueError(

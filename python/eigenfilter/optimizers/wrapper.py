@@ -16,7 +16,11 @@ from eigenfilter.optimizers._step_state import through_owner
 from eigenfilter.optimizers.amp import drop_scaler_attributes
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import Gradients, conform_if_needed
-from eigenfilter.optimizers.hyperparameters import OWN_RHO, check_hyperparameters
+from eigenfilter.optimizers.hyperparameters import (
+    OWN_RHO,
+    check_hyperparameters,
+    remember_lrs,
+)
 from eigenfilter.optimizers.registry import perturbation_of
 from eigenfilter.optimizers.updates import Update
 
@@ -99,6 +103,11 @@ class SharpnessAware(EigenfilterOptimizer):
             del vars(self)[name]
         self._rho = rho
         self._rhos: list[float | Tensor] = []
+        self._remember_lrs()
+
+    def _remember_lrs(self) -> None:
+        for optimizer in (self, self.base_optimizer):  # schedulers may be given either
+            remember_lrs(optimizer)
 
     _mode: str | None = None  # the last one that was chosen here
 
@@ -167,6 +176,7 @@ class SharpnessAware(EigenfilterOptimizer):
         given = self._through_hooks(self._optimizer_load_state_dict_pre_hooks, given)
         self._groups_with_rho()
         self.base_optimizer.load_state_dict(fill_missing_keys(self.base_optimizer, given))
+        self._remember_lrs()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
