@@ -94,7 +94,8 @@ def explain_options(docstring: str | None) -> str | None:
     if docstring is None or _OPTIONS_LINE.strip() not in docstring:
         return docstring
     _, entries = inspect.cleandoc(Options.__doc__ or "").split("Attributes:\n")
-    rest = f"    {', '.join(_FOR_TORCH)}: see `Options`.\n"
+    names = [name for name in _FOR_TORCH if name in Options.__annotations__]
+    rest = f"    {', '.join(names)}: see `Options`.\n"
     return inspect.cleandoc(docstring).replace(_OPTIONS_LINE, f"{entries}\n{rest}")
 
 
