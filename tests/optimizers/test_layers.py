@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import eigenfilter as ef
-from eigenfilter.optimizers._layers import layers_of, optimizer_of
 from eigenfilter.optimizers._step_state import owner_of
+from eigenfilter.optimizers.layers import layers_of, optimizer_of
 
 MODEL = nn.Linear(3, 2)
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from eigenfilter._running_stats import freeze_running_stats
 from eigenfilter.integrations._batches import leaves
-from eigenfilter.optimizers._layers import optimizer_of
 from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.layers import optimizer_of
 from eigenfilter.optimizers.randomness import Randomness
 
 __all__ = ["Window", "optimizer_of", "refuse_released", "set_mode"]

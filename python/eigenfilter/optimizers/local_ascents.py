@@ -15,9 +15,9 @@ from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
 from eigenfilter import _distributed
-from eigenfilter.optimizers._layers import optimizer_of
 from eigenfilter.optimizers._step_state import owner_of
 from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.layers import optimizer_of
 
 NOT_REPLICATED = (
     "ascent_sync(enabled=False) needs replicas of the model, and FSDP2 (fully_shard) shards this "

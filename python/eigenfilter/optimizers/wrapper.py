@@ -11,7 +11,6 @@ from torch import Tensor
 
 from eigenfilter import _distributed
 from eigenfilter.optimizers._groups import fill_missing_keys
-from eigenfilter.optimizers._layers import layers_of
 from eigenfilter.optimizers._step_state import through_owner
 from eigenfilter.optimizers.amp import drop_scaler_attributes
 from eigenfilter.optimizers.base import EigenfilterOptimizer
@@ -21,6 +20,7 @@ from eigenfilter.optimizers.hyperparameters import (
     check_hyperparameters,
     remember_lrs,
 )
+from eigenfilter.optimizers.layers import layers_of
 from eigenfilter.optimizers.registry import perturbation_of
 from eigenfilter.optimizers.updates import Update
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 
 # Attributes in which wrappers hold the optimizer that they wrap.
@@ -15,12 +17,12 @@ def layers_of(optimizer: Any) -> list[Any]:
     layers = [optimizer]
     for each in layers:
         inner = [getattr(each, name, None) for name in _INNER]
-        layers += [
-            o
-            for o in inner
-            if hasattr(o, "param_groups") and not any(o is known for known in layers)
-        ]
+        layers += [o for o in inner if _is_optimizer(o) and not any(o is k for k in layers)]
     return layers
+
+
+def _is_optimizer(candidate: Any) -> bool:
+    return isinstance(candidate, torch.optim.Optimizer) or hasattr(candidate, "param_groups")
 
 
 def optimizer_of(optimizer: Any) -> EigenfilterOptimizer | None:
