@@ -32,6 +32,7 @@ class AdamW(EigenfilterOptimizer):
         betas: decay rates (beta1, beta2) of the two moments, each in [0, 1).
         eps: term that keeps the quotient finite, at least 0.
         weight_decay: coefficient wd of the decoupled weight decay, at least 0.
+        amsgrad: must be False; see `Options`.
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
         rho: radius of that method's ascent, at least 0; see the optimizer of the method. It
             lives in param_groups, as lr does.
@@ -42,8 +43,7 @@ class AdamW(EigenfilterOptimizer):
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype; an option is unknown.
-        ValueError: a hyperparameter is out of its range; the method is
-            unknown.
+        ValueError: a hyperparameter is out of its range; the method is unknown.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
