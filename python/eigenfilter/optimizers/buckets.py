@@ -249,6 +249,7 @@ class ParamBuckets:
         backend: backend of the kernels.
 
     Attributes:
+        groups: the groups of the parameters.
         devices: the devices of the parameters, at least one.
         flat_handles: of the flat parameters that FSDP1 has sharded.
         are_flat: whether some parameters are shards of these.
@@ -266,6 +267,7 @@ class ParamBuckets:
         self._single_buckets: dict[int, ParamBucket] = {}  # of one parameter each, by its id
         # Each group, its list of parameters, and a copy of the list.
         self._groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
+        self.groups: list[dict[str, Any]] = []
         self.devices: set[torch.device] = set()
         self.flat_handles: list[Any] = []
         self.are_flat = self.are_shards = False
@@ -317,6 +319,7 @@ class ParamBuckets:
         """Build one bucket for each group, device and dtype."""
         groups, self.store.state = self._owner().param_groups, self._owner().state
         self._groups = [(g, g["params"], list(g["params"])) for g in groups]
+        self.groups = list(groups)
         self._update.normalize_state(self.store.state)
         self.store.snapshot_state()
         self._buckets = []
@@ -389,10 +392,6 @@ class ParamBuckets:
             for key, (subset, some) in bucket.split(grads, keys).items():
                 slices.append(BucketSlice(subset, some, self._amp, *key))
         return slices
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The groups of the buckets."""
-        return [group for group, _, _ in self._groups]
 
     def by_state(self) -> list[tuple[ParamBucket, Hashable]]:
         """All buckets, split by state signature, with it."""

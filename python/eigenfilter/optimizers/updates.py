@@ -100,11 +100,7 @@ class SGDUpdate(Update):
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
         """Let a change of `extrapolation` take effect, after a step with the old one."""
-        changed = [
-            group
-            for group in buckets.groups()
-            if group.get(EXTRAPOLATION, 0.0) != group.get(EXTRAPOLATED, 0.0)
-        ]
+        changed = [g for g in buckets.groups if g.get(EXTRAPOLATION) != g.get(EXTRAPOLATED)]
         if changed and not any(map(amp.is_skipped, buckets.devices)):
             self.extrapolate(buckets, changed, [group[EXTRAPOLATION] for group in changed])
 
