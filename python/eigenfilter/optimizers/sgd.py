@@ -174,10 +174,9 @@ class SGD(EigenfilterOptimizer):
     @retry_on_layout_change
     @torch.no_grad()
     def _extrapolate(self, is_training: bool) -> None:
-        groups = self.param_groups
-        wanted = [group[EXTRAPOLATION] if is_training else 0.0 for group in groups]
-        if all(group[EXTRAPOLATED] == e for group, e in zip(groups, wanted, strict=True)):
+        wanted = [(g, g[EXTRAPOLATION] if is_training else 0.0) for g in self.param_groups]
+        if all(group[EXTRAPOLATED] == e for group, e in wanted):
             return
         self._step_state.refuse_within_closure("train()" if is_training else "eval()")
         self._buckets.refresh(self)
-        cast(SGDUpdate, self._update).extrapolate(self._buckets, groups, wanted)
+        cast(SGDUpdate, self._update).extrapolate(self._buckets, wanted)

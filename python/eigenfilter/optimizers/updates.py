@@ -102,21 +102,21 @@ class SGDUpdate(Update):
         """Let a change of `extrapolation` take effect, after a step with the old one."""
         changed = [g for g in buckets.groups if g.get(EXTRAPOLATION) != g.get(EXTRAPOLATED)]
         if changed and not any(map(amp.is_skipped, buckets.devices)):
-            self.extrapolate(buckets, changed, [group[EXTRAPOLATION] for group in changed])
+            self.extrapolate(buckets, [(group, group[EXTRAPOLATION]) for group in changed])
 
     def extrapolate(
-        self, buckets: ParamBuckets, groups: Sequence[dict[str, Any]], wanted: Sequence[float]
+        self, buckets: ParamBuckets, wanted: Sequence[tuple[dict[str, Any], float]]
     ) -> None:
-        """Change y = x - e m of groups from their present e to another."""
+        """Change y = x - e m of groups from their present e to the one that is wanted."""
+        alphas = {id(group): group[EXTRAPOLATED] - e for group, e in wanted}
         for bucket, has_momentum in buckets.by_state():
-            for group, e in zip(groups, wanted, strict=True):
-                if bucket.group is group and has_momentum and e != group[EXTRAPOLATED]:
-                    alpha = group[EXTRAPOLATED] - e
-                    momenta = bucket.buffers(MOMENTUM)
-                    bucket.kernels.perturb(bucket.tensors, momenta, None, alpha, save=False)
-                    buckets.store.has_written = True
-                    buckets.mark_written([bucket])
-        for group, e in zip(groups, wanted, strict=True):
+            alpha = alphas.get(id(bucket.group), 0.0)
+            if has_momentum and alpha != 0:
+                momenta = bucket.buffers(MOMENTUM)
+                bucket.kernels.perturb(bucket.tensors, momenta, None, alpha, save=False)
+                buckets.store.has_written = True
+                buckets.mark_written([bucket])
+        for group, e in wanted:
             group[EXTRAPOLATED] = e
 
     def step(self, bucket_slice: BucketSlice) -> None:
