@@ -40,6 +40,8 @@ class PlainUSAM:
         max_norm: largest norm of the descent's gradient; None does not clip.
         rho: radius of the ascent.
         loss_of: loss of the model on a batch.
+        replicas: number of processes that ascend along the gradients of their own micro-batches,
+            every replicas-th of a window.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class PlainUSAM:
         max_norm: float | None = None,
         rho: float = RHO,
         loss_of: Callable[[nn.Module, Batch], Tensor] | None = None,
+        replicas: int = 1,
     ) -> None:
+        self.replicas = replicas
         self.model, self.max_norm, self.rho = model, max_norm, rho
         self.params = list(model.parameters())
         self.momenta: list[Tensor] | None = None
@@ -57,16 +61,22 @@ class PlainUSAM:
     def step(self, window: Sequence[Batch], factor: float | None = None) -> list[float]:
         """One step on the micro-batches of a window; returns their losses at x."""
         factor = 1 / len(window) if factor is None else factor
-        losses, ascent = self._gradient(window, factor)
         x = [p.detach().clone() for p in self.params]
-        buffers = [b.clone() for b in self.model.buffers()]
+        losses, descent = [], [torch.zeros_like(p) for p in self.params]
+        for own in (window[i :: self.replicas] for i in range(self.replicas)):
+            at_x, ascent = self._gradient(own, self.replicas * factor)
+            losses += at_x
+            buffers = [b.clone() for b in self.model.buffers()]
+            with torch.no_grad():
+                for p, g in zip(self.params, ascent, strict=True):
+                    p += self.rho * g
+            _, gradient = self._gradient(own, factor)
+            descent = [d + g for d, g in zip(descent, gradient, strict=True)]
+            with torch.no_grad():
+                for tensors, values in ((self.model.buffers(), buffers), (self.params, x)):
+                    for t, value in zip(tensors, values, strict=True):
+                        t.copy_(value)
         with torch.no_grad():
-            for p, g in zip(self.params, ascent, strict=True):
-                p += self.rho * g
-        _, descent = self._gradient(window, factor)
-        with torch.no_grad():
-            for b, value in zip(self.model.buffers(), buffers, strict=True):
-                b.copy_(value)
             norm = torch.stack([g.square().sum() for g in descent]).sum().sqrt()
             scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / float(norm + 1e-6))
             d = [scale * g + WEIGHT_DECAY * value for g, value in zip(descent, x, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from eigenfilter.integrations._batches import copy_of, leaves
+from eigenfilter.integrations._batches import copy_of
 
 Pair = namedtuple("Pair", "x y")
 X = torch.arange(3.0)
@@ -67,16 +69,29 @@ BATCHES: dict[str, Any] = {
 }
 
 
+def tensors_of(batch: Any) -> list[torch.Tensor]:
+    """The tensors of BATCHES, found by pickling."""
+    found = []
+
+    class Finder(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> None:
+            if isinstance(obj, torch.Tensor):
+                found.append(obj)
+
+    Finder(io.BytesIO()).dump(batch)
+    return found
+
+
 @pytest.mark.parametrize("name", BATCHES)
 def test_a_copy_has_its_own_containers_and_tensors(name: str) -> None:
     batch = BATCHES[name]
-    assert len(list(leaves(batch))) > 0
-    for copied, is_same in ((copy_of(batch), False), (copy_of(batch, tensors=False), True)):
-        assert type(copied) is type(batch)
-        assert copied is not batch or name == "tensor"
-        for t, original in zip(leaves(copied), leaves(batch), strict=True):
-            assert (t is original) == is_same
-            assert torch.equal(t, original)
+    copied = copy_of(batch)
+    assert type(copied) is type(batch)
+    assert copied is not batch
+    assert len(tensors_of(batch)) > 0
+    for t, original in zip(tensors_of(copied), tensors_of(batch), strict=True):
+        assert t is not original
+        assert torch.equal(t, original)
 
 
 @pytest.mark.parametrize("name", ["dataclass", "slots", "object with tensors"])
@@ -91,16 +106,14 @@ def test_an_attribute_can_be_replaced(name: str) -> None:
 
 def test_arrays() -> None:
     array = np.zeros(2)
-    copied, same = copy_of({"x": array}), copy_of({"x": array}, tensors=False)
+    copied = copy_of({"x": array})
     copied["x"] += 1
     assert array.tolist() == [0.0, 0.0]
-    assert same["x"] is array
 
 
 @pytest.mark.parametrize("other", [torch.nn.Linear(2, 2), print, torch.Tensor, "name", Moved])
 def test_what_is_no_batch_is_not_copied(other: Any) -> None:
     assert copy_of([other])[0] is other
-    assert list(leaves(other)) == []
 
 
 def test_a_dictionary_can_lose_an_entry() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import UserDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,11 +66,11 @@ def by_window(model: nn.Module, opt: torch.optim.Optimizer, steps: int) -> None:
         opt.zero_grad()
         for batch in batches_of_step(step):
 
-            def evaluate(batch: tuple[Tensor, Tensor] = batch) -> None:
+            def evaluate(batch: tuple[Tensor, Tensor]) -> None:
                 loss_of(model, batch).backward()
 
-            with window.recording(evaluate):
-                evaluate()
+            with window.recording(evaluate, batch):
+                evaluate(batch)
         window.take_ascents()
         assert len(window) == 0
         opt.step()
@@ -93,7 +94,7 @@ def test_a_window_is_one_closure(model: nn.Module, method: str) -> None:
 
 def test_a_step_without_ascents_keeps_no_micro_batch(model: nn.Module) -> None:
     window = Window(model, ef.USAM(model.parameters(), lr=0.1, rho=0.0))
-    with window.recording(lambda: None):
+    with window.recording(lambda batch: None, None):
         pass
     assert len(window) == 0
 
@@ -104,7 +105,7 @@ def test_an_ascent_that_begins_within_a_step_is_refused(model: nn.Module) -> Non
     before = [p.detach().clone() for p in model.parameters()]
     for batch, rho in zip(batches_of_step(0), (0.0, 0.1, 0.1), strict=True):
         opt.param_groups[0]["rho"] = rho
-        with window.recording(lambda: None):
+        with window.recording(lambda batch: None, None):
             loss_of(model, batch).backward()
     with pytest.raises(RuntimeError, match="rho was 0 for the first 1 micro-batches of a step"):
         window.take_ascents()
@@ -116,9 +117,8 @@ def test_an_ascent_that_begins_within_a_step_is_refused(model: nn.Module) -> Non
         opt.zero_grad()
         for batch, rho in zip(batches_of_step(1), (0.1, 0.1, radius), strict=True):
             opt.param_groups[0]["rho"] = rho
-            evaluate = functools.partial(lambda b: loss_of(model, b).backward(), batch)
-            with window.recording(evaluate):
-                evaluate()
+            with window.recording(lambda b: loss_of(model, b).backward(), batch):
+                loss_of(model, batch).backward()
         window.take_ascents()
         opt.step()
 
@@ -129,10 +129,10 @@ def test_a_failed_evaluation_restores_the_weights(model: nn.Module) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     batch = batches_of_step(0)[0]
 
-    def fail() -> None:
+    def fail(batch: Any) -> None:
         raise ZeroDivisionError("a batch that fails")
 
-    with window.recording(fail):
+    with window.recording(fail, batch):
         loss_of(model, batch).backward()
     with pytest.raises(ZeroDivisionError, match="a batch that fails"):
         window.take_ascents()
@@ -158,39 +158,92 @@ def replace_attribute(batch: Any) -> None:
     batch.x = batch.x + 1
 
 
+def write_array(batch: Any) -> None:
+    batch[0] += 1.0
+
+
 X = torch.ones(2)
-CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], None], str]] = {
-    "entry of a dict": (lambda: {"x": X}, replace, "An entry of the batch"),
-    "entry of a UserDict": (lambda: UserDict(x=X), replace, "An entry of the batch"),
-    "entry taken": (lambda: {"x": X, "y": X}, take, "An entry of the batch"),
-    "attribute": (lambda: Holder(X), replace_attribute, "An entry of the batch"),
-    "in a UserDict": (lambda: UserDict(x=X.clone()), lambda b: b["x"].add_(1), "A tensor of the"),
-    "in an object": (lambda: Holder(X.clone()), lambda b: b.x.add_(1), "A tensor of the batch"),
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[Any], None], Callable[[Any], Any]]] = {
+    "tensor": (X.clone, lambda b: b.add_(1), lambda b: b),
+    "array": (lambda: [np.ones(2)], write_array, lambda b: b[0]),
+    "entry of a dict": (lambda: {"x": X}, replace, lambda b: b["x"]),
+    "entry of a UserDict": (lambda: UserDict(x=X), replace, lambda b: b["x"]),
+    "entry taken": (lambda: {"x": X, "y": X}, take, lambda b: b["x"]),
+    "attribute": (lambda: Holder(X), replace_attribute, lambda b: b.x),
+    "in a UserDict": (lambda: UserDict(x=X.clone()), lambda b: b["x"].add_(1), lambda b: b["x"]),
+    "in an object": (lambda: Holder(X.clone()), lambda b: b.x.add_(1), lambda b: b.x),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_batch_that_changes_is_refused(model: nn.Module, name: str) -> None:
-    make, change, message = CHANGES[name]
+def test_every_evaluation_gets_the_batch_as_it_was(model: nn.Module, name: str) -> None:
+    make, change, read = CHANGES[name]
     batch = make()
+    opt = ef.TwoStepUSAM(model.parameters(), lr=0.1, rho=0.1)
+    window = Window(model, opt)
+    values: list[list[float]] = []
+
+    def evaluate(batch: Any) -> None:
+        values.append(read(batch).tolist())
+        change(batch)
+        loss_of(model, batches_of_step(0)[0]).backward()
+
+    with window.recording(evaluate, batch):
+        evaluate(batch)
+    window.take_ascents()
+    assert values == [[1.0, 1.0]] * 3
+
+
+def test_a_module_outside_the_model_keeps_its_buffers(model: nn.Module) -> None:
     opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1)
     window = Window(model, opt)
-    before = [p.detach().clone() for p in model.parameters()]
-    with window.recording(lambda: None, (batch, 3)):
-        loss_of(model, batches_of_step(0)[0]).backward()
-        change(batch)
-    with pytest.raises(RuntimeError, match=message):
-        window.take_ascents()
-    assert not opt.perturbed
-    assert all(map(torch.equal, before, model.parameters()))
+    scale = nn.BatchNorm1d(2).double()
+
+    def evaluate(batch: tuple[Tensor, Tensor]) -> None:
+        nn.functional.mse_loss(scale(model(batch[0])), batch[1]).backward()
+
+    batch = batches_of_step(0)[0]
+    with window.recording(evaluate, batch, [scale, "no module"]):
+        evaluate(batch)
+    at_x = scale.running_mean.clone()
+    window.take_ascents()
+    assert torch.equal(scale.running_mean, at_x)
+    assert scale.num_batches_tracked == 1
+
+
+def test_processes_reduce_in_the_last_micro_batch(model: nn.Module) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        events.append("no_sync")
+        yield
+
+    opt = ef.TwoStepUSAM(model.parameters(), lr=0.1, rho=0.1)
+    window = Window(model, opt, no_sync=no_sync)
+
+    def evaluate(batch: tuple[Tensor, Tensor]) -> None:
+        events.append("evaluate")
+        loss_of(model, batch).backward()
+
+    for batch in batches_of_step(0):
+        with window.recording(evaluate, batch):
+            loss_of(model, batch).backward()
+    window.take_ascents()
+    assert events == ["no_sync", "evaluate", "no_sync", "evaluate", "evaluate"] * 2
 
 
 def test_a_parameter_in_a_batch_may_be_perturbed(model: nn.Module) -> None:
     opt = ef.USAM(model.parameters(), lr=0.1, rho=0.1)
     window = Window(model, opt)
-    evaluate = functools.partial(lambda b: loss_of(model, b).backward(), batches_of_step(0)[0])
-    with window.recording(evaluate, {"weight": model[0].weight}):
-        evaluate()
+
+    def evaluate(batch: dict[str, Tensor]) -> None:
+        assert batch["weight"] is model[0].weight
+        loss_of(model, batches_of_step(0)[0]).backward()
+
+    batch = {"weight": model[0].weight}
+    with window.recording(evaluate, batch):
+        evaluate(batch)
     with window.descent():
         opt.step()
 
@@ -214,9 +267,8 @@ def test_cleared_gradients_begin_a_step(model: nn.Module, clear: str, rho: float
         window = Window(model, opt)
 
         def record(batch: tuple[Tensor, Tensor], window: Window = window) -> None:
-            evaluate = functools.partial(lambda b: loss_of(model, b).backward(), batch)
-            with window.recording(evaluate):
-                evaluate()
+            with window.recording(lambda b: loss_of(model, b).backward(), batch):
+                loss_of(model, batch).backward()
 
         if has_leftover:
             opt.param_groups[0]["rho"] = rho
@@ -251,7 +303,7 @@ def test_other_parameters_have_the_gradient_of_the_last_evaluation(
             loss_of(model, batch).backward()
 
         for batch in batches_of_step(step):
-            with window.recording(functools.partial(evaluate, batch)):
+            with window.recording(evaluate, batch):
                 evaluate(batch)
         window.take_ascents()
         last = expected[-2 * MICRO_BATCHES :]
@@ -265,8 +317,8 @@ def test_other_parameters_have_the_gradient_of_the_last_evaluation(
 
 def test_a_micro_batch_whose_first_evaluation_fails_is_forgotten(model: nn.Module) -> None:
     window = Window(model, ef.USAM(model.parameters(), lr=0.1, rho=0.1))
-    with window.recording(lambda: None):
+    with window.recording(lambda batch: None, None):
         loss_of(model, batches_of_step(0)[0]).backward()
-    with pytest.raises(ZeroDivisionError), window.recording(lambda: None):
+    with pytest.raises(ZeroDivisionError), window.recording(lambda batch: None, None):
         raise ZeroDivisionError("a batch that fails")
     assert len(window) == 1

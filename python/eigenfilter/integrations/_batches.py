@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 
-def copy_of(batch: Any, *, tensors: bool = True) -> Any:
+def copy_of(batch: Any) -> Any:
     """A copy of the containers of a batch, and of the tensors and arrays in them.
 
     An evaluation may take an entry from its batch (label smoothing pops the labels), or write to a
@@ -22,12 +22,10 @@ def copy_of(batch: Any, *, tensors: bool = True) -> Any:
         batch: mapping, list, tuple, tensor, array, arguments of a `functools.partial`, dataclass,
             or another object that has tensors as attributes or a method `to`. Modules and what
             else can be called are not copied, nor other objects.
-        tensors: whether tensors and arrays are copied too.
 
     Raises:
         RuntimeError: a tensor was computed from one that requires grad.
     """
-    each = functools.partial(copy_of, tensors=tensors)
     if isinstance(batch, Tensor):
         if batch.grad_fn is not None:
             raise RuntimeError(
@@ -36,45 +34,28 @@ def copy_of(batch: Any, *, tensors: bool = True) -> Any:
                 "compute it inside the function that computes the loss, or detach() it"
             )
         # One that requires grad is a parameter: its gradient goes there.
-        return batch if batch.requires_grad or not tensors else batch.clone()
+        return batch if batch.requires_grad else batch.clone()
     if isinstance(batch, np.ndarray):
-        return batch.copy() if tensors else batch
+        return batch.copy()
     if isinstance(batch, MutableMapping):
         copied = copy.copy(batch)
         for key, value in batch.items():
-            copied[key] = each(value)
+            copied[key] = copy_of(value)
         return copied
     if isinstance(batch, list):
-        return [each(value) for value in batch]
+        return [copy_of(value) for value in batch]
     if isinstance(batch, tuple):
-        values = [each(value) for value in batch]
+        values = [copy_of(value) for value in batch]
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     if isinstance(batch, functools.partial):
-        return functools.partial(batch.func, *each(batch.args), **each(batch.keywords))
+        return functools.partial(batch.func, *copy_of(batch.args), **copy_of(batch.keywords))
     attributes = _attributes(batch)
     if attributes:
         copied = copy.copy(batch)
         for name, value in attributes.items():
-            object.__setattr__(copied, name, each(value))  # of frozen dataclasses, too
+            object.__setattr__(copied, name, copy_of(value))  # of frozen dataclasses, too
         return copied
     return batch
-
-
-def leaves(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, in what `copy_of` copies."""
-    if isinstance(batch, Tensor):
-        yield batch
-        return
-    if isinstance(batch, Mapping):
-        inside = list(batch.values())
-    elif isinstance(batch, (list, tuple)):
-        inside = list(batch)
-    elif isinstance(batch, functools.partial):
-        inside = [batch.args, batch.keywords]
-    else:
-        inside = list(_attributes(batch).values())
-    for value in inside:
-        yield from leaves(value)
 
 
 def _attributes(batch: Any) -> dict[str, Any]:

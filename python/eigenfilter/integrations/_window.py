@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from eigenfilter._running_stats import freeze_running_stats
-from eigenfilter.integrations._batches import leaves
+from eigenfilter.integrations._batches import copy_of
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.layers import optimizer_of
 from eigenfilter.optimizers.randomness import Randomness
@@ -34,30 +34,47 @@ def refuse_released(optimizer: EigenfilterOptimizer) -> None:
         )
 
 
+class _MicroBatch(NamedTuple):
+    """A micro-batch that is evaluated again.
+
+    Attributes:
+        evaluate: function that computes the loss of a batch and calls backward.
+        batch: copy of the batch as it was before its first evaluation.
+        randomness: states of the generators at its first evaluation, where the method needs them.
+    """
+
+    evaluate: Callable[[Any], object]
+    batch: Any
+    randomness: Randomness | None
+
+
 class Window:
     """The micro-batches whose gradients a framework accumulates for one step.
 
     A framework evaluates each micro-batch once, and then forgets it. A method with ascents needs
-    the gradient of the whole window at other weights too, so the window keeps a function for each
-    micro-batch that evaluates it again:
+    the gradient of the whole window at other weights too, so the window keeps a copy of each
+    micro-batch, and the function that evaluates it:
 
-        with window.recording(evaluate_again):      # for each micro-batch
+        with window.recording(evaluate, batch):     # for each micro-batch
             ...                                     # the framework's own forward and backward
         with window.descent(grad_scaler):           # takes the ascents
             ...                                     # clipping of the descent's gradient
             opt.step()
 
-    Running statistics stay those of x, and gradients of parameters that the optimizer does not have
-    are those of the last evaluation, as its own are. A method whose evaluations must see the same
-    random numbers (finite differences) gets them for each micro-batch. A step without ascents keeps
-    nothing.
+    Each later evaluation gets a copy of its own, so that a model, a loss or a loop may change its
+    batch. Running statistics stay those of x, and gradients of parameters that the optimizer does
+    not have are those of the last evaluation, as its own are. A method whose evaluations must see
+    the same random numbers (finite differences) gets them for each micro-batch. Processes reduce
+    their gradients once an evaluation of the window, in its last micro-batch. A step without
+    ascents keeps nothing.
 
     Args:
         model: model whose running statistics are preserved at perturbed weights.
         optimizer: optimizer of this library.
+        no_sync: function that returns a context in which processes do not reduce gradients; by
+            default the method of a model under DDP.
         keeps_all: whether micro-batches are kept that come while the step has no ascent, for
             frameworks whose schedules set rho for every batch.
-        modules: modules outside the model whose buffers are preserved too, as those of a loss.
 
     Raises:
         ValueError: the optimizer has `release_gradients`.
@@ -67,52 +84,69 @@ class Window:
         self,
         model: nn.Module,
         optimizer: EigenfilterOptimizer,
+        *,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
         keeps_all: bool = False,
-        modules: Sequence[nn.Module] = (),
     ) -> None:
         refuse_released(optimizer)
         self.model = model
-        self._frozen = nn.ModuleList([model, *modules]) if modules else model
         self.optimizer = optimizer
         self.keeps_all = keeps_all
-        self._evaluations: list[tuple[Callable[[], Any], Randomness | None]] = []
+        if no_sync is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            no_sync = model.no_sync
+        self._no_sync = no_sync or nullcontext
+        self._micro_batches: list[_MicroBatch] = []
+        self._modules: dict[nn.Module, None] = {}  # outside the model, of the step's losses
         self._dropped = 0  # micro-batches of this step that came while it had no ascent
         self._clears = 0  # of the optimizer's gradients, when the last micro-batch was recorded
 
     def __len__(self) -> int:
         """The number of micro-batches that were recorded since the last step."""
-        return len(self._evaluations)
+        return len(self._micro_batches)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a micro-batch that is recorded now is evaluated again."""
+        opt = self.optimizer
+        return opt.phase == "ascent" or (self.keeps_all and opt.perturbation.count > 0)
 
     @contextmanager
-    def recording(self, evaluate: Callable[[], Any], batch: Any = None) -> Iterator[None]:
+    def recording(
+        self, evaluate: Callable[[Any], object], batch: Any, modules: Iterable[Any] = ()
+    ) -> Iterator[None]:
         """A context for the first evaluation of a micro-batch, at x.
 
-        Under DDP an evaluation is repeated with or without synchronization, as the first one. If
-        the gradients were cleared, earlier micro-batches are forgotten: they have no part in the
+        If the gradients were cleared, earlier micro-batches are forgotten: they have no part in the
         first gradient, as when an epoch begins with `zero_grad()` within a step.
 
         Args:
-            evaluate: function that computes the loss of the micro-batch and calls backward with
-                the same factors (of accumulation, of a loss scaler) as the first evaluation, and
-                logs nothing. It must not clear gradients. A micro-batch whose first evaluation
-                fails is forgotten.
-            batch: what the function reads. If a tensor in it is written, or another one takes its
-                place, before its second evaluation, that is refused.
+            evaluate: function that computes the loss of a micro-batch and calls backward with the
+                same factors (of accumulation, of a loss scaler) as the first evaluation, and logs
+                nothing. It must not clear gradients. A micro-batch whose first evaluation fails is
+                forgotten.
+            batch: argument of the function, which gets copies of it.
+            modules: modules outside the model whose buffers are preserved too, as those of a loss;
+                what is no module is ignored.
+
+        Raises:
+            RuntimeError: the micro-batch is kept, and a tensor in it was computed from one that
+                requires grad.
         """
         if self._were_cleared():
             self.clear()
         count = len(self)
         with self.optimizer.evaluation():
-            if self.keeps_all or self.optimizer.phase == "ascent":
+            if self.keeps:
                 replays = self.optimizer.perturbation.repeats_random_numbers
-                again = _as_now(self.model, evaluate, batch)
-                self._evaluations.append((again, self._randomness() if replays else None))
+                randomness = self._randomness() if replays else None
+                self._micro_batches.append(_MicroBatch(evaluate, copy_of(batch), randomness))
+                self._modules |= dict.fromkeys(m for m in modules if isinstance(m, nn.Module))
             else:
                 self._dropped += 1
             try:
                 yield
             except BaseException:
-                del self._evaluations[count:]
+                del self._micro_batches[count:]
                 raise
             finally:
                 # A framework may clear between the forward and the backward pass of the first one.
@@ -138,9 +172,10 @@ class Window:
                     "now: they were not kept, so that the step cannot take its ascents. Change rho "
                     "between steps, or begin its schedule above 0"
                 )
+            frozen = nn.ModuleList([self.model, *self._modules])
             while opt.ascend(grad_scaler):
                 self._clear_others()
-                with freeze_running_stats(self._frozen):
+                with freeze_running_stats(frozen):
                     self._evaluate()
         except BaseException:
             if opt.perturbed:
@@ -176,7 +211,8 @@ class Window:
 
     def clear(self) -> None:
         """Forget the micro-batches, as when the framework skips the step."""
-        self._evaluations.clear()
+        self._micro_batches.clear()
+        self._modules.clear()
         self._dropped = 0
 
     def _were_cleared(self) -> bool:
@@ -191,41 +227,13 @@ class Window:
         replays = repeats and opt._step_state.ascents_taken == 1
         after = self._randomness() if replays else None
         with torch.enable_grad(), opt.evaluation():
-            for evaluate, randomness in self._evaluations:
-                if replays and randomness is not None:
-                    randomness.replay()
-                evaluate()
+            for position, micro_batch in enumerate(self._micro_batches, 1):
+                if replays and micro_batch.randomness is not None:
+                    micro_batch.randomness.replay()
+                with nullcontext() if position == len(self) else self._no_sync():
+                    micro_batch.evaluate(copy_of(micro_batch.batch))
         if after is not None:  # as if nothing had been replayed
             after.replay()
 
     def _randomness(self) -> Randomness:
         return Randomness(p for group in self.optimizer.param_groups for p in group["params"])
-
-
-def _as_now(model: nn.Module, evaluate: Callable[[], Any], batch: Any) -> Callable[[], Any]:
-    """An evaluation on the same values, and with DDP's synchronization, as they are now."""
-    tensors = list(leaves(batch))
-    # Ascents write to parameters, which a batch may hold.
-    counted = [t for t in tensors if not (t.is_inference() or (t.requires_grad and t.is_leaf))]
-    versions = [t._version for t in counted]
-    ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-    is_synchronized = ddp is not None and ddp.require_backward_grad_sync
-
-    def again() -> None:
-        now = list(leaves(batch))
-        if len(now) != len(tensors) or any(a is not b for a, b in zip(now, tensors, strict=True)):
-            raise RuntimeError(
-                "An entry of the batch was replaced, added or removed after the step had first "
-                "evaluated it, and a method with ascents evaluates it again: let the model, the "
-                "loss and the training loop leave their batch as it is, or work on a copy of it"
-            )
-        if versions != [t._version for t in counted]:
-            raise RuntimeError(
-                "A tensor of the batch was written in place after the step had first evaluated it, "
-                "and a method with ascents evaluates it again: let the model, the loss and the "
-                "training loop leave their batch as it is, or work on a clone of it"
-            )
-        with nullcontext() if ddp is None or is_synchronized else ddp.no_sync():
-            evaluate()
-
-    return again

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eigenfilter._running_stats import freeze_running_stats
 from eigenfilter.integrations import _window
-from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._variables import Variables
+from eigenfilter.integrations._loss_functions import evaluate
 from eigenfilter.optimizers.amp import is_enabled
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 
@@ -23,8 +21,6 @@ with imports_of("accelerate"):
     from accelerate.utils import DistributedType
 
 __all__ = ["SharpnessAwareBackward", "optimizer_of"]
-
-_Result = TypeVar("_Result")
 
 _REPORTS = "_eigenfilter_reports_skipped_steps"
 _ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
@@ -67,31 +63,23 @@ class AcceleratedWindow(_window.Window):
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        super().__init__(model, optimizer_of(optimizer))
+        opt = optimizer_of(optimizer)
+        refuse(accelerator, opt)
+        each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        no_sync = nullcontext if each else functools.partial(accelerator.no_sync, model)
+        super().__init__(model, opt, no_sync=no_sync)
         self.accelerator = accelerator
-        refuse(accelerator, self.optimizer)
         if accelerator.scaler is not None:
-            _report_skipped_steps(optimizer, self.optimizer)
+            _report_skipped_steps(optimizer, opt)
 
-    @property
-    def keeps(self) -> bool:
-        """Whether the micro-batches of this step are evaluated again."""
-        return self.optimizer.phase == "ascent"
-
-    def evaluate(
-        self, evaluate: Callable[[], _Result], evaluate_again: Callable[[], object]
-    ) -> _Result:
-        """Evaluate a micro-batch at x. After the last one of a step, take the ascents.
-
-        Args:
-            evaluate: function that computes the loss and calls backward.
-            evaluate_again: function that does the same at other weights.
-
-        Returns:
-            What `evaluate` returns.
+    @contextmanager
+    def recording(
+        self, evaluate: Callable[[Any], object], batch: Any, modules: Iterable[Any] = ()
+    ) -> Iterator[None]:
+        """A context for the first evaluation of a micro-batch; the last one takes the ascents.
 
         Raises:
-            RuntimeError: the ascents of this step are taken already.
+            RuntimeError: the ascents of this step are taken already, or what the base raises.
         """
         if self.optimizer.perturbed:
             raise RuntimeError(
@@ -100,19 +88,11 @@ class AcceleratedWindow(_window.Window):
                 "and inside accelerator.accumulate(model); to leave out a step, call cancel() of "
                 "SharpnessAwareBackward, or optimizer_of(optimizer).restore()"
             )
-        accelerator = self.accelerator
-        synchronizes = accelerator.sync_gradients
-        each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-
-        def again() -> None:
-            with nullcontext() if synchronizes or each else accelerator.no_sync(self.model):
-                evaluate_again()
-
-        with self.recording(again):
-            result = evaluate()
+        synchronizes = self.accelerator.sync_gradients
+        with super().recording(evaluate, batch, modules):
+            yield
         if synchronizes:
-            self.take_ascents(accelerator.scaler)
-        return result
+            self.take_ascents(self.accelerator.scaler)
 
 
 class SharpnessAwareBackward:
@@ -132,9 +112,9 @@ class SharpnessAwareBackward:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    Running statistics, and buffers of a `loss_fn` that is a module, stay those of x. Losses keep
-    Accelerate's factors (1 / the number of accumulation steps, the scale of fp16) at all weights.
-    The batches of a step are copied and kept until its end. To leave out a step, call
+    Running statistics stay those of x, and so do buffers of modules that `loss_fn` reads. Losses
+    keep Accelerate's factors (1 / the number of accumulation steps, the scale of fp16) at all
+    weights. The batches of a step are copied and kept until its end. To leave out a step, call
     `backward.cancel()` in place of `optimizer.step()`.
 
     Args:
@@ -178,32 +158,12 @@ class SharpnessAwareBackward:
                 "when the earlier ones are evaluated again: pass the batch as an argument, "
                 "backward(loss_fn, batch)"
             )
-        kept = copy_of((loss_fn, args, kwargs)) if window.keeps else None
-        variables = Variables(loss_fn) if window.keeps and accumulates else None
 
-        def evaluate(
-            loss_fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> Tensor:
-            loss = loss_fn(*args, **kwargs)
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"{loss_fn} must return the loss, and returned {type(loss)}")
+        def backward(loss: Tensor) -> None:
             graph = {"create_graph": True} if window.optimizer.needs_graph else {}
             accelerator.backward(loss, **graph)
-            return loss.detach()
 
-        def first() -> Tensor:
-            loss = evaluate(loss_fn, args, kwargs)
-            if variables is not None:
-                variables.forget_written()
-            return loss
-
-        def again() -> None:
-            if variables is not None:
-                variables.refuse_changes()
-            with freeze_running_stats(loss_fn) if isinstance(loss_fn, nn.Module) else nullcontext():
-                evaluate(*copy_of(kept))
-
-        return window.evaluate(first, again)
+        return evaluate(window, loss_fn, args, kwargs, backward)
 
     def cancel(self) -> None:
         """Leave out the step: go back to x, and forget its gradients and micro-batches.

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
 
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations._window import Window, optimizer_of, refuse_released, set_mode
@@ -102,15 +101,13 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         if self._window is None:
             inner = optimizer_of(learn.opt)
             assert inner is not None
-            # fastai's own losses are no modules, and have one in `func`.
-            losses = learn.loss_func, getattr(learn.loss_func, "func", None)
-            modules = [loss for loss in losses if isinstance(loss, nn.Module)]
-            self._window = Window(learn.model, inner, keeps_all=True, modules=modules)
-        batch = _attributes(learn, _OF_BATCH)
+            self._window = Window(learn.model, inner, keeps_all=True)
+        # fastai's own losses are no modules, and have one in `func`.
+        losses = learn.loss_func, getattr(learn.loss_func, "func", None)
         states = [(each, dict(vars(each))) for each in learn.cbs if each is not self]
         backward, patched = learn._backward, vars(learn).get("_backward")
 
-        def evaluate() -> None:
+        def evaluate(batch: dict[str, Any]) -> None:
             vars(learn).update(batch)
             with _states(states):
                 _evaluate(learn, backward)
@@ -123,7 +120,8 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
         try:
             # A batch that is canceled before its gradient is there leaves by an exception.
             with self._recording:
-                self._recording.enter_context(self._window.recording(evaluate, batch))
+                batch = _attributes(learn, _OF_BATCH)
+                self._recording.enter_context(self._window.recording(evaluate, batch, losses))
                 do_one_batch()
         finally:
             vars(learn).pop("_backward")

@@ -88,8 +88,7 @@ def create_supervised_trainer(
         scaler = torch.amp.GradScaler(device_type, enabled=scaler)
     grad_scaler = scaler
     inner = optimizer_of(optimizer)
-    modules = [f for f in (loss_fn, model_transform, model_fn) if isinstance(f, nn.Module)]
-    window = None if inner is None else Window(model, inner, keeps_all=True, modules=modules)
+    window = None if inner is None else Window(model, inner, keeps_all=True)
 
     def update(engine: Engine, batch: Sequence[Any]) -> Any:
         index = (engine.state.iteration - 1) % gradient_accumulation_steps
@@ -101,7 +100,8 @@ def create_supervised_trainer(
         set_mode(optimizer, "train")
         x, y = prepare_batch(batch, device=device, non_blocking=non_blocking)
 
-        def evaluate() -> tuple[Any, Tensor]:
+        def evaluate(batch: tuple[Any, Any]) -> tuple[Any, Tensor]:
+            x, y = batch
             with nullcontext() if amp_mode is None else torch.autocast(device_type):
                 y_pred = model_transform(model_fn(model, x))
                 loss = loss_fn(y_pred, y) / gradient_accumulation_steps
@@ -109,8 +109,9 @@ def create_supervised_trainer(
             torch.autograd.backward(grad_scaler.scale(loss), create_graph=graph)
             return y_pred, loss.detach()
 
-        with nullcontext() if window is None else window.recording(evaluate, (x, y)):
-            y_pred, loss = evaluate()
+        modules = loss_fn, model_transform, model_fn
+        with nullcontext() if window is None else window.recording(evaluate, (x, y), modules):
+            y_pred, loss = evaluate((x, y))
         if index == gradient_accumulation_steps - 1:
             with nullcontext() if window is None else window.descent(grad_scaler):
                 if max_norm is not None:

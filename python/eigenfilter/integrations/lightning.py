@@ -10,14 +10,13 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations._window import Window, optimizer_of, set_mode
 
@@ -64,8 +63,8 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
             an engine of its own (DeepSpeed), or `training_step` takes an iterator
             (`dataloader_iter`).
         ValueError: the optimizer has `release_gradients`.
-        RuntimeError: `training_step` writes to a tensor of its batch, which it gets again, or a
-            checkpoint is saved while the weights are perturbed.
+        RuntimeError: a tensor of a batch was computed from one that requires grad, or a checkpoint
+            is saved while the weights are perturbed.
     """
 
     def __init__(self) -> None:
@@ -164,7 +163,8 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
                 f'eigenfilter.SharpnessAware({name}(...), "usam", rho=0.05), or remove the callback'
             )
         if self._window is None or self._window.optimizer is not opt:
-            self._window = Window(module, opt)
+            no_sync = getattr(module.trainer.strategy, "block_backward_sync", None)
+            self._window = Window(module, opt, no_sync=no_sync)
         return self._window
 
     def _closure(
@@ -183,7 +183,12 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
             window.clear()
         if closure._backward_fn is None:
             return closure
-        return _Recorded(closure, window, _MicroBatch(trainer, window, kwargs, closure))
+        if "batch" not in kwargs and window.keeps:
+            raise MisconfigurationException(
+                "training_step takes dataloader_iter, whose batches cannot be evaluated again: "
+                "take batch and batch_idx, or train with rho=0.0"
+            )
+        return _Recorded(closure, window, partial(_evaluate, trainer, closure._backward_fn), kwargs)
 
     def _backward(
         self,
@@ -232,14 +237,20 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
 class _Recorded:
     """A closure of Lightning, whose evaluation the window records."""
 
-    def __init__(self, closure: Any, window: Window, evaluate: _MicroBatch) -> None:
+    def __init__(
+        self,
+        closure: Any,
+        window: Window,
+        evaluate: Callable[[Any], None],
+        kwargs: OrderedDict[str, Any],
+    ) -> None:
         self._closure = closure
         self._window = window
         self._evaluate = evaluate
+        self._kwargs = kwargs
 
     def __call__(self) -> Tensor | None:
-        with self._window.recording(self._evaluate, self._evaluate.batch):
-            self._evaluate.position = len(self._window)
+        with self._window.recording(self._evaluate, self._kwargs):
             loss: Tensor | None = self._closure()
         return loss
 
@@ -248,45 +259,14 @@ class _Recorded:
         return self._closure.consume_result()
 
 
-class _MicroBatch:
-    """Evaluates a micro-batch again, as Lightning did.
-
-    `training_step` gets other containers in each evaluation, which it may change, with the same
-    tensors.
-
-    Attributes:
-        batch: arguments of `training_step`.
-        position: its position in the step, from 1 on.
-    """
-
-    position = 0
-
-    def __init__(
-        self, trainer: Trainer, window: Window, kwargs: OrderedDict[str, Any], closure: Any
-    ) -> None:
-        if "batch" not in kwargs and window.optimizer.phase == "ascent":
-            raise MisconfigurationException(
-                "training_step takes dataloader_iter, whose batches cannot be evaluated again: "
-                "take batch and batch_idx, or train with rho=0.0"
-            )
-        self._trainer = trainer
-        self._window = window
-        self._backward = closure._backward_fn
-        self.batch = copy_of(kwargs, tensors=False)
-
-    def __call__(self) -> None:
-        with self._reduction():
-            loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
-            loss = loop._training_step(copy_of(self.batch, tensors=False)).closure_loss
-            if loss is not None:
-                self._backward(loss)
-
-    def _reduction(self) -> AbstractContextManager[None]:
-        """A context in which processes reduce gradients after the last micro-batch alone."""
-        is_last = self.position == len(self._window)
-        block = getattr(self._trainer.strategy, "block_backward_sync", nullcontext)
-        context: AbstractContextManager[None] = nullcontext() if is_last else block()
-        return context
+def _evaluate(
+    trainer: Trainer, backward: Callable[[Tensor], None], kwargs: OrderedDict[str, Any]
+) -> None:
+    """Evaluate a micro-batch as Lightning did, with the arguments of its `training_step`."""
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    loss = loop._training_step(kwargs).closure_loss
+    if loss is not None:
+        backward(loss)
 
 
 class _NoResults(dict[str, Any]):

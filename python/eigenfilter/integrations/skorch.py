@@ -90,10 +90,10 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
             inner = optimizer_of(optimizer)
             self._window = None if inner is None else Window(self._all_modules(), inner)
             self._zero_grad_optimizer()
-        evaluate = functools.partial(self._evaluate, batch, fit_params, size, is_last=left == 1)
-        window = self._window
-        with nullcontext() if window is None else window.recording(evaluate, (batch, fit_params)):
-            step = evaluate()
+        evaluate = functools.partial(self._evaluate, size=size, is_last=left == 1)
+        arguments, window = (batch, fit_params), self._window
+        with nullcontext() if window is None else window.recording(evaluate, arguments):
+            step = evaluate(arguments)
         if left == 1:
             self._window = None
             with nullcontext() if window is None else window.descent():
@@ -103,8 +103,9 @@ class SharpnessAwareMixin(NeuralNet):  # type: ignore[misc]
         return step
 
     def _evaluate(
-        self, batch: Any, fit_params: dict[str, Any], size: int, is_last: bool
+        self, arguments: tuple[Any, dict[str, Any]], size: int, is_last: bool
     ) -> dict[str, Any]:
+        batch, fit_params = arguments
         step: dict[str, Any] = self.train_step_single(batch, **fit_params)
         if is_last and size > 1:  # the gradient of the mean
             params = (p for _, p in self.get_all_learnable_params())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eigenfilter import optimizers
 from eigenfilter.integrations._extras import imports_of
-from eigenfilter.integrations._variables import Variables
+from eigenfilter.integrations._loss_functions import evaluate
 from eigenfilter.integrations._window import Window, optimizer_of
 from eigenfilter.optimizers import registry
 from eigenfilter.optimizers.base import EigenfilterOptimizer
@@ -87,7 +87,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
 
         loss_scaler = SharpnessAwareScaler(model, device="cuda")
         loss = loss_scaler(forward, optimizer, clip_grad=1.0, parameters=model.parameters(),
-                           need_update=need_update)
+                           need_update=need_update, batch=(input, target))
 
     The gradient of the descent alone is clipped, running statistics stay those of x, and after an
     update the model is at x, where `ModelEmaV3` sees it. An optimizer of another library steps as
@@ -107,30 +107,34 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
 
     def __call__(
         self,
-        forward: Callable[[], Tensor],
+        forward: Callable[..., Tensor],
         optimizer: torch.optim.Optimizer,
         clip_grad: float | None = None,
         clip_mode: str = "norm",
         parameters: Iterable[Tensor] | None = None,
         create_graph: bool = False,
         need_update: bool = True,
+        *,
+        batch: tuple[Any, ...] = (),
     ) -> Tensor:
         """Evaluate a micro-batch, and update the weights after the last one of a step.
 
         Args:
-            forward: function without arguments that computes the loss of the micro-batch, divided
-                by the number of micro-batches. A variable that the training loop assigns again is
-                an argument with a default: `def forward(input=input, target=target)`.
+            forward: function that computes the loss of the micro-batch, divided by the number of
+                micro-batches. It is called again later, when variables of the loop have other
+                values: it must take the batch as arguments.
             optimizer, clip_grad, clip_mode, parameters, create_graph, need_update: those of
                 `NativeScaler`.
+            batch: arguments of `forward`; later evaluations get copies of them.
 
         Returns:
             The loss of the micro-batch at x, detached.
 
         Raises:
-            TypeError: `forward` is the loss itself.
+            TypeError: `forward` is the loss itself, or returns no tensor.
             RuntimeError: a variable that `forward` reads was assigned, or a tensor that it reads
-                was written, after its first call of this step.
+                was written, after its first call of this step; or an argument was computed from
+                trained parameters.
             ValueError: `clip_grad` was given without `parameters`, or the optimizer has
                 `release_gradients`.
         """
@@ -144,25 +148,17 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
         inner = optimizer_of(optimizer)
         descent: AbstractContextManager[None] = nullcontext()
 
-        def evaluate() -> Tensor:
-            loss = forward()
+        def backward(loss: Tensor) -> None:
             graph = create_graph or (inner is not None and inner.needs_graph)
             torch.autograd.backward(self._scaler.scale(loss), create_graph=graph)
-            return loss.detach()
 
         if inner is None:
-            loss = evaluate()
+            loss = forward(*batch)
+            backward(loss)
+            loss = loss.detach()
         else:
             window = self._windows.setdefault(id(inner), Window(self.model, inner))
-            variables = Variables(forward)
-
-            def again() -> None:
-                variables.refuse_changes()
-                evaluate()
-
-            with window.recording(again, variables.tensors):
-                loss = evaluate()
-            variables.forget_written()
+            loss = evaluate(window, forward, batch, {}, backward)
             if need_update:
                 del self._windows[id(inner)]  # which would keep the optimizer alive
             descent = window.descent(self._scaler)

@@ -126,26 +126,20 @@ class SharpnessAwareMixin:
             self._window = AcceleratedWindow(self.accelerator, model, self.optimizer)
         window: AcceleratedWindow = self._window
         step = super().training_step  # type: ignore[misc]
-        if not window.keeps:
-            first: Callable[[], Any] = lambda: step(model, inputs, *args, **kwargs)  # noqa: E731
-            return window.evaluate(first, lambda: None)
-        later = copy_of(inputs, tensors=False)
-        prepared = _PreparedInputs()
+        prepared = _PreparedInputs() if window.keeps else None
         accumulation = self.current_gradient_accumulation_steps
 
-        def evaluate() -> Any:
-            with _attributes(self, _prepared=prepared):
-                return step(model, inputs, *args, **kwargs)
-
-        def evaluate_again() -> None:
+        def evaluate_again(inputs: Any) -> None:
+            assert prepared is not None
             kept = {n: vars(self)[n] for n in self.kept_attributes if n in vars(self)}
             shown = {name: copy.deepcopy(value) for name, value in kept.items()}
             shown["current_gradient_accumulation_steps"] = accumulation
             shown |= {"_prepared": prepared.again(), "_evaluates_again": True}
             with _attributes(self, **shown):
-                step(model, copy_of(later, tensors=False), *args, **kwargs)
+                step(model, inputs, *args, **kwargs)
 
-        return window.evaluate(evaluate, evaluate_again)
+        with window.recording(evaluate_again, inputs), _attributes(self, _prepared=prepared):
+            return step(model, inputs, *args, **kwargs)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepare = functools.partial(super()._prepare_inputs, inputs)  # type: ignore[misc]

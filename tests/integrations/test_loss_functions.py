@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenfilter.integrations._variables import Variables
+from eigenfilter.integrations._loss_functions import Variables
 
 seen = 0
 of_the_loop: Any = None
@@ -162,7 +161,17 @@ def refills_deeper() -> Functions:
     batch: dict[str, list[Tensor]] = {"x": [torch.zeros(2)]}
     for i in range(2):
         batch["x"][0] = torch.full((2,), float(i))
-        yield functools.partial(lambda b: b["x"][0], batch)
+        yield lambda b=batch: b["x"][0]
+
+
+def replaces_an_entry_of_its_default() -> Functions:
+    def function(batch: dict[str, Tensor]) -> Tensor:
+        batch["x"] = batch["x"] + 1
+        return batch["x"]
+
+    for i in range(2):
+        batch = {"x": torch.full((2,), float(i))}
+        yield lambda b=batch: function(b)
 
 
 def reads_the_last_of_a_list() -> Functions:
@@ -197,12 +206,28 @@ def stores_it_as_an_attribute_too() -> Functions:
         yield function
 
 
+def reads_a_buffer() -> Functions:
+    batch = torch.zeros(2)
+    for i in range(2):
+        batch.fill_(i)
+        yield lambda: batch + 1
+
+
+def writes_its_default() -> Functions:
+    for i in range(2):
+        x = torch.full((2,), float(i))
+        yield lambda x=x: x.mul_(2)
+
+
+WRITTEN = [reads_a_buffer, writes_its_default]
+
 CHANGED = [
     replaces_an_attribute_of_a_callable,
     calls_a_callable,
     calls_a_method,
     refills_a_dict,
     refills_deeper,
+    replaces_an_entry_of_its_default,
     reads_the_last_of_a_list,
     reads_a_global,
     is_wrapped,
@@ -230,3 +255,17 @@ def test_what_a_function_writes_is_not_refused(functions: Callable[[], Functions
 def test_what_the_loop_changes_is_refused(functions: Callable[[], Functions]) -> None:
     with pytest.raises(RuntimeError, match="which was assigned again before the step was over"):
         first_is_refused(functions())
+
+
+@pytest.mark.parametrize("functions", WRITTEN)
+def test_what_is_written_in_place_is_refused(functions: Callable[[], Functions]) -> None:
+    with pytest.raises(RuntimeError, match=r"reads '(batch|x)', a tensor that was written"):
+        first_is_refused(functions())
+
+
+def test_parameters_may_be_written() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    variables = Variables(lambda: weight.sum())
+    with torch.no_grad():
+        weight.add_(1)
+    variables.refuse_changes()

@@ -1,4 +1,4 @@
-"""The variables that a loss function reads from around it, and whether they are still the same."""
+"""Functions of a user that compute a loss, and are called again with their micro-batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,72 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-_Key = tuple[Any, ...]  # a function, what it reads ("x", "self.batch"), and the keys of an entry
+from eigenfilter.integrations._window import Window
+
+# A function, whether it is its argument, what it reads ("x", "self.batch"), the keys of an entry.
+_Key = tuple[Any, ...]
 
 _WRITERS = {"append", "extend", "insert"}  # methods by which a function leaves something in a list
 
 
+def evaluate(
+    window: Window,
+    function: Callable[..., Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    backward: Callable[[Tensor], object],
+) -> Tensor:
+    """Evaluate a micro-batch at x, recorded in the window.
+
+    Later evaluations call the function with copies of its arguments. What else it reads must be
+    the same then. Buffers of modules that it reads stay those of x.
+
+    Args:
+        window: window of the step.
+        function: function that returns the loss of its arguments.
+        args, kwargs: arguments of the function.
+        backward: function that takes the loss backward.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        TypeError: the function returns no tensor.
+        RuntimeError: in a later evaluation, a variable that the function reads has another value.
+    """
+    variables = Variables(function) if window.keeps else None
+
+    def compute(call: tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        function, args, kwargs = call
+        loss = function(*args, **kwargs)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"{function} must return the loss, and returned {type(loss)}")
+        backward(loss)
+        return loss.detach()
+
+    def again(call: Any) -> None:
+        assert variables is not None
+        variables.refuse_changes()
+        compute(call)
+
+    call = function, args, kwargs
+    read = [] if variables is None else variables.values.values()
+    with window.recording(again, call, [*_arguments(call), *read]):
+        loss = compute(call)
+        if variables is not None:
+            variables.forget_written()
+    return loss
+
+
+def _arguments(call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Iterator[Any]:
+    function, args, kwargs = call
+    yield from (function, *args, *kwargs.values())
+    if isinstance(function, functools.partial):
+        yield from _arguments((function.func, function.args, function.keywords))
+
+
 class Variables:
-    """What a function reads from around it, which a loop may have assigned again by a later call.
+    """What a function reads from around it, which a loop may have changed by a later call.
 
         variables = Variables(function)
         function()
@@ -28,45 +87,58 @@ class Variables:
         function()
 
     What the function itself assigns is not compared: the names and the attributes in its code, and
-    whatever else its first call has changed.
+    whatever else its first call has replaced. What its first call has written in place is, and
+    what it has replaced in a default of its arguments: that may be its batch.
 
     Attributes:
         values: the values of the variables around it, of the entries of those that are containers,
-            and of its own arguments that have them, by function and name.
-        tensors: the tensors among them, and the arguments that the function was given.
+            and of the defaults of its arguments, by function and name.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self.values = _read(function)
-        tensors = [value for value in self.values.values() if isinstance(value, Tensor)]
-        self.tensors = tensors, _given(function)
+        self._versions = {k: t._version for k, t in self.values.items() if _is_data(t)}
 
     def forget_written(self) -> None:
-        """Compare no more what the call since has changed."""
+        """Compare no more what the call since has replaced."""
         for key in self._changed():
-            del self.values[key]
+            _, is_argument, *_ = key
+            if not is_argument:
+                del self.values[key]
 
     def refuse_changes(self) -> None:
         """Raise RuntimeError if the function would read other values than at first."""
-        for _, name, *keys in self._changed():
-            name += "".join(f"[{key!r}]" for key in keys)
+        for key in self._changed():
             raise RuntimeError(
-                f"the function that computes the loss reads {name!r}, which was assigned "
-                "again before the step was over, so that its micro-batch is lost: make what it "
-                "reads an argument, or one with a default, as in def forward(input=input)"
+                f"the function that computes the loss reads {_name(key)}, which was assigned "
+                "again before the step was over, so that its micro-batch is lost: pass what it "
+                "reads as an argument, of which later evaluations get copies"
             )
+        for key, version in self._versions.items():
+            if key in self.values and self.values[key]._version != version:
+                raise RuntimeError(
+                    f"the function that computes the loss reads {_name(key)}, a tensor that was "
+                    "written in place before the step was over, so that its micro-batch is lost: "
+                    "pass it as an argument, of which later evaluations get copies, or work on a "
+                    "clone of it"
+                )
 
     def _changed(self) -> list[_Key]:
         now = _read(self._function)
         return [key for key, value in self.values.items() if not _is_same(now.get(key), value)]
 
 
-def _given(function: Any) -> list[Any]:
-    """The arguments that a function has, without a call."""
-    if isinstance(function, functools.partial):
-        return [function.args, function.keywords, *_given(function.func)]
-    return [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
+def _is_data(value: Any) -> bool:
+    """Whether it is a tensor that counts its writes, and that ascents do not write."""
+    if not isinstance(value, Tensor) or value.is_inference():
+        return False
+    return not (value.requires_grad and value.is_leaf)
+
+
+def _name(key: _Key) -> str:
+    _, _, name, *keys = key
+    return repr(name + "".join(f"[{k!r}]" for k in keys))
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -108,8 +180,6 @@ def _collect(
         seen: functions and the ids of their `self`.
     """
     if isinstance(function, functools.partial):
-        given = dict(enumerate(function.args)) | function.keywords
-        found |= {("partial", str(name)): (value, False) for name, value in given.items()}
         _collect(function.func, found, seen)
         return
     function, owner = _function_and_owner(function)
@@ -124,9 +194,10 @@ def _collect(
     called = [*around.values(), *attributes.values(), *methods]
     defaults = _defaults(function)
     around = {n: v for n, v in around.items() if n not in names.stored}
-    for name, value in (around | attributes | defaults).items():
-        is_written = isinstance(value, list) and name.rpartition(".")[2] in names.written
-        found[function.__qualname__, name] = value, is_written
+    for variables, is_argument in ((around | attributes, False), (defaults, True)):
+        for name, value in variables.items():
+            is_written = isinstance(value, list) and name.rpartition(".")[2] in names.written
+            found[function.__qualname__, is_argument, name] = value, is_written
     for value in [*called, *defaults.values()]:
         inner, _ = _function_and_owner(value)
         if inner is not None and inner.__globals__ is function.__globals__:
