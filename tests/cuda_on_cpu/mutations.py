@@ -65,7 +65,8 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
             text = re.sub(r"(?<![<-])<(?![<=])", "<=", source[begin:until], count=1)
             yield mutant(begin, until, text, f"loop while {condition}: once more")
     for m in re.finditer(r" && (?!\.\.\.)", code):
-        if "static constexpr" in code[code.rindex("\n", 0, m.start()) : m.start()]:
+        statement = re.split(r"[;{}]", code[: m.start()])[-1]
+        if "static constexpr" in statement:
             continue  # this chooses a number of registers, and changes no result
         begin, end = _side(code, m.start(), -1), _side(code, m.end() - 1, 1)
         left, right = source[begin : m.start()].strip(), source[m.end() : end].strip()
