@@ -104,7 +104,8 @@ def _methods() -> Iterator[tuple[str, Method]]:
         make = functools.partial(make, rho=RHO, **options)
         return Method(make, torch_sgd, name, registry.perturbation_of(method, **options))
 
-    plain = [name for name in filters.METHODS if name not in registry.PERTURBATIONS]
+    ours = filters.METHODS.items()  # those with a rho and no ascent have no peer
+    plain = [name for name, theory in ours if not theory.takes("rho")]
     ascending = registry.names()
     for name in (*plain, *ascending):
         yield name.replace("_", "-"), with_method(name)

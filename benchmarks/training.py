@@ -40,6 +40,7 @@ Actions = Callable[[Any], list[Callable[[], object]]]
 """Returns the calls of an optimizer in one step, one for each gradient."""
 
 _NAMES = [name.replace("_", "-") for name in (*filters.METHODS, *registry.updates())]
+_NAMES = [name for name in _NAMES if name in METHODS]
 METHODS_BY_NETWORK = {
     "resnet": [name for name in _NAMES if not METHODS[name].is_difference],
     "gpt": _NAMES,

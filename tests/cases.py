@@ -83,7 +83,8 @@ class KernelBackend:
 class Descent:
     """The lists and options of a call of `sgd_step`."""
 
-    momentum: str  # "none", "heavy", "nesterov" or "ahead": heavy ball with an extrapolation
+    # "none", "heavy", "nesterov", or heavy ball with an extrapolation, "ahead" or "to iterate"
+    momentum: str
     backups: bool
     decay: bool
     maximize: bool
@@ -91,11 +92,14 @@ class Descent:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `kernels.sgd_step`."""
         with_momentum = self.momentum != "none"
-        ahead = {"extrapolation": EXTRAPOLATION} if self.momentum == "ahead" else {}
+        is_ahead = self.momentum in ("ahead", "to iterate")
+        ahead: dict[str, Any] = {"extrapolation": EXTRAPOLATION} if is_ahead else {}
+        if self.momentum == "to iterate":
+            ahead["to_iterate"] = True
         return ahead | {
             "lr": LR,
             "momentum": MOMENTUM if with_momentum else 0.0,
-            "dampening": DAMPENING if self.momentum in ("heavy", "ahead") else 0.0,
+            "dampening": DAMPENING if self.momentum == "heavy" or is_ahead else 0.0,
             "weight_decay": WEIGHT_DECAY if self.decay else 0.0,
             "nesterov": self.momentum == "nesterov",
             "maximize": self.maximize,
@@ -109,7 +113,10 @@ class Descent:
 DESCENTS = [
     Descent(*choice)
     for choice in itertools.product(
-        ("none", "heavy", "nesterov", "ahead"), (False, True), (False, True), (False, True)
+        ("none", "heavy", "nesterov", "ahead", "to iterate"),
+        (False, True),
+        (False, True),
+        (False, True),
     )
 ]
 
@@ -334,6 +341,13 @@ UPDATES = [
         ("params", "momenta"),
         Descent("ahead", False, True, False).options(),
         "ahead",
+    ),
+    Update(
+        "sgd_step",
+        _DESCENT,
+        ("params", "momenta"),
+        Descent("to iterate", True, False, True).options(),
+        "to-iterate-backups",
     ),
     Update(
         "sgd_step",

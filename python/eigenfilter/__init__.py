@@ -1,9 +1,9 @@
 """eigenfilter: optimizers as eigenvalue filters, for PyTorch.
 
 An optimizer that converges has filtered the curvature of the point it converged to (Bolte, Le,
-Pauwels, arXiv 2510.09034). Here are the optimizers, with fused updates (`SGD`, `SAM`, `USAM`,
-`TwoStepUSAM`, `HessianUSAM`, `AdamW`, and `SharpnessAware` around any other), schedules of rho
-(`schedulers`), their kernels (`kernels`), the theory as functions (`filters`), Hessian spectra
+Pauwels, arXiv 2510.09034). Here are the optimizers, with fused updates (`SGD`, `MSAM`, `SAM`,
+`USAM`, `TwoStepUSAM`, `HessianUSAM`, `AdamW`, and `SharpnessAware` around any other), schedules of
+rho (`schedulers`), their kernels (`kernels`), the theory as functions (`filters`), Hessian spectra
 to check it with (`curvature`), and a verdict on a trained model (`certify`).
 
 Each part is imported when it is first used (PEP 562): `filters` needs NumPy alone.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from eigenfilter.certificate import Certificate, certify
     from eigenfilter.monitor import SharpnessMonitor
     from eigenfilter.optimizers import (
+        MSAM,
         SAM,
         SGD,
         USAM,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "MSAM",
     "SAM",
     "SGD",
     "USAM",
@@ -67,6 +69,7 @@ _MODULE_OF = {
     "Certificate": "certificate",
     "certify": "certificate",
     "SharpnessMonitor": "monitor",
+    "MSAM": "optimizers",
     "SAM": "optimizers",
     "SGD": "optimizers",
     "USAM": "optimizers",

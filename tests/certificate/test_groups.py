@@ -72,6 +72,7 @@ def rate(group: dict[str, Any]) -> float:
     lr, beta = group["lr"], group.get("momentum", 0.0)
     if group.get("nesterov"):
         return lr * (1 + 2 * beta) / (1 + beta)
+    lr += 2 * group.get("extrapolation", 0.0)
     return lr * (1 - (group.get("dampening", 0.0) if beta else 0.0)) / (1 + beta)
 
 
@@ -85,6 +86,14 @@ SGD: dict[str, Case] = {
     ),
     "one Nesterov": Case(ef.SGD, [{"momentum": 0.7, "dampening": 0.2}, NESTEROV], {"lr": 0.2}),
     "decays": Case(ef.SGD, [{"weight_decay": 0.0}, {"weight_decay": 2.0}], {"lr": 0.2}),
+    "extrapolations": Case(
+        ef.SGD,
+        [{"extrapolation": 0.1, "momentum": 0.9}, {"extrapolation": 0.4, "dampening": 0.3}],
+        {"lr": 0.2, "momentum": 0.6},
+    ),
+    "a little behind": Case(
+        ef.SGD, [{"extrapolation": -0.01}, {"extrapolation": 0.1}], {"lr": 0.2, "momentum": 0.6}
+    ),
     "radii": Case(ef.USAM, [{"rho": 0.0}, {"rho": 0.3}], {"lr": 0.2, "momentum": 0.5}),
     "all": Case(ef.USAM, [{"rho": 0.2, "lr": 0.1}, {"rho": 0.3, "momentum": 0.5}], {"lr": 0.3}),
     "two-step": Case(
@@ -144,6 +153,13 @@ def test_several_groups_by_their_matrix_and_by_simulation(name: str, ratio: floa
     assert result.edge == 2.0
     assert result.verdict == ("inside" if ratio < 1 else "outside")
     assert (growth(task, opt, 200) < 1.0) == (ratio < 1)
+
+
+def test_groups_that_look_back_are_refused() -> None:
+    task = Quadratic(coupled(), PIECES)
+    groups = [{"params": [p], "extrapolation": e} for p, e in zip(task.x, (-0.1, 0.1), strict=True)]
+    result = certify(task, ef.SGD(groups, lr=0.2, momentum=0.6))
+    assert any("looks back along its momentum" in reason for reason in result.needed)
 
 
 ADAMW: dict[str, Case] = {

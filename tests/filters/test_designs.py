@@ -89,6 +89,23 @@ def test_the_extrapolation_of_sgd(
         design("sgd", target, lr=1.01 * highest, **rest)
 
 
+@given(
+    target=st.floats(-2, 2).map(lambda e: 10.0**e),
+    momentum=st.floats(0.1, 0.95),
+    norm=st.floats(-3, 3).map(lambda e: 10.0**e),
+)
+def test_the_radius_of_msam(target: float, momentum: float, norm: float) -> None:
+    rest = {"momentum": momentum, "dampening": 0.1, "weight_decay": 0.2 * target}
+    highest = design("sgd", target, **rest)
+    rho = design("msam", target, lr=0.3 * highest, momentum_norm=norm, **rest)
+    flt = filters.MSAM(0.3 * highest, **rest, rho=rho, momentum_norm=norm)
+    assert flt.max_eigenvalue() == pytest.approx(target, rel=1e-9)
+    lr = design("msam", target, rho=rho, momentum_norm=norm, **rest)
+    assert lr == pytest.approx(0.3 * highest, rel=1e-6)
+    with pytest.raises(ValueError, match=r"alone puts the edge below .*: take rho <"):
+        design("msam", target, rho=2.0 * rho, momentum_norm=norm, **rest)
+
+
 @pytest.mark.parametrize(
     ("method", "edge", "options", "match"),
     [
@@ -104,6 +121,10 @@ def test_the_extrapolation_of_sgd(
         ("usam", 1.0, {"lr": 0.1, "momentum": 1.0}, "momentum"),
         ("usam", 1.0, {"lr": 0.1, "momentum": 0.5, "dampening": 1.0}, "no parameter changes"),
         ("sam", 1.0, {"lr": 0.1}, "grad_norm"),
+        ("msam", 1.0, {"lr": 0.1, "momentum": 0.9}, "give momentum_norm"),
+        ("msam", 1.0, {"lr": 0.1, "momentum_norm": 0.0, "momentum": 0.9}, "momentum_norm"),
+        ("msam", 1.0, {"lr": 0.1, "momentum_norm": 1.0}, "set momentum > 0"),
+        ("usam", 1.0, {"lr": 0.1, "momentum_norm": 1.0}, "momentum_norm is an argument of msam"),
         ("two_step_usam", 1.0, {"lr": 0.1, "ascent": "both"}, "ascent"),
         ("usam", 1.0, {"lr": 0.1, "ascent": "anchored"}, "ascent is an argument of"),
         ("usam", 1.0, {"lr": 0.1, "grad_norm": 1.0}, "grad_norm is an argument of"),

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
 
 import eigenfilter.filters as filters
-from eigenfilter.filters import SAM, USAM, Filter, HeavyBall, HessianUSAM, Nesterov, TwoStepUSAM
+from eigenfilter.filters import (
+    MSAM,
+    SAM,
+    USAM,
+    AscentFilter,
+    Filter,
+    HeavyBall,
+    HessianUSAM,
+    Nesterov,
+    TwoStepUSAM,
+)
 from eigenfilter.filters.stability import preimage, real_roots
 
 FILTERS = [
@@ -26,6 +36,7 @@ FILTERS = [
     HeavyBall(0.1, 0.6, 0.3, 0.2, extrapolation=1.0, maximize=True),
     HeavyBall(0.1, 0.2, 0.2, 0.1, extrapolation=-0.03),
     HeavyBall(0.1, 0.1, extrapolation=-0.2),
+    MSAM(0.1, 0.8, 0.1, 0.2, rho=0.3, momentum_norm=4.0),
     Nesterov(0.05, 0.9),
     Nesterov(0.4, 0.5, weight_decay=0.1, maximize=True),
     USAM(0.2, rho=0.05),
@@ -146,8 +157,8 @@ def steps_of(flt: Filter, lam: np.ndarray) -> Generator[State, np.ndarray | floa
     The caller sends a factor for both after each step, which keeps them from overflowing: the
     recurrence is linear.
     """
-    rho, sign = getattr(flt, "rho", 0.0), -1.0 if flt.maximize else 1.0
-    rho /= getattr(flt, "grad_norm", 1.0)
+    rho = flt.radius if isinstance(flt, AscentFilter) else 0.0
+    sign = -1.0 if flt.maximize else 1.0
 
     def gradient(x: np.ndarray) -> np.ndarray:
         return sign * lam * x

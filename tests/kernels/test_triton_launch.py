@@ -129,6 +129,7 @@ def test_updates(
         assert launch["MOMENTA"] == ("momenta" in update.lists)
         assert launch["NESTEROV"] == update.options.get("nesterov", False)
         assert launch["AHEAD"] == ("extrapolation" in update.options)
+        assert launch["TO_ITERATE"] == update.options.get("to_iterate", False)
     if "sign" in launch.source.fn.arg_names:
         assert launch["sign"] == (-1.0 if update.options.get("maximize") else 1.0)
     if "STOCHASTIC" in launch.source.fn.arg_names:

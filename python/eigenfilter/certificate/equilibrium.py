@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenfilter.certificate.linearized import perturbation_of, preconditioner, spread
+from eigenfilter.certificate.linearized import perturbation_of, preconditioner, radius_of, spread
 from eigenfilter.curvature.norms import norms
 from eigenfilter.curvature.operators.hessian import HessianOperator
 
@@ -54,7 +54,7 @@ def direction(op: HessianOperator, optimizer: torch.optim.Optimizer) -> Directio
         FloatingPointError: the direction is not finite.
     """
     groups = optimizer.param_groups
-    rho = spread(op, [(g, float(g.get("rho", 0.0))) for g in groups])
+    rho = spread(op, [(g, radius_of(optimizer, g)) for g in groups])
     sign = spread(op, [(g, -1.0 if g.get("maximize") else 1.0) for g in groups])
     decay = spread(op, [(g, float(g["weight_decay"])) for g in groups])
     x = torch.cat([p.detach().reshape(-1) for p in op.params])

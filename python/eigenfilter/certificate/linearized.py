@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from eigenfilter import _distributed, filters
 from eigenfilter.curvature.operators.base import CurvatureOperator
 from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
-from eigenfilter.filters import SAM, AdamW, Filter, HeavyBall, PolynomialFilter
+from eigenfilter.filters import MSAM, SAM, AdamW, Filter, HeavyBall, PolynomialFilter
 from eigenfilter.optimizers.perturbation import Perturbation
 
 Group = Mapping[str, Any]
@@ -150,11 +150,12 @@ def _compose(
 
     J is the symmetric Jacobian of the gradient, A the diagonal of the groups' `rate` (divided by P
     for AdamW), and W that of their weight decays (times P for AdamW). Let G(z) be the diagonal of
-    the groups' transfer functions, so that x = -G(z) J x for a mode x with the multiplier z, or
-    (G(z)^-1 + J) x = 0. For heavy ball, Nesterov's method and AdamW, with any hyperparameters, the
-    imaginary part of G^-1 is positive on the upper half of the unit circle. Then so is that of
-    x* (G^-1 + J) x, and no multiplier other than 1 and -1 lies on the circle. All multipliers lie
-    inside if G^-1 + J is positive definite at 1 and negative definite at -1:
+    the groups' transfer functions, so that y = -G(z) J y for a mode y with the multiplier z, or
+    (G(z)^-1 + J) y = 0. For heavy ball, Nesterov's method and AdamW, with any hyperparameters, the
+    imaginary part of G^-1 is positive on the upper half of the unit circle, and so it is with an
+    extrapolation e > -lr (1 - momentum) / 4. Then so is that of y* (G^-1 + J) y, and no multiplier
+    other than 1 and -1 lies on the circle. All multipliers lie inside if G^-1 + J is positive
+    definite at 1 and negative definite at -1:
 
         0 <= A^1/2 (J + W) A^1/2 <= 2
 
@@ -164,6 +165,11 @@ def _compose(
     members = [f for _, f in groups]
     if len({bool(g.get("maximize")) for g, _ in groups}) > 1:
         raise NoFilter("the groups differ in maximize: no symmetric matrix has their stability")
+    if any(4.0 * f.extrapolation <= -f.lr * (1.0 - f.momentum) for f in members if _follows(f)):
+        raise NoFilter(
+            "the groups differ, and one looks back along its momentum (extrapolation < 0): no "
+            "symmetric matrix has their stability"
+        )
     rho, ascent = _ascents(op, optimizer, [g for g, _ in groups], grad_norm)
     rates = [(g, f.rate) for g, f in groups if isinstance(f, AdamW | PolynomialFilter)]
     scale = spread(op, rates).sqrt()
@@ -208,10 +214,10 @@ def _ascents(
     Raises:
         NoFilter: the Jacobian of the gradient is not known, or not symmetric.
     """
-    radii = {float(g.get("rho", 0.0)) for g in groups} - {0.0}
+    ascent = perturbation_of(optimizer)
+    radii = {radius_of(optimizer, g) for g in groups} - {0.0}
     if not radii:
         return 0.0, (1.0, 0.0)
-    ascent = perturbation_of(optimizer)
     theory, options = ascent.theory, ascent.filter_options
     if theory is None:
         raise NoFilter(f"no filter is known after an ascent of {ascent.title}")
@@ -276,10 +282,24 @@ def perturbation_of(optimizer: torch.optim.Optimizer) -> Perturbation:
     return perturbation
 
 
+def _follows(flt: Filter) -> TypeGuard[HeavyBall]:
+    """Whether the gradient is taken at an extrapolated point."""
+    return isinstance(flt, HeavyBall) and flt.extrapolation != 0.0
+
+
+def radius_of(optimizer: torch.optim.Optimizer, group: Group) -> float:
+    """Return the rho of a group's ascents, 0 where the optimizer is known to take none."""
+    perturbation: Perturbation | None = getattr(optimizer, "perturbation", None)
+    ascends = perturbation is None or perturbation.count > 0
+    return float(group.get("rho", 0.0)) if ascends else 0.0
+
+
 def _notes(flts: Sequence[Filter]) -> tuple[str, ...]:
     notes = []
     for norm in {f.grad_norm for f in flts if isinstance(f, SAM)}:
         notes.append(f"a gradient norm held fixed at {norm:.3g}: SAM's edge moves with it")
+    for norm in {f.momentum_norm for f in flts if isinstance(f, MSAM)}:
+        notes.append(f"a momentum norm held fixed at {norm:.3g}: MSAM's edge moves with it")
     if isinstance(flts[0], AdamW):
         notes.append("AdamW's preconditioner held fixed as it is")
     decays = any(getattr(f, "weight_decay", 0.0) > 0 for f in flts)

@@ -29,7 +29,9 @@ from eigenfilter.optimizers.registry import OPTIMIZERS
 HELP = "is a trained model inside its optimizer's filter?"
 
 METHODS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    name.replace("_", "-"): OPTIMIZERS[name] for name in filters.METHODS
+    name.replace("_", "-"): OPTIMIZERS[name]
+    for name, theory in filters.METHODS.items()
+    if not theory.takes("momentum_norm")  # which an optimizer without steps does not have
 }
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "rho")
 _OPTIONS = (

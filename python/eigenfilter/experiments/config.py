@@ -158,7 +158,9 @@ class Config:
         0.0, _number(0), "sgd: distance along the momentum at which the gradient is taken"
     )
     weight_decay: float = _option(0.0, _number(0), "weight decay of all parameters")
-    rho: float = _option(0.05, _number(0), "radius of the ascents, which rho_schedule multiplies")
+    rho: float = _option(
+        0.05, _number(0), "radius of the ascents, and of msam, which rho_schedule multiplies"
+    )
     beta1: float = _option(0.9, _number(0, 1, below=True), "adamw: decay rate of the first moment")
     beta2: float = _option(
         0.999, _number(0, 1, below=True), "adamw: decay rate of the second moment"
@@ -275,8 +277,14 @@ class Config:
 
     @property
     def ascends(self) -> bool:
-        """Whether the optimizer takes ascents, so that rho has a meaning."""
+        """Whether the optimizer takes ascents."""
         return self.method != "none" or self.optimizer in registry.names()
+
+    @property
+    def has_rho(self) -> bool:
+        """Whether rho has a meaning."""
+        theory = filters.METHODS.get(self.optimizer)
+        return self.ascends or (theory is not None and theory.takes("rho"))
 
     def as_dict(self) -> dict[str, Any]:
         """Return all names and values."""

@@ -59,6 +59,8 @@ def build_optimizer(config: Config, params: Iterable[nn.Parameter]) -> Eigenfilt
         own = _ascent_arguments(config)
     elif method in PERTURBATIONS:
         own = {"rho": config.rho} | _method_options(config, name)
+    elif config.has_rho:
+        own = {"rho": config.rho}
     return make(params, **_hyperparameters(config, make), **own)
 
 

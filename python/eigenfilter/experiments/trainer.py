@@ -205,7 +205,8 @@ class Trainer:
         """
         optimizer, kept = self.optimizer, list[Tensor]()
         self.model.eval()
-        if isinstance(optimizer, ef.SGD) and self.config.extrapolation:
+        groups = optimizer.param_groups
+        if isinstance(optimizer, ef.SGD) and any(group["extrapolated"] for group in groups):
             kept = [p.detach().clone() for p in self.model.parameters()]
             optimizer.eval()
         try:

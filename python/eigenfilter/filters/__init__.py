@@ -20,6 +20,7 @@ from eigenfilter.filters.live import of
 from eigenfilter.filters.methods import (
     ASCENTS,
     METHODS,
+    MSAM,
     SAM,
     USAM,
     AscentFilter,
@@ -33,6 +34,7 @@ from eigenfilter.filters.stability import Filter, PolynomialFilter
 __all__ = [
     "ASCENTS",
     "METHODS",
+    "MSAM",
     "SAM",
     "USAM",
     "AdamW",

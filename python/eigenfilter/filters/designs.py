@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from eigenfilter.filters.methods import ASCENTS, METHODS, AscentFilter, HeavyBall, Nesterov
+from eigenfilter.filters.methods import METHODS, MSAM, AscentFilter, HeavyBall, Nesterov
 from eigenfilter.filters.stability import PolynomialFilter, real_roots
 
 
@@ -21,22 +21,25 @@ def design(
     nesterov: bool = False,
     ascent: str | None = None,
     grad_norm: float | None = None,
+    momentum_norm: float | None = None,
 ) -> float:
     """Return the rho or the lr with which the filter of a method ends at a given eigenvalue.
 
     Given lr, rho solves lr (1 - dampening) (p_rho(max_eigenvalue) + wd) = the edge of the momentum
     (see `PolynomialFilter`); given rho, the same equation is solved for lr. For "sgd" the result is
     the lr; or, given lr, the extrapolation e of `HeavyBall`, with which one gradient a step is
-    enough: (lr + 2 e) (1 - dampening) (max_eigenvalue + wd) = 2 (1 + momentum).
+    enough: (lr + 2 e) (1 - dampening) (max_eigenvalue + wd) = 2 (1 + momentum). For "msam" e is rho
+    / momentum_norm in this equation.
 
     Args:
-        method: "sgd", "usam", "sam", "two_step_usam" or "hessian_usam".
+        method: "sgd", "msam", "usam", "sam", "two_step_usam" or "hessian_usam".
         max_eigenvalue: upper edge of the admitted set, greater than 0.
         lr: learning rate, greater than 0, to get rho or the extrapolation; or None.
         rho: radius of the ascent, at least 0, to get lr; or None.
         momentum, dampening, weight_decay, nesterov: arguments of the filter.
         ascent: form of "two_step_usam": "sequential", the default, or "anchored".
         grad_norm: gradient norm of "sam", at which its edge is max_eigenvalue.
+        momentum_norm: norm of the momentum buffers of "msam", at which its edge is max_eigenvalue.
 
     Raises:
         ValueError: a value is out of its range, not exactly one of lr and rho is given, or lr alone
@@ -57,14 +60,18 @@ def design(
     if not 0 < max_eigenvalue < math.inf:
         raise ValueError(f"max_eigenvalue must be positive and finite, got {max_eigenvalue}")
     theory = METHODS[method]
-    own = {"ascent": ascent, "grad_norm": grad_norm}
+    own = {"ascent": ascent, "grad_norm": grad_norm, "momentum_norm": momentum_norm}
     options: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     for name in options:
         if not theory.takes(name):
-            owner = next(each for each, cls in ASCENTS.items() if cls.takes(name))
+            owner = next(each for each, cls in METHODS.items() if cls.takes(name))
             raise ValueError(f"{name} is an argument of {owner}, not of {method}")
     if theory.takes("grad_norm") and grad_norm is None:
         raise ValueError("SAM's edge moves with the gradient's norm: give grad_norm")
+    if theory.takes("momentum_norm"):
+        if momentum_norm is None:
+            raise ValueError("MSAM's edge moves with the momentum's norm: give momentum_norm")
+        MSAM(1.0, 0.5, rho=rho or 0.0, momentum_norm=momentum_norm)  # checks them
 
     def build(lr: float, rho: float) -> PolynomialFilter:
         rest = (lr, momentum, dampening, weight_decay)
@@ -89,7 +96,13 @@ def design(
     edge = 2.0 / straight.rate  # of lr (p + wd)
     if rho is not None:
         target = float(build(1.0, rho).p(max_eigenvalue)) + weight_decay
-        return edge / target
+        ahead = 2.0 * rho / momentum_norm if momentum_norm is not None else 0.0
+        if ahead >= edge / target:
+            raise ValueError(
+                f"rho = {rho:g} alone puts the edge below {max_eigenvalue:g}: take rho < "
+                f"{edge / target * rho / ahead}"
+            )
+        return edge / target - ahead
     assert lr is not None
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
@@ -100,13 +113,14 @@ def design(
             f"lr = {lr:g} alone puts the edge below {max_eigenvalue:g}: take lr <= {highest}, "
             f"and {'a rho' if theory.takes('rho') else 'an extrapolation'} to it"
         )
-    if not theory.takes("rho"):
+    if issubclass(theory, HeavyBall):
         if momentum == 0.0 or nesterov:
             raise ValueError(
                 "extrapolation follows the buffer of heavy ball: set momentum > 0, and no nesterov"
             )
         slope = (1.0 - dampening) * (max_eigenvalue + weight_decay)
-        return max((1.0 + momentum) / slope - 0.5 * lr, 0.0)
+        extrapolation = max((1.0 + momentum) / slope - 0.5 * lr, 0.0)
+        return extrapolation if momentum_norm is None else extrapolation * momentum_norm
     unit = build(1.0, 1.0)
     assert isinstance(unit, AscentFilter)
     a, b, power = unit.terms

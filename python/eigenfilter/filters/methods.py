@@ -198,6 +198,59 @@ class HeavyBall(PolynomialFilter):
         return radius_of(block)
 
 
+@register
+@dataclass(frozen=True)
+class MSAM(HeavyBall):
+    """Momentum-SAM: `HeavyBall` with the extrapolation rho / G, where G is the momentum's norm.
+
+    The gradient is taken at y = x - rho m / |m|. For a fixed G = |m| the admitted set is
+
+        0 <= (lr + 2 rho / G) (1 - dampening) (lambda + wd) <= 2 (1 + momentum)
+
+    It shrinks as G does: as SAM's it holds for the present G, and is not one about a limit. At the
+    edge, where x jumps from side to side, G is |grad f(y)| / (1 + momentum).
+
+    Args:
+        rho: distance of the gradient's point, at least 0. If it is not 0, momentum > 0. The others
+            are those of `PolynomialFilter`.
+        momentum_norm: norm G of the momentum buffers, greater than 0.
+
+    Raises:
+        ValueError: a value is outside its range.
+
+    Source: M. Becker et al., 2024, arXiv 2401.12033; the edge is ours.
+
+    >>> round(MSAM(lr=0.1, momentum=0.5, rho=0.2, momentum_norm=2.0).max_eigenvalue(), 9)
+    10.0
+    """
+
+    method = "msam"
+    title = "MSAM"
+
+    extrapolation: float = field(init=False, default=0.0)
+    _: KW_ONLY
+    rho: float
+    momentum_norm: float
+
+    def __post_init__(self) -> None:
+        check_field(self, "rho", 0.0, math.inf)
+        check_field(self, "momentum_norm", sys.float_info.min, math.inf)
+        object.__setattr__(self, "extrapolation", self.rho / self.momentum_norm)
+        super().__post_init__()
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], **options: Any) -> PolynomialFilter:
+        rho, norm = float(group["rho"]), float(group["momentum_norm"])
+        if rho == 0.0:
+            return HeavyBall(**common(group))
+        if norm == 0.0:
+            raise TypeError(
+                "MSAM has no filter before its first step, because its edge moves with the norm of "
+                "the momentum: take steps, or use filters.MSAM(..., rho=rho, momentum_norm=norm)"
+            )
+        return cls(**common(group), rho=rho, momentum_norm=norm)
+
+
 @dataclass(frozen=True)
 class Nesterov(HeavyBall):
     """Nesterov momentum in torch's form: x <- x - lr (d + momentum m), p(lambda) = lambda.

@@ -9,6 +9,7 @@ from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.hessian_usam import HessianUSAM
 from eigenfilter.optimizers.hyperparameters import MethodOptions, Options
 from eigenfilter.optimizers.local_ascents import ascent_sync
+from eigenfilter.optimizers.msam import MSAM
 from eigenfilter.optimizers.sam import SAM
 from eigenfilter.optimizers.sgd import SGD
 from eigenfilter.optimizers.two_step_usam import TwoStepUSAM
@@ -16,6 +17,7 @@ from eigenfilter.optimizers.usam import USAM
 from eigenfilter.optimizers.wrapper import SharpnessAware
 
 __all__ = [
+    "MSAM",
     "SAM",
     "SGD",
     "USAM",

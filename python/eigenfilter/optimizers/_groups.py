@@ -248,9 +248,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
         flat = self._params() if self._buckets.are_flat else []
         self._parent.refuse_ascent(self, flat, self.perturbation.needs_norm)
 
+    def _refuse_norm(self, params: list[Tensor]) -> None:
+        """Raise RuntimeError where the update needs a norm over what other ranks have."""
+        if self._update.needs_norm:
+            self._parent.refuse_norm(self, params)
+
     def _other_ranks_wait(self, grad_scaler: torch.amp.GradScaler | None = None) -> bool:
         """Whether other ranks, which may have gradients, wait for this one without a gradient."""
-        checks = self.skip_nonfinite or is_enabled(grad_scaler)
+        checks = self.skip_nonfinite or is_enabled(grad_scaler) or self._update.needs_norm
         return other_ranks_wait(checks or bool(self._step_state.with_local_ascents), self._params())
 
     # State.

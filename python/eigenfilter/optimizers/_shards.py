@@ -71,6 +71,18 @@ class ParentOptimizer:
         if needs_norm and _distributed.flat_handles(params):
             raise RuntimeError(FLAT_NORM)
 
+    def refuse_norm(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
+        """Raise RuntimeError if an update needs the norm of state that other ranks have."""
+        outer = self.spanning_ranks(optimizer)
+        if outer is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} inside {type(outer).__name__} has the parameters of "
+                "one rank, and divides by the norm of all momentum buffers: shard the model with "
+                "FSDP2, or use SGD(extrapolation=...), which needs no norm"
+            )
+        if _distributed.flat_handles(params):
+            raise RuntimeError(FLAT_NORM)
+
     def refuse_clipping(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
         """Raise RuntimeError if the norm of this rank's gradients is not the total norm."""
         outer = self.spanning_ranks(optimizer)

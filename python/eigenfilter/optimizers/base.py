@@ -60,6 +60,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._constructed = True
         if self._ascents_wanted() > 0:
             self._parent.refuse_ascent(self, self._params(), perturbation.needs_norm)
+        self._refuse_norm(self._params())
 
     @_disable_dynamo
     @torch.no_grad()
@@ -257,6 +258,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         step, buckets, release = self._step_state, self._buckets, self._release
         buckets.store.snapshot_if_changed()  # state that released gradients have created
         gradients = buckets.with_gradients(self)
+        self._refuse_norm(self._params() if buckets.are_flat else [])
         if self.phase == "ascent" and gradients:
             if self._only_initializes_state(gradients):
                 return
@@ -274,7 +276,11 @@ class EigenfilterOptimizer(GroupedOptimizer):
         _shards.refuse_scaled_descent(self, buckets.are_flat)
         self._amp.adopt_scaler_state(self, buckets.devices, step, are_shards=buckets.are_shards)
         self._update.begin()
-        self._apply(gradients)
+        try:
+            self._apply(gradients)
+        except BaseException:
+            self._update.cancel()
+            raise
         self._update.end(buckets, self._amp)
         buckets.mark_written([bucket for bucket, _ in gradients])
         self._amp.count_skipped()

@@ -398,7 +398,9 @@ class ParamBuckets:
         split = []
         for bucket in self._buckets:
             signatures = bucket.state_signatures(self._update.state_signature)
-            signatures = signatures * (len(bucket.params) // len(signatures))
+            if len(signatures) == 1:
+                split.append((bucket, signatures[0]))
+                continue
             parts = bucket.split(bucket.params, signatures)
             split += [(subset, signature) for signature, (subset, _) in parts.items()]
         return split

@@ -128,7 +128,12 @@ class SGD(EigenfilterOptimizer):
             group[EXTRAPOLATION] = float(design("sgd", max_eigenvalue, **values))
         super()._check_group(group)
         if group[EXTRAPOLATED] is None:  # without momentum buffers x and y are the same
-            group[EXTRAPOLATED] = group[EXTRAPOLATION]
+            group[EXTRAPOLATED] = self._wanted(group)
+
+    def _wanted(self, group: dict[str, Any]) -> float:
+        """The extrapolation that the parameters of a group should have in training."""
+        extrapolation: float = group[EXTRAPOLATION]
+        return extrapolation
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         extrapolation = group[EXTRAPOLATION]
@@ -174,7 +179,7 @@ class SGD(EigenfilterOptimizer):
     @retry_on_layout_change
     @torch.no_grad()
     def _extrapolate(self, is_training: bool) -> None:
-        wanted = [(g, g[EXTRAPOLATION] if is_training else 0.0) for g in self.param_groups]
+        wanted = [(g, self._wanted(g) if is_training else 0.0) for g in self.current_groups()]
         if all(group[EXTRAPOLATED] == e for group, e in wanted):
             return
         self._step_state.refuse_within_closure("train()" if is_training else "eval()")

@@ -45,10 +45,12 @@ class Update:
     Attributes:
         keys: keys of its tensors in a parameter's state, under torch's names.
         group_options: the options that its groups hold, see `Options`.
+        needs_norm: whether a step takes a norm over all parameters' state.
     """
 
     keys: tuple[str, ...] = ()
     group_options: tuple[str, ...] = ()
+    needs_norm = False
 
     def state_signature(self, state: dict[str, Any]) -> Hashable:
         """A value that is equal for parameters that one kernel call may update."""
@@ -66,6 +68,9 @@ class Update:
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
         """End a step, after its last slice."""
+
+    def cancel(self) -> None:
+        """End a step that an exception has left after some of its slices."""
 
     def has_edits(self) -> bool:
         """Whether other code has edited state in place that must then be read again."""
@@ -119,12 +124,16 @@ class SGDUpdate(Update):
         for group, e in wanted:
             group[EXTRAPOLATED] = e
 
+    def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
+        """The arguments of `sgd_step` that say where the parameters of a bucket are."""
+        return {EXTRAPOLATION: bucket.group.get(EXTRAPOLATED, 0.0)}
+
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
-        momenta, dampening, extrapolation, undo = None, 0.0, 0.0, False
+        momenta, dampening, extrapolation, undo = None, 0.0, {}, False
         if group["momentum"] != 0:
             momenta = bucket.buffers(MOMENTUM)
-            extrapolation = group.get(EXTRAPOLATED, 0.0)
+            extrapolation = self.extrapolation(bucket)
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
             elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
@@ -137,7 +146,7 @@ class SGDUpdate(Update):
             momentum=group["momentum"],
             dampening=dampening,
             weight_decay=group["weight_decay"],
-            extrapolation=extrapolation,
+            **extrapolation,
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),

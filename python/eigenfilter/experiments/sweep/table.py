@@ -94,7 +94,7 @@ def _merit(row: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _option(config: Config, name: str) -> Any:
-    return None if name == "rho" and not config.ascends else getattr(config, name)
+    return None if name == "rho" and not config.has_rho else getattr(config, name)
 
 
 def _format_option(value: object) -> str:

@@ -1,0 +1,467 @@
+"""MSAM against its formula in float64: y = x - rho m / |m|, and heavy ball with g(y)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+import eigenfilter as ef
+from cases import same_bits
+from eigenfilter.optimizers.updates import SGDUpdate
+from run_distributed import RunDistributed
+
+LR, RHO = 0.02, 0.3
+HEAVY: dict[str, Any] = {"lr": LR, "momentum": 0.9}
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def gradient(x: Tensor) -> Tensor:
+    """Of 2 x^2 + cos x."""
+    return 4 * x - x.sin()
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
+    gen = torch.Generator().manual_seed(0)
+    shapes = ((4, 5), (7,), (3, 2, 2))
+    values = [torch.randn(shape, generator=gen, dtype=torch.float64) for shape in shapes]
+    return [nn.Parameter(value.to(dtype)) for value in values]
+
+
+def set_gradients(params: list[nn.Parameter], sign: float = 1.0) -> None:
+    for p in params:
+        p.grad = sign * gradient(p.detach().double()).to(p.dtype)
+
+
+def train(opt: torch.optim.Optimizer, params: list[nn.Parameter], steps: int) -> None:
+    sign = -1.0 if opt.param_groups[0]["maximize"] else 1.0
+    for _ in range(steps):
+        set_gradients(params, sign)
+        opt.step()
+
+
+def norm_of(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(t.square().sum().item() for t in tensors))
+
+
+class Formula:
+    """The method in float64, on x and m."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self.x = [p.detach().double().clone() for p in params]
+        self.m = [torch.zeros_like(x) for x in self.x]
+        self.first = True
+
+    def y(self, rho: float = RHO) -> list[Tensor]:
+        norm = norm_of(self.m)
+        e = rho / norm if norm > 0 else 0.0
+        return [x - e * m for x, m in zip(self.x, self.m, strict=True)]
+
+    def step(
+        self,
+        rho: float = RHO,
+        decay: float = 0.0,
+        dampening: float = 0.0,
+        without: tuple[int, ...] = (),
+    ) -> None:
+        keep = 1.0 if self.first else 1.0 - dampening
+        self.first = False
+        for i, y in enumerate(self.y(rho)):
+            if i not in without:
+                self.m[i] = 0.9 * self.m[i] + keep * (gradient(y) + decay * y)
+                self.x[i] = self.x[i] - LR * self.m[i]
+
+
+def distance(params: list[nn.Parameter], values: list[Tensor]) -> float:
+    pairs = zip(params, values, strict=True)
+    return max((p.detach().double() - v).abs().max().item() for p, v in pairs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("decay", "dampening"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.3)])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_against_the_formula(
+    dtype: torch.dtype, decay: float, dampening: float, maximize: bool
+) -> None:
+    params = parameters(dtype)
+    options = {"weight_decay": decay, "dampening": dampening, "maximize": maximize}
+    opt, formula = ef.MSAM(params, **HEAVY, rho=RHO, **options), Formula(params)
+    for _ in range(12):
+        train(opt, params, 1)
+        formula.step(decay=decay, dampening=dampening)
+    assert distance(params, formula.y()) <= TOLERANCES[dtype]
+    if dtype.itemsize > 2:  # the formula's two points lie apart
+        assert distance(params, formula.x) > 2 * TOLERANCES[dtype]
+    opt.eval()
+    assert distance(params, formula.x) <= TOLERANCES[dtype]
+    opt.train()
+    assert distance(params, formula.y()) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_the_reference(dtype: torch.dtype) -> None:
+    """The norms of two backends differ by a rounding."""
+    results = []
+    for backend in (None, "reference"):
+        params = parameters(dtype)
+        opt = ef.MSAM(params, **HEAVY, rho=RHO, weight_decay=0.01, backend=backend)
+        train(opt, params, 5)
+        opt.eval()
+        opt.train()
+        train(opt, params, 5)
+        results.append(params)
+    assert distance(results[0], [p.detach().double() for p in results[1]]) <= TOLERANCES[dtype]
+
+
+def test_rho_0_is_heavy_ball_to_the_bit() -> None:
+    results = []
+    for make in (lambda p: ef.SGD(p, **HEAVY), lambda p: ef.MSAM(p, **HEAVY, rho=0.0)):
+        params = parameters(torch.float32)
+        train(make(params), params, 6)
+        results.append(params)
+    assert all(map(same_bits, *results))
+
+
+def test_groups_share_the_norm_and_have_a_rho_of_their_own() -> None:
+    params = parameters()
+    groups = [{"params": params[:1]}, {"params": params[1:2], "rho": 0.1}]
+    opt = ef.MSAM([*groups, {"params": params[2:], "rho": 0.0}], **HEAVY, rho=RHO)
+    formula = Formula(params)
+    for _ in range(6):
+        train(opt, params, 1)
+        norm = norm_of(formula.m[:2])
+        radii = (RHO, 0.1, 0.0)
+        factors = [rho / norm if norm > 0 else 0.0 for rho in radii]
+        y = [x - e * m for x, m, e in zip(formula.x, formula.m, factors, strict=True)]
+        for i in range(3):
+            formula.m[i] = 0.9 * formula.m[i] + gradient(y[i])
+            formula.x[i] = formula.x[i] - LR * formula.m[i]
+    opt.eval()
+    assert distance(params, formula.x) < 1e-13
+
+
+def test_a_jump_of_the_gradient_loses_nothing() -> None:
+    """The step goes over x, so that no large displacement along the new m is ever stored."""
+    params = parameters(torch.float32)
+    opt = ef.MSAM(params, **HEAVY, rho=RHO)
+    formula = Formula(params)
+    for p in params:
+        p.grad = torch.full_like(p, 1e-20)
+    opt.step()
+    for i in range(3):
+        formula.m[i] = torch.full_like(formula.m[i], 1e-20)
+        formula.x[i] = formula.x[i] - LR * formula.m[i]
+    y = formula.y(RHO * norm_of(formula.m) / (norm_of(formula.m) + 1e-12))
+    assert distance(params, y) < 1e-6
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    for i in range(3):
+        formula.m[i] = 0.9 * formula.m[i] + 1.0
+        formula.x[i] = formula.x[i] - LR * formula.m[i]
+    opt.eval()
+    assert distance(params, formula.x) < 1e-6
+
+
+def test_zero_gradients_change_nothing() -> None:
+    params = parameters(torch.float32)
+    before = [p.detach().clone() for p in params]
+    opt = ef.MSAM(params, **HEAVY, rho=RHO)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    assert all(map(same_bits, before, params))
+
+
+def test_parameters_that_have_no_gradient_at_times() -> None:
+    params = parameters()
+    opt, formula = ef.MSAM(params, **HEAVY, rho=RHO), Formula(params)
+    for step in range(8):
+        set_gradients(params)
+        params[step % 3].grad = None
+        opt.step()
+        formula.step(without=(step % 3,))
+        assert distance(params, formula.y()) < 1e-13
+    opt.eval()
+    assert distance(params, formula.x) < 1e-13
+
+
+def test_a_change_of_rho_takes_effect_with_the_next_gradient() -> None:
+    params = parameters()
+    opt, formula = ef.MSAM(params, **HEAVY, rho=RHO), Formula(params)
+    train(opt, params, 3)
+    for _ in range(3):
+        formula.step()
+    for rho in (0.1, 0.0, RHO):
+        opt.param_groups[0]["rho"] = rho
+        opt.train()  # takes it into effect at once
+        assert distance(params, formula.y(rho)) < 1e-13
+        train(opt, params, 2)
+        formula.step(rho)
+        formula.step(rho)
+    opt.param_groups[0]["rho"] = 0.1
+    train(opt, params, 1)  # the gradient is still that at the old y
+    formula.step()
+    assert distance(params, formula.y(0.1)) < 1e-13
+
+
+def test_a_schedule_of_rho() -> None:
+    params = parameters()
+    opt, formula = ef.MSAM(params, **HEAVY, rho=RHO), Formula(params)
+    scheduler = ef.schedulers.RhoScheduler(opt, "late", total_steps=6, start=0.5)
+    rho = opt.param_groups[0]["rho"]
+    for _ in range(6):
+        train(opt, params, 1)
+        formula.step(rho)
+        scheduler.step()
+        rho = opt.param_groups[0]["rho"]
+        opt.train()
+    opt.eval()
+    assert distance(params, formula.x) < 1e-13
+    assert rho == RHO
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_skipped_steps_change_no_bit(changes: bool) -> None:
+    params = parameters(torch.float32)
+    opt = ef.MSAM(params, **HEAVY, rho=RHO, skip_nonfinite=True)
+    train(opt, params, 3)
+    if changes:
+        opt.param_groups[0]["rho"] = 0.1
+    before = [p.detach().clone() for p in params]
+    set_gradients(params)
+    assert params[0].grad is not None
+    params[0].grad[0, 0] = math.inf
+    opt.step()
+    assert opt.skipped == 1
+    assert all(map(same_bits, before, params))
+    assert opt.param_groups[0]["extrapolated"] == RHO
+    opt.eval()
+    state = opt.state_dict()["state"]
+    momenta = [state[i]["momentum_buffer"].double() for i in range(3)]
+    e = RHO / norm_of(momenta)
+    x = [b.double() + e * m for b, m in zip(before, momenta, strict=True)]
+    assert distance(params, x) < 1e-6
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    params = parameters()
+    opt = ef.MSAM(params, **HEAVY, rho=RHO)
+    train(opt, params, 2)
+    before = [p.detach().clone() for p in params]
+    set_gradients(params)
+    params[0].grad = torch.rand(4, 5, dtype=torch.float64).to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        opt.step()
+    assert all(map(same_bits, before, params))
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_goes_on_to_the_bit(dtype: torch.dtype, evaluates: bool) -> None:
+    params, others = parameters(dtype), parameters(dtype)
+    opt, other = (ef.MSAM(p, **HEAVY, rho=RHO) for p in (params, others))
+    train(opt, params, 5)
+    if evaluates:
+        opt.eval()
+    saved = copy.deepcopy(opt.state_dict())
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    other.load_state_dict(saved)
+    for each, ps in ((opt, params), (other, others)):
+        each.train()
+        train(each, ps, 5)
+    assert all(map(same_bits, params, others))
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_distributed_checkpoints(evaluates: bool) -> None:
+    first, second = (nn.Linear(3, 2).double() for _ in range(2))
+    opt = ef.MSAM(first.parameters(), **HEAVY, rho=RHO)
+    train(opt, list(first.parameters()), 3)
+    if evaluates:
+        opt.eval()
+    state, optimizer_state = copy.deepcopy(get_state_dict(first, opt))
+    other = ef.MSAM(second.parameters(), **HEAVY, rho=0.1)
+    set_state_dict(second, other, model_state_dict=state, optim_state_dict=optimizer_state)
+    for each in (opt, other):
+        each.train()
+        each.eval()
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)
+    assert other.param_groups[0]["rho"] == RHO
+
+
+def test_a_checkpoint_of_torchs_holds_x() -> None:
+    params = parameters()
+    theirs = torch.optim.SGD(params, **HEAVY)
+    train(theirs, params, 3)
+    formula = Formula(params)
+    formula.m = [theirs.state[p]["momentum_buffer"].clone() for p in params]
+    opt = ef.MSAM(params, **HEAVY, rho=RHO)
+    opt.load_state_dict(theirs.state_dict())
+    opt.train()
+    train(opt, params, 4)
+    for _ in range(4):
+        formula.step()
+    opt.eval()
+    assert distance(params, formula.x) < 1e-13
+
+
+def test_an_interrupt_between_buckets_leaves_every_parameter_at_a_y(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = parameters()
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    opt, formula = ef.MSAM(groups, **HEAVY, rho=RHO), Formula(params)
+    train(opt, params, 3)
+    for _ in range(3):
+        formula.step()
+    e = RHO / norm_of(formula.m)
+    calls, step = [], SGDUpdate.step
+
+    def interrupted(self: SGDUpdate, bucket_slice: Any) -> None:
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(bucket_slice)
+        step(self, bucket_slice)
+
+    monkeypatch.setattr(SGDUpdate, "step", interrupted)
+    set_gradients(params)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    formula.step(without=(1, 2))
+    y = [x - e * m for x, m in zip(formula.x, formula.m, strict=True)]
+    assert distance(params, y) < 1e-13
+    opt.eval()
+    assert distance(params, formula.x) < 1e-13
+
+
+def test_a_scaler_skips_its_steps() -> None:
+    params = parameters(torch.float32)
+    opt, formula = ef.MSAM(params, **HEAVY, rho=RHO), Formula(params)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    for step in range(6):
+        scaler.scale(torch.ones(()))  # which makes the scale
+        set_gradients(params, float(scaler.get_scale()))
+        if step == 2:
+            assert params[1].grad is not None
+            params[1].grad[0] = math.nan
+        else:
+            formula.step()
+        scaler.step(opt)
+        scaler.update()
+    opt.eval()
+    assert opt.skipped == 1
+    assert distance(params, formula.x) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rho": -0.1}, ValueError, "rho must be at least 0"),
+        ({"rho": math.nan}, ValueError, "rho must be at least 0 and finite"),
+        ({"rho": torch.tensor(0.1)}, TypeError, "rho must be a number, and is tensor"),
+        ({"rho": True}, TypeError, "rho must be a number, and is True"),
+        ({"momentum": 0.0}, ValueError, "set momentum > 0, no nesterov"),
+        ({"release_gradients": True}, ValueError, "by the norm of all momentum buffers"),
+        ({"nesterov": True}, TypeError, "unexpected keyword argument 'nesterov'"),
+        ({"extrapolation": 0.1}, TypeError, "unexpected keyword argument 'extrapolation'"),
+    ],
+)
+def test_refusals(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ef.MSAM(parameters(), lr=LR, **options)
+
+
+def test_its_filter_is_that_of_the_present_norm() -> None:
+    params = parameters()
+    opt = ef.MSAM(params, **HEAVY, rho=RHO)
+    with pytest.raises(TypeError, match="no filter before its first step"):
+        ef.filters.of(opt)
+    train(opt, params, 4)
+    norm = norm_of([opt.state[p]["momentum_buffer"] for p in params])
+    for mode in (opt.train, opt.eval):
+        mode()
+        [flt] = ef.filters.of(opt)
+        e = RHO / norm
+        assert flt.max_eigenvalue() == pytest.approx(2 * 1.9 / (LR + 2 * e), rel=1e-12)
+    opt.param_groups[0]["rho"] = 0.0
+    assert ef.filters.of(opt) == [ef.filters.HeavyBall(**HEAVY)]
+
+
+def test_it_settles_where_its_edge_is_the_sharpness() -> None:
+    """On a quadratic it jumps from side to side, with the |m| whose edge is the sharpness."""
+    sharpness = 0.6 * ef.filters.HeavyBall(**HEAVY).max_eigenvalue()
+    x = nn.Parameter(torch.tensor([0.1], dtype=torch.float64))
+    opt = ef.MSAM([x], **HEAVY, rho=RHO)
+    for _ in range(3000):
+        x.grad = sharpness * x.detach()
+        opt.step()
+    [flt] = ef.filters.of(opt)
+    assert flt.max_eigenvalue() == pytest.approx(sharpness, rel=1e-9)
+    y = x.detach().clone()
+    opt.eval()
+    m = opt.state[x]["momentum_buffer"]
+    assert np.isclose(abs(float(m)), float((sharpness * y).abs()) / 1.9)  # |g(y)| / (1 + momentum)
+    rho = ef.filters.design("msam", sharpness, **HEAVY, momentum_norm=abs(float(m)))
+    assert rho == pytest.approx(RHO, rel=1e-9)
+
+
+def train_on_rank(rank: int, shards: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    if shards:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    opt = ef.MSAM(model.parameters(), **HEAVY, rho=RHO)
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 4, generator=gen, dtype=torch.float64)
+    for _ in range(5):
+        opt.zero_grad()
+        model(x[rank::2]).square().mean().backward()
+        opt.step()
+    opt.eval()
+    full = (p.full_tensor() if shards else p for p in model.parameters())
+    return [p.detach() for p in full]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("shards", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes(run_distributed: RunDistributed, shards: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    opt = ef.MSAM(model.parameters(), **HEAVY, rho=RHO)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for _ in range(5):
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+    opt.eval()
+    for weights in run_distributed(train_on_rank, 2, shards):
+        torch.testing.assert_close(weights, list(model.parameters()), rtol=0, atol=1e-13)
+
+
+def zero_redundancy(rank: int) -> str:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    with pytest.raises(RuntimeError, match="MSAM inside ZeroRedundancyOptimizer has") as error:
+        ZeroRedundancyOptimizer(model.parameters(), optimizer_class=ef.MSAM, rho=RHO)
+    return str(error.value)
+
+
+@pytest.mark.distributed
+def test_a_rank_of_zero_redundancy_is_refused(run_distributed: RunDistributed) -> None:
+    for message in run_distributed(zero_redundancy, 2):
+        assert "use SGD(extrapolation=...)" in message
