@@ -15,7 +15,7 @@ from eigenfilter.optimizers.registry import OPTIMIZERS, PERTURBATIONS, VARIANTS
 
 
 def test_every_method_has_all_three() -> None:
-    assert set(PERTURBATIONS) == set(ASCENTS) == set(OPTIMIZERS) - {"sgd", "adamw"}
+    assert set(PERTURBATIONS) == set(ASCENTS) == set(OPTIMIZERS) - {"sgd", "msam", "adamw"}
     assert {method for method, _ in VARIANTS.values()} <= set(PERTURBATIONS)
     assert registry.updates() == ("adamw",)
 
