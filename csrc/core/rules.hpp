@@ -211,7 +211,7 @@ template <class>
 struct AdamWStep;
 template <class Real>
 struct AdamWStepScalars {
-    Real lr, beta1, beta2, eps, weight_decay, step, grad_scale, rounding_seed;
+    Real lr, beta1, beta2, eps, weight_decay, extrapolation, step, grad_scale, rounding_seed;
     bool maximize;
     bool stochastic;  // as in SgdStepScalars
 
@@ -230,6 +230,7 @@ struct AdamWStepScalars {
         {"beta2", &Call::beta2, Range::fraction},
         {"eps", &Call::eps, Range::not_negative},
         {"weight_decay", &Call::weight_decay, Range::finite},
+        {"extrapolation", &Call::extrapolation, Range::finite},
         {"step", &Call::step, Range::count},
         {"maximize", &Call::maximize},
         {"rounding_seed", &Call::rounding_seed, Range::seed},
@@ -240,7 +241,8 @@ struct AdamWStepScalars {
         R"(Restore the parameters from backups, if there are any, and take a step of AdamW.
 
     d = g / grad_scale,  m <- beta1 m + (1 - beta1) d,  v <- beta2 v + (1 - beta2) d^2
-    x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+    x <- (1 - lr wd) x - lr u,  u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
+    x <- x - e (u - u before)  (with an extrapolation e; u before step 1 is 0)
 
 Where found_inf is not zero x is restored, m and v stay.)";
 };
@@ -248,6 +250,8 @@ Where found_inf is not zero x is restored, m and v stay.)";
 template <class T>
 struct AdamWStep : Rule {
     T scale, beta1, keep1, beta2, keep2, decay, size, root, eps;
+    // e u after the step, and before it: their factors of m, and that of the root of v before it.
+    T ahead = 0, back = 0, root_before = 0;
 
     EIGENFILTER_RULE explicit AdamWStep(const AdamWStepScalars<double>& s)
         : scale(static_cast<T>((s.maximize ? -1 : 1) / s.grad_scale)),
@@ -258,7 +262,13 @@ struct AdamWStep : Rule {
           decay(static_cast<T>(1 - s.lr * s.weight_decay)),
           size(static_cast<T>(s.lr / (1 - power(s.beta1, s.step)))),
           root(static_cast<T>(1 / square_root(1 - power(s.beta2, s.step)))),
-          eps(static_cast<T>(s.eps)) {}
+          eps(static_cast<T>(s.eps)) {
+        if (s.extrapolation == 0) return;
+        ahead = static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step)));
+        if (s.step == 1) return;
+        back = static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step - 1)));
+        root_before = static_cast<T>(1 / square_root(1 - power(s.beta2, s.step - 1)));
+    }
 
     template <class V>
     EIGENFILTER_RULE V operator()(V x, V g, V& m, V& v) const {
@@ -266,6 +276,15 @@ struct AdamWStep : Rule {
         m = beta1 * m + keep1 * d;
         v = beta2 * v + keep2 * (d * d);
         return decay * x - size * m / (square_root(v) * root + eps);
+    }
+
+    template <class V>
+    EIGENFILTER_RULE V finish(V x, const V* before, const V* after) const {
+        if (ahead == 0) return x;
+        V change = ahead * after[0] / (square_root(after[1]) * root + eps);
+        if (back != 0)
+            change = change - back * before[0] / (square_root(before[1]) * root_before + eps);
+        return x - change;
     }
 };
 
