@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 #include <utility>
 
 #include "core/argument.hpp"
@@ -209,6 +210,8 @@ struct SgdStep : Rule {
 
 template <class>
 struct AdamWStep;
+template <class>
+struct AheadAdamWStep;
 template <class Real>
 struct AdamWStepScalars {
     Real lr, beta1, beta2, eps, weight_decay, extrapolation, step, grad_scale, rounding_seed;
@@ -218,6 +221,8 @@ struct AdamWStepScalars {
     using Call = AdamWStepScalars;
     template <class T>
     using Rule = AdamWStep<T>;
+    template <class T>
+    using Ahead = AheadAdamWStep<T>;
     static constexpr Backup kBackup = Backup::restored;
     static constexpr Argument<Call, Real> kArguments[] = {
         {"params", &Tensors::x, kWritten},
@@ -250,8 +255,6 @@ Where found_inf is not zero x is restored, m and v stay.)";
 template <class T>
 struct AdamWStep : Rule {
     T scale, beta1, keep1, beta2, keep2, decay, size, root, eps;
-    // e u after the step, and before it: their factors of m, and that of the root of v before it.
-    T ahead = 0, back = 0, root_before = 0;
 
     EIGENFILTER_RULE explicit AdamWStep(const AdamWStepScalars<double>& s)
         : scale(static_cast<T>((s.maximize ? -1 : 1) / s.grad_scale)),
@@ -262,13 +265,7 @@ struct AdamWStep : Rule {
           decay(static_cast<T>(1 - s.lr * s.weight_decay)),
           size(static_cast<T>(s.lr / (1 - power(s.beta1, s.step)))),
           root(static_cast<T>(1 / square_root(1 - power(s.beta2, s.step)))),
-          eps(static_cast<T>(s.eps)) {
-        if (s.extrapolation == 0) return;
-        ahead = static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step)));
-        if (s.step == 1) return;
-        back = static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step - 1)));
-        root_before = static_cast<T>(1 / square_root(1 - power(s.beta2, s.step - 1)));
-    }
+          eps(static_cast<T>(s.eps)) {}
 
     template <class V>
     EIGENFILTER_RULE V operator()(V x, V g, V& m, V& v) const {
@@ -277,13 +274,27 @@ struct AdamWStep : Rule {
         v = beta2 * v + keep2 * (d * d);
         return decay * x - size * m / (square_root(v) * root + eps);
     }
+};
+
+// With an extrapolation.
+template <class T>
+struct AheadAdamWStep : AdamWStep<T> {
+    // Factors of m in e u after the step, and before it; and that of the root of v before it.
+    T ahead, back = 0, root_before = 0;
+
+    EIGENFILTER_RULE explicit AheadAdamWStep(const AdamWStepScalars<double>& s)
+        : AdamWStep<T>(s), ahead(static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step)))) {
+        if (s.step == 1) return;
+        back = static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step - 1)));
+        root_before = static_cast<T>(1 / square_root(1 - power(s.beta2, s.step - 1)));
+    }
 
     template <class V>
     EIGENFILTER_RULE V finish(V x, const V* before, const V* after) const {
         if (ahead == 0) return x;
-        V change = ahead * after[0] / (square_root(after[1]) * root + eps);
+        V change = ahead * after[0] / (square_root(after[1]) * this->root + this->eps);
         if (back != 0)
-            change = change - back * before[0] / (square_root(before[1]) * root_before + eps);
+            change = change - back * before[0] / (square_root(before[1]) * root_before + this->eps);
         return x - change;
     }
 };
@@ -338,6 +349,13 @@ EIGENFILTER_UPDATES(CHECK_UPDATE)
 template <class Scalars>
 constexpr bool kMayRound =
     count_arguments<Scalars>([](const auto& a) { return a.range == Range::seed; }) > 0;
+
+// Whether an update has a rule, `Ahead`, for calls with an extrapolation. It is another one where
+// kernels without an extrapolation would lack the registers that it takes.
+template <class Scalars, class = void>
+constexpr bool kHasAhead = false;
+template <class Scalars>
+constexpr bool kHasAhead<Scalars, std::void_t<typename Scalars::template Ahead<float>>> = true;
 
 // What a call does with its backups.
 template <class Scalars>
