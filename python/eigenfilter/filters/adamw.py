@@ -117,26 +117,22 @@ class AdamW(Filter):
 
     @property
     def composes(self) -> bool:
-        """Whether multipliers other than 1 and -1 never decide, so that groups may be composed."""
-        reach, edge = self._real
-        slope, bound = self._complex
+        """Whether the multipliers 1 and -1 alone decide, so that groups may be composed."""
+        (reach, edge), (slope, bound) = self._real, self._complex
         if slope > 0.0:
             return reach > 0.0 and slope * edge <= bound * reach
-        return -slope * self.weight_decay <= bound
+        return (self.lr > 0.0 or slope == 0.0) and -slope * self.weight_decay <= bound
 
     @property
     def rate(self) -> float:
         """The lr of gradient descent without momentum that has the same edge at wd = 0."""
-        edge = 1.0 + self.beta1
-        real, (slope, _) = self._real[0] / edge, self._complex
-        return max(real, 2.0 * slope / (1.0 - self.beta1))
+        real = self._real[0] / (1.0 + self.beta1)
+        return max(real, 2.0 * self._complex[0] / (1.0 - self.beta1))
 
     @property
     def edge_decay(self) -> float:
-        """The decay that lowers the upper edge as much as wd does, if it were the gradient's."""
-        reach = self._real[0]
-        lowered = (1.0 + self.beta1) * self.lr * self.weight_decay
-        return lowered / reach if lowered > 0.0 else 0.0
+        """The decay in a gradient that lowers the upper edge as much as wd, where it `composes`."""
+        return self.lr * self.weight_decay / self.rate if self.rate > 0.0 else 0.0
 
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
         """See `Filter.spectral_radius`; the block acts on (x, a multiple of u).
