@@ -89,14 +89,16 @@ class ExtrapolatedUpdate(Update):
 
     The parameters of a group hold y = x - e u, with the e that the group has as `extrapolated`.
 
+    Its state signature is false for parameters that have no moments yet.
+
     Attributes:
         moments: those of `keys` from which u follows.
     """
 
     moments: tuple[str, ...]
 
-    def directions(self, bucket: ParamBucket, signature: Hashable) -> Iterator[Directions]:
-        """The parameters of a bucket, whose state has this signature, with u where it is not 0."""
+    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
+        """The parameters of a bucket that have moments, with u where it is not 0."""
         raise NotImplementedError
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
@@ -111,19 +113,19 @@ class ExtrapolatedUpdate(Update):
         """Change y = x - e u of groups from their present e to the one that is wanted."""
         alphas = {id(group): group[EXTRAPOLATED] - e for group, e in wanted}
         changed = [
-            (bucket, signature)
-            for bucket, signature in buckets.by_state()
-            if signature and alphas.get(id(bucket.group), 0.0) != 0
+            bucket
+            for bucket, has_moments in buckets.by_state()
+            if has_moments and alphas.get(id(bucket.group), 0.0) != 0
         ]
-        for bucket, _ in changed:  # errors come before the first write
+        for bucket in changed:  # errors come before the first write
             lists = bucket.tensors, *map(bucket.buffers, self.moments)
             _core.check(("params", *self.moments), lists, (True, *[False] * len(self.moments)))
-        for bucket, signature in changed:
+        for bucket in changed:
             alpha = alphas[id(bucket.group)]
-            for params, along in self.directions(bucket, signature):
+            for params, along in self.directions(bucket):
                 bucket.kernels.perturb(params, along, None, alpha, save=False)
                 buckets.store.has_written = True
-        buckets.mark_written([bucket for bucket, _ in changed])
+        buckets.mark_written(changed)
         for group, e in wanted:
             group[EXTRAPOLATED] = e
 
@@ -144,9 +146,8 @@ class SGDUpdate(ExtrapolatedUpdate):
     def creates_state(self, bucket_slice: BucketSlice) -> bool:
         return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
 
-    def directions(self, bucket: ParamBucket, signature: Hashable) -> Iterator[Directions]:
-        if signature:
-            yield bucket.tensors, bucket.buffers(MOMENTUM)
+    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
+        yield bucket.tensors, bucket.buffers(MOMENTUM)
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
@@ -211,10 +212,10 @@ class AdamWUpdate(ExtrapolatedUpdate):
         bucket.buffers(EXP_AVG_SQ)
         self._start_counts(bucket)
 
-    def directions(self, bucket: ParamBucket, signature: Hashable) -> Iterator[Directions]:
+    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
         """See `ExtrapolatedUpdate`; one parameter at a time, so that each u is freed at once.
 
-        u errs by a few roundings of the arithmetic, in which a kernel reads it.
+        u errs by a few roundings of the arithmetic's dtype, in which it is passed on.
         """
         steps = float(bucket.store.state[bucket.params[0]][STEP])
         if steps == 0:  # only skipped ones, after which u is 0
