@@ -97,6 +97,7 @@ ADAMW: Mapping[str, Any] = {
     "weight_decay": 0.073,
     "step": 9,
 }
+AHEAD = {"extrapolation": 0.61}
 UNSAVED = {"save": False}
 SEED = {"rounding_seed": 11_184_811}
 VECTORS = (torch.float32, torch.float64)
@@ -171,6 +172,7 @@ KERNEL_CALLS = (
     KernelCall("sgd_step, wide gradients", 4, _call(kernels.sgd_step, MOMENTUM), wide=1),
     KernelCall("adamw_step", 4, _call_without(kernels.adamw_step, (0, 1, 2, 3, None), ADAMW)),
     KernelCall("adamw_step, backups", 5, _call(kernels.adamw_step, ADAMW)),
+    KernelCall("adamw_step, ahead, backups", 5, _call(kernels.adamw_step, ADAMW, AHEAD)),
     KernelCall("adamw_step, stochastic", 5, _call(kernels.adamw_step, ADAMW, SEED)),
     KernelCall("adamw_step, wide gradients", 5, _call(kernels.adamw_step, ADAMW), wide=1),
     KernelCall("norm", 1, _norm),

@@ -125,6 +125,7 @@ DESCENTS = [
 class AdamWDescent:
     """The lists and options of a call of `adamw_step`."""
 
+    ahead: bool  # with an extrapolation
     backups: bool
     decay: bool
     maximize: bool
@@ -132,7 +133,8 @@ class AdamWDescent:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `kernels.adamw_step`."""
-        return {
+        ahead = {"extrapolation": EXTRAPOLATION} if self.ahead else {}
+        return ahead | {
             "lr": LR,
             "beta1": BETA1,
             "beta2": BETA2,
@@ -143,13 +145,13 @@ class AdamWDescent:
         }
 
     def __str__(self) -> str:
-        names = ("backups", "decay", "maximize")
+        names = ("ahead", "backups", "decay", "maximize")
         return "-".join([*(name for name in names if getattr(self, name)), str(self.step)])
 
 
 ADAMW_DESCENTS = [
     AdamWDescent(*choice, STEPS[i % len(STEPS)])
-    for i, choice in enumerate(itertools.product((False, True), repeat=3))
+    for i, choice in enumerate(itertools.product((False, True), repeat=4))
 ]
 
 
@@ -360,20 +362,34 @@ UPDATES = [
         "adamw_step",
         _ADAMW,
         ("params", "exp_avgs", "exp_avg_sqs"),
-        AdamWDescent(True, True, False, 9).options() | {"rounding_seed": SEED},
+        AdamWDescent(False, True, True, False, 9).options() | {"rounding_seed": SEED},
         "stochastic",
-    ),
-    Update(
-        "adamw_step",
-        _ADAMW[:4],
-        ("params", "exp_avgs", "exp_avg_sqs"),
-        AdamWDescent(False, True, False, 1).options(),
     ),
     Update(
         "adamw_step",
         _ADAMW,
         ("params", "exp_avgs", "exp_avg_sqs"),
-        AdamWDescent(True, True, True, 9).options(),
+        AdamWDescent(True, True, True, False, 9).options() | {"rounding_seed": SEED},
+        "ahead-stochastic",
+    ),
+    Update(
+        "adamw_step",
+        _ADAMW[:4],
+        ("params", "exp_avgs", "exp_avg_sqs"),
+        AdamWDescent(True, False, True, True, 9).options(),
+        "ahead",
+    ),
+    Update(
+        "adamw_step",
+        _ADAMW[:4],
+        ("params", "exp_avgs", "exp_avg_sqs"),
+        AdamWDescent(False, False, True, False, 1).options(),
+    ),
+    Update(
+        "adamw_step",
+        _ADAMW,
+        ("params", "exp_avgs", "exp_avg_sqs"),
+        AdamWDescent(False, True, True, True, 9).options(),
         "backups",
     ),
 ]

@@ -169,6 +169,24 @@ def test_it_lowers_adamws_lr() -> None:
     assert flt.max_eigenvalue() == pytest.approx(1.05 * check.sharpness)
 
 
+@pytest.mark.parametrize("build", [ef.SGD, ef.AdamW])
+def test_it_lowers_lr_and_extrapolation_alike(build: Any) -> None:
+    """Or an edge that the extrapolation puts would hardly rise."""
+    task = Trained()
+    options = {"momentum": 0.5} if build is ef.SGD else {}
+    opt = build(task.model.parameters(), lr=1e-3, weight_decay=0.01, extrapolation=2e-3, **options)
+    task.train(opt, ef.SharpnessMonitor(task.op, opt, every=2), 1)
+    [group] = opt.param_groups
+    group.update(lr=100.0, extrapolation=200.0)
+    monitor = ef.SharpnessMonitor(task.op, opt, on_edge="lower_lr")
+    check = monitor.check()
+    [flt] = filters.of(opt)
+    assert check.past_edge
+    assert flt.max_eigenvalue() == pytest.approx(1.05 * check.sharpness)
+    assert group["extrapolation"] == pytest.approx(2 * group["lr"])
+    assert not monitor.check().past_edge
+
+
 @pytest.mark.parametrize("cls", [ef.USAM, ef.TwoStepUSAM, ef.HessianUSAM])
 def test_it_raises_rho_to_where_the_edge_is_lower(cls: Any) -> None:
     task = Trained()

@@ -41,8 +41,10 @@ KERNELS = {
 ROUNDINGS = 12
 
 
-def adamw_roundings(dtype: torch.dtype, beta1: float, beta2: float, step: int) -> float:
-    """Roundings on the longest path of AdamW's x.
+def adamw_roundings(
+    dtype: torch.dtype, beta1: float, beta2: float, step: int, ahead: bool = False
+) -> float:
+    """Roundings on the longest path of AdamW's x; one more with an extrapolation, `ahead`.
 
     The denominator takes 9.5: half of v's 8, the root, a coefficient of 2.5 (half of 1 - beta2^n,
     the root, the inverse), product and sum. The quotient: 9.5 and m's 5, a coefficient of 2 (1 -
@@ -56,7 +58,7 @@ def adamw_roundings(dtype: torch.dtype, beta1: float, beta2: float, step: int) -
     def power(beta: float) -> float:
         return (step - 1) * beta**step / (1 - beta**step)
 
-    return 20 + (power(beta1) + power(beta2) / 2) * 2.0**-53 / KERNELS[dtype].unit
+    return 20 + ahead + (power(beta1) + power(beta2) / 2) * 2.0**-53 / KERNELS[dtype].unit
 
 
 # Relative and a step: our AdamW and torch's. Each multiplies x by its decay and subtracts, 3

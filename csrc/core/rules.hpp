@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 #include <utility>
 
 #include "core/argument.hpp"
@@ -212,15 +213,19 @@ struct SgdStep : Rule {
 
 template <class>
 struct AdamWStep;
+template <class>
+struct AheadAdamWStep;
 template <class Real>
 struct AdamWStepScalars {
-    Real lr, beta1, beta2, eps, weight_decay, step, grad_scale, rounding_seed;
+    Real lr, beta1, beta2, eps, weight_decay, extrapolation, step, grad_scale, rounding_seed;
     bool maximize;
     bool stochastic;  // as in SgdStepScalars
 
     using Call = AdamWStepScalars;
     template <class T>
     using Rule = AdamWStep<T>;
+    template <class T>
+    using Ahead = AheadAdamWStep<T>;
     static constexpr Backup kBackup = Backup::restored;
     static constexpr Argument<Call, Real> kArguments[] = {
         {"params", &Tensors::x, kWritten},
@@ -233,6 +238,7 @@ struct AdamWStepScalars {
         {"beta2", &Call::beta2, Range::fraction},
         {"eps", &Call::eps, Range::not_negative},
         {"weight_decay", &Call::weight_decay, Range::finite},
+        {"extrapolation", &Call::extrapolation, Range::finite},
         {"step", &Call::step, Range::count},
         {"maximize", &Call::maximize},
         {"rounding_seed", &Call::rounding_seed, Range::seed},
@@ -243,7 +249,8 @@ struct AdamWStepScalars {
         R"(Restore the parameters from backups, if there are any, and take a step of AdamW.
 
     d = g / grad_scale,  m <- beta1 m + (1 - beta1) d,  v <- beta2 v + (1 - beta2) d^2
-    x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+    x <- (1 - lr wd) x - lr u,  u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
+    x <- x - e (u - u before)  (with an extrapolation e; u before step 1 is 0)
 
 Where found_inf is not zero x is restored, m and v stay.)";
 };
@@ -269,6 +276,29 @@ struct AdamWStep : Rule {
         m = beta1 * m + keep1 * d;
         v = beta2 * v + keep2 * (d * d);
         return decay * x - size * m / (square_root(v) * root + eps);
+    }
+};
+
+// With an extrapolation.
+template <class T>
+struct AheadAdamWStep : AdamWStep<T> {
+    // Factors of m in e u after the step, and before it; and that of the root of v before it.
+    T ahead, back = 0, root_before = 0;
+
+    EIGENFILTER_RULE explicit AheadAdamWStep(const AdamWStepScalars<double>& s)
+        : AdamWStep<T>(s), ahead(static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step)))) {
+        if (s.step == 1) return;
+        back = static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step - 1)));
+        root_before = static_cast<T>(1 / square_root(1 - power(s.beta2, s.step - 1)));
+    }
+
+    template <class V>
+    EIGENFILTER_RULE V finish(V x, const V* before, const V* after) const {
+        if (ahead == 0) return x;
+        V change = ahead * after[0] / (square_root(after[1]) * this->root + this->eps);
+        if (back != 0)
+            change = change - back * before[0] / (square_root(before[1]) * root_before + this->eps);
+        return x - change;
     }
 };
 
@@ -322,6 +352,13 @@ EIGENFILTER_UPDATES(CHECK_UPDATE)
 template <class Scalars>
 constexpr bool kMayRound =
     count_arguments<Scalars>([](const auto& a) { return a.range == Range::seed; }) > 0;
+
+// Whether an update has a rule, `Ahead`, for calls with an extrapolation. It is another one where
+// kernels without an extrapolation would lack the registers that it takes.
+template <class Scalars, class = void>
+constexpr bool kHasAhead = false;
+template <class Scalars>
+constexpr bool kHasAhead<Scalars, std::void_t<typename Scalars::template Ahead<float>>> = true;
 
 // What a call does with its backups.
 template <class Scalars>

@@ -79,10 +79,9 @@ void update(const Stretch& r, const Rule& rule, const Rounding& rounding,
 // The entry of an update in the table: the loop for the call's dtypes, lists and rounding.
 template <class Scalars>
 void update_of(const Stretch& r, const Scalars& s) {
-    const auto with = [&](auto storage, auto gradient, const auto& rounding) {
+    const auto run = [&](auto storage, auto gradient, const auto& rule, const auto& rounding) {
         using Storage = decltype(storage);
         using Gradient = decltype(gradient);
-        const typename Scalars::template Rule<typename Storage::Arithmetic> rule(s);
         constexpr std::make_integer_sequence<int, kListsWith<Scalars, kGradients>> grads;
         constexpr std::make_integer_sequence<int, kListsWith<Scalars, kState>> states;
         if constexpr (kMayBeAbsent<Scalars, &Tensors::m>) {
@@ -94,6 +93,15 @@ void update_of(const Stretch& r, const Scalars& s) {
             if (s.save) return update<Storage, Gradient, true>(r, rule, rounding, grads, states);
         }
         update<Storage, Gradient, false>(r, rule, rounding, grads, states);
+    };
+    const auto with = [&](auto storage, auto gradient, const auto& rounding) {
+        using Real = typename decltype(storage)::Arithmetic;
+        if constexpr (kHasAhead<Scalars>) {
+            using Ahead = typename Scalars::template Ahead<Real>;
+            if (s.extrapolation != 0) return run(storage, gradient, Ahead(s), rounding);
+        }
+        using Rule = typename Scalars::template Rule<Real>;
+        run(storage, gradient, Rule(s), rounding);
     };
     const DTypes dtypes{r.t.dtype, r.t.gradient(r.i)};
     if constexpr (kMayRound<Scalars>) {

@@ -34,12 +34,13 @@ Writer(Rule, Rounding) -> Writer<Rule, Rounding>;
 
 // x <- rule(from, inputs...). The inputs: first gradients, then States that the rule changes too.
 // Roles: x, the inputs, and last b where there is one.
-template <class Storage, class Gradient, int Inputs, int States, Backup B, bool IsSeeded>
+template <class Storage, class Gradient, int Inputs, int States, Backup B, bool IsSeeded,
+          bool IsAhead>
 struct Step {
     using Real = typename Storage::Arithmetic;
     static constexpr bool kWide = !std::is_same_v<Storage, Gradient>;
     // The longest kernels have no second form for few tensors: they are two fifths of all code.
-    static constexpr bool kForFew = !IsSeeded && !kWide;
+    static constexpr bool kForFew = !IsSeeded && !IsAhead && !kWide;
     static constexpr Backup kBackup = B;
     static constexpr int kRoles = 1 + Inputs + (B != Backup::none);
     static constexpr int kGradients = Inputs - States;
@@ -48,13 +49,16 @@ struct Step {
     static constexpr int kFrom = B == Backup::origin || B == Backup::restored ? kLast : 0;
     // Three inputs and a division fill the registers, and so do random bits: then floats have fewer
     // loads in flight, and doubles, whose rule alone takes 18, fewer blocks. Wide gradients fill
-    // them too.
-    static constexpr bool kFull = Inputs > 2 || IsSeeded || kWide;
+    // them too, and so does an extrapolation that divides again.
+    static constexpr bool kFull = Inputs > 2 || IsSeeded || IsAhead || kWide;
     static constexpr int kInFlight = kFull && sizeof(Real) == 4 ? 1 : 2;
-    // Conversions from and to float16 fill them where x, g and m are all read.
+    // Conversions from and to float16 fill them where x, g and m are all read, and those of
+    // bfloat16 where an extrapolation starts from backups.
     static constexpr bool kConverts =
-        std::is_same_v<Storage, Float16> && States == 1 && B == Backup::none && !IsSeeded;
-    static constexpr int kFewer = IsSeeded + (kWide && Inputs > 2) + kConverts;
+        !IsSeeded &&
+        ((std::is_same_v<Storage, Float16> && States == 1 && B == Backup::none) ||
+         (std::is_same_v<Storage, BFloat16> && IsAhead && B != Backup::none && !kWide));
+    static constexpr int kFewer = IsSeeded + IsAhead + (kWide && Inputs > 2) + kConverts;
     static constexpr int kBlocks = kFull && sizeof(Real) == 8 ? 2 : kBlocksAnSm - kFewer;
 
     template <class Rule>
@@ -171,14 +175,14 @@ void by_types(Types types, Call call) {
 }
 
 template <template <class> class Rule, int Inputs, int States, Backup B, bool IsSeeded = false,
-          class Scalars>
+          bool IsAhead = false, class Scalars>
 void update(const Tensors& t, const Scalars& s, const float* found_inf, int device, Stream stream) {
     const DeviceGuard guard(device);
     const auto types_of = [&](std::size_t i) { return Types{t.dtype, t.gradient(i)}; };
     const auto launch = [&](const auto& batch, int blocks, Types types) {
         const auto run = [&](auto storage, auto gradient) {
             using Storage = decltype(storage);
-            using Kind = Step<Storage, decltype(gradient), Inputs, States, B, IsSeeded>;
+            using Kind = Step<Storage, decltype(gradient), Inputs, States, B, IsSeeded, IsAhead>;
             using Plain = Rule<typename Storage::Arithmetic>;
             const DeferredRule<std::conditional_t<IsSeeded, Seeded<Plain>, Plain>, Scalars> rule(s);
             static_assert(sizeof rule + sizeof found_inf <= kOtherArgumentBytes);
@@ -240,6 +244,12 @@ void update_of(const Tensors& lists, const Of<Scalar>& s, const float* found_inf
             by_flag<kMayRound<Scalars>, true>(is_stochastic(s), [&](auto is_seeded) {
                 constexpr Backup b = has_b ? Scalars::kBackup : Backup::none;
                 constexpr int states = has_m ? kStates : 0;
+                if constexpr (kHasAhead<Scalars>) {
+                    const Scalar& e = s.extrapolation;
+                    if (e.device != nullptr || e.value != 0)
+                        return update<Scalars::template Ahead, kGrads + states, states, b,
+                                      is_seeded, true>(t, s, found_inf, device, stream);
+                }
                 update<Scalars::template Rule, kGrads + states, states, b, is_seeded>(
                     t, s, found_inf, device, stream);
             });

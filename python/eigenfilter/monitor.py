@@ -82,7 +82,8 @@ class SharpnessMonitor:
         tol: relative tolerance of the sharpness, > 0. Errors were up to twice as large if the gap
             to the next eigenvalue is small, so that the default achieves 1e-3.
         on_edge: what to do when the sharpness is past the edge. "warn" warns; "lower_lr" lowers the
-            learning rate until the edge is 5% above the sharpness; "raise_rho" raises rho until the
+            learning rate, and the extrapolation by the same factor, until the edge is 5% above the
+            sharpness; "raise_rho" raises rho until the
             edge is 5% lower than before, which drives the sharpness down; a callable is called with
             the check; None does nothing.
         log: file to which every check is appended as a line of JSON, or None.
@@ -257,6 +258,8 @@ class SharpnessMonitor:
             factor = _lr_factor(flt, _MARGIN * check.sharpness)
             for group in self._optimizer.param_groups:
                 group["lr"] = group["lr"] * factor
+                if group.get("extrapolation"):
+                    group["extrapolation"] *= factor
         elif self._on_edge == "raise_rho":
             _check_rho(flt, self._optimizer)  # groups may have come to differ
             rho = _rho_for(flt, check.edge / _MARGIN)
@@ -280,13 +283,12 @@ def _check_rho(flt: Filter | None, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _lr_factor(flt: Filter, edge: float) -> float:
-    """Return the factor of the learning rate with which the filter ends at `edge`."""
+    """Return the factor of lr and extrapolation with which the filter ends at `edge`, or later."""
     if isinstance(flt, PolynomialFilter):
         present = float(flt.p(flt.max_eigenvalue())) + flt.weight_decay
         return present / (float(flt.p(edge)) + flt.weight_decay)
     assert isinstance(flt, AdamW)
-    rest = (1 - flt.beta1) * edge / (1 + flt.beta1) + flt.weight_decay
-    return 2 / rest / flt.lr
+    return 2 / (flt.rate * edge + flt.lr * flt.weight_decay)
 
 
 def _rho_for(flt: Filter, edge: float) -> float:

@@ -72,8 +72,8 @@ def rate(group: dict[str, Any]) -> float:
     lr, beta = group["lr"], group.get("momentum", 0.0)
     if group.get("nesterov"):
         return lr * (1 + 2 * beta) / (1 + beta)
-    lr += 2 * group.get("extrapolation", 0.0)
-    return lr * (1 - (group.get("dampening", 0.0) if beta else 0.0)) / (1 + beta)
+    reach = lr + 2 * group.get("extrapolation", 0.0)
+    return reach * (1 - (group.get("dampening", 0.0) if beta else 0.0)) / (1 + beta)
 
 
 NESTEROV = {"momentum": 0.6, "nesterov": True}
@@ -85,15 +85,12 @@ SGD: dict[str, Case] = {
         ef.SGD, [{"momentum": 0.2}, {"momentum": 0.8}], {"lr": 0.2, "nesterov": True}
     ),
     "one Nesterov": Case(ef.SGD, [{"momentum": 0.7, "dampening": 0.2}, NESTEROV], {"lr": 0.2}),
-    "decays": Case(ef.SGD, [{"weight_decay": 0.0}, {"weight_decay": 2.0}], {"lr": 0.2}),
     "extrapolations": Case(
         ef.SGD,
-        [{"extrapolation": 0.1, "momentum": 0.9}, {"extrapolation": 0.4, "dampening": 0.3}],
-        {"lr": 0.2, "momentum": 0.6},
+        [{"lr": 0.1, "extrapolation": 0.3}, {"extrapolation": -0.01}],
+        {"lr": 0.2, "momentum": 0.6, "dampening": 0.3, "weight_decay": 0.1},
     ),
-    "a little behind": Case(
-        ef.SGD, [{"extrapolation": -0.01}, {"extrapolation": 0.1}], {"lr": 0.2, "momentum": 0.6}
-    ),
+    "decays": Case(ef.SGD, [{"weight_decay": 0.0}, {"weight_decay": 2.0}], {"lr": 0.2}),
     "radii": Case(ef.USAM, [{"rho": 0.0}, {"rho": 0.3}], {"lr": 0.2, "momentum": 0.5}),
     "all": Case(ef.USAM, [{"rho": 0.2, "lr": 0.1}, {"rho": 0.3, "momentum": 0.5}], {"lr": 0.3}),
     "two-step": Case(
@@ -155,16 +152,17 @@ def test_several_groups_by_their_matrix_and_by_simulation(name: str, ratio: floa
     assert (growth(task, opt, 200) < 1.0) == (ratio < 1)
 
 
-def test_groups_that_look_back_are_refused() -> None:
-    task = Quadratic(coupled(), PIECES)
-    groups = [{"params": [p], "extrapolation": e} for p, e in zip(task.x, (-0.1, 0.1), strict=True)]
-    result = certify(task, ef.SGD(groups, lr=0.2, momentum=0.6))
-    assert any("looks back along its momentum" in reason for reason in result.needed)
-
-
 ADAMW: dict[str, Case] = {
     "lr": Case(ef.AdamW, [{"lr": 0.1}, {"lr": 0.5}], {"betas": (0.6, 0.9)}),
     "decay": Case(torch.optim.AdamW, [{"weight_decay": 0.0}, {"weight_decay": 1.5}], {"lr": 0.3}),
+    "extrapolations": Case(
+        ef.AdamW,
+        [
+            {"lr": 0.1, "extrapolation": 0.2, "weight_decay": 0.5},
+            {"lr": 0.3, "extrapolation": -0.02, "betas": (0.3, 0.9)},
+        ],
+        {"betas": (0.6, 0.9)},
+    ),
     "betas": Case(ef.AdamW, [{"betas": (0.3, 0.9)}, {"betas": (0.9, 0.99)}], {"lr": 0.2}),
     "all": Case(
         ef.AdamW,
@@ -219,7 +217,8 @@ def beta1(group: dict[str, Any]) -> float:
 def test_adamws_groups_at_the_upper_edge(name: str, ratio: float) -> None:
     case, H, P = ADAMW[name], coupled(), preconditioner()
     beta, lr = case.vector(beta1), case.vector(lambda g: g["lr"])
-    root = (lr * (1 - beta) / (1 + beta) / P).sqrt()
+    reach = lr + 2 * case.vector(lambda g: g.get("extrapolation", 0.0))
+    root = (reach * (1 - beta) / (1 + beta) / P).sqrt()
     decay = case.vector(lambda g: g.get("weight_decay", 0.01))
 
     def largest(scale: float) -> float:
@@ -278,6 +277,12 @@ def test_groups_in_words() -> None:
         (
             lambda a, b: ef.HessianUSAM([{"params": a, "rho": 0.1}, {"params": b, "rho": 0.2}]),
             "Hessian USAM differ in rho",
+        ),
+        (
+            lambda a, b: ef.SGD(
+                [{"params": a}, {"params": b, "extrapolation": -0.05}], lr=0.1, momentum=0.5
+            ),
+            "complex multipliers decide",
         ),
     ],
 )

@@ -221,37 +221,66 @@ TEST_CASE_TEMPLATE("without weight decay, momentum does not see the parameters",
     CHECK(std::isinf(x[0]));
 }
 
-TEST_CASE_TEMPLATE("adamw_step", T, float, double) {
-    constexpr bool is_double = std::is_same_v<T, double>;
+std::vector<AdamWStepOptions> adamw_options(double beta1, double beta2) {
+    std::vector<AdamWStepOptions> all;
     for (const int step : {1, 2, 10, 3000}) {
         for (const bool maximize : {false, true}) {
-            CAPTURE(step);
-            CAPTURE(maximize);
-            AdamWStepOptions s{};
-            s.lr = 0.02;
-            s.beta1 = is_double ? 0.8 : 0.9;
-            s.beta2 = is_double ? 0.95 : 0.999;
-            s.eps = 1e-3;
-            s.weight_decay = 0.3;
-            s.step = step;
-            s.grad_scale = maximize ? 1.0 : 3.0;
-            s.maximize = maximize;
-            const long double beta1 = s.beta1, beta2 = s.beta2;
-            // In 1 - beta^step the roundings of the power, in double, weigh 1 / (1 - beta) as much.
-            const double of_powers = is_double ? 1 / (1 - s.beta1) + 1 / (1 - s.beta2) : 0;
-            check<T>([rule = AdamWStep<T>(s)](auto& x, auto g, auto& m,
-                                              auto& v) { x = rule(x, g, m, v); },
-                     [&](Exact& x, Exact g, Exact& m, Exact& v) {
-                         const Exact d = direction(s.grad_scale, maximize, g);
-                         m = Exact(beta1) * m + Exact(1 - beta1) * d;
-                         v = Exact(beta2) * v + Exact(1 - beta2) * (d * d);
-                         const Exact corrected = v * Exact(1 / (1 - std::pow(beta2, step)));
-                         const long double size = s.lr / (1 - std::pow(beta1, step));
-                         x = Exact(1 - static_cast<long double>(s.lr) * s.weight_decay) * x -
-                             Exact(size) * m / (square_root(corrected) + Exact(s.eps));
-                     },
-                     {16 + of_powers, 5, 8});
+            for (const double extrapolation : {0.0, 0.05, -0.01}) {
+                AdamWStepOptions s{};
+                s.lr = 0.02;
+                s.beta1 = beta1;
+                s.beta2 = beta2;
+                s.eps = 1e-3;
+                s.weight_decay = 0.3;
+                s.extrapolation = extrapolation;
+                s.step = step;
+                s.grad_scale = maximize ? 1.0 : 3.0;
+                s.maximize = maximize;
+                all.push_back(s);
+            }
         }
+    }
+    return all;
+}
+
+TEST_CASE_TEMPLATE("adamw_step", T, float, double) {
+    constexpr bool is_double = std::is_same_v<T, double>;
+    for (const AdamWStepOptions& s :
+         adamw_options(is_double ? 0.8 : 0.9, is_double ? 0.95 : 0.999)) {
+        CAPTURE(s.step);
+        CAPTURE(s.maximize);
+        CAPTURE(s.extrapolation);
+        const long double beta1 = s.beta1, beta2 = s.beta2;
+        // In 1 - beta^step the roundings of the power, in double, weigh 1 / (1 - beta) as much.
+        const double of_powers = is_double ? 1 / (1 - s.beta1) + 1 / (1 - s.beta2) : 0;
+        const auto update = [&](double factor, Exact m, Exact v, double step) {
+            const Exact corrected = v * Exact(1 / (1 - std::pow(beta2, step)));
+            const long double size = factor / (1 - std::pow(beta1, step));
+            return Exact(size) * m / (square_root(corrected) + Exact(s.eps));
+        };
+        const auto step_by = [](const auto& rule) {
+            return [rule](auto& x, auto g, auto& m, auto& v) {
+                const decltype(x + m) before[] = {m, v};
+                x = rule(x, g, m, v);
+                const decltype(x + m) after[] = {m, v};
+                x = rule.finish(x, before, after);
+            };
+        };
+        const auto exact = [&](Exact& x, Exact g, Exact& m, Exact& v) {
+            const Exact d = direction(s.grad_scale, s.maximize, g);
+            const Exact old_m = m, old_v = v;
+            m = Exact(beta1) * m + Exact(1 - beta1) * d;
+            v = Exact(beta2) * v + Exact(1 - beta2) * (d * d);
+            x = Exact(1 - static_cast<long double>(s.lr) * s.weight_decay) * x -
+                update(s.lr, m, v, s.step);
+            if (s.extrapolation == 0) return;
+            Exact change = update(s.extrapolation, m, v, s.step);
+            if (s.step > 1) change = change - update(s.extrapolation, old_m, old_v, s.step - 1);
+            x = x - change;
+        };
+        check<T>(step_by(AheadAdamWStep<T>(s)), exact,
+                 {(s.extrapolation != 0 ? 17 : 16) + of_powers, 5, 8});
+        if (s.extrapolation == 0) check<T>(step_by(AdamWStep<T>(s)), exact, {16 + of_powers, 5, 8});
     }
 }
 

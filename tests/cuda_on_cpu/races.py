@@ -41,9 +41,8 @@ def updates(dtype: torch.dtype) -> None:
     kernels.perturb(x, g, b, on_device(0.1), save=False)
     kernels.perturb_hvp(x, g, m, b, on_device(0.1), 0.01)
     kernels.sgd_step(x, g, m, b, lr=on_device(0.1), momentum=0.9, **flags)
-    kernels.adamw_step(
-        x, g, m, v, b, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=on_device(3)
-    )
+    adamw = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "extrapolation": 0.2}
+    kernels.adamw_step(x, g, m, v, b, lr=0.1, **adamw, step=on_device(3))
 
 
 def reductions(dtype: torch.dtype) -> None:

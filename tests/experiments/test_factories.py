@@ -81,7 +81,9 @@ def test_optimizers(name: str, kind: type, more: dict[str, Any]) -> None:
 @pytest.mark.parametrize("method", ["none", "usam", "sam", "asam", "two_step_usam", "hessian_usam"])
 @pytest.mark.parametrize("name", ["adamw", "torch.optim.RMSprop", "torch.optim.SGD"])
 def test_any_ascent_with_any_base(name: str, method: str) -> None:
-    config = Config(optimizer=name, method=method, beta1=0.8, beta2=0.95, **SETTINGS)
+    ahead = 0.02 if name == "adamw" else 0.0
+    options = SETTINGS | {"beta1": 0.8, "beta2": 0.95, "extrapolation": ahead}
+    config = Config(optimizer=name, method=method, **options)
     optimizer = factories.build_optimizer(config, parameters())
     [group] = optimizer.param_groups
     assert group["rho"] == (0.0 if method == "none" else 0.03)
@@ -89,6 +91,7 @@ def test_any_ascent_with_any_base(name: str, method: str) -> None:
     assert group["weight_decay"] == 0.01
     if name == "adamw":
         assert tuple(group["betas"]) == (0.8, 0.95)
+        assert group["extrapolation"] == 0.02
     else:
         assert type(factories.base_of(optimizer)).__name__ == name.removeprefix("torch.optim.")
         assert group["momentum"] == 0.6

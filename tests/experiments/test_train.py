@@ -107,6 +107,8 @@ RUNS = {
     | {"precision": "bfloat16", "clip": 0.5},
     "float64": EVERYTHING | {"optimizer": "sgd", "precision": "float64", "loss": "square"},
     "extrapolation": EVERYTHING | {"optimizer": "sgd", "extrapolation": 0.05},
+    "adamw, extrapolation": EVERYTHING
+    | {"optimizer": "adamw", "extrapolation": 0.005, "lr": 0.003, "beta1": 0.8},
 }
 
 
@@ -118,6 +120,7 @@ GRADIENTS = {  # of 12 steps; rho is 0, and there is no ascent, in every second 
     "torch, bfloat16": 18,
     "float64": 12,
     "extrapolation": 12,
+    "adamw, extrapolation": 12,
 }
 
 
@@ -339,7 +342,7 @@ def assert_command_fails(argv: list[str], says: str, capsys: pytest.CaptureFixtu
         ("lr: quick", [], "lr must be a number of at least 0, not 'quick'"),
         ("- 1", [], "must contain lines such as"),
         ("", ["--nesterov", "--momentum", "0"], "nesterov needs momentum"),
-        ("", ["--extrapolation", "0.1"], "extrapolation applies only to sgd"),
+        ("", ["--extrapolation", "0.1"], "extrapolation applies only to sgd and adamw"),
         ("", ["--crop", "9"], "crop must be at most the images' side, 8"),
         ("", ["--model", "vit-40"], "multiple of 32, not 40"),
         ("", ["--samples", "9999"], "digits has 1437 training images, not 9999"),

@@ -148,6 +148,19 @@ def test_an_extrapolated_network_is_evaluated_at_x() -> None:
     assert_same(before, [p.detach() for p in trainer.model.parameters()])
 
 
+def test_adamws_extrapolated_network_is_evaluated_at_x() -> None:
+    trainer = steps(4, optimizer="adamw", extrapolation=0.05, lr=0.01)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    measured = trainer.evaluate()
+    assert_same(before, [p.detach() for p in trainer.model.parameters()])
+    plain = steps(0, optimizer="sgd")
+    plain.model.load_state_dict(trainer.model.state_dict())
+    assert plain.evaluate() != measured
+    trainer.optimizer.eval()
+    plain.model.load_state_dict(trainer.model.state_dict())
+    assert plain.evaluate() == measured
+
+
 STATES: dict[str, dict[str, Any]] = {
     **{model: {"model": model} for model in ("cnn-2", "wrn-10-1", "vit-32")},
     **{name: {"optimizer": name} for name in ("sgd", "asam", "two_step_usam", "hessian_usam")},
@@ -157,6 +170,7 @@ STATES: dict[str, dict[str, Any]] = {
     },
     "no momentum": {"optimizer": "sgd", "momentum": 0.0},
     "extrapolation": {"optimizer": "sgd", "extrapolation": 0.05},
+    "adamw, extrapolation": {"optimizer": "adamw", "extrapolation": 0.05, "lr": 0.01},
     "schedules": {"lr_schedule": "cosine", "warmup": 1, "rho_schedule": "every", "rho_every": 2},
     "rho follows lr": {"lr_schedule": "cosine", "warmup": 1, "rho_schedule": "lr"},
     "ascent_rho follows lr": {

@@ -14,22 +14,71 @@ import eigenfilter as ef
 from eigenfilter import filters
 
 
-@given(
-    st.floats(-6, 2).map(lambda e: 10.0**e),
-    st.floats(0.0, 0.99),
-    st.floats(0.0, 1.9),
-    st.booleans(),
-)
-def test_edges_are_where_the_spectral_radius_crosses_one(
-    lr: float, beta1: float, decay: float, maximize: bool
-) -> None:
-    flt = filters.AdamW(lr, beta1, decay / lr, maximize=maximize)
+@st.composite
+def adamws(draw: st.DrawFn) -> filters.AdamW:
+    """Draw extrapolations ahead and back, of every size beside lr."""
+    lr = 10.0 ** draw(st.floats(-6, 2))
+    beta1, decay = draw(st.floats(0.0, 0.99)), draw(st.floats(0.0, 1.9)) / lr
+    sizes = st.floats(-3, 3).map(lambda e: 10.0**e)
+    e = draw(st.one_of(st.just(0.0), sizes, sizes.map(lambda size: -size)))
+    return filters.AdamW(lr, beta1, decay, e * lr, maximize=draw(st.booleans()))
+
+
+@given(adamws())
+def test_edges_are_where_the_spectral_radius_crosses_one(flt: filters.AdamW) -> None:
     [(low, high)] = flt.intervals()
     inside = np.array([0.999 * low + 0.001 * high, 0.001 * low + 0.999 * high])
     outside = np.array([low - 0.001 * (high - low), high + 0.001 * (high - low)])
     assert (flt.spectral_radius(inside) < 1 + 1e-12).all()
     assert (flt.spectral_radius(outside) > 1 - 1e-12).all()
     assert flt.admits([low, high]).all()
+
+
+@given(adamws(), st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=8))
+def test_admits_agrees_with_the_recurrence(flt: filters.AdamW, units: list[float]) -> None:
+    """By the definition, from which the filter's block was derived: y, then u, then x."""
+    mu = np.array(units) * max(map(abs, flt.intervals()[0]))
+    x, u, grown = np.ones_like(mu), np.zeros_like(mu), np.zeros_like(mu)
+    for step in range(600):
+        y = x - flt.extrapolation * u
+        gradient = -mu * y if flt.maximize else mu * y
+        u = flt.beta1 * u + (1.0 - flt.beta1) * gradient
+        x = x - flt.lr * u - flt.lr * flt.weight_decay * y
+        size = np.hypot(x, flt.lr * u)
+        size[size == 0.0] = 1.0
+        x, u = x / size, u / size
+        grown += np.log(size) if step >= 300 else 0.0
+    decided = np.abs(grown) > 5.0
+    np.testing.assert_array_equal(flt.admits(mu)[decided], (grown < 0.0)[decided])
+    assert decided[np.abs(flt.spectral_radius(mu) - 1.0) > 0.03].all()
+
+
+@given(st.floats(-4, 1).map(lambda e: 10.0**e), st.floats(0.01, 0.99), st.floats(-20.0, 20.0))
+def test_without_decay_it_is_heavy_ball_with_dampening(lr: float, beta: float, e: float) -> None:
+    """With momentum and dampening beta1, on both edges."""
+    flt = filters.AdamW(lr, beta, extrapolation=e * lr)
+    heavy = filters.HeavyBall(lr, beta, beta, extrapolation=e * lr)
+    [interval], [expected] = flt.intervals(), heavy.intervals()
+    assert interval == pytest.approx(expected, rel=1e-12)
+    mu = np.linspace(-1.0, 2.0, 7) * interval[1]
+    np.testing.assert_allclose(flt.spectral_radius(mu), heavy.spectral_radius(mu), rtol=1e-7)
+    assert flt.rate == pytest.approx(heavy.rate)
+    assert flt.composes == heavy.composes
+
+
+def test_known_edges_of_an_extrapolation() -> None:
+    ahead = filters.AdamW(0.1, 0.5, 0.4, 0.3)
+    assert ahead.max_eigenvalue() == pytest.approx(1.5 * (2 - 0.04) / (0.5 * 0.7))
+    assert filters.AdamW(0.1, 0.5, 0.4, -0.04).max_eigenvalue() == pytest.approx(
+        (1 - 0.5 * 0.96) / (0.5 * 0.04)  # a complex pair of multipliers leaves the unit circle
+    )
+    # A decay of y that is far ahead of x is a gradient, too, and the pair may leave at the low end.
+    far = filters.AdamW(0.1, 0.5, 2.0, 3.0)
+    assert far.intervals()[0][0] == pytest.approx(-(1 - 0.5 * 0.8) / (0.5 * 3.0))
+    assert (ahead.composes, far.composes) == (True, False)
+    assert filters.AdamW(0.0, 0.5, extrapolation=0.3).intervals() == [
+        (pytest.approx(-0.5 / 0.15), pytest.approx(1.5 * 2 / (0.5 * 0.6)))
+    ]
 
 
 @pytest.mark.parametrize(("lr", "decay"), [(0.02, 0.0), (0.05, 2.0)])
@@ -55,6 +104,8 @@ def test_of_adamw() -> None:
     for cls in (ef.AdamW, torch.optim.AdamW):
         opt = cls([p], lr=0.01, betas=(0.8, 0.99), weight_decay=0.1)
         assert filters.of(opt) == [filters.AdamW(0.01, 0.8, 0.1)]
+    ahead = ef.AdamW([p], lr=0.01, betas=(0.8, 0.99), weight_decay=0.1, extrapolation=0.3)
+    assert filters.of(ahead) == [filters.AdamW(0.01, 0.8, 0.1, 0.3)]
     with pytest.raises(TypeError, match="AMSGrad"):
         filters.of(torch.optim.AdamW([p], amsgrad=True))
 
@@ -67,7 +118,15 @@ def test_known_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(-1.0,), (0.1, 1.0), (0.1, -0.1), (0.1, 0.9, -1.0), (0.1, 0.9, 21.0)]
+    "arguments",
+    [
+        (-1.0,),
+        (0.1, 1.0),
+        (0.1, -0.1),
+        (0.1, 0.9, -1.0),
+        (0.1, 0.9, 21.0),
+        (0.1, 0.9, 0.0, math.inf),
+    ],
 )
 def test_bad_values(arguments: tuple) -> None:
     with pytest.raises(ValueError, match="must"):

@@ -106,9 +106,33 @@ def test_the_radius_of_msam(target: float, momentum: float, norm: float) -> None
         design("msam", target, rho=2.0 * rho, momentum_norm=norm, **rest)
 
 
+@given(
+    target=st.floats(-3, 5).map(lambda e: 10.0**e),
+    beta1=st.floats(0.0, 0.99),
+    decay=st.floats(0.0, 0.5),
+    share=st.floats(0.01, 0.99),
+)
+def test_adamw(target: float, beta1: float, decay: float, share: float) -> None:
+    rest = {"beta1": beta1, "weight_decay": decay * target}
+    highest = design("adamw", target, **rest)
+    assert filters.AdamW(highest, **rest).max_eigenvalue() == pytest.approx(target, rel=1e-9)
+    e = design("adamw", target, lr=share * highest, **rest)
+    assert e > 0
+    flt = filters.AdamW(share * highest, **rest, extrapolation=e)
+    assert flt.max_eigenvalue() == pytest.approx(target, rel=1e-9)
+    with pytest.raises(ValueError, match=r"take lr <= .* and an extrapolation to it"):
+        design("adamw", target, lr=1.01 * highest, **rest)
+
+
 @pytest.mark.parametrize(
     ("method", "edge", "options", "match"),
     [
+        ("adamw", 1.0, {"lr": 0.0}, "lr must be positive"),
+        ("adamw", 1.0, {"lr": 0.1, "beta1": 1.0}, "beta1 must lie"),
+        ("adamw", 1.0, {"lr": 0.1, "momentum": 0.9}, "momentum is not an argument of adamw"),
+        ("adamw", 1.0, {"rho": 0.1}, "rho is not an argument of adamw"),
+        ("adamw", 0.0, {"lr": 0.1}, "max_eigenvalue"),
+        ("sgd", 1.0, {"lr": 0.1, "beta1": 0.9}, "beta1 is an argument of adamw, not of sgd"),
         ("adam", 1.0, {"lr": 0.1}, "unknown method"),
         ("usam", -1.0, {"lr": 0.1}, "max_eigenvalue"),
         ("usam", 1.0, {}, "one of the two"),

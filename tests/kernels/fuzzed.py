@@ -167,7 +167,7 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "sgd_step": lambda: [*(tensors() for _ in range(4)), *LR, False, False, 7, *FLAGS, 2],
     "adamw_step": lambda: [
         *(tensors() for _ in range(5)),
-        *(0.1, 0.9, 0.99, 1e-8, 0.0, 1, False, None, *FLAGS, 2),
+        *(0.1, 0.9, 0.99, 1e-8, 0.0, 0.2, 1, False, None, *FLAGS, 2),
     ],
     "norm": lambda: [tensors(), torch.zeros(()), tensors(), None, 2],
     "flag_nonfinite": lambda: [tensors(), torch.zeros(1), 2],

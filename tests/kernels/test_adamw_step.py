@@ -1,7 +1,8 @@
 """adamw_step against exact arithmetic and torch.optim.AdamW.
 
 x <- b; d = +-g / grad_scale; m <- beta1 m + (1 - beta1) d; v <- beta2 v + (1 - beta2) d^2;
-x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
+x <- (1 - lr wd) x - lr u with u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps).
+With an extrapolation e last x <- x - e (u - u before), from m and v as they are stored.
 """
 
 from __future__ import annotations
@@ -44,23 +45,35 @@ def call(case: AdamWDescent, arena: Arena, backend: KernelBackend, **flags: Tens
     arena.assert_margins_untouched()
 
 
+def update_of(m: Exact, v: Exact, step: int, options: dict[str, Any]) -> Exact:
+    """The update u that follows from the moments after `step` steps."""
+    beta1, beta2, eps = (np.longdouble(options[name]) for name in ("beta1", "beta2", "eps"))
+    if step == 0:
+        return np.zeros_like(m)
+    return m / (1 - beta1**step) / (np.sqrt(v / (1 - beta2**step)) + eps)
+
+
 def expected(
-    case: AdamWDescent, before: list[Tensor], scale: float
+    case: AdamWDescent, before: list[Tensor], stored: list[Tensor], scale: float
 ) -> dict[int, tuple[Exact, Exact]]:
-    """(values, sizes of their terms) of x, m and v after the call."""
+    """(values, sizes of their terms) of x, m and v after the call, which has `stored` m and v."""
     options = case.options()
-    lr, beta1, beta2, eps, decay = (
-        np.longdouble(options[name]) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")
+    lr, beta1, beta2, decay = (
+        np.longdouble(options[name]) for name in ("lr", "beta1", "beta2", "weight_decay")
     )
+    e = np.longdouble(options.get("extrapolation", 0.0))
     x, g, m, v = (exact(before[i]) for i in (B if case.backups else X, G, M, V))
     d = (-g if case.maximize else g) / np.longdouble(np.float32(scale))
     terms_m = beta1 * np.abs(m) + (1 - beta1) * np.abs(d)
+    u_before = update_of(m, v, case.step - 1, options)
+    u_stored = update_of(*map(exact, stored), case.step, options)
     m = beta1 * m + (1 - beta1) * d
     v = beta2 * v + (1 - beta2) * d**2
-    rate = lr / (1 - beta1**case.step) / (np.sqrt(v / (1 - beta2**case.step)) + eps)
+    u, terms_u = (update_of(each, v, case.step, options) for each in (m, terms_m))
     decayed = (1 - lr * decay) * x
+    ahead, terms_ahead = e * (u_stored - u_before), e * (np.abs(u_stored) + np.abs(u_before))
     return {
-        X: (decayed - rate * m, np.abs(decayed) + rate * terms_m),
+        X: (decayed - lr * u - ahead, np.abs(decayed) + lr * terms_u + terms_ahead),
         M: (m, terms_m),
         V: (v, v),
     }
@@ -68,9 +81,9 @@ def expected(
 
 def assert_stepped(case: AdamWDescent, arena: Arena, before: list[Tensor], scale: float) -> None:
     options = case.options()
-    new = expected(case, before, scale)
-    dtype = before[X].dtype
-    roundings = adamw_roundings(dtype, options["beta1"], options["beta2"], case.step)
+    new = expected(case, before, [arena.values(M), arena.values(V)], scale)
+    betas = options["beta1"], options["beta2"]
+    roundings = adamw_roundings(before[X].dtype, *betas, case.step, case.ahead)
     assert_near(arena.values(X), *new[X], roundings)
     assert_near(arena.values(M), *new[M])
     assert_near(arena.values(V), *new[V])
@@ -116,6 +129,22 @@ def test_what_never_had_a_gradient_only_decays(backend: KernelBackend, dtype: to
     assert torch.equal(x, torch.full_like(x, 1.5))
     assert not m.any()
     assert not v.any()
+
+
+def test_the_update_before_the_first_step_is_zero(
+    backend: KernelBackend, dtype: torch.dtype
+) -> None:
+    """Without an eps its quotient would be 0 / 0."""
+    x, m, v = (torch.zeros(33, dtype=dtype, device=backend.device) for _ in range(3))
+    options = {"lr": 0.25, "eps": 0.0, "weight_decay": 0.0, "beta1": 0.5, "beta2": 0.75}
+    kernels.adamw_step(
+        *([x], [torch.full_like(x, 2.0)], [m], [v]),
+        **options,
+        extrapolation=0.5,
+        step=1,
+        backend=backend.name,
+    )
+    assert torch.equal(x, torch.full_like(x, -0.75))
 
 
 @pytest.mark.parametrize("T", [torch.float32, torch.float64], ids=str)
@@ -193,7 +222,7 @@ def test_runs_are_torchs(backend: KernelBackend, T: torch.dtype, maximize: bool)
     steps, allowed = 6, ADAMW_AGAINST_TORCH[T]
     start = nonzero((1000,), T).to(backend.device)
     grads = [nonzero((1000,), T).to(backend.device) for _ in range(steps)]
-    options = AdamWDescent(False, True, maximize, 1).options() | {"lr": 0.0113}
+    options = AdamWDescent(False, False, True, maximize, 1).options() | {"lr": 0.0113}
     del options["step"]
     runs = [Run(start, options) for _ in range(4)]
     runs[0].torchs(grads)

@@ -47,6 +47,8 @@ LISTS = {
     "sgd_step_ahead": (3, 2),
     "adamw_step": (4, 3),
     "adamw_step_scaled": (4, 3),
+    "adamw_step_ahead": (4, 3),
+    "adamw_step_ahead_scaled": (4, 3),
     "sum_squares": (1, 0),
     "sum_squares_weighted": (2, 0),
     "flag_nonfinite": (1, 0),
@@ -56,6 +58,7 @@ STOCHASTIC = {
     "sgd_step_stochastic": (3, 2),
     "adamw_step_stochastic": (4, 3),
     "adamw_step_stochastic_scaled": (4, 3),
+    "adamw_step_ahead_stochastic": (4, 3),
 }
 # Over rows of vectors, whose lengths are multiples of 16 here; of the wide dtypes alone.
 LANCZOS = {"row_dots": (2, 0), "lanczos_step": (3, 1), "gram": (2, 0), "mix_rows": (1, 1)}
@@ -84,6 +87,7 @@ WIDE_LISTS = {
     "perturb_hvp_scaled": (1, 2, 1),
     "sgd_step_scaled": (2, 1, 2),
     "adamw_step_scaled": (3, 1, 3),
+    "adamw_step_ahead_scaled": (3, 1, 3),
     "sum_squares_weighted": (1, 1, 0),
 }
 WIDE_STOCHASTIC = {
@@ -308,7 +312,7 @@ def configurations(
     shared = constants(getattr(torch, dtype), Blocks(), getattr(torch, grad or dtype))
     nesterov = {"MOMENTA": True, "NESTEROV": True, "AHEAD": False}
     ahead = {"MOMENTA": True, "NESTEROV": False, "AHEAD": True}
-    nearest = {"STOCHASTIC": False}
+    straight, nearest = {"AHEAD": False}, {"STOCHASTIC": False}
     unscaled = {} if "float64" in (dtype, grad) else {"exponents": None}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "perturb": on_host(perturb_kernel, SAVE=True, ADAPTIVE=False),
@@ -321,16 +325,19 @@ def configurations(
         "sgd_step": on_host(sgd, MOMENTA=False, NESTEROV=False, AHEAD=False, **nearest),
         "sgd_step_scaled": (sgd, nesterov | nearest),
         "sgd_step_ahead": on_host(sgd, **ahead, **nearest),
-        "adamw_step": on_host(adamw, **nearest),
-        "adamw_step_scaled": (adamw, nearest),
+        "adamw_step": on_host(adamw, **straight, **nearest),
+        "adamw_step_scaled": (adamw, straight | nearest),
+        "adamw_step_ahead": on_host(adamw, AHEAD=True, **nearest),
+        "adamw_step_ahead_scaled": (adamw, {"AHEAD": True} | nearest),
         "sum_squares": (sum_squares_kernel, {"WEIGHTS": False} | unscaled),
         "sum_squares_weighted": (sum_squares_kernel, {"WEIGHTS": True} | unscaled),
         "flag_nonfinite": (flag_nonfinite_kernel, {}),
     }
     if dtype in NARROW:
         kernels["sgd_step_stochastic"] = on_host(sgd, **nesterov, STOCHASTIC=True)
-        kernels["adamw_step_stochastic"] = on_host(adamw, STOCHASTIC=True)
-        kernels["adamw_step_stochastic_scaled"] = (adamw, {"STOCHASTIC": True})
+        kernels["adamw_step_stochastic"] = on_host(adamw, **straight, STOCHASTIC=True)
+        kernels["adamw_step_stochastic_scaled"] = (adamw, straight | {"STOCHASTIC": True})
+        kernels["adamw_step_ahead_stochastic"] = on_host(adamw, AHEAD=True, STOCHASTIC=True)
     output = {
         name: (kernel, shared | chosen, options(Blocks()))
         for name, (kernel, chosen) in kernels.items()

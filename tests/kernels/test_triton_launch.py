@@ -128,6 +128,7 @@ def test_updates(
     if "MOMENTA" in launch.source.fn.arg_names:
         assert launch["MOMENTA"] == ("momenta" in update.lists)
         assert launch["NESTEROV"] == update.options.get("nesterov", False)
+    if "AHEAD" in launch.source.fn.arg_names:
         assert launch["AHEAD"] == ("extrapolation" in update.options)
         assert launch["TO_ITERATE"] == update.options.get("to_iterate", False)
     if "sign" in launch.source.fn.arg_names:

@@ -60,6 +60,43 @@ def test_a_norm_counts_what_is_whole_once_and_sums_over_shards(
     assert all(map(torch.equal, first, second))
 
 
+AHEAD: dict[str, Callable[[Any], Any]] = {
+    "sgd": lambda p: ef.SGD(p, lr=0.1, momentum=0.9, extrapolation=0.2),
+    "adamw": lambda p: ef.AdamW(p, lr=0.1, betas=(0.8, 0.9), eps=0.1, extrapolation=0.2),
+}
+
+
+def steps_ahead(name: str, place: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    """The points y and x after two steps of an extrapolated method."""
+    whole = torch.linspace(-1.0, 2.0, 15, dtype=torch.float64).reshape(5, 3)
+    params = [nn.Parameter(p) for p in place(whole)]
+    opt = AHEAD[name](params)
+    for _ in range(2):
+        for i, p in enumerate(params):
+            p.grad = p.detach() * (i + 1)
+        opt.step()
+    y = [t.clone() for t in full(params)]  # what is replicated is the memory of the parameter
+    opt.eval()
+    x = [t.clone() for t in full(params)]
+    opt.train()
+    torch.testing.assert_close(full(params), y, rtol=1e-14, atol=1e-14)
+    return y + x
+
+
+def steps_ahead_in_every_placement(rank: int, name: str) -> list[Tensor]:
+    return steps_ahead(name, place_in_every_way())
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_an_extrapolation_of_every_placement(run_distributed: RunDistributed, name: str) -> None:
+    first, second = run_distributed(steps_ahead_in_every_placement, 2, name)
+    expected = steps_ahead(name, lambda t: [t.clone(), t.clone(), t.clone(), t[:1], t.clone()])
+    torch.testing.assert_close(first, expected, rtol=1e-14, atol=1e-14)
+    assert all(map(torch.equal, first, second))
+    half = len(first) // 2
+    assert not any(map(torch.equal, first[:half], first[half:]))
+
+
 def gradient_placed_otherwise(rank: int) -> list[Tensor]:
     """A parameter in shards with a gradient that every process has whole."""
     mesh = init_device_mesh("cpu", (WORLD,))

@@ -14,6 +14,15 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import eigenfilter as ef
 from cases import same_bits
+from optimizers.extrapolated import (
+    TOLERANCES,
+    distance,
+    gradient,
+    loss_of,
+    parameters,
+    set_gradients,
+    train,
+)
 
 E, LR = 0.08, 0.02
 HEAVY: dict[str, Any] = {"lr": LR, "momentum": 0.9}
@@ -24,32 +33,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "maximize": {"maximize": True},
     "back": {"extrapolation": -0.01},
 }
-TOLERANCES = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 8e-3}
-
-
-def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-    gen = torch.Generator().manual_seed(3)
-    shapes = (4, 5), (7,), ()
-    return [
-        nn.Parameter(torch.rand(s, generator=gen, dtype=torch.float64).to(dtype)) for s in shapes
-    ]
-
-
-def gradient(x: Tensor) -> Tensor:
-    """The gradient of the sum of 2 x^2 + cos x."""
-    return 4 * x - x.sin()
-
-
-def set_gradients(params: list[nn.Parameter], sign: float = 1.0) -> None:
-    for p in params:
-        p.grad = sign * gradient(p.detach().double()).to(p.dtype)
-
-
-def train(opt: torch.optim.Optimizer, params: list[nn.Parameter], steps: int) -> None:
-    sign = -1.0 if opt.param_groups[0]["maximize"] else 1.0
-    for _ in range(steps):
-        set_gradients(params, sign)
-        opt.step()
 
 
 class Formula:
@@ -76,11 +59,6 @@ class Formula:
         keep = 1.0 if first else 1.0 - dampening
         self.m = [momentum * m + keep * g for m, g in zip(self.m, d, strict=True)]
         self.x = [x - lr * m for x, m in zip(self.x, self.m, strict=True)]
-
-
-def distance(params: list[nn.Parameter], values: list[Tensor]) -> float:
-    pairs = zip(params, values, strict=True)
-    return max((p.detach().double() - v).abs().max().item() for p, v in pairs)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -317,8 +295,7 @@ def test_gradients_released_in_backward() -> None:
 
         def closure(opt: torch.optim.Optimizer = opt, params: list = params) -> Tensor:
             opt.zero_grad()
-            loss = sum((2 * p.square() + p.cos()).sum() for p in params)
-            assert isinstance(loss, Tensor)
+            loss = loss_of(params)
             loss.backward()
             return loss
 
@@ -403,7 +380,7 @@ def test_refusals(options: dict[str, Any], error: type[Exception], message: str)
 
 def test_methods_that_ascend_refuse_it() -> None:
     opt = ef.USAM(parameters()[:2], **HEAVY)
-    with pytest.raises(ValueError, match="extrapolation is SGD's alone"):
+    with pytest.raises(ValueError, match=r"extrapolation is an option of eigenfilter\.SGD"):
         opt.add_param_group({"params": parameters()[2:], "extrapolation": E})
 
 

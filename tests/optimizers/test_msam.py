@@ -319,6 +319,20 @@ def test_a_checkpoint_of_torchs_holds_x() -> None:
     assert distance(params, formula.x) < 1e-13
 
 
+def test_another_layout_in_between() -> None:
+    params, others = parameters(torch.float32), parameters(torch.float32)
+    opt, other = (ef.MSAM(p, **HEAVY, rho=RHO) for p in (params, others))
+    train(opt, params, 2)
+    train(other, others, 2)
+    params[0].data = params[0].data.t().contiguous().t()
+    for each, ps in ((opt, params), (other, others)):
+        each.eval()
+        each.train()
+        train(each, ps, 2)
+    assert not params[0].is_contiguous()
+    assert distance(params, [p.detach().double() for p in others]) < 1e-6
+
+
 def test_an_interrupt_between_buckets_leaves_every_parameter_at_a_y(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

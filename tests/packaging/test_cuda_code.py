@@ -14,13 +14,26 @@ pytestmark = pytest.mark.skipif(not _core.cuda_compiled, reason="built without C
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 NARROW = ("BFloat16", "Float16")
 DTYPES = ("NativeIfE", "NativeIdE", *NARROW)
-UPDATES = {"Perturb": 3, "PerturbHvp": 1, "SgdStep": 4, "AdamWStep": 2}  # instances of each rule
+# Instances of each rule.
+UPDATES = {"Perturb": 3, "PerturbHvp": 1, "SgdStep": 4, "AdamWStep": 2, "AheadAdamWStep": 2}
+LONG = {"AheadAdamWStep"}  # without a second instance for few tensors
 KERNELS = {**UPDATES, "squares_kernel": 2, "nonfinite_kernel": 1}  # instances by dtype
-SEEDED = {"SgdStep", "AdamWStep"}  # these also round stochastically to narrow dtypes
+SEEDED = {
+    "SgdStep",
+    "AdamWStep",
+    "AheadAdamWStep",
+}  # these also round stochastically to narrow dtypes
 # Instances for gradients wider than the parameters, which are then read from backups.
-WIDE = {"Perturb": 2, "PerturbHvp": 1, "SgdStep": 2, "AdamWStep": 1, "squares_kernel": 1}
+WIDE = {
+    "Perturb": 2,
+    "PerturbHvp": 1,
+    "SgdStep": 2,
+    "AdamWStep": 1,
+    "AheadAdamWStep": 1,
+    "squares_kernel": 1,
+}
 WIDE_DTYPES = ("FloatInDouble", *NARROW)
-DIVIDES = {"AdamWStep"}  # the compiler's own code for a division fuses
+DIVIDES = {"AdamWStep", "AheadAdamWStep"}  # the compiler's own code for a division fuses
 
 
 def cuobjdump(*arguments: str) -> str:
@@ -120,7 +133,8 @@ def test_every_kernel_is_there_in_every_dtype(instructions, kernel):
         counts = Counter(dtypes_of(name) for name in names if ("Seeded" in name) == seeded)
         wide = [d for d in WIDE_DTYPES if not seeded or d in dtypes] if kernel in WIDE else []
         # There is a second instance for few tensors, except for updates whose code is long.
-        plain, long = 1 + (kernel not in UPDATES or not seeded), 1 + (kernel not in UPDATES)
+        is_short = not seeded and kernel not in LONG
+        plain, long = 1 + (kernel not in UPDATES or is_short), 1 + (kernel not in UPDATES)
         expected = {(dtype, False): plain * KERNELS[kernel] for dtype in dtypes}
         assert counts == expected | {(dtype, True): long * WIDE[kernel] for dtype in wide}
 
@@ -268,7 +282,7 @@ def test_2000_tensors_take_three_launches(ptx):
             launches, tensors = (1, 70) if is_for_few else (3, 2000)
             assert batch + rule + 8 <= (4096 if is_for_few else 32764), name
             assert launches * (batch // (5 * 8 + 8)) >= tensors, name
-    assert forms[True] == sum(UPDATES.values()) * len(DTYPES)
+    assert forms[True] == sum(UPDATES[kernel] for kernel in UPDATES.keys() - LONG) * len(DTYPES)
 
 
 def test_ptx_for_later_chips_is_included():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,28 +151,29 @@ def _compose(
     J is the symmetric Jacobian of the gradient, A the diagonal of the groups' `rate` (divided by P
     for AdamW), and W that of their weight decays (times P for AdamW). Let G(z) be the diagonal of
     the groups' transfer functions, so that y = -G(z) J y for a mode y with the multiplier z, or
-    (G(z)^-1 + J) y = 0. For heavy ball, Nesterov's method and AdamW, with any hyperparameters, the
-    imaginary part of G^-1 is positive on the upper half of the unit circle, and so it is with an
-    extrapolation e > -lr (1 - momentum) / 4. Then so is that of y* (G^-1 + J) y, and no multiplier
-    other than 1 and -1 lies on the circle. All multipliers lie inside if G^-1 + J is positive
-    definite at 1 and negative definite at -1:
+    (G(z)^-1 + J) y = 0. For heavy ball, Nesterov's method and AdamW, with any hyperparameters and
+    with extrapolations that `composes` of the filters allows, the imaginary part of G^-1 is
+    positive on the upper half of the unit circle. Then so is that of y* (G^-1 + J) y, and no
+    multiplier other than 1 and -1 lies on the circle. All multipliers lie inside if G^-1 + J is
+    positive definite at 1 and negative definite at -1:
 
         0 <= A^1/2 (J + W) A^1/2 <= 2
 
     For AdamW, whose weight decay is no part of its gradient, the right-hand inequality, which comes
-    from G(-1), has W multiplied by (1 + beta1) / (1 - beta1).
+    from G(-1), has W multiplied by (1 + beta1) / (1 - beta1) lr / (lr + 2 e).
     """
     members = [f for _, f in groups]
+    rated = [(g, f) for g, f in groups if isinstance(f, AdamW | PolynomialFilter)]
+    if not all(f.composes for _, f in rated):
+        raise NoFilter(
+            "the groups differ, and with an extrapolation of one of them complex multipliers "
+            "decide (one far back, or of AdamW one far ahead with a large weight decay): "
+            "their filters do not compose"
+        )
     if len({bool(g.get("maximize")) for g, _ in groups}) > 1:
         raise NoFilter("the groups differ in maximize: no symmetric matrix has their stability")
-    if any(4.0 * f.extrapolation <= -f.lr * (1.0 - f.momentum) for f in members if _follows(f)):
-        raise NoFilter(
-            "the groups differ, and one looks back along its momentum (extrapolation < 0): no "
-            "symmetric matrix has their stability"
-        )
     rho, ascent = _ascents(op, optimizer, [g for g, _ in groups], grad_norm)
-    rates = [(g, f.rate) for g, f in groups if isinstance(f, AdamW | PolynomialFilter)]
-    scale = spread(op, rates).sqrt()
+    scale = spread(op, [(g, f.rate) for g, f in rated]).sqrt()
     decay = spread(op, [(g, float(g["weight_decay"])) for g, _ in groups])
     sign = -1.0 if groups[0][0].get("maximize") else 1.0
 
@@ -186,10 +187,11 @@ def _compose(
         rest, words = "P W", " over P of AdamW now"
         if bool(decay.any()):
             lower = build(decay)
-            words += ", and W times (1 + beta1) / (1 - beta1) at the upper edge"
-        betas = [(g, f.beta1) for g, f in groups if isinstance(f, AdamW)]
-        beta = spread(op, betas)
-        decay = decay * (1 + beta) / (1 - beta)
+            words += ", and W times (1 + beta1) / (1 - beta1)"
+            if any(g.get("extrapolation") for g, _ in groups):
+                words += " lr / (lr + 2 e)"
+            words += " at the upper edge"
+        decay = P * spread(op, [(g, f.edge_decay) for g, f in groups if isinstance(f, AdamW)])
     operator = build(decay)
     inner = _jacobian(operator, ascent, f" + {rest}" if bool(decay.any()) else "")
     return Linearized(
@@ -280,11 +282,6 @@ def perturbation_of(optimizer: torch.optim.Optimizer) -> Perturbation:
     """Return how an optimizer ascends before its gradient; torch's own do not."""
     perturbation: Perturbation = getattr(optimizer, "perturbation", None) or Perturbation()
     return perturbation
-
-
-def _follows(flt: Filter) -> TypeGuard[HeavyBall]:
-    """Whether the gradient is taken at an extrapolated point."""
-    return isinstance(flt, HeavyBall) and flt.extrapolation != 0.0
 
 
 def radius_of(optimizer: torch.optim.Optimizer, group: Group) -> float:

@@ -21,6 +21,7 @@ from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 DATASETS = ("digits", "mnist", "fashion", "cifar10", "cifar100")
 _PLAIN = tuple(name for name in filters.METHODS if name not in registry.PERTURBATIONS)
 OPTIMIZERS = (*_PLAIN, *registry.names(), *registry.updates())
+_EXTRAPOLATED = ("sgd", "adamw")
 _UPDATES = ", ".join(registry.updates())
 METHODS = ("none", *registry.names())
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
@@ -155,7 +156,9 @@ class Config:
     momentum: float = _option(0.9, _number(0, 1, below=True), "momentum of the SGD update")
     nesterov: bool = _option(False, _boolean, "use Nesterov momentum instead of heavy ball")
     extrapolation: float = _option(
-        0.0, _number(0), "sgd: distance along the momentum at which the gradient is taken"
+        0.0,
+        _number(0),
+        "sgd and adamw: distance along the update, without lr, at which the gradient is taken",
     )
     weight_decay: float = _option(0.0, _number(0), "weight decay of all parameters")
     rho: float = _option(
@@ -250,10 +253,10 @@ class Config:
                 f"method applies only to {_UPDATES} and torch's optimizers; {self.optimizer} is "
                 "itself a method, leave it out"
             )
-        if self.extrapolation and self.optimizer != "sgd":
+        if self.extrapolation and self.optimizer not in _EXTRAPOLATED:
             raise ValueError(
-                f"extrapolation applies only to sgd, and the optimizer is {self.optimizer}; leave "
-                "it out, or choose optimizer: sgd"
+                f"extrapolation applies only to {' and '.join(_EXTRAPOLATED)}, and the optimizer "
+                f"is {self.optimizer}; leave it out, or choose one of them"
             )
         for name in ("ascent_part", "ascent_sync"):
             is_given = getattr(self, name) != getattr(Config, name)  # the class has the defaults

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import eigenfilter as ef
 from eigenfilter.curvature.loss.batch_trees import leaves
 from eigenfilter.experiments import archives, checkpoint, datasets, imports
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.trainer import Trainer
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def load_trained(
         raise UserError(
             f"{path} was trained on other data; give the folder of its data with --data-dir"
         )
-    if isinstance(trainer.optimizer, ef.SGD):
+    if isinstance(trainer.optimizer, ExtrapolatedOptimizer):
         trainer.optimizer.eval()  # from an extrapolated point back to x
     images, labels = trainer.examples(samples or len(trainer.data.images))
     batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))  # type: ignore[no-untyped-call]

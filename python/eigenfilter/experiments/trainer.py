@@ -20,6 +20,7 @@ from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.image_batches import Augmentation, Batches, Normalizer, in_order
 from eigenfilter.experiments.networks import build
 from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.hyperparameters import rho_key
 
 
@@ -206,14 +207,15 @@ class Trainer:
         optimizer, kept = self.optimizer, list[Tensor]()
         self.model.eval()
         groups = optimizer.param_groups
-        if isinstance(optimizer, ef.SGD) and any(group["extrapolated"] for group in groups):
+        is_ahead = any(group.get("extrapolated") for group in groups)
+        if isinstance(optimizer, ExtrapolatedOptimizer) and is_ahead:
             kept = [p.detach().clone() for p in self.model.parameters()]
             optimizer.eval()
         try:
             yield
         finally:
             self.model.train()
-            if isinstance(optimizer, ef.SGD) and kept:
+            if isinstance(optimizer, ExtrapolatedOptimizer) and kept:
                 optimizer.train()
                 torch._foreach_copy_(list(self.model.parameters()), kept)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from eigenfilter.filters.adamw import design_adamw
 from eigenfilter.filters.methods import METHODS, MSAM, AscentFilter, HeavyBall, Nesterov
 from eigenfilter.filters.stability import PolynomialFilter, real_roots
+
+_ADAMW = "adamw"
 
 
 def design(
@@ -22,6 +25,7 @@ def design(
     ascent: str | None = None,
     grad_norm: float | None = None,
     momentum_norm: float | None = None,
+    beta1: float | None = None,
 ) -> float:
     """Return the rho or the lr with which the filter of a method ends at a given eigenvalue.
 
@@ -29,10 +33,12 @@ def design(
     (see `PolynomialFilter`); given rho, the same equation is solved for lr. For "sgd" the result is
     the lr; or, given lr, the extrapolation e of `HeavyBall`, with which one gradient a step is
     enough: (lr + 2 e) (1 - dampening) (max_eigenvalue + wd) = 2 (1 + momentum). For "msam" e is rho
-    / momentum_norm in this equation.
+    / momentum_norm in this equation. For "adamw", whose edge is that of the preconditioned Hessian,
+    it is likewise the lr or the extrapolation of `AdamW`: (lr + 2 e) (1 - beta1) max_eigenvalue =
+    (1 + beta1) (2 - lr wd).
 
     Args:
-        method: "sgd", "msam", "usam", "sam", "two_step_usam" or "hessian_usam".
+        method: "sgd", "msam", "usam", "sam", "two_step_usam", "hessian_usam" or "adamw".
         max_eigenvalue: upper edge of the admitted set, greater than 0.
         lr: learning rate, greater than 0, to get rho or the extrapolation; or None.
         rho: radius of the ascent, at least 0, to get lr; or None.
@@ -40,6 +46,7 @@ def design(
         ascent: form of "two_step_usam": "sequential", the default, or "anchored".
         grad_norm: gradient norm of "sam", at which its edge is max_eigenvalue.
         momentum_norm: norm of the momentum buffers of "msam", at which its edge is max_eigenvalue.
+        beta1: decay rate of the first moment of "adamw", by default 0.9.
 
     Raises:
         ValueError: a value is out of its range, not exactly one of lr and rho is given, or lr alone
@@ -54,13 +61,24 @@ def design(
     0.1
     >>> round(design("sgd", 10.0, lr=0.1, momentum=0.5), 9)
     0.1
+    >>> round(design("adamw", 10000.0, lr=1e-3), 9)
+    0.0014
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    if method not in (*METHODS, _ADAMW):
+        known = ", ".join((*METHODS, _ADAMW))
+        raise ValueError(f"unknown method {method!r}: choose one of {known}")
     if not 0 < max_eigenvalue < math.inf:
         raise ValueError(f"max_eigenvalue must be positive and finite, got {max_eigenvalue}")
-    theory = METHODS[method]
     own = {"ascent": ascent, "grad_norm": grad_norm, "momentum_norm": momentum_norm}
+    if method == _ADAMW:
+        others = own | {"rho": rho, "momentum": momentum, "dampening": dampening}
+        given = [name for name, value in (others | {"nesterov": nesterov}).items() if value]
+        if given:
+            raise ValueError(f"{given[0]} is not an argument of adamw: leave it out")
+        return design_adamw(max_eigenvalue, lr, 0.9 if beta1 is None else beta1, weight_decay)
+    if beta1 is not None:
+        raise ValueError(f"beta1 is an argument of adamw, not of {method}")
+    theory = METHODS[method]
     options: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     for name in options:
         if not theory.takes(name):

@@ -182,6 +182,11 @@ class HeavyBall(PolynomialFilter):
         real = 2.0 * (1.0 + beta) / reach if reach > 0.0 else math.inf
         return min(real, (1.0 - beta) / -e) if e < 0.0 else real
 
+    @property
+    def composes(self) -> bool:
+        e, lr = self.extrapolation, self.lr
+        return e == 0.0 or (lr > 0.0 and -4.0 * e <= (1.0 - self.momentum) * lr)
+
     def spectral_radius(self, lam: ArrayLike) -> NDArray[np.float64]:
         """See `PolynomialFilter`; with extrapolation the block acts on (x, a multiple of m)."""
         e, beta = self.extrapolation, self.momentum

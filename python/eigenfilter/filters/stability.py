@@ -179,6 +179,11 @@ class PolynomialFilter(Filter):
         return preimage(self.coefficients, 0.0 - decay, self._edge / self._gain - decay)
 
     @property
+    def composes(self) -> bool:
+        """Whether the multipliers 1 and -1 alone decide, so that groups may be composed."""
+        return True
+
+    @property
     def rate(self) -> float:
         """The lr of gradient descent without momentum that has the same edges."""
         return 2.0 * self._gain / self._edge

@@ -49,8 +49,8 @@ class SharpnessAwareCallback(Callback):  # type: ignore[misc]
       gradient of the descent, once a step, unscaled under "16-mixed" too;
     - running statistics, torchmetrics and what `self.log` logs are those of the first pass, at x;
     - `trainer.global_step` counts steps, and validation, checkpoints and averages of weights see x;
-    - `train` and `eval` of a schedule-free base, or of SGD with an extrapolation, are called around
-      training, validation and checkpoints.
+    - `train` and `eval` of a schedule-free base, or of SGD or AdamW with an extrapolation, are
+      called around training, validation and checkpoints.
 
     `training_step`, `backward`, `on_before_backward` and `on_after_backward` are called in every
     pass, as often as the method needs gradients: `self.optimizers().perturbed` tells whether the

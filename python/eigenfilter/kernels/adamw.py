@@ -1,7 +1,8 @@
 """The step of AdamW.
 
 The body is the reference. x: parameter; g: gradient; b: backup of x; m, v: first and second moment;
-S = 1 / grad_scale; T: dtype of the arithmetic.
+u: the update that follows from them; e: extrapolation; S = 1 / grad_scale; T: dtype of the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def adamw_step(
     beta2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     weight_decay: Scalar = 1e-2,
+    extrapolation: Scalar = 0.0,
     step: Scalar,
     maximize: bool = False,
     rounding_seed: Scalar | None = None,
@@ -51,7 +53,13 @@ def adamw_step(
         d = g / grad_scale                    (-g with maximize)
         m <- beta1 m + (1 - beta1) d
         v <- beta2 v + (1 - beta2) d^2
-        x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
+        x <- (1 - lr wd) x - lr u             (u = m / (1 - beta1^step)
+                                               / (sqrt(v / (1 - beta2^step)) + eps))
+        x <- x - e (u - u before)             (with an extrapolation e)
+
+    Parameters that hold y = x - e u, where x is the iterate, thus hold the next y afterwards: the
+    gradient is taken there, and the decay acts there. The last line uses m and v as they are
+    stored, with step - 1 those before, so that x = y + e u can be had back; u is 0 before step 1.
 
     Args:
         params: n tensors, overwritten. With backups their present values are not read.
@@ -63,6 +71,7 @@ def adamw_step(
         beta1, beta2: decay rates of the moments, in [0, 1).
         eps: term that keeps the quotient finite, greater than 0.
         weight_decay: coefficient wd of the decoupled weight decay, at least 0.
+        extrapolation: how far e along -u the parameters lie ahead of the iterate.
         step: the number of this step, a whole number from 1.
         maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
@@ -83,12 +92,28 @@ def adamw_step(
         S = inverse(grad_scale, p)
         d = (-S if maximize else S).to(T) * g.to(T)
         b1, b2, a = real(beta1, p), real(beta2, p), real(lr, p)
-        m = b1.to(T) * exp_avgs[i].to(T) + (1 - b1).to(T) * d
-        v = b2.to(T) * exp_avg_sqs[i].to(T) + (1 - b2).to(T) * (d * d)
-        size = (a / (1 - power(b1, step))).to(T)
-        root = (1 / square_root(1 - power(b2, step))).to(T)
+        betas, count, before = (b1, b2), int(step), (exp_avgs[i].to(T), exp_avg_sqs[i].to(T))
+        m = b1.to(T) * before[0] + (1 - b1).to(T) * d
+        v = b2.to(T) * before[1] + (1 - b2).to(T) * (d * d)
         decay = (1 - a * real(weight_decay, p)).to(T)
-        denominator = square_root(v) * root + real(eps, p).to(T)
-        x = decay * p.to(T) - size * m / denominator
-        for output, target, value in ((M, exp_avgs[i], m), (V, exp_avg_sqs[i], v), (X, p, x)):
-            write(target, dithered(value, target, rounding_seed, i, output), found_inf)
+        x = decay * p.to(T) - _update(m, v, a, betas, eps, count)
+        m = dithered(m, exp_avgs[i], rounding_seed, i, M).to(p.dtype)
+        v = dithered(v, exp_avg_sqs[i], rounding_seed, i, V).to(p.dtype)
+        e = real(extrapolation, p)
+        if e != 0:
+            change = _update(m.to(T), v.to(T), e, betas, eps, count)
+            if count > 1:
+                change = change - _update(*before, e, betas, eps, count - 1)
+            x = x - change
+        write(exp_avgs[i], m, found_inf)
+        write(exp_avg_sqs[i], v, found_inf)
+        write(p, dithered(x, p, rounding_seed, i, X), found_inf)
+
+
+def _update(
+    m: Tensor, v: Tensor, factor: Tensor, betas: tuple[Tensor, Tensor], eps: Scalar, step: int
+) -> Tensor:
+    """`factor` times the update u that follows from the moments after `step` steps."""
+    size = (factor / (1 - power(betas[0], step))).to(m.dtype)
+    root = (1 / square_root(1 - power(betas[1], step))).to(m.dtype)
+    return size * m / (square_root(v) * root + real(eps, m).to(m.dtype))

@@ -139,7 +139,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         if group.get("extrapolation"):
-            raise ValueError("extrapolation is SGD's alone: leave it out, or use eigenfilter.SGD")
+            raise ValueError(
+                "extrapolation is an option of eigenfilter.SGD and AdamW: leave it out, or use one "
+                "of them"
+            )
 
     def _check_groups(self) -> None:
         """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""

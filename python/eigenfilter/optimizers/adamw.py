@@ -7,21 +7,33 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.filters import design
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.hyperparameters import MethodOptions, split_options
 from eigenfilter.optimizers.registry import perturbation_of, register
 from eigenfilter.optimizers.updates import STEP, AdamWUpdate
 
 
 @register("adamw")
-class AdamW(EigenfilterOptimizer):
+class AdamW(ExtrapolatedOptimizer):
     r"""AdamW with its gradient taken after an ascent; plain AdamW at rho = 0, the default.
 
         g = grad f at the point that `method` ascends to from x
         m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2
         x <- (1 - lr wd) x - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    with t the number of the step. One kernel call updates all tensors of a group that share a
+    with t the number of the step. Where the method converges with P = sqrt(v / (1 - beta2^t)) + eps
+    as it is then, every eigenvalue mu of P^-1/2 H P^-1/2 satisfies -wd <= mu <= (1 + beta1) (2 -
+    lr wd) / ((1 - beta1) lr): see `eigenfilter.filters.AdamW`.
+
+    With an extrapolation e the gradient and the decay are taken at y = x - e u, where u is the
+    update m / (1 - beta1^t) / P that the last step took times lr (0 before the first). Between
+    steps the parameters hold y, so that a step costs what AdamW's costs: one gradient, no closure,
+    no further memory. For e >= 0 the edge is then (1 + beta1) (2 - lr wd) / ((1 - beta1) (lr + 2
+    e)), anywhere below AdamW's. Evaluate and save x: call `eval()` before, and `train()` to go on.
+    The point from which a `method` ascends is y, too.
+
+    One kernel call updates all tensors of a group that share a
     device and a dtype. The state is torch.optim.AdamW's.
 
     Memory: two moments, and one backup of the parameters if there is an ascent.
@@ -36,6 +48,11 @@ class AdamW(EigenfilterOptimizer):
         method: how to ascend: "usam", "sam", "two_step_usam" or "hessian_usam".
         rho: radius of that method's ascent, at least 0; see the optimizer of the method. It
             lives in param_groups, as lr does.
+        extrapolation: how far e along -u the gradient is taken; a number, by default 0. It lives in
+            param_groups, and a change of it takes effect with the next gradient. u is that of the
+            present betas and eps: to change these shifts x by e times the change of u.
+        max_eigenvalue: the edge that is wanted, in place of `extrapolation`: each group gets the e
+            that puts its edge, of the preconditioned Hessian, there at its present lr.
         adaptive: option of the method "sam", see `SAM`.
         ascent: option of the method "two_step_usam", see `TwoStepUSAM`.
         hvp, fd_step: options of the method "hessian_usam", see `HessianUSAM`.
@@ -72,12 +89,20 @@ class AdamW(EigenfilterOptimizer):
         *,
         method: str = "usam",
         rho: float | Tensor = 0.0,
+        extrapolation: float | None = None,
+        max_eigenvalue: float | None = None,
         **options: Unpack[MethodOptions],
     ) -> None:
         shared, own = split_options(options)
-        group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rho": rho}
+        group: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        group |= {"weight_decay": weight_decay, "rho": rho}
+        group |= self._extrapolation_options(extrapolation, max_eigenvalue)
         perturbation = perturbation_of(method, **own)
         super().__init__(params, group, perturbation, AdamWUpdate(), shared | {"amsgrad": amsgrad})
+
+    def _extrapolation_for(self, group: dict[str, Any], max_eigenvalue: float) -> float:
+        values: dict[str, Any] = {name: float(group[name]) for name in ("lr", "weight_decay")}
+        return float(design("adamw", max_eigenvalue, beta1=float(group["betas"][0]), **values))
 
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()

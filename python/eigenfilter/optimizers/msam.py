@@ -8,14 +8,15 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from eigenfilter import _core
 from eigenfilter.optimizers._norms import total_norms
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket, ParamBuckets
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.hyperparameters import Options, is_zero
 from eigenfilter.optimizers.perturbation import TINY, Perturbation
 from eigenfilter.optimizers.registry import register
-from eigenfilter.optimizers.sgd import SGD
 from eigenfilter.optimizers.updates import EXTRAPOLATED, EXTRAPOLATION, MOMENTUM, SGDUpdate
 
 NORM = "momentum_norm"  # in a group: the |m| by which its parameters' extrapolation is divided
@@ -44,11 +45,12 @@ class MSAMUpdate(SGDUpdate):
     def cancel(self) -> None:
         """Bring what the step has updated from x to a y by the norm of the step before."""
         for bucket in self._updated:
-            _perturb(bucket, -_factor(bucket, bucket.group[EXTRAPOLATED]), None)
+            e = _factor(bucket, bucket.group[EXTRAPOLATED], bucket.group[NORM])
+            _perturb(bucket, -e, None)
         self._updated.clear()
 
     def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
-        e = _factor(bucket, bucket.group[EXTRAPOLATED])
+        e = _factor(bucket, bucket.group[EXTRAPOLATED], bucket.group[NORM])
         return {EXTRAPOLATION: e, "to_iterate": not is_zero(e)}
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
@@ -74,15 +76,17 @@ class MSAMUpdate(SGDUpdate):
         """Bring all parameters from the present y, or from x, to the y that is wanted."""
         rho_of = {id(group): rho for group, rho in wanted}
         parts = [bucket for bucket, has_momentum in buckets.by_state() if has_momentum]
-        before = [_factor(bucket, bucket.group[EXTRAPOLATED]) for bucket in parts]
+        if amp is None:
+            for bucket in parts:  # errors come before the first write; a step has checked them
+                lists = bucket.tensors, bucket.buffers(MOMENTUM)
+                _core.check(("params", MOMENTUM), lists, (True, False))
         ahead = [bucket for bucket in parts if rho_of[id(bucket.group)] != 0]
         norms = total_norms([(bucket, bucket.buffers(MOMENTUM)) for bucket in ahead])
-        for group, rho in wanted:
-            group[EXTRAPOLATED] = rho
-            group[NORM] = next(iter(norms.values()), group[NORM])
+        norm = next(iter(norms.values()), None)
         ids = {id(p) for bucket in at_x for p in bucket.params}
-        for bucket, e in zip(parts, before, strict=True):
-            after = _factor(bucket, bucket.group[EXTRAPOLATED])
+        for bucket in parts:
+            e = _factor(bucket, bucket.group[EXTRAPOLATED], bucket.group[NORM])
+            after = _factor(bucket, rho_of[id(bucket.group)], norm)
             if bucket in at_x:
                 _perturb(bucket, -after, amp)
                 continue
@@ -91,11 +95,13 @@ class MSAMUpdate(SGDUpdate):
                 _perturb(part, -after if is_at_x else e - after, amp)
                 buckets.store.has_written = True
                 buckets.mark_written([part])
+        for group, rho in wanted:
+            group[EXTRAPOLATED] = rho
+            group[NORM] = group[NORM] if norm is None else norm
 
 
-def _factor(bucket: ParamBucket, rho: float) -> float | Tensor:
+def _factor(bucket: ParamBucket, rho: float, norm: Tensor | float | None) -> float | Tensor:
     """e = rho / |m| in y = x - e m, float64 on the bucket's device; the number 0 for none."""
-    norm = bucket.group[NORM]
     if rho == 0 or not isinstance(norm, Tensor):
         return 0.0
     return rho / (norm.to(bucket.device) + TINY)
@@ -111,7 +117,7 @@ def _perturb(bucket: ParamBucket, alpha: float | Tensor, amp: AmpState | None) -
 
 
 @register("msam")
-class MSAM(SGD):
+class MSAM(ExtrapolatedOptimizer):
     r"""Momentum-SAM: one gradient a step, taken ahead along the normalized momentum buffer.
 
     With g = grad f (-g with `maximize`) and the norm |m| over all groups whose rho is not 0:
@@ -181,7 +187,7 @@ class MSAM(SGD):
                 "next y by the norm of all momentum buffers: leave it False, or use "
                 "SGD(extrapolation=...)"
             )
-        EigenfilterOptimizer.__init__(self, params, group, Perturbation(), MSAMUpdate(), options)
+        super().__init__(params, group, Perturbation(), MSAMUpdate(), options)
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         EigenfilterOptimizer._check_extrapolation(self, group)

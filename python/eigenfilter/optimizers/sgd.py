@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Iterable
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from eigenfilter.filters import design
-from eigenfilter.optimizers._step_state import retry_on_layout_change, through_owner
-from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.hyperparameters import Options, is_zero
 from eigenfilter.optimizers.perturbation import Perturbation
 from eigenfilter.optimizers.registry import register
-from eigenfilter.optimizers.updates import EXTRAPOLATED, EXTRAPOLATION, SGDUpdate
+from eigenfilter.optimizers.updates import EXTRAPOLATION, SGDUpdate
 
-_MAX_EIGENVALUE = "max_eigenvalue"  # in a group until it is checked
-_BOTH = "extrapolation and max_eigenvalue set the same: give one of them"
 _FOLLOWS = (
     "extrapolation follows the momentum buffer of heavy ball: set momentum > 0, and no nesterov"
 )
 
 
 @register("sgd")
-class SGD(EigenfilterOptimizer):
+class SGD(ExtrapolatedOptimizer):
     r"""Gradient descent, heavy ball and Nesterov's method, in torch.optim.SGD's convention.
 
     With g = grad f(x) (-g with `maximize`):
@@ -101,87 +95,19 @@ class SGD(EigenfilterOptimizer):
         max_eigenvalue: float | None = None,
         **options: Unpack[Options],
     ) -> None:
-        if None not in (extrapolation, max_eigenvalue):
-            raise ValueError(_BOTH)
         group: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
-        group["nesterov"] = nesterov
-        group |= {"weight_decay": weight_decay, EXTRAPOLATION: extrapolation or 0.0}
-        group |= {EXTRAPOLATED: None, _MAX_EIGENVALUE: max_eigenvalue}
+        group |= {"nesterov": nesterov, "weight_decay": weight_decay}
+        group |= self._extrapolation_options(extrapolation, max_eigenvalue)
         super().__init__(params, group, Perturbation(), SGDUpdate(), options)
 
-    def _add_group(self, param_group: dict[str, Any]) -> None:
-        if (
-            EXTRAPOLATION in param_group
-            and param_group.setdefault(_MAX_EIGENVALUE, None) is not None
-        ):
-            raise ValueError(_BOTH)
-        super()._add_group(param_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        max_eigenvalue = group.pop(_MAX_EIGENVALUE, None)
-        if max_eigenvalue is not None:
-            super()._check_group(group)
-            if is_zero(group["momentum"]) or group["nesterov"]:
-                raise ValueError(f"max_eigenvalue sets an extrapolation, and an {_FOLLOWS}")
-            names = ("lr", "momentum", "dampening", "weight_decay")
-            values: dict[str, Any] = {name: float(group[name]) for name in names}
-            group[EXTRAPOLATION] = float(design("sgd", max_eigenvalue, **values))
-        super()._check_group(group)
-        if group[EXTRAPOLATED] is None:  # without momentum buffers x and y are the same
-            group[EXTRAPOLATED] = self._wanted(group)
-
-    def _wanted(self, group: dict[str, Any]) -> float:
-        """The extrapolation that the parameters of a group should have in training."""
-        extrapolation: float = group[EXTRAPOLATION]
-        return extrapolation
+    def _extrapolation_for(self, group: dict[str, Any], max_eigenvalue: float) -> float:
+        if is_zero(group["momentum"]) or group["nesterov"]:
+            raise ValueError(f"max_eigenvalue sets an extrapolation, and an {_FOLLOWS}")
+        names = ("lr", "momentum", "dampening", "weight_decay")
+        values: dict[str, Any] = {name: float(group[name]) for name in names}
+        return float(design("sgd", max_eigenvalue, **values))
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
-        extrapolation = group[EXTRAPOLATION]
-        if isinstance(extrapolation, bool) or not isinstance(extrapolation, numbers.Real):
-            raise TypeError(f"extrapolation must be a number, and is {extrapolation!r}")
-        if not math.isfinite(extrapolation):
-            raise ValueError(f"extrapolation must be finite, and is {extrapolation}")
-        if extrapolation != 0 and (is_zero(group["momentum"]) or group["nesterov"]):
+        super()._check_extrapolation(group)
+        if group[EXTRAPOLATION] != 0 and (is_zero(group["momentum"]) or group["nesterov"]):
             raise ValueError(_FOLLOWS)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of torch.optim.SGD, whose parameters hold x.
-
-        Raises:
-            RuntimeError: the parameters are perturbed.
-            ValueError: the groups do not match.
-        """
-        groups = [{EXTRAPOLATED: 0.0} | group for group in state_dict.get("param_groups", ())]
-        super().load_state_dict(state_dict | {"param_groups": groups})
-
-    @through_owner
-    def eval(self) -> None:
-        """Put x = y + e m into the parameters, to evaluate or to save them.
-
-        The sum is rounded to the parameters' dtype, and so is y when `train()` goes back to it. A
-        step without `train()` takes its gradient at x, and leaves y. Without extrapolation x is
-        there already.
-
-        Raises:
-            RuntimeError: it is called by the closure that `step` is evaluating.
-        """
-        self._extrapolate(False)
-
-    @through_owner
-    def train(self) -> None:
-        """Put y = x - e m into the parameters, to train on.
-
-        Raises:
-            RuntimeError: it is called by the closure that `step` is evaluating.
-        """
-        self._extrapolate(True)
-
-    @retry_on_layout_change
-    @torch.no_grad()
-    def _extrapolate(self, is_training: bool) -> None:
-        wanted = [(g, self._wanted(g) if is_training else 0.0) for g in self.current_groups()]
-        if all(group[EXTRAPOLATED] == e for group, e in wanted):
-            return
-        self._step_state.refuse_within_closure("train()" if is_training else "eval()")
-        self._buckets.refresh(self)
-        cast(SGDUpdate, self._update).extrapolate(self._buckets, wanted)

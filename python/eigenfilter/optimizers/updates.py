@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any, cast
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from eigenfilter import _distributed
+from eigenfilter import _core, _distributed
+from eigenfilter.kernels.conventions import arithmetic_dtype
 from eigenfilter.optimizers._step_counts import StepCounts
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket, ParamBuckets
@@ -84,13 +85,60 @@ class Update:
         raise NotImplementedError
 
 
-class SGDUpdate(Update):
-    """Gradient descent, heavy ball, Nesterov, extrapolated momentum.
+Directions: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Parameters, and for each the update u along which it is extrapolated."""
 
-    The parameters of a group hold y = x - e m, with the e that the group has as `extrapolated`.
+
+class ExtrapolatedUpdate(Update):
+    """An update u whose gradient is taken ahead along it.
+
+    The parameters of a group hold y = x - e u, with the e that the group has as `extrapolated`.
+
+    Its state signature is false for parameters that have no moments yet.
+
+    Attributes:
+        moments: those of `keys` from which u follows.
     """
 
-    keys = (MOMENTUM,)
+    moments: tuple[str, ...]
+
+    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
+        """The parameters of a bucket that have moments, with u where it is not 0."""
+        raise NotImplementedError
+
+    def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
+        """Let a change of `extrapolation` take effect, after a step with the old one."""
+        changed = [g for g in buckets.groups if g.get(EXTRAPOLATION) != g.get(EXTRAPOLATED)]
+        if changed and not any(map(amp.is_skipped, buckets.devices)):
+            self.extrapolate(buckets, [(group, group[EXTRAPOLATION]) for group in changed])
+
+    def extrapolate(
+        self, buckets: ParamBuckets, wanted: Sequence[tuple[dict[str, Any], float]]
+    ) -> None:
+        """Change y = x - e u of groups from their present e to the one that is wanted."""
+        alphas = {id(group): group[EXTRAPOLATED] - e for group, e in wanted}
+        changed = [
+            bucket
+            for bucket, has_moments in buckets.by_state()
+            if has_moments and alphas.get(id(bucket.group), 0.0) != 0
+        ]
+        for bucket in changed:  # errors come before the first write
+            lists = bucket.tensors, *map(bucket.buffers, self.moments)
+            _core.check(("params", *self.moments), lists, (True, *[False] * len(self.moments)))
+        for bucket in changed:
+            alpha = alphas[id(bucket.group)]
+            for params, along in self.directions(bucket):
+                bucket.kernels.perturb(params, along, None, alpha, save=False)
+                buckets.store.has_written = True
+        buckets.mark_written(changed)
+        for group, e in wanted:
+            group[EXTRAPOLATED] = e
+
+
+class SGDUpdate(ExtrapolatedUpdate):
+    """Gradient descent, heavy ball, Nesterov; u is the momentum buffer."""
+
+    keys = moments = (MOMENTUM,)
     group_options = ("maximize", "stochastic_rounding")
 
     def state_signature(self, state: dict[str, Any]) -> Hashable:
@@ -103,26 +151,8 @@ class SGDUpdate(Update):
     def creates_state(self, bucket_slice: BucketSlice) -> bool:
         return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
 
-    def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
-        """Let a change of `extrapolation` take effect, after a step with the old one."""
-        changed = [g for g in buckets.groups if g.get(EXTRAPOLATION) != g.get(EXTRAPOLATED)]
-        if changed and not any(map(amp.is_skipped, buckets.devices)):
-            self.extrapolate(buckets, [(group, group[EXTRAPOLATION]) for group in changed])
-
-    def extrapolate(
-        self, buckets: ParamBuckets, wanted: Sequence[tuple[dict[str, Any], float]]
-    ) -> None:
-        """Change y = x - e m of groups from their present e to the one that is wanted."""
-        alphas = {id(group): group[EXTRAPOLATED] - e for group, e in wanted}
-        for bucket, has_momentum in buckets.by_state():
-            alpha = alphas.get(id(bucket.group), 0.0)
-            if has_momentum and alpha != 0:
-                momenta = bucket.buffers(MOMENTUM)
-                bucket.kernels.perturb(bucket.tensors, momenta, None, alpha, save=False)
-                buckets.store.has_written = True
-                buckets.mark_written([bucket])
-        for group, e in wanted:
-            group[EXTRAPOLATED] = e
+    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
+        yield bucket.tensors, bucket.buffers(MOMENTUM)
 
     def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
         """The arguments of `sgd_step` that say where the parameters of a bucket are."""
@@ -155,10 +185,14 @@ class SGDUpdate(Update):
             bucket.drop(MOMENTUM)
 
 
-class AdamWUpdate(Update):
-    """AdamW; one call updates parameters that have taken the same number of steps."""
+class AdamWUpdate(ExtrapolatedUpdate):
+    """AdamW; one call updates parameters that have taken the same number of steps.
+
+    u is the quotient of the moments, corrected for the steps that they have taken.
+    """
 
     keys = (EXP_AVG, EXP_AVG_SQ, STEP)
+    moments = (EXP_AVG, EXP_AVG_SQ)
     group_options = ("maximize", "stochastic_rounding")
 
     def __init__(self) -> None:
@@ -187,6 +221,23 @@ class AdamWUpdate(Update):
         bucket.buffers(EXP_AVG_SQ)
         self._start_counts(bucket)
 
+    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
+        """See `ExtrapolatedUpdate`; one parameter at a time, so that each u is freed at once.
+
+        u errs by a few roundings of the arithmetic's dtype, in which it is passed on.
+        """
+        steps = float(bucket.store.state[bucket.params[0]][STEP])
+        if steps == 0:  # only skipped ones, after which u is 0
+            return
+        group = bucket.group
+        beta1, beta2 = map(float, group["betas"])
+        size, root = 1 / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
+        for each in zip(bucket.params, *map(bucket.buffers, self.moments), strict=True):
+            p, m, v = map(_distributed.local, each)
+            T = arithmetic_dtype(p.dtype)
+            denominator = v.to(T).sqrt().mul_(root).add_(float(group["eps"]))
+            yield [p.detach()], [torch.mul(m.to(T), size).div_(denominator)]
+
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
         if bucket_slice.state_signature is None:
@@ -207,6 +258,7 @@ class AdamWUpdate(Update):
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            extrapolation=group.get(EXTRAPOLATED, 0.0),
             step=bucket.count_group.counts[0] + 1,
             maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from eigenfilter.kernels.conventions import Table
 from eigenfilter.kernels.triton.device import (
@@ -29,9 +30,18 @@ from eigenfilter.kernels.triton.rounding import M, V, X, noise_of, rounded
 
 
 @triton.jit
+def _ahead(e, b1, b2, t, REAL: tl.constexpr):
+    """Factors of m in e u after step t, and before it; and that of the root of v before it."""
+    ahead = e / (1.0 - power(b1, t))
+    back = tl.where(t > 1.0, e / (1.0 - power(b1, t - 1.0)), 0.0)
+    root_before = 1.0 / square_root(1.0 - power(b2, t - 1.0))
+    return ahead.to(REAL), back.to(REAL), root_before.to(REAL)
+
+
+@triton.jit
 def _adamw_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, v_at, from_at = at
-    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop, noise = rule
+    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop, noise, factors = rule
     p = load(from_at, start, length, BLOCK, WIDE)
     old_m = load(m_at, start, length, BLOCK, WIDE)
     old_v = load(v_at, start, length, BLOCK, WIDE)
@@ -39,8 +49,16 @@ def _adamw_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.con
     m = beta1 * old_m.to(S.dtype) + keep1 * d
     v = beta2 * old_v.to(S.dtype) + keep2 * (d * d)
     x = decay * p.to(S.dtype) - divide(size * m, square_root(v) * root + eps)
-    m = rounded(m, noise, M, old_m, start, BLOCK)
-    v = rounded(v, noise, V, old_v, start, BLOCK)
+    m = rounded(m, noise, M, old_m, start, BLOCK).to(old_m.dtype)
+    v = rounded(v, noise, V, old_v, start, BLOCK).to(old_v.dtype)
+    if factors is not None:
+        ahead, back, root_before = factors
+        if ahead != 0:
+            change = divide(ahead * m.to(S.dtype), square_root(v.to(S.dtype)) * root + eps)
+            if back != 0:
+                root_v = square_root(old_v.to(S.dtype)) * root_before
+                change = change - divide(back * old_m.to(S.dtype), root_v + eps)
+            x = x - change
     x = rounded(x, noise, X, p, start, BLOCK)
     store(m_at, unless(stop, old_m, m), start, length, BLOCK, WIDE)
     store(v_at, unless(stop, old_v, v), start, length, BLOCK, WIDE)
@@ -64,6 +82,8 @@ def adamw_step_kernel(
     eps_at,
     weight_decay: tl.float64,
     weight_decay_at,
+    extrapolation: tl.float64,
+    extrapolation_at,
     step: tl.float64,
     step_at,
     rounding_seed: tl.float64,
@@ -71,6 +91,7 @@ def adamw_step_kernel(
     grad_scale,
     found_inf,
     STOCHASTIC: tl.constexpr,
+    AHEAD: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
@@ -78,7 +99,9 @@ def adamw_step_kernel(
 ):
     """x <- b; d = +-S g; m <- beta1 m + (1 - beta1) d; v <- beta2 v + (1 - beta2) d^2;
 
-    x <- (1 - lr wd) x - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps).
+    x <- (1 - lr wd) x - lr u with u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps).
+
+    With an extrapolation e last x <- x - e (u - u before).
     """
     tensor, first, length, wide = chunk(chunks)
     x_at = address(pointers, tensor, first, DTYPE)
@@ -105,6 +128,7 @@ def adamw_step_kernel(
         real(eps, eps_at).to(REAL),
         is_set(found_inf),
         noise_of(seed, tensor, first) if STOCHASTIC else None,
+        _ahead(real(extrapolation, extrapolation_at), b1, b2, t, REAL) if AHEAD else None,
     )
     for_each_block(_adamw_step_block, (x_at, g_at, m_at, v_at, from_at), rule, length, wide, BLOCK)
 
@@ -118,4 +142,5 @@ def run(table: Table, call: SimpleNamespace) -> None:
         origin=0 if call.backups is None else 4,
         sign=-1.0 if call.maximize else 1.0,
         STOCHASTIC=is_stochastic(call),
+        AHEAD=isinstance(call.extrapolation, Tensor) or call.extrapolation != 0,
     )

@@ -1,0 +1,111 @@
+"""Optimizers whose gradient is taken ahead along their update: the parameters hold y = x - e u."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+
+from eigenfilter.optimizers._step_state import retry_on_layout_change, through_owner
+from eigenfilter.optimizers.base import EigenfilterOptimizer
+from eigenfilter.optimizers.updates import EXTRAPOLATED, EXTRAPOLATION, ExtrapolatedUpdate
+
+_MAX_EIGENVALUE = "max_eigenvalue"  # in a group until it is checked
+_BOTH = "extrapolation and max_eigenvalue set the same: give one of them"
+
+
+class ExtrapolatedOptimizer(EigenfilterOptimizer):
+    """An optimizer with an `ExtrapolatedUpdate`, between whose steps the parameters hold y."""
+
+    _update: ExtrapolatedUpdate
+
+    @staticmethod
+    def _extrapolation_options(
+        extrapolation: float | None, max_eigenvalue: float | None
+    ) -> dict[str, Any]:
+        """The defaults of groups for two arguments of a constructor, of which one is None."""
+        if None not in (extrapolation, max_eigenvalue):
+            raise ValueError(_BOTH)
+        options = {EXTRAPOLATION: extrapolation or 0.0, EXTRAPOLATED: None}
+        return options | {_MAX_EIGENVALUE: max_eigenvalue}
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
+        if (
+            EXTRAPOLATION in param_group
+            and param_group.setdefault(_MAX_EIGENVALUE, None) is not None
+        ):
+            raise ValueError(_BOTH)
+        super()._add_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        max_eigenvalue = group.pop(_MAX_EIGENVALUE, None)
+        if max_eigenvalue is not None:
+            super()._check_group(group)
+            group[EXTRAPOLATION] = self._extrapolation_for(group, max_eigenvalue)
+        super()._check_group(group)
+        if group[EXTRAPOLATED] is None:  # before the first update x and y are the same
+            group[EXTRAPOLATED] = self._wanted(group)
+
+    def _wanted(self, group: dict[str, Any]) -> float:
+        """The extrapolation that the parameters of a group should have in training."""
+        extrapolation: float = group[EXTRAPOLATION]
+        return extrapolation
+
+    def _extrapolation_for(self, group: dict[str, Any], max_eigenvalue: float) -> float:
+        """The extrapolation that puts the edge of a group's filter at an eigenvalue."""
+        raise NotImplementedError
+
+    def _check_extrapolation(self, group: dict[str, Any]) -> None:
+        extrapolation = group[EXTRAPOLATION]
+        if isinstance(extrapolation, bool) or not isinstance(extrapolation, numbers.Real):
+            raise TypeError(f"extrapolation must be a number, and is {extrapolation!r}")
+        if not math.isfinite(extrapolation):
+            raise ValueError(f"extrapolation must be finite, and is {extrapolation}")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of torch's optimizer, whose parameters hold x.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+            ValueError: the groups do not match.
+        """
+        groups = [{EXTRAPOLATED: 0.0} | group for group in state_dict.get("param_groups", ())]
+        super().load_state_dict(state_dict | {"param_groups": groups})
+
+    @through_owner
+    def eval(self) -> None:
+        """Put x = y + e u into the parameters, to evaluate or to save them.
+
+        The sum is rounded to the parameters' dtype, and so is y when `train()` goes back to it. A
+        step without `train()` takes its gradient at x, and leaves y. Without extrapolation x is
+        there already.
+
+        Raises:
+            RuntimeError: it is called by the closure that `step` is evaluating, or the parameters
+                are perturbed.
+        """
+        self._extrapolate(False)
+
+    @through_owner
+    def train(self) -> None:
+        """Put y = x - e u into the parameters, to train on.
+
+        Raises:
+            RuntimeError: it is called by the closure that `step` is evaluating, or the parameters
+                are perturbed.
+        """
+        self._extrapolate(True)
+
+    @retry_on_layout_change
+    @torch.no_grad()
+    def _extrapolate(self, is_training: bool) -> None:
+        wanted = [(g, self._wanted(g) if is_training else 0.0) for g in self.current_groups()]
+        if all(group[EXTRAPOLATED] == e for group, e in wanted):
+            return
+        name = "train()" if is_training else "eval()"
+        self._step_state.refuse_within_closure(name)
+        self._refuse_perturbed(name)
+        self._buckets.refresh(self)
+        self._update.extrapolate(self._buckets, wanted)
