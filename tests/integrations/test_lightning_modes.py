@@ -72,7 +72,11 @@ def extrapolating(params: Any) -> Any:
     return ef.SGD(params, lr=0.05, momentum=0.9, extrapolation=0.1)
 
 
-OPTIMIZERS = pytest.mark.parametrize("make", [schedule_free, extrapolating])
+def extrapolating_adamw(params: Any) -> Any:
+    return ef.AdamW(params, lr=0.05, eps=0.1, extrapolation=0.1)
+
+
+OPTIMIZERS = pytest.mark.parametrize("make", [schedule_free, extrapolating, extrapolating_adamw])
 
 
 class Watched(Problem):

@@ -14,6 +14,7 @@ from cases import same_bits
 
 METHODS: dict[str, Callable[..., ef.optimizers.EigenfilterOptimizer]] = {
     "sgd": lambda p: ef.SGD(p, lr=0.1, momentum=0.9, extrapolation=0.2),
+    "adamw ahead": lambda p: ef.AdamW(p, lr=0.1, extrapolation=0.2),
     "usam": lambda p: ef.USAM(p, lr=0.1, rho=0.3),
     "sam": lambda p: ef.SAM(p, lr=0.1, rho=0.3),
     "two_step_usam": lambda p: ef.TwoStepUSAM(p, lr=0.1, rho=0.3),

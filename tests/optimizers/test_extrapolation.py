@@ -316,6 +316,19 @@ def test_another_layout_in_between() -> None:
     assert params[0].is_contiguous() is False
 
 
+def test_another_layout_in_a_later_group() -> None:
+    """It is noticed before the first group is written."""
+    params = parameters()
+    opt = ef.SGD([{"params": params[1:]}, {"params": params[:1]}], **HEAVY, extrapolation=E)
+    formula = Formula(params)
+    train(opt, params, 2)
+    formula.step(**HEAVY, e=E)
+    formula.step(**HEAVY, e=E)
+    params[0].data = params[0].data.t().contiguous().t()
+    opt.eval()
+    assert distance(params, formula.x) < 1e-14
+
+
 def test_an_ascent_around_it() -> None:
     """USAM's gradient at y, and then the base's step: x is where the momentum buffer says."""
     params = parameters()

@@ -33,8 +33,8 @@ class AdamW(ExtrapolatedOptimizer):
     e)), anywhere below AdamW's. Evaluate and save x: call `eval()` before, and `train()` to go on.
     The point from which a `method` ascends is y, too.
 
-    One kernel call updates all tensors of a group that share a
-    device and a dtype. The state is torch.optim.AdamW's.
+    One kernel call updates all tensors of a group that share a device and a dtype. The state is
+    torch.optim.AdamW's.
 
     Memory: two moments, and one backup of the parameters if there is an ascent.
 
