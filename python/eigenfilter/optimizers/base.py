@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -87,11 +88,16 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._step_state.skips_ascents = False
         if self.phase == "descent":
             return False
-        if self.release_gradients:
-            self._release.refuse_scaler(grad_scaler)
-        amp.refuse_unscaled((self, caller), grad_scaler)
-        self._check_groups()
-        return self._ascend(grad_scaler)
+        try:
+            if self.release_gradients:
+                self._release.refuse_scaler(grad_scaler)
+            amp.refuse_unscaled((self, caller), grad_scaler)
+            self._check_groups()
+            return self._ascend(grad_scaler)
+        except BaseException:
+            if self._release.ascended_ids:  # backward has begun the ascent
+                self._restore()
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -189,12 +195,16 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     @retry_on_layout_change
     def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
-        step, buckets = self._step_state, self._buckets
+        step, buckets, release = self._step_state, self._buckets, self._release
         all_gradients = buckets.with_gradients(self)
+        release.refuse_second(all_gradients)
         self._refuse_ascent()
         gradients = [(bucket, g) for bucket, g in all_gradients if bucket.ascends]
+        if self.release_gradients and self.perturbation.is_elementwise:
+            release.warn_of_whole(bool(gradients))
         # Other ranks may have gradients: a rank without one still joins their collectives.
         joins_others = not gradients and self._other_ranks_wait(grad_scaler)
+        joins_others = joins_others or bool(release.ascended_ids)
         if step.ascents_taken == 0:
             if not all_gradients and not joins_others:
                 return False
@@ -211,6 +221,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._perturb(gradients, step.ascents_taken)
         self._clear_gradients()
         step.with_local_gradients.clear()
+        release.ascended_ids.clear()
         step.ascents_taken += 1
         return True
 
@@ -224,14 +235,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
         _perturbation.enter(self)
         try:
             if index > 0 and perturbation.starts_from_x(index):
-                buckets.restore(without=gradients)
-            for bucket_slice in buckets.slices(gradients, by_state=False):
-                if not bucket_slice.is_perturbed:
-                    buckets.mark_perturbed(bucket_slice.bucket)
-                perturbation.perturb(index, bucket_slice)
-                # The compiled kernels have noted it in the call itself, so that no interrupt can
-                # come between; the other backends leave it to this line.
-                bucket_slice.bucket.backups().filled = True
+                buckets.restore(without=gradients, except_ids=self._release.ascended_ids)
+            buckets.perturb(gradients, functools.partial(perturbation.perturb, index))
         except BaseException:
             self._restore()
             raise
@@ -245,7 +250,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _end(self) -> None:
         self._step_state.reset()
         self._buckets.end_step()
-        self._release.updated_ids.clear()
+        self._release.forget()
         self.perturbation.forget()
         _perturbation.leave(self)
 
@@ -257,6 +262,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
         step, buckets, release = self._step_state, self._buckets, self._release
         buckets.store.snapshot_if_changed()  # state that released gradients have created
         gradients = buckets.with_gradients(self)
+        release.refuse_pending()
+        release.refuse_second(gradients)
         if self.phase == "ascent" and gradients:
             if self._only_initializes_state(gradients):
                 return

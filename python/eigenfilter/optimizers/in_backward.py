@@ -1,95 +1,137 @@
-"""Released gradients: each is applied and freed as soon as backward has computed it."""
+"""Released gradients: each is used and freed while backward still computes the others."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import graph
 
-from eigenfilter import _callers, _distributed
+from eigenfilter import _callers, _distributed, _perturbation
 from eigenfilter.optimizers._step_state import retry_on_layout_change
 from eigenfilter.optimizers.amp import AmpState, is_enabled
-from eigenfilter.optimizers.buckets import ParamBuckets
-from eigenfilter.optimizers.updates import Update
+from eigenfilter.optimizers.buckets import Gradients, ParamBuckets
+
+BATCH_BYTES = 1 << 20
+"""How many bytes of gradients wait for each other, so that small parameters share a kernel call."""
 
 
 class GradientRelease:
-    """Updates parameter by parameter, in hooks, inside the context `during_backward`.
+    """Ascents and updates that are taken in hooks, inside the context `during_backward`.
 
-    The hook of a parameter runs after all its uses have been differentiated. A segment that
-    backward recomputes (activation checkpointing) from a detached parameter sees the update.
+    The hook of a parameter runs after all its uses have been differentiated, so that backward needs
+    its value no more. Where it does, because the use was detached, autograd finds the parameter's
+    version changed and raises. A segment that backward recomputes (activation checkpointing) from
+    a detached parameter sees the new value.
 
     Args:
         buckets: the buckets of the optimizer.
-        update: its update.
         amp: the loss scale and the flags of its steps, of which these steps have none.
 
     Attributes:
+        ascended_ids: ids of the parameters that backward has perturbed, until `ascend` ends it.
         updated_ids: ids of the parameters that this step has updated.
     """
 
-    def __init__(self, buckets: ParamBuckets, update: Update, amp: AmpState) -> None:
+    def __init__(self, buckets: ParamBuckets, amp: AmpState) -> None:
+        self.ascended_ids: set[int] = set()
         self.updated_ids: set[int] = set()
         self._buckets = buckets
-        self._update = update
         self._amp = amp
         self._inside = False
-        self._lock = threading.Lock()  # backward has a thread for each GPU
         self._has_warned = False
 
     @contextmanager
-    def during_backward(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def during_backward(self, optimizer: Any) -> Iterator[None]:
         """A context in which the gradients of the optimizer's parameters are released.
 
         Raises:
-            RuntimeError: ranks reduce the gradients, which are partial while backward runs; or
-                compiled autograd computes them all at once.
+            RuntimeError: gradients are not reduced over the ranks yet while backward runs; compiled
+                autograd computes them all at once; or a backward pass has taken the ascent already.
         """
         if self._inside:
             yield
             return
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        if _distributed.is_parallel() or any(map(_distributed.is_dtensor, params)):
-            raise RuntimeError(
-                "release_gradients=True applies gradients before DDP, FSDP2 or tensor parallelism "
-                "reduce them: leave it False in a distributed job"
-            )
-        compiled = sys.modules.get("torch._dynamo.compiled_autograd")
-        if getattr(compiled, "compiled_autograd_enabled", False):
-            raise RuntimeError(
-                "release_gradients=True frees each gradient before the next is made, and compiled "
-                "autograd computes all of them in one graph: leave it False, or leave compiled "
-                "autograd off"
-            )
-        if not self.updated_ids:
-            self._buckets.refresh(optimizer)
-        if not self._buckets.perturbed:  # an ascent has begun the step
-            self._amp.begin()
-        trained = [p for p in params if p.requires_grad]
-        hooks = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in trained]
+        params = optimizer._params()
+        _refuse_partial_gradients(params)
+        if self.ascended_ids:
+            optimizer._restore()
+            raise RuntimeError(_SECOND)
+        optimizer._check_groups()
+        backward = self._begin(optimizer)
+        hooks = [
+            p.register_post_accumulate_grad_hook(backward.on_gradient)
+            for p in params
+            if p.requires_grad
+        ]
         self._inside = True
         try:
             yield
+            backward.end()
+        except BaseException:
+            backward.cancel()
+            raise
         finally:
             self._inside = False
             for hook in hooks:
                 hook.remove()
+            if self._buckets.are_shards and (self.ascended_ids or self.updated_ids):
+                _distributed.reshard()
+
+    def _begin(self, optimizer: Any) -> _Backward:
+        """Prepare a backward pass that ascends or updates, by the optimizer's phase."""
+        buckets, ascends = self._buckets, optimizer.phase == "ascent"
+        if not self.updated_ids:
+            buckets.refresh(optimizer)
+        if ascends:
+            optimizer._refuse_ascent()
+        if not buckets.perturbed:  # an ascent has begun the step
+            self._amp.begin()
+            buckets.check_backups()
+        return _Backward(optimizer, self.ascended_ids if ascends else self.updated_ids, ascends)
+
+    def forget(self) -> None:
+        """Forget the step, which has ended."""
+        self.ascended_ids.clear()
+        self.updated_ids.clear()
 
     def refuse_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Raise RuntimeError for a scaler, which needs all gradients before the first update."""
+        """Raise RuntimeError for a scaler, which needs all gradients before the first is used."""
         if is_enabled(scaler):
             raise RuntimeError(_UNSCALED)
+
+    def refuse_second(self, gradients: Gradients) -> None:
+        """Raise RuntimeError if a parameter has a gradient again after its was released."""
+        done = self.ascended_ids or self.updated_ids
+        if done and any(id(p) in done for bucket, _ in gradients for p in bucket.params):
+            raise RuntimeError(_SECOND)
+
+    def refuse_pending(self) -> None:
+        """Raise RuntimeError for a descent after an ascent that `ascend` has not ended."""
+        if self.ascended_ids:
+            raise RuntimeError(
+                "step() was called after a backward pass that has taken an ascent "
+                "(release_gradients=True), without ascend(): go on with `while opt.ascend():` and "
+                "the closure inside `with opt.evaluation():`, or go back to x with restore()"
+            )
 
     def check_descent(self, optimizer: torch.optim.Optimizer, has_gradients: bool) -> None:
         """Refuse a GradScaler's step; warn, once, that a step's gradients were not released."""
         if "found_inf" in vars(optimizer):
             raise RuntimeError(_UNSCALED)
-        if has_gradients and not self._has_warned and not self.updated_ids:
+        self.warn_of_whole(has_gradients)
+
+    def warn_of_whole(self, has_gradients: bool) -> None:
+        """Warn, once, that all the gradients there are were not released."""
+        if has_gradients and not (self._has_warned or self.ascended_ids or self.updated_ids):
             self._has_warned = True
             warnings.warn(
                 "release_gradients=True released nothing in this step: use step(closure), or call "
@@ -97,33 +139,169 @@ class GradientRelease:
                 stacklevel=_callers.stacklevel(),
             )
 
-    def _on_gradient(self, p: Tensor) -> None:
+
+@dataclass
+class _Batch:
+    """Parameters whose gradients wait to be used together, and the bytes that wait with them."""
+
+    params: list[Tensor] = field(default_factory=list)
+    bytes: int = 0
+
+
+class _Backward:
+    """One backward pass, whose gradients are used in batches and dropped.
+
+    Gradients of groups that take no ascent are dropped in an ascent, too, but not before it has
+    perturbed the first parameter: if there is none, they are the descent's.
+
+    Args:
+        optimizer: the optimizer.
+        done: the ids of the parameters whose gradients were used, of which it adds more.
+        ascends: whether the pass takes an ascent; otherwise it updates.
+    """
+
+    def __init__(self, optimizer: Any, done: set[int], ascends: bool) -> None:
+        self._optimizer = optimizer
+        self._buckets: ParamBuckets = optimizer._buckets
+        self._done = done
+        self._ascends = ascends
+        self._idle_ids = self._buckets.idle_ids() if ascends else set()
+        self._idle: list[Tensor] = []
+        self._seen = set(done)  # ids of the parameters that had a gradient
+        self._batches: dict[Hashable, _Batch] = {}  # by what orders the work on a device
+        self._tasks: set[int] = set()  # autograd's numbers of the passes
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()  # backward has a thread for each GPU
+        self._has_failed = False
+
+    def on_gradient(self, p: Tensor) -> None:
+        """Use a gradient that is complete, or have it wait for more."""
         with self._lock:
-            if id(p) in self.updated_ids:
-                raise RuntimeError(
-                    "a second gradient arrived for a parameter that release_gradients=True has "
-                    "updated: end each step with step(), and call backward() once in an "
-                    "evaluation; gradients to accumulate come before it, outside "
-                    "`with opt.evaluation():`"
-                )
-            self._apply(p)
-            self.updated_ids.add(id(p))
+            if self._has_failed or p.grad is None:
+                return
+            try:
+                self._add(p)
+            except BaseException:
+                self._has_failed = True
+                raise
+
+    def end(self) -> None:
+        """Use the gradients that still wait; backward has ended."""
+        if self._has_failed:  # the closure has caught the error
+            self.cancel()
+            return
+        for order in list(self._batches):
+            self._use(order)
+
+    def cancel(self) -> None:
+        """Restore what an ascent has perturbed, and drop all gradients, of which some are gone."""
+        if self._seen:
+            if self._ascends:
+                self._optimizer._restore()
+            self._optimizer._clear_gradients()
+
+    def _add(self, p: Tensor) -> None:
+        self._refuse_second(p)
+        self._seen.add(id(p))
+        g = _distributed.local(p.grad)  # type: ignore[arg-type]
+        order = torch.cuda.current_stream(p.device) if g.is_cuda else g.device
+        batch = self._batches.setdefault(order, _Batch())
+        if id(p) not in self._idle_ids:
+            batch.params.append(p)
+        elif self._done:
             p.grad = None
+            return
+        else:
+            self._idle.append(p)
+        batch.bytes += g.numel() * g.element_size()
+        if batch.bytes >= BATCH_BYTES:
+            self._use(order)
+
+    def _refuse_second(self, p: Tensor) -> None:
+        """Raise RuntimeError for a second gradient, or for one of a second backward pass.
+
+        Passes are numbered. One that reentrant checkpointing runs within another has a higher
+        number than that, and calls on its stack.
+        """
+        task = torch._C._current_graph_task_id()  # -1 in what FSDP2 does at its end
+        is_new = task >= 0 and task not in self._tasks
+        is_later = is_new and any(other < task for other in self._tasks)
+        if id(p) in self._seen or (is_later and self._is_outermost()):
+            raise RuntimeError(_SECOND)
+        if is_new:
+            self._tasks.add(task)
+
+    def _is_outermost(self) -> bool:
+        """Whether no backward pass is running in which the present one was called."""
+        code, frame, calls = graph._engine_run_backward.__code__, sys._getframe(), 0
+        while (back := frame.f_back) is not None:
+            frame = back
+            calls += frame.f_code is code
+        # The pass itself was called in this thread, or in another one that waits for it.
+        return calls == (threading.get_ident() == self._thread)
+
+    def _use(self, order: Hashable) -> None:
+        """Ascend or update along the gradients of a batch, and drop them."""
+        params = [p for p in self._batches[order].params if p.grad is not None]
+        if not params:
+            return
+        del self._batches[order]
+        self._apply(params)
+        if params[0].is_cuda:
+            self._hold_memory(params, order)
+        self._done.update(map(id, params))
+        for p in (*params, *self._idle):
+            p.grad = None
+        self._idle.clear()
 
     @retry_on_layout_change
     @torch.no_grad()
-    def _apply(self, p: Tensor) -> None:
-        """Update one parameter within the backward pass that has computed its gradient."""
-        if not self.updated_ids:
-            self._buckets.refresh()
-        bucket_slice = self._buckets.single(p)
-        if self._update.creates_state(bucket_slice):
-            bucket_slice.check()
-        self._update.step(bucket_slice)
-        self._buckets.mark_written([bucket_slice.bucket])
+    def _apply(self, params: Sequence[Tensor]) -> None:
+        optimizer = self._optimizer
+        gradients = self._buckets.batch(params)
+        if self._ascends:
+            _perturbation.enter(optimizer)
+            index = optimizer._step_state.ascents_taken
+            self._buckets.perturb(gradients, partial(optimizer.perturbation.perturb, index))
+        else:
+            optimizer._apply(gradients)
+        self._buckets.mark_written([bucket for bucket, _ in gradients], in_backward=True)
+
+    def _hold_memory(self, params: Sequence[Tensor], order: Hashable) -> None:
+        """Keep gradients' memory until the present stream has read it, if it is not their own."""
+        stream = torch.cuda.current_stream(params[0].device)
+        if stream != order or _distributed.is_dtensor(params[0]):
+            for p in params:
+                _distributed.local(p.grad).record_stream(stream)  # type: ignore[arg-type]
+
+
+def _refuse_partial_gradients(params: Sequence[Tensor]) -> None:
+    """Raise RuntimeError where hooks do not see one parameter's whole gradient after another."""
+    if _distributed.is_parallel() or any(map(_distributed.is_dtensor, params)):
+        reduced = _distributed.ids_reduced_in_backward()
+        if not all(id(p) in reduced for p in params if p.requires_grad):
+            raise RuntimeError(
+                "release_gradients=True uses gradients before DDP or tensor parallelism reduce "
+                "them, or FSDP2 has copied them to pinned memory: leave it False in a distributed "
+                "job, or have FSDP2 (fully_shard) shard all parameters, without pin_memory"
+            )
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if getattr(compiled, "compiled_autograd_enabled", False):
+        raise RuntimeError(
+            "release_gradients=True frees each gradient before the next is made, and compiled "
+            "autograd computes all of them in one graph: leave it False, or leave compiled "
+            "autograd off"
+        )
 
 
 _UNSCALED = (
     "release_gradients=True applies each gradient before a GradScaler has looked at all of them: "
     "leave it False, or train in bfloat16 without a scaler"
+)
+_SECOND = (
+    "a second gradient arrived for a parameter whose first one release_gradients=True has used "
+    "and dropped, or a second backward pass ran in an evaluation: call backward() once in an "
+    "evaluation, on the sum of its losses, then ascend() or step(). Gradients to accumulate come "
+    "before it, outside `with opt.evaluation():`. Checkpointed segments that share a parameter "
+    "need use_reentrant=False"
 )
