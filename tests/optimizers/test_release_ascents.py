@@ -531,6 +531,60 @@ def test_an_error_before_backward_keeps_accumulated_gradients() -> None:
     assert all(p.grad is not None for p in params)
 
 
+def clip(params: Sequence[Any]) -> None:
+    nn.utils.clip_grad_norm_(params, 0.01)
+
+
+def scale(params: Sequence[Any]) -> None:
+    for p in params:
+        p.grad = None if p.grad is None else 0.5 * p.grad
+
+
+@pytest.mark.parametrize("change", [clip, scale])
+@methods
+def test_changed_gradients_are_refused(
+    name: str, change: Callable[[Sequence[Any]], None], batch_bytes: int | None
+) -> None:
+    """If the closure finds gradients to change: there are none where each is used alone."""
+    params = parameters()
+    opt = make(name, params, release_gradients=True)
+    before = snapshot(params)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(params)
+        loss.backward()
+        change(params)
+        return loss
+
+    if batch_bytes is None:
+        with pytest.raises(RuntimeError, match="changed after backward, as by clipping"):
+            opt.step(closure)
+        assert all(map(same_bits, params, before))
+        assert not opt.perturbed
+
+
+@methods
+def test_gradients_that_the_closure_clears_after_backward(name: str) -> None:
+    """They have been used, or are about to be."""
+    runs = []
+    for clears in (False, True):
+        params = parameters()
+        opt = make(name, params, release_gradients=True)
+
+        def closure(opt: Any = opt, params: Any = params, clears: bool = clears) -> Tensor:
+            loss = loss_of(params)
+            loss.backward()
+            if clears:
+                opt.zero_grad()
+            return loss
+
+        for _ in range(3):
+            opt.step(closure)
+        runs.append(snapshot(params))
+    assert all(map(same_bits, *runs))
+
+
 def test_a_bad_hyperparameter_comes_before_the_first_write() -> None:
     params = parameters()
     opt = make("usam", params, release_gradients=True)

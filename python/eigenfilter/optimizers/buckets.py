@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
@@ -265,6 +265,7 @@ class ParamBuckets:
         self.store = BufferStore(backend, update.keys)
         self._buckets: list[ParamBucket] = []
         self._batches: dict[tuple[int, ...], list[ParamBucket]] = {}  # by their parameters' ids
+        self._sizes: dict[int, int] = {}
         # Each group, its list of parameters, and a copy of the list.
         self._groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         self.groups: list[dict[str, Any]] = []
@@ -323,7 +324,7 @@ class ParamBuckets:
         self._update.normalize_state(self.store.state)
         self.store.snapshot_state()
         self._buckets = []
-        self._batches = {}
+        self._batches, self._sizes = {}, {}
         refuse_overlap(groups)
         self.flat_handles = _distributed.flat_handles([p for g in groups for p in g["params"]])
         self.store.flat = {
@@ -354,27 +355,35 @@ class ParamBuckets:
             gradients.append((bucket, _placed(bucket, cast("list[Tensor]", grads))))
         return gradients
 
-    def batch(self, params: Sequence[Tensor]) -> Gradients:
-        """The gradients of these parameters, in buckets that are kept until the next `build`.
+    def batch(self, grads: Mapping[int, Tensor]) -> Gradients:
+        """Gradients by their parameters' ids, in buckets that are kept until the next `build`.
 
         Backward computes gradients in the same order at every step, as a rule.
         """
-        key = tuple(map(id, params))
+        key = tuple(grads)
         if key not in self._batches:
             if sum(map(len, self._batches)) > 8 * sum(len(b.params) for b in self._buckets):
                 self._batches.clear()  # the order comes and goes at random: bound the cache
-            self._batches[key] = self._buckets_of(set(key))
-        buckets = self._batches[key]
-        return [(b, _placed(b, [cast(Tensor, p.grad) for p in b.params])) for b in buckets]
+            self._batches[key] = self._buckets_of(grads)
+        return [(b, _placed(b, [grads[id(p)] for p in b.params])) for b in self._batches[key]]
 
-    def _buckets_of(self, ids: set[int]) -> list[ParamBucket]:
+    def _buckets_of(self, ids: Container[int]) -> list[ParamBucket]:
         """New buckets of the parameters with these ids."""
         split = [(each, [p for p in each.params if id(p) in ids]) for each in self._buckets]
         return [ParamBucket(b.group, b.number, some, self.store) for b, some in split if some]
 
-    def idle_ids(self) -> set[int]:
-        """Ids of the parameters that take no ascent."""
-        return {id(p) for bucket in self._buckets if not bucket.ascends for p in bucket.params}
+    def idle_ids(self, ascends: bool) -> set[int]:
+        """Ids of the parameters that an ascent leaves as they are; none in a descent."""
+        idle = [bucket for bucket in self._buckets if ascends and not bucket.ascends]
+        return {id(p) for bucket in idle for p in bucket.params}
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """The bytes that each parameter takes in this process, by its id."""
+        if not self._sizes:
+            pairs = [(p, _distributed.local(p)) for b in self._buckets for p in b.params]
+            self._sizes = {id(p): t.numel() * t.element_size() for p, t in pairs}
+        return self._sizes
 
     def check_backups(self) -> None:
         """Build the buckets again if the layout of parameters in batches has changed.

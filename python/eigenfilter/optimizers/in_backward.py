@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import graph
 
-from eigenfilter import _callers, _distributed, _perturbation
+from eigenfilter import _callers, _core, _distributed, _perturbation
 from eigenfilter.optimizers._step_state import retry_on_layout_change
 from eigenfilter.optimizers.amp import AmpState, is_enabled
 from eigenfilter.optimizers.buckets import Gradients, ParamBuckets
@@ -145,7 +145,22 @@ class _Batch:
     """Parameters whose gradients wait to be used together, and the bytes that wait with them."""
 
     params: list[Tensor] = field(default_factory=list)
+    grads: dict[int, Tensor] = field(default_factory=dict)  # by the parameters' ids
+    versions: list[int] = field(default_factory=list)  # of the first gradients, after backward
     bytes: int = 0
+
+    def add(self, p: Tensor, g: Tensor) -> None:
+        self.params.append(p)
+        self.grads[id(p)] = g
+
+    def record_versions(self) -> None:
+        self.versions = [_version(g) for g in self.grads.values()]
+
+    def refuse_changed(self) -> None:
+        """Raise RuntimeError if a gradient has been changed after backward."""
+        for p, g, version in zip(self.params, self.grads.values(), self.versions, strict=False):
+            if _version(g) != version or not (p.grad is None or p.grad is g):
+                raise RuntimeError(_CHANGED)
 
 
 class _Backward:
@@ -165,10 +180,10 @@ class _Backward:
         self._buckets: ParamBuckets = optimizer._buckets
         self._done = done
         self._ascends = ascends
-        self._idle_ids = self._buckets.idle_ids() if ascends else set()
+        self._sizes, self._idle_ids = self._buckets.sizes, self._buckets.idle_ids(ascends)
         self._idle: list[Tensor] = []
         self._seen = set(done)  # ids of the parameters that had a gradient
-        self._batches: dict[Hashable, _Batch] = {}  # by what orders the work on a device
+        self._batches: dict[Any, _Batch] = {}  # by the stream that a GPU computes on
         self._tasks: set[int] = set()  # autograd's numbers of the passes
         self._thread = threading.get_ident()
         self._lock = threading.Lock()  # backward has a thread for each GPU
@@ -177,10 +192,10 @@ class _Backward:
     def on_gradient(self, p: Tensor) -> None:
         """Use a gradient that is complete, or have it wait for more."""
         with self._lock:
-            if self._has_failed or p.grad is None:
+            if self._has_failed or (g := p.grad) is None:
                 return
             try:
-                self._add(p)
+                self._add(p, g)
             except BaseException:
                 self._has_failed = True
                 raise
@@ -190,6 +205,8 @@ class _Backward:
         if self._has_failed:  # the closure has caught the error
             self.cancel()
             return
+        for batch in self._batches.values():
+            batch.refuse_changed()
         for order in list(self._batches):
             self._use(order)
 
@@ -200,36 +217,44 @@ class _Backward:
                 self._optimizer._restore()
             self._optimizer._clear_gradients()
 
-    def _add(self, p: Tensor) -> None:
-        self._refuse_second(p)
-        self._seen.add(id(p))
-        g = _distributed.local(p.grad)  # type: ignore[arg-type]
-        order = torch.cuda.current_stream(p.device) if g.is_cuda else g.device
-        batch = self._batches.setdefault(order, _Batch())
-        if id(p) not in self._idle_ids:
-            batch.params.append(p)
+    def _add(self, p: Tensor, g: Tensor) -> None:
+        key, task = id(p), torch._C._current_graph_task_id()
+        if task not in self._tasks:
+            self._add_task(task)
+        if key in self._seen:
+            raise RuntimeError(_SECOND)
+        self._seen.add(key)
+        order = torch.cuda.current_stream(p.device) if p.is_cuda else None
+        batch = self._batches.get(order) or self._batches.setdefault(order, _Batch())
+        if key not in self._idle_ids:
+            batch.add(p, g)
         elif self._done:
             p.grad = None
             return
         else:
             self._idle.append(p)
-        batch.bytes += g.numel() * g.element_size()
+        batch.bytes += self._sizes[key]
         if batch.bytes >= BATCH_BYTES:
             self._use(order)
 
-    def _refuse_second(self, p: Tensor) -> None:
-        """Raise RuntimeError for a second gradient, or for one of a second backward pass.
+    def _add_task(self, task: int) -> None:
+        """Add a pass that autograd runs; raise RuntimeError if it came after another had ended.
 
         Passes are numbered. One that reentrant checkpointing runs within another has a higher
         number than that, and calls on its stack.
         """
-        task = torch._C._current_graph_task_id()  # -1 in what FSDP2 does at its end
-        is_new = task >= 0 and task not in self._tasks
-        is_later = is_new and any(other < task for other in self._tasks)
-        if id(p) in self._seen or (is_later and self._is_outermost()):
+        if task < 0:  # FSDP2 calls hooks when backward has ended
+            return
+        if any(other < task for other in self._tasks) and self._is_outermost():
             raise RuntimeError(_SECOND)
-        if is_new:
-            self._tasks.add(task)
+        self._tasks.add(task)
+        # Not earlier: gradients may be views of one tensor, whose version counts changes of any.
+        torch.autograd.Variable._execution_engine.queue_callback(self._record_versions)
+
+    def _record_versions(self) -> None:
+        with self._lock:
+            for batch in self._batches.values():
+                batch.record_versions()
 
     def _is_outermost(self) -> bool:
         """Whether no backward pass is running in which the present one was called."""
@@ -240,25 +265,24 @@ class _Backward:
         # The pass itself was called in this thread, or in another one that waits for it.
         return calls == (threading.get_ident() == self._thread)
 
-    def _use(self, order: Hashable) -> None:
+    def _use(self, order: Any) -> None:
         """Ascend or update along the gradients of a batch, and drop them."""
-        params = [p for p in self._batches[order].params if p.grad is not None]
+        params = self._batches[order].params
         if not params:
             return
-        del self._batches[order]
-        self._apply(params)
+        batch = self._batches.pop(order)
+        self._apply(batch)
         if params[0].is_cuda:
-            self._hold_memory(params, order)
-        self._done.update(map(id, params))
-        for p in (*params, *self._idle):
-            p.grad = None
+            self._hold_memory(batch, order)
+        self._done.update(batch.grads)
+        _core.clear_gradients(params + self._idle)
         self._idle.clear()
 
     @retry_on_layout_change
     @torch.no_grad()
-    def _apply(self, params: Sequence[Tensor]) -> None:
+    def _apply(self, batch: _Batch) -> None:
         optimizer = self._optimizer
-        gradients = self._buckets.batch(params)
+        gradients = self._buckets.batch(batch.grads)
         if self._ascends:
             _perturbation.enter(optimizer)
             index = optimizer._step_state.ascents_taken
@@ -267,12 +291,16 @@ class _Backward:
             optimizer._apply(gradients)
         self._buckets.mark_written([bucket for bucket, _ in gradients], in_backward=True)
 
-    def _hold_memory(self, params: Sequence[Tensor], order: Hashable) -> None:
+    def _hold_memory(self, batch: _Batch, order: Any) -> None:
         """Keep gradients' memory until the present stream has read it, if it is not their own."""
-        stream = torch.cuda.current_stream(params[0].device)
-        if stream != order or _distributed.is_dtensor(params[0]):
-            for p in params:
-                _distributed.local(p.grad).record_stream(stream)  # type: ignore[arg-type]
+        stream = torch.cuda.current_stream(batch.params[0].device)
+        if stream != order or _distributed.is_dtensor(batch.params[0]):
+            for g in batch.grads.values():
+                _distributed.local(g).record_stream(stream)
+
+
+def _version(g: Tensor) -> int:
+    return 0 if g.is_inference() else g._version
 
 
 def _refuse_partial_gradients(params: Sequence[Tensor]) -> None:
@@ -304,4 +332,8 @@ _SECOND = (
     "evaluation, on the sum of its losses, then ascend() or step(). Gradients to accumulate come "
     "before it, outside `with opt.evaluation():`. Checkpointed segments that share a parameter "
     "need use_reentrant=False"
+)
+_CHANGED = (
+    "gradients were changed after backward, as by clipping, and release_gradients=True has used "
+    "others by then, as they were: leave it False, or end the evaluation with backward()"
 )
