@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # does not import the compiler, as torch.compiler does
 from torch.autograd import graph
 
 from eigenfilter import _callers, _core, _distributed, _perturbation
@@ -60,18 +61,7 @@ class GradientRelease:
         if self._inside:
             yield
             return
-        params = optimizer._params()
-        _refuse_partial_gradients(params)
-        if self.ascended_ids:
-            optimizer._restore()
-            raise RuntimeError(_SECOND)
-        optimizer._check_groups()
         backward = self._begin(optimizer)
-        hooks = [
-            p.register_post_accumulate_grad_hook(backward.on_gradient)
-            for p in params
-            if p.requires_grad
-        ]
         self._inside = True
         try:
             yield
@@ -81,13 +71,16 @@ class GradientRelease:
             raise
         finally:
             self._inside = False
-            for hook in hooks:
-                hook.remove()
-            if self._buckets.are_shards and (self.ascended_ids or self.updated_ids):
-                _distributed.reshard()
+            backward.remove_hooks()
 
+    @_disable_dynamo
     def _begin(self, optimizer: Any) -> _Backward:
         """Prepare a backward pass that ascends or updates, by the optimizer's phase."""
+        _refuse_partial_gradients(optimizer._params())
+        if self.ascended_ids:
+            optimizer._restore()
+            raise RuntimeError(_SECOND)
+        optimizer._check_groups()
         buckets, ascends = self._buckets, optimizer.phase == "ascent"
         if not self.updated_ids:
             buckets.refresh(optimizer)
@@ -188,7 +181,13 @@ class _Backward:
         self._thread = threading.get_ident()
         self._lock = threading.Lock()  # backward has a thread for each GPU
         self._has_failed = False
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self.on_gradient)
+            for p in optimizer._params()
+            if p.requires_grad
+        ]
 
+    @_disable_dynamo
     def on_gradient(self, p: Tensor) -> None:
         """Use a gradient that is complete, or have it wait for more."""
         with self._lock:
@@ -200,6 +199,7 @@ class _Backward:
                 self._has_failed = True
                 raise
 
+    @_disable_dynamo
     def end(self) -> None:
         """Use the gradients that still wait; backward has ended."""
         if self._has_failed:  # the closure has caught the error
@@ -210,12 +210,21 @@ class _Backward:
         for order in list(self._batches):
             self._use(order)
 
+    @_disable_dynamo
     def cancel(self) -> None:
         """Restore what an ascent has perturbed, and drop all gradients, of which some are gone."""
         if self._seen:
             if self._ascends:
                 self._optimizer._restore()
             self._optimizer._clear_gradients()
+
+    @_disable_dynamo
+    def remove_hooks(self) -> None:
+        """End the context, after which FSDP2 may gather changed shards again."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._buckets.are_shards and self._done:
+            _distributed.reshard()
 
     def _add(self, p: Tensor, g: Tensor) -> None:
         key, task = id(p), torch._C._current_graph_task_id()
