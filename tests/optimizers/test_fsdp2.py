@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import eigenfilter as ef
 from eigenfilter.optimizers import in_backward
@@ -22,6 +27,7 @@ from optimizers.distributed_problem import (
     batch,
     descent_norm_alone,
     evaluation,
+    flattened,
     full,
     network,
     share,
@@ -225,14 +231,23 @@ def test_released_gradients_are_complete(run_distributed: RunDistributed, scenar
         assert all(map(torch.equal, whole, each))
 
 
-def release_where_not_all_are_sharded(rank: int) -> str:
-    model = network()
-    fully_shard(model[0], mesh=init_device_mesh("cpu", (WORLD,)))
+def release_partial_gradients(rank: int, how: str) -> str:
+    model: nn.Module = network()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    if how == "flattened":
+        model = flattened(True)
+    elif how == "tensor parallel":
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    else:
+        fully_shard(model.get_submodule("0"), mesh=mesh)
     return step_with_released_gradients(model, rank)
 
 
-def test_released_gradients_that_are_partial_are_refused(run_distributed: RunDistributed) -> None:
-    for message in run_distributed(release_where_not_all_are_sharded, 2):
+@pytest.mark.parametrize("how", ["flattened", "tensor parallel", "sharded in part"])
+def test_released_gradients_that_are_partial_are_refused(
+    run_distributed: RunDistributed, how: str
+) -> None:
+    for message in run_distributed(release_partial_gradients, 2, how):
         assert "leave it False in a distributed job" in message
 
 

@@ -197,11 +197,9 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
         step, buckets, release = self._step_state, self._buckets, self._release
         all_gradients = buckets.with_gradients(self)
-        release.refuse_second(all_gradients)
+        release.check_ascent(self, all_gradients)
         self._refuse_ascent()
         gradients = [(bucket, g) for bucket, g in all_gradients if bucket.ascends]
-        if self.release_gradients and self.perturbation.is_elementwise:
-            release.warn_of_whole(bool(gradients))
         # Other ranks may have gradients: a rank without one still joins their collectives.
         joins_others = not gradients and self._other_ranks_wait(grad_scaler)
         joins_others = joins_others or bool(release.ascended_ids)
@@ -262,8 +260,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         step, buckets, release = self._step_state, self._buckets, self._release
         buckets.store.snapshot_if_changed()  # state that released gradients have created
         gradients = buckets.with_gradients(self)
-        release.refuse_pending()
-        release.refuse_second(gradients)
+        release.refuse_unfinished(gradients)
         if self.phase == "ascent" and gradients:
             if self._only_initializes_state(gradients):
                 return

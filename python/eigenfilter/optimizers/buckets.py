@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
@@ -264,8 +264,6 @@ class ParamBuckets:
         self._amp = amp
         self.store = BufferStore(backend, update.keys)
         self._buckets: list[ParamBucket] = []
-        self._batches: dict[tuple[int, ...], list[ParamBucket]] = {}  # by their parameters' ids
-        self._sizes: dict[int, int] = {}
         # Each group, its list of parameters, and a copy of the list.
         self._groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         self.groups: list[dict[str, Any]] = []
@@ -324,7 +322,6 @@ class ParamBuckets:
         self._update.normalize_state(self.store.state)
         self.store.snapshot_state()
         self._buckets = []
-        self._batches, self._sizes = {}, {}
         refuse_overlap(groups)
         self.flat_handles = _distributed.flat_handles([p for g in groups for p in g["params"]])
         self.store.flat = {
@@ -339,6 +336,11 @@ class ParamBuckets:
         self.are_flat = any(bucket.is_flat for bucket in self._buckets)
         self.are_shards = self.are_flat or any(bucket.is_distributed for bucket in self._buckets)
 
+    @property
+    def built(self) -> Sequence[ParamBucket]:
+        """The buckets, in a new list after each `build`."""
+        return self._buckets
+
     # Gradients, and the arguments of kernel calls.
 
     def with_gradients(self, optimizer: torch.optim.Optimizer) -> Gradients:
@@ -352,52 +354,8 @@ class ParamBuckets:
             if missing:
                 indices = [i for i, g in enumerate(grads) if g is not None]
                 bucket, grads = bucket.subset(indices), [grads[i] for i in indices]
-            gradients.append((bucket, _placed(bucket, cast("list[Tensor]", grads))))
+            gradients.append((bucket, placed_as_params(bucket, cast("list[Tensor]", grads))))
         return gradients
-
-    def batch(self, grads: Mapping[int, Tensor]) -> Gradients:
-        """Gradients by their parameters' ids, in buckets that are kept until the next `build`.
-
-        Backward computes gradients in the same order at every step, as a rule.
-        """
-        key = tuple(grads)
-        if key not in self._batches:
-            if sum(map(len, self._batches)) > 8 * sum(len(b.params) for b in self._buckets):
-                self._batches.clear()  # the order comes and goes at random: bound the cache
-            self._batches[key] = self._buckets_of(grads)
-        return [(b, _placed(b, [grads[id(p)] for p in b.params])) for b in self._batches[key]]
-
-    def _buckets_of(self, ids: Container[int]) -> list[ParamBucket]:
-        """New buckets of the parameters with these ids."""
-        split = [(each, [p for p in each.params if id(p) in ids]) for each in self._buckets]
-        return [ParamBucket(b.group, b.number, some, self.store) for b, some in split if some]
-
-    def idle_ids(self, ascends: bool) -> set[int]:
-        """Ids of the parameters that an ascent leaves as they are; none in a descent."""
-        idle = [bucket for bucket in self._buckets if ascends and not bucket.ascends]
-        return {id(p) for bucket in idle for p in bucket.params}
-
-    @property
-    def sizes(self) -> dict[int, int]:
-        """The bytes that each parameter takes in this process, by its id."""
-        if not self._sizes:
-            pairs = [(p, _distributed.local(p)) for b in self._buckets for p in b.params]
-            self._sizes = {id(p): t.numel() * t.element_size() for p, t in pairs}
-        return self._sizes
-
-    def check_backups(self) -> None:
-        """Build the buckets again if the layout of parameters in batches has changed.
-
-        An ascent that is taken in parts cannot do so between two of them.
-        """
-        batches = [bucket for batch in self._batches.values() for bucket in batch]
-        try:
-            for bucket in batches:
-                if bucket.ascends:
-                    lists = bucket.tensors, bucket.backups()
-                    _core.check(("params", "backups"), lists, (True, True))
-        except _core.LayoutError:
-            self.build()
 
     def pad_with_zeros(self, gradients: Gradients) -> Gradients:
         """Add zero gradients for the other parameters that require one and ascend."""
@@ -502,7 +460,7 @@ class ParamBuckets:
             _distributed.reshard_flat(self.flat_handles)
 
 
-def _placed(bucket: ParamBucket, grads: list[Tensor]) -> list[Tensor]:
+def placed_as_params(bucket: ParamBucket, grads: list[Tensor]) -> list[Tensor]:
     """The gradients of a bucket, placed as its parameters are.
 
     A Partial gradient has the local layout of a parameter that every rank has whole.

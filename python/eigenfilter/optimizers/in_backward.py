@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,10 +19,55 @@ from torch.autograd import graph
 from eigenfilter import _callers, _core, _distributed, _perturbation
 from eigenfilter.optimizers._step_state import retry_on_layout_change
 from eigenfilter.optimizers.amp import AmpState, is_enabled
-from eigenfilter.optimizers.buckets import Gradients, ParamBuckets
+from eigenfilter.optimizers.buckets import Gradients, ParamBucket, ParamBuckets, placed_as_params
 
 BATCH_BYTES = 1 << 20
 """How many bytes of gradients wait for each other, so that small parameters share a kernel call."""
+
+
+class BatchBuckets:
+    """Buckets of parameters whose gradients come together.
+
+    Backward computes gradients in the same order at every step, as a rule, so that the same
+    buckets come again.
+
+    Args:
+        built: the buckets of all parameters.
+
+    Attributes:
+        sizes: the bytes that each parameter takes in this process, by its id.
+    """
+
+    def __init__(self, built: Sequence[ParamBucket]) -> None:
+        self.built = built
+        pairs = [(p, _distributed.local(p)) for bucket in built for p in bucket.params]
+        self.sizes = {id(p): t.numel() * t.element_size() for p, t in pairs}
+        self._kept: dict[tuple[int, ...], list[ParamBucket]] = {}  # by their parameters' ids
+
+    def gradients(self, grads: Mapping[int, Tensor]) -> Gradients:
+        """Gradients by their parameters' ids, with their buckets."""
+        key = tuple(grads)
+        if key not in self._kept:
+            if sum(map(len, self._kept)) > 8 * len(self.sizes):
+                self._kept.clear()  # the order comes and goes at random: bound the cache
+            split = [(b, [p for p in b.params if id(p) in grads]) for b in self.built]
+            self._kept[key] = [ParamBucket(b.group, b.number, p, b.store) for b, p in split if p]
+        kept = self._kept[key]
+        return [(b, placed_as_params(b, [grads[id(p)] for p in b.params])) for b in kept]
+
+    def idle_ids(self) -> set[int]:
+        """Ids of the parameters that an ascent leaves as they are."""
+        return {id(p) for bucket in self.built if not bucket.ascends for p in bucket.params}
+
+    def have_layout(self) -> bool:
+        """Whether the parameters are laid out in memory as when these were last perturbed."""
+        kept = [bucket for batch in self._kept.values() for bucket in batch if bucket.ascends]
+        try:
+            for b in kept:
+                _core.check(("params", "backups"), (b.tensors, b.backups()), (True, True))
+        except _core.LayoutError:
+            return False
+        return True
 
 
 class GradientRelease:
@@ -47,6 +92,7 @@ class GradientRelease:
         self.updated_ids: set[int] = set()
         self._buckets = buckets
         self._amp = amp
+        self._batches: BatchBuckets | None = None
         self._inside = False
         self._has_warned = False
 
@@ -76,7 +122,6 @@ class GradientRelease:
     @_disable_dynamo
     def _begin(self, optimizer: Any) -> _Backward:
         """Prepare a backward pass that ascends or updates, by the optimizer's phase."""
-        _refuse_partial_gradients(optimizer._params())
         if self.ascended_ids:
             optimizer._restore()
             raise RuntimeError(_SECOND)
@@ -84,12 +129,20 @@ class GradientRelease:
         buckets, ascends = self._buckets, optimizer.phase == "ascent"
         if not self.updated_ids:
             buckets.refresh(optimizer)
+        _refuse_partial_gradients(optimizer._params(), buckets.are_shards)
         if ascends:
             optimizer._refuse_ascent()
         if not buckets.perturbed:  # an ascent has begun the step
             self._amp.begin()
-            buckets.check_backups()
-        return _Backward(optimizer, self.ascended_ids if ascends else self.updated_ids, ascends)
+            if not self.batches().have_layout():  # an ascent in parts cannot change it on the way
+                buckets.build()
+        return _Backward(optimizer, ascends)
+
+    def batches(self) -> BatchBuckets:
+        """Buckets of batches, for the optimizer's present ones."""
+        if self._batches is None or self._batches.built is not self._buckets.built:
+            self._batches = BatchBuckets(self._buckets.built)
+        return self._batches
 
     def forget(self) -> None:
         """Forget the step, which has ended."""
@@ -101,29 +154,35 @@ class GradientRelease:
         if is_enabled(scaler):
             raise RuntimeError(_UNSCALED)
 
-    def refuse_second(self, gradients: Gradients) -> None:
-        """Raise RuntimeError if a parameter has a gradient again after its was released."""
-        done = self.ascended_ids or self.updated_ids
-        if done and any(id(p) in done for bucket, _ in gradients for p in bucket.params):
-            raise RuntimeError(_SECOND)
-
-    def refuse_pending(self) -> None:
-        """Raise RuntimeError for a descent after an ascent that `ascend` has not ended."""
+    def refuse_unfinished(self, gradients: Gradients) -> None:
+        """Raise RuntimeError for a descent before its backward pass, or after another one."""
         if self.ascended_ids:
             raise RuntimeError(
                 "step() was called after a backward pass that has taken an ascent "
                 "(release_gradients=True), without ascend(): go on with `while opt.ascend():` and "
                 "the closure inside `with opt.evaluation():`, or go back to x with restore()"
             )
+        self._refuse_second(gradients)
+
+    def check_ascent(self, optimizer: Any, gradients: Gradients) -> None:
+        """Refuse second gradients; warn, once, that those of an ascent were not released."""
+        self._refuse_second(gradients)
+        if optimizer.release_gradients and optimizer.perturbation.is_elementwise:
+            self._warn_of_whole(any(bucket.ascends for bucket, _ in gradients))
 
     def check_descent(self, optimizer: torch.optim.Optimizer, has_gradients: bool) -> None:
         """Refuse a GradScaler's step; warn, once, that a step's gradients were not released."""
         if "found_inf" in vars(optimizer):
             raise RuntimeError(_UNSCALED)
-        self.warn_of_whole(has_gradients)
+        self._warn_of_whole(has_gradients)
 
-    def warn_of_whole(self, has_gradients: bool) -> None:
-        """Warn, once, that all the gradients there are were not released."""
+    def _refuse_second(self, gradients: Gradients) -> None:
+        """Raise RuntimeError if a parameter has a gradient again after its was released."""
+        done = self.ascended_ids or self.updated_ids
+        if done and any(id(p) in done for bucket, _ in gradients for p in bucket.params):
+            raise RuntimeError(_SECOND)
+
+    def _warn_of_whole(self, has_gradients: bool) -> None:
         if has_gradients and not (self._has_warned or self.ascended_ids or self.updated_ids):
             self._has_warned = True
             warnings.warn(
@@ -164,18 +223,20 @@ class _Backward:
 
     Args:
         optimizer: the optimizer.
-        done: the ids of the parameters whose gradients were used, of which it adds more.
         ascends: whether the pass takes an ascent; otherwise it updates.
     """
 
-    def __init__(self, optimizer: Any, done: set[int], ascends: bool) -> None:
+    def __init__(self, optimizer: Any, ascends: bool) -> None:
         self._optimizer = optimizer
         self._buckets: ParamBuckets = optimizer._buckets
-        self._done = done
+        self._release: GradientRelease = optimizer._release
         self._ascends = ascends
-        self._sizes, self._idle_ids = self._buckets.sizes, self._buckets.idle_ids(ascends)
+        # Ids of the parameters whose gradients were used, and of those that had one.
+        self._done = self._release.ascended_ids if ascends else self._release.updated_ids
+        self._seen = set(self._done)
+        self._sizes = self._release.batches().sizes
+        self._idle_ids = self._release.batches().idle_ids() if ascends else set()
         self._idle: list[Tensor] = []
-        self._seen = set(done)  # ids of the parameters that had a gradient
         self._batches: dict[Any, _Batch] = {}  # by the stream that a GPU computes on
         self._tasks: set[int] = set()  # autograd's numbers of the passes
         self._thread = threading.get_ident()
@@ -291,7 +352,7 @@ class _Backward:
     @torch.no_grad()
     def _apply(self, batch: _Batch) -> None:
         optimizer = self._optimizer
-        gradients = self._buckets.batch(batch.grads)
+        gradients = self._release.batches().gradients(batch.grads)
         if self._ascends:
             _perturbation.enter(optimizer)
             index = optimizer._step_state.ascents_taken
@@ -312,9 +373,9 @@ def _version(g: Tensor) -> int:
     return 0 if g.is_inference() else g._version
 
 
-def _refuse_partial_gradients(params: Sequence[Tensor]) -> None:
+def _refuse_partial_gradients(params: Sequence[Tensor], are_shards: bool) -> None:
     """Raise RuntimeError where hooks do not see one parameter's whole gradient after another."""
-    if _distributed.is_parallel() or any(map(_distributed.is_dtensor, params)):
+    if are_shards or _distributed.is_parallel():
         reduced = _distributed.ids_reduced_in_backward()
         if not all(id(p) in reduced for p in params if p.requires_grad):
             raise RuntimeError(
