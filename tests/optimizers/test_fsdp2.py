@@ -26,6 +26,7 @@ from optimizers.distributed_problem import (
     WORLD,
     batch,
     descent_norm_alone,
+    error_message,
     evaluation,
     flattened,
     full,
@@ -229,6 +230,40 @@ def accumulate_and_release(rank: int) -> tuple[list[Tensor], list[Tensor]]:
 def test_released_gradients_are_complete(run_distributed: RunDistributed, scenario: Any) -> None:
     for whole, each in run_distributed(scenario, 2):
         assert all(map(torch.equal, whole, each))
+
+
+def add_to_earlier_gradients(rank: int) -> list[str]:
+    """Messages for a closure that does not clear them, and for one that does."""
+    messages = []
+    for release in (False, True):
+        for clears in (False, True):
+            model = sharded()
+            opt = RELEASING["usam"](model.parameters(), release_gradients=release)
+            inputs, targets = batch(share(rank))
+
+            def closure(
+                opt: Any = opt,
+                model: nn.Module = model,
+                clears: bool = clears,
+                inputs: Tensor = inputs,
+                targets: Tensor = targets,
+            ) -> Tensor:
+                if clears:
+                    opt.zero_grad()
+                loss = (model(inputs) - targets).square().mean()
+                loss.backward()
+                return loss
+
+            closure()
+            messages.append(error_message(lambda opt=opt, act=closure: opt.step(act)))  # type: ignore[misc]
+    return messages
+
+
+def test_a_closure_that_adds_to_earlier_gradients(run_distributed: RunDistributed) -> None:
+    for messages in run_distributed(add_to_earlier_gradients, 2):
+        refused = ["still part of those it left" in message for message in messages]
+        assert refused == [True, False] * 2
+        assert messages[1::2] == ["", ""]
 
 
 def release_partial_gradients(rank: int, how: str) -> str:
