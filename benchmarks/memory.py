@@ -1,9 +1,10 @@
 """The peak memory of a training step, in bytes a parameter.
 
-Every optimizer steps in a process of its own, on float32 parameters. Their gradients are new
-tensors at every backward pass and need no activations. The peak is the most memory that the process
-(on a CPU: Linux' high-water mark of resident memory) or torch's allocator (on a GPU) held, less
-what it held before it made the parameters. A parameter takes 4 bytes, so 16 is four copies.
+Every optimizer steps in a process of its own, on float32 parameters unless its row names bfloat16.
+Their gradients are new tensors at every backward pass and need no activations. The peak is the most
+memory that the process (on a CPU: Linux' high-water mark of resident memory) or torch's allocator
+(on a GPU) held, less what it held before it made the parameters. A float32 parameter takes 4 bytes,
+so 16 is four copies.
 """
 
 from __future__ import annotations
@@ -46,20 +47,32 @@ def _library() -> dict[str, Make]:
     return makes
 
 
+def _released(cls: Any, **options: Any) -> Make:
+    return functools.partial(cls, **options, release_gradients=True)
+
+
+USAM: dict[str, Any] = {**SGD, "rho": 0.05}
+NARROW = ", bfloat16"  # in the names of rows
+
 OPTIMIZERS: dict[str, Make] = {
     "torch SGD, fused": lambda p: torch.optim.SGD(p, **SGD, fused=True),
     "torch SGD, foreach": lambda p: torch.optim.SGD(p, **SGD, foreach=True),
     **_library(),
-    "SGD, gradients released": lambda p: ef.SGD(p, **SGD, release_gradients=True),
-    "USAM, gradients released": lambda p: ef.USAM(p, **SGD, rho=0.05, release_gradients=True),
+    "SGD, gradients released": _released(ef.SGD, **SGD),
+    "USAM, gradients released": _released(ef.USAM, **USAM),
+    "TwoStepUSAM, gradients released": _released(ef.TwoStepUSAM, **USAM),
+    f"SGD{NARROW}": lambda p: ef.SGD(p, **SGD),
+    f"USAM{NARROW}": lambda p: ef.USAM(p, **USAM),
+    f"USAM{NARROW}, gradients released": _released(ef.USAM, **USAM),
     "common SAM recipe": lambda p: CommonSAM(p, "sam", 0.05, torch.optim.SGD, **SGD),
     "SharpnessAware(torch SGD, fused)": lambda p: ef.SharpnessAware(
         torch.optim.SGD(p, **SGD, fused=True), "sam"
     ),
     "torch AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
     "AdamW": lambda p: ef.AdamW(p),
-    "AdamW, gradients released": lambda p: ef.AdamW(p, release_gradients=True),
+    "AdamW, gradients released": _released(ef.AdamW),
     "AdamW, method SAM": lambda p: ef.AdamW(p, method="sam", rho=0.05),
+    "AdamW, method USAM, gradients released": _released(ef.AdamW, method="usam", rho=0.05),
 }
 
 
@@ -111,10 +124,12 @@ class PeakMemory:
 def measure(name: str, elements: int, device: torch.device) -> float:
     """Return the peak bytes a parameter of one optimizer, measured in this process."""
     peak = PeakMemory(device)
-    few = [Parameter(torch.ones(10, device=device))]
+    like: dict[str, Any] = {"dtype": torch.bfloat16 if NARROW in name else torch.float32}
+    like["device"] = device
+    few = [Parameter(torch.ones(10, **like))]
     _train(OPTIMIZERS[name](few), few)  # now the libraries have allocated what they keep
     before = peak.now()
-    params = [Parameter(torch.ones(elements // TENSORS, device=device)) for _ in range(TENSORS)]
+    params = [Parameter(torch.ones(elements // TENSORS, **like)) for _ in range(TENSORS)]
     opt = OPTIMIZERS[name](params)
     peak.restart()
     _train(opt, params)

@@ -198,13 +198,26 @@ def reshard() -> None:
 
     Resharding a sharded module does nothing, so that it is called on every module that is alive.
     """
+    for module in _fsdp_modules():
+        cast("FSDPModule", module).reshard()
+
+
+def ids_reduced_in_backward() -> set[int]:
+    """Ids of the parameters whose hooks FSDP2 calls with gradients that it has reduced.
+
+    Those that it copies to the host without waiting are left out.
+    """
+    params = [p for m in _fsdp_modules() for group in fsdp_groups(m) for p in group.fsdp_params]
+    return {id(p.sharded_param) for p in params if not (p.offload_to_cpu and p.pin_memory)}
+
+
+def _fsdp_modules() -> list[nn.Module]:
+    """All modules of this process that FSDP2 shards."""
     if not (fsdp_module := _class_of(FSDP, "FSDPModule")):
-        return
+        return []
     from torch.distributed._composable_state import _module_state_mapping
 
-    for module in list(_module_state_mapping):
-        if isinstance(module, fsdp_module):
-            cast("FSDPModule", module).reshard()
+    return [module for module in list(_module_state_mapping) if isinstance(module, fsdp_module)]
 
 
 def flat_handles(params: Sequence[Tensor]) -> list[Any]:

@@ -24,6 +24,9 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
     "USAM": lambda p: ef.USAM(p, **SETTINGS, rho=0.15),
     "ASAM": lambda p: ef.SAM(p, **SETTINGS, rho=0.15, adaptive=True),
     "TwoStepUSAM": lambda p: ef.TwoStepUSAM(p, **SETTINGS, rho=0.15),
+    "TwoStepUSAM, released": lambda p: ef.TwoStepUSAM(
+        p, **SETTINGS, rho=0.15, release_gradients=True
+    ),
     "HessianUSAM": lambda p: ef.HessianUSAM(p, **SETTINGS, rho=0.02),
     "AdamW": lambda p: ef.AdamW(p, lr=0.03, method="sam", rho=0.15),
     "SharpnessAware": lambda p: ef.SharpnessAware(torch.optim.AdamW(p, lr=0.03), "sam", 0.15),
@@ -204,6 +207,6 @@ def test_compiled_autograd_releases_no_gradient() -> None:
 def test_every_row_of_the_table_has_its_test() -> None:
     page = Path(__file__).parents[2] / "docs" / "optimizers.md"
     rows = re.findall(r"\| `(test_\w+\.py)::(test_\w+)` \|", page.read_text())
-    assert len(rows) == 16
+    assert len(rows) == 29
     for file, name in rows:
         assert f"\ndef {name}(" in (Path(__file__).parent / file).read_text(), name

@@ -10,16 +10,25 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import eigenfilter as ef
+from eigenfilter.optimizers import in_backward
 from optimizers.distributed_problem import (
     OPTIMIZERS,
+    PLAIN,
     SETTINGS,
     STEPS,
     WORLD,
     batch,
     descent_norm_alone,
+    error_message,
     evaluation,
+    flattened,
     full,
     network,
     share,
@@ -117,14 +126,163 @@ def test_rho_matters_in_that_run() -> None:
     assert min((a - b).abs().max() for a, b in pairs) > 1e-4
 
 
-def release_gradients(rank: int) -> str:
-    return step_with_released_gradients(sharded(), rank)
+RELEASING: dict[str, Any] = {
+    "sgd": lambda params, **kw: ef.SGD(params, **PLAIN, **kw),
+    "usam": lambda params, **kw: ef.USAM(params, **SETTINGS, **kw),
+    "sam": lambda params, **kw: ef.SAM(params, **SETTINGS, **kw),
+    "sequential": lambda params, **kw: ef.TwoStepUSAM(params, **SETTINGS, **kw),
+    "anchored": lambda params, **kw: ef.TwoStepUSAM(params, **SETTINGS, ascent="anchored", **kw),
+}
 
 
-def test_released_gradients_are_refused_before_they_are_reduced(
-    run_distributed: RunDistributed,
+def release_gradients(rank: int, gathered: bool) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """The parameters of every method after some steps, without and with released gradients."""
+    trained = {}
+    for name, make in RELEASING.items():
+        runs = []
+        for release in (False, True):
+            model = sharded()
+            model.set_reshard_after_backward(not gathered)
+            opt = make(model.parameters(), release_gradients=release)
+            runs.append(train(opt, model, share(rank)))
+            assert all((p.grad is None) == release for p in model.parameters())
+        trained[name] = tuple(runs)
+    return trained
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_released_gradients_are_reduced_first(
+    run_distributed: RunDistributed, gathered: bool
 ) -> None:
-    for message in run_distributed(release_gradients, 2):
+    for trained in run_distributed(release_gradients, 2, gathered):
+        for name, (whole, each) in trained.items():
+            assert all(map(torch.equal, whole, each)), name
+
+
+def release_as_backward_goes(rank: int, name: str) -> list[bool]:
+    """Whether shards are at x when backward comes to the first layer: of the first, the last."""
+    in_backward.BATCH_BYTES, before = 0, in_backward.BATCH_BYTES
+    try:
+        model = sharded()
+        shards: list[Any] = list(model.parameters())
+        opt = RELEASING[name](shards, release_gradients=True)
+        x = [p.to_local().clone() for p in shards]
+        at_x: list[bool] = []
+
+        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            pairs = zip(shards, x, strict=True)
+            output.register_hook(
+                lambda _: at_x.extend(torch.equal(p.to_local(), y) for p, y in pairs)
+            )
+
+        model[0].register_forward_hook(look)
+        with opt.evaluation():
+            evaluation(opt, model, share(rank))()
+        return at_x
+    finally:
+        in_backward.BATCH_BYTES = before
+
+
+def test_shards_change_while_backward_goes_on(run_distributed: RunDistributed) -> None:
+    for name in ("sgd", "usam"):
+        first, second = run_distributed(release_as_backward_goes, 2, name)
+        assert first == [True, True, False, False]  # the last layer's output has one row
+        assert second[:2] == [True, True]
+
+
+def release_a_layer_that_is_used_thrice(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    runs = []
+    for release in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(6, 6).double()
+        model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), layer, nn.Linear(6, 1).double())
+        mesh = init_device_mesh("cpu", (WORLD,))
+        fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        opt = RELEASING["sequential"](model.parameters(), release_gradients=release)
+        runs.append(train(opt, model, share(rank)))
+    return runs[0], runs[1]
+
+
+def accumulate_and_release(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Micro-batches whose gradients stay unsharded until the last one's, in one evaluation."""
+    runs = []
+    for release in (False, True):
+        model = sharded()
+        opt = RELEASING["sequential"](model.parameters(), release_gradients=release)
+
+        def closure(opt: Any = opt, model: Any = model) -> Tensor:
+            opt.zero_grad()
+            inputs, targets = batch(share(rank))
+            for i in range(2):
+                model.set_requires_gradient_sync(i == 1)
+                loss = (model(inputs[i::2]) - targets[i::2]).square().mean()
+                loss.backward()
+            return loss
+
+        for _ in range(STEPS):
+            opt.step(closure)
+        runs.append(full(model.parameters()))
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize("scenario", [accumulate_and_release, release_a_layer_that_is_used_thrice])
+def test_released_gradients_are_complete(run_distributed: RunDistributed, scenario: Any) -> None:
+    for whole, each in run_distributed(scenario, 2):
+        assert all(map(torch.equal, whole, each))
+
+
+def add_to_earlier_gradients(rank: int) -> list[str]:
+    """Messages for a closure that does not clear them, and for one that does."""
+    messages = []
+    for release in (False, True):
+        for clears in (False, True):
+            model = sharded()
+            opt = RELEASING["usam"](model.parameters(), release_gradients=release)
+            inputs, targets = batch(share(rank))
+
+            def closure(
+                opt: Any = opt,
+                model: nn.Module = model,
+                clears: bool = clears,
+                inputs: Tensor = inputs,
+                targets: Tensor = targets,
+            ) -> Tensor:
+                if clears:
+                    opt.zero_grad()
+                loss = (model(inputs) - targets).square().mean()
+                loss.backward()
+                return loss
+
+            closure()
+            messages.append(error_message(lambda opt=opt, act=closure: opt.step(act)))  # type: ignore[misc]
+    return messages
+
+
+def test_a_closure_that_adds_to_earlier_gradients(run_distributed: RunDistributed) -> None:
+    for messages in run_distributed(add_to_earlier_gradients, 2):
+        refused = ["still part of those it left" in message for message in messages]
+        assert refused == [True, False] * 2
+        assert messages[1::2] == ["", ""]
+
+
+def release_partial_gradients(rank: int, how: str) -> str:
+    model: nn.Module = network()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    if how == "flattened":
+        model = flattened(True)
+    elif how == "tensor parallel":
+        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    else:
+        fully_shard(model.get_submodule("0"), mesh=mesh)
+    return step_with_released_gradients(model, rank)
+
+
+@pytest.mark.parametrize("how", ["flattened", "tensor parallel", "sharded in part"])
+def test_released_gradients_that_are_partial_are_refused(
+    run_distributed: RunDistributed, how: str
+) -> None:
+    for message in run_distributed(release_partial_gradients, 2, how):
         assert "leave it False in a distributed job" in message
 
 

@@ -78,6 +78,24 @@ def test_replicas_of_shards(run_distributed: RunDistributed, name: str, local: b
     assert_alike(results, train_each_part(name, HALVES if local else [slice(None)]), rounding)
 
 
+def train_released(rank: int, local: bool) -> list[list[Tensor]]:
+    runs = []
+    for release in (False, True):
+        model = hybrid()
+        opt = ef.TwoStepUSAM(model.parameters(), **SETTINGS, release_gradients=release)
+        if local:
+            ef.ascent_sync(model, opt, enabled=False)
+        take_steps("closure", opt, evaluation(opt, model, quarter(rank)))
+        runs.append(full(model.parameters()))
+    return runs
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_ascents_that_backward_takes(run_distributed: RunDistributed, local: bool) -> None:
+    for whole, each in run_distributed(train_released, WORLD, local):
+        assert all(map(torch.equal, whole, each))
+
+
 def test_the_explicit_form(run_distributed: RunDistributed) -> None:
     results = run_distributed(train_hybrid, WORLD, "sam", True, "explicit")
     assert_alike(results, train_each_part("sam", HALVES), 1e-12)

@@ -22,6 +22,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
     "HessianUSAM": lambda p: ef.HessianUSAM(p, **SETTINGS, rho=0.02),
     "HessianUSAM, autograd": lambda p: ef.HessianUSAM(p, **SETTINGS, rho=0.02, hvp="autograd"),
     "released": lambda p: ef.USAM(p, **SETTINGS, rho=0.15, release_gradients=True),
+    "released, two": lambda p: ef.TwoStepUSAM(p, **SETTINGS, rho=0.15, release_gradients=True),
     "SharpnessAware": lambda p: ef.SharpnessAware(torch.optim.AdamW(p, lr=0.03), "sam", 0.15),
 }
 

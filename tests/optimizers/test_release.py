@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from cases import RHO, same_bits
+from eigenfilter.optimizers import in_backward
 from optimizers.problems import (
     METHODS,
     SETTINGS,
@@ -32,6 +33,7 @@ MAKE: dict[str, Callable[..., Any]] = {
         for name, method in METHODS.items()
     },
     "adamw": lambda params, **kw: ef.AdamW(params, lr=0.05, **kw),
+    "adamw usam": lambda params, **kw: ef.AdamW(params, lr=0.05, method="usam", rho=0.5, **kw),
     "adamw sam": lambda params, **kw: ef.AdamW(params, lr=0.05, method="sam", rho=0.5, **kw),
 }
 
@@ -92,29 +94,41 @@ def test_the_explicit_form_is_the_same() -> None:
     assert all(map(same_bits, *runs))
 
 
-@pytest.mark.parametrize("release", [False, True])
-def test_how_many_gradients_there_are_at_once(release: bool) -> None:
+@pytest.mark.parametrize("batch_bytes", [0, 100, None])
+@pytest.mark.parametrize("name", ["sgd", "usam", "sequential", "anchored", "sam"])
+def test_how_many_gradients_there_are_at_once(
+    name: str, batch_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most so many that one of them completes the batch: of 5 elements each, in float32."""
+    if batch_bytes is not None:
+        monkeypatch.setattr(in_backward, "BATCH_BYTES", batch_bytes)
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    model = nn.Sequential(*(nn.Linear(5, 1, bias=False) for _ in range(1)), nn.Tanh())
+    for _ in range(8):
+        model.extend([nn.Linear(1, 5, bias=False), nn.Tanh(), nn.Linear(5, 1, bias=False)])
     params = list(model.parameters())
-    opt = ef.SGD(params, lr=0.1, release_gradients=release)
-    most = 0
+    opt = MAKE[name](params, release_gradients=batch_bytes is not None)
+    most: dict[tuple[str, int], int] = {}
 
     def count(_: Tensor) -> None:
-        nonlocal most
-        most = max(most, sum(p.grad is not None for p in params))
+        key = opt.phase, opt._step_state.ascents_taken
+        most[key] = max(most.get(key, 0), sum(p.grad is not None for p in params))
 
     for p in params:
         p.register_post_accumulate_grad_hook(count)  # before the optimizer's own
 
     def closure() -> Tensor:
         opt.zero_grad()
-        loss = model(torch.ones(2, 4)).square().sum()
+        loss = model(torch.ones(2, 5)).square().sum()
         loss.backward()
         return loss
 
     opt.step(closure)
-    assert most == (1 if release else len(params))
+    expected = {0: 1, 100: 5, None: len(params)}[batch_bytes]
+    for (phase, _), count_of_phase in most.items():
+        is_whole = name == "sam" and phase == "ascent"  # its norm needs all of them
+        assert count_of_phase == (len(params) if is_whole else expected)
+    assert len(most) == {"sgd": 1, "usam": 2, "sam": 2}.get(name, 3)
 
 
 def test_a_tied_weight_is_updated_once_with_the_whole_gradient() -> None:
@@ -149,7 +163,8 @@ def test_a_parameter_without_a_gradient_is_restored() -> None:
         loss.backward()
         return loss
 
-    closure()
+    with opt.evaluation():
+        closure()
     assert opt.ascend()
     inputs[3] = params[0]
     with opt.evaluation():

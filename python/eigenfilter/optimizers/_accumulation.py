@@ -120,10 +120,12 @@ class _ClosureCheck:
     def _before_accumulation(self, p: Tensor, _: Tensor) -> None:
         if id(p) not in self.mixed:  # torch.autograd.grad gets here too, and adds nothing
             g = p.grad
-            self._meets[id(p)] = g is not None and hasattr(g, _PRIOR_VERSION) and any_nonzero([g])
+            self._meets[id(p)] = _is_older(g)
 
     def _after_accumulation(self, p: Tensor) -> None:
-        self.mixed.setdefault(id(p), self._meets.get(id(p), False))
+        if id(p) not in self._meets:  # FSDP2 calls this hook alone
+            self._meets[id(p)] = _is_older(p.grad)
+        self.mixed.setdefault(id(p), self._meets[id(p)])
 
     def forget(self) -> None:
         """Record that all gradients have just been cleared in place."""
@@ -135,8 +137,8 @@ class _ClosureCheck:
     def end(self) -> tuple[bool, bool]:
         """End the check.
 
-        Where no hook is called (FSDP2, gradients written by hand), a gradient that was changed in
-        place counts as mixed.
+        Where no hook is called (gradients written by hand), a gradient that was changed in place
+        counts as mixed.
 
         Returns:
             Whether new gradients were added to older ones, and whether older ones stayed unchanged.
@@ -154,6 +156,11 @@ class _ClosureCheck:
         """The parameters that still have their older gradients, and these."""
         pairs = [(p, p.grad) for p in self._params if p.grad is not None]
         return [(p, g) for p, g in pairs if hasattr(g, _PRIOR_VERSION)]
+
+
+def _is_older(g: Tensor | None) -> bool:
+    """Whether a gradient existed before the closure, and is not 0."""
+    return g is not None and hasattr(g, _PRIOR_VERSION) and any_nonzero([g])
 
 
 def _is_marked(g: Tensor, name: str) -> bool:

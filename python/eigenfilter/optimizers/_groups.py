@@ -64,7 +64,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._amp = AmpState()
         self._parent = ParentOptimizer(self)
         self._buckets = ParamBuckets(self._update, self._amp, self.backend)
-        self._release = GradientRelease(self._buckets, self._update, self._amp)
+        self._release = GradientRelease(self._buckets, self._amp)
 
     @property
     def perturbed(self) -> bool:
@@ -182,14 +182,15 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """A context for every call of the closure in the explicit form.
 
         Both evaluations of a finite difference draw the same random numbers from torch in it.
-        `release_gradients` releases the gradients of the descent in this context alone.
+        `release_gradients` releases gradients in this context alone.
         """
         context: AbstractContextManager[None] = nullcontext()
-        if self.phase == "ascent":
+        ascends = self.phase == "ascent"
+        if self.release_gradients and (self.perturbation.is_elementwise or not ascends):
+            context = self._release.during_backward(self)
+        elif ascends:
             index = self._step_state.ascents_taken
             context = self.perturbation.evaluation_context(index, self._params())
-        elif self.release_gradients:
-            context = self._release.during_backward(self)
         with context:
             yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -88,11 +89,16 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._step_state.skips_ascents = False
         if self.phase == "descent":
             return False
-        if self.release_gradients:
-            self._release.refuse_scaler(grad_scaler)
-        amp.refuse_unscaled((self, caller), grad_scaler)
-        self._check_groups()
-        return self._ascend(grad_scaler)
+        try:
+            if self.release_gradients:
+                self._release.refuse_scaler(grad_scaler)
+            amp.refuse_unscaled((self, caller), grad_scaler)
+            self._check_groups()
+            return self._ascend(grad_scaler)
+        except BaseException:
+            if self._release.ascended_ids:  # backward has begun the ascent
+                self._restore()
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -190,12 +196,14 @@ class EigenfilterOptimizer(GroupedOptimizer):
 
     @retry_on_layout_change
     def _ascend(self, grad_scaler: torch.amp.GradScaler | None) -> bool:
-        step, buckets = self._step_state, self._buckets
+        step, buckets, release = self._step_state, self._buckets, self._release
         all_gradients = buckets.with_gradients(self)
+        release.check_ascent(self, all_gradients)
         self._refuse_ascent()
         gradients = [(bucket, g) for bucket, g in all_gradients if bucket.ascends]
         # Other ranks may have gradients: a rank without one still joins their collectives.
         joins_others = not gradients and self._other_ranks_wait(grad_scaler)
+        joins_others = joins_others or bool(release.ascended_ids)
         if step.ascents_taken == 0:
             if not all_gradients and not joins_others:
                 return False
@@ -212,6 +220,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         self._perturb(gradients, step.ascents_taken)
         self._clear_gradients()
         step.with_local_gradients.clear()
+        release.ascended_ids.clear()
         step.ascents_taken += 1
         return True
 
@@ -225,14 +234,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
         _perturbation.enter(self)
         try:
             if index > 0 and perturbation.starts_from_x(index):
-                buckets.restore(without=gradients)
-            for bucket_slice in buckets.slices(gradients, by_state=False):
-                if not bucket_slice.is_perturbed:
-                    buckets.mark_perturbed(bucket_slice.bucket)
-                perturbation.perturb(index, bucket_slice)
-                # The compiled kernels have noted it in the call itself, so that no interrupt can
-                # come between; the other backends leave it to this line.
-                bucket_slice.bucket.backups().filled = True
+                buckets.restore(without=gradients, except_ids=self._release.ascended_ids)
+            buckets.perturb(gradients, functools.partial(perturbation.perturb, index))
         except BaseException:
             self._restore()
             raise
@@ -246,7 +249,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _end(self) -> None:
         self._step_state.reset()
         self._buckets.end_step()
-        self._release.updated_ids.clear()
+        self._release.forget()
         self.perturbation.forget()
         _perturbation.leave(self)
 
@@ -259,6 +262,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         buckets.store.snapshot_if_changed()  # state that released gradients have created
         gradients = buckets.with_gradients(self)
         self._refuse_norm(self._params() if buckets.are_flat else [])
+        release.refuse_unfinished(gradients)
         if self.phase == "ascent" and gradients:
             if self._only_initializes_state(gradients):
                 return
@@ -275,13 +279,8 @@ class EigenfilterOptimizer(GroupedOptimizer):
             self._amp.begin()
         _shards.refuse_scaled_descent(self, buckets.are_flat)
         self._amp.adopt_scaler_state(self, buckets.devices, step, are_shards=buckets.are_shards)
-        self._update.begin()
-        try:
+        with self._update.whole_step(buckets, self._amp):
             self._apply(gradients)
-        except BaseException:
-            self._update.cancel()
-            raise
-        self._update.end(buckets, self._amp)
         buckets.mark_written([bucket for bucket, _ in gradients])
         self._amp.count_skipped()
         self._used.mark([p for b, _ in gradients for p in (b.params[0], b.params[-1])])

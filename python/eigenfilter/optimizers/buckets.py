@@ -264,7 +264,6 @@ class ParamBuckets:
         self._amp = amp
         self.store = BufferStore(backend, update.keys)
         self._buckets: list[ParamBucket] = []
-        self._single_buckets: dict[int, ParamBucket] = {}  # of one parameter each, by its id
         # Each group, its list of parameters, and a copy of the list.
         self._groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         self.groups: list[dict[str, Any]] = []
@@ -323,7 +322,6 @@ class ParamBuckets:
         self._update.normalize_state(self.store.state)
         self.store.snapshot_state()
         self._buckets = []
-        self._single_buckets = {}
         refuse_overlap(groups)
         self.flat_handles = _distributed.flat_handles([p for g in groups for p in g["params"]])
         self.store.flat = {
@@ -338,6 +336,11 @@ class ParamBuckets:
         self.are_flat = any(bucket.is_flat for bucket in self._buckets)
         self.are_shards = self.are_flat or any(bucket.is_distributed for bucket in self._buckets)
 
+    @property
+    def built(self) -> Sequence[ParamBucket]:
+        """The buckets, in a new list after each `build`."""
+        return self._buckets
+
     # Gradients, and the arguments of kernel calls.
 
     def with_gradients(self, optimizer: torch.optim.Optimizer) -> Gradients:
@@ -351,11 +354,7 @@ class ParamBuckets:
             if missing:
                 indices = [i for i, g in enumerate(grads) if g is not None]
                 bucket, grads = bucket.subset(indices), [grads[i] for i in indices]
-            some = cast("list[Tensor]", grads)
-            # A Partial gradient has the local layout of a parameter that every rank has whole.
-            if bucket.is_distributed or _distributed.has_dtensor(some):
-                some = list(map(_distributed.redistribute_like, some, bucket.params))
-            gradients.append((bucket, some))
+            gradients.append((bucket, placed_as_params(bucket, cast("list[Tensor]", grads))))
         return gradients
 
     def pad_with_zeros(self, gradients: Gradients) -> Gradients:
@@ -405,19 +404,6 @@ class ParamBuckets:
             split += [(subset, signature) for signature, (subset, _) in parts.items()]
         return split
 
-    def single(self, p: Tensor) -> BucketSlice:
-        """The slice of one parameter alone, which has a gradient."""
-        if not self._single_buckets:
-            for each in self._buckets:
-                singles = [
-                    ParamBucket(each.group, each.number, [p], self.store) for p in each.params
-                ]
-                self._single_buckets |= {id(one.params[0]): one for one in singles}
-        bucket = self._single_buckets[id(p)]
-        [signature] = bucket.state_signatures(self._update.state_signature)
-        is_perturbed = id(p) in self.perturbed_ids()
-        return BucketSlice(bucket, [cast(Tensor, p.grad)], self._amp, is_perturbed, signature)
-
     # Perturbation.
 
     def perturbed_ids(self) -> set[int]:
@@ -426,11 +412,22 @@ class ParamBuckets:
             self._perturbed_ids = {id(p) for bucket in self.perturbed for p in bucket.params}
         return self._perturbed_ids
 
-    def mark_perturbed(self, bucket: ParamBucket) -> None:
-        """Record that a kernel is about to save and to perturb the parameters of a bucket."""
-        bucket.backups().filled = False  # until the kernel has written them
+    def perturb(self, gradients: Gradients, perturb: Callable[[BucketSlice], None]) -> None:
+        """Perturb parameters slice by slice, and record it."""
+        for bucket_slice in self.slices(gradients, by_state=False):
+            backups = bucket_slice.bucket.backups()
+            if not bucket_slice.is_perturbed:
+                backups.filled = False  # until the kernel has written them
+                self._mark_perturbed(bucket_slice.bucket)
+            perturb(bucket_slice)
+            # The compiled kernels have noted it in the call itself, so that no interrupt can come
+            # between; the other backends leave it to this line.
+            backups.filled = True
+
+    def _mark_perturbed(self, bucket: ParamBucket) -> None:
         self.perturbed.append(bucket)
-        self._perturbed_ids = None
+        if self._perturbed_ids is not None:
+            self._perturbed_ids.update(map(id, bucket.params))
 
     def end_step(self) -> None:
         """Record that no parameter is perturbed any more, and what the step has changed."""
@@ -449,12 +446,27 @@ class ParamBuckets:
             bucket.restore()
         self.mark_written(buckets)
 
-    def mark_written(self, buckets: Sequence[ParamBucket]) -> None:
-        """Tell autograd and FSDP that the parameters of `buckets` have changed."""
+    def mark_written(self, buckets: Sequence[ParamBucket], *, in_backward: bool = False) -> None:
+        """Tell autograd and FSDP that the parameters of `buckets` have changed.
+
+        Within a backward pass, FSDP must not be told yet: it still uses what it has gathered.
+        """
         for bucket in buckets:
             increment_version(bucket.params)
         torch.clear_autocast_cache()  # an outer autocast keeps copies of the parameters
+        if in_backward:
+            return
         if any(bucket.is_distributed for bucket in buckets):
             _distributed.reshard()
         if self.are_flat:
             _distributed.reshard_flat(self.flat_handles)
+
+
+def placed_as_params(bucket: ParamBucket, grads: list[Tensor]) -> list[Tensor]:
+    """The gradients of a bucket, placed as its parameters are.
+
+    A Partial gradient has the local layout of a parameter that every rank has whole.
+    """
+    if bucket.is_distributed or _distributed.has_dtensor(grads):
+        return list(map(_distributed.redistribute_like, grads, bucket.params))
+    return grads

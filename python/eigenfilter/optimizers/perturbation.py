@@ -39,6 +39,8 @@ class Perturbation:
         count: number of ascents in a step.
         needs_norm: whether an ascent divides by a norm over all gradients or parameters.
         needs_zero_gradients: whether a parameter whose gradient is zero affects the first ascent.
+        is_elementwise: whether the ascents of a parameter need its own gradient alone, so that they
+            can be taken while backward runs.
         repeats_random_numbers: whether the evaluation after the first ascent must draw the random
             numbers of the one before it.
         accesses: how often the ascents of a step read or write every element of a list of tensors;
@@ -49,6 +51,7 @@ class Perturbation:
     count = 0
     needs_norm = False
     needs_zero_gradients = False
+    is_elementwise = False
     repeats_random_numbers = False
     accesses = 0
 

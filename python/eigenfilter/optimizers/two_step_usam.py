@@ -21,6 +21,7 @@ class TwoStepUSAMPerturbation(Perturbation):
 
     method = "two_step_usam"
     count = 2
+    is_elementwise = True
     accesses = 7  # USAM's; then reads x, g, and writes x
 
     def __init__(self, *, ascent: str = "sequential") -> None:

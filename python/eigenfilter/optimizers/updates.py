@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -63,6 +64,17 @@ class Update:
     def creates_state(self, bucket_slice: BucketSlice) -> bool:
         """Whether the update of a slice creates state, so that its gradients are checked first."""
         return False
+
+    @contextmanager
+    def whole_step(self, buckets: ParamBuckets, amp: AmpState) -> Iterator[None]:
+        """A context for all slices of a step."""
+        self.begin()
+        try:
+            yield
+        except BaseException:
+            self.cancel()
+            raise
+        self.end(buckets, amp)
 
     def begin(self) -> None:
         """Begin a step, before its first slice."""

@@ -20,6 +20,7 @@ class USAMPerturbation(Perturbation):
 
     method = "usam"
     count = 1
+    is_elementwise = True
     accesses = 4  # reads x, g; writes x and its backup
 
     def end(self, f: Landscape, x: Tensor, g: Tensor, rho: Tensor, sign: Tensor) -> Tensor:
