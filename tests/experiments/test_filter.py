@@ -31,6 +31,16 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[-39.3258, -20] and [0, 19.3258]" in rows[1]
 
 
+def test_one_gradient_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--extrapolation", "0.2", "--momentum-norm", "2", "--beta1", "0.9"]
+    assert main([*ARGUMENTS, *more, "--json"]) == 0
+    by_method = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    edges = {name: row["max_eigenvalue"] for name, row in by_method.items()}
+    assert edges["heavy ball, extrapolation 0.2"] == pytest.approx(2 * 1.9 / 0.5)
+    assert edges["MSAM at momentum norm 2"] == pytest.approx(2 * 1.9 / 0.15)
+    assert edges["AdamW, extrapolation 0.2"] == pytest.approx(2 * 1.9 / (0.1 * 0.5))
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     main([*ARGUMENTS, "--hessian-rho", "0.003", "--nesterov", "--json"])
     by_method = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
@@ -51,7 +61,8 @@ def test_json_has_no_infinity(more: list[str], capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--dampening", "1"], ["--weight-decay", "100"], ["--lr", "0"]]
+    "more",
+    [[], ["--dampening", "1"], ["--weight-decay", "100"], ["--lr", "0"], ["--extrapolation", "1"]],
 )
 def test_a_figure(more: list[str], tmp_path: Path) -> None:
     """The figure also works if all or no eigenvalues are admitted."""
@@ -67,6 +78,8 @@ def test_a_figure(more: list[str], tmp_path: Path) -> None:
         (["--momentum", "1"], "momentum must lie in"),
         (["--nesterov", "--momentum", "0"], "Nesterov needs momentum"),
         (["--grad-norm", "0"], "grad_norm must lie in"),
+        (["--momentum-norm", "0"], "momentum_norm must lie in"),
+        (["--extrapolation", "0.1", "--momentum", "0"], "set momentum > 0"),
         (["--plot", "/proc/nowhere/f.png"], "cannot write"),
         (["--plot", "figure"], "--plot must end in"),
         (["--plot", "f.xyz"], "--plot must end in"),

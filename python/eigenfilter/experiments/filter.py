@@ -32,8 +32,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("momentum", 0.0, "momentum, in [0, 1)"),
         ("dampening", 0.0, "dampening of the momentum"),
         ("weight-decay", 0.0, "weight decay, at least 0"),
-        ("rho", 0.05, "radius of the ascents"),
+        ("rho", 0.05, "radius of the ascents, and of MSAM"),
         ("hessian-rho", None, "radius of Hessian USAM (default: rho)"),
+        ("extrapolation", None, "extrapolation of heavy ball and AdamW, which are then shown too"),
+        ("momentum-norm", None, "norm of the momentum at which to show the edge of MSAM"),
         ("grad-norm", None, "gradient norm at which to show the edge of SAM, which depends on it"),
         ("beta1", None, "beta1 of AdamW, which is then shown for the preconditioned Hessian"),
     ):
@@ -84,6 +86,13 @@ def table(args: argparse.Namespace) -> list[FilterRow]:
     rows: list[FilterRow] = [
         (base, (filters.Nesterov if args.nesterov else filters.HeavyBall)(*common), 1)
     ]
+    ahead = args.extrapolation
+    if ahead is not None:
+        ball = filters.HeavyBall(*common, extrapolation=ahead)
+        rows.append((f"heavy ball, extrapolation {ahead:g}", ball, 1))
+    if args.momentum_norm is not None:
+        msam = filters.MSAM(*common, rho=args.rho, momentum_norm=args.momentum_norm)
+        rows.append((f"MSAM at momentum norm {args.momentum_norm:g}", msam, 1))
     for theory in filters.ASCENTS.values():
         for name, options in _forms(theory, args.grad_norm):
             flt = theory(*common, rho=args.rho, nesterov=args.nesterov, **options)
@@ -91,7 +100,11 @@ def table(args: argparse.Namespace) -> list[FilterRow]:
                 flt = dataclasses.replace(flt, rho=args.hessian_rho)
             rows.append((name, flt, theory.gradients))
     if args.beta1 is not None:
-        rows.append(("AdamW", filters.AdamW(args.lr, args.beta1, args.weight_decay), 1))
+        adamw = filters.AdamW(args.lr, args.beta1, args.weight_decay)
+        rows.append(("AdamW", adamw, 1))
+        if ahead is not None:
+            adamw = dataclasses.replace(adamw, extrapolation=ahead)
+            rows.append((f"AdamW, extrapolation {ahead:g}", adamw, 1))
     return rows
 
 
