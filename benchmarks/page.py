@@ -237,7 +237,7 @@ def _memory(data: Mapping[str, Any], file: Path, folder: Path) -> list[str]:
     title = f"Memory: {data['device']}"
     path = Path("figures") / f"benchmarks-{data['device']}-memory.png"
     panel = {name: {"peak": Bar(size)} for name, size in data["memory"].items()}
-    summary = f"{data['elements']:,} float32 parameters, no activations"
+    summary = f"{data['elements']:,} parameters, float32 unless a name says bfloat16"
     figures.draw({summary: panel}, folder / path, label="peak bytes a parameter", scale="amount")
     return [
         f"## {title}",

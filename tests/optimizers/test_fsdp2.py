@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import eigenfilter as ef
+from eigenfilter._distributed import fsdp_groups
 from eigenfilter.optimizers import in_backward
 from optimizers.distributed_problem import (
     OPTIMIZERS,
@@ -273,12 +274,16 @@ def release_partial_gradients(rank: int, how: str) -> str:
         model = flattened(True)
     elif how == "tensor parallel":
         parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    elif how == "offloaded":  # as CPUOffloadPolicy() has it, which needs a GPU
+        model = sharded()
+        (group,) = fsdp_groups(model.get_submodule("0"))
+        group.fsdp_params[0].offload_to_cpu = group.fsdp_params[0].pin_memory = True
     else:
         fully_shard(model.get_submodule("0"), mesh=mesh)
     return step_with_released_gradients(model, rank)
 
 
-@pytest.mark.parametrize("how", ["flattened", "tensor parallel", "sharded in part"])
+@pytest.mark.parametrize("how", ["flattened", "tensor parallel", "sharded in part", "offloaded"])
 def test_released_gradients_that_are_partial_are_refused(
     run_distributed: RunDistributed, how: str
 ) -> None:
