@@ -1,7 +1,7 @@
 """No method holds more than parameters, momentum, one gradient and a backup; Hessian USAM one more.
 
 Each is measured in a process of its own, as `eigenfilter bench memory` does, in float32: a copy of
-the parameters takes 4 bytes a parameter.
+the parameters takes 4 bytes a parameter. Of released gradients, an eighth exists at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ MOST = {
     "TwoStepUSAM": 16,
     "HessianUSAM": 20,
     "AdamW, method SAM": 20,
+    "SGD, gradients released": 8.5,
+    "USAM, gradients released": 12.5,
+    "TwoStepUSAM, gradients released": 12.5,
+    "USAM, bfloat16, gradients released": 6.25,
 }
 
 
