@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import eigenfilter as ef
 from cases import same_bits
@@ -192,25 +190,6 @@ def test_eval_within_a_step_is_refused() -> None:
     assert all(map(same_bits, before, params))
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_checkpoint_goes_on_to_the_bit(dtype: torch.dtype, evaluates: bool) -> None:
-    params, others = parameters(dtype), parameters(dtype)
-    opt, other = (ef.AdamW(p, **ADAMW, extrapolation=E) for p in (params, others))
-    train(opt, params, 5)
-    if evaluates:
-        opt.eval()
-    saved = copy.deepcopy(opt.state_dict())
-    with torch.no_grad():
-        for p, q in zip(others, params, strict=True):
-            p.copy_(q)
-    other.load_state_dict(saved)
-    for each, ps in ((opt, params), (other, others)):
-        each.train()
-        train(each, ps, 5)
-    assert all(map(same_bits, params, others))
-
-
 def test_a_checkpoint_of_torchs_holds_x() -> None:
     params = parameters()
     theirs = torch.optim.AdamW(params, **ADAMW)
@@ -234,25 +213,6 @@ def test_a_checkpoint_of_torchs_holds_x() -> None:
     train(theirs, params, 1)
     formula.step(0.0)
     assert distance(params, formula.x) < 1e-14
-
-
-@pytest.mark.parametrize("evaluates", [False, True])
-@pytest.mark.parametrize("saved_with", [0.0, 0.03, E])
-def test_distributed_checkpoints(evaluates: bool, saved_with: float) -> None:
-    models = [nn.Linear(3, 2).double() for _ in range(2)]
-    first, second = models
-    opt = ef.AdamW(first.parameters(), **ADAMW, extrapolation=saved_with)
-    train(opt, list(first.parameters()), 3)
-    if evaluates:
-        opt.eval()
-    state, optimizer_state = copy.deepcopy(get_state_dict(first, opt))
-    other = ef.AdamW(second.parameters(), **ADAMW, extrapolation=E)
-    set_state_dict(second, other, model_state_dict=state, optim_state_dict=optimizer_state)
-    opt.eval()
-    other.eval()
-    for p, q in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)
-    assert other.param_groups[0]["extrapolation"] == saved_with
 
 
 def test_a_change_takes_effect_with_the_next_gradient() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import eigenfilter as ef
 from cases import same_bits
@@ -143,25 +141,6 @@ def test_eval_within_a_closure_is_refused() -> None:
     assert all(map(same_bits, before, params))
 
 
-@pytest.mark.parametrize("evaluates", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_checkpoint_goes_on_to_the_bit(dtype: torch.dtype, evaluates: bool) -> None:
-    params, others = parameters(dtype), parameters(dtype)
-    opt, other = (ef.SGD(p, **HEAVY, extrapolation=E) for p in (params, others))
-    train(opt, params, 5)
-    if evaluates:
-        opt.eval()
-    saved = copy.deepcopy(opt.state_dict())
-    with torch.no_grad():
-        for p, q in zip(others, params, strict=True):
-            p.copy_(q)
-    other.load_state_dict(saved)
-    for each, ps in ((opt, params), (other, others)):
-        each.train()
-        train(each, ps, 5)
-    assert all(map(same_bits, params, others))
-
-
 def test_a_checkpoint_of_torchs_holds_x() -> None:
     params = parameters()
     theirs = torch.optim.SGD(params, **HEAVY)
@@ -222,38 +201,6 @@ def test_a_change_with_decay_skipping_and_a_parameter_without_a_gradient() -> No
         assert distance([params[i]], formula.y(0.02)) < 1e-14
 
 
-def test_a_refused_step_changes_nothing() -> None:
-    params = parameters()
-    opt = ef.SGD(params, **HEAVY, extrapolation=E)
-    train(opt, params, 2)
-    opt.param_groups[0]["extrapolation"] = 0.02
-    before = [p.detach().clone() for p in params]
-    set_gradients(params)
-    params[0].grad = torch.rand(4, 5, dtype=torch.float64).to_sparse()
-    with pytest.raises(TypeError, match="sparse"):
-        opt.step()
-    assert all(map(same_bits, before, params))
-
-
-@pytest.mark.parametrize("evaluates", [False, True])
-@pytest.mark.parametrize("saved_with", [0.0, 0.03, E])
-def test_distributed_checkpoints(evaluates: bool, saved_with: float) -> None:
-    models = [nn.Linear(3, 2).double() for _ in range(2)]
-    first, second = models
-    opt = ef.SGD(first.parameters(), **HEAVY, extrapolation=saved_with)
-    train(opt, list(first.parameters()), 3)
-    if evaluates:
-        opt.eval()
-    state, optimizer_state = copy.deepcopy(get_state_dict(first, opt))
-    other = ef.SGD(second.parameters(), **HEAVY, extrapolation=E)
-    set_state_dict(second, other, model_state_dict=state, optim_state_dict=optimizer_state)
-    opt.eval()
-    other.eval()
-    for p, q in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)
-    assert other.param_groups[0]["extrapolation"] == saved_with
-
-
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
 def test_skipped_steps(dampening: float) -> None:
     results = []
@@ -303,17 +250,6 @@ def test_gradients_released_in_backward() -> None:
             opt.step(closure)
         results.append(params)
     assert all(map(same_bits, *results))
-
-
-def test_another_layout_in_between() -> None:
-    params = parameters(torch.float32)
-    opt = ef.SGD(params, **HEAVY, extrapolation=E)
-    train(opt, params, 2)
-    params[0].data = params[0].data.t().contiguous().t()
-    opt.eval()
-    opt.train()
-    train(opt, params, 2)
-    assert params[0].is_contiguous() is False
 
 
 def test_another_layout_in_a_later_group() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -18,35 +16,18 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import eigenfilter as ef
 from cases import same_bits
 from eigenfilter.optimizers.updates import SGDUpdate
+from optimizers.extrapolated import (
+    TOLERANCES,
+    distance,
+    gradient,
+    parameters,
+    set_gradients,
+    train,
+)
 from run_distributed import RunDistributed
 
 LR, RHO = 0.02, 0.3
 HEAVY: dict[str, Any] = {"lr": LR, "momentum": 0.9}
-TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
-
-
-def gradient(x: Tensor) -> Tensor:
-    """Of 2 x^2 + cos x."""
-    return 4 * x - x.sin()
-
-
-def parameters(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
-    gen = torch.Generator().manual_seed(0)
-    shapes = ((4, 5), (7,), (3, 2, 2))
-    values = [torch.randn(shape, generator=gen, dtype=torch.float64) for shape in shapes]
-    return [nn.Parameter(value.to(dtype)) for value in values]
-
-
-def set_gradients(params: list[nn.Parameter], sign: float = 1.0) -> None:
-    for p in params:
-        p.grad = sign * gradient(p.detach().double()).to(p.dtype)
-
-
-def train(opt: torch.optim.Optimizer, params: list[nn.Parameter], steps: int) -> None:
-    sign = -1.0 if opt.param_groups[0]["maximize"] else 1.0
-    for _ in range(steps):
-        set_gradients(params, sign)
-        opt.step()
 
 
 def norm_of(tensors: list[Tensor]) -> float:
@@ -79,11 +60,6 @@ class Formula:
             if i not in without:
                 self.m[i] = 0.9 * self.m[i] + keep * (gradient(y) + decay * y)
                 self.x[i] = self.x[i] - LR * self.m[i]
-
-
-def distance(params: list[nn.Parameter], values: list[Tensor]) -> float:
-    pairs = zip(params, values, strict=True)
-    return max((p.detach().double() - v).abs().max().item() for p, v in pairs)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -254,55 +230,6 @@ def test_skipped_steps_change_no_bit(changes: bool) -> None:
     assert distance(params, x) < 1e-6
 
 
-def test_a_refused_step_changes_nothing() -> None:
-    params = parameters()
-    opt = ef.MSAM(params, **HEAVY, rho=RHO)
-    train(opt, params, 2)
-    before = [p.detach().clone() for p in params]
-    set_gradients(params)
-    params[0].grad = torch.rand(4, 5, dtype=torch.float64).to_sparse()
-    with pytest.raises(TypeError, match="sparse"):
-        opt.step()
-    assert all(map(same_bits, before, params))
-
-
-@pytest.mark.parametrize("evaluates", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_checkpoint_goes_on_to_the_bit(dtype: torch.dtype, evaluates: bool) -> None:
-    params, others = parameters(dtype), parameters(dtype)
-    opt, other = (ef.MSAM(p, **HEAVY, rho=RHO) for p in (params, others))
-    train(opt, params, 5)
-    if evaluates:
-        opt.eval()
-    saved = copy.deepcopy(opt.state_dict())
-    with torch.no_grad():
-        for p, q in zip(others, params, strict=True):
-            p.copy_(q)
-    other.load_state_dict(saved)
-    for each, ps in ((opt, params), (other, others)):
-        each.train()
-        train(each, ps, 5)
-    assert all(map(same_bits, params, others))
-
-
-@pytest.mark.parametrize("evaluates", [False, True])
-def test_distributed_checkpoints(evaluates: bool) -> None:
-    first, second = (nn.Linear(3, 2).double() for _ in range(2))
-    opt = ef.MSAM(first.parameters(), **HEAVY, rho=RHO)
-    train(opt, list(first.parameters()), 3)
-    if evaluates:
-        opt.eval()
-    state, optimizer_state = copy.deepcopy(get_state_dict(first, opt))
-    other = ef.MSAM(second.parameters(), **HEAVY, rho=0.1)
-    set_state_dict(second, other, model_state_dict=state, optim_state_dict=optimizer_state)
-    for each in (opt, other):
-        each.train()
-        each.eval()
-    for p, q in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-15)
-    assert other.param_groups[0]["rho"] == RHO
-
-
 def test_a_checkpoint_of_torchs_holds_x() -> None:
     params = parameters()
     theirs = torch.optim.SGD(params, **HEAVY)
@@ -317,20 +244,6 @@ def test_a_checkpoint_of_torchs_holds_x() -> None:
         formula.step()
     opt.eval()
     assert distance(params, formula.x) < 1e-13
-
-
-def test_another_layout_in_between() -> None:
-    params, others = parameters(torch.float32), parameters(torch.float32)
-    opt, other = (ef.MSAM(p, **HEAVY, rho=RHO) for p in (params, others))
-    train(opt, params, 2)
-    train(other, others, 2)
-    params[0].data = params[0].data.t().contiguous().t()
-    for each, ps in ((opt, params), (other, others)):
-        each.eval()
-        each.train()
-        train(each, ps, 2)
-    assert not params[0].is_contiguous()
-    assert distance(params, [p.detach().double() for p in others]) < 1e-6
 
 
 def test_an_interrupt_between_buckets_leaves_every_parameter_at_a_y(
