@@ -249,8 +249,9 @@ struct AdamWStepScalars {
         R"(Restore the parameters from backups, if there are any, and take a step of AdamW.
 
     d = g / grad_scale,  m <- beta1 m + (1 - beta1) d,  v <- beta2 v + (1 - beta2) d^2
-    x <- (1 - lr wd) x - lr u,  u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
-    x <- x - e (u - u before)  (with an extrapolation e; u before step 1 is 0)
+    u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
+    x <- (1 - lr wd) x - lr u   (with an extrapolation e: - lr u - e (u - u before), where u is that
+                                of m and v as they are stored, and 0 before step 1)
 
 Where found_inf is not zero x is restored, m and v stay.)";
 };
@@ -271,30 +272,46 @@ struct AdamWStep : Rule {
           eps(static_cast<T>(s.eps)) {}
 
     template <class V>
-    EIGENFILTER_RULE V operator()(V x, V g, V& m, V& v) const {
+    EIGENFILTER_RULE void update_moments(V g, V& m, V& v) const {
         const V d = scale * g;
         m = beta1 * m + keep1 * d;
         v = beta2 * v + keep2 * (d * d);
+    }
+
+    template <class V>
+    EIGENFILTER_RULE V operator()(V x, V g, V& m, V& v) const {
+        update_moments(g, m, v);
         return decay * x - size * m / (square_root(v) * root + eps);
     }
 };
 
-// With an extrapolation.
+// With an extrapolation e: x <- (1 - lr wd) x - ((lr + e) u - e (u before)).
 template <class T>
 struct AheadAdamWStep : AdamWStep<T> {
-    // Factors of m in e u after the step, and before it; and that of the root of v before it.
+    using Straight = AdamWStep<T>;
+    bool is_straight;  // an e on the device may be 0
+    // Factors of m in (lr + e) u and in e (u before), and that of the root of v before.
     T ahead, back = 0, root_before = 0;
 
     EIGENFILTER_RULE explicit AheadAdamWStep(const AdamWStepScalars<double>& s)
-        : AdamWStep<T>(s), ahead(static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step)))) {
+        : Straight(s),
+          is_straight(s.extrapolation == 0),
+          ahead(static_cast<T>((s.lr + s.extrapolation) / (1 - power(s.beta1, s.step)))) {
         if (s.step == 1) return;
         back = static_cast<T>(s.extrapolation / (1 - power(s.beta1, s.step - 1)));
         root_before = static_cast<T>(1 / square_root(1 - power(s.beta2, s.step - 1)));
     }
 
     template <class V>
+    EIGENFILTER_RULE V operator()(V x, V g, V& m, V& v) const {
+        if (is_straight) return Straight::operator()(x, g, m, v);
+        this->update_moments(g, m, v);
+        return this->decay * x;
+    }
+
+    template <class V>
     EIGENFILTER_RULE V finish(V x, const V* before, const V* after) const {
-        if (ahead == 0) return x;
+        if (is_straight) return x;
         V change = ahead * after[0] / (square_root(after[1]) * this->root + this->eps);
         if (back != 0)
             change = change - back * before[0] / (square_root(before[1]) * root_before + this->eps);

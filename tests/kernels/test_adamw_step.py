@@ -2,7 +2,7 @@
 
 x <- b; d = +-g / grad_scale; m <- beta1 m + (1 - beta1) d; v <- beta2 v + (1 - beta2) d^2;
 x <- (1 - lr wd) x - lr u with u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps).
-With an extrapolation e last x <- x - e (u - u before), from m and v as they are stored.
+With an extrapolation e: - lr u - e (u - u before), from m and v as they are stored.
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ def expected(
     m = beta1 * m + (1 - beta1) * d
     v = beta2 * v + (1 - beta2) * d**2
     u, terms_u = (update_of(each, v, case.step, options) for each in (m, terms_m))
+    if case.ahead:
+        u, terms_u = u_stored, np.abs(u_stored)
     decayed = (1 - lr * decay) * x
-    ahead, terms_ahead = e * (u_stored - u_before), e * (np.abs(u_stored) + np.abs(u_before))
+    terms_x = np.abs(decayed) + (lr + e) * terms_u + e * np.abs(u_before)
     return {
-        X: (decayed - lr * u - ahead, np.abs(decayed) + lr * terms_u + terms_ahead),
+        X: (decayed - lr * u - e * (u - u_before), terms_x),
         M: (m, terms_m),
         V: (v, v),
     }

@@ -53,13 +53,13 @@ def adamw_step(
         d = g / grad_scale                    (-g with maximize)
         m <- beta1 m + (1 - beta1) d
         v <- beta2 v + (1 - beta2) d^2
-        x <- (1 - lr wd) x - lr u             (u = m / (1 - beta1^step)
-                                               / (sqrt(v / (1 - beta2^step)) + eps))
-        x <- x - e (u - u before)             (with an extrapolation e)
+        u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps)
+        x <- (1 - lr wd) x - lr u             (with an extrapolation e: - lr u - e (u - u before))
 
     Parameters that hold y = x - e u, where x is the iterate, thus hold the next y afterwards: the
-    gradient is taken there, and the decay acts there. The last line uses m and v as they are
-    stored, with step - 1 those before, so that x = y + e u can be had back; u is 0 before step 1.
+    gradient is taken there, and the decay acts there. With an extrapolation u is that of m and v as
+    they are stored, with step - 1 for those before, so that x = y + e u can be had back; u is 0
+    before step 1.
 
     Args:
         params: n tensors, overwritten. With backups their present values are not read.
@@ -96,15 +96,15 @@ def adamw_step(
         m = b1.to(T) * before[0] + (1 - b1).to(T) * d
         v = b2.to(T) * before[1] + (1 - b2).to(T) * (d * d)
         decay = (1 - a * real(weight_decay, p)).to(T)
-        x = decay * p.to(T) - _update(m, v, a, betas, eps, count)
+        change = _update(m, v, a, betas, eps, count)
         m = dithered(m, exp_avgs[i], rounding_seed, i, M).to(p.dtype)
         v = dithered(v, exp_avg_sqs[i], rounding_seed, i, V).to(p.dtype)
         e = real(extrapolation, p)
         if e != 0:
-            change = _update(m.to(T), v.to(T), e, betas, eps, count)
+            change = _update(m.to(T), v.to(T), a + e, betas, eps, count)
             if count > 1:
                 change = change - _update(*before, e, betas, eps, count - 1)
-            x = x - change
+        x = decay * p.to(T) - change
         write(exp_avgs[i], m, found_inf)
         write(exp_avg_sqs[i], v, found_inf)
         write(p, dithered(x, p, rounding_seed, i, X), found_inf)

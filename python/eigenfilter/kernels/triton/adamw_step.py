@@ -30,9 +30,9 @@ from eigenfilter.kernels.triton.rounding import M, V, X, noise_of, rounded
 
 
 @triton.jit
-def _ahead(e, b1, b2, t, REAL: tl.constexpr):
-    """Factors of m in e u after step t, and before it; and that of the root of v before it."""
-    ahead = e / (1.0 - power(b1, t))
+def _ahead(alpha, e, b1, b2, t, REAL: tl.constexpr):
+    """Factors of m in (lr + e) u and in e (u before), and that of the root of v before."""
+    ahead = (alpha + e) / (1.0 - power(b1, t))
     back = tl.where(t > 1.0, e / (1.0 - power(b1, t - 1.0)), 0.0)
     root_before = 1.0 / square_root(1.0 - power(b2, t - 1.0))
     return ahead.to(REAL), back.to(REAL), root_before.to(REAL)
@@ -41,24 +41,28 @@ def _ahead(e, b1, b2, t, REAL: tl.constexpr):
 @triton.jit
 def _adamw_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, v_at, from_at = at
-    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop, noise, factors = rule
+    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop, noise, factors, is_ahead = rule
     p = load(from_at, start, length, BLOCK, WIDE)
     old_m = load(m_at, start, length, BLOCK, WIDE)
     old_v = load(v_at, start, length, BLOCK, WIDE)
     d = S * load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
     m = beta1 * old_m.to(S.dtype) + keep1 * d
     v = beta2 * old_v.to(S.dtype) + keep2 * (d * d)
-    x = decay * p.to(S.dtype) - divide(size * m, square_root(v) * root + eps)
+    x = decay * p.to(S.dtype)
+    straight = x - divide(size * m, square_root(v) * root + eps)
     m = rounded(m, noise, M, old_m, start, BLOCK).to(old_m.dtype)
     v = rounded(v, noise, V, old_v, start, BLOCK).to(old_v.dtype)
-    if factors is not None:
+    if factors is None:
+        x = straight
+    else:
         ahead, back, root_before = factors
-        if ahead != 0:
-            change = divide(ahead * m.to(S.dtype), square_root(v.to(S.dtype)) * root + eps)
-            if back != 0:
-                root_v = square_root(old_v.to(S.dtype)) * root_before
-                change = change - divide(back * old_m.to(S.dtype), root_v + eps)
-            x = x - change
+        change = divide(ahead * m.to(S.dtype), square_root(v.to(S.dtype)) * root + eps)
+        if back != 0:
+            root_v = square_root(old_v.to(S.dtype)) * root_before
+            change = change - divide(back * old_m.to(S.dtype), root_v + eps)
+        x = x - change
+        if is_ahead is not None:
+            x = tl.where(is_ahead, x, straight)
     x = rounded(x, noise, X, p, start, BLOCK)
     store(m_at, unless(stop, old_m, m), start, length, BLOCK, WIDE)
     store(v_at, unless(stop, old_v, v), start, length, BLOCK, WIDE)
@@ -101,7 +105,7 @@ def adamw_step_kernel(
 
     x <- (1 - lr wd) x - lr u with u = m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + eps).
 
-    With an extrapolation e last x <- x - e (u - u before).
+    With an extrapolation e: - lr u - e (u - u before), of m and v as they are stored.
     """
     tensor, first, length, wide = chunk(chunks)
     x_at = address(pointers, tensor, first, DTYPE)
@@ -116,6 +120,7 @@ def adamw_step_kernel(
     size = alpha / (1.0 - power(b1, t))
     root = 1.0 / square_root(1.0 - power(b2, t))
     seed = real(rounding_seed, rounding_seed_at)
+    e = real(extrapolation, extrapolation_at)
     rule = (
         S.to(REAL),
         b1.to(REAL),
@@ -128,7 +133,8 @@ def adamw_step_kernel(
         real(eps, eps_at).to(REAL),
         is_set(found_inf),
         noise_of(seed, tensor, first) if STOCHASTIC else None,
-        _ahead(real(extrapolation, extrapolation_at), b1, b2, t, REAL) if AHEAD else None,
+        _ahead(alpha, e, b1, b2, t, REAL) if AHEAD else None,
+        None if extrapolation_at is None else e != 0,
     )
     for_each_block(_adamw_step_block, (x_at, g_at, m_at, v_at, from_at), rule, length, wide, BLOCK)
 
