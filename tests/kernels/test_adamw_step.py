@@ -149,6 +149,21 @@ def test_the_update_before_the_first_step_is_zero(
     assert torch.equal(x, torch.full_like(x, -0.75))
 
 
+def test_an_extrapolation_of_0_on_the_device_is_none(
+    backend: KernelBackend, dtype: torch.dtype
+) -> None:
+    """To the bit: lr u is then of the moments before they are rounded."""
+    gen = torch.Generator().manual_seed(5)
+    lists = [torch.rand(999, generator=gen).to(dtype).to(backend.device) for _ in range(4)]
+    results = []
+    for e in (0.0, torch.zeros((), dtype=torch.float64, device=backend.device)):
+        x, g, m, v = ([t.clone()] for t in lists)
+        options = AdamWDescent(False, False, True, False, 9).options()
+        kernels.adamw_step(x, g, m, v, **options, extrapolation=e, backend=backend.name)
+        results.append(torch.cat([*x, *m, *v]))
+    assert same_bits(*results)
+
+
 @pytest.mark.parametrize("T", [torch.float32, torch.float64], ids=str)
 def test_roots_and_quotients_are_rounded_once(backend: KernelBackend, T: torch.dtype) -> None:
     """Of every size, subnormals and infinity among them, as IEEE prescribes.
