@@ -148,6 +148,13 @@ def test_adamw(target: float, beta1: float, decay: float, share: float) -> None:
         ("msam", 1.0, {"lr": 0.1, "momentum": 0.9}, "give momentum_norm"),
         ("msam", 1.0, {"lr": 0.1, "momentum_norm": 0.0, "momentum": 0.9}, "momentum_norm"),
         ("msam", 1.0, {"lr": 0.1, "momentum_norm": 1.0}, "set momentum > 0"),
+        ("msam", 1.0, {"rho": 0.1, "momentum_norm": 1.0}, "set momentum > 0"),
+        (
+            "msam",
+            1.0,
+            {"rho": 0.1, "momentum_norm": 1.0, "momentum": 0.9, "nesterov": True},
+            "leave nesterov out",
+        ),
         ("usam", 1.0, {"lr": 0.1, "momentum_norm": 1.0}, "momentum_norm is an argument of msam"),
         ("two_step_usam", 1.0, {"lr": 0.1, "ascent": "both"}, "ascent"),
         ("usam", 1.0, {"lr": 0.1, "ascent": "anchored"}, "ascent is an argument of"),

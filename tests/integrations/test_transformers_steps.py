@@ -308,3 +308,35 @@ def test_a_checkpoint_on_a_signal_holds_x(tmp_path: Path) -> None:
     resumed = trainer_of(tmp_path / "cut", NoNorm(), accumulation=2)
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed.model, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        (ef.SGD, {"momentum": MOMENTUM, "extrapolation": RHO}),
+        (ef.MSAM, {"momentum": MOMENTUM, "rho": RHO}),
+    ],
+    ids=["SGD", "MSAM"],
+)
+def test_what_is_trained_and_saved_is_x(tmp_path: Path, optimizer: Any) -> None:
+    options = {"weight_decay": 0.0, "save_strategy": "steps", "save_steps": 5}
+    model, twin = Language(), Language()
+    trainer = trainer_of(tmp_path, model, optimizer, num_train_epochs=1, **options)
+    trainer.train()
+    make, arguments = optimizer
+    opt = make(twin.parameters(), lr=LR, **arguments)
+    for step, [batch] in enumerate(windows(1), start=1):
+        opt.train()
+        opt.zero_grad()
+        twin(**batch)["loss"].backward()
+        opt.step()
+        opt.eval()
+        if step == 5:
+            at_five = copy.deepcopy(twin.state_dict())
+    assert_same(model, twin)
+    resumed = trainer_of(tmp_path, Language(), optimizer, num_train_epochs=1, **options)
+    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-5"))
+    for name, t in resumed.model.state_dict().items():
+        torch.testing.assert_close(t, at_five[name], rtol=0, atol=1e-6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert_same(resumed.model, twin)

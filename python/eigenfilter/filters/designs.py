@@ -89,7 +89,9 @@ def design(
     if theory.takes("momentum_norm"):
         if momentum_norm is None:
             raise ValueError("MSAM's edge moves with the momentum's norm: give momentum_norm")
-        MSAM(1.0, 0.5, rho=rho or 0.0, momentum_norm=momentum_norm)  # checks them
+        if nesterov:
+            raise ValueError("MSAM follows the buffer of heavy ball: leave nesterov out")
+        MSAM(1.0, momentum, rho=rho or 0.0, momentum_norm=momentum_norm)  # checks them
 
     def build(lr: float, rho: float) -> PolynomialFilter:
         rest = (lr, momentum, dampening, weight_decay)

@@ -250,8 +250,8 @@ class MSAM(HeavyBall):
             return HeavyBall(**common(group))
         if norm == 0.0:
             raise TypeError(
-                "MSAM has no filter before its first step, because its edge moves with the norm of "
-                "the momentum: take steps, or use filters.MSAM(..., rho=rho, momentum_norm=norm)"
+                "MSAM has no filter while its momentum is 0, as before its first step, because its "
+                "edge moves with the norm: take steps, or use filters.MSAM(..., momentum_norm=norm)"
             )
         return cls(**common(group), rho=rho, momentum_norm=norm)
 

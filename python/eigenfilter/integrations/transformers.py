@@ -150,12 +150,13 @@ class SharpnessAwareMixin:
         if not self._evaluates_again:
             super().log(*args, **kwargs)  # type: ignore[misc]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; an exception leaves the model at x."""
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._end_window()
+            _window.set_mode(self.optimizer, "eval")
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict as the Trainer does.
@@ -170,8 +171,8 @@ class SharpnessAwareMixin:
             )
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model as the Trainer does.
+    def save_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model as the Trainer does, at x if the optimizer goes ahead of it.
 
         Raises:
             RuntimeError: the model is perturbed, as in `on_pre_optimizer_step`.
@@ -181,12 +182,14 @@ class SharpnessAwareMixin:
                 "a model saved in the middle of a step (on_pre_optimizer_step) would have "
                 "perturbed weights: save it in on_optimizer_step or later"
             )
+        _window.set_mode(self.optimizer, "eval")
         super().save_model(*args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
         if self._is_perturbed():  # on_pre_optimizer_step, where SIGTERM's checkpoint is taken
             self.control.should_save = True  # right after the step
             return
+        _window.set_mode(self.optimizer, "eval")  # the next training_step calls train
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _is_perturbed(self: Any) -> bool:

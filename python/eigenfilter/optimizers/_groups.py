@@ -282,12 +282,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: the parameters are perturbed.
-            ValueError: the groups do not match.
+            ValueError: the groups do not match, or were saved ahead of x by another method.
         """
         self._refuse_perturbed("load_state_dict()")
         state_dict = fill_missing_keys(self, state_dict)
         for group in state_dict.get("param_groups", ()):
             refuse_modes(group)
+            self._update.refuse_extrapolated(group)
         super().load_state_dict(state_dict)
         remember_lrs(self)
 

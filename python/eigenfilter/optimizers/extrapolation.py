@@ -45,8 +45,9 @@ class ExtrapolatedOptimizer(EigenfilterOptimizer):
             super()._check_group(group)
             group[EXTRAPOLATION] = self._extrapolation_for(group, max_eigenvalue)
         super()._check_group(group)
-        if group[EXTRAPOLATED] is None:  # before the first update x and y are the same
-            group[EXTRAPOLATED] = self._wanted(group)
+        key = self._update.extrapolated_key
+        if group[key] is None:  # before the first update x and y are the same
+            group[key] = self._wanted(group)
 
     def _wanted(self, group: dict[str, Any]) -> float:
         """The extrapolation that the parameters of a group should have in training."""
@@ -71,7 +72,8 @@ class ExtrapolatedOptimizer(EigenfilterOptimizer):
             RuntimeError: the parameters are perturbed.
             ValueError: the groups do not match.
         """
-        groups = [{EXTRAPOLATED: 0.0} | group for group in state_dict.get("param_groups", ())]
+        at_x = {self._update.extrapolated_key: 0.0}
+        groups = [at_x | group for group in state_dict.get("param_groups", ())]
         super().load_state_dict(state_dict | {"param_groups": groups})
 
     @through_owner
@@ -102,7 +104,7 @@ class ExtrapolatedOptimizer(EigenfilterOptimizer):
     @torch.no_grad()
     def _extrapolate(self, is_training: bool) -> None:
         wanted = [(g, self._wanted(g) if is_training else 0.0) for g in self.current_groups()]
-        if all(group[EXTRAPOLATED] == e for group, e in wanted):
+        if all(group[self._update.extrapolated_key] == e for group, e in wanted):
             return
         name = "train()" if is_training else "eval()"
         self._step_state.refuse_within_closure(name)

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from eigenfilter import _core
@@ -17,103 +18,135 @@ from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.hyperparameters import Options, is_zero
 from eigenfilter.optimizers.perturbation import TINY, Perturbation
 from eigenfilter.optimizers.registry import register
-from eigenfilter.optimizers.updates import EXTRAPOLATED, EXTRAPOLATION, MOMENTUM, SGDUpdate
+from eigenfilter.optimizers.updates import EXTRAPOLATED_RHO, EXTRAPOLATION, MOMENTUM, SGDUpdate
 
-NORM = "momentum_norm"  # in a group: the |m| by which its parameters' extrapolation is divided
+NORM = "momentum_norm"  # in a group: the |m| by which their extrapolation is divided
 
 
 class MSAMUpdate(SGDUpdate):
     """Heavy ball whose gradient is taken at y = x - rho m / |m|.
 
-    The parameters of a group hold y, with the rho that the group has as `extrapolated` and the |m|
-    that it has as `momentum_norm`. A step brings them to x, and with the norm of the new m they go
-    on to the next y.
+    The parameters of a group hold y, with the rho that the group has as `extrapolated_rho` and the
+    |m| that it has as `momentum_norm`. A step brings them to x, and with the norm of the new m they
+    go on to the next y.
     """
 
+    extrapolated_key = EXTRAPOLATED_RHO
     needs_norm = True
 
     def __init__(self) -> None:
-        self._updated: list[ParamBucket] = []  # in this step: they are at x
+        self._start(None)
+
+    def _start(self, amp: AmpState | None) -> None:
+        self._amp = amp
+        self._updated: list[ParamBucket] = []  # in this step
+        self._at_x: set[int] = set()  # ids of the parameters that are at x
+        self._moved: list[tuple[ParamBucket, float | Tensor]] = []  # with what takes them back
 
     def begin(self) -> None:
-        self._updated.clear()
+        self._start(None)
+
+    def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
+        e = _present(bucket)
+        return {EXTRAPOLATION: e, "to_iterate": not is_zero(e)}
 
     def step(self, bucket_slice: BucketSlice) -> None:
         super().step(bucket_slice)
+        self._amp = bucket_slice.amp
         self._updated.append(bucket_slice.bucket)
-
-    def cancel(self) -> None:
-        """Bring what the step has updated from x to a y by the norm of the step before."""
-        for bucket in self._updated:
-            e = _factor(bucket, bucket.group[EXTRAPOLATED], bucket.group[NORM])
-            _perturb(bucket, -e, None)
-        self._updated.clear()
-
-    def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
-        e = _factor(bucket, bucket.group[EXTRAPOLATED], bucket.group[NORM])
-        return {EXTRAPOLATION: e, "to_iterate": not is_zero(e)}
+        self._at_x.update(map(id, bucket_slice.bucket.params))
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
         """Go on from x to the next y, unless the step is skipped."""
-        updated, self._updated = self._updated, []
-        changed = any(g["rho"] != g[EXTRAPOLATED] for g in buckets.groups)
+        self._amp = amp
+        changed = any(g["rho"] != g[EXTRAPOLATED_RHO] for g in buckets.groups)
         if not changed or not any(map(amp.is_skipped, buckets.devices)):
-            self._move(buckets, [(g, g["rho"]) for g in buckets.groups], updated, amp)
+            self._move(buckets, [(g, g["rho"]) for g in buckets.groups])
+
+    def cancel(self) -> None:
+        """Bring all parameters to the y by the rho and the norm of the step before."""
+        while self._moved:
+            self._perturb(*self._moved.pop())
+        for bucket in self._updated:
+            rest = [i for i, p in enumerate(bucket.params) if id(p) in self._at_x]
+            if rest:
+                self._perturb(bucket.subset(rest), -_present(bucket))
+        self._start(None)
 
     def extrapolate(
         self, buckets: ParamBuckets, wanted: Sequence[tuple[dict[str, Any], float]]
     ) -> None:
         """Change y = x - rho m / |m| of groups from their present rho to the one that is wanted."""
-        self._move(buckets, wanted, [], None)
+        self._start(None)
+        for bucket, has_momentum in buckets.by_state():  # errors come before the first write
+            if has_momentum:
+                lists = bucket.tensors, bucket.buffers(MOMENTUM)
+                _core.check(("params", MOMENTUM), lists, (True, False))
+        try:
+            self._move(buckets, wanted)
+        except BaseException:
+            self.cancel()
+            raise
+        buckets.store.has_written = True
 
-    def _move(
-        self,
-        buckets: ParamBuckets,
-        wanted: Sequence[tuple[dict[str, Any], float]],
-        at_x: Sequence[ParamBucket],
-        amp: AmpState | None,
-    ) -> None:
+    def _move(self, buckets: ParamBuckets, wanted: Sequence[tuple[dict[str, Any], float]]) -> None:
         """Bring all parameters from the present y, or from x, to the y that is wanted."""
         rho_of = {id(group): rho for group, rho in wanted}
         parts = [bucket for bucket, has_momentum in buckets.by_state() if has_momentum]
-        if amp is None:
-            for bucket in parts:  # errors come before the first write; a step has checked them
-                lists = bucket.tensors, bucket.buffers(MOMENTUM)
-                _core.check(("params", MOMENTUM), lists, (True, False))
         ahead = [bucket for bucket in parts if rho_of[id(bucket.group)] != 0]
         norms = total_norms([(bucket, bucket.buffers(MOMENTUM)) for bucket in ahead])
         norm = next(iter(norms.values()), None)
-        ids = {id(p) for bucket in at_x for p in bucket.params}
         for bucket in parts:
-            e = _factor(bucket, bucket.group[EXTRAPOLATED], bucket.group[NORM])
+            before = _present(bucket)
             after = _factor(bucket, rho_of[id(bucket.group)], norm)
-            if bucket in at_x:
-                _perturb(bucket, -after, amp)
-                continue
-            moved = [id(p) in ids for p in bucket.params]
-            for is_at_x, (part, _) in bucket.split(bucket.params, moved).items():
-                _perturb(part, -after if is_at_x else e - after, amp)
-                buckets.store.has_written = True
-                buckets.mark_written([part])
+            for is_at_x, part in self._split(bucket):
+                self._perturb(part, -after if is_at_x else before - after)
+                self._moved.append((part, after - before))
+                self._at_x.difference_update(map(id, part.params))
+                if not is_at_x:
+                    buckets.mark_written([part])
         for group, rho in wanted:
-            group[EXTRAPOLATED] = rho
-            group[NORM] = group[NORM] if norm is None else norm
+            group[EXTRAPOLATED_RHO] = rho
+            if norm is not None:
+                self._keep_norm(group, norm)
+        self._start(None)
+
+    def _split(self, bucket: ParamBucket) -> list[tuple[bool, ParamBucket]]:
+        """The parameters of a bucket that are at x, and the others."""
+        is_at_x = [id(p) in self._at_x for p in bucket.params]
+        if len(set(is_at_x)) == 1:
+            return [(is_at_x[0], bucket)]
+        parts = bucket.split(bucket.params, is_at_x).items()
+        return [(key, part) for key, (part, _) in parts]
+
+    def _keep_norm(self, group: dict[str, Any], norm: Tensor) -> None:
+        """Write the norm where a CUDA graph has read it; a skipped step leaves it as it was."""
+        kept = group[NORM]
+        if not isinstance(kept, Tensor) or kept.device != norm.device:
+            group[NORM] = norm.clone()
+            return
+        flag = None if self._amp is None else self._amp.flag(norm.device)
+        kept.copy_(norm if flag is None else torch.where(flag.reshape(()) != 0, kept, norm))
+
+    def _perturb(self, bucket: ParamBucket, alpha: float | Tensor) -> None:
+        if not is_zero(alpha):
+            momenta = bucket.buffers(MOMENTUM)
+            found_inf = None if self._amp is None else self._amp.flag(bucket.device)
+            bucket.kernels.perturb(
+                bucket.tensors, momenta, None, alpha, save=False, found_inf=found_inf
+            )
+
+
+def _present(bucket: ParamBucket) -> float | Tensor:
+    """The e in y = x - e m that the parameters of a bucket have."""
+    return _factor(bucket, bucket.group[EXTRAPOLATED_RHO], bucket.group[NORM])
 
 
 def _factor(bucket: ParamBucket, rho: float, norm: Tensor | float | None) -> float | Tensor:
-    """e = rho / |m| in y = x - e m, float64 on the bucket's device; the number 0 for none."""
+    """e = rho / |m|, float64 on the bucket's device; the number 0 for none."""
     if rho == 0 or not isinstance(norm, Tensor):
         return 0.0
     return rho / (norm.to(bucket.device) + TINY)
-
-
-def _perturb(bucket: ParamBucket, alpha: float | Tensor, amp: AmpState | None) -> None:
-    if not is_zero(alpha):
-        momenta = bucket.buffers(MOMENTUM)
-        found_inf = None if amp is None else amp.flag(bucket.device)
-        bucket.kernels.perturb(
-            bucket.tensors, momenta, None, alpha, save=False, found_inf=found_inf
-        )
 
 
 @register("msam")
@@ -141,12 +174,14 @@ class MSAM(ExtrapolatedOptimizer):
         momentum: decay rate of the momentum buffer, in (0, 1).
         dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
         weight_decay: coefficient wd of the L2 penalty, at least 0.
-        rho: distance from x to y over all parameters, a number, at least 0; 0 is heavy ball. It
-            lives in param_groups, and a change of it takes effect with the next gradient.
+        rho: distance from x to y over all parameters, a number, at least 0; 0 is heavy ball. 1e-12
+            is added to |m|. It lives in param_groups, and a change of it takes effect at the end
+            of the next step, or with `train()`.
         options: the keyword arguments of `Options`.
 
     Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype; rho is no number.
+        TypeError: a parameter is sparse, complex, or of another dtype than float32 and float64:
+            16 bits would round each way between x and y; rho is no number.
         ValueError: a hyperparameter is out of its range, or `release_gradients` is set.
         RuntimeError: the parameters are flat shards of FSDP1, or those of one rank of a
             ZeroRedundancyOptimizer, over which no norm is taken.
@@ -180,7 +215,7 @@ class MSAM(ExtrapolatedOptimizer):
     ) -> None:
         group: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
         group |= {"weight_decay": weight_decay, "nesterov": False, "rho": rho}
-        group |= {EXTRAPOLATED: None, NORM: 0.0}
+        group |= {EXTRAPOLATED_RHO: None, NORM: 0.0}
         if options.get("release_gradients"):
             raise ValueError(
                 "release_gradients=True updates each parameter by itself, and MSAM goes on to the "
@@ -189,11 +224,24 @@ class MSAM(ExtrapolatedOptimizer):
             )
         super().__init__(params, group, Perturbation(), MSAMUpdate(), options)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        narrow = [p.dtype for p in group["params"] if p.dtype.itemsize < 4]
+        if narrow:
+            raise TypeError(
+                f"MSAM goes to x and ahead again in every step, and {narrow[0]} would round both "
+                "ways: keep float32 parameters, under autocast, or use SGD(extrapolation=...), "
+                "which rounds once"
+            )
+
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         EigenfilterOptimizer._check_extrapolation(self, group)
         rho = group["rho"]
         if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
-            raise TypeError(f"rho must be a number, and is {rho!r}")
+            raise TypeError(
+                f"rho must be a number, and is {rho!r}: MSAM compares it, which would wait for a "
+                'device. A RhoScheduler of kind "lr" gives a number where lr is one'
+            )
         if is_zero(group["momentum"]) or group["nesterov"]:
             raise ValueError("MSAM follows the buffer of heavy ball: set momentum > 0, no nesterov")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
@@ -18,6 +18,7 @@ from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket, ParamBucket
 MOMENTUM = "momentum_buffer"
 EXTRAPOLATION = "extrapolation"  # that a group should have
 EXTRAPOLATED = "extrapolated"  # that its parameters have
+EXTRAPOLATED_RHO = "extrapolated_rho"  # the radius of MSAM that its parameters have
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
 SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
@@ -48,11 +49,22 @@ class Update:
         keys: keys of its tensors in a parameter's state, under torch's names.
         group_options: the options that its groups hold, see `Options`.
         needs_norm: whether a step takes a norm over all parameters' state.
+        extrapolated_key: key under which a group says how far its parameters are from x.
     """
 
     keys: tuple[str, ...] = ()
     group_options: tuple[str, ...] = ()
     needs_norm = False
+    extrapolated_key = EXTRAPOLATED
+
+    def refuse_extrapolated(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for a saved group whose parameters hold the y of another method."""
+        for key in (EXTRAPOLATED, EXTRAPOLATED_RHO):
+            if key != self.extrapolated_key and group.get(key):
+                raise ValueError(
+                    f"the state was saved ahead of x by another method ({key} is {group[key]}): "
+                    "load it with that method, call eval(), and save model and optimizer again"
+                )
 
     def state_signature(self, state: dict[str, Any]) -> Hashable:
         """A value that is equal for parameters that one kernel call may update."""
@@ -71,10 +83,10 @@ class Update:
         self.begin()
         try:
             yield
+            self.end(buckets, amp)
         except BaseException:
             self.cancel()
             raise
-        self.end(buckets, amp)
 
     def begin(self) -> None:
         """Begin a step, before its first slice."""
