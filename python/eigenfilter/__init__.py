@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from eigenfilter import (
         certificate,
+        controller,
         curvature,
         filters,
         kernels,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         schedulers,
     )
     from eigenfilter.certificate import Certificate, certify
+    from eigenfilter.controller import SharpnessController
     from eigenfilter.monitor import SharpnessMonitor
     from eigenfilter.optimizers import (
         SAM,
@@ -47,11 +49,13 @@ __all__ = [
     "Certificate",
     "HessianUSAM",
     "SharpnessAware",
+    "SharpnessController",
     "SharpnessMonitor",
     "TwoStepUSAM",
     "ascent_sync",
     "certificate",
     "certify",
+    "controller",
     "curvature",
     "filters",
     "freeze_batch_norm",
@@ -66,6 +70,7 @@ __all__ = [
 _MODULE_OF = {
     "Certificate": "certificate",
     "certify": "certificate",
+    "SharpnessController": "controller",
     "SharpnessMonitor": "monitor",
     "SAM": "optimizers",
     "SGD": "optimizers",
