@@ -67,6 +67,8 @@ class SharpnessController(SharpnessMonitor):
         max_eigenvalue: the target, greater than 0.
         every: number of training steps from one check to the next, >= 1. The first check is at the
             first step.
+        max_every: longest interval, >= every, by default 8 every. The interval doubles with every
+            check within 5% of the target, and is `every` again after one beyond 10%.
         tol: relative tolerance of the sharpness, > 0.
         gain: share of an error that a check corrects, in (0, 1].
         limit: largest e or rho that is set, > 0. The default for e is none, since e has to stay
@@ -114,6 +116,7 @@ class SharpnessController(SharpnessMonitor):
         max_eigenvalue: float,
         every: int = 100,
         *,
+        max_every: int | None = None,
         tol: float = 1e-2,
         gain: float = 0.5,
         limit: float | None = None,
@@ -128,6 +131,8 @@ class SharpnessController(SharpnessMonitor):
             raise ValueError(f"gain must be above 0 and at most 1, not {gain}")
         if limit is not None and not limit > 0:
             raise ValueError(f"limit must be positive, not {limit}")
+        if max_every is not None and max_every < every:
+            raise ValueError(f"max_every must be at least every = {every}, not {max_every}")
         super().__init__(
             op, optimizer, every, tol=tol, log=log, writer=writer, callback=callback, seed=seed
         )
@@ -135,6 +140,8 @@ class SharpnessController(SharpnessMonitor):
         self.saturated: str | None = None
         self._gain = gain
         self._correction, self._recent = 0.0, list[float]()
+        self._max_every = 8 * every if max_every is None else max_every
+        self._interval, self._next = every, 1
         self._has_warned = False
         self._levers = [
             _Lever.of(optimizer, index, self.target, limit)
@@ -153,7 +160,7 @@ class SharpnessController(SharpnessMonitor):
         for lever, group in self._levers_and_groups():
             lever.refuse_change(group)
         self._steps += 1
-        if self._steps == 1 or self._steps % self._every == 0:
+        if self._steps >= self._next:
             return self.check()
         self._set_edges()
         return None
@@ -170,6 +177,7 @@ class SharpnessController(SharpnessMonitor):
         self._correct(check.sharpness)
         self._set_edges(is_new=True)
         self._judge(check)
+        self._plan(check)
         return check
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,11 +223,12 @@ class SharpnessController(SharpnessMonitor):
     def _correct(self, sharpness: float) -> None:
         """Add a share of the error to the correction, unless that could not help."""
         ratio = math.log(max(sharpness / self.target, 1e-12))
-        rises = not self._recent or ratio > max(self._recent) + _RISE  # or nothing is known yet
+        rises = ratio > max(self._recent, default=ratio) + _RISE
         change = max(-_STEP, min(-self._gain * ratio, _STEP))
         designed = self.target * math.exp(self._correction)
         is_pulled = self.edge > (1 + 1e-9) * designed  # on its way down already
-        if not (rises if change > 0 else is_pulled or self._is_at_limit()):
+        is_held = rises if change > 0 else is_pulled or self._is_at_limit()
+        if self._recent and not is_held:  # the first check shows what was before any control
             highest = max(_edge_at_zero(group) for group in self._optimizer.param_groups)
             highest = math.log(highest / self.target) if highest > self.target else 0.0
             self._correction = max(_LOWEST, min(self._correction + change, highest))
@@ -252,11 +261,20 @@ class SharpnessController(SharpnessMonitor):
                 stacklevel=4,
             )
 
+    def _plan(self, check: SharpnessCheck) -> None:
+        """Decide when the next check is."""
+        error = abs(check.sharpness / self.target - 1.0)
+        if error > BAND:
+            self._interval = self._every
+        elif error <= BAND / 2:
+            self._interval = min(2 * self._interval, self._max_every)
+        self._next = self._steps + self._interval
+
     def _levers_and_groups(self) -> Iterator[tuple[_Lever, Group]]:
         return zip(self._levers, self._optimizer.param_groups, strict=True)
 
 
-_STATE = ("_correction", "_recent", "edge", "saturated", "_has_warned")
+_STATE = ("_correction", "_recent", "_interval", "_next", "edge", "saturated", "_has_warned")
 
 
 @dataclass
