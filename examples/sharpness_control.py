@@ -191,9 +191,7 @@ def train(problem: Problem, data: Data, name: str, seed: int, **options: Any) ->
     if name == "controlled":
         part = data[0][: problem.probe], data[1][: problem.probe]
         op = ef.curvature.HessianOperator(model, problem.loss, part, engine="cached_graph")
-        controller = ef.SharpnessController(
-            op, opt, problem.target, every=problem.every, **options
-        )
+        controller = ef.SharpnessController(op, opt, problem.target, every=problem.every, **options)
     probe = Probe(problem, model, data)
     for step in range(1, problem.steps + 1):
         start = time.perf_counter()

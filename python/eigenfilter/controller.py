@@ -28,13 +28,14 @@ if TYPE_CHECKING:
 BAND = 0.1
 """Relative distance from the target within which the sharpness counts as being there."""
 
-_SLACK = 0.005  # relative change of lr below which e and rho stay as they are
+_SLACK = 0.005  # e and rho stay as they are where a change of lr has moved the edge by less
 _STEP = math.log(1.25)  # largest correction of a check
 _LOWEST = -math.log(1.5)  # least correction: the edge is designed no further below the target
-_PULL = 1.5  # the edge is put no further than by this factor below the sharpness
+_PULL = 1.2  # the edge is put no further than by this factor below the sharpness
+_HURRY = 4  # how much more often the sharpness is checked on that way down
 _RISE = 0.01  # a sharpness that rises faster, from check to check, needs no higher edge
 _RECENT = 4  # checks that a rise is compared with
-_LEAST_LR = 0.1  # rho's default limit is right for this share of the largest lr without ascents
+_LEAST_LR = 0.25  # rho's default limit is right for this share of the largest lr without ascents
 
 
 Group = dict[str, Any]
@@ -46,7 +47,7 @@ class SharpnessController(SharpnessMonitor):
     It sets the extrapolation e (`SGD` with momentum) or rho (methods with ascents) of every group,
     and leaves lr to its schedule. The edge of each group's filter is put at
 
-        edge = max(target exp(c), sharpness / 1.5)
+        edge = max(target exp(c), sharpness / 1.2)
 
     after every change of lr, momentum, dampening or weight decay, by `filters.design`. The
     correction c is 0 at first. Every check measures the sharpness s, from the last eigenvector on,
@@ -72,15 +73,15 @@ class SharpnessController(SharpnessMonitor):
         tol: relative tolerance of the sharpness, > 0.
         gain: share of an error that a check corrects, in (0, 1].
         limit: largest e or rho that is set, > 0. The default for e is none, since e has to stay
-            below (1 + momentum) / edge; for rho it is 9 / target (9 / target^2 for HessianUSAM),
-            with which lr can decrease to a tenth of where no ascent would be needed.
+            below (1 + momentum) / edge; for rho it is 3 / target with USAM, and in general the
+            rho with which lr may be a quarter of that which needs no ascent.
         log, writer, callback, seed: as for `SharpnessMonitor`.
 
     Attributes:
         history: list of all checks.
         edge: the edge that is wanted now; before the first step the target.
-        saturated: "sharp" if the last check found the sharpness more than 10% above the target and
-            no control left; "flat" if e or rho is 0 in every group; else None.
+        saturated: "sharp" if the sharpness has stayed more than 10% above the target for four checks
+            and no control is left; "flat" if e or rho is 0 in every group; else None.
 
     Raises:
         TypeError: the optimizer has nothing to control the edge by.
@@ -95,14 +96,14 @@ class SharpnessController(SharpnessMonitor):
         >>> loss_fn = torch.nn.functional.mse_loss
         >>> opt = ef.SGD(model.parameters(), lr=0.01, momentum=0.9)
         >>> op = ef.curvature.HessianOperator(model, loss_fn, (x, y))
-        >>> controller = ef.SharpnessController(op, opt, max_eigenvalue=9.0, every=2)
+        >>> controller = ef.SharpnessController(op, opt, max_eigenvalue=9.0, every=1)
         >>> for _ in range(4):
         ...     opt.zero_grad()
         ...     loss_fn(model(x), y).backward()
         ...     opt.step()
         ...     _ = controller.step()
         >>> [(check.step, round(check.sharpness, 3)) for check in controller.history]
-        [(1, 9.0), (2, 9.0), (4, 9.0)]
+        [(1, 9.0), (3, 9.0)]
         >>> round(opt.param_groups[0]["extrapolation"], 4)  # (lr + 2 e) 9 = 2 (1 + momentum)
         0.2061
 
@@ -157,8 +158,7 @@ class SharpnessController(SharpnessMonitor):
         Raises:
             RuntimeError: other code has changed e or rho since the last call; see also `check`.
         """
-        for lever, group in self._levers_and_groups():
-            lever.refuse_change(group)
+        self._refuse_changes()
         self._steps += 1
         if self._steps >= self._next:
             return self.check()
@@ -169,9 +169,11 @@ class SharpnessController(SharpnessMonitor):
         """Measure the sharpness now, log it, correct the edge, and set e or rho by it.
 
         Raises:
-            RuntimeError: the optimizer holds perturbed parameters; see the operator.
+            RuntimeError: the optimizer holds perturbed parameters, or other code has changed e or
+                rho.
             ValueError: the optimizer has other parameters than the operator by now.
         """
+        self._refuse_changes()
         with _at_x(self._optimizer):
             check = super().check()
         self._correct(check.sharpness)
@@ -225,9 +227,7 @@ class SharpnessController(SharpnessMonitor):
         ratio = math.log(max(sharpness / self.target, 1e-12))
         rises = ratio > max(self._recent, default=ratio) + _RISE
         change = max(-_STEP, min(-self._gain * ratio, _STEP))
-        designed = self.target * math.exp(self._correction)
-        is_pulled = self.edge > (1 + 1e-9) * designed  # on its way down already
-        is_held = rises if change > 0 else is_pulled or self._is_at_limit()
+        is_held = rises if change > 0 else self._is_pulled() or self._is_at_limit()
         if self._recent and not is_held:  # the first check shows what was before any control
             highest = max(_edge_at_zero(group) for group in self._optimizer.param_groups)
             highest = math.log(highest / self.target) if highest > self.target else 0.0
@@ -235,18 +235,28 @@ class SharpnessController(SharpnessMonitor):
         self._recent = [*self._recent, ratio][-_RECENT:]
         self.edge = max(self.target * math.exp(self._correction), sharpness / _PULL)
 
+    def _is_pulled(self) -> bool:
+        """Whether the edge is above the designed one, on its way down from a higher sharpness."""
+        return self.edge > (1 + 1e-9) * self.target * math.exp(self._correction)
+
     def _set_edges(self, *, is_new: bool = False) -> None:
         for lever, group in self._levers_and_groups():
             lever.set_edge(group, self.edge, is_new=is_new)
+
+    def _refuse_changes(self) -> None:
+        for lever, group in self._levers_and_groups():
+            lever.refuse_change(group)
 
     def _is_at_limit(self) -> bool:
         return all(lever.is_limited for lever in self._levers)
 
     def _judge(self, check: SharpnessCheck) -> None:
         """State whether control has ended, and warn once where the sharpness is too high."""
-        is_sharp = check.sharpness - check.residual > (1 + BAND) * self.target
-        is_lowest = self._correction <= _LOWEST and self.edge <= math.exp(_LOWEST) * self.target
-        if is_sharp and (self._is_at_limit() or is_lowest):
+        recent = self._recent
+        is_sharp = len(recent) == _RECENT and min(recent) > math.log(1 + BAND)
+        is_falling = recent[-1] < recent[0] - _RISE
+        is_lowest = self._correction <= _LOWEST or self._is_pulled() or self._is_at_limit()
+        if is_sharp and is_lowest and not is_falling:
             self.saturated = "sharp"
         elif all(lever.value == 0.0 for lever in self._levers):
             self.saturated = "flat"
@@ -268,10 +278,17 @@ class SharpnessController(SharpnessMonitor):
             self._interval = self._every
         elif error <= BAND / 2:
             self._interval = min(2 * self._interval, self._max_every)
-        self._next = self._steps + self._interval
+        hurry = _HURRY if self._is_pulled() else 1
+        self._next = self._steps + max(1, self._interval // hurry)
 
     def _levers_and_groups(self) -> Iterator[tuple[_Lever, Group]]:
-        return zip(self._levers, self._optimizer.param_groups, strict=True)
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._levers):
+            raise RuntimeError(
+                f"the optimizer has {len(groups)} groups, and had {len(self._levers)} when the "
+                "SharpnessController was constructed: construct a new one after add_param_group"
+            )
+        return zip(self._levers, groups, strict=True)
 
 
 _STATE = ("_correction", "_recent", "_interval", "_next", "edge", "saturated", "_has_warned")
@@ -295,7 +312,7 @@ class _Lever:
     method: str
     options: Mapping[str, Any]
     limit: float
-    value: float = 0.0
+    value: float
     is_limited: bool = False
     scalars: tuple[float, ...] | None = None
 
@@ -315,25 +332,29 @@ class _Lever:
                 f"param_groups[{index}] maximizes, and the sharpness would be that of -f: minimize "
                 "the negated loss instead"
             )
-        if method == "sgd":
-            if not float(group["momentum"]) > 0 or group["nesterov"]:
-                raise ValueError(
-                    f"param_groups[{index}] has no extrapolation to control: it follows the buffer "
-                    "of heavy ball, so set momentum > 0, and no nesterov"
-                )
-            return cls(EXTRAPOLATION, method, {}, math.inf if limit is None else limit)
         if initial_rho_key(group) in group:
             raise ValueError(
                 f"a RhoScheduler sets rho in param_groups[{index}], and so would the controller: "
                 "use one of the two"
             )
+        _, *rest = _SCALARS
+        same: dict[str, Any] = {name: float(group[name]) for name in rest}
+        if method == "sgd":
+            if not same["momentum"] > 0 or group["nesterov"]:
+                raise ValueError(
+                    f"param_groups[{index}] has no extrapolation to control, which follows the "
+                    "buffer of heavy ball: set momentum > 0, and no nesterov"
+                )
+            design(method, target, **same)  # refuses a dampening of 1
+            greatest = math.inf if limit is None else limit
+            return cls(EXTRAPOLATION, method, {}, greatest, group[EXTRAPOLATION])
         options = perturbation_of(optimizer).filter_options | {"nesterov": group["nesterov"]}
         if limit is None:
-            _, *rest = _SCALARS
-            same = options | {name: float(group[name]) for name in rest}
+            same |= options
             lr = design(method, target, rho=0.0, **same)
             limit = design(method, target, lr=_LEAST_LR * lr, **same)
-        return cls(rho_key(group), method, options, limit)
+        key = rho_key(group)
+        return cls(key, method, options, limit, float(group[key]))
 
     def refuse_change(self, group: Group) -> None:
         """Raise RuntimeError if other code has changed the value; tensors are not read."""
@@ -364,7 +385,8 @@ class _Lever:
     def _is_stale(self, now: tuple[float, ...]) -> bool:
         assert self.scalars is not None
         (lr, *rest), (old_lr, *old_rest) = now, self.scalars
-        return rest != old_rest or abs(lr - old_lr) > _SLACK * old_lr
+        reach = old_lr + 2.0 * self.value if self.method == "sgd" else old_lr  # in the edge
+        return rest != old_rest or abs(lr - old_lr) > _SLACK * reach
 
 
 _SCALARS = ("lr", "momentum", "dampening", "weight_decay")
