@@ -130,7 +130,7 @@ def test_an_lr_of_0_changes_nothing() -> None:
 @pytest.mark.parametrize("bias", [0.3, 0.9, 1.1])
 def test_the_feedback_reaches_the_target_where_the_filter_is_biased(bias: float) -> None:
     plant = Plant(sharpness=8.0 * bias)
-    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, max_every=1)
+    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, max_every=1, tol=1e-8)
     for _ in range(40):
         controller.step()
         plant.settle(bias * plant.edge())
@@ -143,7 +143,7 @@ def test_the_feedback_reaches_the_target_where_the_filter_is_biased(bias: float)
 @pytest.mark.parametrize("power", [0.2, 0.5])
 def test_the_feedback_reaches_the_target_where_the_sharpness_hardly_answers(power: float) -> None:
     plant = Plant(sharpness=7.0, lr=1e-4)
-    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, max_every=1)
+    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, max_every=1, tol=1e-8)
     for _ in range(100):
         controller.step()
         plant.settle(7.0 * (plant.edge() / 8.0) ** power)
@@ -152,7 +152,7 @@ def test_the_feedback_reaches_the_target_where_the_sharpness_hardly_answers(powe
 
 def test_a_sharpness_that_rises_by_itself_leaves_the_design_as_it_is() -> None:
     plant = Plant(sharpness=1.0)
-    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1)
+    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, tol=1e-8)
     sharpness = 1.0
     for _ in range(60):
         controller.step()
@@ -164,7 +164,7 @@ def test_a_sharpness_that_rises_by_itself_leaves_the_design_as_it_is() -> None:
 
 def test_a_model_far_beyond_the_target_is_brought_down_step_by_step() -> None:
     plant = Plant(sharpness=80.0)
-    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1)
+    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, tol=1e-8)
     edges = []
     for _ in range(20):
         controller.step()
@@ -176,7 +176,7 @@ def test_a_model_far_beyond_the_target_is_brought_down_step_by_step() -> None:
 
 def test_where_nothing_pushes_the_sharpness_up_the_correction_does_not_wind_up() -> None:
     plant = Plant(sharpness=2.0)
-    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1)
+    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, tol=1e-8)
     group = plant.opt.param_groups[0]
     for _ in range(100):
         controller.step()
@@ -193,14 +193,14 @@ def test_where_nothing_pushes_the_sharpness_up_the_correction_does_not_wind_up()
 
 def test_a_sharpness_that_does_not_come_down_warns_once() -> None:
     plant = Plant(sharpness=9.5)
-    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1)
+    controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, tol=1e-8)
     with pytest.warns(UserWarning, match=r"the sharpness 9.5 is above the target 8, and the edge"):
         repeat(controller, 10)
     assert controller.saturated == "sharp"
     assert plant.edge() == pytest.approx(9.5 / 1.2)
     controller.step()  # it does not warn again
     plant.settle(8.0)
-    controller.step()
+    controller.check()
     assert controller.saturated is None
 
 
@@ -226,7 +226,7 @@ def test_a_limit_of_ones_own() -> None:
     plant = Plant(sharpness=9.0)
     controller = ef.SharpnessController(plant.op, plant.opt, 8.0, every=1, limit=0.1)
     with pytest.warns(UserWarning, match="raise max_eigenvalue or limit"):
-        repeat(controller, 6)
+        repeat(controller, 10)
     assert plant.opt.param_groups[0]["extrapolation"] == 0.1
 
 
@@ -250,7 +250,7 @@ def test_groups_that_differ_get_the_same_edge_and_the_hessian_is_measured() -> N
         {"params": [second], "lr": 0.02, "momentum": 0.5},
     ]
     opt = ef.SGD(groups, lr=0.05, momentum=0.9)
-    controller = ef.SharpnessController(op, opt, 8.0)
+    controller = ef.SharpnessController(op, opt, 8.0, tol=1e-8)
     check = controller.step()
     assert check is not None
     assert check.sharpness == pytest.approx(8.0, rel=1e-3)
@@ -287,14 +287,30 @@ def test_training_with_a_decaying_lr_stays_at_the_target(
     cls, _, options = METHODS[name]
     task, steps = Trained(cls, lr, **options), 600
     schedule = torch.optim.lr_scheduler.LinearLR(task.opt, 1.0, decay, steps)
-    controller = ef.SharpnessController(task.op, task.opt, target, every=10)
+    controller = ef.SharpnessController(task.op, task.opt, target, every=10, max_every=20)
     for _ in range(steps):
         task.opt.step(task.closure)
         schedule.step()
         controller.step()
     last = [check.sharpness for check in controller.history if check.step > steps / 2]
-    assert last == pytest.approx(len(last) * [target], rel=0.1)
+    assert sum(abs(s / target - 1) <= 0.1 for s in last) >= 0.9 * len(last)
+    assert len(last) >= 7
     assert len(controller.history) < 0.7 * steps / 10
+
+
+def test_checks_notice_when_the_second_eigenvalue_becomes_the_largest() -> None:
+    spectrum = torch.linspace(0.0, 5.0, 300, dtype=torch.float64)
+    spectrum[:2] = torch.tensor([7.6, 8.0])
+    model = Quadratic(spectrum)
+    op = HessianOperator(model, model.loss, model.data, engine="finite_difference")
+    opt = ef.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    controller = ef.SharpnessController(op, opt, 8.0, seed=1)
+    monitor = ef.SharpnessMonitor(op, opt, tol=5e-2, seed=1)
+    assert controller.check().sharpness == pytest.approx(8.0, rel=0.01)
+    monitor.check()
+    model.H[0, 0] = 8.3
+    assert controller.check().sharpness == pytest.approx(8.3, rel=0.01)
+    assert monitor.check().sharpness < 8.1  # it follows the vector that was the first
 
 
 def test_a_loaded_state_continues_bit_for_bit() -> None:

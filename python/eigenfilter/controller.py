@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eigenfilter import filters
+from eigenfilter import _distributed, filters
 from eigenfilter.certificate.linearized import Linearized, perturbation_of
 from eigenfilter.curvature import CurvatureOperator
 from eigenfilter.filters import HeavyBall, Nesterov, PolynomialFilter, design
@@ -34,7 +34,8 @@ _LOWEST = -math.log(1.5)  # least correction: the edge is designed no further be
 _PULL = 1.2  # the edge is put no further than by this factor below the sharpness
 _HURRY = 4  # how much more often the sharpness is checked on that way down
 _RISE = 0.01  # a sharpness that rises faster, from check to check, needs no higher edge
-_RECENT = 4  # checks that a rise is compared with
+_RISEN = 4  # checks that a rise is compared with
+_RECENT = 8  # checks too high in a row, until control has ended
 _LEAST_LR = 0.25  # rho's default limit is right for this share of the largest lr without ascents
 
 
@@ -67,10 +68,12 @@ class SharpnessController(SharpnessMonitor):
             or `SharpnessAware` with such an ascent around torch's SGD.
         max_eigenvalue: the target, greater than 0.
         every: number of training steps from one check to the next, >= 1. The first check is at the
-            first step.
+            first step. While a sharpness beyond the target comes down, checks are four times as
+            frequent.
         max_every: longest interval, >= every, by default 8 every. The interval doubles with every
             check within 5% of the target, and is `every` again after one beyond 10%.
-        tol: relative tolerance of the sharpness, > 0.
+        tol: relative tolerance of the two largest eigenvalues, > 0. A check follows two, so that it
+            notices when the second becomes the largest; the sharpness then erred by at most 2%.
         gain: share of an error that a check corrects, in (0, 1].
         limit: largest e or rho that is set, > 0. The default for e is none, since e has to stay
             below (1 + momentum) / edge; for rho it is 3 / target with USAM, and in general the
@@ -80,8 +83,9 @@ class SharpnessController(SharpnessMonitor):
     Attributes:
         history: list of all checks.
         edge: the edge that is wanted now; before the first step the target.
-        saturated: "sharp" if the sharpness has stayed more than 10% above the target for four checks
-            and no control is left; "flat" if e or rho is 0 in every group; else None.
+        target: the target.
+        saturated: "sharp" if eight checks in a row were more than 10% above the target and no
+            control is left; "flat" if e or rho is 0 in every group; else None.
 
     Raises:
         TypeError: the optimizer has nothing to control the edge by.
@@ -110,6 +114,8 @@ class SharpnessController(SharpnessMonitor):
     Source: the edges are those of arXiv 2510.09034; the control is ours.
     """
 
+    _followed = 2
+
     def __init__(
         self,
         op: CurvatureOperator,
@@ -118,7 +124,7 @@ class SharpnessController(SharpnessMonitor):
         every: int = 100,
         *,
         max_every: int | None = None,
-        tol: float = 1e-2,
+        tol: float = 5e-2,
         gain: float = 0.5,
         limit: float | None = None,
         log: str | Path | None = None,
@@ -225,7 +231,7 @@ class SharpnessController(SharpnessMonitor):
     def _correct(self, sharpness: float) -> None:
         """Add a share of the error to the correction, unless that could not help."""
         ratio = math.log(max(sharpness / self.target, 1e-12))
-        rises = ratio > max(self._recent, default=ratio) + _RISE
+        rises = ratio > max(self._recent[-_RISEN:], default=ratio) + _RISE
         change = max(-_STEP, min(-self._gain * ratio, _STEP))
         is_held = rises if change > 0 else self._is_pulled() or self._is_at_limit()
         if self._recent and not is_held:  # the first check shows what was before any control
@@ -346,8 +352,8 @@ class _Lever:
                     "buffer of heavy ball: set momentum > 0, and no nesterov"
                 )
             design(method, target, **same)  # refuses a dampening of 1
-            greatest = math.inf if limit is None else limit
-            return cls(EXTRAPOLATION, method, {}, greatest, group[EXTRAPOLATION])
+            largest = math.inf if limit is None else limit
+            return cls(EXTRAPOLATION, method, {}, largest, group[EXTRAPOLATION])
         options = perturbation_of(optimizer).filter_options | {"nesterov": group["nesterov"]}
         if limit is None:
             same |= options
@@ -430,7 +436,7 @@ def _at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not isinstance(optimizer, SGD) or not any(group[EXTRAPOLATED] for group in groups):
         yield
         return
-    params = [p.detach() for group in groups for p in group["params"]]
+    params = [_distributed.local(p).detach() for group in groups for p in group["params"]]
     kept, marks = [p.clone() for p in params], [group[EXTRAPOLATED] for group in groups]
     optimizer.eval()
     try:
