@@ -261,6 +261,31 @@ def test_groups_that_differ_get_the_same_edge_and_the_hessian_is_measured() -> N
     assert top == pytest.approx(linear.filter.max_eigenvalue())
 
 
+@pytest.mark.parametrize(("factor", "is_stable"), [(0.98, True), (1.02, False)])
+def test_groups_that_differ_are_stable_up_to_the_target(factor: float, is_stable: bool) -> None:
+    torch.manual_seed(3)
+    Q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    H = Q @ torch.tensor([8.0, 4.0, 3.0, 2.0, 1.0, 0.5], dtype=torch.float64).diag() @ Q.T
+    model = Quadratic(H, [2, 4])
+    op = HessianOperator(model, model.loss, model.data, engine="finite_difference")
+    first, second = model.parameters()
+    groups = [
+        {"params": [first], "lr": 0.001, "weight_decay": 0.1},
+        {"params": [second], "lr": 0.1, "momentum": 0.3, "dampening": 0.2},
+    ]
+    opt = ef.SGD(groups, lr=0.05, momentum=0.9)
+    ef.SharpnessController(op, opt, 8.0, tol=1e-8).check()
+    group, other = opt.param_groups
+    assert group["extrapolation"] != pytest.approx(other["extrapolation"], rel=0.1)
+    model.H = factor * H
+    model.move(1.0)
+    model.train_with(opt, 3000)
+    before = torch.cat([p.detach().clone() for p in model.x])
+    model.train_with(opt, 1)
+    change = (torch.cat([p.detach() for p in model.x]) - before).norm()
+    assert change < 1e-6 if is_stable else change > 1e3
+
+
 def test_the_sharpness_is_measured_at_x_and_training_goes_on_at_y_to_the_bit() -> None:
     task = Trained(extrapolation=0.2)
     for _ in range(20):

@@ -70,7 +70,7 @@ class SharpnessController(SharpnessMonitor):
         every: number of training steps from one check to the next, >= 1. The first check is at the
             first step. While a sharpness beyond the target comes down, checks are four times as
             frequent.
-        max_every: longest interval, >= every, by default 8 every. The interval doubles with every
+        max_every: longest interval, >= every, by default 4 every. The interval doubles with every
             check within 5% of the target, and is `every` again after one beyond 10%.
         tol: relative tolerance of the two largest eigenvalues, > 0. A check follows two, so that it
             notices when the second becomes the largest; the sharpness then erred by at most 2%.
@@ -147,7 +147,7 @@ class SharpnessController(SharpnessMonitor):
         self.saturated: str | None = None
         self._gain = gain
         self._correction, self._recent = 0.0, list[float]()
-        self._max_every = 8 * every if max_every is None else max_every
+        self._max_every = 4 * every if max_every is None else max_every
         self._interval, self._next = every, 1
         self._has_warned = False
         self._levers = [
