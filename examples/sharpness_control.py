@@ -8,7 +8,7 @@ extrapolation that `filters.design` gives at the first lr, and without extrapola
 the sharpness of x on the probe every few steps by an operator of its own, and writes
 sharpness_control.png, .md and .json into the folder. The share of steps counts the measurements
 within 10% of the target, from the first one on that has reached 90% of it. The time of the control
-is that of all calls of the controller's step, over the time of the training steps.
+is the CPU time of all calls of the controller's step, over that of the training steps.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ PROBLEMS = {
         target=10.0,
         steps=3000,
         batch=128,
-        every=200,
+        every=400,
         probe=256,
         measure=50,
     ),
@@ -220,7 +220,7 @@ def train(problem: Problem, data: Data, name: str, seed: int, **options: Any) ->
         controller = ef.SharpnessController(op, opt, problem.target, every=problem.every, **options)
     probe = Probe(problem, model, data)
     for step in range(1, problem.steps + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         x, y = data
         if problem.batch:
             chosen = torch.randint(len(x), (problem.batch,))
@@ -229,11 +229,11 @@ def train(problem: Problem, data: Data, name: str, seed: int, **options: Any) ->
         torch.autograd.backward(problem.loss(model(x), y))
         opt.step()
         schedule.step()
-        middle = time.perf_counter()
+        middle = time.process_time()
         if controller is not None:
             controller.step()
         run.training_seconds += middle - start
-        run.control_seconds += time.perf_counter() - middle
+        run.control_seconds += time.process_time() - middle
         if step % problem.measure == 0:
             run.steps.append(step)
             run.sharpness.append(probe.measure(opt))
@@ -313,6 +313,14 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def write(runs: dict[str, list[Run]], folder: Path) -> None:
+    """Write figure, table and measurements of the problems so far."""
+    draw(runs, folder / "sharpness_control.png")
+    (folder / "sharpness_control.md").write_text(table(runs))
+    records = {name: [asdict(run) for run in some] for name, some in runs.items()}
+    (folder / "sharpness_control.json").write_text(json.dumps(records))
+
+
 def main() -> None:
     """Train, and write figure, table and measurements."""
     parser = argparse.ArgumentParser(
@@ -337,10 +345,7 @@ def main() -> None:
                 runs[name].append(run := train(problem, data, kind, seed))
                 share = 100 * run.within(problem.target)
                 print(f"{name}, seed {seed}, {kind}: {share:.0f}% of steps within 10%", flush=True)
-    draw(runs, args.folder / "sharpness_control.png")
-    (args.folder / "sharpness_control.md").write_text(table(runs))
-    records = {name: [asdict(run) for run in some] for name, some in runs.items()}
-    (args.folder / "sharpness_control.json").write_text(json.dumps(records))
+        write(runs, args.folder)
     print(table(runs))
 
 

@@ -32,7 +32,8 @@ _SLACK = 0.005  # e and rho stay as they are where a change of lr has moved the 
 _STEP = math.log(1.25)  # largest correction of a check
 _LOWEST = -math.log(1.5)  # least correction: the edge is designed no further below the target
 _PULL = 1.2  # the edge is put no further than by this factor below the sharpness
-_HURRY = 4  # how much more often the sharpness is checked on that way down
+_FAR = 1.5  # how far above the target a sharpness is checked more often, on its way down
+_HURRY = 4  # how much more often that is
 _RISE = 0.01  # a sharpness that rises faster, from check to check, needs no higher edge
 _RISEN = 4  # checks that a rise is compared with
 _RECENT = 8  # checks too high in a row, until control has ended
@@ -68,12 +69,12 @@ class SharpnessController(SharpnessMonitor):
             or `SharpnessAware` with such an ascent around torch's SGD.
         max_eigenvalue: the target, greater than 0.
         every: number of training steps from one check to the next, >= 1. The first check is at the
-            first step. While a sharpness beyond the target comes down, checks are four times as
+            first step. While the sharpness is above 1.5 times the target, checks are four times as
             frequent.
         max_every: longest interval, >= every, by default 4 every. The interval doubles with every
             check within 5% of the target, and is `every` again after one beyond 10%.
         tol: relative tolerance of the two largest eigenvalues, > 0. A check follows two, so that it
-            notices when the second becomes the largest; the sharpness then erred by at most 2%.
+            notices when the second becomes the largest.
         gain: share of an error that a check corrects, in (0, 1].
         limit: largest e or rho that is set, > 0. The default for e is none, since e has to stay
             below (1 + momentum) / edge; for rho it is 3 / target with USAM, and in general the
@@ -284,7 +285,7 @@ class SharpnessController(SharpnessMonitor):
             self._interval = self._every
         elif error <= BAND / 2:
             self._interval = min(2 * self._interval, self._max_every)
-        hurry = _HURRY if self._is_pulled() else 1
+        hurry = _HURRY if check.sharpness > _FAR * self.target else 1
         self._next = self._steps + max(1, self._interval // hurry)
 
     def _levers_and_groups(self) -> Iterator[tuple[_Lever, Group]]:
