@@ -186,6 +186,12 @@ def operator(
     return ef.curvature.HessianOperator(model, problem.loss, some, engine="cached_graph")
 
 
+def late_share(run: Run, target: float) -> float:
+    """The share of the measurements in the last half of the run within the band."""
+    late = run.sharpness[len(run.sharpness) // 2 :]
+    return sum(abs(s / target - 1) <= BAND for s in late) / len(late)
+
+
 class Probe:
     """Measures the sharpness of x on the probe, in a copy of the model."""
 
@@ -252,9 +258,9 @@ def train(problem: Problem, data: Data, name: str, seed: int, **options: Any) ->
 def table(runs: dict[str, list[Run]]) -> str:
     """Return a Markdown table with a row for each problem and kind of run."""
     lines = [
-        "| problem | run | steps within 10% | last sharpness | the same, 4,096 samples | training "
-        "loss | time of the control | products a check |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| problem | run | steps within 10% | in the last half | last sharpness | the same, 4,096 "
+        "samples | training loss | time of the control | products a check |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
     def text(values: list[float], form: str = "{:.2f}") -> str:
@@ -277,6 +283,7 @@ def table(runs: dict[str, list[Run]]) -> str:
             lines.append(
                 f"| {problem.title}, target {problem.target:g} | {kind} "
                 f"| {text([100 * run.within(problem.target) for run in some], '{:.0f}')}% "
+                f"| {text([100 * late_share(run, problem.target) for run in some], '{:.0f}')}% "
                 f"| {text([run.sharpness[-1] for run in some])} "
                 f"| {text([run.whole for run in some])} "
                 f"| {text([run.loss for run in some], '{:.3f}')} | {control} | {products} |"
