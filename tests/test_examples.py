@@ -133,3 +133,19 @@ def test_lightning_explains_itself() -> None:
     script = EXAMPLES / "lightning_cifar10.py"
     done = subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
     assert b"--accumulate" in done.stdout
+
+
+@pytest.mark.slow
+def test_sharpness_control_writes_figure_and_table(tmp_path: Path) -> None:
+    for package in ("matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    script = str(EXAMPLES / "sharpness_control.py")
+    small = ["--problems", "digits", "--seeds", "1", "--scale", "0.15"]
+    subprocess.run([sys.executable, script, str(tmp_path), *small], check=True, capture_output=True)
+    text = (tmp_path / "sharpness_control.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| digits")]
+    assert [row.split(" | ")[1] for row in rows] == ["controlled", "constant e", "e = 0"]
+    assert (tmp_path / "sharpness_control.png").stat().st_size > 0
+    [run, *_] = json.loads((tmp_path / "sharpness_control.json").read_text())["digits"]
+    assert len(run["steps"]) == 45
+    assert run["e"][-1] > run["e"][0] > 0.0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from eigenfilter import (
         certificate,
+        controller,
         curvature,
         filters,
         kernels,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         schedulers,
     )
     from eigenfilter.certificate import Certificate, certify
+    from eigenfilter.controller import SharpnessController
     from eigenfilter.monitor import SharpnessMonitor
     from eigenfilter.optimizers import (
         MSAM,
@@ -49,11 +51,13 @@ __all__ = [
     "Certificate",
     "HessianUSAM",
     "SharpnessAware",
+    "SharpnessController",
     "SharpnessMonitor",
     "TwoStepUSAM",
     "ascent_sync",
     "certificate",
     "certify",
+    "controller",
     "curvature",
     "filters",
     "freeze_batch_norm",
@@ -68,6 +72,7 @@ __all__ = [
 _MODULE_OF = {
     "Certificate": "certificate",
     "certify": "certificate",
+    "SharpnessController": "controller",
     "SharpnessMonitor": "monitor",
     "MSAM": "optimizers",
     "SAM": "optimizers",

@@ -119,6 +119,8 @@ class SharpnessMonitor:
     of arXiv 2510.09034.
     """
 
+    _followed = 1  # pairs that a check computes, and the next one starts from
+
     def __init__(
         self,
         op: CurvatureOperator,
@@ -168,10 +170,11 @@ class SharpnessMonitor:
         op = self._op if linear is None else linear.operator
         flt = None if linear is None else linear.filter
         products = 1 if linear is None else linear.products  # with H, in one product with op
+        k = min(self._followed, op.shape[0])
         result = eigsh(
-            op, 1, tol=self._tol, v0=self._vector, check_multiplicity=False, seed=self._seed
+            op, k, tol=self._tol, v0=self._vector, check_multiplicity=False, seed=self._seed
         )
-        self._vector = result.vectors[:, 0]
+        self._vector = result.vectors.squeeze(1)
         check = SharpnessCheck(
             step=self._steps,
             sharpness=float(result.values[0]),
@@ -202,7 +205,7 @@ class SharpnessMonitor:
         vector = state_dict["vector"]
         slices = self._op.slices
         length = self._op.shape[0] if slices is None else slices.length
-        if vector is not None and vector.shape != (length,):
+        if vector is not None and len(vector) != length:
             raise ValueError(
                 f"the state is of {len(vector)} parameters, and the operator has {length}"
             )
