@@ -427,6 +427,7 @@ def test_around_torchs_sgd() -> None:
     [
         (lambda ps: ef.SAM(ps, lr=0.1), TypeError, "SAM's edge moves with the gradient's norm"),
         (lambda ps: ef.SAM(ps, lr=0.1, adaptive=True), TypeError, "edge moves with the gradient's"),
+        (lambda ps: ef.MSAM(ps, lr=0.1), TypeError, "MSAM's edge moves with the momentum's norm"),
         (lambda ps: ef.AdamW(ps), TypeError, "AdamW has no e or rho by which"),
         (lambda ps: torch.optim.SGD(ps, lr=0.1), TypeError, "SGD has no e or rho by which"),
         (lambda ps: torch.optim.RMSprop(ps), TypeError, "no filter is known for RMSprop"),

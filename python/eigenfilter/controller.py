@@ -18,7 +18,7 @@ from eigenfilter.certificate.linearized import Linearized, perturbation_of
 from eigenfilter.curvature import CurvatureOperator
 from eigenfilter.filters import HeavyBall, Nesterov, PolynomialFilter, design
 from eigenfilter.monitor import SharpnessCheck, SharpnessMonitor, Writer
-from eigenfilter.optimizers import SGD
+from eigenfilter.optimizers import MSAM, SGD
 from eigenfilter.optimizers.hyperparameters import initial_rho_key, rho_key
 from eigenfilter.optimizers.updates import EXTRAPOLATED, EXTRAPOLATION
 
@@ -416,6 +416,11 @@ def _method_of(optimizer: torch.optim.Optimizer, group: Group) -> str:
         raise TypeError(
             f"{name}'s edge moves with the gradient's norm, so that no rho keeps it: use USAM, "
             "TwoStepUSAM or HessianUSAM"
+        )
+    if isinstance(optimizer, MSAM):
+        raise TypeError(
+            f"{name}'s edge moves with the momentum's norm, so that no rho keeps it: use SGD with "
+            "momentum, whose extrapolation the controller sets"
         )
     members = filters.of(optimizer)  # raises TypeError where no filter is known
     if isinstance(optimizer, SGD):
