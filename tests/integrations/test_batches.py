@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import threading
@@ -39,6 +40,10 @@ class Frozen:
 class Slots:
     x: Any
     y: Any
+
+
+class Kind(enum.Enum):
+    TRAIN = 1
 
 
 class Moved:
@@ -122,6 +127,26 @@ class ReadOnly(dict[str, Any]):
         raise TypeError("read-only")
 
 
+class Delegating:
+    """Fails where pickling asks an instance without attributes for a method."""
+
+    def __init__(self, **entries: Any) -> None:
+        self.entries = entries
+
+    def __getattr__(self, name: str) -> Any:
+        return self.entries[name]
+
+
+class FrozenSlots:
+    __slots__ = ("x",)
+
+    def __init__(self, x: Any) -> None:
+        object.__setattr__(self, "x", x)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("frozen")
+
+
 class ByAttribute(dict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         return self[name]
@@ -164,6 +189,9 @@ BATCHES: dict[str, Any] = {
     "tuple with attributes": TupleWithMore([X], [X]),
     "read-only dict": ReadOnly(x=X),
     "dict by attribute": ByAttribute(x=X),
+    "object by attribute": Delegating(x=X),
+    "slots of its own, frozen": FrozenSlots(X),
+    "named tuple of torch": torch.arange(6.0).reshape(2, 3).max(0),
 }
 
 
@@ -306,6 +334,8 @@ def test_arrays() -> None:
         "name",
         Moved,
         object(),
+        Kind.TRAIN,
+        iter(torch.utils.data.DataLoader([X])),
         threading.Lock(),
         iter([X]),
         (value for value in [X]),

@@ -8,6 +8,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -425,6 +426,26 @@ def test_a_batch_that_is_no_tuple_is_refused(batch: Any, ours: bool) -> None:
     opt = (ef.USAM if ours else torch.optim.SGD)(model.parameters(), lr=LR)
     with pytest.raises(TypeError, match=rf"batch is the tuple .* was given {type(batch).__name__}"):
         no_scaling(model)(lambda *batch: model(*batch).sum(), opt, batch=batch)
+
+
+@dataclass
+class Loss:
+    """A loss of a class of its own, which counts its calls."""
+
+    model: nn.Module
+    calls: int = 0
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return criterion(self.model, x, y)
+
+
+def test_a_function_is_not_copied() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO)
+    loss = Loss(model)
+    no_scaling(model)(loss, opt, batch=make_batches(1)[0])
+    assert loss.calls == 2
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
