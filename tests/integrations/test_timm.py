@@ -8,8 +8,10 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -408,6 +410,66 @@ def test_a_function_may_change_its_arguments_alone(form: str) -> None:
             if need_update:
                 opt.zero_grad()
     assert_same(*models)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_batch_is_the_arguments(kind: type) -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO)
+    no_scaling(model)(partial(criterion, model), opt, batch=kind(make_batches(1)[0]))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize("batch", [torch.ones(2, 4), {"x": torch.ones(4)}, "xy"])
+def test_a_batch_that_is_no_tuple_is_refused(batch: Any, ours: bool) -> None:
+    model = make_model()
+    opt = (ef.USAM if ours else torch.optim.SGD)(model.parameters(), lr=LR)
+    with pytest.raises(TypeError, match=rf"batch is the tuple .* was given {type(batch).__name__}"):
+        no_scaling(model)(lambda *batch: model(*batch).sum(), opt, batch=batch)
+
+
+@dataclass
+class Loss:
+    """A loss of a class of its own, which counts its calls."""
+
+    model: nn.Module
+    calls: int = 0
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return criterion(self.model, x, y)
+
+
+def test_a_function_is_not_copied() -> None:
+    model = make_model()
+    opt = ef.USAM(model.parameters(), lr=LR, rho=RHO)
+    loss = Loss(model)
+    no_scaling(model)(loss, opt, batch=make_batches(1)[0])
+    assert loss.calls == 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_meter_may_be_written(accumulation: int) -> None:
+    models = make_model(), make_model()
+    total = torch.zeros((), dtype=torch.float64)
+    for model in models:
+        opt = ef.USAM(model.parameters(), **USAM)
+        scaler = no_scaling(model)
+
+        def forward(x: Tensor, y: Tensor, model: nn.Module = model) -> Tensor:
+            loss = criterion(model, x, y)
+            if model is models[0]:
+                total.add_(loss.detach())
+            return loss
+
+        torch.manual_seed(1)
+        for index, batch in enumerate(make_batches(4)):
+            need_update = (index + 1) % accumulation == 0
+            scaler(forward, opt, need_update=need_update, batch=batch)
+            if need_update:
+                opt.zero_grad()
+    assert_same(*models)
+    assert total > 0
 
 
 def test_a_loss_module_keeps_its_buffers() -> None:

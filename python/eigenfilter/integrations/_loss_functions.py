@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import dis
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import pairwise
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 
+from eigenfilter.integrations._bytecode import Names, names_of
 from eigenfilter.integrations._window import Window
 
 # A function, whether it is its argument, what it reads ("x", "self.batch"), the keys of an entry.
 _Key = tuple[Any, ...]
 
-_WRITERS = {"append", "extend", "insert"}  # methods by which a function leaves something in a list
+_CONTAINERS = (dict, list, tuple)
+_MAX_ENTRIES = 1000  # of the containers of a variable that are compared one by one
+_MAX_BYTES = 2**20  # of the arrays that a function reads, whose contents are compared
 
 
 def evaluate(
@@ -47,9 +50,9 @@ def evaluate(
     """
     variables = Variables(function) if window.keeps else None
 
-    def compute(call: tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]) -> Tensor:
-        function, args, kwargs = call
-        loss = function(*args, **kwargs)
+    def compute(call: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        bound, args, kwargs = call
+        loss = (bound or function)(*args, **kwargs)
         if not isinstance(loss, Tensor):
             raise TypeError(f"{function} must return the loss, and returned {type(loss)}")
         backward(loss)
@@ -60,9 +63,10 @@ def evaluate(
         variables.refuse_changes()
         compute(call)
 
-    call = function, args, kwargs
+    # Of a function itself only the arguments that it has already are copied.
+    call = function if isinstance(function, functools.partial) else None, args, kwargs
     read = [] if variables is None else variables.values.values()
-    with window.recording(again, call, [*_arguments(call), *read]):
+    with window.recording(again, call, [*_arguments((function, args, kwargs)), *read]):
         loss = compute(call)
         if variables is not None:
             variables.forget_written()
@@ -87,8 +91,15 @@ class Variables:
         function()
 
     What the function itself assigns is not compared: the names and the attributes in its code, and
-    whatever else its first call has replaced. What its first call has written in place is, and
-    what it has replaced in a default of its arguments: that may be its batch.
+    whatever else its first call has replaced. A tensor that its first call has written in place is
+    compared no more if the code of the function only writes it, as a meter (`total.add_(loss)`);
+    one that it also reads may be its batch, and is refused (`model(x.mul_(2))`), and so is all that
+    it has replaced or written in a default of its arguments.
+
+    Compared are identities, the values of numbers, the counts of the writes to tensors, and the
+    contents of NumPy arrays, of 1 MiB in all. Attributes are followed through objects, and entries
+    through containers; one whose entries would be more than 1,000 with those before is compared
+    by its identity and its length.
 
     Attributes:
         values: the values of the variables around it, of the entries of those that are containers,
@@ -97,15 +108,20 @@ class Variables:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self.values = _read(function)
-        self._versions = {k: t._version for k, t in self.values.items() if _is_data(t)}
+        self.values, self._used = _read(function)
+        self._contents = _contents_of(self.values)
 
     def forget_written(self) -> None:
-        """Compare no more what the call since has replaced."""
+        """Compare no more what the call since has replaced, or written and not read."""
         for key in self._changed():
             _, is_argument, *_ = key
             if not is_argument:
                 del self.values[key]
+        for key in self._written():
+            _, is_argument, *_ = key
+            # An array that it writes and reads is its scratch memory.
+            if not is_argument and not (key in self._used and isinstance(self.values[key], Tensor)):
+                del self._contents[key]
 
     def refuse_changes(self) -> None:
         """Raise RuntimeError if the function would read other values than at first."""
@@ -115,18 +131,36 @@ class Variables:
                 "again before the step was over, so that its micro-batch is lost: pass what it "
                 "reads as an argument, of which later evaluations get copies"
             )
-        for key, version in self._versions.items():
-            if key in self.values and self.values[key]._version != version:
-                raise RuntimeError(
-                    f"the function that computes the loss reads {_name(key)}, a tensor that was "
-                    "written in place before the step was over, so that its micro-batch is lost: "
-                    "pass it as an argument, of which later evaluations get copies, or work on a "
-                    "clone of it"
-                )
+        for key in self._written():
+            kind = "a tensor" if isinstance(self.values[key], Tensor) else "an array"
+            raise RuntimeError(
+                f"the function that computes the loss reads {_name(key)}, {kind} that was "
+                "written in place before the step was over, so that its micro-batch is lost: "
+                "pass it as an argument, of which later evaluations get copies, or work on a "
+                "clone of it; a state of the function itself can be assigned anew"
+            )
 
     def _changed(self) -> list[_Key]:
-        now = _read(self._function)
+        now, _ = _read(self._function)
         return [key for key, value in self.values.items() if not _is_same(now.get(key), value)]
+
+    def _written(self) -> list[_Key]:
+        before = {k: content for k, content in self._contents.items() if k in self.values}
+        now = _contents_of({k: self.values[k] for k in before})
+        return [key for key, content in before.items() if now.get(key) != content]
+
+
+def _contents_of(values: dict[_Key, Any]) -> dict[_Key, int | bytes]:
+    """What tells whether tensors and arrays were written."""
+    contents: dict[_Key, int | bytes] = {}
+    left = _MAX_BYTES
+    for key, value in values.items():
+        if _is_data(value):
+            contents[key] = value._version
+        elif isinstance(value, np.ndarray) and value.nbytes <= left:
+            left -= value.nbytes
+            contents[key] = value.tobytes()
+    return contents
 
 
 def _is_data(value: Any) -> bool:
@@ -141,42 +175,74 @@ def _name(key: _Key) -> str:
     return repr(name + "".join(f"[{k!r}]" for k in keys))
 
 
+class _Large(NamedTuple):
+    """A container with too many entries to compare them."""
+
+    container: Any
+    length: int
+
+
+class _Variable(NamedTuple):
+    """The value of a variable, and what a function does with it.
+
+    Attributes:
+        value: the value.
+        is_appended: whether it is a list in which the function leaves something.
+        is_used: whether the function reads it for more than to write it in place.
+    """
+
+    value: Any
+    is_appended: bool
+    is_used: bool
+
+
 def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, _Large) and isinstance(b, _Large):
+        return a.container is b.container and a.length == b.length
     return a is b or (isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b)
 
 
-def _read(function: Any) -> dict[_Key, Any]:
-    found: dict[_Key, tuple[Any, bool]] = {}
+def _read(function: Any) -> tuple[dict[_Key, Any], set[_Key]]:
+    """What a function reads from around it, and the keys of what it uses."""
+    found: dict[_Key, _Variable] = {}
     _collect(function, found, set())
-    return {
-        path: leaf
-        for variable, (value, is_written) in found.items()
-        for path, leaf in ([(variable, value)] if is_written else _leaves(variable, value, ()))
-    }
+    values: dict[_Key, Any] = {}
+    used: set[_Key] = set()
+    for key, variable in found.items():
+        leaves = {key: variable.value} if variable.is_appended else dict(_leaves(key, variable[0]))
+        values |= leaves
+        if variable.is_used:
+            used.update(leaves)
+    return values, used
 
 
-def _leaves(path: _Key, value: Any, above: tuple[int, ...]) -> Iterator[tuple[_Key, Any]]:
+def _leaves(variable: _Key, value: Any) -> Iterator[tuple[_Key, Any]]:
     """What is in a container, and how much; a container that is in itself is a leaf."""
-    if not isinstance(value, (dict, list, tuple)) or id(value) in above:
-        yield path, value
-        return
-    yield path, len(value)
-    entries = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, entry in list(entries):
-        if isinstance(entry, (dict, list, tuple)):
-            yield from _leaves((*path, key), entry, (*above, id(value)))
-        else:
-            yield (*path, key), entry
+    waiting: deque[tuple[_Key, Any, tuple[int, ...]]] = deque([(variable, value, ())])
+    count = 0
+    while waiting:
+        path, value, above = waiting.popleft()
+        if not isinstance(value, _CONTAINERS) or id(value) in above:
+            yield path, value
+            continue
+        if count + len(value) > _MAX_ENTRIES:
+            yield path, _Large(value, len(value))
+            continue
+        count += len(value)
+        yield path, len(value)
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(entry, _CONTAINERS):
+                waiting.append(((*path, key), entry, (*above, id(value))))
+            else:
+                yield (*path, key), entry
 
 
-def _collect(
-    function: Any, found: dict[_Key, tuple[Any, bool]], seen: set[tuple[Any, int]]
-) -> None:
+def _collect(function: Any, found: dict[_Key, _Variable], seen: set[tuple[Any, int]]) -> None:
     """Add what a function and those of its module that it calls read from around them.
 
     Args:
         function: it.
-        found: values, each with whether it is a list in which the function leaves something.
+        found: variables.
         seen: functions and the ids of their `self`.
     """
     if isinstance(function, functools.partial):
@@ -186,7 +252,7 @@ def _collect(
     if function is None or (function, id(owner)) in seen:
         return
     seen.add((function, id(owner)))
-    names = _names(function.__code__)
+    names = names_of(function.__code__)
     around = {} if owner is None else {"self": owner}
     around |= _nonlocals(function)
     around |= {n: function.__globals__[n] for n in names.globals if n in function.__globals__}
@@ -196,8 +262,10 @@ def _collect(
     around = {n: v for n, v in around.items() if n not in names.stored}
     for variables, is_argument in ((around | attributes, False), (defaults, True)):
         for name, value in variables.items():
-            is_written = isinstance(value, list) and name.rpartition(".")[2] in names.written
-            found[function.__qualname__, is_argument, name] = value, is_written
+            last = name.rpartition(".")[2]
+            is_appended = isinstance(value, list) and last in names.written
+            variable = _Variable(value, is_appended, last in names.used)
+            found[function.__qualname__, is_argument, name] = variable
     for value in [*called, *defaults.values()]:
         inner, _ = _function_and_owner(value)
         if inner is not None and inner.__globals__ is function.__globals__:
@@ -206,16 +274,24 @@ def _collect(
         _collect(function.__wrapped__, found, seen)
 
 
-def _attributes(around: dict[str, Any], names: _Names) -> tuple[dict[str, Any], list[Any]]:
-    """The attributes and the methods that a function reads of the objects around it."""
+def _attributes(around: dict[str, Any], names: Names) -> tuple[dict[str, Any], list[Any]]:
+    """The attributes and the methods that a function reads of the objects around it.
+
+    And of the objects in those attributes, since a function may read `state.inner.x`.
+    """
     attributes: dict[str, Any] = {}
     methods: list[Any] = []
-    for name, value in around.items():
-        if isinstance(value, (type, FunctionType, ModuleType)):
+    read = names.attributes - names.stored_attributes
+    waiting, seen = deque(around.items()), set()
+    while waiting:
+        name, value = waiting.popleft()
+        if isinstance(value, (type, FunctionType, ModuleType)) or id(value) in seen:
             continue
+        seen.add(id(value))
         own = getattr(value, "__dict__", {})
-        read = names.attributes - names.stored_attributes
-        attributes |= {f"{name}.{a}": own[a] for a in read if a in own}
+        found = {f"{name}.{a}": own[a] for a in read if a in own}
+        attributes |= found
+        waiting.extend(found.items())
         of_class = (getattr(type(value), a, None) for a in names.attributes - own.keys())
         methods += [MethodType(m, value) for m in of_class if isinstance(m, FunctionType)]
     return attributes, methods
@@ -244,45 +320,3 @@ def _nonlocals(function: FunctionType) -> dict[str, Any]:
         with suppress(ValueError):  # not assigned yet
             found[name] = cell.cell_contents
     return found
-
-
-class _Names(NamedTuple):
-    """The names in the code of a function and of those inside it.
-
-    Attributes:
-        globals, attributes: those that are read.
-        stored: those outside that are assigned.
-        stored_attributes: attributes that are assigned.
-        written: those of which a writing method is called.
-    """
-
-    globals: frozenset[str]
-    attributes: frozenset[str]
-    stored: frozenset[str]
-    stored_attributes: frozenset[str]
-    written: frozenset[str]
-
-
-@functools.lru_cache(maxsize=128)
-def _names(code: CodeType) -> _Names:
-    used = [(i.opname, i.argval) for i in dis.get_instructions(code)]
-    read = "LOAD_GLOBAL", "LOAD_DEREF", "LOAD_ATTR", "LOAD_METHOD"
-    own = _Names(
-        frozenset(name for op, name in used if op == "LOAD_GLOBAL"),
-        frozenset(name for op, name in used if op in ("LOAD_ATTR", "LOAD_METHOD")),
-        frozenset(
-            name
-            for op, name in used
-            if op == "STORE_GLOBAL" or (op == "STORE_DEREF" and name in code.co_freevars)
-        ),
-        frozenset(name for op, name in used if op == "STORE_ATTR"),
-        frozenset(
-            name
-            for (op, name), (after, method) in pairwise(used)
-            if op in read and after in read and method in _WRITERS
-        ),
-    )
-    inside = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
-    # What a function inside assigns may be a variable of this one.
-    inside = [each._replace(stored=each.stored - set(code.co_cellvars)) for each in inside]
-    return _Names(*(names.union(*more) for names, *more in zip(own, *inside, strict=True)))

@@ -115,7 +115,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
         create_graph: bool = False,
         need_update: bool = True,
         *,
-        batch: tuple[Any, ...] = (),
+        batch: tuple[Any, ...] | list[Any] = (),
     ) -> Tensor:
         """Evaluate a micro-batch, and update the weights after the last one of a step.
 
@@ -125,13 +125,15 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
                 values: it must take the batch as arguments.
             optimizer, clip_grad, clip_mode, parameters, create_graph, need_update: those of
                 `NativeScaler`.
-            batch: arguments of `forward`; later evaluations get copies of them.
+            batch: tuple or list of the arguments of `forward`; later evaluations get copies of
+                them.
 
         Returns:
             The loss of the micro-batch at x, detached.
 
         Raises:
-            TypeError: `forward` is the loss itself, or returns no tensor.
+            TypeError: `forward` is the loss itself, or returns no tensor; or `batch` is no tuple
+                and no list.
             RuntimeError: a variable that `forward` reads was assigned, or a tensor that it reads
                 was written, after its first call of this step; or an argument was computed from
                 trained parameters.
@@ -142,6 +144,13 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
             raise TypeError(
                 "SharpnessAwareScaler takes the function that computes the loss, and was given "
                 f"{type(forward).__name__}: loss = loss_scaler(forward, optimizer, ...)"
+            )
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(
+                "batch is the tuple of the arguments of the function that computes the loss, and "
+                f"was given {type(batch).__name__}: loss_scaler(forward, optimizer, ..., "
+                "batch=(input, target)); a mapping or a tensor that is the only argument is "
+                "batch=(inputs,)"
             )
         if clip_grad is not None and parameters is None:
             raise ValueError("clip_grad needs the parameters whose gradients are clipped")
@@ -158,7 +167,7 @@ class SharpnessAwareScaler(NativeScaler):  # type: ignore[misc]
             loss = loss.detach()
         else:
             window = self._windows.setdefault(id(inner), Window(self.model, inner))
-            loss = evaluate(window, forward, batch, {}, backward)
+            loss = evaluate(window, forward, tuple(batch), {}, backward)
             if need_update:
                 del self._windows[id(inner)]  # which would keep the optimizer alive
             descent = window.descent(self._scaler)
