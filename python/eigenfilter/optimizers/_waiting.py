@@ -10,8 +10,11 @@ from torch import Tensor
 
 from eigenfilter import _distributed
 
-COMPARED = 1024
-"""How many elements of each gradient that waits are compared with what backward has computed."""
+COMPARED = 32, 1024
+"""How many gradients that wait are compared with what backward has computed, and elements of each.
+
+Clipping scales all gradients, so that a few that are not zero tell of it.
+"""
 
 
 @dataclass
@@ -24,48 +27,44 @@ class WaitingGradients:
     Attributes:
         params: the parameters.
         grads: their gradients, by the parameters' ids.
-        bytes: the bytes that each parameter takes in this process, by its id.
     """
 
     params: list[Tensor] = field(default_factory=list)
     grads: dict[int, Tensor] = field(default_factory=dict)
-    bytes: dict[int, int] = field(default_factory=dict)
-    _total: int = 0
+    _bytes: int = 0  # of all parameters in this process
     _smallest: Tensor | None = None
-    # Versions and first bytes, after backward, by the parameters' ids.
-    _records: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+    _least: int = 0  # bytes of the smallest
+    # After backward: the versions of all, and the first bytes of some, by the parameters' ids.
+    _versions: dict[int, int] = field(default_factory=dict)
+    _heads: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, p: Tensor, g: Tensor, size: int) -> None:
         """Have the gradient of a parameter of `size` bytes wait."""
         self.params.append(p)
         self.grads[id(p)] = g
-        self.bytes[id(p)] = size
-        self._total += size
-        least = 0 if self._smallest is None else self.bytes[id(self._smallest)]
-        if least == 0 or 0 < size < least:
-            self._smallest = p
+        self._bytes += size
+        if self._least == 0 or 0 < size < self._least:
+            self._smallest, self._least = p, size
 
     def take(self, batch_bytes: int) -> WaitingGradients | None:
         """Take all gradients but the smallest, if they have `batch_bytes` together."""
         last = self._smallest
-        if last is None or len(self.params) < 2 or self._total - self.bytes[id(last)] < batch_bytes:
+        if last is None or len(self.params) < 2 or self._bytes - self._least < batch_bytes:
             return None
-        taken = WaitingGradients([p for p in self.params if p is not last], self.grads, self.bytes)
-        self.params, self._total = [last], taken.bytes.pop(id(last))
-        self.grads, self.bytes = {id(last): taken.grads.pop(id(last))}, {id(last): self._total}
-        self._records.clear()
+        taken = WaitingGradients([p for p in self.params if p is not last], self.grads)
+        self.params, self._bytes = [last], self._least
+        self.grads = {id(last): taken.grads.pop(id(last))}
+        self._versions.clear()
+        self._heads.clear()
         return taken
 
     @torch.no_grad()
     def record(self, params: Sequence[Tensor]) -> None:
         """Record the gradients of some of the parameters as backward has left them."""
-        if not params:
-            return
-        grads = [self.grads[id(p)] for p in params]
-        heads = [_head(g) for g in grads]
-        copies = torch.split(torch.cat(heads), [len(head) for head in heads])
-        for p, g, copy in zip(params, grads, copies, strict=True):
-            self._records[id(p)] = version(g), copy
+        for key in map(id, params):
+            self._versions[key] = version(self.grads[key])
+            if key in self._heads or len(self._heads) < COMPARED[0]:
+                self._heads[key] = _head(self.grads[key]).clone()
 
     @torch.no_grad()
     def refuse_changed(self) -> None:
@@ -75,13 +74,13 @@ class WaitingGradients:
         a DTensor by torch's foreach functions, nor any through `.data` or NumPy: values tell of
         these, for which the CPU waits for a GPU.
         """
-        if len(self._records) < len(self.params):
+        if len(self._versions) < len(self.params):
             raise RuntimeError(_FAILED)
         for p, g in zip(self.params, self.grads.values(), strict=True):
-            if version(g) != self._records[id(p)][0] or not (p.grad is None or p.grad is g):
+            if version(g) != self._versions[id(p)] or not (p.grad is None or p.grad is g):
                 raise RuntimeError(_CHANGED)
-        recorded = torch.cat([self._records[id(p)][1] for p in self.params])
-        if not torch.equal(recorded, torch.cat([_head(g) for g in self.grads.values()])):
+        present = torch.cat([_head(self.grads[key]) for key in self._heads])
+        if not torch.equal(present, torch.cat(list(self._heads.values()))):
             raise RuntimeError(_CHANGED)
 
 
@@ -93,7 +92,7 @@ def version(g: Tensor) -> int:
 def _head(g: Tensor) -> Tensor:
     """The bytes of a gradient's first elements in this process."""
     t = _distributed.local(g).detach()
-    return (t._values() if t.is_sparse else t).reshape(-1)[:COMPARED].view(torch.uint8)
+    return (t._values() if t.is_sparse else t).reshape(-1)[: COMPARED[1]].view(torch.uint8)
 
 
 _CHANGED = (

@@ -295,7 +295,7 @@ class _Backward:
         _core.clear_gradients(self._idle)
         self._idle.clear()
         order = torch.cuda.current_stream(p.device) if p.is_cuda else None
-        waiting = self._waiting.setdefault(order, WaitingGradients())
+        waiting = self._waiting.get(order) or self._waiting.setdefault(order, WaitingGradients())
         waiting.add(p, g, self._sizes[key])
         if task < 0:  # backward has ended
             waiting.record([p])
