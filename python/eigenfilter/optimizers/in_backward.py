@@ -275,6 +275,7 @@ class _Backward:
         """End the context, after which FSDP2 may gather changed shards again."""
         for hook in self._hooks:
             hook.remove()
+        self._error = None  # its traceback holds gradients, and this object
         if self._buckets.are_shards and self._done:
             _distributed.reshard()
 
