@@ -1,8 +1,8 @@
 """No method holds more than parameters, momentum, one gradient and a backup; Hessian USAM one more.
 
 Each is measured in a process of its own, as `eigenfilter bench memory` does, in float32: a copy of
-the parameters takes 4 bytes a parameter. Of released gradients, two eighths
-exist at a time: one waits until backward has ended.
+the parameters takes 4 bytes a parameter. Of released gradients, two of eight
+equal ones exist at a time: one waits until backward has ended.
 """
 
 from __future__ import annotations
