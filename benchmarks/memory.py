@@ -1,6 +1,6 @@
 """The peak memory of a training step, in bytes a parameter.
 
-Every optimizer steps in a process of its own, on float32 parameters unless its row names bfloat16.
+Every optimizer steps in a process of its own, on float32 parameters unless its row has bfloat16.
 Their gradients are new tensors at every backward pass and need no activations. The peak is the most
 memory that the process (on a CPU: Linux' high-water mark of resident memory) or torch's allocator
 (on a GPU) held, less what it held before it made the parameters. A float32 parameter takes 4 bytes,
@@ -13,6 +13,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,43 +36,50 @@ STEPS = 3
 Make = Callable[[list[Parameter]], Any]
 
 
-def _library() -> dict[str, Make]:
+@dataclass(frozen=True)
+class Row:
+    """An optimizer to measure, and the dtype of its parameters."""
+
+    make: Make
+    dtype: torch.dtype = torch.float32
+
+
+def _library() -> dict[str, Row]:
     """The library's optimizers by class, and their variants by options too."""
-    makes: dict[str, Make] = {}
+    rows: dict[str, Row] = {}
     for name in (*filters.METHODS, *registry.VARIANTS):
         method, options = registry.method_and_options(name)
         cls: Any = registry.OPTIMIZERS[method]
         rho = {"rho": 0.05} if method in registry.PERTURBATIONS else {}
         label = ", ".join([cls.__name__, *options])
-        makes[label] = functools.partial(cls, **SGD, **rho, **options)
-    return makes
+        rows[label] = Row(functools.partial(cls, **SGD, **rho, **options))
+    return rows
 
 
-def _released(cls: Any, **options: Any) -> Make:
-    return functools.partial(cls, **options, release_gradients=True)
+def _released(cls: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
+    return Row(functools.partial(cls, **options, release_gradients=True), dtype)
 
 
 USAM: dict[str, Any] = {**SGD, "rho": 0.05}
-NARROW = ", bfloat16"  # in the names of rows
 
-OPTIMIZERS: dict[str, Make] = {
-    "torch SGD, fused": lambda p: torch.optim.SGD(p, **SGD, fused=True),
-    "torch SGD, foreach": lambda p: torch.optim.SGD(p, **SGD, foreach=True),
+OPTIMIZERS: dict[str, Row] = {
+    "torch SGD, fused": Row(lambda p: torch.optim.SGD(p, **SGD, fused=True)),
+    "torch SGD, foreach": Row(lambda p: torch.optim.SGD(p, **SGD, foreach=True)),
     **_library(),
     "SGD, gradients released": _released(ef.SGD, **SGD),
     "USAM, gradients released": _released(ef.USAM, **USAM),
     "TwoStepUSAM, gradients released": _released(ef.TwoStepUSAM, **USAM),
-    f"SGD{NARROW}": lambda p: ef.SGD(p, **SGD),
-    f"USAM{NARROW}": lambda p: ef.USAM(p, **USAM),
-    f"USAM{NARROW}, gradients released": _released(ef.USAM, **USAM),
-    "common SAM recipe": lambda p: CommonSAM(p, "sam", 0.05, torch.optim.SGD, **SGD),
-    "SharpnessAware(torch SGD, fused)": lambda p: ef.SharpnessAware(
-        torch.optim.SGD(p, **SGD, fused=True), "sam"
+    "SGD, bfloat16": Row(lambda p: ef.SGD(p, **SGD), torch.bfloat16),
+    "USAM, bfloat16": Row(lambda p: ef.USAM(p, **USAM), torch.bfloat16),
+    "USAM, bfloat16, gradients released": _released(ef.USAM, torch.bfloat16, **USAM),
+    "common SAM recipe": Row(lambda p: CommonSAM(p, "sam", 0.05, torch.optim.SGD, **SGD)),
+    "SharpnessAware(torch SGD, fused)": Row(
+        lambda p: ef.SharpnessAware(torch.optim.SGD(p, **SGD, fused=True), "sam")
     ),
-    "torch AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
-    "AdamW": lambda p: ef.AdamW(p),
+    "torch AdamW, fused": Row(lambda p: torch.optim.AdamW(p, fused=True)),
+    "AdamW": Row(lambda p: ef.AdamW(p)),
     "AdamW, gradients released": _released(ef.AdamW),
-    "AdamW, method SAM": lambda p: ef.AdamW(p, method="sam", rho=0.05),
+    "AdamW, method SAM": Row(lambda p: ef.AdamW(p, method="sam", rho=0.05)),
     "AdamW, method USAM, gradients released": _released(ef.AdamW, method="usam", rho=0.05),
 }
 
@@ -123,14 +131,13 @@ class PeakMemory:
 
 def measure(name: str, elements: int, device: torch.device) -> float:
     """Return the peak bytes a parameter of one optimizer, measured in this process."""
-    peak = PeakMemory(device)
-    like: dict[str, Any] = {"dtype": torch.bfloat16 if NARROW in name else torch.float32}
-    like["device"] = device
+    peak, row = PeakMemory(device), OPTIMIZERS[name]
+    like: dict[str, Any] = {"dtype": row.dtype, "device": device}
     few = [Parameter(torch.ones(10, **like))]
-    _train(OPTIMIZERS[name](few), few)  # now the libraries have allocated what they keep
+    _train(row.make(few), few)  # now the libraries have allocated what they keep
     before = peak.now()
     params = [Parameter(torch.ones(elements // TENSORS, **like)) for _ in range(TENSORS)]
-    opt = OPTIMIZERS[name](params)
+    opt = row.make(params)
     peak.restart()
     _train(opt, params)
     return (peak.most() - before) / elements

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -161,7 +162,10 @@ def test_released_gradients_are_reduced_first(
 
 
 def release_as_backward_goes(rank: int, name: str) -> list[bool]:
-    """Whether shards are at x when backward comes to the first layer: of the first, the last."""
+    """Whether shards are at x when backward comes to the first layer: of the first, the last.
+
+    The smallest gradient waits: that of the last bias.
+    """
     in_backward.BATCH_BYTES, before = 0, in_backward.BATCH_BYTES
     try:
         model = sharded()
@@ -187,7 +191,7 @@ def release_as_backward_goes(rank: int, name: str) -> list[bool]:
 def test_shards_change_while_backward_goes_on(run_distributed: RunDistributed) -> None:
     for name in ("sgd", "usam"):
         first, second = run_distributed(release_as_backward_goes, 2, name)
-        assert first == [True, True, False, False]  # the last layer's output has one row
+        assert first == [True, True, False, True]  # the last layer's output has one row
         assert second[:2] == [True, True]
 
 
@@ -231,6 +235,30 @@ def accumulate_and_release(rank: int) -> tuple[list[Tensor], list[Tensor]]:
 def test_released_gradients_are_complete(run_distributed: RunDistributed, scenario: Any) -> None:
     for whole, each in run_distributed(scenario, 2):
         assert all(map(torch.equal, whole, each))
+
+
+def clip_what_waits(rank: int) -> list[str]:
+    """Messages for gradients that are clipped in the closure, whose versions do not tell of it."""
+    messages = []
+    for batch_bytes in (0, in_backward.BATCH_BYTES):
+        in_backward.BATCH_BYTES, before = batch_bytes, in_backward.BATCH_BYTES
+        model = sharded()
+        opt = RELEASING["usam"](model.parameters(), release_gradients=True)
+        compute = evaluation(opt, model, share(rank))
+
+        def closure(model: nn.Module = model, compute: Any = compute) -> Tensor:
+            loss: Tensor = compute()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-4, foreach=True)
+            return loss
+
+        messages.append(error_message(lambda opt=opt, act=closure: opt.step(act)))  # type: ignore[misc]
+        in_backward.BATCH_BYTES = before
+    return messages
+
+
+def test_clipping_of_released_shards_is_refused(run_distributed: RunDistributed) -> None:
+    for message in itertools.chain(*run_distributed(clip_what_waits, 2)):
+        assert "changed after backward, as by clipping" in message
 
 
 def add_to_earlier_gradients(rank: int) -> list[str]:

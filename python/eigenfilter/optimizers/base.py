@@ -271,7 +271,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
         if gradients or release.updated_ids:
             step.refuse_local_gradients()
         if self.release_gradients:
-            release.check_descent(self, bool(gradients))
+            release.check_descent(self, bool(gradients) and not step.skips_ascents)
         if not gradients and not release.updated_ids and not self._other_ranks_wait():
             self._restore()  # a skipped batch: do nothing, as torch
             return

@@ -32,10 +32,10 @@ class Options(TypedDict, total=False):
             the gradient. In a distributed job all ranks of the default process group share the
             flag, and must step together. The default is False.
         release_gradients: whether each gradient is used and freed while backward runs, so that they
-            never exist all at once: those of the descent, and of the ascents of USAM and
-            TwoStepUSAM. It needs step(closure), or every closure inside `with opt.evaluation():`,
-            and excludes a second backward pass in it, a GradScaler, clipping, skip_nonfinite, and
-            several ranks except under FSDP2. The default is False.
+            never exist all at once: those of the descent, and of the ascents of USAM, TwoStepUSAM,
+            and AdamW with these methods. It needs step(closure), or every closure inside `with
+            opt.evaluation():`, and excludes a second backward pass in it, a GradScaler, clipping,
+            skip_nonfinite, and several ranks except under FSDP2. The default is False.
         backend: backend of the kernels: "native", "triton", "reference", or None, the default, to
             choose by device; see `eigenfilter.kernels`.
         set_to_none: whether an ascent sets the gradients to None, as `zero_grad` does. That is the

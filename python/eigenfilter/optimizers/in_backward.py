@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.autograd import graph
 
 from eigenfilter import _callers, _core, _distributed, _perturbation
 from eigenfilter.optimizers._step_state import retry_on_layout_change
+from eigenfilter.optimizers._waiting import WaitingGradients, version
 from eigenfilter.optimizers.amp import AmpState, is_enabled
 from eigenfilter.optimizers.buckets import Gradients, ParamBucket, ParamBuckets, placed_as_params
 
@@ -75,8 +75,9 @@ class GradientRelease:
 
     The hook of a parameter runs after all its uses have been differentiated, so that backward needs
     its value no more. Where it does, because the use was detached, autograd finds the parameter's
-    version changed and raises. A segment that backward recomputes (activation checkpointing) from
-    a detached parameter sees the new value.
+    version changed and raises. It does not notice, and computes with the new value, where backward
+    recomputes a segment (activation checkpointing) from a detached parameter, or where the use
+    counts no versions (`w.data`, or a custom `torch.autograd.Function` that holds w as `ctx.w`).
 
     Args:
         buckets: the buckets of the optimizer.
@@ -95,6 +96,8 @@ class GradientRelease:
         self._batches: BatchBuckets | None = None
         self._inside = False
         self._has_warned = False
+        # The gradients that the last backward pass has left, with their versions, by parameter.
+        self._rest: dict[int, tuple[Tensor, int]] = {}
 
     @contextmanager
     def during_backward(self, optimizer: Any) -> Iterator[None]:
@@ -148,6 +151,12 @@ class GradientRelease:
         """Forget the step, which has ended."""
         self.ascended_ids.clear()
         self.updated_ids.clear()
+        self._rest.clear()
+
+    def record_rest(self, optimizer: Any) -> None:
+        """Record the gradients that are left after a backward pass, which are used whole."""
+        pairs = ((id(p), p.grad) for p in optimizer._params())
+        self._rest = {key: (g, version(g)) for key, g in pairs if g is not None}
 
     def refuse_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Raise RuntimeError for a scaler, which needs all gradients before the first is used."""
@@ -177,10 +186,13 @@ class GradientRelease:
         self._warn_of_whole(has_gradients)
 
     def _refuse_second(self, gradients: Gradients) -> None:
-        """Raise RuntimeError if a parameter has a gradient again after its was released."""
-        done = self.ascended_ids or self.updated_ids
-        if done and any(id(p) in done for bucket, _ in gradients for p in bucket.params):
-            raise RuntimeError(_SECOND)
+        """Raise RuntimeError if a gradient has come or changed after others were released."""
+        if not (self.ascended_ids or self.updated_ids):
+            return
+        for p in (p for bucket, _ in gradients for p in bucket.params):
+            g, recorded = self._rest.get(id(p), (None, 0))
+            if p.grad is not g or (g is not None and version(g) != recorded):
+                raise RuntimeError(_SECOND)
 
     def _warn_of_whole(self, has_gradients: bool) -> None:
         if has_gradients and not (self._has_warned or self.ascended_ids or self.updated_ids):
@@ -192,34 +204,11 @@ class GradientRelease:
             )
 
 
-@dataclass
-class _Batch:
-    """Parameters whose gradients wait to be used together, and the bytes that wait with them."""
-
-    params: list[Tensor] = field(default_factory=list)
-    grads: dict[int, Tensor] = field(default_factory=dict)  # by the parameters' ids
-    versions: list[int] = field(default_factory=list)  # of the first gradients, after backward
-    bytes: int = 0
-
-    def add(self, p: Tensor, g: Tensor) -> None:
-        self.params.append(p)
-        self.grads[id(p)] = g
-
-    def record_versions(self) -> None:
-        self.versions = [_version(g) for g in self.grads.values()]
-
-    def refuse_changed(self) -> None:
-        """Raise RuntimeError if a gradient has been changed after backward."""
-        for p, g, version in zip(self.params, self.grads.values(), self.versions, strict=False):
-            if _version(g) != version or not (p.grad is None or p.grad is g):
-                raise RuntimeError(_CHANGED)
-
-
 class _Backward:
     """One backward pass, whose gradients are used in batches and dropped.
 
-    Gradients of groups that take no ascent are dropped in an ascent, too, but not before it has
-    perturbed the first parameter: if there is none, they are the descent's.
+    Gradients of groups that take no ascent are dropped in an ascent, too, but not before the first
+    gradient of one that does: if there is none, they are the descent's.
 
     Args:
         optimizer: the optimizer.
@@ -233,15 +222,16 @@ class _Backward:
         self._ascends = ascends
         # Ids of the parameters whose gradients were used, and of those that had one.
         self._done = self._release.ascended_ids if ascends else self._release.updated_ids
-        self._seen = set(self._done)
+        self._seen: set[int] = set()
+        self._is_second = bool(self._done)  # a pass has released gradients of this phase already
         self._sizes = self._release.batches().sizes
         self._idle_ids = self._release.batches().idle_ids() if ascends else set()
         self._idle: list[Tensor] = []
-        self._batches: dict[Any, _Batch] = {}  # by the stream that a GPU computes on
+        self._waiting: dict[Any, WaitingGradients] = {}  # by the stream that a GPU computes on
         self._tasks: set[int] = set()  # autograd's numbers of the passes
         self._thread = threading.get_ident()
         self._lock = threading.Lock()  # backward has a thread for each GPU
-        self._has_failed = False
+        self._error: BaseException | None = None
         self._hooks = [
             p.register_post_accumulate_grad_hook(self.on_gradient)
             for p in optimizer._params()
@@ -252,24 +242,25 @@ class _Backward:
     def on_gradient(self, p: Tensor) -> None:
         """Use a gradient that is complete, or have it wait for more."""
         with self._lock:
-            if self._has_failed or (g := p.grad) is None:
+            if self._error is not None or (g := p.grad) is None:
                 return
             try:
                 self._add(p, g)
-            except BaseException:
-                self._has_failed = True
+            except BaseException as error:
+                self._error = error
                 raise
 
     @_disable_dynamo
     def end(self) -> None:
         """Use the gradients that still wait; backward has ended."""
-        if self._has_failed:  # the closure has caught the error
-            self.cancel()
-            return
-        for batch in self._batches.values():
-            batch.refuse_changed()
-        for order in list(self._batches):
-            self._use(order)
+        if self._error is not None:  # the closure has caught it
+            raise self._error
+        for waiting in self._waiting.values():
+            waiting.refuse_changed()
+        for order, waiting in self._waiting.items():
+            self._use(waiting, order)
+        if self._seen:
+            self._release.record_rest(self._optimizer)
 
     @_disable_dynamo
     def cancel(self) -> None:
@@ -284,6 +275,7 @@ class _Backward:
         """End the context, after which FSDP2 may gather changed shards again."""
         for hook in self._hooks:
             hook.remove()
+        self._error = None  # its traceback holds gradients, and this object
         if self._buckets.are_shards and self._done:
             _distributed.reshard()
 
@@ -291,21 +283,25 @@ class _Backward:
         key, task = id(p), torch._C._current_graph_task_id()
         if task not in self._tasks:
             self._add_task(task)
-        if key in self._seen:
-            raise RuntimeError(_SECOND)
+        is_second = self._is_second or key in self._seen
         self._seen.add(key)
-        order = torch.cuda.current_stream(p.device) if p.is_cuda else None
-        batch = self._batches.get(order) or self._batches.setdefault(order, _Batch())
-        if key not in self._idle_ids:
-            batch.add(p, g)
-        elif self._done:
-            p.grad = None
+        if is_second:
+            raise RuntimeError(_SECOND)
+        if key in self._idle_ids:
+            if self._waiting:
+                p.grad = None
+            else:
+                self._idle.append(p)
             return
-        else:
-            self._idle.append(p)
-        batch.bytes += self._sizes[key]
-        if batch.bytes >= BATCH_BYTES:
-            self._use(order)
+        _core.clear_gradients(self._idle)
+        self._idle.clear()
+        order = torch.cuda.current_stream(p.device) if p.is_cuda else None
+        waiting = self._waiting.get(order) or self._waiting.setdefault(order, WaitingGradients())
+        waiting.add(p, g, self._sizes[key])
+        if task < 0:  # backward has ended
+            waiting.record([p])
+        if (batch := waiting.take(BATCH_BYTES)) is not None:
+            self._use(batch, order)
 
     def _add_task(self, task: int) -> None:
         """Add a pass that autograd runs; raise RuntimeError if it came after another had ended.
@@ -319,12 +315,12 @@ class _Backward:
             raise RuntimeError(_SECOND)
         self._tasks.add(task)
         # Not earlier: gradients may be views of one tensor, whose version counts changes of any.
-        torch.autograd.Variable._execution_engine.queue_callback(self._record_versions)
+        torch.autograd.Variable._execution_engine.queue_callback(self._record)
 
-    def _record_versions(self) -> None:
+    def _record(self) -> None:
         with self._lock:
-            for batch in self._batches.values():
-                batch.record_versions()
+            for waiting in self._waiting.values():
+                waiting.record(waiting.params)
 
     def _is_outermost(self) -> bool:
         """Whether no backward pass is running in which the present one was called."""
@@ -335,22 +331,17 @@ class _Backward:
         # The pass itself was called in this thread, or in another one that waits for it.
         return calls == (threading.get_ident() == self._thread)
 
-    def _use(self, order: Any) -> None:
+    def _use(self, batch: WaitingGradients, order: Any) -> None:
         """Ascend or update along the gradients of a batch, and drop them."""
-        params = self._batches[order].params
-        if not params:
-            return
-        batch = self._batches.pop(order)
         self._apply(batch)
-        if params[0].is_cuda:
+        if batch.params[0].is_cuda:
             self._hold_memory(batch, order)
         self._done.update(batch.grads)
-        _core.clear_gradients(params + self._idle)
-        self._idle.clear()
+        _core.clear_gradients(batch.params)
 
     @retry_on_layout_change
     @torch.no_grad()
-    def _apply(self, batch: _Batch) -> None:
+    def _apply(self, batch: WaitingGradients) -> None:
         optimizer = self._optimizer
         gradients = self._release.batches().gradients(batch.grads)
         if self._ascends:
@@ -361,16 +352,12 @@ class _Backward:
             optimizer._apply(gradients)
         self._buckets.mark_written([bucket for bucket, _ in gradients], in_backward=True)
 
-    def _hold_memory(self, batch: _Batch, order: Any) -> None:
+    def _hold_memory(self, batch: WaitingGradients, order: Any) -> None:
         """Keep gradients' memory until the present stream has read it, if it is not their own."""
         stream = torch.cuda.current_stream(batch.params[0].device)
         if stream != order or _distributed.is_dtensor(batch.params[0]):
             for g in batch.grads.values():
                 _distributed.local(g).record_stream(stream)
-
-
-def _version(g: Tensor) -> int:
-    return 0 if g.is_inference() else g._version
 
 
 def _refuse_partial_gradients(params: Sequence[Tensor], are_shards: bool) -> None:
@@ -398,12 +385,8 @@ _UNSCALED = (
 )
 _SECOND = (
     "a second gradient arrived for a parameter whose first one release_gradients=True has used "
-    "and dropped, or a second backward pass ran in an evaluation: call backward() once in an "
-    "evaluation, on the sum of its losses, then ascend() or step(). Gradients to accumulate come "
-    "before it, outside `with opt.evaluation():`. Checkpointed segments that share a parameter "
-    "need use_reentrant=False"
-)
-_CHANGED = (
-    "gradients were changed after backward, as by clipping, and release_gradients=True has used "
-    "others by then, as they were: leave it False, or end the evaluation with backward()"
+    "and dropped, or a second backward pass ran in an evaluation or after it: call backward() once "
+    "in an evaluation, on the sum of its losses, then ascend(), step() or restore(). Gradients to "
+    "accumulate come before it, outside `with opt.evaluation():`. Checkpointed segments that share "
+    "a parameter need use_reentrant=False"
 )
