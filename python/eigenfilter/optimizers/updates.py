@@ -277,7 +277,8 @@ class AdamWUpdate(ExtrapolatedUpdate):
         for bucket in buckets:
             locals_ = list(map(_distributed.local, bucket.params))
             most = max(p.numel() * arithmetic_dtype(p.dtype).itemsize for p in locals_)
-            sizes[bucket.device] = max(sizes.get(bucket.device, 0), -(-most // 64) * 64)
+            size = (most // 64 + 1) * 64  # no empty rows, and rows of any dtype
+            sizes[bucket.device] = max(sizes.get(bucket.device, 0), size)
         return {
             device: torch.empty(2, size, dtype=torch.uint8, device=device)
             for device, size in sizes.items()
@@ -294,13 +295,13 @@ class AdamWUpdate(ExtrapolatedUpdate):
         group = bucket.group
         beta1, beta2 = map(float, group["betas"])
         size, root = 1 / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
+        eps, T = float(group["eps"]), arithmetic_dtype(bucket.params[0].dtype)
+        memory = [(row, row.storage_offset()) for row in scratch[bucket.device].view(T)]
         for each in zip(bucket.params, *map(bucket.buffers, self.moments), strict=True):
             p, m, v = map(_distributed.local, each)
-            rows = scratch[bucket.device].view(arithmetic_dtype(p.dtype))
-            u, denominator = (
-                row.as_strided(p.shape, p.stride(), row.storage_offset()) for row in rows
-            )
-            denominator.copy_(v).sqrt_().mul_(root).add_(float(group["eps"]))
+            shape = p.shape, p.stride()
+            u, denominator = (row.as_strided(*shape, offset) for row, offset in memory)
+            denominator.copy_(v).sqrt_().mul_(root).add_(eps)
             yield [p.detach()], [u.copy_(m).mul_(size).div_(denominator)]
 
     def step(self, bucket_slice: BucketSlice) -> None:
