@@ -51,7 +51,8 @@ class AdamW(ExtrapolatedOptimizer):
             lives in param_groups, as lr does.
         extrapolation: how far e along -u the gradient is taken; a number, by default 0. It lives in
             param_groups, and a change of it takes effect with the next gradient. u is that of the
-            present betas and eps: to change these shifts x by e times the change of u.
+            present betas and eps: to change these shifts x by e times the change of u. It is
+            refused for float16 parameters, whose second moments underflow.
         max_eigenvalue: the edge that is wanted, in place of `extrapolation`: each group gets the e
             that puts its edge, of the preconditioned Hessian, there at its present lr.
         adaptive: option of the method "sam", see `SAM`.
