@@ -13,32 +13,7 @@ from torch import Tensor, nn
 import eigenfilter as ef
 from eigenfilter import curvature, filters
 from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
-
-
-class Trained:
-    """A small tanh network on a fixed batch, its operator and its closure."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3)).double()
-        self.x = torch.randn(60, 8, dtype=torch.float64)
-        self.y = self.x[:, :3].sin()
-        self.loss = nn.MSELoss()
-        self.op = curvature.HessianOperator(self.model, self.loss, (self.x, self.y))
-
-    def train(self, opt: Any, monitor: ef.SharpnessMonitor, steps: int) -> None:
-        def closure() -> Tensor:
-            opt.zero_grad()
-            value = self.loss(self.model(self.x), self.y)
-            value.backward()
-            return value
-
-        for _ in range(steps):
-            opt.step(closure)
-            monitor.step()
-
-    def sharpness(self) -> float:
-        return float(curvature.eigsh(self.op, 1, tol=1e-10).values[0])
+from trained import Trained
 
 
 def test_three_products_a_check_are_right_to_a_thousandth() -> None:

@@ -23,12 +23,13 @@ from eigenfilter.certificate.linearized import (
     linearized,
 )
 from eigenfilter.curvature import CurvatureOperator, eigsh
-from eigenfilter.filters import AdamW, Filter, PolynomialFilter
+from eigenfilter.filters import MSAM, AdamW, Filter, PolynomialFilter
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARGIN = 1.05  # the ratio of edge and sharpness that an action aims at
+_BASE_LR = "rho_base_lr"  # in a group whose rho a RhoScheduler computes from lr
 ACTIONS = ("warn", "lower_lr", "raise_rho")
 
 
@@ -82,10 +83,10 @@ class SharpnessMonitor:
         tol: relative tolerance of the sharpness, > 0. Errors were up to twice as large if the gap
             to the next eigenvalue is small, so that the default achieves 1e-3.
         on_edge: what to do when the sharpness is past the edge. "warn" warns; "lower_lr" lowers the
-            learning rate, and the extrapolation by the same factor, until the edge is 5% above the
-            sharpness; "raise_rho" raises rho until the
-            edge is 5% lower than before, which drives the sharpness down; a callable is called with
-            the check; None does nothing.
+            learning rate, and the extrapolation (for MSAM rho) by the same factor, until the edge
+            is 5% above the sharpness, or higher where a `RhoScheduler` lowers the rho of ascents
+            with it; "raise_rho" raises rho until the edge is 5% lower than before, which drives the
+            sharpness down; a callable is called with the check; None does nothing.
         log: file to which every check is appended as a line of JSON, or None.
         writer: TensorBoard SummaryWriter that gets "sharpness" and "edge", or None.
         callback: function that is called with every check, or None.
@@ -96,7 +97,8 @@ class SharpnessMonitor:
 
     Raises:
         ValueError: an argument is out of its range; "raise_rho" is requested and the filter has no
-            rho; or the operator and the optimizer have different parameters.
+            rho (of MSAM a check after its first step says so); or the operator and the optimizer
+            have different parameters.
 
     Example:
         >>> import eigenfilter as ef, torch
@@ -148,9 +150,7 @@ class SharpnessMonitor:
         self._log = None if log is None else Path(log)
         self._steps = 0
         self._vector: Tensor | None = None
-        if on_edge == "raise_rho":
-            linear = self._linearized()
-            _check_rho(None if linear is None else linear.filter, optimizer)
+        self._has_rho = on_edge == "raise_rho" and _check_rho(self._linearized(), optimizer)
 
     def step(self) -> SharpnessCheck | None:
         """Count a training step; after every `every`-th one, check and return the check."""
@@ -162,11 +162,14 @@ class SharpnessMonitor:
 
         Raises:
             RuntimeError: an optimizer holds perturbed parameters; see the operator.
-            ValueError: the optimizer has other parameters than the operator by now.
+            ValueError: the optimizer has other parameters than the operator by now, or no rho that
+                "raise_rho" may raise.
         """
         start = time.perf_counter()
         check_parameters(self._op, self._optimizer)  # groups may have been added, or frozen
         linear = self._linearized()
+        if self._on_edge == "raise_rho" and not self._has_rho:
+            self._has_rho = _check_rho(linear, self._optimizer)
         op = self._op if linear is None else linear.operator
         flt = None if linear is None else linear.filter
         products = 1 if linear is None else linear.products  # with H, in one product with op
@@ -185,8 +188,8 @@ class SharpnessMonitor:
         )
         self.history.append(check)
         self._report(check)
-        if flt is not None and check.past_edge:
-            self._act(check, flt)
+        if linear is not None and check.past_edge:
+            self._act(check, linear)
         return check
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,7 +252,8 @@ class SharpnessMonitor:
         if self._callback is not None:
             self._callback(check)
 
-    def _act(self, check: SharpnessCheck, flt: Filter) -> None:
+    def _act(self, check: SharpnessCheck, linear: Linearized) -> None:
+        flt = linear.filter
         assert check.edge is not None
         if self._on_edge == "warn":
             warnings.warn(
@@ -259,12 +263,15 @@ class SharpnessMonitor:
             )
         elif self._on_edge == "lower_lr":
             factor = _lr_factor(flt, _MARGIN * check.sharpness)
-            for group in self._optimizer.param_groups:
+            own = filters.of(self._optimizer)
+            for group, each in zip(self._optimizer.param_groups, own, strict=True):
                 group["lr"] = group["lr"] * factor
-                if group.get("extrapolation"):
-                    group["extrapolation"] *= factor
+                name = "rho" if isinstance(each, MSAM) else "extrapolation"
+                follows_lr = name == "rho" and _BASE_LR in group
+                if group.get(name) and not follows_lr:
+                    group[name] *= factor
         elif self._on_edge == "raise_rho":
-            _check_rho(flt, self._optimizer)  # groups may have come to differ
+            _check_rho(linear, self._optimizer)  # groups may have come to differ
             rho = _rho_for(flt, check.edge / _MARGIN)
             for group in self._optimizer.param_groups:
                 group["rho"] = rho
@@ -272,26 +279,36 @@ class SharpnessMonitor:
             self._on_edge(check)
 
 
-def _check_rho(flt: Filter | None, optimizer: torch.optim.Optimizer) -> None:
-    if any("rho_base_lr" in group for group in optimizer.param_groups):
+def _check_rho(linear: Linearized | None, optimizer: torch.optim.Optimizer) -> bool:
+    """Check that "raise_rho" has a rho; False for one that only a later check can see."""
+    if any(_BASE_LR in group for group in optimizer.param_groups):
         raise ValueError(
             "on_edge='raise_rho' sets rho, which RhoScheduler(optimizer, 'lr') computes from lr at "
             "every step: use another kind of scheduler, or on_edge='lower_lr'"
         )
-    if not hasattr(flt, "rho"):
+    groups = optimizer.param_groups
+    if linear is None and any(g.get("momentum_norm") == 0.0 and g["rho"] != 0 for g in groups):
+        return False  # MSAM has a filter after its first step
+    if linear is None or not hasattr(linear.filter, "rho"):
         raise ValueError(
             "on_edge='raise_rho' needs an optimizer whose filter has a rho, which is not 0: "
-            "USAM, TwoStepUSAM or HessianUSAM, with groups that are alike"
+            "USAM, TwoStepUSAM, HessianUSAM or MSAM, with groups that are alike"
         )
+    return True
 
 
 def _lr_factor(flt: Filter, edge: float) -> float:
-    """Return the factor of lr and extrapolation with which the filter ends at `edge`, or later."""
+    """Return the factor of lr and extrapolation with which the filter ends at `edge`."""
     if isinstance(flt, PolynomialFilter):
         present = float(flt.p(flt.max_eigenvalue())) + flt.weight_decay
         return present / (float(flt.p(edge)) + flt.weight_decay)
     assert isinstance(flt, AdamW)
-    return 2 / (flt.rate * edge + flt.lr * flt.weight_decay)
+    beta, e, decay = flt.beta1, flt.extrapolation, flt.lr * flt.weight_decay
+    bounds = (  # by Jury's conditions, see `AdamW`: the factor times the first <= the second
+        ((1 - beta) * (flt.lr + 2 * e) * edge + (1 + beta) * decay, 2 * (1 + beta)),
+        (-(1 - beta) * e * edge - beta * decay, 1 - beta),
+    )
+    return min(bound / slope for slope, bound in bounds if slope > 0)
 
 
 def _rho_for(flt: Filter, edge: float) -> float:

@@ -163,6 +163,11 @@ ADAMW: dict[str, Case] = {
         ],
         {"betas": (0.6, 0.9)},
     ),
+    "back": Case(  # where complex multipliers would decide without the decay
+        ef.AdamW,
+        [{"extrapolation": -0.03, "weight_decay": 1.7}, {"extrapolation": -0.02}],
+        {"lr": 0.3, "betas": (0.9, 0.99), "weight_decay": 1.5},
+    ),
     "betas": Case(ef.AdamW, [{"betas": (0.3, 0.9)}, {"betas": (0.9, 0.99)}], {"lr": 0.2}),
     "all": Case(
         ef.AdamW,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -64,6 +65,39 @@ def test_without_decay_it_is_heavy_ball_with_dampening(lr: float, beta: float, e
     np.testing.assert_allclose(flt.spectral_radius(mu), heavy.spectral_radius(mu), rtol=1e-7)
     assert flt.rate == pytest.approx(heavy.rate)
     assert flt.composes == heavy.composes
+
+
+def edge_by_bisection(flt: filters.AdamW) -> float:
+    """Where the spectral radius passes 1, from a small eigenvalue upwards."""
+    inside = 1e-6 / max(flt.lr, abs(flt.extrapolation))
+    outside = inside
+    while flt.spectral_radius(outside) <= 1.0 + 1e-13:
+        outside *= 2.0
+    for _ in range(60):
+        middle = 0.5 * (inside + outside)
+        is_inside = flt.spectral_radius(middle) <= 1.0 + 1e-13
+        inside, outside = (middle, outside) if is_inside else (inside, middle)
+    return inside
+
+
+@given(st.floats(0.0, 0.95), st.floats(0.0, 1.9), st.floats(-2.0, 5.0))
+def test_the_rate_gives_the_edge(beta1: float, decay: float, e: float) -> None:
+    """With `edge_decay` where the filter composes, and of no decay elsewhere."""
+    flt = filters.AdamW(0.3, beta1, decay / 0.3, 0.3 * e)
+    if flt.composes:
+        assert 2.0 / flt.rate - flt.edge_decay == pytest.approx(edge_by_bisection(flt), rel=1e-5)
+    else:
+        plain = dataclasses.replace(flt, weight_decay=0.0)
+        assert 2.0 / flt.rate == pytest.approx(edge_by_bisection(plain), rel=1e-5)
+
+
+def test_the_rate_of_one_that_looks_back_and_decays() -> None:
+    """The complex multipliers would decide without the decay, and do not with it."""
+    flt = filters.AdamW(1.0, 0.9, 0.5, -0.1)
+    assert flt.composes
+    assert flt.rate == pytest.approx(0.1 * (1.0 - 0.2) / 1.9)
+    assert flt.edge_decay == pytest.approx(0.5 / flt.rate)
+    assert flt.max_eigenvalue() == pytest.approx(edge_by_bisection(flt))
 
 
 def test_known_edges_of_an_extrapolation() -> None:

@@ -125,9 +125,12 @@ class AdamW(Filter):
 
     @property
     def rate(self) -> float:
-        """The lr of gradient descent without momentum that has the same edge at wd = 0."""
+        """The lr of gradient descent without momentum that has the same edge.
+
+        Where it `composes`, the decay in its gradient is `edge_decay`; elsewhere wd = 0 in both.
+        """
         real = self._real[0] / (1.0 + self.beta1)
-        return max(real, 2.0 * self._complex[0] / (1.0 - self.beta1))
+        return real if self.composes else max(real, 2.0 * self._complex[0] / (1.0 - self.beta1))
 
     @property
     def edge_decay(self) -> float:

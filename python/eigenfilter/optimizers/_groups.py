@@ -148,6 +148,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """Raise TypeError or ValueError for a hyperparameter that was changed to a bad value."""
         for group in self.current_groups():
             values = [group.get(name) for name in CHECKED]
+            values += [
+                p.dtype for p in group["params"][:1]
+            ]  # model.to(dtype) changes them in place
             checked = self._checked_values.get(id(group))
             if checked is None or not all(map(operator.is_, values, checked)):
                 self._check_hyperparameters(group)

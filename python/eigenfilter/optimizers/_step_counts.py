@@ -76,6 +76,10 @@ class StepCounts:
         group = self._groups[id(count)]
         return group.steps, group.history
 
+    def are_together(self, counts: Sequence[Tensor]) -> bool:
+        """Whether all of the counts are of one group."""
+        return len({id(self._groups[id(count)]) for count in counts}) <= 1
+
     def group(self, counts: list[Tensor]) -> tuple[CountGroup, bool]:
         """The group of counts with equal keys, and whether it had to be formed from others."""
         group = self._groups[id(counts[0])]

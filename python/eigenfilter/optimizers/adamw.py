@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from eigenfilter.filters import design
 from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.hyperparameters import MethodOptions, split_options
 from eigenfilter.optimizers.registry import perturbation_of, register
-from eigenfilter.optimizers.updates import STEP, AdamWUpdate
+from eigenfilter.optimizers.updates import EXTRAPOLATION, STEP, AdamWUpdate
 
 
 @register("adamw")
@@ -50,7 +51,8 @@ class AdamW(ExtrapolatedOptimizer):
             lives in param_groups, as lr does.
         extrapolation: how far e along -u the gradient is taken; a number, by default 0. It lives in
             param_groups, and a change of it takes effect with the next gradient. u is that of the
-            present betas and eps: to change these shifts x by e times the change of u.
+            present betas and eps: to change these shifts x by e times the change of u. It is
+            refused for float16 parameters, whose second moments underflow.
         max_eigenvalue: the edge that is wanted, in place of `extrapolation`: each group gets the e
             that puts its edge, of the preconditioned Hessian, there at its present lr.
         adaptive: option of the method "sam", see `SAM`.
@@ -59,7 +61,8 @@ class AdamW(ExtrapolatedOptimizer):
         options: the keyword arguments of `Options`.
 
     Raises:
-        TypeError: a parameter is sparse, complex or of an unsupported dtype; an option is unknown.
+        TypeError: a parameter is sparse, complex or of an unsupported dtype, or float16 with an
+            extrapolation; an option is unknown.
         ValueError: a hyperparameter is out of its range; the method is unknown.
 
     Example:
@@ -99,6 +102,15 @@ class AdamW(ExtrapolatedOptimizer):
         group |= self._extrapolation_options(extrapolation, max_eigenvalue)
         perturbation = perturbation_of(method, **own)
         super().__init__(params, group, perturbation, AdamWUpdate(), shared | {"amsgrad": amsgrad})
+
+    def _check_extrapolation(self, group: dict[str, Any]) -> None:
+        super()._check_extrapolation(group)
+        if group[EXTRAPOLATION] != 0 and any(p.dtype == torch.float16 for p in group["params"]):
+            raise TypeError(
+                "an extrapolation of AdamW with float16 parameters: squared gradients below 6e-8 "
+                "vanish in their second moment, and the update along which it goes is then far too "
+                "long. Use bfloat16 or float32 parameters, or extrapolation=0"
+            )
 
     def _extrapolation_for(self, group: dict[str, Any], max_eigenvalue: float) -> float:
         values: dict[str, Any] = {name: float(group[name]) for name in ("lr", "weight_decay")}

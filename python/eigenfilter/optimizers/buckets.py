@@ -132,15 +132,20 @@ class ParamBucket:
             del self.store.state[p][key]
         self.store.mark_changed()
 
-    def state_signatures(self, of: Callable[[dict[str, Any]], Hashable]) -> list[Hashable]:
-        """The value of `of` for each parameter's state; a single item if all are equal."""
+    def state_signatures(self, update: Update) -> list[Hashable]:
+        """The signature of each parameter's state; a single item if all are equal.
+
+        It is cached only where the signatures stay equal until the epoch changes.
+        """
         epoch, state_signature = self._state_signature
         if epoch == self.store.epoch:
             return [state_signature]
-        signatures = [of(self.store.state.get(p, {})) for p in self.params]
+        states = [self.store.state.get(p, {}) for p in self.params]
+        signatures = list(map(update.state_signature, states))
         if len(set(signatures)) > 1:
             return signatures
-        self._state_signature = self.store.epoch, signatures[0]
+        if update.change_together(states):
+            self._state_signature = self.store.epoch, signatures[0]
         return signatures[:1]
 
     def save(self) -> None:
@@ -376,9 +381,8 @@ class ParamBuckets:
     def slices(self, gradients: Gradients, *, by_state: bool) -> list[BucketSlice]:
         """Split buckets by perturbation and, with `by_state`, by state signature."""
         slices = []
-        signature_of = self._update.state_signature
         for bucket, grads in gradients:
-            signatures = bucket.state_signatures(signature_of) if by_state else [None]
+            signatures = bucket.state_signatures(self._update) if by_state else [None]
             is_uniform = not self.perturbed or bucket in self.perturbed
             if is_uniform and len(signatures) == 1:
                 is_perturbed = bool(self.perturbed)
@@ -396,7 +400,7 @@ class ParamBuckets:
         """All buckets, split by state signature, with it."""
         split = []
         for bucket in self._buckets:
-            signatures = bucket.state_signatures(self._update.state_signature)
+            signatures = bucket.state_signatures(self._update)
             if len(signatures) == 1:
                 split.append((bucket, signatures[0]))
                 continue

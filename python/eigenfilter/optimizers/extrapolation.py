@@ -28,7 +28,8 @@ class ExtrapolatedOptimizer(EigenfilterOptimizer):
         """The defaults of groups for two arguments of a constructor, of which one is None."""
         if None not in (extrapolation, max_eigenvalue):
             raise ValueError(_BOTH)
-        options = {EXTRAPOLATION: extrapolation or 0.0, EXTRAPOLATED: None}
+        extrapolation = 0.0 if extrapolation is None else extrapolation
+        options = {EXTRAPOLATION: extrapolation, EXTRAPOLATED: None}
         return options | {_MAX_EIGENVALUE: max_eigenvalue}
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
@@ -43,6 +44,7 @@ class ExtrapolatedOptimizer(EigenfilterOptimizer):
         max_eigenvalue = group.pop(_MAX_EIGENVALUE, None)
         if max_eigenvalue is not None:
             super()._check_group(group)
+            _check_number(_MAX_EIGENVALUE, max_eigenvalue)
             group[EXTRAPOLATION] = self._extrapolation_for(group, max_eigenvalue)
         super()._check_group(group)
         key = self._update.extrapolated_key
@@ -59,11 +61,7 @@ class ExtrapolatedOptimizer(EigenfilterOptimizer):
         raise NotImplementedError
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
-        extrapolation = group[EXTRAPOLATION]
-        if isinstance(extrapolation, bool) or not isinstance(extrapolation, numbers.Real):
-            raise TypeError(f"extrapolation must be a number, and is {extrapolation!r}")
-        if not math.isfinite(extrapolation):
-            raise ValueError(f"extrapolation must be finite, and is {extrapolation}")
+        _check_number(EXTRAPOLATION, group[EXTRAPOLATION])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch's optimizer, whose parameters hold x.
@@ -109,5 +107,15 @@ class ExtrapolatedOptimizer(EigenfilterOptimizer):
         name = "train()" if is_training else "eval()"
         self._step_state.refuse_within_closure(name)
         self._refuse_perturbed(name)
+        self._check_groups()
         self._buckets.refresh(self)
         self._update.extrapolate(self._buckets, wanted)
+        self._buckets.store.snapshot_if_changed()
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless a hyperparameter is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, and is {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, and is {value}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -70,6 +71,10 @@ class Update:
         """A value that is equal for parameters that one kernel call may update."""
         raise NotImplementedError
 
+    def change_together(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Whether equal signatures of `states` stay equal, or a change of one is marked."""
+        return True
+
     def initialize_state(self, bucket: ParamBucket) -> None:
         """Create the state of a bucket's parameters, as it is before their first step."""
 
@@ -112,6 +117,9 @@ class Update:
 Directions: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
 """Parameters, and for each the update u along which it is extrapolated."""
 
+Scratch: TypeAlias = dict[torch.device, Tensor]
+"""Memory on each device, that `ExtrapolatedUpdate.directions` may write to."""
+
 
 class ExtrapolatedUpdate(Update):
     """An update u whose gradient is taken ahead along it.
@@ -126,8 +134,15 @@ class ExtrapolatedUpdate(Update):
 
     moments: tuple[str, ...]
 
-    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
-        """The parameters of a bucket that have moments, with u where it is not 0."""
+    def scratch(self, buckets: Sequence[ParamBucket]) -> Scratch:
+        """The memory that the `directions` of these buckets need, one after the other."""
+        return {}
+
+    def directions(self, bucket: ParamBucket, scratch: Scratch) -> Iterator[Directions]:
+        """The parameters of a bucket that have moments, with u where it is not 0.
+
+        Each u is read before the next one is asked for.
+        """
         raise NotImplementedError
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
@@ -139,7 +154,10 @@ class ExtrapolatedUpdate(Update):
     def extrapolate(
         self, buckets: ParamBuckets, wanted: Sequence[tuple[dict[str, Any], float]]
     ) -> None:
-        """Change y = x - e u of groups from their present e to the one that is wanted."""
+        """Change y = x - e u of groups from their present e to the one that is wanted.
+
+        After an error all have their present e, up to rounding.
+        """
         alphas = {id(group): group[EXTRAPOLATED] - e for group, e in wanted}
         changed = [
             bucket
@@ -149,12 +167,25 @@ class ExtrapolatedUpdate(Update):
         for bucket in changed:  # errors come before the first write
             lists = bucket.tensors, *map(bucket.buffers, self.moments)
             _core.check(("params", *self.moments), lists, (True, *[False] * len(self.moments)))
-        for bucket in changed:
-            alpha = alphas[id(bucket.group)]
-            for params, along in self.directions(bucket):
+        scratch = self.scratch(changed)  # all memory, too
+
+        def directions() -> Iterator[tuple[ParamBucket, float, Directions]]:
+            for bucket in changed:
+                for each in self.directions(bucket, scratch):
+                    yield bucket, alphas[id(bucket.group)], each
+
+        done = 0
+        try:
+            for bucket, alpha, (params, along) in directions():
                 bucket.kernels.perturb(params, along, None, alpha, save=False)
+                done += 1
                 buckets.store.has_written = True
-        buckets.mark_written(changed)
+        except BaseException:
+            for bucket, alpha, (params, along) in islice(directions(), done):
+                bucket.kernels.perturb(params, along, None, -alpha, save=False)
+            raise
+        finally:
+            buckets.mark_written(changed)
         for group, e in wanted:
             group[EXTRAPOLATED] = e
 
@@ -175,7 +206,7 @@ class SGDUpdate(ExtrapolatedUpdate):
     def creates_state(self, bucket_slice: BucketSlice) -> bool:
         return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
 
-    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
+    def directions(self, bucket: ParamBucket, scratch: Scratch) -> Iterator[Directions]:
         yield bucket.tensors, bucket.buffers(MOMENTUM)
 
     def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
@@ -225,6 +256,13 @@ class AdamWUpdate(ExtrapolatedUpdate):
     def state_signature(self, state: dict[str, Any]) -> Hashable:
         return self._counts.key(state[STEP]) if STEP in state else None
 
+    def change_together(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Whether they have one group of counts: a step of a part of it forms another, marked.
+
+        Equal counts of different groups come apart in a step of one group, which marks nothing.
+        """
+        return self._counts.are_together([s[STEP] for s in states if STEP in s])
+
     def has_edits(self) -> bool:
         return self._counts.has_edits()
 
@@ -245,8 +283,21 @@ class AdamWUpdate(ExtrapolatedUpdate):
         bucket.buffers(EXP_AVG_SQ)
         self._start_counts(bucket)
 
-    def directions(self, bucket: ParamBucket) -> Iterator[Directions]:
-        """See `ExtrapolatedUpdate`; one parameter at a time, so that each u is freed at once.
+    def scratch(self, buckets: Sequence[ParamBucket]) -> Scratch:
+        """For each device u and the denominator of its largest parameter."""
+        sizes: dict[torch.device, int] = {}
+        for bucket in buckets:
+            locals_ = list(map(_distributed.local, bucket.params))
+            most = max(p.numel() * arithmetic_dtype(p.dtype).itemsize for p in locals_)
+            size = (most // 64 + 1) * 64  # no empty rows, and rows of any dtype
+            sizes[bucket.device] = max(sizes.get(bucket.device, 0), size)
+        return {
+            device: torch.empty(2, size, dtype=torch.uint8, device=device)
+            for device, size in sizes.items()
+        }
+
+    def directions(self, bucket: ParamBucket, scratch: Scratch) -> Iterator[Directions]:
+        """See `ExtrapolatedUpdate`; one parameter at a time, in the same memory.
 
         u errs by a few roundings of the arithmetic's dtype, in which it is passed on.
         """
@@ -256,11 +307,14 @@ class AdamWUpdate(ExtrapolatedUpdate):
         group = bucket.group
         beta1, beta2 = map(float, group["betas"])
         size, root = 1 / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
+        eps, T = float(group["eps"]), arithmetic_dtype(bucket.params[0].dtype)
+        memory = [(row, row.storage_offset()) for row in scratch[bucket.device].view(T)]
         for each in zip(bucket.params, *map(bucket.buffers, self.moments), strict=True):
             p, m, v = map(_distributed.local, each)
-            T = arithmetic_dtype(p.dtype)
-            denominator = v.to(T).sqrt().mul_(root).add_(float(group["eps"]))
-            yield [p.detach()], [torch.mul(m.to(T), size).div_(denominator)]
+            shape = p.shape, p.stride()
+            u, denominator = (row.as_strided(*shape, offset) for row, offset in memory)
+            denominator.copy_(v).sqrt_().mul_(root).add_(eps)
+            yield [p.detach()], [u.copy_(m).mul_(size).div_(denominator)]
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
