@@ -187,7 +187,7 @@ def test_a_base_with_modes(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, model, None, options=options, accumulation=4, max_steps=2)
     trainer.train()
     trainer.evaluate()
-    assert base.calls == ["train"] * 8 + ["eval"]
+    assert base.calls == ["train"] * 8 + ["eval"] * 2  # at the end, and to evaluate
     other = ef.TwoStepUSAM(twin.parameters(), lr=LR, rho=RHO)
     by_closure(twin, other, [functools.partial(loss_of, twin, w) for w in windows(4)[:2]])
     assert_same(model, twin)
