@@ -83,8 +83,7 @@ class KernelBackend:
 class Descent:
     """The lists and options of a call of `sgd_step`."""
 
-    # "none", "heavy", "nesterov", or heavy ball with an extrapolation, "ahead" or "to iterate"
-    momentum: str
+    momentum: str  # "none", "heavy", "nesterov" or "ahead": heavy ball with an extrapolation
     backups: bool
     decay: bool
     maximize: bool
@@ -92,14 +91,11 @@ class Descent:
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `kernels.sgd_step`."""
         with_momentum = self.momentum != "none"
-        is_ahead = self.momentum in ("ahead", "to iterate")
-        ahead: dict[str, Any] = {"extrapolation": EXTRAPOLATION} if is_ahead else {}
-        if self.momentum == "to iterate":
-            ahead["to_iterate"] = True
+        ahead = {"extrapolation": EXTRAPOLATION} if self.momentum == "ahead" else {}
         return ahead | {
             "lr": LR,
             "momentum": MOMENTUM if with_momentum else 0.0,
-            "dampening": DAMPENING if self.momentum == "heavy" or is_ahead else 0.0,
+            "dampening": DAMPENING if self.momentum in ("heavy", "ahead") else 0.0,
             "weight_decay": WEIGHT_DECAY if self.decay else 0.0,
             "nesterov": self.momentum == "nesterov",
             "maximize": self.maximize,
@@ -113,10 +109,7 @@ class Descent:
 DESCENTS = [
     Descent(*choice)
     for choice in itertools.product(
-        ("none", "heavy", "nesterov", "ahead", "to iterate"),
-        (False, True),
-        (False, True),
-        (False, True),
+        ("none", "heavy", "nesterov", "ahead"), (False, True), (False, True), (False, True)
     )
 ]
 
@@ -343,13 +336,6 @@ UPDATES = [
         ("params", "momenta"),
         Descent("ahead", False, True, False).options(),
         "ahead",
-    ),
-    Update(
-        "sgd_step",
-        _DESCENT,
-        ("params", "momenta"),
-        Descent("to iterate", True, False, True).options(),
-        "to-iterate-backups",
     ),
     Update(
         "sgd_step",

@@ -137,7 +137,7 @@ struct SgdStep;
 template <class Real>
 struct SgdStepScalars {
     Real lr, momentum, dampening, weight_decay, extrapolation, grad_scale, rounding_seed;
-    bool to_iterate, nesterov, maximize;
+    bool nesterov, maximize;
     bool stochastic;  // whether there is a seed, and results are bf16 or f16
 
     using Call = SgdStepScalars;
@@ -154,7 +154,6 @@ struct SgdStepScalars {
         {"dampening", &Call::dampening, Range::finite},
         {"weight_decay", &Call::weight_decay, Range::finite},
         {"extrapolation", &Call::extrapolation, Range::finite, &Tensors::m},
-        {"to_iterate", &Call::to_iterate, &Tensors::m},
         {"nesterov", &Call::nesterov, &Tensors::m},
         {"maximize", &Call::maximize},
         {"rounding_seed", &Call::rounding_seed, Range::seed},
@@ -166,7 +165,7 @@ struct SgdStepScalars {
 
     d = g / grad_scale + wd x,  m <- momentum m + (1 - dampening) d
     x <- x - lr m               (Nesterov: x - lr (d + momentum m); without momenta: x - lr d)
-    x <- x - e (m - m before)   (with an extrapolation e; with to_iterate x + e m before)
+    x <- x - e (m - m before)   (with an extrapolation e)
 
 Where found_inf is not zero x is restored and m stays.)";
 };
@@ -174,7 +173,7 @@ Where found_inf is not zero x is restored and m stays.)";
 template <class T>
 struct SgdStep : Rule {
     T scale, decay, beta, keep, lr, extrapolation;
-    bool to_iterate, nesterov;
+    bool nesterov;
 
     EIGENFILTER_RULE explicit SgdStep(const SgdStepScalars<double>& s)
         : scale(static_cast<T>((s.maximize ? -1 : 1) / s.grad_scale)),
@@ -183,7 +182,6 @@ struct SgdStep : Rule {
           keep(static_cast<T>(1 - s.dampening)),
           lr(static_cast<T>(s.lr)),
           extrapolation(static_cast<T>(s.extrapolation)),
-          to_iterate(s.to_iterate),
           nesterov(s.nesterov) {}
 
     template <class V>
@@ -206,8 +204,7 @@ struct SgdStep : Rule {
 
     template <class V>
     EIGENFILTER_RULE V finish(V x, const V* before, const V* m) const {
-        if (extrapolation == 0) return x;
-        return x - extrapolation * (to_iterate ? -*before : *m - *before);
+        return extrapolation == 0 ? x : x - extrapolation * (*m - *before);
     }
 };
 

@@ -229,19 +229,16 @@ def test_saving_needs_backups_and_momentum_momenta() -> None:
     with pytest.raises(ValueError, match=r"^save=True needs backups: pass tensors like the param"):
         _core.perturb(x, g, None, 0.1, True, False, None, None, 1)
     needing = (
-        (0.9, 0.0, False, False),
-        (0.0, 0.0, False, True),
-        (torch.zeros(()), 0.0, False, False),
-        (0.0, 0.1, False, False),
-        (0.0, 0.0, True, False),
+        (0.9, 0.0, False),
+        (0.0, 0.0, True),
+        (torch.zeros(()), 0.0, False),
+        (0.0, 0.1, False),
     )
-    for momentum, extrapolation, *flags in needing:
-        message = (
-            "^(momentum|extrapolation|to_iterate=True|nesterov=True) needs momenta: pass tensors"
-        )
+    for momentum, extrapolation, nesterov in needing:
+        message = "^(momentum|extrapolation|nesterov=True) needs momenta: pass tensors like the par"
         numbers = (0.1, momentum, 0.0, 0.0, extrapolation)
         with pytest.raises(ValueError, match=message):
-            _core.sgd_step(x, g, None, None, *numbers, *flags, False, None, None, None, 1)
+            _core.sgd_step(x, g, None, None, *numbers, nesterov, False, None, None, None, 1)
     assert x[0].tolist() == [1.0, 1.0]
 
 

@@ -1,7 +1,7 @@
 """sgd_step against exact arithmetic, with every combination of lists and options.
 
 x <- b; d = +-g / grad_scale + wd x; m <- beta m + (1 - dampening) d; x <- x - lr m (or d + beta m).
-With an extrapolation e last x <- x - e (m - m before), or x + e (m before).
+With an extrapolation e last x <- x - e (m - m before).
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ def rule(
     before, m = m, beta * m + (1 - np.longdouble(options["dampening"])) * d
     x = x - lr * (d + beta * m if options["nesterov"] else m)
     e = np.longdouble(options.get("extrapolation", 0.0))
-    if options.get("to_iterate"):
-        stored = np.zeros_like(stored)
     return x - e * stored + abs(e) * before, m
 
 

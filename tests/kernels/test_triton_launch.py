@@ -130,7 +130,6 @@ def test_updates(
         assert launch["NESTEROV"] == update.options.get("nesterov", False)
     if "AHEAD" in launch.source.fn.arg_names:
         assert launch["AHEAD"] == ("extrapolation" in update.options)
-        assert launch["TO_ITERATE"] == update.options.get("to_iterate", False)
     if "sign" in launch.source.fn.arg_names:
         assert launch["sign"] == (-1.0 if update.options.get("maximize") else 1.0)
     if "STOCHASTIC" in launch.source.fn.arg_names:

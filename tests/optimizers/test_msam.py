@@ -66,7 +66,7 @@ class Formula:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("decay", "dampening"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.3)])
+@pytest.mark.parametrize(("decay", "dampening"), [(0.0, 0.0), (0.0, 0.3)])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_against_the_formula(
     dtype: torch.dtype, decay: float, dampening: float, maximize: bool
@@ -91,7 +91,7 @@ def test_the_reference(dtype: torch.dtype) -> None:
     results = []
     for backend in (None, "reference"):
         params = parameters(dtype)
-        opt = ef.MSAM(params, **HEAVY, rho=RHO, weight_decay=0.01, backend=backend)
+        opt = ef.MSAM(params, **HEAVY, rho=RHO, backend=backend)
         train(opt, params, 5)
         opt.eval()
         opt.train()
@@ -266,7 +266,7 @@ def test_an_exception_after_the_update_leaves_every_parameter_at_a_y(
 
     def interrupted(self: MSAMUpdate, bucket: Any, alpha: Any) -> None:
         calls.append(bucket)
-        if len(calls) == {"first perturbation": 1, "second perturbation": 2}[where]:
+        if len(calls) == {"first perturbation": 3, "second perturbation": 4}[where]:
             raise KeyboardInterrupt
         perturb(self, bucket, alpha)
 
@@ -385,6 +385,7 @@ def test_sixteen_bits_are_refused(dtype: torch.dtype) -> None:
         ({"rho": math.nan}, ValueError, "rho must be at least 0 and finite"),
         ({"rho": torch.tensor(0.1)}, TypeError, "rho must be a number, and is tensor"),
         ({"rho": True}, TypeError, "rho must be a number, and is True"),
+        ({"weight_decay": 0.1}, ValueError, "leave weight_decay 0, and add the penalty"),
         ({"momentum": 0.0}, ValueError, "set momentum > 0, no nesterov"),
         ({"release_gradients": True}, ValueError, "by the norm of all momentum buffers"),
         ({"nesterov": True}, TypeError, "unexpected keyword argument 'nesterov'"),

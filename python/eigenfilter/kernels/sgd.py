@@ -28,7 +28,6 @@ def sgd_step(
     dampening: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
     extrapolation: Scalar = 0.0,
-    to_iterate: bool = False,
     nesterov: bool = False,
     maximize: bool = False,
     rounding_seed: Scalar | None = None,
@@ -43,11 +42,10 @@ def sgd_step(
         m <- momentum m + (1 - dampening) d
         x <- x - lr m                         (Nesterov: x - lr (d + momentum m))
         x <- x - e (m - m before)             (with an extrapolation e)
-        or x <- x + e (m before)              (with to_iterate, too)
 
     Parameters that hold y = x - e m, where x is the iterate, thus hold the next y afterwards: the
-    gradient is taken there, at heavy ball's price. That line uses m as it is stored, so that
-    x = y + e m can be had back. With `to_iterate` they hold x, for an e that depends on the new m.
+    gradient is taken there, at heavy ball's price. The last line uses m as it is stored, so that
+    x = y + e m can be had back.
 
     Without `momenta` the step is x <- x - lr d. Momentum buffers start as zeros; torch's first step
     (m <- d) is then the call with dampening 0.
@@ -62,7 +60,6 @@ def sgd_step(
         dampening: share of the gradient that stays out of the buffers, in [0, 1].
         weight_decay: coefficient wd of the L2 penalty, at least 0.
         extrapolation: how far e along -m the parameters lie ahead of the iterate.
-        to_iterate: whether the parameters hold the iterate afterwards, in place of the next y.
         nesterov: whether to add the gradient to the new momentum once more.
         maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
@@ -72,8 +69,8 @@ def sgd_step(
         backend: see `eigenfilter.kernels`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `perturb`; ValueError also for momentum, nesterov,
-            extrapolation or to_iterate without momenta, and for a seed out of range.
+        TypeError, ValueError, RuntimeError: as `perturb`; ValueError also for momentum, nesterov
+            or extrapolation without momenta, and for a seed out of range.
 
     Source: torch.optim.SGD's convention of the heavy ball and Nesterov's method.
     """
@@ -97,8 +94,7 @@ def sgd_step(
             m = dithered(m, momenta[i], rounding_seed, i, M).to(p.dtype)
             e = real(extrapolation, p).to(T)
             if e != 0:
-                before = momenta[i].to(T)
-                ahead = e * (-before if to_iterate else m.to(T) - before)
+                ahead = e * (m.to(T) - momenta[i].to(T))
             write(momenta[i], m, found_inf)
         x = x - real(lr, p).to(T) * u
         if ahead is not None:

@@ -18,7 +18,7 @@ from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.hyperparameters import Options, is_zero
 from eigenfilter.optimizers.perturbation import TINY, Perturbation
 from eigenfilter.optimizers.registry import register
-from eigenfilter.optimizers.updates import EXTRAPOLATED_RHO, EXTRAPOLATION, MOMENTUM, SGDUpdate
+from eigenfilter.optimizers.updates import EXTRAPOLATED_RHO, MOMENTUM, SGDUpdate
 
 NORM = "momentum_norm"  # in a group: the |m| by which their extrapolation is divided
 
@@ -47,14 +47,18 @@ class MSAMUpdate(SGDUpdate):
         self._start(None)
 
     def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
-        e = _present(bucket)
-        return {EXTRAPOLATION: e, "to_iterate": not is_zero(e)}
+        return {}  # a step begins and ends at x
+
+    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+        return True  # so that its gradients are checked before `step` goes to x
 
     def step(self, bucket_slice: BucketSlice) -> None:
+        bucket, self._amp = bucket_slice.bucket, bucket_slice.amp
+        if bucket_slice.state_signature:
+            self._perturb(bucket, _present(bucket))
+        self._updated.append(bucket)
+        self._at_x.update(map(id, bucket.params))
         super().step(bucket_slice)
-        self._amp = bucket_slice.amp
-        self._updated.append(bucket_slice.bucket)
-        self._at_x.update(map(id, bucket_slice.bucket.params))
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
         """Go on from x to the next y, unless the step is skipped."""
@@ -156,24 +160,24 @@ class MSAM(ExtrapolatedOptimizer):
     With g = grad f (-g with `maximize`) and the norm |m| over all groups whose rho is not 0:
 
         y = x - rho m / |m|
-        m <- momentum m + (1 - dampening) (g(y) + wd y)        (first step: m <- g(y) + wd y)
+        m <- momentum m + (1 - dampening) g(y)        (first step: m <- g(y))
         x <- x - lr m
 
     Between steps the parameters hold y, so that no closure and no further memory is needed; a step
-    costs one gradient, heavy ball's accesses, a norm, and a perturbation. Nothing waits for the
+    costs one gradient, heavy ball's accesses, a norm, and two perturbations. Nothing waits for the
     device. Evaluate and save x: call `eval()` before, and `train()` to go on.
 
     It is `SGD(extrapolation=e)` with e = rho / |m|: as |m| falls, e and with it the pull to flat
     regions grow, as SAM's does with the gradient. The filter at a given |m| is
     `eigenfilter.filters.MSAM`. Where the method settles, every eigenvalue lambda of the Hessian
-    satisfies 0 <= (lr + 2 rho / |m|) (1 - dampening) (lambda + wd) <= 2 (1 + momentum).
+    satisfies 0 <= (lr + 2 rho / |m|) (1 - dampening) lambda <= 2 (1 + momentum).
 
     Args:
         params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
         lr: learning rate, at least 0; a number or a 0-dim tensor.
         momentum: decay rate of the momentum buffer, in (0, 1).
         dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
-        weight_decay: coefficient wd of the L2 penalty, at least 0.
+        weight_decay: 0; add an L2 penalty to the loss instead, so that it acts at y.
         rho: distance from x to y over all parameters, a number, at least 0; 0 is heavy ball. 1e-12
             is added to |m|. It lives in param_groups, and a change of it takes effect at the end
             of the next step, or with `train()`.
@@ -236,6 +240,12 @@ class MSAM(ExtrapolatedOptimizer):
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         EigenfilterOptimizer._check_extrapolation(self, group)
+        if not is_zero(group["weight_decay"]):
+            raise ValueError(
+                "MSAM steps from x with a gradient taken at y, and its decay would act at x, which "
+                "its filter does not describe: leave weight_decay 0, and add the penalty to the "
+                "loss"
+            )
         rho = group["rho"]
         if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
             raise TypeError(

@@ -29,7 +29,7 @@ from eigenfilter.kernels.triton.rounding import M, X, noise_of, rounded
 @triton.jit
 def _sgd_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     x_at, g_at, m_at, from_at = at
-    S, alpha, beta, keep, wd, e, stop, noise, MOMENTA, NESTEROV, AHEAD, TO_ITERATE = rule
+    S, alpha, beta, keep, wd, e, stop, noise, MOMENTA, NESTEROV, AHEAD = rule
     p = load(from_at, start, length, BLOCK, WIDE)
     x = p.to(S.dtype)
     d = S * load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
@@ -44,8 +44,7 @@ def _sgd_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.const
         x = x - alpha * u
         if AHEAD:  # noqa: SIM102 (one condition is not decided at compile time)
             if e != 0:
-                before = old.to(S.dtype)
-                x = x - e * (-before if TO_ITERATE else m.to(S.dtype) - before)
+                x = x - e * (m.to(S.dtype) - old.to(S.dtype))
     else:
         x = x - alpha * d
     x = rounded(x, noise, X, p, start, BLOCK)
@@ -77,7 +76,6 @@ def sgd_step_kernel(
     MOMENTA: tl.constexpr,
     NESTEROV: tl.constexpr,
     AHEAD: tl.constexpr,
-    TO_ITERATE: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
@@ -85,7 +83,7 @@ def sgd_step_kernel(
 ):
     """x <- b; d = +-S g + wd x; m <- beta m + (1 - tau) d; x <- x - lr m (Nesterov: d + beta m).
 
-    With an extrapolation e last x <- x - e (m - m before), or x + e (m before) TO_ITERATE.
+    With an extrapolation e last x <- x - e (m - m before).
     """
     tensor, first, length, wide = chunk(chunks)
     x_at = address(pointers, tensor, first, DTYPE)
@@ -107,7 +105,6 @@ def sgd_step_kernel(
         MOMENTA,
         NESTEROV,
         AHEAD,
-        TO_ITERATE,
     )
     for_each_block(_sgd_step_block, (x_at, g_at, m_at, from_at), rule, length, wide, BLOCK)
 
@@ -125,5 +122,4 @@ def run(table: Table, call: SimpleNamespace) -> None:
         MOMENTA=has_momenta,
         NESTEROV=call.nesterov,
         AHEAD=isinstance(call.extrapolation, Tensor) or call.extrapolation != 0,
-        TO_ITERATE=call.to_iterate,
     )
