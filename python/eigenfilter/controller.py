@@ -54,7 +54,7 @@ class SharpnessController(SharpnessMonitor):
     after every change of lr, momentum, dampening or weight decay, by `filters.design`. The
     correction c is 0 at first. Every check measures the sharpness s, from the last eigenvector on,
     and adds gain log(target / s) to c, at most log 1.25. So c learns by how much the sharpness
-    settles off the edge, which is by a factor in minibatch training. c stays where it is while the
+    stays off the edge, which is by a factor in minibatch training. c stays where it is while the
     sharpness rises by itself, and where e or rho is at a limit. docs/control.md measures it.
 
     No optimizer pushes the sharpness up. Below the target e or rho goes down to 0, and the

@@ -137,7 +137,7 @@ class Variables:
                 f"the function that computes the loss reads {_name(key)}, {kind} that was "
                 "written in place before the step was over, so that its micro-batch is lost: "
                 "pass it as an argument, of which later evaluations get copies, or work on a "
-                "clone of it; a state of the function itself can be assigned anew"
+                "clone of it; a state of the function itself can be assigned again"
             )
 
     def _changed(self) -> list[_Key]:

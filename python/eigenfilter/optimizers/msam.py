@@ -20,7 +20,7 @@ from eigenfilter.optimizers.perturbation import TINY, Perturbation
 from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import EXTRAPOLATED_RHO, MOMENTUM, SGDUpdate
 
-NORM = "momentum_norm"  # in a group: the |m| by which their extrapolation is divided
+NORM = "momentum_norm"  # in a group: the |m| by which its rho is divided
 
 
 class MSAMUpdate(SGDUpdate):
@@ -45,9 +45,6 @@ class MSAMUpdate(SGDUpdate):
 
     def begin(self) -> None:
         self._start(None)
-
-    def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
-        return {}  # a step begins and ends at x
 
     def creates_state(self, bucket_slice: BucketSlice) -> bool:
         return True  # so that its gradients are checked before `step` goes to x
@@ -169,7 +166,7 @@ class MSAM(ExtrapolatedOptimizer):
 
     It is `SGD(extrapolation=e)` with e = rho / |m|: as |m| falls, e and with it the pull to flat
     regions grow, as SAM's does with the gradient. The filter at a given |m| is
-    `eigenfilter.filters.MSAM`. Where the method settles, every eigenvalue lambda of the Hessian
+    `eigenfilter.filters.MSAM`. Where its iterates stay, every eigenvalue lambda of the Hessian
     satisfies 0 <= (lr + 2 rho / |m|) (1 - dampening) lambda <= 2 (1 + momentum).
 
     Args:

@@ -209,16 +209,12 @@ class SGDUpdate(ExtrapolatedUpdate):
     def directions(self, bucket: ParamBucket, scratch: Scratch) -> Iterator[Directions]:
         yield bucket.tensors, bucket.buffers(MOMENTUM)
 
-    def extrapolation(self, bucket: ParamBucket) -> dict[str, Any]:
-        """The arguments of `sgd_step` that say where the parameters of a bucket are."""
-        return {EXTRAPOLATION: bucket.group.get(EXTRAPOLATED, 0.0)}
-
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
-        momenta, dampening, extrapolation, undo = None, 0.0, {}, False
+        momenta, dampening, extrapolation, undo = None, 0.0, 0.0, False
         if group["momentum"] != 0:
             momenta = bucket.buffers(MOMENTUM)
-            extrapolation = self.extrapolation(bucket)
+            extrapolation = group.get(EXTRAPOLATED, 0.0)
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
             elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
@@ -231,7 +227,7 @@ class SGDUpdate(ExtrapolatedUpdate):
             momentum=group["momentum"],
             dampening=dampening,
             weight_decay=group["weight_decay"],
-            **extrapolation,
+            extrapolation=extrapolation,
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),
