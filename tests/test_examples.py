@@ -149,3 +149,21 @@ def test_sharpness_control_writes_figure_and_table(tmp_path: Path) -> None:
     [run, *_] = json.loads((tmp_path / "sharpness_control.json").read_text())["digits"]
     assert len(run["steps"]) == 45
     assert run["e"][-1] > run["e"][0] > 0.0
+
+
+@pytest.mark.slow
+def test_one_gradient_trains_every_method(tmp_path: Path) -> None:
+    for package in ("matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    study = [sys.executable, str(EXAMPLES / "one_gradient"), str(tmp_path), "--short"]
+    study += ["--problems", "gpt", "--processes", "1"]
+    subprocess.run(study, check=True, capture_output=True)
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    gradients = {run["method"]: run["gradients"] for run in runs if run["final"]}
+    twice = {"usam": 2.0, "sam": 2.0, "late": 1.4, "every": 1.5}
+    assert gradients == {method: twice.get(method, 1.0) for method in gradients}
+    rows = (tmp_path / "one_gradient.md").read_text().splitlines()[4:]
+    assert len(rows) == len(gradients) == 13
+    assert (tmp_path / "one_gradient.png").stat().st_size > 0
+    again = subprocess.run(study, check=True, capture_output=True, text=True)
+    assert again.stdout == ""  # nothing is run twice
