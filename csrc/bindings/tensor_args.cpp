@@ -411,20 +411,27 @@ void TensorArgs::require_apart() const {
     std::sort(all.begin(), all.end(),
               [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
     // Of the stretches so far, the one that reaches furthest, among all and among the written.
-    const Stretch *furthest = nullptr, *furthest_written = nullptr;
+    struct Furthest {
+        const Stretch* stretch = nullptr;
+        std::uintptr_t end = 0;
+        void take(const Stretch& s, std::uintptr_t end_of_s) {
+            if (end_of_s > end) *this = {&s, end_of_s};
+        }
+    };
+    Furthest furthest, furthest_written;
     for (const Stretch& s : all) {
         const bool is_written = written(s);
-        const Stretch* other = is_written ? furthest : furthest_written;
-        if (other != nullptr && end(*other) > s.begin) {
-            const bool is_first = s.role >= other->role;
-            fail(PyExc_ValueError, name(is_first ? s : *other) + " and " +
-                                       name(is_first ? *other : s) +
+        const Furthest& other = is_written ? furthest : furthest_written;
+        if (other.end > s.begin) {
+            const bool is_first = s.role >= other.stretch->role;
+            fail(PyExc_ValueError, name(is_first ? s : *other.stretch) + " and " +
+                                       name(is_first ? *other.stretch : s) +
                                        " share memory, and at least one of them is written: "
                                        "clone one of them");
         }
-        if (furthest == nullptr || end(s) > end(*furthest)) furthest = &s;
-        if (is_written && (furthest_written == nullptr || end(s) > end(*furthest_written)))
-            furthest_written = &s;
+        const std::uintptr_t end_of_s = end(s);
+        furthest.take(s, end_of_s);
+        if (is_written) furthest_written.take(s, end_of_s);
     }
 }
 

@@ -1,8 +1,8 @@
 """What mkdocs does beside its plugins, without a network.
 
-Formulas become MathML, which browsers draw themselves. Public names in code lead to the API
-reference. Links to files of the repository outside docs lead to copies of them on the site. And
-nothing on a page may be loaded from elsewhere.
+Pages get the parts that the code writes: see `generated`. Formulas become MathML, which browsers
+draw themselves. Public names in code lead to the API reference. Links to files of the repository
+outside docs lead to copies of them on the site. And nothing on a page may be loaded from elsewhere.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
+
+from generated import fill
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 ENTRY = re.compile(r"^::: (eigenfilter\.\S+)$", re.MULTILINE)
@@ -60,7 +62,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Note the names of the API reference; add a page for every file outside docs with a link."""
     entries.clear()
     for page in list(files.documentation_pages()):
-        entries.update(dict.fromkeys(ENTRY.findall(page.content_string), page.src_uri))
+        entries.update(dict.fromkeys(ENTRY.findall(fill(page.content_string)), page.src_uri))
         for link in LINK.findall(page.content_string):
             for path in _outside(link, page.src_uri, config):
                 if files.get_file_from_path(_copy(path)) is None:
@@ -69,7 +71,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
-    """Let links out of docs lead to these pages, which nobody searches for.
+    """Add what the code writes, and let links out of docs lead to copies, which no search finds.
 
     A page that stands alone in the navigation has no list of pages beside it.
     """
@@ -84,7 +86,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: objec
             return f"]({posixpath.relpath(_copy(path), here)})"
         return found[0]
 
-    return LINK.sub(lead, markdown)
+    return LINK.sub(lead, fill(markdown))
 
 
 def on_post_page(output: str, page: Page, **_: object) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import command as bench
 from eigenfilter.experiments.cli import OneLineParser, build_parser
+from generated import fill
 from pages import ROOT, blocks_of, run_page, sharpness_and_edge
 
 README = ROOT / "README.md"
@@ -149,4 +150,4 @@ def test_the_gallery_shows_every_figure() -> None:
 
 
 def _reference() -> str:
-    return "\n".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
+    return "\n".join(fill(page.read_text()) for page in sorted((DOCS / "api").glob("*.md")))

@@ -1,4 +1,4 @@
-"""The hooks of the documentation draw formulas, link names and refuse bad pages."""
+"""The hooks of the documentation fill pages, draw formulas, link names and refuse bad pages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from eigenfilter.kernels import _op
 from pages import ROOT
 
 pytest.importorskip("mkdocs")
@@ -34,6 +35,14 @@ def hooks() -> ModuleType:
 
 def page(path: str) -> Any:
     return SimpleNamespace(file=SimpleNamespace(src_uri=path))
+
+
+def test_the_code_writes_parts_of_pages(hooks: ModuleType) -> None:
+    call = "{{ eigenfilter.kernels._op.table() }}"
+    kernels = page("api/kernels.md")
+    kernels.parent, kernels.meta = "API reference", {}
+    written = hooks.on_page_markdown(f"# Kernels\n\n{call}\n\nNot {call}.", kernels, None)
+    assert written == f"# Kernels\n\n{_op.table()}\n\nNot {call}."
 
 
 def test_a_formula_becomes_mathml(hooks: ModuleType) -> None:

@@ -8,7 +8,7 @@
 The core states which arguments an operation has, in which order, and which of them it writes to
 (`_core.operations`, from csrc/core): the declaration must have the same. From both follow the
 choice of the backend, the checks, version counters, the operator `torch.ops.eigenfilter.<name>` for
-compiled code, and a row of the table in docs/api/kernels.md. Each backend has one function of an
+compiled code, and a row and an entry in the API reference. Each backend has one function of an
 operation, which takes all arguments, in this order:
 
     native       _core.<name>(*arguments, num_threads)
@@ -301,6 +301,12 @@ def table() -> str:
         cells = (f"`{operation.name}`", *map(", ".join, (writes, tensors, others)))
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def entries() -> str:
+    """Return the entries of the operations in the documentation, below a heading of their own."""
+    entry = "::: eigenfilter.kernels.{}\n    options:\n      heading_level: 3"
+    return "\n\n".join(map(entry.format, OPERATIONS))
 
 
 class OnBackend(Generic[_P]):
