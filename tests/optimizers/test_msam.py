@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import eigenfilter as ef
 from cases import same_bits
 from eigenfilter.optimizers import msam
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.msam import MSAMUpdate
 from eigenfilter.optimizers.updates import SGDUpdate
 from optimizers.extrapolated import (
@@ -397,6 +399,37 @@ def test_a_scaler_skips_its_steps() -> None:
 def test_sixteen_bits_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"and {dtype} would round both ways: keep float32"):
         ef.MSAM(parameters(dtype), **HEAVY, rho=RHO)
+
+
+def rounded_away(make: Any, dtype: torch.dtype, lr: float) -> tuple[float, float]:
+    """How far x is from x_0 - lr (the sum of m), in units of that sum, after 200 steps; and |m|."""
+    gen = torch.Generator().manual_seed(5)
+    x = nn.Parameter((1 + torch.rand(1000, generator=gen)).to(dtype))
+    before, opt = x.detach().double(), make([x], lr=lr, momentum=0.9)
+    way = torch.zeros_like(before)
+    for _ in range(200):
+        x.grad = (1 + torch.randn(1000, generator=gen)).to(dtype)
+        opt.step()
+        m = opt.state[x]["momentum_buffer"].double()
+        way += lr * m
+    [group] = opt.param_groups
+    e = RHO / float(m.norm()) if isinstance(opt, ef.MSAM) else group["extrapolated"]
+    return float((x.detach().double() + e * m - before + way).norm() / way.norm()), float(m.norm())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lr"), [(torch.bfloat16, 3e-4), (torch.float16, 1e-4)], ids=["bfloat16", "float16"]
+)
+def test_why_sixteen_bits_are_refused(
+    dtype: torch.dtype, lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x would be rounded in every step; SGD's never is, because only y is stored."""
+    monkeypatch.setattr(ef.MSAM, "_check_group", ExtrapolatedOptimizer._check_group)
+    msam = functools.partial(ef.MSAM, rho=RHO)
+    ours, norm = rounded_away(msam, dtype, lr)
+    sgd = functools.partial(ef.SGD, extrapolation=RHO / norm)
+    assert ours > 2 * rounded_away(sgd, dtype, lr)[0]
+    assert rounded_away(msam, torch.float32, lr)[0] < 1e-4
 
 
 @pytest.mark.parametrize(
