@@ -488,8 +488,7 @@ def test_it_settles_where_its_edge_is_the_sharpness(decay: float) -> None:
     assert rho == pytest.approx(RHO, rel=1e-9)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 60.0])
-@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(("decay", "maximize"), [(0.0, False), (0.5, True), (60.0, False)])
 def test_runs_astride_the_edges_at_a_fixed_norm(decay: float, maximize: bool) -> None:
     """A parameter with a large constant momentum fixes |m|; the others shrink or grow beside it."""
     norm, sign = 2.0, -1.0 if maximize else 1.0
@@ -503,12 +502,12 @@ def test_runs_astride_the_edges_at_a_fixed_norm(decay: float, maximize: bool) ->
     opt = ef.MSAM([{"params": [x]}, {"params": [large], "weight_decay": 0}], **options, rho=RHO)
     large.grad, sizes = torch.full_like(large, sign * norm), []
     for _ in range(3):
-        for _ in range(500):
+        for _ in range(150):
             x.grad = torch.from_numpy(lam) * x.detach()
             opt.step()
             large.grad.fill_(sign * norm * (1 - 0.9) / (1 - 0.3))  # keeps its m
         sizes.append(x.detach().abs().numpy().copy())
-    growth = (sizes[2] / sizes[1]) ** (1 / 500)
+    growth = (sizes[2] / sizes[1]) ** (1 / 150)
     assert growth == pytest.approx(flt.spectral_radius(lam), rel=1e-9)
     assert (growth[:2] < 1).all()
     assert (growth[2:] > 1).all()
