@@ -152,6 +152,26 @@ def test_several_groups_by_their_matrix_and_by_simulation(name: str, ratio: floa
     assert (growth(task, opt, 200) < 1.0) == (ratio < 1)
 
 
+def test_msams_groups_are_those_of_sgd_at_the_present_norm() -> None:
+    """Each with the extrapolation rho / |m|, and a decay of its own."""
+    task, rest = Quadratic(coupled(), PIECES), {"lr": 0.2, "momentum": 0.6, "dampening": 0.3}
+    groups = [{"rho": 0.3, "weight_decay": 0.7}, {"rho": 0.1, "lr": 0.1, "weight_decay": 0.2}]
+    opt = ef.MSAM([{"params": [p], **g} for p, g in zip(task.x, groups, strict=True)], **rest)
+    task.move(0.1)
+    task.train_with(opt, 5)
+    norm = float(opt.param_groups[0]["momentum_norm"])
+    each = [{"extrapolation": g.pop("rho") / norm} | g for g in groups]
+    opt.eval()
+    result = certify(task, opt)
+    case = Case(ef.SGD, each, rest)
+    root = case.vector(rate).sqrt()
+    matrix = root[:, None] * (task.H + case.decay.diag()) * root
+    assert result.sharpness == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item(), rel=1e-6)
+    assert result.edge == 2.0
+    theirs = certify(task, case.optimizer(task))
+    assert result.sharpness == pytest.approx(theirs.sharpness, rel=1e-9)
+
+
 ADAMW: dict[str, Case] = {
     "lr": Case(ef.AdamW, [{"lr": 0.1}, {"lr": 0.5}], {"betas": (0.6, 0.9)}),
     "decay": Case(torch.optim.AdamW, [{"weight_decay": 0.0}, {"weight_decay": 1.5}], {"lr": 0.3}),

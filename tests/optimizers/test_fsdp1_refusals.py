@@ -137,6 +137,7 @@ def take_norms(rank: int, original: bool) -> dict[str, str]:
         messages[name] = error_message(functools.partial(make, model.parameters(), **settings))
     base = torch.optim.SGD(model.parameters(), **PLAIN)
     messages["wrapper"] = error_message(functools.partial(ef.SharpnessAware, base, "sam"))
+    messages["msam"] = error_message(functools.partial(ef.MSAM, model.parameters(), rho=0.1))
     opt = ef.SAM(model.parameters(), **SETTINGS | {"rho": 0.0})
     opt.param_groups[0]["rho"] = 0.1
     before = full_weight(model)
@@ -151,9 +152,11 @@ def test_a_norm_over_flat_shards_is_refused(
     run_distributed: RunDistributed, original: bool
 ) -> None:
     for messages in run_distributed(take_norms, 2, original):
-        assert len(messages) == 6
+        assert len(messages) == 7
         for name, message in messages.items():
             assert "torch.distributed.fsdp.fully_shard" in message, name
+            other = "SGD(extrapolation=...)" if name == "msam" else "USAM or TwoStepUSAM"
+            assert f"or use {other}, which need" in message, name
 
 
 def hide_handles(rank: int, original: bool) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import eigenfilter as ef
 from cases import same_bits
 from eigenfilter.optimizers import msam
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
 from eigenfilter.optimizers.msam import MSAMUpdate
 from eigenfilter.optimizers.updates import SGDUpdate
 from optimizers.extrapolated import (
@@ -46,8 +48,7 @@ class Formula:
         self.first = True
 
     def y(self, rho: float = RHO) -> list[Tensor]:
-        norm = norm_of(self.m)
-        e = rho / norm if norm > 0 else 0.0
+        e = rho / (norm_of(self.m) + 1e-12)
         return [x - e * m for x, m in zip(self.x, self.m, strict=True)]
 
     def step(
@@ -66,17 +67,19 @@ class Formula:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("decay", "dampening"), [(0.0, 0.0), (0.0, 0.3)])
+@pytest.mark.parametrize(
+    ("decay", "dampening"), [(0.0, 0.0), (0.0, 0.3), (0.4, 0.0), (torch.tensor(0.5), 0.3)]
+)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_against_the_formula(
-    dtype: torch.dtype, decay: float, dampening: float, maximize: bool
+    dtype: torch.dtype, decay: float | Tensor, dampening: float, maximize: bool
 ) -> None:
     params = parameters(dtype)
     options = {"weight_decay": decay, "dampening": dampening, "maximize": maximize}
     opt, formula = ef.MSAM(params, **HEAVY, rho=RHO, **options), Formula(params)
     for _ in range(12):
         train(opt, params, 1)
-        formula.step(decay=decay, dampening=dampening)
+        formula.step(decay=float(decay), dampening=dampening)
     assert distance(params, formula.y()) <= TOLERANCES[dtype]
     assert distance(params, formula.x) > 2 * TOLERANCES[dtype]  # the two points lie apart
     opt.eval()
@@ -91,7 +94,7 @@ def test_the_reference(dtype: torch.dtype) -> None:
     results = []
     for backend in (None, "reference"):
         params = parameters(dtype)
-        opt = ef.MSAM(params, **HEAVY, rho=RHO, backend=backend)
+        opt = ef.MSAM(params, **HEAVY, rho=RHO, weight_decay=0.2, backend=backend)
         train(opt, params, 5)
         opt.eval()
         opt.train()
@@ -102,17 +105,38 @@ def test_the_reference(dtype: torch.dtype) -> None:
 
 def test_rho_0_is_heavy_ball_to_the_bit() -> None:
     results = []
-    for make in (lambda p: ef.SGD(p, **HEAVY), lambda p: ef.MSAM(p, **HEAVY, rho=0.0)):
+    options = HEAVY | {"weight_decay": 0.2, "dampening": 0.3}
+    for make in (lambda p: ef.SGD(p, **options), lambda p: ef.MSAM(p, **options, rho=0.0)):
         params = parameters(torch.float32)
         train(make(params), params, 6)
         results.append(params)
     assert all(map(same_bits, *results))
 
 
+def test_a_decay_is_a_penalty_of_the_loss() -> None:
+    """Also in steps after eval(), whose gradient is taken at x, and with a change of rho."""
+    results = []
+    for decay, penalty in ((0.3, 0.0), (0.0, 0.3)):
+        params = parameters()
+        opt = ef.MSAM(params, **HEAVY, rho=RHO, weight_decay=decay, dampening=0.2)
+        for step in range(12):
+            if step == 4:
+                opt.eval()
+            opt.param_groups[0]["rho"] = 0.5 * RHO if step == 7 else RHO
+            for p in params:
+                p.grad = gradient(p.detach()) + penalty * p.detach()
+            opt.step()
+        results.append(params)
+    assert distance(results[0], [p.detach() for p in results[1]]) < 1e-14
+
+
 def test_groups_share_the_norm_and_have_a_rho_of_their_own() -> None:
     params = parameters()
+    decays = (0.3, 0.0, 0.7)
     groups = [{"params": params[:1]}, {"params": params[1:2], "rho": 0.1}]
-    opt = ef.MSAM([*groups, {"params": params[2:], "rho": 0.0}], **HEAVY, rho=RHO)
+    groups = [g | {"weight_decay": w} for g, w in zip(groups, decays, strict=False)]
+    groups.append({"params": params[2:], "rho": 0.0, "weight_decay": decays[2]})
+    opt = ef.MSAM(groups, **HEAVY, rho=RHO)
     formula = Formula(params)
     for _ in range(6):
         train(opt, params, 1)
@@ -121,7 +145,7 @@ def test_groups_share_the_norm_and_have_a_rho_of_their_own() -> None:
         factors = [rho / norm if norm > 0 else 0.0 for rho in radii]
         y = [x - e * m for x, m, e in zip(formula.x, formula.m, factors, strict=True)]
         for i in range(3):
-            formula.m[i] = 0.9 * formula.m[i] + gradient(y[i])
+            formula.m[i] = 0.9 * formula.m[i] + gradient(y[i]) + decays[i] * y[i]
             formula.x[i] = formula.x[i] - LR * formula.m[i]
     opt.eval()
     assert distance(params, formula.x) < 1e-13
@@ -138,8 +162,7 @@ def test_a_jump_of_the_gradient_loses_nothing() -> None:
     for i in range(3):
         formula.m[i] = torch.full_like(formula.m[i], 1e-20)
         formula.x[i] = formula.x[i] - LR * formula.m[i]
-    y = formula.y(RHO * norm_of(formula.m) / (norm_of(formula.m) + 1e-12))
-    assert distance(params, y) < 1e-6
+    assert distance(params, formula.y()) < 1e-6
     for p in params:
         p.grad = torch.ones_like(p)
     opt.step()
@@ -378,6 +401,37 @@ def test_sixteen_bits_are_refused(dtype: torch.dtype) -> None:
         ef.MSAM(parameters(dtype), **HEAVY, rho=RHO)
 
 
+def rounded_away(make: Any, dtype: torch.dtype, lr: float) -> tuple[float, float]:
+    """How far x is from x_0 - lr (the sum of m), in units of that sum, after 200 steps; and |m|."""
+    gen = torch.Generator().manual_seed(5)
+    x = nn.Parameter((1 + torch.rand(1000, generator=gen)).to(dtype))
+    before, opt = x.detach().double(), make([x], lr=lr, momentum=0.9)
+    way = torch.zeros_like(before)
+    for _ in range(200):
+        x.grad = (1 + torch.randn(1000, generator=gen)).to(dtype)
+        opt.step()
+        m = opt.state[x]["momentum_buffer"].double()
+        way += lr * m
+    [group] = opt.param_groups
+    e = RHO / float(m.norm()) if isinstance(opt, ef.MSAM) else group["extrapolated"]
+    return float((x.detach().double() + e * m - before + way).norm() / way.norm()), float(m.norm())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lr"), [(torch.bfloat16, 3e-4), (torch.float16, 1e-4)], ids=["bfloat16", "float16"]
+)
+def test_why_sixteen_bits_are_refused(
+    dtype: torch.dtype, lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x would be rounded in every step; SGD's never is, because only y is stored."""
+    monkeypatch.setattr(ef.MSAM, "_check_group", ExtrapolatedOptimizer._check_group)
+    msam = functools.partial(ef.MSAM, rho=RHO)
+    ours, norm = rounded_away(msam, dtype, lr)
+    sgd = functools.partial(ef.SGD, extrapolation=RHO / norm)
+    assert ours > 2 * rounded_away(sgd, dtype, lr)[0]
+    assert rounded_away(msam, torch.float32, lr)[0] < 1e-4
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -385,7 +439,7 @@ def test_sixteen_bits_are_refused(dtype: torch.dtype) -> None:
         ({"rho": math.nan}, ValueError, "rho must be at least 0 and finite"),
         ({"rho": torch.tensor(0.1)}, TypeError, "rho must be a number, and is tensor"),
         ({"rho": True}, TypeError, "rho must be a number, and is True"),
-        ({"weight_decay": 0.1}, ValueError, "leave weight_decay 0, and add the penalty"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be at least 0"),
         ({"momentum": 0.0}, ValueError, "set momentum > 0, no nesterov"),
         ({"release_gradients": True}, ValueError, "by the norm of all momentum buffers"),
         ({"nesterov": True}, TypeError, "unexpected keyword argument 'nesterov'"),
@@ -413,11 +467,13 @@ def test_its_filter_is_that_of_the_present_norm() -> None:
     assert ef.filters.of(opt) == [ef.filters.HeavyBall(**HEAVY)]
 
 
-def test_it_settles_where_its_edge_is_the_sharpness() -> None:
+@pytest.mark.parametrize("decay", [0.0, 20.0])
+def test_it_settles_where_its_edge_is_the_sharpness(decay: float) -> None:
     """On a quadratic it jumps from side to side, with the |m| whose edge is the sharpness."""
     sharpness = 0.6 * ef.filters.HeavyBall(**HEAVY).max_eigenvalue()
+    options = HEAVY | {"weight_decay": decay}
     x = nn.Parameter(torch.tensor([0.1], dtype=torch.float64))
-    opt = ef.MSAM([x], **HEAVY, rho=RHO)
+    opt = ef.MSAM([x], **options, rho=RHO)
     for _ in range(3000):
         x.grad = sharpness * x.detach()
         opt.step()
@@ -426,9 +482,36 @@ def test_it_settles_where_its_edge_is_the_sharpness() -> None:
     y = x.detach().clone()
     opt.eval()
     m = opt.state[x]["momentum_buffer"]
-    assert np.isclose(abs(float(m)), float((sharpness * y).abs()) / 1.9)  # |g(y)| / (1 + momentum)
-    rho = ef.filters.design("msam", sharpness, **HEAVY, momentum_norm=abs(float(m)))
+    # |g(y) + wd y| / (1 + momentum)
+    assert np.isclose(abs(float(m)), float(((sharpness + decay) * y).abs()) / 1.9)
+    rho = ef.filters.design("msam", sharpness, **options, momentum_norm=abs(float(m)))
     assert rho == pytest.approx(RHO, rel=1e-9)
+
+
+@pytest.mark.parametrize(("decay", "maximize"), [(0.0, False), (0.5, True), (60.0, False)])
+def test_runs_astride_the_edges_at_a_fixed_norm(decay: float, maximize: bool) -> None:
+    """A parameter with a large constant momentum fixes |m|; the others shrink or grow beside it."""
+    norm, sign = 2.0, -1.0 if maximize else 1.0
+    options = HEAVY | {"weight_decay": decay, "dampening": 0.3, "maximize": maximize}
+    flt = ef.filters.MSAM(**options, rho=RHO, momentum_norm=norm)
+    [(low, high)] = flt.intervals()
+    step = 0.01 * (high - low)
+    lam = np.array([low + step, high - step, low - step, high + step])
+    x = nn.Parameter(torch.full((4,), 1e-20, dtype=torch.float64))
+    large = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    opt = ef.MSAM([{"params": [x]}, {"params": [large], "weight_decay": 0}], **options, rho=RHO)
+    large.grad, sizes = torch.full_like(large, sign * norm), []
+    for _ in range(3):
+        for _ in range(150):
+            x.grad = torch.from_numpy(lam) * x.detach()
+            opt.step()
+            large.grad.fill_(sign * norm * (1 - 0.9) / (1 - 0.3))  # keeps its m
+        sizes.append(x.detach().abs().numpy().copy())
+    growth = (sizes[2] / sizes[1]) ** (1 / 150)
+    assert growth == pytest.approx(flt.spectral_radius(lam), rel=1e-9)
+    assert (growth[:2] < 1).all()
+    assert (growth[2:] > 1).all()
+    assert float(ef.filters.of(opt)[0].momentum_norm) == pytest.approx(norm)
 
 
 def train_on_rank(rank: int, shards: bool) -> list[Tensor]:

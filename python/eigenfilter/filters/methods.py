@@ -208,7 +208,8 @@ class HeavyBall(PolynomialFilter):
 class MSAM(HeavyBall):
     """Momentum-SAM: `HeavyBall` with the extrapolation rho / G, where G is the momentum's norm.
 
-    The gradient is taken at y = x - rho m / |m|. For a fixed G = |m| the admitted set is
+    The gradient and the decay are taken at y = x - rho m / |m|. For a fixed G = |m| the admitted
+    set is
 
         0 <= (lr + 2 rho / G) (1 - dampening) (lambda + wd) <= 2 (1 + momentum)
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from eigenfilter import _distributed
 from eigenfilter.optimizers.amp import is_enabled
 
-FLAT_NORM = (
+_FLAT = (
     "this method divides by a norm over the whole model, and FullyShardedDataParallel (FSDP1) "
     "gives each rank a flat shard of it: shard the model with FSDP2, "
-    "torch.distributed.fsdp.fully_shard, over which norms are taken, or use USAM or TwoStepUSAM, "
-    "which need no norm"
+    "torch.distributed.fsdp.fully_shard, over which norms are taken, or use "
 )
+FLAT_NORM = _FLAT + "USAM or TwoStepUSAM, which need no norm"
 
 
 class ParentOptimizer:
@@ -81,7 +81,7 @@ class ParentOptimizer:
                 "FSDP2, or use SGD(extrapolation=...), which needs no norm"
             )
         if _distributed.flat_handles(params):
-            raise RuntimeError(FLAT_NORM)
+            raise RuntimeError(_FLAT + "SGD(extrapolation=...), which needs no norm")
 
     def refuse_clipping(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
         """Raise RuntimeError if the norm of this rank's gradients is not the total norm."""

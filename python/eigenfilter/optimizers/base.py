@@ -290,7 +290,7 @@ class EigenfilterOptimizer(GroupedOptimizer):
     def _apply(self, gradients: Gradients) -> None:
         """Update the parameters that have a gradient; errors come before the first write."""
         slices = self._buckets.slices(gradients, by_state=True)
-        if self.skip_nonfinite or len(slices) > 1 or any(map(self._update.creates_state, slices)):
+        if self.skip_nonfinite or len(slices) > 1 or any(map(self._update.writes_first, slices)):
             for bucket_slice in slices:
                 bucket_slice.check()
         if self.skip_nonfinite:  # also without a gradient, because the other ranks wait

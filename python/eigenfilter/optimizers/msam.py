@@ -46,8 +46,21 @@ class MSAMUpdate(SGDUpdate):
     def begin(self) -> None:
         self._start(None)
 
-    def creates_state(self, bucket_slice: BucketSlice) -> bool:
-        return True  # so that its gradients are checked before `step` goes to x
+    def writes_first(self, bucket_slice: BucketSlice) -> bool:
+        return True  # `step` goes to x
+
+    def momentum(self, bucket: ParamBucket) -> float | Tensor:
+        """With this factor of m a decay that the kernel takes at x acts at y = x - e m.
+
+        Because wd y = wd x - wd e m, it is momentum - (1 - dampening) wd e. A buffer that is new is
+        0, so that its factor does not matter.
+        """
+        e, group = _present(bucket), bucket.group
+        if is_zero(e) or is_zero(group["weight_decay"]):
+            return super().momentum(bucket)
+        names = ("momentum", "dampening", "weight_decay")
+        momentum, dampening, decay = (_in_float64(group[name]) for name in names)
+        return momentum - (1 - dampening) * decay * e
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, self._amp = bucket_slice.bucket, bucket_slice.amp
@@ -150,6 +163,10 @@ def _factor(bucket: ParamBucket, rho: float, norm: Tensor | float | None) -> flo
     return rho / (norm.to(bucket.device) + TINY)
 
 
+def _in_float64(value: float | Tensor) -> float | Tensor:
+    return value.double().reshape(()) if isinstance(value, Tensor) else value
+
+
 @register("msam")
 class MSAM(ExtrapolatedOptimizer):
     r"""Momentum-SAM: one gradient a step, taken ahead along the normalized momentum buffer.
@@ -157,7 +174,7 @@ class MSAM(ExtrapolatedOptimizer):
     With g = grad f (-g with `maximize`) and the norm |m| over all groups whose rho is not 0:
 
         y = x - rho m / |m|
-        m <- momentum m + (1 - dampening) g(y)        (first step: m <- g(y))
+        m <- momentum m + (1 - dampening) (g(y) + wd y)        (first step: m <- g(y) + wd y)
         x <- x - lr m
 
     Between steps the parameters hold y, so that no closure and no further memory is needed; a step
@@ -167,14 +184,14 @@ class MSAM(ExtrapolatedOptimizer):
     It is `SGD(extrapolation=e)` with e = rho / |m|: as |m| falls, e and with it the pull to flat
     regions grow, as SAM's does with the gradient. The filter at a given |m| is
     `eigenfilter.filters.MSAM`. Where its iterates stay, every eigenvalue lambda of the Hessian
-    satisfies 0 <= (lr + 2 rho / |m|) (1 - dampening) lambda <= 2 (1 + momentum).
+    satisfies 0 <= (lr + 2 rho / |m|) (1 - dampening) (lambda + wd) <= 2 (1 + momentum).
 
     Args:
         params: parameters, named parameters or parameter groups, as for torch.optim.SGD.
         lr: learning rate, at least 0; a number or a 0-dim tensor.
         momentum: decay rate of the momentum buffer, in (0, 1).
         dampening: share of each gradient, in [0, 1], that stays out of the momentum buffer.
-        weight_decay: 0; add an L2 penalty to the loss instead, so that it acts at y.
+        weight_decay: coefficient wd of the L2 penalty, at least 0. It acts at y, as the loss does.
         rho: distance from x to y over all parameters, a number, at least 0; 0 is heavy ball. 1e-12
             is added to |m|. It lives in param_groups, and a change of it takes effect at the end
             of the next step, or with `train()`.
@@ -182,7 +199,8 @@ class MSAM(ExtrapolatedOptimizer):
 
     Raises:
         TypeError: a parameter is sparse, complex, or of another dtype than float32 and float64:
-            16 bits would round each way between x and y; rho is no number.
+            16 bits would round each way between x and y, which took 0.43 of the way of x in 1,000
+            steps in bfloat16, where `SGD(extrapolation=...)` lost 0.27; rho is no number.
         ValueError: a hyperparameter is out of its range, or `release_gradients` is set.
         RuntimeError: the parameters are flat shards of FSDP1, or those of one rank of a
             ZeroRedundancyOptimizer, over which no norm is taken.
@@ -237,12 +255,6 @@ class MSAM(ExtrapolatedOptimizer):
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         EigenfilterOptimizer._check_extrapolation(self, group)
-        if not is_zero(group["weight_decay"]):
-            raise ValueError(
-                "MSAM steps from x with a gradient taken at y, and its decay would act at x, which "
-                "its filter does not describe: leave weight_decay 0, and add the penalty to the "
-                "loss"
-            )
         rho = group["rho"]
         if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
             raise TypeError(

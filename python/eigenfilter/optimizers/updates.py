@@ -78,8 +78,11 @@ class Update:
     def initialize_state(self, bucket: ParamBucket) -> None:
         """Create the state of a bucket's parameters, as it is before their first step."""
 
-    def creates_state(self, bucket_slice: BucketSlice) -> bool:
-        """Whether the update of a slice creates state, so that its gradients are checked first."""
+    def writes_first(self, bucket_slice: BucketSlice) -> bool:
+        """Whether the update of a slice writes before the kernel that checks its gradients.
+
+        They are then checked before: `step` creates state, or changes the parameters.
+        """
         return False
 
     @contextmanager
@@ -203,11 +206,16 @@ class SGDUpdate(ExtrapolatedUpdate):
         if bucket.group["momentum"] != 0:
             bucket.buffers(MOMENTUM)
 
-    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+    def writes_first(self, bucket_slice: BucketSlice) -> bool:
         return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
 
     def directions(self, bucket: ParamBucket, scratch: Scratch) -> Iterator[Directions]:
         yield bucket.tensors, bucket.buffers(MOMENTUM)
+
+    def momentum(self, bucket: ParamBucket) -> float | Tensor:
+        """The factor of the buffers that the kernel is called with."""
+        momentum: float | Tensor = bucket.group["momentum"]
+        return momentum
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
@@ -224,7 +232,7 @@ class SGDUpdate(ExtrapolatedUpdate):
             momenta,
             bucket.backups() if bucket_slice.is_perturbed else None,
             lr=group["lr"],
-            momentum=group["momentum"],
+            momentum=self.momentum(bucket),
             dampening=dampening,
             weight_decay=group["weight_decay"],
             extrapolation=extrapolation,
@@ -268,7 +276,7 @@ class AdamWUpdate(ExtrapolatedUpdate):
         for (_, s), count in zip(entries, counts, strict=True):
             s[STEP] = count
 
-    def creates_state(self, bucket_slice: BucketSlice) -> bool:
+    def writes_first(self, bucket_slice: BucketSlice) -> bool:
         return bucket_slice.state_signature is None
 
     def begin(self) -> None:
