@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from eigenfilter import filters
-from eigenfilter.certificate.linearized import linearized
+from eigenfilter.certificate.linearized import linearized, preconditioner
 from eigenfilter.curvature import HessianOperator, eigsh
+from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from quadratics import Quadratic
 
 METHODS: dict[str, tuple[Any, str, dict[str, Any]]] = {
@@ -56,7 +57,8 @@ class Trained:
         self.y = 2 * self.x[:, :3].sin()
         self.loss = nn.MSELoss()
         self.op = HessianOperator(self.model, self.loss, (self.x, self.y), engine="cached_graph")
-        self.opt = cls(self.model.parameters(), lr=lr, momentum=0.9, **options)
+        own = options if cls is ef.AdamW else {"momentum": 0.9} | options
+        self.opt = cls(self.model.parameters(), lr=lr, **own)
 
     def closure(self) -> Tensor:
         self.opt.zero_grad()
@@ -366,7 +368,7 @@ def test_a_loaded_state_continues_bit_for_bit() -> None:
         )
     for p, q in zip(task.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert first.state_dict()["levers"] == second.state_dict()["levers"]
+    assert first.state_dict()["actuators"] == second.state_dict()["actuators"]
 
 
 def test_a_state_of_another_number_of_groups_changes_nothing() -> None:
@@ -374,7 +376,7 @@ def test_a_state_of_another_number_of_groups_changes_nothing() -> None:
     controller = ef.SharpnessController(plant.op, plant.opt, 8.0)
     state = controller.state_dict()
     with pytest.raises(ValueError, match="the state is of 2 groups, and the optimizer has 1"):
-        controller.load_state_dict(state | {"levers": 2 * state["levers"], "edge": 3.0})
+        controller.load_state_dict(state | {"actuators": 2 * state["actuators"], "edge": 3.0})
     assert controller.edge == 8.0
 
 
@@ -422,13 +424,121 @@ def test_around_torchs_sgd() -> None:
     assert opt.param_groups[0]["rho"] == expected
 
 
+def adamw_on_a_quadratic() -> tuple[Quadratic, HessianOperator, ef.AdamW]:
+    """An AdamW whose first gradient is (4, 0.25), after which P^-1/2 H P^-1/2 is diag(2, 4)."""
+    model = Quadratic(torch.tensor([8.0, 1.0], dtype=torch.float64))
+    with torch.no_grad():
+        model.x[0].copy_(torch.tensor([1.5, 1.25]))
+    op = HessianOperator(model, model.loss, model.data, engine="finite_difference")
+    opt = ef.AdamW(model.parameters(), lr=0.1, betas=(0.8, 0.99), weight_decay=0.01)
+    return model, op, opt
+
+
+def test_adamw_has_the_designed_edge_of_the_preconditioned_hessian() -> None:
+    model, op, opt = adamw_on_a_quadratic()
+    controller = ef.SharpnessController(op, opt, 4.5, every=1000, tol=1e-8)
+    model.train_with(opt, 1)
+    check = controller.step()
+    assert check is not None
+    assert check.sharpness == pytest.approx(4.0, rel=1e-6)
+    group, values = opt.param_groups[0], []
+    for lr in (0.1, 0.05, 0.02):
+        group["lr"] = lr
+        controller.step()
+        values.append(group["extrapolation"])
+        assert values[-1] == filters.design("adamw", 4.5, lr=lr, beta1=0.8, weight_decay=0.01)
+        [flt] = filters.of(opt)
+        assert flt.max_eigenvalue() == pytest.approx(4.5)
+    assert len(set(values)) == 3
+    assert len(controller.history) == 1
+
+
+def test_adamw_is_checked_from_its_first_step_on() -> None:
+    model, op, _ = adamw_on_a_quadratic()
+    opt = ef.AdamW(model.parameters(), lr=0.1, skip_nonfinite=True)
+    controller = ef.SharpnessController(op, opt, 4.5, tol=1e-8)
+    with pytest.raises(RuntimeError, match="AdamW has taken no step"):
+        controller.check()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    opt.step()  # is skipped
+    assert controller.step() is None
+    assert ef.SharpnessMonitor(op, opt).check().edge is None  # there is no preconditioner
+    model.train_with(opt, 1)
+    check = controller.step()
+    assert check is not None
+    assert check.step == 2
+    assert math.isfinite(check.sharpness)
+
+
+def test_groups_of_adamw_that_differ_get_the_same_edge() -> None:
+    model = Quadratic(torch.tensor([8.0, 1.0, 3.0], dtype=torch.float64), [1, 2])
+    model.move(0.5)
+    op = HessianOperator(model, model.loss, model.data, engine="finite_difference")
+    first, second = model.parameters()
+    groups = [{"params": [first], "betas": (0.5, 0.9)}, {"params": [second], "lr": 0.02}]
+    opt = ef.AdamW(groups, lr=0.05, weight_decay=0.01)
+    controller = ef.SharpnessController(op, opt, 100.0, tol=1e-8)
+    model.train_with(opt, 3)
+    check = controller.step()
+    assert check is not None
+    assert [flt.max_eigenvalue() for flt in filters.of(opt)] == pytest.approx([100.0, 100.0])
+    # Composed, the groups admit preconditioned Hessians up to the edge exactly.
+    linear = linearized(op, opt)
+    assert isinstance(linear.operator, PreconditionedOperator)
+    scale = preconditioner(opt, op.params)
+    H = scale[:, None] * model.H * scale
+    a = torch.tensor([flt.rate for flt in filters.of(opt)], dtype=torch.float64)[[0, 1, 1]]
+    w = torch.tensor([flt.edge_decay for flt in filters.of(opt)], dtype=torch.float64)[[0, 1, 1]]
+    assert torch.allclose(2 / a - w, torch.full((3,), 100.0, dtype=torch.float64))
+    assert check.sharpness == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=1e-3)
+
+
+def test_an_adamw_that_ascends_later_is_refused() -> None:
+    model, op, opt = adamw_on_a_quadratic()
+    controller = ef.SharpnessController(op, opt, 4.5)
+    model.train_with(opt, 1)
+    opt.param_groups[0]["rho"] = 0.1
+    with pytest.raises(ValueError, match=r"AdamW ascends, .* set rho=0"):
+        controller.step()
+
+
+def test_float16_parameters_of_adamw_are_refused() -> None:
+    model = nn.Linear(2, 1).half()
+    data = torch.ones(1, 2), torch.ones(1, 1)
+    op = HessianOperator(model, nn.functional.mse_loss, data, dtype=torch.float32)
+    with pytest.raises(TypeError, match="AdamW takes no extrapolation"):
+        ef.SharpnessController(op, ef.AdamW(model.parameters()), 4.0)
+
+
+def test_adamw_with_a_decaying_lr_stays_at_the_target() -> None:
+    target, steps, ends = 800.0, 1000, []
+    for is_controlled in (True, False):
+        task = Trained(ef.AdamW, lr=0.01, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(task.opt, steps)
+        monitor = ef.SharpnessMonitor(task.op, task.opt, every=200, tol=1e-3)
+        if is_controlled:
+            monitor = ef.SharpnessController(task.op, task.opt, target, every=20)
+        for _ in range(steps):
+            task.opt.step(task.closure)
+            schedule.step()
+            monitor.step()
+        ends.append([check.sharpness for check in monitor.history if check.step > steps / 2])
+    controlled, free = ends
+    assert sum(abs(s / target - 1) <= 0.1 for s in controlled) >= 0.9 * len(controlled)
+    assert len(controlled) >= 6
+    assert free[-1] > 1.15 * target
+
+
 @pytest.mark.parametrize(
     ("build", "error", "match"),
     [
         (lambda ps: ef.SAM(ps, lr=0.1), TypeError, "SAM's edge moves with the gradient's norm"),
         (lambda ps: ef.SAM(ps, lr=0.1, adaptive=True), TypeError, "edge moves with the gradient's"),
         (lambda ps: ef.MSAM(ps, lr=0.1), TypeError, "MSAM's edge moves with the momentum's norm"),
-        (lambda ps: ef.AdamW(ps), TypeError, "AdamW has no e or rho by which"),
+        (lambda ps: torch.optim.AdamW(ps), TypeError, "AdamW has no e or rho by which"),
+        (lambda ps: ef.AdamW(ps, method="sam", rho=0.1), ValueError, "AdamW ascends, .* set rho=0"),
+        (lambda ps: ef.AdamW(ps, maximize=True), ValueError, "maximizes"),
         (lambda ps: torch.optim.SGD(ps, lr=0.1), TypeError, "SGD has no e or rho by which"),
         (lambda ps: torch.optim.RMSprop(ps), TypeError, "no filter is known for RMSprop"),
         (lambda ps: ef.SGD(ps, lr=0.1), ValueError, "set momentum > 0, and no nesterov"),

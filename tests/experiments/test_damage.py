@@ -36,6 +36,7 @@ SMALL = {
 KINDS = {
     "usam": SMALL | {"optimizer": "usam", "rho_schedule": "linear"},
     "adamw": SMALL | {"optimizer": "adamw", "method": "sam", "lr": 0.01},
+    "controlled": SMALL | {"optimizer": "sgd", "sharpness_target": 10.0},
     "wrapped": SMALL | {"optimizer": "torch.optim.RMSprop", "method": "usam", "lr": 0.001},
 }
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eigenfilter as ef
-from eigenfilter.experiments import checkpoint, runs
+from eigenfilter.experiments import checkpoint, runs, train
 from eigenfilter.experiments.cli import main
 from eigenfilter.experiments.config import Config
 from eigenfilter.experiments.errors import UserError
@@ -94,6 +94,8 @@ EVERYTHING = SMALL | {
     "checkpoint_every": 5,
 }
 
+CONTROLLED = EVERYTHING | {"rho_schedule": "constant"}
+
 RUNS = {
     "usam": EVERYTHING | {"optimizer": "usam"},
     "two steps, batch norm": EVERYTHING
@@ -109,6 +111,11 @@ RUNS = {
     "extrapolation": EVERYTHING | {"optimizer": "sgd", "extrapolation": 0.05},
     "adamw, extrapolation": EVERYTHING
     | {"optimizer": "adamw", "extrapolation": 0.005, "lr": 0.003, "beta1": 0.8},
+    "looking back": EVERYTHING | {"optimizer": "sgd", "extrapolation": -0.01},
+    "controlled": CONTROLLED | {"optimizer": "sgd", "sharpness_target": 20.0},
+    "controlled by rho": CONTROLLED | {"optimizer": "usam", "sharpness_target": 20.0},
+    "controlled adamw": CONTROLLED
+    | {"optimizer": "adamw", "lr": 0.003, "sharpness_target": 1000.0, "sharpness_every": 0},
 }
 
 
@@ -121,6 +128,10 @@ GRADIENTS = {  # of 12 steps; rho is 0, and there is no ascent, in every second 
     "float64": 12,
     "extrapolation": 12,
     "adamw, extrapolation": 12,
+    "looking back": 12,
+    "controlled": 12,
+    "controlled by rho": 24,
+    "controlled adamw": 12,
 }
 
 
@@ -146,6 +157,38 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> Non
         assert record["train"].pop("images_per_second") > 0
         assert record.pop("seconds") > 0
     assert results[0] == results[1]
+
+
+CONTROL = {
+    "samples": 200,
+    "batch_size": 0,
+    "model": "mlp-8",
+    "activation": "tanh",
+    "loss": "square",
+    "epochs": 150,
+    "lr": 0.02,
+    "optimizer": "sgd",
+    "sharpness_every": 10,
+    "sharpness_samples": 200,
+    "evaluate_every": 150,
+    "threads": 1,
+}
+
+
+def test_a_controlled_run_ends_at_its_target(tmp_path: Path) -> None:
+    """Without control the sharpness ends at about 24.5, and before that the edge bounds nothing."""
+    config = Config(**CONTROL | {"sharpness_target": 16.0})
+    results = runs.run(config, tmp_path)
+    log = lines(tmp_path)
+    checks = [record for record in log if record["kind"] == "sharpness"]
+    assert checks[0]["step"] == 1
+    assert checks[-1]["sharpness"] == pytest.approx(16.0, rel=0.1)
+    assert checks[-1]["extrapolation"] > 0.0
+    assert results["sharpness"]["extrapolation"] == checks[-1]["extrapolation"]
+    trained = [record["extrapolation"] for record in log if record["kind"] == "train"]
+    assert len(set(trained)) > 1
+    summary = train.summary(results)
+    assert f"extrapolation {checks[-1]['extrapolation']:.4g}" in summary
 
 
 def test_two_and_two_epochs_are_four(tmp_path: Path) -> None:
@@ -343,6 +386,31 @@ def assert_command_fails(argv: list[str], says: str, capsys: pytest.CaptureFixtu
         ("- 1", [], "must contain lines such as"),
         ("", ["--nesterov", "--momentum", "0"], "nesterov needs momentum"),
         ("", ["--extrapolation", "0.1"], "extrapolation applies only to sgd and adamw"),
+        ("extrapolation: .nan", [], "extrapolation must be a finite number, not nan"),
+        ("extrapolation: -.inf", [], "extrapolation must be a finite number, not -inf"),
+        (
+            "optimizer: sgd\nmomentum: 0",
+            ["--extrapolation", "-0.1"],
+            "extrapolation follows the momentum buffer of heavy ball",
+        ),
+        ("sharpness_target: -1", [], "sharpness_target must be a number of at least 0, not -1"),
+        (
+            "rho_schedule: lr",
+            ["--sharpness-target", "9"],
+            "rho_schedule lr sets rho, and so would sharpness_target",
+        ),
+        (
+            "optimizer: torch.optim.SGD",
+            ["--sharpness-target", "9"],
+            "choose a method such as usam, or an optimizer of eigenfilter",
+        ),
+        ("optimizer: sam", ["--sharpness-target", "9"], "use USAM, TwoStepUSAM or HessianUSAM"),
+        ("optimizer: adamw\nmethod: sam", ["--sharpness-target", "9"], "or leave method out"),
+        (
+            "optimizer: sgd\nmomentum: 0",
+            ["--sharpness-target", "9"],
+            "set momentum > 0, and no nesterov",
+        ),
         ("", ["--crop", "9"], "crop must be at most the images' side, 8"),
         ("", ["--model", "vit-40"], "multiple of 32, not 40"),
         ("", ["--samples", "9999"], "digits has 1437 training images, not 9999"),

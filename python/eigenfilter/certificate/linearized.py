@@ -76,9 +76,7 @@ def linearized(
     groups = [(g, f) for g, f in every if any(id(p) in own for p in g["params"])]
     first = groups[0][1]
     alike = all(f == first for _, f in groups)
-    if isinstance(first, AdamW) and not any(
-        "exp_avg_sq" in optimizer.state.get(p, {}) for g, _ in groups for p in g["params"]
-    ):
+    if isinstance(first, AdamW) and not has_preconditioner(optimizer, op.params):
         raise NoPreconditioner("AdamW has no preconditioner before its first step: load its state")
     if not alike:
         return _compose(op, optimizer, groups, grad_norm)
@@ -249,6 +247,15 @@ def _jacobian(operator: PreconditionedOperator, ascent: tuple[float, float], res
     return f"({text})" if " " in text else text
 
 
+def has_preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> bool:
+    """Return whether AdamW has taken a step, not a skipped one, of any of these parameters."""
+    return any(_has_stepped(optimizer.state.get(p, {})) for p in params)
+
+
+def _has_stepped(state: Mapping[str, Any]) -> bool:
+    return "exp_avg_sq" in state and float(state["step"]) > 0
+
+
 def preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Tensor:
     """Return the diagonal [n] of AdamW's P^-1/2 for these parameters; ones before the first step.
 
@@ -259,7 +266,7 @@ def preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -
     for p in params:
         state = optimizer.state.get(p, {})
         group = group_of.get(id(p))
-        if group is None or "exp_avg_sq" not in state:
+        if group is None or not _has_stepped(state):
             parts.append(torch.ones_like(_distributed.local(p).detach()).reshape(-1))
             continue
         v = _distributed.local(state["exp_avg_sq"])

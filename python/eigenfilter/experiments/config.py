@@ -21,12 +21,13 @@ from eigenfilter.schedulers import KINDS as RHO_SCHEDULES
 DATASETS = ("digits", "mnist", "fashion", "cifar10", "cifar100")
 _PLAIN = tuple(name for name in filters.METHODS if name not in registry.PERTURBATIONS)
 OPTIMIZERS = (*_PLAIN, *registry.names(), *registry.updates())
-_EXTRAPOLATED = ("sgd", "adamw")
+_EXTRAPOLATED = tuple(name for name in OPTIMIZERS if name in registry.extrapolated())
 _UPDATES = ", ".join(registry.updates())
 METHODS = ("none", *registry.names())
 LR_SCHEDULES = ("constant", "linear", "cosine", "step")
 PRECISIONS = ("float32", "bfloat16", "float64")
 LOSSES = ("cross_entropy", "square")
+CONTROL_EVERY = 100  # steps between checks of a controlled run, if none are given
 
 Parse = Callable[[Any], Any]
 
@@ -40,13 +41,14 @@ def _number(low: float, high: float = math.inf, *, above: bool = False, below: b
     """Return a parser of finite numbers from low to high.
 
     Args:
-        low: lower bound.
+        low: lower bound, or -inf for none, with `above`.
         high: upper bound.
         above: whether the lower bound itself is excluded.
         below: whether the upper bound itself is excluded.
     """
     start = f"above {low:g}" if above else f"of at least {low:g}"
     end = "" if math.isinf(high) else f" and {'below' if below else 'at most'} {high:g}"
+    kind = "finite number" if math.isinf(low) else f"number {start}{end}"
 
     def parse(value: Any) -> float:
         try:
@@ -57,7 +59,7 @@ def _number(low: float, high: float = math.inf, *, above: bool = False, below: b
             number < high if below or math.isinf(high) else number <= high
         )
         if not fits:
-            raise ValueError(f"must be a number {start}{end}, not {quoted(value)}")
+            raise ValueError(f"must be a {kind}, not {quoted(value)}")
         return number
 
     return parse
@@ -157,8 +159,9 @@ class Config:
     nesterov: bool = _option(False, _boolean, "use Nesterov momentum instead of heavy ball")
     extrapolation: float = _option(
         0.0,
-        _number(0),
-        "sgd and adamw: distance along the update, without lr, at which the gradient is taken",
+        _number(-math.inf, above=True),
+        f"{' and '.join(_EXTRAPOLATED)}: distance along the update, without lr, at which the "
+        "gradient is taken; a negative one looks back",
     )
     weight_decay: float = _option(0.0, _number(0), "weight decay of all parameters")
     rho: float = _option(
@@ -233,10 +236,19 @@ class Config:
         0, _integer(0), "steps between checkpoints; 0 saves at ends of epochs"
     )
     sharpness_every: int = _option(
-        0, _integer(0), "steps between measurements of the sharpness; 0 disables them"
+        0,
+        _integer(0),
+        "steps between measurements of the sharpness; 0 disables them, and stands for "
+        f"{CONTROL_EVERY} with sharpness_target",
     )
     sharpness_samples: int = _option(
         512, _integer(1), "training images on which the sharpness is measured"
+    )
+    sharpness_target: float = _option(
+        0.0,
+        _number(0),
+        "sharpness that is kept while lr follows its schedule, by the extrapolation of "
+        f"{' and '.join(_EXTRAPOLATED)} or by rho; 0 disables this",
     )
 
     def __post_init__(self) -> None:
@@ -257,6 +269,16 @@ class Config:
             raise ValueError(
                 f"extrapolation applies only to {' and '.join(_EXTRAPOLATED)}, and the optimizer "
                 f"is {self.optimizer}; leave it out, or choose one of them"
+            )
+        if self.sharpness_target and self.rho_schedule != "constant":
+            raise ValueError(
+                f"rho_schedule {self.rho_schedule} sets rho, and so would sharpness_target: leave "
+                "one of them out"
+            )
+        if self.sharpness_target and self.optimizer.startswith(TORCH) and not self.ascends:
+            raise ValueError(
+                f"sharpness_target has nothing to set with {self.optimizer}, which takes no "
+                "ascent: choose a method such as usam, or an optimizer of eigenfilter"
             )
         for name in ("ascent_part", "ascent_sync"):
             is_given = getattr(self, name) != getattr(Config, name)  # the class has the defaults
@@ -282,6 +304,11 @@ class Config:
     def ascends(self) -> bool:
         """Whether the optimizer takes ascents."""
         return self.method != "none" or self.optimizer in registry.names()
+
+    @property
+    def checks_every(self) -> int:
+        """Steps between measurements of the sharpness, at least; 0 without any."""
+        return self.sharpness_every or (CONTROL_EVERY if self.sharpness_target else 0)
 
     @property
     def has_rho(self) -> bool:

@@ -170,12 +170,14 @@ def lr_schedule(config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch
 def rho_schedule(
     config: Config, optimizer: EigenfilterOptimizer, steps_per_epoch: int
 ) -> RhoScheduler | None:
-    """Return the scheduler of rho, or None if the optimizer has no rho.
+    """Return the scheduler of rho, or None if there is no rho or a controller sets it.
 
     Raises:
         ValueError: rho follows an lr of 0.
     """
-    if any(rho_key(group) not in group for group in optimizer.param_groups):
+    if config.sharpness_target or any(
+        rho_key(group) not in group for group in optimizer.param_groups
+    ):
         return None
     return RhoScheduler(
         optimizer,

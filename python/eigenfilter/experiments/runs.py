@@ -183,7 +183,8 @@ class _TrainingSession:
         trainer = self._trainer
         self._observe("start", trainer.step, {"total": trainer.total_steps})
         try:
-            if trainer.monitor is not None and not trainer.step:
+            is_controlled = trainer.config.sharpness_target > 0  # from its first step on
+            if trainer.monitor is not None and not trainer.step and not is_controlled:
                 self._sharpness(trainer.monitor.check)
             stopped = False
             while not trainer.finished and not stopped:
@@ -255,7 +256,8 @@ class _TrainingSession:
         if check is not None:
             self._excluded_seconds += check.seconds
             names = ("sharpness", "residual", "edge")
-            self._write("sharpness", {name: getattr(check, name) for name in names})
+            record = {name: getattr(check, name) for name in names}
+            self._write("sharpness", record | self._trainer.controlled())
 
     def _write(self, kind: str, record: Record) -> None:
         trainer = self._trainer

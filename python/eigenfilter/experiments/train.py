@@ -183,4 +183,5 @@ class _TrainDisplay:
 
 def _sharpness(record: dict[str, Any]) -> str:
     edge = "" if record["edge"] is None else f" (edge {record['edge']:.4g})"
-    return f"sharpness {record['sharpness']:.4g}{edge}"
+    set_by = [f", {name} {record[name]:.4g}" for name in ("extrapolation", "rho") if name in record]
+    return f"sharpness {record['sharpness']:.4g}{edge}{''.join(set_by)}"

@@ -52,7 +52,7 @@ class Trainer:
             the batch counts as that fraction; Hessian-vector products of `hvp: autograd` do not
             count.
         steps_per_epoch, total_steps: numbers of steps in an epoch and in the whole training.
-        monitor: monitor of the sharpness, or None.
+        monitor: monitor of the sharpness, with `sharpness_target` its controller, or None.
 
     Raises:
         ValueError: values of the configuration do not go together.
@@ -114,7 +114,7 @@ class Trainer:
         self._losses: list[Tensor] = []
         self._accuracies: list[Tensor] = []
         self._metrics: list[tuple[float, float]] = []
-        self.monitor = self._monitor() if config.sharpness_every else None
+        self.monitor = self._monitor() if config.checks_every else None
 
     @property
     def finished(self) -> bool:
@@ -226,10 +226,20 @@ class Trainer:
         return self._normalizer(images), self.data.labels[some].to(self.device)
 
     def rates(self) -> dict[str, float]:
-        """Return the current lr, and rho if there is one, of the first parameter group."""
+        """Return the current lr, and the rho and the extrapolation in use, of the first group."""
         group = self.optimizer.param_groups[0]
         names = {"lr": "lr", "rho": rho_key(group)}
+        if self.config.extrapolation or self.config.sharpness_target:
+            names["extrapolation"] = "extrapolation"
         return {name: float(group[key]) for name, key in names.items() if key in group}
+
+    def controlled(self) -> dict[str, float]:
+        """Return the extrapolation or the rho that the controller sets, if there is one."""
+        if not self.config.sharpness_target:
+            return {}
+        rates = self.rates()
+        name = "extrapolation" if "extrapolation" in rates else "rho"
+        return {name: rates[name]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next steps depend on, as tensors and plain data."""
@@ -334,7 +344,10 @@ class Trainer:
             engine="cached_graph",
             process_group=self._processes.process_group,
         )
-        return ef.SharpnessMonitor(op, self.optimizer, self.config.sharpness_every)
+        target, every = self.config.sharpness_target, self.config.checks_every
+        if target:
+            return ef.SharpnessController(op, self.optimizer, target, every)
+        return ef.SharpnessMonitor(op, self.optimizer, every)
 
 
 @contextmanager
@@ -389,7 +402,7 @@ def _check_config(config: Config, data: ImageDataset, processes: int) -> None:
     for name in ("crop", "cutout"):
         if getattr(config, name) > side:
             raise ValueError(f"{name} must be at most the images' side, {side}")
-    if config.sharpness_every and config.sharpness_samples < processes:
+    if config.checks_every and config.sharpness_samples < processes:
         raise ValueError(f"sharpness_samples must be at least 1 for each of {processes} processes")
     if processes > 1 and factories.build_perturbation(config).needs_graph(0):
         raise ValueError(

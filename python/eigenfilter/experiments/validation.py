@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from eigenfilter.controller import RECENT
 from eigenfilter.experiments import factories
 from eigenfilter.experiments.config import Config, check_plain
 from eigenfilter.experiments.errors import UserError, quoted
 from eigenfilter.experiments.files import read_json
 from eigenfilter.experiments.schema import HasEntries, ListOf, Nullable, SchemaError, validate
 from eigenfilter.optimizers.hyperparameters import rho_key
+from eigenfilter.optimizers.updates import EXTRAPOLATED, EXTRAPOLATION
 
 if TYPE_CHECKING:
     from eigenfilter.experiments.trainer import Trainer
@@ -87,9 +89,6 @@ def check_trainer(state: Any, trainer: Trainer) -> None:
     step = state["step"]
     if not 0 <= step <= trainer.total_steps:
         raise SchemaError(f"its step is {step}, of {trainer.total_steps}")
-    first = next(trainer.model.parameters())
-    vector = torch.empty(sum(p.numel() for p in trainer.model.parameters()), dtype=first.dtype)
-    monitor = {"steps": int, "vector": Nullable(vector)}
     schema = {
         "model": trainer.model.state_dict(),
         "step": step,
@@ -101,9 +100,11 @@ def check_trainer(state: Any, trainer: Trainer) -> None:
         "accuracies": [float] * len(state["losses"]),
         "random": dict,
         "others": ListOf(dict),
-        "monitor": None if trainer.monitor is None else monitor,
+        "monitor": None if trainer.monitor is None else _monitor(trainer),
     }
     validate(state, schema, "the trainer")
+    if config.sharpness_target:
+        _check_controller(state["monitor"], state["optimizer"]["param_groups"][0], step)
     if state["gradients"] < step * (1 - 1e-9):
         raise SchemaError(f"{state['gradients']} gradients are too few for {step} steps")
     for entry in state["optimizer"]["state"].values():
@@ -141,15 +142,50 @@ def check_session(saved: dict[str, Any], trainer: Trainer) -> int:
     if tests:
         last["test"] = {**TEST, "epoch": tests[-1] / per_epoch}
     measurements = 0
-    if every := config.sharpness_every:
-        last["sharpness"] = {**SHARPNESS, "epoch": (step - step % every) / per_epoch}
-        measurements = 1 + step // every
-        validate(saved["trainer"]["monitor"], {"steps": step, "vector": Tensor}, "its monitor")
+    if every := config.checks_every:
+        monitor = saved["trainer"]["monitor"]
+        validate(monitor, HasEntries({"steps": step, "vector": Tensor}), "its monitor")
+        measured, measurements = step - step % every, 1 + step // every
+        if config.sharpness_target:
+            measured, measurements = monitor["_checked"], monitor["_checks"]
+        own = dict.fromkeys(trainer.controlled(), float)
+        last["sharpness"] = {**SHARPNESS, **own, "epoch": measured / per_epoch}
     validate(saved["last"], last, "its last records")
     if saved["seconds"] < 0 or saved["log"] < 0:
         raise SchemaError("a time or a size is negative")
     steps = step // config.log_every + (finished and step % config.log_every > 0)
     return int(steps + len(tests) + measurements)
+
+
+def _monitor(trainer: Trainer) -> dict[str, Any]:
+    """Return the schema of the state of the monitor, or of the controller."""
+    params = list(trainer.model.parameters())
+    n, dtype = sum(p.numel() for p in params), params[0].dtype
+    if not trainer.config.sharpness_target:
+        return {"steps": int, "vector": Nullable(torch.empty(n, dtype=dtype))}
+    assert trainer.monitor is not None
+    own = {name: type(value) for name, value in trainer.monitor.state_dict().items()}
+    scalars = 3 if "betas" in trainer.optimizer.param_groups[0] else 4  # that a design depends on
+    return own | {
+        "vector": torch.empty(n, 2, dtype=dtype),
+        "_recent": ListOf(float),
+        "saturated": Nullable(str),  # see `_check_controller`
+        "actuators": [(float, bool, Nullable((float,) * scalars))],
+    }
+
+
+def _check_controller(state: dict[str, Any], group: dict[str, Any], step: int) -> None:
+    """Check the state of a controller against the step and the optimizer's group."""
+    key = EXTRAPOLATION if EXTRAPOLATION in group else rho_key(group)
+    [(value, _, scalars)] = state["actuators"]
+    if scalars is not None and group[key] != value:
+        raise SchemaError(f"its {key} is {group[key]}, and its controller has set {value}")
+    if not 0 < state["_checked"] <= step < state["_next"]:
+        raise SchemaError("the steps of its controller's checks are impossible")
+    if not 0 < len(state["_recent"]) == min(state["_checks"], RECENT):
+        raise SchemaError("its controller has another number of checks")
+    if state["saturated"] not in (None, "sharp", "flat"):
+        raise SchemaError(f"its controller is saturated {quoted(state['saturated'])}")
 
 
 def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> dict[str, Any]:
@@ -176,7 +212,12 @@ def _optimizer(config: Config, model: nn.Module, step: int, per_epoch: int) -> d
         group["lr"] = group["initial_lr"] * factor(step)
     if rho is not None:
         rho.load_state_dict(_rho_schedule(step))
-    return optimizer.state_dict()
+    state = optimizer.state_dict()
+    if config.sharpness_target:  # the controller has set one of these
+        for group in state["param_groups"]:
+            names = (EXTRAPOLATION, EXTRAPOLATED) if EXTRAPOLATION in group else (rho_key(group),)
+            group.update(dict.fromkeys(names, float))
+    return state
 
 
 def _rho_schedule(step: int) -> dict[str, int]:

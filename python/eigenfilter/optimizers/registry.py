@@ -6,6 +6,7 @@ all of its modules. Whatever lists the methods iterates over these tables.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -66,6 +67,15 @@ def names() -> tuple[str, ...]:
 def updates() -> tuple[str, ...]:
     """The optimizers with another update than SGD's, which take a method as an argument."""
     return tuple(name for name in OPTIMIZERS if name not in METHODS)
+
+
+def extrapolated() -> tuple[str, ...]:
+    """The optimizers that take an `extrapolation`."""
+    return tuple(
+        name
+        for name, make in OPTIMIZERS.items()
+        if "extrapolation" in inspect.signature(make).parameters
+    )
 
 
 def method_and_options(name: str) -> tuple[str, Mapping[str, Any]]:

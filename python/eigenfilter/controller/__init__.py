@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from eigenfilter import _distributed, filters
-from eigenfilter.certificate.linearized import Linearized, perturbation_of
+from eigenfilter.certificate.linearized import Linearized, has_preconditioner, preconditioner
+from eigenfilter.controller._actuators import Actuator, Group, edge_at_zero, refuse_ascent
 from eigenfilter.curvature import CurvatureOperator
-from eigenfilter.filters import HeavyBall, Nesterov, PolynomialFilter, design
+from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from eigenfilter.monitor import SharpnessCheck, SharpnessMonitor, Writer
-from eigenfilter.optimizers import MSAM, SGD
-from eigenfilter.optimizers.hyperparameters import initial_rho_key, rho_key
-from eigenfilter.optimizers.updates import EXTRAPOLATED, EXTRAPOLATION
+from eigenfilter.optimizers import AdamW
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
+from eigenfilter.optimizers.updates import EXTRAPOLATED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BAND = 0.1
 """Relative distance from the target within which the sharpness counts as being there."""
+RECENT = 8
+"""Checks too high in a row, until control has ended."""
 
-_SLACK = 0.005  # e and rho stay as they are where a change of lr has moved the edge by less
 _STEP = math.log(1.25)  # largest correction of a check
 _LOWEST = -math.log(1.5)  # least correction: the edge is designed no further below the target
 _PULL = 1.2  # the edge is put no further than by this factor below the sharpness
@@ -36,18 +36,13 @@ _FAR = 1.5  # how far above the target a sharpness is checked more often, on its
 _HURRY = 4  # how much more often that is
 _RISE = 0.01  # a sharpness that rises faster, from check to check, needs no higher edge
 _RISEN = 4  # checks that a rise is compared with
-_RECENT = 8  # checks too high in a row, until control has ended
-_LEAST_LR = 0.25  # rho's default limit is right for this share of the largest lr without ascents
-
-
-Group = dict[str, Any]
 
 
 class SharpnessController(SharpnessMonitor):
     r"""Keeps the sharpness of a model at a target during training.
 
-    It sets the extrapolation e (`SGD` with momentum) or rho (methods with ascents) of every group,
-    and leaves lr to its schedule. The edge of each group's filter is put at
+    It sets the extrapolation e (`SGD` with momentum, `AdamW`) or rho (methods with ascents) of
+    every group, and leaves lr to its schedule. The edge of each group's filter is put at
 
         edge = max(target exp(c), sharpness / 1.2)
 
@@ -60,14 +55,16 @@ class SharpnessController(SharpnessMonitor):
     No optimizer pushes the sharpness up. Below the target e or rho goes down to 0, and the
     sharpness is then that of training without control.
 
-    The sharpness is the largest eigenvalue of the Hessian at x, which `SGD` evaluates and saves,
-    for groups that differ, too.
+    The sharpness is the largest eigenvalue of the Hessian H at x, which `SGD` evaluates and saves,
+    for groups that differ, too. For `AdamW` it is that of P^-1/2 H P^-1/2, with the preconditioner
+    P = sqrt(v / (1 - beta2^t)) + eps that it has at the check.
 
     Args:
         op: the Hessian of the loss in the optimizer's parameters, as for `SharpnessMonitor`.
-        optimizer: `SGD` with momentum > 0 and no nesterov, `USAM`, `TwoStepUSAM`, `HessianUSAM`,
-            or `SharpnessAware` with such an ascent around torch's SGD.
-        max_eigenvalue: the target, greater than 0.
+        optimizer: `SGD` with momentum > 0 and no nesterov; `AdamW` with rho = 0 and no float16
+            parameters; `USAM`, `TwoStepUSAM`, `HessianUSAM`, or `SharpnessAware` with such an
+            ascent around torch's SGD.
+        max_eigenvalue: the target, greater than 0, for `AdamW` of the preconditioned Hessian.
         every: number of training steps from one check to the next, >= 1. The first check is at the
             first step. While the sharpness is above 1.5 times the target, checks are four times as
             frequent.
@@ -77,8 +74,9 @@ class SharpnessController(SharpnessMonitor):
             notices when the second becomes the largest.
         gain: share of an error that a check corrects, in (0, 1].
         limit: largest e or rho that is set, > 0. The default for e is none, since e has to stay
-            below (1 + momentum) / edge; for rho it is 3 / target with USAM, and in general the
-            rho with which lr may be a quarter of that which needs no ascent.
+            below (1 + momentum) / edge, for `AdamW` (1 + beta1) / ((1 - beta1) edge); for rho it is
+            3 / target with USAM, and in general the rho with which lr may be a quarter of that
+            which needs no ascent.
         log, writer, callback, seed: as for `SharpnessMonitor`.
 
     Attributes:
@@ -91,7 +89,7 @@ class SharpnessController(SharpnessMonitor):
     Raises:
         TypeError: the optimizer has nothing to control the edge by.
         ValueError: an argument is out of its range, the operator and the optimizer have different
-            parameters, a `RhoScheduler` sets rho, or a group maximizes.
+            parameters, a `RhoScheduler` sets rho, an `AdamW` ascends, or a group maximizes.
 
     Example:
         >>> import eigenfilter as ef, torch
@@ -150,9 +148,10 @@ class SharpnessController(SharpnessMonitor):
         self._correction, self._recent = 0.0, list[float]()
         self._max_every = 4 * every if max_every is None else max_every
         self._interval, self._next = every, 1
+        self._checks = self._checked = 0  # how many there were, and the step of the last one
         self._has_warned = False
-        self._levers = [
-            _Lever.of(optimizer, index, self.target, limit)
+        self._actuators = [
+            Actuator.of(optimizer, index, self.target, limit)
             for index in range(len(optimizer.param_groups))
         ]
 
@@ -167,7 +166,7 @@ class SharpnessController(SharpnessMonitor):
         """
         self._refuse_changes()
         self._steps += 1
-        if self._steps >= self._next:
+        if self._steps >= self._next and self._can_measure():
             return self.check()
         self._set_edges()
         return None
@@ -176,13 +175,20 @@ class SharpnessController(SharpnessMonitor):
         """Measure the sharpness now, log it, correct the edge, and set e or rho by it.
 
         Raises:
-            RuntimeError: the optimizer holds perturbed parameters, or other code has changed e or
-                rho.
-            ValueError: the optimizer has other parameters than the operator by now.
+            RuntimeError: the optimizer holds perturbed parameters, other code has changed e or rho,
+                or AdamW has taken no step.
+            ValueError: the optimizer has other parameters than the operator by now, or an AdamW
+                ascends by now.
         """
         self._refuse_changes()
+        if not self._can_measure():
+            raise RuntimeError(
+                "AdamW has taken no step, and has no preconditioner by which the sharpness is "
+                "measured: check after its first step, or load its state before"
+            )
         with _at_x(self._optimizer):
             check = super().check()
+        self._checks, self._checked = self._checks + 1, self._steps
         self._correct(check.sharpness)
         self._set_edges(is_new=True)
         self._judge(check)
@@ -195,8 +201,8 @@ class SharpnessController(SharpnessMonitor):
         The groups' e and rho are in the optimizer's state: save and load both.
         """
         own = {name: getattr(self, name) for name in _STATE}
-        levers = [(lever.value, lever.is_limited, lever.scalars) for lever in self._levers]
-        return super().state_dict() | own | {"levers": levers}
+        states = [actuator.state() for actuator in self._actuators]
+        return super().state_dict() | own | {"actuators": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned. Load the optimizer's, too.
@@ -204,17 +210,17 @@ class SharpnessController(SharpnessMonitor):
         Raises:
             ValueError: the state belongs to another model, or to another number of groups.
         """
-        levers = state_dict["levers"]
-        if len(levers) != len(self._levers):
+        states = state_dict["actuators"]
+        if len(states) != len(self._actuators):
             raise ValueError(
-                f"the state is of {len(levers)} groups, and the optimizer has {len(self._levers)}"
+                f"the state is of {len(states)} groups, and the optimizer has "
+                f"{len(self._actuators)}"
             )
         super().load_state_dict(state_dict)
         for name in _STATE:
             setattr(self, name, state_dict[name])
-        for lever, (value, is_limited, scalars) in zip(self._levers, levers, strict=True):
-            lever.value, lever.is_limited = value, is_limited
-            lever.scalars = None if scalars is None else tuple(scalars)
+        for actuator, state in zip(self._actuators, states, strict=True):
+            actuator.load_state(state)
 
     def plot(self, ax: Axes | None = None) -> Any:
         """Draw sharpness, edge and the target's band over the steps; return the axes."""
@@ -225,9 +231,20 @@ class SharpnessController(SharpnessMonitor):
         return ax
 
     def _linearized(self) -> Linearized | None:
-        """Return the Hessian itself, and the filter of the group whose edge is lowest."""
+        """Return H or AdamW's P^-1/2 H P^-1/2, and the filter of the group with the lowest edge."""
         lowest = min(filters.of(self._optimizer), key=lambda flt: flt.max_eigenvalue())
-        return Linearized(self._op, "the Hessian H", lowest)
+        if not isinstance(self._optimizer, AdamW):
+            return Linearized(self._op, "the Hessian H", lowest)
+        for group in self._optimizer.param_groups:
+            refuse_ascent(self._optimizer, group)
+        scale = preconditioner(self._optimizer, self._op.params).to(self._op.dtype)
+        operator = PreconditionedOperator(self._op, scale)
+        return Linearized(operator, "P^-1/2 H P^-1/2, P of AdamW now", lowest, scale)
+
+    def _can_measure(self) -> bool:
+        """Whether the matrix is known, as AdamW's is from its first step on."""
+        optimizer = self._optimizer
+        return not isinstance(optimizer, AdamW) or has_preconditioner(optimizer, self._op.params)
 
     def _correct(self, sharpness: float) -> None:
         """Add a share of the error to the correction, unless that could not help."""
@@ -236,10 +253,10 @@ class SharpnessController(SharpnessMonitor):
         change = max(-_STEP, min(-self._gain * ratio, _STEP))
         is_held = rises if change > 0 else self._is_pulled() or self._is_at_limit()
         if self._recent and not is_held:  # the first check shows what was before any control
-            highest = max(_edge_at_zero(group) for group in self._optimizer.param_groups)
+            highest = max(edge_at_zero(group) for group in self._optimizer.param_groups)
             highest = math.log(highest / self.target) if highest > self.target else 0.0
             self._correction = max(_LOWEST, min(self._correction + change, highest))
-        self._recent = [*self._recent, ratio][-_RECENT:]
+        self._recent = [*self._recent, ratio][-RECENT:]
         self.edge = max(self.target * math.exp(self._correction), sharpness / _PULL)
 
     def _is_pulled(self) -> bool:
@@ -247,25 +264,25 @@ class SharpnessController(SharpnessMonitor):
         return self.edge > (1 + 1e-9) * self.target * math.exp(self._correction)
 
     def _set_edges(self, *, is_new: bool = False) -> None:
-        for lever, group in self._levers_and_groups():
-            lever.set_edge(group, self.edge, is_new=is_new)
+        for actuator, group in self._actuators_and_groups():
+            actuator.set_edge(group, self.edge, is_new=is_new)
 
     def _refuse_changes(self) -> None:
-        for lever, group in self._levers_and_groups():
-            lever.refuse_change(group)
+        for actuator, group in self._actuators_and_groups():
+            actuator.refuse_change(group)
 
     def _is_at_limit(self) -> bool:
-        return all(lever.is_limited for lever in self._levers)
+        return all(actuator.is_limited for actuator in self._actuators)
 
     def _judge(self, check: SharpnessCheck) -> None:
         """State whether control has ended, and warn once where the sharpness is too high."""
         recent = self._recent
-        is_sharp = len(recent) == _RECENT and min(recent) > math.log(1 + BAND)
+        is_sharp = len(recent) == RECENT and min(recent) > math.log(1 + BAND)
         is_falling = recent[-1] < recent[0] - _RISE
         is_lowest = self._correction <= _LOWEST or self._is_pulled() or self._is_at_limit()
         if is_sharp and is_lowest and not is_falling:
             self.saturated = "sharp"
-        elif all(lever.value == 0.0 for lever in self._levers):
+        elif all(actuator.value == 0.0 for actuator in self._actuators):
             self.saturated = "flat"
         else:
             self.saturated = None
@@ -288,158 +305,28 @@ class SharpnessController(SharpnessMonitor):
         hurry = _HURRY if check.sharpness > _FAR * self.target else 1
         self._next = self._steps + max(1, self._interval // hurry)
 
-    def _levers_and_groups(self) -> Iterator[tuple[_Lever, Group]]:
+    def _actuators_and_groups(self) -> Iterator[tuple[Actuator, Group]]:
         groups = self._optimizer.param_groups
-        if len(groups) != len(self._levers):
+        if len(groups) != len(self._actuators):
             raise RuntimeError(
-                f"the optimizer has {len(groups)} groups, and had {len(self._levers)} when the "
+                f"the optimizer has {len(groups)} groups, and had {len(self._actuators)} when the "
                 "SharpnessController was constructed: construct a new one after add_param_group"
             )
-        return zip(self._levers, groups, strict=True)
+        return zip(self._actuators, groups, strict=True)
 
 
-_STATE = ("_correction", "_recent", "_interval", "_next", "edge", "saturated", "_has_warned")
-
-
-@dataclass
-class _Lever:
-    """What sets the edge of a group: its e or rho.
-
-    Attributes:
-        key: its name in the group.
-        method: the method that `filters.design` knows.
-        options: further arguments of `filters.design`.
-        limit: the largest value.
-        value: the value that was set last.
-        is_limited: whether that is the limit.
-        scalars: lr, momentum, dampening and weight decay for which it was set; None before.
-    """
-
-    key: str
-    method: str
-    options: Mapping[str, Any]
-    limit: float
-    value: float
-    is_limited: bool = False
-    scalars: tuple[float, ...] | None = None
-
-    @classmethod
-    def of(
-        cls, optimizer: torch.optim.Optimizer, index: int, target: float, limit: float | None
-    ) -> _Lever:
-        """Return the lever of a group.
-
-        Raises:
-            TypeError, ValueError: it has none; see `SharpnessController`.
-        """
-        group = optimizer.param_groups[index]
-        method = _method_of(optimizer, group)
-        if group.get("maximize"):
-            raise ValueError(
-                f"param_groups[{index}] maximizes, and the sharpness would be that of -f: minimize "
-                "the negated loss instead"
-            )
-        if initial_rho_key(group) in group:
-            raise ValueError(
-                f"a RhoScheduler sets rho in param_groups[{index}], and so would the controller: "
-                "use one of the two"
-            )
-        _, *rest = _SCALARS
-        same: dict[str, Any] = {name: float(group[name]) for name in rest}
-        if method == "sgd":
-            if not same["momentum"] > 0 or group["nesterov"]:
-                raise ValueError(
-                    f"param_groups[{index}] has no extrapolation to control, which follows the "
-                    "buffer of heavy ball: set momentum > 0, and no nesterov"
-                )
-            design(method, target, **same)  # refuses a dampening of 1
-            largest = math.inf if limit is None else limit
-            return cls(EXTRAPOLATION, method, {}, largest, group[EXTRAPOLATION])
-        options = perturbation_of(optimizer).filter_options | {"nesterov": group["nesterov"]}
-        if limit is None:
-            same |= options
-            lr = design(method, target, rho=0.0, **same)
-            limit = design(method, target, lr=_LEAST_LR * lr, **same)
-        key = rho_key(group)
-        return cls(key, method, options, limit, float(group[key]))
-
-    def refuse_change(self, group: Group) -> None:
-        """Raise RuntimeError if other code has changed the value; tensors are not read."""
-        value = group[self.key]
-        if self.scalars is not None and not isinstance(value, Tensor) and value != self.value:
-            raise RuntimeError(
-                f"{self.key} of a group is {value}, and the SharpnessController has set "
-                f"{self.value}: let nothing else set it, and restore the states of the optimizer "
-                "and of the controller together"
-            )
-
-    def set_edge(self, group: Group, edge: float, *, is_new: bool) -> None:
-        """Put the edge of a group's filter at `edge`, or as near as the value's range permits."""
-        now = tuple(float(group[name]) for name in _SCALARS)
-        if now[0] == 0.0 or not (is_new or self.scalars is None or self._is_stale(now)):
-            return  # with lr = 0 nothing changes, and the next lr decides
-        value = 0.0
-        if edge < _edge_at_zero(group):
-            arguments: dict[str, Any] = dict(zip(_SCALARS, now, strict=True))
-            value = design(self.method, edge, **arguments, **self.options)
-        self.is_limited = value >= self.limit
-        self.value, self.scalars = min(value, self.limit), now
-        if isinstance(group[self.key], Tensor):
-            group[self.key].fill_(self.value)
-        else:
-            group[self.key] = self.value
-
-    def _is_stale(self, now: tuple[float, ...]) -> bool:
-        assert self.scalars is not None
-        (lr, *rest), (old_lr, *old_rest) = now, self.scalars
-        reach = old_lr + 2.0 * self.value if self.method == "sgd" else old_lr  # in the edge
-        return rest != old_rest or abs(lr - old_lr) > _SLACK * reach
-
-
-_SCALARS = ("lr", "momentum", "dampening", "weight_decay")
-
-
-def _edge_at_zero(group: Group) -> float:
-    """The edge of a group with e or rho = 0; -inf if weight decay alone exceeds it."""
-    cls = Nesterov if group["nesterov"] else HeavyBall
-    return cls(*(float(group[name]) for name in _SCALARS)).max_eigenvalue()
-
-
-def _method_of(optimizer: torch.optim.Optimizer, group: Group) -> str:
-    """Return the method by which `filters.design` finds e or rho.
-
-    Raises:
-        TypeError: the edge cannot be set.
-    """
-    name = type(optimizer).__name__
-    if perturbation_of(optimizer).method == "sam":
-        raise TypeError(
-            f"{name}'s edge moves with the gradient's norm, so that no rho keeps it: use USAM, "
-            "TwoStepUSAM or HessianUSAM"
-        )
-    if isinstance(optimizer, MSAM):
-        raise TypeError(
-            f"{name}'s edge moves with the momentum's norm, so that no rho keeps it: use SGD with "
-            "momentum, whose extrapolation the controller sets"
-        )
-    members = filters.of(optimizer)  # raises TypeError where no filter is known
-    if isinstance(optimizer, SGD):
-        return "sgd"
-    method = perturbation_of(optimizer).method
-    if method not in filters.ASCENTS or not isinstance(members[0], PolynomialFilter):
-        raise TypeError(
-            f"{name} has no e or rho by which the largest eigenvalue of the Hessian is set: use "
-            "SGD with momentum, USAM, TwoStepUSAM, HessianUSAM, or SharpnessAware with such an "
-            "ascent around torch.optim.SGD"
-        )
-    return method
+_STATE = (
+    *("_correction", "_recent", "_interval", "_next", "_checks", "_checked"),
+    *("edge", "saturated", "_has_warned"),
+)
 
 
 @contextmanager
 def _at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context in which extrapolated parameters hold x; on exit they are y to the bit."""
     groups = optimizer.param_groups
-    if not isinstance(optimizer, SGD) or not any(group[EXTRAPOLATED] for group in groups):
+    is_ahead = any(group.get(EXTRAPOLATED) for group in groups)
+    if not isinstance(optimizer, ExtrapolatedOptimizer) or not is_ahead:
         yield
         return
     params = [_distributed.local(p).detach() for group in groups for p in group["params"]]
