@@ -400,16 +400,24 @@ void TensorArgs::require_apart() const {
         const auto& s = all.emplace_back(begin, role, index);
         if (begin >= high || (low > 0 && end(s) <= low)) all.pop_back();
     };
+    const auto before = [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; };
+    const auto sort_from = [&](std::size_t first) {  // a list is often in the order of its memory
+        const auto from = all.begin() + static_cast<std::ptrdiff_t>(first);
+        if (!std::is_sorted(from, all.end(), before)) std::sort(from, all.end(), before);
+        std::inplace_merge(all.begin(), from, all.end(), before);
+    };
     for (std::uint32_t r = 0; r < singles; ++r) {
+        const std::size_t first = all.size();
         for (std::uint32_t i = 0; i < data_[r].size(); ++i) {
             if (numel_[i] > 0) put(reinterpret_cast<std::uintptr_t>(data_[r][i]), r, i);
         }
+        sort_from(first);
     }
+    const std::size_t first = all.size();
     for (std::uint32_t k = 0; k < singles_.size(); ++k) {
         if (singles_[k].begin < singles_[k].end) put(singles_[k].begin, singles, k);
     }
-    std::sort(all.begin(), all.end(),
-              [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+    sort_from(first);
     // Of the stretches so far, the one that reaches furthest, among all and among the written.
     struct Furthest {
         const Stretch* stretch = nullptr;
