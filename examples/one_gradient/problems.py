@@ -291,7 +291,7 @@ PROBLEMS = {
             augmentation=Augmentation(crop=4, flip=True),
             batch=128,
         ),
-        lrs=(0.05, 0.1, 0.2),
+        lrs=(0.05, 0.1, 0.2, 0.4),
         steps=600,
         cosine=True,
         ahead=(0.1, 0.25, 0.5),
