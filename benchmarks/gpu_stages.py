@@ -29,12 +29,14 @@ NATIVE = (
     *("squares", "finish_norm", "nonfinite"),
     *("dots", "add_tiles", "subtract", "finish_norms"),
     *("row_dots", "lanczos_step", "gram", "mix_rows", "add_sums"),
+    "cross_entropy_hvp",
 )
 TRITON = (
     *("perturb", "perturb_hvp", "sgd_step", "adamw_step"),
     *("sum_squares", "norm", "flag_nonfinite"),
     *("dots", "add_tiles", "subtract", "norms"),
     *("row_dots", "lanczos_step", "gram", "mix_rows", "add_sums"),
+    "cross_entropy_hvp",
 )
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")

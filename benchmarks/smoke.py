@@ -153,6 +153,12 @@ def _mix_rows(lists: Lists, backend: str) -> None:
     kernels.mix_rows(vectors, factors.view(ROWS, ROWS), backend=backend)
 
 
+def _cross_entropy_hvp(lists: Lists, backend: str) -> tuple[Tensor, ...]:
+    [[logits], [u]] = lists
+    scales = torch.arange(float(ROWS), dtype=torch.float64, device=u.device)
+    return kernels.cross_entropy_hvp(logits, u, scales, backend=backend)
+
+
 def _on_rows(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda lists, backend: kernel(*(rows for [rows] in lists), backend=backend)
 
@@ -183,6 +189,7 @@ KERNEL_CALLS = (
     KernelCall("lanczos_step", 3, _lanczos_step, dtypes=VECTORS, as_rows=True),
     KernelCall("gram", 1, _on_rows(kernels.gram), dtypes=VECTORS, as_rows=True),
     KernelCall("mix_rows", 1, _mix_rows, dtypes=VECTORS, as_rows=True),
+    KernelCall("cross_entropy_hvp", 2, _cross_entropy_hvp, dtypes=VECTORS, as_rows=True),
 )
 
 

@@ -153,12 +153,16 @@ BACKENDS: dict[str, object] = {"unknown": "nope", "number": 3, "list": []}
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: how to make sound arguments for it, which of them it writes, which may be None."""
+    """A kernel: how to make sound arguments for it, which of them it writes, which may be None.
+
+    `in_place`: those that may be what is written.
+    """
 
     name: str
     make: Callable[[], dict[str, Any]]
     written: frozenset[str]
     optional: frozenset[str] = frozenset()
+    in_place: frozenset[str] = frozenset()
 
     def __call__(self, backend: object, **arguments: Any) -> None:
         getattr(kernels, self.name)(**arguments, backend=backend)
@@ -214,6 +218,13 @@ KERNELS = {
         lambda: _vectors("vectors") | {"factors": torch.rand(3, 3).double()},
         frozenset({"vectors"}),
     ),
+    "cross_entropy_hvp": Kernel(
+        "cross_entropy_hvp",
+        lambda: _vectors("logits", "u", "out") | {"scales": torch.rand(3).double()},
+        frozenset({"out"}),
+        frozenset({"out"}),
+        frozenset({"u"}),
+    ),
     "cholesky_qr": Kernel(
         "cholesky_qr",
         lambda: {"vectors": torch.rand(3, 40).double() * 100, "total": lambda t: t},
@@ -264,6 +275,8 @@ def _of_tensor(kernel: Kernel, name: str, t: Tensor) -> Iterator[tuple[str, obje
 def _overlaps(kernel: Kernel, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str, object]]:
     """Bad calls in which an argument shares memory with another one that is written."""
     for name, value in arguments.items():
+        if name in kernel.in_place:
+            continue
         for other in kernel.written - {name}:
             theirs = arguments[other]
             if isinstance(theirs, list):

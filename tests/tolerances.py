@@ -74,6 +74,19 @@ NORM = {
     torch.float16: 1.001 * 2.0**-24,
 }
 
+
+def softmax_roundings(logits: Exact, p: Exact) -> Exact:
+    """Roundings on the longest path of a product with the softmax p [n, c] of logits [n, c].
+
+    Let x be the distance of a logit from the largest. The difference is one rounding, and an
+    exponential by way of a power of two another one and a half of x, so that a probability is 2.5 x
+    off; so is each term of their sum. Two exponentials of 4 each (correction and own), the
+    quotient, factors and differences take 16.
+    """
+    x = logits.max(1, keepdims=True) - logits
+    return 16 + 2.5 * (x + (p * x).sum(1, keepdims=True))
+
+
 # Relative, of a run of some hundred steps with momentum on a contracting problem against the same
 # run in float64: the storage rounding times what the filter 1 / (1 - momentum) makes of it.
 RUNS = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 0.03, torch.float16: 5e-3}

@@ -92,8 +92,9 @@ void take_vectors(typename Op::Call& s, const TensorArgs& args, const py::handle
         fail(PyExc_ValueError, name + " must be of at most " + std::to_string(Op::kMost) +
                                    " vectors, not " + std::to_string(s.*first.rows));
     for_each_argument<Op>(values, [&](const auto& a, py::handle) INLINED {
-        if (a.vectors != nullptr && (a.traits & kBasis) == 0)
-            s.*a.vectors = args.pointers(a.name)[0];
+        if (a.vectors == nullptr || (a.traits & kBasis) != 0) return;
+        void* const* const p = args.pointers(a.name);
+        s.*a.vectors = p != nullptr ? p[0] : nullptr;
     });
 }
 
@@ -291,6 +292,7 @@ void register_ops(py::module_& module) {
     module.attr("cuda_device_type") = kCudaDeviceType;
     module.attr("most_rows") = kMostRows;
     module.attr("most_vectors") = kMostVectors;
+    module.attr("most_softmax_rows") = CrossEntropyHvp::kMost;
     define(module, "require_cuda", "",
            "Raise RuntimeError, with what to do, unless the CUDA kernels were compiled.",
            &require_cuda);

@@ -27,6 +27,7 @@ void row_dots(const Recurrence&, int threads);
 void lanczos_step(const Recurrence&, int threads);
 void gram(const Rows&, int threads);
 void mix_rows(const Rows&, int threads);
+void cross_entropy_hvp(const SoftmaxProduct&, int threads);
 }  // namespace cpu
 
 // The same on a GPU, where each call runs asynchronously on a stream. found_inf [1], out (which is
@@ -54,7 +55,8 @@ void require();
     KERNEL(void, lanczos_step,                                                                     \
            (const Recurrence& r, double* workspace, int device, Stream stream))                    \
     KERNEL(void, gram, (const Rows& v, double* out, double* workspace, int device, Stream stream)) \
-    KERNEL(void, mix_rows, (const Rows& v, const double* factors, int device, Stream stream))
+    KERNEL(void, mix_rows, (const Rows& v, const double* factors, int device, Stream stream))      \
+    KERNEL(void, cross_entropy_hvp, (const SoftmaxProduct& p, int device, Stream stream))
 
 #define DECLARE_UPDATE(name, Scalars)                                                     \
     void name(const Tensors&, const Scalars<Scalar>&, const float* found_inf, int device, \
@@ -167,6 +169,22 @@ struct MixRows {
     v_i <- sum_{j <= i} F_ij v_j)";
 };
 
+struct CrossEntropyHvp {
+    using Call = SoftmaxProduct;
+    static constexpr std::int64_t kMost = INT32_MAX;  // the largest grid of a GPU in x
+    static constexpr Argument<Call> kArguments[] = {
+        {"out", &Call::out, kWritten, &Call::rows, &Call::columns, &Call::dtype},
+        {"logits", &Call::logits, kRead},
+        {"scales", &Call::scales, kRead, &Call::rows},
+        {"means", &Call::means, kWritten, &Call::rows},
+        {"u", &Call::u, kOptional},
+    };
+    static constexpr const char* kDoc =
+        R"(Multiply vectors by the Hessian of cross-entropy in its logits, row by row.
+
+    m_i <- p_i . u_i,  out_i <- s_i (p_i u_i - m_i p_i),  p_i = softmax(z_i))";
+};
+
 // Every operation that is not an update, with its calls on the CPU and on a GPU. In these calls t
 // holds the lists, s is the Call, and workspace(n) is memory for n doubles.
 #define EIGENFILTER_OTHERS(OP)                                                                     \
@@ -182,6 +200,7 @@ struct MixRows {
        (s, workspace(cuda::sums_workspace(2 * s.rows, s.columns)), device, stream))                \
     OP(gram, Gram, (s, threads),                                                                   \
        (s, s.matrix, workspace(cuda::sums_workspace(s.rows * s.rows, s.columns)), device, stream)) \
-    OP(mix_rows, MixRows, (s, threads), (s, s.matrix, device, stream))
+    OP(mix_rows, MixRows, (s, threads), (s, s.matrix, device, stream))                             \
+    OP(cross_entropy_hvp, CrossEntropyHvp, (s, threads), (s, device, stream))
 
 }  // namespace eigenfilter

@@ -85,4 +85,15 @@ struct Rows {
 };
 constexpr std::int64_t kMostRows = 32;
 
+// The softmax of rows of logits, and what its derivative makes of rows of vectors.
+struct SoftmaxProduct {
+    DType dtype;  // f32 or f64
+    std::int64_t rows, columns;
+    void* out;       // [rows, columns], written
+    void* logits;    // [rows, columns], read
+    void* u;         // [rows, columns], read; nullptr: `out` holds it
+    double* scales;  // [rows], read
+    double* means;   // [rows], written
+};
+
 }  // namespace eigenfilter

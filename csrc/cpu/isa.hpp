@@ -33,6 +33,12 @@ struct DTypes {
     DType param, grad;
 };
 
+// The part of a row's softmax that has been taken: the largest logit, or the least number there is;
+// the sums of exp(z - largest), and of its products with u.
+struct SoftmaxSums {
+    double largest, total, products;
+};
+
 struct Loops {
     const char* isa;
 #define UPDATE(name, Scalars) void (*name)(const Stretch&, const Scalars<double>&);
@@ -61,6 +67,12 @@ struct Loops {
     // Row r <- the sum of rows s <= r, each times factors [count, count] at (r, s).
     void (*mix_rows)(DType, const double* factors, void* rows, std::int64_t stride,
                      std::int64_t count, std::int64_t n);
+    // Of logits z [n] and u [n]: e [n] <- exp(z - the largest logit so far), added to the sums.
+    void (*softmax_sums)(DType, const void* z, const void* u, void* e, std::int64_t n,
+                         SoftmaxSums&);
+    // out [n] <- factor e (u - mean); u may be out.
+    void (*softmax_product)(DType, const void* e, const void* u, void* out, std::int64_t n,
+                            double factor, double mean);
 };
 
 extern const Loops loops_baseline;

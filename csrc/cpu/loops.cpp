@@ -1,5 +1,5 @@
 // The table of inner loops, compiled once for each instruction set (EIGENFILTER_ISA names it).
-#include "vectors_loops.hpp"
+#include "softmax_loops.hpp"
 
 namespace eigenfilter::cpu {
 namespace {
@@ -56,6 +56,18 @@ void mix_rows_any(DType dtype, const double* factors, void* rows, std::int64_t s
     by_vector(dtype, [&](auto t) { mix_rows(factors, bits(t, rows), stride, count, n); });
 }
 
+void softmax_sums_any(DType dtype, const void* z, const void* u, void* e, std::int64_t n,
+                      SoftmaxSums& sums) {
+    by_vector(dtype, [&](auto t) { softmax_sums(bits(t, z), bits(t, u), bits(t, e), n, sums); });
+}
+
+void softmax_product_any(DType dtype, const void* e, const void* u, void* out, std::int64_t n,
+                         double factor, double mean) {
+    by_vector(dtype, [&](auto t) {
+        softmax_product(bits(t, e), bits(t, u), bits(t, out), n, factor, mean);
+    });
+}
+
 }  // namespace
 
 #define STRING(name) #name
@@ -75,6 +87,8 @@ extern const Loops TABLE(EIGENFILTER_ISA) = {
     lanczos_step_any,
     gram_any,
     mix_rows_any,
+    softmax_sums_any,
+    softmax_product_any,
 };
 
 }  // namespace eigenfilter::cpu

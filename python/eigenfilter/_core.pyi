@@ -20,7 +20,10 @@ most_rows: int
 """How many vectors `gram` and `mix_rows` take at most."""
 
 most_vectors: int
-"""How many vectors the other kernels over vectors take at most."""
+"""How many vectors the other kernels of Lanczos iterations take at most."""
+
+most_softmax_rows: int
+"""How many rows of logits `cross_entropy_hvp` takes at most."""
 
 operations: dict[str, dict[str, str]]
 """The arguments of each operation, in order.

@@ -70,6 +70,9 @@ def rows(dtype: torch.dtype, columns: int) -> None:
     kernels.lanczos_step(u, q, w, torch.rand(3, ROWS, dtype=torch.float64))
     kernels.gram(u)
     kernels.mix_rows(u, torch.rand(ROWS, ROWS, dtype=torch.float64))
+    scales = torch.arange(ROWS, dtype=torch.float64)
+    kernels.cross_entropy_hvp(q, w, scales)
+    kernels.cross_entropy_hvp(q, w, scales, out=w)
 
 
 def run(parts: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ target_compile_options(loops PRIVATE ${options} -Wno-psabi)
 
 set(bindings module ops isa param_lists tensor_args arguments reader)
 list(TRANSFORM bindings PREPEND ${csrc}/bindings/)
-set(cpu isa elementwise reduce vectors parallel)
+set(cpu isa elementwise reduce vectors cross_entropy parallel)
 list(TRANSFORM cpu PREPEND ${csrc}/cpu/)
 set(rest ${bindings} ${cpu})
 list(TRANSFORM rest APPEND .cpp)

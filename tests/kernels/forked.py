@@ -53,6 +53,7 @@ def sums(backend: str) -> list[Tensor]:
     results.append(kernels.lanczos_step(v, q, w, factors, backend=backend))
     results.append(kernels.gram(v, backend=backend))
     kernels.mix_rows(v, square, backend=backend)
+    results += kernels.cross_entropy_hvp(q, w, factors[0].abs(), backend=backend)
     results.append(kernels.cholesky_qr(v, backend=backend))
     return [*results, w, v]
 

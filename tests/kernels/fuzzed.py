@@ -176,6 +176,7 @@ CALLS: dict[str, Callable[[], list[Any]]] = {
     "lanczos_step": lambda: [tensor(), tensor(), tensor(), doubles(3, 4), doubles(2, 4), 2],
     "gram": lambda: [tensor(), doubles(4, 4), 2],
     "mix_rows": lambda: [tensor(), doubles(4, 4), 2],
+    "cross_entropy_hvp": lambda: [tensor(), tensor(), doubles(4), doubles(4), tensor(), 2],
     "gradients": lambda: [tensors()],
     "clear_gradients": lambda: [tensors()],
     "same_objects": lambda: [tensors(), tensors()],

@@ -163,6 +163,10 @@ VECTORS = {
     ),
     "gram": ("vectors", lambda v, wide: (v, wide(4, 4), 1)),
     "mix_rows": ("vectors", lambda v, wide: (v, wide(4, 4), 1)),
+    "cross_entropy_hvp": (
+        "out",
+        lambda out, wide: (out, torch.ones_like(out), wide(4), wide(4), None, 1),
+    ),
 }
 
 
@@ -183,7 +187,7 @@ def test_vectors_of_another_shape_are_refused(name: str) -> None:
         (torch.ones(6, 4).T, ValueError, rf"^{role} must be contiguous|^basis must be \[m, n\]"),
         (torch.ones(6, 6).T, ValueError, rf"^{role} must be contiguous: pass \.contiguous\(\)"),
         (torch.ones(4, 6).half(), TypeError, rf"^{role} must be float32 or float64, not float16"),
-        (torch.ones(65_536, 6), ValueError, rf"^{role} must be of at most \d+ vectors"),
+        (torch.ones(65_536, 6), ValueError, rf"^{role} must be of at most \d+ vectors|of shape"),
     ):
         with pytest.raises(error, match=message):
             call(*arguments(bad, wide))

@@ -60,6 +60,10 @@ CALLS: dict[str, tuple[int, Callable[..., Any]]] = {
     ),
     "gram": (1, lambda v: kernels.gram(v[1])),
     "mix_rows": (1, lambda v: kernels.mix_rows(v[1], torch.ones(3, 3).double())),
+    "cross_entropy_hvp": (
+        2,
+        lambda u, z: kernels.cross_entropy_hvp(z[1], u[1], torch.ones(3).double(), out=u[1]),
+    ),
     "flag_nonfinite": (1, lambda t: kernels.flag_nonfinite(t, torch.zeros(()))),
 }
 
@@ -142,6 +146,7 @@ def row_arguments(name: str) -> tuple[Any, ...]:
         "lanczos_step": (u, q, w, square, sums),
         "gram": (u, torch.empty(3, 3).double()),
         "mix_rows": (u, square),
+        "cross_entropy_hvp": (u, q, square[0], torch.empty(3).double(), w),
     }[name]
 
 

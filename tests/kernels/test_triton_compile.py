@@ -61,8 +61,14 @@ STOCHASTIC = {
     "adamw_step_ahead_stochastic": (4, 3),
 }
 # Over rows of vectors, whose lengths are multiples of 16 here; of the wide dtypes alone.
-LANCZOS = {"row_dots": (2, 0), "lanczos_step": (3, 1), "gram": (2, 0), "mix_rows": (1, 1)}
-VECTORS = ("u", "q", "w", "vectors")
+OVER_ROWS = {
+    "row_dots": (2, 0),
+    "lanczos_step": (3, 1),
+    "gram": (2, 0),
+    "mix_rows": (1, 1),
+    "cross_entropy_hvp": (4, 1),
+}
+VECTORS = ("u", "q", "w", "vectors", "logits", "product")
 ROWS_OF_16 = (*VECTORS, "columns")
 # The expansion of a division has fused multiply-adds of its own; these kernels divide nothing.
 WITHOUT_DIVISION = (
@@ -143,11 +149,11 @@ def test_whole_blocks_are_accessed_16_bytes_at_a_time(
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d not in NARROW])
-@pytest.mark.parametrize("kernel", LANCZOS)
+@pytest.mark.parametrize("kernel", OVER_ROWS)
 def test_rows_are_accessed_16_bytes_at_a_time(
     target: str, compiled: Path, kernel: str, dtype: str
 ) -> None:
-    reads, writes = LANCZOS[kernel]
+    reads, writes = OVER_ROWS[kernel]
     if target == "gfx942":
         assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
         assert count(r"(buffer|global)_load_dwordx4", assembly) >= reads
@@ -158,7 +164,8 @@ def test_rows_are_accessed_16_bytes_at_a_time(
     assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()
     assert count(rf"ld\.global\.{width}", assembly) >= reads
     assert count(rf"st\.global\.{width}", assembly) >= writes
-    assert "fma" not in assembly
+    # Quotients and exponentials in float64 have fused multiply-adds of their own.
+    assert "fma" not in assembly or kernel == "cross_entropy_hvp"
     usage = run_tool("cuobjdump", "-res-usage", compiled / f"{kernel}.{dtype}.cubin")
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
 
@@ -348,14 +355,21 @@ def configurations(
 
 def over_rows(dtype: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return the kernels over rows of vectors, as `configurations` does."""
+    import torch
+
     from eigenfilter.kernels import triton as package
     from eigenfilter.kernels.triton import rows
 
     if dtype in NARROW:
         return {}
-    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in LANCZOS}
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in OVER_ROWS}
+    least = {"LEAST": torch.finfo(getattr(torch, dtype)).min}
     return {
-        name: (getattr(module, f"{name}_kernel"), {"TILE": rows.TILE}, rows.OPTIONS)
+        name: (
+            getattr(module, f"{name}_kernel"),
+            {"TILE": rows.TILE} | (least if name == "cross_entropy_hvp" else {}),
+            rows.OPTIONS,
+        )
         for name, module in modules.items()
     }
 
@@ -376,7 +390,9 @@ def type_of(argument: str, dtype: str) -> str:
         return "*i32"
     if argument in ("n", "origin", "count", "rows", "columns"):
         return "i32"
-    if argument in ("sums", "factors", "lr_at", "momentum_at", "step_at", "rounding_seed_at"):
+    if argument in ("sums", "factors", "scales", "means"):
+        return "*fp64"
+    if argument in ("lr_at", "momentum_at", "step_at", "rounding_seed_at"):
         return "*fp64"
     on_device = argument.endswith("_at") or argument in ("grad_scale", "found_inf", "out")
     return "*fp32" if on_device else "fp64"

@@ -284,6 +284,17 @@ def test_rows(recorder: Recorder, dtype: torch.dtype, columns: int, shift: int) 
     assert (launch.grid, launch["rows"], launch["columns"]) == ((tiles, 1, 1), 4, columns)
     assert launch["vectors"].data_ptr() == u.data_ptr()
     assert launch["factors"].data_ptr() == square.data_ptr()
+    in_place = [(w, w), (u, w)]
+    for out, vectors in in_place:
+        (launch,) = recorder(
+            lambda out=out, vectors=vectors: kernels.cross_entropy_hvp(
+                q, vectors, factors[0], out=out, backend="triton"
+            )
+        )
+        assert (launch.kernel, launch.grid) == ("cross_entropy_hvp_kernel", (4, 1, 1))
+        addresses = [launch[name].data_ptr() for name in ("product", "logits", "u")]
+        assert addresses == [out.data_ptr(), q.data_ptr(), vectors.data_ptr()]
+        assert launch["columns"] == columns
 
 
 def test_the_driver_is_put_back(recorder: Recorder) -> None:

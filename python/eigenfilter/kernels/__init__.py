@@ -28,7 +28,8 @@ the lists, the output, and the index of the element in memory (modulo 2^32). The
 every backend, and each call should use another seed. Source: S. Gupta et al., 2015, arXiv
 1502.02551, section 3.
 
-The kernels of Lanczos iterations work on single tensors of vectors: see `vectors`.
+The kernels of Lanczos iterations and of cross-entropy work on single tensors of vectors: see
+`vectors` and `cross_entropy`.
 
 Under torch.compile a call becomes the operator `torch.ops.eigenfilter.<name>`, and no graph breaks.
 
@@ -42,10 +43,11 @@ from __future__ import annotations
 
 import torch
 
-from eigenfilter.kernels import dispatch, forks, reductions, vectors
+from eigenfilter.kernels import cross_entropy, dispatch, forks, reductions, vectors
 from eigenfilter.kernels._op import OnBackend
 from eigenfilter.kernels.adamw import adamw_step
 from eigenfilter.kernels.cholesky import cholesky_qr
+from eigenfilter.kernels.cross_entropy import cross_entropy_hvp
 from eigenfilter.kernels.dispatch import BACKENDS
 from eigenfilter.kernels.perturbation import perturb, perturb_hvp
 from eigenfilter.kernels.reductions import flag_nonfinite, norm
@@ -57,6 +59,7 @@ __all__ = [
     "Backend",
     "adamw_step",
     "cholesky_qr",
+    "cross_entropy_hvp",
     "flag_nonfinite",
     "gram",
     "lanczos_step",
@@ -85,6 +88,7 @@ class Backend:
     """
 
     adamw_step = OnBackend(adamw_step)
+    cross_entropy_hvp = OnBackend(cross_entropy._cross_entropy_hvp)
     flag_nonfinite = OnBackend(flag_nonfinite)
     gram = OnBackend(vectors._gram)
     lanczos_step = OnBackend(vectors._lanczos_step)

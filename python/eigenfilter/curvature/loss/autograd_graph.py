@@ -28,8 +28,12 @@ def nodes_below(starts: Iterable[Any]) -> Iterator[Any]:
 
 
 def python_function(node: Any) -> bool:
-    """Whether a node's backward is written in Python."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
+    """Whether a node's backward is written in Python, by someone else.
+
+    Our own Functions say `is_recorded`: autograd sees all of their backward, which calls no module.
+    """
+    is_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+    return is_python and not getattr(type(node)._forward_cls, "is_recorded", False)
 
 
 def saved_tensors(roots: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from eigenfilter.curvature.loss.autograd_graph import nodes
+from eigenfilter.curvature.loss.cross_entropy import FusedCrossEntropy, is_large
+
 # Operations that are replaced, by the names of their nodes, because torch's second derivative of
-# them is missing or wrong (that of weight_norm is not symmetric).
+# them is missing or wrong (that of weight_norm is not symmetric), or slow.
+_NOT_RIGHT = "its fused kernel has no right second derivative"
 FUSED_OPERATIONS = {
-    "ScaledDotProduct": "scaled_dot_product_attention runs in its math backend",
-    "CudnnRnn": "recurrent layers run without cuDNN",
-    "WeightNormInterface": "weight_norm is written out",
+    "ScaledDotProduct": f"scaled_dot_product_attention runs in its math backend: {_NOT_RIGHT}",
+    "CudnnRnn": f"recurrent layers run without cuDNN: {_NOT_RIGHT}",
+    "WeightNormInterface": f"weight_norm is written out: {_NOT_RIGHT}",
+    "NllLoss": "cross_entropy of many logits has a fused product with its Hessian",
 }
 
 
@@ -31,6 +36,14 @@ class _WeightNorm(TorchFunctionMode):
             return v * (g / torch.norm_except_dim(v, 2, dim))
 
         return formula(*args, **(kwargs or {}))
+
+
+def replaceable(roots: Iterable[Tensor]) -> set[str]:
+    """Return those of `FUSED_OPERATIONS` that are to be replaced in the graph behind `roots`."""
+    found = list(nodes(roots))
+    names = {node.name() for node in found}
+    kinds = {kind for kind in FUSED_OPERATIONS if any(name.startswith(kind) for name in names)}
+    return kinds if any(map(is_large, found)) else kinds - {"NllLoss"}
 
 
 @contextmanager
@@ -49,6 +62,8 @@ def differentiable_kernels(replacements: frozenset[str]) -> Iterator[None]:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if "WeightNormInterface" in replacements:
                 stack.enter_context(_WeightNorm())
+            if "NllLoss" in replacements:
+                stack.enter_context(FusedCrossEntropy())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from eigenfilter import _distributed
 from eigenfilter.curvature.loss import embeddings
-from eigenfilter.curvature.loss.autograd_graph import nodes, reachable_leaves
+from eigenfilter.curvature.loss.autograd_graph import reachable_leaves
 from eigenfilter.curvature.loss.batch_sources import BatchWeightError, UnusableModelError
 from eigenfilter.curvature.loss.batch_trees import (
     is_divisible,
@@ -32,6 +32,7 @@ from eigenfilter.curvature.loss.contexts import (
     FUSED_OPERATIONS,
     differentiable_kernels,
     no_requires_grad,
+    replaceable,
     replay_random_numbers,
     spared_buffers,
 )
@@ -300,14 +301,10 @@ class Objective:
 
     def _meets_fused_ops(self, roots: Sequence[Tensor]) -> bool:
         """Record the operations of `FUSED_OPERATIONS` in a graph; return whether any is new."""
-        names = {node.name() for node in nodes(roots)}
-        kinds = {kind for kind in FUSED_OPERATIONS if any(name.startswith(kind) for name in names)}
-        new = kinds - self.traits.fused_ops
+        new = replaceable(roots) - self.traits.fused_ops
         self.traits.fused_ops |= new
         for kind in new:
-            _logger.info(
-                "%s: its fused kernel has no right second derivative", FUSED_OPERATIONS[kind]
-            )
+            _logger.info("%s", FUSED_OPERATIONS[kind])
         return bool(new)
 
     def _holders(self, batch: Any, value: Tensor) -> list[Tensor]:
